@@ -373,11 +373,42 @@ def test_a_job_is_paused_resumed_and_cancelled(
     trainer: Trainer, shell: Transcript, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer.add(1)
-    for action in ("pause", "resume", "cancel", "pause"):
+    for action in ("pause", "resume", "stop", "show", "cancel", "pause"):
         shell.run("jobs", action, ID)
     shell.check("jobs-change")
     trainer.add(2)
     assert printed(capsys, "pause", job_id(2))["status"] == "paused"
+
+
+DATA: Any = {
+    "source": "train.jsonl", "rows": 20, "samples": 20, "tokens": 2000, "supervised_tokens": 500,
+    "shortest": 80, "median": 100, "longest": 120, "named_by": "line", "histogram": [],
+    "counts": {"truncated": 0, "dropped": 2, "duplicates": 1, "leakage": 0, "same_prompt": 0},
+    "truncated": [], "dropped": [4, 9], "duplicates": [[7, 3]], "leakage": [], "same_prompt": [],
+    "examples": [
+        {"row": 1, "line": 1, "side": "", "segments": [
+            {"text": "<user>Two \x1b[31mhats?\n", "supervised": False}, {"text": "Yes.", "supervised": True},
+        ]},
+    ],
+    "evaluation": {"rows": 4},
+}  # fmt: skip
+
+
+def test_a_job_on_hold_shows_its_data_and_what_it_will_take_and_how_to_begin(
+    trainer: Trainer, shell: Transcript, train: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    estimate = {"seconds": 125.0, "total": 700_000_000, "memory_limit": 2_000_000_000, "parameters": 230_400}
+    held = {"status": "paused", "resumable": True, "estimate": estimate | {"adapter_bytes": 921_600}}
+    checked = event(2, "The files are sound.", data={"kind": "data_checked", "report": DATA})
+    told = event(3, "It waits: resume it to train.", data={"kind": "held"})
+    trainer.live = [(checked, {}), (told, held)]
+    shell.run("jobs", "create", str(train), "--name", "acme", "--hold")
+    assert trainer.created[-1]["hold"] is True
+    shell.run("jobs", "show", ID)
+    shell.run("jobs", "create", str(train), "--hold", "--watch")
+    shell.check("jobs-hold")
+    assert printed(capsys, "show", ID)["data"]["rows"] == 20
+    assert printed(capsys, "watch", ID)["data"]["rows"] == 20
 
 
 def test_help_names_every_action_and_each_explains_itself(

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from tests.clients.registry_double import BASE, NOW, RefusalError
-from tests.clients.training_double import CURVE, REPORT, Trainer, event, job, job_id, step, succeeded
+from tests.clients.training_double import CURVE, FAILURE, REPORT, Trainer, event, job, job_id, step, succeeded
 
 from onebase import (
     APIConnectionError,
@@ -32,6 +32,8 @@ from onebase import (
     TrainingProgress,
     TrainingReport,
     TrainingSettings,
+    TrainingStop,
+    TrainingStoppedError,
 )
 from onebase._core.training import curve_of_events, parse_event
 from onebase_adapters.training.recipe import recipe_fields, recipe_fields_by_name
@@ -115,6 +117,7 @@ def test_ids_are_used_as_they_are_and_all_else_is_said(call: Any, trainer: Train
             metadata={"team": "support"},
             activate="never",
             model="another",
+            hold=True,
             progress=told.append,
         )
     )
@@ -129,6 +132,7 @@ def test_ids_are_used_as_they_are_and_all_else_is_said(call: Any, trainer: Train
         "method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}},
         "seed": 7,
         "metadata": {"team": "support"},
+        "hold": True,
     }
     assert told[-1].bytes_done == told[-1].bytes_total == len(trainer.forms[0])
 
@@ -293,6 +297,32 @@ def test_lists_are_put_together_from_their_pages(call: Any, trainer: Trainer) ->
     assert [one.id for one in odd] == newest_first[1::2]
     with pytest.raises(ValueError, match="limit is 0"):
         call(lambda client: client.training.list(limit=0))
+
+
+def test_a_job_on_hold_is_waited_for_until_it_is_checked_and_tells_what_is_in_its_files(
+    call: Any, trainer: Trainer
+) -> None:
+    trainer.add(1, "validating_files", event(1), hold=True)
+    checked = event(2, data={"kind": "data_checked", "report": {"rows": 3}})
+    trainer.live = [(checked, {}), (event(3), {"status": "paused", "estimate": {"seconds": 2.0}})]
+    job = call(on_job(job_id(1), lambda one: one.wait(progress=False)))
+    assert (job.status, job.info.held, job.estimate, job.report) == ("paused", True, {"seconds": 2.0}, None)
+    assert call(on_job(job_id(1), lambda one: one.data_report())) == {"rows": 3}
+    trainer.add(2, "paused", event(1), resumable=True)
+    with pytest.raises(TrainingStoppedError, match="resume it to continue"):
+        call(on_job(job_id(2), lambda one: one.wait(progress=False)))
+    trainer.add(3, "failed", event(1), error=FAILURE)
+    assert call(on_job(job_id(3), lambda one: one.data_report())) is None
+    trainer.add(4, "running", event(1), step(2, 1))
+    assert call(on_job(job_id(4), lambda one: one.data_report())) is None
+
+
+def test_a_job_that_is_stopped_says_by_whom_and_where(call: Any, trainer: Trainer) -> None:
+    trainer.add(1)
+    assert call(on_job(job_id(1), lambda one: one.stop())).stopped == TrainingStop(None, 4, "key-1", NOW)
+    stopped = {"step": 3, "steps": 4, "by": "", "at": NOW}
+    trainer.add(2, **succeeded(), stopped=stopped)
+    assert call(on_job(job_id(2), lambda one: one.refresh())).stopped == TrainingStop(3, 4, "", NOW)
 
 
 def test_events_are_paged_from_the_newest_to_the_oldest(call: Any, trainer: Trainer) -> None:

@@ -170,14 +170,18 @@ class Trainer:
             raise RefusalError(400, "file_not_found", "There is no file 'file-none'.", param="training_file")
         self.created.append(body)
         number = len(self.jobs) + 1
-        kept = ("name", "training_file", "activate", "metadata", "model")
+        kept = ("name", "training_file", "activate", "metadata", "model", "hold")
         made = {key: body[key] for key in kept if key in body}
         return self.jobs[self.add(number, "validating_files", event(1, "The job is created."), **made)]
 
     def _change(self, made: Json, action: str) -> Json:
         if made["status"] in ("succeeded", "cancelled"):
             raise RefusalError(409, "job_state", f"Job {made['id']} is {made['status']}.")
-        made["status"] = {"cancel": "cancelled", "pause": "paused", "resume": "queued"}[action]
+        made["status"] = {"cancel": "cancelled", "pause": "paused", "resume": "queued", "stop": "running"}[
+            action
+        ]
+        if action == "stop":
+            made["stopped"] = {"step": None, "steps": 4, "by": "key-1", "at": NOW}
         return made
 
     def _upload(self, request: Any) -> Json:

@@ -372,10 +372,15 @@ def the_job(client: Client, action: str, folder: Path) -> str:
     """The newest job, once the action makes sense; as people write it."""
     if action == "cancel":
         client.training.create(folder / "train.jsonl", max_steps=1, max_length=32)
+    if action == "stop":
+        (folder / "slow.jsonl").write_text("slow")
+        client.training.create(folder / "slow.jsonl")
     (job,) = client.training.list(limit=1)
     with job.stream_events() as events:
         while action == "pause" and job.refresh().status != "running":
             next(events)
+        while action == "stop" and next(events).type != "metrics":
+            pass  # a job without a step has nothing to keep
     return job.id[:14]
 
 

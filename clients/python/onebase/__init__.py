@@ -75,6 +75,7 @@ from .training_types import (
     TrainingProgress,
     TrainingReport,
     TrainingSettings,
+    TrainingStop,
 )
 from .types import (
     AdapterSpec,
@@ -198,6 +199,7 @@ __all__ = [
     "TrainingProgress",
     "TrainingReport",
     "TrainingSettings",
+    "TrainingStop",
     "TrainingStoppedError",
     "UnprocessableError",
     "Usage",

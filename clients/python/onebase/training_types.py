@@ -234,6 +234,20 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
+class TrainingStop:
+    """Who ended a job early, with the best of what it had."""
+
+    step: int | None
+    """After which training ended. None until it has."""
+    steps: int
+    """That were planned."""
+    by: str
+    """The id of the API key that asked; "" if the server needs none."""
+    at: float
+    """Unix time in seconds."""
+
+
+@dataclass(frozen=True)
 class TrainingJobInfo:
     """A job as the server reported it last."""
 
@@ -276,6 +290,15 @@ class TrainingJobInfo:
     `total_tokens`, `parameters` and parts of them."""
     parent: str | None = None
     """`name@version` with the whole digest, if training goes on from a version of an adapter."""
+    hold: bool = False
+    """Whether it waits for `resume` once its files are checked. False from then on."""
+    stopped: TrainingStop | None = None
+    """Who ended it early, by `stop`. None if nobody did."""
+
+    @property
+    def held(self) -> bool:
+        """Whether the job is checked and waits for `resume` to train."""
+        return self.hold and self.status == "paused"
 
     @property
     def ended(self) -> bool:

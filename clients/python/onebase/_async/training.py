@@ -118,6 +118,7 @@ class AsyncTraining:
         seed: int | None = None,
         metadata: Mapping[str, str] | None = None,
         model: str | None = None,
+        hold: bool = False,
         progress: ProgressCallback | None = None,
         **settings: Unpack[TrainingSettings],
     ) -> AsyncTrainingJob:
@@ -143,6 +144,8 @@ class AsyncTraining:
             model: What to begin with: the base (by default; a server has only one), or a version of an
                 adapter, as `name` (its active one) or `name@version`. Then training goes on from its
                 weights, with its rank and layers, and the result is a version of it unless `name` is given.
+            hold: Check the files and make the estimate, then wait for `job.resume()` before training; see
+                `job.wait`, `job.data_report` and `job.info.estimate`.
             progress: Called with the bytes that are sent, of one file after the other: `file` is its name.
             **settings: See TrainingSettings.
 
@@ -162,6 +165,7 @@ class AsyncTraining:
             method=method,
             seed=seed,
             metadata=metadata,
+            hold=hold,
             settings=plain,
         )
         if isinstance(train, Path) or isinstance(validation, Path):

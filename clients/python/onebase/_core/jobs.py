@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from ..errors import TrainingFailedError, TrainingStoppedError
 from ..training_types import (
@@ -15,6 +16,7 @@ from ..training_types import (
     TrainingJobInfo,
     TrainingProgress,
     TrainingReport,
+    TrainingStop,
 )
 from .training import progressed
 
@@ -76,6 +78,16 @@ class JobView:
         return self._info.activated
 
     @property
+    def estimate(self) -> Mapping[str, Any] | None:
+        """What it will take: `seconds`, `total` bytes of memory and its parts. None until it is checked."""
+        return self._info.estimate
+
+    @property
+    def stopped(self) -> TrainingStop | None:
+        """Who ended it early, and where. None if nobody did."""
+        return self._info.stopped
+
+    @property
     def resumable(self) -> bool:
         """Whether `resume` would continue from the last checkpoint."""
         return self._info.resumable
@@ -98,12 +110,12 @@ def settled(info: TrainingJobInfo) -> bool:
 
 
 def check(info: TrainingJobInfo) -> None:
-    """Raise unless a settled job has succeeded.
+    """Raise unless a settled job has succeeded, or is held as it was asked to.
 
     Raises:
         TrainingFailedError, TrainingStoppedError.
     """
-    if info.status == SUCCEEDED:
+    if info.status == SUCCEEDED or info.held:
         return
     what = f"job {info.id} ({info.name})"
     if info.status == "failed":
@@ -122,6 +134,8 @@ def curve_is_in_file(info: TrainingJobInfo) -> bool:
 def in_words(info: TrainingJobInfo) -> str:
     """`running, step 12 of 100`."""
     progress = info.progress
+    if info.held:
+        return "paused, checked and not begun"
     if progress is None or not progress.steps:
         return info.status
     return f"{info.status}, step {progress.step} of {progress.steps}"

@@ -34,6 +34,7 @@ from ..training_types import (
     TrainingProgress,
     TrainingReport,
     TrainingSettings,
+    TrainingStop,
 )
 from ..types import Model
 from .parse import Json, flat, parent_of
@@ -160,6 +161,7 @@ def job_body(
     method: TrainingMethod,
     seed: int | None,
     metadata: Mapping[str, str] | None,
+    hold: bool,
     settings: Body,
 ) -> Body:
     """What is sent about a job, without its files."""
@@ -170,6 +172,7 @@ def job_body(
         "method": {"type": method, method: {"hyperparameters": settings}},
         "seed": seed,
         "metadata": None if metadata is None else dict(metadata),
+        "hold": True if hold else None,
     }
 
 
@@ -189,7 +192,7 @@ def job(job_id: str) -> Call:
 
 
 def change(job_id: str, action: str) -> Call:
-    """The call for `cancel`, `pause` or `resume`. Each is idempotent."""
+    """The call for `cancel`, `pause`, `resume` or `stop`. Each is idempotent."""
     return Call("POST", path_of(JOBS, job_id, action), idempotent=True)
 
 
@@ -249,6 +252,8 @@ def parse_job(value: Json) -> TrainingJobInfo:
         result_files=tuple(value["result_files"]),
         estimate=value.get("estimate"),
         parent=parent_of(value),
+        hold=value.get("hold", False),
+        stopped=None if value.get("stopped") is None else flat(TrainingStop, value["stopped"]),
     )
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from .._core import training
 from .._core.jobs import CURVE_EVENTS, JobObserver, JobView, check, curve_is_in_file, observer, settled
@@ -43,8 +45,9 @@ class TrainingJob(JobView):
     def wait(self, *, progress: bool | TrainingCallback = True) -> TrainingJob:
         """Wait until the adapter is there, and give the job itself. The job goes on if you stop waiting.
 
-        It returns only when the job has succeeded. It raises for a paused job, which does not continue by
-        itself: resume it and wait again.
+        It returns when the job has succeeded, or when one that was made with `hold` is checked and waits for
+        `resume`. It raises for any other paused job, which does not continue by itself: resume it and wait
+        again.
 
         Args:
             progress: Draw a bar with loss, tokens per second and time left on stderr, or print lines if that
@@ -97,6 +100,20 @@ class TrainingJob(JobView):
             return training.curve_of_file(reply.body)
         return training.curve_of_events(self.events(limit=CURVE_EVENTS))
 
+    def data_report(self) -> Mapping[str, Any] | None:
+        """What the check found in the job's files: tokens, what stands out, and rows as the model reads them.
+
+        It waits for the check. None if the check failed.
+        """
+        with self.stream_events() as events:
+            for event in events:
+                if event.data.get("kind") == "data_checked":
+                    report: Mapping[str, Any] = event.data["report"]
+                    return report
+                if event.type == "metrics":
+                    break
+        return None
+
     def cancel(self) -> TrainingJob:
         """End the job for good. Gives the job itself.
 
@@ -116,10 +133,23 @@ class TrainingJob(JobView):
     def resume(self) -> TrainingJob:
         """Continue from the last checkpoint, also after some failures (`resumable`). Gives the job itself.
 
+        A job that was made with `hold` begins to train.
+
         Raises:
-            ConflictError: there is nothing to continue.
+            ConflictError: there is nothing to continue, or its files are still being checked.
         """
         return self._updated(training.change(self.id, "resume"))
+
+    def stop(self) -> TrainingJob:
+        """End training at the next step and keep the best, proved and activated as at the job's own end.
+
+        A paused job, or a failed one that is `resumable`, goes on for that alone. Gives the job itself, which
+        is still to be waited for.
+
+        Raises:
+            ConflictError: it has no step done, or has ended.
+        """
+        return self._updated(training.change(self.id, "stop"))
 
     def _follow(self, events: EventStream, watch: JobObserver) -> None:
         """Until the job is settled."""

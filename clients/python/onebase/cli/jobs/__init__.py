@@ -15,7 +15,8 @@ goes on without this command. Its result is a version of an adapter: proven,
 and active if --activate says so.
 
 Begin
-  create FILE           send examples and begin to train: --name acme --set r=8
+  create FILE           send examples and begin to train: --name acme --set r=8; with
+                        --hold it says first what they are and what it will take
 
 Look
   list                  all jobs, the newest first
@@ -26,7 +27,8 @@ Look
 
 Change
   pause ID              stop the job and free the machine; it keeps its place
-  resume ID             continue from the last checkpoint
+  resume ID             continue from the last checkpoint; begin, after --hold
+  stop ID               end at the next step, keep the best, prove and activate it
   cancel ID             end it for good
 
 ID is a job's id as `list` prints it, or the beginning of it.
@@ -42,6 +44,7 @@ ACTIONS: Final[Mapping[str, str]] = {
     "checkpoints": "show",
     "pause": "watch",
     "resume": "watch",
+    "stop": "watch",
     "cancel": "watch",
 }
 """The module of each action."""

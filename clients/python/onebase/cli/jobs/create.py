@@ -27,7 +27,9 @@ _SETTINGS: Final = textwrap.fill(
 )
 _DESCRIPTION = f"""\
 Send a file of examples (.jsonl, .json, .csv or .parquet) and begin to train an adapter on them.
-The server checks every line first. With --watch, the command stays and shows the job.
+The server checks every line first. With --watch, the command stays and shows the job. With --hold,
+it stays until the files are checked and shows what is in them, what training will take, and how to
+begin: nothing is trained before.
 
 settings for --set (those left out have the server's defaults):
 {_SETTINGS}
@@ -35,7 +37,7 @@ settings for --set (those left out have the server's defaults):
 _EXAMPLES = """\
   onebase jobs create train.jsonl --name acme-support --watch
   onebase jobs create train.jsonl --name acme --set r=8 --set targets=q_proj,v_proj
-  onebase jobs create train.jsonl --name acme --validation eval.jsonl
+  onebase jobs create train.jsonl --name acme --validation eval.jsonl --hold
   onebase jobs create pairs.jsonl --name acme --method dpo --set beta=0.2 --activate never
   onebase jobs create texts.jsonl --name topics --method classification --set best_by=f1
   onebase jobs create more.jsonl --model acme@3f2a9c41 --max-regression 0.02
@@ -107,7 +109,11 @@ def _parser(action: str) -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="a label of the job; may be repeated",
     )
-    made.add_argument("--watch", action="store_true", help="stay until the job ends, and show it meanwhile")
+    stay = made.add_mutually_exclusive_group()
+    stay.add_argument("--watch", action="store_true", help="stay until the job ends, and show it meanwhile")
+    stay.add_argument(
+        "--hold", action="store_true", help="check the files and make the estimate, and wait for `resume`"
+    )
     return made
 
 
@@ -123,13 +129,14 @@ def _create(client: Client, args: argparse.Namespace) -> int:
                 method=args.method,
                 seed=args.seed,
                 metadata=args.labels,
+                hold=args.hold,
                 progress=display,
                 **args.settings,
             )
     except OSError as error:
         note(f"onebase: {error}")
         return USAGE
-    if args.watch:
+    if args.watch or args.hold:
         return follow(client, job, args.json)
     if args.json:
         print_json(job.info)

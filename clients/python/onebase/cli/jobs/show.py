@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..._core.jobs import in_words
 from ..._sync.client import Client
@@ -22,6 +22,7 @@ from ...training_types import (
     TrainingEvent,
     TrainingJobInfo,
     TrainingReport,
+    TrainingStop,
 )
 from ..command import OK, action_parser, count, perform, print_json
 from ..ui import (
@@ -51,6 +52,14 @@ _CHART: Final = 48
 """Characters of a chart."""
 _MOST_TARGETS: Final = 8
 _MOST_CHANGED: Final = 5
+_MOST_PLACES: Final = 10
+_ODD: Final = {
+    "truncated": "rows that are cut, since they are too long",
+    "dropped": "rows that are left out, since they are too long",
+    "duplicates": "rows that say the same as one before",
+    "leakage": "rows that are held out as well, so that what is measured on them proves nothing",
+    "same_prompt": "rows that ask the same as one held out",
+}
 _WIDEST_MATRIX: Final = 10
 _MOST_CONFUSED: Final = 10
 _BASE_BY: Final = {
@@ -247,10 +256,82 @@ def _show(client: Client, args: argparse.Namespace) -> int:
     job = find(client, args.job)
     curve = job.curve()
     if args.json:
-        print_json(asdict(job.info) | {"curve": [asdict(point) for point in curve]})
+        data = {"data": job.data_report()} if job.info.held else {}
+        print_json(asdict(job.info) | {"curve": [asdict(point) for point in curve]} | data)
+    elif job.info.held:
+        print_held(console(), job.info, job.data_report())
     else:
         print_job(console(), job.info, curve)
     return OK
+
+
+def print_held(out: Console, job: TrainingJobInfo, data: Mapping[str, Any] | None) -> None:
+    """A job that waits for a word: what is in its files, rows as the model reads them, what it will take."""
+    print_job(out, job, ())
+    if data is not None:
+        _print_data(out, data)
+    found = job.estimate or {}
+    takes = []
+    if found.get("seconds"):
+        takes.append(f"about {duration(found['seconds'])} of training")
+    if "total" in found:
+        limit = found.get("memory_limit")
+        takes.append(
+            f"{size(found['total'])} of memory" + (f" of {size(limit)} that it may take" if limit else "")
+        )
+    if "parameters" in found:
+        takes.append(
+            f"{size(found['adapter_bytes'])} for the adapter with {found['parameters']:,} parameters"
+        )
+    out.print()
+    out.print(line("It will take ", "bold") + line(", ".join(takes)), soft_wrap=True)
+
+
+def _print_data(out: Console, data: Mapping[str, Any]) -> None:
+    held_out = (data.get("evaluation") or {}).get("rows", 0)
+    tokens, learned = data.get("tokens", 0), data.get("supervised_tokens", 0)
+    share = _share(learned / tokens if tokens else 0.0)
+    lengths = f"{data.get('shortest', 0):,} to {data.get('longest', 0):,}"
+    facts = (
+        f"{data.get('rows', 0):,} rows to train on, {held_out:,} held out",
+        f"{tokens:,} tokens, of which {learned:,} are learned ({share})",
+        f"{lengths} tokens a row, half of them up to {data.get('median', 0):,}",
+    )
+    for fact in facts:
+        out.print(line(f"  {fact}"), soft_wrap=True)
+    word = data.get("named_by", "line")
+    for name, found in (data.get("counts") or {}).items():
+        if found:
+            places = ", ".join(map(str, _places(data, name)))
+            more = ", ..." if found > _MOST_PLACES else ""
+            by = f" ({word} {places}{more})"
+            out.print(line(f"! {_ODD.get(name, name)}: {found:,}{by}", "yellow"), soft_wrap=True)
+    _print_examples(out, data.get("examples") or (), word)
+
+
+def _print_examples(out: Console, examples: Sequence[Mapping[str, Any]], word: str) -> None:
+    """Rows as the model reads them. word: what they are named by, "line" or "row"."""
+    left, right = (">>", "<<") if out.options.ascii_only else ("«", "»")
+    if examples:
+        out.print()
+        learned = line(f"{left}learned{right}", "bold green")
+        out.print(line("As the model reads it: ") + learned + line(", only read", "dim"))
+    for example in examples:
+        side = "".join(f", {example[key]}" for key in ("side", "label") if example.get(key))
+        out.print(line(f"{word} {example['line' if word == 'line' else 'row']}{side}", "bold"))
+        text = line("")
+        for part in example["segments"]:
+            if part["supervised"]:
+                text += line(f"{left}{part['text']}{right}", "bold green")
+            else:
+                text += line(part["text"], "dim")
+        text.rstrip()
+        out.print(text, soft_wrap=True)
+
+
+def _places(data: Mapping[str, Any], name: str) -> list[Any]:
+    """Of the first rows in a list of the report; of two that say the same, the later one."""
+    return [one[0] if isinstance(one, list) else one for one in (data.get(name) or [])[:_MOST_PLACES]]
 
 
 def print_job(out: Console, job: TrainingJobInfo, curve: Sequence[CurvePoint]) -> None:
@@ -266,6 +347,8 @@ def print_job(out: Console, job: TrainingJobInfo, curve: Sequence[CurvePoint]) -
     out.print(line(f"  {settings_line(job)}", "dim"), soft_wrap=True)
     if job.status == "running":
         out.print(line(f"  {doing(job)}  {figures(job)}".rstrip()), soft_wrap=True)
+    if job.stopped is not None:
+        out.print(line(f"  {_stopped(job.stopped)}"), soft_wrap=True)
     if job.error is not None:
         out.print(
             line(f"  {job.error.code}: {job.error.message}".replace("\n", "\n  "), "red"), soft_wrap=True
@@ -276,6 +359,16 @@ def print_job(out: Console, job: TrainingJobInfo, curve: Sequence[CurvePoint]) -
     if job.fine_tuned_model is not None:
         state = f"active: requests for {job.name} get it" if job.activated else "not active"
         out.print(line(f"{job.fine_tuned_model}  ") + line(state, "green" if job.activated else ""))
+
+
+def _stopped(stop: TrainingStop) -> str:
+    by = f" by key {stop.by}" if stop.by else ""
+    where = (
+        "to be stopped at its next step"
+        if stop.step is None
+        else f"stopped at step {stop.step} of {stop.steps}"
+    )
+    return f"{where}{by}, asked {when(stop.at)}"
 
 
 def settings_line(job: TrainingJobInfo) -> str:

@@ -1,30 +1,39 @@
-"""`onebase jobs watch | pause | resume | cancel`: follow a job, stop it, continue it."""
+"""`onebase jobs watch | pause | resume | stop | cancel`: follow a job, end it, continue it."""
 
 from __future__ import annotations
 
 import sys
-from typing import Final
+from dataclasses import asdict
+from typing import Any, Final
 
 from ..._sync.client import Client
 from ..._sync.jobs import TrainingJob
 from ...errors import TrainingFailedError, TrainingStoppedError
 from ..command import FAILED, INTERRUPTED, OK, perform, print_json
 from ..ui import console, note, printable
-from .show import find, job_parser, print_job, short
+from .show import find, job_parser, print_held, print_job, short
 
 _DESCRIPTIONS: Final = {
     "watch": """\
 Show a job while it runs: a bar with loss, tokens per second and time left, and above it what is
-measured. Ctrl-C stops watching, not the job. The exit status is 0 if the job has succeeded, 1 if it
-failed, was cancelled or is paused.
+measured. Ctrl-C stops watching, not the job. The exit status is 0 if the job has succeeded, or is
+checked and on hold as it was made to be; 1 if it failed, was cancelled or is paused.
 """,
     "pause": "Stop a job within a step and free the machine. `resume` continues it from there.",
-    "resume": "Continue a job from its last checkpoint: a paused one, or a failed one that is resumable.",
+    "resume": """\
+Continue a job from its last checkpoint: a paused one, or a failed one that is resumable. One that
+was made with --hold begins to train.
+""",
+    "stop": """\
+End a job's training at its next step and keep the best by held-out loss. It is proved and activated
+as at the job's own end. A job that is paused, or failed and is resumable, goes on for that alone.
+""",
     "cancel": "End a job for good. Its checkpoints are deleted. Versions of its adapter stay as they are.",
 }
 _DONE: Final = {
     "pause": "pauses.",
     "resume": "continues.",
+    "stop": "stops at its next step, and keeps the best.",
     "cancel": "is cancelled.",
 }
 
@@ -53,11 +62,21 @@ def follow(client: Client, job: TrainingJob, as_json: bool) -> int:
         _next_step(job, error)
         return FAILED
     if as_json:
-        print_json(job.info)
+        print_json(_whole(job))
+        return OK
+    if job.info.held:
+        print_held(console(), job.info, job.data_report())
+        note(f"Train it: onebase jobs resume {short(job.id)}")
+        note(f"Or not: onebase jobs cancel {short(job.id)}")
         return OK
     print_job(console(), job.info, job.curve())
     _use(job)
     return OK
+
+
+def _whole(job: TrainingJob) -> Any:
+    """The job as JSON; of one on hold with what is in its files."""
+    return asdict(job.info) | {"data": job.data_report()} if job.info.held else job.info
 
 
 def _stopped(job: TrainingJob, error: TrainingStoppedError) -> str:
@@ -84,13 +103,13 @@ def _use(job: TrainingJob) -> None:
 
 def _change(action: str, client: Client, wanted: str, as_json: bool) -> int:
     job = find(client, wanted)
-    {"pause": job.pause, "resume": job.resume, "cancel": job.cancel}[action]()
+    {"pause": job.pause, "resume": job.resume, "stop": job.stop, "cancel": job.cancel}[action]()
     if as_json:
         print_json(job.info)
         return OK
     print(f"{short(job.id)}  {job.name} {_DONE[action]}")
     if action == "pause":
         note(f"To continue it: onebase jobs resume {short(job.id)}")
-    elif action == "resume":
+    elif action in ("resume", "stop"):
         note(f"Watch it: onebase jobs watch {short(job.id)}")
     return OK
