@@ -9,7 +9,14 @@ import pytest
 from playwright.sync_api import expect
 from tests.server.support import Server, Starter
 from tests.server.test_training_real import rows
-from tests.server.training_support import add_file, make_job, openai_client, run_job
+from tests.server.training_support import (
+    add_file,
+    make_job,
+    openai_client,
+    run_job,
+    step_of,
+    wait_job,
+)
 
 from .conftest import Look, Visit
 
@@ -21,13 +28,18 @@ def tiny(serve_real: Starter, small_base: Path) -> Iterator[Server]:
         yield server
 
 
-def train(visit: Visit, content: str, name: str, *, file: str = "rows.jsonl") -> None:
+FIRST = "Look at the rows and the estimate first"
+
+
+def train(visit: Visit, content: str, name: str, *, file: str = "rows.jsonl", hold: bool = False) -> None:
     """Choose a file, and begin; other settings are as they stand."""
     page = visit.page
+    page.get_by_label(FIRST).set_checked(hold)
     payload = {"name": file, "mimeType": "application/jsonl", "buffer": content.encode()}
     page.locator("dialog .drop input[type=file]").set_input_files([payload])  # type: ignore[list-item]
     page.get_by_label("Name of the adapter").fill(name)
-    page.get_by_role("dialog").get_by_role("button", name="Train").click()
+    button = "Check the rows" if hold else "Train"
+    page.get_by_role("dialog").get_by_role("button", name=button).click()
 
 
 @pytest.mark.parametrize("size", ["desktop", "phone"])
@@ -80,6 +92,92 @@ def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: L
     method = job["method"]["supervised"]["hyperparameters"]
     assert (method["r"], method["n_epochs"], method["batch_size"], method["eval_every"]) == (4, 2, 4, 2)
     assert method["sample_prompts"] == ["I want 3 blue hats please", evil]
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_rows_and_estimate_are_looked_at_before_anything_is_trained(
+    tiny: Server, look: Look, size: str
+) -> None:
+    name = f"looked-at-{size}"
+    with look(tiny, size, color_scheme="dark" if size == "phone" else "light") as visit:
+        page = visit.page
+        visit.open("#/training")
+        page.get_by_role("button", name="Train").click()
+        assert page.get_by_label(FIRST).is_checked()
+        assert visit.violations() == []
+        page.get_by_label("Passes over the rows").fill("2")
+        page.get_by_label("Rows in a step").fill("4")
+        train(visit, rows(20), name, hold=True)
+        state = page.locator("article .state")
+        expect(state).to_have_text("Checked; it waits for you to start it")
+        takes = page.get_by_role("region", name="What training will take")
+        expect(takes.locator("dd")).to_contain_text([" s", "10", "B", "B"])
+        assert '"color"' in page.locator(".example mark").first.inner_text()
+        expect(page.get_by_role("button", name="Resume")).to_have_count(0)
+        expect(page.get_by_role("button", name="Stop and keep the best")).to_have_count(0)
+        assert visit.violations() == []
+        assert visit.too_wide() == []
+        with tiny.client() as http:
+            (job, *_) = http.get("/v1/fine_tuning/jobs").json()["data"]
+        assert (job["name"], job["status"], job["hold"], job["progress"]["phase"]) == (
+            name, "paused", True, "validating_files",
+        )  # fmt: skip
+        assert not tiny.trainer_pids()
+        page.get_by_role("button", name="Start training").click()
+        expect(state).to_have_text("Done")
+        expect(takes).to_have_count(0)
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_a_job_is_stopped_and_the_best_of_it_kept(words: Server, look: Look, size: str) -> None:
+    with look(words, size) as visit:
+        page = visit.page
+        visit.open("#/training")
+        page.get_by_role("button", name="Train").click()
+        train(visit, "slow", f"enough-{size}")
+        button = page.get_by_role("button", name="Stop and keep the best")
+        button.click()
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_contain_text("Training ends at its next step")
+        expect(dialog).to_contain_text("activated if it is better on held-out rows")
+        expect(dialog).to_contain_text("cannot be resumed after that")
+        assert visit.violations() == []
+        assert visit.too_wide() == []
+        dialog.get_by_role("button", name="Stop and keep the best").click()
+        expect(page.locator("article .state")).to_have_text("Done")
+        expect(page.locator("article > p", has_text="Stopped at step")).to_contain_text("of 3,000")
+        expect(button).to_have_count(0)
+        expect(page.get_by_role("heading", name="Before and after")).to_be_visible()
+        assert visit.violations() == []
+    with words.client() as http:
+        job = http.get("/v1/fine_tuning/jobs").json()["data"][0]
+    assert (job["status"], job["activated"]) == ("succeeded", True)
+    assert job["stopped"]["step"] == job["report"]["steps"] < 3000
+
+
+def test_a_job_that_is_looked_at_may_be_cancelled_and_one_that_is_paused_stopped(
+    words: Server, look: Look
+) -> None:
+    client = openai_client(words)
+    with look(words) as visit:
+        page = visit.page
+        state = page.locator("article .state")
+        visit.open("#/training")
+        page.get_by_role("button", name="Train").click()
+        train(visit, "rows", "no", hold=True)
+        expect(state).to_contain_text("it waits for you")
+        page.get_by_role("button", name="Cancel").click()
+        page.get_by_role("dialog").get_by_role("button", name="Cancel the job").click()
+        expect(state).to_have_text("Cancelled")
+        job = make_job(client, "until-paused", extra={"name": "halfway"})
+        wait_job(words, client, job.id, lambda one: step_of(one) == 5)
+        client.fine_tuning.jobs.pause(job.id)
+        visit.open(f"#/training?job={job.id}")
+        page.get_by_role("button", name="Stop and keep the best").click()
+        expect(page.get_by_role("dialog")).to_contain_text("Training ends where it is, at step 5 of 10.")
+        page.get_by_role("dialog").get_by_role("button", name="Stop and keep the best").click()
+        expect(state).to_have_text("Done")
+        expect(page.get_by_text("Stopped at step 5 of 10, asked")).to_be_visible()
 
 
 @pytest.mark.parametrize("size", ["desktop", "phone"])
@@ -207,6 +305,7 @@ def test_a_file_that_is_there_may_be_chosen_again(words: Server, look: Look) -> 
         visit.open("#/training")
         page.get_by_role("button", name="Train").click()
         page.get_by_label("Or a file that is there").select_option(file)
+        page.get_by_label(FIRST).uncheck()
         page.get_by_role("dialog").get_by_role("button", name="Train").click()
         expect(page.locator("article .state")).to_have_text("Done")
         assert client.fine_tuning.jobs.list(limit=1).data[0].training_file == file

@@ -16,6 +16,9 @@ const DRAW_MS = 250
 const DRAW_MS_A_POINT = 0.02
 const AGAIN_MS = 1500
 
+/** Whether it is checked and waits for a word to train. */
+export const held = (job: Pick<Job, 'status' | 'hold'>): boolean => job.hold && job.status === 'paused'
+
 export const ended = (job: Pick<Job, 'status'>): boolean => ['succeeded', 'failed', 'cancelled'].includes(job.status)
 
 export interface DataReport {
@@ -82,6 +85,8 @@ export class Run {
   samples = $state.raw<Sample[]>([])
   data = $state.raw<DataReport | null>(null)
   problems = $state.raw<BadLine[]>([])
+  /** Steps that it will take, as it says when it is on hold. */
+  planned = $state<number | null>(null)
   #stop = new AbortController()
   #after = ''
   #timer: ReturnType<typeof setTimeout> | undefined
@@ -102,24 +107,27 @@ export class Run {
   async load(): Promise<number> {
     try {
       const path = { job_id: this.id }
+      const before = this.job?.status
       this.job = await data(api.GET('/v1/fine_tuning/jobs/{job_id}', { params: { path } }))
       this.problem = null
+      if (before && before !== this.job.status) void training.load()
     } catch (error) {
       this.problem = noted(error)
     }
     return this.job && ended(this.job) ? 15_000 : 1500
   }
 
-  async act(what: 'pause' | 'resume' | 'cancel'): Promise<void> {
+  async act(what: 'pause' | 'resume' | 'stop' | 'cancel'): Promise<void> {
     const params = { path: { job_id: this.id } }
     const calls = {
       pause: () => api.POST('/v1/fine_tuning/jobs/{job_id}/pause', { params }),
       resume: () => api.POST('/v1/fine_tuning/jobs/{job_id}/resume', { params }),
+      stop: () => api.POST('/v1/fine_tuning/jobs/{job_id}/stop', { params }),
       cancel: () => api.POST('/v1/fine_tuning/jobs/{job_id}/cancel', { params }),
     }
     this.job = await data(calls[what]())
     // A job that goes on after its end tells more.
-    if (what === 'resume' && !this.#listened) void this.#follow()
+    if (!ended(this.job) && !this.#listened) void this.#follow()
     void training.load()
   }
 
@@ -178,6 +186,7 @@ export class Run {
       const checked = came.findLast((event) => kind(event) === 'data_checked')
       const report = (checked?.data as { report: DataReport } | undefined)?.report
       if (Array.isArray(report?.examples)) this.data = report
+      this.planned = Number(came.findLast((event) => kind(event) === 'held')?.data?.steps ?? 0) || this.planned
       const bad = came.flatMap((event) => (event.data?.problems as BadLine[] | undefined) ?? [])
       if (bad.length) this.problems = [...this.problems, ...bad]
     }, DRAW_MS + DRAW_MS_A_POINT * this.train.steps.length)
