@@ -248,7 +248,7 @@ class Run:
     def end_after(self, step: int) -> None:
         """End training after this step, or the one that is computed, and deliver the best. May be repeated.
 
-        A trainer that is yet to start learns it from its job.
+        A trainer that is yet to start knows it from its job, or is told at the scheduler's next look.
         """
         if self._trainer is not None and not self._ends_early:
             self._ends_early = True
