@@ -111,8 +111,9 @@ def corpus(folder: Path) -> list[Case]:
 
 
 def speed(engine: Engine, prompt: list[int], grammar: Grammar | None, guided: int, least: int = 0) -> float:
-    """Tokens a second, while all run, of ROWS rows over ADAPTERS adapters, the first `guided` of which follow the
-    grammar: what it forces comes several tokens a step, and fewer rows are slower a token.
+    """Tokens a second of ROWS rows over ADAPTERS adapters, the first `guided` of which follow the grammar.
+
+    While all run: what a grammar forces comes several tokens a step, and fewer rows are slower a token.
 
     least: tokens before which no row ends, by min_tokens, which takes time too; 0: the grammar has no end,
     and other rows pass over theirs.

@@ -51,7 +51,9 @@ def server(serve_scripted: Starter, keys: Keys, callers: dict[str, str]) -> Iter
         yield server
 
 
-@pytest.mark.parametrize("who", CALLERS)
+@pytest.mark.parametrize(
+    "who", ["a tenant", *(pytest.param(who, marks=pytest.mark.full) for who in CALLERS if who != "a tenant")]
+)
 def test_what_the_reference_allows_and_forbids_gets_an_answer_that_it_names(
     server: Server, callers: dict[str, str], keys: Keys, who: str
 ) -> None:
