@@ -108,6 +108,26 @@ def choose(page: Page, size: str) -> None:
     page.keyboard.press("Enter")
 
 
+def test_of_a_long_answer_the_tokens_that_are_seen_are_made_and_the_keys_reach_each(
+    words: Server, look: Look
+) -> None:
+    with look(words, "narrow") as visit:
+        visit.open("#/compare?c=b&n=400&p=1")
+        visit.ask("Tell me of the sea.")
+        group = visit.page.get_by_role("group", name=re.compile("^Tokens"))
+        whole, tokens = group.inner_text().replace("↵", ""), group.locator(".token")
+        tokens.nth(59).wait_for()
+        assert tokens.count() < 300
+        tokens.first.focus()
+        for _ in range(61):
+            visit.page.keyboard.press("ArrowRight")
+        expect(group.locator("[data-at='61']")).to_be_focused()
+        visit.page.keyboard.press("End")
+        expect(tokens.last).to_be_focused()
+        assert int(tokens.last.get_attribute("data-at") or 0) > 200
+        assert group.inner_text().replace("↵", "") == whole
+
+
 @pytest.mark.parametrize("size", ["desktop", "phone"])
 def test_another_token_is_chosen_and_the_answer_goes_on_from_it(real: Server, look: Look, size: str) -> None:
     with look(real, size, has_touch=size == "phone") as visit:

@@ -176,7 +176,8 @@ class ScriptedEngine:
                 continue
             finish = "length" if count + 1 >= submit.sampling.max_tokens else None
             token = submit.prompt[count % len(submit.prompt)]
-            row = RowOutput(id=name, choice=choice, tokens=[token], finish=finish)
+            told = [] if submit.sampling.logprobs is None else [TokenLogprob(token, -0.5, [(token, -0.5)])]
+            row = RowOutput(id=name, choice=choice, tokens=[token], logprobs=told or None, finish=finish)
             if count == 0:
                 row = msgspec.structs.replace(row, cached_tokens=self.cached(submit), queue_seconds=0.0)
             outputs.append(row)

@@ -2,7 +2,7 @@
 
 const HIDDEN_MS = 500
 /** Characters that one frame lays out anew: so many that it stays a frame. Streams beyond it have their turn in the next one. */
-const A_FRAME = 6000
+export const A_FRAME = 6000
 type Watcher = () => number
 let watchers: Watcher[] = []
 let waiting = false
