@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from tests.hub_standin import HubStandIn
 from tests.server.access import Keys, client_with
 from tests.server.support import CONFIG, Server, Starter, make_folder, pace, upload, upload_folder
@@ -260,6 +260,50 @@ def test_versions_are_activated_rolled_back_and_deleted_and_the_time_line_says_b
             confirm(page, "Delete", "cannot be undone")
             expect(page.get_by_role("heading", name=name)).to_have_count(0)
             assert http.get(f"/v1/adapters/{name}").status_code == 404
+
+
+def test_an_adapter_that_is_deleted_elsewhere_is_said_to_be_gone_and_one_that_cannot_be_asked_for_stays(
+    words: Server, look: Look
+) -> None:
+    with words.client() as http:
+        upload(http, "passing", b"passing")
+        with look(words, errors=("404", "ERR_")) as visit:
+            page = visit.page
+            page.clock.install()
+            visit.open("#/adapters?name=passing")
+            deletes = page.get_by_role("button", name="Delete", exact=True)
+            expect(deletes).to_be_visible()
+            page.route("**/v1/adapters/passing", lambda route: route.abort())
+            for _ in range(2):
+                with page.expect_event("requestfailed"):
+                    page.clock.fast_forward(6000)  # it looks again every 5 s
+            assert deletes.is_visible()
+            page.unroute("**/v1/adapters/passing")
+            http.delete("/v1/adapters/passing").raise_for_status()
+            page.clock.fast_forward(6000)
+            expect(page.get_by_role("alert")).to_contain_text("There is no adapter 'passing'.")
+            expect(deletes).to_have_count(0)
+
+
+def test_a_pull_that_is_left_does_not_take_the_reader_elsewhere(words: Server, look: Look) -> None:
+    with look(words) as visit:
+        page, held = visit.page, list[Route]()
+        visit.open("#/adapters?q=pirate")
+        page.get_by_role("button", name="Add", exact=True).click()
+        page.get_by_role("radio", name="Hugging Face Hub").check()
+        page.get_by_label("Repository").fill("acme/left")
+        page.route(
+            "**/v1/adapters",
+            lambda route: held.append(route) if route.request.method == "POST" else route.continue_(),
+        )
+        with page.expect_request(lambda request: request.method == "POST"):
+            page.get_by_role("button", name="Pull").click()
+        page.get_by_role("button", name="Cancel").click()
+        with page.expect_response(lambda response: response.request.method == "POST"):
+            held[0].continue_()
+        expect(page.get_by_label("Search adapters")).to_have_value("pirate")
+        page.wait_for_url("**q=pirate")
+        expect(page.get_by_role("heading", name="hub:acme/left")).to_have_count(0)
 
 
 def test_an_adapter_that_requests_use_is_deleted_by_force_alone(

@@ -144,6 +144,22 @@ def test_a_column_is_added_changed_and_removed(words: Server, look: Look) -> Non
         expect(page.get_by_text("No column is left.")).to_be_visible()
 
 
+def test_what_may_answer_in_a_column_is_offered_once_the_server_has_said_it(
+    words: Server, look: Look
+) -> None:
+    with look(words) as visit:
+        page, held = visit.page, list[Route]()
+        page.route("**/v1/models", lambda route: held.append(route))
+        visit.open("#/compare?c=b")
+        with page.expect_request("**/v1/models"):
+            pass
+        page.get_by_role("button", name="Column", exact=True).click()
+        expect(page.get_by_role("option")).to_have_count(1)
+        for route in held:
+            route.continue_()
+        expect(page.get_by_role("option", name="pirate")).to_be_visible()
+
+
 def test_a_given_version_answers_and_the_link_and_the_copies_name_it(words: Server, look: Look) -> None:
     with words.client() as http:
         digest = http.get("/v1/adapters/orders").json()["version"]

@@ -52,6 +52,8 @@ def test_rows_memory_and_speed_are_those_of_the_server(
 def test_tenants_keys_and_the_audit_log_are_an_admins(
     keyed: Server, keys: Keys, look: Look, size: str
 ) -> None:
+    for _ in range(201):
+        keys.make("adapters", tenant="crowd")
     admin, tenant = keys.make("admin"), f"acme-{size}"
     other = keys.make("adapters", tenant=tenant, name="<i>web</i>")
     with client_with(keyed, admin) as http, client_with(keyed, other) as theirs:
@@ -67,6 +69,8 @@ def test_tenants_keys_and_the_audit_log_are_an_admins(
         expect(row).to_contain_text("requests 60, bytes 5.0 MB")
         key = page.get_by_role("table", name="Keys").get_by_role("row").filter(has_text=keys.record(other).id)
         expect(key).to_contain_text("<i>web</i>")
+        expect(page.get_by_text("The newest 200 of")).to_be_visible()
+        expect(page.get_by_role("table", name="Keys").get_by_role("row")).to_have_count(201)
         log = page.get_by_role("table", name="Audit log")
         page.get_by_label("Tenant", exact=True).fill(tenant)
         page.get_by_label("What was changed").select_option("adapter")

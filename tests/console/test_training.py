@@ -297,6 +297,39 @@ def test_a_job_goes_on_being_watched_when_the_server_is_back(serve_scripted: Sta
                 expect(visit.page.get_by_text("Training loss 0.01 at step 100.")).to_be_visible()
 
 
+def test_a_page_that_is_hidden_follows_no_job_and_goes_on_once_it_is_seen(words: Server, look: Look) -> None:
+    hide = """hidden => {
+        Object.defineProperty(document, 'hidden', { value: hidden, configurable: true })
+        document.dispatchEvent(new Event('visibilitychange'))
+    }"""
+    client = openai_client(words)
+    job = make_job(client, "slow", extra={"name": "watched"})
+    with look(words, errors=("ERR_ABORTED",)) as visit:
+        page = visit.page
+        with page.expect_request("**/events"):
+            visit.open(f"#/training?job={job.id}")
+        loss = page.locator("section p", has_text="Training loss")
+        expect(loss).to_be_visible()
+        with page.expect_event("requestfailed", lambda request: request.url.endswith("/events")):
+            page.evaluate(hide, True)
+        before = loss.inner_text()
+        with page.expect_request("**/events") as again:
+            page.evaluate(hide, False)
+        assert again.value.headers["last-event-id"].startswith("ftevent-")
+        expect(loss).not_to_have_text(before)
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_of_runs_that_do_not_exist_it_is_said(words: Server, look: Look) -> None:
+    with look(words, errors=("404",)) as visit:
+        visit.open("#/training?run=ftjob-one&run=ftjob-two")
+        alerts = visit.page.get_by_role("region", name="Runs compared").get_by_role("alert")
+        expect(alerts).to_have_count(2)
+        expect(alerts.first).to_contain_text("ftjob-one")
+        visit.page.get_by_role("button", name="Compare no more").click()
+        expect(alerts).to_have_count(0)
+
+
 def test_a_file_that_is_there_may_be_chosen_again(words: Server, look: Look) -> None:
     client = openai_client(words)
     file = add_file(client, "rows again", "again.jsonl")

@@ -76,7 +76,9 @@ class Adapters {
       this.problem = null
       if (!this.usage) void this.#loadUsage(name)
     } catch (error) {
-      if (name === this.name) this.problem = this.#noted(error)
+      if (name !== this.name) return LATER
+      this.problem = this.#noted(error)
+      if (this.problem.status === 404) this.adapter = null // deleted meanwhile
     }
     return this.versions.some(underWay) ? SOON : LATER
   }

@@ -29,7 +29,7 @@ class Machine {
   tenants = $state.raw<Tenant[]>([])
   keys = $state.raw<Key[]>([])
   problem = $state.raw<ApiError | null>(null)
-  /** Of the last minutes: Unix seconds, tokens a second, rows. */
+  /** Of the last minutes: seconds by a clock that is never set, tokens a second, rows. */
   times = $state.raw<number[]>([])
   generated = $state.raw<(number | null)[]>([])
   prompts = $state.raw<(number | null)[]>([])
@@ -44,7 +44,7 @@ class Machine {
   async load(): Promise<number> {
     try {
       const status = await data(api.GET('/status'))
-      const at = Date.now() / 1000
+      const at = performance.now() / 1000
       const stats = status.stats
       if (stats) {
         const now = { at, generated: stats.generated_tokens, prompts: stats.prompt_tokens }

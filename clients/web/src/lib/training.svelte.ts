@@ -114,7 +114,7 @@ export class Run {
     } catch (error) {
       this.problem = noted(error)
     }
-    return this.job && ended(this.job) ? 15_000 : 1500
+    return this.problem?.status === 404 || (this.job && ended(this.job)) ? 15_000 : 1500
   }
 
   async act(what: 'pause' | 'resume' | 'stop' | 'cancel'): Promise<void> {
@@ -135,8 +135,16 @@ export class Run {
     const { signal } = this.#stop
     this.#listened += 1
     while (!signal.aborted) {
+      // A page that is hidden follows nothing: a browser has 6 connections to one server, for all of its tabs.
+      if (document.hidden) {
+        await turned(signal)
+        continue
+      }
+      const seen = new AbortController()
+      const open = AbortSignal.any([signal, seen.signal])
+      void turned(open).then(() => seen.abort())
       try {
-        for await (const news of follow(this.id, this.#after, signal)) {
+        for await (const news of follow(this.id, this.#after, open)) {
           for (const { event, job } of news) {
             if (event) this.#take(event)
             else this.job = job
@@ -155,8 +163,10 @@ export class Run {
           return
         }
         server.noteError(error)
+      } finally {
+        seen.abort()
       }
-      await new Promise((resolve) => setTimeout(resolve, AGAIN_MS))
+      if (!document.hidden) await new Promise((resolve) => setTimeout(resolve, AGAIN_MS))
     }
   }
 
@@ -248,6 +258,14 @@ class Training {
 }
 
 export const training = new Training()
+
+/** Until the page is seen or hidden, or `signal` aborts. */
+function turned(signal: AbortSignal): Promise<void> {
+  return new Promise((resolve) => {
+    document.addEventListener('visibilitychange', () => resolve(), { once: true, signal })
+    signal.addEventListener('abort', () => resolve(), { once: true })
+  })
+}
 
 function noted(error: unknown): ApiError {
   server.noteError(error)
