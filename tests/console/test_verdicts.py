@@ -26,7 +26,7 @@ def test_what_a_column_usually_says_is_counted(real: Server, look: Look, size: s
         page.get_by_role("button", name="Ask 9 times").click()
         page.locator("[aria-live=polite]", has_text="samples complete").wait_for(state="attached")
         counts = [int(text) for text in page.locator(".times b").all_inner_texts()]
-        texts = page.locator(".samples li p").all_inner_texts()
+        texts = page.get_by_role("dialog").locator("li p").all_inner_texts()
         sent = next(one.post_data_json for one in visit.requests if one.url.endswith("/generate"))
         assert visit.violations() == []
         page.keyboard.press("Escape")
