@@ -19,7 +19,7 @@ from onebase_adapters.registry import VersionFiles
 from onebase_server.settings import Settings
 from onebase_server.storage import open_storage
 
-from .conftest import ROOT, SIZES, Look, Visit
+from .conftest import EACH_SIZE, ROOT, SIZES, Look, Visit
 
 MANY = 10_000
 EVIL = "<b>\u202egnp.exe</b>"
@@ -94,7 +94,7 @@ def confirm(page: Page, verb: str, *means: str) -> None:
     dialog.get_by_role("button", name=verb).click()
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_ten_thousand_are_listed_of_which_only_those_seen_are_in_the_page(
     many: Server, look: Look, size: str
 ) -> None:
@@ -127,7 +127,7 @@ def test_ten_thousand_are_listed_of_which_only_those_seen_are_in_the_page(
         expect(page.get_by_label("Tier")).to_have_value("none")
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_texts_of_an_adapter_are_never_html_and_show_what_is_hidden(
     many: Server, look: Look, size: str
 ) -> None:
@@ -142,7 +142,7 @@ def test_texts_of_an_adapter_are_never_html_and_show_what_is_hidden(
         assert visit.violations() == []
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_an_adapter_is_dropped_proved_and_active_and_its_page_says_so(
     words: Server, look: Look, size: str
 ) -> None:
@@ -212,7 +212,7 @@ def test_one_is_pulled_from_the_hub_or_why_not_is_told(
             expect(page.get_by_text("Active, in host memory")).to_be_visible()
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_versions_are_activated_rolled_back_and_deleted_and_the_time_line_says_by_whom(
     keyed: Server, keys: Keys, look: Look, size: str
 ) -> None:

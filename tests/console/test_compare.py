@@ -13,14 +13,14 @@ import pytest
 from playwright.sync_api import Route, expect
 from tests.server.support import SOURCES, Server, Starter, make_folder, pace
 
-from .conftest import SIZES, Look
+from .conftest import EACH_SIZE, SIZES, Look
 
 ORDER = "Hi, I'm Anna Keller. I need three blue mugs in Lisbon."
 EVIL = '<img src=x onerror="document.title=\'owned\'"><script>document.title="owned"</script>'
 UNSEEN = "\u202egnp.exe\u0007"
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_the_base_two_adapters_and_a_mix_answer_one_message_as_the_api_does(
     real: Server, look: Look, size: str
 ) -> None:
@@ -150,9 +150,8 @@ def test_what_may_answer_in_a_column_is_offered_once_the_server_has_said_it(
     with look(words) as visit:
         page, held = visit.page, list[Route]()
         page.route("**/v1/models", lambda route: held.append(route))
-        visit.open("#/compare?c=b")
         with page.expect_request("**/v1/models"):
-            pass
+            visit.open("#/compare?c=b")
         page.get_by_role("button", name="Column", exact=True).click()
         expect(page.get_by_role("option")).to_have_count(1)
         for route in held:

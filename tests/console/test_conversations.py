@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Page, expect
 from tests.server.support import Server
 
-from .conftest import Look, Visit
+from .conftest import EACH_SIZE, Look, Visit
 
 ORDER = "Hi, I'm Anna Keller. I need three blue mugs in Lisbon."
 
@@ -31,7 +31,7 @@ def conversation(page: Page, column: int) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_each_column_goes_on_with_its_own_conversation(real: Server, look: Look, size: str) -> None:
     with look(real, size) as visit:
         visit.open("#/compare?c=b&c=a:orders&n=12&s=Be%20brief.")
@@ -53,7 +53,7 @@ def test_each_column_goes_on_with_its_own_conversation(real: Server, look: Look,
             assert alone["choices"][0]["text"].strip() == said[column][3]
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_a_message_is_edited_and_what_came_after_it_is_asked_again(
     words: Server, look: Look, size: str
 ) -> None:
@@ -128,7 +128,7 @@ def test_of_a_long_answer_the_tokens_that_are_seen_are_made_and_the_keys_reach_e
         assert group.inner_text().replace("↵", "") == whole
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_another_token_is_chosen_and_the_answer_goes_on_from_it(real: Server, look: Look, size: str) -> None:
     with look(real, size, has_touch=size == "phone") as visit:
         page = visit.page
@@ -164,7 +164,7 @@ def test_another_token_is_chosen_and_the_answer_goes_on_from_it(real: Server, lo
     assert after == prefix + other + goes_on
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_a_schema_and_tools_go_with_the_message_and_the_servers_errors_are_shown(
     real: Server, look: Look, size: str
 ) -> None:

@@ -10,7 +10,7 @@ from playwright.sync_api import expect
 from tests.server.access import Keys, bearer
 from tests.server.support import Server, Starter
 
-from .conftest import ROOT, Look
+from .conftest import EACH_SIZE, ROOT, Look
 
 BUILT = ROOT / "server/onebase_server/web"
 PALETTE = "Find a view, an adapter or an action"
@@ -37,7 +37,7 @@ def test_the_first_load_is_small_and_comes_from_the_server_alone(words: Server, 
     assert sum(sizes) < FIRST_LOAD
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_as_it_opens_is_accessible(words: Server, look: Look, size: str, scheme: str) -> None:
     with look(words, size, color_scheme=scheme) as visit:

@@ -9,10 +9,10 @@ from playwright.sync_api import expect
 from tests.server.access import Keys, client_with
 from tests.server.support import Server, Starter, make_folder, pace, upload
 
-from .conftest import Look
+from .conftest import EACH_SIZE, Look
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_rows_memory_and_speed_are_those_of_the_server(
     serve_scripted: Starter, tmp_path: Path, look: Look, size: str
 ) -> None:
@@ -48,7 +48,7 @@ def test_rows_memory_and_speed_are_those_of_the_server(
         expect(rows).to_contain_text("0")
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_tenants_keys_and_the_audit_log_are_an_admins(
     keyed: Server, keys: Keys, look: Look, size: str
 ) -> None:

@@ -18,7 +18,7 @@ from tests.server.training_support import (
     wait_job,
 )
 
-from .conftest import Look, Visit
+from .conftest import EACH_SIZE, Look, Visit
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def train(visit: Visit, content: str, name: str, *, file: str = "rows.jsonl", ho
     page.get_by_role("dialog").get_by_role("button", name=button).click()
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: Look, size: str) -> None:
     name, evil = f"real-{size}", "What is <b>this</b>\u202e?"
     with look(tiny, size, color_scheme="dark" if size == "phone" else "light") as visit:
@@ -94,7 +94,7 @@ def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: L
     assert method["sample_prompts"] == ["I want 3 blue hats please", evil]
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_rows_and_estimate_are_looked_at_before_anything_is_trained(
     tiny: Server, look: Look, size: str
 ) -> None:
@@ -128,7 +128,7 @@ def test_rows_and_estimate_are_looked_at_before_anything_is_trained(
         expect(takes).to_have_count(0)
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_a_job_is_stopped_and_the_best_of_it_kept(words: Server, look: Look, size: str) -> None:
     with look(words, size) as visit:
         page = visit.page
@@ -180,7 +180,7 @@ def test_a_job_that_is_looked_at_may_be_cancelled_and_one_that_is_paused_stopped
         expect(page.get_by_text("Stopped at step 5 of 10, asked")).to_be_visible()
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_a_job_is_watched_paused_resumed_and_cancelled(words: Server, look: Look, size: str) -> None:
     name = f"slow-{size}"
     with look(words, size) as visit:
@@ -248,7 +248,7 @@ def test_a_slice_that_got_worse_is_shown_and_why_nothing_was_activated(words: Se
         assert visit.violations() == []
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_runs_are_compared_in_one_chart_with_the_settings_that_differ(
     words: Server, look: Look, size: str
 ) -> None:

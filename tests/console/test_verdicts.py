@@ -12,11 +12,11 @@ from playwright.sync_api import expect
 from tests.server.access import Keys
 from tests.server.support import Server
 
-from .conftest import Look
+from .conftest import EACH_SIZE, Look
 from .test_frame import known
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_what_a_column_usually_says_is_counted(real: Server, look: Look, size: str) -> None:
     with look(real, size) as visit:
         page = visit.page
@@ -41,7 +41,7 @@ def test_what_a_column_usually_says_is_counted(real: Server, look: Look, size: s
     assert {text.strip() for text in texts} == {text or "Nothing." for text in told}
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_two_columns_are_judged_blindly_by_one_key_each(
     words: Server, look: Look, size: str, tmp_path: Path
 ) -> None:
@@ -82,7 +82,7 @@ def test_two_columns_are_judged_blindly_by_one_key_each(
     assert (line["wins"], line["ties"]) == ([wins, losses], ties)
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_a_corrected_answer_becomes_a_row_of_a_training_file(words: Server, look: Look, size: str) -> None:
     evil = "<b>Right</b> \u202eanswer"
     with look(words, size) as visit:
