@@ -1,12 +1,16 @@
-"""`onebase serve`, `route`, `base`, `keys`, `tenants`, `backup`: what needs the server's packages."""
+"""`onebase serve`, `route`, `cluster`, `base`, `keys`, `tenants`, `backup`: what needs the server's code."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
+import secrets
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +33,7 @@ from onebase_adapters.registry import (
 from onebase_adapters.registry.keys import MAX_PRIORITY
 from onebase_adapters.training.cli.options import Parser
 from onebase_engine.logs import LOG_FORMAT, set_up_logs
+from onebase_server.access import is_loopback
 from onebase_server.settings import (
     Settings,
     SettingsError,
@@ -42,6 +47,7 @@ from onebase_server.settings import (
 )
 
 if TYPE_CHECKING:
+    from onebase_server.routing.cluster import Plan
     from onebase_server.wiring import Commands
 
 _SERVE = """\
@@ -65,6 +71,22 @@ _ROUTE_SETTINGS = (
     "max_header_lines", "header_timeout", "body_timeout", "min_body_rate", "keep_alive_timeout",
     "write_timeout", "max_body",
 )  # fmt: skip
+_CLUSTER = """\
+Several servers of one base on Ray Serve, behind one address: started, watched, replaced, scaled.
+
+Without --address, `up` starts Ray on this machine and serves until Ctrl-C; with it, the servers run on
+a cluster that `ray start` has made. Servers on several machines share a registry (PostgreSQL) and a
+store (S3, or a folder that all of them see).
+"""
+_UP = """\
+Start the servers, or change those that run. Options of `onebase serve` go to each of them; --host,
+--port and what is about connections to the address that they have together.
+"""
+_FRONT_SETTINGS = ("host", "port", "access_log", "allowed_host", "allowed_origin", "trusted_proxy")
+"""Of the cluster's address alone. Servers get the other ones of _ROUTE_SETTINGS too."""
+_OF_PLAN = ("data_dir", "drain_timeout", "stop_with_stdin")
+_START_SECONDS = 600.0
+"""That a request waits for a first server to start, where there may be none."""
 _REPLICA_KEY = "ONEBASE_REPLICA_KEY"
 _LOG_WIDTH = 200
 """Characters, so that no line of a log is broken."""
@@ -117,7 +139,10 @@ def route(argv: Sequence[str]) -> int:
     """`onebase route`. Exit status: 0 after a drain, 1 when it cannot serve, 2 for wrong options."""
     parser = route_parser()
     options = vars(parser.parse_args(list(argv)))
-    urls, key_file = options.pop("replica"), options.pop("key_file")
+    urls, listed = options.pop("replica") or [], options.pop("replicas")
+    key_file, wait = options.pop("key_file"), options.pop("wait")
+    if not urls and listed is None:
+        parser.error("which servers? Name each with --replica URL, or list them in a file: --replicas FILE.")
     try:
         settings = load_settings({name: value for name, value in options.items() if value is not None})
         key = os.environ.get(_REPLICA_KEY) if key_file is None else Path(key_file).read_text().strip()
@@ -141,7 +166,14 @@ def route(argv: Sequence[str]) -> int:
         return 1
 
     async def run() -> None:
-        made = Route(urls, key=key or None, max_body=settings.max_body)
+        names = None if listed is None else ReplicaFile(Path(listed), urls)
+        made = Route(
+            urls,
+            key=key or None,
+            max_body=settings.max_body,
+            listed=lambda: None if names is None else names.changed(),
+            wait=wait,
+        )
 
         def show() -> None:
             print_replicas(console, url_of(listener), made.replicas.values())
@@ -158,10 +190,22 @@ def route_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--replica",
         action="append",
-        required=True,
         type=_checked(replica_url),
         metavar="URL",
         help="a server of the base, as in http://10.0.0.7:8000; once for each",
+    )
+    parser.add_argument(
+        "--replicas",
+        metavar="FILE",
+        help="a file with such addresses, one a line, that is read again when it changes: servers come and "
+        "go without a restart",
+    )
+    parser.add_argument(
+        "--wait",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long a request waits for a server where there is none (default: 0)",
     )
     parser.add_argument(
         "--key-file",
@@ -171,6 +215,267 @@ def route_parser() -> argparse.ArgumentParser:
     )
     _add_registry(parser, *_ROUTE_SETTINGS)
     return parser
+
+
+def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -> int:
+    """`onebase cluster up | status | scale | drain | down`. Exit status: 0, or 1 with the reason, 2 for wrong
+    options.
+
+    `server` replaces the command of a server, for tests of its faults.
+    """
+    parser = cluster_parser()
+    arguments = parser.parse_args(list(argv))
+    from onebase_server.console import print_failure
+
+    console = Console(stderr=True, highlight=False)
+    data = Path(load_settings({"data_dir": arguments.data_dir}).data_dir).expanduser().absolute()
+    state = data / "cluster.json"
+    own = arguments.action == "up" and arguments.address is None and not arguments.config
+    try:
+        with tempfile.TemporaryDirectory(prefix="onebase-") as folder:
+            address = _prepare_ray(arguments, state, Path(folder) if own else None)
+            from onebase_server.routing import cluster as on_ray
+
+            try:
+                if arguments.action == "up":
+                    app, plan = _application(arguments, parser, data, server)
+                    if arguments.config:
+                        sys.stdout.write(on_ray.as_yaml(app))
+                    elif own:
+                        with on_ray.own_ray(state, Path(folder)):
+                            _serve_cluster(arguments, app, plan, console)
+                    else:
+                        on_ray.connect(address)
+                        _deploy(arguments, app, on_ray.on_signals(), console)
+                else:
+                    on_ray.connect(address)
+                    _manage(arguments, console)
+            except on_ray.ClusterError as error:
+                print_failure(console, str(error))
+                return 1
+    except SettingsError as error:
+        print_failure(console, str(error))
+        return 1
+    return 0
+
+
+def _prepare_ray(arguments: argparse.Namespace, state: Path, folder: Path | None) -> str:
+    """The address of the cluster's head node; empty where there is none yet. Raises SettingsError.
+
+    Ray reads as it is imported whether there is a token, and which. folder: of a Ray of this machine's own.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    if arguments.address is not None or (arguments.action == "up" and arguments.config):
+        return arguments.address or ""
+    known: dict[str, str] = json.loads(state.read_text()) if state.is_file() else {}
+    if folder is not None:
+        if known:
+            raise SettingsError(
+                f"a cluster runs with the data folder {state.parent} already: end it with `onebase cluster "
+                f"down`; if it was killed, delete {state}"
+            )
+        known = {"address": "", "token": str(folder / "token")}
+        (folder / "token").touch(mode=0o600)
+        (folder / "token").write_text(secrets.token_hex(32))
+    elif not known:
+        raise SettingsError(
+            f"no cluster was started on this machine with the data folder {state.parent}: name the head node "
+            "of another with --address, or start one with `onebase cluster up`"
+        )
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=known["token"])
+    return known["address"]
+
+
+def _serve_cluster(arguments: argparse.Namespace, app: dict[str, Any], plan: Plan, console: Console) -> None:
+    """On Ray of this machine's own: until a signal, or until another command has ended it."""
+    from onebase_server.routing import cluster as on_ray
+
+    stop = on_ray.on_signals()
+    if _deploy(arguments, app, stop, console):
+        while on_ray.is_there() and not stop.wait(1.0):
+            pass
+    if on_ray.is_there():
+        console.print("stopping: running requests may end; press Ctrl-C again to end at once")
+        on_ray.end(plan.drain_timeout, now=False)
+
+
+def _manage(arguments: argparse.Namespace, console: Console) -> None:
+    """Of a cluster that runs: its status, another number of servers, its end. Raises ClusterError."""
+    from onebase_server.routing import cluster as on_ray
+
+    app = on_ray.deployed()
+    if arguments.action == "status":
+        _print_cluster()
+    elif arguments.action == "scale":
+        on_ray.scale(app, arguments.replicas)
+        on_ray.settled(console.print, on_ray.on_signals())
+    else:
+        on_ray.end(on_ray.Plan(**app["args"]).drain_timeout, now=arguments.action == "down")
+        console.print("The cluster has ended.")
+
+
+def _application(
+    arguments: argparse.Namespace, parser: argparse.ArgumentParser, data: Path, server: Sequence[str]
+) -> tuple[dict[str, Any], Plan]:
+    """As Ray Serve is to run it. Raises SettingsError."""
+    from pydantic import ValidationError
+
+    from onebase_server.routing import cluster as on_ray
+
+    given = {item.name: getattr(arguments, item.name) for item, _ in setting_fields()}
+    host = load_settings(given).host  # what is wrong is told here, and not by each server
+    alone = arguments.address is None and not arguments.config
+    if alone and given["threads"] is None:
+        given["threads"] = max(1, (os.cpu_count() or 1) // arguments.replicas)
+    least, most = arguments.min_replicas, arguments.max_replicas
+    if (least is None) != (most is None) or (least is not None and least > most):
+        parser.error("--min-replicas and --max-replicas go together, the lower one first")
+    front = _as_typed({name: given[name] for name in _ROUTE_SETTINGS if name not in _OF_PLAN})
+    if arguments.key_file:
+        front += ["--key-file", str(Path(arguments.key_file).absolute())]
+    try:
+        plan = on_ray.Plan(
+            server=[*server, *_as_typed(given, but=(*_FRONT_SETTINGS, *_OF_PLAN))],
+            ingress=["onebase", "route", *front],
+            data_dir=str(data) if alone or arguments.data_dir else "",
+            drain_timeout=120.0 if given["drain_timeout"] is None else given["drain_timeout"],
+            one_machine=alone and is_loopback(host),
+            wait=_START_SECONDS if least == 0 else 0.0,
+        )
+    except ValidationError as error:
+        raise SettingsError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+    shares = {"num_cpus": arguments.replica_cpus, "num_gpus": arguments.replica_gpus}
+    options: dict[str, Any] = {"num_replicas": arguments.replicas}
+    if least is not None:
+        options = {"autoscaling_config": on_ray.scaling(least, most)}
+    options["ray_actor_options"] = {name: share for name, share in shares.items() if share is not None}
+    return on_ray.application(plan, options), plan
+
+
+def _deploy(
+    arguments: argparse.Namespace, app: dict[str, Any], stop: threading.Event, console: Console
+) -> bool:
+    """Whether it runs, or was stopped before."""
+    from onebase_server.routing import cluster as on_ray
+
+    if arguments.replica_gpus is None and arguments.device != "cpu":
+        on_ray.take_gpus(app)
+    on_ray.deploy(app)
+    running = on_ray.settled(console.print, stop)
+    if running:
+        _print_cluster()
+    return running
+
+
+def _as_typed(values: dict[str, Any], but: Sequence[str] = ()) -> list[str]:
+    """Settings as options of a command line, of those that are given."""
+    options: list[str] = []
+    for name, value in values.items():
+        if value is None or name in but:
+            continue
+        if isinstance(value, bool):
+            options.append(option_name(name) if value else "--no-" + name.replace("_", "-"))
+        else:
+            for one in value if isinstance(value, (tuple, list)) else [value]:
+                options += [option_name(name), "=".join(one) if isinstance(one, tuple) else str(one)]
+    return options
+
+
+def _print_cluster() -> None:
+    """To standard output: how many servers there are, the address, and what the servers have answered."""
+    from onebase_server.routing import cluster as on_ray
+
+    output = Console(highlight=False)
+    if not output.is_terminal:
+        output.width = _LOG_WIDTH
+    told = on_ray.told()
+    output.print(f"OneBase cluster on {told['url']}, {on_ray.status()}")
+    for url, one in sorted(told["servers"].items()):
+        state = "ready" if one.get("ready") else "away"
+        output.print(f"  {url}  {state}  {one.get('requests_total', 0):.0f} requests")
+
+
+def cluster_parser() -> argparse.ArgumentParser:
+    """The options of `onebase cluster`."""
+    parser = Parser(prog="onebase cluster", description=_CLUSTER)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    up = actions.add_parser("up", help="start the servers, or change those that run", description=_UP)
+    actions.add_parser("status", help="the address, and the servers behind it")
+    scale = actions.add_parser("scale", help="have another number of servers")
+    scale.add_argument("replicas", type=_positive, metavar="N", help="servers")
+    actions.add_parser("drain", help="take nothing new, let running requests end, then end the servers")
+    actions.add_parser("down", help="end the servers now, and what runs on them")
+    own = up.add_argument_group("cluster")
+    own.add_argument("--replicas", type=_positive, default=1, metavar="N", help="servers (default: 1)")
+    own.add_argument(
+        "--min-replicas",
+        type=_whole,
+        metavar="N",
+        help="scale by itself, by tokens that wait, with --max-replicas; 0: none while nobody asks "
+        "(default: none)",
+    )
+    own.add_argument("--max-replicas", type=_positive, metavar="N", help="see --min-replicas (default: none)")
+    own.add_argument(
+        "--replica-gpus",
+        type=_share,
+        metavar="N",
+        help="a server's GPUs, or its part of one (default: 1, where there are GPUs)",
+    )
+    own.add_argument(
+        "--replica-cpus",
+        type=_share,
+        metavar="N",
+        help="a server's share of a machine's CPUs, by which Ray places it (default: 1)",
+    )
+    own.add_argument(
+        "--key-file",
+        metavar="FILE",
+        help=f"a file with an admin key, by which servers' metrics are read (or {_REPLICA_KEY} in the "
+        "environment)",
+    )
+    own.add_argument(
+        "--config", action="store_true", help="print the config file for `serve deploy`, and start nothing"
+    )
+    groups = {name: up.add_argument_group(title) for name, title in _GROUPS.items()}
+    for item, kind in setting_fields():
+        groups[item.metadata["group"]].add_argument(option_name(item.name), **_argument(item, kind))
+    for action in actions.choices.values():
+        action.add_argument(
+            "--address",
+            metavar="HOST:PORT",
+            help="the head node of a cluster that `ray start` has made (default: this machine's own)",
+        )
+        if action is not up:
+            _add_registry(action, "data_dir")
+    return parser
+
+
+class ReplicaFile:
+    """The addresses in a file, and those that were given besides."""
+
+    def __init__(self, path: Path, given: Sequence[str]) -> None:
+        self._path = path
+        self._given = given
+        self._seen: tuple[int, int, int] | None = None
+        self._why = ""
+
+    def changed(self) -> list[str] | None:
+        """The addresses if the file is another one than before; None if not, or if it cannot be read."""
+        try:
+            found = self._path.stat()
+            seen = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if seen == self._seen:
+                return None
+            lines = (line.partition("#")[0].strip() for line in self._path.read_text().splitlines())
+            urls = [*self._given, *(replica_url(line) for line in lines if line)]
+        except (OSError, ValueError) as error:
+            if str(error) != self._why:
+                self._why = str(error)
+                logging.getLogger(__name__).error("%s is not used: %s", self._path, error)
+            return None
+        self._seen, self._why = seen, ""
+        return urls
 
 
 def replica_url(text: str) -> str:
@@ -412,6 +717,33 @@ def _add_registry(parser: argparse.ArgumentParser, *names: str) -> None:
     fields = {item.name: (item, kind) for item, kind in setting_fields()}
     for name in names or ("data_dir", "registry"):
         parser.add_argument(option_name(name), **_argument(*fields[name]))
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 10000")
+    return number
+
+
+def _positive(text: str) -> int:
+    if not _whole(text):
+        raise argparse.ArgumentTypeError("0 is too few: one at least")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1024:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1024")
+    return share
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 86400")
+    return seconds
 
 
 def _scopes(text: str) -> list[str]:

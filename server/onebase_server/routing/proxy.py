@@ -13,7 +13,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -46,6 +46,8 @@ _METRICS_BYTES = 16 << 20
 """Of a server's metrics at most."""
 _MOST_BROKEN = 2
 """Servers that one request may break: what ends one would end the next."""
+_MOST_WAITING = 256
+"""Requests that wait for a first server: each has its body in memory."""
 _MOST_REFUSED = 3
 """Servers that are asked again where one has no room, or does not know an adapter."""
 _KEPT_ALIVE = (
@@ -261,13 +263,17 @@ def _unescaped(found: re.Match[str]) -> str:
 
 @dataclass
 class Replica:
-    """A server behind the address. missed: looks in a row that got no answer; why: the last one did not."""
+    """A server behind the address. missed: looks in a row that got no answer; why: the last one did not.
+    open: requests that were sent to it and have not ended."""
 
     url: str
+    way: httpx2.AsyncHTTPTransport
     ready: bool = False
     missed: int = 0
     why: str = "not looked at yet"
     bases: frozenset[str] = field(default_factory=frozenset)
+    open: int = 0
+    looking: asyncio.Task[None] | None = None
 
 
 # ---- the proxy -----------------------------------------------------------------------------------
@@ -279,30 +285,30 @@ class Route:
     Args:
         key: of a server's operator, with which its metrics are read.
         max_body: bytes of a body that is read for its adapter; larger ones of other kinds pass through.
+        listed: the servers from now on, asked before each look; None where they stay the same.
+        wait: seconds that a request waits for a server where there is none.
     """
 
     def __init__(
         self,
-        urls: list[str],
+        urls: Sequence[str],
         *,
         key: str | None,
         max_body: int,
         clock: Callable[[], float] = time.monotonic,
+        listed: Callable[[], Sequence[str] | None] = lambda: None,
+        wait: float = 0.0,
     ) -> None:
-        self.replicas = {url: Replica(url) for url in urls}
+        self.replicas: dict[str, Replica] = {}
         self.placement = Placement()
         self._clock = clock
+        self._listed = listed
+        self._wait = wait
+        self._came = anyio.Event()
+        self._leaving: set[asyncio.Task[None]] = set()
         self._headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
         self._max_body = max_body
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=256)
-        trust = httpx2.create_ssl_context(trust_env=False)
-        # One each: a pool looks through all of its connections at each request.
-        self._ways = {
-            url: httpx2.AsyncHTTPTransport(
-                verify=trust, trust_env=False, limits=limits, socket_options=_KEPT_ALIVE
-            )
-            for url in urls
-        }
+        self._trust = httpx2.create_ssl_context(trust_env=False)
         self._known = CollectorRegistry()
         self._ready = Gauge(
             "onebase_route_ready", "1 for a server that answers.", ["replica"], registry=self._known
@@ -310,24 +316,60 @@ class Route:
         self._sent = Counter("onebase_route_requests", "Requests sent.", ["replica"], registry=self._known)
         self._again = Counter("onebase_route_retries", "Sent again to another.", registry=self._known)
         self._lost = Counter("onebase_route_lost", "Answers cut by a server that went.", registry=self._known)
+        self._waiting = Gauge(
+            "onebase_route_waiting", "Requests that wait for a first server.", registry=self._known
+        )
+        self._waiters = 0
+        self.set_replicas(urls)
 
     @property
     def bases(self) -> frozenset[str]:
         return frozenset().union(*(one.bases for one in self.replicas.values()))
 
     async def close(self) -> None:
-        for way in self._ways.values():
-            await way.aclose()
+        for task in self._leaving:
+            task.cancel()
+        for one in self.replicas.values():
+            if one.looking is not None:
+                one.looking.cancel()
+            await one.way.aclose()
+
+    def set_replicas(self, urls: Sequence[str]) -> None:
+        """These servers are behind the address from now on. What was sent to others goes on there."""
+        for url in [url for url in self.replicas if url not in urls]:
+            gone = self.replicas.pop(url)
+            self.placement.lost(url)
+            for known in (self._ready, self._sent):
+                known.remove(url)
+            _log.warning("%s is taken out", url)
+            task = asyncio.get_running_loop().create_task(_leave(gone))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+        for url in urls:
+            if url not in self.replicas:
+                # A transport each: a pool looks through all of its connections at each request.
+                limits = httpx2.Limits(max_connections=None, max_keepalive_connections=256)
+                way = httpx2.AsyncHTTPTransport(
+                    verify=self._trust, trust_env=False, limits=limits, socket_options=_KEPT_ALIVE
+                )
+                self.replicas[url] = Replica(url, way)
+                self._ready.labels(url).set(0)
+                self._sent.labels(url)
 
     # ---- looking -----------------------------------------------------------------------------
 
-    async def follow(self) -> None:
-        """Look at every server again and again. Never returns."""
-        await asyncio.gather(*(self._follow(one) for one in self.replicas.values()))
+    def read_list(self) -> None:
+        urls = self._listed()
+        if urls is not None:
+            self.set_replicas(urls)
 
-    async def _follow(self, replica: Replica) -> None:
+    async def follow(self) -> None:
+        """Look at every server again and again, and at the list of them. Never returns."""
         while True:
-            await self.look(replica)
+            self.read_list()
+            for one in self.replicas.values():
+                if one.looking is None or one.looking.done():
+                    one.looking = asyncio.create_task(self.look(one))
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self, replica: Replica) -> None:
@@ -335,7 +377,7 @@ class Route:
         try:
             async with asyncio.timeout(_LOOK_TIMEOUT):
                 for path in ("/ready", "/metrics"):
-                    status, told = await self._ask(replica.url, path)
+                    status, told = await self._ask(replica, path)
                     if status != 200:
                         self._is_away(replica, f"{path} answers {status}", at_once=True)
                         return
@@ -346,17 +388,21 @@ class Route:
         except Exception as error:  # of a text and a server that may be anything: looking goes on
             self._is_away(replica, str(error) or type(error).__name__, at_once=False)
             return
+        if self.replicas.get(replica.url) is not replica:
+            return  # taken out meanwhile
         replica.missed, replica.bases = 0, bases
         self.placement.told(replica.url, report)
         if not replica.ready:
             replica.ready = True
             _log.warning("%s is ready", replica.url)
+            self._came.set()
+            self._came = anyio.Event()
         self._ready.labels(replica.url).set(1)
 
-    async def _ask(self, url: str, path: str) -> tuple[int, bytes]:
+    async def _ask(self, replica: Replica, path: str) -> tuple[int, bytes]:
         """Status and body. Raises ValueError for one that is too large."""
-        sent = httpx2.Request("GET", url + path, headers=self._headers, extensions=_TIMEOUT)
-        answer = await self._ways[url].handle_async_request(sent)
+        sent = httpx2.Request("GET", replica.url + path, headers=self._headers, extensions=_TIMEOUT)
+        answer = await replica.way.handle_async_request(sent)
         try:
             body = bytearray()
             async for piece in answer.aiter_raw():
@@ -370,6 +416,8 @@ class Route:
     def _is_away(self, replica: Replica, why: str, *, at_once: bool) -> None:
         replica.missed += 1
         replica.why = why
+        if self.replicas.get(replica.url) is not replica:
+            return
         if at_once or replica.missed >= _AWAY:
             self.placement.lost(replica.url)
             self._ready.labels(replica.url).set(0)
@@ -401,8 +449,9 @@ class Route:
             return _json({"status": "ok", "servers": len(self.placement.replicas)})
         if path == "/ready":
             there = len(self.placement.replicas)
-            status = {"status": "ready" if there else "not ready", "servers": there}
-            return _json(status, 200 if there else 503)
+            ready = bool(there or self._wait)
+            status = {"status": "ready" if ready else "not ready", "servers": there}
+            return _json(status, 200 if ready else 503)
         if path == "/metrics":
             return Response(generate_latest(self._known), media_type=CONTENT_TYPE)
         if path in _OF_ONE_SERVER:
@@ -423,6 +472,7 @@ class Route:
     ) -> ASGIApp:
         """The answer of the first server that has one. again: whether one that broke may have computed it."""
         tried: list[str] = []
+        until = self._clock() + self._wait
         broken = refused = 0
         problem: Response | None = None
         while True:
@@ -434,6 +484,8 @@ class Route:
             except NoReplicaError:
                 if problem is not None:
                     return problem
+                if not tried and await self._has_come(until - now):
+                    continue
                 raise UnavailableError(
                     "None of the servers behind this address answers now. Send the request again soon.",
                     code="no_replica",
@@ -443,9 +495,10 @@ class Route:
             self._sent.labels(url).inc()
             if len(tried) > 1:
                 self._again.inc()
-            sending = _Sending(self.placement, self._clock, url, wanted, now)
+            replica = self.replicas[url]
+            sending = _Sending(self.placement, self._clock, replica, wanted, now)
             try:
-                answer = await self._send(client, url, body)
+                answer = await self._send(client, replica, body)
             except httpx2.LocalProtocolError as error:
                 sending.refused()
                 raise InvalidRequestError(
@@ -479,7 +532,24 @@ class Route:
             if known or refused >= _MOST_REFUSED:
                 return problem
 
-    async def _send(self, client: _Client, url: str, body: bytes | AsyncIterator[bytes]) -> httpx2.Response:
+    async def _has_come(self, seconds: float) -> bool:
+        """Whether a server is ready within the time, where there was none."""
+        if seconds <= 0 or self._waiters >= _MOST_WAITING:
+            return False
+        self._waiters += 1
+        self._waiting.inc()
+        try:
+            with anyio.move_on_after(seconds):
+                await self._came.wait()
+                return True
+            return False
+        finally:
+            self._waiters -= 1
+            self._waiting.dec()
+
+    async def _send(
+        self, client: _Client, replica: Replica, body: bytes | AsyncIterator[bytes]
+    ) -> httpx2.Response:
         scope = client.request.scope
         headers = _passed(scope["headers"], _OURS)
         headers.append((b"x-request-id", request_id(scope).encode("latin-1")))
@@ -491,12 +561,21 @@ class Route:
             headers.append((b"content-length", length.encode("latin-1")))
         sent = httpx2.Request(
             client.request.method,
-            url,
+            replica.url,
             headers=headers,
             content=body or None,
             extensions=_TIMEOUT | {"target": client.target},
         )
-        return await self._ways[url].handle_async_request(sent)
+        return await replica.way.handle_async_request(sent)
+
+
+async def _leave(replica: Replica) -> None:
+    """Close the connections to a server that was taken out, once what goes over them has ended."""
+    if replica.looking is not None:
+        replica.looking.cancel()
+    while replica.open:
+        await asyncio.sleep(LOOK_SECONDS)
+    await replica.way.aclose()
 
 
 class _Client:
@@ -590,14 +669,21 @@ class _Sending:
     """One request on one server, which ends once."""
 
     def __init__(
-        self, placement: Placement, clock: Callable[[], float], url: str, wanted: Asked, since: float
+        self,
+        placement: Placement,
+        clock: Callable[[], float],
+        replica: Replica,
+        wanted: Asked,
+        since: float,
     ) -> None:
-        self.url = url
+        self.url = replica.url
+        self._replica = replica
         self._placement = placement
         self._clock = clock
         self._wanted = wanted
         self._since = since
         self._over = False
+        replica.open += 1
 
     def answered(self) -> None:
         now = self._clock()
@@ -616,6 +702,7 @@ class _Sending:
     def _end(self, seconds: float | None, *, refused: bool = False) -> None:
         if not self._over:
             self._over = True
+            self._replica.open -= 1
             name, tokens = self._wanted.adapter, self._wanted.tokens
             self._placement.ended(self.url, name, tokens, self._clock(), seconds=seconds, refused=refused)
 
@@ -690,6 +777,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    route.read_list()
     await asyncio.gather(*map(route.look, route.replicas.values()))
     following = loop.create_task(route.follow())
     try:

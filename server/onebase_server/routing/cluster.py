@@ -1,0 +1,719 @@
+"""`onebase cluster`: replicas of one server on Ray Serve, behind one address.
+
+Ray Serve starts the servers, watches them, replaces those that end, and decides how many there are. A
+replica is an actor with an `onebase serve` as its child. Requests do not pass through Ray, which would cost a
+call for each token: one more actor has an `onebase route` as its child, and lists for it the servers that are
+there.
+
+Ray's interfaces for routers and autoscaling are new: pyproject.toml pins their releases.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
+
+import httpx2
+import ray
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from ray import serve
+from ray.serve.config import AutoscalingContext, RequestRouterConfig
+from ray.serve.context import _get_global_client
+from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.schema import ServeDeploySchema
+
+from onebase_server.routing.placement import Placement, Report
+from onebase_server.routing.proxy import asked, read_report
+from onebase_server.settings import default_data_dir
+
+APP = "onebase"
+SERVER = "Server"
+INGRESS = "Ingress"
+_HEAD = "node:__internal_head__"
+"""What the head node has a bit of, and no other."""
+_LOOPBACK = "127.0.0.1"
+_GOODBYE_SECONDS = 15.0
+"""After the drain, until a child and its actor must have ended."""
+_POLL_SECONDS = 0.25
+_BUSY = 0.7
+"""The part of their rows that replicas should have in use, where there may be fewer of them."""
+_MOST_SENT = 100_000
+_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+_KEY = "ONEBASE_REPLICA_KEY"
+_ENDS_WITH_ITS_PARENT = """\
+import ctypes, os, signal, sys
+try:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+except (OSError, AttributeError):  # elsewhere than on Linux
+    pass
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("its parent has gone")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+_ONEBASE = ("-c", "import sys; from onebase.cli import main; sys.exit(main())")
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class ClusterError(Exception):
+    """The cluster cannot do it; the message says why and what to do."""
+
+
+class Plan(BaseModel):
+    """What `args` of the application holds in a config file of Ray Serve.
+
+    Args:
+        server: the command of a server, as it would be typed. It gets --host, --port, --data-dir and
+            --drain-timeout; where it names no --registry or --store, those of data_dir.
+        ingress: the command of the address that they have together, which runs on the head node.
+        data_dir: servers have their folders in its folder `replicas`.
+        drain_timeout: seconds that running requests get to finish.
+        one_machine: servers listen on 127.0.0.1.
+        wait: seconds that a request waits for a server where there is none.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    server: list[str] = Field(default=["onebase", "serve"], min_length=1)
+    ingress: list[str] = Field(default=["onebase", "route"], min_length=1)
+    data_dir: str = ""
+    drain_timeout: float = Field(default=120.0, ge=0, le=86400)
+    one_machine: bool = False
+    wait: float = Field(default=0.0, ge=0, le=86400)
+
+    @field_validator("server", "ingress")
+    @classmethod
+    def _without_passwords(cls, command: list[str]) -> list[str]:
+        if any(_PASSWORD.search(part) for part in command):
+            raise ValueError(
+                "a password in an address would be seen by everybody who sees Ray's state, or the machine's "
+                "processes: set PGPASSWORD or ~/.pgpass on each machine instead"
+            )
+        return command
+
+    @property
+    def data(self) -> Path:
+        return Path(self.data_dir or default_data_dir(os.environ)).expanduser().absolute()
+
+    def names(self, option: str) -> bool:
+        """Whether the server's command, or the environment, has the option."""
+        given = any(part == option or part.startswith(f"{option}=") for part in self.server)
+        return given or f"ONEBASE_{option.strip('-').upper()}" in os.environ
+
+
+# ---- a child of an actor -------------------------------------------------------------------------
+
+
+class Child:
+    """A process that ends with this one, in whatever way this one ends.
+
+    on_end: called in a thread if the child ends once it was ready, and nobody has ended it.
+    """
+
+    def __init__(self, command: Sequence[str], on_end: Callable[[], None], keep: Sequence[int] = ()) -> None:
+        program = [sys.executable, *_ONEBASE, *command[1:]] if command[0] == "onebase" else list(command)
+        self._command = [sys.executable, "-c", _ENDS_WITH_ITS_PARENT, str(os.getpid()), *program]
+        self._on_end = on_end
+        self._keep = keep
+        self._started = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self.status: int | None = None
+        # Linux ends the child when the thread that has started it ends: this one waits for the child.
+        threading.Thread(target=self._run, name="child", daemon=True).start()
+        self._started.wait()
+
+    def _run(self) -> None:
+        left_out = ("RAY_", "OMP_NUM_THREADS")  # its token, and what it sets for what computes in an actor
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+        try:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=self._keep,
+                start_new_session=True,
+            )
+        finally:
+            self._started.set()
+        self.status = self._process.wait()
+        if self._ready:
+            _log.error("the child ended with status %d", self.status)
+            self._on_end()
+
+    async def ready(self, client: httpx2.AsyncClient, path: str) -> None:
+        """Returns once it answers there. Raises ClusterError where it ends before."""
+        while self.status is None:
+            with contextlib.suppress(httpx2.TransportError):
+                if (await client.get(path)).status_code == 200:
+                    self._ready = True
+                    return
+            await asyncio.sleep(_POLL_SECONDS)
+        raise ClusterError(f"it ended with status {self.status} before it was ready: its log says why")
+
+    def kill(self) -> None:
+        self._ready = False
+        if self._process is not None:
+            self._process.kill()
+
+    async def stop(self, seconds: float) -> None:
+        """As SIGTERM does, and by force after that time."""
+        self._ready = False
+        if self._process is not None:
+            self._process.terminate()
+            end = time.monotonic() + seconds
+            while self.status is None and time.monotonic() < end:
+                await asyncio.sleep(_POLL_SECONDS)
+            self.kill()
+
+
+def _end_too() -> None:
+    """Ray starts another actor."""
+    os._exit(1)
+
+
+# ---- one server ------------------------------------------------------------------------------------
+
+
+class Server:
+    """A replica: one OneBase server, and what Ray Serve asks of it."""
+
+    async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]  # Ray awaits it
+        self._plan = plan
+        folder, lock = take_folder(plan.data / "replicas")
+        host = _LOOPBACK if plan.one_machine else ray.util.get_node_ip_address()
+        port = free_port(host, folder / "port")
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        command = [*plan.server, "--host", host, "--port", str(port), "--data-dir", str(folder)]
+        command += ["--drain-timeout", f"{plan.drain_timeout:g}"]
+        if not plan.names("--registry"):
+            command += ["--registry", f"sqlite:///{plan.data / 'registry.db'}"]
+        if not plan.names("--store"):
+            command += ["--store", str(plan.data / "store")]
+        if not plan.one_machine:
+            command += ["--trusted-proxy", _head_address()]
+        self._client = _client(self.url)
+        self._seen: tuple[float, float] = 0.0, 0.0
+        try:
+            self._child = Child(command, _end_too, [lock])
+        finally:
+            os.close(lock)  # the child has it: also while it outlives this process for a moment
+        await self._child.ready(self._client, "/ready")
+
+    async def check_health(self) -> None:
+        (await self._client.get("/health")).raise_for_status()
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        return {"url": self.url}
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """A `Report`, and the names of the base."""
+        report, bases = read_report(await self._metrics())
+        return asdict(report) | {"in_host": sorted(report.in_host), "bases": sorted(bases)}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """`queued_tokens` of requests that wait, if they are as long as those before; the part of its rows
+        that is `busy`; the mean `ttft` in seconds since the last time."""
+        text = await self._metrics()
+        report, _ = read_report(text)
+        ended = total(text, "vllm:request_success_total")
+        tokens = total(text, "vllm:prompt_tokens_total") + total(text, "vllm:generation_tokens_total")
+        seconds = total(text, "vllm:time_to_first_token_seconds_sum")
+        firsts = total(text, "vllm:time_to_first_token_seconds_count")
+        before, self._seen = self._seen, (seconds, firsts)
+        new = firsts - before[1]
+        return {
+            "queued_tokens": report.waiting * (tokens / ended if ended else 1.0),
+            "busy": min(1.0, report.running / report.rows),
+            "ttft": (seconds - before[0]) / new if new > 0 else 0.0,
+        }
+
+    async def _metrics(self) -> str:
+        answer = await self._client.get("/metrics")
+        return answer.raise_for_status().text
+
+    async def ask(self, path: str, body: bytes) -> AsyncIterator[bytes]:
+        """What the server answers to a POST of JSON, as it comes; for other applications on the cluster."""
+        head = {"content-type": "application/json"}
+        async with self._client.stream("POST", path, content=body, headers=head, timeout=None) as answer:
+            if answer.status_code != 200:
+                raise ClusterError(f"{answer.status_code}: {(await answer.aread()).decode()}")
+            async for piece in answer.aiter_raw():
+                yield piece
+
+    async def wake(self) -> None:
+        """Asked for where there is no replica: Ray Serve starts one for it."""
+
+    async def kill(self) -> None:
+        self._child.kill()
+
+    async def __del__(self) -> None:
+        """Ray Serve calls it once it sends nothing more, and waits."""
+        child = getattr(self, "_child", None)
+        if child is not None and child.status is None:
+            await child.stop(self._plan.drain_timeout + _GOODBYE_SECONDS / 2)
+
+
+def take_folder(parent: Path) -> tuple[Path, int]:
+    """The first folder that no server has, and what keeps others out of it while it is open.
+
+    The next server on this machine goes on where the last one in that folder was: its jobs, its cache.
+    """
+    for number in count():
+        folder = parent / str(number)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(parent / f"{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            continue
+        return folder, lock
+    raise AssertionError
+
+
+def free_port(host: str, kept: Path) -> int:
+    """The one of the last time, so that what belongs on it comes back to it; or else any."""
+    last = kept.read_text() if kept.is_file() else ""
+    for wanted in (int(last) if last.isdecimal() else 0, 0):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError, OverflowError):
+                probe.bind((host, wanted))
+                port: int = probe.getsockname()[1]
+                kept.write_text(str(port))
+                return port
+    raise ClusterError(f"no port of {host} is free")
+
+
+def total(text: str, name: str) -> float:
+    """The sum of a metric's samples."""
+    lines = (line for line in text.split("\n") if line.startswith((f"{name}{{", f"{name} ")))
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def _head_address() -> str:
+    head = next(one for one in ray.nodes() if one["Alive"] and _HEAD in one["Resources"])
+    address: str = head["NodeManagerAddress"]
+    return address
+
+
+def _client(url: str) -> httpx2.AsyncClient:
+    key = os.environ.get(_KEY)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx2.AsyncClient(base_url=url, headers=headers, timeout=10.0, trust_env=False)
+
+
+# ---- the address that they have together ---------------------------------------------------------
+
+
+class Ingress:
+    """`onebase route`, with a list of the servers that Ray Serve says are there."""
+
+    async def __init__(self, plan: Plan, servers: DeploymentHandle) -> None:  # type: ignore[misc]
+        self._plan = plan
+        self._servers = servers
+        self.url = ingress_url(plan.ingress)
+        self._client = _client(self.url)
+        self._list = plan.data / "ingress-replicas"
+        self._list.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._list.write_text("")
+        self._following: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
+        self._child = self._start()
+        await self._child.ready(self._client, "/health")
+
+    def _start(self) -> Child:
+        plan, loop = self._plan, asyncio.get_running_loop()
+        command = [*plan.ingress, "--replicas", str(self._list), "--wait", f"{plan.wait:g}"]
+        command += ["--drain-timeout", f"{plan.drain_timeout:g}"]
+
+        def on_end() -> None:
+            loop.call_soon_threadsafe(self._ended.set)
+
+        return Child(command, on_end)
+
+    def replicas_are(self, urls: Sequence[str]) -> None:
+        """Called by the router, in a thread of its own."""
+        work = self._list.with_suffix(".part")
+        work.write_text("".join(f"{url}\n" for url in urls))
+        work.replace(self._list)
+
+    async def check_health(self) -> None:
+        if self._following is None:  # Ray knows of this object only now, by which the router finds it
+            self._servers = self._servers.options()
+            self._following = asyncio.get_running_loop().create_task(self._follow())
+        (await self._client.get("/health")).raise_for_status()
+
+    async def _follow(self) -> None:
+        """Start the route again where it has ended: an actor takes longer. And where requests wait for a
+        first server, ask Ray Serve for one by a request of our own."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(2 * _POLL_SECONDS):
+                    await self._ended.wait()
+            if self._ended.is_set():
+                self._ended.clear()
+                self._child = self._start()
+                try:
+                    await self._child.ready(self._client, "/health")
+                except ClusterError:
+                    _end_too()
+            if not self._plan.wait:
+                continue
+            with contextlib.suppress(httpx2.HTTPError):
+                answer = await self._client.get("/metrics")
+                if total(answer.text, "onebase_route_waiting"):
+                    await self._servers.wake.remote()
+
+    async def told(self) -> dict[str, Any]:
+        """Its address, and by server whether it is ready and how many requests it got."""
+        text = (await self._client.get("/metrics")).text
+        found: dict[str, dict[str, float]] = {}
+        for line in text.split("\n"):
+            match = re.fullmatch(r'onebase_route_(ready|requests_total)\{replica="(.*)"\} (\S+)', line)
+            if match:
+                found.setdefault(match[2], {})[match[1]] = float(match[3])
+        return {"url": self.url, "servers": found}
+
+    async def kill(self) -> None:
+        self._child.kill()
+
+    async def __del__(self) -> None:
+        child = getattr(self, "_child", None)
+        if child is not None and child.status is None:
+            await child.stop(self._plan.drain_timeout + _GOODBYE_SECONDS / 2)
+
+
+def ingress_url(command: Sequence[str]) -> str:
+    """Where the ingress is asked from its own machine."""
+    from onebase_server.cli import route_parser
+
+    known, _ = route_parser().parse_known_args(["--replicas", "-", *command[2:]])
+    host = known.host or os.environ.get("ONEBASE_HOST") or _LOOPBACK
+    port = known.port or int(os.environ.get("ONEBASE_PORT") or 8000)
+    shown = {"0.0.0.0": _LOOPBACK, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
+
+
+# ---- what Ray Serve plugs in ---------------------------------------------------------------------
+
+
+class PlacementRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
+    """Requests through Ray's handles go where the placement says, by what replicas tell Ray of themselves.
+
+    It also tells the ingress, where it runs in the ingress's actor, which servers there are.
+    """
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        self._placement = Placement()
+        self._bases: frozenset[str] = frozenset()
+        self._sent: OrderedDict[str, tuple[str, str | None, float, float]] = OrderedDict()
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        there = {one.replica_id.unique_id: one.routing_stats for one in replicas}
+        for name in set(self._placement.replicas) - there.keys():
+            self._placement.lost(name)
+        for name, stats in there.items():
+            told = {key: value for key, value in stats.items() if key != "bases"}
+            self._placement.told(name, Report(**told) if told else Report(rows=1))
+            self._bases |= set(stats.get("bases", ()))
+        with contextlib.suppress(serve.exceptions.RayServeException):  # in no actor of Ray Serve
+            owner = serve.get_replica_context().servable_object
+            if hasattr(owner, "replicas_are"):
+                owner.replicas_are([one.replica_metadata["url"] for one in replicas])
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """One, then the others, for where it is full."""
+        there = {one.replica_id.unique_id: one for one in candidate_replicas}
+        if pending_request is None or not there:
+            return [candidate_replicas]
+        body = next((one for one in pending_request.args if isinstance(one, bytes)), b"")
+        wanted = asked(body, self._bases)
+        request, now = pending_request.metadata.internal_request_id, time.monotonic()
+        self._forget(request, None)  # it is chosen for again
+        but = set(self._placement.replicas) - there.keys()
+        name = self._placement.place(wanted.adapter, wanted.tokens, now, prefix=wanted.prefix, but=but)
+        self._sent[request] = name, wanted.adapter, wanted.tokens, now
+        if len(self._sent) > _MOST_SENT:
+            self._forget(next(iter(self._sent)), None)
+        return [[there.pop(name)], list(there.values())]
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self._forget(internal_request_id, time.monotonic())
+
+    def _forget(self, request: str, ended: float | None) -> None:
+        sent = self._sent.pop(request, None)
+        if sent is not None:
+            name, adapter, tokens, since = sent
+            now = time.monotonic() if ended is None else ended
+            seconds = None if ended is None else ended - since
+            self._placement.ended(name, adapter, tokens, now, seconds=seconds, refused=ended is None)
+
+
+class ByQueuedTokens:
+    """How many replicas there should be.
+
+    Args:
+        queued_tokens: of requests that wait, for which there is one more replica.
+        ttft_seconds: mean time to a first token, above which there is one more.
+    """
+
+    def __init__(self, queued_tokens: float = 4000.0, ttft_seconds: float = 5.0) -> None:
+        self._queued_tokens = queued_tokens
+        self._ttft_seconds = ttft_seconds
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        there = context.current_num_replicas
+        if not there:
+            return (1 if context.total_queued_requests else context.target_num_replicas), {}
+        told = context.aggregated_metrics or {}
+        queued, busy, ttft = (list(told.get(one, {}).values()) for one in ("queued_tokens", "busy", "ttft"))
+        if len(busy) < there:  # not all have told of themselves yet
+            return context.target_num_replicas, {}
+        more = math.ceil(sum(queued) / self._queued_tokens)
+        if more or fmean(ttft) > self._ttft_seconds:
+            return there + max(1, more), {}
+        return min(there, math.ceil(sum(busy) / _BUSY)), {}
+
+
+def build(plan: Plan) -> serve.Application:
+    """The application; `import_path` of a config file of Ray Serve."""
+    shared: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": plan.drain_timeout + _GOODBYE_SECONDS,
+        "health_check_period_s": 2.0,
+    }
+    router = RequestRouterConfig(
+        request_router_class=f"{__name__}.{PlacementRouter.__name__}", request_routing_stats_period_s=1.0
+    )
+    servers = serve.deployment(
+        Server, name=SERVER, max_ongoing_requests=1000, request_router_config=router, **shared
+    )
+    ingress = serve.deployment(
+        Ingress, name=INGRESS, ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}}, **shared
+    )
+    return ingress.bind(plan, servers.bind(plan))
+
+
+def application(plan: Plan, servers: Mapping[str, Any]) -> dict[str, Any]:
+    """As in a config file of Ray Serve. servers: fields of the deployment of servers."""
+    return {
+        "name": APP,
+        "route_prefix": None,  # not through Ray's own proxies
+        "import_path": f"{__name__}:{build.__name__}",
+        "args": plan.model_dump(exclude_defaults=True),
+        "deployments": [{"name": SERVER, **servers}, {"name": INGRESS}],
+    }
+
+
+def as_yaml(app: dict[str, Any]) -> str:
+    """A config file for `serve deploy`."""
+    text: str = yaml.safe_dump({"proxy_location": "Disabled", "applications": [app]}, sort_keys=False)
+    return text
+
+
+def scaling(least: int, most: int) -> dict[str, Any]:
+    """How Ray Serve scales by itself."""
+    return {
+        "min_replicas": least,
+        "max_replicas": most,
+        "policy": {"policy_function": f"{__name__}:{ByQueuedTokens.__name__}"},
+        "metrics_interval_s": 2.0,
+        "look_back_period_s": 10.0,
+        "upscale_delay_s": 5.0,
+        "downscale_delay_s": 300.0,
+    }
+
+
+def take_gpus(app: dict[str, Any]) -> None:
+    """A GPU for each server, where the cluster has any."""
+    if ray.cluster_resources().get("GPU"):
+        _servers(app)["ray_actor_options"] |= {"num_gpus": 1}
+
+
+def scale(app: dict[str, Any], replicas: int) -> None:
+    """Raises ClusterError where it scales by itself."""
+    servers = _servers(app)
+    if "autoscaling_config" in servers:
+        raise ClusterError(
+            "the cluster scales by itself: `onebase cluster up` again, with other --min-replicas and "
+            "--max-replicas"
+        )
+    servers["num_replicas"] = replicas
+    deploy(app)
+
+
+def _servers(app: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = next(one for one in app["deployments"] if one["name"] == SERVER)
+    return found
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def own_ray(state: Path, folder: Path) -> Iterator[None]:
+    """Ray on this machine until the end of the block, which other commands find by the file `state`.
+
+    Ray listens on all of the machine's addresses, and does what is asked by those who have its token: it lies
+    in `folder`, which this user alone reads. Ray lets everybody into the folder of its own, which is in there.
+    """
+    cores = 1000.0  # on one machine as many servers as are asked for
+    own = {"include_dashboard": False, "_temp_dir": str(folder / "ray")}
+    _start_ray(num_cpus=cores, object_store_memory=100 << 20, **own)
+    state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    address = ray.get_runtime_context().gcs_address
+    state.touch(mode=0o600)
+    state.write_text(json.dumps({"address": address, "token": os.environ["RAY_AUTH_TOKEN_PATH"]}))
+    try:
+        yield
+    finally:
+        state.unlink(missing_ok=True)
+        ray.shutdown()
+
+
+def connect(address: str) -> None:
+    """Raises ClusterError."""
+    try:
+        _start_ray(address=address)
+    except Exception as error:
+        raise ClusterError(f"Ray does not answer at {address}: {error}") from error
+
+
+def _start_ray(**options: Any) -> None:
+    ray.init(
+        namespace="serve", logging_level=logging.ERROR, log_to_driver="address" not in options, **options
+    )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def deploy(app: dict[str, Any]) -> None:
+    """Have Ray Serve run the application as it says, beside others that it has of config files."""
+    if not _client_of_serve():
+        serve.start(proxy_location="Disabled")
+    client = _get_global_client()
+    others = [
+        one["deployed_app_config"]
+        for name, one in client.get_serve_details().get("applications", {}).items()
+        if name != app["name"] and one.get("deployed_app_config")
+    ]
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": [*others, app]}))
+
+
+def _client_of_serve() -> Any:
+    """None where Ray Serve does not run."""
+    return _get_global_client(raise_if_no_controller_running=False)
+
+
+def deployed() -> dict[str, Any]:
+    """The application as it was deployed. Raises ClusterError where there is none."""
+    client = _client_of_serve()
+    apps = client.get_serve_details().get("applications", {}) if client else {}
+    if APP not in apps:
+        raise ClusterError("no cluster of OneBase runs there: start one with `onebase cluster up`")
+    found: dict[str, Any] = apps[APP]["deployed_app_config"]
+    return found
+
+
+def settled(show: Callable[[str], None], stop: threading.Event) -> bool:
+    """Wait until the application is as it was deployed last; False where it was stopped.
+
+    Raises ClusterError.
+    """
+    shown = ""
+    while not stop.is_set():
+        app = serve.status().applications.get(APP)
+        if app is not None:
+            text = states(app.deployments)
+            if text != shown:
+                show(text)
+                shown = text
+            if app.status == "RUNNING" and _are_all_known(app.deployments):
+                return True
+            if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                why = [app.message, *(one.message for one in app.deployments.values())]
+                raise ClusterError("the cluster is not as it should be: " + " ".join(filter(None, why)))
+        stop.wait(_POLL_SECONDS)
+    return False
+
+
+def _are_all_known(deployments: Mapping[str, Any]) -> bool:
+    """Whether the ingress has all servers that run, and no other."""
+    running = deployments[SERVER].replica_states.get("RUNNING", 0)
+    return [one.get("ready") for one in told()["servers"].values()] == [1.0] * running
+
+
+def is_there() -> bool:
+    return APP in serve.status().applications
+
+
+def status() -> str:
+    app = serve.status().applications.get(APP)
+    return "not there" if app is None else states(app.deployments)
+
+
+def states(deployments: Mapping[str, Any]) -> str:
+    """As in `servers: 2 running, 1 starting`."""
+    found = deployments[SERVER].replica_states if SERVER in deployments else {}
+    parts = [f"{number} {str(getattr(state, 'value', state)).lower()}" for state, number in found.items()]
+    return f"servers: {', '.join(parts) or 'none'}"
+
+
+def told() -> dict[str, Any]:
+    """What the ingress says of itself and the servers behind it. Raises ClusterError."""
+    try:
+        found: dict[str, Any] = serve.get_app_handle(APP).told.remote().result(timeout_s=20)
+    except Exception as error:
+        raise ClusterError(f"its address does not answer: {error}") from error
+    return found
+
+
+def end(drain_timeout: float, *, now: bool) -> None:
+    """End the application: once running requests have ended, or now. Raises ClusterError."""
+    if now:
+        for name in (INGRESS, SERVER):
+            with contextlib.suppress(Exception):  # it is ended all the same
+                serve.get_deployment_handle(name, APP).broadcast("kill").results(timeout_s=10)
+    serve.delete(APP, _blocking=False)
+    until = time.monotonic() + drain_timeout + 2 * _GOODBYE_SECONDS
+    while is_there():
+        if time.monotonic() > until:
+            raise ClusterError("it has not ended in time: `onebase cluster down` ends it at once")
+        time.sleep(_POLL_SECONDS)
+
+
+def on_signals() -> threading.Event:
+    """Set by the first SIGINT or SIGTERM; the second ends this process, and Ray with it, at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return stop

@@ -1,0 +1,340 @@
+"""`onebase cluster`: servers on a Ray of their own, behind one address; what is killed, scaled and drained."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import pytest
+import yaml
+
+from .support import HERE, ROOT, SOURCES, Server, alive, children, free_port, launch, upload
+from .test_route import BASE, generate, wait
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'onebase[ray]'")
+
+COMMAND = """
+import sys
+from onebase_server.cli import cluster
+sys.exit(cluster(sys.argv[2:], [sys.executable, sys.argv[1], "words"]))
+"""
+ENVIRONMENT = os.environ | {"PYTHONPATH": SOURCES, "COLUMNS": "200", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+NAMES = [f"shop{number}" for number in range(3)]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", COMMAND, str(HERE / "serve_scripted.py"), *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`onebase cluster` on servers whose engines are scripted."""
+    return subprocess.run(
+        command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two servers, which have some adapters."""
+    data = tmp_path_factory.mktemp("cluster")
+    port = free_port()
+    options = ["--replicas", "2", "--port", str(port), "--data-dir", str(data), "--drain-timeout", "30"]
+    process = launch(command("up", *options), ENVIRONMENT, -1)
+    made = Server(process, port, data)
+    try:
+        made.wait_for(lambda: servers(made) == 2)
+        with made.client() as http:
+            for name in NAMES:
+                upload(http, name, name.encode(), query="wait=true&activate=true").raise_for_status()
+        yield made
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def http(cluster: Server) -> Iterator[httpx2.Client]:
+    with cluster.client() as client:
+        yield client
+
+
+def addresses(cluster: Server) -> list[str]:
+    """Of the servers that are ready."""
+    with contextlib.suppress(httpx2.TransportError):
+        text = httpx2.get(f"{cluster.url}/metrics", timeout=10).text
+        return re.findall(r'onebase_route_ready\{replica="(.*)"\} 1', text)
+    return []
+
+
+def servers(cluster: Server) -> int:
+    return len(addresses(cluster))
+
+
+def listening(cluster: Server, url: str) -> int:
+    """The process that serves at an address."""
+    port = url.rpartition(":")[2]
+    wanted = {f"--port\0{port}\0", "ingress-replicas" if url == cluster.url else "serve_scripted"}
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            told = (folder / "cmdline").read_text() if folder.name.isdigit() else ""
+            if all(part in told for part in wanted):
+                return int(folder.name)
+    raise AssertionError(f"nobody serves {url}")
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def manage(cluster: Server, *arguments: str) -> str:
+    done = run(*arguments, "--data-dir", str(cluster.data_dir))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_address_answers_as_a_server_does(http: httpx2.Client, cluster: Server) -> None:
+    urls = addresses(cluster)
+    for url in urls:  # what one was told, all know, within the second in which they look at SQLite
+        with httpx2.Client(base_url=url) as direct:
+            assert wait(lambda: len(direct.get("/v1/adapters").json()["data"]) == len(NAMES))
+    body = {"prompt": "a b", "max_tokens": 3, "stream": True, "adapter": NAMES[0]}
+    with http.stream("POST", "/generate", json=body) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[0].removeprefix("data: "))
+    assert http.get("/console").status_code in (200, 404)  # it may not be built
+    kept = http.post("/v1/responses", json={"model": BASE, "input": "a b", "max_output_tokens": 16}).json()
+    assert http.get(f"/v1/responses/{kept['id']}").json()["id"] == kept["id"]
+    file = {"file": ("rows.jsonl", b'{"prompt": "a", "completion": "b"}\n' * 4)}
+    sent = http.post("/v1/files", data={"purpose": "fine-tune"}, files=file).json()
+    job = http.post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": sent["id"]}).json()
+    assert wait(lambda: http.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["status"] == "succeeded")
+
+
+@pytest.mark.parametrize("victim", ["server", "actor"])
+def test_one_that_is_killed_costs_only_its_own_streams_and_comes_back(
+    http: httpx2.Client, cluster: Server, victim: str
+) -> None:
+    before = set(addresses(cluster))
+    with contextlib.ExitStack() as stack:
+        body = {"prompt": "a b", "max_tokens": 80_000, "stream": True}
+        streams = [stack.enter_context(http.stream("POST", "/generate", json=body)) for _ in range(8)]
+        lines = [stream.iter_lines() for stream in streams]
+        for one in lines:
+            assert next(one).startswith("data: ")
+        url = min(before)
+        server = listening(cluster, url)
+        engines = children(server)
+        os.kill(server if victim == "server" else parent(server), signal.SIGKILL)
+        for name in NAMES:  # whoever had them
+            assert generate(http, name).status_code == 200
+        ends = Counter(_goes_on(one) for one in lines)
+    assert ends["lost"] >= 1, ends
+    assert ends["goes on"] >= 1, ends
+    assert ends.total() == 8
+    assert wait(lambda: not any(map(alive, [server, *engines])))
+    assert wait(lambda: set(addresses(cluster)) == before), "back at the same address"
+    assert listening(cluster, url) != server
+
+
+def _goes_on(lines: Iterator[str]) -> str:
+    """Whether a stream ends with the error that says to send the request again."""
+    for number, line in enumerate(lines):
+        if "replica_lost" in line:
+            assert json.loads(line.removeprefix("data: "))["error"]["type"] == "service_unavailable"
+            return "lost"
+        if number > 100:
+            return "goes on"
+    return "ended"
+
+
+def test_an_address_that_is_killed_comes_back(http: httpx2.Client, cluster: Server) -> None:
+    route = listening(cluster, cluster.url)
+    os.kill(route, signal.SIGKILL)
+
+    assert wait(lambda: not alive(route) and servers(cluster) == 2)
+    assert generate(http, NAMES[0]).status_code == 200
+
+
+def test_no_request_is_lost_while_servers_come_and_go(http: httpx2.Client, cluster: Server) -> None:
+    answers: Counter[object] = Counter()
+    stop = threading.Event()
+
+    def ask(number: int) -> None:
+        with cluster.client() as client:
+            while not stop.wait(0.05):
+                name = [*NAMES, None][number % 4]
+                answer = generate(client, name, prompt=f"{number}", max_tokens=20)
+                told = answer.json()
+                right = answer.status_code == 200 and (told["adapter"] or "").startswith(name or "")
+                answers["right" if right else answer.text] += 1
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    manage(cluster, "scale", "3")
+    assert servers(cluster) == 3
+    assert "servers: 3 running" in manage(cluster, "status")
+    asked_by_handle(cluster)
+    manage(cluster, "scale", "2")
+    assert servers(cluster) == 2
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+    assert set(answers) == {"right"}
+    assert answers["right"] > 20
+
+
+HANDLE = """
+import asyncio, json, sys
+import ray
+from ray import serve
+ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False)
+async def main():
+    servers = serve.get_deployment_handle("Server", "onebase").options(stream=True)
+    for number in range(6):
+        body = json.dumps({"prompt": f"{number}", "adapter": "shop0", "max_tokens": 2, "seed": 77}).encode()
+        pieces = [piece async for piece in servers.ask.remote("/generate", body)]
+        assert json.loads(b"".join(pieces))["adapter"].startswith("shop0"), pieces
+asyncio.run(main())
+"""
+
+
+def asked_by_handle(cluster: Server) -> None:
+    """As another application on Ray Serve asks."""
+    known = json.loads((cluster.data_dir / "cluster.json").read_text())
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": known["token"]}
+    command = [sys.executable, "-c", HANDLE, known["address"]]
+    done = subprocess.run(command, env=ENVIRONMENT | token, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_secrets_are_in_no_command_and_in_no_state(cluster: Server) -> None:
+    known = json.loads((cluster.data_dir / "cluster.json").read_text())
+    token = Path(known["token"])
+    assert (cluster.data_dir / "cluster.json").stat().st_mode & 0o77 == 0
+    assert token.parent.stat().st_mode & 0o77 == 0
+    server = listening(cluster, addresses(cluster)[0])
+    for pid in (server, *children(server), parent(server)):
+        assert token.read_text() not in Path(f"/proc/{pid}/cmdline").read_text()
+    assert "RAY_AUTH" not in Path(f"/proc/{server}/environ").read_text()
+    refused = run("up", "--config", "--registry", "postgresql://me:secret@db/onebase")
+    assert refused.returncode == 1
+    assert "PGPASSWORD" in refused.stderr
+    assert "secret" not in refused.stderr
+
+
+def test_a_drain_lets_a_running_stream_end_and_leaves_nothing_behind(
+    http: httpx2.Client, cluster: Server
+) -> None:
+    pids = [listening(cluster, url) for url in (*addresses(cluster), cluster.url)]
+    body = {"prompt": "a b", "max_tokens": 300, "stream": True}
+    with http.stream("POST", "/generate", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        cluster.signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert len(rest) >= 299
+    assert cluster.exit_status() == 0
+    assert not any(map(alive, pids))
+    assert not (cluster.data_dir / "cluster.json").exists()
+    away = run("status", "--data-dir", str(cluster.data_dir))
+    assert away.returncode == 1
+    assert "onebase cluster up" in away.stderr
+
+
+# ---- without a cluster ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("there", "queued", "busy", "ttft", "waiting", "wanted"),
+    [
+        (0, [], [], [], 0, 0),
+        (0, [], [], [], 1, 1),  # from none
+        (2, [0, 0], [0.9, 0.8], [0.1, 0.1], 0, 2),
+        (2, [3000, 6000], [1, 1], [0.1, 0.1], 0, 5),  # one for each 4000 tokens that wait
+        (2, [0, 0], [1, 1], [9, 4], 0, 3),  # the first token comes late
+        (4, [0, 0, 0, 0], [0.2, 0.2, 0.1, 0.1], [0, 0, 0, 0], 0, 1),
+        (1, [0], [0], [0], 0, 0),
+        (2, [0], [0], [0], 0, 2),  # one has not told of itself yet
+    ],
+)
+def test_there_are_more_servers_where_tokens_wait_and_fewer_where_rows_are_free(
+    there: int, queued: list[float], busy: list[float], ttft: list[float], waiting: int, wanted: int
+) -> None:
+    from onebase_server.routing.cluster import ByQueuedTokens
+
+    told = {"queued_tokens": queued, "busy": busy, "ttft": ttft}
+    context: Any = SimpleNamespace(  # of its many fields those that are looked at
+        current_num_replicas=there,
+        target_num_replicas=there,
+        total_queued_requests=waiting,
+        aggregated_metrics={name: dict(enumerate(values)) for name, values in told.items()},
+    )
+    assert ByQueuedTokens()(context)[0] == wanted
+
+
+def test_what_config_prints_and_what_kubernetes_gets_is_what_ray_serve_takes() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from onebase_server.routing.cluster import Plan
+
+    done = run(
+        "up", "--config", "--min-replicas", "0", "--max-replicas", "4", "--store", "s3://bucket/a",
+        "--registry", "postgresql://db/onebase", "--host", "0.0.0.0", "--kv-memory", "2GB",
+        "--adapter", "a=/b", "--no-double-quant", "--allowed-host", "llm.example.com",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    printed = yaml.safe_load(done.stdout)
+    manifest = next(
+        one
+        for one in yaml.safe_load_all((ROOT / "deploy/kubernetes/rayservice.yaml").read_text())
+        if one["kind"] == "RayService"
+    )
+    for config in (printed, yaml.safe_load(manifest["spec"]["serveConfigV2"])):
+        (app,) = ServeDeploySchema.model_validate(config).applications
+        plan = Plan(**app.args)
+        assert plan.server[:2] == ["onebase", "serve"]
+        assert app.import_path == "onebase_server.routing.cluster:build"
+        assert not plan.one_machine
+    server = " ".join(Plan(**printed["applications"][0]["args"]).server)
+    assert "--kv-memory 2000000000" in server
+    assert "--adapter a=/b" in server
+    assert "--no-double-quant" in server
+    assert "0.0.0.0" not in server
+    assert printed["applications"][0]["args"]["wait"] > 0
+
+
+def test_servers_of_a_machine_take_folders_that_nobody_has_and_keep_their_ports(tmp_path: Path) -> None:
+    from onebase_server.routing.cluster import free_port as port_of
+    from onebase_server.routing.cluster import take_folder
+
+    first, lock = take_folder(tmp_path)
+    second, other = take_folder(tmp_path)
+    assert (first.name, second.name) == ("0", "1")
+    os.close(lock)
+    again, lock = take_folder(tmp_path)
+    assert again == first
+    port = port_of("127.0.0.1", first / "port")
+    assert port_of("127.0.0.1", first / "port") == port
+    (first / "port").write_text("99999999")
+    assert 0 < port_of("127.0.0.1", first / "port") < 65536
+    os.close(lock)
+    os.close(other)
