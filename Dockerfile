@@ -38,9 +38,11 @@ RUN npm run build
 
 # What OneBase needs, one requirement a line: the layers with PyTorch are made again only when this list changes.
 FROM build AS requirements
+# More extras, as in --build-arg EXTRAS=ray.
+ARG EXTRAS=
 COPY pyproject.toml ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; \
-    print(*p['dependencies'], *(r for x in ('server', 'train', 'postgres', 's3', 'otel') for r in e[x]), sep='\n')" > requirements.txt
+    print(*p['dependencies'], *(r for x in 'server train postgres s3 otel ${EXTRAS}'.split() for r in e[x]), sep='\n')" > requirements.txt
 
 FROM build AS own
 COPY pyproject.toml README.md LICENSE ./

@@ -74,9 +74,9 @@ _ROUTE_SETTINGS = (
 _CLUSTER = """\
 Several servers of one base on Ray Serve, behind one address: started, watched, replaced, scaled.
 
-Without --address, `up` starts Ray on this machine and serves until Ctrl-C; with it, the servers run on
-a cluster that `ray start` has made. Servers on several machines share a registry (PostgreSQL) and a
-store (S3, or a folder that all of them see).
+Without --address, `up` starts Ray on this machine and serves until Ctrl-C; with it, the servers run
+on a cluster that `ray start` has made. Servers on several machines share a registry (PostgreSQL)
+and a store (S3, or a folder that all of them see).
 """
 _UP = """\
 Start the servers, or change those that run. Options of `onebase serve` go to each of them; --host,

@@ -312,6 +312,7 @@ HELPS = [
     *(["batches", action] for action in batches.ACTIONS),
     *(["files", action] for action in files.ACTIONS),
     ["base", "fetch"],
+    *(["cluster", action] for action in ("up", "status", "scale", "drain", "down")),
     ["data", "check"],
 ]
 
@@ -347,7 +348,8 @@ NO_DEFAULT = {
     "adapters merge": ["--name NAME", "--density D"],
     "sweep": ["--data FILE"],
     "estimate": ["--data FILE", "--rows N"],
-    "route": ["--replica URL", "--key-file FILE"],
+    "route": ["--replica URL", "--replicas FILE", "--key-file FILE"],
+    "cluster up": ["--key-file FILE"],
 }
 """Options that are required, or without which there is nothing of the kind."""
 
@@ -405,7 +407,14 @@ def test_a_missing_package_leads_to_the_extra_that_brings_it(capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("command", "extra"), [("serve", "server"), ("train", "train"), ("data", "train"), ("sweep", "train")]
+    ("command", "extra"),
+    [
+        ("serve", "server"),
+        ("cluster", "server,ray"),
+        ("train", "train"),
+        ("data", "train"),
+        ("sweep", "train"),
+    ],
 )
 def test_a_command_that_is_not_installed_names_its_extra(
     command: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -80,16 +80,21 @@ def test_each_target_serves_as_an_ordinary_user_with_its_own_environment(target:
     assert "COPY --from=own /opt/onebase /opt/onebase" in own
 
 
-def test_the_images_are_given_the_requirements_of_every_extra_that_a_server_uses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", ["", "ray"])
+def test_the_images_are_given_the_requirements_of_every_extra_that_a_server_uses(
+    tmp_path: Path, more: str
+) -> None:
     command = re.search(r"^RUN (python -c .*?> requirements\.txt)$", DOCKERFILE, re.MULTILINE | re.DOTALL)
     assert command
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (tmp_path / "pyproject.toml").write_text(text, encoding="utf-8")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    subprocess.run(["sh", "-ec", command[1]], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True)
+    environment = {**os.environ, "PATH": path, "EXTRAS": more}
+    subprocess.run(["sh", "-ec", command[1]], cwd=tmp_path, env=environment, check=True)
     project = tomllib.loads(text)["project"]
     extras = {name: set(some) for name, some in project["optional-dependencies"].items()}
-    wanted = set(project["dependencies"]).union(*(extras[name] for name in extras.keys() - {"dev", "track"}))
+    left_out = {"dev", "track", "ray"} - {more}
+    wanted = set(project["dependencies"]).union(*(extras[name] for name in extras.keys() - left_out))
     assert set((tmp_path / "requirements.txt").read_text(encoding="utf-8").splitlines()) == wanted
 
 

@@ -16,8 +16,8 @@ from onebase_server.settings import Settings
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 FILES = sorted(path for path in DEPLOY.rglob("*") if path.suffix in (".yaml", ".service"))
-OTHERS = {"CACHE", "PORT", "API_KEY", "IMAGE"}
-"""Of the cache, the image's own, of clients, and of compose.yaml."""
+OTHERS = {"CACHE", "PORT", "API_KEY", "IMAGE", "REPLICA_KEY"}
+"""Of the cache, the image's own, of clients, of compose.yaml, and of `onebase route`."""
 DRAIN = next(field.default for field in fields(Settings) if field.name == "drain_timeout")
 USER = 10001
 

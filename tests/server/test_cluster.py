@@ -1,4 +1,4 @@
-"""`onebase cluster`: servers on a Ray of their own, behind one address; what is killed, scaled and drained."""
+"""`onebase cluster`: servers on a Ray of its own, behind one address: killed, scaled and drained."""
 
 from __future__ import annotations
 

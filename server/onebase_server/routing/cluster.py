@@ -43,7 +43,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from onebase_server.routing.placement import Placement, Report
 from onebase_server.routing.proxy import asked, read_report
-from onebase_server.settings import default_data_dir
+from onebase_server.settings import environment_name, load_settings
 
 APP = "onebase"
 SERVER = "Server"
@@ -113,12 +113,12 @@ class Plan(BaseModel):
 
     @property
     def data(self) -> Path:
-        return Path(self.data_dir or default_data_dir(os.environ)).expanduser().absolute()
+        return Path(load_settings({"data_dir": self.data_dir or None}).data_dir).expanduser().absolute()
 
     def names(self, option: str) -> bool:
         """Whether the server's command, or the environment, has the option."""
         given = any(part == option or part.startswith(f"{option}=") for part in self.server)
-        return given or f"ONEBASE_{option.strip('-').upper()}" in os.environ
+        return given or environment_name(option.strip("-")) in os.environ
 
 
 # ---- a child of an actor -------------------------------------------------------------------------
@@ -579,7 +579,7 @@ def own_ray(state: Path, folder: Path) -> Iterator[None]:
     """Ray on this machine until the end of the block, which other commands find by the file `state`.
 
     Ray listens on all of the machine's addresses, and does what is asked by those who have its token: it lies
-    in `folder`, which this user alone reads. Ray lets everybody into the folder of its own, which is in there.
+    in `folder`, which this user alone reads. Ray lets everybody into its own folder, which is in there.
     """
     cores = 1000.0  # on one machine as many servers as are asked for
     own = {"include_dashboard": False, "_temp_dir": str(folder / "ray")}

@@ -22,6 +22,7 @@ One base model in memory, and a LoRA adapter of its own for every request.
 A server (needs: pip install 'onebase[server]')
   serve      load a base and serve it, with its adapters, over HTTP
   route      one address for several servers of one base
+  cluster    several servers on Ray Serve (needs: pip install 'onebase[server,ray]')
   base       download a base ahead of time: onebase base fetch
   keys       make, list, change and revoke API keys, on the server's machine
   tenants    limit what tenants may ask for and keep, on the server's machine
@@ -81,6 +82,7 @@ The SDK itself imports neither server nor torch."""
 EXTRA_COMMANDS: Final[Mapping[str, str]] = {
     "serve": "server",
     "route": "server",
+    "cluster": "server,ray",
     "base": "server",
     "keys": "server",
     "tenants": "server",
@@ -174,7 +176,8 @@ def _install_hint(command: str) -> str:
     """How to install what a command needs. Commands of unknown packages are taken to need the server."""
     if EXTRA_COMMANDS.get(command) == "train":
         return "Training is an extra of this package. Install it with: pip install 'onebase[train]'"
-    return "The server is an extra of this package. Install it with: pip install 'onebase[server]'"
+    extra = EXTRA_COMMANDS.get(command, "server")
+    return f"The server is an extra of this package. Install it with: pip install 'onebase[{extra}]'"
 
 
 def _tolerate_narrow_encodings() -> None:
