@@ -238,15 +238,15 @@ def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -
 
             try:
                 if arguments.action == "up":
-                    app, plan = _application(arguments, parser, data, server)
+                    apps, plan = _applications(arguments, parser, data, server)
                     if arguments.config:
-                        sys.stdout.write(on_ray.as_yaml(app))
+                        sys.stdout.write(on_ray.as_yaml(apps))
                     elif own:
                         with on_ray.own_ray(state, Path(folder)):
-                            _serve_cluster(arguments, app, plan, console)
+                            _serve_cluster(arguments, apps, plan, console)
                     else:
                         on_ray.connect(address)
-                        _deploy(arguments, app, on_ray.on_signals(), console)
+                        _deploy(arguments, apps, on_ray.on_signals(), console)
                 else:
                     on_ray.connect(address)
                     _manage(arguments, console)
@@ -287,12 +287,14 @@ def _prepare_ray(arguments: argparse.Namespace, state: Path, folder: Path | None
     return known["address"]
 
 
-def _serve_cluster(arguments: argparse.Namespace, app: dict[str, Any], plan: Plan, console: Console) -> None:
+def _serve_cluster(
+    arguments: argparse.Namespace, apps: list[dict[str, Any]], plan: Plan, console: Console
+) -> None:
     """On Ray of this machine's own: until a signal, or until another command has ended it."""
     from onebase_server.routing import cluster as on_ray
 
     stop = on_ray.on_signals()
-    if _deploy(arguments, app, stop, console):
+    if _deploy(arguments, apps, stop, console):
         while on_ray.is_there() and not stop.wait(1.0):
             pass
     if on_ray.is_there():
@@ -304,20 +306,20 @@ def _manage(arguments: argparse.Namespace, console: Console) -> None:
     """Of a cluster that runs: its status, another number of servers, its end. Raises ClusterError."""
     from onebase_server.routing import cluster as on_ray
 
-    app = on_ray.deployed()
+    apps = on_ray.deployed()
     if arguments.action == "status":
         _print_cluster()
     elif arguments.action == "scale":
-        on_ray.scale(app, arguments.replicas)
+        on_ray.scale(apps, arguments.replicas)
         on_ray.settled(console.print, on_ray.on_signals())
     else:
-        on_ray.end(on_ray.Plan(**app["args"]).drain_timeout, now=arguments.action == "down")
+        on_ray.end(on_ray.Plan(**apps[0]["args"]).drain_timeout, now=arguments.action == "down")
         console.print("The cluster has ended.")
 
 
-def _application(
+def _applications(
     arguments: argparse.Namespace, parser: argparse.ArgumentParser, data: Path, server: Sequence[str]
-) -> tuple[dict[str, Any], Plan]:
+) -> tuple[list[dict[str, Any]], Plan]:
     """As Ray Serve is to run it. Raises SettingsError."""
     from pydantic import ValidationError
 
@@ -350,18 +352,18 @@ def _application(
     if least is not None:
         options = {"autoscaling_config": on_ray.scaling(least, most)}
     options["ray_actor_options"] = {name: share for name, share in shares.items() if share is not None}
-    return on_ray.application(plan, options), plan
+    return on_ray.applications(plan, options), plan
 
 
 def _deploy(
-    arguments: argparse.Namespace, app: dict[str, Any], stop: threading.Event, console: Console
+    arguments: argparse.Namespace, apps: list[dict[str, Any]], stop: threading.Event, console: Console
 ) -> bool:
     """Whether it runs, or was stopped before."""
     from onebase_server.routing import cluster as on_ray
 
     if arguments.replica_gpus is None and arguments.device != "cpu":
-        on_ray.take_gpus(app)
-    on_ray.deploy(app)
+        on_ray.take_gpus(apps)
+    on_ray.deploy(apps)
     running = on_ray.settled(console.print, stop)
     if running:
         _print_cluster()

@@ -79,6 +79,10 @@ TABLE: tuple[tuple[str, str], ...] = (
         PARSE,
     ),  # other bases, and folders that are not there
     (r"onebase route --host 0.0.0.0 ", PARSE),  # tests/server/test_route.py runs it
+    (
+        r"onebase cluster (up|status|scale|drain|down)( [^-]| --(replicas|address|config|min-replicas)|$)",
+        PARSE,
+    ),
     (r"onebase backup (/|FOLDER$)", PARSE),  # tests/server/test_backup.py runs it, while a server serves
     (r"onebase serve --host ", PARSE),  # the whole network
     (r"onebase audit (?!--help$)", PARSE),  # another server's names; --follow never ends

@@ -269,7 +269,8 @@ def test_a_drain_lets_a_running_stream_end_and_leaves_nothing_behind(
         (0, [], [], [], 0, 0),
         (0, [], [], [], 1, 1),  # from none
         (2, [0, 0], [0.9, 0.8], [0.1, 0.1], 0, 2),
-        (2, [3000, 6000], [1, 1], [0.1, 0.1], 0, 5),  # one for each 4000 tokens that wait
+        (2, [3000, 6000], [1, 1], [0.1, 0.1], 0, 4),  # one for each 4000 tokens that wait
+        (2, [0, 300], [0.1, 0.1], [0.1, 0.1], 0, 2),  # too few wait for one more, and too many for one less
         (2, [0, 0], [1, 1], [9, 4], 0, 3),  # the first token comes late
         (4, [0, 0, 0, 0], [0.2, 0.2, 0.1, 0.1], [0, 0, 0, 0], 0, 1),
         (1, [0], [0], [0], 0, 0),
@@ -291,35 +292,40 @@ def test_there_are_more_servers_where_tokens_wait_and_fewer_where_rows_are_free(
     assert ByQueuedTokens()(context)[0] == wanted
 
 
-def test_what_config_prints_and_what_kubernetes_gets_is_what_ray_serve_takes() -> None:
+def test_what_config_prints_and_what_kubernetes_gets_is_what_ray_serve_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from ray.serve.schema import ServeDeploySchema
 
+    from onebase_server import cli
     from onebase_server.routing.cluster import Plan
 
-    done = run(
+    options = [
         "up", "--config", "--min-replicas", "0", "--max-replicas", "4", "--store", "s3://bucket/a",
         "--registry", "postgresql://db/onebase", "--host", "0.0.0.0", "--kv-memory", "2GB",
         "--adapter", "a=/b", "--no-double-quant", "--allowed-host", "llm.example.com",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    printed = yaml.safe_load(done.stdout)
+    ]  # fmt: skip
+    assert cli.cluster(options) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
     manifest = next(
         one
         for one in yaml.safe_load_all((ROOT / "deploy/kubernetes/rayservice.yaml").read_text())
         if one["kind"] == "RayService"
     )
     for config in (printed, yaml.safe_load(manifest["spec"]["serveConfigV2"])):
-        (app,) = ServeDeploySchema.model_validate(config).applications
+        app, front = ServeDeploySchema.model_validate(config).applications
         plan = Plan(**app.args)
         assert plan.server[:2] == ["onebase", "serve"]
-        assert app.import_path == "onebase_server.routing.cluster:build"
         assert not plan.one_machine
+        assert app.import_path == "onebase_server.routing.cluster:build"
+        assert Plan(**front.args).ingress[:2] == ["onebase", "route"]
+        assert front.import_path == "onebase_server.routing.cluster:build_ingress"
     server = " ".join(Plan(**printed["applications"][0]["args"]).server)
     assert "--kv-memory 2000000000" in server
     assert "--adapter a=/b" in server
     assert "--no-double-quant" in server
     assert "0.0.0.0" not in server
-    assert printed["applications"][0]["args"]["wait"] > 0
+    assert printed["applications"][1]["args"]["wait"] > 0
 
 
 def test_servers_of_a_machine_take_folders_that_nobody_has_and_keep_their_ports(tmp_path: Path) -> None:

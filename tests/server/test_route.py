@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,39 @@ def test_a_server_that_stops_gets_nothing_more_and_a_route_that_stops_ends_what_
         assert route.exit_status() == 0
 
 
+def test_servers_come_and_go_by_a_file_and_a_request_waits_for_the_first(
+    servers: list[Server], tmp_path: Path
+) -> None:
+    names = tmp_path / "replicas"
+    names.touch()
+    with (
+        routing([], tmp_path, "--replicas", str(names), "--wait", "60") as route,
+        route.client() as http,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        first = pool.submit(generate, http, NAMES[0])
+        assert wait(lambda: counted(http, "onebase_route_waiting") == {"": 1})
+        names.write_text(f"# the first\n{servers[0].url}\n")
+        assert first.result().status_code == 200
+
+        body = {"prompt": "a b", "max_tokens": 80, "stream": True}
+        with http.stream("POST", "/generate", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            names.write_text(f"{servers[1].url}\n")
+            assert wait(lambda: counted(http, "onebase_route_ready") == {servers[1].url: 1})
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]", "what was sent to one that is taken out goes on there"
+        assert len(rest) >= 79
+
+        names.write_text("http://me:secret@a:1\n")
+        assert wait(lambda: "is not used" in route.log)
+        assert "secret" not in route.log
+        assert generate(http, NAMES[0]).status_code == 200
+        names.write_text(f"{servers[1].url}\n{servers[0].url}\n")
+        assert wait(lambda: len(counted(http, "onebase_route_ready")) == 2)
+
+
 def wait(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while not condition():
@@ -263,6 +297,8 @@ def test_wrong_addresses_are_refused(tmp_path: Path) -> None:
         assert caught.value.code == 2
     with pytest.raises(SystemExit):
         route(["--replica", "http://a:1", "--key-file", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        route([])
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ from onebase_server.routing.proxy import asked, read_report
 from onebase_server.settings import environment_name, load_settings
 
 APP = "onebase"
+FRONT = "onebase-ingress"
+"""An application of its own: Ray Serve replaces all of one whose arguments change."""
 SERVER = "Server"
 INGRESS = "Ingress"
 _HEAD = "node:__internal_head__"
@@ -54,6 +56,8 @@ _LOOPBACK = "127.0.0.1"
 _GOODBYE_SECONDS = 15.0
 """After the drain, until a child and its actor must have ended."""
 _POLL_SECONDS = 0.25
+_ILL_SECONDS = 60.0
+"""Of an application that is not healthy, after which that is said: Ray may start what is missing again."""
 _BUSY = 0.7
 """The part of their rows that replicas should have in use, where there may be fewer of them."""
 _MOST_SENT = 100_000
@@ -80,7 +84,7 @@ class ClusterError(Exception):
 
 
 class Plan(BaseModel):
-    """What `args` of the application holds in a config file of Ray Serve.
+    """What `args` of both applications hold in a config file of Ray Serve.
 
     Args:
         server: the command of a server, as it would be typed. It gets --host, --port, --data-dir and
@@ -137,7 +141,7 @@ class Child:
         self._keep = keep
         self._started = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._ready = False
+        self.is_ready = False
         self.status: int | None = None
         # Linux ends the child when the thread that has started it ends: this one waits for the child.
         threading.Thread(target=self._run, name="child", daemon=True).start()
@@ -157,7 +161,8 @@ class Child:
         finally:
             self._started.set()
         self.status = self._process.wait()
-        if self._ready:
+        if self.is_ready:
+            self.is_ready = False
             _log.error("the child ended with status %d", self.status)
             self._on_end()
 
@@ -166,19 +171,21 @@ class Child:
         while self.status is None:
             with contextlib.suppress(httpx2.TransportError):
                 if (await client.get(path)).status_code == 200:
-                    self._ready = True
+                    self.is_ready = True
                     return
             await asyncio.sleep(_POLL_SECONDS)
-        raise ClusterError(f"it ended with status {self.status} before it was ready: its log says why")
+        raise ClusterError(
+            f"it ended with status {self.status} before it was ready: Ray's log of this actor says why"
+        )
 
     def kill(self) -> None:
-        self._ready = False
+        self.is_ready = False
         if self._process is not None:
             self._process.kill()
 
     async def stop(self, seconds: float) -> None:
         """As SIGTERM does, and by force after that time."""
-        self._ready = False
+        self.is_ready = False
         if self._process is not None:
             self._process.terminate()
             end = time.monotonic() + seconds
@@ -330,9 +337,9 @@ def _client(url: str) -> httpx2.AsyncClient:
 class Ingress:
     """`onebase route`, with a list of the servers that Ray Serve says are there."""
 
-    async def __init__(self, plan: Plan, servers: DeploymentHandle) -> None:  # type: ignore[misc]
+    async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]
         self._plan = plan
-        self._servers = servers
+        self._servers: DeploymentHandle | None = None
         self.url = ingress_url(plan.ingress)
         self._client = _client(self.url)
         self._list = plan.data / "ingress-replicas"
@@ -361,14 +368,17 @@ class Ingress:
 
     async def check_health(self) -> None:
         if self._following is None:  # Ray knows of this object only now, by which the router finds it
-            self._servers = self._servers.options()
             self._following = asyncio.get_running_loop().create_task(self._follow())
-        (await self._client.get("/health")).raise_for_status()
+        if self._child.is_ready:  # else it has ended and starts again
+            (await self._client.get("/health")).raise_for_status()
 
     async def _follow(self) -> None:
         """Start the route again where it has ended: an actor takes longer. And where requests wait for a
         first server, ask Ray Serve for one by a request of our own."""
         while True:
+            if self._servers is None:
+                with contextlib.suppress(serve.exceptions.RayServeException):  # they are not deployed yet
+                    self._servers = serve.get_deployment_handle(SERVER, APP).options()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(2 * _POLL_SECONDS):
                     await self._ended.wait()
@@ -379,7 +389,7 @@ class Ingress:
                     await self._child.ready(self._client, "/health")
                 except ClusterError:
                     _end_too()
-            if not self._plan.wait:
+            if not self._plan.wait or self._servers is None:
                 continue
             with contextlib.suppress(httpx2.HTTPError):
                 answer = await self._client.get("/metrics")
@@ -494,44 +504,62 @@ class ByQueuedTokens:
         queued, busy, ttft = (list(told.get(one, {}).values()) for one in ("queued_tokens", "busy", "ttft"))
         if len(busy) < there:  # not all have told of themselves yet
             return context.target_num_replicas, {}
-        more = math.ceil(sum(queued) / self._queued_tokens)
+        more = int(sum(queued) / self._queued_tokens)
         if more or fmean(ttft) > self._ttft_seconds:
             return there + max(1, more), {}
+        if any(queued):
+            return there, {}
         return min(there, math.ceil(sum(busy) / _BUSY)), {}
 
 
 def build(plan: Plan) -> serve.Application:
-    """The application; `import_path` of a config file of Ray Serve."""
-    shared: dict[str, Any] = {
-        "graceful_shutdown_timeout_s": plan.drain_timeout + _GOODBYE_SECONDS,
-        "health_check_period_s": 2.0,
-    }
+    """The servers; `import_path` of a config file of Ray Serve."""
     router = RequestRouterConfig(
         request_router_class=f"{__name__}.{PlacementRouter.__name__}", request_routing_stats_period_s=1.0
     )
     servers = serve.deployment(
-        Server, name=SERVER, max_ongoing_requests=1000, request_router_config=router, **shared
+        Server, name=SERVER, max_ongoing_requests=1000, request_router_config=router, **_life(plan)
     )
-    ingress = serve.deployment(
-        Ingress, name=INGRESS, ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}}, **shared
-    )
-    return ingress.bind(plan, servers.bind(plan))
+    return servers.bind(plan)
 
 
-def application(plan: Plan, servers: Mapping[str, Any]) -> dict[str, Any]:
+def build_ingress(plan: Plan) -> serve.Application:
+    """Their address; `import_path` of a config file of Ray Serve."""
+    options = {"num_cpus": 0, "resources": {_HEAD: 0.001}}
+    ingress = serve.deployment(Ingress, name=INGRESS, ray_actor_options=options, **_life(plan))
+    return ingress.bind(plan)
+
+
+def _life(plan: Plan) -> dict[str, Any]:
+    grace = plan.drain_timeout + _GOODBYE_SECONDS
+    return {"graceful_shutdown_timeout_s": grace, "health_check_period_s": 2.0}
+
+
+def applications(plan: Plan, servers: Mapping[str, Any]) -> list[dict[str, Any]]:
     """As in a config file of Ray Serve. servers: fields of the deployment of servers."""
-    return {
-        "name": APP,
-        "route_prefix": None,  # not through Ray's own proxies
-        "import_path": f"{__name__}:{build.__name__}",
-        "args": plan.model_dump(exclude_defaults=True),
-        "deployments": [{"name": SERVER, **servers}, {"name": INGRESS}],
-    }
+    args = plan.model_dump(exclude_defaults=True)
+    made: list[dict[str, Any]] = []
+    for name, builder, deployment, others in (
+        (APP, build, {"name": SERVER, **servers}, ("ingress", "wait")),
+        (FRONT, build_ingress, {"name": INGRESS}, ("server", "one_machine")),
+    ):
+        own = {key: value for key, value in args.items() if key not in others}
+        path = f"{__name__}:{builder.__name__}"
+        # No prefix: not through Ray's own proxies.
+        app = {
+            "name": name,
+            "route_prefix": None,
+            "import_path": path,
+            "args": own,
+            "deployments": [deployment],
+        }
+        made.append(app)
+    return made
 
 
-def as_yaml(app: dict[str, Any]) -> str:
+def as_yaml(apps: list[dict[str, Any]]) -> str:
     """A config file for `serve deploy`."""
-    text: str = yaml.safe_dump({"proxy_location": "Disabled", "applications": [app]}, sort_keys=False)
+    text: str = yaml.safe_dump({"proxy_location": "Disabled", "applications": apps}, sort_keys=False)
     return text
 
 
@@ -548,26 +576,27 @@ def scaling(least: int, most: int) -> dict[str, Any]:
     }
 
 
-def take_gpus(app: dict[str, Any]) -> None:
+def take_gpus(apps: list[dict[str, Any]]) -> None:
     """A GPU for each server, where the cluster has any."""
     if ray.cluster_resources().get("GPU"):
-        _servers(app)["ray_actor_options"] |= {"num_gpus": 1}
+        _servers(apps)["ray_actor_options"] |= {"num_gpus": 1}
 
 
-def scale(app: dict[str, Any], replicas: int) -> None:
+def scale(apps: list[dict[str, Any]], replicas: int) -> None:
     """Raises ClusterError where it scales by itself."""
-    servers = _servers(app)
+    servers = _servers(apps)
     if "autoscaling_config" in servers:
         raise ClusterError(
             "the cluster scales by itself: `onebase cluster up` again, with other --min-replicas and "
             "--max-replicas"
         )
     servers["num_replicas"] = replicas
-    deploy(app)
+    deploy(apps)
 
 
-def _servers(app: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = next(one for one in app["deployments"] if one["name"] == SERVER)
+def _servers(apps: list[dict[str, Any]]) -> dict[str, Any]:
+    """The deployment of servers."""
+    found: dict[str, Any] = next(one for one in apps if one["name"] == APP)["deployments"][0]
     return found
 
 
@@ -610,17 +639,17 @@ def _start_ray(**options: Any) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
-def deploy(app: dict[str, Any]) -> None:
-    """Have Ray Serve run the application as it says, beside others that it has of config files."""
+def deploy(apps: list[dict[str, Any]]) -> None:
+    """Have Ray Serve run the applications as they say, beside others that it has of config files."""
     if not _client_of_serve():
         serve.start(proxy_location="Disabled")
     client = _get_global_client()
     others = [
         one["deployed_app_config"]
         for name, one in client.get_serve_details().get("applications", {}).items()
-        if name != app["name"] and one.get("deployed_app_config")
+        if name not in (APP, FRONT) and one.get("deployed_app_config")
     ]
-    client.deploy_apps(ServeDeploySchema.model_validate({"applications": [*others, app]}))
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": [*others, *apps]}))
 
 
 def _client_of_serve() -> Any:
@@ -628,14 +657,13 @@ def _client_of_serve() -> Any:
     return _get_global_client(raise_if_no_controller_running=False)
 
 
-def deployed() -> dict[str, Any]:
-    """The application as it was deployed. Raises ClusterError where there is none."""
+def deployed() -> list[dict[str, Any]]:
+    """The applications as they were deployed. Raises ClusterError where there are none."""
     client = _client_of_serve()
     apps = client.get_serve_details().get("applications", {}) if client else {}
-    if APP not in apps:
+    if APP not in apps or FRONT not in apps:
         raise ClusterError("no cluster of OneBase runs there: start one with `onebase cluster up`")
-    found: dict[str, Any] = apps[APP]["deployed_app_config"]
-    return found
+    return [apps[name]["deployed_app_config"] for name in (APP, FRONT)]
 
 
 def settled(show: Callable[[str], None], stop: threading.Event) -> bool:
@@ -644,18 +672,24 @@ def settled(show: Callable[[str], None], stop: threading.Event) -> bool:
     Raises ClusterError.
     """
     shown = ""
+    well = time.monotonic()
     while not stop.is_set():
-        app = serve.status().applications.get(APP)
-        if app is not None:
-            text = states(app.deployments)
+        known = serve.status().applications
+        apps = [known[name] for name in (APP, FRONT) if name in known]
+        if len(apps) == 2:
+            text = states(apps[0].deployments)
             if text != shown:
                 show(text)
                 shown = text
-            if app.status == "RUNNING" and _are_all_known(app.deployments):
+            if all(app.status != "UNHEALTHY" for app in apps):
+                well = time.monotonic()
+            if all(app.status == "RUNNING" for app in apps) and _are_all_known(apps[0].deployments):
                 return True
-            if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                why = [app.message, *(one.message for one in app.deployments.values())]
-                raise ClusterError("the cluster is not as it should be: " + " ".join(filter(None, why)))
+            for app in apps:
+                ill = app.status == "UNHEALTHY" and time.monotonic() - well > _ILL_SECONDS
+                if app.status == "DEPLOY_FAILED" or ill:
+                    why = [app.message, *(one.message for one in app.deployments.values())]
+                    raise ClusterError("the cluster is not as it should be: " + " ".join(filter(None, why)))
         stop.wait(_POLL_SECONDS)
     return False
 
@@ -667,7 +701,7 @@ def _are_all_known(deployments: Mapping[str, Any]) -> bool:
 
 
 def is_there() -> bool:
-    return APP in serve.status().applications
+    return not {APP, FRONT}.isdisjoint(serve.status().applications)
 
 
 def status() -> str:
@@ -685,24 +719,27 @@ def states(deployments: Mapping[str, Any]) -> str:
 def told() -> dict[str, Any]:
     """What the ingress says of itself and the servers behind it. Raises ClusterError."""
     try:
-        found: dict[str, Any] = serve.get_app_handle(APP).told.remote().result(timeout_s=20)
+        found: dict[str, Any] = serve.get_app_handle(FRONT).told.remote().result(timeout_s=20)
     except Exception as error:
         raise ClusterError(f"its address does not answer: {error}") from error
     return found
 
 
 def end(drain_timeout: float, *, now: bool) -> None:
-    """End the application: once running requests have ended, or now. Raises ClusterError."""
-    if now:
-        for name in (INGRESS, SERVER):
+    """End both applications, the address first: once running requests have ended, or now.
+
+    Raises ClusterError.
+    """
+    for app, deployment in ((FRONT, INGRESS), (APP, SERVER)):
+        if now:
             with contextlib.suppress(Exception):  # it is ended all the same
-                serve.get_deployment_handle(name, APP).broadcast("kill").results(timeout_s=10)
-    serve.delete(APP, _blocking=False)
-    until = time.monotonic() + drain_timeout + 2 * _GOODBYE_SECONDS
-    while is_there():
-        if time.monotonic() > until:
-            raise ClusterError("it has not ended in time: `onebase cluster down` ends it at once")
-        time.sleep(_POLL_SECONDS)
+                serve.get_deployment_handle(deployment, app).broadcast("kill").results(timeout_s=10)
+        serve.delete(app, _blocking=False)
+        until = time.monotonic() + drain_timeout + 2 * _GOODBYE_SECONDS
+        while app in serve.status().applications:
+            if time.monotonic() > until:
+                raise ClusterError("it has not ended in time: `onebase cluster down` ends it at once")
+            time.sleep(_POLL_SECONDS)
 
 
 def on_signals() -> threading.Event:
