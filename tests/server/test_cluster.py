@@ -344,3 +344,16 @@ def test_servers_of_a_machine_take_folders_that_nobody_has_and_keep_their_ports(
     assert 0 < port_of("127.0.0.1", first / "port") < 65536
     os.close(lock)
     os.close(other)
+
+
+def test_without_ray_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from onebase.cli import main
+    from onebase_server import routing
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "onebase_server.routing.cluster", raising=False)
+    monkeypatch.delattr(routing, "cluster", raising=False)
+    assert main(["cluster", "up", "--config"]) == 1
+    assert "pip install 'onebase[server,ray]'" in capsys.readouterr().err
