@@ -84,7 +84,15 @@ def running(behaviour: str) -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
         cluster = Cluster(behaviour, Path(folder))
         up = cluster.command(
-            "up", "--port", str(cluster.port), "--drain-timeout", "5", "--queue-limit", "4096"
+            "up",
+            "--port",
+            str(cluster.port),
+            "--drain-timeout",
+            "5",
+            "--queue-limit",
+            "4096",
+            "--max-rows",
+            "4",
         )
         process = subprocess.Popen(up, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
