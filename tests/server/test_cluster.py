@@ -97,6 +97,15 @@ def listening(cluster: Server, url: str) -> int:
     raise AssertionError(f"nobody serves {url}")
 
 
+def serving(cluster: Server) -> set[int]:
+    """The processes of the servers that are ready."""
+    found = set()
+    for url in addresses(cluster):
+        with contextlib.suppress(AssertionError):  # it was killed a moment ago
+            found.add(listening(cluster, url))
+    return found
+
+
 def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
@@ -107,6 +116,7 @@ def manage(cluster: Server, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.full
 def test_the_address_answers_as_a_server_does(http: httpx2.Client, cluster: Server) -> None:
     urls = addresses(cluster)
     for url in urls:  # what one was told, all know, within the second in which they look at SQLite
@@ -126,19 +136,18 @@ def test_the_address_answers_as_a_server_does(http: httpx2.Client, cluster: Serv
     assert wait(lambda: http.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["status"] == "succeeded")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("victim", ["server", "actor"])
 def test_one_that_is_killed_costs_only_its_own_streams_and_comes_back(
     http: httpx2.Client, cluster: Server, victim: str
 ) -> None:
-    before = set(addresses(cluster))
     with contextlib.ExitStack() as stack:
         body = {"prompt": "a b", "max_tokens": 80_000, "stream": True}
         streams = [stack.enter_context(http.stream("POST", "/generate", json=body)) for _ in range(8)]
         lines = [stream.iter_lines() for stream in streams]
         for one in lines:
             assert next(one).startswith("data: ")
-        url = min(before)
-        server = listening(cluster, url)
+        server = min(serving(cluster))
         engines = children(server)
         os.kill(server if victim == "server" else parent(server), signal.SIGKILL)
         for name in NAMES:  # whoever had them
@@ -148,8 +157,7 @@ def test_one_that_is_killed_costs_only_its_own_streams_and_comes_back(
     assert ends["goes on"] >= 1, ends
     assert ends.total() == 8
     assert wait(lambda: not any(map(alive, [server, *engines])))
-    assert wait(lambda: set(addresses(cluster)) == before), "back at the same address"
-    assert listening(cluster, url) != server
+    assert wait(lambda: len(serving(cluster) - {server}) == 2)
 
 
 def _goes_on(lines: Iterator[str]) -> str:
@@ -163,6 +171,7 @@ def _goes_on(lines: Iterator[str]) -> str:
     return "ended"
 
 
+@pytest.mark.full
 def test_an_address_that_is_killed_comes_back(http: httpx2.Client, cluster: Server) -> None:
     route = listening(cluster, cluster.url)
     os.kill(route, signal.SIGKILL)
@@ -171,6 +180,7 @@ def test_an_address_that_is_killed_comes_back(http: httpx2.Client, cluster: Serv
     assert generate(http, NAMES[0]).status_code == 200
 
 
+@pytest.mark.full
 def test_no_request_is_lost_while_servers_come_and_go(http: httpx2.Client, cluster: Server) -> None:
     answers: Counter[object] = Counter()
     stop = threading.Event()
@@ -225,6 +235,7 @@ def asked_by_handle(cluster: Server) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.full
 def test_secrets_are_in_no_command_and_in_no_state(cluster: Server) -> None:
     known = json.loads((cluster.data_dir / "cluster.json").read_text())
     token = Path(known["token"])
@@ -240,6 +251,7 @@ def test_secrets_are_in_no_command_and_in_no_state(cluster: Server) -> None:
     assert "secret" not in refused.stderr
 
 
+@pytest.mark.full
 def test_a_drain_lets_a_running_stream_end_and_leaves_nothing_behind(
     http: httpx2.Client, cluster: Server
 ) -> None:

@@ -254,12 +254,14 @@ def test_a_client_that_leaves_before_the_answer_ends_its_request(odd: Running, h
         return sum(one.gone for one in odd.behind)
 
     before = gone()
+    odd.heads()
     line, *more = head.encode().split(b"\n")
     body = b"{}" if more else b""
     heads = [line + b" HTTP/1.1", b"Host: localhost", b"Content-Length: %d" % len(body), *more]
     with socket.create_connection(("127.0.0.1", odd.port)) as connection:
         connection.sendall(b"\r\n".join(heads) + b"\r\n\r\n" + body)
-        assert wait(lambda: odd.open_requests() == 1)
+        assert wait(lambda: bool(odd.heads()))
+        assert odd.open_requests() == 1
 
     assert wait(lambda: gone() == before + 1)
     assert wait(lambda: odd.open_requests() == 0)
