@@ -29,6 +29,7 @@ from rich.text import Text
 from onebase import APIConnectionError, APITimeoutError, AsyncClient, OneBaseError
 from onebase_engine.base.default_base import default_cache
 
+DATA = default_cache() / "demo"
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
 PROMPT = "Hi, I'm Anna Keller. I need three blue mugs in Lisbon. What should I do?"
 START_TIMEOUT_S = 600.0
@@ -136,7 +137,7 @@ async def running_server(adapters: list[Path], port: int, console: Console) -> A
     # Its standard input is a pipe from here, which ends with this script, however that ends.
     command += ["--stop-with-stdin"]
     # A registry of its own, kept between runs: the adapters are proven once.
-    command += ["--data-dir", str(default_cache() / "demo")]
+    command += ["--data-dir", str(DATA)]
     for folder in adapters:
         command += ["--adapter", f"{folder.name}={folder}"]
     environment = {**os.environ, "NO_COLOR": "1"}
@@ -284,6 +285,10 @@ From another terminal, in this folder:
     -d '{{"messages": [{{"role": "user", "content": "How are you?"}}], "adapter": "{adapter}"}}'
 
   .venv/bin/onebase chat --url {server.url}
+
+API keys, if you want the server to ask for them:
+
+  .venv/bin/onebase keys create --scope admin --data-dir {DATA}
 
 From Python (.venv/bin/python):
 

@@ -602,6 +602,9 @@ def keys(argv: Sequence[str]) -> int:
                 priority=arguments.priority or 0,
             )
             print_keys(console, [made])
+            settings = load_settings({"data_dir": arguments.data_dir, "registry": arguments.registry})
+            where = "this --registry" if settings.registry else f"--data-dir {settings.data_dir}"
+            console.print(f"Servers with {where} know it.", soft_wrap=True, markup=False)
             console.print("This is the key. It is shown this once, and cannot be read again:")
             sys.stdout.write(f"{key}\n")
         elif arguments.action == "set":

@@ -82,6 +82,18 @@ def test_two_columns_are_judged_blindly_by_one_key_each(
     assert (line["wins"], line["ties"]) == ([wins, losses], ties)
 
 
+def test_a_link_to_columns_ends_the_blind_judgement_that_hides_them(words: Server, look: Look) -> None:
+    with look(words) as visit:
+        page = visit.page
+        visit.open("#/compare?c=b&c=a:orders&n=4")
+        page.get_by_role("button", name="Blind A/B").click()
+        expect(page.locator(".column .who")).to_have_count(0)
+        page.get_by_role("link", name="Adapters").click()
+        page.get_by_role("link", name="pirate").or_(page.get_by_role("button", name="pirate")).first.click()
+        page.get_by_role("link", name="Ask it").click()
+        expect(page.locator(".column .who").last).to_contain_text("pirate")
+
+
 @pytest.mark.parametrize("size", EACH_SIZE)
 def test_a_corrected_answer_becomes_a_row_of_a_training_file(words: Server, look: Look, size: str) -> None:
     evil = "<b>Right</b> \u202eanswer"

@@ -24,6 +24,7 @@ def test_a_key_is_made_shown_once_listed_and_revoked(
     (key,) = made.out.splitlines()
     assert key not in made.err
     assert "shown this once" in made.err
+    assert f"Servers with --data-dir {tmp_path / 'data'} know it." in made.err
 
     assert main(["keys", "list"]) == 0
     listed = capsys.readouterr().out

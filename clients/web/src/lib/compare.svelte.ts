@@ -243,9 +243,9 @@ export class Compare {
   }
 
   /** Show what a link says, as far as it can be read. Nothing is sent. */
-  fromParams(params: URLSearchParams): void {
+  fromParams(params: URLSearchParams): boolean {
     // The view may come and go, and keeps what it had; so does one without a link.
-    if (params === this.#shown || !params.size) return
+    if (params === this.#shown || !params.size) return false
     this.#shown = params
     this.stop()
     const number = (name: string, low: number, high: number, whole: boolean) => {
@@ -266,6 +266,7 @@ export class Compare {
       tools: params.get('tools') ?? '',
       probabilities: params.get('p') === '1',
     }
+    return true
   }
 
   /** What is shown first: the base and the first adapters. */
