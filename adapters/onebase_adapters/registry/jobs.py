@@ -290,6 +290,10 @@ class TrainingRecords:
             if row.state not in among or (delivered and not while_delivered):
                 raise JobStateError(f"Job {job_id} is {row.state}.", row.state)
             before = cast(JobState, row.state)
+            if "stop" in facts and row.stop is not None:
+                if before == state:
+                    return _job_record(row)  # asked for twice at once: it is the first who stopped it
+                facts["stop"] = row.stop
             _set_facts(row, state, facts, time.time())
             if event is not None:
                 session.add(_event_row(row.number, event))
@@ -353,7 +357,7 @@ class TrainingRecords:
     ) -> None:
         """An entry in the audit log. What a server does by itself with a job is done for who made it."""
         origin = audit.current()
-        if origin == Origin():
+        if origin == Origin() and action in ("job.succeeded", "job.failed"):
             origin = Origin(row.key or "", actor=f"job {row.id}")
         kept = {name: value for name, value in details.items() if value is not None}
         audit.note(

@@ -70,6 +70,23 @@ def test_a_job_that_is_to_stop_is_known_to_its_server_and_in_the_audit_log(
     assert told == [("job.stopped", "key-1"), ("job.created", "")]
 
 
+def test_a_job_that_two_stop_at_once_is_stopped_by_the_first(
+    registry: Registry, jobs: list[TrainingJob]
+) -> None:
+    records, first, second = registry.training, JobStop(7, "key-1", 5.0), JobStop(8, "key-2", 6.0)
+    records.move("ftjob-one", "queued", ["validating_files"])
+    records.move("ftjob-one", "running", ["queued"])
+    for stop in (first, second):
+        event = JobEvent(stop.at, "The job is to stop.")
+        assert records.move("ftjob-one", "running", ["running"], event, stop=stop).stop == first
+    records.move("ftjob-one", "paused", ["running"])
+    assert records.move("ftjob-one", "queued", ["paused"], stop=second).stop == first
+    found = registry.audit.entries(target="ftjob-one", limit=9)
+    assert [one.action for one in found] == ["job.stopped", "job.paused", "job.stopped", "job.created"]
+    told = [one.message for one in records.events(jobs[0], limit=9)]
+    assert told.count("The job is to stop.") == 1
+
+
 def test_a_job_that_waits_after_its_check_is_paused_by_nobody(registry: Registry) -> None:
     add_file(registry, "a")
     assert add_job(registry, "held", hold=True).hold is True
@@ -78,6 +95,7 @@ def test_a_job_that_waits_after_its_check_is_paused_by_nobody(registry: Registry
     assert registry.training.move("ftjob-held", "queued", ["paused"], hold=False).hold is False
     found = registry.audit.entries(target="ftjob-held", limit=9)
     assert [one.action for one in found] == ["job.resumed", "job.created"]
+    assert {one.actor for one in found} == {""}  # no key was needed; the job did neither by itself
     assert found[-1].details["hold"] is True
 
 
