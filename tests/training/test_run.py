@@ -194,6 +194,21 @@ def test_a_run_that_is_to_end_early_keeps_the_best_of_the_steps_that_it_did_and_
     assert (job.folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_a_run_that_is_to_end_early_ends_with_the_evaluation_that_runs_then(
+    base: torch.nn.Module, job: Job
+) -> None:
+    seen: list[events.Event] = []
+
+    def ask() -> int | None:
+        """Somebody asks while the fourth step is measured."""
+        evaluated = any(isinstance(event, events.Evaluated) and event.step == 4 for event in seen)
+        return 4 if evaluated else None
+
+    report = train(lambda: base, job, seen.append, OpenGate(), last_step=ask)
+    assert (report.steps, [step for step, _ in report.held_out]) == (4, [0, 4])
+    assert [event.step for event in seen if isinstance(event, events.Saved)][-1] == 4
+
+
 def test_a_finished_run_is_not_trained_again(base: torch.nn.Module, job: Job, whole: Whole) -> None:
     seen: list[events.Event] = []
     assert run(base, whole.copied(job), seen).losses == whole.report.losses

@@ -131,6 +131,8 @@ class Trainer:
                 self._report(step)
                 self._ask_for_the_end()
                 loss = self._evaluate_what_is_due()
+                if loss is not None:  # which may take long: what was asked meanwhile ends the run here
+                    self._ask_for_the_end()
                 done = self.state.step
                 if self.finished or done == until or done % self.recipe.save_every == 0:
                     self._save(loss)
