@@ -27,6 +27,7 @@ def test_the_commands_are_found_by_the_sdk() -> None:
     assert found.keys() == {
         "serve",
         "route",
+        "cluster",
         "base",
         "keys",
         "tenants",
