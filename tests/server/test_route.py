@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from onebase_server.routing.placement import order_of
 from onebase_server.routing.proxy import Asked, asked, read_report
 
 from .support import SOURCES, Server, Starter, free_port, launch, upload
@@ -97,9 +98,11 @@ def test_an_adapters_requests_go_to_its_homes_and_the_bases_to_all(
         after = counted(http, "onebase_route_requests_total")
         where[name] = Counter({url: int(after[url] - before.get(url, 0)) for url in after})
 
-    assert all(len(+where[name]) <= 2 for name in NAMES)
+    same = {server.url: 1 for server in servers}
+    for name in NAMES:
+        homes = order_of(name, same)[:2]
+        assert sum(where[name][url] for url in homes) >= 7, (where[name], homes)  # a slow one is left out
     assert len(+where[None]) == 3
-    assert set().union(*(+where[name] for name in NAMES)) == {server.url for server in servers}
 
 
 @pytest.mark.parametrize(
