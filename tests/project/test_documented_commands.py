@@ -189,6 +189,11 @@ def pages(how: str) -> list[str]:
     return [page for page in PAGES if any(how in line.how for line in lines(page))]
 
 
+def run_pages() -> list[Any]:
+    """Those of other pages than the README take as long again."""
+    return [pytest.param(page, marks=() if page == "README.md" else pytest.mark.full) for page in pages(RUN)]
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command = [sys.executable, str(ROOT / "tests/server/serve_scripted.py"), "words"]
@@ -344,7 +349,7 @@ def test_every_action_is_documented() -> None:
         assert {word[2] for word in words if word[1] == name} >= command.ACTIONS.keys()
 
 
-@pytest.mark.parametrize("page", pages(RUN))
+@pytest.mark.parametrize("page", run_pages())
 def test_what_a_page_shows_runs(page: str, server: Server, folder: Path, asked: set[str]) -> None:
     environment = {"ONEBASE_URL": server.url, **server.hub.environment(folder / "hf")}
     with Client(server.url) as client:

@@ -131,6 +131,7 @@ def test_a_job_goes_on_from_the_version_of_another_and_begins_with_its_loss(
     assert (taken.r, taken.targets) == (4, ["q_proj", "v_proj"])
 
 
+@pytest.mark.full
 def test_a_job_trains_a_classifier_that_answers_with_the_names_of_its_labels(
     server: Server, client: OpenAI
 ) -> None:
@@ -183,6 +184,7 @@ def test_a_job_trains_a_classifier_that_answers_with_the_names_of_its_labels(
     assert report["loss_after"] == pytest.approx(sum(losses) / 6, abs=0.05)
 
 
+@pytest.mark.full
 def test_openais_own_rows_train_as_they_are(server: Server, client: OpenAI) -> None:
     """As in OpenAI's guide: tools and calls, the older functions, weights, and preferences."""
     weather = {"name": "get_weather", "parameters": {"type": "object", "properties": {}}, "strict": True}
@@ -274,6 +276,7 @@ def test_a_stopped_job_whose_trainer_is_killed_keeps_the_best_of_the_steps_befor
     assert told == {"kind": "stopped", "step": last, "steps": 400, "best_step": report["best_step"], "by": ""}
 
 
+@pytest.mark.full
 def test_a_job_on_hold_says_what_it_will_take_and_trains_the_same_adapter_then(
     server: Server, client: OpenAI, unbroken: Any
 ) -> None:

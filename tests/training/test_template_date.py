@@ -124,6 +124,7 @@ def samples_after(job: Job, step: int) -> list[str]:
     return [event["text"] for event in read if event["type"] == "sample" and event["step"] == step]
 
 
+@pytest.mark.full
 def test_a_sweep_goes_on_the_next_day(job: Job, tomorrow: Callable[[], None]) -> None:
     base = load_base(job.base)
     grid = Grid(r=(2, 4), learning_rate=(1e-2,), targets=(("attention",),))

@@ -15,6 +15,7 @@ import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tests.matrix import matrix
 from tests.tiny import randomize, save_base
 
 from onebase_adapters.export.adapter_parts import opened_adapter
@@ -38,6 +39,11 @@ CLASSES: dict[str, Any] = {
     "SEQ_CLS": tf.AutoModelForSequenceClassification,
     "TOKEN_CLS": tf.AutoModelForTokenClassification,
     "FEATURE_EXTRACTION": tf.AutoModel,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "norm": {"modules_to_save": ["layers.0.input_layernorm"]},
 }
 LABELS = 5
 TEXTS = [torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 9, 70)]
@@ -144,22 +150,17 @@ def reading(name: str, text: list[int], digest: str, kind: Any, head: bool) -> p
     )
 
 
-@pytest.mark.parametrize("task", list(CLASSES))
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"use_dora": True}, {"modules_to_save": ["layers.0.input_layernorm"]}],
-    ids=["lora", "dora", "norm"],
-)
+@pytest.mark.parametrize(("task", "kind"), matrix(CLASSES, KINDS))
 def test_they_are_proved_and_served_in_one_batch_as_pefts_own_model_of_their_class(
     folder: Path,
     base: torch.nn.Module,
     verifier: Verifier,
     nf4: bool,
     task: str,
-    settings: dict[str, Any],
+    kind: str,
     tmp_path: Path,
 ) -> None:
-    adapter = save(folder, tmp_path / "adapter", task, **settings)
+    adapter = save(folder, tmp_path / "adapter", task, **KINDS[kind])
     other = save(folder, tmp_path / "other", "SEQ_CLS", seed=2, labels=3)
     proven, weights = prove(verifier, adapter, tmp_path / "packed")
     _, others = prove(verifier, other, tmp_path / "packed other")
@@ -168,12 +169,12 @@ def test_they_are_proved_and_served_in_one_batch_as_pefts_own_model_of_their_cla
     assert ("The classes of 2 texts were PEFT's" in proven.report.proof.shown) == classifies
     assert ("head" in proven.report.kinds) == classifies
 
-    kind = {"SEQ_CLS": "last", "TOKEN_CLS": "each", "FEATURE_EXTRACTION": "last"}[task]
+    pooled = "each" if task == "TOKEN_CLS" else "last"
     asked = []
     sampling = protocol.Sampling(temperature=0, max_tokens=5)
     for i, text in enumerate(TEXTS):
         asked += [
-            reading(f"{i}", text, "own", kind, classifies),
+            reading(f"{i}", text, "own", pooled, classifies),
             reading(f"other{i}", text, "other", "last", True),
             protocol.Submit(id=f"text{i}", prompt=text, sampling=sampling),
         ]
@@ -188,7 +189,7 @@ def test_they_are_proved_and_served_in_one_batch_as_pefts_own_model_of_their_cla
         torch.testing.assert_close(got, expected.float(), atol=allowed, rtol=1e-3)
         assert found[f"other{i}"].shape == (3,)
     if classifies:
-        alone = serve(base, {"own": weights}, [reading("0", TEXTS[2], "own", kind, True)])
+        alone = serve(base, {"own": weights}, [reading("0", TEXTS[2], "own", pooled, True)])
         assert np.array_equal(alone["0"], found["2"])
 
 
