@@ -203,7 +203,7 @@ class KeyRing:
                 quotas=quotas,
                 priority=priority,
             )
-        self._changed_at = time.monotonic()
+        self.doubt()
         return made
 
     async def change(
@@ -212,7 +212,7 @@ class KeyRing:
         """As ApiKeys.change. Raises UnknownKeyError, InvalidRequestError, UnavailableError."""
         with storage_errors():
             changed = await self._threads.run(self._registry.change, key_id, quotas, priority)
-        self._changed_at = time.monotonic()
+        self.doubt()
         return changed
 
     async def tenants(self, caller: Caller) -> list[TenantRecord]:
@@ -232,14 +232,14 @@ class KeyRing:
         """As Tenants.set_quotas. Raises InvalidRequestError, UnavailableError."""
         with storage_errors():
             changed = await self._threads.run(self._tenants.set_quotas, tenant, changes)
-        self._changed_at = time.monotonic()
+        self.doubt()
         return changed
 
     async def revoke(self, key_id: str) -> ApiKey:
         """Raises UnknownKeyError, UnavailableError."""
         with storage_errors():
             revoked = await self._threads.run(self._registry.revoke, key_id)
-        self._changed_at = time.monotonic()
+        self.doubt()
         return revoked
 
     # ---- keeping up --------------------------------------------------------------------------
@@ -255,6 +255,10 @@ class KeyRing:
                 self._looking = asyncio.get_running_loop().create_task(self._read())
                 self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.shield(self._looking)
+
+    def doubt(self) -> None:
+        """What was changed up to now, here or elsewhere, is not known yet: the next look reads."""
+        self._changed_at = time.monotonic()
 
     @property
     def fresh(self) -> bool:

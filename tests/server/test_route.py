@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,27 +22,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from onebase_server.routing.placement import order_of
 from onebase_server.routing.proxy import Asked, asked, read_report
 
-from .support import SOURCES, Server, Starter, free_port, launch, upload
+from .access import Keys, client_with
+from .support import Server, Starter, routing, upload
 
 BASE = "smollm2-135m-instruct"
 NAMES = [f"shop{number}" for number in range(4)]
-
-
-@contextlib.contextmanager
-def routing(servers: list[Server], folder: Path, *options: str) -> Iterator[Server]:
-    """`onebase route` before the servers, ready."""
-    port = free_port()
-    replicas = [part for server in servers for part in ("--replica", server.url)]
-    command = [sys.executable, "-c", "import sys; from onebase.cli import main; sys.exit(main())", "route"]
-    environment = os.environ | {"PYTHONPATH": SOURCES, "COLUMNS": "200"}
-    process = launch([*command, "--port", str(port), *replicas, *options], environment, -1)
-    route = Server(process, port, folder)
-    try:
-        route.wait_ready()
-        yield route
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -356,3 +338,38 @@ def test_names_of_any_characters_are_read_as_they_are_written(names: set[str]) -
 
     report, bases = read_report(generate_latest(known).decode())
     assert (set(report.in_slots), report.running, bases) == (names, 2, {"base"})
+
+
+def test_no_answer_is_older_than_one_before_whichever_server_gives_it(
+    serve_scripted: Starter, keys: Keys, tmp_path: Path
+) -> None:
+    admin = keys.make("admin")
+    (tmp_path / "key").touch(0o600)
+    (tmp_path / "key").write_text(admin)
+    data = keys.file.parent
+    seldom = ("--sync-seconds", "60")  # by itself a server would see what others change far too late
+    shared = ("--registry", f"sqlite:///{keys.file}", "--store", str(data / "store"))
+    with (
+        serve_scripted("words", *seldom, data_dir=data) as first,
+        serve_scripted("words", *seldom, *shared) as second,
+        routing([first, second], tmp_path, "--key-file", str(tmp_path / "key")) as route,
+        client_with(route, admin) as http,
+    ):
+        for content in (b"one", b"two", b"three"):
+            made = upload(http, "acme", content, query="wait=true&activate=true")
+            version = f"acme@{made.json()['version'][:12]}"
+            answers = [generate(http, "acme", prompt=f"{number} one") for number in range(8)]
+            assert {answer.json()["adapter"] for answer in answers} == {version}
+            seen = {http.get("/v1/adapters/acme").json()["version"] for _ in range(4)}
+            assert seen == {made.json()["version"]}
+            made = http.post("/v1/keys", json={"scopes": ["generate"]})
+            with client_with(route, made.json()["key"]) as new:
+                assert {generate(new, "acme").status_code for _ in range(4)} == {200}
+                http.delete(f"/v1/keys/{made.json()['id']}").raise_for_status()
+                assert {generate(new, "acme").status_code for _ in range(4)} == {401}
+        # A number that no change has, of whoever asks a server itself, is looked for and forgotten.
+        with client_with(first, admin) as direct:
+            for change in ("999999999", "-1", "9" * 30, "x"):
+                answer = direct.get("/v1/adapters/acme", headers={"x-onebase-change": change})
+                assert answer.status_code == 200
+                assert 0 < int(answer.headers["x-onebase-change"]) < 999999999

@@ -98,7 +98,8 @@ class Catalog:
         self._tenants: dict[str, dict[str, AdapterRecord]] = {}
         self._shared: dict[str, AdapterRecord] = {}
         self._by_digest: dict[str, list[VersionRecord]] = {}
-        self._counter = -1
+        self.counter = -1
+        """The registry's last change that is known here."""
         self._looked_at = -LOOK_SECONDS
         self._looking: asyncio.Task[bool] | None = None
         self._turn = asyncio.Lock()
@@ -114,13 +115,13 @@ class Catalog:
     async def refresh(self) -> None:
         """Take in what has changed in the registry. Raises RegistryError."""
         async with self._turn:
-            changes = await self._calls.run(self._registry.changes, self._counter)
-            if changes.counter == self._counter:
+            changes = await self._calls.run(self._registry.changes, self.counter)
+            if changes.counter == self.counter:
                 return
             kept = {(one.tenant, one.name): one for one in self if (one.tenant, one.name) in changes.names}
             new = {(one.tenant, one.name): one for one in changes.changed}
             self._sort((kept | new).values())
-            self._counter = changes.counter
+            self.counter = changes.counter
         for subscriber in self._subscribers:
             subscriber()
 
@@ -156,7 +157,7 @@ class Catalog:
                     await told.wait()
             told.clear()
             try:
-                if await self._calls.run(self._registry.change_counter) != self._counter:
+                if await self._calls.run(self._registry.change_counter) != self.counter:
                     await self.refresh()
             except RegistryError as error:
                 if not away:
@@ -177,7 +178,7 @@ class Catalog:
             if time.monotonic() - self._looked_at < LOOK_SECONDS:
                 return False
             self._looked_at = time.monotonic()
-            self._looking = asyncio.get_running_loop().create_task(self._look())
+            self._looking = asyncio.get_running_loop().create_task(self.look())
         return await asyncio.shield(self._looking)
 
     async def known(self, find: Callable[[], Found]) -> Found:
@@ -192,14 +193,15 @@ class Catalog:
                 raise
         return find()
 
-    async def _look(self) -> bool:
-        counter = self._counter
+    async def look(self) -> bool:
+        """Look now. Returns whether there was anything new; not while the registry cannot be read."""
+        counter = self.counter
         try:
             if await self._calls.run(self._registry.change_counter) != counter:
                 await self.refresh()
         except RegistryError as error:
             _log.warning("the registry cannot be read: %s", error)
-        return self._counter != counter
+        return self.counter != counter
 
     # ---- reading, for the server itself ----------------------------------------------------------
 

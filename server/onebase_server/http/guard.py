@@ -18,7 +18,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from onebase_adapters.registry import Origin, acting
+from onebase_adapters.registry import Origin, RegistryError, acting
 from onebase_server.access import KEY_SECONDS, NOBODY, Access, Caller
 from onebase_server.errors import (
     InsufficientScopeError,
@@ -30,6 +30,7 @@ from onebase_server.errors import (
     WrongMethodError,
 )
 from onebase_server.http.deps import CALLER, TICKET, BodyError, Services
+from onebase_server.http.door import CHANGE
 from onebase_server.http.refusals import refusal
 from onebase_server.http.request_id import given_id
 from onebase_server.http.uploads import is_form
@@ -42,6 +43,7 @@ SLASH = "%2F"
 _ACCESS = "onebase_access"
 _ADAPTERS = "/v1/adapters"
 _UPLOADS = (_ADAPTERS, "/v1/files")
+_PAST_THE_CATALOG = ("/v1/fine_tuning/", "/v1/keys", "/v1/tenants")
 _KEY_HEADERS = (b"authorization", b"x-api-key")
 """Where a key may stand, in the order of KeyRing.caller; some of Anthropic's clients send the second."""
 NOT_ITS_FAULT = (429, 503)
@@ -124,9 +126,13 @@ class Gate:
     def __init__(self, app: FastAPI, services: Services) -> None:
         self._routes = Routes(app)
         self._services = services
+        self._nowhere = 0
+        """A change that was asked for and is not in the registry; it may be that of another."""
 
     def admit_at_once(self, scope: Scope) -> None:
         """As `admit`, unless it would have to wait: then nothing is decided. Raises OneBaseError."""
+        if self._news(scope):
+            return
         access, lost = self._find(scope)
         if access == "open" or self._services.keys.fresh:
             self._decide(scope, access, lost)
@@ -134,10 +140,34 @@ class Gate:
     async def admit(self, scope: Scope) -> None:
         """Give the scope its CALLER, and its TICKET if it asks for text; once. Raises OneBaseError."""
         if CALLER not in scope:
+            if change := self._news(scope):
+                await self._catch_up(change)
             access, lost = self._find(scope)
             if access != "open":
                 await self._services.keys.look()
             self._decide(scope, access, lost)
+
+    def _news(self, scope: Scope) -> int:
+        """The registry's change that the request knows of and this server does not; else 0."""
+        told = next((value for name, value in scope["headers"] if name == CHANGE), b"")
+        change = int(told) if told.isdigit() and len(told) < 19 else 0
+        return change if change > max(self._services.catalog.counter, self._nowhere) else 0
+
+    async def _catch_up(self, change: int) -> None:
+        """Raises UnavailableError: what is known here is older than what was answered already."""
+        services = self._services
+        services.keys.doubt()
+        await services.keys.look()
+        try:
+            await services.catalog.refresh()
+        except RegistryError as error:
+            raise UnavailableError(
+                "The registry has changed and cannot be read now. Try again in a moment.",
+                code="registry_unavailable",
+                retry_after=1.0,
+            ) from error
+        if change > services.catalog.counter:
+            self._nowhere = change
 
     def _find(self, scope: Scope) -> tuple[Access, OneBaseError | None]:
         raw: bytes = scope.get("raw_path") or b""
@@ -197,12 +227,27 @@ class Guard:
             return
         caller: Caller = scope[CALLER]
         ticket: Ticket | None = scope.get(TICKET)
-        receive = self._while_valid(caller, receive)
+        receive, send = self._while_valid(caller, receive), self._dated(scope, send)
         with acting(Origin(caller.key, given_id(scope))):
             if ticket is None:
                 await self._services.tracing.serve(self._app, as_get(scope), receive, send)
             else:
                 await self._metered(ticket, scope, receive, send)
+
+    def _dated(self, scope: Scope, send: Send) -> Send:
+        """Tells which of the registry's changes the answer is as of. Answers about what is not in the catalog
+        may be newer than all that this server has looked at."""
+        catalog = self._services.catalog
+        reads = scope["path"].startswith(_PAST_THE_CATALOG)
+
+        async def dated(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if reads:
+                    await catalog.look()
+                message["headers"] = [*message["headers"], (CHANGE, b"%d" % max(0, catalog.counter))]
+            await send(message)
+
+        return dated
 
     def _while_valid(self, caller: Caller, receive: Receive) -> Receive:
         """Gives a body that takes long only as long as its caller's key is valid. Raises BodyError."""

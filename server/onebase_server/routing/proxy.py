@@ -26,7 +26,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onebase_server.errors import InvalidRequestError, OneBaseError, PayloadTooLargeError, UnavailableError
-from onebase_server.http.door import Door
+from onebase_server.http.door import CHANGE, Door
 from onebase_server.http.refusals import error_json, is_anthropic, refusal
 from onebase_server.http.request_id import request_id
 from onebase_server.http.server import QuietServer, uvicorn_config
@@ -77,7 +77,7 @@ _OURS = frozenset(
     {
         b"host", b"expect", b"x-request-id",
         b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-port", b"x-forwarded-proto",
-        b"x-real-ip",
+        b"x-real-ip", CHANGE,
         b"origin", b"sec-fetch-site",
     }
 )  # fmt: skip
@@ -308,6 +308,8 @@ class Route:
         self._leaving: set[asyncio.Task[None]] = set()
         self._headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
         self._max_body = max_body
+        self._change = 0
+        """The registry's last change that an answer was as of: none that follows is older."""
         self._trust = httpx2.create_ssl_context(trust_env=False)
         self._known = CollectorRegistry()
         self._ready = Gauge(
@@ -556,6 +558,7 @@ class Route:
         if client.request.client is not None:
             headers.append((b"x-forwarded-for", client.request.client.host.encode("latin-1", "replace")))
         headers.append((b"x-forwarded-proto", scope["scheme"].encode()))
+        headers.append((CHANGE, b"%d" % self._change))
         length = client.request.headers.get("content-length")
         if not isinstance(body, bytes) and length is not None:
             headers.append((b"content-length", length.encode("latin-1")))
@@ -566,7 +569,11 @@ class Route:
             content=body or None,
             extensions=_TIMEOUT | {"target": client.target},
         )
-        return await replica.way.handle_async_request(sent)
+        answer = await replica.way.handle_async_request(sent)
+        change = answer.headers.get(CHANGE.decode(), "")
+        if change.isdigit() and len(change) < 19:
+            self._change = max(self._change, int(change))
+        return answer
 
 
 async def _leave(replica: Replica) -> None:

@@ -209,9 +209,9 @@ async def _parent(model: str, services: Services, caller: Caller) -> VersionReco
     try:
         if is_checkpoint(model):
             await services.training.checkpoints.use(caller.tenant, model, param="model")
-        adapters = services.catalog.of(caller.tenant)
-        found = await services.catalog.known(lambda: adapters.find(model, param="model"))
-        adapters.check_own(found.name, "train it further")
+        catalog = services.catalog
+        found = await catalog.known(lambda: catalog.of(caller.tenant).find(model, param="model"))
+        catalog.of(caller.tenant).check_own(found.name, "train it further")
         return found
     except UnknownAdapterError as error:
         raise InvalidRequestError(
