@@ -16,6 +16,7 @@ from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.merging import Merging
 from onebase_server.adapters.residency import PackedAdapterFiles, Residency
 from onebase_server.adapters.service import AdapterService
+from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
 from onebase_server.background import RegistryThreads, Threads
 from onebase_server.batches.runner import BatchFolders, BatchRunner, Parts
@@ -113,7 +114,13 @@ def assemble(
     threads = _Threads(RegistryThreads("records", RECORD_THREADS), Threads("disk", DISK_THREADS))
     tokenizer = BaseTokenizer(str(base.folder), raw_control_tokens=settings.raw_control_tokens)
     link, busy = EngineLink(), BusyFlag.make()
-    parts = _adapter_parts(settings, base, storage, tokenizer, link, threads, commands.verifier, tracing)
+
+    def kernels() -> str:
+        return "" if supervisor.base is None else supervisor.base.kernels
+
+    parts = _adapter_parts(
+        settings, base, storage, tokenizer, link, threads, commands.verifier, tracing, kernels
+    )
     adapters, residency = parts.service, parts.residency
     folders = Folders(adapters, parts.activation, given, settings.max_upload)
     pulls = Pulls(storage.store, Threads("pull", PULL_THREADS), settings.hub_allow, settings.max_upload)
@@ -185,11 +192,12 @@ def _adapter_parts(
     threads: _Threads,
     command: Sequence[str],
     tracing: Tracing,
+    kernels: Callable[[], str],
 ) -> _AdapterParts:
-    """`command` starts the verifier."""
+    """`command` starts the verifier. `kernels`: what the engine computes with."""
     registry, store, (records, disk) = storage.registry, storage.store, threads
     catalog = Catalog(base.name, registry, records)
-    files = PackedAdapterFiles(catalog, store, disk)
+    files = PackedAdapterFiles(catalog, store, disk, kernels)
     residency = Residency(
         host_memory(settings),
         files.find,
@@ -197,6 +205,7 @@ def _adapter_parts(
         link.send,
         settings.queue_limit,
         on_damaged=lambda damaged: service.prove_again(damaged),
+        prove=lambda packed: proofs.for_kernels(packed),
     )
     verifier = VerifierClient(
         store,
@@ -207,16 +216,11 @@ def _adapter_parts(
         proof_timeout=settings.proof_timeout,
     )
     activation = Activation(registry, store, catalog, residency, records, disk)
+    proofs = SharedProofs(
+        registry, store, catalog, verifier, kernels, records=records, disk=disk, tracing=tracing
+    )
     service = AdapterService(
-        registry,
-        store,
-        catalog,
-        activation,
-        verifier,
-        base_names=base.names,
-        records=records,
-        disk=disk,
-        tracing=tracing,
+        registry, store, catalog, activation, proofs, base_names=base.names, records=records, disk=disk
     )
     return _AdapterParts(catalog, residency, verifier, activation, service)
 

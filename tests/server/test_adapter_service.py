@@ -1,13 +1,15 @@
-"""How a version gets another packed adapter when its own is damaged, with a real registry and store."""
+"""Which server proves what, and when a version is proved once more, with a real registry and store."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from onebase_adapters.registry import Registry
@@ -16,8 +18,10 @@ from onebase_adapters.store.store import Store
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import PackedAdapterFiles
 from onebase_server.adapters.service import AdapterService, VersionOptions
+from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.background import RegistryThreads, Threads
-from onebase_server.processes.verifier_client import VerifierClient
+from onebase_server.errors import UnavailableError
+from onebase_server.processes.verifier_client import RejectedError, VerifierClient
 from onebase_server.processes.verifier_protocol import Prove, Proved
 from onebase_server.traces import Tracing
 
@@ -40,36 +44,55 @@ class Verifier(VerifierClient):
     def __init__(self, store: Store, disk: Threads) -> None:
         super().__init__(store, disk, base_id="b" * 64, probes=[])
         self.proofs = 0
+        self.free = asyncio.Event()
+        self.free.set()
+        self.rejects = False
+        self.kernels = "torch"
         self._base_here.set()
 
     async def ask(self, job: Prove, on_progress: Any) -> Proved:
         self.proofs += 1
+        await self.free.wait()
+        if self.rejects:
+            raise RejectedError("module_differs", "q_proj is off")
         Path(job.packed_path).write_bytes(PACKED)
         sha256 = hashlib.sha256(PACKED).hexdigest()
-        return Proved(digest=job.digest, report=REPORT, sha256=sha256, bytes=len(PACKED))
+        proof = msgspec.structs.replace(REPORT.proof, kernels=self.kernels)
+        report = msgspec.structs.replace(REPORT, proof=proof)
+        return Proved(digest=job.digest, report=report, sha256=sha256, bytes=len(PACKED))
 
 
 class House:
     """The service around them, without engine or verifier; made in an event loop."""
 
-    def __init__(self, registry: Registry, folder: Path) -> None:
+    def __init__(self, registry: Registry, folder: Path, kernels: str = "torch") -> None:
         store = Store(str(folder / "store"), folder / "cache")
         disk = Threads("disk", 2)
         nobody: Any = None
         self.verifier = Verifier(store, disk)
+        self.verifier.kernels = kernels
         records = RegistryThreads("records", 2)
         self.catalog = Catalog("base", registry, records)
-        self.files = PackedAdapterFiles(self.catalog, store, disk)
+        self.files = PackedAdapterFiles(self.catalog, store, disk, lambda: kernels)
+        self.proofs = SharedProofs(
+            registry,
+            store,
+            self.catalog,
+            self.verifier,
+            lambda: kernels,
+            records=records,
+            disk=disk,
+            tracing=Tracing(),
+        )
         self.adapters = AdapterService(
             registry,
             store,
             self.catalog,
             nobody,
-            self.verifier,
+            self.proofs,
             base_names=("base",),
             records=records,
             disk=disk,
-            tracing=Tracing(),
         )
         with store.writer() as config, store.writer() as weights:
             config.write(b"{}")
@@ -141,3 +164,104 @@ def test_content_that_another_tenant_has_proved_is_proved_again_unless_it_is_sha
         assert await proofs_for("guest") == 0
 
     asyncio.run(test())
+
+
+# Several servers
+
+
+@pytest.fixture
+def other_registry(registry: Registry, tmp_path: Path) -> Iterator[Registry]:
+    """Another server's registry on the same database."""
+    registry.sign("server-1")
+    other = Registry(f"sqlite:///{tmp_path / 'registry.db'}", base_id="b" * 64, base_name="base")
+    other.sign("server-2")
+    yield other
+    other.close()
+
+
+def test_of_two_servers_one_proves_and_the_other_takes_its_proof(
+    registry: Registry, other_registry: Registry, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        one, other = House(registry, tmp_path), House(other_registry, tmp_path)
+        one.verifier.free.clear()
+        await one.adapters.resume()
+        while not one.verifier.proofs:
+            await asyncio.sleep(0.01)
+        await other.adapters.resume()
+        await asyncio.sleep(0.05)
+        one.verifier.free.set()
+        await one.settled()
+        await other.catalog.refresh()
+        await other.settled()
+
+        assert (one.verifier.proofs, other.verifier.proofs) == (1, 0)
+        assert one.states() == other.states() == ["ready", "ready"]
+        packed = other.files.find(other.digest)
+        assert (await other.files.fetch(await other.proofs.for_kernels(packed))).read_bytes() == PACKED
+        assert other.verifier.proofs == 0
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_version_whose_server_died_is_proved_by_another(
+    registry: Registry, other_registry: Registry, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        one, other = House(registry, tmp_path), House(other_registry, tmp_path)
+        for version in registry.unfinished():
+            assert registry.proofs.claim(version, "torch", 60)  # and is never heard of again
+        await other.catalog.refresh()
+        await other.adapters.resume()
+        await asyncio.sleep(0.05)
+        assert other.verifier.proofs == 0
+        with sqlite3.connect(tmp_path / "registry.db") as database:
+            database.execute("UPDATE proofs SET until = 1")
+        await other.catalog.refresh()
+        other.proofs._wake()
+        await other.settled()
+        assert (one.verifier.proofs, other.verifier.proofs) == (0, 1)
+        assert other.states() == ["ready", "ready"]
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_server_with_other_kernels_proves_for_itself_before_the_first_load_and_others_like_it_do_not(
+    registry: Registry, other_registry: Registry, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        one = House(registry, tmp_path)
+        await one.make_ready()
+        houses = [House(each, tmp_path, "avx2") for each in (other_registry, registry)]
+        for house in houses:
+            await house.catalog.refresh()
+            packed = house.files.find(house.digest)
+            proved = await house.proofs.for_kernels(packed)
+            assert (await house.files.fetch(proved)).read_bytes() == PACKED
+            await house.catalog.refresh()
+            assert house.files.find(house.digest).is_proved
+            again = await house.proofs.for_kernels(house.files.find(house.digest))
+            assert again.blob == proved.blob
+        assert [house.verifier.proofs for house in (one, *houses)] == [1, 1, 0]
+        assert one.files.find(one.digest).is_proved
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_version_that_other_kernels_compute_otherwise_is_served_by_the_first_only(
+    registry: Registry, other_registry: Registry, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        one = House(registry, tmp_path)
+        await one.make_ready()
+        other = House(other_registry, tmp_path, "avx2")
+        await other.catalog.refresh()
+        other.verifier.rejects = True
+        for _ in range(3):
+            with pytest.raises(UnavailableError, match="avx2 kernels: q_proj is off"):
+                await other.proofs.for_kernels(other.files.find(other.digest))
+        assert other.verifier.proofs == 1
+        assert other.states() == ["ready", "ready"]
+        assert one.files.find(one.digest).is_proved
+
+    asyncio.run(asyncio.wait_for(test(), 60))

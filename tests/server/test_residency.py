@@ -300,3 +300,32 @@ def test_more_who_wait_for_room_than_the_queue_holds_are_turned_away() -> None:
             task.cancel()
 
     run(test())
+
+
+def test_a_version_is_loaded_from_what_was_proved_with_this_servers_kernels() -> None:
+    async def test() -> None:
+        engine = Engine()
+        asked: list[PackedAdapterFile] = []
+
+        async def prove(packed: PackedAdapterFile) -> PackedAdapterFile:
+            asked.append(packed)
+            if len(asked) == 1:
+                raise UnavailableError("it differs", code="adapter_unavailable", retry_after=1)
+            return PackedAdapterFile(Blob("file of these kernels", 10), ())
+
+        sent: list[Any] = []
+
+        def send(message: Any) -> None:
+            sent.append(message)
+            engine.residency.receive(AdapterLoaded(digest="a", bytes=10, load_seconds=0))
+
+        engine.residency = Residency(30, engine.find, engine.fetch, send, prove=prove)
+        engine.residency.engine_ready()
+        with pytest.raises(UnavailableError, match="it differs"):
+            await engine.lease("a").ready()
+        assert not sent
+        await engine.lease("a").ready()
+        assert [one.blob.sha256 for one in asked] == ["file of a", "file of a"]
+        assert sent == [LoadAdapter("a", "file of these kernels", "file of these kernels")]
+
+    run(test())

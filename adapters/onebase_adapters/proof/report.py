@@ -48,7 +48,8 @@ class ProofReport(msgspec.Struct, frozen=True, kw_only=True):
     error_ratio: float = 0.0
     """Of the others: the largest distance from the result in fp64, divided by that of PEFT's own output."""
     kernels: str = "torch"
-    """What computed: `torch`, or the kernels in C by their set of instructions."""
+    """What computed: `torch`, or the kernels in C by their set of instructions; on a GPU with its kind, as
+    `triton sm_90`."""
     largest_difference: float
     """Of any module, relative to the largest output of PEFT's; 0 when exact."""
     texts: int
@@ -110,7 +111,7 @@ def what_was_shown(
         tolerated: modules that were only within a hundredth of PEFT's largest output.
         classified: texts whose classes were compared.
     """
-    by = "PyTorch" if kernels == "torch" else f"the {kernels} kernels"
+    by = f"PyTorch{kernels[5:]}" if kernels.startswith("torch") else f"the {kernels} kernels"
     found = f"{'All' if exact == modules else f'{exact} of'} {modules} modules gave PEFT's own bits by {by}"
     if summed := modules - exact - tolerated:
         found += f"; {summed} sum in another order, with at most {error_ratio:.3f} times the error of PEFT's"

@@ -17,6 +17,7 @@ from onebase_adapters.registry.database import Database, plain, referenced_blobs
 from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
 from onebase_adapters.registry.jobs import TrainingRecords
 from onebase_adapters.registry.keys import ApiKeys
+from onebase_adapters.registry.proofs import ProofRecords
 from onebase_adapters.registry.quotas import Tenants, check_adapters, check_bytes
 from onebase_adapters.registry.records import (
     MODULES,
@@ -79,6 +80,8 @@ class Registry:
         self.training = TrainingRecords(self._database, base_id)
         """Files and training jobs, in the same database."""
         self.batches = BatchRecords(self._database, base_id)
+        self.proofs = ProofRecords(self._database, base_id)
+        """Which server proves what, and with which kernels it was proved."""
         self.keys = ApiKeys(self._database)
         """API keys, for every base."""
         self.tenants = Tenants(self._database)
@@ -270,6 +273,7 @@ class Registry:
             # Not by the file's hash alone: the same version is prepared as the same bytes each time.
             if seen is None or version.finished_at == seen.finished_at:
                 _set_state(version, "validating", now)
+                version.proofs.clear()
             return _version_record(version, adapter)
 
     def activate(
@@ -460,8 +464,8 @@ def _require_version(session: Session, adapter: AdapterRow, digest: str) -> Vers
 
 def _blobs_of(version: VersionRow) -> set[str]:
     """The SHA-256 sums that a version needs."""
-    wanted = (version.config_sha256, version.weights_sha256, version.prepared_sha256)
-    return {digest for digest in wanted if digest is not None}
+    packed = (version.prepared_sha256, *(proof.prepared_sha256 for proof in version.proofs))
+    return {one for one in (version.config_sha256, version.weights_sha256, *packed) if one is not None}
 
 
 # From records to rows and back
@@ -563,6 +567,11 @@ def _version_record(row: VersionRow, adapter: AdapterRow, *, whole: bool = True)
         created_at=row.created_at,
         created_by=row.created_by,
         finished_at=row.finished_at,
+        proofs={
+            proof.kernels: Blob(proof.prepared_sha256, proof.prepared_size or 0)
+            for proof in row.proofs
+            if proof.prepared_sha256 is not None
+        },
     )
 
 

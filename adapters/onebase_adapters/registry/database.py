@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from onebase_adapters.registry.errors import RegistryBusyError, RegistryError, RegistryFullError
-from onebase_adapters.registry.tables import ChangeCounter, TrainingFileRow, VersionRow
+from onebase_adapters.registry.tables import ChangeCounter, ProofRow, TrainingFileRow, VersionRow
 from onebase_engine.redaction import redacted, without_secrets
 
 _WAIT_SECONDS = 30.0
@@ -270,6 +270,7 @@ _BLOBS = (
     VersionRow.config_sha256,
     VersionRow.weights_sha256,
     VersionRow.prepared_sha256,
+    ProofRow.prepared_sha256,
     TrainingFileRow.sha256,
 )
 

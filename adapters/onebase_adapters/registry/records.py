@@ -14,6 +14,8 @@ Action = Literal["activate", "rollback", "deactivate"]
 STATES: Final[tuple[State, ...]] = get_args(State)
 UNFINISHED: Final[tuple[State, ...]] = ("pulling", "validating", "proving")
 
+FIRST_KERNELS = "torch"
+"""What proved where a report is older than that there were others."""
 MODULES = "modules"
 """The long part of a report, one entry a module. Lists of adapters leave it out."""
 
@@ -41,7 +43,8 @@ class VersionRecord:
     """One version of one adapter.
 
     `report`: what the proof found. In an AdapterRecord it lacks its `modules`, of which there may be
-    hundreds; the registry's `version`, `versions` and `unfinished` give it whole.
+    hundreds; the registry's `version`, `versions` and `unfinished` give it whole. `proofs`: the packed
+    adapters by the kernels that they were proved with after the version was ready.
     """
 
     tenant: str
@@ -56,10 +59,17 @@ class VersionRecord:
     created_at: float
     created_by: str
     finished_at: float | None
+    proofs: Mapping[str, Blob] = field(default_factory=dict, hash=False)
 
     @property
     def finished(self) -> bool:
         return self.state not in UNFINISHED
+
+    def packed_for(self, kernels: str) -> Blob | None:
+        """The packed adapter that was proved with these kernels; None where none was."""
+        proof = (self.report or {}).get("proof", {})
+        first = proof.get("kernels", FIRST_KERNELS)
+        return self.prepared if first == kernels else self.proofs.get(kernels)
 
 
 @dataclass(frozen=True)

@@ -220,6 +220,26 @@ class VersionRow(Table):
     finished_at: Mapped[float | None] = mapped_column(DoubleType)
 
     adapter: Mapped[AdapterRow] = relationship(back_populates="versions")
+    proofs: Mapped[list[ProofRow]] = relationship(
+        lazy="selectin", cascade="all, delete-orphan", passive_deletes=True
+    )
+
+
+class ProofRow(Table):
+    """A proof of a version with kernels other than those that made it ready; or, while there is an `until`,
+    that a server makes one, the first too. until: when another server may, unless it is put off before."""
+
+    __tablename__ = "proofs"
+    __table_args__ = (UniqueConstraint("version_id", "kernels"),)
+
+    number: Mapped[int] = mapped_column(ID, primary_key=True)
+    version_id: Mapped[int] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"))
+    kernels: Mapped[str] = mapped_column(String)
+    server: Mapped[str] = mapped_column(String)
+    until: Mapped[float | None] = mapped_column(DoubleType)
+    prepared_sha256: Mapped[str | None] = mapped_column(String, index=True)
+    prepared_size: Mapped[int | None] = mapped_column(BigInteger)
+    report: Mapped[dict[str, Any] | None] = mapped_column(_Json)
 
 
 class PreviousRow(Table):

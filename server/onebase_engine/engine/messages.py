@@ -193,7 +193,8 @@ class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     device: str
     kernels: str = "torch"
-    """What computes: `torch`, or the kernels in C by their set of instructions."""
+    """What computes: `torch`, or the kernels in C by their set of instructions; on a GPU with its kind, as
+    `triton sm_90`. A version that was proved with others is proved again."""
     promise: str = ""
     """What is kept of a row's bits, in a sentence or two."""
     base_bytes: int

@@ -185,7 +185,11 @@ def _on_gpu(device: torch.device) -> Kernels:
             logger.warning("kernels: PyTorch, since Triton cannot be imported: %s", error)
         else:
             kernels = cuda.load_kernels(device)
-    return ReferenceKernels(tiled=False) if kernels is None else kernels
+    found: Any = ReferenceKernels(tiled=False) if kernels is None else kernels
+    # What is proved on one kind of GPU is proved again on another, as on processors.
+    major, minor = torch.cuda.get_device_capability(device)
+    found.name = f"{found.name} sm_{major}{minor}"
+    return found  # type: ignore[no-any-return]
 
 
 @cache

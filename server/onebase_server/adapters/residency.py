@@ -49,10 +49,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackedAdapterFile:
-    """The file with a proven version's tensors. `versions`: those that had it at that time."""
+    """The file with a proven version's tensors. `versions`: those that had it at that time. `is_proved`: with
+    the kernels of this server."""
 
     blob: Blob
     versions: tuple[VersionRecord, ...]
+    is_proved: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,26 @@ class MemoryUse:
 
 
 class PackedAdapterFiles:
-    """The packed adapters of the versions that the catalog knows as ready."""
+    """The packed adapters of the versions that the catalog knows as ready. `kernels`: this server's."""
 
-    def __init__(self, catalog: Catalog, store: Store, disk: Threads) -> None:
+    def __init__(self, catalog: Catalog, store: Store, disk: Threads, kernels: Callable[[], str]) -> None:
         self._catalog = catalog
         self._store = store
         self._disk = disk
+        self._kernels = kernels
 
     def find(self, digest: str) -> PackedAdapterFile:
         """The version's file. Its size is the tensors' and a header's. Raises UnknownAdapterError."""
         ready = [version for version in self._catalog.of_digest(digest) if version.state == "ready"]
+        kernels = self._kernels()
+        for version in ready:
+            if (blob := version.packed_for(kernels)) is not None:
+                having = tuple(one for one in ready if one.packed_for(kernels) == blob)
+                return PackedAdapterFile(blob, having)
         for version in ready:
             if (blob := version.prepared) is not None:
-                return PackedAdapterFile(blob, tuple(one for one in ready if one.prepared == blob))
+                having = tuple(one for one in ready if one.prepared == blob)
+                return PackedAdapterFile(blob, having, is_proved=False)
         raise UnknownAdapterError(
             f"Version {digest[:12]} of the adapter is gone: it was deleted.", code="version_not_found"
         )
@@ -123,6 +132,7 @@ class Residency:
             those that fill the queue).
         on_damaged: called when a file is lost or is not what was proved; its versions may have another one
             by then.
+        prove: the file as it was proved with this server's kernels, which takes a proof where there is none.
     """
 
     def __init__(
@@ -133,6 +143,7 @@ class Residency:
         send: Callable[[ToEngine], None],
         queue_limit: int = 256,
         on_damaged: Callable[[PackedAdapterFile], None] = lambda damaged: None,
+        prove: Callable[[PackedAdapterFile], Awaitable[PackedAdapterFile]] | None = None,
     ) -> None:
         self.limit = limit
         self._find = find
@@ -140,6 +151,7 @@ class Residency:
         self._send = send
         self._queue_limit = queue_limit
         self._on_damaged = on_damaged
+        self._prove = prove
         self._waiting = QueueShares()
         self._entries: dict[str, CacheEntry] = {}
         self._leaving: dict[str, CacheEntry] = {}
@@ -355,6 +367,8 @@ class Residency:
     async def _load(self, entry: CacheEntry) -> None:
         """Ask the engine to load; its answer ends `entry.loaded`."""
         try:
+            if self._prove is not None:
+                entry.packed = await self._prove(entry.packed)
             path = await self._fetch(entry.packed)
             leaving = self._leaving.get(entry.digest)
             if leaving is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,6 +21,7 @@ from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog, VersionRef, same_base
 from onebase_server.adapters.residency import PackedAdapterFile
+from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.background import Backoff, RegistryThreads, Threads
 from onebase_server.errors import (
     ConflictError,
@@ -31,16 +31,9 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
-from onebase_server.histogram import PROOF_SECONDS, Histogram
-from onebase_server.processes.verifier_client import (
-    Proof,
-    RejectedError,
-    VerifierClient,
-    VerifierGoneError,
-)
+from onebase_server.processes.verifier_client import Proof, RejectedError, VerifierGoneError
 from onebase_server.processes.verifier_protocol import Progress
 from onebase_server.storage import storage_errors
-from onebase_server.traces import Tracing, failed
 
 BACKOFF = Backoff(0.5, 30.0)
 """Between tries to record or to activate what is ready, while the registry is away, the engine restarts or
@@ -93,27 +86,25 @@ class AdapterService:
         store: Store,
         catalog: Catalog,
         activation: Activation,
-        verifier: VerifierClient,
+        proofs: SharedProofs,
         *,
         base_names: tuple[str, ...],
         records: RegistryThreads,
         disk: Threads,
-        tracing: Tracing,
     ) -> None:
         self.store = store
         self.catalog = catalog
         self.activation = activation
         self.disk = disk
         self._registry = registry
-        self._verifier = verifier
+        self._proofs = proofs
         self._base_names = base_names
-        self._tracing = tracing
         self._records = records
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: dict[VersionRef, _Job] = {}
         self.proofs: Counter[str] = Counter()
         """Versions that became `ready` or `failed` here."""
-        self.proof_seconds = Histogram(PROOF_SECONDS)
+        self.proof_seconds = proofs.seconds
 
     @property
     def unfinished(self) -> int:
@@ -269,26 +260,46 @@ class AdapterService:
 
     async def _run(self, version: VersionRecord, job: _Job, wait_for_verifier: bool) -> None:
         """Prove and activate one version; the registry holds the outcome afterwards."""
+        where = version.tenant, version.name, version.digest
+        try:
+            async with self._proofs.claimed(version) as ours:
+                if ours:
+                    ready = await self._make_ready(version, job, wait_for_verifier)
+                else:
+                    ready = (await self._records.run(self._registry.version, *where)).state == "ready"
+        except VerifierGoneError as error:
+            _log.error("version %s of %s was not proved: %s", version.digest[:12], version.name, error)
+        except (registry_errors.UnknownAdapterError, registry_errors.UnknownVersionError):
+            _log.info("version %s of %s was deleted while it was proved", version.digest[:12], version.name)
+        except registry_errors.RegistryError as error:
+            _log.error("version %s of %s: %s", version.digest[:12], version.name, error)
+        else:
+            if ready:
+                await self._activate_if_asked(version, job)
+
+    async def _make_ready(self, version: VersionRecord, job: _Job, wait_for_verifier: bool) -> bool:
+        """Prove it and record the outcome: whether it is ready. Raises VerifierGoneError, and what says that
+        it was deleted."""
         try:
             proof = await self._proof(version, job, wait_for_verifier)
-            await self._finish(version, "ready", report=proof.report, prepared=proof.packed)
+            finished = await self._finish(version, "ready", report=proof.report, prepared=proof.packed)
+            if self._proofs.has_none(finished):
+                await self._proofs.keep(version, proof)
+            return True
         except RejectedError as error:
             await self._failed(version, error.code, error.message)
         except StoreFullError:
             await self._failed(version, "store_full", "the store had no space for the packed adapter")
         except StoreError as error:
             await self._failed(version, "store_unavailable", str(error))
-        except VerifierGoneError as error:
-            _log.error("version %s of %s was not proved: %s", version.digest[:12], version.name, error)
-        except (registry_errors.UnknownAdapterError, registry_errors.UnknownVersionError):
-            _log.info("version %s of %s was deleted while it was proved", version.digest[:12], version.name)
+        except (VerifierGoneError, registry_errors.UnknownAdapterError, registry_errors.UnknownVersionError):
+            raise
         except Exception:
             _log.exception("version %s of %s failed", version.digest[:12], version.name)
             await self._failed(
                 version, "internal_error", "the server failed on this version; its log says why"
             )
-        else:
-            await self._activate_if_asked(version, job)
+        return False
 
     async def activate_with_retries(self, version: VersionRecord) -> OneBaseError | None:
         """Activate a ready version, with several tries. Returns why the last one failed, or None."""
@@ -319,24 +330,26 @@ class AdapterService:
         except registry_errors.RegistryError as error:
             _log.error("version %s of %s: %s", version.digest[:12], version.name, error)
 
-    async def _finish(self, version: VersionRecord, state: Any, **facts: Any) -> None:
+    async def _finish(self, version: VersionRecord, state: Any, **facts: Any) -> VersionRecord:
         """`_set_state`, repeated until the registry takes it: nobody else would record this server's proof.
 
-        Raises UnknownAdapterError, UnknownVersionError.
+        Returns the version as it is then; a server with other kernels may have been faster. Raises
+        UnknownAdapterError, UnknownVersionError.
         """
-        for pause in BACKOFF.pauses():
+        pauses = BACKOFF.pauses()
+        while True:
             try:
-                await self._set_state(version, state, **facts)
+                finished = await self._set_state(version, state, **facts)
                 self.proofs[state] += 1
-                return
+                return finished
             except (registry_errors.UnknownAdapterError, registry_errors.UnknownVersionError):
                 raise
             except registry_errors.RegistryError as error:
                 _log.warning("version %s of %s waits: %s", version.digest[:12], version.name, error)
-            await asyncio.sleep(pause)
+            await asyncio.sleep(next(pauses))
 
-    async def _set_state(self, version: VersionRecord, state: Any, **facts: Any) -> None:
-        await self._records.write(
+    async def _set_state(self, version: VersionRecord, state: Any, **facts: Any) -> VersionRecord:
+        return await self._records.write(
             self._registry.set_state, version.tenant, version.name, version.digest, state, **facts
         )
 
@@ -348,61 +361,21 @@ class AdapterService:
                 marked.append(asyncio.get_running_loop().create_task(self._mark_proving(version)))
             job.progress = progress
 
-        known = await self._known_proof(version, job.options.allow_noop)
-        if known is not None:
-            return known
-        began = time.monotonic()
         try:
-            with self._tracing.span("prove", _told(version)) as span:
-                try:
-                    return await self._verifier.prove(
-                        version.files,
-                        allow_noop=job.options.allow_noop,
-                        wait_for_verifier=wait_for_verifier,
-                        on_progress=follow,
-                    )
-                except RejectedError as error:
-                    failed(span, error.code)
-                    raise
+            return await self._proofs.prove(
+                version,
+                allow_noop=job.options.allow_noop,
+                wait_for_verifier=wait_for_verifier,
+                on_progress=follow,
+            )
         finally:
-            self.proof_seconds.observe(time.monotonic() - began)
             await asyncio.gather(*marked)
-
-    async def _known_proof(self, version: VersionRecord, allow_noop: bool) -> Proof | None:
-        """What was found when this content was proved under another name, if its packed adapter is here.
-
-        Only names that the tenant may know: how fast a version is ready must not tell what others have.
-        """
-        known = self.catalog.of(version.tenant)
-        for other in self.catalog.of_digest(version.digest):
-            if not known.sees(other):
-                continue
-            if other.state != "ready" or other.prepared is None or other.report is None:
-                continue
-            if other.report["proof"]["modules_changed"] == 0 and not allow_noop:
-                continue
-            if await self.disk.run(self.store.exists, other.prepared.sha256):
-                whole = await self._records.run(
-                    self._registry.version, other.tenant, other.name, other.digest
-                )
-                if whole.report is not None and whole.prepared is not None:
-                    return Proof(dict(whole.report), whole.prepared)
-        return None
 
     async def _mark_proving(self, version: VersionRecord) -> None:
         try:
             await self._set_state(version, "proving")
         except registry_errors.RegistryError as error:
             _log.warning("version %s of %s: %s", version.digest[:12], version.name, error)
-
-
-def _told(version: VersionRecord) -> dict[str, str]:
-    """What the span of a proof says."""
-    return {
-        "onebase.adapter": version.name,
-        "onebase.version": version.digest,
-        "onebase.tenant": version.tenant,
-    }
 
 
 def _origin_of(version: VersionRecord) -> Origin:

@@ -147,6 +147,15 @@ class VerifierClient:
         """Of the process that runs now, if one does."""
         return None if self._process is None or self._process.lost else self._process.pid
 
+    @property
+    def has_base(self) -> bool:
+        """Whether there is an engine whose base can be attached."""
+        return self._base_here.is_set()
+
+    async def base_here(self) -> None:
+        """Wait until there is an engine whose base can be attached."""
+        await self._base_here.wait()
+
     # ---- the engine's life -------------------------------------------------------------------
 
     def base_ready(self, config: EngineConfig, manifest: bytes, base_fd: int | None) -> None:

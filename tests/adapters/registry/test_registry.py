@@ -484,3 +484,57 @@ def test_a_thousand_adapters_are_told_in_a_handful_of_queries(registry: Registry
     )
     assert len(registry.snapshot()) == 30
     assert len([text for text in statements if text.startswith("SELECT")]) <= 3
+
+
+# Who proves a version
+
+
+def test_one_server_proves_a_version_until_its_claim_ends(open_registry: Open) -> None:
+    one, other = open_registry(), open_registry()
+    one.sign("server-1")
+    other.sign("server-2")
+    version = one.version(*HERE, add(one, "a", "1", ready=False))
+    assert one.proofs.claim(version, "torch", 60)
+    assert one.proofs.claim(version, "torch", 60), "after a restart it goes on"
+    assert not other.proofs.claim(version, "torch", 60)
+    assert other.proofs.claim(version, "avx2", 60), "other kernels are another proof"
+    one.proofs.renew(version, "torch", -1)
+    assert other.proofs.claim(version, "torch", 60)
+    one.proofs.release(version, "torch")
+    assert not one.proofs.claim(version, "torch", 60), "it is not its own any more"
+    other.proofs.release(version, "torch")
+    assert one.proofs.claim(version, "torch", 60)
+    one.set_state(*HERE, version.digest, "ready", report=REPORT, prepared=blob("prepared"))
+    one.proofs.release(version, "torch")
+    assert not other.proofs.claim(version, "torch", 60), "it is proved"
+    one.delete_version(*HERE, version.digest)
+    assert not other.proofs.claim(version, "avx2", 60), "it is deleted"
+
+
+def test_each_kind_of_kernels_has_its_packed_adapter(registry: Registry) -> None:
+    digest = add(registry, "a", "1", ready=False)
+    registry.set_state(*HERE, digest, "ready", report=REPORT, prepared=blob("first"))
+    version = registry.version(*HERE, digest)
+    assert (version.packed_for("torch"), version.packed_for("avx2")) == (blob("first"), None)
+    counter = registry.change_counter()
+    registry.proofs.keep(version, "avx2", {"rank": 8}, blob("second"))
+    (changed,) = registry.changes(counter).changed
+    (version,) = changed.versions
+    assert version.packed_for("torch") == blob("first")
+    assert version.packed_for("avx2") == blob("second")
+    assert {blob("first").sha256, blob("second").sha256} <= registry.referenced_blobs()
+    assert not registry.proofs.claim(version, "avx2", 60)
+    registry.proofs.keep(version, "torch", {}, blob("third"))
+    assert registry.version(*HERE, digest).packed_for("torch") == blob("first"), "its first proof stays"
+    registry.reopen(*HERE, digest)
+    version = registry.version(*HERE, digest)
+    assert (version.packed_for("torch"), version.packed_for("avx2")) == (None, None)
+    registry.proofs.keep(version, "avx2", {}, blob("second"))
+    assert registry.version(*HERE, digest).packed_for("avx2") is None, "first it must be ready"
+
+
+def test_what_other_kernels_packed_goes_with_the_version(registry: Registry) -> None:
+    digest = add(registry, "a", "1")
+    registry.proofs.keep(registry.version(*HERE, digest), "avx2", {}, blob("second"))
+    assert blob("second").sha256 in registry.delete_version(*HERE, digest)
+    assert blob("second").sha256 not in registry.referenced_blobs()

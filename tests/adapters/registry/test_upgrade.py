@@ -120,7 +120,7 @@ def test_every_row_is_kept_and_wishes_become_options(upgraded: Registry, old: st
             version["source"]["options"] = version["source"].pop("wishes")
     sources = [version["source"] for version in before["versions"] if "options" in version["source"]]
     assert len(sources) == 2
-    new = {"identity", "api_keys", "tenants", "usage", "usage_writers", "audit", "batches"}
+    new = {"identity", "api_keys", "tenants", "usage", "usage_writers", "audit", "batches", "proofs"}
     assert now.keys() - before.keys() == new
     assert now["audit"] == []
     # Files lie where they were until their server starts; the row by which 0.1 knew its registry is gone.

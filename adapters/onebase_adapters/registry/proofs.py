@@ -1,0 +1,117 @@
+"""One server proves a version with one kind of kernels, and all others with these kernels take its proof."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from onebase_adapters.registry.database import Database, plain
+from onebase_adapters.registry.records import FIRST_KERNELS, VersionRecord
+from onebase_adapters.registry.tables import AdapterRow, ProofRow, VersionRow
+from onebase_adapters.store.blobs import Blob
+
+
+class ProofRecords:
+    """Who proves which version, of one base. All methods block, and may be called from any thread.
+
+    A claim holds for some seconds, and again when it is renewed: a server that dies holds nobody up for
+    longer. Two servers whose clocks differ by more than that may both prove, which costs time alone.
+
+    Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
+    """
+
+    def __init__(self, database: Database, base_id: str) -> None:
+        self._database = database
+        self._base_id = base_id
+
+    def claim(self, version: VersionRecord, kernels: str, seconds: float) -> bool:
+        """Whether this server is to prove the version with these kernels; nobody else does then for so long.
+
+        False: another does, or nothing is left to prove, or the version was deleted.
+        """
+        with self._database.read() as session:
+            if not self._is_open(session, version, kernels):
+                return False
+        with self._database.write() as (session, _):  # which excludes other writers
+            row = self._is_open(session, version, kernels)
+            if row is None:
+                return False
+            self._row(row, kernels).until = time.time() + seconds
+            return True
+
+    def _row(self, version: VersionRow, kernels: str) -> ProofRow:
+        """That of the version and these kernels, which is this server's from now on."""
+        found = next((one for one in version.proofs if one.kernels == kernels), None)
+        if found is None:
+            found = ProofRow(kernels=plain(kernels))
+            version.proofs.append(found)
+        found.server = self._database.server
+        return found
+
+    def renew(self, version: VersionRecord, kernels: str, seconds: float) -> None:
+        """Hold this server's claim for so many seconds from now."""
+        with self._database.write_uncounted() as session:
+            session.execute(
+                update(ProofRow)
+                .where(*self._own(session, version, kernels))
+                .values(until=time.time() + seconds)
+            )
+
+    def release(self, version: VersionRecord, kernels: str) -> None:
+        """This server proves it no longer. What it has proved stays."""
+        with self._database.write_uncounted() as session:
+            for claim in session.scalars(select(ProofRow).where(*self._own(session, version, kernels))):
+                session.delete(claim)
+
+    def keep(self, version: VersionRecord, kernels: str, report: Mapping[str, Any], packed: Blob) -> None:
+        """A version that is ready by other kernels was proved with these too. `report`: without modules."""
+        with self._database.write() as (session, counter):
+            row = self._find(session, version)
+            if row is None or row.state != "ready" or _first_kernels(row) == kernels:
+                return
+            proof = self._row(row, kernels)
+            proof.until, proof.report = None, dict(report)
+            proof.prepared_sha256, proof.prepared_size = packed.sha256, packed.size
+            row.adapter.changed = counter
+
+    def _is_open(self, session: Session, version: VersionRecord, kernels: str) -> VersionRow | None:
+        """The version, if somebody must still prove it with these kernels and nobody else does."""
+        row = self._find(session, version)
+        if row is None or row.state == "failed" or (row.state == "ready" and _first_kernels(row) == kernels):
+            return None
+        for proof in row.proofs:
+            others = proof.server != self._database.server and (proof.until or 0.0) > time.time()
+            if proof.kernels == kernels and (proof.until is None or others):
+                return None
+        return row
+
+    def _find(self, session: Session, version: VersionRecord) -> VersionRow | None:
+        return session.scalar(
+            select(VersionRow)
+            .join(VersionRow.adapter)
+            .where(
+                AdapterRow.base_id == self._base_id,
+                AdapterRow.tenant == version.tenant,
+                AdapterRow.name == version.name,
+                VersionRow.digest == version.digest,
+            )
+        )
+
+    def _own(self, session: Session, version: VersionRecord, kernels: str) -> list[Any]:
+        """The conditions for this server's claim."""
+        row = self._find(session, version)
+        return [
+            ProofRow.version_id == (row.id if row else None),
+            ProofRow.kernels == plain(kernels),
+            ProofRow.server == self._database.server,
+            ProofRow.until.is_not(None),
+        ]
+
+
+def _first_kernels(version: VersionRow) -> str:
+    """With which the version was proved first."""
+    return str((version.report or {}).get("proof", {}).get("kernels", FIRST_KERNELS))
