@@ -48,6 +48,13 @@ def proofs(server: Server) -> int:
     return int(value(server, "onebase_proof_seconds_count"))
 
 
+def active(server: Server) -> tuple[str, bool]:
+    """The version of `acme` that this server knows as active, and whether it is in its memory."""
+    with server.client() as http:
+        found = http.get("/v1/adapters/acme").json()
+    return found["version"], found["tier"] != "disk"
+
+
 def test_what_both_are_given_at_their_start_one_of_them_proves(pair: tuple[Server, Server]) -> None:
     assert sum(map(proofs, pair)) == 1
     for server in pair:
@@ -74,3 +81,24 @@ def test_a_version_that_both_get_at_once_is_proved_once_and_served_by_both(
                 http.post("/generate", json={"prompt": "a", "adapter": "twice", "max_tokens": 1}).status_code
                 == 200
             )
+
+
+def test_an_activation_reaches_the_memory_of_the_server_that_had_the_last_version_and_of_no_other(
+    pair: tuple[Server, Server],
+) -> None:
+    one, other = pair
+    with one.client() as first, other.client() as second:
+        digests = [
+            upload(first, "acme", content, query=f"wait=true&activate={activate}").json()["version"]
+            for content, activate in ((b"old", "true"), (b"new", "false"), (b"newest", "false"))
+        ]
+        made, loads = proofs(other), value(other, "onebase_adapter_loads_total")
+        first.post("/v1/adapters/acme/activate", json={"version": digests[1]}).raise_for_status()
+        other.wait_for(lambda: active(other) == (digests[1], False))
+        asked = {"prompt": "a", "adapter": "acme", "max_tokens": 1}
+        second.post("/generate", json=asked).raise_for_status()
+        first.post("/v1/adapters/acme/activate", json={"version": digests[2]}).raise_for_status()
+        other.wait_for(lambda: active(other) == (digests[2], True))
+        second.post("/generate", json=asked).raise_for_status()
+        assert value(other, "onebase_adapter_loads_total") == loads + 2
+        assert proofs(other) == made

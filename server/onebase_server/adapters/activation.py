@@ -24,6 +24,8 @@ from onebase_server.storage import delete_blobs, storage_errors
 
 WARM_SECONDS = 5.0
 """How long the answer to a rollback or a pin waits until the version is in memory."""
+PREFETCHES = 4
+"""Versions that are brought to memory at once because their adapters moved on to them."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +55,11 @@ class Activation:
         self._turn = asyncio.Lock()
         self.changes: Counter[str] = Counter()
         """Those that this server has made: `activate`, `rollback`, `deactivate`."""
+        self._actives: dict[tuple[str, str], str | None] | None = None
+        """What was active at the last look."""
+        self._prefetched: dict[tuple[str, str], AdapterRecord] = {}
+        """Adapters whose active version is to come to memory."""
+        self._prefetching: set[asyncio.Task[None]] = set()
         catalog.subscribe(self._names_changed)
 
     async def activate(
@@ -213,9 +220,34 @@ class Activation:
         await delete_blobs(self._store, self._disk, blobs)
 
     def _names_changed(self) -> None:
-        """After the catalog has changed: versions that nobody can name any more leave memory."""
+        """After the catalog has changed: versions that nobody can name any more leave memory, and where an
+        adapter has a version in it, or is pinned, the one that is active from now on comes to it.
+
+        So whoever answers for an adapter has its new version before the first request, whichever server has
+        activated it; what comes takes the place of what goes, so that there is never more than memory holds.
+        """
+        self._prefetch_moved()
         self._residency.pin(record.active for record in self._catalog if record.pinned and record.active)
         self._residency.keep_only(lambda digest: bool(self._catalog.of_digest(digest)))
+
+    def _prefetch_moved(self) -> None:
+        before, self._actives = self._actives, {(one.tenant, one.name): one.active for one in self._catalog}
+        if before is None:
+            return  # the first look: nothing has moved
+        for record in self._catalog:
+            key = record.tenant, record.name
+            if record.active is None or record.active == before.get(key):
+                continue
+            if record.pinned or any(self._residency.tier(one.digest) != "disk" for one in record.versions):
+                self._prefetched[key] = record
+        if self._prefetched and len(self._prefetching) < PREFETCHES:
+            task = asyncio.get_running_loop().create_task(self._prefetch())
+            self._prefetching.add(task)
+            task.add_done_callback(self._prefetching.discard)
+
+    async def _prefetch(self) -> None:
+        while self._prefetched:
+            await self._warm(self._prefetched.pop(next(iter(self._prefetched))))
 
 
 def _in_use(name: str, why: str) -> ConflictError:
