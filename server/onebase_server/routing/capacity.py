@@ -1,0 +1,357 @@
+"""How many servers a load takes, and what of them binds: figures of base and device, then a simulation.
+
+A decode step reads the weights once, and of each row its context and its adapter, or takes what the rows'
+operations take, whichever is longer, and never less than Python takes for the layers; a prompt is computed,
+and takes its time from the steps. Nothing here was measured on a server: it is what bytes and operations
+predict, at the rates that `Device` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from onebase_server.routing.simulation import WARMING, Figures, OneBase, Scenario, requests, simulate
+
+Resource = Literal["compute", "KV memory", "rows", "slots", "host memory", "time a token", "queues"]
+
+_FULL = 0.85
+"""The part of compute, rows or slots that is planned with: arrivals are not even."""
+_HOMES = 2
+"""Servers that have an adapter in host memory."""
+_MOST_REPLICAS = 10_000
+_TRIES = 8
+"""Numbers of servers that are simulated, each an eighth more."""
+_REQUESTS = 6000
+"""Of a simulation."""
+_TURNOVERS = 12
+"""Mean requests, one after the other, that a simulation lasts at least."""
+_MOST_SLOTS = 1024
+_STAGED = 1.25
+"""Times a slot's bytes that it takes: copies under way are a quarter more."""
+_SLOT_PARTS = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""Of the free memory, for slots; the first is the engine's own."""
+
+
+class UnservableError(ValueError):
+    """No number of servers does it; the message says why and what to change."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """memory: bytes that a server may take. bandwidth: bytes a second. rate: operations a second. Both as the
+    engine is expected to reach them; `how`: where they come from. layer_seconds: that Python and starting the
+    kernels take for a layer of each step, while the device computes."""
+
+    name: str
+    memory: int
+    bandwidth: float
+    rate: float
+    how: str
+    layer_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class BaseFigures:
+    """Of a base. bytes: in memory. read: bytes of a decode step, whatever the rows. flops: of a token.
+    kv_bytes: of a token in the KV cache."""
+
+    bytes: int
+    read: int
+    flops: int
+    kv_bytes: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is asked. adapters: how many, of `adapter_bytes` each in memory, by Zipf's law with `skew`.
+    requests: a second, of `prompt` and `answer` tokens. ttft: seconds to the first token for 99 of 100.
+    token: seconds from one token to the next; None is any."""
+
+    adapters: int
+    adapter_bytes: int
+    requests: float
+    prompt: int
+    answer: int
+    ttft: float
+    skew: float = 0.9
+    token: float | None = None
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How each server is set up. rows, slots: most; as many as memory holds, up to these. slot_memory: bytes;
+    None: what takes the fewest servers. host_memory: bytes for adapters. store: bytes a second from the
+    store, after `store_latency` seconds. link: bytes a second from host memory."""
+
+    rows: int = 256
+    slots: int = _MOST_SLOTS
+    slot_memory: int | None = None
+    host_memory: int = 64 << 30
+    store: float = 0.5e9
+    store_latency: float = 0.15
+    link: float = 10e9
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one server's memory is made of. rows: that its KV cache holds, of these requests, or that were
+    asked for."""
+
+    rows: int
+    slots: int
+    kv_memory: int
+    slot_memory: int
+    host_adapters: int
+    kv_binds: bool
+
+
+@dataclass(frozen=True)
+class Point:
+    """One number of servers under the load, each of them.
+
+    running: rows at once. used: the part of compute that prompts and rows take. prefill, token: seconds.
+    ttft: of half and of 99 of 100; None where nothing was simulated. cold: the part of the requests for which
+    the store was asked.
+    """
+
+    replicas: int
+    running: float
+    used: float
+    prefill: float
+    token: float
+    ttft: tuple[float, float] | None = None
+    cold: float = 0.0
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The answer. needs: servers, by what takes so many. binds: what takes most. chosen, more: with that
+    number, and with one more; `meets`: whether the goal is met."""
+
+    setup: Setup
+    needs: dict[Resource, float]
+    binds: Resource
+    chosen: Point
+    more: Point
+    meets: bool
+
+
+def capacity(
+    device: Device,
+    base: BaseFigures,
+    demand: Demand,
+    serving: Serving,
+    *,
+    replicas: int | None = None,
+    seed: int = 0,
+    drawn: int = _REQUESTS,
+    tick: Callable[[int], None] = lambda replicas: None,
+) -> Capacity:
+    """The fewest servers that meet the goals, as far as the simulation goes, or what so many `replicas` do.
+
+    Args:
+        drawn: requests of each simulation.
+        tick: called before each simulation with its number of servers.
+
+    Raises UnservableError.
+    """
+    models = [
+        _Model(device, base, demand, serving, setup) for setup in _setups(device, base, demand, serving)
+    ]
+    model = min(models, key=lambda one: math.ceil(max(one.needs().values()) - 1e-9))
+    setup, needs = model.setup, model.needs()
+    binds = max(needs, key=lambda one: needs[one])
+    least = max(1, math.ceil(needs[binds] - 1e-9))
+    if replicas is not None:
+        tick(replicas)
+        chosen = model.simulated(replicas, drawn, seed)
+        binds = binds if replicas < least else _late(model, chosen) or binds
+        more = model.simulated(replicas + 1, drawn, seed)
+        return Capacity(setup, needs, binds, chosen, more, model.meets(chosen))
+    for _ in range(_TRIES):
+        tick(least)
+        chosen = model.simulated(least, drawn, seed)
+        late = _late(model, chosen)
+        if late is None:
+            break
+        binds, least = late, least + max(1, least // 8)
+    tick(chosen.replicas + 1)
+    more = model.simulated(chosen.replicas + 1, drawn, seed)
+    return Capacity(setup, needs, binds, chosen, more, model.meets(chosen))
+
+
+def _late(model: _Model, point: Point) -> Resource | None:
+    """Why the goal is not met; None if it is."""
+    if model.meets(point):
+        return None
+    in_memory = model.setup.host_adapters * point.replicas
+    return "host memory" if point.cold > 0.01 and in_memory < _HOMES * model.adapters else "queues"
+
+
+def _setups(device: Device, base: BaseFigures, demand: Demand, serving: Serving) -> list[Setup]:
+    """What fits on one server: a part of what is free for slots, the rest for KV blocks.
+
+    Raises UnservableError.
+    """
+    free = 0.9 * (device.memory - base.bytes)
+    a_row, a_slot = (demand.prompt + demand.answer) * base.kv_bytes, _STAGED * demand.adapter_bytes
+    if free < a_row + a_slot:
+        raise UnservableError(
+            f"{device.name} has {device.memory / 1e9:.1f} GB, and the base takes {base.bytes / 1e9:.1f} GB: "
+            "no request fits next to it. Take a larger device, or a smaller base"
+        )
+    given = serving.slot_memory
+    made: dict[int, Setup] = {}
+    for memory in _SLOT_PARTS if given is None else [given / free]:
+        most = min(memory * free // a_slot, (free - a_row) // a_slot)
+        slots = int(max(1, min(serving.slots, demand.adapters, most)))
+        kv_memory = free - slots * a_slot
+        rows = int(kv_memory // a_row)
+        made[slots] = Setup(
+            rows=max(1, min(rows, serving.rows)),
+            slots=slots,
+            kv_memory=int(kv_memory),
+            slot_memory=slots * demand.adapter_bytes,
+            host_adapters=int(min(demand.adapters, serving.host_memory // demand.adapter_bytes)),
+            kv_binds=rows < serving.rows,
+        )
+    return list(made.values())
+
+
+class _Model:
+    """Rates and times of one server, by Little's law."""
+
+    def __init__(
+        self, device: Device, base: BaseFigures, demand: Demand, serving: Serving, setup: Setup
+    ) -> None:
+        self._demand, self._serving, self.setup = demand, serving, setup
+        self.adapters = demand.adapters
+        self._store = serving.store_latency + demand.adapter_bytes / serving.store
+        adapter_flops = demand.adapter_bytes // 2  # two for each parameter of four bytes
+        flops = base.flops + adapter_flops
+        context = demand.prompt + demand.answer / 2
+        self._least = base.layers * device.layer_seconds
+        self._step = base.read / device.bandwidth
+        self._prompt = max(demand.prompt * flops / device.rate, self._step, self._least)
+        self._row = max(
+            (context * base.kv_bytes + demand.adapter_bytes) / device.bandwidth, flops / device.rate
+        )
+        """Seconds that one more row adds to a step."""
+        if self._prompt > demand.ttft:
+            raise UnservableError(
+                f"a prompt of {demand.prompt} tokens takes {self._prompt:.2f} s on {device.name} where "
+                f"nothing else runs, and --ttft is {demand.ttft:g}. Take a faster device, or another goal"
+            )
+        if demand.token is not None and (one := self._seconds(1)) > demand.token:
+            raise UnservableError(
+                f"one row's token takes {1e3 * one:.1f} ms on {device.name}, and --token-time is "
+                f"{1e3 * demand.token:g} ms. Take a faster device, or another goal"
+            )
+
+    def _seconds(self, rows: float) -> float:
+        """Of a step."""
+        return max(self._least, self._step + rows * self._row)
+
+    def point(self, replicas: float) -> Point:
+        """Without a simulation. `running` is infinite where the load is more than they can compute."""
+        rate = self._demand.requests / replicas
+        tokens = rate * self._demand.answer
+        steps = 1 - rate * self._prompt
+        left = steps - tokens * self._row
+        if left <= 0:
+            return Point(math.ceil(replicas), math.inf, 1 - left, math.inf, math.inf)
+        # As many as come while one is answered (Little): the step's length depends on how many they are.
+        running = tokens * max(self._step / left, self._least / steps)
+        prefill = self._prompt + self._seconds(min(running, self.setup.rows))
+        return Point(math.ceil(replicas), running, 1 - left, prefill, running / tokens)
+
+    def needs(self) -> dict[Resource, float]:
+        """Servers, by what takes so many.
+
+        Raises UnservableError.
+        """
+        setup, demand = self.setup, self._demand
+        rows: Resource = "KV memory" if setup.kv_binds else "rows"
+        found: dict[Resource, float] = {
+            "compute": _least(lambda count: self.point(count).used <= _FULL),
+            rows: _least(lambda count: self.point(count).running <= _FULL * setup.rows),
+            "slots": _least(lambda count: self._in_use(count) <= _FULL * setup.slots),
+        }
+        if self._store + self._prompt > demand.ttft:
+            # Who waits for the store is late: each adapter must be in memory wherever it is at home.
+            found["host memory"] = _HOMES * demand.adapters / max(1, setup.host_adapters)
+        if demand.token is not None:
+            goal = demand.token
+            found["time a token"] = _least(lambda count: self.point(count).token <= goal)
+        return found
+
+    def _in_use(self, replicas: float) -> float:
+        """Adapters that rows use at once on one server: each has its homes, and Poisson arrivals."""
+        point, demand = self.point(replicas), self._demand
+        if math.isinf(point.running):
+            return math.inf
+        seconds = point.prefill + demand.answer * point.token
+        weights = [1 / rank**demand.skew for rank in range(1, demand.adapters + 1)]
+        each = demand.requests * seconds / sum(weights)
+        used = 0.0
+        for weight in weights:
+            rows = each * weight
+            homes = min(replicas, max(_HOMES, rows / (0.75 * self.setup.rows)))
+            used += homes / replicas * (1 - math.exp(-rows / homes))
+        return used
+
+    def simulated(self, replicas: int, drawn: int, seed: int) -> Point:
+        """With the times to a first token of requests that are drawn, and placed as `onebase route` does."""
+        point, demand = self.point(replicas), self._demand
+        if math.isinf(point.token):
+            return replace(point, ttft=(math.inf, math.inf), cold=1.0)
+        turnover = point.prefill + demand.answer * point.token
+        seconds = max(drawn / demand.requests, _TURNOVERS * turnover) / (1 - WARMING)
+        figures = Figures(
+            rows=self.setup.rows,
+            slots=self.setup.slots,
+            host=max(1, self.setup.host_adapters),
+            prefill_seconds=point.prefill,
+            token_seconds=point.token,
+            host_seconds=demand.adapter_bytes / self._serving.link,
+            store_seconds=self._store,
+            tell_seconds=max(Figures.tell_seconds, seconds / drawn),
+        )
+        coming = requests(
+            Scenario(skew=demand.skew),
+            demand.requests,
+            demand.adapters,
+            seconds,
+            seed,
+            tokens=demand.answer,
+            token_seconds=point.token,
+        )
+        made = simulate(
+            OneBase(seed), Scenario(), coming, replicas, demand.adapters, seconds,
+            figures=figures, prefetch=_HOMES,
+        )  # fmt: skip
+        cold = made.cold / max(1, len(made.waits))
+        return replace(point, ttft=(made.waited(0.5), made.waited(0.99)), cold=cold)
+
+    def meets(self, point: Point) -> bool:
+        """Whether both goals are met."""
+        demand = self._demand
+        slow = demand.token is not None and point.token > demand.token
+        return not slow and point.ttft is not None and point.ttft[1] <= demand.ttft
+
+
+def _least(enough: Callable[[float], bool]) -> float:
+    """The fewest servers that are enough, also a part of one. Raises UnservableError."""
+    low, high = 0.0, 1.0
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > _MOST_REPLICAS:
+            raise UnservableError(f"more than {_MOST_REPLICAS} servers would be needed")
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if middle > 0 and enough(middle) else (middle, high)
+    return high
