@@ -1,7 +1,7 @@
 """Who proves a version, and with which kernels it was proved besides those of its first proof.
 
 Servers that run on an older release go on: they prove without saying so, and serve what was proved with other
-kernels.
+kernels. They would sweep a packed adapter that only a proof with other kernels has; it is made again then.
 """
 
 from __future__ import annotations
