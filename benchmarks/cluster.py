@@ -6,6 +6,9 @@ tokens at once), so that servers share the machine's cores for HTTP alone. Needs
 
   python benchmarks/cluster.py
   python benchmarks/cluster.py --requests 400 --seconds 10
+  python benchmarks/cluster.py --seconds 60 --plot placement.png    # only: where each adapter's requests went
+
+The plot goes second by second, while two servers become four, one is killed, and four become two.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -23,8 +27,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from rich.box import SIMPLE_HEAD
@@ -47,6 +54,10 @@ ADAPTERS = 12
 TOKENS = 50
 """Of a request, where requests a second are counted."""
 STREAM_TOKENS = 200
+ADAPTER_REQUESTS = re.compile(
+    r'^onebase_adapter_requests_total{.*adapter="(shop\d+)".*} (\S+)$', re.MULTILINE
+)
+"""In a server's metrics."""
 
 
 class Cluster:
@@ -195,6 +206,137 @@ async def rate(url: str, seconds: float, at_once: int) -> float:
     return answered / seconds
 
 
+# ---- where requests go, over time ------------------------------------------------------------------
+
+
+@dataclass
+class Placed:
+    """What was seen. answered: requests by second, server and adapter. there: the seconds in which a server
+    told of itself. marks: what was done to the servers, and when."""
+
+    answered: defaultdict[tuple[int, str, str], float] = field(default_factory=lambda: defaultdict(float))
+    there: dict[str, set[int]] = field(default_factory=dict)
+    marks: list[tuple[float, str]] = field(default_factory=list)
+
+
+async def placed(cluster: Cluster, seconds: float, at_once: int) -> Placed:
+    """Clients ask for adapters by Zipf's law, while two servers become four, one is killed, and four two.
+
+    seconds: in all, besides what adding servers and taking them away takes.
+    """
+    made, begun = Placed(), time.monotonic()
+    names = [f"shop{number}" for number in range(ADAPTERS)]
+    sums = list(itertools.accumulate(1 / (rank + 1) for rank in range(ADAPTERS)))
+    over = asyncio.Event()
+
+    async def ask(number: int, client: httpx2.AsyncClient) -> None:
+        draw = random.Random(number)
+        while not over.is_set():
+            body = {
+                "prompt": f"{draw.random()} a",
+                "max_tokens": 10,
+                "adapter": draw.choices(names, cum_weights=sums)[0],
+            }
+            with contextlib.suppress(httpx2.TransportError):
+                await client.post(f"{cluster.url}/generate", json=body)
+
+    known: dict[tuple[str, str], float] = {}
+
+    async def look_at(server: str, second: int, client: httpx2.AsyncClient) -> None:
+        with contextlib.suppress(httpx2.TransportError):
+            text = (await client.get(f"{server}/metrics", timeout=2)).text
+            there = made.there.setdefault(server, set())
+            # A look that took longer than its second tells of those that it took.
+            since = range(max(there, default=second) + 1, second + 1)
+            seconds = list(since) if 0 < len(since) <= 3 else [second]
+            there.update(seconds)
+            for name, told in ADAPTER_REQUESTS.findall(text):
+                count, before = float(told), known.get((server, name), 0.0)
+                known[server, name] = count
+                for each in seconds:
+                    more = count - (before if before <= count else 0.0)  # it begins again with its process
+                    made.answered[each, server, name] += more / len(seconds)
+
+    async def look(client: httpx2.AsyncClient) -> None:
+        servers: set[str] = set()
+        while not over.is_set():
+            second = int(time.monotonic() - begun)
+            servers |= set(await asyncio.to_thread(cluster.servers))
+            await asyncio.gather(*(look_at(server, second, client) for server in servers))
+            await asyncio.sleep(max(0.0, second + 1 - (time.monotonic() - begun)))
+
+    def kill_one() -> None:
+        os.kill(process_of(sorted(cluster.servers())[0]), signal.SIGKILL)
+
+    async def act() -> None:
+        doing: list[tuple[str, Callable[[], None]]] = [
+            ("four servers", lambda: cluster.manage("scale", "4")),
+            ("one is killed", kill_one),
+            ("two servers", lambda: cluster.manage("scale", "2")),
+        ]
+        for what, action in doing:
+            await asyncio.sleep(seconds / 4)
+            made.marks.append((time.monotonic() - begun, what))
+            await asyncio.to_thread(action)
+        await asyncio.sleep(seconds / 4)
+        over.set()
+
+    limits = httpx2.Limits(max_connections=None)
+    async with httpx2.AsyncClient(timeout=60, limits=limits) as client:
+        await asyncio.gather(act(), look(client), *(ask(number, client) for number in range(at_once)))
+    return made
+
+
+def process_of(url: str) -> int:
+    """The process of the server at an address."""
+    wanted = f"--port\0{url.rpartition(':')[2]}\0"
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            told = (folder / "cmdline").read_text() if folder.name.isdigit() else ""
+            if wanted in told and SCRIPTED.name in told:
+                return int(folder.name)
+    raise RuntimeError(f"nobody serves {url}")
+
+
+def draw(made: Placed, title: str, file: Path) -> None:
+    """A panel for each server: requests answered in each second, each adapter a colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    servers = sorted(made.there, key=lambda server: (min(made.there[server]), server))
+    last = max(max(seconds) for seconds in made.there.values()) + 1
+    adapters = [f"shop{number}" for number in range(ADAPTERS)]
+    colors: Any = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    figure, panels = pyplot.subplots(
+        len(servers), 1, figsize=(12, 1.8 * len(servers) + 1.6), sharex=True, sharey=True, squeeze=False
+    )
+    for number, (server, panel) in enumerate(zip(servers, panels[:, 0], strict=True), start=1):
+        height = [0.0] * last
+        for adapter, color in zip(adapters, colors, strict=False):
+            counts = [made.answered[second, server, adapter] for second in range(last)]
+            panel.bar(range(last), counts, 1.0, bottom=height, color=color, align="edge")
+            height = [one + count for one, count in zip(height, counts, strict=True)]
+        for second in set(range(last)) - made.there[server]:
+            panel.axvspan(second, second + 1, color="0.88", linewidth=0)
+        for at, _ in made.marks:
+            panel.axvline(at, color="black", linestyle="--", linewidth=1)
+        panel.set_ylabel(f"server {number}\nrequests/s")
+        panel.grid(axis="y", alpha=0.3)
+    for at, what in made.marks:
+        panels[0, 0].annotate(what, (at, 1.02), xycoords=("data", "axes fraction"), ha="center", va="bottom")
+    panels[-1, 0].set(xlabel="seconds", xlim=(0, last), ylim=(0, None))
+    handles = [Patch(color=color, label=name) for name, color in zip(adapters, colors, strict=False)]
+    handles.append(Patch(color="0.88", label="away"))
+    figure.suptitle(title)
+    figure.legend(handles=handles, loc="lower center", ncols=7, frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
 def add_adapters(url: str) -> None:
     config = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}'
     for number in range(ADAPTERS):
@@ -212,9 +354,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--requests", type=int, default=300, help="of one token, by each way")
-    parser.add_argument("--seconds", type=float, default=15.0, help="in which requests are counted")
+    parser.add_argument("--seconds", type=float, default=15.0, help="in which requests are counted (15)")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="only draw where requests went, over --seconds (needs matplotlib)",
+    )
+    parser.add_argument("--clients", type=int, default=16, help="of the plot (default: 16)")
     arguments = parser.parse_args(argv)
     console = Console()
+    if arguments.plot:
+        with running("few") as cluster:
+            add_adapters(cluster.url)
+            cluster.manage("scale", "2")
+            made = asyncio.run(placed(cluster, arguments.seconds, arguments.clients))
+        draw(made, f"{ADAPTERS} adapters by Zipf's law, {arguments.clients} clients", arguments.plot)
+        console.print(f"{arguments.plot}: which server answered for which adapter, second by second")
+        return 0
     console.print(machine.sentence(machine.describe(None)))
     with running("flood") as cluster:
         os.environ |= cluster.ray[1]  # before Ray is imported
