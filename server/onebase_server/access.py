@@ -96,6 +96,8 @@ class KeyRing:
         self._open_without_keys = open_without_keys
         self._keys: dict[str, ApiKey] = {}
         self._quotas: dict[str, Quotas] = {}
+        self.has_quotas = False
+        """Whether any key or tenant has a quota."""
         self._newest = -1
         self._away = False
         self._looked_at = self._changed_at = -math.inf
@@ -289,6 +291,8 @@ class KeyRing:
     def _take(self, newest: int, callers: Callers) -> None:
         self._keys, self._newest = {key.id: key for key in callers.keys}, newest
         self._quotas = callers.tenants
+        owners = (*(key.quotas for key in callers.keys), *callers.tenants.values())
+        self.has_quotas = any(quotas != Quotas() for quotas in owners)
 
     def _note_use(self, record: ApiKey) -> None:
         """Write down, now and then, that a key is in use. Nobody waits for that."""

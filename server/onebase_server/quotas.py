@@ -1,8 +1,11 @@
-"""How much one key and one tenant may ask for at once and in a minute, counted by this server.
+"""How much one key and one tenant may ask for at once and in a minute, on all servers of a registry together.
 
 A minute is any 60 seconds, not one that begins with the clock's: what was let in counts for 60 seconds from
 then on. A request is charged its prompt and the most that it may generate; when it ends, its charge becomes
 what was computed, as if that had been known from the beginning.
+
+Each server counts what it lets in, and adds what the others say they let in (`peers.QuotaSharing`), which it
+heard a moment ago: a request waits for no database.
 
 Rows of batches are counted like requests, and let in only while less than half of a quota is used: the rest
 is left to requests that somebody waits for.
@@ -10,19 +13,24 @@ is left to requests that somebody waits for.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-from onebase_adapters.registry import Quotas
+from onebase_adapters.registry import Quotas, QuotaUse
 from onebase_server.access import Caller
 from onebase_server.errors import OneBaseError, QuotaExceededError, RateLimitError
 
 WINDOW_SECONDS = 60.0
 ROWS_RETRY_SECONDS = 1.0
 """When rows will be free is not known: others' requests end when they end."""
-_RATES = ("requests", "tokens")
+Rate = Literal["requests", "tokens"]
+_RATES: tuple[Rate, ...] = get_args(Rate)
+_ROWS_AGAIN_SECONDS = 20.0
+"""Rows that run count on other servers for a minute after they were told; so often they are told again."""
 
 
 @dataclass
@@ -66,31 +74,121 @@ class Window:
 
     def seconds_until(self, most: int, now: float) -> float:
         """Until the total is at most that, if nothing else is let in or given back."""
-        if 2 * most < self.total:  # as for what is told with each answer: the newest decides
-            kept = 0
-            for charge in reversed(self._charges):
-                kept += charge.amount
-                if kept > most:
-                    return max(0.0, charge.at + WINDOW_SECONDS - now)
-            return 0.0
-        left, ends = self.total, now
+        return _seconds_until((self,), most, now)
+
+    def by_second(self, now: float) -> tuple[tuple[float, int], ...]:
+        """(age, amount) of what is in it, oldest first; what came within a second has its youngest's age."""
+        self.forget(now)
+        found: dict[int, tuple[float, int]] = {}
         for charge in self._charges:
-            if left <= most:
-                break
-            left, ends = left - charge.amount, charge.at + WINDOW_SECONDS
-        return max(0.0, ends - now)
+            if charge.amount:
+                second = int(charge.at)
+                found[second] = now - charge.at, found.get(second, (0.0, 0))[1] + charge.amount
+        return tuple(found.values())
+
+
+def _seconds_until(windows: Sequence[Window], most: int, now: float) -> float:
+    """As `Window.seconds_until`, of the sum of several."""
+    left = sum(window.total for window in windows)
+    if 2 * most < left:  # as for what is told with each answer: the newest decides
+        kept = 0
+        for charge in heapq.merge(*(reversed(window._charges) for window in windows), key=_newest_first):
+            kept += charge.amount
+            if kept > most:
+                return max(0.0, charge.at + WINDOW_SECONDS - now)
+        return 0.0
+    ends = now
+    for charge in heapq.merge(*(window._charges for window in windows), key=_oldest_first):
+        if left <= most:
+            break
+        left, ends = left - charge.amount, charge.at + WINDOW_SECONDS
+    return max(0.0, ends - now)
+
+
+def _oldest_first(charge: Charge) -> float:
+    return charge.at
+
+
+def _newest_first(charge: Charge) -> float:
+    return -charge.at
+
+
+@dataclass
+class _Elsewhere:
+    """What another server said that it has let in. until: when its rows count no longer."""
+
+    windows: dict[Rate, Window]
+    rows: int
+    until: float
 
 
 @dataclass
 class Account:
-    """What one key or one tenant has going."""
+    """What one key or one tenant has going: here, and on other servers as far as they have told."""
 
     requests: Window = field(default_factory=Window)
     tokens: Window = field(default_factory=Window)
     rows: int = 0
+    changed: bool = False
+    """Whether other servers have not been told of all of it."""
+    told_at: float = 0.0
+    _elsewhere: dict[str, _Elsewhere] = field(default_factory=dict)
 
-    def window(self, rate: str) -> Window:
+    def window(self, rate: Rate) -> Window:
         return self.requests if rate == "requests" else self.tokens
+
+    def add(self, rate: Rate, amount: int, now: float) -> Charge:
+        self.changed = True
+        return self.window(rate).add(amount, now)
+
+    def correct(self, rate: Rate, charge: Charge, amount: int, now: float) -> None:
+        self.changed = True
+        self.window(rate).correct(charge, amount, now)
+
+    def add_rows(self, rows: int) -> None:
+        self.changed = True
+        self.rows += rows
+
+    # ---- with what others let in -------------------------------------------------------------
+
+    def total(self, rate: Rate, now: float) -> int:
+        """What the last 60 seconds have."""
+        total = 0
+        for window in self._windows(rate):
+            window.forget(now)
+            total += window.total
+        return total
+
+    def seconds_until(self, rate: Rate, most: int, now: float) -> float:
+        return _seconds_until(self._windows(rate), most, now)
+
+    def rows_running(self, now: float) -> int:
+        others = self._elsewhere.values()
+        return self.rows + sum(one.rows for one in others if one.until > now) if others else self.rows
+
+    def _windows(self, rate: Rate) -> Sequence[Window]:
+        own = self.window(rate)
+        return [own, *(one.windows[rate] for one in self._elsewhere.values())] if self._elsewhere else (own,)
+
+    def tell(self, kind: str, name: str, now: float) -> QuotaUse:
+        """For other servers: what this one has let in."""
+        self.changed, self.told_at = False, now
+        return QuotaUse(kind, name, self.requests.by_second(now), self.tokens.by_second(now), self.rows)
+
+    def hear(self, process: str, use: QuotaUse, now: float) -> None:
+        """What another process of a server has let in takes the place of what it said before."""
+        for silent in [one for one, told in self._elsewhere.items() if told.until <= now]:
+            del self._elsewhere[silent]
+        until = now - use.age + WINDOW_SECONDS
+        windows: dict[Rate, Window] = {}
+        for rate, told in zip(_RATES, (use.requests, use.tokens), strict=True):
+            windows[rate] = window = Window()
+            for age, amount in sorted(told, reverse=True):
+                window.add(amount, now - age)
+        if use.rows or any(window.total for window in windows.values()):
+            self._elsewhere[process] = _Elsewhere(windows, use.rows, until)
+        else:
+            self._elsewhere.pop(process, None)
 
 
 @dataclass(frozen=True)
@@ -140,6 +238,28 @@ class Limiter:
         ticket.enter()
         return ticket
 
+    # ---- several servers ---------------------------------------------------------------------
+
+    def tell(self) -> list[QuotaUse]:
+        """What has changed here since it was told last, for other servers."""
+        now = self._clock()
+        return [
+            account.tell(kind, name, now)
+            for (kind, name), account in self._accounts.items()
+            if account.changed or (account.rows and now - account.told_at >= _ROWS_AGAIN_SECONDS)
+        ]
+
+    def not_told(self, uses: Iterable[QuotaUse]) -> None:
+        """What was to be told has not reached the others: it is told again."""
+        for use in uses:
+            self._accounts[use.kind, use.name].changed = True
+
+    def hear(self, uses: Iterable[tuple[str, QuotaUse]]) -> None:
+        """What other processes of servers have let in, each by its id."""
+        now = self._clock()
+        for process, use in uses:
+            self._accounts.setdefault((use.kind, use.name), Account()).hear(process, use, now)
+
     def _owners(self, caller: Caller) -> list[_Owner]:
         """Those that have a quota that is counted here."""
         of_key, of_tenant = self._quotas_of(caller)
@@ -175,38 +295,39 @@ class Ticket:
         for owner in self._owners:
             self._check_rate(owner, "requests", 1, now)
             self._check_rate(owner, "tokens", 1, now)
-            self._check_rows(owner, 1)
-        self._requests = [owner.account.requests.add(1, now) for owner in self._owners]
+            self._check_rows(owner, 1, now)
+        self._requests = [owner.account.add("requests", 1, now) for owner in self._owners]
 
     def admit(self, tokens: int, rows: int) -> None:
         """Set aside what the request may need, or nothing. Raises RateLimitError, QuotaExceededError."""
         now = self._clock()
         for owner in self._owners:
             self._check_rate(owner, "tokens", tokens, now)
-            self._check_rows(owner, rows)
-        self._tokens = [owner.account.tokens.add(tokens, now) for owner in self._owners]
+            self._check_rows(owner, rows, now)
+        self._tokens = [owner.account.add("tokens", tokens, now) for owner in self._owners]
         self._rows = rows
         for owner in self._owners:
-            owner.account.rows += self._rows
+            owner.account.add_rows(rows)
 
     def rows_ended(self) -> None:
         """The engine has none of its rows any more."""
-        for owner in self._owners:
-            owner.account.rows -= self._rows
+        if self._rows:
+            for owner in self._owners:
+                owner.account.add_rows(-self._rows)
         self._rows = 0
 
     def settle(self, tokens: int) -> None:
         """The request is over, and took so many tokens. Once."""
         now = self._clock()
         for owner, charge in zip(self._owners, self._tokens, strict=False):
-            owner.account.tokens.correct(charge, tokens, now)
+            owner.account.correct("tokens", charge, tokens, now)
         self._tokens = []
 
     def give_back(self) -> None:
         """It was refused for a reason that is not its own, and counts as no request."""
         now = self._clock()
         for owner, charge in zip(self._owners, self._requests, strict=False):
-            owner.account.requests.correct(charge, 0, now)
+            owner.account.correct("requests", charge, 0, now)
         self._requests = []
 
     def close(self) -> None:
@@ -225,32 +346,31 @@ class Ticket:
         for rate in _RATES:
             rooms = []
             for owner in self._owners:
-                limit, window = owner.limit(rate), owner.account.window(rate)
+                limit = owner.limit(rate)
                 if limit is not None:
-                    window.forget(now)
-                    rooms.append((max(0, limit - window.total), limit, window))
+                    rooms.append((max(0, limit - owner.account.total(rate, now)), limit, owner.account))
             if rooms:
-                left, limit, window = min(rooms, key=lambda room: room[:2])
+                left, limit, account = min(rooms, key=lambda room: room[:2])
                 told[f"x-ratelimit-limit-{rate}"] = str(limit)
                 told[f"x-ratelimit-remaining-{rate}"] = str(left)
-                told[f"x-ratelimit-reset-{rate}"] = duration(window.seconds_until(0, now))
+                told[f"x-ratelimit-reset-{rate}"] = duration(account.seconds_until(rate, 0, now))
         return told
 
-    def _check_rate(self, owner: _Owner, rate: str, wanted: int, now: float) -> None:
-        limit, window = owner.limit(rate), owner.account.window(rate)
+    def _check_rate(self, owner: _Owner, rate: Rate, wanted: int, now: float) -> None:
+        limit = owner.limit(rate)
         if limit is None:
             return
-        window.forget(now)
         if wanted > limit:
             hint = "Lower max_tokens or n, shorten the prompt" if limit and rate == "tokens" else ""
             raise self._refusal(owner, rate, limit, f"this request alone counts {wanted}", hint)
-        if not owner.has_room(limit, window.total, wanted):
-            used = f"{window.total} are used, and this request counts {wanted}"
+        total = owner.account.total(rate, now)
+        if not owner.has_room(limit, total, wanted):
+            used = f"{total} are used, and this request counts {wanted}"
             most = limit // 2 if owner.background else limit
-            wait = window.seconds_until(max(0, most - wanted), now)
+            wait = owner.account.seconds_until(rate, max(0, most - wanted), now)
             raise self._refusal(owner, rate, limit, used, "", wait)
 
-    def _check_rows(self, owner: _Owner, wanted: int) -> None:
+    def _check_rows(self, owner: _Owner, wanted: int, now: float) -> None:
         limit = owner.limit("rows")
         if limit is None:
             return
@@ -258,8 +378,9 @@ class Ticket:
             raise self._refusal(
                 owner, "rows", limit, f"this request alone asks for {wanted}", "Lower n" if limit else ""
             )
-        if not owner.has_room(limit, owner.account.rows, wanted):
-            used = f"{owner.account.rows} are running, and this request asks for {wanted}"
+        running = owner.account.rows_running(now)
+        if not owner.has_room(limit, running, wanted):
+            used = f"{running} are running, and this request asks for {wanted}"
             raise self._refusal(owner, "rows", limit, used, "", ROWS_RETRY_SECONDS)
 
     def _refusal(

@@ -157,6 +157,8 @@ class _Server:
             asyncio.create_task(services.catalog.watch(settings.sync_seconds)),
             asyncio.create_task(self.storage.keep_tidy(services.adapters.disk)),
             asyncio.create_task(services.usage.keep_writing()),
+            asyncio.create_task(services.training.peers.keep()),
+            asyncio.create_task(services.sharing.keep()),
         ]
         try:
             await run_server(services, create_app(services), listener, ready)
@@ -164,6 +166,7 @@ class _Server:
             for task in upkeep:
                 task.cancel()
             await services.usage.close()
+            await services.training.peers.leave()
             await asyncio.to_thread(services.tracing.close)
             self.storage.registry.close()
 

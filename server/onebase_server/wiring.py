@@ -37,6 +37,7 @@ from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
 from onebase_server.measurements import RequestMeasurements
 from onebase_server.metrics import Metrics
+from onebase_server.peers import Peers, QuotaSharing
 from onebase_server.processes.link import ENGINE_COMMAND, EngineLink
 from onebase_server.processes.share import BusyFlag
 from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
@@ -143,6 +144,7 @@ def assemble(
         open_without_keys=settings.insecure or is_loopback(settings.host),
     )
     limiter = Limiter(keys.quotas_of)
+    sharing = QuotaSharing(training.peers, limiter, lambda: keys.has_quotas)
     batches = _batches(settings, storage, training, keys, limiter, supervisor)
     measured, answers = RequestMeasurements(), Counter[tuple[str, int]]()
     metrics = Metrics(
@@ -159,6 +161,7 @@ def assemble(
         settings=settings,
         keys=keys,
         limiter=limiter,
+        sharing=sharing,
         usage=usage,
         catalog=parts.catalog,
         tokenizer=tokenizer,
@@ -263,6 +266,7 @@ def _training(
     records, disk = threads
     folder = JobFolders(Path(settings.data_dir).expanduser().absolute(), storage.registry_id)
     storage.registry.sign(folder.server)
+    peers = Peers(storage.registry.servers, folder.server)
     registry, notifier = storage.registry.training, JobNotifier()
     files = TrainingFiles(registry, storage.store, folder, records, disk, settings.max_train_file)
     checkpoints = CheckpointModels(adapters, registry, records, folder)
@@ -296,7 +300,7 @@ def _training(
         most=settings.train_jobs,
         look_seconds=settings.sync_seconds,
     )
-    return Training(files, jobs, scheduler, checkpoints, storage, records, folder)
+    return Training(files, jobs, scheduler, checkpoints, storage, records, folder, peers)
 
 
 def _batches(

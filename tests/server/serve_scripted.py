@@ -18,6 +18,7 @@ from pathlib import Path
 
 from onebase_adapters.registry import Registry
 from onebase_engine.base.default_base import fetch_default_base
+from onebase_server import peers
 from onebase_server.background import Backoff
 from onebase_server.cli import serve
 from onebase_server.generation import tokenization
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
         TRAINER_COMMAND if trainer == "real" else command("scripted_trainer.py"),
         RestartPolicy(backoff=Backoff(0.02, 30.0)) if engine == "die-ready" else RestartPolicy(),
     )
+    peers.LEASE_SECONDS = float(os.environ.get("ONEBASE_TEST_LEASE", peers.LEASE_SECONDS))
     Death.pause = property(lambda death: 0.0)  # type: ignore[assignment, method-assign]
     return serve(argv[1:], commands)
 

@@ -201,6 +201,111 @@ def test_rows_of_batches_take_half_of_a_quota_and_leave_the_rest_to_requests() -
     limiter.enter(batch).admit(100, 4)
 
 
+# ---- several servers ----------------------------------------------------------------------------
+
+
+Move = tuple[float, int, int, bool]
+MOVES = st.lists(
+    st.tuples(
+        st.sampled_from([0.0, 0.125, 1.0, 7.5, 29.0, 59.5, 60.0]),
+        st.integers(0, 1),
+        st.integers(1, 60),
+        st.booleans(),
+    ),
+    max_size=40,
+)
+
+
+def exchange(limiters: list[Limiter]) -> None:
+    """Each hears what the others have let in since it was told last."""
+    told = [limiter.tell() for limiter in limiters]
+    for number, limiter in enumerate(limiters):
+        limiter.hear((f"process-{n}", use) for n, uses in enumerate(told) if n != number for use in uses)
+
+
+@given(limit=st.integers(1, 100), moves=MOVES)
+def test_servers_let_in_no_more_than_the_limit_but_for_what_they_have_not_told(
+    limit: int, moves: list[Move]
+) -> None:
+    """Their clocks are not the same. The last of a move: whether they exchange what they let in before it."""
+    clocks = [Clock(), Clock()]
+    clocks[1].now += 12345.6
+    limiters = [Limiter(lambda _: (Quotas(tokens=limit), Quotas()), clock) for clock in clocks]
+    caller = Caller("ob-1", "acme", frozenset())
+    let_in: list[tuple[float, int, int]] = []
+    not_told: list[tuple[float, int, int]] = []
+    for pause, server, wanted, told in moves:
+        for clock in clocks:
+            clock.now += pause
+        if told:
+            exchange(limiters)
+            not_told = []
+        now = clocks[0].now
+        try:
+            ticket = limiters[server].enter(caller)
+            ticket.admit(wanted, 1)
+        except Limited as refused:
+            for clock in clocks:
+                clock.now += refused.retry_after or 0.0
+            limiters[server].enter(caller).give_back()  # one token at least is free then
+            continue
+        except QuotaExceededError:
+            continue
+        ticket.rows_ended()
+        ticket.settle(wanted)
+        let_in.append((now, server, wanted))
+        not_told.append((now, server, wanted))
+        unknown = [one for one in not_told if one[1] != server]
+        known = [one for one in let_in if now - 60.0 < one[0] and one not in unknown]
+        assert sum(tokens for _, _, tokens in known) <= limit
+
+
+def test_rows_that_run_on_other_servers_count_until_they_end_or_nothing_is_heard_for_a_minute() -> None:
+    clock = Clock()
+    one, other = (Limiter(lambda _: (Quotas(), Quotas(rows=2)), clock) for _ in range(2))
+    caller = Caller("ob-1", "acme", frozenset())
+    tickets = [one.enter(caller) for _ in range(2)]
+    for ticket in tickets:
+        ticket.admit(5, 1)
+    exchange([one, other])
+    with pytest.raises(Limited, match="2 are running"):
+        other.enter(caller)
+    tickets[0].rows_ended()
+    exchange([one, other])
+    other.enter(caller).close()
+    with pytest.raises(Limited):
+        other.enter(caller).admit(1, 2)
+    for _ in range(4):
+        clock.now += 25.0
+        exchange([one, other])  # told again, though nothing has changed
+    with pytest.raises(Limited):
+        other.enter(caller).admit(1, 2)
+    clock.now += 61.0
+    other.enter(caller).admit(1, 2)
+
+
+def test_the_time_and_the_room_that_are_told_are_those_of_all_servers() -> None:
+    clock = Clock()
+    one, other = (Limiter(lambda _: (Quotas(requests=3), Quotas()), clock) for _ in range(2))
+    caller = Caller("ob-1", "acme", frozenset())
+    one.enter(caller)
+    clock.now += 20.0
+    one.enter(caller)
+    exchange([one, other])
+    assert other.enter(caller).headers() == {
+        "x-ratelimit-limit-requests": "3",
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "1m0s",
+    }
+    with pytest.raises(Limited) as refused:
+        other.enter(caller)
+    assert refused.value.retry_after == 40.0
+    uses = other.tell()
+    assert not other.tell()
+    other.not_told(uses)
+    assert [use.requests for use in other.tell()] == [((0.0, 1),)]
+
+
 # ---- a server -----------------------------------------------------------------------------------
 
 

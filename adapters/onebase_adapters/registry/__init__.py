@@ -56,9 +56,11 @@ from onebase_adapters.registry.records import (
     NewBatch,
     NewJob,
     OpenJob,
+    OtherServer,
     ParentVersion,
     Purpose,
     Quotas,
+    QuotaUse,
     Scope,
     State,
     TenantRecord,
@@ -69,6 +71,7 @@ from onebase_adapters.registry.records import (
     VersionError,
     VersionRecord,
 )
+from onebase_adapters.registry.servers import ServerRecords
 from onebase_adapters.registry.usage import UsageRecords
 from onebase_adapters.store.blobs import Blob, VersionFiles
 
@@ -117,15 +120,18 @@ __all__ = [
     "NothingToRollBackError",
     "OpenJob",
     "Origin",
+    "OtherServer",
     "ParentVersion",
     "Purpose",
     "QuotaError",
+    "QuotaUse",
     "Quotas",
     "Registry",
     "RegistryBusyError",
     "RegistryError",
     "RegistryFullError",
     "Scope",
+    "ServerRecords",
     "StaleActivationError",
     "State",
     "TenantRecord",

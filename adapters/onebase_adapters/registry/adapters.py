@@ -34,6 +34,7 @@ from onebase_adapters.registry.records import (
     VersionError,
     VersionRecord,
 )
+from onebase_adapters.registry.servers import ServerRecords
 from onebase_adapters.registry.tables import AdapterRow, BaseRow, HistoryRow, VersionRow
 from onebase_adapters.registry.usage import UsageRecords
 from onebase_adapters.store.blobs import Blob, VersionFiles
@@ -88,6 +89,8 @@ class Registry:
         """Their quotas, and what they have, on every base."""
         self.usage = UsageRecords(self._database)
         """Who used how much, of every base."""
+        self.servers = ServerRecords(self._database, base_id)
+        """Which servers live, and what they let in, of every base."""
         self.audit = audit.AuditLog(self._database)
         """Who changed what, on every base."""
 

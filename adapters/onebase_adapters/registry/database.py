@@ -9,6 +9,7 @@ import os
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,6 +219,13 @@ class Database:
             cause = getattr(error, "orig", None) or error
             said = without_secrets(f"{type(cause).__name__}: {cause}".strip(), self.url)
             raise _kind(error, cause, self._file)(f"{self.place} failed while {doing}: {said}") from None
+
+
+def clock(session: Session) -> float:
+    """Unix seconds by the database's clock, which all servers on it share: SQLite's is this machine's."""
+    if session.get_bind().dialect.name == "sqlite":
+        return time.time()
+    return float(session.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
 
 
 def sqlite_file(url: str) -> Path | None:

@@ -490,3 +490,37 @@ class Batch(NewBatch):
     @property
     def ended(self) -> bool:
         return self.state not in OPEN_BATCHES
+
+
+# ---- servers ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OtherServer:
+    """Another process on the registry.
+
+    server: the id of its data folder. same_base: whether it serves this one's base. runs: whether it runs
+    that folder's jobs. room: trainers that it could start. alive: whether its lease has not run out.
+    """
+
+    server: str
+    same_base: bool
+    runs: bool
+    room: int
+    alive: bool
+
+
+@dataclass(frozen=True)
+class QuotaUse:
+    """What one process has let in of the quotas of one key or one tenant.
+
+    kind: `key` or `tenant`; name: the key's id or the tenant's name. requests, tokens: (age in seconds,
+    amount), of the last minute. rows: that run. age: seconds since all this was so.
+    """
+
+    kind: str
+    name: str
+    requests: tuple[tuple[float, int], ...]
+    tokens: tuple[tuple[float, int], ...]
+    rows: int
+    age: float = 0.0

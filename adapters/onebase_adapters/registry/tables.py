@@ -125,6 +125,39 @@ class UsageWriterRow(Table):
     at: Mapped[float] = mapped_column(DoubleType)
 
 
+class ServerRow(Table):
+    """One process of a server, which renews its lease while it lives. Times are the database's clock's.
+
+    server: the id of its data folder, under which jobs and batches are its own. runs: whether it runs them.
+    room: trainers that it could start. at: when it last renewed the lease; until: when that runs out.
+    """
+
+    __tablename__ = "servers"
+
+    id: Mapped[str] = mapped_column(String, primary_key=True)
+    server: Mapped[str] = mapped_column(String, index=True)
+    base_id: Mapped[str] = mapped_column(String)
+    runs: Mapped[bool] = mapped_column()
+    room: Mapped[int] = mapped_column(Integer)
+    at: Mapped[float] = mapped_column(DoubleType)
+    until: Mapped[float] = mapped_column(DoubleType)
+
+
+class QuotaUseRow(Table):
+    """What one process of a server has let in of one key's or one tenant's quota, as of `at`.
+
+    kind: `key` or `tenant`. use: as `quotas.AccountUse`.
+    """
+
+    __tablename__ = "quota_use"
+
+    process: Mapped[str] = mapped_column(String, primary_key=True)
+    kind: Mapped[str] = mapped_column(String, primary_key=True)
+    name: Mapped[str] = mapped_column(String, primary_key=True)
+    at: Mapped[float] = mapped_column(DoubleType, index=True)
+    use: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
 class AuditRow(Table):
     """One change by somebody. The database refuses to change or delete a row."""
 
@@ -306,6 +339,18 @@ class TrainingJobRow(Table):
     parent: Mapped[dict[str, str] | None] = mapped_column(_Json)
     hold: Mapped[bool] = mapped_column(default=False, server_default=false())
     stop: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    kept_step: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    kept_adapter: Mapped[bool] = mapped_column(default=False, server_default=false())
+
+
+class JobFileRow(Table):
+    """One file that a job goes on from, on whichever server: its path in the job's folder, and its blob."""
+
+    __tablename__ = "job_files"
+
+    job: Mapped[int] = mapped_column(ForeignKey("training_jobs.number", ondelete="CASCADE"), primary_key=True)
+    path: Mapped[str] = mapped_column(String, primary_key=True)
+    sha256: Mapped[str] = mapped_column(String, index=True)
 
 
 class BatchRow(Table):

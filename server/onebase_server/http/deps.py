@@ -40,6 +40,7 @@ from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
 from onebase_server.measurements import RequestMeasurements
 from onebase_server.metrics import Metrics, render
+from onebase_server.peers import Peers, QuotaSharing
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.quotas import Limiter, Ticket
@@ -83,6 +84,7 @@ class Training:
     storage: Storage
     threads: Threads
     folders: JobFolders
+    peers: Peers
 
     async def counts(self) -> tuple[dict[str, int] | None, dict[str, int] | None]:
         """How many jobs and batches there are in each state; None while the registry is away."""
@@ -104,6 +106,7 @@ class Services:
     settings: Settings
     keys: KeyRing
     limiter: Limiter
+    sharing: QuotaSharing
     usage: UsageMeter
     catalog: Catalog
     tokenizer: BaseTokenizer

@@ -120,7 +120,10 @@ def test_every_row_is_kept_and_wishes_become_options(upgraded: Registry, old: st
             version["source"]["options"] = version["source"].pop("wishes")
     sources = [version["source"] for version in before["versions"] if "options" in version["source"]]
     assert len(sources) == 2
-    new = {"identity", "api_keys", "tenants", "usage", "usage_writers", "audit", "batches", "proofs"}
+    new = {
+        "identity", "api_keys", "tenants", "usage", "usage_writers", "audit", "batches", "servers",
+        "quota_use", "job_files", "proofs",
+    }  # fmt: skip
     assert now.keys() - before.keys() == new
     assert now["audit"] == []
     # Files lie where they were until their server starts; the row by which 0.1 knew its registry is gone.
@@ -129,6 +132,7 @@ def test_every_row_is_kept_and_wishes_become_options(upgraded: Registry, old: st
     ]
     before["adapters"] = [{**row, "shared": False} for row in before["adapters"]]
     added = {"key": None, "parent": None, "hold": False, "stop": None}
+    added |= {"kept_step": 0, "kept_adapter": False}
     before["training_jobs"] = [row | added for row in before["training_jobs"]]
     for name in before.keys() - {"alembic_version", "change_counter"}:
         assert by_key(now[name]) == by_key(before[name]), name

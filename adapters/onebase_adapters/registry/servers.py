@@ -1,0 +1,119 @@
+"""The servers that share a registry: which of them live, what room they have, what they let in of quotas.
+
+A server's process renews a lease. One whose lease has run out is taken for dead: others take over what it
+ran. All times are the database's clock's, so that servers need not agree on theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import Insert, delete, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from onebase_adapters.registry.database import Database, clock, plain
+from onebase_adapters.registry.records import OtherServer, QuotaUse
+from onebase_adapters.registry.tables import QuotaUseRow, ServerRow
+
+USE_SECONDS = 60.0
+"""What a process has let in counts for so long, and no longer."""
+_KEPT_SECONDS = 30 * 86400.0
+"""A process that is dead for so long is forgotten; what it ran is nobody's then, and may be cancelled."""
+
+
+class ServerRecords:
+    """The processes of servers on one registry, each under an id of its own.
+
+    All methods block, and may be called from any thread. Raises RegistryBusyError, RegistryFullError and
+    RegistryError like Registry.
+    """
+
+    def __init__(self, database: Database, base_id: str) -> None:
+        self._database = database
+        self._base_id = base_id
+
+    def renew(self, process: str, server: str, *, runs: bool, room: int, seconds: float) -> list[OtherServer]:
+        """Live on for so many seconds. Returns the other processes, dead ones too.
+
+        Args:
+            server: the id of its data folder. runs: whether it runs that folder's jobs.
+            room: trainers that it could start now.
+        """
+        with self._database.write_uncounted() as session:
+            now = clock(session)
+            values = {
+                "id": process, "server": server, "base_id": self._base_id, "runs": runs, "room": room,
+                "at": now, "until": now + seconds,
+            }  # fmt: skip
+            session.execute(upserting(session, ServerRow, ("id",)), [values])
+            others = session.scalars(select(ServerRow).where(ServerRow.id != process)).all()
+            if any(row.until < now - _KEPT_SECONDS for row in others):
+                session.execute(delete(ServerRow).where(ServerRow.until < now - _KEPT_SECONDS))
+            return [
+                OtherServer(row.server, row.base_id == self._base_id, row.runs, row.room, row.until >= now)
+                for row in others
+                if row.until >= now - _KEPT_SECONDS
+            ]
+
+    def leave(self, process: str) -> None:
+        """The process ends: what it ran may be taken over at once."""
+        with self._database.write_uncounted() as session:
+            now = clock(session)
+            session.execute(update(ServerRow).where(ServerRow.id == process).values(until=now, room=0))
+
+    # ---- quotas ------------------------------------------------------------------------------
+
+    def share_use(
+        self, process: str, own: Collection[QuotaUse], since: float
+    ) -> tuple[float, list[tuple[str, QuotaUse]]]:
+        """Write what this process has let in, and read what others have written since a time.
+
+        Each use that is written takes the place of the one before. Returns the database's time, and the
+        others' uses with the processes that let them in; their ages are as of that time.
+        """
+        if not own:
+            with self._database.read() as session:
+                return _uses(session, process, since)
+        with self._database.write_uncounted() as session:
+            now = clock(session)
+            # In one order, so that two processes never wait for each other.
+            values = [_values(process, use, now) for use in sorted(own, key=lambda use: (use.kind, use.name))]
+            session.execute(upserting(session, QuotaUseRow, ("process", "kind", "name")), values)
+            return _uses(session, process, since)
+
+    def forget_use(self) -> None:
+        """Delete what no longer counts."""
+        with self._database.write_uncounted() as session:
+            session.execute(delete(QuotaUseRow).where(QuotaUseRow.at < clock(session) - 2 * USE_SECONDS))
+
+
+def _uses(session: Session, process: str, since: float) -> tuple[float, list[tuple[str, QuotaUse]]]:
+    now = clock(session)
+    rows = session.scalars(select(QuotaUseRow).where(QuotaUseRow.process != process, QuotaUseRow.at >= since))
+    return now, [(row.process, _use(row, now - row.at)) for row in rows]
+
+
+def _values(process: str, use: QuotaUse, now: float) -> dict[str, Any]:
+    held = {"requests": use.requests, "tokens": use.tokens, "rows": use.rows}
+    return {"process": process, "kind": use.kind, "name": plain(use.name), "at": now, "use": held}
+
+
+def _use(row: QuotaUseRow, older: float) -> QuotaUse:
+    """older: seconds since it was written."""
+    aged = {
+        rate: tuple((age + older, amount) for age, amount in row.use.get(rate) or ())
+        for rate in ("requests", "tokens")
+    }
+    return QuotaUse(row.kind, row.name, **aged, rows=int(row.use.get("rows") or 0), age=older)
+
+
+def upserting(session: Session, table: Any, key: Sequence[str]) -> Insert:
+    """An insert that takes the place of the row with this key."""
+    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+    insert: postgresql.Insert | sqlite.Insert = dialect.insert(table)
+    columns = [column.name for column in table.__table__.columns if column.name not in key]
+    return insert.on_conflict_do_update(
+        index_elements=list(key), set_={name: insert.excluded[name] for name in columns}
+    )
