@@ -94,12 +94,13 @@ class Peers:
     async def _keep_renewing(self) -> None:
         while True:
             self._changed.clear()
-            await self._renew()
+            await self.renew()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._lease * _RENEWED_IN):
                     await self._changed.wait()
 
-    async def _renew(self) -> None:
+    async def renew(self) -> None:
+        """Renew the lease now, and learn of the others, if the registry can be reached."""
         began, room = time.monotonic(), self.room()
         try:
             self._others = await self._threads.run(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from onebase_adapters.store.store import local_folder
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import Loading
 from onebase_server.access import KeyRing, is_loopback
@@ -33,6 +34,7 @@ from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import TrainerPool
+from onebase_server.jobs.kept_files import KeptFiles
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
 from onebase_server.measurements import RequestMeasurements
@@ -269,6 +271,16 @@ def _training(
     peers = Peers(storage.registry.servers, folder.server)
     registry, notifier = storage.registry.training, JobNotifier()
     files = TrainingFiles(registry, storage.store, folder, records, disk, settings.max_train_file)
+    # Another server could go on with a job where the store is no folder, or one was ever on the registry.
+    is_remote = local_folder(settings.store or settings.data_dir) is None
+    kept = KeptFiles(
+        storage.registry.takeovers,
+        storage.store,
+        folder,
+        records,
+        disk,
+        wanted=lambda: is_remote or peers.have_been,
+    )
     checkpoints = CheckpointModels(adapters, registry, records, folder)
     pool = TrainerPool(
         records=registry,
@@ -276,7 +288,7 @@ def _training(
         notifier=notifier,
         files=files,
         folders=folder,
-        delivery=Delivery(adapters, folder, files, PROOFS_WAITED * settings.proof_timeout),
+        delivery=Delivery(adapters, folder, files, kept, PROOFS_WAITED * settings.proof_timeout),
         config=settings.engine_config(str(base.folder)),
         base=base,
         command=command,
@@ -286,9 +298,10 @@ def _training(
         tenants=storage.registry.tenants,
         usage=usage,
         checkpoints=checkpoints,
+        kept=kept,
         tracing=tracing,
     )
-    scheduler = JobScheduler(pool, most=settings.train_jobs, look_seconds=settings.sync_seconds)
+    scheduler = JobScheduler(pool, peers, most=settings.train_jobs, look_seconds=settings.sync_seconds)
     jobs = JobService(
         registry,
         storage.registry.tenants,

@@ -20,6 +20,7 @@ several:
     finishes        when it is to pause, it finishes
     dies-ending-once  is killed when it is to end early, if it was not told so from the start
     gated           waits at the real gate before each step
+    stands-at-7     stands still after that step, unless it has gone on from a checkpoint
     until-full      saves after step 5 until the disk is full, unless it has gone on from a checkpoint
     until-paused    waits after step 5 until it is to stop, unless it has gone on from a checkpoint
 """
@@ -141,6 +142,8 @@ class ScriptedTrainer:
                 gate.wait()
             self.step(step, steps)
             self.faults(words, folder, step, first)
+            while f"stands-at-{step}" in words and not first and self.stop is None:
+                self.heed(None)
             while "until-paused" in words and step == 5 and not first and self.stop is None:
                 self.heed(None)
             while "until-full" in words and step == 5 and not first:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import signal
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
+from openai import OpenAI
+from tests.postgres import postgres_server
 
 from .access import Keys, bearer
 from .support import Server, Starter
+from .training_support import ended, job_folder, make_job, messages, openai_client, step_of, wait_job
 
 LEASE = {"ONEBASE_TEST_LEASE": "3"}
-BASE = "smollm2-135m-instruct"
 
 
 def shared(folder: Path) -> tuple[str, ...]:
@@ -70,3 +76,158 @@ def test_a_quota_holds_for_what_all_servers_let_in(
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         one.wait_for(lambda: ask(one, limited).status_code == 429, 50)
         assert ask(one, free).status_code == ask(other, free).status_code == 200
+
+
+# ---- jobs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(serve_scripted: Starter, tmp_path: Path) -> Iterator[tuple[Server, Server]]:
+    """Two servers that know each other, and could both train."""
+    options = shared(tmp_path)
+    with ExitStack() as stack:
+        both = [
+            stack.enter_context(
+                serve_scripted("words", *options, data_dir=tmp_path / name, environment=LEASE)
+            )
+            for name in ("one", "other")
+        ]
+        yield both[0], both[1]
+
+
+def rows(folder: Path, query: str, *parameters: str) -> list[Any]:
+    with closing(sqlite3.connect(folder / "registry.db", timeout=30)) as database:
+        return database.execute(query, parameters).fetchall()
+
+
+def kept_step(folder: Path, job_id: str) -> int:
+    """The step of a job from which any server can go on."""
+    ((step,),) = rows(folder, "SELECT kept_step FROM training_jobs WHERE id = ?", job_id)
+    return int(step)
+
+
+def check_delivered_once(server: Server, client: OpenAI, job_id: str, folder: Path) -> None:
+    """The job has made one version, which is served, and left nothing to go on from."""
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert job.status == "succeeded", job.error
+    assert job.fine_tuned_model is not None
+    with server.client() as http:
+        (adapter,) = http.get("/v1/adapters").json()["data"]
+        (version,) = http.get(f"/v1/adapters/{adapter['id']}/versions").json()["data"]
+    assert adapter["version"] == version["version"]
+    told = messages(client, job_id)
+    assert sum("is proved" in one for one in told) == 1
+    server.wait_for(lambda: not rows(folder, "SELECT * FROM job_files"))
+
+
+def test_a_job_whose_server_is_killed_goes_on_elsewhere_from_its_last_checkpoint(
+    pair: tuple[Server, Server], tmp_path: Path
+) -> None:
+    one, other = pair
+    here, there = openai_client(one), openai_client(other)
+    job = make_job(here, "stands-at-7", extra={"activate": "always"})
+    wait_job(one, here, job.id, lambda job: step_of(job) == 7)
+    one.wait_for(lambda: kept_step(tmp_path, job.id) == 5)
+    assert not other.trainer_pids()
+    one.process.kill()
+    one.exit_status()
+    wait_job(other, there, job.id, ended)
+    told = messages(there, job.id)
+    assert "Taken over by another server, resumed at step 5." in told
+    assert "Continuing after step 5 of 10." in told
+    check_delivered_once(other, there, job.id, tmp_path)
+    assert job_folder(tmp_path / "one", job.id).exists()
+    assert not job_folder(tmp_path / "other", job.id).exists()
+
+
+def test_a_server_that_stood_still_while_its_job_was_taken_over_does_no_harm(
+    pair: tuple[Server, Server], tmp_path: Path
+) -> None:
+    one, other = pair
+    here, there = openai_client(one), openai_client(other)
+    job = make_job(here, "stands-at-7", extra={"activate": "always"})
+    wait_job(one, here, job.id, lambda job: step_of(job) == 7)
+    one.wait_for(lambda: kept_step(tmp_path, job.id) == 5)
+    (trainer,) = one.trainer_pids()
+    one.signal(signal.SIGSTOP)
+    wait_job(other, there, job.id, ended)
+    told = messages(there, job.id)
+    one.signal(signal.SIGCONT)
+    one.wait_for(lambda: trainer not in one.trainer_pids())
+    one.wait_for(lambda: not job_folder(tmp_path / "one", job.id).exists())
+    assert messages(there, job.id) == told
+    check_delivered_once(other, there, job.id, tmp_path)
+    # It has jobs of its own as before.
+    assert wait_job(one, here, make_job(here, "rows").id, ended).status == "succeeded"
+
+
+def test_a_job_waits_for_no_busy_server_and_one_that_stops_leaves_its_jobs_to_others(
+    pair: tuple[Server, Server], tmp_path: Path
+) -> None:
+    one, other = pair
+    here, there = openai_client(one), openai_client(other)
+    long = make_job(here, "slow")
+    wait_job(one, here, long.id, lambda job: step_of(job) > 5)
+    quick = make_job(here, "rows")
+    assert wait_job(other, there, quick.id, ended).status == "succeeded"
+    assert "Taken over by another server, where it waits for its turn." in messages(there, quick.id)
+    assert len(one.trainer_pids()) == 1
+    # Asked for at another server it holds at the one that trains, and the other way round.
+    assert there.fine_tuning.jobs.pause(long.id).status == "paused"
+    one.wait_for(lambda: not one.trainer_pids())
+    one.wait_for(lambda: kept_step(tmp_path, long.id) > 5)
+    there.fine_tuning.jobs.resume(long.id)
+    one.wait_for(lambda: len(one.trainer_pids()) + len(other.trainer_pids()) == 1)
+    trains, stays = (one, other) if one.trainer_pids() else (other, one)
+    trains.signal(signal.SIGTERM)
+    trains.exit_status()
+    stays.wait_for(lambda: len(stays.trainer_pids()) == 1)
+    left = openai_client(stays)
+    assert any(one.startswith("Taken over by another server, resumed") for one in messages(left, long.id))
+    left.fine_tuning.jobs.cancel(long.id)
+    stays.wait_for(lambda: not stays.trainer_pids())
+    stays.wait_for(lambda: not rows(tmp_path, "SELECT * FROM job_files"))
+
+
+def test_a_paused_job_of_a_server_that_is_gone_can_be_resumed_or_cancelled(
+    pair: tuple[Server, Server], tmp_path: Path
+) -> None:
+    one, other = pair
+    here, there = openai_client(one), openai_client(other)
+    job, second = make_job(here, "long"), make_job(here, "rows", extra={"hold": True})
+    wait_job(one, here, job.id, lambda job: step_of(job) > 5)
+    here.fine_tuning.jobs.pause(job.id)
+    wait_job(one, here, second.id, lambda job: job.status == "paused")
+    one.wait_for(lambda: kept_step(tmp_path, job.id) > 5)
+    one.process.kill()
+    one.exit_status()
+    assert there.fine_tuning.jobs.cancel(second.id).status == "cancelled"
+    there.fine_tuning.jobs.resume(job.id)
+    assert wait_job(other, there, job.id, ended).status == "succeeded"
+    assert any(told.startswith("Taken over by another server, resumed") for told in messages(there, job.id))
+    check_delivered_once(other, there, job.id, tmp_path)
+
+
+@pytest.mark.full
+def test_servers_that_cannot_reach_the_database_end_their_trainers_and_one_goes_on_later(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with postgres_server() as postgres, ExitStack() as stack:
+        options = ("--registry", postgres.database(), "--store", str(tmp_path / "store"))
+        one, other = (
+            stack.enter_context(serve_scripted("words", *options, "--sync-seconds", "0.1", environment=LEASE))
+            for _ in range(2)
+        )
+        here, there = openai_client(one), openai_client(other)
+        job = make_job(here, "stands-at-7")
+        wait_job(one, here, job.id, lambda job: step_of(job) == 7)
+        postgres.stop()
+        one.wait_for(lambda: not one.trainer_pids())
+        assert not other.trainer_pids()
+        postgres.start()
+        assert wait_job(other, there, job.id, ended).status == "succeeded"
+        told = messages(there, job.id)
+        assert sum("is proved" in one for one in told) == 1
+        one.process.kill()
+        second = make_job(there, "rows")
+        assert wait_job(other, there, second.id, ended).status == "succeeded"

@@ -65,6 +65,9 @@ def deliver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / "adapter").mkdir(exist_ok=True)
         (tmp_path / "adapter" / file).write_text("x")
 
+    async def restore(job: Any) -> None:
+        """Its files are here."""
+
     async def keep_curve(tenant: str, job_id: str, report: Any) -> str:
         return "file-1"
 
@@ -74,10 +77,12 @@ def deliver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
         home: Any = SimpleNamespace(job=lambda job_id: tmp_path)
         files: Any = SimpleNamespace(keep_curve=keep_curve)
+        kept: Any = SimpleNamespace(restore=restore)
         job: Any = SimpleNamespace(
             parent=None,
             settings={},
             id="ftjob-1",
+            server="server-1",
             key="",
             tenant="acme",
             name="orders",
@@ -85,7 +90,7 @@ def deliver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             report={"better": False},
         )
         record: Any = SimpleNamespace(current=current)
-        return asyncio.run(Delivery(library, home, files, proof_seconds=0.05).deliver(job, record))
+        return asyncio.run(Delivery(library, home, files, kept, proof_seconds=0.05).deliver(job, record))
 
     return run
 

@@ -250,6 +250,27 @@ def test_a_job_killed_at_a_step_ends_in_the_same_adapter_to_the_last_bit(
     assert done.version == unbroken.version  # by its content
 
 
+@pytest.mark.full
+def test_a_job_that_another_server_takes_over_ends_in_the_same_adapter_to_the_last_bit(
+    serve_real: Starter, tmp_path: Path, unbroken: Any
+) -> None:
+    options = (
+        "--registry", f"sqlite:///{tmp_path / 'registry.db'}", "--store", str(tmp_path / "store"),
+        "--kv-memory", "200MB", "--max-rows", "8", "--threads", "1",
+    )  # fmt: skip
+    with serve_real(*options) as one, serve_real(*options) as other:
+        here, there = openai_client(one), openai_client(other)
+        job = real_job(here, "moved")
+        wait_job(one, here, job.id, lambda job: step_of(job) >= 2)
+        one.signal(signal.SIGTERM)
+        one.exit_status()
+        done = wait_job(other, there, job.id, ended)
+        assert (done.status, done.version) == ("succeeded", unbroken.version)
+        said = messages(there, job.id)
+        assert any(told.startswith("Taken over by another server, resumed at step") for told in said)
+        assert any(told.startswith("Continuing after step") for told in said)
+
+
 def test_a_stopped_job_whose_trainer_is_killed_keeps_the_best_of_the_steps_before(
     server: Server, client: OpenAI, unbroken: Any
 ) -> None:

@@ -22,8 +22,10 @@ from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import FileGoneError, Run
+from onebase_server.jobs.kept_files import KeptFiles
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.state import is_resumable
+from onebase_server.peers import Peers
 from onebase_server.traces import Tracing
 
 JOB = "ftjob-1"
@@ -55,6 +57,12 @@ def _files(registry: Registry, storage: JobFolders, threads: Threads) -> Trainin
     return TrainingFiles(registry.training, store, storage, threads, threads, 1 << 20)
 
 
+def _kept(registry: Registry, storage: JobFolders, threads: Threads) -> KeptFiles:
+    """For a server that shares nothing."""
+    store = Store(str(storage.root / "store"), storage.root / "cache")
+    return KeptFiles(registry.takeovers, store, storage, threads, threads, wanted=lambda: False)
+
+
 async def followed(
     registry: Registry,
     storage: JobFolders,
@@ -73,10 +81,13 @@ async def followed(
         folders=storage,
         files=_files(registry, storage, threads),
         checkpoints=CheckpointModels(nothing, registry.training, threads, storage),
+        kept=_kept(registry, storage, threads),
     )
-    scheduler = JobScheduler(pool, most=most, look_seconds=0.01, sweep_seconds=0.0)
+    peers = Peers(registry.servers, storage.server)
+    scheduler = JobScheduler(pool, peers, most=most, look_seconds=0.01, sweep_seconds=0.0)
     base: Any = None
     scheduler.base_ready(base, b"", -1)
+    await peers.renew()
     task = asyncio.get_running_loop().create_task(scheduler.follow())
     try:
         async with asyncio.timeout(60):
@@ -163,8 +174,10 @@ def test_a_job_whose_engine_dies_while_it_is_read_waits_for_the_next_one(
             folders=storage,
             files=_files(registry, storage, threads),
             checkpoints=CheckpointModels(nothing, registry.training, threads, storage),
+            kept=_kept(registry, storage, threads),
         )
-        scheduler = JobScheduler(pool, most=1, look_seconds=60.0)
+        peers = Peers(registry.servers, storage.server)
+        scheduler = JobScheduler(pool, peers, most=1, look_seconds=60.0)
         scheduler.base_ready(base, b"", -1)
         task = asyncio.get_running_loop().create_task(scheduler.follow())
         await asyncio.to_thread(records.asked.wait, 60)
@@ -245,6 +258,37 @@ def test_a_run_that_broke_off_is_not_told_as_a_start_of_the_server(
         "The server was started again; the job goes on from its beginning.",
         "The registry was away; the job goes on from its beginning.",
     ]
+
+
+def _of_a_dead_server(registry: Registry, storage: JobFolders, sha256: str, **facts: Any) -> None:
+    """A job that trained on a server whose lease has run out."""
+    records, file = registry.training, "file-1"
+    records.add_file(TrainingFile(file, "default", "gone", "fine-tune", "a.jsonl", 1, 1.0, sha256))
+    job = NewJob(JOB, "default", "gone", "orders", file, None, "never", {}, {})
+    records.add_job(job, JobEvent(1.0, "made"))
+    records.move(JOB, "running", ("validating_files",), **facts)
+    registry.servers.renew("process", "gone", runs=True, room=1, seconds=-100.0)
+
+
+def test_a_job_that_was_lost_with_too_many_servers_fails_and_can_be_resumed(
+    registry: Registry, storage: JobFolders
+) -> None:
+    content = Store(str(storage.root / "store"), storage.root / "cache").add_bytes(b"rows")
+    _of_a_dead_server(registry, storage, content.sha256, deaths=3)
+    records = registry.training
+    asyncio.run(followed(registry, storage, lambda: records.job("default", JOB).ended, most=1))
+    job = records.job("default", JOB)
+    assert (job.server, job.error_code, job.deaths) == (storage.server, "trainer_died", 4)
+    assert is_resumable(job.state, job.error_code)
+
+
+def test_a_job_whose_files_another_store_has_is_left_to_its_server(
+    registry: Registry, storage: JobFolders, caplog: pytest.LogCaptureFixture
+) -> None:
+    _of_a_dead_server(registry, storage, "0" * 64)
+    asyncio.run(followed(registry, storage, lambda: "--store" in caplog.text, most=1))
+    job = registry.training.job("default", JOB)
+    assert (job.server, job.state) == ("gone", "running")
 
 
 async def checked(

@@ -8,6 +8,7 @@ from onebase_adapters.registry.errors import (
     BatchStateError,
     FileInUseError,
     InvalidKeyError,
+    JobElsewhereError,
     JobStateError,
     NothingToRollBackError,
     NotReadyError,
@@ -63,15 +64,18 @@ from onebase_adapters.registry.records import (
     QuotaUse,
     Scope,
     State,
+    TakeableJob,
     TenantRecord,
     TrainingFile,
     TrainingJob,
+    UnkeptJob,
     Unset,
     UsageKey,
     VersionError,
     VersionRecord,
 )
 from onebase_adapters.registry.servers import ServerRecords
+from onebase_adapters.registry.takeovers import Takeovers
 from onebase_adapters.registry.usage import UsageRecords
 from onebase_adapters.store.blobs import Blob, VersionFiles
 
@@ -109,6 +113,7 @@ __all__ = [
     "FileInUseError",
     "HistoryEntry",
     "InvalidKeyError",
+    "JobElsewhereError",
     "JobError",
     "JobEvent",
     "JobState",
@@ -134,11 +139,14 @@ __all__ = [
     "ServerRecords",
     "StaleActivationError",
     "State",
+    "TakeableJob",
+    "Takeovers",
     "TenantRecord",
     "Tenants",
     "TrainingFile",
     "TrainingJob",
     "TrainingRecords",
+    "UnkeptJob",
     "UnknownAdapterError",
     "UnknownBatchError",
     "UnknownFileError",

@@ -15,7 +15,7 @@ from onebase_adapters.registry import activation, audit
 from onebase_adapters.registry.batches import BatchRecords
 from onebase_adapters.registry.database import Database, plain, referenced_blobs
 from onebase_adapters.registry.errors import RegistryError, UnknownAdapterError, UnknownVersionError
-from onebase_adapters.registry.jobs import TrainingRecords
+from onebase_adapters.registry.jobs import TrainingRecords, check_owner
 from onebase_adapters.registry.keys import ApiKeys
 from onebase_adapters.registry.proofs import ProofRecords
 from onebase_adapters.registry.quotas import Tenants, check_adapters, check_bytes
@@ -36,6 +36,7 @@ from onebase_adapters.registry.records import (
 )
 from onebase_adapters.registry.servers import ServerRecords
 from onebase_adapters.registry.tables import AdapterRow, BaseRow, HistoryRow, VersionRow
+from onebase_adapters.registry.takeovers import Takeovers
 from onebase_adapters.registry.usage import UsageRecords
 from onebase_adapters.store.blobs import Blob, VersionFiles
 
@@ -80,6 +81,8 @@ class Registry:
         self.base_name = base_name
         self.training = TrainingRecords(self._database, base_id)
         """Files and training jobs, in the same database."""
+        self.takeovers = Takeovers(self._database, base_id)
+        """Jobs that change their server."""
         self.batches = BatchRecords(self._database, base_id)
         self.proofs = ProofRecords(self._database, base_id)
         """Which server proves what, and with which kernels it was proved."""
@@ -215,6 +218,7 @@ class Registry:
         _check_name(name)
         now = time.time()
         with self._database.write() as (session, counter):
+            check_owner(session)
             adapter = _find_adapter(session, self.base_id, tenant, name)
             if adapter is None:
                 check_adapters(session, tenant)
@@ -297,6 +301,7 @@ class Registry:
         """
         now = time.time()
         with self._changing(tenant, name, now) as (session, adapter):
+            check_owner(session)
             activation.check_expected(adapter, expected)
             activation.activate(session, adapter, _require_version(session, adapter, digest), actor, now)
             return _adapter_record(adapter)

@@ -31,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from onebase_adapters.registry.errors import RegistryBusyError, RegistryError, RegistryFullError
-from onebase_adapters.registry.tables import ChangeCounter, ProofRow, TrainingFileRow, VersionRow
+from onebase_adapters.registry.tables import ChangeCounter, JobFileRow, ProofRow, TrainingFileRow, VersionRow
 from onebase_engine.redaction import redacted, without_secrets
 
 _WAIT_SECONDS = 30.0
@@ -280,11 +280,12 @@ _BLOBS = (
     VersionRow.prepared_sha256,
     ProofRow.prepared_sha256,
     TrainingFileRow.sha256,
+    JobFileRow.sha256,
 )
 
 
 def referenced_blobs(session: Session, among: Collection[str] | None = None) -> set[str]:
-    """The blobs that any version or training file needs: all of them, or those of `among`."""
+    """The blobs that versions, files and jobs that may go on need: all of them, or those of `among`."""
     parts = [select(column) for column in _BLOBS]
     if among is not None:
         parts = [part.where(column.in_(among)) for part, column in zip(parts, _BLOBS, strict=True)]

@@ -14,6 +14,7 @@ RegistryError
 ├── UnknownFileError          no file of that id
 ├── FileInUseError            a training job or a batch needs the file
 ├── UnknownJobError           no training job of that id
+│   └── JobElsewhereError     another server runs the job now, or it cannot be taken over
 ├── JobStateError             the job's state does not allow it
 ├── UnknownBatchError         no batch of that id
 └── BatchStateError           the batch's state does not allow it
@@ -97,6 +98,10 @@ class FileInUseError(RegistryError):
 
 class UnknownJobError(RegistryError):
     """There is no training job of this id for this base."""
+
+
+class JobElsewhereError(UnknownJobError):
+    """The job is another server's: one that has lost it changes nothing of it any more."""
 
 
 class JobStateError(RegistryError):

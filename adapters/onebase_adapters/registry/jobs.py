@@ -14,6 +14,7 @@ from onebase_adapters.registry.audit import Origin
 from onebase_adapters.registry.database import Database, plain, plain_json, referenced_blobs
 from onebase_adapters.registry.errors import (
     FileInUseError,
+    JobElsewhereError,
     JobStateError,
     RegistryError,
     UnknownFileError,
@@ -47,11 +48,14 @@ from onebase_adapters.registry.tables import (
     BatchRow,
     CheckpointRow,
     IdentityRow,
+    JobFileRow,
     TrainingEventRow,
     TrainingFileRow,
     TrainingJobRow,
 )
 
+PARENT_FILES = ("parent_config", "parent_weights")
+"""In a job's folder: the files of the version that its training goes on from."""
 _FACTS = frozenset(
     {
         "plan", "progress", "report", "saved_step", "deaths", "death_step", "version", "activated",
@@ -63,8 +67,9 @@ _FACTS = frozenset(
 class TrainingRecords:
     """Jobs of one base, and files. All methods block, may be called from any thread, and are one transaction.
 
-    A job belongs to the server that made it, which alone runs it. Any server on the registry may move a job's
-    state (pause, cancel, resume); the owner follows what is written here.
+    A job belongs to one server, which alone runs it: the one that made it, until another takes it over
+    (`takeovers`). Any server on the registry may move a job's state (pause, cancel, resume); the owner
+    follows what is written here. What it writes of its run names it, and is refused once it has lost the job.
 
     Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
     """
@@ -87,6 +92,7 @@ class TrainingRecords:
         QuotaError for one that a user sends.
         """
         with self._database.write_uncounted() as session:
+            check_owner(session)
             known = session.scalar(select(TrainingFileRow).where(TrainingFileRow.id == file.id))
             if known is not None:
                 known.bytes, known.sha256 = file.bytes, file.sha256
@@ -205,7 +211,10 @@ class TrainingRecords:
             row.key = audit.current().key
             session.add(row)
             session.flush()
-            session.add(_event_row(row.number, event))
+            session.add(event_row(row.number, event))
+            if job.parent is not None:  # they outlive the version, wherever the job runs
+                blobs = zip(PARENT_FILES, (job.parent.config, job.parent.weights), strict=True)
+                session.add_all(JobFileRow(job=row.number, path=path, sha256=sha) for path, sha in blobs)
             asked = ("training_file", "validation_file", "activate")
             parent = None if job.parent is None else f"{job.parent.name}@{job.parent.digest}"
             details = {name: getattr(row, name) for name in asked} | {
@@ -213,12 +222,12 @@ class TrainingRecords:
                 "hold": row.hold or None,
             }
             self._note(session, "job.created", row, details)
-            return _job_record(row)
+            return job_record(row)
 
     def job(self, tenant: str, job_id: str) -> TrainingJob:
         """Raises UnknownJobError."""
         with self._database.read() as session:
-            return _job_record(self._job(session, job_id, tenant))
+            return job_record(self._job(session, job_id, tenant))
 
     def jobs(
         self, tenant: str, *, after: str | None = None, limit: int, labels: Mapping[str, str] | None = None
@@ -231,20 +240,30 @@ class TrainingRecords:
             for key, value in (labels or {}).items():
                 query = query.where(TrainingJobRow.labels[plain(key)].as_string() == plain(value))
             rows = session.scalars(query.order_by(TrainingJobRow.number.desc()).limit(limit))
-            return [_job_record(row) for row in rows]
+            return [job_record(row) for row in rows]
 
     def open_jobs(self, server: str) -> list[OpenJob]:
         """What a server has to do, oldest first."""
         row = TrainingJobRow
         with self._database.read() as session:
             rows = session.execute(
-                select(row.id, row.tenant, row.state, row.saved_step, row.report.is_not(None), row.stop)
+                select(
+                    row.id,
+                    row.tenant,
+                    row.state,
+                    row.saved_step,
+                    row.report.is_not(None),
+                    row.stop,
+                    row.kept_step,
+                )
                 .where(*self._scope(), row.server == server, row.state.in_(OPEN_STATES))
                 .order_by(row.number)
             )
             return [
-                OpenJob(id, tenant, cast(JobState, state), saved, trained, stop["step"] if stop else None)
-                for id, tenant, state, saved, trained, stop in rows
+                OpenJob(
+                    id, tenant, cast(JobState, state), saved, trained, stop["step"] if stop else None, kept
+                )
+                for id, tenant, state, saved, trained, stop, kept in rows
             ]
 
     def job_ends(self, server: str) -> dict[str, tuple[JobState, str | None]]:
@@ -275,45 +294,49 @@ class TrainingRecords:
         event: JobEvent | None = None,
         *,
         while_delivered: bool = True,
+        server: str | None = None,
         **facts: Any,
     ) -> TrainingJob:
         """Change a job's state, if it is one of `among`, and other fields of TrainingJob with it.
 
         Args:
             while_delivered: also when it is running and has its report already.
+            server: the one that runs the job, if it is that which moves it.
 
-        Raises UnknownJobError; JobStateError when it is in another state.
+        Raises UnknownJobError, JobElsewhereError; JobStateError when it is in another state.
         """
         with self._database.write_uncounted() as session:
-            row = self._job(session, job_id, lock=True)
+            row = self._own_job(session, job_id, server)
             delivered = row.state == "running" and row.report is not None
             if row.state not in among or (delivered and not while_delivered):
                 raise JobStateError(f"Job {job_id} is {row.state}.", row.state)
             before = cast(JobState, row.state)
             if "stop" in facts and row.stop is not None:
                 if before == state:
-                    return _job_record(row)  # asked for twice at once: it is the first who stopped it
+                    return job_record(row)  # asked for twice at once: it is the first who stopped it
                 facts["stop"] = row.stop
             _set_facts(row, state, facts, time.time())
             if event is not None:
-                session.add(_event_row(row.number, event))
+                session.add(event_row(row.number, event))
             session.flush()
             action: AuditAction | None = "job.stopped" if "stop" in facts else _audited(before, state)
             if action is not None:
                 self._note(session, action, row, {"code": row.error_code, "activated": row.activated})
-            return _job_record(row)
+            return job_record(row)
 
     def note(
         self,
         job_id: str,
         events: Sequence[JobEvent] = (),
         checkpoints: Iterable[Checkpoint] = (),
+        *,
+        server: str | None = None,
         **facts: Any,
     ) -> None:
-        """Add what a run said; `facts`: fields of TrainingJob. Raises UnknownJobError."""
+        """Add what a run said; `facts`: fields of TrainingJob. Raises UnknownJobError, JobElsewhereError."""
         with self._database.write_uncounted() as session:
-            row = self._job(session, job_id, lock=True)
-            session.add_all(_event_row(row.number, event) for event in events)
+            row = self._own_job(session, job_id, server)
+            session.add_all(event_row(row.number, event) for event in events)
             for checkpoint in checkpoints:
                 session.execute(
                     delete(CheckpointRow).where(
@@ -384,6 +407,13 @@ class TrainingRecords:
             raise UnknownJobError(f"There is no job {job_id[:80]!r} on this base.")
         return row
 
+    def _own_job(self, session: Session, job_id: str, server: str | None) -> TrainingJobRow:
+        """To be changed by `server`; by None, whoever asks."""
+        row = self._job(session, job_id, lock=True)
+        if server is not None and row.server != server:
+            raise JobElsewhereError(f"Job {job_id} is run by another server now.")
+        return row
+
 
 _MOVES: Mapping[JobState, AuditAction] = {
     "paused": "job.paused",
@@ -411,6 +441,22 @@ def find_file(session: Session, tenant: str, file_id: str, *, lock: bool = False
     if row is None:
         raise UnknownFileError(f"There is no file {file_id[:80]!r}.")
     return row
+
+
+def check_owner(session: Session) -> None:
+    """In a write transaction: what a server delivers of a job it may deliver only while the job is its own.
+
+    Raises JobElsewhereError.
+    """
+    owned = audit.current().job
+    if owned is None:
+        return
+    job_id, server = owned
+    found = session.scalar(
+        select(TrainingJobRow.server).where(TrainingJobRow.id == plain(job_id)).with_for_update()
+    )
+    if found is not None and found != server:
+        raise JobElsewhereError(f"Job {job_id} is run by another server now.")
 
 
 # From rows to records and back
@@ -451,7 +497,7 @@ def _job_row(job: NewJob, base_id: str, now: float) -> TrainingJobRow:
     )
 
 
-def _job_record(row: TrainingJobRow) -> TrainingJob:
+def job_record(row: TrainingJobRow) -> TrainingJob:
     error = None
     if row.error_code is not None:
         error = JobError(row.error_code, row.error_message or "", row.error_param)
@@ -510,7 +556,7 @@ def _set_facts(row: TrainingJobRow, state: JobState | None, facts: Mapping[str, 
         row.started_at = now
 
 
-def _event_row(job: int, event: JobEvent) -> TrainingEventRow:
+def event_row(job: int, event: JobEvent) -> TrainingEventRow:
     return TrainingEventRow(
         job=job,
         at=event.at,

@@ -397,6 +397,35 @@ class OpenJob:
     trained: bool
     last_step: int | None = None
     """Of JobStop."""
+    kept_step: int = 0
+    """Of the checkpoint that the store has; 0 is none."""
+
+    @property
+    def is_movable(self) -> bool:
+        """Whether it waits, and could go on elsewhere without losing a step."""
+        return self.state == "queued" and not self.trained and self.saved_step <= self.kept_step
+
+
+@dataclass(frozen=True)
+class TakeableJob:
+    """A job of another server, `server`, that may be taken over, and the files that it needs."""
+
+    id: str
+    tenant: str
+    server: str
+    training_file: str
+    validation_file: str | None
+
+
+@dataclass(frozen=True)
+class UnkeptJob:
+    """A job of which the store has not what it goes on from: its checkpoint in the folder `path`, and its
+    adapter once it is trained."""
+
+    id: str
+    step: int
+    path: str
+    trained: bool
 
 
 @dataclass(frozen=True)

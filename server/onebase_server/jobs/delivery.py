@@ -18,6 +18,7 @@ from onebase_server.errors import OneBaseError, StoreFullError, UnavailableError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.job_record import JobRecord
+from onebase_server.jobs.kept_files import ADAPTER, KeptFiles
 from onebase_server.storage import storage_errors
 
 ACTOR = "training"
@@ -69,11 +70,13 @@ class Delivery:
         library: AdapterService,
         folders: JobFolders,
         files: TrainingFiles,
+        kept: KeptFiles,
         proof_seconds: float,
     ) -> None:
         self._library = library
         self._files = files
         self._folders = folders
+        self._kept = kept
         self._proof_seconds = proof_seconds
 
     async def deliver(self, job: TrainingJob, record: JobRecord) -> Delivered:
@@ -86,7 +89,7 @@ class Delivery:
         """
         for pause in BACKOFF.tries(TRIES):
             try:
-                with acting(Origin(job.key, actor=f"job {job.id}")):
+                with acting(Origin(job.key, actor=f"job {job.id}", job=(job.id, job.server))):
                     return await self._deliver(job, record)
             except StoreFullError as error:
                 raise DeliveryError("disk_full", error.message) from error
@@ -103,7 +106,8 @@ class Delivery:
         report = job.report or {}
         asked = job.activate == "always" or (job.activate == "if_better" and bool(report.get("better")))
         asked = asked and not _regressed(job)
-        folder = self._folders.job(job.id) / "adapter"
+        await self._kept.restore(job)
+        folder = self._folders.job(job.id) / ADAPTER
         if not all((folder / file).is_file() for file in ADAPTER_FILES):
             raise DeliveryError(
                 LOST,

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from onebase_adapters import registry
 from onebase_adapters.registry import (
     FileInUseError,
     Purpose,
@@ -140,6 +141,14 @@ class TrainingFiles:
                 param=param,
             )
         return file
+
+    async def is_stored(self, tenant: str, file_id: str) -> bool:
+        """Whether a job that needs the file could run here. Raises RegistryError, StoreError."""
+        try:
+            file = await self._threads.run(self._records.file, tenant, file_id)
+        except registry.UnknownFileError:
+            return False
+        return file.sha256 is not None and await self.disk.run(self.store.exists, file.sha256)
 
     async def delete(self, tenant: str, file_id: str) -> None:
         """Raises UnknownFileError, ConflictError while a job or a batch needs it, UnavailableError."""

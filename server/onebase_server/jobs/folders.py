@@ -49,6 +49,11 @@ class JobFolders:
             raise DataDirError(f"training cannot keep files in {self.root}: {error} (--data-dir)") from error
         self._lock: int | None = None
 
+    @property
+    def is_owned(self) -> bool:
+        """Whether this process runs the folder's jobs."""
+        return self._lock is not None
+
     def own(self) -> bool:
         """Whether this process runs the folder's jobs: of several processes on one folder, one does."""
         if self._lock is not None:
@@ -150,6 +155,14 @@ class _Models(Protocol):
     async def sweep(self) -> None: ...
 
 
+class _Kept(Protocol):
+    """What the store has of jobs: `kept_files.KeptFiles`."""
+
+    async def forget(self, job_id: str) -> None: ...
+
+    async def sweep(self) -> None: ...
+
+
 class GarbageCollector:
     """Deletes the folders that no job needs any more. No process may be writing into a job's folder."""
 
@@ -160,23 +173,31 @@ class GarbageCollector:
         disk: Threads,
         folders: JobFolders,
         models: _Models,
+        kept: _Kept,
     ) -> None:
         self._records = records
         self._threads = threads
         self._disk = disk
         self._folders = folders
         self._models = models
+        self._kept = kept
 
     async def forget(self, job_id: str) -> None:
         """Delete what a job's run has written, and the models that were made of its checkpoints."""
         await self._disk.run(self._folders.forget, job_id)
+        await self._kept.forget(job_id)
         await self._models.forget(job_id)
 
     async def job_over(self, tenant: str, job_id: str) -> None:
-        """Delete the folder of a job that has ended and does not go on. Raises RegistryError."""
+        """Delete the folder of a job that has ended and does not go on, or goes on elsewhere.
+
+        Raises RegistryError.
+        """
         with suppress(UnknownJobError):
             job = await self._threads.run(self._records.job, tenant, job_id)
-            if is_over(job.state, job.error_code):
+            if job.server != self._folders.server:
+                await self._disk.run(self._folders.forget, job_id)
+            elif is_over(job.state, job.error_code):
                 await self.forget(job_id)
 
     async def sweep(self, running: Container[str]) -> None:
@@ -193,6 +214,7 @@ class GarbageCollector:
             if job_id not in running and (job_id not in ends or is_over(*ends[job_id])):
                 await self._disk.run(self._folders.forget, job_id)
         await self._models.sweep()
+        await self._kept.sweep()
 
 
 def is_over(state: JobState, code: str | None) -> bool:

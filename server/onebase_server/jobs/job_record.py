@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from onebase_adapters.registry import (
     Checkpoint,
+    JobElsewhereError,
     JobEvent,
     JobStateError,
     RegistryError,
@@ -62,6 +63,8 @@ class JobNotifier:
 class JobRecord:
     """Reads and writes one job, for one run of it. Each write wakes those who follow the job.
 
+    Once another server has taken the job over, reading and writing raise JobElsewhereError.
+
     `current`, `file`, `add` and `move` act at once. While the registry is away they wait: nobody else knows
     what has happened. What the run says is collected by `take` and written every FLUSH_SECONDS: soon enough
     to be followed, seldom enough to cost nothing. `close` writes what is left of it.
@@ -79,6 +82,7 @@ class JobRecord:
         """The newest figures of the run."""
         self._id = job.id
         self._tenant = job.tenant
+        self._server = job.server
         self._records = records
         self._threads = threads
         self._notifier = notifier
@@ -89,7 +93,10 @@ class JobRecord:
 
     async def current(self) -> TrainingJob:
         """The job as it is now. Raises UnknownJobError."""
-        return await self._try(self._records.job, self._tenant, self._id)
+        job = await self._try(self._records.job, self._tenant, self._id)
+        if job.server != self._server:
+            raise JobElsewhereError(f"Job {self._id} is run by another server now.")
+        return job
 
     async def file(self, file_id: str) -> TrainingFile:
         """One of the files that the job names. Raises RegistryError."""
@@ -97,7 +104,7 @@ class JobRecord:
 
     async def add(self, *events: JobEvent) -> None:
         """Add events. Raises UnknownJobError."""
-        await self._try(self._records.note, self._id, events)
+        await self._try(self._records.note, self._id, events, server=self._server)
         self._notifier.notify(self._id)
 
     async def move(self, move: Move, event: JobEvent | None = None, **facts: Any) -> TrainingJob:
@@ -109,6 +116,7 @@ class JobRecord:
             move.among,
             event,
             while_delivered=move.while_delivered,
+            server=self._server,
             **facts,
         )
         self.state = job.state
@@ -173,6 +181,7 @@ class JobRecord:
                 self._id,
                 self._events[:waiting],
                 self._checkpoints[:saved],
+                server=self._server,
                 progress=dict(self.progress),
             )
         except UnknownJobError:

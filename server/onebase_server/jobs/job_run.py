@@ -37,6 +37,7 @@ from onebase_server.jobs.event_view import problem_events
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.job_record import JobNotifier, JobRecord
+from onebase_server.jobs.kept_files import KeptFiles
 from onebase_server.jobs.state import (
     CHECKED,
     DELIVERED,
@@ -119,12 +120,14 @@ class TrainerPool:
     tenants: Tenants
     usage: UsageMeter
     checkpoints: CheckpointModels
+    kept: KeptFiles
     tracing: Tracing
     deaths: int = 0
     """Trainers that died without being stopped."""
 
     async def train_job(self, job: TrainingJob, record: JobRecord) -> TrainJob:
         """The job as a trainer takes it. Raises FileGoneError, StoreError, RegistryError."""
+        await self.kept.restore(job)
         train, train_path = await self._file(job, record, job.training_file, "training_file")
         held_out_name = held_out_path = None
         if job.validation_file:

@@ -2,6 +2,9 @@
 
 The registry says what is to be; the scheduler makes it so. A new job, a pause or a cancellation, whichever
 server took it, is written there first, and seen here at once or at the next look.
+
+Of several servers on a registry and a store, the one with most trainers free trains a job. Another takes it
+over when its server does not renew its lease any more, and goes on from what the store has of it.
 """
 
 from __future__ import annotations
@@ -13,21 +16,30 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from onebase_adapters.registry import (
+    JobError,
     JobEvent,
     JobStateError,
     OpenJob,
     RegistryError,
+    TakeableJob,
+    TrainingJob,
     UnknownJobError,
 )
+from onebase_adapters.store.store import StoreError
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.jobs.folders import GarbageCollector
 from onebase_server.jobs.job_run import STOP_SECONDS, AttachedBase, Run, RunKind, TrainerPool
-from onebase_server.jobs.state import REQUEUED, STARTED, Move, resume_point
+from onebase_server.jobs.state import FAILED, MAX_DEATHS, REQUEUED, STARTED, Move, resume_point
+from onebase_server.peers import Peers
 
 _log = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 15.0
 """The same limit, when the server stops."""
+LEASE_LOST_SECONDS = 5.0
+"""The same limit, when another server may soon go on with the job."""
+LEFT_SECONDS = 5.0
+"""A job that waits is left so long to a server that has more trainers free; then it is begun here."""
 SWEEP_SECONDS = 3600.0
 """From one sweep of the jobs' folders to the next."""
 
@@ -39,9 +51,18 @@ class JobScheduler:
     """
 
     def __init__(
-        self, pool: TrainerPool, *, most: int, look_seconds: float, sweep_seconds: float = SWEEP_SECONDS
+        self,
+        pool: TrainerPool,
+        peers: Peers,
+        *,
+        most: int,
+        look_seconds: float,
+        sweep_seconds: float = SWEEP_SECONDS,
     ) -> None:
         self._pool = pool
+        self._peers = peers
+        peers.room, peers.on_lost = self.room, self._lease_lost
+        peers.runs = lambda: pool.folders.is_owned
         self._records = pool.records
         self._threads = pool.threads
         self._most = most
@@ -50,13 +71,17 @@ class JobScheduler:
         self._next_sweep = 0.0
         self._runs: dict[str, Run] = {}
         self._garbage = GarbageCollector(
-            self._records, self._threads, pool.files.disk, pool.folders, pool.checkpoints
+            self._records, self._threads, pool.files.disk, pool.folders, pool.checkpoints, pool.kept
         )
         self._known: dict[str, str] = {}
         """Tenants, by job id, of the jobs that were open or had a process at the last look."""
         self._begun: set[str] = set()
         """Jobs that had a run since the server started."""
         self._noted_disabled: set[str] = set()
+        self._left: dict[str, float] = {}
+        """Until when jobs that wait are left to a server that has more room."""
+        self._not_here: set[str] = set()
+        """Jobs of other servers whose files this one's store has not."""
         self._base: AttachedBase | None = None
         self._changed = asyncio.Event()
         self._ending = False
@@ -93,6 +118,10 @@ class JobScheduler:
                 jobs = await self._threads.run(self._records.open_jobs, self._pool.folders.server)
                 await self._reconcile(jobs)
                 await self._collect_garbage(jobs)
+                if self._peers.have_been:
+                    await self._take_over()
+                self._peers.room_changed()
+                self._pool.kept.look()
             except (RegistryError, OSError) as error:
                 _log.warning("training jobs cannot be followed: %s", error)
             except Exception:
@@ -129,6 +158,7 @@ class JobScheduler:
         for run in runs:
             run.interrupt("the server stops", SHUTDOWN_SECONDS)
         await asyncio.gather(*(run.ended() for run in runs))
+        await self._pool.kept.finish(SHUTDOWN_SECONDS)
 
     @property
     def deaths(self) -> int:
@@ -139,6 +169,10 @@ class JobScheduler:
     def running(self) -> Sequence[Run]:
         """The runs of now."""
         return list(self._runs.values())
+
+    def room(self) -> int:
+        """Trainers that could start now."""
+        return 0 if self._base is None or self._ending else max(0, self._most - self._count("train"))
 
     def has_run(self, job_id: str) -> bool:
         """Whether the job has a run here, perhaps one that is about to end."""
@@ -169,15 +203,82 @@ class JobScheduler:
                 return
             if job.state == "validating_files" and not self._count("check"):
                 await self._begin(job, "check")
-            elif job.state == "queued" and self._base is not None and self._count("train") < self._most:
+            elif job.state == "queued" and self.room() and not self._leave(job):
                 await self._begin(job, "train")
+
+    # ---- other servers -----------------------------------------------------------------------
+
+    def _leave(self, job: OpenJob) -> bool:
+        """Whether a job is left for now to a server that has more room, and will take it."""
+        if not self._peers.holds_lease:
+            return True
+        if self._peers.most_room <= self.room() or not job.is_movable:
+            return False
+        return time.monotonic() < self._left.setdefault(job.id, time.monotonic() + LEFT_SECONDS)
+
+    async def _take_over(self) -> None:
+        """Take the oldest job that another server leaves to this one, if there is room for it."""
+        room, takeovers, here = self.room(), self._pool.kept.takeovers, self._pool.folders.server
+        if not room or not self._peers.holds_lease:
+            return
+        for job in await self._threads.run(takeovers.takeable, here, room):
+            if job.id in self._runs or not await self._has_files_of(job):
+                continue
+            await self._pool.files.disk.run(self._pool.folders.forget, job.id)  # of when it was here before
+            with suppress(UnknownJobError):  # another was faster
+                taken = await self._threads.run(takeovers.take, job.id, job.server, here, room, _taken_over)
+                self._pool.notifier.notify(job.id)
+                _log.warning("job %s is taken over from %s", job.id, job.server)
+                if taken.deaths > MAX_DEATHS:
+                    await self._fail_deadly(taken)
+                self.look()
+                return
+
+    async def _has_files_of(self, job: TakeableJob) -> bool:
+        """Whether the job's files are in this server's store. If not, it has another one; the log says so."""
+        if job.id in self._not_here:
+            return False
+        files = [job.training_file, *([job.validation_file] if job.validation_file else [])]
+        try:
+            found = [await self._pool.files.is_stored(job.tenant, file) for file in files]
+            kept = await self._threads.run(self._pool.kept.takeovers.kept, job.id)
+            store, run = self._pool.files.store, self._pool.files.disk.run
+            found += [await run(store.exists, sha256) for sha256 in kept.values()]
+        except StoreError as error:
+            _log.info("job %s is not taken over: %s", job.id, error)
+            return False
+        if not all(found):
+            self._not_here.add(job.id)
+            _log.warning("job %s is not taken over: this server's --store has not all its files", job.id)
+        return all(found)
+
+    async def _fail_deadly(self, job: TrainingJob) -> None:
+        message = (
+            f"The servers that ran the job went away {job.deaths} times without reaching a checkpoint. "
+            "Their logs may say more. The job can be resumed."
+        )
+        event = JobEvent(time.time(), message, level="error", data={"code": "trainer_died"})
+        with suppress(JobStateError, UnknownJobError):
+            failed = JobError("trainer_died", message)
+            await self._threads.run(
+                self._records.move, job.id, FAILED.to, FAILED.among, event, server=job.server, error=failed
+            )
+
+    def _lease_lost(self) -> None:
+        for run in self._runs.values():
+            if not run.stopping:
+                run.interrupt("the registry could not be reached in time", LEASE_LOST_SECONDS)
 
     async def _note_disabled(self, waiting: Sequence[OpenJob]) -> None:
         """Tell each job once why nothing happens."""
         text = "The server was started with --train-jobs 0: the job waits until it is started with more."
         for job in waiting:
             if job.id not in self._noted_disabled:
-                await self._threads.run(self._records.note, job.id, [JobEvent(time.time(), text, "warn")])
+                events = [JobEvent(time.time(), text, "warn")]
+                with suppress(UnknownJobError):
+                    await self._threads.run(
+                        self._records.note, job.id, events, server=self._pool.folders.server
+                    )
                 self._noted_disabled.add(job.id)
                 self._pool.notifier.notify(job.id)
 
@@ -192,8 +293,10 @@ class JobScheduler:
 
     async def _begin(self, seen: OpenJob, kind: RunKind) -> None:
         job = await self._threads.run(self._records.job, seen.tenant, seen.id)
-        if job.state != seen.state or self._ending or (kind == "train" and self._base is None):
+        is_same = job.state == seen.state and job.server == self._pool.folders.server
+        if not is_same or self._ending or (kind == "train" and self._base is None):
             return
+        self._left.pop(job.id, None)
         self._begun.add(job.id)
         run = self._runs[job.id] = Run(self._pool, job, kind, self._base)
         run.begin()
@@ -213,7 +316,10 @@ class JobScheduler:
             return
         with suppress(UnknownJobError):
             job = await self._threads.run(self._records.job, run.job.tenant, job_id)
-            if job.state in ("paused", "queued"):
+            if job.server != self._pool.folders.server:
+                _log.warning("job %s was taken over by %s: its trainer here ends", job_id, job.server)
+                run.stop("cancel", 0.0)
+            elif job.state in ("paused", "queued"):
                 run.stop("pause", STOP_SECONDS)
             elif job.state == "cancelled":
                 run.stop("cancel", 0.0)
@@ -228,5 +334,18 @@ class JobScheduler:
 
     async def _move(self, job: OpenJob, move: Move, event: JobEvent | None = None) -> None:
         with suppress(JobStateError, UnknownJobError):
-            await self._threads.run(self._records.move, job.id, move.to, move.among, event)
+            await self._threads.run(
+                self._records.move, job.id, move.to, move.among, event, server=self._pool.folders.server
+            )
             self._pool.notifier.notify(job.id)
+
+
+def _taken_over(job: TrainingJob) -> JobEvent:
+    """What a job says that has changed its server."""
+    resumed = f"resumed at step {job.saved_step}" if job.saved_step else "begun again"
+    if job.state == "validating_files" or not job.started_at:
+        resumed = "where it waits for its turn" if job.state == "queued" else "which checks its files"
+    if job.trained:
+        resumed = "which proves its adapter"
+    data = {"kind": "taken_over", "step": job.saved_step}
+    return JobEvent(time.time(), f"Taken over by another server, {resumed}.", data=data)

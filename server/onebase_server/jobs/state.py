@@ -16,8 +16,8 @@
     paused, and failed if resumable   stopping    queued            it goes on, and ends at once
 
 Nothing follows `succeeded`, `cancelled`, or `failed` by an error that is not in RESUMABLE. An interrupted job
-has no state of its own: it is queued, and goes on after its last checkpoint. A job whose adapter is being
-delivered is `running`; users can neither pause nor cancel it.
+has no state of its own: it is queued, and goes on after its last checkpoint, also where another server has it
+by then. A job whose adapter is being delivered is `running`; users can neither pause nor cancel it.
 """
 
 from __future__ import annotations

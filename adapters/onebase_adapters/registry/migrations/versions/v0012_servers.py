@@ -1,6 +1,7 @@
 """Servers that share a registry: their leases, what they let in of quotas, what jobs go on from elsewhere.
 
-Servers that run on an older release go on: they have no lease, so that nobody takes over what they run.
+Servers that run on an older release go on: they have no lease, so that nobody takes over what they run. Where
+they share a store they would delete from it what jobs go on from elsewhere, which then begin again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,220 @@
+"""What lets another server go on with a job: its files in the store, and the change of the one that runs it.
+
+A job belongs to `server`, whose every write names itself and is refused once the job is another's. Another
+server may take it when the lease of its own has run out, or while it waits for its turn where that would come
+sooner. A server of an earlier release has no lease, and its jobs are taken by nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+from sqlalchemy import ColumnElement, and_, delete, or_, select
+from sqlalchemy.orm import Session
+
+from onebase_adapters.registry.database import Database, clock, plain, referenced_blobs
+from onebase_adapters.registry.errors import JobElsewhereError, UnknownJobError
+from onebase_adapters.registry.jobs import event_row, job_record
+from onebase_adapters.registry.records import (
+    ENDED_STATES,
+    OPEN_STATES,
+    JobEvent,
+    TakeableJob,
+    TrainingJob,
+    UnkeptJob,
+)
+from onebase_adapters.registry.tables import CheckpointRow, JobFileRow, ServerRow, TrainingJobRow
+
+MOST_LOOKED_AT = 50
+"""Jobs of other servers, the oldest ones, that a look considers."""
+_HOLD_OFF_SECONDS = 10.0
+"""After the end of a lease in which the server with most room has its jobs first."""
+
+
+class Takeovers:
+    """Jobs of one base that change their server. All methods block, may be called from any thread, and are
+    one transaction. Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
+    """
+
+    def __init__(self, database: Database, base_id: str) -> None:
+        self._database = database
+        self._base_id = base_id
+
+    # ---- from one server to another ----------------------------------------------------------
+
+    def takeable(self, server: str, room: int) -> list[TakeableJob]:
+        """Jobs of other servers that this one, which could start so many trainers, may take; oldest first."""
+        with self._database.read() as session:
+            now, leases = clock(session), self._leases(session)
+            rows = session.scalars(
+                select(TrainingJobRow)
+                .where(*self._scope(), TrainingJobRow.server != server, TrainingJobRow.state.in_(OPEN_STATES))
+                .order_by(TrainingJobRow.number)
+                .limit(MOST_LOOKED_AT)
+            )
+            return [
+                TakeableJob(row.id, row.tenant, row.server, row.training_file, row.validation_file)
+                for row in rows
+                if _may_take(row, leases, server, room, now)
+            ]
+
+    def take(
+        self, job_id: str, before: str, server: str, room: int, tell: Callable[[TrainingJob], JobEvent]
+    ) -> TrainingJob:
+        """Make a job that the server `before` had this one's. What the store has not is not its any more.
+
+        Args:
+            tell: the event, given the job as it goes on.
+
+        Raises JobElsewhereError: it is not to be had now.
+        """
+        with self._database.write_uncounted() as session:
+            row = self._job(session, job_id)
+            now, leases = clock(session), self._leases(session)
+            open_there = row.server == before and row.state in OPEN_STATES
+            if not open_there or not _may_take(row, leases, server, room, now):
+                raise JobElsewhereError(f"Job {job_id} cannot be taken over now.")
+            row.server = server
+            row.saved_step = row.kept_step
+            session.execute(
+                delete(CheckpointRow).where(
+                    CheckpointRow.job == row.number, CheckpointRow.step != row.kept_step
+                )
+            )
+            if not row.kept_adapter:
+                row.report = None
+            if row.state == "running":
+                # As by a death of its trainer: it may be what ended the server.
+                row.deaths = row.deaths + 1 if row.saved_step <= row.death_step else 1
+                row.death_step, row.state = row.saved_step, "queued"
+            session.add(event_row(row.number, tell(job_record(row))))
+            session.flush()
+            return job_record(row)
+
+    def _leases(self, session: Session) -> dict[str, tuple[float, int]]:
+        """Until when each server of this base that runs jobs has its lease, and the room that it has."""
+        rows = session.execute(
+            select(ServerRow.server, ServerRow.until, ServerRow.room).where(
+                ServerRow.base_id == self._base_id, ServerRow.runs
+            )
+        )
+        leases: dict[str, tuple[float, int]] = {}
+        for server, until, room in rows:
+            leases[server] = max(leases.get(server, (until, room)), (until, room))
+        return leases
+
+    # ---- what the store has of a job ---------------------------------------------------------
+
+    def unkept(self, server: str, passing: Collection[str]) -> list[UnkeptJob]:
+        """A server's jobs that may go on, and of whose newest checkpoint or adapter the store has nothing.
+
+        passing: errors after which a failed job may go on.
+        """
+        row = TrainingJobRow
+        query = (
+            select(row.id, CheckpointRow.step, CheckpointRow.path, row.report.is_not(None))
+            .join(CheckpointRow, and_(CheckpointRow.job == row.number, CheckpointRow.step == row.saved_step))
+            .where(
+                *self._scope(),
+                row.server == server,
+                or_(row.saved_step > row.kept_step, and_(row.report.is_not(None), ~row.kept_adapter)),
+                or_(
+                    row.state.not_in(ENDED_STATES),
+                    and_(row.state == "failed", row.error_code.in_(list(passing))),
+                ),
+            )
+            .order_by(row.number)
+        )
+        with self._database.read() as session:
+            return [UnkeptJob(*found) for found in session.execute(query)]
+
+    def keep(
+        self, job_id: str, server: str, step: int, files: Mapping[str, str], *, adapter: bool
+    ) -> dict[str, str]:
+        """The files that the job goes on from after this step: blobs by their paths in its folder.
+
+        They take the place of earlier ones. Returns those that nothing references any more, as they were
+        given. Raises UnknownJobError; JobElsewhereError: another server has the job, or it has ended.
+        """
+        with self._database.write_uncounted() as session:
+            row = self._job(session, job_id)
+            if row.server != server or row.state in ("succeeded", "cancelled"):
+                raise JobElsewhereError(f"Job {job_id} has ended here.")
+            left = self._delete_files(session, row)
+            session.add_all(JobFileRow(job=row.number, path=path, sha256=sha) for path, sha in files.items())
+            row.kept_step, row.kept_adapter = step, adapter
+            session.flush()
+            return _unreferenced(session, left)
+
+    def kept(self, job_id: str) -> dict[str, str]:
+        """The blobs by their paths in the job's folder. Raises UnknownJobError."""
+        with self._database.read() as session:
+            number = self._job(session, job_id, lock=False).number
+            return _paths(session, JobFileRow.job == number)
+
+    def drop(self, job_id: str) -> dict[str, str]:
+        """The job does not go on, or not from there. Returns as `keep` does. Raises UnknownJobError."""
+        with self._database.write_uncounted() as session:
+            row = self._job(session, job_id)
+            left = self._delete_files(session, row)
+            row.kept_step, row.kept_adapter = 0, False
+            session.flush()
+            return _unreferenced(session, left)
+
+    def drop_ended(self, passing: Collection[str]) -> None:
+        """Of all jobs that do not go on, whichever server ended them. The store's sweep does the rest."""
+        row = TrainingJobRow
+        ended = select(row.number).where(
+            or_(
+                row.state.in_(("succeeded", "cancelled")),
+                and_(row.state == "failed", row.error_code.not_in(list(passing))),
+            )
+        )
+        with self._database.write_uncounted() as session:
+            session.execute(delete(JobFileRow).where(JobFileRow.job.in_(ended)))
+
+    def _delete_files(self, session: Session, row: TrainingJobRow) -> dict[str, str]:
+        of_job = JobFileRow.job == row.number
+        files = _paths(session, of_job)
+        session.execute(delete(JobFileRow).where(of_job))
+        return files
+
+    def _scope(self) -> tuple[ColumnElement[bool]]:
+        return (TrainingJobRow.base_id == self._base_id,)
+
+    def _job(self, session: Session, job_id: str, *, lock: bool = True) -> TrainingJobRow:
+        query = select(TrainingJobRow).where(*self._scope(), TrainingJobRow.id == plain(job_id))
+        row = session.scalar(query.with_for_update() if lock else query)
+        if row is None:
+            raise UnknownJobError(f"There is no job {job_id[:80]!r} on this base.")
+        return row
+
+
+def _may_take(
+    row: TrainingJobRow, leases: Mapping[str, tuple[float, int]], server: str, room: int, now: float
+) -> bool:
+    """Whether a server with so much room may have the job of another."""
+    lease = leases.get(row.server)
+    if lease is None or room <= 0:
+        return False
+    until, room_there = lease
+    others = (free for name, (end, free) in leases.items() if name != server and end >= now)
+    has_most = room >= max(others, default=0)
+    if until < now:
+        return has_most or until + _HOLD_OFF_SECONDS < now
+    return has_most and room > room_there and _is_movable(row)
+
+
+def _is_movable(row: TrainingJobRow) -> bool:
+    """Whether a job that waits can go on elsewhere without losing a step."""
+    return row.state == "queued" and row.report is None and row.saved_step <= row.kept_step
+
+
+def _paths(session: Session, where: ColumnElement[bool]) -> dict[str, str]:
+    found = session.execute(select(JobFileRow.path, JobFileRow.sha256).where(where))
+    return {row.path: row.sha256 for row in found}
+
+
+def _unreferenced(session: Session, files: Mapping[str, str]) -> dict[str, str]:
+    needed = referenced_blobs(session, set(files.values()))
+    return {path: sha256 for path, sha256 in files.items() if sha256 not in needed}
