@@ -126,7 +126,10 @@ class Peers:
             if late and self.have_been and not self._is_lost:
                 self._is_lost = True
                 _log.warning("the lease in the registry could not be renewed: others may take over the jobs")
-                self.on_lost()
+                try:
+                    self.on_lost()
+                except Exception:
+                    _log.exception("the trainers cannot be ended")
 
     async def leave(self) -> None:
         """The server ends: others need not wait for the end of its lease."""

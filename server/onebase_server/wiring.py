@@ -334,6 +334,7 @@ def _batches(
         keys,
         limiter,
         supervisor,
+        training.peers,
         max_body=settings.max_body,
         most=settings.batch_rows,
     )

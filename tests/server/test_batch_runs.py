@@ -22,6 +22,7 @@ from onebase_server.batches.rows import RowFile
 from onebase_server.batches.runner import Answer, BatchFolders, BatchRunner, Parts, Run
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
+from onebase_server.peers import Peers
 
 from .test_batch_files import line
 
@@ -47,19 +48,26 @@ def parts_in(registry: Registry, place: Path) -> Parts:
     folders = BatchFolders(place, "registry-1")
     return Parts(
         registry.batches, threads, files, folders, jobs, keys, limiter, supervisor,
+        Peers(registry.servers, jobs.server),
         max_body=1 << 21, most=0, post=post,
     )  # fmt: skip
 
 
 def added(
-    registry: Registry, parts: Parts, name: str, sizes: list[int], *, tenant: str = "default"
-) -> Batch:  # fmt: skip
+    registry: Registry,
+    parts: Parts,
+    name: str,
+    sizes: list[int],
+    *,
+    tenant: str = "default",
+    server: str = "",
+) -> Batch:
     """A new batch whose rows have bodies of these sizes."""
     with parts.files.store.writer() as writer:
         for number, size in enumerate(sizes):
             writer.write(json.dumps(line(str(number), body={"prompt": "x" * size})).encode() + b"\n")
         blob = writer.commit()
-    server = parts.jobs.server
+    server = server or parts.jobs.server
     file = TrainingFile(f"file-{name}", tenant, server, "batch", "a.jsonl", blob.size, 1.0, blob.sha256)
     registry.training.add_file(file)
     return registry.batches.add(
@@ -145,6 +153,32 @@ def test_a_tenant_with_many_batches_keeps_no_other_s_from_its_turn(
 
         registry.batches.move("batch_acme-5", "cancelling", ("validating",))
         await until(lambda: registry.batches.batch("acme", "batch_acme-5").state == "cancelled")
+        await followed.stop()
+        follow.cancel()
+
+    asyncio.run(whole())
+
+
+def test_batches_of_a_server_that_is_gone_go_on_or_end_here(registry: Registry, tmp_path: Path) -> None:
+    async def whole() -> None:
+        parts = parts_in(registry, tmp_path)
+        for name in ("cut", "cancelled"):
+            added(registry, parts, name, [1, 1], server="gone")
+        registry.batches.move("batch_cut", "in_progress", ("validating",), total=2, completed=1)
+        registry.batches.move("batch_cancelled", "cancelling", ("validating",))
+        registry.servers.renew("process", "gone", runs=True, room=0, seconds=-1000.0)
+        await parts.peers.renew()
+        followed = BatchRunner(parts, look_seconds=0.01)
+        follow = asyncio.get_running_loop().create_task(followed.follow(post))
+
+        def states() -> list[tuple[str, str, int]]:
+            found = (registry.batches.batch("default", f"batch_{name}") for name in ("cut", "cancelled"))
+            return [(batch.server, batch.state, batch.completed) for batch in found]
+
+        here = parts.jobs.server
+        async with asyncio.timeout(60):
+            while states() != [(here, "in_progress", 0), (here, "cancelled", 0)]:
+                await asyncio.sleep(0.01)
         await followed.stop()
         follow.cancel()
 

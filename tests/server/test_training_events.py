@@ -178,7 +178,9 @@ def test_the_last_words_of_a_run_wait_for_a_registry_that_is_away(retries: bool,
     records: Any = _Away(2)
 
     async def run() -> None:
-        job: Any = SimpleNamespace(id="ftjob-1", tenant="default", progress=None, state="running")
+        job: Any = SimpleNamespace(
+            id="ftjob-1", tenant="default", server="server-1", progress=None, state="running"
+        )
         record = JobRecord(job, records, Threads("records", 1), JobNotifier())
         record.retries = retries
         record.take(Notice(at=1.0, message="the last words", level="info"))

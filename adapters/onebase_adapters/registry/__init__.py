@@ -5,6 +5,7 @@ from onebase_adapters.registry.audit import AuditLog, Origin, acting
 from onebase_adapters.registry.audit import current as current_origin
 from onebase_adapters.registry.batches import BatchRecords
 from onebase_adapters.registry.errors import (
+    BatchElsewhereError,
     BatchStateError,
     FileInUseError,
     InvalidKeyError,
@@ -102,6 +103,7 @@ __all__ = [
     "AuditEntry",
     "AuditLog",
     "Batch",
+    "BatchElsewhereError",
     "BatchError",
     "BatchRecords",
     "BatchState",

@@ -31,13 +31,13 @@ class Origin:
 
     key: the id of an API key; "" where none is needed. request: an id that came with the request.
     actor: what acts, where that is no request: `job ftjob-...`, `startup`, `onebase keys`.
-    job: a job's id and the server that delivers it, which may do so only while the job is its own.
+    owned: the id of a job or a batch and the server that delivers it, which may only while it is its own.
     """
 
     key: str = ""
     request: str = ""
     actor: str = ""
-    job: tuple[str, str] | None = None
+    owned: tuple[str, str] | None = None
 
 
 _NOBODY = Origin()

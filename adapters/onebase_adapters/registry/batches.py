@@ -12,8 +12,9 @@ from sqlalchemy.orm import Session
 
 from onebase_adapters.registry import audit
 from onebase_adapters.registry.audit import Origin
-from onebase_adapters.registry.database import Database, plain, plain_json
+from onebase_adapters.registry.database import Database, clock, plain, plain_json
 from onebase_adapters.registry.errors import (
+    BatchElsewhereError,
     BatchStateError,
     QuotaError,
     RegistryError,
@@ -29,11 +30,16 @@ from onebase_adapters.registry.records import (
     BatchState,
     NewBatch,
 )
+from onebase_adapters.registry.servers import leases_of
 from onebase_adapters.registry.tables import BatchRow
 
 MOST_OPEN = 100
 """Batches of one tenant on one server and base that have not ended: it looks at all of them every second.
 Those of a server or a base that is gone do not count."""
+LOST_SECONDS = 600.0
+"""After the end of its server's lease a batch is begun again elsewhere: it might come back with answers."""
+ENDED_SECONDS = 60.0
+"""After it a batch that was cancelled is ended elsewhere."""
 _FACTS = frozenset({"total", "completed", "failed", "usage", "output_file", "error_file"})
 _AUDITED: Mapping[BatchState, AuditAction] = {
     "cancelling": "batch.cancelling",
@@ -47,9 +53,10 @@ _AUDITED: Mapping[BatchState, AuditAction] = {
 class BatchRecords:
     """Batches of one base. All methods block, may be called from any thread, and are one transaction.
 
-    A batch belongs to the server that made it, which alone runs it. Any server on the registry may cancel it;
-    the owner follows what is written here. Raises RegistryBusyError, RegistryFullError and RegistryError like
-    Registry.
+    A batch belongs to one server, which alone runs it: the one that made it, until another takes it over.
+    Any server on the registry may cancel it; the owner follows what is written here. What it writes of its
+    run names it, and is refused once it has lost the batch. Raises RegistryBusyError, RegistryFullError and
+    RegistryError like Registry.
     """
 
     def __init__(self, database: Database, base_id: str) -> None:
@@ -119,6 +126,34 @@ class BatchRecords:
         with self._database.read() as session:
             return set(session.scalars(query))
 
+    def lost(self, server: str) -> list[Batch]:
+        """Those of other servers that this one may take over, oldest first: their servers are gone."""
+        with self._database.read() as session:
+            now, leases = clock(session), leases_of(session, self._base_id)
+            query = select(BatchRow).where(
+                *self._scope(), BatchRow.server != server, BatchRow.state.in_(OPEN_BATCHES)
+            )
+            rows = session.scalars(query.order_by(BatchRow.number).limit(MOST_OPEN))
+            return [_record(row) for row in rows if _is_lost(row, leases, now)]
+
+    def take(self, batch_id: str, before: str, server: str) -> Batch:
+        """Make a batch that the server `before` had this one's.
+
+        It begins again with its file, or ends, if it was cancelled: what was answered was on the disk of the
+        other. Raises UnknownBatchError; BatchElsewhereError: it is not to be had now.
+        """
+        with self._database.write_uncounted() as session:
+            row = self._row(session, batch_id, lock=True)
+            leases = leases_of(session, self._base_id)
+            open_there = row.server == before and row.state in OPEN_BATCHES
+            if not open_there or not _is_lost(row, leases, clock(session)):
+                raise BatchElsewhereError(f"Batch {batch_id} cannot be taken over now.")
+            row.server, row.completed, row.failed, row.usage = server, 0, 0, {}
+            if row.state != "cancelling":
+                row.state = "validating"
+            session.flush()
+            return _record(row)
+
     def counts(self) -> dict[str, int]:
         """How many batches of this base there are in each state."""
         query = select(BatchRow.state, func.count()).where(*self._scope()).group_by(BatchRow.state)
@@ -132,15 +167,19 @@ class BatchRecords:
         among: Collection[BatchState],
         *,
         tenant: str | None = None,
+        server: str | None = None,
         errors: Sequence[BatchError] | None = None,
         **facts: Any,
     ) -> Batch:
         """Change a batch's state, if it is one of `among`, and other fields of Batch with it.
 
-        Raises UnknownBatchError; BatchStateError when it is in another state.
+        server: the one that runs the batch, if it is that which moves it.
+
+        Raises UnknownBatchError, BatchElsewhereError; BatchStateError when it is in another state.
         """
         with self._database.write_uncounted() as session:
             row = self._row(session, batch_id, tenant, lock=True)
+            _check_server(row, server)
             if row.state not in among or state not in BATCH_STATES:
                 raise BatchStateError(f"Batch {batch_id} is {row.state}.", row.state)
             row.state = state
@@ -153,10 +192,15 @@ class BatchRecords:
                 self._note(session, action, row)
             return _record(row)
 
-    def note(self, batch_id: str, **facts: Any) -> None:
-        """How far a batch has come; `facts`: fields of Batch. Raises UnknownBatchError."""
+    def note(self, batch_id: str, *, server: str | None = None, **facts: Any) -> None:
+        """How far a batch has come; `facts`: fields of Batch.
+
+        Raises UnknownBatchError, BatchElsewhereError.
+        """
         with self._database.write_uncounted() as session:
-            _set_facts(self._row(session, batch_id, lock=True), facts)
+            row = self._row(session, batch_id, lock=True)
+            _check_server(row, server)
+            _set_facts(row, facts)
 
     def _note(self, session: Session, action: AuditAction, row: BatchRow) -> None:
         """An entry in the audit log. What a server does by itself with a batch is done for who made it."""
@@ -185,6 +229,19 @@ class BatchRecords:
 def _open_on(server: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     """Of a server, and not ended."""
     return BatchRow.server == server, BatchRow.state.in_(OPEN_BATCHES)
+
+
+def _is_lost(row: BatchRow, leases: Mapping[str, tuple[float, int]], now: float) -> bool:
+    """Whether its server has been gone for so long that it is begun again, or ended, elsewhere."""
+    lease = leases.get(row.server)
+    if lease is None:
+        return False
+    return lease[0] + (ENDED_SECONDS if row.state == "cancelling" else LOST_SECONDS) < now
+
+
+def _check_server(row: BatchRow, server: str | None) -> None:
+    if server is not None and row.server != server:
+        raise BatchElsewhereError(f"Batch {row.id} is run by another server now.")
 
 
 def _set_facts(row: BatchRow, facts: Mapping[str, Any]) -> None:

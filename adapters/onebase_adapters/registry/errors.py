@@ -17,6 +17,7 @@ RegistryError
 │   └── JobElsewhereError     another server runs the job now, or it cannot be taken over
 ├── JobStateError             the job's state does not allow it
 ├── UnknownBatchError         no batch of that id
+│   └── BatchElsewhereError   another server runs the batch now, or it cannot be taken over
 └── BatchStateError           the batch's state does not allow it
 """
 
@@ -114,6 +115,10 @@ class JobStateError(RegistryError):
 
 class UnknownBatchError(RegistryError):
     """There is no batch of this id for this base."""
+
+
+class BatchElsewhereError(UnknownBatchError):
+    """The batch is another server's: one that has lost it changes nothing of it any more."""
 
 
 class BatchStateError(RegistryError):

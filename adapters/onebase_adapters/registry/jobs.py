@@ -13,6 +13,7 @@ from onebase_adapters.registry import audit
 from onebase_adapters.registry.audit import Origin
 from onebase_adapters.registry.database import Database, plain, plain_json, referenced_blobs
 from onebase_adapters.registry.errors import (
+    BatchElsewhereError,
     FileInUseError,
     JobElsewhereError,
     JobStateError,
@@ -444,19 +445,20 @@ def find_file(session: Session, tenant: str, file_id: str, *, lock: bool = False
 
 
 def check_owner(session: Session) -> None:
-    """In a write transaction: what a server delivers of a job it may deliver only while the job is its own.
+    """In a write transaction: what comes of a job or a batch its server may add only while it is its own.
 
-    Raises JobElsewhereError.
+    Raises JobElsewhereError, BatchElsewhereError.
     """
-    owned = audit.current().job
+    owned = audit.current().owned
     if owned is None:
         return
-    job_id, server = owned
-    found = session.scalar(
-        select(TrainingJobRow.server).where(TrainingJobRow.id == plain(job_id)).with_for_update()
+    name, server = owned
+    row, error = (
+        (BatchRow, BatchElsewhereError) if name.startswith("batch_") else (TrainingJobRow, JobElsewhereError)
     )
+    found = session.scalar(select(row.server).where(row.id == plain(name)).with_for_update())
     if found is not None and found != server:
-        raise JobElsewhereError(f"Job {job_id} is run by another server now.")
+        raise error(f"{name} is run by another server now.")
 
 
 # From rows to records and back

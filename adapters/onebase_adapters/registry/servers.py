@@ -89,6 +89,22 @@ class ServerRecords:
             session.execute(delete(QuotaUseRow).where(QuotaUseRow.at < clock(session) - 2 * USE_SECONDS))
 
 
+def leases_of(session: Session, base_id: str) -> dict[str, tuple[float, int]]:
+    """Until when each server of a base that runs jobs has its lease, and the room that it has.
+
+    A server of an earlier release has none.
+    """
+    rows = session.execute(
+        select(ServerRow.server, ServerRow.until, ServerRow.room).where(
+            ServerRow.base_id == base_id, ServerRow.runs
+        )
+    )
+    leases: dict[str, tuple[float, int]] = {}
+    for server, until, room in rows:
+        leases[server] = max(leases.get(server, (until, room)), (until, room))
+    return leases
+
+
 def _uses(session: Session, process: str, since: float) -> tuple[float, list[tuple[str, QuotaUse]]]:
     now = clock(session)
     rows = session.scalars(select(QuotaUseRow).where(QuotaUseRow.process != process, QuotaUseRow.at >= since))

@@ -23,9 +23,10 @@ from onebase_adapters.registry.records import (
     TrainingJob,
     UnkeptJob,
 )
-from onebase_adapters.registry.tables import CheckpointRow, JobFileRow, ServerRow, TrainingJobRow
+from onebase_adapters.registry.servers import leases_of
+from onebase_adapters.registry.tables import CheckpointRow, JobFileRow, TrainingJobRow
 
-MOST_LOOKED_AT = 50
+MOST_LOOKED_AT = 200
 """Jobs of other servers, the oldest ones, that a look considers."""
 _HOLD_OFF_SECONDS = 10.0
 """After the end of a lease in which the server with most room has its jobs first."""
@@ -45,17 +46,21 @@ class Takeovers:
     def takeable(self, server: str, room: int) -> list[TakeableJob]:
         """Jobs of other servers that this one, which could start so many trainers, may take; oldest first."""
         with self._database.read() as session:
-            now, leases = clock(session), self._leases(session)
+            now, leases = clock(session), leases_of(session, self._base_id)
+            busier = [name for name, (until, there) in leases.items() if until < now or there < room]
+            row = TrainingJobRow
             rows = session.scalars(
-                select(TrainingJobRow)
-                .where(*self._scope(), TrainingJobRow.server != server, TrainingJobRow.state.in_(OPEN_STATES))
-                .order_by(TrainingJobRow.number)
+                select(row)
+                .where(
+                    *self._scope(), row.server != server, row.server.in_(busier), row.state.in_(OPEN_STATES)
+                )
+                .order_by(row.number)
                 .limit(MOST_LOOKED_AT)
             )
             return [
-                TakeableJob(row.id, row.tenant, row.server, row.training_file, row.validation_file)
-                for row in rows
-                if _may_take(row, leases, server, room, now)
+                TakeableJob(job.id, job.tenant, job.server, job.training_file, job.validation_file)
+                for job in rows
+                if _may_take(job, leases, server, room, now)
             ]
 
     def take(
@@ -70,7 +75,7 @@ class Takeovers:
         """
         with self._database.write_uncounted() as session:
             row = self._job(session, job_id)
-            now, leases = clock(session), self._leases(session)
+            now, leases = clock(session), leases_of(session, self._base_id)
             open_there = row.server == before and row.state in OPEN_STATES
             if not open_there or not _may_take(row, leases, server, room, now):
                 raise JobElsewhereError(f"Job {job_id} cannot be taken over now.")
@@ -90,18 +95,6 @@ class Takeovers:
             session.add(event_row(row.number, tell(job_record(row))))
             session.flush()
             return job_record(row)
-
-    def _leases(self, session: Session) -> dict[str, tuple[float, int]]:
-        """Until when each server of this base that runs jobs has its lease, and the room that it has."""
-        rows = session.execute(
-            select(ServerRow.server, ServerRow.until, ServerRow.room).where(
-                ServerRow.base_id == self._base_id, ServerRow.runs
-            )
-        )
-        leases: dict[str, tuple[float, int]] = {}
-        for server, until, room in rows:
-            leases[server] = max(leases.get(server, (until, room)), (until, room))
-        return leases
 
     # ---- what the store has of a job ---------------------------------------------------------
 

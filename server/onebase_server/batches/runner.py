@@ -59,6 +59,7 @@ from onebase_server.errors import (
 )
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
+from onebase_server.peers import Peers
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.quotas import Limiter, Ticket
 
@@ -140,6 +141,7 @@ class Parts:
     keys: KeyRing
     limiter: Limiter
     supervisor: EngineSupervisor
+    peers: Peers
     max_body: int
     most: int
     """Rows at once; 0: as many as the engine has places."""
@@ -194,7 +196,8 @@ class Run:
     async def work(self) -> None:
         """To its end, whatever fails on the way; or until `stopping`."""
         failures = 0
-        with acting(Origin(self.batch.key, actor=f"batch {self.batch.id}")):
+        owned = self.batch.id, self.batch.server
+        with acting(Origin(self.batch.key, actor=f"batch {self.batch.id}", owned=owned)):
             while not self.stopping:
                 try:
                     await self._go_on()
@@ -347,10 +350,13 @@ class Run:
     ) -> None:
         """Raises BatchStateError when somebody else has moved the batch, which was `before`."""
         run, records = self._parts.threads.run, self._parts.records
-        self.batch = await run(records.move, self.batch.id, state, (before,), errors=errors, **facts)
+        self.batch = await run(
+            records.move, self.batch.id, state, (before,), server=self.batch.server, errors=errors, **facts
+        )
 
     async def _note(self, results: Results) -> None:
-        await self._parts.threads.run(self._parts.records.note, self.batch.id, **self._facts(results))
+        run, note = self._parts.threads.run, self._parts.records.note
+        await run(note, self.batch.id, server=self.batch.server, **self._facts(results))
 
     def _facts(self, results: Results) -> dict[str, Any]:
         return {"completed": results.completed, "failed": results.failed, "usage": dict(results.usage)}
@@ -566,7 +572,7 @@ class BatchRunner:
             self._changed.clear()
             try:
                 await self._reconcile()
-            except (RegistryError, OSError) as error:
+            except (RegistryError, StoreError, OSError) as error:
                 _log.warning("batches cannot be followed: %s", error)
             except Exception:
                 _log.exception("batches cannot be followed")
@@ -592,6 +598,8 @@ class BatchRunner:
 
     async def _reconcile(self) -> None:
         parts = self._parts
+        if parts.peers.have_been and parts.peers.holds_lease:
+            await self._take_over()
         found = await parts.threads.run(parts.records.open, parts.jobs.server)
         for batch in found:
             if batch.id in self._runs and batch.state == "cancelling":
@@ -608,6 +616,18 @@ class BatchRunner:
             kept = await parts.threads.run(parts.records.open_ids, parts.jobs.server)
             await parts.disk.run(parts.folders.keep_only, kept)
             self._next_sweep = time.monotonic() + SWEEP_SECONDS
+
+    async def _take_over(self) -> None:
+        """Go on with the batches of servers that are gone, if their files are in this one's store."""
+        parts = self._parts
+        for batch in await parts.threads.run(parts.records.lost, parts.jobs.server):
+            ends = batch.state == "cancelling"
+            if not ends and not await parts.files.is_stored(batch.tenant, batch.input_file):
+                continue
+            with suppress(UnknownBatchError):  # another was faster
+                await parts.disk.run(parts.folders.forget, batch.id)  # of when it was here before
+                await parts.threads.run(parts.records.take, batch.id, batch.server, parts.jobs.server)
+                _log.warning("batch %s is taken over from %s", batch.id, batch.server)
 
     def _begin(self, batch: Batch) -> None:
         run = Run(self._parts, batch)

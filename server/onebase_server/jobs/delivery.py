@@ -89,7 +89,7 @@ class Delivery:
         """
         for pause in BACKOFF.tries(TRIES):
             try:
-                with acting(Origin(job.key, actor=f"job {job.id}", job=(job.id, job.server))):
+                with acting(Origin(job.key, actor=f"job {job.id}", owned=(job.id, job.server))):
                     return await self._deliver(job, record)
             except StoreFullError as error:
                 raise DeliveryError("disk_full", error.message) from error

@@ -24,6 +24,8 @@ from onebase_server.jobs.state import RESUMABLE
 
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 _BEST = "best-*"
+_TWIN_SECONDS = 30.0
+"""A checkpoint's file stays so long: a job of the same rows and seed may be keeping the same."""
 _LEFT_OUT = ("training_file", "validation_file", "events.jsonl")
 """Of a job's folder: what the store has anyway, and what nothing goes on from."""
 
@@ -159,11 +161,12 @@ class KeptFiles:
         await self._threads.run(self.takeovers.drop_ended, RESUMABLE)
 
     async def _delete(self, left: Mapping[str, str]) -> None:
-        """At once what only training writes; what may be an adapter's too as the store does."""
+        """Soon what only training writes; what may be an adapter's too as the store does."""
         for path, sha256 in left.items():
             ours = _part_of(path) == CHECKPOINTS and ADAPTER not in PurePosixPath(path).parts
             with suppress(StoreError):
-                await self._disk.run(self._store.delete, sha256, older_than=0.0 if ours else None)
+                age = _TWIN_SECONDS if ours else None
+                await self._disk.run(self._store.delete, sha256, older_than=age)
 
 
 def _part_of(path: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from onebase_adapters.registry import (
+    BatchElsewhereError,
     BatchError,
     BatchStateError,
     FileInUseError,
@@ -125,3 +126,40 @@ def test_content_that_has_several_ids_counts_once(registry: Registry) -> None:
     assert [file.id for file in found] == ["file-1", "file-2"]
     assert registry.training.files("acme", purposes=["fine-tune"], limit=9) == []
     assert registry.training.files("acme", sha256="cd" * 32, limit=9) == []
+
+
+def lease(registry: Registry, server: str, seconds: float) -> None:
+    registry.servers.renew(f"process of {server}", server, runs=True, room=0, seconds=seconds)
+
+
+def test_a_batch_is_taken_over_when_its_server_is_gone_for_long_or_it_is_only_to_end(
+    registry: Registry,
+) -> None:
+    add_file(registry)
+    for number in (1, 2):
+        registry.batches.add(new(number))
+    registry.batches.move("batch_1", "in_progress", ("validating",), total=5, completed=3, failed=1)
+    registry.batches.move("batch_2", "cancelling", ("validating",))
+    assert registry.batches.lost("server-2") == []  # of an earlier release, whose servers have no lease
+    lease(registry, HERE, 60.0)
+    assert registry.batches.lost("server-2") == []
+    lease(registry, HERE, -100.0)
+    assert [batch.id for batch in registry.batches.lost("server-2")] == ["batch_2"]
+    with pytest.raises(BatchElsewhereError):
+        registry.batches.take("batch_1", HERE, "server-2")
+    lease(registry, HERE, -1000.0)
+    assert registry.batches.lost(HERE) == []
+    assert [batch.id for batch in registry.batches.lost("server-2")] == ["batch_1", "batch_2"]
+    again = registry.batches.take("batch_1", HERE, "server-2")
+    assert (again.server, again.state, again.completed, again.failed) == ("server-2", "validating", 0, 0)
+    assert registry.batches.take("batch_2", HERE, "server-2").state == "cancelling"
+    assert registry.batches.open(HERE) == []
+    with pytest.raises(BatchElsewhereError):
+        registry.batches.take("batch_1", HERE, "server-3")
+    with pytest.raises(BatchElsewhereError):
+        registry.batches.note("batch_1", server=HERE, completed=4)
+    with pytest.raises(BatchElsewhereError):
+        registry.batches.move("batch_1", "in_progress", ("validating",), server=HERE)
+    with acting(Origin(owned=("batch_1", HERE))), pytest.raises(BatchElsewhereError):
+        add_file(registry, "output")
+    registry.batches.move("batch_1", "in_progress", ("validating",), server="server-2")

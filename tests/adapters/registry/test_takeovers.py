@@ -117,7 +117,7 @@ def test_what_a_server_writes_of_a_job_that_it_has_lost_is_refused(
 ) -> None:
     move(registry, "running")
     dead(registry, "s1")
-    with acting(Origin(actor="job", job=(JOB, "s1"))):
+    with acting(Origin(actor="job", owned=(JOB, "s1"))):
         digest = add(registry, "mine", "1")
     take(registry, "s2")
     records, both = registry.training, files("2")
@@ -129,11 +129,11 @@ def test_what_a_server_writes_of_a_job_that_it_has_lost_is_refused(
         lambda: registry.activate(TENANT, "mine", digest),
         lambda: add_file(registry, "curve"),
     ]
-    with acting(Origin(actor="job", job=(JOB, "s1"))):
+    with acting(Origin(actor="job", owned=(JOB, "s1"))):
         for write in refused:
             with pytest.raises(JobElsewhereError):
                 write()
-    with acting(Origin(actor="job", job=(JOB, "s2"))):
+    with acting(Origin(actor="job", owned=(JOB, "s2"))):
         registry.activate(TENANT, "mine", digest)
     records.move(JOB, "running", ("queued",), server="s2")
     records.move(JOB, "cancelled", ("running",))  # whoever asks
