@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 from onebase_adapters.registry import OtherServer, RegistryError, ServerRecords
 from onebase_server.background import Threads
@@ -31,6 +32,24 @@ _LEAVE_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 
+class LeaseHolder(Protocol):
+    """What runs under a lease: `jobs.scheduler.JobScheduler`."""
+
+    @property
+    def runs_jobs(self) -> bool:
+        """Whether this process runs the jobs of its data folder."""
+        ...
+
+    def room(self) -> int:
+        """Trainers that could start now."""
+        ...
+
+    def lease_lost(self) -> None:
+        """The lease was not renewed in time: others may take over what runs here. Never called where there
+        are none."""
+        ...
+
+
 class Peers:
     """This process's lease in the registry, and those of other servers, as of its last renewal.
 
@@ -43,13 +62,6 @@ class Peers:
         self.records = records
         self.server = server
         self.process = uuid.uuid4().hex
-        self.room: Callable[[], int] = lambda: 0
-        """Trainers that could start now."""
-        self.runs: Callable[[], bool] = lambda: False
-        """Whether this process runs the jobs of its data folder."""
-        self.on_lost: Callable[[], None] = lambda: None
-        """Called when the lease was not renewed in time, so that others may take over what runs here; never
-        where there are no others."""
         self._lease = LEASE_SECONDS
         self._threads = Threads("lease", 1)
         self._others: Sequence[OtherServer] = ()
@@ -80,36 +92,31 @@ class Peers:
         """Whether nobody may have taken over what runs here."""
         return not self._is_lost
 
-    def room_changed(self) -> None:
-        """Tell others at once, if it has."""
-        if self.room() != self._told_room:
+    def tell_room(self, room: int) -> None:
+        """Have others know at once how many trainers could start, if that has changed."""
+        if room != self._told_room:
             self._changed.set()
 
-    async def keep(self) -> None:
+    async def keep(self, holder: LeaseHolder) -> None:
         """Renew the lease, whatever fails, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._keep_renewing())
-            tasks.create_task(self._keep_watch())
+            tasks.create_task(self._keep_renewing(holder))
+            tasks.create_task(self._keep_watch(holder))
 
-    async def _keep_renewing(self) -> None:
+    async def _keep_renewing(self, holder: LeaseHolder) -> None:
         while True:
             self._changed.clear()
-            await self.renew()
+            await self.renew(runs=holder.runs_jobs, room=holder.room())
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._lease * _RENEWED_IN):
                     await self._changed.wait()
 
-    async def renew(self) -> None:
+    async def renew(self, *, runs: bool, room: int) -> None:
         """Renew the lease now, and learn of the others, if the registry can be reached."""
-        began, room = time.monotonic(), self.room()
+        began, renew = time.monotonic(), self.records.renew
         try:
             self._others = await self._threads.run(
-                self.records.renew,
-                self.process,
-                self.server,
-                runs=self.runs(),
-                room=room,
-                seconds=self._lease,
+                renew, self.process, self.server, runs=runs, room=room, seconds=self._lease
             )
         except RegistryError as error:
             _log.debug("the lease cannot be renewed: %s", error)
@@ -118,7 +125,7 @@ class Peers:
         else:
             self._renewed_at, self._told_room, self._is_lost = began, room, False
 
-    async def _keep_watch(self) -> None:
+    async def _keep_watch(self, holder: LeaseHolder) -> None:
         """By this machine's clock: the database may not answer at all."""
         while True:
             await asyncio.sleep(self._lease * _WATCHED_IN)
@@ -127,7 +134,7 @@ class Peers:
                 self._is_lost = True
                 _log.warning("the lease in the registry could not be renewed: others may take over the jobs")
                 try:
-                    self.on_lost()
+                    holder.lease_lost()
                 except Exception:
                     _log.exception("the trainers cannot be ended")
 

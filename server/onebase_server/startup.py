@@ -157,7 +157,7 @@ class _Server:
             asyncio.create_task(services.catalog.watch(settings.sync_seconds)),
             asyncio.create_task(self.storage.keep_tidy(services.adapters.disk)),
             asyncio.create_task(services.usage.keep_writing()),
-            asyncio.create_task(services.training.peers.keep()),
+            asyncio.create_task(services.training.peers.keep(services.training.scheduler)),
             asyncio.create_task(services.sharing.keep()),
         ]
         try:

@@ -167,7 +167,7 @@ def test_batches_of_a_server_that_is_gone_go_on_or_end_here(registry: Registry, 
         registry.batches.move("batch_cut", "in_progress", ("validating",), total=2, completed=1)
         registry.batches.move("batch_cancelled", "cancelling", ("validating",))
         registry.servers.renew("process", "gone", runs=True, room=0, seconds=-1000.0)
-        await parts.peers.renew()
+        await parts.peers.renew(runs=True, room=0)
         followed = BatchRunner(parts, look_seconds=0.01)
         follow = asyncio.get_running_loop().create_task(followed.follow(post))
 

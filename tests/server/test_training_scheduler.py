@@ -87,7 +87,7 @@ async def followed(
     scheduler = JobScheduler(pool, peers, most=most, look_seconds=0.01, sweep_seconds=0.0)
     base: Any = None
     scheduler.base_ready(base, b"", -1)
-    await peers.renew()
+    await peers.renew(runs=True, room=most)
     task = asyncio.get_running_loop().create_task(scheduler.follow())
     try:
         async with asyncio.timeout(60):

@@ -40,6 +40,8 @@ LEASE_LOST_SECONDS = 5.0
 """The same limit, when another server may soon go on with the job."""
 LEFT_SECONDS = 5.0
 """A job that waits is left so long to a server that has more trainers free; then it is begun here."""
+NOT_HERE_SECONDS = 60.0
+"""From one look for the files of another server's job to the next, where the store had them not."""
 SWEEP_SECONDS = 3600.0
 """From one sweep of the jobs' folders to the next."""
 
@@ -61,8 +63,6 @@ class JobScheduler:
     ) -> None:
         self._pool = pool
         self._peers = peers
-        peers.room, peers.on_lost = self.room, self._lease_lost
-        peers.runs = lambda: pool.folders.is_owned
         self._records = pool.records
         self._threads = pool.threads
         self._most = most
@@ -80,8 +80,8 @@ class JobScheduler:
         self._noted_disabled: set[str] = set()
         self._left: dict[str, float] = {}
         """Until when jobs that wait are left to a server that has more room."""
-        self._not_here: set[str] = set()
-        """Jobs of other servers whose files this one's store has not."""
+        self._not_here: dict[str, float] = {}
+        """Until when jobs of other servers are let be, since this one's store has not all their files."""
         self._base: AttachedBase | None = None
         self._changed = asyncio.Event()
         self._ending = False
@@ -120,7 +120,7 @@ class JobScheduler:
                 await self._collect_garbage(jobs)
                 if self._peers.have_been:
                     await self._take_over()
-                self._peers.room_changed()
+                self._peers.tell_room(self.room())
                 self._pool.kept.look()
             except (RegistryError, OSError) as error:
                 _log.warning("training jobs cannot be followed: %s", error)
@@ -169,6 +169,11 @@ class JobScheduler:
     def running(self) -> Sequence[Run]:
         """The runs of now."""
         return list(self._runs.values())
+
+    @property
+    def runs_jobs(self) -> bool:
+        """Whether this process runs the jobs of its data folder."""
+        return self._pool.folders.is_owned
 
     def room(self) -> int:
         """Trainers that could start now."""
@@ -236,7 +241,7 @@ class JobScheduler:
 
     async def _has_files_of(self, job: TakeableJob) -> bool:
         """Whether the job's files are in this server's store. If not, it has another one; the log says so."""
-        if job.id in self._not_here:
+        if time.monotonic() < self._not_here.get(job.id, 0.0):
             return False
         files = [job.training_file, *([job.validation_file] if job.validation_file else [])]
         try:
@@ -248,7 +253,7 @@ class JobScheduler:
             _log.info("job %s is not taken over: %s", job.id, error)
             return False
         if not all(found):
-            self._not_here.add(job.id)
+            self._not_here[job.id] = time.monotonic() + NOT_HERE_SECONDS
             _log.warning("job %s is not taken over: this server's --store has not all its files", job.id)
         return all(found)
 
@@ -264,7 +269,8 @@ class JobScheduler:
                 self._records.move, job.id, FAILED.to, FAILED.among, event, server=job.server, error=failed
             )
 
-    def _lease_lost(self) -> None:
+    def lease_lost(self) -> None:
+        """End the trainers: another server may soon go on with their jobs."""
         for run in self._runs.values():
             if not run.stopping:
                 run.interrupt("the registry could not be reached in time", LEASE_LOST_SECONDS)
