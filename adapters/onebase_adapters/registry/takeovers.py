@@ -47,12 +47,17 @@ class Takeovers:
         """Jobs of other servers that this one, which could start so many trainers, may take; oldest first."""
         with self._database.read() as session:
             now, leases = clock(session), leases_of(session, self._base_id)
-            busier = [name for name, (until, there) in leases.items() if until < now or there < room]
             row = TrainingJobRow
+            lost = [name for name, (until, _) in leases.items() if until < now and name != server]
+            busier = [name for name, (_, there) in leases.items() if there < room and name != server]
             rows = session.scalars(
                 select(row)
                 .where(
-                    *self._scope(), row.server != server, row.server.in_(busier), row.state.in_(OPEN_STATES)
+                    *self._scope(),
+                    or_(
+                        and_(row.server.in_(lost), row.state.in_(OPEN_STATES)),
+                        and_(row.server.in_(busier), row.state == "queued"),
+                    ),
                 )
                 .order_by(row.number)
                 .limit(MOST_LOOKED_AT)
