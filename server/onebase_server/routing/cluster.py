@@ -41,6 +41,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from ray.serve.schema import ServeDeploySchema
 
+from onebase._core.metrics import parse_metrics
 from onebase_server.routing.placement import Placement, Report
 from onebase_server.routing.proxy import asked, read_report
 from onebase_server.settings import environment_name, load_settings
@@ -61,6 +62,11 @@ _ILL_SECONDS = 60.0
 _BUSY = 0.7
 """The part of their rows that replicas should have in use, where there may be fewer of them."""
 _MOST_SENT = 100_000
+_SCALED_BY = (
+    "vllm:request_success_total", "vllm:prompt_tokens_total", "vllm:generation_tokens_total",
+    "vllm:time_to_first_token_seconds_sum", "vllm:time_to_first_token_seconds_count",
+)  # fmt: skip
+"""Metrics."""
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 _KEY = "ONEBASE_REPLICA_KEY"
 _ENDS_WITH_ITS_PARENT = """\
@@ -243,10 +249,9 @@ class Server:
         that is `busy`; the mean `ttft` in seconds since the last time."""
         text = await self._metrics()
         report, _ = read_report(text)
-        ended = total(text, "vllm:request_success_total")
-        tokens = total(text, "vllm:prompt_tokens_total") + total(text, "vllm:generation_tokens_total")
-        seconds = total(text, "vllm:time_to_first_token_seconds_sum")
-        firsts = total(text, "vllm:time_to_first_token_seconds_count")
+        known = parse_metrics(text, _SCALED_BY)
+        ended, prompts, answers, seconds, firsts = map(known.total, _SCALED_BY)
+        tokens = prompts + answers
         before, self._seen = self._seen, (seconds, firsts)
         new = firsts - before[1]
         return {
@@ -311,12 +316,6 @@ def free_port(host: str, kept: Path) -> int:
                 kept.write_text(str(port))
                 return port
     raise ClusterError(f"no port of {host} is free")
-
-
-def total(text: str, name: str) -> float:
-    """The sum of a metric's samples."""
-    lines = (line for line in text.split("\n") if line.startswith((f"{name}{{", f"{name} ")))
-    return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
 def _head_address() -> str:
@@ -393,17 +392,14 @@ class Ingress:
                 continue
             with contextlib.suppress(httpx2.HTTPError):
                 answer = await self._client.get("/metrics")
-                if total(answer.text, "onebase_route_waiting"):
+                if parse_metrics(answer.text).total("onebase_route_waiting"):
                     await self._servers.wake.remote()
 
     async def told(self) -> dict[str, Any]:
         """Its address, and by server whether it is ready and how many requests it got."""
-        text = (await self._client.get("/metrics")).text
-        found: dict[str, dict[str, float]] = {}
-        for line in text.split("\n"):
-            match = re.fullmatch(r'onebase_route_(ready|requests_total)\{replica="(.*)"\} (\S+)', line)
-            if match:
-                found.setdefault(match[2], {})[match[1]] = float(match[3])
+        known = parse_metrics((await self._client.get("/metrics")).text)
+        ready, sent = (known.by(f"onebase_route_{name}", "replica") for name in ("ready", "requests_total"))
+        found = {url: {"ready": value, "requests_total": sent.get(url, 0.0)} for url, value in ready.items()}
         return {"url": self.url, "servers": found}
 
     async def kill(self) -> None:

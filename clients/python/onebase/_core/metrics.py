@@ -13,7 +13,7 @@ from .requests import Call
 
 METRICS: Final = Call("GET", "/metrics")
 _SAMPLE: Final = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)")
-_LABEL: Final = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)",?')
+_LABEL: Final = re.compile(r'(\w+)="([^"\\]*(?:\\.[^"\\]*)*)",?')
 _ESCAPED: Final = re.compile(r"\\(.)")
 
 
@@ -29,9 +29,8 @@ class Metrics:
 
     def of(self, name: str, **labels: str) -> Iterator[tuple[Mapping[str, str], float]]:
         """Those with these labels, whatever others they have."""
-        for found, value in self.samples.get(name, ()):
-            if labels.items() <= found.items():
-                yield found, value
+        samples = self.samples.get(name, ())
+        return ((found, value) for found, value in samples if labels.items() <= found.items())
 
     def total(self, name: str, **labels: str) -> float:
         """Their sum; 0 if there is none."""
@@ -68,18 +67,26 @@ class Metrics:
         return low
 
 
-def parse_metrics(text: str) -> Metrics:
-    """Raises InvalidResponseError."""
+def parse_metrics(text: str, wanted: tuple[str, ...] = ()) -> Metrics:
+    """What a server answers to GET /metrics. Raises InvalidResponseError.
+
+    Args:
+        wanted: What the names begin with that are read; by default all. A server with many adapters has
+            thousands of lines.
+    """
     samples: defaultdict[str, list[tuple[Mapping[str, str], float]]] = defaultdict(list)
     for number, line in enumerate(text.split("\n"), 1):
-        if not line or line.startswith("#"):
+        if not line or line.startswith("#") or (wanted and not line.startswith(wanted)):
             continue
         found = _SAMPLE.match(line)
         try:
             if found is None:
                 raise ValueError
-            labels = {name: _unescaped(value) for name, value in _LABEL.findall(found[2] or "")}
-            samples[found[1]].append((labels, float(found[3])))
+            name, inside, value = found.groups()
+            labels = dict(_LABEL.findall(inside)) if inside else {}
+            if inside and "\\" in inside:
+                labels = {label: _unescaped(text) for label, text in labels.items()}
+            samples[name].append((labels, float(value)))
         except ValueError as error:
             raise InvalidResponseError(f"line {number} of /metrics is no sample: {line[:80]!r}") from error
     return Metrics({name: tuple(some) for name, some in samples.items()})
