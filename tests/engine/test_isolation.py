@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from peft import PeftModel
 from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.oracle import greedy
@@ -151,6 +152,41 @@ def test_sampled_text_is_a_function_of_request_and_seed(lab: Lab) -> None:
     assert scored(lab.engine(step_tokens=9), ASKED[:5], **settings) == together[:5]
     other = scored(lab.engine(), ASKED, **{**settings, "seed": 12})
     assert [s for s, o in zip(together, other, strict=True) if s != o]
+
+
+def test_a_row_that_goes_on_from_its_tokens_says_what_it_would_have_said(lab: Lab) -> None:
+    sampling = protocol.Sampling(seed=11, temperature=1.1, presence_penalty=0.6, max_tokens=24, logprobs=4)
+    submit = protocol.Submit(
+        id="x", prompt=list(range(3, 43)), sampling=sampling, adapters=[protocol.AdapterRef("digest1")], n=3
+    )
+
+    def rows(engine: Engine, asked: protocol.Submit) -> dict[int, list[protocol.TokenLogprob]]:
+        engine.submit(asked)
+        found: dict[int, list[protocol.TokenLogprob]] = {}
+        while engine.busy:
+            engine.step()
+            for output in engine.take_outputs():
+                assert output.error_message is None, output.error_message
+                assert (output.cached_tokens or 0) <= len(asked.prompt)
+                found.setdefault(output.choice, []).extend(output.logprobs or [])
+        return found
+
+    warm = lab.engine()
+    whole = rows(warm, submit)
+    for engine in (lab.engine(), lab.engine(step_tokens=9), warm):
+        begun = {choice: [one.token for one in whole[choice][:made]] for choice, made in ((0, 5), (2, 20))}
+        again = rows(engine, structs.replace(submit, begun=begun))
+        assert again == {choice: whole[choice][len(tokens) :] for choice, tokens in begun.items()}
+
+
+def test_a_row_goes_on_only_from_what_it_may_have_said(lab: Lab) -> None:
+    engine = lab.engine()
+    sampling = protocol.Sampling(max_tokens=4)
+    for begun in ({0: [5] * 4}, {2: []}, {-1: []}, {0: [-1]}, {0: [10**6]}):
+        engine.submit(protocol.Submit(id="x", prompt=[5, 6], sampling=sampling, n=2, begun=begun))
+        (output,) = engine.take_outputs()
+        assert output.error_code in ("cannot_go_on", "token_out_of_range"), begun
+        assert not engine.busy
 
 
 def test_prefix_blocks_are_shared_only_between_equal_adapters_and_tenants(lab: Lab) -> None:

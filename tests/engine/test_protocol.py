@@ -74,6 +74,7 @@ TO_ENGINE: list[protocol.ToEngine] = [
     ),
     protocol.Submit(id="v", prompt=[1], sampling=SAMPLING, pooling=protocol.Pooling("mean")),
     protocol.Submit(id="b", prompt=[1], sampling=SAMPLING, n=2, branches=[[2], [3, 4]]),
+    protocol.Submit(id="g", prompt=[1], sampling=SAMPLING, n=3, begun={0: [2, 3], 2: []}),
     protocol.Cancel("r", 1),
     protocol.Cancel("r"),
     protocol.LoadAdapter("d", "/a", "0" * 64),

@@ -106,8 +106,9 @@ class ScriptedEngine:
             if missing:
                 raise RuntimeError(f"a row asks for versions that are not loaded: {missing}")
             self.send(SlotsChanged([ref.digest for ref in message.adapters]))
-            for choice in range(message.n):
-                self.rows[message.id, choice] = [message, 0]
+            for choice in message.choices:
+                begun = [] if message.begun is None else message.begun[choice]
+                self.rows[message.id, choice] = [message, len(begun)]
         elif isinstance(message, Cancel):
             self.cancel(message)
         elif isinstance(message, Pause):
@@ -181,7 +182,7 @@ class ScriptedEngine:
             token = submit.prompt[count % len(submit.prompt)]
             told = [] if submit.sampling.logprobs is None else [TokenLogprob(token, -0.5, [(token, -0.5)])]
             row = RowOutput(id=name, choice=choice, tokens=[token], logprobs=told or None, finish=finish)
-            if count == 0:
+            if count == len((submit.begun or {}).get(choice, ())):
                 row = msgspec.structs.replace(row, cached_tokens=self.cached(submit), queue_seconds=0.0)
             outputs.append(row)
             if finish:

@@ -201,7 +201,8 @@ def told(tokenizer: BaseTokenizer, pieces: list[str], reason: Any) -> tuple[list
     format = ToolFormat(opening, '", "arguments": ', closing + opening, closing, "<call>", None, {})
     calls = CallFormat(format, {"weather": Tool("weather", {"type": "object"})}, Grammar("regex", "x"))
     job = Job("resp_1", "default", (Prompt([1]),), Sampling(), calls=calls)
-    view = ResponseView(tokenizer, request(tools=[WEATHER]), job, lambda _: None)
+    view = ResponseView(tokenizer, request(tools=[WEATHER]), lambda _: None)
+    view._begin(job)
     events = []
     for place, text in enumerate(pieces):
         last = place == len(pieces) - 1

@@ -166,7 +166,7 @@ def test_a_response_is_found_on_the_server_that_has_it(http: httpx2.Client) -> N
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "response_not_found")
 
 
-def test_a_server_that_dies_ends_its_streams_with_an_error_and_is_left_out(
+def test_a_server_that_dies_is_left_out_and_the_last_one_ends_its_streams_with_an_error(
     serve_scripted: Starter, tmp_path: Path
 ) -> None:
     with contextlib.ExitStack() as running:
@@ -187,24 +187,18 @@ def test_a_server_that_dies_ends_its_streams_with_an_error_and_is_left_out(
         # Asked at once, before anybody has looked: what cannot be reached is tried elsewhere.
         for _ in range(6):
             assert generate(http).status_code == 200
-        ends = []
+        assert wait(lambda: "is away" in route.log)
         for one in lines:
-            seen = 0
-            for line in one:
-                seen += line.startswith("data: ")
-                if "replica_lost" in line or seen > 300:
-                    ends.append(line)
-                    break
-        assert sum("replica_lost" in line for line in ends) == 1
-        lost = next(line for line in ends if "replica_lost" in line)
-        assert json.loads(lost.removeprefix("data: "))["error"]["type"] == "service_unavailable"
-        assert "away" in route.log or wait(lambda: "is away" in route.log)
-
+            assert sum(line.startswith("data: ") for line, _ in zip(one, range(200), strict=False)) >= 100
         behind[1].signal(signal.SIGKILL)
+        for one in lines:
+            (lost,) = [line for line in one if "replica_lost" in line]
+            assert json.loads(lost.removeprefix("data: "))["error"]["type"] == "service_unavailable"
         assert wait(lambda: http.get("/ready").status_code == 503)
         refused = generate(http)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_replica")
         assert refused.headers["retry-after"] == "2"
+        assert counted(http, "onebase_route_lost_total") == {"": 2}
 
 
 def test_a_server_that_stops_gets_nothing_more_and_a_route_that_stops_ends_what_it_has(

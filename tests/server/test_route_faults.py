@@ -9,6 +9,7 @@ import logging
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from itertools import count
 from typing import Any
 
 import httpx2
@@ -49,23 +50,28 @@ class Behind:
         return server
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                path = head.split(b" ")[1].decode().partition("?")[0]
-                if path not in ("/ready", "/metrics"):
-                    self.heads.append(head)
-                told = self.answers.get(path, answer(b"{}"))
-                if not isinstance(told, bytes):
-                    await told(self, reader, writer)
-                    break
-                length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
-                await reader.readexactly(int(length or 0))
-                writer.write(told)
-                if b"\r\n\r\n" not in told or b"connection: close" in told:
-                    await writer.drain()
-                    break
-        writer.close()
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                await self._answer_all(reader, writer)
+        finally:
+            writer.close()
+
+    async def _answer_all(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            path = head.split(b" ")[1].decode().partition("?")[0]
+            if path not in ("/ready", "/metrics"):
+                self.heads.append(head)
+            told = self.answers.get(path, answer(b"{}"))
+            if not isinstance(told, bytes):
+                await told(self, reader, writer)
+                break
+            length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+            await reader.readexactly(int(length or 0))
+            writer.write(told)
+            if b"\r\n\r\n" not in told or b"connection: close" in told:
+                await writer.drain()
+                break
 
 
 async def never(behind: Behind, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -341,6 +347,36 @@ def test_long_answers_do_not_make_a_server_look_slow() -> None:
         for number in range(40):
             http.post("/generate", json={"prompt": f"{number}"})
         assert len(late.heads) - before_that >= 5
+
+
+def test_a_server_whose_streams_begin_late_is_left_out_for_a_while() -> None:
+    now, numbers = [0.0], count()
+    stream = answer(b"data: a\n\n", b"content-type: text/event-stream")
+
+    async def late(behind: Behind, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        now[0] += 1.0
+        writer.write(stream.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1))
+        await writer.drain()
+
+    def ask(http: httpx2.Client, times: int) -> None:
+        for _ in range(times):
+            body = {"prompt": f"{next(numbers)}", "stream": True}  # the same would go to the same server
+            assert http.post("/generate", json=body).text == "data: a\n\n"
+
+    others = [{"/generate": stream}] * 2
+    with before({"/generate": late}, *others, clock=lambda: now[0]) as running, running.client() as http:
+        slow = running.behind[0]
+        for _ in range(20):
+            asked_before = len(slow.heads)
+            ask(http, 12)
+            if asked_before and len(slow.heads) == asked_before:
+                break
+        assert 3 <= len(slow.heads) <= 24, "it was asked until it was known to be late"
+        ask(http, 20)
+        assert len(slow.heads) == asked_before
+        now[0] += 60.0
+        ask(http, 20)
+        assert len(slow.heads) > asked_before, "and again after a while"
 
 
 def test_no_more_than_the_beginning_of_a_name_is_remembered() -> None:

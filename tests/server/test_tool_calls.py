@@ -226,7 +226,7 @@ def calls_of(format: ToolFormat, **how: bool) -> CallFormat:
 
 def read(format: ToolFormat, text: str, cuts: list[int]) -> tuple[str, list[tuple[str, Any]]]:
     """The content and the calls that a reader finds in a text that comes in pieces."""
-    reader = CallReader(calls_of(format))
+    reader = CallReader(calls_of(format), "a.0")
     content, found = "", list[list[str]]()
     places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
     pieces = [text[start:stop] for start, stop in pairwise(places)]
@@ -263,7 +263,10 @@ def test_a_template_says_how_calls_are_written(
     assert (found.opening, found.middle, found.closing, found.trigger) == (opening, middle, closing, trigger)
     assert found.parallel == (family != "llama")
     assert type(found.arguments) is KINDS.get(family, type(None))
-    assert len(found.new_id()) == (9 if family == "mistral" else 29)
+    ids = [found.id_of(f"a.0.{number}") for number in range(100)]
+    assert {len(one) for one in ids} == {9 if family == "mistral" else 29}
+    assert len(set(ids)) == 100
+    assert found.id_of("a.0.0") == ids[0], "a stream that is resumed has the same"
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
@@ -325,7 +328,7 @@ def test_an_answer_that_is_cut_gives_the_beginning_of_its_calls(
     base = bases[family]
     assume(family != "lfm2" or not holds_quotes(made))
     text = base.answer("", made if base.format.parallel else made[:1])
-    reader = CallReader(calls_of(base.format))
+    reader = CallReader(calls_of(base.format), "a.0")
     stop = data.draw(st.integers(0, len(text)))
     said = reader.feed(text[:stop], end=True)
     for index, (name, values) in enumerate(made[: reader.count]):
@@ -339,7 +342,7 @@ def test_an_answer_that_is_cut_gives_the_beginning_of_its_calls(
                 json.loads(whole)
     assert (reader.finish_reason("stop") == "tool_calls") == (reader.count > 0 and reader.whole)
     if not reader.count:
-        assert not CallReader(calls_of(base.format, required=True)).feed(text[:stop], end=True).content
+        assert not CallReader(calls_of(base.format, required=True), "a.0").feed(text[:stop], end=True).content
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
@@ -350,7 +353,7 @@ def test_arguments_are_json_exactly_when_the_call_is_whole_wherever_it_is_cut(
     values = {"city": "", "days": 12, "near": near, "note": "x", "unit": "C"}
     text = bases[family].answer("", [("get_weather", values)])
     for stop in range(len(text) + 1):
-        reader = CallReader(calls_of(bases[family].format))
+        reader = CallReader(calls_of(bases[family].format), "a.0")
         whole = "".join(delta.arguments for delta in reader.feed(text[:stop], end=True).calls)
         try:
             found = json.loads(whole)
@@ -371,7 +374,7 @@ def test_text_that_only_looks_like_a_call_is_text(bases: dict[str, Base], text: 
 
 def test_an_answer_that_must_be_json_may_hold_what_triggers_a_call(bases: dict[str, Base]) -> None:
     text = '{"a": "<tool_call>"}'
-    said = CallReader(calls_of(bases["hermes"].format, at_once=True)).feed(text, end=True)
+    said = CallReader(calls_of(bases["hermes"].format, at_once=True), "a.0").feed(text, end=True)
     assert (said.content, said.calls) == (text, [])
     with pytest.raises(ValueError, match="response_format goes without tools"):
         bases["llama"].format.grammar(TOOLS, "auto", parallel=True, content={"type": "object"})
@@ -397,7 +400,7 @@ def test_an_argument_that_may_be_a_text_is_what_it_can_be(
     tools = {"f": Tool("f", {"type": "object", "properties": {"a": {"type": kind}}})}
     calls = CallFormat(bases["qwen3-coder"].format, tools, Grammar("lark", ""))
     text = f"<tool_call>\n<function=f>\n<parameter=a>\n{written}\n</parameter>\n</function>\n</tool_call>"
-    said = CallReader(calls).feed(text, end=True)
+    said = CallReader(calls, "a.0").feed(text, end=True)
     assert json.loads("".join(delta.arguments for delta in said.calls)) == {"a": value}
 
 
@@ -417,7 +420,7 @@ def test_values_in_python_are_read_as_json(
     bases: dict[str, Base], compiler: Any, written: str, value: object, size: int
 ) -> None:
     text = f"[get_weather(city={written}, days=3)]"
-    reader = CallReader(calls_of(bases["pythonic"].format))
+    reader = CallReader(calls_of(bases["pythonic"].format), "a.0")
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
     found = [delta.arguments for piece in pieces for delta in reader.feed(piece).calls]
     assert json.loads("".join(found)) == {"city": value, "days": 3}

@@ -152,7 +152,8 @@ class Engine:
         """Queue the request's rows, or report at once why it can never run."""
         opening = (one.id for waiting in self._opening.values() for one, _ in waiting)
         rows = len(request.branches) or request.n
-        if request.id in self._rows or request.id in opening or request.n < 1 or request.n != rows:
+        none = request.n < 1 or request.n != rows or not request.choices
+        if request.id in self._rows or request.id in opening or none:
             # Its events could not be distinguished from the first one's, which continues.
             logger.error("ignoring request %s: its id is running already, or it has no rows", request.id)
             return
@@ -161,6 +162,7 @@ class Engine:
             longest = max(map(len, request.branches), default=request.sampling.max_tokens)
             self.scheduler.check(len(request.prompt), longest, len(mix.terms))
             check_tokens(request, self._vocabulary)
+            check_begun(request)
             check_scores(request)
             check_weights(mix)
             self.versions.check(mix, self.slots.budget)
@@ -175,11 +177,11 @@ class Engine:
         if request.grammar is None or self._grammars is None:
             self._admit(request, mix)
         else:
-            key = self._grammars.open(request.grammar, request.n)
+            key = self._grammars.open(request.grammar, len(request.choices))
             self._opening.setdefault(key, []).append((request, mix))
 
     def _refuse(self, request: protocol.Submit, error: NeverFitsError) -> None:
-        for choice in range(request.n):
+        for choice in request.choices:
             self._outputs.append(
                 RowOutput(
                     id=request.id,
@@ -193,7 +195,7 @@ class Engine:
 
     def _admit(self, request: protocol.Submit, mix: AdapterMix, grammar: str | None = None) -> None:
         rows: list[Row] = []
-        for choice in range(request.n):
+        for choice in request.choices:
             branch = request.branches[choice] if request.branches else []
             row = Row(
                 id=request.id,
@@ -211,6 +213,8 @@ class Engine:
                 branch=len(branch),
                 leader=rows[0] if rows else None,
             )
+            if request.begun is not None:
+                row.tokens.extend(request.begun[choice])
             self._arrivals += 1
             rows.append(row)
             self.scheduler.add(row)
@@ -225,7 +229,7 @@ class Engine:
                 if compiled.error is None:
                     self._admit(request, mix, compiled.key)
                     continue
-                self._grammars.close(compiled.key, request.n)
+                self._grammars.close(compiled.key, len(request.choices))
                 code = "grammars_busy" if compiled.busy else "grammar_refused"
                 self._refuse(request, NeverFitsError(code, "grammar", compiled.error))
 
@@ -648,6 +652,7 @@ def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
         "logit_bias": sampling.logit_bias,
         "stop_token_ids": sampling.stop_token_ids,
         "choices": [token for branch in request.branches for token in branch],
+        "begun": [token for tokens in (request.begun or {}).values() for token in tokens],
     }
     for param, tokens in groups.items():
         for token in tokens:
@@ -657,6 +662,16 @@ def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
                     param,
                     f"{param}: token id {token} is not in the vocabulary (0 to {vocabulary - 1})",
                 )
+
+
+def check_begun(request: protocol.Submit) -> None:
+    """Raise NeverFitsError for rows that go on from what they cannot have generated."""
+    most = request.sampling.max_tokens
+    for choice, tokens in (request.begun or {}).items():
+        if not 0 <= choice < request.n or len(tokens) >= most or request.branches or request.pooling:
+            raise NeverFitsError(
+                "cannot_go_on", "begun", f"choice {choice} of {request.n} has {len(tokens)} tokens of {most}"
+            )
 
 
 def check_weights(mix: AdapterMix) -> None:

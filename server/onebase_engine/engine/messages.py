@@ -140,6 +140,14 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Of each row, what follows the prompt. The logprobs of these tokens are its `prompt_logprobs`."""
     background: bool = False
     """Rows that only fill what others leave free, whatever their priority: batches."""
+    begun: dict[int, list[int]] | None = None
+    """Where it goes on: by choice the tokens that each row has generated already, elsewhere. Rows that have
+    ended are not among them."""
+
+    @property
+    def choices(self) -> list[int]:
+        """The numbers of its rows."""
+        return list(range(self.n)) if self.begun is None else sorted(self.begun)
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

@@ -467,7 +467,7 @@ class Scheduler:
         row.blocks = array("i", shared + fresh)
         row.computed = len(shared) * self._pool.block_size
         if row.cached_tokens is None:
-            row.cached_tokens = row.charged = row.computed
+            row.cached_tokens = row.charged = min(row.computed, row.prompt_length)
         else:
             again = len(row.tokens) - row.computed
             row.yields_at = row.generated + max(self._pool.block_size, again // OUTPUT_WEIGHT)

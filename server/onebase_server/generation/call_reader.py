@@ -57,10 +57,13 @@ class CallReader:
 
     What may become a call is held back. An answer follows the format's grammar; one that does not, say
     because it was cut, loses nothing that is readable.
+
+    answer: which one it is, from which its calls have their ids.
     """
 
-    def __init__(self, calls: CallFormat) -> None:
+    def __init__(self, calls: CallFormat, answer: str) -> None:
         self._as_asked = calls
+        self._answer = answer
         self._format = calls.format
         self._tools = calls.tools
         self._rest = ""
@@ -152,7 +155,7 @@ class CallReader:
         self._skip(at + len(self._format.middle))
         self.count += 1
         self.whole = False
-        self._calls.append(CallDelta(index, id=self._format.new_id(), name=name))
+        self._calls.append(CallDelta(index, id=self._format.id_of(f"{self._answer}.{index}"), name=name))
         if made is None:
             yield from self._object(index)
         elif isinstance(made, Bare):
@@ -408,9 +411,9 @@ class TextReader:
 AnswerReader = CallReader | TextReader
 
 
-def answer_reader(calls: CallFormat | None) -> AnswerReader:
-    """For one answer."""
-    return TextReader() if calls is None else CallReader(calls)
+def answer_reader(calls: CallFormat | None, answer: str) -> AnswerReader:
+    """For one answer, by its request's id and its choice."""
+    return TextReader() if calls is None else CallReader(calls, answer)
 
 
 def _held(text: str, marker: str, *, space: bool = True) -> int:

@@ -7,9 +7,11 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+from msgspec.structs import replace as replaced
 
 from onebase_engine.engine.messages import Grammar, Pooling, RowOutput, Sampling, Submit, TokenLogprob
 from onebase_server.adapters.catalog import AdapterChoice
@@ -33,9 +35,12 @@ from onebase_server.generation.stream import (
     prompt_tokens,
 )
 from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.generation.transcript import Ended, Opening, Record, Transcript, line, refused
 from onebase_server.processes.supervisor import EngineSupervisor
 
 _IN_VLLM = {"cancelled": "abort"}
+_AT_ONCE = 64
+"""Outputs of a transcript that are read while others wait."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class Job:
     """Of each choice, the tokens after the prompt that are scored."""
     goes_on: bool = False
     """See Inflight."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    """Seconds since 1970."""
 
     @property
     def tells_prompt(self) -> bool:
@@ -129,6 +136,15 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{secrets.token_hex(12)}"
 
 
+def opening(job: Job) -> Opening:
+    """What a transcript begins with."""
+    sampling = job.sampling
+    names = [f"{use.name}@{use.digest}" for use in job.adapter.uses]
+    return Opening(
+        id=job.id, created=job.created, seed=sampling.seed, max_tokens=sampling.max_tokens, adapters=names
+    )
+
+
 class Meter(Protocol):
     """Whoever counts what a request takes."""
 
@@ -151,6 +167,7 @@ class Run:
         stream_limit: outputs per choice that may wait for a slow reader; None is for callers that are always
             read (answers in one piece).
         on_cut: called when a slow reader is cut off.
+        begun: of each prompt, see Submit; None: nothing has begun.
         meter: told what it took: what its answer says, or what was computed if that was not read to its end.
     """
 
@@ -162,16 +179,23 @@ class Run:
         on_cut: Callable[[], None] = lambda: None,
         *,
         meter: Meter,
+        begun: Sequence[dict[int, list[int]]] | None = None,
     ) -> None:
         self.job = job
         self._meter = meter
         self._with_engine = self._with_reader = False
         self._metered = True
         self._supervisor = supervisor
-        submits = [self._submit(index, prompt) for index, prompt in enumerate(job.prompts)]
+        # The id of an answer that goes on was told by a client: another request may have it.
+        self._id = job.id if begun is None else new_id("resumed-")
+        submits = [
+            self._submit(index, prompt, None if begun is None else begun[index])
+            for index, prompt in enumerate(job.prompts)
+        ]
         self._prompt_of = {submit.id: index for index, submit in enumerate(submits)}
         self._cached_known: set[int] = set()
         self.usage = Usage(prompt=sum(map(prompt_tokens, submits)))
+        submits = [submit for submit in submits if submit.choices]
         limit = (stream_limit or 2**31) * job.choices
         self._inflight = Inflight(
             submits,
@@ -193,6 +217,10 @@ class Run:
         Raises UnavailableError, EngineRestartedError, QueueFullError, InvalidRequestError,
         AdapterDeletedError, CrashesEngineError.
         """
+        if not self._inflight.submits:  # all was generated elsewhere
+            self._with_reader, self._metered = True, False
+            self._meter.rows_ended()
+            return
         if self.job.adapter.uses:
             job = self.job
             self._lease = residency.lease(job.adapter.uses, on_revoked=self._fail, tenant=job.tenant)
@@ -262,12 +290,14 @@ class Run:
                 self.cancel()
             self.leave()
 
-    def _submit(self, index: int, prompt: Prompt) -> Submit:
-        job = self.job
+    def _submit(self, index: int, prompt: Prompt, begun: dict[int, list[int]] | None) -> Submit:
+        job, sampling = self.job, self.job.sampling
+        if begun and all(begun.values()):  # then the prompt's were told
+            sampling = replaced(sampling, prompt_logprobs=None)
         return Submit(
-            id=f"{job.id}.{index}",
+            id=f"{self._id}.{index}",
             prompt=prompt.tokens,
-            sampling=job.sampling,
+            sampling=sampling,
             adapters=list(job.adapter.refs),
             n=job.n,
             tenant=job.tenant,
@@ -276,6 +306,7 @@ class Run:
             grammar=job.grammar,
             pooling=job.pooling,
             branches=[list(branch) for branch in job.branches],
+            begun=begun,
         )
 
 
@@ -307,7 +338,13 @@ class Reading(Run):
 
 
 class Generation(Run):
-    """A job that generates. `pieces` yields what became certain, step by step."""
+    """A job that generates. `pieces` yields what became certain, step by step.
+
+    Args:
+        transcript: what it goes on from; `job` is as it says.
+        begun: what `begun_of` makes of it.
+        telling: as which request of its stream it tells a transcript; None: it tells none.
+    """
 
     def __init__(
         self,
@@ -318,17 +355,43 @@ class Generation(Run):
         on_cut: Callable[[], None] = lambda: None,
         *,
         meter: Meter,
+        transcript: Transcript | None = None,
+        begun: Sequence[dict[int, list[int]]] | None = None,
+        telling: int | None = None,
     ) -> None:
-        super().__init__(supervisor, job, stream_limit, on_cut, meter=meter)
+        super().__init__(supervisor, job, stream_limit, on_cut, meter=meter, begun=begun)
         self._tokenizer = tokenizer
-        self._choices = [self._choice(index) for index in range(job.choices)]
+        self._choices = [_choice(job, index, tokenizer) for index in range(job.choices)]
+        self._transcript = transcript
+        self._telling = telling
+        self._told: list[Record] = []
+        self.ended: Ended | None = None if transcript is None else transcript.ended
+        """Set with the last piece."""
+        if transcript is None:
+            self._tell(opening(job))
         self._echoed: set[int] = set()
         self.prompt_logprobs: dict[int, list[TokenLogprob]] = {}
         """By the prompt's number, if they were asked for: of its tokens but the first."""
 
+    def _tell(self, told: Record) -> None:
+        if self._telling is not None:
+            self._told.append(told)
+
+    def take_told(self) -> bytes:
+        """The transcript's line for what the pieces since the last call were made of; empty for nothing."""
+        told, self._told = self._told, []
+        return line(told, self._telling or 0) if told else b""
+
+    @property
+    def ended_at(self) -> int:
+        """Seconds since 1970; 0: it goes on."""
+        return 0 if self.ended is None else self.ended.at
+
     @property
     def timing(self) -> Timing:
         """So far."""
+        if self.ended is not None:
+            return Timing(self.ended.queue_s, self.ended.ttft_s, self.ended.decode_s)
         moments = self.moments
         timing = Timing(queue_s=max(0.0, moments.begun - moments.submitted))
         if moments.first:
@@ -343,11 +406,20 @@ class Generation(Run):
         CrashesEngineError when it dies under this request again, SlowReaderError and ClientGoneError.
         """
         with self._being_read():
+            for number, made in enumerate([] if self._transcript is None else self._transcript.outputs):
+                if pieces := [piece for one in made for piece in self._feed(one, int(one.id))]:
+                    yield pieces
+                if number % _AT_ONCE == 0:
+                    await asyncio.sleep(0)
             while self._open:
                 made = await self._inflight.take()
-                pieces = [piece for output in made for piece in self._feed(output)]
-                if pieces:
+                if self._telling is not None:
+                    self._tell([replaced(one, id=str(self._prompt_of[one.id])) for one in made])
+                if pieces := [piece for one in made for piece in self._feed(one, self._prompt_of[one.id])]:
                     yield pieces
+            if self.ended is None:
+                self.ended = Ended(**vars(self.timing), at=int(time.time()))
+                self._tell(self.ended)
 
     async def collect(self) -> list[Piece]:
         """The whole of each choice, in order."""
@@ -361,24 +433,7 @@ class Generation(Run):
                 target.finish_reason, target.stop = piece.finish_reason, piece.stop
         return whole
 
-    def _choice(self, index: int) -> Choice:
-        job = self.job
-        offset = len(self._echo_text(job.prompts[index // job.n])) if job.echo else 0
-        return Choice(
-            index,
-            self._tokenizer.pieces(job.calls.format.shown if job.calls else frozenset()),
-            job.stops,
-            min_tokens=job.sampling.min_tokens,
-            offset=offset,
-            discard_tokens=job.scores_only,
-            with_ids=job.token_ids,
-        )
-
-    def _echo_text(self, prompt: Prompt) -> str:
-        return self._tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
-
-    def _feed(self, output: RowOutput) -> list[Piece]:
-        prompt = self._prompt_of[output.id]
+    def _feed(self, output: RowOutput, prompt: int) -> list[Piece]:
         choice = self._choices[prompt * self.job.n + output.choice]
         if choice.finish_reason is not None:
             return []
@@ -411,7 +466,49 @@ class Generation(Run):
         if self.job.sampling.prompt_logprobs is not None:
             logprobs = self.prompt_logprobs.get(prompt, [])
             tokens = prompt_token_infos(source.tokens, logprobs, self._tokenizer.pieces())
-        return [Piece(choice.index, self._echo_text(source), tokens), *pieces]
+        return [Piece(choice.index, _echo_text(source, self._tokenizer), tokens), *pieces]
+
+
+def _choice(job: Job, index: int, tokenizer: BaseTokenizer) -> Choice:
+    offset = len(_echo_text(job.prompts[index // job.n], tokenizer)) if job.echo else 0
+    return Choice(
+        index,
+        tokenizer.pieces(job.calls.format.shown if job.calls else frozenset()),
+        job.stops,
+        min_tokens=job.sampling.min_tokens,
+        offset=offset,
+        discard_tokens=job.scores_only,
+        with_ids=job.token_ids,
+    )
+
+
+def _echo_text(prompt: Prompt, tokenizer: BaseTokenizer) -> str:
+    return tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
+
+
+def begun_of(job: Job, transcript: Transcript, tokenizer: BaseTokenizer) -> list[dict[int, list[int]]]:
+    """Of each prompt the tokens of the choices that have not ended: of a long transcript in 0.1 s.
+
+    Raises InvalidRequestError.
+    """
+    choices = [_choice(job, index, tokenizer) for index in range(job.choices)]
+    tokens: list[list[int]] = [[] for _ in choices]
+    over: set[int] = set()
+    for output in transcript.all():
+        index = int(output.id) * job.n + output.choice
+        if index in over:
+            continue
+        if job.stops:
+            choices[index].feed(output)
+        tokens[index] += output.tokens
+        if output.finish is not None or choices[index].stopped_here:
+            over.add(index)
+    if any(len(some) >= job.sampling.max_tokens for n, some in enumerate(tokens) if n not in over):
+        raise refused("has more tokens than the request asks for")
+    return [
+        {n: tokens[p * job.n + n] for n in range(job.n) if p * job.n + n not in over}
+        for p in range(len(job.prompts))
+    ]
 
 
 @contextlib.asynccontextmanager

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
+
 from onebase_adapters.format.config import CLASSIFIERS
 from onebase_adapters.training.data.rows import plain_tool
 from onebase_engine.engine.messages import BaseInfo, Sampling
@@ -22,6 +24,7 @@ from onebase_server.generation.call_reader import CallFormat
 from onebase_server.generation.generation import Job, Prompt, in_time, new_id
 from onebase_server.generation.tokenization import BaseTokenizer, Conversation, and_give_memory_back
 from onebase_server.generation.tool_format import NO_ARGUMENTS, Tool
+from onebase_server.generation.transcript import Transcript, refused
 from onebase_server.http.schemas.generation import (
     SEED_BITS,
     AdapterFields,
@@ -171,6 +174,48 @@ class Planner:
         )
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=check_generates(await self.choose(body.model, body, job)))
+
+    async def resumed(self, job: Job, transcript: Transcript, seconds: float) -> Job:
+        """The job as it was where it began, so many seconds ago: its versions, its seed, its id.
+
+        Raises UnknownAdapterError, ConflictError where a version is not there any more, InvalidRequestError.
+        """
+        base, told, sampling = self.base(), transcript.opening, job.sampling
+        if told.max_tokens > sampling.max_tokens:
+            raise refused("has more tokens than the request may have here")
+        await self._threads.run(
+            transcript.check,
+            [len(prompt.tokens) for prompt in job.prompts],
+            job.n,
+            base.vocab_size,
+            sampling.logprobs is not None,
+            sampling.prompt_logprobs is not None,
+        )
+        return replace(
+            job,
+            id=told.id,
+            created=told.created,
+            sampling=msgspec.structs.replace(
+                sampling,
+                seed=told.seed,
+                max_tokens=told.max_tokens,
+                min_tokens=min(sampling.min_tokens, told.max_tokens),
+            ),
+            adapter=check_generates(await self._told_versions(job, told.adapters)),
+            deadline=None if job.deadline is None else job.deadline - seconds,
+        )
+
+    async def _told_versions(self, job: Job, told: Sequence[str]) -> AdapterChoice:
+        """Those of a transcript, by the names that the request has for them."""
+        uses, refs = job.adapter.uses, job.adapter.refs
+        if [use.name for use in uses] != [one.rpartition("@")[0] for one in told]:
+            raise refused("is of other adapters")
+        if not uses:
+            return job.adapter
+        if isinstance(job.adapter.label, str):
+            return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose(told[0]))
+        terms = [(one, ref.weight) for one, ref in zip(told, refs, strict=True)]
+        return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose_sum(terms))
 
     @property
     def base_name(self) -> str:

@@ -66,7 +66,7 @@ class Inflight:
     ) -> None:
         self.goes_on = goes_on
         self.submits = tuple(submits)
-        self.open_rows = {submit.id: submit.n for submit in submits}
+        self.open_rows = {submit.id: len(submit.choices) for submit in submits}
         self._unseen = {submit.id: prompt_tokens(submit) for submit in submits}
         self.computed = Usage()
         """What the engine has done for it, also what nobody read."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Literal
 
 from onebase_engine.engine.grammars import WHITESPACE
@@ -93,12 +93,14 @@ class ToolFormat:
     def parallel(self) -> bool:
         return self.between is not None
 
-    def new_id(self) -> str:
-        """For a call that is answered."""
+    def id_of(self, call: str) -> str:
+        """For a call that is answered, by where it stands: a stream that is resumed has the same."""
+        digest = blake2b(call.encode(), digest_size=12)
         if HOLE in self.closing + (self.between or ""):
-            letters = string.ascii_letters + string.digits
-            return "".join(secrets.choice(letters) for _ in range(ID_CHARACTERS))
-        return f"call_{secrets.token_hex(12)}"
+            letters, left = string.ascii_letters + string.digits, int(digest.hexdigest(), 16)
+            size = len(letters)
+            return "".join(letters[left // size**place % size] for place in range(ID_CHARACTERS))
+        return f"call_{digest.hexdigest()}"
 
     # ---- the grammar ------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
 from fastapi import Depends, Request, Response
@@ -30,6 +30,7 @@ from onebase_server.generation.kept_responses import KeptResponses
 from onebase_server.generation.planner import Planner
 from onebase_server.generation.reading import ReadingPlanner
 from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.generation.transcript import HEADER, asked
 from onebase_server.http import strict_json
 from onebase_server.http.schemas.wire import validation_error
 from onebase_server.http.views.adapters import AdapterViews
@@ -63,6 +64,15 @@ CALLER = "onebase.caller"
 """Key of a request's Caller in its ASGI scope."""
 TICKET = "onebase.ticket"
 """Key of a Ticket there, of a request for text."""
+TRANSCRIPT = "onebase.transcript"
+"""Key of what came with the body, once that was read; None where its stream is to tell no transcript."""
+
+
+class Told(NamedTuple):
+    """The transcript of a request so far, empty at first, and the seconds since it came first."""
+
+    lines: bytes
+    seconds: float
 
 
 def server_stopping() -> UnavailableError:
@@ -159,6 +169,12 @@ def _ticket(request: Request) -> Ticket:
     return ticket
 
 
+def told_of(request: Request) -> Told | None:
+    """Of a request whose stream is to tell a transcript."""
+    told: Told | None = request.scope.get(TRANSCRIPT)
+    return told
+
+
 Provided = Annotated[Services, Depends(_services)]
 Calling = Annotated[Caller, Depends(_caller)]
 """Whom the request comes from."""
@@ -180,6 +196,14 @@ class _StrictRequest(Request):
     def __init__(self, scope: Scope, receive: Receive, field: Any) -> None:
         super().__init__(scope, receive)
         self._field = field
+
+    async def body(self) -> bytes:
+        """Without the transcript that may follow what the request asks."""
+        if TRANSCRIPT not in self.scope:
+            whole, own = await super().body(), asked(self.headers.get(HEADER, ""))
+            self.scope[TRANSCRIPT] = None if own is None else Told(whole[own[0] :], own[1])
+            self._body = whole if own is None else whole[: own[0]]
+        return await super().body()
 
     async def json(self) -> Any:
         """The body's value; of a long one what it must be, which FastAPI takes as it is."""

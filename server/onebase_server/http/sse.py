@@ -12,6 +12,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError
+from onebase_server.generation.transcript import HEADER
 
 ABORT_EXTENSION = "onebase.abort"
 """ASGI extension: a call that drops the connection and its unsent bytes at once."""
@@ -53,12 +54,17 @@ class EventStream(Response):
 
     The status line waits for the first event: until then an error is still an HTTP error. A caller
     who leaves cancels what runs; one who does not read is cut off, and the engine never waits.
+
+    tells: whether its events have a transcript between them.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, run: Cancellable, events: AsyncGenerator[bytes], seconds: float) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(
+        self, run: Cancellable, events: AsyncGenerator[bytes], seconds: float, *, tells: bool = False
+    ) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers | ({HEADER: "1"} if tells else {}))
         del self.headers["content-length"]
         self._run = run
         self._events = events
@@ -107,6 +113,15 @@ async def guarded(
         yield end
 
 
+async def with_transcript(
+    events: AsyncGenerator[bytes], take_told: Callable[[], bytes]
+) -> AsyncGenerator[bytes]:
+    """The events, each with the lines of the transcript before it that it was made of."""
+    async with contextlib.aclosing(events):
+        async for chunk in events:
+            yield take_told() + chunk
+
+
 @contextlib.contextmanager
 def cancelled_when_gone(receive: Receive, run: Cancellable) -> Iterator[None]:
     """While this is open, a caller who closes the connection cancels what runs."""
@@ -124,11 +139,18 @@ def cancelled_when_gone(receive: Receive, run: Cancellable) -> Iterator[None]:
 
 
 class Merged:
-    """Events of several sources in one stream, as they come. The first error of a source ends all."""
+    """Events of several sources in one stream, as they come. The first error of a source ends all.
 
-    def __init__(self, sources: Sequence[AsyncGenerator[bytes]], end: bytes) -> None:
+    Args:
+        order: which source comes first, second and so on, before they come as they do.
+    """
+
+    def __init__(
+        self, sources: Sequence[AsyncGenerator[bytes]], end: bytes, order: Sequence[int] = ()
+    ) -> None:
         self._sources = sources
         self._end = end
+        self._order = order
         self._tasks: list[asyncio.Task[None]] = []
         self._gone = False
 
@@ -143,6 +165,15 @@ class Merged:
 
         Raises what a source raises, and ClientGoneError.
         """
+        try:
+            for number in self._order:
+                if self._gone:
+                    raise ClientGoneError()
+                yield await anext(self._sources[number], b"")
+        except BaseException:
+            for source in self._sources:
+                await source.aclose()
+            raise
         # Few may wait here: what a slow reader leaves must fill the mailboxes of its requests.
         waiting: asyncio.Queue[bytes] = asyncio.Queue(len(self._sources))
 

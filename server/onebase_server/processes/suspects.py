@@ -42,12 +42,13 @@ class _Record:
 
 
 def fingerprint(request: Inflight) -> bytes:
-    """Of versions, token ids and sampling settings; not of the seed, which the api draws for each retry."""
+    """Of versions, prompts and sampling settings; not of the seed, which the api draws for each retry, nor of
+    what it goes on from."""
     content = []
     for submit in request.submits:
         bias = dict(sorted(submit.sampling.logit_bias.items()))
         sampling = msgspec.structs.replace(submit.sampling, seed=0, logit_bias=bias)
-        content.append(msgspec.structs.replace(submit, id="", sampling=sampling))
+        content.append(msgspec.structs.replace(submit, id="", sampling=sampling, begun=None))
     return blake2b(msgspec.msgpack.encode(content), digest_size=16).digest()
 
 

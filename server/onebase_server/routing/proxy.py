@@ -7,9 +7,9 @@ to do is read off its `/metrics`, as other gateways do.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
-import re
 import signal
 import socket
 import time
@@ -25,7 +25,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from onebase._core.metrics import parse_metrics
 from onebase_server.errors import InvalidRequestError, OneBaseError, PayloadTooLargeError, UnavailableError
+from onebase_server.generation.transcript import HEADER
 from onebase_server.http.door import CHANGE, Door
 from onebase_server.http.refusals import error_json, is_anthropic, refusal
 from onebase_server.http.request_id import request_id
@@ -33,6 +35,7 @@ from onebase_server.http.server import QuietServer, uvicorn_config
 from onebase_server.http.sse import DONE, connection_abort
 from onebase_server.metrics import CONTENT_TYPE
 from onebase_server.routing.placement import NoReplicaError, Placement, Report
+from onebase_server.routing.resumption import DiffersError, Kept, Room
 from onebase_server.settings import Settings
 
 LOOK_SECONDS = 0.5
@@ -48,6 +51,10 @@ _MOST_BROKEN = 2
 """Servers that one request may break: what ends one would end the next."""
 _MOST_WAITING = 256
 """Requests that wait for a first server: each has its body in memory."""
+_MOST_HELD = 1 << 30
+"""Bytes of bodies, and of streams' transcripts, that are held at once."""
+_BEHIND_SECONDS = 5.0
+"""By which a client must be behind its server to be the cause of a break."""
 _MOST_REFUSED = 3
 """Servers that are asked again where one has no room, or does not know an adapter."""
 _KEPT_ALIVE = (
@@ -77,13 +84,13 @@ _OURS = frozenset(
     {
         b"host", b"expect", b"x-request-id",
         b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-port", b"x-forwarded-proto",
-        b"x-real-ip", CHANGE,
+        b"x-real-ip", CHANGE, HEADER.encode(),
         b"origin", b"sec-fetch-site",
     }
 )  # fmt: skip
 """Headers of a request that servers are told by us, or that `Door` has checked: they go by another name."""
-_DATE = frozenset({b"date"})
-"""Of an answer, which gets its own."""
+_NOT_PASSED = frozenset({b"date", HEADER.encode()})
+"""Of an answer, which gets its own date."""
 _OF_ONE_SERVER = ("/pause", "/resume", "/is_paused", "/status", "/server_info", "/get_world_size")
 _KEPT_BY_ONE = b"response_not_found"
 _LEARNT = (b"model_not_found", b"adapter_not_found")
@@ -98,16 +105,16 @@ _TEXT = frozenset(
 )  # fmt: skip
 """Paths of requests that may be sent again to another server, whatever came of the first."""
 
-_SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)(?: \S+)?")
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-_ESCAPED = re.compile(r"\\(.)")
+_OF_BASES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:max_gpu_lora_adapters")
+_TOLD = (*_OF_BASES, "vllm:lora_adapter_loaded", "vllm:lora_requests_info", "onebase_max_rows")
+"""Metrics that are read."""
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 def replica_lost() -> UnavailableError:
-    """The server that was answering is gone; nothing is known of its answer but what was passed on."""
+    """The server that was answering is gone, and no other can go on with what was passed on."""
     return UnavailableError(
         "The server that was answering has gone. Send the request again.",
         code="replica_lost",
@@ -214,51 +221,28 @@ def _beginning(fields: _Body) -> str | None:
 def read_report(text: str) -> tuple[Report, frozenset[str]]:
     """A server's metrics as a report, and the names of its base. Raises ValueError for what has none.
 
-    The text may be anything: KeyError and OverflowError are raised too. It is read here since servers with
-    many adapters have thousands of lines, twice a second: prometheus_client takes ten times as long.
+    The text may be anything: KeyError, OverflowError and InvalidResponseError are raised too.
     """
-    found: dict[str, float] = {}
-    slots: dict[str, bool] = {}
-    host: set[str] = set()
-    running: set[str] = set()
-    bases: set[str] = set()
-    wanted = (
-        "vllm:num_requests_", "vllm:lora_adapter_loaded{", "vllm:lora_requests_info{", "onebase_max_rows",
-        "vllm:max_gpu_lora_adapters",
-    )  # fmt: skip
-    for line in text.split("\n"):
-        if not line.startswith(wanted):
-            continue
-        sample = _SAMPLE.fullmatch(line)
-        if sample is None:
-            raise ValueError(f"no sample of a metric: {line[:80]!r}")
-        name, inside, value = sample.groups()
-        labels = {key: _ESCAPED.sub(_unescaped, text) for key, text in _LABEL.findall(inside or "")}
-        if name == "vllm:lora_adapter_loaded":
-            if labels.get("level") == "gpu":
-                slots[labels["adapter_name"]] = False
-            else:
-                host.add(labels["adapter_name"])
-        elif name == "vllm:lora_requests_info":
-            running |= set(labels.get("running_lora_adapters", "").split(","))
-        else:
-            found[name] = float(value)
-            bases |= {labels["model_name"]} if "model_name" in labels else set()
-    if "vllm:num_requests_running" not in found:
+    told = parse_metrics(text, _TOLD)
+    if "vllm:num_requests_running" not in told.samples:
         raise ValueError("no vllm:num_requests_running among the metrics")
+    slots: set[str] = set()
+    host: set[str] = set()
+    for labels, _ in told.of("vllm:lora_adapter_loaded"):
+        (slots if labels.get("level") == "gpu" else host).add(labels["adapter_name"])
+    running: set[str] = set()
+    for labels, _ in told.of("vllm:lora_requests_info"):
+        running |= set(labels.get("running_lora_adapters", "").split(","))
     report = Report(
-        rows=max(1, int(found.get("onebase_max_rows", 32))),
-        slots=int(found.get("vllm:max_gpu_lora_adapters", 0)),
+        rows=max(1, int(told.total("onebase_max_rows") or 32)),
+        slots=int(told.total("vllm:max_gpu_lora_adapters")),
         in_slots={name: name in running for name in slots},
         in_host=host,
-        waiting=int(found.get("vllm:num_requests_waiting", 0)),
-        running=int(found["vllm:num_requests_running"]),
+        waiting=int(told.total("vllm:num_requests_waiting")),
+        running=int(told.total("vllm:num_requests_running")),
     )
+    bases = {name for metric in _OF_BASES for name in told.by(metric, "model_name") if name}
     return report, frozenset(bases)
-
-
-def _unescaped(found: re.Match[str]) -> str:
-    return "\n" if found[1] == "n" else found[1]
 
 
 @dataclass
@@ -287,6 +271,7 @@ class Route:
         max_body: bytes of a body that is read for its adapter; larger ones of other kinds pass through.
         listed: the servers from now on, asked before each look; None where they stay the same.
         wait: seconds that a request waits for a server where there is none.
+        most_held: bytes of bodies, and of streams' transcripts, that are held at once.
     """
 
     def __init__(
@@ -298,18 +283,20 @@ class Route:
         clock: Callable[[], float] = time.monotonic,
         listed: Callable[[], Sequence[str] | None] = lambda: None,
         wait: float = 0.0,
+        most_held: int = _MOST_HELD,
     ) -> None:
+        self.room = Room(max(most_held, max_body))
         self.replicas: dict[str, Replica] = {}
         self.placement = Placement()
-        self._clock = clock
+        self.clock = clock
         self._listed = listed
         self._wait = wait
         self._came = anyio.Event()
         self._leaving: set[asyncio.Task[None]] = set()
         self._headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
         self._max_body = max_body
-        self._change = 0
-        """The registry's last change that an answer was as of: none that follows is older."""
+        self.change = 0
+        """The registry's last change that an answer knew of: none that follows knows less."""
         self._trust = httpx2.create_ssl_context(trust_env=False)
         self._known = CollectorRegistry()
         self._ready = Gauge(
@@ -317,7 +304,10 @@ class Route:
         )
         self._sent = Counter("onebase_route_requests", "Requests sent.", ["replica"], registry=self._known)
         self._again = Counter("onebase_route_retries", "Sent again to another.", registry=self._known)
-        self._lost = Counter("onebase_route_lost", "Answers cut by a server that went.", registry=self._known)
+        self.resumed = Counter(
+            "onebase_route_resumed", "Streams that went on at another server.", registry=self._known
+        )
+        self.lost = Counter("onebase_route_lost", "Answers cut by a server that went.", registry=self._known)
         self._waiting = Gauge(
             "onebase_route_waiting", "Requests that wait for a first server.", registry=self._known
         )
@@ -415,6 +405,15 @@ class Route:
         finally:
             await answer.aclose()
 
+    def note_sent(self, url: str, *, again: bool) -> None:
+        self._sent.labels(url).inc()
+        if again:
+            self._again.inc()
+
+    def note_change(self, told: str) -> None:
+        if told.isdigit() and len(told) < 19:
+            self.change = max(self.change, int(told))
+
     def _is_away(self, replica: Replica, why: str, *, at_once: bool) -> None:
         replica.missed += 1
         replica.why = why
@@ -432,7 +431,7 @@ class Route:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"nobody is let in by {scope['type']}")
-        client = _Client(scope, receive)
+        client = _Client(scope, receive, self.room)
         async with anyio.create_task_group() as group:
             group.start_soon(client.leaves, group.cancel_scope)
             try:
@@ -443,6 +442,7 @@ class Route:
             except ClientDisconnect:
                 pass
             finally:
+                client.give_room_back()
                 group.cancel_scope.cancel()
 
     async def _answer(self, client: _Client) -> ASGIApp:
@@ -473,65 +473,35 @@ class Route:
         self, client: _Client, wanted: Asked, body: bytes | AsyncIterator[bytes], again: bool
     ) -> ASGIApp:
         """The answer of the first server that has one. again: whether one that broke may have computed it."""
-        tried: list[str] = []
-        until = self._clock() + self._wait
-        broken = refused = 0
+        sent = _Sent(self, client, wanted, body, again)
+        until = sent.since + self._wait
         problem: Response | None = None
         while True:
-            now = self._clock()
             try:
-                url = self.placement.place(
-                    wanted.adapter, wanted.tokens, now, prefix=wanted.prefix, but=tried
-                )
+                answer, sending = await sent.next()
             except NoReplicaError:
                 if problem is not None:
                     return problem
-                if not tried and await self._has_come(until - now):
+                if not sent.tried and await self._has_come(until - self.clock()):
                     continue
                 raise UnavailableError(
                     "None of the servers behind this address answers now. Send the request again soon.",
                     code="no_replica",
                     retry_after=2.0,
                 ) from None
-            tried.append(url)
-            self._sent.labels(url).inc()
-            if len(tried) > 1:
-                self._again.inc()
-            replica = self.replicas[url]
-            sending = _Sending(self.placement, self._clock, replica, wanted, now)
-            try:
-                answer = await self._send(client, replica, body)
-            except httpx2.LocalProtocolError as error:
-                sending.refused()
-                raise InvalidRequestError(
-                    "Headers: a server would not take them. Send plain ones.", code="invalid_http"
-                ) from error
-            except httpx2.TransportError as error:
-                begun = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
-                if begun and not isinstance(body, bytes):  # for what it sends, or how slowly
-                    sending.refused()
-                else:
-                    sending.failed()
-                _log.warning("%s broke: %s", url, error or type(error).__name__)
-                broken += begun
-                if begun and (not again or broken >= _MOST_BROKEN):
-                    raise replica_lost() from error
-                continue
-            except BaseException:
-                sending.ended()
-                raise
-            streamed = _is_events(answer)
-            if streamed:
+            if _is_events(answer):
                 sending.answered()
+                if answer.status_code == 200 and HEADER in answer.headers:
+                    return _Stream(answer, sending, sent)
             maybe = answer.status_code in (404, 503) or (again and answer.status_code in (502, 504))
             if not (isinstance(body, bytes) and maybe and _is_short(answer)):
-                return _Passing(answer, sending, self._lost)
+                return _Passing(answer, sending, self.lost)
             problem = await _whole(answer, sending)
             if answer.status_code == 404 and _KEPT_BY_ONE in bytes(problem.body):
                 continue
-            refused += 1
+            sent.refused += 1
             known = answer.status_code == 404 and not any(code in bytes(problem.body) for code in _LEARNT)
-            if known or refused >= _MOST_REFUSED:
+            if known or sent.refused >= _MOST_REFUSED:
                 return problem
 
     async def _has_come(self, seconds: float) -> bool:
@@ -549,32 +519,6 @@ class Route:
             self._waiters -= 1
             self._waiting.dec()
 
-    async def _send(
-        self, client: _Client, replica: Replica, body: bytes | AsyncIterator[bytes]
-    ) -> httpx2.Response:
-        scope = client.request.scope
-        headers = _passed(scope["headers"], _OURS)
-        headers.append((b"x-request-id", request_id(scope).encode("latin-1")))
-        if client.request.client is not None:
-            headers.append((b"x-forwarded-for", client.request.client.host.encode("latin-1", "replace")))
-        headers.append((b"x-forwarded-proto", scope["scheme"].encode()))
-        headers.append((CHANGE, b"%d" % self._change))
-        length = client.request.headers.get("content-length")
-        if not isinstance(body, bytes) and length is not None:
-            headers.append((b"content-length", length.encode("latin-1")))
-        sent = httpx2.Request(
-            client.request.method,
-            replica.url,
-            headers=headers,
-            content=body or None,
-            extensions=_TIMEOUT | {"target": client.target},
-        )
-        answer = await replica.way.handle_async_request(sent)
-        change = answer.headers.get(CHANGE.decode(), "")
-        if change.isdigit() and len(change) < 19:
-            self._change = max(self._change, int(change))
-        return answer
-
 
 async def _leave(replica: Replica) -> None:
     """Close the connections to a server that was taken out, once what goes over them has ended."""
@@ -585,13 +529,126 @@ async def _leave(replica: Replica) -> None:
     await replica.way.aclose()
 
 
+class _Sent:
+    """One request on its way through the servers.
+
+    Args:
+        again: whether it may be sent again where a server that broke may have done it.
+    """
+
+    def __init__(
+        self,
+        route: Route,
+        client: _Client,
+        wanted: Asked,
+        body: bytes | AsyncIterator[bytes],
+        again: bool,
+    ) -> None:
+        self.route = route
+        self.client = client
+        self.since = route.clock()
+        self.tried: list[str] = []
+        self.broken = 0
+        """Servers that broke while they had it."""
+        self.refused = 0
+        self._wanted = wanted
+        self._body = body
+        self._again = again
+
+    async def next(self, transcript: bytes = b"") -> tuple[httpx2.Response, _Sending]:
+        """What the next server answers.
+
+        Raises NoReplicaError, InvalidRequestError, and UnavailableError where too many broke.
+
+        transcript: with which it is to go on; empty: it begins.
+        """
+        route, body = self.route, self._body
+        while True:
+            now = route.clock()
+            wanted = self._wanted
+            url = route.placement.place(
+                wanted.adapter, wanted.tokens, now, prefix=wanted.prefix, but=self.tried
+            )
+            self.tried.append(url)
+            route.note_sent(url, again=len(self.tried) > 1)
+            replica = route.replicas[url]
+            sending = _Sending(route.placement, route.clock, replica, wanted, now)
+            try:
+                return await self._send(replica, transcript, now - self.since), sending
+            except httpx2.LocalProtocolError as error:
+                sending.refused()
+                raise InvalidRequestError(
+                    "Headers: a server would not take them. Send plain ones.", code="invalid_http"
+                ) from error
+            except httpx2.TransportError as error:
+                begun = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
+                if begun and not isinstance(body, bytes):  # for what it sends, or how slowly
+                    sending.refused()
+                else:
+                    sending.failed()
+                _log.warning("%s broke: %s", url, error or type(error).__name__)
+                self.broken += begun
+                if begun and (not self._again or self.broken >= _MOST_BROKEN):
+                    raise replica_lost() from error
+            except BaseException:
+                sending.ended()
+                raise
+
+    async def go_on(self, kept: Kept) -> tuple[httpx2.Response, _Sending]:
+        """A stream of another server, which is the one that broke and goes on. Raises OneBaseError,
+        NoReplicaError."""
+        self.broken += 1
+        while kept.can_go_on and self.broken < _MOST_BROKEN and self.refused < _MOST_REFUSED:
+            answer, sending = await self.next(bytes(kept.transcript))
+            if answer.status_code == 200 and HEADER in answer.headers:
+                sending.answered()
+                self.route.resumed.inc()
+                _log.warning("%s goes on with a stream", sending.url)
+                kept.begin_again()
+                return answer, sending
+            self.refused += 1
+            sending.refused()
+            with anyio.CancelScope(shield=True):
+                await answer.aclose()
+        raise replica_lost()
+
+    async def _send(self, replica: Replica, transcript: bytes, seconds: float) -> httpx2.Response:
+        request, body = self.client.request, self._body
+        scope = request.scope
+        headers = _passed(scope["headers"], _OURS)
+        headers.append((b"x-request-id", request_id(scope).encode("latin-1")))
+        if request.client is not None:
+            headers.append((b"x-forwarded-for", request.client.host.encode("latin-1", "replace")))
+        headers.append((b"x-forwarded-proto", scope["scheme"].encode()))
+        headers.append((CHANGE, b"%d" % self.route.change))
+        length = request.headers.get("content-length")
+        if not isinstance(body, bytes):
+            if length is not None:
+                headers.append((b"content-length", length.encode("latin-1")))
+        elif self._again and body:
+            headers.append((HEADER.encode(), b"%d %.3f" % (len(body), seconds)))
+            body += transcript
+        sent = httpx2.Request(
+            request.method,
+            replica.url,
+            headers=headers,
+            content=body or None,
+            extensions=_TIMEOUT | {"target": self.client.target},
+        )
+        answer = await replica.way.handle_async_request(sent)
+        self.route.note_change(answer.headers.get(CHANGE.decode(), ""))
+        return answer
+
+
 class _Client:
     """Who asks: what it sends, and whether it is still there."""
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
+    def __init__(self, scope: Scope, receive: Receive, room: Room) -> None:
         self.request = Request(scope, receive)
         self.path: str = scope["path"]
         self._receive = receive
+        self._room = room
+        self._held = 0
         self._read = anyio.Event()
         """Its body, or it will not be: what comes now is only that it leaves."""
 
@@ -608,13 +665,26 @@ class _Client:
         return raw + (b"?" + query if query else b"")
 
     async def whole(self, most: int) -> bytes:
-        """The body. Raises PayloadTooLargeError, ClientDisconnect."""
+        """The body. Raises PayloadTooLargeError, UnavailableError, ClientDisconnect."""
         body = bytearray()
         async for piece in self.pieces():
             body += piece
             if len(body) > most:
                 raise PayloadTooLargeError(most)
+            if not self._room.take(len(piece)):
+                raise UnavailableError(
+                    f"Requests that run have {self._room.held >> 20} MB of bodies already, and this address "
+                    f"holds {self._room.most >> 20} MB at once. Send the request again in a moment.",
+                    code="too_many_bodies",
+                    retry_after=1.0,
+                )
+            self._held += len(piece)
         return bytes(body)
+
+    def give_room_back(self) -> None:
+        """Its body is held no more."""
+        self._room.give_back(self._held)
+        self._held = 0
 
     async def pieces(self) -> AsyncGenerator[bytes]:
         """The body as it comes. Raises ClientDisconnect."""
@@ -645,7 +715,7 @@ class _Passing:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = self._answer
-        headers = _passed(answer.headers.raw, _DATE)
+        headers = _passed(answer.headers.raw, _NOT_PASSED)
         length = answer.headers.get("content-length")
         if length is not None and answer.status_code != 304:  # of a body that is not sent
             headers.append((b"content-length", length.encode("latin-1")))
@@ -670,6 +740,83 @@ class _Passing:
             self._sending.refused()
             with anyio.CancelScope(shield=True):
                 await answer.aclose()
+
+
+class _Stream:
+    """Events of a server that tells a transcript: they go on at another where it dies.
+
+    A server cuts off who does not read, and so the route where its client does not: then nothing goes on.
+    """
+
+    def __init__(self, answer: httpx2.Response, sending: _Sending, sent: _Sent) -> None:
+        self._answer = answer
+        self._sending = sending
+        self._sent = sent
+        self._kept = Kept(sent.route.room)
+        self._behind = 0.0
+        """Seconds that the client was waited for, less those that the server was since then."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = _passed(self._answer.headers.raw, _NOT_PASSED)
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            async with contextlib.aclosing(self._events(scope)) as events:
+                async for some in events:
+                    since = self._sent.route.clock()
+                    await send({"type": "http.response.body", "body": some, "more_body": True})
+                    self._behind += self._sent.route.clock() - since
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._kept.give_up()
+            await self._close()
+
+    async def _events(self, scope: Scope) -> AsyncGenerator[bytes]:
+        """Whole events, and in the end an error where no server goes on."""
+        kept = self._kept
+        while True:
+            try:
+                async for piece in self._pieces():
+                    if events := kept.read(piece):
+                        yield events
+                if events := kept.end():
+                    yield events
+                return
+            except httpx2.TransportError as error:
+                if self._behind > _BEHIND_SECONDS:
+                    _log.warning("%s cut off a client that does not read", self._sending.url)
+                    self._sending.refused()
+                    kept.give_up()
+                else:
+                    _log.warning("%s broke in a stream: %s", self._sending.url, error or type(error).__name__)
+                    self._sending.failed()
+            except DiffersError:
+                _log.warning("%s does not go on with the same events", self._sending.url)
+                kept.give_up()
+            await self._close()
+            try:
+                self._answer, self._sending = await self._sent.go_on(kept)
+            except (OneBaseError, NoReplicaError):
+                self._sent.route.lost.inc()
+                yield _lost_event(scope)
+                return
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        """As they come from the server."""
+        clock, pieces = self._sent.route.clock, self._answer.aiter_raw()
+        while True:
+            since = clock()
+            try:
+                piece = await anext(pieces, None)
+            finally:
+                self._behind = max(0.0, self._behind - (clock() - since))
+            if piece is None:
+                return
+            yield piece
+
+    async def _close(self) -> None:
+        self._sending.ended()
+        with anyio.CancelScope(shield=True):
+            await self._answer.aclose()
 
 
 class _Sending:
@@ -729,7 +876,7 @@ async def _whole(answer: httpx2.Response, sending: _Sending) -> Response:
         with anyio.CancelScope(shield=True):
             await answer.aclose()
     made = Response(content, answer.status_code)
-    made.raw_headers = [*_passed(answer.headers.raw, _DATE), (b"content-length", b"%d" % len(content))]
+    made.raw_headers = [*_passed(answer.headers.raw, _NOT_PASSED), (b"content-length", b"%d" % len(content))]
     return made
 
 

@@ -10,8 +10,10 @@ from fastapi import APIRouter, Request, Response
 
 from onebase_server.access import Caller
 from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, status_of
-from onebase_server.generation.generation import Generation, Job
+from onebase_server.generation.generation import Generation, Job, begun_of
 from onebase_server.generation.stream import Moments, Usage
+from onebase_server.generation.transcript import Transcript, line, refused
+from onebase_server.generation.transcript import read as read_transcript
 from onebase_server.http.deps import (
     Admitted,
     Calling,
@@ -20,6 +22,7 @@ from onebase_server.http.deps import (
     StrictRoute,
     json_response,
     off_loop,
+    told_of,
 )
 from onebase_server.http.guard import NOT_ITS_FAULT, needs
 from onebase_server.http.schemas.answers import (
@@ -47,6 +50,7 @@ from onebase_server.http.sse import (
     cancelled_when_gone,
     connection_abort,
     guarded,
+    with_transcript,
 )
 from onebase_server.http.views.generation import (
     ChatView,
@@ -86,37 +90,70 @@ async def generate_many(
     """Several requests over one connection, from one batch: each event says which of them it is about."""
     services.refuse_if_draining()
     ticket.give_back()  # each of them counts by itself
-    sources = [_events_of(number, one, request, services, caller) for number, one in enumerate(body.bodies)]
-    merged = Merged(sources, DONE)
-    return EventStream(merged, merged.events(), services.settings.max_timeout)
+    told = told_of(request)
+    lines = b"" if told is None else told.lines
+    transcripts, order = await services.reading.run(read_transcript, lines) if lines else ({}, [])
+    if any(number >= len(body.bodies) for number in order):
+        raise refused("is of another request")
+    sources = []
+    for number, one in enumerate(body.bodies):
+        source = _Source(number, one, transcripts.get(number), told and told.seconds, order.count(number))
+        sources.append(_events_of(source, request, services, caller))
+    merged = Merged(sources, DONE, order)
+    return EventStream(merged, merged.events(), services.settings.max_timeout, tells=told is not None)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One of several requests.
+
+    Args:
+        seconds: since it came first; None where it tells no transcript.
+        again: how many times it had something to say in its transcript.
+    """
+
+    number: int
+    body: GenerateRequest | OneBaseError
+    transcript: Transcript | None
+    seconds: float | None
+    again: int
+
+    def told(self, generation: Generation | None, times: int) -> bytes:
+        """The transcript's line before what it has to say for that time, empty or not: it tells the order."""
+        if self.seconds is None or times <= self.again:
+            return b""
+        told = b"" if generation is None else generation.take_told()
+        return told or line([], self.number)
 
 
 async def _events_of(
-    number: int,
-    body: GenerateRequest | OneBaseError,
-    request: Request,
-    services: Services,
-    caller: Caller,
+    source: _Source, request: Request, services: Services, caller: Caller
 ) -> AsyncGenerator[bytes]:
     """Of one of several requests, its error too. Raises ClientGoneError, SlowReaderError."""
-    view, begun = GenerateView(services.tokenizer, number), False
+    view, times = GenerateView(services.tokenizer, source.number), 0
+    body, transcript = source.body, source.transcript
     ticket = generation = None
     try:
         ticket = services.limiter.enter(caller)
         if isinstance(body, OneBaseError):
             raise body
         job = await services.planner.generate(body, caller)
-        generation = await begin(request, services, ticket, job, stream=True)
+        if transcript is not None:
+            job = await services.planner.resumed(job, transcript, source.seconds or 0.0)
+        telling = None if source.seconds is None else source.number
+        generation = await begin(
+            request, services, ticket, job, stream=True, transcript=transcript, telling=telling
+        )
         async for chunk in view.events(generation):
-            begun = True
-            yield chunk
+            times += 1
+            yield source.told(generation, times) + chunk
         generation = None
     except (ClientGoneError, SlowReaderError):
         raise
     except OneBaseError as error:
-        if ticket is not None and not begun and status_of(error)[0] in NOT_ITS_FAULT:
+        if ticket is not None and not times and status_of(error)[0] in NOT_ITS_FAULT:
             ticket.give_back()
-        yield view.failure(error)
+        yield source.told(generation, times + 1) + view.failure(error)
     finally:
         if generation is not None:
             generation.cancel()
@@ -202,20 +239,45 @@ async def answer_job(
 
     Raises what `begin` and Generation.pieces raise.
     """
-    generation = await begin(request, services, ticket, job, stream=bool(stream))
+    told = told_of(request) if stream else None
+    transcript = None
+    if told is not None and told.lines:
+        transcript = (await services.reading.run(read_transcript, told.lines))[0].get(0)
+        if transcript is None:
+            raise refused("is of another request")
+        job = await services.planner.resumed(job, transcript, told.seconds)
+    number = None if told is None else 0
+    generation = await begin(
+        request, services, ticket, job, stream=bool(stream), transcript=transcript, telling=number
+    )
     if stream:
         events = guarded(view.events(generation), view.failure, view.closing)
-        return EventStream(generation, events, job.timeout_s or 0.0)
+        if told is not None:
+            events = with_transcript(events, generation.take_told)
+        return EventStream(generation, events, job.timeout_s or 0.0, tells=told is not None)
     with cancelled_when_gone(request.receive, generation):
         choices = await generation.collect()
     return json_response(view.answer(generation, choices))
 
 
 async def begin(
-    request: Request, services: Services, ticket: Ticket, job: Job, *, stream: bool
+    request: Request,
+    services: Services,
+    ticket: Ticket,
+    job: Job,
+    *,
+    stream: bool,
+    transcript: Transcript | None = None,
+    telling: int | None = None,
 ) -> Generation:
-    """The job, with the engine. Raises what Ticket.admit and Generation.start raise."""
+    """The job, with the engine. Raises what Ticket.admit and Generation.start raise.
+
+    transcript, telling: see Generation.
+    """
     services.refuse_if_draining()
+    begun = None
+    if transcript is not None:
+        begun = await services.reading.run(begun_of, job, transcript, services.tokenizer)
     ticket.admit(job.tokens_set_aside, job.choices)
     base = services.catalog.base_name
     spans = services.tracing.of_request(job, request.scope, base, stream=stream)
@@ -226,6 +288,9 @@ async def begin(
         services.settings.stream_buffer if stream else None,
         on_cut=connection_abort(request.scope),
         meter=JobMeter(ticket, services.usage, services.measured, job, spans),
+        transcript=transcript,
+        begun=begun,
+        telling=telling,
     )
     await generation.start(services.residency)
     ticket.leave = generation.leave

@@ -58,9 +58,9 @@ async def respond(
         if body.store is not False and not caller.background:
             asked = msgspec.json.encode(kept_items(items))
             made = KeptResponse(msgspec.json.encode(response), asked)
-            responses.keep(caller.tenant, job.id, made)
+            responses.keep(caller.tenant, response["id"], made)
 
-    view = ResponseView(services.tokenizer, body, job, keep)
+    view = ResponseView(services.tokenizer, body, keep)
     return await answer_job(request, services, ticket, job, view, body.stream)
 
 

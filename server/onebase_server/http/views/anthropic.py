@@ -32,7 +32,7 @@ class MessageView(GenerationView):
 
     def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
         (piece,) = choices
-        reader = answer_reader(generation.job.calls)
+        reader = answer_reader(generation.job.calls, generation.job.id)
         said = reader.feed(piece.text, end=True)
         content: list[Json] = [_text_block(said.content)] if said.content else []
         for call in whole_calls(said.calls):
@@ -41,7 +41,7 @@ class MessageView(GenerationView):
         return {**self._head(generation, content), **_stop(piece, reader)}
 
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
-        blocks = _Blocks(answer_reader(generation.job.calls))
+        blocks = _Blocks(answer_reader(generation.job.calls, generation.job.id))
         chunk = b""
         begun = False
         async for pieces in generation.pieces():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -87,7 +86,7 @@ class _Readers:
     """Of the choices in one answer."""
 
     def __init__(self, job: Job) -> None:
-        self._readers = [answer_reader(job.calls) for _ in range(job.choices)]
+        self._readers = [answer_reader(job.calls, f"{job.id}.{index}") for index in range(job.choices)]
 
     def read(self, piece: Piece) -> Said:
         """What is certain with a piece."""
@@ -274,7 +273,6 @@ class OpenAIView(GenerationView):
     def __init__(self, tokenizer: BaseTokenizer, model: str, usage: UsageInStream) -> None:
         super().__init__(tokenizer)
         self._model = model
-        self._created = int(time.time())
         self._usage = usage
 
     @abstractmethod
@@ -370,7 +368,8 @@ class OpenAIView(GenerationView):
         choice["token_ids"] = piece.ids
 
     def _head(self, generation: Generation, kind: str) -> Json:
-        return {"id": generation.job.id, "object": kind, "created": self._created, "model": self._model}
+        job = generation.job
+        return {"id": job.id, "object": kind, "created": job.created, "model": self._model}
 
 
 def openai_usage(usage: Usage) -> Json:

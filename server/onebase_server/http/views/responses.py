@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 from onebase_server.errors import OneBaseError, status_of
 from onebase_server.generation.call_reader import CallDelta, answer_reader
-from onebase_server.generation.generation import Generation, Job, new_id
+from onebase_server.generation.generation import Generation, Job
 from onebase_server.generation.stream import Piece, TokenInfo, Usage
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.schemas.responses import FlatToolChoice, ResponsesRequest
@@ -27,7 +27,8 @@ class _Output:
         self.reason: str | None = None
         """Why it is not whole."""
         self._tokenizer = tokenizer
-        self._reader = answer_reader(job.calls)
+        self._id = job.id
+        self._reader = answer_reader(job.calls, job.id)
         self._open: Json | None = None
         self._parts: list[str] = []
         self._called = False
@@ -73,7 +74,9 @@ class _Output:
         return found
 
     def _begin_message(self) -> list[Json]:
-        begun = self._begin({"id": new_id("msg_"), "type": "message", "role": "assistant", "content": []})
+        begun = self._begin(
+            {"id": self._item_id("msg_"), "type": "message", "role": "assistant", "content": []}
+        )
         return [begun, self._event("response.content_part.added", content_index=0, part=_text_part("", []))]
 
     def _end_message(self, item: Json) -> list[Json]:
@@ -95,7 +98,7 @@ class _Output:
             self._called = True
             events += self._close("completed")
             item = {"type": "function_call", "arguments": "", "call_id": delta.id, "name": delta.name}
-            events.append(self._begin({"id": new_id("fc_"), **item}))
+            events.append(self._begin({"id": self._item_id("fc_"), **item}))
         if delta.arguments:
             self._parts.append(delta.arguments)
             events.append(self._event("response.function_call_arguments.delta", delta=delta.arguments))
@@ -107,6 +110,10 @@ class _Output:
         return [self._event("response.function_call_arguments.done", **done)]
 
     # ---- both --------------------------------------------------------------------------------
+
+    def _item_id(self, kind: str) -> str:
+        """The same in a stream that is resumed."""
+        return kind + blake2b(f"{self._id}.{len(self.items)}".encode(), digest_size=12).hexdigest()
 
     def _begin(self, item: Json) -> Json:
         self._open, self._parts = item, []
@@ -145,20 +152,28 @@ class ResponseView(GenerationView):
     closing = b""
 
     def __init__(
-        self, tokenizer: BaseTokenizer, body: ResponsesRequest, job: Job, keep: Callable[[Json], None]
+        self, tokenizer: BaseTokenizer, body: ResponsesRequest, keep: Callable[[Json], None]
     ) -> None:
         super().__init__(tokenizer)
-        self._output = _Output(job, tokenizer)
+        self._body = body
         self._keep = keep
-        self._head = {"id": job.id, "object": "response", "created_at": int(time.time()), **_asked(body)}
         self._sequence = -1
+        self._output: _Output
+        self._head: Json
+
+    def _begin(self, job: Job) -> None:
+        self._output = _Output(job, self._tokenizer)
+        head = {"id": job.id, "object": "response", "created_at": job.created}
+        self._head = head | _asked(self._body)
 
     def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
+        self._begin(generation.job)
         for piece in choices:
             self._output.feed(piece)
         return self._ended(generation)
 
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
+        self._begin(generation.job)
         begun = self._response("in_progress")
         chunk = b"".join(self._lifecycle(kind, begun) for kind in ("created", "in_progress"))
         async for pieces in generation.pieces():
@@ -185,7 +200,7 @@ class ResponseView(GenerationView):
         if reason:
             response = self._response("incomplete", incomplete_details={"reason": reason}, usage=usage)
         else:
-            response = self._response("completed", completed_at=int(time.time()), usage=usage)
+            response = self._response("completed", completed_at=generation.ended_at, usage=usage)
         self._keep(response)
         return response
 

@@ -1,0 +1,146 @@
+"""What a stream tells of itself between its events, so that another server can go on with it.
+
+`onebase route` asks for it, takes it out of what it passes on, and keeps it. Where the server dies, another
+gets the same request with the transcript: it makes the same events of what was told, byte for byte, and goes
+on from the last token. A transcript gives nobody anything: its tokens might as well have been written into
+the prompt, and its versions are looked up among the names of whoever sends it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import msgspec
+
+from onebase_engine.engine.messages import RowOutput, TokenLogprob
+from onebase_server.errors import InvalidRequestError
+
+HEADER = "x-onebase-transcript"
+"""Of a request: the bytes of its body that are its own, and the seconds since it came first; what follows in
+the body is the transcript so far. Of an answer: its events have a transcript between them."""
+MARK = b": onebase "
+"""What a line of it begins with; a comment to everybody else who reads server-sent events."""
+MOST_TRANSCRIPT = 1 << 20
+"""Bytes of one stream's: some 20,000 tokens. Of longer ones none is kept, nor taken."""
+_ASKED = re.compile(r"(\d{1,12}) (\d{1,9}(?:\.\d{1,6})?)")
+_LINE = re.compile(rb": onebase (\d{1,4}) (.*)")
+
+
+class Opening(msgspec.Struct, frozen=True, kw_only=True, tag="opening"):
+    """What was drawn, looked up or taken from the clock before the first token."""
+
+    id: Annotated[str, msgspec.Meta(pattern="^[a-z]{1,12}[-_][0-9a-f]{24}$")]
+    created: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+    seed: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    adapters: list[str]
+    """`name@digest` of each term."""
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
+    """After the last token: what the end of the answer tells."""
+
+    queue_s: float
+    ttft_s: float
+    decode_s: float
+    at: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+
+
+Record = Opening | Ended | list[RowOutput]
+_encode = msgspec.json.Encoder().encode
+_decoder = msgspec.json.Decoder(list[Record])
+
+
+def line(records: Sequence[Record], number: int = 0) -> bytes:
+    """What stands before events that were made of the records.
+
+    Args:
+        number: of the request, among those of one stream.
+    """
+    return b"%s%d %s\n" % (MARK, number, _encode(records))
+
+
+def refused(why: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"The transcript {why}. Send the request without one.", code="invalid_transcript"
+    )
+
+
+def asked(header: str) -> tuple[int, float] | None:
+    """Bytes of the body that are the request's own, and seconds; None for what is no such header."""
+    found = _ASKED.fullmatch(header)
+    return None if found is None else (int(found[1]), float(found[2]))
+
+
+@dataclass
+class Transcript:
+    """Of one request. outputs: those that became events at once, with the prompt's number as their id."""
+
+    opening: Opening
+    outputs: list[list[RowOutput]] = field(default_factory=list)
+    ended: Ended | None = None
+
+    def check(self, prompts: Sequence[int], n: int, vocabulary: int, logprobs: bool, scores: bool) -> None:
+        """Raises InvalidRequestError for what no server has told.
+
+        Args:
+            prompts: the length of each prompt in tokens, of which come `n` choices.
+            vocabulary: how many token ids there are.
+            logprobs, scores: whether those of the answer, and of the prompts, were asked for.
+        """
+        for output in self.all():
+            prompt = int(output.id) if output.id.isascii() and output.id.isdigit() else -1
+            if not (0 <= prompt < len(prompts) and 0 <= output.choice < n):
+                raise refused("has outputs of no row")
+            cached, given = output.cached_tokens, output.prompt_logprobs
+            found = [] if output.logprobs is None else output.logprobs
+            if output.vector is not None or (output.logprobs is None) == (logprobs and bool(output.tokens)):
+                raise refused("has what was not asked for, or lacks it")
+            if given is not None and not (scores and len(given) == prompts[prompt] - 1):
+                raise refused("has logprobs of another prompt")
+            if logprobs and len(found) != len(output.tokens):
+                raise refused("has tokens without logprobs")
+            if cached is not None and not 0 <= cached <= prompts[prompt]:
+                raise refused("has a prompt of another length")
+            told = (token for one in (*found, *(given or ())) for token in _tokens(one))
+            if not all(0 <= token < vocabulary for token in (*output.tokens, *told)):
+                raise refused("has tokens that this base has not")
+
+    def all(self) -> Iterator[RowOutput]:
+        return (output for outputs in self.outputs for output in outputs)
+
+
+def _tokens(scored: TokenLogprob) -> Iterable[int]:
+    return scored.token, *(token for token, _ in scored.top)
+
+
+def read(data: bytes) -> tuple[dict[int, Transcript], list[int]]:
+    """By number of the request, and whose events came in which order. Raises InvalidRequestError."""
+    if len(data) > MOST_TRANSCRIPT:
+        raise refused(f"is over {MOST_TRANSCRIPT} bytes")
+    found: dict[int, Transcript] = {}
+    order: list[int] = []
+    for one in data.split(b"\n")[:-1]:
+        match = _LINE.fullmatch(one)
+        if match is None:
+            raise refused("has a line that is none")
+        try:
+            records = _decoder.decode(match[2])
+        except (msgspec.DecodeError, RecursionError, ValueError) as error:
+            raise refused(f"has a line that cannot be read ({error})") from error
+        number = int(match[1])
+        order.append(number)
+        for record in records:
+            known = found.get(number)
+            if known is None and isinstance(record, Opening):
+                found[number] = Transcript(record)
+            elif known is None or known.ended is not None or isinstance(record, Opening):
+                raise refused("has a record where none may be")
+            elif isinstance(record, Ended):
+                known.ended = record
+            else:
+                known.outputs.append(record)
+    return found, order

@@ -1,0 +1,126 @@
+"""What the route keeps of a stream, so that another server can go on with it."""
+
+from __future__ import annotations
+
+import re
+from hashlib import blake2b
+
+from onebase_server.generation.transcript import MARK, MOST_TRANSCRIPT
+
+MOST_EVENT = 16 << 20
+"""Bytes of one event that are held until it is whole."""
+_LINES = re.compile(rb"^: onebase [^\n]*\n", re.MULTILINE)
+
+
+class DiffersError(Exception):
+    """A server has made other events of a transcript than those that were passed on."""
+
+
+class Room:
+    """Bytes that may be held at once, of all requests."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.held = 0
+
+    def take(self, size: int) -> bool:
+        """False: there is no more; nothing is taken."""
+        if self.held + size > self.most:
+            return False
+        self.held += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        self.held -= size
+
+
+class Kept:
+    """One stream: its transcript, and how many bytes of events were passed on, with their digest.
+
+    Events are passed on once they are whole, so that a stream which breaks can go on, or end with an error.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self.transcript = bytearray()
+        self.can_go_on = True
+        """Whether all of the transcript is kept."""
+        self._room = room
+        self._rest = bytearray()
+        self._in_line = False
+        """Whether the beginning of the line that comes was passed on."""
+        self._passed = 0
+        self._digest = blake2b(digest_size=16)
+        self._again = 0
+        """Bytes that come again."""
+        self._digest_again = blake2b(digest_size=16)
+
+    def read(self, piece: bytes) -> bytes:
+        """The events that are whole with this piece and were not passed on. Raises DiffersError."""
+        looked_at = max(0, len(self._rest) - 1)
+        self._rest += piece
+        if not self.can_go_on and not self._again:
+            return self._without_lines()
+        end = self._rest.rfind(b"\n\n", looked_at) + 2
+        if end < 2:
+            if len(self._rest) > MOST_EVENT:
+                self.give_up()
+            return b""
+        whole = bytes(self._rest[:end])
+        del self._rest[:end]
+        if MARK in whole:
+            self._keep(b"".join(_LINES.findall(whole)))
+            whole = _LINES.sub(b"", whole)
+        return self._new(whole)
+
+    def end(self) -> bytes:
+        """What is left where a stream has ended by itself. Raises DiffersError."""
+        left = self._new(_LINES.sub(b"", bytes(self._rest)))
+        if self._again:
+            raise DiffersError
+        return left
+
+    def begin_again(self) -> None:
+        """What comes from now on is another server's stream, from its first event on."""
+        self._rest.clear()
+        self._again, self._digest_again = self._passed, blake2b(digest_size=16)
+
+    def give_up(self) -> None:
+        """It is not to go on elsewhere: nothing needs to be kept."""
+        self.can_go_on = False
+        self._room.give_back(len(self.transcript))
+        self.transcript.clear()
+
+    def _keep(self, lines: bytes) -> None:
+        if not self.can_go_on:
+            return
+        small = len(self.transcript) + len(lines) <= MOST_TRANSCRIPT
+        if small and self._room.take(len(lines)):
+            self.transcript += lines
+        else:
+            self.give_up()
+
+    def _new(self, events: bytes) -> bytes:
+        if self._again:
+            known, events = events[: self._again], events[self._again :]
+            self._digest_again.update(known)
+            self._again -= len(known)
+            if not self._again and self._digest_again.digest() != self._digest.digest():
+                raise DiffersError
+        self._digest.update(events)
+        self._passed += len(events)
+        return events
+
+    def _without_lines(self) -> bytes:
+        """All that came but lines of the transcript, and what may be the beginning of one."""
+        data, begun = bytes(self._rest), b""
+        if self._in_line:
+            line = data.find(b"\n") + 1 or len(data)
+            begun, data = data[:line], data[line:]
+        last = data.rfind(b"\n") + 1
+        tail = data[last:]
+        held = len(tail) if tail and (tail.startswith(MARK) or MARK.startswith(tail)) else 0
+        self._rest = bytearray(data[len(data) - held :])
+        passed = begun + _LINES.sub(b"", data[: len(data) - held])
+        if passed:
+            self._in_line = not held and not passed.endswith(b"\n")
+        return passed
