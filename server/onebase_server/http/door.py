@@ -33,8 +33,8 @@ SECURITY_HEADERS = {
 }
 """On every answer; a page brings a Content-Security-Policy of its own."""
 CHANGE = b"x-onebase-change"
-"""The header with the last of the registry's changes that an answer knows of, or has to know of. A route passes
-it from server to server, so that none answers with less than another has answered before."""
+"""The header with the last of the registry's changes that an answer knows of, or has to know of. A route
+passes it from server to server, so that none answers with less than another has answered before."""
 _ANY = "*"
 _HOST = re.compile(r"(?:\[[^][]*\]|[^][:@/?#\s]+)(?::[0-9]*)?")
 _EXPOSED = (

@@ -411,7 +411,7 @@ class Route:
             self._again.inc()
 
     def note_change(self, told: str) -> None:
-        if told.isdigit() and len(told) < 19:
+        if told.isascii() and told.isdigit() and len(told) < 19:
             self.change = max(self.change, int(told))
 
     def _is_away(self, replica: Replica, why: str, *, at_once: bool) -> None:
