@@ -87,6 +87,19 @@ def test_an_adapters_requests_go_to_its_homes_and_the_bases_to_all(
     assert len(+where[None]) == 3
 
 
+def test_an_adapter_is_activated_where_its_requests_go(http: httpx2.Client, servers: list[Server]) -> None:
+    same = {server.url: 1 for server in servers}
+    at_home = 0.0
+    for name in NAMES:
+        version = http.get(f"/v1/adapters/{name}").json()["version"]
+        before = counted(http, "onebase_route_requests_total")
+        for _ in range(4):
+            http.post(f"/v1/adapters/{name}/activate", json={"version": version}).raise_for_status()
+        after = counted(http, "onebase_route_requests_total")
+        at_home += sum(after[url] - before.get(url, 0) for url in order_of(name, same)[:2])
+    assert at_home >= 4 * len(NAMES) - 1  # a slow one is left out
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

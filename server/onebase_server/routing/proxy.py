@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import re
 import signal
 import socket
 import time
@@ -104,6 +105,8 @@ _TEXT = frozenset(
     }
 )  # fmt: skip
 """Paths of requests that may be sent again to another server, whatever came of the first."""
+_LOADS = re.compile(r"/v1/adapters/([^/]+)/(?:activate|rollback)")
+"""Paths of requests that load an adapter where they are answered: at one of its homes."""
 
 _OF_BASES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:max_gpu_lora_adapters")
 _TOLD = (*_OF_BASES, "vllm:lora_adapter_loaded", "vllm:lora_requests_info", "onebase_max_rows")
@@ -463,7 +466,9 @@ class Route:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.method == "POST" and kind in ("application/json", ""):
             body = await client.whole(self._max_body)
-            return await self._pass_on(client, asked(body, self.bases), body, path in _TEXT)
+            loads = _LOADS.fullmatch(path)
+            wanted = Asked(_name(loads[1])) if loads else asked(body, self.bases)
+            return await self._pass_on(client, wanted, body, path in _TEXT)
         if request.method in ("GET", "HEAD", "DELETE", "OPTIONS"):
             client.unread()
             return await self._pass_on(client, Asked(), b"", request.method != "DELETE")
