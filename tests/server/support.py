@@ -38,6 +38,7 @@ START_SECONDS = 180.0
 KINDS = ("engine", "verifier", "trainer")
 SERVERS = int(os.environ.get("ONEBASE_TEST_SERVERS", "1"))
 """Behind the address that tests ask: several share a registry and a store, behind `onebase route`."""
+one_server = pytest.mark.skipif(SERVERS > 1, reason="asks for what one server alone has")
 CONFIG = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}'
 
 

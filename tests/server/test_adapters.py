@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from .support import CONFIG, Server, Starter, upload
+from .support import CONFIG, Server, Starter, one_server, upload
 
 LONG = {"prompt": "word", "max_tokens": 90_000, "stream": True}
 
@@ -105,6 +105,7 @@ def test_without_wait_the_answer_is_a_version_on_its_way(http: httpx2.Client, se
     ] == (f"soon@{version['version'][:12]}")
 
 
+@one_server
 def test_a_version_may_be_waited_for(http: httpx2.Client, server: Server) -> None:
     digest = upload(http, "waited", b"waited", query="activate=true").json()["version"]
     path = f"/v1/adapters/waited/versions/{digest[:8]}"

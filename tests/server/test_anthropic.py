@@ -18,7 +18,7 @@ from onebase_server.http.schemas.anthropic import ConversationRequest, MessagesR
 from onebase_server.http.schemas.openai import ChatRequest
 from onebase_server.http.schemas.wire import validation_error
 
-from .support import Server, Starter
+from .support import Server, Starter, one_server
 
 BASE = "smollm2-135m-instruct"
 USER = {"role": "user", "content": "hi"}
@@ -239,6 +239,7 @@ def test_a_stream_is_made_of_named_events_and_has_no_mark_at_its_end(server: Ser
     assert lines[-1].startswith("event: message_stop\n")
 
 
+@one_server
 def test_an_error_has_the_clients_type_and_comes_in_a_stream_as_an_event(
     serve_scripted: Starter,
 ) -> None:

@@ -11,6 +11,8 @@ from huggingface_hub import InferenceClient
 
 from onebase_server.generation.tokenization import BaseTokenizer, Conversation
 
+from .support import one_server
+
 FRANCE = "The capital of France is"
 
 
@@ -103,6 +105,7 @@ def test_messages_go_through_the_bases_own_chat_template(api: Any, tokenizer: Ba
     assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode_chat(Conversation(messages)))
 
 
+@one_server
 def test_a_stop_string_never_shows_in_a_stream_and_frees_the_row(api: Any) -> None:
     plain = api.generate(prompt=FRANCE)["choices"][0]["text"]
     stop = plain[4:9]
@@ -210,6 +213,7 @@ def test_echo_without_new_tokens_scores_the_prompt_alone(api: Any) -> None:
     assert answer["usage"]["completion_tokens"] == 0
 
 
+@one_server
 def test_a_repeated_prompt_hits_the_prefix_cache(api: Any) -> None:
     prompt = "A long shared beginning that fills more than one block of the cache. " * 6
 
@@ -227,6 +231,7 @@ def test_a_deadline_ends_the_request_with_what_there_is(api: Any) -> None:
     assert answer["choices"][0]["text"]
 
 
+@one_server
 def test_a_caller_who_leaves_frees_the_row(api: Any) -> None:
     with api.http.stream(
         "POST",
@@ -241,6 +246,7 @@ def test_a_caller_who_leaves_frees_the_row(api: Any) -> None:
     api.server.wait_for(lambda: api.http.get("/status").json()["stats"]["rows_running"] == 0, 30)
 
 
+@one_server
 def test_a_caller_who_leaves_without_a_stream_frees_the_row(api: Any) -> None:
     body = {"prompt": FRANCE, "max_tokens": 4000, "ignore_eos": True}
 

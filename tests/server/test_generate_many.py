@@ -12,7 +12,7 @@ import pytest
 
 from .access import Keys, bearer, client_with
 from .scripted_engine import POISON
-from .support import Server, Starter
+from .support import Server, Starter, one_server
 from .test_slow_readers import is_cut_off
 
 FRANCE = "The capital of France is"
@@ -105,6 +105,7 @@ def caller(server: Server, keys: Keys, tenant: str, **limits: Any) -> httpx2.Cli
     return client_with(server, key)
 
 
+@one_server
 def test_each_counts_as_a_request_and_what_is_over_a_quota_alone_is_refused(
     keyed: Server, keys: Keys
 ) -> None:
@@ -145,6 +146,7 @@ def test_one_that_ends_the_engine_ends_all_with_an_error_each(serve_scripted: St
     assert {events[-1]["status"] for events in together} == {503}
 
 
+@one_server
 def test_a_reader_that_does_not_read_is_cut_off(serve_scripted: Starter) -> None:
     body = json.dumps({"requests": [{"prompt": "word " * 50, "max_tokens": 90_000}] * 3}).encode()
     with serve_scripted("flood", "--stream-buffer", "50") as server, socket.socket() as lazy:

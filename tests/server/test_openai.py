@@ -14,6 +14,8 @@ import pytest
 
 from onebase_server.generation.tokenization import Conversation
 
+from .support import one_server
+
 FRANCE = "The capital of France is"
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -145,6 +147,7 @@ def test_a_paused_server_computes_nothing_and_goes_on_with_what_it_has(api: Any)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "mode")
 
 
+@one_server
 def test_pauses_at_once_are_all_answered(api: Any) -> None:
     def ask(path: str) -> int:
         return int(httpx2.post(f"{api.server.url}{path}", timeout=30).status_code)

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoMode
 from onebase import Client
 from onebase_server.generation.tokenization import BaseTokenizer, Conversation
 
-from .support import Server, Starter
+from .support import Server, Starter, one_server
 
 BASE = "smollm2-135m-instruct"
 TEXTS = ["A cat sleeps on the sofa.", "The stock market fell again.", "A kitten naps on a couch.", "x"]
@@ -393,6 +393,7 @@ def test_a_decision_has_the_probabilities_of_its_choices(api: Any, tokenizer: Ba
     assert answer_of(api.http, "/v1/decide", prompt=FRANCE, choices=choices)["choice"] == " Paris"
 
 
+@one_server
 def test_what_the_prefix_cache_had_is_told_once_for_each_prompt(api: Any) -> None:
     text = "The quick brown fox jumps over the lazy dog. " * 6 + FRANCE
     first = answer_of(api.http, "/v1/embeddings", input=text)["usage"]

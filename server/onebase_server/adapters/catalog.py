@@ -104,6 +104,8 @@ class Catalog:
         self._looking: asyncio.Task[bool] | None = None
         self._turn = asyncio.Lock()
         self._subscribers: list[Callable[[], None]] = []
+        self.changed = asyncio.Event()
+        """Set by the next look that finds something new; then there is another one."""
         records.subscribe(self.refresh)
 
     def of(self, tenant: str) -> Names:
@@ -122,6 +124,8 @@ class Catalog:
             new = {(one.tenant, one.name): one for one in changes.changed}
             self._sort((kept | new).values())
             self.counter = changes.counter
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
         for subscriber in self._subscribers:
             subscriber()
 

@@ -223,12 +223,24 @@ class AdapterService:
         return await self.version(tenant, name, digest)
 
     async def settle(self, version: VersionRecord, seconds: float) -> bool:
-        """Wait until this server has no more to do for a version, at most so long. False: it has nothing."""
+        """Wait until this server has no more to do for a version, or another one has proved it, at most so
+        long. False: there was nothing to wait for."""
         job = self._jobs.get(VersionRef.of(version))
-        if job is None or job.task is None:
-            return False
-        await asyncio.wait({job.task}, timeout=seconds)
-        return True
+        if job is not None and job.task is not None:
+            await asyncio.wait({job.task}, timeout=seconds)
+            return True
+        waited = False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, seconds)):
+                while not self._is_finished(version):
+                    waited = True
+                    await self.catalog.changed.wait()
+        return waited
+
+    def _is_finished(self, version: VersionRecord) -> bool:
+        """As of the last look; what is not there yet is as it was read."""
+        adapter = self.catalog.of(version.tenant).own(version.name)
+        return ((adapter and adapter.version(version.digest)) or version).finished
 
     async def version(self, tenant: str, name: str, digest: str) -> VersionRecord:
         """One version with its whole report, by digest or a beginning of it. Raises UnknownAdapterError."""

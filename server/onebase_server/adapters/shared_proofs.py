@@ -76,11 +76,9 @@ class SharedProofs:
         """Claims of this server on unfinished versions, and those it waits for, by digest."""
         self._made: dict[tuple[str, bool], Proof] = {}
         """Proofs by digest and `allow_noop`, for the content's other names that are open."""
-        self._changed = asyncio.Event()
         self._refused: dict[tuple[str, str], str] = {}
         self.seconds = Histogram(PROOF_SECONDS)
         """Of each proof that this server's verifier has made."""
-        catalog.subscribe(self._wake)
 
     # ---- who proves -----------------------------------------------------------------------------
 
@@ -122,7 +120,7 @@ class SharedProofs:
     ) -> bool:
         """Whether the claim is this server's; False once another's has ended in a proof, or in a failure."""
         while True:
-            changed = self._changed
+            changed = self._catalog.changed
             try:
                 if await self._records.run(self._registry.proofs.claim, version, kernels, CLAIM_SECONDS):
                     return True
@@ -140,10 +138,6 @@ class SharedProofs:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
                     await changed.wait()
-
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
 
     async def _renew(self, version: VersionRecord, kernels: str) -> None:
         """Hold the claim while there is an engine: one that is gone for long is not waited for."""
