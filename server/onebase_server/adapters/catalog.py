@@ -114,6 +114,10 @@ class Catalog:
 
     # ---- keeping up --------------------------------------------------------------------------
 
+    async def is_behind(self) -> bool:
+        """Whether something has changed in the registry; cheap to ask for. Raises RegistryError."""
+        return await self._calls.run(self._registry.change_counter) != self.counter
+
     async def refresh(self) -> None:
         """Take in what has changed in the registry. Raises RegistryError."""
         async with self._turn:
@@ -161,7 +165,7 @@ class Catalog:
                     await told.wait()
             told.clear()
             try:
-                if await self._calls.run(self._registry.change_counter) != self.counter:
+                if await self.is_behind():
                     await self.refresh()
             except RegistryError as error:
                 if not away:
@@ -201,7 +205,7 @@ class Catalog:
         """Look now. Returns whether there was anything new; not while the registry cannot be read."""
         counter = self.counter
         try:
-            if await self._calls.run(self._registry.change_counter) != counter:
+            if await self.is_behind():
                 await self.refresh()
         except RegistryError as error:
             _log.warning("the registry cannot be read: %s", error)

@@ -6,6 +6,7 @@ while the keys in memory are fresh: most of what is refused costs no task and no
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -127,7 +128,8 @@ class Gate:
         self._routes = Routes(app)
         self._services = services
         self._nowhere = 0
-        """A change that was asked for and is not in the registry; it may be that of another."""
+        """The last change that was asked for and is not in the registry: it may have been restored from a copy."""
+        self._looking: asyncio.Task[None] | None = None
 
     def admit_at_once(self, scope: Scope) -> None:
         """As `admit`, unless it would have to wait: then nothing is decided. Raises OneBaseError."""
@@ -151,23 +153,33 @@ class Gate:
         """The registry's change that the request knows of and this server does not; else 0."""
         told = next((value for name, value in scope["headers"] if name == CHANGE), b"")
         change = int(told) if told.isdigit() and len(told) < 19 else 0
-        return change if change > max(self._services.catalog.counter, self._nowhere) else 0
+        return change if change > self._services.catalog.counter and change != self._nowhere else 0
 
     async def _catch_up(self, change: int) -> None:
-        """Raises UnavailableError: what is known here is older than what was answered already."""
-        services = self._services
-        services.keys.doubt()
-        await services.keys.look()
+        """Look at the registry, all that wait for it together. Raises UnavailableError: what is known here is
+        older than what was answered already."""
+        for _ in range(2):  # a look that has begun before may be too early
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.get_running_loop().create_task(self._look())
+                self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())
+            await asyncio.shield(self._looking)
+            if change <= self._services.catalog.counter:
+                return
+        self._nowhere = change
+
+    async def _look(self) -> None:
+        keys, catalog = self._services.keys, self._services.catalog
         try:
-            await services.catalog.refresh()
+            if await catalog.is_behind():
+                keys.doubt()
+                await keys.look()
+                await catalog.refresh()
         except RegistryError as error:
             raise UnavailableError(
                 "The registry has changed and cannot be read now. Try again in a moment.",
                 code="registry_unavailable",
                 retry_after=1.0,
             ) from error
-        if change > services.catalog.counter:
-            self._nowhere = change
 
     def _find(self, scope: Scope) -> tuple[Access, OneBaseError | None]:
         raw: bytes = scope.get("raw_path") or b""
