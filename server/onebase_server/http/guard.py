@@ -128,7 +128,7 @@ class Gate:
         self._routes = Routes(app)
         self._services = services
         self._nowhere = 0
-        """The last change that was asked for and is not in the registry: it may have been restored from a copy."""
+        """The last change that was asked for and is not there: the registry may be an older copy."""
         self._looking: asyncio.Task[None] | None = None
 
     def admit_at_once(self, scope: Scope) -> None:
