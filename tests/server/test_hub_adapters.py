@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from ..hub_standin import Faults, HubStandIn
-from .support import CONFIG, Server, Starter, upload
+from .support import CONFIG, Server, Starter, one_server, upload
 
 ALLOW = ("--hub-allow", "acme/*", "--hub-allow", "solo/one", "--max-upload", "1MB")
 
@@ -84,6 +84,7 @@ def test_a_pull_names_the_commit_and_takes_only_the_two_files(http: httpx2.Clien
     assert generate(http, "pulled").json()["adapter"] == version["id"]
 
 
+@one_server
 def test_an_explicit_pull_is_seen_while_it_runs_under_its_own_id(
     http: httpx2.Client, hub: HubStandIn, server: Server
 ) -> None:

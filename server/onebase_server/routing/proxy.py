@@ -94,7 +94,7 @@ _NOT_PASSED = frozenset({b"date", HEADER.encode()})
 """Of an answer, which gets its own date."""
 _OF_ONE_SERVER = ("/pause", "/resume", "/is_paused", "/status", "/server_info", "/get_world_size")
 _KEPT_BY_ONE = b"response_not_found"
-_LEARNT = (b"model_not_found", b"adapter_not_found")
+_LEARNT = (b"model_not_found", b"adapter_not_found", b"version_not_found")
 """Codes of errors that say that another server may know: of what it keeps alone, or has learnt first."""
 _TEXT = frozenset(
     {
