@@ -27,7 +27,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onebase._core.metrics import parse_metrics
-from onebase_server.errors import InvalidRequestError, OneBaseError, PayloadTooLargeError, UnavailableError
+from onebase_server.errors import (
+    InvalidRequestError,
+    OneBaseError,
+    PayloadTooLargeError,
+    UnavailableError,
+    WrongMethodError,
+)
 from onebase_server.generation.transcript import HEADER
 from onebase_server.http.door import CHANGE, Door
 from onebase_server.http.refusals import error_json, is_anthropic, refusal
@@ -92,6 +98,7 @@ _OURS = frozenset(
 """Headers of a request that servers are told by us, or that `Door` has checked: they go by another name."""
 _NOT_PASSED = frozenset({b"date", HEADER.encode()})
 """Of an answer, which gets its own date."""
+_OWN = ("/health", "/ready", "/metrics")
 _OF_ONE_SERVER = ("/pause", "/resume", "/is_paused", "/status", "/server_info", "/get_world_size")
 _KEPT_BY_ONE = b"response_not_found"
 _LEARNT = (b"model_not_found", b"adapter_not_found", b"version_not_found")
@@ -450,6 +457,8 @@ class Route:
 
     async def _answer(self, client: _Client) -> ASGIApp:
         request, path = client.request, client.path
+        if path in _OWN and request.method not in ("GET", "HEAD"):
+            raise WrongMethodError(request.method, path, {"GET", "HEAD"})
         if path == "/health":
             return _json({"status": "ok", "servers": len(self.placement.replicas)})
         if path == "/ready":
