@@ -73,7 +73,8 @@ def test_adapters_are_listed_with_version_rank_and_size(api: Any) -> None:
     assert entries["red"]["parameters"] > 0
     assert entries["red"]["bytes"] > 0
     assert any("q_proj" in target for target in entries["red"]["targets"])
-    assert api.http.get("/v1/adapters/red").json() == entries["red"]
+    alone = api.http.get("/v1/adapters/red").json()
+    assert alone | {"tier": "slot"} == entries["red"] | {"tier": "slot"}  # where it is may change meanwhile
 
 
 def test_models_are_the_base_and_its_adapters(api: Any) -> None:
