@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.engine import test_kernels
+from tests.engine import test_kernels, test_sampling
 
 from onebase_engine.environment import KERNELS
 from onebase_engine.kernels import cpu
 
 SOURCES = KERNELS.parent
+MASKS = (
+    test_sampling.test_what_a_grammar_forbids_is_as_if_its_logit_were_not_there,
+    test_sampling.test_a_row_whose_grammar_allows_nothing_gets_no_token_and_others_get_theirs,
+)
 
 
 def runtime(name: str) -> Path | None:
@@ -40,6 +44,7 @@ def test_no_kernel_leaves_its_memory_or_the_rules_of_c(tmp_path: Path) -> None:
         cpu.OTHER_LIBRARY: str(tmp_path / KERNELS.name),
     }
     tests = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", test_kernels.__file__]
+    tests += [f"{test_sampling.__file__}::{one.__name__}" for one in MASKS]
     result = subprocess.run(tests, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout

@@ -358,6 +358,17 @@ def test_what_a_grammar_forbids_is_as_if_its_logit_were_not_there(data: st.DataO
     assert [one.token for one in drawn] == [one.token for one in expected]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_grammar_allows_nothing_gets_no_token_and_others_get_theirs(temperature: float) -> None:
+    raw = logits(3, 3)
+    rows = [row(temperature=temperature, seed=number) for number in range(3)]
+    nothing = np.zeros(-(-VOCAB // 32), dtype=np.int32)
+    behind = nothing.copy()
+    behind[-1] = -1 << VOCAB % 32  # bits of no token
+    tokens = [one.token for one in sampling.draw(raw, rows, EOS, chosen[0], [nothing, None, behind])]
+    assert tokens == [None, draw(raw[1:2], rows[1:2], EOS)[0].token, None]
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_logits_that_are_no_numbers_fail_their_row_where_a_grammar_forbids_them_too(value: float) -> None:
     raw = logits(3, 2)

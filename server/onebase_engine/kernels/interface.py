@@ -163,7 +163,8 @@ class Kernels(Protocol):
     def draw(
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
     ) -> list[int | None]:
-        """The next token of each row of logits [vocab], bf16 or fp32; None if its largest is not finite.
+        """The next token of each row of logits [vocab], bf16 or fp32; None if its largest is not finite, or
+        nothing is allowed.
 
         allowed: of each row the tokens that may be drawn, a bit each, the first in the lowest, int32
             [ceil(vocab / 32)]; None: all. If all of these are at minus infinity, they are equally likely.

@@ -73,7 +73,9 @@ class ReferenceKernels:
     ) -> list[int | None]:
         raw = torch.stack(list(logits)).float()
         finite = torch.isfinite(raw.amax(dim=-1)).tolist()
-        _forbid(raw, {row: mask for row, mask in enumerate(allowed) if mask is not None and finite[row]})
+        masks = {row: mask for row, mask in enumerate(allowed) if mask is not None and finite[row]}
+        for row in _forbid(raw, masks):
+            finite[row] = False
         tokens = raw.argmax(dim=-1)
         random = [row for row, known in enumerate(finite) if known and draws.temperature[row] > 0]
         if random:
@@ -386,10 +388,11 @@ def _decode_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
 # ---- draws -------------------------------------------------------------------------------------
 
 
-def _forbid(logits: torch.Tensor, masks: dict[int, np.ndarray]) -> None:
-    """Take from these rows of `logits` [rows, vocab] fp32 what their masks do not allow."""
+def _forbid(logits: torch.Tensor, masks: dict[int, np.ndarray]) -> list[int]:
+    """Take from these rows of `logits` [rows, vocab] fp32 what their masks do not allow. The rows whose masks
+    allow nothing."""
     if not masks:
-        return
+        return []
     words = np.stack(list(masks.values()))
     bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=logits.shape[1])
     allowed = torch.from_numpy(bits).to(logits.device).bool()
@@ -397,6 +400,8 @@ def _forbid(logits: torch.Tensor, masks: dict[int, np.ndarray]) -> None:
     made = logits[rows].masked_fill_(~allowed, -torch.inf)
     nothing = made.amax(-1, keepdim=True) == -torch.inf
     logits[rows] = made.masked_fill_(allowed & nothing, 0)
+    some = allowed.any(-1).tolist()
+    return [row for row, has_some in zip(rows, some, strict=True) if not has_some]
 
 
 def _sample(logits: torch.Tensor, draws: Draws, rows: list[int]) -> torch.Tensor:

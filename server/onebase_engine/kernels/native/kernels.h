@@ -88,7 +88,7 @@ typedef struct {
   int64_t wide, top_k;
   double uniform;
   float temperature, top_p, min_p;
-  int32_t token; /* the result: -1 where the largest of all logits is no finite number */
+  int32_t token; /* the result: -1 where the largest of all logits is no finite number, or nothing is allowed */
 } onebase_draw;
 
 /* One call, with all that stays the same from step to step. Which of the fields are read depends on the kind:
