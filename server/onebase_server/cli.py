@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import re
 import secrets
+import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
@@ -87,6 +90,9 @@ _FRONT_SETTINGS = ("host", "port", "access_log", "allowed_host", "allowed_origin
 _OF_PLAN = ("data_dir", "drain_timeout", "stop_with_stdin")
 _START_SECONDS = 600.0
 """That a request waits for a first server to start, where there may be none."""
+_LOOKED_SECONDS = 2.0
+"""In which the command that has ended a cluster sees that, before its Ray ends."""
+_RAY_FOLDER = "onebase-ray-"
 _REPLICA_KEY = "ONEBASE_REPLICA_KEY"
 _LOG_WIDTH = 200
 """Characters, so that no line of a log is broken."""
@@ -219,7 +225,7 @@ def route_parser() -> argparse.ArgumentParser:
 
 def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -> int:
     """`onebase cluster up | status | scale | drain | down`. Exit status: 0, or 1 with the reason, 2 for wrong
-    options.
+    options, 130 where Ctrl-C ended the waiting.
 
     `server` replaces the command of a server, for tests of its faults.
     """
@@ -227,12 +233,14 @@ def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -
     arguments = parser.parse_args(list(argv))
     from onebase_server.console import print_failure
 
-    console = Console(stderr=True, highlight=False)
-    data = Path(load_settings({"data_dir": arguments.data_dir}).data_dir).expanduser().absolute()
-    state = data / "cluster.json"
+    console = Console(stderr=True, highlight=False, markup=False)
     own = arguments.action == "up" and arguments.address is None and not arguments.config
+    status = 0
     try:
-        with tempfile.TemporaryDirectory(prefix="onebase-") as folder:
+        data = Path(load_settings({"data_dir": arguments.data_dir}).data_dir).expanduser().absolute()
+        state = data / "cluster.json"
+        held = _alone(data) if own else contextlib.nullcontext()
+        with held, tempfile.TemporaryDirectory(prefix=_RAY_FOLDER) as folder:
             address = _prepare_ray(arguments, state, Path(folder) if own else None)
             from onebase_server.routing import cluster as on_ray
 
@@ -246,17 +254,65 @@ def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -
                             _serve_cluster(arguments, apps, plan, console)
                     else:
                         on_ray.connect(address)
-                        _deploy(arguments, apps, on_ray.on_signals(), console)
+                        status = _waited(_deploy(arguments, apps, on_ray.on_signals(), console), console)
                 else:
                     on_ray.connect(address)
-                    _manage(arguments, console)
+                    status = _manage(arguments, console)
             except on_ray.ClusterError as error:
                 print_failure(console, str(error))
                 return 1
-    except SettingsError as error:
+    except (SettingsError, OSError) as error:
         print_failure(console, str(error))
         return 1
-    return 0
+    return status
+
+
+@contextlib.contextmanager
+def _alone(data: Path) -> Iterator[None]:
+    """Be the one cluster of a data folder until the block ends. Raises SettingsError where it has one."""
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = _lock(data, fcntl.LOCK_EX)
+    for _ in range(10):  # another command may look who has it
+        if lock is None:
+            time.sleep(0.1)
+            lock = _lock(data, fcntl.LOCK_EX)
+    if lock is None:
+        raise SettingsError(
+            f"a cluster runs with the data folder {data} already: end it with `onebase cluster down`, or "
+            "give this one another --data-dir"
+        )
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(data: Path, kind: int) -> int | None:
+    """A descriptor that holds the lock of the folder's cluster until it is closed; None if another does."""
+    lock = os.open(data / "cluster.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _state_of(data: Path) -> dict[str, str]:
+    """Address and token of the cluster that runs with the folder. Raises SettingsError where none does."""
+    way_out = "name the head node of another with --address, or start one with `onebase cluster up`"
+    lock = _lock(data, fcntl.LOCK_SH) if data.is_dir() else -1
+    if lock is not None:  # where it was killed, Ray would be waited for for minutes
+        if lock >= 0:
+            os.close(lock)
+        raise SettingsError(f"no cluster runs on this machine with the data folder {data}: {way_out}")
+    try:
+        known = json.loads((data / "cluster.json").read_text())
+        return {"address": known["address"], "token": known["token"]}
+    except FileNotFoundError as error:
+        raise SettingsError(f"the cluster of {data} is starting, or ending: try again") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise SettingsError(f"{data / 'cluster.json'} does not say where: {error}") from error
 
 
 def _prepare_ray(arguments: argparse.Namespace, state: Path, folder: Path | None) -> str:
@@ -268,23 +324,32 @@ def _prepare_ray(arguments: argparse.Namespace, state: Path, folder: Path | None
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     if arguments.address is not None or (arguments.action == "up" and arguments.config):
         return arguments.address or ""
-    known: dict[str, str] = json.loads(state.read_text()) if state.is_file() else {}
-    if folder is not None:
-        if known:
-            raise SettingsError(
-                f"a cluster runs with the data folder {state.parent} already: end it with `onebase cluster "
-                f"down`; if it was killed, delete {state}"
-            )
+    if folder is None:
+        known = _state_of(state.parent)
+    else:
+        _clear_up(state)
         known = {"address": "", "token": str(folder / "token")}
         (folder / "token").touch(mode=0o600)
         (folder / "token").write_text(secrets.token_hex(32))
-    elif not known:
-        raise SettingsError(
-            f"no cluster was started on this machine with the data folder {state.parent}: name the head node "
-            "of another with --address, or start one with `onebase cluster up`"
-        )
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # of another Ray, and read before the file
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=known["token"])
     return known["address"]
+
+
+def _clear_up(state: Path) -> None:
+    """After a cluster that was killed: Ray's folder, which has its logs, and the file that names it."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        folder = Path(json.loads(state.read_text())["token"]).parent
+        if folder.name.startswith(_RAY_FOLDER) and folder.parent == Path(tempfile.gettempdir()):
+            shutil.rmtree(folder, ignore_errors=True)
+    state.unlink(missing_ok=True)
+
+
+def _waited(settled: bool, console: Console) -> int:
+    if settled:
+        return 0
+    console.print("It goes on; `onebase cluster status` shows how far it is.")
+    return 130
 
 
 def _serve_cluster(
@@ -294,15 +359,18 @@ def _serve_cluster(
     from onebase_server.routing import cluster as on_ray
 
     stop = on_ray.on_signals()
-    if _deploy(arguments, apps, stop, console):
-        while on_ray.is_there() and not stop.wait(1.0):
-            pass
+    with contextlib.suppress(on_ray.EndedError):
+        _deploy(arguments, apps, stop, console)
+    while on_ray.is_there() and not stop.wait(1.0):
+        pass
+    if not stop.is_set():
+        stop.wait(_LOOKED_SECONDS)
     if on_ray.is_there():
         console.print("stopping: running requests may end; press Ctrl-C again to end at once")
         on_ray.end(plan.drain_timeout, now=False)
 
 
-def _manage(arguments: argparse.Namespace, console: Console) -> None:
+def _manage(arguments: argparse.Namespace, console: Console) -> int:
     """Of a cluster that runs: its status, another number of servers, its end. Raises ClusterError."""
     from onebase_server.routing import cluster as on_ray
 
@@ -311,16 +379,17 @@ def _manage(arguments: argparse.Namespace, console: Console) -> None:
         _print_cluster()
     elif arguments.action == "scale":
         on_ray.scale(apps, arguments.replicas)
-        on_ray.settled(console.print, on_ray.on_signals())
+        return _waited(on_ray.settled(console.print, on_ray.on_signals()), console)
     else:
         on_ray.end(on_ray.Plan(**apps[0]["args"]).drain_timeout, now=arguments.action == "down")
         console.print("The cluster has ended.")
+    return 0
 
 
 def _applications(
     arguments: argparse.Namespace, parser: argparse.ArgumentParser, data: Path, server: Sequence[str]
 ) -> tuple[list[dict[str, Any]], Plan]:
-    """As Ray Serve is to run it. Raises SettingsError."""
+    """As Ray Serve is to run it. Raises SettingsError, ClusterError."""
     from pydantic import ValidationError
 
     from onebase_server.routing import cluster as on_ray
@@ -334,8 +403,9 @@ def _applications(
     if (least is None) != (most is None) or (least is not None and least > most):
         parser.error("--min-replicas and --max-replicas go together, the lower one first")
     front = _as_typed({name: given[name] for name in _ROUTE_SETTINGS if name not in _OF_PLAN})
-    if arguments.key_file:
-        front += ["--key-file", str(Path(arguments.key_file).absolute())]
+    key_file = str(Path(arguments.key_file).expanduser().absolute()) if arguments.key_file else ""
+    if alone and key_file:
+        Path(key_file).read_bytes()  # what is wrong is told here
     try:
         plan = on_ray.Plan(
             server=[*server, *_as_typed(given, but=(*_FRONT_SETTINGS, *_OF_PLAN))],
@@ -344,9 +414,12 @@ def _applications(
             drain_timeout=120.0 if given["drain_timeout"] is None else given["drain_timeout"],
             one_machine=alone and is_loopback(host),
             wait=_START_SECONDS if least == 0 else 0.0,
+            key_file=key_file,
         )
     except ValidationError as error:
         raise SettingsError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+    if alone:  # somebody who is there is found before all has started
+        on_ray.listen(*on_ray.ingress_address(plan.ingress)).close()
     shares = {"num_cpus": arguments.replica_cpus, "num_gpus": arguments.replica_gpus}
     options: dict[str, Any] = {"num_replicas": arguments.replicas}
     if least is not None:
@@ -388,14 +461,16 @@ def _print_cluster() -> None:
     """To standard output: how many servers there are, the address, and what the servers have answered."""
     from onebase_server.routing import cluster as on_ray
 
-    output = Console(highlight=False)
-    if not output.is_terminal:
-        output.width = _LOG_WIDTH
-    told = on_ray.told()
-    output.print(f"OneBase cluster on {told['url']}, {on_ray.status()}")
+    output = Console(highlight=False, markup=False)
+    try:
+        told = on_ray.told()
+    except on_ray.ClusterError:
+        output.print(f"OneBase cluster, {on_ray.status()}", soft_wrap=True)
+        raise
+    output.print(f"OneBase cluster on {told['url']}, {on_ray.status()}", soft_wrap=True)
     for url, one in sorted(told["servers"].items()):
         state = "ready" if one.get("ready") else "away"
-        output.print(f"  {url}  {state}  {one.get('requests_total', 0):.0f} requests")
+        output.print(f"  {url}  {state}  {one.get('requests_total', 0):.0f} requests", soft_wrap=True)
 
 
 def cluster_parser() -> argparse.ArgumentParser:

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from onebase_engine.engine.messages import EngineConfig
 
+LISTENER = "ONEBASE_LISTEN_FD"
+"""See `inherited_listener`."""
 ENVIRONMENT_PREFIX = "ONEBASE_"
 Quantization = Literal["nf4", "int8", "none"]
 FloatType = Literal["bfloat16", "float16", "float32"]
@@ -637,6 +639,13 @@ def _check(item: Field[Any], value: Any, kind: Any) -> None:
 def option_name(name: str) -> str:
     """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def inherited_listener() -> int | None:
+    """The descriptor of a socket that listens on `host` and `port` already, which whoever has started this
+    process holds, so that nobody else can be there before it. Given once: no child of this process has it."""
+    given = os.environ.pop(LISTENER, "")
+    return int(given) if given.isdecimal() else None
 
 
 def environment_name(name: str) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -306,6 +307,7 @@ def test_what_config_prints_and_what_kubernetes_gets_is_what_ray_serve_takes(
         "up", "--config", "--min-replicas", "0", "--max-replicas", "4", "--store", "s3://bucket/a",
         "--registry", "postgresql://db/onebase", "--host", "0.0.0.0", "--kv-memory", "2GB",
         "--adapter", "a=/b", "--no-double-quant", "--allowed-host", "llm.example.com",
+        "--key-file", "/keys/admin",
     ]  # fmt: skip
     assert cli.cluster(options) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
@@ -328,11 +330,16 @@ def test_what_config_prints_and_what_kubernetes_gets_is_what_ray_serve_takes(
     assert "--no-double-quant" in server
     assert "0.0.0.0" not in server
     assert printed["applications"][1]["args"]["wait"] > 0
+    assert [one["args"]["key_file"] for one in printed["applications"]] == ["/keys/admin"] * 2
 
 
 def test_servers_of_a_machine_take_folders_that_nobody_has_and_keep_their_ports(tmp_path: Path) -> None:
-    from onebase_server.routing.cluster import free_port as port_of
-    from onebase_server.routing.cluster import take_folder
+    from onebase_server.routing.cluster import listen_again, take_folder
+
+    def port_of(kept: Path) -> int:
+        with listen_again("127.0.0.1", kept) as listener:
+            port: int = listener.getsockname()[1]
+            return port
 
     first, lock = take_folder(tmp_path)
     second, other = take_folder(tmp_path)
@@ -340,12 +347,76 @@ def test_servers_of_a_machine_take_folders_that_nobody_has_and_keep_their_ports(
     os.close(lock)
     again, lock = take_folder(tmp_path)
     assert again == first
-    port = port_of("127.0.0.1", first / "port")
-    assert port_of("127.0.0.1", first / "port") == port
+    port = port_of(first / "port")
+    assert port_of(first / "port") == port
     (first / "port").write_text("99999999")
-    assert 0 < port_of("127.0.0.1", first / "port") < 65536
+    assert 0 < port_of(first / "port") < 65536
     os.close(lock)
     os.close(other)
+
+
+def test_nobody_gets_the_port_of_a_server_before_the_server_has_it() -> None:
+    from onebase_server.routing.cluster import Child, ClusterError, listen
+
+    answers = """
+import os, socket
+with socket.socket(fileno=int(os.environ["ONEBASE_LISTEN_FD"])) as listener:
+    listener.accept()[0].sendall(b"the child")
+"""
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    child = Child([sys.executable, "-c", answers], listener, lambda: None)
+    try:
+        with pytest.raises(ClusterError, match="Address already in use"):
+            listen("127.0.0.1", port)
+        listener.close()
+        with pytest.raises(ClusterError, match="Address already in use"):
+            listen("127.0.0.1", port)
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            assert connection.recv(100) == b"the child"
+    finally:
+        child.kill()
+
+
+def test_a_server_listens_on_the_socket_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onebase_server.http.server import bind
+    from onebase_server.settings import LISTENER, load_settings
+
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        port = given.getsockname()[1]
+        monkeypatch.setenv(LISTENER, str(os.dup(given.fileno())))
+        with bind(load_settings({"port": port})) as listener:
+            assert listener.getsockname() == given.getsockname()
+            assert not listener.get_inheritable()
+        assert LISTENER not in os.environ
+
+
+def test_a_data_folder_has_one_cluster_and_forgets_one_that_was_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from onebase_server import cli
+
+    data = tmp_path / "[data]"
+
+    def said(*arguments: str) -> str:
+        assert cli.cluster([*arguments, "--data-dir", str(data)]) == 1
+        return capsys.readouterr().err
+
+    assert "no cluster runs" in said("status")
+    with cli._alone(data):
+        assert "starting" in said("status")
+        assert f"{data} already: end it with `onebase cluster down`" in said("up")
+        (data / "cluster.json").write_text("{")
+        assert "does not say where" in said("down")
+    for left in ("", "[]", '{"address": "127.0.0.1:1", "token": "/nowhere/token"}'):
+        (data / "cluster.json").write_text(left)
+        assert "no cluster runs" in said("status")
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            assert "cannot listen" in said("up", "--port", str(other.getsockname()[1]))
+        assert not (data / "cluster.json").exists()
+    data = tmp_path / "file"
+    data.touch()
+    assert str(data) in said("up")
 
 
 def test_without_ray_the_command_says_what_to_install(

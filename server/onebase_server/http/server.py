@@ -24,7 +24,7 @@ from onebase_server.http.door import Door
 from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
 from onebase_server.processes.link import kill_children
 from onebase_server.processes.verifier_protocol import scratch_folder
-from onebase_server.settings import Settings
+from onebase_server.settings import Settings, inherited_listener
 
 _log = logging.getLogger(__name__)
 LEAST_FILES = 64
@@ -44,11 +44,15 @@ class QuietServer(uvicorn.Server):
 def bind(settings: Settings) -> socket.socket:
     """A listening socket, taken before anything slow begins. Raises OSError when the address is in use."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    given = inherited_listener()
     # Named, or asyncio takes its connections for others than TCP's, and leaves Nagle's algorithm on.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=given)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.host, settings.port))
+        if given is None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((settings.host, settings.port))
+        else:
+            listener.set_inheritable(False)
         limit_unread(listener, settings.write_timeout)
         listener.listen(1024)
     except OSError:

@@ -44,7 +44,7 @@ from ray.serve.schema import ServeDeploySchema
 from onebase._core.metrics import parse_metrics
 from onebase_server.routing.placement import Placement, Report
 from onebase_server.routing.proxy import asked, read_report
-from onebase_server.settings import environment_name, load_settings
+from onebase_server.settings import LISTENER, environment_name, load_settings
 
 APP = "onebase"
 FRONT = "onebase-ingress"
@@ -89,6 +89,10 @@ class ClusterError(Exception):
     """The cluster cannot do it; the message says why and what to do."""
 
 
+class EndedError(ClusterError):
+    """Another command has ended it meanwhile."""
+
+
 class Plan(BaseModel):
     """What `args` of both applications hold in a config file of Ray Serve.
 
@@ -100,6 +104,7 @@ class Plan(BaseModel):
         drain_timeout: seconds that running requests get to finish.
         one_machine: servers listen on 127.0.0.1.
         wait: seconds that a request waits for a server where there is none.
+        key_file: has the key of an admin, by which servers' metrics are read; else the environment has it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -110,6 +115,7 @@ class Plan(BaseModel):
     drain_timeout: float = Field(default=120.0, ge=0, le=86400)
     one_machine: bool = False
     wait: float = Field(default=0.0, ge=0, le=86400)
+    key_file: str = ""
 
     @field_validator("server", "ingress")
     @classmethod
@@ -137,14 +143,25 @@ class Plan(BaseModel):
 class Child:
     """A process that ends with this one, in whatever way this one ends.
 
-    on_end: called in a thread if the child ends once it was ready, and nobody has ended it.
+    Args:
+        listener: where it is to listen. It has it from its first moment on: a port that is only chosen, any
+            other user of the machine could take before it, and be sent what is for it, keys too.
+        on_end: called in a thread if the child ends once it was ready, and nobody has ended it.
+        keep: descriptors that it gets.
     """
 
-    def __init__(self, command: Sequence[str], on_end: Callable[[], None], keep: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        listener: socket.socket,
+        on_end: Callable[[], None],
+        keep: Sequence[int] = (),
+    ) -> None:
         program = [sys.executable, *_ONEBASE, *command[1:]] if command[0] == "onebase" else list(command)
         self._command = [sys.executable, "-c", _ENDS_WITH_ITS_PARENT, str(os.getpid()), *program]
         self._on_end = on_end
-        self._keep = keep
+        self._keep = [*keep, listener.fileno()]
+        self._listener = str(listener.fileno())
         self._started = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self.is_ready = False
@@ -156,6 +173,7 @@ class Child:
     def _run(self) -> None:
         left_out = ("RAY_", "OMP_NUM_THREADS")  # its token, and what it sets for what computes in an actor
         environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+        environment[LISTENER] = self._listener
         try:
             self._process = subprocess.Popen(
                 self._command,
@@ -213,10 +231,11 @@ class Server:
 
     async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]  # Ray awaits it
         self._plan = plan
+        plan.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder, lock = take_folder(plan.data / "replicas")
         host = _LOOPBACK if plan.one_machine else ray.util.get_node_ip_address()
-        port = free_port(host, folder / "port")
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        listener = listen_again(host, folder / "port")
+        self.url, port = address_of(listener)
         command = [*plan.server, "--host", host, "--port", str(port), "--data-dir", str(folder)]
         command += ["--drain-timeout", f"{plan.drain_timeout:g}"]
         if not plan.names("--registry"):
@@ -225,12 +244,13 @@ class Server:
             command += ["--store", str(plan.data / "store")]
         if not plan.one_machine:
             command += ["--trusted-proxy", _head_address()]
-        self._client = _client(self.url)
+        self._client = _client(self.url, plan)
         self._seen: tuple[float, float] = 0.0, 0.0
         try:
-            self._child = Child(command, _end_too, [lock])
-        finally:
-            os.close(lock)  # the child has it: also while it outlives this process for a moment
+            self._child = Child(command, listener, _end_too, [lock])
+        finally:  # the child has both, also while it outlives this process for a moment
+            listener.close()
+            os.close(lock)
         await self._child.ready(self._client, "/ready")
 
     async def check_health(self) -> None:
@@ -304,18 +324,48 @@ def take_folder(parent: Path) -> tuple[Path, int]:
     raise AssertionError
 
 
-def free_port(host: str, kept: Path) -> int:
-    """The one of the last time, so that what belongs on it comes back to it; or else any."""
+def listen(host: str, port: int) -> socket.socket:
+    """For a child. Raises ClusterError where somebody is there."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(1024)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        why = getattr(error, "strerror", None) or error
+        raise ClusterError(
+            f"cannot listen on {host}:{port}: {why}. Choose another address with --host and --port."
+        ) from error
+    return listener
+
+
+async def _listen_after(host: str, port: int) -> socket.socket:
+    """`listen`, once one that is replaced has gone. Raises ClusterError."""
+    until = time.monotonic() + _GOODBYE_SECONDS
+    while time.monotonic() < until:
+        with contextlib.suppress(ClusterError):
+            return listen(host, port)
+        await asyncio.sleep(_POLL_SECONDS)
+    return listen(host, port)
+
+
+def listen_again(host: str, kept: Path) -> socket.socket:
+    """On the port of the last time, so that what belongs on it comes back to it; or else on any."""
     last = kept.read_text() if kept.is_file() else ""
-    for wanted in (int(last) if last.isdecimal() else 0, 0):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError, OverflowError):
-                probe.bind((host, wanted))
-                port: int = probe.getsockname()[1]
-                kept.write_text(str(port))
-                return port
-    raise ClusterError(f"no port of {host} is free")
+    if last.isdecimal():
+        with contextlib.suppress(ClusterError):
+            return listen(host, int(last))
+    listener = listen(host, 0)
+    kept.write_text(str(listener.getsockname()[1]))
+    return listener
+
+
+def address_of(listener: socket.socket) -> tuple[str, int]:
+    """Its URL for who is on the same machine, and its port."""
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": _LOOPBACK, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}", port
 
 
 def _head_address() -> str:
@@ -324,8 +374,8 @@ def _head_address() -> str:
     return address
 
 
-def _client(url: str) -> httpx2.AsyncClient:
-    key = os.environ.get(_KEY)
+def _client(url: str, plan: Plan) -> httpx2.AsyncClient:
+    key = Path(plan.key_file).read_text().strip() if plan.key_file else os.environ.get(_KEY)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return httpx2.AsyncClient(base_url=url, headers=headers, timeout=10.0, trust_env=False)
 
@@ -339,11 +389,14 @@ class Ingress:
     async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]
         self._plan = plan
         self._servers: DeploymentHandle | None = None
-        self.url = ingress_url(plan.ingress)
-        self._client = _client(self.url)
+        self._listener = await _listen_after(*ingress_address(plan.ingress))
+        self.url, self._port = address_of(self._listener)
+        self._client = _client(self.url, plan)
         self._list = plan.data / "ingress-replicas"
         self._list.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._list.write_text("")
+        self._urls: list[str] = []
+        self._listed: list[str] = []
         self._following: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
         self._child = self._start()
@@ -352,18 +405,28 @@ class Ingress:
     def _start(self) -> Child:
         plan, loop = self._plan, asyncio.get_running_loop()
         command = [*plan.ingress, "--replicas", str(self._list), "--wait", f"{plan.wait:g}"]
-        command += ["--drain-timeout", f"{plan.drain_timeout:g}"]
+        command += ["--drain-timeout", f"{plan.drain_timeout:g}", "--port", str(self._port)]
+        if plan.key_file:
+            command += ["--key-file", plan.key_file]
 
         def on_end() -> None:
             loop.call_soon_threadsafe(self._ended.set)
 
-        return Child(command, on_end)
+        return Child(command, self._listener, on_end)
 
     def replicas_are(self, urls: Sequence[str]) -> None:
         """Called by the router, in a thread of its own."""
-        work = self._list.with_suffix(".part")
-        work.write_text("".join(f"{url}\n" for url in urls))
-        work.replace(self._list)
+        self._urls = list(urls)
+        self._write_list()
+
+    def _write_list(self) -> None:
+        urls, work = self._urls, self._list.with_suffix(".part")
+        try:
+            work.write_text("".join(f"{url}\n" for url in urls))
+            work.replace(self._list)
+            self._listed = urls
+        except OSError as error:  # tried again by `_follow`
+            _log.error("requests go to the servers that were there before: %s", error)
 
     async def check_health(self) -> None:
         if self._following is None:  # Ray knows of this object only now, by which the router finds it
@@ -381,6 +444,8 @@ class Ingress:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(2 * _POLL_SECONDS):
                     await self._ended.wait()
+            if self._listed != self._urls:
+                self._write_list()
             if self._ended.is_set():
                 self._ended.clear()
                 self._child = self._start()
@@ -403,23 +468,23 @@ class Ingress:
         return {"url": self.url, "servers": found}
 
     async def kill(self) -> None:
+        self._listener.close()
         self._child.kill()
 
     async def __del__(self) -> None:
         child = getattr(self, "_child", None)
         if child is not None and child.status is None:
+            self._listener.close()  # or connections would wait for a child that never comes
             await child.stop(self._plan.drain_timeout + _GOODBYE_SECONDS / 2)
 
 
-def ingress_url(command: Sequence[str]) -> str:
-    """Where the ingress is asked from its own machine."""
+def ingress_address(command: Sequence[str]) -> tuple[str, int]:
+    """Host and port of the command of an ingress, or of the environment."""
     from onebase_server.cli import route_parser
 
     known, _ = route_parser().parse_known_args(["--replicas", "-", *command[2:]])
-    host = known.host or os.environ.get("ONEBASE_HOST") or _LOOPBACK
-    port = known.port or int(os.environ.get("ONEBASE_PORT") or 8000)
-    shown = {"0.0.0.0": _LOOPBACK, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
+    settings = load_settings({"host": known.host, "port": known.port})
+    return settings.host, settings.port
 
 
 # ---- what Ray Serve plugs in ---------------------------------------------------------------------
@@ -579,7 +644,9 @@ def take_gpus(apps: list[dict[str, Any]]) -> None:
 
 
 def scale(apps: list[dict[str, Any]], replicas: int) -> None:
-    """Raises ClusterError where it scales by itself."""
+    """Raises ClusterError where it scales by itself, or is ended."""
+    if len(apps) < 2:
+        raise ClusterError("the cluster is being ended: finish that with `onebase cluster down`")
     servers = _servers(apps)
     if "autoscaling_config" in servers:
         raise ClusterError(
@@ -608,12 +675,16 @@ def own_ray(state: Path, folder: Path) -> Iterator[None]:
     """
     cores = 1000.0  # on one machine as many servers as are asked for
     own = {"include_dashboard": False, "_temp_dir": str(folder / "ray")}
-    _start_ray(num_cpus=cores, object_store_memory=100 << 20, **own)
-    state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    address = ray.get_runtime_context().gcs_address
-    state.touch(mode=0o600)
-    state.write_text(json.dumps({"address": address, "token": os.environ["RAY_AUTH_TOKEN_PATH"]}))
     try:
+        _start_ray(address="local", num_cpus=cores, object_store_memory=100 << 20, **own)
+    except Exception as error:
+        raise ClusterError(f"Ray does not start: {error}") from error
+    try:
+        address = ray.get_runtime_context().gcs_address
+        work = state.with_suffix(".part")
+        work.touch(mode=0o600)
+        work.write_text(json.dumps({"address": address, "token": os.environ["RAY_AUTH_TOKEN_PATH"]}))
+        work.replace(state)
         yield
     finally:
         state.unlink(missing_ok=True)
@@ -629,9 +700,8 @@ def connect(address: str) -> None:
 
 
 def _start_ray(**options: Any) -> None:
-    ray.init(
-        namespace="serve", logging_level=logging.ERROR, log_to_driver="address" not in options, **options
-    )
+    own = options["address"] == "local"
+    ray.init(namespace="serve", logging_level=logging.ERROR, log_to_driver=own, **options)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
@@ -654,25 +724,30 @@ def _client_of_serve() -> Any:
 
 
 def deployed() -> list[dict[str, Any]]:
-    """The applications as they were deployed. Raises ClusterError where there are none."""
+    """The applications as they were deployed: both, or one while the other is ended. Raises ClusterError
+    where there is none."""
     client = _client_of_serve()
     apps = client.get_serve_details().get("applications", {}) if client else {}
-    if APP not in apps or FRONT not in apps:
+    found = [apps[name]["deployed_app_config"] for name in (APP, FRONT) if name in apps]
+    if not found:
         raise ClusterError("no cluster of OneBase runs there: start one with `onebase cluster up`")
-    return [apps[name]["deployed_app_config"] for name in (APP, FRONT)]
+    return found
 
 
 def settled(show: Callable[[str], None], stop: threading.Event) -> bool:
     """Wait until the application is as it was deployed last; False where it was stopped.
 
-    Raises ClusterError.
+    Raises ClusterError; EndedError where another command ends it.
     """
-    shown = ""
+    shown, was_there = "", False
     well = time.monotonic()
     while not stop.is_set():
         known = serve.status().applications
         apps = [known[name] for name in (APP, FRONT) if name in known]
+        if was_there and len(apps) < 2:
+            raise EndedError("another command has ended the cluster")
         if len(apps) == 2:
+            was_there = True
             text = states(apps[0].deployments)
             if text != shown:
                 show(text)
@@ -693,7 +768,11 @@ def settled(show: Callable[[str], None], stop: threading.Event) -> bool:
 def _are_all_known(deployments: Mapping[str, Any]) -> bool:
     """Whether the ingress has all servers that run, and no other."""
     running = deployments[SERVER].replica_states.get("RUNNING", 0)
-    return [one.get("ready") for one in told()["servers"].values()] == [1.0] * running
+    try:
+        servers = told()["servers"].values()
+    except ClusterError:  # it is being replaced
+        return False
+    return [one.get("ready") for one in servers] == [1.0] * running
 
 
 def is_there() -> bool:
@@ -727,6 +806,8 @@ def end(drain_timeout: float, *, now: bool) -> None:
     Raises ClusterError.
     """
     for app, deployment in ((FRONT, INGRESS), (APP, SERVER)):
+        if app not in serve.status().applications:
+            continue
         if now:
             with contextlib.suppress(Exception):  # it is ended all the same
                 serve.get_deployment_handle(deployment, app).broadcast("kill").results(timeout_s=10)
