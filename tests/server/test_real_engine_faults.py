@@ -73,11 +73,17 @@ def test_an_adapter_that_the_engine_refuses_ends_the_start_with_its_name_and_the
 
 
 def test_a_drain_lets_real_text_end_paused_or_not_and_the_engine_exit(
-    serve_real: Starter, small_base: Path
+    serve_real: Starter, base: Path
 ) -> None:
-    with serve_real("--base", str(small_base), *OPTIONS) as server, server.client() as http:
+    with serve_real("--base", str(base), *OPTIONS, *LONG) as server, server.client() as http:
         engine = server.engine_pid()
-        body = PROBE | {"adapter": None, "max_tokens": 400, "ignore_eos": True, "stream": True}
+        body = PROBE | {
+            "adapter": None,
+            "max_tokens": 3000,
+            "ignore_eos": True,
+            "stream": True,
+            "temperature": 1,
+        }
         with http.stream("POST", "/generate", json=body) as answer:
             lines = answer.iter_lines()
             first = next(lines)
@@ -89,7 +95,7 @@ def test_a_drain_lets_real_text_end_paused_or_not_and_the_engine_exit(
             rest = [line for line in lines if line]
 
         assert '"text"' in first
-        assert '"completion_tokens":400' in rest[-2]
+        assert '"completion_tokens":3000' in rest[-2]
         assert rest[-1] == "data: [DONE]"
         assert server.exit_status() == 0
         assert not Path(f"/proc/{engine}").exists()
