@@ -29,7 +29,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'onebase[ra
 
 COMMAND = """
 import sys
-from onebase_server.cli import cluster
+from onebase_server.routing.cli import cluster
 sys.exit(cluster(sys.argv[2:], [sys.executable, sys.argv[1], "words"]))
 """
 ENVIRONMENT = os.environ | {"PYTHONPATH": SOURCES, "COLUMNS": "200", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
@@ -300,7 +300,7 @@ def test_what_config_prints_and_what_kubernetes_gets_is_what_ray_serve_takes(
 ) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from onebase_server import cli
+    from onebase_server.routing import cli
     from onebase_server.routing.cluster import Plan
 
     options = [
@@ -394,7 +394,7 @@ def test_a_server_listens_on_the_socket_that_it_is_given(monkeypatch: pytest.Mon
 def test_a_data_folder_has_one_cluster_and_forgets_one_that_was_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from onebase_server import cli
+    from onebase_server.routing import cli
 
     data = tmp_path / "[data]"
 

@@ -44,7 +44,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def ask() -> Ask:
     """A request to the whole app, behind its door."""
     settings = Settings()
-    services: Any = SimpleNamespace(settings=settings, tracing=Tracing(settings.otlp_endpoint))
+    services: Any = SimpleNamespace(
+        settings=settings, tracing=Tracing(settings.otlp_endpoint), catalog=SimpleNamespace(counter=0)
+    )
     app = Door(create_app(services), settings)
 
     def asked(path: str, method: str = "GET", **headers: str) -> httpx2.Response:

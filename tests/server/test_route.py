@@ -278,7 +278,7 @@ def wait(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
 
 
 def test_wrong_addresses_are_refused(tmp_path: Path) -> None:
-    from onebase_server.cli import route
+    from onebase_server.routing.cli import route
 
     for wrong in (
         "10.0.0.7:8000", "http://", "ftp://a", "http://a/v1", "http://me:secret@a:1", "http://a:99999",

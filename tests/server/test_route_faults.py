@@ -212,7 +212,7 @@ def test_headers_of_a_connection_a_page_or_another_proxy_end_at_the_route(odd: R
     } <= set(got)
     assert named == {
         "host", "authorization", "x-name", "x-request-id", "x-forwarded-for", "x-forwarded-proto",
-        "content-length",
+        "content-length", "x-onebase-change",
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -41,6 +42,8 @@ memory is full."""
 ACTIVATION_TRIES = 8
 """Of one activation: over about a minute."""
 OPTIONS = "options"
+_ACTIVATED_SECONDS = 3.0
+"""After its proof, in which another server activates a version, if it does."""
 """Key of a version's source that holds its VersionOptions."""
 
 _log = logging.getLogger(__name__)
@@ -223,24 +226,32 @@ class AdapterService:
         return await self.version(tenant, name, digest)
 
     async def settle(self, version: VersionRecord, seconds: float) -> bool:
-        """Wait until this server has no more to do for a version, or another one has proved it, at most so
-        long. False: there was nothing to wait for."""
-        job = self._jobs.get(VersionRef.of(version))
-        if job is not None and job.task is not None:
-            await asyncio.wait({job.task}, timeout=seconds)
-            return True
+        """Wait until this server has no more to do for a version, or another one has proved and activated it,
+        at most so long. False: there was nothing to wait for."""
+        until = time.monotonic() + seconds
         waited = False
-        with suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, seconds)):
-                while not self._is_finished(version):
-                    waited = True
-                    await self.catalog.changed.wait()
+        while (left := until - time.monotonic()) > 0:
+            job = self._jobs.get(VersionRef.of(version))
+            if job is not None and job.task is not None:
+                await asyncio.wait({job.task}, timeout=left)
+                return True
+            changed = self.catalog.changed
+            if self._is_settled(version):
+                break
+            waited = True
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left, _ACTIVATED_SECONDS)):
+                    await changed.wait()
         return waited
 
-    def _is_finished(self, version: VersionRecord) -> bool:
+    def _is_settled(self, version: VersionRecord) -> bool:
         """As of the last look; what is not there yet is as it was read."""
         adapter = self.catalog.of(version.tenant).own(version.name)
-        return ((adapter and adapter.version(version.digest)) or version).finished
+        found = (adapter and adapter.version(version.digest)) or version
+        if adapter is None or found.state != "ready" or adapter.active == found.digest:
+            return found.finished
+        late = time.time() - (found.finished_at or 0.0) > _ACTIVATED_SECONDS
+        return late or not VersionOptions.of(found.source).activate
 
     async def version(self, tenant: str, name: str, digest: str) -> VersionRecord:
         """One version with its whole report, by digest or a beginning of it. Raises UnknownAdapterError."""

@@ -480,7 +480,7 @@ class Ingress:
 
 def ingress_address(command: Sequence[str]) -> tuple[str, int]:
     """Host and port of the command of an ingress, or of the environment."""
-    from onebase_server.cli import route_parser
+    from onebase_server.routing.cli import route_parser
 
     known, _ = route_parser().parse_known_args(["--replicas", "-", *command[2:]])
     settings = load_settings({"host": known.host, "port": known.port})
