@@ -8,7 +8,8 @@ tokens at once), so that servers share the machine's cores for HTTP alone. Needs
   python benchmarks/cluster.py --requests 400 --seconds 10
   python benchmarks/cluster.py --seconds 60 --plot placement.png    # only: where each adapter's requests went
 
-The plot goes second by second, while two servers become four, one is killed, and four become two.
+The plot goes second by second, while two servers become four, one is killed, and four become two. With it
+comes what became of the requests, half of which are streams.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ ADAPTERS = 12
 TOKENS = 50
 """Of a request, where requests a second are counted."""
 STREAM_TOKENS = 200
+ENDS = ANSWERED, LOST, OTHER, WRONG = "answered", "lost, to be sent again", "other errors", "wrong adapter"
 ADAPTER_REQUESTS = re.compile(
     r'^onebase_adapter_requests_total{.*adapter="(shop\d+)".*} (\S+)$', re.MULTILINE
 )
@@ -212,11 +214,13 @@ async def rate(url: str, seconds: float, at_once: int) -> float:
 @dataclass
 class Placed:
     """What was seen. answered: requests by second, server and adapter. there: the seconds in which a server
-    told of itself. marks: what was done to the servers, and when."""
+    told of itself. marks: what was done to the servers, and when. ended: how requests ended, by what was done
+    last before they began."""
 
     answered: defaultdict[tuple[int, str, str], float] = field(default_factory=lambda: defaultdict(float))
     there: dict[str, set[int]] = field(default_factory=dict)
     marks: list[tuple[float, str]] = field(default_factory=list)
+    ended: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
 
 async def placed(cluster: Cluster, seconds: float, at_once: int) -> Placed:
@@ -232,13 +236,15 @@ async def placed(cluster: Cluster, seconds: float, at_once: int) -> Placed:
     async def ask(number: int, client: httpx2.AsyncClient) -> None:
         draw = random.Random(number)
         while not over.is_set():
+            name = draw.choices(names, cum_weights=sums)[0]
             body = {
                 "prompt": f"{draw.random()} a",
                 "max_tokens": 10,
-                "adapter": draw.choices(names, cum_weights=sums)[0],
+                "adapter": name,
+                "stream": number % 2 == 0,
             }
-            with contextlib.suppress(httpx2.TransportError):
-                await client.post(f"{cluster.url}/generate", json=body)
+            phase = len(made.marks)
+            made.ended[phase][await ended(client, f"{cluster.url}/generate", body)] += 1
 
     known: dict[tuple[str, str], float] = {}
 
@@ -285,6 +291,28 @@ async def placed(cluster: Cluster, seconds: float, at_once: int) -> Placed:
     async with httpx2.AsyncClient(timeout=60, limits=limits) as client:
         await asyncio.gather(act(), look(client), *(ask(number, client) for number in range(at_once)))
     return made
+
+
+async def ended(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> str:
+    """How a request to /generate ended."""
+    try:
+        answer = await client.post(url, json=body)
+    except httpx2.TransportError:
+        return LOST
+    text = answer.text
+    if answer.status_code == 503 or "replica_lost" in text:
+        return LOST
+    whole = text.endswith("data: [DONE]\n\n") if body["stream"] else text.endswith("}")
+    if answer.status_code != 200 or not whole or '"error":{' in text:
+        return OTHER
+    return ANSWERED if f'"adapter":"{body["adapter"]}@' in text else WRONG
+
+
+def show_ended(console: Console, made: Placed) -> None:
+    table = Table("", *ENDS, box=SIMPLE_HEAD)
+    for phase, what in enumerate(("two servers", *(f"then {what}" for _, what in made.marks))):
+        table.add_row(what, *(f"{made.ended[phase][end]:,}" for end in ENDS))
+    console.print(table)
 
 
 def process_of(url: str) -> int:
@@ -370,6 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cluster.manage("scale", "2")
             made = asyncio.run(placed(cluster, arguments.seconds, arguments.clients))
         draw(made, f"{ADAPTERS} adapters by Zipf's law, {arguments.clients} clients", arguments.plot)
+        show_ended(console, made)
         console.print(f"{arguments.plot}: which server answered for which adapter, second by second")
         return 0
     console.print(machine.sentence(machine.describe(None)))
