@@ -23,11 +23,11 @@ help: ## Show this list
 demo: base console ## Serve the base and two adapters, watch them answer at once, try your own requests
 	@exec $(BIN)/python examples/demo.py
 
-# Files of tests run side by side, five at most: three more than there are cores, since tests also wait, as far as
+# Files of tests run side by side, four at most: two more than there are cores, since tests also wait, as far as
 # memory goes, of which each may take 3 GB. Threads that spin while they wait would starve each other.
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); \
 	fit=$$(awk '/^MemAvailable/ { print int($$2 / 3e6) }' /proc/meminfo 2>/dev/null || echo 4); \
-	printf '%s\n' 5 $$((cores + 3)) $$((fit > 1 ? fit : 1)) | sort -n | head -1)
+	printf '%s\n' 4 $$((cores + 2)) $$((fit > 1 ? fit : 1)) | sort -n | head -1)
 
 # What only repeats a behaviour over more combinations is marked `full`: `make check` runs it too.
 SELECT ?= -m "not full"

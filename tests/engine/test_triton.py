@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.engine import triton_on_cpu
 from tests.engine.harness import Lab, requests, run
@@ -218,6 +218,7 @@ def test_a_gated_pair_rounds_where_the_modules_round(kernels: CudaKernels, rows:
     block=st.sampled_from([1, 16]), window=st.sampled_from([None, 5, 64]),
     softcap=st.sampled_from([None, 30.0]), cuts=st.sets(st.integers(1, 199), max_size=3),
 )  # fmt: skip
+@example(lengths=[16, 200], heads=(2, 2), dim=24, block=1, window=64, softcap=None, cuts=set())
 def test_attention_is_that_of_each_context_alone_in_any_chunks(
     kernels: CudaKernels, lengths: list[int], heads: tuple[int, int], dim: int, block: int,
     window: int | None, softcap: float | None, cuts: set[int],

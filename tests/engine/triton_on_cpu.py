@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
 
 _plain_convert = interpreter._convert_float
-_plain_dot = interpreter.InterpreterBuilder.create_dot
 
 
 def _convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
@@ -30,13 +29,13 @@ def _convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.nd
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-    wide = [
-        interpreter.TensorHandle(_convert(one.data, tl.bfloat16, tl.float32, None), tl.float32)
-        if one.dtype.scalar == tl.bfloat16
-        else one
+    """In fp64, rounded once: a product by BLAS may sum a row otherwise at another place of its tile."""
+    wide = (
+        _convert(one.data, tl.bfloat16, tl.float32, None) if one.dtype.scalar == tl.bfloat16 else one.data
         for one in (a, b)
-    ]
-    return _plain_dot(self, *wide, d, *options)
+    )
+    product = np.matmul(*wide, dtype=np.float64).astype(d.data.dtype)
+    return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
 interpreter._convert_float = _convert
