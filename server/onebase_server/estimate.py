@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from onebase_adapters.training.cli import estimate as training
@@ -179,8 +178,7 @@ def _estimate(options: argparse.Namespace) -> int:
         slot_memory=options.slot_memory,
         host_memory=options.host_memory,
     )
-    errors = open_console(stderr=True)
-    with errors.status("simulating ...") if errors.is_terminal else _Silent() as status:
+    with open_console(stderr=True).status("simulating ...") as status:  # nothing through a pipe
         found = capacity(
             device,
             base,
@@ -194,19 +192,6 @@ def _estimate(options: argparse.Namespace) -> int:
     else:
         show(open_console(), found, device, base, demand, options)
     return 0 if found.meets else 1
-
-
-class _Silent:
-    """A status that nobody sees."""
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
-
-    def update(self, text: str) -> None:
-        return
 
 
 # ---- figures of the base and the device -------------------------------------------------------------
@@ -327,18 +312,7 @@ def show(
     options: argparse.Namespace,
 ) -> None:
     """Print it as a table; through a pipe as lines, their columns separated by tabs."""
-    rows = list(_rows(found, device, base, demand, options))
-    if console.is_terminal:
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(style="dim")
-        table.add_column(justify="right")
-        table.add_column()
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    else:
-        for label, value, words in rows:
-            print(label, value, words, sep="\t", file=console.file)
+    training.print_rows(console, _rows(found, device, base, demand, options))
     if not found.meets:
         console.print(
             f"\n[bold red]The goals are not met[/] with {_count(found.chosen.replicas)}.", highlight=False

@@ -512,3 +512,16 @@ def test_results_of_recorded_calls_stay_where_they_were_when_more_rows_come(kern
             programs.append((recording.program(result), x, result.clone()))
         for program, x, expected in programs:
             assert torch.equal(program.run([x], NOBODY, STEP), expected)
+
+
+def test_kernels_on_a_gpu_have_one_name_however_often_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(cpu.CHOICE, "torch")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cpu._on_gpu.cache_clear()
+    try:
+        names = {cpu.find_kernels(torch.device("cuda"), torch.bfloat16).name for _ in range(2)}
+    finally:
+        cpu._on_gpu.cache_clear()
+    assert names == {"torch sm_90"}

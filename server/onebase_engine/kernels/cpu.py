@@ -176,6 +176,7 @@ def find_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     return kernels
 
 
+@cache
 def _on_gpu(device: torch.device) -> Kernels:
     kernels = None
     if os.environ.get(CHOICE, "") != "torch":
@@ -186,7 +187,7 @@ def _on_gpu(device: torch.device) -> Kernels:
         else:
             kernels = cuda.load_kernels(device)
     found: Any = ReferenceKernels(tiled=False) if kernels is None else kernels
-    # What is proved on one kind of GPU is proved again on another, as on processors.
+    # What is proved on one kind of GPU is proved again on another, as on processors. Once: these are kept.
     major, minor = torch.cuda.get_device_capability(device)
     found.name = f"{found.name} sm_{major}{minor}"
     return found  # type: ignore[no-any-return]

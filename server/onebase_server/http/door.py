@@ -53,6 +53,11 @@ _SHOWN = 200
 """Characters of a header that an error repeats."""
 
 
+def change_of(told: bytes) -> int:
+    """The number in a header of that name; 0 where it is none."""
+    return int(told) if told.isdigit() and len(told) < 19 else 0
+
+
 class _Gate(Protocol):
     def admit_at_once(self, scope: Scope) -> None: ...
 

@@ -31,7 +31,7 @@ from onebase_server.errors import (
     WrongMethodError,
 )
 from onebase_server.http.deps import CALLER, TICKET, BodyError, Services
-from onebase_server.http.door import CHANGE
+from onebase_server.http.door import CHANGE, change_of
 from onebase_server.http.refusals import refusal
 from onebase_server.http.request_id import given_id
 from onebase_server.http.uploads import is_form
@@ -152,7 +152,7 @@ class Gate:
     def _news(self, scope: Scope) -> int:
         """The registry's change that the request knows of and this server does not; else 0."""
         told = next((value for name, value in scope["headers"] if name == CHANGE), b"")
-        change = int(told) if told.isdigit() and len(told) < 19 else 0
+        change = change_of(told)
         return change if change > self._services.catalog.counter and change != self._nowhere else 0
 
     async def _catch_up(self, change: int) -> None:

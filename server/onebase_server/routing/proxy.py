@@ -35,7 +35,7 @@ from onebase_server.errors import (
     WrongMethodError,
 )
 from onebase_server.generation.transcript import HEADER
-from onebase_server.http.door import CHANGE, Door
+from onebase_server.http.door import CHANGE, Door, change_of
 from onebase_server.http.refusals import error_json, is_anthropic, refusal
 from onebase_server.http.request_id import request_id
 from onebase_server.http.server import QuietServer, uvicorn_config
@@ -420,10 +420,6 @@ class Route:
         if again:
             self._again.inc()
 
-    def note_change(self, told: str) -> None:
-        if told.isascii() and told.isdigit() and len(told) < 19:
-            self.change = max(self.change, int(told))
-
     def _is_away(self, replica: Replica, why: str, *, at_once: bool) -> None:
         replica.missed += 1
         replica.why = why
@@ -650,7 +646,8 @@ class _Sent:
             extensions=_TIMEOUT | {"target": self.client.target},
         )
         answer = await replica.way.handle_async_request(sent)
-        self.route.note_change(answer.headers.get(CHANGE.decode(), ""))
+        told = change_of(answer.headers.get(CHANGE.decode(), "").encode())
+        self.route.change = max(self.route.change, told)
         return answer
 
 

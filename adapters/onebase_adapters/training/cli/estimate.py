@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,6 +220,17 @@ def _machine(options: argparse.Namespace) -> Machine:
 def show(console: Console, made: Estimate, recipe: Recipe, machine: Machine, base: str) -> None:
     """Print the estimate as a table; through a pipe as lines, their columns separated by tabs."""
     rows = _rows(made, recipe, machine, base, bars=console.is_terminal and console.width >= _BARS_FROM)
+    print_rows(console, rows)
+    if made.advice:
+        console.print(f"\n[bold red]It does not fit:[/] {made.advice}.", highlight=False)
+    console.print(
+        "\n[dim]Measured peaks were within a quarter of the estimate for the default base on a CPU. "
+        "The time is rough: the first steps of a run show it better."
+    )
+
+
+def print_rows(console: Console, rows: Iterable[tuple[str, Text, Text]]) -> None:
+    """Label, value and words of each row, as a table; through a pipe as lines with tabs."""
     if console.is_terminal:
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(style="dim")
@@ -231,12 +242,6 @@ def show(console: Console, made: Estimate, recipe: Recipe, machine: Machine, bas
     else:
         for label, value, words in rows:
             print(label, value, words, sep="\t", file=console.file)
-    if made.advice:
-        console.print(f"\n[bold red]It does not fit:[/] {made.advice}.", highlight=False)
-    console.print(
-        "\n[dim]Measured peaks were within a quarter of the estimate for the default base on a CPU. "
-        "The time is rough: the first steps of a run show it better."
-    )
 
 
 def _rows(
