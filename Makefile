@@ -24,7 +24,7 @@ demo: base console ## Serve the base and two adapters, watch them answer at once
 	@exec $(BIN)/python examples/demo.py
 
 # Files of tests run side by side, four at most: two more than there are cores, since tests also wait, as far as
-# memory goes, of which each may take 3 GB. Threads that spin while they wait would starve each other.
+# memory goes, of which each may take 3 GB. Each computes with one thread: more would wait for each other's cores.
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); \
 	fit=$$(awk '/^MemAvailable/ { print int($$2 / 3e6) }' /proc/meminfo 2>/dev/null || echo 4); \
 	printf '%s\n' 4 $$((cores + 2)) $$((fit > 1 ? fit : 1)) | sort -n | head -1)
@@ -32,7 +32,7 @@ WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); \
 # What only repeats a behaviour over more combinations is marked `full`: `make check` runs it too.
 SELECT ?= -m "not full"
 # Bytecode is written whatever the environment says: without it each of hundreds of processes compiles the sources.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: base console ## Run the tests, on the real default base (PYTEST_ARGS="-k name" picks some, WORKERS=0 one by one)
 	@echo "==> Running the tests"

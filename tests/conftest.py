@@ -33,7 +33,12 @@ TABLE = Path(__file__).with_name("seconds.json")
 """Seconds of each file; ONEBASE_SECONDS=write in the environment writes what a run took."""
 SECONDS: dict[str, float] = json.loads(TABLE.read_text())
 UNKNOWN_SECONDS = 10.0
-SHARED = {"tests/server": "api: Any", "tests/clients": "server: Server", "tests/verifier": "bench: Bench"}
+SHARED = {
+    "tests/server": "api: Any",
+    "tests/clients": "server: Server",
+    "tests/console": "real: Server",
+    "tests/verifier": "bench: Bench",
+}
 """What a whole folder shares takes many seconds to start: its files that use it run in one process."""
 
 

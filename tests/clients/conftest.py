@@ -17,6 +17,7 @@ import pytest
 from tests.clients.golden import Transcript
 from tests.clients.real_server import Server, running_server
 from tests.clients.registry_double import NOW
+from tests.forks import Nursery
 from tests.http_server import StandInServer
 
 from onebase import AsyncClient, Client, Generation, Piece
@@ -176,9 +177,9 @@ class Wire:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[Server]:
     """One real server for all tests that want one; what they bring there has a name of its own."""
-    with running_server(tmp_path_factory.mktemp("server")) as made:
+    with running_server(tmp_path_factory.mktemp("server"), nursery.popen("forks")) as made:
         yield made
 
 

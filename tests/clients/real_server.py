@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -53,7 +54,7 @@ def make_adapter(base: Path, folder: Path, seed: int) -> None:
 
 
 @contextmanager
-def running_server(folder: Path) -> Iterator[Server]:
+def running_server(folder: Path, popen: type[subprocess.Popen[Any]]) -> Iterator[Server]:
     """Start the server, with its data in `folder`, and stop it; it must end well on SIGTERM."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,7 +69,7 @@ def running_server(folder: Path) -> Iterator[Server]:
     command += ["--data-dir", str(folder / "data"), "--hub-allow", "acme/*"]
     with HubStandIn() as hub, log.open("w") as out:
         made = Server(f"http://127.0.0.1:{port}", hub, adapters)
-        process = subprocess.Popen(
+        process = popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | hub.environment(folder / "hf")
         )
         try:

@@ -45,7 +45,7 @@ def test_a_job_is_followed_paused_resumed_and_ends_as_an_adapter_that_answers(
     name = "sums"
     metadata = {"team": "arithmetic"}
     job = client.training.create(
-        train, name=name, max_steps=6, activate="always", seed=3, metadata=metadata, **TINY
+        train, name=name, max_steps=200, activate="always", seed=3, metadata=metadata, **TINY
     )
     assert (job.name, job.status, job.info.seed) == (name, "validating_files", 3)
     assert client.files.get(job.info.training_file).filename == "rows %22é%22.jsonl"
@@ -67,9 +67,9 @@ def test_a_job_is_followed_paused_resumed_and_ends_as_an_adapter_that_answers(
 
     seen: list[TrainingJobInfo] = []
     job.resume().wait(progress=seen.append)
-    assert (job.status, job.activated, job.progress and job.progress.step) == ("succeeded", True, 6)
+    assert (job.status, job.activated, job.progress and job.progress.step) == ("succeeded", True, 200)
     assert job.report is not None
-    assert (job.report.steps, job.report.parameters) == (6, 1792)
+    assert (job.report.steps, job.report.parameters) == (200, 1792)
     assert job.report.loss_before is not None
     assert job.report.loss_after is not None
     steps = [one.progress.step for one in seen if one.progress and one.status == "running"]
@@ -79,7 +79,7 @@ def test_a_job_is_followed_paused_resumed_and_ends_as_an_adapter_that_answers(
     assert [event.id for event in told] == [event.id for event in job.events(limit=None)[::-1]]
     assert [event.id for event in job.stream_events(after=told[4].id)] == [event.id for event in told[5:]]
     curve = job.curve()
-    assert [point.step for point in curve] == list(range(7))
+    assert [point.step for point in curve] == list(range(201))
     assert curve[0].valid_loss == pytest.approx(job.report.loss_before)
     found = client.training.list(metadata=metadata)
     assert [one.id for one in found] == [job.id]

@@ -20,6 +20,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
+    "--in-process-gpu",
+    "--disable-extensions",
+    "--renderer-process-limit=1",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -38,7 +41,7 @@ small_base = of_server.small_base
 serve_real, keys = of_server.serve_real, of_server.keys
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
@@ -169,7 +172,7 @@ def keyed(serve_scripted: Starter, keys: Keys) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def real(serve_real: Starter, base_folder: Path) -> Iterator[Server]:
     """The default base with both example adapters."""
     examples = str(ROOT / "examples/adapters")
