@@ -201,15 +201,16 @@ def _figures(options: argparse.Namespace) -> tuple[BaseFigures, int]:
     """Of the base, and the bytes of one adapter in memory. Raises BaseError, UsageError."""
     import torch
 
-    from onebase_adapters.training.estimate import adapter_parameters, tree_on_meta
+    from onebase_adapters.training.estimate import adapter_parameters
     from onebase_adapters.training.recipe import RecipeError
     from onebase_adapters.training.trainable import target_layers
+    from onebase_engine.base.layers import empty_base
     from onebase_engine.base.load import estimate_memory
 
     config: Any = training.find_config(options.base)
     dtype = getattr(torch, options.dtype)
-    memory = estimate_memory(config, options.quantization, dtype=dtype)
-    model = tree_on_meta(config)
+    model = empty_base(config)
+    memory = estimate_memory(model, options.quantization, dtype=dtype)
     linear = target_layers(model, ["all-linear"]).values()
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()

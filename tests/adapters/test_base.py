@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import (
     BaseSettings,
     UnsupportedBaseError,
@@ -48,7 +49,7 @@ LLAMA_8B = tf.LlamaConfig(
 def test_llama_8b_is_estimated_without_its_weights(
     quantization: Any, dtype: torch.dtype, gigabytes: float
 ) -> None:
-    estimate = estimate_memory(LLAMA_8B, quantization, dtype=dtype)
+    estimate = estimate_memory(empty_base(LLAMA_8B), quantization, dtype=dtype)
     assert estimate.parameters == 8_030_261_248
     assert estimate.total == pytest.approx(gigabytes * 1e9, rel=0.02)
 
@@ -69,7 +70,7 @@ def test_the_estimate_is_what_a_loaded_base_takes_to_the_byte(
     load: Any, quantization: Any, settings: dict[str, Any]
 ) -> None:
     model = load(quantization, **settings)
-    estimate = estimate_memory(model.config, quantization, **settings)
+    estimate = estimate_memory(empty_base(model.config), quantization, **settings)
     assert (estimate.total, estimate.parameters) == (base_bytes(model), parameter_count(model))
 
 
@@ -78,7 +79,7 @@ def test_tied_embeddings_are_counted_once(tmp_path: Path) -> None:
     config = tf.LlamaConfig(vocab_size=64, num_hidden_layers=1, tie_word_embeddings=True, **sizes)
     tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     model = load_base(BaseSettings(folder=tmp_path))
-    estimate = estimate_memory(model.config, "nf4")
+    estimate = estimate_memory(empty_base(model.config), "nf4")
     assert (estimate.total, estimate.parameters) == (base_bytes(model), parameter_count(model))
 
 

@@ -27,6 +27,7 @@ from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, resolve
 from onebase_adapters.training.trainable import Trainable, resolve_targets
 from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO, BaseSpecError, fetch_default_base
+from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import BaseSettings, base_tensors, load_base
 from onebase_engine.base.load import estimate_memory as base_memory
 
@@ -62,7 +63,7 @@ def test_llama_8b_with_rank_32_on_attention_has_the_known_size() -> None:
     assert made.parameters == 27_262_976
     assert f"{made.adapter_bytes / 1e6:.2f} MB" == "109.05 MB"
     assert made.base_parameters == 8_030_261_248
-    assert made.base_bytes == base_memory(LlamaConfig(**LLAMA_8B), "nf4").total
+    assert made.base_bytes == base_memory(empty_base(LlamaConfig(**LLAMA_8B)), "nf4").total
     assert made.optimizer_bytes == 2 * made.adapter_bytes
     assert made.adapter_memory == 2 * made.adapter_bytes
 
@@ -148,8 +149,7 @@ def test_activations_and_logits_are_what_autograd_keeps(base: Any, settings: dic
 
     tokens = 512
     wanted = recipe(**{"gradient_checkpointing": False, **settings})
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(base.config)
+    model = empty_base(base.config)
     targets = target_layers(model, wanted.targets)
     counted = activations_of(model, targets, ranks_of(targets, wanted), wanted, torch.bfloat16)
     per_token = counted.after + (

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from onebase_adapters.training import events
 from onebase_adapters.training.cli.train import main
-from onebase_adapters.training.estimate import tree_on_meta
 from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.objectives import make_objective
 from onebase_adapters.training.parent import Parent, modules_of
 from onebase_adapters.training.recipe import MODEL, RecipeError, continued, parse_recipe
 from onebase_adapters.training.run import Job, PlannedRun, prepare, train
 from onebase_adapters.training.trainable import ADAPTER, Trainable
+from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import BaseSettings, load_base, load_config
 from onebase_engine.base.view import peft_view
 
@@ -120,7 +120,7 @@ def job_on(
     tmp_path: Path, base_folder: Path, parent_folder: Path, **given: Any
 ) -> tuple[Job, torch.nn.Module]:
     parent = Parent.of_folder(parent_folder)
-    settings = modules_of(parent, tree_on_meta(load_config(base_folder)))
+    settings = modules_of(parent, empty_base(load_config(base_folder)))
     recipe = parse_recipe(continued(given, settings, parent.label))
     base = BaseSettings(folder=base_folder)
     job = Job(

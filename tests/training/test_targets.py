@@ -15,6 +15,7 @@ from torch import nn
 
 from onebase_adapters.training.recipe import RecipeError
 from onebase_adapters.training.trainable import resolve_targets, target_layers
+from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import BaseSettings, load_base
 
 SIZES = {
@@ -75,8 +76,7 @@ SELECTIONS = [
 
 def build(architecture: str) -> nn.Module:
     """The model on meta: nothing is allocated."""
-    with init_empty_weights():
-        model: nn.Module = tf.AutoModelForCausalLM.from_config(CONFIGS[architecture]())
+    model: nn.Module = empty_base(CONFIGS[architecture]())
     return model
 
 

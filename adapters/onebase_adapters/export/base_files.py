@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from onebase_engine.base.default_base import BaseError, resolve_base
-from onebase_engine.base.layers import LayerShape, adaptable_layers
+from onebase_engine.base.layers import LayerShape, adaptable_layers, empty_base
 from onebase_engine.base.load import UnsupportedBaseError, load_config
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -82,11 +82,7 @@ class BaseFiles:
     @cached_property
     def layers(self) -> dict[str, LayerShape]:
         """What an adapter may adapt, by full name; from a tree without weights."""
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
-        with init_empty_weights():
-            return adaptable_layers(AutoModelForCausalLM.from_config(self._loaded_config))
+        return adaptable_layers(empty_base(self._loaded_config))
 
     @cached_property
     def embedding(self) -> str:

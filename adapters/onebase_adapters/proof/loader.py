@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import nn
 
 from onebase_adapters.format.canonical import HEAD_FILE, AdapterFormatError, AdapterSpec, canonicalize
 from onebase_adapters.format.config import CLASSIFIER_NAMES, Task
 from onebase_adapters.proof.extract import extract
-from onebase_engine.base.layers import adaptable_layers
+from onebase_engine.base.layers import adaptable_layers, empty_base
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.base.view import peft_view
 from onebase_engine.lora.weights import (
@@ -146,8 +145,7 @@ def classifier_with(full: Any, task: Task, layer: nn.Linear) -> nn.Module:
     # Of a row alone the last token is what is classified.
     config.pad_token_id = config.get_text_config().pad_token_id = None
     try:
-        with init_empty_weights():
-            model = kind.from_config(config)
+        model = empty_base(config, kind)
     except (ValueError, AttributeError) as error:
         raise AdapterFormatError(
             "unsupported_kind",

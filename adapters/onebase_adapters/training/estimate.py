@@ -17,6 +17,7 @@ from onebase_adapters.training.attention import SHORT
 from onebase_adapters.training.objectives import CHUNK
 from onebase_adapters.training.recipe import Recipe, RecipeError
 from onebase_adapters.training.trainable import target_layers
+from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import Quantization, estimate_memory
 
 MICRO_TOKENS = (8192, 4096, 2048, 1024)
@@ -120,15 +121,6 @@ def estimate(
     return replace(found, total_tokens=total_tokens, seconds=seconds, advice=advice)
 
 
-def tree_on_meta(config: Any) -> Any:
-    """The base's modules without memory. `config`: the base's, from transformers."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config)
-
-
 def adapter_parameters(targets: Mapping[str, nn.Linear], ranks: Mapping[str, int], *, dora: bool) -> int:
     """A is [r, in] and B is [out, r] (Hu et al. 2021, section 4.1); DoRA has a magnitude for each output."""
     return sum(
@@ -181,8 +173,8 @@ class _Shapes:
         device: str,
         base_resident: bool,
     ) -> _Shapes:
-        model = tree_on_meta(config)
-        memory = estimate_memory(config, quantization, dtype=dtype)
+        model = empty_base(config)
+        memory = estimate_memory(model, quantization, dtype=dtype)
         targets = target_layers(model, recipe.targets)
         ranks = ranks_of(targets, recipe)
         fused, on_cpu = quantization == "nf4", device == "cpu"

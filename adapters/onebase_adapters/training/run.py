@@ -41,7 +41,7 @@ from onebase_adapters.training.data.reader import find_files, load_dataset
 from onebase_adapters.training.data.report import report as data_report
 from onebase_adapters.training.data.row_store import map_rows, rows_key, write_rows
 from onebase_adapters.training.data.tokens import asks_for_date, reply_decoder
-from onebase_adapters.training.estimate import Estimate, estimate, measured_rate, tree_on_meta
+from onebase_adapters.training.estimate import Estimate, estimate, measured_rate
 from onebase_adapters.training.events import Gate, LastStep, Listen
 from onebase_adapters.training.loop import ProcessGroup, Scores, Trainer
 from onebase_adapters.training.objectives import make_objective
@@ -62,6 +62,7 @@ from onebase_adapters.training.replies import Measuring, Replies
 from onebase_adapters.training.slices import Measured, by_slice, mean_by_slice, slice_report
 from onebase_adapters.training.trainable import Trainable, resolve_targets
 from onebase_engine.base.identity import base_id
+from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import BaseChangedError, BaseSettings, fingerprint, load_config
 from onebase_engine.machine import peak_memory
 
@@ -619,7 +620,7 @@ def _of_parent(recipe: Recipe, job: Job, config: Any) -> Recipe:
     """
     if job.parent is None:
         return recipe
-    model = tree_on_meta(config)
+    model = empty_base(config)
     check_parent(recipe, job.parent, model)
     return replace(recipe, targets=tuple(resolve_targets(model, recipe.targets)))
 

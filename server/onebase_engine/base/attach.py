@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from onebase_engine.base import manifest as wire
+from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import BaseSettings, freeze, import_bitsandbytes, quantized_statistics
 from onebase_engine.base.manifest import Manifest, ManifestError, QuantizedLayer, Segment, TensorPlace
 from onebase_engine.base.shared_memory import SharedMemoryError, file_size, lay_out, open_tensors, share
@@ -157,15 +158,11 @@ def _described_4bit(layer: Any) -> QuantizedLayer:
 
 def _empty_tree(settings: BaseSettings) -> nn.Module:
     """The base's modules with parameters that take no memory."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(settings.folder, trust_remote_code=False, local_files_only=True)
-        with init_empty_weights(include_buffers=False):
-            tree: Any = AutoModelForCausalLM.from_config(
-                config, dtype=settings.dtype, attn_implementation="eager", trust_remote_code=False
-            )
+        tree = empty_base(config, dtype=settings.dtype, attn_implementation="eager", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise AttachError(f"cannot build the modules of {settings.folder}: {error}") from error
     with contextlib.suppress(OSError):

@@ -31,6 +31,22 @@ class LayerShape:
         return (self.size_in, self.size_out) if self.kind == "embedding" else (self.size_out, self.size_in)
 
 
+def empty_base(config: Any, kind: Any = None, **how: Any) -> Any:
+    """The modules that transformers makes of a config, with parameters on meta, which take no memory.
+
+    `kind`: transformers' class, a causal language model by default; `how`: more of its `from_config`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    # Random numbers for nothing are most of the time that building takes.
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        tree = (kind or AutoModelForCausalLM).from_config(config, **how)
+    tree.tie_weights()
+    return tree
+
+
 def input_embedding(model: Any) -> nn.Embedding:
     embedding: nn.Embedding = model.get_input_embeddings()
     return embedding

@@ -21,6 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from onebase_engine.base.layers import empty_base
+
 logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "int8", "none"]
@@ -121,12 +123,9 @@ def _check_linear(config: Any) -> None:
     transformers keeps a mixture's experts in tensors [experts, out, in], which bitsandbytes leaves alone.
     How many rows an expert multiplies at once depends on a row's neighbours, and so do the row's last bits.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    with init_empty_weights():
-        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    model: nn.Module = empty_base(copy.deepcopy(config))
     part, largest = _left_plain(model, lambda module: type(module) is nn.Linear or isinstance(module, Conv1D))
     if part > MOST_PLAIN:
         raise UnsupportedBaseError(
@@ -499,23 +498,18 @@ def fingerprint(model: nn.Module) -> dict[str, tuple[int, int, torch.dtype]]:
 
 
 def estimate_memory(
-    config: Any,
+    model: Any,
     quantization: Quantization,
     *,
     blocksize: int = 64,
     double_quant: bool = True,
     dtype: torch.dtype = torch.bfloat16,
 ) -> MemoryEstimate:
-    """Bytes that `load_base` will take, from the config alone: the tree is built on meta tensors.
+    """Bytes that `load_base` will take. `model`: what `empty_base` makes of the config.
 
     Linear layers but the output head are quantized. NF4 stores half a byte a weight plus one absmax
     per block: fp32, or with double quantization one byte plus fp32 per 256 blocks (QLoRA, section 3).
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
     output = model.get_output_embeddings()
     parameters = plain = quantized = 0
     for module in model.modules():

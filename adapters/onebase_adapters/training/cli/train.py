@@ -174,13 +174,13 @@ def _parent(folder: Path) -> Parent:
 
 def _going_on(parent: Parent, given: dict[str, Any], resolved: ResolvedBase) -> Any:
     """The recipe, with what the parent decides of it. Raises UsageError."""
-    from onebase_adapters.training.estimate import tree_on_meta
     from onebase_adapters.training.parent import modules_of
     from onebase_adapters.training.recipe import continued, parse_recipe
+    from onebase_engine.base.layers import empty_base
     from onebase_engine.base.load import load_config
 
     with usage_errors():
-        own = modules_of(parent, tree_on_meta(load_config(resolved.folder)))
+        own = modules_of(parent, empty_base(load_config(resolved.folder)))
         return parse_recipe(continued(given, own, parent.label))
 
 
