@@ -44,9 +44,9 @@ def test_a_job_is_followed_paused_resumed_and_ends_as_an_adapter_that_answers(
 ) -> None:
     name = "sums"
     metadata = {"team": "arithmetic"}
-    job = client.training.create(
-        train, name=name, max_steps=200, activate="always", seed=3, metadata=metadata, **TINY
-    )
+    # 200 steps: it is not over before it is paused.
+    settings = TINY | {"epochs": 40, "eval_every": 100, "patience": 0}
+    job = client.training.create(train, name=name, activate="always", seed=3, metadata=metadata, **settings)
     assert (job.name, job.status, job.info.seed) == (name, "validating_files", 3)
     assert client.files.get(job.info.training_file).filename == "rows %22é%22.jsonl"
     with pytest.raises(ConflictError):

@@ -19,6 +19,7 @@ from onebase_engine.engine.grammars import GrammarError
 from onebase_engine.engine.messages import TokenLogprob
 from onebase_engine.engine.row import Ahead, Row
 from onebase_engine.kernels.interface import Draws, Kernels
+from onebase_engine.kernels.reference import sent
 
 Mask = np.ndarray | GrammarError | None
 """What a row's grammar lets it go on with, [words] int32: the lowest bit of the first is token 0."""
@@ -59,18 +60,11 @@ def draw(
     """The next token of each row from raw logits [rows, vocab]; `masks`: of each row, or none at all."""
     if not rows:
         return []
-    own = list(logits)
-    adjusted = [i for i, row in enumerate(rows) if _adjusts(row)]
-    for i in adjusted:
-        own[i] = _adjust(own[i].float().clone(), rows[i], eos_ids)
+    own = [
+        _adjusted(one, row, eos_ids) if _adjusts(row) else one for one, row in zip(logits, rows, strict=True)
+    ]
     allowed = [mask if isinstance(mask, np.ndarray) else None for mask in masks] or [None] * len(rows)
     chosen = kernels.draw(own, _draws(rows), allowed)
-    if adjusted:
-        # The row's own logits must be finite as well, those that were taken away included.
-        theirs = logits if len(adjusted) == len(rows) else logits[adjusted]
-        finite = torch.isfinite(theirs.amax(-1)).tolist()
-        for i, known in zip(adjusted, finite, strict=True):
-            chosen[i] = chosen[i] if known else None
     scores: dict[int, TokenLogprob] = {}
     # One k at a time: among equal values, which come first depends on how many are asked for.
     for top in {row.sampling.logprobs for row in rows}:
@@ -137,13 +131,12 @@ def score_tokens(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[
     for first in range(0, len(tokens), _SCORED_AT_ONCE):
         some = tokens[first : first + _SCORED_AT_ONCE]
         logprobs = torch.log_softmax(logits[first : first + len(some)].float(), dim=-1)
-        own = logprobs.gather(1, torch.tensor(some, device=logits.device)[:, None])[:, 0].tolist()
+        own = logprobs.gather(1, sent(np.array(some), logits.device)[:, None])
         values, indices = _largest(logprobs, top)
-        pairs = [
-            list(zip(ids, theirs, strict=True))
-            for ids, theirs in zip(indices.tolist(), values.tolist(), strict=True)
-        ]
-        found += map(TokenLogprob, some, own, pairs)
+        # All are fp64 exactly, and an accelerator is waited for once.
+        for token, row in zip(some, torch.cat([own, values, indices], dim=1).tolist(), strict=True):
+            best, ids = row[1 : 1 + values.shape[1]], map(int, row[1 + values.shape[1] :])
+            found.append(TokenLogprob(token, row[0], list(zip(ids, best, strict=True))))
     return found
 
 
@@ -163,17 +156,20 @@ def _largest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     return found.values, places.gather(1, found.indices)
 
 
-def _adjust(logits: torch.Tensor, row: Row | Ahead, eos_ids: frozenset[int]) -> torch.Tensor:
-    """Penalties, bias and min_tokens, written into a row of logits [vocab] fp32."""
+def _adjusted(raw: torch.Tensor, row: Row | Ahead, eos_ids: frozenset[int]) -> torch.Tensor:
+    """A row's logits [vocab], fp32, after penalties, bias and min_tokens. The largest of the raw ones must be
+    finite even where it is taken away: else none is."""
     sampling = row.sampling
+    logits = raw.float().clone()
     if sampling.penalizes:
         _penalize(logits, row)
     if sampling.logit_bias:
-        ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-        logits[ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+        bias = np.array(list(sampling.logit_bias.values()), dtype=np.float32)
+        logits[sent(np.array(list(sampling.logit_bias)), raw.device)] += sent(bias, raw.device)
     if row.generated < sampling.min_tokens:
-        logits[[*eos_ids, *sampling.stop_token_ids]] = -torch.inf
-    return logits
+        ends = np.array([*eos_ids, *sampling.stop_token_ids], dtype=np.int64)
+        logits.index_fill_(0, sent(ends, raw.device), -torch.inf)
+    return torch.where(torch.isfinite(raw.amax()), logits, torch.nan)
 
 
 def _adjusts(row: Row | Ahead) -> bool:
@@ -186,12 +182,12 @@ def _penalize(logits: torch.Tensor, row: Row | Ahead) -> None:
     sampling = row.sampling
     if sampling.repetition_penalty != 1.0:
         ids, _ = row.seen.read(row.tokens)
-        seen = torch.from_numpy(ids).to(logits.device)
+        seen = sent(ids, logits.device)
         values = logits[seen]
         penalty = sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if row.generated and (sampling.presence_penalty or sampling.frequency_penalty):
         ids, counts = row.completed.read(row.tokens, row.prompt_length)
-        times = torch.from_numpy(counts).to(logits)
+        times = sent(counts, logits.device).to(logits.dtype)
         penalties = sampling.presence_penalty + sampling.frequency_penalty * times
-        logits[torch.from_numpy(ids).to(logits.device)] -= penalties
+        logits[sent(ids, logits.device)] -= penalties

@@ -27,7 +27,7 @@ from triton.language.extra import libdevice
 
 from onebase_engine.base.layers import is_nf4, plain_absmax
 from onebase_engine.kernels.interface import Contexts, Draws, LinearKernel, Rotation, RowGroup, RowMap
-from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
+from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, sent
 from onebase_engine.lora.weights import LoraWeights
 
 logger = logging.getLogger(__name__)
@@ -269,17 +269,11 @@ def _terms_of(rows: RowMap, count: int, device: torch.device) -> _Terms:
         if flat:
             numbers, slots, weights = zip(*flat, strict=True)
             columns[:] = numbers, slots, np.array(weights, dtype=np.float32).view(np.int32)
-        there = _sent(np.concatenate([starts, columns.reshape(-1)]), device)
+        there = sent(np.concatenate([starts, columns.reshape(-1)]), device)
         row, slot, weight = there[count + 1 :].view(3, len(flat))
         rows.held[key] = _Terms(len(flat), there[: count + 1], row, slot, weight.view(torch.float32))
     made: _Terms = rows.held[key]
     return made
-
-
-def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """On the device, without waiting for it."""
-    here = torch.from_numpy(array)
-    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -330,7 +324,7 @@ class CudaLinear:
             self._held[slot] = a, b
             bits = int(np.float32(weights.scale).view(np.int32))
             facts = [a.data_ptr(), b.data_ptr(), weights.rank, bits]
-        self._slots[slot] = _sent(np.array(facts), self._slots.device)
+        self._slots[slot] = sent(np.array(facts), self._slots.device)
         self.most_rank = max((len(a) for a, _ in self._held.values()), default=0)
 
 
@@ -349,7 +343,7 @@ class CudaLayers:
         self._starts = (*accumulate(blocks), self._blocks)[:2]
         self._finished = blocks[0] if gated else self._blocks
         self._pieces = triton.cdiv(layers[0].size_in, PIECE.value)
-        self._facts = _sent(np.array([layer.facts for layer in layers]), layers[0].weight.device)
+        self._facts = sent(np.array([layer.facts for layer in layers]), layers[0].weight.device)
         self._wide: tuple[list[int], torch.Tensor] = [], self._facts
         """The same with weights in bf16, and where these lie."""
 
@@ -387,7 +381,7 @@ class CudaLayers:
         if self._wide[0] != addresses:
             facts = np.array([layer.facts for layer in self._layers])
             facts[:, WEIGHT.value] = addresses
-            self._wide = addresses, _sent(facts, self._facts.device)
+            self._wide = addresses, sent(facts, self._facts.device)
         return self._wide[1]
 
 
@@ -538,7 +532,7 @@ def _step_of(contexts: Contexts, rows: int, device: torch.device) -> _Step:
     if key not in contexts.held:
         tiles = np.array(list(_tiles(contexts, rows)), dtype=np.int32).reshape(-1, 3)
         arrays = contexts.position, contexts.write, contexts.table, tiles
-        there = _sent(np.concatenate([array.reshape(-1) for array in arrays]), device)
+        there = sent(np.concatenate([array.reshape(-1) for array in arrays]), device)
         own = torch.split(there, [array.size for array in arrays])
         splits = int(contexts.position.max(initial=-1)) // SPLIT.value + 1
         contexts.held[key] = _Step(own[0], own[1], own[2], own[3], splits)

@@ -71,16 +71,22 @@ class ReferenceKernels:
     def draw(
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
     ) -> list[int | None]:
+        """Waits for an accelerator once, and once more if a nucleus is larger than what was sorted of it."""
         raw = torch.stack(list(logits)).float()
-        finite = torch.isfinite(raw.amax(dim=-1)).tolist()
-        masks = {row: mask for row, mask in enumerate(allowed) if mask is not None and finite[row]}
-        for row in _forbid(raw, masks):
-            finite[row] = False
-        tokens = raw.argmax(dim=-1)
-        random = [row for row, known in enumerate(finite) if known and draws.temperature[row] > 0]
-        if random:
-            tokens[random] = _sample(raw[random], draws, random)
-        return [token if known else None for token, known in zip(tokens.tolist(), finite, strict=True)]
+        fails = ~torch.isfinite(raw.amax(dim=-1))
+        masks = {row: mask for row, mask in enumerate(allowed) if mask is not None}
+        fails |= _forbid(raw, masks)
+        tokens, unsure = raw.argmax(dim=-1), torch.zeros_like(fails)
+        random = np.flatnonzero(draws.temperature > 0)
+        if len(random):
+            own = sent(random, raw.device)
+            tokens[own], unsure[own] = _sample(raw[own], draws, random, NUCLEUS_CANDIDATES)
+        found, failed, again = torch.stack([tokens, fails, unsure]).tolist()
+        if wide := [row for row in range(len(found)) if again[row] and not failed[row]]:
+            more, _ = _sample(raw[sent(np.array(wide), raw.device)], draws, np.array(wide), raw.shape[1])
+            for row, token in zip(wide, more.tolist(), strict=True):
+                found[row] = token
+        return [None if failed[row] else found[row] for row in range(len(found))]
 
 
 # ---- linear layers -----------------------------------------------------------------------------
@@ -388,69 +394,80 @@ def _decode_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
 # ---- draws -------------------------------------------------------------------------------------
 
 
-def _forbid(logits: torch.Tensor, masks: dict[int, np.ndarray]) -> list[int]:
-    """Take from these rows of `logits` [rows, vocab] fp32 what their masks do not allow. The rows whose masks
-    allow nothing."""
+def sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for it."""
+    here = torch.from_numpy(array)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
+
+
+def _forbid(logits: torch.Tensor, masks: dict[int, np.ndarray]) -> torch.Tensor:
+    """Take from these rows of `logits` [rows, vocab] fp32 what their masks do not allow. [rows] bool: whose
+    mask allows nothing."""
+    fails = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     if not masks:
-        return []
+        return fails
     words = np.stack(list(masks.values()))
     bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=logits.shape[1])
-    allowed = torch.from_numpy(bits).to(logits.device).bool()
-    rows = list(masks)
+    allowed, rows = sent(bits, logits.device).bool(), sent(np.array(list(masks)), logits.device)
     made = logits[rows].masked_fill_(~allowed, -torch.inf)
     nothing = made.amax(-1, keepdim=True) == -torch.inf
     logits[rows] = made.masked_fill_(allowed & nothing, 0)
-    some = allowed.any(-1).tolist()
-    return [row for row, has_some in zip(rows, some, strict=True) if not has_some]
+    fails[rows] = ~allowed.any(-1)
+    return fails
 
 
-def _sample(logits: torch.Tensor, draws: Draws, rows: list[int]) -> torch.Tensor:
-    """Inverse-CDF draws for `logits` [len(rows), vocab] fp32, int64, after top_k, top_p and min_p."""
+def _sample(
+    logits: torch.Tensor, draws: Draws, rows: np.ndarray, candidates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse-CDF draws for `logits` [len(rows), vocab] fp32, int64, after top_k, top_p and min_p; and of
+    which rows they are wrong, since the `candidates` most likely tokens are no nucleus."""
 
-    def column(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(values[rows]).to(like)[:, None]
+    def column(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return sent(values[rows], logits.device).to(dtype)[:, None]
 
     # Relative to the highest logit, so that no temperature, however low, overflows.
-    relative = (logits - logits.amax(dim=-1, keepdim=True)) / column(draws.temperature, logits)
-    probabilities = _kept_by_top_k(relative, draws.top_k[rows].tolist()).softmax(dim=-1)
-    floor = torch.maximum(
-        _nucleus_floor(probabilities, draws.top_p[rows].tolist()),
-        probabilities.amax(dim=-1, keepdim=True) * column(draws.min_p, logits),
-    )
+    relative = (logits - logits.amax(dim=-1, keepdim=True)) / column(draws.temperature, logits.dtype)
+    probabilities = _kept_by_top_k(relative, draws.top_k[rows]).softmax(dim=-1)
+    nucleus, unsure = _nucleus_floor(probabilities, draws.top_p[rows], candidates)
+    least = probabilities.amax(dim=-1, keepdim=True) * column(draws.min_p, logits.dtype)
+    floor = torch.maximum(nucleus, least)
     kept = torch.where(probabilities >= floor, probabilities, 0.0).double()
     cumulative = kept.cumsum(dim=-1)
-    target = column(draws.uniform, cumulative) * cumulative[:, -1:]
+    target = column(draws.uniform, cumulative.dtype) * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     # Rounding may put the target on the very end: the last token that was kept.
     last = kept.shape[-1] - 1 - kept.flip(-1).ne(0).to(torch.int8).argmax(dim=-1)
-    return torch.minimum(index, last)
+    return torch.minimum(index, last), unsure
 
 
-def _kept_by_top_k(logits: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
+def _kept_by_top_k(logits: torch.Tensor, ks: np.ndarray) -> torch.Tensor:
     vocabulary = logits.shape[-1]
-    limited = [(i, min(k, vocabulary)) for i, k in enumerate(ks) if k > 0]
-    if not limited:
+    limited = np.flatnonzero(ks > 0)
+    if not len(limited):
         return logits
-    best = logits.topk(max(k for _, k in limited), dim=-1).values
-    floor = torch.full((len(ks), 1), -torch.inf, dtype=logits.dtype, device=logits.device)
-    for i, k in limited:
-        floor[i, 0] = best[i, k - 1]
+    own, last = sent(limited, logits.device), sent(np.minimum(ks[limited], vocabulary) - 1, logits.device)
+    best = logits[own].topk(min(int(ks.max()), vocabulary), dim=-1).values
+    floor = logits.new_full((len(ks), 1), -torch.inf)
+    floor[own] = best.gather(1, last[:, None])
     return logits.masked_fill(logits < floor, -torch.inf)
 
 
-def _nucleus_floor(probabilities: torch.Tensor, ps: Sequence[float]) -> torch.Tensor:
-    """Smallest probability inside each row's nucleus, [rows, 1]; 0 where top_p is off."""
-    floor = torch.zeros(len(ps), 1, dtype=probabilities.dtype, device=probabilities.device)
-    limited = [i for i, p in enumerate(ps) if p < 1.0]
-    if not limited:
-        return floor
-    candidates = min(NUCLEUS_CANDIDATES, probabilities.shape[-1])
-    best = probabilities[limited].topk(candidates, dim=-1).values
-    for row, values in zip(limited, best, strict=True):
-        cumulative = values.double().cumsum(dim=-1)
-        if cumulative[-1] < ps[row]:
-            values = probabilities[row].sort(descending=True).values
-            cumulative = values.double().cumsum(dim=-1)
-        inside = int((cumulative < ps[row]).sum())
-        floor[row, 0] = values[min(inside, len(values) - 1)]
-    return floor
+def _nucleus_floor(
+    probabilities: torch.Tensor, ps: np.ndarray, candidates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest probability inside each row's nucleus, [rows, 1], 0 where top_p is off; and [rows], whether
+    that is not among the `candidates` largest."""
+    floor = probabilities.new_zeros(len(ps), 1)
+    unsure = torch.zeros(len(ps), dtype=torch.bool, device=probabilities.device)
+    limited = np.flatnonzero(ps < 1.0)
+    if not len(limited):
+        return floor, unsure
+    own, part = (sent(array, probabilities.device) for array in (limited, ps[limited, None]))
+    count = min(candidates, probabilities.shape[-1])
+    values = probabilities[own].topk(count, dim=-1).values
+    cumulative = values.double().cumsum(dim=-1)
+    inside = (cumulative < part).sum(-1, keepdim=True)
+    floor[own] = values.gather(1, inside.clamp_(max=count - 1))
+    if count < probabilities.shape[-1]:
+        unsure[own] = cumulative[:, -1] < part[:, 0]
+    return floor, unsure
