@@ -41,7 +41,7 @@ small_base = of_server.small_base
 serve_real, keys = of_server.serve_real, of_server.keys
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
@@ -172,7 +172,7 @@ def keyed(serve_scripted: Starter, keys: Keys) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def real(serve_real: Starter, base_folder: Path) -> Iterator[Server]:
     """The default base with both example adapters."""
     examples = str(ROOT / "examples/adapters")

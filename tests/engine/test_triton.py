@@ -17,7 +17,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.engine import triton_on_cpu
-from tests.engine.harness import Lab, requests, run
+from tests.engine.harness import Lab, Request, requests, run
 from tests.engine.layers import IN, OUT, Cache, eager, lora, nf4, plain, projected, random
 from tests.rows import row_map
 from tests.tiny import save_base
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase_adapters.proof.modules import ModuleProver, ProofError
 from onebase_engine.base.load import BaseSettings, load_base
-from onebase_engine.engine import model
+from onebase_engine.engine import graphs, model
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.kernels import cuda
 from onebase_engine.kernels.cuda import CudaKernels, CudaLayers, CudaLinear
@@ -411,6 +411,35 @@ def test_an_engine_serves_texts_of_peft_the_same_bits_in_any_company_and_few_lau
     assert launches.counted.total() <= 20, launches.counted
     alone = lab.engine(model=ServedModel(lab.base, 4, kernels=kernels), slots=4, step_tokens=5)
     assert run(alone, asked[:1]) == together[:1]
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("quick_trials")
+def test_a_captured_pass_gives_other_steps_the_bits_that_they_have_launched_one_by_one(
+    kernels: CudaKernels, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other rows, adapters and contexts than those that it was captured with."""
+    asked = [Request((5, 9, 7), 1, 3), Request((8,), None, 3), Request((3, 4, 6, 11), 3, 3, at=1)]
+    plain = lab.engine(model=ServedModel(lab.base, 4, kernels=kernels), slots=4)
+    one_by_one = run(plain, asked)
+    monkeypatch.setattr(kernels, "captures", True)
+    monkeypatch.setattr(kernels, "capture", triton_on_cpu.Capture().of)
+    monkeypatch.setattr(graphs, "ROWS", (8,))
+    served = ServedModel(lab.base, 4, kernels=kernels)
+    engine, replayed = lab.engine(model=served, slots=4), Counter[bool]()
+    whole = served._graphs.run
+    monkeypatch.setattr(served._graphs, "run", lambda batch: _counted(whole(batch), replayed))
+    assert run(engine, asked) == one_by_one
+    assert None not in served._graphs._graphs.values()
+    assert replayed[True] > len(served._graphs._graphs), replayed
+    replayed.clear()
+    run(engine, [Request((5,), 8, 2)])
+    assert not replayed[True], "it acts outside the kernels"
+
+
+def _counted(found: Any, replayed: Counter[bool]) -> Any:
+    replayed[found is not None] += 1
+    return found
 
 
 @pytest.mark.full

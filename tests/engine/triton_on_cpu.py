@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import triton.language as tl
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime import interpreter
 
 _plain_convert = interpreter._convert_float
@@ -57,3 +58,55 @@ def tell(monkeypatch: pytest.MonkeyPatch, listen: Callable[[str], None]) -> None
             return launch(self, *args, **named)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", told)
+
+
+class Capture(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
+    """What a graph of CUDA does, on the CPU: a pass's launches are noted, and made again on the same memory.
+
+    Raises:
+        RuntimeError: the host reads what a device would hold, or sends it something.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._launches: list[Callable[[], None]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default):
+            raise RuntimeError(f"{func} while a pass is captured")
+        result = func(*args, **named)
+        if func._schema.is_mutable:
+            self._launches.append(lambda: func(*args, **named))
+        elif "empty" not in str(func):
+            self._launches.append(lambda: _write_again(result, func(*args, **named)))
+        return result
+
+    def of(self, run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+        """As `CudaKernels.capture`."""
+        launch = interpreter.GridExecutor.__call__
+
+        def told(executor: Any, *args: Any, **named: Any) -> Any:
+            with _disable_current_modes():
+                self._launches.append(lambda: launch(executor, *args, **named))
+                return launch(executor, *args, **named)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(interpreter.GridExecutor, "__call__", told)
+            with self:
+                outputs = run()
+        launches, self._launches = tuple(self._launches), []
+
+        def replay() -> None:
+            with torch.inference_mode():
+                for one in launches:
+                    one()
+
+        return replay, outputs
+
+
+def _write_again(there: Any, new: Any) -> None:
+    own, made = (one if isinstance(one, tuple | list) else (one,) for one in (there, new))
+    for place, tensor in zip(own, made, strict=True):
+        if isinstance(place, torch.Tensor) and place.data_ptr() != tensor.data_ptr():  # views stay
+            place.copy_(tensor)

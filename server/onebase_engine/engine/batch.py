@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-import torch
 
 from onebase_engine.engine.kv_cache import DUMP_BLOCK
 from onebase_engine.engine.row import AdapterMix, Ahead, Plan, Row, Segment
@@ -21,11 +20,11 @@ from onebase_engine.kernels.interface import Contexts, RowGroup, RowMap
 class Batch:
     """What one step computes. `logit_rows` are the packed rows whose logits are wanted."""
 
-    input_ids: torch.Tensor
-    """[1, T] int64"""
-    positions: torch.Tensor
-    """[1, T] int64"""
-    logit_rows: torch.Tensor
+    input_ids: np.ndarray
+    """[T] int64"""
+    positions: np.ndarray
+    """[T] int64"""
+    logit_rows: np.ndarray
     """[L] int64"""
     contexts: Contexts
     token_map: RowMap
@@ -35,18 +34,17 @@ class Batch:
     logits i."""
     scored: list[tuple[Segment, slice]]
     """Segments whose prompt is scored, and the logits of their tokens."""
-    hidden_rows: torch.Tensor | None
-    """[H] int64: the packed rows whose hidden states are wanted, if any are."""
+    hidden_rows: np.ndarray
+    """[H] int64: the packed rows whose hidden states are wanted."""
     pooled: list[tuple[Segment, slice]]
     """Segments that are pooled, and the hidden states of their tokens."""
 
 
 class Packer:
-    """Packs plans for one device, with rows padded to a multiple of `row_multiple`."""
+    """Packs plans, with rows padded to a multiple of `row_multiple`."""
 
-    def __init__(self, block_size: int, device: torch.device, row_multiple: int) -> None:
+    def __init__(self, block_size: int, row_multiple: int) -> None:
         self._block_size = block_size
-        self._device = device
         self._multiple = row_multiple
 
     def pack(self, plan: Plan, slot_of: Mapping[str, int]) -> Batch:
@@ -76,20 +74,17 @@ class Packer:
             for start, segment in zip(starts, segments, strict=False)
         ]
         return Batch(
-            input_ids=self._tensor(ids)[None],
-            positions=self._tensor(np.maximum(positions, 0).astype(np.int64))[None],
-            logit_rows=self._tensor(logit_rows),
+            input_ids=ids,
+            positions=np.maximum(positions, 0).astype(np.int64),
+            logit_rows=logit_rows,
             contexts=Contexts(positions, table_row, write, table),
             token_map=_grouped(rows, slot_of),
             logit_map=_grouped([(mix, (number,)) for number, mix in enumerate(mixes)], slot_of),
             sampled=sampled,
             scored=scored,
-            hidden_rows=self._tensor(np.array(hidden_rows, dtype=np.int64)) if hidden_rows else None,
+            hidden_rows=np.array(hidden_rows, dtype=np.int64),
             pooled=pooled,
         )
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
 
     def _padded(self, length: int) -> int:
         return -(-length // self._multiple) * self._multiple

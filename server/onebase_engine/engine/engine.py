@@ -135,7 +135,7 @@ class Engine:
             self._grammars = Grammars(tokenizer, self._vocabulary, self._eos_ids, places)
         self._opening: dict[str, list[tuple[protocol.Submit, AdapterMix]]] = {}
         """By their grammar's key, requests whose grammar is being compiled."""
-        self._packer = Packer(block_size, self.model.device, self.model.row_multiple)
+        self._packer = Packer(block_size, self.model.row_multiple)
         self._rows: dict[str, list[Row]] = {}
         self._arrivals = 0
         self._outputs: list[RowOutput] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,14 @@ from onebase_engine.engine.fusion import RecordedLayer, fuse
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
 from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap
+from onebase_engine.kernels.reference import sent
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotLinear, wrap_layers
-from onebase_engine.lora.weights import AdapterWeights
+from onebase_engine.lora.weights import AdapterWeights, LoraWeights
+
+if TYPE_CHECKING:
+    from onebase_engine.engine.graphs import Graphs
+    from onebase_engine.kernels.cuda import FixedStep
 
 
 class Outputs(NamedTuple):
@@ -58,6 +63,9 @@ class ServedModel:
             unpacked=unpacked and self.device.type == "cpu",
         )
         self._slots = AdapterSlots(modules, slots, self.device)
+        self._modules = tuple(modules.values())
+        self._slot_count = slots
+        self._graphs: Graphs | None = None
         linear = [module for module in modules.values() if isinstance(module, SlotLinear)]
         self._ragged = any(one.base.in_features % TILE or one.base.out_features % TILE for one in linear)
         self.promise = _promise(self.kernels, [module.exact(0) for module in linear])
@@ -118,6 +126,10 @@ class ServedModel:
                 self._rows,
                 lambda number: self._try_pass(number, table, block_size),
             )
+        if self.kernels.captures:
+            from onebase_engine.engine.graphs import Graphs  # imports Triton
+
+            self._graphs = Graphs(self._run_fixed, self.kernels, self._slot_count, block_size, self.device)
 
     def _try_pass(self, number: int, table: np.ndarray, block_size: int) -> torch.Tensor:
         """Logits of TILE rows of two contexts in the blocks of `table`, which nobody has yet."""
@@ -144,10 +156,14 @@ class ServedModel:
         failed: dict[int, Exception] = {}
         for slot in moves:
             self._slots.clear(slot)
+        ranks: dict[int, int] = dict.fromkeys(moves, 0)
         for slot, digest in moves.items():
             try:
                 if digest is not None:
-                    self._slots.load(slot, weights_of(digest))
+                    weights = weights_of(digest)
+                    self._slots.load(slot, weights)
+                    plain = (one.rank for one in weights.values() if isinstance(one, LoraWeights))
+                    ranks[slot] = max(plain, default=0)
             except torch.AcceleratorError:
                 raise
             except Exception as error:
@@ -155,16 +171,48 @@ class ServedModel:
                 failed[slot] = error
         for layer in self._recorded:
             layer.refresh()
+        if self._graphs is not None:
+            self._graphs.ranks |= ranks
+            self._graphs.by_groups = {slot for module in self._modules for slot in module.by_groups}
         return failed
 
     def forward(self, batch: Batch) -> Outputs:
         """The logits of the batch's `logit_rows`, and the hidden states of its `hidden_rows`."""
-        self._attention.step = batch.contexts
-        self._rows.tokens, self._rows.logits = batch.token_map, batch.logit_map
-        self._hidden_rows = batch.hidden_rows
+        wants_hidden = len(batch.hidden_rows) > 0
+        arrays = batch.input_ids, batch.positions, batch.logit_rows, batch.hidden_rows
+        if self._graphs is not None and (found := self._graphs.run(batch)) is not None:
+            logits, hidden = found
+            own = sent(np.concatenate(arrays[2:]), self.device)
+            logit_rows, hidden_rows = torch.split(own, [len(array) for array in arrays[2:]])
+            return Outputs(logits[logit_rows], hidden[hidden_rows] if wants_hidden else None)
+        there = sent(np.concatenate(arrays), self.device)
+        ids, positions, logit_rows, hidden_rows = torch.split(there, [len(array) for array in arrays])
+        step = batch.contexts, batch.token_map, batch.logit_map
+        return Outputs(*self._pass(*step, ids, positions, logit_rows, hidden_rows if wants_hidden else None))
+
+    def _run_fixed(self, step: FixedStep) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and hidden states of all rows of a step whose place is fixed."""
+        given = step.contexts, step.rows, step.rows, step.ids, step.positions, step.every_row
+        logits, hidden = self._pass(*given, step.every_row)
+        if hidden is None:
+            raise UnsupportedBaseError("its decoder's hidden states are not seen")
+        return logits, hidden
+
+    def _pass(
+        self,
+        contexts: Contexts,
+        tokens: RowMap,
+        logits: RowMap,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        logit_rows: torch.Tensor,
+        hidden_rows: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self._attention.step = contexts
+        self._rows.tokens, self._rows.logits = tokens, logits
+        self._hidden_rows = hidden_rows
         try:
-            logits = self._forward(batch.input_ids, batch.positions, batch.logit_rows)
-            return Outputs(logits, self._hidden)
+            return self._forward(ids[None], positions[None], logit_rows), self._hidden
         finally:
             self._hidden_rows = self._hidden = None
             self._attention.step = None

@@ -232,6 +232,7 @@ class CpuKernels:
     row_multiple = 1
     joins = True
     drafts = True
+    captures = False
 
     def __init__(self, library: Any, name: str) -> None:
         self.name = name

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, 
 from onebase_engine.lora.weights import LoraWeights
 
 logger = logging.getLogger(__name__)
+Captured = TypeVar("Captured")
 
 PIECE = tl.constexpr(1024)
 """Terms of a product whose sum is one number, before it is added to the others'."""
@@ -55,6 +56,9 @@ SLOTS, SIZE_OUT, BLOCKSIZE, FACTS = (tl.constexpr(number) for number in range(4,
 """What the kernels are told of a layer, int64: addresses, sizes; and how many of these there are."""
 A, B, RANK, SCALE, SLOT_FACTS = (tl.constexpr(number) for number in range(5))
 """And of a slot: addresses of A and B, the rank (0: empty), the bits of the scale in fp32."""
+
+FIXED = "cuda"
+"""In `held` of a step at fixed places."""
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -253,27 +257,34 @@ class _Terms:
     row: torch.Tensor
     slot: torch.Tensor
     weight: torch.Tensor
+    most_rank: int = 0
+    """No slot's rank is larger; 0: it is up to the layer."""
 
 
 def _terms_of(rows: RowMap, count: int, device: torch.device) -> _Terms:
     """Made once a step."""
-    key = f"cuda {count}"
+    key = FIXED if FIXED in rows.held else f"cuda {count}"
     if key not in rows.held:
-        of_row: list[tuple[tuple[int, float], ...]] = [()] * count
-        for group in rows.groups:
-            for row in group.rows:
-                of_row[row] = group.terms
-        flat = [(row, *term) for row, terms in enumerate(of_row) for term in terms]
-        starts = np.array([0, *accumulate(map(len, of_row))], dtype=np.int32)
-        columns = np.zeros((3, len(flat)), dtype=np.int32)
-        if flat:
-            numbers, slots, weights = zip(*flat, strict=True)
-            columns[:] = numbers, slots, np.array(weights, dtype=np.float32).view(np.int32)
+        starts, columns = _acting(rows, count)
         there = sent(np.concatenate([starts, columns.reshape(-1)]), device)
-        row, slot, weight = there[count + 1 :].view(3, len(flat))
-        rows.held[key] = _Terms(len(flat), there[: count + 1], row, slot, weight.view(torch.float32))
+        row, slot, weight = there[count + 1 :].view(columns.shape)
+        rows.held[key] = _Terms(len(row), there[: count + 1], row, slot, weight.view(torch.float32))
     made: _Terms = rows.held[key]
     return made
+
+
+def _acting(rows: RowMap, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """A step's `_Terms` as int32: starts [count + 1]; and rows, slots and the bits of weights, [3, terms]."""
+    of_row: list[tuple[tuple[int, float], ...]] = [()] * count
+    for group in rows.groups:
+        for row in group.rows:
+            of_row[row] = group.terms
+    flat = [(row, *term) for row, terms in enumerate(of_row) for term in terms]
+    columns = np.zeros((3, len(flat)), dtype=np.int32)
+    if flat:
+        numbers, slots, weights = zip(*flat, strict=True)
+        columns[:] = numbers, slots, np.array(weights, dtype=np.float32).view(np.int32)
+    return np.array([0, *accumulate(map(len, of_row))], dtype=np.int32), columns
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -298,7 +309,8 @@ class CudaLinear:
             self.absmax, self.code = plain_absmax(state).float().contiguous(), state.code.float().contiguous()
             self.blocksize = state.blocksize
         self.bias = None if base.bias is None else base.bias.to(torch.bfloat16).contiguous()
-        self._slots = torch.zeros(slots, SLOT_FACTS.value, dtype=torch.int64, device=self.weight.device)
+        # The last one stays empty: padding's.
+        self._slots = torch.zeros(slots + 1, SLOT_FACTS.value, dtype=torch.int64, device=self.weight.device)
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.most_rank = 0
         tensors = (self.weight, self.absmax, self.code, self.bias)
@@ -363,7 +375,7 @@ class CudaLayers:
             NF4=nf4 and not many, ROWS=size, **PLAIN,
         )  # fmt: skip
         terms = _terms_of(rows, count, x.device)
-        most = max(layer.most_rank for layer in self._layers) if terms.count else 0
+        most = terms.most_rank or (max(layer.most_rank for layer in self._layers) if terms.count else 0)
         shape = len(self._layers), self._pieces, terms.count, most
         hidden = torch.empty(shape, dtype=torch.float32, device=x.device)
         if hidden.numel():
@@ -528,7 +540,7 @@ class _Step:
 
 def _step_of(contexts: Contexts, rows: int, device: torch.device) -> _Step:
     """Made once a step; `rows`: of one context that a tile has at most."""
-    key = f"cuda {rows}"
+    key = FIXED if FIXED in contexts.held else f"cuda {rows}"
     if key not in contexts.held:
         tiles = np.array(list(_tiles(contexts, rows)), dtype=np.int32).reshape(-1, 3)
         arrays = contexts.position, contexts.write, contexts.table, tiles
@@ -548,6 +560,71 @@ def _tiles(contexts: Contexts, most: int) -> Iterator[tuple[int, int, int]]:
         if stop > start and owner[start] >= 0:
             for first in range(start, stop, most):
                 yield first, min(most, stop - first), int(owner[start])
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """How large a step may be to be read at the places of a `FixedStep`."""
+
+    rows: int
+    splits: int
+    """SPLITs of keys that its longest context has."""
+    terms: int
+    """(row, slot) pairs."""
+    most_rank: int
+
+
+class FixedStep:
+    """What a pass reads of a step, at places of the device that stay: what was captured of a pass reads the
+    next step there. Smaller steps are padded; one copy takes a step there."""
+
+    def __init__(
+        self, size: StepSize, slots: int, block_size: int, padding_slot: int, device: torch.device
+    ) -> None:
+        """`padding_slot`: the KV slot that padding writes to, which nobody reads."""
+        rows, terms = size.rows, size.terms
+        width = -(-size.splits * SPLIT.value // block_size)
+        sizes = [rows, rows, rows, rows, 3 * rows, rows * width, rows + 1, terms, terms, terms]
+        self._no_slot, self._padding_slot = slots, padding_slot
+        self._here = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._there = self._here.to(device)
+        self._parts = [part.numpy() for part in torch.split(self._here, sizes)]
+        ids, places, position, write, tiles, table, starts, *acting = torch.split(self._there, sizes)
+        self.ids, self.positions = ids, places
+        self.every_row = torch.arange(rows, device=device)
+        none = np.zeros(rows, dtype=np.int32)
+        step = _Step(position, write, table, tiles, size.splits)
+        self.contexts = Contexts(none, none, none, np.zeros((rows, width), dtype=np.int32), {FIXED: step})
+        row, slot, weight = acting
+        held = _Terms(terms, starts, row, slot, weight.view(torch.float32), size.most_rank)
+        self.rows = RowMap(held={FIXED: held})
+
+    def take(self, ids: np.ndarray, contexts: Contexts, rows: RowMap) -> None:
+        """Have another step: the tokens of its packed rows, int, where they stand and what acts on them."""
+        own_ids, places, position, write, tiles, table, starts, term_rows, slots, weights = self._parts
+        count = len(ids)
+        for part in self._parts:
+            part[:] = 0
+        own_ids[:count] = ids
+        position[:] = -1
+        position[:count] = contexts.position
+        places[:] = np.maximum(position, 0)
+        write[:count] = contexts.write
+        write[count:] = self._padding_slot
+        tile = tiles.reshape(-1, 3)
+        tile[:, 0] = np.arange(len(tile))
+        tile[:count, 1] = contexts.position >= 0
+        tile[:count, 2] = contexts.table_row
+        wide = table.reshape(len(tile), -1)
+        some = contexts.table[:, : wide.shape[1]]
+        wide[: some.shape[0], : some.shape[1]] = some
+        slots[:] = self._no_slot
+        own_starts, columns = _acting(rows, count)
+        starts[: count + 1] = own_starts
+        starts[count + 1 :] = own_starts[-1]
+        for own, new in zip((term_rows, slots, weights), columns, strict=True):
+            own[: len(new)] = new
+        self._there.copy_(self._here, non_blocking=True)
 
 
 class CudaAttention:
@@ -631,10 +708,13 @@ class CudaKernels:
     row_multiple = 1
     joins = True
     drafts = True
+    captures = not INTERPRETED.value
 
     def __init__(self) -> None:
         self._reference = ReferenceKernels(tiled=False)
         self._scratch: dict[int, torch.Tensor] = {}
+        self._pool: Any = None
+        """Memory that all graphs share: only one runs at a time."""
 
     def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> CudaLinear | ReferenceLinear:
         reference = ReferenceLinear(base, tiled=False, unpacked=unpacked)
@@ -710,6 +790,22 @@ class CudaKernels:
         window: int | None,
     ) -> CudaAttention:
         return CudaAttention(keys, values, block_size, scaling, softcap, window)
+
+    def capture(
+        self, run: Callable[[], Captured], device: torch.device
+    ) -> tuple[Callable[[], None], Captured]:
+        """Run it, and capture it as a graph of CUDA. What makes it run again, and what it gave, to which the
+        next run writes.
+
+        Raises what PyTorch raises where the host must wait for the device, or where memory runs out.
+        """
+        run()  # compiles what is still to be compiled
+        torch.cuda.synchronize(device)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            outputs = run()
+        return graph.replay, outputs
 
     def draw(
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]

@@ -131,6 +131,8 @@ class Kernels(Protocol):
     """Whether it has several layers as one, and attention that turns queries and keys."""
     drafts: bool
     """Whether a chunk of a few tokens costs little more than one token does."""
+    captures: bool
+    """Whether passes are captured as graphs of CUDA (`engine/graphs.py`)."""
 
     def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> LinearKernel:
         """A linear layer (plain, 4-bit or 8-bit) with `slots` adapters. `unpacked`: a 4-bit weight is kept as

@@ -39,6 +39,7 @@ class ReferenceKernels:
     name = "torch"
     joins = False
     drafts = False
+    captures = False
 
     def __init__(self, *, tiled: bool = True) -> None:
         """`tiled`: in fixed shapes (the CPU)."""

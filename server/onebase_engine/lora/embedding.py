@@ -23,7 +23,7 @@ class SlotEmbedding(SlotModule):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(ids)
-        self.on_groups(ids.reshape(-1), y.view(-1, y.shape[-1]), self.filled, self._act_on)
+        self.on_groups(ids.reshape(-1), y.view(-1, y.shape[-1]), self.by_groups, self._act_on)
         return y
 
     def _act_on(self, ids: torch.Tensor, y: torch.Tensor, terms: Terms) -> None:

@@ -8,7 +8,7 @@ computed here by PyTorch, in PEFT's order:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,10 @@ class SlotLinear(SlotModule):
         self.shared: SharedRows | None = None
         self.kernel = kernels.linear(base, slots, unpacked=unpacked)
 
+    @property
+    def by_groups(self) -> Collection[int]:
+        return self.replacements
+
     def exact(self, slot: int) -> bool:
         return self.kernel.exact(slot)
 
@@ -56,7 +60,7 @@ class SlotLinear(SlotModule):
         y = None if self.shared is None else self.shared.take(self, x)
         if y is None:
             y = self.kernel(flat, self.rows)
-        self.on_groups(flat, y, self.replacements, self._act_on)
+        self.on_groups(flat, y, self.by_groups, self._act_on)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _act_on(self, x: torch.Tensor, y: torch.Tensor, terms: Terms) -> None:

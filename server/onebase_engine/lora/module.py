@@ -61,6 +61,11 @@ class SlotModule(nn.Module):
         weight: torch.Tensor = self.base.weight
         return weight
 
+    @property
+    def by_groups(self) -> Collection[int]:
+        """Slots that act on the groups of the step one by one, and not in the kernels."""
+        return self.filled
+
     def put(self, slot: int, weights: ModuleWeights | None) -> None:
         """Place weights in a slot, or empty it with None.
 

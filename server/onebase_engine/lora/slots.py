@@ -16,7 +16,7 @@ from onebase_engine.base.layers import hidden_norms, input_embedding, output_hea
 from onebase_engine.kernels.interface import Kernels
 from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.linear import SlotLinear
-from onebase_engine.lora.module import Replacement, SlotModule, StepRows, saved_twin
+from onebase_engine.lora.module import Replacement, SlotModule, StepRows, Terms, saved_twin
 from onebase_engine.lora.weights import AdapterWeights, ModuleWeights, SavedModule, moved
 
 __all__ = [
@@ -39,8 +39,11 @@ class SlotNorm(SlotModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self._kernel(x)
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        self.on_groups(flat, out, self.filled, lambda some, own, terms: self.replace(some, own, own, terms))
+        self.on_groups(flat, out, self.by_groups, self._act_on)
         return y
+
+    def _act_on(self, x: torch.Tensor, y: torch.Tensor, terms: Terms) -> None:
+        self.replace(x, y, y, terms)
 
     def replacement(self, weights: ModuleWeights) -> Replacement:
         if not isinstance(weights, SavedModule):

@@ -1,0 +1,118 @@
+"""Passes over few rows as graphs of CUDA: a step of a thousand launches becomes one.
+
+A pass is captured for a size once a step of that size has come a second time; smaller steps are padded to
+it. What a graph reads lies where it lay: the base, the slots and the KV cache are at fixed places, and so is
+the step, in a `FixedStep`. A step of many rows, or with an adapter that acts outside the kernels, has none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from onebase_engine.engine.batch import Batch
+from onebase_engine.engine.kv_cache import DUMP_BLOCK
+from onebase_engine.kernels import cuda
+from onebase_engine.kernels.cuda import FixedStep, StepSize
+
+logger = logging.getLogger(__name__)
+
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+"""For which passes are captured. With more the launches do not take the time."""
+TERMS = (0, 1, 4)
+"""Adapters of a row for which they are."""
+MOST_GRAPHS = 64
+MOST_BYTES = 1 << 30
+"""Of all graphs together; what does not fit is launched kernel by kernel."""
+
+Pass = Callable[[FixedStep], tuple[torch.Tensor, torch.Tensor]]
+"""Logits and hidden states of all rows of a step."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    step: FixedStep
+    replay: Callable[[], None]
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Graphs:
+    """The captured passes of a model."""
+
+    def __init__(self, run: Pass, kernels: Any, slots: int, block_size: int, device: torch.device) -> None:
+        self._run = run
+        self._kernels = kernels
+        self._slots = slots
+        self._block_size = block_size
+        self._device = device
+        self._graphs: dict[StepSize, _Graph | None] = {}
+        """None: this size cannot be captured."""
+        self._seen: Counter[StepSize] = Counter()
+        self._bytes = 0
+        self.ranks: dict[int, int] = {}
+        """Of each filled slot the largest rank."""
+        self.by_groups: Collection[int] = ()
+        """Slots that act outside the kernels."""
+
+    def run(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Logits and hidden states of the batch's packed rows, in this order; the next run overwrites them.
+        None if the batch is to be computed without a graph."""
+        size = self._size(batch)
+        if size is None:
+            return None
+        if size not in self._graphs:
+            self._seen[size] += 1
+            if self._seen[size] < 2 or len(self._graphs) >= MOST_GRAPHS or self._bytes > MOST_BYTES:
+                return None
+            self._graphs[size] = self._capture(size, batch)
+        graph = self._graphs[size]
+        if graph is None:
+            return None
+        graph.step.take(batch.input_ids, batch.contexts, batch.token_map)
+        graph.replay()
+        return graph.logits, graph.hidden
+
+    def _capture(self, size: StepSize, batch: Batch) -> _Graph | None:
+        padding_slot = DUMP_BLOCK * self._block_size
+        step = FixedStep(size, self._slots, self._block_size, padding_slot, self._device)
+        step.take(batch.input_ids, batch.contexts, batch.token_map)
+        before = self._reserved()
+        try:
+            replay, (logits, hidden) = self._kernels.capture(lambda: self._run(step), self._device)
+        except Exception as error:
+            # Whatever hinders it, the same kernels compute the step one by one.
+            logger.warning("kernels: a pass over %d rows is not captured: %s", size.rows, error)
+            return None
+        self._bytes += self._reserved() - before
+        return _Graph(step, replay, logits, hidden)
+
+    def _reserved(self) -> int:
+        return torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else 0
+
+    def _size(self, batch: Batch) -> StepSize | None:
+        """What the batch needs, rounded up; None if no graph has that."""
+        groups = batch.token_map.groups
+        slots = {slot for group in groups for slot, _ in group.terms}
+        rows = next((count for count in ROWS if count >= len(batch.input_ids)), None)
+        if rows is None or not slots.isdisjoint(self.by_groups):
+            return None
+        pairs = sum(len(group.rows) * len(group.terms) for group in groups)
+        terms = next((rows * count for count in TERMS if rows * count >= pairs), None)
+        if terms is None:
+            return None
+        rank = max((self.ranks.get(slot, 0) for slot in slots), default=0)
+        splits = int(batch.contexts.position.max(initial=0)) // cuda.SPLIT.value + 1
+        return StepSize(
+            rows, _power_of_2(splits), terms, max(_power_of_2(rank), cuda.RANKS.value) if terms else 0
+        )
+
+
+def _power_of_2(number: int) -> int:
+    """The next one."""
+    return 1 << (number - 1).bit_length() if number > 0 else 0
