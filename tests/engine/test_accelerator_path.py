@@ -5,7 +5,9 @@ Rows agree up to rounding there, so texts are compared, not bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tests.tiny import save_base
 
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import model
+from onebase_engine.engine.messages import Sampling, Submit
 from onebase_engine.kernels.reference import ReferenceKernels
 
 ASKED = requests(18, seed=7)
@@ -35,3 +38,36 @@ def test_rows_in_the_shape_of_the_step_equal_peft_alone(
         assert run(engine, ASKED) == expected
         assert engine.slots.used == 0
         engine.check_base()
+
+
+def test_an_accelerator_is_waited_for_once_a_step_whatever_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "find_kernels", lambda *_: ReferenceKernels(tiled=False))
+    settings = BaseSettings(save_base("llama", tmp_path / "base"), quantization="none", dtype=torch.float32)
+    engine = Lab.create(load_base(settings), tmp_path).engine()
+    reads: list[str] = []
+    for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, _noted(name, getattr(torch.Tensor, name), reads))
+    drawn: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"top_p": 0.9, "seed": 1},
+        {"top_k": 7, "min_p": 0.1, "temperature": 1.5},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2},
+        {"logit_bias": {5: 3.0, 9: -100.0}, "min_tokens": 2, "stop_token_ids": [4]},
+    ]
+    for number, sampling in enumerate(drawn):
+        engine.submit(Submit(id=str(number), prompt=[3, 5, 8], sampling=Sampling(max_tokens=4, **sampling)))
+    steps = engine.counters.steps
+    while engine.busy:
+        engine.step()
+    assert engine.counters.steps - steps == 4
+    assert reads == ["tolist"] * 4
+
+
+def _noted(name: str, whole: Callable[..., Any], reads: list[str]) -> Callable[..., Any]:
+    def read(tensor: torch.Tensor, *args: Any) -> Any:
+        reads.append(name)
+        return whole(tensor, *args)
+
+    return read
