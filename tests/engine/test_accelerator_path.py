@@ -5,6 +5,7 @@ Rows agree up to rounding there, so texts are compared, not bits.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from tests.engine.harness import Lab, requests, run
 from tests.tiny import save_base
 
-from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.base.load import BaseChangedError, BaseSettings, base_tensors, load_base
 from onebase_engine.engine import model
 from onebase_engine.engine.messages import Sampling, Submit
 from onebase_engine.kernels.reference import ReferenceKernels
@@ -63,6 +64,20 @@ def test_an_accelerator_is_waited_for_once_a_step_whatever_is_drawn(
         engine.step()
     assert engine.counters.steps - steps == 4
     assert reads == ["tolist"] * 4
+
+
+def test_a_write_by_another_process_is_found_in_any_tensor_of_the_base(tmp_path: Path) -> None:
+    base = load_base(BaseSettings(save_base("llama", tmp_path / "base"), quantization="nf4"))
+    engine = Lab.create(base, tmp_path).engine()
+    engine.watch_content()
+    for tensor in base_tensors(base).values():
+        engine.check_base()
+        address, size = tensor.data_ptr(), tensor.nbytes
+        memory = (ctypes.c_uint8 * size).from_address(address)
+        memory[size - 1] ^= 1  # which no counter of PyTorch's sees
+        with pytest.raises(BaseChangedError):
+            engine.check_base()
+        memory[size - 1] ^= 1
 
 
 def _noted(name: str, whole: Callable[..., Any], reads: list[str]) -> Callable[..., Any]:

@@ -497,6 +497,21 @@ def fingerprint(model: nn.Module) -> dict[str, tuple[int, int, torch.dtype]]:
     return {name: (t.data_ptr(), t._version, t.dtype) for name, t in base_tensors(model).items()}
 
 
+@torch.inference_mode()
+def content_sum(model: nn.Module) -> int:
+    """A number that another content of the base's tensors does not have: whoever wrote to their memory.
+
+    Read on their device, where a base of an 8B model takes milliseconds.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+    for place, tensor in enumerate(base_tensors(model).values()):
+        content = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        words = len(content) // 8 * 8
+        for part in (content[:words].view(torch.int64), content[words:]):
+            total += part.sum(dtype=torch.int64) * (2 * place + 1)
+    return int(total)
+
+
 def estimate_memory(
     model: Any,
     quantization: Quantization,

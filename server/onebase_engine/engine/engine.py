@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from onebase_engine.base.layers import adaptable_layers
-from onebase_engine.base.load import BaseChangedError, fingerprint
+from onebase_engine.base.load import BaseChangedError, content_sum, fingerprint
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.grammars import IDLE_SECONDS, GrammarError, Grammars
@@ -112,8 +112,11 @@ class Engine:
         self._vocabulary = int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < self._vocabulary)
         self._fingerprint = fingerprint(base)
+        self._content: int | None = None
         self.layers = adaptable_layers(base)
         self.model = model if model is not None else ServedModel(base, slots)
+        if self.model.device.type != "cpu":
+            self.watch_content()
         self.model.allocate_kv(kv_blocks, block_size)
         if not self.model.kernels.drafts:
             limits = replace(limits, draft_tokens=0)
@@ -300,9 +303,14 @@ class Engine:
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    def watch_content(self) -> None:
+        """Have `check_base` read the base: on a GPU other processes map it so that they can write to it."""
+        self._content = content_sum(self._base)
+
     def check_base(self) -> None:
         """Raise BaseChangedError if anything wrote to the base's tensors."""
-        if fingerprint(self._base) != self._fingerprint:
+        same = fingerprint(self._base) == self._fingerprint
+        if not same or (self._content is not None and content_sum(self._base) != self._content):
             raise BaseChangedError("a tensor of the shared base was written to")
 
     def stats(self) -> protocol.Stats:

@@ -179,6 +179,8 @@ def _handle(engine: Engine, channel: EngineChannel, loader: PackedAdapterLoader,
 
 def _take_in(engine: Engine, channel: EngineChannel, loader: PackedAdapterLoader, arrived: Arrived) -> None:
     digest = arrived.answer.digest
+    # Another process has just worked on the base to prove it.
+    engine.check_base()
     if loader.wanted(digest):
         engine.put_adapter(digest, arrived.weights)
         channel.send(arrived.answer)
