@@ -36,7 +36,7 @@ def wrong_positions(patch: pytest.MonkeyPatch) -> None:
 
     def shifting(self: Packer, *arguments: Any) -> Any:
         batch = pack(self, *arguments)
-        batch.positions.add_(1 + 7 * (batch.positions % 2))
+        batch.positions[:] += 1 + 7 * (batch.positions % 2)
         return batch
 
     patch.setattr(Packer, "pack", shifting)
