@@ -74,22 +74,22 @@ class TextProver:
         """
         if not probes or tokens < 1:
             return TextProof(0, 0, 0)
-        try:
-            served, bare = self._served(weights, probes, tokens, lambda part: on_progress(part / 2))
-        except BaseException:
-            # It may have rows left.
-            self._engine = None
-            raise
         tolerance = tie_of(self._base.get_output_embeddings().weight.dtype)  # type: ignore[operator]
         changed = 0
-        for number, probe in enumerate(probes):
-            known = tuple(probe), tuple(bare[number])
-            if known not in self._bare:
-                _check(self._base, probe, bare[number], tolerance, f"text {number + 1} of the bare base")
-                self._bare.add(known)
-            _check(reference, probe, served[number], tolerance, f"text {number + 1}")
-            changed += served[number] != bare[number]
-            on_progress(0.5 + (number + 1) / len(probes) / 2)
+        try:
+            served, bare = self._served(weights, probes, tokens, lambda part: on_progress(part / 2))
+            for number, probe in enumerate(probes):
+                known = tuple(probe), tuple(bare[number])
+                if known not in self._bare:
+                    _check(self._base, probe, bare[number], tolerance, f"text {number + 1} of the bare base")
+                    self._bare.add(known)
+                _check(reference, probe, served[number], tolerance, f"text {number + 1}")
+                changed += served[number] != bare[number]
+                on_progress(0.5 + (number + 1) / len(probes) / 2)
+        except BaseException:
+            # It may have rows left, or prefixes of the base that were computed wrong.
+            self._engine = None
+            raise
         return TextProof(len(probes), len(probes) * tokens, changed)
 
     def prove_classes(
