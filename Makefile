@@ -44,7 +44,7 @@ lint: setup $(WEB_MODULES) ## Check style, types, import rules, the console, she
 	@$(BIN)/ruff format --check .
 	@echo "==> mypy"
 	@$(BIN)/mypy
-	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/goals.py benchmarks/api.py benchmarks/cluster.py benchmarks/cluster_sim.py benchmarks/serve.py benchmarks/soak.py benchmarks/structured.py benchmarks/train.py benchmarks/train_trl.py
+	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/goals.py benchmarks/api.py benchmarks/kv_dtype.py benchmarks/cluster.py benchmarks/cluster_sim.py benchmarks/serve.py benchmarks/soak.py benchmarks/structured.py benchmarks/train.py benchmarks/train_trl.py
 	@$(BIN)/mypy tools/generate_sync.py tools/reference_pages.py tools/console_types.py
 	@echo "==> the synchronous client"
 	@$(BIN)/python tools/generate_sync.py --check

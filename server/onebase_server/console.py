@@ -103,8 +103,9 @@ def print_summary(
     )
     tokens = base.kv_blocks * base.block_size
     most = min(tokens, base.max_length)
+    eight = " in int8" if base.kv_dtype == "int8" else ""
     table.add_row(
-        "KV cache", f"{readable_bytes(base.kv_bytes)}: {tokens:,} tokens, at most {most:,} per request"
+        "KV cache", f"{readable_bytes(base.kv_bytes)}: {tokens:,} tokens{eight}, at most {most:,} per request"
     )
     lines = _adapter_lines(catalog)
     for title, text in zip(["adapters", *[""] * len(lines)], lines, strict=False):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -41,6 +41,9 @@ from onebase_server.routing.capacity import (
     UnservableError,
     capacity,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 _ABOUT = """\
 How many servers a load takes, what binds, and what one more would give.
@@ -140,6 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument(
         "--slot-memory", type=size, metavar="SIZE", help="for slots (default: what takes the fewest servers)"
     )
+    machine.add_argument(
+        "--kv-dtype", choices=("auto", "int8"), default="auto",
+        help="type of keys and values in the KV cache (default: auto, which is --dtype)",
+    )  # fmt: skip
     machine.add_argument("--max-rows", type=positive, default=256, metavar="N", help="at most (default: 256)")
     machine.add_argument(
         "--max-slots", type=positive, default=1024, metavar="N",
@@ -226,18 +233,21 @@ def _figures(options: argparse.Namespace) -> tuple[BaseFigures, int]:
             bytes=memory.total,
             read=memory.total - (0 if tied else embedding.weight.numel() * dtype.itemsize),
             flops=2 * (weights + head_weights),
-            kv_bytes=_kv_bytes(config.get_text_config(), dtype.itemsize),
+            kv_bytes=_kv_bytes(config.get_text_config(), torch.int8 if options.kv_dtype == "int8" else dtype),
             layers=config.get_text_config().num_hidden_layers,
         ),
         4 * adapter_parameters(targets, dict.fromkeys(targets, options.rank), dora=False),
     )
 
 
-def _kv_bytes(config: Any, width: int) -> int:
+def _kv_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of a token in the KV cache: keys and values in each layer."""
+    from onebase_engine.engine.kv_cache import bytes_per_token
+
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size_of_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size_of_head * width)
+    shape = int(heads), int(size_of_head), int(size_of_head)
+    return bytes_per_token(dict.fromkeys(range(config.num_hidden_layers), shape), dtype)
 
 
 def _device(options: argparse.Namespace) -> Device:
@@ -337,6 +347,7 @@ def _rows(
     yield "requests", Text(f"{demand.requests:g}"), Text(tokens)
     yield "device", _gb(device.memory), Text(f"{printable(device.name)} ({device.how})")
     each = f"for {setup.rows} rows (--max-rows {setup.rows}); {base.kv_bytes / 1e3:.0f} kB a token"
+    each += " (--kv-dtype int8)" if options.kv_dtype == "int8" else ""
     yield "KV cache", _gb(setup.kv_memory), Text(each)
     slots = f"--slot-memory {math.ceil(setup.slot_memory / 1e6)}MB --max-slots {setup.slots}"
     yield "slots", _gb(setup.slot_memory), Text(f"for {setup.slots} adapters ({slots})")

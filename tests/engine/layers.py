@@ -11,7 +11,9 @@ from torch import nn
 
 from onebase_engine.base.layers import plain_absmax
 from onebase_engine.base.load import import_bitsandbytes
+from onebase_engine.engine.kv_cache import KVCache
 from onebase_engine.kernels.interface import Contexts, Kernels
+from onebase_engine.kernels.reference import ReferenceKernels, quantized
 from onebase_engine.lora.weights import LoraWeights
 
 IN, OUT = 192, 144
@@ -80,20 +82,35 @@ def eager(
     return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.repeat_interleave(groups, 0).double()
 
 
+def kept(x: torch.Tensor) -> torch.Tensor:
+    """Keys or values as an int8 cache has them, fp64."""
+    numbers, scale = quantized(x)
+    return numbers.double() * scale.double().unsqueeze(-1)
+
+
 class Cache:
     """A KV cache of one layer, and contexts in blocks that lie anywhere in it."""
 
     def __init__(
-        self, kernels: Kernels, kv_heads: int, groups: int, dim: int, block: int, **options: Any
+        self,
+        kernels: Kernels,
+        kv_heads: int,
+        groups: int,
+        dim: int,
+        block: int,
+        *,
+        eight: bool = False,
+        tokens: int = 4096,
+        **options: Any,
     ) -> None:
         self.block, self.kv_heads, self.heads, self.dim = block, kv_heads, kv_heads * groups, dim
-        self.blocks = 4096 // block
-        keys, values = (
-            torch.zeros(kv_heads, self.blocks * block, dim, dtype=torch.bfloat16) for _ in range(2)
-        )
-        self.tensors = keys, values
+        self.blocks = tokens // block
+        dtype = torch.int8 if eight else torch.bfloat16
+        whole = KVCache({0: (kv_heads, dim, dim)}, self.blocks, block, dtype, torch.device("cpu"))
+        self.layer = whole.layers[0]
+        self.tensors = self.layer.keys, self.layer.values
         self.options = {"scaling": dim**-0.5, "softcap": None, "window": None} | options
-        self.attention = kernels.attention(keys, values, block, **self.options)
+        self.attention = kernels.attention(self.layer, **self.options)
         self.order = torch.randperm(self.blocks - 2, generator=torch.Generator().manual_seed(1)) + 2
         self.taken = 0
 
@@ -137,3 +154,58 @@ class Cache:
 def projected(cache: Cache, rows: int, seed: int) -> Inputs:
     sizes = ((cache.heads, 0), (cache.kv_heads, 1), (cache.kv_heads, 2))
     return tuple(random(n, rows, cache.dim, seed=seed * 10 + i).to(torch.bfloat16) for n, i in sizes)  # type: ignore[return-value]
+
+
+def same_in_int8(
+    kernels: Kernels,
+    heads: tuple[int, int],
+    dim: int,
+    lengths: Sequence[int],
+    ends: Sequence[int],
+    **options: Any,
+) -> None:
+    """Compare attention over an int8 cache with the reference's and with fp64 over the same numbers: what is
+    in the cache bit for bit, the rest up to rounding. With each context alone, in one piece: bit for bit."""
+    tokens = 16 * (2 + sum(-(-length // 16) for length in lengths))
+    caches = [
+        Cache(one, *heads, dim, 16, eight=True, tokens=tokens, **options)
+        for one in (kernels, ReferenceKernels())
+    ]
+    inputs = [projected(caches[0], length, number) for number, length in enumerate(lengths)]
+    both = [cache.run_in_pieces(inputs, ends) for cache in caches]
+    for (q, k, v), got, expected in zip(inputs, *both, strict=True):
+        torch.testing.assert_close(got, expected, rtol=4 * torch.finfo(torch.bfloat16).eps, atol=0.02)
+        exact = eager(q, kept(k), kept(v), **caches[0].options).transpose(0, 1)
+        assert (got.double() - exact).abs().max() < 0.05
+        if not isinstance(kernels, ReferenceKernels):
+            alone = Cache(kernels, *heads, dim, 16, eight=True, tokens=tokens, **options)
+            whole = alone.run([(alone.context(len(got)), 0, len(got))], q, k, v)
+            assert torch.equal(got, whole), "chunks and neighbours change bits"
+    for got, expected in zip(caches[0].layer.scales or (), caches[1].layer.scales or (), strict=True):
+        assert torch.equal(got, expected)
+        assert got.any()
+    assert torch.equal(caches[0].layer.keys, caches[1].layer.keys)
+    assert torch.equal(caches[0].layer.values, caches[1].layer.values)
+
+
+def odd_rows(dim: int, seed: int) -> torch.Tensor:
+    """Rows [40, dim] bf16 of any size: zeros, subnormal numbers, the largest, and what is not finite."""
+    rows = random(40, dim, seed=seed) * 10.0 ** (random(40, 1, seed=seed + 1) * 12)
+    rows[0], rows[1], rows[2] = 0.0, rows[1] * 1e-42, 3.3e38
+    rows[3, 0], rows[4, dim // 2], rows[5, -1] = torch.inf, -torch.inf, torch.nan
+    rows[6, 1:] = 0.0
+    return rows.clamp(-3.3e38, 3.3e38).where(rows.isfinite(), rows).to(torch.bfloat16)
+
+
+def written_alike(kernels: Kernels, dim: int, seed: int) -> None:
+    """Write such keys and values, and compare with what `quantized` says of each."""
+    cache = Cache(kernels, 1, 1, dim, 8, eight=True, tokens=80)
+    k, v = odd_rows(dim, seed)[None], odd_rows(dim, seed + 5)[None]
+    blocks = cache.context(k.shape[1])
+    cache.run([(blocks, 0, k.shape[1])], torch.zeros_like(k), k, v)
+    slots = torch.tensor([block * 8 + place for block in blocks for place in range(8)])
+    scales = cache.layer.scales or ()
+    for given, numbers, scale in zip((k, v), cache.tensors, scales, strict=True):
+        expected, by = quantized(given)
+        assert torch.equal(numbers[:, slots], expected)
+        assert torch.equal(scale[:, slots].nan_to_num(-1), by.nan_to_num(-1))

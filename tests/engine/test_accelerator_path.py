@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.engine.harness import Lab, requests, run
+from tests.engine.layers import same_in_int8
 from tests.tiny import save_base
 
 from onebase_engine.base.load import BaseChangedError, BaseSettings, base_tensors, load_base
@@ -39,6 +40,10 @@ def test_rows_in_the_shape_of_the_step_equal_peft_alone(
         assert run(engine, ASKED) == expected
         assert engine.slots.used == 0
         engine.check_base()
+
+
+def test_int8s_are_read_as_in_tiles() -> None:
+    same_in_int8(ReferenceKernels(tiled=False), (2, 3), 64, [140, 9], [100, 139, 140], window=60)
 
 
 def test_an_accelerator_is_waited_for_once_a_step_whatever_is_drawn(

@@ -304,6 +304,28 @@ def test_weights_that_are_unpacked_once_change_no_bit(lab: Lab, plain: Scores) -
     assert scored(engine, ASKED) == plain
 
 
+def eight(lab: Lab, **changes: int) -> Engine:
+    """An engine that keeps keys and values in int8."""
+    return lab.engine(model=ServedModel(lab.base, 8, kv_dtype=torch.int8), **changes)
+
+
+def test_logprobs_over_an_int8_cache_are_as_much_a_rows_own(
+    lab: Lab, plain_longer: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = eight(lab)
+    expected = scored(engine, LONGER)
+    assert expected != plain_longer, "they are rounded"
+    assert scored(engine, LONGER) == expected, "after prefix hits"
+    assert engine.counters.cached_tokens > 100
+    assert scored(eight(lab, step_tokens=9), LONGER) == expected, "in other chunks"
+    assert [scored(eight(lab), [request])[0] for request in LONGER[:3]] == expected[:3], "alone"
+    guess(monkeypatch, texts_of(LONGER, expected))
+    tight = eight(lab, kv_blocks=52, block_size=2, draft_tokens=5)
+    assert scored(tight, LONGER) == expected, "after preemption, and where drafts were wrong"
+    assert tight.scheduler.preemptions > 0
+    check_drafted(tight)
+
+
 # ---- drafts --------------------------------------------------------------------------------
 
 PENALIZED = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2}

@@ -11,10 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.engine.harness import Lab, requests, run
-from tests.engine.layers import IN, OUT, Cache, eager, lora, nf4, plain, projected, random
+from tests.engine.layers import (
+    IN,
+    OUT,
+    Cache,
+    eager,
+    kept,
+    lora,
+    nf4,
+    plain,
+    projected,
+    random,
+    same_in_int8,
+    written_alike,
+)
 from tests.rows import row_map
 from tests.tiny import save_base
 from torch import nn
@@ -22,11 +35,13 @@ from torch.nn import functional
 
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import fusion, model
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.model import ServedModel
 from onebase_engine.kernels import cpu
 from onebase_engine.kernels.cpu import CpuKernels, NativeLinear
-from onebase_engine.kernels.interface import TILE, Contexts, Draws, RowMap
+from onebase_engine.kernels.interface import LEAST_SCALE, TILE, Contexts, Draws, RowMap
 from onebase_engine.kernels.recording import Arena, Fixed, Program, Recording, UnrecordableError
-from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
+from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, quantized
 from onebase_engine.lora.weights import LoraWeights
 
 NAMES = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
@@ -239,25 +254,66 @@ def test_four_strands_are_summed_each_by_itself_and_then_in_pairs(kernels: CpuKe
     lengths=st.lists(st.sampled_from([1, 2, 15, 16, 17, 63, 200, 301]), min_size=1, max_size=5),
     heads=st.sampled_from([(1, 1), (3, 3), (2, 4), (1, 8)]), dim=st.sampled_from([16, 24, 64, 80, 128]),
     block=st.sampled_from([1, 2, 16, 32]), window=st.sampled_from([None, 5, 64]),
-    softcap=st.sampled_from([None, 30.0]), chunk=st.sampled_from([1, 7, 40, 400]),
+    softcap=st.sampled_from([None, 30.0]), chunk=st.sampled_from([1, 7, 40, 400]), eight=st.booleans(),
 )  # fmt: skip
 def test_attention_is_that_of_each_context_alone_in_any_chunks(
     kernels: CpuKernels, lengths: list[int], heads: tuple[int, int], dim: int, block: int, window: int | None,
-    softcap: float | None, chunk: int,
+    softcap: float | None, chunk: int, eight: bool,
 ) -> None:  # fmt: skip
-    cache = Cache(kernels, *heads, dim, block, window=window, softcap=softcap)
+    cache = Cache(kernels, *heads, dim, block, eight=eight, window=window, softcap=softcap)
     inputs = [projected(cache, length, i) for i, length in enumerate(lengths)]
     ends = [*range(chunk, max(lengths), chunk), max(lengths)]
     got = cache.run_in_pieces(inputs, ends)
-    alone = Cache(kernels, *heads, dim, block, window=window, softcap=softcap)
+    alone = Cache(kernels, *heads, dim, block, eight=eight, window=window, softcap=softcap)
     for i, length in enumerate(lengths):
         mixed = got[i]
+        q, k, v = inputs[i]
         options = cache.options["scaling"], softcap, window
-        error = (mixed.double() - eager(*inputs[i], *options).transpose(0, 1)).abs().max()
+        exact = eager(q, kept(k), kept(v), *options) if eight else eager(q, k, v, *options)
+        error = (mixed.double() - exact.transpose(0, 1)).abs().max()
         assert error < 0.05, float(error)
         alone.taken = 0
         whole = alone.run([(alone.context(length), 0, length)], *inputs[i])
         assert torch.equal(mixed, whole), "chunks and neighbours change bits"
+
+
+@settings(max_examples=6)
+@given(
+    lengths=st.lists(st.sampled_from([1, 17, 130, 500]), min_size=1, max_size=3),
+    heads=st.sampled_from([(1, 1), (2, 3), (1, 9)]), dim=st.sampled_from([24, 32, 64, 80, 128, 256]),
+    window=st.sampled_from([None, 40]), softcap=st.sampled_from([None, 20.0]),
+    chunk=st.sampled_from([1, 90, 500]),
+)  # fmt: skip
+@example(lengths=[1700, 5], heads=(1, 3), dim=64, window=None, softcap=None, chunk=1200)
+def test_attention_over_int8_is_that_of_the_reference(
+    kernels: CpuKernels, lengths: list[int], heads: tuple[int, int], dim: int, window: int | None,
+    softcap: float | None, chunk: int,
+) -> None:  # fmt: skip
+    # By ones only towards the end: a step of one token as many a prompt.
+    first = max(max(lengths) - 4, 1) if chunk == 1 else chunk
+    ends = [*range(first, max(lengths), chunk), max(lengths)]
+    same_in_int8(kernels, heads, dim, lengths, ends, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("dim", [20, 64])
+def test_keys_and_values_become_the_same_int8s_whatever_computes(kernels: CpuKernels, dim: int) -> None:
+    for seed in range(3):
+        written_alike(kernels, dim, seed)
+        written_alike(ReferenceKernels(), dim, seed)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.floats(-(2.0**120), 2.0**120, width=32), min_size=1, max_size=40))
+def test_an_int8_is_off_by_half_a_scale_at_most_and_the_scale_is_the_least_that_holds_the_largest(
+    numbers: list[float],
+) -> None:
+    x = torch.tensor(numbers).to(torch.bfloat16).double()
+    most = float(x.abs().max())
+    found, scale = (one.double() for one in quantized(x.float()))
+    assert scale <= max(most / 127 * (1 + 2.0**-8), LEAST_SCALE)
+    assert ((found * scale - x).abs() <= scale / 2 * (1 + 1e-6)).all()
+    assert torch.equal(found.sign() * (found != 0), x.sign() * (found != 0))
+    assert found.abs().max() >= 126 or scale == LEAST_SCALE
 
 
 @pytest.mark.parametrize("block", [1, 2, 4])
@@ -272,9 +328,12 @@ def test_blocks_whose_ends_only_look_like_a_stretch_of_memory_are_read_one_by_on
     assert torch.equal(scattered.run([(scattered.context(16), 0, 16)], q, k, v), expected)
 
 
+@pytest.mark.parametrize("eight", [False, True])
 @pytest.mark.parametrize("dim", [24, 64])
-def test_a_value_that_is_not_finite_reaches_no_query_before_it(kernels: CpuKernels, dim: int) -> None:
-    clean, odd = (Cache(kernels, 1, 2, dim, 16) for _ in range(2))
+def test_a_value_that_is_not_finite_reaches_no_query_before_it(
+    kernels: CpuKernels, dim: int, eight: bool
+) -> None:
+    clean, odd = (Cache(kernels, 1, 2, dim, 16, eight=eight) for _ in range(2))
     q, k, v = projected(clean, 21, 1)
     expected = clean.run([(clean.context(21), 0, 21)], q, k, v)
     v = v.clone()
@@ -284,15 +343,17 @@ def test_a_value_that_is_not_finite_reaches_no_query_before_it(kernels: CpuKerne
     assert not torch.isfinite(got[13:]).any()
 
 
-def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CpuKernels) -> None:
-    cache = Cache(kernels, 2, 2, 64, 16)
+@pytest.mark.parametrize("eight", [False, True])
+def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CpuKernels, eight: bool) -> None:
+    cache = Cache(kernels, 2, 2, 64, 16, eight=eight)
     q, k, v = projected(cache, 3, 1)
     rows = torch.tensor([[0, 0, 32], [-1, 0, 16], [-1, 0, 16]], dtype=torch.int32).T.contiguous().numpy()
     table = torch.tensor([[2]], dtype=torch.int32).numpy()
     out = cache.attention(q, k, v, Contexts(rows[0], rows[1], rows[2], table))
     assert not out[1:].any()
-    assert torch.equal(out[0], v[:, 0].repeat_interleave(2, 0))
-    written = cache.tensors[0].abs().sum((0, 2)).nonzero().flatten().tolist()
+    own = kept(v).to(torch.bfloat16) if eight else v
+    assert torch.equal(out[0], own[:, 0].repeat_interleave(2, 0))
+    written = cache.tensors[0].ne(0).sum((0, 2)).nonzero().flatten().tolist()
     assert written == [16, 32]
 
 
@@ -374,7 +435,7 @@ def test_python_and_c_lay_structures_out_alike() -> None:
     assert ctypes.sizeof(cpu._Order) == 8 + 2 * 64 * 4
     assert ctypes.sizeof(cpu._Lora) == 48
     assert ctypes.sizeof(cpu._Linear) == 11 * 8
-    assert ctypes.sizeof(cpu._Attention) == 6 * 8 + 2 * 8 + 2 * 4 + 8
+    assert ctypes.sizeof(cpu._Attention) == 4 * 8 + 6 * 8 + 2 * 4 + 8
     assert ctypes.sizeof(cpu.Call) == 5 * 8 + 2 * 4 + 10 * 8 + 12 * 8
     assert ctypes.sizeof(cpu._Draw) == 5 * 8 + 4 * 4
 
@@ -397,16 +458,24 @@ def parts(engine: Any) -> tuple[Any, Any]:
     return mlp, attention
 
 
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 def test_fused_calls_give_each_row_the_bits_of_single_ones(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    lab: Lab,
+    kv_dtype: torch.dtype | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     asked = requests(12, seed=5)
     caplog.set_level("INFO", logger="onebase_engine.engine.fusion")
-    fused = lab.engine()
+
+    def engine() -> Engine:
+        return lab.engine(model=ServedModel(lab.base, 8, kv_dtype=kv_dtype))
+
+    fused = engine()
     mlp, attention = parts(fused)
     together = run(fused, asked)
     monkeypatch.setattr(model, "fuse", lambda *_: [])
-    assert together == run(lab.engine(), asked)
+    assert together == run(engine(), asked)
     if isinstance(attention.q_proj.kernel, NativeLinear):
         assert "forward" in vars(mlp)
         assert "forward" in vars(attention)

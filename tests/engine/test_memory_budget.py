@@ -71,10 +71,14 @@ def test_memory_is_the_machines_or_the_containers_if_that_is_less(
     assert total_memory(proc=tmp_path, cgroup=tmp_path) == total
 
 
+def _tensors(cache: KVCache) -> list[torch.Tensor]:
+    return [t for one in cache.layers.values() for t in (one.keys, one.values, *(one.scales or ()))]
+
+
 def _resident(cache: KVCache) -> int:
     """Bytes of the cache that take memory or swap (Linux' pagemap, a word a page)."""
     found = 0
-    for tensor in (*cache.keys.values(), *cache.values.values()):
+    for tensor in _tensors(cache):
         first, last = tensor.data_ptr() // PAGE, (tensor.data_ptr() + tensor.nbytes - 1) // PAGE
         with open("/proc/self/pagemap", "rb", buffering=0) as pages:
             words = np.frombuffer(os.pread(pages.fileno(), 8 * (last - first + 1), 8 * first), np.uint64)
@@ -82,21 +86,31 @@ def _resident(cache: KVCache) -> int:
     return found
 
 
-def test_a_kv_cache_on_the_cpu_takes_memory_only_once_written() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_a_kv_cache_on_the_cpu_takes_memory_only_once_written(dtype: torch.dtype) -> None:
     shapes = {0: (2, 64, 32), 1: (2, 64, 32)}
-    cache = KVCache(shapes, 20_000, 16, torch.bfloat16, torch.device("cpu"))
-    size = sum(t.nbytes for t in (*cache.keys.values(), *cache.values.values()))
-    assert size == 20_000 * 16 * bytes_per_token(shapes, torch.bfloat16) > 100 * MB
+    cache = KVCache(shapes, 20_000, 16, dtype, torch.device("cpu"))
+    size = sum(t.nbytes for t in _tensors(cache))
+    assert size == 20_000 * 16 * bytes_per_token(shapes, dtype) > 50 * MB
     assert _resident(cache) < size / 10
-    assert not cache.keys[0][:, :32].any()
-    cache.keys[0].fill_(1)
-    assert _resident(cache) >= cache.keys[0].nbytes
+    keys = cache.layers[0].keys
+    assert not keys[:, :32].any()
+    keys.fill_(1)
+    assert _resident(cache) >= keys.nbytes
 
 
 def test_keys_and_values_have_a_place_for_every_token_of_every_block() -> None:
     cache = KVCache({3: (2, 8, 4)}, 5, 16, torch.float32, torch.device("cpu"))
-    assert cache.keys[3].shape == (2, 80, 8)
-    assert cache.values[3].shape == (2, 80, 4)
+    assert cache.layers[3].keys.shape == (2, 80, 8)
+    assert cache.layers[3].values.shape == (2, 80, 4)
+    assert cache.layers[3].scales is None
+
+
+def test_a_token_in_int8_takes_a_byte_a_number_and_two_for_each_scale() -> None:
+    shapes = dict.fromkeys(range(32), (8, 128, 128))
+    half = bytes_per_token(shapes, torch.int8)
+    assert half == 32 * 8 * 2 * (128 + 2)
+    assert bytes_per_token(shapes, torch.bfloat16) / half == pytest.approx(1.97, abs=0.01)
 
 
 def test_slots_of_an_8b_llama_are_counted_in_bytes() -> None:

@@ -18,7 +18,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.engine import triton_on_cpu
 from tests.engine.harness import Lab, Request, requests, run
-from tests.engine.layers import IN, OUT, Cache, eager, lora, nf4, plain, projected, random
+from tests.engine.layers import (
+    IN,
+    OUT,
+    Cache,
+    eager,
+    kept,
+    lora,
+    nf4,
+    plain,
+    projected,
+    random,
+    same_in_int8,
+    written_alike,
+)
 from tests.rows import row_map
 from tests.tiny import save_base
 from torch import nn
@@ -240,11 +253,38 @@ def test_attention_is_that_of_each_context_alone_in_any_chunks(
         assert torch.equal(mixed, whole), "chunks and neighbours change bits"
 
 
-@pytest.mark.parametrize("dim", [32, 80])
-def test_queries_and_keys_are_turned_as_transformers_turns_them(kernels: CudaKernels, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("dim", "heads", "options"),
+    [
+        (64, (1, 3), {}),
+        pytest.param(80, (2, 1), {"window": 40, "softcap": 20.0}, marks=pytest.mark.full),
+        pytest.param(128, (2, 4), {"softcap": 20.0}, marks=pytest.mark.full),
+    ],
+)
+def test_attention_over_int8_is_that_of_the_reference(
+    kernels: CudaKernels, dim: int, heads: tuple[int, int], options: dict[str, Any]
+) -> None:
+    same_in_int8(kernels, heads, dim, [140, 9], [100, 139, 140], **options)
+
+
+def test_keys_and_values_become_the_same_int8s_whatever_computes(kernels: CudaKernels) -> None:
+    written_alike(kernels, 24, 1)
+
+
+@pytest.mark.parametrize(
+    ("dim", "eight"),
+    [
+        (32, False),
+        (80, True),
+        *(pytest.param(*one, marks=pytest.mark.full) for one in ((32, True), (80, False))),
+    ],
+)
+def test_queries_and_keys_are_turned_as_transformers_turns_them(
+    kernels: CudaKernels, dim: int, eight: bool
+) -> None:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    plainly, turning = (Cache(kernels, 2, 3, dim, 16) for _ in range(2))
+    plainly, turning = (Cache(kernels, 2, 3, dim, 16, eight=eight) for _ in range(2))
     q, k, v = projected(plainly, 20, 1)
     angles = random(1, 20, dim // 2).repeat(1, 1, 2)
     rotation = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
@@ -257,16 +297,18 @@ def test_queries_and_keys_are_turned_as_transformers_turns_them(kernels: CudaKer
     assert torch.equal(turning.tensors[0], plainly.tensors[0])
 
 
-def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CudaKernels) -> None:
-    cache = Cache(kernels, 2, 2, 64, 16)
+@pytest.mark.parametrize("eight", [False, True])
+def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CudaKernels, eight: bool) -> None:
+    cache = Cache(kernels, 2, 2, 64, 16, eight=eight)
     q, k, v = projected(cache, 3, 1)
     rows = torch.tensor([[0, 0, 32], [-1, 0, 16], [-1, 0, 16]], dtype=torch.int32).T.contiguous().numpy()
     out = cache.attention(
         q, k, v, Contexts(rows[0], rows[1], rows[2], torch.tensor([[2]], dtype=torch.int32).numpy())
     )
     assert not out[1:].any()
-    assert torch.equal(out[0], v[:, 0].repeat_interleave(2, 0))
-    assert cache.tensors[0].abs().sum((0, 2)).nonzero().flatten().tolist() == [16, 32]
+    own = kept(v).to(torch.bfloat16) if eight else v
+    assert torch.equal(out[0], own[:, 0].repeat_interleave(2, 0))
+    assert cache.tensors[0].ne(0).sum((0, 2)).nonzero().flatten().tolist() == [16, 32]
 
 
 # ---- norms -------------------------------------------------------------------------------------
@@ -343,7 +385,7 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert len(report) == 13
+    assert len(report) == 15
     for name, used in report.items():
         assert used["shared"] < 99 << 10, name
         assert not any(word.startswith("ld.global") and word.endswith("b8") for word in used), (name, used)

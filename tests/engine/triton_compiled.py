@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from onebase_engine.kernels import cuda
 
 POINTERS = {
-    "*bf16": "x plain q k v keys values cosines sines out y y_1 y_2 y_3",
+    "*bf16": "x plain q k v keys values key_scales value_scales cosines sines out y y_1 y_2 y_3",
     "*fp32": "sums absmax code hidden weight_of part stats",
     "*i64": "layers",
     "*i32": "row_of slot_of starts write tiles position table",
@@ -46,16 +46,21 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (cuda._unpack, {}),
     (cuda._shrink, {}),
     *((cuda._finish, {"QUANTIZED": True, "GATED": gated}) for gated in (False, True)),
-    (cuda._write, {**SIZES, "TURN": True}),
-    (cuda._attend, {**SIZES, "GROUPS": 4, "PADDED": 4, "TURN": True}),
+    *((cuda._write, {**SIZES, "TURN": True, "EIGHT": eight}) for eight in (False, True)),
+    *(
+        (cuda._attend, {**SIZES, "GROUPS": 4, "PADDED": 4, "TURN": True, "EIGHT": eight})
+        for eight in (False, True)
+    ),
     (cuda._merge, {"VALUE_SIZE": 128}),
     *((cuda._norm, {"SIZE": 4096, "AROUND_ONE": around}) for around in (False, True)),
 ]
 
 
-def type_of(kernel: Any, name: str) -> str:
+def type_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
     if name == "weight":
         return "*u8" if kernel is cuda._unpack else "*bf16"
+    if name in ("keys", "values") and constants["EIGHT"]:
+        return "*i8"
     known = [kind for kind, names in POINTERS.items() if name in names.split()]
     return known[0] if known else "fp32" if name in FLOATS else "i32"
 
@@ -64,7 +69,7 @@ def used(kernel: Any, constants: dict[str, Any], capability: int) -> Counter[str
     names = kernel.arg_names
     source = ASTSource(
         kernel,
-        {name: "constexpr" if name in constants else type_of(kernel, name) for name in names},
+        {name: "constexpr" if name in constants else type_of(kernel, name, constants) for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={
             (number,): [["tt.divisibility", 16]]

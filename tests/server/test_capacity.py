@@ -101,11 +101,12 @@ def test_what_no_number_of_servers_does_is_said(change: dict[str, object], said:
         asked(**change)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_a_token_takes_what_the_engines_cache_gives_it(architecture: str) -> None:
+def test_a_token_takes_what_the_engines_cache_gives_it(architecture: str, dtype: torch.dtype) -> None:
     config = ARCHITECTURES[architecture]()
-    model = ServedModel(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), 1)
-    assert _kv_bytes(config.get_text_config(), 2) == model.kv_bytes_per_token
+    model = ServedModel(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), 1, kv_dtype=dtype)
+    assert _kv_bytes(config.get_text_config(), dtype) == model.kv_bytes_per_token
 
 
 # The command
@@ -130,6 +131,8 @@ def test_the_command_says_how_many_servers_and_what_binds(
     made = json.loads(capsys.readouterr().out)
     assert made["base"]["kv_bytes"] == 2 * 2 * 8 * 128 * 2
     assert made["demand"]["adapter_bytes"] == 4 * 16 * 2 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * 18432)
+    assert main([*options, "--json", "--kv-dtype", "int8"]) == 0
+    assert json.loads(capsys.readouterr().out)["base"]["kv_bytes"] == 2 * 2 * 8 * (128 + 2)
     assert main(options) == 0
     said = capsys.readouterr().out
     rows = [[part.strip() for part in line.split("\t")] for line in said.splitlines() if "\t" in line]

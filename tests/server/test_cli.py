@@ -57,6 +57,7 @@ def test_help_explains_every_setting_with_its_default(capsys: pytest.CaptureFixt
         (["--port", "eighty"], "--port"),
         (["--quantization", "fp4"], "nf4"),
         (["--kv-memory", "lots"], "2GB"),
+        (["--kv-dtype", "fp8"], "int8"),
         (["--adapter", "acme"], "NAME=FOLDER"),
         (["--max-rows", "0"], "--max-rows"),
         (["--adaptor", "x=y"], "--adaptor"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_server.processes.verifier_protocol import scratch_folder
 
 from .conftest import make_adapter
@@ -59,6 +60,24 @@ def test_a_killed_and_a_frozen_engine_are_replaced_and_answer_as_before(
             assert server.engine_pid() != first
             assert http.get("/health").status_code == 200
             assert http.post("/generate", json=PROBE).json()["choices"] == before
+
+
+def test_a_server_keeps_keys_and_values_in_int8_if_asked_says_so_and_proves_adapters(
+    serve_real: Starter, small_base: Path, tmp_path: Path
+) -> None:
+    make_adapter(small_base, tmp_path / "red", seed=1, rank=4)
+    options = ("--base", str(small_base), "--adapters-dir", str(tmp_path), *OPTIONS, "--kv-dtype", "int8")
+    with serve_real(*options) as server, server.client() as http:
+        info = http.get("/status").json()["info"]
+        assert info["kv_dtype"] == "int8"
+        config = json.loads((small_base / "config.json").read_text())
+        heads = config["num_hidden_layers"] * config["num_key_value_heads"]
+        token = heads * 2 * (config["head_dim"] + 2)
+        assert info["kv_bytes"] == (info["kv_blocks"] + RESERVED_BLOCKS) * info["block_size"] * token
+        assert "rounded to 8 bits" in info["promise"]
+        assert " tokens in int8" in server.log
+        answers = [http.post("/generate", json=PROBE).json()["choices"][0]["text"] for _ in range(2)]
+        assert answers[0] == answers[1]
 
 
 def test_an_adapter_that_the_engine_refuses_ends_the_start_with_its_name_and_the_reason(

@@ -77,7 +77,7 @@ def test_the_server_listens_on_loopback_unless_told_otherwise() -> None:
 
 
 def test_every_engine_setting_reaches_the_engine() -> None:
-    settings = Settings(quantization="none", max_rows=3, kv_memory=5, deterministic=True, threads=2)
+    settings = Settings(quantization="none", max_rows=3, kv_memory=5, kv_dtype="int8", threads=2)
 
     config = settings.engine_config("/base")
 
@@ -86,7 +86,7 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         quantization="none",
         max_rows=3,
         kv_memory=5,
-        deterministic=True,
+        kv_dtype="int8",
         threads=2,
         max_slots=settings.max_slots,
         max_rank=settings.max_rank,

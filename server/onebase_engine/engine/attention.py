@@ -56,9 +56,7 @@ class PagedAttention:
     def _kernel(self, layer: int, cache: KVCache, options: dict[str, Any]) -> AttentionKernel:
         if layer not in self._layers:
             settings = options["scaling"], options.get("softcap"), options.get("sliding_window")
-            self._layers[layer] = self._kernels.attention(
-                cache.keys[layer], cache.values[layer], cache.block_size, *settings
-            )
+            self._layers[layer] = self._kernels.attention(cache.layers[layer], *settings)
         return self._layers[layer]
 
     def _probe(

@@ -43,6 +43,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     kv_memory: int = 0
     """Bytes for the KV cache; 0 takes what is free less `train_memory`."""
+    kv_dtype: Literal["auto", "int8"] = "auto"
+    """Of keys and values in the KV cache; auto is `dtype`."""
     train_memory: int = 0
     threads: int = 0
     """CPU threads of the engine; 0 takes every core."""
@@ -207,6 +209,8 @@ class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What is kept of a row's bits, in a sentence or two."""
     base_bytes: int
     kv_bytes: int
+    kv_dtype: str = "bfloat16"
+    """Of keys and values in the KV cache: the base's dtype, or int8."""
     kv_blocks: int
     block_size: int
     max_length: int

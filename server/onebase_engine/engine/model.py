@@ -44,12 +44,20 @@ class ServedModel:
     """
 
     def __init__(
-        self, base: nn.Module, slots: int, *, unpacked: bool = False, kernels: Kernels | None = None
+        self,
+        base: nn.Module,
+        slots: int,
+        *,
+        unpacked: bool = False,
+        kv_dtype: torch.dtype | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        """`unpacked`: on the CPU, 4-bit weights are kept as bf16 too, in four times their memory. `kernels`:
-        what computes, instead of what suits the device best."""
+        """`unpacked`: on the CPU, 4-bit weights are kept as bf16 too, in four times their memory. `kv_dtype`:
+        int8, or None for the base's own. `kernels`: what computes, instead of what suits the device best."""
         self.device: torch.device = next(base.parameters()).device
         self.dtype: torch.dtype = base.get_output_embeddings().weight.dtype  # type: ignore[operator]
+        self.kv_dtype = kv_dtype or self.dtype
+        """Of keys and values in the KV cache."""
         self._view: Any = view(base)
         self._rows = StepRows()
         self.kernels = kernels if kernels is not None else find_kernels(self.device, self.dtype)
@@ -68,7 +76,7 @@ class ServedModel:
         self._graphs: Graphs | None = None
         linear = [module for module in modules.values() if isinstance(module, SlotLinear)]
         self._ragged = any(one.base.in_features % TILE or one.base.out_features % TILE for one in linear)
-        self.promise = _promise(self.kernels, [module.exact(0) for module in linear])
+        self.promise = _promise(self.kernels, [module.exact(0) for module in linear], self.kv_dtype)
         """What is kept of a row's bits, in a sentence or two."""
         self._hidden_rows: torch.Tensor | None = None
         self._hidden: torch.Tensor | None = None
@@ -109,13 +117,14 @@ class ServedModel:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return bytes_per_token(self._attention.shapes, self.dtype)
+        return bytes_per_token(self._attention.shapes, self.kv_dtype)
 
     def allocate_kv(self, blocks: int, block_size: int) -> None:
         """Create the KV cache, once. Zeroed memory: on the CPU pages are taken only when written."""
         if self._attention.cache is not None:
             raise RuntimeError("the served model has its KV cache, whose place is recorded")
-        self._attention.cache = KVCache(self._attention.shapes, blocks, block_size, self.dtype, self.device)
+        shapes = self._attention.shapes
+        self._attention.cache = KVCache(shapes, blocks, block_size, self.kv_dtype, self.device)
         parts = -(-TILE // block_size)
         if self.kernels.joins and blocks >= RESERVED_BLOCKS + 2 * parts:
             table = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + 2 * parts, dtype=np.int32).reshape(2, parts)
@@ -229,12 +238,13 @@ class ServedModel:
         return logits
 
 
-def _promise(kernels: Kernels, exact: list[bool]) -> str:
+def _promise(kernels: Kernels, exact: list[bool], kv_dtype: torch.dtype) -> str:
     """`exact`: of each linear layer, whether it has PEFT's bits without an adapter."""
+    cached = " Keys and values are rounded to 8 bits, which PEFT's are not." if kv_dtype == torch.int8 else ""
     if not kernels.tiled:
-        return "A row agrees with PEFT, and with itself in another batch, up to rounding."
+        return f"A row agrees with PEFT, and with itself in another batch, up to rounding.{cached}"
     count = f"{'All' if all(exact) else f'{sum(exact)} of'} {len(exact)}"
     base = f"{count} linear layers of the base give PEFT's own bits"
     rest = "" if all(exact) else ", the others sum in another order and are as close to the exact result"
     own = "A row's bits do not depend on the rows next to it."
-    return f"{own} {base}{rest}; what an adapter gives, its proof says."
+    return f"{own} {base}{rest}; what an adapter gives, its proof says.{cached}"

@@ -23,7 +23,16 @@ from torch.nn import functional
 
 from onebase_engine.base.layers import is_nf4, plain_absmax
 from onebase_engine.environment import KERNELS
-from onebase_engine.kernels.interface import TILE, Contexts, Draws, Kernels, LinearKernel, Rotation, RowMap
+from onebase_engine.kernels.interface import (
+    TILE,
+    Contexts,
+    Draws,
+    Kernels,
+    LayerCache,
+    LinearKernel,
+    Rotation,
+    RowMap,
+)
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
 from onebase_engine.lora.weights import LoraWeights
 
@@ -33,7 +42,7 @@ CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
 OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
 """Environment variable: the path of another build, with sanitizers say."""
-ABI = 4
+ABI = 5
 LANES = 16
 TRIAL_OUTPUTS = 1 << 20
 IN_MULTIPLE = 32
@@ -74,7 +83,8 @@ class _Groups(ctypes.Structure):
 
 class _Attention(ctypes.Structure):
     _fields_ = (
-        ("keys", c_void_p), ("values", c_void_p), ("kv_heads", c_int64), ("groups", c_int64),
+        ("keys", c_void_p), ("values", c_void_p), ("key_scales", c_void_p), ("value_scales", c_void_p),
+        ("kv_heads", c_int64), ("groups", c_int64),
         ("key_dim", c_int64), ("value_dim", c_int64), ("slots", c_int64), ("block_size", c_int64),
         ("scaling", c_float), ("softcap", c_float), ("window", c_int64),
     )  # fmt: skip
@@ -415,20 +425,15 @@ class CpuKernels:
         return _same(self.add(x, other), x + other)
 
     def attention(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        block_size: int,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
+        self, cache: LayerCache, scaling: float, softcap: float | None, window: int | None
     ) -> NativeAttention:
-        kv_heads, slots, dim = keys.shape
+        kv_heads, slots, dim = cache.keys.shape
+        scales = (None, None) if cache.scales is None else (one.data_ptr() for one in cache.scales)
         return NativeAttention(
             self,
             _Attention(
-                keys.data_ptr(), values.data_ptr(), kv_heads, 1, dim, values.shape[2], slots,
-                block_size, scaling, softcap or 0.0, window or 0,
+                cache.keys.data_ptr(), cache.values.data_ptr(), *scales, kv_heads, 1, dim,
+                cache.values.shape[2], slots, cache.block_size, scaling, softcap or 0.0, window or 0,
             ),
         )  # fmt: skip
 
@@ -542,7 +547,7 @@ class NativeAttention:
         rotation: Rotation | None = None,
     ) -> torch.Tensor:
         if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
-            raise TypeError(f"attention over a bf16 cache got {q.dtype}, {k.dtype} and {v.dtype}")
+            raise TypeError(f"attention in bf16 got {q.dtype}, {k.dtype} and {v.dtype}")
         q, k, v = (one if one.stride(2) == 1 else one.contiguous() for one in (q, k, v))
         self._structure.groups = q.shape[0] // self._structure.kv_heads
         out = self._kernels.empty(q.shape[1], q.shape[0], v.shape[2])

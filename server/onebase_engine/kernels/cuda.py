@@ -26,7 +26,16 @@ from torch import nn
 from triton.language.extra import libdevice
 
 from onebase_engine.base.layers import is_nf4, plain_absmax
-from onebase_engine.kernels.interface import Contexts, Draws, LinearKernel, Rotation, RowGroup, RowMap
+from onebase_engine.kernels.interface import (
+    LEAST_SCALE,
+    Contexts,
+    Draws,
+    LayerCache,
+    LinearKernel,
+    Rotation,
+    RowGroup,
+    RowMap,
+)
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, sent
 from onebase_engine.lora.weights import LoraWeights
 
@@ -59,6 +68,9 @@ A, B, RANK, SCALE, SLOT_FACTS = (tl.constexpr(number) for number in range(5))
 
 FIXED = "cuda"
 """In `held` of a step at fixed places."""
+SMALLEST = tl.constexpr(LEAST_SCALE)
+TO_INTEGER = tl.constexpr(12582912.0)
+"""1.5 * 2^23: added and taken away again, it leaves the nearest integer, ties to even."""
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -424,27 +436,55 @@ def _turned(x, at, cosines, sines, row, dim, wanted, SIZE: tl.constexpr, TURN: t
 
 
 @triton.jit
+def _keep(x, numbers, scales, slot, dim, SIZE: tl.constexpr, EIGHT: tl.constexpr):
+    """Numbers x[dim] into their slot of the cache: as they are, or as `LayerCache` says of int8."""
+    place = tl.arange(0, SIZE)
+    to = numbers + slot * dim + place
+    if EIGHT:
+        wide = x.to(tl.float32)
+        finite = tl.min((tl.abs(wide) < float("inf")).to(tl.int32), axis=0) > 0
+        wide = tl.where(finite, wide, 0.0)
+        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(wide), axis=0), 127.0), SMALLEST).to(tl.bfloat16)
+        number = tl.div_rn(wide, tl.zeros_like(wide) + scale.to(tl.float32))
+        tl.store(to, ((number + TO_INTEGER) - TO_INTEGER).to(tl.int8), mask=place < dim)
+        tl.store(scales + slot, tl.where(finite, scale.to(tl.float32), float("nan")).to(tl.bfloat16))
+    else:
+        tl.store(to, x, mask=place < dim)
+
+
+@triton.jit
 def _write(
-    k, v, keys, values, write, cosines, sines, k_row, k_head, v_row, v_head, slots, key_dim, value_dim,
-    KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, TURN: tl.constexpr,
+    k, v, keys, values, key_scales, value_scales, write, cosines, sines, k_row, k_head, v_row, v_head, slots,
+    key_dim, value_dim, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, TURN: tl.constexpr,
+    EIGHT: tl.constexpr,
 ):  # fmt: skip
     """A row's key and value of one head, into the cache."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = head.to(tl.int64) * slots + tl.load(write + row)
     rows = tl.zeros((1,), dtype=tl.int64) + row
     key = _turned(k, rows * k_row + head * k_head, cosines, sines, rows, key_dim, rows >= 0, KEY_SIZE, TURN)
-    place = tl.arange(0, KEY_SIZE)[None, :]
-    tl.store(keys + slot * key_dim + place, key, mask=place < key_dim)
+    _keep(tl.reshape(key, [KEY_SIZE]), keys, key_scales, slot, key_dim, KEY_SIZE, EIGHT)
     place = tl.arange(0, VALUE_SIZE)
-    value = tl.load(v + row * v_row + head * v_head + place, mask=place < value_dim)
-    tl.store(values + slot * value_dim + place, value, mask=place < value_dim)
+    value = tl.load(v + row * v_row + head * v_head + place, mask=place < value_dim, other=0.0)
+    _keep(value, values, value_scales, slot, value_dim, VALUE_SIZE, EIGHT)
+
+
+@triton.jit
+def _cached(pointers, mask, EIGHT: tl.constexpr):
+    """Numbers of the cache as bf16, which holds an int8 exactly."""
+    if EIGHT:
+        found = tl.load(pointers, mask=mask, other=0).to(tl.float32).to(tl.bfloat16)
+    else:
+        found = tl.load(pointers, mask=mask, other=0.0)
+    return found
 
 
 @triton.jit
 def _attend(
-    q, keys, values, part, stats, tiles, position, table, cosines, sines, q_row, q_head, rows, heads, slots,
-    table_width, block_size, key_dim, value_dim, scaling, softcap, window, GROUPS: tl.constexpr,
-    PADDED: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, TURN: tl.constexpr,
+    q, keys, values, key_scales, value_scales, part, stats, tiles, position, table, cosines, sines, q_row,
+    q_head, rows, heads, slots, table_width, block_size, key_dim, value_dim, scaling, softcap, window,
+    GROUPS: tl.constexpr, PADDED: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    TURN: tl.constexpr, EIGHT: tl.constexpr,
 ):  # fmt: skip
     """What a tile's queries get from SPLIT keys: part[split, row, head, dim], before it is divided by the
     sum of the weights; and that sum, and the largest score, in stats[split, row, head, 2]."""
@@ -471,12 +511,15 @@ def _attend(
             known = key <= last
             block = tl.load(table + context * table_width + key // block_size, mask=known, other=0)
             slot = kv_head.to(tl.int64) * slots + block * block_size + key % block_size
-            ks = tl.load(
+            ks = _cached(
                 keys + slot[None, :] * key_dim + dim[:, None],
-                mask=known[None, :] & (dim < key_dim)[:, None],
-                other=0.0,
+                known[None, :] & (dim < key_dim)[:, None],
+                EIGHT,
             )
-            score = tl.dot(own, ks) * scaling
+            score = tl.dot(own, ks)
+            if EIGHT:
+                score *= tl.load(key_scales + slot, mask=known, other=0.0).to(tl.float32)[None, :]
+            score *= scaling
             if softcap > 0:
                 # tanh by what Triton has: 1 - 2 / (exp(2x) + 1), which is right at both ends.
                 score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * (score / softcap)) + 1.0))
@@ -488,12 +531,14 @@ def _attend(
             base = tl.where(now == float("-inf"), 0.0, now)
             shrunk = tl.exp(largest - base)
             weights = tl.exp(score - base[:, None])
-            vs = tl.load(
+            vs = _cached(
                 values + slot[:, None] * value_dim + value_place[None, :],
-                mask=known[:, None] & (value_place < value_dim)[None, :],
-                other=0.0,
+                known[:, None] & (value_place < value_dim)[None, :],
+                EIGHT,
             )
             weight = weight * shrunk + tl.sum(weights, axis=1)
+            if EIGHT:
+                weights *= tl.load(value_scales + slot, mask=known, other=0.0).to(tl.float32)[None, :]
             mixed = mixed * shrunk[:, None] + tl.dot(weights.to(tl.bfloat16), vs)
             largest = now
         to = (split.to(tl.int64) * rows + row) * heads + head
@@ -630,22 +675,15 @@ class FixedStep:
 class CudaAttention:
     """Attention of one layer over its KV cache."""
 
-    def __init__(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        block_size: int,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
-    ) -> None:
-        self._keys, self._values = keys, values
-        self._block_size = block_size
+    def __init__(self, cache: LayerCache, scaling: float, softcap: float | None, window: int | None) -> None:
+        self._cache = cache.keys, cache.values, *(cache.scales or (cache.keys, cache.values))
+        self._block_size = cache.block_size
         self._settings = scaling, softcap or 0.0, window or 0
         self._sizes = {
-            "KEY_SIZE": max(16, triton.next_power_of_2(keys.shape[2])),
-            "VALUE_SIZE": max(16, triton.next_power_of_2(values.shape[2])),
+            "KEY_SIZE": max(16, triton.next_power_of_2(cache.keys.shape[2])),
+            "VALUE_SIZE": max(16, triton.next_power_of_2(cache.values.shape[2])),
         }
+        self._eight = cache.scales is not None
 
     def __call__(
         self,
@@ -656,27 +694,26 @@ class CudaAttention:
         rotation: Rotation | None = None,
     ) -> torch.Tensor:
         if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
-            raise TypeError(f"attention over a bf16 cache got {q.dtype}, {k.dtype} and {v.dtype}")
+            raise TypeError(f"attention in bf16 got {q.dtype}, {k.dtype} and {v.dtype}")
         q, k, v = (one if one.stride(2) == 1 else one.contiguous() for one in (q, k, v))
         heads, count, key_dim = q.shape
-        kv_heads, slots, value_dim = self._values.shape
+        kv_heads, slots, value_dim = self._cache[1].shape
         groups = heads // kv_heads
         padded = triton.next_power_of_2(groups)
         step = _step_of(contexts, QUERIES.value // padded, q.device)
         cosines, sines = rotation if rotation is not None else (q, q)
-        sizes = {**self._sizes, "TURN": rotation is not None}
+        sizes = {**self._sizes, "TURN": rotation is not None, "EIGHT": self._eight}
         _write[(count, kv_heads)](
-            k, v, self._keys, self._values, step.write, cosines, sines, k.stride(1), k.stride(0), v.stride(1),
+            k, v, *self._cache, step.write, cosines, sines, k.stride(1), k.stride(0), v.stride(1),
             v.stride(0), slots, key_dim, value_dim, **sizes, **PLAIN,
         )  # fmt: skip
         part = q.new_empty(step.splits, count, heads, value_dim, dtype=torch.float32)
         stats = q.new_empty(step.splits, count, heads, 2, dtype=torch.float32)
         if step.splits:
             _attend[(len(step.tiles) // 3, kv_heads, step.splits)](
-                q, self._keys, self._values, part, stats, step.tiles, step.position, step.table, cosines,
-                sines, q.stride(1), q.stride(0), count, heads, slots, contexts.table.shape[1],
-                self._block_size, key_dim, value_dim, *self._settings, GROUPS=groups, PADDED=padded, **sizes,
-                **PLAIN,
+                q, *self._cache, part, stats, step.tiles, step.position, step.table, cosines, sines,
+                q.stride(1), q.stride(0), count, heads, slots, contexts.table.shape[1], self._block_size,
+                key_dim, value_dim, *self._settings, GROUPS=groups, PADDED=padded, **sizes, **PLAIN,
             )  # fmt: skip
         out = q.new_empty(count, heads, value_dim)
         _merge[(count, heads)](
@@ -781,15 +818,9 @@ class CudaKernels:
         return own
 
     def attention(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        block_size: int,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
+        self, cache: LayerCache, scaling: float, softcap: float | None, window: int | None
     ) -> CudaAttention:
-        return CudaAttention(keys, values, block_size, scaling, softcap, window)
+        return CudaAttention(cache, scaling, softcap, window)
 
     def capture(
         self, run: Callable[[], Captured], device: torch.device

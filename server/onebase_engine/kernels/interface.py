@@ -67,6 +67,27 @@ class Draws:
     """The draw itself, in [0, 1)."""
 
 
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's part of the KV cache: keys and values [kv_heads, slots, dim], a slot being one token of one
+    block. In the model's dtype, or int8 with `scales`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    block_size: int
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Of keys and of values in int8, [kv_heads, slots] bf16: a number is the int8 times its slot's scale.
+
+    A scale is a 127th of the largest number of one token and head, in bf16, and no less than LEAST_SCALE;
+    numbers are divided by it in fp32 and rounded to the nearest integer, ties to even, so that none is off by
+    more than half a scale. Zeros with a scale of NaN stand for numbers of which one is not finite. Scores are
+    multiplied with the scales of keys, weights with those of values, and rounded to the model's dtype.
+    """
+
+
+LEAST_SCALE = 2.0**-100
+"""Far from what is a subnormal number, which some processors take for zero."""
+
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines [T, dim] by which queries and keys are turned."""
 
@@ -151,15 +172,9 @@ class Kernels(Protocol):
         ...
 
     def attention(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        block_size: int,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
+        self, cache: LayerCache, scaling: float, softcap: float | None, window: int | None
     ) -> AttentionKernel:
-        """Attention of one layer: keys, values [kv_heads, slots, dim] are its KV cache."""
+        """Attention of one layer. What a step writes to the cache it reads there, also in int8."""
         ...
 
     def draw(

@@ -16,7 +16,17 @@ import torch
 from torch.nn import functional
 
 from onebase_engine.base.layers import plain_absmax
-from onebase_engine.kernels.interface import TILE, Contexts, Draws, LinearKernel, Rotation, RowGroup, RowMap
+from onebase_engine.kernels.interface import (
+    LEAST_SCALE,
+    TILE,
+    Contexts,
+    Draws,
+    LayerCache,
+    LinearKernel,
+    Rotation,
+    RowGroup,
+    RowMap,
+)
 from onebase_engine.lora.weights import LoraWeights
 
 ATTENTION_ROWS = 16
@@ -57,17 +67,9 @@ class ReferenceKernels:
         return norm
 
     def attention(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        block_size: int,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
+        self, cache: LayerCache, scaling: float, softcap: float | None, window: int | None
     ) -> ReferenceAttention:
-        return ReferenceAttention(
-            keys, values, block_size, _Scores(scaling, softcap, window), tiled=self.tiled
-        )
+        return ReferenceAttention(cache, _Scores(scaling, softcap, window), tiled=self.tiled)
 
     def draw(
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
@@ -258,15 +260,30 @@ class _Part:
         return self.masks[window]
 
 
+def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers [..., dim] as int8, and a scale of each [...] bf16, as `LayerCache` says."""
+    wide = x.float()
+    most = wide.abs().amax(-1)
+    finite = most.isfinite()
+    scale = (most / 127).clamp_min(LEAST_SCALE).to(torch.bfloat16)
+    numbers = torch.round(wide / scale.float().unsqueeze(-1))
+    numbers = torch.where(finite.unsqueeze(-1), numbers, 0.0).to(torch.int8)
+    return numbers, torch.where(finite, scale, torch.nan)
+
+
+_Cached = tuple[torch.Tensor, torch.Tensor | None]
+"""Keys or values [..., length, dim], and their scales [..., length] fp32, if they are int8."""
+
+
 class ReferenceAttention:
-    """Attention of one layer over its KV cache: scores in the cache's dtype, softmax in fp32, weights rounded
+    """Attention of one layer over its KV cache: scores in the model's dtype, softmax in fp32, weights rounded
     back, as in transformers' eager attention."""
 
-    def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, block_size: int, scores: _Scores, *, tiled: bool
-    ) -> None:
-        self._keys, self._values = keys, values
-        self._block_size = block_size
+    def __init__(self, cache: LayerCache, scores: _Scores, *, tiled: bool) -> None:
+        self._keys, self._values = cache.keys, cache.values
+        scales: tuple[torch.Tensor | None, torch.Tensor | None] = cache.scales or (None, None)
+        self._key_scales, self._value_scales = scales
+        self._block_size = cache.block_size
         self._scores = scores
         self._tiled = tiled
 
@@ -281,8 +298,8 @@ class ReferenceAttention:
         if rotation is not None:
             raise TypeError("the reference turns no queries and keys")
         write, some = self._gathered(contexts, q.device)
-        self._keys.index_copy_(1, write, k)
-        self._values.index_copy_(1, write, v)
+        _write(self._keys, self._key_scales, write, k)
+        _write(self._values, self._value_scales, write, v)
         out = v.new_zeros(q.shape[1], q.shape[0], v.shape[2])
         for part in some:
             attend = self._decode if part.slots.dim() == 2 else self._prefill
@@ -326,20 +343,15 @@ class ReferenceAttention:
         return np.where(place <= last[:, None], slots, 0)
 
     def _decode(self, q: torch.Tensor, part: _Part, out: torch.Tensor) -> None:
-        rows, length = part.slots.shape
-        kv_heads = self._keys.shape[0]
-        flat = part.slots.view(-1)
-        k = self._keys.index_select(1, flat).view(kv_heads, rows, length, -1)
-        v = self._values.index_select(1, flat).view(kv_heads, rows, length, -1)
+        rows, kv_heads = len(part.slots), self._keys.shape[0]
+        k, v = self._read(part.slots, q.dtype)
         own = q[:, part.rows].reshape(kv_heads, -1, rows, q.shape[-1]).transpose(1, 2)
         mixed = self._attend(own, k, v, part.hidden(self._scores.window)[:, None])
         out[part.rows] = mixed.permute(1, 0, 2, 3).reshape(rows, q.shape[0], -1)
 
     def _prefill(self, q: torch.Tensor, part: _Part, out: torch.Tensor) -> None:
         kv_heads = self._keys.shape[0]
-        k, v = self._keys.index_select(1, part.slots), self._values.index_select(1, part.slots)
-        if self._tiled:
-            k, v = k.float(), v.float()
+        k, v = self._read(part.slots, q.dtype)
         hidden = part.hidden(self._scores.window)
         groups = q.shape[0] // kv_heads
         for start in range(0, len(part.places), QUERY_CHUNK):
@@ -347,32 +359,73 @@ class ReferenceAttention:
             count, stop = len(rows), start + len(rows)
             # A whole number of blocks, and none that all of the chunk's rows hide.
             length = -(-(int(part.places[stop - 1]) + 1) // ATTENTION_KEYS) * ATTENTION_KEYS
-            length = min(length, k.shape[1])
+            length = min(length, len(part.slots))
             own = q[:, rows].reshape(kv_heads, groups * count, q.shape[-1])
             mask = hidden[start:stop, :length].repeat(groups, 1)
-            mixed = self._attend(own, k[:, :length], v[:, :length], mask)
+            mixed = self._attend(own, _first(k, length), _first(v, length), mask)
             out[rows] = mixed.reshape(q.shape[0], count, -1).transpose(0, 1)
 
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor
-    ) -> torch.Tensor:
-        """q [..., m, d], k, v [..., length, d], `hidden` as wide as [..., m, length] -> [..., m, d of v]."""
+    def _read(self, slots: torch.Tensor, dtype: torch.dtype) -> tuple[_Cached, _Cached]:
+        """Keys and values of slots [..., length]. Tiles are multiplied in fp32, and by the scales afterwards;
+        others in `dtype`, in which a sum of int8s might overflow."""
+        k, v = _read(self._keys, self._key_scales, slots), _read(self._values, self._value_scales, slots)
+        if self._tiled:
+            return (k[0].float(), k[1]), (v[0].float(), v[1])
+        return _plain(k, dtype), _plain(v, dtype)
+
+    def _attend(self, q: torch.Tensor, keys: _Cached, values: _Cached, hidden: torch.Tensor) -> torch.Tensor:
+        """q [..., m, d], `hidden` as wide as [..., m, length] -> [..., m, d of v]."""
+        (k, key_scales), (v, value_scales) = keys, values
         if not self._tiled:
             return torch.matmul(self._scores.weights(torch.matmul(q, k.transpose(-1, -2)), hidden), v)
         count, dtype = q.shape[-2], q.dtype
         padding = -count % ATTENTION_ROWS
         tiles = _tiles(functional.pad(q.float(), (0, 0, 0, padding)))
-        keys, values = (torch.split(one.float(), ATTENTION_KEYS, dim=-2) for one in (k, v))
-        raw = torch.cat([torch.matmul(tiles, some.mT.unsqueeze(-3)) for some in keys], dim=-1)
-        weights = self._scores.weights(raw.flatten(-3, -2)[..., :count, :].to(dtype), hidden).float()
+        key_parts, value_parts = (torch.split(one, ATTENTION_KEYS, dim=-2) for one in (k, v))
+        raw = torch.cat([torch.matmul(tiles, some.mT.unsqueeze(-3)) for some in key_parts], dim=-1)
+        raw = _times(raw.flatten(-3, -2)[..., :count, :], key_scales).to(dtype)
+        weights = _times(self._scores.weights(raw, hidden), value_scales).float()
         weights = _tiles(functional.pad(weights, (0, 0, 0, padding)))
         mixed: torch.Tensor | None = None
-        for piece, some in zip(torch.split(weights, ATTENTION_KEYS, dim=-1), values, strict=True):
+        for piece, some in zip(torch.split(weights, ATTENTION_KEYS, dim=-1), value_parts, strict=True):
             product = torch.matmul(piece, some.unsqueeze(-3))
             mixed = product if mixed is None else mixed + product
         if mixed is None:
             raise ValueError("attention over no keys")
         return mixed.flatten(-3, -2)[..., :count, :].to(dtype)
+
+
+def _write(cache: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor, new: torch.Tensor) -> None:
+    """Put keys or values [kv_heads, rows, dim] into their slots [rows]."""
+    if scales is not None:
+        new, own = quantized(new)
+        scales.index_copy_(1, slots, own)
+    cache.index_copy_(1, slots, new)
+
+
+def _read(cache: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor) -> _Cached:
+    """Keys or values of slots [..., length]."""
+    flat = slots.reshape(-1)
+    found = cache.index_select(1, flat).view(len(cache), *slots.shape, -1)
+    if scales is None:
+        return found, None
+    return found, scales.index_select(1, flat).view(len(scales), *slots.shape).float()
+
+
+def _plain(cached: _Cached, dtype: torch.dtype) -> _Cached:
+    numbers, scales = cached
+    return (numbers if scales is None else numbers * scales.unsqueeze(-1)).to(dtype), None
+
+
+def _first(cached: _Cached, length: int) -> _Cached:
+    """Those of the first tokens of one context."""
+    numbers, scales = cached
+    return numbers[:, :length], None if scales is None else scales[:, :length]
+
+
+def _times(x: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """x [..., m, length], each column by its scale, in the dtype that x has."""
+    return x if scales is None else (x.float() * scales.unsqueeze(-2)).to(x.dtype)
 
 
 def _tiles(x: torch.Tensor) -> torch.Tensor:

@@ -209,7 +209,12 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     # Before anything holds on to its tensors: they move into the memory that verifiers attach.
     manifest = _publish(base, base_fd, device)
     channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))
-    model = ServedModel(base, config.max_slots, unpacked=config.cpu_weights == "bf16")
+    model = ServedModel(
+        base,
+        config.max_slots,
+        unpacked=config.cpu_weights == "bf16",
+        kv_dtype=torch.int8 if config.kv_dtype == "int8" else None,
+    )
     max_length = _max_length(config, base)
     limits = Limits(
         max_rows=config.max_rows,
@@ -335,6 +340,7 @@ def _base_info(
         promise=engine.model.promise,
         base_bytes=base_bytes(base),
         kv_bytes=kv_bytes,
+        kv_dtype=str(engine.model.kv_dtype).removeprefix("torch."),
         kv_blocks=engine.pool.capacity,
         block_size=config.block_size,
         max_length=limits.max_length,

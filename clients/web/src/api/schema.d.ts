@@ -5016,6 +5016,8 @@ export interface components {
                 promise: string;
                 base_bytes: number;
                 kv_bytes: number;
+                /** @default bfloat16 */
+                kv_dtype: string;
                 kv_blocks: number;
                 block_size: number;
                 max_length: number;

@@ -32,15 +32,57 @@ static inline void turned_head(const onebase_attention *layer, const onebase_qkv
   }
 }
 
-/* Returns whether the row's values are finite numbers. */
-static int write_row(const onebase_attention *layer, const onebase_qkv *step, int64_t row, int64_t slot) {
+/* The least scale: one that is no subnormal number, whatever the processor does with these. */
+#define LEAST_SCALE 0x1p-100f
+/* Added and taken away again, it leaves the nearest integer, ties to even. */
+#define TO_INTEGER 12582912.0f
+
+/* Writes numbers as int8 by a scale of their own, which it returns: the largest becomes 127, within a rounding of the
+ * scale. Zeros with a scale of NaN stand for numbers of which one is not finite. */
+static bf16 write_eight(const bf16 *from, int64_t count, int8_t *to) {
+  floats most = {0};
+  ints odd = {0};
+  for (int64_t d = 0; d < count; d += LANES) {
+    floats size = (floats)((words)widen_some(from + d, count - d) & 0x7fffffff);
+    odd |= (ints)((words)size >= 0x7f800000);
+    most = choose(size > most, size, most);
+  }
+  float largest = 0;
+  for (int lane = 0; lane < LANES; lane++) {
+    largest = most[lane] > largest ? most[lane] : largest;
+    odd[0] |= odd[lane];
+  }
+  if (odd[0]) {
+    memset(to, 0, count);
+    return 0x7fc0;
+  }
+  bf16 scale[LANES];
+  narrow(scale, each(largest / 127.0f < LEAST_SCALE ? LEAST_SCALE : largest / 127.0f));
+  for (int64_t d = 0; d < count; d += LANES) {
+    floats number = widen_some(from + d, count - d) / each(widened(*scale)) + each(TO_INTEGER) - each(TO_INTEGER);
+    int8_t eight[LANES];
+    narrow_to_eight(eight, number);
+    memcpy(to + d, eight, least(LANES, count - d));
+  }
+  return *scale;
+}
+
+/* Returns whether the row's values are finite numbers. `own`: [key_dim], for itself. */
+static int write_row(const onebase_attention *layer, const onebase_qkv *step, int64_t row, int64_t slot, bf16 *own) {
   int odd = 0;
   for (int64_t head = 0; head < layer->kv_heads; head++) {
-    turned_head(layer, step, step->k + row * step->k_row + head * step->k_head, row,
-                layer->keys + (head * layer->slots + slot) * layer->key_dim);
+    int64_t at = head * layer->slots + slot;
+    const bf16 *key = step->k + row * step->k_row + head * step->k_head;
     const bf16 *value = step->v + row * step->v_row + head * step->v_head;
     for (int64_t d = 0; d < layer->value_dim; d++) odd |= (value[d] & 0x7f80) == 0x7f80;
-    memcpy(layer->values + (head * layer->slots + slot) * layer->value_dim, value, layer->value_dim * sizeof(bf16));
+    if (layer->key_scales) {
+      turned_head(layer, step, key, row, own);
+      layer->key_scales[at] = write_eight(own, layer->key_dim, (int8_t *)layer->keys + at * layer->key_dim);
+      layer->value_scales[at] = write_eight(value, layer->value_dim, (int8_t *)layer->values + at * layer->value_dim);
+    } else {
+      turned_head(layer, step, key, row, (bf16 *)layer->keys + at * layer->key_dim);
+      memcpy((bf16 *)layer->values + at * layer->value_dim, value, layer->value_dim * sizeof(bf16));
+    }
   }
   return !odd;
 }
@@ -54,6 +96,16 @@ static void find_slots(const onebase_attention *layer, const int32_t *table, int
       *slots++ = (int32_t)(table[block] * size + within);
 }
 
+/* The scales of `count` keys or values, as fp32, and zeros up to `length`. */
+static void find_scales(const bf16 *scales, const int32_t *slots, int64_t count, int64_t length, float *to) {
+  for (int64_t i = 0; i < length; i++) to[i] = i < count ? widened(scales[slots[i]]) : 0;
+}
+
+/* The address of a cached number. */
+static inline const void *place_of(const void *cache, int64_t at, const int eight) {
+  return (const char *)cache + at * (eight ? 1 : (int64_t)sizeof(bf16));
+}
+
 /* Whether slots follow one another in memory. */
 static inline int in_a_row(const int32_t *slots, int64_t count) {
   int same = 1;
@@ -63,24 +115,29 @@ static inline int in_a_row(const int32_t *slots, int64_t count) {
 
 /* The values of `count` keys, 16 at most, of the `left` ones, the others zero: [dim, 16]. Asks for what is read
  * next. */
-static inline void turn_keys(const onebase_attention *layer, const bf16 *keys, const bf16 *values,
-                             const int32_t *slots, int64_t count, int64_t left, float *to) {
-  int64_t dim = layer->key_dim, d = 0;
-  const bf16 *of[LANES];
+static inline __attribute__((always_inline)) void turn_keys(const onebase_attention *layer, const void *keys,
+                                                            const void *values, const int32_t *slots, int64_t count,
+                                                            int64_t left, const int eight, float *to) {
+  int64_t dim = layer->key_dim, wide = layer->value_dim, size = eight ? 1 : sizeof(bf16), d = 0;
+  const void *of[LANES];
   for (int64_t i = 0; i < count; i++) {
-    of[i] = keys + slots[i] * dim;
-    const char *value = (const char *)(values + slots[i] * layer->value_dim);
-    for (int64_t byte = 0; byte < layer->value_dim * 2; byte += 64) __builtin_prefetch(value + byte);
-    const char *key = (const char *)(keys + slots[least(i + 2 * LANES, left - 1)] * dim);
-    for (int64_t byte = 0; byte < dim * 2; byte += 64) __builtin_prefetch(key + byte);
+    of[i] = place_of(keys, slots[i] * dim, eight);
+    const char *value = place_of(values, slots[i] * wide, eight);
+    for (int64_t byte = 0; byte < wide * size; byte += 64) __builtin_prefetch(value + byte);
+    const char *key = place_of(keys, slots[least(i + 2 * LANES, left - 1)] * dim, eight);
+    for (int64_t byte = 0; byte < dim * size; byte += 64) __builtin_prefetch(key + byte);
   }
   for (; d + LANES <= dim; d += LANES) {
     _Alignas(64) float square[16 * 16];
-    for (int64_t i = 0; i < LANES; i++) store(square + 16 * i, i < count ? widen(of[i] + d) : (floats){0});
+    for (int64_t i = 0; i < LANES; i++) store(square + 16 * i, i < count ? cached(of[i], d, eight) : (floats){0});
     transpose(square, 16, to + d * LANES);
   }
   for (; d < dim; d++)
-    for (int64_t i = 0; i < LANES; i++) to[d * LANES + i] = i < count ? widened(of[i][d]) : 0;
+    for (int64_t i = 0; i < LANES; i++) {
+      float number = 0;
+      if (i < count) number = eight ? ((const int8_t *)of[i])[d] : widened(((const bf16 *)of[i])[d]);
+      to[d * LANES + i] = number;
+    }
 }
 
 /* What eager attention makes of 16 products: rounded where it rounds. */
@@ -91,6 +148,29 @@ static inline floats scored(const onebase_attention *layer, floats product) {
   for (int lane = 0; lane < LANES; lane++) score[lane] = tanhf(score[lane]);
   return rounded_score(rounded_score(score) * each(layer->softcap));
 }
+
+#ifdef __AVX512BF16__
+
+/* 32 numbers of the cache as bf16. */
+static inline __attribute__((always_inline)) __m512i halves_of(const void *cache, int64_t at, const int eight) {
+  const void *from = place_of(cache, at, eight);
+  if (!eight) return _mm512_loadu_si512(from);
+  __m512 high = (__m512)widen_eight((const int8_t *)from + LANES);
+  return (__m512i)_mm512_cvtne2ps_pbh(high, (__m512)widen_eight(from));
+}
+
+/* 16 keys one after the other as bf16, of which `count` are there. */
+static inline __attribute__((always_inline)) void copy_keys(const void *keys, int64_t dim, const int32_t *slots,
+                                                            int64_t count, const int eight, bf16 *to) {
+  for (int64_t i = 0; i < count; i++, to += dim) {
+    const void *key = place_of(keys, slots[i] * dim, eight);
+    if (!eight) memcpy(to, key, dim * sizeof(bf16));
+    else
+      for (int64_t d = 0; d < dim; d += 2 * LANES) _mm512_storeu_si512(to + d, halves_of(key, d, eight));
+  }
+}
+
+#endif
 
 #ifdef __AMX_BF16__
 
@@ -118,13 +198,14 @@ static void pair_queries(const bf16 *q, int64_t dim, int64_t queries, uint32_t *
 }
 
 /* Products of up to TILED queries with 16 keys, of which `count` are there: [queries, 16]. */
-static void score_tile(const bf16 *keys, int64_t dim, const int32_t *slots, int64_t count, const uint32_t *pairs,
-                       int64_t queries, floats *sums) {
+static inline __attribute__((always_inline)) void score_tile(const void *keys, int64_t dim, const int32_t *slots,
+                                                             int64_t count, const uint32_t *pairs, int64_t queries,
+                                                             const int eight, floats *sums) {
   _Alignas(64) bf16 copied[LANES * 1024];
   _Alignas(64) float square[LANES * LANES];
-  const bf16 *from = keys + slots[0] * dim;
-  if (count < LANES || !in_a_row(slots, count)) {
-    for (int64_t i = 0; i < count; i++) memcpy(copied + i * dim, keys + slots[i] * dim, dim * sizeof(bf16));
+  const bf16 *from = (const bf16 *)keys + slots[0] * dim;
+  if (eight || count < LANES || !in_a_row(slots, count)) {
+    copy_keys(keys, dim, slots, count, eight, copied);
     memset(copied + count * dim, 0, (LANES - count) * dim * sizeof(bf16));
     from = copied;
   }
@@ -138,10 +219,19 @@ static void score_tile(const bf16 *keys, int64_t dim, const int32_t *slots, int6
   transpose(square, LANES, (float *)sums);
 }
 
-/* Adds 16 columns of the values for up to TILED queries, 32 keys after 32 keys: [queries, 16]. `weights`: bf16
+/* 16 numbers of the cache as bf16. */
+static inline __attribute__((always_inline)) __m256i sixteen_halves(const void *cache, int64_t at, const int eight) {
+  const void *from = place_of(cache, at, eight);
+  if (!eight) return _mm256_loadu_si256(from);
+  return (__m256i)_mm512_cvtneps_pbh((__m512)widen_eight(from));
+}
+
+/* Adds 16 columns of the values, from `column` on, for up to TILED queries, 32 keys after 32 keys: [queries, 16]. `weights`: bf16
  * [queries, stride], zero from `count` on up to the next 32. */
-static void mix_tile(const bf16 *values, int64_t wide, const int32_t *slots, int64_t count, const bf16 *weights,
-                     int64_t stride, int64_t queries, float *to) {
+static inline __attribute__((always_inline)) void mix_tile(const void *values, int64_t column, int64_t wide,
+                                                           const int32_t *slots, int64_t count, const bf16 *weights,
+                                                           int64_t stride, int64_t queries, const int eight,
+                                                           float *to) {
   (void)queries;
   const __m512i low = _mm512_set_epi16(
       47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1,
@@ -151,9 +241,9 @@ static void mix_tile(const bf16 *values, int64_t wide, const int32_t *slots, int
   for (int64_t key = 0; key < count; key += 32) {
     for (int64_t pair = 0; pair < 16; pair++) {
       int64_t first = key + 2 * pair;
-      __m256i none = _mm256_setzero_si256();
-      __m256i one = first < count ? _mm256_loadu_si256((const __m256i *)(values + slots[first] * wide)) : none;
-      __m256i two = first + 1 < count ? _mm256_loadu_si256((const __m256i *)(values + slots[first + 1] * wide)) : none;
+      __m256i one = _mm256_setzero_si256(), two = one;
+      if (first < count) one = sixteen_halves(values, slots[first] * wide + column, eight);
+      if (first + 1 < count) two = sixteen_halves(values, slots[first + 1] * wide + column, eight);
       __m512i both = _mm512_permutex2var_epi16(_mm512_castsi256_si512(one), low, _mm512_castsi256_si512(two));
       _mm512_store_si512(pairs + 16 * pair, both);
     }
@@ -181,13 +271,14 @@ static inline __attribute__((always_inline)) void score_pairs(const bf16 *q, int
 }
 
 /* Products of up to TILED queries with 16 keys, of which `count` are there: [queries, 16]. */
-static void score_tile(const bf16 *keys, int64_t dim, const int32_t *slots, int64_t count, const bf16 *q,
-                       int64_t queries, floats *sums) {
+static inline __attribute__((always_inline)) void score_tile(const void *keys, int64_t dim, const int32_t *slots,
+                                                             int64_t count, const bf16 *q, int64_t queries,
+                                                             const int eight, floats *sums) {
   _Alignas(64) bf16 copied[LANES * 1024];
   _Alignas(64) uint32_t turned_[LANES * 512];
-  const bf16 *from = keys + slots[0] * dim;
-  if (!in_a_row(slots, count)) {
-    for (int64_t i = 0; i < count; i++) memcpy(copied + i * dim, keys + slots[i] * dim, dim * sizeof(bf16));
+  const bf16 *from = (const bf16 *)keys + slots[0] * dim;
+  if (eight || !in_a_row(slots, count)) {
+    copy_keys(keys, dim, slots, count, eight, copied);
     from = copied;
   }
   for (int64_t d = 0; d < dim; d += 32) turn_words(from + d, dim / 2, as_they_are, count, LANES, turned_ + d / 2 * LANES);
@@ -201,18 +292,19 @@ static void score_tile(const bf16 *keys, int64_t dim, const int32_t *slots, int6
     }
 }
 
-/* Adds 32 columns of the values for some queries, two keys after two keys: [queries, 32]. */
-static inline __attribute__((always_inline)) void mix_pairs(const bf16 *values, int64_t wide, const int32_t *slots,
-                                                            int64_t count, const bf16 *weights, int64_t stride,
-                                                            const int queries, float *to) {
+/* Adds 32 columns of the values, from `column` on, for some queries, two keys after two keys: [queries, 32]. */
+static inline __attribute__((always_inline)) void mix_pairs(const void *values, int64_t column, int64_t wide,
+                                                            const int32_t *slots, int64_t count, const bf16 *weights,
+                                                            int64_t stride, const int eight, const int queries,
+                                                            float *to) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
                                        36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   floats mixed[2 * TILED];
   for (int i = 0; i < 2 * queries; i++) mixed[i] = (floats){0};
   for (int64_t key = 0; key < count; key += 2) {
-    __m512i one = _mm512_loadu_si512(values + slots[key] * wide), two = _mm512_setzero_si512();
-    if (key + 1 < count) two = _mm512_loadu_si512(values + slots[key + 1] * wide);
+    __m512i one = halves_of(values, slots[key] * wide + column, eight), two = _mm512_setzero_si512();
+    if (key + 1 < count) two = halves_of(values, slots[key + 1] * wide + column, eight);
     floats first = (floats)_mm512_permutex2var_epi16(one, low, two);
     floats second = (floats)_mm512_permutex2var_epi16(one, high, two);
     for (int i = 0; i < queries; i++) {
@@ -223,16 +315,18 @@ static inline __attribute__((always_inline)) void mix_pairs(const bf16 *values, 
   for (int i = 0; i < 2 * queries; i++) store(to + i * LANES, mixed[i]);
 }
 
-static void mix_tile(const bf16 *values, int64_t wide, const int32_t *slots, int64_t count, const bf16 *weights,
-                     int64_t stride, int64_t queries, float *to) {
+static inline __attribute__((always_inline)) void mix_tile(const void *values, int64_t column, int64_t wide,
+                                                           const int32_t *slots, int64_t count, const bf16 *weights,
+                                                           int64_t stride, int64_t queries, const int eight,
+                                                           float *to) {
   for (int64_t i = 0; i < queries;) {
     const bf16 *own = weights + i * stride;
     float *out = to + 2 * i * LANES;
-    if (queries - i >= 8) mix_pairs(values, wide, slots, count, own, stride, 8, out), i += 8;
-    else if (queries - i >= 4) mix_pairs(values, wide, slots, count, own, stride, 4, out), i += 4;
-    else if (queries - i == 3) mix_pairs(values, wide, slots, count, own, stride, 3, out), i += 3;
-    else if (queries - i == 2) mix_pairs(values, wide, slots, count, own, stride, 2, out), i += 2;
-    else mix_pairs(values, wide, slots, count, own, stride, 1, out), i += 1;
+    if (queries - i >= 8) mix_pairs(values, column, wide, slots, count, own, stride, eight, 8, out), i += 8;
+    else if (queries - i >= 4) mix_pairs(values, column, wide, slots, count, own, stride, eight, 4, out), i += 4;
+    else if (queries - i == 3) mix_pairs(values, column, wide, slots, count, own, stride, eight, 3, out), i += 3;
+    else if (queries - i == 2) mix_pairs(values, column, wide, slots, count, own, stride, eight, 2, out), i += 2;
+    else mix_pairs(values, column, wide, slots, count, own, stride, eight, 1, out), i += 1;
   }
 }
 
@@ -248,26 +342,27 @@ static inline __attribute__((always_inline)) void score_keys(const float *q, int
   }
 }
 
-/* Adds 64 columns of the values, by their weights, key after key, for some queries. */
-static inline __attribute__((always_inline)) void mix_values(const bf16 *values, int64_t wide, int64_t columns,
+/* Adds 64 columns of the values, of which `columns` are there, by their weights, key after key, for some queries. */
+static inline __attribute__((always_inline)) void mix_values(const void *values, int64_t wide, int64_t columns,
                                                              const int32_t *slots, int64_t keys,
                                                              const float *weights, int64_t stride,
-                                                             const int count, floats *mixed) {
+                                                             const int eight, const int count, floats *mixed) {
   for (int i = 0; i < 4 * count; i++) mixed[i] = (floats){0};
   for (int64_t key = 0; key < keys; key++) {
-    const bf16 *value = values + slots[key] * wide;
+    const void *value = place_of(values, slots[key] * wide, eight);
     floats some[4];
     for (int j = 0; j < 4; j++)
-      some[j] = columns >= 4 * LANES ? widen(value + j * LANES)
-                : columns > j * LANES ? widen_some(value + j * LANES, columns - j * LANES)
+      some[j] = columns >= 4 * LANES ? cached(value, j * LANES, eight)
+                : columns > j * LANES ? cached_some(value, j * LANES, columns - j * LANES, eight)
                                       : (floats){0};
     for (int i = 0; i < count; i++)
       for (int j = 0; j < 4; j++) mixed[4 * i + j] = fused(each(weights[i * stride + key]), some[j], mixed[4 * i + j]);
   }
 }
 
-/* Weights of the scores of one query [length], in place, as eager attention rounds them. */
-static inline void soften(float *scores, int64_t length) {
+/* Weights of the scores of one query [length], in place, as eager attention rounds them; `scales` (null: none) of the
+ * values are multiplied with them, and rounded again. */
+static inline void soften(float *scores, int64_t length, const float *scales) {
   floats most = load(scores), sum = {0};
   for (int64_t k = LANES; k < length; k += LANES) {
     floats score = load(scores + k);
@@ -282,7 +377,10 @@ static inline void soften(float *scores, int64_t length) {
     sum += e;
   }
   floats total = each(sum_of(sum));
-  for (int64_t k = 0; k < length; k += LANES) store(scores + k, rounded_score(load(scores + k) / total));
+  for (int64_t k = 0; k < length; k += LANES) {
+    floats weight = rounded_score(load(scores + k) / total);
+    store(scores + k, scales ? rounded_score(weight * load(scales + k)) : weight);
+  }
 }
 
 /* Stores the scores of one query with 16 keys, the first of them at position `first`. */
@@ -296,13 +394,15 @@ static inline void keep_scores(const onebase_attention *layer, int32_t position,
 
 #ifdef __AVX512BF16__
 
-/* The same as the rest of `attend_part`, for heads of whole tiles. */
-static void attend_by_tiles(const attention *a, int64_t first_row, int64_t head, int64_t queries,
-                            const int32_t *slots, int64_t count, int64_t length, int64_t begin, float *turned,
-                            float *q, float *scores) {
+/* The same as the rest of `attend_some`, for heads of whole tiles. */
+static inline __attribute__((always_inline)) void attend_by_tiles(
+    const attention *a, int64_t first_row, int64_t head, int64_t queries, const int32_t *slots, const float *key_scales,
+    const float *value_scales, int64_t count, int64_t length, int64_t begin, const int eight, float *turned, float *q,
+    float *scores) {
   const onebase_attention *layer = a->layer;
   int64_t groups = layer->groups, dim = layer->key_dim, wide = layer->value_dim;
-  const bf16 *keys = layer->keys + head * layer->slots * dim, *values = layer->values + head * layer->slots * wide;
+  const void *keys = place_of(layer->keys, head * layer->slots * dim, eight);
+  const void *values = place_of(layer->values, head * layer->slots * wide, eight);
   bf16 *own_q = (bf16 *)turned; /* [TILED, dim] */
 #ifdef __AMX_BF16__
   uint32_t *pairs = (uint32_t *)(own_q + TILED * dim);
@@ -320,26 +420,30 @@ static void attend_by_tiles(const attention *a, int64_t first_row, int64_t head,
     for (int64_t key = 0; key < length; key += LANES) {
       floats sums[TILED];
       int64_t there = count - key < 0 ? 0 : least(LANES, count - key);
-      if (there) score_tile(keys, dim, slots + key, there, pairs, some, sums);
+      if (there) score_tile(keys, dim, slots + key, there, pairs, some, eight, sums);
       for (int64_t next = key + 2 * LANES; next < least(key + 3 * LANES, count); next++) {
-        __builtin_prefetch(keys + slots[next] * dim);
-        __builtin_prefetch(keys + slots[next] * dim + 32);
-        __builtin_prefetch(values + slots[next] * wide);
-        __builtin_prefetch(values + slots[next] * wide + 32);
+        __builtin_prefetch(place_of(keys, slots[next] * dim, eight));
+        __builtin_prefetch(place_of(values, slots[next] * wide, eight));
+        if (!eight) {
+          __builtin_prefetch(place_of(keys, slots[next] * dim + 32, eight));
+          __builtin_prefetch(place_of(values, slots[next] * wide + 32, eight));
+        }
       }
       for (int64_t j = 0; j < some; j++) {
         int32_t position = a->contexts->position[first_row + (i + j) / groups];
-        keep_scores(layer, position, begin + key, there ? sums[j] : (floats){0}, own + j * length + key);
+        floats product = there ? sums[j] : (floats){0};
+        if (eight) product *= load(key_scales + key);
+        keep_scores(layer, position, begin + key, product, own + j * length + key);
       }
     }
     for (int64_t j = 0; j < some; j++) {
       bf16 *weights = (bf16 *)(own + j * length); /* in place: half as wide */
-      soften(own + j * length, length);
+      soften(own + j * length, length, eight ? value_scales : NULL);
       for (int64_t k = 0; k < length; k += LANES) narrow(weights + k, load(own + j * length + k));
     }
     for (int64_t d = 0; d < wide; d += MIXED) {
       _Alignas(64) float mixed[TILED * MIXED];
-      mix_tile(values + d, wide, slots, count, (const bf16 *)own, 2 * length, some, mixed);
+      mix_tile(values, d, wide, slots, count, (const bf16 *)own, 2 * length, some, eight, mixed);
       for (int64_t j = 0; j < some; j++) {
         int64_t row = first_row + (i + j) / groups, own_head = head * groups + (i + j) % groups;
         bf16 *out = a->step->out + (row * layer->kv_heads * groups + own_head) * wide + d;
@@ -355,8 +459,8 @@ static void attend_by_tiles(const attention *a, int64_t first_row, int64_t head,
 
 #endif
 
-static void attend_part(void *task, int64_t part, int64_t thread) {
-  attention *a = task;
+static inline __attribute__((always_inline)) void attend_some(const attention *a, int64_t part, int64_t thread,
+                                                              const int eight) {
   const onebase_attention *layer = a->layer;
   const onebase_contexts *contexts = a->contexts;
   const onebase_qkv *step = a->step;
@@ -364,8 +468,8 @@ static void attend_part(void *task, int64_t part, int64_t thread) {
   int64_t first_row = a->parts[2 * some], rows = a->parts[2 * some + 1];
   int64_t groups = layer->groups, queries = rows * groups, dim = layer->key_dim, wide = layer->value_dim;
   const int32_t *table = contexts->table + (int64_t)contexts->table_row[first_row] * contexts->table_width;
-  const bf16 *keys = layer->keys + head * layer->slots * dim;
-  const bf16 *values = layer->values + head * layer->slots * wide;
+  const void *keys = place_of(layer->keys, head * layer->slots * dim, eight);
+  const void *values = place_of(layer->values, head * layer->slots * wide, eight);
   int64_t last = contexts->position[first_row + rows - 1], begin = 0;
   if (layer->window) {
     begin = contexts->position[first_row] - layer->window + 1;
@@ -374,7 +478,12 @@ static void attend_part(void *task, int64_t part, int64_t thread) {
   int64_t count = last + 1 - begin, length = parts_of(count, 2 * LANES) * 2 * LANES;
   float *turned = a->buffers + thread * a->size, *q = turned + dim * LANES, *scores = q + queries * dim;
   int32_t *slots = (int32_t *)(scores + queries * length);
+  float *key_scales = (float *)(slots + length + dim), *value_scales = key_scales + length;
   find_slots(layer, table, begin, last, slots);
+  if (eight) {
+    find_scales(layer->key_scales + head * layer->slots, slots, count, length, key_scales);
+    find_scales(layer->value_scales + head * layer->slots, slots, count, length, value_scales);
+  }
   for (int64_t i = 0; i < queries; i++) {
     int64_t row = first_row + i / groups;
     bf16 *own = (bf16 *)(slots + length);
@@ -383,12 +492,13 @@ static void attend_part(void *task, int64_t part, int64_t thread) {
   }
 #ifdef __AVX512BF16__
   if (dim % 32 == 0 && dim <= 1024 && wide % MIXED == 0) {
-    attend_by_tiles(a, first_row, head, queries, slots, count, length, begin, turned, q, scores);
+    attend_by_tiles(a, first_row, head, queries, slots, key_scales, value_scales, count, length, begin, eight, turned,
+                    q, scores);
     return;
   }
 #endif
   for (int64_t key = 0; key < count; key += LANES) {
-    turn_keys(layer, keys, values, slots + key, least(LANES, count - key), count - key, turned);
+    turn_keys(layer, keys, values, slots + key, least(LANES, count - key), count - key, eight, turned);
     for (int64_t i = 0, together; i < queries; i += together) {
       floats sums[SCORED_AT_ONCE];
       together = queries - i;
@@ -399,21 +509,24 @@ static void attend_part(void *task, int64_t part, int64_t thread) {
       else score_keys(q + i * dim, dim, turned, 1, sums);
       for (int64_t j = 0; j < together; j++) {
         int32_t position = contexts->position[first_row + (i + j) / groups];
+        if (eight) sums[j] *= load(key_scales + key);
         keep_scores(layer, position, begin + key, sums[j], scores + (i + j) * length + key);
       }
     }
   }
-  for (int64_t i = 0; i < queries; i++) soften(scores + i * length, parts_of(count, LANES) * LANES);
+  for (int64_t i = 0; i < queries; i++)
+    soften(scores + i * length, parts_of(count, LANES) * LANES, eight ? value_scales : NULL);
   for (int64_t d = 0; d < wide; d += 4 * LANES)
     for (int64_t i = 0; i < queries; i += MIXED_AT_ONCE) {
       floats mixed[4 * MIXED_AT_ONCE];
       int64_t together = least(MIXED_AT_ONCE, queries - i), columns = wide - d;
       const float *own = scores + i * length;
+      const void *from = place_of(values, d, eight);
       switch (together) {
-        case 1: mix_values(values + d, wide, columns, slots, count, own, length, 1, mixed); break;
-        case 2: mix_values(values + d, wide, columns, slots, count, own, length, 2, mixed); break;
-        case 3: mix_values(values + d, wide, columns, slots, count, own, length, 3, mixed); break;
-        default: mix_values(values + d, wide, columns, slots, count, own, length, 4, mixed);
+        case 1: mix_values(from, wide, columns, slots, count, own, length, eight, 1, mixed); break;
+        case 2: mix_values(from, wide, columns, slots, count, own, length, eight, 2, mixed); break;
+        case 3: mix_values(from, wide, columns, slots, count, own, length, eight, 3, mixed); break;
+        default: mix_values(from, wide, columns, slots, count, own, length, eight, 4, mixed);
       }
       for (int64_t j = 0; j < together; j++) {
         int64_t row = first_row + (i + j) / groups, own_head = head * groups + (i + j) % groups;
@@ -425,17 +538,21 @@ static void attend_part(void *task, int64_t part, int64_t thread) {
     }
 }
 
+static void attend_part(void *task, int64_t part, int64_t thread) { attend_some(task, part, thread, 0); }
+static void attend_part_of_eight(void *task, int64_t part, int64_t thread) { attend_some(task, part, thread, 1); }
+
 /* A part's rows have the weight zero for each other's later keys: an infinite value would reach them all the same,
  * so that a row with one begins a part. */
 static int attend(const onebase_attention *layer, const onebase_contexts *contexts, const onebase_qkv *step,
                   int64_t threads) {
   attention a = {.layer = layer, .contexts = contexts, .step = step};
   int64_t parts = 0, heads = layer->kv_heads * layer->groups, most = 0;
-  a.parts = onebase_scratch(ONEBASE_PLACES, contexts->rows * 9);
+  a.parts = onebase_scratch(ONEBASE_PLACES, contexts->rows * 9 + layer->key_dim * sizeof(bf16));
   if (!a.parts) return ONEBASE_OUT_OF_MEMORY;
-  char *finite = (char *)(a.parts + 2 * contexts->rows);
+  bf16 *key = (bf16 *)(a.parts + 2 * contexts->rows);
+  char *finite = (char *)(key + layer->key_dim);
   for (int64_t row = 0; row < contexts->rows; row++)
-    finite[row] = (char)write_row(layer, step, row, contexts->write[row]);
+    finite[row] = (char)write_row(layer, step, row, contexts->write[row], key);
   for (int64_t row = 0; row < contexts->rows;) {
     int64_t count = 1, length = parts_of(contexts->position[row] + 1 + QUERIES + 32, 2 * LANES) * 2 * LANES;
     if (contexts->position[row] < 0) {
@@ -450,12 +567,13 @@ static int attend(const onebase_attention *layer, const onebase_contexts *contex
     a.parts[2 * parts] = (int32_t)row;
     a.parts[2 * parts++ + 1] = (int32_t)count;
     int64_t size = count * layer->groups * (length + layer->key_dim) + length + layer->key_dim;
+    if (layer->key_scales) size += 2 * length;
     most = size > most ? size : most;
     row += count;
   }
   a.size = parts_of(most + layer->key_dim * LANES * 2, LANES) * LANES;
   a.buffers = onebase_scratch(ONEBASE_PANELS, threads * a.size * 4);
   if (!a.buffers) return ONEBASE_OUT_OF_MEMORY;
-  onebase_share(attend_part, &a, parts * layer->kv_heads);
+  onebase_share(layer->key_scales ? attend_part_of_eight : attend_part, &a, parts * layer->kv_heads);
   return 0;
 }

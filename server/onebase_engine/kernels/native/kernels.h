@@ -55,8 +55,10 @@ typedef struct {
   const float *weight;
 } onebase_groups;
 
+/* bf16, or int8 with one scale for each slot: a number is then the product of the two. */
 typedef struct {
-  bf16 *keys, *values; /* [kv_heads, slots, dim] */
+  void *keys, *values; /* [kv_heads, slots, dim] */
+  bf16 *key_scales, *value_scales; /* [kv_heads, slots], or null: keys and values are bf16 */
   int64_t kv_heads, groups, key_dim, value_dim, slots, block_size;
   float scaling, softcap; /* softcap 0: none */
   int64_t window;         /* 0: none */

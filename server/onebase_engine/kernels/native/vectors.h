@@ -52,6 +52,51 @@ static inline floats widen_some(const bf16 *from, int64_t count) {
   return widen(some);
 }
 
+/* 16 int8s as fp32. By intrinsics: __builtin_convertvector would have GCC convert them one by one. */
+static inline __attribute__((always_inline)) floats widen_eight(const int8_t *from) {
+#if defined(__AVX512F__)
+  return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#elif defined(__AVX2__)
+  union {
+    floats all;
+    __m256 half[2];
+  } wide;
+  __m128i eight = _mm_loadu_si128((const __m128i *)from);
+  wide.half[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+  wide.half[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(eight, 8)));
+  return wide.all;
+#else
+  float wide[LANES];
+  for (int lane = 0; lane < LANES; lane++) wide[lane] = from[lane];
+  return load(wide);
+#endif
+}
+
+/* Whole numbers of fp32 as int8s. */
+static inline void narrow_to_eight(int8_t *to, floats value) {
+  ints wide = __builtin_convertvector(value, ints);
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8((__m512i)wide));
+#else
+  for (int lane = 0; lane < LANES; lane++) to[lane] = (int8_t)wide[lane];
+#endif
+}
+
+/* Numbers of a KV cache, int8 (`eight`) or bf16: those from `at` on. An int8 is one that bf16 holds exactly. */
+static inline __attribute__((always_inline)) floats cached(const void *from, int64_t at, const int eight) {
+  if (eight) return widen_eight((const int8_t *)from + at);
+  return widen((const bf16 *)from + at);
+}
+
+/* Zeros from `count` on. */
+static inline __attribute__((always_inline)) floats cached_some(const void *from, int64_t at, int64_t count,
+                                                                const int eight) {
+  if (count >= LANES) return cached(from, at, eight);
+  bf16 some[LANES] = {0};
+  memcpy(some, (const char *)from + at * (eight ? 1 : 2), count * (eight ? 1 : sizeof(bf16)));
+  return cached(some, 0, eight);
+}
+
 /* To the nearest, ties to even, as torch rounds; a NaN stays one. */
 static inline words narrowed(floats value) {
   words bits = (words)value;
