@@ -15,10 +15,10 @@ WEB_MODULES := $(WEB)/node_modules/.package-lock.json
 WEB_SOURCES := $(shell find $(WEB) -path $(WEB)/node_modules -prune -o -type f ! -name '*.md' ! -name '*.test.ts' -print)
 NPM := PATH="$(CURDIR)/$(BIN):$$PATH" npm --prefix $(WEB)
 
-.PHONY: help setup base demo test lint docs format check audit bench console clean
+.PHONY: help setup base demo test lint docs format check audit bench gpu-check console clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: base console ## Serve the base and two adapters, watch them answer at once, try your own requests
 	@exec $(BIN)/python examples/demo.py
@@ -44,7 +44,7 @@ lint: setup $(WEB_MODULES) ## Check style, types, import rules, the console, she
 	@$(BIN)/ruff format --check .
 	@echo "==> mypy"
 	@$(BIN)/mypy
-	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/goals.py benchmarks/api.py benchmarks/kv_dtype.py benchmarks/cluster.py benchmarks/cluster_sim.py benchmarks/serve.py benchmarks/soak.py benchmarks/structured.py benchmarks/train.py benchmarks/train_trl.py
+	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/goals.py benchmarks/gpu_check.py benchmarks/api.py benchmarks/kv_dtype.py benchmarks/cluster.py benchmarks/cluster_sim.py benchmarks/serve.py benchmarks/soak.py benchmarks/structured.py benchmarks/train.py benchmarks/train_trl.py
 	@$(BIN)/mypy tools/generate_sync.py tools/reference_pages.py tools/console_types.py
 	@echo "==> the synchronous client"
 	@$(BIN)/python tools/generate_sync.py --check
@@ -90,6 +90,10 @@ audit: setup ## Ask PyPI for known vulnerabilities of what is installed
 
 bench: base ## Measure OneBase next to vLLM, llama.cpp, PEFT and TRL, which it installs (BENCH_ARGS=--quick: a look)
 	@exec $(BIN)/python benchmarks/goals.py $(BENCH_ARGS)
+
+# Without `setup`, which asks the network; a bundle's own Python has no .venv.
+gpu-check: ## Check and measure all of it on a GPU, without a network (CHECK_ARGS="--bundle FILE": what to carry there)
+	@exec $$([ -x $(BIN)/python ] && echo $(BIN)/python || echo python3) benchmarks/gpu_check.py $(CHECK_ARGS)
 
 format: setup ## Rewrite the sources in the project's style, and the synchronous client from the asynchronous one
 	@$(BIN)/ruff check --fix .

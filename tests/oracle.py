@@ -17,14 +17,15 @@ def greedy(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
     Read in pieces of TILE tokens, as the proof reads (`onebase_adapters.proof.texts`).
     """
     cache = DynamicCache(config=model.config)
+    device = next(model.parameters()).device
     tokens = list(prompt)
     start = 0
     while len(tokens) < len(prompt) + max_tokens:
         for first in range(start, len(tokens), TILE):
             piece = tokens[first : first + TILE]
             output = model(
-                input_ids=torch.tensor([piece]),
-                position_ids=torch.arange(first, first + len(piece))[None],
+                input_ids=torch.tensor([piece], device=device),
+                position_ids=torch.arange(first, first + len(piece), device=device)[None],
                 cache=cache,
                 use_cache=True,
                 logits_to_keep=1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +41,24 @@ def make_adapters(
     adapters: dict[str, Path] = {}
     for index in range(count):
         path = folder / f"a{index}"
-        path.mkdir(parents=True)
-        rng = np.random.default_rng([seed, index])
-        save_file(_tensors(shapes, rank, b_std, rng), path / "adapter_model.safetensors")
-        (path / "adapter_config.json").write_text(json.dumps(_config(rank, targets), indent=2))
+        write_adapter(path, shapes, rank, targets, b_std, [seed, index])
         adapters[path.name] = path
     return adapters
+
+
+def write_adapter(
+    path: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    rank: int,
+    targets: tuple[str, ...],
+    b_std: float,
+    seed: Sequence[int],
+) -> None:
+    """One adapter as PEFT's two files. `shapes`: (out, in) of the base's layers that it adapts, by name."""
+    path.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    save_file(_tensors(shapes, rank, b_std, rng), path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps(_config(rank, targets), indent=2))
 
 
 def write_gguf_adapter(adapter: Path, base_folder: Path, file: Path) -> None:
@@ -91,7 +103,7 @@ def _target_shapes(base_folder: Path, targets: tuple[str, ...]) -> Iterator[tupl
 
 
 def _tensors(
-    shapes: dict[str, tuple[int, int]], rank: int, b_std: float, rng: np.random.Generator
+    shapes: Mapping[str, tuple[int, int]], rank: int, b_std: float, rng: np.random.Generator
 ) -> dict[str, NDArray[np.float32]]:
     tensors: dict[str, NDArray[np.float32]] = {}
     for module, (rows, columns) in shapes.items():

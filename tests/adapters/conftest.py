@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.device import DEVICE
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -55,7 +56,8 @@ def load(llama_folder: Path) -> LoadBase:
     """`load(quantization, **settings)`: a new base at each call."""
 
     def _load(quantization: Any = "nf4", **settings: Any) -> nn.Module:
-        return load_base(BaseSettings(folder=llama_folder, quantization=quantization, **settings))
+        settings = {"quantization": quantization, "device": DEVICE, **settings}
+        return load_base(BaseSettings(folder=llama_folder, **settings))
 
     return _load
 
@@ -108,7 +110,7 @@ def edit_config() -> Callable[..., None]:
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    return torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(3))
+    return torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(3)).to(DEVICE)
 
 
 @pytest.fixture(autouse=True)

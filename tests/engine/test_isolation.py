@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 from peft import PeftModel
+from tests.device import DEVICE
 from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.oracle import greedy
 from tests.tiny import load_folder, save_adapter, save_base
@@ -36,8 +37,8 @@ PRECISIONS = {
 @pytest.fixture(scope="module", params=["fp32", "nf4", pytest.param("int8", marks=pytest.mark.full)])
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder = tmp_path_factory.mktemp(request.param)
-    base = load_base(BaseSettings(save_base("llama", folder / "base"), **PRECISIONS[request.param]))
-    return Lab.create(base, folder)
+    settings = BaseSettings(save_base("llama", folder / "base"), **PRECISIONS[request.param], device=DEVICE)
+    return Lab.create(load_base(settings), folder)
 
 
 def scored(engine: Engine, asked: list[Request], **changes: object) -> Scores:
@@ -270,7 +271,7 @@ def test_a_weighted_list_equals_pefts_concatenated_adapter(lab: Lab) -> None:
             # only without bf16 in between no near tie between two tokens can tip.
             assert [entry.token for entry in found[str(i)]] == greedy(model.eval(), list(prompt), 8)
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([prompt])).logits[0, -1].float()
+            logits = model(input_ids=torch.tensor([prompt], device=DEVICE)).logits[0, -1].float()
         first = found[str(i)][0]
         assert first.logprob == pytest.approx(float(torch.log_softmax(logits, -1)[first.token]), abs=0.1)
 
@@ -289,7 +290,7 @@ def test_prompt_logprobs_are_those_of_one_forward_pass_and_skip_the_prefix_cache
     assert output.cached_tokens == 0
     assert output.prompt_logprobs is not None
     with torch.inference_mode():
-        logits = lab.references[0](input_ids=torch.tensor([prompt])).logits[0].float()
+        logits = lab.references[0](input_ids=torch.tensor([prompt], device=DEVICE)).logits[0].float().cpu()
     expected = torch.log_softmax(logits, dim=-1)
     assert [entry.token for entry in output.prompt_logprobs] == prompt[1:]
     found = torch.tensor([entry.logprob for entry in output.prompt_logprobs])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.device import DEVICE
 from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.tiny import ADAPTERS, ATTENTION, load_folder, save_adapter, save_base
 from torch import nn
@@ -29,8 +30,8 @@ ASKED = requests(17, seed=5)
 @pytest.fixture(scope="module", params=["fp32", "nf4", pytest.param("int8", marks=pytest.mark.full)])
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder = tmp_path_factory.mktemp(request.param)
-    base = load_base(BaseSettings(save_base("qwen3", folder / "base"), **PRECISIONS[request.param]))
-    return Lab.create(base, folder)
+    settings = BaseSettings(save_base("qwen3", folder / "base"), **PRECISIONS[request.param], device=DEVICE)
+    return Lab.create(load_base(settings), folder)
 
 
 def scored(engine: Engine, asked: list[Request]) -> tuple[dict[str, list[Any]], dict[str, str | None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.device import DEVICE
 from tests.engine.harness import Lab, Request, requests, run
 from tests.matrix import pairs
 from tests.tiny import ADAPTERS, ARCHITECTURES, save_base
@@ -21,8 +22,8 @@ PRECISIONS = {
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     architecture, precision = request.param
     folder = tmp_path_factory.mktemp(f"{architecture}-{precision}")
-    base = load_base(BaseSettings(save_base(architecture, folder / "base"), **PRECISIONS[precision]))
-    return Lab.create(base, folder)
+    settings = BaseSettings(save_base(architecture, folder / "base"), **PRECISIONS[precision], device=DEVICE)
+    return Lab.create(load_base(settings), folder)
 
 
 ASKED = requests(18, seed=7)

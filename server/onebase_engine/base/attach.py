@@ -184,7 +184,7 @@ def _fill(tree: nn.Module, plan: Manifest, tensors: Sequence[torch.Tensor]) -> N
     parameters: dict[int, nn.Parameter] = {}
     for name, layer in plan.layers.items():
         number = plan.names[f"{name}.weight"]
-        module = _quantized_module(tree, name, layer, tensors[number], statistics.get(name, {}))
+        module = quantized_module(tree, name, layer, tensors[number], statistics.get(name, {}))
         parameters[number] = module.weight
     own = {name for name, _ in tree.named_parameters(remove_duplicate=False)}
     own |= {name for name, _ in tree.named_buffers(remove_duplicate=False)}
@@ -202,7 +202,7 @@ def _fill(tree: nn.Module, plan: Manifest, tensors: Sequence[torch.Tensor]) -> N
         owner._parameters[child] = parameters[number]
 
 
-def _quantized_module(
+def quantized_module(
     tree: nn.Module,
     name: str,
     layer: QuantizedLayer,

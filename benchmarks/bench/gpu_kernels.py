@@ -1,0 +1,292 @@
+"""The part of the GPU check that looks at each kernel: `python -m bench.gpu_kernels kernels FILE SETUP`.
+
+Under Triton's interpreter, on the CPU, it runs too, and times nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import random_base as bases
+from bench.gpu_parts import BLOCK, bandwidth, own_kernels, variants
+from bench.gpu_report import Findings, Setup, run_part
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.kernels.interface import Contexts, Kernels, RowGroup, RowMap
+from onebase_engine.kernels.reference import ReferenceKernels
+from onebase_engine.lora.weights import LoraWeights
+
+EPS = torch.finfo(torch.bfloat16).eps
+NOBODY = RowMap()
+
+
+class Stopwatch:
+    """Microseconds that the GPU takes for a call, with nothing of it in its cache."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._on = setup.device == "cuda"
+        self._wipe = torch.empty(1 << 28 if self._on else 1, dtype=torch.uint8, device=setup.device)
+
+    @torch.inference_mode()
+    def __call__(self, function: Callable[..., Any], *inputs: Any) -> float | None:
+        """By replaying a CUDA graph of the call where it can be captured, so that no launch counts."""
+
+        def call() -> Any:
+            return function(*inputs)
+
+        if not self._on:
+            call()
+            return None
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        run = call
+        with contextlib.suppress(Exception):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            run = graph.replay
+        times = []
+        Event: Any = torch.cuda.Event  # noqa: N806
+        for _ in range(12):
+            begin, end = (Event(enable_timing=True) for _ in range(2))
+            self._wipe.zero_()
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(float(begin.elapsed_time(end)) * 1e3)
+        return median(times)
+
+
+def rows_of(count: int, slots: int) -> RowMap:
+    """Row i has slot i of `slots`, again from the first."""
+    groups: dict[int, list[int]] = {}
+    for row in range(count):
+        groups.setdefault(row % slots, []).append(row)
+    return RowMap(tuple(RowGroup(tuple(rows), ((slot, 1.0),)) for slot, rows in groups.items()))
+
+
+@torch.inference_mode()
+def kernels(setup: Setup, found: Findings) -> None:
+    """Each kernel against PyTorch in fp64, and a row's bits alone and in company; then what each takes."""
+    own = own_kernels(setup, found)
+    draw = torch.Generator(setup.device).manual_seed(0)
+    shape = bases.SHAPES[setup.shape]
+    hidden, wide, dim = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    heads, kv = shape["num_attention_heads"] * dim, shape["num_key_value_heads"] * dim
+    sizes = {"q": (hidden, heads), "k": (hidden, kv), "o": (heads, hidden)}
+    sizes |= {"gate": (hidden, wide), "down": (wide, hidden)}
+    layers: dict[str, Any] = {name: bases.one_layer(*size, draw) for name, size in sizes.items()}
+    head = torch.nn.Linear(hidden, shape["vocab_size"], bias=False, dtype=torch.bfloat16, device=setup.device)
+    layers["head"] = head.requires_grad_(False)
+    products = Products(setup, found, own, draw)
+    for name, layer in layers.items():
+        found.trying(name, products.measure, name, layer)
+    found.trying("joined layers", _join, setup, found, own, draw)
+    found.trying("attention", _attention, setup, found, own, products.watch, products.per_second)
+    found.trying("a norm", _norm, setup, found, own, products.watch, draw)
+    found.figure("forms of the kernels that were compiled or loaded", variants())
+
+
+class Products:
+    """Compares and times layers one after the other. per_second: bytes that a large copy reads and writes."""
+
+    def __init__(self, setup: Setup, found: Findings, own: Kernels, draw: torch.Generator) -> None:
+        self._setup, self._found, self._own, self._draw = setup, found, own, draw
+        self._other = ReferenceKernels(tiled=False)
+        self._counts = (1, 3, 65) if setup.interpreted else (1, 2, 4, 8, 16, 32, 64, 65, 300)
+        self._slots, rank = (3, 4) if setup.interpreted else (64, 16)
+        self._rank = rank
+        self.per_second = bandwidth(setup)
+        found.figure("a large copy, read and written", self.per_second / 1e9, "GB/s")
+        self.watch = Stopwatch(setup)
+        headings = ["layer", "rows", "ours", "with adapters", "bitsandbytes, cuBLAS", "floor", "ours / floor"]
+        title = f"Products, microseconds, with adapters: rank {rank}, up to {self._slots}"
+        self._add = found.table(title, headings)
+
+    def measure(self, name: str, layer: Any) -> None:
+        own, other = self._own.linear(layer, self._slots), self._other.linear(layer, self._slots)
+        self._found.check(f"{name} is a kernel's", type(own) is not type(other), type(own).__name__)
+        for slot in range(self._slots):
+            a, b = self._normal(self._rank, layer.in_features), self._normal(layer.out_features, self._rank)
+            for linear in (own, other):
+                linear.put(slot, LoraWeights(a * 0.02, b * 0.02, 2.0))
+        x = self._normal(max(self._counts), layer.in_features).to(torch.bfloat16)
+        self._compare(name, layer, own, other, x)
+        for count in (one for one in self._counts if one <= 64):
+            some, rows = x[:count], rows_of(count, self._slots)
+            weights = layer.in_features * layer.out_features * (2 if name == "head" else 0.5 + 1 / 64)
+            read = weights + 2 * count * (layer.in_features + layer.out_features)
+            floor = read / self.per_second * 1e6
+            times = self.watch(own, some, NOBODY), self.watch(own, some, rows), self.watch(layer, some)
+            self._add(name, count, *times, *_beside_floor(times[0], floor))
+
+    def _compare(self, name: str, layer: Any, own: Any, other: Any, x: torch.Tensor) -> None:
+        """With and without adapters: against fp64, and the bits of the first and the last row alone."""
+        weight = _exact_weight(layer)
+        errors, theirs, wrong = list[float](), list[float](), list[str]()
+        for adapted in (False, True):
+            for count in self._counts:
+                rows = rows_of(count, self._slots) if adapted else NOBODY
+                got = own(x[:count], rows)
+                errors.append(_error(got, x[:count], weight, other, rows))
+                theirs.append(_error(other(x[:count], rows), x[:count], weight, other, rows))
+                for row in {0, count - 1}:
+                    lone = RowMap((RowGroup((0,), ((row % self._slots, 1.0),)),)) if adapted else NOBODY
+                    if not torch.equal(own(x[row : row + 1], lone)[0], got[row]):
+                        wrong.append(f"{row} of {count}{' with adapters' if adapted else ''}")
+        said = f"{max(errors):.3g} of what roundings may give (PyTorch: {max(theirs):.3g})"
+        self._found.check(f"{name}: the product in fp64, but for roundings", max(errors) <= 1, said)
+        said = f"not {', '.join(wrong)}" if wrong else f"among {max(self._counts)} and fewer"
+        self._found.check(f"{name}: a row has the bits that it has alone", not wrong, said)
+
+    def _normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=self._setup.device, generator=self._draw)
+
+
+def _beside_floor(taken: float | None, floor: float) -> tuple[float | None, float | None]:
+    """The floor, and how many times it was taken; nothing where nothing is timed."""
+    return (None, None) if taken is None else (floor, taken / floor)
+
+
+def _exact_weight(layer: Any) -> torch.Tensor:
+    """[out, in] bf16, as bitsandbytes unpacks it."""
+    if type(layer) is torch.nn.Linear:
+        return layer.weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    unpacked: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return unpacked.to(torch.bfloat16)
+
+
+def _error(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, reference: Any, rows: RowMap) -> float:
+    """The largest error of `got`, as a part of what roundings to bf16 and sums in fp32 may give; a slice of
+    the outputs at a time."""
+    largest = 0.0
+    for first in range(0, len(weight), 8192):
+        part = slice(first, first + 8192)
+        own = weight[part].double()
+        exact = x.double() @ own.T
+        bound = x.double().abs() @ own.abs().T * 2.0**-17 + exact.abs() * EPS / 2 * 1.01
+        for group in rows.groups:
+            index = list(group.rows)
+            for slot, factor in group.terms:
+                lora = reference.plain[slot]
+                added = x[index].double() @ lora.a.double().T @ lora.b[part].double().T * lora.scale * factor
+                bound[index] += EPS / 2 * 1.01 * (added.abs() + (exact[index] + added).abs())
+                exact[index] += added
+        error = (got[:, part].double() - exact).abs() / bound.clamp(min=1e-12)
+        largest = max(largest, float(error.nan_to_num(nan=float("inf")).max()))
+    return largest
+
+
+def _join(setup: Setup, found: Findings, own: Kernels, draw: torch.Generator) -> None:
+    size = bases.SHAPES[setup.shape]["hidden_size"]
+    layers = [own.linear(bases.one_layer(size, out, draw), 1) for out in (size, size // 2, size // 2)]
+    joined = own.join(layers)
+    found.check("q, k and v are one call", joined is not None)
+    if joined is not None:
+        x = torch.randn(5, size, device=setup.device, generator=draw).to(torch.bfloat16)
+        same = all(
+            torch.equal(one, layer(x, NOBODY)) for one, layer in zip(joined(x, NOBODY), layers, strict=True)
+        )
+        found.check("joined layers give the bits of each alone", same)
+
+
+def _attention(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, per_second: float) -> None:
+    shape = bases.SHAPES[setup.shape]
+    heads, kv, dim = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+    lengths = (90, 17) if setup.interpreted else (4000, 700, 37)
+    length, rows = (32, (1, 3)) if setup.interpreted else (1000, (1, 16, 64))
+    blocks = RESERVED_BLOCKS + sum(-(-one // BLOCK) for one in (*lengths, *(length,) * max(rows)))
+    draw = torch.Generator(setup.device).manual_seed(1)
+
+    def normal(count: int, size: int) -> torch.Tensor:
+        return torch.randn(count, size, dim, device=setup.device, generator=draw).to(torch.bfloat16)
+
+    sides = []
+    for one in (own, ReferenceKernels(tiled=False)):
+        keys, values = (
+            torch.zeros(kv, blocks * BLOCK, dim, dtype=torch.bfloat16, device=setup.device) for _ in range(2)
+        )
+        sides.append(one.attention(keys, values, BLOCK, dim**-0.5, None, None))
+    mine, theirs = sides
+    total = sum(lengths)
+    q, k, v = normal(heads, total), normal(kv, total), normal(kv, total)
+    whole = contexts(lengths, lengths)
+    got, wanted = mine(q, k, v, whole), theirs(q, k, v, whole)
+    found.figure(
+        "attention: largest difference from PyTorch", float((got.float() - wanted.float()).abs().max())
+    )
+    ends = np.cumsum(lengths) - 1
+    begin, worst, same = 0, 0.0, True
+    for number, end in enumerate(ends):
+        parts = [one[:, begin : end + 1].double() for one in (k, v)]
+        keys64, values64 = (one.repeat_interleave(heads // kv, 0) for one in parts)
+        scores = torch.einsum("hd,hnd->hn", q[:, end].double(), keys64) * dim**-0.5
+        exact = torch.einsum("hn,hnd->hd", scores.softmax(-1), values64)
+        worst = max(worst, float((got[end].double() - exact).abs().max()))
+        last = slice(end, end + 1)
+        step = contexts(lengths, [int(n == number) for n in range(len(lengths))])
+        same &= torch.equal(mine(q[:, last], k[:, last], v[:, last], step)[0], got[end])
+        begin = end + 1
+    every = torch.from_numpy(ends).to(setup.device)
+    together = mine(q[:, every], k[:, every], v[:, every], contexts(lengths, [1] * len(lengths)))
+    found.check("attention is that of fp64", worst < 0.02, f"differs by {worst:.2g} at most")
+    found.check(
+        "a decode has the bits of its chunk, alone and in company", same and torch.equal(together, got[every])
+    )
+    add = found.table(
+        f"Attention of one layer, decodes after {length} tokens, microseconds",
+        ("rows", "ours", "floor", "ours / floor"),
+    )
+    for count in rows:
+        x, y, z = normal(heads, count), normal(kv, count), normal(kv, count)
+        step = contexts([length] * count, [1] * count)
+        ours = watch(mine, x, y, z, step)
+        floor = 4 * count * length * kv * dim / per_second * 1e6
+        add(count, ours, *_beside_floor(ours, floor))
+
+
+def contexts(lengths: Sequence[int], counts: Sequence[int]) -> Contexts:
+    """The last `counts[i]` rows of contexts of `lengths[i]` tokens, whose blocks lie one in front of the
+    other, the last first."""
+    width = max(-(-length // BLOCK) for length in lengths)
+    table = np.zeros((len(lengths), width), dtype=np.int32)
+    first = RESERVED_BLOCKS
+    rows: list[tuple[int, int, int]] = []
+    for number, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        blocks = -(-length // BLOCK)
+        table[number, :blocks] = np.arange(first, first + blocks)[::-1]
+        first += blocks
+        for place in range(length - count, length):
+            rows.append((place, number, int(table[number, place // BLOCK]) * BLOCK + place % BLOCK))
+    columns = np.ascontiguousarray(np.array(rows, dtype=np.int32).T)
+    return Contexts(columns[0], columns[1], columns[2], table)
+
+
+def _norm(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, draw: torch.Generator) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    size = bases.SHAPES[setup.shape]["hidden_size"]
+    base = LlamaRMSNorm(size, 1e-5).to(setup.device, torch.bfloat16).requires_grad_(False)
+    base.weight.data.normal_(generator=draw)
+    norm = own.norm(base)
+    found.check("a norm is a kernel's", norm is not base)
+    x = torch.randn(16, size, device=setup.device, generator=draw).to(torch.bfloat16)
+    got, wanted = norm(x), base(x)
+    near = bool(((got - wanted).abs() <= wanted.abs() * EPS).all())
+    found.check("a norm is the base's, but for a last bit", near and torch.equal(norm(x[3:4]), got[3:4]))
+    add = found.table("A norm, microseconds", ("rows", "ours", "transformers"))
+    add(16, watch(norm, x), watch(base, x))
+
+
+if __name__ == "__main__":
+    sys.exit(run_part({"kernels": kernels}, sys.argv[1:]))

@@ -1,0 +1,650 @@
+"""The parts of the GPU check that are one process: `python -m bench.gpu_parts NAME FILE SETUP`.
+
+What each must show is in its docstring. Under Triton's interpreter, on the CPU, all of them run too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from bench import random_base as bases
+from bench.gpu_report import NOT_BUILT, Findings, Setup, run_part
+from onebase_engine.base.load import base_bytes
+from onebase_engine.base.view import peft_view
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine import model as served
+from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.engine.model import ServedModel
+from onebase_engine.engine.scheduler import Limits
+from onebase_engine.kernels.interface import Kernels
+from onebase_engine.lora.weights import weights_bytes
+
+NEEDED = ("numpy", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "msgspec", "safetensors")
+BLOCK = 16
+
+
+def machine(setup: Setup, found: Findings) -> None:
+    """What is here, and whether all that the others need can be imported."""
+    found.fact("Python", platform.python_version())
+    found.fact("torch", torch.__version__)
+    for name in NEEDED:
+        try:
+            found.fact(name, metadata.version(name))
+            importlib.import_module(name)
+        except Exception as error:
+            found.check(f"{name} can be imported", False, f"{type(error).__name__}: {error}")
+    if setup.device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        found.fact("no GPU", f"torch {torch.__version__} {'sees none' if built else 'is built without CUDA'}")
+        return
+    facts: Any = torch.cuda.get_device_properties(0)
+    found.fact("GPU", facts.name)
+    found.fact("memory", f"{facts.total_memory / 1e9:.1f} GB")
+    found.fact("capability", f"{facts.major}.{facts.minor}")
+    found.fact("multiprocessors", facts.multi_processor_count)
+    found.fact("CUDA", torch.version.cuda)
+    found.fact("driver", _driver())
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    found.check("Python's headers are here, which Triton compiles with", header.exists(), str(header))
+    compilers = [one for one in ("cc", "gcc", "clang") if shutil.which(one)]
+    found.check("a C compiler is here, which Triton compiles with", bool(compilers))
+    found.check("a sum on the GPU", bool(torch.ones(8, device="cuda").sum() == 8))
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    return "unknown"
+
+
+# ---- what several parts need ---------------------------------------------------------------------
+
+
+def own_kernels(setup: Setup, found: Findings) -> Kernels:
+    """The kernels in Triton, and whether they pass their trial."""
+    from onebase_engine.kernels import cuda
+
+    if setup.interpreted:
+        # It multiplies bf16 wrongly by itself. Trials of a model on few rows, and several pieces of a sum.
+        importlib.import_module("tests.engine.triton_on_cpu")
+        small: Any = (cuda, served)
+        small[0].PIECE = small[0].SPLIT = small[0].tl.constexpr(64)
+        small[1].TILE = 8
+        return cast(Kernels, cuda.CudaKernels())
+    kernels = cuda.CudaKernels()
+    wrong: str | None = None
+    try:
+        wrong = cuda._differing(kernels, torch.device(setup.device))
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {error}"[:500]
+    said = "" if wrong is None else f"PyTorch computes in the engine: {wrong}"
+    found.check("the kernels pass their trial at a start", wrong is None, said)
+    return cast(Kernels, kernels)
+
+
+def finish(setup: Setup) -> None:
+    """Wait until all that was begun is computed."""
+    if setup.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def variants() -> int:
+    """How many forms of its kernels Triton has compiled or loaded in this process: one for each kind of
+    sizes that it meets, each of which some step waits for."""
+    from onebase_engine.kernels import cuda
+
+    count = 0
+    with contextlib.suppress(Exception):  # no part of Triton's interface
+        for kernel in vars(cuda).values():
+            count += sum(len(caches[0]) for caches in getattr(kernel, "device_caches", {}).values())
+    return count
+
+
+def bandwidth(setup: Setup) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    size = 1 << 31 if setup.device == "cuda" else 1 << 22
+    source = torch.ones(size, dtype=torch.uint8, device=setup.device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        finish(setup)
+        began = time.perf_counter()
+        target.copy_(source)
+        finish(setup)
+        seconds.append(time.perf_counter() - began)
+    return 2 * size / min(seconds)
+
+
+# ---- the engine ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One greedy request. `adapters`: names and weights of what is loaded."""
+
+    name: str
+    prompt: list[int]
+    tokens: int
+    adapters: tuple[tuple[str, float], ...] = ()
+    tenant: str = "default"
+    logprobs: int | None = 2
+
+    def message(self) -> protocol.Submit:
+        sampling = protocol.Sampling(
+            temperature=0.0, max_tokens=self.tokens, ignore_eos=True, logprobs=self.logprobs
+        )
+        return protocol.Submit(
+            id=self.name,
+            prompt=self.prompt,
+            sampling=sampling,
+            adapters=[protocol.AdapterRef(*one) for one in self.adapters],
+            tenant=self.tenant,
+        )
+
+
+def words(setup: Setup, count: int, seed: int) -> list[int]:
+    """A prompt."""
+    most = bases.SHAPES[setup.shape]["vocab_size"]
+    drawn: list[int] = np.random.default_rng(seed).integers(3, most, count).tolist()
+    return drawn
+
+
+def new_base(setup: Setup) -> torch.nn.Module:
+    """The random base, on its device; its folder is `base` in the part's own."""
+    folder = bases.write_folder(setup.shape, setup.folder / "base").folder
+    return bases.random_base(folder, torch.device(setup.device))
+
+
+def make_engine(
+    setup: Setup, base: torch.nn.Module, kernels: Kernels | None, *, blocks: int, slots: int = 4,
+    step_tokens: int = 2048, block: int = BLOCK,
+) -> Engine:  # fmt: skip
+    """An engine as a server has it, for the kernels given; None: those that suit the device."""
+    limits = Limits(64, step_tokens, bases.SHAPES[setup.shape]["max_position_embeddings"])
+    model = ServedModel(base, slots, kernels=kernels)
+    return Engine(
+        base, name="gpu-check", limits=limits, kv_blocks=blocks, block_size=block, slots=slots, model=model
+    )
+
+
+def serve(engine: Engine, asked: Sequence[Asked], apart: int = 2) -> dict[str, list[protocol.TokenLogprob]]:
+    """All requests, `apart` more before each step: tokens with logprobs, floats as they are.
+
+    Raises RuntimeError for a request that ends by an error.
+    """
+    found: dict[str, list[protocol.TokenLogprob]] = {one.name: [] for one in asked}
+    waiting = list(asked)
+    while waiting or engine.busy:
+        for one in waiting[:apart]:
+            engine.submit(one.message())
+        del waiting[:apart]
+        engine.step()
+        for output in engine.take_outputs():
+            if output.error_message is not None:
+                raise RuntimeError(f"{output.id}: {output.error_message}")
+            found[output.id] += output.logprobs or []
+    return found
+
+
+class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what is launched while it is active: PyTorch's operators but views, and Triton's kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and "empty" not in str(func):
+            self.names[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def counting(self, setup: Setup) -> Iterator[None]:
+        """What Triton launches is no operator: its launch is replaced meanwhile."""
+        if setup.interpreted:
+            from triton.runtime.interpreter import GridExecutor as Kernel
+
+            method = "__call__"
+        else:
+            from triton.runtime.jit import JITFunction as Kernel
+
+            method = "run"
+        whole = getattr(Kernel, method)
+
+        def launch(kernel: Any, *args: Any, **named: Any) -> Any:
+            self.names[getattr(getattr(kernel, "fn", kernel), "__name__", "kernel")] += 1
+            with _disable_current_modes():
+                return whole(kernel, *args, **named)
+
+        setattr(Kernel, method, launch)
+        try:
+            with self:
+                yield
+        finally:
+            setattr(Kernel, method, whole)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Decodes: so many rows over so many adapters. `kind`: `a` on q, k, v and o, `f` on all linear layers."""
+
+    rows: int
+    adapters: int = 0
+    kind: str = "a"
+
+    @property
+    def title(self) -> str:
+        where = ", all linear layers" if self.kind == "f" else ""
+        return f"{self.rows} rows, {self.adapters} adapters{where}"
+
+    @property
+    def names(self) -> list[str]:
+        """Of each row's adapter, if it has one."""
+        return [f"{self.kind}{number % self.adapters}" for number in range(self.rows if self.adapters else 0)]
+
+
+FULL = (Load(1), Load(1, 1), Load(1, 1, "f"), Load(16), Load(16, 8), Load(64), Load(64, 64))
+SMALL = (Load(1, 1, "f"), Load(3, 2))
+
+
+def engine(setup: Setup, found: Findings) -> None:
+    """Steps of 1, 16 and 64 decodes: launches, syncs, time, tokens a second, part of the bandwidth."""
+    kernels = own_kernels(setup, found)
+    began = time.perf_counter()
+    base = new_base(setup)
+    finish(setup)
+    found.figure("making the base", time.perf_counter() - began, "s")
+    found.figure("the base", base_bytes(base) / 1e9, "GB")
+    loads = SMALL if setup.interpreted else FULL
+    prompt, warm, steps = (5, 2, 2) if setup.interpreted else (128, 8, 40)
+    slots, rows = (max(getattr(load, one) for load in loads) for one in ("adapters", "rows"))
+    blocks = RESERVED_BLOCKS + 8 + rows * -(-(prompt + warm + steps + 64) // BLOCK) + 2 * -(-2100 // BLOCK)
+    began = time.perf_counter()
+    running = make_engine(setup, base, kernels if setup.interpreted else None, blocks=blocks, slots=slots)
+    finish(setup)
+    found.figure("making the engine, with its trials", time.perf_counter() - began, "s")
+    found.figure("kernels", running.model.kernels.name)
+    found.figure("CUDA graphs", "built; not told apart here" if _graphs() else NOT_BUILT)
+    rank = 4 if setup.interpreted else 16
+    sizes: dict[str, int] = {}
+    for name in {name for load in loads for name in load.names}:
+        targets = bases.ATTENTION if name.startswith("a") else bases.ALL_LINEAR
+        weights = bases.random_adapter(base, rank, int(name[1:]), targets)
+        running.put_adapter(name, weights)
+        sizes[name] = weights_bytes(weights)
+    head: Any = base
+    read = base_bytes(base) - head.get_input_embeddings().weight.nbytes
+    measured = Decodes(setup, found, running, bandwidth(setup), rank, prompt, warm, steps)
+    for load in loads:
+        bytes_read = read + sum(sizes[name] for name in set(load.names))
+        found.trying(load.title, measured.measure, load, bytes_read)
+        measured.clear()
+    found.figure("forms of the kernels that were compiled or loaded", variants())
+    for place, count in measured.places.most_common(12):
+        found.figure(f"syncs at {place}", count, "in four steps of each load")
+    length = 20 if setup.interpreted else 2048
+    seconds = 0.0
+    for repeat in range(2):
+        finish(setup)
+        began = time.perf_counter()
+        serve(running, [Asked("prefill", words(setup, length, 7 + repeat), 1, logprobs=None)])
+        finish(setup)
+        seconds = time.perf_counter() - began
+    if not setup.interpreted:
+        found.figure(f"a prefill of {length} tokens", length / seconds, "tokens/s")
+        found.figure("most memory allocated", torch.cuda.max_memory_allocated() / 1e9, "GB")
+    running.check_base()
+    found.check("nothing wrote to the base", True)
+
+
+class Decodes:
+    """Measures loads on an engine. per_second: bytes that the device copies; prompt, warm, steps: tokens of
+    a row before it is measured, of its answer too, and measured."""
+
+    def __init__(
+        self, setup: Setup, found: Findings, running: Engine, per_second: float, rank: int, prompt: int,
+        warm: int, steps: int,
+    ) -> None:  # fmt: skip
+        self._setup, self._found, self._running, self._per_second = setup, found, running, per_second
+        self._prompt, self._warm, self._steps = prompt, warm, steps
+        self._asked: list[str] = []
+        self.places: Counter[str] = Counter()
+        """Of waits for the device."""
+        found.figure("a large copy, read and written", per_second / 1e9, "GB/s")
+        headings = ["load", "ms a step", "tokens/s", "launches a step", "a layer", "syncs a step"]
+        headings += ["kernels a step", "GPU busy", "byte floor, ms", "of the bandwidth"]
+        self._add = found.table(f"Decodes after {prompt} tokens, adapters of rank {rank}", headings)
+
+    def measure(self, load: Load, read: int) -> None:
+        """`read`: bytes of weights that a step reads."""
+        setup, running = self._setup, self._running
+        count = self._warm + self._steps + 32
+        none: list[tuple[tuple[str, float], ...]] = [()] * load.rows
+        names = [((name, 1.0),) for name in load.names] or none
+        asked = [
+            Asked(
+                f"{load.title} {row}",
+                words(setup, self._prompt, 1000 + row),
+                count,
+                names[row],
+                logprobs=None,
+            )
+            for row in range(load.rows)
+        ]
+        self._asked = [one.name for one in asked]
+        _start(running, asked, self._warm)
+        finish(setup)
+        began = time.perf_counter()
+        for _ in range(self._steps):
+            running.step()
+        finish(setup)
+        seconds = (time.perf_counter() - began) / self._steps
+        whole, layer = self._launches()
+        syncs = _syncs(setup, running, 4, self.places)
+        kernels, busy = _profiled(setup, running, self._found)
+        context = self._prompt + self._warm + self._steps // 2
+        floor = (read + load.rows * context * running.model.kv_bytes_per_token) / self._per_second
+        times = (seconds * 1e3, load.rows / seconds, floor * 1e3, floor / seconds)
+        step, rate, least, part = (None,) * 4 if setup.interpreted else times
+        self._add(load.title, step, rate, whole.total(), layer.total(), syncs, kernels, busy, least, part)
+        self._found.check(f"{load.title}: at most 20 launches a layer", layer.total() <= 20, str(dict(layer)))
+        self._found.check(f"{load.title}: Triton's launches are counted", layer["_products"] > 0)
+
+    def clear(self) -> None:
+        """End all rows."""
+        for name in self._asked:
+            self._running.cancel(protocol.Cancel(id=name))
+        while self._running.busy:
+            self._running.step()
+        self._running.take_outputs()
+
+    def _launches(self) -> tuple[Counter[str], Counter[str]]:
+        """Of a step, and of its first layer."""
+        layer: Any = self._running.model._view.model.layers[0]
+        step, own, forward = Counted(), Counted(), layer.forward
+
+        def watched(*args: Any, **named: Any) -> Any:
+            with own.counting(self._setup):
+                return forward(*args, **named)
+
+        with step.counting(self._setup):
+            self._running.step()
+        layer.forward = watched
+        try:
+            self._running.step()
+        finally:
+            layer.forward = forward
+        return step.names, own.names
+
+
+def _graphs() -> bool:
+    """Whether the engine captures CUDA graphs."""
+    folder = Path(str(served.__file__)).parents[1]
+    return any("CUDAGraph" in file.read_text(encoding="utf-8") for file in folder.rglob("*.py"))
+
+
+def _start(running: Engine, asked: Sequence[Asked], warm: int) -> None:
+    """Step until each has `warm` tokens."""
+    made: Counter[str] = Counter()
+    for one in asked:
+        running.submit(one.message())
+    while any(made[one.name] < warm for one in asked):
+        running.step()
+        for output in running.take_outputs():
+            if output.finish is not None:
+                raise RuntimeError(f"{output.id} ended: {output.finish} {output.error_message}")
+            made[output.id] += len(output.tokens)
+
+
+def _syncs(setup: Setup, running: Engine, steps: int, places: Counter[str]) -> float | None:
+    """How often a step waits for the device, and where."""
+    if setup.device != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for _ in range(steps):
+                running.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [one for one in told if "called a synchronizing" in str(one.message)]
+    places.update(f"{Path(one.filename).name}:{one.lineno}" for one in waits)
+    return len(waits) / steps
+
+
+def _profiled(setup: Setup, running: Engine, found: Findings) -> tuple[float | None, float | None]:
+    """Kernels and copies a step, and the part of the time in which one runs; None where nothing is seen."""
+    if setup.device != "cuda":
+        return None, None
+    try:
+        from torch.profiler import ProfilerActivity, profile
+
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            began = time.perf_counter()
+            for _ in range(4):
+                running.step()
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+        seen = [event for event in profiled.events() or () if str(event.device_type).endswith("CUDA")]
+        spent: float = sum(event.time_range.elapsed_us() for event in seen) / 1e6
+        return (len(seen) / 4, spent / seconds) if seen else (None, None)
+    except Exception as error:
+        found.figure("the profiler", f"{type(error).__name__}: {error}"[:200])
+        return None, None
+
+
+# ---- invariance, memory, PEFT ---------------------------------------------------------------------
+
+
+def invariance(setup: Setup, found: Findings) -> None:
+    """Tokens and logprobs of each row, to the last bit: in company, alone, in other chunks, preempted."""
+    kernels = own_kernels(setup, found)
+    used = kernels if setup.interpreted else None
+    base = new_base(setup)
+    rank = 4 if setup.interpreted else 16
+    adapters = {
+        "a": bases.random_adapter(base, rank, 1),
+        "f": bases.random_adapter(base, 2 * rank, 2, bases.ALL_LINEAR),
+    }
+    mixes: tuple[tuple[tuple[str, float], ...], ...] = (
+        (),
+        (("a", 1.0),),
+        (("f", 1.0),),
+        (("a", 0.7), ("f", -0.4)),
+    )
+    small = setup.interpreted
+    lengths = (20, 9, 5, 3, 4, 6) if small else (4000, 1500, 600, 65, 37, 16, 5, *(120,) * 9)
+    tokens, block = (8, 2) if small else (40, BLOCK)
+    asked = [Asked(str(i), words(setup, one, i), tokens, mixes[(i + 1) % 4]) for i, one in enumerate(lengths)]
+    room = RESERVED_BLOCKS + 8 + sum(-(-(one + tokens) // block) + 1 for one in lengths)
+
+    def new(**changes: int) -> Engine:
+        made = make_engine(
+            setup,
+            base,
+            used,
+            **{"blocks": room, "block": block, "step_tokens": 64 if small else 2048, **changes},
+        )
+        for name, weights in adapters.items():
+            made.put_adapter(name, weights)
+        return made
+
+    def compare(title: str, got: Mapping[str, list[protocol.TokenLogprob]]) -> None:
+        wrong = [name for name, one in got.items() if one != together[name]]
+        longest = max((lengths[int(name)] for name in wrong), default=0)
+        told = (
+            f"{len(wrong)} of {len(got)} rows differ, one of {longest} tokens"
+            if wrong
+            else f"{len(got)} rows"
+        )
+        found.check(f"{title}: the same bits", not wrong, told)
+
+    running = new()
+    together = serve(running, asked)
+    found.figure("rows", len(asked))
+    found.figure("the longest prompt", max(lengths), "tokens")
+    found.figure("different texts", len({tuple(one.token for one in row) for row in together.values()}))
+    some = asked[:3] if small else asked
+    compare("alone", {one.name: serve(running, [_of(one, "alone")])[one.name] for one in some})
+    if not small:
+        compare("the other way round", serve(running, [_of(one, "back") for one in asked[::-1]], 1))
+        compare("with prefixes that are cached", serve(running, asked))
+    del running
+    # An odd number, so that no chunk ends with a block.
+    compare("in small chunks", serve(new(step_tokens=7 if small else 333), asked))
+    tight = RESERVED_BLOCKS + 2 + len(lengths) + sum(-(-one // block) for one in lengths)
+    cramped = new(blocks=tight)
+    compare("preempted", serve(cramped, asked))
+    found.check("rows were preempted", cramped.scheduler.preemptions > 0, str(cramped.scheduler.preemptions))
+    cramped.check_base()
+
+
+def _of(one: Asked, tenant: str) -> Asked:
+    """The same, of a tenant that has no prefixes yet."""
+    return replace(one, tenant=tenant)
+
+
+def memory(setup: Setup, found: Findings) -> None:
+    """A prompt whose step does not fit into memory: the rows beside it get the bits that they get alone."""
+    kernels = own_kernels(setup, found)
+    base = new_base(setup)
+    small = setup.interpreted
+    length, tokens, step_tokens = (24, 3, 64) if small else (7000, 48, 8192)
+    others = [Asked(str(i), words(setup, 4 if small else 100, i), tokens) for i in range(2 if small else 4)]
+    blocks = RESERVED_BLOCKS + 8 + 2 * (length + 8 * (120 + tokens)) // BLOCK
+    used = kernels if small else None
+    running = make_engine(setup, base, used, blocks=blocks, step_tokens=step_tokens)
+    alone = serve(running, others)
+    times = _make_short(setup, found, running)
+    outputs: dict[str, list[protocol.TokenLogprob]] = {one.name: [] for one in (*others, _CULPRIT)}
+    ends: dict[str, str] = {}
+    for one in (
+        *(_of(other, "beside") for other in others),
+        replace(_CULPRIT, prompt=words(setup, length, 99)),
+    ):
+        running.submit(one.message())
+    while running.busy:
+        running.step()
+        for output in running.take_outputs():
+            outputs[output.id] += output.logprobs or []
+            if output.finish is not None:
+                ends[output.id] = f"{output.finish} {output.error_code or ''} {output.error_message or ''}"
+    del outputs[_CULPRIT.name]
+    found.figure("times that memory was short", times())
+    found.figure("what became of the long prompt", ends[_CULPRIT.name][:200])
+    found.check("memory was short", times() > 0)
+    found.check("the rows beside it have the bits that they have alone", outputs == alone, str(ends)[:300])
+    again = serve(running, [_of(one, "after") for one in others])
+    found.check("and so after it", again == alone)
+    found.check("no block is lost", running.pool.free == running.pool.capacity)
+
+
+_CULPRIT = Asked("the long prompt", [], 2)
+
+
+def _make_short(setup: Setup, found: Findings, running: Engine) -> Callable[[], int]:
+    """Leave the engine too little memory for a long step, on the CPU as if; returns what says how often
+    memory was short."""
+    if not setup.interpreted:
+        finish(setup)
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (192 << 20)) / total)
+        found.figure("memory beyond the engine's own", 192, "MiB")
+        return lambda: int(torch.cuda.memory_stats()["num_ooms"])
+    forward, failed = running.model.forward, list[int]()
+
+    def short(batch: Any) -> Any:
+        if batch.input_ids.shape[1] > 8:
+            failed.append(batch.input_ids.shape[1])
+            raise torch.OutOfMemoryError("as if there were no memory")
+        return forward(batch)
+
+    running.model.forward = short  # type: ignore[method-assign]
+    found.figure("memory", "as if it were short for more than 8 tokens")
+    return lambda: len(failed)
+
+
+def peft(setup: Setup, found: Findings) -> None:
+    """transformers' `generate` with PEFT on the same random base: what the engine's figures stand beside."""
+    from peft import PeftModel
+
+    shutil.rmtree(setup.folder / "adapters", ignore_errors=True)
+    base = new_base(setup)
+    small = setup.interpreted
+    count, prompt, tokens = (2, 5, 3) if small else (8, 128, 40)
+    view: Any = peft_view(base)
+    with contextlib.suppress(Exception):
+        view.set_attn_implementation("sdpa")
+    found.figure("attention", view.config._attn_implementation)
+    made = [
+        bases.adapter_folder(base, setup.folder / "adapters" / str(i), 4 if small else 16, i)
+        for i in range(count)
+    ]
+    model: Any = PeftModel.from_pretrained(view, str(made[0]), adapter_name="a0").eval()
+    for i, path in enumerate(made[1:], 1):
+        model.load_adapter(str(path), adapter_name=f"a{i}")
+    table = found.table(f"`generate`, {prompt} tokens in, {tokens} out", ("load", "ms a token", "tokens/s"))
+    many_rows = 2 if small else 16
+    for rows, used in ((1, 0), (1, 1), (many_rows, 1), (many_rows, count)):
+        title = f"{rows} rows, {used} adapters"
+        names = [f"a{i % used}" for i in range(rows)] if used else None
+        ids = torch.tensor([words(setup, prompt, 50 + row) for row in range(rows)], device=setup.device)
+        how: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        if names is not None and len(set(names)) > 1:
+            how["adapter_names"] = names
+        with (
+            contextlib.nullcontext() if names is not None else model.disable_adapter(),
+            torch.inference_mode(),
+        ):
+            for many in (2, tokens):
+                finish(setup)
+                began = time.perf_counter()
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=many,
+                    min_new_tokens=many,
+                    **how,
+                )
+                finish(setup)
+                seconds = time.perf_counter() - began
+        made_tokens = out.shape[1] - prompt
+        found.check(f"{title}: {tokens} tokens", made_tokens == tokens, str(made_tokens))
+        table(title, *((None, None) if small else (seconds / tokens * 1e3, rows * tokens / seconds)))
+
+
+PARTS = {
+    "machine": machine,
+    "engine": engine,
+    "invariance": invariance,
+    "memory": memory,
+    "peft": peft,
+}
+
+if __name__ == "__main__":
+    sys.exit(run_part(PARTS, sys.argv[1:]))

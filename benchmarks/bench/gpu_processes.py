@@ -1,0 +1,438 @@
+"""The parts of the GPU check in which other processes share the engine's base.
+
+`python -m bench.gpu_processes NAME FILE SETUP` is a part; with the name `host` it is the engine beside which
+the others work: it serves the same rows again and again, and tells how long its steps take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench import random_base as bases
+from bench.gpu_parts import BLOCK, Asked, make_engine, words
+from bench.gpu_report import Findings, NotHereError, Setup, run_part
+from bench.report import percentile
+from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
+from onebase_adapters.store.store import Store
+from onebase_adapters.training import events
+from onebase_engine.base.attach import publish
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.engine.messages import EngineConfig
+from onebase_engine.machine import free_memory
+from onebase_server.background import Threads
+from onebase_server.processes.share import BusyFlag
+from onebase_server.processes.trainer_client import TRAINER_COMMAND, Died, TrainerClient
+from onebase_server.processes.trainer_protocol import Check, Checked, Train, Trained, TrainJob
+from onebase_server.processes.verifier_client import VerifierClient
+from onebase_server.processes.verifier_protocol import Prove, Proved
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 120.0
+TESTS = (
+    "tests/engine/test_oracle.py",
+    "tests/engine/test_isolation.py",
+    "tests/engine/test_kinds.py",
+    "tests/adapters/test_view.py",
+    "tests/adapters/test_loader.py",
+)
+"""Those that take their device from ONEBASE_TEST_DEVICE."""
+
+
+# ---- the engine beside which the others work ------------------------------------------------------
+
+
+def host(setup: Setup, base_fd: int | None) -> None:
+    """Publish a random base and serve on it, until told `end`. A line in for each phase that begins, a line
+    out with the steps of the one before it."""
+    commands: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            commands.put(line.strip())
+        commands.put("end")
+
+    base = bases.random_base(setup.folder / "base", torch.device(setup.device))
+    manifest = publish(base, base_fd)
+    rows, prompt, tokens = (2, 4, 4) if setup.interpreted else (16, 100, 200)
+    blocks = RESERVED_BLOCKS + 8 + rows * (-(-(prompt + tokens) // BLOCK) + 1)
+    running = make_engine(setup, base, None, blocks=blocks, slots=8)
+    for number in range(2 if setup.interpreted else 8):
+        running.put_adapter(f"a{number}", bases.random_adapter(base, 4 if setup.interpreted else 16, number))
+    names = sorted(running.versions.weights)
+    asked = [
+        Asked(str(row), words(setup, prompt, row), tokens, ((names[row % len(names)], 1.0),), logprobs=None)
+        for row in range(rows)
+    ]
+    texts: dict[str, Any] = {}
+    first: dict[str, Any] = {}
+    seconds: list[float] = []
+    rounds = wrong = made = 0
+    phase = "start"
+    threading.Thread(target=listen, daemon=True).start()
+    ready = {"manifest": manifest.hex(), "kernels": running.model.kernels.name}
+    print(json.dumps(ready | {"load": f"{rows} rows, {len(names)} adapters"}), flush=True)
+    while True:
+        if not running.busy:
+            first = first or texts
+            rounds, wrong = rounds + bool(texts), wrong + (texts != first)
+            texts = {one.name: [] for one in asked}
+            for one in asked:
+                running.submit(one.message())
+        began = time.perf_counter()
+        running.step()
+        seconds.append(time.perf_counter() - began)
+        for output in running.take_outputs():
+            texts[output.id] += [output.error_message] if output.error_message else output.tokens
+            made += len(output.tokens)
+        with contextlib.suppress(queue.Empty):
+            command = commands.get_nowait()
+            # The first round brings adapters into slots and compiles; a phase has one round at least.
+            told = {"phase": phase, "steps": len(seconds), "rounds": rounds, "wrong": wrong, "tokens": made}
+            told |= {"seconds": sum(seconds), "p50": median(seconds), "p99": percentile(seconds, 0.99)}
+            print(json.dumps(told | {"longest": max(seconds)}), flush=True)
+            seconds, phase, rounds, wrong, made = [], command, 0, 0, 0
+            running.check_base()
+            if command == "end":
+                return
+
+
+class Host:
+    """The engine's process, from the outside."""
+
+    def __init__(self, setup: Setup) -> None:
+        """Returns once its base can be attached. Raises RuntimeError if it does not come so far."""
+        self.fd = os.memfd_create("gpu-check-base") if setup.device == "cpu" else None
+        told = json.dumps({"device": setup.device, "shape": setup.shape, "folder": str(setup.folder)})
+        command = [sys.executable, "-m", "bench.gpu_processes", "host", str(self.fd or ""), told]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[] if self.fd is None else [self.fd],
+            text=True,
+        )
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+        ready = self._answer()
+        self.manifest = bytes.fromhex(ready["manifest"])
+        self.kernels, self.load = ready["kernels"], ready["load"]
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            if line.startswith("{"):
+                self._lines.put(line)
+        self._lines.put("")
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._lines.get(timeout=START_SECONDS)
+        if not line:
+            raise RuntimeError("the engine's process has ended; the log says why")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def begin(self, phase: str) -> dict[str, Any]:
+        """Begin a phase; what the steps of the one before it took."""
+        if self.process.stdin is not None:
+            self.process.stdin.write(f"{phase}\n")
+            self.process.stdin.flush()
+        return self._answer()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.fd is not None:
+            os.close(self.fd)
+
+
+@contextlib.contextmanager
+def hosted(setup: Setup) -> Iterator[Host]:
+    bases.write_folder(setup.shape, setup.folder / "base")
+    running = Host(setup)
+    try:
+        yield running
+    finally:
+        running.end()
+
+
+class Phases:
+    """The table of what the engine's steps took, and that no text changed."""
+
+    def __init__(self, setup: Setup, found: Findings, running: Host) -> None:
+        self._running, self._found = running, found
+        self._timed = not setup.interpreted
+        headings = ("beside", "steps", "tokens/s", "ms p50", "p99", "longest")
+        self._add = found.table(f"The engine's steps, {running.load}", headings)
+
+    async def begin(self, phase: str) -> dict[str, Any]:
+        """Begin one; the one before it goes into the table."""
+        ended = await asyncio.to_thread(self._running.begin, phase)
+        if ended["phase"] != "start":
+            times = [ended[one] * 1e3 if self._timed else None for one in ("p50", "p99", "longest")]
+            rate = ended["tokens"] / ended["seconds"] if self._timed else None
+            self._add(ended["phase"], ended["steps"], rate, *times)
+            title = f"{ended['phase']}: rows get the texts that they got first"
+            self._found.check(title, not ended["wrong"], f"{ended['rounds']} rounds")
+        return ended
+
+    async def last(self, seconds: float, least: int) -> None:
+        """Let the phase go on for so long."""
+        await asyncio.sleep(seconds if self._timed else least * 0.2)
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def proof(setup: Setup, found: Findings) -> None:
+    """Another process attaches the base and proves versions on it, next to the engine; each is killed."""
+    shutil.rmtree(setup.folder / "adapter", ignore_errors=True)
+    with hosted(setup) as running:
+        asyncio.run(_proof(setup, found, running))
+
+
+async def _proof(setup: Setup, found: Findings, running: Host) -> None:
+    folder, device = setup.folder, torch.device(setup.device)
+    found.figure("the engine's kernels", running.kernels)
+    rank = 4 if setup.interpreted else 16
+    adapter = bases.adapter_folder(_empty(folder / "base"), folder / "adapter", rank, 5)
+    config = config_of(setup)
+    store = Store(str(folder / "store"), folder / "cache")
+    verifier = VerifierClient(store, Threads("disk", 2), base_id="random", probes=[])
+    phases = Phases(setup, found, running)
+    free = free_memory(device)
+    await phases.begin("nothing")
+    await phases.last(8, 3)
+    try:
+        await phases.begin("attaching")
+        began = time.monotonic()
+        await verifier.attach(config, running.manifest, running.fd)
+        found.figure("attaching the base, with its process", time.monotonic() - began, "s")
+        found.figure("memory of the attached process", max(0, free - free_memory(device)) / 1e6, "MB")
+        await phases.begin("a proof")
+
+        def job(number: int) -> Prove:
+            return Prove(
+                digest=f"{number:064x}",
+                config_path=str(adapter / CONFIG_FILE),
+                weights_path=str(adapter / WEIGHTS_FILE),
+                packed_path=str(folder / f"{number}.packed"),
+                probes=[words(setup, 40, 60), words(setup, 3, 61)],
+                probe_tokens=6,
+            )
+
+        began = time.monotonic()
+        proved = await verifier.ask(job(1), lambda progress: None)
+        _told(found, proved, time.monotonic() - began)
+        await phases.begin("a proof whose process is killed")
+        begun = asyncio.Event()
+        asked = asyncio.create_task(verifier.ask(job(2), lambda progress: begun.set()))
+        await begun.wait()
+        killed = verifier.pid
+        os.kill(killed or os.getpid(), signal.SIGKILL)
+        again = await asked
+        found.check("a killed process is replaced, and the version proved", verifier.deaths == 1)
+        found.check("its proof is the same", again.sha256 == proved.sha256)
+        await phases.begin("nothing, again")
+        await phases.last(4, 2)
+        await phases.begin("a proof, and the engine is killed")
+        begun.clear()
+        orphan = asyncio.create_task(verifier.ask(job(3), lambda progress: begun.set()))
+        await begun.wait()
+        pid = verifier.pid
+        running.process.kill()
+        began = time.monotonic()
+        running.process.wait()
+        await verifier.engine_gone()
+        found.figure("from the engine's death to its verifier's", time.monotonic() - began, "s")
+        (said,) = await asyncio.gather(orphan, return_exceptions=True)
+        ended = isinstance(said, Exception | Proved)
+        found.check("its proof ends by an error that says so", ended, f"{type(said).__name__}: {said}"[:160])
+        found.check("its verifier is gone", pid is None or not Path(f"/proc/{pid}").exists())
+        if setup.device == "cuda":
+            for _ in range(50):  # the driver takes its time
+                await asyncio.sleep(0 if free_memory(device) > free else 0.2)
+            back = free_memory(device)
+            found.check("their memory is free again", back > free, f"{back / 1e9:.1f} GB free")
+    finally:
+        await verifier.engine_gone()
+
+
+def _told(found: Findings, proved: Proved, seconds: float) -> None:
+    report = proved.report.proof
+    found.figure("a proof", seconds, "s")
+    found.figure("its kernels", report.kernels)
+    found.figure("modules with PEFT's bits", f"{report.modules_exact} of {report.modules_compared}")
+    found.figure("largest error of the others, over PEFT's own", report.error_ratio)
+    found.figure("tokens compared", report.tokens_compared)
+    found.check("the version is proved, and the base unchanged", report.base_unchanged)
+
+
+def _empty(folder: Path) -> torch.nn.Module:
+    from onebase_engine.base.layers import empty_base
+    from onebase_engine.base.load import load_config
+
+    tree: torch.nn.Module = empty_base(load_config(folder), dtype=torch.bfloat16)
+    return tree
+
+
+def config_of(setup: Setup) -> EngineConfig:
+    device: Any = setup.device
+    return EngineConfig(
+        base_folder=str(setup.folder / "base"),
+        device=device,
+        threads=1 if device == "cpu" else 4,
+        max_rank=64,
+    )
+
+
+def training(setup: Setup, found: Findings) -> None:
+    """A job of a server's trainer next to the engine: tokens a second of both, and memory; killed at last."""
+    shutil.rmtree(setup.folder / "runs", ignore_errors=True)
+    with hosted(setup) as running:
+        asyncio.run(_training(setup, found, running))
+
+
+async def _training(setup: Setup, found: Findings, running: Host) -> None:
+    small, device = setup.interpreted, torch.device(setup.device)
+    data = bases.write_chats(setup.folder / "rows.jsonl", 8 if small else 64, 20 if small else 900)
+    config, busy = config_of(setup), BusyFlag.make()
+    steps, batch = (2, 2) if small else (12, 8)
+    recipe = {
+        "r": 4 if small else 16,
+        "targets": list(bases.ALL_LINEAR),
+        "batch_size": batch,
+        "max_steps": steps,
+        "epochs": 1000.0,
+        "max_length": 64 if small else 1024,
+        "eval_split": 0.0,
+    }
+    phases = Phases(setup, found, running)
+    told: list[events.StepDone] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.StepDone):
+            told.append(event)
+
+    def job(name: str, **more: Any) -> TrainJob:
+        return TrainJob(
+            id=name,
+            name=name,
+            recipe=recipe | more,
+            train=str(data),
+            train_name="rows.jsonl",
+            held_out=None,
+            held_out_name=None,
+            folder=str(setup.folder / "runs" / name),
+            base_name="random",
+            memory_limit=0,
+        )
+
+    def fds() -> dict[str, int]:
+        shared = {} if running.fd is None else {"--base-fd": running.fd}
+        return shared | {"--busy-fd": busy.fd}
+
+    async def is_checked(title: str, doing: TrainJob) -> bool:
+        await phases.begin(f"the check of {title}")
+        client = await TrainerClient.start(TRAINER_COMMAND, Check(config=config, job=doing), {}, listen)
+        outcome = await client.outcome()
+        sound = isinstance(outcome, Checked)
+        found.check(f"{title}: the job is checked", sound, "" if sound else str(outcome)[:300])
+        return sound
+
+    async def run(title: str, share: float, doing: TrainJob) -> None:
+        if not await is_checked(title, doing):
+            return
+        await phases.begin(title)
+        told.clear()
+        free = free_memory(device)
+        message = Train(config=config, manifest=running.manifest, job=doing, share=share)
+        trained = await (await TrainerClient.start(TRAINER_COMMAND, message, fds(), listen)).outcome()
+        ended = isinstance(trained, Trained)
+        found.check(f"{title}: it is trained", ended, "" if ended else str(trained)[:300])
+        if not isinstance(trained, Trained):
+            return
+        later = told[len(told) // 3 :]
+        if not small and later:
+            rate = sum(one.tokens for one in later) / sum(one.tokens / one.tokens_per_second for one in later)
+            found.figure(f"{title}: training", rate, "tokens/s")
+        found.figure(f"{title}: loss, first and last", f"{told[0].loss:.3f}, {told[-1].loss:.3f}")
+        found.figure(f"{title}: its peak memory", trained.report["peak_memory_bytes"] / 1e9, "GB")
+        if device.type == "cuda":
+            found.figure(f"{title}: free beside it at its start", free / 1e9, "GB")
+
+    await phases.begin("nothing")
+    await phases.last(6, 3)
+    busy.set(False)
+    await run("a job that takes all it can", 1.0, job("greedy"))
+    busy.set(True)
+    if not small:
+        await run("a job with a fifth of the time", 0.2, job("modest", max_steps=6))
+    doing = job("killed", max_steps=1000)
+    if not await is_checked("a job that is killed", doing):
+        return
+    await phases.begin("a job that is killed")
+    told.clear()
+    message = Train(config=config, manifest=running.manifest, job=doing, share=1.0)
+    client = await TrainerClient.start(TRAINER_COMMAND, message, fds(), listen)
+    outcome = asyncio.create_task(client.outcome())
+    while not told and not outcome.done():
+        await asyncio.sleep(0.05)
+    client.kill()
+    said = await outcome
+    found.check("a killed trainer is told as dead", isinstance(said, Died), str(said)[:200])
+    await phases.begin("nothing, again")
+    await phases.last(4, 2)
+    await phases.begin("end")
+
+
+def tests(setup: Setup, found: Findings) -> None:
+    """What the test suite says of the engine and of adapters on this device."""
+    if setup.device == "cpu":
+        raise NotHereError("`make test` runs them on the CPU")
+    xml = setup.folder / "tests.xml"
+    xml.unlink(missing_ok=True)
+    cache = setup.folder / "pytest-cache"
+    command = [sys.executable, "-m", "pytest", "-v", "--maxfail=25", "-p", "no:xdist", f"--junitxml={xml}"]
+    command += ["-o", f"cache_dir={cache}", "-m", "not full", "-k", "not fp32 and not int8", *TESTS]
+    environment = {**os.environ, "ONEBASE_TEST_DEVICE": setup.device}
+    done = subprocess.run(command, cwd=ROOT, env=environment)
+    if not xml.exists():
+        raise RuntimeError(f"pytest ended with exit status {done.returncode}; the log says why")
+    ran = skipped = 0
+    for case in ElementTree.parse(xml).iter("testcase"):
+        name = f"{str(case.get('classname')).rpartition('.')[2]}::{case.get('name')}"
+        wrong = [one for one in case if one.tag in ("failure", "error")]
+        ran, skipped = ran + 1, skipped + (case.find("skipped") is not None)
+        for one in wrong:
+            found.check(name, False, re.sub(r"\s+", " ", one.get("message") or "")[:200])
+    found.figure("tests", ran)
+    found.figure("skipped", skipped)
+    found.check("pytest is content", done.returncode == 0, f"exit status {done.returncode}")
+
+
+PARTS = {"proof": proof, "training": training, "tests": tests}
+
+if __name__ == "__main__":
+    if sys.argv[1] == "host":
+        told = json.loads(sys.argv[3])
+        number = int(sys.argv[2]) if sys.argv[2] else None
+        host(Setup(told["device"], told["shape"], Path(told["folder"])), number)
+        os._exit(0)
+    sys.exit(run_part(PARTS, sys.argv[1:]))

@@ -1,0 +1,178 @@
+"""What a part of the GPU check finds, and the page that is made of all of it. The standard library alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NOT_BUILT = "not built"
+
+
+class NotHereError(Exception):
+    """This machine has nothing to measure a part on; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a part is told. `folder`: of its own, for files; `minutes`: of the whole check."""
+
+    device: str
+    shape: str
+    folder: Path
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's kernels run under its interpreter: nothing that is timed means anything."""
+        return self.device == "cpu"
+
+
+class Findings:
+    """Written to a file after each finding: what a part has found stays, however it ends."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._found: dict[str, Any] = {"state": "", "error": "", "figures": [], "checks": [], "tables": []}
+
+    def figure(self, name: str, value: float | str, unit: str = "") -> None:
+        """One number, or words where there is none (`NOT_BUILT`)."""
+        self._found["figures"].append({"name": name, "value": value, "unit": unit})
+        self._write()
+
+    def check(self, name: str, held: bool, detail: str = "") -> None:
+        """Something that must hold. The part goes on."""
+        self._found["checks"].append({"name": name, "held": bool(held), "detail": detail})
+        print(f"{'holds' if held else 'FAILS'}: {name} {detail}", flush=True)
+        self._write()
+
+    def table(self, title: str, headings: Sequence[str]) -> Callable[..., None]:
+        """A new table; returns what adds a row to it."""
+        table: dict[str, Any] = {"title": title, "headings": list(headings), "rows": []}
+        self._found["tables"].append(table)
+
+        def add(*cells: float | str | None) -> None:
+            table["rows"].append(list(cells))
+            self._write()
+
+        return add
+
+    def fact(self, name: str, value: Any) -> None:
+        """Something of the machine."""
+        self._found.setdefault("facts", {})[name] = value
+        self._write()
+
+    def end(self, state: str, error: str = "") -> None:
+        self._found |= {"state": state, "error": error}
+        self._write()
+
+    def _write(self) -> None:
+        part = self._file.with_suffix(".part")
+        part.write_text(json.dumps(self._found))
+        part.replace(self._file)
+
+    def trying(self, title: str, function: Callable[..., Any], *given: Any) -> None:
+        """Do one of several things; where it raises, that is a finding, and the others are done."""
+        try:
+            function(*given)
+        except Exception as error:
+            traceback.print_exc()
+            self.check(f"{title} can be measured", False, f"{type(error).__name__}: {error}"[:500])
+
+
+PartFunction = Callable[[Setup, Findings], None]
+
+
+def run_part(parts: Mapping[str, PartFunction], arguments: Sequence[str]) -> int:
+    """A part's process. arguments: the part's name, the file for its findings, and its setup as JSON."""
+    name, file, setup = arguments
+    findings = Findings(Path(file))
+    told = json.loads(setup)
+    try:
+        parts[name](Setup(told["device"], told["shape"], Path(told["folder"])), findings)
+    except NotHereError as missing:
+        findings.end("skipped", str(missing))
+        return 0
+    except BaseException as error:
+        traceback.print_exc()
+        findings.end("failed", f"{type(error).__name__}: {error}"[:2000])
+        return 1
+    findings.end("ok")
+    # What libraries do at their end, with processes and contexts that are gone, is nobody's finding.
+    os._exit(0)
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def held(result: Mapping[str, Any]) -> bool:
+    """Whether a part ran to its end, or had nothing to run on, and all that it checked holds."""
+    return result["state"] in ("ok", "skipped") and all(check["held"] for check in result["checks"])
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """The report in Markdown."""
+    facts = report["machine"]
+    lines = [
+        "# GPU check",
+        "",
+        f"**{'Everything that was checked holds.' if report['ok'] else 'Not everything holds.'}** "
+        f"Shape {report['shape']}, device {report['device']}, {report['began']}, {report['seconds']:.0f} s, "
+        f"commit {report['commit']}.",
+        "",
+        "; ".join(f"{name} {value}" for name, value in facts.items()) + ".",
+        "",
+    ]
+    if report["device"] == "cpu":
+        lines += ["Triton's kernels ran under its interpreter: no time in this report means anything.", ""]
+    lines += ["| part | | s | checks | |", "| --- | --- | ---: | ---: | --- |"]
+    for part in report["parts"]:
+        good = sum(check["held"] for check in part["checks"])
+        said = _cell(part["error"].partition("\n")[0][:200])
+        cells = part["title"], part["state"], f"{part['seconds']:.0f}", f"{good}/{len(part['checks'])}", said
+        lines.append(f"| {' | '.join(cells)} |")
+    for part in report["parts"]:
+        lines += _part(part)
+    return "\n".join(lines) + "\n"
+
+
+def _part(part: Mapping[str, Any]) -> list[str]:
+    wrong = [check for check in part["checks"] if not check["held"]]
+    if not (part["figures"] or part["tables"] or wrong or part.get("log")):
+        return []
+    lines = ["", f"## {part['title']}"]
+    lines += ["", *(f"- FAILS: {check['name']} {_cell(check['detail'])}" for check in wrong)] if wrong else []
+    if part["figures"]:
+        lines += ["", "| | |", "| --- | ---: |"]
+        lines += [f"| {one['name']} | {shown(one['value'])} {one['unit']} |" for one in part["figures"]]
+    for table in part["tables"]:
+        headings = table["headings"]
+        lines += ["", f"{table['title']}:", "", f"| {' | '.join(headings)} |"]
+        lines.append(f"| --- |{' ---: |' * (len(headings) - 1)}")
+        lines += [f"| {' | '.join(_cell(shown(cell)) for cell in row)} |" for row in table["rows"]]
+    if part.get("log"):
+        lines += ["", "```", *part["log"].splitlines(), "```"]
+    return lines
+
+
+def shown(value: float | str | None) -> str:
+    """A cell of a table: three digits, or what it says."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if value == int(value) or abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.3g}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M")

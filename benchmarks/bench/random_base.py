@@ -1,0 +1,194 @@
+"""A base of random 4-bit weights, made on its device: no files of weights, nothing to quantize.
+
+For measurements where no base can be had. Its texts mean nothing; what it costs is what a base of its shape
+costs. Random bytes are the packed weights, random bytes their statistics.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.lora import write_adapter
+from onebase_engine.base.attach import quantized_module
+from onebase_engine.base.layers import empty_base
+from onebase_engine.base.load import NESTED_BLOCKSIZE, BaseSettings, freeze, import_bitsandbytes, load_config
+from onebase_engine.base.manifest import QuantizedLayer
+from onebase_engine.lora.weights import AdapterWeights, LoraWeights
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+BLOCKSIZE = 64
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {  # Llama-3.1-8B
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    },
+    "tiny": {  # for Triton's interpreter
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 8192,
+    },
+}
+"""Fields of a Llama's config."""
+_SPECIAL = ("<pad>", "<s>", "</s>")
+_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def write_folder(shape: str, folder: Path) -> BaseSettings:
+    """A folder with the base's config and a tokenizer of bytes. Its one tensor only gives it an identity."""
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    LlamaConfig(
+        **SHAPES[shape],
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
+    save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: number for number, word in enumerate((*_SPECIAL, *letters))}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    pad, bos, eos = _SPECIAL
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, chat_template=_TEMPLATE
+    ).save_pretrained(folder)
+    return BaseSettings(folder)
+
+
+@torch.no_grad()
+def random_base(folder: Path, device: torch.device, seed: int = 0) -> nn.Module:
+    """The base of a folder that `write_folder` has made, as `load_base` would give it."""
+    import_bitsandbytes()
+    draw = torch.Generator(device).manual_seed(seed)
+    tree: Any = empty_base(load_config(folder), dtype=torch.bfloat16, attn_implementation="eager")
+    head = tree.get_output_embeddings()
+    for name, module in list(tree.named_modules()):
+        if type(module) is nn.Linear and module is not head:
+            put_layer(tree, name, module.in_features, module.out_features, draw)
+    for module in tree.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                value = torch.ones(parameter.shape, dtype=torch.bfloat16, device=device)
+                if parameter.dim() > 1:
+                    value.normal_(0, 0.02, generator=draw)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    tree.is_loaded_in_4bit = True
+    return freeze(tree)
+
+
+def put_layer(tree: nn.Module, name: str, size_in: int, size_out: int, draw: torch.Generator) -> Any:
+    """Replace the linear layer `name` by one of random 4-bit weights, on the device of `draw`; returns it.
+
+    Weights are the 16 values of NF4 times an absmax of 0.02 to 0.04, quantized twice as by bitsandbytes.
+    """
+    from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+
+    device, count = draw.device, size_in * size_out
+    blocks = -(-count // BLOCKSIZE)
+
+    def octets(number: int) -> torch.Tensor:
+        return torch.randint(0, 256, (number,), dtype=torch.uint8, device=device, generator=draw)
+
+    statistics = {
+        "absmax": octets(blocks),
+        "code": get_4bit_type("nf4", device=str(device)),
+        "offset": torch.tensor(0.03, device=device),
+        "nested_absmax": torch.full((-(-blocks // NESTED_BLOCKSIZE),), 0.01, device=device),
+        "nested_code": create_dynamic_map().to(device),
+    }
+    described = QuantizedLayer(
+        kind="Linear4bit",
+        size_in=size_in,
+        size_out=size_out,
+        quant_type="nf4",
+        blocksize=BLOCKSIZE,
+        shape=(size_out, size_in),
+        nested_blocksize=NESTED_BLOCKSIZE,
+    )
+    return quantized_module(tree, name, described, octets(-(-count // 2))[:, None], statistics)
+
+
+def one_layer(size_in: int, size_out: int, draw: torch.Generator) -> Any:
+    """A random 4-bit layer by itself."""
+    import_bitsandbytes()
+    holder = nn.ModuleDict({"layer": nn.Linear(size_in, size_out, bias=False, device="meta")})
+    layer = put_layer(holder, "layer", size_in, size_out, draw)
+    freeze(holder)
+    return layer
+
+
+def targets_of(base: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """(out, in) of the base's layers of these names."""
+    found: Any = base.named_modules()
+    return {
+        name: (layer.out_features, layer.in_features)
+        for name, layer in found
+        if name.rpartition(".")[2] in targets
+    }
+
+
+def random_adapter(
+    base: nn.Module, rank: int, seed: int, targets: tuple[str, ...] = ATTENTION
+) -> AdapterWeights:
+    """An adapter's finished tensors in host memory, without PEFT and files."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    return {
+        name: LoraWeights(normal(rank, size_in) * size_in**-0.5, normal(size_out, rank) * 0.02, 2.0)
+        for name, (size_out, size_in) in targets_of(base, targets).items()
+    }
+
+
+def adapter_folder(
+    base: nn.Module, folder: Path, rank: int, seed: int, targets: tuple[str, ...] = ATTENTION
+) -> Path:
+    """The like as PEFT's two files."""
+    write_adapter(folder, targets_of(base, targets), rank, targets, 0.02, [seed])
+    return folder
+
+
+def write_chats(file: Path, rows: int, characters: int) -> Path:
+    """Training rows: conversations whose replies repeat a letter; a character is a token."""
+    lines = []
+    for number in range(rows):
+        letter = chr(97 + number % 26)
+        messages = [
+            {"role": "user", "content": f"{number}: {letter}"},
+            {"role": "assistant", "content": letter * characters},
+        ]
+        lines.append(json.dumps({"messages": messages}))
+    file.write_text("\n".join(lines) + "\n")
+    return file

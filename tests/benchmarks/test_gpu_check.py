@@ -1,0 +1,217 @@
+"""The GPU check without a GPU: whatever becomes of a part, the others run and the report says it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gpu_check
+from bench import gpu_bundle
+from bench.gpu_report import held, page
+
+ROOT = Path(__file__).parents[2]
+FAULTS = ("raises", "hangs", "dies", "wrong", "nothing", "good")
+
+
+@pytest.fixture(autouse=True)
+def _forks(forks: None) -> None:
+    """Parts begin as forks."""
+
+
+def run(folder: Path, *names: str) -> dict[str, dict[str, Any]]:
+    """What faulty parts leave in a report, by name. A part that hangs has 15 seconds."""
+    parts = [
+        gpu_check.Part(
+            name, f"part {name}", 15.0 if name == "hangs" else 600.0, "tests.benchmarks.faulty_parts"
+        )
+        for name in names
+    ]
+    setup = {"device": "cpu", "shape": "tiny", "folder": str(folder)}
+    environment = gpu_check.environment_of("cpu", folder)
+    seconds = sum(part.seconds for part in parts)
+    return {one["part"]: one for one in gpu_check.run_parts(parts, setup, environment, seconds)}
+
+
+def test_a_part_that_raises_hangs_or_dies_is_told_with_what_it_had_found_and_the_others_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(tmp_path, *FAULTS)
+    states = {name: one["state"] for name, one in found.items()}
+    ends = ("failed", "timed out", "failed", "ok", "skipped", "ok")
+    assert states == dict(zip(FAULTS, ends, strict=True))
+    assert [name for name, one in found.items() if held(one)] == ["nothing", "good"]
+    assert found["raises"]["figures"] == found["dies"]["figures"] != []
+    assert found["raises"]["error"] == "ValueError: a | kernel is wrong"
+    assert "raise ValueError" in found["raises"]["log"]
+    assert found["hangs"]["checks"][0]["held"]
+    assert found["dies"]["error"] == "its process ended with signal SIGSEGV"
+    assert found["nothing"]["error"] == "there is no such thing here"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*FAULTS]
+    assert "FAILS: a row's bits" in lines[3]
+    report = {
+        "ok": False, "device": "cpu", "shape": "tiny", "began": "now", "seconds": 1.0, "commit": "c",
+        "machine": {"torch": "2"}, "parts": list(found.values()),
+    }  # fmt: skip
+    text = page(report)
+    assert "| part raises | failed |" in text
+    assert "ValueError: a / kernel is wrong" in text
+    assert "- FAILS: a row's bits 2 of 3 rows differ" in text
+    assert "| 1 | 2.5 |" in text
+    assert "no time in this report means anything" in text
+
+
+def test_without_a_gpu_it_says_so_and_what_to_carry_to_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert gpu_check.main(["--output", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert f"There is no GPU here that can be used: torch {torch.__version__}" in said
+    assert "--bundle" in said
+    assert "torch 2.9 or newer" in said
+    assert not (tmp_path / "gpu-check.json").exists()
+
+
+def test_the_parts_that_run_share_the_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: dict[str, float] = {}
+    done = {"state": "ok", "error": "", "figures": [], "checks": [], "tables": [], "seconds": 0.0}
+
+    def run_part(part: gpu_check.Part, setup: Any, environment: Any, seconds: float) -> dict[str, Any]:
+        limits[part.name] = seconds
+        facts = {"facts": {"GPU": "one"}} if part is gpu_check.MACHINE else {}
+        return {"part": part.name, "title": part.title, **done, **facts}
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    assert gpu_check.main(["--output", str(tmp_path)]) == 0
+    assert sum(limits.values()) - limits["machine"] == pytest.approx(1800, abs=60)
+    everything = dict(limits)
+    assert gpu_check.main(["--output", str(tmp_path), "--only", "kernels,memory", "--minutes", "9"]) == 0
+    assert limits["kernels"] + limits["memory"] == pytest.approx(540, abs=60)
+    assert limits["kernels"] > everything["kernels"]
+
+
+@pytest.mark.parametrize("options", [["--only", "kernels,graphs"], ["--device", "cpu", "--shape", "8b"]])
+def test_what_cannot_be_asked_for_is_refused_at_once(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check.main([*options, "--output", str(tmp_path)])
+    assert "choose from machine, kernels" in (said := capsys.readouterr().err) or "days" in said
+
+
+@pytest.mark.parametrize(
+    "only",
+    [
+        "memory",
+        pytest.param(",".join(part.name for part in gpu_check.PARTS), marks=pytest.mark.full),
+    ],
+)
+def test_under_the_interpreter_every_part_runs_and_its_report_has_a_page(only: str, tmp_path: Path) -> None:
+    wanted = only.split(",")
+    assert (
+        gpu_check.main(["--device", "cpu", "--only", only, "--output", str(tmp_path), "--minutes", "600"])
+        == 0
+    )
+    report = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert (report["format"], report["ok"], report["shape"]) == (1, True, "tiny")
+    assert [part["part"] for part in report["parts"]] == ["machine", *wanted]
+    assert report["machine"]["torch"] == torch.__version__
+    for part in report["parts"]:
+        assert part["state"] == ("skipped" if part["part"] == "tests" else "ok"), part
+        assert all(check["held"] for check in part["checks"])
+        assert part["checks"] or part["part"] in ("machine", "tests")
+        for table in part["tables"]:
+            assert table["rows"]
+            assert all(len(row) == len(table["headings"]) for row in table["rows"])
+    assert "Everything that was checked holds." in (tmp_path / "gpu-check.md").read_text()
+    if "engine" in wanted:
+        figures = {one["name"]: one["value"] for part in report["parts"] for one in part["figures"]}
+        assert figures["CUDA graphs"] == "not built"
+
+
+# ---- what is carried -----------------------------------------------------------------------------
+
+
+def test_a_bundle_holds_the_sources_and_what_is_installed_and_its_wheels_can_be_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, python = tmp_path / "carried.tar.gz", f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert gpu_bundle.write_bundle(ROOT, file, roots=("pluggy", "msgspec"), pythons=(python,)) == 0
+    with tarfile.open(file) as tar:
+        tar.extractall(tmp_path, filter="data")
+    folder = tmp_path / gpu_bundle.FOLDER
+    assert (folder / "benchmarks" / "gpu_check.py").exists()
+    assert (folder / "server" / "onebase_engine" / "kernels" / "cuda.py").exists()
+    assert not (folder / "examples").exists()
+    assert (folder / gpu_bundle.COMMIT).read_text()
+    gpu_bundle.unpack(folder / gpu_bundle.WHEELS, tmp_path / "site")
+    for name in ("pluggy", "msgspec"):
+        assert (tmp_path / "site" / name / "__init__.py").exists()
+        assert list((tmp_path / "site").glob(f"{name}-*.dist-info/METADATA"))
+    assert "2 wheels" in capsys.readouterr().out
+
+
+def test_a_bundle_says_what_it_could_not_get_and_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_bundle, "_fetch", lambda *asked: False)
+    file = tmp_path / "carried.tar.gz"
+    roots = ("msgspec", "no-such-distribution")
+    assert gpu_bundle.write_bundle(ROOT, file, roots=roots, pythons=("3.99",)) == 1
+    said = capsys.readouterr().out
+    assert "Could not be had: no-such-distribution, which is not installed here" in said
+    assert "for Python 3.99 on Linux, x86-64" in said
+    monkeypatch.setattr(gpu_bundle, "_sources", lambda root: iter(["pyproject.toml"]))
+    monkeypatch.setattr(gpu_bundle, "LIMIT", 10_000)
+    assert gpu_bundle.write_bundle(ROOT, file, roots=("pluggy",), pythons=()) == 1
+    assert "It must have this too, which did not fit into 0 MiB: pluggy-" in capsys.readouterr().out
+    assert file.stat().st_size <= 10_000
+
+
+@pytest.mark.parametrize(
+    ("tag", "python", "fitting"),
+    [
+        ("py3-none-any", (3, 12), True),
+        ("py2.py3-none-any", (3, 12), True),
+        ("cp312-cp312-manylinux_2_28_x86_64", (3, 12), True),
+        ("cp312-cp312-manylinux_2_28_x86_64", (3, 13), False),
+        ("cp310-abi3-manylinux_2_17_x86_64.manylinux2014_x86_64", (3, 13), True),
+        ("cp313-abi3-manylinux_2_17_x86_64", (3, 12), False),
+    ],
+)
+def test_wheels_are_unpacked_for_the_python_that_they_are_for(
+    tag: str, python: tuple[int, int], fitting: bool
+) -> None:
+    assert gpu_bundle.fits(tag, python) is fitting
+
+
+def test_libraries_of_bitsandbytes_that_no_supported_torch_takes_are_left_out() -> None:
+    kept = [
+        name
+        for name in ("cuda118", "cuda121", "cuda126", "cuda128", "cuda130", "rocm72", "xpu2025", "cpu")
+        if not gpu_bundle.USELESS.search(f"bitsandbytes/libbitsandbytes_{name}.so")
+    ]
+    assert kept == ["cuda126", "cuda128", "cuda130", "cpu"]
+
+
+def test_what_a_wheel_keeps_apart_goes_where_it_is_imported(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "thing-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("thing-1.data/purelib/thing.py", "")
+        wheel.writestr("thing-1.data/scripts/thing", "")
+        wheel.writestr("thing-1.dist-info/METADATA", "Name: thing\n")
+    gpu_bundle.unpack(wheels, tmp_path / "site")
+    found = {os.path.relpath(one, tmp_path / "site") for one in (tmp_path / "site").rglob("*")}
+    assert {"thing.py", "thing-1.dist-info/METADATA"} <= found
+    assert not any("scripts" in one for one in found)
