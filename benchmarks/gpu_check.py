@@ -214,7 +214,8 @@ def main(argv: Sequence[str]) -> int:
     facts = results[0].get("facts", {})
     if options.device == "cuda" and facts.get("GPU") is None:
         print(results[0].get("log", ""), file=sys.stderr)
-        print(f"There is no GPU here that can be used: {facts.get('no GPU', results[0]['error'])}")
+        said = (results[0].get("log") or results[0]["error"]).strip().splitlines() or ["interrupted"]
+        print(f"There is no GPU here that can be used: {facts.get('no GPU', said[-1])}")
         print(gpu_bundle.advice())
         return 1
     wanted = [part for part in PARTS if options.only is None or part.name in options.only]

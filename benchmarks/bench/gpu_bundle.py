@@ -123,6 +123,7 @@ def _collect(folder: Path, roots: Sequence[str], pythons: Sequence[str]) -> list
         name, version = distribution.metadata["Name"], distribution.version
         tags = re.findall(r"^Tag: (\S+)", distribution.read_text("WHEEL") or "", re.M)
         ours = [tag for tag in tags if tag.endswith(("-any", "x86_64")) and "musllinux" not in tag]
+        ours.sort(key=lambda tag: not fits(tag, sys.version_info[:2]))
         if ours:
             _pack(distribution, folder / f"{name.replace('-', '_')}-{version}-{ours[0]}.whl")
         everywhere = any(fits(tag, (3, 11)) and fits(tag, (3, 13)) for tag in ours)

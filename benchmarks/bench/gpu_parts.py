@@ -164,6 +164,10 @@ class Asked:
         )
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def words(setup: Setup, count: int, seed: int) -> list[int]:
     """A prompt."""
     most = bases.SHAPES[setup.shape]["vocab_size"]
@@ -257,7 +261,7 @@ class Load:
     @property
     def title(self) -> str:
         where = ", all linear layers" if self.kind == "f" else ""
-        return f"{self.rows} rows, {self.adapters} adapters{where}"
+        return f"{counted(self.rows, 'row')}, {counted(self.adapters, 'adapter')}{where}"
 
     @property
     def names(self) -> list[str]:
@@ -611,7 +615,7 @@ def peft(setup: Setup, found: Findings) -> None:
     table = found.table(f"`generate`, {prompt} tokens in, {tokens} out", ("load", "ms a token", "tokens/s"))
     many_rows = 2 if small else 16
     for rows, used in ((1, 0), (1, 1), (many_rows, 1), (many_rows, count)):
-        title = f"{rows} rows, {used} adapters"
+        title = f"{counted(rows, 'row')}, {counted(used, 'adapter')}"
         names = [f"a{i % used}" for i in range(rows)] if used else None
         ids = torch.tensor([words(setup, prompt, 50 + row) for row in range(rows)], device=setup.device)
         how: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -18,8 +18,9 @@ import subprocess
 import sys
 import threading
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 from bench import random_base as bases
-from bench.gpu_parts import BLOCK, Asked, make_engine, words
+from bench.gpu_parts import BLOCK, Asked, make_engine, serve, words
 from bench.gpu_report import Findings, NotHereError, Setup, run_part
 from bench.report import percentile
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
@@ -45,7 +46,8 @@ from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.processes.verifier_protocol import Prove, Proved
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 120.0
+START_SECONDS = 170.0
+"""Until the engine has made its base, compiled its kernels and answered once."""
 TESTS = (
     "tests/engine/test_oracle.py",
     "tests/engine/test_isolation.py",
@@ -71,7 +73,7 @@ def host(setup: Setup, base_fd: int | None) -> None:
 
     base = bases.random_base(setup.folder / "base", torch.device(setup.device))
     manifest = publish(base, base_fd)
-    rows, prompt, tokens = (2, 4, 4) if setup.interpreted else (16, 100, 200)
+    rows, prompt, tokens = (2, 4, 4) if setup.interpreted else (16, 100, 100)
     blocks = RESERVED_BLOCKS + 8 + rows * (-(-(prompt + tokens) // BLOCK) + 1)
     running = make_engine(setup, base, None, blocks=blocks, slots=8)
     for number in range(2 if setup.interpreted else 8):
@@ -81,6 +83,7 @@ def host(setup: Setup, base_fd: int | None) -> None:
         Asked(str(row), words(setup, prompt, row), tokens, ((names[row % len(names)], 1.0),), logprobs=None)
         for row in range(rows)
     ]
+    serve(running, [replace(one, tokens=4) for one in asked], len(asked))  # compiles, and fills slots
     texts: dict[str, Any] = {}
     first: dict[str, Any] = {}
     seconds: list[float] = []
@@ -104,7 +107,6 @@ def host(setup: Setup, base_fd: int | None) -> None:
             made += len(output.tokens)
         with contextlib.suppress(queue.Empty):
             command = commands.get_nowait()
-            # The first round brings adapters into slots and compiles; a phase has one round at least.
             told = {"phase": phase, "steps": len(seconds), "rounds": rounds, "wrong": wrong, "tokens": made}
             told |= {"seconds": sum(seconds), "p50": median(seconds), "p99": percentile(seconds, 0.99)}
             print(json.dumps(told | {"longest": max(seconds)}), flush=True)
@@ -142,7 +144,10 @@ class Host:
         self._lines.put("")
 
     def _answer(self) -> dict[str, Any]:
-        line = self._lines.get(timeout=START_SECONDS)
+        try:
+            line = self._lines.get(timeout=START_SECONDS)
+        except queue.Empty:
+            raise RuntimeError(f"the engine's process says nothing for {START_SECONDS:.0f} s") from None
         if not line:
             raise RuntimeError("the engine's process has ended; the log says why")
         answer: dict[str, Any] = json.loads(line)
@@ -403,28 +408,41 @@ async def _training(setup: Setup, found: Findings, running: Host) -> None:
 
 
 def tests(setup: Setup, found: Findings) -> None:
-    """What the test suite says of the engine and of adapters on this device."""
+    """What the test suite says of the engine and of adapters on this device, told file by file."""
     if setup.device == "cpu":
         raise NotHereError("`make test` runs them on the CPU")
-    xml = setup.folder / "tests.xml"
-    xml.unlink(missing_ok=True)
-    cache = setup.folder / "pytest-cache"
-    command = [sys.executable, "-m", "pytest", "-v", "--maxfail=25", "-p", "no:xdist", f"--junitxml={xml}"]
-    command += ["-o", f"cache_dir={cache}", "-m", "not full", "-k", "not fp32 and not int8", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-v", "--maxfail=25", "-p", "no:xdist", "--tb=short"]
+    command += ["-o", f"cache_dir={setup.folder / 'pytest-cache'}", "-m", "not full"]
+    # Products of other dtypes are cuBLAS's, which promises nothing.
+    command += ["-k", "not fp32 and not int8", *TESTS]
     environment = {**os.environ, "ONEBASE_TEST_DEVICE": setup.device}
-    done = subprocess.run(command, cwd=ROOT, env=environment)
-    if not xml.exists():
-        raise RuntimeError(f"pytest ended with exit status {done.returncode}; the log says why")
-    ran = skipped = 0
-    for case in ElementTree.parse(xml).iter("testcase"):
-        name = f"{str(case.get('classname')).rpartition('.')[2]}::{case.get('name')}"
-        wrong = [one for one in case if one.tag in ("failure", "error")]
-        ran, skipped = ran + 1, skipped + (case.find("skipped") is not None)
-        for one in wrong:
-            found.check(name, False, re.sub(r"\s+", " ", one.get("message") or "")[:200])
-    found.figure("tests", ran)
-    found.figure("skipped", skipped)
-    found.check("pytest is content", done.returncode == 0, f"exit status {done.returncode}")
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as running:
+        tell_tests(running.stdout or (), found)
+    found.check("pytest is content", running.returncode == 0, f"exit status {running.returncode}")
+
+
+def tell_tests(lines: Iterable[str], found: Findings) -> None:
+    """Read what `pytest -v` prints: a row of a table for each file, and each failure."""
+    add = found.table("Tests", ("file", "passed", "skipped", "failed"))
+    counts: Counter[str] = Counter()
+    before = ""
+    for line in lines:
+        print(line, end="", flush=True)
+        told = re.match(r"(tests/\S+?\.py)::(.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", line)
+        if told is None:
+            continue
+        file, name, state = told.groups()
+        if file != before and before:
+            add(before, counts["PASSED"], counts["SKIPPED"], counts["FAILED"] + counts["ERROR"])
+            counts.clear()
+        before = file
+        counts[state] += 1
+        if state in ("FAILED", "ERROR"):
+            found.check(f"{Path(file).name}: {name}", False, state)
+    if before:
+        add(before, counts["PASSED"], counts["SKIPPED"], counts["FAILED"] + counts["ERROR"])
 
 
 PARTS = {"proof": proof, "training": training, "tests": tests}

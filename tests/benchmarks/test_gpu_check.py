@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import gpu_check
-from bench import gpu_bundle
-from bench.gpu_report import held, page
+from bench import gpu_bundle, gpu_processes
+from bench.gpu_report import Findings, held, page
 
 ROOT = Path(__file__).parents[2]
 FAULTS = ("raises", "hangs", "dies", "wrong", "nothing", "good")
@@ -137,6 +137,23 @@ def test_under_the_interpreter_every_part_runs_and_its_report_has_a_page(only: s
     if "engine" in wanted:
         figures = {one["name"]: one["value"] for part in report["parts"] for one in part["figures"]}
         assert figures["CUDA graphs"] == "not built"
+
+
+def test_failures_are_read_from_what_pytest_prints_file_by_file(tmp_path: Path) -> None:
+    printed = """
+tests/engine/test_oracle.py::test_rows[llama-nf4] PASSED                 [  2%]
+tests/engine/test_oracle.py::test_text[a b] FAILED                       [  4%]
+tests/adapters/test_view.py::test_a_view SKIPPED (no such thing)         [  6%]
+FAILED tests/engine/test_oracle.py::test_text[a b] - assert 1 == 2
+"""
+    found = Findings(tmp_path / "findings.json")
+    gpu_processes.tell_tests(printed.splitlines(keepends=True), found)
+    told = json.loads((tmp_path / "findings.json").read_text())
+    assert told["tables"][0]["rows"] == [
+        ["tests/engine/test_oracle.py", 1, 0, 1],
+        ["tests/adapters/test_view.py", 0, 1, 0],
+    ]
+    assert [check["name"] for check in told["checks"]] == ["test_oracle.py: test_text[a b]"]
 
 
 # ---- what is carried -----------------------------------------------------------------------------

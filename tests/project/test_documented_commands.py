@@ -106,6 +106,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"docker (build|run|exec|inspect)", "Docker; test_container.py reads the Dockerfile"),
     (r"python3(\.11)? -m venv ", "another environment"),
     (r"pip install ", "downloads"),
+    (r"tar xf onebase-gpu-check\.tar\.gz ", "on a machine with a GPU"),
     (r"(mv|cp -a|pg_dump|pg_restore|aws s3 sync) ", "other programs, on what is not there"),
 )
 
