@@ -96,6 +96,8 @@ def run_part(
         found |= {"state": "timed out", "error": f"it took more than {seconds:.0f} s"}
     elif not found["state"] or (process.returncode and found["state"] == "ok"):
         found |= {"state": "failed", "error": f"its process ended with {_status(process.returncode)}"}
+    elif found["state"] == "ok" and not all(check["held"] for check in found["checks"]):
+        found["state"] = "fails"
     if found["state"] in ("failed", "timed out"):
         found["log"] = tail(log, 25)[-4000:]
     return {"part": part.name, "title": part.title, "seconds": time.monotonic() - began, **found}

@@ -92,7 +92,8 @@ def kernels(setup: Setup, found: Findings) -> None:
     found.trying("joined layers", _join, setup, found, own, draw)
     found.trying("attention", _attention, setup, found, own, products.watch, products.per_second)
     found.trying("a norm", _norm, setup, found, own, products.watch, draw)
-    found.figure("forms of the kernels that were compiled or loaded", variants())
+    if not setup.interpreted:
+        found.figure("forms of the kernels that were compiled or loaded", variants())
 
 
 class Products:

@@ -305,7 +305,8 @@ def engine(setup: Setup, found: Findings) -> None:
         bytes_read = read + sum(sizes[name] for name in set(load.names))
         found.trying(load.title, measured.measure, load, bytes_read)
         measured.clear()
-    found.figure("forms of the kernels that were compiled or loaded", variants())
+    if not setup.interpreted:
+        found.figure("forms of the kernels that were compiled or loaded", variants())
     for place, count in measured.places.most_common(12):
         found.figure(f"syncs at {place}", count, "in four steps of each load")
     length = 20 if setup.interpreted else 2048
