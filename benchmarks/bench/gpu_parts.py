@@ -88,11 +88,13 @@ def own_kernels(setup: Setup, found: Findings) -> Kernels:
 
     if setup.interpreted:
         # It multiplies bf16 wrongly by itself. Trials of a model on few rows, and several pieces of a sum.
-        importlib.import_module("tests.engine.triton_on_cpu")
+        mended = importlib.import_module("tests.engine.triton_on_cpu")
         small: Any = (cuda, served)
         small[0].PIECE = small[0].SPLIT = small[0].tl.constexpr(64)
         small[1].TILE = 8
-        return cast(Kernels, cuda.CudaKernels())
+        own: Any = cuda.CudaKernels()
+        own.captures, own.capture = True, mended.Capture().of
+        return cast(Kernels, own)
     kernels = cuda.CudaKernels()
     wrong: str | None = None
     try:
@@ -290,7 +292,8 @@ def engine(setup: Setup, found: Findings) -> None:
     finish(setup)
     found.figure("making the engine, with its trials", time.perf_counter() - began, "s")
     found.figure("kernels", running.model.kernels.name)
-    found.figure("CUDA graphs", "built; not told apart here" if _graphs() else NOT_BUILT)
+    if running.model._graphs is None:
+        found.figure("CUDA graphs", NOT_BUILT)
     rank = 4 if setup.interpreted else 16
     sizes: dict[str, int] = {}
     for name in {name for load in loads for name in load.names}:
@@ -303,8 +306,9 @@ def engine(setup: Setup, found: Findings) -> None:
     measured = Decodes(setup, found, running, bandwidth(setup), rank, prompt, warm, steps)
     for load in loads:
         bytes_read = read + sum(sizes[name] for name in set(load.names))
-        found.trying(load.title, measured.measure, load, bytes_read)
-        measured.clear()
+        for graphs in (True, False) if running.model._graphs is not None else (False,):
+            found.trying(load.title, measured.measure, load, bytes_read, graphs)
+            measured.clear()
     if not setup.interpreted:
         found.figure("forms of the kernels that were compiled or loaded", variants())
     for place, count in measured.places.most_common(12):
@@ -334,17 +338,19 @@ class Decodes:
     ) -> None:  # fmt: skip
         self._setup, self._found, self._running, self._per_second = setup, found, running, per_second
         self._prompt, self._warm, self._steps = prompt, warm, steps
+        self._graphs = running.model._graphs
         self._asked: list[str] = []
         self.places: Counter[str] = Counter()
         """Of waits for the device."""
         found.figure("a large copy, read and written", per_second / 1e9, "GB/s")
-        headings = ["load", "ms a step", "tokens/s", "launches a step", "a layer", "syncs a step"]
+        headings = ["load", "graphs", "ms a step", "tokens/s", "launches a step", "a layer", "syncs a step"]
         headings += ["kernels a step", "GPU busy", "byte floor, ms", "of the bandwidth"]
         self._add = found.table(f"Decodes after {prompt} tokens, adapters of rank {rank}", headings)
 
-    def measure(self, load: Load, read: int) -> None:
-        """`read`: bytes of weights that a step reads."""
+    def measure(self, load: Load, read: int, graphs: bool) -> None:
+        """`read`: bytes of weights that a step reads. With CUDA graphs, or each kernel launched by itself."""
         setup, running = self._setup, self._running
+        running.model._graphs = self._graphs if graphs else None
         count = self._warm + self._steps + 32
         none: list[tuple[tuple[str, float], ...]] = [()] * load.rows
         names = [((name, 1.0),) for name in load.names] or none
@@ -373,12 +379,23 @@ class Decodes:
         floor = (read + load.rows * context * running.model.kv_bytes_per_token) / self._per_second
         times = (seconds * 1e3, load.rows / seconds, floor * 1e3, floor / seconds)
         step, rate, least, part = (None,) * 4 if setup.interpreted else times
-        self._add(load.title, step, rate, whole.total(), layer.total(), syncs, kernels, busy, least, part)
+        told = None if graphs else layer.total()
+        # What stands for a graph under the interpreter launches all of it again.
+        launches = None if graphs and setup.interpreted else whole.total()
+        self._add(
+            load.title, "on" if graphs else "off", step, rate, launches, told, syncs, kernels, busy,
+            least, part,
+        )  # fmt: skip
+        if graphs:
+            # A pass that is not captured is launched kernel by kernel, by way of the modules.
+            self._found.check(f"{load.title}: its steps are graphs", not layer, str(dict(layer))[:200])
+            return
         self._found.check(f"{load.title}: at most 20 launches a layer", layer.total() <= 20, str(dict(layer)))
         self._found.check(f"{load.title}: Triton's launches are counted", layer["_products"] > 0)
 
     def clear(self) -> None:
         """End all rows."""
+        self._running.model._graphs = self._graphs
         for name in self._asked:
             self._running.cancel(protocol.Cancel(id=name))
         while self._running.busy:
@@ -402,12 +419,6 @@ class Decodes:
         finally:
             layer.forward = forward
         return step.names, own.names
-
-
-def _graphs() -> bool:
-    """Whether the engine captures CUDA graphs."""
-    folder = Path(str(served.__file__)).parents[1]
-    return any("CUDAGraph" in file.read_text(encoding="utf-8") for file in folder.rglob("*.py"))
 
 
 def _start(running: Engine, asked: Sequence[Asked], warm: int) -> None:
@@ -518,6 +529,9 @@ def invariance(setup: Setup, found: Findings) -> None:
     if not small:
         compare("the other way round", serve(running, [_of(one, "back") for one in asked[::-1]], 1))
         compare("with prefixes that are cached", serve(running, asked))
+    if running.model._graphs is not None:
+        running.model._graphs = None
+        compare("without graphs", serve(running, [_of(one, "no graphs") for one in some]))
     del running
     # An odd number, so that no chunk ends with a block.
     compare("in small chunks", serve(new(step_tokens=7 if small else 333), asked))
@@ -584,8 +598,8 @@ def _make_short(setup: Setup, found: Findings, running: Engine) -> Callable[[], 
     forward, failed = running.model.forward, list[int]()
 
     def short(batch: Any) -> Any:
-        if batch.input_ids.shape[1] > 8:
-            failed.append(batch.input_ids.shape[1])
+        if len(batch.input_ids) > 8:
+            failed.append(len(batch.input_ids))
             raise torch.OutOfMemoryError("as if there were no memory")
         return forward(batch)
 

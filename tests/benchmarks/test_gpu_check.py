@@ -135,8 +135,10 @@ def test_under_the_interpreter_every_part_runs_and_its_report_has_a_page(only: s
             assert all(len(row) == len(table["headings"]) for row in table["rows"])
     assert "Everything that was checked holds." in (tmp_path / "gpu-check.md").read_text()
     if "engine" in wanted:
-        figures = {one["name"]: one["value"] for part in report["parts"] for one in part["figures"]}
-        assert figures["CUDA graphs"] == "not built"
+        table = next(part for part in report["parts"] if part["part"] == "engine")["tables"][0]
+        assert {(row[0], row[1]) for row in table["rows"]} == {
+            (load, graphs) for load in (row[0] for row in table["rows"]) for graphs in ("on", "off")
+        }
 
 
 def test_failures_are_read_from_what_pytest_prints_file_by_file(tmp_path: Path) -> None:
