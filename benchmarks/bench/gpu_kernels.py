@@ -18,7 +18,7 @@ from bench import random_base as bases
 from bench.gpu_parts import BLOCK, bandwidth, own_kernels, variants
 from bench.gpu_report import Findings, Setup, run_part
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
-from onebase_engine.kernels.interface import Contexts, Kernels, RowGroup, RowMap
+from onebase_engine.kernels.interface import Contexts, Kernels, LayerCache, RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.lora.weights import LoraWeights
 
@@ -217,7 +217,7 @@ def _attention(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, pe
         keys, values = (
             torch.zeros(kv, blocks * BLOCK, dim, dtype=torch.bfloat16, device=setup.device) for _ in range(2)
         )
-        sides.append(one.attention(keys, values, BLOCK, dim**-0.5, None, None))
+        sides.append(one.attention(LayerCache(keys, values, BLOCK), dim**-0.5, None, None))
     mine, theirs = sides
     total = sum(lengths)
     q, k, v = normal(heads, total), normal(kv, total), normal(kv, total)
