@@ -86,8 +86,9 @@ class Flaky:
         self.failures += 1
         cache = self._engine.model._attention.cache
         assert cache is not None
-        for tensor in (*cache.keys.values(), *cache.values.values()):
-            tensor[:, batch.contexts.write] = torch.nan
+        for layer in cache.layers.values():
+            for tensor in (layer.keys, layer.values):
+                tensor[:, batch.contexts.write] = torch.nan
         raise error
 
 
@@ -99,7 +100,7 @@ def once_in(*calls: int) -> Callable[[Batch], Exception | None]:
 
 def on_token(token: int) -> Callable[[Batch], Exception | None]:
     """Fails whenever a batch holds the token."""
-    return lambda batch: RuntimeError("a bad token") if token in batch.input_ids[0].tolist() else None
+    return lambda batch: RuntimeError("a bad token") if token in batch.input_ids.tolist() else None
 
 
 BAD = 300
