@@ -112,7 +112,7 @@ def test_what_cannot_be_asked_for_is_refused_at_once(
 @pytest.mark.parametrize(
     "only",
     # The others run so too, in two minutes: `gpu_check.py --device cpu`.
-    ["memory", pytest.param("kernels,engine,proof,peft", marks=pytest.mark.full)],
+    ["memory", pytest.param("engine,proof,peft", marks=pytest.mark.full)],
 )
 def test_under_the_interpreter_parts_run_and_their_report_has_a_page(only: str, tmp_path: Path) -> None:
     wanted = only.split(",")

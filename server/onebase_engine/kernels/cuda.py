@@ -633,6 +633,7 @@ class FixedStep:
         self._no_slot, self._padding_slot = slots, padding_slot
         self._here = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._there = self._here.to(device)
+        self._copied: Any = torch.cuda.Event() if device.type == "cuda" else None
         self._parts = [part.numpy() for part in torch.split(self._here, sizes)]
         ids, places, position, write, tiles, table, starts, *acting = torch.split(self._there, sizes)
         self.ids, self.positions = ids, places
@@ -648,6 +649,9 @@ class FixedStep:
         """Have another step: the tokens of its packed rows, int, where they stand and what acts on them."""
         own_ids, places, position, write, tiles, table, starts, term_rows, slots, weights = self._parts
         count = len(ids)
+        if self._copied is not None:
+            # After a step of which nothing is read, its copy may still be to come.
+            self._copied.synchronize()
         for part in self._parts:
             part[:] = 0
         own_ids[:count] = ids
@@ -670,6 +674,8 @@ class FixedStep:
         for own, new in zip((term_rows, slots, weights), columns, strict=True):
             own[: len(new)] = new
         self._there.copy_(self._here, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
 
 class CudaAttention:
