@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import queue
 import re
@@ -38,6 +39,8 @@ class Person:
         )
         os.close(end)
         self.seen = ""
+        # A terminal gives 4,096 bytes at a time: the last may be the first of a letter's.
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def sees(self, pattern: str, *, pressing: str = "") -> str:
         """Read on until `pattern` appears; gives everything new up to its end.
@@ -58,7 +61,7 @@ class Person:
                 new = b""
             if not new:
                 raise AssertionError(f"{pattern!r} never came after: {self.seen!r}")
-            self.seen += new.decode()
+            self.seen += self._decoder.decode(new)
         text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return text
 
