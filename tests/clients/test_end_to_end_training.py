@@ -45,7 +45,7 @@ def test_a_job_is_followed_paused_resumed_and_ends_as_an_adapter_that_answers(
     name = "sums"
     metadata = {"team": "arithmetic"}
     # 200 steps: it is not over before it is paused.
-    settings = TINY | {"epochs": 40, "eval_every": 100, "patience": 0}
+    settings = TINY | {"epochs": 40, "eval_every": 100}
     job = client.training.create(train, name=name, activate="always", seed=3, metadata=metadata, **settings)
     assert (job.name, job.status, job.info.seed) == (name, "validating_files", 3)
     assert client.files.get(job.info.training_file).filename == "rows %22é%22.jsonl"

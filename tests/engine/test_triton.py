@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -477,6 +478,12 @@ def test_a_captured_pass_gives_other_steps_the_bits_that_they_have_launched_one_
     replayed.clear()
     run(engine, [Request((5,), 8, 2)])
     assert not replayed[True], "it acts outside the kernels"
+
+
+@pytest.mark.parametrize("waits", [lambda: bool(torch.ones(2).sum() > 1), lambda: torch.tensor([3])])
+def test_a_pass_that_waits_for_the_device_is_not_captured(waits: Callable[[], Any]) -> None:
+    with pytest.raises(RuntimeError, match="while a pass is captured"):
+        triton_on_cpu.Capture().of(waits, torch.device("cpu"))
 
 
 def _counted(found: Any, replayed: Counter[bool]) -> Any:

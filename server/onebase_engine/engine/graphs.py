@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.kv_cache import DUMP_BLOCK
@@ -108,11 +109,5 @@ class Graphs:
             return None
         rank = max((self.ranks.get(slot, 0) for slot in slots), default=0)
         splits = int(batch.contexts.position.max(initial=0)) // cuda.SPLIT.value + 1
-        return StepSize(
-            rows, _power_of_2(splits), terms, max(_power_of_2(rank), cuda.RANKS.value) if terms else 0
-        )
-
-
-def _power_of_2(number: int) -> int:
-    """The next one."""
-    return 1 << (number - 1).bit_length() if number > 0 else 0
+        rank = triton.next_power_of_2(max(rank, cuda.RANKS.value)) if terms else 0
+        return StepSize(rows, triton.next_power_of_2(splits), terms, rank)
