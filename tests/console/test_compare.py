@@ -102,7 +102,8 @@ def test_all_columns_stream_at_once_and_stop_together(
         visit.page.get_by_label("Message to all columns").fill("one two three four five six seven")
         visit.page.get_by_role("button", name="Ask all 12").click()
         with server.client() as http:
-            step(24)
+            server.step_until_rows(step, 12)
+            step(1)
             expect(visit.page.locator(".answer .text")).to_have_count(12)
             step(24)
             stop = visit.page.get_by_role("button", name="Stop")

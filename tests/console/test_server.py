@@ -29,7 +29,7 @@ def test_rows_memory_and_speed_are_those_of_the_server(
         rows = page.locator(".tiles div", has_text="Rows that run").locator("dd")
         asking.open("#/compare?c=a:orders&c=b&n=4000&m=one%20two%20three")
         asking.page.get_by_role("button", name="Ask all 2").click()
-        step(4)
+        server.step_until_rows(step, 2)
         expect(rows).to_contain_text("2")
         expect(page.get_by_role("figure", name="Tokens a second")).to_be_visible()
         with server.client() as http:

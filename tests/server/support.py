@@ -88,6 +88,16 @@ class Server:
                 raise TimeoutError(f"no luck within {seconds} s:\n{self.log}")
             time.sleep(0.05)
 
+    def step_until_rows(self, step: Callable[[int], None], rows: int) -> None:
+        """Give a scripted engine steps, one by one, until so many rows run: the first may take several."""
+        with self.client() as http:
+
+            def run() -> bool:
+                step(1)
+                return bool(http.get("/status").json()["stats"]["rows_running"] == rows)
+
+            self.wait_for(run)
+
     def exit_status(self, seconds: float = 60.0) -> int:
         """Wait for the process to end."""
         status = self.process.wait(seconds)
