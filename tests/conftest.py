@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from tests.forks import Nursery
+from tests.forks import Nursery, with_room
 
 # On a busy machine an example may take any time; fixtures that a function shares are meant so.
 settings.register_profile(
@@ -62,6 +63,8 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        item.runtest = functools.partial(with_room, item.runtest)  # type: ignore[method-assign]
     if not hasattr(config, "workerinput"):
         return
     groups = {file: group_of(file) for file in {file_of(item.nodeid) for item in items}}

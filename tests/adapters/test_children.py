@@ -112,12 +112,13 @@ import sys
 models = f"{sep}transformers{sep}models{sep}"
 opened = []
 sys.addaudithook(lambda event, args: event == "open" and models in str(args[0]) and opened.append(args[0]))
-from onebase_engine.transformers_index import remember_transformers_index
-if {remember}:
-    remember_transformers_index()
+from onebase_engine.imports import quick_imports
+from contextlib import nullcontext
 sys.modules["torch"] = None
-import json, transformers
-import transformers.models.auto
+import json
+with quick_imports() if {remember} else nullcontext():
+    import transformers
+    import transformers.models.auto
 found = [transformers.AutoTokenizer.__name__, transformers.models.llama.LlamaConfig.__name__]
 names = [sorted(dir(module)) for module in (transformers, transformers.models, transformers.models.auto)]
 print(json.dumps([found, names, len(opened)]))

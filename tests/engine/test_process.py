@@ -37,7 +37,7 @@ class EngineClient:
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(PATIENCE)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "onebase_server.processes.engine", "--fd", str(theirs.fileno())],
+            [sys.executable, "-m", "onebase_server.processes", "engine", "--fd", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -283,7 +283,7 @@ class Api:
         self._socket.settimeout(PATIENCE)
         options = ["--fd", str(theirs.fileno()), "--base-fd", str(published.fd)]
         self.process = subprocess.Popen(
-            [sys.executable, *(command or ("-m", "onebase_server.processes.verifier")), *options],
+            [sys.executable, *(command or ("-m", "onebase_server.processes", "verifier")), *options],
             pass_fds=[theirs.fileno(), published.fd],
             stderr=subprocess.DEVNULL,
         )

@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
+from onebase_engine.imports import quick_imports
 from onebase_engine.machine import return_freed_memory
-from onebase_engine.transformers_index import remember_transformers_index
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.text import BytePieces, PieceDecoder, ShownPieces, WindowPieces
 from onebase_server.generation.tool_format import ToolFormat, read_format
@@ -260,10 +260,10 @@ def leave_torch_out() -> None:
     if "torch" in sys.modules:
         return
     sys.modules["torch"] = None  # type: ignore[assignment]  # the import system's mark for "not there"
-    remember_transformers_index()
     logging.disable(logging.WARNING)  # transformers says once that it found no torch
     try:
-        import transformers  # noqa: F401  (it looks for torch when it is imported)
+        with quick_imports():
+            import transformers  # noqa: F401  (it looks for torch when it is imported)
     finally:
         logging.disable(logging.NOTSET)
 

@@ -19,8 +19,8 @@ from typing import Generic, TypeVar
 import msgspec
 
 from onebase_engine.engine.messages import FrameReader, encode
+from onebase_engine.imports import quick_imports
 from onebase_engine.logs import set_up_logs
-from onebase_engine.transformers_index import remember_transformers_index
 
 GOODBYE_SECONDS = 5.0
 """From the api's end until a child is gone, whatever it computes."""
@@ -60,8 +60,8 @@ def begin(name: str, *, niceness: int = 0) -> Inherited:
 
 def _silence_libraries() -> None:
     """Drop advice for people who call the libraries themselves; here nobody could follow it."""
-    remember_transformers_index()
-    import transformers
+    with quick_imports():
+        import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.disable_progress_bar()

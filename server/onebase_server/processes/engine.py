@@ -1,6 +1,6 @@
 """The engine process: how it starts, and the loop of its steps.
 
-The api runs it as `python -m onebase_server.processes.engine --fd N [--base-fd M]`.
+The api runs it as `python -m onebase_server.processes engine --fd N [--base-fd M]`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import logging
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -351,7 +350,3 @@ def _base_info(
         hidden_size=int(base.config.get_text_config().hidden_size),  # type: ignore[union-attr, operator]
         load_seconds=seconds,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,7 +20,7 @@ import msgspec
 from onebase_engine.engine.messages import FrameReader, ToEngine, encode
 from onebase_engine.environment import computing_environment
 
-ENGINE_COMMAND = (sys.executable, "-m", "onebase_server.processes.engine")
+ENGINE_COMMAND = (sys.executable, "-m", "onebase_server.processes", "engine")
 DEATH_SECONDS = 2.0
 """A process that was killed is gone by then, unless the system holds it."""
 

@@ -1,6 +1,6 @@
 """A trainer process: does one job, or the check of one, and then it ends.
 
-The api runs it as `python -m onebase_server.processes.trainer --fd N [--base-fd M] [--busy-fd K]`.
+The api runs it as `python -m onebase_server.processes trainer --fd N [--base-fd M] [--busy-fd K]`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import os
 import resource
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -307,7 +306,3 @@ def private_bytes(status: Path = Path("/proc/self/status")) -> int:
         if line.startswith("VmData:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,7 +23,7 @@ from onebase_server.processes.trainer_protocol import (
     from_trainer_decoder,
 )
 
-TRAINER_COMMAND = (sys.executable, "-m", "onebase_server.processes.trainer")
+TRAINER_COMMAND = (sys.executable, "-m", "onebase_server.processes", "trainer")
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 """Threads of a trainer that wait for each other must not spin on cores that serving uses."""
 LAST_WORDS_SECONDS = 10.0

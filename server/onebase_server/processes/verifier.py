@@ -1,6 +1,6 @@
 """The verifier process: attaches the base that an engine published, and proves versions on it.
 
-The api runs it as `python -m onebase_server.processes.verifier --fd N [--base-fd M]`.
+The api runs it as `python -m onebase_server.processes verifier --fd N [--base-fd M]`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -230,7 +229,3 @@ class _Reporter:
         if stage != self._stage or now - self._sent_at >= PROGRESS_SECONDS:
             self._stage, self._sent_at = stage, now
             self._channel.send(Progress(digest=self._digest, stage=stage, fraction=fraction))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

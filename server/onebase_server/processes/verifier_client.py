@@ -39,7 +39,7 @@ from onebase_server.processes.verifier_protocol import (
     scratch_folder,
 )
 
-VERIFIER_COMMAND = (sys.executable, "-m", "onebase_server.processes.verifier")
+VERIFIER_COMMAND = (sys.executable, "-m", "onebase_server.processes", "verifier")
 PROBES = ("The capital of France is", "def add(a, b):\n")
 """Prompts whose greedy texts are compared with PEFT's."""
 PROBE_TOKENS = 8

@@ -29,7 +29,7 @@ from onebase_adapters.training.cli.options import (
 from onebase_adapters.training.data.dataset import DataError, Dataset, check_labels
 from onebase_adapters.training.recipe import Recipe
 from onebase_engine.base.default_base import DEFAULT_BASE, BaseError, resolve_base
-from onebase_engine.transformers_index import remember_transformers_index
+from onebase_engine.imports import quick_imports
 
 if TYPE_CHECKING:
     from onebase_adapters.training.data.report import DataReport, Example
@@ -164,8 +164,8 @@ def _tokenizer(base: str, bar: Progress) -> Any:
     except BaseError as error:
         raise UsageError(f"--base: {error}") from error
     bar.update(task, description="loading the tokenizer", completed=0.5)
-    remember_transformers_index()
-    from transformers import AutoTokenizer
+    with quick_imports():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -50,7 +50,7 @@ from onebase_engine.base.default_base import (
     parse_repo,
 )
 from onebase_engine.base.hub_access import first_line, hub_silence
-from onebase_engine.transformers_index import remember_transformers_index
+from onebase_engine.imports import quick_imports
 
 if TYPE_CHECKING:
     import torch
@@ -371,10 +371,10 @@ def find_config(spec: str, cache: Path | None = None) -> Any:
         BaseSpecError: it is none of these, or no config of a base that can be trained.
         BaseFetchError: the download failed.
     """
-    remember_transformers_index()
-    from transformers import AutoConfig
+    with quick_imports():
+        from transformers import AutoConfig
 
-    from onebase_engine.base.load import UnsupportedBaseError, check_servable
+        from onebase_engine.base.load import UnsupportedBaseError, check_servable
 
     path = _config_file(spec, cache)
     try:

@@ -31,7 +31,7 @@ from onebase_engine.base.default_base import (
     ResolvedBase,
     resolve_base,
 )
-from onebase_engine.transformers_index import remember_transformers_index
+from onebase_engine.imports import quick_imports
 
 if TYPE_CHECKING:
     from onebase_engine.base.load import BaseSettings
@@ -219,8 +219,9 @@ def quiet_libraries() -> None:
     # Processes that share cores, such as a server and a run, would otherwise spin while they wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    remember_transformers_index()
-    import transformers
+    with quick_imports():
+        import peft  # noqa: F401  (not used here, but by every run)
+        import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
