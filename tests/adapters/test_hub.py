@@ -562,7 +562,7 @@ def test_a_file_that_is_not_the_repositorys_is_not_taken_from_the_process(
     (repo / "link").symlink_to(secret)
     for path in (secret, repo / "link", repo / ".." / "models--acme--other", repo):
         answer = {"paths": [str(path)] * 2, "sha256": [None, None]}
-        program = f"import json; print(json.dumps({answer!r}))"
+        program = f"import json, sys; sys.stdin.readline(); print(json.dumps({answer!r}))"
         monkeypatch.setattr(hub_pull, "_COMMAND", (sys.executable, "-c", program))
         with pytest.raises(HubError, match="not its own") as refused:
             pull(REF, commit, store, MANY)

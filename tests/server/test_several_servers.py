@@ -115,6 +115,22 @@ def kept_step(folder: Path, job_id: str) -> int:
     return int(step)
 
 
+def stop_between_writes(server: Server, folder: Path) -> None:
+    """SIGSTOP; never while it writes to the registry, since SQLite would have everybody wait for it."""
+
+    def stopped() -> bool:
+        server.signal(signal.SIGSTOP)
+        try:
+            with closing(sqlite3.connect(folder / "registry.db", timeout=1)) as database:
+                database.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            server.signal(signal.SIGCONT)
+            return False
+        return True
+
+    server.wait_for(stopped)
+
+
 def check_delivered_once(server: Server, client: OpenAI, job_id: str, folder: Path) -> None:
     """The job has made one version, which is served, and left nothing to go on from."""
     job = client.fine_tuning.jobs.retrieve(job_id)
@@ -158,7 +174,7 @@ def test_a_server_that_stood_still_while_its_job_was_taken_over_does_no_harm(
     wait_job(one, here, job.id, lambda job: step_of(job) == 7)
     one.wait_for(lambda: kept_step(tmp_path, job.id) == 5)
     (trainer,) = one.trainer_pids()
-    one.signal(signal.SIGSTOP)
+    stop_between_writes(one, tmp_path)
     wait_job(other, there, job.id, ended)
     told = messages(there, job.id)
     one.signal(signal.SIGCONT)
