@@ -26,8 +26,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bench import random_base as bases
-from bench.gpu_report import NOT_BUILT, Findings, Setup, run_part
-from onebase_engine.base.load import base_bytes
+from bench.gpu_report import NOT_BUILT, Findings, Setup, run_part, shown
+from onebase_engine.base.layers import adaptable_layers, empty_base
+from onebase_engine.base.load import base_bytes, estimate_memory
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine import model as served
@@ -311,6 +312,8 @@ def engine(setup: Setup, found: Findings) -> None:
             measured.clear()
     if not setup.interpreted:
         found.figure("forms of the kernels that were compiled or loaded", variants())
+    if measured.launches:
+        found.trying("a prediction", predict, found, *measured.launches[-1])
     for place, count in measured.places.most_common(12):
         found.figure(f"syncs at {place}", count, "in four steps of each load")
     length = 20 if setup.interpreted else 2048
@@ -342,6 +345,8 @@ class Decodes:
         self._asked: list[str] = []
         self.places: Counter[str] = Counter()
         """Of waits for the device."""
+        self.launches: list[tuple[int, int]] = []
+        """Of each load: in a layer, and outside of the layers. Only under the interpreter."""
         found.figure("a large copy, read and written", per_second / 1e9, "GB/s")
         headings = ["load", "graphs", "ms a step", "tokens/s", "launches a step", "a layer", "syncs a step"]
         headings += ["kernels a step", "GPU busy", "byte floor, ms", "of the bandwidth"]
@@ -390,6 +395,9 @@ class Decodes:
             # A pass that is not captured is launched kernel by kernel, by way of the modules.
             self._found.check(f"{load.title}: its steps are graphs", not layer, str(dict(layer))[:200])
             return
+        if setup.interpreted:
+            layers = bases.SHAPES[setup.shape]["num_hidden_layers"]
+            self.launches.append((layer.total(), whole.total() - layers * layer.total()))
         self._found.check(f"{load.title}: at most 20 launches a layer", layer.total() <= 20, str(dict(layer)))
         self._found.check(f"{load.title}: Triton's launches are counted", layer["_products"] > 0)
 
@@ -419,6 +427,51 @@ class Decodes:
         finally:
             layer.forward = forward
         return step.names, own.names
+
+
+SHEET = ("H100", 3.35e12)
+"""The GPU that is predicted, and its bandwidth by its data sheet, bytes a second."""
+REACHED = (0.85, 0.6)
+"""The part of it that products reach, at best and at worst."""
+LAUNCH = ((1e-6, 4e-6), (2.5e-6, 10e-6))
+"""Seconds for each kernel besides its bytes, in a CUDA graph and outside of one, at best and at worst."""
+CONTEXT = 156
+
+
+def predict(found: Findings, in_layer: int, outside: int) -> None:
+    """What decodes would take on a GPU that nobody ran them on, from bytes and launches.
+
+    Args:
+        in_layer: launches of a layer, as they were counted.
+        outside: those of a step beside its layers', half of which a graph holds.
+    """
+    from transformers import LlamaConfig
+
+    shape = bases.SHAPES["8b"]
+    base: Any = empty_base(LlamaConfig(**shape, tie_word_embeddings=False))
+    linear = {name: layer for name, layer in adaptable_layers(base).items() if layer.kind == "linear"}
+    name, bandwidth = SHEET
+    memory = estimate_memory(base, "nf4", dtype=torch.bfloat16)
+    layers = shape["num_hidden_layers"]
+    # The kernels read a block's statistic in fp32, of which one byte is stored.
+    weights = sum(one.size_in * one.size_out for key, one in linear.items() if "lm_head" not in key)
+    read = memory.total - base.get_input_embeddings().weight.numel() * 2 + 3 * weights // bases.BLOCKSIZE
+    row = CONTEXT * 2 * 2 * layers * shape["num_key_value_heads"] * shape["head_dim"]
+    headings = ["load", "GB a step", "launches", "ms a step", "tokens/s", "byte floor, ms"]
+    add = found.table(f"PREDICTED for an {name}, not measured: the shape of an 8B, rank 16", headings)
+    for load in FULL:
+        wanted = bases.ALL_LINEAR if load.kind == "f" else bases.ATTENTION
+        of_one = sum(64 * (one.size_in + one.size_out) for key, one in linear.items() if key.endswith(wanted))
+        moved = read + load.adapters * of_one + load.rows * row
+        times = [
+            moved / (bandwidth * part) + (layers * in_layer + outside / 2) * inside + outside / 2 * apart
+            for part, (inside, apart) in zip(REACHED, LAUNCH, strict=True)
+        ]
+        add(
+            load.title, moved / 1e9, layers * in_layer + outside,
+            " to ".join(shown(one * 1e3) for one in times),
+            " to ".join(shown(load.rows / one) for one in reversed(times)), moved / bandwidth * 1e3,
+        )  # fmt: skip
 
 
 def _start(running: Engine, asked: Sequence[Asked], warm: int) -> None:

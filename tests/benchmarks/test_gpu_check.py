@@ -133,7 +133,13 @@ def test_under_the_interpreter_parts_run_and_their_report_has_a_page(only: str, 
             assert all(len(row) == len(table["headings"]) for row in table["rows"])
     assert "Everything that was checked holds." in (tmp_path / "gpu-check.md").read_text()
     if "engine" in wanted:
-        table = next(part for part in report["parts"] if part["part"] == "engine")["tables"][0]
+        engine = next(part for part in report["parts"] if part["part"] == "engine")
+        table, predicted = engine["tables"]
+        assert predicted["title"].startswith("PREDICTED")
+        # A step of an 8B's 4-bit weights: more than half a byte each, on a card that reads 3.35 TB a second.
+        assert 4.7 < predicted["rows"][0][1] < 5.3
+        floors = [row[-1] for row in predicted["rows"]]
+        assert floors == sorted(floors)
         assert {(row[0], row[1]) for row in table["rows"]} == {
             (load, graphs) for load in (row[0] for row in table["rows"]) for graphs in ("on", "off")
         }
