@@ -47,7 +47,7 @@ from onebase_engine.kernels import cuda
 from onebase_engine.kernels.cuda import CudaKernels, CudaLayers, CudaLinear
 from onebase_engine.kernels.interface import Contexts, RowMap
 from onebase_engine.kernels.reference import ReferenceLinear
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.lora.weights import LoraWeights, narrowed, weights_bytes
 
 pytestmark = pytest.mark.skipif(
     not cuda.INTERPRETED.value, reason="with a GPU here Triton compiles for it, in this process"
@@ -189,6 +189,31 @@ def test_matrices_that_begin_anywhere_are_read_right(kernels: CudaKernels) -> No
         assert all(tensor.data_ptr() % cuda.ALIGNMENT == 0 for tensor in found._held[0])
         got.append(found(x, row_map(mixes)))
     assert torch.equal(*got)
+
+
+@FEW
+@given(rank=st.sampled_from([1, 16, 40]), rows=st.sampled_from([1, 17]), seed=st.integers(0, 9))
+def test_matrices_whose_numbers_are_those_of_bf16_take_half_the_bytes_and_give_the_same_bits(
+    kernels: CudaKernels, rank: int, rows: int, seed: int
+) -> None:
+    found = linear(kernels, nf4(IN, OUT))
+    whole = lora(rank, seed)
+    whole = replace(whole, a=whole.a.bfloat16().float(), b=whole.b.bfloat16().float())
+    whole.a[0, :3] = torch.tensor([-0.0, 1e-39, 3e38]).bfloat16().float()
+    x = random(rows, IN, seed=seed).to(torch.bfloat16)
+    mixes: list[dict[int, float]] = [{0: 0.5, 1: 1.0}] * rows
+    found.put(1, lora(16, 3))
+    given = {"one": whole, "fp32": lora(rank, seed), "biased": replace(whole, bias=torch.ones(OUT))}
+    halved = narrowed(given, given)
+    assert (halved["fp32"], halved["biased"]) == (given["fp32"], given["biased"])
+    own = halved["one"]
+    assert isinstance(own, LoraWeights)
+    assert 2 * weights_bytes({"one": own}) == weights_bytes({"one": whole})
+    got = []
+    for weights in (whole, own):
+        found.put(0, weights)
+        got.append([found(x, row_map(mixes)), found(x.float(), row_map(mixes))])
+    assert all(map(torch.equal, *got))
 
 
 def test_a_slot_that_is_emptied_acts_no_more(kernels: CudaKernels) -> None:
@@ -454,6 +479,18 @@ def test_an_engine_serves_texts_of_peft_the_same_bits_in_any_company_and_few_lau
     assert launches.counted.total() <= 20, launches.counted
     alone = lab.engine(model=ServedModel(lab.base, 4, kernels=kernels), slots=4, step_tokens=5)
     assert run(alone, asked[:1]) == together[:1]
+    # Numbers of bf16 are kept in it.
+    bf16 = {
+        name: replace(one, a=one.a.bfloat16().float(), b=one.b.bfloat16().float())
+        for name, one in lab.weights[2].items()
+        if isinstance(one, LoraWeights)
+    }
+    kept = served.kept(bf16)
+    assert 2 * weights_bytes(kept) == weights_bytes(bf16)
+    for number, weights in ((90, bf16), (91, kept)):
+        engine.put_adapter(f"digest{number}", weights)
+    whole, half = (run(engine, [replace(first, adapter=number, at=0)]) for number in (90, 91))
+    assert whole == half
 
 
 @pytest.mark.full

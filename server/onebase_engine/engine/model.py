@@ -20,7 +20,7 @@ from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap
 from onebase_engine.kernels.reference import sent
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotLinear, wrap_layers
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights
+from onebase_engine.lora.weights import AdapterWeights, LoraWeights, folded
 
 if TYPE_CHECKING:
     from onebase_engine.engine.graphs import Graphs
@@ -154,6 +154,10 @@ class ServedModel:
             return self._forward((every[None] * 7 + number) % words, places[None], every)
         finally:
             self._attention.step = None
+
+    def kept(self, weights: AdapterWeights) -> AdapterWeights:
+        """A version's finished tensors as host memory keeps them: what changes no bit is done once, here."""
+        return self._slots.narrowed(folded(weights))
 
     def move_slots(
         self, moves: Mapping[int, str | None], weights_of: Callable[[str], AdapterWeights]

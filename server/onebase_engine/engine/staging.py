@@ -23,7 +23,6 @@ from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_a
 from onebase_engine.lora.weights import (
     AdapterWeights,
     ModuleWeights,
-    folded,
     host_bytes,
     moved,
     tensors_of,
@@ -47,6 +46,7 @@ class PackedAdapterLoader:
     """Reads one file after the other and hands over each result by a call from its thread.
 
     `load`, `forget` and `wanted` are the stepping thread's. `layers`: the base's, which a file must fit.
+    `prepare`: what is done to the tensors before they are kept.
     """
 
     def __init__(
@@ -54,8 +54,10 @@ class PackedAdapterLoader:
         device: torch.device,
         layers: Mapping[str, LayerShape],
         deliver: Callable[[Arrived | AdapterFailed], None],
+        prepare: Callable[[AdapterWeights], AdapterWeights],
     ) -> None:
         self._layers = layers
+        self._prepare = prepare
         self._pin = device.type == "cuda"
         self._deliver = deliver
         self._orders: queue.SimpleQueue[LoadAdapter] = queue.SimpleQueue()
@@ -91,7 +93,7 @@ class PackedAdapterLoader:
 
     def _read(self, order: LoadAdapter) -> Arrived:
         started = time.monotonic()
-        weights = folded(read_packed_adapter(Path(order.path), order.sha256, layers=self._layers))
+        weights = self._prepare(read_packed_adapter(Path(order.path), order.sha256, layers=self._layers))
         if self._pin:
             weights = pinned(weights)
         return Arrived(

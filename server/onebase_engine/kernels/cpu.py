@@ -242,6 +242,7 @@ class CpuKernels:
     row_multiple = 1
     joins = True
     drafts = True
+    narrows = False
     captures = False
 
     def __init__(self, library: Any, name: str) -> None:

@@ -63,8 +63,9 @@ FEW_ROWS, MANY_ROWS = 16, 64
 WEIGHT, ABSMAX, CODE, BIAS = (tl.constexpr(number) for number in range(4))
 SLOTS, SIZE_OUT, BLOCKSIZE, FACTS = (tl.constexpr(number) for number in range(4, 8))
 """What the kernels are told of a layer, int64: addresses, sizes; and how many of these there are."""
-A, B, RANK, SCALE, SLOT_FACTS = (tl.constexpr(number) for number in range(5))
-"""And of a slot: addresses of A and B, the rank (0: empty), the bits of the scale in fp32."""
+A, B, RANK, SCALE, NARROW, SLOT_FACTS = (tl.constexpr(number) for number in range(6))
+"""And of a slot: addresses of A and B, the rank (0: empty), the bits of the scale in fp32, and whether A and
+B are in bf16 instead of fp32."""
 
 FIXED = "cuda"
 """In `held` of a step at fixed places."""
@@ -151,6 +152,19 @@ def _unpack(weight, absmax, code, plain, size_in, blocksize, size_out):
 
 
 @triton.jit
+def _matrix(address, place, mask, narrow):
+    """Numbers of A or B, fp32."""
+    if narrow != 0:
+        narrow_ones = tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)), 16)
+        found = tl.load(narrow_ones + place, mask=mask, other=0.0).to(tl.float32)
+    else:
+        found = tl.load(
+            tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16) + place, mask=mask, other=0.0
+        )
+    return found
+
+
+@triton.jit
 def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, most_rank):
     """hidden[layer, piece, term, rank] = x32 @ A.T over a piece: one row and one slot a program."""
     term, piece = tl.program_id(0).to(tl.int64), tl.program_id(2)
@@ -162,13 +176,13 @@ def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, most_rank):
     if block * RANKS < size:
         rank = (block * RANKS + tl.arange(0, RANKS)).to(tl.int64)
         inside = rank < size
-        a = tl.multiple_of(tl.load(own + A).to(tl.pointer_type(tl.float32)), 16)
+        a, narrow = tl.load(own + A), tl.load(own + NARROW)
         row = tl.load(row_of + term).to(tl.int64)
         sums = tl.zeros((RANKS, STEP), dtype=tl.float32)
         for first in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, size_in), STEP):
             some = first + tl.arange(0, STEP)
             xs = tl.load(x + row * size_in + some).to(tl.float32)
-            w = tl.load(a + rank[:, None] * size_in + some[None, :], mask=inside[:, None], other=0.0)
+            w = _matrix(a, rank[:, None] * size_in + some[None, :], inside[:, None], narrow)
             sums += w * xs[None, :]
         place = ((layer * tl.num_programs(2) + piece) * terms + term) * most_rank + rank
         tl.store(hidden + place, tl.sum(sums, axis=1), mask=inside)
@@ -178,7 +192,7 @@ def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, most_rank):
 def _added(hidden, own, out, there, terms, term, first_piece, pieces, most_rank):
     """What one slot adds to a row's outputs, before the row's own weight, fp32."""
     size = tl.load(own + RANK)
-    b = tl.load(own + B).to(tl.pointer_type(tl.float32))
+    b, narrow = tl.load(own + B), tl.load(own + NARROW)
     sums = tl.zeros((OUTPUTS, RANKS), dtype=tl.float32)
     for first in range(0, size, RANKS):
         rank = first + tl.arange(0, RANKS)
@@ -188,7 +202,7 @@ def _added(hidden, own, out, there, terms, term, first_piece, pieces, most_rank)
             place = ((first_piece + piece) * terms + term) * most_rank + rank
             low += tl.load(hidden + place, mask=inside, other=0.0)
         some = there[:, None] & inside[None, :]
-        sums += tl.load(b + out[:, None] * size + rank[None, :], mask=some, other=0.0) * low[None, :]
+        sums += _matrix(b, out[:, None] * size + rank[None, :], some, narrow) * low[None, :]
     return tl.sum(sums, axis=1) * tl.load(own + SCALE).to(tl.int32).to(tl.float32, bitcast=True)
 
 
@@ -344,10 +358,10 @@ class CudaLinear:
         self._held.pop(slot, None)
         facts = [0] * SLOT_FACTS.value
         if weights is not None:
-            a, b = _aligned(weights.a.float()), _aligned(weights.b.float())
+            a, b = _aligned(weights.a), _aligned(weights.b)
             self._held[slot] = a, b
             bits = int(np.float32(weights.scale).view(np.int32))
-            facts = [a.data_ptr(), b.data_ptr(), weights.rank, bits]
+            facts = [a.data_ptr(), b.data_ptr(), weights.rank, bits, int(a.dtype == torch.bfloat16)]
         self._slots[slot] = sent(np.array(facts), self._slots.device)
         self.most_rank = max((len(a) for a, _ in self._held.values()), default=0)
 
@@ -751,6 +765,7 @@ class CudaKernels:
     row_multiple = 1
     joins = True
     drafts = True
+    narrows = True
     captures = not INTERPRETED.value
 
     def __init__(self) -> None:

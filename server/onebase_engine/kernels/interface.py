@@ -152,6 +152,8 @@ class Kernels(Protocol):
     """Whether it has several layers as one, and attention that turns queries and keys."""
     drafts: bool
     """Whether a chunk of a few tokens costs little more than one token does."""
+    narrows: bool
+    """Whether it takes A and B of a plain LoRA in bf16 as well."""
     captures: bool
     """Whether passes are captured as graphs of CUDA (`engine/graphs.py`)."""
 

@@ -49,6 +49,7 @@ class ReferenceKernels:
     name = "torch"
     joins = False
     drafts = False
+    narrows = False
     captures = False
 
     def __init__(self, *, tiled: bool = True) -> None:
@@ -165,7 +166,9 @@ class ReferenceLinear:
             lora = self.plain.get(slot)
             if lora is None:
                 continue
-            delta = scaled(functional.linear(functional.linear(x, lora.a), lora.b), lora.scale)
+            delta = scaled(
+                functional.linear(functional.linear(x, lora.a.float()), lora.b.float()), lora.scale
+            )
             delta = scaled(delta, weight)
             total = delta if total is None else total + delta
         return total

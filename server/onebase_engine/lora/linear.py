@@ -42,6 +42,7 @@ class SlotLinear(SlotModule):
         """`unpacked`: to keep a 4-bit weight as the product has it, too."""
         super().__init__(base, step, kernels, head=head)
         self.quantized = type(base).__name__ in ("Linear4bit", "Linear8bitLt")
+        self.narrows = kernels.narrows
         self.shared: SharedRows | None = None
         self.kernel = kernels.linear(base, slots, unpacked=unpacked)
 

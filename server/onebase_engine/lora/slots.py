@@ -17,7 +17,7 @@ from onebase_engine.kernels.interface import Kernels
 from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.linear import SlotLinear
 from onebase_engine.lora.module import Replacement, SlotModule, StepRows, Terms, saved_twin
-from onebase_engine.lora.weights import AdapterWeights, ModuleWeights, SavedModule, moved
+from onebase_engine.lora.weights import AdapterWeights, ModuleWeights, SavedModule, moved, narrowed
 
 __all__ = [
     "AdapterSlots",
@@ -87,13 +87,20 @@ class AdapterSlots:
         self._modules = modules
         self._device = device
         self._touched: list[tuple[str, ...]] = [()] * slots
+        self._narrow = frozenset(
+            name for name, module in modules.items() if isinstance(module, SlotLinear) and module.narrows
+        )
+
+    def narrowed(self, weights: AdapterWeights) -> AdapterWeights:
+        """A version's weights in host memory as slots take them: in half the bytes where that is exact."""
+        return narrowed(weights, self._narrow)
 
     @torch.inference_mode()
     def load(self, slot: int, weights: AdapterWeights) -> None:
         """Put a version's weights into an empty slot."""
         self._touched[slot] = tuple(weights)
         copies: dict[int, torch.Tensor] = {}
-        for name, module in weights.items():
+        for name, module in self.narrowed(weights).items():
             self._modules[name].put(slot, moved(module, self._device, copies))
 
     @torch.inference_mode()

@@ -7,7 +7,7 @@ the dtype of the module it replaces.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -18,7 +18,10 @@ from onebase_engine.base.layers import LayerShape
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """One module's matrices, fp32: `a` [rank, in], `b` [out, rank]. For an embedding `a` is [vocab, rank]."""
+    """One module's matrices, fp32: `a` [rank, in], `b` [out, rank]. For an embedding `a` is [vocab, rank].
+
+    Where the kernels take it, `a` and `b` of a plain one are bf16 if that changes none of their numbers.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -144,6 +147,29 @@ def composable(weights: AdapterWeights) -> bool:
 def folded(weights: AdapterWeights) -> AdapterWeights:
     """Each module with its scale in B, where that changes no bit."""
     return {name: module.folded() for name, module in weights.items()}
+
+
+def narrowed(weights: AdapterWeights, linear: Container[str]) -> AdapterWeights:
+    """Each plain LoRA of the modules `linear` in bf16, half its bytes, where that changes no number.
+
+    That is so for what was saved in bf16, as long as its scale is a power of two. What is on an accelerator
+    stays as it is: nobody waits for it.
+    """
+
+    def narrow(tensor: torch.Tensor) -> torch.Tensor | None:
+        halved = tensor.to(torch.bfloat16)
+        return halved if torch.equal(halved.to(tensor.dtype), tensor) else None
+
+    result = dict(weights)
+    for name, module in weights.items():
+        if name not in linear or not isinstance(module, LoraWeights) or not module.plain:
+            continue
+        if module.a.device.type == "cpu" and module.a.dtype == torch.float32:
+            a = narrow(module.a)
+            b = None if a is None else narrow(module.b)
+            if a is not None and b is not None:
+                result[name] = replace(module, a=a, b=b)
+    return result
 
 
 def without_head(weights: AdapterWeights) -> AdapterWeights:

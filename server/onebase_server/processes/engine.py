@@ -95,7 +95,7 @@ def run(sock: socket.socket, base_fd: int | None = None) -> int:
 
 
 def _serve(engine: Engine, channel: EngineChannel) -> int:
-    loader = PackedAdapterLoader(engine.model.device, engine.layers, channel.post)
+    loader = PackedAdapterLoader(engine.model.device, engine.layers, channel.post, engine.model.kept)
     failures, reported, paused = 0, time.monotonic(), False
     while True:
         for message in channel.arrived(0 if engine.busy and not paused else IDLE_SECONDS):
