@@ -62,7 +62,7 @@ def measure(model: ServedModel, base: torch.nn.Module, tokenizer: Tokenizer, tok
     short = [tokenizer.encode(one).ids for one in questions]
     greedy = Sampling(temperature=0.0, max_tokens=tokens)
     size = model.kv_bytes_per_token * BLOCK
-    room = kv_block_count(size, 1 << 40, 0, kv_memory=KV_MEMORY, train_memory=0) - RESERVED_BLOCKS
+    room = kv_block_count(size, 1 << 40, 0, kv_memory=KV_MEMORY) - RESERVED_BLOCKS
     return Found(
         [one for row in scored(engine, short) for one in row],
         [one for row in scored(engine, long) for one in row],

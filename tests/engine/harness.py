@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tests.oracle import greedy
 from tests.tiny import ADAPTERS, load_folder, save_adapter
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase_adapters.proof.texts import regrets, tie_of
 from onebase_engine.engine import messages as protocol
@@ -151,3 +155,39 @@ def submission(name: str, request: Request) -> protocol.Submit:
         adapters=adapters,
         tenant=request.tenant,
     )
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
+    """A device's meter: the storages that operators make and that live."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tensors: Counter[int] = Counter()
+        self._sizes: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {_storage(one) for one in args if isinstance(one, torch.Tensor)}
+        for one in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(one, torch.Tensor) and (_storage(one) in self._sizes or _storage(one) not in given):
+                self._tensors[_storage(one)] += 1
+                self._sizes[_storage(one)] = one.untyped_storage().nbytes()
+                weakref.finalize(one, self._gone, _storage(one))
+        self.most = max(self.most, sum(self._sizes.values()))
+        return found
+
+    def _gone(self, storage: int) -> None:
+        self._tensors[storage] -= 1
+        if not self._tensors[storage]:
+            self._sizes.pop(storage, None)
+
+    @classmethod
+    def measure(cls, run: Callable[[], object]) -> int:
+        with cls() as meter:
+            run()
+        return meter.most
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -2,47 +2,230 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.engine.harness import Lab, LiveBytes, requests, run
+from tests.tiny import save_base
+from torch import nn
 
-from onebase_engine.base.layers import LayerShape
+from onebase_engine.base.layers import LayerShape, adaptable_layers
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import memory_budget
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
 from onebase_engine.engine.memory_budget import (
+    CONTEXT_BYTES,
+    PROOF_BYTES,
+    SHORTEST,
     MemoryBudgetError,
+    _largest_plan,
+    fit_step,
     kv_block_count,
     kv_memory_available,
+    largest_step_bytes,
     slot_bytes,
 )
+from onebase_engine.engine.messages import EngineConfig
+from onebase_engine.engine.model import ServedModel
+from onebase_engine.engine.row import AdapterMix
+from onebase_engine.engine.scheduler import Limits
+from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.machine import NO_LIMIT, container_free, total_memory
+from onebase_server.processes.engine import sizes
 
 MB = 1_000_000
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def test_free_memory_less_the_training_share_is_cut_into_blocks() -> None:
-    assert kv_block_count(MB, 10_000, 100 * MB, kv_memory=0, train_memory=0) == 100
-    assert kv_block_count(MB, 10_000, 100 * MB, kv_memory=0, train_memory=60 * MB) == 40
+def test_free_memory_less_what_is_set_aside_is_cut_into_blocks() -> None:
+    assert kv_block_count(MB, 10_000, 100 * MB) == 100
+    assert kv_block_count(MB, 10_000, 100 * MB, aside={"jobs": 60 * MB, "slots": 10 * MB}) == 30
 
 
 def test_no_more_blocks_are_taken_than_rows_could_use() -> None:
-    assert kv_block_count(MB, 30, 100 * MB, kv_memory=0, train_memory=0) == 30
+    assert kv_block_count(MB, 30, 100 * MB) == 30
 
 
-def test_kv_memory_overrides_what_is_free_and_the_training_share() -> None:
-    assert kv_block_count(MB, 30, 5 * MB, kv_memory=50 * MB, train_memory=90 * MB) == 50
+def test_kv_memory_overrides_what_is_free_and_what_is_set_aside() -> None:
+    assert kv_block_count(MB, 30, 5 * MB, kv_memory=50 * MB, aside={"jobs": 90 * MB}) == 50
 
 
 @pytest.mark.parametrize(
-    ("free", "kv_memory", "train_memory"),
+    ("free", "kv_memory", "jobs"),
     [(100 * MB, 0, 100 * MB), (100 * MB, 0, 500 * MB), (100 * MB, RESERVED_BLOCKS * MB, 0), (0, 0, 0)],
 )
-def test_too_little_memory_is_refused_with_a_remedy(free: int, kv_memory: int, train_memory: int) -> None:
+def test_too_little_memory_is_refused_with_a_remedy(free: int, kv_memory: int, jobs: int) -> None:
     with pytest.raises(MemoryBudgetError, match="--kv-memory"):
-        kv_block_count(MB, 1000, free, kv_memory=kv_memory, train_memory=train_memory)
+        kv_block_count(MB, 1000, free, kv_memory=kv_memory, aside={"jobs (--train-memory)": jobs})
+
+
+def test_a_refusal_says_who_takes_how_much_and_by_which_setting() -> None:
+    aside = {"jobs (--train-memory)": 70 * MB, "slots (--slot-memory)": 0, "a step (--step-tokens)": 30 * MB}
+    with pytest.raises(MemoryBudgetError) as refused:
+        kv_block_count(MB, 1000, 100 * MB, aside=aside)
+    assert str(refused.value) == (
+        "no memory for the KV cache: 100 MB are available, less 70 MB for jobs (--train-memory), less 30 MB "
+        "for a step (--step-tokens), and a block takes 1.00 MB; lower one of these, choose a smaller base or "
+        "set --kv-memory"
+    )
+
+
+# ---- the largest step --------------------------------------------------------------------------
+
+
+@given(
+    free=st.integers(0, 10**6),
+    token_bytes=st.integers(1, 300),
+    max_length=st.integers(1, 20_000),
+    fixed=st.integers(0, 10**6),
+    growing=st.floats(0, 300),
+    there=st.floats(0.5, 2),
+)
+def test_the_largest_step_and_the_cache_whose_contexts_it_reads_fit_together(
+    free: int, token_bytes: int, max_length: int, fixed: int, growing: float, there: float
+) -> None:
+    """The step has a fixed part and one for each token of a context; the device may have less than is free,
+    or more."""
+
+    def step_at(length: int) -> int:
+        assert 1 <= length <= max_length
+        step = fixed + math.ceil(growing * length)
+        if step > there * free:
+            raise MemoryBudgetError("too large")
+        return step
+
+    try:
+        step, length = fit_step(free, token_bytes, max_length, step_at)
+    except MemoryBudgetError:
+        assert fixed + math.ceil(growing * min(SHORTEST, max_length)) > there * free
+        return
+    tokens = max(free - step, 0) // token_bytes
+    if length < max_length:
+        tokens = min(tokens, length)
+    longest = min(tokens, max_length)
+    assert fixed + math.ceil(growing * longest) <= step or not tokens
+    assert not tokens or step + tokens * token_bytes <= free
+    # Nothing is wasted: longer contexts would not fit.
+    more = min(int(longest * 1.1) + 2, max_length)
+    if not fixed and longest < max_length and there >= 1:
+        assert growing * more + more * token_bytes > free - token_bytes - 2
+
+
+def test_where_the_longest_contexts_fit_a_step_is_measured_once() -> None:
+    asked: list[int] = []
+    assert fit_step(1000, 1, 100, lambda length: asked.append(length) or 300) == (300, 100)
+    assert asked == [100]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    folder = save_base("llama", tmp_path_factory.mktemp("base"))
+    return load_base(BaseSettings(folder, quantization="none", dtype=torch.float32))
+
+
+def _accelerated(base: nn.Module) -> ServedModel:
+    return ServedModel(base, 2, kernels=ReferenceKernels(tiled=False))
+
+
+def _step_bytes(model: ServedModel, base: nn.Module, limits: Limits, rank: int = 4) -> int:
+    return largest_step_bytes(
+        model, adaptable_layers(base), limits, block_size=16, rank=rank, measure=LiveBytes.measure
+    )
+
+
+def test_the_largest_step_has_every_row_at_its_longest_context_and_no_more_tokens_than_a_step(
+    base: nn.Module,
+) -> None:
+    model, passed = _accelerated(base), []
+    whole = model.forward
+    model.forward = lambda batch: passed.append(batch) or whole(batch)  # type: ignore[method-assign]
+    for limits in (Limits(8, 96, 200), Limits(1, 50, 20), Limits(30, 20, 100), Limits(1, 1, 1)):
+        _step_bytes(model, base, limits)
+        (batch,) = passed
+        assert len(batch.input_ids) == limits.step_tokens
+        assert batch.positions.max() == limits.max_length - 1
+        rows = min(limits.max_rows, limits.step_tokens)
+        assert len(batch.sampled) >= rows
+        assert (batch.positions[: rows - 1] == limits.max_length - 1).all()
+        assert len(batch.logit_rows) >= limits.step_tokens - len(batch.scored)
+        assert sum(len(group.rows) for group in batch.token_map.groups) == limits.step_tokens
+        passed.clear()
+
+
+def test_a_step_with_drafts_has_no_more_tokens_and_ends_where_contexts_end() -> None:
+    for limits in (Limits(8, 96, 200, 7), Limits(64, 70, 200, 7), Limits(3, 96, 4, 7)):
+        plan = _largest_plan(limits, AdapterMix(), 16)
+        assert sum(segment.length for segment in plan.segments) == limits.step_tokens
+        assert {one.stop + len(one.draft) for one in plan.segments} == {limits.max_length}
+
+
+@pytest.mark.parametrize("more", [Limits(8, 128, 200), Limits(8, 64, 400), Limits(40, 64, 200)])
+def test_what_a_step_takes_grows_with_its_limits_and_is_given_back(base: nn.Module, more: Limits) -> None:
+    model = _accelerated(base)
+    assert _step_bytes(model, base, Limits(8, 64, 200)) < _step_bytes(model, base, more)
+    model.allocate_kv(60, 16)
+    with pytest.raises(RuntimeError, match="KV cache"):
+        model.allocate_kv(60, 16)
+
+
+def test_an_engine_after_the_trial_of_its_largest_step_serves_what_it_serves_without(
+    tmp_path: Path, base: nn.Module
+) -> None:
+    lab = Lab.create(base, tmp_path)
+    asked = requests(6, seed=3, longest=30, tokens=4)
+    model = _accelerated(base)
+    _step_bytes(model, base, Limits(8, 64, 200))
+    served = run(lab.engine(model=model, slots=2), asked)
+    assert served == run(lab.engine(model=_accelerated(base), slots=2), asked)
+    assert not lab.disagreements(asked, served)
+
+
+def test_the_cache_of_an_accelerator_is_what_is_free_less_what_was_measured_and_counted(
+    base: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_budget, "CPU_SHARE", 1.0)
+    model, limits, step = _accelerated(base), Limits(64, 64, 500), 300 * MB
+    token = model.kv_bytes_per_token
+    counted = 3 * CONTEXT_BYTES + PROOF_BYTES + 4 * (2 << 20) + 50 * MB
+    config = EngineConfig(base_folder="", train_memory=50 * MB, train_jobs=2)
+
+    def sized(free: int, config: EngineConfig = config) -> int:
+        monkeypatch.setattr(memory_budget.machine, "free_memory", lambda device: free)
+        return sizes(config, base, model, limits, lambda run: step)[0]
+
+    assert sized(counted + step + 1000 * 16 * token) == 1000
+    assert sized(counted + step + 10**12) == 64 * 32 + RESERVED_BLOCKS, "more could not be used"
+    assert sized(0, msgspec.structs.replace(config, kv_memory=100 * 16 * token)) == 100
+    with pytest.raises(MemoryBudgetError, match="less 300 MB for the largest step"):
+        sized(counted + step)
+
+
+def test_a_step_for_which_there_is_no_memory_is_tried_with_shorter_contexts_and_then_refused(
+    base: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _accelerated(base)
+    free = 4 * CONTEXT_BYTES + 2 * PROOF_BYTES
+    monkeypatch.setattr(memory_budget.machine, "free_memory", lambda device: 2 * free)
+
+    def full(run: Callable[[], object]) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(MemoryBudgetError, match=r"512: lower --step-tokens or --max-rows") as refused:
+        sizes(EngineConfig(base_folder=""), base, model, Limits(4, 32, 4096), full)
+    model.allocate_kv(60, 16)  # nothing of it is left
+    assert isinstance(cause := refused.value.__cause__, torch.OutOfMemoryError)
+    assert cause.__traceback__ is None, "its frames hold tensors"
+
+
+# ---- memory of the machine ---------------------------------------------------------------------
 
 
 def test_the_free_memory_of_the_cpu_is_less_than_the_machine_has() -> None:

@@ -18,7 +18,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.engine import triton_on_cpu
-from tests.engine.harness import Lab, Request, requests, run
+from tests.engine.harness import Lab, LiveBytes, Request, requests, run
 from tests.engine.layers import (
     IN,
     OUT,
@@ -40,9 +40,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase_adapters.proof.modules import ModuleProver, ProofError
+from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import graphs, model
+from onebase_engine.engine.memory_budget import largest_step_bytes
 from onebase_engine.engine.model import ServedModel
+from onebase_engine.engine.scheduler import Limits
 from onebase_engine.kernels import cuda
 from onebase_engine.kernels.cuda import CudaKernels, CudaLayers, CudaLinear
 from onebase_engine.kernels.interface import Contexts, RowMap
@@ -515,6 +518,23 @@ def test_a_captured_pass_gives_other_steps_the_bits_that_they_have_launched_one_
     replayed.clear()
     run(engine, [Request((5,), 8, 2)])
     assert not replayed[True], "it acts outside the kernels"
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("quick_trials")
+def test_what_the_largest_step_takes_has_the_scratch_of_attention_at_the_longest_context(
+    kernels: CudaKernels, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton_on_cpu.tell(monkeypatch, lambda name: None)
+    served, layers, tokens = ServedModel(lab.base, 2, kernels=kernels), adaptable_layers(lab.base), 6
+
+    def taken(length: int) -> int:
+        limits, measure = Limits(2, tokens, length, 1), LiveBytes.measure
+        return largest_step_bytes(served, layers, limits, block_size=16, rank=4, measure=measure)
+
+    heads, dim = 4, 32
+    assert taken(16 * 128) - taken(13 * 128) == 3 * tokens * heads * (dim + 2) * 4
+    served.allocate_kv(40, 16)
 
 
 @pytest.mark.parametrize("waits", [lambda: bool(torch.ones(2).sum() > 1), lambda: torch.tensor([3])])

@@ -42,6 +42,11 @@ class PagedAttention:
             if getattr(module, "layer_idx", None) is not None:
                 module.paged = self  # type: ignore[assignment]
 
+    def replace_cache(self, cache: KVCache | None) -> None:
+        """Attend over another cache from now on, or over none."""
+        self.cache = cache
+        self._layers.clear()
+
     def forward(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
     ) -> torch.Tensor:

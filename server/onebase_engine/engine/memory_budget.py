@@ -1,19 +1,51 @@
-"""How much of the free memory the KV cache and the slots take."""
+"""How much of the free memory the KV cache and the slots take.
+
+On the CPU that is a share. On an accelerator it is what is free less what others will need: the largest step
+that the limits allow is computed once to see what it takes, and the rest is counted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from onebase_engine import machine
 from onebase_engine.base.layers import LayerShape
+from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.engine.messages import Sampling
+from onebase_engine.engine.model import ServedModel
+from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
+from onebase_engine.engine.sampling import draw
+from onebase_engine.engine.scheduler import Limits
+from onebase_engine.kernels.interface import TILE
+from onebase_engine.lora.weights import LoraWeights
 
 CPU_SHARE = 0.5
 """Part of the free memory that the KV cache may take on the CPU, where everything else lives as well."""
-CUDA_SHARE = 0.9
-"""On CUDA the rest is for activations and the allocator's fragments."""
+CONTEXT_BYTES = 768 << 20
+"""Of a process's context on a GPU. PyTorch 2.10 with CUDA 13 takes 426 MiB before its first kernel
+(unslothai/unsloth-zoo#1053) and more with each module of kernels; all of PyTorch's took over 1 GB, before
+they were loaded one by one (pytorch/pytorch#107667). Not measured by us."""
+PROOF_BYTES = 1 << 30
+"""For a proof's own tensors: the version, as PEFT holds it and in a slot, its neighbour of the same size, and
+a layer unpacked. Counted for an 8B and rank 32, not measured. A proof that needs more is refused."""
+_PROOF_VIEWS = 2
+"""Views of the base that a verifier keeps, each with the scales of 4-bit weights in fp32."""
+
+ROUNDED_TO = 2 << 20
+"""Bytes to whose multiple PyTorch rounds what it asks a GPU for (`kRoundLarge` in its caching allocator)."""
+SHORTEST = 512
+"""Tokens of the shortest context for which a largest step is tried."""
+
+Measure = Callable[[Callable[[], object]], int]
+"""Runs something, and says how many bytes it took at most, but for what it has kept."""
 
 
 class MemoryBudgetError(Exception):
@@ -21,34 +53,39 @@ class MemoryBudgetError(Exception):
 
 
 def kv_memory_available(device: torch.device) -> int:
-    """Bytes that the KV cache may take on `device`, before `train_memory` is set aside.
+    """Bytes that the KV cache may take on `device`, before anything is set aside.
 
     Raises MemoryBudgetError where the system does not say.
     """
     free = machine.free_memory(device)
     if free == machine.NO_LIMIT:
         raise MemoryBudgetError("/proc/meminfo does not say what is available; set --kv-memory")
-    return int(free * (CUDA_SHARE if device.type == "cuda" else CPU_SHARE))
+    return free if device.type == "cuda" else int(free * CPU_SHARE)
 
 
-def kv_block_count(block_bytes: int, most: int, free: int, *, kv_memory: int, train_memory: int) -> int:
-    """Blocks for the KV cache: what `kv_memory` says, else what is free less `train_memory`, at most `most`.
+def kv_block_count(
+    block_bytes: int, most: int, free: int, *, kv_memory: int = 0, aside: Mapping[str, int] | None = None
+) -> int:
+    """Blocks for the KV cache: what `kv_memory` says, else what is free less what is set aside.
 
     Args:
         block_bytes: bytes of one block over all layers.
         most: blocks beyond which none could be used by running rows.
         free: bytes that may be taken.
+        aside: bytes for others, by who they are and which setting changes that.
 
     Raises:
         MemoryBudgetError: fewer than one usable block fits.
     """
-    budget = kv_memory or free - train_memory
+    others = {} if kv_memory or aside is None else {who: size for who, size in aside.items() if size}
+    budget = kv_memory or free - sum(others.values())
     count = budget // block_bytes if kv_memory else min(budget // block_bytes, most)
     if count <= RESERVED_BLOCKS:
+        taken = "".join(f", less {size / 1e6:.0f} MB for {who}" for who, size in others.items())
         raise MemoryBudgetError(
-            f"no memory for the KV cache: {max(budget, 0) / 1e6:.0f} MB available, a block takes "
-            f"{block_bytes / 1e6:.2f} MB; lower --train-memory or --slot-memory, "
-            "choose a smaller base or set --kv-memory"
+            f"no memory for the KV cache: {max(kv_memory or free, 0) / 1e6:.0f} MB are available{taken}, and "
+            f"a block takes {block_bytes / 1e6:.2f} MB; "
+            f"{'lower one of these, ' if others else ''}choose a smaller base or set --kv-memory"
         )
     return int(count)
 
@@ -62,3 +99,149 @@ def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
 def staging_bytes(slot_memory: int) -> int:
     """Bytes for versions that are being copied to the accelerator, besides those in slots; 0 is no limit."""
     return slot_memory // 4
+
+
+def verifier_bytes(base: nn.Module) -> int:
+    """What the verifier takes on a GPU, next to the base that it shares."""
+    states: Iterable[Any] = (getattr(one, "quant_state", None) for one in base.parameters())
+    scales: int = sum(state.absmax.numel() * 4 for state in states if state is not None)
+    return CONTEXT_BYTES + PROOF_BYTES + _PROOF_VIEWS * scales
+
+
+def rounding_bytes(model: ServedModel) -> int:
+    """By how much more than its numbers a KV cache may take, a tensor by the other."""
+    return model.kv_tensors * ROUNDED_TO
+
+
+# ---- the largest step --------------------------------------------------------------------------
+
+
+def fit_step(free: int, token_bytes: int, max_length: int, step_at: Callable[[int], int]) -> tuple[int, int]:
+    """Bytes to set aside for a step, and the longest context of which that is right.
+
+    What a step takes grows with its longest context, and no context is longer than the KV cache, which gets
+    the rest: the two are found so that both fit.
+
+    Args:
+        free: bytes for both. token_bytes: of one token in the KV cache.
+        step_at: what the largest step takes at the end of contexts of this length. Raises MemoryBudgetError
+            where it takes more than there is.
+
+    Raises:
+        MemoryBudgetError: it does so for the shortest contexts.
+    """
+    longest = length = max(min(max_length, free // token_bytes), 1)
+    while True:
+        try:
+            step = step_at(length)
+            break
+        except MemoryBudgetError:
+            if length <= SHORTEST:
+                raise
+            length = max(length // 2, SHORTEST)
+    # A step takes something at any length, so that at this one it takes no less than its part.
+    both = max(int(free / (token_bytes + step / length)), 1)
+    if both >= longest and length == longest:
+        return step, max_length
+    try:
+        return step_at(min(both, longest)), min(both, longest)
+    except MemoryBudgetError:
+        return step, length
+
+
+def measured_on(device: torch.device) -> Measure:
+    """By what PyTorch asks the device for: its tensors, and the pieces between them that it cannot use."""
+
+    def measure(run: Callable[[], object]) -> int:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        return torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
+
+    return measure
+
+
+def largest_step_bytes(
+    model: ServedModel,
+    layers: Mapping[str, LayerShape],
+    limits: Limits,
+    *,
+    block_size: int,
+    rank: int,
+    measure: Measure,
+) -> int:
+    """What the largest step that the limits allow takes: it is computed, while there is no KV cache yet.
+
+    Its rows stand at the end of the longest contexts, and all read the same few blocks. Logits are wanted of
+    every token, and an adapter of `rank` acts on every linear layer.
+
+    Raises:
+        MemoryBudgetError: memory ran out.
+    """
+    if not model.kernels.drafts:
+        limits = replace(limits, draft_tokens=0)
+    # TILE: as many as layers are tried with before they are fused.
+    model.allocate_kv(RESERVED_BLOCKS + 2 * -(-TILE // block_size), block_size)
+    version, weights = "any", _thin_adapter(layers, rank)
+    plan = _largest_plan(limits, AdapterMix(((version, 1.0),)), block_size)
+    batch = Packer(block_size, model.row_multiple).pack(plan, {version: 0})
+
+    def run() -> None:
+        logits = model.forward(batch).logits[: len(batch.sampled)]
+        masks = [np.full(-(-logits.shape[1] // 32), -1, dtype=np.int32)] * len(batch.sampled)
+        draw(logits, batch.sampled, frozenset(), model.kernels, masks)
+
+    try:
+        for error in model.move_slots({0: version}, lambda digest: weights).values():
+            raise error
+        return measure(run)
+    except (RuntimeError, MemoryError) as error:
+        if not machine.is_out_of_memory(error):
+            raise
+        error.__traceback__ = None  # its frames hold the step's tensors, and a shorter one may be tried
+        raise _too_large(limits) from error
+    finally:
+        model.move_slots({0: None}, lambda digest: weights)
+        model.release_kv()
+
+
+def _too_large(limits: Limits) -> MemoryBudgetError:
+    return MemoryBudgetError(
+        f"no memory for a step of {limits.step_tokens} tokens with contexts of {limits.max_length}: lower "
+        "--step-tokens or --max-rows, or choose a smaller base"
+    )
+
+
+def _largest_plan(limits: Limits, mix: AdapterMix, block_size: int) -> Plan:
+    """As many rows decode as may, each with the longest draft, and prompts take the rest of the step."""
+    # What makes a draw take most: a nucleus of nearly all tokens, and logits that are changed first.
+    sampling = Sampling(temperature=100.0, top_p=0.9999, min_tokens=1, logprobs=1, prompt_logprobs=0)
+    rows = min(limits.max_rows - 1, limits.step_tokens - 1)
+    draft = min(
+        limits.draft_tokens, limits.max_length - 1, max((limits.step_tokens - 1) // max(rows, 1) - 1, 0)
+    )
+
+    def row(length: int) -> Row:
+        one = Row("largest", 0, [0] * length, sampling, mix, arrival=0, arrived_at=0.0)
+        one.blocks = array("i", [RESERVED_BLOCKS]) * -(-limits.max_length // block_size)
+        return one
+
+    longest = row(limits.max_length - draft)
+    decoding = Segment(longest, len(longest.tokens) - 1, len(longest.tokens), (0,) * draft)
+    prefills, left = [], limits.step_tokens - rows * decoding.length
+    while left > 0:
+        length = min(left, limits.max_length)
+        prefills.append(Segment(row(limits.max_length), limits.max_length - length, limits.max_length))
+        left -= length
+    return Plan([replace(decoding) for _ in range(rows)], prefills)
+
+
+def _thin_adapter(layers: Mapping[str, LayerShape], rank: int) -> dict[str, LoraWeights]:
+    """Zeros for every linear layer; layers of the same size share them."""
+    linear = {name: layer for name, layer in layers.items() if layer.kind == "linear"}
+    a = {size: torch.zeros(rank, size) for size in {layer.size_in for layer in linear.values()}}
+    b = {size: torch.zeros(size, rank) for size in {layer.size_out for layer in linear.values()}}
+    return {name: LoraWeights(a[layer.size_in], b[layer.size_out], 1.0) for name, layer in linear.items()}

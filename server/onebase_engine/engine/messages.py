@@ -46,6 +46,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_dtype: Literal["auto", "int8"] = "auto"
     """Of keys and values in the KV cache; auto is `dtype`."""
     train_memory: int = 0
+    train_jobs: int = 1
+    """Trainers that may run at once, each with a context of its own on a GPU."""
     threads: int = 0
     """CPU threads of the engine; 0 takes every core."""
     deterministic: bool = False

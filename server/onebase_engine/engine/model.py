@@ -62,6 +62,7 @@ class ServedModel:
         self._rows = StepRows()
         self.kernels = kernels if kernels is not None else find_kernels(self.device, self.dtype)
         self._recorded: list[RecordedLayer] = []
+        self._fused = False
         self._attention = PagedAttention(self.kernels)
         modules = wrap_layers(
             self._view,
@@ -116,6 +117,20 @@ class ServedModel:
         return TILE if self.kernels.tiled and self._ragged else self.kernels.row_multiple
 
     @property
+    def kv_tensors(self) -> int:
+        """Tensors of the KV cache."""
+        return len(self._attention.shapes) * (4 if self.kv_dtype == torch.int8 else 2)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Most that captured passes may take."""
+        if not self.kernels.captures:
+            return 0
+        from onebase_engine.engine.graphs import MOST_BYTES  # imports Triton
+
+        return MOST_BYTES
+
+    @property
     def kv_bytes_per_token(self) -> int:
         return bytes_per_token(self._attention.shapes, self.kv_dtype)
 
@@ -124,9 +139,10 @@ class ServedModel:
         if self._attention.cache is not None:
             raise RuntimeError("the served model has its KV cache, whose place is recorded")
         shapes = self._attention.shapes
-        self._attention.cache = KVCache(shapes, blocks, block_size, self.kv_dtype, self.device)
+        self._attention.replace_cache(KVCache(shapes, blocks, block_size, self.kv_dtype, self.device))
         parts = -(-TILE // block_size)
-        if self.kernels.joins and blocks >= RESERVED_BLOCKS + 2 * parts:
+        if self.kernels.joins and not self._fused and blocks >= RESERVED_BLOCKS + 2 * parts:
+            self._fused = True
             table = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + 2 * parts, dtype=np.int32).reshape(2, parts)
             self._recorded = fuse(
                 self._view,
@@ -139,6 +155,17 @@ class ServedModel:
             from onebase_engine.engine.graphs import Graphs  # imports Triton
 
             self._graphs = Graphs(self._run_fixed, self.kernels, self._slot_count, block_size, self.device)
+
+    def release_kv(self) -> None:
+        """Give the KV cache back, so that another one can be allocated, before rows run.
+
+        Raises:
+            RuntimeError: layers are recorded with its place (kernels in C).
+        """
+        if self._recorded:
+            raise RuntimeError("the place of the KV cache is recorded")
+        self._attention.replace_cache(None)
+        self._graphs = None
 
     def _try_pass(self, number: int, table: np.ndarray, block_size: int) -> torch.Tensor:
         """Logits of TILE rows of two contexts in the blocks of `table`, which nobody has yet."""

@@ -9,6 +9,8 @@ import gc
 import logging
 import socket
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 
 from onebase_engine.base.attach import AttachError, publish
-from onebase_engine.base.layers import adaptable_layers
+from onebase_engine.base.layers import LayerShape, adaptable_layers
 from onebase_engine.base.load import (
     BaseChangedError,
     BaseSettings,
@@ -32,11 +34,18 @@ from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Counters, Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.memory_budget import (
+    CONTEXT_BYTES,
+    Measure,
     MemoryBudgetError,
+    fit_step,
     kv_block_count,
     kv_memory_available,
+    largest_step_bytes,
+    measured_on,
+    rounding_bytes,
     slot_bytes,
     staging_bytes,
+    verifier_bytes,
 )
 from onebase_engine.engine.messages import EngineConfig, RowOutput
 from onebase_engine.engine.model import ServedModel
@@ -221,15 +230,8 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
         max_length=max_length,
         draft_tokens=config.draft_tokens,
     )
-    block_bytes = model.kv_bytes_per_token * config.block_size
-    most = config.max_rows * -(-max_length // config.block_size) + RESERVED_BLOCKS
-    free = kv_memory_available(device)
-    slot_memory = _slot_memory(config, base, free, device)
-    if device.type != "cpu":
-        free -= slot_memory + staging_bytes(slot_memory)
-    blocks = kv_block_count(
-        block_bytes, most, free, kv_memory=config.kv_memory, train_memory=config.train_memory
-    )
+    measure = measured_on(device) if device.type == "cuda" else None
+    blocks, slot_memory = sizes(config, base, model, limits, measure)
     engine = Engine(
         base,
         name=config.base_folder,
@@ -247,9 +249,64 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     # What is loaded stays. Else every full collection would go through it, between two steps.
     gc.collect()
     gc.freeze()
-    info = _base_info(config, base, engine, blocks * block_bytes, time.monotonic() - started)
+    kv_bytes = blocks * config.block_size * model.kv_bytes_per_token
+    info = _base_info(config, base, engine, kv_bytes, time.monotonic() - started)
     channel.send(protocol.Ready(base=info, manifest=manifest))
     return engine
+
+
+def sizes(
+    config: EngineConfig, base: nn.Module, model: ServedModel, limits: Limits, measure: Measure | None
+) -> tuple[int, int]:
+    """Blocks of the KV cache, and bytes of versions in slots.
+
+    `measure`: what says how much memory the largest step takes; None leaves it to a share. Raises
+    MemoryBudgetError.
+    """
+    device, layers, aside = model.device, adaptable_layers(base), dict[str, int]()
+    most = config.max_rows * -(-limits.max_length // config.block_size) + RESERVED_BLOCKS
+    if config.kv_memory:
+        measure = None
+    if measure is not None:
+        aside["the verifier and trainers next to their jobs (--train-jobs)"] = (
+            verifier_bytes(base) + config.train_jobs * CONTEXT_BYTES
+        )
+        aside["captured steps and rounding"] = model.graph_bytes + rounding_bytes(model)
+    free = kv_memory_available(device)
+    slot_memory = _slot_memory(config, layers.values(), free - sum(aside.values()), device)
+    if device.type != "cpu":
+        aside["slots (--slot-memory)"] = slot_memory + staging_bytes(slot_memory)
+    aside["jobs (--train-memory)"] = config.train_memory
+    if measure is not None:
+
+        def step_at(length: int) -> int:
+            return largest_step_bytes(
+                model,
+                layers,
+                replace(limits, max_length=length),
+                block_size=config.block_size,
+                rank=config.max_rank,
+                measure=measure,
+            )
+
+        step, length = fit_step(
+            free - sum(aside.values()), model.kv_bytes_per_token, limits.max_length, step_at
+        )
+        aside["the largest step (--step-tokens, --max-length)"] = step
+        if length < limits.max_length:
+            most = min(most, length // config.block_size + RESERVED_BLOCKS)
+        free = kv_memory_available(device)  # less what has been loaded for the step
+    blocks = kv_block_count(
+        model.kv_bytes_per_token * config.block_size,
+        most,
+        free,
+        kv_memory=config.kv_memory,
+        aside=aside,
+    )
+    if measure is not None:
+        said = ", ".join(f"{size / 1e6:.0f} MB for {who}" for who, size in aside.items() if size)
+        logger.info("memory: %.0f MB are free; set aside are %s", free / 1e6, said)
+    return blocks, slot_memory
 
 
 def warm_up(engine: Engine) -> None:
@@ -291,16 +348,15 @@ def _publish(base: nn.Module, base_fd: int | None, device: torch.device) -> byte
         return b""
 
 
-def _slot_memory(config: EngineConfig, base: nn.Module, free: int, device: torch.device) -> int:
+def _slot_memory(config: EngineConfig, layers: Iterable[LayerShape], free: int, device: torch.device) -> int:
     """Bytes of versions in slots; 0 is no limit.
 
-    On the CPU slots point at what host memory holds anyway, next to at most MAX_TILED_COLUMNS columns of
-    stacks a layer. An accelerator keeps twice as much from the KV cache, since a stack may be half empty; by
-    default a tenth of what is free, if that is not more than `max_slots` of `max_rank` could ever fill.
+    On the CPU slots point at what host memory holds anyway. On an accelerator by default a tenth of what is
+    free, if that is not more than `max_slots` of `max_rank` could ever fill.
     """
     if config.slot_memory or device.type == "cpu":
         return config.slot_memory
-    return min(free // 10, slot_bytes(adaptable_layers(base).values(), config.max_slots, config.max_rank))
+    return min(max(free, 0) // 10, slot_bytes(layers, config.max_slots, config.max_rank))
 
 
 def _device(name: str) -> torch.device:
