@@ -5,14 +5,18 @@ The copies here are slow ones on the CPU; what a CUDA stream does is `CudaCopy`'
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import hashlib
 import itertools
 import logging
+import queue
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,12 +26,31 @@ from hypothesis import strategies as st
 from tests.engine.harness import Lab, Request, requests, run, submission
 from tests.tiny import save_base
 
+from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import messages as protocol
+from onebase_engine.engine import staging as copying
 from onebase_engine.engine.memory_budget import staging_bytes
-from onebase_engine.engine.staging import Staging
+from onebase_engine.engine.staging import (
+    ALIGNMENT,
+    MOST_PADDING,
+    CudaCopy,
+    PackedAdapterLoader,
+    Staging,
+    page_locked_bytes,
+    pinned,
+    slabs_of,
+)
 from onebase_engine.lora.module import SlotModule
-from onebase_engine.lora.weights import AdapterWeights, tensors_of, weights_bytes
+from onebase_engine.lora.packed_adapter import write_packed_adapter
+from onebase_engine.lora.weights import (
+    AdapterWeights,
+    LoraWeights,
+    copied,
+    folded,
+    tensors_of,
+    weights_bytes,
+)
 
 PROMPT = tuple(range(5, 25))
 
@@ -260,3 +283,117 @@ def test_a_row_that_needs_much_room_is_not_overtaken_for_ever_by_rows_that_need_
     staging = Staging(SlowCopies(polls=2), 2, store, lambda digest: 1)
     assert not staging.ready(["early"])
     first_gets_its_copies(staging, [["a", "b"], ["early"]], lambda: [next(names)])
+
+
+# ---- slabs -------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 3_000_000), min_size=1, max_size=60))
+def test_slabs_hold_each_tensor_once_and_take_no_more_than_one_slab_would(sizes: list[int]) -> None:
+    numbered = dict(enumerate(sizes))
+    slabs = slabs_of(numbered)
+    assert sorted(key for slab in slabs for key in slab) == list(numbered)
+    padded = [sum(-(-numbered[key] // ALIGNMENT) * ALIGNMENT for key in slab) for slab in slabs]
+    assert sum(map(page_locked_bytes, padded)) <= page_locked_bytes(sum(padded))
+
+
+@pytest.mark.parametrize(("rank", "slabs"), [(8, 3), (16, 3), (32, 3), (64, 3), (256, 3)])
+def test_an_adapter_of_an_8b_takes_a_few_copies_and_an_eighth_more_than_its_tensors_at_most(
+    rank: int, slabs: int
+) -> None:
+    layers = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), *[(4096, 14336)] * 2, (14336, 4096)]
+    sizes = dict(enumerate(4 * rank * size for layer in layers * 32 for size in layer))
+    found = slabs_of(sizes)
+    taken = sum(page_locked_bytes(sum(sizes[key] for key in slab)) for slab in found)
+    assert len(found) <= slabs
+    assert taken <= (1 + MOST_PADDING) * sum(sizes.values())
+
+
+@pytest.fixture
+def locked(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The slabs that were asked for, of ordinary memory: page-locked there is none without CUDA."""
+    slabs: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        copying, "_page_locked", lambda size: slabs.append(torch.empty(size, dtype=torch.uint8)) or slabs[-1]
+    )
+    return slabs
+
+
+def same(some: AdapterWeights, others: AdapterWeights) -> bool:
+    def parts(weights: AdapterWeights) -> list[tuple[str, str, torch.Tensor]]:
+        return [(name, part, one) for name, module in weights.items() for part, one in tensors_of(module)]
+
+    pairs = list(zip(parts(some), parts(others), strict=True))
+    return all(mine[:2] == theirs[:2] and torch.equal(mine[2], theirs[2]) for mine, theirs in pairs)
+
+
+def test_a_version_of_any_kind_lies_in_its_slabs_bit_for_bit_each_tensor_where_a_gpu_reads_it_best(
+    lab: Lab, locked: list[torch.Tensor]
+) -> None:
+    for weights in lab.weights:
+        locked.clear()
+        there, taken = pinned(weights)
+        assert same(there, weights)
+        assert taken == sum(page_locked_bytes(slab.nbytes) for slab in locked)
+        inside = {slab.untyped_storage().data_ptr() for slab in locked}
+        for module in there.values():
+            for _, tensor in tensors_of(module):
+                assert tensor.untyped_storage().data_ptr() in inside
+                assert tensor.storage_offset() * tensor.itemsize % ALIGNMENT == 0
+        assert weights_bytes(there) == sum(slab.nbytes for slab in locked)
+
+
+def test_a_version_comes_to_the_device_by_a_copy_of_each_slab_and_what_was_shared_is_shared_there(
+    lab: Lab, locked: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[torch.Tensor] = []
+
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
+        copies.append(tensor)
+        return tensor.clone()
+
+    a, b = torch.randn(8, 64), torch.randn(64, 8)
+    halves = LoraWeights(torch.randn(3, 5).bfloat16(), torch.randn(7, 3).bfloat16(), 1.0)
+    shared = {"half": halves, "one": LoraWeights(a, b, 1.0), "two": LoraWeights(a, b.clone(), 0.5)}
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for weights in (*lab.weights, shared):
+        locked.clear()
+        copies.clear()
+        there, _ = pinned(weights)
+        found = copied(there, torch.device("meta"))  # the CPU under another name
+        assert same(found, weights)
+        assert {one.data_ptr() for one in copies} == {slab.data_ptr() for slab in locked}
+        assert len(copies) == len(locked) <= 6
+    one, two = found["one"], found["two"]
+    assert isinstance(one, LoraWeights)
+    assert isinstance(two, LoraWeights)
+    assert one.a is two.a
+    assert one.b is not two.b
+    assert copied(weights, torch.device("cpu"))["one"] is weights["one"], "it is there already"
+
+
+def test_a_copy_tells_its_stream_once_a_slab_that_the_steps_read_it(
+    lab: Lab, locked: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(tensor.data_ptr()))
+    weights, _ = pinned(lab.weights[3])
+    stream: Any = None
+    assert same(CudaCopy(weights, torch.device("cpu"), stream).take(), lab.weights[3])
+    assert len(told) == len(locked) < len(lab.weights[3])
+
+
+def test_what_is_said_of_a_versions_size_is_what_its_slabs_take(
+    lab: Lab, locked: list[torch.Tensor], tmp_path: Path
+) -> None:
+    write_packed_adapter(tmp_path / "packed", lab.weights[4], base_id="b")
+    digest = hashlib.sha256((tmp_path / "packed").read_bytes()).hexdigest()
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    loader = PackedAdapterLoader(torch.device("cuda"), adaptable_layers(lab.base), answers.put, folded)
+    loader.load(protocol.LoadAdapter("digest", str(tmp_path / "packed"), digest))
+    arrived = answers.get(timeout=60)
+    assert same(arrived.weights, folded(lab.weights[4]))
+    assert arrived.answer.bytes == sum(page_locked_bytes(slab.nbytes) for slab in locked)

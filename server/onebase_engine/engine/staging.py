@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -22,13 +23,19 @@ from onebase_engine.engine.messages import AdapterFailed, AdapterLoaded, LoadAda
 from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter
 from onebase_engine.lora.weights import (
     AdapterWeights,
-    ModuleWeights,
+    copied,
     host_bytes,
-    moved,
     tensors_of,
+    weights_bytes,
+    without_head,
 )
 
 logger = logging.getLogger(__name__)
+
+ALIGNMENT = 256
+"""Bytes on which a tensor begins in a slab, as in an allocation of its own on a GPU."""
+MOST_PADDING = 1 / 8
+"""Part of a version by which the rounding of its slabs may be larger."""
 
 
 # ---- from a file to host memory ---------------------------------------------------------------
@@ -94,13 +101,16 @@ class PackedAdapterLoader:
     def _read(self, order: LoadAdapter) -> Arrived:
         started = time.monotonic()
         weights = self._prepare(read_packed_adapter(Path(order.path), order.sha256, layers=self._layers))
+        size = host_bytes(weights)
         if self._pin:
-            weights = pinned(weights)
+            size -= weights_bytes(without_head(weights))
+            weights, taken = pinned(weights)
+            size += taken
         return Arrived(
             weights,
             AdapterLoaded(
                 digest=order.digest,
-                bytes=host_bytes(weights),
+                bytes=size,
                 load_seconds=time.monotonic() - started,
             ),
         )
@@ -109,18 +119,68 @@ class PackedAdapterLoader:
         self._deliver(AdapterFailed(digest=order.digest, code=code, message=message))
 
 
-def pinned(weights: AdapterWeights) -> AdapterWeights:
-    """The same in page-locked memory, from which copies to the accelerator overlap with its work."""
-    result: dict[str, ModuleWeights] = {}
-    pages: dict[int, torch.Tensor] = {}
-    for name, module in weights.items():
-        parts: dict[str, Any] = {}
-        for part, tensor in tensors_of(module):
-            if id(tensor) not in pages:
-                pages[id(tensor)] = tensor.pin_memory()
-            parts[part] = pages[id(tensor)]
-        result[name] = replace(module, **parts)
-    return result
+def _page_locked(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def pinned(weights: AdapterWeights) -> tuple[AdapterWeights, int]:
+    """The same in page-locked memory, from which copies to the accelerator overlap with its work; and the
+    bytes that it takes there.
+
+    All tensors lie in one slab, so that one copy takes them, or in the few slabs into which `slabs_of` cuts
+    it. A classifier's head, which is in no slot, stays where it is.
+    """
+    found = {id(one): one for module in without_head(weights).values() for _, one in tensors_of(module)}
+    there: dict[int, torch.Tensor] = {}
+    taken = 0
+    for keys in slabs_of({key: tensor.nbytes for key, tensor in found.items()}):
+        places = list(accumulate((_aligned(found[key].nbytes) for key in keys), initial=0))
+        slab = _page_locked(places[-1])
+        taken += page_locked_bytes(places[-1])
+        for key, place in zip(keys, places, strict=False):
+            tensor = found[key]
+            there[key] = slab[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            there[key].copy_(tensor)
+    result = {
+        name: replace(module, **{part: there.get(id(one), one) for part, one in tensors_of(module)})  # type: ignore[arg-type]
+        for name, module in weights.items()
+    }
+    return result, taken
+
+
+def page_locked_bytes(size: int) -> int:
+    """What a page-locked allocation takes: PyTorch rounds it to a power of two (`CachingHostAllocator`)."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def slabs_of(sizes: Mapping[int, int]) -> list[list[int]]:
+    """Which tensors share a slab, by their keys; `sizes` are bytes.
+
+    One slab, unless its rounding takes more than MOST_PADDING of it, and less is taken by large ones that are
+    nearly full and a small one for the rest.
+    """
+    left = sorted((key for key in sizes if sizes[key]), key=lambda key: -sizes[key])
+    own = {key: _aligned(sizes[key]) for key in left}
+    padding = int(MOST_PADDING * sum(own.values()))
+    slabs: list[list[int]] = []
+    while left:
+        needed = sum(own[key] for key in left)
+        room = page_locked_bytes(needed)
+        if room - needed > padding:
+            room = max(room // 2, page_locked_bytes(own[left[0]]))
+        slab, rest = list[int](), list[int]()
+        for key in left:
+            fits = own[key] <= room
+            (slab if fits else rest).append(key)
+            room -= own[key] * fits
+        slabs.append(slab)
+        left = rest
+    taken = sum(page_locked_bytes(sum(own[key] for key in slab)) for slab in slabs)
+    return slabs if taken < page_locked_bytes(sum(own.values())) else [list(own)] * bool(own)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 # ---- from host memory to a slot ---------------------------------------------------------------
@@ -141,9 +201,8 @@ class CudaCopy:
     """A copy on a stream of its own, out of page-locked memory."""
 
     def __init__(self, weights: AdapterWeights, device: torch.device, stream: torch.cuda.Stream) -> None:
-        copies: dict[int, torch.Tensor] = {}
         with torch.cuda.stream(stream):
-            self._weights = {name: moved(module, device, copies) for name, module in weights.items()}
+            self._weights = copied(weights, device)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(stream)
 
@@ -155,10 +214,10 @@ class CudaCopy:
 
     def take(self) -> AdapterWeights:
         steps = torch.cuda.current_stream()
-        for module in self._weights.values():
-            for _, tensor in tensors_of(module):
-                # Its own stream allocated it and must not use the memory again before the steps are done.
-                tensor.record_stream(steps)
+        parts = (one for module in self._weights.values() for _, one in tensors_of(module))
+        for tensor in {one.untyped_storage().data_ptr(): one for one in parts}.values():
+            # Its own stream allocated it and must not use the memory again before the steps are done.
+            tensor.record_stream(steps)
         return self._weights
 
 

@@ -17,7 +17,7 @@ from onebase_engine.kernels.interface import Kernels
 from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.linear import SlotLinear
 from onebase_engine.lora.module import Replacement, SlotModule, StepRows, Terms, saved_twin
-from onebase_engine.lora.weights import AdapterWeights, ModuleWeights, SavedModule, moved, narrowed
+from onebase_engine.lora.weights import AdapterWeights, ModuleWeights, SavedModule, copied, narrowed
 
 __all__ = [
     "AdapterSlots",
@@ -99,9 +99,8 @@ class AdapterSlots:
     def load(self, slot: int, weights: AdapterWeights) -> None:
         """Put a version's weights into an empty slot."""
         self._touched[slot] = tuple(weights)
-        copies: dict[int, torch.Tensor] = {}
-        for name, module in self.narrowed(weights).items():
-            self._modules[name].put(slot, moved(module, self._device, copies))
+        for name, module in copied(self.narrowed(weights), self._device).items():
+            self._modules[name].put(slot, module)
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:

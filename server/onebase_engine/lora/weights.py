@@ -117,19 +117,37 @@ def tensors_of(module: ModuleWeights) -> Iterator[tuple[str, torch.Tensor]]:
             yield field.name, value
 
 
-def moved(module: _Module, device: torch.device, copies: dict[int, torch.Tensor] | None = None) -> _Module:
-    """The same on `device`; the same object where it is there already.
+def moved(module: _Module, device: torch.device) -> _Module:
+    """The same on `device`; the same object where it is there already."""
+    return copied({"": module}, device)[""]  # type: ignore[return-value]
 
-    `copies`: what was copied before, by `id`, so that modules which share a tensor go on sharing it.
+
+def copied(weights: AdapterWeights, device: torch.device) -> AdapterWeights:
+    """The same on `device`, each storage by one copy. Tensors that modules share are shared there too.
+
+    Modules that are there already are the same objects. From page-locked memory the copies are only begun.
     """
-    copies = {} if copies is None else copies
-    elsewhere: dict[str, Any] = {}
-    for name, tensor in tensors_of(module):
-        if tensor.device != device:
-            if id(tensor) not in copies:
-                copies[id(tensor)] = tensor.to(device, non_blocking=tensor.is_pinned())
-            elsewhere[name] = copies[id(tensor)]
-    return replace(module, **elsewhere) if elsewhere else module
+    storages: dict[int, torch.Tensor] = {}
+    tensors: dict[int, torch.Tensor] = {}
+
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.untyped_storage().data_ptr()
+        if key not in storages:
+            whole = tensor.new_empty(0, dtype=torch.uint8)
+            whole.set_(tensor.untyped_storage())
+            storages[key] = whole.to(device, non_blocking=whole.is_pinned())
+        if id(tensor) not in tensors:
+            own = storages[key].view(tensor.dtype)
+            tensors[id(tensor)] = own.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return tensors[id(tensor)]
+
+    result: dict[str, ModuleWeights] = {}
+    for name, module in weights.items():
+        elsewhere: dict[str, Any] = {
+            part: there(tensor) for part, tensor in tensors_of(module) if tensor.device != device
+        }
+        result[name] = replace(module, **elsewhere) if elsewhere else module
+    return result
 
 
 def composable(weights: AdapterWeights) -> bool:
