@@ -122,7 +122,7 @@ def assemble(
         return "" if supervisor.base is None else supervisor.base.kernels
 
     parts = _adapter_parts(
-        settings, base, storage, tokenizer, link, threads, commands.verifier, tracing, kernels
+        settings, base, storage, tokenizer, link, busy, threads, commands.verifier, tracing, kernels
     )
     adapters, residency = parts.service, parts.residency
     folders = Folders(adapters, parts.activation, given, settings.max_upload)
@@ -194,12 +194,13 @@ def _adapter_parts(
     storage: Storage,
     tokenizer: BaseTokenizer,
     link: EngineLink,
+    busy: BusyFlag,
     threads: _Threads,
     command: Sequence[str],
     tracing: Tracing,
     kernels: Callable[[], str],
 ) -> _AdapterParts:
-    """`command` starts the verifier. `kernels`: what the engine computes with."""
+    """`busy`: whether rows run. `command` starts the verifier. `kernels`: what the engine computes with."""
     registry, store, (records, disk) = storage.registry, storage.store, threads
     catalog = Catalog(base.name, registry, records)
     files = PackedAdapterFiles(catalog, store, disk, kernels)
@@ -217,6 +218,7 @@ def _adapter_parts(
         disk,
         base_id=storage.base_id,
         probes=[tokenizer.encode(probe) for probe in PROBES],
+        busy_fd=busy.fd,
         command=command,
         proof_timeout=settings.proof_timeout,
     )

@@ -17,10 +17,13 @@ import msgspec
 import pytest
 from tests.verifier.conftest import FAULTY, Bench, Published, new_client
 
+from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
+from onebase_adapters.proof.verifier import Verifier
 from onebase_adapters.store.blobs import VersionFiles
 from onebase_engine.base import manifest as wire
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
 from onebase_server.background import Backoff
+from onebase_server.processes.share import BusyFlag
 from onebase_server.processes.verifier_client import (
     OnProgress,
     Proof,
@@ -376,3 +379,61 @@ def test_bytes_that_are_no_message_end_the_process(new_api: NewApi) -> None:
     api = new_api()
     api.send_bytes(b"\x03\0\0\0\xc1\xc1\xc1")
     assert api.end() == 0
+
+
+# ---- beside rows -------------------------------------------------------------------------------
+
+YIELDING = (
+    "import sys; from onebase_server.processes import verifier; verifier.SHARE['cpu'] = 0.0; "
+    "sys.exit(verifier.main())"
+)
+"""The real verifier, with the gate that it has on a GPU, and no time at all while rows run."""
+
+
+def test_a_proof_waits_at_its_gate_while_rows_run_gives_signs_of_life_and_ends_when_they_have(
+    published: Published, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, news = BusyFlag.make(), asyncio.Queue[Progress | Alive]()
+    take_news = VerifierClient._take_news
+
+    def told(client: VerifierClient, message: Any) -> bool:
+        if isinstance(message, Progress | Alive):
+            news.put_nowait(message)
+        return take_news(client, message)
+
+    monkeypatch.setattr(VerifierClient, "_take_news", told)
+    bench = Bench(published, new_client(tmp_path, "-c", YIELDING, busy_fd=busy.fd), tmp_path)
+
+    async def prove() -> list[Progress | Alive]:
+        busy.set(True)
+        asked = asyncio.create_task(bench.verifier.ask(bench.job(adapter), lambda progress: None))
+        waited = [await news.get() for _ in range(3)]
+        busy.set(False)
+        await asked
+        return waited
+
+    try:
+        bench.start()
+        first, *others = bench.run(prove())
+        assert isinstance(first, Progress)
+        assert all(isinstance(one, Alive) for one in others), others
+    finally:
+        bench.close()
+
+
+def test_the_gate_is_passed_after_each_module_each_step_of_a_text_and_each_figure(
+    published: Published, adapter: Path, tmp_path: Path
+) -> None:
+    passed: list[float] = []
+    proven = Verifier(published.base, max_rank=32, base_id="").prove(
+        adapter / CONFIG_FILE,
+        adapter / WEIGHTS_FILE,
+        tmp_path / "packed",
+        probes=[[7, 8, 9], [5, 6]],
+        probe_tokens=4,
+        allow_noop=False,
+        on_progress=lambda stage, part: passed.append(part),
+    )
+    proof, steps = proven.report.proof, 4
+    assert len(passed) == 2 + proof.modules_compared + steps + proof.texts + len(proven.report.modules)
+    assert passed == sorted(passed)

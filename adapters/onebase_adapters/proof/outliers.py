@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,16 +157,19 @@ def _by(norm: float, of: float) -> float | None:
     return norm / of if of else None
 
 
-def measure(weights: AdapterWeights, base: nn.Module) -> dict[str, Figures]:
-    """The figures of each module."""
+def measure(
+    weights: AdapterWeights, base: nn.Module, on_measured: Callable[[], None] = lambda: None
+) -> dict[str, Figures]:
+    """The figures of each module; `on_measured` is called after each."""
     model: Any = base
     head = model.get_output_embeddings()
     of_tokens = {id(model.get_input_embeddings()), id(head)}
-    modules = {name: base.get_submodule(name) for name in without_head(weights)}
-    return {
-        name: figures(module, modules[name], head.weight.dtype, of_tokens=id(modules[name]) in of_tokens)
-        for name, module in without_head(weights).items()
-    }
+    found: dict[str, Figures] = {}
+    for name, module in without_head(weights).items():
+        own = base.get_submodule(name)
+        found[name] = figures(module, own, head.weight.dtype, of_tokens=id(own) in of_tokens)
+        on_measured()
+    return found
 
 
 def unusual(measured: Mapping[str, Figures]) -> list[str]:

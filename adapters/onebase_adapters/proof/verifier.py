@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from onebase_adapters.proof.loader import LoadedAdapter, classifier_of, load_adapter
@@ -51,6 +52,7 @@ class Verifier:
 
     def __init__(self, base: nn.Module, *, max_rank: int, base_id: str) -> None:
         """`base_id` is written into packed adapters, so that no other base ever loads them."""
+        self.device: torch.device = next(base.parameters()).device
         self._base = base
         self._max_rank = max_rank
         self._base_id = base_id
@@ -76,8 +78,8 @@ class Verifier:
             packed: the file to write; nothing is left there when anything is raised.
             probes: prompts, as tokens, whose greedy texts of `probe_tokens` tokens are compared.
             allow_noop: accept an adapter that changes nothing.
-            on_progress: called with the stage, and the part of all the work that is done; what it raises
-                ends the proof.
+            on_progress: called with the stage, and the part of all the work that is done, after each module
+                and each step of a text; what it raises ends the proof, and it may wait.
 
         Raises:
             AdapterFormatError: the files are not an adapter that can be served.
@@ -139,7 +141,7 @@ class Verifier:
             classified = self._texts.prove_classes(classifier, finished, probes, adapter.spec.task)
         if fingerprint(self._base) != self._fingerprint:
             raise BaseChangedError("a tensor of the attached base was written to")
-        measured = measure(finished, self._base)
+        measured = measure(finished, self._base, lambda: on_progress("proving", 1.0))
         seconds = time.monotonic() - started
         report = version_report(adapter, finished, measured, modules, texts, seconds, self._base, classified)
         return ProvenVersion(report, sha256, packed.stat().st_size)

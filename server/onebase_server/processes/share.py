@@ -1,4 +1,4 @@
-"""How training shares the machine with serving: a byte that says whether rows run, a gate that heeds it."""
+"""How training and proofs share the machine with serving: a byte that says whether rows run, and a gate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAP_SECONDS = 0.005
 
 
 class BusyFlag:
-    """One byte in shared memory: 1 while rows run. The api writes it, trainers read it.
+    """One byte in shared memory: 1 while rows run. The api writes it, trainers and the verifier read it.
 
     Costs neither a message nor a system call, so that it can be asked between any two layers.
     """
@@ -38,7 +38,7 @@ class BusyFlag:
 
 
 class SharedGate:
-    """Lets a run compute `share` of the time while rows run, all of it otherwise. For one thread.
+    """Lets a run or a proof compute `share` of the time while rows run, all of it otherwise. For one thread.
 
     Each interval of computing is paid for with a pause before the next one: (1 - share) / share times as
     long. With a share of 0 the run waits until no rows run.

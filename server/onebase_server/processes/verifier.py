@@ -1,6 +1,6 @@
 """The verifier process: attaches the base that an engine published, and proves versions on it.
 
-The api runs it as `python -m onebase_server.processes verifier --fd N [--base-fd M]`.
+The api runs it as `python -m onebase_server.processes verifier --fd N [--base-fd M] [--busy-fd K]`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from onebase_engine.base.load import BaseChangedError, BaseSettings
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
 from onebase_engine.machine import is_out_of_memory
 from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channel, begin
+from onebase_server.processes.share import BusyFlag, SharedGate
 from onebase_server.processes.verifier_protocol import (
     Alive,
     Attach,
@@ -55,6 +56,9 @@ ALIVE_SECONDS = 1.0
 """Time between two signs of life of a job."""
 PROGRESS_SECONDS = 0.1
 """Time between two progress messages of one stage."""
+SHARE = {"cpu": 1.0, "cuda": 0.5}
+"""Part of the time in which a proof computes while rows run. On a CPU its low priority spares them. A GPU
+knows none between processes; but somebody waits for the proof, so it has more than a job does."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -64,12 +68,12 @@ def main() -> int:
     # All temporary files of this process, so that the api finds them when it had to be killed.
     tempfile.tempdir = str(scratch)
     try:
-        return run(inherited.sock, inherited.base_fd, scratch)
+        return run(inherited.sock, inherited.base_fd, inherited.busy_fd, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def run(sock: socket.socket, base_fd: int | None, scratch: Path) -> int:
+def run(sock: socket.socket, base_fd: int | None, busy_fd: int | None, scratch: Path) -> int:
     """Serve one api until it closes the socket; returns the process's exit status.
 
     `scratch`: a folder that is removed if the process has to end in the middle of a computation.
@@ -93,7 +97,7 @@ def run(sock: socket.socket, base_fd: int | None, scratch: Path) -> int:
             explained = isinstance(error, AttachError)
             channel.send(Fatal(message=str(error) if explained else f"{type(error).__name__}: {error}"))
             return 2
-        return _serve(verifier, channel)
+        return _serve(verifier, channel, None if busy_fd is None else BusyFlag(busy_fd))
     except ApiGoneError:
         return 0
     finally:
@@ -120,14 +124,15 @@ def _threads(config: EngineConfig) -> int:
     return config.threads or max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def _serve(verifier: Verifier, channel: VerifierChannel) -> int:
+def _serve(verifier: Verifier, channel: VerifierChannel, busy: BusyFlag | None) -> int:
     while not isinstance(message := channel.receive(), Shutdown):
         if not isinstance(message, Prove | Merge):
             logger.error("unexpected message %s", type(message).__name__)
             continue
         try:
             with _signs_of_life(channel):
-                reply = answer(verifier, message, _Reporter(message.digest, channel).report)
+                reporter = _Reporter(message.digest, channel, _gate(verifier.device, busy))
+                reply = answer(verifier, message, reporter.report)
             channel.send(reply)
             gc.collect()  # PEFT's model, while nobody waits
         except BaseChangedError as error:
@@ -139,6 +144,12 @@ def _serve(verifier: Verifier, channel: VerifierChannel) -> int:
             channel.send(Rejected(digest=message.digest, code="device_error", message=str(error)))
             return 3
     return 0
+
+
+def _gate(device: torch.device, busy: BusyFlag | None) -> SharedGate:
+    """For one job: its first interval of computing begins now."""
+    finish: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return SharedGate(lambda: bool(busy), SHARE[device.type], lambda: None, finish=finish)
 
 
 @contextlib.contextmanager
@@ -215,11 +226,12 @@ def _code(error: Exception) -> str:
 
 
 class _Reporter:
-    """Sends a job's progress, not too often, and ends the job when the api has gone."""
+    """Sends a job's progress, not too often, lets rows go first, and ends the job when the api has gone."""
 
-    def __init__(self, digest: str, channel: VerifierChannel) -> None:
+    def __init__(self, digest: str, channel: VerifierChannel, gate: SharedGate) -> None:
         self._digest = digest
         self._channel = channel
+        self._gate = gate
         self._stage: Stage | None = None
         self._sent_at = 0.0
 
@@ -229,3 +241,4 @@ class _Reporter:
         if stage != self._stage or now - self._sent_at >= PROGRESS_SECONDS:
             self._stage, self._sent_at = stage, now
             self._channel.send(Progress(digest=self._digest, stage=stage, fraction=fraction))
+        self._gate.wait()

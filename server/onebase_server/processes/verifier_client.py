@@ -105,7 +105,8 @@ class VerifierClient:
         store: holds the versions' files, and gets their packed adapters.
         base_id: goes into the packed adapters.
         probes: prompts as tokens.
-        command: starts a verifier; gets `--fd N` and `--base-fd N` appended.
+        command: starts a verifier; gets `--fd N`, `--base-fd N` and `--busy-fd N` appended.
+        busy_fd: of the byte that says whether rows run.
         proof_timeout: seconds for one version, once the base is attached.
         silence: seconds without a sign of life, while it proves, after which a process is killed.
         backoff: between two tries of those that wait for a verifier.
@@ -118,6 +119,7 @@ class VerifierClient:
         *,
         base_id: str,
         probes: Sequence[list[int]],
+        busy_fd: int | None = None,
         command: Sequence[str] = VERIFIER_COMMAND,
         proof_timeout: float = 600.0,
         silence: float = SILENT_SECONDS,
@@ -129,6 +131,7 @@ class VerifierClient:
         self._disk = disk
         self._base_id = base_id
         self._probes = list(probes)
+        self._busy_fd = busy_fd
         self._command = tuple(command)
         self._proof_timeout = proof_timeout
         self._silence = silence
@@ -411,7 +414,8 @@ class VerifierClient:
 
     async def _spawn(self, base: _Base) -> AskedProcess[FromVerifier]:
         self._check_current(base)
-        fds = {} if base.fd is None else {"--base-fd": base.fd}
+        given = {"--base-fd": base.fd, "--busy-fd": self._busy_fd}
+        fds = {option: fd for option, fd in given.items() if fd is not None}
         self._process = process = await AskedProcess.spawn(
             self._command, from_verifier_decoder(), self._take_news, fds
         )
