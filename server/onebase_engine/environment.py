@@ -6,7 +6,9 @@ A list of what is passed, not of what is kept back: nobody can list how secrets 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,6 +33,7 @@ KERNELS = Path(__file__).parent / "kernels" / "native" / "libonebase_kernels.so"
 _PATIENT = {"OMP_WAIT_POLICY": "passive"}
 """What PyTorch's threads have left to do is little: they would spin on cores that the kernels' threads need.
 Where PyTorch computes everything, to wake them for each of thousands of calls would cost more."""
+_BELOW_NORMAL = {"CUDA_MPS_CLIENT_PRIORITY": "1"}
 _FETCHING = (
     "HF_*", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_*", "TRANSFORMERS_OFFLINE", "DISABLE_TELEMETRY",
     "DO_NOT_TRACK", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy",
@@ -42,6 +45,32 @@ def computing_environment(environ: Mapping[str, str] | None = None) -> dict[str,
     """For a process that computes: what torch and its like read, no credentials, and no way to the Hub."""
     passed = _passed(environ, _EVERY + _COMPUTING) | _NO_HUB
     return _PATIENT | passed if _kernels_compute(passed) else passed
+
+
+def mps_runs(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether CUDA's Multi-Process Service is there, by which processes use a GPU at once instead of in turn.
+    CUDA takes it by itself where its control daemon listens (https://docs.nvidia.com/deploy/mps/).
+
+    Asked by a socket of another kind than the daemon's, which it never hears of: the system says which kind
+    it is, or that nobody listens.
+    """
+    found = os.environ if environ is None else environ
+    folder = found.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(f"{folder}/control")
+        except OSError as error:
+            return error.errno == errno.EPROTOTYPE
+    return True
+
+
+def behind_serving(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """For a process that computes on the engine's GPU and is to yield to it, besides `computing_environment`.
+
+    A priority, and not CUDA_MPS_ACTIVE_THREAD_PERCENTAGE, which would bound it on an idle GPU as well.
+    """
+    found = os.environ if environ is None else environ
+    return {} if "CUDA_MPS_CLIENT_PRIORITY" in found or not mps_runs(environ) else _BELOW_NORMAL
 
 
 def _kernels_compute(environ: Mapping[str, str]) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,12 @@ from onebase_adapters.training.data.dataset import DataError
 from onebase_adapters.training.data.files import read_file
 from onebase_engine.base import default_base
 from onebase_engine.base.default_base import BaseFetchError
-from onebase_engine.environment import computing_environment, fetching_environment
+from onebase_engine.environment import (
+    behind_serving,
+    computing_environment,
+    fetching_environment,
+    mps_runs,
+)
 
 PLANTED = "import os\nos.close(os.open({!r}, os.O_CREAT))\nraise ImportError\n"
 
@@ -105,6 +111,33 @@ def test_a_process_that_computes_gets_what_its_libraries_read_and_nothing_else(
         ("CUDA_VISIBLE_DEVICES", "1"),
     } <= fetching.items()
     assert not {"AWS_SESSION_TOKEN", "ONEBASE_REGISTRY", "ONEBASE_STORE"} & set(fetching)
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM])
+def test_mps_is_there_while_its_daemon_listens_and_not_when_it_has_left_its_socket_behind(
+    tmp_path: Path, kind: socket.SocketKind
+) -> None:
+    environ = {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
+    assert not mps_runs(environ)
+    with socket.socket(socket.AF_UNIX, kind) as daemon:
+        daemon.bind(str(tmp_path / "control"))
+        if kind != socket.SOCK_DGRAM:
+            daemon.listen()
+        daemon.setblocking(False)
+        assert mps_runs(environ)
+        with pytest.raises(BlockingIOError):  # it has heard nothing
+            daemon.recv(1) if kind == socket.SOCK_DGRAM else daemon.accept()
+        assert behind_serving(environ) == {"CUDA_MPS_CLIENT_PRIORITY": "1"}
+        assert behind_serving(environ | {"CUDA_MPS_CLIENT_PRIORITY": "0"}) == {}, "somebody has decided it"
+    assert (tmp_path / "control").exists()
+    assert not mps_runs(environ)
+    assert behind_serving(environ) == {}
+
+
+def test_mps_is_not_taken_to_be_there_for_a_file_or_a_name_that_no_socket_can_have(tmp_path: Path) -> None:
+    (tmp_path / "control").touch()
+    assert not mps_runs({"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)})
+    assert not mps_runs({"CUDA_MPS_PIPE_DIRECTORY": "/tmp/" + "long" * 40})
 
 
 IMPORT = """

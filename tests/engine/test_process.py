@@ -407,3 +407,21 @@ def test_weights_are_kept_unpacked_only_where_they_are_unpacked(changes: dict[st
     channel: Any = Channel()
     with pytest.raises(UnsupportedBaseError, match="for 4-bit weights on a CPU"):
         process._start(config, channel, None)
+
+
+def test_it_is_told_how_processes_share_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    gpu = torch.device("cuda")
+    with caplog.at_level("INFO"):
+        assert process._gpu_sharing(torch.device("cpu")) == ""
+        assert not caplog.messages
+        assert process._gpu_sharing(gpu) == "time slices"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as daemon:
+            daemon.bind(str(tmp_path / "control"))
+            daemon.listen()
+            assert process._gpu_sharing(gpu) == "mps"
+    said = caplog.messages
+    assert "nvidia-cuda-mps-control -d" in said[0]
+    assert said[1:] == ["the processes share the GPU by MPS, at once"]

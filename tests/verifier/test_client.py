@@ -24,7 +24,9 @@ from onebase_engine.base import manifest as wire
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
 from onebase_server.background import Backoff
 from onebase_server.processes.share import BusyFlag
+from onebase_server.processes.trainer_client import TrainerClient
 from onebase_server.processes.verifier_client import (
+    ATTEMPTS,
     OnProgress,
     Proof,
     RejectedError,
@@ -437,3 +439,31 @@ def test_the_gate_is_passed_after_each_module_each_step_of_a_text_and_each_figur
     proof, steps = proven.report.proof, 4
     assert len(passed) == 2 + proof.modules_compared + steps + proof.texts + len(proven.report.modules)
     assert passed == sorted(passed)
+
+
+def test_verifiers_and_trainers_yield_to_the_engine_where_there_is_mps(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        f"import os, sys; open({str(tmp_path / 'said')!r}, 'a').write("
+        "os.environ.get('CUDA_MPS_CLIENT_PRIORITY', 'none') + ' ')"
+    )
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+
+    async def start_both() -> None:
+        verifier = new_client(tmp_path, "-c", program)
+        with pytest.raises(VerifierGoneError):
+            await verifier.attach(published.config, published.manifest, published.fd)
+        await verifier.engine_gone()
+        job: Any = Shutdown()
+        trainer = await TrainerClient.start((sys.executable, "-c", program), job, {}, lambda event: None)
+        await trainer.outcome()
+
+    asyncio.run(start_both())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as daemon:
+        daemon.bind(str(tmp_path / "control"))
+        daemon.listen()
+        asyncio.run(start_both())
+    said = (tmp_path / "said").read_text().split()
+    assert said == ["none"] * (len(said) // 2) + ["1"] * (len(said) // 2)
+    assert len(said) == 2 * (ATTEMPTS + 1)

@@ -207,6 +207,8 @@ class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     kernels: str = "torch"
     """What computes: `torch`, or the kernels in C by their set of instructions; on a GPU with its kind, as
     `triton sm_90`. A version that was proved with others is proved again."""
+    gpu_sharing: str = ""
+    """How the engine, the verifier and trainers share a GPU: `mps` or `time slices`; empty without one."""
     promise: str = ""
     """What is kept of a row's bits, in a sentence or two."""
     base_bytes: int

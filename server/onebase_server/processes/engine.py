@@ -51,6 +51,7 @@ from onebase_engine.engine.messages import EngineConfig, RowOutput
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
+from onebase_engine.environment import mps_runs
 from onebase_engine.kernels.interface import TILE
 from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channel, begin
 
@@ -367,6 +368,20 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _gpu_sharing(device: torch.device) -> str:
+    """As `BaseInfo` tells it; in the log, too."""
+    if device.type != "cuda":
+        return ""
+    if mps_runs():
+        logger.info("the processes share the GPU by MPS, at once")
+        return "mps"
+    logger.info(
+        "the processes share the GPU by time slices; to have them use it at once, run "
+        "`nvidia-cuda-mps-control -d` before the server starts"
+    )
+    return "time slices"
+
+
 def _max_length(config: EngineConfig, base: Any) -> int:
     own = longest_row(base.config) or 0
     # Shorter than what the config promises: longrope is the only reason.
@@ -392,6 +407,7 @@ def _base_info(
         dtype=config.dtype,
         device=str(engine.model.device),
         kernels=engine.model.kernels.name,
+        gpu_sharing=_gpu_sharing(engine.model.device),
         promise=engine.model.promise,
         base_bytes=base_bytes(base),
         kv_bytes=kv_bytes,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from onebase_adapters.training.events import Event, Reason
 from onebase_engine.engine.messages import encode
+from onebase_engine.environment import behind_serving
 from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.trainer_protocol import (
     Check,
@@ -65,7 +66,8 @@ class TrainerClient:
                 on_event(message.event)
             return isinstance(message, RunEvent)
 
-        process = await AskedProcess.spawn(command, from_trainer_decoder(), take_event, fds, ENVIRONMENT)
+        environment = ENVIRONMENT | behind_serving()
+        process = await AskedProcess.spawn(command, from_trainer_decoder(), take_event, fds, environment)
         process.ask(frame)
         return cls(process)
 

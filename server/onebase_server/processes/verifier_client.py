@@ -21,6 +21,7 @@ from onebase_adapters.proof.report import MergeMethod, MergeSign
 from onebase_adapters.store.blobs import Blob, VersionFiles
 from onebase_adapters.store.store import Store
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown, encode
+from onebase_engine.environment import behind_serving
 from onebase_server.background import Backoff, Threads
 from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.verifier_protocol import (
@@ -417,7 +418,7 @@ class VerifierClient:
         given = {"--base-fd": base.fd, "--busy-fd": self._busy_fd}
         fds = {option: fd for option, fd in given.items() if fd is not None}
         self._process = process = await AskedProcess.spawn(
-            self._command, from_verifier_decoder(), self._take_news, fds
+            self._command, from_verifier_decoder(), self._take_news, fds, behind_serving()
         )
         self._check_current(base)
         return process

@@ -5013,6 +5013,8 @@ export interface components {
                 /** @default torch */
                 kernels: string;
                 /** @default  */
+                gpu_sharing: string;
+                /** @default  */
                 promise: string;
                 base_bytes: number;
                 kv_bytes: number;
