@@ -6,6 +6,7 @@ What each must show is in its docstring. Under Triton's interpreter, on the CPU,
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import platform
 import shutil
@@ -34,10 +35,14 @@ from onebase_engine.engine import messages as protocol
 from onebase_engine.engine import model as served
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.engine.memory_budget import measured_on
+from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.lora.weights import weights_bytes
+from onebase_server.processes.engine import sizes
 
 NEEDED = ("numpy", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "msgspec", "safetensors")
 BLOCK = 16
@@ -601,9 +606,11 @@ def _of(one: Asked, tenant: str) -> Asked:
 
 
 def memory(setup: Setup, found: Findings) -> None:
-    """A prompt whose step does not fit into memory: the rows beside it get the bits that they get alone."""
+    """A cache that is sized as a server's leaves room for its steps. A prompt whose step does not fit into
+    memory: the rows beside it get the bits that they get alone."""
     kernels = own_kernels(setup, found)
     base = new_base(setup)
+    _sized(setup, found, base)
     small = setup.interpreted
     length, tokens, step_tokens = (24, 3, 64) if small else (7000, 48, 8192)
     others = [Asked(str(i), words(setup, 4 if small else 100, i), tokens) for i in range(2 if small else 4)]
@@ -635,6 +642,33 @@ def memory(setup: Setup, found: Findings) -> None:
     found.check("no block is lost", running.pool.free == running.pool.capacity)
 
 
+def _sized(setup: Setup, found: Findings, base: torch.nn.Module) -> None:
+    """The largest step measured, the rest given to the KV cache; then rows decode next to a long prompt."""
+    small, device = setup.interpreted, torch.device(setup.device)
+    measure = (lambda run: int(run() is not None)) if device.type == "cpu" else measured_on(device)
+    most = bases.SHAPES[setup.shape]["max_position_embeddings"]
+    limits = Limits(2, 8, 64) if small else Limits(64, 2048, most, 7)
+    model = ServedModel(base, 1, kernels=ReferenceKernels(tiled=False) if small else None)
+    began = time.monotonic()
+    blocks, _ = sizes(EngineConfig(base_folder="", max_rank=16, max_slots=1), base, model, limits, measure)
+    found.figure("sizing the cache, its largest step included", time.monotonic() - began, "s")
+    found.figure("the cache", blocks * BLOCK, "tokens")
+    engine = Engine(base, name="sized", limits=limits, kv_blocks=blocks, slots=1, model=model)
+    before = _shortages(device)
+    longest = min(16 if small else 8000, limits.max_length - 8, (blocks - RESERVED_BLOCKS) * BLOCK // 2)
+    decoding = [Asked(str(i), words(setup, 4, i), 8) for i in range(limits.max_rows - 1)]
+    serve(engine, [*decoding, Asked("long", words(setup, longest, 99), 2)], apart=limits.max_rows)
+    found.check("the steps of a server find the memory that was left for them", _shortages(device) == before)
+    del engine, model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _shortages(device: torch.device) -> int:
+    return int(torch.cuda.memory_stats(device).get("num_ooms", 0)) if device.type == "cuda" else 0
+
+
 _CULPRIT = Asked("the long prompt", [], 2)
 
 
@@ -647,7 +681,8 @@ def _make_short(setup: Setup, found: Findings, running: Engine) -> Callable[[], 
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (192 << 20)) / total)
         found.figure("memory beyond the engine's own", 192, "MiB")
-        return lambda: int(torch.cuda.memory_stats()["num_ooms"])
+        before = _shortages(torch.device("cuda"))
+        return lambda: _shortages(torch.device("cuda")) - before
     forward, failed = running.model.forward, list[int]()
 
     def short(batch: Any) -> Any:
