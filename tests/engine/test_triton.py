@@ -498,6 +498,26 @@ def test_an_engine_serves_texts_of_peft_the_same_bits_in_any_company_and_few_lau
 
 @pytest.mark.full
 @pytest.mark.usefixtures("quick_trials")
+def test_adapters_act_on_an_int8_base_though_its_passes_are_captured(
+    kernels: CudaKernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch computes them, of which a graph knows nothing."""
+    folder = save_base("llama", tmp_path / "base", layers=1)
+    lab = Lab.create(load_base(BaseSettings(folder, quantization="int8")), tmp_path)
+    asked = [Request((5, 9, 7), 2, 4), Request((3, 4), None, 3), Request((8,), None, 5, at=5)]
+    one_by_one = run(lab.engine(model=ServedModel(lab.base, 4, kernels=kernels), slots=4), asked)
+    monkeypatch.setattr(kernels, "captures", True)
+    monkeypatch.setattr(kernels, "capture", triton_on_cpu.Capture().of)
+    served = ServedModel(lab.base, 4, kernels=kernels)
+    engine, replayed = lab.engine(model=served, slots=4), Counter[bool]()
+    whole = served._graphs.run
+    monkeypatch.setattr(served._graphs, "run", lambda batch: _counted(whole(batch), replayed))
+    assert run(engine, asked) == one_by_one
+    assert replayed[True], "rows of the base are no graphs either"
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("quick_trials")
 def test_a_captured_pass_gives_other_steps_the_bits_that_they_have_launched_one_by_one(
     kernels: CudaKernels, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

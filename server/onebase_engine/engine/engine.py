@@ -371,7 +371,10 @@ class Engine:
             raise
         except Exception as error:
             logger.exception("computing %d rows failed", len(plan.segments))
-            return _Failure(str(error), is_out_of_memory(error))
+            failure = _Failure(str(error), is_out_of_memory(error))
+        if failure.out_of_memory:
+            self.model.give_memory_back()  # without the exception, whose frames hold tensors
+        return failure
 
     def _compute(self, plan: Plan) -> _Computed:
         """A forward pass and what is sampled from it. It changes nothing but KV that `computed` has not seen.

@@ -3,6 +3,9 @@
 A pass is captured for a size once a step of that size has come a second time; smaller steps are padded to
 it. What a graph reads lies where it lay: the base, the slots and the KV cache are at fixed places, and so is
 the step, in a `FixedStep`. A step of many rows, or with an adapter that acts outside the kernels, has none.
+
+It is captured with padding alone, and then has to give the bits that the kernels gave one by one for the step
+that asked for it: a number of the host's that got into the graph would show.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import triton
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.kv_cache import DUMP_BLOCK
 from onebase_engine.kernels import cuda
-from onebase_engine.kernels.cuda import FixedStep, StepSize
+from onebase_engine.kernels.cuda import CaptureError, FixedStep, StepSize
+from onebase_engine.machine import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +33,8 @@ TERMS = (0, 1, 4)
 """Adapters of a row for which they are."""
 MOST_GRAPHS = 64
 MOST_BYTES = 1 << 30
-"""Of all graphs together; what does not fit is launched kernel by kernel."""
+"""Of all graphs together; what does not fit is launched kernel by kernel. Half of what they had, each time
+that memory was short."""
 
 Pass = Callable[[FixedStep], tuple[torch.Tensor, torch.Tensor]]
 """Logits and hidden states of all rows of a step."""
@@ -55,10 +60,12 @@ class Graphs:
         self._graphs: dict[StepSize, _Graph | None] = {}
         """None: this size cannot be captured."""
         self._seen: Counter[StepSize] = Counter()
-        self._bytes = 0
+        self._bytes, self._most_bytes = 0, MOST_BYTES
+        self._closed = False
+        """Whether no more passes are captured."""
         self.ranks: dict[int, int] = {}
         """Of each filled slot the largest rank."""
-        self.by_groups: Collection[int] = ()
+        self.uncaptured: Collection[int] = ()
         """Slots that act outside the kernels."""
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -69,7 +76,8 @@ class Graphs:
             return None
         if size not in self._graphs:
             self._seen[size] += 1
-            if self._seen[size] < 2 or len(self._graphs) >= MOST_GRAPHS or self._bytes > MOST_BYTES:
+            full = len(self._graphs) >= MOST_GRAPHS or self._bytes >= self._most_bytes
+            if self._seen[size] < 2 or full or self._closed:
                 return None
             self._graphs[size] = self._capture(size, batch)
         graph = self._graphs[size]
@@ -79,29 +87,60 @@ class Graphs:
         graph.replay()
         return graph.logits, graph.hidden
 
+    def forget(self) -> bool:
+        """Give the memory of all graphs back, since it is short. Whether there were any."""
+        held = any(graph is not None for graph in self._graphs.values())
+        if held:
+            logger.warning("kernels: memory is short: %d passes are no graphs any more", len(self._graphs))
+            self._most_bytes, self._bytes = min(self._bytes, self._most_bytes) // 2, 0
+            self._graphs.clear()
+            self._seen.clear()
+            self._kernels.forget_captures()
+            self._reserved()
+        return held
+
     def _capture(self, size: StepSize, batch: Batch) -> _Graph | None:
         padding_slot = DUMP_BLOCK * self._block_size
         step = FixedStep(size, self._slots, self._block_size, padding_slot, self._device)
-        step.take(batch.input_ids, batch.contexts, batch.token_map)
-        before = self._reserved()
+        given = batch.input_ids, batch.contexts, batch.token_map
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            return self._run(step)
+
         try:
-            replay, (logits, hidden) = self._kernels.capture(lambda: self._run(step), self._device)
+            step.take(*given)
+            wanted = self._kernels.unawaited(run, self._device)
+            step.clear()
+            before = self._reserved()
+            replay, (logits, hidden) = self._kernels.capture(run, self._device)
+            self._bytes += self._reserved() - before
+            step.take(*given)
+            replay()
+            count = len(batch.input_ids)
+            if not all(_same(*pair) for pair in zip(wanted, (logits[:count], hidden[:count]), strict=True)):
+                raise CaptureError("it gives something else than its kernels one by one")
         except Exception as error:
-            # Whatever hinders it, the same kernels compute the step one by one.
+            if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
+                raise
+            # The same kernels compute the step one by one.
             logger.warning("kernels: a pass over %d rows is not captured: %s", size.rows, error)
+            self._closed |= not is_out_of_memory(error)
             return None
-        self._bytes += self._reserved() - before
         return _Graph(step, replay, logits, hidden)
 
     def _reserved(self) -> int:
-        return torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else 0
+        """Bytes that PyTorch has of the device, but for those that nobody uses."""
+        if self._device.type != "cuda":
+            return 0
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self._device)
 
     def _size(self, batch: Batch) -> StepSize | None:
         """What the batch needs, rounded up; None if no graph has that."""
         groups = batch.token_map.groups
         slots = {slot for group in groups for slot, _ in group.terms}
         rows = next((count for count in ROWS if count >= len(batch.input_ids)), None)
-        if rows is None or not slots.isdisjoint(self.by_groups):
+        if rows is None or not slots.isdisjoint(self.uncaptured):
             return None
         pairs = sum(len(group.rows) * len(group.terms) for group in groups)
         terms = next((rows * count for count in TERMS if rows * count >= pairs), None)
@@ -111,3 +150,8 @@ class Graphs:
         splits = int(batch.contexts.position.max(initial=0)) // cuda.SPLIT.value + 1
         rank = triton.next_power_of_2(max(rank, cuda.RANKS.value)) if terms else 0
         return StepSize(rows, triton.next_power_of_2(splits), terms, rank)
+
+
+def _same(wanted: torch.Tensor, got: torch.Tensor) -> bool:
+    """Whether the rows of `got` have the bits of the first rows of `wanted`, be they numbers or not."""
+    return torch.equal(wanted[: len(got)].contiguous().view(torch.uint8), got.contiguous().view(torch.uint8))

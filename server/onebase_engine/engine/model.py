@@ -213,8 +213,12 @@ class ServedModel:
             layer.refresh()
         if self._graphs is not None:
             self._graphs.ranks |= ranks
-            self._graphs.by_groups = {slot for module in self._modules for slot in module.by_groups}
+            self._graphs.uncaptured = {slot for one in self._modules for slot in one.uncaptured}
         return failed
+
+    def give_memory_back(self) -> bool:
+        """For when memory is short: whether it had any that is not needed."""
+        return self._graphs is not None and self._graphs.forget()
 
     def forward(self, batch: Batch) -> Outputs:
         """The logits of the batch's `logit_rows`, and the hidden states of its `hidden_rows`."""

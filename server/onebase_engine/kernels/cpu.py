@@ -442,6 +442,8 @@ class CpuKernels:
 class NativeLinear:
     """One linear layer by the library: the base's product, and what plain LoRAs in its slots add."""
 
+    captures = False
+
     def __init__(
         self, kernels: CpuKernels, base: Any, slots: int, reference: ReferenceLinear, *, unpacked: bool
     ) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
@@ -38,9 +39,15 @@ from onebase_engine.kernels.interface import (
 )
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, sent
 from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.machine import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 Captured = TypeVar("Captured")
+
+
+class CaptureError(Exception):
+    """A pass that cannot be a graph of CUDA, nor can others of the same model."""
+
 
 PIECE = tl.constexpr(1024)
 """Terms of a product whose sum is one number, before it is added to the others'."""
@@ -74,6 +81,8 @@ TO_INTEGER = tl.constexpr(12582912.0)
 """1.5 * 2^23: added and taken away again, it leaves the nearest integer, ties to even."""
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_WAITS = "called a synchronizing CUDA operation"
+"""What PyTorch says where the host waits for the device and it is asked to say so."""
 
 
 # ---- products ----------------------------------------------------------------------------------
@@ -322,6 +331,8 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 class CudaLinear:
     """One linear layer, 4-bit or bf16, and what plain LoRAs in its slots add."""
 
+    captures = True
+
     def __init__(self, kernels: CudaKernels, base: Any, slots: int, reference: ReferenceLinear) -> None:
         """`reference`: the same layer by PyTorch."""
         self._reference = reference
@@ -347,6 +358,8 @@ class CudaLinear:
 
     def __call__(self, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
         if x.dtype != torch.bfloat16:
+            if FIXED in rows.held:
+                raise CaptureError(f"a layer multiplies {x.dtype}, for which a graph has no adapters")
             return self._reference(x, rows)
         return self._layers(x.contiguous(), rows)[0]
 
@@ -659,6 +672,11 @@ class FixedStep:
         held = _Terms(terms, starts, row, slot, weight.view(torch.float32), size.most_rank)
         self.rows = RowMap(held={FIXED: held})
 
+    def clear(self) -> None:
+        """Have a step of nothing but padding."""
+        none = np.zeros(0, dtype=np.int32)
+        self.take(none, Contexts(none, none, none, none.reshape(0, 0)), RowMap())
+
     def take(self, ids: np.ndarray, contexts: Contexts, rows: RowMap) -> None:
         """Have another step: the tokens of its packed rows, int, where they stand and what acts on them."""
         own_ids, places, position, write, tiles, table, starts, term_rows, slots, weights = self._parts
@@ -757,6 +775,11 @@ def _norm(x, weight, y, size, eps, SIZE: tl.constexpr, AROUND_ONE: tl.constexpr)
     tl.store(y + row * size + place, scaled.to(tl.bfloat16), mask=there)
 
 
+def _capturing(graph: Any, pool: Any) -> Any:
+    """In another thread a version may be on its way: only this one's calls are held to the rules."""
+    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+
+
 class CudaKernels:
     """Triton's kernels."""
 
@@ -766,13 +789,14 @@ class CudaKernels:
     joins = True
     drafts = True
     narrows = True
-    captures = not INTERPRETED.value
+    captures = not INTERPRETED.value and hasattr(torch._C, "_cuda_endAllocateToPool")
 
     def __init__(self) -> None:
         self._reference = ReferenceKernels(tiled=False)
         self._scratch: dict[int, torch.Tensor] = {}
         self._pool: Any = None
         """Memory that all graphs share: only one runs at a time."""
+        self._abandoned: list[Any] = []
 
     def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> CudaLinear | ReferenceLinear:
         reference = ReferenceLinear(base, tiled=False, unpacked=unpacked)
@@ -843,21 +867,65 @@ class CudaKernels:
     ) -> CudaAttention:
         return CudaAttention(cache, scaling, softcap, window)
 
+    def unawaited(self, run: Callable[[], Captured], device: torch.device) -> Captured:
+        """What it gives. Compiles and loads what it is still to be captured with, which no capture can.
+
+        Raises:
+            CaptureError: the host waits for the device. A capture would fail of it, but not cleanly.
+        """
+        if device.type != "cuda":
+            return run()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run()
+        except RuntimeError as error:
+            if _WAITS in str(error):
+                raise CaptureError(str(error)) from None
+            raise
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
     def capture(
         self, run: Callable[[], Captured], device: torch.device
     ) -> tuple[Callable[[], None], Captured]:
-        """Run it, and capture it as a graph of CUDA. What makes it run again, and what it gave, to which the
-        next run writes.
+        """Capture what has run before as a graph of CUDA. What makes it run again, and the places to which
+        that writes what it gives.
 
-        Raises what PyTorch raises where the host must wait for the device, or where memory runs out.
+        Raises:
+            CaptureError: it cannot be captured; or what PyTorch raises where memory runs out. It computes on
+                after either.
         """
-        run()  # compiles what is still to be compiled
-        torch.cuda.synchronize(device)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        own, pool = torch.cuda.current_stream(device), self._pool or torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(device)  # what went wrong before is no capture's error
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = run()
+        try:
+            with torch.cuda.device(device), _capturing(graph, pool):
+                outputs = run()
+        except Exception as error:
+            self._abandon(graph, pool, device)
+            if is_out_of_memory(error):
+                raise
+            said = error.__context__ or error  # what broke it, not that it is broken at its end
+            raise CaptureError(f"{type(said).__name__}: {said}") from None
+        finally:
+            torch.cuda.set_stream(own)  # which PyTorch leaves as it was in a capture that failed
+        self._pool = pool
         return graph.replay, outputs
+
+    def _abandon(self, graph: Any, pool: Any, device: torch.device) -> None:
+        """Where a capture does not end cleanly, PyTorch's allocator still takes it for one: it would keep
+        for good what other streams have used, and fail at the next lack of memory."""
+        self._abandoned.append(graph)  # whose address the allocator keeps
+        number = torch.cuda.current_device() if device.index is None else device.index
+        with suppress(RuntimeError):  # it has ended cleanly
+            torch._C._cuda_endAllocateToPool(number, pool)
+            torch._C._cuda_releasePool(number, pool)
+        graph.reset()
+
+    def forget_captures(self) -> None:
+        """All graphs are gone, and their memory with them."""
+        self._pool = None
 
     def draw(
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]

@@ -95,6 +95,9 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 class LinearKernel(Protocol):
     """A linear layer of the base, and what the plain LoRAs in its slots add."""
 
+    captures: bool
+    """Whether a graph of CUDA has what they add, also those that come after it was captured."""
+
     def __call__(self, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
         """x [rows, in] -> [rows, out], of the same dtype. In PEFT's order of products and roundings:
 

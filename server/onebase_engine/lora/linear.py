@@ -50,6 +50,10 @@ class SlotLinear(SlotModule):
     def by_groups(self) -> Collection[int]:
         return self.replacements
 
+    @property
+    def uncaptured(self) -> Collection[int]:
+        return self.by_groups if self.kernel.captures else self.filled
+
     def exact(self, slot: int) -> bool:
         return self.kernel.exact(slot)
 

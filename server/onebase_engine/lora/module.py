@@ -66,6 +66,11 @@ class SlotModule(nn.Module):
         """Slots that act on the groups of the step one by one, and not in the kernels."""
         return self.filled
 
+    @property
+    def uncaptured(self) -> Collection[int]:
+        """Slots whose part of a pass a graph of CUDA does not have: it knows no groups."""
+        return self.by_groups
+
     def put(self, slot: int, weights: ModuleWeights | None) -> None:
         """Place weights in a slot, or empty it with None.
 

@@ -1,0 +1,294 @@
+"""Passes as graphs of CUDA, where a capture on the CPU stands for one: which are captured, what a graph must
+give before it is used, and what is left where one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.engine import triton_on_cpu
+from tests.engine.layers import nf4
+from torch import nn
+
+from onebase_engine.engine.batch import Batch
+from onebase_engine.engine.graphs import Graphs
+from onebase_engine.kernels import cuda
+from onebase_engine.kernels.cuda import CaptureError, CudaKernels, FixedStep
+from onebase_engine.kernels.interface import Contexts, RowGroup, RowMap
+from onebase_engine.lora.linear import SlotLinear
+from onebase_engine.lora.module import StepRows
+from onebase_engine.lora.weights import LoraWeights
+
+pytestmark = pytest.mark.skipif(
+    not cuda.INTERPRETED.value, reason="with a GPU here Triton compiles for it, in this process"
+)
+CPU = torch.device("cpu")
+WORDS = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+
+
+def passes(step: FixedStep) -> tuple[torch.Tensor, torch.Tensor]:
+    """A model that is quickly computed: logits and hidden states of each row, by its token and place."""
+    hidden = WORDS[step.ids.long()] * (step.positions + 1)[:, None]
+    return hidden @ WORDS.T, hidden
+
+
+def batch(*ids: int, slot: int | None = None) -> Batch:
+    """Decodes of these tokens, each of a context of its own; `slot` acts on the first."""
+    count = len(ids)
+    rows, none = np.arange(count, dtype=np.int32), np.zeros(0, dtype=np.int64)
+    groups = () if slot is None else (RowGroup((0,), ((slot, 1.0),)),)
+    return Batch(
+        input_ids=np.array(ids),
+        positions=rows.astype(np.int64),
+        logit_rows=rows.astype(np.int64),
+        contexts=Contexts(rows, rows, 32 + 16 * rows, np.arange(2, 2 + count, dtype=np.int32)[:, None]),
+        token_map=RowMap(groups),
+        logit_map=RowMap(groups),
+        sampled=[],
+        scored=[],
+        hidden_rows=none,
+        pooled=[],
+    )
+
+
+def made(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[[FixedStep], tuple[torch.Tensor, torch.Tensor]] = passes
+) -> Graphs:
+    kernels = CudaKernels()
+    monkeypatch.setattr(kernels, "capture", triton_on_cpu.Capture().of)
+    return Graphs(run, kernels, 2, 16, CPU)
+
+
+def test_a_pass_is_captured_when_its_size_comes_again_and_gives_each_steps_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = made(monkeypatch)
+    assert found.run(batch(1, 2, 3)) is None
+    for ids in ((4, 5, 6), (7, 8, 9, 10), (49, 0, 1)):
+        got = found.run(batch(*ids))
+        assert got is not None
+        hidden = WORDS[list(ids)] * torch.arange(1, len(ids) + 1)[:, None]
+        assert torch.equal(got[1][: len(ids)], hidden)
+        torch.testing.assert_close(got[0][: len(ids)], hidden @ WORDS.T)
+
+
+def test_a_number_of_the_hosts_that_got_into_a_graph_shows_before_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(step: FixedStep) -> tuple[torch.Tensor, torch.Tensor]:
+        """As a model that reads how long a row is, where nobody notices that it waits for the device."""
+        longest = int(np.max(step._parts[2]))  # of what the host has sent
+        logits, hidden = passes(step)
+        return logits * (longest + 2), hidden
+
+    found = made(monkeypatch, run)
+    assert found.run(batch(1, 2)) is None
+    assert found.run(batch(3, 4)) is None
+    assert "it gives something else than its kernels one by one" in caplog.text
+    for _ in range(3):
+        assert found.run(batch(1, 2, 3)) is None, "nor is any other pass of this model a graph"
+    assert caplog.text.count("is not captured") == 1
+
+
+def test_a_row_whose_logits_are_no_numbers_keeps_no_pass_from_being_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(step: FixedStep) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, hidden = passes(step)
+        return torch.where((step.ids == 4)[:, None], torch.nan, logits), hidden
+
+    found = made(monkeypatch, run)
+    found.run(batch(3, 4))
+    got = found.run(batch(3, 4))
+    assert got is not None
+    assert got[0][:2].isnan().any(1).tolist() == [False, True]
+
+
+def test_a_pass_for_which_memory_runs_out_is_not_captured_and_others_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = made(monkeypatch)
+    whole = found._kernels.capture
+
+    def capture(run: Callable[[], Any], device: torch.device) -> Any:
+        if len(run()[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(run, device)
+
+    monkeypatch.setattr(found._kernels, "capture", capture)
+    for _ in range(2):
+        assert found.run(batch(1, 2, 3)) is None
+        some = found.run(batch(1, 2))
+    assert some is not None
+    assert found.run(batch(1, 2, 3)) is None
+
+
+def test_graphs_give_their_memory_back_where_it_is_short_and_take_half_as_much_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = made(monkeypatch)
+    reserved = iter(range(0, 10_000, 100))  # each look at it finds a hundred bytes more
+    monkeypatch.setattr(found, "_reserved", lambda: next(reserved))
+    assert not found.forget()
+    for ids in ((1,), (1, 2), (1, 2, 3)):
+        assert [found.run(batch(*ids)) is not None for _ in range(2)] == [False, True]
+    assert found.forget()
+    assert not found._graphs
+    for ids in ((1,), (1, 2)):
+        assert [found.run(batch(*ids)) is not None for _ in range(2)] == [False, True]
+    assert found.run(batch(1, 2, 3)) is found.run(batch(1, 2, 3)) is None
+
+
+def test_a_step_with_an_adapter_that_a_graph_does_not_have_is_no_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = made(monkeypatch)
+    found.uncaptured = {1}
+    for slot, captured in ((1, False), (0, True)):
+        found.run(batch(1, 2, slot=slot))
+        assert (found.run(batch(1, 2, slot=slot)) is not None) == captured
+
+
+def test_adapters_of_layers_that_pytorch_computes_are_in_no_graph() -> None:
+    """An int8 base's, say: a graph that was captured before one of them came would be without it."""
+    kernels = CudaKernels()
+    lora = LoraWeights(torch.ones(4, 64), torch.ones(8, 4), 1.0)
+    own = SlotLinear(nf4(64, 8), StepRows(), kernels, slots=2)
+    other = SlotLinear(nn.Linear(64, 8).requires_grad_(False), StepRows(), kernels, slots=2)  # fp32
+    for layer in (own, other):
+        layer.put(1, lora)
+    assert list(own.uncaptured) == []
+    assert list(other.uncaptured) == [1]
+    other.put(1, None)
+    assert list(other.uncaptured) == []
+
+
+def test_a_layer_that_is_given_other_numbers_than_bf16_is_in_no_graph() -> None:
+    layer = CudaKernels().linear(nf4(64, 8), 2)
+    rows = FixedStep(cuda.StepSize(1, 1, 0, 0), 2, 16, 16, CPU).rows
+    with pytest.raises(CaptureError, match="float32"):
+        layer(torch.ones(1, 64), rows)
+
+
+# ---- a capture that fails --------------------------------------------------------------------------
+
+
+class Device:
+    """What PyTorch does of a capture, as its sources say (`aten/src/ATen/cuda/CUDAGraph.cpp` and
+    `c10/cuda/CUDACachingAllocator.cpp`): one that is broken ends by an error, the allocator still in it and
+    the stream still the capture's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream: Any = "own"
+        self.underway: list[Any] = []
+        self.users: dict[Any, int] = {}
+        """Of each pool."""
+        self.broken = False
+        self._handles = iter(range(1, 100))
+        for place, name, fake in (
+            (torch.cuda, "current_stream", lambda device: self.stream),
+            (torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream)),
+            (torch.cuda, "graph_pool_handle", lambda: next(self._handles)),
+            (torch.cuda, "synchronize", lambda device: None),
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "device", lambda device: nullcontext()),
+            (torch.cuda, "CUDAGraph", lambda: Graph(self)),
+            (torch.cuda, "graph", self.capturing),
+            (torch._C, "_cuda_endAllocateToPool", self.end),
+            (torch._C, "_cuda_releasePool", self.release),
+        ):
+            monkeypatch.setattr(place, name, fake, raising=False)
+
+    def release(self, device: int, pool: Any) -> None:
+        self.users[pool] -= 1
+        assert self.users[pool] >= 0
+
+    def end(self, device: int, pool: Any) -> None:
+        if pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+    @contextmanager
+    def capturing(self, graph: Graph, pool: Any, capture_error_mode: str) -> Iterator[None]:
+        assert self.users.get(pool, 1) > 0, "INTERNAL ASSERT FAILED: nobody uses this pool any more"
+        self.users[pool] = self.users.get(pool, 0) + 1
+        self.underway.append(pool)
+        self.stream = "side"
+        try:
+            yield
+        finally:
+            if self.broken:
+                raise torch.AcceleratorError("operation failed due to a previous error during capture")
+            self.end(0, pool)
+            graph.pool, self.stream = pool, "own"
+
+
+class Graph:
+    """As `torch.cuda.CUDAGraph`."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.pool: Any = None
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None:
+        """Its pool is its own only if its capture has ended."""
+        if self.pool is not None:
+            self._device.release(0, self.pool)
+            self.pool = None
+
+
+def failing(error: Exception, device: Device, *, breaks: bool) -> Callable[[], Any]:
+    def run() -> Any:
+        device.broken = breaks
+        raise error
+
+    return run
+
+
+def test_a_capture_that_breaks_leaves_the_stream_and_the_allocator_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, kernels = Device(monkeypatch), CudaKernels()
+    stopped = torch.AcceleratorError("operation not permitted when stream is capturing")
+    with pytest.raises(CaptureError, match="not permitted when stream is capturing"):
+        kernels.capture(failing(stopped, device, breaks=True), CPU)
+    assert (device.stream, device.underway) == ("own", [])
+    assert set(device.users.values()) == {0}
+    assert kernels._abandoned, "the allocator has its address"
+
+
+def test_a_capture_for_which_memory_runs_out_says_so_and_the_next_has_memory_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, kernels = Device(monkeypatch), CudaKernels()
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels.capture(failing(torch.OutOfMemoryError("out of memory"), device, breaks=False), CPU)
+    assert (device.stream, device.underway) == ("own", [])
+    first = kernels.capture(lambda: "outputs", CPU)
+    again = kernels.capture(lambda: "more", CPU)
+    assert [outputs for _, outputs in (first, again)] == ["outputs", "more"]
+    assert sorted(device.users.values()) == [0, 2], "both graphs share what they have"
+
+
+def test_a_pass_that_waits_for_the_device_is_found_before_it_is_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    kernels, there = CudaKernels(), torch.device("cuda")
+
+    def waits() -> None:
+        assert modes[-1] == "error"
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(CaptureError, match="synchronizing"):
+        kernels.unawaited(waits, there)
+    assert kernels.unawaited(lambda: 3, there) == 3
+    assert modes == ["default", "error", "default", "error", "default"]
