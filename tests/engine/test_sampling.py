@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase_engine.engine import sampling
 from onebase_engine.engine.messages import Sampling
@@ -180,6 +181,47 @@ def test_a_rows_token_does_not_depend_on_its_company_even_with_ties(
     assert draw(raw, rows, EOS) == alone
     order = list(reversed(range(len(rows))))
     assert draw(raw[order], [rows[i] for i in order], EOS) == [alone[i] for i in order]
+
+
+class ByRows(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
+    """A library like those for GPUs, and worse: it chooses by the number of rows how it adds up and which of
+    equal numbers come first, and by a row's place in memory too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        rows = args[0].shape[0] if args and isinstance(args[0], torch.Tensor) and args[0].dim() == 2 else 0
+        if name == "topk" and rows % 2:
+            values, places = func(args[0].flip(-1), *args[1:], **(kwargs or {}))
+            return values, args[0].shape[-1] - 1 - places
+        if name in ("cumsum", "sum", "mean", "_softmax") and result.is_floating_point():
+            return result * (1 + 1e-3 * rows)
+        if name == "_log_softmax" and rows and args[0].shape[-1] % 4:
+            return result - 1e-3 * torch.arange(rows)[:, None]
+        return result
+
+
+@pytest.mark.parametrize("vocab", [300, 4 * NUCLEUS_CANDIDATES + 1])
+def test_a_rows_token_does_not_depend_on_how_a_library_adds(vocab: int) -> None:
+    kernels = ReferenceKernels(tiled=False)
+    options = [*SETTINGS.values(), {"temperature": 9.0, "top_p": 0.99}, {"temperature": 30.0, "top_k": 9}]
+    rows = [row([5, 6], [7], choice=i, **{"seed": 3, **one}) for i, one in enumerate(options * 3)]
+    raw = logits(11, len(rows), vocab, torch.bfloat16)
+    with ByRows():
+        together = sampling.draw(raw, rows, EOS, kernels)
+        alone = [sampling.draw(raw[i : i + 1], [one], EOS, kernels)[0] for i, one in enumerate(rows)]
+    assert together == alone
+
+
+@pytest.mark.parametrize("vocab", [17, 321, 1025])
+def test_scores_and_alternatives_do_not_depend_on_how_a_library_adds_and_sorts(vocab: int) -> None:
+    raw = (logits(5, 5, vocab) / 4).round()
+    with ByRows():
+        scores = score_tokens(raw, [1, 2, 3, 4, 5], 0)
+        assert [score_tokens(raw[i : i + 1], [i + 1], 0)[0] for i in range(5)] == scores
+        values, places = sampling._largest(raw, 9, ordered=True)
+        alone = [sampling._largest(one[None], 9, ordered=True)[1][0].tolist() for one in raw]
+    assert places.tolist() == alone == raw.sort(descending=True, stable=True).indices[:, :9].tolist()
+    assert torch.equal(values, raw.gather(1, places))
 
 
 def test_a_seed_gives_the_same_token_again_and_choices_and_positions_differ() -> None:

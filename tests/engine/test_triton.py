@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from onebase_adapters.proof.modules import ModuleProver, ProofError
 from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.base.view import view
 from onebase_engine.engine import graphs, model
 from onebase_engine.engine.memory_budget import largest_step_bytes
 from onebase_engine.engine.model import ServedModel
@@ -50,6 +51,8 @@ from onebase_engine.kernels import cuda
 from onebase_engine.kernels.cuda import CudaKernels, CudaLayers, CudaLinear
 from onebase_engine.kernels.interface import Contexts, RowMap
 from onebase_engine.kernels.reference import ReferenceLinear
+from onebase_engine.lora.module import StepRows
+from onebase_engine.lora.slots import wrap_layers
 from onebase_engine.lora.weights import LoraWeights, narrowed, weights_bytes
 
 pytestmark = pytest.mark.skipif(
@@ -361,6 +364,21 @@ def test_a_norm_is_that_of_the_base_in_both_ways_of_rounding(kernels: CudaKernel
 def test_norms_that_compute_something_else_are_left_to_pytorch(kernels: CudaKernels) -> None:
     layer = nn.LayerNorm(64, dtype=torch.bfloat16)
     assert kernels.norm(layer) is layer
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", pytest.param("gemma3", marks=pytest.mark.full)])
+def test_norms_of_heads_are_a_kernels_too(kernels: CudaKernels, tmp_path: Path, architecture: str) -> None:
+    """PyTorch's on a GPU adds up a few heads in another order than many."""
+    folder = save_base(architecture, tmp_path)
+    base = load_base(BaseSettings(folder, quantization="none"))
+    tree: Any = view(base)
+    wrap_layers(tree, StepRows(), kernels, slots=1)
+    for name in ("q_norm", "k_norm"):
+        own, served = (getattr(one.model.layers[0].self_attn, name) for one in (base, tree))
+        x = random(5, 4, 32).to(torch.bfloat16)[None]
+        torch.testing.assert_close(served(x), own(x), rtol=EPS, atol=0)
+        assert torch.equal(served(x[:, 2:3]), served(x)[:, 2:3])
+        assert type(served).__name__ == "HeadNorm"
 
 
 def test_layers_that_triton_does_not_have_are_left_to_pytorch(kernels: CudaKernels) -> None:

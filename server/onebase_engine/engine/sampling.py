@@ -14,6 +14,7 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from onebase_engine.engine.grammars import GrammarError
 from onebase_engine.engine.messages import TokenLogprob
@@ -32,6 +33,8 @@ _SCORED_AT_ONCE = 16
 """Rows, in fp32: with a large vocabulary each takes half a megabyte."""
 _DEEP = 64
 """Values of a column of which the largest is found first: see `_largest`."""
+_ALIGNED = 8
+"""Numbers of fp32 of which a GPU reads as many at a time, and more."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,13 @@ def score_tokens(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[
     found: list[TokenLogprob] = []
     for first in range(0, len(tokens), _SCORED_AT_ONCE):
         some = tokens[first : first + _SCORED_AT_ONCE]
-        logprobs = torch.log_softmax(logits[first : first + len(some)].float(), dim=-1)
+        raw = logits[first : first + len(some)].float()
+        if padding := -raw.shape[1] % _ALIGNED:
+            # A GPU sums a row that begins elsewhere in another order: by its place among the others.
+            raw = functional.pad(raw, (0, padding), value=-torch.inf)
+        logprobs = torch.log_softmax(raw, dim=-1)[:, : logits.shape[1]]
         own = logprobs.gather(1, sent(np.array(some), logits.device)[:, None])
-        values, indices = _largest(logprobs, top)
+        values, indices = _largest(logprobs, top, ordered=logits.device.type != "cpu")
         # All are fp64 exactly, and an accelerator is waited for once.
         for token, row in zip(some, torch.cat([own, values, indices], dim=1).tolist(), strict=True):
             best, ids = row[1 : 1 + values.shape[1]], map(int, row[1 + values.shape[1] :])
@@ -140,20 +147,34 @@ def score_tokens(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[
     return found
 
 
-def _largest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`topk` of each row of [rows, size], faster: the largest are in the columns with the largest maxima."""
+def _largest(values: torch.Tensor, count: int, *, ordered: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`topk` of each row of [rows, size], faster: the largest are in the columns with the largest maxima.
+
+    `ordered`: of equal ones the first come first. A GPU picks them by an algorithm that the number of rows
+    decides, a CPU row by row.
+    """
     rows, size = values.shape
+    keys = _ranks(values) if ordered else values
     columns = size // _DEEP
     if count >= columns:
-        found = values.topk(min(count, size))
-        return found.values, found.indices
+        indices = keys.topk(min(count, size)).indices
+        return values.gather(1, indices), indices
     folded = columns * _DEEP
-    best = values[:, :folded].view(rows, _DEEP, columns).amax(1).topk(count).indices
+    best = keys[:, :folded].view(rows, _DEEP, columns).amax(1).topk(count).indices
     down = torch.arange(0, folded, columns, device=values.device)
     rest = torch.arange(folded, size, device=values.device).expand(rows, -1)
     places = torch.cat([(best[:, :, None] + down).view(rows, -1), rest], dim=1)
-    found = values.gather(1, places).topk(count)
-    return found.values, places.gather(1, found.indices)
+    indices = places.gather(1, keys.gather(1, places).topk(count).indices)
+    return values.gather(1, indices), indices
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Whole numbers, int64, no two the same in a row of [rows, size] fp32: in the order of the values, and
+    from the last place to the first among equal ones."""
+    bits = (values + 0.0).contiguous().view(torch.int32)  # no zero below zero
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    last_first = torch.arange(values.shape[1] - 1, -1, -1, device=values.device)
+    return (ascending.long() << 32) | last_first
 
 
 def _adjusted(raw: torch.Tensor, row: Row | Ahead, eos_ids: frozenset[int]) -> torch.Tensor:

@@ -120,6 +120,8 @@ def parts(rows: RowMap, tiled: bool, device: torch.device) -> list[tuple[torch.T
 class ReferenceLinear:
     """One linear layer (plain, 4-bit or 8-bit), and the plain LoRAs in its slots."""
 
+    captures = False
+
     def __init__(self, base: Any, *, tiled: bool, unpacked: bool = False) -> None:
         self._base = base
         self._kind = type(base).__name__
@@ -477,24 +479,33 @@ def _sample(
     logits: torch.Tensor, draws: Draws, rows: np.ndarray, candidates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse-CDF draws for `logits` [len(rows), vocab] fp32, int64, after top_k, top_p and min_p; and of
-    which rows they are wrong, since the `candidates` most likely tokens are no nucleus."""
+    which rows they are wrong, since the `candidates` most likely tokens are no nucleus.
 
-    def column(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return sent(values[rows], logits.device).to(dtype)[:, None]
+    Weights are relative to the largest, which is 1, and are summed as whole numbers: the order in which a
+    library adds them, which it chooses by the number of rows, changes nothing then.
+    """
+
+    def column(values: np.ndarray) -> torch.Tensor:
+        return sent(values[rows, None], logits.device)
 
     # Relative to the highest logit, so that no temperature, however low, overflows.
-    relative = (logits - logits.amax(dim=-1, keepdim=True)) / column(draws.temperature, logits.dtype)
-    probabilities = _kept_by_top_k(relative, draws.top_k[rows]).softmax(dim=-1)
-    nucleus, unsure = _nucleus_floor(probabilities, draws.top_p[rows], candidates)
-    least = probabilities.amax(dim=-1, keepdim=True) * column(draws.min_p, logits.dtype)
-    floor = torch.maximum(nucleus, least)
-    kept = torch.where(probabilities >= floor, probabilities, 0.0).double()
+    relative = (logits - logits.amax(dim=-1, keepdim=True)) / column(draws.temperature)
+    weights = _kept_by_top_k(relative, draws.top_k[rows]).exp()
+    nucleus, unsure = _nucleus_floor(weights, draws.top_p[rows], candidates)
+    floor = torch.maximum(nucleus, column(draws.min_p))
+    kept = torch.where(weights >= floor, _whole(weights, logits.shape[-1]), 0)
     cumulative = kept.cumsum(dim=-1)
-    target = column(draws.uniform, cumulative.dtype) * cumulative[:, -1:]
+    target = (column(draws.uniform) * cumulative[:, -1:].double()).long()
     index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     # Rounding may put the target on the very end: the last token that was kept.
     last = kept.shape[-1] - 1 - kept.flip(-1).ne(0).to(torch.int8).argmax(dim=-1)
     return torch.minimum(index, last), unsure
+
+
+def _whole(weights: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Weights from 0 to 1 as whole numbers, int64, of which a vocabulary's sum is below 2^63: a 2^43rd of
+    the largest is still one, with 262,144 tokens."""
+    return (weights * 2.0 ** (62 - vocabulary.bit_length())).long()
 
 
 def _kept_by_top_k(logits: torch.Tensor, ks: np.ndarray) -> torch.Tensor:
@@ -510,21 +521,23 @@ def _kept_by_top_k(logits: torch.Tensor, ks: np.ndarray) -> torch.Tensor:
 
 
 def _nucleus_floor(
-    probabilities: torch.Tensor, ps: np.ndarray, candidates: int
+    weights: torch.Tensor, ps: np.ndarray, candidates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest probability inside each row's nucleus, [rows, 1], 0 where top_p is off; and [rows], whether
-    that is not among the `candidates` largest."""
-    floor = probabilities.new_zeros(len(ps), 1)
-    unsure = torch.zeros(len(ps), dtype=torch.bool, device=probabilities.device)
+    """Smallest weight inside each row's nucleus, [rows, 1], 0 where top_p is off; and [rows], whether that is
+    not among the `candidates` largest."""
+    floor = weights.new_zeros(len(ps), 1)
+    unsure = torch.zeros(len(ps), dtype=torch.bool, device=weights.device)
     limited = np.flatnonzero(ps < 1.0)
     if not len(limited):
         return floor, unsure
-    own, part = (sent(array, probabilities.device) for array in (limited, ps[limited, None]))
-    count = min(candidates, probabilities.shape[-1])
-    values = probabilities[own].topk(count, dim=-1).values
-    cumulative = values.double().cumsum(dim=-1)
-    inside = (cumulative < part).sum(-1, keepdim=True)
+    own, part = (sent(array, weights.device) for array in (limited, ps[limited, None]))
+    some, vocabulary = weights[own], weights.shape[-1]
+    count = min(candidates, vocabulary)
+    values = some.topk(count, dim=-1).values
+    cumulative = _whole(values, vocabulary).cumsum(dim=-1).double()
+    wanted = part.double() * _whole(some, vocabulary).sum(-1, keepdim=True).double()
+    inside = (cumulative < wanted).sum(-1, keepdim=True)
     floor[own] = values.gather(1, inside.clamp_(max=count - 1))
-    if count < probabilities.shape[-1]:
-        unsure[own] = cumulative[:, -1] < part[:, 0]
+    if count < vocabulary:
+        unsure[own] = cumulative[:, -1] < wanted[:, 0]
     return floor, unsure

@@ -7,7 +7,8 @@ the step: a `RowMap`, set on the shared `StepRows` before the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,6 +53,20 @@ class SlotNorm(SlotModule):
         return lambda x, bare: twin(x)
 
 
+class HeadNorm(nn.Module):
+    """A norm of queries' or keys' heads, by a kernel: libraries sum one row in another order than many."""
+
+    def __init__(self, base: nn.Module, kernel: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.base = base
+        self._kernel = kernel
+
+    def forward(self, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+        kernel = self.base if more or named else self._kernel
+        y: torch.Tensor = kernel(x, *more, **named)
+        return y
+
+
 def wrap_layers(
     model: nn.Module, step: StepRows, kernels: Kernels, *, slots: int, unpacked: bool = False
 ) -> dict[str, SlotModule]:
@@ -73,11 +88,20 @@ def wrap_layers(
         elif id(module) in norms:
             slot_module = SlotNorm(module, step, kernels)
         else:
+            # On the CPU PyTorch sums a row by itself.
+            if not kernels.tiled and "norm" in type(module).__name__.lower():
+                kernel = kernels.norm(module)
+                if kernel is not module:
+                    _replace(model, name, HeadNorm(module, kernel))
             continue
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, slot_module)
+        _replace(model, name, slot_module)
         wrapped[name] = slot_module
     return wrapped
+
+
+def _replace(model: nn.Module, name: str, by: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, by)
 
 
 class AdapterSlots:
