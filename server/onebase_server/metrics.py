@@ -138,7 +138,7 @@ class Metrics:
         yield rows
         if base is not None:
             info = {"block_size": str(base.block_size), "num_gpu_blocks": str(base.kv_blocks)}
-            info |= {"cache_dtype": "auto", "enable_prefix_caching": "True"}
+            info |= {"cache_dtype": base.kv_dtype, "enable_prefix_caching": "True"}
             yield _labelled("vllm:cache_config_info", "Of the KV cache.", self._labels | info, 1)
 
     def _request_figures(self) -> Iterator[Metric]:

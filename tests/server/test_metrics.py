@@ -239,6 +239,7 @@ def test_the_real_engine_says_how_long_versions_take_into_slots(api: Api) -> Non
     assert value(families, "vllm:lora_adapter_load_seconds_sum", transition="activate") > 0
     assert value(families, "vllm:kv_cache_usage_perc") == 0
     assert re.fullmatch(r"[1-9]\d+", families["vllm:cache_config_info"].samples[0].labels["num_gpu_blocks"])
+    assert families["vllm:cache_config_info"].samples[0].labels["cache_dtype"] == "bfloat16"
     assert value(families, "vllm:request_queue_time_seconds_count") >= 2
 
 

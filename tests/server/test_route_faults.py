@@ -316,6 +316,21 @@ def test_a_server_whose_metrics_are_none_is_away_and_the_others_are_looked_at(
         assert wait(lambda: http.get("/ready").json()["servers"] == 0)
 
 
+def test_servers_that_keep_keys_and_values_in_unlike_numbers_are_told_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def kept(dtype: bytes) -> dict[str, bytes | Answer]:
+        return {"/metrics": answer(METRICS + b'vllm:cache_config_info{cache_dtype="%s"} 1\n' % dtype)}
+
+    for dtypes, told in (((b"bfloat16", b"int8"), 1), ((b"int8", b"int8"), 0), ((b"int8", b""), 0)):
+        caplog.clear()
+        with before(*map(kept, dtypes)) as running, running.client() as http:
+            assert wait(lambda: http.get("/ready").json()["servers"] == 2)
+        said = [one.getMessage() for one in caplog.records if "--kv-dtype" in one.getMessage()]
+        assert len(said) == told, said
+        assert all("'int8'" in one and "'bfloat16'" in one for one in said)
+
+
 def test_small_pieces_are_not_held_back_until_earlier_ones_are_acknowledged() -> None:
     async def held_back() -> bool:
         listener = bind(Settings(port=0))

@@ -69,6 +69,7 @@ class Report:
         in_host: adapters in its host memory.
         waiting: requests that wait there, whoever sent them.
         running: rows that are computed there, whoever sent them.
+        kv_dtype: of its keys and values; "" where it tells none.
     """
 
     rows: int
@@ -77,6 +78,7 @@ class Report:
     in_host: Collection[str] = frozenset()
     waiting: int = 0
     running: int = 0
+    kv_dtype: str = ""
 
 
 @dataclass(slots=True)

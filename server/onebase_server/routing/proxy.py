@@ -116,7 +116,8 @@ _LOADS = re.compile(r"/v1/adapters/([^/]+)/(?:activate|rollback)")
 """Paths of requests that load an adapter where they are answered: at one of its homes."""
 
 _OF_BASES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:max_gpu_lora_adapters")
-_TOLD = (*_OF_BASES, "vllm:lora_adapter_loaded", "vllm:lora_requests_info", "onebase_max_rows")
+_OF_CACHE = "vllm:cache_config_info"
+_TOLD = (*_OF_BASES, "vllm:lora_adapter_loaded", "vllm:lora_requests_info", "onebase_max_rows", _OF_CACHE)
 """Metrics that are read."""
 
 _log = logging.getLogger(__name__)
@@ -250,6 +251,7 @@ def read_report(text: str) -> tuple[Report, frozenset[str]]:
         in_host=host,
         waiting=int(told.total("vllm:num_requests_waiting")),
         running=int(told.total("vllm:num_requests_running")),
+        kv_dtype=next(iter(told.by(_OF_CACHE, "cache_dtype")), "")[:_NAME_CHARACTERS],
     )
     bases = {name for metric in _OF_BASES for name in told.by(metric, "model_name") if name}
     return report, frozenset(bases)
@@ -266,6 +268,7 @@ class Replica:
     missed: int = 0
     why: str = "not looked at yet"
     bases: frozenset[str] = field(default_factory=frozenset)
+    kv_dtype: str = ""
     open: int = 0
     looking: asyncio.Task[None] | None = None
 
@@ -392,14 +395,27 @@ class Route:
             return
         if self.replicas.get(replica.url) is not replica:
             return  # taken out meanwhile
-        replica.missed, replica.bases = 0, bases
+        replica.missed, replica.bases, replica.kv_dtype = 0, bases, report.kv_dtype
         self.placement.told(replica.url, report)
         if not replica.ready:
             replica.ready = True
             _log.warning("%s is ready", replica.url)
+            self._compare(replica)
             self._came.set()
             self._came = anyio.Event()
         self._ready.labels(replica.url).set(1)
+
+    def _compare(self, new: Replica) -> None:
+        """Say that a server which has come computes otherwise than one that is there."""
+        for one in self.replicas.values():
+            if one.ready and one.kv_dtype and new.kv_dtype and one.kv_dtype != new.kv_dtype:
+                _log.warning(
+                    "%s keeps keys and values in %r, and %s in %r: texts differ by where they are made, and "
+                    "a stream that goes on elsewhere goes on with other rounding. Start all servers with the "
+                    "same --kv-dtype",
+                    *(new.url, new.kv_dtype, one.url, one.kv_dtype),
+                )
+                return
 
     async def _ask(self, replica: Replica, path: str) -> tuple[int, bytes]:
         """Status and body. Raises ValueError for one that is too large."""
