@@ -15,8 +15,15 @@ import torch
 from tests.engine.harness import Lab, requests, run
 from tests.engine.layers import same_in_int8
 from tests.tiny import save_base
+from torch import nn
 
-from onebase_engine.base.load import BaseChangedError, BaseSettings, base_tensors, load_base
+from onebase_engine.base.load import (
+    BaseChangedError,
+    BaseSettings,
+    base_tensors,
+    content_sum,
+    load_base,
+)
 from onebase_engine.engine import model
 from onebase_engine.engine.messages import Sampling, Submit
 from onebase_engine.kernels.reference import ReferenceKernels
@@ -83,6 +90,27 @@ def test_a_write_by_another_process_is_found_in_any_tensor_of_the_base(tmp_path:
         with pytest.raises(BaseChangedError):
             engine.check_base()
         memory[size - 1] ^= 1
+
+
+def test_the_sum_over_the_base_sees_words_that_change_places_and_tensors_that_begin_anywhere() -> None:
+    kept = torch.arange(5000, dtype=torch.int64)
+    layer = nn.Module()
+    layer.register_buffer("whole", kept)
+    layer.register_buffer("none", kept[:0])
+    for offset in (1, 2, 3):
+        layer.register_buffer(f"part{offset}", torch.arange(99, dtype=torch.int32)[offset:])
+    before = content_sum(layer)
+    assert content_sum(layer) == before
+    # In one row of the square, in one column, and behind it.
+    for first, second in ((0, 1), (3, 73), (4990, 4999), (70, 140), (17, 4444)):
+        kept[[first, second]] = kept[[second, first]]
+        assert content_sum(layer) != before, (first, second)
+        kept[[first, second]] = kept[[second, first]]
+    for place, bit in ((0, 63), (69, 0), (70, 62), (4899, 63), (4999, 63)):
+        kept[place] ^= -(1 << 63) if bit == 63 else 1 << bit
+        assert content_sum(layer) != before, (place, bit)
+        kept[place] ^= -(1 << 63) if bit == 63 else 1 << bit
+    assert content_sum(layer) == before
 
 
 def _noted(name: str, whole: Callable[..., Any], reads: list[str]) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -501,17 +502,28 @@ def fingerprint(model: nn.Module) -> dict[str, tuple[int, int, torch.dtype]]:
 def content_sum(model: nn.Module) -> int:
     """A sum over the bytes of the base's tensors, which tells a write to their memory, whoever made it.
 
-    Made on their device by one launch a tensor, and read once.
+    Made where they are by a few launches a tensor, and read once. Words are summed by columns and by rows of
+    a square, with weights. A word's own is odd, so that no change of one is lost modulo 2^64; words that
+    change places are seen, but for a rare chance.
     """
     sums: list[torch.Tensor] = []
     for tensor in base_tensors(model).values():
         content = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        words = len(content) // 8 * 8
-        parts = content[:words].view(torch.int64), content[words:]
-        sums += [part.sum(dtype=torch.int64) for part in parts if len(part)]
-    # Odd weights: no single change is lost modulo 2^64.
-    weights = torch.arange(1, 2 * len(sums), 2, device=sums[0].device)
-    return int((torch.stack(sums) * weights).sum())
+        if content.storage_offset() % 8:
+            content = content.clone()  # words begin at multiples of their size
+        words = content[: len(content) // 8 * 8].view(torch.int64)
+        side = math.isqrt(len(words))
+        square = words[: side * side].view(side, side)
+        sums += [_weighted(square.sum(0)) + 2 * _weighted(square.sum(1))]
+        sums += [_weighted(part) for part in (words[side * side :], content[8 * len(words) :])]
+    # Buffers may be on the host.
+    found = sorted(sums, key=lambda one: one.device.type)
+    return int(_weighted(torch.stack([one.to(found[0].device) for one in sums])))
+
+
+def _weighted(words: torch.Tensor) -> torch.Tensor:
+    """Their sum by odd weights, [] int64."""
+    return (words * (2 * torch.arange(len(words), device=words.device) + 1)).sum(dtype=torch.int64)
 
 
 def estimate_memory(
