@@ -14,6 +14,7 @@ process with a time limit of its own; whatever becomes of one, the others run. E
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -21,8 +22,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +36,10 @@ from bench.processes import end_on_signals, tail
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("server", "adapters", "clients/python", "benchmarks", "")
 MINUTES = 30.0
+END_SECONDS = 10.0
+"""Until what was killed is given up."""
+_CHILD_SUBREAPER = 36
+"""PR_SET_CHILD_SUBREAPER of prctl(2)."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,17 @@ PARTS = (
 def run_part(
     part: Part, setup: Mapping[str, str], environment: Mapping[str, str], seconds: float
 ) -> dict[str, Any]:
-    """Run a part in a process of its own, for at most so long; what it has found so far, however it ends."""
+    """Run a part in a process of its own, for at most so long; what it has found so far, however it ends.
+
+    Nothing that it has started is left, or it would have memory of the GPU that the next part needs.
+    """
     folder = Path(setup["folder"]) / part.name
     folder.mkdir(parents=True, exist_ok=True)
     file, log = folder / "findings.json", folder / "log"
     file.unlink(missing_ok=True)
     began = time.monotonic()
     told = json.dumps({**setup, "folder": str(folder)})
-    with log.open("wb") as output:
+    with log.open("wb") as output, _left_behind():
         process = subprocess.Popen(
             [sys.executable, "-m", part.module, part.name, str(file), told],
             stdin=subprocess.DEVNULL,
@@ -86,9 +94,12 @@ def run_part(
         except subprocess.TimeoutExpired:
             over = True
         finally:
+            _adopt(True)  # once more: it holds for the whole process, which others may use too
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            # One that waits in the driver for a GPU that hangs cannot be killed.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
     found: dict[str, Any] = {"state": "", "error": "", "figures": [], "checks": [], "tables": []}
     with suppress(OSError, ValueError):
         found = json.loads(file.read_text())
@@ -103,8 +114,43 @@ def run_part(
     return {"part": part.name, "title": part.title, "seconds": time.monotonic() - began, **found}
 
 
-def _status(code: int) -> str:
+def _status(code: int | None) -> str:
+    if code is None:
+        return "no end: it cannot be killed"
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+@contextmanager
+def _left_behind() -> Iterator[None]:
+    """At the end, kill what a process that began meanwhile has left behind, in sessions of their own too."""
+    before = _children()
+    _adopt(True)
+    try:
+        yield
+    finally:
+        until = time.monotonic() + END_SECONDS
+        while (left := _children() - before) and time.monotonic() < until:
+            for pid in left:
+                with suppress(ProcessLookupError, ChildProcessError):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.05)
+        _adopt(False)
+
+
+def _adopt(orphans: bool) -> None:
+    """Whether processes whose parent ends become children of this one."""
+    ctypes.CDLL(None).prctl(_CHILD_SUBREAPER, int(orphans), 0, 0, 0)
+
+
+def _children() -> set[int]:
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = path.read_text().rpartition(")")[2].split()[1]
+            if int(parent) == os.getpid():
+                found.add(int(path.parent.name))
+    return found
 
 
 def run_parts(
@@ -217,7 +263,10 @@ def main(argv: Sequence[str]) -> int:
     if options.device == "cuda" and facts.get("GPU") is None:
         print(results[0].get("log", ""), file=sys.stderr)
         said = (results[0].get("log") or results[0]["error"]).strip().splitlines() or ["interrupted"]
-        print(f"There is no GPU here that can be used: {facts.get('no GPU', said[-1])}")
+        if "no GPU" in facts:
+            print(f"There is no GPU here that can be used: {facts['no GPU']}")
+        else:
+            print(f"Whether there is a GPU here could not be seen: {said[-1]}")
         print(gpu_bundle.advice())
         return 1
     wanted = [part for part in PARTS if options.only is None or part.name in options.only]

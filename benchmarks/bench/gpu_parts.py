@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import os
 import platform
 import shutil
 import subprocess
@@ -73,9 +74,16 @@ def machine(setup: Setup, found: Findings) -> None:
     found.fact("driver", _driver())
     header = Path(sysconfig.get_path("include")) / "Python.h"
     found.check("Python's headers are here, which Triton compiles with", header.exists(), str(header))
-    compilers = [one for one in ("cc", "gcc", "clang") if shutil.which(one)]
-    found.check("a C compiler is here, which Triton compiles with", bool(compilers))
+    found.check(
+        "a C compiler is here, which Triton compiles with", compiler() is not None, "gcc, clang or CC"
+    )
     found.check("a sum on the GPU", bool(torch.ones(8, device="cuda").sum() == 8))
+
+
+def compiler() -> str | None:
+    """The C compiler that Triton takes: what CC names, else gcc or clang, and no cc."""
+    told = os.environ.get("CC")
+    return shutil.which("gcc") or shutil.which("clang") if told is None else shutil.which(told)
 
 
 def _driver() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -23,6 +24,8 @@ def raises(setup: Setup, found: Findings) -> None:
 
 def hangs(setup: Setup, found: Findings) -> None:
     found.check("before it hung", True)
+    begun = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    found.figure("left behind", begun.pid)
     time.sleep(600)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gpu_check
-from bench import gpu_bundle, gpu_processes
+from bench import gpu_bundle, gpu_parts, gpu_processes
 from bench.gpu_report import Findings, held, page
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,8 @@ def test_a_part_that_raises_hangs_or_dies_is_told_with_what_it_had_found_and_the
     assert found["raises"]["error"] == "ValueError: a | kernel is wrong"
     assert "raise ValueError" in found["raises"]["log"]
     assert found["hangs"]["checks"][0]["held"]
+    left = int(found["hangs"]["figures"][0]["value"])
+    assert not Path(f"/proc/{left}").exists(), "a child in a session of its own outlives the part"
     assert found["dies"]["error"] == "its process ended with signal SIGSEGV"
     assert found["nothing"]["error"] == "there is no such thing here"
     lines = capsys.readouterr().out.splitlines()
@@ -80,6 +82,36 @@ def test_without_a_gpu_it_says_so_and_what_to_carry_to_one(
     assert "--bundle" in said
     assert "torch 2.9 or newer" in said
     assert not (tmp_path / "gpu-check.json").exists()
+
+
+def test_where_the_machine_cannot_be_looked_at_it_does_not_say_that_there_is_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = "Traceback\nModuleNotFoundError: No module named 'msgspec'"
+    failed: dict[str, Any] = {"state": "failed", "error": "its process ended with exit status 1", "log": log}
+    monkeypatch.setattr(gpu_check, "run_parts", lambda *given: [failed])
+    assert gpu_check.main(["--output", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "could not be seen: ModuleNotFoundError: No module named 'msgspec'" in said
+    assert "There is no GPU" not in said
+
+
+def test_a_compiler_is_one_that_triton_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+
+    def add(name: str) -> None:
+        (tmp_path / name).touch(0o755)
+
+    add("cc")
+    assert gpu_parts.compiler() is None
+    monkeypatch.setenv("CC", "cc")
+    assert gpu_parts.compiler() == str(tmp_path / "cc")
+    monkeypatch.setenv("CC", "icc")
+    assert gpu_parts.compiler() is None
+    monkeypatch.delenv("CC")
+    add("clang")
+    assert gpu_parts.compiler() == str(tmp_path / "clang")
 
 
 def test_the_parts_that_run_share_the_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
