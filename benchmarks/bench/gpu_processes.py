@@ -48,6 +48,9 @@ from onebase_server.processes.verifier_protocol import Prove, Proved
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 170.0
 """Until the engine has made its base, compiled its kernels and answered once."""
+ROOMY = 32e9
+"""Bytes that are free beside the engine, from which on eight samples of 1,024 tokens are trained at once; on
+a smaller card two are."""
 TESTS = (
     "tests/engine/test_oracle.py",
     "tests/engine/test_isolation.py",
@@ -322,96 +325,111 @@ def training(setup: Setup, found: Findings) -> None:
 
 
 async def _training(setup: Setup, found: Findings, running: Host) -> None:
-    small, device = setup.interpreted, torch.device(setup.device)
-    data = bases.write_chats(setup.folder / "rows.jsonl", 8 if small else 64, 20 if small else 900)
-    config, busy = config_of(setup), BusyFlag.make()
-    steps, batch = (2, 2) if small else (12, 8)
-    recipe = {
-        "r": 4 if small else 16,
-        "targets": list(bases.ALL_LINEAR),
-        "batch_size": batch,
-        "max_steps": steps,
-        "epochs": 1000.0,
-        "max_length": 64 if small else 1024,
-        "eval_split": 0.0,
-    }
-    phases = Phases(setup, found, running)
-    told: list[events.StepDone] = []
+    jobs = Jobs(setup, found, running)
+    phases = jobs.phases
+    await phases.begin("nothing")
+    await phases.last(6, 3)
+    jobs.busy.set(False)
+    await jobs.train("a job that takes all it can", 1.0, jobs.job("greedy"))
+    jobs.busy.set(True)
+    if not setup.interpreted:
+        await jobs.train("a job with a fifth of the time", 0.2, jobs.job("modest", max_steps=6))
+    await jobs.kill("a job that is killed", jobs.job("killed", max_steps=1000))
+    await phases.begin("nothing, again")
+    await phases.last(4, 2)
+    await phases.begin("end")
 
-    def listen(event: events.Event) -> None:
-        if isinstance(event, events.StepDone):
-            told.append(event)
 
-    def job(name: str, **more: Any) -> TrainJob:
+class Jobs:
+    """Trainers next to an engine: each is a process of its own, and a phase of the engine's."""
+
+    def __init__(self, setup: Setup, found: Findings, running: Host) -> None:
+        self._setup, self._found, self._running = setup, found, running
+        self._config, self._device = config_of(setup), torch.device(setup.device)
+        self.busy = BusyFlag.make()
+        self.phases = Phases(setup, found, running)
+        small = setup.interpreted
+        self._rows = bases.write_chats(setup.folder / "rows.jsonl", 8 if small else 64, 20 if small else 900)
+        roomy = not small and free_memory(self._device) > ROOMY
+        self._recipe = {
+            "r": 4 if small else 16,
+            "targets": list(bases.ALL_LINEAR),
+            "batch_size": 8 if roomy else 2,
+            "max_steps": 2 if small else 12,
+            "epochs": 1000.0,
+            "max_length": 64 if small else 1024,
+            "eval_split": 0.0,
+        }
+        self._told: list[events.StepDone] = []
+        """Of the job that runs."""
+
+    def job(self, name: str, **more: Any) -> TrainJob:
         return TrainJob(
             id=name,
             name=name,
-            recipe=recipe | more,
-            train=str(data),
+            recipe=self._recipe | more,
+            train=str(self._rows),
             train_name="rows.jsonl",
             held_out=None,
             held_out_name=None,
-            folder=str(setup.folder / "runs" / name),
+            folder=str(self._setup.folder / "runs" / name),
             base_name="random",
             memory_limit=0,
         )
 
-    def fds() -> dict[str, int]:
-        shared = {} if running.fd is None else {"--base-fd": running.fd}
-        return shared | {"--busy-fd": busy.fd}
-
-    async def is_checked(title: str, doing: TrainJob) -> bool:
-        await phases.begin(f"the check of {title}")
-        client = await TrainerClient.start(TRAINER_COMMAND, Check(config=config, job=doing), {}, listen)
-        outcome = await client.outcome()
+    async def check(self, title: str, job: TrainJob) -> bool:
+        """Have its rows and recipe checked, as a server does first."""
+        await self.phases.begin(f"the check of {title}")
+        message = Check(config=self._config, job=job)
+        outcome = await (await TrainerClient.start(TRAINER_COMMAND, message, {}, self._listen)).outcome()
         sound = isinstance(outcome, Checked)
-        found.check(f"{title}: the job is checked", sound, "" if sound else str(outcome)[:300])
+        self._found.check(f"{title}: the job is checked", sound, "" if sound else str(outcome)[:300])
         return sound
 
-    async def run(title: str, share: float, doing: TrainJob) -> None:
-        if not await is_checked(title, doing):
+    async def train(self, title: str, share: float, job: TrainJob) -> None:
+        """Until it has ended: its tokens a second, its loss and its memory."""
+        if not await self.check(title, job):
             return
-        await phases.begin(title)
-        told.clear()
-        free = free_memory(device)
-        message = Train(config=config, manifest=running.manifest, job=doing, share=share)
-        trained = await (await TrainerClient.start(TRAINER_COMMAND, message, fds(), listen)).outcome()
+        free = free_memory(self._device)
+        trained = await (await self._start(title, share, job)).outcome()
         ended = isinstance(trained, Trained)
-        found.check(f"{title}: it is trained", ended, "" if ended else str(trained)[:300])
+        self._found.check(f"{title}: it is trained", ended, "" if ended else str(trained)[:300])
         if not isinstance(trained, Trained):
             return
+        figure, told = self._found.figure, self._told
         later = told[len(told) // 3 :]
-        if not small and later:
+        if not self._setup.interpreted and later:
             rate = sum(one.tokens for one in later) / sum(one.tokens / one.tokens_per_second for one in later)
-            found.figure(f"{title}: training", rate, "tokens/s")
-        found.figure(f"{title}: loss, first and last", f"{told[0].loss:.3f}, {told[-1].loss:.3f}")
-        found.figure(f"{title}: its peak memory", trained.report["peak_memory_bytes"] / 1e9, "GB")
-        if device.type == "cuda":
-            found.figure(f"{title}: free beside it at its start", free / 1e9, "GB")
+            figure(f"{title}: training", rate, "tokens/s")
+        if told:
+            figure(f"{title}: loss, first and last", f"{told[0].loss:.3f}, {told[-1].loss:.3f}")
+        figure(f"{title}: its peak memory", trained.report["peak_memory_bytes"] / 1e9, "GB")
+        if self._device.type == "cuda":
+            figure(f"{title}: free beside it at its start", free / 1e9, "GB")
 
-    await phases.begin("nothing")
-    await phases.last(6, 3)
-    busy.set(False)
-    await run("a job that takes all it can", 1.0, job("greedy"))
-    busy.set(True)
-    if not small:
-        await run("a job with a fifth of the time", 0.2, job("modest", max_steps=6))
-    doing = job("killed", max_steps=1000)
-    if not await is_checked("a job that is killed", doing):
-        return
-    await phases.begin("a job that is killed")
-    told.clear()
-    message = Train(config=config, manifest=running.manifest, job=doing, share=1.0)
-    client = await TrainerClient.start(TRAINER_COMMAND, message, fds(), listen)
-    outcome = asyncio.create_task(client.outcome())
-    while not told and not outcome.done():
-        await asyncio.sleep(0.05)
-    client.kill()
-    said = await outcome
-    found.check("a killed trainer is told as dead", isinstance(said, Died), str(said)[:200])
-    await phases.begin("nothing, again")
-    await phases.last(4, 2)
-    await phases.begin("end")
+    async def kill(self, title: str, job: TrainJob) -> None:
+        """Once it has made a step."""
+        if not await self.check(title, job):
+            return
+        client = await self._start(title, 1.0, job)
+        outcome = asyncio.create_task(client.outcome())
+        while not self._told and not outcome.done():
+            await asyncio.sleep(0.05)
+        client.kill()
+        said = await outcome
+        self._found.check("a killed trainer is told as dead", isinstance(said, Died), str(said)[:200])
+
+    async def _start(self, title: str, share: float, job: TrainJob) -> TrainerClient:
+        await self.phases.begin(title)
+        self._told.clear()
+        fd = self._running.fd
+        fds = {"--busy-fd": self.busy.fd} | ({} if fd is None else {"--base-fd": fd})
+        message = Train(config=self._config, manifest=self._running.manifest, job=job, share=share)
+        return await TrainerClient.start(TRAINER_COMMAND, message, fds, self._listen)
+
+    def _listen(self, event: events.Event) -> None:
+        if isinstance(event, events.StepDone):
+            self._told.append(event)
 
 
 def tests(setup: Setup, found: Findings) -> None:
