@@ -14,6 +14,7 @@ from tests.engine import triton_on_cpu
 from tests.engine.layers import nf4
 from torch import nn
 
+from onebase_engine.engine import graphs
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.graphs import Graphs
 from onebase_engine.kernels import cuda
@@ -143,6 +144,24 @@ def test_graphs_give_their_memory_back_where_it_is_short_and_take_half_as_much_t
     assert found.run(batch(1, 2, 3)) is found.run(batch(1, 2, 3)) is None
 
 
+def test_a_graph_that_nobody_needs_any_more_gives_its_place_to_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "STALE", 10)
+    found = made(monkeypatch)
+
+    def is_graph(*ids: int) -> bool:
+        return found.run(batch(*ids)) is not None
+
+    assert [is_graph(1), is_graph(1), is_graph(1, 2), is_graph(1, 2)] == [False, True] * 2
+    assert not any(is_graph(1, 2, 3) for _ in range(7)), "both have run of late"
+    assert is_graph(1, 2)
+    assert is_graph(1, 2, 3)
+    assert is_graph(1, 2)
+    assert not is_graph(1), "it was the oldest"
+
+
 def test_a_step_with_an_adapter_that_a_graph_does_not_have_is_no_graph(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -234,6 +253,9 @@ class Graph:
         self._device = device
         self.pool: Any = None
 
+    def __del__(self) -> None:
+        self.reset()
+
     def replay(self) -> None: ...
 
     def reset(self) -> None:
@@ -274,6 +296,9 @@ def test_a_capture_for_which_memory_runs_out_says_so_and_the_next_has_memory_of_
     again = kernels.capture(lambda: "more", CPU)
     assert [outputs for _, outputs in (first, again)] == ["outputs", "more"]
     assert sorted(device.users.values()) == [0, 2], "both graphs share what they have"
+    del first, again
+    assert set(device.users.values()) == {0}
+    assert kernels.capture(lambda: "of another engine", CPU)[1] == "of another engine"
 
 
 def test_a_pass_that_waits_for_the_device_is_found_before_it_is_captured(

@@ -32,6 +32,8 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 TERMS = (0, 1, 4)
 """Adapters of a row for which they are."""
 MOST_GRAPHS = 64
+STALE = 4096
+"""Steps after which a graph that ran in none of them gives its place to another, where all are taken."""
 MOST_BYTES = 1 << 30
 """Of all graphs together; what does not fit is launched kernel by kernel. Half of what they had, each time
 that memory was short."""
@@ -60,6 +62,9 @@ class Graphs:
         self._graphs: dict[StepSize, _Graph | None] = {}
         """None: this size cannot be captured."""
         self._seen: Counter[StepSize] = Counter()
+        self._ran: dict[StepSize, int] = {}
+        """At which step each was last asked for, the one whose time is longest past first."""
+        self._steps = 0
         self._bytes, self._most_bytes = 0, MOST_BYTES
         self._closed = False
         """Whether no more passes are captured."""
@@ -71,15 +76,17 @@ class Graphs:
     def run(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits and hidden states of the batch's packed rows, in this order; the next run overwrites them.
         None if the batch is to be computed without a graph."""
+        self._steps += 1
         size = self._size(batch)
         if size is None:
             return None
         if size not in self._graphs:
             self._seen[size] += 1
-            full = len(self._graphs) >= MOST_GRAPHS or self._bytes >= self._most_bytes
-            if self._seen[size] < 2 or full or self._closed:
+            if self._seen[size] < 2 or self._closed or not self._has_room():
                 return None
             self._graphs[size] = self._capture(size, batch)
+        self._ran.pop(size, None)
+        self._ran[size] = self._steps
         graph = self._graphs[size]
         if graph is None:
             return None
@@ -87,15 +94,28 @@ class Graphs:
         graph.replay()
         return graph.logits, graph.hidden
 
+    def _has_room(self) -> bool:
+        """For one more; makes some, if there is a graph that nobody needs."""
+        if self._bytes >= self._most_bytes:
+            return False
+        if len(self._graphs) >= MOST_GRAPHS:
+            oldest = next(iter(self._ran))
+            if self._steps - self._ran[oldest] < STALE:
+                return False
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # a step of which nothing is read may still run
+            # Its memory is the next one's: they share a pool.
+            del self._graphs[oldest], self._ran[oldest], self._seen[oldest]
+        return True
+
     def forget(self) -> bool:
         """Give the memory of all graphs back, since it is short. Whether there were any."""
         held = any(graph is not None for graph in self._graphs.values())
         if held:
             logger.warning("kernels: memory is short: %d passes are no graphs any more", len(self._graphs))
             self._most_bytes, self._bytes = min(self._bytes, self._most_bytes) // 2, 0
-            self._graphs.clear()
-            self._seen.clear()
-            self._kernels.forget_captures()
+            for of_sizes in (self._graphs, self._ran, self._seen):
+                of_sizes.clear()
             self._reserved()
         return held
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -795,7 +796,8 @@ class CudaKernels:
         self._reference = ReferenceKernels(tiled=False)
         self._scratch: dict[int, torch.Tensor] = {}
         self._pool: Any = None
-        """Memory that all graphs share: only one runs at a time."""
+        """Memory that all graphs share: only one runs at a time. It ends with the last of them."""
+        self._captured: WeakSet[Any] = WeakSet()
         self._abandoned: list[Any] = []
 
     def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> CudaLinear | ReferenceLinear:
@@ -896,7 +898,8 @@ class CudaKernels:
             CaptureError: it cannot be captured; or what PyTorch raises where memory runs out. It computes on
                 after either.
         """
-        own, pool = torch.cuda.current_stream(device), self._pool or torch.cuda.graph_pool_handle()
+        own = torch.cuda.current_stream(device)
+        pool = self._pool if self._captured else torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(device)  # what went wrong before is no capture's error
         graph = torch.cuda.CUDAGraph()
         try:
@@ -911,6 +914,7 @@ class CudaKernels:
         finally:
             torch.cuda.set_stream(own)  # which PyTorch leaves as it was in a capture that failed
         self._pool = pool
+        self._captured.add(graph)
         return graph.replay, outputs
 
     def _abandon(self, graph: Any, pool: Any, device: torch.device) -> None:
@@ -922,10 +926,6 @@ class CudaKernels:
             torch._C._cuda_endAllocateToPool(number, pool)
             torch._C._cuda_releasePool(number, pool)
         graph.reset()
-
-    def forget_captures(self) -> None:
-        """All graphs are gone, and their memory with them."""
-        self._pool = None
 
     def draw(
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
