@@ -18,6 +18,7 @@ from bench import random_base as bases
 from bench.gpu_parts import BLOCK, bandwidth, own_kernels, variants
 from bench.gpu_report import Findings, Setup, run_part
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.kernels.cuda import CaptureError, CudaKernels
 from onebase_engine.kernels.interface import Contexts, Kernels, LayerCache, RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.lora.weights import LoraWeights
@@ -31,6 +32,7 @@ class Stopwatch:
 
     def __init__(self, setup: Setup) -> None:
         self._on = setup.device == "cuda"
+        self._device = torch.device(setup.device)
         self._wipe = torch.empty(1 << 28 if self._on else 1, dtype=torch.uint8, device=setup.device)
 
     @torch.inference_mode()
@@ -47,11 +49,10 @@ class Stopwatch:
             call()
         torch.cuda.synchronize()
         run = call
-        with contextlib.suppress(Exception):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                call()
-            run = graph.replay
+        with contextlib.suppress(CaptureError, torch.OutOfMemoryError):
+            graphs = CudaKernels()
+            graphs.unawaited(call, self._device)
+            run, _ = graphs.capture(call, self._device)
         times = []
         Event: Any = torch.cuda.Event  # noqa: N806
         for _ in range(12):
