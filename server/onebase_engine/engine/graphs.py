@@ -34,9 +34,9 @@ TERMS = (0, 1, 4)
 MOST_GRAPHS = 64
 STALE = 4096
 """Steps after which a graph that ran in none of them gives its place to another, where all are taken."""
-MOST_BYTES = 1 << 30
+MOST_BYTES, LEAST_BYTES = 1 << 30, 1 << 27
 """Of all graphs together; what does not fit is launched kernel by kernel. Half of what they had, each time
-that memory was short."""
+that memory was short, but not below the second."""
 
 Pass = Callable[[FixedStep], tuple[torch.Tensor, torch.Tensor]]
 """Logits and hidden states of all rows of a step."""
@@ -113,21 +113,21 @@ class Graphs:
         held = any(graph is not None for graph in self._graphs.values())
         if held:
             logger.warning("kernels: memory is short: %d passes are no graphs any more", len(self._graphs))
-            self._most_bytes, self._bytes = min(self._bytes, self._most_bytes) // 2, 0
+            half = min(self._bytes, self._most_bytes) // 2
+            self._most_bytes, self._bytes = max(half, LEAST_BYTES), 0
             for of_sizes in (self._graphs, self._ran, self._seen):
                 of_sizes.clear()
             self._reserved()
         return held
 
     def _capture(self, size: StepSize, batch: Batch) -> _Graph | None:
-        padding_slot = DUMP_BLOCK * self._block_size
-        step = FixedStep(size, self._slots, self._block_size, padding_slot, self._device)
         given = batch.input_ids, batch.contexts, batch.token_map
-
-        def run() -> tuple[torch.Tensor, torch.Tensor]:
-            return self._run(step)
-
         try:
+            step = FixedStep(size, self._slots, self._block_size, DUMP_BLOCK * self._block_size, self._device)
+
+            def run() -> tuple[torch.Tensor, torch.Tensor]:
+                return self._run(step)
+
             step.take(*given)
             wanted = self._kernels.unawaited(run, self._device)
             step.clear()
