@@ -66,6 +66,7 @@ class Lab:
             "draft_tokens": 0,
             "kv_blocks": 400,
             "block_size": 16,
+            "host_blocks": 0,
             "slots": 8,
             "slot_memory": 0,
         } | changes
@@ -76,6 +77,7 @@ class Lab:
             limits=limits,
             kv_blocks=settings["kv_blocks"],
             block_size=settings["block_size"],
+            host_blocks=settings["host_blocks"],
             slots=settings["slots"],
             slot_memory=settings["slot_memory"],
             copy=copy,

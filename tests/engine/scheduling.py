@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onebase_engine.engine.kv_cache import BlockPool
 from onebase_engine.engine.messages import AdapterRef, Sampling
@@ -21,6 +21,10 @@ class World:
     scheduler: Scheduler
     pool: BlockPool
     slots: SlotTable
+    blocks: dict[int, bytes | None] = field(default_factory=dict)
+    """What each block would hold: the prefix with this key, or something else."""
+    places: dict[int, bytes | None] = field(default_factory=dict)
+    """The same of host memory."""
 
     @classmethod
     def create(
@@ -31,20 +35,27 @@ class World:
         max_rows: int = 4,
         step_tokens: int = 16,
         max_length: int = 64,
+        host_blocks: int = 0,
     ) -> World:
-        pool, table = BlockPool(blocks + 2, BLOCK), SlotTable(slots)
+        pool, table = BlockPool(blocks + 2, BLOCK, host_blocks), SlotTable(slots)
         return cls(Scheduler("base", pool, table, Limits(max_rows, step_tokens, max_length)), pool, table)
 
     def step(self, background: int | None = None) -> Plan:
         """Plan, check what holds for every plan, and compute it; finished rows leave."""
         running = list(self.scheduler.running)
         plan = self.scheduler.plan(background)
+        moves = self.pool.take_moves(plan.written(BLOCK), least=1)
+        self.places.update({place: self.blocks.get(block) for block, place in moves.out})
+        self.blocks.update({block: self.places[place] for block, place in moves.back})
         self._check(plan, running)
         sampling = [segment.row for segment in plan.segments if segment.samples]
         for segment in plan.segments:
             if segment.row.scores_prompt:
                 segment.row.prompt_scored = segment.stop >= segment.row.prompt_length
             self.scheduler.computed(segment)
+            row = segment.row
+            for index in range(segment.start // BLOCK, -(-segment.stop // BLOCK)):
+                self.blocks[row.blocks[index]] = (row.block_keys[index:] or [None])[0]
         for row in sampling:
             row.tokens.append(1000 + row.generated)
             if row.generated >= row.sampling.max_tokens:
@@ -78,6 +89,8 @@ class World:
         for segment in segments:
             assert segment.row in running
             assert segment.length >= 1
+            read = segment.row.blocks[: segment.start // BLOCK]
+            assert [self.blocks[block] for block in read] == segment.row.block_keys[: len(read)]
             assert segment.start == segment.row.computed
             assert len(segment.row.blocks) * BLOCK >= segment.stop
             assert set(segment.row.mix.digests) <= self.slots.slot_of.keys()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.harness import Lab, requests, run
+from tests.engine.harness import Lab, Request, requests, run
 from tests.engine.layers import same_in_int8
 from tests.tiny import save_base
 from torch import nn
@@ -59,9 +59,7 @@ def test_an_accelerator_is_waited_for_once_a_step_whatever_is_drawn(
     monkeypatch.setattr(model, "find_kernels", lambda *_: ReferenceKernels(tiled=False))
     settings = BaseSettings(save_base("llama", tmp_path / "base"), quantization="none", dtype=torch.float32)
     engine = Lab.create(load_base(settings), tmp_path).engine()
-    reads: list[str] = []
-    for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
-        monkeypatch.setattr(torch.Tensor, name, _noted(name, getattr(torch.Tensor, name), reads))
+    reads = _reads(monkeypatch)
     drawn: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"top_p": 0.9, "seed": 1},
@@ -76,6 +74,19 @@ def test_an_accelerator_is_waited_for_once_a_step_whatever_is_drawn(
         engine.step()
     assert engine.counters.steps - steps == 4
     assert reads == ["tolist"] * 4
+
+
+def test_blocks_go_to_host_memory_and_come_back_without_another_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "find_kernels", lambda *_: ReferenceKernels(tiled=False))
+    settings = BaseSettings(save_base("llama", tmp_path / "base"), quantization="none", dtype=torch.float32)
+    engine = Lab.create(load_base(settings), tmp_path).engine(kv_blocks=2 + 6, host_blocks=20)
+    reads = _reads(monkeypatch)
+    for first in (3, 80, 160, 3):
+        run(engine, [Request(tuple(range(first, first + 70)), None, 3)])
+    assert engine.counters.restored_tokens == 64
+    assert reads == ["tolist"] * engine.counters.steps
 
 
 def test_a_write_by_another_process_is_found_in_any_tensor_of_the_base(tmp_path: Path) -> None:
@@ -111,6 +122,14 @@ def test_the_sum_over_the_base_sees_words_that_change_places_and_tensors_that_be
         assert content_sum(layer) != before, (place, bit)
         kept[place] ^= -(1 << 63) if bit == 63 else 1 << bit
     assert content_sum(layer) == before
+
+
+def _reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What makes the host wait for a tensor, from now on."""
+    reads: list[str] = []
+    for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, _noted(name, getattr(torch.Tensor, name), reads))
+    return reads
 
 
 def _noted(name: str, whole: Callable[..., Any], reads: list[str]) -> Callable[..., Any]:

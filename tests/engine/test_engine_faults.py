@@ -20,6 +20,7 @@ from onebase_engine.engine import engine as engine_module
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.kv_cache import HostCache
 from onebase_engine.engine.messages import FrameReader, RowOutput
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.kernels.interface import TILE
@@ -34,9 +35,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     return load_base(settings)
 
 
-def create(base: nn.Module, *, kv_blocks: int = 60, slots: int = 2, max_rows: int = 4) -> Engine:
+def create(
+    base: nn.Module, *, kv_blocks: int = 60, host_blocks: int = 0, slots: int = 2, max_rows: int = 4
+) -> Engine:
     limits = Limits(max_rows, 64, 200)
-    return Engine(base, name="tiny", limits=limits, kv_blocks=kv_blocks, slots=slots)
+    return Engine(base, name="tiny", limits=limits, kv_blocks=kv_blocks, host_blocks=host_blocks, slots=slots)
 
 
 def submit(
@@ -282,6 +285,96 @@ def test_what_a_failed_step_should_have_written_is_never_reused(base: nn.Module)
     finish(engine)
     engine.submit(submit("again", prompt))
     assert finish(engine)["again", 0][0].cached_tokens == 0
+
+
+def swapping(base: nn.Module, prompts: Sequence[Sequence[int]]) -> Engine:
+    """An engine whose cache holds one of these prompts, and whose host memory has had the others."""
+    engine = create(base, kv_blocks=2 + 7, host_blocks=40)
+    for prompt in prompts:
+        engine.submit(submit("before", list(prompt), logprobs=2))
+        finish(engine)
+    assert engine.pool.on_host
+    return engine
+
+
+PROMPTS = [range(3, 90), range(90, 180), range(180, 270)]
+
+
+def test_a_step_that_fails_finds_what_came_back_from_host_memory_when_it_is_computed_again(
+    base: nn.Module,
+) -> None:
+    engine, calm = swapping(base, PROMPTS), create(base)
+    flaky = Flaky(engine, once_in(0))
+    for one in (engine, calm):
+        one.submit(submit("again", list(PROMPTS[0]), logprobs=2))
+    found = finish(engine)
+    assert flaky.failures == 1
+    assert engine.counters.restored_tokens == 80 == found["again", 0][0].cached_tokens
+    expected = finish(calm)
+    assert [event.logprobs for event in found["again", 0]] == [e.logprobs for e in expected["again", 0]]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_row_that_is_cancelled_leaves_what_came_back_from_host_memory_for_the_next(
+    base: nn.Module, steps: int
+) -> None:
+    engine, calm = swapping(base, PROMPTS), create(base)
+    engine.submit(submit("cancelled", list(PROMPTS[0])))
+    for _ in range(steps):
+        engine.step()
+    engine.cancel(protocol.Cancel("cancelled"))
+    finish(engine)
+    for one in (engine, calm):
+        one.submit(submit("again", list(PROMPTS[0]), logprobs=2))
+    found, expected = finish(engine), finish(calm)
+    assert found["again", 0][0].cached_tokens == 80 == engine.counters.restored_tokens
+    assert [event.logprobs for event in found["again", 0]] == [e.logprobs for e in expected["again", 0]]
+
+
+def test_a_row_whose_version_no_slot_takes_leaves_what_came_back_for_the_next(
+    base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = load_folder(base, save_adapter(base, ADAPTERS[0], tmp_path, seed=1)).weights
+    engine = create(base, kv_blocks=2 + 7, host_blocks=40, slots=1)
+    engine.put_adapter("d", weights)
+    for adapter, prompt in (("d", PROMPTS[0]), (None, PROMPTS[1]), (None, PROMPTS[2])):
+        engine.submit(submit("before", list(prompt), adapter=adapter))
+        finish(engine)
+    engine.put_adapter("other", weights)
+    engine.submit(submit("other", [3, 4], adapter="other"))
+    finish(engine)
+    with monkeypatch.context() as patched:
+        failed = RuntimeError("no memory")
+        patched.setattr(engine.model, "move_slots", lambda moves, _: dict.fromkeys(moves, failed))
+        engine.submit(submit("fails", list(PROMPTS[0]), adapter="d"))
+        assert finish(engine)["fails", 0][-1].error_code == "step_failed"
+    assert engine.counters.restored_tokens == 80
+    engine.submit(submit("again", list(PROMPTS[0]), adapter="d"))
+    assert finish(engine)["again", 0][0].cached_tokens == 80
+
+
+def test_where_host_memory_cannot_be_had_prefixes_are_dropped(
+    base: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("80.0 GB of host memory cannot be page-locked")
+
+    monkeypatch.setattr(HostCache, "__init__", refuse)
+    engine = create(base, kv_blocks=2 + 7, host_blocks=40)
+    assert "prefixes that leave the KV cache are dropped: 80.0 GB" in caplog.text
+    for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[0]):
+        engine.submit(submit("row", list(prompt)))
+        finish(engine)
+    assert (engine.stats().kv_blocks_host_total, engine.counters.cached_tokens) == (0, 0)
+
+
+def test_copies_that_fail_end_the_engine(base: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks would not hold what the pool says; the next engine begins with empty ones."""
+    engine = swapping(base, PROMPTS)
+    monkeypatch.setattr(torch.Tensor, "index_copy_", lambda *_: 1 / 0)
+    engine.submit(submit("again", list(PROMPTS[0])))
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
 
 
 def test_choices_of_a_preempted_leader_finish_with_the_text_they_have_alone(base: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from onebase_engine.base.view import view
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.drafts import MATCHED, Drafts
 from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.kv_cache import BlockPool
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.row import Plan
 from onebase_engine.kernels import reference
@@ -325,6 +327,62 @@ def test_logprobs_over_an_int8_cache_are_as_much_a_rows_own(
     assert scored(tight, LONGER) == expected, "after preemption, and where drafts were wrong"
     assert tight.scheduler.preemptions > 0
     check_drafted(tight)
+
+
+# ---- prefixes in host memory ---------------------------------------------------------------
+
+TIGHT = {"kv_blocks": 38, "block_size": 2, "host_blocks": 300}
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+def test_logprobs_are_bit_equal_over_blocks_that_were_in_host_memory(
+    lab: Lab, plain_longer: Scores, kv_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = LONGER[:8]
+
+    def engine(**changes: int) -> Engine:
+        return lab.engine(model=ServedModel(lab.base, 8, kv_dtype=kv_dtype), **changes)
+
+    expected = plain_longer[:8] if kv_dtype is None else scored(engine(), asked)
+    tight = engine(**TIGHT)
+    assert scored(tight, asked) == expected, "the tokens of preempted rows come back"
+    assert tight.scheduler.preemptions > 0
+    assert tight.counters.restored_tokens > 0
+    tight.counters.prompt_tokens = tight.counters.cached_tokens = 0
+    assert scored(tight, asked) == expected
+    monkeypatch.setattr(BlockPool, "take_moves", partialmethod(BlockPool.take_moves, least=0))
+    short = engine(**TIGHT | {"host_blocks": 80, "draft_tokens": 5})
+    guess(monkeypatch, texts_of(asked, expected))
+    assert scored(short, asked) == expected, "where it is short too, and blocks go there as late as may be"
+    for one in (tight, short):
+        assert one.pool.free == one.pool.capacity
+    assert short.stats().kv_blocks_on_host == 80
+    assert short.counters.restored_tokens > 0
+
+
+def test_prompts_that_left_the_cache_are_not_computed_again(lab: Lab) -> None:
+    prompts = [Request(tuple(range(first, first + 70)), None, 2) for first in (3, 80, 160)]
+    computed = []
+    for host_blocks in (0, 20):
+        engine = lab.engine(kv_blocks=2 + 6, host_blocks=host_blocks)
+        for request in (*prompts, *prompts):
+            run(engine, [request])
+        stats = engine.stats()
+        computed.append(stats.prompt_tokens - stats.cached_tokens)
+    assert computed == [6 * 70, 3 * 70 + 3 * 6]
+    assert (stats.restored_tokens, stats.kv_blocks_on_host, stats.kv_blocks_host_total) == (3 * 64, 12, 20)
+
+
+def test_blocks_in_host_memory_are_shared_only_between_equal_adapters_and_tenants(lab: Lab) -> None:
+    engine = lab.engine(kv_blocks=12, host_blocks=100)
+    one = Request(tuple(range(3, 73)), 0, 2)
+    others = [replace(one, adapter=1), replace(one, tenant="other"), replace(one, adapter=None), one]
+    run(engine, [one])
+    for number, request in enumerate(others):
+        run(engine, [Request(tuple(range(100 + number, 250 + number)), None, 2)])  # takes every block
+        before = engine.counters.restored_tokens
+        run(engine, [request])
+        assert engine.counters.restored_tokens - before == (64 if request is one else 0), request
 
 
 # ---- drafts --------------------------------------------------------------------------------

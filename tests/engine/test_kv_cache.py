@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, BlockPool, block_key, root_key
+from onebase_engine.engine import kv_cache
+from onebase_engine.engine.kv_cache import (
+    RESERVED_BLOCKS,
+    BlockPool,
+    HostCache,
+    KVCache,
+    Moves,
+    block_key,
+    bytes_per_token,
+    root_key,
+)
 from onebase_engine.engine.messages import AdapterRef
 from onebase_engine.engine.row import AdapterMix
 
@@ -16,15 +32,49 @@ KEYS = [bytes([number]) * 16 for number in range(6)]
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Rows that take, share, publish and return blocks in any order, against a count of every reference."""
+    """Rows that take, share, publish and return blocks in any order, against a count of every reference, and
+    what each block would hold: the key that it was published with, or None."""
 
     held = Bundle("held")
+    host = 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(BLOCKS + RESERVED_BLOCKS, 4)
+        self.pool = BlockPool(BLOCKS + RESERVED_BLOCKS, 4, self.host)
         self.references: dict[int, int] = {}
         self.key_of: dict[int, bytes] = {}
+        self.content: dict[int, bytes | None] = {}
+        self.on_host: dict[int, bytes | None] = {}
+        self.published: set[bytes] = set()
+        self.fresh: list[int] = []
+        """Blocks that rows will write to in the next step."""
+
+    def took(self, block: int, key: bytes | None) -> None:
+        """A free block went to somebody, with a key if it came back from the host."""
+        assert block >= RESERVED_BLOCKS
+        assert not self.references.get(block)
+        self.references[block] = 1
+        self.key_of.pop(block, None)
+        if key is None:
+            self.fresh.append(block)
+        else:
+            self.key_of[block] = key
+
+    @rule(least=st.integers(0, 3))
+    def step(self, least: int) -> None:
+        """What is planned until now is copied, if it must be, and then computed."""
+        moves = self.pool.take_moves(set(self.fresh), least)
+        for some in (moves.out, moves.back):
+            for numbers in zip(*some, strict=True):
+                assert len(set(numbers)) == len(some)
+        for block, place in moves.out:
+            assert 0 <= place < self.host
+            self.on_host[place] = self.content[block]
+        for block, place in moves.back:
+            self.content[block] = self.on_host[place]
+        self.content.update(dict.fromkeys(self.fresh))
+        self.fresh.clear()
+        assert all(self.content[block] == key for block, key in self.key_of.items())
 
     @rule(target=held, count=st.integers(1, 4))
     def allocate(self, count: int) -> list[int]:
@@ -34,37 +84,46 @@ class PoolMachine(RuleBasedStateMachine):
             assert count > before
             assert self.pool.free == before
             return []
-        assert all(block >= RESERVED_BLOCKS for block in blocks)
-        assert not any(self.references.get(block) for block in blocks)
-        assert len(set(blocks)) == count
+        assert len(blocks) == count
         for block in blocks:
-            self.references[block] = 1
-            self.key_of.pop(block, None)
+            self.took(block, None)
         return blocks
 
-    @rule(target=held, first=st.integers(0, 4), count=st.integers(1, 3))
-    def share(self, first: int, count: int) -> list[int]:
+    @rule(target=held, first=st.integers(0, 4), count=st.integers(1, 3), restore=st.booleans())
+    def share(self, first: int, count: int, restore: bool) -> list[int]:
         keys = KEYS[first : first + count]
-        blocks = self.pool.share(keys)
-        assert [self.key_of.get(block) for block in blocks] == keys[: len(blocks)]
+        blocks = self.pool.share(keys, restore=restore)
+        for block, key in zip(blocks, keys, strict=False):
+            if self.key_of.get(block) == key:
+                self.references[block] += 1
+            else:
+                assert restore
+                assert self.host
+                self.took(block, key)
         if len(blocks) < len(keys):
-            assert keys[len(blocks)] not in self.key_of.values()
-        for block in blocks:
-            self.references[block] += 1
+            missed = keys[len(blocks)]
+            assert missed not in self.key_of.values()
+            if restore and self.host >= len(KEYS):
+                assert missed not in self.published or not self.pool.free, "it is lost"
         return blocks
 
     @rule(blocks=held, key=st.sampled_from(KEYS))
     def publish(self, blocks: list[int], key: bytes) -> None:
+        self.fresh += [block for block in blocks[:1] if block not in self.key_of]
+        self.step(0)
         for block in blocks[:1]:
             self.pool.publish(block, key)
             if block not in self.key_of and key not in self.key_of.values():
-                self.key_of[block] = key
+                self.key_of[block] = self.content[block] = key
+                self.published.add(key)
 
     @rule(blocks=consumes(held))
     def release(self, blocks: list[int]) -> None:
         self.pool.release(blocks)
         for block in blocks:
             self.references[block] -= 1
+            if not self.references[block] and block in self.fresh:
+                self.fresh.remove(block)  # The row that was to write to it is computed later.
 
     @invariant()
     def every_block_is_either_held_or_free(self) -> None:
@@ -72,11 +131,24 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.free + len(used) == self.pool.capacity == BLOCKS
         idle = [block for block in self.key_of if not self.references[block]]
         assert self.pool.cached == len(idle)
+        assert self.pool.on_host <= min(self.host, len(KEYS))
+
+
+class SmallHostMachine(PoolMachine):
+    host = 2
+
+
+class LargeHostMachine(PoolMachine):
+    host = len(KEYS)
 
 
 # Blocks leave the bundle when they are released, so rules only touch blocks that are held.
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=30)
+TestPoolOverASmallHost = SmallHostMachine.TestCase
+TestPoolOverALargeHost = LargeHostMachine.TestCase
+TestPool.settings = TestPoolOverASmallHost.settings = TestPoolOverALargeHost.settings = settings(
+    max_examples=60, stateful_step_count=30
+)
 
 
 def held(pool: BlockPool, count: int) -> list[int]:
@@ -148,6 +220,249 @@ def test_releasing_a_block_twice_raises() -> None:
 def test_a_pool_of_reserved_blocks_only_is_refused_with_a_remedy() -> None:
     with pytest.raises(ValueError, match="--kv-memory"):
         BlockPool(RESERVED_BLOCKS, 4)
+
+
+# ---- host memory ------------------------------------------------------------------------------------------
+
+
+def left(pool: BlockPool, keys: Sequence[bytes]) -> None:
+    """A row with these blocks ends, and others take every block of the cache and end too."""
+    blocks = held(pool, len(keys))
+    pool.take_moves()
+    for block, key in zip(blocks, keys, strict=True):
+        pool.publish(block, key)
+    pool.release(blocks)
+    pool.release(held(pool, pool.capacity))
+
+
+def test_an_evicted_prefix_comes_back_from_host_memory() -> None:
+    pool = BlockPool(4 + RESERVED_BLOCKS, 4, host_blocks=3)
+    left(pool, KEYS[:3])
+    (out,) = [pool.take_moves().out]
+    assert (pool.cached, pool.on_host, len(out)) == (0, 3, 3)
+    assert pool.share(KEYS[:3]) == []
+    blocks = pool.share(KEYS[:4], restore=True)
+    places = dict(pool.take_moves().back)
+    assert [places[block] for block in blocks] == [2, 1, 0], "the end had left first"
+    assert pool.free == 1
+    assert pool.share(KEYS[:3]) == blocks, "it is in the cache again"
+
+
+def dropped(pool: BlockPool, key: bytes, among: Sequence[bytes]) -> list[bytes]:
+    """What of the host goes when a block with `key` leaves a cache in which it alone is not held."""
+    (block,) = held(pool, 1)
+    pool.take_moves()
+    before = {one for one in among if pool._place_of.get(one) is not None}
+    pool.publish(block, key)
+    pool.release([block])
+    pool.release(held(pool, 1))
+    return sorted(one for one in before if pool._place_of.get(one) is None)
+
+
+def test_host_memory_drops_what_was_used_longest_ago() -> None:
+    pool = BlockPool(2 + RESERVED_BLOCKS, 4, host_blocks=3)
+    for key in KEYS[:3]:
+        left(pool, [key])
+    pool.share(KEYS[:1], restore=True)
+    assert dropped(pool, KEYS[3], KEYS[:3]) == [KEYS[1]], "the first one came back"
+
+
+def test_host_memory_drops_the_end_of_a_prefix_before_its_beginning() -> None:
+    pool = BlockPool(4 + RESERVED_BLOCKS, 4, host_blocks=3)
+    left(pool, KEYS[:3])
+    blocks = pool.share(KEYS[:3], restore=True)
+    assert dropped(pool, KEYS[3], KEYS[:3]) == [KEYS[2]]
+    pool.release(blocks)
+    left(pool, KEYS[4:5])
+    pool.share(KEYS[:3], restore=True)
+    assert len(pool.take_moves().back) == 2
+
+
+def test_a_block_that_host_memory_has_counts_as_used_there_when_it_leaves_the_cache_again() -> None:
+    pool = BlockPool(3 + RESERVED_BLOCKS, 4, host_blocks=2)
+    for key in KEYS[:2]:
+        left(pool, [key])
+    first, second = (pool.share([key], restore=True) for key in KEYS[:2])
+    pool.take_moves()
+    pool.release(second)
+    pool.release(first)
+    pool.release(held(pool, 3)[:1])
+    assert pool.take_moves().out == [], "it is there"
+    assert dropped(pool, KEYS[2], KEYS[:2]) == [KEYS[1]]
+
+
+def test_a_place_of_the_host_that_is_still_to_be_copied_takes_no_other_block() -> None:
+    pool = BlockPool(2 + RESERVED_BLOCKS, 4, host_blocks=1)
+    left(pool, KEYS[:1])
+    pool.take_moves()
+    (block,) = pool.share(KEYS[:1], restore=True)
+    (other,) = held(pool, 1)
+    pool.publish(other, KEYS[1])
+    pool.release([other])
+    held(pool, 1)
+    assert pool.take_moves() == Moves([], [(block, 0)]), "the other one is dropped"
+
+
+def test_evicted_blocks_go_to_host_memory_bit_by_bit_but_before_they_are_written_to() -> None:
+    pool = BlockPool(6 + RESERVED_BLOCKS, 4, host_blocks=6)
+    blocks = held(pool, 6)
+    for block, key in zip(blocks, KEYS, strict=True):
+        pool.publish(block, key)
+    pool.release(blocks)
+    last, *_, second, first = held(pool, 6)
+    assert [last, second, first] == [blocks[5], blocks[1], blocks[0]], "the end goes first"
+    assert pool.take_moves({first}, least=3).out == [(last, 0), (blocks[4], 1), (first, 5)]
+    assert pool.take_moves({first, second}, least=0).out == [(second, 4)]
+    pool.release([first])
+    assert len(pool.share(KEYS[2:3], restore=True)) == 1
+    assert pool.take_moves(least=0) == Moves([(blocks[2], 3)], [(first, 3)]), (
+        "what is to come back goes first"
+    )
+    assert pool.take_moves().out == [(blocks[3], 2)]
+
+
+def test_a_block_goes_to_host_memory_before_another_comes_back_into_it() -> None:
+    pool = BlockPool(1 + RESERVED_BLOCKS, 4, host_blocks=2)
+    left(pool, KEYS[:1])
+    (block,) = held(pool, 1)
+    assert pool.take_moves().out == [(block, 0)]
+    pool.publish(block, KEYS[1])
+    pool.release([block])
+    pool.release(held(pool, 1))
+    assert pool.take_moves(least=0) == Moves(), "nobody has written to it"
+    assert pool.share(KEYS[:1], restore=True) == [block]
+    assert pool.take_moves(least=0) == Moves([(block, 1)], [(block, 0)])
+
+
+def test_what_host_memory_has_waits_there_while_no_block_is_free() -> None:
+    pool = BlockPool(2 + RESERVED_BLOCKS, 4, host_blocks=2)
+    left(pool, KEYS[:2])
+    held(pool, 1)
+    assert len(pool.share(KEYS[:2], restore=True)) == 1
+    assert pool.share(KEYS[1:2], restore=True) == []
+
+
+def test_a_block_that_goes_to_another_row_before_it_was_copied_back_is_left_alone() -> None:
+    pool = BlockPool(2 + RESERVED_BLOCKS, 4, host_blocks=2)
+    left(pool, KEYS[:1])
+    pool.take_moves()
+    pool.release(pool.share(KEYS[:1], restore=True))
+    held(pool, 2)
+    assert pool.take_moves() == Moves()
+    assert pool.on_host == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "block", "dim"),
+    [(torch.bfloat16, 16, 8), (torch.int8, 16, 8), (torch.int8, 3, 5), (torch.float32, 1, 3)],
+)
+def test_blocks_come_back_from_host_memory_bit_for_bit(
+    dtype: torch.dtype, block: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of two shapes, in pieces, at places one after the other and not, NaNs too."""
+    monkeypatch.setattr(kv_cache, "STAGED_BLOCKS", 4)
+    shapes = {0: (2, dim, dim), 1: (1, dim, 2), 2: (2, dim, dim)}
+    cache, generator = KVCache(shapes, 20, block, dtype, torch.device("cpu")), torch.manual_seed(5)
+    for part in cache.by_block:
+        part.copy_(torch.randint(0, 256, part.shape, dtype=torch.uint8, generator=generator))
+    before = [part.clone() for part in cache.by_block]
+    host = HostCache(cache, 12)
+    assert host._slab.nbytes == 12 * block * bytes_per_token(shapes, dtype)
+    went, places = [7, 3, 19, 2, 8, 9, 11, 4, 15], [0, 1, 2, 4, 5, 7, 8, 9, 11]
+    host.make(Moves(list(zip(went, places, strict=True))))
+    for part in cache.by_block:
+        part[:, went] = 1  # as by the step
+    went, places = went[1:], places[1:]
+    came = [5, 7, 3, 9, 8, 18, 17, 4]
+    host.make(Moves(back=list(zip(came, places, strict=True))))
+    for part, old in zip(cache.by_block, before, strict=True):
+        assert torch.equal(part[:, came], old[:, went])
+        rest = [0, 1, 6, 10, 12, 13, 14, 16]
+        assert torch.equal(part[:, rest], old[:, rest])
+    keys = cache.layers[2].keys.view(torch.uint8).reshape(2, 20, -1)
+    assert torch.equal(keys[:, came], before[0].view(2, 2, 20, -1)[1, :, went]), "the layers have it"
+
+
+class Streams(TorchDispatchMode):
+    """Two streams of an accelerator, played on the CPU: what is launched waits in its stream's queue, and the
+    queues run in an order that only `wait_stream` restricts."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.streams = [Stream(), Stream()]
+        self.now, self.first = 0, first
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func) not in ("aten.copy_.default", "aten.index_select.out", "aten.index_copy_.default"):
+            return func(*args, **(kwargs or {}))
+        self.streams[self.now].queue.append(lambda: func(*args, **(kwargs or {})))
+        return (kwargs or {}).get("out", args[0])
+
+    @contextmanager
+    def within(self, stream: Stream) -> Iterator[None]:
+        self.now = self.streams.index(stream)
+        yield
+        self.now = 0
+
+    def run(self) -> None:
+        """All of it: one stream goes on until it has to wait for the other."""
+        order = self.streams[self.first], self.streams[1 - self.first]
+        while any(stream.done < len(stream.queue) for stream in order):
+            next(stream for stream in order if stream.may_go_on()).go_on()
+
+
+class Stream:
+    """`queue`: what is launched, and as pairs (stream, count) what is waited for."""
+
+    def __init__(self) -> None:
+        self.queue: list[Any] = []
+        self.done = 0
+
+    def wait_stream(self, other: Stream) -> None:
+        self.queue.append((other, len(other.queue)))
+
+    def may_go_on(self) -> bool:
+        if self.done == len(self.queue):
+            return False
+        one = self.queue[self.done]
+        return not isinstance(one, tuple) or one[0].done >= one[1]
+
+    def go_on(self) -> None:
+        one = self.queue[self.done]
+        if not isinstance(one, tuple):
+            one()
+        self.done += 1
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_copies_in_a_stream_of_their_own_are_in_order_with_the_steps(
+    first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever stream is the faster one."""
+    monkeypatch.setattr(kv_cache, "STAGED_BLOCKS", 3)
+    generator = torch.manual_seed(7)
+    caches = [KVCache({0: (2, 4, 4)}, 12, 2, torch.float32, torch.device("cpu")) for _ in range(2)]
+    hosts = [HostCache(cache, 8) for cache in caches]
+    plain, apart = (cache.layers[0].keys.view(2, 12, 8) for cache in caches)
+    with Streams(first) as streams:
+        hosts[1]._stream = streams.streams[1]  # type: ignore[assignment]
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: streams.streams[0])
+        monkeypatch.setattr(torch.cuda, "stream", streams.within)
+    for _ in range(12):
+        blocks, places = (torch.randperm(n, generator=generator).tolist() for n in (12, 8))
+        moves = Moves(
+            list(zip(blocks[:5], places, strict=False)), list(zip(blocks[3:9], places, strict=False))
+        )
+        step = torch.randperm(12, generator=generator)[:4], torch.rand(2, 4, 8, generator=generator)
+        hosts[0].make(moves)
+        plain.index_copy_(1, *step)
+        with streams:
+            hosts[1].make(moves)
+            apart.index_copy_(1, *step)
+    streams.run()
+    assert plain.any()
+    assert torch.equal(plain, apart)
+    assert torch.equal(hosts[0]._slab, hosts[1]._slab)
 
 
 def mix(*terms: tuple[str, float]) -> AdapterMix:

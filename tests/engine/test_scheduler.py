@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.scheduling import BLOCK, World, make_row
 
-from onebase_engine.engine.row import Row
+from onebase_engine.engine.row import Plan, Row, Segment
 from onebase_engine.engine.scheduler import MAX_SCORED_TOKENS, NeverFitsError
 
 
@@ -87,11 +87,21 @@ def _row(arrival: int, item: Traffic, previous: Row | None) -> Row:
     step_tokens=st.integers(1, 24),
     joins=st.integers(0, 3),
     most=st.integers(1, 16),
+    host_blocks=st.sampled_from([0, 0, 3, 12, 100]),
 )
 def test_every_row_finishes_and_everything_comes_back(
-    traffic: list[Traffic], blocks: int, slots: int, max_rows: int, step_tokens: int, joins: int, most: int
+    traffic: list[Traffic],
+    blocks: int,
+    slots: int,
+    max_rows: int,
+    step_tokens: int,
+    joins: int,
+    most: int,
+    host_blocks: int,
 ) -> None:
-    world = World.create(blocks=blocks, slots=slots, max_rows=max_rows, step_tokens=step_tokens)
+    world = World.create(
+        blocks=blocks, slots=slots, max_rows=max_rows, step_tokens=step_tokens, host_blocks=host_blocks
+    )
     coming = sorted(traffic, key=lambda item: item.at)
     rows: list[tuple[Row, Traffic]] = []
     work = sum(item.prompt + item.max_tokens for item in traffic)
@@ -255,17 +265,36 @@ def test_a_repeated_prompt_comes_from_the_cache_but_one_token_is_always_computed
 
 
 @pytest.mark.parametrize("change", ["adapter", "scored"])
-def test_a_prompt_is_not_taken_from_the_cache(change: str) -> None:
-    world = World.create()
+@pytest.mark.parametrize("left", [False, True])
+def test_a_prompt_is_not_taken_from_the_cache(change: str, left: bool) -> None:
+    """Nor from host memory, where it has `left` the cache."""
+    world = World.create(host_blocks=40)
     prompt = list(range(2 * BLOCK + 1))
     world.scheduler.add(make_row(0, prompt, 1))
     world.finish_all()
+    if left:
+        world.pool.release(world.pool.allocate(world.pool.capacity) or [])
+        assert (world.pool.cached, world.pool.on_host) == (0, 2)
     adapters = ["a"] if change == "adapter" else []
     row = make_row(1, prompt, 1, adapters, scored=change == "scored")
     world.scheduler.add(row)
     (segment,) = world.step().segments
     assert row.cached_tokens == 0
     assert segment.start == 0
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "draft", "blocks"),
+    [(0, 1, (), {3}), (3, 4, (), {3}), (4, 8, (), {7}), (2, 9, (), {3, 7, 5}), (6, 7, (1, 2), {7, 5})],
+)
+def test_a_plan_knows_the_blocks_that_it_writes_to(
+    start: int, stop: int, draft: tuple[int, ...], blocks: set[int]
+) -> None:
+    row, other = make_row(0, list(range(12)), 1), make_row(1, [1], 1)
+    row.blocks.extend([3, 7, 5])
+    other.blocks.append(9)
+    plan = Plan([Segment(other, 0, 1)], [Segment(row, start, stop, draft)])
+    assert plan.written(4) == {*blocks, 9}
 
 
 def test_a_scored_prompt_is_cut_into_bounded_pieces() -> None:

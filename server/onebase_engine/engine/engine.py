@@ -59,6 +59,8 @@ class Counters:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     cached_tokens: int = 0
+    restored_tokens: int = 0
+    """Whose keys and values came back from host memory."""
     draft_tokens: int = 0
     right_draft_tokens: int = 0
 
@@ -99,6 +101,7 @@ class Engine:
         limits: Limits,
         kv_blocks: int,
         block_size: int = 16,
+        host_blocks: int = 0,
         slots: int = 8,
         slot_memory: int = 0,
         eos_ids: frozenset[int] = frozenset(),
@@ -107,6 +110,7 @@ class Engine:
         tokenizer: Path | None = None,
     ) -> None:
         """`copy` starts a version's copy to the accelerator; by default as `copier` does for its kind.
+        `host_blocks`: places in host memory for prefix blocks that leave the KV cache.
         `tokenizer`: the folder of the base's, without which no row can follow a grammar."""
         self._base = base
         self._vocabulary = int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
@@ -117,10 +121,10 @@ class Engine:
         self.model = model if model is not None else ServedModel(base, slots)
         if self.model.device.type != "cpu":
             self.watch_content()
-        self.model.allocate_kv(kv_blocks, block_size)
+        self.model.allocate_kv(kv_blocks, block_size, host_blocks)
         if not self.model.kernels.drafts:
             limits = replace(limits, draft_tokens=0)
-        self.pool = BlockPool(kv_blocks, block_size)
+        self.pool = BlockPool(kv_blocks, block_size, host_blocks if self.model.host is not None else 0)
         self.versions = Versions()
         self._staging = Staging(
             copy or copier(self.model.device),
@@ -279,6 +283,7 @@ class Engine:
         began = time.monotonic()
         alone = self.scheduler.only_background
         plan = self.scheduler.plan(self._pace.alone if alone else self._pace.joined)
+        self._move_blocks(plan)
         if self._apply_moves():
             plan = plan.unfinished()
         self._staging.drop_unwanted(digest for mix in self.scheduler.waiting.mixes for digest in mix.digests)
@@ -320,12 +325,15 @@ class Engine:
             kv_blocks_free=self.pool.free,
             kv_blocks_cached=self.pool.cached,
             kv_blocks_total=self.pool.capacity,
+            kv_blocks_on_host=self.pool.on_host,
+            kv_blocks_host_total=self.pool.host_capacity,
             slots_used=self.slots.used,
             steps=self.counters.steps,
             preemptions=self.scheduler.preemptions,
             prompt_tokens=self.counters.prompt_tokens,
             generated_tokens=self.counters.generated_tokens,
             cached_tokens=self.counters.cached_tokens,
+            restored_tokens=self.counters.restored_tokens,
             draft_tokens=self.counters.draft_tokens,
             right_draft_tokens=self.counters.right_draft_tokens,
             adapters_loaded=len(self.versions),
@@ -338,6 +346,17 @@ class Engine:
             return None
         taken, self._slot_seconds, self._slots_changed = self._slot_seconds, {}, False
         return taken
+
+    def _move_blocks(self, plan: Plan) -> None:
+        """Have blocks copied to host memory before this step overwrites them, and back before it reads them.
+
+        Not in `_try`: a step that is computed again finds them where they are. An error here ends the engine,
+        since blocks would not hold what the pool says.
+        """
+        if self.model.host is not None:
+            moves = self.pool.take_moves(plan.written(self.pool.block_size))
+            self.model.host.make(moves)
+            self.counters.restored_tokens += len(moves.back) * self.pool.block_size
 
     def _apply_moves(self) -> bool:
         """Bring the slots up to date. Rows whose version cannot be loaded end; says whether any did."""

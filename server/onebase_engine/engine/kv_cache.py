@@ -2,6 +2,9 @@
 
 Block 0 is all zeros and only ever read (padding of shorter rows), block 1 only ever written (padding
 tokens): a freed block is never touched, not even with weight 0.
+
+A prefix that is evicted may go to host memory, and come back when a row begins with it. Who goes where is
+decided while a step is planned; `BlockPool.take_moves` says it, and `HostCache` copies before the step runs.
 """
 
 from __future__ import annotations
@@ -10,13 +13,18 @@ import math
 import mmap
 import struct
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import islice
 
+import numpy as np
 import torch
 
 from onebase_engine.engine.row import AdapterMix
 from onebase_engine.kernels.interface import LayerCache
+from onebase_engine.kernels.reference import sent
 
 ZERO_BLOCK = 0
 DUMP_BLOCK = 1
@@ -24,6 +32,8 @@ RESERVED_BLOCKS = 2
 SCALE_DTYPE = torch.bfloat16
 """Of an int8 cache: half of fp32's bytes. It is no less exact, since numbers are divided by the scale as it
 is kept: a rounded one makes the steps wider by 0.4% at most."""
+STAGED_BLOCKS = 32
+"""Most blocks on their way between device and host at once: so many more are kept on the device for it."""
 
 
 def root_key(base: str, tenant: str, mix: AdapterMix) -> bytes:
@@ -43,10 +53,21 @@ def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     return blake2b(parent + struct.pack(f"<{len(tokens)}I", *tokens), digest_size=16).digest()
 
 
-class BlockPool:
-    """Reference-counted blocks with a prefix cache; least recently used prefixes are evicted first."""
+@dataclass(frozen=True)
+class Moves:
+    """What is to be copied before the next step: first `out` to host memory, then `back`. Each is a block and
+    its place in the host, sorted by places; no block and no place is twice in either."""
 
-    def __init__(self, total: int, block_size: int) -> None:
+    out: list[tuple[int, int]] = field(default_factory=list)
+    back: list[tuple[int, int]] = field(default_factory=list)
+
+
+class BlockPool:
+    """Reference-counted blocks with a prefix cache; least recently used prefixes are evicted first, to the
+    host's places if there are any, and from there again the least recently used."""
+
+    def __init__(self, total: int, block_size: int, host_blocks: int = 0) -> None:
+        """`host_blocks`: places in host memory for blocks that were evicted."""
         if total <= RESERVED_BLOCKS:
             raise ValueError(f"{total} KV blocks leave none to use; raise --kv-memory")
         self.block_size = block_size
@@ -56,6 +77,16 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._empty: deque[int] = deque(range(RESERVED_BLOCKS, total))
         self._reusable: OrderedDict[int, None] = OrderedDict()
+        self.host_capacity = host_blocks
+        self._unused = deque(range(host_blocks))
+        self._place_of: OrderedDict[bytes, int] = OrderedDict()
+        """Of each prefix block in host memory, the least recently used first. It may be in the cache too."""
+        self._out: dict[int, int] = {}
+        """Place -> the block that is to be copied there before it is written to."""
+        self._back: dict[int, int] = {}
+        """Block -> the place that is to be copied there."""
+        self._reading: set[int] = set()
+        """Places that the next moves copy from, and so take nothing else."""
 
     @property
     def free(self) -> int:
@@ -66,6 +97,11 @@ class BlockPool:
     def cached(self) -> int:
         """Free blocks that still hold a prefix."""
         return len(self._reusable)
+
+    @property
+    def on_host(self) -> int:
+        """Blocks that host memory holds."""
+        return len(self._place_of)
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -78,22 +114,36 @@ class BlockPool:
         """`count` blocks with one reference each, or None (and nothing taken) if there are not enough."""
         if count > self.free:
             return None
-        return [self._take() for _ in range(count)]
+        blocks = [self._take() for _ in range(count)]
+        for block in blocks:
+            self._references[block] = 1
+        return blocks
 
     def _take(self) -> int:
+        """A free block, without a reference."""
         if self._empty:
             block = self._empty.popleft()
         else:
             block, _ = self._reusable.popitem(last=False)
-            del self._block_of[self._key_of.pop(block)]
-        self._references[block] = 1
+            key = self._key_of.pop(block)
+            del self._block_of[key]
+            self._keep(key, block)
+        self._back.pop(block, None)
         return block
 
-    def share(self, keys: Sequence[bytes]) -> list[int]:
-        """Blocks of the longest cached prefix of `keys`, one reference more on each."""
+    def share(self, keys: Sequence[bytes], *, restore: bool = False) -> list[int]:
+        """Blocks of the longest cached prefix of `keys`, one reference more on each.
+
+        restore: what host memory has is cached too, and gets a block of those that are free. It is there
+            once the next moves have been made.
+        """
+        if restore:
+            self._used(keys)
         blocks: list[int] = []
         for key in keys:
             block = self._block_of.get(key)
+            if block is None and restore:
+                block = self._restore(key)
             if block is None:
                 break
             self._reusable.pop(block, None)
@@ -119,6 +169,63 @@ class BlockPool:
                 else:
                     self._empty.append(block)
 
+    # ---- host memory -------------------------------------------------------------------------
+
+    def take_moves(self, written: Collection[int] = (), least: int = STAGED_BLOCKS) -> Moves:
+        """What is to be copied now, before anything is computed.
+
+        A long prompt takes many blocks at once and writes to them in many steps: what it evicted goes to the
+        host bit by bit, so that no step is held up for all of it.
+
+        Args:
+            written: blocks that the step writes to.
+            least: blocks that go to the host even if they could wait.
+        """
+        due = {
+            place
+            for place, block in self._out.items()
+            if block in written or block in self._back or place in self._reading
+        }
+        late = (place for place in self._out if place not in due)
+        due.update(list(islice(late, max(least - len(due), 0))))
+        out = [(self._out.pop(place), place) for place in sorted(due)]
+        back = sorted(self._back.items(), key=lambda move: move[1])
+        self._back.clear()
+        self._reading.clear()
+        return Moves(out, back)
+
+    def _keep(self, key: bytes, block: int) -> None:
+        """Find an evicted block a place, that of the one used longest ago if there is no other."""
+        if key in self._place_of:
+            self._place_of.move_to_end(key)
+            return
+        if self._unused:
+            place = self._unused.popleft()
+        else:
+            oldest = next(iter(self._place_of), None)
+            if oldest is None or self._place_of[oldest] in self._reading:
+                return  # It is dropped.
+            place = self._place_of.pop(oldest)
+        self._place_of[key] = place
+        self._out[place] = block
+
+    def _restore(self, key: bytes) -> int | None:
+        """A block for a prefix block that host memory has, where it also stays."""
+        place = self._place_of.get(key)
+        if place is None or not self.free:
+            return None
+        self._reading.add(place)
+        block = self._take()
+        self._back[block] = place
+        self.publish(block, key)
+        return block
+
+    def _used(self, keys: Sequence[bytes]) -> None:
+        """Note a use of prefix blocks in host memory. There too a prefix loses its end first."""
+        for key in reversed(keys):
+            if key in self._place_of:
+                self._place_of.move_to_end(key)
+
 
 class KVCache:
     """The tensors, per layer. In int8, each token has a scale for its key and one for its value in each head:
@@ -134,21 +241,108 @@ class KVCache:
     ) -> None:
         """`shapes`: layer -> (kv heads, key dim, value dim). `dtype`: the model's, or int8."""
         slots = blocks * block_size
+        self.layers: dict[int, LayerCache] = {}
+        self.by_block: list[torch.Tensor] = []
+        """All of it, each [rows, blocks, bytes]: a row is one head of one layer."""
+        alike: dict[tuple[int, int, int], list[int]] = {}
+        for layer, shape in shapes.items():
+            alike.setdefault(shape, []).append(layer)
+        for (heads, key_dim, value_dim), layers in alike.items():
+            kinds: list[tuple[tuple[int, ...], torch.dtype]] = [((key_dim,), dtype), ((value_dim,), dtype)]
+            if dtype == torch.int8:
+                kinds += [((), SCALE_DTYPE)] * 2
+            rows = heads * len(layers)
+            parts = [_zeros((rows, slots, *of_token), kind, device) for of_token, kind in kinds]
+            self.by_block += [part.view(rows, blocks, -1).view(torch.uint8) for part in parts]
+            for first, layer in zip(range(0, rows, heads), layers, strict=True):
+                keys, values, *scales = (part[first : first + heads] for part in parts)
+                pair = (scales[0], scales[1]) if scales else None
+                self.layers[layer] = LayerCache(keys, values, block_size, pair)
 
-        def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return _zeros(shape, dtype, device)
 
-        self.layers = {
-            layer: LayerCache(
-                zeros(heads, slots, key_dim),
-                zeros(heads, slots, value_dim),
-                block_size,
-                (zeros(heads, slots, dtype=SCALE_DTYPE), zeros(heads, slots, dtype=SCALE_DTYPE))
-                if dtype == torch.int8
-                else None,
-            )
-            for layer, (heads, key_dim, value_dim) in shapes.items()
-        }
+class HostCache:
+    """KV blocks in host memory, in one slab that is page-locked where the cache is a GPU's.
+
+    Blocks are gathered on the device, all layers at once, and what was gathered is copied, and the other way
+    round. On a GPU a stream of its own does what crosses the bus: what goes to the host overlaps with the
+    step, which waits for what comes back. All copies are in that stream's order, so that a place is never
+    overwritten before it was read; the host waits for nothing.
+    """
+
+    def __init__(self, cache: KVCache, blocks: int) -> None:
+        """Raises RuntimeError where so much memory cannot be page-locked."""
+        device = cache.by_block[0].device
+        sizes = [part.shape[2] for part in cache.by_block]
+        words = (torch.int64, torch.int32, torch.int16, torch.uint8)
+        word = next(one for one in words if all(size % one.itemsize == 0 for size in sizes))
+        self._parts = [part.view(word) for part in cache.by_block]
+        rows = [(part.shape[0], part.shape[2]) for part in self._parts]
+        size = sum(count * length for count, length in rows)
+        self._slab = _zeros((blocks, size), word, torch.device("cpu"))
+        self._staged = torch.zeros((min(blocks, STAGED_BLOCKS), size), dtype=word, device=device)
+        columns = torch.split(self._staged, [count * length for count, length in rows], dim=1)
+        self._gathered = [one.view(-1, *row).transpose(0, 1) for one, row in zip(columns, rows, strict=True)]
+        """Of each part its share of what is staged, [rows, STAGED_BLOCKS, words]."""
+        self._stream = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            _lock_pages(self._slab, device)
+
+    def make(self, moves: Moves) -> None:
+        """Have blocks copied, before anything that the caller has computed after this."""
+        for group, index in self._groups(moves.out):
+            self._wait_for_copies()
+            for part, gathered in zip(self._parts, self._gathered, strict=True):
+                torch.index_select(part, 1, index, out=gathered[:, : len(group)])
+            with self._copies():
+                for places, staged in _runs(group):
+                    self._slab[places].copy_(self._staged[staged], non_blocking=True)
+        for group, index in self._groups(moves.back):
+            with self._copies():
+                for places, staged in _runs(group):
+                    self._staged[staged].copy_(self._slab[places], non_blocking=True)
+            self._wait_for_copies()
+            for part, gathered in zip(self._parts, self._gathered, strict=True):
+                part.index_copy_(1, index, gathered[:, : len(group)])
+
+    def _groups(self, moves: list[tuple[int, int]]) -> Iterator[tuple[list[tuple[int, int]], torch.Tensor]]:
+        """As many as are staged at once, and their blocks on the device."""
+        for start in range(0, len(moves), len(self._staged)):
+            group = moves[start : start + len(self._staged)]
+            yield group, sent(np.array([block for block, _ in group]), self._staged.device)
+
+    def _copies(self) -> AbstractContextManager[object]:
+        """In which what crosses the bus is begun, once the device has done what it was told until now."""
+        if self._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self._staged.device))
+        return torch.cuda.stream(self._stream)
+
+    def _wait_for_copies(self) -> None:
+        """Have the device, not the host, wait for them."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._staged.device).wait_stream(self._stream)
+
+
+def _runs(moves: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
+    """Neighbouring places of moves in their order, and where these are among them: one copy each."""
+    start = 0
+    for number in range(1, len(moves) + 1):
+        if number == len(moves) or moves[number][1] != moves[number - 1][1] + 1:
+            first = moves[start][1]
+            yield slice(first, first + number - start), slice(start, number)
+            start = number
+
+
+def _lock_pages(slab: torch.Tensor, device: torch.device) -> None:
+    """Page-lock memory as it lies: tensors that PyTorch pins take the next power of two."""
+    failed = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0))  # type: ignore[no-untyped-call]
+    if failed:
+        with suppress(torch.AcceleratorError):
+            torch.ones(1, device=device)  # It would be raised by the next launch.
+        raise RuntimeError(
+            f"{slab.nbytes / 1e9:.1f} GB of host memory cannot be page-locked (CUDA error {failed})"
+        )
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -45,6 +45,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes for the KV cache; 0 takes what is free less `train_memory`."""
     kv_dtype: Literal["auto", "int8"] = "auto"
     """Of keys and values in the KV cache; auto is `dtype`."""
+    prefix_memory: int = 0
+    """Bytes of host memory for prefix blocks that leave the KV cache; 0: they are dropped."""
     train_memory: int = 0
     train_jobs: int = 1
     """Trainers that may run at once, each with a context of its own on a GPU."""
@@ -319,6 +321,11 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     paused: bool = False
     background_waiting: int = 0
     """Of `rows_waiting`, those in the background."""
+    kv_blocks_on_host: int = 0
+    """Prefix blocks in host memory, of which some may be in the KV cache too."""
+    kv_blocks_host_total: int = 0
+    restored_tokens: int = 0
+    """Whose keys and values were copied back from there."""
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.fusion import RecordedLayer, fuse
-from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, HostCache, KVCache, bytes_per_token
 from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap
 from onebase_engine.kernels.reference import sent
@@ -25,6 +26,8 @@ from onebase_engine.lora.weights import AdapterWeights, LoraWeights, folded
 if TYPE_CHECKING:
     from onebase_engine.engine.graphs import Graphs
     from onebase_engine.kernels.cuda import FixedStep
+
+logger = logging.getLogger(__name__)
 
 
 class Outputs(NamedTuple):
@@ -58,6 +61,8 @@ class ServedModel:
         self.dtype: torch.dtype = base.get_output_embeddings().weight.dtype  # type: ignore[operator]
         self.kv_dtype = kv_dtype or self.dtype
         """Of keys and values in the KV cache."""
+        self.host: HostCache | None = None
+        """Where blocks go that leave the KV cache."""
         self._view: Any = view(base)
         self._rows = StepRows()
         self.kernels = kernels if kernels is not None else find_kernels(self.device, self.dtype)
@@ -119,7 +124,7 @@ class ServedModel:
     @property
     def kv_tensors(self) -> int:
         """Tensors of the KV cache."""
-        return len(self._attention.shapes) * (4 if self.kv_dtype == torch.int8 else 2)
+        return len(set(self._attention.shapes.values())) * (4 if self.kv_dtype == torch.int8 else 2)
 
     @property
     def graph_bytes(self) -> int:
@@ -134,12 +139,21 @@ class ServedModel:
     def kv_bytes_per_token(self) -> int:
         return bytes_per_token(self._attention.shapes, self.kv_dtype)
 
-    def allocate_kv(self, blocks: int, block_size: int) -> None:
-        """Create the KV cache, once. Zeroed memory: on the CPU pages are taken only when written."""
+    def allocate_kv(self, blocks: int, block_size: int, host_blocks: int = 0) -> None:
+        """Create the KV cache, once. Zeroed memory: on the CPU pages are taken only when written.
+
+        `host_blocks`: places in host memory for what leaves it; no `host` is made where they cannot be had.
+        """
         if self._attention.cache is not None:
             raise RuntimeError("the served model has its KV cache, whose place is recorded")
         shapes = self._attention.shapes
-        self._attention.replace_cache(KVCache(shapes, blocks, block_size, self.kv_dtype, self.device))
+        cache = KVCache(shapes, blocks, block_size, self.kv_dtype, self.device)
+        self._attention.replace_cache(cache)
+        if host_blocks:
+            try:
+                self.host = HostCache(cache, host_blocks)
+            except (RuntimeError, OSError) as error:
+                logger.warning("prefixes that leave the KV cache are dropped: %s", error)
         parts = -(-TILE // block_size)
         if self.kernels.joins and not self._fused and blocks >= RESERVED_BLOCKS + 2 * parts:
             self._fused = True
@@ -165,7 +179,7 @@ class ServedModel:
         if self._recorded:
             raise RuntimeError("the place of the KV cache is recorded")
         self._attention.replace_cache(None)
-        self._graphs = None
+        self.host = self._graphs = None
 
     def _try_pass(self, number: int, table: np.ndarray, block_size: int) -> torch.Tensor:
         """Logits of TILE rows of two contexts in the blocks of `table`, which nobody has yet."""

@@ -237,6 +237,14 @@ class Plan:
     def segments(self) -> list[Segment]:
         return self.decodes + self.prefills
 
+    def written(self, block_size: int) -> set[int]:
+        """The KV blocks that the step writes to."""
+        return {
+            block
+            for one in self.segments
+            for block in one.row.blocks[one.start // block_size : -(-(one.start + one.length) // block_size)]
+        }
+
     def unfinished(self) -> Plan:
         """The same without rows that have ended meanwhile."""
         going = [[one for one in some if one.row.finish is None] for some in (self.decodes, self.prefills)]

@@ -457,10 +457,13 @@ class Scheduler:
         False, and nothing taken, if there are not enough, or if fewer than the watermark would stay free.
         """
         self._extend_keys(row, len(row.tokens) - 1)
-        reusable = row.reusable // self._pool.block_size
-        shared = self._pool.share(row.block_keys[:reusable])
-        missing = self._pool.blocks_for(len(row.tokens)) - len(shared)
-        fresh = self._pool.allocate(missing) if missing + self._watermark(row) <= self._pool.free else None
+        wanted = row.block_keys[: row.reusable // self._pool.block_size]
+        shared, fresh = self._pool.share(wanted), None
+        needed = self._pool.blocks_for(len(row.tokens))
+        if needed - len(shared) + self._watermark(row) <= self._pool.free:
+            # What comes back from host memory takes blocks that the row would take anyway.
+            shared += self._pool.share(wanted[len(shared) :], restore=True)
+            fresh = self._pool.allocate(needed - len(shared))
         if fresh is None:
             self._pool.release(shared)
             return False
