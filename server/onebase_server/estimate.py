@@ -41,6 +41,7 @@ from onebase_server.routing.capacity import (
     UnservableError,
     capacity,
 )
+from onebase_server.settings import PREFIX_PART
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         help="its memory's, as reached (default: 60%% of the data sheet's)",
     )
     machine.add_argument(
-        "--host-memory", type=size, default=64 << 30, metavar="SIZE", help="for adapters (default: 64GiB)"
+        "--host-memory", type=size, default=64 << 30, metavar="SIZE", help="as the server's (default: 64GiB)"
     )
     machine.add_argument(
         "--slot-memory", type=size, metavar="SIZE", help="for slots (default: what takes the fewest servers)"
@@ -183,7 +184,7 @@ def _estimate(options: argparse.Namespace) -> int:
         rows=options.max_rows,
         slots=options.max_slots,
         slot_memory=options.slot_memory,
-        host_memory=options.host_memory,
+        host_memory=options.host_memory - options.host_memory // PREFIX_PART,
     )
     with open_console(stderr=True).status("simulating ...") as status:  # nothing through a pipe
         found = capacity(

@@ -140,6 +140,17 @@ class Metrics:
             info = {"block_size": str(base.block_size), "num_gpu_blocks": str(base.kv_blocks)}
             info |= {"cache_dtype": base.kv_dtype, "enable_prefix_caching": "True"}
             yield _labelled("vllm:cache_config_info", "Of the KV cache.", self._labels | info, 1)
+        prefixes = GaugeMetricFamily(
+            "onebase_host_prefix_blocks", "KV blocks of prefixes in host memory.", labels=["part"]
+        )
+        for part, field in (("limit", "kv_blocks_host_total"), ("used", "kv_blocks_on_host")):
+            prefixes.add_metric([part], getattr(stats, field, 0))
+        yield prefixes
+        yield _total(
+            "onebase_host_prefix_tokens",
+            "Tokens whose keys and values came back from host memory.",
+            router.total("restored_tokens"),
+        )
 
     def _request_figures(self) -> Iterator[Metric]:
         requests = self._requests

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from onebase_engine.engine.messages import EngineConfig
 
+PREFIX_PART = 4
+"""On a GPU, one part in this many of `--host-memory` is for prefixes that leave the KV cache."""
 LISTENER = "ONEBASE_LISTEN_FD"
 """See `inherited_listener`."""
 ENVIRONMENT_PREFIX = "ONEBASE_"
@@ -396,7 +398,8 @@ class Settings:
         default=0,
         metadata=about(
             "adapters",
-            "adapters in host memory at once, as in 8GB; 0 takes a quarter of the machine's memory",
+            "host memory for adapters, as in 8GB, and on a GPU a quarter of it for prefixes that leave the "
+            "KV cache; 0 takes a quarter of the machine's memory",
             parse=parse_size,
             metavar="SIZE",
             low=0,

@@ -41,7 +41,7 @@ from onebase_server.errors import (
     UnknownJobError,
     UnknownKeyError,
 )
-from onebase_server.settings import Device, Settings
+from onebase_server.settings import PREFIX_PART, Device, Settings
 
 SWEEP_SECONDS = 3600.0
 _IDENTITY = ("quantization", "blocksize", "double_quant", "compute_dtype", "dtype")
@@ -328,7 +328,22 @@ def chosen_device(asked: Device, devices: Path = Path("/dev")) -> Device:
 
 
 def host_memory(settings: Settings) -> int:
-    """Bytes that versions may take in host memory. Raises StorageError where the system says no size."""
+    """Bytes that versions may take in host memory, besides prefixes.
+
+    Raises StorageError where the system says no size.
+    """
+    return _host_memory(settings) - prefix_memory(settings)
+
+
+def prefix_memory(settings: Settings) -> int:
+    """Bytes that prefixes may take in host memory once they leave a GPU's KV cache. A CPU's is there itself.
+
+    Raises StorageError where the system says no size.
+    """
+    return _host_memory(settings) // PREFIX_PART if settings.device == "cuda" else 0
+
+
+def _host_memory(settings: Settings) -> int:
     if settings.host_memory:
         return settings.host_memory
     total = total_memory()

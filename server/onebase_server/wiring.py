@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from onebase_adapters.store.store import local_folder
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import Loading
@@ -47,7 +49,7 @@ from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, VerifierClient
 from onebase_server.quotas import Limiter
 from onebase_server.settings import Settings
-from onebase_server.storage import Storage, host_memory
+from onebase_server.storage import Storage, host_memory, prefix_memory
 from onebase_server.traces import Tracing
 from onebase_server.usage import UsageMeter
 
@@ -241,7 +243,7 @@ def _supervisor(
     on_loading: Callable[[Loading], None],
 ) -> EngineSupervisor:
     return EngineSupervisor(
-        settings.engine_config(str(base.folder)),
+        replace(settings.engine_config(str(base.folder)), prefix_memory=prefix_memory(settings)),
         link,
         listeners,
         queue_limit=settings.queue_limit,

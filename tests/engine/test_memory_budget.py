@@ -20,7 +20,7 @@ from torch import nn
 from onebase_engine.base.layers import LayerShape, adaptable_layers
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import memory_budget
-from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, KVCache, bytes_per_token
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, STAGED_BLOCKS, KVCache, bytes_per_token
 from onebase_engine.engine.memory_budget import (
     CONTEXT_BYTES,
     PROOF_BYTES,
@@ -28,6 +28,7 @@ from onebase_engine.engine.memory_budget import (
     MemoryBudgetError,
     _largest_plan,
     fit_step,
+    host_block_count,
     kv_block_count,
     kv_memory_available,
     largest_step_bytes,
@@ -38,7 +39,7 @@ from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.row import AdapterMix
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.kernels.reference import ReferenceKernels
-from onebase_engine.machine import NO_LIMIT, container_free, total_memory
+from onebase_engine.machine import NO_LIMIT, container_free, free_memory, total_memory
 from onebase_server.processes.engine import sizes
 
 MB = 1_000_000
@@ -194,7 +195,7 @@ def test_the_cache_of_an_accelerator_is_what_is_free_less_what_was_measured_and_
     monkeypatch.setattr(memory_budget, "CPU_SHARE", 1.0)
     model, limits, step = _accelerated(base), Limits(64, 64, 500), 300 * MB
     token = model.kv_bytes_per_token
-    counted = 3 * CONTEXT_BYTES + PROOF_BYTES + 4 * (2 << 20) + 50 * MB
+    counted = 3 * CONTEXT_BYTES + PROOF_BYTES + 2 * (2 << 20) + 50 * MB
     config = EngineConfig(base_folder="", train_memory=50 * MB, train_jobs=2)
 
     def sized(free: int, config: EngineConfig = config) -> int:
@@ -202,6 +203,8 @@ def test_the_cache_of_an_accelerator_is_what_is_free_less_what_was_measured_and_
         return sizes(config, base, model, limits, lambda run: step)[0]
 
     assert sized(counted + step + 1000 * 16 * token) == 1000
+    on_their_way = msgspec.structs.replace(config, prefix_memory=10**12)
+    assert sized(counted + step + (1000 + STAGED_BLOCKS) * 16 * token, on_their_way) == 1000
     assert sized(counted + step + 10**12) == 64 * 32 + RESERVED_BLOCKS, "more could not be used"
     assert sized(0, msgspec.structs.replace(config, kv_memory=100 * 16 * token)) == 100
     with pytest.raises(MemoryBudgetError, match="less 300 MB for the largest step"):
@@ -226,6 +229,13 @@ def test_a_step_for_which_there_is_no_memory_is_tried_with_shorter_contexts_and_
 
 
 # ---- memory of the machine ---------------------------------------------------------------------
+
+
+def test_host_memory_holds_as_many_blocks_as_it_may_in_half_of_what_is_free() -> None:
+    assert host_block_count(MB, 0) == 0
+    assert host_block_count(MB, 9 * MB - 1) == 8
+    half = free_memory(torch.device("cpu")) // 2 // MB
+    assert host_block_count(MB, NO_LIMIT) == pytest.approx(half, rel=0.5)
 
 
 def test_the_free_memory_of_the_cpu_is_less_than_the_machine_has() -> None:

@@ -18,6 +18,7 @@ from tests.tiny import ADAPTERS, load_folder, save_adapter, save_base
 
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base
 from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import FrameReader, RowOutput
 from onebase_engine.lora.packed_adapter import write_packed_adapter
 from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
@@ -152,7 +153,7 @@ def test_a_start_is_answered_by_progress_then_ready_then_idle_reports_also_for_v
     base: Path, spawn: Callable[[], EngineClient]
 ) -> None:
     client = spawn()
-    client.start(base, max_length=4, max_rows=3)
+    client.start(base, max_length=4, max_rows=3, prefix_memory=1_000_000)
     progress: list[protocol.Loading] = []
     while isinstance(message := client.receive(), protocol.Loading):
         progress.append(message)
@@ -164,6 +165,8 @@ def test_a_start_is_answered_by_progress_then_ready_then_idle_reports_also_for_v
     idle = client.wait_for(protocol.StepDone)
     assert idle.rows == []
     assert idle.stats.generated_tokens == 0
+    block_bytes = message.base.kv_bytes // (message.base.kv_blocks + RESERVED_BLOCKS)
+    assert (idle.stats.kv_blocks_on_host, idle.stats.kv_blocks_host_total) == (0, 1_000_000 // block_bytes)
     client.send(submit("r", [5, 6], max_tokens=2))
     assert len(tokens(client.outputs("r", 1))) == 2
     client.send(protocol.Shutdown())

@@ -43,10 +43,10 @@ VLLM = {
 OURS = {
     "gauge": "tenant_rows adapters host_memory_bytes engine_state max_rows versions_unfinished training_jobs "
     "training_step training_steps training_loss training_eval_loss training_tokens_per_second "
-    "trainer_memory_bytes batches batch_rows_running",
+    "trainer_memory_bytes batches batch_rows_running host_prefix_blocks",
     "counter": "adapter_loads adapter_evictions adapter_requests adapter_prompt_tokens "
     "adapter_generation_tokens engine_restarts engine_steps http_answers proofs activations trainer_deaths "
-    "batch_rows",
+    "batch_rows host_prefix_tokens",
     "histogram": "proof_seconds",
 }
 FAMILIES = {

@@ -9,7 +9,7 @@ import pytest
 
 from onebase_engine.base.identity import base_id
 from onebase_server.settings import Settings
-from onebase_server.storage import chosen_device, open_storage
+from onebase_server.storage import chosen_device, host_memory, open_storage, prefix_memory
 
 from .support import Starter, upload
 
@@ -65,3 +65,11 @@ def test_auto_takes_the_gpu_that_torch_finds_and_asks_only_where_there_may_be_on
     assert chosen_device("auto", devices) == ("cuda" if found else "cpu")
     assert (tmp_path / "asked").exists()
     assert (chosen_device("cpu", devices), chosen_device("cuda", devices)) == ("cpu", "cuda")
+
+
+def test_on_a_gpu_a_quarter_of_the_host_memory_is_for_prefixes_that_leave_the_kv_cache() -> None:
+    shares = {}
+    for device in ("cpu", "cuda"):
+        settings = Settings(device=device, host_memory=8_000_000)
+        shares[device] = host_memory(settings), prefix_memory(settings)
+    assert shares == {"cpu": (8_000_000, 0), "cuda": (6_000_000, 2_000_000)}

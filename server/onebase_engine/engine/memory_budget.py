@@ -90,6 +90,12 @@ def kv_block_count(
     return int(count)
 
 
+def host_block_count(block_bytes: int, prefix_memory: int) -> int:
+    """KV blocks that host memory may hold, in `prefix_memory` bytes and no more than half of what is free
+    there: it is taken at once."""
+    return min(prefix_memory, machine.free_memory(torch.device("cpu")) // 2) // block_bytes
+
+
 def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
     """Most bytes of `slots` adapters of `rank`, fp32."""
     ends = sum(layer.size_in + layer.size_out for layer in layers if layer.kind != "norm")

@@ -32,12 +32,13 @@ from onebase_engine.base.load import (
 from onebase_engine.base.quantized_cache import load_kept_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Counters, Engine
-from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, STAGED_BLOCKS
 from onebase_engine.engine.memory_budget import (
     CONTEXT_BYTES,
     Measure,
     MemoryBudgetError,
     fit_step,
+    host_block_count,
     kv_block_count,
     kv_memory_available,
     largest_step_bytes,
@@ -233,12 +234,14 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     )
     measure = measured_on(device) if device.type == "cuda" else None
     blocks, slot_memory = sizes(config, base, model, limits, measure)
+    host_blocks = host_block_count(model.kv_bytes_per_token * config.block_size, config.prefix_memory)
     engine = Engine(
         base,
         name=config.base_folder,
         limits=limits,
         kv_blocks=blocks,
         block_size=config.block_size,
+        host_blocks=host_blocks,
         slots=config.max_slots,
         slot_memory=slot_memory,
         eos_ids=eos_ids(base),
@@ -277,6 +280,8 @@ def sizes(
     slot_memory = _slot_memory(config, layers.values(), free - sum(aside.values()), device)
     if device.type != "cpu":
         aside["slots (--slot-memory)"] = slot_memory + staging_bytes(slot_memory)
+    block_bytes = model.kv_bytes_per_token * config.block_size
+    aside["blocks on their way to host memory"] = min(config.prefix_memory, STAGED_BLOCKS * block_bytes)
     aside["jobs (--train-memory)"] = config.train_memory
     if measure is not None:
 
@@ -297,13 +302,7 @@ def sizes(
         if length < limits.max_length:
             most = min(most, length // config.block_size + RESERVED_BLOCKS)
         free = kv_memory_available(device)  # less what has been loaded for the step
-    blocks = kv_block_count(
-        model.kv_bytes_per_token * config.block_size,
-        most,
-        free,
-        kv_memory=config.kv_memory,
-        aside=aside,
-    )
+    blocks = kv_block_count(block_bytes, most, free, kv_memory=config.kv_memory, aside=aside)
     if measure is not None:
         said = ", ".join(f"{size / 1e6:.0f} MB for {who}" for who, size in aside.items() if size)
         logger.info("memory: %.0f MB are free; set aside are %s", free / 1e6, said)

@@ -18,7 +18,7 @@ _LONGEST_RETRY_AFTER = 30.0
 _SMOOTHING = 0.1
 TOTALS = (
     "steps", "preemptions", "prompt_tokens", "generated_tokens", "cached_tokens", "draft_tokens",
-    "right_draft_tokens",
+    "right_draft_tokens", "restored_tokens",
 )  # fmt: skip
 """The fields of an engine's Stats that only grow."""
 

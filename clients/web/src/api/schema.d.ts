@@ -5053,6 +5053,12 @@ export interface components {
                 paused: boolean;
                 /** @default 0 */
                 background_waiting: number;
+                /** @default 0 */
+                kv_blocks_on_host: number;
+                /** @default 0 */
+                kv_blocks_host_total: number;
+                /** @default 0 */
+                restored_tokens: number;
             } | null;
             /** Requests */
             requests: number;
