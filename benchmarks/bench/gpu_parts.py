@@ -199,13 +199,20 @@ def new_base(setup: Setup) -> torch.nn.Module:
 
 def make_engine(
     setup: Setup, base: torch.nn.Module, kernels: Kernels | None, *, blocks: int, slots: int = 4,
-    step_tokens: int = 2048, block: int = BLOCK,
+    step_tokens: int = 2048, block: int = BLOCK, host_blocks: int = 0,
 ) -> Engine:  # fmt: skip
     """An engine as a server has it, for the kernels given; None: those that suit the device."""
     limits = Limits(64, step_tokens, bases.SHAPES[setup.shape]["max_position_embeddings"])
     model = ServedModel(base, slots, kernels=kernels)
     return Engine(
-        base, name="gpu-check", limits=limits, kv_blocks=blocks, block_size=block, slots=slots, model=model
+        base,
+        name="gpu-check",
+        limits=limits,
+        kv_blocks=blocks,
+        block_size=block,
+        host_blocks=host_blocks,
+        slots=slots,
+        model=model,
     )
 
 
@@ -602,9 +609,15 @@ def invariance(setup: Setup, found: Findings) -> None:
     # An odd number, so that no chunk ends with a block.
     compare("in small chunks", serve(new(step_tokens=7 if small else 333), asked))
     tight = RESERVED_BLOCKS + 2 + len(lengths) + sum(-(-one // block) for one in lengths)
-    cramped = new(blocks=tight)
+    cramped = new(blocks=tight, host_blocks=3 * room)
     compare("preempted", serve(cramped, asked))
     found.check("rows were preempted", cramped.scheduler.preemptions > 0, str(cramped.scheduler.preemptions))
+    if not small:
+        serve(cramped, [_of(one, "between") for one in asked])  # whose blocks take the places of the others'
+        before = cramped.counters.restored_tokens
+        compare("with prefixes that were in host memory", serve(cramped, asked))
+        count = cramped.counters.restored_tokens - before
+        found.check("prefixes came back from host memory", count > 0, f"{count} tokens")
     cramped.check_base()
 
 
