@@ -666,6 +666,10 @@ def memory(setup: Setup, found: Findings) -> None:
 def _sized(setup: Setup, found: Findings, base: torch.nn.Module) -> None:
     """The largest step measured, the rest given to the KV cache; then rows decode next to a long prompt."""
     small, device = setup.interpreted, torch.device(setup.device)
+    if small:
+        # As if it were a GPU's: of this machine's memory others may take any part.
+        own: Any = sys.modules[sizes.__module__]
+        own.kv_memory_available = lambda device: 8 << 30
     measure = (lambda run: int(run() is not None)) if device.type == "cpu" else measured_on(device)
     most = bases.SHAPES[setup.shape]["max_position_embeddings"]
     limits = Limits(2, 8, 64) if small else Limits(64, 2048, most, 7)
