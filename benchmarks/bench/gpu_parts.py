@@ -333,7 +333,7 @@ def engine(setup: Setup, found: Findings) -> None:
     if not setup.interpreted:
         found.figure("forms of the kernels that were compiled or loaded", variants())
     if measured.launches:
-        found.trying("a prediction", predict, found, *measured.launches[-1])
+        found.trying("a prediction", predict, found, measured.launches)
     for place, count in measured.places.most_common(12):
         found.figure(f"syncs at {place}", count, "in four steps of each load")
     length = 20 if setup.interpreted else 2048
@@ -365,8 +365,8 @@ class Decodes:
         self._asked: list[str] = []
         self.places: Counter[str] = Counter()
         """Of waits for the device."""
-        self.launches: list[tuple[int, int]] = []
-        """Of each load: in a layer, and outside of the layers. Only under the interpreter."""
+        self.launches: dict[str, tuple[Counter[str], int]] = {}
+        """By the kind of adapters: those of a layer, and how many beside them. Only under the interpreter."""
         found.figure("a large copy, read and written", per_second / 1e9, "GB/s")
         headings = ["load", "graphs", "ms a step", "tokens/s", "launches a step", "a layer", "syncs a step"]
         headings += ["kernels a step", "GPU busy", "byte floor, ms", "of the bandwidth"]
@@ -417,7 +417,7 @@ class Decodes:
             return
         if setup.interpreted:
             layers = bases.SHAPES[setup.shape]["num_hidden_layers"]
-            self.launches.append((layer.total(), whole.total() - layers * layer.total()))
+            self.launches[load.kind] = layer, whole.total() - layers * layer.total()
         self._found.check(f"{load.title}: at most 20 launches a layer", layer.total() <= 20, str(dict(layer)))
         self._found.check(f"{load.title}: Triton's launches are counted", layer["_products"] > 0)
 
@@ -458,12 +458,12 @@ LAUNCH = ((1e-6, 4e-6), (2.5e-6, 10e-6))
 CONTEXT = 156
 
 
-def predict(found: Findings, in_layer: int, outside: int) -> None:
+def predict(found: Findings, launches: Mapping[str, tuple[Counter[str], int]]) -> None:
     """What decodes would take on a GPU that nobody ran them on, from bytes and launches.
 
     Args:
-        in_layer: launches of a layer, as they were counted.
-        outside: those of a step beside its layers', half of which a graph holds.
+        launches: by the kind of adapters, those of a layer, as they were counted, and how many there are
+            beside the layers', half of which a graph holds.
     """
     from transformers import LlamaConfig
 
@@ -482,13 +482,15 @@ def predict(found: Findings, in_layer: int, outside: int) -> None:
     for load in FULL:
         wanted = bases.ALL_LINEAR if load.kind == "f" else bases.ATTENTION
         of_one = sum(64 * (one.size_in + one.size_out) for key, one in linear.items() if key.endswith(wanted))
+        counted_ones, outside = launches[load.kind]
+        inside = layers * (counted_ones.total() - (0 if load.adapters else counted_ones["_shrink"]))
         moved = read + load.adapters * of_one + load.rows * row
         times = [
-            moved / (bandwidth * part) + (layers * in_layer + outside / 2) * inside + outside / 2 * apart
-            for part, (inside, apart) in zip(REACHED, LAUNCH, strict=True)
+            moved / (bandwidth * part) + (inside + outside / 2) * captured + outside / 2 * apart
+            for part, (captured, apart) in zip(REACHED, LAUNCH, strict=True)
         ]
         add(
-            load.title, moved / 1e9, layers * in_layer + outside,
+            load.title, moved / 1e9, inside + outside,
             " to ".join(shown(one * 1e3) for one in times),
             " to ".join(shown(load.rows / one) for one in reversed(times)), moved / bandwidth * 1e3,
         )  # fmt: skip
