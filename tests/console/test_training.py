@@ -285,7 +285,7 @@ def test_a_job_goes_on_being_watched_when_the_server_is_back(serve_scripted: Sta
     with serve_scripted("words") as server:
         client = openai_client(server)
         job = make_job(client, "long", extra={"name": "kept"})
-        with look(server, errors=("ERR_",)) as visit:
+        with look(server, errors=("ERR_", "503")) as visit:  # it is gone, and then it starts
             visit.open(f"#/training?job={job.id}")
             expect(visit.page.get_by_text("It trains")).to_be_visible()
             server.process.kill()

@@ -121,6 +121,8 @@ def manage(cluster: Server, *arguments: str) -> str:
 @pytest.mark.full
 def test_the_address_answers_as_a_server_does(http: httpx2.Client, cluster: Server) -> None:
     urls = addresses(cluster)
+    for url in urls:
+        assert os.getpriority(os.PRIO_PROCESS, listening(cluster, url)) == os.getpriority(os.PRIO_PROCESS, 0)
     for url in urls:  # what one was told, all know, within the second in which they look at SQLite
         with httpx2.Client(base_url=url) as direct:
             assert wait(lambda: len(direct.get("/v1/adapters").json()["data"]) == len(NAMES))

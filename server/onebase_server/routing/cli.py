@@ -251,6 +251,7 @@ def _prepare_ray(arguments: argparse.Namespace, state: Path, folder: Path | None
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15: all else there would come before servers
     if arguments.address is not None or (arguments.action == "up" and arguments.config):
         return arguments.address or ""
     if folder is None:
