@@ -94,7 +94,8 @@ class Server:
 
             def run() -> bool:
                 step(1)
-                return bool(http.get("/status").json()["stats"]["rows_running"] == rows)
+                stats = http.get("/status").json()["stats"]  # None before the first step
+                return stats is not None and bool(stats["rows_running"] == rows)
 
             self.wait_for(run)
 
