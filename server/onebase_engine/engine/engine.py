@@ -353,7 +353,7 @@ class Engine:
         Not in `_try`: a step that is computed again finds them where they are. An error here ends the engine,
         since blocks would not hold what the pool says.
         """
-        if self.model.host is not None:
+        if self.model.host is not None and self.pool.moving:
             moves = self.pool.take_moves(plan.written(self.pool.block_size))
             self.model.host.make(moves)
             self.counters.restored_tokens += len(moves.back) * self.pool.block_size

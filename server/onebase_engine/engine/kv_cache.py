@@ -171,6 +171,11 @@ class BlockPool:
 
     # ---- host memory -------------------------------------------------------------------------
 
+    @property
+    def moving(self) -> bool:
+        """Whether anything waits to be copied, or a place for what was to be."""
+        return bool(self._out or self._back or self._reading)
+
     def take_moves(self, written: Collection[int] = (), least: int = STAGED_BLOCKS) -> Moves:
         """What is to be copied now, before anything is computed.
 
