@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,17 @@ from onebase_engine.engine.kv_cache import HostCache
 from onebase_engine.engine.messages import FrameReader, RowOutput
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.kernels.interface import TILE
+from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.lora.weights import AdapterWeights
 from onebase_server.processes import engine as process
+
+
+@pytest.fixture(scope="module", autouse=True, params=[False, True], ids=["in turns", "ahead"])
+def ahead(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How steps are planned: one after the other, or each while the one before is computed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReferenceKernels, "asynchronous", request.param)
+        yield
 
 
 @pytest.fixture(scope="module")

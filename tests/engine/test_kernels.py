@@ -413,7 +413,7 @@ def test_every_method_does_what_the_reference_does(
     zeros = np.zeros(3)
     greedy = Draws(zeros, zeros.astype(np.int64), zeros + 1, zeros, zeros)
     rows = [*random(2, 500, seed=seed), torch.full((500,), float("nan"))]
-    drawn = [one.draw(rows, greedy, [None] * 3) for one in (kernels, ReferenceKernels())]
+    drawn = [one.draw(rows, greedy, [None] * 3)() for one in (kernels, ReferenceKernels())]
     assert drawn[0] == drawn[1] == [int(rows[0].argmax()), int(rows[1].argmax()), None]
 
 

@@ -47,6 +47,11 @@ class Packer:
         self._block_size = block_size
         self._multiple = row_multiple
 
+    @staticmethod
+    def fill(batch: Batch, plan: Plan) -> None:
+        """Give rows that decode their last tokens, which were COMING when the plan was packed."""
+        batch.input_ids[: len(plan.decodes)] = [one.row.tokens[one.start] for one in plan.decodes]
+
     def pack(self, plan: Plan, slot_of: Mapping[str, int]) -> Batch:
         """`slot_of`: the slot of every adapter digest in the plan."""
         segments = plan.segments

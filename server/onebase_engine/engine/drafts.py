@@ -65,10 +65,18 @@ class Drafts:
         adds to the step, in parts of what a token costs without drafts. What is forced must come anyway."""
         if self._sure:
             return LOOKED_AT
-        least = COST * rows / (1 + COST * (rows - 1))
-        if self.right < least:
+        if self.misses(rows):
             return 0
-        return int(math.log(least) / math.log(self.right)) if self.right < 0.999 else LOOKED_AT
+        return int(math.log(_least(rows)) / math.log(self.right)) if self.right < 0.999 else LOOKED_AT
+
+    def misses(self, rows: int) -> bool:
+        """Whether what is not forced is too seldom right for a step of so many rows."""
+        return self.right < _least(rows)
+
+
+def _least(rows: int) -> float:
+    """Part of the drafts that must be right for a step of so many rows to gain by them."""
+    return COST * rows / (1 + COST * (rows - 1))
 
 
 def _key(tokens: Sequence[int], end: int) -> int:

@@ -7,9 +7,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -18,14 +19,14 @@ from torch import nn
 from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseChangedError, content_sum, fingerprint
 from onebase_engine.engine import messages as protocol
-from onebase_engine.engine.batch import Packer
+from onebase_engine.engine.batch import Batch, Packer
 from onebase_engine.engine.grammars import IDLE_SECONDS, GrammarError, Grammars
 from onebase_engine.engine.kv_cache import BlockPool
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import RowOutput, TokenLogprob
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
-from onebase_engine.engine.sampling import Drawn, Mask, draw_apart, score_tokens
+from onebase_engine.engine.row import COMING, AdapterMix, Ahead, Plan, Row, Segment
+from onebase_engine.engine.sampling import Drawn, Mask, begin_draw_apart, score_tokens
 from onebase_engine.engine.scheduler import BackgroundPace, Limits, NeverFitsError, Scheduler
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
@@ -34,6 +35,8 @@ from onebase_engine.lora.weights import AdapterWeights
 from onebase_engine.machine import is_out_of_memory
 
 logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 MAX_WEIGHT = 1e9
 """Of one adapter in a row's sum; far beyond it fp32, in which weights are applied, has no number."""
@@ -65,6 +68,26 @@ class Counters:
     right_draft_tokens: int = 0
 
 
+@dataclass
+class _Begun:
+    """A step that an accelerator may still compute."""
+
+    plan: Plan
+    sampled: list[Row | Ahead]
+    scores: list[tuple[Segment, list[TokenLogprob] | Exception]]
+    pooled: list[tuple[Segment, np.ndarray]]
+    read: Callable[[], list[Drawn]]
+    """Waits for what is drawn for each of `sampled`."""
+    masked: bool
+    """Whether grammars say what may be drawn."""
+
+    @property
+    def only_draws(self) -> bool:
+        """Whether all that it gives is one token for each row that has come so far, and needs no memory."""
+        given = self.masked or self.scores or self.pooled or any(one.draft for one in self.plan.decodes)
+        return not given and all(row.sampling.logprobs is None for row in self.sampled)
+
+
 @dataclass(frozen=True)
 class _Computed:
     """What a step has computed. Nothing of it is state of a row or of the scheduler yet."""
@@ -75,6 +98,8 @@ class _Computed:
     scores: list[tuple[Segment, list[TokenLogprob] | Exception]]
     pooled: list[tuple[Segment, np.ndarray]]
     """Hidden states [tokens, size] fp64 of segments that are pooled."""
+    foreseen: bool
+    """Whether the scheduler counts it as computed, since the next step has been planned."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +168,12 @@ class Engine:
         self._opening: dict[str, list[tuple[protocol.Submit, AdapterMix]]] = {}
         """By their grammar's key, requests whose grammar is being compiled."""
         self._packer = Packer(block_size, self.model.row_multiple)
+        self._foresees = self.model.kernels.asynchronous
+        """Whether the next step is planned while one is computed."""
+        self._next: tuple[Plan, Batch] | None = None
+        """The step that has been planned."""
+        self._meanwhile: Callable[[], None] | None = None
+        """What the caller of `step` has to do, and has not done yet."""
         self._rows: dict[str, list[Row]] = {}
         self._arrivals = 0
         self._outputs: list[RowOutput] = []
@@ -271,23 +302,31 @@ class Engine:
 
     # ---- steps ------------------------------------------------------------------------------
 
-    def step(self) -> None:
+    def step(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Compute one step. Where it fails, it is computed in parts, and only the rows that fail alone end.
+
+        meanwhile: called once, before anything is waited for: what the caller has to do that an accelerator
+            need not wait for.
 
         Raises:
             BaseChangedError, torch.AcceleratorError: nothing can be trusted any more; the process must end.
         """
+        self._meanwhile = meanwhile
+        if not self._foresees:
+            self._do_meanwhile()
         self._admit_compiled()
         if self._grammars is not None:
             self._grammars.foresee()
         began = time.monotonic()
-        alone = self.scheduler.only_background
-        plan = self.scheduler.plan(self._pace.alone if alone else self._pace.joined)
+        plan, batch = self._take_next()
+        if not plan:
+            plan, batch = self._plan(), None
         self._move_blocks(plan)
         if self._apply_moves():
-            plan = plan.unfinished()
+            plan, batch = plan.unfinished(), None
         self._staging.drop_unwanted(digest for mix in self.scheduler.waiting.mixes for digest in mix.digests)
         if not plan:
+            self._do_meanwhile()
             if self._opening:
                 self._admit_compiled(IDLE_SECONDS)
             else:
@@ -295,13 +334,58 @@ class Engine:
             return
         self.counters.steps += 1
         self._note_first_steps(plan)
-        computed = self._try(plan)
+        begun = self._try(partial(self._begin, plan, batch))
+        self._do_meanwhile()
+        foreseen = self._foresees and isinstance(begun, _Begun) and begun.only_draws
+        if foreseen:
+            self._plan_next(plan)
+        computed = begun if isinstance(begun, _Failure) else self._try(partial(self._finish, begun, foreseen))
         if isinstance(computed, _Failure):
             self._compute_apart(plan)
             return
         for row, error in self._commit(computed).items():
             self._fail(row, error)
         self._pace.took(plan, time.monotonic() - began)
+
+    def _plan(self, *, ahead: bool = False) -> Plan:
+        return self.scheduler.plan(self._background_tokens, ahead=ahead)
+
+    @property
+    def _background_tokens(self) -> int:
+        return self._pace.alone if self.scheduler.only_background else self._pace.joined
+
+    def _take_next(self) -> tuple[Plan, Batch | None]:
+        """The step that was planned under the last one: its tokens are known now, and who has ended."""
+        if self._next is None:
+            return Plan([], []), None
+        (planned, batch), self._next = self._next, None
+        going = planned.unfinished()
+        plan = self.scheduler.with_drafts(going, self._background_tokens)
+        if plan is not going or len(going.segments) != len(planned.segments):
+            return plan, None
+        self._packer.fill(batch, plan)
+        return plan, batch
+
+    def _plan_next(self, plan: Plan) -> None:
+        """Plan the step after `plan`, of which nothing but the tokens is left to come."""
+        self.scheduler.guess(plan)
+        for segment in plan.segments:
+            self.scheduler.computed(segment)
+        drawn = [segment.row for segment in plan.segments if segment.samples]
+        for row in drawn:
+            row.tokens.append(COMING)
+        try:
+            following = self._plan(ahead=True)
+            if following:
+                self._next = following, self._packer.pack(following, self.slots.slot_of)
+        finally:
+            for row in drawn:
+                row.tokens.pop()
+
+    def _do_meanwhile(self) -> None:
+        if self._meanwhile is not None:
+            meanwhile, self._meanwhile = self._meanwhile, None
+            meanwhile()
 
     def take_outputs(self) -> list[RowOutput]:
         """What happened since the last call."""
@@ -383,24 +467,29 @@ class Engine:
                 self.counters.prompt_tokens += row.prompt_length
                 self.counters.cached_tokens += row.cached_tokens or 0
 
-    def _try(self, plan: Plan) -> _Computed | _Failure:
+    def _try(self, compute: Callable[[], _Result]) -> _Result | _Failure:
         try:
-            return self._compute(plan)
+            return compute()
         except (BaseChangedError, torch.AcceleratorError):
             raise
         except Exception as error:
-            logger.exception("computing %d rows failed", len(plan.segments))
+            logger.exception("computing a step failed")
             failure = _Failure(str(error), is_out_of_memory(error))
         if failure.out_of_memory:
             self.model.give_memory_back()  # without the exception, whose frames hold tensors
         return failure
 
     def _compute(self, plan: Plan) -> _Computed:
-        """A forward pass and what is sampled from it. It changes nothing but KV that `computed` has not seen.
+        return self._finish(self._begin(plan, None), foreseen=False)
+
+    def _begin(self, plan: Plan, batch: Batch | None) -> _Begun:
+        """Begin a forward pass and what is sampled from it. It changes only KV that `computed` has not seen.
 
         Such KV lies in blocks of the row's own, and every later step writes it again before it reads it.
+        `batch` is the plan, if it is packed already.
         """
-        batch = self._packer.pack(plan, self.slots.slot_of)
+        if batch is None:
+            batch = self._packer.pack(plan, self.slots.slot_of)
         if self._grammars is not None:
             self._grammars.ask(plan.segments)
         logits, hidden = self.model.forward(batch)
@@ -409,10 +498,24 @@ class Engine:
         scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]
         wanted = logits[: len(batch.sampled)]
         masks = [] if self._grammars is None else self._masks_of(self._grammars, plan)
-        drawn = iter(draw_apart(wanted, batch.sampled, self._eos_ids, self.model.kernels, masks))
-        rows = [segment for segment in plan.segments if segment.samples]
+        read = begin_draw_apart(wanted, batch.sampled, self._eos_ids, self.model.kernels, masks)
+        return _Begun(plan, batch.sampled, scores, pooled, read, masked=bool(masks))
+
+    def _finish(self, begun: _Begun, foreseen: bool) -> _Computed:
+        """Wait for a step. Where it is foreseen, each of its rows fails alone: the scheduler counts on it."""
+        read, begun.read = begun.read, list  # what it holds is free for those who compute a failed step again
+        try:
+            found = read()
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if not foreseen:
+                raise
+            found = [Drawn(None, error=error) for _ in begun.sampled]
+        drawn = iter(found)
+        rows = [segment for segment in begun.plan.segments if segment.samples]
         tokens = [(one.row, list(islice(drawn, len(one.draft) + 1))) for one in rows]
-        return _Computed(plan, tokens, scores, pooled)
+        return _Computed(begun.plan, tokens, begun.scores, begun.pooled, foreseen)
 
     def _masks_of(self, grammars: Grammars, plan: Plan) -> list[Mask]:
         """What each entry of `Batch.sampled` may be; nothing where no row follows a grammar."""
@@ -457,7 +560,8 @@ class Engine:
                 continue
             taken = [] if drawn is None else self._taken(segment, drawn)
             row.tokens.extend(one.token for one in taken[:-1] if one.token is not None)
-            self.scheduler.computed(segment, right=max(len(taken) - 1, 0))
+            if not computed.foreseen:
+                self.scheduler.computed(segment, right=max(len(taken) - 1, 0))
             self.counters.draft_tokens += len(segment.draft)
             self.counters.right_draft_tokens += max(len(taken) - 1, 0)
             if taken:
@@ -490,7 +594,7 @@ class Engine:
         failed: dict[Row, str] = {}
         while parts:
             part = parts.pop(0)
-            computed = self._try(part)
+            computed = self._try(partial(self._compute, part))
             if isinstance(computed, _Computed):
                 failed |= {row: str(error) for row, error in self._commit(computed).items()}
             elif smaller := _smaller(part, computed):

@@ -12,6 +12,9 @@ import numpy as np
 from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.messages import AdapterRef, FinishReason, Pooling, Sampling, TokenLogprob
 
+COMING = -1
+"""Stands for a row's last token while it is drawn and the step after it is planned."""
+
 
 @dataclass(frozen=True)
 class AdapterMix:
@@ -124,6 +127,11 @@ class Row:
     def pending(self) -> int:
         """Tokens whose KV is still to be computed; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def ends(self) -> bool:
+        """Whether the token that is coming is its last, whichever it is."""
+        return self.tokens[-1] == COMING and self.generated >= self.sampling.max_tokens
 
     @property
     def generates(self) -> bool:

@@ -8,7 +8,7 @@ function of (seed, choice, token index) alone.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -53,21 +53,31 @@ def uniform(seed: int, choice: int, index: int) -> float:
     return float((bits >> 11) * 2.0**-53)
 
 
-def draw(
+def begin_draw(
     logits: torch.Tensor,
     rows: Sequence[Row | Ahead],
     eos_ids: frozenset[int],
     kernels: Kernels,
     masks: Sequence[Mask] = (),
-) -> list[Drawn]:
-    """The next token of each row from raw logits [rows, vocab]; `masks`: of each row, or none at all."""
+) -> Callable[[], list[Drawn]]:
+    """Begin to draw the next token of each row from raw logits [rows, vocab]; what it returns waits for it.
+
+    `masks`: of each row, or none at all.
+    """
     if not rows:
-        return []
+        return list
     own = [
         _adjusted(one, row, eos_ids) if _adjusts(row) else one for one, row in zip(logits, rows, strict=True)
     ]
     allowed = [mask if isinstance(mask, np.ndarray) else None for mask in masks] or [None] * len(rows)
-    chosen = kernels.draw(own, _draws(rows), allowed)
+    drawing = kernels.draw(own, _draws(rows), allowed)
+    return lambda: _drawn(drawing(), logits, rows, masks)
+
+
+def _drawn(
+    chosen: list[int | None], logits: torch.Tensor, rows: Sequence[Row | Ahead], masks: Sequence[Mask]
+) -> list[Drawn]:
+    """The tokens with the logprobs that are asked for."""
     scores: dict[int, TokenLogprob] = {}
     # One k at a time: among equal values, which come first depends on how many are asked for.
     for top in {row.sampling.logprobs for row in rows}:
@@ -100,32 +110,58 @@ def _draws(rows: Sequence[Row | Ahead]) -> Draws:
     )
 
 
-def draw_apart(
+def draw(
     logits: torch.Tensor,
     rows: Sequence[Row | Ahead],
     eos_ids: frozenset[int],
     kernels: Kernels,
     masks: Sequence[Mask] = (),
 ) -> list[Drawn]:
-    """`draw`, but an exception is that of the row which raises it: the others get their tokens.
+    """`begin_draw`, waited for."""
+    return begin_draw(logits, rows, eos_ids, kernels, masks)()
 
-    Raises:
+
+def begin_draw_apart(
+    logits: torch.Tensor,
+    rows: Sequence[Row | Ahead],
+    eos_ids: frozenset[int],
+    kernels: Kernels,
+    masks: Sequence[Mask] = (),
+) -> Callable[[], list[Drawn]]:
+    """`begin_draw`, but an exception is that of the row which raises it: the others get their tokens.
+
+    Raises, at once or when it is waited for:
         torch.AcceleratorError, or what every one of several rows raises: it is nobody's in particular.
     """
+
+    def apart(error: Exception) -> list[Drawn]:
+        if len({getattr(row, "row", row) for row in rows}) == 1:
+            return [Drawn(None, error=error) for _ in rows]
+        alone = [
+            begin_draw_apart(logits[i : i + 1], [row], eos_ids, kernels, masks[i : i + 1])()[0]
+            for i, row in enumerate(rows)
+        ]
+        if all(drawn.error is not None for drawn in alone):
+            raise error
+        return alone
+
     try:
-        return draw(logits, rows, eos_ids, kernels, masks)
+        read = begin_draw(logits, rows, eos_ids, kernels, masks)
     except torch.AcceleratorError:
         raise
     except Exception as error:
-        if len({getattr(row, "row", row) for row in rows}) == 1:
-            return [Drawn(None, error=error) for _ in rows]
-        apart = [
-            draw_apart(logits[i : i + 1], [row], eos_ids, kernels, masks[i : i + 1])[0]
-            for i, row in enumerate(rows)
-        ]
-        if all(drawn.error is not None for drawn in apart):
+        found = apart(error)
+        return lambda: found
+
+    def read_apart() -> list[Drawn]:
+        try:
+            return read()
+        except torch.AcceleratorError:
             raise
-        return apart
+        except Exception as error:
+            return apart(error)
+
+    return read_apart
 
 
 def score_tokens(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:

@@ -226,11 +226,13 @@ class Scheduler:
         """Whether all rows that run are in the background."""
         return all(row.background for row in self.running)
 
-    def plan(self, background: int | None = None) -> Plan:
+    def plan(self, background: int | None = None, *, ahead: bool = False) -> Plan:
         """The next step. Rows may be admitted and preempted on the way.
 
         Args:
             background: most tokens of rows in the background; None: as many as a step has.
+            ahead: the step before is still computed. Last tokens are not known, so that nothing is drafted
+                after them; `with_drafts` does it later.
         """
         tokens = self.limits.step_tokens
         draft = _Draft(tokens, tokens if background is None else background)
@@ -252,9 +254,29 @@ class Scheduler:
             draft.leave_background()
         for segment in draft.decodes.values():
             self.waiting.charge(segment)
-        if self.limits.draft_tokens:
+        if self.limits.draft_tokens and not ahead:
             self._look_ahead(draft)
         return draft.plan()
+
+    def with_drafts(self, plan: Plan, background: int) -> Plan:
+        """A plan made ahead, and drafts of rows whose guesses have mostly been right. `background`: as `plan`
+        has it."""
+        if not self.limits.draft_tokens:
+            return plan
+        draft = _Draft(self.limits.step_tokens, background)
+        for segment in plan.segments:
+            draft.take(segment.row, segment.length)
+        draft.decodes = {one.row: one for one in plan.decodes if one.samples}
+        self._look_ahead(draft, ahead=True)
+        if not any(one.draft for one in draft.decodes.values()):
+            return plan
+        return Plan([draft.decodes.get(one.row, one) for one in plan.decodes], plan.prefills)
+
+    def guess(self, plan: Plan) -> None:
+        """Have rows without a draft guess what this step draws, to learn whether drafts are worth it."""
+        for segment in plan.decodes:
+            if segment.row.drafts is not None and not segment.draft:
+                segment.row.drafts.propose(segment.row.tokens, 1)
 
     def computed(self, segment: Segment, right: int = 0) -> None:
         """The step has written the KV of the segment, and of the first `right` tokens of its draft, which are
@@ -288,7 +310,7 @@ class Scheduler:
         short = len(rows) > draft.budget or 0 < draft.background < behind
         for row in sorted(rows, key=self.waiting.order) if short else rows:
             ready = row.pending == 1 and draft.left(row) > 0 and row not in draft.preempted
-            if ready and self._grow(row, len(row.tokens), draft):
+            if ready and not row.ends and self._grow(row, len(row.tokens), draft):
                 draft.decodes[row] = Segment(row, row.computed, len(row.tokens))
                 draft.take(row, 1)
 
@@ -323,8 +345,11 @@ class Scheduler:
         others = {self.waiting.flow(other).tenant for other in draft.chunks} - {tenant}
         return any(2 * other.load <= tenant.load for other in others)
 
-    def _look_ahead(self, draft: _Draft) -> None:
-        """Give decodes drafts, where they are likely right, out of what the step has left."""
+    def _look_ahead(self, draft: _Draft, *, ahead: bool = False) -> None:
+        """Give decodes drafts, where they are likely right, out of what the step has left.
+
+        `ahead`: nothing is computed meanwhile, so no row looks for a draft that would not be used.
+        """
         rows = self.limits.step_tokens - draft.budget
         size, spare = self._pool.block_size, max(len(self.running), int(self._pool.capacity * WATERMARK))
         for row, segment in draft.decodes.items():
@@ -332,6 +357,8 @@ class Scheduler:
             if row.sampling.penalizes or not row.generates or late:
                 continue  # It is to say something else or nothing, or to take little time.
             row.drafts = row.drafts or Drafts()
+            if ahead and not row.forced and row.drafts.misses(rows):
+                continue
             most = min(self.limits.draft_tokens, row.sampling.max_tokens - row.generated - 1)
             found = row.drafts.propose(row.tokens, most, row.forced)
             room = len(row.blocks) * size - len(row.tokens)

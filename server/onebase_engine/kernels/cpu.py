@@ -26,6 +26,7 @@ from onebase_engine.environment import KERNELS
 from onebase_engine.kernels.interface import (
     TILE,
     Contexts,
+    Drawing,
     Draws,
     Kernels,
     LayerCache,
@@ -244,6 +245,7 @@ class CpuKernels:
     drafts = True
     narrows = False
     captures = False
+    asynchronous = False
 
     def __init__(self, library: Any, name: str) -> None:
         self.name = name
@@ -394,7 +396,7 @@ class CpuKernels:
 
     def draw(
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
-    ) -> list[int | None]:
+    ) -> Drawing:
         if any(row.dtype not in (torch.bfloat16, torch.float32) for row in logits):
             raise TypeError("tokens are drawn from logits in bf16 or fp32")
         logits = [row.contiguous() for row in logits]
@@ -409,7 +411,8 @@ class CpuKernels:
             )
         )  # fmt: skip
         _check(self.library.onebase_draw_tokens(ctypes.addressof(rows), len(rows), len(logits[0])))
-        return [None if row.token < 0 else row.token for row in rows]
+        found = [None if row.token < 0 else row.token for row in rows]
+        return lambda: found
 
     @cached_property
     def gates(self) -> bool:

@@ -31,6 +31,7 @@ from onebase_engine.base.layers import is_nf4, plain_absmax
 from onebase_engine.kernels.interface import (
     LEAST_SCALE,
     Contexts,
+    Drawing,
     Draws,
     LayerCache,
     LinearKernel,
@@ -791,6 +792,7 @@ class CudaKernels:
     drafts = True
     narrows = True
     captures = not INTERPRETED.value and hasattr(torch._C, "_cuda_endAllocateToPool")
+    asynchronous = True
 
     def __init__(self) -> None:
         self._reference = ReferenceKernels(tiled=False)
@@ -929,7 +931,7 @@ class CudaKernels:
 
     def draw(
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
-    ) -> list[int | None]:
+    ) -> Drawing:
         return self._reference.draw(logits, draws, allowed)
 
 

@@ -67,6 +67,11 @@ class Draws:
     """The draw itself, in [0, 1)."""
 
 
+Drawing = Callable[[], list[int | None]]
+"""Waits for a draw that was begun, and gives each row's token: None if its largest logit is not finite, or
+nothing is allowed."""
+
+
 @dataclass(frozen=True)
 class LayerCache:
     """One layer's part of the KV cache: keys and values [kv_heads, slots, dim], a slot being one token of one
@@ -160,6 +165,11 @@ class Kernels(Protocol):
     captures: bool
     """Whether passes are captured as graphs of CUDA (`engine/graphs.py`)."""
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether the host goes on while it computes, and can plan the next step."""
+        ...
+
     def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> LinearKernel:
         """A linear layer (plain, 4-bit or 8-bit) with `slots` adapters. `unpacked`: a 4-bit weight is kept as
         the product has it, too."""
@@ -184,9 +194,8 @@ class Kernels(Protocol):
 
     def draw(
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
-    ) -> list[int | None]:
-        """The next token of each row of logits [vocab], bf16 or fp32; None if its largest is not finite, or
-        nothing is allowed.
+    ) -> Drawing:
+        """Begin to draw the next token of each row of logits [vocab], bf16 or fp32.
 
         allowed: of each row the tokens that may be drawn, a bit each, the first in the lowest, int32
             [ceil(vocab / 32)]; None: all. If all of these are at minus infinity, they are equally likely.

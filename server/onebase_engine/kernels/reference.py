@@ -20,6 +20,7 @@ from onebase_engine.kernels.interface import (
     LEAST_SCALE,
     TILE,
     Contexts,
+    Drawing,
     Draws,
     LayerCache,
     LinearKernel,
@@ -57,6 +58,10 @@ class ReferenceKernels:
         self.tiled = tiled
         self.row_multiple = TILE if tiled else 1
 
+    @property
+    def asynchronous(self) -> bool:
+        return not self.tiled
+
     def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> ReferenceLinear:
         return ReferenceLinear(base, tiled=self.tiled, unpacked=unpacked)
 
@@ -74,8 +79,8 @@ class ReferenceKernels:
 
     def draw(
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
-    ) -> list[int | None]:
-        """Waits for an accelerator once, and once more if a nucleus is larger than what was sorted of it."""
+    ) -> Drawing:
+        """It waits for an accelerator once, and again if a nucleus is larger than what was sorted of it."""
         raw = torch.stack(list(logits)).float()
         fails = ~torch.isfinite(raw.amax(dim=-1))
         masks = {row: mask for row, mask in enumerate(allowed) if mask is not None}
@@ -85,12 +90,17 @@ class ReferenceKernels:
         if len(random):
             own = sent(random, raw.device)
             tokens[own], unsure[own] = _sample(raw[own], draws, random, NUCLEUS_CANDIDATES)
-        found, failed, again = torch.stack([tokens, fails, unsure]).tolist()
-        if wide := [row for row in range(len(found)) if again[row] and not failed[row]]:
-            more, _ = _sample(raw[sent(np.array(wide), raw.device)], draws, np.array(wide), raw.shape[1])
-            for row, token in zip(wide, more.tolist(), strict=True):
-                found[row] = token
-        return [None if failed[row] else found[row] for row in range(len(found))]
+        drawn = torch.stack([tokens, fails, unsure])
+
+        def read() -> list[int | None]:
+            found, failed, again = drawn.tolist()
+            if wide := [row for row in range(len(found)) if again[row] and not failed[row]]:
+                more, _ = _sample(raw[sent(np.array(wide), raw.device)], draws, np.array(wide), raw.shape[1])
+                for row, token in zip(wide, more.tolist(), strict=True):
+                    found[row] = token
+            return [None if failed[row] else found[row] for row in range(len(found))]
+
+        return read
 
 
 # ---- linear layers -----------------------------------------------------------------------------

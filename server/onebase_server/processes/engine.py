@@ -107,9 +107,24 @@ def run(sock: socket.socket, base_fd: int | None = None) -> int:
 
 def _serve(engine: Engine, channel: EngineChannel) -> int:
     loader = PackedAdapterLoader(engine.model.device, engine.layers, channel.post, engine.model.kept)
-    failures, reported, paused = 0, time.monotonic(), False
+    failures, reported, told, paused = 0, time.monotonic(), 0, False
+
+    def report() -> None:
+        """Say what came of the last step. While an accelerator computes, since it need not wait for that."""
+        nonlocal reported, told
+        _report_versions(engine, channel)
+        outputs = engine.take_outputs()
+        # Also while grammars are compiled, which is progress of another process.
+        silent = time.monotonic() - reported > IDLE_SECONDS and not engine.scheduler.running
+        if outputs or engine.counters.steps != told or not engine.busy or silent or paused:
+            reported, told = time.monotonic(), engine.counters.steps
+            _report(outputs, msgspec.structs.replace(engine.stats(), paused=paused), channel)
+
     while True:
-        for message in channel.arrived(0 if engine.busy and not paused else IDLE_SECONDS):
+        waits = paused or not engine.busy
+        if waits:
+            report()
+        for message in channel.arrived(IDLE_SECONDS if waits else 0):
             if isinstance(message, protocol.Shutdown):
                 return 0
             if isinstance(message, protocol.Pause):
@@ -117,19 +132,9 @@ def _serve(engine: Engine, channel: EngineChannel) -> int:
                 continue
             _handle(engine, channel, loader, message)
         if paused:
-            _report_versions(engine, channel)
-            stats = msgspec.structs.replace(engine.stats(), paused=True)
-            _report(engine.take_outputs(), stats, channel)
             continue
         steps, failed = engine.counters.steps, engine.counters.failed_steps
-        engine.step()
-        _report_versions(engine, channel)
-        outputs = engine.take_outputs()
-        # Also while grammars are compiled, which is progress of another process.
-        silent = time.monotonic() - reported > IDLE_SECONDS and not engine.scheduler.running
-        if outputs or engine.counters.steps != steps or not engine.busy or silent:
-            reported = time.monotonic()
-            _report(outputs, engine.stats(), channel)
+        engine.step(report if engine.busy else None)
         if engine.counters.failed_steps != failed:
             failures += 1
         elif engine.counters.steps != steps:
@@ -137,6 +142,7 @@ def _serve(engine: Engine, channel: EngineChannel) -> int:
             failures = 0
         if failures >= MAX_FAILED_STEPS:
             logger.critical("%d steps failed in a row; the process ends", failures)
+            report()
             return 4
         if engine.counters.steps != steps and engine.counters.steps % CHECK_STEPS == 0:
             engine.check_base()

@@ -1,0 +1,264 @@
+"""The next step is planned while an accelerator computes one; here the CPU's kernels stand in for it.
+
+Nothing that a row gets may change: its text is that of an engine that plans one step after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.engine.harness import Lab
+from tests.tiny import ADAPTERS, save_base
+
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.batch import Packer
+from onebase_engine.engine.drafts import Drafts
+from onebase_engine.engine.engine import Engine
+
+ENDS = list(range(5, 320, 9))
+"""Tokens with which texts end: one of nine."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request. `at`: the step before which it comes, `cancelled`: so many steps later it is cancelled."""
+
+    prompt: tuple[int, ...]
+    adapter: int | None
+    sampling: protocol.Sampling
+    n: int
+    tenant: str
+    background: bool
+    at: int
+    cancelled: int | None
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    folder = tmp_path_factory.mktemp("ahead")
+    settings = BaseSettings(save_base("llama", folder / "base"), quantization="nf4", dtype=torch.bfloat16)
+    return Lab.create(load_base(settings), folder)
+
+
+@pytest.fixture
+def fills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each step that was packed while another was computed, and then computed as it was."""
+    found: list[int] = []
+    fill = Packer.fill
+
+    def counted(batch: Any, plan: Any) -> None:
+        found.append(len(plan.segments))
+        fill(batch, plan)
+
+    monkeypatch.setattr(Packer, "fill", staticmethod(counted))
+    return found
+
+
+def ahead(engine: Engine) -> Engine:
+    engine._foresees = True
+    return engine
+
+
+def serve(engine: Engine, asked: list[Asked]) -> dict[str, list[Any]]:
+    """Of each choice its tokens, logprobs, and how it ended."""
+    found: dict[str, list[Any]] = {}
+    step = 0
+    engine._compute_apart = None  # type: ignore[assignment, method-assign]  # no step may fail
+    while engine.busy or step <= max(one.at for one in asked):
+        for number, one in enumerate(asked):
+            if one.at == step:
+                refs = [] if one.adapter is None else [protocol.AdapterRef(f"digest{one.adapter}")]
+                engine.submit(
+                    protocol.Submit(
+                        id=str(number),
+                        prompt=list(one.prompt),
+                        sampling=one.sampling,
+                        adapters=refs,
+                        n=one.n,
+                        tenant=one.tenant,
+                        background=one.background,
+                    )
+                )
+            if one.cancelled is not None and one.at + one.cancelled == step:
+                engine.cancel(protocol.Cancel(str(number)))
+        engine.step()
+        for output in engine.take_outputs():
+            got = found.setdefault(f"{output.id}/{output.choice}", [[], [], None, output.prompt_logprobs])
+            got[0] += output.tokens
+            got[1] += output.logprobs or []
+            got[2] = output.finish
+            assert output.error_message is None, output.error_message
+        step += 1
+        assert step < 3000, "the engine makes no progress"
+    assert engine.pool.free == engine.pool.capacity
+    assert engine.slots.used == 0
+    assert not engine.scheduler.rows
+    return found
+
+
+SAMPLINGS = st.builds(
+    protocol.Sampling,
+    temperature=st.sampled_from([0.0, 1.0, 1.0]),
+    top_p=st.sampled_from([1.0, 0.9]),
+    seed=st.integers(0, 5),
+    max_tokens=st.integers(1, 30),
+    stop_token_ids=st.sampled_from([[], ENDS]),
+    logprobs=st.sampled_from([None, None, None, 2]),
+    prompt_logprobs=st.sampled_from([None, None, None, 0]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.5]),
+    ignore_eos=st.just(True),
+)
+REQUESTS = st.builds(
+    Asked,
+    prompt=st.builds(
+        lambda first, length: tuple((first * 60 + place * place) % 313 + 3 for place in range(length)),
+        st.integers(0, 2),
+        st.sampled_from([1, 2, 17, 33, 60]),
+    ),
+    adapter=st.sampled_from([None, *range(len(ADAPTERS))]),
+    sampling=SAMPLINGS,
+    n=st.sampled_from([1, 1, 1, 2]),
+    tenant=st.sampled_from(["a", "b"]),
+    background=st.sampled_from([False, False, True]),
+    at=st.integers(0, 12),
+    cancelled=st.sampled_from([None, None, None, 0, 1, 7]),
+)
+ENGINES = st.sampled_from(
+    [
+        {},
+        {"step_tokens": 20, "slots": 2},
+        {"kv_blocks": 26, "block_size": 4, "host_blocks": 40, "max_rows": 8},
+        {"kv_blocks": 60, "block_size": 2, "max_rows": 6, "draft_tokens": 4},
+        {"draft_tokens": 5},
+        {"max_rows": 2},
+    ]
+)
+
+
+@given(asked=st.lists(REQUESTS, min_size=1, max_size=14), changes=ENGINES)
+@settings(max_examples=40, deadline=None)
+def test_rows_get_the_same_whether_steps_are_planned_ahead(
+    lab: Lab, asked: list[Asked], changes: dict[str, int]
+) -> None:
+    if "kv_blocks" in changes:
+        most = (changes["kv_blocks"] - 2) * changes["block_size"]
+        asked = [one for one in asked if len(one.prompt) + one.sampling.max_tokens <= most]
+    if not asked:
+        return
+    expected = serve(lab.engine(), asked)
+    got = serve(ahead(lab.engine(**changes)), asked)
+    assert got.keys() == expected.keys()
+    for key, found in got.items():
+        number = int(key.split("/")[0])
+        if asked[number].cancelled is None:
+            assert found == expected[key]
+        else:
+            length = min(len(found[0]), len(expected[key][0]))
+            assert found[0][:length] == expected[key][0][:length]
+
+
+def test_a_step_is_packed_while_the_one_before_is_computed_until_a_row_comes_or_ends(
+    lab: Lab, fills: list[int]
+) -> None:
+    sampling = protocol.Sampling(temperature=0.0, max_tokens=20, ignore_eos=True)
+    asked = [Asked((5, 6, 7 + i), i, sampling, 1, "a", False, 4 * i, None) for i in range(3)]
+    engine = ahead(lab.engine())
+    expected = serve(lab.engine(), asked)
+    assert serve(engine, asked) == expected
+    # But for the first step of all, each that computes is one that was planned ahead; a row that comes is
+    # in the second step from then.
+    assert fills == [1] * 4 + [2] * 4 + [3] * 11 + [2] * 5 + [1] * 4
+    assert engine.counters.steps == len(fills) + 1
+
+
+def test_drafts_that_pay_are_looked_for_when_the_last_token_is_known(lab: Lab) -> None:
+    sampling = protocol.Sampling(
+        temperature=0.0, max_tokens=60, ignore_eos=True, logit_bias={9: 50.0, 11: 50.0}
+    )
+    asked = [Asked((9, 11, 9, 11, 9, 11), None, sampling, 1, "a", False, 0, None)]
+    plain, drafting = lab.engine(), ahead(lab.engine(draft_tokens=5))
+    assert serve(drafting, asked) == serve(plain, asked)
+    if drafting.model.kernels.drafts:
+        assert drafting.counters.right_draft_tokens > 20
+        assert drafting.counters.steps < plain.counters.steps
+
+
+def test_rows_whose_drafts_do_not_pay_learn_when_they_would(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = protocol.Sampling(temperature=0.0, max_tokens=40, ignore_eos=True)
+    asked = [Asked((9, 11, 9, 11, 9, 11), None, sampling, 1, "a", False, 0, None)]
+    learned: list[list[float]] = []
+    for engine in (lab.engine(draft_tokens=5), ahead(lab.engine(draft_tokens=5))):
+        if not engine.model.kernels.drafts:
+            pytest.skip("these kernels have no drafts")
+        known: list[float] = []
+        observe = Drafts.observe
+
+        def noted(self: Drafts, drawn: Any, known: list[float] = known, observe: Any = observe) -> None:
+            observe(self, drawn)
+            known.append(self.right)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Drafts, "misses", lambda self, rows: True)
+            patch.setattr(Drafts, "observe", noted)
+            serve(engine, asked)
+        learned.append(known)
+    assert learned[0] == learned[1]
+    assert len(set(learned[0])) > 1
+
+
+def test_what_the_caller_does_meanwhile_is_done_once_a_step_before_it_is_waited_for(lab: Lab) -> None:
+    engine, order = ahead(lab.engine()), list[str]()
+    draw = engine.model.kernels.draw
+
+    def noted(*args: Any) -> Any:
+        order.append("begun")
+        read = draw(*args)
+        return lambda: order.append("read") or read()
+
+    engine.model.kernels = type("Noted", (), {"draw": staticmethod(noted)})()  # type: ignore[assignment]
+    engine.submit(
+        protocol.Submit(id="x", prompt=[5], sampling=protocol.Sampling(max_tokens=2, ignore_eos=True))
+    )
+    for _ in range(3):
+        engine.step(lambda: order.append("meanwhile"))
+    assert order == ["begun", "meanwhile", "read"] * 2 + ["meanwhile"]
+
+
+def test_tokens_that_cannot_be_read_end_their_rows_and_no_others(lab: Lab) -> None:
+    engine = ahead(lab.engine())
+    draw, reads = engine.model.kernels.draw, 0
+
+    def failing(logits: Any, draws: Any, allowed: Any) -> Any:
+        read = draw(logits, draws, allowed)
+
+        def fails() -> Any:
+            nonlocal reads
+            reads += 1
+            if reads in (3, 4, 5):  # all rows of a step, then each alone
+                raise RuntimeError("out of luck")
+            return read()
+
+        return fails
+
+    engine.model.kernels = type("Failing", (), {"draw": staticmethod(failing)})()  # type: ignore[assignment]
+    sampling = protocol.Sampling(temperature=0.0, max_tokens=9, ignore_eos=True)
+    for name in "ab":
+        engine.submit(protocol.Submit(id=name, prompt=[5, 6], sampling=sampling))
+    for _ in range(3):
+        engine.step()
+    engine.submit(protocol.Submit(id="c", prompt=[5, 6], sampling=sampling))
+    outputs = []
+    while engine.busy:
+        engine.step()
+        outputs += engine.take_outputs()
+    ends = {output.id: output.error_code for output in outputs if output.finish}
+    assert ends == {"a": "row_failed", "b": "row_failed", "c": None}
+    assert engine.pool.free == engine.pool.capacity
