@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from tests.forks import Nursery, with_room
+from tests.forks import Nursery
+
+from onebase_engine.machine import with_room
 
 # On a busy machine an example may take any time; fixtures that a function shares are meant so.
 settings.register_profile(

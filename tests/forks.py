@@ -207,18 +207,6 @@ def run(words: Sequence[str]) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
-def with_room(program: Callable[[], object]) -> object:
-    """Run it on a frame so large that those above it share its piece of memory.
-
-    Python keeps frames in pieces of 16 KB, some 30 to 130 of them. Where a loop's calls are the first in a
-    new piece, each takes it from the system and gives it back, which takes 7 microseconds.
-    """
-    return program()
-
-
-with_room.__code__ = with_room.__code__.replace(co_stacksize=65_000)
-
-
 def end_with(program: Callable[[], None]) -> NoReturn:
     """Run it, and end as Python does after it, but for taking every module apart, which takes a second."""
     status: object = 0

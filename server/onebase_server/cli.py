@@ -27,6 +27,7 @@ from onebase_adapters.registry import (
 from onebase_adapters.registry.keys import MAX_PRIORITY
 from onebase_adapters.training.cli.options import Parser
 from onebase_engine.logs import LOG_FORMAT, set_up_logs
+from onebase_engine.machine import with_room
 from onebase_server.settings import (
     Settings,
     SettingsError,
@@ -87,7 +88,7 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _LOG_WIDTH
     try:
-        run(settings, console, commands)
+        with_room(lambda: run(settings, console, commands))
     except StartupError as error:
         from onebase_server.console import print_failure
 

@@ -4,8 +4,9 @@ import importlib
 import sys
 
 from onebase_engine.imports import quick_imports
+from onebase_engine.machine import with_room
 
 if __name__ == "__main__":
     with quick_imports():
         process = importlib.import_module(f"{__package__}.{sys.argv.pop(1)}")
-    sys.exit(process.main())
+    sys.exit(with_room(process.main))
