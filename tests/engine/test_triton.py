@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -343,6 +344,18 @@ def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CudaKernel
     assert cache.tensors[0].ne(0).sum((0, 2)).nonzero().flatten().tolist() == [16, 32]
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_padding_of_a_captured_step_gives_zeros_and_changes_no_row(kernels: CudaKernels, splits: int) -> None:
+    cache = Cache(kernels, 2, 2, 64, 16)
+    q, k, v = projected(cache, 4, 1)
+    step = cuda.FixedStep(cuda.StepSize(4, splits, 0, 0), 1, 16, 16, torch.device("cpu"))
+    row = np.array([[0], [0], [32]], dtype=np.int32)
+    step.take(np.zeros(1), Contexts(*row, np.array([[2]], dtype=np.int32)), NOBODY)
+    out = cache.attention(q, k, v, step.contexts)
+    assert not out[1:].any()
+    assert torch.equal(out[0], v[:, 0].repeat_interleave(2, 0))
+
+
 # ---- norms -------------------------------------------------------------------------------------
 
 
@@ -432,7 +445,7 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert len(report) == 15
+    assert len(report) == 17
     for name, used in report.items():
         assert used["shared"] < 99 << 10, name
         assert not any(word.startswith("ld.global") and word.endswith("b8") for word in used), (name, used)

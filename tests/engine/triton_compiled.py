@@ -48,8 +48,9 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     *((cuda._finish, {"QUANTIZED": True, "GATED": gated}) for gated in (False, True)),
     *((cuda._write, {**SIZES, "TURN": True, "EIGHT": eight}) for eight in (False, True)),
     *(
-        (cuda._attend, {**SIZES, "GROUPS": 4, "PADDED": 4, "TURN": True, "EIGHT": eight})
+        (cuda._attend, {**SIZES, "GROUPS": 4, "PADDED": 4, "TURN": True, "EIGHT": eight, "WHOLE": whole})
         for eight in (False, True)
+        for whole in (False, True)
     ),
     (cuda._merge, {"VALUE_SIZE": 128}),
     *((cuda._norm, {"SIZE": 4096, "AROUND_ONE": around}) for around in (False, True)),

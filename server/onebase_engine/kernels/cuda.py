@@ -510,13 +510,16 @@ def _cached(pointers, mask, EIGHT: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, keys, values, key_scales, value_scales, part, stats, tiles, position, table, cosines, sines, q_row,
-    q_head, rows, heads, slots, table_width, block_size, key_dim, value_dim, scaling, softcap, window,
+    q, keys, values, key_scales, value_scales, part, stats, out, tiles, position, table, cosines, sines,
+    q_row, q_head, rows, heads, slots, table_width, block_size, key_dim, value_dim, scaling, softcap, window,
     GROUPS: tl.constexpr, PADDED: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    TURN: tl.constexpr, EIGHT: tl.constexpr,
+    TURN: tl.constexpr, EIGHT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What a tile's queries get from SPLIT keys: part[split, row, head, dim], before it is divided by the
-    sum of the weights; and that sum, and the largest score, in stats[split, row, head, 2]."""
+    sum of the weights; and that sum, and the largest score, in stats[split, row, head, 2].
+
+    WHOLE: no context has more keys, so that it is divided at once, to out[row, head, dim].
+    """
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, count, context = (
         tl.load(tiles + tile * 3),
@@ -529,12 +532,12 @@ def _attend(
     wanted = (query // PADDED < count) & (query % PADDED < GROUPS)
     place = tl.load(position + row, mask=wanted, other=-1)
     last = tl.max(place)
+    dim, value_place = tl.arange(0, KEY_SIZE), tl.arange(0, VALUE_SIZE)
+    largest = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
+    weight = tl.zeros((QUERIES,), dtype=tl.float32)
+    mixed = tl.zeros((QUERIES, VALUE_SIZE), dtype=tl.float32)
     if split * SPLIT <= last:
         own = _turned(q, row * q_row + head * q_head, cosines, sines, row, key_dim, wanted, KEY_SIZE, TURN)
-        dim, value_place = tl.arange(0, KEY_SIZE), tl.arange(0, VALUE_SIZE)
-        largest = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
-        weight = tl.zeros((QUERIES,), dtype=tl.float32)
-        mixed = tl.zeros((QUERIES, VALUE_SIZE), dtype=tl.float32)
         for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, last + 1), KEYS):
             key = start + tl.arange(0, KEYS)
             known = key <= last
@@ -570,7 +573,14 @@ def _attend(
                 weights *= tl.load(value_scales + slot, mask=known, other=0.0).to(tl.float32)[None, :]
             mixed = mixed * shrunk[:, None] + tl.dot(weights.to(tl.bfloat16), vs)
             largest = now
-        to = (split.to(tl.int64) * rows + row) * heads + head
+    to = (split.to(tl.int64) * rows + row) * heads + head
+    if WHOLE:
+        # The first row of a tile without any is padding.
+        wanted = (query // PADDED < tl.maximum(count, 1)) & (query % PADDED < GROUPS)
+        given = _divided(mixed, weight[:, None]).to(tl.bfloat16)
+        place = to[:, None] * value_dim + value_place[None, :]
+        tl.store(out + place, given, mask=wanted[:, None] & (value_place < value_dim)[None, :])
+    elif split * SPLIT <= last:
         tl.store(
             part + to[:, None] * value_dim + value_place[None, :],
             mixed,
@@ -578,6 +588,12 @@ def _attend(
         )
         tl.store(stats + to * 2, weight, mask=wanted)
         tl.store(stats + to * 2 + 1, largest, mask=wanted)
+
+
+@triton.jit
+def _divided(mixed, weight):
+    """By the sum of the weights; zeros where there are none."""
+    return tl.where(weight > 0, mixed / tl.where(weight > 0, weight, 1.0), 0.0)
 
 
 @triton.jit
@@ -596,8 +612,8 @@ def _merge(part, stats, position, out, rows, heads, value_dim, VALUE_SIZE: tl.co
         weight = weight * before + some * after
         mixed = mixed * before + tl.load(part + at * value_dim + dim, mask=dim < value_dim, other=0.0) * after
         largest = now
-    mixed = tl.where(weight > 0, mixed / tl.where(weight > 0, weight, 1.0), 0.0)
-    tl.store(out + (row * heads + head) * value_dim + dim, mixed.to(tl.bfloat16), mask=dim < value_dim)
+    given = _divided(mixed, weight).to(tl.bfloat16)
+    tl.store(out + (row * heads + head) * value_dim + dim, given, mask=dim < value_dim)
 
 
 @dataclass(frozen=True)
@@ -610,6 +626,8 @@ class _Step:
     tiles: torch.Tensor
     """[tiles, 3]: first packed row, rows, context."""
     splits: int
+    whole: bool
+    """Whether one SPLIT of keys is all that any row has, and each row is in a tile."""
 
 
 def _step_of(contexts: Contexts, rows: int, device: torch.device) -> _Step:
@@ -621,7 +639,8 @@ def _step_of(contexts: Contexts, rows: int, device: torch.device) -> _Step:
         there = sent(np.concatenate([array.reshape(-1) for array in arrays]), device)
         own = torch.split(there, [array.size for array in arrays])
         splits = int(contexts.position.max(initial=-1)) // SPLIT.value + 1
-        contexts.held[key] = _Step(own[0], own[1], own[2], own[3], splits)
+        whole = splits == 1 and contexts.position.min() >= 0
+        contexts.held[key] = _Step(own[0], own[1], own[2], own[3], splits, bool(whole))
     made: _Step = contexts.held[key]
     return made
 
@@ -668,7 +687,7 @@ class FixedStep:
         self.ids, self.positions = ids, places
         self.every_row = torch.arange(rows, device=device)
         none = np.zeros(rows, dtype=np.int32)
-        step = _Step(position, write, table, tiles, size.splits)
+        step = _Step(position, write, table, tiles, size.splits, size.splits == 1)
         self.contexts = Contexts(none, none, none, np.zeros((rows, width), dtype=np.int32), {FIXED: step})
         row, slot, weight = acting
         held = _Terms(terms, starts, row, slot, weight.view(torch.float32), size.most_rank)
@@ -747,18 +766,22 @@ class CudaAttention:
             k, v, *self._cache, step.write, cosines, sines, k.stride(1), k.stride(0), v.stride(1),
             v.stride(0), slots, key_dim, value_dim, **sizes, **PLAIN,
         )  # fmt: skip
-        part = q.new_empty(step.splits, count, heads, value_dim, dtype=torch.float32)
-        stats = q.new_empty(step.splits, count, heads, 2, dtype=torch.float32)
+        parts = 0 if step.whole else step.splits
+        part = q.new_empty(parts, count, heads, value_dim, dtype=torch.float32)
+        stats = q.new_empty(parts, count, heads, 2, dtype=torch.float32)
+        out = q.new_empty(count, heads, value_dim)
         if step.splits:
             _attend[(len(step.tiles) // 3, kv_heads, step.splits)](
-                q, *self._cache, part, stats, step.tiles, step.position, step.table, cosines, sines,
+                q, *self._cache, part, stats, out, step.tiles, step.position, step.table, cosines, sines,
                 q.stride(1), q.stride(0), count, heads, slots, contexts.table.shape[1], self._block_size,
-                key_dim, value_dim, *self._settings, GROUPS=groups, PADDED=padded, **sizes, **PLAIN,
+                key_dim, value_dim, *self._settings, GROUPS=groups, PADDED=padded, WHOLE=step.whole, **sizes,
+                **PLAIN,
             )  # fmt: skip
-        out = q.new_empty(count, heads, value_dim)
-        _merge[(count, heads)](
-            part, stats, step.position, out, count, heads, value_dim, VALUE_SIZE=sizes["VALUE_SIZE"], **PLAIN
-        )
+        if not step.whole:
+            _merge[(count, heads)](
+                part, stats, step.position, out, count, heads, value_dim, VALUE_SIZE=sizes["VALUE_SIZE"],
+                **PLAIN,
+            )  # fmt: skip
         return out
 
 
