@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from onebase_engine.kernels import cuda
 
 POINTERS = {
-    "*bf16": "x plain q k v keys values key_scales value_scales cosines sines out y y_1 y_2 y_3",
+    "*bf16": "x onto plain q k v keys values key_scales value_scales cosines sines out y y_1 y_2 y_3",
     "*fp32": "sums absmax code hidden weight_of part stats",
     "*i64": "layers",
     "*i32": "row_of slot_of starts write tiles position table",
@@ -45,7 +45,7 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     *((cuda._products, {"NF4": nf4, "ROWS": rows}) for nf4 in (True, False) for rows in (16, 64)),
     (cuda._unpack, {}),
     (cuda._shrink, {}),
-    *((cuda._finish, {"QUANTIZED": True, "GATED": gated}) for gated in (False, True)),
+    *((cuda._finish, {"QUANTIZED": True, "GATED": gated, "ONTO": not gated}) for gated in (False, True)),
     *((cuda._write, {**SIZES, "TURN": True, "EIGHT": eight}) for eight in (False, True)),
     *(
         (cuda._attend, {**SIZES, "GROUPS": 4, "PADDED": 4, "TURN": True, "EIGHT": eight, "WHOLE": whole})

@@ -1,9 +1,10 @@
 """What transformers' modules compute in many small calls, computed by kernels of ours in few.
 
 Their modelling code stays as it is. Layers that it calls with the same rows are multiplied at the first call,
-a gated MLP is one call and `down_proj`, and queries and keys are turned by their positions where attention
-reads them. A decoder layer of which nothing else is left is recorded, for each small number of rows, and then
-runs as one call. Each is used if a pass of the whole model gives the same bits with it and without.
+a gated MLP is one call and `down_proj`, queries and keys are turned by their positions where attention reads
+them, and what a decoder layer adds to its rows is added where it is computed. A decoder layer of which
+nothing else is left is recorded, for each small number of rows, and then runs as one call. Each is used if a
+pass of the whole model gives the same bits with it and without.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _ROTARY = "apply_rotary_pos_emb"
 _TURNED_MULTIPLE = 32
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+"""The parts of a decoder layer that is nothing but them and two sums."""
 MOST_ROWS = 64
 """For which a decoder layer is recorded. With more the calls themselves take the time."""
 
@@ -54,6 +57,7 @@ def fuse(
         "layers of the same rows": list(_shared_rows(model, kernels)),
         "positions": list(_rotations(model, attention)),
         "gated MLPs": list(_gated(model, kernels)),
+        "sums": list(_sums(model)),
     }
     whole = [layer.switch for layer in recorded]
     every = [switch for switches in parts.values() for switch in switches]
@@ -148,6 +152,38 @@ def _gating(module: Any, gate: SlotLinear, up: SlotLinear, down: SlotLinear, bot
             hidden = both(x.reshape(-1, x.shape[-1]).contiguous(), gate.rows)[0]
             y = down(hidden.view(*x.shape[:-1], -1))
         return y
+
+    return lambda: setattr(module, "forward", forward), lambda: delattr(module, "forward")
+
+
+def _sums(model: nn.Module) -> Iterator[_Switch]:
+    """Decoder layers that add to their rows what attention gives, and then what an MLP does."""
+    for module in model.modules():
+        if set(dict(module.named_children())) == _LAYER:
+            both = [
+                getattr(part, name, None)
+                for part, name in ((module.self_attn, "o_proj"), (module.mlp, "down_proj"))
+            ]
+            layers = [one for one in both if isinstance(one, SlotLinear) and one.kernel.adds]
+            if len(layers) == 2:
+                yield _summing(module, *layers)
+
+
+def _summing(module: Any, output: SlotLinear, down: SlotLinear) -> _Switch:
+    whole = module.forward
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **named: Any) -> Any:
+        replaced = output.replacements or down.replacements
+        if args or replaced or hidden_states.dtype != torch.bfloat16:
+            return whole(hidden_states, *args, **named)
+        try:
+            output.onto = hidden_states.contiguous()
+            normed = module.input_layernorm(hidden_states)
+            attended = module.self_attn(hidden_states=normed, **named)[0]
+            down.onto = attended.contiguous()
+            return module.mlp(module.post_attention_layernorm(attended))
+        finally:
+            output.onto = down.onto = None
 
     return lambda: setattr(module, "forward", forward), lambda: delattr(module, "forward")
 

@@ -446,6 +446,7 @@ class NativeLinear:
     """One linear layer by the library: the base's product, and what plain LoRAs in its slots add."""
 
     captures = False
+    adds = False
 
     def __init__(
         self, kernels: CpuKernels, base: Any, slots: int, reference: ReferenceLinear, *, unpacked: bool
@@ -483,10 +484,11 @@ class NativeLinear:
         """Whether any slot has weights that the library multiplies with."""
         return bool(self._held)
 
-    def __call__(self, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None = None) -> torch.Tensor:
         if x.dtype != torch.bfloat16:
-            return self.reference(x, rows)
-        return self._layers(x.contiguous(), rows)[0]
+            return self.reference(x, rows, onto)
+        y = self._layers(x.contiguous(), rows)[0]
+        return y if onto is None else onto + y
 
     def exact(self, slot: int) -> bool:
         return self.exact_base and slot not in self._inexact

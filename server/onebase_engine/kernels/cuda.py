@@ -261,10 +261,11 @@ def _output(
 
 @triton.jit
 def _finish(
-    sums, layers, hidden, starts, slot_of, weight_of, y_1, y_2, y_3, rows, width, parts, terms, pieces,
-    most_rank, second, third, QUANTIZED: tl.constexpr, GATED: tl.constexpr,
+    sums, layers, hidden, starts, slot_of, weight_of, onto, y_1, y_2, y_3, rows, width, parts, terms, pieces,
+    most_rank, second, third, QUANTIZED: tl.constexpr, GATED: tl.constexpr, ONTO: tl.constexpr,
 ):  # fmt: skip
-    """Each layer's outputs: the parts' sum, and what the row's adapters add."""
+    """Each layer's outputs: the parts' sum, and what the row's adapters add; of a single layer, added to
+    what is in `onto`."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     layer, begin = _layer_of(block, second, third)
     y = _output(
@@ -281,6 +282,9 @@ def _finish(
         y = (y.to(tl.float32) * up.to(tl.float32)).to(tl.bfloat16)
     size_out = tl.load(layers + layer * FACTS + SIZE_OUT)
     out = (block - begin) * OUTPUTS + tl.arange(0, OUTPUTS)
+    if ONTO:
+        before = tl.load(onto + row * size_out + out, mask=out < size_out, other=0.0)
+        y = (before.to(tl.float32) + y.to(tl.float32)).to(tl.bfloat16)
     to = tl.where(layer == 0, y_1, tl.where(layer == 1, y_2, y_3))
     tl.store(to + row * size_out + out, y, mask=out < size_out)
 
@@ -334,6 +338,7 @@ class CudaLinear:
     """One linear layer, 4-bit or bf16, and what plain LoRAs in its slots add."""
 
     captures = True
+    adds = True
 
     def __init__(self, kernels: CudaKernels, base: Any, slots: int, reference: ReferenceLinear) -> None:
         """`reference`: the same layer by PyTorch."""
@@ -358,12 +363,12 @@ class CudaLinear:
         """As the kernels are told them."""
         self._layers = CudaLayers(kernels, [self])
 
-    def __call__(self, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None = None) -> torch.Tensor:
         if x.dtype != torch.bfloat16:
             if FIXED in rows.held:
                 raise CaptureError(f"a layer multiplies {x.dtype}, for which a graph has no adapters")
-            return self._reference(x, rows)
-        return self._layers(x.contiguous(), rows)[0]
+            return self._reference(x, rows, onto)
+        return self._layers(x.contiguous(), rows, onto)[0]
 
     def exact(self, slot: int) -> bool:
         return False
@@ -400,8 +405,8 @@ class CudaLayers:
         self._wide: tuple[list[int], torch.Tensor] = [], self._facts
         """The same with weights in bf16, and where these lie."""
 
-    def __call__(self, x: torch.Tensor, rows: RowMap) -> list[torch.Tensor]:
-        """x [rows, in] bf16, contiguous -> [rows, out] bf16 of each."""
+    def __call__(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """x [rows, in] bf16, contiguous -> [rows, out] bf16 of each; of a single layer, added to `onto`."""
         count, size_in, nf4 = len(x), self._layers[0].size_in, self._layers[0].nf4
         many = count > MANY_ROWS
         ys = [x.new_empty(count, one.size_out) for one in self._layers[: 1 if self._gated else None]]
@@ -423,8 +428,9 @@ class CudaLayers:
             grid = terms.count, len(self._layers) * triton.cdiv(most, RANKS.value), self._pieces
             _shrink[grid](x, told, terms.row, terms.slot, hidden, terms.count, size_in, most, **PLAIN)
         _finish[(count, self._finished)](
-            sums, told, hidden, terms.starts, terms.slot, terms.weight, *(*ys, *ys, *ys)[:3], count, width,
-            parts, terms.count, self._pieces, most, *self._starts, QUANTIZED=nf4, GATED=self._gated, **PLAIN,
+            sums, told, hidden, terms.starts, terms.slot, terms.weight, ys[0] if onto is None else onto,
+            *(*ys, *ys, *ys)[:3], count, width, parts, terms.count, self._pieces, most, *self._starts,
+            QUANTIZED=nf4, GATED=self._gated, ONTO=onto is not None, **PLAIN,
         )  # fmt: skip
         return ys
 

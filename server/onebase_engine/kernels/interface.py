@@ -102,9 +102,12 @@ class LinearKernel(Protocol):
 
     captures: bool
     """Whether a graph of CUDA has what they add, also those that come after it was captured."""
+    adds: bool
+    """Whether `onto` spares an operator."""
 
-    def __call__(self, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
-        """x [rows, in] -> [rows, out], of the same dtype. In PEFT's order of products and roundings:
+    def __call__(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None = None) -> torch.Tensor:
+        """x [rows, in] -> [rows, out], of the same dtype. What it gives is then added to `onto` [rows, out],
+        contiguous, if there is any. In PEFT's order of products and roundings:
 
         quantized layer   y = base(x) + (scale * (x32 @ A.T) @ B.T).to(base dtype)
         other layers      y = (base(x) + scale * (x32 @ A.T) @ B.T).to(base dtype)

@@ -131,6 +131,7 @@ class ReferenceLinear:
     """One linear layer (plain, 4-bit or 8-bit), and the plain LoRAs in its slots."""
 
     captures = False
+    adds = False
 
     def __init__(self, base: Any, *, tiled: bool, unpacked: bool = False) -> None:
         self._base = base
@@ -144,10 +145,10 @@ class ReferenceLinear:
         self.plain: dict[int, LoraWeights] = {}
         """The plain LoRA of each slot that has one."""
 
-    def __call__(self, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None = None) -> torch.Tensor:
         y = self._rows(x)
         self.add(x, y, rows)
-        return y
+        return y if onto is None else onto + y
 
     def exact(self, slot: int) -> bool:
         return self._tiled

@@ -44,6 +44,8 @@ class SlotLinear(SlotModule):
         self.quantized = type(base).__name__ in ("Linear4bit", "Linear8bitLt")
         self.narrows = kernels.narrows
         self.shared: SharedRows | None = None
+        self.onto: torch.Tensor | None = None
+        """[..., out]: what the next call's outputs are added to."""
         self.kernel = kernels.linear(base, slots, unpacked=unpacked)
 
     @property
@@ -62,8 +64,11 @@ class SlotLinear(SlotModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
+        onto, self.onto = self.onto, None
         y = None if self.shared is None else self.shared.take(self, x)
-        if y is None:
+        if onto is not None:
+            y = self.kernel(flat, self.rows, onto.reshape(flat.shape[0], -1))
+        elif y is None:
             y = self.kernel(flat, self.rows)
         self.on_groups(flat, y, self.by_groups, self._act_on)
         return y.view(*x.shape[:-1], y.shape[-1])
