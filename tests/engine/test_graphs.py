@@ -37,16 +37,18 @@ def passes(step: FixedStep) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden @ WORDS.T, hidden
 
 
-def batch(*ids: int, slot: int | None = None) -> Batch:
-    """Decodes of these tokens, each of a context of its own; `slot` acts on the first."""
+def batch(*ids: int, slot: int | None = None, at: int = 0) -> Batch:
+    """Decodes of these tokens, each of a context of its own, from position `at` on; `slot` acts on one."""
     count = len(ids)
     rows, none = np.arange(count, dtype=np.int32), np.zeros(0, dtype=np.int64)
     groups = () if slot is None else (RowGroup((0,), ((slot, 1.0),)),)
     return Batch(
         input_ids=np.array(ids),
-        positions=rows.astype(np.int64),
+        positions=rows.astype(np.int64) + at,
         logit_rows=rows.astype(np.int64),
-        contexts=Contexts(rows, rows, 32 + 16 * rows, np.arange(2, 2 + count, dtype=np.int32)[:, None]),
+        contexts=Contexts(
+            rows + np.int32(at), rows, 32 + 16 * rows, np.arange(2, 2 + count, dtype=np.int32)[:, None]
+        ),
         token_map=RowMap(groups),
         logit_map=RowMap(groups),
         sampled=[],
@@ -75,6 +77,40 @@ def test_a_pass_is_captured_when_its_size_comes_again_and_gives_each_steps_own(
         hidden = WORDS[list(ids)] * torch.arange(1, len(ids) + 1)[:, None]
         assert torch.equal(got[1][: len(ids)], hidden)
         torch.testing.assert_close(got[0][: len(ids)], hidden @ WORDS.T)
+
+
+def test_a_step_that_was_prepared_under_another_gives_what_its_tokens_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found, plain = made(monkeypatch), made(monkeypatch)
+
+    def prepared(*ids: int, **options: int) -> Batch:
+        early = batch(*[-1] * len(ids), **options)
+        found.prepare(early)
+        early.input_ids[:] = ids
+        return early
+
+    def check(one: Batch) -> None:
+        got, wanted = found.run(one), plain.run(one)
+        assert (got is None) == (wanted is None)
+        for mine, other in zip(got or (), wanted or (), strict=True):
+            assert torch.equal(mine, other)
+
+    for one in (batch(1, 2, 3), batch(1, 2, 3)):
+        check(one)
+    check(prepared(4, 5, 6))
+    check(prepared(7, 8))  # a step of two rows is none of this size
+    prepared(9, 8, 7)
+    check(batch(4, 3, 2))  # it was packed again
+    for rank in (300, 4):
+        found.ranks[0] = plain.ranks[0] = rank
+        for _ in range(2):
+            check(batch(1, 2, 3, slot=0))
+    early = prepared(1, 5, 9, slot=0, at=6)
+    # Before the step runs the slot is filled with a larger rank, for which there is another place.
+    found.ranks[0] = plain.ranks[0] = 300
+    check(early)
+    assert len(found._graphs) == 3
 
 
 def test_a_number_of_the_hosts_that_got_into_a_graph_shows_before_it_is_used(

@@ -377,7 +377,9 @@ class Engine:
         try:
             following = self._plan(ahead=True)
             if following:
-                self._next = following, self._packer.pack(following, self.slots.slot_of)
+                batch = self._packer.pack(following, self.slots.slot_of)
+                self.model.prepare(batch)
+                self._next = following, batch
         finally:
             for row in drawn:
                 row.tokens.pop()

@@ -66,6 +66,8 @@ class Graphs:
         """At which step each was last asked for, the one whose time is longest past first."""
         self._steps = 0
         self._bytes, self._most_bytes = 0, MOST_BYTES
+        self._prepared: tuple[Batch, _Graph] | None = None
+        """The step that is written to its place already."""
         self._closed = False
         """Whether no more passes are captured."""
         self.ranks: dict[int, int] = {}
@@ -73,10 +75,19 @@ class Graphs:
         self.uncaptured: Collection[int] = ()
         """Slots that act outside the kernels."""
 
+    def prepare(self, batch: Batch) -> None:
+        """Write the next step to its place, but for its tokens, if it has one; one may still be computed."""
+        size = self._size(batch)
+        graph = None if size is None else self._graphs.get(size)
+        if graph is not None:
+            graph.step.prepare(batch.contexts, batch.token_map)
+            self._prepared = batch, graph
+
     def run(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits and hidden states of the batch's packed rows, in this order; the next run overwrites them.
         None if the batch is to be computed without a graph."""
         self._steps += 1
+        prepared, self._prepared = self._prepared, None
         size = self._size(batch)
         if size is None:
             return None
@@ -90,7 +101,9 @@ class Graphs:
         graph = self._graphs[size]
         if graph is None:
             return None
-        graph.step.take(batch.input_ids, batch.contexts, batch.token_map)
+        if prepared is None or prepared[0] is not batch or prepared[1] is not graph:
+            graph.step.prepare(batch.contexts, batch.token_map)
+        graph.step.send(batch.input_ids)
         graph.replay()
         return graph.logits, graph.hidden
 
@@ -114,7 +127,7 @@ class Graphs:
         if held:
             logger.warning("kernels: memory is short: %d passes are no graphs any more", len(self._graphs))
             half = min(self._bytes, self._most_bytes) // 2
-            self._most_bytes, self._bytes = max(half, LEAST_BYTES), 0
+            self._most_bytes, self._bytes, self._prepared = max(half, LEAST_BYTES), 0, None
             for of_sizes in (self._graphs, self._ran, self._seen):
                 of_sizes.clear()
             self._reserved()

@@ -234,6 +234,11 @@ class ServedModel:
         """For when memory is short: whether it had any that is not needed."""
         return self._graphs is not None and self._graphs.forget()
 
+    def prepare(self, batch: Batch) -> None:
+        """Do what can be done for `forward` before the batch's tokens are known, and its slots filled."""
+        if self._graphs is not None:
+            self._graphs.prepare(batch)
+
     def forward(self, batch: Batch) -> Outputs:
         """The logits of the batch's `logit_rows`, and the hidden states of its `hidden_rows`."""
         wants_hidden = len(batch.hidden_rows) > 0

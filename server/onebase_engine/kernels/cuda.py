@@ -706,14 +706,18 @@ class FixedStep:
 
     def take(self, ids: np.ndarray, contexts: Contexts, rows: RowMap) -> None:
         """Have another step: the tokens of its packed rows, int, where they stand and what acts on them."""
-        own_ids, places, position, write, tiles, table, starts, term_rows, slots, weights = self._parts
-        count = len(ids)
+        self.prepare(contexts, rows)
+        self.send(ids)
+
+    def prepare(self, contexts: Contexts, rows: RowMap) -> None:
+        """Write another step, but for its tokens, while the device may compute one."""
+        _, places, position, write, tiles, table, starts, term_rows, slots, weights = self._parts
+        count = len(contexts.position)
         if self._copied is not None:
             # After a step of which nothing is read, its copy may still be to come.
             self._copied.synchronize()
         for part in self._parts:
             part[:] = 0
-        own_ids[:count] = ids
         position[:] = -1
         position[:count] = contexts.position
         places[:] = np.maximum(position, 0)
@@ -732,6 +736,10 @@ class FixedStep:
         starts[count + 1 :] = own_starts[-1]
         for own, new in zip((term_rows, slots, weights), columns, strict=True):
             own[: len(new)] = new
+
+    def send(self, ids: np.ndarray) -> None:
+        """Have the step that was prepared last."""
+        self._parts[0][: len(ids)] = ids
         self._there.copy_(self._here, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
