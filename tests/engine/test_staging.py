@@ -397,3 +397,43 @@ def test_what_is_said_of_a_versions_size_is_what_its_slabs_take(
     arrived = answers.get(timeout=60)
     assert same(arrived.weights, folded(lab.weights[4]))
     assert arrived.answer.bytes == sum(page_locked_bytes(slab.nbytes) for slab in locked)
+
+
+@pytest.mark.parametrize(
+    ("held", "used"),
+    [("reserved_bytes", "allocated_bytes"), ("allocated_bytes", "active_bytes")],
+)
+def test_page_locked_memory_of_versions_that_are_gone_is_given_back_once_it_is_much(
+    held: str,
+    used: str,
+    lab: Lab,
+    locked: list[torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As PyTorch tells it before 2.10, and since then."""
+    told = {f"{held}.current": 50 << 30, f"{used}.current": 49 << 30}
+    given_back: list[int] = []
+
+    def empty() -> None:
+        given_back.append(len(locked))
+        told[f"{held}.current"] = told[f"{used}.current"]
+
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: told)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", empty, raising=False)
+    write_packed_adapter(tmp_path / "packed", lab.weights[0], base_id="b")
+    digest = hashlib.sha256((tmp_path / "packed").read_bytes()).hexdigest()
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    loader = PackedAdapterLoader(torch.device("cuda"), adaptable_layers(lab.base), answers.put, folded)
+
+    def load() -> None:
+        loader.load(protocol.LoadAdapter("digest", str(tmp_path / "packed"), digest))
+        assert isinstance(answers.get(timeout=60).answer, protocol.AdapterLoaded)
+
+    load()
+    assert given_back == [], "so much is kept for those to come"
+    told[f"{held}.current"] += 1
+    count = len(locked)
+    load()
+    load()
+    assert given_back == [count], "once, before the next version takes more"

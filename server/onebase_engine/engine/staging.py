@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256
 """Bytes on which a tensor begins in a slab, as in an allocation of its own on a GPU."""
+KEPT_BYTES = 1 << 30
+"""Page-locked memory of versions that are gone, up to which it is kept for those to come."""
 MOST_PADDING = 1 / 8
 """Part of a version by which the rounding of its slabs may be larger."""
 
@@ -103,6 +105,7 @@ class PackedAdapterLoader:
         weights = self._prepare(read_packed_adapter(Path(order.path), order.sha256, layers=self._layers))
         size = host_bytes(weights)
         if self._pin:
+            give_unused_back()
             size -= weights_bytes(without_head(weights))
             weights, taken = pinned(weights)
             size += taken
@@ -146,6 +149,17 @@ def pinned(weights: AdapterWeights) -> tuple[AdapterWeights, int]:
         for name, module in weights.items()
     }
     return result, taken
+
+
+def give_unused_back() -> None:
+    """PyTorch keeps page-locked memory for tensors of the same size, a power of two, and for good: next to
+    versions of one size it would hold all that versions of other sizes ever had (`CachingHostAllocator`)."""
+    told = torch.cuda.host_memory_stats()
+    # Before PyTorch 2.10 the second is what tensors have, and another one what is held.
+    held = told.get("reserved_bytes.current", told.get("allocated_bytes.current", 0))
+    used = told.get("active_bytes.current", told.get("allocated_bytes.current", 0))
+    if held - used > KEPT_BYTES:
+        torch._C._host_emptyCache()
 
 
 def page_locked_bytes(size: int) -> int:
