@@ -20,6 +20,7 @@ from torch import nn
 from onebase_engine.base.layers import LayerShape, adaptable_layers
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import memory_budget
+from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, STAGED_BLOCKS, KVCache, bytes_per_token
 from onebase_engine.engine.memory_budget import (
     CONTEXT_BYTES,
@@ -37,6 +38,7 @@ from onebase_engine.engine.memory_budget import (
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.row import AdapterMix
+from onebase_engine.engine.sampling import _adjusts
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.machine import NO_LIMIT, container_free, free_memory, total_memory
@@ -168,6 +170,13 @@ def test_a_step_with_drafts_has_no_more_tokens_and_ends_where_contexts_end() -> 
         assert {one.stop + len(one.draft) for one in plan.segments} == {limits.max_length}
 
 
+def test_logits_are_changed_before_every_draw_of_the_largest_step_also_those_behind_a_draft() -> None:
+    plan = _largest_plan(Limits(8, 96, 200, 7), AdapterMix(), 16)
+    drawn = Packer(16, 1).pack(plan, {}).sampled
+    assert len(drawn) == 7 * 8 + 1
+    assert all(_adjusts(row) for row in drawn)
+
+
 @pytest.mark.parametrize("more", [Limits(8, 128, 200), Limits(8, 64, 400), Limits(40, 64, 200)])
 def test_what_a_step_takes_grows_with_its_limits_and_is_given_back(base: nn.Module, more: Limits) -> None:
     model = _accelerated(base)
@@ -209,6 +218,37 @@ def test_the_cache_of_an_accelerator_is_what_is_free_less_what_was_measured_and_
     assert sized(0, msgspec.structs.replace(config, kv_memory=100 * 16 * token)) == 100
     with pytest.raises(MemoryBudgetError, match="less 300 MB for the largest step"):
         sized(counted + step)
+
+
+def test_more_kv_memory_than_a_gpu_has_is_refused_by_its_name_and_slots_get_a_part_of_what_it_leaves(
+    base: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_budget, "CPU_SHARE", 1.0)
+    monkeypatch.setattr(memory_budget.machine, "free_memory", lambda device: 1_000_000)
+    model, limits = _accelerated(base), Limits(4, 32, 200)
+    model.device = torch.device("meta")  # as good as any accelerator
+
+    def sized(kv_memory: int) -> tuple[int, int]:
+        return sizes(EngineConfig(base_folder="", kv_memory=kv_memory), base, model, limits, None)
+
+    block = 16 * model.kv_bytes_per_token
+    assert sized(900_000) == (900_000 // block, 10_000)
+    with pytest.raises(MemoryBudgetError, match=r"--kv-memory asks for 2 MB, and 1 MB are free") as refused:
+        sized(2_000_000)
+    assert "--train-memory" not in str(refused.value)
+
+
+def test_what_is_kept_of_a_step_that_failed_for_lack_of_memory_is_free_for_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = {"free": 10, "kept": 90}
+
+    def give_back() -> None:
+        there.update(free=there["free"] + there["kept"], kept=0)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", give_back)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (there["free"], 100))
+    assert kv_memory_available(torch.device("cuda")) == 100
 
 
 def test_a_step_for_which_there_is_no_memory_is_tried_with_shorter_contexts_and_then_refused(

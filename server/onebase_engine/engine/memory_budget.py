@@ -53,10 +53,13 @@ class MemoryBudgetError(Exception):
 
 
 def kv_memory_available(device: torch.device) -> int:
-    """Bytes that the KV cache may take on `device`, before anything is set aside.
+    """Bytes that the KV cache may take on `device`, before anything is set aside. What PyTorch keeps there
+    and no tensor has, as of a step that failed for lack of memory, is given back first.
 
     Raises MemoryBudgetError where the system does not say.
     """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     free = machine.free_memory(device)
     if free == machine.NO_LIMIT:
         raise MemoryBudgetError("/proc/meminfo does not say what is available; set --kv-memory")
@@ -223,8 +226,10 @@ def _too_large(limits: Limits) -> MemoryBudgetError:
 
 def _largest_plan(limits: Limits, mix: AdapterMix, block_size: int) -> Plan:
     """As many rows decode as may, each with the longest draft, and prompts take the rest of the step."""
-    # What makes a draw take most: a nucleus of nearly all tokens, and logits that are changed first.
-    sampling = Sampling(temperature=100.0, top_p=0.9999, min_tokens=1, logprobs=1, prompt_logprobs=0)
+    # What makes a draw take most: a nucleus of nearly all tokens, and logits that are changed first, also
+    # those behind each token of a draft.
+    ends = limits.draft_tokens + 1
+    sampling = Sampling(temperature=100.0, top_p=0.9999, min_tokens=ends, logprobs=1, prompt_logprobs=0)
     rows = min(limits.max_rows - 1, limits.step_tokens - 1)
     draft = min(
         limits.draft_tokens, limits.max_length - 1, max((limits.step_tokens - 1) // max(rows, 1) - 1, 0)

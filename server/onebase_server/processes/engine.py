@@ -283,7 +283,13 @@ def sizes(
         )
         aside["captured steps and rounding"] = model.graph_bytes + rounding_bytes(model)
     free = kv_memory_available(device)
-    slot_memory = _slot_memory(config, layers.values(), free - sum(aside.values()), device)
+    if device.type != "cpu" and config.kv_memory > free:
+        raise MemoryBudgetError(
+            f"--kv-memory asks for {config.kv_memory / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free next to "
+            "the base; lower it, or choose a smaller base"
+        )
+    left = free - config.kv_memory - sum(aside.values())
+    slot_memory = _slot_memory(config, layers.values(), left, device)
     if device.type != "cpu":
         aside["slots (--slot-memory)"] = slot_memory + staging_bytes(slot_memory)
     block_bytes = model.kv_bytes_per_token * config.block_size
