@@ -296,6 +296,56 @@ def test_attention_is_that_of_each_context_alone_in_any_chunks(
         assert torch.equal(mixed, whole), "chunks and neighbours change bits"
 
 
+@pytest.mark.parametrize("most", [1, 24])
+def test_attention_holds_what_splits_give_of_some_rows_after_the_other_for_the_same_bits(
+    kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """A decode in a long context, one in a short one, and two prompts; `most` rows times splits at once."""
+    launched: list[str] = []
+    triton_on_cpu.tell(monkeypatch, launched.append)
+    cache = Cache(kernels, 1, 8, 16, 16)
+    stretches = [(300, 299), (20, 19), (24, 0), (140, 120)]
+    q, k, v = (
+        torch.cat([whole[:, start:stop] for whole, (stop, start) in zip(wholes, stretches, strict=True)], 1)
+        for wholes in zip(*(projected(cache, stop, i) for i, (stop, _) in enumerate(stretches)), strict=True)
+    )
+    segments = [(cache.context(stop), start, stop) for stop, start in stretches]
+
+    def attended() -> tuple[torch.Tensor, int]:
+        launched.clear()
+        with LiveBytes() as meter:
+            out = cache.run(segments, q, k, v)
+        return out, meter.most
+
+    whole, bytes_of_all = attended()
+    assert launched == ["_write", "_attend", "_merge"]
+    of_row = 8 * (16 + 2) * 4
+    monkeypatch.setattr(cuda, "SCRATCH", most * of_row)
+    in_parts, bytes_at_once = attended()
+    assert launched.count("_attend") == launched.count("_merge") > 2
+    assert torch.equal(whole, in_parts)
+    rows = max(most, 2 * 8)  # a tile has eight rows of eight heads, in two splits
+    assert bytes_of_all - bytes_at_once == (3 * q.shape[1] - rows) * of_row
+
+
+def test_a_prompt_that_does_not_attend_at_once_does_so_in_about_even_parts() -> None:
+    """2,048 rows of an 8B, 16 a tile: 8 splits are a little more than are held at once."""
+    none, tiles = torch.zeros(0), list(range(0, 2048, 16))
+
+    def rows(splits: int, most: int = 16131) -> list[int]:
+        step = cuda._Step(none, none, none, none, tiles, [splits] * len(tiles), 2048, False)
+        chunks = step.chunks(most)
+        assert [one.first_row for one in chunks] == [16 * one.first_tile for one in chunks]
+        assert sum(one.tiles for one in chunks) == len(tiles)
+        assert all(one.rows * splits <= max(most, 16 * splits) for one in chunks)
+        return [one.rows for one in chunks]
+
+    assert rows(7) == [2048]
+    assert rows(8) == [1040, 1008]
+    assert rows(256) == [48] * 42 + [32]
+    assert rows(2000) == [16] * 128
+
+
 @pytest.mark.parametrize(
     ("dim", "heads", "options"),
     [

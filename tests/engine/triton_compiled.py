@@ -29,6 +29,8 @@ POINTERS = {
 FLOATS = ("eps", "scaling", "softcap")
 UNALIGNED = (
     "rows",
+    "first_tile",
+    "first_row",
     "second",
     "third",
     "pieces",

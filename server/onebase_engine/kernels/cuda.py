@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
@@ -62,6 +62,9 @@ SPLIT = tl.constexpr(512)
 KEYS = tl.constexpr(64)
 QUERIES = tl.constexpr(64)
 """Queries of a program: rows of one context, with all heads that share its keys."""
+SCRATCH = 1 << 28
+"""Bytes of what splits give that attention holds at once, about: of more rows in longer contexts it holds
+that of some after the other."""
 PLAIN: dict[str, Any] = {"enable_fp_fusion": False}
 """How all are compiled: a product that is added is rounded first, as in PyTorch's operators one by one."""
 ALIGNMENT = 16
@@ -514,19 +517,20 @@ def _cached(pointers, mask, EIGHT: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "first_row"])
 def _attend(
     q, keys, values, key_scales, value_scales, part, stats, out, tiles, position, table, cosines, sines,
-    q_row, q_head, rows, heads, slots, table_width, block_size, key_dim, value_dim, scaling, softcap, window,
-    GROUPS: tl.constexpr, PADDED: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    TURN: tl.constexpr, EIGHT: tl.constexpr, WHOLE: tl.constexpr,
+    q_row, q_head, first_tile, first_row, rows, heads, slots, table_width, block_size, key_dim, value_dim,
+    scaling, softcap, window, GROUPS: tl.constexpr, PADDED: tl.constexpr, KEY_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr, TURN: tl.constexpr, EIGHT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What a tile's queries get from SPLIT keys: part[split, row, head, dim], before it is divided by the
-    sum of the weights; and that sum, and the largest score, in stats[split, row, head, 2].
+    sum of the weights; and that sum, and the largest score, in stats[split, row, head, 2]. Both have `rows`
+    rows, from `first_row` on.
 
     WHOLE: no context has more keys, so that it is divided at once, to out[row, head, dim].
     """
-    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, kv_head, split = first_tile + tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, count, context = (
         tl.load(tiles + tile * 3),
         tl.load(tiles + tile * 3 + 1),
@@ -579,14 +583,14 @@ def _attend(
                 weights *= tl.load(value_scales + slot, mask=known, other=0.0).to(tl.float32)[None, :]
             mixed = mixed * shrunk[:, None] + tl.dot(weights.to(tl.bfloat16), vs)
             largest = now
-    to = (split.to(tl.int64) * rows + row) * heads + head
     if WHOLE:
         # The first row of a tile without any is padding.
         wanted = (query // PADDED < tl.maximum(count, 1)) & (query % PADDED < GROUPS)
         given = _divided(mixed, weight[:, None]).to(tl.bfloat16)
-        place = to[:, None] * value_dim + value_place[None, :]
+        place = (row * heads + head)[:, None] * value_dim + value_place[None, :]
         tl.store(out + place, given, mask=wanted[:, None] & (value_place < value_dim)[None, :])
     elif split * SPLIT <= last:
+        to = (split.to(tl.int64) * rows + row - first_row) * heads + head
         tl.store(
             part + to[:, None] * value_dim + value_place[None, :],
             mixed,
@@ -602,15 +606,16 @@ def _divided(mixed, weight):
     return tl.where(weight > 0, mixed / tl.where(weight > 0, weight, 1.0), 0.0)
 
 
-@triton.jit
-def _merge(part, stats, position, out, rows, heads, value_dim, VALUE_SIZE: tl.constexpr):
+@triton.jit(do_not_specialize=["first_row"])
+def _merge(part, stats, position, out, first_row, rows, heads, value_dim, VALUE_SIZE: tl.constexpr):
     """One query's output from the splits that it sees, the first first; zeros for padding."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    own_row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = first_row + own_row
     dim = tl.arange(0, VALUE_SIZE)
     largest, weight = float("-inf"), 0.0
     mixed = tl.zeros((VALUE_SIZE,), dtype=tl.float32)
     for split in range((tl.load(position + row) + SPLIT) // SPLIT):
-        at = (split * rows + row) * heads + head
+        at = (split * rows + own_row) * heads + head
         some, own = tl.load(stats + at * 2), tl.load(stats + at * 2 + 1)
         now = tl.maximum(largest, own)
         base = tl.where(now == float("-inf"), 0.0, now)
@@ -631,9 +636,41 @@ class _Step:
     table: torch.Tensor
     tiles: torch.Tensor
     """[tiles, 3]: first packed row, rows, context."""
-    splits: int
+    first_rows: list[int]
+    """Of each tile; and of each how many splits its rows see at most."""
+    splits: list[int]
+    rows: int
     whole: bool
     """Whether one SPLIT of keys is all that any row has, and each row is in a tile."""
+    held: dict[int, list[_Chunk]] = field(default_factory=dict)
+
+    def chunks(self, most: int) -> list[_Chunk]:
+        """All tiles and rows; a chunk's rows times its splits are `most`, or it has one tile. Made once."""
+        if most not in self.held:
+            edges, found, begin, wide = [0, *self.first_rows[1:], self.rows], list[_Chunk](), 0, 0
+            widest, tile_rows = max(self.splits, default=0), max(b - a for a, b in pairwise(edges))
+            parts = max(triton.cdiv(self.rows * widest, most), 1)
+            # About even ones: a few rows at the end would take as long as many do.
+            most_even = min(most, triton.cdiv(self.rows * widest, parts) + tile_rows * widest)
+            for tile, own in enumerate(self.splits):
+                if tile > begin and (edges[tile + 1] - edges[begin]) * max(wide, own) > most_even:
+                    found.append(_Chunk(begin, tile - begin, edges[begin], edges[tile] - edges[begin], wide))
+                    begin, wide = tile, 0
+                wide = max(wide, own)
+            tiles, rows = len(self.splits) - begin, self.rows - edges[begin]
+            self.held[most] = [*found, _Chunk(begin, tiles, edges[begin], rows, wide)]
+        return self.held[most]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Tiles that attend at once, and their rows, those of padding behind them too."""
+
+    first_tile: int
+    tiles: int
+    first_row: int
+    rows: int
+    splits: int
 
 
 def _step_of(contexts: Contexts, rows: int, device: torch.device) -> _Step:
@@ -644,9 +681,14 @@ def _step_of(contexts: Contexts, rows: int, device: torch.device) -> _Step:
         arrays = contexts.position, contexts.write, contexts.table, tiles
         there = sent(np.concatenate([array.reshape(-1) for array in arrays]), device)
         own = torch.split(there, [array.size for array in arrays])
-        splits = int(contexts.position.max(initial=-1)) // SPLIT.value + 1
-        whole = splits == 1 and contexts.position.min() >= 0
-        contexts.held[key] = _Step(own[0], own[1], own[2], own[3], splits, bool(whole))
+        firsts = tiles[:, 0]
+        longest = np.maximum.reduceat(contexts.position, firsts) if len(tiles) else firsts
+        splits = (longest // SPLIT.value + 1).tolist()
+        whole = max(splits, default=0) == 1 and bool(contexts.position.min() >= 0)
+        rows_of_step = len(contexts.position)
+        contexts.held[key] = _Step(
+            own[0], own[1], own[2], own[3], firsts.tolist(), splits, rows_of_step, whole
+        )
     made: _Step = contexts.held[key]
     return made
 
@@ -693,7 +735,8 @@ class FixedStep:
         self.ids, self.positions = ids, places
         self.every_row = torch.arange(rows, device=device)
         none = np.zeros(rows, dtype=np.int32)
-        step = _Step(position, write, table, tiles, size.splits, size.splits == 1)
+        splits = [size.splits] * rows
+        step = _Step(position, write, table, tiles, list(range(rows)), splits, rows, size.splits == 1)
         self.contexts = Contexts(none, none, none, np.zeros((rows, width), dtype=np.int32), {FIXED: step})
         row, slot, weight = acting
         held = _Terms(terms, starts, row, slot, weight.view(torch.float32), size.most_rank)
@@ -780,22 +823,27 @@ class CudaAttention:
             k, v, *self._cache, step.write, cosines, sines, k.stride(1), k.stride(0), v.stride(1),
             v.stride(0), slots, key_dim, value_dim, **sizes, **PLAIN,
         )  # fmt: skip
-        parts = 0 if step.whole else step.splits
-        part = q.new_empty(parts, count, heads, value_dim, dtype=torch.float32)
-        stats = q.new_empty(parts, count, heads, 2, dtype=torch.float32)
+        if step.whole:
+            chunks, held = [_Chunk(0, len(step.splits), 0, count, 1)], 0
+        else:
+            chunks = step.chunks(SCRATCH // (heads * (value_dim + 2) * 4))
+            held = max(one.splits * one.rows for one in chunks)
+        part = q.new_empty(held, heads, value_dim, dtype=torch.float32)
+        stats = q.new_empty(held, heads, 2, dtype=torch.float32)
         out = q.new_empty(count, heads, value_dim)
-        if step.splits:
-            _attend[(len(step.tiles) // 3, kv_heads, step.splits)](
-                q, *self._cache, part, stats, out, step.tiles, step.position, step.table, cosines, sines,
-                q.stride(1), q.stride(0), count, heads, slots, contexts.table.shape[1], self._block_size,
-                key_dim, value_dim, *self._settings, GROUPS=groups, PADDED=padded, WHOLE=step.whole, **sizes,
-                **PLAIN,
-            )  # fmt: skip
-        if not step.whole:
-            _merge[(count, heads)](
-                part, stats, step.position, out, count, heads, value_dim, VALUE_SIZE=sizes["VALUE_SIZE"],
-                **PLAIN,
-            )  # fmt: skip
+        for one in chunks:
+            if one.splits:
+                _attend[(one.tiles, kv_heads, one.splits)](
+                    q, *self._cache, part, stats, out, step.tiles, step.position, step.table, cosines, sines,
+                    q.stride(1), q.stride(0), one.first_tile, one.first_row, one.rows, heads, slots,
+                    contexts.table.shape[1], self._block_size, key_dim, value_dim, *self._settings,
+                    GROUPS=groups, PADDED=padded, WHOLE=step.whole, **sizes, **PLAIN,
+                )  # fmt: skip
+            if not step.whole:
+                _merge[(one.rows, heads)](
+                    part, stats, step.position, out, one.first_row, one.rows, heads, value_dim,
+                    VALUE_SIZE=sizes["VALUE_SIZE"], **PLAIN,
+                )  # fmt: skip
         return out
 
 
