@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,8 @@ class World:
     """What each block would hold: the prefix with this key, or something else."""
     places: dict[int, bytes | None] = field(default_factory=dict)
     """The same of host memory."""
+    came_back: list[int] = field(default_factory=list)
+    """How many blocks came back in each step."""
 
     @classmethod
     def create(
@@ -36,8 +39,9 @@ class World:
         step_tokens: int = 16,
         max_length: int = 64,
         host_blocks: int = 0,
+        restored: int = sys.maxsize,
     ) -> World:
-        pool, table = BlockPool(blocks + 2, BLOCK, host_blocks), SlotTable(slots)
+        pool, table = BlockPool(blocks + 2, BLOCK, host_blocks, restored), SlotTable(slots)
         return cls(Scheduler("base", pool, table, Limits(max_rows, step_tokens, max_length)), pool, table)
 
     def step(self, background: int | None = None) -> Plan:
@@ -47,6 +51,7 @@ class World:
         moves = self.pool.take_moves(plan.written(BLOCK), least=1)
         self.places.update({place: self.blocks.get(block) for block, place in moves.out})
         self.blocks.update({block: self.places[place] for block, place in moves.back})
+        self.came_back.append(len(moves.back))
         self._check(plan, running)
         sampling = [segment.row for segment in plan.segments if segment.samples]
         for segment in plan.segments:
@@ -74,7 +79,7 @@ class World:
         """Step until no row is left; every step must compute something."""
         steps = 0
         while self.scheduler.rows:
-            assert self.step(), "rows are left, but nothing was planned"
+            assert self.step() or self.came_back[-1], "rows are left, but nothing was planned"
             steps += 1
             assert steps <= limit, "the rows do not finish"
         return steps

@@ -323,6 +323,20 @@ def test_a_step_that_fails_finds_what_came_back_from_host_memory_when_it_is_comp
     assert [event.logprobs for event in found["again", 0]] == [e.logprobs for e in expected["again", 0]]
 
 
+def test_an_engine_whose_only_row_waits_for_its_prefix_waits_for_nothing_else(base: nn.Module) -> None:
+    engine, waits = swapping(base, PROMPTS), list[int]()
+    engine.pool._most_back = 1
+    engine._staging.wait = lambda: waits.append(engine.counters.steps)  # type: ignore[method-assign]
+    engine.submit(submit("again", list(PROMPTS[0])))
+    steps = engine.counters.steps
+    for _ in range(4):
+        engine.step()
+    assert engine.counters.steps == steps
+    assert engine.counters.restored_tokens == 4 * 16
+    assert finish(engine)["again", 0][0].cached_tokens == 80
+    assert waits == []
+
+
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_row_that_is_cancelled_leaves_what_came_back_from_host_memory_for_the_next(
     base: nn.Module, steps: int

@@ -358,6 +358,12 @@ def test_logprobs_are_bit_equal_over_blocks_that_were_in_host_memory(
         assert one.pool.free == one.pool.capacity
     assert short.stats().kv_blocks_on_host == 80
     assert short.counters.restored_tokens > 0
+    slow, late = engine(**TIGHT), []
+    slow.pool._most_back = 1
+    whole = slow.pool.late
+    slow.pool.late = lambda blocks: late.append(whole(blocks)) or late[-1]  # type: ignore[method-assign]
+    assert scored(slow, asked) == expected, "where they come back one in a step"
+    assert any(late)
 
 
 def test_prompts_that_left_the_cache_are_not_computed_again(lab: Lab) -> None:

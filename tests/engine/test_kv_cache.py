@@ -37,10 +37,11 @@ class PoolMachine(RuleBasedStateMachine):
 
     held = Bundle("held")
     host = 0
+    restored = 100
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(BLOCKS + RESERVED_BLOCKS, 4, self.host)
+        self.pool = BlockPool(BLOCKS + RESERVED_BLOCKS, 4, self.host, self.restored)
         self.references: dict[int, int] = {}
         self.key_of: dict[int, bytes] = {}
         self.content: dict[int, bytes | None] = {}
@@ -63,7 +64,9 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(least=st.integers(0, 3))
     def step(self, least: int) -> None:
         """What is planned until now is copied, if it must be, and then computed."""
+        late = self.pool.late(list(self.key_of))
         moves = self.pool.take_moves(set(self.fresh), least)
+        assert len(moves.back) <= self.restored
         for some in (moves.out, moves.back):
             for numbers in zip(*some, strict=True):
                 assert len(set(numbers)) == len(some)
@@ -74,7 +77,8 @@ class PoolMachine(RuleBasedStateMachine):
             self.content[block] = self.on_host[place]
         self.content.update(dict.fromkeys(self.fresh))
         self.fresh.clear()
-        assert all(self.content[block] == key for block, key in self.key_of.items())
+        assert all(self.content[block] == key for block, key in self.key_of.items() if block not in late)
+        assert not late or moves.back, "they come some time"
 
     @rule(target=held, count=st.integers(1, 4))
     def allocate(self, count: int) -> list[int]:
@@ -142,13 +146,18 @@ class LargeHostMachine(PoolMachine):
     host = len(KEYS)
 
 
+class SlowHostMachine(PoolMachine):
+    host = len(KEYS) - 1
+    restored = 1
+
+
 # Blocks leave the bundle when they are released, so rules only touch blocks that are held.
 TestPool = PoolMachine.TestCase
 TestPoolOverASmallHost = SmallHostMachine.TestCase
 TestPoolOverALargeHost = LargeHostMachine.TestCase
-TestPool.settings = TestPoolOverASmallHost.settings = TestPoolOverALargeHost.settings = settings(
-    max_examples=60, stateful_step_count=30
-)
+TestPoolOverASlowHost = SlowHostMachine.TestCase
+TestPool.settings = TestPoolOverASmallHost.settings = settings(max_examples=60, stateful_step_count=30)
+TestPoolOverALargeHost.settings = TestPoolOverASlowHost.settings = TestPool.settings
 
 
 def held(pool: BlockPool, count: int) -> list[int]:
@@ -350,6 +359,23 @@ def test_a_block_that_goes_to_another_row_before_it_was_copied_back_is_left_alon
     held(pool, 2)
     assert pool.take_moves() == Moves()
     assert pool.on_host == 1
+
+
+def test_what_comes_back_in_a_later_step_keeps_its_place_in_host_memory_until_then() -> None:
+    pool = BlockPool(3 + RESERVED_BLOCKS, 4, host_blocks=2, restored=1)
+    for key in KEYS[:2]:
+        left(pool, [key])
+    pool.take_moves()
+    first, second = pool.share(KEYS[:2], restore=True)
+    (other,) = held(pool, 1)
+    assert pool.late([first, second, other]) == [second]
+    assert pool.take_moves() == Moves([], [(first, 0)])
+    pool.publish(other, KEYS[2])
+    pool.release([other])
+    held(pool, 1)
+    assert pool.late([first, second]) == []
+    assert pool.take_moves() == Moves([], [(second, 1)]), "the other one is dropped"
+    assert not pool.moving
 
 
 @pytest.mark.parametrize(

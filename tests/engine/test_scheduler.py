@@ -88,6 +88,7 @@ def _row(arrival: int, item: Traffic, previous: Row | None) -> Row:
     joins=st.integers(0, 3),
     most=st.integers(1, 16),
     host_blocks=st.sampled_from([0, 0, 3, 12, 100]),
+    restored=st.sampled_from([1, 2, 100]),
 )
 def test_every_row_finishes_and_everything_comes_back(
     traffic: list[Traffic],
@@ -98,9 +99,15 @@ def test_every_row_finishes_and_everything_comes_back(
     joins: int,
     most: int,
     host_blocks: int,
+    restored: int,
 ) -> None:
     world = World.create(
-        blocks=blocks, slots=slots, max_rows=max_rows, step_tokens=step_tokens, host_blocks=host_blocks
+        blocks=blocks,
+        slots=slots,
+        max_rows=max_rows,
+        step_tokens=step_tokens,
+        host_blocks=host_blocks,
+        restored=restored,
     )
     coming = sorted(traffic, key=lambda item: item.at)
     rows: list[tuple[Row, Traffic]] = []
@@ -126,7 +133,8 @@ def test_every_row_finishes_and_everything_comes_back(
         before, preemptions = set(world.scheduler.running), for_blocks(world)
         may = world.scheduler.only_background or step % 4 <= joins
         plan = world.step(background=most if may else 0)
-        assert plan or not world.scheduler.rows, "rows wait for nothing"
+        assert plan or not world.scheduler.rows or world.came_back[-1], "rows wait for nothing"
+        assert world.came_back[-1] <= restored
         if for_blocks(world) > preemptions:
             assert step - last_admission > BLOCK, "a row was preempted right after an admission"
         if any(segment.row not in before for segment in plan.segments):
@@ -281,6 +289,41 @@ def test_a_prompt_is_not_taken_from_the_cache(change: str, left: bool) -> None:
     (segment,) = world.step().segments
     assert row.cached_tokens == 0
     assert segment.start == 0
+
+
+def test_a_long_prefix_comes_back_over_several_steps_in_which_other_rows_go_on() -> None:
+    world = World.create(host_blocks=40, restored=2, blocks=20)
+    prompt = list(range(6 * BLOCK + 1))
+    world.scheduler.add(make_row(0, prompt, 1))
+    world.finish_all()
+    world.pool.release(world.pool.allocate(world.pool.capacity) or [])
+    other, first, second = make_row(1, [50], 9), make_row(2, prompt, 1), make_row(3, [*prompt, 7, 8], 1)
+    world.scheduler.add(other)
+    world.step()
+    world.scheduler.add(first)
+    world.scheduler.add(second)
+    steps = [[segment.row for segment in world.step().segments] for _ in range(3)]
+    assert steps == [[other], [other], [other, first, second]], "who shares it waits for it too"
+    assert world.came_back[-4:] == [0, 2, 2, 2]
+    assert (first.cached_tokens, second.cached_tokens) == (6 * BLOCK, 6 * BLOCK)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_row_that_ends_or_is_preempted_before_its_prefix_has_come_back_leaves_it_whole(ends: bool) -> None:
+    world = World.create(host_blocks=40, restored=1, blocks=8)
+    prompt = list(range(3 * BLOCK + 2))
+    world.scheduler.add(make_row(0, prompt, 1))
+    world.finish_all()
+    world.pool.release(world.pool.allocate(world.pool.capacity) or [])
+    row = make_row(1, prompt, 1)
+    world.scheduler.add(row)
+    assert not world.step()
+    world.end(row) if ends else world.preempt(row)
+    assert world.pool.free == world.pool.capacity
+    if ends:
+        world.scheduler.add(make_row(2, prompt, 1))
+    world.finish_all()
+    assert sum(world.came_back) == 3
 
 
 @pytest.mark.parametrize(

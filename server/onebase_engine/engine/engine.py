@@ -21,7 +21,7 @@ from onebase_engine.base.load import BaseChangedError, content_sum, fingerprint
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Batch, Packer
 from onebase_engine.engine.grammars import IDLE_SECONDS, GrammarError, Grammars
-from onebase_engine.engine.kv_cache import BlockPool
+from onebase_engine.engine.kv_cache import RESTORED, BlockPool
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import RowOutput, TokenLogprob
 from onebase_engine.engine.model import ServedModel
@@ -149,7 +149,9 @@ class Engine:
         self.model.allocate_kv(kv_blocks, block_size, host_blocks)
         if not self.model.kernels.drafts:
             limits = replace(limits, draft_tokens=0)
-        self.pool = BlockPool(kv_blocks, block_size, host_blocks if self.model.host is not None else 0)
+        places = host_blocks if self.model.host is not None else 0
+        restored = -(-RESTORED * limits.step_tokens // block_size)
+        self.pool = BlockPool(kv_blocks, block_size, places, restored)
         self.versions = Versions()
         self._staging = Staging(
             copy or copier(self.model.device),
@@ -327,6 +329,8 @@ class Engine:
         self._staging.drop_unwanted(digest for mix in self.scheduler.waiting.mixes for digest in mix.digests)
         if not plan:
             self._do_meanwhile()
+            if any(row.late for row in self.scheduler.running):
+                return  # More of what they begin with comes back before the next step.
             if self._opening:
                 self._admit_compiled(IDLE_SECONDS)
             else:

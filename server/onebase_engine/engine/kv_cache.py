@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -32,6 +33,9 @@ RESERVED_BLOCKS = 2
 SCALE_DTYPE = torch.bfloat16
 """Of an int8 cache: half of fp32's bytes. It is no less exact, since numbers are divided by the scale as it
 is kept: a rounded one makes the steps wider by 0.4% at most."""
+RESTORED = 2
+"""Times as many tokens as a step computes may come back from host memory in one: a token crosses the bus in a
+tenth of the time, about, in which it is computed."""
 STAGED_BLOCKS = 32
 """Most blocks on their way between device and host at once: so many more are kept on the device for it."""
 
@@ -66,8 +70,11 @@ class BlockPool:
     """Reference-counted blocks with a prefix cache; least recently used prefixes are evicted first, to the
     host's places if there are any, and from there again the least recently used."""
 
-    def __init__(self, total: int, block_size: int, host_blocks: int = 0) -> None:
-        """`host_blocks`: places in host memory for blocks that were evicted."""
+    def __init__(
+        self, total: int, block_size: int, host_blocks: int = 0, restored: int = sys.maxsize
+    ) -> None:
+        """`host_blocks`: places in host memory for blocks that were evicted, of which `restored` come back in
+        one step at most."""
         if total <= RESERVED_BLOCKS:
             raise ValueError(f"{total} KV blocks leave none to use; raise --kv-memory")
         self.block_size = block_size
@@ -78,15 +85,16 @@ class BlockPool:
         self._empty: deque[int] = deque(range(RESERVED_BLOCKS, total))
         self._reusable: OrderedDict[int, None] = OrderedDict()
         self.host_capacity = host_blocks
+        self._most_back = restored
         self._unused = deque(range(host_blocks))
         self._place_of: OrderedDict[bytes, int] = OrderedDict()
         """Of each prefix block in host memory, the least recently used first. It may be in the cache too."""
         self._out: dict[int, int] = {}
         """Place -> the block that is to be copied there before it is written to."""
         self._back: dict[int, int] = {}
-        """Block -> the place that is to be copied there."""
+        """Block -> the place that is to be copied there, in this order."""
         self._reading: set[int] = set()
-        """Places that the next moves copy from, and so take nothing else."""
+        """Places that moves are to copy from, and so take nothing else."""
 
     @property
     def free(self) -> int:
@@ -135,7 +143,7 @@ class BlockPool:
         """Blocks of the longest cached prefix of `keys`, one reference more on each.
 
         restore: what host memory has is cached too, and gets a block of those that are free. It is there
-            once the next moves have been made.
+            once the next moves have been made, or some after them: see `late`.
         """
         if restore:
             self._used(keys)
@@ -176,27 +184,35 @@ class BlockPool:
         """Whether anything waits to be copied, or a place for what was to be."""
         return bool(self._out or self._back or self._reading)
 
+    def late(self, blocks: Sequence[int]) -> list[int]:
+        """Which of these blocks the next moves do not bring back yet. No step must read them."""
+        if len(self._back) <= self._most_back:
+            return []
+        next_ones = set(islice(self._back, self._most_back))
+        return [block for block in blocks if block in self._back and block not in next_ones]
+
     def take_moves(self, written: Collection[int] = (), least: int = STAGED_BLOCKS) -> Moves:
         """What is to be copied now, before anything is computed.
 
         A long prompt takes many blocks at once and writes to them in many steps: what it evicted goes to the
-        host bit by bit, so that no step is held up for all of it.
+        host bit by bit, so that no step is held up for all of it. Nor is it for all that comes back.
 
         Args:
             written: blocks that the step writes to.
             least: blocks that go to the host even if they could wait.
         """
+        now = dict(islice(self._back.items(), self._most_back))
+        read = set(now.values())
         due = {
-            place
-            for place, block in self._out.items()
-            if block in written or block in self._back or place in self._reading
+            place for place, block in self._out.items() if block in written or block in now or place in read
         }
         late = (place for place in self._out if place not in due)
         due.update(list(islice(late, max(least - len(due), 0))))
         out = [(self._out.pop(place), place) for place in sorted(due)]
-        back = sorted(self._back.items(), key=lambda move: move[1])
-        self._back.clear()
-        self._reading.clear()
+        back = sorted(now.items(), key=lambda move: move[1])
+        for block in now:
+            del self._back[block]
+        self._reading = set(self._back.values())
         return Moves(out, back)
 
     def _keep(self, key: bytes, block: int) -> None:

@@ -87,6 +87,8 @@ class Row:
     computed: int = 0
     blocks: array[int] = field(default_factory=lambda: array("i"))
     """int32, as a step's table has them."""
+    late: list[int] = field(default_factory=list)
+    """Its blocks that come back from host memory only after the next step: until then it computes nothing."""
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix keys of the row's full blocks, extended as blocks fill."""
     charged: int = 0

@@ -19,6 +19,9 @@ blocks stay free: the next block of each row that may still need one. Else the y
 and preempted again as soon as an older one grows. So no row is preempted for want of blocks before one has
 got `block_size` tokens after any admission.
 
+A row whose prefix comes back from host memory over several steps has its place and its blocks from the first
+of them on, and computes nothing before the last.
+
 Rows in the background fill what is left. Any other row takes its place, slot and blocks from the youngest of
 them, and none of them takes anything from another row. A step that computes another row's prompt has none of
 them, and next to other rows' decodes they compute little of their own prompts; whether they may be in such
@@ -93,6 +96,8 @@ class _Draft:
     chunks: dict[Row, Segment] = field(default_factory=dict)
     """Of rows that prefill or have just been admitted."""
     preempted: set[Row] = field(default_factory=set)
+    late: set[Row] = field(default_factory=set)
+    """Rows whose blocks are still on their way from host memory."""
     lacking: set[Row] = field(default_factory=set)
     """Waiting rows that had their turn and lacked blocks."""
     slotless: int = 0
@@ -310,7 +315,7 @@ class Scheduler:
         short = len(rows) > draft.budget or 0 < draft.background < behind
         for row in sorted(rows, key=self.waiting.order) if short else rows:
             ready = row.pending == 1 and draft.left(row) > 0 and row not in draft.preempted
-            if ready and not row.ends and self._grow(row, len(row.tokens), draft):
+            if ready and not row.ends and not self._is_late(row) and self._grow(row, len(row.tokens), draft):
                 draft.decodes[row] = Segment(row, row.computed, len(row.tokens))
                 draft.take(row, 1)
 
@@ -325,7 +330,10 @@ class Scheduler:
                 self._advance(row, draft)
 
     def _advance(self, row: Row, draft: _Draft) -> None:
-        """As much of the row as the budget allows."""
+        """As much of the row as the budget allows, once its blocks are there."""
+        if self._is_late(row):
+            draft.late.add(row)
+            return
         length = min(row.pending, draft.left(row))
         if row.scores_prompt:
             length = min(length, max(row.first_scored - row.computed, 0) + MAX_SCORED_TOKENS)
@@ -453,7 +461,7 @@ class Scheduler:
 
         To a row that is not in the background, the youngest of those that are.
         """
-        going = {*yielding, *draft.chunks}
+        going = {*yielding, *draft.chunks, *draft.late}
         behind = [other for other in among if other.background and other not in going]
         if not row.background and behind:
             return max(behind, key=lambda other: other.arrival)
@@ -495,6 +503,7 @@ class Scheduler:
             self._pool.release(shared)
             return False
         row.blocks = array("i", shared + fresh)
+        row.late = self._pool.late(shared)
         row.computed = len(shared) * self._pool.block_size
         if row.cached_tokens is None:
             row.cached_tokens = row.charged = min(row.computed, row.prompt_length)
@@ -502,6 +511,12 @@ class Scheduler:
             again = len(row.tokens) - row.computed
             row.yields_at = row.generated + max(self._pool.block_size, again // OUTPUT_WEIGHT)
         return True
+
+    def _is_late(self, row: Row) -> bool:
+        """Whether blocks of a running row come back from host memory only after the next step."""
+        if row.late:
+            row.late = self._pool.late(row.late)
+        return bool(row.late)
 
     def _watermark(self, admitted: Row) -> int:
         """Blocks that stay free when `admitted` joins the running rows; a row alone may take all."""
@@ -542,7 +557,7 @@ class Scheduler:
 
     def _release(self, row: Row) -> None:
         self._pool.release(row.blocks)
-        row.blocks = array("i")
+        row.blocks, row.late = array("i"), []
         self._slots.release(row)
 
     def _extend_keys(self, row: Row, tokens: int) -> None:
