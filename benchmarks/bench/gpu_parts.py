@@ -44,6 +44,7 @@ from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.lora.weights import weights_bytes
 from onebase_server.processes.engine import sizes
+from onebase_server.routing.capacity import BANDWIDTHS, BEST, REACHED, WORST, bytes_read, launch_seconds
 
 NEEDED = ("numpy", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "msgspec", "safetensors")
 BLOCK = 16
@@ -449,17 +450,12 @@ class Decodes:
         return step.names, own.names
 
 
-SHEET = ("H100", 3.35e12)
-"""The GPU that is predicted, and its bandwidth by its data sheet, bytes a second."""
-REACHED = (0.85, 0.6)
-"""The part of it that products reach, at best and at worst."""
-LAUNCH = ((1e-6, 4e-6), (2.5e-6, 10e-6))
-"""Seconds for each kernel besides its bytes, in a CUDA graph and outside of one, at best and at worst."""
 CONTEXT = 156
 
 
 def predict(found: Findings, launches: Mapping[str, tuple[Counter[str], int]]) -> None:
-    """What decodes would take on a GPU that nobody ran them on, from bytes and launches.
+    """What decodes would take on a GPU that nobody ran them on, from bytes and launches; what is assumed of
+    it is `onebase estimate`'s (`routing/capacity.py`).
 
     Args:
         launches: by the kind of adapters, those of a layer, as they were counted, and how many there are
@@ -470,12 +466,12 @@ def predict(found: Findings, launches: Mapping[str, tuple[Counter[str], int]]) -
     shape = bases.SHAPES["8b"]
     base: Any = empty_base(LlamaConfig(**shape, tie_word_embeddings=False))
     linear = {name: layer for name, layer in adaptable_layers(base).items() if layer.kind == "linear"}
-    name, bandwidth = SHEET
+    name, bandwidth = "H100", BANDWIDTHS["h100"] * 1e9
     memory = estimate_memory(base, "nf4", dtype=torch.bfloat16)
     layers = shape["num_hidden_layers"]
-    # The kernels read a block's statistic in fp32, of which one byte is stored.
     weights = sum(one.size_in * one.size_out for key, one in linear.items() if "lm_head" not in key)
-    read = memory.total - base.get_input_embeddings().weight.numel() * 2 + 3 * weights // bases.BLOCKSIZE
+    stored = memory.total - base.get_input_embeddings().weight.numel() * 2
+    read = bytes_read(stored, weights, bases.BLOCKSIZE)
     row = CONTEXT * 2 * 2 * layers * shape["num_key_value_heads"] * shape["head_dim"]
     headings = ["load", "GB a step", "launches", "ms a step", "tokens/s", "byte floor, ms"]
     add = found.table(f"PREDICTED for an {name}, not measured: the shape of an 8B, rank 16", headings)
@@ -486,8 +482,8 @@ def predict(found: Findings, launches: Mapping[str, tuple[Counter[str], int]]) -
         inside = layers * (counted_ones.total() - (0 if load.adapters else counted_ones["_shrink"]))
         moved = read + load.adapters * of_one + load.rows * row
         times = [
-            moved / (bandwidth * part) + (inside + outside / 2) * captured + outside / 2 * apart
-            for part, (captured, apart) in zip(REACHED, LAUNCH, strict=True)
+            moved / (bandwidth * REACHED[case]) + launch_seconds(inside, outside, case)
+            for case in (BEST, WORST)
         ]
         add(
             load.title, moved / 1e9, inside + outside,

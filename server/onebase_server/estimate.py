@@ -32,6 +32,10 @@ from onebase_adapters.training.cli.options import (
 )
 from onebase_engine.base.default_base import BaseError
 from onebase_server.routing.capacity import (
+    BANDWIDTHS,
+    GRAPH_ROWS,
+    REACHED,
+    WORST,
     BaseFigures,
     Capacity,
     Demand,
@@ -39,6 +43,7 @@ from onebase_server.routing.capacity import (
     Point,
     Serving,
     UnservableError,
+    bytes_read,
     capacity,
 )
 from onebase_server.settings import PREFIX_PART
@@ -54,16 +59,13 @@ placed as `onebase route` does it. A prediction: no GPU was measured.
 
   onebase estimate --serve --base meta-llama/Llama-3.1-8B --gpu h100 --adapters 1000 --requests 20
 """
-BANDWIDTHS: dict[str, float] = {
-    "t4": 320, "l4": 300, "a10": 600, "l40s": 864, "rtx3090": 936, "rtx4090": 1008, "rtx5090": 1792,
-    "a100-40": 1555, "a100-80": 2039, "h100": 3350, "h200": 4800, "b200": 8000,
-}  # fmt: skip
-"""GB/s of the GPUs' memory by their data sheets."""
-_BANDWIDTH_SHARE = 0.6
+_BANDWIDTH_SHARE = REACHED[WORST]
 """Of what a data sheet says, or a copy reaches, that a decode step is taken to reach."""
 _LAYER_SECONDS = {"cuda": 0.25e-3, "cpu": 0.06e-3}
-"""Python's part of a step, by layer: 8 ms of 30 layers, as measured on a CPU, as long as no CUDA graph spares
-it; 1.8 ms where layers are recorded (docs/performance.md)."""
+"""Python's part of a step, by layer: 8 ms of 30 layers, as measured on a CPU, where no CUDA graph spares it;
+1.8 ms where layers are recorded (docs/performance.md)."""
+_BLOCKSIZE = 64
+"""Of 4-bit weights, as the server quantizes them unless said otherwise."""
 _PROBE_BYTES = 256 << 20
 
 
@@ -232,7 +234,11 @@ def _figures(options: argparse.Namespace) -> tuple[BaseFigures, int]:
     return (
         BaseFigures(
             bytes=memory.total,
-            read=memory.total - (0 if tied else embedding.weight.numel() * dtype.itemsize),
+            read=bytes_read(
+                memory.total - (0 if tied else embedding.weight.numel() * dtype.itemsize),
+                weights if options.quantization == "nf4" else 0,
+                _BLOCKSIZE,
+            ),
             flops=2 * (weights + head_weights),
             kv_bytes=_kv_bytes(config.get_text_config(), torch.int8 if options.kv_dtype == "int8" else dtype),
             layers=config.get_text_config().num_hidden_layers,
@@ -266,12 +272,20 @@ def _device(options: argparse.Namespace) -> Device:
             if own is None
             else f"{bandwidth / 1e9:g} GB/s as given"
         )
-        return Device(known.name, known.memory, bandwidth, known.rate, how, _LAYER_SECONDS["cuda"])
+        host = _LAYER_SECONDS["cuda"], _graph_rows("cuda", options)
+        return Device(known.name, known.memory, bandwidth, known.rate, how, *host)
     settings = base_settings(options, Path())
     machine = training.this_machine(settings.device, settings.dtype, options.memory)
     bandwidth = own or measured_bandwidth(settings.device) * _BANDWIDTH_SHARE
     how = f"measured on this machine, {bandwidth / 1e9:.1f} GB/s taken"
-    return Device(machine.name, machine.memory, bandwidth, machine.rate, how, _LAYER_SECONDS[machine.kind])
+    host = _LAYER_SECONDS[machine.kind], _graph_rows(machine.kind, options)
+    return Device(machine.name, machine.memory, bandwidth, machine.rate, how, *host)
+
+
+def _graph_rows(kind: str, options: argparse.Namespace) -> int:
+    """Rows of which a step is a CUDA graph at most. What PyTorch computes with adapters is in none."""
+    captured = kind == "cuda" and options.dtype == "bfloat16" and options.quantization != "int8"
+    return GRAPH_ROWS if captured else 0
 
 
 def measured_bandwidth(device: Any) -> float:

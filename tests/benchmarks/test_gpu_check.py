@@ -15,7 +15,9 @@ import torch
 
 import gpu_check
 from bench import gpu_bundle, gpu_parts, gpu_processes
+from bench import random_base as bases
 from bench.gpu_report import Findings, held, page
+from onebase_server.routing.capacity import LAYER_LAUNCHES, OTHER_LAUNCHES
 
 ROOT = Path(__file__).parents[2]
 FAULTS = ("raises", "hangs", "dies", "wrong", "nothing", "good")
@@ -170,6 +172,8 @@ def test_under_the_interpreter_parts_run_and_their_report_has_a_page(only: str, 
         assert predicted["title"].startswith("PREDICTED")
         # A step of an 8B's 4-bit weights: more than half a byte each, on a card that reads 3.35 TB a second.
         assert 4.7 < predicted["rows"][0][1] < 5.3
+        short = bases.SHAPES["8b"]["num_hidden_layers"] * (LAYER_LAUNCHES - 1) + OTHER_LAUNCHES
+        assert short == max(row[2] for row in predicted["rows"]), "as `onebase estimate` counts"
         floors = [row[-1] for row in predicted["rows"]]
         assert floors == sorted(floors)
         assert {(row[0], row[1]) for row in table["rows"]} == {

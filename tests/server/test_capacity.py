@@ -12,9 +12,13 @@ import torch
 from tests.tiny import ARCHITECTURES
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from onebase_engine.engine.graphs import ROWS
 from onebase_engine.engine.model import ServedModel
 from onebase_server.estimate import _kv_bytes, main
 from onebase_server.routing.capacity import (
+    GRAPH_ROWS,
+    LAYER_LAUNCHES,
+    WORST,
     BaseFigures,
     Capacity,
     Demand,
@@ -22,6 +26,7 @@ from onebase_server.routing.capacity import (
     Serving,
     UnservableError,
     capacity,
+    launch_seconds,
 )
 
 GB = 10**9
@@ -109,6 +114,20 @@ def test_a_token_takes_what_the_engines_cache_gives_it(architecture: str, dtype:
     assert _kv_bytes(config.get_text_config(), dtype) == model.kv_bytes_per_token
 
 
+def test_a_step_of_few_rows_is_a_graph_on_a_gpu_and_takes_its_bytes_and_launches() -> None:
+    assert ROWS[-1] == GRAPH_ROWS, "of the engine"
+    graphs = replace(H100, graph_rows=GRAPH_ROWS)
+    few, as_few = asked(device=graphs, requests=10.0).chosen, asked(requests=10.0).chosen
+    launches = 32 * LAYER_LAUNCHES * 2.5e-6 + 12 * (2.5e-6 + 10e-6)
+    assert launch_seconds(32 * LAYER_LAUNCHES, 24, WORST) == pytest.approx(launches)
+    row = (600 * LLAMA.kv_bytes + DEMAND.adapter_bytes) / H100.bandwidth
+    assert few.token < 0.008 <= as_few.token, "without graphs it is Python's 0.25 ms a layer"
+    step = LLAMA.read / H100.bandwidth + launches + few.running * row
+    assert few.token == pytest.approx(step / (1 - 10 * 500 * 15.1e9 / 300e12), rel=0.02)
+    rows = replace(graphs, graph_rows=1)
+    assert asked(device=rows, requests=10.0).chosen.token == pytest.approx(as_few.token)
+
+
 # The command
 
 
@@ -133,6 +152,9 @@ def test_the_command_says_how_many_servers_and_what_binds(
     assert made["demand"]["adapter_bytes"] == 4 * 16 * 2 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * 18432)
     assert main([*options, "--json", "--kv-dtype", "int8"]) == 0
     assert json.loads(capsys.readouterr().out)["base"]["kv_bytes"] == 2 * 2 * 8 * (128 + 2)
+    assert made["device"]["graph_rows"] == GRAPH_ROWS
+    assert main([*options, "--json", "--quantization", "int8"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"]["graph_rows"] == 0, "PyTorch computes int8"
     assert main(options) == 0
     said = capsys.readouterr().out
     rows = [[part.strip() for part in line.split("\t")] for line in said.splitlines() if "\t" in line]
@@ -142,6 +164,21 @@ def test_the_command_says_how_many_servers_and_what_binds(
     assert "60% of 3350 GB/s" in lines["device"][1]
     assert f"--max-slots {made['setup']['slots']}" in lines["slots"][1]
     assert "No GPU was measured" in " ".join(said.split())
+
+
+def test_a_token_on_an_h100_takes_what_the_gpu_check_predicts_at_worst(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/performance.md has 2.4 to 4.0 ms for a row of 156 tokens with an adapter on all linear layers."""
+    LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    load = ["--adapters", "1", "--requests", "0.001", "--prompt", "100", "--answer", "112", "--replicas", "1"]
+    assert main(["--serve", "--base", str(tmp_path), "--gpu", "h100", *load, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["chosen"]["token"] == pytest.approx(4.0e-3, rel=0.03)
+    assert made["base"]["read"] == pytest.approx(5.0e9, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """How many servers a load takes, and what of them binds: figures of base and device, then a simulation.
 
 A decode step reads the weights once, and of each row its context and its adapter, or takes what the rows'
-operations take, whichever is longer, and never less than Python takes for the layers; a prompt is computed,
-and takes its time from the steps. Nothing here was measured on a server: it is what bytes and operations
-predict, at the rates that `Device` says.
+operations take, whichever is longer; it launches kernels; and it takes no less than Python takes for the
+layers, which a CUDA graph spares. A prompt is computed, and takes its time from the steps. Nothing here was
+measured on a server: it is what bytes, operations and launches predict, at the rates that `Device` says.
 """
 
 from __future__ import annotations
@@ -35,6 +35,40 @@ _SLOT_PARTS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Of the free memory, for slots; the first is the engine's own."""
 
 
+# What is assumed of a GPU. `make gpu-check` predicts with it, at best and at worst; here it is the worst.
+
+BANDWIDTHS: dict[str, float] = {
+    "t4": 320, "l4": 300, "a10": 600, "l40s": 864, "rtx3090": 936, "rtx4090": 1008, "rtx5090": 1792,
+    "a100-40": 1555, "a100-80": 2039, "h100": 3350, "h200": 4800, "b200": 8000,
+}  # fmt: skip
+"""GB/s of the GPUs' memory by their data sheets."""
+REACHED = (0.85, 0.6)
+"""The part of it that products reach, at best and at worst."""
+LAUNCH = ((1e-6, 4e-6), (2.5e-6, 10e-6))
+"""Seconds for each kernel besides its bytes, in a CUDA graph and outside of one, at best and at worst."""
+LAYER_LAUNCHES, OTHER_LAUNCHES = 17, 24
+"""Kernels of a layer with an adapter on all of its linear ones, one of which short contexts do not need, and
+those of a step beside the layers'. `make gpu-check CHECK_ARGS="--device cpu --only engine"` counts them."""
+GRAPH_ROWS = 64
+"""Rows of which a step is a CUDA graph at most (`engine/graphs.py`)."""
+BEST, WORST = 0, 1
+
+
+def launch_seconds(inside: int, outside: int, case: int) -> float:
+    """Of a step whose layers are in a CUDA graph. inside: kernels of the layers. outside: others, half of
+    which a graph holds. case: BEST or WORST."""
+    captured, apart = LAUNCH[case]
+    return (inside + outside / 2) * captured + outside / 2 * apart
+
+
+def bytes_read(stored: int, quantized: int, blocksize: int) -> int:
+    """Of weights in a step: kernels read each block's statistic in fp32, of which one byte is stored.
+
+    stored: bytes in memory. quantized: 4-bit weights among them.
+    """
+    return stored + 3 * quantized // blocksize
+
+
 class UnservableError(ValueError):
     """No number of servers does it; the message says why and what to change."""
 
@@ -43,7 +77,8 @@ class UnservableError(ValueError):
 class Device:
     """memory: bytes that a server may take. bandwidth: bytes a second. rate: operations a second. Both as the
     engine is expected to reach them; `how`: where they come from. layer_seconds: that Python and starting the
-    kernels take for a layer of each step, while the device computes."""
+    kernels take for a layer of each step, while the device computes. graph_rows: with so many rows at most a
+    step is a CUDA graph, in which the host takes no time, but each kernel some (`LAUNCH`); 0 on a CPU."""
 
     name: str
     memory: int
@@ -51,6 +86,7 @@ class Device:
     rate: float
     how: str
     layer_seconds: float = 0.0
+    graph_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -235,7 +271,9 @@ class _Model:
         flops = base.flops + adapter_flops
         context = demand.prompt + demand.answer / 2
         self._least = base.layers * device.layer_seconds
-        self._step = base.read / device.bandwidth
+        self._graph_rows = device.graph_rows
+        launches = launch_seconds(base.layers * LAYER_LAUNCHES, OTHER_LAUNCHES, WORST)
+        self._step = base.read / device.bandwidth + (launches if device.graph_rows else 0.0)
         self._prompt = max(demand.prompt * flops / device.rate, self._step, self._least)
         self._row = max(
             (context * base.kv_bytes + demand.adapter_bytes) / device.bandwidth, flops / device.rate
@@ -254,7 +292,8 @@ class _Model:
 
     def _seconds(self, rows: float) -> float:
         """Of a step."""
-        return max(self._least, self._step + rows * self._row)
+        own = self._step + rows * self._row
+        return own if rows <= self._graph_rows else max(self._least, own)
 
     def point(self, replicas: float) -> Point:
         """Without a simulation. `running` is infinite where the load is more than they can compute."""
@@ -265,7 +304,9 @@ class _Model:
         if left <= 0:
             return Point(math.ceil(replicas), math.inf, 1 - left, math.inf, math.inf)
         # As many as come while one is answered (Little): the step's length depends on how many they are.
-        running = tokens * max(self._step / left, self._least / steps)
+        running = tokens * self._step / left
+        if running > self._graph_rows:
+            running = max(running, tokens * self._least / steps)
         prefill = self._prompt + self._seconds(min(running, self.setup.rows))
         return Point(math.ceil(replicas), running, 1 - left, prefill, running / tokens)
 
