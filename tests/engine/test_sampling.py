@@ -11,14 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.engine.harness import LiveBytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase_engine.engine import sampling
 from onebase_engine.engine.messages import Sampling
 from onebase_engine.engine.row import AdapterMix, Row
 from onebase_engine.engine.sampling import Drawn, score_tokens, uniform
+from onebase_engine.kernels import reference as by_pytorch
 from onebase_engine.kernels.cpu import load_library
-from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.interface import Draws, Kernels
 from onebase_engine.kernels.reference import NUCLEUS_CANDIDATES, ReferenceKernels
 
 VOCAB = 40
@@ -222,6 +224,33 @@ def test_scores_and_alternatives_do_not_depend_on_how_a_library_adds_and_sorts(v
         alone = [sampling._largest(one[None], 9, ordered=True)[1][0].tolist() for one in raw]
     assert places.tolist() == alone == raw.sort(descending=True, stable=True).indices[:, :9].tolist()
     assert torch.equal(values, raw.gather(1, places))
+
+
+def test_many_rows_are_drawn_some_after_the_other_for_the_same_tokens_in_less_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, vocab = 23, 4000
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16)
+    logits[7] = torch.nan
+    numbers = np.arange(rows)
+    draws = Draws(
+        temperature=np.where(numbers % 4 == 0, 0.0, 0.5 + numbers).astype(np.float32),
+        top_k=np.where(numbers % 5 == 1, 40, 0),
+        top_p=np.where(numbers % 3 == 1, 0.9999, 1.0).astype(np.float32),
+        min_p=np.where(numbers % 7 == 2, 0.1, 0.0).astype(np.float32),
+        uniform=(numbers + 0.5) / rows,
+    )
+    mask = np.full(-(-vocab // 32), 0x5A5A5A5A, dtype=np.int32)
+    allowed = [mask if number % 6 == 5 else None for number in range(rows)]
+    drawn: list[list[int | None]] = []
+    taken: list[int] = []
+    kernels = ReferenceKernels(tiled=False)
+    for at_once in (rows, 4):
+        monkeypatch.setattr(by_pytorch, "DRAWN_AT_ONCE", at_once)
+        taken.append(LiveBytes.measure(lambda: drawn.append(kernels.draw(list(logits), draws, allowed)())))
+    assert drawn[0] == drawn[1]
+    assert [number for number, token in enumerate(drawn[0]) if token is None] == [7]
+    assert taken[1] < taken[0] / 3
 
 
 def test_a_seed_gives_the_same_token_again_and_choices_and_positions_differ() -> None:

@@ -40,6 +40,8 @@ MAX_DECODE_CONTEXT = 1 << 17
 many short ones, all would be padded to its length and memory run out (Llama-3.1-8B: 4 KB a token)."""
 LENGTH_MULTIPLE = 64
 """Contexts on accelerators are padded to this many tokens."""
+DRAWN_AT_ONCE = 64
+"""Rows, drafts' too: each takes ten times its logits in fp32."""
 NUCLEUS_CANDIDATES = 1024
 """Most likely tokens tried for top_p before a row's whole vocabulary is sorted."""
 
@@ -81,24 +83,16 @@ class ReferenceKernels:
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
     ) -> Drawing:
         """It waits for an accelerator once, and again if a nucleus is larger than what was sorted of it."""
-        raw = torch.stack(list(logits)).float()
-        fails = ~torch.isfinite(raw.amax(dim=-1))
-        masks = {row: mask for row, mask in enumerate(allowed) if mask is not None}
-        fails |= _forbid(raw, masks)
-        tokens, unsure = raw.argmax(dim=-1), torch.zeros_like(fails)
-        random = np.flatnonzero(draws.temperature > 0)
-        if len(random):
-            own = sent(random, raw.device)
-            tokens[own], unsure[own] = _sample(raw[own], draws, random, NUCLEUS_CANDIDATES)
-        drawn = torch.stack([tokens, fails, unsure])
+        rows = range(len(logits))
+        drawn = _drawn(logits, draws, allowed, rows, NUCLEUS_CANDIDATES)
 
         def read() -> list[int | None]:
             found, failed, again = drawn.tolist()
-            if wide := [row for row in range(len(found)) if again[row] and not failed[row]]:
-                more, _ = _sample(raw[sent(np.array(wide), raw.device)], draws, np.array(wide), raw.shape[1])
+            if wide := [row for row in rows if again[row] and not failed[row]]:
+                more = _drawn(logits, draws, allowed, wide, logits[0].shape[-1])[0]
                 for row, token in zip(wide, more.tolist(), strict=True):
                     found[row] = token
-            return [None if failed[row] else found[row] for row in range(len(found))]
+            return [None if failed[row] else found[row] for row in rows]
 
         return read
 
@@ -484,6 +478,31 @@ def _forbid(logits: torch.Tensor, masks: dict[int, np.ndarray]) -> torch.Tensor:
     logits[rows] = made.masked_fill_(allowed & nothing, 0)
     fails[rows] = ~allowed.any(-1)
     return fails
+
+
+def _drawn(
+    logits: Sequence[torch.Tensor],
+    draws: Draws,
+    allowed: Sequence[np.ndarray | None],
+    rows: Sequence[int],
+    candidates: int,
+) -> torch.Tensor:
+    """Of some rows their tokens, whether they have none, and whether what was drawn of them is wrong, since
+    the `candidates` most likely tokens are no nucleus: int64 [3, rows]."""
+    found: list[torch.Tensor] = []
+    for first in range(0, len(rows), DRAWN_AT_ONCE):
+        some = np.array(rows[first : first + DRAWN_AT_ONCE])
+        raw = torch.stack([logits[row] for row in some]).float()
+        fails = ~torch.isfinite(raw.amax(dim=-1))
+        masks = {place: mask for place, row in enumerate(some) if (mask := allowed[row]) is not None}
+        fails |= _forbid(raw, masks)
+        tokens, unsure = raw.argmax(dim=-1), torch.zeros_like(fails)
+        random = np.flatnonzero(draws.temperature[some] > 0)
+        if len(random):
+            own = sent(random, raw.device)
+            tokens[own], unsure[own] = _sample(raw[own], draws, some[random], candidates)
+        found.append(torch.stack([tokens, fails, unsure]))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def _sample(
