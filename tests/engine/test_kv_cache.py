@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -407,6 +408,25 @@ def test_blocks_come_back_from_host_memory_bit_for_bit(
         assert torch.equal(part[:, rest], old[:, rest])
     keys = cache.layers[2].keys.view(torch.uint8).reshape(2, 20, -1)
     assert torch.equal(keys[:, came], before[0].view(2, 2, 20, -1)[1, :, went]), "the layers have it"
+
+
+def test_host_memory_is_page_locked_until_nobody_has_it_and_its_copies_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next engine of a process may get memory at the same place."""
+    done: list[Any] = []
+    library = SimpleNamespace(
+        cudaHostRegister=lambda *given: done.append(("lock", *given)) or 0,
+        cudaHostUnregister=lambda place: done.append(("unlock", place, slab.sum().item())),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("wait"))
+    slab = torch.ones(10, dtype=torch.uint8)
+    place, owner = slab.data_ptr(), KVCache({}, 3, 1, torch.float32, torch.device("cpu"))
+    kv_cache._lock_pages(slab, torch.device("cuda"), owner)
+    assert done == [("lock", place, 10, 0)]
+    del owner
+    assert done[1:] == ["wait", ("unlock", place, 10)]
 
 
 class Streams(TorchDispatchMode):

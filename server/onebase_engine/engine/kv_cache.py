@@ -13,12 +13,14 @@ import math
 import mmap
 import struct
 import sys
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -307,7 +309,7 @@ class HostCache:
         self._stream = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            _lock_pages(self._slab, device)
+            _lock_pages(self._slab, device, self)
 
     def make(self, moves: Moves) -> None:
         """Have blocks copied, before anything that the caller has computed after this."""
@@ -355,15 +357,24 @@ def _runs(moves: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
             start = number
 
 
-def _lock_pages(slab: torch.Tensor, device: torch.device) -> None:
-    """Page-lock memory as it lies: tensors that PyTorch pins take the next power of two."""
-    failed = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0))  # type: ignore[no-untyped-call]
+def _lock_pages(slab: torch.Tensor, device: torch.device, owner: object) -> None:
+    """Page-lock memory as it lies, as long as its owner lives: tensors that PyTorch pins take the next power
+    of two. Raises RuntimeError."""
+    cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    failed = int(cuda.cudaHostRegister(slab.data_ptr(), slab.nbytes, 0))
     if failed:
         with suppress(torch.AcceleratorError):
             torch.ones(1, device=device)  # It would be raised by the next launch.
         raise RuntimeError(
             f"{slab.nbytes / 1e9:.1f} GB of host memory cannot be page-locked (CUDA error {failed})"
         )
+
+    def unlock() -> None:
+        torch.cuda.synchronize(device)  # copies may still be made
+        cuda.cudaHostUnregister(slab.data_ptr())
+
+    # Else CUDA would take what lies there next for these pages, and copy from and to them. It keeps the slab.
+    weakref.finalize(owner, unlock).atexit = False
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
