@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from tests.engine.harness import Lab, LiveBytes, requests, run
 from tests.tiny import save_base
 from torch import nn
+from transformers import LlamaConfig
 
-from onebase_engine.base.layers import LayerShape, adaptable_layers
+from onebase_engine.base.layers import LayerShape, adaptable_layers, empty_base
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import memory_budget
 from onebase_engine.engine.batch import Packer
@@ -34,6 +35,7 @@ from onebase_engine.engine.memory_budget import (
     kv_memory_available,
     largest_step_bytes,
     slot_bytes,
+    verifier_bytes,
 )
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.engine.model import ServedModel
@@ -249,6 +251,21 @@ def test_what_is_kept_of_a_step_that_failed_for_lack_of_memory_is_free_for_the_c
     monkeypatch.setattr(torch.cuda, "empty_cache", give_back)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (there["free"], 100))
     assert kv_memory_available(torch.device("cuda")) == 100
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "inner", "heads", "proof"),
+    [(16, 2048, 8192, 32, 1 << 30), (80, 8192, 28672, 64, 5e9)],
+)
+def test_the_verifier_gets_memory_for_a_proof_by_the_size_of_the_base(
+    layers: int, hidden: int, inner: int, heads: int, proof: float
+) -> None:
+    """A Llama of 1B, and one of 70B, of which versions of rank 32 take 1.7 GB."""
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    assert verifier_bytes(empty_base(config)) - CONTEXT_BYTES == pytest.approx(proof, rel=0.02)
 
 
 def test_a_step_for_which_there_is_no_memory_is_tried_with_shorter_contexts_and_then_refused(

@@ -6,6 +6,7 @@ that the limits allow is computed once to see what it takes, and the rest is cou
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from onebase_engine import machine
-from onebase_engine.base.layers import LayerShape
+from onebase_engine.base.layers import LayerShape, adaptable_layers
 from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import Sampling
@@ -33,9 +34,11 @@ CONTEXT_BYTES = 768 << 20
 """Of a process's context on a GPU. PyTorch 2.10 with CUDA 13 takes 426 MiB before its first kernel
 (unslothai/unsloth-zoo#1053) and more with each module of kernels; all of PyTorch's took over 1 GB, before
 they were loaded one by one (pytorch/pytorch#107667). Not measured by us."""
+PROOF_RANK, PROOF_VERSIONS = 32, 3
+"""For a proof's own tensors: a version of this rank on every layer, as PEFT holds it and in a slot, and its
+neighbour of the same size. Counted, not measured. A proof that needs more is refused."""
 PROOF_BYTES = 1 << 30
-"""For a proof's own tensors: the version, as PEFT holds it and in a slot, its neighbour of the same size, and
-a layer unpacked. Counted for an 8B and rank 32, not measured. A proof that needs more is refused."""
+"""At least, for these and a layer unpacked: that is what they take of an 8B."""
 _PROOF_VIEWS = 2
 """Views of the base that a verifier keeps, each with the scales of 4-bit weights in fp32."""
 
@@ -112,9 +115,12 @@ def staging_bytes(slot_memory: int) -> int:
 
 def verifier_bytes(base: nn.Module) -> int:
     """What the verifier takes on a GPU, next to the base that it shares."""
-    states: Iterable[Any] = (getattr(one, "quant_state", None) for one in base.parameters())
-    scales: int = sum(state.absmax.numel() * 4 for state in states if state is not None)
-    return CONTEXT_BYTES + PROOF_BYTES + _PROOF_VIEWS * scales
+    found: Iterable[Any] = (getattr(one, "quant_state", None) for one in base.parameters())
+    states = [state for state in found if state is not None]
+    scales: int = sum(state.absmax.numel() * 4 for state in states)
+    unpacked = max((2 * math.prod(state.shape) for state in states), default=0)
+    versions = PROOF_VERSIONS * slot_bytes(adaptable_layers(base).values(), 1, PROOF_RANK)
+    return CONTEXT_BYTES + max(PROOF_BYTES, versions + unpacked) + _PROOF_VIEWS * scales
 
 
 def rounding_bytes(model: ServedModel) -> int:
