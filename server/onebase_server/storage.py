@@ -336,11 +336,13 @@ def host_memory(settings: Settings) -> int:
 
 
 def prefix_memory(settings: Settings) -> int:
-    """Bytes that prefixes may take in host memory once they leave a GPU's KV cache. A CPU's is there itself.
+    """Bytes that prefixes may take in host memory once they leave a GPU's KV cache. A CPU's is there itself,
+    and from one that lies on several GPUs none are kept.
 
     Raises StorageError where the system says no size.
     """
-    return _host_memory(settings) // PREFIX_PART if settings.device == "cuda" else 0
+    cached = settings.device == "cuda" and settings.gpus == 1
+    return _host_memory(settings) // PREFIX_PART if cached else 0
 
 
 def _host_memory(settings: Settings) -> int:

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.harness import Lab, LiveBytes, requests, run
+from tests.engine.layers import on_cpu
 from tests.tiny import save_base
 from torch import nn
 from transformers import LlamaConfig
@@ -339,7 +340,7 @@ def _resident(cache: KVCache) -> int:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_a_kv_cache_on_the_cpu_takes_memory_only_once_written(dtype: torch.dtype) -> None:
     shapes = {0: (2, 64, 32), 1: (2, 64, 32)}
-    cache = KVCache(shapes, 20_000, 16, dtype, torch.device("cpu"))
+    cache = KVCache(shapes, 20_000, 16, dtype, on_cpu(shapes))
     size = sum(t.nbytes for t in _tensors(cache))
     assert size == 20_000 * 16 * bytes_per_token(shapes, dtype) > 50 * MB
     assert _resident(cache) < size / 10
@@ -350,7 +351,7 @@ def test_a_kv_cache_on_the_cpu_takes_memory_only_once_written(dtype: torch.dtype
 
 
 def test_keys_and_values_have_a_place_for_every_token_of_every_block() -> None:
-    cache = KVCache({3: (2, 8, 4)}, 5, 16, torch.float32, torch.device("cpu"))
+    cache = KVCache({3: (2, 8, 4)}, 5, 16, torch.float32, on_cpu({3}))
     assert cache.layers[3].keys.shape == (2, 80, 8)
     assert cache.layers[3].values.shape == (2, 80, 4)
     assert cache.layers[3].scales is None

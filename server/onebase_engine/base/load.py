@@ -22,7 +22,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from onebase_engine import machine
 from onebase_engine.base.layers import empty_base
+from onebase_engine.base.spread import DeviceMap, SpreadError, decoder_layers, device_map, device_of, link
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,8 @@ class BaseSettings:
     compute_dtype: torch.dtype = torch.bfloat16
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    devices: tuple[torch.device, ...] = ()
+    """Where there are several: the decoder's layers are spread over them. The first is `device`."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +304,7 @@ def load_base(settings: BaseSettings) -> nn.Module:
     config = load_config(settings.folder)
     by_hand = settings.quantization == "nf4" and settings.blocksize != 64
     quantization = None if by_hand else _quantization_config(settings)
+    where = _where(config, settings)
     if settings.quantization == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
     try:
@@ -308,7 +313,7 @@ def load_base(settings: BaseSettings) -> nn.Module:
             config=config,
             dtype=settings.dtype,
             quantization_config=quantization,
-            device_map={"": "cpu" if by_hand else str(settings.device)},
+            device_map={"": "cpu"} if by_hand else {name: str(device) for name, device in where.items()},
             attn_implementation="eager",
             trust_remote_code=False,
             local_files_only=True,
@@ -317,13 +322,59 @@ def load_base(settings: BaseSettings) -> nn.Module:
     except (OSError, ValueError) as error:
         raise UnsupportedBaseError(f"cannot load {settings.folder}: {error}") from error
     if by_hand:
-        _quantize_layers(model, settings)
-        model.to(settings.device)
+        _quantize_layers(model, settings, where)
+        _place(model, where)
         # What transformers sets: by it PEFT chooses its layers for 4-bit weights, which add in another order.
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    elif len(where) > 1:
+        _unhook(model)
     if settings.quantization != "none":
         check_quantized(model, settings)
     return freeze(model)
+
+
+def _where(config: Any, settings: BaseSettings) -> DeviceMap:
+    """Where everything of the base is to lie.
+
+    Raises UnsupportedBaseError where it cannot lie on several devices.
+    """
+    if len(settings.devices) < 2:
+        return {"": settings.device}
+    how = {"blocksize": settings.blocksize, "double_quant": settings.double_quant, "dtype": settings.dtype}
+    try:
+        model = empty_base(copy.deepcopy(config))
+        whole, *layers = (
+            estimate_memory(model, settings.quantization, part=part, **how).total  # type: ignore[arg-type]
+            for part in (model, *decoder_layers(model).values())
+        )
+        room = [machine.free_memory(device) for device in settings.devices]
+        room[0] -= whole - sum(layers)
+        return device_map(model, settings.devices, room)
+    except SpreadError as error:
+        raise UnsupportedBaseError(f"{settings.folder} cannot be spread over several GPUs: {error}") from None
+
+
+def _place(model: nn.Module, where: DeviceMap) -> None:
+    """Move everything there."""
+    for name, device in where.items():
+        owner, _, last = name.rpartition(".")
+        parent: Any = model.get_submodule(owner)
+        if last in parent._parameters or last in parent._buffers:
+            tensor = getattr(parent, last)
+            tensor.data = tensor.data.to(device)
+        else:
+            model.get_submodule(name).to(device)
+
+
+def _unhook(model: nn.Module) -> None:
+    """Take accelerate's hooks away, which transformers adds to what lies on several devices."""
+    from accelerate.hooks import remove_hook_from_module
+
+    remove_hook_from_module(model, recurse=True)
+    for module in model.modules():
+        # It leaves each module its own `forward` once more, as an attribute.
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
 
 
 def _is_no_cast_warning(record: logging.LogRecord) -> bool:
@@ -340,6 +391,7 @@ def freeze(model: nn.Module) -> nn.Module:
     model.eval()
     model.requires_grad_(False)
     _pin_rotary(model)
+    link(model)
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -417,7 +469,7 @@ def _quantization_config(settings: BaseSettings) -> Any:
     return None
 
 
-def _quantize_layers(model: Any, settings: BaseSettings) -> None:
+def _quantize_layers(model: Any, settings: BaseSettings, where: DeviceMap) -> None:
     """NF4 with a blocksize other than 64, which transformers' config cannot express."""
     import bitsandbytes as bnb
 
@@ -444,7 +496,7 @@ def _quantize_layers(model: Any, settings: BaseSettings) -> None:
         )
         layer.bias = module.bias
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.to(settings.device))
+        setattr(model.get_submodule(parent), child, layer.to(device_of(name, where)))
 
 
 def quantized_statistics(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -533,15 +585,17 @@ def estimate_memory(
     blocksize: int = 64,
     double_quant: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    part: nn.Module | None = None,
 ) -> MemoryEstimate:
-    """Bytes that `load_base` will take. `model`: what `empty_base` makes of the config.
+    """Bytes that `load_base` will take. `model`: what `empty_base` makes of the config; `part`: for a part
+    of it.
 
     Linear layers but the output head are quantized. NF4 stores half a byte a weight plus one absmax
     per block: fp32, or with double quantization one byte plus fp32 per 256 blocks (QLoRA, section 3).
     """
     output = model.get_output_embeddings()
     parameters = plain = quantized = 0
-    for module in model.modules():
+    for module in (model if part is None else part).modules():
         for name, parameter in module.named_parameters(recurse=False):
             count = parameter.numel()
             tied = module is output and name == "weight" and _is_tied(model)

@@ -29,6 +29,8 @@ class PagedAttention:
         self.step: Contexts | None = None
         self.shapes: dict[int, tuple[int, int, int]] = {}
         """Filled by the probe pass: layer -> (kv heads, key dim, value dim)."""
+        self.devices: dict[int, torch.device] = {}
+        """Of each layer; filled by the probe pass, too."""
         self.rotation: Rotation | None = None
         """By which the next call's q and k are still to be turned."""
         self._kernels = kernels
@@ -81,6 +83,7 @@ class PagedAttention:
         if foreign:
             raise UnsupportedAttentionError(f"its attention uses {', '.join(foreign)}")
         self.shapes[layer] = (k.shape[1], k.shape[3], v.shape[3])
+        self.devices[layer] = k.device
         return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
 
 

@@ -154,7 +154,7 @@ class Engine:
         self.pool = BlockPool(kv_blocks, block_size, places, restored)
         self.versions = Versions()
         self._staging = Staging(
-            copy or copier(self.model.device),
+            copy or copier(self.model.devices),
             staging_bytes(slot_memory),
             self.versions.weights,
             self.versions.size,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -164,17 +164,23 @@ def fit_step(free: int, token_bytes: int, max_length: int, step_at: Callable[[in
         return step, length
 
 
-def measured_on(device: torch.device) -> Measure:
-    """By what PyTorch asks the device for: its tensors, and the pieces between them that it cannot use."""
+def measured_on(devices: Sequence[torch.device]) -> Measure:
+    """By what PyTorch asks a device for: its tensors, and the pieces between them that it cannot use. Of
+    several devices, the most of any."""
 
     def measure(run: Callable[[], object]) -> int:
-        torch.cuda.synchronize(device)
+        for device in devices:
+            torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
         run()
-        torch.cuda.synchronize(device)
+        for device in devices:
+            torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        return torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
+        return max(
+            torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device) for device in devices
+        )
 
     return measure
 

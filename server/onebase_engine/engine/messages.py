@@ -27,6 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    gpus: int = 1
+    """Over so many the base's layers are spread."""
     max_rank: int = 256
     max_slots: int = 8
     slot_memory: int = 0
@@ -206,11 +208,14 @@ class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str
     dtype: str
     device: str
+    """Or several, as in `cuda:0, cuda:1`."""
     kernels: str = "torch"
     """What computes: `torch`, or the kernels in C by their set of instructions; on a GPU with its kind, as
     `triton sm_90`. A version that was proved with others is proved again."""
     gpu_sharing: str = ""
     """How the engine, the verifier and trainers share a GPU: `mps` or `time slices`; empty without one."""
+    spread: str = ""
+    """That the base's layers lie on several GPUs, in a sentence, and that this is slow; empty on one."""
     promise: str = ""
     """What is kept of a row's bits, in a sentence or two."""
     base_bytes: int

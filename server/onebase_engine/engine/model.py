@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from onebase_engine.base.load import UnsupportedBaseError
+from onebase_engine.base.spread import devices_of
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_engine.engine.batch import Batch
@@ -57,7 +58,10 @@ class ServedModel:
     ) -> None:
         """`unpacked`: on the CPU, 4-bit weights are kept as bf16 too, in four times their memory. `kv_dtype`:
         int8, or None for the base's own. `kernels`: what computes, instead of what suits the device best."""
-        self.device: torch.device = next(base.parameters()).device
+        self.devices = devices_of(base)
+        """Where the base's layers lie. On several nothing is captured as a graph of CUDA."""
+        self.device = self.devices[0]
+        """Where a pass begins and ends."""
         self.dtype: torch.dtype = base.get_output_embeddings().weight.dtype  # type: ignore[operator]
         self.kv_dtype = kv_dtype or self.dtype
         """Of keys and values in the KV cache."""
@@ -76,7 +80,7 @@ class ServedModel:
             slots=slots,
             unpacked=unpacked and self.device.type == "cpu",
         )
-        self._slots = AdapterSlots(modules, slots, self.device)
+        self._slots = AdapterSlots(modules, slots)
         self._modules = tuple(modules.values())
         self._slot_count = slots
         self._graphs: Graphs | None = None
@@ -124,20 +128,35 @@ class ServedModel:
     @property
     def kv_tensors(self) -> int:
         """Tensors of the KV cache."""
-        return len(set(self._attention.shapes.values())) * (4 if self.kv_dtype == torch.int8 else 2)
+        kinds = {(shape, self._attention.devices[layer]) for layer, shape in self._attention.shapes.items()}
+        return len(kinds) * (4 if self.kv_dtype == torch.int8 else 2)
 
     @property
     def graph_bytes(self) -> int:
         """Most that captured passes may take."""
-        if not self.kernels.captures:
+        if not self._captures:
             return 0
         from onebase_engine.engine.graphs import MOST_BYTES  # imports Triton
 
         return MOST_BYTES
 
     @property
+    def _captures(self) -> bool:
+        return self.kernels.captures and len(self.devices) == 1
+
+    @property
     def kv_bytes_per_token(self) -> int:
         return bytes_per_token(self._attention.shapes, self.kv_dtype)
+
+    def kv_bytes_on(self, device: torch.device) -> int:
+        """Of one token in the KV cache, the bytes that lie on this device."""
+        shapes, there = self._attention.shapes, self._attention.devices
+        own = {layer: shape for layer, shape in shapes.items() if there[layer] == device}
+        return bytes_per_token(own, self.kv_dtype)
+
+    def device_of(self, module: str) -> torch.device:
+        """Where a module of the base lies, and what adapters have for it."""
+        return self._slots.device_of(module)
 
     def allocate_kv(self, blocks: int, block_size: int, host_blocks: int = 0) -> None:
         """Create the KV cache, once. Zeroed memory: on the CPU pages are taken only when written.
@@ -146,8 +165,10 @@ class ServedModel:
         """
         if self._attention.cache is not None:
             raise RuntimeError("the served model has its KV cache, whose place is recorded")
+        if host_blocks and len(self.devices) > 1:
+            raise ValueError("a KV cache on several devices has no places in host memory")
         shapes = self._attention.shapes
-        cache = KVCache(shapes, blocks, block_size, self.kv_dtype, self.device)
+        cache = KVCache(shapes, blocks, block_size, self.kv_dtype, self._attention.devices)
         self._attention.replace_cache(cache)
         if host_blocks:
             try:
@@ -165,7 +186,7 @@ class ServedModel:
                 self._rows,
                 lambda number: self._try_pass(number, table, block_size),
             )
-        if self.kernels.captures:
+        if self._captures:
             from onebase_engine.engine.graphs import Graphs  # imports Triton
 
             self._graphs = Graphs(self._run_fixed, self.kernels, self._slot_count, block_size, self.device)

@@ -23,6 +23,7 @@ from onebase_engine.engine.messages import AdapterFailed, AdapterLoaded, LoadAda
 from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter
 from onebase_engine.lora.weights import (
     AdapterWeights,
+    by_device,
     copied,
     host_bytes,
     tensors_of,
@@ -55,7 +56,7 @@ class PackedAdapterLoader:
     """Reads one file after the other and hands over each result by a call from its thread.
 
     `load`, `forget` and `wanted` are the stepping thread's. `layers`: the base's, which a file must fit.
-    `prepare`: what is done to the tensors before they are kept.
+    `prepare`: what is done to the tensors before they are kept. `device_of`: where a module lies, by name.
     """
 
     def __init__(
@@ -64,10 +65,12 @@ class PackedAdapterLoader:
         layers: Mapping[str, LayerShape],
         deliver: Callable[[Arrived | AdapterFailed], None],
         prepare: Callable[[AdapterWeights], AdapterWeights],
+        device_of: Callable[[str], torch.device] | None = None,
     ) -> None:
         self._layers = layers
         self._prepare = prepare
         self._pin = device.type == "cuda"
+        self._device_of = device_of or (lambda name: device)
         self._deliver = deliver
         self._orders: queue.SimpleQueue[LoadAdapter] = queue.SimpleQueue()
         self._wanted: set[str] = set()
@@ -107,8 +110,12 @@ class PackedAdapterLoader:
         if self._pin:
             give_unused_back()
             size -= weights_bytes(without_head(weights))
-            weights, taken = pinned(weights)
-            size += taken
+            locked = dict(weights)
+            for own in by_device(without_head(weights), self._device_of).values():
+                part, taken = pinned(own)
+                locked |= part
+                size += taken
+            weights = locked
         return Arrived(
             weights,
             AdapterLoaded(
@@ -235,9 +242,11 @@ class CudaCopy:
         return self._weights
 
 
-def copier(device: torch.device) -> Callable[[AdapterWeights], Copy] | None:
-    """What starts a version's copy to `device`; None for the CPU."""
-    if device.type != "cuda":
+def copier(devices: Sequence[torch.device]) -> Callable[[AdapterWeights], Copy] | None:
+    """What starts a version's copy to the device; None for the CPU, and for several devices, to which the
+    step copies that takes it into a slot."""
+    device = devices[0]
+    if device.type != "cuda" or len(devices) > 1:
         return None
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return lambda weights: CudaCopy(weights, device, stream)

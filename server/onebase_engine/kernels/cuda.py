@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, pairwise
@@ -306,8 +306,8 @@ class _Terms:
 
 
 def _terms_of(rows: RowMap, count: int, device: torch.device) -> _Terms:
-    """Made once a step."""
-    key = FIXED if FIXED in rows.held else f"cuda {count}"
+    """Made once a step and device."""
+    key = FIXED if FIXED in rows.held else f"cuda {count} {device}"
     if key not in rows.held:
         starts, columns = _acting(rows, count)
         there = sent(np.concatenate([starts, columns.reshape(-1)]), device)
@@ -329,6 +329,13 @@ def _acting(rows: RowMap, count: int) -> tuple[np.ndarray, np.ndarray]:
         numbers, slots, weights = zip(*flat, strict=True)
         columns[:] = numbers, slots, np.array(weights, dtype=np.float32).view(np.int32)
     return np.array([0, *accumulate(map(len, of_row))], dtype=np.int32), columns
+
+
+def _current(device: torch.device) -> AbstractContextManager[None]:
+    """Triton launches on the current device, which is to be that of the tensors."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -410,6 +417,10 @@ class CudaLayers:
 
     def __call__(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None = None) -> list[torch.Tensor]:
         """x [rows, in] bf16, contiguous -> [rows, out] bf16 of each; of a single layer, added to `onto`."""
+        with _current(x.device):
+            return self._multiplied(x, rows, onto)
+
+    def _multiplied(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None) -> list[torch.Tensor]:
         count, size_in, nf4 = len(x), self._layers[0].size_in, self._layers[0].nf4
         many = count > MANY_ROWS
         ys = [x.new_empty(count, one.size_out) for one in self._layers[: 1 if self._gated else None]]
@@ -674,8 +685,8 @@ class _Chunk:
 
 
 def _step_of(contexts: Contexts, rows: int, device: torch.device) -> _Step:
-    """Made once a step; `rows`: of one context that a tile has at most."""
-    key = FIXED if FIXED in contexts.held else f"cuda {rows}"
+    """Made once a step and device; `rows`: of one context that a tile has at most."""
+    key = FIXED if FIXED in contexts.held else f"cuda {rows} {device}"
     if key not in contexts.held:
         tiles = np.array(list(_tiles(contexts, rows)), dtype=np.int32).reshape(-1, 3)
         arrays = contexts.position, contexts.write, contexts.table, tiles
@@ -811,6 +822,17 @@ class CudaAttention:
     ) -> torch.Tensor:
         if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
             raise TypeError(f"attention in bf16 got {q.dtype}, {k.dtype} and {v.dtype}")
+        with _current(q.device):
+            return self._attend(q, k, v, contexts, rotation)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        contexts: Contexts,
+        rotation: Rotation | None,
+    ) -> torch.Tensor:
         q, k, v = (one if one.stride(2) == 1 else one.contiguous() for one in (q, k, v))
         heads, count, key_dim = q.shape
         kv_heads, slots, value_dim = self._cache[1].shape
@@ -881,7 +903,7 @@ class CudaKernels:
 
     def __init__(self) -> None:
         self._reference = ReferenceKernels(tiled=False)
-        self._scratch: dict[int, torch.Tensor] = {}
+        self._scratch: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._pool: Any = None
         """Memory that all graphs share: only one runs at a time. It ends with the last of them."""
         self._captured: WeakSet[Any] = WeakSet()
@@ -907,9 +929,10 @@ class CudaKernels:
     def unpack(self, layer: CudaLinear, number: int) -> torch.Tensor:
         """The layer's weights in bf16, until the next layer of this number among those of a call."""
         size = layer.size_in * layer.size_out
-        held = self._scratch.get(number)
+        key = number, layer.weight.device
+        held = self._scratch.get(key)
         if held is None or held.numel() < size:
-            held = self._scratch[number] = layer.weight.new_empty(size, dtype=torch.bfloat16)
+            held = self._scratch[key] = layer.weight.new_empty(size, dtype=torch.bfloat16)
         grid = triton.cdiv(layer.size_out, OUTPUTS.value), layer.size_in // STEP.value
         _unpack[grid](
             layer.weight, layer.absmax, layer.code, held, layer.size_in, layer.blocksize, layer.size_out,
@@ -935,9 +958,10 @@ class CudaKernels:
                     return own(x)
                 x = x.contiguous()
                 y = torch.empty_like(x)
-                _norm[(x.numel() // size,)](
-                    x, weight, y, size, eps, SIZE=padded, AROUND_ONE=around_one, **PLAIN
-                )
+                with _current(x.device):
+                    _norm[(x.numel() // size,)](
+                        x, weight, y, size, eps, SIZE=padded, AROUND_ONE=around_one, **PLAIN
+                    )
                 return y
 
             return norm

@@ -105,9 +105,9 @@ def parts(rows: RowMap, tiled: bool, device: torch.device) -> list[tuple[torch.T
 
     Returns:
         The rows' numbers, int64 on `device`, how many of them are the group's, and the group. Made once a
-        step.
+        step and device.
     """
-    key = f"parts {tiled}"
+    key = f"parts {tiled} {device}"
     if key not in rows.held:
         found: list[tuple[torch.Tensor, int, RowGroup]] = []
         for group in rows.groups:
@@ -317,8 +317,8 @@ class ReferenceAttention:
         return out
 
     def _gathered(self, contexts: Contexts, device: torch.device) -> tuple[torch.Tensor, list[_Part]]:
-        """Where the step's keys go, and its parts; made once a step, for all layers."""
-        key = f"parts {self._tiled} {self._block_size}"
+        """Where the step's keys go, and its parts; made once a step and device, for all layers."""
+        key = f"parts {self._tiled} {self._block_size} {device}"
         if key not in contexts.held:
             some = list(self._parts(contexts, device))
             contexts.held[key] = torch.from_numpy(contexts.write.astype(np.int64)).to(device), some

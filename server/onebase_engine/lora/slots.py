@@ -18,7 +18,14 @@ from onebase_engine.kernels.interface import Kernels
 from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.linear import SlotLinear
 from onebase_engine.lora.module import Replacement, SlotModule, StepRows, Terms, saved_twin
-from onebase_engine.lora.weights import AdapterWeights, ModuleWeights, SavedModule, copied, narrowed
+from onebase_engine.lora.weights import (
+    AdapterWeights,
+    ModuleWeights,
+    SavedModule,
+    by_device,
+    copied,
+    narrowed,
+)
 
 __all__ = [
     "AdapterSlots",
@@ -107,9 +114,8 @@ def _replace(model: nn.Module, name: str, by: nn.Module) -> None:
 class AdapterSlots:
     """Which adapter version sits in which slot, over all wrapped modules of a view."""
 
-    def __init__(self, modules: Mapping[str, SlotModule], slots: int, device: torch.device) -> None:
+    def __init__(self, modules: Mapping[str, SlotModule], slots: int) -> None:
         self._modules = modules
-        self._device = device
         self._touched: list[tuple[str, ...]] = [()] * slots
         self._narrow = frozenset(
             name for name, module in modules.items() if isinstance(module, SlotLinear) and module.narrows
@@ -123,8 +129,13 @@ class AdapterSlots:
     def load(self, slot: int, weights: AdapterWeights) -> None:
         """Put a version's weights into an empty slot."""
         self._touched[slot] = tuple(weights)
-        for name, module in copied(self.narrowed(weights), self._device).items():
-            self._modules[name].put(slot, module)
+        for device, own in by_device(self.narrowed(weights), self.device_of).items():
+            for name, module in copied(own, device).items():
+                self._modules[name].put(slot, module)
+
+    def device_of(self, name: str) -> torch.device:
+        """Where a module lies, and what it has in its slots."""
+        return self._modules[name].weight.device
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:

@@ -7,7 +7,7 @@ the dtype of the module it replaces.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -148,6 +148,16 @@ def copied(weights: AdapterWeights, device: torch.device) -> AdapterWeights:
         }
         result[name] = replace(module, **elsewhere) if elsewhere else module
     return result
+
+
+def by_device(
+    weights: AdapterWeights, device_of: Callable[[str], torch.device]
+) -> dict[torch.device, AdapterWeights]:
+    """The modules that belong on each device; `device_of` a module's name is its own."""
+    found: dict[torch.device, dict[str, ModuleWeights]] = {}
+    for name, module in weights.items():
+        found.setdefault(device_of(name), {})[name] = module
+    return dict(found)
 
 
 def composable(weights: AdapterWeights) -> bool:

@@ -16,7 +16,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -131,7 +131,7 @@ def _serve(verifier: Verifier, channel: VerifierChannel, busy: BusyFlag | None) 
             continue
         try:
             with _signs_of_life(channel):
-                reporter = _Reporter(message.digest, channel, _gate(verifier.device, busy))
+                reporter = _Reporter(message.digest, channel, _gate(verifier.devices, busy))
                 reply = answer(verifier, message, reporter.report)
             channel.send(reply)
             gc.collect()  # PEFT's model, while nobody waits
@@ -146,10 +146,15 @@ def _serve(verifier: Verifier, channel: VerifierChannel, busy: BusyFlag | None) 
     return 0
 
 
-def _gate(device: torch.device, busy: BusyFlag | None) -> SharedGate:
+def _gate(devices: Sequence[torch.device], busy: BusyFlag | None) -> SharedGate:
     """For one job: its first interval of computing begins now."""
-    finish: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    return SharedGate(lambda: bool(busy), SHARE[device.type], lambda: None, finish=finish)
+    gpus = [device for device in devices if device.type == "cuda"]
+
+    def finish() -> None:
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
+
+    return SharedGate(lambda: bool(busy), SHARE[devices[0].type], lambda: None, finish=finish)
 
 
 @contextlib.contextmanager

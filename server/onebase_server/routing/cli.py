@@ -325,7 +325,8 @@ def _applications(
     from onebase_server.routing import cluster as on_ray
 
     given = {item.name: getattr(arguments, item.name) for item, _ in setting_fields()}
-    host = load_settings(given).host  # what is wrong is told here, and not by each server
+    settings = load_settings(given)  # what is wrong is told here, and not by each server
+    host = settings.host
     alone = arguments.address is None and not arguments.config
     if alone and given["threads"] is None:
         given["threads"] = max(1, (os.cpu_count() or 1) // arguments.replicas)
@@ -350,7 +351,10 @@ def _applications(
         raise SettingsError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
     if alone:  # somebody who is there is found before all has started
         on_ray.listen(*on_ray.ingress_address(plan.ingress)).close()
-    shares = {"num_cpus": arguments.replica_cpus, "num_gpus": arguments.replica_gpus}
+    gpus = arguments.replica_gpus
+    if gpus is None and settings.gpus > 1:
+        gpus = settings.gpus
+    shares = {"num_cpus": arguments.replica_cpus, "num_gpus": gpus}
     options: dict[str, Any] = {"num_replicas": arguments.replicas}
     if least is not None:
         options = {"autoscaling_config": on_ray.scaling(least, most)}
@@ -427,7 +431,7 @@ def cluster_parser() -> argparse.ArgumentParser:
         "--replica-gpus",
         type=_share,
         metavar="N",
-        help="a server's GPUs, or its part of one (default: 1, where there are GPUs)",
+        help="a server's GPUs, or its part of one (default: --gpus, where there are GPUs)",
     )
     own.add_argument(
         "--replica-cpus",

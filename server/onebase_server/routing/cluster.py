@@ -638,9 +638,9 @@ def scaling(least: int, most: int) -> dict[str, Any]:
 
 
 def take_gpus(apps: list[dict[str, Any]]) -> None:
-    """A GPU for each server, where the cluster has any."""
+    """A GPU for each server that is given none yet, where the cluster has any."""
     if ray.cluster_resources().get("GPU"):
-        _servers(apps)["ray_actor_options"] |= {"num_gpus": 1}
+        _servers(apps)["ray_actor_options"].setdefault("num_gpus", 1)
 
 
 def scale(apps: list[dict[str, Any]], replicas: int) -> None:
