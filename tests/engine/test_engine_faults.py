@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,45 @@ def test_a_sampler_that_fails_for_every_row_fails_the_step(base: nn.Module) -> N
     found = finish(engine)
     assert [found[name, 0][-1].error_code for name in ("a", "b")] == ["step_failed"] * 2
     assert engine.counters.failed_steps == 1
+
+
+@pytest.mark.parametrize("when", ["begun", "read"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_is_drawn_again_finds_the_memory_of_what_failed(
+    base: nn.Module, when: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error's frames hold tensors, and where they also hold the error, until Python collects garbage."""
+    monkeypatch.setattr(engine_module.logger, "disabled", True)  # pytest keeps what is logged
+    engine, held = create(base), list[weakref.ref[torch.Tensor]]()
+    draw, forward, left = engine.model.kernels.draw, engine.model.forward, list[int]()
+
+    def failing(*args: Any) -> Any:
+        def read() -> Any:
+            work = torch.zeros(9)
+            held.append(weakref.ref(work))
+            raise torch.OutOfMemoryError("no memory for this")
+
+        return read if when == "read" else read()
+
+    def noted(batch: Batch) -> Any:
+        left.append(sum(one() is not None for one in held))
+        engine.model.kernels.draw = failing if len(left) < 3 else draw  # type: ignore[method-assign]
+        found = forward(batch)
+        held.append(weakref.ref(found.logits))
+        return found
+
+    engine.model.forward = noted  # type: ignore[method-assign]
+    gc.disable()
+    try:
+        for i in range(rows):
+            engine.submit(submit(str(i), [3, 4], logprobs=1))
+        engine.step()
+        engine.submit(submit("later", [3, 4], logprobs=1))
+        engine.step()
+    finally:
+        gc.enable()
+    assert len(left) > 1
+    assert not any(left)
 
 
 def test_a_version_that_no_slot_takes_fails_alone_and_leaves_nothing_in_its_slot(

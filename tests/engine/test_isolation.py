@@ -485,15 +485,18 @@ def test_a_step_that_fails_with_drafts_is_tried_without(
     asked, expected = ASKED[:4], plain[:4]
     guess(monkeypatch, texts_of(asked, expected))
     engine = lab.engine(draft_tokens=5)
-    whole = engine._compute
+    whole, failures = engine._begin, 0
 
-    def failing(plan: Plan) -> Any:
+    def failing(plan: Plan, batch: Any) -> Any:
+        nonlocal failures
         if any(segment.draft for segment in plan.decodes):
+            failures += 1
             raise MemoryError("no memory for so many rows")
-        return whole(plan)
+        return whole(plan, batch)
 
-    monkeypatch.setattr(engine, "_compute", failing)
+    monkeypatch.setattr(engine, "_begin", failing)
     assert scored(engine, asked) == expected
+    assert failures or not engine.model.kernels.drafts
 
 
 @given(tokens=st.lists(st.integers(0, 3), max_size=60), most=st.integers(0, 9), cut=st.integers(0, 60))

@@ -16,6 +16,7 @@ from tests.engine.harness import Lab
 from tests.tiny import ADAPTERS, save_base
 
 from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.engine import engine as engine_module
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.drafts import Drafts
@@ -232,8 +233,28 @@ def test_what_the_caller_does_meanwhile_is_done_once_a_step_before_it_is_waited_
     assert order == ["begun", "meanwhile", "read"] * 2 + ["meanwhile"]
 
 
-def test_tokens_that_cannot_be_read_end_their_rows_and_no_others(lab: Lab) -> None:
-    engine = ahead(lab.engine())
+@pytest.mark.parametrize("kind", ["scored", "pooled"])
+def test_what_the_caller_does_meanwhile_waits_for_no_scores_and_no_hidden_states(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    engine, order = ahead(lab.engine()), list[str]()
+
+    def noted(whole: Any) -> Any:
+        return lambda *args: order.append("read") or whole(*args)
+
+    for name in ("score_tokens", "_exactly"):
+        monkeypatch.setattr(engine_module, name, noted(getattr(engine_module, name)))
+    scores = 0 if kind == "scored" else None
+    pooling = protocol.Pooling("last") if kind == "pooled" else None
+    sampling = protocol.Sampling(max_tokens=1, prompt_logprobs=scores)
+    engine.submit(protocol.Submit(id="x", prompt=[5, 6], sampling=sampling, pooling=pooling))
+    engine.step(lambda: order.append("meanwhile"))
+    assert order == ["meanwhile", "read"]
+    assert not engine.busy
+
+
+def failing_reads(engine: Engine, which: set[int]) -> None:
+    """Have these reads of drawn tokens fail, from 1."""
     draw, reads = engine.model.kernels.draw, 0
 
     def failing(logits: Any, draws: Any, allowed: Any) -> Any:
@@ -242,23 +263,42 @@ def test_tokens_that_cannot_be_read_end_their_rows_and_no_others(lab: Lab) -> No
         def fails() -> Any:
             nonlocal reads
             reads += 1
-            if reads in (3, 4, 5):  # all rows of a step, then each alone
-                raise RuntimeError("out of luck")
+            if reads in which:
+                raise torch.OutOfMemoryError("out of luck")
             return read()
 
         return fails
 
     engine.model.kernels = type("Failing", (), {"draw": staticmethod(failing)})()  # type: ignore[assignment]
+
+
+def test_tokens_that_cannot_be_read_are_read_again_where_there_is_more_memory(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = protocol.Sampling(seed=3, max_tokens=9, ignore_eos=True)
+    asked = [Asked((5, 6 + i), None, sampling, 1, "a", False, 0, None) for i in range(2)]
+    expected, engine = serve(lab.engine(), asked), ahead(lab.engine())
+    failing_reads(engine, {3, 4, 5})  # all rows of a step, then each alone
+    given = list[bool]()
+    monkeypatch.setattr(engine.model, "give_memory_back", lambda: given.append(True))
+    assert serve(engine, asked) == expected
+    assert given == [True]
+
+
+def test_tokens_that_can_never_be_read_end_their_rows_and_no_others(lab: Lab) -> None:
+    engine = ahead(lab.engine())
+    failing_reads(engine, set(range(3, 9)))
     sampling = protocol.Sampling(temperature=0.0, max_tokens=9, ignore_eos=True)
     for name in "ab":
         engine.submit(protocol.Submit(id=name, prompt=[5, 6], sampling=sampling))
     for _ in range(3):
         engine.step()
     engine.submit(protocol.Submit(id="c", prompt=[5, 6], sampling=sampling))
-    outputs = []
+    outputs = engine.take_outputs()
     while engine.busy:
         engine.step()
         outputs += engine.take_outputs()
     ends = {output.id: output.error_code for output in outputs if output.finish}
-    assert ends == {"a": "row_failed", "b": "row_failed", "c": None}
+    assert ends == {"a": "step_failed", "b": "step_failed", "c": None}
+    assert engine.counters.failed_steps == 1, "an engine whose steps all fail is to end"
     assert engine.pool.free == engine.pool.capacity

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +26,7 @@ from onebase_engine.engine.kv_cache import RESTORED, BlockPool
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import RowOutput, TokenLogprob
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.row import COMING, AdapterMix, Ahead, Plan, Row, Segment
+from onebase_engine.engine.row import COMING, AdapterMix, Plan, Row, Segment
 from onebase_engine.engine.sampling import Drawn, Mask, begin_draw_apart, score_tokens
 from onebase_engine.engine.scheduler import BackgroundPace, Limits, NeverFitsError, Scheduler
 from onebase_engine.engine.slot_table import SlotTable
@@ -68,24 +69,26 @@ class Counters:
     right_draft_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What is read of a step."""
+
+    drawn: list[Drawn]
+    """Of each entry of `Batch.sampled`."""
+    scores: list[tuple[Segment, list[TokenLogprob] | Exception]]
+    pooled: list[tuple[Segment, np.ndarray]]
+    """Hidden states [tokens, size] fp64 of segments that are pooled."""
+
+
 @dataclass
 class _Begun:
     """A step that an accelerator may still compute."""
 
     plan: Plan
-    sampled: list[Row | Ahead]
-    scores: list[tuple[Segment, list[TokenLogprob] | Exception]]
-    pooled: list[tuple[Segment, np.ndarray]]
-    read: Callable[[], list[Drawn]]
-    """Waits for what is drawn for each of `sampled`."""
-    masked: bool
-    """Whether grammars say what may be drawn."""
-
-    @property
-    def only_draws(self) -> bool:
-        """Whether all that it gives is one token for each row that has come so far, and needs no memory."""
-        given = self.masked or self.scores or self.pooled or any(one.draft for one in self.plan.decodes)
-        return not given and all(row.sampling.logprobs is None for row in self.sampled)
+    read: Callable[[], _Given] | None
+    """Waits for it, at any number of times; None once it is not to be read again."""
+    only_draws: bool
+    """Whether all that it gives is one token for each row that has come so far, and needs no memory."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,7 @@ class _Computed:
     plan: Plan
     drawn: list[tuple[Row, list[Drawn]]]
     """Of each row one token, and another at each place of its draft."""
-    scores: list[tuple[Segment, list[TokenLogprob] | Exception]]
-    pooled: list[tuple[Segment, np.ndarray]]
-    """Hidden states [tokens, size] fp64 of segments that are pooled."""
+    given: _Given
     foreseen: bool
     """Whether the scheduler counts it as computed, since the next step has been planned."""
 
@@ -343,9 +344,12 @@ class Engine:
         foreseen = self._foresees and isinstance(begun, _Begun) and begun.only_draws
         if foreseen:
             self._plan_next(plan)
-        computed = begun if isinstance(begun, _Failure) else self._try(partial(self._finish, begun, foreseen))
+        computed = begun if isinstance(begun, _Failure) else self._wait(begun, foreseen)
         if isinstance(computed, _Failure):
-            self._compute_apart(plan)
+            if foreseen:
+                self._end_failed(plan, {one.row: computed.message for one in plan.segments if one.samples})
+            else:
+                self._compute_apart(plan)
             return
         for row, error in self._commit(computed).items():
             self._fail(row, error)
@@ -458,7 +462,7 @@ class Engine:
         self._staging.began.clear()
         for slot, error in failed.items():
             logger.error("a version cannot be put into slot %d", slot, exc_info=error)
-            error.__traceback__ = None  # its frames hold the version's tensors, and it itself
+            _let_go(error)
             message = f"its adapter cannot be put into a slot: {error}"
             for row in self.slots.users(slot):
                 self._end(row, "error", code="step_failed", message=message)
@@ -481,12 +485,20 @@ class Engine:
         except Exception as error:
             logger.exception("computing a step failed")
             failure = _Failure(str(error), is_out_of_memory(error))
+            traceback.clear_frames(error.__traceback__)  # they hold tensors, and each other
         if failure.out_of_memory:
             self.model.give_memory_back()  # without the exception, whose frames hold tensors
         return failure
 
     def _compute(self, plan: Plan) -> _Computed:
         return self._finish(self._begin(plan, None), foreseen=False)
+
+    def _wait(self, begun: _Begun, foreseen: bool) -> _Computed | _Failure:
+        """For a step. Where the scheduler counts on what it has written, only the draws are tried again."""
+        computed = self._try(partial(self._finish, begun, foreseen))
+        if foreseen and isinstance(computed, _Failure):
+            computed = self._try(partial(self._finish, begun, foreseen))
+        return computed
 
     def _begin(self, plan: Plan, batch: Batch | None) -> _Begun:
         """Begin a forward pass and what is sampled from it. It changes only KV that `computed` has not seen.
@@ -496,32 +508,37 @@ class Engine:
         """
         if batch is None:
             batch = self._packer.pack(plan, self.slots.slot_of)
-        if self._grammars is not None:
-            self._grammars.ask(plan.segments)
+        masked = self._grammars is not None and self._grammars.ask(plan.segments)
         logits, hidden = self.model.forward(batch)
+        if masked or hidden is not None or batch.scored:
+            return _Begun(plan, partial(self._read, plan, batch, logits, hidden), only_draws=False)
+        wanted = logits[: len(batch.sampled)]
+        read = begin_draw_apart(wanted, batch.sampled, self._eos_ids, self.model.kernels)
+        more = any(one.draft for one in plan.decodes)
+        more = more or any(row.sampling.logprobs is not None for row in batch.sampled)
+        return _Begun(plan, lambda: _Given(read(), [], []), only_draws=not more)
+
+    def _read(self, plan: Plan, batch: Batch, logits: torch.Tensor, hidden: torch.Tensor | None) -> _Given:
+        """All that a forward pass gives, where the accelerator or the grammars' process is waited for."""
         exact = None if hidden is None else _exactly(hidden)
         pooled = [] if exact is None else [(one, exact[part]) for one, part in batch.pooled]
         scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]
         wanted = logits[: len(batch.sampled)]
         masks = [] if self._grammars is None else self._masks_of(self._grammars, plan)
-        read = begin_draw_apart(wanted, batch.sampled, self._eos_ids, self.model.kernels, masks)
-        return _Begun(plan, batch.sampled, scores, pooled, read, masked=bool(masks))
+        drawn = begin_draw_apart(wanted, batch.sampled, self._eos_ids, self.model.kernels, masks)()
+        return _Given(drawn, scores, pooled)
 
     def _finish(self, begun: _Begun, foreseen: bool) -> _Computed:
-        """Wait for a step. Where it is foreseen, each of its rows fails alone: the scheduler counts on it."""
-        read, begun.read = begun.read, list  # what it holds is free for those who compute a failed step again
-        try:
-            found = read()
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:
-            if not foreseen:
-                raise
-            found = [Drawn(None, error=error) for _ in begun.sampled]
-        drawn = iter(found)
+        read = begun.read
+        if read is None:
+            raise RuntimeError("a step is read after it was given up")
+        if not foreseen:
+            begun.read = None  # what it holds is free for those who compute a failed step again
+        given = read()
+        drawn = iter(given.drawn)
         rows = [segment for segment in begun.plan.segments if segment.samples]
         tokens = [(one.row, list(islice(drawn, len(one.draft) + 1))) for one in rows]
-        return _Computed(begun.plan, tokens, begun.scores, begun.pooled, foreseen)
+        return _Computed(begun.plan, tokens, given, foreseen)
 
     def _masks_of(self, grammars: Grammars, plan: Plan) -> list[Mask]:
         """What each entry of `Batch.sampled` may be; nothing where no row follows a grammar."""
@@ -549,7 +566,7 @@ class Engine:
     def _commit(self, computed: _Computed) -> dict[Row, Exception]:
         """Make a step's results state, but for the rows that failed alone in it: their exceptions."""
         failed = {row: drawn[0].error for row, drawn in computed.drawn if drawn[0].error is not None}
-        for segment, scores in computed.scores:
+        for segment, scores in computed.given.scores:
             row = segment.row
             if isinstance(scores, Exception):
                 failed[row] = scores
@@ -557,7 +574,7 @@ class Engine:
             afresh = segment.start <= row.first_scored
             row.prompt_scores = scores if afresh else row.prompt_scores + scores
             row.prompt_scored = segment.stop >= row.prompt_length
-        for segment, hidden in computed.pooled:
+        for segment, hidden in computed.given.pooled:
             self._pool(segment, hidden)
         drawn_of = dict(computed.drawn)
         for segment in computed.plan.segments:
@@ -602,11 +619,17 @@ class Engine:
             part = parts.pop(0)
             computed = self._try(partial(self._compute, part))
             if isinstance(computed, _Computed):
-                failed |= {row: str(error) for row, error in self._commit(computed).items()}
+                for row, error in self._commit(computed).items():
+                    failed[row] = str(error)
+                    _let_go(error)
             elif smaller := _smaller(part, computed):
                 parts = smaller + parts
             else:
                 failed[part.segments[0].row] = computed.message
+        self._end_failed(plan, failed)
+
+    def _end_failed(self, plan: Plan, failed: dict[Row, str]) -> None:
+        """End the rows of a step that failed, for the reasons given."""
         nobody = len(failed) == len(plan.segments)
         self.counters.failed_steps += nobody
         code, what = ("step_failed", "the step") if nobody else ("row_failed", "this row")
@@ -620,6 +643,7 @@ class Engine:
             self._end(row, "error", code="grammar_refused", message=str(error))
             return
         logger.error("a row of request %s failed", row.id, exc_info=error)
+        _let_go(error)
         self._end(row, "error", code="row_failed", message=f"this row failed: {error}")
 
     def _answer(self, row: Row) -> None:
@@ -758,6 +782,11 @@ class Engine:
             del self._rows[row.id]
         if self.versions.any_leaving:
             self._drop_unused()
+
+
+def _let_go(error: Exception) -> None:
+    """Forget where it came from: the frames hold tensors, and the error itself."""
+    error.__traceback__ = error.__context__ = None
 
 
 def _exactly(hidden: torch.Tensor) -> np.ndarray:

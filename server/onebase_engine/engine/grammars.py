@@ -255,8 +255,8 @@ class Grammars:
 
     # ---- masks ------------------------------------------------------------------------------
 
-    def ask(self, segments: Iterable[Segment]) -> None:
-        """Have the masks computed of those that get a token and follow a grammar."""
+    def ask(self, segments: Iterable[Segment]) -> bool:
+        """Have the masks computed of those that get a token and follow a grammar; whether there are any."""
         self._wanted = []
         place = 0
         for segment in segments:
@@ -266,6 +266,7 @@ class Grammars:
         if self._wanted:
             with suppress(_GoneError):
                 self._want(self._wanted)
+        return bool(self._wanted)
 
     def masks(self) -> dict[Row, np.ndarray | GrammarError]:
         """The masks of each row that `ask` named: [1 + draft, words] int32, valid until the next `ask`."""
