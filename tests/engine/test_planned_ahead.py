@@ -178,6 +178,33 @@ def test_a_step_is_packed_while_the_one_before_is_computed_until_a_row_comes_or_
     assert engine.counters.steps == len(fills) + 1
 
 
+def test_a_tenant_is_charged_for_no_step_that_a_row_which_ended_was_planned_in(lab: Lab) -> None:
+    counters, ends = list[float](), list(range(320))
+    for engine in (lab.engine(), ahead(lab.engine())):
+        for name, stops in (("long", []), ("short", ends), ("cancelled", [])):
+            sampling = protocol.Sampling(max_tokens=9, ignore_eos=True, stop_token_ids=stops)
+            engine.submit(protocol.Submit(id=name, prompt=[5, 6], sampling=sampling))
+        tenant = engine.scheduler.waiting.flow(engine.scheduler.rows[0]).tenant
+        engine.step()
+        engine.cancel(protocol.Cancel("cancelled"))
+        while engine.busy:
+            engine.step()
+        counters.append(tenant.counter)
+    assert counters == [3 * 2 + 2 * (9 + 1 + 1)] * 2
+
+
+def test_who_comes_does_not_wait_for_a_step_of_the_background_that_was_planned_before(lab: Lab) -> None:
+    engine = ahead(lab.engine())
+    sampling = protocol.Sampling(max_tokens=9, ignore_eos=True)
+    engine.submit(protocol.Submit(id="batch", prompt=[5] * 300, sampling=sampling, background=True))
+    for _ in range(2):
+        engine.step()
+    engine.take_outputs()
+    engine.submit(protocol.Submit(id="chat", prompt=[5, 6], sampling=sampling))
+    engine.step()
+    assert [output.id for output in engine.take_outputs()] == ["chat"]
+
+
 def test_drafts_that_pay_are_looked_for_when_the_last_token_is_known(lab: Lab) -> None:
     sampling = protocol.Sampling(
         temperature=0.0, max_tokens=60, ignore_eos=True, logit_bias={9: 50.0, 11: 50.0}

@@ -368,7 +368,9 @@ class Engine:
             return Plan([], []), None
         (planned, batch), self._next = self._next, None
         going = planned.unfinished()
-        plan = self.scheduler.with_drafts(going, self._background_tokens)
+        if self.scheduler.is_late(going):
+            return Plan([], []), None
+        plan = self.scheduler.settle(going, self._background_tokens)
         if plan is not going or len(going.segments) != len(planned.segments):
             return plan, None
         self._packer.fill(batch, plan)

@@ -193,6 +193,8 @@ class Scheduler:
         self.preemptions = 0
         self.yielded = 0
         """Preemptions for a waiting row of another tenant."""
+        self._uncharged: set[Row] = set()
+        """Whose decodes are planned ahead."""
         slots.order = self.waiting.order
 
     def check(self, prompt_length: int, max_tokens: int, adapters: int) -> None:
@@ -236,8 +238,8 @@ class Scheduler:
 
         Args:
             background: most tokens of rows in the background; None: as many as a step has.
-            ahead: the step before is still computed. Last tokens are not known, so that nothing is drafted
-                after them; `with_drafts` does it later.
+            ahead: the step before is still computed. Last tokens are not known, nor who goes on after them,
+                so that nothing is drafted and no decode is charged; `settle` does it later.
         """
         tokens = self.limits.step_tokens
         draft = _Draft(tokens, tokens if background is None else background)
@@ -257,15 +259,27 @@ class Scheduler:
                 self._advance(row, draft)
         if any(not row.background for row in draft.chunks):
             draft.leave_background()
+        if ahead:
+            self._uncharged = set(draft.decodes)
+            return draft.plan()
         for segment in draft.decodes.values():
             self.waiting.charge(segment)
-        if self.limits.draft_tokens and not ahead:
+        if self.limits.draft_tokens:
             self._look_ahead(draft)
         return draft.plan()
 
-    def with_drafts(self, plan: Plan, background: int) -> Plan:
-        """A plan made ahead, and drafts of rows whose guesses have mostly been right. `background`: as `plan`
-        has it."""
+    def is_late(self, plan: Plan) -> bool:
+        """Whether a plan made ahead has rows in the background alone, and others have come since."""
+        alone = all(segment.row.background for segment in plan.segments)
+        return alone and len(self.waiting) > self.waiting.in_background
+
+    def settle(self, plan: Plan, background: int) -> Plan:
+        """A plan made ahead, without the rows that have ended: its decodes are charged, and rows whose
+        guesses have mostly been right get drafts. `background`: as `plan` has it."""
+        for segment in plan.decodes:
+            if segment.row in self._uncharged:
+                self.waiting.charge(segment)
+        self._uncharged = set()
         if not self.limits.draft_tokens:
             return plan
         draft = _Draft(self.limits.step_tokens, background)
