@@ -554,6 +554,29 @@ def test_prompt_logprobs_of_two_rows_travel_in_two_messages(base: nn.Module) -> 
     ]
 
 
+def test_what_the_last_step_gave_is_told_before_the_process_ends(base: nn.Module) -> None:
+    engine = create(base)
+    ours, theirs = socket.socketpair()
+    channel = process.EngineChannel(theirs, protocol.to_engine_decoder().decode)
+    step = engine.step
+
+    def last(meanwhile: Any = None) -> None:
+        step(meanwhile)
+        channel.post(protocol.Shutdown())
+
+    engine.step = last  # type: ignore[method-assign]
+    for name, most in (("ends", 1), ("runs", 8)):
+        channel.post(submit(name, [3, 4], max_tokens=most))
+    assert process._serve(engine, channel) == 0
+    channel.close()
+    data = b"".join(iter(lambda: ours.recv(1 << 16), b""))
+    ours.close()
+    decoder = protocol.to_api_decoder()
+    messages = [decoder.decode(payload) for payload in FrameReader().feed(data)]
+    told = [row for m in messages if isinstance(m, protocol.StepDone) for row in m.rows]
+    assert [(row.id, row.finish) for row in told] == [("ends", "length"), ("runs", None)]
+
+
 def test_the_process_gives_up_after_steps_that_fail_one_after_the_other_even_with_idle_time_between(
     base: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,6 +205,34 @@ def test_who_comes_does_not_wait_for_a_step_of_the_background_that_was_planned_b
     assert [output.id for output in engine.take_outputs()] == ["chat"]
 
 
+@pytest.mark.parametrize("changes", [{"max_rows": 3}, {"slots": 1}, {"kv_blocks": 2 + 3}])
+def test_a_row_that_ends_gives_its_place_and_nobody_else_does(lab: Lab, changes: dict[str, int]) -> None:
+    """Its place, slot and blocks are there for the step that is planned while its last token is drawn."""
+    engine = ahead(lab.engine(**changes))
+
+    def ask(name: str, most: int, adapter: int | None, tenant: str) -> None:
+        sampling = protocol.Sampling(max_tokens=most, ignore_eos=True)
+        refs = [] if adapter is None or "slots" not in changes else [protocol.AdapterRef(f"digest{adapter}")]
+        one = protocol.Submit(id=name, prompt=[5], sampling=sampling, adapters=refs, tenant=tenant)
+        engine.submit(one)
+
+    for name, most, adapter in (("a", 8, 0), ("b", 14, None), ("c", 14, None)):
+        ask(name, most, adapter, "flood")
+    for _ in range(7):
+        engine.step()
+    ask("d", 2, 1, "other")
+    engine.take_outputs()
+    engine.step()
+    engine.step()
+    outputs = engine.take_outputs()
+    assert [output.id for output in outputs if output.finish] == ["a"]
+    assert [output.id for output in outputs if output.id in "cd"] == ["c", "c", "d"]
+    while engine.busy:
+        engine.step()
+    assert engine.stats().preemptions == engine.scheduler.yielded == 0
+    assert engine.pool.free == engine.pool.capacity
+
+
 def test_drafts_that_pay_are_looked_for_when_the_last_token_is_known(lab: Lab) -> None:
     sampling = protocol.Sampling(
         temperature=0.0, max_tokens=60, ignore_eos=True, logit_bias={9: 50.0, 11: 50.0}

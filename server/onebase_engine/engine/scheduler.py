@@ -11,7 +11,8 @@ lets MAX_PASSED rows pass; then what comes free is kept for it, but for rows who
 A row takes another one's place only if the other's tenant was given more and runs at least twice as much, the
 new row counted: a tenant that floods gives way at once, and tenants that are about even take nothing from
 each other. The youngest row gives way, and not again before it has made as many tokens as a block holds, and
-half as many as were computed again for it.
+half as many as were computed again for it. One whose last token is still drawn while the next step is planned
+gives way before all others, to any row: it needs nothing more.
 
 When blocks run out, a row gives its blocks back and is recomputed later: it never fails for it. It is the
 youngest, or that of a tenant that runs twice as much as the youngest's. A row is admitted only if a few
@@ -397,7 +398,7 @@ class Scheduler:
 
     def _may_begin(self) -> Callable[[Tenant], bool]:
         """Which tenants' rows to look at: where every place is taken, those that might take one."""
-        if not self._is_full:
+        if not self._is_full or any(row.ends for row in self.running):
             return lambda tenant: True
         most = {False: 0.0, True: 0.0}
         for row in self.running:
@@ -473,9 +474,12 @@ class Scheduler:
     ) -> Row | None:
         """Who gives way to `row` next, once `yielding` have: the youngest of the tenant that runs most.
 
-        To a row that is not in the background, the youngest of those that are.
+        To a row that is not in the background, the youngest of those that are. First, who ends anyway.
         """
         going = {*yielding, *draft.chunks, *draft.late}
+        ending = next((other for other in among if other.ends and other not in going), None)
+        if ending is not None:
+            return ending
         behind = [other for other in among if other.background and other not in going]
         if not row.background and behind:
             return max(behind, key=lambda other: other.arrival)
@@ -496,7 +500,7 @@ class Scheduler:
     def _yield(self, rows: Collection[Row], draft: _Draft) -> None:
         for row in rows:
             self._preempt(row, draft)
-        self.yielded += len(rows)
+        self.yielded += sum(not row.ends for row in rows)
 
     # ---- blocks ------------------------------------------------------------------------------
 
@@ -564,7 +568,7 @@ class Scheduler:
         self._release(row)
         row.computed = 0
         self.waiting.back(row)
-        self.preemptions += 1
+        self.preemptions += not row.ends
         draft.preempted.add(row)
         if draft.decodes.pop(row, None) is not None:
             draft.take(row, -1)

@@ -128,6 +128,7 @@ def _serve(engine: Engine, channel: EngineChannel) -> int:
             report()
         for message in channel.arrived(IDLE_SECONDS if waits else 0):
             if isinstance(message, protocol.Shutdown):
+                report()
                 return 0
             if isinstance(message, protocol.Pause):
                 paused = message.paused
