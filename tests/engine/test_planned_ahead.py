@@ -21,6 +21,7 @@ from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.row import COMING
 
 ENDS = list(range(5, 320, 9))
 """Tokens with which texts end: one of nine."""
@@ -231,6 +232,25 @@ def test_a_row_that_ends_gives_its_place_and_nobody_else_does(lab: Lab, changes:
         engine.step()
     assert engine.stats().preemptions == engine.scheduler.yielded == 0
     assert engine.pool.free == engine.pool.capacity
+
+
+def test_a_step_that_cannot_be_packed_ahead_is_packed_when_it_begins(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = protocol.Sampling(seed=3, max_tokens=9, ignore_eos=True)
+    asked = [Asked((5, 6 + i), None, sampling, 1, "a", False, 0, None) for i in range(2)]
+    expected, pack, failures = serve(lab.engine(), asked), Packer.pack, 0
+
+    def failing(self: Packer, plan: Any, slot_of: Any) -> Any:
+        nonlocal failures
+        if any(segment.row.tokens[-1] == COMING for segment in plan.segments):
+            failures += 1
+            raise MemoryError("no memory for so many rows")
+        return pack(self, plan, slot_of)
+
+    monkeypatch.setattr(Packer, "pack", failing)
+    assert serve(ahead(lab.engine()), asked) == expected
+    assert failures == 8
 
 
 def test_drafts_that_pay_are_looked_for_when_the_last_token_is_known(lab: Lab) -> None:

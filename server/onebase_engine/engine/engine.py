@@ -173,8 +173,8 @@ class Engine:
         self._packer = Packer(block_size, self.model.row_multiple)
         self._foresees = self.model.kernels.asynchronous
         """Whether the next step is planned while one is computed."""
-        self._next: tuple[Plan, Batch] | None = None
-        """The step that has been planned."""
+        self._next: tuple[Plan, Batch | None] | None = None
+        """The step that has been planned, and packed if that did not fail."""
         self._meanwhile: Callable[[], None] | None = None
         """What the caller of `step` has to do, and has not done yet."""
         self._rows: dict[str, list[Row]] = {}
@@ -368,10 +368,10 @@ class Engine:
             return Plan([], []), None
         (planned, batch), self._next = self._next, None
         going = planned.unfinished()
-        if self.scheduler.is_late(going):
+        if self.scheduler.holds_up(going):
             return Plan([], []), None
         plan = self.scheduler.settle(going, self._background_tokens)
-        if plan is not going or len(going.segments) != len(planned.segments):
+        if batch is None or plan is not going or len(going.segments) != len(planned.segments):
             return plan, None
         self._packer.fill(batch, plan)
         return plan, batch
@@ -387,12 +387,16 @@ class Engine:
         try:
             following = self._plan(ahead=True)
             if following:
-                batch = self._packer.pack(following, self.slots.slot_of)
-                self.model.prepare(batch)
-                self._next = following, batch
+                batch = self._try(partial(self._prepare, following))
+                self._next = following, None if isinstance(batch, _Failure) else batch
         finally:
             for row in drawn:
                 row.tokens.pop()
+
+    def _prepare(self, plan: Plan) -> Batch:
+        batch = self._packer.pack(plan, self.slots.slot_of)
+        self.model.prepare(batch)
+        return batch
 
     def _do_meanwhile(self) -> None:
         if self._meanwhile is not None:
@@ -788,7 +792,7 @@ class Engine:
 
 def _let_go(error: Exception) -> None:
     """Forget where it came from: the frames hold tensors, and the error itself."""
-    error.__traceback__ = error.__context__ = None
+    error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 def _exactly(hidden: torch.Tensor) -> np.ndarray:

@@ -269,7 +269,7 @@ class Scheduler:
             self._look_ahead(draft)
         return draft.plan()
 
-    def is_late(self, plan: Plan) -> bool:
+    def holds_up(self, plan: Plan) -> bool:
         """Whether a plan made ahead has rows in the background alone, and others have come since."""
         alone = all(segment.row.background for segment in plan.segments)
         return alone and len(self.waiting) > self.waiting.in_background
