@@ -90,8 +90,9 @@ def run(sock: socket.socket, base_fd: int | None = None) -> int:
         try:
             engine = _start(start.config, channel, base_fd)
         except Exception as error:
-            logger.exception("the engine cannot start")
             explained = isinstance(error, UnsupportedBaseError | MemoryBudgetError)
+            if not explained:
+                logger.exception("the engine cannot start")
             prefix = "" if explained else f"the engine cannot start: {type(error).__name__}: "
             channel.send(protocol.Fatal(message=f"{prefix}{error}"))
             return 2
