@@ -45,6 +45,7 @@ UNALIGNED = (
 SIZES = {"KEY_SIZE": 128, "VALUE_SIZE": 128}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
     *((cuda._products, {"NF4": nf4, "ROWS": rows}) for nf4 in (True, False) for rows in (16, 64)),
+    (cuda._products, {"NF4": False, "ROWS": 128}),
     (cuda._unpack, {}),
     (cuda._shrink, {}),
     *((cuda._finish, {"QUANTIZED": True, "GATED": gated, "ONTO": not gated}) for gated in (False, True)),

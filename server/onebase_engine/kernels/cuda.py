@@ -69,8 +69,8 @@ PLAIN: dict[str, Any] = {"enable_fp_fusion": False}
 """How all are compiled: a product that is added is rounded first, as in PyTorch's operators one by one."""
 ALIGNMENT = 16
 """Bytes on which weights and matrices begin."""
-FEW_ROWS, MANY_ROWS = 16, 64
-"""Rows of a program. With more than the latter a 4-bit weight is unpacked once for all."""
+FEW_ROWS, MANY_ROWS, MOST_ROWS = 16, 64, 128
+"""Rows of a program. With more than MANY_ROWS a 4-bit weight is unpacked once for all."""
 
 WEIGHT, ABSMAX, CODE, BIAS = (tl.constexpr(number) for number in range(4))
 SLOTS, SIZE_OUT, BLOCKSIZE, FACTS = (tl.constexpr(number) for number in range(4, 8))
@@ -120,14 +120,15 @@ def _products(
 ):
     """sums[part, row, outputs of all layers] = x @ weight.T over the `pieces` pieces of each part.
 
-    The weights are the left factor, which may come from registers: there they are unpacked.
+    The weights are the left factor, which may come from registers: there they are unpacked. Programs for all
+    rows follow each other, so that a block of weights comes from memory once.
     """
-    block, part = tl.program_id(0), tl.program_id(1)
+    block, part = tl.program_id(1), tl.program_id(2)
     layer, begin = _layer_of(block, second, third)
     facts = layers + layer * FACTS
     out = ((block - begin) * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
     there = out < tl.load(facts + SIZE_OUT)
-    row = (tl.program_id(2) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     wanted = row < rows
     code = tl.zeros((16,), dtype=tl.float32)
     if NF4:
@@ -429,8 +430,8 @@ class CudaLayers:
         parts = 1 if many else self._pieces
         width = self._blocks * OUTPUTS.value
         sums = torch.empty(parts, count, width, dtype=torch.float32, device=x.device)
-        size = FEW_ROWS if count <= FEW_ROWS else MANY_ROWS
-        _products[(self._blocks, parts, triton.cdiv(count, size))](
+        size = FEW_ROWS if count <= FEW_ROWS else MANY_ROWS if count <= MOST_ROWS else MOST_ROWS
+        _products[(triton.cdiv(count, size), self._blocks, parts)](
             x, told, sums, count, size_in, width, *self._starts, self._pieces // parts,
             NF4=nf4 and not many, ROWS=size, **PLAIN,
         )  # fmt: skip
@@ -1076,7 +1077,7 @@ def _differing(kernels: CudaKernels, device: torch.device) -> str | None:
         random(RANKS.value + 1, size).float(), random(layer.out_features, RANKS.value + 1).float(), 0.5
     )
     linear.put(0, lora)
-    for rows in (FEW_ROWS, MANY_ROWS + 1):
+    for rows in (FEW_ROWS, MANY_ROWS + 1, MOST_ROWS + 1):
         x = random(rows, size)
         mine = tuple(range(0, rows, 2))
         got = linear(x, RowMap((RowGroup(mine, ((0, 1.0),)),)))
