@@ -246,7 +246,7 @@ def test_a_folder_given_at_start_gives_way_to_what_was_activated_since(
 
     with serve_scripted("words", *options, data_dir=data_dir) as server, server.client() as http:
         assert http.get("/v1/adapters/acme").json()["version"] == chosen != given
-        assert "chosen since" in server.log
+        server.wait_for(lambda: "chosen since" in server.log)
         kill(server)
     (folder / "adapter_model.safetensors").write_bytes(b"a newer folder")
     with serve_scripted("words", *options, data_dir=data_dir) as server, server.client() as http:

@@ -55,6 +55,8 @@ def test_the_access_log_says_what_was_asked_without_the_query(logging_json: Serv
     with logging_json.client() as http:
         http.get("/v1/models?secret=x", headers={"x-request-id": "mine-1"})
         http.get("/nowhere", headers={"x-request-id": "mine-2"})
+    # A line is written after its answer.
+    logging_json.wait_for(lambda: all(about(logging_json, name) for name in ("mine-1", "mine-2")))
     (one,), (other,) = about(logging_json, "mine-1"), about(logging_json, "mine-2")
     assert (one["method"], one["path"], one["status"]) == ("GET", "/v1/models", 200)
     assert one["client"].startswith("127.0.0.1:")
@@ -75,8 +77,7 @@ def test_what_is_logged_later_for_a_request_has_its_id(serve_scripted: Starter) 
             ],
             headers={"x-request-id": "upload-7"},
         )
-        server.wait_for(lambda: bool(about(server, "upload-7")))
-        assert any("verifier" in one["message"] for one in about(server, "upload-7"))
+        server.wait_for(lambda: any("verifier" in one["message"] for one in about(server, "upload-7")))
 
 
 def test_text_ends_with_the_id_too(serve_scripted: Starter) -> None:
@@ -263,6 +264,6 @@ def test_it_does_not_come_out_of_a_log_for_people_either(serve_scripted: Starter
     ):
         speak(http, openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60))
         others_see_nothing(http)
-        assert '"POST /generate HTTP/1.1" 200' in server.log
+        server.wait_for(lambda: '"POST /generate HTTP/1.1" 200' in server.log)
         assert CANARY not in server.log
         assert key not in server.log

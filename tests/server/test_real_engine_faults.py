@@ -75,7 +75,7 @@ def test_a_server_keeps_keys_and_values_in_int8_if_asked_says_so_and_proves_adap
         token = heads * 2 * (config["head_dim"] + 2)
         assert info["kv_bytes"] == (info["kv_blocks"] + RESERVED_BLOCKS) * info["block_size"] * token
         assert "rounded to 8 bits" in info["promise"]
-        assert " tokens in int8" in server.log
+        server.wait_for(lambda: " tokens in int8" in server.log)
         answers = [http.post("/generate", json=PROBE).json()["choices"][0]["text"] for _ in range(2)]
         assert answers[0] == answers[1]
 

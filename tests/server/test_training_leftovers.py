@@ -159,7 +159,7 @@ def test_files_and_jobs_of_an_earlier_release_are_listed_downloaded_and_trained_
     with serve_scripted("words", data_dir=tmp_path) as server:
         client = openai_client(server)
         server.wait_for(lambda: set((tmp_path / "training").glob("[fj]*/*")) == set(unknown))
-        assert f"{len(before)} training files move" in server.log
+        server.wait_for(lambda: f"{len(before)} training files move" in server.log)
         assert {file.id: (file, client.files.content(file.id).text) for file in client.files.list()} == before
         client.fine_tuning.jobs.resume(paused.id)
         again = client.fine_tuning.jobs.create(model=BASE, training_file=done.training_file)
