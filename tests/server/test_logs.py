@@ -246,12 +246,13 @@ def train(server: Server, client: openai.OpenAI) -> Any:
 def in_the_middle(server: Server, http: httpx2.Client) -> None:
     """The engine dies while it computes on the secret, and the log says what ran."""
     body = {"prompt": CANARY, "max_tokens": 4000, "stream": True, "ignore_eos": True}
-    for _ in range(2):
+    for deaths in (1, 2):
         with suppress(httpx2.TransportError), http.stream("POST", "/generate", json=body) as answer:
             rest = answer.iter_lines()
             next(rest, None)
-            os.kill([one["pid"] for one in lines(server) if one["process"] == "engine"][-1], signal.SIGKILL)
+            os.kill(server.engine_pid(), signal.SIGKILL)
             list(rest)
+        server.wait_for(lambda deaths=deaths: http.get("/status").json()["engine"]["restarts"] == deaths)
         server.wait_ready()
 
 
