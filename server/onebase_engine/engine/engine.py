@@ -80,13 +80,13 @@ class _Given:
     """Hidden states [tokens, size] fp64 of segments that are pooled."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Begun:
     """A step that an accelerator may still compute."""
 
     plan: Plan
-    read: Callable[[], _Given] | None
-    """Waits for it, at any number of times; None once it is not to be read again."""
+    read: Callable[[], _Given]
+    """Waits for it, any number of times."""
     only_draws: bool
     """Whether all that it gives is one token for each row that has come so far, and needs no memory."""
 
@@ -345,6 +345,7 @@ class Engine:
         if foreseen:
             self._plan_next(plan)
         computed = begun if isinstance(begun, _Failure) else self._wait(begun, foreseen)
+        del begun  # what it holds is free for those who compute a failed step again
         if isinstance(computed, _Failure):
             if foreseen:
                 self._end_failed(plan, {one.row: computed.message for one in plan.segments if one.samples})
@@ -535,12 +536,7 @@ class Engine:
         return _Given(drawn, scores, pooled)
 
     def _finish(self, begun: _Begun, foreseen: bool) -> _Computed:
-        read = begun.read
-        if read is None:
-            raise RuntimeError("a step is read after it was given up")
-        if not foreseen:
-            begun.read = None  # what it holds is free for those who compute a failed step again
-        given = read()
+        given = begun.read()
         drawn = iter(given.drawn)
         rows = [segment for segment in begun.plan.segments if segment.samples]
         tokens = [(one.row, list(islice(drawn, len(one.draft) + 1))) for one in rows]
