@@ -103,7 +103,7 @@ class Products:
     def __init__(self, setup: Setup, found: Findings, own: Kernels, draw: torch.Generator) -> None:
         self._setup, self._found, self._own, self._draw = setup, found, own, draw
         self._other = ReferenceKernels(tiled=False)
-        self._counts = (1, 3, 65) if setup.interpreted else (1, 2, 4, 8, 16, 32, 64, 65, 300)
+        self._counts = (1, 3, 65) if setup.interpreted else (1, 2, 4, 8, 16, 32, 64, 65, 300, 600)
         self._slots, rank = (3, 4) if setup.interpreted else (64, 16)
         self._rank = rank
         self.per_second = bandwidth(setup)

@@ -242,6 +242,18 @@ def test_layers_of_the_same_rows_give_the_bits_of_each_alone(kernels: CudaKernel
         assert torch.equal(together, layer(x, row_map(mixes)))
 
 
+@pytest.mark.full
+def test_wider_blocks_of_many_rows_give_the_same_bits(
+    kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [linear(kernels, nf4(IN, size, seed=size)) for size in (OUT, 30, 200)]
+    x = random(130, IN).to(torch.bfloat16)
+    narrow = CudaLayers(kernels, layers)(x, NOBODY)
+    monkeypatch.setattr(cuda, "PROMPT_ROWS", 130)
+    for got, wanted in zip(CudaLayers(kernels, layers)(x, NOBODY), narrow, strict=True):
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("rows", [3, pytest.param(65, marks=pytest.mark.full)])
 def test_what_is_added_to_other_rows_has_the_bits_of_a_sum_apart(kernels: CudaKernels, rows: int) -> None:
     layer = adapted(kernels, nf4(IN, OUT))
@@ -505,7 +517,7 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert len(report) == 18
+    assert len(report) == 19
     for name, used in report.items():
         assert used["shared"] < 99 << 10, name
         assert not any(word.startswith("ld.global") and word.endswith("b8") for word in used), (name, used)

@@ -44,8 +44,9 @@ UNALIGNED = (
 """Numbers that are no multiple of 16; where others are, the launch finds that out."""
 SIZES = {"KEY_SIZE": 128, "VALUE_SIZE": 128}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
-    *((cuda._products, {"NF4": nf4, "ROWS": rows}) for nf4 in (True, False) for rows in (16, 64)),
-    (cuda._products, {"NF4": False, "ROWS": 128}),
+    *((cuda._products, {"NF4": nf4, "ROWS": rows, "SIZE": 64}) for nf4 in (True, False) for rows in (16, 64)),
+    (cuda._products, {"NF4": False, "ROWS": 128, "SIZE": 64}),
+    (cuda._products, {"NF4": False, "ROWS": 128, "SIZE": cuda.WIDE}),
     (cuda._unpack, {}),
     (cuda._shrink, {}),
     *((cuda._finish, {"QUANTIZED": True, "GATED": gated, "ONTO": not gated}) for gated in (False, True)),
@@ -82,7 +83,8 @@ def used(kernel: Any, constants: dict[str, Any], capability: int) -> Counter[str
         },
     )
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    warps = 8 if constants.get("SIZE") == cuda.WIDE else 4
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False, "num_warps": warps})
     code = compiled.asm["ptx"]
     found = re.findall(r"\b(?:ld\.global|cp\.async|wgmma\.mma_async|mma\.sync)[.\w:]*|\bfma\.rn\.f32", code)
     return Counter(

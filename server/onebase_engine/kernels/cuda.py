@@ -71,6 +71,9 @@ ALIGNMENT = 16
 """Bytes on which weights and matrices begin."""
 FEW_ROWS, MANY_ROWS, MOST_ROWS = 16, 64, 128
 """Rows of a program. With more than MANY_ROWS a 4-bit weight is unpacked once for all."""
+WIDE = 2 * OUTPUTS.value
+"""Outputs of a program where so many rows, PROMPT_ROWS, leave enough programs for a whole device."""
+PROMPT_ROWS = 512
 
 WEIGHT, ABSMAX, CODE, BIAS = (tl.constexpr(number) for number in range(4))
 SLOTS, SIZE_OUT, BLOCKSIZE, FACTS = (tl.constexpr(number) for number in range(4, 8))
@@ -116,26 +119,28 @@ def _unpacked(weight, absmax, code, out, first, there, size_in, blocksize):
 
 @triton.jit
 def _products(
-    x, layers, sums, rows, size_in, width, second, third, pieces, NF4: tl.constexpr, ROWS: tl.constexpr
-):
+    x, layers, sums, rows, size_in, width, second, third, pieces, NF4: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
     """sums[part, row, outputs of all layers] = x @ weight.T over the `pieces` pieces of each part.
 
     The weights are the left factor, which may come from registers: there they are unpacked. Programs for all
-    rows follow each other, so that a block of weights comes from memory once.
+    rows follow each other, so that a block of weights comes from memory once. SIZE: outputs of a block, in
+    which `second` and `third` count too.
     """
     block, part = tl.program_id(1), tl.program_id(2)
     layer, begin = _layer_of(block, second, third)
     facts = layers + layer * FACTS
-    out = ((block - begin) * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
+    out = ((block - begin) * SIZE + tl.arange(0, SIZE)).to(tl.int64)
     there = out < tl.load(facts + SIZE_OUT)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     wanted = row < rows
     code = tl.zeros((16,), dtype=tl.float32)
     if NF4:
         code = tl.load(tl.load(facts + CODE).to(tl.pointer_type(tl.float32)) + tl.arange(0, 16))
-    total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
+    total = tl.zeros((SIZE, ROWS), dtype=tl.float32)
     for piece in range(part * pieces, (part + 1) * pieces):
-        some = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
+        some = tl.zeros((SIZE, ROWS), dtype=tl.float32)
         for first in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, size_in), STEP):
             term = first + tl.arange(0, STEP)
             if NF4:
@@ -149,9 +154,7 @@ def _products(
             some = tl.dot(w, xs, some)
         # Not 0 + some, which makes a zero of another sign.
         total = tl.where(piece == part * pieces, some, total + some)
-    place = (
-        (part.to(tl.int64) * rows + row[None, :]) * width + block * OUTPUTS + tl.arange(0, OUTPUTS)[:, None]
-    )
+    place = (part.to(tl.int64) * rows + row[None, :]) * width + block * SIZE + tl.arange(0, SIZE)[:, None]
     tl.store(sums + place, total, mask=wanted[None, :] & there[:, None])
 
 
@@ -407,7 +410,8 @@ class CudaLayers:
         self._kernels = kernels
         self._layers = tuple(layers)
         self._gated = gated
-        blocks = [triton.cdiv(layer.size_out, OUTPUTS.value) for layer in layers]
+        # In whole blocks of WIDE, so that a layer's sums begin at the same column with both.
+        blocks = [triton.cdiv(layer.size_out, WIDE) * WIDE // OUTPUTS.value for layer in layers]
         self._blocks = sum(blocks)
         self._starts = (*accumulate(blocks), self._blocks)[:2]
         self._finished = blocks[0] if gated else self._blocks
@@ -431,9 +435,11 @@ class CudaLayers:
         width = self._blocks * OUTPUTS.value
         sums = torch.empty(parts, count, width, dtype=torch.float32, device=x.device)
         size = FEW_ROWS if count <= FEW_ROWS else MANY_ROWS if count <= MOST_ROWS else MOST_ROWS
-        _products[(triton.cdiv(count, size), self._blocks, parts)](
-            x, told, sums, count, size_in, width, *self._starts, self._pieces // parts,
-            NF4=nf4 and not many, ROWS=size, **PLAIN,
+        wide = WIDE // OUTPUTS.value if many and count >= PROMPT_ROWS else 1
+        blocks, *starts = (number // wide for number in (self._blocks, *self._starts))
+        _products[(triton.cdiv(count, size), blocks, parts)](
+            x, told, sums, count, size_in, width, *starts, self._pieces // parts,
+            NF4=nf4 and not many, ROWS=size, SIZE=OUTPUTS.value * wide, num_warps=4 * wide, **PLAIN,
         )  # fmt: skip
         terms = _terms_of(rows, count, x.device)
         most = terms.most_rank or (max(layer.most_rank for layer in self._layers) if terms.count else 0)
@@ -1077,7 +1083,8 @@ def _differing(kernels: CudaKernels, device: torch.device) -> str | None:
         random(RANKS.value + 1, size).float(), random(layer.out_features, RANKS.value + 1).float(), 0.5
     )
     linear.put(0, lora)
-    for rows in (FEW_ROWS, MANY_ROWS + 1, MOST_ROWS + 1):
+    sizes = FEW_ROWS, MANY_ROWS + 1, MOST_ROWS + 1, PROMPT_ROWS
+    for rows in sizes[:3] if INTERPRETED.value else sizes:
         x = random(rows, size)
         mine = tuple(range(0, rows, 2))
         got = linear(x, RowMap((RowGroup(mine, ((0, 1.0),)),)))
