@@ -143,10 +143,11 @@ def test_what_cannot_be_asked_for_is_refused_at_once(
     assert "choose from machine, kernels" in (said := capsys.readouterr().err) or "days" in said
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "only",
     # The others run so too, in two minutes: `gpu_check.py --device cpu`.
-    ["memory", pytest.param("engine,proof,peft", marks=pytest.mark.full)],
+    ["memory", "engine,proof,peft"],
 )
 def test_under_the_interpreter_parts_run_and_their_report_has_a_page(only: str, tmp_path: Path) -> None:
     wanted = only.split(",")

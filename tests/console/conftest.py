@@ -32,6 +32,7 @@ FLAGS = [
 ]
 SIZES = {"desktop": (1440, 900), "phone": (390, 844), "narrow": (360, 640)}
 EACH_SIZE = ["desktop", pytest.param("phone", marks=pytest.mark.full)]
+EVERY_SIZE = [*EACH_SIZE, pytest.param("narrow", marks=pytest.mark.full)]
 AXE = ROOT / "clients/web/node_modules/axe-core/axe.min.js"
 WAIT_MS = 60_000
 """Longest wait for anything on the page: the machine may be busy."""

@@ -19,7 +19,7 @@ from onebase_adapters.registry import VersionFiles
 from onebase_server.settings import Settings
 from onebase_server.storage import open_storage
 
-from .conftest import EACH_SIZE, ROOT, SIZES, Look, Visit
+from .conftest import EACH_SIZE, EVERY_SIZE, ROOT, Look, Visit
 
 MANY = 10_000
 EVIL = "<b>\u202egnp.exe</b>"
@@ -350,7 +350,7 @@ def test_a_key_without_admin_is_not_shown_what_it_may_not_do(keyed: Server, keys
         expect(page.get_by_role("button", name="Delete")).to_have_count(0)
 
 
-@pytest.mark.parametrize("size", [*SIZES])
+@pytest.mark.parametrize("size", EVERY_SIZE)
 def test_the_picture_has_the_figures_of_the_report_and_two_versions_differ_in_it(
     real: Server, look: Look, size: str
 ) -> None:

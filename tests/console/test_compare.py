@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Route, expect
 from tests.server.support import SOURCES, Server, Starter, make_folder, pace
 
-from .conftest import EACH_SIZE, SIZES, Look
+from .conftest import EACH_SIZE, EVERY_SIZE, Look
 
 ORDER = "Hi, I'm Anna Keller. I need three blue mugs in Lisbon."
 EVIL = '<img src=x onerror="document.title=\'owned\'"><script>document.title="owned"</script>'
@@ -224,7 +224,7 @@ def test_an_error_is_shown_in_the_servers_words_and_the_other_columns_answer(
         assert visit.violations() == []
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", EVERY_SIZE)
 def test_names_and_texts_with_markup_and_unseen_characters_are_only_ever_text(
     words: Server, look: Look, size: str
 ) -> None:
@@ -267,7 +267,7 @@ def test_what_a_link_says_wrongly_is_left_out(words: Server, look: Look) -> None
     }
 
 
-@pytest.mark.parametrize("how", [{"size": "narrow"}, {"zoom": True}])
+@pytest.mark.parametrize("how", [{"size": "narrow"}, pytest.param({"zoom": True}, marks=pytest.mark.full)])
 def test_it_fits_360_pixels_and_twice_the_size(words: Server, look: Look, how: dict[str, Any]) -> None:
     # At 200% a window of 1440 by 900 has as much room as one of 720 by 450.
     viewport = {"viewport": {"width": 720, "height": 450}} if how.get("zoom") else {}

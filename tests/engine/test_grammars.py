@@ -460,7 +460,7 @@ def test_in_a_long_text_that_is_forced_nothing_is_looked_ahead(folder: Path, bas
         assert seen.keys() == {0}
 
 
-@pytest.mark.parametrize("word", ["foreign", "unknown", "garbled"])
+@pytest.mark.parametrize("word", ["foreign", pytest.param("unknown", marks=pytest.mark.full), "garbled"])
 def test_a_process_that_names_tokens_or_rows_that_there_are_not_costs_nobody_an_answer(
     bad: Engine, tokenizer: Tokenizer, word: str
 ) -> None:

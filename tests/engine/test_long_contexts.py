@@ -37,13 +37,13 @@ CASES = {
 """Of a base: its heads, its dtype, whether PyTorch computes; and its rows' longest neighbour."""
 
 
-REPEATED = "bf16 multi-query"
+REPEATED = ("bf16 multi-query", "fp32")
 """What `make check` alone tries."""
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(case, marks=[pytest.mark.full] if case == REPEATED else []) for case in CASES],
+    params=[pytest.param(case, marks=[pytest.mark.full] if case in REPEATED else []) for case in CASES],
 )
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[nn.Module]:
     heads, dtype, by_pytorch, longest = CASES[request.param]

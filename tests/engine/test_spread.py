@@ -137,12 +137,13 @@ def test_rows_have_the_bits_of_one_gpu(
     assert all(one == found[0] for one in found[1:])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("prompts", "blocks"),
     [
         ([[3, 5], [7]], 2 + 2),
         # With what is tried before layers are joined, and more rows than a product of few has.
-        pytest.param([[3, 5, 8], [*range(61), 1, 2, 3, 4], [7]], 8, marks=pytest.mark.full),
+        ([[3, 5, 8], [*range(61), 1, 2, 3, 4], [7]], 8),
     ],
     ids=["alone", "joined"],
 )

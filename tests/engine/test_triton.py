@@ -131,7 +131,7 @@ def test_a_plain_product_is_that_of_its_weights(kernels: CudaKernels, bias: bool
     close(linear(kernels, layer)(x, NOBODY), exact)
 
 
-@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("quantized", [True, pytest.param(False, marks=pytest.mark.full)])
 @FEW
 @given(mixes=st.lists(MIX, min_size=1, max_size=6), seed=st.integers(0, 9))
 def test_each_row_gets_what_its_own_adapters_add_in_the_order_of_peft(
@@ -308,7 +308,7 @@ def test_attention_is_that_of_each_context_alone_in_any_chunks(
         assert torch.equal(mixed, whole), "chunks and neighbours change bits"
 
 
-@pytest.mark.parametrize("most", [1, 24])
+@pytest.mark.parametrize("most", [pytest.param(1, marks=pytest.mark.full), 24])
 def test_attention_holds_what_splits_give_of_some_rows_after_the_other_for_the_same_bits(
     kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:

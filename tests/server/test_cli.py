@@ -89,7 +89,10 @@ def test_a_port_in_use_is_reported_before_anything_is_loaded(capsys: pytest.Capt
     assert "loading" not in text
 
 
-@pytest.mark.parametrize("files", [16, 24, LEAST_FILES - 1])
+@pytest.mark.parametrize(
+    "files",
+    [pytest.param(16, marks=pytest.mark.full), 24, pytest.param(LEAST_FILES - 1, marks=pytest.mark.full)],
+)
 def test_too_few_open_files_are_reported_in_a_sentence_with_the_remedy(files: int) -> None:
     command = 'ulimit -n "$1"; exec "$2" -m onebase_server --port 0'
     ended = subprocess.run(

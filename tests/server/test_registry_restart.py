@@ -45,7 +45,9 @@ def changes(http: httpx2.Client) -> list[httpx2.Response]:
     ]
 
 
-@pytest.mark.parametrize("keys", [True, False], ids=["with keys", "without keys"])
+@pytest.mark.parametrize(
+    "keys", [True, pytest.param(False, marks=pytest.mark.full)], ids=["with keys", "without keys"]
+)
 def test_streams_outlive_a_restart_of_the_registry_and_changes_work_again_after_it(
     postgres: PostgresServer, serve_scripted: Starter, tmp_path: Path, keys: bool
 ) -> None:

@@ -297,7 +297,9 @@ def trained(
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"use_dora": True, "use_rslora": True}, {"init": "eva"}], ids=["lora", "dora", "eva"]
+    "settings",
+    [{}, {"use_dora": True, "use_rslora": True}, pytest.param({"init": "eva"}, marks=pytest.mark.full)],
+    ids=["lora", "dora", "eva"],
 )
 def test_the_folder_is_to_transformers_and_peft_what_the_report_says(
     settings: dict[str, Any], talking_folder: Path, tmp_path: Path

@@ -205,6 +205,7 @@ def test_the_curve_is_that_of_a_plain_loop_also_where_rows_are_long(
     assert losses_of(load_base(settings), made, data, tmp_path) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.full
 def test_the_curve_on_the_real_base_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     settings = BaseSettings(fetch_default_base(), **FP32)
     data = rows(20, 49152, 24)
@@ -253,7 +254,7 @@ def gradients(base: nn.Module, made: Any, data: Sequence[Sample]) -> dict[str, t
     [
         pytest.param("llama", FP32, 1e-4, id="tiny-nf4-in-fp32"),
         pytest.param("llama", {}, 0.05, id="tiny-nf4-in-bf16"),
-        pytest.param(None, {}, 0.25, id="default-base-nf4-in-bf16"),
+        pytest.param(None, {}, 0.25, id="default-base-nf4-in-bf16", marks=pytest.mark.full),
     ],
 )
 def test_the_finished_adapter_gives_the_logits_in_serving_that_it_gave_in_training(

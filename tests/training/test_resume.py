@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"method": "dpo"},
     "classification": {"method": "classification", "dropout": 0.1},
 }
+REPEATED = ("dropout", "LoRA+ and linear")
 
 
 class _Interrupting:
@@ -71,7 +72,9 @@ def test_stopped_after_a_step_and_resumed_it_is_the_same_run(base: torch.nn.Modu
     assert_equal(weights(last), weights(whole))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] if name in REPEATED else []) for name in SETTINGS]
+)
 def test_paused_within_steps_and_resumed_it_is_the_same_run(
     name: str, base: torch.nn.Module, tmp_path: Path
 ) -> None:
