@@ -14,8 +14,9 @@ import pytest
 import torch
 from tests.engine.harness import Lab, Request, requests, run
 from tests.engine.layers import same_in_int8
-from tests.tiny import save_base
+from tests.tiny import ARCHITECTURES, save_base
 from torch import nn
+from transformers import GraniteConfig
 
 from onebase_engine.base.load import (
     BaseChangedError,
@@ -24,9 +25,11 @@ from onebase_engine.base.load import (
     content_sum,
     load_base,
 )
-from onebase_engine.engine import model
+from onebase_engine.engine import fusion, model
 from onebase_engine.engine.messages import Sampling, Submit
-from onebase_engine.kernels.reference import ReferenceKernels
+from onebase_engine.engine.model import ServedModel
+from onebase_engine.kernels.interface import RowMap
+from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
 
 ASKED = requests(18, seed=7)
 
@@ -47,6 +50,72 @@ def test_rows_in_the_shape_of_the_step_equal_peft_alone(
         assert run(engine, ASKED) == expected
         assert engine.slots.used == 0
         engine.check_base()
+
+
+class AddingLinear(ReferenceLinear):
+    """Says that it adds to other rows where it computes, and counts how often it did."""
+
+    adds = True
+    added = 0
+
+    def __call__(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None = None) -> torch.Tensor:
+        AddingLinear.added += onto is not None
+        return super().__call__(x, rows, onto)
+
+
+class Adding(ReferenceKernels):
+    joins = True
+
+    def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> ReferenceLinear:
+        return AddingLinear(base, tiled=False)
+
+
+def adding(base: nn.Module, monkeypatch: pytest.MonkeyPatch) -> ServedModel:
+    monkeypatch.setattr(fusion, "_rotations", lambda *_: ())  # which PyTorch's attention does not take
+    return ServedModel(base, 8, kernels=Adding(tiled=False))
+
+
+def test_sums_that_are_part_of_products_change_no_bit_whatever_kind_of_adapter_acts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it replaces what `o_proj` or `down_proj` gives, or what a step has begun is not ended."""
+    lab = Lab.create(
+        load_base(BaseSettings(save_base("llama", tmp_path / "b"), quantization="none")), tmp_path
+    )
+    asked = [Request(tuple(range(5 + kind, 10 + kind)), kind, 3, at=kind // 5) for kind in range(15)]
+    asked += [Request((4, 9, 200), None, 6), Request(tuple(range(3, 83)), 3, 3)]
+    apart = lab.engine(model=ServedModel(lab.base, 8, kernels=ReferenceKernels(tiled=False)))
+    engine = lab.engine(model=(served := adding(lab.base, monkeypatch)))
+    AddingLinear.added = 0
+    assert run(engine, asked[15:]) == run(apart, asked[15:])
+    assert AddingLinear.added == 2 * 2 * engine.counters.steps
+    layer = served._view.model.layers[0]
+    with pytest.raises(TypeError):
+        layer(torch.zeros(1, 1, 128, dtype=torch.bfloat16), position_embeddings=None)
+    assert layer.self_attn.o_proj.onto is layer.mlp.down_proj.onto is None
+    assert run(engine, asked) == run(apart, asked)
+
+
+GRANITE = {"residual_multiplier": 0.5, "hidden_size": 128, "intermediate_size": 192, "vocab_size": 320}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "added"),
+    [
+        ("qwen3", None, True),
+        ("granite", GraniteConfig(**GRANITE, num_attention_heads=4, num_key_value_heads=2), False),
+        ("gemma3", None, False),
+    ],
+)
+def test_sums_stay_apart_in_layers_that_do_more_than_add(
+    architecture: str, config: Any, added: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if config is not None:
+        monkeypatch.setitem(ARCHITECTURES, architecture, lambda: config)
+    base = load_base(BaseSettings(save_base(architecture, tmp_path / "base"), quantization="none"))
+    served = adding(base, monkeypatch)
+    served.allocate_kv(20, 16)
+    assert {"forward" in vars(layer) for layer in served._view.model.layers} == {added}
 
 
 def test_int8s_are_read_as_in_tiles() -> None:

@@ -178,8 +178,7 @@ def _summing(module: Any, output: SlotLinear, down: SlotLinear) -> _Switch:
             return whole(hidden_states, *args, **named)
         try:
             output.onto = hidden_states.contiguous()
-            normed = module.input_layernorm(hidden_states)
-            attended = module.self_attn(hidden_states=normed, **named)[0]
+            attended = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **named)[0]
             down.onto = attended.contiguous()
             return module.mlp(module.post_attention_layernorm(attended))
         finally:
