@@ -428,6 +428,24 @@ def test_padding_of_a_captured_step_gives_zeros_and_changes_no_row(kernels: Cuda
     assert torch.equal(out[0], v[:, 0].repeat_interleave(2, 0))
 
 
+@pytest.mark.parametrize("length", [20, 140])
+def test_scores_that_are_no_numbers_give_none_and_change_no_other_context(
+    kernels: CudaKernels, length: int
+) -> None:
+    """Of an adapter that overflows: its row is to end with an error, not with another text. In one split of
+    keys, and in two."""
+    sound, whole = projected(Cache(kernels, 1, 2, 16, 16), length, 1), []
+    for wrong in (0.0, torch.inf, torch.nan):
+        cache = Cache(kernels, 1, 2, 16, 16)
+        q, k, v = (torch.cat([one[:, -1:], one], 1) for one in sound)
+        q[:, 0], k[:, 0] = 1.0, 1.0 - wrong
+        out = cache.run([(cache.context(1), 0, 1), (cache.context(length), 0, length)], q, k, v)
+        assert bool(out[0].isnan().all()) == (wrong != 0)
+        whole.append(out[1:])
+    assert torch.equal(whole[0], whole[1])
+    assert torch.equal(whole[0], whole[2])
+
+
 # ---- norms -------------------------------------------------------------------------------------
 
 

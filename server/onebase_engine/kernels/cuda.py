@@ -604,7 +604,7 @@ def _attend(
     if WHOLE:
         # The first row of a tile without any is padding.
         wanted = (query // PADDED < tl.maximum(count, 1)) & (query % PADDED < GROUPS)
-        given = _divided(mixed, weight[:, None]).to(tl.bfloat16)
+        given = _divided(mixed, weight[:, None], (place >= 0)[:, None]).to(tl.bfloat16)
         place = (row * heads + head)[:, None] * value_dim + value_place[None, :]
         tl.store(out + place, given, mask=wanted[:, None] & (value_place < value_dim)[None, :])
     elif split * SPLIT <= last:
@@ -619,9 +619,10 @@ def _attend(
 
 
 @triton.jit
-def _divided(mixed, weight):
-    """By the sum of the weights; zeros where there are none."""
-    return tl.where(weight > 0, mixed / tl.where(weight > 0, weight, 1.0), 0.0)
+def _divided(mixed, weight, there):
+    """By the sum of the weights, also where that is no number, as of an adapter that overflows; zeros for
+    padding, which is not `there`."""
+    return tl.where(there, mixed / tl.where(there, weight, 1.0), 0.0)
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -632,7 +633,8 @@ def _merge(part, stats, position, out, first_row, rows, heads, value_dim, VALUE_
     dim = tl.arange(0, VALUE_SIZE)
     largest, weight = float("-inf"), 0.0
     mixed = tl.zeros((VALUE_SIZE,), dtype=tl.float32)
-    for split in range((tl.load(position + row) + SPLIT) // SPLIT):
+    place = tl.load(position + row)
+    for split in range((place + SPLIT) // SPLIT):
         at = (split * rows + own_row) * heads + head
         some, own = tl.load(stats + at * 2), tl.load(stats + at * 2 + 1)
         now = tl.maximum(largest, own)
@@ -641,7 +643,7 @@ def _merge(part, stats, position, out, first_row, rows, heads, value_dim, VALUE_
         weight = weight * before + some * after
         mixed = mixed * before + tl.load(part + at * value_dim + dim, mask=dim < value_dim, other=0.0) * after
         largest = now
-    given = _divided(mixed, weight).to(tl.bfloat16)
+    given = _divided(mixed, weight, place >= 0).to(tl.bfloat16)
     tl.store(out + (row * heads + head) * value_dim + dim, given, mask=dim < value_dim)
 
 
