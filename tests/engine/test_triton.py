@@ -45,6 +45,7 @@ from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
 from onebase_engine.engine import graphs, model
+from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.memory_budget import largest_step_bytes
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import Limits
@@ -171,6 +172,17 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours_or_their_number(
     assert torch.equal(found(x[few], row_map(mixes[few]))[-1], together[row])
 
 
+@pytest.mark.parametrize("rows", [65, 257])
+@pytest.mark.parametrize("quantized", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_every_row_of_a_prompt_has_the_bits_that_it_has_among_a_few(
+    kernels: CudaKernels, rows: int, quantized: bool
+) -> None:
+    """On both sides of where a tile of rows ends."""
+    layer = nf4(IN, 8) if quantized else nn.Linear(IN, 8, dtype=torch.bfloat16).requires_grad_(False)
+    found, x = linear(kernels, layer), random(rows, IN).to(torch.bfloat16)
+    assert torch.equal(found(x, NOBODY), torch.cat([found(some, NOBODY) for some in x.split(64)]))
+
+
 def test_an_adapter_that_overflows_reaches_no_other_row(kernels: CudaKernels) -> None:
     found = linear(kernels, nf4(IN, OUT))
     found.put(0, lora(8, 1))
@@ -240,6 +252,23 @@ def test_layers_of_the_same_rows_give_the_bits_of_each_alone(kernels: CudaKernel
     mixes: list[dict[int, float]] = [{0: 1.0}, {}, {1: 0.5, 3: 1.0}, *[{}] * (rows - 3)]
     for together, layer in zip(CudaLayers(kernels, layers)(x, row_map(mixes)), layers, strict=True):
         assert torch.equal(together, layer(x, row_map(mixes)))
+
+
+def test_what_adapters_of_many_rows_hold_between_a_and_b_is_bounded_for_the_same_bits(
+    kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each piece of the terms where that is little, else of all of them together."""
+    both = CudaLayers(kernels, [adapted(kernels, nf4(IN, OUT, seed=seed)) for seed in (1, 2)])
+    x, mixes = random(5, IN).to(torch.bfloat16), row_map([{0: 1.0}, {}, {1: 0.5, 3: 1.0}, {2: 2.0}, {}])
+    numbers, pieces = 2 * 4 * max(RANKS), 2
+    found = []
+    for most in (numbers * pieces, numbers * pieces - 1):
+        monkeypatch.setattr(cuda, "HIDDEN", most)
+        with LiveBytes() as meter:
+            found.append((both(x, mixes), meter.most))
+    (by_pieces, bytes_of_pieces), (at_once, bytes_at_once) = found
+    assert all(map(torch.equal, by_pieces, at_once))
+    assert bytes_of_pieces - bytes_at_once == numbers * 4
 
 
 @pytest.mark.full
@@ -426,6 +455,37 @@ def test_padding_of_a_captured_step_gives_zeros_and_changes_no_row(kernels: Cuda
     out = cache.attention(q, k, v, step.contexts)
     assert not out[1:].any()
     assert torch.equal(out[0], v[:, 0].repeat_interleave(2, 0))
+
+
+def test_what_is_captured_for_short_contexts_serves_no_longer_ones(
+    kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are divided at once; and rows give the bits that they give without a graph."""
+    monkeypatch.setattr(kernels, "capture", triton_on_cpu.Capture().of)
+    cache = Cache(kernels, 1, 3, 24, 16)
+    for number, tensor in enumerate(cache.tensors):
+        tensor.copy_(random(*tensor.shape, seed=number))
+    q, k, v = projected(cache, 2, 1)
+    table = np.array([cache.context(140), cache.context(140)], dtype=np.int32)
+
+    def attended(contexts: Contexts) -> torch.Tensor:
+        return cache.attention(q, k, v, contexts).flatten(1)
+
+    def step(length: int) -> Batch:
+        position, row = np.array([length - 1, 8], dtype=np.int32), np.arange(2, dtype=np.int32)
+        write = table[row, position // 16] * 16 + position % 16
+        none, ids = np.zeros(0, dtype=np.int64), row.astype(np.int64)
+        contexts = Contexts(position, row, write, table)
+        return Batch(ids, position.astype(np.int64), ids, contexts, NOBODY, NOBODY, [], [], none, [])
+
+    found = graphs.Graphs(lambda fixed: (attended(fixed.contexts),) * 2, kernels, 2, 16, torch.device("cpu"))
+    replayed = []
+    for length in (100, 100, 128, 129, 129, 140, 60):
+        got = found.run(step(length))
+        replayed.append(got is not None)
+        if got is not None:
+            assert torch.equal(got[0], attended(step(length).contexts)), length
+    assert replayed == [False, True, True, False, True, True, True]
 
 
 @pytest.mark.parametrize("length", [20, 140])

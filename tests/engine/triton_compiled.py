@@ -35,6 +35,7 @@ UNALIGNED = (
     "third",
     "pieces",
     "parts",
+    "hidden_parts",
     "terms",
     "count",
     "table_width",

@@ -62,6 +62,8 @@ SPLIT = tl.constexpr(512)
 KEYS = tl.constexpr(64)
 QUERIES = tl.constexpr(64)
 """Queries of a program: rows of one context, with all heads that share its keys."""
+HIDDEN = 1 << 23
+"""Numbers between A and B that are kept piece by piece; of more of them each program adds the pieces up."""
 SCRATCH = 1 << 28
 """Bytes of what splits give that attention holds at once, about: of more rows in longer contexts it holds
 that of some after the other."""
@@ -183,9 +185,10 @@ def _matrix(address, place, mask, narrow):
 
 
 @triton.jit
-def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, most_rank):
-    """hidden[layer, piece, term, rank] = x32 @ A.T over a piece: one row and one slot a program."""
-    term, piece = tl.program_id(0).to(tl.int64), tl.program_id(2)
+def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, pieces, most_rank):
+    """hidden[layer, part, term, rank] = x32 @ A.T over the `pieces` pieces of each part: one row and one slot
+    a program."""
+    term, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     blocks = tl.cdiv(most_rank, RANKS)
     layer, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
     slots = tl.load(layers + layer * FACTS + SLOTS).to(tl.pointer_type(tl.int64))
@@ -196,18 +199,22 @@ def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, most_rank):
         inside = rank < size
         a, narrow = tl.load(own + A), tl.load(own + NARROW)
         row = tl.load(row_of + term).to(tl.int64)
-        sums = tl.zeros((RANKS, STEP), dtype=tl.float32)
-        for first in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, size_in), STEP):
-            some = first + tl.arange(0, STEP)
-            xs = tl.load(x + row * size_in + some).to(tl.float32)
-            w = _matrix(a, rank[:, None] * size_in + some[None, :], inside[:, None], narrow)
-            sums += w * xs[None, :]
-        place = ((layer * tl.num_programs(2) + piece) * terms + term) * most_rank + rank
-        tl.store(hidden + place, tl.sum(sums, axis=1), mask=inside)
+        total = tl.zeros((RANKS,), dtype=tl.float32)
+        for piece in range(part * pieces, (part + 1) * pieces):
+            sums = tl.zeros((RANKS, STEP), dtype=tl.float32)
+            for first in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, size_in), STEP):
+                some = first + tl.arange(0, STEP)
+                xs = tl.load(x + row * size_in + some).to(tl.float32)
+                w = _matrix(a, rank[:, None] * size_in + some[None, :], inside[:, None], narrow)
+                sums += w * xs[None, :]
+            one = tl.sum(sums, axis=1)
+            total = tl.where(piece == part * pieces, one, total + one)
+        place = ((layer * tl.num_programs(2) + part).to(tl.int64) * terms + term) * most_rank + rank
+        tl.store(hidden + place, total, mask=inside)
 
 
 @triton.jit
-def _added(hidden, own, out, there, terms, term, first_piece, pieces, most_rank):
+def _added(hidden, own, out, there, terms, term, first_part, parts, most_rank):
     """What one slot adds to a row's outputs, before the row's own weight, fp32."""
     size = tl.load(own + RANK)
     b, narrow = tl.load(own + B), tl.load(own + NARROW)
@@ -215,9 +222,10 @@ def _added(hidden, own, out, there, terms, term, first_piece, pieces, most_rank)
     for first in range(0, size, RANKS):
         rank = first + tl.arange(0, RANKS)
         inside = rank < size
-        low = tl.load(hidden + (first_piece * terms + term) * most_rank + rank, mask=inside, other=0.0)
-        for piece in range(1, pieces):
-            place = ((first_piece + piece) * terms + term) * most_rank + rank
+        place = (first_part * terms + term) * most_rank + rank
+        low = tl.load(hidden + place, mask=inside, other=0.0)
+        for part in range(1, parts):
+            place = ((first_part + part) * terms + term) * most_rank + rank
             low += tl.load(hidden + place, mask=inside, other=0.0)
         some = there[:, None] & inside[None, :]
         sums += _matrix(b, out[:, None] * size + rank[None, :], some, narrow) * low[None, :]
@@ -234,8 +242,8 @@ def _exp(x):
 
 @triton.jit
 def _output(
-    sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, pieces, most_rank, layer,
-    begin, block, QUANTIZED: tl.constexpr,
+    sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, hidden_parts, most_rank,
+    layer, begin, block, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """What one layer gives for a row, a block of its outputs, rounded in PEFT's order to bf16."""
     row = tl.program_id(0).to(tl.int64)
@@ -245,7 +253,7 @@ def _output(
     place = row * width + begin * OUTPUTS + out
     total = tl.load(sums + place, mask=there, other=0.0)
     for part in range(1, parts):
-        total += tl.load(sums + part * rows * width + place, mask=there, other=0.0)
+        total += tl.load(sums + part * rows * tl.cast(width, tl.int64) + place, mask=there, other=0.0)
     bias = tl.load(facts + BIAS)
     if bias != 0:
         total += tl.load(bias.to(tl.pointer_type(tl.bfloat16)) + out, mask=there, other=0.0).to(tl.float32)
@@ -256,7 +264,8 @@ def _output(
     for term in range(tl.load(starts + row), tl.load(starts + row + 1)):
         own = slots + tl.load(slot_of + term) * SLOT_FACTS
         if tl.load(own + RANK) > 0:
-            some = _added(hidden, own, out, there, terms, term, layer * pieces, pieces, most_rank)
+            first_part = tl.cast(layer, tl.int64) * hidden_parts
+            some = _added(hidden, own, out, there, terms, term, first_part, hidden_parts, most_rank)
             delta += some * tl.load(weight_of + term)
             acting += 1
     if acting > 0:
@@ -268,21 +277,21 @@ def _output(
 
 @triton.jit
 def _finish(
-    sums, layers, hidden, starts, slot_of, weight_of, onto, y_1, y_2, y_3, rows, width, parts, terms, pieces,
-    most_rank, second, third, QUANTIZED: tl.constexpr, GATED: tl.constexpr, ONTO: tl.constexpr,
+    sums, layers, hidden, starts, slot_of, weight_of, onto, y_1, y_2, y_3, rows, width, parts, terms,
+    hidden_parts, most_rank, second, third, QUANTIZED: tl.constexpr, GATED: tl.constexpr, ONTO: tl.constexpr,
 ):  # fmt: skip
     """Each layer's outputs: the parts' sum, and what the row's adapters add; of a single layer, added to
     what is in `onto`."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     layer, begin = _layer_of(block, second, third)
     y = _output(
-        sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, pieces, most_rank, layer,
-        begin, block - begin, QUANTIZED,
+        sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, hidden_parts, most_rank,
+        layer, begin, block - begin, QUANTIZED,
     )  # fmt: skip
     if GATED:
         up = _output(
-            sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, pieces, most_rank, 1,
-            second, block, QUANTIZED,
+            sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, hidden_parts,
+            most_rank, 1, second, block, QUANTIZED,
         )  # fmt: skip
         gate = y.to(tl.float32)
         y = tl.div_rn(gate, 1.0 + _exp(-gate)).to(tl.bfloat16)
@@ -443,14 +452,18 @@ class CudaLayers:
         )  # fmt: skip
         terms = _terms_of(rows, count, x.device)
         most = terms.most_rank or (max(layer.most_rank for layer in self._layers) if terms.count else 0)
-        shape = len(self._layers), self._pieces, terms.count, most
-        hidden = torch.empty(shape, dtype=torch.float32, device=x.device)
-        if hidden.numel():
-            grid = terms.count, len(self._layers) * triton.cdiv(most, RANKS.value), self._pieces
-            _shrink[grid](x, told, terms.row, terms.slot, hidden, terms.count, size_in, most, **PLAIN)
+        numbers = len(self._layers) * terms.count * most
+        own_parts = self._pieces if numbers * self._pieces <= HIDDEN else 1
+        hidden = torch.empty(numbers * own_parts, dtype=torch.float32, device=x.device)
+        if numbers:
+            grid = terms.count, len(self._layers) * triton.cdiv(most, RANKS.value), own_parts
+            _shrink[grid](
+                x, told, terms.row, terms.slot, hidden, terms.count, size_in, self._pieces // own_parts, most,
+                **PLAIN,
+            )  # fmt: skip
         _finish[(count, self._finished)](
             sums, told, hidden, terms.starts, terms.slot, terms.weight, ys[0] if onto is None else onto,
-            *(*ys, *ys, *ys)[:3], count, width, parts, terms.count, self._pieces, most, *self._starts,
+            *(*ys, *ys, *ys)[:3], count, width, parts, terms.count, own_parts, most, *self._starts,
             QUANTIZED=nf4, GATED=self._gated, ONTO=onto is not None, **PLAIN,
         )  # fmt: skip
         return ys
