@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -43,7 +44,12 @@ from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.row import AdapterMix
 from onebase_engine.engine.sampling import _adjusts
 from onebase_engine.engine.scheduler import Limits
+from onebase_engine.kernels import reference
+from onebase_engine.kernels.interface import RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels
+from onebase_engine.lora.linear import SlotLinear
+from onebase_engine.lora.module import StepRows
+from onebase_engine.lora.weights import LoraWeights
 from onebase_engine.machine import NO_LIMIT, container_free, free_memory, total_memory
 from onebase_server.processes.engine import sizes
 
@@ -155,7 +161,9 @@ def test_the_largest_step_has_every_row_at_its_longest_context_and_no_more_token
     model.forward = lambda batch: passed.append(batch) or whole(batch)  # type: ignore[method-assign]
     for limits in (Limits(8, 96, 200), Limits(1, 50, 20), Limits(30, 20, 100), Limits(1, 1, 1)):
         _step_bytes(model, base, limits)
-        (batch,) = passed
+        batch, replaced = passed
+        assert replaced.positions.tolist() == batch.positions.tolist()
+        assert {len(group.terms) for group in batch.token_map.groups} == {16}
         assert len(batch.input_ids) == limits.step_tokens
         assert batch.positions.max() == limits.max_length - 1
         rows = min(limits.max_rows, limits.step_tokens)
@@ -164,6 +172,43 @@ def test_the_largest_step_has_every_row_at_its_longest_context_and_no_more_token
         assert len(batch.logit_rows) >= limits.step_tokens - len(batch.scored)
         assert sum(len(group.rows) for group in batch.token_map.groups) == limits.step_tokens
         passed.clear()
+
+
+@pytest.mark.parametrize("kind", ["a mix", "DoRA", "lora_bias"])
+def test_the_largest_step_has_what_a_mix_and_what_replaces_rows_take(
+    base: nn.Module, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "AT_ONCE", 20 * 320)
+    model, limits, layers = _accelerated(base), Limits(4, 64, 200), adaptable_layers(base)
+    counted = _step_bytes(model, base, limits)
+    model.allocate_kv(60, 16)
+    adapter = memory_budget._thin_adapter(layers, 4, replaces=kind == "DoRA")
+    if kind == "lora_bias":
+        adapter = {name: replace(one, bias=torch.zeros(len(one.b))) for name, one in adapter.items()}
+    digests = ["one", "other"] if kind == "a mix" else ["one"]
+    model.move_slots(dict(enumerate(digests)), lambda digest: adapter)
+    plan = _largest_plan(limits, AdapterMix(tuple((digest, 0.3) for digest in digests)), 16)
+    batch = Packer(16, 1).pack(plan, {digest: slot for slot, digest in enumerate(digests)})
+    assert LiveBytes.measure(lambda: model.forward(batch)) <= counted
+    assert not model.forward(batch).logits.isnan().any()
+
+
+def test_rows_are_replaced_so_many_at_a_time_that_a_vocabulary_of_them_is_not_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = SlotLinear(
+        nn.Linear(64, 320).requires_grad_(False), StepRows(), ReferenceKernels(tiled=False), slots=1
+    )
+    a, b = torch.randn(4, 64), torch.randn(320, 4)
+    layer.put(0, LoraWeights(a, b, 0.3, gain=torch.rand(320)))
+    x, found = torch.randn(40, 64), []
+    for rows in (40, 7):
+        layer.step.tokens = RowMap((RowGroup(tuple(range(1, 40)), ((0, 1.0),)),))
+        monkeypatch.setattr(reference, "AT_ONCE", rows * 320)
+        with LiveBytes() as meter:
+            found.append((layer(x), meter.most))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1] - found[1][1] > 4 * 30 * 320 * 4
 
 
 def test_a_step_with_drafts_has_no_more_tokens_and_ends_where_contexts_end() -> None:

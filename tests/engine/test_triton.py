@@ -460,7 +460,8 @@ def test_padding_of_a_captured_step_gives_zeros_and_changes_no_row(kernels: Cuda
 def test_what_is_captured_for_short_contexts_serves_no_longer_ones(
     kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that are divided at once; and rows give the bits that they give without a graph."""
+    """Those that are divided at once; and rows give the bits that they give without a graph, or next to a
+    longer one."""
     monkeypatch.setattr(kernels, "capture", triton_on_cpu.Capture().of)
     cache = Cache(kernels, 1, 3, 24, 16)
     for number, tensor in enumerate(cache.tensors):
@@ -471,8 +472,8 @@ def test_what_is_captured_for_short_contexts_serves_no_longer_ones(
     def attended(contexts: Contexts) -> torch.Tensor:
         return cache.attention(q, k, v, contexts).flatten(1)
 
-    def step(length: int) -> Batch:
-        position, row = np.array([length - 1, 8], dtype=np.int32), np.arange(2, dtype=np.int32)
+    def step(length: int, other: int = 9) -> Batch:
+        position, row = np.array([length - 1, other - 1], dtype=np.int32), np.arange(2, dtype=np.int32)
         write = table[row, position // 16] * 16 + position % 16
         none, ids = np.zeros(0, dtype=np.int64), row.astype(np.int64)
         contexts = Contexts(position, row, write, table)
@@ -486,6 +487,8 @@ def test_what_is_captured_for_short_contexts_serves_no_longer_ones(
         if got is not None:
             assert torch.equal(got[0], attended(step(length).contexts)), length
     assert replayed == [False, True, True, False, True, True, True]
+    at_once, merged = (attended(step(128, other).contexts) for other in (9, 129))
+    assert torch.equal(at_once[0], merged[0])
 
 
 @pytest.mark.parametrize("length", [20, 140])

@@ -20,7 +20,7 @@ from onebase_engine import machine
 from onebase_engine.base.layers import LayerShape, adaptable_layers
 from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
-from onebase_engine.engine.messages import Sampling
+from onebase_engine.engine.messages import MAX_ADAPTER_TERMS, Sampling
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
 from onebase_engine.engine.sampling import draw
@@ -44,6 +44,11 @@ _PROOF_VIEWS = 2
 
 ROUNDED_TO = 2 << 20
 """Bytes to whose multiple PyTorch rounds what it asks a GPU for (`kRoundLarge` in its caching allocator)."""
+_WEIGHT = 0.3
+"""With which the adapters of a largest step act: another one than 1, by which nothing is multiplied."""
+_REPLACING_RANK = 16
+"""At most, of the one that replaces rows: what it takes of a step hardly grows with it, and it lies next to
+the step."""
 SHORTEST = 512
 """Tokens of the shortest context for which a largest step is tried."""
 
@@ -197,7 +202,9 @@ def largest_step_bytes(
     """What the largest step that the limits allow takes: it is computed, while there is no KV cache yet.
 
     Its rows stand at the end of the longest contexts, and all read the same few blocks. Logits are wanted of
-    every token, and an adapter of `rank` acts on every linear layer.
+    every token, and on every linear layer act as many adapters of `rank` as a row may have; or one that
+    replaces rows, by DoRA, which takes most of those that do. Not in it is a copy of the head, which an
+    adapter with rows of its own for tokens takes where a head has a bias.
 
     Raises:
         MemoryBudgetError: memory ran out.
@@ -206,26 +213,35 @@ def largest_step_bytes(
         limits = replace(limits, draft_tokens=0)
     # TILE: as many as layers are tried with before they are fused.
     model.allocate_kv(RESERVED_BLOCKS + 2 * -(-TILE // block_size), block_size)
-    version, weights = "any", _thin_adapter(layers, rank)
-    plan = _largest_plan(limits, AdapterMix(((version, 1.0),)), block_size)
-    batch = Packer(block_size, model.row_multiple).pack(plan, {version: 0})
 
-    def run() -> None:
-        logits = model.forward(batch).logits[: len(batch.sampled)]
-        masks = [np.full(-(-logits.shape[1] // 32), -1, dtype=np.int32)] * len(batch.sampled)
-        draw(logits, batch.sampled, frozenset(), model.kernels, masks)
+    def taken(terms: int, weights: Mapping[str, LoraWeights]) -> int:
+        mix = AdapterMix(tuple((str(number), _WEIGHT) for number in range(terms)))
+        plan = _largest_plan(limits, mix, block_size)
+        # Two that act take as much as more would, and do so in an eighth of the time.
+        slots = {digest: 0 if number < 2 else model.empty_slot for number, digest in enumerate(mix.digests)}
+        batch = Packer(block_size, model.row_multiple).pack(plan, slots)
+        for error in model.move_slots({0: "any"}, lambda digest: weights).values():
+            raise error
+
+        def run() -> None:
+            logits = model.forward(batch).logits[: len(batch.sampled)]
+            masks = [np.full(-(-logits.shape[1] // 32), -1, dtype=np.int32)] * len(batch.sampled)
+            draw(logits, batch.sampled, frozenset(), model.kernels, masks)
+
+        return measure(run)
 
     try:
-        for error in model.move_slots({0: version}, lambda digest: weights).values():
-            raise error
-        return measure(run)
+        return max(
+            taken(MAX_ADAPTER_TERMS, _thin_adapter(layers, rank)),
+            taken(1, _thin_adapter(layers, min(rank, _REPLACING_RANK), replaces=True)),
+        )
     except (RuntimeError, MemoryError) as error:
         if not machine.is_out_of_memory(error):
             raise
         error.__traceback__ = None  # its frames hold the step's tensors, and a shorter one may be tried
         raise _too_large(limits) from error
     finally:
-        model.move_slots({0: None}, lambda digest: weights)
+        model.move_slots({0: None}, lambda digest: {})
         model.release_kv()
 
 
@@ -262,9 +278,15 @@ def _largest_plan(limits: Limits, mix: AdapterMix, block_size: int) -> Plan:
     return Plan([replace(decoding) for _ in range(rows)], prefills)
 
 
-def _thin_adapter(layers: Mapping[str, LayerShape], rank: int) -> dict[str, LoraWeights]:
-    """Zeros for every linear layer; layers of the same size share them."""
+def _thin_adapter(
+    layers: Mapping[str, LayerShape], rank: int, *, replaces: bool = False
+) -> dict[str, LoraWeights]:
+    """Zeros for every linear layer; layers of the same size share them. `replaces`: as DoRA has them."""
     linear = {name: layer for name, layer in layers.items() if layer.kind == "linear"}
     a = {size: torch.zeros(rank, size) for size in {layer.size_in for layer in linear.values()}}
     b = {size: torch.zeros(size, rank) for size in {layer.size_out for layer in linear.values()}}
-    return {name: LoraWeights(a[layer.size_in], b[layer.size_out], 1.0) for name, layer in linear.items()}
+    gain = {size: torch.ones(size) if replaces else None for size in b}
+    return {
+        name: LoraWeights(a[layer.size_in], b[layer.size_out], _WEIGHT, gain=gain[layer.size_out])
+        for name, layer in linear.items()
+    }

@@ -14,6 +14,9 @@ import msgspec
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """A longer message is a bug on the sending side; the receiver closes the socket."""
 
+MAX_ADAPTER_TERMS = 16
+"""Adapters of one row."""
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 

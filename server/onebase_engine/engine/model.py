@@ -126,6 +126,11 @@ class ServedModel:
         return TILE if self.kernels.tiled and self._ragged else self.kernels.row_multiple
 
     @property
+    def empty_slot(self) -> int:
+        """One that is never filled."""
+        return self._slot_count
+
+    @property
     def kv_tensors(self) -> int:
         """Tensors of the KV cache."""
         kinds = {(shape, self._attention.devices[layer]) for layer, shape in self._attention.shapes.items()}

@@ -456,7 +456,8 @@ class NativeLinear:
         self.reference = reference
         self.size_in, self.size_out = base.in_features, base.out_features
         self.kind = _NF4 if _is_nf4(base) and not unpacked else _BF16
-        self._lora = (_Lora * slots)()
+        # The last one stays empty.
+        self._lora = (_Lora * (slots + 1))()
         self._held: dict[int, Any] = {}
         self.exact_base = True
         self._inexact: set[int] = set()

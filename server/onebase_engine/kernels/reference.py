@@ -40,6 +40,9 @@ MAX_DECODE_CONTEXT = 1 << 17
 many short ones, all would be padded to its length and memory run out (Llama-3.1-8B: 4 KB a token)."""
 LENGTH_MULTIPLE = 64
 """Contexts on accelerators are padded to this many tokens."""
+AT_ONCE = 1 << 23
+"""Outputs of rows that PyTorch adds to or replaces at once on accelerators. DoRA holds 20 bytes for each:
+5 GB for 2,048 rows of logits of 128,256 tokens."""
 DRAWN_AT_ONCE = 64
 """Rows, drafts' too: each takes ten times its logits in fp32."""
 NUCLEUS_CANDIDATES = 1024
@@ -100,21 +103,25 @@ class ReferenceKernels:
 # ---- linear layers -----------------------------------------------------------------------------
 
 
-def parts(rows: RowMap, tiled: bool, device: torch.device) -> list[tuple[torch.Tensor, int, RowGroup]]:
+def parts(
+    rows: RowMap, tiled: bool, width: int, device: torch.device
+) -> list[tuple[torch.Tensor, int, RowGroup]]:
     """The groups cut into TILE rows each, if `tiled`; the last row of a group is repeated to fill its last.
+    Else into as many as have AT_ONCE numbers, of `width` each.
 
     Returns:
         The rows' numbers, int64 on `device`, how many of them are the group's, and the group. Made once a
         step and device.
     """
-    key = f"parts {tiled} {device}"
+    most = TILE if tiled else max(AT_ONCE // width, 1)
+    key = f"parts {tiled} {most} {device}"
     if key not in rows.held:
         found: list[tuple[torch.Tensor, int, RowGroup]] = []
         for group in rows.groups:
-            size = TILE if tiled else len(group.rows)
-            for first in range(0, len(group.rows), size):
-                some = group.rows[first : first + size]
-                index = torch.tensor(some + some[-1:] * (size - len(some)), device=device)
+            for first in range(0, len(group.rows), most):
+                some = group.rows[first : first + most]
+                missing = most - len(some) if tiled else 0
+                index = torch.tensor(some + some[-1:] * missing, device=device)
                 found.append((index, len(some), group))
         rows.held[key] = found
     made: list[tuple[torch.Tensor, int, RowGroup]] = rows.held[key]
@@ -156,7 +163,7 @@ class ReferenceLinear:
         """Add to `y` [rows, out] what the plain LoRAs give for `x` [rows, in]."""
         if not self.plain:
             return
-        for index, count, group in parts(rows, self._tiled, x.device):
+        for index, count, group in parts(rows, self._tiled, y.shape[1], x.device):
             delta = self._delta(x[index], group.terms) if self._acts(group) else None
             if delta is not None:
                 own = y[index[:count]]

@@ -113,7 +113,7 @@ class SlotModule(nn.Module):
         """Let `act` change rows of `y`, for the groups that have any of the slots `acting`."""
         if not acting:
             return
-        for index, count, group in parts(self.rows, self.tiled, x.device):
+        for index, count, group in parts(self.rows, self.tiled, y.shape[1], x.device):
             if any(slot in acting for slot, _ in group.terms):
                 own = y[index]
                 act(x[index], own, group.terms)

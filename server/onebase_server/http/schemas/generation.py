@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from onebase_engine.engine.messages import Grammar
+from onebase_engine.engine.messages import MAX_ADAPTER_TERMS, Grammar
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.json_schema import closed
 from onebase_server.http.schemas.messages import CHOICE_OF_TOOLS, MAX_TOOLS, Messages, ToolChoice, ToolObject
@@ -45,7 +45,6 @@ MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
-MAX_ADAPTER_TERMS = 16
 MAX_WEIGHT = 1000.0
 MAX_PROMPTS = 64
 MAX_PROMPT_TOKENS = 4_000_000
