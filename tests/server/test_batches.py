@@ -360,7 +360,7 @@ def test_a_batch_goes_on_after_the_server_s_end_from_what_is_written_and_no_row_
             assert batch.request_counts.to_dict() == {"total": 60, "completed": 54, "failed": 6}
             assert batch.usage is not None
             assert batch.usage.output_tokens == 54
-            assert not folder.exists(), "what it wrote is in the store by now"
+            server.wait_for(lambda: not folder.exists())  # what it wrote is in the store by now
 
 
 def test_rows_that_an_engine_s_death_cuts_off_are_answered_by_the_next_one(serve_scripted: Starter) -> None:
