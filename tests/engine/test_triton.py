@@ -41,7 +41,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase_adapters.proof.modules import ModuleProver, ProofError
-from onebase_engine.base.layers import adaptable_layers
+from onebase_engine.base.layers import adaptable_layers, plain_absmax
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
 from onebase_engine.engine import graphs, model
@@ -560,7 +560,7 @@ def test_kernels_that_pass_their_trial_are_taken() -> None:
     assert isinstance(cuda.load_kernels(torch.device("cpu")), CudaKernels)
 
 
-@pytest.mark.parametrize("fault", ["a rank is dropped", "a compiler fails"])
+@pytest.mark.parametrize("fault", ["a rank is dropped", "a scale is another", "a compiler fails"])
 def test_kernels_that_fail_their_trial_are_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
@@ -573,6 +573,8 @@ def test_kernels_that_fail_their_trial_are_not(
                 self, slot, LoraWeights(one.a, one.b * (torch.arange(17) < 16), one.scale)
             ),
         )
+    elif fault == "a scale is another":
+        monkeypatch.setattr(cuda, "plain_absmax", lambda state: plain_absmax(state) * 1.1)
     else:
         monkeypatch.setattr(cuda, "_products", None)
     cuda.load_kernels.cache_clear()

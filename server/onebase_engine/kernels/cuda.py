@@ -28,6 +28,7 @@ from torch import nn
 from triton.language.extra import libdevice
 
 from onebase_engine.base.layers import is_nf4, plain_absmax
+from onebase_engine.base.load import import_bitsandbytes
 from onebase_engine.kernels.interface import (
     LEAST_SCALE,
     Contexts,
@@ -1091,26 +1092,42 @@ def _differing(kernels: CudaKernels, device: torch.device) -> str | None:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draw).to(device, torch.bfloat16)
 
-    size = PIECE.value + STEP.value
-    layer = nn.Linear(size, OUTPUTS.value + 1, dtype=torch.bfloat16, device=device).requires_grad_(False)
-    linear = CudaLinear(kernels, layer, 1, ReferenceLinear(layer, tiled=False))
+    size_in, size_out = PIECE.value + STEP.value, OUTPUTS.value + 1
     lora = LoraWeights(
-        random(RANKS.value + 1, size).float(), random(layer.out_features, RANKS.value + 1).float(), 0.5
+        random(RANKS.value + 1, size_in).float(), random(size_out, RANKS.value + 1).float(), 0.5
     )
-    linear.put(0, lora)
     sizes = FEW_ROWS, MANY_ROWS + 1, MOST_ROWS + 1, PROMPT_ROWS
-    for rows in sizes[:3] if INTERPRETED.value else sizes:
-        x = random(rows, size)
-        mine = tuple(range(0, rows, 2))
-        got = linear(x, RowMap((RowGroup(mine, ((0, 1.0),)),)))
-        exact = x.double() @ layer.weight.double().T + layer.bias.double()
-        exact[::2] += 0.5 * (x[::2].double() @ lora.a.double().T @ lora.b.double().T)
-        if not bool(((got.double() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-2).all()):
-            return f"a product of {rows} rows"
-        alone = linear(x[:1], RowMap((RowGroup((0,), ((0, 1.0),)),)))
-        if not torch.equal(alone, got[:1]):
-            return f"a row without its {rows - 1} neighbours"
+    for name, layer, weight in _trial_layers(size_in, size_out, device):
+        linear = CudaLinear(kernels, layer, 1, ReferenceLinear(layer, tiled=False))
+        linear.put(0, lora)
+        for rows in sizes[:3] if INTERPRETED.value else sizes:
+            x = random(rows, size_in)
+            mine = tuple(range(0, rows, 2))
+            got = linear(x, RowMap((RowGroup(mine, ((0, 1.0),)),)))
+            exact = x.double() @ weight.double().T + layer.bias.double()
+            exact[::2] += 0.5 * (x[::2].double() @ lora.a.double().T @ lora.b.double().T)
+            if not bool(((got.double() - exact).abs() <= exact.abs() * 2.0**-7 + 1e-2).all()):
+                return f"a product of {rows} rows, {name}"
+            alone = linear(x[:1], RowMap((RowGroup((0,), ((0, 1.0),)),)))
+            if not torch.equal(alone, got[:1]):
+                return f"a row without its {rows - 1} neighbours, {name}"
     return None
+
+
+def _trial_layers(
+    size_in: int, size_out: int, device: torch.device
+) -> Iterator[tuple[str, Any, torch.Tensor]]:
+    """A layer in bf16 and one in NF4, each with its weight [out, in] bf16."""
+    import_bitsandbytes()
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    plain = nn.Linear(size_in, size_out, dtype=torch.bfloat16).requires_grad_(False)
+    quantized: Any = Linear4bit(size_in, size_out, compute_dtype=torch.bfloat16, quant_type="nf4")
+    quantized.load_state_dict(plain.state_dict())
+    plain, quantized = plain.to(device), quantized.to(torch.bfloat16).to(device).requires_grad_(False)
+    yield "in bf16", plain, plain.weight
+    yield "in NF4", quantized, dequantize_4bit(quantized.weight.data, quantized.weight.quant_state)
 
 
 def _nearly_same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
