@@ -32,7 +32,13 @@ import sys
 from onebase_server.routing.cli import cluster
 sys.exit(cluster(sys.argv[2:], [sys.executable, sys.argv[1], "words"]))
 """
-ENVIRONMENT = os.environ | {"PYTHONPATH": SOURCES, "COLUMNS": "200", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+GPUS = 3
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": SOURCES,
+    "COLUMNS": "200",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": GPUS}),  # claimed, and handed out as if they were there
+}
 NAMES = [f"shop{number}" for number in range(3)]
 
 
@@ -138,6 +144,23 @@ def test_the_address_answers_as_a_server_does(http: httpx2.Client, cluster: Serv
     sent = http.post("/v1/files", data={"purpose": "fine-tune"}, files=file).json()
     job = http.post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": sent["id"]}).json()
     assert wait(lambda: http.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["status"] == "succeeded")
+
+
+def gpu_of(pid: int) -> str:
+    """What a process's environment names."""
+    parts = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return next(part for part in parts if part.startswith("CUDA_VISIBLE_DEVICES=")).partition("=")[2]
+
+
+@pytest.mark.full
+def test_each_server_has_a_gpu_of_its_own_and_there_are_no_more_servers_than_gpus(cluster: Server) -> None:
+    gpus = set(map(gpu_of, serving(cluster)))
+    assert len(gpus) == 2
+    assert gpus < set(map(str, range(GPUS)))
+    refused = run("scale", str(GPUS + 1), "--data-dir", str(cluster.data_dir))
+    assert refused.returncode == 1
+    assert f"{GPUS + 1} servers take {GPUS + 1} GPUs, and Ray finds {GPUS} here" in refused.stderr
+    assert servers(cluster) == 2
 
 
 @pytest.mark.full
@@ -333,6 +356,46 @@ def test_what_config_prints_and_what_kubernetes_gets_is_what_ray_serve_takes(
     assert "0.0.0.0" not in server
     assert printed["applications"][1]["args"]["wait"] > 0
     assert [one["args"]["key_file"] for one in printed["applications"]] == ["/keys/admin"] * 2
+
+
+@pytest.mark.parametrize(
+    ("there", "each", "servers", "said"),
+    [
+        (0, None, 9, ""),
+        (4, 1, 4, ""),
+        (4, 1, 1, "GPUs: 1 of 4 used; --replicas 4 uses all"),
+        (4, 1, 5, "5 servers take 5 GPUs, and Ray finds 4 here, enough for 4"),
+        (4, 2, 2, ""),
+        (3, 2, 2, "2 servers take 4 GPUs, and Ray finds 3 here, enough for 1"),
+        (1, 0.4, 2, ""),
+        (1, 0.4, 3, "enough for 2"),
+        (0, 1, 1, "enough for 0"),
+    ],
+)
+def test_more_servers_than_gpus_are_refused_and_unused_gpus_are_told(
+    there: int, each: float | None, servers: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onebase_server.routing import cluster as on_ray
+
+    monkeypatch.setattr(on_ray.ray, "cluster_resources", lambda: {"GPU": there} if there else {})
+    options = {} if each is None else {"num_gpus": each}
+    apps = on_ray.applications(on_ray.Plan(), {"num_replicas": servers, "ray_actor_options": options})
+    if "enough" in said:
+        with pytest.raises(on_ray.ClusterError, match=said):
+            on_ray.gpus_left(apps, servers)
+    else:
+        assert on_ray.gpus_left(apps, servers) == said
+
+
+def test_servers_of_one_machine_share_its_cores_and_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onebase_server.routing import cli
+    from onebase_server.settings import load_settings
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(cli, "total_memory", lambda: 64 << 30)
+    assert cli._shared_out(load_settings({}), 4) == {"threads": 4, "host_memory": 4 << 30}
+    monkeypatch.setenv("ONEBASE_HOST_MEMORY", "8GB")
+    assert cli._shared_out(load_settings({"threads": 3}), 4) == {}
 
 
 def test_servers_of_a_machine_take_folders_that_nobody_has_and_keep_their_ports(tmp_path: Path) -> None:

@@ -24,9 +24,11 @@ from rich.console import Console
 
 from onebase_adapters.training.cli.options import Parser
 from onebase_engine.logs import set_up_logs
+from onebase_engine.machine import NO_LIMIT, total_memory
 from onebase_server.access import is_loopback
 from onebase_server.cli import add_all_settings, add_settings, checked
 from onebase_server.settings import (
+    Settings,
     SettingsError,
     load_settings,
     option_name,
@@ -308,7 +310,7 @@ def _manage(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.action == "status":
         _print_cluster()
     elif arguments.action == "scale":
-        on_ray.scale(apps, arguments.replicas)
+        on_ray.scale(apps, arguments.replicas, own=arguments.address is None)
         return _waited(on_ray.settled(console.print, on_ray.on_signals()), console)
     else:
         on_ray.end(on_ray.Plan(**apps[0]["args"]).drain_timeout, now=arguments.action == "down")
@@ -328,11 +330,11 @@ def _applications(
     settings = load_settings(given)  # what is wrong is told here, and not by each server
     host = settings.host
     alone = arguments.address is None and not arguments.config
-    if alone and given["threads"] is None:
-        given["threads"] = max(1, (os.cpu_count() or 1) // arguments.replicas)
     least, most = arguments.min_replicas, arguments.max_replicas
     if (least is None) != (most is None) or (least is not None and least > most):
         parser.error("--min-replicas and --max-replicas go together, the lower one first")
+    if alone:
+        given |= _shared_out(settings, _most(arguments))
     front = _as_typed({name: given[name] for name in _ROUTE_SETTINGS if name not in _OF_PLAN})
     key_file = str(Path(arguments.key_file).expanduser().absolute()) if arguments.key_file else ""
     if alone and key_file:
@@ -362,14 +364,32 @@ def _applications(
     return on_ray.applications(plan, options), plan
 
 
+def _most(arguments: argparse.Namespace) -> int:
+    """Servers at once."""
+    most: int = arguments.max_replicas or arguments.replicas
+    return most
+
+
+def _shared_out(settings: Settings, servers: int) -> dict[str, int]:
+    """Settings by which each of so many servers on one machine takes its share of what one alone would."""
+    made = {}
+    if not settings.threads:
+        made["threads"] = max(1, (os.cpu_count() or 1) // servers)
+    if not settings.host_memory and servers > 1 and (total := total_memory()) != NO_LIMIT:
+        made["host_memory"] = total // 4 // servers
+    return made
+
+
 def _deploy(
     arguments: argparse.Namespace, apps: list[dict[str, Any]], stop: threading.Event, console: Console
 ) -> bool:
     """Whether it runs, or was stopped before."""
     from onebase_server.routing import cluster as on_ray
 
-    if arguments.replica_gpus is None and arguments.device != "cpu":
+    if arguments.replica_gpus is None and load_settings({"device": arguments.device}).device != "cpu":
         on_ray.take_gpus(apps)
+    if arguments.address is None and (said := on_ray.gpus_left(apps, _most(arguments))):
+        console.print(said)
     on_ray.deploy(apps)
     running = on_ray.settled(console.print, stop)
     if running:

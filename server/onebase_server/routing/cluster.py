@@ -643,8 +643,30 @@ def take_gpus(apps: list[dict[str, Any]]) -> None:
         _servers(apps)["ray_actor_options"].setdefault("num_gpus", 1)
 
 
-def scale(apps: list[dict[str, Any]], replicas: int) -> None:
-    """Raises ClusterError where it scales by itself, or is ended."""
+def gpus_left(apps: list[dict[str, Any]], servers: int) -> str:
+    """What to say of GPUs that so many servers leave unused; empty where there are none.
+
+    Raises ClusterError where there are fewer GPUs than they take: Ray would wait for more for ever.
+    """
+    there = int(ray.cluster_resources().get("GPU", 0))
+    each = _servers(apps).get("ray_actor_options", {}).get("num_gpus") or 0
+    if not each:
+        return ""
+    room = int(there / each) if each >= 1 else there * int(1 / each)
+    if servers > room:
+        raise ClusterError(
+            f"{servers} servers take {servers * each:g} GPUs, and Ray finds {there} here, enough for {room}: "
+            "lower --replicas or --max-replicas, or have servers share a GPU (--replica-gpus 0.5, with "
+            "--kv-memory)"
+        )
+    return f"GPUs: {servers * each:g} of {there} used; --replicas {room} uses all" if servers < room else ""
+
+
+def scale(apps: list[dict[str, Any]], replicas: int, *, own: bool) -> None:
+    """own: Ray is this machine's, and no other machine joins it.
+
+    Raises ClusterError where it scales by itself, or is ended, or has too few GPUs.
+    """
     if len(apps) < 2:
         raise ClusterError("the cluster is being ended: finish that with `onebase cluster down`")
     servers = _servers(apps)
@@ -653,6 +675,8 @@ def scale(apps: list[dict[str, Any]], replicas: int) -> None:
             "the cluster scales by itself: `onebase cluster up` again, with other --min-replicas and "
             "--max-replicas"
         )
+    if own:
+        gpus_left(apps, replicas)
     servers["num_replicas"] = replicas
     deploy(apps)
 
