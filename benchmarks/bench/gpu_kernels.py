@@ -17,6 +17,7 @@ import torch
 from bench import random_base as bases
 from bench.gpu_parts import BLOCK, bandwidth, own_kernels, variants
 from bench.gpu_report import Findings, Setup, run_part
+from onebase_adapters.training import kernels as training
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.kernels.cuda import CaptureError, CudaKernels
 from onebase_engine.kernels.interface import Contexts, Kernels, LayerCache, RowGroup, RowMap
@@ -94,6 +95,7 @@ def kernels(setup: Setup, found: Findings) -> None:
     found.trying("attention", _attention, setup, found, own, products.watch, products.per_second)
     found.trying("a norm", _norm, setup, found, own, products.watch, draw)
     if not setup.interpreted:
+        found.trying("training's products", _by_parts, found, products.watch, draw, hidden)
         found.figure("forms of the kernels that were compiled or loaded", variants())
 
 
@@ -272,6 +274,25 @@ def contexts(lengths: Sequence[int], counts: Sequence[int]) -> Contexts:
             rows.append((place, number, int(table[number, place // BLOCK]) * BLOCK + place % BLOCK))
     columns = np.ascontiguousarray(np.array(rows, dtype=np.int32).T)
     return Contexts(columns[0], columns[1], columns[2], table)
+
+
+def _by_parts(found: Findings, watch: Stopwatch, draw: torch.Generator, size: int) -> None:
+    """What training multiplies by parts in bf16, next to fp32."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=draw.device, generator=draw)
+
+    x, a = normal(8192, size).bfloat16(), normal(16, size)
+    exact = x.double() @ a.double().T
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "by parts": lambda: training._by_parts(x, training._parts(a)),
+        "in fp32": lambda: x.float() @ a.T,
+    }
+    errors = {name: float((way() - exact).abs().max() / exact.abs().max()) for name, way in ways.items()}
+    found.check("training's products by parts are fp32's", errors["by parts"] < 1e-5, str(errors))
+    for name, way in ways.items():
+        if (taken := watch(way)) is not None:
+            found.figure(f"training's 8,192 rows times rank 16, {name}", taken, "us")
 
 
 def _norm(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, draw: torch.Generator) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gpu_check
-from bench import gpu_bundle, gpu_parts, gpu_processes
+from bench import gpu_bundle, gpu_parts, gpu_processes, training_cost
 from bench import random_base as bases
 from bench.gpu_report import Findings, held, page
 from onebase_server.routing.capacity import LAYER_LAUNCHES, OTHER_LAUNCHES
@@ -180,6 +180,24 @@ def test_under_the_interpreter_parts_run_and_their_report_has_a_page(only: str, 
         assert {(row[0], row[1]) for row in table["rows"]} == {
             (load, graphs) for load in (row[0] for row in table["rows"]) for graphs in ("on", "off")
         }
+
+
+def test_what_training_takes_on_a_gpu_is_counted_at_an_8bs_shape() -> None:
+    plain, kept, again = (
+        training_cost.cost(training_cost.RUNS[name])
+        for name in (training_cost.DEFAULT, "OneBase", "OneBase with checkpointing")
+    )
+    tokens = training_cost.ROWS * training_cost.TOKENS
+    layers, head = 32 * 218_103_808, 4096 * 128_256
+    # Forwards and backwards to the inputs; checkpointing, layers once more, and TRL's head too.
+    for one, layer_passes, head_passes in ((kept, 4, 4), (again, 6, 4), (plain, 6, 6)):
+        least = tokens * (layer_passes * layers + head_passes * head)
+        assert least < one.flops["bf16"] < 1.06 * least
+        assert not one.flops["fp32"]
+        assert one.seconds[0] < one.seconds[1]
+    assert kept.held > 40e9 > 10e9 > again.held > plain.held
+    assert kept.moved["other"] < plain.moved["other"]
+    assert min(mine / its for mine, its in zip(kept.rates, plain.rates, strict=True)) > 1.3
 
 
 def test_failures_are_read_from_what_pytest_prints_file_by_file(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
+from onebase_adapters.training import kernels
 from onebase_adapters.training.attention import STEP, grouped
 from onebase_adapters.training.kernels import ShortAttention, fuse
 from onebase_adapters.training.objectives import CHUNK, dpo_losses, token_losses
@@ -85,6 +86,49 @@ def test_a_fused_layer_is_pefts_bit_for_bit_forwards_and_nearly_so_backwards(
     for plain, ours in zip(*gradients, strict=True):
         scale = plain.abs().max()
         torch.testing.assert_close(ours, plain, atol=float(0.02 * scale), rtol=0.02)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of bf16 that are given in fp32, as a GPU has them, of micro-batches of any length."""
+    monkeypatch.setattr(kernels, "_takes_parts", lambda x, a: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(kernels, "_multiplied", lambda left, right: left.float() @ right.float())
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-6, 1e6])
+def test_parts_in_bf16_give_fp32s_products(tensor_cores: None, spread: float) -> None:
+    torch.manual_seed(3)
+    left, right = torch.randn(40, 96).bfloat16(), torch.randn(8, 96) * spread
+    exact = left.double() @ right.double().T
+    for product in (kernels._by_parts(left, kernels._parts(right)), left.float() @ right.T):
+        assert (product - exact).abs().max() < 3e-6 * exact.abs().max()
+    assert torch.equal(sum(part.double() for part in kernels._parts(right)), right.double())
+    other = torch.randn(30, 8)
+    exact = right.T.double() @ other.double().T
+    rounded = kernels._of_parts(kernels._parts(right.T), kernels._parts(other))
+    assert (rounded != exact.bfloat16()).float().mean() < 0.01
+
+
+def test_by_parts_a_layer_gives_what_it_gives_by_fp32(base: torch.nn.Module, tensor_cores: None) -> None:
+    """As a GPU computes it; forwards PEFT's bits but where a sum in another order is rounded otherwise."""
+    found = []
+    for fused in (False, True):
+        model = peft_model(base)
+        layer = model.base_model.model.model.layers[0].mlp.down_proj
+        if fused:
+            fuse(model, "default")
+        draw = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 30, layer.in_features, generator=draw).bfloat16().requires_grad_()
+        y = layer(x)
+        (y * torch.randn(y.shape, generator=draw).bfloat16()).sum().backward()
+        assert x.grad is not None
+        found.append((y.detach(), x.grad, layer.lora_A.default.weight.grad, layer.lora_B.default.weight.grad))
+    (y, x_grad, *grads), (our_y, our_x_grad, *our_grads) = found
+    assert (y != our_y).float().mean() < 0.01
+    torch.testing.assert_close(our_y, y, atol=0.01, rtol=0.01)
+    torch.testing.assert_close(our_x_grad, x_grad, atol=0.02 * float(x_grad.abs().max()), rtol=0.01)
+    for plain, ours in zip(grads, our_grads, strict=True):
+        torch.testing.assert_close(ours, plain, atol=0.02 * float(plain.abs().max()), rtol=0.02)
 
 
 def test_in_fp32_the_gradients_are_equal_up_to_rounding(exact_base: torch.nn.Module) -> None:

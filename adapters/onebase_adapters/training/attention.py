@@ -107,9 +107,12 @@ def _attend(
         output: torch.Tensor = short(q, k, v, options["scaling"])
         return output
     groups = q.shape[1] // k.shape[1]
-    k, v = _repeated(k, groups), _repeated(v, groups)
+    # As transformers does: a GPU's kernels take shared heads as they are.
+    shared = q.device.type != "cpu" and groups > 1 and k.shape[-1] == v.shape[-1] <= 256
+    if not shared:
+        k, v = _repeated(k, groups), _repeated(v, groups)
     return nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, dropout_p=dropout, scale=options["scaling"]
+        q, k, v, is_causal=True, dropout_p=dropout, scale=options["scaling"], enable_gqa=shared
     )
 
 

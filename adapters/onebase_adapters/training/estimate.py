@@ -351,7 +351,7 @@ def activations_of(
     """Of a model on meta with an adapter on `targets`, of these ranks (by the same names).
 
     fused: the layers are 4-bit ones, of which `kernels.fuse` takes those without dropout and DoRA.
-    on_cpu: where short rows are computed by plain products.
+    on_cpu: where short rows are computed by plain products, and shared keys are repeated for each head.
     """
     fused = fused and not recipe.dropout and not recipe.use_dora
     config = model.config.get_text_config()
@@ -370,7 +370,8 @@ def activations_of(
         logits += 2 * _FP32 * config.vocab_size
     return Activations(
         layers=tuple(
-            _layer_bytes(model, block, targets, ranks, recipe, config, size, fused) for block in taking_part
+            _layer_bytes(model, block, targets, ranks, recipe, config, size, fused, on_cpu)
+            for block in taking_part
         ),
         boundary=size * hidden,
         pairs=_pair_bytes(config, recipe, size) * len(taking_part),
@@ -407,11 +408,15 @@ def _layer_bytes(
     config: Any,
     size: int,
     fused: bool,
+    on_cpu: bool,
 ) -> int:
     """Bytes a token that one decoder layer keeps."""
     heads = config.num_attention_heads
-    queries = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    kept: int = 4 * size * queries  # queries, keys and values repeated for the query heads, the output
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    repeated = on_cpu or width > 256 or _pair_bytes(config, recipe, size)
+    shared = heads if repeated else getattr(config, "num_key_value_heads", None) or heads
+    queries = heads * width
+    kept: int = 2 * size * (queries + shared * width)  # queries, keys and values, the output
     for module in model.get_submodule(block).modules():
         if "norm" in type(module).__name__.lower():
             weight = getattr(module, "weight", None)
