@@ -179,20 +179,40 @@ class _Flash(torch.autograd.Function):
         return (*made, None)
 
 
+class _Norm(torch.autograd.Function):
+    """One kernel, and one backwards, as `fuse_norms` has them on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, counted: Counted) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.counted = counted
+        y = torch.empty_like(x)
+        counted.add("norm", "other", 0.0, [x, y])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        made = torch.empty_like(x)
+        ctx.counted.add("norm backwards", "other", 0.0, [x, gradient, made])
+        return made, None
+
+
 @contextlib.contextmanager
 def counting(answer: bool) -> Iterator[Counted]:
     """answer: whether a batch is one row alone, and its mask hides nothing, as transformers asks."""
-    counted, own = Counted(answer), nn.functional.scaled_dot_product_attention
+    functional: Any = nn.functional
+    counted, own = Counted(answer), functional.scaled_dot_product_attention
 
     def attention(q: Any, k: Any, v: Any, *args: Any, **options: Any) -> Any:
         return _Flash.apply(q, k, v, counted)  # type: ignore[no-untyped-call]
 
-    nn.functional.scaled_dot_product_attention = attention
+    functional.scaled_dot_product_attention = attention
     try:
         with counted:
             yield counted
     finally:
-        nn.functional.scaled_dot_product_attention = own
+        functional.scaled_dot_product_attention = own
 
 
 def meta_base(layers: int) -> nn.Module:
@@ -229,7 +249,9 @@ def meta_base(layers: int) -> nn.Module:
                 module._buffers[name] = buffer.to(META)
     tree.is_loaded_in_4bit = True
     tree.requires_grad_(False)
-    return tree.eval()
+    tree.eval()
+    made: nn.Module = tree
+    return made
 
 
 def onebase_step(layers: int, checkpointing: bool) -> Counted:
@@ -246,6 +268,13 @@ def onebase_step(layers: int, checkpointing: bool) -> Counted:
         trainable = Trainable(meta_base(layers), recipe, OpenGate())
         objective = Supervised(trainable)
         with counting(False) as counted:
+
+            def counted_norm(x: torch.Tensor) -> Any:
+                return _Norm.apply(x, counted)  # type: ignore[no-untyped-call]
+
+            for module in trainable.model.modules():
+                if type(module).__name__ == "LlamaRMSNorm":
+                    module.forward = counted_norm
             loss, _ = objective.loss(batch)
             (loss / ROWS).backward()  # type: ignore[no-untyped-call]
     return counted
@@ -286,8 +315,8 @@ class _TiledHead(torch.autograd.Function):
     def forward(ctx: Any, states: torch.Tensor, head: torch.Tensor, counted: Counted) -> torch.Tensor:
         ctx.save_for_backward(states, head)
         ctx.counted = counted
-        for part in states.split(_CHUNK):
-            for words in head.split(_TILE):
+        for part in torch.split(states, _CHUNK):
+            for words in torch.split(head, _TILE):
                 tile = part @ words.T
                 counted.add("a tile's sums", "other", 0.0, [tile])
         return states.new_zeros(len(states), dtype=torch.float32)
@@ -296,8 +325,9 @@ class _TiledHead(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         states, head = ctx.saved_tensors
         made = states.new_zeros(states.shape, dtype=torch.float32)
-        for part, own in zip(states.split(_CHUNK), made.split(_CHUNK), strict=True):
-            for words in head.split(_TILE):
+        parts = zip(torch.split(states, _CHUNK), torch.split(made, _CHUNK), strict=True)
+        for part, own in parts:
+            for words in torch.split(head, _TILE):
                 tile = part @ words.T
                 ctx.counted.add("a tile's gradient", "other", 0.0, [tile, tile])
                 flops = 2.0 * tile.numel() * words.shape[1]
@@ -326,18 +356,19 @@ class Cost:
 
 def cost(step: Callable[[int], Counted]) -> Cost:
     """From steps of two layers and of three. step: of so many layers."""
-    layers = bases.SHAPES["8b"]["num_hidden_layers"]
+    layers: int = bases.SHAPES["8b"]["num_hidden_layers"]
     two, three = step(2), step(3)
 
     def whole(value: Callable[[Counted], float]) -> float:
         return value(two) + (layers - 2) * (value(three) - value(two))
 
-    def launches(counted: Counted) -> float:
+    def launches(counted: Counted) -> int:
         return sum(op.launches for op in counted.ops)
 
     def seconds(case: int) -> float:
+        late: float = LAUNCH[case][1]
         device = whole(lambda counted: sum(op.seconds(case) for op in counted.ops))
-        return max(device, whole(launches) * LAUNCH[case][1])
+        return max(device, whole(launches) * late)
 
     def by_kind(value: Callable[[Op], float]) -> dict[str, float]:
         def of(kind: str) -> float:

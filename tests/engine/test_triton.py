@@ -3,6 +3,7 @@ whatever else is computed with it. What they take on a GPU is for `benchmarks/` 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -527,9 +528,37 @@ def test_a_norm_is_that_of_the_base_in_both_ways_of_rounding(kernels: CudaKernel
         assert torch.equal(norm(x[3:4]), norm(x)[3:4])
 
 
+@pytest.mark.parametrize("size", [32, 80])
+def test_a_norm_that_is_trained_through_has_the_gradient_of_the_bases(
+    kernels: CudaKernels, size: int
+) -> None:
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    for base in (LlamaRMSNorm(size, 1e-5), Gemma2RMSNorm(size, 1e-5)):
+        exact = copy.deepcopy(base).requires_grad_(False)
+        exact.weight.data = random(size, seed=3).to(torch.bfloat16).float()
+        base = base.to(torch.bfloat16).requires_grad_(False)
+        base.weight.data = exact.weight.data.to(torch.bfloat16)
+        norm = kernels.trained_norm(base)
+        assert norm is not None
+        x = (random(3, 7, size, seed=size) * 10).to(torch.bfloat16).requires_grad_()
+        gradient = random(3, 7, size, seed=5).to(torch.bfloat16)
+        y = norm(x)
+        torch.testing.assert_close(y, base(x), rtol=EPS, atol=0)
+        (got,) = torch.autograd.grad(y, x, gradient)
+        (wanted,) = torch.autograd.grad(exact(x.float()), x, gradient.float())
+        torch.testing.assert_close(got, wanted, rtol=EPS, atol=1e-3 * float(wanted.abs().max()))
+        wide = x.detach().float()
+        assert torch.equal(norm(wide), base(wide))
+        base.weight.requires_grad_()
+        assert kernels.trained_norm(base) is None
+
+
 def test_norms_that_compute_something_else_are_left_to_pytorch(kernels: CudaKernels) -> None:
     layer = nn.LayerNorm(64, dtype=torch.bfloat16)
     assert kernels.norm(layer) is layer
+    assert kernels.trained_norm(layer) is None
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", pytest.param("gemma3", marks=pytest.mark.full)])
@@ -600,7 +629,7 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert len(report) == 19
+    assert len(report) == 21
     for name, used in report.items():
         assert used["shared"] < 99 << 10, name
         assert not any(word.startswith("ld.global") and word.endswith("b8") for word in used), (name, used)

@@ -20,12 +20,13 @@ from triton.compiler import ASTSource
 from onebase_engine.kernels import cuda
 
 POINTERS = {
-    "*bf16": "x onto plain q k v keys values key_scales value_scales cosines sines out y y_1 y_2 y_3",
+    "*bf16": "x onto plain q k v keys values key_scales value_scales cosines sines out gradient "
+    "y y_1 y_2 y_3",
     "*fp32": "sums absmax code hidden weight_of part stats",
     "*i64": "layers",
     "*i32": "row_of slot_of starts write tiles position table",
 }
-"""Of all kernels' arguments, by type; `weight` is bytes for `_unpack` and bf16 for `_norm`."""
+"""Of all kernels' arguments, by type; `weight` is bytes for `_unpack` and bf16 for norms."""
 FLOATS = ("eps", "scaling", "softcap")
 UNALIGNED = (
     "rows",
@@ -58,7 +59,11 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
         for whole in (False, True)
     ),
     (cuda._merge, {"VALUE_SIZE": 128}),
-    *((cuda._norm, {"SIZE": 4096, "AROUND_ONE": around}) for around in (False, True)),
+    *(
+        (norm, {"SIZE": 4096, "AROUND_ONE": around})
+        for norm in (cuda._norm, cuda._norm_gradient)
+        for around in (False, True)
+    ),
 ]
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tests.engine import triton_on_cpu  # noqa: F401 (mends Triton's interpreter)
 from torch.nn.functional import cross_entropy
 
 from onebase_adapters.training import kernels
@@ -19,6 +20,7 @@ from onebase_adapters.training.attention import STEP, grouped
 from onebase_adapters.training.kernels import ShortAttention, fuse
 from onebase_adapters.training.objectives import CHUNK, dpo_losses, token_losses
 from onebase_engine.base.view import peft_view
+from onebase_engine.kernels import cuda
 
 
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
@@ -129,6 +131,30 @@ def test_by_parts_a_layer_gives_what_it_gives_by_fp32(base: torch.nn.Module, ten
     torch.testing.assert_close(our_x_grad, x_grad, atol=0.02 * float(x_grad.abs().max()), rtol=0.01)
     for plain, ours in zip(grads, our_grads, strict=True):
         torch.testing.assert_close(ours, plain, atol=0.02 * float(plain.abs().max()), rtol=0.02)
+
+
+def test_norms_of_one_kernel_give_a_models_gradients(base: torch.nn.Module) -> None:
+    """By Triton's interpreter."""
+    ids = torch.arange(10, 30)[None]
+    gradients = []
+    for fused in (False, True):
+        model = peft_model(base)
+        assert not fused or kernels.fuse_norms(model) == 2 * len(base.model.layers) + 1  # type: ignore
+        model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+        gradients.append([one.grad for one in model.parameters() if one.requires_grad])
+    for plain, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, atol=0.03 * float(plain.abs().max()), rtol=0.03)
+
+
+def test_where_triton_compiles_nothing_norms_are_pytorchs(
+    base: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def launch(*args: object) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(cuda, "_normed", launch)
+    assert kernels.fuse_norms(peft_view(base)) == 0
+    assert "PyTorch computes the norms: RuntimeError: no C compiler" in caplog.text
 
 
 def test_in_fp32_the_gradients_are_equal_up_to_rounding(exact_base: torch.nn.Module) -> None:

@@ -12,6 +12,8 @@ take half as long as all else.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,8 @@ import torch
 from torch import nn
 
 from onebase_engine.kernels.reference import attention_weights
+
+logger = logging.getLogger(__name__)
 
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch._C._has_mkldnn else None
 
@@ -36,6 +40,25 @@ def fuse(model: nn.Module, adapter: str) -> int:
             layer.forward = _Forward(layer, adapter)
             count += 1
     return count
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """Have a model on a GPU compute its norms, and their gradients, by one kernel each instead of ten, which
+    keep nothing but the norm's input. Returns how many there are; 0 where Triton compiles nothing."""
+    found = []
+    try:
+        from onebase_engine.kernels.cuda import CudaKernels
+
+        kernels = CudaKernels()
+        for module in model.modules():
+            if (norm := kernels.trained_norm(module)) is not None:
+                found.append((module, norm))
+    except Exception as error:
+        logger.warning("PyTorch computes the norms: %s: %s", type(error).__name__, error)
+        return 0
+    for module, norm in found:
+        module.forward = norm
+    return len(found)
 
 
 def _is_plain(layer: Any, adapter: str) -> bool:
@@ -126,7 +149,26 @@ class _FusedLora(torch.autograd.Function):
 
 def _takes_parts(x: torch.Tensor, a: torch.Tensor) -> bool:
     long = x.numel() >= LONG * x.shape[-1]
-    return long and x.device.type != "cpu" and (x.dtype, a.dtype) == (torch.bfloat16, torch.float32)
+    fits = long and (x.dtype, a.dtype) == (torch.bfloat16, torch.float32)
+    return fits and _has_products_by_parts(x.device)
+
+
+@functools.cache
+def _has_products_by_parts(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 on tensor cores and gives the sums in fp32, which a trial shows."""
+    if device.type in ("cpu", "meta"):
+        return device.type == "meta"
+    try:
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return False
+        draw = torch.Generator().manual_seed(0)
+        left, right = (torch.randn(16, 64, generator=draw).to(device) for _ in range(2))
+        product = _by_parts(left.bfloat16(), _parts(right))
+        error = (product - left.bfloat16().double() @ right.double().T).abs().max()
+    except (RuntimeError, NotImplementedError) as why:
+        logger.warning("training multiplies in fp32: %s", str(why).partition("\n")[0][:300])
+        return False
+    return float(error) < 1e-4
 
 
 def _parts(matrix: torch.Tensor) -> list[torch.Tensor]:

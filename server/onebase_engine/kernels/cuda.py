@@ -907,6 +907,48 @@ def _norm(x, weight, y, size, eps, SIZE: tl.constexpr, AROUND_ONE: tl.constexpr)
     tl.store(y + row * size + place, scaled.to(tl.bfloat16), mask=there)
 
 
+@triton.jit
+def _norm_gradient(x, weight, gradient, y, size, eps, SIZE: tl.constexpr, AROUND_ONE: tl.constexpr):
+    """What a gradient of `_norm`'s result is at its input."""
+    row, place = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    there = place < size
+    own = tl.load(x + row * size + place, mask=there, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(own * own) / size + eps)
+    w = tl.load(weight + place, mask=there, other=0.0).to(tl.float32)
+    given = tl.load(gradient + row * size + place, mask=there, other=0.0).to(tl.float32)
+    given = given * (1.0 + w) if AROUND_ONE else given * w
+    along = tl.sum(given * own) / size * scale * scale
+    tl.store(y + row * size + place, (scale * (given - own * along)).to(tl.bfloat16), mask=there)
+
+
+class _TrainedNorm(torch.autograd.Function):
+    """A root mean square norm whose weight is not trained; keeps its input as it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, around_one: bool
+    ) -> torch.Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight)
+        ctx.options = eps, around_one
+        return _normed(_norm, (x, weight), *ctx.options)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return _normed(_norm_gradient, (x, weight, gradient.contiguous()), *ctx.options), None, None, None
+
+
+def _normed(kernel: Any, given: tuple[torch.Tensor, ...], eps: float, around_one: bool) -> torch.Tensor:
+    """given: x, the weight, and what else the kernel takes, contiguous."""
+    x, size = given[0], given[1].numel()
+    y = torch.empty_like(x)
+    padded = triton.next_power_of_2(size)
+    with _current(x.device):
+        kernel[(x.numel() // size,)](*given, y, size, eps, SIZE=padded, AROUND_ONE=around_one, **PLAIN)
+    return y
+
+
 def _capturing(graph: Any, pool: Any) -> Any:
     """In another thread a version may be on its way: only this one's calls are held to the rules."""
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
@@ -965,38 +1007,43 @@ class CudaKernels:
 
     def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         """By Triton if it is a root mean square norm, which a trial shows."""
-        weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
-        eps = getattr(base, "variance_epsilon", getattr(base, "eps", None))
         own: Callable[[torch.Tensor], torch.Tensor] = base
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype != torch.bfloat16:
+        found = _norm_of(base)
+        if found is None:
             return own
-        if bias is not None or not isinstance(eps, float):
-            return own
-        size = weight.numel()
-        padded = triton.next_power_of_2(size)
+        weight, eps, around_one = found
 
-        def norm_by(around_one: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-            def norm(x: torch.Tensor) -> torch.Tensor:
-                if x.dtype != torch.bfloat16:
-                    return own(x)
-                x = x.contiguous()
-                y = torch.empty_like(x)
-                with _current(x.device):
-                    _norm[(x.numel() // size,)](
-                        x, weight, y, size, eps, SIZE=padded, AROUND_ONE=around_one, **PLAIN
-                    )
-                return y
+        def norm(x: torch.Tensor) -> torch.Tensor:
+            if x.dtype != torch.bfloat16:
+                return own(x)
+            return _normed(_norm, (x.contiguous(), weight), eps, around_one)
 
-            return norm
+        return norm
 
-        with torch.inference_mode():
-            draw = torch.Generator().manual_seed(0)
-            x = torch.randn(8, size, generator=draw).to(weight.device, torch.bfloat16)
-            wanted = own(x)
-            for norm in (norm_by(False), norm_by(True)):
-                if _nearly_same(norm(x), wanted):
-                    return norm
-        return own
+    def trained_norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """As `norm`, of bf16, and with a gradient, of which there is a trial too; None if it is another."""
+        found = _norm_of(base)
+        if found is None or base.weight.requires_grad:
+            return None
+
+        plain = type(base).forward
+
+        def norm(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+            if args or options or x.dtype != torch.bfloat16:
+                own: torch.Tensor = plain(base, x, *args, **options)
+                return own
+            y: torch.Tensor = _TrainedNorm.apply(x, *found)
+            return y
+
+        draw = torch.Generator().manual_seed(1)
+        x, gradient = (
+            torch.randn(8, base.weight.numel(), generator=draw).to(base.weight.device, torch.bfloat16)
+            for _ in range(2)
+        )
+        x.requires_grad_()
+        got, wanted = (torch.autograd.grad(one(x), x, gradient)[0] for one in (norm, base))
+        error = (got.float() - wanted.float()).abs().max()
+        return norm if error <= 0.02 * wanted.float().abs().max() else None
 
     def attention(
         self, cache: LayerCache, scaling: float, softcap: float | None, window: int | None
@@ -1128,6 +1175,24 @@ def _trial_layers(
     plain, quantized = plain.to(device), quantized.to(torch.bfloat16).to(device).requires_grad_(False)
     yield "in bf16", plain, plain.weight
     yield "in NF4", quantized, dequantize_4bit(quantized.weight.data, quantized.weight.quant_state)
+
+
+def _norm_of(base: Any) -> tuple[torch.Tensor, float, bool] | None:
+    """Weight, epsilon, and whether the weight is around 1, of a root mean square norm in bf16; else None."""
+    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
+    eps = getattr(base, "variance_epsilon", getattr(base, "eps", None))
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype != torch.bfloat16:
+        return None
+    if bias is not None or not isinstance(eps, float):
+        return None
+    with torch.inference_mode():
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(8, weight.numel(), generator=draw).to(weight.device, torch.bfloat16)
+        wanted = base(x)
+        for around_one in (False, True):
+            if _nearly_same(_normed(_norm, (x, weight), eps, around_one), wanted):
+                return weight, eps, around_one
+    return None
 
 
 def _nearly_same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
