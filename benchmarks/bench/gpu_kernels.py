@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bench import random_base as bases
 from bench.gpu_parts import BLOCK, bandwidth, own_kernels, variants
 from bench.gpu_report import Findings, Setup, run_part
 from onebase_adapters.training import kernels as training
+from onebase_adapters.training import objectives
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.kernels.cuda import CaptureError, CudaKernels
 from onebase_engine.kernels.interface import Contexts, Kernels, LayerCache, RowGroup, RowMap
@@ -95,7 +97,7 @@ def kernels(setup: Setup, found: Findings) -> None:
     found.trying("attention", _attention, setup, found, own, products.watch, products.per_second)
     found.trying("a norm", _norm, setup, found, own, products.watch, draw)
     if not setup.interpreted:
-        found.trying("training's products", _by_parts, found, products.watch, draw, hidden)
+        found.trying("training's kernels", _trained, found, products.watch, draw, hidden)
         found.figure("forms of the kernels that were compiled or loaded", variants())
 
 
@@ -276,8 +278,17 @@ def contexts(lengths: Sequence[int], counts: Sequence[int]) -> Contexts:
     return Contexts(columns[0], columns[1], columns[2], table)
 
 
-def _by_parts(found: Findings, watch: Stopwatch, draw: torch.Generator, size: int) -> None:
-    """What training multiplies by parts in bf16, next to fp32."""
+def _trained(found: Findings, watch: Stopwatch, draw: torch.Generator, size: int) -> None:
+    """Whether training's kernels pass their trials; what it multiplies by parts in bf16, next to fp32."""
+    with torch.inference_mode(False), torch.enable_grad():
+        norm = LlamaRMSNorm(size).to(draw.device, torch.bfloat16).requires_grad_(False)
+        trials = {
+            "products by parts": training._has_products_by_parts(draw.device),
+            "loss": objectives._tried_kernels(draw.device) is not None,
+            "norms": training.fuse_norms(norm) == 1,
+        }
+    for name, passed in trials.items():
+        found.check(f"training's {name} pass their trial", passed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=draw.device, generator=draw)

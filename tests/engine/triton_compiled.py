@@ -22,8 +22,8 @@ from onebase_engine.kernels import cuda
 POINTERS = {
     "*bf16": "x onto plain q k v keys values key_scales value_scales cosines sines out gradient "
     "y y_1 y_2 y_3",
-    "*fp32": "sums absmax code hidden weight_of part stats",
-    "*i64": "layers",
+    "*fp32": "log_sums upstream sums absmax code hidden weight_of part stats",
+    "*i64": "layers targets",
     "*i32": "row_of slot_of starts write tiles position table",
 }
 """Of all kernels' arguments, by type; `weight` is bytes for `_unpack` and bf16 for norms."""
@@ -59,6 +59,7 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
         for whole in (False, True)
     ),
     (cuda._merge, {"VALUE_SIZE": 128}),
+    *((kernel, {"SIZE": 4096}) for kernel in (cuda._log_sum, cuda._log_gradient)),
     *(
         (norm, {"SIZE": 4096, "AROUND_ONE": around})
         for norm in (cuda._norm, cuda._norm_gradient)
@@ -68,6 +69,8 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
 
 
 def type_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
+    if kernel is cuda._log_sum and name == "y":
+        return "*fp32"
     if name == "weight":
         return "*u8" if kernel is cuda._unpack else "*bf16"
     if name in ("keys", "values") and constants["EIGHT"]:

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tests.engine import triton_on_cpu  # noqa: F401 (mends Triton's interpreter)
 from torch.nn.functional import cross_entropy
 
-from onebase_adapters.training import kernels
+from onebase_adapters.training import kernels, objectives
 from onebase_adapters.training.attention import STEP, grouped
 from onebase_adapters.training.kernels import ShortAttention, fuse
 from onebase_adapters.training.objectives import CHUNK, dpo_losses, token_losses
@@ -39,6 +39,27 @@ def test_losses_and_gradients_are_those_of_torch(count: int, dtype: torch.dtype,
     (ours * scale).sum().backward()
     (theirs * scale).sum().backward()
     torch.testing.assert_close(one.grad, other.grad, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("words", [97, 5000])
+def test_losses_by_triton_are_those_of_torch(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its interpreter."""
+    objectives._tried_kernels.cache_clear()
+    assert objectives._tried_kernels(CPU) is cuda
+    monkeypatch.setattr(objectives, "_kernels", lambda logits: cuda)
+    torch.manual_seed(words)
+    logits, targets = (torch.randn(5, words) * 20).bfloat16(), torch.randint(0, words, (5,))
+    one, other, scale = logits.clone().requires_grad_(), logits.clone().requires_grad_(), torch.rand(5)
+    ours = token_losses(one * 1, targets)
+    theirs = cross_entropy((other * 1).float(), targets, reduction="none")
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-6)
+    (ours * scale).sum().backward()
+    (theirs * scale).sum().backward()
+    torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=2**-7)
+    logits[2, 3] = torch.nan
+    assert token_losses(logits.clone().requires_grad_() * 1, targets).isfinite().tolist() == [
+        True, True, False, True, True,
+    ]  # fmt: skip
 
 
 def test_without_gradients_the_losses_are_the_same() -> None:

@@ -107,13 +107,20 @@ def _attend(
         output: torch.Tensor = short(q, k, v, options["scaling"])
         return output
     groups = q.shape[1] // k.shape[1]
-    # As transformers does: a GPU's kernels take shared heads as they are.
-    shared = q.device.type != "cpu" and groups > 1 and k.shape[-1] == v.shape[-1] <= 256
+    shared = groups > 1 and k.shape[-1] == v.shape[-1] <= 256 and _has_flash(q)
     if not shared:
         k, v = _repeated(k, groups), _repeated(v, groups)
     return nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, dropout_p=dropout, scale=options["scaling"], enable_gqa=shared
     )
+
+
+def _has_flash(q: torch.Tensor) -> bool:
+    """Whether a GPU's flash attention computes this, which takes shared heads as they are; others would be
+    computed by plain products of all pairs."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.device.type not in ("cuda", "meta"):
+        return False
+    return q.device.type == "meta" or torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def _repeated(states: torch.Tensor, groups: int) -> torch.Tensor:

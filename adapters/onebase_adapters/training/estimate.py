@@ -413,7 +413,7 @@ def _layer_bytes(
     """Bytes a token that one decoder layer keeps."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    repeated = on_cpu or width > 256 or _pair_bytes(config, recipe, size)
+    repeated = on_cpu or size > 2 or width > 256 or _pair_bytes(config, recipe, size)
     shared = heads if repeated else getattr(config, "num_key_value_heads", None) or heads
     queries = heads * width
     kept: int = 2 * size * (queries + shared * width)  # queries, keys and values, the output

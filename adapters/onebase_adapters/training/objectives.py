@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +16,8 @@ from onebase_adapters.training.recipe import Recipe, decided
 
 if TYPE_CHECKING:
     from onebase_adapters.training.trainable import Trainable
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 256
 """Rows of logits that are held in fp32 at once."""
@@ -129,6 +133,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """logits [n, vocabulary], targets [n] -> [n] fp32."""
+        if (own := _kernels(logits)) is not None:
+            sums: torch.Tensor = own.log_sums(logits)
+            ctx.save_for_backward(logits, targets, sums)
+            return sums - logits.gather(1, targets[:, None])[:, 0].float()
         losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
         sums = torch.empty_like(losses)
         for start in range(0, len(targets), CHUNK):
@@ -142,12 +150,40 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets, sums = ctx.saved_tensors
+        if (own := _kernels(logits)) is not None:
+            own.overwrite_with_gradient(logits, targets, sums, gradient.contiguous())
+            return logits, None
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             chunk = torch.exp(logits[part].float() - sums[part, None])
             chunk.scatter_add_(1, targets[part, None], chunk.new_full((len(chunk), 1), -1.0))
             logits[part] = (chunk * gradient[part, None]).to(logits.dtype)
         return logits, None
+
+
+def _kernels(logits: torch.Tensor) -> Any:
+    """Triton's, for logits on a GPU; None where PyTorch computes in chunks."""
+    fits = logits.device.type == "cuda" and logits.dtype == torch.bfloat16 and logits.is_contiguous()
+    return _tried_kernels(logits.device) if fits and len(logits) else None
+
+
+@functools.cache
+def _tried_kernels(device: torch.device) -> Any:
+    """None if they compile for nothing here, or give something else than PyTorch."""
+    try:
+        from onebase_engine.kernels import cuda
+
+        draw = torch.Generator().manual_seed(0)
+        logits = (5 * torch.randn(3, 5000, generator=draw)).to(device, torch.bfloat16)
+        targets = torch.tensor([0, 4999, 7], device=device)
+        sums, wanted = cuda.log_sums(logits), torch.logsumexp(logits.float(), 1)
+        gradient = torch.softmax(logits.float(), 1) - nn.functional.one_hot(targets, 5000)
+        cuda.overwrite_with_gradient(logits, targets, sums, torch.ones_like(sums))
+        same = torch.allclose(sums, wanted) and torch.allclose(logits.float(), gradient, 0.01, 1e-5)
+    except Exception as error:
+        logger.warning("PyTorch computes the loss: %s: %s", type(error).__name__, error)
+        return None
+    return cuda if same else None
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -921,6 +921,53 @@ def _norm_gradient(x, weight, gradient, y, size, eps, SIZE: tl.constexpr, AROUND
     tl.store(y + row * size + place, (scale * (given - own * along)).to(tl.bfloat16), mask=there)
 
 
+@triton.jit
+def _log_sum(x, y, size, SIZE: tl.constexpr):
+    """The logarithm of the sum of a row's exponentials, in fp32."""
+    row = tl.program_id(0).to(tl.int64)
+    most, total = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
+    for first in range(0, size, SIZE):
+        place = first + tl.arange(0, SIZE)
+        own = tl.load(x + row * size + place, mask=place < size, other=float("-inf")).to(tl.float32)
+        above = tl.maximum(most, tl.max(own))
+        total = total * tl.exp(most - above) + tl.sum(tl.exp(own - above))
+        most = above
+    tl.store(y + row, most + tl.log(total))
+
+
+@triton.jit
+def _log_gradient(x, targets, log_sums, upstream, size, SIZE: tl.constexpr):
+    """What the gradient of a row's log_sum less its target's number is at the row, written over it."""
+    row, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    there = place < size
+    own = tl.load(x + row * size + place, mask=there, other=0.0).to(tl.float32)
+    part = tl.exp(own - tl.load(log_sums + row))
+    part = tl.where(place == tl.load(targets + row), part - 1.0, part) * tl.load(upstream + row)
+    tl.store(x + row * size + place, part.to(tl.bfloat16), mask=there)
+
+
+_WORDS = 4096
+"""Logits that a program reads at once."""
+
+
+def log_sums(logits: torch.Tensor) -> torch.Tensor:
+    """[n, vocabulary] bf16, contiguous -> [n] fp32: the logarithm of each row's sum of exponentials."""
+    y = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    with _current(logits.device):
+        _log_sum[(len(logits),)](logits, y, logits.shape[1], SIZE=_WORDS, **PLAIN)
+    return y
+
+
+def overwrite_with_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, sums: torch.Tensor, gradient: torch.Tensor
+) -> None:
+    """Of the cross-entropy of `targets` [n] at logits [n, vocabulary] bf16. gradient: at each loss, [n] fp32;
+    all contiguous."""
+    grid = len(logits), triton.cdiv(logits.shape[1], _WORDS)
+    with _current(logits.device):
+        _log_gradient[grid](logits, targets, sums, gradient, logits.shape[1], SIZE=_WORDS, **PLAIN)
+
+
 class _TrainedNorm(torch.autograd.Function):
     """A root mean square norm whose weight is not trained; keeps its input as it is."""
 
