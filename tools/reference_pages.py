@@ -27,8 +27,8 @@ sys.path[:0] = [str(ROOT / "server"), str(ROOT / "adapters"), str(ROOT / "client
 
 from onebase_server.cli import serve_parser  # noqa: E402
 from onebase_server.http.app import create_app  # noqa: E402
+from onebase_server.http.authorization import access_of  # noqa: E402
 from onebase_server.http.deps import Services  # noqa: E402
-from onebase_server.http.guard import access_of  # noqa: E402
 from onebase_server.http.openapi import ANY, KEYED  # noqa: E402
 from onebase_server.settings import Settings, environment_name, setting_fields  # noqa: E402
 

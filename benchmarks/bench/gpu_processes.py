@@ -40,7 +40,7 @@ from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.machine import free_memory
 from onebase_server.background import Threads
-from onebase_server.processes.share import BusyFlag
+from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND, Died, TrainerClient
 from onebase_server.processes.trainer_protocol import Check, Checked, Train, Trained, TrainJob
 from onebase_server.processes.verifier_client import VerifierClient

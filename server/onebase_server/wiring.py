@@ -26,7 +26,7 @@ from onebase_server.batches.runner import BatchFolders, BatchRunner, Parts
 from onebase_server.batches.service import BatchService
 from onebase_server.generation.kept_responses import KeptResponses
 from onebase_server.generation.planner import Limits, Planner
-from onebase_server.generation.reading import ReadingPlanner
+from onebase_server.generation.pooling import ReadingPlanner
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.deps import Services, Training
 from onebase_server.http.views.adapters import AdapterViews
@@ -34,17 +34,17 @@ from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
+from onebase_server.jobs.handover_files import KeptFiles
 from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import TrainerPool
-from onebase_server.jobs.kept_files import KeptFiles
 from onebase_server.jobs.scheduler import NO_JOBS, JobScheduler
 from onebase_server.jobs.service import JobService
 from onebase_server.measurements import RequestMeasurements
 from onebase_server.metrics import Metrics
 from onebase_server.peers import Peers, QuotaSharing
 from onebase_server.processes.link import ENGINE_COMMAND, EngineLink
-from onebase_server.processes.share import BusyFlag
 from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
+from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, VerifierClient
 from onebase_server.quotas import Limiter

@@ -40,7 +40,7 @@ from onebase_engine.engine.model import ServedModel
 from onebase_engine.kernels import cpu
 from onebase_engine.kernels.cpu import CpuKernels, NativeLinear
 from onebase_engine.kernels.interface import LEAST_SCALE, TILE, Contexts, Draws, RowMap
-from onebase_engine.kernels.recording import Arena, Fixed, Program, Recording, UnrecordableError
+from onebase_engine.kernels.recorded_calls import Arena, Fixed, Program, Recording, UnrecordableError
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, quantized
 from onebase_engine.lora.weights import LoraWeights
 

@@ -39,7 +39,7 @@ from pathlib import Path
 
 from onebase_adapters.training import events
 from onebase_engine.engine.messages import FrameReader, encode
-from onebase_server.processes.share import BusyFlag, SharedGate
+from onebase_server.processes.time_share import BusyFlag, SharedGate
 from onebase_server.processes.trainer_protocol import (
     Check,
     Checked,

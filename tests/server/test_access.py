@@ -24,7 +24,7 @@ from onebase import AuthenticationError, Client, PermissionDeniedError
 from onebase_adapters.registry import SCOPES
 from onebase_server.errors import UnknownRouteError, WrongMethodError
 from onebase_server.http.app import create_app
-from onebase_server.http.guard import Routes, access_of, as_get, needs
+from onebase_server.http.authorization import Routes, access_of, as_get, needs
 
 from .access import Keys, bearer, client_with
 from .support import Server, Starter

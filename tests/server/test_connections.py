@@ -19,7 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_server.errors import ForbiddenError, OneBaseError, UnauthenticatedError, UnavailableError
-from onebase_server.http.door import Door
+from onebase_server.http.cross_site import Door
 from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
 from onebase_server.http.refusals import refusal
 from onebase_server.http.server import QuietServer

@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from onebase_server.http.app import create_app
-from onebase_server.http.door import Door
+from onebase_server.http.cross_site import Door
 from onebase_server.http.routes import console
 from onebase_server.settings import Settings
 from onebase_server.traces import Tracing

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from onebase_server.http.door import Door
+from onebase_server.http.cross_site import Door
 from onebase_server.http.server import QuietServer, bind, uvicorn_config
 from onebase_server.routing import proxy
 from onebase_server.routing.proxy import Route, asked, read_report

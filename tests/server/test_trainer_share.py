@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from onebase_adapters.training.events import Interrupted, Reason
-from onebase_server.processes.share import NAP_SECONDS, BusyFlag, SharedGate
+from onebase_server.processes.time_share import NAP_SECONDS, BusyFlag, SharedGate
 
 
 class Clock:
@@ -99,7 +99,8 @@ def test_a_job_that_is_to_stop_does_so_at_the_next_layer_and_also_while_it_waits
 def test_the_flag_is_seen_by_another_process_without_a_message() -> None:
     flag = BusyFlag.make()
     program = (
-        "import sys; from onebase_server.processes.share import BusyFlag; flag = BusyFlag(int(sys.argv[1]))\n"
+        "import sys; from onebase_server.processes.time_share import BusyFlag\n"
+        "flag = BusyFlag(int(sys.argv[1]))\n"
         "for line in sys.stdin: print(bool(flag), flush=True)"
     )
     child = subprocess.Popen(

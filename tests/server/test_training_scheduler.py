@@ -20,9 +20,9 @@ from onebase_server.jobs import job_run
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
+from onebase_server.jobs.handover_files import KeptFiles
 from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import FileGoneError, Run
-from onebase_server.jobs.kept_files import KeptFiles
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.state import is_resumable
 from onebase_server.peers import Peers

@@ -23,7 +23,7 @@ from onebase_adapters.store.blobs import VersionFiles
 from onebase_engine.base import manifest as wire
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
 from onebase_server.background import Backoff
-from onebase_server.processes.share import BusyFlag
+from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TrainerClient
 from onebase_server.processes.verifier_client import (
     ATTEMPTS,

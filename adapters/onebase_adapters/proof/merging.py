@@ -22,7 +22,7 @@ from onebase_adapters.proof.extract import extract
 from onebase_adapters.proof.report import MergeMethod, MergeSign
 from onebase_engine.base.layers import LayerShape, adaptable_layers
 from onebase_engine.base.load import BaseChangedError, fingerprint
-from onebase_engine.base.spread import devices_of
+from onebase_engine.base.several_gpus import devices_of
 from onebase_engine.base.view import peft_view
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights
 

@@ -15,11 +15,11 @@ from torch import nn
 from onebase_adapters.proof.loader import LoadedAdapter, classifier_of, load_adapter
 from onebase_adapters.proof.merging import MergeRecipe, Parent, merge
 from onebase_adapters.proof.modules import ModuleProof, ModuleProver
-from onebase_adapters.proof.outliers import Figures, measure, unusual
 from onebase_adapters.proof.report import ModuleReport, ProofReport, Stage, VersionReport, what_was_shown
 from onebase_adapters.proof.texts import TextProof, TextProver
+from onebase_adapters.proof.unusual_weights import Figures, measure, unusual
 from onebase_engine.base.load import BaseChangedError, fingerprint
-from onebase_engine.base.spread import devices_of
+from onebase_engine.base.several_gpus import devices_of
 from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
 from onebase_engine.lora.weights import (
     HEAD,

@@ -24,7 +24,14 @@ from torch import nn
 
 from onebase_engine import machine
 from onebase_engine.base.layers import empty_base
-from onebase_engine.base.spread import DeviceMap, SpreadError, decoder_layers, device_map, device_of, link
+from onebase_engine.base.several_gpus import (
+    DeviceMap,
+    SpreadError,
+    decoder_layers,
+    device_map,
+    device_of,
+    link,
+)
 
 logger = logging.getLogger(__name__)
 

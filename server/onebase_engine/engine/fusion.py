@@ -22,7 +22,7 @@ from torch import nn
 from onebase_engine.engine.attention import PagedAttention
 from onebase_engine.kernels.cpu import CpuKernels
 from onebase_engine.kernels.interface import Contexts, JoinedLayers, Kernels
-from onebase_engine.kernels.recording import Arena, Fixed, Program, Recording, UnrecordableError
+from onebase_engine.kernels.recorded_calls import Arena, Fixed, Program, Recording, UnrecordableError
 from onebase_engine.lora.linear import SharedRows
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import SlotLinear, SlotModule

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from onebase_engine.base.load import UnsupportedBaseError
-from onebase_engine.base.spread import devices_of
+from onebase_engine.base.several_gpus import devices_of
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_engine.engine.batch import Batch

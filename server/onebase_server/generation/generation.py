@@ -23,7 +23,6 @@ from onebase_server.errors import (
     RowFailedError,
     UnavailableError,
 )
-from onebase_server.generation.call_reader import CallFormat
 from onebase_server.generation.stream import (
     Choice,
     Inflight,
@@ -35,6 +34,7 @@ from onebase_server.generation.stream import (
     prompt_tokens,
 )
 from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.generation.tool_call_parser import CallFormat
 from onebase_server.generation.transcript import Ended, Opening, Record, Transcript, line, refused
 from onebase_server.processes.supervisor import EngineSupervisor
 

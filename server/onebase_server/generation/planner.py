@@ -20,9 +20,9 @@ from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
 from onebase_server.adapters.sources import HubAdapters
 from onebase_server.background import Threads
 from onebase_server.errors import InvalidRequestError, UnknownAdapterError, UnknownModelError
-from onebase_server.generation.call_reader import CallFormat
 from onebase_server.generation.generation import Job, Prompt, in_time, new_id
 from onebase_server.generation.tokenization import BaseTokenizer, Conversation, and_give_memory_back
+from onebase_server.generation.tool_call_parser import CallFormat
 from onebase_server.generation.tool_format import NO_ARGUMENTS, Tool
 from onebase_server.generation.transcript import Transcript, refused
 from onebase_server.http.schemas.generation import (

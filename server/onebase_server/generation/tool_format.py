@@ -1,4 +1,5 @@
-"""How a base writes calls of tools, and the grammar that keeps an answer to it. `call_reader.py` reads them.
+"""How a base writes calls of tools, and the grammar that keeps an answer to it; `tool_call_parser.py`
+reads them.
 
 The base's own chat template says how a call is written: one with marks in it is rendered, and what stands
 around the marks is the format. So there is no list of model families, and a template of one's own is served

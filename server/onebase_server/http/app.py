@@ -21,8 +21,8 @@ from onebase_server.errors import (
     PayloadTooLargeError,
     error_dict,
 )
+from onebase_server.http.authorization import Gate, Guard, is_upload
 from onebase_server.http.deps import CALLER, TICKET, BodyError, Services, server_stopping
-from onebase_server.http.guard import Gate, Guard, is_upload
 from onebase_server.http.openapi import describe
 from onebase_server.http.refusals import ErrorAnswer, refusal
 from onebase_server.http.request_id import request_id

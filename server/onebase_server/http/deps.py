@@ -28,7 +28,7 @@ from onebase_server.batches.service import BatchService
 from onebase_server.errors import InvalidRequestError, OneBaseError, UnavailableError, status_of
 from onebase_server.generation.kept_responses import KeptResponses
 from onebase_server.generation.planner import Planner
-from onebase_server.generation.reading import ReadingPlanner
+from onebase_server.generation.pooling import ReadingPlanner
 from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.generation.transcript import HEADER, asked
 from onebase_server.http import strict_json

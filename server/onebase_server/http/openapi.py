@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
 
-from onebase_server.http.guard import access_of
+from onebase_server.http.authorization import access_of
 from onebase_server.http.refusals import is_anthropic
 from onebase_server.http.schemas.answers import AnthropicError, Described, Error, Json
 

@@ -38,7 +38,7 @@ from onebase_server.errors import (
     error_headers,
     status_of,
 )
-from onebase_server.http.door import SECURITY_HEADERS
+from onebase_server.http.cross_site import SECURITY_HEADERS
 from onebase_server.http.refusals import error_json, id_headers
 from onebase_server.http.request_id import RequestLog
 from onebase_server.http.sse import ABORT_EXTENSION

@@ -17,8 +17,8 @@ from onebase_server.background import Backoff
 from onebase_server.errors import OneBaseError, StoreFullError, UnavailableError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
+from onebase_server.jobs.handover_files import ADAPTER, KeptFiles
 from onebase_server.jobs.job_record import JobRecord
-from onebase_server.jobs.kept_files import ADAPTER, KeptFiles
 from onebase_server.storage import storage_errors
 
 ACTOR = "training"

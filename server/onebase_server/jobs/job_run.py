@@ -36,8 +36,8 @@ from onebase_server.jobs.delivery import BACKOFF, LOST, TRIES, Delivery, Deliver
 from onebase_server.jobs.event_view import problem_events
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
+from onebase_server.jobs.handover_files import KeptFiles
 from onebase_server.jobs.job_record import JobNotifier, JobRecord
-from onebase_server.jobs.kept_files import KeptFiles
 from onebase_server.jobs.state import (
     CHECKED,
     DELIVERED,

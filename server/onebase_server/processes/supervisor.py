@@ -31,7 +31,7 @@ from onebase_server.background import Backoff
 from onebase_server.errors import EngineRestartedError, UnavailableError
 from onebase_server.generation.stream import Inflight
 from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess, EngineLink
-from onebase_server.processes.router import RequestRouter
+from onebase_server.processes.row_router import RequestRouter
 
 _LEAST_RETRY_AFTER = 2.0
 RESTARTS = Backoff(0.5, 30.0)

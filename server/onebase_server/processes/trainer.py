@@ -35,7 +35,7 @@ from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.machine import free_memory, is_out_of_memory, keep_freed_memory
 from onebase_server.processes.child import Channel, begin
 from onebase_server.processes.engine import base_settings
-from onebase_server.processes.share import BusyFlag, SharedGate
+from onebase_server.processes.time_share import BusyFlag, SharedGate
 from onebase_server.processes.trainer_protocol import (
     MAX_PROBLEMS,
     Check,

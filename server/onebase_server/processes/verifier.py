@@ -31,7 +31,7 @@ from onebase_engine.base.load import BaseChangedError, BaseSettings
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
 from onebase_engine.machine import is_out_of_memory
 from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channel, begin
-from onebase_server.processes.share import BusyFlag, SharedGate
+from onebase_server.processes.time_share import BusyFlag, SharedGate
 from onebase_server.processes.verifier_protocol import (
     Alive,
     Attach,

@@ -35,7 +35,7 @@ from onebase_server.errors import (
     WrongMethodError,
 )
 from onebase_server.generation.transcript import HEADER
-from onebase_server.http.door import CHANGE, Door, change_of
+from onebase_server.http.cross_site import CHANGE, Door, change_of
 from onebase_server.http.refusals import error_json, is_anthropic, refusal
 from onebase_server.http.request_id import request_id
 from onebase_server.http.server import QuietServer, uvicorn_config

@@ -1,7 +1,7 @@
 // Blind comparison: two of the columns answer, nobody knows which, and one key says which is better.
 import { announcer } from './announce.svelte'
 import { Column, type Compare } from './compare.svelte'
-import { keep, load, onOtherTab } from './kept'
+import { keep, load, onOtherTab } from './storage'
 import { answer, Reply } from './reply.svelte'
 import { encodeTarget } from './target'
 import { isVerdict, judged, tally, type Verdict } from './verdicts'

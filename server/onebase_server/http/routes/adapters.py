@@ -27,8 +27,8 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
+from onebase_server.http.authorization import SLASH, needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
-from onebase_server.http.guard import SLASH, needs
 from onebase_server.http.routes.files import CONTENT
 from onebase_server.http.schemas.adapters import (
     ActivateRequest,

@@ -7,8 +7,8 @@ from dataclasses import replace
 from fastapi import APIRouter, Request, Response
 
 from onebase_server.generation.generation import new_id
+from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Admitted, Calling, Provided, StrictRoute, json_response, off_loop
-from onebase_server.http.guard import needs
 from onebase_server.http.routes.generation import answer_job
 from onebase_server.http.routes.models import find_model
 from onebase_server.http.schemas.answers import MessageAnswer, TokenCountAnswer, answer, streamed_answer

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Query, Response
 
 from onebase_adapters.registry import AUDIT_ACTIONS, AUDIT_KINDS, AuditEntry
 from onebase_server.errors import InvalidRequestError
+from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
-from onebase_server.http.guard import needs
 from onebase_server.http.schemas.answers import AuditAnswer, PageAnswer, answer
 from onebase_server.http.views.jobs import number_of, page
 from onebase_server.storage import storage_errors

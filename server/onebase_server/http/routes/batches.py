@@ -7,8 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Response
 
 from onebase_adapters.registry import Batch
+from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
-from onebase_server.http.guard import needs
 from onebase_server.http.schemas.answers import BatchAnswer, PageAnswer, answer
 from onebase_server.http.schemas.batches import CreateBatchRequest
 from onebase_server.http.views.batches import batch_view

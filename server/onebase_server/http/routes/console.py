@@ -16,7 +16,7 @@ from fastapi.responses import RedirectResponse
 
 import onebase_server
 from onebase_server.errors import ConsoleMissingError, UnknownRouteError
-from onebase_server.http.guard import needs
+from onebase_server.http.authorization import needs
 
 router = APIRouter(include_in_schema=False)
 

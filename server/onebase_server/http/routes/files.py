@@ -10,8 +10,8 @@ from fastapi.responses import FileResponse
 from onebase_adapters.registry import UPLOADED, Purpose, TrainingFile
 from onebase_server.access import Caller
 from onebase_server.errors import InsufficientScopeError, InvalidRequestError
+from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
-from onebase_server.http.guard import needs
 from onebase_server.http.schemas.answers import (
     DeletedAnswer,
     FileAnswer,

@@ -15,8 +15,8 @@ from onebase_adapters.registry import ParentVersion, TrainingJob, VersionRecord
 from onebase_server.access import Caller
 from onebase_server.adapters.catalog import check_name, label
 from onebase_server.errors import InvalidRequestError, OneBaseError, UnknownAdapterError
+from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
-from onebase_server.http.guard import needs
 from onebase_server.http.schemas.answers import (
     CheckpointAnswer,
     JobAnswer,

@@ -14,6 +14,7 @@ from onebase_server.generation.generation import Generation, Job, begun_of
 from onebase_server.generation.stream import Moments, Usage
 from onebase_server.generation.transcript import Transcript, line, refused
 from onebase_server.generation.transcript import read as read_transcript
+from onebase_server.http.authorization import NOT_ITS_FAULT, needs
 from onebase_server.http.deps import (
     Admitted,
     Calling,
@@ -24,7 +25,6 @@ from onebase_server.http.deps import (
     off_loop,
     told_of,
 )
-from onebase_server.http.guard import NOT_ITS_FAULT, needs
 from onebase_server.http.schemas.answers import (
     ChatAnswer,
     CompletionAnswer,

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
 import onebase_server
+from onebase_server.http.authorization import NO_KEY, needs
 from onebase_server.http.deps import Provided, json_response
-from onebase_server.http.guard import NO_KEY, needs
 from onebase_server.http.schemas.answers import (
     HealthAnswer,
     ServerVersionAnswer,

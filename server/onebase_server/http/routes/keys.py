@@ -9,8 +9,8 @@ from fastapi import APIRouter, Response
 from pydantic import Field, StrictInt
 
 from onebase_adapters.registry import DEFAULT_TENANT, ApiKey, Scope
+from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
-from onebase_server.http.guard import needs
 from onebase_server.http.routes.usage import Limits
 from onebase_server.http.schemas.answers import CallerAnswer, KeyAnswer, ListAnswer, NewKeyAnswer, answer
 from onebase_server.http.schemas.wire import Wire

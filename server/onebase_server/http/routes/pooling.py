@@ -18,8 +18,8 @@ from fastapi import APIRouter, Request, Response
 from onebase_engine.engine.messages import RowOutput
 from onebase_server.generation.generation import Job, Reading, new_id
 from onebase_server.generation.stream import Moments, Usage
+from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Admitted, Calling, Provided, Services, StrictRoute, json_response
-from onebase_server.http.guard import needs
 from onebase_server.http.routes.generation import JobMeter
 from onebase_server.http.schemas.answers import (
     MODEL_REFUSED,

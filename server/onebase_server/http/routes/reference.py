@@ -14,8 +14,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
 
 from onebase_server.errors import UnknownRouteError
+from onebase_server.http.authorization import needs
 from onebase_server.http.deps import json_response
-from onebase_server.http.guard import needs
 
 router = APIRouter(include_in_schema=False)
 

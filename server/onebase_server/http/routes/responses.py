@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.kept_responses import KeptResponse
+from onebase_server.http.authorization import needs
 from onebase_server.http.deps import (
     LONG_BODY,
     Admitted,
@@ -18,7 +19,6 @@ from onebase_server.http.deps import (
     json_response,
     off_loop,
 )
-from onebase_server.http.guard import needs
 from onebase_server.http.routes.generation import answer_job
 from onebase_server.http.schemas.answers import (
     DeletedAnswer,

@@ -10,8 +10,8 @@ from pydantic import Field, StrictInt
 
 from onebase_adapters.registry import TenantRecord
 from onebase_server.errors import ForbiddenError
+from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
-from onebase_server.http.guard import needs
 from onebase_server.http.schemas.answers import ListAnswer, TenantAnswer, UsageAnswer, answer
 from onebase_server.http.schemas.wire import Wire
 from onebase_server.usage import usage_csv

@@ -22,8 +22,8 @@ from onebase_server.errors import (
     UnknownAdapterError,
     VersionFailedError,
 )
+from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response, off_loop
-from onebase_server.http.guard import needs
 from onebase_server.http.routes.models import find_model
 from onebase_server.http.schemas.adapters import LoadLoraRequest, UnloadLoraRequest
 from onebase_server.http.schemas.answers import (

@@ -8,10 +8,10 @@ from typing import Any
 from pydantic_core import from_json
 
 from onebase_server.errors import OneBaseError, error_body, status_of
-from onebase_server.generation.call_reader import AnswerReader, CallDelta, answer_reader
 from onebase_server.generation.generation import Generation
 from onebase_server.generation.stream import Piece, Usage
 from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.generation.tool_call_parser import AnswerReader, CallDelta, answer_reader
 from onebase_server.http.refusals import anthropic_error
 from onebase_server.http.sse import identified_event
 from onebase_server.http.views.generation import GenerationView, Json, whole_calls

@@ -7,10 +7,10 @@ from hashlib import blake2b
 from typing import Any
 
 from onebase_server.errors import OneBaseError, status_of
-from onebase_server.generation.call_reader import CallDelta, answer_reader
 from onebase_server.generation.generation import Generation, Job
 from onebase_server.generation.stream import Piece, TokenInfo, Usage
 from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.generation.tool_call_parser import CallDelta, answer_reader
 from onebase_server.http.schemas.responses import FlatToolChoice, ResponsesRequest
 from onebase_server.http.sse import identified_event
 from onebase_server.http.views.generation import GenerationView, Json, chat_logprobs

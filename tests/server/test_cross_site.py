@@ -13,7 +13,7 @@ import pytest
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from onebase_server.http.door import Door
+from onebase_server.http.cross_site import Door
 from onebase_server.settings import Settings
 
 from .access import Keys, bearer

@@ -30,8 +30,8 @@ from onebase_server.errors import (
     UnknownRouteError,
     WrongMethodError,
 )
+from onebase_server.http.cross_site import CHANGE, change_of
 from onebase_server.http.deps import CALLER, TICKET, BodyError, Services
-from onebase_server.http.door import CHANGE, change_of
 from onebase_server.http.refusals import refusal
 from onebase_server.http.request_id import given_id
 from onebase_server.http.uploads import is_form

@@ -28,7 +28,7 @@ from onebase_engine.base import shared_memory
 from onebase_engine.base.attach import attach, publish
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, base_tensors, load_base
 from onebase_engine.base.manifest import CudaSegment
-from onebase_engine.base.spread import shares
+from onebase_engine.base.several_gpus import shares
 from onebase_engine.engine import engine, model
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.memory_budget import MemoryBudgetError, rounding_bytes, verifier_bytes

@@ -15,7 +15,7 @@ from tests.tiny import _SIZES, ATTENTION, MLP
 from torch import nn
 
 from onebase_adapters.proof.extract import extract
-from onebase_adapters.proof.outliers import MOST_SAID, measure, unusual
+from onebase_adapters.proof.unusual_weights import MOST_SAID, measure, unusual
 from onebase_engine.base.view import peft_view
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights, SavedModule, TokenRows
 

@@ -1,7 +1,7 @@
 // Answers that were corrected: rows of a training file, kept in this browser until they are used.
 import { api, data } from '../api/client'
 import type { GenerateRequest } from '../api/stream'
-import { keep, load, onOtherTab } from './kept'
+import { keep, load, onOtherTab } from './storage'
 
 const STORED = 'onebase.lessons'
 export const FILE = 'corrections.jsonl'

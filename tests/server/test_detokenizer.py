@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
-from onebase_server.generation.text import BytePieces, StopStrings, WindowPieces
+from onebase_server.generation.detokenizer import BytePieces, StopStrings, WindowPieces
 from onebase_server.generation.tokenization import BaseTokenizer
 
 HARD_TEXTS = (
