@@ -29,7 +29,7 @@ WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); \
 	fit=$$(awk '/^MemAvailable/ { print int($$2 / 3e6) }' /proc/meminfo 2>/dev/null || echo 4); \
 	printf '%s\n' 4 $$((cores + 2)) $$((fit > 1 ? fit : 1)) | sort -n | head -1)
 
-# What only repeats a behaviour over more combinations is marked `full`: `make check` runs it too.
+# What only repeats a behaviour, over more combinations or on the real base, is marked `full`: `make check` runs it too.
 SELECT ?= -m "not full"
 # Bytecode is written whatever the environment says: without it each of hundreds of processes compiles the sources.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

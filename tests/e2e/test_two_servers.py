@@ -78,6 +78,7 @@ def push(http: httpx2.Client, folder: Path, query: str) -> str:
     return digest
 
 
+@pytest.mark.full
 def test_servers_on_one_registry_and_store_serve_the_same_versions(
     base: Path, shared: tuple[list[str], dict[str, str]], nursery: Nursery, tmp_path: Path
 ) -> None:

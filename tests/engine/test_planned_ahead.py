@@ -144,7 +144,7 @@ ENGINES = st.sampled_from(
 
 
 @given(asked=st.lists(REQUESTS, min_size=1, max_size=14), changes=ENGINES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_rows_get_the_same_whether_steps_are_planned_ahead(
     lab: Lab, asked: list[Asked], changes: dict[str, int]
 ) -> None:

@@ -457,6 +457,7 @@ def test_a_full_disk_holds_a_batch_up_and_loses_nothing_of_it(
         assert ids_of(client, batch) == sorted(map(str, range(400)))
 
 
+@pytest.mark.full
 def test_the_openai_package_runs_a_batch_on_the_real_server(api: Any) -> None:
     client = openai.OpenAI(base_url=f"{api.server.url}/v1", api_key="none")
     schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

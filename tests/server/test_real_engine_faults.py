@@ -91,6 +91,7 @@ def test_an_adapter_that_the_engine_refuses_ends_the_start_with_its_name_and_the
         assert "Traceback" not in server.log
 
 
+@pytest.mark.full
 def test_a_drain_lets_real_text_end_paused_or_not_and_the_engine_exit(
     serve_real: Starter, base: Path
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_drain_lets_real_text_end_paused_or_not_and_the_engine_exit(
         assert not Path(f"/proc/{engine}").exists()
 
 
+@pytest.mark.full
 def test_a_second_signal_ends_every_process_with_the_server_whatever_it_does(
     serve_real: Starter, base: Path
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_job_makes_an_adapter_that_is_better_on_held_out_rows_and_serves(
     assert len(losses) == 1 + 5
 
 
+@pytest.mark.full
 def test_a_job_goes_on_from_the_version_of_another_and_begins_with_its_loss(
     server: Server, client: OpenAI, unbroken: Any
 ) -> None:
@@ -235,6 +236,7 @@ def test_openais_own_rows_train_as_they_are(server: Server, client: OpenAI) -> N
         assert done.trained_tokens > 0
 
 
+@pytest.mark.full
 def test_a_job_killed_at_a_step_ends_in_the_same_adapter_to_the_last_bit(
     server: Server, client: OpenAI, unbroken: Any
 ) -> None:
@@ -271,6 +273,7 @@ def test_a_job_that_another_server_takes_over_ends_in_the_same_adapter_to_the_la
         assert any(told.startswith("Continuing after step") for told in said)
 
 
+@pytest.mark.full
 def test_a_stopped_job_whose_trainer_is_killed_keeps_the_best_of_the_steps_before(
     server: Server, client: OpenAI, unbroken: Any
 ) -> None:

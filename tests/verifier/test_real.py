@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from tests.verifier.conftest import BASE_ID, new_client
 from transformers import AutoTokenizer
 
@@ -68,6 +69,7 @@ def _memory(pid: int | None) -> dict[str, int]:
     return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in parts}
 
 
+@pytest.mark.full
 def test_the_orders_adapter_is_proven_on_the_default_base_of_a_running_engine(tmp_path: Path) -> None:
     prepared = tmp_path / "orders.prepared"
 
