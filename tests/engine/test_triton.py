@@ -555,6 +555,74 @@ def test_a_norm_that_is_trained_through_has_the_gradient_of_the_bases(
         assert kernels.trained_norm(base) is None
 
 
+def exactly(turn: Any, given: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """In fp64, the results and the gradients at all of `given` of which they are wanted."""
+    wide = [one.detach().double().requires_grad_(one.requires_grad) for one in given]
+    results = turn(*wide)
+    wanted = [one for one in wide if one.requires_grad]
+    return [*results, *torch.autograd.grad(results, wanted, [one.double() for one in gradients])]
+
+
+@pytest.mark.parametrize(("heads", "shared", "size", "tokens"), [(3, 1, 6, 5), (20, 2, 32, 2), (1, 1, 80, 1)])
+def test_queries_and_keys_are_turned_with_gradients_as_the_base_turns_them(
+    kernels: CudaKernels, heads: int, shared: int, size: int, tokens: int
+) -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    turned = kernels.trained_rotation(apply_rotary_pos_emb, torch.device("cpu"))
+    assert turned is not None
+    # As a projection's outputs lie in memory; and gradients as attention gives them, or a sum.
+    q, k = (
+        random(1, tokens, count, size, seed=count).to(torch.bfloat16).transpose(1, 2).requires_grad_()
+        for count in (heads, shared)
+    )
+    cos, sin = (random(1, tokens, size, seed=seed).to(torch.bfloat16) for seed in (8, 9))
+    gradients = [random(1, heads, tokens, size).to(torch.bfloat16), torch.ones((), dtype=torch.bfloat16)]
+    gradients[1] = gradients[1].expand(1, shared, tokens, size)
+    results = turned(q, k, cos, sin)
+    assert all(map(torch.equal, results, apply_rotary_pos_emb(q, k, cos, sin)))
+    got = [*results, *torch.autograd.grad(results, (q, k), gradients)]
+    wanted = exactly(apply_rotary_pos_emb, [q, k, cos, sin], gradients)
+    for ours, exact in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=EPS, atol=4 * EPS)
+    two = torch.cat([q, q]), torch.cat([k, k])
+    for other in ((*two, cos, sin), (q.float(), k.float(), cos.float(), sin.float())):
+        assert all(map(torch.equal, turned(*other), apply_rotary_pos_emb(*other)))
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 50, 7), (2, 1024)])
+def test_a_gate_has_the_gradients_of_pytorchs(kernels: CudaKernels, shape: tuple[int, ...]) -> None:
+    def own(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(gate) * up
+
+    gated = kernels.trained_gate(own, torch.device("cpu"))
+    assert gated is not None
+    gate, up = ((20 * random(*shape, seed=seed)).to(torch.bfloat16).requires_grad_() for seed in (1, 2))
+    gradient = random(*shape, seed=3).to(torch.bfloat16)
+    y = gated(gate, up)
+    assert len(getattr(y.grad_fn, "saved_tensors")) == 2  # noqa: B009 (mypy does not know it)
+    got = [y, *torch.autograd.grad(y, (gate, up), gradient)]
+    wanted = exactly(lambda *given: [own(*given)], [gate, up], [gradient])
+    for ours, exact in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=2 * EPS, atol=1e-6)
+    far = torch.tensor([-1e30, 1e30, -90.0, 0.0]).to(torch.bfloat16).requires_grad_()
+    (slopes,) = torch.autograd.grad(gated(far, torch.ones_like(far)), far, torch.ones_like(far))
+    assert slopes.tolist() == [0.0, 1.0, 0.0, 0.5]
+    wide = gate.detach().float(), up.detach().float()
+    assert torch.equal(gated(*wide), own(*wide))
+    turned = gate.detach().transpose(0, -1), up.detach().transpose(0, -1)
+    torch.testing.assert_close(gated(*turned), own(*turned), rtol=EPS, atol=0)
+
+
+def test_other_gates_and_rotations_are_left_to_pytorch(kernels: CudaKernels) -> None:
+    from transformers.models.glm.modeling_glm import apply_rotary_pos_emb
+
+    device = torch.device("cpu")
+    assert kernels.trained_rotation(apply_rotary_pos_emb, device) is None
+    assert kernels.trained_gate(lambda gate, up: nn.functional.gelu(gate) * up, device) is None
+    assert kernels.trained_gate(lambda gate, up: nn.functional.silu(up) * gate, device) is None
+
+
 def test_norms_that_compute_something_else_are_left_to_pytorch(kernels: CudaKernels) -> None:
     layer = nn.LayerNorm(64, dtype=torch.bfloat16)
     assert kernels.norm(layer) is layer
@@ -629,7 +697,7 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert len(report) == 23
+    assert len(report) == 27
     for name, used in report.items():
         assert used["shared"] < 99 << 10, name
         assert not any(word.startswith("ld.global") and word.endswith("b8") for word in used), (name, used)

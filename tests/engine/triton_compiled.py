@@ -21,7 +21,7 @@ from onebase_engine.kernels import cuda
 
 POINTERS = {
     "*bf16": "x onto plain q k v keys values key_scales value_scales cosines sines out gradient "
-    "y y_1 y_2 y_3",
+    "gate up y y_1 y_2 y_3",
     "*fp32": "log_sums upstream sums absmax code hidden weight_of part stats",
     "*i64": "layers targets",
     "*i32": "row_of slot_of starts write tiles position table",
@@ -60,6 +60,8 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     ),
     (cuda._merge, {"VALUE_SIZE": 128}),
     *((kernel, {"SIZE": 4096}) for kernel in (cuda._log_sum, cuda._log_gradient)),
+    *((kernel, {"SIZE": cuda._GATES}) for kernel in (cuda._gate, cuda._gate_gradient)),
+    *((cuda._turn, {"BACK": back, "HEADS": cuda._HEADS, "SIZE": 64}) for back in (False, True)),
     *(
         (norm, {"SIZE": 4096, "AROUND_ONE": around})
         for norm in (cuda._norm, cuda._norm_gradient)

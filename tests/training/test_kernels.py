@@ -36,7 +36,9 @@ def test_losses_and_gradients_are_those_of_torch(count: int, dtype: torch.dtype,
         cross_entropy((other * 1).float(), targets, reduction="none"),
     )
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-6)
-    (ours * scale).sum().backward()
+    (ours * scale).sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ours.sum().backward()  # the logits are no longer there
     (theirs * scale).sum().backward()
     torch.testing.assert_close(one.grad, other.grad, atol=tolerance, rtol=tolerance)
 
@@ -53,10 +55,13 @@ def test_losses_by_triton_are_those_of_torch(words: int, monkeypatch: pytest.Mon
     ours = token_losses(one * 1, targets)
     theirs = cross_entropy((other * 1).float(), targets, reduction="none")
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-6)
-    (ours * scale).sum().backward()
+    (ours * scale).sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ours.sum().backward()  # the logits are no longer there
     (theirs * scale).sum().backward()
     torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=2**-7)
-    logits[2, 3] = torch.nan
+    logits[2, 3], logits[3, :-1] = torch.nan, -torch.inf
+    targets[3] = words - 1
     assert token_losses(logits.clone().requires_grad_() * 1, targets).isfinite().tolist() == [
         True, True, False, True, True,
     ]  # fmt: skip
@@ -154,28 +159,55 @@ def test_by_parts_a_layer_gives_what_it_gives_by_fp32(base: torch.nn.Module, ten
         torch.testing.assert_close(ours, plain, atol=0.02 * float(plain.abs().max()), rtol=0.02)
 
 
-def test_norms_of_one_kernel_give_a_models_gradients(base: torch.nn.Module) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_norms_gates_and_rotations_of_one_kernel_give_a_models_gradients(
+    base: Any, checkpointing: bool
+) -> None:
     """By Triton's interpreter."""
-    ids = torch.arange(10, 30)[None]
+    ids, layers = torch.arange(10, 30)[None], len(base.model.layers)
     gradients = []
     for fused in (False, True):
         model = peft_model(base)
-        assert not fused or kernels.fuse_norms(model) == 2 * len(base.model.layers) + 1  # type: ignore
+        if fused:
+            assert fuse(model, "default") == 7 * layers
+            assert kernels.fuse_norms(model) == 2 * layers + 1
+            assert kernels.fuse_gates(model) == kernels.fuse_rotations(model) == layers
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
         model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
         gradients.append([one.grad for one in model.parameters() if one.requires_grad])
     for plain, ours in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, plain, atol=0.03 * float(plain.abs().max()), rtol=0.03)
 
 
-def test_where_triton_compiles_nothing_norms_are_pytorchs(
+def test_where_triton_compiles_nothing_a_model_stays_pytorchs(
     base: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def launch(*args: object) -> None:
+    def launch(*args: object, **options: object) -> None:
         raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr(cuda, "_normed", launch)
-    assert kernels.fuse_norms(peft_view(base)) == 0
-    assert "PyTorch computes the norms: RuntimeError: no C compiler" in caplog.text
+    for name in ("_normed", "_gated", "_both_turned"):
+        monkeypatch.setattr(cuda, name, launch)
+    model = peft_view(base)
+    for fuse_parts in (kernels.fuse_norms, kernels.fuse_gates, kernels.fuse_rotations):
+        assert fuse_parts(model) == 0
+    assert not any("forward" in vars(module) for module in model.modules())
+    for what in ("the norms", "what MLPs' gates let through", "rotary embeddings"):
+        assert f"PyTorch computes {what}: RuntimeError: no C compiler" in caplog.text
+
+
+def test_an_mlp_that_does_more_than_to_open_a_gate_is_left_as_it_is() -> None:
+    class Mlp(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj = self.up_proj = self.down_proj = torch.nn.Linear(4, 4)
+            self.act_fn, self.dropout = torch.nn.SiLU(), torch.nn.Dropout(0.5)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.down_proj(self.dropout(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
+
+    assert kernels.fuse_gates(Mlp()) == 0
 
 
 def test_in_fp32_the_gradients_are_equal_up_to_rounding(exact_base: torch.nn.Module) -> None:

@@ -65,7 +65,7 @@ class PackedAttention:
             )
         rows = []
         for group in self._groups:
-            padded = (group.padded(q[0]), group.padded(k[0]), group.padded(v[0]))
+            padded = (group.padded(q.squeeze(0)), group.padded(k.squeeze(0)), group.padded(v.squeeze(0)))
             rows.append(group.packed(_attend(padded, group.length, options)))
         return (torch.cat(rows) if len(rows) > 1 else rows[0]).unsqueeze(0)
 
@@ -107,7 +107,7 @@ def _attend(
         output: torch.Tensor = short(q, k, v, options["scaling"])
         return output
     groups = q.shape[1] // k.shape[1]
-    shared = groups > 1 and k.shape[-1] == v.shape[-1] <= 256 and _has_flash(q)
+    shared = groups > 1 and k.shape[-1] == v.shape[-1] <= 256 and _has_flash(q, k, v, dropout)
     if not shared:
         k, v = _repeated(k, groups), _repeated(v, groups)
     return nn.functional.scaled_dot_product_attention(
@@ -115,12 +115,16 @@ def _attend(
     )
 
 
-def _has_flash(q: torch.Tensor) -> bool:
-    """Whether a GPU's flash attention computes this, which takes shared heads as they are; others would be
-    computed by plain products of all pairs."""
+def _has_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> bool:
+    """Whether a GPU's flash attention computes this, with its gradients, and takes shared heads as they are;
+    where it does not, plain products of all pairs would."""
     if q.dtype not in (torch.bfloat16, torch.float16) or q.device.type not in ("cuda", "meta"):
         return False
-    return q.device.type == "meta" or torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if q.device.type == "meta":
+        return True
+    from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+    return can_use_flash_attention(SDPAParams(q, k, v, None, dropout, True, True))
 
 
 def _repeated(states: torch.Tensor, groups: int) -> torch.Tensor:

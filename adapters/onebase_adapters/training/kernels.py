@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
+from onebase_engine.base.view import ROTARY, called_by, forward_with
 from onebase_engine.kernels.reference import attention_weights
 
 logger = logging.getLogger(__name__)
@@ -45,20 +47,77 @@ def fuse(model: nn.Module, adapter: str) -> int:
 def fuse_norms(model: nn.Module) -> int:
     """Have a model on a GPU compute its norms, and their gradients, by one kernel each instead of ten, which
     keep nothing but the norm's input. Returns how many there are; 0 where Triton compiles nothing."""
+    return _replace(model, "the norms", lambda own, module: own.trained_norm(module))
+
+
+def fuse_gates(model: nn.Module) -> int:
+    """As `fuse_norms`, what gated MLPs do between their products, which keeps its two inputs."""
+    return _replace(model, "what MLPs' gates let through", _gating)
+
+
+def fuse_rotations(model: nn.Module) -> int:
+    """As `fuse_norms`, queries and keys being turned by their positions, which keeps neither."""
+    return _replace(model, "rotary embeddings", _rotating)
+
+
+def _replace(model: nn.Module, what: str, find: Callable[[Any, Any], Callable[..., Any] | None]) -> int:
+    """Give modules another `forward`. find: of Triton's kernels and a module, it, or None to leave it as it
+    is. A view that ends holds itself by these until the garbage collector comes."""
     found = []
     try:
         from onebase_engine.kernels.cuda import CudaKernels
 
         kernels = CudaKernels()
         for module in model.modules():
-            if (norm := kernels.trained_norm(module)) is not None:
-                found.append((module, norm))
+            if (forward := find(kernels, module)) is not None:
+                found.append((module, forward))
     except Exception as error:
-        logger.warning("PyTorch computes the norms: %s: %s", type(error).__name__, error)
+        logger.warning("PyTorch computes %s: %s: %s", what, type(error).__name__, error)
         return 0
-    for module, norm in found:
-        module.forward = norm
+    for module, forward in found:
+        module.forward = forward
     return len(found)
+
+
+def _gating(kernels: Any, module: Any) -> Callable[..., Any] | None:
+    """A module that is down_proj(act(gate_proj(x)) * up_proj(x)) and no more."""
+    layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(layer, nn.Module) for layer in layers) or not hasattr(module, "act_fn"):
+        return None
+    plain, act, weight = type(module).forward, module.act_fn, next(module.parameters(), None)
+    if weight is None:
+        return None
+
+    def between(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """What the module itself computes between its products."""
+        alone = SimpleNamespace(
+            gate_proj=lambda x: gate, up_proj=lambda x: up, down_proj=lambda x: x, act_fn=act
+        )
+        result: torch.Tensor = plain(alone, gate)
+        return result
+
+    try:
+        gated = kernels.trained_gate(between, weight.device)
+    except AttributeError:  # it does something else too
+        return None
+    if gated is None:
+        return None
+
+    def forward(x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if args or options:
+            return plain(module, x, *args, **options)
+        return module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))
+
+    return forward
+
+
+def _rotating(kernels: Any, module: nn.Module) -> Callable[..., Any] | None:
+    turn = called_by(module, ROTARY)
+    device = next((one.device for one in module.parameters()), None)
+    if turn is None or device is None:
+        return None
+    turned = kernels.trained_rotation(turn, device)
+    return None if turned is None else forward_with(module, ROTARY, turned)
 
 
 def _is_plain(layer: Any, adapter: str) -> bool:
@@ -168,7 +227,9 @@ def _has_products_by_parts(device: torch.device) -> bool:
     except (RuntimeError, NotImplementedError) as why:
         logger.warning("training multiplies in fp32: %s", str(why).partition("\n")[0][:300])
         return False
-    return float(error) < 1e-4
+    if not (exact := float(error) < 1e-4):
+        logger.warning("training multiplies in fp32: the trial's products are %g away", float(error))
+    return exact
 
 
 def _parts(matrix: torch.Tensor) -> list[torch.Tensor]:

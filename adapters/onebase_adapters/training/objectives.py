@@ -152,6 +152,8 @@ class _CrossEntropy(torch.autograd.Function):
         logits, targets, sums = ctx.saved_tensors
         if (own := _kernels(logits)) is not None:
             own.overwrite_with_gradient(logits, targets, sums, gradient.contiguous())
+            # As PyTorch does below: who needs the logits once more gets an error, not another number.
+            torch.autograd.graph.increment_version(logits)
             return logits, None
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
@@ -183,6 +185,8 @@ def _tried_kernels(device: torch.device) -> Any:
     except Exception as error:
         logger.warning("PyTorch computes the loss: %s: %s", type(error).__name__, error)
         return None
+    if not same:
+        logger.warning("PyTorch computes the loss: the trial's losses or gradients are others")
     return cuda if same else None
 
 

@@ -19,7 +19,7 @@ from onebase_adapters.proof.loader import classifier_with
 from onebase_adapters.training.attention import PackedAttention
 from onebase_adapters.training.batches import MicroBatch, Packed
 from onebase_adapters.training.events import Gate
-from onebase_adapters.training.kernels import fuse, fuse_norms
+from onebase_adapters.training.kernels import fuse, fuse_gates, fuse_norms, fuse_rotations
 from onebase_adapters.training.objectives import token_losses
 from onebase_adapters.training.parent import Parent, copied, load_parent
 from onebase_adapters.training.recipe import Recipe, RecipeError, decided
@@ -76,7 +76,8 @@ class Trainable:
         self._parent = None if parent is None else copied(self.named_parameters())
         fuse(self.model, ADAPTER)
         if self.device.type == "cuda":
-            fuse_norms(self.model)
+            for fuse_parts in (fuse_norms, fuse_gates, fuse_rotations):
+                fuse_parts(self.model)
         if recipe.gradient_checkpointing is True:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()

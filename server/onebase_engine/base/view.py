@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,6 +13,8 @@ from torch import nn
 from onebase_engine.base.load import base_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
+ROTARY = "apply_rotary_pos_emb"
+"""What turns queries and keys by their positions, in transformers' files."""
 
 
 def view(base: Model) -> Model:
@@ -39,3 +44,19 @@ def peft_view(base: Model) -> Model:
 
 def _keep() -> None:
     return None
+
+
+def called_by(module: nn.Module, name: str) -> Callable[..., Any] | None:
+    """The function of this name that a module's `forward` calls, out of the file that defines it."""
+    forward = inspect.unwrap(type(module).forward)
+    code, names = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+    return names.get(name) if code is not None and name in code.co_names else None
+
+
+def forward_with(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's own `forward` that calls another function in place of the one of this name."""
+    own: Any = inspect.unwrap(type(module).forward)
+    names = {**own.__globals__, name: function}
+    changed = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    changed.__kwdefaults__ = own.__kwdefaults__
+    return MethodType(changed, module)

@@ -9,16 +9,15 @@ pass of the whole model gives the same bits with it and without.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
+from onebase_engine.base.view import ROTARY, called_by, forward_with
 from onebase_engine.engine.attention import PagedAttention
 from onebase_engine.kernels.cpu import CpuKernels
 from onebase_engine.kernels.interface import Contexts, JoinedLayers, Kernels
@@ -29,7 +28,6 @@ from onebase_engine.lora.slots import SlotLinear, SlotModule
 
 logger = logging.getLogger(__name__)
 
-_ROTARY = "apply_rotary_pos_emb"
 _TURNED_MULTIPLE = 32
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 """The parts of a decoder layer that is nothing but them and two sums."""
@@ -189,15 +187,12 @@ def _summing(module: Any, output: SlotLinear, down: SlotLinear) -> _Switch:
 
 def _rotations(model: nn.Module, attention: PagedAttention) -> Iterator[_Switch]:
     for module in model.modules():
-        if getattr(module, "paged", None) is attention:
-            function = inspect.unwrap(type(module).forward)
-            if _ROTARY in function.__code__.co_names and _ROTARY in function.__globals__:
-                yield _rotating(module, attention, function)
+        turn = called_by(module, ROTARY) if getattr(module, "paged", None) is attention else None
+        if turn is not None:
+            yield _rotating(module, attention, turn)
 
 
-def _rotating(module: Any, attention: PagedAttention, function: Any) -> _Switch:
-    """The module's own code, with another function in place of the one that turns queries and keys."""
-    turn = function.__globals__[_ROTARY]
+def _rotating(module: Any, attention: PagedAttention, turn: Callable[..., Any]) -> _Switch:
 
     def later(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any
@@ -210,12 +205,8 @@ def _rotating(module: Any, attention: PagedAttention, function: Any) -> _Switch:
         attention.rotation = cos.contiguous(), sin.contiguous()
         return q, k
 
-    names = {**function.__globals__, _ROTARY: later}
-    own = FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
-    own.__kwdefaults__ = function.__kwdefaults__
-    return lambda: setattr(module, "forward", MethodType(own, module)), lambda: delattr(module, "forward")
+    own = forward_with(module, ROTARY, later)
+    return lambda: setattr(module, "forward", own), lambda: delattr(module, "forward")
 
 
 # ---- whole decoder layers ----------------------------------------------------------------------

@@ -930,7 +930,8 @@ def _log_sum(x, y, size, SIZE: tl.constexpr):
         place = first + tl.arange(0, SIZE)
         own = tl.load(x + row * size + place, mask=place < size, other=float("-inf")).to(tl.float32)
         above = tl.maximum(most, tl.max(own))
-        total = total * tl.exp(most - above) + tl.sum(tl.exp(own - above))
+        by = tl.where(above == float("-inf"), 0.0, above)  # where all so far is -inf
+        total = total * tl.exp(most - by) + tl.sum(tl.exp(own - by))
         most = above
     tl.store(y + row, most + tl.log(total))
 
@@ -946,8 +947,74 @@ def _log_gradient(x, targets, log_sums, upstream, size, SIZE: tl.constexpr):
     tl.store(x + row * size + place, part.to(tl.bfloat16), mask=there)
 
 
+@triton.jit
+def _gate(gate, up, y, count, SIZE: tl.constexpr):
+    """silu(gate) * up, of which silu(gate) is rounded too."""
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    there = place < count
+    own = tl.load(gate + place, mask=there, other=0.0).to(tl.float32)
+    opened = tl.div_rn(own, 1.0 + tl.exp(-own)).to(tl.bfloat16).to(tl.float32)
+    opened *= tl.load(up + place, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + place, opened.to(tl.bfloat16), mask=there)
+
+
+@triton.jit
+def _gate_gradient(gate, up, gradient, y, y_1, count, SIZE: tl.constexpr):
+    """What a gradient of `_gate`'s result is at the gate and at what it lets through."""
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    there = place < count
+    own = tl.load(gate + place, mask=there, other=0.0).to(tl.float32)
+    let = tl.load(up + place, mask=there, other=0.0).to(tl.float32)
+    given = tl.load(gradient + place, mask=there, other=0.0).to(tl.float32)
+    part = tl.div_rn(1.0, 1.0 + tl.exp(-own))
+    slope = part * (1.0 + own * (1.0 - part))
+    tl.store(y + place, (given * let * slope).to(tl.bfloat16), mask=there)
+    tl.store(y_1 + place, (given * (own * part)).to(tl.bfloat16), mask=there)
+
+
+@triton.jit
+def _turn_heads(
+    x, y, c, c_1, s, s_1, row, heads, half, x_row, x_head, HEADS: tl.constexpr, SIZE: tl.constexpr
+):
+    """One token's heads: the first halves by c and s, the second ones by c_1 and s_1."""
+    place = tl.arange(0, SIZE)
+    for begin in range(0, heads, HEADS):
+        head = (begin + tl.arange(0, HEADS)).to(tl.int64)
+        there = (head < heads)[:, None] & (place < half)[None, :]
+        at = x + row * x_row + head[:, None] * x_head + place[None, :]
+        first = tl.load(at, mask=there, other=0.0).to(tl.float32)
+        second = tl.load(at + half, mask=there, other=0.0).to(tl.float32)
+        by_c = (first * c[None, :]).to(tl.bfloat16).to(tl.float32)
+        by_s = (second * s[None, :]).to(tl.bfloat16).to(tl.float32)
+        to = y + (row * heads + head[:, None]) * (2 * half) + place[None, :]
+        tl.store(to, (by_c - by_s).to(tl.bfloat16), mask=there)
+        by_c = (second * c_1[None, :]).to(tl.bfloat16).to(tl.float32)
+        by_s = (first * s_1[None, :]).to(tl.bfloat16).to(tl.float32)
+        tl.store(to + half, (by_c + by_s).to(tl.bfloat16), mask=there)
+
+
+@triton.jit
+def _turn(
+    q, k, cosines, sines, y, y_1, q_heads, k_heads, half, q_row, q_head, k_row, k_head,
+    BACK: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """A token's queries and keys, turned by its position; back: their gradients."""
+    row, place = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    at, there = row * 2 * half + place, place < half
+    c = tl.load(cosines + at, mask=there, other=0.0).to(tl.float32)
+    c_1 = tl.load(cosines + at + half, mask=there, other=0.0).to(tl.float32)
+    s = tl.load(sines + at, mask=there, other=0.0).to(tl.float32)
+    s_1 = tl.load(sines + at + half, mask=there, other=0.0).to(tl.float32)
+    if BACK:
+        s, s_1 = -s_1, -s
+    _turn_heads(q, y, c, c_1, s, s_1, row, q_heads, half, q_row, q_head, HEADS, SIZE)
+    _turn_heads(k, y_1, c, c_1, s, s_1, row, k_heads, half, k_row, k_head, HEADS, SIZE)
+
+
 _WORDS = 4096
 """Logits that a program reads at once."""
+_GATES, _HEADS = 1024, 16
+"""Gates that a program opens, and heads that it turns at once."""
 
 
 def log_sums(logits: torch.Tensor) -> torch.Tensor:
@@ -994,6 +1061,59 @@ def _normed(kernel: Any, given: tuple[torch.Tensor, ...], eps: float, around_one
     with _current(x.device):
         kernel[(x.numel() // size,)](*given, y, size, eps, SIZE=padded, AROUND_ONE=around_one, **PLAIN)
     return y
+
+
+class _TrainedGate(torch.autograd.Function):
+    """silu(gate) * up, both contiguous; keeps nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return _gated(_gate, (gate, up), 1)[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return _gated(_gate_gradient, (*ctx.saved_tensors, gradient.contiguous()), 2)
+
+
+def _gated(kernel: Any, given: tuple[torch.Tensor, ...], results: int) -> tuple[torch.Tensor, ...]:
+    """given: contiguous, of one shape, which the results have too."""
+    ys = tuple(torch.empty_like(given[0]) for _ in range(results))
+    count = given[0].numel()
+    with _current(given[0].device):
+        kernel[(triton.cdiv(count, _GATES),)](*given, *ys, count, SIZE=_GATES, **PLAIN)
+    return ys
+
+
+class _TrainedRotation(torch.autograd.Function):
+    """Queries and keys [1, heads, T, d] turned by cosines and sines [1, T, d]; keeps these alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(cosines, sines)
+        return _both_turned(q, k, cosines, sines, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *_both_turned(q, k, *ctx.saved_tensors, back=True), None, None
+
+
+def _both_turned(
+    q: torch.Tensor, k: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, *, back: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of strides of any kind; in memory the results have a token's heads one after the other."""
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    tokens, size = q.shape[2:]
+    y, y_1 = (x.new_empty_strided(x.shape, (x.numel(), size, x.shape[1] * size, 1)) for x in (q, k))
+    with _current(q.device):
+        _turn[(tokens,)](
+            q, k, cosines, sines, y, y_1, q.shape[1], k.shape[1], size // 2,
+            q.stride(2), q.stride(1), k.stride(2), k.stride(1),
+            BACK=back, HEADS=_HEADS, SIZE=triton.next_power_of_2(size // 2), **PLAIN,
+        )  # fmt: skip
+    return y, y_1
 
 
 def _capturing(graph: Any, pool: Any) -> Any:
@@ -1082,15 +1202,44 @@ class CudaKernels:
             y: torch.Tensor = _TrainedNorm.apply(x, *found)
             return y
 
-        draw = torch.Generator().manual_seed(1)
-        x, gradient = (
-            torch.randn(8, base.weight.numel(), generator=draw).to(base.weight.device, torch.bfloat16)
-            for _ in range(2)
-        )
-        x.requires_grad_()
-        got, wanted = (torch.autograd.grad(one(x), x, gradient)[0] for one in (norm, base))
-        error = (got.float() - wanted.float()).abs().max()
-        return norm if error <= 0.02 * wanted.float().abs().max() else None
+        (x,) = _trial_inputs(base.weight.device, (8, base.weight.numel()))
+        return norm if _same_gradients(norm, base, (x,)) else None
+
+    def trained_gate(
+        self, own: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], device: torch.device
+    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+        """`own` of a gate and what it lets through, [..., size], if it is silu(gate) * up in bf16, which a
+        trial shows, with its gradients; else None."""
+
+        def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+            if not gate.dtype == up.dtype == torch.bfloat16 or gate.shape != up.shape:
+                return own(gate, up)
+            y: torch.Tensor = _TrainedGate.apply(gate.contiguous(), up.contiguous())
+            return y
+
+        given = _trial_inputs(device, (8, 80), (8, 80))
+        return gated if _same_gradients(gated, own, given) else None
+
+    def trained_rotation(self, own: Callable[..., Any], device: torch.device) -> Callable[..., Any] | None:
+        """`own` of q and k [1, heads, T, d], cosines and sines [1, T, d], if it turns the halves of each head
+        in bf16, which a trial shows, with its gradients; else None. All else is left to it."""
+
+        def turned(
+            q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any
+        ) -> Any:
+            fits = q.dim() == k.dim() == 4 and cos.shape == sin.shape == (1, *q.shape[2:])
+            fits = fits and k.shape[2:] == q.shape[2:] and len(q) == len(k) == 1 and not q.shape[3] % 2
+            plain = q.dtype == k.dtype == cos.dtype == sin.dtype == torch.bfloat16 and not (more or named)
+            if not (fits and plain):
+                return own(q, k, cos, sin, *more, **named)
+            return _TrainedRotation.apply(q, k, cos.contiguous(), sin.contiguous())
+
+        q, k, cos, sin = _trial_inputs(device, (1, 3, 5, 40), (1, 1, 5, 40), (1, 5, 40), (1, 5, 40))
+
+        def both(function: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+            return lambda *given: torch.cat(function(*given, cos.detach(), sin.detach()), 1)
+
+        return turned if _same_gradients(both(turned), both(own), (q, k)) else None
 
     def attention(
         self, cache: LayerCache, scaling: float, softcap: float | None, window: int | None
@@ -1240,6 +1389,28 @@ def _norm_of(base: Any) -> tuple[torch.Tensor, float, bool] | None:
             if _nearly_same(_normed(_norm, (x, weight), eps, around_one), wanted):
                 return weight, eps, around_one
     return None
+
+
+def _trial_inputs(device: torch.device, *shapes: tuple[int, ...], seed: int = 1) -> tuple[torch.Tensor, ...]:
+    """In bf16, of which gradients are wanted."""
+    draw = torch.Generator().manual_seed(seed)
+    drawn = (torch.randn(shape, generator=draw).to(device, torch.bfloat16) for shape in shapes)
+    return tuple(one.requires_grad_() for one in drawn)
+
+
+def _same_gradients(
+    one: Callable[..., torch.Tensor], other: Callable[..., torch.Tensor], given: tuple[torch.Tensor, ...]
+) -> bool:
+    """Whether two functions of the same inputs nearly give the same, and their gradients."""
+    results = one(*given), other(*given)
+    if results[0].shape != results[1].shape or not _nearly_same(*(result.detach() for result in results)):
+        return False
+    (gradient,) = _trial_inputs(given[0].device, results[0].shape, seed=2)
+    pairs = zip(*(torch.autograd.grad(result, given, gradient) for result in results), strict=True)
+    return all(
+        bool((mine.float() - its.float()).abs().max() <= 0.02 * its.float().abs().max())
+        for mine, its in pairs
+    )
 
 
 def _nearly_same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
