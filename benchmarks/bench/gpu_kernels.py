@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from bench import random_base as bases
 from bench.gpu_parts import BLOCK, bandwidth, own_kernels, variants
@@ -281,11 +282,14 @@ def contexts(lengths: Sequence[int], counts: Sequence[int]) -> Contexts:
 def _trained(found: Findings, watch: Stopwatch, draw: torch.Generator, size: int) -> None:
     """Whether training's kernels pass their trials; what it multiplies by parts in bf16, next to fp32."""
     with torch.inference_mode(False), torch.enable_grad():
-        norm = LlamaRMSNorm(size).to(draw.device, torch.bfloat16).requires_grad_(False)
+        shape = LlamaConfig(hidden_size=size, intermediate_size=size, num_attention_heads=size // 64)
+        layer = LlamaDecoderLayer(shape, 0).to(draw.device, torch.bfloat16).requires_grad_(False)
         trials = {
             "products by parts": training._has_products_by_parts(draw.device),
             "loss": objectives._tried_kernels(draw.device) is not None,
-            "norms": training.fuse_norms(norm) == 1,
+            "norms": training.fuse_norms(layer) == 2,
+            "gates": training.fuse_gates(layer) == 1,
+            "rotary embeddings": training.fuse_rotations(layer) == 1,
         }
     for name, passed in trials.items():
         found.check(f"training's {name} pass their trial", passed)

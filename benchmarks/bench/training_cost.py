@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench import random_base as bases
 from bench.gpu_report import Findings, shown
-from onebase_adapters.training import objectives
+from onebase_adapters.training import kernels, objectives
 from onebase_adapters.training.batches import MicroBatch
 from onebase_adapters.training.data.dataset import Sample
 from onebase_adapters.training.events import OpenGate
@@ -32,6 +32,7 @@ from onebase_engine.base.attach import quantized_module
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import NESTED_BLOCKSIZE
 from onebase_engine.base.manifest import QuantizedLayer
+from onebase_engine.kernels import cuda
 from onebase_server.routing.capacity import BANDWIDTHS, BEST, LAUNCH, REACHED, WORST
 
 META = torch.device("meta")
@@ -91,7 +92,7 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name.partition("::")[2]
         for one in results:
             self._hold(one, given)
-        if name.startswith("empty") or name in ("_unsafe_view", "detach", "lift_fresh", "new_empty"):
+        if name.startswith(("empty", "new_empty")) or name in ("_unsafe_view", "detach", "lift_fresh"):
             return made
         if name == "gemm_4bit":
             self._gemm_4bit(args, results[0])
@@ -200,6 +201,68 @@ class _Norm(torch.autograd.Function):
         return made, None
 
 
+class _Gate(torch.autograd.Function):
+    """As `fuse_gates` has them."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, counted: Counted) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.counted = counted
+        y = torch.empty_like(gate)
+        counted.add("gate", "other", 0.0, [gate, up, y])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        given = ctx.saved_tensors
+        made = tuple(torch.empty_like(one) for one in given)
+        ctx.counted.add("gate backwards", "other", 0.0, [*given, gradient, *made])
+        return (*made, None)
+
+
+class _Rotation(torch.autograd.Function):
+    """As `fuse_rotations` has them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, counted: Counted
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        ctx.counted = counted
+        made = torch.empty_like(q), torch.empty_like(k)
+        counted.add("rotation", "other", 0.0, [q, k, cos, sin, *made])
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # In memory a token's heads come one after the other.
+        made = tuple(
+            one.new_empty_strided(one.shape, (one.numel(), one.shape[3], one.shape[1] * one.shape[3], 1))
+            for one in (q, k)
+        )
+        ctx.counted.add("rotation backwards", "other", 0.0, [q, k, *ctx.saved_tensors, *made])
+        return (*made, None, None, None)
+
+
+class _Kernels:
+    """In place of Triton's, which have nothing to try on tensors without memory."""
+
+    def __init__(self, counted: Counted) -> None:
+        self._counted = counted
+
+    def trained_norm(self, module: nn.Module) -> Any:
+        norm: Any = _Norm.apply
+        return (lambda x: norm(x, self._counted)) if type(module).__name__ == "LlamaRMSNorm" else None
+
+    def trained_gate(self, own: Any, device: torch.device) -> Any:
+        gate: Any = _Gate.apply
+        return lambda *given: gate(*given, self._counted)
+
+    def trained_rotation(self, own: Any, device: torch.device) -> Any:
+        rotation: Any = _Rotation.apply
+        return lambda *given: rotation(*given, self._counted)
+
+
 class _Losses:
     """Two kernels over the logits, as Triton's are on a GPU."""
 
@@ -284,14 +347,15 @@ def onebase_step(layers: int, checkpointing: bool) -> Counted:
         trainable = Trainable(meta_base(layers), recipe, OpenGate())
         objective = Supervised(trainable)
         with counting(False) as counted:
+            with mock.patch.object(cuda, "CudaKernels", return_value=_Kernels(counted)):
+                for fuse_parts in (kernels.fuse_norms, kernels.fuse_gates, kernels.fuse_rotations):
+                    if not fuse_parts(trainable.model):
+                        raise RuntimeError(f"{fuse_parts.__name__} finds nothing in this model")
 
-            def counted_norm(x: torch.Tensor) -> Any:
-                return _Norm.apply(x, counted)  # type: ignore[no-untyped-call]
+            def own(logits: torch.Tensor) -> _Losses:  # a mock would keep the logits
+                return _Losses(counted)
 
-            for module in trainable.model.modules():
-                if type(module).__name__ == "LlamaRMSNorm":
-                    module.forward = counted_norm
-            with mock.patch.object(objectives, "_kernels", return_value=_Losses(counted)):
+            with mock.patch.object(objectives, "_kernels", own):
                 loss, _ = objective.loss(batch)
                 (loss / ROWS).backward()  # type: ignore[no-untyped-call]
     return counted

@@ -183,10 +183,12 @@ def test_under_the_interpreter_parts_run_and_their_report_has_a_page(only: str, 
 
 
 def test_what_training_takes_on_a_gpu_is_counted_at_an_8bs_shape() -> None:
-    plain, kept, again = (
+    plain, plain_kept, kept, again = (
         training_cost.cost(training_cost.RUNS[name])
-        for name in (training_cost.DEFAULT, "OneBase", "OneBase with checkpointing")
-    )
+        for name in (
+            training_cost.DEFAULT, "TRL without checkpointing", "OneBase", "OneBase with checkpointing"
+        )
+    )  # fmt: skip
     tokens = training_cost.ROWS * training_cost.TOKENS
     layers, head = 32 * 218_103_808, 4096 * 128_256
     # Forwards and backwards to the inputs; checkpointing, layers once more, and TRL's head too.
@@ -195,9 +197,10 @@ def test_what_training_takes_on_a_gpu_is_counted_at_an_8bs_shape() -> None:
         assert least < one.flops["bf16"] < 1.06 * least
         assert not one.flops["fp32"]
         assert one.seconds[0] < one.seconds[1]
-    assert kept.held > 40e9 > 10e9 > again.held > plain.held
-    assert kept.moved["other"] < plain.moved["other"]
-    assert min(mine / its for mine, its in zip(kept.rates, plain.rates, strict=True)) > 1.3
+    assert 0.9 * plain_kept.held > kept.held > 30e9 > 1.05 * plain.held > again.held
+    for ours, theirs, least in ((kept, plain_kept, 1.3), (again, plain, 1.28)):
+        assert ours.moved["other"] < 0.5 * theirs.moved["other"]
+        assert min(mine / its for mine, its in zip(ours.rates, theirs.rates, strict=True)) > least
 
 
 def test_failures_are_read_from_what_pytest_prints_file_by_file(tmp_path: Path) -> None:

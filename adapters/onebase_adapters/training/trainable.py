@@ -104,7 +104,8 @@ class Trainable:
             logits_to_keep=packed.keep,
             use_cache=False,
         )
-        logits: torch.Tensor = output.logits[0]
+        # Not [0]: its gradient would be copied into zeros of the same size.
+        logits: torch.Tensor = output.logits.squeeze(0)
         return logits
 
     def class_logits(self, batch: MicroBatch) -> torch.Tensor:
@@ -122,7 +123,7 @@ class Trainable:
         self._packed.set_lengths(lengths, self.device)
         decoder = self.model.get_base_model().base_model
         output = decoder(input_ids=ids, position_ids=positions, use_cache=False)
-        states: torch.Tensor = output.last_hidden_state[0]
+        states: torch.Tensor = output.last_hidden_state.squeeze(0)
         return states
 
     @property
