@@ -286,6 +286,7 @@ def _trained(found: Findings, watch: Stopwatch, draw: torch.Generator, size: int
         layer = LlamaDecoderLayer(shape, 0).to(draw.device, torch.bfloat16).requires_grad_(False)
         trials = {
             "products by parts": training._has_products_by_parts(draw.device),
+            "parts of matrices": training._tried_splitter(draw.device) is not None,
             "loss": objectives._tried_kernels(draw.device) is not None,
             "norms": training.fuse_norms(layer) == 2,
             "gates": training.fuse_gates(layer) == 1,

@@ -170,10 +170,10 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, output = ctx.saved_tensors
-        wide = torch.empty_like(q)
+        wide, exact = torch.empty_like(q), torch.empty_like(q, dtype=torch.float32)
         ctx.counted.add(
             "attention backwards", "attention", 2.5 * ctx.flops,
-            [q, k, v, output, gradient, q, wide, wide, *[wide.float()] * 2], 3,
+            [q, k, v, output, gradient, q, wide, wide, exact, exact], 3,
         )  # fmt: skip
         made = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         if k.shape != q.shape:
@@ -263,6 +263,13 @@ class _Kernels:
         return lambda *given: rotation(*given, self._counted)
 
 
+def _fuse(model: nn.Module, counted: Counted) -> None:
+    with mock.patch.object(cuda, "CudaKernels", return_value=_Kernels(counted)):
+        for fuse_parts in (kernels.fuse_norms, kernels.fuse_gates, kernels.fuse_rotations):
+            if not fuse_parts(model):
+                raise RuntimeError(f"{fuse_parts.__name__} finds nothing in this model")
+
+
 class _Losses:
     """Two kernels over the logits, as Triton's are on a GPU."""
 
@@ -347,22 +354,29 @@ def onebase_step(layers: int, checkpointing: bool) -> Counted:
         trainable = Trainable(meta_base(layers), recipe, OpenGate())
         objective = Supervised(trainable)
         with counting(False) as counted:
-            with mock.patch.object(cuda, "CudaKernels", return_value=_Kernels(counted)):
-                for fuse_parts in (kernels.fuse_norms, kernels.fuse_gates, kernels.fuse_rotations):
-                    if not fuse_parts(trainable.model):
-                        raise RuntimeError(f"{fuse_parts.__name__} finds nothing in this model")
+            _fuse(trainable.model, counted)
 
             def own(logits: torch.Tensor) -> _Losses:  # a mock would keep the logits
                 return _Losses(counted)
 
-            with mock.patch.object(objectives, "_kernels", own):
+            def split(matrix: torch.Tensor) -> torch.Tensor:
+                made = matrix.new_empty(len(matrix), 3, matrix.shape[1], dtype=torch.bfloat16)
+                counted.add("parts", "other", 0.0, [matrix, made])
+                return made
+
+            with (
+                mock.patch.object(objectives, "_kernels", own),
+                mock.patch.object(kernels, "_splitter", return_value=split),
+            ):
                 loss, _ = objective.loss(batch)
                 (loss / ROWS).backward()  # type: ignore[no-untyped-call]
     return counted
 
 
-def trl_step(layers: int, checkpointing: bool, dtype: torch.dtype) -> Counted:
-    """transformers and PEFT with an adapter of this dtype, and the head of TRL 1.16."""
+def trl_step(layers: int, checkpointing: bool, dtype: torch.dtype, liger: bool = False) -> Counted:
+    """transformers and PEFT with an adapter of this dtype, and the head of TRL 1.16. liger: norms, gates and
+    rotations are one kernel each way, as its `use_liger_kernel` has them by another package; their bytes are
+    taken to be those of ours."""
     from peft import LoraConfig, get_peft_model
 
     with META:
@@ -382,6 +396,8 @@ def trl_step(layers: int, checkpointing: bool, dtype: torch.dtype) -> Counted:
         ids = torch.zeros(ROWS, TOKENS, dtype=torch.int64)
         head = base.get_output_embeddings().weight
         with counting(True) as counted:
+            if liger:
+                _fuse(model, counted)
             states = base.model(input_ids=ids, use_cache=False).last_hidden_state
             taught = states[:, :-1].reshape(-1, states.shape[-1])
             losses = _TiledHead.apply(taught, head, counted)  # type: ignore[no-untyped-call]
@@ -473,6 +489,10 @@ RUNS: dict[str, Callable[[int], Counted]] = {
     DEFAULT: lambda layers: trl_step(layers, True, torch.bfloat16),
     "TRL without checkpointing": lambda layers: trl_step(layers, False, torch.bfloat16),
     "TRL with adapters in fp32": lambda layers: trl_step(layers, True, torch.float32),
+    "TRL with Liger's kernels": lambda layers: trl_step(layers, True, torch.bfloat16, liger=True),
+    "TRL with Liger's kernels, without checkpointing": lambda layers: trl_step(
+        layers, False, torch.bfloat16, liger=True
+    ),
     "OneBase": lambda layers: onebase_step(layers, False),
     "OneBase with checkpointing": lambda layers: onebase_step(layers, True),
 }

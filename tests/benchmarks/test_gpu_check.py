@@ -198,7 +198,7 @@ def test_what_training_takes_on_a_gpu_is_counted_at_an_8bs_shape() -> None:
         assert not one.flops["fp32"]
         assert one.seconds[0] < one.seconds[1]
     assert 0.9 * plain_kept.held > kept.held > 30e9 > 1.05 * plain.held > again.held
-    for ours, theirs, least in ((kept, plain_kept, 1.3), (again, plain, 1.28)):
+    for ours, theirs, least in ((kept, plain_kept, 1.33), (again, plain, 1.3)):
         assert ours.moved["other"] < 0.5 * theirs.moved["other"]
         assert min(mine / its for mine, its in zip(ours.rates, theirs.rates, strict=True)) > least
 

@@ -697,7 +697,7 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert len(report) == 27
+    assert len(report) == 28
     for name, used in report.items():
         assert used["shared"] < 99 << 10, name
         assert not any(word.startswith("ld.global") and word.endswith("b8") for word in used), (name, used)

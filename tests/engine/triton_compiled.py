@@ -60,7 +60,7 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     ),
     (cuda._merge, {"VALUE_SIZE": 128}),
     *((kernel, {"SIZE": 4096}) for kernel in (cuda._log_sum, cuda._log_gradient)),
-    *((kernel, {"SIZE": cuda._GATES}) for kernel in (cuda._gate, cuda._gate_gradient)),
+    *((kernel, {"SIZE": cuda._NUMBERS}) for kernel in (cuda._gate, cuda._gate_gradient, cuda._split)),
     *((cuda._turn, {"BACK": back, "HEADS": cuda._HEADS, "SIZE": 64}) for back in (False, True)),
     *(
         (norm, {"SIZE": 4096, "AROUND_ONE": around})
@@ -72,6 +72,8 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
 
 def type_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
     if kernel is cuda._log_sum and name == "y":
+        return "*fp32"
+    if kernel is cuda._split and name == "x":
         return "*fp32"
     if name == "weight":
         return "*u8" if kernel is cuda._unpack else "*bf16"

@@ -130,11 +130,38 @@ def test_parts_in_bf16_give_fp32s_products(tensor_cores: None, spread: float) ->
     exact = left.double() @ right.double().T
     for product in (kernels._by_parts(left, kernels._parts(right)), left.float() @ right.T):
         assert (product - exact).abs().max() < 3e-6 * exact.abs().max()
-    assert torch.equal(sum(part.double() for part in kernels._parts(right)), right.double())
+    assert torch.equal(kernels._parts(right).double().sum(1), right.double())
+    for other in (torch.randn(96, 8) * spread, (torch.randn(8, 96) * spread).T):
+        exact = left.double() @ other.double()
+        product = kernels._with_parts(left, kernels._parts(other))
+        assert (product - exact).abs().max() < 3e-6 * exact.abs().max()
+        product = kernels._parts_with(kernels._parts(other), left.T)
+        assert (product - exact.T).abs().max() < 3e-6 * exact.abs().max()
     other = torch.randn(30, 8)
     exact = right.T.double() @ other.double().T
     rounded = kernels._of_parts(kernels._parts(right.T), kernels._parts(other))
     assert (rounded != exact.bfloat16()).float().mean() < 0.01
+    assert torch.equal(
+        kernels._of_parts(kernels._parts(right).permute(2, 1, 0), kernels._parts(other)), rounded
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (30, 70), (1, 1024), (700, 3)])
+def test_triton_splits_a_matrix_as_pytorch_does(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By its interpreter."""
+    kernels._tried_splitter.cache_clear()
+    assert kernels._tried_splitter(CPU) is cuda.split
+    monkeypatch.setattr(kernels, "_splitter", kernels._tried_splitter)
+    torch.manual_seed(4)
+    for matrix in (torch.randn(shape), torch.randn(shape[::-1]).T * 1e-30):
+        assert torch.equal(kernels._parts(matrix), kernels._split(matrix))
+    kernels._tried_splitter.cache_clear()
+    monkeypatch.setattr(cuda, "split", lambda matrix: torch.zeros(len(matrix), 3, matrix.shape[1]))
+    assert kernels._tried_splitter(CPU) is None
+    assert "PyTorch splits matrices: the trial's parts are others" in caplog.text
+    kernels._tried_splitter.cache_clear()
 
 
 def test_by_parts_a_layer_gives_what_it_gives_by_fp32(base: torch.nn.Module, tensor_cores: None) -> None:

@@ -424,7 +424,8 @@ def _layer_bytes(
             kept += _FP32 * (queries if width < config.hidden_size else width)
     inside = {name: layer for name, layer in targets.items() if _inside(block, name)}
     if fused:
-        kept += _FP32 * sum(ranks[name] for name in inside) + size * _shared_inputs(inside, config)
+        held = _FP32 if on_cpu or size > 2 else 3 * size  # what is between A and B, or its parts
+        kept += held * sum(ranks[name] for name in inside) + size * _shared_inputs(inside, config)
     else:
         kept += sum(_adapted_bytes(layer, ranks[name], recipe, size) for name, layer in inside.items())
     return kept + _between_bytes(model.get_submodule(block), config, size)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,8 +168,8 @@ class _FusedLora(torch.autograd.Function):
         output: torch.Tensor = base(x)
         ctx.parts = _takes_parts(x, a)
         if ctx.parts:
-            hidden = _by_parts(x.flatten(0, -2), _parts(a))
-            output += _of_parts(_parts(hidden * scale), _parts(b)).view_as(output)
+            hidden = _parts(_by_parts(x.flatten(0, -2), _parts(a)) * scale)
+            output += _of_parts(hidden, _parts(b)).view_as(output)
         else:
             hidden = nn.functional.linear(x.to(a.dtype), a)
             output += (nn.functional.linear(hidden, b) * scale).to(output.dtype)
@@ -181,14 +181,13 @@ class _FusedLora(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, hidden, a, b = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
-        hidden = hidden.view(-1, hidden.shape[-1])
         flat = x.reshape(-1, x.shape[-1])
         if ctx.parts:
-            hidden_gradient = _by_parts(rows, _parts(b.T * ctx.scale))
-            b_gradient = _by_parts(rows.T, _parts(hidden.T * ctx.scale))
-            parts = _parts(hidden_gradient)
-            a_gradient = _by_parts(flat.T, [part.T for part in parts]).T
+            parts = _parts(_with_parts(rows, _parts(b)) * ctx.scale)
+            b_gradient = _with_parts(rows.T, hidden)
+            a_gradient = _parts_with(parts, flat)
         else:
+            hidden = hidden.view(-1, hidden.shape[-1])
             rows32, x32 = rows.to(b.dtype), flat.to(a.dtype)
             hidden_gradient = _product(rows32, (b.T * ctx.scale).contiguous())
             b_gradient = _product((hidden.T * ctx.scale).contiguous(), rows32.T).T
@@ -200,7 +199,7 @@ class _FusedLora(torch.autograd.Function):
         weight = dequantize_4bit(ctx.weight.data.view(-1, 1), ctx.weight.quant_state).to(rows.dtype)
         x_gradient = rows @ weight
         if ctx.parts:
-            x_gradient = _of_parts(parts, _parts(a.T), onto=x_gradient)
+            x_gradient = _of_parts(parts, _parts(a).permute(2, 1, 0), onto=x_gradient)
         else:
             x_gradient += _product(hidden_gradient, a.T.contiguous()).to(x_gradient.dtype)
         return x_gradient.view(x.shape), a_gradient, b_gradient, None, None
@@ -232,18 +231,57 @@ def _has_products_by_parts(device: torch.device) -> bool:
     return exact
 
 
-def _parts(matrix: torch.Tensor) -> list[torch.Tensor]:
-    """Three in bf16, of eight bits each, that sum to an fp32 matrix."""
+def _parts(matrix: torch.Tensor) -> torch.Tensor:
+    """Three in bf16, of eight bits each, that sum to an fp32 matrix [m, n]: [m, 3, n]."""
+    split = _splitter(matrix.device)
+    if split is not None:
+        made: torch.Tensor = split(matrix.contiguous())
+        return made
+    return _split(matrix)
+
+
+def _split(matrix: torch.Tensor) -> torch.Tensor:
     first = matrix.bfloat16()
     rest = matrix - first
     second = rest.bfloat16()
-    return [first, second, (rest - second).bfloat16()]
+    return torch.stack([first, second, (rest - second).bfloat16()], 1)
 
 
-def _by_parts(left: torch.Tensor, right: Sequence[torch.Tensor]) -> torch.Tensor:
+def _splitter(device: torch.device) -> Any:
+    """Triton's, on a GPU; None where PyTorch splits by six operators."""
+    return _tried_splitter(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def _tried_splitter(device: torch.device) -> Any:
+    """None if it compiles for nothing here, or gives something else than PyTorch."""
+    try:
+        from onebase_engine.kernels import cuda
+
+        draw = torch.Generator().manual_seed(0)
+        matrix = torch.randn(30, 50, generator=draw).to(device)
+        same = torch.equal(cuda.split(matrix), _split(matrix))
+    except Exception as error:
+        logger.warning("PyTorch splits matrices: %s: %s", type(error).__name__, error)
+        return None
+    if not same:
+        logger.warning("PyTorch splits matrices: the trial's parts are others")
+    return cuda.split if same else None
+
+
+def _by_parts(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left [m, k] bf16 @ right.T in fp32, [m, n]; right: parts of [n, k]. left is read once, as it is."""
-    product = _multiplied(left, torch.cat(list(right)).T)
-    return product.view(len(left), len(right), -1).sum(1)
+    return _multiplied(left, right.flatten(0, 1).T).view(len(left), -1, 3).sum(2)
+
+
+def _with_parts(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left [m, k] bf16 @ right in fp32, [m, n]; right: parts of [k, n]."""
+    return _multiplied(left, right.flatten(1, 2)).view(len(left), 3, -1).sum(1)
+
+
+def _parts_with(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left.T @ right [k, n] bf16 in fp32, [m, n]; left: parts of [k, m]."""
+    return _multiplied(left.flatten(1, 2).T, right).view(3, -1, right.shape[1]).sum(0)
 
 
 def _multiplied(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -251,13 +289,11 @@ def _multiplied(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
-def _of_parts(
-    left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], onto: torch.Tensor | None = None
-) -> torch.Tensor:
+def _of_parts(left: torch.Tensor, right: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
     """left @ right.T (added to `onto`) rounded to bf16, [m, n], from parts of [m, k] and [n, k]: of the nine
     pairs the six that fp32 could tell from nothing."""
-    first, second, third = left
-    one, two, three = right
+    first, second, third = left.unbind(1)
+    one, two, three = right.unbind(1)
     wide = torch.cat([first, first, second, second, first, third], 1)
     other = torch.cat([one, two, one, two, three, one], 1)
     return wide @ other.T if onto is None else onto.addmm_(wide, other.T)

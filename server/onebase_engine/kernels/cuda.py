@@ -973,6 +973,21 @@ def _gate_gradient(gate, up, gradient, y, y_1, count, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _split(x, y, size, count, SIZE: tl.constexpr):
+    """Three in bf16 that sum to a number in fp32: a row of the first ones, of the second and of the third."""
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    there = place < count
+    own = tl.load(x + place, mask=there, other=0.0)
+    at = y + place + 2 * size * (place // size)
+    first = own.to(tl.bfloat16)
+    own -= first.to(tl.float32)
+    second = own.to(tl.bfloat16)
+    tl.store(at, first, mask=there)
+    tl.store(at + size, second, mask=there)
+    tl.store(at + 2 * size, (own - second.to(tl.float32)).to(tl.bfloat16), mask=there)
+
+
+@triton.jit
 def _turn_heads(
     x, y, c, c_1, s, s_1, row, heads, half, x_row, x_head, HEADS: tl.constexpr, SIZE: tl.constexpr
 ):
@@ -1013,8 +1028,8 @@ def _turn(
 
 _WORDS = 4096
 """Logits that a program reads at once."""
-_GATES, _HEADS = 1024, 16
-"""Gates that a program opens, and heads that it turns at once."""
+_NUMBERS, _HEADS = 1024, 16
+"""Gates that a program opens or numbers that it splits, and heads that it turns at once."""
 
 
 def log_sums(logits: torch.Tensor) -> torch.Tensor:
@@ -1033,6 +1048,16 @@ def overwrite_with_gradient(
     grid = len(logits), triton.cdiv(logits.shape[1], _WORDS)
     with _current(logits.device):
         _log_gradient[grid](logits, targets, sums, gradient, logits.shape[1], SIZE=_WORDS, **PLAIN)
+
+
+def split(matrix: torch.Tensor) -> torch.Tensor:
+    """[m, n] fp32, contiguous -> [m, 3, n] bf16, which sum to it."""
+    rows, size = matrix.shape
+    y = torch.empty(rows, 3, size, dtype=torch.bfloat16, device=matrix.device)
+    grid = (triton.cdiv(matrix.numel(), _NUMBERS),)
+    with _current(matrix.device):
+        _split[grid](matrix, y, size, matrix.numel(), SIZE=_NUMBERS, **PLAIN)
+    return y
 
 
 class _TrainedNorm(torch.autograd.Function):
@@ -1081,7 +1106,7 @@ def _gated(kernel: Any, given: tuple[torch.Tensor, ...], results: int) -> tuple[
     ys = tuple(torch.empty_like(given[0]) for _ in range(results))
     count = given[0].numel()
     with _current(given[0].device):
-        kernel[(triton.cdiv(count, _GATES),)](*given, *ys, count, SIZE=_GATES, **PLAIN)
+        kernel[(triton.cdiv(count, _NUMBERS),)](*given, *ys, count, SIZE=_NUMBERS, **PLAIN)
     return ys
 
 
