@@ -5,6 +5,8 @@ What training computes by functions of its own equals what it stands for.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -206,6 +208,19 @@ def test_norms_gates_and_rotations_of_one_kernel_give_a_models_gradients(
         gradients.append([one.grad for one in model.parameters() if one.requires_grad])
     for plain, ours in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, plain, atol=0.03 * float(plain.abs().max()), rtol=0.03)
+
+
+def test_nothing_of_a_trained_model_stays_when_it_is_collected(base: Any) -> None:
+    """By Triton's interpreter. On a GPU an adapter's weights and gradients would stay."""
+    model = peft_model(base)
+    for fuse_parts in (kernels.fuse_norms, kernels.fuse_gates, kernels.fuse_rotations):
+        assert fuse_parts(model)
+    assert fuse(model, "default")
+    model(input_ids=torch.arange(10, 14)[None], use_cache=False).logits.float().logsumexp(-1).sum().backward()
+    parts = [weakref.ref(model), weakref.ref(next(one for one in model.parameters() if one.requires_grad))]
+    del model
+    gc.collect()
+    assert [part() for part in parts] == [None, None]
 
 
 def test_where_triton_compiles_nothing_a_model_stays_pytorchs(

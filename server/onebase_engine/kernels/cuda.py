@@ -1426,12 +1426,15 @@ def _trial_inputs(device: torch.device, *shapes: tuple[int, ...], seed: int = 1)
 def _same_gradients(
     one: Callable[..., torch.Tensor], other: Callable[..., torch.Tensor], given: tuple[torch.Tensor, ...]
 ) -> bool:
-    """Whether two functions of the same inputs nearly give the same, and their gradients."""
-    results = one(*given), other(*given)
-    if results[0].shape != results[1].shape or not _nearly_same(*(result.detach() for result in results)):
+    """Whether two functions of the same inputs give nearly all the same bits, and nearly those gradients."""
+    got, wanted = one(*given), other(*given)
+    if got.shape != wanted.shape or float((got == wanted).float().mean()) <= 0.95:
         return False
-    (gradient,) = _trial_inputs(given[0].device, results[0].shape, seed=2)
-    pairs = zip(*(torch.autograd.grad(result, given, gradient) for result in results), strict=True)
+    (gradient,) = _trial_inputs(given[0].device, got.shape, seed=2)
+    pairs = [
+        (got, wanted),
+        *zip(*(torch.autograd.grad(result, given, gradient) for result in (got, wanted)), strict=True),
+    ]
     return all(
         bool((mine.float() - its.float()).abs().max() <= 0.02 * its.float().abs().max())
         for mine, its in pairs
