@@ -282,7 +282,7 @@ def contexts(lengths: Sequence[int], counts: Sequence[int]) -> Contexts:
 def _trained(found: Findings, watch: Stopwatch, draw: torch.Generator, size: int) -> None:
     """Whether training's kernels pass their trials; what it multiplies by parts in bf16, next to fp32."""
     with torch.inference_mode(False), torch.enable_grad():
-        shape = LlamaConfig(hidden_size=size, intermediate_size=size, num_attention_heads=size // 64)
+        shape = LlamaConfig(hidden_size=size, intermediate_size=64, num_attention_heads=size // 64)
         layer = LlamaDecoderLayer(shape, 0).to(draw.device, torch.bfloat16).requires_grad_(False)
         trials = {
             "products by parts": training._has_products_by_parts(draw.device),
