@@ -32,7 +32,7 @@ from onebase_engine.base.attach import quantized_module
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import NESTED_BLOCKSIZE
 from onebase_engine.base.manifest import QuantizedLayer
-from onebase_engine.kernels import cuda
+from onebase_engine.kernels import cuda_training
 from onebase_server.routing.capacity import BANDWIDTHS, BEST, LAUNCH, REACHED, WORST
 
 META = torch.device("meta")
@@ -264,7 +264,9 @@ class _Kernels:
 
 
 def _fuse(model: nn.Module, counted: Counted) -> None:
-    with mock.patch.object(cuda, "CudaKernels", return_value=_Kernels(counted)):
+    own = _Kernels(counted)
+    functions = {name: getattr(own, name) for name in ("trained_norm", "trained_gate", "trained_rotation")}
+    with mock.patch.multiple(cuda_training, **functions):
         for fuse_parts in (kernels.fuse_norms, kernels.fuse_gates, kernels.fuse_rotations):
             if not fuse_parts(model):
                 raise RuntimeError(f"{fuse_parts.__name__} finds nothing in this model")

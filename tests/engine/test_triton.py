@@ -50,7 +50,7 @@ from onebase_engine.engine.batch import Batch
 from onebase_engine.engine.memory_budget import largest_step_bytes
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import Limits
-from onebase_engine.kernels import cuda
+from onebase_engine.kernels import cuda, cuda_training
 from onebase_engine.kernels.cuda import CudaKernels, CudaLayers, CudaLinear
 from onebase_engine.kernels.interface import Contexts, RowMap
 from onebase_engine.kernels.reference import ReferenceLinear
@@ -540,7 +540,7 @@ def test_a_norm_that_is_trained_through_has_the_gradient_of_the_bases(
         exact.weight.data = random(size, seed=3).to(torch.bfloat16).float()
         base = base.to(torch.bfloat16).requires_grad_(False)
         base.weight.data = exact.weight.data.to(torch.bfloat16)
-        norm = kernels.trained_norm(base)
+        norm = cuda_training.trained_norm(base)
         assert norm is not None
         x = (random(3, 7, size, seed=size) * 10).to(torch.bfloat16).requires_grad_()
         gradient = random(3, 7, size, seed=5).to(torch.bfloat16)
@@ -552,7 +552,7 @@ def test_a_norm_that_is_trained_through_has_the_gradient_of_the_bases(
         wide = x.detach().float()
         assert torch.equal(norm(wide), base(wide))
         base.weight.requires_grad_()
-        assert kernels.trained_norm(base) is None
+        assert cuda_training.trained_norm(base) is None
 
 
 def exactly(turn: Any, given: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -565,11 +565,11 @@ def exactly(turn: Any, given: list[torch.Tensor], gradients: list[torch.Tensor])
 
 @pytest.mark.parametrize(("heads", "shared", "size", "tokens"), [(3, 1, 6, 5), (20, 2, 32, 2), (1, 1, 80, 1)])
 def test_queries_and_keys_are_turned_with_gradients_as_the_base_turns_them(
-    kernels: CudaKernels, heads: int, shared: int, size: int, tokens: int
+    heads: int, shared: int, size: int, tokens: int
 ) -> None:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    turned = kernels.trained_rotation(apply_rotary_pos_emb, torch.device("cpu"))
+    turned = cuda_training.trained_rotation(apply_rotary_pos_emb, torch.device("cpu"))
     assert turned is not None
     # As a projection's outputs lie in memory; and gradients as attention gives them, or a sum.
     q, k = (
@@ -591,11 +591,11 @@ def test_queries_and_keys_are_turned_with_gradients_as_the_base_turns_them(
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 50, 7), (2, 1024)])
-def test_a_gate_has_the_gradients_of_pytorchs(kernels: CudaKernels, shape: tuple[int, ...]) -> None:
+def test_a_gate_has_the_gradients_of_pytorchs(shape: tuple[int, ...]) -> None:
     def own(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return nn.functional.silu(gate) * up
 
-    gated = kernels.trained_gate(own, torch.device("cpu"))
+    gated = cuda_training.trained_gate(own, torch.device("cpu"))
     assert gated is not None
     gate, up = ((20 * random(*shape, seed=seed)).to(torch.bfloat16).requires_grad_() for seed in (1, 2))
     gradient = random(*shape, seed=3).to(torch.bfloat16)
@@ -614,19 +614,19 @@ def test_a_gate_has_the_gradients_of_pytorchs(kernels: CudaKernels, shape: tuple
     torch.testing.assert_close(gated(*turned), own(*turned), rtol=EPS, atol=0)
 
 
-def test_other_gates_and_rotations_are_left_to_pytorch(kernels: CudaKernels) -> None:
+def test_other_gates_and_rotations_are_left_to_pytorch() -> None:
     from transformers.models.glm.modeling_glm import apply_rotary_pos_emb
 
     device = torch.device("cpu")
-    assert kernels.trained_rotation(apply_rotary_pos_emb, device) is None
-    assert kernels.trained_gate(lambda gate, up: nn.functional.gelu(gate) * up, device) is None
-    assert kernels.trained_gate(lambda gate, up: nn.functional.silu(up) * gate, device) is None
+    assert cuda_training.trained_rotation(apply_rotary_pos_emb, device) is None
+    assert cuda_training.trained_gate(lambda gate, up: nn.functional.gelu(gate) * up, device) is None
+    assert cuda_training.trained_gate(lambda gate, up: nn.functional.silu(up) * gate, device) is None
 
 
 def test_norms_that_compute_something_else_are_left_to_pytorch(kernels: CudaKernels) -> None:
     layer = nn.LayerNorm(64, dtype=torch.bfloat16)
     assert kernels.norm(layer) is layer
-    assert kernels.trained_norm(layer) is None
+    assert cuda_training.trained_norm(layer) is None
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", pytest.param("gemma3", marks=pytest.mark.full)])

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from onebase_engine.kernels import cuda
+from onebase_engine.kernels import cuda_training as training
 
 POINTERS = {
     "*bf16": "x onto plain q k v keys values key_scales value_scales cosines sines out gradient "
@@ -59,21 +60,24 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
         for whole in (False, True)
     ),
     (cuda._merge, {"VALUE_SIZE": 128}),
-    *((kernel, {"SIZE": 4096}) for kernel in (cuda._log_sum, cuda._log_gradient)),
-    *((kernel, {"SIZE": cuda._NUMBERS}) for kernel in (cuda._gate, cuda._gate_gradient, cuda._split)),
-    *((cuda._turn, {"BACK": back, "HEADS": cuda._HEADS, "SIZE": 64}) for back in (False, True)),
+    *((kernel, {"SIZE": 4096}) for kernel in (training._log_sum, training._log_gradient)),
+    *(
+        (kernel, {"SIZE": training._NUMBERS})
+        for kernel in (training._gate, training._gate_gradient, training._split)
+    ),
+    *((training._turn, {"BACK": back, "HEADS": training._HEADS, "SIZE": 64}) for back in (False, True)),
     *(
         (norm, {"SIZE": 4096, "AROUND_ONE": around})
-        for norm in (cuda._norm, cuda._norm_gradient)
+        for norm in (cuda._norm, training._norm_gradient)
         for around in (False, True)
     ),
 ]
 
 
 def type_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
-    if kernel is cuda._log_sum and name == "y":
+    if kernel is training._log_sum and name == "y":
         return "*fp32"
-    if kernel is cuda._split and name == "x":
+    if kernel is training._split and name == "x":
         return "*fp32"
     if name == "weight":
         return "*u8" if kernel is cuda._unpack else "*bf16"

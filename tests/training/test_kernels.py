@@ -22,7 +22,7 @@ from onebase_adapters.training.attention import STEP, grouped
 from onebase_adapters.training.kernels import ShortAttention, fuse
 from onebase_adapters.training.objectives import CHUNK, dpo_losses, token_losses
 from onebase_engine.base.view import peft_view
-from onebase_engine.kernels import cuda
+from onebase_engine.kernels import cuda_training
 
 
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
@@ -49,8 +49,8 @@ def test_losses_and_gradients_are_those_of_torch(count: int, dtype: torch.dtype,
 def test_losses_by_triton_are_those_of_torch(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its interpreter."""
     objectives._tried_kernels.cache_clear()
-    assert objectives._tried_kernels(CPU) is cuda
-    monkeypatch.setattr(objectives, "_kernels", lambda logits: cuda)
+    assert objectives._tried_kernels(CPU) is cuda_training
+    monkeypatch.setattr(objectives, "_kernels", lambda logits: cuda_training)
     torch.manual_seed(words)
     logits, targets = (torch.randn(5, words) * 20).bfloat16(), torch.randint(0, words, (5,))
     one, other, scale = logits.clone().requires_grad_(), logits.clone().requires_grad_(), torch.rand(5)
@@ -154,13 +154,13 @@ def test_triton_splits_a_matrix_as_pytorch_does(
 ) -> None:
     """By its interpreter."""
     kernels._tried_splitter.cache_clear()
-    assert kernels._tried_splitter(CPU) is cuda.split
+    assert kernels._tried_splitter(CPU) is cuda_training.split
     monkeypatch.setattr(kernels, "_splitter", kernels._tried_splitter)
     torch.manual_seed(4)
     for matrix in (torch.randn(shape), torch.randn(shape[::-1]).T * 1e-30):
         assert torch.equal(kernels._parts(matrix), kernels._split(matrix))
     kernels._tried_splitter.cache_clear()
-    monkeypatch.setattr(cuda, "split", lambda matrix: torch.zeros(len(matrix), 3, matrix.shape[1]))
+    monkeypatch.setattr(cuda_training, "split", lambda matrix: torch.zeros(len(matrix), 3, matrix.shape[1]))
     assert kernels._tried_splitter(CPU) is None
     assert "PyTorch splits matrices: the trial's parts are others" in caplog.text
     kernels._tried_splitter.cache_clear()
@@ -229,8 +229,8 @@ def test_where_triton_compiles_nothing_a_model_stays_pytorchs(
     def launch(*args: object, **options: object) -> None:
         raise RuntimeError("no C compiler")
 
-    for name in ("_normed", "_gated", "_both_turned"):
-        monkeypatch.setattr(cuda, name, launch)
+    for name in ("normed", "_gated", "_both_turned"):
+        monkeypatch.setattr(cuda_training, name, launch)
     model = peft_view(base)
     for fuse_parts in (kernels.fuse_norms, kernels.fuse_gates, kernels.fuse_rotations):
         assert fuse_parts(model) == 0

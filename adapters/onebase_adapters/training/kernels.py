@@ -65,11 +65,10 @@ def _replace(model: nn.Module, what: str, find: Callable[[Any, Any], Callable[..
     is. A view that ends holds itself by these until the garbage collector comes."""
     found = []
     try:
-        from onebase_engine.kernels.cuda import CudaKernels
+        from onebase_engine.kernels import cuda_training
 
-        kernels = CudaKernels()
         for module in model.modules():
-            if (forward := find(kernels, module)) is not None:
+            if (forward := find(cuda_training, module)) is not None:
                 found.append((module, forward))
     except Exception as error:
         logger.warning("PyTorch computes %s: %s: %s", what, type(error).__name__, error)
@@ -256,17 +255,17 @@ def _splitter(device: torch.device) -> Any:
 def _tried_splitter(device: torch.device) -> Any:
     """None if it compiles for nothing here, or gives something else than PyTorch."""
     try:
-        from onebase_engine.kernels import cuda
+        from onebase_engine.kernels import cuda_training
 
         draw = torch.Generator().manual_seed(0)
         matrix = torch.randn(30, 50, generator=draw).to(device)
-        same = torch.equal(cuda.split(matrix), _split(matrix))
+        same = torch.equal(cuda_training.split(matrix), _split(matrix))
     except Exception as error:
         logger.warning("PyTorch splits matrices: %s: %s", type(error).__name__, error)
         return None
     if not same:
         logger.warning("PyTorch splits matrices: the trial's parts are others")
-    return cuda.split if same else None
+    return cuda_training.split if same else None
 
 
 def _by_parts(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -173,21 +173,21 @@ def _kernels(logits: torch.Tensor) -> Any:
 def _tried_kernels(device: torch.device) -> Any:
     """None if they compile for nothing here, or give something else than PyTorch."""
     try:
-        from onebase_engine.kernels import cuda
+        from onebase_engine.kernels import cuda_training
 
         draw = torch.Generator().manual_seed(0)
         logits = (5 * torch.randn(3, 5000, generator=draw)).to(device, torch.bfloat16)
         targets = torch.tensor([0, 4999, 7], device=device)
-        sums, wanted = cuda.log_sums(logits), torch.logsumexp(logits.float(), 1)
+        sums, wanted = cuda_training.log_sums(logits), torch.logsumexp(logits.float(), 1)
         gradient = torch.softmax(logits.float(), 1) - nn.functional.one_hot(targets, 5000)
-        cuda.overwrite_with_gradient(logits, targets, sums, torch.ones_like(sums))
+        cuda_training.overwrite_with_gradient(logits, targets, sums, torch.ones_like(sums))
         same = torch.allclose(sums, wanted) and torch.allclose(logits.float(), gradient, 0.01, 1e-5)
     except Exception as error:
         logger.warning("PyTorch computes the loss: %s: %s", type(error).__name__, error)
         return None
     if not same:
         logger.warning("PyTorch computes the loss: the trial's losses or gradients are others")
-    return cuda if same else None
+    return cuda_training if same else None
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
