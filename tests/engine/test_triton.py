@@ -63,7 +63,7 @@ pytestmark = pytest.mark.skipif(
 )
 EPS = torch.finfo(torch.bfloat16).eps
 NOBODY = RowMap()
-RANKS = (4, 16, 40, 130)
+RANKS = (4, 16, 40, 256)
 SLOTS = len(RANKS)
 ROWS = st.sampled_from([1, 2, 16, 17, 65, 129])
 MIX = st.dictionaries(st.integers(0, SLOTS - 1), st.sampled_from([1.0, 0.5, -2.0, 0.3]), max_size=3)
