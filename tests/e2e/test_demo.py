@@ -202,6 +202,7 @@ def test_ctrl_c_in_a_pipeline_leaves_no_server_behind(tmp_path: Path) -> None:
         os.write(terminal, b"\x03")
 
 
+@pytest.mark.full
 def test_a_terminal_that_is_closed_leaves_no_server_behind() -> None:
     port = free_port()
     with on_a_terminal(script(port), port) as (_, terminal):

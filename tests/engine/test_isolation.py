@@ -36,7 +36,9 @@ PRECISIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=["fp32", "nf4", pytest.param("int8", marks=pytest.mark.full)])
+@pytest.fixture(
+    scope="module", params=["nf4", *(pytest.param(one, marks=pytest.mark.full) for one in ("fp32", "int8"))]
+)
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder = tmp_path_factory.mktemp(request.param)
     settings = BaseSettings(save_base("llama", folder / "base"), **PRECISIONS[request.param], device=DEVICE)

@@ -37,7 +37,7 @@ CASES = {
 """Of a base: its heads, its dtype, whether PyTorch computes; and its rows' longest neighbour."""
 
 
-REPEATED = ("bf16 multi-query", "fp32")
+REPEATED = ("bf16 multi-query", "bf16 by PyTorch", "fp32")
 """What `make check` alone tries."""
 
 
