@@ -136,6 +136,7 @@ def test_another_token_is_chosen_and_the_answer_goes_on_from_it(real: Server, lo
         page.get_by_role("button", name="Probabilities").click()
         visit.ask(ORDER)
         tokens = page.locator(".column").last.locator(".token")
+        tokens.first.wait_for()  # a frame after the text
         before = "".join(tokens.all_inner_texts())
         if size == "desktop":
             tokens.nth(1).hover()
@@ -148,6 +149,7 @@ def test_another_token_is_chosen_and_the_answer_goes_on_from_it(real: Server, lo
         choose(page, size)
         page.locator("[aria-live=polite]", has_text="1 answer complete.").wait_for(state="attached")
         expect(page.get_by_text("Goes on from another token.")).to_be_visible()
+        tokens.first.wait_for()
         after = "".join(tokens.all_inner_texts())
         (body,) = bodies(visit)
 
