@@ -76,7 +76,9 @@ class _Question(threading.Thread):
     def _ask(self, trace: Callable[[str, object], None]) -> str:
         from huggingface_hub import get_session
 
-        response = get_session().head(self._url, timeout=ANSWER_SECONDS, extensions={"trace": trace})
+        # Longer than anybody waits: that it gives up is not to be taken for the reason.
+        limit = 4 * ANSWER_SECONDS
+        response = get_session().head(self._url, timeout=limit, extensions={"trace": trace})
         return f"answers with status {response.status_code}" if response.status_code >= 500 else ""
 
     def _saw(self, event: str, info: object) -> None:
