@@ -9,14 +9,18 @@ at once by the next.
 
 import functools
 import gc
+import inspect
 import json
 import os
+import secrets
 import socket
+import sqlite3
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
-from onebase_adapters.registry import Registry
+from onebase_adapters.registry.database import Database
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_server import peers
 from onebase_server.background import Backoff
@@ -56,10 +60,12 @@ def serve_forks(requests: socket.socket) -> int:
     # What a server does first imports more. Those of one base share its tokenizer.
     tokenization._load = functools.cache(tokenization._load)
     tokenization.BaseTokenizer(str(fetch_default_base()))
+    inspect.getsource(main)
     with tempfile.TemporaryDirectory() as folder:
-        registry = Registry(f"sqlite:///{folder}/registry.db", base_id="base", base_name="base")
-        registry.migrate()
-        registry.close()
+        database = Database(f"sqlite:///{folder}/registry.db")
+        database.migrate()
+        database.close()
+        registry = Path(folder, "registry.db").read_bytes()
     gc.freeze()
     while True:
         data, (*descriptors,), _, _ = socket.recv_fds(requests, 1 << 20, 1)
@@ -75,10 +81,21 @@ def serve_forks(requests: socket.socket) -> int:
             os.environ.update(request["environment"])
             if request["umask"] >= 0:
                 os.umask(request["umask"])
+            begin_with(registry, request["arguments"])
             sys.exit(main(request["arguments"]))
         for descriptor in descriptors:
             os.close(descriptor)
         requests.send(json.dumps(answer).encode())
+
+
+def begin_with(registry: bytes, arguments: list[str]) -> None:
+    """Give a new data folder an empty registry: making its tables takes a tenth of a second."""
+    folder = Path(arguments[arguments.index("--data-dir") + 1])
+    if "--registry" in arguments or not folder.is_dir() or (own := folder / "registry.db").exists():
+        return
+    own.write_bytes(registry)
+    with closing(sqlite3.connect(own)) as connection, connection:
+        connection.execute("UPDATE identity SET value = ?", (f"registry-{secrets.token_hex(8)}",))
 
 
 if __name__ == "__main__":
