@@ -58,9 +58,11 @@ wanted_stamp() {
 install() {
   say "Installing OneBase and its tools into $venv"
   say "The first time this downloads PyTorch: some minutes, and up to 3 GB (6 GB on disk) with CUDA libraries"
-  "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --editable '.[server,train,dev]' ||
+  "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile --editable '.[server,train,dev]' ||
     fail "pip could not install the packages; its message is above." \
       "Once that is solved (network, disk space), run the same command again."
+  # By all cores at once, which pip does not. Some packages hold files that are for other Pythons.
+  "$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python3*/site-packages >/dev/null 2>&1 || true
   wanted_stamp >"$stamp"
   say "Installed"
 }
