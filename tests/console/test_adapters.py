@@ -162,6 +162,20 @@ def test_an_adapter_is_dropped_proved_and_active_and_its_page_says_so(
         assert http.get(f"/v1/adapters/{name}").json()["active"] is True
 
 
+def test_a_link_is_followed_though_the_address_is_just_being_written(words: Server, look: Look) -> None:
+    with look(words) as visit:
+        page = visit.page
+        page.add_init_script(
+            "const later = setTimeout, writes = []; window.writes = writes;"
+            "window.setTimeout = (what, ms, ...rest) => "
+            "ms === 300 ? (writes.push(what), 0) : later(what, ms, ...rest)"
+        )
+        visit.open("#/adapters")
+        expect(page.get_by_role("link", name="orders")).to_be_visible()
+        page.evaluate("location.hash = '#/adapters?name=orders'; writes.forEach(write => write())")
+        expect(page.get_by_role("heading", name="orders")).to_be_visible()
+
+
 def test_what_is_wrong_with_an_upload_is_told_in_the_servers_words(words: Server, look: Look) -> None:
     wrong = CONFIG.replace("LORA", "LOHA")
     with words.client() as http:

@@ -3,19 +3,20 @@
 class Route {
   view = $state('')
   params = $state.raw(new URLSearchParams())
-  /** What this page wrote itself, and need not read. */
-  #written = ''
+  /** What was read or written last. Where the address is another, a link was followed that is about to be read. */
+  #known = ''
 
   start(): void {
-    window.addEventListener('hashchange', () => location.hash === this.#written || this.#read())
+    window.addEventListener('hashchange', () => location.hash === this.#known || this.#read())
     this.#read()
   }
 
   /** Say in the address what the view shows, without a step in the history. */
   replace(params: URLSearchParams): void {
+    if (location.hash !== this.#known) return
     const query = params.toString()
-    this.#written = `#/${this.view}${query ? `?${query}` : ''}`
-    history.replaceState(null, '', this.#written)
+    history.replaceState(null, '', `#/${this.view}${query ? `?${query}` : ''}`)
+    this.#known = location.hash
   }
 
   go(view: string): void {
@@ -23,7 +24,7 @@ class Route {
   }
 
   #read(): void {
-    this.#written = ''
+    this.#known = location.hash
     const [path = '', query = ''] = location.hash.replace(/^#\/?/, '').split(/\?(.*)/s)
     this.view = path
     this.params = new URLSearchParams(query)
