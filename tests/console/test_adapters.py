@@ -276,6 +276,29 @@ def test_versions_are_activated_rolled_back_and_deleted_and_the_time_line_says_b
             assert http.get(f"/v1/adapters/{name}").status_code == 404
 
 
+def test_a_question_asked_while_the_one_before_closes_stays_open(words: Server, look: Look) -> None:
+    with look(words) as visit:
+        page = visit.page
+        page.add_init_script(
+            "const plain = HTMLDialogElement.prototype.close;"
+            "HTMLDialogElement.prototype.close = function () {"
+            " plain.call(this); queueMicrotask(() => window.reask?.()) }"
+        )
+        visit.open("#/adapters?name=orders")
+        page.get_by_role("button", name="Deactivate").click()
+        page.evaluate(
+            """() => void (window.reask = () => {
+                window.reask = null
+                const buttons = [...document.querySelectorAll('article button')]
+                buttons.find(one => one.textContent.trim() === 'Delete').click()
+            })"""
+        )
+        page.get_by_role("button", name="Keep it as it is").click()
+        page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
+        assert page.evaluate("window.reask === null")
+        expect(page.get_by_role("dialog")).to_contain_text("cannot be undone")
+
+
 def test_an_adapter_that_is_deleted_elsewhere_is_said_to_be_gone_and_one_that_cannot_be_asked_for_stays(
     words: Server, look: Look
 ) -> None:
