@@ -17,7 +17,7 @@ from tests.server.support import Server, Starter, make_folder
 
 ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-"""The first that is found is taken. The first one has no windows: a page takes half the processor time."""
+"""The first that is found is taken. The first one has no windows, and begins and draws pages sooner."""
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",

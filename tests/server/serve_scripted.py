@@ -60,7 +60,7 @@ def serve_forks(requests: socket.socket) -> int:
     # What a server does first imports more. Those of one base share its tokenizer.
     tokenization._load = functools.cache(tokenization._load)
     tokenization.BaseTokenizer(str(fetch_default_base()))
-    inspect.getsource(main)
+    inspect.getsource(main)  # FastAPI reads sources, for which patterns are compiled once
     with tempfile.TemporaryDirectory() as folder:
         database = Database(f"sqlite:///{folder}/registry.db")
         database.migrate()

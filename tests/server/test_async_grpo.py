@@ -61,8 +61,8 @@ def test_async_grpo_trains_on_what_the_versions_that_it_loads_say(
     sampled = {one["adapter"]: one["completion_tokens"] for one in usage}
     assert set(sampled) <= set(adapters), "the base answered"
     assert sampled["trl-policy-v1"] > 0
-    # Rows of the third step are one version old at most; who is faster decides whether any is.
-    assert {"trl-policy-v2", "trl-policy-v3"} & set(sampled)
+    # Rows of the third step are one version old at most; a fast trainer may leave the second out.
+    assert sampled.get("trl-policy-v2", 0) + sampled.get("trl-policy-v3", 0) > 0
     steps: list[dict[str, Any]] = [one for one in json.loads(run.stdout.splitlines()[-1]) if "kl" in one]
     assert [one["step"] for one in steps] == [1, 2, 3]
     for one in steps:  # between the logprobs that came with the ids and those that the trainer computes
