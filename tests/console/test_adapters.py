@@ -172,6 +172,7 @@ def test_a_link_is_followed_though_the_address_is_just_being_written(words: Serv
         )
         visit.open("#/adapters")
         expect(page.get_by_role("link", name="orders")).to_be_visible()
+        assert page.evaluate("writes.length") > 0
         page.evaluate("location.hash = '#/adapters?name=orders'; writes.forEach(write => write())")
         expect(page.get_by_role("heading", name="orders")).to_be_visible()
 
@@ -281,6 +282,7 @@ def test_a_question_asked_while_the_one_before_closes_stays_open(words: Server, 
         page = visit.page
         page.add_init_script(
             "const plain = HTMLDialogElement.prototype.close;"
+            "window.told = new Promise(done => addEventListener('close', done, {capture: true, once: true}));"
             "HTMLDialogElement.prototype.close = function () {"
             " plain.call(this); queueMicrotask(() => window.reask?.()) }"
         )
@@ -294,9 +296,37 @@ def test_a_question_asked_while_the_one_before_closes_stays_open(words: Server, 
             })"""
         )
         page.get_by_role("button", name="Keep it as it is").click()
-        page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
+        page.evaluate("told.then(() => 0)")
         assert page.evaluate("window.reask === null")
         expect(page.get_by_role("dialog")).to_contain_text("cannot be undone")
+
+
+@pytest.mark.parametrize("status", [200, 409])
+def test_an_answer_to_a_question_that_was_left_says_nothing_of_the_next(
+    words: Server, look: Look, status: int
+) -> None:
+    with look(words, errors=("409",)) as visit:
+        page, held = visit.page, list[Route]()
+        visit.open("#/adapters?name=orders")
+        page.route("**/v1/adapters/orders/deactivate", lambda route: held.append(route))
+        page.get_by_role("button", name="Deactivate").click()
+        with page.expect_request("**/v1/adapters/orders/deactivate"):
+            confirm(page, "Deactivate")
+        page.get_by_role("button", name="Keep it as it is").click()
+        page.get_by_role("button", name="Delete", exact=True).click()
+        error = {
+            "code": "adapter_in_use",
+            "message": "in use",
+            "type": "invalid_request_error",
+            "param": None,
+        }
+        with page.expect_response("**/v1/adapters/orders/deactivate"):
+            held[0].fulfill(status=status, json={"error": error} if status == 409 else {})
+        page.evaluate("new Promise(done => setTimeout(done, 100))")
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_contain_text("cannot be undone")
+        expect(dialog.get_by_role("button", name="Delete", exact=True)).to_be_enabled()
+        expect(dialog.get_by_role("alert")).to_have_count(0)
 
 
 def test_an_adapter_that_is_deleted_elsewhere_is_said_to_be_gone_and_one_that_cannot_be_asked_for_stays(
@@ -322,9 +352,13 @@ def test_an_adapter_that_is_deleted_elsewhere_is_said_to_be_gone_and_one_that_ca
             expect(deletes).to_have_count(0)
 
 
-def test_a_pull_that_is_left_does_not_take_the_reader_elsewhere(words: Server, look: Look) -> None:
+@pytest.mark.parametrize("back", [False, True])
+def test_a_pull_that_is_left_does_not_take_the_reader_elsewhere(
+    words: Server, look: Look, back: bool
+) -> None:
     with look(words) as visit:
         page, held = visit.page, list[Route]()
+        visit.open("#/compare")
         visit.open("#/adapters?q=pirate")
         page.get_by_role("button", name="Add", exact=True).click()
         page.get_by_role("radio", name="Hugging Face Hub").check()
@@ -335,9 +369,17 @@ def test_a_pull_that_is_left_does_not_take_the_reader_elsewhere(words: Server, l
         )
         with page.expect_request(lambda request: request.method == "POST"):
             page.get_by_role("button", name="Pull").click()
-        page.get_by_role("button", name="Cancel").click()
+        if back:
+            page.go_back()
+            expect(page.get_by_label("Message to all columns")).to_be_visible()
+        else:
+            page.get_by_role("button", name="Cancel").click()
         with page.expect_response(lambda response: response.request.method == "POST"):
             held[0].continue_()
+        if back:
+            page.evaluate("new Promise(done => setTimeout(done, 100))")
+            expect(page.get_by_label("Message to all columns")).to_be_visible()
+            return
         expect(page.get_by_label("Search adapters")).to_have_value("pirate")
         page.wait_for_url("**q=pirate")
         expect(page.get_by_role("heading", name="hub:acme/left")).to_have_count(0)

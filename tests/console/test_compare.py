@@ -145,6 +145,44 @@ def test_a_column_is_added_changed_and_removed(words: Server, look: Look) -> Non
         expect(page.get_by_text("No column is left.")).to_be_visible()
 
 
+@pytest.mark.parametrize("how", ["beside", "Escape"])
+def test_a_dialog_that_is_closed_and_opened_again_at_once_stays_open(
+    words: Server, look: Look, how: str
+) -> None:
+    with look(words) as visit:
+        page = visit.page
+        page.add_init_script(
+            "window.told = new Promise(done => addEventListener('close', done, {capture: true, once: true}))"
+        )
+        visit.open("#/compare?c=b")
+        opener = page.get_by_role("button", name="Column", exact=True)
+        opener.click()
+        if how == "beside":
+            opener.evaluate("one => { document.querySelector('dialog[open]').click(); one.click() }")
+        else:
+            # Once whoever listens has heard of it.
+            opener.evaluate(
+                "one => document.querySelector('dialog[open]').addEventListener('cancel', () => one.click())"
+            )
+            page.keyboard.press("Escape")
+        page.evaluate("told.then(() => 0)")
+        expect(page.get_by_placeholder("Add a column")).to_be_visible()
+
+
+def test_samples_end_with_the_view_that_asked_for_them(words: Server, look: Look) -> None:
+    with look(words) as visit:
+        page = visit.page
+        visit.open("#/adapters")
+        visit.open("#/compare?c=b&m=one%20two")
+        page.get_by_role("button", name="usually say").click()
+        page.route("**/generate", lambda route: None)
+        with page.expect_request("**/generate"):
+            page.get_by_role("dialog").get_by_role("button", name="Ask").click()
+        with page.expect_event("requestfailed"):
+            page.go_back()
+        expect(page.get_by_label("Search adapters")).to_be_visible()
+
+
 def test_what_may_answer_in_a_column_is_offered_once_the_server_has_said_it(
     words: Server, look: Look
 ) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 from tests.server.support import Server, Starter
 from tests.server.test_training_real import rows
 from tests.server.training_support import (
@@ -234,6 +234,27 @@ def test_what_is_wrong_with_a_file_or_a_setting_is_told_in_the_servers_words(
         table = page.get_by_role("table", name="What is wrong with the file")
         expect(table).to_contain_text("line 3 is bad")
         assert visit.violations() == []
+
+
+def test_a_job_that_is_left_while_it_is_made_does_not_take_the_reader_to_it(
+    words: Server, look: Look
+) -> None:
+    with look(words) as visit:
+        page, held = visit.page, list[Route]()
+        visit.open("#/training")
+        page.get_by_role("button", name="Train").click()
+        page.route(
+            "**/v1/fine_tuning/jobs",
+            lambda route: held.append(route) if route.request.method == "POST" else route.continue_(),
+        )
+        with page.expect_request(lambda one: one.method == "POST" and one.url.endswith("/jobs")):
+            train(visit, "rows left", "left")
+        page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+        page.get_by_role("button", name="Train").click()
+        with page.expect_response(lambda one: one.request.method == "POST" and one.url.endswith("/jobs")):
+            held[0].continue_()
+        expect(page.get_by_text("left", exact=True)).to_be_visible()  # in the list
+        expect(page.get_by_role("dialog")).to_be_visible()
 
 
 def test_a_slice_that_got_worse_is_shown_and_why_nothing_was_activated(words: Server, look: Look) -> None:
