@@ -15,7 +15,7 @@ WEB_MODULES := $(WEB)/node_modules/.package-lock.json
 WEB_SOURCES := $(shell find $(WEB) -path $(WEB)/node_modules -prune -o -type f ! -name '*.md' ! -name '*.test.ts' -print)
 NPM := PATH="$(CURDIR)/$(BIN):$$PATH" npm --prefix $(WEB)
 
-.PHONY: help setup base demo test lint docs format check audit bench gpu-check console clean
+.PHONY: help setup base demo test lint lint-python lint-console lint-files docs format check audit bench gpu-check console clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ test: base console ## Run the tests, on the real default base (PYTEST_ARGS="-k n
 	@$(PYTEST) $(SELECT) $(PYTEST_ARGS)
 
 lint: setup $(WEB_MODULES) ## Check style, types, import rules, the console, shell scripts and the Dockerfile
+	@$(MAKE) --jobs=2 --output-sync=target lint-python lint-console docs lint-files
+
+lint-python:
 	@echo "==> ruff"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -50,12 +53,14 @@ lint: setup $(WEB_MODULES) ## Check style, types, import rules, the console, she
 	@$(BIN)/python tools/generate_sync.py --check
 	@echo "==> import-linter"
 	@$(BIN)/lint-imports
+
+lint-console:
 	@echo "==> the console"
 	@$(BIN)/python tools/console_types.py --check
 	@$(NPM) run --silent check
 	@$(NPM) run --silent test
-	@echo "==> the documentation site"
-	@$(MAKE) docs
+
+lint-files:
 	@echo "==> shellcheck and hadolint"
 	@$(BIN)/shellcheck $(SHELL_SCRIPTS)
 	@$(BIN)/hadolint Dockerfile
@@ -75,6 +80,7 @@ $(WEB_MODULES): $(WEB)/package-lock.json $(WEB)/package.json | setup
 	@$(NPM) ci
 
 docs: setup ## Build the documentation site into build/site, with every link checked
+	@echo "==> the documentation site"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site: look at it with $(BIN)/mkdocs serve"
 

@@ -41,6 +41,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from onebase_adapters.proof import modules
 from onebase_adapters.proof.modules import ModuleProver, ProofError
 from onebase_engine.base.layers import adaptable_layers, plain_absmax
 from onebase_engine.base.load import BaseSettings, load_base
@@ -861,6 +862,7 @@ def _counted(found: Any, replayed: Counter[bool]) -> Any:
 def test_the_proof_finds_modules_by_triton_as_exact_as_those_of_peft_and_a_fault_in_them(
     kernels: CudaKernels, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(modules, "TILE", 8)
     prover = ModuleProver(lab.base, kernels)
     found = prover.prove(lab.references[2], lab.weights[2])
     assert (found.kernels, found.tolerated) == ("triton", 0)

@@ -6,6 +6,8 @@ where a GPU rounds them to the nearest: both are mended here.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +53,30 @@ def _patch_once(kernel: Any) -> Any:
     return interpreter._LangPatchScope()
 
 
+_plain_dtype_of = interpreter._get_np_dtype
+_dtypes: dict[str, Any] = {}
+
+
+def _dtype_of(type: Any) -> Any:
+    if type.name not in _dtypes:
+        _dtypes[type.name] = _plain_dtype_of(type)
+    return _dtypes[type.name]
+
+
+@functools.cache
+def _shape_of(sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    return tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+
+
+def _init_tensor(self: Any, handle: Any, type: Any) -> None:
+    """As Triton does, but for a shape and a number of elements of its own for each of millions of tensors."""
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shape_of(type.shape if type.is_block() else ())
+
+
 interpreter._convert_float = _convert
+interpreter._get_np_dtype = _dtype_of
+tl.tensor.__init__ = _init_tensor
 interpreter.InterpreterBuilder.create_dot = _dot
 interpreter._patch_lang = _patch_once
 # Each sum of integers would be made again in 64 bits, a fifth of the time; none here comes near its end.

@@ -17,7 +17,7 @@ import socket
 import sqlite3
 import sys
 import tempfile
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from onebase_adapters.registry.database import Database
@@ -93,9 +93,13 @@ def begin_with(registry: bytes, arguments: list[str]) -> None:
     folder = Path(arguments[arguments.index("--data-dir") + 1])
     if "--registry" in arguments or not folder.is_dir() or (own := folder / "registry.db").exists():
         return
-    own.write_bytes(registry)
-    with closing(sqlite3.connect(own)) as connection, connection:
-        connection.execute("UPDATE identity SET value = ?", (f"registry-{secrets.token_hex(8)}",))
+    made = folder / f"registry-{secrets.token_hex(8)}.new"
+    made.write_bytes(registry)
+    with closing(sqlite3.connect(made)) as connection, connection:
+        connection.execute("UPDATE identity SET value = ?", (made.stem,))
+    with suppress(FileExistsError):  # of another server that begins on it just now
+        os.link(made, own)
+    made.unlink()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def _tokenizers_read_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _machine_measured_briefly() -> Iterator[None]:
-    """Each run measures the machine, for a third of a second where nobody waits for it."""
+    """Each run measures the machine in three passes, not for a third of a second: no test looks at it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "_PROBE_SECONDS", 0.0)
         yield

@@ -58,6 +58,9 @@ class _Question(threading.Thread):
 
     def answer(self) -> str:
         """What is wrong; empty if nothing is."""
+        from huggingface_hub import get_session
+
+        get_session()  # Reading the certificates is not the Hub's time.
         self.start()
         if not self._connected.wait(CONNECT_SECONDS):
             return f"cannot be reached (no connection within {CONNECT_SECONDS:g} s)"
