@@ -39,9 +39,9 @@ test: base console ## Run the tests, on the real default base (PYTEST_ARGS="-k n
 	@$(PYTEST) $(SELECT) $(PYTEST_ARGS)
 
 lint: setup $(WEB_MODULES) ## Check style, types, import rules, the console, shell scripts and the Dockerfile
-	@$(MAKE) --jobs=2 --output-sync=target lint-python lint-console docs lint-files
+	@$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) lint-python lint-console docs lint-files
 
-lint-python:
+lint-python: setup
 	@echo "==> ruff"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -54,13 +54,13 @@ lint-python:
 	@echo "==> import-linter"
 	@$(BIN)/lint-imports
 
-lint-console:
+lint-console: setup $(WEB_MODULES)
 	@echo "==> the console"
 	@$(BIN)/python tools/console_types.py --check
 	@$(NPM) run --silent check
 	@$(NPM) run --silent test
 
-lint-files:
+lint-files: setup
 	@echo "==> shellcheck and hadolint"
 	@$(BIN)/shellcheck $(SHELL_SCRIPTS)
 	@$(BIN)/hadolint Dockerfile

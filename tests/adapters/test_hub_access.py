@@ -90,7 +90,7 @@ def test_what_was_fetched_is_used_without_the_hub(hub: HubStandIn, tmp_path: Pat
     found = ["LlamaConfig", "ResolvedBase", "PosixPath"]
     assert fetched(hub, tmp_path) == found
     hub.stop()
-    assert fetched(hub, tmp_path) == found
+    assert fetched(hub, tmp_path) == fetched(hub, tmp_path, SSL_CERT_FILE="/gone.pem") == found
 
 
 def test_the_command_says_it_in_one_line_and_fails(hub: HubStandIn, tmp_path: Path) -> None:

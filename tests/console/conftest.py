@@ -73,6 +73,17 @@ class Visit:
         self.page.get_by_label("Message to all columns").press("Enter")
         self.page.locator("[aria-live=polite]", has_text="complete").wait_for(state="attached")
 
+    def tell_of_close(self) -> None:
+        """Before a view is opened: note when the browser first tells that a dialog was closed."""
+        self.page.add_init_script(
+            "window.told = new Promise(done => addEventListener('close', done, {capture: true, once: true}))"
+        )
+
+    def wait_for_close(self) -> None:
+        """Until that was told, and whoever listens has heard it."""
+        late = f"new Promise((_, no) => setTimeout(no, {WAIT_MS}))"
+        self.page.evaluate(f"Promise.race([told, {late}]).then(() => 0)")
+
     @property
     def answers(self) -> list[str]:
         return self.page.locator(".answer .text").all_inner_texts()

@@ -280,9 +280,9 @@ def test_versions_are_activated_rolled_back_and_deleted_and_the_time_line_says_b
 def test_a_question_asked_while_the_one_before_closes_stays_open(words: Server, look: Look) -> None:
     with look(words) as visit:
         page = visit.page
+        visit.tell_of_close()
         page.add_init_script(
             "const plain = HTMLDialogElement.prototype.close;"
-            "window.told = new Promise(done => addEventListener('close', done, {capture: true, once: true}));"
             "HTMLDialogElement.prototype.close = function () {"
             " plain.call(this); queueMicrotask(() => window.reask?.()) }"
         )
@@ -296,7 +296,7 @@ def test_a_question_asked_while_the_one_before_closes_stays_open(words: Server, 
             })"""
         )
         page.get_by_role("button", name="Keep it as it is").click()
-        page.evaluate("told.then(() => 0)")
+        visit.wait_for_close()
         assert page.evaluate("window.reask === null")
         expect(page.get_by_role("dialog")).to_contain_text("cannot be undone")
 
@@ -322,7 +322,8 @@ def test_an_answer_to_a_question_that_was_left_says_nothing_of_the_next(
         }
         with page.expect_response("**/v1/adapters/orders/deactivate"):
             held[0].fulfill(status=status, json={"error": error} if status == 409 else {})
-        page.evaluate("new Promise(done => setTimeout(done, 100))")
+        said = "in use" if status == 409 else "is not active any more"
+        page.locator("[aria-live=polite]", has_text=said).wait_for(state="attached")
         dialog = page.get_by_role("dialog")
         expect(dialog).to_contain_text("cannot be undone")
         expect(dialog.get_by_role("button", name="Delete", exact=True)).to_be_enabled()
@@ -374,10 +375,9 @@ def test_a_pull_that_is_left_does_not_take_the_reader_elsewhere(
             expect(page.get_by_label("Message to all columns")).to_be_visible()
         else:
             page.get_by_role("button", name="Cancel").click()
-        with page.expect_response(lambda response: response.request.method == "POST"):
+        with page.expect_response("**/v1/models"):  # which it asks for anew once the answer is there
             held[0].continue_()
         if back:
-            page.evaluate("new Promise(done => setTimeout(done, 100))")
             expect(page.get_by_label("Message to all columns")).to_be_visible()
             return
         expect(page.get_by_label("Search adapters")).to_have_value("pirate")

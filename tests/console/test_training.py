@@ -248,12 +248,12 @@ def test_a_job_that_is_left_while_it_is_made_does_not_take_the_reader_to_it(
             lambda route: held.append(route) if route.request.method == "POST" else route.continue_(),
         )
         with page.expect_request(lambda one: one.method == "POST" and one.url.endswith("/jobs")):
-            train(visit, "rows left", "left")
+            train(visit, "rows left", "left", hold=True)
         page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
         page.get_by_role("button", name="Train").click()
         with page.expect_response(lambda one: one.request.method == "POST" and one.url.endswith("/jobs")):
             held[0].continue_()
-        expect(page.get_by_text("left", exact=True)).to_be_visible()  # in the list
+        expect(page.locator(".jobs .name", has_text="left")).to_be_visible()
         expect(page.get_by_role("dialog")).to_be_visible()
 
 

@@ -862,7 +862,7 @@ def _counted(found: Any, replayed: Counter[bool]) -> Any:
 def test_the_proof_finds_modules_by_triton_as_exact_as_those_of_peft_and_a_fault_in_them(
     kernels: CudaKernels, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modules, "TILE", 8)
+    monkeypatch.setattr(modules, "TILE", 20)
     prover = ModuleProver(lab.base, kernels)
     found = prover.prove(lab.references[2], lab.weights[2])
     assert (found.kernels, found.tolerated) == ("triton", 0)

@@ -5,6 +5,7 @@ The Hub's client tries for half a minute, and writes each attempt on the termina
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import threading
@@ -60,7 +61,8 @@ class _Question(threading.Thread):
         """What is wrong; empty if nothing is."""
         from huggingface_hub import get_session
 
-        get_session()  # Reading the certificates is not the Hub's time.
+        with contextlib.suppress(Exception):  # which comes again below
+            get_session()  # Reading the certificates is not the Hub's time.
         self.start()
         if not self._connected.wait(CONNECT_SECONDS):
             return f"cannot be reached (no connection within {CONNECT_SECONDS:g} s)"
