@@ -17,8 +17,7 @@ import torch
 from onebase_adapters.training import events
 from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.run import Job, train
-from onebase_adapters.training.trainable import ADAPTER
+from onebase_adapters.training.run import ADAPTER, Job, train
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.machine import keep_freed_memory
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+import train
 from bench.training import WARM_UP, TrainRun, summarize_training
 from bench.training_report import rows_of
 
@@ -39,3 +43,16 @@ def test_figures_are_medians_over_the_repeats_and_ratios_are_the_first_target_s(
 def test_there_is_no_ratio_to_a_target_that_failed() -> None:
     figures = summarize_training([run("trl", 1, 8.0)], TOKENS, {"/trl/1": 1.0})
     assert rows_of(figures, "onebase")[0][2] == ""
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("forks")
+def test_a_run_is_measured_and_what_it_saved_is_evaluated(tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join((train.DATA / "orders.heldout.jsonl").read_text().splitlines(True)[:2]))
+    options = ["--targets", "onebase", "--steps", "3", "--batch", "2", "--repeats", "1", "--threads", "1"]
+    files = ["--held-out", str(held_out), "--output", str(tmp_path)]
+    assert train.main([*options, *files, "--busy"]) == 0
+    figures = json.loads((tmp_path / "train.json").read_text())["figures"]["onebase"]
+    assert figures["tokens_per_second"] > 0
+    assert 0 < figures["held_out"] < 10
