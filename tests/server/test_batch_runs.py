@@ -70,10 +70,11 @@ def added(
     server = server or parts.jobs.server
     file = TrainingFile(f"file-{name}", tenant, server, "batch", "a.jsonl", blob.size, 1.0, blob.sha256)
     registry.training.add_file(file)
+    now = time.time()
     return registry.batches.add(
         NewBatch(
             id=f"batch_{name}", tenant=tenant, server=server, endpoint="/v1/chat/completions",
-            input_file=file.id, window="24h", expires_at=time.time() + 3600, labels=None,
+            input_file=file.id, window="24h", created_at=now, expires_at=now + 3600, labels=None,
         )
     )  # fmt: skip
 

@@ -90,7 +90,7 @@ class BatchRecords:
                 input_file=batch.input_file,
                 window=batch.window,
                 labels=None if batch.labels is None else plain_json(batch.labels),
-                created_at=time.time(),
+                created_at=batch.created_at,
                 expires_at=batch.expires_at,
             )
             session.add(row)
@@ -259,12 +259,12 @@ def _record(row: BatchRow) -> Batch:
         endpoint=row.endpoint,
         input_file=row.input_file,
         window=row.window,
+        created_at=row.created_at,
         expires_at=row.expires_at,
         labels=row.labels,
         number=row.number,
         key=row.key,
         state=cast(BatchState, row.state),
-        created_at=row.created_at,
         times=row.times,
         total=row.total,
         completed=row.completed,

@@ -489,6 +489,7 @@ class NewBatch:
     endpoint: str
     input_file: str
     window: str
+    created_at: float
     expires_at: float
     labels: Mapping[str, str] | None = field(hash=False)
 
@@ -506,7 +507,6 @@ class Batch(NewBatch):
     number: int
     key: str
     state: BatchState
-    created_at: float
     times: Mapping[str, float] = field(hash=False)
     total: int
     completed: int

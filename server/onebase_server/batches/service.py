@@ -47,6 +47,7 @@ class BatchService:
         Raises InvalidRequestError: a file that cannot be used.
         """
         await self._files.usable(tenant, input_file, "input_file_id", "batch")
+        now = time.time()
         batch = NewBatch(
             id=f"batch_{secrets.token_hex(12)}",
             tenant=tenant,
@@ -54,7 +55,8 @@ class BatchService:
             endpoint=endpoint,
             input_file=input_file,
             window=window,
-            expires_at=time.time() + seconds,
+            created_at=now,
+            expires_at=now + seconds,
             labels=labels,
         )
         with storage_errors():

@@ -34,7 +34,8 @@ def add_file(registry: Registry, name: str = "file-1", tenant: str = "acme") -> 
 
 def new(number: int = 1, tenant: str = "acme", **changes: Any) -> NewBatch:
     made: dict[str, Any] = {"id": f"batch_{number}", "tenant": tenant, "server": HERE, "endpoint": "/v1/x"}
-    made |= {"input_file": "file-1", "window": "24h", "expires_at": 9.0, "labels": {"team": "night"}}
+    made |= {"input_file": "file-1", "window": "24h", "created_at": 8.0, "expires_at": 9.0}
+    made["labels"] = {"team": "night"}
     return NewBatch(**made | changes)
 
 
