@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Iterator
 from itertools import count, pairwise
 
@@ -219,6 +220,32 @@ def test_in_a_tenant_the_adapter_that_was_given_least_is_next() -> None:
     assert order == [0, 6, 7, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("own_tenants", [False, True], ids=["one-tenant", "tenant-each"])
+@pytest.mark.parametrize("adapters", [10, 20, 100])
+def test_adapters_at_random_over_few_slots_wait_about_as_long_as_each_other(
+    adapters: int, own_tenants: bool
+) -> None:
+    """However often they were asked for, and although others that were given nothing come all the time."""
+    world = World.create(slots=4, max_rows=16, step_tokens=32, blocks=200)
+    chosen = random.Random(adapters)
+    waits: list[int] = []
+    waiting: dict[Row, int] = {}
+    for step in range(4000):
+        for arrival in range(len(world.scheduler.rows), 8):
+            name = str(chosen.randrange(adapters))
+            row = make_row(
+                step * 10 + arrival, [step, arrival, 1, 2], 12, [name], tenant=name if own_tenants else "one"
+            )
+            world.scheduler.add(row)
+            waiting[row] = step
+        world.step()
+        begun = [row for row in waiting if row.generated]
+        waits += [step - waiting.pop(row) for row in begun]
+    waits.sort()
+    assert len(waits) > 1000
+    assert waits[-1] <= 60 and waits[len(waits) * 99 // 100] <= 32, "12 steps for each of 4 rows ahead of it"
+
+
 def test_a_prompt_goes_before_the_rest_of_a_flooding_tenants_long_one() -> None:
     world = World.create(step_tokens=8, max_length=400, blocks=100)
     world.scheduler.add(make_row(0, list(range(100)), 1, tenant="flood"))
@@ -395,7 +422,7 @@ def test_a_plan_leaves_the_garbage_collector_alone_however_many_tenants_wait() -
 
 
 def test_no_more_than_some_idle_accounts_are_remembered() -> None:
-    accounts: Accounts[Account] = Accounts(0.0)
+    accounts: Accounts[Account] = Accounts(1.0)
     stays = accounts.enter("stays", lambda: Account("stays"))
     for key in range(10 * MOST_IDLE):
         account = accounts.enter(key, lambda key=key: Account(key))  # type: ignore[misc]

@@ -5,9 +5,13 @@ owner has been given, in weighted tokens: 1 for each prompt token that was compu
 was generated, divided by the weight of the row's priority. What the prefix cache gave is free, and what is
 computed again after a preemption is not counted twice. The smallest counter is served next: of the tenants,
 then of that tenant's flows (a flow is one mix of adapters at one priority), and in a flow the first row.
+Counters that differ by about `credit` or less are even: then whoever runs least is next, and of those whoever
+has waited longest since it came or was served.
 
 Time in which nothing waited is no credit, but for a little: whoever begins to wait is lifted to `credit`
-below the smallest counter of those who wait. So a tenant that asks now and then goes before one that floods.
+below the floor. The floor rises by an equal part of all that is given, and to the smallest counter of those
+who wait. So a tenant that asks now and then goes before one that floods, and what an adapter was given is
+made up for by time, though others that were given nothing come again and again.
 Two tenants of equal weight that both have rows waiting all the time get the same, up to
 
     2 * (max_rows * (longest prompt + 2 * most max_tokens) + credit)
@@ -22,9 +26,10 @@ own: what a tenant's batch is given costs its other requests no turn.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
-from heapq import heappop, heappush, heapreplace
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from heapq import heapify, heappop, heapreplace
 from itertools import chain, count
+from math import inf
 from typing import Generic, TypeVar
 
 from onebase_engine.engine.row import AdapterMix, Row, Segment
@@ -38,12 +43,22 @@ MOST_IDLE = 256
 """Counters remembered of tenants that have no rows now, and of each tenant's flows."""
 
 
+_BAND, _LOAD = 80, 48
+"""Bits of a turn below its band, and below its load."""
+_LOADS = 2**MOST_PRIORITY
+"""A load is a multiple of one part in this many."""
+
+
 class Account:
     """What one tenant, or one flow of a tenant, has been given: `counter`, in weighted tokens."""
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
-        self.counter = 0.0
+        self.counter = -inf
+        self.load = 0.0
+        """Running rows, each divided by its weight: how fast the counter grows."""
+        self.since = 0
+        """Counts up over accounts that begin to wait or are served."""
         self.waiting = 0
         """Rows that wait."""
         self.rows = 0
@@ -57,8 +72,6 @@ class Tenant(Account):
         super().__init__(key)
         self.background = background
         self.flows: Accounts[Flow] = Accounts(credit)
-        self.load = 0.0
-        """Running rows, each divided by its weight: how fast the counter grows."""
         self.least_unit = 2.0**MOST_PRIORITY
         """Smallest part of `load` that one of its rows may take."""
 
@@ -94,6 +107,7 @@ class Accounts(Generic[_A]):
         self._idle: dict[Hashable, _A] = {}
         self._floor = 0.0
         self._floor_of = -1
+        self._since = count(1)
 
     def __len__(self) -> int:
         return len(self._busy) + len(self._idle)
@@ -124,6 +138,7 @@ class Accounts(Generic[_A]):
                 self._floor_of = plan
                 self._floor = max(self._floor, self._least(account))
             account.counter = max(account.counter, self._floor - self._credit)
+            account.since = next(self._since)
             self.waiting[account.key] = account
         account.waiting += 1
 
@@ -132,6 +147,29 @@ class Accounts(Generic[_A]):
         account.waiting -= 1
         if account.waiting == 0:
             del self.waiting[account.key]
+
+    def charge(self, account: _A, tokens: float, *, served: bool) -> None:
+        """Count weighted tokens that were given to one that has rows. `served`: it was its turn."""
+        account.counter += tokens
+        self._floor += tokens / len(self._busy)
+        if served:
+            account.since = next(self._since)
+
+    def turns(self, accounts: Iterable[_A]) -> list[int]:
+        """Of each account: smaller is served earlier, and no two are equal.
+
+        Its band (by how many credits its counter is above the floor), then its load, then `since`.
+        """
+        # One number each, since walks sort by it: tuples would keep Python's garbage collector busy.
+        base, credit = self._floor - self._credit / 2, self._credit
+        return [
+            (int((one.counter - base) // credit) << _BAND) + (int(one.load * _LOADS) << _LOAD) + one.since
+            for one in accounts
+        ]
+
+    def band(self, account: _A) -> int:
+        """Accounts of one band are even."""
+        return self.turns((account,))[0] >> _BAND
 
     def _least(self, account: _A) -> float:
         """The smallest counter of those who wait, or if none do, of those who run."""
@@ -146,10 +184,12 @@ class Turns:
 
     def __init__(
         self,
+        accounts: Mapping[bool, Accounts[Tenant]],
         tenants: Collection[Tenant],
         prefilling: dict[Tenant, dict[Flow, list[Row]]],
         among: Callable[[AdapterMix], bool] | None,
     ) -> None:
+        self._accounts = accounts
         self._tenants = tenants
         self._prefilling = prefilling
         self._among = among
@@ -160,12 +200,15 @@ class Turns:
         self._passed.add(account)
 
     def __iter__(self) -> Iterator[Row]:
-        classes = ([one for one in self._tenants if one.background is each] for each in (False, True))
-        return chain.from_iterable(_merged(tenants, self._of_tenant) for tenants in classes)
+        classes = {each: [one for one in self._tenants if one.background is each] for each in (False, True)}
+        return chain.from_iterable(
+            _merged(tenants, self._accounts[each].turns, self._of_tenant) for each, tenants in classes.items()
+        )
 
     def _of_tenant(self, tenant: Tenant) -> Iterator[Row]:
         prefilling = dict.fromkeys(self._prefilling.get(tenant, ()))
-        return _merged(prefilling | dict.fromkeys(tenant.waiting_flows(self._among)), self._of_flow)
+        flows = prefilling | dict.fromkeys(tenant.waiting_flows(self._among))
+        return _merged(flows, tenant.flows.turns, self._of_flow)
 
     def _of_flow(self, flow: Flow) -> Iterator[Row]:
         yield from self._prefilling.get(flow.tenant, {}).get(flow, ())
@@ -178,33 +221,28 @@ class Turns:
             yield flow.queue[place]
 
 
-def _merged(accounts: Iterable[_A], rows_of: Callable[[_A], Iterator[Row]]) -> Iterator[Row]:
-    """Rows of all accounts, each time one of the account whose counter is smallest by then.
-
-    Only accounts that have had their turn are in the heap: to make an entry for each that waits would have
-    Python's garbage collector look through all rows every few plans.
-    """
-    rest = iter(sorted(accounts, key=_counter))
-    following = next(rest, None)
-    heap: list[tuple[float, int, _A, Iterator[Row]]] = []
-    for number in count():
-        if following is not None and (not heap or following.counter < heap[0][0]):
-            heappush(heap, (following.counter, number, following, rows_of(following)))
-            following = next(rest, None)
+def _merged(
+    accounts: Iterable[_A],
+    turns_of: Callable[[Iterable[_A]], list[int]],
+    rows_of: Callable[[_A], Iterator[Row]],
+) -> Iterator[Row]:
+    """Rows of all accounts, each time one of the account whose turn it is by then."""
+    by_turn = dict(zip(turns_of(accounts), accounts, strict=True))
+    heap = list(by_turn)
+    heapify(heap)
+    begun: dict[_A, Iterator[Row]] = {}
+    while heap:
+        account = by_turn[heap[0]]
+        (now,) = turns_of((account,))
+        if heap[0] < now:
+            by_turn[now] = account
+            heapreplace(heap, now)
             continue
-        if not heap:
-            return
-        counter, _, account, rows = heap[0]
-        if counter < account.counter:
-            heapreplace(heap, (account.counter, number, account, rows))
-        elif (row := next(rows, None)) is None:
+        rows = begun.get(account) or begun.setdefault(account, rows_of(account))
+        if (row := next(rows, None)) is None:
             heappop(heap)
         else:
             yield row
-
-
-def _counter(account: Account) -> float:
-    return account.counter
 
 
 class FairQueue:
@@ -243,10 +281,17 @@ class FairQueue:
         """Where the row is counted, while it waits or runs."""
         return self._flow_of[row]
 
-    def order(self, row: Row) -> tuple[bool, float, float, int]:
+    def order(self, row: Row) -> tuple[bool, int, int, int]:
         """Smaller is served earlier."""
         flow = self._flow_of[row]
-        return row.background, flow.tenant.counter, flow.counter, row.arrival
+        (tenant,) = self._tenants[row.background].turns((flow.tenant,))
+        (own,) = flow.tenant.flows.turns((flow,))
+        return row.background, tenant, own, row.arrival
+
+    def was_given_less(self, tenant: Tenant, other: Tenant) -> bool:
+        """Whether it was given less than the other, and not about as much. Both in the background, or none."""
+        accounts = self._tenants[tenant.background]
+        return accounts.band(tenant) < accounts.band(other)
 
     def enter(self, row: Row) -> None:
         """A row that has come, and waits."""
@@ -260,13 +305,13 @@ class FairQueue:
     def begin(self, row: Row) -> None:
         """A row that waited runs."""
         flow = self._flow_of[row]
-        flow.tenant.load += 1 / flow.weight
+        self._load(flow, 1)
         self._unqueue(flow, row)
 
     def back(self, row: Row) -> None:
         """A row that ran waits again, in its old place."""
         flow = self._flow_of[row]
-        flow.tenant.load -= 1 / flow.weight
+        self._load(flow, -1)
         self._wait(flow, row)
 
     def leave(self, row: Row) -> None:
@@ -274,27 +319,22 @@ class FairQueue:
         if row in self:
             self._unqueue(self._flow_of[row], row)
         else:
-            flow = self._flow_of[row]
-            flow.tenant.load -= 1 / flow.weight
+            self._load(self._flow_of[row], -1)
         flow = self._flow_of.pop(row)
         flow.tenant.flows.leave(flow)
         self._tenants[row.background].leave(flow.tenant)
 
     def charge(self, segment: Segment) -> None:
         """Count what a step computes of a row: each prompt token once, and the token that it gives."""
-        row, flow = segment.row, self._flow_of[segment.row]
+        row = segment.row
         stop = min(segment.stop, row.prompt_length)
         prompt = max(0, stop - max(segment.start, row.charged))
         row.charged = max(row.charged, stop)
-        tokens = PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * segment.samples
-        flow.counter += tokens / flow.weight
-        flow.tenant.counter += tokens / flow.weight
+        self._charge(row, PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * segment.samples, served=prompt > 0)
 
     def charge_output(self, row: Row, tokens: int) -> None:
         """Count tokens that a step gave a row beyond the one that was charged."""
-        flow = self._flow_of[row]
-        flow.counter += OUTPUT_WEIGHT * tokens / flow.weight
-        flow.tenant.counter += OUTPUT_WEIGHT * tokens / flow.weight
+        self._charge(row, OUTPUT_WEIGHT * tokens, served=False)
 
     def in_turn(
         self,
@@ -312,13 +352,23 @@ class FairQueue:
         waiting = [tenant for tenant in self._waiting() if wanted(tenant)]
         if among is not None:
             waiting = [tenant for tenant in waiting if tenant.waiting_flows(among)]
-        return Turns(dict.fromkeys(begun) | dict.fromkeys(waiting), begun, among)
+        return Turns(self._tenants, dict.fromkeys(begun) | dict.fromkeys(waiting), begun, among)
 
     def _waiting(self) -> Iterator[Tenant]:
         return chain.from_iterable(tenants.waiting.values() for tenants in self._tenants.values())
 
     def _flows(self) -> Iterator[Flow]:
         return (flow for tenant in self._waiting() for flow in tenant.flows.waiting.values())
+
+    def _load(self, flow: Flow, rows: int) -> None:
+        """That many more rows of the flow run."""
+        flow.load += rows / flow.weight
+        flow.tenant.load += rows / flow.weight
+
+    def _charge(self, row: Row, tokens: int, *, served: bool) -> None:
+        flow = self._flow_of[row]
+        flow.tenant.flows.charge(flow, tokens / flow.weight, served=served)
+        self._tenants[row.background].charge(flow.tenant, tokens / flow.weight, served=served)
 
     def _wait(self, flow: Flow, row: Row) -> None:
         self._tenants[row.background].wait(flow.tenant, self._plan)

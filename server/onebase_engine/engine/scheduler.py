@@ -489,7 +489,7 @@ class Scheduler:
         for other in behind if row.background else among:
             theirs = self.waiting.flow(other).tenant
             settled = other.generated < other.yields_at or other in going
-            if theirs is own or theirs.counter < own.counter or settled:
+            if theirs is own or theirs.load < least or settled or self.waiting.was_given_less(theirs, own):
                 continue
             gone = (self.waiting.flow(one) for one in yielding)
             load = theirs.load - sum(1 / one.weight for one in gone if one.tenant is theirs)
