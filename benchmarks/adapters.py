@@ -93,6 +93,12 @@ class Bench:
             cold, warm = await life.cold_and_warm(session, names, self.prompts)
             self._note("onebase", "TTFT cold, from disk", cold)
             self._note("onebase", "TTFT warm", warm)
+            await self._random(
+                "onebase", session, "random, from disk", list(self.folders), self.options.seed + 1
+            )
+            # As vLLM, which reads all of them when it starts.
+            with self._progress("to host memory", len(self.folders)) as step:
+                await life.touch(session, list(self.folders), self.prompts, step)
             await self._random("onebase", session, "random", list(self.folders))
             await self._random("onebase", session, "resident", resident)
 
@@ -123,7 +129,9 @@ class Bench:
         self._note(target, "TTFT, another adapter", other)
         self.figures[target]["cost of a switch"] = other.above(same) * 1e3
 
-    async def _random(self, target: str, session: Session, title: str, names: list[str]) -> None:
+    async def _random(
+        self, target: str, session: Session, title: str, names: list[str], seed: int | None = None
+    ) -> None:
         options = self.options
         with self._progress(f"{len(names)} adapters at random", options.requests) as step:
             load = await life.random_load(
@@ -133,7 +141,7 @@ class Bench:
                 streams=options.streams,
                 requests=options.requests,
                 tokens=options.tokens,
-                seed=options.seed,
+                seed=options.seed if seed is None else seed,
                 step=step,
             )
         self._note(target, f"{title}: TTFT", load.ttft)

@@ -128,6 +128,13 @@ async def cold_and_warm(session: Session, adapters: Sequence[str], prompts: Prom
     return Times(tuple(cold)), Times(tuple(warm))
 
 
+async def touch(session: Session, adapters: Sequence[str], prompts: Prompts, step: Step) -> None:
+    """One token of each, so that all are in host memory."""
+    for name in adapters:
+        await session.run([Request(prompts.make("touch", name), name, 1)])
+        step()
+
+
 async def random_load(
     session: Session,
     adapters: Sequence[str],
@@ -148,7 +155,7 @@ async def random_load(
     async def stream() -> None:
         for index, name in waiting:
             samples.extend(
-                await session.run([Request(prompts.make("random", index, len(adapters)), name, tokens)])
+                await session.run([Request(prompts.make("random", seed, index, len(adapters)), name, tokens)])
             )
             step()
 

@@ -32,6 +32,7 @@ ADAPTERS = {
     "uploads at once: a minute",
     "random: tokens/s",
     "random: TTFT p99",
+    "random, from disk: TTFT p99",
     "resident: TTFT p99",
 }
 """Figures of adapters.py that goals may name."""
