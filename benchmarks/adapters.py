@@ -75,6 +75,7 @@ class Bench:
         target = OneBaseTarget(self._setup({}), extra)
         resident = list(self.folders)[: self.options.slots]
         async with target.start(self.logs / "onebase.log") as session:
+            await machine.settle()
             with Client(session.url, timeout=600) as client:
                 with self._progress("upload, prove, activate", len(self.folders)) as step:
                     # One after the other for the time of one; the rest at once for how many a minute holds.
@@ -89,6 +90,7 @@ class Bench:
             await self._hot_switch("onebase", session, resident)
         # A new process on the same store and registry: nothing is in memory yet.
         async with target.start(self.logs / "onebase.log") as session:
+            await machine.settle()
             names = list(self.folders)[-min(len(self.folders), self.options.cold) :]
             cold, warm = await life.cold_and_warm(session, names, self.prompts)
             self._note("onebase", "TTFT cold, from disk", cold)
@@ -117,6 +119,7 @@ class Bench:
         extra += shlex.split(self.options.vllm_args)
         target = VllmTarget(self._setup(self.folders), self.options.vllm_python, extra)
         async with target.start(self.logs / "vllm.log") as session:
+            await machine.settle()
             await self._hot_switch("vllm", session, list(self.folders)[: self.options.slots])
             await self._random("vllm", session, "random", list(self.folders))
 

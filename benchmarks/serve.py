@@ -103,6 +103,7 @@ class Bench:
         target = self._target(name, block)
         try:
             async with target.start(self.folder / f"{name}.log") as session:
+                await machine.settle()
                 await self._warm_up(session, block)
                 for scenario in block.scenarios:
                     requests = requests_of(scenario, self.prompts, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import subprocess
@@ -47,6 +48,19 @@ def demand_quiet(whatever: bool, console: Console, seconds: float = 2.0) -> None
     if not whatever:
         raise BusyError(f"{message}Figures would not mean much: end it, or measure all the same with --busy.")
     console.print(f"[yellow]{message}Expect noise.[/]")
+
+
+async def settle(most: float = 30.0) -> None:
+    """Wait until what has just started does nothing, as far as this process can see; `most` seconds.
+
+    A server may be ready before all that it has started is.
+    """
+    end = time.monotonic() + most
+    while time.monotonic() < end:
+        before = _busy_seconds()
+        await asyncio.sleep(0.5)
+        if _busy_seconds() - before <= BUSY * 0.5:
+            return
 
 
 def _busy_seconds() -> float:

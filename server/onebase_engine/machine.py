@@ -40,6 +40,11 @@ def free_memory(device: torch.device) -> int:
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
+    return free_host_memory()
+
+
+def free_host_memory() -> int:
+    """Bytes that both the system and the container leave."""
     return min(_meminfo("MemAvailable"), container_free())
 
 

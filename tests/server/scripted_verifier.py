@@ -6,6 +6,8 @@ the weights file as it came. Run as `python scripted_verifier.py BEHAVIOUR --fd 
     proves    everything is proved, unless its weights begin with the word `broken`; what TASKS has is no
               adapter for text
     slow      as `proves`, after a second
+    threaded  as `proves`, after a tenth of one; says that it computes with one thread
+    lonely=F  as `threaded`, but no second process attaches the base: the first one makes the file F
     dies      exits at every job
     hangs     never answers a job
     unattached  cannot attach the base
@@ -58,6 +60,10 @@ class ScriptedVerifier:
         self.behaviour = behaviour
         self.connection = connection
 
+    @property
+    def is_threaded(self) -> bool:
+        return self.behaviour.startswith(("threaded", "lonely"))
+
     def send(self, message: FromVerifier) -> None:
         self.connection.sendall(encode(message))
 
@@ -69,9 +75,12 @@ class ScriptedVerifier:
 
     def receive(self, message: object) -> None:
         if isinstance(message, Attach):
-            if self.behaviour == "unattached":
+            name, _, file = self.behaviour.partition("=")
+            if name == "unattached" or (name == "lonely" and Path(file).exists()):
                 os._exit(11)
-            self.send(Attached(0.0))
+            if name == "lonely":
+                Path(file).touch()
+            self.send(Attached(0.0, threads=int(self.is_threaded)))
         elif isinstance(message, Prove):
             self.prove(message)
         elif isinstance(message, Merge):
@@ -84,8 +93,7 @@ class ScriptedVerifier:
             os._exit(11)
         self.send(Progress(job.digest, "validating", 0.1))
         self.send(Progress(job.digest, "proving", 0.5))
-        if self.behaviour in ("slow", "hangs"):
-            time.sleep(1.0 if self.behaviour == "slow" else 3600.0)
+        time.sleep({"slow": 1.0, "hangs": 3600.0}.get(self.behaviour, 0.1 * self.is_threaded))
         content = Path(job.weights_path).read_bytes()
         if content.startswith(b"broken"):
             self.send(Rejected(digest=job.digest, code="broken_weights", message="these weights are broken"))

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from onebase_adapters.store.blobs import VersionFiles
 from onebase_engine.base import manifest as wire
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
 from onebase_server.background import Backoff
+from onebase_server.processes import verifier_client as module
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TrainerClient
 from onebase_server.processes.verifier_client import (
@@ -206,6 +207,162 @@ def test_a_command_that_is_no_verifier_is_given_up(published: Published, tmp_pat
 
     with pytest.raises(VerifierGoneError, match="exit status 7"):
         asyncio.run(start())
+
+
+# ---- a second process ------------------------------------------------------------------------
+
+
+class Crowd:
+    """Many jobs at once, of scripted processes that have a thread each."""
+
+    def __init__(self, published: Published, folder: Path, behaviour: str = "threaded") -> None:
+        self.client = new_client(folder, str(SCRIPTED), behaviour, help_seconds=0.3)
+        self.published, self.folder, self.jobs = published, folder, 0
+        files = stored_version(self.client)
+        self.paths = [str(self.client._store.local(blob.sha256)) for blob in (files.config, files.weights)]
+        self.seen: set[int] = set()
+        """Processes that were there while a job was proved."""
+
+    async def start(self) -> None:
+        await self.client.attach(self.published.config, self.published.manifest, self.published.fd)
+
+    async def prove(self) -> str:
+        """One job: `Proved`, or the name of the error."""
+        self.jobs += 1
+        packed = str(self.folder / f"{self.jobs}.packed")
+        job = Prove(
+            digest=f"{self.jobs:064x}", config_path=self.paths[0], weights_path=self.paths[1],
+            packed_path=packed, probes=[], probe_tokens=1,
+        )  # fmt: skip
+        try:
+            return type(await self.client.ask(job, self._saw)).__name__
+        except (VerifierGoneError, RejectedError) as error:
+            return type(error).__name__
+
+    async def prove_all(self, jobs: int) -> set[str]:
+        return set(await asyncio.gather(*(self.prove() for _ in range(jobs))))
+
+    async def prove_until(self, over: Callable[[], bool]) -> set[str]:
+        """Always so many at once that some wait for help."""
+
+        async def ask() -> set[str]:
+            ends = set[str]()
+            while not over():
+                ends.add(await self.prove())
+            return ends
+
+        return set().union(*await asyncio.gather(*(ask() for _ in range(module.BACKLOG + 4))))
+
+    def _saw(self, progress: Progress) -> None:
+        self.seen |= set(self.client.pids)
+
+    async def alone(self) -> None:
+        """Wait until no second process is left."""
+        while self.client._helper is not None:
+            await asyncio.sleep(0.01)
+
+
+def run_crowd(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, PATIENCE))
+
+
+def test_a_second_process_helps_while_many_wait_and_ends_when_it_has_no_job(
+    published: Published, tmp_path: Path
+) -> None:
+    async def crowd_comes_twice() -> None:
+        crowd = Crowd(published, tmp_path)
+        await crowd.start()
+        first = crowd.client.pid
+        for _ in range(2):
+            crowd.seen.clear()
+            assert await crowd.prove_until(lambda: len(crowd.seen) == 2) == {"Proved"}
+            await crowd.alone()
+            assert crowd.client.pids == [first]
+            (second,) = crowd.seen - {first}
+            assert gone(second)
+            assert not scratch_folder(second).exists()
+        assert crowd.client.deaths == 0
+        await crowd.client.engine_gone()
+        assert gone(first)
+
+    run_crowd(crowd_comes_twice())
+
+
+@pytest.mark.parametrize("lacks", ["a crowd", "memory", "cores"])
+def test_one_process_proves_alone_where_few_wait_or_there_is_no_room(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    if lacks == "memory":
+        monkeypatch.setattr(module, "free_host_memory", lambda: module.HELP_BYTES - 1)
+    elif lacks == "cores":
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+
+    async def jobs_come() -> None:
+        crowd = Crowd(published, tmp_path)
+        await crowd.start()
+        assert await crowd.prove_all(1 + module.BACKLOG + (lacks != "a crowd")) == {"Proved"}
+        assert crowd.client._helper is None
+        assert crowd.seen == {crowd.client.pid}
+        await crowd.client.engine_gone()
+
+    run_crowd(jobs_come())
+
+
+def test_all_is_proved_by_one_process_where_a_second_cannot_attach_the_base(
+    published: Published, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def jobs_come() -> None:
+        crowd = Crowd(published, tmp_path, f"lonely={tmp_path / 'attached'}")
+        await crowd.start()
+        told = "no second verifier helps"
+        assert await crowd.prove_until(lambda: told in caplog.text) == {"Proved"}
+        assert await crowd.prove_all(module.BACKLOG + 2) == {"Proved"}
+        await crowd.alone()
+        await crowd.client.engine_gone()
+        assert caplog.text.count(told) == 1
+
+    run_crowd(jobs_come())
+
+
+@pytest.mark.parametrize("when", ["the second starts", "both prove"])
+def test_an_engine_that_ends_takes_both_processes_with_it_and_the_next_one_has_its_own(
+    published: Published, tmp_path: Path, when: str
+) -> None:
+    async def lose_the_engine() -> None:
+        crowd = Crowd(published, tmp_path)
+        await crowd.start()
+        over = asyncio.Event()
+        ends = asyncio.ensure_future(crowd.prove_until(over.is_set))
+        while crowd.client._helper is None if when == "the second starts" else len(crowd.seen) < 2:
+            await asyncio.sleep(0)
+        pids = crowd.client.pids
+        over.set()
+        await crowd.client.engine_gone()
+        assert "VerifierGoneError" in await ends
+        assert all(map(gone, pids))
+        assert crowd.client.pids == []
+        await crowd.start()
+        crowd.seen.clear()
+        assert await crowd.prove_until(lambda: len(crowd.seen) == 2) == {"Proved"}
+        await crowd.client.engine_gone()
+        assert crowd.client.pids == []
+
+    run_crowd(lose_the_engine())
+
+
+def test_a_job_whose_helper_is_killed_is_proved_by_the_next_one(published: Published, tmp_path: Path) -> None:
+    async def kill_the_second() -> None:
+        crowd = Crowd(published, tmp_path)
+        await crowd.start()
+        ends = asyncio.ensure_future(crowd.prove_until(lambda: crowd.client.deaths > 0))
+        while len(crowd.seen) < 2:
+            await asyncio.sleep(0.01)
+        os.kill(crowd.client.pids[1], signal.SIGKILL)
+        assert await ends == {"Proved"}
+        await crowd.alone()
+        await crowd.client.engine_gone()
+
+    run_crowd(kill_the_second())
 
 
 # ---- from files to a packed adapter ------------------------------------------------------------

@@ -289,7 +289,7 @@ class FairQueue:
         return row.background, tenant, own, row.arrival
 
     def was_given_less(self, tenant: Tenant, other: Tenant) -> bool:
-        """Whether it was given less than the other, and not about as much. Both in the background, or none."""
+        """Whether it was given less, and not about as much. Both are in the background, or neither."""
         accounts = self._tenants[tenant.background]
         return accounts.band(tenant) < accounts.band(other)
 

@@ -107,7 +107,8 @@ def run(sock: socket.socket, base_fd: int | None, busy_fd: int | None, scratch: 
 def _attach(message: Attach, base_fd: int | None, channel: VerifierChannel) -> Verifier:
     started = time.monotonic()
     config = message.config
-    torch.set_num_threads(_threads(config))
+    threads = _threads(config)
+    torch.set_num_threads(threads)
     settings = BaseSettings(folder=Path(config.base_folder), dtype=getattr(torch, config.dtype))
     base = attach(settings, message.manifest, base_fd)
     importlib.import_module("peft")  # so that the first version does not wait for it
@@ -115,13 +116,14 @@ def _attach(message: Attach, base_fd: int | None, channel: VerifierChannel) -> V
     # What is loaded stays. Else a full collection, a quarter of a second, would fall into every other proof.
     gc.collect()
     gc.freeze()
-    channel.send(Attached(seconds=time.monotonic() - started))
+    on_cpu = all(device.type == "cpu" for device in verifier.devices)
+    channel.send(Attached(seconds=time.monotonic() - started, threads=threads if on_cpu else 0))
     return verifier
 
 
 def _threads(config: EngineConfig) -> int:
-    """As many as the engine was given, or half the cores."""
-    return config.threads or max(1, len(os.sched_getaffinity(0)) // 2)
+    """Half of the engine's, so that a second process finds cores of its own."""
+    return max(1, (config.threads or len(os.sched_getaffinity(0))) // 2)
 
 
 def _serve(verifier: Verifier, channel: VerifierChannel, busy: BusyFlag | None) -> int:

@@ -1,17 +1,21 @@
 """The api's way to proofs: from a version's two files to its report, and its packed adapter in the store.
 
-One verifier process at a time proves versions, one after the other, on the base of the engine that runs now.
+A verifier process proves versions, one after the other, on the base of the engine that runs now. Where many
+wait and the machine has cores and memory for it, a second process helps until they are done.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +26,7 @@ from onebase_adapters.store.blobs import Blob, VersionFiles
 from onebase_adapters.store.store import Store
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown, encode
 from onebase_engine.environment import behind_serving
+from onebase_engine.machine import free_host_memory
 from onebase_server.background import Backoff, Threads
 from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.verifier_protocol import (
@@ -51,6 +56,12 @@ ATTACH_SECONDS = 180.0
 SILENT_SECONDS = 60.0
 """A process that proves and gives no sign of life for that long is stopped or stuck: it is killed."""
 _LAST_WORDS_SECONDS = 5.0
+BACKLOG = 4
+"""Jobs that wait when a second process is started: that takes as long as some of their proofs."""
+HELP_BYTES = 2 << 30
+"""Free memory without which it is not started. It takes a third of that, and what a version takes twice."""
+HELP_SECONDS = 30.0
+"""Without a job for that long it is ended."""
 BACKOFF = Backoff(0.5, 30.0)
 
 OnProgress = Callable[[Progress], None]
@@ -99,6 +110,18 @@ class _Shared:
     listeners: list[OnProgress]
 
 
+@dataclass(eq=False)
+class _Place:
+    """Where one process runs, and is asked one job at a time."""
+
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever talks to the process."""
+    process: AskedProcess[FromVerifier] | None = None
+    on_progress: OnProgress | None = None
+    end: asyncio.TimerHandle | None = None
+    """Of a helper without a job: its end."""
+
+
 class VerifierClient:
     """Has versions proved. Everything is called from one event loop.
 
@@ -111,6 +134,7 @@ class VerifierClient:
         proof_timeout: seconds for one version, once the base is attached.
         silence: seconds without a sign of life, while it proves, after which a process is killed.
         backoff: between two tries of those that wait for a verifier.
+        help_seconds: without a job, after which a second process is ended.
     """
 
     def __init__(
@@ -125,6 +149,7 @@ class VerifierClient:
         proof_timeout: float = 600.0,
         silence: float = SILENT_SECONDS,
         backoff: Backoff = BACKOFF,
+        help_seconds: float = HELP_SECONDS,
     ) -> None:
         self.deaths = 0
         """Processes that died by themselves."""
@@ -140,16 +165,33 @@ class VerifierClient:
         self._base: _Base | None = None
         self._base_here = asyncio.Event()
         self._attaching: asyncio.Task[None] | None = None
-        self._turn = asyncio.Lock()
-        """Held by whoever talks to the process."""
-        self._process: AskedProcess[FromVerifier] | None = None
-        self._on_progress: OnProgress | None = None
+        self._first = _Place()
+        self._helper: _Place | None = None
+        self._free = [self._first]
+        """Places that nobody has taken, as many as `_permits` gives."""
+        self._permits = asyncio.Semaphore()
+        self._waiting = 0
+        """Jobs that wait for a place."""
+        self._threads = 0
+        """Of a verifier that computes on the CPU."""
+        self._help_seconds = help_seconds
+        self._tasks: set[asyncio.Task[None]] = set()
         self._shared: dict[tuple[str, bool], _Shared] = {}
 
     @property
     def pid(self) -> int | None:
         """Of the process that runs now, if one does."""
-        return None if self._process is None or self._process.lost else self._process.pid
+        return next(iter(self.pids), None)
+
+    @property
+    def pids(self) -> list[int]:
+        """Of all that run now, the one that helps last."""
+        processes = [place.process for place in self._places]
+        return [process.pid for process in processes if process is not None and not process.lost]
+
+    @property
+    def _places(self) -> list[_Place]:
+        return [self._first] if self._helper is None else [self._first, self._helper]
 
     @property
     def has_base(self) -> bool:
@@ -187,17 +229,20 @@ class VerifierClient:
         """
         self._base = base = _Base(Attach(config=config, manifest=manifest, base_id=self._base_id), base_fd)
         self._base_here.set()
-        async with self._turn:
-            await self._attached(base)
+        async with self._place() as place:
+            await self._attached(place, base)
 
     async def engine_gone(self) -> None:
-        """End the process, and all proofs by VerifierGoneError: nobody holds on to the base after that."""
+        """End the processes, and all proofs by VerifierGoneError: nobody holds on to the base after that."""
         self._base = None
         self._base_here.clear()
-        if self._process is not None:
-            self._process.kill()
-        async with self._turn:
-            await self._end_process()
+        places = self._places
+        for place in places:
+            if place.process is not None:
+                place.process.kill()
+        for place in places:
+            async with place.turn:
+                await self._end_process(place)
         if self._attaching is not None:
             await self._attaching
 
@@ -342,31 +387,93 @@ class VerifierClient:
 
     async def _ask(self, job: Prove | Merge, kind: type[Answer], on_progress: OnProgress) -> Answer:
         """As `ask`, for any job; `kind`: what answers it."""
-        async with self._turn:
+        async with self._place() as place:
             base = self._base
             if base is None:
                 raise VerifierGoneError("there is no verifier: the engine is not ready")
             try:
-                self._on_progress = on_progress
-                return await self._answer(base, job, kind)
+                place.on_progress = on_progress
+                return await self._answer(place, base, job, kind)
             except BaseException:
-                if self._process is not None and not self._process.idle:
+                if place.process is not None and not place.process.idle:
                     # Cancelled, or the process is lost anyway: nobody waits for what it would say.
-                    self._process.kill()
+                    place.process.kill()
                 raise
             finally:
-                self._on_progress = None
+                place.on_progress = None
 
-    async def _answer(self, base: _Base, job: Prove | Merge, kind: type[Answer]) -> Answer:
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[_Place]:
+        """A place that nobody else has, after those who asked for one earlier."""
+        self._waiting += 1
+        try:
+            self._call_for_help()
+            await self._permits.acquire()
+        finally:
+            self._waiting -= 1
+        place = self._first if self._first in self._free else self._free[0]
+        self._free.remove(place)
+        if place.end is not None:
+            place.end.cancel()
+        try:
+            async with place.turn:
+                yield place
+        finally:
+            self._give_back(place)
+
+    def _give_back(self, place: _Place) -> None:
+        self._free.append(place)
+        self._permits.release()
+        if place is self._helper:
+            loop = asyncio.get_running_loop()
+            place.end = loop.call_later(self._help_seconds, lambda: self._begin(self._end_help(place)))
+
+    # ---- a second process --------------------------------------------------------------------
+
+    def _call_for_help(self) -> None:
+        """Start a second process, if many wait and cores and memory are there for it."""
+        if self._waiting <= BACKLOG or self._helper is not None or self._base is None:
+            return
+        if 0 < 2 * self._threads <= len(os.sched_getaffinity(0)) and free_host_memory() >= HELP_BYTES:
+            self._helper = _Place()
+            self._begin(self._help(self._helper, self._base))
+
+    async def _help(self, place: _Place, base: _Base) -> None:
+        try:
+            async with place.turn:
+                await self._attached(place, base)
+        except Exception as error:
+            self._threads, self._helper = 0, None  # not tried again on this base
+            _log.warning("no second verifier helps: %s", error)
+        else:
+            self._give_back(place)
+
+    async def _end_help(self, place: _Place) -> None:
+        if place not in self._free or self._permits.locked():
+            return  # It has been taken, and is given back.
+        await self._permits.acquire()  # at once, since nobody waits
+        self._free.remove(place)
+        async with place.turn:
+            await self._end_process(place, _LAST_WORDS_SECONDS)
+        self._helper = None
+
+    def _begin(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ---- the process -------------------------------------------------------------------------
+
+    async def _answer(self, place: _Place, base: _Base, job: Prove | Merge, kind: type[Answer]) -> Answer:
         how, doing = "", "proven" if isinstance(job, Prove) else "merged"
         for _ in range(ATTEMPTS):
-            process = await self._attached(base)
+            process = await self._attached(place, base)
             process.ask(encode(job))
             try:
                 async with asyncio.timeout(self._proof_timeout):
                     answer = await process.answer(self._silence)
             except TimeoutError:
-                await self._end_process()
+                await self._end_process(place)
                 raise RejectedError(
                     "proof_timeout",
                     f"the version was not {doing} within {self._proof_timeout:g} s; --proof-timeout is the "
@@ -377,25 +484,25 @@ class VerifierClient:
             if isinstance(answer, Rejected):
                 raise RejectedError(answer.code, answer.message)
             if answer is None:
-                how = await self._died(base)
+                how = await self._died(place, base)
                 _log.error("the verifier died (%s) at version %s", how, job.digest[:12])
             else:
                 how = f"it answered {type(answer).__name__}"
-                await self._end_process()
+                await self._end_process(place)
         raise RejectedError(
             "proof_crashed",
             f"the process by which this version was to be {doing} ended {ATTEMPTS} times ({how})",
         )
 
-    async def _attached(self, base: _Base) -> AskedProcess[FromVerifier]:
+    async def _attached(self, place: _Place, base: _Base) -> AskedProcess[FromVerifier]:
         """The running process, or a new one that has attached the base. Raises VerifierGoneError."""
         how = ""
         for _ in range(ATTEMPTS):
             self._check_current(base)
-            if self._process is not None and self._process.idle:
-                return self._process
-            await self._end_process()
-            process = await self._spawn(base)
+            if place.process is not None and place.process.idle:
+                return place.process
+            await self._end_process(place)
+            process = await self._spawn(place, base)
             process.ask(encode(base.attach))
             answer: FromVerifier | None = None
             try:
@@ -404,47 +511,48 @@ class VerifierClient:
             except TimeoutError:
                 process.kill()
             if isinstance(answer, Attached):
+                self._threads = answer.threads
                 return process
             if answer is not None:
-                await self._end_process(_LAST_WORDS_SECONDS)
+                await self._end_process(place, _LAST_WORDS_SECONDS)
                 how = answer.message if isinstance(answer, Fatal) else type(answer).__name__
                 break
-            how = await self._died(base)
+            how = await self._died(place, base)
             _log.error("the verifier ended (%s) while it attached the base", how)
         raise VerifierGoneError(f"the verifier cannot attach the base: {how}")
 
-    async def _spawn(self, base: _Base) -> AskedProcess[FromVerifier]:
+    async def _spawn(self, place: _Place, base: _Base) -> AskedProcess[FromVerifier]:
         self._check_current(base)
         given = {"--base-fd": base.fd, "--busy-fd": self._busy_fd}
         fds = {option: fd for option, fd in given.items() if fd is not None}
-        self._process = process = await AskedProcess.spawn(
-            self._command, from_verifier_decoder(), self._take_news, fds, behind_serving()
+        place.process = process = await AskedProcess.spawn(
+            self._command, from_verifier_decoder(), partial(self._take_news, place), fds, behind_serving()
         )
         self._check_current(base)
         return process
 
-    def _take_news(self, message: FromVerifier) -> bool:
-        if isinstance(message, Progress) and self._on_progress is not None:
-            self._on_progress(message)
+    def _take_news(self, place: _Place, message: FromVerifier) -> bool:
+        if isinstance(message, Progress) and place.on_progress is not None:
+            place.on_progress(message)
         return isinstance(message, Alive | Progress)
 
     def _check_current(self, base: _Base) -> None:
         if self._base is not base:
             raise VerifierGoneError("the engine ended, and its verifier with it")
 
-    async def _died(self, base: _Base) -> str:
+    async def _died(self, place: _Place, base: _Base) -> str:
         """After a death: how the process ended. Raises VerifierGoneError if it was ended with its engine."""
         self._check_current(base)
         self.deaths += 1
-        return await self._end_process(_LAST_WORDS_SECONDS)
+        return await self._end_process(place, _LAST_WORDS_SECONDS)
 
-    async def _end_process(self, grace: float = 0.0) -> str:
+    async def _end_process(self, place: _Place, grace: float = 0.0) -> str:
         """Ask the process to exit, kill it after `grace` seconds, remove what it left; says how it ended."""
-        process = self._process
+        process = place.process
         if process is None:
             return ""
         process.tell(Shutdown())
         how = await process.end(grace)
         await asyncio.to_thread(shutil.rmtree, scratch_folder(process.pid), ignore_errors=True)
-        self._process = None
+        place.process = None
         return how

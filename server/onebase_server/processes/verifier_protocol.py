@@ -78,6 +78,8 @@ ToVerifier = Attach | Prove | Merge | Shutdown
 
 class Attached(msgspec.Struct, frozen=True, tag=True):
     seconds: float
+    threads: int = 0
+    """That compute; 0: an accelerator does."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
