@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count, pairwise
 
 import pytest
@@ -54,9 +54,10 @@ class Backlog:
             text = [arrival * 100 + position for position in range(prompt)]
             self._world.scheduler.add(make_row(arrival, text, tokens, tenant=tenant, priority=priority))
 
-    def refill(self, rows: int) -> None:
+    def refill(self, rows: int, tenants: Iterable[str] = ()) -> None:
+        """So many wait of each tenant, or of `tenants`."""
         waiting = [row.tenant for row in self._world.scheduler.waiting]
-        for tenant in self._shapes:
+        for tenant in tenants or self._shapes:
             self.fill(tenant, max(0, rows - waiting.count(tenant)))
 
 
@@ -245,6 +246,54 @@ def test_adapters_at_random_over_few_slots_wait_about_as_long_as_each_other(
     assert len(waits) > 1000
     assert waits[-1] <= 60, "12 steps for each of 4 rows ahead of it"
     assert waits[len(waits) * 99 // 100] <= 32
+
+
+@pytest.mark.parametrize("own_tenants", [False, True], ids=["one-tenant", "tenant-each"])
+def test_a_guest_does_not_pay_for_what_others_had_more_of_than_the_flood(own_tenants: bool) -> None:
+    """What runs raises the mean of all by more than what the flood is given, which alone waits."""
+    world = World.create(slots=4, max_rows=8, step_tokens=16, blocks=4000, max_length=2000)
+    for arrival in range(6):
+        world.scheduler.add(
+            make_row(arrival, [arrival], 800, ["long"], tenant="long" if own_tenants else "x")
+        )
+    for _ in range(6):
+        world.step()
+    arrivals = count(10)
+    for _ in range(700):
+        while len(world.scheduler.waiting) < 4:
+            arrival = next(arrivals)
+            row = make_row(arrival, [arrival], 20, ["flood"], tenant="flood" if own_tenants else "x")
+            world.scheduler.add(row)
+        world.step()
+    arrival = next(arrivals)
+    guest = make_row(arrival, [arrival], 4, ["guest"], tenant="guest" if own_tenants else "x")
+    world.scheduler.add(guest)
+    steps = 0
+    while not guest.generated:
+        while len(world.scheduler.waiting) < 4:
+            arrival = next(arrivals)
+            row = make_row(arrival, [arrival], 20, ["flood"], tenant="flood" if own_tenants else "x")
+            world.scheduler.add(row)
+        world.step()
+        steps += 1
+    assert steps <= (2 if own_tenants else 21), "a row of the flood has ended, which has 20 tokens"
+
+
+def test_a_guest_that_asks_again_and_again_is_next_each_time_beside_a_flood() -> None:
+    world = World.create(max_rows=4, step_tokens=16, blocks=400, max_length=200)
+    backlog = Backlog(world, {"flood": (2, 12, 0), "guest": (64, 1, 0)})
+    for visit in range(30):
+        for _ in range(40):
+            backlog.refill(6, ["flood"])
+            world.step()
+        backlog.fill("guest", 1)
+        (guest,) = [row for row in world.scheduler.rows if row.tenant == "guest"]
+        steps = 0
+        while guest.finish is None:
+            backlog.refill(6, ["flood"])
+            world.step()
+            steps += 1
+        assert steps <= 8, f"64 prompt tokens by 16 a step, visit {visit}"
 
 
 def test_a_prompt_goes_before_the_rest_of_a_flooding_tenants_long_one() -> None:

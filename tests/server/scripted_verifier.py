@@ -6,8 +6,9 @@ the weights file as it came. Run as `python scripted_verifier.py BEHAVIOUR --fd 
     proves    everything is proved, unless its weights begin with the word `broken`; what TASKS has is no
               adapter for text
     slow      as `proves`, after a second
-    threaded  as `proves`, after a tenth of one; says that it computes with one thread
-    lonely=F  as `threaded`, but no second process attaches the base: the first one makes the file F
+    threaded=F  as `proves`, after a tenth of one; says that it computes with one thread. Each job adds the
+        process's id to the file F
+    lonely=F  as `threaded`, but no process attaches the base once F is there
     dies      exits at every job
     hangs     never answers a job
     unattached  cannot attach the base
@@ -58,11 +59,13 @@ class ScriptedVerifier:
 
     def __init__(self, behaviour: str, connection: socket.socket) -> None:
         self.behaviour = behaviour
+        self.name, _, file = behaviour.partition("=")
+        self.file = Path(file)
         self.connection = connection
 
     @property
     def is_threaded(self) -> bool:
-        return self.behaviour.startswith(("threaded", "lonely"))
+        return self.name in ("threaded", "lonely")
 
     def send(self, message: FromVerifier) -> None:
         self.connection.sendall(encode(message))
@@ -75,11 +78,8 @@ class ScriptedVerifier:
 
     def receive(self, message: object) -> None:
         if isinstance(message, Attach):
-            name, _, file = self.behaviour.partition("=")
-            if name == "unattached" or (name == "lonely" and Path(file).exists()):
+            if self.name == "unattached" or (self.name == "lonely" and self.file.exists()):
                 os._exit(11)
-            if name == "lonely":
-                Path(file).touch()
             self.send(Attached(0.0, threads=int(self.is_threaded)))
         elif isinstance(message, Prove):
             self.prove(message)
@@ -91,6 +91,9 @@ class ScriptedVerifier:
     def prove(self, job: Prove) -> None:
         if self.behaviour == "dies":
             os._exit(11)
+        if self.is_threaded:
+            with self.file.open("a") as file:
+                file.write(f"{os.getpid()}\n")
         self.send(Progress(job.digest, "validating", 0.1))
         self.send(Progress(job.digest, "proving", 0.5))
         time.sleep({"slow": 1.0, "hangs": 3600.0}.get(self.behaviour, 0.1 * self.is_threaded))

@@ -33,6 +33,7 @@ from onebase_server.processes.verifier_client import (
     RejectedError,
     VerifierClient,
     VerifierGoneError,
+    _Place,
 )
 from onebase_server.processes.verifier_protocol import (
     Alive,
@@ -212,30 +213,44 @@ def test_a_command_that_is_no_verifier_is_given_up(published: Published, tmp_pat
 # ---- a second process ------------------------------------------------------------------------
 
 
+@pytest.fixture
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with two cores, and memory for two processes."""
+    monkeypatch.setattr(module, "free_host_memory", lambda: 8 << 30)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+
+
 class Crowd:
     """Many jobs at once, of scripted processes that have a thread each."""
 
     def __init__(self, published: Published, folder: Path, behaviour: str = "threaded") -> None:
-        self.client = new_client(folder, str(SCRIPTED), behaviour, help_seconds=0.3)
+        self.file = folder / "jobs"
+        self.client = new_client(folder, str(SCRIPTED), f"{behaviour}={self.file}", help_seconds=0.3)
         self.published, self.folder, self.jobs = published, folder, 0
         files = stored_version(self.client)
         self.paths = [str(self.client._store.local(blob.sha256)) for blob in (files.config, files.weights)]
-        self.seen: set[int] = set()
-        """Processes that were there while a job was proved."""
+        self.on_progress: Callable[[Progress, _Place], None] = lambda progress, place: None
 
-    async def start(self) -> None:
+    async def start(self) -> int:
         await self.client.attach(self.published.config, self.published.manifest, self.published.fd)
+        self.file.unlink(missing_ok=True)
+        assert self.client.pid is not None
+        return self.client.pid
 
     async def prove(self) -> str:
         """One job: `Proved`, or the name of the error."""
         self.jobs += 1
-        packed = str(self.folder / f"{self.jobs}.packed")
         job = Prove(
             digest=f"{self.jobs:064x}", config_path=self.paths[0], weights_path=self.paths[1],
-            packed_path=packed, probes=[], probe_tokens=1,
+            packed_path=str(self.folder / f"{self.jobs}.packed"), probes=[], probe_tokens=1,
         )  # fmt: skip
+
+        def heard(progress: Progress) -> None:
+            place = next(place for place in self.client._places if place.on_progress is heard)
+            self.on_progress(progress, place)
+
         try:
-            return type(await self.client.ask(job, self._saw)).__name__
+            return type(await self.client.ask(job, heard)).__name__
         except (VerifierGoneError, RejectedError) as error:
             return type(error).__name__
 
@@ -253,8 +268,10 @@ class Crowd:
 
         return set().union(*await asyncio.gather(*(ask() for _ in range(module.BACKLOG + 4))))
 
-    def _saw(self, progress: Progress) -> None:
-        self.seen |= set(self.client.pids)
+    @property
+    def had_jobs(self) -> set[int]:
+        """The processes that had any since the start."""
+        return set(map(int, self.file.read_text().split())) if self.file.exists() else set()
 
     async def alone(self) -> None:
         """Wait until no second process is left."""
@@ -266,19 +283,19 @@ def run_crowd(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(work, PATIENCE))
 
 
+@pytest.mark.usefixtures("roomy")
 def test_a_second_process_helps_while_many_wait_and_ends_when_it_has_no_job(
     published: Published, tmp_path: Path
 ) -> None:
     async def crowd_comes_twice() -> None:
         crowd = Crowd(published, tmp_path)
-        await crowd.start()
-        first = crowd.client.pid
+        first = await crowd.start()
         for _ in range(2):
-            crowd.seen.clear()
-            assert await crowd.prove_until(lambda: len(crowd.seen) == 2) == {"Proved"}
+            crowd.file.unlink(missing_ok=True)
+            assert await crowd.prove_until(lambda: len(crowd.had_jobs) == 2) == {"Proved"}
+            (second,) = crowd.had_jobs - {first}
             await crowd.alone()
             assert crowd.client.pids == [first]
-            (second,) = crowd.seen - {first}
             assert gone(second)
             assert not scratch_folder(second).exists()
         assert crowd.client.deaths == 0
@@ -288,42 +305,66 @@ def test_a_second_process_helps_while_many_wait_and_ends_when_it_has_no_job(
     run_crowd(crowd_comes_twice())
 
 
+@pytest.mark.usefixtures("roomy")
+def test_those_that_wait_for_the_first_process_get_a_second_one_too(
+    published: Published, tmp_path: Path
+) -> None:
+    async def all_are_there_already() -> None:
+        crowd = Crowd(published, tmp_path)
+        starting = asyncio.ensure_future(crowd.start())
+        while not crowd.client.has_base:
+            await asyncio.sleep(0)
+        jobs = asyncio.ensure_future(crowd.prove_all(40))
+        await starting
+        while crowd.client._helper is None:
+            assert not jobs.done()
+            await asyncio.sleep(0)
+        assert await jobs == {"Proved"}
+        await crowd.client.engine_gone()
+
+    run_crowd(all_are_there_already())
+
+
+@pytest.mark.usefixtures("roomy")
 @pytest.mark.parametrize("lacks", ["a crowd", "memory", "cores"])
 def test_one_process_proves_alone_where_few_wait_or_there_is_no_room(
     published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str
 ) -> None:
     if lacks == "memory":
-        monkeypatch.setattr(module, "free_host_memory", lambda: module.HELP_BYTES - 1)
+        base = os.fstat(published.fd).st_size
+        monkeypatch.setattr(module, "free_host_memory", lambda: module.HELP_BYTES + base - 1)
     elif lacks == "cores":
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
 
     async def jobs_come() -> None:
         crowd = Crowd(published, tmp_path)
-        await crowd.start()
+        first = await crowd.start()
         assert await crowd.prove_all(1 + module.BACKLOG + (lacks != "a crowd")) == {"Proved"}
         assert crowd.client._helper is None
-        assert crowd.seen == {crowd.client.pid}
+        assert crowd.had_jobs == {first}
         await crowd.client.engine_gone()
 
     run_crowd(jobs_come())
 
 
+@pytest.mark.usefixtures("roomy")
 def test_all_is_proved_by_one_process_where_a_second_cannot_attach_the_base(
     published: Published, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def jobs_come() -> None:
-        crowd = Crowd(published, tmp_path, f"lonely={tmp_path / 'attached'}")
+        crowd = Crowd(published, tmp_path, "lonely")
         await crowd.start()
         told = "no second verifier helps"
         assert await crowd.prove_until(lambda: told in caplog.text) == {"Proved"}
         assert await crowd.prove_all(module.BACKLOG + 2) == {"Proved"}
-        await crowd.alone()
+        assert crowd.client._helper is None
         await crowd.client.engine_gone()
         assert caplog.text.count(told) == 1
 
     run_crowd(jobs_come())
 
 
+@pytest.mark.usefixtures("roomy")
 @pytest.mark.parametrize("when", ["the second starts", "both prove"])
 def test_an_engine_that_ends_takes_both_processes_with_it_and_the_next_one_has_its_own(
     published: Published, tmp_path: Path, when: str
@@ -333,8 +374,8 @@ def test_an_engine_that_ends_takes_both_processes_with_it_and_the_next_one_has_i
         await crowd.start()
         over = asyncio.Event()
         ends = asyncio.ensure_future(crowd.prove_until(over.is_set))
-        while crowd.client._helper is None if when == "the second starts" else len(crowd.seen) < 2:
-            await asyncio.sleep(0)
+        while len(crowd.client.pids if when == "the second starts" else crowd.had_jobs) < 2:
+            await asyncio.sleep(0.001)
         pids = crowd.client.pids
         over.set()
         await crowd.client.engine_gone()
@@ -342,27 +383,44 @@ def test_an_engine_that_ends_takes_both_processes_with_it_and_the_next_one_has_i
         assert all(map(gone, pids))
         assert crowd.client.pids == []
         await crowd.start()
-        crowd.seen.clear()
-        assert await crowd.prove_until(lambda: len(crowd.seen) == 2) == {"Proved"}
+        assert await crowd.prove_until(lambda: len(crowd.had_jobs) == 2) == {"Proved"}
         await crowd.client.engine_gone()
         assert crowd.client.pids == []
 
     run_crowd(lose_the_engine())
 
 
-def test_a_job_whose_helper_is_killed_is_proved_by_the_next_one(published: Published, tmp_path: Path) -> None:
-    async def kill_the_second() -> None:
+@pytest.mark.usefixtures("roomy")
+@pytest.mark.parametrize("dies", ["the first", "the second"])
+def test_what_dies_beside_another_is_proved_all_the_same_and_from_then_on_one_proves_alone(
+    published: Published, tmp_path: Path, dies: str
+) -> None:
+    async def kill_one() -> None:
         crowd = Crowd(published, tmp_path)
         await crowd.start()
-        ends = asyncio.ensure_future(crowd.prove_until(lambda: crowd.client.deaths > 0))
-        while len(crowd.seen) < 2:
-            await asyncio.sleep(0.01)
-        os.kill(crowd.client.pids[1], signal.SIGKILL)
-        assert await ends == {"Proved"}
+        job, killed = list[str](), list[int]()
+
+        def kill(progress: Progress, place: _Place) -> None:
+            """While both prove; the first at the same job as often as rejects one that is proved alone."""
+            assert place.process is not None
+            begins = (place is crowd.client._helper) == (dies == "the second") and len(crowd.had_jobs) == 2
+            if not job and begins:
+                job.append(progress.digest)
+            most = ATTEMPTS if dies == "the first" else 1
+            if progress.digest in job and place.process.pid not in killed and len(killed) < most:
+                killed.append(place.process.pid)
+                os.kill(killed[-1], signal.SIGKILL)
+
+        crowd.on_progress = kill
+        assert await crowd.prove_until(lambda: bool(killed)) == {"Proved"}
+        assert crowd.client.deaths == len(killed)
         await crowd.alone()
+        crowd.file.unlink()
+        assert await crowd.prove_all(module.BACKLOG + 4) == {"Proved"}
+        assert len(crowd.had_jobs) == 1
         await crowd.client.engine_gone()
 
-    run_crowd(kill_the_second())
+    run_crowd(kill_one())
 
 
 # ---- from files to a packed adapter ------------------------------------------------------------
@@ -555,10 +613,10 @@ def test_a_proof_waits_at_its_gate_while_rows_run_gives_signs_of_life_and_ends_w
     busy, news = BusyFlag.make(), asyncio.Queue[Progress | Alive]()
     take_news = VerifierClient._take_news
 
-    def told(client: VerifierClient, message: Any) -> bool:
+    def told(client: VerifierClient, place: Any, message: Any) -> bool:
         if isinstance(message, Progress | Alive):
             news.put_nowait(message)
-        return take_news(client, message)
+        return take_news(client, place, message)
 
     monkeypatch.setattr(VerifierClient, "_take_news", told)
     bench = Bench(published, new_client(tmp_path, "-c", YIELDING, busy_fd=busy.fd), tmp_path)

@@ -9,15 +9,17 @@ Counters that differ by about `credit` or less are even: then whoever runs least
 has waited longest since it came or was served.
 
 Time in which nothing waited is no credit, but for a little: whoever begins to wait is lifted to `credit`
-below the floor. The floor rises by an equal part of all that is given, and to the smallest counter of those
-who wait. So a tenant that asks now and then goes before one that floods, and what an adapter was given is
-made up for by time, though others that were given nothing come again and again.
+below the floor, and no higher than to the largest counter of those who wait. The floor rises by an equal part
+of all that is given, and to the smallest counter of those who wait. So a tenant that asks now and then goes
+before one that floods, and what an adapter was given is made up for by time, though others that were given
+nothing come again and again.
 Two tenants of equal weight that both have rows waiting all the time get the same, up to
 
     2 * (max_rows * (longest prompt + 2 * most max_tokens) + credit)
 
-weighted tokens, where neither lacks slots or blocks: while a tenant's counter is above the other's it is
-given no place, so it gains at most what its running rows still lack, and those are at most `max_rows`.
+weighted tokens, where neither lacks slots or blocks: while a tenant's counter is above the other's by more
+than a credit it is given no place, so it gains at most what its running rows still lack, and those are at
+most `max_rows`.
 
 Rows in the background (batches) come after all others. Among themselves the same holds, by accounts of their
 own: what a tenant's batch is given costs its other requests no turn.
@@ -106,7 +108,9 @@ class Accounts(Generic[_A]):
         self._busy: dict[Hashable, _A] = {}
         self._idle: dict[Hashable, _A] = {}
         self._floor = 0.0
+        self._most = 0.0
         self._floor_of = -1
+        """The plan before which the floor was looked at, and the largest counter of those who wait."""
         self._since = count(1)
 
     def __len__(self) -> int:
@@ -136,8 +140,9 @@ class Accounts(Generic[_A]):
         if account.waiting == 0:
             if self._floor_of != plan:
                 self._floor_of = plan
-                self._floor = max(self._floor, self._least(account))
-            account.counter = max(account.counter, self._floor - self._credit)
+                least, self._most = self._range(account)
+                self._floor = max(self._floor, least)
+            account.counter = max(account.counter, min(self._floor - self._credit, self._most))
             account.since = next(self._since)
             self.waiting[account.key] = account
         account.waiting += 1
@@ -171,12 +176,13 @@ class Accounts(Generic[_A]):
         """Accounts of one band are even."""
         return self.turns((account,))[0] >> _BAND
 
-    def _least(self, account: _A) -> float:
-        """The smallest counter of those who wait, or if none do, of those who run."""
+    def _range(self, account: _A) -> tuple[float, float]:
+        """The smallest and the largest counter of those who wait, or if none do, of those who run."""
         those: Iterable[_A] = self.waiting.values()
         if not self.waiting:
             those = [other for other in self._busy.values() if other is not account or account.rows > 1]
-        return min((other.counter for other in those), default=self._floor)
+        counters = [other.counter for other in those] or [self._floor]
+        return min(counters), max(counters)
 
 
 class Turns:

@@ -59,7 +59,8 @@ _LAST_WORDS_SECONDS = 5.0
 BACKLOG = 4
 """Jobs that wait when a second process is started: that takes as long as some of their proofs."""
 HELP_BYTES = 2 << 30
-"""Free memory without which it is not started. It takes a third of that, and what a version takes twice."""
+"""Free memory, besides as much as the base has, without which it is not started. Of a small base it takes a
+third of that."""
 HELP_SECONDS = 30.0
 """Without a job for that long it is ended."""
 BACKOFF = Backoff(0.5, 30.0)
@@ -84,6 +85,10 @@ class VerifierGoneError(Exception):
 
     The version is neither proven nor rejected; the next verifier can be asked.
     """
+
+
+class _HelperDiedError(Exception):
+    """The second process died, and is not replaced: the job is another one's."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,8 @@ class VerifierClient:
         """Jobs that wait for a place."""
         self._threads = 0
         """Of a verifier that computes on the CPU."""
+        self._alone: _Base | None = None
+        """On which a second process could not be kept: no other one is tried."""
         self._help_seconds = help_seconds
         self._tasks: set[asyncio.Task[None]] = set()
         self._shared: dict[tuple[str, bool], _Shared] = {}
@@ -387,20 +394,23 @@ class VerifierClient:
 
     async def _ask(self, job: Prove | Merge, kind: type[Answer], on_progress: OnProgress) -> Answer:
         """As `ask`, for any job; `kind`: what answers it."""
-        async with self._place() as place:
-            base = self._base
-            if base is None:
-                raise VerifierGoneError("there is no verifier: the engine is not ready")
-            try:
-                place.on_progress = on_progress
-                return await self._answer(place, base, job, kind)
-            except BaseException:
-                if place.process is not None and not place.process.idle:
-                    # Cancelled, or the process is lost anyway: nobody waits for what it would say.
-                    place.process.kill()
-                raise
-            finally:
-                place.on_progress = None
+        while True:
+            async with self._place() as place:
+                base = self._base
+                if base is None:
+                    raise VerifierGoneError("there is no verifier: the engine is not ready")
+                try:
+                    place.on_progress = on_progress
+                    return await self._answer(place, base, job, kind)
+                except _HelperDiedError:
+                    continue
+                except BaseException:
+                    if place.process is not None and not place.process.idle:
+                        # Cancelled, or the process is lost anyway: nobody waits for what it would say.
+                        place.process.kill()
+                    raise
+                finally:
+                    place.on_progress = None
 
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[_Place]:
@@ -422,40 +432,49 @@ class VerifierClient:
             self._give_back(place)
 
     def _give_back(self, place: _Place) -> None:
+        if place is self._helper and self._alone is not None:
+            self._begin(self._end_help(place))
+            return
         self._free.append(place)
         self._permits.release()
+        self._call_for_help()
         if place is self._helper:
             loop = asyncio.get_running_loop()
-            place.end = loop.call_later(self._help_seconds, lambda: self._begin(self._end_help(place)))
+            place.end = loop.call_later(self._help_seconds, lambda: self._begin(self._end_idle_help(place)))
 
     # ---- a second process --------------------------------------------------------------------
 
     def _call_for_help(self) -> None:
         """Start a second process, if many wait and cores and memory are there for it."""
-        if self._waiting <= BACKLOG or self._helper is not None or self._base is None:
+        base = self._base
+        if self._waiting <= BACKLOG or self._helper is not None or base is None or self._alone is base:
             return
-        if 0 < 2 * self._threads <= len(os.sched_getaffinity(0)) and free_host_memory() >= HELP_BYTES:
-            self._helper = _Place()
-            self._begin(self._help(self._helper, self._base))
+        needed = HELP_BYTES + (0 if base.fd is None else os.fstat(base.fd).st_size)
+        if 0 < 2 * self._threads <= len(os.sched_getaffinity(0)) and free_host_memory() >= needed:
+            self._alone, self._helper = None, _Place()
+            self._begin(self._help(self._helper, base))
 
     async def _help(self, place: _Place, base: _Base) -> None:
         try:
             async with place.turn:
                 await self._attached(place, base)
         except Exception as error:
-            self._threads, self._helper = 0, None  # not tried again on this base
+            self._alone, self._helper = base, None
             _log.warning("no second verifier helps: %s", error)
         else:
             self._give_back(place)
 
+    async def _end_idle_help(self, place: _Place) -> None:
+        if place in self._free and not self._permits.locked():  # else it is given back later
+            await self._permits.acquire()  # at once, since nobody waits
+            self._free.remove(place)
+            await self._end_help(place)
+
     async def _end_help(self, place: _Place) -> None:
-        if place not in self._free or self._permits.locked():
-            return  # It has been taken, and is given back.
-        await self._permits.acquire()  # at once, since nobody waits
-        self._free.remove(place)
         async with place.turn:
             await self._end_process(place, _LAST_WORDS_SECONDS)
         self._helper = None
+        self._call_for_help()
 
     def _begin(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -466,7 +485,9 @@ class VerifierClient:
 
     async def _answer(self, place: _Place, base: _Base, job: Prove | Merge, kind: type[Answer]) -> Answer:
         how, doing = "", "proven" if isinstance(job, Prove) else "merged"
-        for _ in range(ATTEMPTS):
+        attempts = ATTEMPTS
+        while attempts:
+            attempts -= 1
             process = await self._attached(place, base)
             process.ask(encode(job))
             try:
@@ -486,6 +507,12 @@ class VerifierClient:
             if answer is None:
                 how = await self._died(place, base)
                 _log.error("the verifier died (%s) at version %s", how, job.digest[:12])
+                # There may be no memory for two: from now on one proves alone. The job is tried once more.
+                if place is self._helper:
+                    self._alone = base
+                    raise _HelperDiedError
+                if self._helper is not None and self._alone is not base:
+                    self._alone, attempts = base, attempts + 1
             else:
                 how = f"it answered {type(answer).__name__}"
                 await self._end_process(place)
