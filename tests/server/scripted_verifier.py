@@ -8,6 +8,7 @@ the weights file as it came. Run as `python scripted_verifier.py BEHAVIOUR --fd 
     slow      as `proves`, after a second
     threaded=F  as `proves`, after a tenth of one; says that it computes with one thread. Each job adds the
         process's id to the file F
+    steady=F  as `threaded`, after half a second
     lonely=F  as `threaded`, but no process attaches the base once F is there
     dies      exits at every job
     hangs     never answers a job
@@ -65,7 +66,7 @@ class ScriptedVerifier:
 
     @property
     def is_threaded(self) -> bool:
-        return self.name in ("threaded", "lonely")
+        return self.name in ("threaded", "steady", "lonely")
 
     def send(self, message: FromVerifier) -> None:
         self.connection.sendall(encode(message))
@@ -96,7 +97,7 @@ class ScriptedVerifier:
                 file.write(f"{os.getpid()}\n")
         self.send(Progress(job.digest, "validating", 0.1))
         self.send(Progress(job.digest, "proving", 0.5))
-        time.sleep({"slow": 1.0, "hangs": 3600.0}.get(self.behaviour, 0.1 * self.is_threaded))
+        time.sleep({"slow": 1.0, "hangs": 3600.0, "steady": 0.5}.get(self.name, 0.1 * self.is_threaded))
         content = Path(job.weights_path).read_bytes()
         if content.startswith(b"broken"):
             self.send(Rejected(digest=job.digest, code="broken_weights", message="these weights are broken"))

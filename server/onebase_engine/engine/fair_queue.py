@@ -9,8 +9,9 @@ Counters that differ by about `credit` or less are even: then whoever runs least
 has waited longest since it came or was served.
 
 Time in which nothing waited is no credit, but for a little: whoever begins to wait is lifted to `credit`
-below the floor, and no higher than to the largest counter of those who wait. The floor rises by an equal part
-of all that is given, and to the smallest counter of those who wait. So a tenant that asks now and then goes
+below the floor, and no higher than to the smallest counter of those who wait while they run or, where nobody
+does, to the largest of those who wait. The floor rises by an equal part of all that is given, and to the
+smallest counter of those who wait. So a tenant that asks now and then goes
 before one that floods, and what an adapter was given is made up for by time, though others that were given
 nothing come again and again.
 Two tenants of equal weight that both have rows waiting all the time get the same, up to
@@ -177,12 +178,15 @@ class Accounts(Generic[_A]):
         return self.turns((account,))[0] >> _BAND
 
     def _range(self, account: _A) -> tuple[float, float]:
-        """The smallest and the largest counter of those who wait, or if none do, of those who run."""
+        """The smallest counter of those who wait, or if none do, of those who run; and how high who comes
+        may be lifted: to the smallest of those who wait while they run, else to the largest.
+        """
         those: Iterable[_A] = self.waiting.values()
         if not self.waiting:
             those = [other for other in self._busy.values() if other is not account or account.rows > 1]
         counters = [other.counter for other in those] or [self._floor]
-        return min(counters), max(counters)
+        served = [other.counter for other in those if other.load]
+        return min(counters), min(served) if served else max(counters)
 
 
 class Turns:

@@ -88,7 +88,7 @@ class VerifierGoneError(Exception):
 
 
 class _HelperDiedError(Exception):
-    """The second process died, and is not replaced: the job is another one's."""
+    """The second process is gone, and is not replaced: the job is another one's."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,11 @@ class Proof:
 
 @dataclass(frozen=True, eq=False)
 class _Base:
-    """The base of one engine. `fd`: of the memory that it was published into."""
+    """The base of one engine. `fd`: of the memory that it was published into, of `size` bytes."""
 
     attach: Attach
     fd: int | None
+    size: int
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,11 @@ class _Place:
     on_progress: OnProgress | None = None
     end: asyncio.TimerHandle | None = None
     """Of a helper without a job: its end."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Its process can be asked."""
+        return self.process is not None and self.process.idle
 
 
 class VerifierClient:
@@ -234,7 +240,9 @@ class VerifierClient:
 
         Raises VerifierGoneError: the base cannot be attached, or the engine ended meanwhile.
         """
-        self._base = base = _Base(Attach(config=config, manifest=manifest, base_id=self._base_id), base_fd)
+        size = 0 if base_fd is None else os.fstat(base_fd).st_size
+        attach = Attach(config=config, manifest=manifest, base_id=self._base_id)
+        self._base = base = _Base(attach, base_fd, size)
         self._base_here.set()
         async with self._place() as place:
             await self._attached(place, base)
@@ -250,6 +258,8 @@ class VerifierClient:
         for place in places:
             async with place.turn:
                 await self._end_process(place)
+        if self._helper is not None:
+            await self._end_idle_help(self._helper)
         if self._attaching is not None:
             await self._attaching
 
@@ -432,7 +442,7 @@ class VerifierClient:
             self._give_back(place)
 
     def _give_back(self, place: _Place) -> None:
-        if place is self._helper and self._alone is not None:
+        if place is self._helper and not (self._base is not None and self._alone is None and place.is_ready):
             self._begin(self._end_help(place))
             return
         self._free.append(place)
@@ -449,8 +459,8 @@ class VerifierClient:
         base = self._base
         if self._waiting <= BACKLOG or self._helper is not None or base is None or self._alone is base:
             return
-        needed = HELP_BYTES + (0 if base.fd is None else os.fstat(base.fd).st_size)
-        if 0 < 2 * self._threads <= len(os.sched_getaffinity(0)) and free_host_memory() >= needed:
+        roomy = free_host_memory() >= HELP_BYTES + base.size
+        if roomy and 0 < 2 * self._threads <= len(os.sched_getaffinity(0)):
             self._alone, self._helper = None, _Place()
             self._begin(self._help(self._helper, base))
 
@@ -487,6 +497,8 @@ class VerifierClient:
         how, doing = "", "proven" if isinstance(job, Prove) else "merged"
         attempts = ATTEMPTS
         while attempts:
+            if place is self._helper and not place.is_ready:
+                raise _HelperDiedError
             attempts -= 1
             process = await self._attached(place, base)
             process.ask(encode(job))
@@ -505,14 +517,15 @@ class VerifierClient:
             if isinstance(answer, Rejected):
                 raise RejectedError(answer.code, answer.message)
             if answer is None:
+                beside = self._helper
                 how = await self._died(place, base)
                 _log.error("the verifier died (%s) at version %s", how, job.digest[:12])
-                # There may be no memory for two: from now on one proves alone. The job is tried once more.
-                if place is self._helper:
-                    self._alone = base
-                    raise _HelperDiedError
-                if self._helper is not None and self._alone is not base:
+                if beside is not None and self._alone is not base:
+                    # There may be no memory for two: from now on one proves alone, and this job once more.
                     self._alone, attempts = base, attempts + 1
+                    if place is not beside:
+                        async with beside.turn:
+                            await self._end_process(beside, _LAST_WORDS_SECONDS)
             else:
                 how = f"it answered {type(answer).__name__}"
                 await self._end_process(place)
