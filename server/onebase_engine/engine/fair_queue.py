@@ -11,8 +11,8 @@ has waited longest since it came or was served.
 Time in which nothing waited is no credit, but for a little: whoever begins to wait is lifted to `credit`
 below the floor, and no higher than to the smallest counter of those who wait while they run or, where nobody
 does, to the largest of those who wait. The floor rises by an equal part of all that is given, and to the
-smallest counter of those who wait. So a tenant that asks now and then goes before one that floods, and what an
-adapter was given is made up for by time, though others that were given nothing come again and again.
+smallest counter of those who wait. So a tenant that asks now and then goes before one that floods, and what
+an adapter was given is made up for by time, though others that were given nothing come again and again.
 Two tenants of equal weight that both have rows waiting all the time get the same, up to
 
     2 * (max_rows * (longest prompt + 2 * most max_tokens) + credit)
