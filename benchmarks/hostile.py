@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+"""Measures what a tenant that does its worst costs another one's streams.
+
+Two tenants have keys with every scope but admin. The first streams a text, again and again. It is measured
+alone, beside a second tenant that streams as many ordinary texts as it attacks with, and beside each attack
+of that tenant and all of them at once: grammars that are large or never compile, prompts that are long or
+many, uploads, jobs, names that the Hub does not have, bodies that are no JSON, and connections that dawdle.
+Of the first tenant's streams the time between two events is taken.
+
+  python benchmarks/hostile.py                          # each attack for 20 s, all of them for ten minutes
+  python benchmarks/hostile.py --attacks grammars --seconds 30
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from bench import machine
+from bench.processes import end_on_signals, free_port, server
+from bench.report import percentile
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN_STREAMS = 16
+"""Streams of the second tenant's ordinary load, and of its prompts that are long."""
+GRAMMARS = 60
+
+
+class Attacker:
+    """The second tenant. Each attack is one request or a few; `run` repeats it."""
+
+    def __init__(self, http: httpx2.AsyncClient, base: str) -> None:
+        self._http = http
+        self._base = base
+        self._numbers = itertools.count()
+        self.answers: Counter[str] = Counter()
+
+    async def run(self, attack: Callable[[Attacker], Awaitable[None]], until: float) -> None:
+        while time.monotonic() < until:
+            try:
+                await attack(self)
+            except (httpx2.HTTPError, OSError) as error:
+                self.answers[type(error).__name__] += 1
+
+    async def post(self, path: str, body: Any = None, **more: Any) -> httpx2.Response:
+        answer = (
+            await self._http.post(path, json=body, **more) if body else await self._http.post(path, **more)
+        )
+        code = answer.json().get("error", {}).get("code", "") if answer.status_code >= 400 else ""
+        self.answers[f"{answer.status_code} {code}".strip()] += 1
+        return answer
+
+    async def plain(self) -> None:
+        await self.post(
+            "/generate", {"prompt": f"{next(self._numbers)}", "max_tokens": 200, "ignore_eos": True}
+        )
+
+    async def grammar(self) -> None:
+        """Send a schema that is large, or whose patterns are found to be too many only by compiling it."""
+        number = next(self._numbers)
+        if number % 5 < 2:
+            names = {f"p{n}": {"type": "string", "format": "date-time"} for n in range(2000)}
+            schema: dict[str, Any] = {"type": "object", "properties": names, "title": f"{number}"}
+        else:
+            meeting = [
+                {"patternProperties": {f"^a{{1,{n}}}$": {"pattern": f"^.*[a-z]{{{n}}}.*$"}}}
+                for n in range(3, 60)
+            ]
+            schema = {"allOf": [{"properties": {"a": {"type": "string"}}}, *meeting], "title": f"{number}"}
+        await self.post("/generate", {"prompt": "x", "guided_json": schema, "max_tokens": 100})
+
+    async def long_prompt(self) -> None:
+        await self.post("/generate", {"prompt": f"{next(self._numbers)} word" * 1500, "max_tokens": 1})
+
+    async def many_prompts(self) -> None:
+        prompts = [f"{next(self._numbers)} " + "word " * 180 for _ in range(64)]
+        await self.post("/v1/completions", {"model": self._base, "prompt": prompts, "max_tokens": 1})
+
+    async def upload(self) -> None:
+        """Upload an adapter under a new name, activate it, and delete it."""
+        folder, name = ROOT / "examples/adapters/orders", f"evil-{next(self._numbers)}"
+        files = [
+            ("files", (one, (folder / one).read_bytes()))
+            for one in ("adapter_config.json", "adapter_model.safetensors")
+        ]
+        answer = await self.post("/v1/adapters?wait=true&activate=true", files=files, data={"name": name})
+        if answer.status_code < 400:
+            await self._http.delete(f"/v1/adapters/{name}?force=true")
+
+    async def job(self) -> None:
+        rows = "\n".join(json.dumps({"prompt": f"{n}", "completion": "x" * 200}) for n in range(2000))
+        answer = await self.post(
+            "/v1/files", files={"file": ("rows.jsonl", rows)}, data={"purpose": "fine-tune"}
+        )
+        if answer.status_code < 400:
+            file = answer.json()["id"]
+            await self.post(
+                "/v1/fine_tuning/jobs", {"model": self._base, "training_file": file, "suffix": "evil"}
+            )
+        await asyncio.sleep(1.0)
+
+    async def missing_name(self) -> None:
+        await self.post("/generate", {"prompt": "x", "adapter": f"hub:nobody/{next(self._numbers)}@main"})
+
+    async def nonsense(self) -> None:
+        await self.post("/generate", content=b"[" * 1_000_000, headers={"content-type": "application/json"})
+
+    async def dawdle(self) -> None:
+        """Open connections that send a byte now and then."""
+        url = self._http.base_url
+        streams = [await asyncio.open_connection(url.host, url.port) for _ in range(20)]
+        for _ in range(10):
+            for _, writer in streams:
+                writer.write(b"P")
+            await asyncio.sleep(0.2)
+        for _, writer in streams:
+            writer.close()
+
+
+ATTACKS: dict[str, tuple[Callable[[Attacker], Awaitable[None]], int]] = {
+    "plain": (Attacker.plain, PLAIN_STREAMS),
+    "grammars": (Attacker.grammar, GRAMMARS),
+    "long prompts": (Attacker.long_prompt, PLAIN_STREAMS),
+    "many prompts": (Attacker.many_prompts, 20),
+    "uploads": (Attacker.upload, 4),
+    "jobs": (Attacker.job, 2),
+    "hub": (Attacker.missing_name, 8),
+    "nonsense": (Attacker.nonsense, 4),
+    "connections": (Attacker.dawdle, 10),
+}
+"""What the second tenant does, and how often at once, by name."""
+
+
+async def stream(http: httpx2.AsyncClient, until: float) -> list[float]:
+    """Stream texts until then; return the seconds between two events of one stream."""
+    gaps: list[float] = []
+    body = {
+        "prompt": "Once upon a time",
+        "max_tokens": 100,
+        "ignore_eos": True,
+        "stream": True,
+        "temperature": 0,
+    }
+    while time.monotonic() < until:
+        last = None
+        async with http.stream("POST", "/generate", json=body) as answer:
+            answer.raise_for_status()
+            async for line in answer.aiter_lines():
+                if line.startswith("data:"):
+                    now = time.perf_counter()
+                    gaps += [] if last is None else [now - last]
+                    last = now
+    return gaps
+
+
+async def measure(
+    url: str, keys: Sequence[str], attacks: Sequence[str], seconds: float
+) -> tuple[list[float], Counter[str]]:
+    """Return the first tenant's gaps beside these attacks of the second, and what the second was answered."""
+    clients = [
+        httpx2.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=120,
+        limits=httpx2.Limits(max_connections=None)) for key in keys
+    ]  # fmt: skip
+    models = (await clients[0].get("/v1/models")).json()["data"]
+    attacker = Attacker(clients[1], models[0]["id"])
+    began = time.monotonic()
+    running = [
+        asyncio.create_task(attacker.run(attack, began + seconds))
+        for attack, times in (ATTACKS[name] for name in attacks)
+        for _ in range(times)
+    ]
+    await asyncio.sleep(min(2.0, seconds / 4))
+    gaps = await stream(clients[0], began + seconds)
+    for task in running:
+        task.cancel()
+    for task in running:
+        with suppress(asyncio.CancelledError):
+            await task
+    for client in clients:
+        await client.aclose()
+    return gaps, attacker.answers
+
+
+def make_key(data: Path, tenant: str) -> str:
+    command = [str(Path(sys.executable).with_name("onebase")), "keys", "create", "--tenant", tenant]
+    command += ["--scope", "generate,adapters,train", "--data-dir", str(data)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return next(word for word in done.stdout.split() if word.startswith("ob"))
+
+
+async def bench(options: argparse.Namespace, console: Console) -> None:
+    loads: list[tuple[str, list[str], float]] = [("alone", [], options.seconds)]
+    loads += [(name, [name], options.seconds) for name in options.attacks]
+    if options.minutes:
+        loads.append(
+            ("all at once", [name for name in options.attacks if name != "plain"], options.minutes * 60)
+        )
+    with tempfile.TemporaryDirectory(prefix="onebase-hostile-") as folder:
+        data, log = Path(folder) / "data", Path(folder) / "server.log"
+        keys = [make_key(data, tenant) for tenant in ("good", "evil")]
+        url = f"http://127.0.0.1:{(port := free_port())}"
+        command = [str(Path(sys.executable).with_name("onebase")), "serve", "--port", str(port)]
+        command += ["--data-dir", str(data), "--hub-allow", "nobody/*"]
+        table = Table(box=SIMPLE_HEAD, title="seconds between two events of another tenant's stream, ms")
+        for name in ("beside", "events", "p50", "p99", "longest", "p99 by alone", "answers"):
+            table.add_column(name, justify="left" if name in ("beside", "answers") else "right")
+        async with server(command, f"{url}/ready", log):
+            alone = 0.0
+            for name, attacks, seconds in loads:
+                console.print(f"{name}: {seconds:.0f} s")
+                gaps, answers = await measure(url, keys, attacks, seconds)
+                p99 = percentile(gaps, 0.99)
+                alone = alone or p99
+                seen = ", ".join(f"{count} x {what}" for what, count in answers.most_common(4))
+                row = [median_of(gaps), p99 * 1e3, max(gaps) * 1e3]
+                table.add_row(
+                    name, str(len(gaps)), *(f"{one:.0f}" for one in row), f"{p99 / alone:.1f}x", seen
+                )
+        console.print(table)
+
+
+def median_of(gaps: Sequence[float]) -> float:
+    return percentile(gaps, 0.5) * 1e3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--attacks",
+        type=lambda text: text.split(","),
+        default=list(ATTACKS),
+        help="comma-separated (default: all)",
+    )
+    parser.add_argument("--seconds", type=float, default=20, help="length of each attack (default: 20)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10,
+        help="length of all of them at once; 0: leave it out (default: 10)",
+    )
+    parser.add_argument("--busy", action="store_true", help="measure although other work takes the cores")
+    options = parser.parse_args(argv)
+    if unknown := set(options.attacks) - ATTACKS.keys():
+        parser.error(f"--attacks: {', '.join(sorted(unknown))} is none of {', '.join(ATTACKS)}")
+    console = Console()
+    end_on_signals()
+    machine.demand_quiet(options.busy, console)
+    asyncio.run(bench(options, console))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
