@@ -29,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from onebase_engine.base.default_base import fetch_default_base
-from onebase_engine.engine.grammars import WHITESPACE
+from onebase_engine.engine.grammar_link import WHITESPACE
 from onebase_server.generation.json_schema import closed
 
 PATIENCE = 5.0

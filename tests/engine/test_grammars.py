@@ -23,10 +23,12 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from onebase_engine.base.load import BaseSettings, eos_ids, load_base
-from onebase_engine.engine import grammars
+from onebase_engine.engine import grammar_link, grammars
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
-from onebase_engine.engine.grammar_process import Follower, load_tokenizer, resident_bytes
+from onebase_engine.engine.grammar_follower import Follower
+from onebase_engine.engine.grammar_process import Matchers, check_patterns, load_tokenizer, resident_bytes
+from onebase_engine.engine.grammars import Grammars
 from onebase_engine.engine.messages import Grammar
 from onebase_engine.engine.scheduler import Limits
 from onebase_server.http.schemas.generation import GenerateRequest
@@ -62,9 +64,10 @@ def of_schema(schema: Any) -> Grammar:
 @pytest.fixture(autouse=True)
 def _time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough on any machine, unless a test says less."""
-    monkeypatch.setattr(grammars, "START_SECONDS", 300.0)
-    monkeypatch.setattr(grammars, "COMPILE_SECONDS", 300.0)
-    monkeypatch.setattr(grammars, "MASK_SECONDS", 300.0)
+    monkeypatch.setattr(grammar_link, "START_SECONDS", 300.0)
+    monkeypatch.setattr(grammar_link, "COMPILE_SECONDS", 300.0)
+    monkeypatch.setattr(grammar_link, "MASK_SECONDS", 300.0)
+    monkeypatch.setattr(grammar_link, "STUCK_SECONDS", 300.0)
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +114,11 @@ class Answers:
         self.ends: dict[str, protocol.RowOutput] = {}
 
     def submit(self, name: str, grammar: Grammar | None, **changes: Any) -> None:
-        n = changes.pop("n", 1)
+        n, tenant = changes.pop("n", 1), changes.pop("tenant", "default")
         sampling = protocol.Sampling(**{"temperature": 1.5, "max_tokens": 120, "seed": 5} | changes)
-        self._engine.submit(protocol.Submit(id=name, prompt=PROMPT, sampling=sampling, grammar=grammar, n=n))
+        self._engine.submit(
+            protocol.Submit(id=name, prompt=PROMPT, sampling=sampling, grammar=grammar, n=n, tenant=tenant)
+        )
 
     def step(self) -> None:
         self._engine.step()
@@ -141,7 +146,7 @@ class Answers:
 def ask(engine: Engine, tokenizer: Tokenizer, asked: Asked) -> Answers:
     answers = Answers(engine, tokenizer)
     for name, (grammar, changes) in asked.items():
-        answers.submit(name, grammar, **changes)
+        answers.submit(name, grammar, **dict(changes))
     return answers.run()
 
 
@@ -317,7 +322,7 @@ def test_rows_end_where_they_are_told_to_while_their_grammar_is_compiled(
     assert not engine.busy
 
 
-# ---- the process --------------------------------------------------------------------------------
+# ---- the processes ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -334,9 +339,15 @@ def following(engine: Engine) -> grammars.Grammars:
 
 
 def pid_of(engine: Engine) -> int:
-    process = following(engine)._process
+    """Id of the process that follows the grammars of the only tenant."""
+    process = follower_of(engine).process
     assert process is not None
+    assert process.pid is not None
     return process.pid
+
+
+def follower_of(engine: Engine, tenant: str = "default") -> Follower:
+    return following(engine)._followers[tenant]
 
 
 @pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
@@ -350,11 +361,12 @@ def test_rows_go_on_to_the_same_text_when_the_process_dies_or_hangs(
         answers.submit(name, grammar, **changes)
     while not any(answers.tokens.values()):
         answers.step()
-    monkeypatch.setattr(grammars, "MASK_SECONDS", 3.0 if harm == signal.SIGSTOP else 300.0)
+    monkeypatch.setattr(grammar_link, "STUCK_SECONDS", 3.0 if harm == signal.SIGSTOP else 300.0)
     killed = pid_of(own)
     os.kill(killed, harm)
-    answers.step()
-    monkeypatch.setattr(grammars, "MASK_SECONDS", 300.0)
+    while (process := follower_of(own).process) is not None and process.pid == killed:
+        answers.step()
+    monkeypatch.setattr(grammar_link, "STUCK_SECONDS", 300.0)
     answers.run()
     assert answers.tokens == whole.tokens
     assert pid_of(own) != killed
@@ -364,7 +376,7 @@ BAD_PROCESS = """
 import json, os, socket, sys, time
 from onebase_engine.engine import grammar_process as real
 
-class Follower(real.Follower):
+class Matchers(real.Matchers):
     def compile(self, key, grammar):
         if "die" in grammar.text:
             os._exit(1)
@@ -372,28 +384,29 @@ class Follower(real.Follower):
             time.sleep(1000)
         return super().compile(key, grammar)
 
-    def mask(self, want):
-        if any("late" in self.texts.get(key, "") for _, key, *_ in want.rows):
-            os._exit(1)
-        return super().mask(want)
+    def mask(self, request):
+        for word in ("late", "slow"):
+            if any(word in self.texts.get(key, "") for _, key, *_ in request.sequences):
+                os._exit(1) if word == "late" else time.sleep(0.3)
+        return super().mask(request)
 
-    def foresee(self, tell):
-        if any("early" in self.texts.get(key, "") for _, key, *_ in tell.rows):
+    def foresee(self, drawn):
+        if any("early" in self.texts.get(key, "") for _, key, *_ in drawn.sequences):
             os._exit(1)
-        lies = {number: [2**31 - 1] for number, key, _ in tell.rows if "foreign" in self.texts.get(key, "")}
-        if any("unknown" in self.texts.get(key, "") for _, key, *_ in tell.rows):
+        lies = {n: [2**31 - 1] for n, key, _ in drawn.sequences if "foreign" in self.texts.get(key, "")}
+        if any("unknown" in self.texts.get(key, "") for _, key, *_ in drawn.sequences):
             lies[10**6] = [1]
-        lies |= {number: "words" for number, key, _ in tell.rows if "garbled" in self.texts.get(key, "")}
-        return super().foresee(tell) | lies
+        lies |= {n: "words" for n, key, _ in drawn.sequences if "garbled" in self.texts.get(key, "")}
+        return super().foresee(drawn) | lies
 
     texts = {}
 
-compile_ = Follower.compile
+compile_ = Matchers.compile
 def noted(self, key, grammar):
     self.texts[key] = grammar.text
     return compile_(self, key, grammar)
-Follower.compile = noted
-real.Follower = Follower
+Matchers.compile = noted
+real.Matchers = Matchers
 real.main()
 """
 
@@ -403,7 +416,7 @@ def bad(own: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """An engine whose process dies and hangs of grammars that say so."""
     program = tmp_path / "bad.py"
     program.write_text(BAD_PROCESS)
-    monkeypatch.setattr(grammars, "PROGRAM", (str(program),))
+    monkeypatch.setattr(grammar_link, "PROGRAM", (str(program),))
     return own
 
 
@@ -411,7 +424,7 @@ def bad(own: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
 def test_a_grammar_that_ends_the_process_costs_its_own_request_alone(
     bad: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, word: str, seconds: float
 ) -> None:
-    monkeypatch.setattr(grammars, "COMPILE_SECONDS", seconds)
+    monkeypatch.setattr(grammar_link, "STUCK_SECONDS", seconds)
     asked: Asked = {
         "before": (of_schema(PERSON), {}),
         "bad": (Grammar("regex", f"{word}"), {}),
@@ -452,11 +465,12 @@ def test_a_process_that_ends_of_looking_ahead_costs_nobody_an_answer(
 def test_in_a_long_text_that_is_forced_nothing_is_looked_ahead(folder: Path, base: nn.Module) -> None:
     size = int(base.config.vocab_size)  # type: ignore[union-attr, arg-type]
     masks = np.zeros((1, -(-size // 32)), dtype=np.int32)
-    follower = Follower(load_tokenizer(folder, size, [*eos_ids(base)]), masks, resident_bytes())
+    follower = Matchers(load_tokenizer(folder, size, [*eos_ids(base)]), masks, resident_bytes())
     for key, length in (("short", 200), ("long", 200_000)):
         assert follower.compile(key, of_schema({"const": "word " * (length // 5)})).error is None
     for _ in range(2):
-        seen = follower.foresee(grammars.Tell(1, [(0, "short", []), (1, "long", []), (2, "long", [])]))
+        drawn = grammar_link.TokensDrawn(1, [(0, "short", []), (1, "long", []), (2, "long", [])])
+        seen = follower.foresee(drawn)
         assert seen.keys() == {0}
 
 
@@ -495,13 +509,13 @@ USED_PROCESS = """
 import json, os, sys
 from onebase_engine.engine import grammar_process as real
 
-class Follower(real.Follower):
+class Matchers(real.Matchers):
     def forget(self, rows, keys):
         super().forget(rows, keys)
-        open(sys.argv[0] + ".new", "w").write(json.dumps([len(self._used), len(self._rows)]))
+        open(sys.argv[0] + ".new", "w").write(json.dumps([len(self._used), len(self._sequences)]))
         os.replace(sys.argv[0] + ".new", sys.argv[0] + ".json")
 
-real.Follower = Follower
+real.Matchers = Matchers
 real.main()
 """
 
@@ -511,7 +525,7 @@ def test_what_nobody_follows_any_more_is_let_go(
 ) -> None:
     program = tmp_path / "used.py"
     program.write_text(USED_PROCESS)
-    monkeypatch.setattr(grammars, "PROGRAM", (str(program),))
+    monkeypatch.setattr(grammar_link, "PROGRAM", (str(program),))
     ask(own, tokenizer, {str(i): (of_schema(schema), {}) for i, schema in enumerate(SCHEMAS)})
     ask(own, tokenizer, {"bad": (Grammar("regex", "["), {})})
     answers = Answers(own, tokenizer)
@@ -525,8 +539,9 @@ def test_what_nobody_follows_any_more_is_let_go(
         if json.loads(program.with_suffix(".py.json").read_text()) == [0, 0]:
             break
     assert json.loads(program.with_suffix(".py.json").read_text()) == [0, 0]
-    assert not following(own)._users
-    assert not following(own)._told
+    follower = follower_of(own)
+    assert not any((follower.users, follower.grammars, follower.reported, follower.answered))
+    assert not following(own)._trials
 
 
 def test_an_engine_is_idle_when_those_have_left_whose_grammars_ended_a_process(
@@ -535,10 +550,8 @@ def test_an_engine_is_idle_when_those_have_left_whose_grammars_ended_a_process(
     answers = Answers(bad, tokenizer)
     for name in ("die", "die or not"):
         answers.submit(name, Grammar("regex", name))
-    while following(bad)._asked.keys() != {*bad._opening} or not following(bad)._waiting:
+    while not any(trial.deaths for trial in following(bad)._trials.values()) and bad.busy:
         answers.step()
-        if not bad.busy:
-            break
     for name in ("die", "die or not"):
         bad.cancel(protocol.Cancel(id=name))
     answers.run()
@@ -582,13 +595,14 @@ def test_the_process_ends_with_its_engine(folder: Path, tmp_path: Path) -> None:
         "import os, sys, time\n"
         "from pathlib import Path\n"
         "from onebase_engine.engine import grammars\n"
-        "grammars.START_SECONDS = 300.0\n"
+        "grammars.link.START_SECONDS = 300.0\n"
         "from onebase_engine.engine.messages import Grammar\n"
         "made = grammars.Grammars(Path(sys.argv[1]), 49152, [2], 8)\n"
-        "made.open(Grammar('regex', 'a'), 1)\n"
-        "while not made.arrived(1.0): pass\n"
-        "os.kill(made._process.pid, 19)\n"  # it does not even see that the socket is closed
-        "print(made._process.pid, flush=True)\n"
+        "made.open(Grammar('regex', 'a'), 'acme', 1)\n"
+        "while not made.opened(1.0): pass\n"
+        "pid = made._followers['acme'].process.pid\n"
+        "os.kill(pid, 19)\n"  # it does not even see that the socket is closed
+        "print(pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run(
@@ -622,3 +636,222 @@ def test_many_long_choices_can_be_told_apart(engine: Engine, tokenizer: Tokenize
     assert choices is not None
     answers = ask(engine, tokenizer, {"x": (choices.grammar, {"max_tokens": 100})})
     assert re.fullmatch("[0-9]{1,3} (word ){40}", answers.text("x"))
+
+
+# ---- nobody waits for others' grammars ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("grace", [0.0, 0.01])
+@pytest.mark.parametrize("draft_tokens", [0, 7])
+def test_masks_that_come_late_change_no_text_and_hold_up_nobody(
+    base: nn.Module, folder: Path, tokenizer: Tokenizer, bad: Engine, engine: Engine,
+    monkeypatch: pytest.MonkeyPatch, grace: float, draft_tokens: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(grammars, "GRACE_SECONDS", grace)
+    own = make_engine(base, folder, draft_tokens)
+    asked: Asked = {
+        "x": (Grammar("regex", "slow (words|letters) and [a-z ]{9}"), {"max_tokens": 12}),
+        "y": (of_schema(PERSON), {"max_tokens": 12}),
+    }
+    whole = ask(engine, tokenizer, asked)
+    answers = Answers(own, tokenizer)
+    for name, (grammar, changes) in asked.items():
+        answers.submit(name, grammar, **changes)
+    answers.submit("free", None, max_tokens=200, temperature=0.0)
+    ahead = 0
+    while own.busy:
+        had = len(answers.tokens.get("x", ())), len(answers.tokens.get("free", ()))
+        answers.step()
+        ahead += len(answers.tokens.get("x", ())) == had[0] and len(answers.tokens.get("free", ())) > had[1]
+    following(own).end()
+    assert {name: answers.tokens[name] for name in asked} == whole.tokens
+    assert ahead > 20, "the sequence without a grammar waited for the others"
+
+
+UNBOUNDED_PROCESS = """
+from onebase_engine.engine import grammar_process as real
+
+real.MOST_PATTERNS = 10**6
+real.main()
+"""
+
+
+@pytest.fixture
+def unbounded(own: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine that finds out only by trying which grammars take for ever, in a tenth of the usual time."""
+    program = tmp_path / "unbounded.py"
+    program.write_text(UNBOUNDED_PROCESS)
+    monkeypatch.setattr(grammar_link, "PROGRAM", (str(program),))
+    monkeypatch.setattr(grammar_link, "COMPILE_SECONDS", 1.0)
+    monkeypatch.setattr(grammars, "COMPILE_BUDGET", 2.0)
+    return own
+
+
+def hanging(number: int) -> Grammar:
+    patterns = [{"type": "string", "pattern": f"^.*[a-z]{{{n}}}.*$"} for n in range(3, 60)]
+    return of_schema({"title": f"{number}", "allOf": patterns})
+
+
+def test_a_plain_stream_goes_on_beside_sixty_grammars_that_are_large_or_hang(
+    unbounded: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    poll = Grammars._poll
+
+    def noted(self: Grammars, processes: Any, seconds: float) -> None:
+        waits.append(seconds)
+        poll(self, processes, seconds)
+
+    answers = Answers(unbounded, tokenizer)
+    answers.submit("good", None, tenant="good", max_tokens=400, temperature=0.0, ignore_eos=True)
+    while not answers.tokens.get("good"):
+        answers.step()
+    monkeypatch.setattr(Grammars, "_poll", noted)
+    large = {f"p{n}": {"type": "string", "format": "date-time"} for n in range(2000)}
+    for number in range(24):
+        schema = {"type": "object", "properties": large, "title": f"{number}"}
+        answers.submit(f"large-{number}", of_schema(schema), tenant="evil", max_tokens=60)
+    for number in range(36):
+        answers.submit(f"hangs-{number}", hanging(number), tenant="evil")
+    steps = 0
+    while "good" not in answers.ends:
+        had = len(answers.tokens["good"])
+        answers.step()
+        steps += 1
+        assert len(answers.tokens["good"]) > had, "a step gave the plain stream nothing"
+        assert sum(waits) <= grammars.GRACE_SECONDS, "a step waited for another tenant's grammars"
+        waits.clear()
+    answers.run()
+    assert len(answers.ends) == 61
+    hung = [answers.ends[f"hangs-{number}"] for number in range(36)]
+    assert {end.error_code for end in hung} <= {"grammar_refused", "grammar_limit"}
+    limited = [end for end in hung if end.error_code == "grammar_limit"]
+    assert len(limited) > 30
+    assert all((end.retry_after or 0) > 1 for end in limited)
+
+
+def test_a_tenant_that_has_used_its_time_for_new_grammars_keeps_those_that_are_known(
+    unbounded: Engine, tokenizer: Tokenizer
+) -> None:
+    known, new = of_schema(PERSON), of_schema({"enum": ["something", "else"]})
+    ask(unbounded, tokenizer, {"known": (known, {"tenant": "evil"})})
+    ask(unbounded, tokenizer, {str(n): (hanging(n), {"tenant": "evil"}) for n in range(3)})
+    asked: Asked = {
+        "known": (known, {"tenant": "evil"}),
+        "new": (new, {"tenant": "evil"}),
+        "other": (new, {"tenant": "good"}),
+        "again": (hanging(0), {"tenant": "good"}),
+    }
+    answers = ask(unbounded, tokenizer, asked)
+    keeps_to(PERSON, answers, "known")
+    assert answers.ends["new"].error_code == "grammar_limit"
+    assert "2 s of a processor in the last 60 s" in (answers.ends["new"].error_message or "")
+    assert answers.text("other") in ('"something"', '"else"')
+    assert answers.ends["again"].error_code == "grammar_refused", "a harmful grammar was tried again"
+
+
+def test_a_trial_that_nobody_waits_for_any_more_is_ended(unbounded: Engine, tokenizer: Tokenizer) -> None:
+    answers = Answers(unbounded, tokenizer)
+    answers.submit("gone", hanging(0), tenant="evil")
+    while not following(unbounded)._running_trials() or not following(unbounded)._running_trials()[0].pid:
+        answers.step()
+    pid = following(unbounded)._running_trials()[0].pid
+    unbounded.cancel(protocol.Cancel(id="gone"))
+    answers.run()
+    assert answers.ends["gone"].finish == "cancelled"
+    assert not following(unbounded)._trials
+    while Path(f"/proc/{pid}").exists():
+        time.sleep(0.01)
+
+
+def test_one_tenants_process_ends_without_anothers_noticing(
+    bad: Engine, engine: Engine, tokenizer: Tokenizer
+) -> None:
+    asked: Asked = {"y": (of_schema(PERSON), {"tenant": "good", "max_tokens": 60})}
+    whole = ask(engine, tokenizer, asked)
+    answers = Answers(bad, tokenizer)
+    answers.submit("y", *asked["y"][:1], **asked["y"][1])
+    while not answers.tokens.get("y"):
+        answers.step()
+    process = follower_of(bad, "good").process
+    answers.submit("late", Grammar("regex", "late"), tenant="evil")
+    answers.run()
+    assert answers.ends["late"].error_code == "grammar_refused"
+    assert answers.tokens["y"] == whole.tokens["y"]
+    assert follower_of(bad, "good").process is process
+
+
+def test_when_the_process_dies_that_starts_the_others_the_text_is_the_same(
+    own: Engine, engine: Engine, tokenizer: Tokenizer
+) -> None:
+    asked: Asked = {str(i): (of_schema(schema), {"seed": i}) for i, schema in enumerate(SCHEMAS)}
+    whole = ask(engine, tokenizer, asked)
+    answers = Answers(own, tokenizer)
+    for name, (grammar, changes) in asked.items():
+        answers.submit(name, grammar, **changes)
+    while not any(answers.tokens.values()):
+        answers.step()
+    template = following(own)._template
+    assert template is not None
+    os.kill(template._process.pid, signal.SIGKILL)
+    assert answers.run().tokens == whole.tokens
+    assert following(own)._template is not template
+
+
+# ---- patterns that have to match at once --------------------------------------------------------
+
+
+def met_by(count: int) -> list[dict[str, Any]]:
+    return [{"pattern": f"^[a-z]*{n}$"} for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": met_by(9)},
+        {"allOf": [{"allOf": met_by(5)}, {"anyOf": [{"const": "x"}, {"allOf": met_by(4)}]}]},
+        {"allOf": [{"properties": {"a": part}} for part in met_by(9)]},
+        {"allOf": [{"items": part} for part in met_by(9)]},
+        {
+            "$defs": {f"p{n}": part for n, part in enumerate(met_by(9))},
+            "allOf": [{"$ref": f"#/$defs/p{n}"} for n in range(9)],
+        },
+        {"pattern": "a", "format": "date", "$ref": "#/$defs/x", "$defs": {"x": {"allOf": met_by(7)}}},
+        {"properties": {"deep": {"items": {"allOf": met_by(9)}}}},
+    ],
+)
+def test_a_text_that_has_to_match_too_many_patterns_is_refused_before_it_is_compiled(schema: Any) -> None:
+    with pytest.raises(ValueError, match="patterns and formats at once, and at most 8 are allowed"):
+        check_patterns(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *SCHEMAS,
+        True,
+        {"anyOf": met_by(300)},
+        {"properties": {f"p{n}": part for n, part in enumerate(met_by(300))}},
+        {"prefixItems": met_by(300)},
+        {"allOf": [{"properties": {f"p{n}": part}} for n, part in enumerate(met_by(300))]},
+        {"$defs": {"node": {"pattern": "x", "properties": {"next": {"$ref": "#/$defs/node"}}}},
+         "allOf": [{"$ref": "#/$defs/node"}]},
+        {"$ref": "#", "pattern": "a"},
+        {"$ref": "#/none", "allOf": 3, "properties": [], "anyOf": {}, "items": "x"},
+    ],
+)  # fmt: skip
+def test_patterns_of_different_texts_are_not_added_up(schema: Any) -> None:
+    check_patterns(schema)
+
+
+@pytest.mark.full
+def test_patterns_in_the_schema_of_a_grammar_are_counted_too(engine: Engine, tokenizer: Tokenizer) -> None:
+    lark = Grammar("lark", 'start: "x" value\nvalue: %json ' + json.dumps({"allOf": met_by(9)}))
+    end = ask(engine, tokenizer, {"x": (lark, {})}).ends["x"]
+    assert "9 patterns and formats at once" in (end.error_message or "")
+
+
+def test_references_that_multiply_are_refused_and_not_followed_for_ever() -> None:
+    doubling = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(60)}
+    with pytest.raises(ValueError, match="references followed"):
+        check_patterns({"$defs": {**doubling, "d60": {"type": "string"}}, "$ref": "#/$defs/d0"})

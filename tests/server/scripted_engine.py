@@ -8,6 +8,8 @@ hash is right, and dies when a row asks for one that is not loaded:
     flood        as `words`, with no pause between steps; each says that it took a second
     few          as `words`, but computes four rows at once; others wait
     deaf         accepts requests and reports steps that never advance
+    awaits       as `deaf`, but reports that everything waits for grammars
+    limited      ends each row, whose grammars have taken too long
     fatal        refuses to start
     die-early    exits before it is ready
     sleep-early  never gets ready
@@ -163,8 +165,19 @@ class ScriptedEngine:
     def step(self) -> None:
         if self.behaviour == "paced" and self.rows:
             self.wait_for_byte()
-        if self.behaviour == "deaf":
+        if self.behaviour in ("deaf", "awaits"):
             self.report([])
+            return
+        if self.behaviour == "limited" and self.rows:
+            error = {
+                "error_code": "grammar_limit",
+                "error_message": "new grammars took 20 s",
+                "retry_after": 7.0,
+            }
+            ended, self.rows = list(self.rows), {}
+            self.report(
+                [RowOutput(id=name, choice=choice, finish="error", **error) for name, choice in ended]
+            )
             return
         if self.behaviour == "poison" and any(self.poisonous(submit) for submit, _ in self.rows.values()):
             os._exit(9)
@@ -219,7 +232,8 @@ class ScriptedEngine:
 
     def report(self, outputs: list[RowOutput]) -> None:
         counts = dict.fromkeys(Stats.__struct_fields__, 0)
-        stats = Stats(**counts | {"paused": self.paused, "rows_running": len(self.rows), "steps": self.steps})
+        known = {"paused": self.paused, "rows_running": len(self.rows), "steps": self.steps}
+        stats = Stats(**counts | known | {"awaits_grammars": self.behaviour == "awaits"})
         if self.behaviour == "few":
             waiting = max(0, len(self.rows) - FEW)
             running = len(self.rows) - waiting

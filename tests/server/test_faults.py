@@ -114,6 +114,28 @@ def test_an_engine_that_makes_no_progress_turns_health_bad_and_is_replaced(serve
         assert server.engine_pid() != first_pid
 
 
+def test_an_engine_whose_rows_all_wait_for_grammars_is_no_stall(serve_scripted: Starter) -> None:
+    with serve_scripted("awaits", "--stall-timeout", "0.2") as server, server.client() as http:
+        pid = server.engine_pid()
+
+        answer = http.post("/generate", json={"prompt": "word", "timeout_s": 1.0})
+
+        assert answer.json()["choices"][0]["finish_reason"] == "cancelled", answer.text
+        assert server.status_of("/health") == 200
+        assert server.engine_pid() == pid
+
+
+def test_a_tenant_whose_new_grammars_take_too_long_is_told_when_to_come_back(serve_scripted: Starter) -> None:
+    with serve_scripted("limited") as server, server.client() as http:
+        answer = http.post("/generate", json={"prompt": "word", "guided_regex": "a+"})
+
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (429, "rate_limit_exceeded")
+        assert answer.headers["retry-after"] == "7"
+        assert "guided_regex: new grammars took 20 s" in error["message"]
+        assert error["quota"] == "grammar_seconds"
+
+
 def test_an_idle_engine_is_no_stall(serve_scripted: Starter) -> None:
     with serve_scripted("deaf", "--stall-timeout", "0.2") as server:
         pid = server.engine_pid()

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,6 +61,26 @@ def test_a_killed_and_a_frozen_engine_are_replaced_and_answer_as_before(
             assert server.engine_pid() != first
             assert http.get("/health").status_code == 200
             assert http.post("/generate", json=PROBE).json()["choices"] == before
+
+
+@pytest.mark.full
+def test_an_engine_whose_sequences_wait_longer_for_a_mask_than_a_stall_takes_is_not_replaced(
+    serve_real: Starter, base: Path
+) -> None:
+    with serve_real("--base", str(base), *OPTIONS, "--stall-timeout", "8") as server, server.client() as http:
+        body = {"prompt": "word", "max_tokens": 60, "guided_regex": "[a-z ]{80}"}
+        before = http.post("/generate", json=body | {"temperature": 0}).json()["choices"]
+        engine = server.engine_pid()
+        (template,) = [pid for pid in children(engine) if "grammar_process" in command_of(pid)]
+        (follower,) = children(template)
+        os.kill(follower, signal.SIGSTOP)
+        with ThreadPoolExecutor() as threads:
+            request = threads.submit(http.post, "/generate", json=body | {"temperature": 0}, timeout=120)
+            time.sleep(12)
+            assert not request.done()
+            os.kill(follower, signal.SIGCONT)
+            assert request.result(120).json()["choices"] == before
+        assert server.engine_pid() == engine
 
 
 def test_a_server_keeps_keys_and_values_in_int8_if_asked_says_so_and_proves_adapters(

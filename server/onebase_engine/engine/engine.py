@@ -21,7 +21,8 @@ from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseChangedError, content_sum, fingerprint
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Batch, Packer
-from onebase_engine.engine.grammars import IDLE_SECONDS, GrammarError, Grammars
+from onebase_engine.engine.grammar_follower import GrammarError
+from onebase_engine.engine.grammars import IDLE_SECONDS, Grammars, RefusedGrammarError
 from onebase_engine.engine.kv_cache import RESTORED, BlockPool
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import RowOutput, TokenLogprob
@@ -78,6 +79,8 @@ class _Given:
     scores: list[tuple[Segment, list[TokenLogprob] | Exception]]
     pooled: list[tuple[Segment, np.ndarray]]
     """Hidden states [tokens, size] fp64 of segments that are pooled."""
+    late: frozenset[Row] = frozenset()
+    """Sequences whose masks had not come: nothing of them is committed, and they are computed again."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +171,11 @@ class Engine:
         if tokenizer is not None:
             places = limits.max_rows * (limits.draft_tokens + 1)
             self._grammars = Grammars(tokenizer, self._vocabulary, self._eos_ids, places)
-        self._opening: dict[str, list[tuple[protocol.Submit, AdapterMix]]] = {}
-        """By their grammar's key, requests whose grammar is being compiled."""
+            self.scheduler.awaits = self._grammars.awaits
+        self._opening: dict[tuple[str, str], list[tuple[protocol.Submit, AdapterMix]]] = {}
+        """By their tenant and their grammar's key, requests whose grammar is being compiled."""
+        self._awaits_grammars = False
+        """Whether the last step computed nothing because all sequences wait for grammars or masks."""
         self._packer = Packer(block_size, self.model.row_multiple)
         self._foresees = self.model.kernels.asynchronous
         """Whether the next step is planned while one is computed."""
@@ -217,11 +223,17 @@ class Engine:
             return
         if request.grammar is None or self._grammars is None:
             self._admit(request, mix)
+            return
+        try:
+            key = self._grammars.open(request.grammar, request.tenant, len(request.choices))
+        except RefusedGrammarError as error:
+            self._refuse(request, NeverFitsError(error.code, "grammar", str(error)), error.retry_after)
         else:
-            key = self._grammars.open(request.grammar, len(request.choices))
-            self._opening.setdefault(key, []).append((request, mix))
+            self._opening.setdefault((request.tenant, key), []).append((request, mix))
 
-    def _refuse(self, request: protocol.Submit, error: NeverFitsError) -> None:
+    def _refuse(
+        self, request: protocol.Submit, error: NeverFitsError, retry_after: float | None = None
+    ) -> None:
         for choice in request.choices:
             self._outputs.append(
                 RowOutput(
@@ -231,6 +243,7 @@ class Engine:
                     error_code=error.code,
                     error_message=str(error),
                     error_param=error.param,
+                    retry_after=retry_after,
                 )
             )
 
@@ -265,14 +278,14 @@ class Engine:
         """Queue the rows of requests whose grammar has been compiled, or report what is wrong with it."""
         if self._grammars is None:
             return
-        for compiled in self._grammars.arrived(timeout):
-            for request, mix in self._opening.pop(compiled.key, ()):
-                if compiled.error is None:
-                    self._admit(request, mix, compiled.key)
+        for opened in self._grammars.opened(timeout):
+            for request, mix in self._opening.pop((opened.tenant, opened.key), ()):
+                if opened.error is None:
+                    self._admit(request, mix, opened.key)
                     continue
-                self._grammars.close(compiled.key, len(request.choices))
-                code = "grammars_busy" if compiled.busy else "grammar_refused"
-                self._refuse(request, NeverFitsError(code, "grammar", compiled.error))
+                self._grammars.close(opened.tenant, opened.key, len(request.choices))
+                error = NeverFitsError(opened.code, "grammar", opened.error)
+                self._refuse(request, error, opened.retry_after)
 
     def cancel(self, message: protocol.Cancel) -> None:
         """End the request's rows that are still going; each yields its final event."""
@@ -282,7 +295,7 @@ class Engine:
             if not self._opening[key]:
                 del self._opening[key]
             for request, mix in found:
-                self._admit(request, mix, key)  # as rows that end at once
+                self._admit(request, mix, key[1])  # as rows that end at once
         for row in list(self._rows.get(message.id, ())):
             if message.choice in (None, row.choice):
                 self._end(row, "cancelled")
@@ -318,8 +331,6 @@ class Engine:
         if not self._foresees:
             self._do_meanwhile()
         self._admit_compiled()
-        if self._grammars is not None:
-            self._grammars.foresee()
         began = time.monotonic()
         plan, batch = self._take_next()
         if not plan:
@@ -332,11 +343,14 @@ class Engine:
             self._do_meanwhile()
             if any(row.late for row in self.scheduler.running):
                 return  # More of what they begin with comes back before the next step.
-            if self._opening:
+            awaiting = self._grammars is not None and any(map(self._grammars.awaits, self.scheduler.running))
+            self._awaits_grammars = awaiting or bool(self._opening)
+            if self._awaits_grammars:
                 self._admit_compiled(IDLE_SECONDS)
             else:
                 self._staging.wait()
             return
+        self._awaits_grammars = False
         self.counters.steps += 1
         self._note_first_steps(plan)
         begun = self._try(partial(self._begin, plan, batch))
@@ -439,6 +453,7 @@ class Engine:
             right_draft_tokens=self.counters.right_draft_tokens,
             adapters_loaded=len(self.versions),
             background_waiting=self.scheduler.waiting.in_background,
+            awaits_grammars=self._awaits_grammars,
         )
 
     def slots_changed(self) -> dict[str, float] | None:
@@ -515,7 +530,7 @@ class Engine:
         """
         if batch is None:
             batch = self._packer.pack(plan, self.slots.slot_of)
-        masked = self._grammars is not None and self._grammars.ask(plan.segments)
+        masked = self._grammars is not None and self._grammars.request(plan.segments)
         logits, hidden = self.model.forward(batch)
         if masked or hidden is not None or batch.scored:
             return _Begun(plan, partial(self._read, plan, batch, logits, hidden), only_draws=False)
@@ -526,14 +541,14 @@ class Engine:
         return _Begun(plan, lambda: _Given(read(), [], []), only_draws=not more)
 
     def _read(self, plan: Plan, batch: Batch, logits: torch.Tensor, hidden: torch.Tensor | None) -> _Given:
-        """All that a forward pass gives, where the accelerator or the grammars' process is waited for."""
+        """Return all that a forward pass gives. Waits for the accelerator, and shortly for masks."""
         exact = None if hidden is None else _exactly(hidden)
         pooled = [] if exact is None else [(one, exact[part]) for one, part in batch.pooled]
         scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]
         wanted = logits[: len(batch.sampled)]
-        masks = [] if self._grammars is None else self._masks_of(self._grammars, plan)
+        masks, late = self._masks_of(plan)
         drawn = begin_draw_apart(wanted, batch.sampled, self._eos_ids, self.model.kernels, masks)()
-        return _Given(drawn, scores, pooled)
+        return _Given(drawn, scores, pooled, late)
 
     def _finish(self, begun: _Begun, foreseen: bool) -> _Computed:
         given = begun.read()
@@ -542,17 +557,17 @@ class Engine:
         tokens = [(one.row, list(islice(drawn, len(one.draft) + 1))) for one in rows]
         return _Computed(begun.plan, tokens, given, foreseen)
 
-    def _masks_of(self, grammars: Grammars, plan: Plan) -> list[Mask]:
-        """What each entry of `Batch.sampled` may be; nothing where no row follows a grammar."""
-        found = grammars.masks()
-        if not found:
-            return []
+    def _masks_of(self, plan: Plan) -> tuple[list[Mask], frozenset[Row]]:
+        """Return the mask of each entry of `Batch.sampled`, and the sequences whose masks have not come."""
+        if self._grammars is None:
+            return [], frozenset()
+        found = self._grammars.masks(plan.segments, self.model.synchronize)
         masks: list[Mask] = []
         for segment in plan.segments:
-            if segment.samples:
+            if found and segment.samples:
                 mask = found.get(segment.row)
                 masks.extend(mask if isinstance(mask, np.ndarray) else [mask] * (1 + len(segment.draft)))
-        return masks
+        return masks, frozenset(row for row, mask in found.items() if mask is None)
 
     def _scores(self, segment: Segment, logits: torch.Tensor) -> list[TokenLogprob] | Exception:
         """Of the prompt tokens after each of the segment's, or the row's own exception."""
@@ -567,9 +582,13 @@ class Engine:
 
     def _commit(self, computed: _Computed) -> dict[Row, Exception]:
         """Make a step's results state, but for the rows that failed alone in it: their exceptions."""
-        failed = {row: drawn[0].error for row, drawn in computed.drawn if drawn[0].error is not None}
+        late = computed.given.late
+        drawn_of = {row: drawn for row, drawn in computed.drawn if row not in late}
+        failed = {row: drawn[0].error for row, drawn in drawn_of.items() if drawn[0].error is not None}
         for segment, scores in computed.given.scores:
             row = segment.row
+            if row in late:
+                continue
             if isinstance(scores, Exception):
                 failed[row] = scores
                 continue
@@ -578,10 +597,9 @@ class Engine:
             row.prompt_scored = segment.stop >= row.prompt_length
         for segment, hidden in computed.given.pooled:
             self._pool(segment, hidden)
-        drawn_of = dict(computed.drawn)
         for segment in computed.plan.segments:
             row, drawn = segment.row, drawn_of.get(segment.row)
-            if row in failed:
+            if row in failed or row in late:
                 continue
             taken = [] if drawn is None else self._taken(segment, drawn)
             row.tokens.extend(one.token for one in taken[:-1] if one.token is not None)
@@ -593,9 +611,9 @@ class Engine:
                 self._append(row, taken)
             elif row.prefilled and not row.generates:
                 self._answer(row)
-        if self._grammars is not None and self.scheduler.limits.draft_tokens:
-            going = (segment.row for segment in computed.plan.segments if segment.row.finish is None)
-            self._grammars.tell(row for row in going if row.grammar is not None and row.generated)
+        if self._grammars is not None:
+            going = (row for row in drawn_of if row.finish is None)
+            self._grammars.note_drawn(going, foresee=bool(self.scheduler.limits.draft_tokens))
         return failed
 
     def _taken(self, segment: Segment, drawn: list[Drawn]) -> list[Drawn]:

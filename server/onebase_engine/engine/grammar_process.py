@@ -1,24 +1,29 @@
-"""The process that follows grammars: `python -m onebase_engine.engine.grammar_process`. See `grammars.py`.
+"""The processes that compile and follow grammars: `python -m onebase_engine.engine.grammar_process`.
 
-What it compiles comes from anybody, so it is given nothing but a socket to the engine, memory for masks that
-both have, and the base's tokenizer; its memory has a limit, and it ends with the engine.
+This command is the template: it loads the base's tokenizer and forks a process for each socket that the
+engine sends it (`grammar_link.py`). Grammars come from anybody, so a fork has nothing but that socket, the
+tokenizer and, where it follows a tenant's grammars, memory for masks that the engine reads. Its memory has a
+limit, it runs below the engine's priority, and it ends with the template, which ends with the engine.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import logging
 import mmap
 import os
+import re
 import resource
 import secrets
 import signal
 import socket
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -28,19 +33,18 @@ import msgspec
 import numpy as np
 
 from onebase_engine.base.chat import renamed_json
-from onebase_engine.engine.grammars import (
-    COMPILING,
+from onebase_engine.engine.grammar_link import (
     FORESEEN,
     MASK_BYTES,
+    THREADS,
     WHITESPACE,
-    Begun,
     Compile,
     Compiled,
     Forced,
+    MaskRequest,
     Masks,
     Started,
-    Tell,
-    Want,
+    TokensDrawn,
     request_decoder,
 )
 from onebase_engine.engine.messages import FrameReader, Grammar, encode
@@ -48,22 +52,30 @@ from onebase_engine.logs import set_up_logs
 from onebase_engine.machine import return_freed_memory
 
 MEMORY_BYTES = 4 << 30
-"""Of addresses: beyond it the process ends, and whoever asked for too much is found."""
-KEPT_BYTES = 256 << 20
-"""What grammars may take that nobody uses at the moment."""
+"""Addresses of one process, beyond which it ends."""
+KEPT_BYTES = 64 << 20
+"""Memory that grammars of one tenant may take while nobody uses them."""
 KEPT_GRAMMARS = 1000
-MOST_BYTES = 1 << 30
-"""What all of them may take."""
+MOST_BYTES = 256 << 20
+"""Memory that all grammars of one tenant may take."""
+NICENESS = 10
+"""A grammar that keeps its process busy gets a tenth of a core that the engine wants as well."""
+MOST_PATTERNS = 8
+"""Patterns that one text of a JSON schema may have to match at once. The library finds out whether any text
+matches them all, which takes about six times as long for each two more: 0.1 s for 16, 2.6 s for 20."""
+MOST_PARTS = 100_000
+"""Parts of a JSON schema that are looked at for patterns, references followed."""
 FORESEE_TOKENS, FORESEE_SECONDS = 512, 0.05
-"""Of what one row can only go on with, and of the processor for it. A longer text takes too much, and as much
-again for each mask of a draft: in its grammar nothing is foreseen again."""
+"""Longest forced text of a sequence, in tokens, and most seconds of a processor to find it. A longer text
+takes too much, and as much again for each mask of a draft, so that nothing is foreseen in its grammar
+again."""
 PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger(__name__)
 
 
-class Follower:
-    """The grammars that are compiled, and where in its own each row is."""
+class Matchers:
+    """The grammars that are compiled, and where in its own each sequence is."""
 
     def __init__(self, tokenizer: Any, masks: np.ndarray, before: int) -> None:
         import llguidance
@@ -71,11 +83,12 @@ class Follower:
         self._library = llguidance
         self._tokenizer = tokenizer
         self._masks = masks
-        self._executor = llguidance.LLExecutor()
+        self._executor: Any = None
+        """Begins its threads, which a fork does not have, with the first masks."""
         self._limits = llguidance.LLParserLimits(verbose_errors=False)
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._used: set[str] = set()
-        self._rows: dict[int, Any] = {}
+        self._sequences: dict[int, Any] = {}
         self._costly: set[str] = set()
         """Grammars in which nothing is foreseen, see FORESEE_TOKENS."""
         self._lock = threading.Lock()
@@ -121,11 +134,15 @@ class Follower:
     def _source(self, grammar: Grammar) -> str:
         matcher = self._library.LLMatcher
         if grammar.kind == "json_schema":
+            check_patterns(json.loads(grammar.text))
             return str(
                 matcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": WHITESPACE})
             )
         if grammar.kind == "regex":
             return str(matcher.grammar_from_regex(grammar.text))
+        for found in re.finditer(r"%json\s*(?={)", grammar.text):
+            with suppress(json.JSONDecodeError):  # the library says what is wrong with it
+                check_patterns(json.JSONDecoder().raw_decode(grammar.text, found.end())[0])
         if grammar.kind == "lark" or "::=" not in grammar.text:
             return str(matcher.grammar_from_lark(grammar.text))
         from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -133,7 +150,7 @@ class Follower:
         return str(matcher.grammar_from_lark(gbnf_to_lark(grammar.text)))
 
     def _let_go(self) -> None:
-        """Of grammars that nobody uses, the one that was not asked for the longest, until they fit."""
+        """Drop the least recently used grammars that no sequence follows, until the rest fits."""
         idle = [key for key in self._compiled if key not in self._used]
         while idle and (self._taken() > KEPT_BYTES or len(idle) > KEPT_GRAMMARS):
             del self._compiled[idle.pop(0)]
@@ -142,32 +159,32 @@ class Follower:
     def _taken(self) -> int:
         return resident_bytes() - self._before
 
-    def forget(self, rows: list[int], keys: list[str]) -> None:
-        for row in rows:
-            self._rows.pop(row, None)
+    def forget(self, sequences: list[int], keys: list[str]) -> None:
+        for number in sequences:
+            self._sequences.pop(number, None)
         self._costly.difference_update(keys)
         with self._lock:
             self._used.difference_update(keys)
             self._let_go()
 
-    def _follow(self, row: int, key: str, tokens: list[int]) -> Any:
-        """The row's grammar, after its new tokens; None if it was not compiled."""
-        if row not in self._rows:
+    def _follow(self, number: int, key: str, tokens: list[int]) -> Any:
+        """Return a sequence's grammar after its new tokens, or None if it was not compiled."""
+        if number not in self._sequences:
             with self._lock:
                 known = self._compiled.get(key)
             if known is None:
                 return None
-            self._rows[row] = known.deep_copy()
-        matcher = self._rows[row]
+            self._sequences[number] = known.deep_copy()
+        matcher = self._sequences[number]
         if tokens:
             matcher.consume_tokens(tokens)
         return matcher
 
-    def foresee(self, tell: Tell) -> dict[int, list[int]]:
-        """What each row can only go on with, where that is one text alone."""
+    def foresee(self, drawn: TokensDrawn) -> dict[int, list[int]]:
+        """Return the tokens with which alone each sequence can go on, where that is one text."""
         forced = {}
-        for row, key, tokens in tell.rows:
-            matcher = self._follow(row, key, tokens)
+        for number, key, tokens in drawn.sequences:
+            matcher = self._follow(number, key, tokens)
             if matcher is None or key in self._costly:
                 continue
             began = time.thread_time()
@@ -175,20 +192,22 @@ class Follower:
             if len(found) > FORESEE_TOKENS or time.thread_time() - began > FORESEE_SECONDS:
                 self._costly.add(key)
             elif found:
-                forced[row] = found[:FORESEEN]
+                forced[number] = found[:FORESEEN]
         return forced
 
-    def mask(self, want: Want) -> dict[int, str]:
-        """Write what may come next in each row, and after each token of its draft; errors by row."""
+    def mask(self, request: MaskRequest) -> dict[int, str]:
+        """Write the masks of each sequence and of each token of its draft. Return errors by number."""
         errors: dict[int, str] = {}
         going = []
-        for row, key, tokens, draft, place in want.rows:
-            matcher = self._follow(row, key, tokens)
+        for number, key, tokens, draft, place in request.sequences:
+            matcher = self._follow(number, key, tokens)
             if matcher is None:
-                errors[row] = "its grammar was not compiled"
+                errors[number] = "its grammar was not compiled"
                 continue
             self._masks[place : place + len(draft) + 1] = -1
-            going.append((row, matcher, place, draft))
+            going.append((number, matcher, place, draft))
+        if self._executor is None:
+            self._executor = self._library.LLExecutor(min(THREADS, os.cpu_count() or 1))
         memory = self._masks.ctypes.data, self._masks.shape[1] * MASK_BYTES, len(self._masks)
         plain = [(matcher, place) for _, matcher, place, draft in going if not draft]
         # Beyond a token of the draft that is not allowed nothing is written, and nothing is taken from there.
@@ -197,10 +216,81 @@ class Follower:
             self._executor.unsafe_compute_mask_ptr(plain, *memory)
         if drafted:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *memory)
-        for row, matcher, _, _ in going:
+        for number, matcher, _, _ in going:
             if matcher.is_error():
-                errors[row] = _sentence(str(matcher.get_error()))
+                errors[number] = _sentence(str(matcher.get_error()))
         return errors
+
+
+def check_patterns(root: Any) -> None:
+    """Raise ValueError if one text has to match more than MOST_PATTERNS patterns of a JSON schema at once.
+
+    Patterns meet where several schemas apply to one value: by `allOf`, by a reference with other keywords
+    beside it, and below these under the same key. What is not seen here, such as a `patternProperties` that
+    meets `properties`, ends with the time that a trial may take.
+    """
+    looked_at = 0
+
+    def resolve(reference: Any) -> Any:
+        found = root
+        for part in str(reference).removeprefix("#").split("/")[1:]:
+            part = part.replace("~1", "/").replace("~0", "~")
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
+
+    def patterns(schema: Any, following: tuple[str, ...] = ()) -> Counter[tuple[str, ...]]:
+        """Return how many patterns meet at each place below a schema, by the keys that lead there."""
+        nonlocal looked_at
+        looked_at += 1
+        if looked_at > MOST_PARTS:
+            raise ValueError(
+                f"it has more than {MOST_PARTS} parts, references followed; use fewer references"
+            )
+        found: Counter[tuple[str, ...]] = Counter()
+        if not isinstance(schema, dict):
+            return found
+        found[()] += ("pattern" in schema) + ("format" in schema)
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#") and reference not in following:
+            found += patterns(resolve(reference), (*following, reference))
+        for part in _parts(schema.get("allOf")):
+            found += patterns(part, following)
+        for keyword in ("anyOf", "oneOf"):
+            found += _largest(patterns(part, following) for part in _parts(schema.get(keyword)))
+        below = {
+            **{f".{name}": part for name, part in _items(schema.get("properties"))},
+            **{f"/{name}": part for name, part in _items(schema.get("patternProperties"))},
+            **{f"[{number}]": part for number, part in enumerate(_parts(schema.get("prefixItems")))},
+            "/": schema.get("additionalProperties"),
+            "[]": schema.get("items"),
+        }
+        for step, part in below.items():
+            for place, count in patterns(part, following).items():
+                found[(step, *place)] += count
+        return found
+
+    most = max(patterns(root).values(), default=0)
+    if most > MOST_PATTERNS:
+        raise ValueError(
+            f"one text has to match {most} patterns and formats at once, and at most {MOST_PATTERNS} are "
+            "allowed; put them into one pattern"
+        )
+
+
+def _parts(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def _largest(counters: Iterable[Counter[tuple[str, ...]]]) -> Counter[tuple[str, ...]]:
+    """Return the largest count of each place."""
+    found: Counter[tuple[str, ...]] = Counter()
+    for counter in counters:
+        found |= counter
+    return found
 
 
 def resident_bytes() -> int:
@@ -208,7 +298,7 @@ def resident_bytes() -> int:
 
 
 def _sentence(message: str) -> str:
-    """Of what the library says its first line, and the reason where that follows on one of its own."""
+    """Return the first line of a message of the library, and the reason if it stands on a line of its own."""
     first, *rest = [line.strip() for line in message.splitlines() if line.strip()] or [
         "it cannot be followed"
     ]
@@ -217,7 +307,7 @@ def _sentence(message: str) -> str:
 
 
 def load_tokenizer(folder: Path, vocabulary: int, eos_ids: list[int]) -> Any:
-    """Which bytes each token of a base stands for.
+    """Load the bytes that each token of a base stands for.
 
     Raises:
         ValueError: they cannot be found out.
@@ -240,63 +330,85 @@ def load_tokenizer(folder: Path, vocabulary: int, eos_ids: list[int]) -> Any:
     return llguidance.LLTokenizer(renamed_json(data, names), n_vocab=vocabulary, eos_token=eos_ids)
 
 
-def serve(sock: socket.socket, follower: Follower | None, reason: str) -> None:
-    """Answer until the engine closes the socket; without a follower, `reason` to every grammar."""
+def serve(sock: socket.socket, matchers: Matchers) -> None:
+    """Answer until the engine closes the socket. One thread compiles, so that masks are not waited for."""
     lock = threading.Lock()
-    pool = ThreadPoolExecutor(COMPILING, thread_name_prefix="compile")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
     reader, decoder = FrameReader(), request_decoder()
 
-    def say(message: msgspec.Struct) -> None:
+    def send(message: msgspec.Struct) -> None:
         with lock, suppress(OSError):
             sock.sendall(encode(message))
 
-    def compile_one(order: Compile) -> None:
-        say(Begun(order.key))
-        say(follower.compile(order.key, order.grammar) if follower else Compiled(order.key, reason))
+    def compile_one(message: Compile) -> None:
+        send(matchers.compile(message.key, message.grammar))
 
-    say(Started())
+    send(Started(os.getpid()))
     while data := sock.recv(1 << 16):
         for payload in reader.feed(data):
             message = decoder.decode(payload)
             if isinstance(message, Compile):
                 pool.submit(compile_one, message)
-            elif follower is None:
-                logger.error("masks are wanted of a process without a tokenizer")
-            elif isinstance(message, Want):
-                say(Masks(message.number, follower.mask(message)))
-            elif isinstance(message, Tell):
-                say(Forced(message.number, follower.foresee(message)))
+            elif isinstance(message, MaskRequest):
+                send(Masks(message.number, matchers.mask(message)))
+            elif isinstance(message, TokensDrawn):
+                send(Forced(message.number, matchers.foresee(message)))
             else:
-                follower.forget(message.rows, message.keys)
+                matchers.forget(message.sequences, message.keys)
+
+
+def fork(control: socket.socket, files: list[int], tokenizer: Any, shape: tuple[int, int]) -> None:
+    """Fork a process that serves a socket, the first file, and writes masks to the second, if there is
+    one."""
+    if os.fork():
+        for file in files:
+            os.close(file)
+        return
+    try:
+        _end_with_parent()
+        control.close()
+        size = shape[0] * shape[1] * MASK_BYTES if len(files) > 1 else MASK_BYTES
+        memory = mmap.mmap(files[1] if len(files) > 1 else -1, size)
+        masks = np.frombuffer(memory, dtype=np.int32).reshape(shape if len(files) > 1 else (1, 1))
+        with socket.socket(fileno=files[0]) as sock:
+            serve(sock, Matchers(tokenizer, masks, resident_bytes()))
+    finally:
+        os._exit(0)  # whatever is still being compiled
+
+
+def _end_with_parent() -> None:
+    with suppress(OSError, AttributeError):  # elsewhere than on Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="OneBase grammar process; the engine starts it.")
+    parser = argparse.ArgumentParser(description="OneBase grammar processes; the engine starts them.")
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the engine")
-    parser.add_argument("--masks-fd", type=int, required=True, help="file descriptor of the masks' memory")
     parser.add_argument("--settings", required=True, help="JSON: folder, vocabulary, eos_ids, places, words")
     arguments = parser.parse_args()
-    with suppress(OSError, AttributeError):  # elsewhere than on Linux
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system clears up after forks
     set_up_logs("grammars", logging.INFO)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(NICENESS)
     settings = json.loads(arguments.settings)
-    shape = settings["places"], settings["words"]
-    memory = mmap.mmap(arguments.masks_fd, shape[0] * shape[1] * MASK_BYTES)
-    masks = np.frombuffer(memory, dtype=np.int32).reshape(shape)
-    follower: Follower | None = None
-    reason = ""
-    try:
-        tokenizer = load_tokenizer(Path(settings["folder"]), settings["vocabulary"], settings["eos_ids"])
-        follower = Follower(tokenizer, masks, resident_bytes())
-    except Exception as error:
-        logger.exception("no grammar can be followed")
-        reason = f"this base's tokenizer cannot be used: {_sentence(str(error) or type(error).__name__)}"
-    with socket.socket(fileno=arguments.fd) as sock:
-        serve(sock, follower, reason)
-    os._exit(0)  # whatever is still being compiled
+    with socket.socket(fileno=arguments.fd) as control:
+        try:
+            tokenizer = load_tokenizer(Path(settings["folder"]), settings["vocabulary"], settings["eos_ids"])
+        except Exception as error:
+            logger.exception("no grammar can be followed")
+            reason = _sentence(str(error) or type(error).__name__)
+            control.send(f"this base's tokenizer cannot be used: {reason}".encode())
+            control.recv(1)  # until the engine has read it
+            return
+        gc.freeze()  # what forks share is not written to when they look for garbage
+        while True:
+            message, files, _, _ = socket.recv_fds(control, 16, 2)
+            if not message:
+                return
+            fork(control, files, tokenizer, (settings["places"], settings["words"]))
 
 
 if __name__ == "__main__":

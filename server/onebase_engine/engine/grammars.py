@@ -1,504 +1,442 @@
-"""Grammars that rows follow: a JSON schema, a regular expression, a grammar in Lark's or GBNF's notation.
+"""Grammars that sequences follow: JSON schemas, regular expressions, grammars in Lark's or GBNF's notation.
 
-A process of its own (`grammar_process.py`) compiles them with llguidance and computes, next to the forward
-pass, which tokens may come next. Grammars come from anybody: one that hangs or kills that process costs its
-own requests an answer, and the others the moment that a new process takes to come to where they are.
+Grammars come from anybody, so other processes compile them and compute which tokens may come next
+(`grammar_process.py`, by llguidance). One of them, the template, knows the tokenizer and forks the others in
+milliseconds: one for each grammar that is new, to compile it on trial, and one for each tenant, its follower
+(`grammar_follower.py`), which compiles what a trial has shown to be harmless and computes masks next to the
+forward pass.
+
+No step waits for a grammar, and for masks at most GRACE_SECONDS. A sequence whose grammar is being compiled,
+or whose mask is not there yet, sits out steps while others go on. What hangs or ends a process costs the
+request that it came with its answer, and other sequences of the same tenant the time until the next process
+has caught up.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import mmap
-import os
 import select
-import socket
-import subprocess
-import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Literal
 
-import msgspec
 import numpy as np
 
-from onebase_engine.engine.messages import FrameReader, Grammar, encode
+from onebase_engine.engine import grammar_link as link
+from onebase_engine.engine.grammar_follower import DEATHS, Follower, GrammarError
+from onebase_engine.engine.grammar_link import (
+    DID_NOT_START,
+    TOOK_MORE,
+    Compile,
+    Compiled,
+    Process,
+    ProcessGoneError,
+    Template,
+)
+from onebase_engine.engine.messages import Grammar
 from onebase_engine.engine.row import Row, Segment
-from onebase_engine.environment import computing_environment
 
-MASK_BYTES = 4
-"""Of an entry of a mask: 32 tokens, the first in the lowest bit."""
-WHITESPACE = " ?"
-"""Between two parts of a JSON text. With new lines and tabs a small base loses its way in them."""
-START_SECONDS = 40.0
-"""Until a new process takes orders, or begins with one."""
 COMPILING = 2
-"""Grammars at once: a slow one lets others pass."""
-COMPILE_SECONDS = 10.0
-MASK_SECONDS = 5.0
-"""What one grammar may take, in which everybody else's are waited for too."""
+"""Limit of the grammars that are compiled on trial at once, one of each tenant: a slow one lets others
+pass."""
+COMPILE_BUDGET, BUDGET_SECONDS = 20.0, 60.0
+"""Seconds of a processor that the new grammars of one tenant may take, in so many seconds."""
+LEAST_CHARGE = 0.01
+"""Seconds that a trial is charged at least, for the process that it takes."""
+GRACE_SECONDS = 0.01
+"""Longest time that a step waits for masks after its forward pass."""
 IDLE_SECONDS = 0.01
-FORESEEN = 64
-"""Tokens of a row that are said to be forced, at most."""
-PROGRAM = ("-m", "onebase_engine.engine.grammar_process")
-DEATHS = 2
-"""Of processes that had one grammar to compile and ended: then it is the grammar's fault."""
+"""Longest time that an engine waits whose sequences all sit out."""
+FOLLOWERS, IDLE_FOLLOWERS = 64, 8
+"""Limits of the tenants whose grammars are followed at once, and of the followers kept without sequences."""
 HARMFUL_SECONDS = 600.0
+"""Time for which a grammar that ended processes is refused without another trial."""
 REMEMBERED = 1000
-"""For how long, and how many at most, are not tried again of those that ended a process."""
+"""Limit of the grammars that are remembered as harmful, and of those remembered as harmless."""
 
 logger = logging.getLogger(__name__)
 
 
-# ---- what is said to the process, and what it answers ------------------------------------------
+Code = Literal["grammar_refused", "grammars_busy", "grammar_limit"]
 
 
-class Compile(msgspec.Struct, frozen=True, tag=True, array_like=True):
+@dataclass(frozen=True)
+class Opened:
+    """A grammar that a tenant's sequences may follow from now on, or why they may not."""
+
+    tenant: str
     key: str
+    error: str | None = None
+    code: Code = "grammar_refused"
+    retry_after: float | None = None
+    """Seconds."""
+
+
+@dataclass
+class _Trial:
+    """A grammar that no process has compiled yet, for the tenant that sent it first."""
+
     grammar: Grammar
+    tenant: str
+    process: Process | None = None
+    deaths: int = 0
 
 
-class Want(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Masks of one step. A row: its number, its grammar's key, what it has more than last time, its draft,
-    and where in the shared memory its first mask goes; those after each token of the draft follow."""
+class RefusedGrammarError(Exception):
+    """A grammar that may not be followed now. retry_after: seconds, where it may be later."""
 
-    number: int
-    rows: list[tuple[int, str, list[int], list[int], int]]
-
-
-class Tell(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Rows that have drawn tokens: their number, their grammar's key, what they have more than last time."""
-
-    number: int
-    rows: list[tuple[int, str, list[int]]]
-
-
-class Forget(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Rows that have ended, and keys of grammars that nobody uses at the moment."""
-
-    rows: list[int]
-    keys: list[str]
-
-
-class Started(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """It knows the tokenizer, and takes orders."""
-
-
-class Begun(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """It is being compiled, and waits for no other any more."""
-
-    key: str
-
-
-class Compiled(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """`busy`: the error is not the grammar's, which may be compiled later."""
-
-    key: str
-    error: str | None
-    busy: bool = False
-
-
-class Masks(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    number: int
-    errors: dict[int, str]
-
-
-class Forced(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """What the rows of a Tell can only go on with, of those that can go on with one text alone."""
-
-    number: int
-    tokens: dict[int, list[int]]
-
-
-def request_decoder() -> msgspec.msgpack.Decoder[Compile | Want | Tell | Forget]:
-    return msgspec.msgpack.Decoder(Compile | Want | Tell | Forget)
-
-
-_answers = msgspec.msgpack.Decoder(Started | Begun | Compiled | Masks | Forced)
-
-
-class GrammarError(Exception):
-    """A row cannot go on as its grammar says."""
-
-
-class _GoneError(Exception):
-    """The process has died, or did not answer in time."""
+    def __init__(self, code: Code, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after = retry_after
 
 
 class Grammars:
-    """Those of one engine. Not thread-safe. The process begins with the first grammar.
+    """Grammars of one engine. Not thread-safe. The first process begins with the first grammar.
 
     Args:
         folder: the base's, whose tokenizer says which text a token stands for.
-        vocabulary: logits of a row.
-        places: rows and tokens of drafts in one step.
+        vocabulary: logits of a sequence.
+        places: sequences and tokens of drafts in one step.
     """
 
     def __init__(self, folder: Path, vocabulary: int, eos_ids: Iterable[int], places: int) -> None:
-        self._masks = np.zeros((places, -(-vocabulary // 32)), dtype=np.int32)
-        """[places, words], which the process writes once there is one."""
         self._vocabulary = vocabulary
-        self._settings = {
+        self._shape = places, -(-vocabulary // 32)
+        self._settings: dict[str, object] = {
             "folder": str(folder),
             "vocabulary": vocabulary,
             "eos_ids": sorted(eos_ids),
             "places": places,
-            "words": self._masks.shape[1],
+            "words": self._shape[1],
         }
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
-        self._reader = FrameReader()
-        self._users: dict[str, int] = {}
-        self._grammars: dict[str, Grammar] = {}
-        self._compiled: set[str] = set()
-        self._asked: dict[str, float] = {}
-        """What is being compiled, and until when."""
-        self._waiting: list[str] = []
-        """What a process had to compile when it ended; each is compiled again when no other is."""
-        self._deaths: dict[str, int] = {}
-        """By grammar, see DEATHS."""
-        self._ready = False
+        self._template: Template | None = None
+        self._unusable: str | None = None
+        """Reason for which the tokenizer cannot be used."""
+        self._followers: OrderedDict[str, Follower] = OrderedDict()
+        """Followers by tenant, the least recently used first."""
+        self._trials: dict[str, _Trial] = {}
+        """Trials by grammar, in order of arrival."""
+        self._harmless: OrderedDict[str, None] = OrderedDict()
+        """Grammars that a trial has compiled."""
         self._harmful: OrderedDict[str, tuple[float, str]] = OrderedDict()
-        """What ended a process: until when it is not tried again, and what is said of it."""
-        self._errors: dict[str, str] = {}
-        """Of grammars that a new process could not compile again."""
-        self._arrived: list[Compiled] = []
-        self._outbox = bytearray()
-        self._told: dict[int, int] = {}
-        """Tokens of each row that the process knows."""
-        self._number = 0
-        self._wanted: list[tuple[Row, Segment, int]] = []
-        self._tells = 0
-        self._telling: dict[int, Row] = {}
-        """Rows of the last Tell, until it is answered."""
-        self._blind: set[str] = set()
-        """Grammars of rows that a process was told of when it ended: of them nothing is foreseen again."""
+        """Grammars that ended a trial: until when they are refused, and the reason."""
+        self._spent: dict[str, float] = {}
+        """Monotonic time up to which each tenant's trials are accounted for; see COMPILE_BUDGET."""
+        self._opened: list[Opened] = []
 
     # ---- compiling --------------------------------------------------------------------------
 
-    def open(self, grammar: Grammar, rows: int) -> str:
-        """Have it compiled, once for all who use it; `arrived` says when it is. Its key.
+    def open(self, grammar: Grammar, tenant: str, count: int) -> str:
+        """Have a grammar compiled for `count` sequences of a tenant, and return its key.
 
-        Each row is to be given to `forget`, or the key as often to `close`.
+        `opened` reports when it is compiled. Each sequence is to be given to `forget`, or all of them to
+        `close`.
+
+        Raises:
+            RefusedGrammarError: it is known to be harmful, or too much is being compiled.
         """
         key = blake2b(f"{grammar.kind}\n{grammar.text}".encode(), digest_size=16).hexdigest()
-        self._users[key] = self._users.get(key, 0) + rows
-        self._grammars[key] = grammar
-        until, reason = self._harmful.get(key, (0.0, ""))
-        if time.monotonic() < until:
-            self._arrived.append(Compiled(key, reason))
-        elif key not in self._waiting and (key not in self._asked or self._users[key] == rows):
-            # Also if others asked and have left: the process was told that nobody uses it.
-            self._compile(key)
+        follower = self._followers.get(tenant)
+        self._check(key, tenant, follower)
+        if follower is None:
+            follower = self._followers[tenant] = Follower(self._shape, self._vocabulary)
+        self._followers.move_to_end(tenant)
+        follower.users[key] = follower.users.get(key, 0) + count
+        follower.grammars[key] = grammar
+        if key in follower.compiled:
+            self._opened.append(Opened(tenant, key))
+            return key
+        follower.opening.add(key)
+        follower.errors.pop(key, None)
+        if key in self._harmless:
+            follower.queue(key)
+        elif key not in self._trials:
+            self._trials[key] = _Trial(grammar, tenant)
         return key
 
-    def close(self, key: str, rows: int = 1) -> None:
-        """So many rows less follow it."""
-        self._users[key] -= rows
-        if not self._users[key]:
-            del self._users[key], self._grammars[key]
-            self._deaths.pop(key, None)
-            self._errors.pop(key, None)
-            self._compiled.discard(key)
-            self._blind.discard(key)
-            self._tell_gone([], [key])
+    def close(self, tenant: str, key: str, count: int) -> None:
+        """Note that so many sequences of a tenant follow a grammar no longer."""
+        self._followers[tenant].release(key, count)
+        trial = self._trials.get(key)
+        if trial is not None and not any(key in one.users for one in self._followers.values()):
+            self._end_trial(key)
+        idle = [name for name, one in self._followers.items() if not one.users]
+        for name in idle[:-IDLE_FOLLOWERS]:
+            self._followers.pop(name).end()
 
-    def arrived(self, timeout: float = 0.0) -> list[Compiled]:
-        """What has been compiled since the last call, or refused."""
-        if self._asked:
-            try:
-                self._receive(timeout)
-                if late := self._late():
-                    for key in late:
-                        del self._asked[key]
-                        self._refuse(key, self._reason())
-                    raise _GoneError(self._reason())
-            except _GoneError as error:
-                self._stop(error)
-        self._go_on()
-        arrived, self._arrived = self._arrived, []
-        return arrived
+    def opened(self, timeout: float = 0.0) -> list[Opened]:
+        """Return the grammars that have been compiled since the last call, or refused.
 
-    def _compile(self, key: str) -> None:
-        self._asked[key] = math.inf if self._ready else time.monotonic() + START_SECONDS
-        try:
-            self._say(Compile(key, self._grammars[key]))
-        except _GoneError as error:
-            self._stop(error)
+        timeout: longest time to wait for anything to come, in seconds.
+        """
+        if any(one.users or one.process for one in self._followers.values()):
+            self._work()
+            if timeout and not self._opened:
+                self._poll([*self._running_trials(), *self._followers.values()], timeout)
+            self._receive()
+        opened, self._opened = self._opened, []
+        return opened
 
-    def _late(self) -> list[str]:
-        """What is being compiled for too long; what waits its turn has all the time."""
+    def _check(self, key: str, tenant: str, follower: Follower | None) -> None:
+        """Raise RefusedGrammarError if a grammar cannot be opened now."""
         now = time.monotonic()
-        return [key for key, deadline in self._asked.items() if now > deadline]
+        until, reason = self._harmful.get(key, (0.0, ""))
+        if self._unusable is not None:
+            raise RefusedGrammarError("grammar_refused", self._unusable)
+        if now < until:
+            raise RefusedGrammarError("grammar_refused", reason)
+        active = sum(bool(one.users) for one in self._followers.values())
+        if (follower is None or not follower.users) and active >= FOLLOWERS:
+            message = f"grammars of {FOLLOWERS} tenants are followed at the moment, and no more can be"
+            raise RefusedGrammarError("grammars_busy", message, 5.0)
+        if key not in self._harmless and key not in self._trials:
+            self._check_budget(tenant)
 
-    def _reason(self) -> str:
-        return f"took more than {COMPILE_SECONDS:g} s" if self._ready else "did not start"
+    def _check_budget(self, tenant: str) -> None:
+        """Raise RefusedGrammarError if a tenant's new grammars have taken all the time that they may."""
+        wait = self._spent.get(tenant, 0.0) - time.monotonic() - BUDGET_SECONDS
+        if wait >= 0:
+            message = (
+                f"new grammars of this tenant have taken {COMPILE_BUDGET:g} s of a processor in the last "
+                f"{BUDGET_SECONDS:g} s, which is the limit; those that were compiled before still work"
+            )
+            raise RefusedGrammarError("grammar_limit", message, wait + 1.0)
 
-    def _refuse(self, key: str, reason: str) -> None:
+    def _charge(self, tenant: str, seconds: float) -> None:
+        now = time.monotonic()
+        if len(self._spent) > REMEMBERED:
+            self._spent = {name: at for name, at in self._spent.items() if at > now}
+        self._spent[tenant] = (
+            max(self._spent.get(tenant, 0.0), now) + seconds * BUDGET_SECONDS / COMPILE_BUDGET
+        )
+
+    def _work(self) -> None:
+        """Start what can be: the template, trials, followers, and what they can do next."""
+        try:
+            if self._template is None:
+                self._template = Template(self._settings)
+        except OSError as error:
+            self._refuse_all(f"the process that compiles it cannot begin ({error.strerror})", busy=True)
+            return
+        try:
+            self._unusable = self._template.error()
+        except ProcessGoneError:
+            self._lose_template()
+            return
+        if self._unusable is not None:
+            self._refuse_all(self._unusable, busy=False)
+            return
+        tenants = {trial.tenant for trial in self._trials.values() if trial.process is not None}
+        for key, trial in list(self._trials.items()) if len(tenants) < COMPILING else ():
+            if trial.tenant not in tenants and len(tenants) < COMPILING:
+                self._try(key, trial, self._template)
+                tenants |= {trial.tenant} if trial.process is not None else set()
+        for follower in self._followers.values():
+            follower.work(self._template)
+
+    def _try(self, key: str, trial: _Trial, template: Template) -> None:
+        """Begin a trial, unless the tenant's earlier ones have taken too long."""
+        try:
+            self._check_budget(trial.tenant)
+        except RefusedGrammarError as error:
+            del self._trials[key]
+            self._refuse(key, str(error), error.code, error.retry_after)
+            return
+        trial.process = Process(template)
+        trial.process.expect(link.COMPILE_SECONDS)
+        with suppress(ProcessGoneError):
+            trial.process.send(Compile(key, trial.grammar))
+
+    def _running_trials(self) -> list[Process]:
+        return [trial.process for trial in self._trials.values() if trial.process is not None]
+
+    def _receive(self) -> None:
+        """Take in what has come from all processes."""
+        for key, trial in list(self._trials.items()):
+            if trial.process is None:
+                continue
+            try:
+                for message in trial.process.receive():
+                    if isinstance(message, Compiled) and key in self._trials:
+                        self._finish_trial(key, message)
+                if key in self._trials:
+                    trial.process.check_deadline()
+            except ProcessGoneError as error:
+                self._lose_trial(key, trial, str(error))
+        for tenant, follower in self._followers.items():
+            self._receive_from(tenant, follower)
+
+    def _receive_from(self, tenant: str, follower: Follower, *, in_time: bool = False) -> None:
+        try:
+            for compiled in follower.receive(in_time=in_time):
+                follower.opening.discard(compiled.key)
+                code: Code = "grammars_busy" if compiled.busy else "grammar_refused"
+                self._opened.append(Opened(tenant, compiled.key, compiled.error, code))
+        except ProcessGoneError as error:
+            if str(error) == DID_NOT_START:
+                self._lose_template()
+            for key, reason in follower.lose(str(error)):
+                self._blame(key, reason)
+
+    def _finish_trial(self, key: str, compiled: Compiled) -> None:
+        self._end_trial(key)
+        if compiled.error is not None:
+            self._refuse(key, compiled.error, "grammars_busy" if compiled.busy else "grammar_refused")
+            return
+        self._harmless[key] = None
+        if len(self._harmless) > REMEMBERED:
+            self._harmless.popitem(last=False)
+        for follower in self._followers.values():
+            if key in follower.opening:
+                follower.queue(key)
+
+    def _end_trial(self, key: str) -> None:
+        """Take a trial out, and charge its tenant for it."""
+        trial = self._trials.pop(key)
+        if trial.process is not None:
+            self._charge(trial.tenant, max(LEAST_CHARGE, trial.process.cpu_seconds()))
+            trial.process.kill()
+
+    def _lose_trial(self, key: str, trial: _Trial, reason: str) -> None:
+        """Try a grammar again whose process has ended once; blame it otherwise."""
+        trial.deaths += 1
+        self._end_trial(key)
+        if reason == DID_NOT_START:
+            self._lose_template()
+            self._refuse(key, f"the process that compiles it {reason}", "grammars_busy")
+        elif trial.deaths < DEATHS and not reason.startswith(TOOK_MORE):
+            self._trials[key] = _Trial(trial.grammar, trial.tenant, deaths=trial.deaths)
+        else:
+            self._blame(key, reason)
+
+    def _blame(self, key: str, reason: str) -> None:
+        """Refuse a grammar for which processes have ended, for some time."""
         message = f"the process that compiles it {reason}"
-        self._arrived.append(Compiled(key, message, busy=not self._ready))
-        if self._ready:
-            self._harmful[key] = time.monotonic() + HARMFUL_SECONDS, message
-            if len(self._harmful) > REMEMBERED:
-                self._harmful.popitem(last=False)
+        self._harmless.pop(key, None)
+        self._harmful[key] = time.monotonic() + HARMFUL_SECONDS, message
+        if len(self._harmful) > REMEMBERED:
+            self._harmful.popitem(last=False)
+        self._refuse(key, message, "grammar_refused")
 
-    def _go_on(self) -> None:
-        """Compile what waits, one at a time: so it is seen which of them a process dies of."""
-        while self._waiting and not self._asked:
-            key = self._waiting.pop(0)
-            if key in self._grammars:
-                self._compile(key)
+    def _refuse(self, key: str, message: str, code: Code, retry_after: float | None = None) -> None:
+        """Report a grammar as refused to all who wait for it."""
+        for tenant, follower in self._followers.items():
+            if key in follower.opening:
+                follower.opening.discard(key)
+                self._opened.append(Opened(tenant, key, message, code, retry_after))
+
+    def _refuse_all(self, message: str, *, busy: bool) -> None:
+        for key in list(self._trials):
+            self._end_trial(key)
+        for key in {key for follower in self._followers.values() for key in follower.opening}:
+            self._refuse(key, message, "grammars_busy" if busy else "grammar_refused")
+
+    def _lose_template(self) -> None:
+        """End the template, which forks no more; the next one is started when it is needed."""
+        if self._template is not None:
+            logger.error(
+                "the process that starts those for grammars does not answer; another takes its place"
+            )
+            self._template.end()
+            self._template = None
 
     # ---- masks ------------------------------------------------------------------------------
 
-    def ask(self, segments: Iterable[Segment]) -> bool:
-        """Have the masks computed of those that get a token and follow a grammar; whether there are any."""
-        self._wanted = []
-        place = 0
+    def awaits(self, row: Row) -> bool:
+        """Return True if a sequence has to sit out steps, until its grammar or its mask has come."""
+        return row.grammar is not None and self._followers[row.tenant].awaits(row)
+
+    def request(self, segments: Iterable[Segment]) -> bool:
+        """Request the masks that a step needs. Return True if it needs any."""
+        wanted: dict[str, list[Segment]] = {}
         for segment in segments:
             if segment.row.grammar is not None and segment.samples:
-                self._wanted.append((segment.row, segment, place))
-                place += len(segment.draft) + 1
-        if self._wanted:
-            with suppress(_GoneError):
-                self._want(self._wanted)
-        return bool(self._wanted)
+                wanted.setdefault(segment.row.tenant, []).append(segment)
+        for tenant, some in wanted.items():
+            follower = self._followers[tenant]
+            if not follower.is_busy:
+                follower.request((one.row, one.draft) for one in some if one.row.grammar in follower.compiled)
+        return bool(wanted)
 
-    def masks(self) -> dict[Row, np.ndarray | GrammarError]:
-        """The masks of each row that `ask` named: [1 + draft, words] int32, valid until the next `ask`."""
-        if not self._wanted:
-            return {}
-        try:
-            return self._take(self._wanted)
-        except _GoneError as error:
-            logger.error("the process that follows grammars %s; each row is tried alone", error)
-            self._stop(error)
-        found: dict[Row, np.ndarray | GrammarError] = {}
-        for one in self._wanted:
-            found |= self._alone(one)
-        return found
+    def masks(
+        self, segments: Iterable[Segment], computed: Callable[[], None]
+    ) -> dict[Row, np.ndarray | GrammarError | None]:
+        """Return the masks of the sequences that `request` was given, valid until the next `request`.
 
-    def tell(self, rows: Iterable[Row]) -> None:
-        """Say what rows have drawn. What they can only go on with comes into `Row.forced`, by the time that
-        `foresee` or `masks` returns, or not at all: nobody waits for it."""
-        asked = {
-            row.arrival: row
-            for row in rows
-            if row.grammar in self._compiled and row.grammar not in self._blind and not row.forced
-        }
-        if not asked:
-            return
-        self._tells += 1
-        with suppress(_GoneError):
-            self._say(Tell(self._tells, [(number, *self._news(row)) for number, row in asked.items()]))
-            self._telling = asked
-            self._told |= {number: row.generated for number, row in asked.items()}
+        A mask is [1 + draft, words] int32, or None if it has not come: the sequence is to sit out.
 
-    def foresee(self) -> None:
-        """Take in what has come of what was told."""
-        if self._telling:
-            try:
-                self._receive(0.0)
-            except _GoneError as error:
-                self._stop(error)
+        computed: waits for the forward pass, so that no time is counted in which an accelerator computes.
+        """
+        wanted = [one for one in segments if one.row.grammar is not None and one.samples]
+        pending = {one.row.tenant: self._followers[one.row.tenant] for one in wanted}
+        pending = self._still_pending(pending)
+        if pending:
+            computed()
+            self._wait(self._still_pending(pending))
+        return {one.row: self._followers[one.row.tenant].masks(one) for one in wanted}
 
-    def _news(self, row: Row) -> tuple[str, list[int]]:
-        """Its grammar's key, and the tokens that the process does not know."""
-        return row.grammar or "", row.tokens[row.prompt_length + self._told.get(row.arrival, 0) :]
+    def _wait(self, pending: dict[str, Follower]) -> None:
+        """Wait for masks of tenants for which steps may wait."""
+        began = time.monotonic()
+        waiting = {tenant: follower for tenant, follower in pending.items() if follower.has_grace()}
+        while waiting and (left := began + GRACE_SECONDS - time.monotonic()) > 0:
+            self._poll(waiting.values(), left)
+            answered = waiting
+            waiting = self._still_pending(waiting)
+            for tenant in answered.keys() - waiting.keys():
+                answered[tenant].charge_grace(time.monotonic() - began)
+        for follower in waiting.values():
+            follower.charge_grace(time.monotonic() - began)
+
+    def _still_pending(self, followers: dict[str, Follower]) -> dict[str, Follower]:
+        """Return those whose masks are in flight after what has come is taken in."""
+        for tenant, follower in followers.items():
+            if follower.in_flight:
+                self._receive_from(tenant, follower, in_time=True)
+        return {tenant: follower for tenant, follower in followers.items() if follower.in_flight}
+
+    def _poll(self, processes: Iterable[Process | Follower], seconds: float) -> None:
+        """Wait until one of them has sent something, or takes what is to be sent."""
+        poll = select.poll()
+        for one in processes:
+            process = one.process if isinstance(one, Follower) else one
+            if process is not None:
+                poll.register(process.fileno(), select.POLLIN | (select.POLLOUT if process.unsent else 0))
+        poll.poll(seconds * 1000)
+
+    def note_drawn(self, rows: Iterable[Row], *, foresee: bool) -> None:
+        """Take in that sequences have new tokens and go on.
+
+        foresee: what they can only go on with is asked for. It comes into `Row.forced` with a later call, or
+            not at all: nobody waits for it.
+        """
+        by_tenant: dict[str, list[Row]] = {}
+        for row in rows:
+            if row.grammar is not None:
+                by_tenant.setdefault(row.tenant, []).append(row)
+        for tenant, some in by_tenant.items():
+            self._followers[tenant].note_drawn(some, foresee)
 
     def forget(self, row: Row) -> None:
-        """It has ended."""
+        """Note that a sequence has ended."""
         if row.grammar is not None:
-            if self._told.pop(row.arrival, None) is not None:
-                self._tell_gone([row.arrival], [])
-            self.close(row.grammar)
-
-    def _tell_gone(self, rows: list[int], keys: list[str]) -> None:
-        if self._socket is not None:
-            with suppress(_GoneError):
-                self._say(Forget(rows, keys))
-
-    def _alone(self, one: tuple[Row, Segment, int]) -> dict[Row, np.ndarray | GrammarError]:
-        try:
-            self._want([one])
-            return {
-                row: mask.copy() if isinstance(mask, np.ndarray) else mask
-                for row, mask in self._take([one]).items()
-            }
-        except _GoneError as error:
-            self._stop(error)
-            return {one[0]: GrammarError(f"the process that follows its grammar {error}")}
-
-    def _want(self, wanted: Sequence[tuple[Row, Segment, int]]) -> None:
-        rows = []
-        self._number += 1
-        for row, segment, place in wanted:
-            key = row.grammar or ""
-            if key not in self._compiled:
-                # A new process, which has to know it first; what comes after it waits in the socket.
-                self._recompile(key)
-            rows.append((row.arrival, *self._news(row), list(segment.draft), place))
-        self._say(Want(self._number, rows))
-        for row, _, _ in wanted:
-            self._told[row.arrival] = row.generated
-
-    def _recompile(self, key: str) -> None:
-        self._say(Compile(key, self._grammars[key]))
-        self._errors.pop(key, None)
-        deadline = time.monotonic() + START_SECONDS
-        while key not in self._compiled:
-            before = self._ready
-            self._receive(deadline - time.monotonic())
-            if self._ready and not before:
-                deadline = time.monotonic() + COMPILE_SECONDS
-            if time.monotonic() > deadline:
-                raise _GoneError("does not answer")
-            if key in self._errors:
-                raise _GoneError(f"says: {self._errors[key]}")
-
-    def _take(self, wanted: Sequence[tuple[Row, Segment, int]]) -> dict[Row, np.ndarray | GrammarError]:
-        deadline = time.monotonic() + MASK_SECONDS
-        while (answer := self._receive(deadline - time.monotonic())) is None:
-            if time.monotonic() > deadline:
-                raise _GoneError("does not answer")
-        found: dict[Row, np.ndarray | GrammarError] = {}
-        for row, segment, place in wanted:
-            mask = self._masks[place : place + len(segment.draft) + 1]
-            error = answer.errors.get(row.arrival)
-            if error is None and not mask[0].any():
-                error = "its grammar allows no token here"
-            found[row] = mask if error is None else GrammarError(error)
-        return found
-
-    # ---- the process ------------------------------------------------------------------------
-
-    def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        size = self._masks.nbytes
-        memory = os.memfd_create("masks")
-        try:
-            os.ftruncate(memory, size)
-            shared = np.frombuffer(mmap.mmap(memory, size), dtype=np.int32)
-            self._masks = shared.reshape(self._masks.shape)
-            options = ("--fd", str(theirs.fileno()), "--masks-fd", str(memory),
-                       "--settings", json.dumps(self._settings))  # fmt: skip
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", *PROGRAM, *options],
-                pass_fds=(theirs.fileno(), memory),
-                stdin=subprocess.DEVNULL,
-                env=computing_environment() | {"MALLOC_ARENA_MAX": "2", "TOKENIZERS_PARALLELISM": "false"},
-            )
-        finally:
-            theirs.close()
-            os.close(memory)
-        ours.setblocking(False)
-        self._socket, self._reader = ours, FrameReader()
-
-    def _stop(self, reason: _GoneError) -> None:
-        """End the process, if it has not ended by itself; the next call begins another.
-
-        What it was compiling is tried again, or refused after DEATHS.
-        """
-        self.end()
-        self._blind |= {row.grammar for row in self._telling.values() if row.grammar in self._users}
-        self._telling = {}
-        asked, self._asked = list(self._asked), {}
-        for key in asked:
-            self._deaths[key] = self._deaths.get(key, 0) + (len(asked) == 1)
-            if self._deaths[key] < DEATHS:
-                self._waiting.append(key)
-            else:
-                self._refuse(key, str(reason))
-        self._ready = False
+            self._followers[row.tenant].forget(row)
+            self.close(row.tenant, row.grammar, 1)
 
     def end(self) -> None:
-        """End the process. Where grammars are still followed, the next call begins another."""
-        if self._socket is not None:
-            self._socket.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self._socket = self._process = None
-        self._compiled.clear()
-        self._told.clear()
-        self._outbox.clear()
-
-    def _say(self, message: msgspec.Struct) -> None:
-        """Send it, at once or with what comes later: nobody waits for a process that does not read."""
-        try:
-            if self._socket is None:
-                self._start()
-        except OSError as error:
-            raise _GoneError(f"cannot begin ({error.strerror})") from error
-        self._outbox += encode(message)
-        self._flush()
-
-    def _flush(self) -> None:
-        try:
-            while self._outbox and self._socket is not None:
-                del self._outbox[: self._socket.send(self._outbox)]
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            raise _GoneError("ended") from error
-
-    def _receive(self, timeout: float) -> Masks | None:
-        """Take in what has come, waiting for it up to `timeout` seconds; masks that are not old."""
-        self._flush()
-        if self._socket is None:
-            raise _GoneError("ended")
-        if timeout > 0:
-            poll = select.poll()
-            poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._outbox else 0))
-            poll.poll(timeout * 1000)
-        try:
-            data = self._socket.recv(1 << 16)
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            raise _GoneError("ended") from error
-        if not data:
-            raise _GoneError("ended")
-        try:
-            messages = [_answers.decode(payload) for payload in self._reader.feed(data)]
-        except (ValueError, msgspec.MsgspecError) as error:
-            raise _GoneError(f"says what is no message ({error})") from error
-        found: Masks | None = None
-        for message in messages:
-            if isinstance(message, Masks):
-                found = message if message.number == self._number else found
-            elif isinstance(message, Forced):
-                if message.number == self._tells:
-                    self._take_forced(message)
-            elif isinstance(message, Compiled):
-                self._take_compiled(message)
-            elif isinstance(message, Started):
-                self._ready = True
-                self._asked = dict.fromkeys(self._asked, math.inf)
-            elif message.key in self._asked:
-                self._asked[message.key] = time.monotonic() + COMPILE_SECONDS
-        return found
-
-    def _take_forced(self, message: Forced) -> None:
-        """Raises _GoneError: what is said cannot be, and a step would fail of it."""
-        known = range(self._vocabulary)
-        for number, tokens in message.tokens.items():
-            if number not in self._telling or not all(token in known for token in tokens):
-                raise _GoneError("names tokens or rows that there are not")
-            self._telling[number].forced = tokens
-        self._telling = {}
-
-    def _take_compiled(self, message: Compiled) -> None:
-        self._deaths.pop(message.key, None)
-        if message.key not in self._grammars:
-            self._tell_gone([], [message.key])
-        elif message.error is None:
-            self._compiled.add(message.key)
-        else:
-            self._errors[message.key] = message.error
-        if self._asked.pop(message.key, None) is not None:
-            self._arrived.append(message)
+        """End all processes. Where grammars are still followed, the next call begins others."""
+        for process in self._running_trials():
+            process.kill()
+        for trial in self._trials.values():
+            trial.process = None
+        for follower in self._followers.values():
+            follower.lose("was ended")
+        if self._template is not None:
+            self._template.end()
+            self._template = None

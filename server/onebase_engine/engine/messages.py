@@ -307,6 +307,8 @@ class RowOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error_code: str | None = None
     error_message: str | None = None
     error_param: str | None = None
+    retry_after: float | None = None
+    """Seconds after which the request may be sent again, where the error passes."""
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
@@ -334,6 +336,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks_host_total: int = 0
     restored_tokens: int = 0
     """Whose keys and values were copied back from there."""
+    awaits_grammars: bool = False
+    """Whether nothing is computed because all sequences wait for grammars or masks of other processes."""
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):

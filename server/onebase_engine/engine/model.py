@@ -265,6 +265,11 @@ class ServedModel:
         if self._graphs is not None:
             self._graphs.prepare(batch)
 
+    def synchronize(self) -> None:
+        """Wait until an accelerator has computed what was begun."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     def forward(self, batch: Batch) -> Outputs:
         """The logits of the batch's `logit_rows`, and the hidden states of its `hidden_rows`."""
         wants_hidden = len(batch.hidden_rows) > 0

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from onebase_engine.engine.grammars import GrammarError
+from onebase_engine.engine.grammar_follower import GrammarError
 from onebase_engine.engine.messages import TokenLogprob
 from onebase_engine.engine.row import Ahead, Row
 from onebase_engine.kernels.interface import Draws, Kernels

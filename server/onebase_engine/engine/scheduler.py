@@ -194,6 +194,9 @@ class Scheduler:
         self.preemptions = 0
         self.yielded = 0
         """Preemptions for a waiting row of another tenant."""
+        self.awaits: Callable[[Row], bool] = lambda row: False
+        """Whether a sequence has to sit out steps that would give it a token: its grammar's mask has not
+        come."""
         self._uncharged: set[Row] = set()
         """Whose decodes are planned ahead."""
         slots.order = self.waiting.order
@@ -330,7 +333,8 @@ class Scheduler:
         short = len(rows) > draft.budget or 0 < draft.background < behind
         for row in sorted(rows, key=self.waiting.order) if short else rows:
             ready = row.pending == 1 and draft.left(row) > 0 and row not in draft.preempted
-            if ready and not row.ends and not self._is_late(row) and self._grow(row, len(row.tokens), draft):
+            ready = ready and not row.ends and not self._is_late(row) and not self.awaits(row)
+            if ready and self._grow(row, len(row.tokens), draft):
                 draft.decodes[row] = Segment(row, row.computed, len(row.tokens))
                 draft.take(row, 1)
 
@@ -353,6 +357,8 @@ class Scheduler:
         if row.scores_prompt:
             length = min(length, max(row.first_scored - row.computed, 0) + MAX_SCORED_TOKENS)
         segment = Segment(row, row.computed, row.computed + length)
+        if segment.samples and self.awaits(row):
+            return
         draft.chunks[row] = segment
         draft.take(row, length)
         self.waiting.charge(segment)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from msgspec.structs import replace as replaced
 
+from onebase_engine.engine.grammars import BUDGET_SECONDS, COMPILE_BUDGET
 from onebase_engine.engine.messages import Grammar, Pooling, RowOutput, Sampling, Submit, TokenLogprob
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.adapters.residency import Lease, Residency
@@ -20,6 +21,7 @@ from onebase_server.errors import (
     ClientGoneError,
     InvalidRequestError,
     OneBaseError,
+    RateLimitError,
     RowFailedError,
     UnavailableError,
 )
@@ -532,7 +534,11 @@ def _row_error(output: RowOutput, job: Job) -> OneBaseError:
         return InvalidRequestError(message, param=job.grammar_param, code="grammar_refused")
     if output.error_code == "grammars_busy":
         message = f"{job.grammar_param}: {output.error_message}. Send the request again in a moment."
-        return UnavailableError(message, code="grammars_busy", retry_after=5.0)
+        return UnavailableError(message, code="grammars_busy", retry_after=output.retry_after or 5.0)
+    if output.error_code == "grammar_limit":
+        message = f"{job.grammar_param}: {output.error_message}. Use one of those, or send it again later."
+        of = {"quota": "grammar_seconds", "limit": COMPILE_BUDGET, "of": "tenant"}
+        return RateLimitError(message, of, retry_after=output.retry_after or BUDGET_SECONDS)
     return RowFailedError(
         output.error_message or "The engine ended this request with an error.",
         code=output.error_code or "engine_error",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal
 
-from onebase_engine.engine.grammars import WHITESPACE
+from onebase_engine.engine.grammar_link import WHITESPACE
 from onebase_engine.engine.messages import Grammar
 from onebase_server.generation.json_schema import closed
 

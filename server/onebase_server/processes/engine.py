@@ -117,8 +117,8 @@ def _serve(engine: Engine, channel: EngineChannel) -> int:
         nonlocal reported, told
         _report_versions(engine, channel)
         outputs = engine.take_outputs()
-        # Also while grammars are compiled, which is progress of another process.
-        silent = time.monotonic() - reported > IDLE_SECONDS and not engine.scheduler.running
+        # Also while all sequences wait for grammars, which is no stall.
+        silent = time.monotonic() - reported > IDLE_SECONDS
         if outputs or engine.counters.steps != told or not engine.busy or silent or paused:
             reported, told = time.monotonic(), engine.counters.steps
             _report(outputs, msgspec.structs.replace(engine.stats(), paused=paused), channel)

@@ -122,7 +122,8 @@ class RequestRouter:
     def deliver(self, step: StepDone) -> None:
         """Hand each row's output to its request. Called once per engine step: the api's hot path."""
         now = time.monotonic()
-        if step.rows or self.stats is None or step.stats.steps != self.stats.steps:
+        waits = step.stats.awaits_grammars  # for other processes, each of which has limits of its own
+        if step.rows or self.stats is None or step.stats.steps != self.stats.steps or waits:
             self._last_progress = now
         self.stats = step.stats
         for output in step.rows:

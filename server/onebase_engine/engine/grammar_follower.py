@@ -1,0 +1,377 @@
+"""The grammars of one tenant's sequences, and the process that follows them.
+
+A sequence's mask is requested when the step begins that samples from it, and a step takes what has come by
+its end. A mask that is late is kept for a later step. Of a tenant that makes steps wait too often, and after
+a process has ended, masks are requested ahead of the step, which leaves the sequence out until they are
+there.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from onebase_engine.engine import grammar_link as link
+from onebase_engine.engine.grammar_link import (
+    MASK_BYTES,
+    Compile,
+    Compiled,
+    Forced,
+    Forget,
+    MaskRequest,
+    Masks,
+    Process,
+    ProcessGoneError,
+    Template,
+    TokensDrawn,
+)
+from onebase_engine.engine.messages import Grammar
+from onebase_engine.engine.row import Row, Segment
+
+GRACE_PART, GRACE_CREDIT = 0.1, 0.05
+"""Largest part of the time that steps wait for the masks of one tenant, and seconds that may be saved up."""
+DEATHS = 2
+"""Processes that ended while they had one grammar to compile, after which the grammar is to blame."""
+
+logger = logging.getLogger(__name__)
+
+
+class GrammarError(Exception):
+    """A sequence cannot go on as its grammar says."""
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """Masks of a sequence that has `generated` tokens, and of those after each token of the draft."""
+
+    generated: int
+    draft: tuple[int, ...]
+    masks: np.ndarray | GrammarError
+    """[1 + draft, words] int32."""
+    shared: bool
+    """Whether they lie in the memory that the next request writes to."""
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """A sequence of a MaskRequest, as it was sent."""
+
+    row: Row
+    generated: int
+    draft: tuple[int, ...]
+    place: int
+
+
+@dataclass
+class Follower:
+    """One tenant's grammars and the process that follows them. It begins with the first grammar."""
+
+    shape: tuple[int, int]
+    """Masks of one step, and words of a mask."""
+    vocabulary: int
+    process: Process | None = None
+    users: dict[str, int] = field(default_factory=dict)
+    """Sequences by grammar."""
+    grammars: dict[str, Grammar] = field(default_factory=dict)
+    opening: set[str] = field(default_factory=set)
+    """Grammars that nobody has been told of yet."""
+    compiled: set[str] = field(default_factory=set)
+    compiling: str | None = None
+    to_compile: list[str] = field(default_factory=list)
+    deaths: dict[str, int] = field(default_factory=dict)
+    """Grammars that were being compiled when a process ended, and how often it did nothing else. They are
+    compiled while no masks are in flight."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Reasons by grammar that could not be compiled again."""
+    reported: dict[int, int] = field(default_factory=dict)
+    """Tokens of each sequence that the process knows."""
+    number: int = 0
+    in_flight: list[_InFlight] = field(default_factory=list)
+    answered: dict[int, _Answered] = field(default_factory=dict)
+    due: dict[int, Row] = field(default_factory=dict)
+    """Sequences whose masks are requested ahead of the step that needs them."""
+    suspects: dict[int, Row] = field(default_factory=dict)
+    """Sequences whose masks were in flight when a process ended. Each is tried alone."""
+    drawn: dict[int, Row] = field(default_factory=dict)
+    """Sequences of the last TokensDrawn, until it is answered."""
+    drawn_number: int = 0
+    costly: set[str] = field(default_factory=set)
+    """Grammars whose forced tokens are not asked for any more, since a process ended meanwhile."""
+    ahead: bool = False
+    """Whether the masks in flight are of a later step than the one that is computed."""
+    grace_spent: float = 0.0
+    """Time on the monotonic clock up to which the time that steps waited is accounted for; see GRACE_PART."""
+
+    # ---- grammars ---------------------------------------------------------------------------
+
+    def queue(self, key: str) -> None:
+        """Have a grammar compiled in its turn."""
+        if key != self.compiling and key not in self.to_compile:
+            self.to_compile.append(key)
+
+    def release(self, key: str, count: int) -> None:
+        """Note that so many sequences fewer use a grammar."""
+        self.users[key] -= count
+        if not self.users[key]:
+            del self.users[key], self.grammars[key]
+            for known in (self.opening, self.compiled, self.costly):
+                known.discard(key)
+            self.deaths.pop(key, None)
+            self.errors.pop(key, None)
+            if key in self.to_compile:
+                self.to_compile.remove(key)
+            self._send(Forget([], [key]))
+
+    def forget(self, row: Row) -> None:
+        """Note that a sequence has ended."""
+        for known in (self.answered, self.due, self.suspects):
+            known.pop(row.arrival, None)
+        if self.reported.pop(row.arrival, None) is not None:
+            self._send(Forget([row.arrival], []))
+
+    def awaits(self, row: Row) -> bool:
+        """Return True if the next mask of a sequence is not there and cannot be requested in this step."""
+        if self._mask_of(row) is not None or row.grammar in self.errors:
+            return False
+        return self.is_busy or row.arrival in self.due or row.grammar not in self.compiled
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether no masks can be requested at the moment."""
+        return bool(self.in_flight or self.suspects) or self.compiling in self.deaths
+
+    def work(self, template: Template) -> None:
+        """Send what the process can do next: a grammar to compile, masks that are due."""
+        if self.process is None and self.users:
+            self._start(template)
+        suspect = next(iter(self.suspects.values()), None)
+        if self.compiling is None and self.to_compile:
+            key = suspect.grammar if suspect is not None else None
+            key = key if key in self.to_compile else self.to_compile[0]
+            if not (self.in_flight and (self.suspects or key in self.deaths)):
+                self._compile(key)
+        if not self.in_flight and self.compiling not in self.deaths:
+            ahead = list(self.due.values()) if suspect is None else [suspect]
+            self.request(((row, ()) for row in ahead if row.grammar in self.compiled), ahead=True)
+
+    def _compile(self, key: str) -> None:
+        self.to_compile.remove(key)
+        self.compiling = key
+        self._send(Compile(key, self.grammars[key]))
+        self._expect()
+
+    def has_grace(self) -> bool:
+        """Return True if steps may wait for the tenant's masks."""
+        return self.grace_spent - time.monotonic() < GRACE_CREDIT / GRACE_PART
+
+    def charge_grace(self, seconds: float) -> None:
+        """Account for the time that a step waited."""
+        self.grace_spent = max(self.grace_spent, time.monotonic()) + seconds / GRACE_PART
+
+    # ---- masks ------------------------------------------------------------------------------
+
+    def request(self, wanted: Iterable[tuple[Row, tuple[int, ...]]], *, ahead: bool = False) -> None:
+        """Request masks of sequences and their drafts that are not there. None may be in flight."""
+        sent: list[_InFlight] = []
+        place, self.ahead = 0, ahead
+        for row, draft in wanted:
+            if self._mask_of(row) is None and place + len(draft) < self.shape[0]:
+                sent.append(_InFlight(row, row.generated, draft, place))
+                self.due.pop(row.arrival, None)
+                place += len(draft) + 1
+        if not sent:
+            return
+        self.answered = {number: one for number, one in self.answered.items() if not one.shared}
+        self.number += 1
+        self.in_flight = sent
+        self._send(
+            MaskRequest(
+                self.number,
+                [(one.row.arrival, *self._news(one.row), list(one.draft), one.place) for one in sent],
+            )
+        )
+        self.reported |= {one.row.arrival: one.generated for one in sent}
+        self._expect()
+
+    def masks(self, segment: Segment) -> np.ndarray | GrammarError | None:
+        """Return the masks of a segment, [1 + draft, words] int32, or None if they have not come.
+
+        Of a draft without masks nothing is allowed, so that the sequence gets one token.
+        """
+        found = self._mask_of(segment.row)
+        if found is None and segment.row.grammar in self.errors:
+            return GrammarError(f"the process that compiles it {self.errors[segment.row.grammar]}")
+        if found is None or isinstance(found.masks, GrammarError):
+            return None if found is None else found.masks
+        count = len(segment.draft) + 1
+        if found.draft[: count - 1] == segment.draft:
+            return found.masks[:count]
+        masks = np.zeros((count, self.shape[1]), np.int32)
+        masks[0] = found.masks[0]
+        return masks
+
+    def note_drawn(self, rows: list[Row], foresee: bool) -> None:
+        """Take in that sequences have new tokens. Tokens that are forced come into `Row.forced` later."""
+        if self.in_flight or not self.has_grace():
+            self.due |= {row.arrival: row for row in rows}
+            return
+        asked = {
+            row.arrival: row
+            for row in rows
+            if row.grammar in self.compiled and row.grammar not in self.costly and not row.forced
+        }
+        if foresee and asked:
+            self.drawn_number += 1
+            self.drawn = asked
+            news = [(number, *self._news(row)) for number, row in asked.items()]
+            self._send(TokensDrawn(self.drawn_number, news))
+            self.reported |= {number: row.generated for number, row in asked.items()}
+
+    def _mask_of(self, row: Row) -> _Answered | None:
+        found = self.answered.get(row.arrival)
+        return found if found is not None and found.generated == row.generated else None
+
+    def _news(self, row: Row) -> tuple[str, list[int]]:
+        """Return a sequence's grammar and the tokens that the process does not know."""
+        return row.grammar or "", row.tokens[row.prompt_length + self.reported.get(row.arrival, 0) :]
+
+    # ---- the process ------------------------------------------------------------------------
+
+    def receive(self, *, in_time: bool = False) -> list[Compiled]:
+        """Take in what has come; return the grammars that have been compiled for the first time.
+
+        in_time: masks are for the step that is computed, and need not be kept beyond the next request.
+
+        Raises:
+            ProcessGoneError: the process has ended, hangs, or lies.
+        """
+        if self.process is None:
+            return []
+        compiled = []
+        for message in self.process.receive():
+            if isinstance(message, Masks):
+                self._take_masks(message, shared=in_time and not self.ahead)
+            elif isinstance(message, Forced):
+                self._take_forced(message)
+            elif isinstance(message, Compiled) and message.key == self.compiling:
+                compiled += self._take_compiled(message)
+        self._expect()
+        self.process.check_deadline()
+        return compiled
+
+    def lose(self, reason: str) -> list[tuple[str, str]]:
+        """End the process, which hangs, lies or has ended; the next one continues where the sequences are.
+
+        Returns:
+            Grammars of which processes have ended too often, with the reason.
+        """
+        logger.error("the process that follows a tenant's grammars %s; another takes its place", reason)
+        self.end()
+        self.costly |= {row.grammar for row in self.drawn.values() if row.grammar in self.users}
+        self.drawn = {}
+        blamed = self._blame_compiling(reason)
+        self._suspect_in_flight(reason)
+        again = self.compiled | {*self.to_compile} | self.deaths.keys()
+        # Those that may have ended a process come last.
+        self.to_compile = sorted(
+            (again & self.users.keys()) - self.errors.keys(), key=self.deaths.__contains__
+        )
+        self.compiled.clear()
+        return blamed
+
+    def _blame_compiling(self, reason: str) -> list[tuple[str, str]]:
+        """Note that the process ended while it compiled a grammar; return the grammar if it is to blame."""
+        key, self.compiling = self.compiling, None
+        if key is None or key not in self.users:
+            return []
+        self.deaths[key] = self.deaths.get(key, 0) + (not self.in_flight)
+        if self.deaths[key] < DEATHS:
+            return []
+        self.errors[key] = reason
+        return [(key, reason)]
+
+    def _suspect_in_flight(self, reason: str) -> None:
+        """Have sequences whose masks were in flight tried alone; one that was alone gets an error."""
+        in_flight, self.in_flight = self.in_flight, []
+        if len(in_flight) == 1 and in_flight[0].row.arrival in self.suspects:
+            (one,) = in_flight
+            error = GrammarError(f"the process that follows its grammar {reason}")
+            del self.suspects[one.row.arrival]
+            self.answered[one.row.arrival] = _Answered(one.generated, (), error, shared=False)
+        else:
+            self.suspects |= {one.row.arrival: one.row for one in in_flight if one.row.finish is None}
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+        self.process = None
+        self.reported.clear()
+
+    def _start(self, template: Template) -> None:
+        memory = os.memfd_create("masks")
+        size = self.shape[0] * self.shape[1] * MASK_BYTES
+        try:
+            os.ftruncate(memory, size)
+            self._memory = np.frombuffer(mmap.mmap(memory, size), dtype=np.int32).reshape(self.shape)
+            self.process = Process(template, memory)
+        finally:
+            os.close(memory)
+
+    def _send(self, message: msgspec.Struct) -> None:
+        """Send it if there is a process; one that has ended is found by `receive`."""
+        if self.process is not None:
+            with suppress(ProcessGoneError):
+                self.process.send(message)
+
+    def _expect(self) -> None:
+        if self.process is not None:
+            seconds = link.MASK_SECONDS * bool(self.in_flight) + link.COMPILE_SECONDS * (
+                self.compiling is not None
+            )
+            self.process.expect(seconds)
+
+    def _take_masks(self, message: Masks, shared: bool) -> None:
+        if message.number != self.number:
+            return
+        for one in self.in_flight:
+            number = one.row.arrival
+            masks = self._memory[one.place : one.place + len(one.draft) + 1]
+            error = message.errors.get(number)
+            if error is None and not masks[0].any():
+                error = "its grammar allows no token here"
+            given = GrammarError(error) if error is not None else masks if shared else masks.copy()
+            self.suspects.pop(number, None)
+            if one.row.finish is None:
+                self.answered[number] = _Answered(one.generated, one.draft, given, shared)
+        self.in_flight = []
+
+    def _take_forced(self, message: Forced) -> None:
+        """Raises ProcessGoneError: the tokens cannot be, and a step would fail of them."""
+        if message.number != self.drawn_number:
+            return
+        known = range(self.vocabulary)
+        for number, tokens in message.tokens.items():
+            if number not in self.drawn or not all(token in known for token in tokens):
+                raise ProcessGoneError("names tokens or sequences that there are not")
+            self.drawn[number].forced = tokens
+        self.drawn = {}
+
+    def _take_compiled(self, message: Compiled) -> list[Compiled]:
+        self.compiling = None
+        if message.key not in self.users:
+            self._send(Forget([], [message.key]))
+            return []
+        self.deaths.pop(message.key, None)
+        if message.error is None:
+            self.compiled.add(message.key)
+        else:
+            self.errors[message.key] = f"says: {message.error}"
+        return [message] if message.key in self.opening else []
