@@ -110,7 +110,7 @@ class KeyRing:
 
         Raises UnauthenticatedError.
         """
-        if self._is_open:
+        if self.is_open:
             return LOCAL
         key = _given(authorization, api_key)
         record = self._keys.get(id_of(key) or "")
@@ -143,7 +143,7 @@ class KeyRing:
         """Whether a caller whose answer takes long may have the rest of it. Raises UnavailableError."""
         if caller.key == "":
             await self.look()
-            return self._is_open
+            return self.is_open
         await self.refresh()
         record = self._keys.get(caller.key)
         return record is not None and record.valid_at(time.time())
@@ -158,7 +158,7 @@ class KeyRing:
                 raise
 
     @property
-    def _is_open(self) -> bool:
+    def is_open(self) -> bool:
         """Whether no key is needed, since there has never been one."""
         return self._open_without_keys and not self._keys
 

@@ -125,6 +125,12 @@ class Server:
         self.process.send_signal(number)
 
 
+def as_route(http: httpx2.Client) -> dict[str, str]:
+    """Return the header that makes a server believe those of `onebase route`, for an admin's client."""
+    secret: str = http.get("/route_secret").raise_for_status().json()["secret"]
+    return {"x-onebase-route": secret}
+
+
 @functools.cache
 def told_statuses() -> list[tuple[re.Pattern[str], dict[str, set[str]]]]:
     """By the paths of the routes that are in the OpenAPI file: the statuses that it names by method."""

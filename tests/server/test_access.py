@@ -27,7 +27,7 @@ from onebase_server.http.app import create_app
 from onebase_server.http.authorization import Routes, access_of, as_get, needs
 
 from .access import Keys, bearer, client_with
-from .support import Server, Starter
+from .support import Server, Starter, as_route
 
 NOBODY: Any = SimpleNamespace(settings=SimpleNamespace(max_body=1000))
 APP = create_app(NOBODY)
@@ -553,6 +553,59 @@ def test_another_host_needs_a_key_or_insecure(serve_scripted: Starter, tmp_path:
         with client_with(server, key) as http:
             assert http.get("/version").status_code == 200
         server.wait_for(lambda: "each request needs one" in server.log, 30)
+
+
+FROM_AFAR = [
+    {"X-Forwarded-For": "203.0.113.9"},
+    {"X-Forwarded-For": "203.0.113.9, 127.0.0.1"},
+    {"X-Forwarded-For": "127.0.0.1, [2001:db8::1]:443"},
+    {"X-Forwarded-For": "unknown"},
+    {"Forwarded": "proto=http; For=203.0.113.9;by=127.0.0.1"},
+    {"Forwarded": 'for=127.0.0.1, for="[2001:db8::1]:443"'},
+    {"Forwarded": "for=_hidden"},
+    {"X-Real-IP": "203.0.113.9"},
+    {"True-Client-IP": "203.0.113.9"},
+    {"CF-Connecting-IP": "::ffff:203.0.113.9"},
+]
+
+
+def test_a_server_without_keys_serves_nobody_whom_a_proxy_brings_from_another_machine(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    here = {
+        "X-Forwarded-For": "127.0.0.1, [::1]:7, 127.0.0.1:80, ::ffff:127.0.0.1",
+        "Forwarded": 'for="[::1]:80";by=10.0.0.1;host=x',
+        "X-Real-IP": "127.8.8.8",
+    }
+    with serve_scripted("words", data_dir=tmp_path) as server, server.client() as http:
+        for headers in FROM_AFAR:
+            for path in ("/v1/key", "/route_secret", "/nowhere"):
+                answer = http.get(path, headers=headers)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (403, "key_needed"), headers
+            assert "onebase keys create --scope admin" in answer.json()["error"]["message"]
+        assert http.get("/v1/key", headers=here).json()["scopes"] == ["admin"]
+
+        keys = Keys(tmp_path)
+        key = keys.make("generate")
+        keys.close()
+        server.wait_for(lambda: http.get("/v1/key", headers=FROM_AFAR[0]).status_code == 401)
+        assert http.get("/v1/key", headers=FROM_AFAR[0] | bearer(key)).status_code == 200
+    with serve_scripted("words", "--insecure") as server, server.client() as http:
+        assert http.get("/v1/key", headers=FROM_AFAR[0]).status_code == 200
+
+
+def test_a_change_that_somebody_names_costs_no_look_at_the_registry(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with serve_scripted("words", data_dir=tmp_path) as server, server.client() as http:
+        known = {"x-onebase-change": "999999"}
+        as_known = known | as_route(http)
+        with closing(sqlite3.connect(tmp_path / "registry.db")) as database:
+            database.execute("ALTER TABLE change_counter RENAME TO away")
+        assert http.get("/version", headers=known).status_code == 200
+        assert http.get("/health", headers=as_known).status_code == 200  # nothing there changes
+        answer = http.get("/version", headers=as_known)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "registry_unavailable")
 
 
 def test_a_stream_of_a_job_ends_when_its_key_is_revoked_and_an_answer_goes_on(

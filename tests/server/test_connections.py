@@ -560,13 +560,23 @@ def always(error: OneBaseError) -> Callable[[App], ASGIApp]:
     return lambda app: Door(answer, Settings(allowed_host=("*",)))
 
 
+def at_once(error: OneBaseError) -> Callable[[Scope], OneBaseError | None]:
+    """What the door of an app says that lets nobody in."""
+
+    class Gate:
+        def admit_at_once(self, scope: Scope) -> None:
+            raise error
+
+    return Door(App(), Settings(allowed_host=("*",)), Gate()).turned_away
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.code)
 def test_an_answer_without_the_app_is_the_apps_own_to_the_last_byte_and_line_of_the_log(
     error: OneBaseError, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("secrets.token_hex", lambda size: "new")
     told: list[dict[str, tuple[bytes, list[str]]]] = []
-    for more in ({"around": always(error)}, {"turned_away": lambda scope: error}):
+    for more in ({"around": always(error)}, {"turned_away": at_once(error)}):
         with running(**more) as server, caplog.at_level("INFO", "uvicorn.access"):  # type: ignore[arg-type]
             found = {}
             for name, data in ANSWERED.items():

@@ -112,6 +112,34 @@ def test_a_server_for_the_network_goes_by_its_addresses_too(
     assert asyncio.run(client.get("/", headers={"Host": host})).status_code == status
 
 
+# ---- who speaks for others -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("peer", "headers", "client"),
+    [
+        ("127.0.0.1", {"x-forwarded-for": "203.0.113.7", "x-forwarded-proto": "https"}, "203.0.113.7 https"),
+        ("10.0.0.7", {"x-forwarded-for": "203.0.113.7, 10.0.0.9:80, [::1]"}, "203.0.113.7 http"),
+        ("10.0.0.7", {"x-forwarded-for": "10.0.0.9"}, "10.0.0.9 http"),
+        ("10.0.0.7", {"x-forwarded-for": "203.0.113.7, me\x1b[2J"}, "10.0.0.7 http"),
+        ("10.0.1.7", {"x-forwarded-for": "203.0.113.7", "x-forwarded-proto": "https"}, "10.0.1.7 http"),
+        ("10.0.1.7", {"x-forwarded-for": "203.0.113.7", "x-onebase-route": "no"}, "10.0.1.7 http"),
+        ("10.0.1.7", {"x-forwarded-for": "203.0.113.7", "x-onebase-route": "secret"}, "203.0.113.7 http"),
+    ],
+)
+def test_only_a_proxy_that_is_known_says_whom_a_request_is_from(
+    peer: str, headers: dict[str, str], client: str
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert not [name for name, _ in scope["headers"] if name.startswith(b"x-onebase")]
+        await Response(f"{scope['client'][0]} {scope['scheme']}")(scope, receive, send)
+
+    door = Door(app, Settings(allowed_host=("x",), trusted_proxy=("10.0.0.7/24",)), secret="secret")
+    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(door, client=(peer, 1)), base_url="http://x")
+
+    assert asyncio.run(http.get("/", headers=headers)).text == client
+
+
 @pytest.mark.parametrize(
     ("head", "status"),
     [

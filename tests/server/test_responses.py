@@ -395,6 +395,18 @@ def test_a_tenant_that_keeps_many_takes_no_place_of_one_that_keeps_few() -> None
     assert store.size <= 20_000
 
 
+def test_a_response_that_comes_again_takes_the_place_of_the_first_and_no_more() -> None:
+    store = KeptResponses(10_000)
+    store.keep("few", "0", kept(2000))
+    for size in (*[3000] * 50, 4000):
+        store.keep("again", "0", kept(size))
+    assert (names(store, "few", 1), names(store, "again", 1)) == ([0], [0])
+    assert (store.size, store.find("again", "0", "response_id").size) == (6000, 4000)
+    store.delete("again", "0", "response_id")
+    store.delete("few", "0", "response_id")
+    assert (store.size, store._shelves) == (0, {})
+
+
 def test_a_response_larger_than_the_limit_is_not_kept_and_costs_nobody_a_place() -> None:
     store = KeptResponses(10_000)
     store.keep("few", "0", kept(4000))

@@ -21,7 +21,7 @@ from onebase_server.generation.transcript import HEADER
 from onebase_server.routing import proxy
 from onebase_server.routing.resumption import DiffersError, Kept, Room
 
-from .support import Server, Starter, pace, upload
+from .support import Server, Starter, as_route, pace, upload
 from .test_route import BASE, counted, routing, wait
 from .test_route_faults import Answer, Behind, answer, before, never
 
@@ -162,7 +162,7 @@ def tell(http: httpx2.Client, path: str, body: dict[str, Any], lines: bytes = b"
     """A stream as the route has it, with its transcript; that of a request which goes on from `lines`."""
     stream = {} if "requests" in body else {"stream": True}
     own = json.dumps(stream | body).encode()
-    headers = {"content-type": "application/json", HEADER: f"{len(own)} 0.5"}
+    headers = {"content-type": "application/json", HEADER: f"{len(own)} 0.5", **as_route(http)}
     answer = http.post(path, content=own + lines, headers=headers)
     if answer.status_code != 200:
         raise RuntimeError(f"{answer.status_code}: {answer.text}")
@@ -248,7 +248,7 @@ def test_a_transcript_disturbs_no_request_whose_id_it_names(scripted: Server) ->
     with scripted.client() as http, ThreadPoolExecutor(1) as pool, scripted.client() as other:
         asked = {"prompt": "a b c", "max_tokens": 60}
         own = json.dumps({**asked, "stream": True}).encode()
-        headers = {"content-type": "application/json", HEADER: f"{len(own)} 0"}
+        headers = {"content-type": "application/json", HEADER: f"{len(own)} 0", **as_route(http)}
         with http.stream("POST", "/generate", content=own, headers=headers) as stream:
             raw = stream.iter_raw()
             told = next(raw)
@@ -276,6 +276,8 @@ ENDED = '{"type":"ended","queue_s":0,"ttft_s":0,"decode_s":0,"at":1}'
         f"[{OF_OTHERS}]",
         f'[{OPENING},[{{"id":"1","tokens":[1]}}]]',
         f'[{OPENING},[{{"id":"x","tokens":[1]}}]]',
+        f'[{OPENING},[{{"id":"{"1" * 5000}","tokens":[1]}}]]',
+        f'[{OPENING.replace(":1,", ":" + "1" * 5000 + ",", 1)}]',
         f'[{OPENING},[{{"id":"0","choice":-1,"tokens":[1]}}]]',
         f'[{OPENING},[{{"id":"0","tokens":[-1]}}]]',
         f'[{OPENING},[{{"id":"0","tokens":[99999999]}}]]',
@@ -291,16 +293,42 @@ def test_a_transcript_that_no_server_has_told_is_refused(scripted: Server, recor
         tell(http, "/generate", asked, f": onebase 0 {records}\n".encode())
 
 
+def test_headers_of_the_route_are_as_if_not_sent_from_who_does_not_know_the_secret(scripted: Server) -> None:
+    asked = json.dumps({"prompt": "a b", "max_tokens": 2, "stream": True}).encode()
+    headers = {"content-type": "application/json", HEADER: f"{len(asked)} 0", "x-onebase-change": "7"}
+    with scripted.client() as http:
+        (secret,) = as_route(http).values()
+        assert http.post("/generate", content=asked + b"[", headers={**headers, **as_route(http)}).is_error
+        for wrong in ("", "x", secret[:-1], secret[:-1] + "g", secret.upper(), "é", f"{secret}, {secret}"):
+            wrong_secret = {"x-onebase-route": wrong.encode()}
+            answer = http.post("/generate", content=asked, headers=headers | wrong_secret)  # type: ignore[operator]
+            assert answer.status_code == 200, answer.text
+            assert not [name for name in answer.headers if name.startswith("x-onebase")]
+            assert b"onebase" not in answer.content
+        twice = [*headers.items(), *[("x-onebase-route", secret)] * 2]
+        assert HEADER not in http.post("/generate", content=asked, headers=twice).headers
+        known = http.post("/generate", content=asked, headers=headers | as_route(http))
+        assert known.headers[HEADER] == "1"
+        assert known.headers["x-onebase-change"].isdigit()
+
+
 def test_a_header_that_says_nothing_is_passed_over(scripted: Server) -> None:
     with scripted.client() as http:
         for header in ("", "x", "1", "99999 0", "-1 0", "2 nan"):
-            told = http.post("/generate", json={"prompt": "a b", "max_tokens": 1}, headers={HEADER: header})
+            told = http.post(
+                "/generate",
+                json={"prompt": "a b", "max_tokens": 1},
+                headers={HEADER: header, **as_route(http)},
+            )
             assert told.status_code == 200, told.text
 
 
 # ---- servers that answer anything -------------------------------------------------------------------
 
-HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
+HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
+    b"x-onebase-change: 0\r\n"
+)
 TELLS = HEAD + HEADER.encode() + b": 1\r\n\r\n"
 FIRST = b": onebase 0 [1]\ndata: a\n\n: onebase 0 [2]\ndata: b\n\n"
 ASK = {"prompt": "x", "stream": True}

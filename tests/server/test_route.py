@@ -23,7 +23,7 @@ from onebase_server.routing.placement import order_of
 from onebase_server.routing.proxy import Asked, asked, read_report
 
 from .access import Keys, client_with
-from .support import Server, Starter, routing, upload
+from .support import Server, Starter, as_route, routing, upload
 
 BASE = "smollm2-135m-instruct"
 NAMES = [f"shop{number}" for number in range(4)]
@@ -277,6 +277,64 @@ def wait(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     return True
 
 
+def test_an_address_for_the_network_needs_servers_with_keys_or_insecure(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    names = tmp_path / "replicas"
+    names.touch()
+    everywhere = ("--host", "0.0.0.0", "--replicas", str(names))
+    afar = {"X-Forwarded-For": "203.0.113.9"}
+    with serve_scripted("words", data_dir=data) as server:
+        refused_start = pytest.raises(RuntimeError, match=r"exited with 1:(?s:.*)onebase keys create --scope")
+        with refused_start, routing([server], tmp_path, "--host", "0.0.0.0"):
+            pass
+        with routing([server], tmp_path, *everywhere, "--insecure") as route, route.client() as http:
+            assert http.get("/v1/key").status_code == 200
+            refused = http.get("/v1/key", headers=afar)  # the server has not agreed
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "key_needed")
+            assert http.get("/v1/key", headers={"X-Real-IP": "203.0.113.9"}).status_code == 403
+
+        keys = Keys(data)
+        with routing([], tmp_path, *everywhere, "--wait", "60") as route, route.client() as http:
+            names.write_text(f"{server.url}\n")
+            assert wait(lambda: f"{server.url} is not used: it has no API key" in route.log)
+            assert counted(http, "onebase_route_ready") == {server.url: 0}
+            key = keys.make("admin")
+            assert wait(lambda: "/metrics answers 401" in route.log or server.status_of("/version") == 401)
+        (tmp_path / "key").write_text(key)
+        with (
+            routing([], tmp_path, *everywhere, "--key-file", str(tmp_path / "key")) as route,
+            client_with(route, key) as http,
+        ):
+            assert http.get("/v1/key", headers=afar).status_code == 200
+        keys.close()
+
+
+def test_a_route_without_an_admin_key_says_what_is_missing_and_passes_requests_on(
+    serve_scripted: Starter, keys: Keys, tmp_path: Path
+) -> None:
+    admin, own = keys.make("admin"), keys.make("generate")
+    with (
+        serve_scripted("words", "--open-metrics", data_dir=keys.file.parent) as server,
+        routing([server], tmp_path) as route,
+        client_with(route, own) as http,
+    ):
+        assert generate(http).status_code == 200
+        told = http.post("/generate", json={"prompt": "a", "max_tokens": 2, "stream": True})
+        assert told.text.endswith("data: [DONE]\n\n")
+        assert "gives this route no secret" in route.log
+        assert "--key-file" in route.log
+        assert client_with(route, admin).get("/route_secret").json()["error"]["code"] == "of_one_server"
+
+
+def test_a_client_behind_the_route_learns_nothing_of_what_it_and_its_servers_say_to_each_other(
+    http: httpx2.Client,
+) -> None:
+    for answer in (http.get("/v1/models"), http.get("/v1/adapters/none"), generate(http, stream=True)):
+        assert not [name for name in answer.headers if name.startswith("x-onebase")]
+
+
 def test_wrong_addresses_are_refused(tmp_path: Path) -> None:
     from onebase_server.routing.cli import route
 
@@ -374,9 +432,10 @@ def test_no_answer_is_older_than_one_before_whichever_server_gives_it(
                 assert {generate(new, "acme").status_code for _ in range(4)} == {200}
                 http.delete(f"/v1/keys/{made.json()['id']}").raise_for_status()
                 assert {generate(new, "acme").status_code for _ in range(4)} == {401}
-        # A number that no change has, of whoever asks a server itself, is looked for and forgotten.
+        # A number that no change has is looked for and forgotten.
         with client_with(first, admin) as direct:
             for change in ("999999999", "-1", "9" * 30, "x"):
-                answer = direct.get("/v1/adapters/acme", headers={"x-onebase-change": change})
+                headers = {"x-onebase-change": change, **as_route(direct)}
+                answer = direct.get("/v1/adapters/acme", headers=headers)
                 assert answer.status_code == 200
                 assert 0 < int(answer.headers["x-onebase-change"]) < 999999999

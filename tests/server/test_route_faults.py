@@ -24,10 +24,12 @@ from onebase_server.settings import Settings
 from .test_route import wait
 
 METRICS = b'vllm:num_requests_running{model_name="base"} 0\nonebase_max_rows 16\n'
+SECRET = b"5" * 64
 Answer = Callable[["Behind", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 def answer(content: bytes, head: bytes = b"content-type: application/json", status: int = 200) -> bytes:
+    head += b"\r\nx-onebase-change: 0"
     return b"HTTP/1.1 %d X\r\n%s\r\ncontent-length: %d\r\n\r\n%s" % (status, head, len(content), content)
 
 
@@ -38,6 +40,7 @@ class Behind:
         self.answers: dict[str, bytes | Answer] = {
             "/ready": answer(b"{}"),
             "/metrics": answer(METRICS),
+            "/route_secret": answer(b'{"secret": "%s"}' % SECRET),
         } | answers
         self.heads: list[bytes] = []
         self.gone = 0
@@ -60,7 +63,7 @@ class Behind:
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
             path = head.split(b" ")[1].decode().partition("?")[0]
-            if path not in ("/ready", "/metrics"):
+            if path not in ("/ready", "/metrics", "/route_secret"):
                 self.heads.append(head)
             told = self.answers.get(path, answer(b"{}"))
             if not isinstance(told, bytes):
@@ -212,7 +215,7 @@ def test_headers_of_a_connection_a_page_or_another_proxy_end_at_the_route(odd: R
     } <= set(got)
     assert named == {
         "host", "authorization", "x-name", "x-request-id", "x-forwarded-for", "x-forwarded-proto",
-        "content-length", "x-onebase-change",
+        "content-length", "x-onebase-change", "x-onebase-route",
     }  # fmt: skip
 
 

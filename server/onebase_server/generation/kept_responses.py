@@ -32,6 +32,7 @@ class _Shelf:
         self.size = 0
 
     def put(self, response_id: str, kept: KeptResponse) -> None:
+        """Store one whose id is not there."""
         self.kept[response_id] = kept
         self.size += kept.size
 
@@ -55,7 +56,11 @@ class KeptResponses:
         self.size = 0
 
     def keep(self, tenant: str, response_id: str, kept: KeptResponse) -> None:
-        """As the one used last. It goes at once where it takes more than the limit alone."""
+        """Store it as the one used last, in place of one with this id. Drop it at once if it alone is over
+        the limit."""
+        shelf = self._shelves.get(tenant)
+        if shelf is not None and response_id in shelf.kept:
+            self._drop(tenant, response_id)
         self._shelves.setdefault(tenant, _Shelf()).put(response_id, kept)
         self.size += kept.size
         while self.size > self._limit:

@@ -25,8 +25,9 @@ MARK = b": onebase "
 """What a line of it begins with; a comment to everybody else who reads server-sent events."""
 MOST_TRANSCRIPT = 1 << 20
 """Bytes of one stream's: some 20,000 tokens. Of longer ones none is kept, nor taken."""
-_ASKED = re.compile(r"(\d{1,12}) (\d{1,9}(?:\.\d{1,6})?)")
 _LINE = re.compile(rb": onebase (\d{1,4}) (.*)")
+_NUMBER = re.compile(r"[0-9]{1,6}")
+"""Number of a prompt: Python refuses to read one of thousands of digits."""
 
 
 class Opening(msgspec.Struct, frozen=True, kw_only=True, tag="opening"):
@@ -69,12 +70,6 @@ def refused(why: str) -> InvalidRequestError:
     )
 
 
-def asked(header: str) -> tuple[int, float] | None:
-    """Bytes of the body that are the request's own, and seconds; None for what is no such header."""
-    found = _ASKED.fullmatch(header)
-    return None if found is None else (int(found[1]), float(found[2]))
-
-
 @dataclass
 class Transcript:
     """Of one request. outputs: those that became events at once, with the prompt's number as their id."""
@@ -92,7 +87,7 @@ class Transcript:
             logprobs, scores: whether those of the answer, and of the prompts, were asked for.
         """
         for output in self.all():
-            prompt = int(output.id) if output.id.isascii() and output.id.isdigit() else -1
+            prompt = int(output.id) if _NUMBER.fullmatch(output.id) else -1
             if not (0 <= prompt < len(prompts) and 0 <= output.choice < n):
                 raise refused("has outputs of no row")
             cached, given = output.cached_tokens, output.prompt_logprobs

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from onebase_adapters.registry import Origin, RegistryError, acting
 from onebase_server.access import KEY_SECONDS, NOBODY, Access, Caller
 from onebase_server.errors import (
+    ForbiddenError,
     InsufficientScopeError,
     OneBaseError,
     PayloadTooLargeError,
@@ -30,8 +31,8 @@ from onebase_server.errors import (
     UnknownRouteError,
     WrongMethodError,
 )
-from onebase_server.http.cross_site import CHANGE, change_of
 from onebase_server.http.deps import CALLER, TICKET, BodyError, Services
+from onebase_server.http.forwarded import CHANGE, forwarded_of
 from onebase_server.http.refusals import refusal
 from onebase_server.http.request_id import given_id
 from onebase_server.http.uploads import is_form
@@ -47,6 +48,8 @@ _UPLOADS = (_ADAPTERS, "/v1/files")
 _PAST_THE_CATALOG = ("/v1/fine_tuning/", "/v1/keys", "/v1/tenants")
 _KEY_HEADERS = (b"authorization", b"x-api-key")
 """Where a key may stand, in the order of KeyRing.caller; some of Anthropic's clients send the second."""
+_SHOWN = 100
+"""Characters of a header that an error repeats."""
 NOT_ITS_FAULT = (429, 503)
 """Statuses of answers after which a request counts as none."""
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -133,26 +136,23 @@ class Gate:
 
     def admit_at_once(self, scope: Scope) -> None:
         """As `admit`, unless it would have to wait: then nothing is decided. Raises OneBaseError."""
-        if self._news(scope):
-            return
         access, lost = self._find(scope)
-        if access == "open" or self._services.keys.fresh:
+        if access == "open" or (self._services.keys.fresh and not self._news(scope)):
             self._decide(scope, access, lost)
 
     async def admit(self, scope: Scope) -> None:
         """Give the scope its CALLER, and its TICKET if it asks for text; once. Raises OneBaseError."""
         if CALLER not in scope:
-            if change := self._news(scope):
-                await self._catch_up(change)
             access, lost = self._find(scope)
             if access != "open":
+                if change := self._news(scope):
+                    await self._catch_up(change)
                 await self._services.keys.look()
             self._decide(scope, access, lost)
 
     def _news(self, scope: Scope) -> int:
         """The registry's change that the request knows of and this server does not; else 0."""
-        told = next((value for name, value in scope["headers"] if name == CHANGE), b"")
-        change = change_of(told)
+        change = forwarded_of(scope).change
         return change if change > self._services.catalog.counter and change != self._nowhere else 0
 
     async def _catch_up(self, change: int) -> None:
@@ -192,6 +192,7 @@ class Gate:
         return access, lost
 
     def _decide(self, scope: Scope, access: Access, lost: OneBaseError | None) -> None:
+        self._check_here(scope)
         caller = self._caller(scope, access)
         asks_for_text = access == "generate" and scope["method"] == "POST"
         ticket = self._services.limiter.enter(caller) if asks_for_text else None
@@ -206,6 +207,17 @@ class Gate:
         scope[CALLER] = caller
         if ticket is not None:
             scope[TICKET] = ticket
+
+    def _check_here(self, scope: Scope) -> None:
+        """Raise ForbiddenError for what a proxy sends from another machine to a server that needs no keys."""
+        afar = forwarded_of(scope).afar
+        if afar and self._services.keys.is_open and not self._services.settings.insecure:
+            raise ForbiddenError(
+                f"This server has no API key and serves this machine alone; the request was forwarded for "
+                f"{afar[:_SHOWN]!r}. Make a key with `onebase keys create --scope admin`, or start the "
+                "server with --insecure to let everybody do everything.",
+                code="key_needed",
+            )
 
     def _caller(self, scope: Scope, access: Access) -> Caller:
         """Raises UnauthenticatedError, InsufficientScopeError."""
@@ -239,7 +251,9 @@ class Guard:
             return
         caller: Caller = scope[CALLER]
         ticket: Ticket | None = scope.get(TICKET)
-        receive, send = self._while_valid(caller, receive), self._dated(scope, send)
+        receive = self._while_valid(caller, receive)
+        if forwarded_of(scope).by_route:
+            send = self._dated(scope, send)
         with acting(Origin(caller.key, given_id(scope))):
             if ticket is None:
                 await self._services.tracing.serve(self._app, as_get(scope), receive, send)
@@ -247,8 +261,8 @@ class Guard:
                 await self._metered(ticket, scope, receive, send)
 
     def _dated(self, scope: Scope, send: Send) -> Send:
-        """Tells which of the registry's changes the answer is as of. Answers about what is not in the catalog
-        may be newer than all that this server has looked at."""
+        """Tell the route which of the registry's changes the answer is as of. Answers about what is not in
+        the catalog may be newer than all that this server has looked at."""
         catalog = self._services.catalog
         reads = scope["path"].startswith(_PAST_THE_CATALOG)
 

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from onebase_engine.logs import REQUEST
 from onebase_server.access import ip_address, is_loopback
 from onebase_server.errors import ForbiddenError, InvalidRequestError, OneBaseError, status_of
+from onebase_server.http.forwarded import ForwardedHeaders
 from onebase_server.http.refusals import id_headers, refusal
 from onebase_server.http.request_id import request_id
 from onebase_server.settings import Settings
@@ -32,9 +33,6 @@ SECURITY_HEADERS = {
     "X-Frame-Options": "DENY",
 }
 """On every answer; a page brings a Content-Security-Policy of its own."""
-CHANGE = b"x-onebase-change"
-"""The header with the last of the registry's changes that an answer knows of, or has to know of. A route
-passes it from server to server, so that none answers with less than another has answered before."""
 _ANY = "*"
 _HOST = re.compile(r"(?:\[[^][]*\]|[^][:@/?#\s]+)(?::[0-9]*)?")
 _EXPOSED = (
@@ -53,11 +51,6 @@ _SHOWN = 200
 """Characters of a header that an error repeats."""
 
 
-def change_of(told: bytes) -> int:
-    """The number in a header of that name; 0 where it is none."""
-    return int(told) if told.isdigit() and len(told) < 19 else 0
-
-
 class _Gate(Protocol):
     def admit_at_once(self, scope: Scope) -> None: ...
 
@@ -65,7 +58,8 @@ class _Gate(Protocol):
 class Door:
     """The outermost part of the app: refuses foreign hosts and pages, and adds the headers of every answer.
 
-    gate: decides within the app who is let in. answers: counts them by route and status.
+    gate: decides within the app who is let in. answers: counts them by route and status. secret: by which
+    headers of `onebase route` are believed; "" if there is none.
     """
 
     def __init__(
@@ -74,7 +68,9 @@ class Door:
         settings: Settings,
         gate: _Gate | None = None,
         answers: Counter[tuple[str, int]] | None = None,
+        secret: str = "",
     ) -> None:
+        self._forwarded = ForwardedHeaders(settings.trusted_proxy, secret)
         self._gate = gate
         self._answers = Counter() if answers is None else answers
         names = (*settings.allowed_host, settings.host)
@@ -123,6 +119,7 @@ class Door:
 
     def _check(self, scope: Scope) -> bool:
         """Whether it has an `Origin`. Raises ForbiddenError, InvalidRequestError."""
+        self._forwarded.read(scope)
         told: dict[bytes, list[str]] = {b"host": [], b"origin": [], b"sec-fetch-site": []}
         for name, value in scope["headers"]:
             if name in told:

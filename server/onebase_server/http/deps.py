@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -30,8 +31,8 @@ from onebase_server.generation.kept_responses import KeptResponses
 from onebase_server.generation.planner import Planner
 from onebase_server.generation.pooling import ReadingPlanner
 from onebase_server.generation.tokenization import BaseTokenizer
-from onebase_server.generation.transcript import HEADER, asked
 from onebase_server.http import strict_json
+from onebase_server.http.forwarded import forwarded_of
 from onebase_server.http.schemas.wire import validation_error
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.checkpoints import CheckpointModels
@@ -143,6 +144,8 @@ class Services:
     """For bodies that are long."""
     started: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
+    route_secret: str = field(default_factory=lambda: secrets.token_hex(32))
+    """Text that `onebase route` sends so that its headers are believed. Each process has another one."""
 
     async def metrics_text(self) -> bytes:
         """For Prometheus; without counts of jobs and batches while the registry is away."""
@@ -200,7 +203,7 @@ class _StrictRequest(Request):
     async def body(self) -> bytes:
         """Without the transcript that may follow what the request asks."""
         if TRANSCRIPT not in self.scope:
-            whole, own = await super().body(), asked(self.headers.get(HEADER, ""))
+            whole, own = await super().body(), forwarded_of(self.scope).transcript
             self.scope[TRANSCRIPT] = None if own is None else Told(whole[own[0] :], own[1])
             self._body = whole if own is None else whole[: own[0]]
         return await super().body()

@@ -20,11 +20,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
 from typing import Any
 
 import httptools
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
@@ -370,7 +368,6 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answer as the cycle would."""
         scope: Any = cycle.scope
         if self.access_log:
-            self._name_client(scope)
             cycle.access_logger.info(
                 '%s - "%s %s HTTP/%s" %d',
                 get_client_addr(scope),
@@ -386,15 +383,6 @@ class LimitedProtocol(HttpToolsProtocol):
         if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()
-
-    def _name_client(self, scope: Any) -> None:
-        """As uvicorn does before the app: it is whom a trusted proxy asks for."""
-        with contextlib.suppress(StopIteration):
-            self._proxies(scope, _no_app, _no_app).send(None)
-
-    @cached_property
-    def _proxies(self) -> Any:
-        return ProxyHeadersMiddleware(_no_app, self.config.forwarded_allow_ips)
 
     def _answer(self, error: OneBaseError, scope: Any, *, close: bool, with_body: bool = True) -> bytes:
         """`scope`: of the request, as far as it has come; None where none has."""
@@ -539,10 +527,6 @@ def _unread(transport: asyncio.Transport) -> int:
         answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, b"\0" * 4)
         unsent += int.from_bytes(answer, sys.byteorder)
     return unsent
-
-
-async def _no_app(*_: Any) -> None:
-    """Does nothing, for what uvicorn does before an app."""
 
 
 def _malformed() -> InvalidRequestError:

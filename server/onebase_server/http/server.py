@@ -77,7 +77,7 @@ async def run_server(
     `on_ready` is called once, when the engine is ready for the first time. Raises EngineFailedError.
     """
     settings = services.settings
-    door = Door(app, settings, app.state.gate, services.answers)
+    door = Door(app, settings, app.state.gate, services.answers, services.route_secret)
     server = QuietServer(uvicorn_config(door, settings))
     stop = asyncio.Event()
     _install_signals(services, stop)
@@ -168,7 +168,7 @@ def uvicorn_config(door: Door, settings: Settings) -> uvicorn.Config:
         log_level="warning",
         access_log=settings.access_log,
         server_header=False,
-        forwarded_allow_ips=["127.0.0.1", "::1", *settings.trusted_proxy],
+        proxy_headers=False,  # the door reads them
         timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]  # given to `call_later` only
         timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
         log_config=None,

@@ -45,7 +45,7 @@ The servers share a registry (PostgreSQL) and a store (S3, or a folder that all 
 check the keys of requests themselves.
 """
 _ROUTE_SETTINGS = (
-    "host", "port", "log_level", "log_format", "access_log", "drain_timeout", "allowed_host",
+    "host", "insecure", "port", "log_level", "log_format", "access_log", "drain_timeout", "allowed_host",
     "allowed_origin", "trusted_proxy", "max_connections", "max_connections_per_host", "max_header",
     "max_header_lines", "header_timeout", "body_timeout", "min_body_rate", "keep_alive_timeout",
     "write_timeout", "max_body",
@@ -92,7 +92,7 @@ def route(argv: Sequence[str]) -> int:
 
     from onebase_server.console import address_error, print_failure, print_replicas
     from onebase_server.http.server import bind, url_of
-    from onebase_server.routing.proxy import Route
+    from onebase_server.routing.proxy import OpenServersError, Route
     from onebase_server.routing.proxy import serve as serve_route
 
     console = Console(stderr=True, quiet=settings.log_format == "json")
@@ -108,6 +108,7 @@ def route(argv: Sequence[str]) -> int:
             urls,
             key=key or None,
             max_body=settings.max_body,
+            keyed=not (settings.insecure or is_loopback(settings.host)),
             listed=lambda: None if names is None else names.changed(),
             wait=wait,
         )
@@ -117,7 +118,11 @@ def route(argv: Sequence[str]) -> int:
 
         await serve_route(made, settings, listener, show)
 
-    asyncio.run(run())
+    try:
+        asyncio.run(run())
+    except OpenServersError as error:
+        print_failure(console, str(error))
+        return 1
     return 0
 
 
@@ -147,8 +152,8 @@ def route_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--key-file",
         metavar="FILE",
-        help=f"a file with an admin key, by which their metrics are read (or {_REPLICA_KEY} in the "
-        "environment); not needed where they have --open-metrics",
+        help=f"a file with an admin key of the servers (or {_REPLICA_KEY} in the environment), which reads "
+        "their metrics, and the secret without which no stream goes on at another server",
     )
     add_settings(parser, *_ROUTE_SETTINGS)
     return parser

@@ -27,6 +27,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onebase._core.metrics import parse_metrics
+from onebase_server.access import is_loopback
 from onebase_server.errors import (
     InvalidRequestError,
     OneBaseError,
@@ -35,7 +36,8 @@ from onebase_server.errors import (
     WrongMethodError,
 )
 from onebase_server.generation.transcript import HEADER
-from onebase_server.http.cross_site import CHANGE, Door, change_of
+from onebase_server.http.cross_site import Door
+from onebase_server.http.forwarded import CHANGE, OURS, SECRET, change_of, forwarded_of
 from onebase_server.http.refusals import error_json, is_anthropic, refusal
 from onebase_server.http.request_id import request_id
 from onebase_server.http.server import QuietServer, uvicorn_config
@@ -81,6 +83,7 @@ _ANSWER_TOKENS = 128
 _PREFIX_CHARACTERS = 512
 _PROBLEM_BYTES = 64 << 10
 """Of an answer that may be tried elsewhere, which is read whole."""
+_SHORT = re.compile(r"[0-9]{1,9}")
 _HOP_BY_HOP = frozenset(
     {
         b"connection", b"content-length", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
@@ -91,15 +94,23 @@ _OURS = frozenset(
     {
         b"host", b"expect", b"x-request-id",
         b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-port", b"x-forwarded-proto",
-        b"x-real-ip", CHANGE, HEADER.encode(),
-        b"origin", b"sec-fetch-site",
+        b"x-real-ip", b"origin", b"sec-fetch-site",
     }
-)  # fmt: skip
+) | OURS  # fmt: skip
 """Headers of a request that servers are told by us, or that `Door` has checked: they go by another name."""
-_NOT_PASSED = frozenset({b"date", HEADER.encode()})
+_NOT_PASSED = frozenset({b"date"}) | OURS
 """Of an answer, which gets its own date."""
+_SECRET = re.compile(r"[0-9a-f]{64}")
 _OWN = ("/health", "/ready", "/metrics")
-_OF_ONE_SERVER = ("/pause", "/resume", "/is_paused", "/status", "/server_info", "/get_world_size")
+_OF_ONE_SERVER = (
+    "/route_secret",
+    "/pause",
+    "/resume",
+    "/is_paused",
+    "/status",
+    "/server_info",
+    "/get_world_size",
+)
 _KEPT_BY_ONE = b"response_not_found"
 _LEARNT = (b"model_not_found", b"adapter_not_found", b"version_not_found")
 """Codes of errors that say that another server may know: of what it keeps alone, or has learnt first."""
@@ -131,6 +142,17 @@ def replica_lost() -> UnavailableError:
         code="replica_lost",
         retry_after=1.0,
     )
+
+
+class OpenServersError(Exception):
+    """Everybody on a network could do everything on the servers behind an address."""
+
+    def __init__(self, host: str, urls: Sequence[str]) -> None:
+        super().__init__(
+            f"--host {host} lets others reach {', '.join(urls)}, and there is no API key yet: make one with "
+            "`onebase keys create --scope admin`, with the --data-dir and --registry of the servers, or pass "
+            "--insecure to let everybody do everything, here and to the servers"
+        )
 
 
 # ---- what a request is for -----------------------------------------------------------------------
@@ -260,7 +282,9 @@ def read_report(text: str) -> tuple[Report, frozenset[str]]:
 @dataclass
 class Replica:
     """A server behind the address. missed: looks in a row that got no answer; why: the last one did not.
-    open: requests that were sent to it and have not ended."""
+    open: requests that were sent to it and have not ended. secret: with which it believes our headers; "" if
+    it gives none, None until it was asked. needs_no_key: whether it must not be used, since it needs none.
+    """
 
     url: str
     way: httpx2.AsyncHTTPTransport
@@ -270,6 +294,8 @@ class Replica:
     bases: frozenset[str] = field(default_factory=frozenset)
     kv_dtype: str = ""
     open: int = 0
+    secret: str | None = None
+    needs_no_key: bool = False
     looking: asyncio.Task[None] | None = None
 
 
@@ -280,7 +306,8 @@ class Route:
     """The ASGI app.
 
     Args:
-        key: of a server's operator, with which its metrics are read.
+        key: of a server's operator, with which its metrics and its secret are read.
+        keyed: whether only servers are used that need an API key.
         max_body: bytes of a body that is read for its adapter; larger ones of other kinds pass through.
         listed: the servers from now on, asked before each look; None where they stay the same.
         wait: seconds that a request waits for a server where there is none.
@@ -293,6 +320,7 @@ class Route:
         *,
         key: str | None,
         max_body: int,
+        keyed: bool = False,
         clock: Callable[[], float] = time.monotonic,
         listed: Callable[[], Sequence[str] | None] = lambda: None,
         wait: float = 0.0,
@@ -306,7 +334,9 @@ class Route:
         self._wait = wait
         self._came = anyio.Event()
         self._leaving: set[asyncio.Task[None]] = set()
-        self._headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
+        self._keyed = keyed
+        self._headers = {"accept-encoding": "identity"}
+        self._key = {"authorization": f"Bearer {key}"} if key else {}
         self._max_body = max_body
         self.change = 0
         """The registry's last change that an answer knew of: none that follows knows less."""
@@ -386,7 +416,9 @@ class Route:
                     if status != 200:
                         self._is_away(replica, f"{path} answers {status}", at_once=True)
                         return
-            report, bases = read_report(told.decode("utf-8", "replace"))
+                report, bases = read_report(told.decode("utf-8", "replace"))
+                if replica.secret is None and not await self._meet(replica):
+                    return
         except TimeoutError:
             self._is_away(replica, "does not answer in time", at_once=False)
             return
@@ -417,9 +449,32 @@ class Route:
                 )
                 return
 
-    async def _ask(self, replica: Replica, path: str) -> tuple[int, bytes]:
+    async def _meet(self, replica: Replica) -> bool:
+        """Learn a server's secret, and whether it needs keys. Return False if it is not to be used."""
+        if self._keyed:
+            status, _ = await self._ask(replica, "/v1/key", with_key=False)
+            replica.needs_no_key = status == 200
+            if status != 401:
+                why = "has no API key" if status == 200 else f"does not say if it needs keys ({status})"
+                if replica.why != why:
+                    _log.error("%s is not used: it %s, and others reach this address", replica.url, why)
+                self._is_away(replica, why, at_once=True)
+                return False
+        status, told = await self._ask(replica, "/route_secret")
+        replica.secret = _secret(told) if status == 200 else ""
+        if not replica.secret:
+            _log.warning(
+                "%s gives this route no secret (status %d): its streams do not go on at another server when "
+                "it dies, and it may know less than another server has answered before. Give an admin key of "
+                "the servers with --key-file; servers of an earlier release have no secret",
+                *(replica.url, status),
+            )
+        return True
+
+    async def _ask(self, replica: Replica, path: str, *, with_key: bool = True) -> tuple[int, bytes]:
         """Status and body. Raises ValueError for one that is too large."""
-        sent = httpx2.Request("GET", replica.url + path, headers=self._headers, extensions=_TIMEOUT)
+        headers = self._headers | (self._key if with_key else {})
+        sent = httpx2.Request("GET", replica.url + path, headers=headers, extensions=_TIMEOUT)
         answer = await replica.way.handle_async_request(sent)
         try:
             body = bytearray()
@@ -430,6 +485,10 @@ class Route:
             return answer.status_code, bytes(body)
         finally:
             await answer.aclose()
+
+    def without_secret(self) -> list[str]:
+        """Return the servers that would not believe a transcript."""
+        return [one.url for one in self.replicas.values() if not one.secret]
 
     def note_sent(self, url: str, *, again: bool) -> None:
         self._sent.labels(url).inc()
@@ -443,6 +502,7 @@ class Route:
             return
         if at_once or replica.missed >= _AWAY:
             self.placement.lost(replica.url)
+            replica.secret = None  # another server may be there next
             self._ready.labels(replica.url).set(0)
             if replica.ready:
                 replica.ready = False
@@ -592,9 +652,8 @@ class _Sent:
         while True:
             now = route.clock()
             wanted = self._wanted
-            url = route.placement.place(
-                wanted.adapter, wanted.tokens, now, prefix=wanted.prefix, but=self.tried
-            )
+            but = [*self.tried, *(route.without_secret() if transcript else ())]
+            url = route.placement.place(wanted.adapter, wanted.tokens, now, prefix=wanted.prefix, but=but)
             self.tried.append(url)
             route.note_sent(url, again=len(self.tried) > 1)
             replica = route.replicas[url]
@@ -643,15 +702,17 @@ class _Sent:
         scope = request.scope
         headers = _passed(scope["headers"], _OURS)
         headers.append((b"x-request-id", request_id(scope).encode("latin-1")))
-        if request.client is not None:
-            headers.append((b"x-forwarded-for", request.client.host.encode("latin-1", "replace")))
+        if (client := _client_of(scope)) is not None:
+            headers.append((b"x-forwarded-for", client.encode("latin-1", "replace")))
         headers.append((b"x-forwarded-proto", scope["scheme"].encode()))
-        headers.append((CHANGE, b"%d" % self.route.change))
+        secret = replica.secret
+        if secret:
+            headers += [(SECRET, secret.encode()), (CHANGE, b"%d" % self.route.change)]
         length = request.headers.get("content-length")
         if not isinstance(body, bytes):
             if length is not None:
                 headers.append((b"content-length", length.encode("latin-1")))
-        elif self._again and body:
+        elif self._again and body and secret:
             headers.append((HEADER.encode(), b"%d %.3f" % (len(body), seconds)))
             body += transcript
         sent = httpx2.Request(
@@ -662,8 +723,11 @@ class _Sent:
             extensions=_TIMEOUT | {"target": self.client.target},
         )
         answer = await replica.way.handle_async_request(sent)
-        told = change_of(answer.headers.get(CHANGE.decode(), "").encode())
-        self.route.change = max(self.route.change, told)
+        told = answer.headers.get(CHANGE.decode())
+        if told is not None:
+            self.route.change = max(self.route.change, change_of(told.encode()))
+        elif secret and answer.status_code < 400 and replica.secret == secret:
+            replica.secret = None  # it was started again, and has another one
         return answer
 
 
@@ -888,9 +952,25 @@ class _Sending:
             self._placement.ended(self.url, name, tokens, self._clock(), seconds=seconds, refused=refused)
 
 
+def _client_of(scope: Scope) -> str | None:
+    """Return the address of the request's client; behind a proxy on this machine, whatever it names."""
+    client = scope["client"]
+    if client is None:
+        return None
+    host: str = client[0]
+    return forwarded_of(scope).afar or host if is_loopback(host) else host
+
+
+def _secret(told: bytes) -> str:
+    """Return the secret in an answer of /route_secret; "" if there is none."""
+    found = _read(told, dict[str, Any]) or {}
+    secret = found.get("secret")
+    return secret if isinstance(secret, str) and _SECRET.fullmatch(secret) else ""
+
+
 def _is_short(answer: httpx2.Response) -> bool:
     length = answer.headers.get("content-length", "")
-    return length.isdigit() and int(length) <= _PROBLEM_BYTES
+    return _SHORT.fullmatch(length) is not None and int(length) <= _PROBLEM_BYTES
 
 
 async def _whole(answer: httpx2.Response, sending: _Sending) -> Response:
@@ -945,6 +1025,8 @@ async def serve(
 ) -> None:
     """Serve until a signal, then until what is running has ended, for at most the drain timeout.
 
+    Raises OpenServersError.
+
     on_ready: called once, after the first look at the servers.
     """
     config = uvicorn_config(Door(route, settings), settings)
@@ -960,6 +1042,9 @@ async def serve(
         loop.add_signal_handler(number, stop)
     route.read_list()
     await asyncio.gather(*map(route.look, route.replicas.values()))
+    if without := [one.url for one in route.replicas.values() if one.needs_no_key]:
+        await route.close()
+        raise OpenServersError(settings.host, without)
     following = loop.create_task(route.follow())
     try:
         on_ready()

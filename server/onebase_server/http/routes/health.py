@@ -15,6 +15,7 @@ from onebase_server.http.authorization import NO_KEY, needs
 from onebase_server.http.deps import Provided, json_response
 from onebase_server.http.schemas.answers import (
     HealthAnswer,
+    RouteSecretAnswer,
     ServerVersionAnswer,
     StatusAnswer,
     answer,
@@ -83,6 +84,15 @@ async def status(services: Provided) -> Response:
             "verifier": {"pid": services.verifier.pid},
         }
     )
+
+
+@router.get("/route_secret", responses=answer(RouteSecretAnswer))
+@needs("admin")
+async def route_secret(services: Provided) -> Response:
+    """For `onebase route`: what it sends with a request so that this server believes its headers."""
+    told = json_response({"secret": services.route_secret})
+    told.headers["Cache-Control"] = "no-store"
+    return told
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -1003,6 +1003,12 @@ class VerifierStatus(TypedDict):
     pid: int | None
 
 
+class RouteSecretAnswer(TypedDict):
+    """Answer of GET /route_secret: another one after each start of the server."""
+
+    secret: str
+
+
 class StatusAnswer(TypedDict):
     """Answer of GET /status: bytes, tokens and counts."""
 
