@@ -4,6 +4,8 @@ OneBaseError
 ├── InvalidRequestError        the request names a field that must change
 ├── PayloadTooLargeError       the body is over the limit
 ├── HeadersTooLargeError       the address and headers are over the limit
+├── HttpVersionError           the request is in another HTTP than 1.0 and 1.1
+├── TransferCodingError        the body is coded otherwise than in chunks
 ├── TooSlowError               the request did not arrive in time
 ├── UnauthenticatedError       no API key, or none that is valid
 ├── ForbiddenError             this server's operator does not allow it
@@ -80,6 +82,23 @@ class HeadersTooLargeError(OneBaseError):
             f"The request's address and headers are over {size} bytes (--max-header) or {lines} lines "
             "(--max-header-lines). Send less.",
             code="headers_too_large",
+        )
+
+
+class HttpVersionError(OneBaseError):
+    def __init__(self, version: str) -> None:
+        super().__init__(
+            f"This server reads HTTP/1.1 and HTTP/1.0, not HTTP/{version}. Send the request in one of these.",
+            code="http_version_not_supported",
+        )
+
+
+class TransferCodingError(OneBaseError):
+    def __init__(self) -> None:
+        super().__init__(
+            "Transfer-Encoding: only 'chunked', given once, is read here. Send the body plain, in chunks or "
+            "with a Content-Length.",
+            code="transfer_coding_not_supported",
         )
 
 
@@ -318,6 +337,8 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     InvalidRequestError: (400, "invalid_request_error"),
     PayloadTooLargeError: (413, "invalid_request_error"),
     HeadersTooLargeError: (431, "invalid_request_error"),
+    HttpVersionError: (505, "invalid_request_error"),
+    TransferCodingError: (501, "invalid_request_error"),
     TooSlowError: (408, "invalid_request_error"),
     UnauthenticatedError: (401, "invalid_request_error"),
     ForbiddenError: (403, "permission_error"),

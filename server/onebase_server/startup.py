@@ -160,15 +160,16 @@ class _Server:
             asyncio.create_task(services.training.peers.keep(services.training.scheduler)),
             asyncio.create_task(services.sharing.keep()),
         ]
-        try:
-            await run_server(services, create_app(services), listener, ready)
-        finally:
+        async with (
+            contextlib.AsyncExitStack() as shutdown
+        ):  # the last step first, and each whatever others raise
+            shutdown.callback(self.storage.registry.close)
+            shutdown.push_async_callback(asyncio.to_thread, services.tracing.close)
+            shutdown.push_async_callback(services.training.peers.leave)
+            shutdown.push_async_callback(services.usage.close)
             for task in upkeep:
-                task.cancel()
-            await services.usage.close()
-            await services.training.peers.leave()
-            await asyncio.to_thread(services.tracing.close)
-            self.storage.registry.close()
+                shutdown.callback(task.cancel)
+            await run_server(services, create_app(services), listener, ready)
 
     def _services(self, display: LoadingDisplay) -> Services:
         try:

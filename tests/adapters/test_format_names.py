@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from tests.adapters.format_support import SETTINGS
 
 from onebase_adapters.format.config import AdapterFormatError, check_config
-from onebase_adapters.format.patterns import NamePattern, PatternError, Targets, endings
+from onebase_adapters.format.patterns import NamePattern, PatternError, Targets, endings, layer_numbers
 
 PARTS = [
     "q_proj",
@@ -145,3 +145,11 @@ def test_a_key_that_is_no_literal_name_is_refused(key: str) -> None:
 
 def test_endings_are_the_dotted_ends_of_a_name() -> None:
     assert list(endings("a.bc.d")) == ["a.bc.d", "bc.d", "d"]
+
+
+def test_a_number_that_no_layer_has_is_none() -> None:
+    name = f"model.layers.7.{'1' * 5000}.²/٣.x.²"
+    assert layer_numbers(name) == {7}
+    targets = Targets.at_most(("x",), frozenset({7}))
+    assert targets.means("model.layers.7.x")
+    assert not targets.means(f"model.layers.{'7' * 5000}.x")

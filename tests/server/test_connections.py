@@ -330,7 +330,6 @@ def test_one_that_asks_for_another_protocol_and_for_the_end_gets_its_answer_and_
         POST + b"Content-Length: " + b"0" * 5000 + b"4\r\n\r\nabcd",
         POST + b"Content-Length : 4\r\n\r\nabcd",
         POST + b"Content-Length: 99999999999999999999\r\n\r\nabcd",
-        POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
         POST + b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
         POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n",
         POST + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n",
@@ -363,6 +362,62 @@ def test_what_a_proxy_may_read_in_another_way_is_refused_and_nothing_after_it_is
     assert answered == [400]
     assert error_of(received)["code"] in ("invalid_http", "host_not_allowed")
     assert not any(scope["path"] == "/smuggled" for scope in lenient.app.seen)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "data"),
+    [
+        (505, "http_version_not_supported", b"GET / HTTP/2.0\r\nHost: x\r\n\r\n"),
+        (505, "http_version_not_supported", b"GET / HTTP/2.0\r\nHost: x\r\n" + UPGRADE + b"\r\n"),
+        (505, "http_version_not_supported", b"GET / HTTP/0.9\r\nHost: x\r\n\r\n"),
+        (505, "http_version_not_supported", b"GET /\r\n\r\n"),
+        (501, "transfer_coding_not_supported", POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n"),
+        (501, "transfer_coding_not_supported", POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"),
+        (
+            501,
+            "transfer_coding_not_supported",
+            POST + b"Transfer-Encoding: identity,chunked\r\n\r\n0\r\n\r\n",
+        ),
+        (501, "transfer_coding_not_supported", POST + b"Transfer-Encoding: ,chunked\r\n\r\n0\r\n\r\n"),
+        (
+            501,
+            "transfer_coding_not_supported",
+            POST + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        ),
+        (
+            501,
+            "transfer_coding_not_supported",
+            POST + UPGRADE + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        ),
+        (400, "invalid_http", CHUNKED.replace(b"HTTP/1.1", b"HTTP/1.0") + b"0\r\n\r\n"),
+    ],
+)
+def test_a_message_of_another_kind_is_refused_and_nothing_after_it_is_read(
+    lenient: Running, status: int, code: str, data: bytes
+) -> None:
+    answered, received = lenient.answer(data + GET.replace(b"/", b"/smuggled", 1))
+
+    assert answered == [status]
+    assert error_of(received)["code"] == code
+    assert not any(scope["path"] == "/smuggled" for scope in lenient.app.seen)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        POST + b"transfer-encoding: \tChunked \r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        CHUNKED + b'02;a=b;c="d;e"\r\n{}\r\n0\r\nContent-Type: x\r\nHost: y\r\n\r\n',
+        POST + b"Content-Length: 2\r\nTransfer_Encoding: gzip\r\nContent_Length: 9\r\n\r\n{}",
+        b"\r\n" + POST + b"Content-Length: \t2 \r\n\r\n{}",
+    ],
+)
+def test_what_all_read_in_one_way_is_served_as_it_is_meant(lenient: Running, data: bytes) -> None:
+    before = len(lenient.app.seen)
+    answered, received = lenient.answer(data + LAST)
+
+    assert answered == [200, 200]
+    assert b"       2HTTP/1.1" in received
+    assert [scope["path"] for scope in lenient.app.seen[before:]] == ["/", "/last"]
 
 
 # ---- time -----------------------------------------------------------------------------------------

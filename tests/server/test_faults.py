@@ -6,22 +6,30 @@ stall of the real engine are in test_real_engine_faults.py.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import termios
 import threading
 import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
+
+from onebase_server.http.server import QuietServer, run_server
+from onebase_server.settings import Settings
 
 from .scripted_engine import POISON
 from .support import HERE, START_SECONDS, Server, Starter, alive, free_port, make_folder, pace
@@ -351,3 +359,50 @@ def test_the_engine_ends_when_the_api_is_killed(serve_scripted: Starter) -> None
         while alive(engine) and time.monotonic() < end:
             time.sleep(0.05)
         assert not alive(engine)
+
+
+@pytest.mark.parametrize("broken", ["http", "batches", "jobs", "engine"])
+def test_each_step_of_the_end_is_taken_whatever_another_raises(
+    monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    taken: list[str] = []
+
+    def stop(name: str) -> Callable[[], Awaitable[None]]:
+        async def stopping() -> None:
+            taken.append(name)
+            if name == broken:
+                raise RuntimeError(f"{name} does not stop")
+
+        return stopping
+
+    async def forever(*_: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            taken.append("a task")
+
+    async def ends(*_: Any, **__: Any) -> None:
+        if broken == "http":
+            raise RuntimeError("http does not stop")
+
+    async def serve() -> None:
+        scheduler = SimpleNamespace(follow=forever, stop=stop("jobs"))
+        runner = SimpleNamespace(follow=forever, stop=stop("batches"))
+        supervisor = SimpleNamespace(run=forever, stop=stop("engine"), ready=asyncio.Event())
+        services: Any = SimpleNamespace(
+            settings=Settings(),
+            answers=Counter(),
+            route_secret="",
+            draining=False,
+            supervisor=supervisor,
+            training=SimpleNamespace(scheduler=scheduler),
+            batches=SimpleNamespace(runner=runner),
+        )
+        app: Any = SimpleNamespace(state=SimpleNamespace(gate=None))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            await run_server(services, app, listener, lambda: None)
+
+    monkeypatch.setattr(QuietServer, "serve", ends)
+    with pytest.raises(RuntimeError, match=f"{broken} does not stop"):
+        asyncio.run(serve())
+    assert taken == ["batches", "jobs", "engine", "a task", "a task", "a task"]

@@ -195,7 +195,13 @@ def test_what_routes_answer_is_what_the_reference_says_and_no_more(
             walk("GET", path)
         for method, path in (("POST", "/pause"), ("GET", "/is_paused"), ("POST", "/resume")):
             walk(method, path)
-        for path in ("/server_info", "/get_world_size", "/v1/usage", "/v1/usage?format=csv&group_by=day"):
+        for path in (
+            "/server_info",
+            "/route_secret",
+            "/get_world_size",
+            "/v1/usage",
+            "/v1/usage?format=csv&group_by=day",
+        ):
             walk("GET", path)
     folders = {"POST /v1/load_lora_adapter"}  # needs a folder under --adapters-dir
     missed = {name for name, _ in operations(spec)} - walk.seen - folders

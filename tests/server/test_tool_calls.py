@@ -389,6 +389,8 @@ def test_an_answer_that_must_be_json_may_hold_what_triggers_a_call(bases: dict[s
         (["string", "null"], "null", None),
         (["string", "null"], "nil", "nil"),
         (["string", "boolean"], "true", True),
+        (["string", "integer"], "1" * 400, int("1" * 400)),
+        (["string", "integer"], "1" * 5000, "1" * 5000),
         (["string", "number"], "NaN", "NaN"),
         (["string", "number"], "-Infinity", "-Infinity"),
         (["string", "array"], "[" * 100_000, "[" * 100_000),

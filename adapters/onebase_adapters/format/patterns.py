@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ MAX_FORMS = 128
 """Limits of a pattern: eight thousand keys, of 128 unlike forms (length and places of the dots). A form costs
 one lookup per module; real configs have some ten."""
 
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _LITERAL = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.")
 
 
@@ -100,8 +102,8 @@ def endings(name: str) -> Iterator[str]:
 
 
 def layer_numbers(name: str) -> frozenset[int]:
-    """The numbers that stand as a part of a module's name."""
-    return frozenset(int(part) for part in name.split(".") if part.isascii() and part.isdigit())
+    """The numbers that stand as a part of a module's name; longer ones than any layer has are none."""
+    return frozenset(int(part) for part in name.split(".") if _NUMBER.fullmatch(part))
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class Targets:
     def _layer(name: str, patterns: Mapping[str, int]) -> int | None:
         """The number behind `layers.`; behind any name but the first part, if there is no pattern."""
         parts = name.split(".")
-        numbered = [place for place in range(len(parts) - 2) if parts[place + 1].isdigit()]
+        numbered = [place for place in range(len(parts) - 2) if _NUMBER.fullmatch(parts[place + 1])]
         if patterns:
             known = [place for place in numbered if parts[place] in patterns]
             found = min(known, key=lambda place: patterns[parts[place]], default=None)

@@ -176,7 +176,7 @@ class Results:
             digits = _decoder.decode(line).id.rpartition("_")[2]
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
-        number = int(digits) if digits.isdecimal() else -1
+        number = int(digits) if digits.isdecimal() and len(digits) < 10 else -1
         return number if 0 <= number < len(self._done) and not self._done[number] else None
 
     def _count(self, number: int, ok: bool, record: _Record) -> None:

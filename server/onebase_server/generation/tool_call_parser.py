@@ -384,7 +384,7 @@ def _is_other(value: str, kinds: frozenset[str]) -> bool:
         return False
     found = {"null" if made is None else _KIND_OF[type(made)]}
     if isinstance(made, int | float) and not isinstance(made, bool):
-        found |= {"number"} | ({"integer"} if float(made).is_integer() else set())
+        found |= {"number"} | ({"integer"} if isinstance(made, int) or made.is_integer() else set())
     return "other" in kinds or not kinds.isdisjoint(found)
 
 

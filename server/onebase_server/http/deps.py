@@ -8,11 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar, get_type_hints
 
 import msgspec
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope
 
@@ -194,11 +195,11 @@ class BodyError(HTTPException):
 
 
 class _StrictRequest(Request):
-    """field: FastAPI's, of what the body must be; None where the route reads it by itself."""
+    """kind: what the body must be; None where the route reads it by itself."""
 
-    def __init__(self, scope: Scope, receive: Receive, field: Any) -> None:
+    def __init__(self, scope: Scope, receive: Receive, kind: TypeAdapter[Any] | None) -> None:
         super().__init__(scope, receive)
-        self._field = field
+        self._kind = kind
 
     async def body(self) -> bytes:
         """Without the transcript that may follow what the request asks."""
@@ -219,13 +220,13 @@ class _StrictRequest(Request):
 
     def _validated(self, body: bytes, most: int) -> Any:
         value = strict_json.decode(body, most)
-        if self._field is None:
+        if self._kind is None:
             return value
-        model, errors = self._field.validate(value, loc=("body",))
-        if errors:
-            message, param = validation_error(errors)
-            raise InvalidRequestError(message, param=param)
-        return model
+        try:
+            return self._kind.validate_python(value)
+        except ValidationError as error:
+            message, param = validation_error(error.errors(include_url=False))
+            raise InvalidRequestError(message, param=param) from error
 
 
 async def off_loop(request: Request, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -240,9 +241,11 @@ class StrictRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
+        body = get_type_hints(self.endpoint, include_extras=True).get("body")
+        kind: TypeAdapter[Any] | None = None if body is None else TypeAdapter(body)
 
         async def strict(request: Request) -> Response:
-            return await handler(_StrictRequest(request.scope, request.receive, self.body_field))
+            return await handler(_StrictRequest(request.scope, request.receive, kind))
 
         return strict
 

@@ -29,9 +29,11 @@ from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
 
 from onebase_server.errors import (
     HeadersTooLargeError,
+    HttpVersionError,
     InvalidRequestError,
     OneBaseError,
     TooSlowError,
+    TransferCodingError,
     UnavailableError,
     error_headers,
     status_of,
@@ -49,6 +51,7 @@ _LEAST_CHUNK_BYTES = 8
 """What chunks of a body hold at least on average, beyond the free ones: each costs as much as a kilobyte."""
 _LENGTH_DIGITS = 20
 """Of the longest length that the parser takes, 2^64 - 1. With zeros before it Python may not read it."""
+_VERSIONS = ("1.1", "1.0")
 _PIPELINED = 16
 """Requests that may wait on one connection while an earlier one is answered."""
 _RESERVE = 16
@@ -249,7 +252,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _without_upgrade(self) -> bytes:
         """The head that asks for another protocol, as if it had not."""
-        lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
@@ -300,6 +304,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.get_method() == b"CONNECT":
             raise _malformed()
+        self._check_message()
         if self.parser.should_upgrade():
             return  # it comes again without
         self._check_address()
@@ -312,6 +317,23 @@ class LimitedProtocol(HttpToolsProtocol):
             )
         super().on_headers_complete()
         self._reading = _Reading.BODY
+
+    def _check_message(self) -> None:
+        """Raise HttpVersionError, TransferCodingError or InvalidRequestError for a message of another kind.
+
+        The parser lets through other versions, bodies in other codings, and chunks in HTTP/1.0, whose readers
+        know none.
+        """
+        version = self.parser.get_http_version()
+        if version not in _VERSIONS:
+            raise HttpVersionError(version)
+        codings = [
+            value.strip(b" \t").lower() for name, value in self.headers if name == b"transfer-encoding"
+        ]
+        if codings and version == "1.0":
+            raise _malformed()
+        if codings not in ([], [b"chunked"]):
+            raise TransferCodingError
 
     def _check_address(self) -> None:
         """An address may name a server too, as those for a proxy do, and counts more than `Host`.

@@ -88,26 +88,33 @@ async def run_server(
     http = loop.create_task(server.serve(sockets=[listener]))
     first_ready = loop.create_task(_when_ready(services, on_ready))
     stopped = loop.create_task(stop.wait())
-    try:
+    async with contextlib.AsyncExitStack() as shutdown:  # the last step first, and each whatever others raise
+        for task in (engine, batches, jobs):  # what the engine raises says why the server ends
+            shutdown.push_async_callback(_cancel, task)
+        shutdown.push_async_callback(services.supervisor.stop)
+        shutdown.push_async_callback(services.training.scheduler.stop)
+        shutdown.push_async_callback(services.batches.runner.stop)
+        shutdown.push_async_callback(_end_http, services, server, http)
+        shutdown.callback(first_ready.cancel)
+        shutdown.callback(stopped.cancel)
         await asyncio.wait({engine, jobs, batches, http, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if stopped.done():
             services.supervisor.go_on()
             await asyncio.gather(_drain(services, server, engine), services.batches.runner.stop())
-    finally:
-        services.draining = True
-        first_ready.cancel()
-        stopped.cancel()
-        server.should_exit = True
-        await http
-        await services.batches.runner.stop()
-        await services.training.scheduler.stop()
-        await services.supervisor.stop()
-        engine.cancel()
-        jobs.cancel()
-        batches.cancel()
-        for task in (engine, jobs, batches):
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+
+
+async def _end_http(services: Services, server: QuietServer, http: asyncio.Task[None]) -> None:
+    services.draining = True
+    server.should_exit = True
+    await http
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    """End a task. Raise what it has raised itself."""
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.result()
 
 
 async def _when_ready(services: Services, on_ready: Callable[[], None]) -> None:
