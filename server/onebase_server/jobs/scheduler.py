@@ -161,8 +161,10 @@ class JobScheduler:
         runs = list(self._runs.values())
         for run in runs:
             run.interrupt("the server stops", SHUTDOWN_SECONDS)
-        await asyncio.gather(*(run.ended() for run in runs))
-        await self._pool.kept.finish(SHUTDOWN_SECONDS)
+        try:
+            await asyncio.gather(*(run.ended() for run in runs))
+        finally:
+            await self._pool.kept.finish(SHUTDOWN_SECONDS)
 
     @property
     def deaths(self) -> int:

@@ -245,10 +245,12 @@ class EngineSupervisor:
         self._stopping = True
         self.state = EngineState.STOPPED
         self.ready.clear()
-        if self._link.engine is not None:
-            self._link.send(Shutdown())
-            await self._link.engine.end(self._policy.shutdown_grace)
-        await self._base_gone()
+        try:
+            if self._link.engine is not None:
+                self._link.send(Shutdown())
+                await self._link.engine.end(self._policy.shutdown_grace)
+        finally:
+            await self._base_gone()
 
     async def _run_one(self) -> str:
         """One engine from start to death. Returns why it ended, in words."""

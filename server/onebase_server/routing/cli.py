@@ -42,7 +42,8 @@ _ROUTE = """\
 One address for several servers of one base: each request goes where its adapter is, or belongs.
 
 The servers share a registry (PostgreSQL) and a store (S3, or a folder that all of them see). They
-check the keys of requests themselves.
+check the keys of requests themselves: on another --host than loopback, only servers are used that
+need keys, unless --insecure.
 """
 _ROUTE_SETTINGS = (
     "host", "insecure", "port", "log_level", "log_format", "access_log", "drain_timeout", "allowed_host",
