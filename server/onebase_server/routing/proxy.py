@@ -466,7 +466,7 @@ class Route:
             _log.warning(
                 "%s gives this route no secret (status %d): its streams do not go on at another server when "
                 "it dies, and it may know less than another server has answered before. Give an admin key of "
-                "the servers with --key-file; servers of an earlier release have no secret",
+                "the servers with --key-file",
                 *(replica.url, status),
             )
         return True
