@@ -211,7 +211,8 @@ class StaleActivationError(ConflictError):
 class AdapterDeletedError(OneBaseError):
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"Adapter {name!r} was deleted by force while this request was using it.", code="adapter_deleted"
+            f"Adapter {name!r}, or the version in use, was deleted while this request was using it.",
+            code="adapter_deleted",
         )
 
 

@@ -19,7 +19,12 @@ from onebase_server.access import Caller
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
 from onebase_server.adapters.sources import HubAdapters
 from onebase_server.background import Threads
-from onebase_server.errors import InvalidRequestError, UnknownAdapterError, UnknownModelError
+from onebase_server.errors import (
+    AdapterDeletedError,
+    InvalidRequestError,
+    UnknownAdapterError,
+    UnknownModelError,
+)
 from onebase_server.generation.generation import Job, Prompt, in_time, new_id
 from onebase_server.generation.tokenization import BaseTokenizer, Conversation, and_give_memory_back
 from onebase_server.generation.tool_call_parser import CallFormat
@@ -178,7 +183,7 @@ class Planner:
     async def resumed(self, job: Job, transcript: Transcript, seconds: float) -> Job:
         """The job as it was where it began, so many seconds ago: its versions, its seed, its id.
 
-        Raises UnknownAdapterError, ConflictError where a version is not there any more, InvalidRequestError.
+        Raises AdapterDeletedError, ConflictError where a version is not ready now, InvalidRequestError.
         """
         base, told, sampling = self.base(), transcript.opening, job.sampling
         if told.max_tokens > sampling.max_tokens:
@@ -206,16 +211,25 @@ class Planner:
         )
 
     async def _told_versions(self, job: Job, told: Sequence[str]) -> AdapterChoice:
-        """Those of a transcript, by the names that the request has for them."""
+        """Return the versions of a transcript, by the names that the request has for them.
+
+        Raises AdapterDeletedError, ConflictError.
+        """
         uses, refs = job.adapter.uses, job.adapter.refs
         if [use.name for use in uses] != [one.rpartition("@")[0] for one in told]:
             raise refused("is of other adapters")
         if not uses:
             return job.adapter
-        if isinstance(job.adapter.label, str):
-            return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose(told[0]))
         terms = [(one, ref.weight) for one, ref in zip(told, refs, strict=True)]
-        return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose_sum(terms))
+
+        def find() -> AdapterChoice:
+            names = self._catalog.of(job.tenant)
+            return names.choose(told[0]) if isinstance(job.adapter.label, str) else names.choose_sum(terms)
+
+        try:
+            return await self._catalog.known(find)
+        except UnknownAdapterError as error:
+            raise AdapterDeletedError(uses[0].name) from error
 
     @property
     def base_name(self) -> str:

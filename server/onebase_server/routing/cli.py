@@ -77,7 +77,7 @@ def route(argv: Sequence[str]) -> int:
     parser = route_parser()
     options = vars(parser.parse_args(list(argv)))
     urls, listed = options.pop("replica") or [], options.pop("replicas")
-    key_file, wait = options.pop("key_file"), options.pop("wait")
+    key_file, wait, resume = (options.pop(name) for name in ("key_file", "wait", "resume"))
     if not urls and listed is None:
         parser.error("which servers? Name each with --replica URL, or list them in a file: --replicas FILE.")
     try:
@@ -110,6 +110,7 @@ def route(argv: Sequence[str]) -> int:
             max_body=settings.max_body,
             listed=lambda: None if names is None else names.changed(),
             wait=wait,
+            resume=resume,
         )
 
         def show() -> None:
@@ -143,6 +144,13 @@ def route_parser() -> argparse.ArgumentParser:
         default=0.0,
         metavar="SECONDS",
         help="how long a request waits for a server where there is none (default: 0)",
+    )
+    parser.add_argument(
+        "--resume",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long a stream whose server has gone waits for one that resumes it (default: 60)",
     )
     parser.add_argument(
         "--key-file",
