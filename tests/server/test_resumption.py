@@ -245,6 +245,34 @@ def test_a_stream_goes_on_with_the_version_it_began_with_and_not_without_it(scri
             tell(http, "/generate", asked, lines)
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/generate", {"prompt": "some words", "adapter": "off"}),
+        ("/generate", {"prompt": "some words", "adapter": [{"name": "off", "weight": 0.5}]}),
+        ("/v1/completions", {"prompt": "some words", "model": "off"}),
+        ("/v1/completions", {"prompt": "some words", "model": BASE, "adapter": "off"}),
+        ("/v1/chat/completions", {**chat("off"), "model": "off"}),
+        ("/v1/responses", {"input": "some words", "model": "off"}),
+        ("/v1/messages", {**chat("off"), "model": "off"}),
+        ("/generate/many", {"requests": [{"prompt": "some words", "adapter": "off", "max_tokens": 6}]}),
+    ],
+)
+def test_a_stream_goes_on_though_no_version_is_active_any_more(
+    scripted: Server, path: str, asked: dict[str, Any]
+) -> None:
+    name = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    asked = asked if "requests" in asked else {**asked, name: 6}
+    with scripted.client() as http:
+        upload(http, "off", b"off", query="wait=true&activate=true").raise_for_status()
+        told = tell(http, path, asked)
+        lines, passed = cut(told, 0.5)
+        http.post("/v1/adapters/off/deactivate", json={}).raise_for_status()
+        again = events_of(tell(http, path, asked, lines))
+    assert again.startswith(passed)
+    assert plain(again.decode()) == plain(events_of(told).decode())
+
+
 def test_a_transcript_disturbs_no_request_whose_id_it_names(scripted: Server) -> None:
     with scripted.client() as http, ThreadPoolExecutor(1) as pool, scripted.client() as other:
         asked = {"prompt": "a b c", "max_tokens": 60}

@@ -30,6 +30,7 @@ from onebase_server.errors import (
     UnknownRouteError,
     WrongMethodError,
 )
+from onebase_server.generation.transcript import HEADER, asked
 from onebase_server.http.cross_site import CHANGE, change_of
 from onebase_server.http.deps import CALLER, TICKET, BodyError, Services
 from onebase_server.http.refusals import refusal
@@ -194,7 +195,7 @@ class Gate:
     def _decide(self, scope: Scope, access: Access, lost: OneBaseError | None) -> None:
         caller = self._caller(scope, access)
         asks_for_text = access == "generate" and scope["method"] == "POST"
-        ticket = self._services.limiter.enter(caller) if asks_for_text else None
+        ticket = self._services.limiter.enter(caller, resumed=_resumes(scope)) if asks_for_text else None
         limit = self._services.settings.max_body
         if announced_length(scope) > limit and not is_upload(scope):
             lost = PayloadTooLargeError(limit)
@@ -312,6 +313,13 @@ def is_upload(scope: Scope) -> bool:
     """Whether a route reads the body as a form; as the routes do, by the first Content-Type."""
     kinds = (value for name, value in scope["headers"] if name == b"content-type")
     return scope["method"] == "POST" and scope["path"] in _UPLOADS and is_form(next(kinds, b""))
+
+
+def _resumes(scope: Scope) -> bool:
+    """Return True for a stream that another server began: a transcript follows what the request asks."""
+    told = next((value for name, value in scope["headers"] if name == HEADER.encode()), b"")
+    own = asked(told.decode("latin-1"))
+    return own is not None and announced_length(scope) > own[0]
 
 
 def announced_length(scope: Scope) -> int:
