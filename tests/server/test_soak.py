@@ -14,12 +14,13 @@ import os
 import random
 import re
 import signal
+import socket
 import sqlite3
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from .support import Server, Starter, free_port, routing, upload
+from .support import Server, Starter, routing, upload
 from .test_resumption import by_choice, words
 from .test_several_servers import LEASE, rows, shared, stop_between_writes
 from .training_support import make_job, messages, openai_client
@@ -86,6 +87,8 @@ def test_requests_and_abandoned_streams_leave_no_row_and_no_open_file(serve_scri
 
 SEEDS = range(*map(int, os.environ.get("ONEBASE_SOAK_SEEDS", "1 2").split()))
 EVENTS = int(os.environ.get("ONEBASE_SOAK_EVENTS", "14"))
+STOPS = (0.3, 2.0, 9.0) if EVENTS < 20 else (0.3, 2.0, 9.0, 25.0)
+"""Seconds for which a server stands still: longer than its lease, and than the route waits for it."""
 CLIENTS = 6
 NAMES = ("red", "green", "blue")
 DELETED = "adapter_deleted"
@@ -144,6 +147,14 @@ def same_events(text: str) -> dict[tuple[int, ...], str]:
     return by_choice(re.sub(r'"cached_tokens":\d+', '"cached_tokens":0', text))
 
 
+def lasting_port() -> int:
+    """A free port that no connection gets by chance while its server is started again."""
+    while True:
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", random.randrange(20_000, 30_000)))
+            return int(tried.getsockname()[1])
+
+
 class Torture:
     """Two servers behind a route, at the same addresses through all restarts; clients that stream, and an
     operator who changes adapters and makes jobs. All choices follow from the seed."""
@@ -156,7 +167,7 @@ class Torture:
         self._folder = folder
         self._seed = seed
         self._stack = stack
-        self._ports = [free_port() for _ in range(2)]
+        self._ports = [lasting_port() for _ in range(2)]
         self.servers = [self._start(number) for number in range(2)]
         self._started = list(self.servers)
         for server in self.servers:
@@ -315,7 +326,7 @@ class Torture:
 
     def stop(self, http: httpx2.Client) -> None:
         """A server stands still, sometimes for longer than its lease, sometimes while it writes."""
-        server, seconds = self.chance.choice(self.servers), self.chance.choice((0.3, 2.0, 9.0))
+        server, seconds = self.chance.choice(self.servers), self.chance.choice(STOPS)
         if self.chance.random() < 0.8:
             stop_between_writes(server, self._folder)
         else:

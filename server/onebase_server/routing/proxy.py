@@ -334,7 +334,7 @@ class Replica:
         if scope.cancelled_caught:
             raise httpx2.ReadTimeout(f"no answer for {_SILENT_SECONDS:g} s")
 
-    def is_silent(self, now: float) -> None:
+    def note_silence(self, now: float) -> None:
         """Note that a look has timed out; after some time end what waits for nothing but silence.
 
         A process that was stopped keeps its connections open: nothing else would end the waiting.
@@ -465,7 +465,7 @@ class Route:
                         return
             report, bases = read_report(told.decode("utf-8", "replace"))
         except (TimeoutError, httpx2.TimeoutException):
-            replica.is_silent(self.clock())
+            replica.note_silence(self.clock())
             self._is_away(replica, "does not answer in time", at_once=False)
             return
         except Exception as error:  # of a text and a server that may be anything: looking goes on
@@ -885,13 +885,8 @@ class _Passing:
                     connection_abort(scope)()
                     await asyncio.sleep(0)  # until the connection knows of it
                     return
-                await send(
-                    {
-                        "type": "http.response.body",
-                        "body": _error_event(replica_lost(), scope),
-                        "more_body": True,
-                    }
-                )
+                event = _error_event(replica_lost(), scope)
+                await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             if answer.status_code < 400:
