@@ -20,7 +20,7 @@ OneBaseError
 ├── UnknownBatchError          no such batch
 ├── ConflictError              it collides with the state of what it names
 │   └── StaleActivationError   another version is active than was expected
-├── AdapterDeletedError        its adapter was deleted by force while it ran
+├── AdapterDeletedError        its adapter was deleted while it ran
 ├── VersionFailedError         a version that is not served, and why
 ├── StoreFullError             no space for an upload
 ├── QueueFullError             come back later

@@ -15,22 +15,25 @@ import random
 import re
 import signal
 import socket
-import sqlite3
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from sqlalchemy import text
+from tests.postgres import postgres_server
+
+from onebase_adapters.registry.database import Database
 
 from .support import Server, Starter, routing, upload
 from .test_resumption import by_choice, words
-from .test_several_servers import LEASE, rows, shared, stop_between_writes
+from .test_several_servers import LEASE, shared, stop_between_writes
 from .training_support import make_job, messages, openai_client
 
 REQUESTS = 240
@@ -159,8 +162,10 @@ class Torture:
     """Two servers behind a route, at the same addresses through all restarts; clients that stream, and an
     operator who changes adapters and makes jobs. All choices follow from the seed."""
 
-    def __init__(self, serve: Starter, folder: Path, seed: int, stack: ExitStack) -> None:
+    def __init__(self, serve: Starter, folder: Path, registry: str, seed: int, stack: ExitStack) -> None:
         self.chance = random.Random(seed)
+        self._registry = Database(registry)
+        stack.callback(self._registry.close)
         self.wrong: list[str] = []
         self.outcomes: Counter[str] = Counter()
         self._serve = serve
@@ -181,7 +186,8 @@ class Torture:
         self._over = threading.Event()
 
     def _start(self, number: int) -> Server:
-        options = (*shared(self._folder), "--port", str(self._ports[number]))
+        options = (*shared(self._folder), "--registry", self._registry.url)
+        options = (*options, "--port", str(self._ports[number]))
         place = self._folder / f"server{number}"
         place.mkdir(exist_ok=True)
         made = self._serve("words", *options, ready=False, data_dir=place, environment=LEASE)
@@ -327,7 +333,7 @@ class Torture:
     def stop(self, http: httpx2.Client) -> None:
         """A server stands still, sometimes for longer than its lease, sometimes while it writes."""
         server, seconds = self.chance.choice(self.servers), self.chance.choice(STOPS)
-        if self.chance.random() < 0.8:
+        if self.chance.random() < 0.8 and self._registry.url.startswith("sqlite"):
             stop_between_writes(server, self._folder)
         else:
             server.signal(signal.SIGSTOP)
@@ -337,8 +343,8 @@ class Torture:
     def lock(self, http: httpx2.Client) -> None:
         """Nobody can write to the database for some time, and whoever reads waits for nothing."""
         seconds = self.chance.choice((0.3, 1.5, 4.0))
-        with closing(sqlite3.connect(self._folder / "registry.db", timeout=30)) as database:
-            database.execute("BEGIN IMMEDIATE")
+        with self._registry.engine.begin() as connection:
+            connection.execute(text("UPDATE change_counter SET value = value"))
             time.sleep(seconds)
 
     def run(self, events: int) -> None:
@@ -367,6 +373,10 @@ class Torture:
             for server in self.servers:
                 server.wait_ready()
 
+    def _rows(self, query: str) -> list[Any]:
+        with self._registry.engine.connect() as connection:
+            return list(connection.execute(text(query)))
+
     # ---- what is left ------------------------------------------------------------------------------
 
     def settle(self) -> None:
@@ -393,9 +403,9 @@ class Torture:
             }
             for what, query in clean.items():
                 try:
-                    self.servers[0].wait_for(lambda: not rows(self._folder, query), 90)  # noqa: B023
+                    self.servers[0].wait_for(lambda: not self._rows(query), 90)  # noqa: B023
                 except TimeoutError:
-                    self.wrong.append(f"{what}: {rows(self._folder, query)}")
+                    self.wrong.append(f"{what}: {self._rows(query)}")
             seen = [
                 [(adapter["id"], adapter["version"]) for adapter in http.get("/v1/adapters").json()["data"]]
                 for http in (one, other)
@@ -408,12 +418,16 @@ class Torture:
                     self.wrong.append(f"a log has a traceback: {part[:3000]}")
 
 
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=pytest.mark.full)])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_two_servers_that_are_killed_stopped_and_kept_waiting_answer_rightly_to_the_end(
-    serve_scripted: Starter, tmp_path: Path, seed: int
+    serve_scripted: Starter, tmp_path: Path, seed: int, kind: str
 ) -> None:
     with ExitStack() as stack:
-        torture = Torture(serve_scripted, tmp_path, seed, stack)
+        registry = f"sqlite:///{tmp_path / 'registry.db'}"
+        if kind == "postgresql":
+            registry = stack.enter_context(postgres_server()).database()
+        torture = Torture(serve_scripted, tmp_path, registry, seed, stack)
         torture.run(EVENTS)
         torture.settle()
         print(json.dumps(torture.outcomes))
