@@ -60,7 +60,7 @@ _METRICS_BYTES = 16 << 20
 """Of a server's metrics at most."""
 _MOST_BROKEN = 2
 """Servers that one request may break: what ends one would end the next."""
-_MOST_STILL = 4
+_MOST_STILL = 6
 """Servers in a row that may break in one stream without having added an event to it."""
 _RESUME_BACKOFF = Backoff(0.25, 2.0)
 """Pauses between two rounds over the servers on behalf of a broken stream."""

@@ -91,6 +91,7 @@ async def generate_many(
 ) -> Response:
     """Several requests over one connection, from one batch: each event says which of them it is about."""
     services.refuse_if_draining()
+    services.planner.base()  # without an engine none of them runs: another server may have one
     ticket.give_back()  # each of them counts by itself
     told = told_of(request)
     lines = b"" if told is None else told.lines
