@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
+from onebase_adapters.registry import RegistryBusyError, RegistryError
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -95,8 +97,14 @@ class RegistryThreads(Threads):
         self._subscribers.append(subscriber)
 
     async def write(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """As `run`, for a call that changes the registry. Raises also what a subscriber raises."""
+        """As `run`, for a call that changes the registry. Raises also what a subscriber raises: the message
+        says then that the change was made."""
         result = await self.run(call, *args, **kwargs)
-        for subscriber in self._subscribers:
-            await subscriber()
+        try:
+            for subscriber in self._subscribers:
+                await subscriber()
+        except RegistryError as error:
+            raise RegistryBusyError(
+                f"the change was made, but what it changed cannot be read: {error}"
+            ) from error
         return result

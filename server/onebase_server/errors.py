@@ -22,7 +22,7 @@ OneBaseError
 ├── UnknownBatchError          no such batch
 ├── ConflictError              it collides with the state of what it names
 │   └── StaleActivationError   another version is active than was expected
-├── AdapterDeletedError        its adapter was deleted by force while it ran
+├── AdapterDeletedError        its adapter was deleted while it ran
 ├── VersionFailedError         a version that is not served, and why
 ├── StoreFullError             no space for an upload
 ├── QueueFullError             come back later
@@ -230,7 +230,8 @@ class StaleActivationError(ConflictError):
 class AdapterDeletedError(OneBaseError):
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"Adapter {name!r} was deleted by force while this request was using it.", code="adapter_deleted"
+            f"Adapter {name!r}, or the version in use, was deleted while this request was using it.",
+            code="adapter_deleted",
         )
 
 

@@ -229,12 +229,14 @@ class Limiter:
         self._clock = clock
         self._accounts: dict[tuple[str, str], Account] = {}
 
-    def enter(self, caller: Caller) -> Ticket:
+    def enter(self, caller: Caller, *, resumed: bool = False) -> Ticket:
         """Before anything of a request is read. It counts as one request until its ticket says otherwise.
+
+        resumed: another server has let it in, and counted it, before that server died.
 
         Raises RateLimitError, QuotaExceededError.
         """
-        ticket = Ticket(self._owners(caller), self._clock)
+        ticket = Ticket(self._owners(caller), self._clock, resumed=resumed)
         ticket.enter()
         return ticket
 
@@ -272,13 +274,19 @@ class Limiter:
 
 
 class Ticket:
-    """One request's place in the accounts of its key and its tenant, from the door to its end."""
+    """One request's place in the accounts of its key and its tenant, from the door to its end.
 
-    def __init__(self, owners: Sequence[_Owner], clock: Callable[[], float]) -> None:
+    resumed: nothing is refused, since the request was let in before; what it computes is charged.
+    """
+
+    def __init__(
+        self, owners: Sequence[_Owner], clock: Callable[[], float], *, resumed: bool = False
+    ) -> None:
         self.leave: Callable[[], None] | None = None
         """Set once the request runs: what `close` is to call then."""
         self._owners = owners
         self._clock = clock
+        self._resumed = resumed
         self._requests: list[Charge] = []
         self._tokens: list[Charge] = []
         self._rows = 0
@@ -291,6 +299,8 @@ class Ticket:
 
     def enter(self) -> None:
         """Raises RateLimitError, QuotaExceededError: nothing is charged then."""
+        if self._resumed:
+            return
         now = self._clock()
         for owner in self._owners:
             self._check_rate(owner, "requests", 1, now)
@@ -301,7 +311,7 @@ class Ticket:
     def admit(self, tokens: int, rows: int) -> None:
         """Set aside what the request may need, or nothing. Raises RateLimitError, QuotaExceededError."""
         now = self._clock()
-        for owner in self._owners:
+        for owner in [] if self._resumed else self._owners:
             self._check_rate(owner, "tokens", tokens, now)
             self._check_rows(owner, rows, now)
         self._tokens = [owner.account.add("tokens", tokens, now) for owner in self._owners]

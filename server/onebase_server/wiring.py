@@ -214,6 +214,7 @@ def _adapter_parts(
         settings.queue_limit,
         on_damaged=lambda damaged: service.prove_again(damaged),
         prove=lambda packed: proofs.for_kernels(packed),
+        knows=catalog.knows,
     )
     verifier = VerifierClient(
         store,

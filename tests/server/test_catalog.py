@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.registry import AdapterRecord, Blob, Registry, VersionFiles
+from onebase_adapters.registry import AdapterRecord, Blob, Registry, RegistryBusyError, VersionFiles
 from onebase_engine.engine.messages import AdapterRef
 from onebase_server.adapters.catalog import Catalog, Names, check_name, same_base
 from onebase_server.background import RegistryThreads
@@ -193,6 +193,23 @@ def test_what_this_server_writes_is_seen_when_the_write_returns(registry: Regist
     assert before is not None
     assert after is not None
     assert (before.active, after.active) == (None, digest)
+
+
+def test_a_write_after_which_the_registry_cannot_be_read_is_said_to_be_made(registry: Registry) -> None:
+    digest = register(registry, "acme", "one", active=False)
+
+    async def activate() -> None:
+        records = RegistryThreads("test", 2)
+
+        async def away() -> None:
+            raise RegistryBusyError("it is away")
+
+        records.subscribe(away)
+        await records.write(registry.activate, "default", "acme", digest)
+
+    with pytest.raises(RegistryBusyError, match=r"change was made.*it is away"):
+        asyncio.run(activate())
+    assert registry.adapter("default", "acme").active == digest
 
 
 def test_the_adapters_of_another_base_are_not_seen(registry: Registry, tmp_path: Path) -> None:

@@ -59,6 +59,15 @@ def test_each_request_is_answered_as_it_is_alone(api: Any) -> None:
     assert len(told) == 6
 
 
+def test_without_an_engine_they_are_refused_together_so_that_another_server_is_asked(
+    serve_scripted: Starter,
+) -> None:
+    with serve_scripted("sleep-early", ready=False) as server, server.client() as http:
+        server.wait_for(lambda: server.status_of("/health") == 200)
+        refused = http.post("/generate/many", json={"requests": [{"prompt": "a"}, {"prompt": "b"}]})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_starting")
+
+
 def test_one_that_is_refused_says_why_as_alone_and_the_others_go_on(scripted: Server) -> None:
     good = {"prompt": "word", "max_tokens": 3}
     bad: list[Any] = [

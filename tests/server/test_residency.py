@@ -253,12 +253,12 @@ def test_deleting_by_force_ends_the_wait_and_tells_the_one_who_runs() -> None:
         engine.answer()
         await ready
         assert engine.residency.is_used(VersionRef("default", "name", "a"))
-        engine.residency.revoke(VersionRef("default", "other name", "a"))
+        engine.residency.revoke("default", "other name", "a")
         await settle()
         assert not waiting.done()
 
         for digest in ("a", "b"):
-            engine.residency.revoke(VersionRef("default", "name", digest))
+            engine.residency.revoke("default", "name", digest)
 
         with pytest.raises(AdapterDeletedError):
             await waiting

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onebase_server.background import Backoff
 from onebase_server.generation.transcript import HEADER
 from onebase_server.routing import proxy
 from onebase_server.routing.resumption import DiffersError, Kept, Room
@@ -240,8 +241,36 @@ def test_a_stream_goes_on_with_the_version_it_began_with_and_not_without_it(scri
         (digest,) = re.findall(rb'"moving@([0-9a-f]{64})"', lines)
         deleted = http.delete(f"/v1/adapters/moving/versions/{digest.decode()}")
         assert deleted.status_code == 200, deleted.text
-        with pytest.raises(RuntimeError, match="version_not_found"):
+        with pytest.raises(RuntimeError, match=r"409.*adapter_deleted"):
             tell(http, "/generate", asked, lines)
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/generate", {"prompt": "some words", "adapter": "off"}),
+        ("/generate", {"prompt": "some words", "adapter": [{"name": "off", "weight": 0.5}]}),
+        ("/v1/completions", {"prompt": "some words", "model": "off"}),
+        ("/v1/completions", {"prompt": "some words", "model": BASE, "adapter": "off"}),
+        ("/v1/chat/completions", {**chat("off"), "model": "off"}),
+        ("/v1/responses", {"input": "some words", "model": "off"}),
+        ("/v1/messages", {**chat("off"), "model": "off"}),
+        ("/generate/many", {"requests": [{"prompt": "some words", "adapter": "off", "max_tokens": 6}]}),
+    ],
+)
+def test_a_stream_goes_on_though_no_version_is_active_any_more(
+    scripted: Server, path: str, asked: dict[str, Any]
+) -> None:
+    name = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    asked = asked if "requests" in asked else {**asked, name: 6}
+    with scripted.client() as http:
+        upload(http, "off", b"off", query="wait=true&activate=true").raise_for_status()
+        told = tell(http, path, asked)
+        lines, passed = cut(told, 0.5)
+        http.post("/v1/adapters/off/deactivate", json={}).raise_for_status()
+        again = events_of(tell(http, path, asked, lines))
+    assert again.startswith(passed)
+    assert plain(again.decode()) == plain(events_of(told).decode())
 
 
 def test_a_transcript_disturbs_no_request_whose_id_it_names(scripted: Server) -> None:
@@ -373,7 +402,8 @@ def test_a_stream_goes_on_only_with_what_follows_the_events_that_were_passed_on(
 ) -> None:
     got: list[bytes] = []
     say = says(TELLS + pieces(FIRST[:20], FIRST[20:] + b": onebase 0 [9]\ndata: cut"), second, got=got)
-    with before({"/generate": say}, {"/generate": say}, {"/generate": answer(b"{}", status=400)}) as running:
+    refuses = {"/generate": answer(b"{}", status=400)}
+    with before({"/generate": say}, {"/generate": say}, refuses, resume=0) as running:
         running.behind[2].answers["/ready"] = answer(b"", status=503)
         assert wait(lambda: len(running.route.placement.replicas) == 2)
         with running.client() as http:
@@ -388,6 +418,119 @@ def test_a_stream_goes_on_only_with_what_follows_the_events_that_were_passed_on(
     assert got[1] == got[0] + b": onebase 0 [1]\n: onebase 0 [2]\n"
     assert f"onebase_route_lost_total {int(lost)}.0" in metrics
     assert running.route.room.held == 0
+
+
+def takes(*told: bytes | None) -> Answer:
+    """Servers that say these things one after the other, whichever is asked, and hang up.
+
+    None: it hangs up without a word.
+    """
+    return says(*(b"" if one is None else one for one in told), got=[])
+
+
+REST = TELLS + pieces(b"data: a\n\ndata: b\n\n: onebase 0 [3]\ndata: c\n\n", b"")
+BREAKS = TELLS + pieces(FIRST)
+BUSY = b"HTTP/1.1 503 X\r\ncontent-length: 2\r\n\r\n{}"
+QUOTA = b"HTTP/1.1 429 X\r\ncontent-length: 2\r\nretry-after: 60\r\n\r\n{}"
+STILL = TELLS + pieces(b"data: a\n\ndata: b\n\n")
+
+
+def adds(events: bytes) -> bytes:
+    """A server that goes on with these events, each named by a letter, and hangs up."""
+    return TELLS + pieces(b"".join(b": onebase 0 []\ndata: %c\n\n" % one for one in events))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        (BUSY, BREAKS, REST),
+        (BREAKS, BUSY, BUSY, REST),
+        (BREAKS, QUOTA, REST),
+        (BREAKS, None, REST),
+        (BREAKS, STILL, STILL, REST),
+        (adds(b"a"), adds(b"ab"), STILL, adds(b"ab"), adds(b"abc"), adds(b"abc"), adds(b"abc"), REST),
+    ],
+    ids=[
+        "was full before",
+        "full",
+        "quota",
+        "a second dies",
+        "a third dies",
+        "seven die, not six in a row that add nothing",
+    ],
+)
+def test_a_stream_goes_on_as_long_as_there_is_a_server_that_takes_it(
+    monkeypatch: pytest.MonkeyPatch, told: tuple[bytes | None, ...]
+) -> None:
+    monkeypatch.setattr(proxy, "_RESUME_BACKOFF", Backoff(0.01, 0.01))
+    say = takes(*told)
+    with before({"/generate": say}, {"/generate": say}) as running, running.client() as http:
+        text = http.post("/generate", json=ASK).content
+    assert text == b"data: a\n\ndata: b\n\ndata: c\n\n"
+
+
+def test_a_stream_waits_for_a_server_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "_RESUME_BACKOFF", Backoff(0.01, 0.01))
+    say = takes(BREAKS, REST)
+    with before({"/generate": say}) as running, running.client() as http:
+        server = running.behind[0]
+
+        async def breaks_and_starts(*one: Any) -> None:
+            server.answers["/ready"] = answer(b"", status=503)
+            while running.route.placement.replicas:
+                await asyncio.sleep(0.01)
+            await say(*one)
+            server.answers["/generate"] = say
+
+        server.answers["/generate"] = breaks_and_starts
+        with http.stream("POST", "/generate", json=ASK) as stream:
+            raw = stream.iter_raw()
+            text = next(raw)
+            server.answers["/ready"] = answer(b"{}")
+            text += b"".join(raw)
+    assert text == b"data: a\n\ndata: b\n\ndata: c\n\n"
+
+
+def test_a_stream_that_breaks_every_server_ends_with_an_error_after_few_of_them() -> None:
+    asked: list[bytes] = []
+    say = says(BREAKS, *[STILL] * 20, got=asked)
+    with before(*[{"/generate": say}] * 9) as running, running.client() as http:
+        text = http.post("/generate", json=ASK).text
+    assert "replica_lost" in text
+    assert len(asked) == 6
+
+
+def test_a_stream_that_nobody_may_resume_ends_with_the_servers_own_error() -> None:
+    error = b'{"error":{"message":"Adapter \'x\' was deleted.","type":"t","code":"adapter_deleted"}}'
+    say = takes(BREAKS, answer(error, status=409))
+    with before(*[{"/generate": say}] * 3) as running, running.client() as http:
+        text = http.post("/generate", json=ASK).text
+    assert text.startswith("data: a\n\ndata: b\n\n")
+    assert text.count("adapter_deleted") == 1
+    assert "replica_lost" not in text
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_request_leaves_a_server_that_stands_still(monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+    monkeypatch.setattr(proxy, "_LOOK_TIMEOUT", 0.3)
+    monkeypatch.setattr(proxy, "_SILENT_SECONDS", 1.0)
+    say = takes(BREAKS if begun else None, REST)
+    standing: list[Behind] = []
+
+    async def stands_still(
+        behind: Behind, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await say(behind, reader, writer)
+        if not standing:
+            standing.append(behind)
+            behind.answers["/ready"] = behind.answers["/metrics"] = never
+            await never(behind, reader, writer)
+
+    with before({"/generate": stands_still}, {"/generate": stands_still}) as running:
+        with running.client() as http:
+            text = http.post("/generate", json=ASK).content
+        assert wait(lambda: running.open_requests() == 0)
+    assert text == b"data: a\n\ndata: b\n\ndata: c\n\n"
 
 
 def test_a_stream_of_a_server_that_tells_no_transcript_ends_with_an_error_where_it_breaks() -> None:

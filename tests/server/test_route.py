@@ -184,7 +184,7 @@ def test_a_server_that_dies_is_left_out_and_the_last_one_ends_its_streams_with_a
 ) -> None:
     with contextlib.ExitStack() as running:
         behind = [running.enter_context(serve_scripted("words")) for _ in range(2)]
-        route = running.enter_context(routing(behind, tmp_path))
+        route = running.enter_context(routing(behind, tmp_path, "--resume", "1"))
         http = running.enter_context(route.client())
         streams = [
             running.enter_context(

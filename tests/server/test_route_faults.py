@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,9 +19,10 @@ import pytest
 from onebase_server.http.cross_site import Door
 from onebase_server.http.server import QuietServer, bind, uvicorn_config
 from onebase_server.routing import proxy
-from onebase_server.routing.proxy import Route, asked, read_report
+from onebase_server.routing.proxy import Route, asked, read_report, told_by
 from onebase_server.settings import Settings
 
+from .support import told_statuses
 from .test_route import wait
 
 METRICS = b'vllm:num_requests_running{model_name="base"} 0\nonebase_max_rows 16\n'
@@ -86,10 +88,10 @@ async def never(behind: Behind, reader: asyncio.StreamReader, writer: asyncio.St
 class Running:
     """A route in a thread, before servers."""
 
-    def __init__(self, behind: list[Behind], clock: Callable[[], float] | None, nobody: str | None) -> None:
+    def __init__(self, behind: list[Behind], nobody: str | None, options: dict[str, Any]) -> None:
         self.behind = behind
         self._nobody = [] if nobody is None else [nobody]
-        self._clock = {} if clock is None else {"clock": clock}
+        self._options = options
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
@@ -98,7 +100,7 @@ class Running:
     async def _run(self) -> None:
         servers = [await one.start() for one in self.behind]
         self.route = Route(
-            [*(one.url for one in self.behind), *self._nobody], key=None, max_body=100_000, **self._clock
+            [*(one.url for one in self.behind), *self._nobody], key=None, max_body=100_000, **self._options
         )
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
@@ -142,11 +144,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def before(
-    *answers: dict[str, Any], clock: Callable[[], float] | None = None, nobody: str | None = None
-) -> Iterator[Running]:
-    """nobody: an address where there is no server."""
-    running = Running([Behind(one) for one in answers], clock, nobody)
+def before(*answers: dict[str, Any], nobody: str | None = None, **options: Any) -> Iterator[Running]:
+    """Run a route before servers. nobody: an address where there is no server. options: of `Route`."""
+    running = Running([Behind(one) for one in answers], nobody, options)
     try:
         yield running
     finally:
@@ -241,7 +241,25 @@ def test_what_may_have_been_done_is_not_sent_twice(odd: Running) -> None:
     odd.heads()
     refused = odd.ask(b"POST /half", b"Content-Type: application/json", b"Content-Length: 2", body=b"{}")
     assert b"replica_lost" in refused
-    assert len(odd.heads()) == 1
+    assert b"Send `GET /half` to find out" in refused
+    assert b"`GET /half` to find out, where 404 means that it was" in odd.ask(b"DELETE /half")
+    assert len(odd.heads()) == 2
+
+
+def test_of_each_request_that_changes_something_another_tells_whether_it_was_carried_out() -> None:
+    methods: dict[str, set[str]] = {}
+    for pattern, by_method in told_statuses():
+        methods.setdefault(pattern.pattern, set()).update(by_method)
+    readable = [re.compile(pattern) for pattern, found in methods.items() if "GET" in found]
+    examples = [re.sub(r"\(\?P<\w+>[^)]+\)", "x", pattern).strip("^$") for pattern in methods]
+    changing = [
+        path
+        for path, found in zip(examples, methods.values(), strict=True)
+        if found - {"GET"} and path not in proxy._TEXT and path not in proxy._OF_ONE_SERVER
+    ]
+    assert len(changing) > 15
+    for path in changing:
+        assert any(one.fullmatch(told_by(path)) for one in readable), (path, told_by(path))
 
 
 def test_an_answer_that_is_cut_off_is_seen_to_be_and_is_one_line_in_the_log(

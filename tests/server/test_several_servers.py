@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sqlite3
 import time
@@ -15,8 +16,8 @@ import pytest
 from openai import OpenAI
 from tests.postgres import postgres_server
 
-from .access import Keys, bearer
-from .support import Server, Starter
+from .access import Keys, bearer, client_with
+from .support import Server, Starter, routing, upload
 from .training_support import ended, job_folder, make_job, messages, openai_client, step_of, wait_job
 
 LEASE = {"ONEBASE_TEST_LEASE": "6"}
@@ -74,6 +75,79 @@ def test_a_quota_holds_for_what_all_servers_let_in(
         )  # fmt: skip
         assert 1 <= int(headers["retry-after"]) <= 60
         assert ask(one, free).status_code == ask(other, free).status_code == 200
+
+
+def test_a_stream_that_used_all_of_a_quota_goes_on_where_its_server_is_killed(
+    serve_scripted: Starter, keys: Keys, tmp_path: Path
+) -> None:
+    limited, admin = keys.make("generate", quotas={"rows": 1, "requests": 1}), keys.make("admin")
+    (tmp_path / "key").touch(0o600)
+    (tmp_path / "key").write_text(admin)
+    names, options = tmp_path / "replicas", shared(tmp_path)
+    asked = {"prompt": "a b", "max_tokens": 150, "stream": True}
+    with (
+        serve_scripted("words", *options) as one,
+        serve_scripted("words", *options) as other,
+        ExitStack() as behind,
+    ):
+        names.write_text(one.url)
+        how = ("--key-file", str(tmp_path / "key"), "--resume", "5")
+        route = behind.enter_context(routing([], tmp_path, "--replicas", str(names), *how))
+        http = behind.enter_context(client_with(route, limited))
+        with http.stream("POST", "/generate", json=asked) as stream:
+            assert stream.status_code == 200, stream.read()
+            lines = stream.iter_lines()
+            next(lines)
+            other.wait_for(lambda: ask(other, limited).status_code == 429)
+            names.write_text(f"{one.url}\n{other.url}")
+            other.wait_for(lambda: http.get("/ready").json()["servers"] == 2)
+            one.signal(signal.SIGKILL)
+            events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert "error" not in events[-1], events[-1]
+        assert events[-1]["usage"]["completion_tokens"] == 150
+
+
+# ---- deletions ---------------------------------------------------------------------------------
+
+
+def errors_of(stream: Iterator[str]) -> list[str]:
+    """The codes of a stream's errors; reads it to its end."""
+    told = [json.loads(line[6:]) for line in stream if line.startswith('data: {"error"')]
+    return [one["error"]["code"] for one in told]
+
+
+@pytest.mark.parametrize("path", ["/v1/adapters/gone", "/v1/adapters/gone/versions/{}"])
+def test_a_deletion_by_force_ends_streams_on_every_server_and_others_end_none(
+    start_pair: Callable[..., Pair], path: str
+) -> None:
+    one, other = start_pair()
+    with one.client() as http, other.client() as there, ExitStack() as running:
+        versions = {}
+        for name in ("gone", "kept", "left"):
+            made = upload(http, name, name.encode(), query="wait=true&activate=true")
+            versions[name] = made.json()["version"]
+            other.wait_for(lambda: there.get(f"/v1/adapters/{name}").json().get("version"))  # noqa: B023
+        body = {"prompt": "a b", "max_tokens": 80_000, "stream": True}
+        streams = {}
+        for name in versions:
+            asked = there.stream("POST", "/generate", json={**body, "adapter": name})
+            streams[name] = running.enter_context(asked).iter_lines()
+            next(streams[name])
+
+        assert http.delete("/v1/adapters/left").status_code == 200
+        assert http.delete(path.format(versions["gone"]), params={"force": True}).status_code == 200
+        assert errors_of(streams["gone"]) == ["adapter_deleted"]
+        assert there.get("/v1/adapters/left").status_code == 404
+        for name in ("kept", "left"):
+            assert (
+                sum(line.startswith("data: ") for line, _ in zip(streams[name], range(400), strict=False))
+                >= 100
+            )
+        assert generate_on(there, "gone").status_code == 404
+
+
+def generate_on(http: httpx2.Client, adapter: str) -> httpx2.Response:
+    return http.post("/generate", json={"prompt": "a", "max_tokens": 1, "adapter": adapter})
 
 
 # ---- jobs ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session, joinedload, selectinload, undefer
 
 from onebase_adapters.registry import activation, audit
@@ -28,6 +28,7 @@ from onebase_adapters.registry.records import (
     AdapterRecord,
     AuditAction,
     Changes,
+    ForcedDeletion,
     HistoryEntry,
     State,
     Unset,
@@ -35,7 +36,7 @@ from onebase_adapters.registry.records import (
     VersionRecord,
 )
 from onebase_adapters.registry.servers import ServerRecords
-from onebase_adapters.registry.tables import AdapterRow, BaseRow, HistoryRow, VersionRow
+from onebase_adapters.registry.tables import AdapterRow, AuditRow, BaseRow, HistoryRow, VersionRow
 from onebase_adapters.registry.takeovers import Takeovers
 from onebase_adapters.registry.usage import UsageRecords
 from onebase_adapters.store.blobs import Blob, VersionFiles
@@ -56,6 +57,7 @@ _ARRIVALS: Mapping[str, AuditAction] = {
 """By the kind of a version's source."""
 _ARRIVAL_FACTS = ("repo", "commit", "subfolder", "job", "method", "parents")
 """Of a version's source, in the audit log."""
+_DELETIONS: tuple[AuditAction, ...] = ("adapter.version_deleted", "adapter.deleted")
 _PREFIX = re.compile(r"[0-9a-f]+")
 
 
@@ -130,8 +132,11 @@ class Registry:
         with self._database.read() as session:
             return [_adapter_record(row) for row in _find_adapters(session, _scope(self.base_id, tenant))]
 
-    def changes(self, since: int = -1) -> Changes:
-        """What is new since the counter was `since`: little work, even with thousands of adapters."""
+    def changes(self, since: int = -1, audited: int | None = None) -> Changes:
+        """What is new since the counter was `since`: little work, even with thousands of adapters.
+
+        audited: `Changes.audited` of the look before, for deletions by force since then; None: for none.
+        """
         with self._database.read() as session:
             counter = self._database.counter(session)
             here = _scope(self.base_id)
@@ -141,6 +146,8 @@ class Registry:
                 counter,
                 tuple(map(_adapter_record, changed)),
                 frozenset((tenant, name) for tenant, name in names),
+                session.scalar(select(func.max(AuditRow.number))) or 0,
+                () if audited is None else _forced_since(session, self.base_id, audited),
             )
 
     def adapter(self, tenant: str, name: str) -> AdapterRecord:
@@ -346,9 +353,13 @@ class Registry:
                 _note(session, "adapter.shared" if shared else "adapter.unshared", adapter)
             return _adapter_record(adapter)
 
-    def delete_version(self, tenant: str, name: str, digest: str, *, actor: str = "") -> set[str]:
+    def delete_version(
+        self, tenant: str, name: str, digest: str, *, forced: bool = False, actor: str = ""
+    ) -> set[str]:
         """Delete a version (by digest or prefix), deactivating it if it is active; with the last one its
         adapter goes too. Returns the blobs that nothing references any more.
+
+        forced: every server that follows the changes is to end the requests that use the version.
 
         Raises UnknownAdapterError, UnknownVersionError.
         """
@@ -359,21 +370,31 @@ class Registry:
                 activation.deactivate(session, adapter, actor, now)
             blobs = _blobs_of(version)
             last = len(adapter.versions) == 1
-            _note(session, "adapter.version_deleted", adapter, version=version.digest, actor=actor)
+            details = {"forced": True} if forced else None
+            _note(
+                session,
+                "adapter.version_deleted",
+                adapter,
+                version=version.digest,
+                actor=actor,
+                details=details,
+            )
             if last:
                 _note_deleted(session, adapter, actor)
             session.delete(adapter if last else version)
             session.flush()
             return blobs - referenced_blobs(session, blobs)
 
-    def delete_adapter(self, tenant: str, name: str) -> set[str]:
+    def delete_adapter(self, tenant: str, name: str, *, forced: bool = False) -> set[str]:
         """Delete a name, its versions and its history. Returns the blobs that nothing references any more.
+
+        forced: as in `delete_version`, for all versions.
 
         Raises UnknownAdapterError.
         """
         with self._changing(tenant, name, time.time()) as (session, adapter):
             blobs = set().union(*map(_blobs_of, adapter.versions))
-            _note_deleted(session, adapter)
+            _note_deleted(session, adapter, forced=forced)
             session.delete(adapter)
             session.flush()
             return blobs - referenced_blobs(session, blobs)
@@ -405,10 +426,26 @@ def _note_arrival(
     _note(session, action, adapter, version=version.digest, actor=actor, details=details)
 
 
-def _note_deleted(session: Session, adapter: AdapterRow, actor: str = "") -> None:
+def _note_deleted(session: Session, adapter: AdapterRow, actor: str = "", *, forced: bool = False) -> None:
     digests = [version.digest for version in adapter.versions]
     details = {"count": len(digests), "versions": digests[:_MOST_DIGESTS], "active": adapter.active}
+    details |= {"forced": True} if forced else {}
     _note(session, "adapter.deleted", adapter, actor=actor, details=details)
+
+
+def _forced_since(session: Session, base_id: str, number: int) -> tuple[ForcedDeletion, ...]:
+    """Return the deletions by force after this entry of the audit log: a server of an earlier release has
+    none."""
+    rows = session.scalars(
+        select(AuditRow).where(
+            AuditRow.number > number, AuditRow.base_id == base_id, AuditRow.action.in_(_DELETIONS)
+        )
+    )
+    return tuple(
+        ForcedDeletion(row.tenant, row.target, row.version)
+        for row in rows
+        if (row.details or {}).get("forced")
+    )
 
 
 # Looking rows up, within one tenant and one base

@@ -41,6 +41,11 @@ _CHANNEL = "onebase_changes"
 _LISTEN_SECONDS = 0.2
 """After which a thread that listens sees that it is to end, and between two tries to connect."""
 _DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
+_STOOD_STILL = "25P03"  # of a session that was ended since it did nothing within a transaction
+_LIMITS = ("lock_timeout", "idle_in_transaction_session_timeout")
+"""PostgreSQL's settings that bound how long a session waits for a lock, and holds one and does nothing."""
+_KEEPALIVES = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
+"""libpq's options, in seconds, by which a database that is gone without a word is noticed."""
 _READ = "onebase_read"
 _LITTLE_SPACE = 1 << 20
 SERVER = "server"
@@ -85,12 +90,16 @@ class Database:
         return engine
 
     def _postgresql(self, url: URL) -> Engine:
-        return create_engine(
+        given = {"connect_timeout": int(_WAIT_SECONDS), "tcp_user_timeout": int(_WAIT_SECONDS * 1000)}
+        given |= _KEEPALIVES
+        engine = create_engine(
             url,
             pool_pre_ping=True,
             hide_parameters=True,
-            connect_args={"connect_timeout": int(_WAIT_SECONDS)},
+            connect_args={name: value for name, value in given.items() if name not in url.query},
         )
+        event.listen(engine, "connect", _prepare_postgresql)
+        return engine
 
     @contextmanager
     def write(self) -> Iterator[tuple[Session, int]]:
@@ -177,6 +186,8 @@ class Database:
         config.set_main_option("script_location", "onebase_adapters.registry:migrations")
         with self.errors("migrating"), self._alone(), self.engine.begin() as connection:
             if self._file is None:
+                for limit in _LIMITS:  # a migration takes as long as it takes, and others wait for it
+                    connection.execute(text(f"SET LOCAL {limit} = 0"))
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
             config.attributes["connection"] = connection
             try:
@@ -248,6 +259,17 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
+def _prepare_postgresql(connection: Any, _record: Any) -> None:
+    """Have a server that stands still, or is gone without a word, hold its locks no longer than others wait.
+
+    Each counted write holds one that all others need.
+    """
+    with connection.cursor() as cursor:
+        for limit in _LIMITS:
+            cursor.execute(f"SET {limit} = {int(_WAIT_SECONDS * 1000)}")
+    connection.commit()
+
+
 def _begin_sqlite(connection: Connection) -> None:
     """A writer takes the lock at once: one that had read first could not, if another wrote meanwhile."""
     reads = connection.get_execution_options().get(_READ, False)
@@ -261,6 +283,8 @@ def _kind(error: Exception, cause: BaseException, file: Path | None) -> type[Reg
         return RegistryFullError
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return RegistryFullError
+    if getattr(cause, "sqlstate", None) == _STOOD_STILL:
+        return RegistryBusyError
     if isinstance(error, exc.OperationalError | exc.InterfaceError | exc.TimeoutError):
         return RegistryBusyError
     return RegistryError

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from onebase_adapters.registry.database import Database, plain
+from onebase_adapters.registry.database import Database, clock, plain
 from onebase_adapters.registry.records import FIRST_KERNELS, VersionRecord
 from onebase_adapters.registry.tables import AdapterRow, ProofRow, VersionRow
 from onebase_adapters.store.blobs import Blob
@@ -18,8 +17,9 @@ from onebase_adapters.store.blobs import Blob
 class ProofRecords:
     """Who proves which version, of one base. All methods block, and may be called from any thread.
 
-    A claim holds for some seconds, and again when it is renewed: a server that dies holds nobody up for
-    longer. Two servers whose clocks differ by more than that may both prove, which costs time alone.
+    A claim holds for some seconds by the database's clock, and again when it is renewed: a server that dies
+    holds nobody up for longer. A claim that ends later than any could was made before that clock went back,
+    and holds nobody up either.
 
     Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
     """
@@ -34,13 +34,13 @@ class ProofRecords:
         False: another does, or nothing is left to prove, or the version was deleted.
         """
         with self._database.read() as session:
-            if not self._is_open(session, version, kernels):
+            if not self._is_open(session, version, kernels, seconds):
                 return False
         with self._database.write() as (session, _):  # which excludes other writers
-            row = self._is_open(session, version, kernels)
+            row = self._is_open(session, version, kernels, seconds)
             if row is None:
                 return False
-            self._row(row, kernels).until = time.time() + seconds
+            self._row(row, kernels).until = clock(session) + seconds
             return True
 
     def _row(self, version: VersionRow, kernels: str) -> ProofRow:
@@ -58,7 +58,7 @@ class ProofRecords:
             session.execute(
                 update(ProofRow)
                 .where(*self._own(session, version, kernels))
-                .values(until=time.time() + seconds)
+                .values(until=clock(session) + seconds)
             )
 
     def release(self, version: VersionRecord, kernels: str) -> None:
@@ -78,13 +78,20 @@ class ProofRecords:
             proof.prepared_sha256, proof.prepared_size = packed.sha256, packed.size
             row.adapter.changed = counter
 
-    def _is_open(self, session: Session, version: VersionRecord, kernels: str) -> VersionRow | None:
-        """The version, if somebody must still prove it with these kernels and nobody else does."""
+    def _is_open(
+        self, session: Session, version: VersionRecord, kernels: str, seconds: float
+    ) -> VersionRow | None:
+        """The version, if somebody must still prove it with these kernels and nobody else does.
+
+        seconds: for which a claim holds.
+        """
         row = self._find(session, version)
         if row is None or row.state == "failed" or (row.state == "ready" and _first_kernels(row) == kernels):
             return None
+        now = clock(session)
         for proof in row.proofs:
-            others = proof.server != self._database.server and (proof.until or 0.0) > time.time()
+            holds = now < (proof.until or 0.0) <= now + seconds
+            others = proof.server != self._database.server and holds
             if proof.kernels == kernels and (proof.until is None or others):
                 return None
         return row

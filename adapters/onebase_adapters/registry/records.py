@@ -110,13 +110,29 @@ class HistoryEntry:
 
 
 @dataclass(frozen=True)
+class ForcedDeletion:
+    """A deletion that ends the requests which use what was deleted. digest: None is every version."""
+
+    tenant: str
+    name: str
+    digest: str | None
+
+
+@dataclass(frozen=True)
 class Changes:
     """What `Registry.changes` saw: the counter then, the adapters changed since, and the names of all
-    adapters there are (`(tenant, name)`), so that one who follows can drop the others."""
+    adapters there are (`(tenant, name)`), so that one who follows can drop the others.
+
+    Args:
+        audited: number of the audit log's last entry then.
+        forced: deletions by force since the entry that was named.
+    """
 
     counter: int
     changed: tuple[AdapterRecord, ...]
     names: frozenset[tuple[str, str]]
+    audited: int = 0
+    forced: tuple[ForcedDeletion, ...] = ()
 
 
 # ---- quotas and usage ------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The servers that share a registry: which of them live, what room they have, what they let in of quotas.
 
 A server's process renews a lease. One whose lease has run out is taken for dead: others take over what it
-ran. All times are the database's clock's, so that servers need not agree on theirs.
+ran. All times are the database's clock's, so that servers need not agree on theirs. Where that clock went
+back by more than a lease, a lease from before has run out: who lives renews it at once.
 """
 
 from __future__ import annotations
@@ -52,7 +53,13 @@ class ServerRecords:
             if any(row.until < now - _KEPT_SECONDS for row in others):
                 session.execute(delete(ServerRow).where(ServerRow.until < now - _KEPT_SECONDS))
             return [
-                OtherServer(row.server, row.base_id == self._base_id, row.runs, row.room, row.until >= now)
+                OtherServer(
+                    row.server,
+                    row.base_id == self._base_id,
+                    row.runs,
+                    row.room,
+                    _until(row.at, row.until, now) >= now,
+                )
                 for row in others
                 if row.until >= now - _KEPT_SECONDS
             ]
@@ -95,14 +102,21 @@ def leases_of(session: Session, base_id: str) -> dict[str, tuple[float, int]]:
     A server of an earlier release has none.
     """
     rows = session.execute(
-        select(ServerRow.server, ServerRow.until, ServerRow.room).where(
+        select(ServerRow.server, ServerRow.at, ServerRow.until, ServerRow.room).where(
             ServerRow.base_id == base_id, ServerRow.runs
         )
     )
     leases: dict[str, tuple[float, int]] = {}
-    for server, until, room in rows:
+    now = clock(session)
+    for server, at, end, room in rows:
+        until = _until(at, end, now)
         leases[server] = max(leases.get(server, (until, room)), (until, room))
     return leases
+
+
+def _until(at: float, until: float, now: float) -> float:
+    """Return when a lease that was renewed at `at` runs out: it has where the clock went back too far."""
+    return until if at <= now + max(0.0, until - at) else 0.0
 
 
 def _uses(session: Session, process: str, since: float) -> tuple[float, list[tuple[str, QuotaUse]]]:

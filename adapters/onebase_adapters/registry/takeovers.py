@@ -150,10 +150,17 @@ class Takeovers:
             number = self._job(session, job_id, lock=False).number
             return _paths(session, JobFileRow.job == number)
 
-    def drop(self, job_id: str) -> dict[str, str]:
-        """The job does not go on, or not from there. Returns as `keep` does. Raises UnknownJobError."""
+    def drop(self, job_id: str, server: str | None = None) -> dict[str, str]:
+        """The job does not go on, or not from there. Returns as `keep` does.
+
+        server: the one that says so of a job that goes on; None: the job has ended.
+
+        Raises UnknownJobError; JobElsewhereError: another server has the job.
+        """
         with self._database.write_uncounted() as session:
             row = self._job(session, job_id)
+            if server is not None and row.server != server:
+                raise JobElsewhereError(f"Job {job_id} is another server's.")
             left = self._delete_files(session, row)
             row.kept_step, row.kept_adapter = 0, False
             session.flush()

@@ -182,7 +182,7 @@ class Activation:
         """Delete one version; with the last one its name goes too. Returns its digest.
 
         Raises UnknownAdapterError, and ConflictError while it is active or in use. With force, the requests
-        that use it end with AdapterDeletedError.
+        that use it end with AdapterDeletedError, also on other servers once they learn of it.
         """
         async with self._turn:
             names = await self._look(tenant, name)
@@ -194,9 +194,9 @@ class Activation:
                 self._check_unused([found])
             with storage_errors(name):
                 blobs = await self._records.write(
-                    self._registry.delete_version, tenant, name, found.digest, actor=actor
+                    self._registry.delete_version, tenant, name, found.digest, forced=force, actor=actor
                 )
-            await self._gone([found], blobs)
+            await delete_blobs(self._store, self._disk, blobs)
         return found.digest
 
     async def delete(self, tenant: str, name: str, *, force: bool) -> None:
@@ -206,26 +206,25 @@ class Activation:
             if not force:
                 self._check_unused(record.versions)
             with storage_errors(name):
-                blobs = await self._records.write(self._registry.delete_adapter, tenant, name)
-            await self._gone(record.versions, blobs)
+                blobs = await self._records.write(self._registry.delete_adapter, tenant, name, forced=force)
+            await delete_blobs(self._store, self._disk, blobs)
 
     def _check_unused(self, versions: Iterable[VersionRecord]) -> None:
         for version in versions:
             if self._residency.is_used(VersionRef.of(version)):
                 raise _in_use(version.name, f"requests run with version {version.digest[:12]}")
 
-    async def _gone(self, versions: Iterable[VersionRecord], blobs: Iterable[str]) -> None:
-        for version in versions:
-            self._residency.revoke(VersionRef.of(version))
-        await delete_blobs(self._store, self._disk, blobs)
-
     def _names_changed(self) -> None:
-        """After the catalog has changed: versions that nobody can name any more leave memory, and where an
-        adapter has a version in it, or is pinned, the one that is active from now on comes to it.
+        """Follow the catalog after it has changed.
 
-        So whoever answers for an adapter has its new version before the first request, whichever server has
-        activated it; what comes takes the place of what goes, so that there is never more than memory holds.
+        Requests that use what was deleted by force end. Versions that nobody can name any more leave memory,
+        and where an adapter has a version in it, or is pinned, the one that is active from now on comes to
+        it. So whoever answers for an adapter has its new version before the first request, whichever server
+        has activated it; what comes takes the place of what goes, so that there is never more than memory
+        holds.
         """
+        for one in self._catalog.forced:
+            self._residency.revoke(one.tenant, one.name, one.digest)
         self._prefetch_moved()
         self._residency.pin(record.active for record in self._catalog if record.pinned and record.active)
         self._residency.keep_only(lambda digest: bool(self._catalog.of_digest(digest)))

@@ -22,6 +22,7 @@ from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_adapters.registry import (
     LEAST_PREFIX,
     AdapterRecord,
+    ForcedDeletion,
     Registry,
     RegistryError,
     VersionRecord,
@@ -100,6 +101,9 @@ class Catalog:
         self._by_digest: dict[str, list[VersionRecord]] = {}
         self.counter = -1
         """The registry's last change that is known here."""
+        self._audited: int | None = None
+        self.forced: Sequence[ForcedDeletion] = ()
+        """Deletions by force, on whichever server, that the last look found."""
         self._looked_at = -LOOK_SECONDS
         self._looking: asyncio.Task[bool] | None = None
         self._turn = asyncio.Lock()
@@ -121,9 +125,10 @@ class Catalog:
     async def refresh(self) -> None:
         """Take in what has changed in the registry. Raises RegistryError."""
         async with self._turn:
-            changes = await self._calls.run(self._registry.changes, self.counter)
+            changes = await self._calls.run(self._registry.changes, self.counter, self._audited)
             if changes.counter == self.counter:
                 return
+            self._audited, self.forced = changes.audited, changes.forced
             kept = {(one.tenant, one.name): one for one in self if (one.tenant, one.name) in changes.names}
             new = {(one.tenant, one.name): one for one in changes.changed}
             self._sort((kept | new).values())
@@ -219,6 +224,10 @@ class Catalog:
 
     def __len__(self) -> int:
         return sum(map(len, self._tenants.values()))
+
+    def knows(self, use: VersionRef) -> bool:
+        """Return True if the version is there, by this name."""
+        return any(VersionRef.of(version) == use for version in self.of_digest(use.digest))
 
     def of_digest(self, digest: str) -> Sequence[VersionRecord]:
         """The versions of this content, whatever their names."""

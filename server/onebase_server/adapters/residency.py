@@ -133,6 +133,7 @@ class Residency:
         on_damaged: called when a file is lost or is not what was proved; its versions may have another one
             by then.
         prove: the file as it was proved with this server's kernels, which takes a proof where there is none.
+        knows: whether a version is still there by the name that a request has for it.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Residency:
         queue_limit: int = 256,
         on_damaged: Callable[[PackedAdapterFile], None] = lambda damaged: None,
         prove: Callable[[PackedAdapterFile], Awaitable[PackedAdapterFile]] | None = None,
+        knows: Callable[[VersionRef], bool] = lambda use: True,
     ) -> None:
         self.limit = limit
         self._find = find
@@ -152,6 +154,7 @@ class Residency:
         self._queue_limit = queue_limit
         self._on_damaged = on_damaged
         self._prove = prove
+        self._knows = knows
         self._waiting = QueueShares()
         self._entries: dict[str, CacheEntry] = {}
         self._leaving: dict[str, CacheEntry] = {}
@@ -189,6 +192,9 @@ class Residency:
 
     async def obtain(self, lease: Lease) -> None:
         """Load what the lease lacks and hold all of it. Raises what Lease.ready says."""
+        for use in lease.uses:
+            if use.name and not self._knows(use):  # deleted after the request chose it
+                raise AdapterDeletedError(use.name)
         digests = lease.digests
         if all(digest in self._entries for digest in digests):
             for digest in digests:
@@ -219,10 +225,14 @@ class Residency:
         """Whether a request runs with the version under this name, or waits for it."""
         return any(use in lease.uses for lease in self._leases)
 
-    def revoke(self, use: VersionRef) -> None:
-        """End every request that uses the version under this name."""
-        for lease in [lease for lease in self._leases if use in lease.uses]:
-            lease.revoke(AdapterDeletedError(use.name))
+    def revoke(self, tenant: str, name: str, digest: str | None = None) -> None:
+        """End every request that uses the version under this name; None: any version."""
+        for lease in list(self._leases):
+            if any(
+                (use.tenant, use.name) == (tenant, name) and digest in (None, use.digest)
+                for use in lease.uses
+            ):
+                lease.revoke(AdapterDeletedError(name))
 
     # ---- memory ------------------------------------------------------------------------------
 

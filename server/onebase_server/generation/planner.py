@@ -19,7 +19,12 @@ from onebase_server.access import Caller
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
 from onebase_server.adapters.sources import HubAdapters
 from onebase_server.background import Threads
-from onebase_server.errors import InvalidRequestError, UnknownAdapterError, UnknownModelError
+from onebase_server.errors import (
+    AdapterDeletedError,
+    InvalidRequestError,
+    UnknownAdapterError,
+    UnknownModelError,
+)
 from onebase_server.generation.generation import Job, Prompt, in_time, new_id
 from onebase_server.generation.tokenization import BaseTokenizer, Conversation, and_give_memory_back
 from onebase_server.generation.tool_call_parser import CallFormat
@@ -106,7 +111,9 @@ class Planner:
         self._threads = Threads("tokenize", _THREADS)
         self._one_thread = Threads("tokenize-long", 1)
 
-    async def generate(self, body: GenerateRequest, caller: Caller) -> Job:
+    async def generate(self, body: GenerateRequest, caller: Caller, begun: Transcript | None = None) -> Job:
+        """begun: of a stream that another server began, here and in the methods that follow: its versions
+        are used, whichever are active now."""
         base = self.base()
         prompt = await (
             self.chat_prompt(body, body.messages) if body.messages else self._text(body.prompt or "")
@@ -122,9 +129,11 @@ class Planner:
             answer=await self._answer(body),
         )
         job = self._job(wanted, body, base, caller)
-        return replace(job, adapter=check_generates(await self._adapter(body, job)))
+        return replace(job, adapter=check_generates(await self._adapter(body, job, begun)))
 
-    async def completion(self, body: CompletionRequest, caller: Caller) -> Job:
+    async def completion(
+        self, body: CompletionRequest, caller: Caller, begun: Transcript | None = None
+    ) -> Job:
         base = self.base()
         self.check_model(body.model, body)
         prompts = [
@@ -143,20 +152,31 @@ class Planner:
             prompt_logprobs=body.prompt_logprobs,
         )
         job = self._job(wanted, body, base, caller)
-        return replace(job, adapter=check_generates(await self.choose(body.model, body, job)))
+        return replace(job, adapter=check_generates(await self.choose(body.model, body, job, begun)))
 
-    async def chat(self, body: ChatRequest, caller: Caller) -> Job:
-        return await self._conversation("chatcmpl-", body, body.messages, caller)
+    async def chat(self, body: ChatRequest, caller: Caller, begun: Transcript | None = None) -> Job:
+        return await self._conversation("chatcmpl-", body, body.messages, caller, begun)
 
-    async def response(self, body: ResponsesRequest, messages: Sequence[Message], caller: Caller) -> Job:
+    async def response(
+        self,
+        body: ResponsesRequest,
+        messages: Sequence[Message],
+        caller: Caller,
+        begun: Transcript | None = None,
+    ) -> Job:
         """messages: the request's instructions, what was said before, and its input."""
         try:
-            return await self._conversation("resp_", body, messages, caller)
+            return await self._conversation("resp_", body, messages, caller, begun)
         except InvalidRequestError as error:
             raise _in_words_of_responses(error) from error.__cause__
 
     async def _conversation(
-        self, kind: str, body: ChatRequest | ResponsesRequest, messages: Sequence[Message], caller: Caller
+        self,
+        kind: str,
+        body: ChatRequest | ResponsesRequest,
+        messages: Sequence[Message],
+        caller: Caller,
+        begun: Transcript | None,
     ) -> Job:
         base = self.base()
         self.check_model(body.model, body)
@@ -173,12 +193,11 @@ class Planner:
             prompt_logprobs=body.prompt_logprobs,
         )
         job = self._job(wanted, body, base, caller)
-        return replace(job, adapter=check_generates(await self.choose(body.model, body, job)))
+        return replace(job, adapter=check_generates(await self.choose(body.model, body, job, begun)))
 
     async def resumed(self, job: Job, transcript: Transcript, seconds: float) -> Job:
-        """The job as it was where it began, so many seconds ago: its versions, its seed, its id.
-
-        Raises UnknownAdapterError, ConflictError where a version is not there any more, InvalidRequestError.
+        """The job, planned with the transcript's versions, as it was where it began, so many seconds ago: its
+        seed, its id. Raises InvalidRequestError.
         """
         base, told, sampling = self.base(), transcript.opening, job.sampling
         if told.max_tokens > sampling.max_tokens:
@@ -201,21 +220,8 @@ class Planner:
                 max_tokens=told.max_tokens,
                 min_tokens=min(sampling.min_tokens, told.max_tokens),
             ),
-            adapter=check_generates(await self._told_versions(job, told.adapters)),
             deadline=None if job.deadline is None else job.deadline - seconds,
         )
-
-    async def _told_versions(self, job: Job, told: Sequence[str]) -> AdapterChoice:
-        """Those of a transcript, by the names that the request has for them."""
-        uses, refs = job.adapter.uses, job.adapter.refs
-        if [use.name for use in uses] != [one.rpartition("@")[0] for one in told]:
-            raise refused("is of other adapters")
-        if not uses:
-            return job.adapter
-        if isinstance(job.adapter.label, str):
-            return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose(told[0]))
-        terms = [(one, ref.weight) for one, ref in zip(told, refs, strict=True)]
-        return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose_sum(terms))
 
     @property
     def base_name(self) -> str:
@@ -275,17 +281,60 @@ class Planner:
             raise reason or RuntimeError("ready without a base")
         return self._supervisor.base
 
-    async def _adapter(self, body: AdapterFields, job: Job) -> AdapterChoice:
+    async def _adapter(self, body: AdapterFields, job: Job, begun: Transcript | None = None) -> AdapterChoice:
         wanted = body.wanted_adapter
         if wanted is None:
-            return AdapterChoice()
+            return AdapterChoice() if begun is None else await self._begun_with(begun, [], job)
         if isinstance(wanted, str):
             reference = wanted
+            if begun is not None:
+                return await self._begun_with(begun, [reference], job)
             await self._pull({"adapter" if body.adapter_id is None else "adapter_id": reference}, job)
             return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose(reference))
         terms = [(term.name, term.weight) for term in wanted]
+        if begun is not None:
+            weights = [weight for _, weight in terms]
+            return await self._begun_with(begun, [name for name, _ in terms], job, weights)
         await self._pull({f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}, job)
         return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose_sum(terms))
+
+    async def _begun_with(
+        self,
+        begun: Transcript,
+        references: Sequence[str],
+        job: Job,
+        weights: Sequence[float] | None = None,
+    ) -> AdapterChoice:
+        """Return the versions that a stream began with, also if they are no longer active.
+
+        Args:
+            references: what the request calls them.
+            weights: of a sum's terms; None for one adapter alone.
+
+        Raises AdapterDeletedError, ConflictError (one is not ready now), InvalidRequestError.
+        """
+        told = begun.opening.adapters
+        names = self._catalog.of(job.tenant)
+        wanted = [names.ours(reference) for reference in references]
+        told_names = [one.rpartition("@")[0] for one in told]
+        if len(told) != len(wanted) or not all(
+            reference == name or reference.startswith(f"{name}@")
+            for reference, name in zip(wanted, told_names, strict=True)
+        ):
+            raise refused("is of other adapters")
+        if not told:
+            return AdapterChoice()
+
+        def find() -> AdapterChoice:
+            names = self._catalog.of(job.tenant)
+            if weights is None:
+                return names.choose(told[0])
+            return names.choose_sum(list(zip(told, weights, strict=True)))
+
+        try:
+            return await self._catalog.known(find)
+        except UnknownAdapterError as error:
+            raise AdapterDeletedError(told_names[0]) from error
 
     def check_model(self, model: str, body: AdapterFields) -> None:
         if model != self._catalog.base_name and body.wanted_adapter is not None:
@@ -294,9 +343,13 @@ class Planner:
                 param="adapter",
             )
 
-    async def choose(self, model: str, body: AdapterFields, job: Job) -> AdapterChoice:
+    async def choose(
+        self, model: str, body: AdapterFields, job: Job, begun: Transcript | None = None
+    ) -> AdapterChoice:
         if model == self._catalog.base_name:
-            return await self._adapter(body, job)
+            return await self._adapter(body, job, begun)
+        if begun is not None:
+            return await self._begun_with(begun, [model], job)
         await self._pull({"model": model}, job)
         try:
             return await self._catalog.known(

@@ -195,7 +195,7 @@ class Gate:
         self._check_here(scope)
         caller = self._caller(scope, access)
         asks_for_text = access == "generate" and scope["method"] == "POST"
-        ticket = self._services.limiter.enter(caller) if asks_for_text else None
+        ticket = self._services.limiter.enter(caller, resumed=_resumes(scope)) if asks_for_text else None
         limit = self._services.settings.max_body
         if announced_length(scope) > limit and not is_upload(scope):
             lost = PayloadTooLargeError(limit)
@@ -326,6 +326,12 @@ def is_upload(scope: Scope) -> bool:
     """Whether a route reads the body as a form; as the routes do, by the first Content-Type."""
     kinds = (value for name, value in scope["headers"] if name == b"content-type")
     return scope["method"] == "POST" and scope["path"] in _UPLOADS and is_form(next(kinds, b""))
+
+
+def _resumes(scope: Scope) -> bool:
+    """Return True for a stream that another server began: a transcript follows what the request asks."""
+    own = forwarded_of(scope).transcript
+    return own is not None and announced_length(scope) > own[0]
 
 
 def announced_length(scope: Scope) -> int:

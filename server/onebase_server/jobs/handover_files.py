@@ -129,7 +129,7 @@ class KeptFiles:
             await self._disk.run(self._fetch, kept, folder)
         except (BlobMissingError, BlobDamagedError) as error:
             _log.warning("job %s begins again: %s", job.id, error)
-            await self.forget(job.id)
+            await self._drop(job.id, self._folders.server)
 
     def _fetch(self, kept: Mapping[str, str], folder: Path) -> None:
         with store_errors(f"bringing files to {folder}"), atomic_directory(folder) as work:
@@ -148,9 +148,13 @@ class KeptFiles:
                 sync(target.parent)
 
     async def forget(self, job_id: str) -> None:
-        """The job does not go on, or not from there."""
+        """Let go of what a job went on from: it does not go on any more."""
+        await self._drop(job_id, None)
+
+    async def _drop(self, job_id: str, server: str | None) -> None:
+        """server: see Takeovers.drop. One that lost the job meanwhile drops nothing of the next one's."""
         try:
-            await self._delete(await self._threads.run(self.takeovers.drop, job_id))
+            await self._delete(await self._threads.run(self.takeovers.drop, job_id, server))
         except UnknownJobError:
             pass
         except RegistryError as error:

@@ -78,7 +78,7 @@ def route(argv: Sequence[str]) -> int:
     parser = route_parser()
     options = vars(parser.parse_args(list(argv)))
     urls, listed = options.pop("replica") or [], options.pop("replicas")
-    key_file, wait = options.pop("key_file"), options.pop("wait")
+    key_file, wait, resume = (options.pop(name) for name in ("key_file", "wait", "resume"))
     if not urls and listed is None:
         parser.error("which servers? Name each with --replica URL, or list them in a file: --replicas FILE.")
     try:
@@ -112,6 +112,7 @@ def route(argv: Sequence[str]) -> int:
             keyed=not (settings.insecure or is_loopback(settings.host)),
             listed=lambda: None if names is None else names.changed(),
             wait=wait,
+            resume=resume,
         )
 
         def show() -> None:
@@ -149,6 +150,13 @@ def route_parser() -> argparse.ArgumentParser:
         default=0.0,
         metavar="SECONDS",
         help="how long a request waits for a server where there is none (default: 0)",
+    )
+    parser.add_argument(
+        "--resume",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long a stream whose server has gone waits for one that resumes it (default: 60)",
     )
     parser.add_argument(
         "--key-file",

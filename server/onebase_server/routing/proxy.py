@@ -14,7 +14,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,11 +28,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onebase._core.metrics import parse_metrics
 from onebase_server.access import is_loopback
+from onebase_server.background import Backoff
 from onebase_server.errors import (
+    ConflictError,
+    ForbiddenError,
     InvalidRequestError,
     OneBaseError,
     PayloadTooLargeError,
     UnavailableError,
+    UnknownAdapterError,
     WrongMethodError,
 )
 from onebase_server.generation.transcript import HEADER
@@ -58,6 +62,12 @@ _METRICS_BYTES = 16 << 20
 """Of a server's metrics at most."""
 _MOST_BROKEN = 2
 """Servers that one request may break: what ends one would end the next."""
+_MOST_STILL = 6
+"""Servers in a row that may break in one stream without having added an event to it."""
+_RESUME_BACKOFF = Backoff(0.25, 2.0)
+"""Pauses between two rounds over the servers on behalf of a broken stream."""
+_SILENT_SECONDS = 15.0
+"""Seconds without any answer of a server after which nothing is awaited from it any more."""
 _MOST_WAITING = 256
 """Requests that wait for a first server: each has its body in memory."""
 _MOST_HELD = 1 << 30
@@ -112,6 +122,10 @@ _OF_ONE_SERVER = (
     "/get_world_size",
 )
 _KEPT_BY_ONE = b"response_not_found"
+_PASSING = frozenset({408, 425, 429, 502, 503, 504})
+"""Statuses of a refusal to resume a stream that may end soon."""
+_OF_ONE = ("response_not_found", "invalid_transcript")
+"""Codes of refusals to resume a stream that do not mean that other servers refuse it too."""
 _LEARNT = (b"model_not_found", b"adapter_not_found", b"version_not_found")
 """Codes of errors that say that another server may know: of what it keeps alone, or has learnt first."""
 _TEXT = frozenset(
@@ -135,12 +149,40 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def replica_lost() -> UnavailableError:
-    """The server that was answering is gone, and no other can go on with what was passed on."""
+_PLACES = (
+    (re.compile(r"/v1/adapters/merge"), "/v1/adapters"),
+    (re.compile(r"/v1/(?:un)?load_lora_adapter"), "/v1/models"),
+    (re.compile(r"(/v1/keys|/v1/tenants)/[^/]+"), r"\1"),
+    (re.compile(r"(/v1/adapters/[^/]+)/(?:activate|rollback|deactivate)"), r"\1/history"),
+    (re.compile(r"(/v1/adapters/[^/]+)/(?:pin|share)"), r"\1"),
+    (re.compile(r"(/v1/(?:batches|fine_tuning/jobs)/[^/]+)/(?:cancel|pause|stop|resume)"), r"\1"),
+)
+"""Paths of requests that change something, and where GET shows what they have done; else at their own."""
+
+
+def told_by(path: str) -> str:
+    """Return the path at which GET tells whether a request that changes something was carried out."""
+    for pattern, place in _PLACES:
+        if found := pattern.fullmatch(path):
+            return found.expand(place)
+    return path
+
+
+def replica_lost(method: str = "GET", path: str = "") -> UnavailableError:
+    """Return the error for a request whose server went away before its answer was complete.
+
+    The message of one that may have changed something names the request that tells whether it has.
+    """
+    remedy = "Send the request again."
+    if method not in ("GET", "HEAD", "OPTIONS") and path not in _TEXT:
+        place = told_by(path)
+        hint = ", where 404 means that it was" if method == "DELETE" and place == path else ""
+        remedy = (
+            f"It may have carried the request out. Send `GET {place}` to find out{hint}, and send the "
+            "request again only if it was not."
+        )
     return UnavailableError(
-        "The server that was answering has gone. Send the request again.",
-        code="replica_lost",
-        retry_after=1.0,
+        f"The server that was answering has gone. {remedy}", code="replica_lost", retry_after=1.0
     )
 
 
@@ -279,11 +321,17 @@ def read_report(text: str) -> tuple[Report, frozenset[str]]:
     return report, frozenset(bases)
 
 
-@dataclass
+@dataclass(eq=False)
 class Replica:
-    """A server behind the address. missed: looks in a row that got no answer; why: the last one did not.
-    open: requests that were sent to it and have not ended. secret: with which it believes our headers; "" if
-    it gives none, None until it was asked. needs_no_key: whether it must not be used, since it needs none.
+    """A server behind the address.
+
+    Args:
+        missed: looks in a row that failed; why: the last one did.
+        silent: when the first look timed out, of those in a row that did; None: the last one was answered.
+        open: requests that were sent to it and have not ended.
+        awaited: what waits for its bytes now, with the time since which it does.
+        secret: text with which it believes our headers; "" if it gives none, None until it was asked.
+        needs_no_key: whether it must not be used, since it needs none.
     """
 
     url: str
@@ -297,6 +345,31 @@ class Replica:
     secret: str | None = None
     needs_no_key: bool = False
     looking: asyncio.Task[None] | None = None
+    silent: float | None = None
+    awaited: dict[anyio.CancelScope, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def awaiting(self, now: float) -> Iterator[None]:
+        """Wait for its bytes in this block. Raises ReadTimeout once it has been silent for too long."""
+        with anyio.CancelScope() as scope:
+            self.awaited[scope] = now
+            try:
+                yield
+            finally:
+                del self.awaited[scope]
+        if scope.cancelled_caught:
+            raise httpx2.ReadTimeout(f"no answer for {_SILENT_SECONDS:g} s")
+
+    def note_silence(self, now: float) -> None:
+        """Note that a look has timed out; after some time end what waits for nothing but silence.
+
+        A process that was stopped keeps its connections open: nothing else would end the waiting.
+        """
+        self.silent = now if self.silent is None else self.silent
+        if now - self.silent >= _SILENT_SECONDS:
+            for scope, since in list(self.awaited.items()):
+                if now - since >= _SILENT_SECONDS:
+                    scope.cancel()
 
 
 # ---- the proxy -----------------------------------------------------------------------------------
@@ -311,6 +384,7 @@ class Route:
         max_body: bytes of a body that is read for its adapter; larger ones of other kinds pass through.
         listed: the servers from now on, asked before each look; None where they stay the same.
         wait: seconds that a request waits for a server where there is none.
+        resume: seconds that a broken stream waits for a server that resumes it.
         most_held: bytes of bodies, and of streams' transcripts, that are held at once.
     """
 
@@ -324,6 +398,7 @@ class Route:
         clock: Callable[[], float] = time.monotonic,
         listed: Callable[[], Sequence[str] | None] = lambda: None,
         wait: float = 0.0,
+        resume: float = 60.0,
         most_held: int = _MOST_HELD,
     ) -> None:
         self.room = Room(max(most_held, max_body))
@@ -332,6 +407,7 @@ class Route:
         self.clock = clock
         self._listed = listed
         self._wait = wait
+        self.resume = resume
         self._came = anyio.Event()
         self._leaving: set[asyncio.Task[None]] = set()
         self._keyed = keyed
@@ -413,13 +489,15 @@ class Route:
             async with asyncio.timeout(_LOOK_TIMEOUT):
                 for path in ("/ready", "/metrics"):
                     status, told = await self._ask(replica, path)
+                    replica.silent = None
                     if status != 200:
                         self._is_away(replica, f"{path} answers {status}", at_once=True)
                         return
                 report, bases = read_report(told.decode("utf-8", "replace"))
                 if replica.secret is None and not await self._meet(replica):
                     return
-        except TimeoutError:
+        except (TimeoutError, httpx2.TimeoutException):
+            replica.note_silence(self.clock())
             self._is_away(replica, "does not answer in time", at_once=False)
             return
         except Exception as error:  # of a text and a server that may be anything: looking goes on
@@ -489,6 +567,15 @@ class Route:
     def without_secret(self) -> list[str]:
         """Return the servers that would not believe a transcript."""
         return [one.url for one in self.replicas.values() if not one.secret]
+
+    async def lives(self, url: str) -> bool:
+        """Return True if a server answers at all: it did not break a stream by its end."""
+        replica = self.replicas.get(url)
+        try:
+            async with asyncio.timeout(_LOOK_TIMEOUT):
+                return replica is not None and bool(await self._ask(replica, "/health"))
+        except (TimeoutError, httpx2.TransportError, ValueError):
+            return False
 
     def note_sent(self, url: str, *, again: bool) -> None:
         self._sent.labels(url).inc()
@@ -635,8 +722,11 @@ class _Sent:
         self.since = route.clock()
         self.tried: list[str] = []
         self.broken = 0
-        """Servers that broke while they had it."""
+        """Servers that broke while they had it, in a row."""
         self.refused = 0
+        self._most_broken = _MOST_BROKEN
+        self._unfit: set[str] = set()
+        """Servers that cannot resume the stream, also later."""
         self._wanted = wanted
         self._body = body
         self._again = again
@@ -652,7 +742,7 @@ class _Sent:
         while True:
             now = route.clock()
             wanted = self._wanted
-            but = [*self.tried, *(route.without_secret() if transcript else ())]
+            but = {*self.tried, *self._unfit, *(route.without_secret() if transcript else ())}
             url = route.placement.place(wanted.adapter, wanted.tokens, now, prefix=wanted.prefix, but=but)
             self.tried.append(url)
             route.note_sent(url, again=len(self.tried) > 1)
@@ -673,29 +763,67 @@ class _Sent:
                     sending.failed()
                 _log.warning("%s broke: %s", url, error or type(error).__name__)
                 self.broken += begun
-                if begun and (not self._again or self.broken >= _MOST_BROKEN):
-                    raise replica_lost() from error
+                if begun and (not self._again or self.broken >= self._most_broken):
+                    asked_for = self.client.request
+                    raise replica_lost(asked_for.method, self.client.path) from error
             except BaseException:
                 sending.ended()
                 raise
 
-    async def go_on(self, kept: Kept) -> tuple[httpx2.Response, _Sending]:
-        """A stream of another server, which is the one that broke and goes on. Raises OneBaseError,
-        NoReplicaError."""
-        self.broken += 1
-        while kept.can_go_on and self.broken < _MOST_BROKEN and self.refused < _MOST_REFUSED:
-            answer, sending = await self.next(bytes(kept.transcript))
+    async def resume(self, kept: Kept, broke: str) -> tuple[httpx2.Response, _Sending]:
+        """Return the stream of a server that resumes the one that broke, as soon as one does.
+
+        A server that is starting, full or cannot be reached is asked again until the time is over.
+
+        Raises:
+            OneBaseError: of a server, which says why nobody can resume it; or `replica_lost`.
+
+        Args:
+            broke: the server that had it, which is asked again last.
+        """
+        self.broken = 1 if kept.has_grown else self.broken + 1
+        self._most_broken, self.tried = _MOST_STILL, [broke]
+        until, pauses = self.route.clock() + self.route.resume, _RESUME_BACKOFF.pauses()
+        while kept.can_go_on and self.broken < self._most_broken:
+            try:
+                answer, sending = await self.next(bytes(kept.transcript))
+            except NoReplicaError:
+                there = self.route.placement.replicas
+                if self.route.clock() >= until or (there and self._unfit.issuperset(there)):
+                    break
+                await asyncio.sleep(next(pauses))
+                self.tried = []
+                continue
             if answer.status_code == 200 and HEADER in answer.headers:
                 sending.answered()
                 self.route.resumed.inc()
                 _log.warning("%s goes on with a stream", sending.url)
                 kept.begin_again()
                 return answer, sending
-            self.refused += 1
+            await self._refused(answer, sending)
+        raise replica_lost()
+
+    async def _refused(self, answer: httpx2.Response, sending: _Sending) -> None:
+        """Note that a server does not resume a stream. Raises OneBaseError where no server would."""
+        problem = None
+        if _is_short(answer):
+            problem = bytes((await _whole(answer, sending)).body)
+        else:
             sending.refused()
             with anyio.CancelScope(shield=True):
                 await answer.aclose()
-        raise replica_lost()
+        error = None if problem is None else _read_error(answer.status_code, problem)
+        code = None if error is None else error.code
+        _log.warning("%s does not resume a stream: %s %s", sending.url, answer.status_code, code or "")
+        if answer.status_code == 400 and CHANGE.decode() not in answer.headers:
+            # It was started again, has another secret, and took the transcript for a part of the body.
+            self.route.replicas[sending.url].secret = None
+            return
+        if answer.status_code in _PASSING or code == "version_not_ready":
+            return
+        self._unfit.add(sending.url)
+        if error is not None and answer.status_code < 500 and code not in _OF_ONE:
+            raise error
 
     async def _send(self, replica: Replica, transcript: bytes, seconds: float) -> httpx2.Response:
         request, body = self.client.request, self._body
@@ -722,7 +850,8 @@ class _Sent:
             content=body or None,
             extensions=_TIMEOUT | {"target": self.client.target},
         )
-        answer = await replica.way.handle_async_request(sent)
+        with replica.awaiting(self.route.clock()):
+            answer = await replica.way.handle_async_request(sent)
         told = answer.headers.get(CHANGE.decode())
         if told is not None:
             self.route.change = max(self.route.change, change_of(told.encode()))
@@ -813,7 +942,8 @@ class _Passing:
         try:
             await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
             try:
-                async for piece in answer.aiter_raw():
+                pieces = answer.aiter_raw()
+                while (piece := await self._sending.next_piece(pieces)) is not None:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             except httpx2.TransportError as error:
                 self._sending.failed()
@@ -823,7 +953,8 @@ class _Passing:
                     connection_abort(scope)()
                     await asyncio.sleep(0)  # until the connection knows of it
                     return
-                await send({"type": "http.response.body", "body": _lost_event(scope), "more_body": True})
+                event = _error_event(replica_lost(), scope)
+                await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             if answer.status_code < 400:
@@ -873,7 +1004,7 @@ class _Stream:
                     yield events
                 return
             except httpx2.TransportError as error:
-                if self._behind > _BEHIND_SECONDS:
+                if self._behind > _BEHIND_SECONDS and await self._sent.route.lives(self._sending.url):
                     _log.warning("%s cut off a client that does not read", self._sending.url)
                     self._sending.refused()
                     kept.give_up()
@@ -885,10 +1016,10 @@ class _Stream:
                 kept.give_up()
             await self._close()
             try:
-                self._answer, self._sending = await self._sent.go_on(kept)
-            except (OneBaseError, NoReplicaError):
+                self._answer, self._sending = await self._sent.resume(kept, self._sending.url)
+            except OneBaseError as error:
                 self._sent.route.lost.inc()
-                yield _lost_event(scope)
+                yield _error_event(error, scope)
                 return
 
     async def _pieces(self) -> AsyncIterator[bytes]:
@@ -897,7 +1028,7 @@ class _Stream:
         while True:
             since = clock()
             try:
-                piece = await anext(pieces, None)
+                piece = await self._sending.next_piece(pieces)
             finally:
                 self._behind = max(0.0, self._behind - (clock() - since))
             if piece is None:
@@ -922,13 +1053,18 @@ class _Sending:
         since: float,
     ) -> None:
         self.url = replica.url
-        self._replica = replica
+        self.replica = replica
         self._placement = placement
         self._clock = clock
         self._wanted = wanted
         self._since = since
         self._over = False
         replica.open += 1
+
+    async def next_piece(self, pieces: AsyncIterator[bytes]) -> bytes | None:
+        """Return the next bytes of its answer, or None at the end. Raises TransportError."""
+        with self.replica.awaiting(self._clock()):
+            return await anext(pieces, None)
 
     def answered(self) -> None:
         now = self._clock()
@@ -947,7 +1083,7 @@ class _Sending:
     def _end(self, seconds: float | None, *, refused: bool = False) -> None:
         if not self._over:
             self._over = True
-            self._replica.open -= 1
+            self.replica.open -= 1
             name, tokens = self._wanted.adapter, self._wanted.tokens
             self._placement.ended(self.url, name, tokens, self._clock(), seconds=seconds, refused=refused)
 
@@ -1004,9 +1140,8 @@ def _passed(headers: Iterable[tuple[bytes, bytes]], but: frozenset[bytes]) -> li
     ]
 
 
-def _lost_event(scope: Scope) -> bytes:
-    """What ends a stream whose server has gone, as the API that was asked tells errors."""
-    error = replica_lost()
+def _error_event(error: OneBaseError, scope: Scope) -> bytes:
+    """Return what ends a stream with an error, as the API that was asked tells errors."""
     data = error_json(error, scope)
     if is_anthropic(scope):
         return b"event: error\ndata: " + data + b"\n\n"
@@ -1014,6 +1149,32 @@ def _lost_event(scope: Scope) -> bytes:
         told = {"type": "error", "code": error.code, "message": error.message, "param": None}
         return b"event: error\ndata: " + msgspec.json.encode(told) + b"\n\n"
     return b"\n\ndata: " + data + b"\n\n" + (b"" if scope["path"] == "/" else DONE)
+
+
+class _ToldError(msgspec.Struct):
+    """The object of an error in a server's answer. details: where Anthropic's routes have its code."""
+
+    message: str
+    code: str | None = None
+    details: dict[str, Any] = {}
+
+
+class _ToldErrorBody(msgspec.Struct):
+    error: _ToldError
+
+
+def _read_error(status: int, body: bytes) -> OneBaseError | None:
+    """Return a server's refusal as an error of the same code, or None for what is no such answer."""
+    told = _read(body, _ToldErrorBody)
+    if told is None:
+        return None
+    code = told.error.code or str(told.error.details.get("error_code"))
+    if status == 404:
+        return UnknownAdapterError(told.error.message, code=code)
+    kind = {403: ForbiddenError, 409: ConflictError}.get(status)
+    if kind is None:
+        return InvalidRequestError(told.error.message, code=code)
+    return kind(told.error.message, code=code)
 
 
 def _json(content: Any, status: int = 200) -> Response:

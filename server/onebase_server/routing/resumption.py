@@ -48,11 +48,16 @@ class Kept:
         self._rest = bytearray()
         self._in_line = False
         """Whether the beginning of the line that comes was passed on."""
-        self._passed = 0
+        self._passed = self._passed_before = 0
         self._digest = blake2b(digest_size=16)
         self._again = 0
         """Bytes that come again."""
         self._digest_again = blake2b(digest_size=16)
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether the server that has the stream now has added an event to it."""
+        return self._passed > self._passed_before
 
     def read(self, piece: bytes) -> bytes:
         """The events that are whole with this piece and were not passed on. Raises DiffersError."""
@@ -83,6 +88,7 @@ class Kept:
         """What comes from now on is another server's stream, from its first event on."""
         self._rest.clear()
         self._again, self._digest_again = self._passed, blake2b(digest_size=16)
+        self._passed_before = self._passed
 
     def give_up(self) -> None:
         """It is not to go on elsewhere: nothing needs to be kept."""

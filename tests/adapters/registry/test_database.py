@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import subprocess
@@ -25,6 +26,7 @@ from onebase_adapters.registry import (
     RegistryError,
     RegistryFullError,
     StaleActivationError,
+    database,
 )
 from onebase_adapters.registry.tables import Table
 
@@ -294,6 +296,34 @@ def test_a_postgresql_without_space_says_so_keeps_what_it_has_and_works_again() 
         add_long()
         assert registry.version(*HERE, added[-1]).source == long
         registry.close()
+
+
+@pytest.mark.full
+def test_a_server_that_stands_still_in_a_write_holds_up_no_other_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(database, "_WAIT_SECONDS", 1.0)
+    with postgres_server() as postgres:
+        one, other = (Registry(url, base_id="base-1", base_name="base") for url in [postgres.database()] * 2)
+        one.migrate()
+        add(one, "a", "1")
+
+        def stand_still() -> None:
+            with one._database.write() as (session, _):
+                session.execute(text("UPDATE adapters SET pinned = true"))
+                while True:
+                    with contextlib.suppress(RegistryBusyError):
+                        other.share(*HERE, True)
+                        break
+
+        with pytest.raises(RegistryBusyError):
+            stand_still()
+        left = other.adapter(*HERE)
+        assert (left.shared, left.pinned) == (True, False)
+        one.pin(*HERE, True)
+        assert other.adapter(*HERE).pinned
+        one.close()
+        other.close()
 
 
 def test_postgresql_tells_each_server_of_what_another_wrote_and_again_after_a_lost_connection(

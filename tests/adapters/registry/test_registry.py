@@ -511,6 +511,16 @@ def test_one_server_proves_a_version_until_its_claim_ends(open_registry: Open) -
     assert not other.proofs.claim(version, "avx2", 60), "it is deleted"
 
 
+def test_a_claim_from_before_the_clock_went_back_holds_nobody_up(open_registry: Open) -> None:
+    one, other = open_registry(), open_registry()
+    one.sign("server-1")
+    other.sign("server-2")
+    version = one.version(*HERE, add(one, "a", "1", ready=False))
+    assert one.proofs.claim(version, "torch", 3600)  # as a claim of a minute is an hour before it was made
+    assert other.proofs.claim(version, "torch", 60)
+    assert not one.proofs.claim(version, "torch", 60)
+
+
 def test_each_kind_of_kernels_has_its_packed_adapter(registry: Registry) -> None:
     digest = add(registry, "a", "1", ready=False)
     registry.set_state(*HERE, digest, "ready", report=REPORT, prepared=blob("first"))

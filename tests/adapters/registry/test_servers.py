@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 
+from sqlalchemy import update
 from tests.adapters.registry.conftest import Open
 
 from onebase_adapters.registry import OtherServer, QuotaUse, Registry
+from onebase_adapters.registry.servers import leases_of
+from onebase_adapters.registry.tables import ServerRow
 
 
 def test_a_server_lives_as_long_as_it_renews_its_lease(registry: Registry, open_registry: Open) -> None:
@@ -23,6 +26,25 @@ def test_a_server_lives_as_long_as_it_renews_its_lease(registry: Registry, open_
     time.sleep(0.01)
     (left,) = there.renew("p2", "s2", runs=True, room=3, seconds=60.0)
     assert (left.server, left.alive, left.room) == ("s1", False, 0)
+
+
+def test_a_lease_from_before_the_clock_went_back_has_run_out(registry: Registry, open_registry: Open) -> None:
+    here, there = registry.servers, open_registry().servers
+    here.renew("p1", "s1", runs=True, room=1, seconds=60.0)
+    there.renew("p2", "s2", runs=True, room=1, seconds=60.0)
+    with registry._database.write_uncounted() as session:
+        session.execute(
+            update(ServerRow)
+            .where(ServerRow.id == "p1")
+            .values(at=ServerRow.at + 3600, until=ServerRow.until + 3600)
+        )
+        leases = leases_of(session, registry.base_id)
+    assert leases["s1"][0] < leases["s2"][0]
+    (seen,) = there.renew("p2", "s2", runs=True, room=1, seconds=60.0)
+    assert not seen.alive
+    here.renew("p1", "s1", runs=True, room=1, seconds=60.0)
+    (seen,) = there.renew("p2", "s2", runs=True, room=1, seconds=60.0)
+    assert seen.alive
 
 
 def test_a_use_is_told_to_the_others_and_grows_old(registry: Registry, open_registry: Open) -> None:

@@ -197,6 +197,20 @@ def test_what_a_job_goes_on_from_stays_in_the_store_as_long_as_it_may_go_on(
     assert takeovers.drop(JOB) == {}
 
 
+def test_a_server_that_lost_a_job_drops_nothing_of_what_the_next_one_goes_on_from(
+    registry: Registry, job: TrainingJob
+) -> None:
+    move(registry, "running")
+    saved(registry, 5)
+    registry.takeovers.keep(JOB, "s1", 5, {"a": blob("x").sha256}, adapter=False)
+    dead(registry, "s1")
+    take(registry, "s2")
+    with pytest.raises(JobElsewhereError):
+        registry.takeovers.drop(JOB, "s1")
+    assert registry.takeovers.kept(JOB) == {"a": blob("x").sha256}
+    assert registry.takeovers.drop(JOB, "s2") == {"a": blob("x").sha256}
+
+
 def test_a_parent_s_files_outlive_its_version_while_a_job_goes_on_from_it(registry: Registry) -> None:
     digest = add(registry, "base", "1")
     parent = ParentVersion.of(registry.version(TENANT, "base", digest))

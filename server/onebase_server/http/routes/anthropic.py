@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from onebase_server.generation.generation import new_id
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Admitted, Calling, Provided, StrictRoute, json_response, off_loop
-from onebase_server.http.routes.generation import answer_job
+from onebase_server.http.routes.generation import answer_job, transcript_of
 from onebase_server.http.routes.models import find_model
 from onebase_server.http.schemas.answers import MessageAnswer, TokenCountAnswer, answer, streamed_answer
 from onebase_server.http.schemas.anthropic import ConversationRequest, MessagesRequest
@@ -27,9 +27,10 @@ async def create_message(
     """The assistant's next message; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
     chat = await off_loop(request, body.chat, services.tokenizer.template_options)
-    job = await services.planner.chat(chat, caller)
+    begun = await transcript_of(request, services, body.stream)
+    job = replace(await services.planner.chat(chat, caller, begun), id=new_id("msg_"))
     view = MessageView(services.tokenizer, body.model, request.scope)
-    return await answer_job(request, services, ticket, replace(job, id=new_id("msg_")), view, body.stream)
+    return await answer_job(request, services, ticket, job, view, body.stream, begun)
 
 
 @router.post("/count_tokens", responses=answer(TokenCountAnswer, 404))

@@ -74,8 +74,10 @@ async def generate(
 ) -> Response:
     """Text from the base or from any adapter, in one piece or streamed as server-sent events."""
     services.refuse_if_draining()
-    job = await services.planner.generate(body, caller)
-    return await answer_job(request, services, ticket, job, GenerateView(services.tokenizer), body.stream)
+    begun = await transcript_of(request, services, body.stream)
+    job = await services.planner.generate(body, caller, begun)
+    view = GenerateView(services.tokenizer)
+    return await answer_job(request, services, ticket, job, view, body.stream, begun)
 
 
 @router.post(
@@ -89,6 +91,7 @@ async def generate_many(
 ) -> Response:
     """Several requests over one connection, from one batch: each event says which of them it is about."""
     services.refuse_if_draining()
+    services.planner.base()  # without an engine none of them runs: another server may have one
     ticket.give_back()  # each of them counts by itself
     told = told_of(request)
     lines = b"" if told is None else told.lines
@@ -134,10 +137,10 @@ async def _events_of(
     body, transcript = source.body, source.transcript
     ticket = generation = None
     try:
-        ticket = services.limiter.enter(caller)
+        ticket = services.limiter.enter(caller, resumed=transcript is not None)
         if isinstance(body, OneBaseError):
             raise body
-        job = await services.planner.generate(body, caller)
+        job = await services.planner.generate(body, caller, transcript)
         if transcript is not None:
             job = await services.planner.resumed(job, transcript, source.seconds or 0.0)
         telling = None if source.seconds is None else source.number
@@ -151,6 +154,8 @@ async def _events_of(
     except (ClientGoneError, SlowReaderError):
         raise
     except OneBaseError as error:
+        if transcript is not None and generation is None and not times:
+            raise  # what was passed on of it cannot be made again here, or not now
         if ticket is not None and not times and status_of(error)[0] in NOT_ITS_FAULT:
             ticket.give_back()
         yield source.told(generation, times + 1) + view.failure(error)
@@ -168,9 +173,10 @@ async def generate_text(
 ) -> Response:
     """Text from the base or from any adapter, as Hugging Face's clients ask TGI for it."""
     services.refuse_if_draining()
-    job = await services.planner.generate(await off_loop(request, body.request), caller)
+    begun = await transcript_of(request, services, body.stream)
+    job = await services.planner.generate(await off_loop(request, body.request), caller, begun)
     view = TgiView(services.tokenizer, body)
-    return await answer_job(request, services, ticket, job, view, body.stream)
+    return await answer_job(request, services, ticket, job, view, body.stream, begun)
 
 
 @router.post("/v1/completions", tags=["openai"], responses=streamed_answer(CompletionAnswer, CompletionEvent))
@@ -180,9 +186,10 @@ async def complete(
 ) -> Response:
     """Completions of one prompt or several; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    job = await services.planner.completion(body, caller)
+    begun = await transcript_of(request, services, body.stream)
+    job = await services.planner.completion(body, caller, begun)
     view = CompletionView(services.tokenizer, body.model, body.usage_in_stream)
-    return await answer_job(request, services, ticket, job, view, body.stream)
+    return await answer_job(request, services, ticket, job, view, body.stream, begun)
 
 
 @router.post("/v1/chat/completions", tags=["openai"], responses=streamed_answer(ChatAnswer, ChatEvent))
@@ -192,9 +199,10 @@ async def chat(
 ) -> Response:
     """The assistant's next words; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    job = await services.planner.chat(body, caller)
+    begun = await transcript_of(request, services, body.stream)
+    job = await services.planner.chat(body, caller, begun)
     view = ChatView(services.tokenizer, body.model, body.usage_in_stream)
-    return await answer_job(request, services, ticket, job, view, body.stream)
+    return await answer_job(request, services, ticket, job, view, body.stream, begun)
 
 
 def _uncounted(seconds: float) -> None:
@@ -227,6 +235,20 @@ class JobMeter:
         self.usage.generated(self.job.tenant, names, usage)
 
 
+async def transcript_of(request: Request, services: Services, stream: bool | None) -> Transcript | None:
+    """Return what a stream goes on from that another server began; None for any other request.
+
+    Raises InvalidRequestError.
+    """
+    told = told_of(request) if stream else None
+    if told is None or not told.lines:
+        return None
+    transcript = (await services.reading.run(read_transcript, told.lines))[0].get(0)
+    if transcript is None:
+        raise refused("is of another request")
+    return transcript
+
+
 async def answer_job(
     request: Request,
     services: Services,
@@ -234,17 +256,14 @@ async def answer_job(
     job: Job,
     view: GenerationView,
     stream: bool | None,
+    transcript: Transcript | None,
 ) -> Response:
-    """Run the job, in one piece or streamed.
+    """Run the job, in one piece or streamed. transcript: what it was planned with.
 
     Raises what `begin` and Generation.pieces raise.
     """
     told = told_of(request) if stream else None
-    transcript = None
-    if told is not None and told.lines:
-        transcript = (await services.reading.run(read_transcript, told.lines))[0].get(0)
-        if transcript is None:
-            raise refused("is of another request")
+    if told is not None and transcript is not None:
         job = await services.planner.resumed(job, transcript, told.seconds)
     number = None if told is None else 0
     generation = await begin(

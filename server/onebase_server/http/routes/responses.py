@@ -19,7 +19,7 @@ from onebase_server.http.deps import (
     json_response,
     off_loop,
 )
-from onebase_server.http.routes.generation import answer_job
+from onebase_server.http.routes.generation import answer_job, transcript_of
 from onebase_server.http.schemas.answers import (
     DeletedAnswer,
     InputItemsAnswer,
@@ -52,7 +52,8 @@ async def respond(
         items, messages = await off_loop(request, _conversation, body, before)
     else:
         items, messages = await services.reading.run(_conversation, body, before)
-    job = await services.planner.response(body, messages, caller)
+    begun = await transcript_of(request, services, body.stream)
+    job = await services.planner.response(body, messages, caller, begun)
 
     def keep(response: dict[str, Any]) -> None:
         if body.store is not False and not caller.background:
@@ -61,7 +62,7 @@ async def respond(
             responses.keep(caller.tenant, response["id"], made)
 
     view = ResponseView(services.tokenizer, body, keep)
-    return await answer_job(request, services, ticket, job, view, body.stream)
+    return await answer_job(request, services, ticket, job, view, body.stream, begun)
 
 
 def _conversation(body: ResponsesRequest, before: KeptResponse | None) -> tuple[Items, list[Message]]:
