@@ -193,7 +193,10 @@ def why_not_comparable(version: Parent, labels: Sequence[str]) -> str:
 
 
 def _write_canonical(base: nn.Module, version: Parent, folder: Path) -> AdapterSpec:
-    """Raises AdapterFormatError: the files are no adapter of this base."""
+    """Write the version's files again as a canonical folder, which is all that PEFT sees.
+
+    Raises AdapterFormatError: the files are no adapter of this base.
+    """
     own = dict(base.named_parameters(remove_duplicate=False))
     return canonicalize(
         version.config,

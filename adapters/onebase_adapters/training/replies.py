@@ -310,7 +310,7 @@ class Measuring:
         return self._measure("adapter")
 
     def active(self) -> Replies:
-        """Those of the active version, whose weights this one's model has."""
+        """Return the replies of the active version; this one's model has its weights."""
         return self._measure("active")
 
     def sample(self, step: int) -> None:

@@ -383,8 +383,8 @@ class PlannedRun:
         return class_report(self._trainable.labels, rows, self._before, after)
 
     def _slices(self, after: Replies, active: _Active | None) -> dict[str, Any] | None:
-        """What has changed in each slice of the held-out rows, against what training began with, and against
-        the active version if that was measured."""
+        """Return what has changed in each slice of the held-out rows, against what training began with, and
+        against the active version if that was measured."""
         held_out = self._plan.data.held_out
         rows = {} if held_out is None else {name: len(part) for name, part in by_slice(held_out).items()}
         if not rows:
@@ -405,8 +405,12 @@ class PlannedRun:
         )
 
     def _slice_losses(self, replies: Replies, *, at_start: bool = False) -> dict[str, float]:
-        """The held-out loss of each slice. replies: of the subject, which for labels have the losses.
-        at_start: of what training began with, instead of the adapter that is measured now."""
+        """Return the held-out loss of each slice.
+
+        Args:
+            replies: of the subject; for labels they have the losses.
+            at_start: of what training began with, instead of the adapter as it is now.
+        """
         if self._trainable.labels:
             return mean_by_slice(self._measuring.prompts, replies.losses)
         with self._trainable.at_start() if at_start else nullcontext():
@@ -415,7 +419,7 @@ class PlannedRun:
     def _measure_active(self) -> _Active | None:
         """Measure the version that the adapter would replace on the same held-out rows, if there is one.
 
-        What prevents that is told, and no failure of the run.
+        An error is reported, and does not end the run. Raises Interrupted, torch.AcceleratorError.
         """
         found = self._find_active()
         if found is None:
@@ -454,7 +458,7 @@ class PlannedRun:
         return self._on_rows(held_out, active, trainable, found.label)
 
     def _on_rows(self, held_out: Dataset, active: _Active, trainable: Trainable, label: str) -> _Active:
-        """The active version with its figures. trainable: its model."""
+        """Return the active version with its figures. trainable: its model."""
         trainer, measuring = self._trainer, self._measuring_of(trainable)
         replies = measuring.active()
         with trainer.measuring(trainable):
@@ -485,8 +489,8 @@ class PlannedRun:
         return job.base_repo or job.base_name, job.base_commit if job.base_repo else None
 
     def _better_than(self, after: dict[str, float], active: _Active | None) -> dict[str, bool | None]:
-        """Whether it is better than the base, its parent if it has one, and the active version if there is
-        one; None where that was not measured."""
+        """Return whether it is better than the base, than its parent if it has one, and than the active
+        version if there is one; None where that was not measured."""
         state = self._trainer.state
         subjects = {"base": (state.base_loss, self._before.metrics)}
         if self._job.parent is not None:

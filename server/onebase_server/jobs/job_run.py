@@ -169,7 +169,7 @@ class TrainerPool:
             raise FileGoneError("model", f"{name} was deleted, from which training was to go on.") from error
 
     async def active_version(self, job: TrainingJob) -> Active:
-        """The version that requests for the job's adapter get now, as a trainer takes it."""
+        """Return the version that requests for the job's adapter get now, as a trainer takes it."""
         version = await self.delivery.active_version(job)
         if version is None:
             return Active()
@@ -191,7 +191,7 @@ class TrainerPool:
     async def _version_files(
         self, job: TrainingJob, version: ParentVersion, names: tuple[str, str]
     ) -> ParentFiles:
-        """A version's config and weights by these names in the job's folder. Raises StoreError."""
+        """Bring a version's config and weights by these names to the job's folder. Raises StoreError."""
         run, hold, folder = self.files.disk.run, self.files.store.hold, self.folders.job(job.id)
         config = await run(hold, version.config, folder / names[0], own=True)
         weights = await run(hold, version.weights, folder / names[1], own=True)

@@ -50,7 +50,7 @@ Outcome = Checked | Trained | Stopped | Failed | Died
 
 
 async def _none_active() -> Active:
-    """No version is active where there is no registry."""
+    """Return that no version is active: there is no registry."""
     return Active()
 
 
