@@ -90,19 +90,55 @@ def test_a_job_that_goes_on_from_a_version_asks_for_it_and_shows_it_between_base
     assert (shown["parent"], shown["report"]["loss_parent"]) == (f"acme@{'a' * 64}", 1.5)
 
 
+def test_show_compares_with_the_version_that_was_active_and_says_which_one_was_replaced(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: Any = REPORT | {"active": "a" * 64, "loss_active": 1.5, "metrics_active": {"exact_match": 0.5}}
+    measured |= {"better_than": {"base": True, "active": True}}
+    trainer.add(1, **succeeded() | {"report": measured, "replaced": "a" * 64})
+    trainer.add(
+        2, **succeeded() | {"report": measured | {"loss_active": 0.5, "better": False}, "activated": False}
+    )
+    why = {"active": "b" * 64, "not_compared": "it classifies texts"}
+    trainer.add(3, **succeeded() | {"report": REPORT | why, "activated": False})
+    trainer.add(4, **succeeded())
+    trainer.add_file("file-curve", CURVE.encode())
+    said = []
+    for number in range(1, 5):
+        assert main(["jobs", "show", job_id(number)]) == 0
+        said.append(capsys.readouterr().out)
+    lines = [line.split() for line in said[0].splitlines()]
+    assert ["base", "active", "adapter"] in lines
+    assert ["held-out", "loss", "2.5000", "1.5000", "1.2500"] in lines
+    assert ["exact_match", "25.0%", "50.0%", "75.0%"] in lines
+    assert "Compared with acme@aaaaaaaaaaaa, which was active when training ended." in said[0]
+    assert "active: requests for acme get it; it replaced acme@aaaaaaaaaaaa" in said[0]
+    assert ["held-out", "loss", "2.5000", "0.5000", "1.2500"] in [
+        line.split() for line in said[1].splitlines()
+    ]
+    assert "Not compared with acme@bbbbbbbbbbbb, which was active when training ended: it classif" in said[2]
+    assert ["base", "adapter"] in [line.split() for line in said[3].splitlines()]
+    assert "No version of acme was active when training ended, to compare it with." in said[3]
+    shown = printed(capsys, "show", job_id(1))
+    assert (shown["replaced"], shown["report"]["active"]) == ("a" * 64, "a" * 64)
+    assert shown["report"]["better_than"] == {"base": True, "active": True}
+
+
 SLICES: Any = {
     "by": "exact_match", "against": "base", "slice_count": 2, "regressed": ["de"], "changed_count": 7,
     "slices": [
-        {"slice": "de", "rows": 20, "measured": 12, "before": 0.5, "after": 0.25, "worse_by": 0.25,
-         "regressed": True, "loss_before": 1.0, "loss_after": 1.5, "metrics_before": {"exact_match": 0.5},
-         "metrics_after": {"exact_match": 0.25}},
-        {"slice": "fr", "rows": 20, "measured": 12, "before": 0.25, "after": 0.75, "worse_by": 0.0,
-         "regressed": False, "loss_before": 1.0, "loss_after": 0.5, "metrics_before": {"exact_match": 0.25},
-         "metrics_after": {"exact_match": 0.75}},
+        {"slice": "de", "rows": 20, "measured": 12, "before": 0.5, "active": 0.75, "after": 0.25,
+         "worse_by": 0.5, "regressed": True, "regressed_against": ["base", "active"], "loss_before": 1.0,
+         "loss_active": 0.75, "loss_after": 1.5, "metrics_before": {"exact_match": 0.5},
+         "metrics_active": {"exact_match": 0.75}, "metrics_after": {"exact_match": 0.25}},
+        {"slice": "fr", "rows": 20, "measured": 12, "before": 0.25, "active": 0.5, "after": 0.75,
+         "worse_by": 0.0, "regressed": False, "regressed_against": [], "loss_before": 1.0,
+         "loss_active": 0.75, "loss_after": 0.5, "metrics_before": {"exact_match": 0.25},
+         "metrics_active": {"exact_match": 0.5}, "metrics_after": {"exact_match": 0.75}},
     ],
     "changed": [
-        {"line": 3, "slice": "de", "metric": "exact_match", "reference": "ja", "before": "ja",
-         "after": "\x1b[0m"},
+        {"line": 3, "slice": "de", "metric": "exact_match", "against": "active", "reference": "ja",
+         "before": "ja", "after": "\x1b[0m"},
     ],
 }  # fmt: skip
 
@@ -115,9 +151,9 @@ def test_show_has_a_table_of_slices_and_the_rows_that_are_wrong_now(
     assert main(["jobs", "show", ID]) == 0
     said = capsys.readouterr().out
     lines = [line.split() for line in said.splitlines()]
-    assert ["exact_match", "by", "slice", "rows", "base", "adapter"] in lines
-    assert ["de", "12", "50.0%", "25.0%", "worse", "than", "allowed"] in lines
-    assert ["fr", "12", "25.0%", "75.0%"] in lines
+    assert ["exact_match", "by", "slice", "rows", "base", "active", "adapter"] in lines
+    assert ["de", "12", "50.0%", "75.0%", "25.0%", "worse", "than", "allowed"] in lines
+    assert ["fr", "12", "25.0%", "50.0%", "75.0%"] in lines
     assert "line 3 (de) was right by exact_match and is wrong: '\\x1b[0m' for 'ja'" in said
     assert "7 rows were right and are wrong" in said
     assert printed(capsys, "show", ID)["report"]["slices"] == SLICES

@@ -139,7 +139,7 @@ def test_a_job_is_stopped_and_the_best_of_it_kept(words: Server, look: Look, siz
         button.click()
         dialog = page.get_by_role("dialog")
         expect(dialog).to_contain_text("Training ends at its next step")
-        expect(dialog).to_contain_text("activated if it is better on held-out rows")
+        expect(dialog).to_contain_text("activated if it is better on held-out rows: than the base, and than")
         expect(dialog).to_contain_text("cannot be resumed after that")
         assert visit.violations() == []
         assert visit.too_wide() == []
@@ -267,6 +267,37 @@ def test_a_slice_that_got_worse_is_shown_and_why_nothing_was_activated(words: Se
         row = visit.page.get_by_role("table", name="By slice").locator("tbody tr")
         assert row.all_inner_texts() == ["de\t12\t1\t1.5\tworse than allowed"]
         assert visit.violations() == []
+
+
+@pytest.mark.parametrize("size", EACH_SIZE)
+def test_the_result_has_the_active_version_beside_the_base_and_says_which_one_was_replaced(
+    words: Server, look: Look, size: str
+) -> None:
+    client, name = openai_client(words), f"tickets-{size}"
+    first, second, worse, other = (
+        run_job(words, client, content, extra={"name": name})
+        for content in ("rows", "rows", "worse-than-active", "not-comparable")
+    )
+    says = {
+        first.id: "better than the base. No version was active to compare it with. It is not active.",
+        second.id: f"which was active when training ended. Requests for its name get it, in place of "
+        f"{first.fine_tuned_model}.",
+        worse.id: f"no better than {second.fine_tuned_model}, which was active when training ended.",
+        other.id: f"could not be compared with {second.fine_tuned_model}, which was active when training "
+        "ended: its labels are others: a, b. It is not active.",
+    }
+    active = {first.id: None, second.id: "1.2", worse.id: "0.8", other.id: "–"}
+    with look(words, size, color_scheme="dark" if size == "phone" else "light") as visit:
+        for job, sentence in says.items():
+            visit.open(f"#/training?job={job}")
+            expect(visit.page.locator("section", has_text="Before and after").last).to_contain_text(sentence)
+            table = visit.page.get_by_role("table", name="Held-out figures before and after")
+            loss = table.locator("tbody tr").first.inner_text().split("\t")
+            assert loss == ["Loss", "2", *([active[job]] if active[job] else []), "1"]
+            heads = " ".join(table.locator("thead th").all_inner_texts())
+            assert ("Active" in heads) is (active[job] is not None)
+            assert visit.violations() == []
+            assert visit.too_wide() == []
 
 
 @pytest.mark.parametrize("size", EACH_SIZE)

@@ -14,6 +14,8 @@ several:
     dies-checking-twice  only the first two times
     full            says that the disk is full at step 3, once
     worse           the report says that the adapter is no better
+    worse-than-active  it says so of the active version alone
+    not-comparable  the active version cannot be measured
     regresses       the report says that a slice got worse by more than the job allows
     broken-adapter  the verifier refuses what comes out
     deaf            does not heed Stop
@@ -36,15 +38,18 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from onebase_adapters.training import events
 from onebase_engine.engine.messages import FrameReader, encode
 from onebase_server.processes.time_share import BusyFlag, SharedGate
 from onebase_server.processes.trainer_protocol import (
+    Active,
     Check,
     Checked,
     EndAfter,
     Failed,
+    FindActive,
     FromTrainer,
     Problem,
     RunEvent,
@@ -71,6 +76,7 @@ class ScriptedTrainer:
         self.selector.register(connection, selectors.EVENT_READ)
         self.stop: Stop | None = None
         self.last_step: int | None = None
+        self.active: Active | None = None
 
     def send(self, message: FromTrainer) -> None:
         self.connection.sendall(encode(message))
@@ -175,6 +181,8 @@ class ScriptedTrainer:
                 self.stop = message
             elif isinstance(message, EndAfter):
                 self.last_step = message.step
+            elif isinstance(message, Active):
+                self.active = message
 
     def step(self, step: int, steps: int) -> None:
         self.heed(STEP_SECONDS)
@@ -217,18 +225,29 @@ class ScriptedTrainer:
         adapter = Path(message.job.folder) / "adapter"
         adapter.mkdir(exist_ok=True)
         (adapter / "adapter_config.json").write_text(CONFIG)
+        self.send(FindActive())
+        while self.active is None:
+            self.heed(None)
         start = b"broken " if "broken-adapter" in words else b""
         (adapter / "adapter_model.safetensors").write_bytes(start + message.job.id.encode())
-        report = {
+        report: dict[str, Any] = {
             "name": message.job.name, "base": "b", "quantization": "none", "steps": steps, "best_step": steps,
             "tokens": 640, "seconds": 1.0, "parameters": 64, "adapter_bytes": 64,
             "loss_before": 2.0, "loss_after": 1.0, "metrics_before": {}, "metrics_after": {},
-            "better": "worse" not in words, "losses": [[1, 1.0], [2, 0.5]], "held_out": [[0, 2.0], [2, 1.0]],
+            "better": "worse" not in words, "better_than": {"base": "worse" not in words},
+            "losses": [[1, 1.0], [2, 0.5]], "held_out": [[0, 2.0], [2, 1.0]],
             "recipe": {}, "peak_memory_bytes": 1,
         }  # fmt: skip
+        if self.active.digest:
+            better = None if "not-comparable" in words else not {"worse", "worse-than-active"} & {*words}
+            report["better_than"] |= {"active": better}
+            report |= {"active": self.active.digest, "better": better}
+            found = {"loss_active": 1.2 if better else 0.8, "metrics_active": {}}
+            report |= {"not_compared": "its labels are others: a, b"} if better is None else found
         if "regresses" in words:
-            one = {"slice": "de", "rows": 12, "measured": 12, "before": 1.0, "after": 1.5, "worse_by": 0.5,
-                   "regressed": True, "loss_before": 1.0, "loss_after": 1.5, "metrics_before": {},
+            one = {"slice": "de", "rows": 12, "measured": 12, "before": 1.0, "active": None, "after": 1.5,
+                   "worse_by": 0.5, "regressed": True, "regressed_against": ["base"], "loss_before": 1.0,
+                   "loss_active": None, "loss_after": 1.5, "metrics_before": {}, "metrics_active": {},
                    "metrics_after": {}}  # fmt: skip
             report["slices"] = {
                 "by": "loss", "against": "base", "slices": [one], "slice_count": 1, "regressed": ["de"],

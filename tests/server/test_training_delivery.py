@@ -33,6 +33,7 @@ class _Library:
         self.known = SimpleNamespace(tenant="acme", name="orders", digest=DIGEST, state="ready", error=None)
         names = {"acme": SimpleNamespace(own=lambda name: SimpleNamespace(active=self.active))}
         self.catalog = SimpleNamespace(of_digest=lambda digest: [self.known], of=names.__getitem__)
+        self.activation = SimpleNamespace(history=self.history)
         self.disk = Threads("disk", 1)
         blob = SimpleNamespace(sha256="0" * 64, size=1)
         self.store = SimpleNamespace(add_file=lambda path: blob, add_bytes=lambda content: blob)
@@ -51,10 +52,13 @@ class _Library:
     async def version(self, tenant: str, name: str, digest: str) -> Any:
         return self.known
 
-    async def activate_with_retries(self, version: Any) -> OneBaseError | None:
+    async def activate_with_retries(self, version: Any, *, expected: Any) -> OneBaseError | None:
         if self.failure is None:
             self.active = version.digest
         return self.failure
+
+    async def history(self, tenant: str, name: str) -> list[Any]:
+        return []
 
 
 @pytest.fixture
@@ -157,6 +161,32 @@ def test_a_job_that_is_stopped_before_it_is_delivered_again_never_gets_active(
             client.fine_tuning.jobs.resume(job.id)
             done = wait_job(server, client, job.id, ended)
             assert (done.status, done.activated) == ("succeeded", True)
+
+
+@pytest.mark.parametrize("then", ["another", "none"])
+def test_a_version_is_not_activated_in_place_of_one_that_it_was_not_compared_with(
+    serve_scripted: Starter, then: str
+) -> None:
+    with serve_scripted("words,slow") as server, server.client() as http:
+        client = openai_client(server)
+        old = run_job(server, client, "rows", extra={"name": "orders"})
+        other = run_job(server, client, "rows", extra={"name": "orders", "activate": "never"})
+        job = make_job(client, "rows", extra={"name": "orders"})
+        server.wait_for(lambda: "The adapter is being proved." in messages(client, job.id))
+        if then == "none":
+            assert http.post("/v1/adapters/orders/deactivate").is_success
+        else:
+            assert http.post("/v1/adapters/orders/activate", json={"version": other.version}).is_success
+        done = wait_job(server, client, job.id, ended)
+        assert (done.status, done.activated, done.report["active"]) == ("succeeded", False, old.version)
+        (said, *_) = client.fine_tuning.jobs.list_events(job.id)
+        now = f"{other.fine_tuned_model} is active" if then == "another" else "no version is active"
+        assert f"it was compared with {old.fine_tuned_model}, and now {now}." in said.message
+        assert said.level == "warn"
+        adapter = http.get("/v1/adapters/orders").json()
+        assert adapter["version" if then == "another" else "active"] == (
+            other.version if then == "another" else False
+        )
 
 
 def test_a_job_trains_while_another_ones_adapter_waits_for_a_verifier(serve_scripted: Starter) -> None:

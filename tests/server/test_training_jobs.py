@@ -111,7 +111,7 @@ def test_what_goes_on_from_an_own_adapter_is_by_default_one_more_version_of_it(
     worse = run_job(server, client, "worse", model=second.fine_tuned_model)
     assert worse.activated is False
     said = [event.message for event in client.fine_tuning.jobs.list_events(worse.id)]
-    assert f"no better than {second.fine_tuned_model} and the base" in said[0]
+    assert f"no better than the base and {second.fine_tuned_model}, which is active" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,8 @@ def test_a_job_goes_on_though_its_parent_is_deleted_and_says_so_if_its_own_copy_
     [
         ("rows", "if_better", True),
         ("worse", "if_better", False),
+        ("rows", "if_better_than_base", True),
+        ("worse", "if_better_than_base", False),
         ("worse", "always", True),
         ("x", "never", False),
     ],
@@ -173,6 +175,47 @@ def test_what_comes_out_is_activated_as_wished(
     adapter = server.client().get(f"/v1/adapters/{name}").json()
     assert adapter["active"] is activated
     assert client.completions.create(model=job.fine_tuned_model, prompt="one", max_tokens=1).choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("content", "wish", "activated", "says"),
+    [
+        (
+            "rows",
+            "if_better",
+            True,
+            "On held-out rows it is better than the base and {old}. It replaced {old}.",
+        ),
+        ("worse-than-active", "if_better", False, "rows it is no better than {old}, which is active."),
+        (
+            "not-comparable",
+            "if_better",
+            False,
+            "not be compared with {old}, which is active: its labels are oth",
+        ),
+        ("worse-than-active", "if_better_than_base", True, "it is better than the base. It replaced {old}."),
+        ("not-comparable", "if_better_than_base", True, "it is better than the base. It replaced {old}."),
+        ("worse-than-active", "always", True, "get it. It replaced {old}."),
+    ],
+)
+def test_a_version_takes_the_place_of_the_active_one_if_its_jobs_rule_says_so(
+    server: Server, client: OpenAI, content: str, wish: str, activated: bool, says: str
+) -> None:
+    name = f"again-{wish}-{content}"
+    old = run_job(server, client, "rows", extra={"name": name})
+    assert (old.activated, old.replaced) == (True, None)
+    first = next(iter(client.fine_tuning.jobs.list_events(old.id)))
+    assert first.message.endswith("it is better than the base; no version was active to compare it with.")
+    job = run_job(server, client, content, extra={"name": name, "activate": wish})
+    assert (job.status, job.activated) == ("succeeded", activated)
+    assert job.replaced == (old.version if activated else None)
+    assert job.report["active"] == old.version
+    assert (
+        server.client().get(f"/v1/adapters/{name}").json()["version"] == (job if activated else old).version
+    )
+    said = next(iter(client.fine_tuning.jobs.list_events(job.id)))
+    assert says.format(name=name, old=old.fine_tuned_model) in said.message
+    assert said.level == ("warn" if content == "not-comparable" and not activated else "info")
 
 
 def test_a_job_tells_whether_its_version_is_active_now(server: Server, client: OpenAI) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from onebase_engine.engine.messages import EngineConfig
-from onebase_server.processes.trainer_client import TrainerClient
-from onebase_server.processes.trainer_protocol import Check, TrainJob
+from onebase_server.processes.time_share import BusyFlag
+from onebase_server.processes.trainer_client import UNKNOWN, TrainerClient
+from onebase_server.processes.trainer_protocol import Active, Check, Train, Trained, TrainJob
 
 from .support import children, command_of
 
@@ -51,3 +54,24 @@ def test_a_trainer_that_cannot_be_talked_to_is_ended(monkeypatch: pytest.MonkeyP
     with pytest.raises(OSError, match="no descriptor left"):
         start(check())
     assert trainers() == []
+
+
+def test_a_trainer_whose_question_for_the_active_version_fails_still_ends_and_replaces_none(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "rows").write_text("not-comparable")
+    job = msgspec.structs.replace(check().job, train=str(tmp_path / "rows"), folder=str(tmp_path))
+    message = Train(config=EngineConfig(base_folder="/nowhere"), manifest=b"", job=job, share=1.0)
+    command = (sys.executable, str(Path(__file__).with_name("scripted_trainer.py")))
+
+    async def fails() -> Active:
+        raise ValueError("out of order")
+
+    async def run() -> Any:
+        busy = BusyFlag.make()
+        fds = {"--busy-fd": busy.fd}
+        return await (await TrainerClient.start(command, message, fds, lambda event: None, fails)).outcome()
+
+    trained = asyncio.run(run())
+    assert isinstance(trained, Trained)
+    assert (trained.report["active"], trained.report["better"]) == (UNKNOWN, None)

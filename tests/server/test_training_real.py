@@ -111,6 +111,95 @@ def test_a_job_makes_an_adapter_that_is_better_on_held_out_rows_and_serves(
     assert len(losses) == 1 + 5
 
 
+@pytest.fixture(scope="module")
+def tiny(serve_real: Starter, small_base: Path) -> Iterator[Server]:
+    """A real engine, verifier and trainer on a base that is trained in a moment."""
+    with serve_real("--base", str(small_base), "--kv-memory", "50MB", "--threads", "1") as running:
+        yield running
+
+
+GOOD: dict[str, Any] = {"max_steps": 24, "batch_size": 4, "r": 4, "learning_rate": 2e-2, "eval_every": 24}
+SHORT = GOOD | {"max_steps": 3, "learning_rate": 2e-3, "eval_every": 3}
+
+
+def tiny_job(server: Server, name: str, settings: dict[str, Any], rows: str, **body: Any) -> Any:
+    """Run a job to its end; its held-out rows are the same as those of every other."""
+    client = openai_client(server)
+    kind = body.pop("method", "supervised")
+    body.setdefault("validation_file", add_file(client, body.pop("held_out", rows), "held-out.jsonl"))
+    method: Any = {"type": kind, kind: {"hyperparameters": settings}}
+    extra = {"name": name, **body.pop("extra", {})}
+    return wait_job(server, client, make_job(client, rows, method=method, extra=extra, **body).id, ended)
+
+
+def active(server: Server, name: str) -> str | None:
+    adapter = server.client().get(f"/v1/adapters/{name}").json()
+    return adapter["version"] if adapter["active"] else None
+
+
+def test_a_worse_job_does_not_replace_the_active_version_and_a_better_one_does(tiny: Server) -> None:
+    first = tiny_job(tiny, "tickets", SHORT, rows(12))
+    assert (first.status, first.activated) == ("succeeded", True)
+    good = tiny_job(tiny, "tickets", GOOD, rows(12))
+    assert (good.status, good.activated, good.replaced) == ("succeeded", True, first.version)
+    assert good.report["active"] == first.version
+    assert good.report["loss_active"] == pytest.approx(first.report["loss_after"], abs=1e-6)
+    worse = tiny_job(tiny, "tickets", SHORT | {"max_steps": 2}, rows(12))
+    report = worse.report
+    assert report["loss_before"] > report["loss_after"] > good.report["loss_after"]
+    assert report["loss_active"] == pytest.approx(good.report["loss_after"], abs=1e-6)
+    assert (worse.status, worse.activated, worse.replaced) == ("succeeded", False, None)
+    assert (report["better"], report["better_than"]) == (False, {"base": True, "active": False})
+    assert active(tiny, "tickets") == good.version
+    said = messages(openai_client(tiny), worse.id)
+    assert f"Measuring {good.fine_tuned_model}, which is active, on the held-out rows." in said
+    loss = f"{report['loss_active']:.4f}"
+    assert f"{good.fine_tuned_model}, which is active: held-out loss {loss}" in said
+    assert said[-1].endswith(f"it is no better than {good.fine_tuned_model}, which is active.")
+
+
+def test_the_same_rows_and_settings_again_give_the_version_that_is_active_already(tiny: Server) -> None:
+    first = tiny_job(tiny, "same", SHORT, rows(12))
+    again = tiny_job(tiny, "same", SHORT, rows(12))
+    assert (again.version, again.activated, again.replaced) == (first.version, True, None)
+    assert again.report["better_than"] == {"base": True, "active": False}
+    assert "that version is active already" in messages(openai_client(tiny), again.id)[-1]
+
+
+def test_an_adapter_of_another_kind_is_not_replaced_without_a_comparison(tiny: Server) -> None:
+    labelled = [{"text": f"I want {n} {COLORS[n % 2]} hats", "label": COLORS[n % 2]} for n in range(12)]
+    texts = "".join(json.dumps(row) + "\n" for row in labelled)
+    first = tiny_job(tiny, "kinds", SHORT, texts, method="classification", extra={"activate": "always"})
+    assert (first.status, first.activated) == ("succeeded", True)
+    second = tiny_job(tiny, "kinds", SHORT, rows(12))
+    assert (second.status, second.activated) == ("succeeded", False)
+    assert second.report["better_than"] == {"base": True, "active": None}
+    said = messages(openai_client(tiny), second.id)[-1]
+    assert (
+        f"could not be compared with {first.fine_tuned_model}, which is active: it classifies texts" in said
+    )
+    assert active(tiny, "kinds") == first.version
+    by_base = SHORT | {"max_steps": 4}
+    third = tiny_job(tiny, "kinds", by_base, rows(12), extra={"activate": "if_better_than_base"})
+    assert (third.activated, third.replaced) == (True, first.version)
+
+
+def test_a_slice_that_gets_worse_than_with_the_active_version_keeps_that_one_active(tiny: Server) -> None:
+    lines = [json.loads(line) for line in rows(12).splitlines()]
+    sliced = "".join(json.dumps(row | {"slice": "ab"[n % 2]}) + "\n" for n, row in enumerate(lines))
+    good = tiny_job(tiny, "slices", GOOD, sliced)
+    assert good.activated is True
+    settings = SHORT | {"max_regression": 0.02, "slice_rows": 1}
+    worse = tiny_job(tiny, "slices", settings, sliced, extra={"activate": "always"})
+    assert (worse.status, worse.activated) == ("succeeded", False)
+    slices = worse.report["slices"]
+    assert (slices["against"], set(slices["regressed"])) == ("base", {"a", "b"})
+    for one in slices["slices"]:
+        assert (one["regressed_against"], one["before"] > one["after"] > one["active"]) == (["active"], True)
+    said = messages(openai_client(tiny), worse.id)[-1]
+    assert f"it is worse by more than 0.02 than {good.fine_tuned_model}, which is active" in said
+
+
 @pytest.mark.full
 def test_a_job_goes_on_from_the_version_of_another_and_begins_with_its_loss(
     server: Server, client: OpenAI, unbroken: Any

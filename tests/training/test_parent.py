@@ -1,8 +1,10 @@
-"""Training that goes on from an adapter: its weights as PEFT loads them, its own rank and layers."""
+"""Adapters besides the trained one: the one that training goes on from, with its own rank and layers, and the
+active version that the result is compared with. PEFT loads the weights of both."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from onebase_adapters.format.config import with_labels
 from onebase_adapters.training import events
+from onebase_adapters.training.checkpoint import all_better
 from onebase_adapters.training.cli.train import main
-from onebase_adapters.training.events import OpenGate
+from onebase_adapters.training.data.reader import load_dataset
+from onebase_adapters.training.events import Interrupted, OpenGate
 from onebase_adapters.training.objectives import make_objective
-from onebase_adapters.training.parent import Parent, modules_of
+from onebase_adapters.training.parent import ActiveVersion, Parent, modules_of, why_not_comparable
 from onebase_adapters.training.recipe import MODEL, RecipeError, continued, parse_recipe
-from onebase_adapters.training.run import Job, PlannedRun, prepare, train
+from onebase_adapters.training.run import Job, PlannedRun, load_tokenizer, prepare, train
 from onebase_adapters.training.trainable import ADAPTER, Trainable
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import BaseSettings, load_base, load_config
@@ -175,14 +180,226 @@ def test_a_run_measures_base_and_parent_and_is_better_only_if_it_beats_both(tmp_
     assert subjects == ["base", "parent", "adapter"]
     card = (job.folder / "adapter" / "README.md").read_text()
     assert "| base | parent | adapter |" in card
-    # An adapter that is better than the base and worse than its parent is not better.
-    run = PlannedRun(base, job, prepare(load_config(folder), job, heard.append, OpenGate(), rate=None),
-                     heard.append, OpenGate())  # fmt: skip
-    state = run._trainer.state
-    state.base_loss, state.parent_loss, state.best_loss = 3.0, 1.0, 2.0
-    assert run._better({}) is False
-    state.best_loss = 0.5
-    assert run._better({}) is True
+    assert report.better_than == {
+        "base": report.loss_after < report.loss_before, "parent": report.loss_after < report.loss_parent,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("better_than", "better"),
+    [
+        ({"base": True, "active": True}, True),
+        ({"base": True, "parent": False}, False),
+        ({"base": True, "parent": True, "active": None}, None),
+        ({"base": False, "active": None}, False),
+        ({"base": None}, None),
+    ],
+)
+def test_an_adapter_is_better_if_it_is_better_than_each_that_it_was_compared_with(
+    better_than: dict[str, bool | None], better: bool | None
+) -> None:
+    assert all_better(better_than) is better
+
+
+# ---- the active version --------------------------------------------------------------------------
+
+
+ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "supervised": lambda n: {"prompt": f"Item {n} is", "completion": (" red", " blue")[n % 2]},
+    "dpo": lambda n: {"prompt": f"Item {n} is", "chosen": (" red", " blue")[n % 2], "rejected": " neither"},
+    "classification": lambda n: {"text": f"Item {n} is {('red', 'blue')[n % 2]}", "label": ("r", "b")[n % 2]},
+}
+
+
+def short_job(tmp_path: Path, name: str, base: Path, method: str = "supervised", **settings: Any) -> Job:
+    """A short run on rows of two slices."""
+    place = tmp_path / name
+    place.mkdir()
+    for file, first, count in (("rows.jsonl", 0, 12), ("held.jsonl", 50, 6)):
+        lines = [ROWS[method](n) | {"slice": "xy"[n % 3 == 0]} for n in range(first, first + count)]
+        (place / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = {"method": method, "max_steps": 3, "batch_size": 4, "r": 4, "learning_rate": 1e-2, **settings}
+    return Job(
+        name=name,
+        recipe=parse_recipe(given),
+        train=place / "rows.jsonl",
+        held_out=place / "held.jsonl",
+        folder=place / "run",
+        base=BaseSettings(folder=base),
+        base_name="tiny",
+    )
+
+
+def active_of(folder: Path) -> ActiveVersion:
+    """A trained adapter as a server has it: its config names the labels."""
+    if (folder / "config.json").exists():
+        config = with_labels(
+            (folder / "adapter_config.json").read_bytes(), (folder / "config.json").read_bytes()
+        )
+        (folder / "adapter_config.json").write_bytes(config)
+    return ActiveVersion("tiny@1234", "1234" * 16, Parent.of_folder(folder))
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return talking_base(tmp_path_factory.mktemp("words") / "base")
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_the_active_version_has_the_figures_that_its_own_run_measured(
+    tmp_path: Path, words: Path, method: str
+) -> None:
+    """Whatever the rank and the layers of the two, by the loss, the metrics and each slice."""
+    metrics = {"metrics": ["max_characters:12"], "metric_tokens": 4} if method == "supervised" else {}
+    first, second = (
+        short_job(tmp_path, "first", words, method, **metrics),
+        short_job(tmp_path, "second", words, method, max_steps=1, targets=["q_proj"], **metrics | {"r": 2}),
+    )
+    own = train(lambda: load_base(first.base), first, lambda event: None, OpenGate())
+    active = active_of(first.folder / "adapter")
+    heard: list[events.Event] = []
+    report = train(
+        lambda: load_base(second.base), second, heard.append, OpenGate(), find_active=lambda: active
+    )
+    assert (report.active, report.not_compared) == (active.digest, "")
+    # PEFT adds a classifier's product to the layer's output before it rounds the sum, others' after.
+    near = 1e-3 if method == "classification" else 1e-6
+    assert report.loss_active == pytest.approx(own.loss_after, abs=near)
+    assert report.loss_active is not None
+    assert report.loss_after is not None
+    assert report.loss_active != report.loss_after
+    assert report.metrics_active == own.metrics_after
+    assert report.better_than["active"] is (report.loss_after < report.loss_active)
+    assert report.slices is not None
+    assert own.slices is not None
+    expected = {one["slice"]: one["after"] for one in own.slices["slices"]}
+    assert {one["slice"]: one["active"] for one in report.slices["slices"]} == pytest.approx(
+        expected, abs=near
+    )
+    (said,) = [event for event in heard if isinstance(event, events.Evaluated) and event.active]
+    assert (said.active, said.loss) == (active.label, report.loss_active)
+    notes = [event.message for event in heard if isinstance(event, events.Notice)]
+    assert notes == [f"Measuring {active.label}, which is active, on the held-out rows."]
+    assert "| active |" in (second.folder / "adapter" / "README.md").read_text()
+
+
+def test_an_active_version_of_a_kind_that_is_not_trained_here_is_measured_as_peft_computes_it(
+    tmp_path: Path, words: Path
+) -> None:
+    config = {"r": 2, "target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]}
+    folder = saved(load_base(BaseSettings(folder=words)), tmp_path / "other", **config)
+    job = short_job(tmp_path, "next", words, max_steps=1)
+    active = active_of(folder)
+    report = train(
+        lambda: load_base(job.base), job, lambda event: None, OpenGate(), find_active=lambda: active
+    )
+    data = load_dataset(job.held_out or "", load_tokenizer(job.base), job.recipe, part="eval")
+    reference: Any = PeftModel.from_pretrained(peft_view(load_base(job.base)), folder).eval()
+    total, count = 0.0, 0
+    for row in data.rows:
+        (one,) = row.samples
+        with torch.no_grad():
+            logits = reference(input_ids=torch.tensor(one.ids)[None].long(), use_cache=False).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(
+            logits.float(), torch.tensor(one.ids[1:]).long(), reduction="none"
+        )
+        total += float(losses[torch.tensor(one.supervised[1:])].sum())
+        count += one.targets
+    assert report.loss_active == pytest.approx(total / count, abs=2e-2)
+    assert report.loss_active != pytest.approx(report.loss_before, abs=5e-2)
+
+
+def test_the_version_that_training_went_on_from_is_not_measured_twice(tmp_path: Path, words: Path) -> None:
+    parent = saved(load_base(BaseSettings(folder=words)), tmp_path / "parent", **KINDS["plain"])
+    job, base = job_on(tmp_path, words, parent, max_steps=1, batch_size=4)
+    assert job.parent is not None
+    active = ActiveVersion(job.parent.label, job.parent.digest, None, "it must not be looked at")
+    heard: list[events.Event] = []
+    report = train(lambda: base, job, heard.append, OpenGate(), find_active=lambda: active)
+    assert (report.active, report.loss_active) == (job.parent.digest, report.loss_parent)
+    assert (report.not_compared, set(report.better_than)) == ("", {"base", "parent", "active"})
+    assert not [event for event in heard if isinstance(event, events.Evaluated) and event.active]
+
+
+def broken(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(b"broken")
+
+
+def another_kind(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
+
+
+def too_large(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({n: one * 1e30 for n, one in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (broken, "adapter_model.safetensors"),
+        (another_kind, "it classifies texts, and the trained adapter generates text"),
+        (too_large, "the held-out loss is not finite"),
+    ],
+)
+def test_a_version_that_cannot_be_measured_is_no_failure_of_the_run_and_nothing_is_called_better(
+    tmp_path: Path, words: Path, change: Callable[[Path], None], says: str
+) -> None:
+    folder = saved(load_base(BaseSettings(folder=words)), tmp_path / "old", **KINDS["plain"])
+    change(folder)
+    job, active = short_job(tmp_path, "next", words), active_of(folder)
+    heard: list[events.Event] = []
+    report = train(lambda: load_base(job.base), job, heard.append, OpenGate(), find_active=lambda: active)
+    assert says in report.not_compared
+    assert report.better_than == {"base": True, "active": None}
+    assert (report.better, report.active, report.loss_active) == (None, active.digest, None)
+    warned = [event.message for event in heard if isinstance(event, events.Notice) and event.level == "warn"]
+    assert [says in message and active.label in message for message in warned] == [True]
+
+
+def test_a_classifier_of_other_labels_is_not_compared_with(tmp_path: Path, words: Path) -> None:
+    first = short_job(tmp_path, "first", words, "classification", max_steps=1)
+    train(lambda: load_base(first.base), first, lambda event: None, OpenGate())
+    active = active_of(first.folder / "adapter")
+    assert active.version is not None
+    assert why_not_comparable(active.version, ("b", "r")) == ""
+    assert why_not_comparable(active.version, ("b", "g", "r")) == "its labels are others: b, r"
+    assert "it classifies texts" in why_not_comparable(active.version, ())
+
+
+def test_without_held_out_rows_nothing_is_compared(tmp_path: Path, words: Path) -> None:
+    job = replace(short_job(tmp_path, "next", words, eval_split=0.0), held_out=None)
+    active = ActiveVersion("tiny@1234", "1234" * 16, None, "its files are gone")
+    report = train(
+        lambda: load_base(job.base), job, lambda event: None, OpenGate(), find_active=lambda: active
+    )
+    assert (report.not_compared, report.better) == ("nothing is held out", None)
+
+
+def test_a_pause_while_the_active_version_is_measured_ends_the_run_and_the_next_one_finishes_it(
+    tmp_path: Path, words: Path
+) -> None:
+    folder = saved(load_base(BaseSettings(folder=words)), tmp_path / "old", **KINDS["plain"])
+    job, active = short_job(tmp_path, "next", words), active_of(folder)
+    measuring: list[bool] = []
+
+    class Pause(OpenGate):
+        def wait(self) -> None:
+            if measuring:
+                raise Interrupted("pause")
+
+    def find_active() -> ActiveVersion:
+        measuring.append(True)
+        return active
+
+    with pytest.raises(Interrupted):
+        train(lambda: load_base(job.base), job, lambda event: None, Pause(), find_active=find_active)
+    report = train(
+        lambda: load_base(job.base), job, lambda event: None, OpenGate(), find_active=lambda: active
+    )
+    assert report.loss_active is not None
+    assert report.steps == 3
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(base: torch.nn.Module, tmp_path: Path) -> None:

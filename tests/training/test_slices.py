@@ -41,7 +41,10 @@ def compared(made: Recipe, asked: list[Prompt], before: list[str], after: list[s
     names = dict.fromkeys(prompt.slice for prompt in asked if prompt.slice)
     rows = {name: sum(prompt.slice == name for prompt in asked) for name in names}
     begun, now = losses.get("losses", ({}, {}))
-    return slice_report(made, rows, asked, Measured(begun, before), Measured(now, after), "base")
+    subjects = {"base": Measured(begun, before)}
+    if "active" in losses:
+        subjects["active"] = losses["active"]
+    return slice_report(made, rows, asked, subjects, Measured(now, after))
 
 
 def test_a_slice_that_gets_worse_by_more_than_allowed_is_named_and_its_rows_are_shown() -> None:
@@ -81,6 +84,26 @@ def test_by_loss_a_slice_is_worse_when_its_loss_rises() -> None:
         ("a", 0.5, True), ("b", 0.0, False),
     ]  # fmt: skip
     assert (found["by"], found["changed"], found["slices"][0]["measured"]) == ("loss", [], 2)
+
+
+def test_a_slice_that_is_worse_than_the_active_version_regresses_though_it_is_better_than_the_base() -> None:
+    asked = prompts(["de", "de", "fr", "fr"], ["a", "b", "c", "d"])
+    made = recipe(metrics=["exact_match"], best_by="exact_match", max_regression=0.02)
+    active = Measured({}, ["a", "b", "c", "x"])
+    found = compared(made, asked, ["a", "x", "c", "d"], ["a", "y", "c", "x"], active=active)
+    de, fr = found["slices"]
+    assert (de["before"], de["active"], de["after"], de["worse_by"]) == (0.5, 1.0, 0.5, 0.5)
+    assert (fr["before"], fr["active"], fr["after"], fr["worse_by"]) == (1.0, 0.5, 0.5, 0.5)
+    assert (de["regressed_against"], fr["regressed_against"]) == (["active"], ["base"])
+    assert found["regressed"] == ["de", "fr"]
+    assert [(row["line"], row["against"], row["before"], row["after"]) for row in found["changed"]] == [
+        (2, "active", "b", "y"), (4, "base", "d", "x"),
+    ]  # fmt: skip
+    by_loss = recipe(max_regression=0.4)
+    losses = {"de": 2.0, "fr": 2.0}, {"de": 1.5, "fr": 1.0}
+    found = compared(by_loss, asked, [], [], losses=losses, active=Measured({"de": 1.0, "fr": 1.0}, []))
+    assert found["regressed"] == ["de"]
+    assert [one["loss_active"] for one in found["slices"]] == [1.0, 1.0]
 
 
 def test_a_metric_with_values_between_names_no_rows() -> None:

@@ -274,7 +274,7 @@ UPLOADED: Final[tuple[Purpose, ...]] = ("fine-tune", "batch")
 """What users send; the rest is what jobs and batches leave."""
 Level = Literal["info", "warn", "error"]
 EventKind = Literal["message", "metrics"]
-Activate = Literal["always", "if_better", "never"]
+Activate = Literal["always", "if_better", "if_better_than_base", "never"]
 
 JOB_STATES: Final[tuple[JobState, ...]] = get_args(JobState)
 OPEN_STATES: Final[tuple[JobState, ...]] = ("validating_files", "queued", "running")

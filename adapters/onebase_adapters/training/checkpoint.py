@@ -184,11 +184,14 @@ class Report:
     """One finished run. Losses are means over held-out rows, nats a supervised token (DPO: a pair;
     classification: a row, the base's as `classes` says).
 
-    better: whether the adapter is better than the base, and than its parent, by the recipe's `best_by`; None
-    if not measured.
+    better_than: whether the adapter is better than each of those that it was compared with ("base", and
+    "parent" and "active" where there is one), by the recipe's `best_by`; None if that was not measured.
+    better: than all of them; False if it is not better than one of them, whatever the others.
     metrics_before, metrics_after: base and adapter on the same prompts, each from 0 to 1.
     losses, held_out: (step, loss).
     parent: what training went on from; "" where that is the base. loss_parent, metrics_parent: of it.
+    active: digest of the version that requests for the adapter got when training ended; "" if there was none.
+    loss_active, metrics_active: of it, on the same rows. not_compared: why it was not measured; "" if it was.
     slices: as `slices.slice_report` gives it; None where the held-out rows name none.
     classes: as `classes.class_report` gives it; None without labels, or where nothing was held out.
     """
@@ -214,6 +217,11 @@ class Report:
     parent: str = ""
     loss_parent: float | None = None
     metrics_parent: dict[str, float] = field(default_factory=dict)
+    better_than: dict[str, bool | None] = field(default_factory=dict)
+    active: str = ""
+    loss_active: float | None = None
+    metrics_active: dict[str, float] = field(default_factory=dict)
+    not_compared: str = ""
     slices: dict[str, Any] | None = None
     classes: dict[str, Any] | None = None
 
@@ -230,12 +238,18 @@ def is_better(
     """By the recipe's `best_by`: a lower held-out loss, or a higher metric. None if it was not measured.
 
     Args:
-        loss: of the base and of the adapter.
+        loss: of what it is compared with, and of the adapter. before, after: their metrics.
     """
     if recipe.best_by == "loss":
         return None if loss[0] is None or loss[1] is None else loss[1] < loss[0]
     name = recipe.best_by
     return after[name] > before[name] if name in before and name in after else None
+
+
+def all_better(better_than: Mapping[str, bool | None]) -> bool | None:
+    """Return whether it is better than all of them; None if that depends on one that was not measured."""
+    found = better_than.values()
+    return False if False in found else None if None in found else True
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -388,12 +402,13 @@ def slice_rows(slices: Mapping[str, Any]) -> list[list[str]]:
     def shown(value: float | None) -> str:
         return "" if value is None else f"{value:.4f}" if by_loss else f"{value:.1%}"
 
-    made = [
-        [f"{'held-out loss' if by_loss else slices['by']} by slice", "rows", slices["against"], "adapter", ""]
-    ]
+    has_active = any(one["active"] is not None for one in slices["slices"])
+    subjects = [slices["against"], *(["active"] if has_active else []), "adapter"]
+    fields = ["before", *(["active"] if has_active else []), "after"]
+    made = [[f"{'held-out loss' if by_loss else slices['by']} by slice", "rows", *subjects, ""]]
     for one in slices["slices"]:
         verdict = "worse than allowed" if one["regressed"] else "worse" if one["worse_by"] > 0 else ""
-        made.append([one["slice"], str(one["measured"]), shown(one["before"]), shown(one["after"]), verdict])
+        made.append([one["slice"], str(one["measured"]), *(shown(one[name]) for name in fields), verdict])
     return made
 
 
@@ -402,6 +417,8 @@ def results(report: Report) -> list[list[str]]:
     subjects = [("base", report.loss_before, report.metrics_before)]
     if report.parent:
         subjects.append(("parent", report.loss_parent, report.metrics_parent))
+    if report.active:
+        subjects.append(("active", report.loss_active, report.metrics_active))
     subjects.append(("adapter", report.loss_after, report.metrics_after))
     made = [["", *(name for name, _, _ in subjects)]]
     if report.loss_before is not None and report.loss_after is not None:

@@ -55,6 +55,8 @@ def values_of(event: events.Event) -> tuple[int, dict[str, float]]:
     if isinstance(event, events.Evaluated):
         if event.parent:
             return event.step, {"eval/parent_loss": event.loss}
+        if event.active:
+            return event.step, {"eval/active_loss": event.loss}
         figures = {f"eval/{name}": value for name, value in _figures(event).items()}
         return event.step, {"eval/loss": event.loss, **figures}
     return 0, {}

@@ -65,13 +65,15 @@ class StepDone(Event, frozen=True, kw_only=True, tag="step"):
 
 class Evaluated(Event, frozen=True, kw_only=True, tag="evaluated"):
     """Held-out loss, in nats a supervised token (DPO: its own loss; classification: a row). step 0 is the
-    base, or the parent."""
+    base, or the parent; `active` has the loss of the version that was active when training ended."""
 
     step: int
     loss: float
     best: bool
     parent: bool = False
     """Whether it is the loss of the adapter that training goes on from, at step 0."""
+    active: str = ""
+    """Label of the active version, if it is the loss of that one; `step` is the run's last."""
     rewards: dict[str, float] = {}
     accuracy: float | None = None
     """Classification: part of the held-out rows whose label was the likeliest."""
@@ -87,7 +89,7 @@ class Sampled(Event, frozen=True, kw_only=True, tag="sampled"):
 
 class Measured(Event, frozen=True, kw_only=True, tag="measured"):
     """Metrics on held-out rows, by the replies generated for them or by the labels given to them, each from
-    0 to 1. subject: "base", "parent" or "adapter"."""
+    0 to 1. subject: "base", "parent", "active" or "adapter"."""
 
     subject: str
     metrics: dict[str, float]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -174,7 +175,7 @@ class Trainer:
         set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
         tokens = sum(batch.tokens for batch in batches)
-        return Step(scores.loss, float(norm), rate, tokens, self._figures(scores))
+        return Step(scores.loss, float(norm), rate, tokens, self.figures(scores))
 
     def _scores(
         self, data: Dataset, batches: Sequence[MicroBatch], what: str, *, step: int, backwards: bool = False
@@ -264,26 +265,20 @@ class Trainer:
             rows = [rows[number] for number in sorted(chosen)]
         return [*rows, *(self._held_out.rows if self._held_out is not None else ())]
 
-    def _figures(self, scores: Scores) -> dict[str, Any]:
-        """What an event says of a batch besides its loss."""
-        if self.recipe.method == "classification":
-            return {"accuracy": scores.rewards.get("accuracy")}
-        return {"rewards": scores.rewards}
-
     def _evaluate_base(self, held_out: Dataset) -> None:
         if self._base_scores is not None:
             scores = self._processes.decide(self._base_scores)
         else:
             with self.trainable.without_adapter():
-                scores = self._held_out_scores(held_out)
+                scores = self.held_out_scores(held_out)
         self.state.base_loss = scores.loss
         self.state.held_out.append((0, scores.loss))
         self._listen(
-            events.Evaluated(at=time.time(), step=0, loss=scores.loss, best=False, **self._figures(scores))
+            events.Evaluated(at=time.time(), step=0, loss=scores.loss, best=False, **self.figures(scores))
         )
         if self.trainable.has_parent:
             with self.trainable.at_start():
-                scores = self._held_out_scores(held_out)
+                scores = self.held_out_scores(held_out)
             self.state.parent_loss = scores.loss
             self._listen(
                 events.Evaluated(
@@ -292,13 +287,13 @@ class Trainer:
                     loss=scores.loss,
                     best=False,
                     parent=True,
-                    **self._figures(scores),
+                    **self.figures(scores),
                 )
             )
         self._on_evaluation(0)
 
     def _evaluate(self, held_out: Dataset, step: int) -> float:
-        scores = self._held_out_scores(held_out)
+        scores = self.held_out_scores(held_out)
         state = self.state
         best = state.best_loss is None or scores.loss < state.best_loss
         if best:
@@ -309,22 +304,43 @@ class Trainer:
             state.without_better += 1
         state.held_out.append((step, scores.loss))
         self._listen(
-            events.Evaluated(at=time.time(), step=step, loss=scores.loss, best=best, **self._figures(scores))
+            events.Evaluated(at=time.time(), step=step, loss=scores.loss, best=best, **self.figures(scores))
         )
         self._on_evaluation(step)
         return scores.loss
 
-    def _held_out_scores(self, data: Dataset) -> Scores:
+    def held_out_scores(self, data: Dataset) -> Scores:
         """The mean loss of all held-out rows, nats a supervised token (DPO, classification: a row)."""
         limit, packing = self.recipe.micro_tokens, self.recipe.packing
         batches = pack(data.rows, range(len(data)), limit, packing=packing)
         with self.trainable.evaluating():
             return self._scores(data, batches, "the held-out loss", step=self.state.step)
 
+    def release_optimizer(self) -> None:
+        """Free the gradients and the optimizer's state: no step follows."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.state.clear()
+
+    @contextmanager
+    def measuring(self, other: Trainable) -> Iterator[None]:
+        """Have another adapter of the base measured: on the same rows, in the same micro-batches."""
+        own = self.trainable, self._objective
+        self.trainable, self._objective = other, self._objective.on(other)
+        try:
+            yield
+        finally:
+            self.trainable, self._objective = own
+
+    def figures(self, scores: Scores) -> dict[str, Any]:
+        """What an event says of a batch besides its loss."""
+        if self.recipe.method == "classification":
+            return {"accuracy": scores.rewards.get("accuracy")}
+        return {"rewards": scores.rewards}
+
     def slice_losses(self) -> dict[str, float]:
         """The held-out loss of each slice, with the adapter as it is now. In all processes at once."""
         parts = {} if self._held_out is None else by_slice(self._held_out)
-        return {name: self._held_out_scores(part).loss for name, part in parts.items()}
+        return {name: self.held_out_scores(part).loss for name, part in parts.items()}
 
     def _save(self, loss: float | None) -> None:
         if self._processes.first and self.state.step not in self._checkpoints.steps():

@@ -31,6 +31,9 @@ class Objective(Protocol):
 
     def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
+    def on(self, trainable: Trainable) -> Objective:
+        """Return the same objective for another adapter of the base; what was prepared holds for it too."""
+
 
 def make_objective(trainable: Trainable, recipe: Recipe) -> Objective:
     """The objective of the recipe's method."""
@@ -54,6 +57,9 @@ class Supervised:
         losses, _ = self._trainable.losses(batch)
         return losses.sum(), {}
 
+    def on(self, trainable: Trainable) -> Supervised:
+        return Supervised(trainable)
+
 
 class Classes:
     """Cross-entropy of each row's label, by the classifier's head at its last token."""
@@ -71,6 +77,9 @@ class Classes:
         targets = torch.tensor(labels, device=logits.device)
         right = (logits.argmax(1) == targets).sum().detach()
         return nn.functional.cross_entropy(logits, targets, reduction="sum"), {"accuracy": right}
+
+    def on(self, trainable: Trainable) -> Classes:
+        return Classes(trainable)
 
 
 class Preferences:
@@ -92,6 +101,11 @@ class Preferences:
         losses, margins = dpo_losses(likelihoods[0::2], likelihoods[1::2], reference, self._beta)
         rewards = {"accuracy": (margins > 0).sum().detach(), "margin": margins.sum().detach()}
         return losses.sum(), rewards
+
+    def on(self, trainable: Trainable) -> Preferences:
+        other = Preferences(trainable, self._beta)
+        other._references = self._references
+        return other
 
     def _likelihoods(self, batch: MicroBatch) -> torch.Tensor:
         """The log-likelihood of each sample's reply given its prompt, [samples] nats."""

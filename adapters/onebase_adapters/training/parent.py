@@ -1,18 +1,21 @@
-"""The adapter that a run goes on from: what it fixes of the recipe, and its weights, loaded by PEFT."""
+"""Adapters that a run needs besides its own, whose weights PEFT loads: the one that it goes on from, which
+fixes parts of its recipe, and the one that its result would replace.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from onebase_adapters.format.canonical import canonicalize
+from onebase_adapters.format.canonical import HEAD_FILE, canonicalize
 from onebase_adapters.format.config import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -22,6 +25,7 @@ from onebase_adapters.format.config import (
 )
 from onebase_adapters.format.names import BaseModules
 from onebase_adapters.format.safetensors_file import TensorFile
+from onebase_adapters.format.spec import AdapterSpec
 from onebase_adapters.format.tensors import plan
 from onebase_adapters.training.recipe import (
     HIGHEST_RANK,
@@ -32,6 +36,9 @@ from onebase_adapters.training.recipe import (
     own_settings,
 )
 from onebase_engine.base.layers import adaptable_layers
+
+_SHOWN = 10
+"""Labels that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,24 @@ class Parent:
             with path.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
         return cls(str(folder), total.hexdigest(), config, weights)
+
+
+@dataclass(frozen=True)
+class ActiveVersion:
+    """The version that requests for a job's adapter get.
+
+    label: `name@digest` as people read it. digest: the version's own. version: its files; None if they cannot
+    be read, for the reason `problem`.
+    """
+
+    label: str
+    digest: str
+    version: Parent | None
+    problem: str = ""
+
+
+FindActive = Callable[[], ActiveVersion | None]
+"""Asked when training has ended; None: no version is active."""
 
 
 def modules_of(parent: Parent, model: nn.Module) -> dict[str, Any]:
@@ -98,18 +123,9 @@ def load_parent(base: nn.Module, tree: nn.Module, parent: Parent, recipe: Recipe
     """
     from peft import LoraConfig, PeftModel
 
-    own = dict(base.named_parameters(remove_duplicate=False))
     with tempfile.TemporaryDirectory(prefix="onebase-parent-") as place:
-        folder = Path(place)
         try:
-            canonicalize(
-                parent.config,
-                parent.weights,
-                adaptable_layers(base),
-                HIGHEST_RANK,
-                folder,
-                base_tensor=own.get,
-            )
+            _write_canonical(base, parent, Path(place))
         except AdapterFormatError as error:
             raise RecipeError(MODEL, f"{parent.label} cannot be trained further: {error}") from error
         config: Any = LoraConfig.from_pretrained(place)
@@ -118,6 +134,78 @@ def load_parent(base: nn.Module, tree: nn.Module, parent: Parent, recipe: Recipe
             tree, place, adapter_name=name, is_trainable=True, config=config
         )
     return model
+
+
+def load_version(base: nn.Module, tree: nn.Module, version: Parent, name: str) -> LoadedVersion:
+    """Load a version of any kind that is served onto a tree over the base, to be measured.
+
+    Raises AdapterFormatError: the files are no adapter of this base.
+    """
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory(prefix="onebase-version-") as place:
+        spec = _write_canonical(base, version, Path(place))
+        model: Any = PeftModel.from_pretrained(tree, place, adapter_name=name)
+        head = _head(load_file(Path(place) / HEAD_FILE)) if spec.labels else None
+    device = next(base.parameters()).device
+    return LoadedVersion(model, spec.label_names, None if head is None else head.to(device))
+
+
+@dataclass(frozen=True)
+class LoadedVersion:
+    """PEFT's model of a version that is not trained. Of a classifier also its labels, in the order of the
+    head's rows, and the head, [labels, hidden] in fp32."""
+
+    model: Any
+    labels: tuple[str, ...]
+    head: nn.Linear | None
+
+
+def _head(tensors: Mapping[str, torch.Tensor]) -> nn.Linear:
+    weight, bias = tensors["weight"].float(), tensors.get("bias")
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return made
+
+
+def why_not_comparable(version: Parent, labels: Sequence[str]) -> str:
+    """Return why a version cannot be measured on the held-out rows of a run, or "" if it can.
+
+    Args:
+        labels: the run's own, of a classifier; none for text.
+
+    Raises AdapterFormatError, OSError: its config cannot be read.
+    """
+    with version.config.open("rb") as opened:
+        facts = check_config(opened.read(MAX_CONFIG_BYTES + 1))
+    if facts.task != ("SEQ_CLS" if labels else "CAUSAL_LM"):
+        kinds = {"CAUSAL_LM": "generates text", "SEQ_CLS": "classifies texts"}
+        trained = "classifies texts" if labels else "generates text"
+        return (
+            f"it {kinds.get(facts.task, f'is of the kind {facts.task}')}, and the trained adapter {trained}"
+        )
+    if labels and set(facts.label_names) != set(labels):
+        known = ", ".join(facts.label_names[:_SHOWN]) or "labels without names"
+        return f"its labels are others: {known}{', ...' if len(facts.label_names) > _SHOWN else ''}"
+    return ""
+
+
+def _write_canonical(base: nn.Module, version: Parent, folder: Path) -> AdapterSpec:
+    """Write the version's files again as a canonical folder, which is all that PEFT sees.
+
+    Raises AdapterFormatError: the files are no adapter of this base.
+    """
+    own = dict(base.named_parameters(remove_duplicate=False))
+    return canonicalize(
+        version.config,
+        version.weights,
+        adaptable_layers(base),
+        HIGHEST_RANK,
+        folder,
+        base_tensor=own.get,
+    )
 
 
 def copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

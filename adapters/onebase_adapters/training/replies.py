@@ -309,6 +309,10 @@ class Measuring:
         """The adapter's, as it is now."""
         return self._measure("adapter")
 
+    def active(self) -> Replies:
+        """Return the replies of the active version; this one's model has its weights."""
+        return self._measure("active")
+
     def sample(self, step: int) -> None:
         """Answer the recipe's prompts; at step 0 the base does."""
         if not self._samples:

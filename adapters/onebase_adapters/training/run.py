@@ -6,13 +6,15 @@ which fits into memory. A `PlannedRun` trains, and writes the adapter.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ import msgspec
 import torch
 from torch import nn
 
+from onebase_adapters.format.config import AdapterFormatError
 from onebase_adapters.store.atomic_files import write_atomically
 from onebase_adapters.training import events
 from onebase_adapters.training.batches import MicroBatch, pack
@@ -30,6 +33,7 @@ from onebase_adapters.training.checkpoint import (
     Checkpoints,
     DataLine,
     Report,
+    all_better,
     is_better,
     model_card,
     save_peft,
@@ -42,10 +46,16 @@ from onebase_adapters.training.data.report import report as data_report
 from onebase_adapters.training.data.row_store import map_rows, rows_key, write_rows
 from onebase_adapters.training.data.tokens import asks_for_date, reply_decoder
 from onebase_adapters.training.estimate import Estimate, estimate, measured_rate
-from onebase_adapters.training.events import Gate, LastStep, Listen
-from onebase_adapters.training.loop import ProcessGroup, Scores, Trainer
+from onebase_adapters.training.events import Gate, Interrupted, LastStep, Listen
+from onebase_adapters.training.loop import ProcessGroup, Scores, Trainer, TrainingDivergedError
 from onebase_adapters.training.objectives import make_objective
-from onebase_adapters.training.parent import Parent, check_parent
+from onebase_adapters.training.parent import (
+    ActiveVersion,
+    FindActive,
+    Parent,
+    check_parent,
+    why_not_comparable,
+)
 from onebase_adapters.training.recipe import (
     AUTO_EVAL_SPLIT,
     MODEL,
@@ -59,13 +69,20 @@ from onebase_adapters.training.recipe import (
     token_count,
 )
 from onebase_adapters.training.replies import Measuring, Replies
-from onebase_adapters.training.slices import Measured, by_slice, mean_by_slice, slice_report
+from onebase_adapters.training.slices import ACTIVE, Measured, by_slice, mean_by_slice, slice_report
 from onebase_adapters.training.trainable import Trainable, resolve_targets
 from onebase_engine.base.identity import base_id
 from onebase_engine.base.layers import empty_base
-from onebase_engine.base.load import BaseChangedError, BaseSettings, fingerprint, load_config
-from onebase_engine.machine import peak_memory
+from onebase_engine.base.load import (
+    BaseChangedError,
+    BaseSettings,
+    UnsupportedBaseError,
+    fingerprint,
+    load_config,
+)
+from onebase_engine.machine import is_out_of_memory, peak_memory
 
+logger = logging.getLogger(__name__)
 ADAPTER, REPORT, EVENTS = "adapter", "report.json", "events.jsonl"
 _EVA_ROWS = 256
 _PLAN, _DATE, _ROWS = "plan.json", "template_date", "rows"
@@ -147,11 +164,13 @@ def train(
     processes: ProcessGroup | None = None,
     *,
     last_step: LastStep | None = None,
+    find_active: FindActive = lambda: None,
 ) -> Report:
     """Train an adapter; leaves `adapter/`, `report.json` and `events.jsonl` in the job's folder.
 
     Args:
         load: gives the base; it is called once the data is checked.
+        find_active: gives the version that the adapter is compared with; for a run of one process.
 
     Raises:
         UnsupportedBaseError: the base cannot be trained, besides what `load` raises.
@@ -172,7 +191,9 @@ def train(
         base = load()
         before = fingerprint(base)
         try:
-            run = PlannedRun(base, job, plan, record, gate, processes, last_step=last_step)
+            run = PlannedRun(
+                base, job, plan, record, gate, processes, last_step=last_step, find_active=find_active
+            )
             run.train()
             report = run.finish()
         finally:
@@ -253,9 +274,11 @@ class PlannedRun:
         processes: ProcessGroup | None = None,
         *,
         last_step: LastStep | None = None,
+        find_active: FindActive = lambda: None,
     ) -> None:
         recipe, data = plan.recipe, plan.data
-        self._job, self._plan, self._listen = job, plan, listen
+        self._job, self._plan, self._listen, self._gate = job, plan, listen, gate
+        self._find_active = find_active
         self._processes = processes or ProcessGroup()
         self._trainable = Trainable(
             base,
@@ -265,16 +288,7 @@ class PlannedRun:
             parent=job.parent,
             labels=data.train.labels,
         )
-        tokenizer, held_out = load_tokenizer(job.base), data.held_out
-        self._measuring: Measuring
-        if self._trainable.labels:
-            self._measuring = Classifying(
-                self._trainable, tokenizer, recipe, data.train, held_out, job.folder, listen, gate
-            )
-        else:
-            self._measuring = Measuring(
-                self._trainable, tokenizer, recipe, held_out, job.folder, listen, gate
-            )
+        self._measuring = self._measuring_of(self._trainable)
         self._trainer = Trainer(
             self._trainable,
             make_objective(self._trainable, recipe),
@@ -291,6 +305,13 @@ class PlannedRun:
             last_step=last_step,
         )
         self._before, self._parent = Replies(), Replies()
+
+    def _measuring_of(self, trainable: Trainable) -> Measuring:
+        job, recipe, data = self._job, self._plan.recipe, self._plan.data
+        tokenizer, rest = load_tokenizer(job.base), (data.held_out, job.folder, self._listen, self._gate)
+        if trainable.labels:
+            return Classifying(trainable, tokenizer, recipe, data.train, *rest)
+        return Measuring(trainable, tokenizer, recipe, *rest)
 
     def train(self, until: int | None = None) -> bool:
         """Train to the end, or until a step, where it leaves a checkpoint. Returns whether it is finished."""
@@ -312,7 +333,8 @@ class PlannedRun:
         """Measure the adapter, and write it with its report."""
         job, recipe, state = self._job, self._plan.recipe, self._trainer.state
         after = self._measuring.adapter() if self._processes.first else Replies()
-        slices = self._slices(after)
+        active = self._measure_active()
+        slices, better_than = self._slices(after, active), self._better_than(after.metrics, active)
         self._listen(events.Phase(at=time.time(), name="saving"))
         report = Report(
             name=job.name,
@@ -328,7 +350,12 @@ class PlannedRun:
             loss_after=state.best_loss,
             metrics_before=self._before.metrics,
             metrics_after=after.metrics,
-            better=self._better(after.metrics),
+            better=all_better(better_than),
+            better_than=better_than,
+            active=active.digest if active else "",
+            loss_active=active.loss if active else None,
+            metrics_active=active.replies.metrics if active else {},
+            not_compared=active.problem if active else "",
             losses=state.losses,
             held_out=state.held_out,
             recipe=recipe.to_json(),
@@ -355,29 +382,101 @@ class PlannedRun:
             return None
         return class_report(self._trainable.labels, rows, self._before, after)
 
-    def _slices(self, after: Replies) -> dict[str, Any] | None:
-        """What has changed in each slice of the held-out rows, against what training began with."""
+    def _slices(self, after: Replies, active: _Active | None) -> dict[str, Any] | None:
+        """Return what has changed in each slice of the held-out rows, against what training began with, and
+        against the active version if that was measured."""
         held_out = self._plan.data.held_out
         rows = {} if held_out is None else {name: len(part) for name, part in by_slice(held_out).items()}
         if not rows:
             return None
         self._listen(events.Phase(at=time.time(), name="measuring", message="slices"))
         before, against = (self._before, "base") if self._job.parent is None else (self._parent, "parent")
-        if self._trainable.labels:
-            asked = self._measuring.prompts
-            begun, now = (mean_by_slice(asked, one.losses) for one in (before, after))
-        else:
-            now = self._trainer.slice_losses()
-            with self._trainable.at_start():
-                begun = self._trainer.slice_losses()
+        begun = self._slice_losses(before, at_start=True)
+        subjects = {against: Measured(begun, before.texts)}
+        if active is not None and not active.problem:
+            losses = begun if active.is_parent else active.slices
+            subjects[ACTIVE] = Measured(losses, active.replies.texts)
         return slice_report(
             self._plan.recipe,
             rows,
             self._measuring.prompts if self._processes.first else [],
-            Measured(begun, before.texts),
-            Measured(now, after.texts),
-            against,
+            subjects,
+            Measured(self._slice_losses(after), after.texts),
         )
+
+    def _slice_losses(self, replies: Replies, *, at_start: bool = False) -> dict[str, float]:
+        """Return the held-out loss of each slice.
+
+        Args:
+            replies: of the subject; for labels they have the losses.
+            at_start: of what training began with, instead of the adapter as it is now.
+        """
+        if self._trainable.labels:
+            return mean_by_slice(self._measuring.prompts, replies.losses)
+        with self._trainable.at_start() if at_start else nullcontext():
+            return self._trainer.slice_losses()
+
+    def _measure_active(self) -> _Active | None:
+        """Measure the version that the adapter would replace on the same held-out rows, if there is one.
+
+        An error is reported, and does not end the run. Raises Interrupted, torch.AcceleratorError.
+        """
+        found = self._find_active()
+        if found is None:
+            return None
+        try:
+            active = self._active(found)
+        except (Interrupted, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            active = _Active(found.digest, problem=_problem_of(error, found.label))
+        gc.collect()  # the version's view of the base, which holds itself
+        if active.problem:
+            message = f"{found.label}, which is active, is not compared with: {active.problem}."
+            self._listen(events.Notice(at=time.time(), level="warn", message=message))
+        return active
+
+    def _active(self, found: ActiveVersion) -> _Active:
+        """Measure the version, or say why that cannot be done. Raises what loading and computing raise."""
+        active, parent, held_out = _Active(found.digest), self._job.parent, self._plan.data.held_out
+        if held_out is None:
+            return replace(active, problem="nothing is held out")
+        if parent is not None and parent.digest == found.digest:  # it was measured at the start
+            loss = self._trainer.state.parent_loss
+            return replace(active, loss=loss, replies=self._parent, is_parent=True)
+        if found.version is None:
+            return replace(active, problem=found.problem)
+        if problem := why_not_comparable(found.version, self._trainable.labels):
+            return replace(active, problem=problem)
+        message = f"Measuring {found.label}, which is active, on the held-out rows."
+        self._listen(events.Phase(at=time.time(), name="measuring", message="active version"))
+        self._listen(events.Notice(at=time.time(), level="info", message=message))
+        self._trainer.release_optimizer()
+        trainable = Trainable(self._trainable.base, self._plan.recipe, self._gate, version=found.version)
+        if set(trainable.labels) != set(self._trainable.labels):
+            return replace(active, problem="its labels have no names")
+        return self._on_rows(held_out, active, trainable, found.label)
+
+    def _on_rows(self, held_out: Dataset, active: _Active, trainable: Trainable, label: str) -> _Active:
+        """Return the active version with its figures. trainable: its model."""
+        trainer, measuring = self._trainer, self._measuring_of(trainable)
+        replies = measuring.active()
+        with trainer.measuring(trainable):
+            scores = trainer.held_out_scores(held_out)
+            if trainable.labels:
+                slices = mean_by_slice(measuring.prompts, replies.losses)
+            else:
+                slices = trainer.slice_losses()
+        evaluated = events.Evaluated(
+            at=time.time(),
+            step=trainer.state.step,
+            loss=scores.loss,
+            best=False,
+            active=label,
+            **trainer.figures(scores),
+        )
+        self._listen(evaluated)
+        return replace(active, loss=scores.loss, replies=replies, slices=slices)
 
     def _export(self, folder: Path) -> None:
         """The adapter as it is now, for those who serve a checkpoint."""
@@ -389,14 +488,19 @@ class PlannedRun:
         job = self._job
         return job.base_repo or job.base_name, job.base_commit if job.base_repo else None
 
-    def _better(self, after: dict[str, float]) -> bool | None:
-        """Whether it is better than the base, and than its parent if it has one; None if not measured."""
-        recipe, state = self._plan.recipe, self._trainer.state
-        found = [is_better(recipe, (state.base_loss, state.best_loss), self._before.metrics, after)]
+    def _better_than(self, after: dict[str, float], active: _Active | None) -> dict[str, bool | None]:
+        """Return whether it is better than the base, than its parent if it has one, and than the active
+        version if there is one; None where that was not measured."""
+        state = self._trainer.state
+        subjects = {"base": (state.base_loss, self._before.metrics)}
         if self._job.parent is not None:
-            losses = state.parent_loss, state.best_loss
-            found.append(is_better(recipe, losses, self._parent.metrics, after))
-        return None if None in found else all(found)
+            subjects["parent"] = state.parent_loss, self._parent.metrics
+        if active is not None:
+            subjects[ACTIVE] = active.loss, active.replies.metrics
+        return {
+            name: is_better(self._plan.recipe, (loss, state.best_loss), metrics, after)
+            for name, (loss, metrics) in subjects.items()
+        }
 
     def _write(self, report: Report) -> Report:
         job = self._job
@@ -418,6 +522,31 @@ class PlannedRun:
         report = replace(report, adapter_bytes=size)
         write_atomically(job.folder / REPORT, json.dumps(report.to_json(), indent=1))
         return report
+
+
+@dataclass(frozen=True)
+class _Active:
+    """The version that was active when training ended, on the held-out rows.
+
+    problem: why it was not measured. is_parent: it is the one that training went on from.
+    """
+
+    digest: str
+    loss: float | None = None
+    replies: Replies = field(default_factory=Replies)
+    slices: Mapping[str, float] = field(default_factory=dict)
+    problem: str = ""
+    is_parent: bool = False
+
+
+def _problem_of(error: Exception, label: str) -> str:
+    """Return why a version could not be measured; the log has more of an error that is not expected."""
+    if is_out_of_memory(error):
+        return "memory is short"
+    if isinstance(error, AdapterFormatError | OSError | TrainingDivergedError | UnsupportedBaseError):
+        return str(error).rstrip(".")
+    logger.error("%s could not be measured", label, exc_info=error)
+    return f"{type(error).__name__}: {error}".rstrip(".")
 
 
 def _eva_batches(recipe: Recipe, data: Dataset) -> list[MicroBatch]:

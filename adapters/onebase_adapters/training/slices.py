@@ -1,6 +1,7 @@
 """What a run changes in each slice of its held-out rows: a field of the rows says which slice a row is of.
 
-Measured by the recipe's `best_by`, on what training went on from (the base, or an adapter) and on the result.
+Measured by the recipe's `best_by`, on what training went on from (the base, or an adapter), on the version
+that was active when training ended, if there is one, and on the result.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ MOST_CHANGED = 20
 _LONGEST = 500
 """Characters of a text in a report."""
 LOSS, ACCURACY, F1 = "loss", "accuracy", "f1"
+ACTIVE = "active"
+"""The subject that the result would replace."""
 
 
 class Question(Protocol):
@@ -64,31 +67,35 @@ def slice_report(
     recipe: Recipe,
     rows: Mapping[str, int],
     prompts: Sequence[Question],
-    before: Measured,
+    subjects: Mapping[str, Measured],
     after: Measured,
-    against: str,
 ) -> dict[str, Any]:
     """The slices, which of them got worse, and rows whose replies were right and are wrong, as JSON.
 
     Args:
         rows: held-out rows of each slice. prompts: those that replies were generated for; none without
-            metrics. against: who is `before`: "base" or "parent".
+            metrics. subjects: what the result is compared with: "base" or "parent" first, then "active" if
+            that was measured.
     """
-    scores = [_Scores.of(recipe, prompts, one.replies) for one in (before, after)]
+    scores = {name: _Scores.of(recipe, prompts, one.replies) for name, one in subjects.items()}
+    new = _Scores.of(recipe, prompts, after.replies)
     asked = Counter(prompt.slice for prompt in prompts)
-    found = [
-        _slice(recipe, name, count, asked[name], (before, after), scores) for name, count in rows.items()
-    ]
+    figures = {name: _Figures(one.losses, scores[name].of_slice) for name, one in subjects.items()}
+    own = _Figures(after.losses, new.of_slice)
+    found = [_slice(recipe, name, count, asked[name], figures, own) for name, count in rows.items()]
     found.sort(key=lambda one: (-one["worse_by"], -one["rows"], one["slice"]))
-    changed = _changed(recipe, prompts, (before, after), scores)
+    changed: dict[tuple[str, int], dict[str, Any]] = {}
+    for name in subjects:  # a row counts once, and against the version that would be replaced
+        changed |= _changed(recipe, prompts, name, (subjects[name], after), (scores[name], new))
+    lost = sorted(changed.values(), key=lambda one: one["against"] != ACTIVE)
     return {
         "by": recipe.best_by,
-        "against": against,
+        "against": next(iter(subjects)),
         "slices": found[:MOST_SLICES],
         "slice_count": len(found),
         "regressed": [one["slice"] for one in found if one["regressed"]],
-        "changed": changed[:MOST_CHANGED],
-        "changed_count": len(changed),
+        "changed": lost[:MOST_CHANGED],
+        "changed_count": len(lost),
     }
 
 
@@ -127,47 +134,67 @@ class _Scores:
         return cls(rows, means)
 
 
+@dataclass(frozen=True)
+class _Figures:
+    """One subject's losses and metrics by slice."""
+
+    losses: Mapping[str, float]
+    metrics: Mapping[str, Mapping[str, float]]
+
+    def by(self, recipe: Recipe, name: str) -> float | None:
+        """Return what the recipe decides by, of one slice; None if it was not measured."""
+        if recipe.best_by == LOSS:
+            return self.losses.get(name)
+        return self.metrics.get(name, {}).get(recipe.best_by)
+
+    def worse_than(self, other: _Figures, recipe: Recipe, name: str) -> float:
+        """Return by how much it is worse than another subject on a slice; 0.0 if one was not measured."""
+        own, value = self.by(recipe, name), other.by(recipe, name)
+        if own is None or value is None:
+            return 0.0
+        return own - value if recipe.best_by == LOSS else value - own
+
+
 def _slice(
-    recipe: Recipe,
-    name: str,
-    rows: int,
-    asked: int,
-    measured: tuple[Measured, Measured],
-    scores: Sequence[_Scores],
+    recipe: Recipe, name: str, rows: int, asked: int, subjects: Mapping[str, _Figures], own: _Figures
 ) -> dict[str, Any]:
-    by_loss = recipe.best_by == LOSS
-    losses = [one.losses.get(name) for one in measured]
-    metrics = [one.of_slice.get(name, {}) for one in scores]
-    values = losses if by_loss else [one.get(recipe.best_by) for one in metrics]
-    count = rows if by_loss else asked
-    before, after = values
-    worse = 0.0
-    if before is not None and after is not None:
-        worse = after - before if by_loss else before - after
+    count = rows if recipe.best_by == LOSS else asked
+    first, active = next(iter(subjects.values())), subjects.get(ACTIVE)
+    worse = {subject: own.worse_than(one, recipe, name) for subject, one in subjects.items()}
     limit = recipe.max_regression
+    enough = count >= recipe.slice_rows
+    over = [subject for subject, by in worse.items() if limit != "auto" and enough and by > limit]
     return {
         "slice": name,
         "rows": rows,
-        "measured": count if before is not None else 0,
-        "before": before,
-        "after": after,
-        "worse_by": max(0.0, worse),
-        "regressed": limit != "auto" and count >= recipe.slice_rows and worse > limit,
-        "loss_before": losses[0],
-        "loss_after": losses[1],
-        "metrics_before": metrics[0],
-        "metrics_after": metrics[1],
+        "measured": count if first.by(recipe, name) is not None else 0,
+        "before": first.by(recipe, name),
+        "active": None if active is None else active.by(recipe, name),
+        "after": own.by(recipe, name),
+        "worse_by": max(0.0, *worse.values()),
+        "regressed": bool(over),
+        "regressed_against": over,
+        "loss_before": first.losses.get(name),
+        "loss_active": None if active is None else active.losses.get(name),
+        "loss_after": own.losses.get(name),
+        "metrics_before": first.metrics.get(name, {}),
+        "metrics_active": {} if active is None else active.metrics.get(name, {}),
+        "metrics_after": own.metrics.get(name, {}),
     }
 
 
 def _changed(
     recipe: Recipe,
     prompts: Sequence[Question],
+    against: str,
     measured: tuple[Measured, Measured],
     scores: Sequence[_Scores],
-) -> list[dict[str, Any]]:
-    """Rows whose reply was right and is wrong, by the metrics that say so."""
-    found = []
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows whose reply was right and is wrong, by the metric that says so and the prompt's number.
+
+    against: who was right.
+    """
+    found = {}
     decided = [name for name in recipe.measured if name == ACCURACY or (name != F1 and is_decided(name))]
     for metric in decided:
         pairs = zip(*(one.of_row.get(metric, []) for one in scores), strict=True)
@@ -175,14 +202,13 @@ def _changed(
             if before > after:
                 texts = (prompts[number].reference, *(one.replies[number] for one in measured))
                 reference, said, says = (text[:_LONGEST] for text in texts)
-                found.append(
-                    {
-                        "line": prompts[number].line,
-                        "slice": prompts[number].slice,
-                        "metric": metric,
-                        "reference": reference,
-                        "before": said,
-                        "after": says,
-                    }
-                )
+                found[metric, number] = {
+                    "line": prompts[number].line,
+                    "slice": prompts[number].slice,
+                    "metric": metric,
+                    "against": against,
+                    "reference": reference,
+                    "before": said,
+                    "after": says,
+                }
     return found

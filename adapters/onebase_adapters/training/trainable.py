@@ -21,7 +21,7 @@ from onebase_adapters.training.batches import MicroBatch, Packed
 from onebase_adapters.training.events import Gate
 from onebase_adapters.training.kernels import fuse, fuse_gates, fuse_norms, fuse_rotations
 from onebase_adapters.training.objectives import token_losses
-from onebase_adapters.training.parent import Parent, copied, load_parent
+from onebase_adapters.training.parent import Parent, copied, load_parent, load_version
 from onebase_adapters.training.recipe import Recipe, RecipeError, decided
 from onebase_engine.base.view import peft_view
 from onebase_engine.lora.weights import HEAD, AdapterWeights, Head, SavedModule
@@ -39,9 +39,12 @@ class Trainable:
         eva: micro-batches that EVA looks at, for `init="eva"`.
         parent: the adapter whose weights training goes on from; the recipe must agree with it.
         labels: of a classifier, in the order of its head's rows; none for text.
+        version: an adapter that is only measured. It may be of any kind that is served, with labels of its
+            own, and the recipe says nothing of it but how rows are computed.
 
     Raises:
         RecipeError: a target is not a linear layer of this base, or there is no classifier for it.
+        AdapterFormatError: `version` is no adapter of this base.
     """
 
     def __init__(
@@ -53,9 +56,11 @@ class Trainable:
         eva: Iterable[MicroBatch] = (),
         parent: Parent | None = None,
         labels: Sequence[str] = (),
+        version: Parent | None = None,
     ) -> None:
         self.base = base
         self.labels = tuple(labels)
+        self._loaded_head: nn.Linear | None = None
         self.device = next(base.parameters()).device
         self._packed = PackedAttention(gate)
         tree: Any = peft_view(base)
@@ -63,13 +68,16 @@ class Trainable:
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(recipe.seed)
             self.model: Any
-            if labels:
+            if version is not None:
+                loaded = load_version(base, tree, version, ADAPTER)
+                self.model, self.labels, self._loaded_head = loaded.model, loaded.labels, loaded.head
+            elif labels:
                 self.model = _classifier(tree, recipe, self.labels)
             elif parent is None:
                 self.model = _with_adapter(tree, recipe)
             else:
                 self.model = _from(parent, self, tree, recipe)
-            if recipe.init == "eva":
+            if recipe.init == "eva" and version is None:
                 self._initialize_by_data(eva)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
@@ -114,9 +122,9 @@ class Trainable:
         states = self._states(packed.ids, packed.positions, packed.lengths)
         ends = torch.tensor(packed.lengths, device=self.device).cumsum(0) - 1
         # The head is served in the base's dtype: what is learned, and measured, is that one.
-        exact = self._head.weight
+        exact, bias = self._head.weight, self._head.bias
         rounded = exact + (exact.to(states.dtype).float() - exact).detach()
-        return nn.functional.linear(states[ends].float(), rounded)
+        return nn.functional.linear(states[ends].float(), rounded, bias)
 
     def _states(self, ids: torch.Tensor, positions: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """A classifier's hidden states behind the last norm, [T, hidden]."""
@@ -128,7 +136,9 @@ class Trainable:
 
     @property
     def _head(self) -> nn.Linear:
-        """The classifier's own, which is trained."""
+        """The classifier's own: the one that is trained, or that of the version that is measured."""
+        if self._loaded_head is not None:
+            return self._loaded_head
         head: nn.Linear = self.model.get_base_model().score.modules_to_save[ADAPTER]
         return head
 

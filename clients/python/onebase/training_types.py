@@ -10,7 +10,7 @@ SUCCEEDED: Final = "succeeded"
 ENDED: Final = frozenset({SUCCEEDED, "failed", "cancelled"})
 """Final statuses. Only a failed job that is `resumable` can leave its own."""
 
-Activate: TypeAlias = Literal["always", "if_better", "never"]
+Activate: TypeAlias = Literal["always", "if_better", "if_better_than_base", "never"]
 Purpose: TypeAlias = Literal["fine-tune", "batch"]
 TrainingMethod: TypeAlias = Literal["supervised", "dpo", "classification"]
 
@@ -57,7 +57,8 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class SliceResult:
-    """One slice of the held-out rows: before is what training went on from, after the adapter."""
+    """One slice of the held-out rows: before is what training went on from, after the adapter, active the
+    version that was active when training ended."""
 
     slice: str
     rows: int
@@ -67,13 +68,19 @@ class SliceResult:
     """By the job's `best_by`: a loss, or a metric."""
     after: float | None
     worse_by: float
-    """0 where it is not worse."""
+    """Than before or than the active version, whichever is more; 0 where it is not worse."""
     regressed: bool
     """Whether it is worse by more than `max_regression`, on at least `slice_rows` rows."""
     loss_before: float | None
     loss_after: float | None
     metrics_before: Mapping[str, float] = field(hash=False)
     metrics_after: Mapping[str, float] = field(hash=False)
+    active: float | None = None
+    """None where no version was active, or it could not be measured."""
+    loss_active: float | None = None
+    metrics_active: Mapping[str, float] = field(default_factory=dict, hash=False)
+    regressed_against: tuple[str, ...] = ()
+    """`base` or `parent`, and `active`: those that it is worse than by more than `max_regression`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,8 @@ class ChangedRow:
     """The row's own reply. This and the replies are cut at 500 characters."""
     before: str
     after: str
+    against: str = ""
+    """Whose reply was right: `active`, `base` or `parent`."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,8 @@ class ClassReport:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """The result of a job: the base before and the adapter after, on the same held-out rows."""
+    """The result of a job: the base before, the adapter after, and the version that was active when training
+    ended, on the same held-out rows."""
 
     steps: int
     best_step: int
@@ -172,12 +182,20 @@ class TrainingReport:
     """Of the base's replies, each from 0 to 1."""
     metrics_after: Mapping[str, float] = field(hash=False)
     better: bool | None
-    """Whether the adapter is better than the base, and than what it went on from, by the job's `best_by`.
-    None if that was not measured."""
+    """Whether the adapter is better than all that it was compared with, by the job's `best_by`. None if that
+    was not measured."""
     peak_memory_bytes: int
     loss_parent: float | None = None
     """Of the version that training went on from, if there is one."""
     metrics_parent: Mapping[str, float] = field(default_factory=dict, hash=False)
+    better_than: Mapping[str, bool | None] = field(default_factory=dict, hash=False)
+    """Whether it is better than `base`, and than `parent` and `active` where there is one."""
+    active: str | None = None
+    """The digest of the version that requests by name got when training ended. None if there was none."""
+    loss_active: float | None = None
+    metrics_active: Mapping[str, float] = field(default_factory=dict, hash=False)
+    not_compared: str | None = None
+    """Why the active version was not measured. None if it was, or if there was none."""
     slices: SliceReport | None = None
     """None if the held-out rows name no slices; lists of jobs leave it out."""
     classes: ClassReport | None = None
@@ -267,7 +285,7 @@ class TrainingJobInfo:
     training_file: str
     validation_file: str | None
     activate: str
-    """`always`, `if_better` or `never`."""
+    """`always`, `if_better`, `if_better_than_base` or `never`."""
     metadata: Mapping[str, str] = field(hash=False)
     created_at: float
     """Unix time in seconds."""
@@ -294,6 +312,8 @@ class TrainingJobInfo:
     """Whether it waits for `resume` once its files are checked. False from then on."""
     stopped: TrainingStop | None = None
     """Who ended it early, by `stop`. None if nobody did."""
+    replaced: str | None = None
+    """The digest of the version that was active until this one was activated. None if there was none."""
 
     @property
     def held(self) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from onebase_adapters import registry as registry_errors
 from onebase_adapters.format.config import AdapterFormatError, check_config
-from onebase_adapters.registry import Origin, Registry, VersionRecord, acting
+from onebase_adapters.registry import UNSET, Origin, Registry, Unset, VersionRecord, acting
 from onebase_adapters.store.blobs import VersionFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_server.adapters.activation import Activation
@@ -73,6 +73,8 @@ class _Job:
     activate: bool = False
     failure: OneBaseError | None = None
     """Why the version, though ready, was not activated."""
+    expected: str | Unset | None = UNSET
+    """The digest that must be active until it is activated."""
 
 
 class AdapterService:
@@ -324,9 +326,14 @@ class AdapterService:
             )
         return False
 
-    async def activate_with_retries(self, version: VersionRecord) -> OneBaseError | None:
-        """Activate a ready version, with several tries. Returns why the last one failed, or None."""
-        job = _Job(VersionOptions(activate=True), activate=True)
+    async def activate_with_retries(
+        self, version: VersionRecord, *, expected: str | Unset | None = UNSET
+    ) -> OneBaseError | None:
+        """Activate a ready version, with several tries. Returns why the last one failed, or None.
+
+        expected: the digest that must be active until then, None for none; not given: whatever is.
+        """
+        job = _Job(VersionOptions(activate=True), activate=True, expected=expected)
         await self._activate_if_asked(version, job)
         return job.failure
 
@@ -336,7 +343,11 @@ class AdapterService:
         for pause in BACKOFF.tries(ACTIVATION_TRIES):
             try:
                 await self.activation.activate(
-                    version.tenant, version.name, version.digest, actor=version.created_by
+                    version.tenant,
+                    version.name,
+                    version.digest,
+                    expected=job.expected,
+                    actor=version.created_by,
                 )
                 return
             except OneBaseError as error:

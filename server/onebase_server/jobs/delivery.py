@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from onebase_adapters.registry import Origin, RegistryError, TrainingJob, VersionRecord, acting
+from onebase_adapters.registry import (
+    UNSET,
+    Origin,
+    RegistryError,
+    TrainingJob,
+    Unset,
+    VersionRecord,
+    acting,
+)
 from onebase_adapters.store.blobs import ADAPTER_FILES, VersionFiles
 from onebase_adapters.store.store import StoreError
+from onebase_adapters.training.slices import ACTIVE
 from onebase_server.adapters.catalog import label
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
 from onebase_server.background import Backoff
-from onebase_server.errors import OneBaseError, StoreFullError, UnavailableError
+from onebase_server.errors import OneBaseError, StaleActivationError, StoreFullError, UnavailableError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.handover_files import ADAPTER, KeptFiles
@@ -31,6 +41,8 @@ PROOFS_WAITED = 6
 LOST = "adapter_lost"
 """The trained files are gone: the job has to be trained again."""
 _SHOWN = 5
+_SUBJECTS = ("base", "parent", ACTIVE)
+_IS_ACTIVE = ", which is active"
 _CODES = {"store_full": "disk_full"}
 """A job's error code, by that of its version."""
 
@@ -48,13 +60,30 @@ class DeliveryError(Exception):
 
 @dataclass(frozen=True)
 class Delivered:
-    """What became of a job. `as_asked`: False when its version should be active and is not."""
+    """What became of a job. `as_asked`: False when its version should be active and is not, or when what was
+    asked for could not be decided. `replaced`: the version that was active until then."""
 
     version: str
     activated: bool
     result_file: str
     message: str
     as_asked: bool
+    replaced: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a job's version is to be activated, by what its training measured.
+
+    reason: why it is not, as the end of a sentence; why it is, where that was measured. expected: what must
+    still be active then, since the decision depends on it. undecided: what was asked for could not be
+    decided.
+    """
+
+    activate: bool
+    reason: str = ""
+    expected: str | Unset | None = UNSET
+    undecided: bool = False
 
 
 class Delivery:
@@ -103,9 +132,7 @@ class Delivery:
         raise AssertionError("the last try returns or raises")
 
     async def _deliver(self, job: TrainingJob, record: JobRecord) -> Delivered:
-        report = job.report or {}
-        asked = job.activate == "always" or (job.activate == "if_better" and bool(report.get("better")))
-        asked = asked and not _regressed(job)
+        report, decision = job.report or {}, decide(job)
         await self._kept.restore(job)
         folder = self._folders.job(job.id) / ADAPTER
         if not all((folder / file).is_file() for file in ADAPTER_FILES):
@@ -123,16 +150,33 @@ class Delivery:
             raise DeliveryError(code, f"The adapter is not served: {version.error.message}")
         if version.state != "ready":
             raise DeliveryError("delivery_failed", "The adapter was not proved. Resume the job.")
-        problem = await self._activate(version, record) if asked else ""
+        problem = await self._activate(version, record, decision) if decision.activate else ""
         adapter = self._library.catalog.of(job.tenant).own(job.name)
         active = adapter is not None and adapter.active == version.digest
+        replaced = await self._replaced(job, version) if active else None
         return Delivered(
             version=version.digest,
             activated=active,
             result_file=result_file,
-            message=_message(job, version.digest, active=active, asked=asked, problem=problem),
-            as_asked=active or not asked,
+            message=_message(
+                job, version.digest, decision, active=active, replaced=replaced, problem=problem
+            ),
+            as_asked=active or not (decision.activate or decision.undecided),
+            replaced=replaced,
         )
+
+    async def active_version(self, job: TrainingJob) -> VersionRecord | None:
+        """Return the version that requests for the job's adapter get now."""
+        await self._library.catalog.look()
+        adapter = self._library.catalog.of(job.tenant).own(job.name)
+        return None if adapter is None else adapter.active_version
+
+    async def _replaced(self, job: TrainingJob, version: VersionRecord) -> str | None:
+        """Return the digest of the version that the job's took the place of, if there was one."""
+        if (job.report or {}).get("active") == version.digest:
+            return None  # what came out is the active version, bit for bit
+        history = await self._library.activation.history(version.tenant, version.name)
+        return next((entry.previous for entry in history if entry.version == version.digest), None)
 
     async def _proved(self, job: TrainingJob, files: VersionFiles) -> VersionRecord:
         """The version once its proof has ended. Raises DeliveryError when that takes too long."""
@@ -154,34 +198,92 @@ class Delivery:
             _log.info("version %s of %s: %s", added.digest[:12], added.name, error)
         return await self._library.version(added.tenant, added.name, added.digest)
 
-    async def _activate(self, version: VersionRecord, record: JobRecord) -> str:
+    async def _activate(self, version: VersionRecord, record: JobRecord, decision: Decision) -> str:
         """Activate the version, unless the job was stopped. Returns why that failed, or ""."""
         if (await record.current()).state != "running":
             return ""
-        failure = await self._library.activate_with_retries(version)
+        failure = await self._library.activate_with_retries(version, expected=decision.expected)
+        if isinstance(failure, StaleActivationError):
+            current, expected = failure.details["current"], decision.expected
+            now = f"{label(version.name, current)} is active" if current else "no version is active"
+            then = label(version.name, expected) if isinstance(expected, str) else "the base alone"
+            return f"it was compared with {then}, and now {now}. Activate it yourself if it is the better one"
         return failure.message if failure else ""
 
 
-def _regressed(job: TrainingJob) -> list[str]:
-    """The slices that got worse by more than the job allows."""
-    found: list[str] = ((job.report or {}).get("slices") or {}).get("regressed", [])
-    return found
-
-
-def _message(job: TrainingJob, digest: str, *, active: bool, asked: bool, problem: str) -> str:
-    model = label(job.name, digest)
-    if active:
-        return f"{model} is proved and active: requests for {job.name} get it."
-    if asked:
-        return f"{model} is proved, but could not be activated: {problem or 'another version was chosen'}."
+def decide(job: TrainingJob) -> Decision:
+    """Return whether a job's version is to be activated, by the job's rule and its report."""
+    report = job.report or {}
     if job.activate == "never":
-        return f"{model} is proved. The job asked not to activate it."
-    if regressed := _regressed(job):
+        return Decision(False, "the job asked not to")
+    gate = _gate(job, report)
+    if gate is not None and not gate.activate:
+        return gate
+    if job.activate == "always":
+        return gate or Decision(True)
+    compared: dict[str, bool | None] = dict(report.get("better_than") or {"base": report.get("better")})
+    expected: str | Unset | None = UNSET if gate is None else gate.expected
+    if job.activate == "if_better_than_base":
+        compared.pop(ACTIVE, None)
+    else:
+        expected = report.get("active") or None
+    names = {name: _subject(job, report, name) for name in compared}
+    if compared.get("base") is None:
+        return Decision(False, "nothing was held out to compare it on", undecided=True)
+    if lost := [name for name, better in compared.items() if better is False]:
+        return Decision(False, f"on held-out rows it is no better than {_listed(names[n] for n in lost)}")
+    if compared.get(ACTIVE, True) is None:
+        why = report.get("not_compared") or "it was not measured"
+        return Decision(False, f"it could not be compared with {names[ACTIVE]}: {why}", undecided=True)
+    alone = "; no version was active to compare it with" if expected is None else ""
+    better = _listed(name.removesuffix(_IS_ACTIVE) for name in names.values())
+    return Decision(True, f"on held-out rows it is better than {better}{alone}", expected)
+
+
+def _gate(job: TrainingJob, report: Mapping[str, Any]) -> Decision | None:
+    """Return what the limit for slices decides; None where there is none, or nothing that it is for."""
+    slices, limit = report.get("slices"), job.settings.get("max_regression", "auto")
+    if not slices or limit == "auto":
+        return None
+    if regressed := slices["regressed"]:
         named = ", ".join(regressed[:_SHOWN]) + (", ..." if len(regressed) > _SHOWN else "")
-        limit = job.settings.get("max_regression")
-        return f"{model} is proved. It is not activated: on {named} it is worse by more than {limit:g}."
-    better = (job.report or {}).get("better")
-    than = f" than {label(job.parent.name, job.parent.digest)} and the base" if job.parent else ""
-    worse = f"it is no better{than} on held-out data"
-    reason = "nothing was held out to compare it on" if better is None else worse
-    return f"{model} is proved. It is not activated: {reason}."
+        against = {one for slice in slices["slices"] for one in slice.get("regressed_against", ())}
+        than = _listed(_subject(job, report, name) for name in _SUBJECTS if name in against)
+        than = f" than {than}" if than else ""
+        return Decision(False, f"on {named} it is worse by more than {limit:g}{than}")
+    if why := report.get("not_compared"):
+        active = _subject(job, report, ACTIVE)
+        return Decision(
+            False, f"its slices could not be compared with those of {active}: {why}", undecided=True
+        )
+    return Decision(True, expected=report.get("active") or None)
+
+
+def _subject(job: TrainingJob, report: Mapping[str, Any], name: str) -> str:
+    """Return what a message calls something that the adapter was compared with."""
+    if name == ACTIVE:
+        return label(job.name, report["active"]) + _IS_ACTIVE
+    if name == "parent" and job.parent is not None:
+        return f"{label(job.parent.name, job.parent.digest)}, from which training went on"
+    return "the base"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(names)
+
+
+def _message(
+    job: TrainingJob, digest: str, decision: Decision, *, active: bool, replaced: str | None, problem: str
+) -> str:
+    model = label(job.name, digest)
+    if active and (job.report or {}).get("active") == digest:
+        return f"{model} is proved: that version is active already, and requests for {job.name} get it."
+    if active:
+        why = decision.reason if decision.activate else ""
+        parts = [f"{model} is proved and active: requests for {job.name} get it"]
+        parts += [why[:1].upper() + why[1:]] if why else []
+        parts += [f"It replaced {label(job.name, replaced)}"] if replaced else []
+        return ". ".join(parts) + "."
+    if decision.activate:
+        return f"{model} is proved, but could not be activated: {problem or 'another version was chosen'}."
+    return f"{model} is proved. It is not activated: {decision.reason}."

@@ -16,6 +16,9 @@ PROBLEMS_IN_ONE = 500
 _LONG = ("losses", "held_out", "recipe", "slices", "classes")
 """Parts of a report that the result file and the job have."""
 
+_SUBJECTS = {"active": "active version"}
+"""Subjects of figures in words, where their name alone is none."""
+
 
 def job_event(event: events.Event) -> JobEvent | None:
     """The event of the job that it makes; None when it only changes the progress."""
@@ -31,6 +34,11 @@ def job_event(event: events.Event) -> JobEvent | None:
             return _metrics(event, f"Step 0: held-out loss {event.loss:.4f} (what it goes on from)", {
                 "step": 0, "parent_loss": event.loss,
             })  # fmt: skip
+        if event.active:
+            return _metrics(event, f"{event.active}, which is active: held-out loss {event.loss:.4f}", {
+                "step": event.step, "active": event.active, "active_loss": event.loss,
+                "active_accuracy": event.accuracy,
+            })  # fmt: skip
         whose = "" if event.step else " (the base)"
         return _metrics(event, f"Step {event.step}: held-out loss {event.loss:.4f}{whose}", {
             "step": event.step, "valid_loss": event.loss, "full_valid_loss": event.loss, "best": event.best,
@@ -40,7 +48,9 @@ def job_event(event: events.Event) -> JobEvent | None:
         figures = ", ".join(f"{name} {value:.3f}" for name, value in event.metrics.items())
         given = "Labels" if "accuracy" in event.metrics else "Replies"
         return _metrics(
-            event, f"{given} of the {event.subject}: {figures}", msgspec.to_builtins(event) | {"type": None}
+            event,
+            f"{given} of the {_SUBJECTS.get(event.subject, event.subject)}: {figures}",
+            msgspec.to_builtins(event) | {"type": None},
         )
     if isinstance(event, events.Progress):
         return None

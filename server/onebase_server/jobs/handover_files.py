@@ -23,10 +23,12 @@ from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.state import RESUMABLE
 
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
+ACTIVE_FILES = ("active_config", "active_weights")
+"""Names in a job's folder of the files of the version that the job's adapter is compared with."""
 _BEST = "best-*"
 _TWIN_SECONDS = 30.0
 """A checkpoint's file stays so long: a job of the same rows and seed may be keeping the same."""
-_LEFT_OUT = ("training_file", "validation_file", "events.jsonl")
+_LEFT_OUT = ("training_file", "validation_file", "events.jsonl", *ACTIVE_FILES)
 """Of a job's folder: what the store has anyway, and what nothing goes on from."""
 
 _log = logging.getLogger(__name__)

@@ -209,7 +209,7 @@ def progress_of(event: events.Event) -> dict[str, Any]:
             "memory_bytes": event.memory_bytes,
         }
     if isinstance(event, events.Evaluated):
-        return {} if event.parent else {"eval_loss": event.loss}
+        return {} if event.parent or event.active else {"eval_loss": event.loss}
     if isinstance(event, events.Planned):
         return {"step": event.first_step, "steps": event.steps}
     if isinstance(event, events.Phase):

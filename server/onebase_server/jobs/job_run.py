@@ -10,12 +10,15 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import msgspec
+
 from onebase_adapters import registry
 from onebase_adapters.registry import (
     JobError,
     JobEvent,
     JobState,
     JobStateError,
+    ParentVersion,
     QuotaError,
     RegistryError,
     Tenants,
@@ -24,6 +27,7 @@ from onebase_adapters.registry import (
     TrainingRecords,
     UnknownJobError,
 )
+from onebase_adapters.registry.jobs import PARENT_FILES
 from onebase_adapters.store.store import BlobMissingError, StoreError, StoreFullError
 from onebase_adapters.training.events import Event, Reason, StepDone
 from onebase_engine.base.default_base import ResolvedBase
@@ -36,7 +40,7 @@ from onebase_server.jobs.delivery import BACKOFF, LOST, TRIES, Delivery, Deliver
 from onebase_server.jobs.event_view import problem_events
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
-from onebase_server.jobs.handover_files import KeptFiles
+from onebase_server.jobs.handover_files import ACTIVE_FILES, KeptFiles
 from onebase_server.jobs.job_record import JobNotifier, JobRecord
 from onebase_server.jobs.state import (
     CHECKED,
@@ -53,6 +57,7 @@ from onebase_server.jobs.state import (
 )
 from onebase_server.processes.trainer_client import Died, Outcome, TrainerClient
 from onebase_server.processes.trainer_protocol import (
+    Active,
     Check,
     Checked,
     Failed,
@@ -155,16 +160,43 @@ class TrainerPool:
     async def _parent(self, job: TrainingJob) -> ParentFiles | None:
         """The job's own from its check on: the version may be deleted while the job waits for its turn, as a
         checkpoint is at the end of its job. Raises FileGoneError, StoreError."""
-        parent, run, folder = job.parent, self.files.disk.run, self.folders.job(job.id)
-        if parent is None:
+        if job.parent is None:
             return None
-        name, hold = label(parent.name, parent.digest), self.files.store.hold
         try:
-            config = await run(hold, parent.config, folder / "parent_config", own=True)
-            weights = await run(hold, parent.weights, folder / "parent_weights", own=True)
+            return await self._version_files(job, job.parent, PARENT_FILES)
         except BlobMissingError as error:
+            name = label(job.parent.name, job.parent.digest)
             raise FileGoneError("model", f"{name} was deleted, from which training was to go on.") from error
-        return ParentFiles(label=name, digest=parent.digest, config=str(config), weights=str(weights))
+
+    async def active_version(self, job: TrainingJob) -> Active:
+        """Return the version that requests for the job's adapter get now, as a trainer takes it."""
+        version = await self.delivery.active_version(job)
+        if version is None:
+            return Active()
+        active = Active(label=label(version.name, version.digest), digest=version.digest)
+        for pause in BACKOFF.tries(TRIES):
+            try:
+                files = await self._version_files(job, ParentVersion.of(version), ACTIVE_FILES)
+                return msgspec.structs.replace(active, files=files)
+            except BlobMissingError:
+                return msgspec.structs.replace(active, problem="its files are gone")
+            except StoreError as error:
+                _log.warning("job %s waits for the files of %s: %s", job.id, active.label, error)
+                problem = f"its files cannot be read: {str(error).rstrip('.')}"
+            if pause is None:
+                break
+            await asyncio.sleep(pause)
+        return msgspec.structs.replace(active, problem=problem)
+
+    async def _version_files(
+        self, job: TrainingJob, version: ParentVersion, names: tuple[str, str]
+    ) -> ParentFiles:
+        """Bring a version's config and weights by these names to the job's folder. Raises StoreError."""
+        run, hold, folder = self.files.disk.run, self.files.store.hold, self.folders.job(job.id)
+        config = await run(hold, version.config, folder / names[0], own=True)
+        weights = await run(hold, version.weights, folder / names[1], own=True)
+        name = label(version.name, version.digest)
+        return ParentFiles(label=name, digest=version.digest, config=str(config), weights=str(weights))
 
     async def _file(
         self, job: TrainingJob, record: JobRecord, file_id: str, param: str
@@ -372,6 +404,7 @@ class Run:
             version=done.version,
             activated=done.activated,
             result_file=done.result_file,
+            report={**(job.report or {}), "replaced": done.replaced},
         )
 
     async def _process(self, message: Callable[[TrainJob], Check | Train], fds: dict[str, int]) -> Outcome:
@@ -381,7 +414,13 @@ class Run:
             if self._stop is not None:
                 return Stopped(self._stop[0])
             self._in_process = True
-            self._trainer = await TrainerClient.start(self._pool.command, message(job), fds, self._take)
+            self._trainer = await TrainerClient.start(
+                self._pool.command,
+                message(job),
+                fds,
+                self._take,
+                lambda: self._pool.active_version(self.job),
+            )
             if self._stop is not None:
                 self.stop(*self._stop)
             async with self._metered():

@@ -26,7 +26,7 @@ from onebase_adapters.training.data.dataset import DataError
 from onebase_adapters.training.estimate import measured_rate
 from onebase_adapters.training.events import Interrupted, Reason
 from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.parent import Parent
+from onebase_adapters.training.parent import ActiveVersion, Parent
 from onebase_adapters.training.recipe import RecipeError, parse_recipe
 from onebase_adapters.training.run import DoesNotFitError, Job, prepare, train
 from onebase_engine.base.attach import AttachError, attach
@@ -38,10 +38,12 @@ from onebase_server.processes.engine import base_settings
 from onebase_server.processes.time_share import BusyFlag, SharedGate
 from onebase_server.processes.trainer_protocol import (
     MAX_PROBLEMS,
+    Active,
     Check,
     Checked,
     EndAfter,
     Failed,
+    FindActive,
     ParentFiles,
     Problem,
     RunEvent,
@@ -105,6 +107,7 @@ class Work:
         self._limit = 0
         self._reason: Reason | None = None
         self._last_step: int | None = None
+        self._active: Active | None = None
 
     def do(self) -> int:
         message = self._channel.receive()
@@ -161,7 +164,14 @@ class Work:
             run_job = _run_job(job, config, device, self._limit)
             self._last_step = job.last_step
             gate = self._gate(message.share, device)
-            report = train(lambda: base, run_job, self._listen, gate, last_step=self._newest_last_step)
+            report = train(
+                lambda: base,
+                run_job,
+                self._listen,
+                gate,
+                last_step=self._newest_last_step,
+                find_active=self._find_active,
+            )
             return Trained(report.to_json())
 
     def _gate(self, share: float, device: torch.device) -> SharedGate:
@@ -172,15 +182,31 @@ class Work:
     def _stopping(self) -> Reason | None:
         """Why the run is to stop, once it is."""
         for message in self._channel.arrived():
-            if isinstance(message, Stop):
-                self._reason = message.reason
-            elif isinstance(message, EndAfter):
-                self._last_step = message.step
+            self._take(message)
         return self._reason
+
+    def _take(self, message: ToTrainer) -> None:
+        if isinstance(message, Stop):
+            self._reason = message.reason
+        elif isinstance(message, EndAfter):
+            self._last_step = message.step
+        elif isinstance(message, Active):
+            self._active = message
 
     def _newest_last_step(self) -> int | None:
         self._stopping()
         return self._last_step
+
+    def _find_active(self) -> ActiveVersion | None:
+        """Ask the api, which may have to read the version's files first. Raises Interrupted."""
+        self._channel.send(FindActive())
+        while (active := self._active) is None:
+            self._take(self._channel.receive())
+            if self._reason is not None:
+                raise Interrupted(self._reason)
+        if not active.digest:
+            return None
+        return ActiveVersion(active.label, active.digest, _parent(active.files), active.problem)
 
     def _listen(self, event: events.Event) -> None:
         self._channel.send(RunEvent(cast(events.AnyEvent, event)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from onebase_adapters.training.events import Event, Reason
@@ -11,10 +13,12 @@ from onebase_engine.engine.messages import encode
 from onebase_engine.environment import behind_serving
 from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.trainer_protocol import (
+    Active,
     Check,
     Checked,
     EndAfter,
     Failed,
+    FindActive,
     FromTrainer,
     RunEvent,
     Stop,
@@ -29,6 +33,10 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 """Threads of a trainer that wait for each other must not spin on cores that serving uses."""
 LAST_WORDS_SECONDS = 10.0
 """From a trainer's last message to its end."""
+UNKNOWN = "unknown"
+"""Stands for the active version's digest where that was not found: no version has it, none is replaced."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,17 @@ class Died:
 Outcome = Checked | Trained | Stopped | Failed | Died
 
 
+async def _none_active() -> Active:
+    """Return that no version is active: there is no registry."""
+    return Active()
+
+
 class TrainerClient:
     """One running trainer process. Made by `start`; `outcome` must be awaited, and ends it in any case."""
 
     def __init__(self, process: AskedProcess[FromTrainer]) -> None:
         self._process = process
+        self._answering: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
@@ -54,22 +68,28 @@ class TrainerClient:
         message: Check | Train,
         fds: Mapping[str, int],
         on_event: Callable[[Event], None],
+        find_active: Callable[[], Awaitable[Active]] = _none_active,
     ) -> TrainerClient:
         """`command` gets `--fd N` and an option for each of `fds` appended.
+
+        find_active: gives the version that is active when training has ended.
 
         Raises OSError; ValueError, OverflowError: the message cannot be sent.
         """
         frame = encode(message)
 
-        def take_event(message: FromTrainer) -> bool:
+        def take_news(message: FromTrainer) -> bool:
             if isinstance(message, RunEvent):
                 on_event(message.event)
-            return isinstance(message, RunEvent)
+            elif isinstance(message, FindActive):
+                client._answering = asyncio.get_running_loop().create_task(client._answer(find_active))
+            return isinstance(message, RunEvent | FindActive)
 
         environment = ENVIRONMENT | behind_serving()
-        process = await AskedProcess.spawn(command, from_trainer_decoder(), take_event, fds, environment)
+        process = await AskedProcess.spawn(command, from_trainer_decoder(), take_news, fds, environment)
+        client = cls(process)
         process.ask(frame)
-        return cls(process)
+        return client
 
     @property
     def pid(self) -> int | None:
@@ -83,6 +103,16 @@ class TrainerClient:
         """Ask it to finish after this step, or the one that it computes."""
         self._process.tell(EndAfter(step))
 
+    async def _answer(self, find_active: Callable[[], Awaitable[Active]]) -> None:
+        """Tell the trainer which version is active. It waits for that, whatever fails here."""
+        try:
+            active = await find_active()
+        except Exception as error:
+            logger.exception("the active version was not found")
+            problem = f"the server failed to find it ({type(error).__name__}: {error})"
+            active = Active(label="The active version", digest=UNKNOWN, problem=problem)
+        self._process.tell(active)
+
     def kill(self) -> None:
         self._process.kill()
 
@@ -95,6 +125,9 @@ class TrainerClient:
             self.kill()
             await self._process.end(LAST_WORDS_SECONDS)
             raise
-        if answer is None or isinstance(answer, RunEvent):
+        finally:
+            if self._answering is not None:
+                self._answering.cancel()
+        if answer is None or isinstance(answer, RunEvent | FindActive):
             return Died(how)
         return answer

@@ -1,8 +1,9 @@
 """What the api and a trainer say to each other, in the frames of `engine.messages`.
 
 `Check` → `RunEvent`… → `Checked`, `Stopped` or `Failed`;
-`Train` → `RunEvent`… → `Trained`, `Stopped` or `Failed`.
-One process does one of them and ends; `Stop` may come at any time, and `EndAfter` while it trains.
+`Train` → `RunEvent`…, `FindActive`, `RunEvent`… → `Trained`, `Stopped` or `Failed`.
+One process does one of them and ends; `Stop` may come at any time, `EndAfter` while it trains, and `Active`
+answers `FindActive`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MAX_PROBLEMS = 10_000
 
 
 class ParentFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """The adapter that a job goes on from: as `training.parent.Parent`."""
+    """A version's files on this machine: as `training.parent.Parent`."""
 
     label: str
     digest: str
@@ -85,7 +86,19 @@ class EndAfter(msgspec.Struct, frozen=True, tag=True):
     step: int
 
 
-ToTrainer = Check | Train | Stop | EndAfter
+class Active(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The version that requests for the job's adapter get now; `digest` is "" where there is none.
+
+    files: None if they cannot be read, for the reason `problem`.
+    """
+
+    label: str = ""
+    digest: str = ""
+    files: ParentFiles | None = None
+    problem: str = ""
+
+
+ToTrainer = Check | Train | Stop | EndAfter | Active
 
 
 # ---- trainer -> api --------------------------------------------------------------------------
@@ -93,6 +106,10 @@ ToTrainer = Check | Train | Stop | EndAfter
 
 class RunEvent(msgspec.Struct, frozen=True, tag=True):
     event: AnyEvent
+
+
+class FindActive(msgspec.Struct, frozen=True, tag=True):
+    """Training has ended. Tell which version is active: the adapter is compared with it."""
 
 
 class Checked(msgspec.Struct, frozen=True, tag=True):
@@ -131,7 +148,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     problem_count: int = 0
 
 
-FromTrainer = RunEvent | Checked | Trained | Stopped | Failed
+FromTrainer = RunEvent | FindActive | Checked | Trained | Stopped | Failed
 
 
 def to_trainer_decoder() -> msgspec.msgpack.Decoder[ToTrainer]:

@@ -254,6 +254,7 @@ def parse_job(value: Json) -> TrainingJobInfo:
         parent=parent_of(value),
         hold=value.get("hold", False),
         stopped=None if value.get("stopped") is None else flat(TrainingStop, value["stopped"]),
+        replaced=value.get("replaced"),
     )
 
 
@@ -263,6 +264,11 @@ def _report(value: Json) -> TrainingReport:
         value,
         loss_parent=value.get("loss_parent"),
         metrics_parent=dict(value.get("metrics_parent") or {}),
+        better_than=dict(value.get("better_than") or {}),
+        active=value.get("active") or None,
+        loss_active=value.get("loss_active"),
+        metrics_active=dict(value.get("metrics_active") or {}),
+        not_compared=value.get("not_compared") or None,
         slices=None if value.get("slices") is None else _slices(value["slices"]),
         classes=None if value.get("classes") is None else _classes(value["classes"]),
     )
@@ -291,9 +297,20 @@ def _slices(value: Json) -> SliceReport:
     return flat(
         SliceReport,
         value,
-        slices=tuple(flat(SliceResult, one) for one in value["slices"]),
+        slices=tuple(_slice(one) for one in value["slices"]),
         regressed=tuple(value["regressed"]),
-        changed=tuple(flat(ChangedRow, one) for one in value["changed"]),
+        changed=tuple(flat(ChangedRow, one, against=one.get("against", "")) for one in value["changed"]),
+    )
+
+
+def _slice(value: Json) -> SliceResult:
+    return flat(
+        SliceResult,
+        value,
+        active=value.get("active"),
+        loss_active=value.get("loss_active"),
+        metrics_active=dict(value.get("metrics_active") or {}),
+        regressed_against=tuple(value.get("regressed_against") or ()),
     )
 
 

@@ -136,8 +136,9 @@ class Training:
             name: The adapter's. The result is one more version of it. By default the server makes up a name.
             validation_file: Rows to measure on, given in the same way. By default some training rows are
                 held out.
-            activate: Activate the version once it is proven: `always`, `if_better` than the base (and than
-                what it goes on from) on held-out rows, or `never`.
+            activate: Activate the version once it is proven: `always`; `if_better` than the base, than what
+                it goes on from, and than the version that is active by then, on held-out rows;
+                `if_better_than_base`, whatever is active; or `never`.
             method: `supervised`, from replies; `dpo`, from chosen and rejected ones; or `classification`,
                 from texts and their labels.
             seed: Of everything random.

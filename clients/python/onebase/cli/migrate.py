@@ -104,9 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--activate",
-        choices=("always", "if_better", "never"),
+        choices=("always", "if_better", "if_better_than_base", "never"),
         default="if_better",
-        help="activate the adapter once it is proven (default: if it is better on held-out rows)",
+        help="activate the adapter once it is proven (default: if it is better, on held-out rows, than the "
+        "base and than the version that is active then)",
     )
     made.add_argument("--yes", action="store_true", help="do not ask before training")
     return made

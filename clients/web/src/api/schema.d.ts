@@ -1934,7 +1934,7 @@ export interface components {
              * Activate
              * @description if_better by default
              */
-            activate?: ("always" | "if_better" | "never") | null;
+            activate?: ("always" | "if_better" | "if_better_than_base" | "never") | null;
             /**
              * Hold
              * @description pause once the files are checked and the estimate is there, until resumed
@@ -4101,11 +4101,13 @@ export interface components {
              * Activate
              * @enum {string}
              */
-            activate: "always" | "if_better" | "never";
+            activate: "always" | "if_better" | "if_better_than_base" | "never";
             /** Activated */
             activated: boolean | null;
             /** Version */
             version: string | null;
+            /** Replaced */
+            replaced: string | null;
             /** Progress */
             progress: {
                 [key: string]: unknown;

@@ -5,6 +5,7 @@ import { upload } from '../api/upload'
 import { Curve } from './curves'
 import { models } from './models.svelte'
 import { server } from './server.svelte'
+import { many } from './units'
 
 export type { Job } from '../api/follow'
 export type TrainingFile = Omit<Schemas['FileAnswer'], 'status_details' | 'expires_at'>
@@ -53,7 +54,9 @@ export interface Slice {
   slice: string
   rows: number
   before: number | null
+  active: number | null
   after: number | null
+  worse_by: number
   regressed: boolean
 }
 
@@ -67,9 +70,42 @@ export interface Report {
   loss_parent: number | null
   metrics_before: Record<string, number> | null
   metrics_after: Record<string, number> | null
-  better: boolean
+  metrics_parent: Record<string, number> | null
+  better_than: Partial<Record<'base' | 'parent' | 'active', boolean | null>> | null
+  /** The digest of the version that was active when training ended; empty if there was none. */
+  active: string | null
+  loss_active: number | null
+  metrics_active: Record<string, number> | null
+  not_compared: string | null
   peak_memory_bytes: number
-  slices: { by: string; against: string; slices: Slice[]; slice_count: number; regressed: string[]; changed: { line: number; slice: string; metric: string; reference: string; before: string; after: string }[]; changed_count: number } | null
+  slices: { by: string; against: string; slices: Slice[]; slice_count: number; regressed: string[]; changed: { line: number; slice: string; metric: string; against: string; reference: string; before: string; after: string }[]; changed_count: number } | null
+}
+
+const SHORT_DIGEST = 12
+
+/** A version as messages call it. */
+export const label = (name: string, digest: string): string => `${name}@${digest.slice(0, SHORT_DIGEST)}`
+
+/** Which versions the adapter was compared with on held-out rows, and what came of it, in sentences. */
+export function compared(job: Job, report: Report): string {
+  const better = report.better_than ?? {}
+  const active = report.active ? `${label(job.name, report.active)}, which was active when training ended` : ''
+  const parent = job.parent ? `${label(job.parent.name, job.parent.version)}, which it went on from` : 'what it went on from'
+  const names = { base: 'the base', parent, active }
+  const of = (wanted: boolean) => (['base', 'parent', 'active'] as const).filter((one) => better[one] === wanted).map((one) => names[one]).join(' and ')
+  const said: string[] = []
+  if (typeof better.base !== 'boolean') said.push('Nothing was held out to measure it on.')
+  else {
+    if (of(false)) said.push(`On held-out rows it is no better than ${of(false)}.`)
+    if (of(true)) said.push(`On held-out rows it is better than ${of(true)}.`)
+    if (active && typeof better.active !== 'boolean') said.push(`It could not be compared with ${active}: ${report.not_compared ?? ''}.`)
+    if (!active) said.push('No version was active to compare it with.')
+  }
+  const regressed = report.slices?.regressed.length ?? 0
+  if (regressed) said.push(`It is worse on ${many(regressed, 'slice')}, for which it is not activated.`)
+  if (job.activated) said.push(job.replaced ? `Requests for its name get it, in place of ${label(job.name, job.replaced)}.` : 'Requests for its name get it.')
+  else if (job.version) said.push('It is not active.')
+  return said.join(' ')
 }
 
 /** One job, followed from its first event on. */
@@ -177,7 +213,7 @@ export class Run {
     if (typeof told.train_loss === 'number') this.train.add(step, told.train_loss)
     if (typeof told.learning_rate === 'number') this.rate.add(step, told.learning_rate)
     if (typeof told.valid_loss === 'number') this.heldOut.add(step, told.valid_loss)
-    if (event.type === 'metrics' && told.valid_loss === undefined && told.parent_loss === undefined && told.subject === undefined) return
+    if (event.type === 'metrics' && told.valid_loss === undefined && told.parent_loss === undefined && told.active_loss === undefined && told.subject === undefined) return
     this.#new.push(event)
   }
 

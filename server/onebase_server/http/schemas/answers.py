@@ -875,6 +875,8 @@ class JobAnswer(TypedDict):
     activated: bool | None
     """Whether requests for `name` get its version now."""
     version: str | None
+    replaced: str | None
+    """The digest of the version that was active until this one was activated."""
     progress: Mapping[str, Any] | None
     estimate: Json | None
     report: Json | None

@@ -25,8 +25,9 @@ _DIGITS = 16
 _MULTIPLIER = "learning_rate_multiplier"
 _OPENAI = ("batch_size", _MULTIPLIER)
 _SHORT = ("name", "steps", "best_step", "tokens", "seconds", "parameters", "adapter_bytes", "loss_before",
-          "loss_after", "metrics_before", "metrics_after", "better", "peak_memory_bytes", "loss_parent",
-          "metrics_parent")  # fmt: skip
+          "loss_after", "metrics_before", "metrics_after", "better", "better_than", "peak_memory_bytes",
+          "loss_parent", "metrics_parent", "active", "loss_active", "metrics_active",
+          "not_compared")  # fmt: skip
 
 
 def file_view(file: TrainingFile) -> FileAnswer:
@@ -81,6 +82,7 @@ def job_view(job: TrainingJob, base_name: str, names: Names, *, in_list: bool = 
         "activate": job.activate,
         "activated": None if job.activated is None else is_active(job, names),
         "version": job.version,
+        "replaced": (report or {}).get("replaced"),
         "progress": job.progress,
         "estimate": (job.plan or {}).get("estimate"),
         "report": None if not report else _report(report, slices=not in_list),

@@ -74,9 +74,10 @@ def _parser(action: str) -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--activate",
-        choices=("always", "if_better", "never"),
+        choices=("always", "if_better", "if_better_than_base", "never"),
         default="if_better",
-        help="activate the version once it is proven (default: if it is better on held-out rows)",
+        help="activate the version once it is proven (default: if it is better, on held-out rows, than the "
+        "base and than the version that is active then)",
     )
     made.add_argument(
         "--method",
@@ -89,7 +90,8 @@ def _parser(action: str) -> argparse.ArgumentParser:
         "--max-regression",
         type=float,
         metavar="X",
-        help="do not activate it if a slice of the held-out rows gets worse by more (default: no limit)",
+        help="do not activate it if a slice of the held-out rows gets worse by more, than with the base or "
+        "with the active version (default: no limit)",
     )
     made.add_argument(
         "--slice-by", metavar="FIELD", help="the field of the rows that names their slice (default: slice)"

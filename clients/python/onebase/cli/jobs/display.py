@@ -150,6 +150,8 @@ def _measured(data: Any) -> Iterator[tuple[str, str]]:
         yield f"{_who(data)}: held-out loss {data['valid_loss']:.4f}{best}", "green" if best else ""
     elif data.get("parent_loss") is not None:
         yield f"what it goes on from: held-out loss {data['parent_loss']:.4f}", ""
+    elif data.get("active_loss") is not None:
+        yield f"{data.get('active')}, which is active: held-out loss {data['active_loss']:.4f}", ""
     elif isinstance(data.get("metrics"), dict):
         shown = "  ".join(f"{name} {value:.1%}" for name, value in data["metrics"].items())
         yield f"{data.get('subject')}, {data.get('rows')} held-out rows: {shown}", ""

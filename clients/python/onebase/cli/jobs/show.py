@@ -48,6 +48,8 @@ _LEAST: Final = 4
 _WHOLE: Final = 24
 _SHORT: Final = 8
 
+_SHORT_DIGEST: Final = 12
+
 _CHART: Final = 48
 """Characters of a chart."""
 _MOST_TARGETS: Final = 8
@@ -62,6 +64,8 @@ _ODD: Final = {
 }
 _WIDEST_MATRIX: Final = 10
 _MOST_CONFUSED: Final = 10
+_OPTIONAL: Final = ("parent", "active")
+"""Columns of the table of results that are left out where nothing was measured for them."""
 _BASE_BY: Final = {
     "decide": "the label whose name it finds likeliest (/v1/decide)",
     "most_frequent": "always the label that most rows to train on have",
@@ -356,9 +360,26 @@ def print_job(out: Console, job: TrainingJobInfo, curve: Sequence[CurvePoint]) -
     _print_curve(out, curve)
     if job.report is not None:
         _print_report(out, job.report)
+        out.print(line(_compared(job.name, job.report)), soft_wrap=True)
     if job.fine_tuned_model is not None:
         state = f"active: requests for {job.name} get it" if job.activated else "not active"
-        out.print(line(f"{job.fine_tuned_model}  ") + line(state, "green" if job.activated else ""))
+        replaced = f"; it replaced {_label(job.name, job.replaced)}" if job.replaced else ""
+        shown = line(f"{job.fine_tuned_model}  ") + line(state + replaced, "green" if job.activated else "")
+        out.print(shown, soft_wrap=True)
+
+
+def _compared(name: str, report: TrainingReport) -> str:
+    """Return a sentence that says which version the adapter was compared with."""
+    if report.active is None:
+        return f"No version of {name} was active when training ended, to compare it with."
+    active = f"{_label(name, report.active)}, which was active when training ended"
+    if report.not_compared is not None:
+        return f"Not compared with {active}: {report.not_compared}."
+    return f"Compared with {active}."
+
+
+def _label(name: str, digest: str) -> str:
+    return f"{name}@{digest[:_SHORT_DIGEST]}"
 
 
 def _stopped(stop: TrainingStop) -> str:
@@ -399,11 +420,12 @@ def _print_curve(out: Console, curve: Sequence[CurvePoint]) -> None:
 
 @dataclass(frozen=True)
 class _Measure:
-    """One line of the table of base against adapter."""
+    """One line of the table of those that the adapter is compared with, and the adapter."""
 
     name: str
     base: str
     parent: str
+    active: str
     adapter: str
     better: bool | None
 
@@ -413,7 +435,9 @@ def _print_report(out: Console, report: TrainingReport) -> None:
     if measures:
         out.print()
         columns = [
-            one for one in _MEASURE_COLUMNS if one.title != "parent" or any(m.parent for m in measures)
+            one
+            for one in _MEASURE_COLUMNS
+            if one.title not in _OPTIONAL or any(getattr(measure, one.title) for measure in measures)
         ]
         out.print(table(columns, measures, out.width))
         out.print()
@@ -475,10 +499,12 @@ def _print_slices(out: Console, found: SliceReport) -> None:
     def style(one: SliceResult) -> str:
         return "red" if one.regressed else "yellow" if one.worse_by > 0 else ""
 
+    active = Column[SliceResult]("active", lambda one: shown(one.active), right=True)
     columns: tuple[Column[SliceResult], ...] = (
         Column(f"{name} by slice", lambda one: one.slice, shrink=True),
         Column("rows", lambda one: str(one.measured), right=True),
         Column(found.against, lambda one: shown(one.before), right=True),
+        *([active] if any(one.active is not None for one in found.slices) else []),
         Column("adapter", lambda one: shown(one.after), right=True, style=style),
         Column("", _verdict),
     )
@@ -506,18 +532,30 @@ def _verdict(one: SliceResult) -> str:
 
 def _measures(report: TrainingReport) -> list[_Measure]:
     rows = []
-    before, after, parent = report.loss_before, report.loss_after, report.loss_parent
-    if before is not None or after is not None:
-        best = None if before is None else min(before, before if parent is None else parent)
+    others, after = (report.loss_before, report.loss_parent, report.loss_active), report.loss_after
+    if report.loss_before is not None or after is not None:
+        best = min((one for one in others if one is not None), default=None)
         better = None if best is None or after is None or best == after else after < best
-        rows.append(_Measure("held-out loss", loss(before), loss(parent), loss(after), better))
+        rows.append(_measure("held-out loss", loss, others, after, better))
+    subjects = (report.metrics_before, report.metrics_parent, report.metrics_active)
     for name in {**report.metrics_before, **report.metrics_after}:
-        one, two = report.metrics_before.get(name), report.metrics_after.get(name)
-        own = report.metrics_parent.get(name)
-        best = None if one is None else max(one, one if own is None else own)
-        better = None if best is None or two is None or best == two else two > best
-        rows.append(_Measure(name, _share(one), _share(own), _share(two), better))
+        shares, share = [one.get(name) for one in subjects], report.metrics_after.get(name)
+        best = max((one for one in shares if one is not None), default=None)
+        better = None if best is None or share is None or best == share else share > best
+        rows.append(_measure(name, _share, shares, share, better))
     return rows
+
+
+def _measure(
+    name: str,
+    shown: Callable[[float | None], str],
+    others: Sequence[float | None],
+    after: float | None,
+    better: bool | None,
+) -> _Measure:
+    """others: of the base, the parent and the active version."""
+    base, parent, active = map(shown, others)
+    return _Measure(name, base, parent, active, shown(after), better)
 
 
 def _share(value: float | None) -> str:
@@ -528,6 +566,7 @@ _MEASURE_COLUMNS: tuple[Column[_Measure], ...] = (
     Column("", lambda row: row.name),
     Column("base", lambda row: row.base, right=True),
     Column("parent", lambda row: row.parent, right=True),
+    Column("active", lambda row: row.active, right=True),
     Column(
         "adapter",
         lambda row: row.adapter,
