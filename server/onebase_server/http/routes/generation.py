@@ -92,7 +92,9 @@ async def generate_many(
     ticket.give_back()  # each of them counts by itself
     told = told_of(request)
     lines = b"" if told is None else told.lines
-    transcripts, order = await services.reading.run(read_transcript, lines) if lines else ({}, [])
+    transcripts, order = (
+        await services.reading.run_for(caller.tenant, read_transcript, lines) if lines else ({}, [])
+    )
     if any(number >= len(body.bodies) for number in order):
         raise refused("is of another request")
     sources = []
@@ -242,7 +244,7 @@ async def answer_job(
     told = told_of(request) if stream else None
     transcript = None
     if told is not None and told.lines:
-        transcript = (await services.reading.run(read_transcript, told.lines))[0].get(0)
+        transcript = (await services.reading.run_for(job.tenant, read_transcript, told.lines))[0].get(0)
         if transcript is None:
             raise refused("is of another request")
         job = await services.planner.resumed(job, transcript, told.seconds)
@@ -277,7 +279,7 @@ async def begin(
     services.refuse_if_draining()
     begun = None
     if transcript is not None:
-        begun = await services.reading.run(begun_of, job, transcript, services.tokenizer)
+        begun = await services.reading.run_for(job.tenant, begun_of, job, transcript, services.tokenizer)
     ticket.admit(job.tokens_set_aside, job.choices)
     base = services.catalog.base_name
     spans = services.tracing.of_request(job, request.scope, base, stream=stream)

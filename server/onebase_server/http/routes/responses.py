@@ -51,7 +51,7 @@ async def respond(
     if before is None or len(before.input) + len(before.response) <= LONG_BODY:
         items, messages = await off_loop(request, _conversation, body, before)
     else:
-        items, messages = await services.reading.run(_conversation, body, before)
+        items, messages = await services.reading.run_for(caller.tenant, _conversation, body, before)
     job = await services.planner.response(body, messages, caller)
 
     def keep(response: dict[str, Any]) -> None:
