@@ -1,4 +1,4 @@
-"""Waiting: for a disk, a database or the Hub off the event loop, and between two tries of anything."""
+"""Work off the event loop, pauses between two tries of anything, and tasks that must go on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import contextvars
 import itertools
+import logging
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,24 @@ class Backoff:
     def tries(self, most: int) -> Iterator[float | None]:
         """For each of `most` tries the pause that follows its failure; None for the last."""
         return itertools.chain(itertools.islice(self.pauses(), most - 1), (None,))
+
+
+AGAIN = Backoff(1.0, 60.0)
+"""Before work that must go on begins again."""
+
+
+async def keep_running(name: str, work: Callable[[], Awaitable[None]], backoff: Backoff = AGAIN) -> None:
+    """Do work that must go on until this is cancelled: where it fails, log that, and begin it again."""
+    failures = 0
+    while True:
+        began = time.monotonic()
+        try:
+            return await work()
+        except Exception:
+            failures = 1 if time.monotonic() - began > backoff.longest else failures + 1
+            pause = backoff.pause(failures)
+            _log.exception("%s failed; it begins again in %g s", name, pause)
+        await asyncio.sleep(pause)
 
 
 class TurnBudget:

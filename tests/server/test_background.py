@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 
 import pytest
 
-from onebase_server.background import Backoff, Threads, TurnBudget
+from onebase_server.background import Backoff, Threads, TurnBudget, keep_running
 
 
 def test_a_thread_that_cannot_be_started_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,3 +127,19 @@ def test_a_turn_of_the_event_loop_has_one_budget_and_the_next_turn_a_new_one() -
         assert [budget.take(size) for size in (11, 10, 1)] == [False, True, False]
 
     asyncio.run(run())
+
+
+def test_work_that_must_go_on_is_begun_again_where_it_fails(caplog: pytest.LogCaptureFixture) -> None:
+    begun: list[int] = []
+
+    async def work() -> None:
+        begun.append(len(begun))
+        if len(begun) < 4:
+            raise KeyError("surprise")
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(asyncio.wait_for(keep_running("following it", work, Backoff(0.001, 0.002)), 30))
+
+    assert begun == [0, 1, 2, 3]
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == ["following it failed"] * 3
+    assert all(record.exc_info for record in caplog.records)

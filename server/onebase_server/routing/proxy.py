@@ -27,6 +27,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onebase._core.metrics import parse_metrics
+from onebase_server.background import keep_running
 from onebase_server.errors import (
     InvalidRequestError,
     OneBaseError,
@@ -960,7 +961,7 @@ async def serve(
         loop.add_signal_handler(number, stop)
     route.read_list()
     await asyncio.gather(*map(route.look, route.replicas.values()))
-    following = loop.create_task(route.follow())
+    following = loop.create_task(keep_running("following the servers", route.follow))
     try:
         on_ready()
         await server.serve(sockets=[listener])
