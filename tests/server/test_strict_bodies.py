@@ -22,6 +22,7 @@ from onebase_server.generation.generation import Generation
 from onebase_server.generation.planner import Limits, Planner
 from onebase_server.generation.tool_format import ToolFormat
 from onebase_server.http.deps import CALLER, LONG_BODY, StrictRoute, off_loop
+from onebase_server.http.routes import generation as generation_routes
 from onebase_server.http.schemas.anthropic import MessagesRequest
 from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
@@ -420,3 +421,34 @@ def test_long_tools_are_laid_out_and_made_a_grammar_of_off_the_event_loop(
 
 async def _planned(body: GenerateRequest) -> Any:
     return await planner_of(ToolTokenizer(), 1_000_000).generate(body, LOCAL)
+
+
+@pytest.mark.parametrize(("tokens", "thread"), [(10, "MainThread"), (500, "read")])
+def test_an_answer_with_many_log_probabilities_is_written_off_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, thread: str
+) -> None:
+    where: list[str] = []
+
+    def answer(generation: Any, choices: Any) -> dict[str, int]:
+        where.append(threading.current_thread().name)
+        return {"choices": len(choices)}
+
+    async def play() -> bytes:
+        async def collect() -> list[Any]:
+            return [SimpleNamespace(tokens=[None] * tokens)]
+
+        async def begin(*arguments: Any, **options: Any) -> Any:
+            return SimpleNamespace(collect=collect, cancel=lambda: None)
+
+        monkeypatch.setattr(generation_routes, "begin", begin)
+        sampling = SimpleNamespace(logprobs=20, prompt_logprobs=None)
+        job: Any = SimpleNamespace(tenant="acme", sampling=sampling, prompts=())
+        services: Any = SimpleNamespace(reading=Threads("read", 1))
+        view: Any = SimpleNamespace(answer=answer)
+        receive = asyncio.Event().wait
+        request: Any = SimpleNamespace(receive=receive, scope={})
+        answered = await generation_routes.answer_job(request, services, None, job, view, False)  # type: ignore[arg-type]
+        return bytes(answered.body)
+
+    assert asyncio.run(play()) == b'{"choices":1}'
+    assert where == [thread]

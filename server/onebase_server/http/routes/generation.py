@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from onebase_server.access import Caller
 from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, status_of
 from onebase_server.generation.generation import Generation, Job, begun_of
-from onebase_server.generation.stream import Moments, Usage
+from onebase_server.generation.stream import Moments, Piece, Usage
 from onebase_server.generation.transcript import Transcript, line, refused
 from onebase_server.generation.transcript import read as read_transcript
 from onebase_server.http.authorization import NOT_ITS_FAULT, needs
@@ -65,6 +65,8 @@ from onebase_server.traces import RequestSpans
 from onebase_server.usage import UsageMeter
 
 router = APIRouter(route_class=StrictRoute)
+INLINE_SCORES = 2_000
+"""Log-probabilities of a whole answer that are written on the event loop (about 5 ms); more, in a thread."""
 
 
 @router.post("/generate", tags=["generate"], responses=streamed_answer(GeneratedAnswer, GenerateEvent))
@@ -259,7 +261,23 @@ async def answer_job(
         return EventStream(generation, events, job.timeout_s or 0.0, tells=told is not None)
     with cancelled_when_gone(request.receive, generation):
         choices = await generation.collect()
-    return json_response(view.answer(generation, choices))
+
+    def whole() -> Response:
+        return json_response(view.answer(generation, choices))
+
+    if _scores(job, choices) <= INLINE_SCORES:
+        return whole()
+    return await services.reading.run_for(job.tenant, whole)
+
+
+def _scores(job: Job, choices: Sequence[Piece]) -> int:
+    """Return the number of tokens whose log-probabilities a whole answer has, alternatives included."""
+    sampling, answered = job.sampling, sum(len(piece.tokens) for piece in choices)
+    told = 0 if sampling.logprobs is None else answered * (1 + sampling.logprobs)
+    if sampling.prompt_logprobs is None:
+        return told
+    prompts = sum(len(prompt.tokens) for prompt in job.prompts)
+    return told + prompts * (1 + sampling.prompt_logprobs)
 
 
 async def begin(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -53,12 +54,13 @@ async def respond(
     else:
         items, messages = await services.reading.run_for(caller.tenant, _conversation, body, before)
     job = await services.planner.response(body, messages, caller)
+    loop = asyncio.get_running_loop()  # a long answer is written in a thread
 
     def keep(response: dict[str, Any]) -> None:
         if body.store is not False and not caller.background:
             asked = msgspec.json.encode(kept_items(items))
             made = KeptResponse(msgspec.json.encode(response), asked)
-            responses.keep(caller.tenant, response["id"], made)
+            loop.call_soon_threadsafe(responses.keep, caller.tenant, response["id"], made)
 
     view = ResponseView(services.tokenizer, body, keep)
     return await answer_job(request, services, ticket, job, view, body.stream)
