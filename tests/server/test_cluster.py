@@ -128,6 +128,7 @@ def manage(cluster: Server, *arguments: str) -> str:
 @pytest.mark.full
 def test_the_address_answers_as_a_server_does(http: httpx2.Client, cluster: Server) -> None:
     urls = addresses(cluster)
+    assert len(urls) == 2
     for url in urls:
         assert os.getpriority(os.PRIO_PROCESS, listening(cluster, url)) == os.getpriority(os.PRIO_PROCESS, 0)
     for url in urls:  # what one was told, all know, within the second in which they look at SQLite
@@ -259,6 +260,7 @@ def test_secrets_are_in_no_command_and_in_no_state(cluster: Server) -> None:
     assert (cluster.data_dir / "cluster.json").stat().st_mode & 0o77 == 0
     assert token.parent.stat().st_mode & 0o77 == 0
     server = listening(cluster, addresses(cluster)[0])
+    assert children(server)
     for pid in (server, *children(server), parent(server)):
         assert token.read_text() not in Path(f"/proc/{pid}/cmdline").read_text()
     assert "RAY_AUTH" not in Path(f"/proc/{server}/environ").read_text()
@@ -273,6 +275,7 @@ def test_a_drain_lets_a_running_stream_end_and_leaves_nothing_behind(
     http: httpx2.Client, cluster: Server
 ) -> None:
     pids = [listening(cluster, url) for url in (*addresses(cluster), cluster.url)]
+    assert len(pids) >= 2
     body = {"prompt": "a b", "max_tokens": 300, "stream": True}
     with http.stream("POST", "/generate", json=body) as answer:
         lines = answer.iter_lines()
