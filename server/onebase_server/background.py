@@ -168,16 +168,20 @@ class Threads:
                 return
             tenant = min(able, key=self._running.__getitem__)
             waiting = self._waiting.pop(tenant)
-            waiting.popleft().set_result(None)
+            turn = waiting.popleft()
             if waiting:
                 self._waiting[tenant] = waiting
-            self._free -= 1
-            self._running[tenant] += 1
+            if not turn.done():  # else it was given up
+                turn.set_result(None)
+                self._free -= 1
+                self._running[tenant] += 1
 
     def _drop(self, tenant: str, turn: asyncio.Future[None]) -> None:
-        self._waiting[tenant].remove(turn)
-        if not self._waiting[tenant]:
-            del self._waiting[tenant]
+        waiting = self._waiting.get(tenant)
+        if waiting is not None and turn in waiting:
+            waiting.remove(turn)
+            if not waiting:
+                del self._waiting[tenant]
 
 
 class RegistryThreads(Threads):

@@ -118,6 +118,27 @@ def test_a_call_that_is_given_up_in_the_moment_of_its_turn_gives_it_on() -> None
     asyncio.run(run())
 
 
+def test_a_call_that_is_given_up_just_before_a_thread_is_free_takes_no_turn() -> None:
+    async def run() -> None:
+        calls = Calls(Threads("given-up", 1))
+        first = calls.start("one")
+        await calls.until(1)
+        second, third = calls.start("two"), calls.start("three")
+        await asyncio.sleep(0)
+        calls.may.set()
+        for thread in threading.enumerate():
+            if thread.name == "given-up":
+                thread.join()
+        second.cancel()  # the loop hears that the thread is free before this task hears of its end
+        async with asyncio.timeout(30):
+            await asyncio.gather(first, third)
+            await asyncio.wait([second])
+            await calls.start("four")
+        assert calls.begun == ["one", "three", "four"]
+
+    asyncio.run(run())
+
+
 def test_a_turn_of_the_event_loop_has_one_budget_and_the_next_turn_a_new_one() -> None:
     async def run() -> None:
         budget = TurnBudget(10)
