@@ -54,6 +54,8 @@ class Faults:
     """Bytes of a piece."""
     hang: bool = False
     """Nothing is answered at all until the server closes."""
+    held: frozenset[str] = frozenset()
+    """Repositories about which nothing is answered until the server closes."""
     no_commit_header: bool = False
     commit: str | None = None
     """What the Hub calls every commit, in a header and in JSON."""
@@ -190,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         hub = self.standin
         hub.log.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
-        if hub.faults.hang:
+        if hub.faults.hang or any(f"/{repo}/" in f"{self.path}/" for repo in hub.faults.held):
             hub.closing.wait()
             self.close_connection = True
             return

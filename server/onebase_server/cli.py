@@ -261,10 +261,12 @@ def keys_parser() -> argparse.ArgumentParser:
     create.add_argument("--tenant", default=DEFAULT_TENANT, help="whose key it is (default: default)")
     create.add_argument(
         "--scope",
+        action="extend",
         type=_scopes,
         required=True,
         metavar="SCOPE,...",
-        help=f"what it allows: {', '.join(SCOPES)}; admin allows everything, and operating the servers",
+        help=f"what it allows: {', '.join(SCOPES)}; admin allows everything, and operating the servers. May "
+        "be repeated",
     )
     create.add_argument(
         "--expires",
@@ -308,13 +310,31 @@ def _add_quota(parser: argparse.ArgumentParser, names: Sequence[str], *, require
     kept = "; bytes as in 10GB, training_seconds (a calendar month's) as in 20h" if "bytes" in names else ""
     parser.add_argument(
         "--quota",
+        action=_Merge,
         type=checked(parse_quotas),
         default={},
         required=required,
         metavar="NAME=LIMIT,...",
         help=f"{', '.join(names)}: requests and tokens in any 60 seconds, rows at once{kept}; NAME=none: no "
-        "limit. What is not named stays as it is",
+        "limit. What is not named stays as it is; may be repeated",
     )
+
+
+class _Merge(argparse.Action):
+    """Collects what is named by one option or by several of its kind; each name once."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        for name in values:
+            if name in before:
+                raise argparse.ArgumentError(self, f"{name} is given twice. Give it once.")
+        setattr(namespace, self.dest, {**before, **values})
 
 
 def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -332,6 +352,7 @@ def serve_parser() -> argparse.ArgumentParser:
     """The options of `onebase serve`, one per field of Settings."""
     parser = Parser(
         prog="onebase serve",
+        repeated=True,
         usage="onebase serve [options]",
         description=_SERVE,
         epilog="Each option can also be set in the environment: --kv-memory 2GB is ONEBASE_KV_MEMORY=2GB.",

@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 
 class OneBaseError(Exception):
@@ -59,6 +59,16 @@ class OneBaseError(Exception):
         self.body: dict[str, Any] = {}
         """More fields for the body, next to the error's object."""
         self.headers: dict[str, str] = {}
+
+    def fresh(self) -> Self:
+        """Return an equal error that was never raised.
+
+        An error that is stored and raised for several callers would collect the frames of each of them, and
+        what they hold, for as long as it is stored.
+        """
+        made = type(self).__new__(type(self), *self.args)
+        made.__dict__.update(self.__dict__)
+        return made
 
 
 class InvalidRequestError(OneBaseError):

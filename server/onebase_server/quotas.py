@@ -14,11 +14,13 @@ is left to requests that somebody waits for.
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
+from weakref import WeakValueDictionary
 
 from onebase_adapters.registry import Quotas, QuotaUse
 from onebase_server.access import Caller
@@ -29,6 +31,8 @@ ROWS_RETRY_SECONDS = 1.0
 """When rows will be free is not known: others' requests end when they end."""
 Rate = Literal["requests", "tokens"]
 _RATES: tuple[Rate, ...] = get_args(Rate)
+_LEAST_KEPT = 64
+"""Accounts among which none is looked for that is idle."""
 _ROWS_AGAIN_SECONDS = 20.0
 """Rows that run count on other servers for a minute after they were told; so often they are told again."""
 
@@ -131,7 +135,7 @@ class Account:
     rows: int = 0
     changed: bool = False
     """Whether other servers have not been told of all of it."""
-    told_at: float = 0.0
+    told_at: float = -math.inf
     _elsewhere: dict[str, _Elsewhere] = field(default_factory=dict)
 
     def window(self, rate: Rate) -> Window:
@@ -148,6 +152,12 @@ class Account:
     def add_rows(self, rows: int) -> None:
         self.changed = True
         self.rows += rows
+
+    def is_idle(self, now: float) -> bool:
+        """Return True if nothing counts in it, here or elsewhere, and no other server counts what it has."""
+        empty = not self.rows and not any(self.window(rate).by_second(now) for rate in _RATES)
+        silent = all(one.until <= now for one in self._elsewhere.values())
+        return empty and silent and (not self.changed or now - self.told_at >= WINDOW_SECONDS)
 
     # ---- with what others let in -------------------------------------------------------------
 
@@ -228,6 +238,10 @@ class Limiter:
         self._quotas_of = quotas_of
         self._clock = clock
         self._accounts: dict[tuple[str, str], Account] = {}
+        self._in_use: WeakValueDictionary[tuple[str, str], Account] = WeakValueDictionary()
+        """Those in which something counts, and those that a ticket has."""
+        self._look_at = _LEAST_KEPT
+        """Number of accounts from which on idle ones are looked for."""
 
     def enter(self, caller: Caller, *, resumed: bool = False) -> Ticket:
         """Before anything of a request is read. It counts as one request until its ticket says otherwise.
@@ -254,13 +268,13 @@ class Limiter:
     def not_told(self, uses: Iterable[QuotaUse]) -> None:
         """What was to be told has not reached the others: it is told again."""
         for use in uses:
-            self._accounts[use.kind, use.name].changed = True
+            self._account(use.kind, use.name).changed = True
 
     def hear(self, uses: Iterable[tuple[str, QuotaUse]]) -> None:
         """What other processes of servers have let in, each by its id."""
         now = self._clock()
         for process, use in uses:
-            self._accounts.setdefault((use.kind, use.name), Account()).hear(process, use, now)
+            self._account(use.kind, use.name).hear(process, use, now)
 
     def _owners(self, caller: Caller) -> list[_Owner]:
         """Those that have a quota that is counted here."""
@@ -268,9 +282,25 @@ class Limiter:
         owners = []
         for kind, name, quotas in (("key", caller.key, of_key), ("tenant", caller.tenant, of_tenant)):
             if not (quotas.requests is quotas.tokens is quotas.rows is None):
-                account = self._accounts.setdefault((kind, name), Account())
+                account = self._account(kind, name)
                 owners.append(_Owner(kind, name, quotas, account, caller.background))
         return owners
+
+    def _account(self, kind: str, name: str) -> Account:
+        """Return the account of a key or a tenant, also one that was idle while a ticket had it."""
+        key = kind, name
+        account = self._accounts.get(key)
+        if account is None:
+            if len(self._accounts) >= self._look_at:
+                self._drop_idle()
+            account = self._in_use.get(key) or Account()
+            self._accounts[key] = self._in_use[key] = account
+        return account
+
+    def _drop_idle(self) -> None:
+        now = self._clock()
+        self._accounts = {key: one for key, one in self._accounts.items() if not one.is_idle(now)}
+        self._look_at = max(_LEAST_KEPT, 2 * len(self._accounts))
 
 
 class Ticket:

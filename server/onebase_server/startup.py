@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ import onebase_server
 from onebase_adapters.registry import RegistryError
 from onebase_server.access import is_loopback
 from onebase_server.adapters.sources import FolderError, find_adapters
+from onebase_server.background import keep_running
 from onebase_server.console import LoadingDisplay, address_error, print_summary
 from onebase_server.errors import UnavailableError
 from onebase_server.generation.tokenization import TokenizerError, leave_torch_out
@@ -153,12 +155,16 @@ class _Server:
             await services.keys.refresh()
         except (RegistryError, UnavailableError) as error:
             raise StartupError(f"{error} (--registry)") from error
+        training = services.training
         upkeep = [
-            asyncio.create_task(services.catalog.watch(settings.sync_seconds)),
-            asyncio.create_task(self.storage.keep_tidy(services.adapters.disk)),
-            asyncio.create_task(services.usage.keep_writing()),
-            asyncio.create_task(services.training.peers.keep(services.training.scheduler)),
-            asyncio.create_task(services.sharing.keep()),
+            asyncio.create_task(keep_running(name, work))
+            for name, work in (
+                ("following the registry", partial(services.catalog.watch, settings.sync_seconds)),
+                ("sweeping the store", partial(self.storage.keep_tidy, services.adapters.disk)),
+                ("writing usage", services.usage.keep_writing),
+                ("renewing the lease", partial(training.peers.keep, training.scheduler)),
+                ("sharing quotas", services.sharing.keep),
+            )
         ]
         async with (
             contextlib.AsyncExitStack() as shutdown

@@ -57,6 +57,8 @@ RECORD_THREADS = 4
 KEY_THREADS = 2
 DISK_THREADS = 8
 PULL_THREADS = 4
+PULL_THREADS_EACH = 2
+"""Pulls that run for one tenant: they may take long, and others find a thread meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,12 @@ def assemble(
     )
     adapters, residency = parts.service, parts.residency
     folders = Folders(adapters, parts.activation, given, settings.max_upload)
-    pulls = Pulls(storage.store, Threads("pull", PULL_THREADS), settings.hub_allow, settings.max_upload)
+    pulls = Pulls(
+        storage.store,
+        Threads("pull", PULL_THREADS, each=PULL_THREADS_EACH),
+        settings.hub_allow,
+        settings.max_upload,
+    )
     hub = HubAdapters(adapters, pulls)
     usage = UsageMeter(storage.registry.usage, threads.records, base.name)
     training = _training(settings, base, storage, adapters, busy, threads, usage, commands.trainer, tracing)

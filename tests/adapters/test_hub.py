@@ -612,6 +612,26 @@ print(json.dumps({
 """
 
 
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("while True: print('x' * 4096, end='', flush=True)", "over 65536 bytes"),
+        ("while True: print('{\"done\": 1}', flush=True)", "another message than the commit"),
+        ("print('{', flush=True)", "no JSON"),
+        ("print('[]', flush=True)", "no JSON object"),
+    ],
+)
+def test_a_process_that_prints_without_end_or_no_messages_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, program: str, reason: str
+) -> None:
+    monkeypatch.setattr(hub_pull, "_COMMAND", (sys.executable, "-c", program))
+
+    with pytest.raises(HubError, match=reason) as failed:
+        resolve("acme/support")
+
+    assert failed.value.code == "hub_wrong_answer"
+
+
 def test_the_confined_process_does_what_it_must_and_nothing_elsewhere(
     hub: HubStandIn, tmp_path: Path
 ) -> None:

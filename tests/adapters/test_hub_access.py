@@ -68,6 +68,7 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_sentence(hub: HubStandIn, t
 def test_a_hub_that_fails_is_asked_once_for_each_thing(hub: HubStandIn, tmp_path: Path) -> None:
     hub.faults.status = 503
     said = fetched(hub, tmp_path)
+    assert len(said) == 3
     assert all(f"is not on this machine, and {hub.url} answers with status 503" in one for one in said)
     assert hub.requests() == ["/api/models/acme/base"] * 2 + ["/api/datasets/acme/base"]
 

@@ -20,7 +20,7 @@ from bench.gpu_report import Findings, held, page
 from onebase_server.routing.capacity import LAYER_LAUNCHES, OTHER_LAUNCHES
 
 ROOT = Path(__file__).parents[2]
-FAULTS = ("raises", "hangs", "dies", "wrong", "nothing", "good")
+FAULTS = ("raises", "hangs", "dies", "wrong", "unchecked", "nothing", "good")
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def test_a_part_that_raises_hangs_or_dies_is_told_with_what_it_had_found_and_the
 ) -> None:
     found = run(tmp_path, *FAULTS)
     states = {name: one["state"] for name, one in found.items()}
-    ends = ("failed", "timed out", "failed", "fails", "skipped", "ok")
+    ends = ("failed", "timed out", "failed", "fails", "failed", "skipped", "ok")
     assert states == dict(zip(FAULTS, ends, strict=True))
     assert [name for name, one in found.items() if held(one)] == ["nothing", "good"]
     assert found["raises"]["figures"] == found["dies"]["figures"] != []
@@ -57,6 +57,7 @@ def test_a_part_that_raises_hangs_or_dies_is_told_with_what_it_had_found_and_the
     left = int(found["hangs"]["figures"][0]["value"])
     assert not Path(f"/proc/{left}").exists(), "a child in a session of its own outlives the part"
     assert found["dies"]["error"] == "its process ended with signal SIGSEGV"
+    assert found["unchecked"]["error"] == "it found nothing to check"
     assert found["nothing"]["error"] == "there is no such thing here"
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*FAULTS]
@@ -118,7 +119,8 @@ def test_a_compiler_is_one_that_triton_takes(tmp_path: Path, monkeypatch: pytest
 
 def test_the_parts_that_run_share_the_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: dict[str, float] = {}
-    done = {"state": "ok", "error": "", "figures": [], "checks": [], "tables": [], "seconds": 0.0}
+    checks = [{"name": "it holds", "held": True, "detail": ""}]
+    done = {"state": "ok", "error": "", "figures": [], "checks": checks, "tables": [], "seconds": 0.0}
 
     def run_part(part: gpu_check.Part, setup: Any, environment: Any, seconds: float) -> dict[str, Any]:
         limits[part.name] = seconds
@@ -132,6 +134,8 @@ def test_the_parts_that_run_share_the_minutes(tmp_path: Path, monkeypatch: pytes
     assert gpu_check.main(["--output", str(tmp_path), "--only", "kernels,memory", "--minutes", "9"]) == 0
     assert limits["kernels"] + limits["memory"] == pytest.approx(540, abs=60)
     assert limits["kernels"] > everything["kernels"]
+    done |= {"state": "skipped", "checks": []}
+    assert gpu_check.main(["--output", str(tmp_path)]) == 1
 
 
 @pytest.mark.parametrize("options", [["--only", "kernels,graphs"], ["--device", "cpu", "--shape", "8b"]])

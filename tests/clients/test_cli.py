@@ -197,6 +197,34 @@ def test_wrong_arguments_exit_with_2_and_name_the_option(
     assert said.endswith(f"`onebase {arguments[0]} --help` explains the command.\n")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--seed", "1", "--seed", "2", "x"],
+        ["chat", "--system", "a", "--url", "http://a", "--system", "b"],
+        ["adapters", "push", "--name", "a", "--name", "b", "x"],
+        ["jobs", "create", "--name", "a", "--name=b", "x"],
+        ["usage", "--by", "day", "--by", "adapter"],
+        ["keys", "create", "--scope", "train", "--tenant", "a", "--tenant", "b"],
+        ["tenants", "set", "a", "--quota", "rows=1", "--quota", "rows=2"],
+        ["backup", "x", "--data-dir", "a", "--data-dir", "b"],
+        ["train", "--data", "x", "--name", "y", "--r", "1", "--r", "2"],
+        ["estimate", "--dtype", "bfloat16", "--dtype", "float32"],
+    ],
+)
+def test_an_option_of_one_value_that_is_given_twice_is_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    option = next(one for one in reversed(arguments) if one.startswith("--")).partition("=")[0]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told.startswith(f"onebase: {option}: ")
+    assert "given twice. Give it once." in told
+
+
 def test_chat_keeps_the_conversation_across_adapters(
     server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

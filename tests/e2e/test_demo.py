@@ -180,6 +180,7 @@ def on_a_terminal(shell: str, port: int) -> Iterator[tuple[int, int]]:
         os.execvp("bash", ["bash", "-c", shell])
     try:
         wait_until(lambda: is_listening(port), "the server was not started")
+        assert servers(port), "it listens, and no process is found that was started with its port"
         yield pid, terminal
         wait_until(lambda: not is_listening(port) and not servers(port), "the server goes on")
     finally:

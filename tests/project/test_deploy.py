@@ -27,6 +27,10 @@ def manifest(kind: str) -> Any:
     return next(one for one in documents if one["kind"] == kind)
 
 
+def test_there_are_files_for_compose_kubernetes_and_systemd() -> None:
+    assert {"compose.yaml", "onebase.yaml", "onebase.service"} <= {path.name for path in FILES}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(DEPLOY)))
 def test_each_setting_that_is_named_is_one_of_the_servers(path: Path) -> None:
     known = {field.name.upper() for field in fields(Settings)} | OTHERS

@@ -206,7 +206,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         Client(running.url) as client,
     ):
         made = Server(running.url, hub)
-        running.wait_for(lambda: all(one.active for one in client.adapters.list()))
+        running.wait_for(lambda: [one.active for one in client.adapters.list()] == [True, True])
         support = {f"support/{file.name}": file.read_bytes() for file in (EXAMPLES / "orders").iterdir()}
         plain = {file.name: file.read_bytes() for file in (EXAMPLES / "orders").iterdir()}
         made.hub.add_repo("acme/repo", plain)

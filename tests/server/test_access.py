@@ -122,6 +122,7 @@ def test_the_routes_are_the_ones_that_are_meant_and_probes_and_static_pages_alon
     }.items():
         found = {path for _, path, access in ROUTES if access == scope}
         assert all(path.startswith(beginnings) for path in found - {"/"})
+        assert all(any(path.startswith(one) for path in found) for one in beginnings)
     assert [(method, access) for method, path, access in ROUTES if path == "/"] == [
         ("POST", "generate"), ("GET", "open"),
     ]  # fmt: skip

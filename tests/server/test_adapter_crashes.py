@@ -35,6 +35,7 @@ def check_whole(server: Server, http: httpx2.Client, name: str) -> None:
         return found
 
     server.wait_for(lambda: all(v["state"] in ("ready", "failed") for v in versions()), 60)
+    assert versions()
     for version in versions():
         assert version["state"] == "ready"
         assert used_version(http, f"{name}@{version['version']}") == version["id"]

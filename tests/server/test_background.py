@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 
 import pytest
 
-from onebase_server.background import Backoff, Threads
+from onebase_server.background import Backoff, Threads, TurnBudget, keep_running
 
 
 def test_a_thread_that_cannot_be_started_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,3 +30,137 @@ def test_a_thread_that_cannot_be_started_takes_no_place(monkeypatch: pytest.Monk
 def test_a_bounded_number_of_tries_pauses_after_each_but_the_last() -> None:
     assert list(Backoff(0.5, 2.0).tries(5)) == [0.5, 1.0, 2.0, 2.0, None]
     assert list(Backoff(0.5, 2.0).tries(1)) == [None]
+
+
+class Calls:
+    """Calls that block until they may end, and how many of each tenant run."""
+
+    def __init__(self, threads: Threads) -> None:
+        self.threads = threads
+        self.may = threading.Event()
+        self.begun: list[str] = []
+
+    def start(self, tenant: str) -> asyncio.Task[None]:
+        return asyncio.get_running_loop().create_task(self.threads.run_for(tenant, self._block, tenant))
+
+    async def until(self, count: int) -> None:
+        while len(self.begun) < count:
+            await asyncio.sleep(0.001)
+
+    def _block(self, tenant: str) -> None:
+        self.begun.append(tenant)
+        self.may.wait(60)
+
+
+def test_tenants_take_turns_however_many_calls_one_of_them_has_waiting() -> None:
+    async def run() -> list[str]:
+        calls = Calls(Threads("test", 1))
+        tasks = [calls.start("flood") for _ in range(5)]
+        await calls.until(1)
+        tasks += [calls.start(tenant) for tenant in ("one", "two", "one")]
+        await asyncio.sleep(0)
+        calls.may.set()
+        async with asyncio.timeout(30):
+            await asyncio.gather(*tasks)
+        return calls.begun
+
+    assert asyncio.run(run()) == ["flood", "one", "two", "flood", "one", "flood", "flood", "flood"]
+
+
+def test_one_tenant_has_no_more_calls_running_than_it_may() -> None:
+    async def run() -> None:
+        calls = Calls(Threads("test", 4, each=2))
+        tasks = [calls.start("flood") for _ in range(9)]
+        await calls.until(2)
+        tasks.append(calls.start("other"))
+        await calls.until(3)
+        assert calls.begun == ["flood", "flood", "other"]
+        calls.may.set()
+        async with asyncio.timeout(30):
+            await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+
+
+def test_a_call_that_is_given_up_while_it_waits_takes_no_turn() -> None:
+    async def run() -> None:
+        calls = Calls(Threads("test", 1))
+        first = calls.start("one")
+        await calls.until(1)
+        given_up = [calls.start("one"), calls.start("two")]
+        await asyncio.sleep(0)
+        for task in given_up:
+            task.cancel()
+        await asyncio.wait(given_up)
+        calls.may.set()
+        async with asyncio.timeout(30):
+            await asyncio.gather(first, calls.start("three"))
+        assert calls.begun == ["one", "three"]
+        assert not calls.threads._waiting
+
+    asyncio.run(run())
+
+
+def test_a_call_that_is_given_up_in_the_moment_of_its_turn_gives_it_on() -> None:
+    async def run() -> None:
+        calls = Calls(Threads("test", 1))
+        first = calls.start("one")
+        await calls.until(1)
+        second = calls.start("two")
+        await asyncio.sleep(0)
+        calls.may.set()
+        await first
+        second.cancel()  # its turn has come, and it has not seen it
+        async with asyncio.timeout(30):
+            await asyncio.wait([second])
+            await calls.start("three")
+
+    asyncio.run(run())
+
+
+def test_a_call_that_is_given_up_just_before_a_thread_is_free_takes_no_turn() -> None:
+    async def run() -> None:
+        calls = Calls(Threads("given-up", 1))
+        first = calls.start("one")
+        await calls.until(1)
+        second, third = calls.start("two"), calls.start("three")
+        await asyncio.sleep(0)
+        calls.may.set()
+        for thread in threading.enumerate():
+            if thread.name == "given-up":
+                thread.join()
+        second.cancel()  # the loop hears that the thread is free before this task hears of its end
+        async with asyncio.timeout(30):
+            await asyncio.gather(first, third)
+            await asyncio.wait([second])
+            await calls.start("four")
+        assert calls.begun == ["one", "three", "four"]
+
+    asyncio.run(run())
+
+
+def test_a_turn_of_the_event_loop_has_one_budget_and_the_next_turn_a_new_one() -> None:
+    async def run() -> None:
+        budget = TurnBudget(10)
+        assert [budget.take(size) for size in (6, 5, 4, 1, 11)] == [True, False, True, False, False]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert [budget.take(size) for size in (11, 10, 1)] == [False, True, False]
+
+    asyncio.run(run())
+
+
+def test_work_that_must_go_on_is_begun_again_where_it_fails(caplog: pytest.LogCaptureFixture) -> None:
+    begun: list[int] = []
+
+    async def work() -> None:
+        begun.append(len(begun))
+        if len(begun) < 4:
+            raise KeyError("surprise")
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(asyncio.wait_for(keep_running("following it", work, Backoff(0.001, 0.002)), 30))
+
+    assert begun == [0, 1, 2, 3]
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == ["following it failed"] * 3
+    assert all(record.exc_info for record in caplog.records)

@@ -131,6 +131,37 @@ def test_a_batch_of_which_nothing_can_be_answered_holds_few_rows_in_memory(
     assert sum(held) <= runner.HELD_BYTES + (2 << 20)
 
 
+def test_a_row_whose_turn_fails_by_a_surprise_is_answered_so_and_the_batch_ends(
+    registry: Registry, tmp_path: Path
+) -> None:
+    async def whole() -> None:
+        parts = parts_in(registry, tmp_path)
+        surprise = iter([RuntimeError("can't start new thread")])
+
+        async def caller_of(key: str) -> Any:
+            for error in surprise:
+                raise error
+            return LOCAL
+
+        async def answered(*asked: object) -> Answer:
+            return Answer(200, {}, b"{}")
+
+        parts.keys.caller_of = caller_of  # type: ignore[method-assign]
+        parts.post = answered
+        run = Run(parts, added(registry, parts, "surprised", [1] * 3))
+        work = asyncio.get_running_loop().create_task(run.work())
+        while not work.done():
+            if run.has_turn:
+                await run.begin_row()
+            await asyncio.sleep(0)
+        await work
+
+    asyncio.run(asyncio.wait_for(whole(), 60))
+
+    batch = registry.batches.batch("default", "batch_surprised")
+    assert (batch.state, batch.completed, batch.failed) == ("completed", 2, 1)
+
+
 def test_a_tenant_with_many_batches_keeps_no_other_s_from_its_turn(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -127,6 +128,7 @@ def manage(cluster: Server, *arguments: str) -> str:
 @pytest.mark.full
 def test_the_address_answers_as_a_server_does(http: httpx2.Client, cluster: Server) -> None:
     urls = addresses(cluster)
+    assert len(urls) == 2
     for url in urls:
         assert os.getpriority(os.PRIO_PROCESS, listening(cluster, url)) == os.getpriority(os.PRIO_PROCESS, 0)
     for url in urls:  # what one was told, all know, within the second in which they look at SQLite
@@ -258,6 +260,7 @@ def test_secrets_are_in_no_command_and_in_no_state(cluster: Server) -> None:
     assert (cluster.data_dir / "cluster.json").stat().st_mode & 0o77 == 0
     assert token.parent.stat().st_mode & 0o77 == 0
     server = listening(cluster, addresses(cluster)[0])
+    assert children(server)
     for pid in (server, *children(server), parent(server)):
         assert token.read_text() not in Path(f"/proc/{pid}/cmdline").read_text()
     assert "RAY_AUTH" not in Path(f"/proc/{server}/environ").read_text()
@@ -272,6 +275,7 @@ def test_a_drain_lets_a_running_stream_end_and_leaves_nothing_behind(
     http: httpx2.Client, cluster: Server
 ) -> None:
     pids = [listening(cluster, url) for url in (*addresses(cluster), cluster.url)]
+    assert len(pids) >= 2
     body = {"prompt": "a b", "max_tokens": 300, "stream": True}
     with http.stream("POST", "/generate", json=body) as answer:
         lines = answer.iter_lines()
@@ -441,6 +445,86 @@ with socket.socket(fileno=int(os.environ["ONEBASE_LISTEN_FD"])) as listener:
             assert connection.recv(100) == b"the child"
     finally:
         child.kill()
+
+
+def test_a_child_that_cannot_be_started_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onebase_server.routing import cluster
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError("no process left")
+
+    async def play() -> None:
+        monkeypatch.setattr(cluster.subprocess, "Popen", refuse)
+        with cluster.listen("127.0.0.1", 0) as listener:
+            child = cluster.Child(["onebase", "route"], listener, lambda: None)
+            async with httpx2.AsyncClient() as client:
+                await asyncio.wait_for(child.ready(client, cluster.address_of(listener)[0]), 60)
+
+    with pytest.raises(cluster.ClusterError, match="before it was ready"):
+        asyncio.run(play())
+
+
+ROUTE = """
+import http.server, os, socket
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"onebase_route_waiting 1.0\\n")
+    def log_message(self, *arguments):
+        pass
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
+server.socket = socket.socket(fileno=int(os.environ["ONEBASE_LISTEN_FD"]))
+server.serve_forever()
+"""
+
+
+@pytest.mark.parametrize("faults", [(), (RuntimeError("surprise"),)])
+def test_an_address_is_started_again_also_while_it_waits_for_a_server_and_after_a_surprise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: tuple[Exception, ...]
+) -> None:
+    """No server ever comes: the request for one is answered never."""
+    from onebase_server.routing import cluster
+
+    asked, left = asyncio.Event(), list(faults)
+
+    class Servers:
+        async def remote(self) -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+    class OwnIngress(cluster.Ingress):
+        def _start(self) -> Any:
+            loop = asyncio.get_running_loop()
+            ended = lambda: loop.call_soon_threadsafe(self._ended.set)  # noqa: E731
+            return cluster.Child([sys.executable, "-c", ROUTE], self._listener, ended)
+
+        def _write_list(self) -> None:
+            if left:
+                raise left.pop()
+            super()._write_list()
+
+    async def play() -> None:
+        monkeypatch.setenv("ONEBASE_DATA_DIR", str(tmp_path))
+        plan = cluster.Plan(ingress=["onebase", "route", "--port", "0"], data_dir=str(tmp_path), wait=5.0)
+        ingress = OwnIngress.__new__(OwnIngress)
+        await ingress.__init__(plan)  # type: ignore[misc]  # as Ray does
+        ingress._servers = SimpleNamespace(wake=Servers())
+        try:
+            await ingress.check_health()
+            await asyncio.wait_for(asked.wait(), 60)
+            ingress.replicas_are(["http://127.0.0.1:1"]) if not faults else ingress._urls.append("http://x")
+            first = ingress._child
+            first._process.kill()
+            while ingress._child is first or not ingress._child.is_ready:
+                await asyncio.sleep(0.01)
+            await ingress.check_health()
+        finally:
+            await ingress.kill()
+            for task in ingress._following:
+                task.cancel()
+
+    asyncio.run(asyncio.wait_for(play(), 120))
 
 
 def test_a_server_listens_on_the_socket_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

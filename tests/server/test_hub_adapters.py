@@ -16,6 +16,7 @@ import httpx2
 import pytest
 
 from ..hub_standin import Faults, HubStandIn
+from .access import Keys, client_with
 from .support import CONFIG, Server, Starter, one_server, upload
 
 ALLOW = ("--hub-allow", "acme/*", "--hub-allow", "solo/one", "--max-upload", "1MB")
@@ -232,6 +233,66 @@ def test_a_repository_that_was_not_served_is_not_pulled_again_at_once(
 
     assert second["code"] == first["code"] == "broken_weights"
     assert len(hub.log) == asked
+
+
+@pytest.mark.parametrize(("code", "status"), [("hub_not_found", 404), ("hub_gated", 403)])
+def test_the_hub_is_not_asked_again_at_once_for_what_it_does_not_have_or_give(
+    http: httpx2.Client, hub: HubStandIn, code: str, status: int
+) -> None:
+    if code == "hub_gated":
+        hub.add_repo(f"acme/no-{code}", files(b"gated"), gated=True)
+    first = error(generate(http, f"hub:acme/no-{code}"), status)
+    asked = len(hub.log)
+
+    again = [error(generate(http, f"hub:acme/no-{code}"), status) for _ in range(20)]
+
+    assert first["code"] == code
+    assert again == [first] * 20
+    assert len(hub.log) == asked
+
+
+@one_server
+def test_what_was_gated_is_asked_for_again_once_another_token_is_stored(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    with HubStandIn() as hub:
+        hub.add_repo("acme/granted", files(b"granted"), gated=True)
+        environment = hub.environment(tmp_path / "hf")
+        with serve_scripted("words", *ALLOW, environment=environment) as server, server.client() as http:
+            assert error(generate(http, "hub:acme/granted"), 403)["code"] == "hub_gated"
+            (tmp_path / "hf" / "token").write_text(hub.token)
+            assert generate(http, "hub:acme/granted").status_code == 200
+
+
+@one_server
+def test_names_that_one_tenant_has_looked_up_in_vain_hold_up_no_first_use_of_another(
+    serve_scripted: Starter, tmp_path: Path
+) -> None:
+    names = [f"acme/held{number}" for number in range(12)]
+    with HubStandIn() as hub:
+        hub.add_repo("acme/sound", files(b"sound"))
+        hub.faults.held = frozenset(names)
+        keys = Keys(tmp_path / "data")
+        one, other = (keys.make("generate", tenant=tenant) for tenant in ("one", "other"))
+        environment = hub.environment(tmp_path / "hf")
+        with (
+            serve_scripted("words", *ALLOW, data_dir=tmp_path / "data", environment=environment) as server,
+            client_with(server, one) as flood,
+            client_with(server, other) as http,
+            concurrent.futures.ThreadPoolExecutor(len(names)) as pool,
+        ):
+            waiting = [pool.submit(generate, flood, f"hub:{name}", timeout_s=20) for name in names]
+            server.wait_for(lambda: len(asked_about(hub, names)) == 2)
+            assert generate(http, "hub:acme/sound").status_code == 200
+            assert not any(request.done() for request in waiting)
+            assert len(asked_about(hub, names)) == 2
+            hub.stop()
+        keys.close()
+
+
+def asked_about(hub: HubStandIn, repos: list[str]) -> set[str]:
+    """The repositories that the Hub was asked about, each by a process of its own."""
+    return {repo for repo in repos if any(f"/{repo}/" in f"{path}/" for path in hub.requests())}
 
 
 def test_a_failed_pull_says_why_under_its_id(http: httpx2.Client, hub: HubStandIn, server: Server) -> None:

@@ -43,6 +43,17 @@ def test_a_key_is_made_shown_once_listed_and_revoked(
     assert ("acme" in last, "revoked" in first) == (True, True)
 
 
+def test_scopes_and_quotas_may_be_given_in_several_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEBASE_DATA_DIR", str(tmp_path))
+    given = ["--scope", "train", "--scope", "generate,adapters", "--quota", "rows=2", "--quota", "requests=5"]
+    assert main(["keys", "create", *given]) == 0
+    record = Keys(tmp_path).record(capsys.readouterr().out.strip())
+    assert set(record.scopes) == {"generate", "adapters", "train"}
+    assert record.quotas == Quotas(rows=2, requests=5)
+
+
 def test_on_a_narrow_terminal_keys_are_blocks_whose_words_are_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ def test_what_the_reference_allows_and_forbids_gets_an_answer_that_it_names(
 def spec(server: Server, callers: dict[str, str]) -> Json:
     with client_with(server, callers["an operator"]) as http:
         described: Json = http.get("/openapi.json").json()
+    assert len(described["paths"]) > 40
     return described
 
 
@@ -104,6 +105,7 @@ def operations(spec: Json) -> Iterator[tuple[str, Json]]:
 
 def test_every_route_says_what_its_answers_look_like(spec: Json) -> None:
     for name, operation in operations(spec):
+        assert operation["responses"], name
         for status, response in operation["responses"].items():
             kinds = response.get("content", {})
             told = [kind.get("schema") or kind.get("x-itemSchema") for kind in kinds.values()]

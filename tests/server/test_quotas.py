@@ -124,6 +124,51 @@ def test_what_has_no_limit_does_not_pile_up() -> None:
     assert len(account.requests._charges) == len(account.tokens._charges) == 60
 
 
+def test_accounts_of_keys_that_ask_no_more_do_not_pile_up() -> None:
+    clock = Clock()
+    limiter = Limiter(lambda _: (Quotas(tokens=10**9), Quotas()), clock)
+    for number in range(10_000):
+        clock.now += 1.0
+        ticket = limiter.enter(Caller(f"ob-{number}", "acme", frozenset()))
+        ticket.admit(10, 1)
+        ticket.rows_ended()
+        ticket.settle(10)
+    assert 60 <= len(limiter._accounts) <= 150
+
+
+def test_an_account_counts_what_a_ticket_adds_that_had_it_while_it_was_idle() -> None:
+    clock = Clock()
+    limiter = Limiter(lambda _: (Quotas(tokens=100), Quotas()), clock)
+    caller = Caller("slow", "acme", frozenset())
+    ticket = limiter.enter(caller)
+    for number in range(1000):
+        clock.now += 1.0
+        limiter.enter(Caller(f"ob-{number}", "acme", frozenset()))
+    assert ("key", "slow") not in limiter._accounts
+
+    ticket.admit(90, 1)
+
+    with pytest.raises(Limited, match="90 are used"):
+        limiter.enter(caller).admit(20, 1)
+
+
+def test_an_account_whose_rows_other_servers_count_is_kept_until_they_are_told_or_forget_them() -> None:
+    clock = Clock()
+    limiter = Limiter(lambda _: (Quotas(rows=10), Quotas()), clock)
+    ticket = limiter.enter(Caller("rows", "acme", frozenset()))
+    ticket.admit(1, 5)
+    clock.now += 100.0
+    assert [use.rows for use in limiter.tell()] == [5]
+    ticket.rows_ended()
+    ticket.settle(1)
+    del ticket
+    for number in range(200):
+        limiter.enter(Caller(f"ob-{number}", "acme", frozenset()))
+
+    (use,) = [use for use in limiter.tell() if use.name == "rows"]
+    assert use.rows == 0
+
+
 def test_what_is_used_beyond_the_estimate_counts_from_then_on() -> None:
     window = Window()
     charge = window.add(10, 0.0)

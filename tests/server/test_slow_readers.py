@@ -88,6 +88,7 @@ def test_a_stream_that_nobody_reads_gives_its_rows_back(serve_scripted: Starter)
 def test_connections_that_are_reset_in_mid_stream_leave_no_descriptor(scripted: Server) -> None:
     with scripted.client() as http:
         before = open_sockets(scripted)
+        assert before > 0
         for _ in range(100):
             with open_and_do_not_read(scripted) as connection:
                 connection.recv(100)

@@ -1,12 +1,19 @@
-"""Folders given at start: which are found, and what is refused before anything is loaded."""
+"""Folders given at start: which are found, and what is refused; first uses of what the Hub does not have."""
 
 from __future__ import annotations
 
+import asyncio
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from onebase_server.adapters.sources import FolderError, find_adapters
+from onebase_adapters.hub.pull import HubError
+from onebase_server.adapters import sources
+from onebase_server.adapters.sources import FolderError, HubAdapters, find_adapters
+from onebase_server.errors import OneBaseError
 
 from .support import make_folder
 
@@ -47,3 +54,68 @@ def test_what_is_no_folder_is_refused_by_its_option_or_name(tmp_path: Path) -> N
         find_adapters([], str(tmp_path / "nowhere"), "base")
     with pytest.raises(FolderError, match="'x'"):
         find_adapters([("x", str(tmp_path / "nowhere"))], "", "base")
+
+
+# ---- first uses that fail -----------------------------------------------------------------------
+
+
+class MissingPulls:
+    """Pulls from a Hub that has nothing; counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def check_allowed(self, reference: Any, param: str) -> None:
+        pass
+
+    def start(self, tenant: str, reference: Any) -> tuple[None, asyncio.Future[Any]]:
+        self.count += 1
+        ended: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        ended.set_exception(HubError("hub_not_found", "The Hub has no such repository."))
+        return None, ended
+
+
+def hub_adapters(pulls: MissingPulls) -> HubAdapters:
+    known = SimpleNamespace(get=lambda name: None, own=lambda name: None)
+    library: Any = SimpleNamespace(catalog=SimpleNamespace(of=lambda tenant: known))
+    return HubAdapters(library, pulls)  # type: ignore[arg-type]
+
+
+async def refused(hub: HubAdapters, name: str, tenant: str = "one") -> OneBaseError:
+    with pytest.raises(OneBaseError) as caught:
+        await hub.use(tenant, name, param="adapter")
+    return caught.value
+
+
+def test_a_refusal_that_is_remembered_keeps_no_frames_of_the_requests_that_got_it() -> None:
+    async def play() -> list[OneBaseError]:
+        hub = hub_adapters(MissingPulls())
+        return [await refused(hub, "hub:acme/missing") for _ in range(4)]
+
+    first, *others = asyncio.run(play())
+
+    assert len({id(error) for error in (first, *others)}) == 4
+    assert {(error.code, error.message) for error in others} == {(first.code, first.message)}
+    frames = [len(traceback.extract_tb(error.__traceback__)) for error in others]
+    assert frames == [frames[0]] * 3
+    assert all(error.__context__ is None for error in others)
+
+
+def test_refusals_are_remembered_by_tenant_and_no_more_than_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sources, "MOST_FAILED", 3)
+    pulls = MissingPulls()
+
+    async def play() -> None:
+        hub = hub_adapters(pulls)
+        for tenant in ("one", "other", "one", "other"):
+            await refused(hub, "hub:acme/missing", tenant)
+        assert pulls.count == 2
+        for number in range(5):
+            await refused(hub, f"hub:acme/missing{number}")
+        assert len(hub._failed) == 3
+        await refused(hub, "hub:acme/missing")
+        assert pulls.count == 8
+
+    asyncio.run(play())

@@ -11,16 +11,18 @@ from typing import Any
 
 import httpx2
 import pytest
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import ValidationError, model_validator
+from starlette.middleware.base import RequestResponseEndpoint
 
 from onebase_server.access import LOCAL, Caller
-from onebase_server.background import Threads
+from onebase_server.background import Threads, TurnBudget
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.generation import Generation
 from onebase_server.generation.planner import Limits, Planner
 from onebase_server.generation.tool_format import ToolFormat
-from onebase_server.http.deps import LONG_BODY, StrictRoute, off_loop
+from onebase_server.http.deps import CALLER, LONG_BODY, StrictRoute, off_loop
+from onebase_server.http.routes import generation as generation_routes
 from onebase_server.http.schemas.anthropic import MessagesRequest
 from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
@@ -160,9 +162,12 @@ class SlowTokenizer:
     def __init__(self) -> None:
         self.may = threading.Event()
         self.running: list[int] = []
+        self.where: list[str] = []
+        """Names of the threads in which it was called."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         self.running.append(len(text))
+        self.where.append(threading.current_thread().name)
         if len(text) > 100_000:
             self.may.wait(60)
         return [1]
@@ -172,7 +177,8 @@ def planner_of(tokenizer: SlowTokenizer, max_length: int) -> Planner:
     base = SimpleNamespace(max_length=max_length, vocab_size=10, kv_blocks=1000, block_size=16)
     supervisor: Any = SimpleNamespace(unavailable=lambda: None, base=base)
     nothing: Any = None
-    return Planner(supervisor, tokenizer, nothing, nothing, nothing, Limits(1, 60.0))  # type: ignore[arg-type]
+    catalog: Any = SimpleNamespace(base_name="base")
+    return Planner(supervisor, tokenizer, catalog, nothing, nothing, Limits(64, 60.0))  # type: ignore[arg-type]
 
 
 def test_long_texts_wait_for_each_other_and_short_ones_do_not_wait_for_them() -> None:
@@ -190,6 +196,54 @@ def test_long_texts_wait_for_each_other_and_short_ones_do_not_wait_for_them() ->
         await asyncio.gather(*long)
 
     asyncio.run(asyncio.wait_for(play(), 60))
+
+
+def test_prompts_that_are_short_each_but_long_together_are_tokenized_in_a_thread() -> None:
+    tokenizer = SlowTokenizer()
+
+    async def play() -> None:
+        planner = planner_of(tokenizer, 1_000_000)
+        for count in (1, 64):
+            body = CompletionRequest(model="base", prompt=["x" * 1000] * count, max_tokens=1)
+            await planner.completion(body, LOCAL)
+
+    asyncio.run(play())
+
+    assert tokenizer.where == ["MainThread"] + ["tokenize"] * 64
+
+
+def test_requests_that_are_ready_together_share_what_one_turn_of_the_event_loop_tokenizes() -> None:
+    tokenizer = SlowTokenizer()
+
+    async def play() -> None:
+        planner = planner_of(tokenizer, 1_000_000)
+        await asyncio.gather(*(planner.generate(request(3000), LOCAL) for _ in range(20)))
+        assert tokenizer.where.count("MainThread") == 2
+        await planner.generate(request(3000), LOCAL)
+
+    asyncio.run(play())
+
+    assert tokenizer.where.count("MainThread") == 3
+    assert tokenizer.where.count("tokenize") == 18
+
+
+def test_long_texts_of_many_requests_wait_and_those_of_another_tenant_do_not_wait_behind_them() -> None:
+    tokenizer = SlowTokenizer()
+
+    async def play() -> None:
+        planner = planner_of(tokenizer, 1_000_000)
+        other = Caller("ob-1", "acme", frozenset({"generate"}))
+        flood = [asyncio.create_task(planner.generate(request(200_000), LOCAL)) for _ in range(5)]
+        while not tokenizer.running:
+            await asyncio.sleep(0.01)
+        another = asyncio.create_task(planner.generate(request(300_000), other))
+        await asyncio.sleep(0)
+        tokenizer.may.set()
+        await asyncio.gather(another, *flood)
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+    assert tokenizer.running == [200_000, 300_000] + [200_000] * 4
 
 
 def test_a_text_that_no_number_of_tokens_could_hold_is_not_tokenized() -> None:
@@ -252,7 +306,17 @@ def reader() -> FastAPI:
         return {"messages": len(chat.messages)}
 
     app = FastAPI()
-    app.state.services = SimpleNamespace(settings=SimpleNamespace(max_body=LIMIT), reading=Threads("read", 1))
+
+    @app.middleware("http")
+    async def let_in(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        request.scope[CALLER] = LOCAL
+        return await call_next(request)
+
+    app.state.services = SimpleNamespace(
+        settings=SimpleNamespace(max_body=LIMIT),
+        reading=Threads("read", 1),
+        read_inline=TurnBudget(LONG_BODY),
+    )
     app.include_router(router)
     return app
 
@@ -288,6 +352,23 @@ def test_a_long_body_is_looked_at_off_the_event_loop_and_once(
 
     assert sent(body).json() == {"messages": messages}
     assert where == [thread, thread]
+
+
+def test_bodies_that_are_ready_together_share_what_one_turn_of_the_event_loop_reads(where: list[str]) -> None:
+    body = conversation(60)
+    assert LONG_BODY / 3 < len(body) < LONG_BODY / 2
+    app = reader()
+
+    async def play() -> None:
+        http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost")
+        async with http:
+            head = {"Content-Type": "application/json"}
+            answers = await asyncio.gather(*(http.post("/", content=body, headers=head) for _ in range(10)))
+        assert [answer.json() for answer in answers] == [{"messages": 60}] * 10
+
+    asyncio.run(play())
+
+    assert where.count("read") >= 5
 
 
 def test_what_is_wrong_with_a_body_is_said_alike_whatever_its_length(scripted: Server) -> None:
@@ -340,3 +421,34 @@ def test_long_tools_are_laid_out_and_made_a_grammar_of_off_the_event_loop(
 
 async def _planned(body: GenerateRequest) -> Any:
     return await planner_of(ToolTokenizer(), 1_000_000).generate(body, LOCAL)
+
+
+@pytest.mark.parametrize(("tokens", "thread"), [(10, "MainThread"), (500, "read")])
+def test_an_answer_with_many_log_probabilities_is_written_off_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, thread: str
+) -> None:
+    where: list[str] = []
+
+    def answer(generation: Any, choices: Any) -> dict[str, int]:
+        where.append(threading.current_thread().name)
+        return {"choices": len(choices)}
+
+    async def play() -> bytes:
+        async def collect() -> list[Any]:
+            return [SimpleNamespace(tokens=[None] * tokens)]
+
+        async def begin(*arguments: Any, **options: Any) -> Any:
+            return SimpleNamespace(collect=collect, cancel=lambda: None)
+
+        monkeypatch.setattr(generation_routes, "begin", begin)
+        sampling = SimpleNamespace(logprobs=20, prompt_logprobs=None)
+        job: Any = SimpleNamespace(tenant="acme", sampling=sampling, prompts=())
+        services: Any = SimpleNamespace(reading=Threads("read", 1))
+        view: Any = SimpleNamespace(answer=answer)
+        receive = asyncio.Event().wait
+        request: Any = SimpleNamespace(receive=receive, scope={})
+        answered = await generation_routes.answer_job(request, services, None, job, view, False)  # type: ignore[arg-type]
+        return bytes(answered.body)
+
+    assert asyncio.run(play()) == b'{"choices":1}'
+    assert where == [thread]

@@ -16,6 +16,7 @@ from openai import OpenAI
 from onebase_adapters.registry import JobEvent, RegistryBusyError
 from onebase_adapters.training.events import Notice
 from onebase_server.background import Threads
+from onebase_server.jobs import job_record
 from onebase_server.jobs.job_record import JobNotifier, JobRecord
 
 from .support import Server, Starter
@@ -188,3 +189,35 @@ def test_the_last_words_of_a_run_wait_for_a_registry_that_is_away(retries: bool,
 
     asyncio.run(run())
     assert records.told == told
+
+
+class _Surprised(_Away):
+    """A registry that fails the first times in a way that nobody thought of."""
+
+    def note(self, job_id: str, events: list[JobEvent], checkpoints: object, **facts: object) -> None:
+        self.times -= 1
+        if self.times >= 0:
+            raise KeyError("surprise")
+        self.told += [event.message for event in events]
+
+
+def test_what_a_run_reports_is_written_after_a_surprise(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    records: Any = _Surprised(2)
+    monkeypatch.setattr(job_record, "FLUSH_SECONDS", 0.01)
+
+    async def run() -> None:
+        job: Any = SimpleNamespace(
+            id="ftjob-1", tenant="default", server="server-1", progress=None, state="running"
+        )
+        record = JobRecord(job, records, Threads("records", 1), JobNotifier())
+        record.take(Notice(at=1.0, message="a figure", level="info"))
+        async with asyncio.timeout(60):
+            while not records.told:
+                await asyncio.sleep(0.01)
+        await record.close()
+
+    asyncio.run(run())
+    assert records.told == ["a figure"]
+    assert "KeyError: 'surprise'" in caplog.text

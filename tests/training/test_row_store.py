@@ -110,6 +110,7 @@ def test_a_byte_changed_anywhere_leaves_nothing_to_map(rows: Path) -> None:
 
 
 def test_what_is_cut_off_or_lost_leaves_nothing_to_map(rows: Path) -> None:
+    assert mapped(rows) is not None
     for path in rows.iterdir():
         sound = path.read_bytes()
         for length in range(len(sound)):

@@ -152,6 +152,7 @@ def test_metrics_of_the_base_are_measured_once_and_of_each_finished_adapter(
     recipe = parse_recipe({"batch_size": 4, "max_steps": 4, "metrics": ["exact_match"], "metric_tokens": 8})
     grid = Grid(r=(2, 4), learning_rate=(BRIGHT,), targets=(("attention",),))
     result = run_sweep(base, Job(**{**vars(job), "recipe": recipe}), grid, listen=listen, survivors=1.0)
+    assert len(result.trials) == 2
     assert [subject for subject, _ in measured].count("base") == 1
     assert {name for subject, name in measured if subject == "adapter"} == {t.name for t in result.trials}
     assert all("exact_match" in trial.metrics for trial in result.trials)

@@ -134,6 +134,7 @@ def test_every_kind_goes_from_its_files_to_a_proof(
 ) -> None:
     proved = bench.prove(bench.job(_save_kind(bench, kind, tmp_path / "adapter")))
     assert proved.report.kinds == kinds
+    assert proved.report.modules
     assert all(module.norm > 0 for module in proved.report.modules)
     assert proved.report.rslora == (kind == "rslora")
     assert proved.report.proof.texts_changed == 2

@@ -25,6 +25,7 @@ from onebase_adapters.hub.reference import (
     HubReference,
     cached_repo,
     hub_cache,
+    hub_token_state,
     is_commit,
     parse_hub_reference,
     shared_blobs,
@@ -37,6 +38,7 @@ __all__ = [
     "HubError",
     "HubReference",
     "PullCancelledError",
+    "hub_token_state",
     "is_commit",
     "parse_hub_reference",
     "pull",
@@ -49,6 +51,8 @@ Progress = Callable[[int, int], None]
 _COMMAND = (sys.executable, "-P", "-m", "onebase_adapters.hub.child")
 """-P: nothing is imported from the folder in which the command was given."""
 
+_MOST_LINE = 64 << 10
+"""Bytes of a message; the longest that the process has to send are three paths and their sums."""
 _LOOK_SECONDS = 0.2
 _LAST_SECONDS = 2.0
 
@@ -75,8 +79,9 @@ def resolve(
     request = {"do": "resolve", "repo": repo, "revision": revision}
     with closing(_talk(request, timeout, cancel)) as messages:
         for message in messages:
-            if is_commit(message.get("commit")):
-                return str(message["commit"])
+            if not is_commit(message.get("commit")):
+                raise _wrong_answer("has another message than the commit")
+            return str(message["commit"])
     raise HubError("hub_unreachable", f"The process that asks the Hub for {repo} ended without an answer.")
 
 
@@ -173,12 +178,21 @@ def _talk(
     """What the process says, one message after the other. Raises what it reports as an error."""
     with _child(request) as child:
         for line in _lines(child, silence_seconds, cancel):
-            message: dict[str, Any] = json.loads(line)
+            try:
+                message = json.loads(line)
+            except ValueError:
+                raise _wrong_answer("sent a message that is no JSON") from None
+            if not isinstance(message, dict):
+                raise _wrong_answer("sent a message that is no JSON object")
             if "error" in message:
                 if message["error"] == "store_full":
                     raise StoreFullError(message["message"])
                 raise HubError(message["error"], message["message"])
             yield message
+
+
+def _wrong_answer(what: str) -> HubError:
+    return HubError("hub_wrong_answer", f"The process that asks the Hub {what}.")
 
 
 @contextmanager
@@ -228,6 +242,8 @@ def _lines(
                     return
                 heard = time.monotonic()
                 *lines, rest = (rest + data).split(b"\n")
+                if len(rest) > _MOST_LINE:
+                    raise _wrong_answer(f"sent a message of over {_MOST_LINE} bytes")
                 yield from lines
             elif time.monotonic() - heard > silence_seconds:
                 raise HubError(

@@ -99,10 +99,23 @@ def _check_subfolder(subfolder: str) -> None:
 
 def hub_cache(environ: Mapping[str, str]) -> Path:
     """The folder of the Hub's cache, by the same variables and in the same order as huggingface_hub."""
-    home = environ.get("XDG_CACHE_HOME") or "~/.cache"
-    hub = environ.get("HF_HOME") or f"{home}/huggingface"
-    chosen = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or f"{hub}/hub"
+    chosen = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or f"{_home(environ)}/hub"
     return Path(os.path.expandvars(chosen)).expanduser().absolute()
+
+
+def hub_token_state(environ: Mapping[str, str]) -> tuple[int, ...]:
+    """Return what changes when another token for the Hub is stored where huggingface_hub looks for one: the
+    inode, the size in bytes and the time in nanoseconds of the last write; empty while none is stored."""
+    token = environ.get("HF_TOKEN_PATH") or f"{_home(environ)}/token"
+    try:
+        found = Path(os.path.expandvars(token)).expanduser().stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _home(environ: Mapping[str, str]) -> str:
+    return environ.get("HF_HOME") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
 
 
 def cached_repo(cache: Path, repo: str) -> tuple[Path, Path]:

@@ -136,7 +136,6 @@ class Database:
             thread.join()
 
     def _listen(self, changed: Callable[[], None], stop: threading.Event) -> None:
-        dialect: Any = self.engine.dialect
         while not stop.is_set():
             try:
                 with self.engine.connect() as connection:
@@ -148,7 +147,7 @@ class Database:
                     while not stop.is_set():
                         for _ in driver.notifies(timeout=_LISTEN_SECONDS, stop_after=1):
                             changed()
-            except (exc.SQLAlchemyError, OSError, dialect.dbapi.Error):  # who looks says what is wrong
+            except Exception:  # of the driver too; who looks at the registry says what is wrong
                 stop.wait(_LISTEN_SECONDS)
 
     @contextmanager

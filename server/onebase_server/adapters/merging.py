@@ -141,6 +141,8 @@ class Merging:
                 files = await self._files(parents, recipe)
         finally:
             self._merges[tenant] -= 1
+            if not self._merges[tenant]:
+                del self._merges[tenant]
         given = {"density": recipe.density, "sign": recipe.sign, "seed": recipe.seed}
         source = {
             "kind": "merge",

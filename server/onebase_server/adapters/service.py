@@ -42,9 +42,9 @@ memory is full."""
 ACTIVATION_TRIES = 8
 """Of one activation: over about a minute."""
 OPTIONS = "options"
+"""Key of a version's source that holds its VersionOptions."""
 _ACTIVATED_SECONDS = 3.0
 """After its proof, in which another server activates a version, if it does."""
-"""Key of a version's source that holds its VersionOptions."""
 
 _log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class AdapterService:
         if job is not None and job.task is not None:
             await asyncio.shield(job.task)
             if job.failure is not None:
-                raise job.failure
+                raise job.failure.fresh()
         return await self.version(tenant, name, digest)
 
     async def settle(self, version: VersionRecord, seconds: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import secrets
 import threading
 import time
@@ -26,6 +27,7 @@ from onebase_adapters.hub.pull import (
     HubError,
     HubReference,
     PullCancelledError,
+    hub_token_state,
     parse_hub_reference,
     pull,
     resolve,
@@ -59,11 +61,19 @@ from onebase_server.storage import storage_errors
 STARTUP_ACTOR = "startup"
 """Who activates what was given at start."""
 MOST_REMEMBERED = 1000
-"""Pulls that have ended and can still be asked about."""
+"""Pulls of one tenant that have ended and can still be asked about."""
 FAILED_SECONDS = 60.0
 """A repository whose adapter was not served is not pulled again for a request within this time."""
-MOST_TRANSFERS = 64
+MISSING_SECONDS = 30.0
+"""Time for which the Hub is not asked again, for a request, about what it does not have or give."""
+MOST_FAILED = 1000
+"""First uses that failed and are remembered, of all tenants together."""
+MOST_TRANSFERS = 256
 """Transfers that run or wait."""
+MOST_TRANSFERS_EACH = 64
+"""Transfers that run or wait for one tenant."""
+_MISSING = frozenset({"hub_not_found", "hub_gated", "hub_no_adapter", "hub_too_large"})
+"""Codes of the Hub's answers that are the same if it is asked again at once."""
 _LONGEST_SECONDS = 3600.0
 _RETRY_AFTER = 10.0
 
@@ -278,10 +288,12 @@ class Transfer:
     def __init__(self, reference: HubReference) -> None:
         self.reference = reference
         self.fraction = 0.0
+        self.has_begun = False
         self.cancel = threading.Event()
 
     def run(self, store: Store, max_bytes: int) -> Fetched:
         """Block until everything is here. Raises HubError, PullCancelledError, StoreError."""
+        self.has_begun = True
         reference = self.reference
         commit = resolve(reference.repo, reference.revision, cancel=self.cancel)
         return Fetched(pull(reference, commit, store, max_bytes, self._advance, cancel=self.cancel), commit)
@@ -291,14 +303,18 @@ class Transfer:
 
 
 class Pulls:
-    """Transfers, one for all who ask for the same reference. `allow`: patterns of `org/repo` for requests."""
+    """Transfers, for which tenants take turns; those who ask for the same reference share one that runs.
+
+    allow: patterns of `org/repo` for requests.
+    """
 
     def __init__(self, store: Store, threads: Threads, allow: Sequence[str], max_bytes: int) -> None:
         self._store = store
         self._threads = threads
         self._allow = tuple(allow)
         self._max_bytes = max_bytes
-        self._running: dict[HubReference, tuple[Transfer, asyncio.Task[Fetched]]] = {}
+        self._running: dict[tuple[str, HubReference], tuple[Transfer, asyncio.Task[Fetched]]] = {}
+        """By the tenant in whose turn they run, also those that wait for it."""
         if not landlock_version():
             _log.warning(
                 "this kernel has no Landlock (Linux 5.13; some containers switch it off): the processes that "
@@ -317,25 +333,30 @@ class Pulls:
             param=param,
         )
 
-    def start(self, reference: HubReference) -> tuple[Transfer, asyncio.Task[Fetched]]:
-        """The transfer of this reference: the one that runs, or a new one. Raises UnavailableError."""
-        if reference not in self._running:
-            if len(self._running) >= MOST_TRANSFERS:
-                raise UnavailableError(
-                    f"{MOST_TRANSFERS} pulls from the Hub are running or waiting. Try again later.",
-                    code="pulls_busy",
-                    retry_after=_RETRY_AFTER,
-                )
-            transfer = Transfer(reference)
-            task = asyncio.get_running_loop().create_task(self._run(transfer))
-            self._running[reference] = transfer, task
-            task.add_done_callback(lambda done: self._ended(reference, done))
-        return self._running[reference]
+    def start(self, tenant: str, reference: HubReference) -> tuple[Transfer, asyncio.Task[Fetched]]:
+        """Return the transfer of this reference: one that runs for anybody, or the tenant's own, which runs
+        when it is the tenant's turn. Raises UnavailableError."""
+        for (owner, wanted), found in self._running.items():
+            if wanted == reference and (owner == tenant or found[0].has_begun):
+                return found
+        own = sum(owner == tenant for owner, _ in self._running)
+        if own >= MOST_TRANSFERS_EACH or len(self._running) >= MOST_TRANSFERS:
+            raise UnavailableError(
+                f"Too many pulls from the Hub are running or waiting: at most {MOST_TRANSFERS_EACH} of one "
+                f"tenant, {MOST_TRANSFERS} in all. Try again later.",
+                code="pulls_busy",
+                retry_after=_RETRY_AFTER,
+            )
+        transfer = Transfer(reference)
+        task = asyncio.get_running_loop().create_task(self._run(tenant, transfer))
+        self._running[tenant, reference] = transfer, task
+        task.add_done_callback(lambda done: self._ended((tenant, reference), done))
+        return transfer, task
 
-    async def _run(self, transfer: Transfer) -> Fetched:
+    async def _run(self, tenant: str, transfer: Transfer) -> Fetched:
         limit = asyncio.get_running_loop().call_later(_LONGEST_SECONDS, transfer.cancel.set)
         try:
-            return await self._threads.run(transfer.run, self._store, self._max_bytes)
+            return await self._threads.run_for(tenant, transfer.run, self._store, self._max_bytes)
         except PullCancelledError:
             raise HubError(
                 "hub_unreachable", f"{transfer.reference} did not arrive within {_LONGEST_SECONDS:g} s"
@@ -343,8 +364,8 @@ class Pulls:
         finally:
             limit.cancel()
 
-    def _ended(self, reference: HubReference, task: asyncio.Task[Fetched]) -> None:
-        del self._running[reference]
+    def _ended(self, key: tuple[str, HubReference], task: asyncio.Task[Fetched]) -> None:
+        del self._running[key]
         if not task.cancelled():
             task.exception()
 
@@ -403,6 +424,15 @@ class PendingPull:
         return await asyncio.shield(self.task)
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a first use failed, until when it is the answer to others, and with which token for the Hub."""
+
+    error: OneBaseError
+    until: float
+    token: object
+
+
 class HubAdapters:
     """Registers what is pulled from the Hub as versions. Called from one event loop."""
 
@@ -411,7 +441,7 @@ class HubAdapters:
         self._pulls = pulls
         self._known: OrderedDict[str, PendingPull] = OrderedDict()
         self._first_uses: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._failed: dict[tuple[str, str], tuple[float, OneBaseError]] = {}
+        self._failed: OrderedDict[tuple[str, str], _Refusal] = OrderedDict()
 
     def check_allowed(self, reference: HubReference, param: str) -> None:
         """Raises ForbiddenError unless requests may make this server pull from the repository."""
@@ -447,13 +477,14 @@ class HubAdapters:
             same = pending.adapter == (tenant, name) and pending.reference == reference
             if running and same and pending.options == options:
                 return pending
-        transfer, fetched = self._pulls.start(reference)
+        transfer, fetched = self._pulls.start(tenant, reference)
         pending = PendingPull(tenant, name, reference, options, actor, transfer)
         pending.task = asyncio.get_running_loop().create_task(self._finish(pending, fetched))
         pending.task.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._known[pending.id] = pending
-        while len(self._known) > MOST_REMEMBERED:
-            self._known.popitem(last=False)
+        own = [one.id for one in self._known.values() if one.tenant == tenant]
+        for oldest in own[:-MOST_REMEMBERED]:
+            del self._known[oldest]
         return pending
 
     async def use(self, tenant: str, name: str, *, param: str) -> None:
@@ -467,9 +498,9 @@ class HubAdapters:
             return
         self._pulls.check_allowed(reference, param)
         adapter = tenant, name
-        since, failure = self._failed.get(adapter, (0.0, None))
-        if failure is not None and time.monotonic() - since < FAILED_SECONDS:
-            raise failure
+        refusal = self._failed.get(adapter)
+        if refusal and time.monotonic() < refusal.until and refusal.token == hub_token_state(os.environ):
+            raise refusal.error.fresh()
         if adapter not in self._first_uses:
             task = asyncio.get_running_loop().create_task(self._first_use(tenant, name, reference))
             self._first_uses[adapter] = task
@@ -497,10 +528,16 @@ class HubAdapters:
     def _first_use_ended(self, adapter: tuple[str, str], task: asyncio.Task[None]) -> None:
         del self._first_uses[adapter]
         error = None if task.cancelled() else task.exception()
-        if isinstance(error, VersionFailedError):
-            now = time.monotonic()
-            fresh = {key: (at, old) for key, (at, old) in self._failed.items() if now - at < FAILED_SECONDS}
-            self._failed = {**fresh, adapter: (now, error)}
+        if not isinstance(error, OneBaseError):
+            return
+        missing = error.code in _MISSING
+        if missing or isinstance(error, VersionFailedError):
+            seconds = MISSING_SECONDS if missing else FAILED_SECONDS
+            until = time.monotonic() + seconds
+            self._failed.pop(adapter, None)
+            self._failed[adapter] = _Refusal(error.fresh(), until, hub_token_state(os.environ))
+            while len(self._failed) > MOST_FAILED:
+                self._failed.popitem(last=False)
 
     async def _finish(self, pending: PendingPull, fetched: asyncio.Task[Fetched]) -> VersionRecord:
         """Wait for the transfer, then register what came. Raises OneBaseError."""

@@ -33,7 +33,7 @@ from onebase_adapters.registry import (
 )
 from onebase_adapters.store.store import StoreError
 from onebase_server.access import Caller, KeyRing
-from onebase_server.background import Backoff, Threads
+from onebase_server.background import Backoff, Threads, keep_running
 from onebase_server.batches.results import (
     ERRORS,
     EXPIRED,
@@ -435,6 +435,14 @@ class Run:
 
     async def _answer(self, turn: _Turn) -> None:
         try:
+            await self._ask(turn)
+        except Exception:
+            _log.exception("row %d of batch %s failed", turn.number, self.batch.id)
+            failed = RowFailedError("The server failed on this row; its log says why.", code="row_failed")
+            self._take(turn, _refusal(failed))
+
+    async def _ask(self, turn: _Turn) -> None:
+        try:
             caller = await self._caller()
             ticket = self._parts.limiter.enter(caller)
         except (UnauthenticatedError, ForbiddenError) as error:
@@ -445,12 +453,7 @@ class Run:
         except OneBaseError as error:
             self._take(turn, _refusal(error))
         else:
-            try:
-                self._take(turn, await self._post(turn, caller, ticket))
-            except Exception:
-                _log.exception("row %d of batch %s failed", turn.number, self.batch.id)
-                failed = RowFailedError("The server failed on this row; its log says why.", code="row_failed")
-                self._take(turn, _refusal(failed))
+            self._take(turn, await self._post(turn, caller, ticket))
 
     async def _post(self, turn: _Turn, caller: Caller, ticket: Ticket) -> Answer:
         if self._parts.post is None:
@@ -567,7 +570,8 @@ class BatchRunner:
         self._parts.post = post
         while not self._own():
             await asyncio.sleep(self._look_seconds)
-        self._feeder = asyncio.get_running_loop().create_task(self._feed())
+        feeding = keep_running("feeding rows of batches", self._feed)
+        self._feeder = asyncio.get_running_loop().create_task(feeding)
         while not self._ending:
             self._changed.clear()
             try:

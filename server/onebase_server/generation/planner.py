@@ -7,7 +7,6 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,7 +17,7 @@ from onebase_engine.engine.messages import BaseInfo, Sampling
 from onebase_server.access import Caller
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
 from onebase_server.adapters.sources import HubAdapters
-from onebase_server.background import Threads
+from onebase_server.background import Threads, TurnBudget
 from onebase_server.errors import (
     AdapterDeletedError,
     InvalidRequestError,
@@ -50,13 +49,15 @@ _U = TypeVar("_U")
 GENERATE_TOKENS = 256
 COMPLETION_TOKENS = 16
 _INLINE_CHARACTERS = 8_000
-"""Longer texts are tokenized in a thread, and longer tools made a grammar of, so that they do not hold up the
-streams (about 3 ms)."""
+"""Characters that one turn of the event loop tokenizes, or makes a grammar of, for all requests together
+(about 4 ms). The rest is computed in threads, so that it does not hold up the streams."""
 _LONG_CHARACTERS = 100_000
 """Longer ones wait for each other, so that shorter ones have their turn and memory is taken for one."""
 _THREADS = 2
 _MESSAGE_CHARACTERS = 40
 """What a message counts besides its text: a template writes around it."""
+_TEXT_CHARACTERS = 40
+"""What a text counts besides its characters: to call the tokenizer takes as long as to read so many."""
 _MARK = "CONTINUE_FINAL_MESSAGE_TAG"
 """With which transformers finds the end of the last message."""
 
@@ -110,14 +111,16 @@ class Planner:
         self._limits = limits
         self._threads = Threads("tokenize", _THREADS)
         self._one_thread = Threads("tokenize-long", 1)
+        self._inline = TurnBudget(_INLINE_CHARACTERS)
 
     async def generate(self, body: GenerateRequest, caller: Caller, begun: Transcript | None = None) -> Job:
         """begun: of a stream that another server began, here and in the methods that follow: its versions
         are used, whichever are active now."""
         base = self.base()
-        prompt = await (
-            self.chat_prompt(body, body.messages) if body.messages else self._text(body.prompt or "")
-        )
+        if body.messages:
+            prompt = await self.chat_prompt(caller.tenant, body, body.messages)
+        else:
+            prompt = (await self._prompts(caller.tenant, [body.prompt or ""]))[0]
         wanted = _Wanted(
             kind="gen-",
             prompts=(prompt,),
@@ -126,7 +129,7 @@ class Planner:
             default_tokens=GENERATE_TOKENS,
             logprobs=body.logprobs,
             echo=bool(body.echo),
-            answer=await self._answer(body),
+            answer=await self._answer(caller.tenant, body),
         )
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=check_generates(await self._adapter(body, job, begun)))
@@ -136,13 +139,9 @@ class Planner:
     ) -> Job:
         base = self.base()
         self.check_model(body.model, body)
-        prompts = [
-            await self._text(prompt) if isinstance(prompt, str) else Prompt(prompt)
-            for prompt in body.prompts()
-        ]
         wanted = _Wanted(
             kind="cmpl-",
-            prompts=tuple(prompts),
+            prompts=tuple(await self._prompts(caller.tenant, body.prompts())),
             prompt_param="prompt",
             max_tokens=body.max_tokens,
             default_tokens=COMPLETION_TOKENS,
@@ -182,13 +181,13 @@ class Planner:
         self.check_model(body.model, body)
         wanted = _Wanted(
             kind=kind,
-            prompts=(await self.chat_prompt(body, messages, body.reasoning_effort),),
+            prompts=(await self.chat_prompt(caller.tenant, body, messages, body.reasoning_effort),),
             prompt_param="messages",
             max_tokens=body.token_limit,
             default_tokens=None,
             logprobs=body.logprob_count,
             echo=False,
-            answer=await self._answer(body),
+            answer=await self._answer(caller.tenant, body),
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
         )
@@ -202,7 +201,8 @@ class Planner:
         base, told, sampling = self.base(), transcript.opening, job.sampling
         if told.max_tokens > sampling.max_tokens:
             raise refused("has more tokens than the request may have here")
-        await self._threads.run(
+        await self._threads.run_for(
+            job.tenant,
             transcript.check,
             [len(prompt.tokens) for prompt in job.prompts],
             job.n,
@@ -236,31 +236,36 @@ class Planner:
         return self.base().max_length
 
     async def chat_tokens(
-        self, body: ConversationFields, messages: Sequence[Message], reasoning_effort: str | None = None
+        self,
+        tenant: str,
+        body: ConversationFields,
+        messages: Sequence[Message],
+        reasoning_effort: str | None = None,
     ) -> list[int]:
         """The prompt that a conversation becomes."""
-        return (await self.chat_prompt(body, messages, reasoning_effort)).tokens
+        return (await self.chat_prompt(tenant, body, messages, reasoning_effort)).tokens
 
-    async def text_tokens(self, text: str, *, special: bool) -> list[int]:
-        """special: with the tokens that the base expects around a prompt."""
-        encode = partial(self._tokenizer.encode, special=special)
-        return await self._tokens("prompt", len(text), encode, text)
+    async def texts(
+        self, tenant: str, param: str, texts: Sequence[str], *, special: bool = True
+    ) -> list[list[int]]:
+        """Return the tokens of each, computed in one turn of the tenant.
 
-    async def texts(self, param: str, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """The tokens of each, in one turn."""
+        special: with the tokens that the base expects around a prompt.
+        """
 
         def encode(texts: Sequence[str]) -> list[list[int]]:
             return [self._tokenizer.encode(text, special=special) for text in texts]
 
         for text in texts:
             self._check_size(param, len(text))
-        return await self._in_turn(sum(map(len, texts)), encode, texts)
+        size = sum(map(len, texts)) + _TEXT_CHARACTERS * len(texts)
+        return await self._in_turn(tenant, size, encode, texts)
 
-    async def names_of(self, tokens: Sequence[int]) -> list[str]:
+    async def names_of(self, tenant: str, tokens: Sequence[int]) -> list[str]:
         """What the vocabulary calls tokens."""
-        return await self._threads.run(self._tokenizer.names, tokens)
+        return await self._threads.run_for(tenant, self._tokenizer.names, tokens)
 
-    async def text_of(self, tokens: Sequence[int]) -> str:
+    async def text_of(self, tenant: str, tokens: Sequence[int]) -> str:
         """The text that tokens stand for, special ones by their names."""
         base = self.base()
         if len(tokens) > base.max_length:
@@ -271,7 +276,7 @@ class Planner:
                 code="context_length_exceeded",
             )
         _check_vocabulary("tokens", tokens, base)
-        return await self._threads.run(self._tokenizer.decode, tokens, True)
+        return await self._threads.run_for(tenant, self._tokenizer.decode, tokens, True)
 
     # ---- parts -------------------------------------------------------------------------------
 
@@ -372,11 +377,17 @@ class Planner:
                 async with in_time(job.deadline):
                     await self._checkpoints.use(job.tenant, name, param=param)
 
-    async def _text(self, text: str) -> Prompt:
-        return Prompt(await self._tokens("prompt", len(text), self._tokenizer.encode, text), text)
+    async def _prompts(self, tenant: str, given: Sequence[str | list[int]]) -> list[Prompt]:
+        """The prompts of a request, of which each is text or tokens."""
+        tokens = iter(await self.texts(tenant, "prompt", [one for one in given if isinstance(one, str)]))
+        return [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in given]
 
     async def chat_prompt(
-        self, body: ConversationFields, messages: Sequence[Message], reasoning_effort: str | None = None
+        self,
+        tenant: str,
+        body: ConversationFields,
+        messages: Sequence[Message],
+        reasoning_effort: str | None = None,
     ) -> Prompt:
         known = self._tokenizer.chat_template
         if any(message.is_of_tools for message in messages) and "tool_calls" not in known:
@@ -393,7 +404,8 @@ class Planner:
         size += body.tool_characters if tools else 0
         if options or any(message.tool_calls for message in messages):
             size += len(json.dumps([options, [message.get("tool_calls") for message in chat.messages]]))
-        return Prompt(await self._tokens("messages", size, self._encoded, chat))
+        self._check_size("messages", size)
+        return Prompt(await self._in_turn(tenant, size, self._encoded, chat))
 
     def _encoded(self, chat: Conversation) -> list[int]:
         tools = None if chat.tools is None else [plain_tool(tool) for tool in chat.tools]
@@ -431,14 +443,12 @@ class Planner:
             given["add_generation_prompt"] = body.add_generation_prompt
         return given
 
-    async def _answer(self, body: ConversationFields) -> CallFormat | None:
+    async def _answer(self, tenant: str, body: ConversationFields) -> CallFormat | None:
         """How calls of tools are told from the text, where there may be any."""
         if not body.calls_tools:
             return None
         size = body.tool_characters + (len(body.grammar.grammar.text) if body.grammar else 0)
-        if size <= _INLINE_CHARACTERS:
-            return self._call_format(body)
-        return await self._threads.run(self._call_format, body)
+        return await self._in_turn(tenant, size, self._call_format, body)
 
     def _call_format(self, body: ConversationFields) -> CallFormat:
         """Its grammar is made of the tools' schemas: of long ones that takes 50 ms."""
@@ -480,11 +490,6 @@ class Planner:
             at_once=content is not None,
         )
 
-    async def _tokens(self, param: str, size: int, encode: Callable[[_T], list[int]], text: _T) -> list[int]:
-        """What `encode` makes of a text of `size` characters, in its turn."""
-        self._check_size(param, size)
-        return await self._in_turn(size, encode, text)
-
     def _check_size(self, param: str, size: int) -> None:
         length = self.base().max_length
         most = length * self._tokenizer.longest_token
@@ -496,12 +501,14 @@ class Planner:
                 code="context_length_exceeded",
             )
 
-    async def _in_turn(self, size: int, encode: Callable[[_T], _U], text: _T) -> _U:
-        if size <= _INLINE_CHARACTERS:
+    async def _in_turn(self, tenant: str, size: int, encode: Callable[[_T], _U], text: _T) -> _U:
+        """Return what `encode` makes of a text of `size` characters: at once while this turn of the event
+        loop has room for it, else in a thread, where tenants take turns."""
+        if self._inline.take(size):
             return encode(text)
         if size <= _LONG_CHARACTERS:
-            return await self._threads.run(encode, text)
-        return await self._one_thread.run(and_give_memory_back, encode, text)
+            return await self._threads.run_for(tenant, encode, text)
+        return await self._one_thread.run_for(tenant, and_give_memory_back, encode, text)
 
     def _job(self, wanted: _Wanted, body: SamplingFields, base: BaseInfo, caller: Caller) -> Job:
         n = body.n or 1

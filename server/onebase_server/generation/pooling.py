@@ -48,18 +48,21 @@ class ReadingPlanner:
             raise InvalidRequestError(
                 f"dimensions: this base's vectors have {most}. Ask for that or fewer.", param="dimensions"
             )
-        prompts, params = await self._inputs(body.input)
+        prompts, params = await self._inputs(caller.tenant, body.input)
         jobs = self._pooled("embd-", body, prompts, params, caller, Pooling(body.pooling or "last"))
         return await self._with_model(body, jobs)
 
     async def classify(self, body: ClassifyRequest, caller: Caller) -> list[Job]:
         """Jobs whose choices are the logits of the inputs' classes; of their tokens', one after the other."""
         if body.input is not None:
-            prompts, params = await self._inputs(body.input)
+            prompts, params = await self._inputs(caller.tenant, body.input)
         else:
             options = {"chat_template_kwargs": body.chat_template_kwargs}
             chat = rebuilt(ConversationFields, options)
-            prompts, params = [await self._planner.chat_prompt(chat, body.messages or [])], ["messages"]
+            prompts, params = (
+                [await self._planner.chat_prompt(caller.tenant, chat, body.messages or [])],
+                ["messages"],
+            )
         jobs = self._pooled("classify-", body, prompts, params, caller, Pooling(head=True))
         jobs = await self._with_model(body, jobs)
         choice = jobs[0].adapter
@@ -112,8 +115,10 @@ class ReadingPlanner:
         if choice.task == "SEQ_CLS":
             if body.pooling is not None:
                 raise InvalidRequestError("pooling: a classifier has its own. Leave it out.", param="pooling")
-            texts = await self._planner.texts(params[0][0], [one for one, _ in pairs])
-            others = await self._planner.texts(params[0][1], [other for _, other in pairs], special=False)
+            texts = await self._planner.texts(caller.tenant, params[0][0], [one for one, _ in pairs])
+            others = await self._planner.texts(
+                caller.tenant, params[0][1], [other for _, other in pairs], special=False
+            )
             prompts = [
                 self._without_padding(Prompt(one + other)) for one, other in zip(texts, others, strict=True)
             ]
@@ -125,7 +130,7 @@ class ReadingPlanner:
             for names, some in zip(params, pairs, strict=True)
             for param, text in zip(names, some, strict=True)
         }
-        tokens = await self._planner.texts(params[0][1], list(fields.values()))
+        tokens = await self._planner.texts(caller.tenant, params[0][1], list(fields.values()))
         prompts = [Prompt(one, text) for one, text in zip(tokens, fields.values(), strict=True)]
         pooling = Pooling(body.pooling or "last")
         jobs = self._pooled("score-", body, prompts, list(fields), caller, pooling)
@@ -135,11 +140,13 @@ class ReadingPlanner:
         return replace(prompt, tokens=without_padding(prompt.tokens, self._tokenizer.padding))
 
     async def _inputs(
-        self, given: str | list[str] | list[int] | list[list[int]]
+        self, tenant: str, given: str | list[str] | list[int] | list[list[int]]
     ) -> tuple[list[Prompt], list[str]]:
         """The prompts, and the fields that they are from."""
         found = inputs_of(given)
-        tokens = iter(await self._planner.texts("input", [one for one in found if isinstance(one, str)]))
+        tokens = iter(
+            await self._planner.texts(tenant, "input", [one for one in found if isinstance(one, str)])
+        )
         prompts = [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in found]
         single = isinstance(given, str) or isinstance(given[0], int)
         return prompts, ["input"] if single else [f"input[{index}]" for index in range(len(prompts))]
@@ -163,7 +170,10 @@ class ReadingPlanner:
     async def decide(self, body: DecideRequest, caller: Caller) -> tuple[list[Job], list[Job]]:
         """Jobs whose choices are the request's, after its prompt, and after its prior if it has one."""
         ends = body.messages is not None if body.ends is None else body.ends
-        choices = [tuple(one) for one in await self._planner.texts("choices", body.choices, special=False)]
+        choices = [
+            tuple(one)
+            for one in await self._planner.texts(caller.tenant, "choices", body.choices, special=False)
+        ]
         for index, one in enumerate(choices):
             if not one:
                 raise InvalidRequestError(f"choices[{index}]: has no tokens.", param=f"choices[{index}]")
@@ -182,10 +192,12 @@ class ReadingPlanner:
                 groups.append([])
                 continue
             if isinstance(given, str):
-                prompt = Prompt((await self._planner.texts(param, [given]))[0], given)
+                prompt = Prompt((await self._planner.texts(caller.tenant, param, [given]))[0], given)
             else:
                 options = {"chat_template_kwargs": body.chat_template_kwargs}
-                prompt = await self._planner.chat_prompt(rebuilt(ConversationFields, options), given)
+                prompt = await self._planner.chat_prompt(
+                    caller.tenant, rebuilt(ConversationFields, options), given
+                )
                 param = "messages" if param == "prompt" else param
             jobs = []
             for first in range(0, len(choices), AT_ONCE):

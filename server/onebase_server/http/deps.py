@@ -25,7 +25,7 @@ from onebase_server.adapters.merging import Merging
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters
-from onebase_server.background import Threads
+from onebase_server.background import Threads, TurnBudget
 from onebase_server.batches.service import BatchService
 from onebase_server.errors import InvalidRequestError, OneBaseError, UnavailableError, status_of
 from onebase_server.generation.kept_responses import KeptResponses
@@ -56,8 +56,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LONG_BODY = 64 * 1024
-"""Bytes. A longer body is read and validated in a thread: a long conversation takes a third of a second, in
-which no stream would go on."""
+"""Bytes of bodies that one turn of the event loop reads and validates, for all requests together (about
+20 ms). The rest goes to threads: a long conversation takes a third of a second, in which no stream would go
+on."""
 READ_THREADS = 2
 COUNT_SECONDS = 5.0
 """Limit for the registry's figures; after it the others are given alone."""
@@ -142,7 +143,8 @@ class Services:
     answers: Counter[tuple[str, int]]
     """By route and status, what the server has answered since the start."""
     reading: Threads = field(default_factory=lambda: Threads("read", READ_THREADS))
-    """For bodies that are long."""
+    """For bodies and answers that are long; tenants take turns."""
+    read_inline: TurnBudget = field(default_factory=lambda: TurnBudget(LONG_BODY))
     started: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     route_secret: str = field(default_factory=lambda: secrets.token_hex(32))
@@ -210,11 +212,13 @@ class _StrictRequest(Request):
         return await super().body()
 
     async def json(self) -> Any:
-        """The body's value; of a long one what it must be, which FastAPI takes as it is."""
+        """The body's value; of one that is read in a thread what it must be, which FastAPI takes as it is."""
         services, body = _services(self), await self.body()
-        read = strict_json.decode if len(body) <= LONG_BODY else self._validated
+        most = services.settings.max_body
         try:
-            return await off_loop(self, read, body, services.settings.max_body)
+            if services.read_inline.take(len(body)):
+                return strict_json.decode(body, most)
+            return await services.reading.run_for(_caller(self).tenant, self._validated, body, most)
         except OneBaseError as error:
             raise BodyError(error) from error
 
@@ -230,10 +234,12 @@ class _StrictRequest(Request):
 
 
 async def off_loop(request: Request, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """What the call makes of the request's body: of a long one in a thread."""
-    if len(await request.body()) <= LONG_BODY:
+    """Return what the call makes of the request's body, computed in a thread unless this turn of the event
+    loop has room for a body of this length."""
+    services = _services(request)
+    if services.read_inline.take(len(await request.body())):
         return call(*args, **kwargs)
-    return await _services(request).reading.run(call, *args, **kwargs)
+    return await services.reading.run_for(_caller(request).tenant, call, *args, **kwargs)
 
 
 class StrictRoute(APIRoute):

@@ -166,7 +166,12 @@ class JobRecord:
         while not self._closing.is_set():
             await self._changed.wait()
             self._changed.clear()
-            await self._write()
+            try:
+                await self._write()
+            except Exception:  # what comes next may be written; `close` raises what cannot be
+                _log.exception("job %s: what it reports cannot be written now", self._id)
+                del self._events[:-MAX_WAITING]
+                self._changed.set()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), FLUSH_SECONDS)
 

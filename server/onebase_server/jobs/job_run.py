@@ -504,6 +504,8 @@ class Run:
                 self.stop("pause", STOP_SECONDS)
         except RegistryError as error:
             _log.warning("the quota of job %s cannot be checked now: %s", self.job.id, error)
+        except Exception:  # what trains goes on to be counted
+            _log.exception("the quota of job %s cannot be checked now", self.job.id)
 
     # ---- other ends --------------------------------------------------------------------------
 

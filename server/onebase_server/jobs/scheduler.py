@@ -259,7 +259,9 @@ class JobScheduler:
             _log.info("job %s is not taken over: %s", job.id, error)
             return False
         if not all(found):
-            self._not_here[job.id] = time.monotonic() + NOT_HERE_SECONDS
+            now = time.monotonic()
+            self._not_here = {one: until for one, until in self._not_here.items() if until > now}
+            self._not_here[job.id] = now + NOT_HERE_SECONDS
             _log.warning("job %s is not taken over: this server's --store has not all its files", job.id)
         return all(found)
 
@@ -299,6 +301,8 @@ class JobScheduler:
         open_jobs = {run.job.id: run.job.tenant for run in self._runs.values()}
         open_jobs |= {job.id: job.tenant for job in jobs}
         self._known |= open_jobs
+        self._left = {job_id: until for job_id, until in self._left.items() if job_id in open_jobs}
+        self._noted_disabled &= open_jobs.keys()
         for job_id in self._known.keys() - open_jobs.keys():
             await self._garbage.job_over(self._known[job_id], job_id)
             del self._known[job_id]

@@ -139,7 +139,7 @@ class RequestRouter:
     def fail_all(self, error: OneBaseError) -> None:
         """End every request's wait with an error; outputs that have arrived are still delivered."""
         for request in self._requests.values():
-            request.fail(error)
+            request.fail(error.fresh())
 
     def engine_died(self) -> None:
         """Note which requests were running; one that is taken for the cause ends with an error of its own."""

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from onebase_engine.engine.messages import (
@@ -27,7 +28,7 @@ from onebase_engine.engine.messages import (
     ToApi,
     to_api_decoder,
 )
-from onebase_server.background import Backoff
+from onebase_server.background import Backoff, keep_running
 from onebase_server.errors import EngineRestartedError, UnavailableError
 from onebase_server.generation.stream import Inflight
 from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess, EngineLink
@@ -276,7 +277,7 @@ class EngineSupervisor:
         self._link.engine = engine = await ChildProcess.spawn(
             self._command, to_api_decoder(), receive, lambda: end(""), fds={"--base-fd": base_fd}
         )
-        watch = loop.create_task(self._watch(end))
+        watch = loop.create_task(keep_running("watching for stalls of the engine", partial(self._watch, end)))
         try:
             engine.send(Start(self._config))
             reason = await ended

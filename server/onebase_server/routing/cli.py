@@ -130,7 +130,9 @@ def route(argv: Sequence[str]) -> int:
 
 def route_parser() -> argparse.ArgumentParser:
     """The options of `onebase route`: its own, and those of `onebase serve` that are about connections."""
-    parser = Parser(prog="onebase route", usage="onebase route --replica URL [options]", description=_ROUTE)
+    parser = Parser(
+        prog="onebase route", repeated=True, usage="onebase route --replica URL [options]", description=_ROUTE
+    )
     parser.add_argument(
         "--replica",
         action="append",

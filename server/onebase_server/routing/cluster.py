@@ -42,6 +42,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from ray.serve.schema import ServeDeploySchema
 
 from onebase._core.metrics import parse_metrics
+from onebase_server.background import keep_running
 from onebase_server.routing.placement import Placement, Report
 from onebase_server.routing.proxy import asked, read_report
 from onebase_server.settings import LISTENER, environment_name, load_settings
@@ -59,8 +60,12 @@ _GOODBYE_SECONDS = 15.0
 _POLL_SECONDS = 0.25
 _ILL_SECONDS = 60.0
 """Of an application that is not healthy, after which that is said: Ray may start what is missing again."""
+_ROUTE_SECONDS = 120.0
+"""After which an address that was started again and does not answer is given up: Ray starts another actor."""
 _BUSY = 0.7
 """The part of their rows that replicas should have in use, where there may be fewer of them."""
+_NOT_STARTED = 127
+"""Status of a child that could not be started, as of a shell."""
 _MOST_SENT = 100_000
 _SCALED_BY = (
     "vllm:request_success_total", "vllm:prompt_tokens_total", "vllm:generation_tokens_total",
@@ -182,6 +187,10 @@ class Child:
                 pass_fds=self._keep,
                 start_new_session=True,
             )
+        except Exception:  # no memory or no process left, say
+            _log.exception("the child cannot be started")
+            self.status = _NOT_STARTED
+            return
         finally:
             self._started.set()
         self.status = self._process.wait()
@@ -397,7 +406,7 @@ class Ingress:
         self._list.write_text("")
         self._urls: list[str] = []
         self._listed: list[str] = []
-        self._following: asyncio.Task[None] | None = None
+        self._following: list[asyncio.Task[None]] = []
         self._ended = asyncio.Event()
         self._child = self._start()
         await self._child.ready(self._client, "/health")
@@ -425,34 +434,43 @@ class Ingress:
             work.write_text("".join(f"{url}\n" for url in urls))
             work.replace(self._list)
             self._listed = urls
-        except OSError as error:  # tried again by `_follow`
+        except OSError as error:  # tried again by `_keep_route`
             _log.error("requests go to the servers that were there before: %s", error)
 
     async def check_health(self) -> None:
-        if self._following is None:  # Ray knows of this object only now, by which the router finds it
-            self._following = asyncio.get_running_loop().create_task(self._follow())
+        if not self._following:  # Ray knows of this object only now, by which the router finds it
+            loop = asyncio.get_running_loop()
+            self._following = [
+                loop.create_task(keep_running("keeping the address", self._keep_route)),
+                loop.create_task(keep_running("asking for servers", self._ask_for_servers)),
+            ]
         if self._child.is_ready:  # else it has ended and starts again
             (await self._client.get("/health")).raise_for_status()
 
-    async def _follow(self) -> None:
-        """Start the route again where it has ended: an actor takes longer. And where requests wait for a
-        first server, ask Ray Serve for one by a request of our own."""
+    async def _keep_route(self) -> None:
+        """Start the route again where it has ended: an actor takes longer. It waits for no server."""
         while True:
-            if self._servers is None:
-                with contextlib.suppress(serve.exceptions.RayServeException):  # they are not deployed yet
-                    self._servers = serve.get_deployment_handle(SERVER, APP).options()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(2 * _POLL_SECONDS):
                     await self._ended.wait()
             if self._listed != self._urls:
                 self._write_list()
             if self._ended.is_set():
-                self._ended.clear()
                 self._child = self._start()
+                self._ended.clear()
                 try:
-                    await self._child.ready(self._client, "/health")
-                except ClusterError:
+                    async with asyncio.timeout(_ROUTE_SECONDS):
+                        await self._child.ready(self._client, "/health")
+                except (ClusterError, TimeoutError):
                     _end_too()
+
+    async def _ask_for_servers(self) -> None:
+        """Where requests wait for a first server, ask Ray Serve for one by a request of our own."""
+        while True:
+            await asyncio.sleep(2 * _POLL_SECONDS)
+            if self._servers is None:
+                with contextlib.suppress(serve.exceptions.RayServeException):  # they are not deployed yet
+                    self._servers = serve.get_deployment_handle(SERVER, APP).options()
             if not self._plan.wait or self._servers is None:
                 continue
             with contextlib.suppress(httpx2.HTTPError):

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onebase._core.metrics import parse_metrics
 from onebase_server.access import is_loopback
-from onebase_server.background import Backoff
+from onebase_server.background import Backoff, keep_running
 from onebase_server.errors import (
     ConflictError,
     ForbiddenError,
@@ -1206,7 +1206,7 @@ async def serve(
     if without := [one.url for one in route.replicas.values() if one.needs_no_key]:
         await route.close()
         raise OpenServersError(settings.host, without)
-    following = loop.create_task(route.follow())
+    following = loop.create_task(keep_running("following the servers", route.follow))
     try:
         on_ready()
         await server.serve(sockets=[listener])

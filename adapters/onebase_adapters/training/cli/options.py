@@ -54,10 +54,23 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong options as every command of `onebase` reports a failure: a sentence, the next step."""
+    """Reports wrong options as every command of `onebase` reports a failure: a sentence, the next step.
 
-    def __init__(self, **options: Any) -> None:
+    repeated: of an option that is given twice the last one counts, for commands to which a unit, an image or
+    a cluster adds options. Otherwise it is refused.
+    """
+
+    def __init__(self, *, repeated: bool = False, **options: Any) -> None:
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
+        self.given: set[str] = set()
+        """Options that have had their one value."""
+        if not repeated:
+            self.register("action", None, _Once)
+            self.register("action", "store", _Once)
+
+    def parse_known_args(self, *given: Any, **more: Any) -> Any:
+        self.given.clear()
+        return super().parse_known_args(*given, **more)
 
     def error(self, message: str) -> NoReturn:
         text = re.sub(r"^argument (\S+): ", r"\1: ", message)
@@ -65,6 +78,23 @@ class Parser(argparse.ArgumentParser):
         text = re.sub(r"invalid float value: (.*)", r"\1 is not a number", text)
         print(f"onebase: {text}\n`{self.prog} --help` explains the command.", file=sys.stderr)
         raise SystemExit(2)
+
+
+class _Once(argparse.Action):
+    """Stores the value of an option that may be given once: of two, one would be lost without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string is not None and isinstance(parser, Parser):
+            if self.dest in parser.given:
+                raise argparse.ArgumentError(self, "it is given twice. Give it once.")
+            parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NoReturn, cast
+from typing import Any, Final, NoReturn, cast
 
 from .._core.config import Timeout
 from .._sync.client import Client
@@ -59,11 +59,39 @@ _SAMPLING: tuple[tuple[str, type, str, str], ...] = (
 class Parser(argparse.ArgumentParser):
     """Reports wrong arguments as the commands report every failure: a sentence, then the next step."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.given: set[str] = set()
+        """Options that have had their one value."""
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+
+    def parse_known_args(self, *given: Any, **more: Any) -> Any:
+        self.given.clear()
+        return super().parse_known_args(*given, **more)
+
     def error(self, message: str) -> NoReturn:
         text = re.sub(r"^argument (\S+): ", r"\1: ", message)
         text = re.sub(r"invalid (?:int|float) value: (.*)", _kind_of_number, text)
         print(f"onebase: {text}\n`{self.prog} --help` explains the command.", file=sys.stderr)
         raise SystemExit(USAGE)
+
+
+class _Once(argparse.Action):
+    """Stores the value of an option that may be given once: of two, one would be lost without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string is not None and isinstance(parser, Parser):
+            if self.dest in parser.given:
+                raise argparse.ArgumentError(self, "it is given twice. Give it once.")
+            parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 def _kind_of_number(found: re.Match[str]) -> str:

@@ -42,5 +42,5 @@ async def count_tokens(
     services.refuse_if_draining()
     find_model(services, caller, body.model)
     chat = await off_loop(request, body.chat, services.tokenizer.template_options)
-    tokens = await services.planner.chat_tokens(chat, chat.messages, chat.reasoning_effort)
+    tokens = await services.planner.chat_tokens(caller.tenant, chat, chat.messages, chat.reasoning_effort)
     return json_response({"input_tokens": len(tokens)})

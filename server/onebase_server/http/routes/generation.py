@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
@@ -11,11 +11,12 @@ from fastapi import APIRouter, Request, Response
 from onebase_server.access import Caller
 from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, status_of
 from onebase_server.generation.generation import Generation, Job, begun_of
-from onebase_server.generation.stream import Moments, Usage
+from onebase_server.generation.stream import Moments, Piece, Usage
 from onebase_server.generation.transcript import Transcript, line, refused
 from onebase_server.generation.transcript import read as read_transcript
 from onebase_server.http.authorization import NOT_ITS_FAULT, needs
 from onebase_server.http.deps import (
+    CALLER,
     Admitted,
     Calling,
     Provided,
@@ -65,6 +66,8 @@ from onebase_server.traces import RequestSpans
 from onebase_server.usage import UsageMeter
 
 router = APIRouter(route_class=StrictRoute)
+INLINE_SCORES = 2_000
+"""Log-probabilities of a whole answer that are written on the event loop (about 5 ms); more, in a thread."""
 
 
 @router.post("/generate", tags=["generate"], responses=streamed_answer(GeneratedAnswer, GenerateEvent))
@@ -95,7 +98,9 @@ async def generate_many(
     ticket.give_back()  # each of them counts by itself
     told = told_of(request)
     lines = b"" if told is None else told.lines
-    transcripts, order = await services.reading.run(read_transcript, lines) if lines else ({}, [])
+    transcripts, order = (
+        await services.reading.run_for(caller.tenant, read_transcript, lines) if lines else ({}, [])
+    )
     if any(number >= len(body.bodies) for number in order):
         raise refused("is of another request")
     sources = []
@@ -243,7 +248,8 @@ async def transcript_of(request: Request, services: Services, stream: bool | Non
     told = told_of(request) if stream else None
     if told is None or not told.lines:
         return None
-    transcript = (await services.reading.run(read_transcript, told.lines))[0].get(0)
+    caller: Caller = request.scope[CALLER]
+    transcript = (await services.reading.run_for(caller.tenant, read_transcript, told.lines))[0].get(0)
     if transcript is None:
         raise refused("is of another request")
     return transcript
@@ -276,7 +282,23 @@ async def answer_job(
         return EventStream(generation, events, job.timeout_s or 0.0, tells=told is not None)
     with cancelled_when_gone(request.receive, generation):
         choices = await generation.collect()
-    return json_response(view.answer(generation, choices))
+
+    def whole() -> Response:
+        return json_response(view.answer(generation, choices))
+
+    if _scores(job, choices) <= INLINE_SCORES:
+        return whole()
+    return await services.reading.run_for(job.tenant, whole)
+
+
+def _scores(job: Job, choices: Sequence[Piece]) -> int:
+    """Return the number of tokens whose log-probabilities a whole answer has, alternatives included."""
+    sampling, answered = job.sampling, sum(len(piece.tokens) for piece in choices)
+    told = 0 if sampling.logprobs is None else answered * (1 + sampling.logprobs)
+    if sampling.prompt_logprobs is None:
+        return told
+    prompts = sum(len(prompt.tokens) for prompt in job.prompts)
+    return told + prompts * (1 + sampling.prompt_logprobs)
 
 
 async def begin(
@@ -296,7 +318,7 @@ async def begin(
     services.refuse_if_draining()
     begun = None
     if transcript is not None:
-        begun = await services.reading.run(begun_of, job, transcript, services.tokenizer)
+        begun = await services.reading.run_for(job.tenant, begun_of, job, transcript, services.tokenizer)
     ticket.admit(job.tokens_set_aside, job.choices)
     base = services.catalog.base_name
     spans = services.tracing.of_request(job, request.scope, base, stream=stream)

@@ -73,7 +73,7 @@ async def embed(
     return json_response(
         {
             "object": "list",
-            "data": await _made_of(outputs, embeddings, services),
+            "data": await _made_of(caller.tenant, outputs, embeddings, services),
             "model": body.model or services.catalog.base_name,
             "usage": _usage(usage),
             "id": jobs[0].id.partition(".")[0],
@@ -116,7 +116,7 @@ async def classify(
             "object": "list",
             "created": int(time.time()),
             "model": body.model or services.catalog.base_name,
-            "data": await _made_of(outputs, classes, services),
+            "data": await _made_of(caller.tenant, outputs, classes, services),
             "usage": _usage(usage),
         }
     )
@@ -312,12 +312,12 @@ async def _scores(
 
 
 async def _made_of(
-    outputs: Sequence[RowOutput], make: Callable[[], list[msgspec.Raw]], services: Services
+    tenant: str, outputs: Sequence[RowOutput], make: Callable[[], list[msgspec.Raw]], services: Services
 ) -> list[msgspec.Raw]:
     """`make()`; of many numbers in a thread, so that it does not hold up the streams."""
     if sum(len(output.vector or b"") for output in outputs) <= INLINE_BYTES:
         return make()
-    return await services.reading.run(make)
+    return await services.reading.run_for(tenant, make)
 
 
 def _encoded(values: Iterable[Any]) -> list[msgspec.Raw]:

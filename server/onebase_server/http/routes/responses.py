@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -51,15 +52,16 @@ async def respond(
     if before is None or len(before.input) + len(before.response) <= LONG_BODY:
         items, messages = await off_loop(request, _conversation, body, before)
     else:
-        items, messages = await services.reading.run(_conversation, body, before)
+        items, messages = await services.reading.run_for(caller.tenant, _conversation, body, before)
     begun = await transcript_of(request, services, body.stream)
     job = await services.planner.response(body, messages, caller, begun)
+    loop = asyncio.get_running_loop()  # a long answer is written in a thread
 
     def keep(response: dict[str, Any]) -> None:
         if body.store is not False and not caller.background:
             asked = msgspec.json.encode(kept_items(items))
             made = KeptResponse(msgspec.json.encode(response), asked)
-            responses.keep(caller.tenant, response["id"], made)
+            loop.call_soon_threadsafe(responses.keep, caller.tenant, response["id"], made)
 
     view = ResponseView(services.tokenizer, body, keep)
     return await answer_job(request, services, ticket, job, view, body.stream, begun)

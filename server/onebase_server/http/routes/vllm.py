@@ -166,10 +166,12 @@ async def tokenize(body: TokenizeRequest, request: Request, services: Provided, 
         find_model(services, caller, body.model)
     planner = services.planner
     if body.messages is not None:
-        tokens = await planner.chat_tokens(await off_loop(request, body.conversation), body.messages)
+        chat = await off_loop(request, body.conversation)
+        tokens = await planner.chat_tokens(caller.tenant, chat, body.messages)
     else:
-        tokens = await planner.text_tokens(body.prompt or "", special=body.add_special_tokens is not False)
-    names = await planner.names_of(tokens) if body.return_token_strs else None
+        special = body.add_special_tokens is not False
+        tokens = (await planner.texts(caller.tenant, "prompt", [body.prompt or ""], special=special))[0]
+    names = await planner.names_of(caller.tenant, tokens) if body.return_token_strs else None
     return json_response(
         {"count": len(tokens), "max_model_len": planner.max_length, "tokens": tokens, "token_strs": names}
     )
@@ -182,7 +184,7 @@ async def detokenize(body: DetokenizeRequest, services: Provided, caller: Callin
     services.refuse_if_draining()
     if body.model is not None:
         find_model(services, caller, body.model)
-    return json_response({"prompt": await services.planner.text_of(body.tokens)})
+    return json_response({"prompt": await services.planner.text_of(caller.tenant, body.tokens)})
 
 
 @router.get("/tokenizer_info", responses=answer(TokenizerAnswer))
