@@ -5091,6 +5091,8 @@ export interface components {
                 kv_blocks_host_total: number;
                 /** @default 0 */
                 restored_tokens: number;
+                /** @default false */
+                awaits_grammars: boolean;
             } | null;
             /** Requests */
             requests: number;
