@@ -13,14 +13,20 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from onebase_adapters.registry import RegistryError, Takeovers, TrainingJob, UnkeptJob, UnknownJobError
+from onebase_adapters.registry import (
+    RESUMABLE,
+    RegistryError,
+    Takeovers,
+    TrainingJob,
+    UnkeptJob,
+    UnknownJobError,
+)
 from onebase_adapters.registry.jobs import PARENT_FILES
 from onebase_adapters.store.atomic_files import atomic_directory, sync
 from onebase_adapters.store.blobs import store_errors
 from onebase_adapters.store.store import BlobDamagedError, BlobMissingError, Store, StoreError
 from onebase_server.background import Threads
 from onebase_server.jobs.folders import JobFolders
-from onebase_server.jobs.state import RESUMABLE
 
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 _BEST = "best-*"
