@@ -187,6 +187,8 @@ def _files_of(folder: Path, job: UnkeptJob) -> dict[str, Path]:
     if job.trained:
         parts.append(folder / ADAPTER)
     found = [path for part in parts for path in part.rglob("*")]
+    if found:
+        found += checkpoints.glob("*.json")  # what was computed before the first step
     if folder.is_dir():
         found += [path for path in folder.iterdir() if path.name not in _LEFT_OUT]
     return {
