@@ -3,25 +3,30 @@
 import ctypes
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from tests.adapters.kinds import KINDS, LINEAR, TOKENS, peft_adapter, weights_of
 from tests.matrix import matrix
 from tests.oracle import greedy
 from tests.tiny import ADAPTERS, ARCHITECTURES, load_folder, save_adapter, save_base
 from torch import nn
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from onebase_adapters.proof import modules as proof
 from onebase_adapters.proof.modules import ModuleProof, ModuleProver, ProofError
 from onebase_adapters.proof.texts import TextProver, regrets
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
-from onebase_engine.base.view import view
+from onebase_engine.base.view import peft_view, view
 from onebase_engine.kernels import cpu
 from onebase_engine.kernels import reference as by_torch
 from onebase_engine.kernels.cpu import CpuKernels, NativeLinear
@@ -164,6 +169,130 @@ def test_adapters_of_any_rank_are_proven_by_kernels_of_another_order(
     monkeypatch.setitem(KINDS, "ranked", {"target_modules": LINEAR, "r": rank, "lora_alpha": 3})
     proof = prove(base, "ranked", kernels=portable)
     assert proof.error_ratio < 1.01
+
+
+# ---- what rounding does to all outputs of a sequence together ----------------------------------
+
+
+class _OtherOrder(ReferenceLinear):
+    """PyTorch's products, each summed from the other end, and the adapter's part off by `bias`."""
+
+    bias = 0.0
+
+    def exact(self, slot: int) -> bool:
+        return False
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight()
+        return functional.linear(x.flip(-1).to(weight.dtype), weight.flip(-1), bias).to(x.dtype)
+
+    def _delta(self, x: torch.Tensor, terms: Sequence[tuple[int, float]]) -> torch.Tensor | None:
+        turned = self.plain
+        self.plain = {slot: replace(lora, a=lora.a.flip(-1)) for slot, lora in turned.items()}
+        delta = super()._delta(x.flip(-1), terms)
+        self.plain = turned
+        return None if delta is None else delta * (1 + self.bias)
+
+
+class _OtherOrderKernels(ReferenceKernels):
+    def linear(self, base: Any, slots: int, *, unpacked: bool = False) -> ReferenceLinear:
+        return _OtherOrder(base, tiled=True, unpacked=unpacked)
+
+
+SHAPES: dict[str, tuple[int, int, list[str], int]] = {
+    "tiny": (64, 64, ["q_proj", "down_proj"], 40),
+    "576 and 1536": (576, 1536, ["gate_proj", "down_proj"], 24),
+    "4096": (4096, 64, ["q_proj"], 6),
+}
+"""Hidden and intermediate size, the layers that are adapted, and how many adapters are tried."""
+SPREADS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "any": lambda b: b,
+    "as saved in bf16": lambda b: b.bfloat16().float(),
+    "of one size": lambda b: b.sign(),
+    "of one size, most of them 0": lambda b: b.sign() * (b.abs() > 1.6),
+    "two outputs alone": lambda b: b * (torch.arange(len(b)) < 2)[:, None],
+}
+"""What becomes of a B with normal numbers, [out, rank]."""
+
+
+@pytest.fixture(scope="module")
+def shaped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], nn.Module]:
+    """`shaped(shape, precision)`: a base of one layer; only the last one is kept."""
+    root = tmp_path_factory.mktemp("shapes")
+
+    @lru_cache(maxsize=1)
+    def _load(shape: str, precision: str) -> nn.Module:
+        folder, (hidden, intermediate, _, _) = root / shape, SHAPES[shape]
+        if not folder.exists():
+            sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "vocab_size": 64}
+            heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": 1}
+            config = LlamaConfig(**sizes, **heads, num_hidden_layers=1, tie_word_embeddings=True)
+            torch.manual_seed(0)
+            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        return load_base(BaseSettings(folder, **PRECISIONS[precision]))
+
+    return _load
+
+
+def adapter_with(base: nn.Module, targets: list[str], rank: int, spread: str, scale: float, seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=targets)
+    model: Any = get_peft_model(peft_view(base), config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = SPREADS[spread](torch.randn_like(parameter)) * scale
+    return model
+
+
+@pytest.mark.parametrize(
+    ("shape", "precision"),
+    [("tiny", "nf4"), ("tiny", "fp32"), ("576 and 1536", "nf4"), ("576 and 1536", "bf16"), ("4096", "nf4")],
+)
+def test_sound_kernels_pass_whatever_the_rank_the_spread_and_the_scale_of_b(
+    shaped: Callable[[str, str], nn.Module], shape: str, precision: str, portable: CpuKernels
+) -> None:
+    """In rank 1, and where all |B| are equal, one rounding decides for all outputs of a sequence."""
+    base, (_, _, targets, examples) = shaped(shape, precision), SHAPES[shape]
+    provers = [ModuleProver(base, kernels) for kernels in (portable, _OtherOrderKernels())]
+
+    @settings(
+        max_examples=examples, deadline=None, database=None, derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )  # fmt: skip
+    @given(
+        st.sampled_from([1, 1, 2, 3, 4, 8, 16]),
+        st.sampled_from(list(SPREADS)),
+        st.floats(-8, 4),
+        st.integers(0, 99),
+        st.sampled_from(provers),
+    )
+    def proved(rank: int, spread: str, power: float, seed: int, prover: ModuleProver) -> None:
+        reference = adapter_with(base, targets, rank, spread, 10.0**power, seed)
+        prover.prove(reference, weights_of(reference))
+
+    proved()
+
+
+@pytest.mark.parametrize("spread", ["any", "of one size"])
+@pytest.mark.parametrize("rank", [1, 2, 4, 16])
+@pytest.mark.parametrize(("shape", "power"), [("tiny", -9), ("576 and 1536", -11)])
+def test_kernels_that_make_the_adapter_s_part_larger_are_found_in_any_rank(
+    shaped: Callable[[str, str], nn.Module],
+    shape: str,
+    power: int,
+    rank: int,
+    spread: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a 512th of it in tiny layers, by a 2048th in those that users have."""
+    base, (_, _, targets, _) = shaped(shape, "nf4"), SHAPES[shape]
+    prover = ModuleProver(base, _OtherOrderKernels())
+    reference = adapter_with(base, targets[-1:], rank, spread, 2e-4, seed=rank)
+    prover.prove(reference, weights_of(reference))
+    for bias in (2.0**power, -(2.0**power)):
+        monkeypatch.setattr(_OtherOrder, "bias", bias)
+        with pytest.raises(ProofError, match="differs from"):
+            prover.prove(reference, weights_of(reference))
 
 
 def test_every_wrapped_module_is_compared_also_those_that_no_adapter_touches(base: nn.Module) -> None:

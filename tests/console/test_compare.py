@@ -114,8 +114,44 @@ def test_all_columns_stream_at_once_and_stop_together(
             server.wait_for(lambda: http.get("/status").json()["stats"]["rows_running"] == 0)
         assert all(visit.answers)
         expect(visit.page.get_by_role("button", name="Ask all 12")).to_be_visible()
-        (sent,) = (one for one in visit.requests if one.method == "POST")
-        assert len(sent.post_data_json["requests"]) == 12
+        sent = [one for one in visit.requests if one.method == "POST"]
+        assert [len(one.post_data_json["requests"]) for one in sent] == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+def test_a_column_that_is_removed_while_it_is_answered_is_computed_no_further(
+    serve_scripted: Starter, tmp_path: Path, look: Look, columns: int
+) -> None:
+    make_folder(tmp_path, "orders")
+    with (
+        pace(tmp_path) as (environment, step),
+        serve_scripted("paced", "--adapters-dir", str(tmp_path), environment=environment) as server,
+        look(server) as visit,
+        server.client() as http,
+    ):
+
+        def running() -> int:
+            return int(http.get("/status").json()["stats"]["rows_running"])
+
+        visit.open(f"#/compare?c=a:orders&{'&'.join(['c=b'] * (columns - 1))}&n=4000")
+        visit.page.get_by_label("Message to all columns").fill("one two three four five six seven")
+        visit.page.get_by_role("button", name="Ask all").click()
+        server.step_until_rows(step, columns)
+        assert running() == columns
+        visit.page.get_by_role("button", name="Remove orders").click()
+        expect(visit.page.locator(".column")).to_have_count(columns - 1)
+
+        def ended() -> bool:
+            step(1)
+            return running() == columns - 1
+
+        server.wait_for(ended)
+        before = visit.answers
+        step(24)
+        server.wait_for(
+            lambda: all(len(now) > len(was) for now, was in zip(visit.answers, before, strict=True))
+        )
+        visit.page.get_by_role("button", name="Stop").click()
 
 
 def test_a_column_is_added_changed_and_removed(words: Server, look: Look) -> None:

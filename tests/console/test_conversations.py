@@ -17,8 +17,13 @@ ORDER = "Hi, I'm Anna Keller. I need three blue mugs in Lisbon."
 
 def bodies(visit: Visit) -> list[dict[str, Any]]:
     """What was asked last, in the order of the columns."""
-    sent = [one for one in visit.requests if one.method == "POST"][-1].post_data_json
-    asked: list[dict[str, Any]] = sent.get("requests", [sent])
+    sent = [one.post_data_json for one in visit.requests if "/generate" in one.url]
+    every = [body for one in sent for body in one.get("requests", [one])]
+    asked: list[dict[str, Any]] = []
+    for body in reversed(every):  # of the newest message
+        if body["messages"][-1] != every[-1]["messages"][-1]:
+            break
+        asked.insert(0, body)
     return asked
 
 
@@ -49,7 +54,7 @@ def test_each_column_goes_on_with_its_own_conversation(real: Server, look: Look,
             roles = [message["role"] for message in body["messages"]]
             assert roles == ["system", "user", "assistant", "user"]
             assert [message["content"].strip() for message in body["messages"][1:]] == said[column][:3]
-            alone = http.post("/generate", json=body).json()
+            alone = http.post("/generate", json={**body, "stream": False}).json()
             assert alone["choices"][0]["text"].strip() == said[column][3]
 
 

@@ -200,6 +200,16 @@ def test_a_slice_that_gets_worse_than_with_the_active_version_keeps_that_one_act
     assert f"it is worse by more than 0.02 than {good.fine_tuned_model}, which is active" in said
 
 
+def test_a_job_of_one_step_in_rank_1_is_proved(server: Server, client: OpenAI) -> None:
+    """After AdamW's first step all numbers of B have one size, and are rounded alike."""
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": {"max_steps": 1, "r": 1}}}
+    job = make_job(client, rows(4), method=method, extra={"name": "one-step"}, seed=1)
+    done = wait_job(server, client, job.id, ended)
+    assert (done.status, done.error) == ("succeeded", None)
+    (version,) = server.client().get("/v1/adapters/one-step/versions").json()["data"]
+    assert version["report"]["proof"]["modules_changed"] == 7 * 30
+
+
 @pytest.mark.full
 def test_a_job_goes_on_from_the_version_of_another_and_begins_with_its_loss(
     server: Server, client: OpenAI, unbroken: Any

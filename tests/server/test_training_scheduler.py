@@ -13,14 +13,22 @@ from typing import Any
 import pytest
 from tests.disks import small_disk
 
-from onebase_adapters.registry import JobError, JobEvent, NewJob, Registry, TrainingFile, TrainingJob
+from onebase_adapters.registry import (
+    JobError,
+    JobEvent,
+    NewJob,
+    Registry,
+    TrainingFile,
+    TrainingJob,
+    UnkeptJob,
+)
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
 from onebase_server.background import Backoff, Threads
 from onebase_server.jobs import job_run
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
-from onebase_server.jobs.handover_files import KeptFiles
+from onebase_server.jobs.handover_files import KeptFiles, _files_of
 from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import FileGoneError, Run
 from onebase_server.jobs.scheduler import JobScheduler
@@ -348,3 +356,18 @@ def test_a_job_that_waits_for_the_store_can_be_paused(registry: Registry, storag
     job, told = asyncio.run(checked(registry, StoreError("away"), stop=True, pause=3600.0))
     assert job.state == "paused"
     assert told[0].startswith("Paused.")
+
+
+def test_another_server_gets_what_was_computed_before_the_first_step_with_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    step = tmp_path / "checkpoints/step-00000002"
+    step.mkdir(parents=True)
+    (tmp_path / "checkpoints/references.json").write_text("{}")
+    job = UnkeptJob("ftjob-1", 2, step.name, trained=False)
+    assert _files_of(tmp_path, job) == {}
+    (step / "state.json").write_text("{}")
+    assert _files_of(tmp_path, job).keys() == {
+        "checkpoints/step-00000002/state.json",
+        "checkpoints/references.json",
+    }

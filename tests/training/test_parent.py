@@ -20,7 +20,8 @@ from onebase_adapters.training.checkpoint import all_better
 from onebase_adapters.training.cli.train import main
 from onebase_adapters.training.data.reader import load_dataset
 from onebase_adapters.training.events import Interrupted, OpenGate
-from onebase_adapters.training.objectives import make_objective
+from onebase_adapters.training.loop import ProcessGroup
+from onebase_adapters.training.objectives import PreparedRun, make_objective
 from onebase_adapters.training.parent import ActiveVersion, Parent, modules_of, why_not_comparable
 from onebase_adapters.training.recipe import MODEL, RecipeError, continued, parse_recipe
 from onebase_adapters.training.run import Job, PlannedRun, load_tokenizer, prepare, train
@@ -424,13 +425,13 @@ def test_dpo_prefers_from_where_the_parent_stands(base: torch.nn.Module, tmp_pat
     recipe = recipe_for(data, **continued({"method": "dpo"}, settings, "p"))
     made = Trainable(base, recipe, OpenGate(), parent=parent)
     objective: Any = make_objective(made, recipe)
-    objective.prepare(data.rows, recipe)
+    objective.prepare(data.rows, recipe, PreparedRun("run", tmp_path / "before", ProcessGroup()))
     before = dict(objective._references)
     now = {name: one.detach().clone() for name, one in made.named_parameters().items()}
     with torch.no_grad():
         for one in made.parameters():
             one.add_(0.1)
-    objective.prepare(data.rows, recipe)
+    objective.prepare(data.rows, recipe, PreparedRun("run", tmp_path / "after", ProcessGroup()))
     assert objective._references == before
     for name, one in made.named_parameters().items():
         assert torch.equal(one, now[name] + 0.1)

@@ -41,7 +41,7 @@ def report(out: Path) -> dict[str, Any]:
     return found
 
 
-def command(folder: Path, data: Path, out: Path) -> list[str]:
+def command(folder: Path, data: Path, out: Path, *more: str) -> list[str]:
     """A training run whose second process has no data but the rows that the first keeps."""
     blind = out.with_suffix(".py")
     blind.write_text(
@@ -52,7 +52,7 @@ def command(folder: Path, data: Path, out: Path) -> list[str]:
         "sys.exit(main(sys.argv[1:]))\n"
     )
     options = ["--base", str(folder), "--data", str(data), "--name", "two", "--out", str(out), *OPTIONS]
-    return [str(blind), *options]
+    return [str(blind), *options, *more]
 
 
 def agree(one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -61,14 +61,10 @@ def agree(one: dict[str, Any], two: dict[str, Any]) -> None:
         assert [loss for _, loss in two[key]] == pytest.approx([loss for _, loss in one[key]], rel=1e-4)
 
 
-@pytest.mark.usefixtures("forks")
-def test_two_processes_have_the_loss_curve_of_one(
-    talking_folder: Path, data: Path, tmp_path: Path, one: dict[str, Any]
-) -> None:
+def train_in_two(arguments: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    arguments = command(talking_folder, data, tmp_path / "two")
     processes = [
         subprocess.Popen(
             [sys.executable, *arguments],
@@ -80,7 +76,35 @@ def test_two_processes_have_the_loss_curve_of_one(
     ]
     said = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
+
+
+@pytest.mark.usefixtures("forks")
+def test_two_processes_have_the_loss_curve_of_one(
+    talking_folder: Path, data: Path, tmp_path: Path, one: dict[str, Any]
+) -> None:
+    train_in_two(command(talking_folder, data, tmp_path / "two"))
     agree(one, report(tmp_path / "two"))
+
+
+@pytest.mark.usefixtures("forks")
+def test_two_processes_share_the_reference_of_dpo_and_have_the_loss_curve_of_one(
+    talking_folder: Path, tmp_path: Path
+) -> None:
+    pairs = [
+        {"prompt": f"What is {n} and {n}?", "chosen": f"It is {2 * n}.", "rejected": f"Well, {n} maybe."}
+        for n in range(20)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    alone = command(talking_folder, data, tmp_path / "one", "--method", "dpo")[1:]
+    assert main(alone) == 0
+    train_in_two(command(talking_folder, data, tmp_path / "two", "--method", "dpo"))
+    agree(report(tmp_path / "one"), report(tmp_path / "two"))
+    kept = [
+        json.loads((tmp_path / name / "checkpoints/references.json").read_text()) for name in ("one", "two")
+    ]
+    assert kept[0]["key"] == kept[1]["key"]
+    assert kept[1]["references"] == pytest.approx(kept[0]["references"], abs=1e-4)
 
 
 @pytest.mark.full

@@ -27,6 +27,8 @@ from tests.training.runs import (
 
 from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
 from onebase_adapters.training.events import Interrupted, Reason
+from onebase_adapters.training.loop import ProcessGroup
+from onebase_adapters.training.objectives import Preferences
 
 pytestmark = pytest.mark.usefixtures("forks")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -98,6 +100,49 @@ def test_paused_within_steps_and_resumed_it_is_the_same_run(
     assert state.losses == expected.losses
     assert state.held_out == expected.held_out
     assert (state.best_step, state.best_loss) == (expected.best_step, expected.best_loss)
+
+
+def test_a_resumed_dpo_run_computes_its_reference_no_second_time(
+    base: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, other = preferences(8), preferences(8, seed=5)
+    recipe = recipe_for(data, method="dpo", max_steps=3, save_every=1)
+    computed: list[int] = []
+    compute = Preferences._computed
+
+    def counted(self: Preferences, *arguments: Any) -> list[tuple[int, float]]:
+        found = compute(self, *arguments)
+        computed.append(len(found))
+        return found
+
+    monkeypatch.setattr(Preferences, "_computed", counted)
+    whole = trainer(base, recipe, data, tmp_path / "whole")
+    expected = whole.run()
+    trainer(base, recipe, data, tmp_path / "parts").run(until=1)
+    assert computed == [8, 8]
+    for until in (2, 3):
+        part = trainer(base, recipe, data, tmp_path / "parts")
+        part.resume()
+        state = part.run(until=until)
+    assert computed == [8, 8]
+    assert state.losses == expected.losses
+    assert_equal(weights(part), weights(whole))
+    # Other rows, or a file that is half there, are not those that were kept.
+    trainer(base, recipe, other, tmp_path / "parts").run(until=1)
+    (tmp_path / "parts/checkpoints/references.json").write_text('{"key"')
+    trainer(base, recipe, other, tmp_path / "parts").run(until=1)
+    assert computed == [8, 8, 8, 8]
+
+
+def test_processes_share_the_reference_of_dpo(base: torch.nn.Module, tmp_path: Path) -> None:
+    """Each computes its part of the micro-batches, with the bits that one process has."""
+    data = preferences(9)
+    recipe = recipe_for(data, method="dpo")
+    objective = Preferences(trainer(base, recipe, data, tmp_path).trainable, 0.1)
+    alone = objective._computed(data.rows, recipe, ProcessGroup())
+    parts = [objective._computed(data.rows, recipe, ProcessGroup(rank, 3)) for rank in range(3)]
+    assert all(0 < len(part) < len(alone) for part in parts)
+    assert sorted(found for part in parts for found in part) == sorted(alone)
 
 
 def test_a_cancelled_run_writes_no_checkpoint(base: torch.nn.Module, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from onebase_adapters.registry.errors import (
     UnknownFileError,
     UnknownJobError,
 )
-from onebase_adapters.registry.quotas import check_adapters, check_bytes, check_training
+from onebase_adapters.registry.quotas import check_adapters, check_bytes, check_jobs, check_training
 from onebase_adapters.registry.records import (
     ENDED_STATES,
     JOB_STATES,
@@ -195,7 +195,8 @@ class TrainingRecords:
     def add_job(self, job: NewJob, event: JobEvent) -> TrainingJob:
         """A new job in state `validating_files`, with its first event.
 
-        Raises UnknownFileError; QuotaError when it could not train, or its adapter would be one too many.
+        Raises UnknownFileError; QuotaError when it could not train, or it, its rows or its adapter would be
+        too many.
         """
         with self._database.write_uncounted() as session:
             check_training(session, job.tenant)
@@ -206,8 +207,10 @@ class TrainingRecords:
             )
             if session.scalar(names) is None:
                 check_adapters(session, job.tenant)
-            for file_id in sorted({job.training_file, job.validation_file or job.training_file}):
+            files = sorted({job.training_file, job.validation_file or job.training_file})
+            for file_id in files:
                 find_file(session, job.tenant, file_id, lock=True)
+            check_jobs(session, job.tenant, files)
             row = _job_row(job, self._base_id, time.time())
             row.key = audit.current().key
             session.add(row)

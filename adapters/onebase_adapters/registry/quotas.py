@@ -7,22 +7,23 @@ two servers that add the last one, one is refused.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from onebase_adapters.names import NAME_RULE, is_adapter_name
 from onebase_adapters.registry import audit
 from onebase_adapters.registry.database import Database
 from onebase_adapters.registry.errors import InvalidKeyError, QuotaError
-from onebase_adapters.registry.records import Quotas, TenantRecord
+from onebase_adapters.registry.records import ENDED_STATES, RESUMABLE, Quotas, TenantRecord
 from onebase_adapters.registry.tables import (
     AdapterRow,
     ApiKeyRow,
     TenantRow,
     TrainingFileRow,
+    TrainingJobRow,
     UsageRow,
     VersionRow,
 )
@@ -145,10 +146,30 @@ def check_bytes(session: Session, tenant: str, more: int, *, lock: bool = True) 
     if kept + more > limit:
         raise QuotaError(
             f"Tenant {tenant!r} may keep {limit} bytes (its quota `bytes`): it keeps {kept}, and this is "
-            f"{more} more. Delete versions or files, or {_ASK}.",
+            f"{more} more. Delete versions or files, cancel jobs that have not ended, or {_ASK}.",
             "bytes",
             limit,
         )
+
+
+def check_jobs(session: Session, tenant: str, files: Collection[str]) -> None:
+    """Check that the tenant may have one unended job more, and keep the rows of its `files`, by their ids.
+
+    Raises QuotaError.
+    """
+    limit = _limits(session, tenant).jobs
+    if limit is not None:
+        found = select(func.count()).select_from(TrainingJobRow).where(*_unended(tenant))
+        if (jobs := session.scalar(found) or 0) >= limit:
+            raise QuotaError(
+                f"Tenant {tenant!r} may have {limit} jobs that have not ended (its quota `jobs`), and has "
+                f"{jobs}. Held and paused jobs count, and failed ones that can be resumed: wait for one to "
+                f"end, cancel one, or {_ASK}.",
+                "jobs",
+                limit,
+            )
+    rows = select(func.sum(TrainingFileRow.bytes)).where(TrainingFileRow.id.in_(files))
+    check_bytes(session, tenant, int(session.scalar(rows) or 0))
 
 
 def check_training(session: Session, tenant: str) -> None:
@@ -176,7 +197,11 @@ def _adapters(session: Session, tenant: str) -> int:
 
 
 def _bytes(session: Session, tenant: str) -> int:
-    """Of versions without what the server makes of them, and of files."""
+    """Return the bytes of versions, without what the server makes of them, of files, and of jobs' rows.
+
+    An unended job keeps the tokens of its files' rows on disk: 5 bytes for about 4 characters, counted as the
+    size of the files.
+    """
     versions = (
         select(func.sum(VersionRow.config_size + VersionRow.weights_size))
         .join(VersionRow.adapter)
@@ -186,7 +211,21 @@ def _bytes(session: Session, tenant: str) -> int:
     content = func.coalesce(TrainingFileRow.sha256, TrainingFileRow.id)
     once = select(func.max(TrainingFileRow.bytes).label("bytes")).where(TrainingFileRow.tenant == tenant)
     files = select(func.sum(once.group_by(content).subquery().c.bytes))
-    return int(session.scalar(versions) or 0) + int(session.scalar(files) or 0)
+    of_job = or_(
+        TrainingFileRow.id == TrainingJobRow.training_file,
+        TrainingFileRow.id == TrainingJobRow.validation_file,
+    )
+    rows = select(func.sum(TrainingFileRow.bytes)).join(TrainingJobRow, of_job).where(*_unended(tenant))
+    return sum(int(session.scalar(query) or 0) for query in (versions, files, rows))
+
+
+def _unended(tenant: str) -> tuple[ColumnElement[bool], ...]:
+    """Select the tenant's jobs that are open, held or paused, or have failed and can be resumed."""
+    resumable = and_(TrainingJobRow.state == "failed", TrainingJobRow.error_code.in_(RESUMABLE))
+    return (
+        TrainingJobRow.tenant == tenant,
+        or_(TrainingJobRow.state.not_in(ENDED_STATES), resumable),
+    )
 
 
 def _trained(session: Session, tenant: str) -> float:

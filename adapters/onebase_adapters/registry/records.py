@@ -151,9 +151,12 @@ class Quotas:
     adapters: int | None = None
     """Names, on all bases of the registry."""
     bytes: int | None = None
-    """Of versions, as they were sent or trained, and of files."""
+    """Of versions, as they were sent or trained, of files, and of the rows that unended jobs keep."""
     training_seconds: int | None = None
     """In a calendar month (UTC)."""
+    jobs: int | None = None
+    """Training jobs that have not ended: queued, running, held and paused ones, and failed ones that can be
+    resumed."""
 
     def given(self) -> dict[str, int]:
         """The limits that there are."""
@@ -164,7 +167,8 @@ class Quotas:
 class TenantRecord:
     """One tenant: its quotas, and what it has now of what is kept.
 
-    adapters: names. bytes: of versions and files. training_seconds: in this calendar month (UTC).
+    adapters: names. bytes: of versions, of files and of the rows that unended jobs keep. training_seconds: in
+    this calendar month (UTC).
     """
 
     tenant: str
@@ -280,6 +284,14 @@ JOB_STATES: Final[tuple[JobState, ...]] = get_args(JobState)
 OPEN_STATES: Final[tuple[JobState, ...]] = ("validating_files", "queued", "running")
 """A server has something to do for these."""
 ENDED_STATES: Final[tuple[JobState, ...]] = ("succeeded", "failed", "cancelled")
+RESUMABLE = frozenset(
+    {
+        "adapter_lost", "base_changed", "delivery_failed", "device_error", "disk_full",
+        "insufficient_quota", "internal_error", "no_memory", "out_of_memory", "prepared_damaged",
+        "proof_crashed", "proof_timeout", "store_unavailable", "trainer_died", "trainer_failed",
+    }
+)  # fmt: skip
+"""Errors that may not happen again: the job can continue from its last checkpoint, or be delivered again."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from onebase_adapters.training.batches import MicroBatch, pack, step_rows
 from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
 from onebase_adapters.training.data.dataset import Dataset, Row
 from onebase_adapters.training.events import Interrupted
-from onebase_adapters.training.objectives import Objective
+from onebase_adapters.training.objectives import Objective, PreparedRun
 from onebase_adapters.training.recipe import Recipe, Schedule, decided, step_count
 from onebase_adapters.training.slices import by_slice
 from onebase_adapters.training.trainable import Trainable
@@ -122,7 +122,8 @@ class Trainer:
             OSError: a checkpoint cannot be written; the one before is whole.
         """
         try:
-            self._objective.prepare(self._rows_to_come(), recipe=self.recipe)
+            run = PreparedRun(self.state.identity, self._checkpoints.folder, self._processes)
+            self._objective.prepare(self._rows_to_come(), self.recipe, run)
             self._ask_for_the_end()
             self._evaluate_what_is_due()
             while not self.finished and (until is None or self.state.step < until):

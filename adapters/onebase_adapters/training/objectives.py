@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
+from onebase_adapters.store.atomic_files import write_atomically
 from onebase_adapters.training.batches import MicroBatch, pack
 from onebase_adapters.training.data.dataset import Row
 from onebase_adapters.training.recipe import Recipe, decided
 
 if TYPE_CHECKING:
+    from onebase_adapters.training.loop import ProcessGroup
     from onebase_adapters.training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
@@ -23,10 +30,20 @@ CHUNK = 256
 """Rows of logits that are held in fp32 at once."""
 
 
+@dataclass(frozen=True)
+class PreparedRun:
+    """The run that an objective prepares for: its identity, the folder in which it keeps what it continues
+    from, and the processes that share its work."""
+
+    identity: str
+    folder: Path
+    processes: ProcessGroup
+
+
 class Objective(Protocol):
     """Computes a micro-batch's summed loss, and sums of other figures by name."""
 
-    def prepare(self, rows: Sequence[Row], recipe: Recipe) -> None:
+    def prepare(self, rows: Sequence[Row], recipe: Recipe, run: PreparedRun) -> None:
         """Compute what is needed of the rows before the first step, in their order."""
 
     def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
@@ -50,7 +67,7 @@ class Supervised:
     def __init__(self, trainable: Trainable) -> None:
         self._trainable = trainable
 
-    def prepare(self, rows: Sequence[Row], recipe: Recipe) -> None:
+    def prepare(self, rows: Sequence[Row], recipe: Recipe, run: PreparedRun) -> None:
         """Nothing is needed."""
 
     def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -68,7 +85,7 @@ class Classes:
         self._trainable = trainable
         self._number = {label: number for number, label in enumerate(trainable.labels)}
 
-    def prepare(self, rows: Sequence[Row], recipe: Recipe) -> None:
+    def prepare(self, rows: Sequence[Row], recipe: Recipe, run: PreparedRun) -> None:
         """Nothing is needed."""
 
     def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -86,8 +103,9 @@ class Preferences:
     """DPO (Rafailov et al. 2023): the reference is what training begins with: the same base with the adapter
     off, which costs no memory, or the adapter that training goes on from.
 
-    All pairs' references are computed before the first step, packed in the order of the rows: how a pair is
-    packed may move its last bits, and a resumed run must find the same ones.
+    All pairs' references are computed before the first step, by all processes together, packed in the order
+    of the rows: how a pair is packed may move its last bits, and a resumed run must find the same ones. They
+    are kept in the run's folder, and a resumed run reads them.
     """
 
     def __init__(self, trainable: Trainable, beta: float) -> None:
@@ -112,17 +130,57 @@ class Preferences:
         losses, owner = self._trainable.losses(batch)
         return losses.new_zeros(len(batch.samples)).index_add(0, owner, -losses)
 
-    def prepare(self, rows: Sequence[Row], recipe: Recipe) -> None:
-        micro_tokens = decided(recipe.micro_tokens)
+    def prepare(self, rows: Sequence[Row], recipe: Recipe, run: PreparedRun) -> None:
+        path, key = run.folder / _REFERENCES, _references_key(run.identity, rows)
+        references = run.processes.decide(lambda: _read_references(path, key))
+        if not references:
+            computed = run.processes.all_of(self._computed(rows, recipe, run.processes))
+            references = [reference for _, reference in sorted(computed)]
+            if run.processes.first:
+                with suppress(OSError):  # they can be computed again; a full disk is reported by a checkpoint
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(path, json.dumps({"key": key, "references": references}))
+        self._references = {
+            id(row.samples[0]): reference for row, reference in zip(rows, references, strict=True)
+        }
+
+    def _computed(
+        self, rows: Sequence[Row], recipe: Recipe, processes: ProcessGroup
+    ) -> list[tuple[int, float]]:
+        """Return this process's share of the references, each with the number of its row."""
+        batches = pack(rows, range(len(rows)), decided(recipe.micro_tokens), packing=recipe.packing)
+        computed: list[tuple[int, float]] = []
         with self._trainable.evaluating(), self._trainable.at_start():
-            for batch in pack(rows, range(len(rows)), micro_tokens, packing=recipe.packing):
+            for batch in processes.share(batches):
                 found = self._likelihoods(batch)
-                differences = (found[0::2] - found[1::2]).tolist()
-                self._references.update(zip(map(id, batch.samples[0::2]), differences, strict=True))
+                computed += zip(batch.rows, (found[0::2] - found[1::2]).tolist(), strict=True)
+        return computed
 
     def _reference(self, batch: MicroBatch) -> torch.Tensor:
         held = [self._references[id(sample)] for sample in batch.samples[0::2]]
         return torch.tensor(held, device=self._trainable.device)
+
+
+_REFERENCES = "references.json"
+
+
+def _references_key(identity: str, rows: Sequence[Row]) -> str:
+    """SHA-256 of the run's recipe, data and base, and of the tokens of its rows."""
+    total = hashlib.sha256(identity.encode())
+    for row in rows:
+        for sample in row.samples:
+            total.update(f" {len(sample)} ".encode())
+            total.update(sample.ids.tobytes() + sample.supervised.tobytes())
+    return total.hexdigest()
+
+
+def _read_references(path: Path, key: str) -> list[float]:
+    """Return the references that were kept under this key; none if there are none, or they cannot be read."""
+    try:
+        kept = json.loads(path.read_text())
+        return list(kept["references"]) if kept["key"] == key else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def dpo_losses(

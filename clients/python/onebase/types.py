@@ -367,10 +367,10 @@ class Tenant:
 
     tenant: str
     quotas: Mapping[str, int] = field(hash=False)
-    """As those of a key, and `adapters`, `bytes`, and `training_seconds` in a calendar month (UTC)."""
+    """As those of a key, and `adapters`, `bytes`, `jobs`, and `training_seconds` in a month (UTC)."""
     adapters: int
     bytes: int
-    """Of its versions, as they were sent or trained, and of its training files."""
+    """Of its versions, as they were sent or trained, of its files, and of the rows of unended jobs."""
     training_seconds: float
     """In this calendar month (UTC)."""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from onebase_adapters import registry
 from onebase_adapters.registry import (
+    RESUMABLE,
     FileInUseError,
     Purpose,
     Scope,
@@ -24,7 +25,6 @@ from onebase_adapters.store.store import Blob, BlobMissingError, BlobWriter, Sto
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, InvalidRequestError, UnknownFileError
 from onebase_server.jobs.folders import JobFolders, ending
-from onebase_server.jobs.state import RESUMABLE
 from onebase_server.storage import delete_blobs, storage_errors
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")

@@ -13,14 +13,20 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from onebase_adapters.registry import RegistryError, Takeovers, TrainingJob, UnkeptJob, UnknownJobError
+from onebase_adapters.registry import (
+    RESUMABLE,
+    RegistryError,
+    Takeovers,
+    TrainingJob,
+    UnkeptJob,
+    UnknownJobError,
+)
 from onebase_adapters.registry.jobs import PARENT_FILES
 from onebase_adapters.store.atomic_files import atomic_directory, sync
 from onebase_adapters.store.blobs import store_errors
 from onebase_adapters.store.store import BlobDamagedError, BlobMissingError, Store, StoreError
 from onebase_server.background import Threads
 from onebase_server.jobs.folders import JobFolders
-from onebase_server.jobs.state import RESUMABLE
 
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 ACTIVE_FILES = ("active_config", "active_weights")
@@ -187,6 +193,8 @@ def _files_of(folder: Path, job: UnkeptJob) -> dict[str, Path]:
     if job.trained:
         parts.append(folder / ADAPTER)
     found = [path for part in parts for path in part.rglob("*")]
+    if found:
+        found += checkpoints.glob("*.json")  # what was computed before the first step
     if folder.is_dir():
         found += [path for path in folder.iterdir() if path.name not in _LEFT_OUT]
     return {

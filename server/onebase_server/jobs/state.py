@@ -25,17 +25,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from onebase_adapters.registry import OPEN_STATES, JobState, OpenJob, TrainingJob
+from onebase_adapters.registry import OPEN_STATES, RESUMABLE, JobState, OpenJob, TrainingJob
 from onebase_server.background import Backoff
-
-RESUMABLE = frozenset(
-    {
-        "adapter_lost", "base_changed", "delivery_failed", "device_error", "disk_full",
-        "insufficient_quota", "internal_error", "no_memory", "out_of_memory", "prepared_damaged",
-        "proof_crashed", "proof_timeout", "store_unavailable", "trainer_died", "trainer_failed",
-    }
-)  # fmt: skip
-"""Errors that may not happen again: the job can continue from its last checkpoint, or be delivered again."""
 
 MAX_DEATHS = 3
 """Trainers that may die without a checkpoint in between; with the next one the job fails."""

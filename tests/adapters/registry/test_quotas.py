@@ -11,8 +11,11 @@ import pytest
 from tests.adapters.registry.conftest import Open, add, blob
 
 from onebase_adapters.registry import (
+    JOB_STATES,
     Figures,
+    JobError,
     JobEvent,
+    JobState,
     NewJob,
     Purpose,
     QuotaError,
@@ -166,6 +169,47 @@ def test_a_tenant_that_has_trained_long_enough_this_month_gets_no_job(registry: 
     refused("training_seconds", 100, registry.tenants.check_training, "acme")
     assert registry.tenants.one("acme").training_seconds == 100.0
     registry.tenants.check_training("other")
+
+
+def test_jobs_that_wait_count_until_they_are_over(registry: Registry) -> None:
+    add_file(registry, "file-1", 10)
+    registry.tenants.set_quotas("acme", {"jobs": 2})
+    move = registry.training.move
+    add_job(registry, "job-1")
+    add_job(registry, "job-2")
+    states: tuple[JobState, ...] = ("queued", "paused")
+    for state in states:  # on hold, too, a job is paused
+        move("job-1", state, JOB_STATES)
+        said = refused("jobs", 2, add_job, registry, "job-3")
+        assert "cancel one" in said
+    move("job-1", "failed", JOB_STATES, error=JobError("disk_full", "it can be resumed"))
+    refused("jobs", 2, add_job, registry, "job-3")
+    move("job-1", "failed", JOB_STATES, error=JobError("invalid_file", "it cannot"))
+    add_job(registry, "job-3")
+    refused("jobs", 2, add_job, registry, "job-4")
+    move("job-2", "cancelled", JOB_STATES)
+    add_job(registry, "job-4")
+    add_file(registry, "file-1b", 1, tenant="other")
+    registry.training.add_job(
+        NewJob("job-5", "other", "server-1", "new", "file-1b", None, "never", {}, {}), JobEvent(1.0, "made")
+    )
+
+
+def test_the_rows_that_a_job_keeps_count_as_large_as_its_files(registry: Registry) -> None:
+    add_file(registry, "file-1", 10)
+    add_file(registry, "file-2", 5)
+    registry.tenants.set_quotas("acme", {"bytes": 44})
+    for name, held_out in (("job-1", "file-2"), ("job-2", None)):
+        made = NewJob(name, "acme", "server-1", "new", "file-1", held_out, "never", {}, {})
+        registry.training.add_job(made, JobEvent(1.0, "made"))
+    assert registry.tenants.one("acme").bytes == 15 + 15 + 10
+    assert "cancel jobs" in refused("bytes", 44, add_job, registry, "job-3")
+    refused("bytes", 44, add_file, registry, "file-3", 5)
+    registry.training.move("job-1", "paused", JOB_STATES)
+    refused("bytes", 44, add_file, registry, "file-3", 5)
+    registry.training.move("job-1", "cancelled", JOB_STATES)
+    assert registry.tenants.one("acme").bytes == 15 + 10
+    add_job(registry, "job-3")
 
 
 def test_a_job_whose_adapter_would_be_one_too_many_is_refused_before_it_trains(registry: Registry) -> None:

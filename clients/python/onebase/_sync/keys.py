@@ -89,8 +89,8 @@ class Tenants:
 
         Args:
             quotas: Those to change; None as a value: no limit. What it does not name stays. There are
-                `requests` and `tokens` in any 60 seconds, `rows` at once, `adapters`, `bytes`, and
-                `training_seconds` in a calendar month (UTC).
+                `requests` and `tokens` in any 60 seconds, `rows` at once, `adapters`, `bytes`, `jobs` that
+                have not ended, and `training_seconds` in a calendar month (UTC).
 
         Raises:
             BadRequestError: no tenant can have such a name or quota.

@@ -134,13 +134,29 @@ export class Reply {
   }
 }
 
-/** Have replies answered, over one connection. Throws nothing: each reply says what became of it. */
-export async function answer(asks: { reply: Reply; body: GenerateRequest }[]): Promise<void> {
+/** Over how many connections replies are answered: a browser opens 6 to one server, for all of its tabs. */
+const STREAMS = 4
+
+type Ask = { reply: Reply; body: GenerateRequest }
+
+/**
+ * Have replies answered. Throws nothing: each reply says what became of it.
+ *
+ * Each has a connection of its own as long as there are enough, so that the server ends one that is stopped alone.
+ */
+export async function answer(asks: Ask[]): Promise<void> {
+  const shares = asks.slice(0, STREAMS).map((_, first) => asks.filter((_, at) => at % STREAMS === first))
+  server.streams += 1
+  await Promise.all(shares.map(answerTogether))
+  server.streams -= 1
+}
+
+/** Have replies answered over one connection, which ends once nobody wants the rest of any. */
+async function answerTogether(asks: Ask[]): Promise<void> {
   const replies = asks.map(({ reply }) => reply)
   const bodies = asks.map(({ body }) => body)
   const abort = new AbortController()
   for (const reply of replies) reply.begin(() => replies.some((one) => one.running) || abort.abort())
-  server.streams += 1
   const ended = replies.map((reply) => onFrame(() => reply.show()))
   try {
     const [alone, ...others] = bodies
@@ -154,6 +170,5 @@ export async function answer(asks: { reply: Reply; body: GenerateRequest }[]): P
     for (const reply of replies) reply.fail(said)
   } finally {
     for (const end of ended) end()
-    server.streams -= 1
   }
 }

@@ -16,6 +16,8 @@ const MOST_MESSAGES = 1000
 const DRAW_MS = 250
 const DRAW_MS_A_POINT = 0.02
 const AGAIN_MS = 1500
+/** Between two looks at a job that the server does not know: another server may answer, or a backup come back. */
+const UNKNOWN_MS = 15_000
 
 /** Whether it is checked and waits for a word to train. */
 export const held = (job: Pick<Job, 'status' | 'hold'>): boolean => job.hold && job.status === 'paused'
@@ -150,7 +152,7 @@ export class Run {
     } catch (error) {
       this.problem = noted(error)
     }
-    return this.problem?.status === 404 || (this.job && ended(this.job)) ? 15_000 : 1500
+    return this.problem?.status === 404 || (this.job && ended(this.job)) ? UNKNOWN_MS : AGAIN_MS
   }
 
   async act(what: 'pause' | 'resume' | 'stop' | 'cancel'): Promise<void> {
@@ -170,6 +172,7 @@ export class Run {
   async #follow(): Promise<void> {
     const { signal } = this.#stop
     this.#listened += 1
+    let pause = AGAIN_MS
     while (!signal.aborted) {
       // A page that is hidden follows nothing: a browser has 6 connections to one server, for all of its tabs.
       if (document.hidden) {
@@ -180,7 +183,9 @@ export class Run {
       const open = AbortSignal.any([signal, seen.signal])
       void turned(open).then(() => seen.abort())
       try {
+        pause = AGAIN_MS
         for await (const news of follow(this.id, this.#after, open)) {
+          if (this.problem?.status === 404) this.problem = null
           for (const { event, job } of news) {
             if (event) this.#take(event)
             else this.job = job
@@ -196,13 +201,13 @@ export class Run {
       } catch (error) {
         if (error instanceof ApiError && error.status === 404) {
           this.problem = error
-          return
+          pause = UNKNOWN_MS
         }
         server.noteError(error)
       } finally {
         seen.abort()
       }
-      if (!document.hidden) await new Promise((resolve) => setTimeout(resolve, AGAIN_MS))
+      if (!document.hidden) await new Promise((resolve) => setTimeout(resolve, pause))
     }
   }
 
