@@ -53,6 +53,8 @@ _QUANTIZED_AT_ONCE = 1 << 17
 """Weights whose fp32 copy stays in a core's cache; a multiple of every blocksize."""
 _LEAST_ABSMAX = 1e-38
 
+_LONGEST_REASON = 500
+"""Characters of a dependency's error in a message of ours."""
 _ROTARY_BY_LENGTH = "longrope"
 
 
@@ -90,6 +92,11 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         return self.quantized_bytes + self.plain_bytes
+
+
+def described(error: BaseException) -> str:
+    """Return an error of a dependency in one line, with its class."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST_REASON]}"
 
 
 def check_servable(config: Any) -> None:

@@ -62,8 +62,11 @@ def load_kept_base(settings: BaseSettings) -> nn.Module:
     return base
 
 
-def _file(settings: BaseSettings) -> Path | None:
-    """Where the base's tensors are kept, without the suffix; None if the folder's identity is not known."""
+def quantized_id(settings: BaseSettings) -> str | None:
+    """Return the identity of a base as it is quantized by the libraries that are installed.
+
+    None where the folder's identity cannot be computed.
+    """
     how = {
         "quantization": settings.quantization,
         "blocksize": settings.blocksize,
@@ -78,9 +81,15 @@ def _file(settings: BaseSettings) -> Path | None:
         ],
     }
     try:
-        return default_cache() / "quantized" / base_id(settings.folder, how)
+        return base_id(settings.folder, how)
     except (BaseIdentityError, OSError):
         return None
+
+
+def _file(settings: BaseSettings) -> Path | None:
+    """Where the base's tensors are kept, without the suffix; None if the folder's identity is not known."""
+    identity = quantized_id(settings)
+    return None if identity is None else default_cache() / "quantized" / identity
 
 
 def _recall(settings: BaseSettings, file: Path) -> nn.Module | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from onebase_engine.base.load import UnsupportedBaseError
+from onebase_engine.base.load import UnsupportedBaseError, described
 from onebase_engine.base.several_gpus import devices_of
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
@@ -23,6 +23,7 @@ from onebase_engine.kernels.reference import sent
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotLinear, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights, folded
+from onebase_engine.machine import is_out_of_memory
 
 if TYPE_CHECKING:
     from onebase_engine.engine.graphs import Graphs
@@ -95,21 +96,23 @@ class ServedModel:
         try:
             self._attention.attach(self._view)
             self._probe()
-        except (
-            UnsupportedAttentionError,
-            AttributeError,
-            KeyError,
-            NotImplementedError,
-            ValueError,
-        ) as error:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = str(error) if isinstance(error, UnsupportedAttentionError) else described(error)
             raise UnsupportedBaseError(
-                f"{type(base).__name__} cannot be served with paged attention: {error}"
+                f"{type(base).__name__} cannot be served with paged attention: {reason}"
             ) from error
 
     def _probe(self) -> None:
         """One pass over padding tokens: learns each layer's KV shape, and that attention is called at all."""
         ids = torch.zeros(1, TILE, dtype=torch.int64, device=self.device)
-        self._forward(ids, torch.arange(TILE, device=self.device)[None], ids[0])
+        kept = ids[0, : TILE // 2]
+        logits = self._forward(ids, torch.arange(TILE, device=self.device)[None], kept)
+        if len(logits) != len(kept):
+            raise UnsupportedAttentionError(
+                "its forward pass does not know logits_to_keep, and gives logits of every token"
+            )
         expected = set(range(self._view.config.get_text_config().num_hidden_layers))
         if self._attention.shapes.keys() != expected:
             raise UnsupportedAttentionError(
