@@ -219,7 +219,7 @@ class _Rounding(TorchFunctionMode):
     def __init__(self, unit: float) -> None:
         super().__init__()
         self._unit = unit
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._random = torch.Generator().manual_seed(0)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -228,11 +228,8 @@ class _Rounding(TorchFunctionMode):
         return self.moved(output) if func in _PRODUCTS else output
 
     def moved(self, output: torch.Tensor) -> torch.Tensor:
-        device = output.device
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(0)
-        random_numbers = torch.rand(output.shape, device=device, generator=self._generators[device])
-        return (output.float() * (1 + self._unit * (2 * random_numbers - 1))).to(output.dtype)
+        parts = torch.rand(output.shape, generator=self._random).to(output.device)
+        return (output.float() * (1 + self._unit * (2 * parts - 1))).to(output.dtype)
 
 
 def _proof_key(engine: Engine, base: nn.Module, settings: BaseSettings, cpu_weights: str) -> object:
@@ -241,12 +238,11 @@ def _proof_key(engine: Engine, base: nn.Module, settings: BaseSettings, cpu_weig
     if identity is None:
         return None
     model = engine.model
-    devices = [torch.cuda.get_device_name(one) if one.type == "cuda" else str(one) for one in model.devices]
     return {
         "base": identity,
         "code": _code_digest(),
         "kernels": model.kernels.name,
-        "devices": devices,
+        "devices": [str(one) for one in model.devices],
         "cuda": torch.version.cuda,
         "cpu_weights": cpu_weights,
         "kv_dtype": str(model.kv_dtype),
