@@ -20,7 +20,7 @@ from torch import nn
 from onebase_engine.base.attach import AttachError, attach, describe
 from onebase_engine.base.default_base import default_cache
 from onebase_engine.base.identity import SAMPLE_BYTES, SAMPLE_EVERY, BaseIdentityError, base_id
-from onebase_engine.base.load import BaseSettings, check_quantized, load_base, load_config
+from onebase_engine.base.load import BaseSettings, check_quantized, config_for, load_base
 from onebase_engine.base.manifest import dtype_name
 from onebase_engine.base.shared_memory import storage_bytes
 from onebase_engine.user_cache import written
@@ -95,7 +95,7 @@ def _file(settings: BaseSettings) -> Path | None:
 def _recall(settings: BaseSettings, file: Path) -> nn.Module | None:
     if not file.with_suffix(_MANIFEST).exists():
         return None
-    load_config(settings.folder)
+    config_for(settings)
     try:
         kept = msgspec.msgpack.decode(file.with_suffix(_MANIFEST).read_bytes(), type=_Kept)
         with file.with_suffix(_TENSORS).open("rb") as tensors:
