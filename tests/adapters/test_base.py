@@ -14,6 +14,7 @@ import transformers as tf
 from bitsandbytes.functional import dequantize_4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from onebase_engine.base.layers import empty_base
@@ -371,3 +372,18 @@ def test_files_that_hold_other_tensors_than_the_config_says_are_refused_by_its_t
     tf.LlamaConfig(**{**SMALL, "hidden_size": 128}).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedBaseError, match=r"cannot load .* \(LlamaConfig\)"):
         load_base(BaseSettings(tmp_path))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_files_that_lack_a_tensor_are_refused_instead_of_served_with_random_numbers(
+    quantization: Any, name: str, tmp_path: Path
+) -> None:
+    tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UnsupportedBaseError, match=rf"lack 1 of the tensors of LlamaForCausalLM, {name} among"
+    ):
+        load_base(BaseSettings(tmp_path, quantization=quantization))

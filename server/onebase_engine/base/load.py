@@ -411,9 +411,11 @@ def load_base(settings: BaseSettings) -> nn.Module:
     if settings.quantization == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: nn.Module
+        model, found = AutoModelForCausalLM.from_pretrained(
             settings.folder,
             config=config,
+            output_loading_info=True,
             dtype=settings.dtype,
             quantization_config=None if plain else _quantization_config(settings),
             device_map={"": "cpu"} if by_hand else {name: str(device) for name, device in where.items()},
@@ -427,6 +429,12 @@ def load_base(settings: BaseSettings) -> nn.Module:
             raise
         name = type(config).__name__
         raise UnsupportedBaseError(f"cannot load {settings.folder} ({name}): {described(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        # transformers fills them with random numbers, and warns.
+        raise UnsupportedBaseError(
+            f"the files in {settings.folder} lack {len(missing)} of the tensors of {type(model).__name__}, "
+            f"{missing[0]} among them: download the base again, or choose another one"
+        )
     if by_hand:
         _quantize_layers(model, settings, where)
         _place(model, where)

@@ -33,6 +33,8 @@ KEPT = 4
 """Bases that stay on disk, those used last."""
 SPARED = 0.1
 """Part of the disk that is left free."""
+_RELEASE = 2
+"""Number of what is kept: an earlier one may lack tensors of the files, or have int8 with a threshold."""
 _TENSORS, _MANIFEST = ".tensors", ".manifest"
 
 
@@ -68,6 +70,7 @@ def quantized_id(settings: BaseSettings) -> str | None:
     None where the folder's identity cannot be computed.
     """
     how = {
+        "release": _RELEASE,
         "quantization": settings.quantization,
         "blocksize": settings.blocksize,
         "double_quant": settings.double_quant,
