@@ -12,8 +12,10 @@ import transformers as tf
 from tests.device import DEVICE
 from tests.tiny import save_base, save_model
 
+from onebase_adapters.proof.texts import regrets, tie_of
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base
 from onebase_engine.engine import attention, base_proof
+from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Batch, Packer
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.model import ServedModel
@@ -76,6 +78,19 @@ def test_a_base_that_numbers_positions_in_its_own_way_is_refused_by_name(kind: s
     base = loaded(save_model(WRONG[kind](), tmp_path / "base"))
     with pytest.raises(UnsupportedBaseError, match=rf"\({kind}\).* nats off those of its own forward pass"):
         base_proof.prove_base(engine_on(base), base)
+
+
+def test_the_reference_of_an_adapters_proof_numbers_positions_itself(tmp_path: Path) -> None:
+    base = loaded(save_model(WRONG["roberta"](), tmp_path / "base"), "none")
+    prompt = [(7 * token + 3) % 320 for token in range(45)]
+    engine = engine_on(base)
+    sampling = protocol.Sampling(temperature=0.0, max_tokens=16, ignore_eos=True)
+    engine.submit(protocol.Submit(id="text", prompt=prompt, sampling=sampling))
+    served: list[int] = []
+    while engine.busy:
+        engine.step()
+        served += [token for output in engine.take_outputs() for token in output.tokens]
+    assert max(regrets(base, prompt, served)) > tie_of(torch.float32)
 
 
 def test_a_base_that_gives_attention_a_mask_of_its_own_is_refused(tmp_path: Path) -> None:

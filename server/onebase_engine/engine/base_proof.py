@@ -1,9 +1,8 @@
 """Proof of the bare base: what the engine serves, against the model's own forward pass.
 
-An adapter's proof compares what is served with PEFT on the same base, which is given the positions that the
-engine gives. A model that numbers positions in another way would pass it and still answer wrongly. So two
-texts, read side by side in one packed batch and continued, are compared with what the model itself gives for
-each alone, from nothing but its tokens.
+An adapter's proof compares greedy texts with PEFT's on the same base: ties forgive what hardly shows, and a
+base without adapters is never asked. So two texts, read side by side in one packed batch and continued, are
+compared with what the model itself gives for each alone, from nothing but its tokens.
 """
 
 from __future__ import annotations
