@@ -14,7 +14,8 @@ from onebase_engine.kernels.interface import TILE
 def greedy(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
     """A row's greedy tokens from the model's own forward pass: PEFT's model, or the bare base.
 
-    Read in pieces of TILE tokens, as the proof reads (`onebase_adapters.proof.texts`).
+    Read in pieces of TILE tokens, as the proof reads (`onebase_adapters.proof.texts`); the model numbers
+    positions itself.
     """
     cache = DynamicCache(config=model.config)
     device = next(model.parameters()).device
@@ -25,7 +26,6 @@ def greedy(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
             piece = tokens[first : first + TILE]
             output = model(
                 input_ids=torch.tensor([piece], device=device),
-                position_ids=torch.arange(first, first + len(piece), device=device)[None],
                 cache=cache,
                 use_cache=True,
                 logits_to_keep=1,

@@ -90,12 +90,16 @@ biases; saved norms, head and embedding; tokens of its own. The first eight are 
 
 def save_base(architecture: str, folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """A random model whose greedy texts wander: wide weights, so that logits are far apart."""
-    torch.manual_seed(seed)
     config = ARCHITECTURES[architecture]()
     config.initializer_range = 0.15
     config.num_hidden_layers = layers
-    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder)
+    return save_model(config, folder, seed)
+
+
+def save_model(config: Any, folder: Path, seed: int = 0) -> Path:
+    """Save a random model of a config in fp32; returns the folder."""
+    torch.manual_seed(seed)
+    tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 
 

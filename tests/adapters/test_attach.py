@@ -286,6 +286,16 @@ def _tied(model: Any) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("error", [AttributeError("no function"), ValueError("too many values")])
+def test_a_pytorch_that_shares_gpu_memory_in_another_way_is_named(error: Exception) -> None:
+    class Storage:
+        def _share_cuda_(self) -> None:
+            raise error
+
+    with pytest.raises(shared_memory.SharedMemoryError, match=r"PyTorch .* in another way"):
+        shared_memory._cuda_segment(Storage())
+
+
 def _gradients(base: Any) -> dict[str, torch.Tensor]:
     """Of a LoRA on the base after one pass forward and back, the LoRA's by name."""
     names = {name.rpartition(".")[2] for name, _ in base.named_modules()}

@@ -14,6 +14,7 @@ import transformers as tf
 from bitsandbytes.functional import dequantize_4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from onebase_engine.base.layers import empty_base
@@ -290,3 +291,99 @@ def test_no_4_bit_layer_may_repack_its_weight(load: Any, blocksize: int) -> None
         if hasattr(module, "support_avx512bf16_for_cpu")
     ]
     assert flags == [False] * 14
+
+
+def _stored(folder: Path, **how: Any) -> Path:
+    """Save a small base whose weights are quantized by transformers; returns the folder."""
+    plain = folder / "plain"
+    tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)).to(torch.bfloat16).save_pretrained(plain)
+    config = tf.BitsAndBytesConfig(**how)
+    model = tf.AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=torch.bfloat16)
+    model.save_pretrained(folder / "stored")
+    return folder / "stored"
+
+
+def test_files_in_int8_are_served_in_int8_exactly_and_never_as_nf4(tmp_path: Path) -> None:
+    stored = _stored(tmp_path, load_in_8bit=True)
+    for quantization in ("nf4", "none"):
+        with pytest.raises(UnsupportedBaseError, match=r"to int8 already.*--quantization int8, or choose"):
+            load_base(BaseSettings(stored, quantization=quantization))
+    base = load_base(BaseSettings(stored, quantization="int8"))
+    own = base_tensors(load_base(BaseSettings(tmp_path / "plain", quantization="int8")))
+    found = base_tensors(base)
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], own[name]) for name in own)
+    # A threshold would choose columns by all rows of a batch.
+    assert {layer.state.threshold for layer in base.modules() if hasattr(layer, "state")} == {0.0}
+
+
+def test_files_in_nf4_are_served_in_nf4_and_computed_as_the_settings_say(tmp_path: Path) -> None:
+    stored = _stored(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float16")
+    with pytest.raises(UnsupportedBaseError, match=r"to nf4 already.*--quantization nf4"):
+        load_base(BaseSettings(stored, quantization="int8"))
+    with pytest.raises(UnsupportedBaseError, match=r"blocks of 64.*--blocksize is 128"):
+        load_base(BaseSettings(stored, blocksize=128))
+    base = load_base(BaseSettings(stored))
+    assert {layer.compute_dtype for layer in base.modules() if hasattr(layer, "compute_dtype")} == {
+        torch.bfloat16
+    }
+
+
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "fp4"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"bits": 2}, "a format without a name"),
+    ],
+)
+def test_files_in_a_format_that_is_not_read_are_refused_by_its_name(
+    stored: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    config = tf.LlamaConfig(**SMALL)
+    config.quantization_config = stored
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedBaseError, match=rf"LlamaConfig hold weights in {name}.*plain weights"):
+        load_base(BaseSettings(tmp_path))
+
+
+def test_a_mixture_that_no_machine_holds_is_refused_without_its_memory() -> None:
+    config = tf.DeepseekV3Config(num_hidden_layers=4, n_routed_experts=1 << 20)
+    with pytest.raises(UnsupportedBaseError, match=r"of its weights outside linear layers.*mixture"):
+        check_servable(config)
+
+
+def test_a_config_of_which_no_model_can_be_made_is_refused_by_its_type(tmp_path: Path) -> None:
+    config = tf.LlamaConfig(**SMALL)
+    config.hidden_act = "none of these"
+    with pytest.raises(UnsupportedBaseError, match=r"LlamaConfig \(llama\) \(KeyError.*Choose a base whose"):
+        check_servable(config)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+    with pytest.raises(UnsupportedBaseError, match="no base that transformers knows"):
+        load_base(BaseSettings(tmp_path))
+
+
+def test_files_that_hold_other_tensors_than_the_config_says_are_refused_by_its_type(tmp_path: Path) -> None:
+    tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    tf.LlamaConfig(**{**SMALL, "hidden_size": 128}).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedBaseError, match=r"cannot load .* \(LlamaConfig\)"):
+        load_base(BaseSettings(tmp_path))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_files_that_lack_a_tensor_are_refused_instead_of_served_with_random_numbers(
+    quantization: Any, name: str, tmp_path: Path
+) -> None:
+    tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UnsupportedBaseError, match=rf"lack 1 of the tensors of LlamaForCausalLM, {name} among"
+    ):
+        load_base(BaseSettings(tmp_path, quantization=quantization))

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from tests.tiny import ADAPTERS, load_folder, save_adapter, save_base
+from tests.tiny import ADAPTERS, load_folder, save_adapter, save_base, save_model
+from transformers import RobertaConfig
 
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base
 from onebase_engine.engine import messages as protocol
@@ -216,9 +217,20 @@ def _cut_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
 
 
+def _other_positions(folder: Path) -> None:
+    save_model(
+        RobertaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, is_decoder=True), folder
+    )
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
-    [(_no_config, "no base"), (_encoder_decoder, "encoder-decoder"), (_cut_weights, "cannot")],
+    [
+        (_no_config, "no base"),
+        (_encoder_decoder, "encoder-decoder"),
+        (_cut_weights, "cannot"),
+        (_other_positions, "RobertaForCausalLM (roberta) cannot be served, because it cannot be proved"),
+    ],
 )
 def test_a_base_that_cannot_be_served_is_fatal_with_a_sentence(
     tmp_path: Path, spawn: Callable[[], EngineClient], spoil: Callable[[Path], None], words: str

@@ -37,6 +37,7 @@ from onebase_engine.engine.staging import (
     CudaCopy,
     PackedAdapterLoader,
     Staging,
+    give_unused_back,
     page_locked_bytes,
     pinned,
     slabs_of,
@@ -400,12 +401,17 @@ def test_what_is_said_of_a_versions_size_is_what_its_slabs_take(
 
 
 @pytest.mark.parametrize(
-    ("held", "used"),
-    [("reserved_bytes", "allocated_bytes"), ("allocated_bytes", "active_bytes")],
+    ("held", "used", "owner", "name"),
+    [
+        ("reserved_bytes", "allocated_bytes", torch.accelerator, "empty_host_cache"),
+        ("allocated_bytes", "active_bytes", torch._C, "_host_emptyCache"),
+    ],
 )
 def test_page_locked_memory_of_versions_that_are_gone_is_given_back_once_it_is_much(
     held: str,
     used: str,
+    owner: Any,
+    name: str,
     lab: Lab,
     locked: list[torch.Tensor],
     tmp_path: Path,
@@ -420,7 +426,8 @@ def test_page_locked_memory_of_versions_that_are_gone_is_given_back_once_it_is_m
         told[f"{held}.current"] = told[f"{used}.current"]
 
     monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: told)
-    monkeypatch.setattr(torch._C, "_host_emptyCache", empty, raising=False)
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    monkeypatch.setattr(owner, name, empty, raising=False)
     write_packed_adapter(tmp_path / "packed", lab.weights[0], base_id="b")
     digest = hashlib.sha256((tmp_path / "packed").read_bytes()).hexdigest()
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -437,3 +444,13 @@ def test_page_locked_memory_of_versions_that_are_gone_is_given_back_once_it_is_m
     load()
     load()
     assert given_back == [count], "once, before the next version takes more"
+
+
+def test_page_locked_memory_that_this_pytorch_cannot_release_is_named_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: {"reserved_bytes.current": 50 << 30})
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    monkeypatch.delattr(torch._C, "_host_emptyCache", raising=False)
+    give_unused_back()
+    assert "offers no way to release page-locked memory" in caplog.text

@@ -245,6 +245,8 @@ def regrets(model: nn.Module, prompt: list[int], tokens: list[int]) -> list[floa
 def _logits(model: Any, ids: list[int], keep: int) -> torch.Tensor:
     """The logits after each of the last `keep` tokens of a row, [keep, vocab] fp32, by the model's own pass.
 
+    It numbers positions itself: what the engine says of them must not be what judges the engine.
+
     The row is fed in pieces of TILE tokens through transformers' own cache: from 33 rows on oneDNN sums bf16
     products in another order, and one flipped last bit may tip a near tie between two tokens.
     """
@@ -256,7 +258,6 @@ def _logits(model: Any, ids: list[int], keep: int) -> torch.Tensor:
         wanted = min(len(piece), keep - (len(ids) - first - len(piece)))
         output = model(
             input_ids=torch.tensor([piece], device=device),
-            position_ids=torch.arange(first, first + len(piece), device=device)[None],
             cache=cache,
             use_cache=True,
             logits_to_keep=max(wanted, 1),

@@ -26,7 +26,9 @@ from onebase_engine.kernels.reference import attention_weights
 
 logger = logging.getLogger(__name__)
 
-_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch._C._has_mkldnn else None
+_ONEDNN: Any = None
+if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 LONG = 2048

@@ -47,12 +47,18 @@ routers, and for the convolutions of a part that sees or hears."""
 NESTED_BLOCKSIZE = 256
 """bitsandbytes' block for the second quantization (QLoRA, section 3): one fp32 per 256 absmax bytes."""
 
+_STORED_BLOCKSIZE = 64
+"""Weights per absmax value in files of 4-bit weights, which transformers' config cannot change."""
+_LAYERS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
+"""Classes of bitsandbytes' layers."""
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Those of bitsandbytes."""
 _QUANTIZED_AT_ONCE = 1 << 17
 """Weights whose fp32 copy stays in a core's cache; a multiple of every blocksize."""
 _LEAST_ABSMAX = 1e-38
 
+_LONGEST_REASON = 500
+"""Characters of a dependency's error in a message of ours."""
 _ROTARY_BY_LENGTH = "longrope"
 
 
@@ -92,10 +98,29 @@ class MemoryEstimate:
         return self.quantized_bytes + self.plain_bytes
 
 
+def described(error: BaseException) -> str:
+    """Return an error of a dependency in one line, with its class."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST_REASON]}"
+
+
 def check_servable(config: Any) -> None:
     """Raise UnsupportedBaseError for architectures that cannot be paged or quantized, with the reason."""
-    from transformers import AutoModelForCausalLM
+    try:
+        _check_architecture(config)
+        stored_quantization(config)
+        _check_linear(config)
+    except UnsupportedBaseError:
+        raise
+    except Exception as error:
+        kind = f"{type(config).__name__} ({getattr(config, 'model_type', 'unknown type')})"
+        raise UnsupportedBaseError(
+            f"transformers cannot make a model of this {kind} ({described(error)}). Choose a base whose "
+            "config.json is complete, or another one."
+        ) from error
 
+
+def _check_architecture(config: Any) -> None:
+    """Raise UnsupportedBaseError unless it is a decoder with a KV cache and replaceable attention."""
     name = type(config).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedBaseError(
@@ -103,7 +128,8 @@ def check_servable(config: Any) -> None:
             "Choose a causal language model."
         )
     encoder = hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True)
-    if type(config) not in AutoModelForCausalLM._model_mapping or encoder:
+    model = _causal_class(config)
+    if model is None or encoder:
         raise UnsupportedBaseError(
             f"{name} has no causal language model in transformers; OneBase serves decoder-only text models."
         )
@@ -111,14 +137,14 @@ def check_servable(config: Any) -> None:
     text = config.get_text_config()
     layer_types = set(getattr(text, "layer_types", None) or ())
     foreign = sorted(layer_types - PAGED_ATTENTION_LAYERS)
-    model = AutoModelForCausalLM._model_mapping[type(config)]
     if foreign or getattr(model, "_is_stateful", False):
         kind = f" of type {', '.join(foreign)}" if foreign else ""
         raise UnsupportedBaseError(
             f"{name} has layers{kind} that keep a recurrent or compressed state instead of a KV cache, "
             "which paged blocks cannot hold. Choose a base with attention layers only."
         )
-    if not getattr(model, "_supports_attention_backend", False):
+    # A release that says it in another way leaves the answer to the probe of the served view.
+    if not getattr(model, "_supports_attention_backend", True):
         raise UnsupportedBaseError(
             f"{name} brings its own attention, which transformers cannot replace by the paged one."
         )
@@ -126,7 +152,40 @@ def check_servable(config: Any) -> None:
         raise UnsupportedBaseError(
             f"{name} shares KV states between layers, which the paged cache does not do yet."
         )
-    _check_linear(config)
+
+
+def _causal_class(config: Any) -> Any:
+    """Return transformers' causal language model for a config, or None."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found[0] if isinstance(found, list | tuple) else found
+
+
+def stored_quantization(config: Any) -> Quantization:
+    """Return how the weights in a base's files are quantized: "none" where they are plain.
+
+    Raises:
+        UnsupportedBaseError: in a format that OneBase does not read.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
+        return "none"
+    fields = stored if isinstance(stored, dict) else stored.to_dict()
+    kind = fields.get("quant_method") or "a format without a name"
+    if fields.get("load_in_8bit"):
+        return "int8"
+    if fields.get("load_in_4bit"):
+        kind = fields.get("bnb_4bit_quant_type") or "fp4"  # bitsandbytes' own default
+    if kind == "nf4":
+        return "nf4"
+    raise UnsupportedBaseError(
+        f"the files of this {type(config).__name__} hold weights in {kind}, which OneBase does not read. "
+        "Choose the repository with plain weights (often BF16): OneBase quantizes them itself, as "
+        "--quantization says."
+    )
 
 
 def _check_linear(config: Any) -> None:
@@ -137,7 +196,9 @@ def _check_linear(config: Any) -> None:
     """
     from transformers.pytorch_utils import Conv1D
 
-    model: nn.Module = empty_base(copy.deepcopy(config))
+    # A parameter takes memory until it is moved to meta, and one of a large mixture 77 GB.
+    with torch.device("meta"):
+        model: nn.Module = empty_base(copy.deepcopy(config))
     part, largest = _left_plain(model, lambda module: type(module) is nn.Linear or isinstance(module, Conv1D))
     if part > MOST_PLAIN:
         raise UnsupportedBaseError(
@@ -149,6 +210,12 @@ def _check_linear(config: Any) -> None:
 
 def check_quantized(model: nn.Module, settings: BaseSettings) -> None:
     """Raise UnsupportedBaseError if a loaded base is not what its settings say."""
+    kinds = {type(module).__name__ for module in model.modules() if any(quantized_statistics(module))}
+    if other := kinds - {_LAYERS[settings.quantization]}:
+        raise UnsupportedBaseError(
+            f"{type(model).__name__} has layers of class {', '.join(sorted(other))}, which --quantization "
+            f"{settings.quantization} does not make. Choose the quantization of its files."
+        )
     part, largest = _left_plain(model, lambda module: any(quantized_statistics(module)))
     if part > MOST_PLAIN:
         raise UnsupportedBaseError(
@@ -293,9 +360,38 @@ def load_config(folder: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UnsupportedBaseError(f"{folder} holds no base that transformers knows: {error}") from None
+    except Exception as error:
+        raise UnsupportedBaseError(
+            f"{folder} holds no base that transformers knows: {described(error)}"
+        ) from error
     check_servable(config)
+    return config
+
+
+def config_for(settings: BaseSettings) -> Any:
+    """transformers' config by which the base is loaded as its settings say.
+
+    Raises:
+        UnsupportedBaseError: it cannot be served, or its files hold what the settings do not say.
+    """
+    config = load_config(settings.folder)
+    stored = stored_quantization(config)
+    if stored == "none":
+        return config
+    if stored != settings.quantization:
+        raise UnsupportedBaseError(
+            f"the files in {settings.folder} hold weights that are quantized to {stored} already, and "
+            f"--quantization is {settings.quantization}: start with --quantization {stored}, or choose a "
+            "base with plain weights"
+        )
+    if stored == "nf4" and settings.blocksize != _STORED_BLOCKSIZE:
+        raise UnsupportedBaseError(
+            f"the files in {settings.folder} hold weights that are quantized to nf4 in blocks of "
+            f"{_STORED_BLOCKSIZE} already, and --blocksize is {settings.blocksize}: leave it out"
+        )
+    # What is no part of the weights is the settings'. A threshold would treat columns by a batch's largest.
+    compute = str(settings.compute_dtype).removeprefix("torch.")
+    config.quantization_config |= {"llm_int8_threshold": 0.0, "bnb_4bit_compute_dtype": compute}
     return config
 
 
@@ -308,26 +404,37 @@ def load_base(settings: BaseSettings) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     import_bitsandbytes()
-    config = load_config(settings.folder)
-    by_hand = settings.quantization == "nf4" and settings.blocksize != 64
-    quantization = None if by_hand else _quantization_config(settings)
+    config = config_for(settings)
+    by_hand = settings.quantization == "nf4" and settings.blocksize != _STORED_BLOCKSIZE
+    plain = by_hand or stored_quantization(config) != "none"
     where = _where(config, settings)
     if settings.quantization == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: nn.Module
+        model, found = AutoModelForCausalLM.from_pretrained(
             settings.folder,
             config=config,
+            output_loading_info=True,
             dtype=settings.dtype,
-            quantization_config=quantization,
+            quantization_config=None if plain else _quantization_config(settings),
             device_map={"": "cpu"} if by_hand else {name: str(device) for name, device in where.items()},
             attn_implementation="eager",
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
-        raise UnsupportedBaseError(f"cannot load {settings.folder}: {error}") from error
+    except Exception as error:
+        if machine.is_out_of_memory(error):
+            raise
+        name = type(config).__name__
+        raise UnsupportedBaseError(f"cannot load {settings.folder} ({name}): {described(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        # transformers fills them with random numbers, and warns.
+        raise UnsupportedBaseError(
+            f"the files in {settings.folder} lack {len(missing)} of the tensors of {type(model).__name__}, "
+            f"{missing[0]} among them: download the base again, or choose another one"
+        )
     if by_hand:
         _quantize_layers(model, settings, where)
         _place(model, where)

@@ -20,7 +20,7 @@ from torch import nn
 from onebase_engine.base.attach import AttachError, attach, describe
 from onebase_engine.base.default_base import default_cache
 from onebase_engine.base.identity import SAMPLE_BYTES, SAMPLE_EVERY, BaseIdentityError, base_id
-from onebase_engine.base.load import BaseSettings, check_quantized, load_base, load_config
+from onebase_engine.base.load import BaseSettings, check_quantized, config_for, load_base
 from onebase_engine.base.manifest import dtype_name
 from onebase_engine.base.shared_memory import storage_bytes
 from onebase_engine.user_cache import written
@@ -33,6 +33,8 @@ KEPT = 4
 """Bases that stay on disk, those used last."""
 SPARED = 0.1
 """Part of the disk that is left free."""
+_RELEASE = 2
+"""Number of what is kept: an earlier one may lack tensors of the files, or have int8 with a threshold."""
 _TENSORS, _MANIFEST = ".tensors", ".manifest"
 
 
@@ -62,9 +64,13 @@ def load_kept_base(settings: BaseSettings) -> nn.Module:
     return base
 
 
-def _file(settings: BaseSettings) -> Path | None:
-    """Where the base's tensors are kept, without the suffix; None if the folder's identity is not known."""
+def quantized_id(settings: BaseSettings) -> str | None:
+    """Return the identity of a base as it is quantized by the libraries that are installed.
+
+    None where the folder's identity cannot be computed.
+    """
     how = {
+        "release": _RELEASE,
         "quantization": settings.quantization,
         "blocksize": settings.blocksize,
         "double_quant": settings.double_quant,
@@ -78,15 +84,21 @@ def _file(settings: BaseSettings) -> Path | None:
         ],
     }
     try:
-        return default_cache() / "quantized" / base_id(settings.folder, how)
+        return base_id(settings.folder, how)
     except (BaseIdentityError, OSError):
         return None
+
+
+def _file(settings: BaseSettings) -> Path | None:
+    """Where the base's tensors are kept, without the suffix; None if the folder's identity is not known."""
+    identity = quantized_id(settings)
+    return None if identity is None else default_cache() / "quantized" / identity
 
 
 def _recall(settings: BaseSettings, file: Path) -> nn.Module | None:
     if not file.with_suffix(_MANIFEST).exists():
         return None
-    load_config(settings.folder)
+    config_for(settings)
     try:
         kept = msgspec.msgpack.decode(file.with_suffix(_MANIFEST).read_bytes(), type=_Kept)
         with file.with_suffix(_TENSORS).open("rb") as tensors:

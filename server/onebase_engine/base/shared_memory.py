@@ -21,6 +21,8 @@ ALIGNMENT = 64
 """Bytes; what torch's own allocator gives, and what vector instructions like."""
 F_SEAL_FUTURE_WRITE = 0x0010
 """From Linux's fcntl.h (5.1 and later); Python's fcntl has no name for it yet."""
+_UNKNOWN_TO_TORCH = (AttributeError, TypeError, ValueError)
+"""Errors of a release of PyTorch whose private functions for CUDA's IPC are gone or take something else."""
 _EXPANDABLE_SEGMENT = b"e"
 """Second byte of a handle of c10's CUDACachingAllocator for an expandable segment; `c` is cudaMalloc."""
 
@@ -152,6 +154,11 @@ def _bytes(storage: torch.UntypedStorage, start: int, count: int) -> torch.Tenso
 def _cuda_segment(storage: Any) -> CudaSegment:
     try:
         device, handle, size, start, counter, counter_offset, event, sync = storage._share_cuda_()
+    except _UNKNOWN_TO_TORCH as error:
+        raise SharedMemoryError(
+            f"PyTorch {torch.__version__} shares a GPU's memory in another way than OneBase knows ({error}): "
+            "install an earlier one"
+        ) from error
     except RuntimeError as error:
         raise SharedMemoryError(
             f"this GPU's memory cannot be shared between processes ({error}); WSL and some MIG set-ups do "
@@ -227,7 +234,7 @@ def _cuda_storage(segment: CudaSegment) -> Any:
             segment.event_handle,
             segment.event_sync,
         )
-    except RuntimeError as error:
+    except (RuntimeError, *_UNKNOWN_TO_TORCH) as error:
         raise SharedMemoryError(
             f"cannot open the memory on GPU {segment.device} of another process: {error}"
         ) from error

@@ -16,6 +16,11 @@ from onebase_engine.kernels.interface import AttentionKernel, Contexts, Kernels,
 
 NAME = "onebase_paged"
 
+_COMPUTED = frozenset({"scaling", "softcap", "sliding_window"})
+"""What a decoder may ask of its attention."""
+_WITHOUT_EFFECT = frozenset({"position_ids"})
+"""What decoders pass to every attention, whichever needs it: the step has each token's position."""
+
 
 class UnsupportedAttentionError(Exception):
     """The model's attention asks for something that paged attention does not do."""
@@ -77,14 +82,23 @@ class PagedAttention:
     ) -> torch.Tensor:
         if layer in self.shapes:
             raise UnsupportedAttentionError("its layers call attention more than once")
-        if not getattr(module, "is_causal", True):
+        if not (getattr(module, "is_causal", True) and options.pop("is_causal", True)):
             raise UnsupportedAttentionError("its attention is not causal")
-        foreign = [name for name in ("s_aux", "position_bias", "head_mask") if options.get(name) is not None]
+        # An unknown option may change what attention gives, as sinks (s_aux) and sparse indices do.
+        known = _COMPUTED | _WITHOUT_EFFECT
+        foreign = sorted(name for name, value in options.items() if name not in known and _acts(value))
         if foreign:
-            raise UnsupportedAttentionError(f"its attention uses {', '.join(foreign)}")
+            raise UnsupportedAttentionError(
+                f"its attention asks for {', '.join(foreign)}, which paged attention does not know"
+            )
         self.shapes[layer] = (k.shape[1], k.shape[3], v.shape[3])
         self.devices[layer] = k.device
         return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
+
+
+def _acts(value: object) -> bool:
+    """Return True unless the value of an option switches it off, as a dropout of 0 does."""
+    return isinstance(value, torch.Tensor) or bool(value)
 
 
 def register() -> None:
@@ -106,7 +120,15 @@ def paged_attention(
     attention_mask: object,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function that transformers calls; the module carries the PagedAttention that it belongs to."""
+    """The function that transformers calls; the module carries the PagedAttention that it belongs to.
+
+    Raises:
+        UnsupportedAttentionError: there is a mask, such as a learned bias, which blocks have no place for.
+    """
+    if attention_mask is not None:
+        raise UnsupportedAttentionError(
+            "it gives attention a mask of its own, such as a learned bias, which paged attention cannot apply"
+        )
     paged: PagedAttention = module.paged  # type: ignore[assignment]
     if options.get("scaling") is None:
         options["scaling"] = query.shape[-1] ** -0.5

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from onebase_engine.base.load import UnsupportedBaseError
+from onebase_engine.base.load import UnsupportedBaseError, described
 from onebase_engine.base.several_gpus import devices_of
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_engine.engine.batch import Batch
-from onebase_engine.engine.fusion import RecordedLayer, fuse
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, HostCache, KVCache, bytes_per_token
 from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap
@@ -23,8 +22,10 @@ from onebase_engine.kernels.reference import sent
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotLinear, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights, folded
+from onebase_engine.machine import is_out_of_memory
 
 if TYPE_CHECKING:
+    from onebase_engine.engine.fusion import RecordedLayer
     from onebase_engine.engine.graphs import Graphs
     from onebase_engine.kernels.cuda import FixedStep
 
@@ -95,21 +96,23 @@ class ServedModel:
         try:
             self._attention.attach(self._view)
             self._probe()
-        except (
-            UnsupportedAttentionError,
-            AttributeError,
-            KeyError,
-            NotImplementedError,
-            ValueError,
-        ) as error:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = str(error) if isinstance(error, UnsupportedAttentionError) else described(error)
             raise UnsupportedBaseError(
-                f"{type(base).__name__} cannot be served with paged attention: {error}"
+                f"{type(base).__name__} cannot be served with paged attention: {reason}"
             ) from error
 
     def _probe(self) -> None:
         """One pass over padding tokens: learns each layer's KV shape, and that attention is called at all."""
         ids = torch.zeros(1, TILE, dtype=torch.int64, device=self.device)
-        self._forward(ids, torch.arange(TILE, device=self.device)[None], ids[0])
+        kept = ids[0, : TILE // 2]
+        logits = self._forward(ids, torch.arange(TILE, device=self.device)[None], kept)
+        if len(logits) != len(kept):
+            raise UnsupportedAttentionError(
+                "its forward pass does not know logits_to_keep, and gives logits of every token"
+            )
         expected = set(range(self._view.config.get_text_config().num_hidden_layers))
         if self._attention.shapes.keys() != expected:
             raise UnsupportedAttentionError(
@@ -184,17 +187,20 @@ class ServedModel:
         if self.kernels.joins and not self._fused and blocks >= RESERVED_BLOCKS + 2 * parts:
             self._fused = True
             table = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + 2 * parts, dtype=np.int32).reshape(2, parts)
-            self._recorded = fuse(
-                self._view,
-                self._attention,
-                self.kernels,
-                self._rows,
-                lambda number: self._try_pass(number, table, block_size),
-            )
+            self._recorded = self._fuse(lambda number: self._try_pass(number, table, block_size))
         if self._captures:
             from onebase_engine.engine.graphs import Graphs  # imports Triton
 
             self._graphs = Graphs(self._run_fixed, self.kernels, self._slot_count, block_size, self.device)
+
+    def _fuse(self, try_pass: Callable[[int], torch.Tensor]) -> list[RecordedLayer]:
+        """Fuse the decoder's layers, unless this PyTorch lacks the private parts that recording needs."""
+        try:
+            from onebase_engine.engine.fusion import fuse
+        except (ImportError, AttributeError) as error:
+            logger.warning("layers are computed one by one, and slower: %s", described(error))
+            return []
+        return fuse(self._view, self._attention, self.kernels, self._rows, try_pass)
 
     def release_kv(self) -> None:
         """Give the KV cache back, so that another one can be allocated, before rows run.

@@ -166,7 +166,22 @@ def give_unused_back() -> None:
     held = told.get("reserved_bytes.current", told.get("allocated_bytes.current", 0))
     used = told.get("active_bytes.current", told.get("allocated_bytes.current", 0))
     if held - used > KEPT_BYTES:
-        torch._C._host_emptyCache()
+        _empty_host_cache()
+
+
+def _empty_host_cache() -> None:
+    """Have PyTorch release page-locked memory that no tensor has; without a way to, say what that costs."""
+    # The second is the same before PyTorch made it public.
+    for owner, name in ((torch.accelerator, "empty_host_cache"), (torch._C, "_host_emptyCache")):
+        release = getattr(owner, name, None)
+        if release is not None:
+            release()
+            return
+    logger.warning(
+        "PyTorch %s offers no way to release page-locked memory: it keeps what versions had that are gone, "
+        "within --host-memory",
+        torch.__version__,
+    )
 
 
 def page_locked_bytes(size: int) -> int:

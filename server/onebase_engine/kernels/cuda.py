@@ -933,7 +933,12 @@ class CudaKernels:
     joins = True
     drafts = True
     narrows = True
-    captures = not INTERPRETED.value and hasattr(torch._C, "_cuda_endAllocateToPool")
+    captures = (
+        not INTERPRETED.value
+        # Private, and the only way to end a capture that failed (`_abandon`).
+        and hasattr(torch._C, "_cuda_endAllocateToPool")
+        and hasattr(torch._C, "_cuda_releasePool")
+    )
     asynchronous = True
 
     def __init__(self) -> None:
@@ -1048,7 +1053,7 @@ class CudaKernels:
         for good what other streams have used, and fail at the next lack of memory."""
         self._abandoned.append(graph)  # whose address the allocator keeps
         number = torch.cuda.current_device() if device.index is None else device.index
-        with suppress(RuntimeError):  # it has ended cleanly
+        with suppress(RuntimeError, TypeError):  # it has ended cleanly, or PyTorch wants other arguments
             torch._C._cuda_endAllocateToPool(number, pool)
             torch._C._cuda_releasePool(number, pool)
         graph.reset()

@@ -31,6 +31,7 @@ from onebase_engine.base.load import (
 )
 from onebase_engine.base.quantized_cache import load_kept_base
 from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.base_proof import prove_once
 from onebase_engine.engine.engine import Counters, Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, STAGED_BLOCKS
 from onebase_engine.engine.memory_budget import (
@@ -226,7 +227,8 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
             "--quantization nf4"
         )
     channel.send(protocol.Loading(stage="loading the base", fraction=0.1))
-    base = _load(base_settings(config, device, devices))
+    settings = base_settings(config, device, devices)
+    base = _load(settings)
     # Before anything holds on to its tensors: they move into the memory that verifiers attach.
     manifest = _publish(base, base_fd, device)
     channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))
@@ -265,6 +267,9 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     )
     channel.send(protocol.Loading(stage="warming up", fraction=0.9))
     warm_up(engine)
+    channel.send(protocol.Loading(stage="proving the base", fraction=0.95))
+    prove_once(engine, base, settings, config.cpu_weights)
+    engine.counters = Counters()
     # What is loaded stays. Else every full collection would go through it, between two steps.
     gc.collect()
     gc.freeze()

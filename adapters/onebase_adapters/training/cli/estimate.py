@@ -372,17 +372,13 @@ def find_config(spec: str, cache: Path | None = None) -> Any:
         BaseFetchError: the download failed.
     """
     with quick_imports():
-        from transformers import AutoConfig
-
-        from onebase_engine.base.load import UnsupportedBaseError, check_servable
+        from onebase_engine.base.load import UnsupportedBaseError, load_config
 
     path = _config_file(spec, cache)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        check_servable(config)
-    except (OSError, ValueError, KeyError, UnsupportedBaseError) as error:
+        return load_config(path)
+    except UnsupportedBaseError as error:
         raise BaseSpecError(f"{path} is not the config of a base that can be trained: {error}") from error
-    return config
 
 
 def find_tokenizer(spec: str, cache: Path | None = None) -> Any:
