@@ -10,6 +10,7 @@ import transformers as tf
 from tests.tiny import ARCHITECTURES
 from tests.training.runs import dataset, recipe_for, sample, samples, tiny_base
 
+from onebase_adapters.training.attention import UnsupportedTrainingError
 from onebase_adapters.training.batches import pack
 from onebase_adapters.training.events import OpenGate
 from onebase_adapters.training.trainable import Trainable
@@ -37,13 +38,24 @@ def test_packed_logits_are_eager_attentions_of_each_row_alone(architecture: str,
             torch.testing.assert_close(logits[packed.owner == number], expected, atol=2e-4, rtol=1e-4)
 
 
-def test_a_decoder_that_gives_the_mask_by_keyword_trains_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+SIZES = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1}
+UNKNOWN = {
+    "a mask of its own": lambda: tf.DogeConfig(
+        **SIZES, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0
+    ),
+    "in its own way": lambda: tf.XLMRobertaConfig(
+        **SIZES, num_attention_heads=4, pad_token_id=0, is_decoder=True, max_position_embeddings=128
+    ),
+}
+"""Configs of decoders that training would compute wrongly, by what is said of them."""
+
+
+@pytest.mark.parametrize("reason", UNKNOWN)
+def test_a_decoder_that_training_would_compute_wrongly_is_refused(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
-    monkeypatch.setitem(ARCHITECTURES, "doge", lambda: tf.DogeConfig(**sizes, **heads))
+    monkeypatch.setitem(ARCHITECTURES, "unknown", UNKNOWN[reason])
     rows = samples(2)
-    trainable = Trainable(tiny_base(tmp_path, "doge"), recipe_for(rows), OpenGate())
-    losses, _ = trainable.losses(pack(rows.rows, range(2), 1000, packing=True)[0])
-    assert torch.isfinite(losses).all()
+    base = tiny_base(tmp_path, "unknown")
+    with pytest.raises(UnsupportedTrainingError, match=reason):
+        Trainable(base, recipe_for(rows), OpenGate())

@@ -81,7 +81,16 @@ def packed_attention(
     attention_mask: object,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls, some decoders by keyword; the mask is None, as registered."""
+    """Attend for a module of transformers, some of which give the mask by keyword.
+
+    Raises:
+        UnsupportedTrainingError: the mask is the decoder's own; the registered one is None.
+    """
+    if attention_mask is not None:
+        raise UnsupportedTrainingError(
+            "the base gives its attention a mask of its own, which training would leave out: choose another "
+            "base"
+        )
     packed: PackedAttention = module.packed  # type: ignore[assignment]
     return packed.forward(module, query, key, value, options), None
 

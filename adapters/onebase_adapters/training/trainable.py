@@ -16,7 +16,7 @@ from torch import nn
 from onebase_adapters.format.config import AdapterFormatError, Task
 from onebase_adapters.proof.extract import extract
 from onebase_adapters.proof.loader import classifier_with
-from onebase_adapters.training.attention import PackedAttention
+from onebase_adapters.training.attention import PackedAttention, UnsupportedTrainingError
 from onebase_adapters.training.batches import MicroBatch, Packed
 from onebase_adapters.training.events import Gate
 from onebase_adapters.training.kernels import fuse, fuse_gates, fuse_norms, fuse_rotations
@@ -27,6 +27,8 @@ from onebase_engine.base.view import peft_view
 from onebase_engine.lora.weights import HEAD, AdapterWeights, Head, SavedModule
 
 ADAPTER = "default"
+_PROBED = 8
+"""Tokens of the text by which a base's positions are looked at."""
 
 
 class Trainable:
@@ -65,6 +67,8 @@ class Trainable:
         self._packed = PackedAttention(gate)
         tree: Any = peft_view(base)
         self._packed.attach(tree)
+        if version is None:
+            _check_positions(tree, self._packed)
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(recipe.seed)
             self.model: Any
@@ -268,6 +272,27 @@ def _classifier(tree: Any, recipe: Recipe, labels: Sequence[str]) -> Any:
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {label: number for number, label in enumerate(labels)}
     return _with_adapter(model, recipe, targets, "SEQ_CLS")
+
+
+@torch.no_grad()
+def _check_positions(tree: Any, packed: PackedAttention) -> None:
+    """Raise UnsupportedTrainingError for a base that numbers a row's positions otherwise than from 0.
+
+    Rows that are packed get their positions from here, so that such a base would be trained on other ones
+    than it is used with.
+    """
+    device = next(tree.parameters()).device
+    positions = torch.arange(_PROBED, device=device)[None]
+    ids = (positions + 1) % int(tree.config.get_text_config().vocab_size)
+    packed.set_lengths([_PROBED], device)
+    tree.eval()
+    own = tree(input_ids=ids, use_cache=False).logits
+    given = tree(input_ids=ids, position_ids=positions, use_cache=False).logits
+    if not torch.allclose(own, given, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
+        raise UnsupportedTrainingError(
+            f"{type(tree).__name__} numbers the positions of a text in its own way, which training does not "
+            "know: choose another base"
+        )
 
 
 def _with_adapter(

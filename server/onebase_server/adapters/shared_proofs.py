@@ -21,7 +21,7 @@ from onebase_adapters.registry.records import MODULES
 from onebase_adapters.store.store import Store, StoreError
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import PackedAdapterFile
-from onebase_server.background import RegistryThreads, Threads
+from onebase_server.background import RegistryThreads, Threads, keep_running
 from onebase_server.errors import UnavailableError
 from onebase_server.histogram import PROOF_SECONDS, Histogram
 from onebase_server.processes.verifier_client import (
@@ -107,7 +107,9 @@ class SharedProofs:
         if not await self._ours(version, kernels, is_done):
             yield False
             return
-        renewing = asyncio.get_running_loop().create_task(self._renew(version, kernels))
+        renewing = asyncio.get_running_loop().create_task(
+            keep_running("renewing the claim to a proof", lambda: self._renew(version, kernels))
+        )
         try:
             yield True
         finally:
@@ -234,8 +236,9 @@ class SharedProofs:
                 "version %s of %s was proved, but not with the %s kernels: %s",
                 version.digest[:12], version.name, kernels, error,
             )  # fmt: skip
-            if len(self._refused) < _MOST_REFUSED:
-                self._refused[version.digest, kernels] = error.message
+            self._refused[version.digest, kernels] = error.message
+            if len(self._refused) > _MOST_REFUSED:
+                del self._refused[next(iter(self._refused))]
             raise _not_here(version, kernels, error.message) from error
         except (VerifierGoneError, StoreError) as error:
             raise _not_here(version, kernels, str(error)) from error
