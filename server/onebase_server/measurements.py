@@ -84,8 +84,8 @@ class RequestMeasurements:
             self.first_token.observe(moments.first - moments.came)
         if moments.begun:
             self.queue.observe(moments.begun - moments.submitted)
-        if finished["abort"] or finished["error"]:
-            return
+        if finished["abort"] or finished["error"] or not moments.last:
+            return  # also a stream that was resumed after its last token, for which nothing was computed here
         begun = moments.begun or moments.submitted
         self.whole.observe(moments.last - moments.came)
         self.inference.observe(moments.last - begun)

@@ -279,6 +279,14 @@ def test_rows_of_batches_are_in_no_histogram() -> None:
     assert [use.completion_tokens for *_, use in measured.uses(lambda *names: True)] == [3]
 
 
+def test_a_stream_that_was_resumed_after_its_last_token_has_no_times() -> None:
+    measured = RequestMeasurements()
+    measured.ended(job("a"), Usage(2, 3), Moments(), Counter(stop=1))
+    assert measured.finished.total() == 1
+    for times in (measured.whole, measured.inference, measured.prefill):
+        assert (times.buckets()[-1], times.total) == (("+Inf", 0), 0)
+
+
 def test_a_sum_of_adapters_counts_for_each_of_them() -> None:
     measured = RequestMeasurements()
     measured.ended(job("a", "b"), Usage(2, 3), Moments(), Counter(stop=1))
