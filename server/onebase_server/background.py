@@ -30,12 +30,12 @@ class Backoff:
     longest: float
 
     def pause(self, failures: int) -> float:
-        """What follows so many failures in a row; the first failure is 1."""
+        """Return the pause after so many failures in a row, in seconds; the first failure is 1."""
         doublings = min(failures - 1, 64)
         return min(self.longest, self.first * 2.0**doublings)
 
     def pauses(self) -> Iterator[float]:
-        """Those after the first failure, the second, and so on without end."""
+        """Yield the pauses after the first failure, the second, and so on without end."""
         return map(self.pause, itertools.count(1))
 
     def tries(self, most: int) -> Iterator[float | None]:
@@ -62,7 +62,7 @@ async def keep_running(name: str, work: Callable[[], Awaitable[None]], backoff: 
 
 
 class TurnBudget:
-    """How much one turn of the event loop may compute for all requests together; the rest goes to threads.
+    """Limit of what one turn of the event loop computes for all requests together; the rest goes to threads.
 
     A limit for each request alone would not bound a turn in which many requests are ready.
     """
@@ -198,8 +198,8 @@ class RegistryThreads(Threads):
         self._subscribers.append(subscriber)
 
     async def write(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """As `run`, for a call that changes the registry. Raises also what a subscriber raises: the message
-        says then that the change was made."""
+        """Run a call that changes the registry, as `run` does. An error of a subscriber is raised with a
+        message that says that the change was made."""
         result = await self.run(call, *args, **kwargs)
         try:
             for subscriber in self._subscribers:

@@ -403,7 +403,7 @@ def _default(item: Any) -> str:
 
 
 def checked(parse: Any) -> Any:
-    """As the `type` of an option: what raises SettingsError is a wrong value."""
+    """Return `parse` as the `type` of an option: argparse reports its SettingsError as a wrong value."""
 
     def convert(text: str) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""What the person who starts the server sees: progress while it loads, then a summary."""
+"""Terminal output for the person who starts the server: progress while it loads, then a summary."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def readable_bytes(count: float) -> str:
 
 
 class LoadingDisplay:
-    """What is being done: a bar on a terminal, a line per stage in a log. A context manager."""
+    """Progress of the start: a bar on a terminal, a line per stage in a log. A context manager."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -86,7 +86,7 @@ class LoadingDisplay:
 
 
 def console_is_built() -> bool:
-    """Whether the package has the page that /console serves."""
+    """Return True if the package has the page that /console serves."""
     return (files(onebase_server) / "web" / "index.html").is_file()
 
 
@@ -197,7 +197,7 @@ def print_failure(console: Console, message: str) -> None:
 
 
 def address_error(settings: Settings, error: OSError) -> str:
-    """Why the server cannot listen, and the way out."""
+    """Return a sentence that says why the server cannot listen, and the way out."""
     return (
         f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. "
         "Choose another address with --host and --port."

@@ -1,4 +1,4 @@
-"""What Prometheus is told, collected when it asks: vLLM's names first, which dashboards and gateways know.
+"""Prometheus metrics, collected at each scrape: vLLM's names first, which dashboards and gateways know.
 
 Labels are names of adapters and tenants that the registry has, up to a limit, and words of our own: never
 what a client has merely sent.

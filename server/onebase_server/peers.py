@@ -23,9 +23,9 @@ _GIVEN_UP_IN = 2 / 3
 """Part of it without a renewal after which a server ends its trainers: soon others will take their jobs."""
 _WATCHED_IN = 1 / 30
 SHARE_SECONDS = 0.5
-"""From one exchange of what was let in to the next."""
+"""Time, in seconds, between two exchanges of admitted requests."""
 _OVERLAP_SECONDS = 5.0
-"""What is read again each time: it may have been written before the last look, and not been there yet."""
+"""Time, in seconds, that is read again each time: what was written in it may not have been visible yet."""
 _FORGET_SECONDS = 60.0
 _LEAVE_SECONDS = 5.0
 
@@ -33,11 +33,11 @@ _log = logging.getLogger(__name__)
 
 
 class LeaseHolder(Protocol):
-    """What runs under a lease: `jobs.scheduler.JobScheduler`."""
+    """Holder of a lease: `jobs.scheduler.JobScheduler`."""
 
     @property
     def runs_jobs(self) -> bool:
-        """Whether this process runs the jobs of its data folder."""
+        """Return True if this process runs the jobs of its data folder."""
         ...
 
     def room(self) -> int:
@@ -72,13 +72,13 @@ class Peers:
 
     @property
     def are_alive(self) -> bool:
-        """Whether another server, of any base, shares the registry now."""
+        """Return True if another server, of any base, shares the registry now."""
         return any(one.alive for one in self._others)
 
     @property
     def have_been(self) -> bool:
-        """Whether another data folder's server of this base was ever there: it may take over what runs here,
-        or leave something."""
+        """Return True if another data folder's server of this base was ever there: it may take over what runs
+        here, or leave something."""
         return any(one.same_base and one.server != self.server for one in self._others)
 
     @property
@@ -89,7 +89,7 @@ class Peers:
 
     @property
     def holds_lease(self) -> bool:
-        """Whether nobody may have taken over what runs here."""
+        """Return True if nobody may have taken over what runs here."""
         return not self._is_lost
 
     def tell_room(self, room: int) -> None:
@@ -126,7 +126,7 @@ class Peers:
             self._renewed_at, self._told_room, self._is_lost = began, room, False
 
     async def _keep_watch(self, holder: LeaseHolder) -> None:
-        """By this machine's clock: the database may not answer at all."""
+        """Notice a lost lease by this machine's clock, since the database may not answer at all."""
         while True:
             await asyncio.sleep(self._lease * _WATCHED_IN)
             late = time.monotonic() - self._renewed_at > self._lease * _GIVEN_UP_IN

@@ -1,4 +1,4 @@
-"""What outlives the server: the data folder, the registry and the store. Opened, swept, and their errors."""
+"""The data folder, the registry and the store: how they are opened and swept, and their errors."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class StorageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Storage:
-    """Where adapters and training files are kept.
+    """Storage of adapters and training files.
 
     base_id: the identity of the base that adapters are bound to. registry_id: that of the registry.
     """
@@ -106,7 +106,7 @@ class Storage:
 
 
 def keep_private() -> None:
-    """What this process and its children write from now on, its owner alone may read: 0600, folders 0700."""
+    """Let only this process's owner read what it and its children write from now on: 0600, folders 0700."""
     os.umask(_OTHERS)
 
 
@@ -148,7 +148,7 @@ def _close_folder(folder: Path, names: Collection[str]) -> list[Path]:
 
 
 def _close(paths: Iterable[Path]) -> list[Path]:
-    """Those of the paths that cannot be closed."""
+    """Make paths private, and return those whose mode cannot be changed."""
     still_open = []
     for path in paths:
         try:
@@ -187,7 +187,7 @@ def open_keys(settings: Settings) -> Iterator[tuple[ApiKeys, Tenants]]:
 
 
 def _registry_url(settings: Settings) -> str:
-    """Of the registry; a SQLite file's folder is made. Raises OSError."""
+    """Return the registry's URL; a SQLite file's folder is created. Raises OSError."""
     data = Path(settings.data_dir).expanduser().absolute()
     if not settings.registry:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ def back_up(settings: Settings, target: Path) -> list[str]:
 
 
 def _copy_registry(file: Path, target: Path) -> None:
-    """As one transaction sees it. Raises sqlite3.Error, OSError."""
+    """Copy the registry as one transaction sees it. Raises sqlite3.Error, OSError."""
     work = target.with_name(f"{target.name}.part")
     work.unlink(missing_ok=True)
     with (

@@ -63,13 +63,13 @@ PULL_THREADS_EACH = 2
 
 @dataclass(frozen=True)
 class Commands:
-    """What starts the other processes; each gets `--fd N` and `--base-fd N` appended."""
+    """Commands that start the other processes; each gets `--fd N` and `--base-fd N` appended."""
 
     engine: Sequence[str] = ENGINE_COMMAND
     verifier: Sequence[str] = VERIFIER_COMMAND
     trainer: Sequence[str] = TRAINER_COMMAND
     restarts: RestartPolicy = field(default_factory=RestartPolicy)
-    """Of the engine."""
+    """Limits of the engine's restarts."""
 
 
 class _Threads(NamedTuple):
@@ -81,7 +81,7 @@ class _Threads(NamedTuple):
 
 @dataclass(frozen=True)
 class _AdapterParts:
-    """From a version's files to its being served."""
+    """Parts through which a version goes from its files to being served."""
 
     catalog: Catalog
     residency: Residency
@@ -91,7 +91,7 @@ class _AdapterParts:
 
 
 class Preparation:
-    """What happens before an engine gets requests: some of it once, some of it for each new engine."""
+    """Preparation before an engine gets requests: some of it once, some of it for each new engine."""
 
     def __init__(self, adapters: AdapterService, folders: Folders, residency: Residency) -> None:
         self._adapters = adapters

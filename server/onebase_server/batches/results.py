@@ -1,4 +1,4 @@
-"""What a batch has answered so far, on the disk of its server: each row once, whatever is killed in between.
+"""Results of a batch so far, on the disk of its server: each row once, whatever is killed in between.
 
 Two files, `output.jsonl` and `errors.jsonl`, to which answers are appended and synced in groups. A row
 counts once its group is on the disk. What a kill, a power cut or a full disk leaves of a group is cut off
@@ -50,7 +50,7 @@ class _Error(msgspec.Struct):
 
 
 class _Record(msgspec.Struct):
-    """What is read of a record again: the rest is for those who download it."""
+    """Fields of a record that are read again; the rest is for those who download it."""
 
     id: str
     response: _Response | None = None

@@ -1,4 +1,4 @@
-"""What users do with batches: create, read and cancel them."""
+"""Creating, reading and cancelling batches for users."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class PieceDecoder(Protocol):
         """Text that this token makes certain; empty while a character is incomplete."""
 
     def flush(self) -> str:
-        """What is left at the end: an incomplete character becomes U+FFFD."""
+        """Return the text that is left at the end: an incomplete character becomes U+FFFD."""
 
 
 class TokenBytes(Protocol):

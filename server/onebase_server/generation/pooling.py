@@ -1,4 +1,4 @@
-"""From a request that has texts read to jobs for the engine: vectors, classes, scores and decisions."""
+"""Planning of requests that read texts: vectors, classes, scores and decisions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ AT_ONCE = 64
 
 MAX_TOKEN_CLASSES = 1 << 21
 TOKEN_OVERHEAD = 8
-"""Of one answer: probabilities of tokens' labels, of which a token's own name and number count as so many."""
+"""Labels that a token counts besides its own, for its name and number, in an answer with probabilities of
+tokens' labels."""
 
 
 class ReadingPlanner:

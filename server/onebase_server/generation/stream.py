@@ -23,21 +23,21 @@ class Usage:
 
 @dataclass
 class Moments:
-    """When things happened to a request, on the monotonic clock that all processes share; 0: not yet."""
+    """Timestamps of a request, on the monotonic clock that all processes share; 0: not yet."""
 
     came: float = field(default_factory=time.monotonic)
     submitted: float = 0.0
-    """Its adapters were in memory, and the engine was given it."""
+    """Time at which its adapters were in memory and it was submitted to the engine."""
     begun: float = 0.0
-    """The first step of the row that waited longest."""
+    """Time of the first step of the sequence that waited longest."""
     first: float = 0.0
-    """Its first token."""
+    """Time of its first token."""
     last: float = 0.0
-    """Its last token, or the end of what is only read."""
+    """Time of its last token, or of the end of a request that only reads."""
 
 
 def prompt_tokens(submit: Submit) -> int:
-    """Those that are given, branches' too."""
+    """Return the number of tokens in the prompt and its branches."""
     return len(submit.prompt) + sum(map(len, submit.branches))
 
 
@@ -69,7 +69,7 @@ class Inflight:
         self.open_rows = {submit.id: len(submit.choices) for submit in submits}
         self._unseen = {submit.id: prompt_tokens(submit) for submit in submits}
         self.computed = Usage()
-        """What the engine has done for it, also what nobody read."""
+        """Tokens that the engine has computed for it, including those that nobody read."""
         self.moments = Moments()
         self._last_at: dict[tuple[str, int], float] = {}
         self._on_gap = on_gap
@@ -84,12 +84,12 @@ class Inflight:
 
     @property
     def tenant(self) -> str:
-        """Whose request it is."""
+        """Tenant of the request."""
         return self.submits[0].tenant
 
     @property
     def background(self) -> bool:
-        """Whether its rows only fill what others leave free."""
+        """Return True if its sequences only use capacity that other requests leave free."""
         return self.submits[0].background
 
     @property
@@ -103,7 +103,7 @@ class Inflight:
 
     @property
     def broken(self) -> bool:
-        """Whether it failed, and not because its caller left or was too slow."""
+        """Return True if it failed, and not because its caller left or was too slow."""
         return self.failed and not isinstance(self._failure, ClientGoneError | SlowReaderError)
 
     def push(self, output: RowOutput, at: float) -> bool:
@@ -182,7 +182,7 @@ class TokenInfo:
 
 @dataclass(slots=True)
 class Piece:
-    """What became certain about one choice at once. The last piece has a finish reason."""
+    """Part of one choice that became certain at once. The last piece has a finish reason."""
 
     index: int
     text: str

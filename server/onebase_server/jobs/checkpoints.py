@@ -37,7 +37,7 @@ def checkpoint_model(job: TrainingJob, step: int) -> str:
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether it is the name of a checkpoint, of any job."""
+    """Return True if it is the name of a checkpoint, of any job."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -98,7 +98,7 @@ class CheckpointModels:
                     await self._place(record.tenant, record.name, "model")
 
     async def _place(self, tenant: str, name: str, param: str) -> Path | None:
-        """Where it lies; None on another server. Raises UnknownAdapterError."""
+        """Return the checkpoint's folder, or None if it is on another server. Raises UnknownAdapterError."""
         wanted = _parsed(name)
         job = None
         if wanted is not None:

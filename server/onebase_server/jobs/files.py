@@ -37,7 +37,7 @@ SCOPES: Mapping[Purpose, Scope] = {
     "batch": "generate",
     "batch_output": "generate",
 }
-"""What a key must be allowed to do with a file, by its purpose."""
+"""Scope that a key needs for a file, by the file's purpose."""
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class TrainingFiles:
         limit: int,
         oldest_first: bool,
     ) -> list[TrainingFile]:
-        """Those of these purposes, and of this content.
+        """Return the files of these purposes and of this content.
 
         Raises UnknownFileError (`after`), UnavailableError.
         """
@@ -143,7 +143,7 @@ class TrainingFiles:
         return file
 
     async def is_stored(self, tenant: str, file_id: str) -> bool:
-        """Whether a job that needs the file could run here. Raises RegistryError, StoreError."""
+        """Return True if a job that needs the file could run here. Raises RegistryError, StoreError."""
         try:
             file = await self._threads.run(self._records.file, tenant, file_id)
         except registry.UnknownFileError:

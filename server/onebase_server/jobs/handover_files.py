@@ -1,5 +1,8 @@
-"""What a job goes on from, in the store, so that another server can: its newest checkpoint, its best adapter,
-what was decided when it began, and the trained adapter until it is delivered."""
+"""Files in the store from which another server can resume a job.
+
+They are its newest checkpoint, its best adapter, the decisions made when it began, and the trained adapter
+until it is delivered.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ _BEST = "best-*"
 _TWIN_SECONDS = 30.0
 """A checkpoint's file stays so long: a job of the same rows and seed may be keeping the same."""
 _LEFT_OUT = ("training_file", "validation_file", "events.jsonl", *ACTIVE_FILES)
-"""Of a job's folder: what the store has anyway, and what nothing goes on from."""
+"""Files in a job's folder that the store has anyway, or that no resumption needs."""
 
 _log = logging.getLogger(__name__)
 
@@ -187,7 +190,8 @@ def _part_of(path: str) -> str:
 
 
 def _files_of(folder: Path, job: UnkeptJob) -> dict[str, Path]:
-    """What a job goes on from, by its path in the folder. Raises FileNotFoundError, OSError."""
+    """Return the files from which a job is resumed, by path in the folder. Raises FileNotFoundError,
+    OSError."""
     checkpoints = folder / CHECKPOINTS
     parts = [checkpoints / PurePosixPath(job.path).name, *checkpoints.glob(_BEST)]
     if job.trained:

@@ -28,7 +28,7 @@ from onebase_server.jobs.state import Move
 BACKOFF = Backoff(0.5, 2.0)
 """Between tries, while the registry is away."""
 FLUSH_SECONDS = 0.5
-"""From one write of what a run says to the next."""
+"""Time, in seconds, between two writes of a run's messages."""
 MAX_WAITING = 10_000
 """Events that wait while the registry cannot be written; older ones are lost."""
 T = TypeVar("T")
@@ -176,7 +176,7 @@ class JobRecord:
                 await asyncio.wait_for(self._closing.wait(), FLUSH_SECONDS)
 
     async def _write(self) -> bool:
-        """Whether nothing is left to write."""
+        """Return True if nothing is left to write."""
         waiting, saved = len(self._events), len(self._checkpoints)
         if not waiting and not saved and not self.progress:
             return True

@@ -35,7 +35,7 @@ from onebase_server.peers import Peers
 _log = logging.getLogger(__name__)
 
 NO_JOBS = "it was started with --train-jobs 0"
-"""Why a server trains nothing."""
+"""Reason why a server trains nothing."""
 SHUTDOWN_SECONDS = 15.0
 """The same limit, when the server stops."""
 LEASE_LOST_SECONDS = 5.0
@@ -43,9 +43,9 @@ LEASE_LOST_SECONDS = 5.0
 LEFT_SECONDS = 5.0
 """A job that waits is left so long to a server that has more trainers free; then it is begun here."""
 NOT_HERE_SECONDS = 60.0
-"""From one look for the files of another server's job to the next, where the store had them not."""
+"""Time, in seconds, between two looks for the files of another server's job that the store did not have."""
 SWEEP_SECONDS = 3600.0
-"""From one sweep of the jobs' folders to the next."""
+"""Time, in seconds, between two sweeps of the jobs' folders."""
 
 
 class JobScheduler:
@@ -83,9 +83,10 @@ class JobScheduler:
         """Jobs that had a run since the server started."""
         self._noted_disabled: set[str] = set()
         self._left: dict[str, float] = {}
-        """Until when jobs that wait are left to a server that has more room."""
+        """Time until which a waiting job is left to a server that has more room, by the job's id."""
         self._not_here: dict[str, float] = {}
-        """Until when jobs of other servers are let be, since this one's store has not all their files."""
+        """Time until which another server's job is left alone because this store lacks its files, by the
+        job's id."""
         self._base: AttachedBase | None = None
         self._changed = asyncio.Event()
         self._ending = False
@@ -135,7 +136,7 @@ class JobScheduler:
                     await self._changed.wait()
 
     def _own(self) -> bool:
-        """Whether this process runs the jobs of the folder; the log says why not."""
+        """Return True if this process runs the jobs of the folder; the log says why not."""
         root = self._pool.folders.root
         try:
             if self._pool.folders.own():
@@ -178,7 +179,7 @@ class JobScheduler:
 
     @property
     def runs_jobs(self) -> bool:
-        """Whether this process runs the jobs of its data folder."""
+        """Return True if this process runs the jobs of its data folder."""
         return self._pool.folders.is_owned
 
     def room(self) -> int:
@@ -186,7 +187,7 @@ class JobScheduler:
         return 0 if self._base is None or self._ending else max(0, self._most - self._count("train"))
 
     def has_run(self, job_id: str) -> bool:
-        """Whether the job has a run here, perhaps one that is about to end."""
+        """Return True if the job has a run here, perhaps one that is about to end."""
         return job_id in self._runs
 
     async def _reconcile(self, jobs: Sequence[OpenJob]) -> None:
@@ -220,7 +221,7 @@ class JobScheduler:
     # ---- other servers -----------------------------------------------------------------------
 
     def _leave(self, job: OpenJob) -> bool:
-        """Whether a job is left for now to a server that has more room, and will take it."""
+        """Return True if a job is left for now to a server that has more room, and will take it."""
         if not self._peers.holds_lease:
             return True
         if self._peers.most_room <= self.room() or not job.is_movable:
@@ -246,7 +247,8 @@ class JobScheduler:
                 return
 
     async def _has_files_of(self, job: TakeableJob) -> bool:
-        """Whether the job's files are in this server's store. If not, it has another one; the log says so."""
+        """Return True if the job's files are in this server's store. If not, it has another one; the log says
+        so."""
         if time.monotonic() < self._not_here.get(job.id, 0.0):
             return False
         files = [job.training_file, *([job.validation_file] if job.validation_file else [])]
@@ -357,7 +359,7 @@ class JobScheduler:
 
 
 def _taken_over(job: TrainingJob) -> JobEvent:
-    """What a job says that has changed its server."""
+    """Return the event of a job that has changed its server."""
     resumed = f"resumed at step {job.saved_step}" if job.saved_step else "begun again"
     if job.state == "validating_files" or not job.started_at:
         resumed = "where it waits for its turn" if job.state == "queued" else "which checks its files"

@@ -36,7 +36,7 @@ BACKOFF = Backoff(0.5, 2.0)
 
 @dataclass(frozen=True)
 class Move:
-    """From any state of `among` to the state `to`.
+    """A change from any state of `among` to the state `to`.
 
     while_delivered: whether it is allowed while the job's adapter is being delivered.
     """
@@ -75,18 +75,19 @@ def stopping(job: TrainingJob) -> Move:
 
 
 def steps_done(job: TrainingJob) -> int:
-    """As far as is known here; of a job that does not run, those that are saved, if any are."""
+    """Return the steps done, as far as is known here; of a job that does not run, the saved ones if any
+    are."""
     told = int((job.progress or {}).get("step") or 0)
     return max(job.saved_step, told) if job.state == "running" else job.saved_step or told
 
 
 def is_resumable(state: JobState, error_code: str | None) -> bool:
-    """Whether `resume` continues a job in this state, with this error."""
+    """Return True if `resume` continues a job in this state, with this error."""
     return state == "paused" or (state == "failed" and error_code in RESUMABLE)
 
 
 def resume_point(job: TrainingJob | OpenJob) -> str:
-    """Where a job goes on, as the end of a sentence."""
+    """Return the point at which a job is resumed, as the end of a sentence."""
     if job.trained:
         return "with the proof of its adapter"
     return f"after step {job.saved_step}" if job.saved_step else "from its beginning"
@@ -107,7 +108,7 @@ class Death:
 
     @property
     def last(self) -> bool:
-        """Whether the job fails by it; else another trainer is started."""
+        """Return True if the job fails by it; else another trainer is started."""
         return self.count > MAX_DEATHS
 
     @property
