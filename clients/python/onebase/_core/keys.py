@@ -56,7 +56,7 @@ def parse_new_key(value: Json) -> NewApiKey:
 
 
 def _parts(value: Json) -> dict[str, Any]:
-    """What is no plain field, or one that servers of release 0.1 lack."""
+    """Return the values that are no plain fields, or that servers of release 0.1 lack."""
     return {
         "scopes": tuple(value["scopes"]),
         "quotas": value.get("quotas", {}),

@@ -54,7 +54,7 @@ class Call:
 
     @property
     def repeatable(self) -> bool:
-        """Whether it may be sent again even if the first one may have been acted on."""
+        """Return True if it may be sent again even if the first one may have been acted on."""
         return self.method == "GET" or self.idempotent
 
     @property
@@ -123,7 +123,7 @@ def _message(message: Message) -> Body:
 
 
 def adapter_body(adapter: AdapterSpec) -> object:
-    """What `adapter` says, as the server reads it: null, a name, or a weighted list."""
+    """Return `adapter` as the server reads it: null, a name, or a weighted list."""
     if adapter is None or isinstance(adapter, str):
         return adapter
     terms = _terms(adapter)
@@ -203,7 +203,7 @@ def _json(value: object) -> bytes:
 
 
 def page_size(limit: int | None, had: int) -> int:
-    """How many items to ask for next, if there are `had`; 0 when there are enough.
+    """Return how many items to ask for next after `had` items; 0 when there are enough.
 
     Raises:
         ValueError: the limit is below 1.
