@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("server", "adapters", "clients/python", "benchmarks", "")
 MINUTES = 30.0
 END_SECONDS = 10.0
-"""Until what was killed is given up."""
+"""Time, in seconds, after which a killed process is given up."""
 _CHILD_SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER of prctl(2)."""
 
@@ -141,7 +141,7 @@ def _left_behind() -> Iterator[None]:
 
 
 def _adopt(orphans: bool) -> None:
-    """Whether processes whose parent ends become children of this one."""
+    """Return True if processes whose parent ends become children of this one."""
     ctypes.CDLL(None).prctl(_CHILD_SUBREAPER, int(orphans), 0, 0, 0)
 
 

@@ -1,4 +1,4 @@
-"""What serving notices of a training job on the same base: the time between two tokens, and the texts."""
+"""Effect of a training job on serving from the same base: the time between two tokens, and the texts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COLUMNS = (
     "texts equal",
 )
 JOB_ROWS = 2
-"""Of a step of the job: short steps, so that many end while rows run."""
+"""Rows in one step of the job: short steps, so that many end while sequences run."""
 JOB_STARTS = 600.0
 """Seconds until a job counts as one that does not start."""
 

@@ -41,7 +41,8 @@ class Stopwatch:
 
     @torch.inference_mode()
     def __call__(self, function: Callable[..., Any], *inputs: Any) -> float | None:
-        """By replaying a CUDA graph of the call where it can be captured, so that no launch counts."""
+        """Return the median time of a call, in microseconds, or None without a GPU. A CUDA graph of the call
+        is replayed where it can be captured, so that no launch counts."""
 
         def call() -> Any:
             return function(*inputs)
@@ -280,7 +281,8 @@ def contexts(lengths: Sequence[int], counts: Sequence[int]) -> Contexts:
 
 
 def _trained(found: Findings, watch: Stopwatch, draw: torch.Generator, size: int) -> None:
-    """Whether training's kernels pass their trials; what it multiplies by parts in bf16, next to fp32."""
+    """Return True if training's kernels pass their trials; what it multiplies by parts in bf16, next to
+    fp32."""
     with torch.inference_mode(False), torch.enable_grad():
         shape = LlamaConfig(hidden_size=size, intermediate_size=64, num_attention_heads=size // 64)
         layer = LlamaDecoderLayer(shape, 0).to(draw.device, torch.bfloat16).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What an idle server must give back: KV blocks, rows, memory, file descriptors."""
+"""Resources that an idle server must have given back: KV blocks, sequences, memory, file descriptors."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _flatten(status: Any) -> dict[str, int]:
 
 
 def compare(before: Snapshot, after: Snapshot, memory_bound: int, descriptor_slack: int) -> list[str]:
-    """What leaked between two idle moments, in sentences.
+    """Return the leaks between two idle moments, in sentences.
 
     Args:
         memory_bound: bytes that the resident memory of one process may grow by.
