@@ -59,7 +59,7 @@ ENDS = ANSWERED, LOST, OTHER, WRONG = "answered", "lost, to be sent again", "oth
 ADAPTER_REQUESTS = re.compile(
     r'^onebase_adapter_requests_total{.*adapter="(shop\d+)".*} (\S+)$', re.MULTILINE
 )
-"""In a server's metrics."""
+"""Pattern of an adapter's requests in a server's metrics."""
 
 
 class Cluster:

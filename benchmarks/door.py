@@ -123,7 +123,7 @@ class Turns:
     ratios: list[float] = field(default_factory=list)
     """Ratio of each turn's median gap to that of the quiet turn before."""
     gaps: list[float] = field(default_factory=list)
-    """Each turn's median, in seconds."""
+    """Median gap of each turn, in seconds."""
     refused: int = 0
     server: float = 0.0
     """Processor seconds of the server that refuses, over what it takes when it is quiet."""

@@ -124,7 +124,7 @@ def _status(code: int | None) -> str:
 
 @contextmanager
 def _left_behind() -> Iterator[None]:
-    """At the end, kill what a process that began meanwhile has left behind, in sessions of their own too."""
+    """Kill, at the end, what a process that began meanwhile has left behind, in sessions of their own too."""
     before = _children()
     _adopt(True)
     try:
@@ -186,7 +186,8 @@ def run_parts(
 
 
 def environment_of(device: str, folder: Path) -> dict[str, str]:
-    """For the parts: the sources of this checkout, and before them what a bundle has brought along."""
+    """Return the environment of the parts: the sources of this checkout, and before them those of a
+    bundle."""
     site = folder / "site"
     gpu_bundle.unpack(ROOT / gpu_bundle.WHEELS, site)
     try:

@@ -72,7 +72,7 @@ class Bench:
     console: Console
     machine: dict[str, Any]
     folder: Path
-    """For adapters and logs; gone with the invocation."""
+    """Folder for adapters and logs; it is deleted at the end."""
     runs: list[report.Run]
     failed: set[str]
 
@@ -193,7 +193,7 @@ def _check(samples: list[Sample], scenario: Scenario) -> None:
 
 
 async def _send(session: Session, scenario: Scenario, requests: list[Request]) -> list[Sample]:
-    """At once, or one after the other where the scenario has one stream."""
+    """Send the requests at once, or one after the other where the scenario has one stream."""
     if scenario.streams > 1:
         return await session.run(requests)
     return [sample for request in requests for sample in await session.run([request])]

@@ -149,7 +149,8 @@ async def _step(job: TrainingJob) -> int:
 
 
 async def _steps_per_second(job: TrainingJob, first: int = 2, steps: int = 6) -> float:
-    """While the server is idle, after the first steps. Raises TimeoutError when the job does not start."""
+    """Return the speed of a job while the server is idle, after the first steps. Raises TimeoutError if the
+    job does not start."""
     started = 0.0
     async with asyncio.timeout(JOB_STARTS):
         while True:

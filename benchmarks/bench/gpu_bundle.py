@@ -27,7 +27,8 @@ ROOTS = (
 )  # fmt: skip
 """Packages that the parts import, the tests' libraries last."""
 THERE = ("torch", "triton", "numpy")
-"""With what torch needs itself, these are on the machine already: they would fill the file many times."""
+"""Packages that, with what torch needs itself, are on the machine already; they would fill the file many
+times."""
 SPARED = ("hf-xet", "typer")
 """Packages that only commands and downloads use."""
 USELESS = re.compile(r"bitsandbytes/libbitsandbytes_(rocm|xpu|cuda11|cuda12[0-5])|/tests?/")

@@ -81,7 +81,7 @@ def rows_of(count: int, slots: int) -> RowMap:
 
 @torch.inference_mode()
 def kernels(setup: Setup, found: Findings) -> None:
-    """Each kernel against PyTorch in fp64, and a row's bits alone and in company; then what each takes."""
+    """Check each kernel against PyTorch in fp64, and a row's bits alone and in company; then measure each."""
     own = own_kernels(setup, found)
     draw = torch.Generator(setup.device).manual_seed(0)
     shape = bases.SHAPES[setup.shape]
@@ -137,7 +137,8 @@ class Products:
             self._add(name, count, *times, *_beside_floor(times[0], floor))
 
     def _compare(self, name: str, layer: Any, own: Any, other: Any, x: torch.Tensor) -> None:
-        """With and without adapters: against fp64, and the bits of the first and the last row alone."""
+        """Compare with and without adapters: errors against fp64, and the bits of the first and the last row
+        alone."""
         weight = _exact_weight(layer)
         errors, theirs, wrong = list[float](), list[float](), list[str]()
         for adapted in (False, True):

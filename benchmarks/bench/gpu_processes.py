@@ -210,7 +210,7 @@ class Phases:
 
 
 def proof(setup: Setup, found: Findings) -> None:
-    """Another process attaches the base and proves versions on it, next to the engine; each is killed."""
+    """Let another process attach the base and prove versions on it next to the engine, and kill each."""
     shutil.rmtree(setup.folder / "adapter", ignore_errors=True)
     with hosted(setup) as running:
         asyncio.run(_proof(setup, found, running))
@@ -412,7 +412,7 @@ class Jobs:
             figure(f"{title}: free beside it at its start", free / 1e9, "GB")
 
     async def kill(self, title: str, job: TrainJob) -> None:
-        """Once it has made a step."""
+        """Kill the trainer once it has made a step."""
         if not await self.check(title, job):
             return
         client = await self._start(title, 1.0, job)

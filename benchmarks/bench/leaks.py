@@ -24,7 +24,7 @@ COUNTERS = (
     "restarts",
 )
 OPTIONAL = ("requests", "restarts")
-"""Not among the engine's own figures; a server may leave them out of /status."""
+"""Counters that are not the engine's own; a server may leave them out of /status."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Snapshot:
         return not any(open_work) and counters["kv_blocks_free"] == counters["kv_blocks_total"]
 
     def line(self) -> str:
-        """In a few words."""
+        """Return the state in a few words."""
         counters = self.counters
         memory = " + ".join(f"{process.rss / 2**20:.0f}" for process in self.processes)
         return (

@@ -123,7 +123,7 @@ def rows(
 
 
 def rich_table(cells: Sequence[tuple[str, ...]], main: str, title: str) -> Table:
-    """For a terminal of 80 columns: the load is a line of its own above its targets."""
+    """Return a table for a terminal of 80 columns: the load is a line of its own above its targets."""
     table = Table(
         title=title,
         caption=f"times in ms; ratio: {main}'s tokens/s over the target's",

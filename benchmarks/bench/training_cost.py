@@ -61,7 +61,8 @@ class Op:
     moved: float
 
     def seconds(self, case: int) -> float:
-        """On an H100, BEST or WORST; kernels follow each other as in a CUDA graph, or the host is late."""
+        """Return the seconds on an H100, BEST or WORST; kernels follow each other as in a CUDA graph, or the
+        host is late."""
         computed = self.flops / RATES[self.kind][case] if self.flops else 0.0
         bandwidth = BANDWIDTHS["h100"] * 1e9 * REACHED[case]
         return max(computed, self.moved / bandwidth) + self.launches * LAUNCH[case][0]
@@ -246,7 +247,7 @@ class _Rotation(torch.autograd.Function):
 
 
 class _Kernels:
-    """In place of Triton's, which have nothing to try on tensors without memory."""
+    """Stand-ins for Triton's kernels, which have nothing to try on tensors without memory."""
 
     def __init__(self, counted: Counted) -> None:
         self._counted = counted

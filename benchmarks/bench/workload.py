@@ -97,7 +97,7 @@ class Shape:
 SWEEPS = ("streams", "adapters", "rank", "prompt", "copy", "neighbours")
 LONG_PROMPT = 1000
 FEW_TOKENS = 16
-"""After a long prompt: how long the first takes is the question."""
+"""Number of tokens after a long prompt, where the time to the first one is the question."""
 SMALL_RANK, GREAT_RANK = 8, 128
 
 

@@ -39,12 +39,12 @@ class Backoff:
         return map(self.pause, itertools.count(1))
 
     def tries(self, most: int) -> Iterator[float | None]:
-        """For each of `most` tries the pause that follows its failure; None for the last."""
+        """Return the pause after each of `most` tries that fails; None after the last."""
         return itertools.chain(itertools.islice(self.pauses(), most - 1), (None,))
 
 
 AGAIN = Backoff(1.0, 60.0)
-"""Before work that must go on begins again."""
+"""Pause, in seconds, before work that must continue begins again."""
 
 
 async def keep_running(name: str, work: Callable[[], Awaitable[None]], backoff: Backoff = AGAIN) -> None:
@@ -85,7 +85,8 @@ class TurnBudget:
 
 
 class Threads:
-    """At most `most` calls at once, each in a daemon thread of its own: none holds up the process's end.
+    """Threads for at most `most` calls at once, each in a daemon thread of its own that does not delay the
+    process's end.
 
     Tenants take turns, however many calls each of them has waiting, and one tenant has at most `each` calls
     running (by default all of them). Made and used in one event loop.

@@ -181,7 +181,7 @@ class Account:
         return [own, *(one.windows[rate] for one in self._elsewhere.values())] if self._elsewhere else (own,)
 
     def tell(self, kind: str, name: str, now: float) -> QuotaUse:
-        """For other servers: what this one has let in."""
+        """Return what this server has admitted, for other servers."""
         self.changed, self.told_at = False, now
         return QuotaUse(kind, name, self.requests.by_second(now), self.tokens.by_second(now), self.rows)
 
@@ -244,7 +244,8 @@ class Limiter:
         """Number of accounts from which on idle ones are looked for."""
 
     def enter(self, caller: Caller, *, resumed: bool = False) -> Ticket:
-        """Before anything of a request is read. It counts as one request until its ticket says otherwise.
+        """Admit a request before anything of it is read. It counts as one request until its ticket says
+        otherwise.
 
         resumed: another server has let it in, and counted it, before that server died.
 
@@ -313,7 +314,7 @@ class Ticket:
         self, owners: Sequence[_Owner], clock: Callable[[], float], *, resumed: bool = False
     ) -> None:
         self.leave: Callable[[], None] | None = None
-        """Set once the request runs: what `close` is to call then."""
+        """Function that `close` is to call instead, set once the request runs."""
         self._owners = owners
         self._clock = clock
         self._resumed = resumed
@@ -339,7 +340,7 @@ class Ticket:
         self._requests = [owner.account.add("requests", 1, now) for owner in self._owners]
 
     def admit(self, tokens: int, rows: int) -> None:
-        """Set aside what the request may need, or nothing. Raises RateLimitError, QuotaExceededError."""
+        """Reserve what the request may need, or nothing. Raises RateLimitError, QuotaExceededError."""
         now = self._clock()
         for owner in [] if self._resumed else self._owners:
             self._check_rate(owner, "tokens", tokens, now)

@@ -687,7 +687,7 @@ def environment_name(name: str) -> str:
 
 
 def setting_fields() -> Iterator[tuple[Field[Any], Any]]:
-    """Each field of Settings with its type, in the order of the help text."""
+    """Yield each field of Settings with its type, in the order of the help text."""
     hints = get_type_hints(Settings)
     for item in fields(Settings):
         yield item, hints[item.name]

@@ -48,7 +48,7 @@ _IDENTITY = ("quantization", "blocksize", "double_quant", "compute_dtype", "dtyp
 """Settings that make another base of the same files."""
 
 _GPUS = ("nvidia*", "nvhost*", "dxg", "kfd")
-"""In /dev, on a machine with a GPU: NVIDIA's drivers, Windows' for Linux, AMD's."""
+"""Names of GPU devices in /dev: NVIDIA's drivers, Windows' for Linux, AMD's."""
 
 _OTHERS = 0o077
 _NO_MODES = (errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOTSUP)
@@ -195,7 +195,7 @@ def _registry_url(settings: Settings) -> str:
 
 
 BACKUP_MARK = ".onebase-backup"
-"""In a folder whose files a backup may replace."""
+"""Name of the file that marks a folder whose files a backup may replace."""
 
 
 def back_up(settings: Settings, target: Path) -> list[str]:

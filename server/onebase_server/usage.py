@@ -175,7 +175,8 @@ def _day(param: str, text: str) -> datetime.date:
 
 
 def usage_csv(columns: Sequence[str], rows: Sequence[tuple[dict[str, str], Figures]]) -> str:
-    """With a line of titles. A text that a spreadsheet would take for a formula begins with an apostrophe."""
+    """Return the usage as CSV with a line of titles. A text that a spreadsheet would read as a formula begins
+    with an apostrophe."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow((*columns, *FIGURES))

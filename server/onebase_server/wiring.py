@@ -73,7 +73,7 @@ class Commands:
 
 
 class _Threads(NamedTuple):
-    """For the registry's calls and for the store's."""
+    """Threads for the registry's calls and for the store's."""
 
     records: RegistryThreads
     disk: Threads

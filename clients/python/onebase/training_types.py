@@ -276,7 +276,7 @@ class TrainingJobInfo:
     """`validating_files`, `queued`, `running`, `paused`, and in the end `succeeded`, `failed` or
     `cancelled`."""
     model: str
-    """The base that it trains on, or the version that it goes on from."""
+    """The base that it trains on, or the version from which it continues."""
     method: str
     """`supervised`, `dpo` or `classification`."""
     settings: Mapping[str, Any] = field(hash=False)
@@ -307,7 +307,7 @@ class TrainingJobInfo:
     """Estimate of the job, once its files are checked: `seconds` of training, `total` bytes of memory,
     `total_tokens`, `parameters` and parts of them."""
     parent: str | None = None
-    """`name@version` with the whole digest, if training goes on from a version of an adapter."""
+    """`name@version` with the whole digest, if training continues from a version of an adapter."""
     hold: bool = False
     """Whether it waits for `resume` once its files are checked. False from then on."""
     stopped: TrainingStop | None = None

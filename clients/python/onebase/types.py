@@ -310,7 +310,7 @@ class Piece:
     """Index among the `n` choices."""
     text: str
     finish_reason: str | None = None
-    """Set on the last piece of a choice, whose text may be empty; see Choice."""
+    """Reason of the end, on the last piece of a choice, whose text may be empty; see Choice."""
     logprobs: Logprobs | None = None
     tool_calls: tuple[ToolCallPart, ...] = ()
 
@@ -350,7 +350,7 @@ class ApiKey:
     expires_at: float | None
     revoked_at: float | None
     last_used_at: float | None
-    """To the hour."""
+    """Time of the last use, to the hour."""
     quotas: Mapping[str, int] = field(default_factory=dict, hash=False)
     """`requests` and `tokens` in any 60 seconds, `rows` at once; what is missing is not limited."""
     priority: int = 0
@@ -384,14 +384,14 @@ class TenantUsage:
     """Usage by the fields that it is grouped by. The other fields are None, and summed."""
 
     day: str | None = None
-    """In UTC, as 2026-11-26."""
+    """Day in UTC, as 2026-11-26."""
     tenant: str | None = None
     base: str | None = None
     adapter: str | None = None
     """`""` is the base itself, `a+b` a sum of adapters."""
     requests: int
     prompt_tokens: int
-    """With those that the prefix cache had."""
+    """Tokens of prompts, including those that the prefix cache had."""
     cached_tokens: int
     """Tokens of `prompt_tokens` that the prefix cache had."""
     completion_tokens: int
@@ -431,7 +431,7 @@ class Health:
 
     ok: bool
     status: str
-    """In a word or a sentence: `ok`, `ready`, `stopping`, ..."""
+    """State in a word or a sentence: `ok`, `ready`, `stopping`, ..."""
     engine: str | None = None
     """The state of the engine, such as `ready`, `loading` or `stalled`."""
 

@@ -191,7 +191,7 @@ class RowFile:
 
 
 def _lines(file: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """Each line: its number from 1, its place, its text (b"": it is blank; None: over `most` bytes)."""
+    """Yield each line's number from 1, its place, and its text (b"" if blank, None if over `most` bytes)."""
     number, place = 0, 0
     while line := file.readline(most + 1):
         number, begin = number + 1, place
@@ -208,5 +208,5 @@ def _lines(file: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | None]]
 
 
 def _without_mark(line: bytes, place: int) -> bytes:
-    """Without the byte order mark that some editors write."""
+    """Return the line without the byte order mark that some editors write."""
     return line.removeprefix(_BOM) if place == 0 else line

@@ -64,7 +64,7 @@ from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.quotas import Limiter, Ticket
 
 MOST_RUNS = 32
-"""Batches that have rows in the engine by turns, of each tenant as many; further ones wait."""
+"""Largest number of batches, and of one tenant's, with rows in the engine by turns; further ones wait."""
 MOST_TRIES = 8
 """Largest number of tries of a row whose steps fail; the last answer is recorded."""
 ABSENT_TRIES = 32
@@ -104,7 +104,7 @@ class Answer:
 
 
 class Post(Protocol):
-    """Has a route answer; see InnerRequests."""
+    """Function that has a route answer; see InnerRequests."""
 
     async def __call__(
         self, path: str, body: bytes, request_id: str, caller: Caller, ticket: Ticket
@@ -196,7 +196,7 @@ class Run:
     # ---- its life ----------------------------------------------------------------------------
 
     async def work(self) -> None:
-        """To its end, whatever fails on the way; or until `stopping`."""
+        """Work until the batch ends, whatever fails, or until `stopping`."""
         failures = 0
         owned = self.batch.id, self.batch.server
         with acting(Origin(self.batch.key, actor=f"batch {self.batch.id}", owned=owned)):
@@ -225,7 +225,7 @@ class Run:
             self._changed.set()
 
     def stop(self) -> None:
-        """Put it down: what runs may end, and what does not is answered when it is taken up again."""
+        """Stop the batch's work: running rows may end, and the others are answered when it is resumed."""
         self._stopped.set()
         self._changed.set()
 
@@ -297,7 +297,7 @@ class Run:
         return time.time() >= self.batch.expires_at
 
     async def _expire(self, rows: RowFile, results: Results) -> None:
-        """Say of each row that is left, if any is, that it was too late for it."""
+        """Record for each row without an answer that the batch's window has ended."""
         message = "The request could not be answered before the batch's completion window ended."
         left = list(results.left())
         for begin in range(0, len(left), _GROUP):
@@ -309,7 +309,7 @@ class Run:
             await self._parts.disk.run(lambda made: results.append(made()), group)
 
     async def _finalize(self) -> None:
-        """Make files of what was answered, and end the batch. A break at any point loses nothing."""
+        """Write the files of results, and end the batch. An interruption at any point loses nothing."""
         parts, folder, state = self._parts, self._parts.folders.of(self.batch.id), self.batch.state
         end: BatchState = "completed"
         errors = None
@@ -368,7 +368,7 @@ class Run:
         await self._parts.disk.run(self._parts.folders.forget, self.batch.id)
 
     async def _put_down(self) -> None:
-        """Let go of rows and files; nothing that is kept is lost."""
+        """Close the files of rows and results; nothing that is stored is lost."""
         await self._land()
         for held in (self._results, self._rows):
             if held is not None:
@@ -376,7 +376,7 @@ class Run:
         self._results = self._rows = None
 
     async def _land(self) -> None:
-        """No row is being answered any more, and what was answered is on the disk, if that has room."""
+        """Wait until no row is being answered, and all answers are on the disk, if that has room."""
         self._feeds = False
         if self.stopping and self.flying:
             await asyncio.wait(self.flying, timeout=STOP_SECONDS)
@@ -474,7 +474,7 @@ class Run:
         return replace(caller, background=True)
 
     def _take(self, turn: _Turn, answer: Answer) -> None:
-        """An answer: kept, or asked for again where it says that the server could not give one."""
+        """Store an answer, or have the row answered again if the server could not answer it."""
         code, message = _error(answer) if answer.status >= 400 else (None, "")
         if code in _WAITS:
             self._pause(turn, _seconds(answer.headers.get("retry-after")), message)
@@ -495,7 +495,7 @@ class Run:
                 self._committing = asyncio.get_running_loop().create_task(self._commit())
 
     def _pause(self, turn: _Turn, seconds: float | None, why: str) -> None:
-        """The row's turn comes later, and so does that of all others."""
+        """Postpone the row, and all others with it."""
         pause = _TICK_SECONDS if seconds is None else min(max(seconds, _TICK_SECONDS), _MOST_PAUSE)
         self._not_before = max(self._not_before, time.monotonic() + pause)
         self._ahead.appendleft(turn)
@@ -506,7 +506,7 @@ class Run:
         self.waiting = why
 
     async def _commit(self) -> None:
-        """Bring what is pending to the disk, group by group; on a full one, again and again."""
+        """Write pending results to the disk, group by group; on a full disk try again and again."""
         failures = 0
         try:
             while self._pending and self._results is not None:
@@ -649,7 +649,7 @@ class BatchRunner:
         task.add_done_callback(forget)
 
     async def _feed(self) -> None:
-        """Keep the engine's free places taken, by turns among tenants, and of each the oldest batch first."""
+        """Fill the engine's free places, by turns among tenants, with each one's oldest batch first."""
         while True:
             self._freed.clear()
             while self.flying < self._room() and (run := self._next()) is not None:
@@ -659,7 +659,7 @@ class BatchRunner:
                     await self._freed.wait()
 
     def _room(self) -> int:
-        """Rows that may be answered at once."""
+        """Return how many rows may be answered at once."""
         supervisor = self._parts.supervisor
         if supervisor.base is None or not supervisor.ready.is_set() or supervisor.paused:
             return 0

@@ -149,10 +149,10 @@ def opening(job: Job) -> Opening:
 
 
 class Meter(Protocol):
-    """Whoever counts what a request takes."""
+    """Recorder of what a request uses."""
 
     def rows_ended(self) -> None:
-        """The engine has none of its rows any more."""
+        """Handle the end of its last sequence in the engine."""
 
     def used(self, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
         """It is over. Called once, if it was submitted. finished: choices by how they ended, in vLLM's words:
@@ -160,7 +160,7 @@ class Meter(Protocol):
 
     @property
     def token_gap(self) -> Callable[[float], None]:
-        """Called with the seconds from each output of a row to its next."""
+        """Return a function to be called with the seconds from each output of a sequence to its next."""
 
 
 class Run:
@@ -264,7 +264,8 @@ class Run:
         self._tell_meter()
 
     def _tell_meter(self) -> None:
-        """Once neither the reader nor, unless all was read, the engine adds to it."""
+        """Report the request's usage once neither the reader nor, unless all was read, the engine adds to
+        it."""
         whole = not self._open
         if self._metered or self._with_reader or (self._with_engine and not whole):
             return
@@ -275,7 +276,7 @@ class Run:
         self._meter.used(self.usage if whole else self._inflight.computed, self.moments, self._finished)
 
     def cancel(self) -> None:
-        """Nobody wants the rest: the engine frees the rows, and `pieces` raises ClientGoneError."""
+        """Cancel the request: the engine frees its sequences, and `pieces` raises ClientGoneError."""
         self._fail(ClientGoneError())
 
     def _fail(self, error: OneBaseError) -> None:
@@ -284,7 +285,7 @@ class Run:
 
     @contextlib.contextmanager
     def _being_read(self) -> Iterator[None]:
-        """Whatever the end, rows still running are cancelled then."""
+        """Cancel sequences that still run when reading ends, whatever the reason."""
         try:
             yield
         finally:
@@ -315,7 +316,7 @@ class Run:
 
 
 class Reading(Run):
-    """A job whose rows are only read."""
+    """A job that only reads texts."""
 
     async def outputs(self) -> list[RowOutput]:
         """The last output of each choice, in their order. Raises what `Generation.pieces` raises, and
@@ -370,7 +371,7 @@ class Generation(Run):
         self._telling = telling
         self._told: list[Record] = []
         self.ended: Ended | None = None if transcript is None else transcript.ended
-        """Set with the last piece."""
+        """Figures of the answer's end, set with the last piece."""
         if transcript is None:
             self._tell(opening(job))
         self._echoed: set[int] = set()
@@ -383,13 +384,13 @@ class Generation(Run):
             self._told.append(told)
 
     def take_told(self) -> bytes:
-        """The transcript's line for what the pieces since the last call were made of; empty for nothing."""
+        """Return the transcript's line for the pieces since the last call; empty if there were none."""
         told, self._told = self._told, []
         return line(told, self._telling or 0) if told else b""
 
     @property
     def ended_at(self) -> int:
-        """Seconds since 1970; 0: it goes on."""
+        """Time of the end in seconds since 1970; 0 while it runs."""
         return 0 if self.ended is None else self.ended.at
 
     @property
@@ -461,7 +462,7 @@ class Generation(Run):
         return [piece] if piece else []
 
     def _with_echo(self, choice: Choice, prompt: int, output: RowOutput, piece: Piece | None) -> list[Piece]:
-        """Before a choice's first piece: the prompt, with its logprobs when they were asked for."""
+        """Put the prompt before a choice's first piece, with its logprobs if they were asked for."""
         pieces = [piece] if piece else []
         if choice.index in self._echoed or (piece is None and output.prompt_logprobs is None):
             return pieces

@@ -53,14 +53,15 @@ _INLINE_CHARACTERS = 8_000
 """Characters that one turn of the event loop tokenizes, or makes a grammar of, for all requests together
 (about 4 ms). The rest is computed in threads, so that it does not hold up the streams."""
 _LONG_CHARACTERS = 100_000
-"""Longer ones wait for each other, so that shorter ones have their turn and memory is taken for one."""
+"""Length, in characters, above which texts are tokenized one after the other, so that shorter ones have their
+turn and memory is used for one."""
 _THREADS = 2
 _MESSAGE_CHARACTERS = 40
 """Characters that a message counts besides its text, for what a template writes around it."""
 _TEXT_CHARACTERS = 40
 """Characters that a text counts besides its own: calling the tokenizer takes as long as reading so many."""
 _MARK = "CONTINUE_FINAL_MESSAGE_TAG"
-"""With which transformers finds the end of the last message."""
+"""Text by which transformers finds the end of the last message."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,12 @@ class Planner:
         self._inline = TurnBudget(_INLINE_CHARACTERS)
 
     async def generate(self, body: GenerateRequest, caller: Caller, begun: Transcript | None = None) -> Job:
-        """begun: of a stream that another server began, here and in the methods that follow: its versions
-        are used, whichever are active now."""
+        """Return the job of a request to /generate.
+
+        begun: transcript of a stream that another server began, here and in the methods that follow. Its
+        versions
+        are used, whichever are active now.
+        """
         base = self.base()
         if body.messages:
             prompt = await self.chat_prompt(caller.tenant, body, body.messages)

@@ -26,7 +26,7 @@ from onebase_server.http.schemas.pooling import (
 from onebase_server.http.schemas.wire import rebuilt
 
 AT_ONCE = 64
-"""Rows of a request: more wait for them, so that others find places."""
+"""Largest number of sequences of a request at once; further ones wait, so that other requests find places."""
 
 MAX_TOKEN_CLASSES = 1 << 21
 TOKEN_OVERHEAD = 8
@@ -35,7 +35,7 @@ tokens' labels."""
 
 
 class ReadingPlanner:
-    """Makes jobs whose rows are only read. Every method raises what those of Planner raise."""
+    """Planner of jobs that only read texts. Every method raises what those of Planner raise."""
 
     def __init__(self, planner: Planner, tokenizer: BaseTokenizer, max_timeout: float) -> None:
         self._planner = planner

@@ -74,7 +74,7 @@ class Inflight:
         self._last_at: dict[tuple[str, int], float] = {}
         self._on_gap = on_gap
         self.given_up = False
-        """Nobody waits for it any more: its rows end before their time."""
+        """Whether nobody waits for it any more, so that its sequences end early."""
         self.on_ended = on_ended
         self._on_cut = on_cut
         self._limit = buffer_limit
@@ -94,7 +94,7 @@ class Inflight:
 
     @property
     def rows(self) -> int:
-        """Rows that the engine has not ended yet."""
+        """Number of sequences that the engine has not ended yet."""
         return sum(self.open_rows.values())
 
     @property
@@ -152,7 +152,7 @@ class Inflight:
             self._wake()
 
     async def take(self) -> list[RowOutput]:
-        """All outputs since the last call, at least one.
+        """Return all outputs since the last call, at least one.
 
         Raises what the request failed with.
         """
@@ -188,8 +188,8 @@ class Piece:
     text: str
     tokens: list[TokenInfo] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    """If they were asked for, token ids as they were computed, also those that are no part of the text: the
-    stop token, and tokens of a stop string. `tokens` then has an entry for each."""
+    """Token ids as they were computed, if they were asked for. They include those that are no part of the
+    text: the stop token, and tokens of a stop string. `tokens` then has an entry for each."""
     finish_reason: FinishReason | None = None
     stop: str | None = None
     """The stop string that ended it."""

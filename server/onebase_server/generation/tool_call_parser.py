@@ -413,7 +413,7 @@ AnswerReader = CallReader | TextReader
 
 
 def answer_reader(calls: CallFormat | None, answer: str) -> AnswerReader:
-    """For one answer, by its request's id and its choice."""
+    """Return the reader of one answer. answer: its request's id and its choice."""
     return TextReader() if calls is None else CallReader(calls, answer)
 
 

@@ -36,7 +36,7 @@ _KEYS = ("probekey", "probenumber")
 _CONTENT, _QUESTION, _VALUE = "probecontent", "probequestion", "probevalue"
 _NUMBER = 7
 _THOUGHT = re.compile("think|thought|reason|channel", re.IGNORECASE)
-"""In the names of control tokens that may stand in a text that calls no tool."""
+"""Pattern of the names of control tokens that may be in a text that calls no tool."""
 ToolChoice = Literal["auto", "required"]
 
 
@@ -95,7 +95,7 @@ class ToolFormat:
         return self.between is not None
 
     def id_of(self, call: str) -> str:
-        """For a call that is answered, by where it stands: a stream that is resumed has the same."""
+        """Return the id of a call by its place in the answer, so that a resumed stream has the same id."""
         digest = blake2b(call.encode(), digest_size=12)
         if HOLE in self.closing + (self.between or ""):
             letters, left = string.ascii_letters + string.digits, int(digest.hexdigest(), 16)
@@ -461,7 +461,7 @@ _NOT_BARE = frozenset(
 
 
 _NOT_AS_IT_IS = frozenset({"pattern", "format", "minLength", "maxLength", "anyOf", "oneOf", "const"})
-"""In the schema of an argument that is written as it is, without quotes."""
+"""Keywords that an argument written without quotes cannot have in its schema."""
 
 
 # ---- how a template writes a call ----------------------------------------------------------------

@@ -29,7 +29,8 @@ of the body is the transcript so far. In an answer it says that a transcript is 
 MARK = b": onebase "
 """Beginning of a transcript's line; other readers of server-sent events take it for a comment."""
 MOST_TRANSCRIPT = 1 << 20
-"""Bytes of one stream's: some 20,000 tokens. Of longer ones none is kept, nor taken."""
+"""Largest transcript of a stream, in bytes: some 20,000 tokens. Longer ones are neither stored nor
+accepted."""
 _LINE = re.compile(rb": onebase (\d{1,4}) (.*)")
 _NUMBER = re.compile(r"[0-9]{1,6}")
 """Number of a prompt: Python refuses to read one of thousands of digits."""

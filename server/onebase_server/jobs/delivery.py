@@ -110,7 +110,7 @@ class Delivery:
         self._proof_seconds = proof_seconds
 
     async def deliver(self, job: TrainingJob, record: JobRecord) -> Delivered:
-        """Safe to repeat after a crash: the same content is the same version.
+        """Deliver a job's adapter. It is safe to repeat after a crash: the same content is the same version.
 
         Args:
             record: tells whether the job still runs; only then is its version activated.

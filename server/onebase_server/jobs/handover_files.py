@@ -176,7 +176,8 @@ class KeptFiles:
         await self._threads.run(self.takeovers.drop_ended, RESUMABLE)
 
     async def _delete(self, left: Mapping[str, str]) -> None:
-        """Soon what only training writes; what may be an adapter's too as the store does."""
+        """Delete files soon if only training writes them. Those that an adapter may have too are deleted as
+        the store does."""
         for path, sha256 in left.items():
             ours = _part_of(path) == CHECKPOINTS and ADAPTER not in PurePosixPath(path).parts
             with suppress(StoreError):

@@ -41,7 +41,8 @@ SHUTDOWN_SECONDS = 15.0
 LEASE_LOST_SECONDS = 5.0
 """The same limit, when another server may soon go on with the job."""
 LEFT_SECONDS = 5.0
-"""A job that waits is left so long to a server that has more trainers free; then it is begun here."""
+"""Time, in seconds, for which a waiting job is left to a server with more free trainers before it begins
+here."""
 NOT_HERE_SECONDS = 60.0
 """Time, in seconds, between two looks for the files of another server's job that the store did not have."""
 SWEEP_SECONDS = 3600.0

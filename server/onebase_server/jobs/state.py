@@ -31,7 +31,7 @@ from onebase_server.background import Backoff
 MAX_DEATHS = 3
 """Trainers that may die without a checkpoint in between; with the next one the job fails."""
 BACKOFF = Backoff(0.5, 2.0)
-"""Before the next trainer is started, by the number of deaths."""
+"""Pause, in seconds, before the next trainer is started, by the number of deaths."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def resumed(job: TrainingJob) -> Move:
 
 
 def stopping(job: TrainingJob) -> Move:
-    """Has a job that has steps done end early; one that waits for a word goes on for that."""
+    """Return the move for ending a job early that has steps done; one that waits to be resumed continues for
+    that."""
     to: JobState = job.state if job.state in OPEN_STATES else "queued"
     return Move((job.state,), to, while_delivered=False)
 
@@ -118,12 +119,12 @@ class Death:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For the job's row."""
+        """Return the death's columns in the job's record."""
         return {"deaths": self.count, "death_step": self.job.saved_step}
 
     @property
     def message(self) -> str:
-        """For the job's owner."""
+        """Return the message for the job's owner."""
         killed = " The kernel also ends a process by SIGKILL when memory is short."
         hint = killed if "SIGKILL" in self.how else ""
         if self.last:

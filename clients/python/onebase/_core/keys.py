@@ -21,7 +21,7 @@ def create(
     quotas: Mapping[str, int] | None,
     priority: int,
 ) -> Call:
-    """Not idempotent: sent twice, it makes two keys."""
+    """Return the request for a new key. It is not idempotent: sent twice, it makes two keys."""
     if isinstance(scopes, str):
         raise ValueError(f"scopes must be a list, such as ['generate'], not {scopes!r}")
     body: Body = {"scopes": list(scopes), "tenant": tenant, "name": name, "expires_in_s": expires_in}

@@ -33,11 +33,11 @@ class Metrics:
         return ((found, value) for found, value in samples if labels.items() <= found.items())
 
     def total(self, name: str, **labels: str) -> float:
-        """Their sum; 0 if there is none."""
+        """Return the sum of the samples with these labels; 0 if there is none."""
         return sum(value for _, value in self.of(name, **labels))
 
     def by(self, name: str, label: str, **labels: str) -> dict[str, float]:
-        """Their sums, by the value of `label`."""
+        """Return the sums of the samples with these labels, by the value of `label`."""
         sums: defaultdict[str, float] = defaultdict(float)
         for found, value in self.of(name, **labels):
             sums[found.get(label, "")] += value

@@ -50,7 +50,7 @@ class Call:
     answer_statuses: frozenset[int] = frozenset()
     """Error statuses that are an answer, not a failure."""
     headers: tuple[tuple[str, str], ...] = ()
-    """In addition to the headers of every request."""
+    """Headers in addition to those of every request."""
 
     @property
     def repeatable(self) -> bool:

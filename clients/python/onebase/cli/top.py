@@ -66,7 +66,7 @@ class JobLoad:
     steps: int
     loss: float | None
     tokens: float | None
-    """In a second."""
+    """Tokens per second."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Frame:
     """The server in the time from one look to the next; rates are by second."""
 
     at: float
-    """In Unix seconds, of the later look."""
+    """Time of the later look, in Unix seconds."""
     base: str
     state: str
     running: int
@@ -147,7 +147,7 @@ class Watch:
         self._looked = 0.0
 
     def first(self) -> Frame:
-        """After one interval. Raises what Client.metrics raises."""
+        """Return the frame after one interval. Raises what Client.metrics raises."""
         self.look()
         time.sleep(self.interval)
         frame = self.look()
