@@ -76,8 +76,7 @@ class Multiplexed(Rule):
     """Rule of Ray Serve's router for multiplexed models.
 
     It draws two replicas that say they have the model, or any two where none does or all that do are full,
-    and
-    takes the one with less to do.
+    and picks the one with less to do.
     """
 
     def place(self, request: Request, live: Sequence[Replica], now: float) -> Replica:

@@ -230,7 +230,8 @@ class KeyRing:
             return [await self._threads.run(self._tenants.one, caller.tenant)]
 
     async def check_room(self, caller: Caller, more: int) -> None:
-        """Whether its tenant may keep so many bytes more. Raises QuotaExceededError, UnavailableError."""
+        """Raise QuotaExceededError if the tenant may not store so many bytes more. Raises
+        UnavailableError."""
         if self.quotas_of(caller)[1].bytes is not None:
             with storage_errors():
                 await self._threads.run(self._tenants.check_bytes, caller.tenant, more)

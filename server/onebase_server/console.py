@@ -66,7 +66,7 @@ class LoadingDisplay:
         self.close()
 
     def close(self) -> None:
-        """Take the bars away; may be called more than once."""
+        """Remove the bars; may be called more than once."""
         if self._live:
             self._progress.stop()
 
@@ -145,7 +145,7 @@ def _adapter_lines(catalog: Catalog) -> list[str]:
 
 
 def print_keys(console: Console, keys: Sequence[ApiKey]) -> None:
-    """A line for each key, or a block where lines would not fit, without what is secret."""
+    """Print a line for each key, or a block where lines would not fit, without what is secret."""
     titles = ("id", "tenant", "scopes", "state", "expires", "last used", "quotas", "name")
     table = Table(*titles, box=None, pad_edge=False, header_style="bold")
     blocks = Table.grid(padding=(0, 2, 0, 0))
@@ -165,7 +165,7 @@ def print_keys(console: Console, keys: Sequence[ApiKey]) -> None:
 
 
 def print_tenants(console: Console, tenants: Sequence[TenantRecord]) -> None:
-    """A line for each tenant: what it may, and what it has."""
+    """Print a line for each tenant: its quotas, and what it uses."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("tenant", "quotas", "adapters", "bytes", "trained this month"):
         table.add_column(title, overflow="fold")

@@ -43,11 +43,7 @@ class RequestMeasurements:
     """Measurements of all requests for text that the engine was given, since the start.
 
     Sequences of batches wait as long as others run. They would say nothing in the histograms, and are left
-    out
-    of these and of `finished`.
-
-    Rows of batches wait as long as others run. They would say nothing in the histograms, and are left out of
-    these and of `finished`.
+    out of these and of `finished`.
     """
 
     def __init__(self) -> None:

@@ -16,11 +16,12 @@ from onebase_server.background import Threads
 from onebase_server.quotas import Limiter
 
 LEASE_SECONDS = 30.0
-"""A process that has not renewed its lease for so long is taken for dead."""
+"""Time, in seconds, without a renewal of its lease after which a process counts as dead."""
 _RENEWED_IN = 1 / 6
 """Part of a lease after which it is renewed."""
 _GIVEN_UP_IN = 2 / 3
-"""Part of it without a renewal after which a server ends its trainers: soon others will take their jobs."""
+"""Part of the lease without a renewal after which a server ends its trainers, since others may take over its
+jobs."""
 _WATCHED_IN = 1 / 30
 SHARE_SECONDS = 0.5
 """Time, in seconds, between two exchanges of admitted requests."""
@@ -45,8 +46,8 @@ class LeaseHolder(Protocol):
         ...
 
     def lease_lost(self) -> None:
-        """The lease was not renewed in time: others may take over what runs here. Never called where there
-        are none."""
+        """Handle the loss of the lease: others may take over what runs here. Never called where there are
+        none."""
         ...
 
 
@@ -148,7 +149,7 @@ class Peers:
 
 
 class QuotaSharing:
-    """Tells other servers what this one lets in of quotas, and hears what they do. For one event loop.
+    """Exchange of admitted requests with other servers, for quotas. For one event loop.
 
     Nothing is written or read while no other server lives, or nobody has a quota. While the registry is away,
     what was heard last counts on, until it is a minute old.

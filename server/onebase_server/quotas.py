@@ -34,7 +34,7 @@ _RATES: tuple[Rate, ...] = get_args(Rate)
 _LEAST_KEPT = 64
 """Accounts among which none is looked for that is idle."""
 _ROWS_AGAIN_SECONDS = 20.0
-"""Rows that run count on other servers for a minute after they were told; so often they are told again."""
+"""Time, in seconds, between two reports of running sequences, which count on other servers for a minute."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Window:
         return charge
 
     def correct(self, charge: Charge, amount: int, now: float) -> None:
-        """The request used `amount`. What is given back was never charged; what is more counts from now."""
+        """Correct a charge to `amount`. A decrease counts as never charged; an increase counts from now."""
         more = amount - charge.amount
         if more > 0:
             self.add(more, now)
@@ -81,7 +81,8 @@ class Window:
         return _seconds_until((self,), most, now)
 
     def by_second(self, now: float) -> tuple[tuple[float, int], ...]:
-        """(age, amount) of what is in it, oldest first; what came within a second has its youngest's age."""
+        """Return (age, amount) of the charges, oldest first; those within a second have the youngest one's
+        age."""
         self.forget(now)
         found: dict[int, tuple[float, int]] = {}
         for charge in self._charges:
@@ -305,7 +306,7 @@ class Limiter:
 
 
 class Ticket:
-    """One request's place in the accounts of its key and its tenant, from the door to its end.
+    """Reservation of one request in the accounts of its key and its tenant, from its admission to its end.
 
     resumed: nothing is refused, since the request was let in before; what it computes is charged.
     """
@@ -351,7 +352,7 @@ class Ticket:
             owner.account.add_rows(rows)
 
     def rows_ended(self) -> None:
-        """The engine has none of its rows any more."""
+        """Free the reserved sequences after the last of them has ended in the engine."""
         if self._rows:
             for owner in self._owners:
                 owner.account.add_rows(-self._rows)

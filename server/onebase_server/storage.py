@@ -133,7 +133,7 @@ def close_to_others(settings: Settings) -> None:
 
 
 def _close_folder(folder: Path, names: Collection[str]) -> list[Path]:
-    """Close what has these names in a folder; the folder too, if it holds nothing else."""
+    """Make these names in a folder private; the folder too, if it holds nothing else."""
     if not folder.is_dir():
         return []
     found = set(os.listdir(folder))
@@ -257,7 +257,7 @@ def _copy_registry(file: Path, target: Path) -> None:
 
 
 def _copy_files(folder: Path, target: Path, *, skip: bool = False) -> None:
-    """All files but those that vanish meanwhile, and with `skip` those that are there. Raises OSError."""
+    """Copy all files but those that vanish meanwhile, and with `skip` those that exist. Raises OSError."""
     for inside, _, names in os.walk(folder):
         into = target / Path(inside).relative_to(folder)
         into.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -328,7 +328,7 @@ def chosen_device(asked: Device, devices: Path = Path("/dev")) -> Device:
 
 
 def host_memory(settings: Settings) -> int:
-    """Bytes that versions may take in host memory, besides prefixes.
+    """Return the bytes that versions may use in host memory, besides prefixes.
 
     Raises StorageError where the system says no size.
     """
@@ -336,8 +336,8 @@ def host_memory(settings: Settings) -> int:
 
 
 def prefix_memory(settings: Settings) -> int:
-    """Bytes that prefixes may take in host memory once they leave a GPU's KV cache. A CPU's is there itself,
-    and from one that lies on several GPUs none are kept.
+    """Return the bytes that prefixes may use in host memory once they leave a GPU's KV cache. A CPU's cache
+    is in host memory itself, and from a cache on several GPUs none are stored.
 
     Raises StorageError where the system says no size.
     """

@@ -87,14 +87,14 @@ class Tracing:
 
     @contextmanager
     def span(self, name: str, attributes: Mapping[str, AttributeValue]) -> Iterator[Span]:
-        """A piece of work. What begins within it, tasks too, is its child."""
+        """Open a span. Spans that begin within it, in tasks too, are its children."""
         with self._tracer.start_as_current_span(
             name, attributes=attributes, record_exception=False, set_status_on_exception=False
         ) as span:
             yield span
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Have the app answer within a span, which goes on with the caller's trace if there is one."""
+        """Have the app answer within a span, which continues the caller's trace if there is one."""
         if not self.on or scope["path"] in UNTRACED:
             await app(scope, receive, send)
             return

@@ -271,8 +271,8 @@ def leave_torch_out() -> None:
 
 
 def and_give_memory_back(encode: Callable[[T], U], text: T) -> U:
-    """`encode(text)`. A tokenizer takes hundreds of bytes for each character for a moment, and the C library
-    would keep them for the next text."""
+    """Return `encode(text)` and free memory. A tokenizer takes hundreds of bytes for each character for a
+    moment, and the C library would keep them for the next text."""
     made = encode(text)
     return_freed_memory()
     return made
@@ -289,7 +289,8 @@ def _load(folder: str) -> Any:
 
 
 def _never_cut_or_pad(tokenizer: Any) -> None:
-    """Switch off what a tokenizer file may ask for, here and not at a first request: threads share it."""
+    """Switch off truncation and padding of a tokenizer file, here and not at a first request: threads share
+    it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()

@@ -4,11 +4,6 @@
 the same request with the transcript: it makes the same events of it, byte for byte, and continues after the
 last token. A transcript gives its sender no rights: its tokens might as well have been written into the
 prompt, and its versions are looked up among the names of whoever sends it.
-
-`onebase route` asks for it, takes it out of what it passes on, and keeps it. Where the server dies, another
-gets the same request with the transcript: it makes the same events of what was told, byte for byte, and goes
-on from the last token. A transcript gives nobody anything: its tokens might as well have been written into
-the prompt, and its versions are looked up among the names of whoever sends it.
 """
 
 from __future__ import annotations

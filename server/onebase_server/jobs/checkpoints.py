@@ -59,7 +59,7 @@ class CheckpointModels:
         self._first_uses: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def use(self, tenant: str, name: str, *, param: str) -> None:
-        """Make a checkpoint, which is there, an adapter that is proved and active, unless it is one.
+        """Register an existing checkpoint as an adapter that is proved and active, unless it is one already.
 
         Concurrent first uses wait for the same proof. Raises UnknownAdapterError when it is gone,
         ConflictError when it lies on another server, VersionFailedError, UnavailableError, and what adding

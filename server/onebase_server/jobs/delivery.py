@@ -180,7 +180,7 @@ class Delivery:
         return next((entry.previous for entry in history if entry.version == version.digest), None)
 
     async def _proved(self, job: TrainingJob, files: VersionFiles) -> VersionRecord:
-        """The version once its proof has ended. Raises DeliveryError when that takes too long."""
+        """Return the version after its proof has ended. Raises DeliveryError if that takes too long."""
         source: dict[str, Any] = {"kind": "training", "job": job.id}
         if job.parent is not None:
             source["parent"] = {"name": job.parent.name, "version": job.parent.digest}
@@ -242,7 +242,8 @@ def decide(job: TrainingJob) -> Decision:
 
 
 def _gate(job: TrainingJob, report: Mapping[str, Any]) -> Decision | None:
-    """Return what the limit for slices decides; None where there is none, or nothing that it is for."""
+    """Return the decision by the limit for slices, or None if there is no limit or no slice that it is
+    for."""
     slices, limit = report.get("slices"), job.settings.get("max_regression", "auto")
     if not slices or limit == "auto":
         return None

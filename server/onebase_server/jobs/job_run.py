@@ -1,4 +1,4 @@
-"""One job on its way: a trainer process, what it says, how it ends, and what follows from that."""
+"""Run of one job: a trainer process, its messages, its end, and what follows from that."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class TrainerPool:
     """Trainers that died without being stopped."""
 
     async def train_job(self, job: TrainingJob, record: JobRecord) -> TrainJob:
-        """The job as a trainer takes it. Raises FileGoneError, StoreError, RegistryError."""
+        """Return the job as the trainer's input. Raises FileGoneError, StoreError, RegistryError."""
         await self.kept.restore(job)
         train, train_path = await self._file(job, record, job.training_file, "training_file")
         held_out_name = held_out_path = None
@@ -408,7 +408,7 @@ class Run:
         )
 
     async def _process(self, message: Callable[[TrainJob], Check | Train], fds: dict[str, int]) -> Outcome:
-        """Run a trainer to its end, and write down what it says."""
+        """Run a trainer to its end, and record its messages."""
         try:
             job = await self._train_job()
             if self._stop is not None:

@@ -154,7 +154,7 @@ class JobScheduler:
             self._next_sweep = time.monotonic() + self._sweep_seconds
 
     async def forget(self, job_id: str) -> None:
-        """Delete what a job that is over, and has no run, has left."""
+        """Delete the files of a job that has ended and has no run."""
         await self._garbage.forget(job_id)
 
     async def stop(self) -> None:
@@ -192,7 +192,7 @@ class JobScheduler:
         return job_id in self._runs
 
     async def _reconcile(self, jobs: Sequence[OpenJob]) -> None:
-        """`jobs`: those in the registry that are open, oldest first."""
+        """Start, stop and resume runs by the registry's open jobs (`jobs`, oldest first)."""
         states = {job.id: job for job in jobs}
         for job_id, run in list(self._runs.items()):
             job = states.get(job_id)
@@ -230,7 +230,7 @@ class JobScheduler:
         return time.monotonic() < self._left.setdefault(job.id, time.monotonic() + LEFT_SECONDS)
 
     async def _take_over(self) -> None:
-        """Take the oldest job that another server leaves to this one, if there is room for it."""
+        """Take over the oldest job that another server leaves to this one, if there is room for it."""
         room, takeovers, here = self.room(), self._pool.kept.takeovers, self._pool.folders.server
         if not room or not self._peers.holds_lease:
             return
@@ -287,7 +287,7 @@ class JobScheduler:
                 run.interrupt("the registry could not be reached in time", LEASE_LOST_SECONDS)
 
     async def _note_disabled(self, waiting: Sequence[OpenJob]) -> None:
-        """Tell each job once why nothing happens."""
+        """Notify each waiting job once that this server trains nothing."""
         text = f"The server trains nothing: {self._off}. The job waits for one that trains."
         for job in waiting:
             if job.id not in self._noted_disabled:

@@ -104,7 +104,7 @@ class Death:
 
     @classmethod
     def of(cls, job: TrainingJob, how: str) -> Death:
-        """The newest death of a job, whose row does not count it yet."""
+        """Return the newest death of a job, whose record does not count it yet."""
         return cls(job, how, job.deaths + 1 if job.saved_step <= job.death_step else 1)
 
     @property
