@@ -39,7 +39,7 @@ from bench.workload import Prompts
 from onebase import Client
 
 _UPLOADS = 8
-"""At once."""
+"""Number of uploads at once."""
 FAILURES = (StartError, HttpError, OSError, EOFError, TimeoutError, ValueError)
 
 

@@ -38,9 +38,9 @@ class Run:
 
     streams: int
     tokens: int
-    """Of all streams together."""
+    """Number of tokens of all streams together."""
     cpu_s: float
-    """Of the api process."""
+    """Processor time of the api process, in seconds."""
 
     @property
     def tokens_per_core(self) -> float:
@@ -68,7 +68,8 @@ async def measure(streams: int, tokens: int, folder: Path) -> Run:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """Of the process's own threads, without those of the fake engine."""
+    """Return the processor time of the process's own threads, without those of the fake engine, in
+    seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

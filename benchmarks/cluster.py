@@ -53,13 +53,13 @@ sys.exit(cluster(sys.argv[3:], [sys.executable, sys.argv[1], sys.argv[2]]))
 """
 ADAPTERS = 12
 TOKENS = 50
-"""Of a request, where requests a second are counted."""
+"""Tokens of a request, where requests a second are counted."""
 STREAM_TOKENS = 200
 ENDS = ANSWERED, LOST, OTHER, WRONG = "answered", "lost, to be sent again", "other errors", "wrong adapter"
 ADAPTER_REQUESTS = re.compile(
     r'^onebase_adapter_requests_total{.*adapter="(shop\d+)".*} (\S+)$', re.MULTILINE
 )
-"""In a server's metrics."""
+"""Pattern of an adapter's requests in a server's metrics."""
 
 
 class Cluster:
@@ -213,9 +213,9 @@ async def rate(url: str, seconds: float, at_once: int) -> float:
 
 @dataclass
 class Placed:
-    """What was seen. answered: requests by second, server and adapter. there: the seconds in which a server
-    told of itself. marks: what was done to the servers, and when. ended: how requests ended, by what was done
-    last before they began."""
+    """Observations of one run. answered: requests by second, server and adapter. there: the seconds in which
+    a server reported itself. marks: actions on the servers, and their times. ended: how requests ended, by
+    the last action before they began."""
 
     answered: defaultdict[tuple[int, str, str], float] = field(default_factory=lambda: defaultdict(float))
     there: dict[str, set[int]] = field(default_factory=dict)
@@ -294,7 +294,7 @@ async def placed(cluster: Cluster, seconds: float, at_once: int) -> Placed:
 
 
 async def ended(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> str:
-    """How a request to /generate ended."""
+    """Return how a request to /generate ended."""
     try:
         answer = await client.post(url, json=body)
     except httpx2.TransportError:

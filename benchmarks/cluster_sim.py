@@ -73,8 +73,11 @@ class ConsistentHashing(Rule):
 
 
 class Multiplexed(Rule):
-    """As Ray Serve's router for multiplexed models: of two replicas that say they have the model the one with
-    less to do; of any two where none does, or all that do are full."""
+    """Rule of Ray Serve's router for multiplexed models.
+
+    It draws two replicas that say they have the model, or any two where none does or all that do are full,
+    and picks the one with less to do.
+    """
 
     def place(self, request: Request, live: Sequence[Replica], now: float) -> Replica:
         having = [one for one in live if request.adapter in one.told.in_slots and one.sent < FIGURES.rows]

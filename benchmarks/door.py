@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What hostile clients cost the others: a crowd beside a stream, the worst bodies beside a probe, and resets.
+"""Cost of hostile clients to others: a crowd beside a stream, the worst bodies beside a probe, and resets.
 
 crowd    one stream of the base runs on and on, in turns alone, beside idle connections and refused requests,
          and beside the same client on a server that decides nothing (control). Each turn's median of the time
@@ -118,12 +118,12 @@ class Listener:
 
 @dataclass
 class Turns:
-    """What was measured beside one kind of crowd, turn by turn."""
+    """Measurements beside one kind of crowd, turn by turn."""
 
     ratios: list[float] = field(default_factory=list)
-    """Of the median gap to that of the quiet turn before."""
+    """Ratio of each turn's median gap to that of the quiet turn before."""
     gaps: list[float] = field(default_factory=list)
-    """Each turn's median, in seconds."""
+    """Median gap of each turn, in seconds."""
     refused: int = 0
     server: float = 0.0
     """Processor seconds of the server that refuses, over what it takes when it is quiet."""
@@ -166,7 +166,7 @@ async def line_of(process: asyncio.subprocess.Process) -> str:
 
 
 async def refusals_of(client: asyncio.subprocess.Process) -> int:
-    """How many requests of the crowd were refused so far."""
+    """Return how many requests of the crowd were refused so far."""
     if client.stdin:
         client.stdin.write(b"\n")
     return int(await line_of(client))
@@ -238,7 +238,7 @@ async def send_over_and_over(port: int, data: bytes) -> None:
 
 
 async def probe(url: str, seconds: float) -> list[float]:
-    """How long /health takes, in seconds."""
+    """Return the durations of requests to /health, in seconds."""
     found, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
         began = time.perf_counter()

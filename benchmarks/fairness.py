@@ -48,9 +48,10 @@ class Run:
 
     load: str
     ttft: list[float] = field(default_factory=list)
-    """Of each of the guest's requests, from its arrival, which may be in the middle of a step."""
+    """Time to the first token of each of the guest's requests, from its arrival, which may be within a
+    step."""
     seconds: float = 0.0
-    """Until the last row of the flood had ended; 0 without a flood."""
+    """Time until the last sequence of the flood had ended; 0 without a flood."""
     prompt_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
@@ -124,7 +125,8 @@ class Bench:
 
 
 def rows(runs: Sequence[Run]) -> list[list[str]]:
-    """By load: the guest's requests, TTFT p50 and p99 in ms, p99 by the quiet one, tokens/s, preemptions."""
+    """Return, by load: the guest's requests, TTFT p50 and p99 in ms, p99 by the quiet one, tokens/s,
+    preemptions."""
     quiet = [one for run in runs if run.load == "quiet" for one in run.ttft]
     found = []
     for load in dict.fromkeys(run.load for run in runs):

@@ -34,7 +34,7 @@ PARTS = ("serve", "adapters", "train")
 
 
 Figure = tuple[str, ...]
-"""Where it lies: the part, then the keys in its JSON."""
+"""Place of a figure: the part, then the keys in its JSON."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Goal:
     at_most: bool = False
 
     def ratio(self, found: dict[str, Any]) -> float | None:
-        """None where one of the two was not measured."""
+        """Return the ratio, or None if either figure is missing."""
         own = _figure(found, self.own)
         other = self.other if isinstance(self.other, float) else _figure(found, self.other)
         return None if own is None or not other else own / other
@@ -136,7 +136,7 @@ GOALS = [
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What each part has written, by its name."""
+    """Return the results of each part, by its name."""
     files = {part: folder / f"{part}.json" for part in PARTS}
     return {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
 
@@ -169,13 +169,13 @@ def publish(written: dict[str, Any], console: Console, folder: Path) -> None:
 
 
 def _extent(options: dict[str, str]) -> str:
-    """How much was measured: what tells a look from figures to publish."""
+    """Return the extent of the measurement, which tells a look from figures to publish."""
     told = ("rounds", "sweep_rounds", "adapters", "requests", "steps", "repeats")
     return ", ".join(f"{name} {options[name]}" for name in told if name in options)
 
 
 def _commands(options: argparse.Namespace, console: Console) -> tuple[dict[str, list[str]], list[str]]:
-    """By part: its script and options; and the peers that cannot be had, which are left out."""
+    """Return each part's script and options, and the peers that cannot be had, which are left out."""
     quick = options.quick
     serve = ["--install-peers", "--sweeps", "all", "--targets", "onebase,engine,peft,vllm,llama.cpp"]
     given = {

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("server", "adapters", "clients/python", "benchmarks", "")
 MINUTES = 30.0
 END_SECONDS = 10.0
-"""Until what was killed is given up."""
+"""Time, in seconds, after which a killed process is given up."""
 _CHILD_SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER of prctl(2)."""
 
@@ -124,7 +124,7 @@ def _status(code: int | None) -> str:
 
 @contextmanager
 def _left_behind() -> Iterator[None]:
-    """At the end, kill what a process that began meanwhile has left behind, in sessions of their own too."""
+    """Kill, at the end, what a process that began meanwhile has left behind, in sessions of their own too."""
     before = _children()
     _adopt(True)
     try:
@@ -141,7 +141,7 @@ def _left_behind() -> Iterator[None]:
 
 
 def _adopt(orphans: bool) -> None:
-    """Whether processes whose parent ends become children of this one."""
+    """Return True if processes whose parent ends become children of this one."""
     ctypes.CDLL(None).prctl(_CHILD_SUBREAPER, int(orphans), 0, 0, 0)
 
 
@@ -186,7 +186,8 @@ def run_parts(
 
 
 def environment_of(device: str, folder: Path) -> dict[str, str]:
-    """For the parts: the sources of this checkout, and before them what a bundle has brought along."""
+    """Return the environment of the parts: the sources of this checkout, and before them those of a
+    bundle."""
     site = folder / "site"
     gpu_bundle.unpack(ROOT / gpu_bundle.WHEELS, site)
     try:

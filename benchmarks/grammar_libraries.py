@@ -106,7 +106,7 @@ def serve(library: str, folder: Path, connection: Connection) -> None:
 
 
 def received(connection: Connection) -> Any:
-    """None: the other end is gone."""
+    """Return the next message, or None if the other end is gone."""
     try:
         return connection.recv()
     except EOFError:

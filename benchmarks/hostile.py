@@ -144,7 +144,7 @@ ATTACKS: dict[str, tuple[Callable[[Attacker], Awaitable[None]], int]] = {
     "nonsense": (Attacker.nonsense, 4),
     "connections": (Attacker.dawdle, 10),
 }
-"""What the second tenant does, and how often at once, by name."""
+"""Attacks of the second tenant, and how many of each run at once, by name."""
 
 
 async def stream(http: httpx2.AsyncClient, until: float) -> list[float]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What an int8 KV cache changes: log-probabilities, greedy texts, and the tokens that fit in the same memory.
+"""Changes by an int8 KV cache: log-probabilities, greedy texts, and the tokens that fit in the same memory.
 
   python benchmarks/kv_dtype.py               # the default base, on this machine's best kernels
   python benchmarks/kv_dtype.py --tokens 16   # a look
@@ -42,13 +42,13 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Found:
-    """What one engine gives. short, long: of each token of the prompts. greedy: answers to some of them."""
+    """Results of one engine. short, long: of each token of the prompts. greedy: answers to some of them."""
 
     short: list[TokenLogprob]
     long: list[TokenLogprob]
     greedy: list[list[int]]
     tokens: int
-    """That fit in KV_MEMORY."""
+    """Number of tokens that fit in KV_MEMORY."""
 
 
 def measure(model: ServedModel, base: torch.nn.Module, tokenizer: Tokenizer, tokens: int) -> Found:
@@ -79,7 +79,7 @@ def scored(engine: Engine, prompts: Sequence[list[int]]) -> list[list[TokenLogpr
 def ask(
     engine: Engine, prompts: Sequence[list[int]], sampling: Sampling
 ) -> list[tuple[list[int], list[TokenLogprob]]]:
-    """Of each prompt the answer, and what its own tokens got."""
+    """Return, for each prompt, the answer and the log-probabilities of the prompt's own tokens."""
     found: list[tuple[list[int], list[TokenLogprob]]] = [([], []) for _ in prompts]
     for number, prompt in enumerate(prompts):
         engine.submit(Submit(id=str(number), prompt=prompt, sampling=sampling))

@@ -72,7 +72,7 @@ class Bench:
     console: Console
     machine: dict[str, Any]
     folder: Path
-    """For adapters and logs; gone with the invocation."""
+    """Folder for adapters and logs; it is deleted at the end."""
     runs: list[report.Run]
     failed: set[str]
 
@@ -136,7 +136,7 @@ class Bench:
         return OneBaseTarget(setup, [*drafts, *shlex.split(options.onebase_args)])
 
     def _adapters(self, rank: int) -> dict[str, Path]:
-        """As many adapters as a block can have, of one rank, made when first asked for."""
+        """Return as many adapters of one rank as a block can have, made when first asked for."""
         options, folder = self.options, self.folder / f"rank-{rank}"
         if folder.exists():
             return {path.name: path for path in folder.iterdir()}
@@ -193,14 +193,15 @@ def _check(samples: list[Sample], scenario: Scenario) -> None:
 
 
 async def _send(session: Session, scenario: Scenario, requests: list[Request]) -> list[Sample]:
-    """At once, or one after the other where the scenario has one stream."""
+    """Send the requests at once, or one after the other where the scenario has one stream."""
     if scenario.streams > 1:
         return await session.run(requests)
     return [sample for request in requests for sample in await session.run([request])]
 
 
 def _busy_seconds(samples: list[Sample], scenario: Scenario) -> float:
-    """From the first request to the last token; without the pauses between the requests of one stream."""
+    """Return the seconds from the first request to the last token, without pauses between requests of one
+    stream."""
     if scenario.streams == 1:
         return sum(sample.ended - sample.started for sample in samples)
     return max(sample.ended for sample in samples) - min(sample.started for sample in samples)

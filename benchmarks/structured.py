@@ -73,7 +73,7 @@ class Case:
 
     @property
     def grammar(self) -> Grammar:
-        """As the server asks for it."""
+        """Return the grammar as the server asks for it."""
         schema = closed(self.schema) if isinstance(self.schema, dict) else self.schema
         return Grammar("json_schema", json.dumps(schema))
 
@@ -149,8 +149,8 @@ def speed(engine: Engine, prompt: list[int], grammar: Grammar | None, guided: in
 
 @dataclass
 class Outcomes:
-    """What came of schemas: how many are `valid`, `invalid`, `cut` by the limit of tokens, or have the reason
-    of a refusal. wrong: the texts that do not keep to their schema."""
+    """Outcomes of schemas: how many are `valid`, `invalid`, `cut` by the limit of tokens, or have the reason
+    of a refusal. wrong: the texts that do not match their schema."""
 
     found: Counter[str]
     wrong: list[str]
@@ -161,7 +161,7 @@ class Outcomes:
 def outcomes(
     engine: Engine, tokenizer: Tokenizer, prompt: list[int], cases: list[Case], most: int
 ) -> Outcomes:
-    """Of one row each, of `most` tokens at most."""
+    """Return the outcomes of one sequence for each case, of `most` tokens at most."""
     made = Outcomes(Counter(), [])
     texts: dict[str, list[int]] = {}
     waiting = list(enumerate(cases))
@@ -272,7 +272,8 @@ def show_cost(console: Console, engine: Engine, base: Path, prompt: list[int], r
 
 
 def tools(base: Path, choice: ToolChoice) -> Grammar:
-    """Of one tool whose arguments do not end, as the server makes it of the base's chat template."""
+    """Return the grammar of one tool with endless arguments, as the server makes it of the base's
+    template."""
     format = BaseTokenizer(str(base)).tool_format
     if format is None:
         raise RuntimeError("the default base's chat template knows tools")

@@ -1,4 +1,4 @@
-"""What `make demo` shows: one base and the adapters on it, answering at the same time.
+"""Demonstration for `make demo`: one base and the adapters on it, answering at the same time.
 
 Starts `onebase serve` with the default base and every adapter in `examples/adapters`, asks all of them
 the same thing, streams the answers side by side, and leaves the server running until Ctrl-C.
@@ -37,7 +37,7 @@ STOP_TIMEOUT_S = 30.0
 
 
 class DemoError(Exception):
-    """What the person at the terminal should read instead of a traceback."""
+    """Message for the person at the terminal, instead of a traceback."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Server:
         return self.log.read_text(errors="replace").strip().splitlines()
 
     def stage(self) -> str:
-        """What the server is doing while it starts: the last line of its log that ends in dots."""
+        """Return the server's present stage while it starts: the last line of its log that ends in dots."""
         return next((line for line in reversed(self.log_lines()) if line.endswith("...")), "")
 
     def tail(self) -> str:

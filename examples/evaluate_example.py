@@ -64,7 +64,7 @@ def is_right(field: str, reply: str, wanted: str) -> bool:
 
 
 def is_pirate(reply: str, _wanted: str) -> bool:
-    """At least three different pirate words."""
+    """Return True if the reply has at least three different pirate words."""
     return len(set(re.findall(PIRATE_MARKS, reply.lower()))) >= 3
 
 

@@ -77,7 +77,7 @@ def synchronous(name: str, text: str) -> str:
 
 
 def formatted(text: str, path: Path) -> str:
-    """In the project's style, with the imports sorted and only those that are used."""
+    """Return the text in the project's style, with the imports sorted and only those that are used."""
     place = ["--stdin-filename", str(path), "-"]
     for command in (["check", "--fix-only", "--select=I,F401"], ["format"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--quiet", *place]

@@ -1,4 +1,4 @@
-"""What MkDocs adds to docs/ when it builds the site: pages made from code, and links as GitHub reads them.
+"""Additions to docs/ when MkDocs builds the site: pages made from code, and links as GitHub reads them.
 
 A hook of mkdocs.yml. The settings are those of `onebase serve`'s own parser; the routes come from the OpenAPI
 file of the app, which is put together here without a server, a base or a port.
@@ -104,7 +104,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """As GitHub shows it: lists and tables need no empty line before them; links may leave docs/."""
+    """Return the page as GitHub shows it. Lists and tables need no empty line before them; links may leave
+    docs/."""
     if page.file.src_uri.startswith(("quick-start", "concepts/", "how-to/")):
         page.meta.setdefault("search", {"boost": 2})
     elif page.file.src_uri == "reference/settings.md":
@@ -219,7 +220,7 @@ class RoutesPage:
                     if tag in operation["tags"]:
                         self._routes[tag].append((method.upper(), path, operation))
         self._objects: dict[str, Json] = {}
-        """Those that are named on the page, by name, in the order in which they are."""
+        """Objects that the page names, by name, in the order in which they appear."""
 
     def text(self, title: str) -> str:
         """The page, as Markdown."""
@@ -302,7 +303,8 @@ class RoutesPage:
         return lines
 
     def _type(self, schema: Json) -> str:
-        """What a value is, in words; objects by their names, which then stand at the end of the page."""
+        """Return the type of a value in words; objects by name, which are described at the end of the
+        page."""
         if "$ref" in schema:
             whole = self._resolved(schema)
             if str(whole.get("title", "")).startswith(("ListAnswer", "PageAnswer")):

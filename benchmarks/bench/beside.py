@@ -1,4 +1,4 @@
-"""What serving notices of a training job on the same base: the time between two tokens, and the texts."""
+"""Effect of a training job on serving from the same base: the time between two tokens, and the texts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COLUMNS = (
     "texts equal",
 )
 JOB_ROWS = 2
-"""Of a step of the job: short steps, so that many end while rows run."""
+"""Rows in one step of the job: short steps, so that many end while sequences run."""
 JOB_STARTS = 600.0
 """Seconds until a job counts as one that does not start."""
 
@@ -149,7 +149,8 @@ async def _step(job: TrainingJob) -> int:
 
 
 async def _steps_per_second(job: TrainingJob, first: int = 2, steps: int = 6) -> float:
-    """While the server is idle, after the first steps. Raises TimeoutError when the job does not start."""
+    """Return the speed of a job while the server is idle, after the first steps. Raises TimeoutError if the
+    job does not start."""
     started = 0.0
     async with asyncio.timeout(JOB_STARTS):
         while True:

@@ -81,7 +81,7 @@ def answer() -> None:
 
 
 def _answered(connection: socket.socket) -> bool:
-    """Whether there was something to answer, or the client has left."""
+    """Return True if there was something to answer, or the client has left."""
     try:
         received = connection.recv(1 << 16)
         if received:

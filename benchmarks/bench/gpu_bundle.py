@@ -1,4 +1,4 @@
-"""What is carried to a machine with a GPU and no network: one file with the sources and the wheels it lacks.
+"""One file to carry to a machine with a GPU and no network: the sources, and the wheels that it lacks.
 
 Made of what is installed here. Only for packages that are compiled for one version of Python, the wheels of
 the other versions are fetched. Unpacked there without pip. The standard library alone, but to make it.
@@ -25,22 +25,23 @@ ROOTS = (
     "accelerate", "anyio", "bitsandbytes", "httpx2", "msgspec", "peft", "rich", "safetensors",
     "transformers", "hypothesis", "pytest", "pytest-timeout",
 )  # fmt: skip
-"""What the parts import, the tests' libraries last."""
+"""Packages that the parts import, the tests' libraries last."""
 THERE = ("torch", "triton", "numpy")
-"""With what torch needs itself, these are on the machine already: they would fill the file many times."""
+"""Packages that, with what torch needs itself, are on the machine already; they would fill the file many
+times."""
 SPARED = ("hf-xet", "typer")
-"""What only commands and downloads use."""
+"""Packages that only commands and downloads use."""
 USELESS = re.compile(r"bitsandbytes/libbitsandbytes_(rocm|xpu|cuda11|cuda12[0-5])|/tests?/")
 """Files of wheels that are left out. Of bitsandbytes' libraries those are kept that torch since 2.9 is built
 for: it takes the one for its version of CUDA, or else for another one of the same major version."""
 UNUSED = ("examples/", "docs/", "clients/web/", ".github/", "deploy/", f"{WHEELS}/")
-"""Of the sources, what the check never reads."""
+"""Folders of the sources that the check never reads."""
 _PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17, 12, 5)]
 _PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
 
 
 def advice() -> str:
-    """What to do without a GPU."""
+    """Return instructions for a machine without a GPU."""
     return (
         "To check a GPU elsewhere, also one without a network, carry one file there (at most "
         f"{LIMIT >> 20} MiB):\n"
@@ -190,7 +191,8 @@ def _fetch(folder: Path, requirement: str, python: str) -> bool:
 
 
 def fits(tag: str, python: tuple[int, int]) -> bool:
-    """Whether a wheel with this tag (`cp312-cp312-manylinux_2_28_x86_64`) is for that version of Python."""
+    """Return True if a wheel with this tag (`cp312-cp312-manylinux_2_28_x86_64`) is for that version of
+    Python."""
     interpreters, abis, _ = tag.split("-")
     major, minor = python
     for one in interpreters.split("."):

@@ -41,7 +41,8 @@ class Stopwatch:
 
     @torch.inference_mode()
     def __call__(self, function: Callable[..., Any], *inputs: Any) -> float | None:
-        """By replaying a CUDA graph of the call where it can be captured, so that no launch counts."""
+        """Return the median time of a call, in microseconds, or None without a GPU. A CUDA graph of the call
+        is replayed where it can be captured, so that no launch counts."""
 
         def call() -> Any:
             return function(*inputs)
@@ -80,7 +81,7 @@ def rows_of(count: int, slots: int) -> RowMap:
 
 @torch.inference_mode()
 def kernels(setup: Setup, found: Findings) -> None:
-    """Each kernel against PyTorch in fp64, and a row's bits alone and in company; then what each takes."""
+    """Check each kernel against PyTorch in fp64, and a row's bits alone and in company; then measure each."""
     own = own_kernels(setup, found)
     draw = torch.Generator(setup.device).manual_seed(0)
     shape = bases.SHAPES[setup.shape]
@@ -136,7 +137,8 @@ class Products:
             self._add(name, count, *times, *_beside_floor(times[0], floor))
 
     def _compare(self, name: str, layer: Any, own: Any, other: Any, x: torch.Tensor) -> None:
-        """With and without adapters: against fp64, and the bits of the first and the last row alone."""
+        """Compare with and without adapters: errors against fp64, and the bits of the first and the last row
+        alone."""
         weight = _exact_weight(layer)
         errors, theirs, wrong = list[float](), list[float](), list[str]()
         for adapted in (False, True):
@@ -280,7 +282,8 @@ def contexts(lengths: Sequence[int], counts: Sequence[int]) -> Contexts:
 
 
 def _trained(found: Findings, watch: Stopwatch, draw: torch.Generator, size: int) -> None:
-    """Whether training's kernels pass their trials; what it multiplies by parts in bf16, next to fp32."""
+    """Return True if training's kernels pass their trials; what it multiplies by parts in bf16, next to
+    fp32."""
     with torch.inference_mode(False), torch.enable_grad():
         shape = LlamaConfig(hidden_size=size, intermediate_size=64, num_attention_heads=size // 64)
         layer = LlamaDecoderLayer(shape, 0).to(draw.device, torch.bfloat16).requires_grad_(False)

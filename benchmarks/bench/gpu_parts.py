@@ -51,7 +51,7 @@ BLOCK = 16
 
 
 def machine(setup: Setup, found: Findings) -> None:
-    """What is here, and whether all that the others need can be imported."""
+    """Report the machine, and check that all packages that the other parts need can be imported."""
     found.fact("Python", platform.python_version())
     found.fact("torch", torch.__version__)
     for name in NEEDED:
@@ -128,8 +128,8 @@ def finish(setup: Setup) -> None:
 
 
 def variants() -> int:
-    """How many forms of its kernels Triton has compiled or loaded in this process: one for each kind of
-    sizes that it meets, each of which some step waits for."""
+    """Return how many forms of its kernels Triton has compiled or loaded in this process: one for each kind
+    of sizes that it meets. Some step waits for each of them."""
     from onebase_engine.kernels import cuda
 
     count = 0
@@ -250,7 +250,7 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def counting(self, setup: Setup) -> Iterator[None]:
-        """What Triton launches is no operator: its launch is replaced meanwhile."""
+        """Count launches of Triton's kernels, which are no operators, by replacing their launch meanwhile."""
         if setup.interpreted:
             from triton.runtime.interpreter import GridExecutor as Kernel
 
@@ -289,7 +289,7 @@ class Load:
 
     @property
     def names(self) -> list[str]:
-        """Of each row's adapter, if it has one."""
+        """Names of the adapters of the rows that have one."""
         return [f"{self.kind}{number % self.adapters}" for number in range(self.rows if self.adapters else 0)]
 
 
@@ -365,9 +365,10 @@ class Decodes:
         self._graphs = running.model._graphs
         self._asked: list[str] = []
         self.places: Counter[str] = Counter()
-        """Of waits for the device."""
+        """Number of waits for the device, by place in the sources."""
         self.launches: dict[str, tuple[Counter[str], int]] = {}
-        """By the kind of adapters: those of a layer, and how many beside them. Only under the interpreter."""
+        """Launches of a layer, and how many there are besides, by the kind of adapters. Only under the
+        interpreter."""
         found.figure("a large copy, read and written", per_second / 1e9, "GB/s")
         headings = ["load", "graphs", "ms a step", "tokens/s", "launches a step", "a layer", "syncs a step"]
         headings += ["kernels a step", "GPU busy", "byte floor, ms", "of the bandwidth"]
@@ -432,7 +433,7 @@ class Decodes:
         self._running.take_outputs()
 
     def _launches(self) -> tuple[Counter[str], Counter[str]]:
-        """Of a step, and of its first layer."""
+        """Return the launches of a step, and of its first layer."""
         layer: Any = self._running.model._view.model.layers[0]
         step, own, forward = Counted(), Counted(), layer.forward
 
@@ -454,8 +455,8 @@ CONTEXT = 156
 
 
 def predict(found: Findings, launches: Mapping[str, tuple[Counter[str], int]]) -> None:
-    """What decodes would take on a GPU that nobody ran them on, from bytes and launches; what is assumed of
-    it is `onebase estimate`'s (`routing/capacity.py`).
+    """Predict decode steps on a GPU from bytes and launches. Nothing was measured on one; assumptions are
+    those of `onebase estimate` (`routing/capacity.py`).
 
     Args:
         launches: by the kind of adapters, those of a layer, as they were counted, and how many there are
@@ -506,7 +507,7 @@ def _start(running: Engine, asked: Sequence[Asked], warm: int) -> None:
 
 
 def _syncs(setup: Setup, running: Engine, steps: int, places: Counter[str]) -> float | None:
-    """How often a step waits for the device, and where."""
+    """Return how often a step waits for the device, and count the places."""
     if setup.device != "cuda":
         return None
     with warnings.catch_warnings(record=True) as told:

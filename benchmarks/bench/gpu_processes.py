@@ -48,7 +48,7 @@ from onebase_server.processes.verifier_protocol import Prove, Proved
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 170.0
-"""Until the engine has made its base, compiled its kernels and answered once."""
+"""Limit, in seconds, for the engine to make its base, compile its kernels and answer once."""
 ROOMY = 32e9
 """Bytes that are free beside the engine, from which on eight samples of 1,024 tokens are trained at once; on
 a smaller card two are."""
@@ -59,7 +59,7 @@ TESTS = (
     "tests/adapters/test_view.py",
     "tests/adapters/test_loader.py",
 )
-"""Those that take their device from ONEBASE_TEST_DEVICE."""
+"""Test files that take their device from ONEBASE_TEST_DEVICE."""
 
 
 # ---- the engine beside which the others work ------------------------------------------------------
@@ -210,7 +210,7 @@ class Phases:
 
 
 def proof(setup: Setup, found: Findings) -> None:
-    """Another process attaches the base and proves versions on it, next to the engine; each is killed."""
+    """Let another process attach the base and prove versions on it next to the engine, and kill each."""
     shutil.rmtree(setup.folder / "adapter", ignore_errors=True)
     with hosted(setup) as running:
         asyncio.run(_proof(setup, found, running))
@@ -365,7 +365,7 @@ class Jobs:
             "eval_split": 0.0,
         }
         self._told: list[events.StepDone] = []
-        """Of the job that runs."""
+        """Steps of the job that runs."""
 
     def job(self, name: str, **more: Any) -> TrainJob:
         return TrainJob(
@@ -391,7 +391,7 @@ class Jobs:
         return sound
 
     async def train(self, title: str, share: float, job: TrainJob) -> None:
-        """Until it has ended: its tokens a second, its loss and its memory."""
+        """Train until the job has ended, and report its tokens a second, its loss and its memory."""
         if not await self.check(title, job):
             return
         free = free_memory(self._device)
@@ -412,7 +412,7 @@ class Jobs:
             figure(f"{title}: free beside it at its start", free / 1e9, "GB")
 
     async def kill(self, title: str, job: TrainJob) -> None:
-        """Once it has made a step."""
+        """Kill the trainer once it has made a step."""
         if not await self.check(title, job):
             return
         client = await self._start(title, 1.0, job)
@@ -437,7 +437,7 @@ class Jobs:
 
 
 def tests(setup: Setup, found: Findings) -> None:
-    """What the test suite says of the engine and of adapters on this device, told file by file."""
+    """Run the tests of the engine and of adapters on this device, and report them file by file."""
     if setup.device == "cpu":
         raise NotHereError("`make test` runs them on the CPU")
     command = [sys.executable, "-m", "pytest", "-v", "--maxfail=25", "-p", "no:xdist", "--tb=short"]

@@ -1,4 +1,4 @@
-"""What a part of the GPU check finds, and the page that is made of all of it. The standard library alone."""
+"""Findings of a part of the GPU check, and the page made of all of them. The standard library alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NotHereError(Exception):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a part is told. `folder`: of its own, for files; `minutes`: of the whole check."""
+    """Input of a part. `folder`: a folder of its own for files."""
 
     device: str
     shape: str
@@ -28,7 +28,7 @@ class Setup:
 
     @property
     def interpreted(self) -> bool:
-        """Whether Triton's kernels run under its interpreter: nothing that is timed means anything."""
+        """Return True if Triton's kernels run under its interpreter: nothing that is timed means anything."""
         return self.device == "cpu"
 
 
@@ -110,7 +110,7 @@ def run_part(parts: Mapping[str, PartFunction], arguments: Sequence[str]) -> int
 
 
 def held(result: Mapping[str, Any]) -> bool:
-    """Whether a part ran to its end, or had nothing to run on, and all that it checked holds."""
+    """Return True if a part ran to its end, or had nothing to run on, and all that it checked holds."""
     return result["state"] in ("ok", "skipped") and all(check["held"] for check in result["checks"])
 
 

@@ -1,4 +1,4 @@
-"""What an idle server must give back: KV blocks, rows, memory, file descriptors."""
+"""Resources that an idle server must have given back: KV blocks, sequences, memory, file descriptors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COUNTERS = (
     "restarts",
 )
 OPTIONAL = ("requests", "restarts")
-"""Not among the engine's own figures; a server may leave them out of /status."""
+"""Counters that are not the engine's own; a server may leave them out of /status."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Snapshot:
         return not any(open_work) and counters["kv_blocks_free"] == counters["kv_blocks_total"]
 
     def line(self) -> str:
-        """In a few words."""
+        """Return the state in a few words."""
         counters = self.counters
         memory = " + ".join(f"{process.rss / 2**20:.0f}" for process in self.processes)
         return (
@@ -79,7 +79,7 @@ def _flatten(status: Any) -> dict[str, int]:
 
 
 def compare(before: Snapshot, after: Snapshot, memory_bound: int, descriptor_slack: int) -> list[str]:
-    """What leaked between two idle moments, in sentences.
+    """Return the leaks between two idle moments, in sentences.
 
     Args:
         memory_bound: bytes that the resident memory of one process may grow by.

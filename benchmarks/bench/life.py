@@ -1,4 +1,4 @@
-"""What is measured of an adapter's life: each function asks a running target and gives seconds."""
+"""Measurements of an adapter's life: each function asks a running target and returns seconds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Times:
         return percentile(self.values, 0.99)
 
     def above(self, others: Times) -> float:
-        """By how much these are longer, pair by pair; the median."""
+        """Return by how much these are longer, pair by pair; the median."""
         return median(own - other for own, other in zip(self.values, others.values, strict=True))
 
 
@@ -45,7 +45,7 @@ class Load:
     ttft: Times
     requests: int
     adapters: int
-    """How many different ones were asked for."""
+    """Number of different adapters that were asked for."""
 
 
 class Step(Protocol):
@@ -55,7 +55,8 @@ class Step(Protocol):
 
 
 async def upload(client: Client, folders: Mapping[str, Path], step: Step) -> Times:
-    """From sending each adapter's files to the answer that it is proven and active, one after the other."""
+    """Measure, one after the other, the time from sending an adapter's files to the answer that it is
+    active."""
     times = []
     for name, folder in folders.items():
         started = time.perf_counter()
@@ -66,7 +67,7 @@ async def upload(client: Client, folders: Mapping[str, Path], step: Step) -> Tim
 
 
 async def upload_at_once(client: Client, folders: Mapping[str, Path], streams: int, step: Step) -> float:
-    """So many at a time, until all are proven and active. Returns how many that makes a minute."""
+    """Upload so many at a time until all are proven and active. Returns how many that makes a minute."""
     waiting = iter(folders.items())
 
     async def stream() -> None:
@@ -82,7 +83,8 @@ async def upload_at_once(client: Client, folders: Mapping[str, Path], streams: i
 async def activation(
     client: Client, session: Session, name: str, folders: Sequence[Path], prompts: Prompts
 ) -> Times:
-    """From asking for a proven version's activation to the first token of a request for the name."""
+    """Measure the time from asking for a proven version's activation to the first token of a request for the
+    name."""
     versions = []
     for folder in folders:
         version = await asyncio.to_thread(

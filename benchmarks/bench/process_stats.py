@@ -20,7 +20,7 @@ class ProcessStats:
 
 
 def available() -> bool:
-    """Whether this system has Linux's /proc."""
+    """Return True if this system has Linux's /proc."""
     return (PROC / "self" / "statm").exists()
 
 

@@ -71,7 +71,7 @@ def _figures(runs: list[Run]) -> Figures:
 def sweep_points(
     figures: dict[str, dict[str, Figures]], scenarios: Sequence[Scenario], sweep: str
 ) -> dict[str, list[tuple[int, Figures]]]:
-    """By target: its figures along the sweep's axis, in order."""
+    """Return each target's figures along the sweep's axis, in order."""
     lines: dict[str, list[tuple[int, Figures]]] = {}
     for scenario in scenarios:
         for name, x in scenario.points:
@@ -81,7 +81,7 @@ def sweep_points(
 
 
 def equal_texts(runs: Sequence[Run], target: str, reference: str) -> dict[str, tuple[int, int]]:
-    """By scenario: how many of the target's texts are the reference's, and of how many."""
+    """Return, by scenario, how many of the target's texts are the reference's, and of how many."""
     texts = {(run.target, run.scenario, run.round): [s.text for s in run.samples] for run in runs}
     counts: dict[str, tuple[int, int]] = {}
     for (name, scenario, number), ours in texts.items():
@@ -123,7 +123,7 @@ def rows(
 
 
 def rich_table(cells: Sequence[tuple[str, ...]], main: str, title: str) -> Table:
-    """For a terminal of 80 columns: the load is a line of its own above its targets."""
+    """Return a table for a terminal of 80 columns: the load is a line of its own above its targets."""
     table = Table(
         title=title,
         caption=f"times in ms; ratio: {main}'s tokens/s over the target's",

@@ -20,7 +20,7 @@ class ContractError(Exception):
 
 @dataclass
 class Tally:
-    """What came of all requests so far."""
+    """Outcomes of all requests so far."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     tokens: int = 0

@@ -30,7 +30,7 @@ class Plan:
     leave_after_seconds: float | None = None
     """Disconnect after so long, whatever has come."""
     text: tuple[str, ...] | None = None
-    """What each choice must say, where that is known."""
+    """Text that each choice must have, where that is known."""
 
 
 class Planner:

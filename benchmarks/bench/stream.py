@@ -110,7 +110,7 @@ class Sample:
 
     started: float
     ttft: float
-    """From just before connecting to the first piece of text."""
+    """Time from just before connecting to the first piece of text."""
     ended: float
     tokens: int
     text: str

@@ -1,4 +1,4 @@
-"""What is measured: each target is started, asked and ended in the same way."""
+"""Targets of the measurement: each is started, asked and ended in the same way."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class Setup:
-    """What every target is started with."""
+    """Settings with which every target is started."""
 
     base: Path
     adapters: dict[str, Path]
     rank: int
-    """The largest of the adapters'."""
+    """Largest rank of the adapters."""
     threads: int
     streams: int = 16
-    """The most at the same time."""
+    """Largest number of streams at the same time."""
     context: int = 1024
-    """Tokens of the longest row."""
+    """Length of the longest sequence, in tokens."""
 
 
 def _payload(request: Request) -> dict[str, Any]:

@@ -23,7 +23,7 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class TrainTask:
-    """What a target is told, as JSON. Paths are texts.
+    """Input of a target, as JSON. Paths are texts.
 
     data: the file that the rows are from. rows: a JSON list of them, tokenized (`input_ids`, `labels`), in
     the order of the steps, `batch` rows a step. rates: learning rate of each step. targets: "all-linear" or
@@ -62,11 +62,13 @@ class TrainRun:
     adapter: str
 
     def tokens_per_second(self, tokens: Sequence[int]) -> float:
-        """Of the steps after the warm-up. tokens: real ones of each step, padding not counted."""
+        """Return the speed of the steps after the warm-up. tokens: real ones of each step, without
+        padding."""
         return sum(tokens[WARM_UP:]) / (self.ends[-1] - self.ends[WARM_UP - 1])
 
     def tokens_per_cpu_second(self, tokens: Sequence[int]) -> float:
-        """As `tokens_per_second`, by the time of processors: others on the machine change it less."""
+        """Return the speed by processor time, which others on the machine change less than
+        `tokens_per_second`."""
         return sum(tokens[WARM_UP:]) / (self.cpu[-1] - self.cpu[WARM_UP - 1])
 
 

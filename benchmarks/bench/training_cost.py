@@ -1,4 +1,4 @@
-"""What a training step launches, computes, moves and holds on a GPU, counted on tensors that have no memory.
+"""Launches, operations, traffic and memory of a training step on a GPU, counted on tensors without memory.
 
 OneBase's own trainer, and transformers with PEFT as TRL runs them, both at the shape of an 8B in NF4. What a
 GPU would take for it is predicted from what is counted; nothing of it was measured on one.
@@ -37,7 +37,8 @@ from onebase_server.routing.capacity import BANDWIDTHS, BEST, LAUNCH, REACHED, W
 
 META = torch.device("meta")
 ROWS, TOKENS, RANK = 16, 512, 16
-"""Of a step: rows, tokens of each, all of them supervised, and the adapter's rank, on all linear layers."""
+"""Size of a step: rows, tokens of each, all of them supervised, and the adapter's rank, on all linear
+layers."""
 RATES = {
     "bf16": (0.7 * 989e12, 0.5 * 989e12),
     "fp32": (0.7 * 67e12, 0.35 * 67e12),
@@ -60,7 +61,8 @@ class Op:
     moved: float
 
     def seconds(self, case: int) -> float:
-        """On an H100, BEST or WORST; kernels follow each other as in a CUDA graph, or the host is late."""
+        """Return the seconds on an H100, BEST or WORST; kernels follow each other as in a CUDA graph, or the
+        host is late."""
         computed = self.flops / RATES[self.kind][case] if self.flops else 0.0
         bandwidth = BANDWIDTHS["h100"] * 1e9 * REACHED[case]
         return max(computed, self.moved / bandwidth) + self.launches * LAUNCH[case][0]
@@ -202,7 +204,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """As `fuse_gates` has them."""
+    """Gates as `fuse_gates` computes them."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, counted: Counted) -> torch.Tensor:
@@ -221,7 +223,7 @@ class _Gate(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """As `fuse_rotations` has them."""
+    """Rotations as `fuse_rotations` computes them."""
 
     @staticmethod
     def forward(
@@ -245,7 +247,7 @@ class _Rotation(torch.autograd.Function):
 
 
 class _Kernels:
-    """In place of Triton's, which have nothing to try on tensors without memory."""
+    """Stand-ins for Triton's kernels, which have nothing to try on tensors without memory."""
 
     def __init__(self, counted: Counted) -> None:
         self._counted = counted
@@ -436,8 +438,9 @@ class _TiledHead(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a step: kernels, of them those of a layer; waits for the device; operations and bytes moved, by
-    kind; bytes held at the peak beside base, adapter and optimizer. seconds: at best and at worst."""
+    """Cost of a step: kernels, and those of a layer among them; waits for the device; operations and bytes
+    moved, by kind; bytes held at the peak beside base, adapter and optimizer. seconds: at best and at
+    worst."""
 
     launches: float
     layer: float
@@ -454,7 +457,7 @@ class Cost:
 
 
 def cost(step: Callable[[int], Counted]) -> Cost:
-    """From steps of two layers and of three. step: of so many layers."""
+    """Return the cost of the whole model from steps of two layers and of three. step: of so many layers."""
     layers: int = bases.SHAPES["8b"]["num_hidden_layers"]
     two, three = step(2), step(3)
 
@@ -503,7 +506,7 @@ memory."""
 
 
 def predict(found: Findings) -> None:
-    """What a step would take on a GPU that nobody ran it on. The optimizer's 1 to 3 ms are left out."""
+    """Predict a step on a GPU that nobody ran it on. The optimizer's 1 to 3 ms are left out."""
     title = (
         f"PREDICTED for an H100, not measured: steps of {ROWS} rows of {TOKENS} tokens, an 8B, rank {RANK}"
     )

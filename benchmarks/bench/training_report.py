@@ -44,7 +44,7 @@ def _ratio(first: TrainFigures | None, one: TrainFigures) -> str:
 
 
 def rich_table(rows: Sequence[Sequence[str]], title: str) -> Table:
-    """For the terminal."""
+    """Return the table for the terminal."""
     table = Table(title=title, box=SIMPLE_HEAD)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
@@ -54,7 +54,7 @@ def rich_table(rows: Sequence[Sequence[str]], title: str) -> Table:
 
 
 def training_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """For train.md."""
+    """Return the table for train.md."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"

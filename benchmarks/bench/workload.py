@@ -1,4 +1,4 @@
-"""What is asked of every target: the same prompts, the same adapters, the same lengths."""
+"""Workload of every target: the same prompts, the same adapters, the same lengths."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ class Scenario:
     repeats: int = 1
     """Requests in a row, which steady the figures of one stream."""
     points: tuple[tuple[str, int], ...] = ()
-    """Where it stands on the axes of sweeps."""
+    """Position on the axes of sweeps."""
     copies: bool = False
     """Prompts hold a passage twice and begin it once more, so that the text goes on as the prompt did."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """What is asked of one start of a target."""
+    """Scenarios of one start of a target."""
 
     key: str
     ranks: tuple[int, ...]
-    """Of its adapters a0, a1, ..."""
+    """Ranks of its adapters a0, a1, ..."""
     scenarios: tuple[Scenario, ...]
     only: frozenset[str] | None = None
     """Targets that are asked; None: all."""
     every_round: bool = False
-    """Else in the first `--sweep-rounds`."""
+    """Whether it is asked in every round, or only in the first `--sweep-rounds`."""
     drafts: bool = False
     """Whether OneBase and llama.cpp may guess tokens from the text."""
 
@@ -74,7 +74,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the loads have in common. prompt_tokens, tokens: of each stream."""
+    """Values that the loads have in common. prompt_tokens, tokens: of each stream."""
 
     streams: int = 16
     adapters: int = 8
@@ -97,7 +97,7 @@ class Shape:
 SWEEPS = ("streams", "adapters", "rank", "prompt", "copy", "neighbours")
 LONG_PROMPT = 1000
 FEW_TOKENS = 16
-"""After a long prompt: how long the first takes is the question."""
+"""Number of tokens after a long prompt, where the time to the first one is the question."""
 SMALL_RANK, GREAT_RANK = 8, 128
 
 
@@ -116,7 +116,7 @@ def main_block(shape: Shape) -> Block:
 
 
 def sweep_blocks(shape: Shape, sweeps: Collection[str]) -> list[Block]:
-    """What the sweeps ask beyond the main block."""
+    """Return the blocks that the sweeps ask beyond the main block."""
     names, streams, many = shape.names, shape.streams, f"{shape.streams} streams"
     more: list[Scenario] = []
     if "streams" in sweeps:
@@ -151,7 +151,7 @@ def sweep_blocks(shape: Shape, sweeps: Collection[str]) -> list[Block]:
 
 
 def _neighbours(shape: Shape) -> list[Block]:
-    """What a row of a great rank costs those of a small one, and what loaded adapters cost the base.
+    """Return blocks for the cost of a large rank to small ones, and of loaded adapters to the base.
 
     One load after the other, since machines change their speed within minutes.
     """

@@ -118,7 +118,7 @@ OPENINGS = (
 
 
 def rows(sentences: dict[str, list[str]], part: int, count: int, seed: int) -> list[dict[str, str]]:
-    """As many rows of each label, none twice."""
+    """Return the same number of rows for each label, none twice."""
     rng = random.Random(seed)
     made = []
     for label, ways in sentences.items():

@@ -35,7 +35,7 @@ def questions() -> tuple[list[str], list[str]]:
 
 
 def plain_answers(asked: list[str], batch: int = 16) -> list[str]:
-    """What the base answers, greedily, in plain English."""
+    """Return the base's answers, greedy and in plain English."""
     folder = fetch_default_base()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)

@@ -1,4 +1,4 @@
-"""Whom a request comes from, by its API key, and what that caller may do."""
+"""Authentication by API key: the caller of a request, and what it may do."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from onebase_server.errors import ForbiddenError, UnauthenticatedError, Unavaila
 from onebase_server.storage import storage_errors
 
 Access = Scope | Literal["any", "open", "metrics"]
-"""What a route needs: a scope, any valid key, or nothing; `metrics`: nothing if the server's settings say so,
-else `admin`."""
+"""Requirement of a route: a scope, any valid key, or nothing. `metrics` needs no key if the settings say so,
+else the scope `admin`."""
 KEY_SECONDS = 1.0
 """A server knows of a new, a revoked or another key after this time at the latest."""
 _ANSWER_SECONDS = 5.0
@@ -39,19 +39,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Caller:
-    """Whom a request comes from. `key`: the key's id; "" where no keys are needed."""
+    """The caller of a request. `key` is the key's id, or "" where no keys are needed."""
 
     key: str
     tenant: str
     scopes: frozenset[Scope]
     priority: int = 0
-    """Of its requests: each step doubles their share of a busy engine."""
+    """Priority of its requests: each step doubles their share of a busy engine."""
     background: bool = False
-    """Whether they only fill what others leave free: rows of a batch."""
+    """Whether its requests only use capacity that other requests leave free, as those of a batch do."""
 
     @property
     def is_admin(self) -> bool:
-        """Whether it operates this server; an admin may do everything that other scopes allow, too."""
+        """Return True if it operates this server; an admin may do everything that other scopes allow, too."""
         return "admin" in self.scopes
 
     def may(self, access: Access) -> bool:
@@ -59,19 +59,20 @@ class Caller:
 
 
 LOCAL = Caller("", DEFAULT_TENANT, frozenset({"admin"}))
-"""Who calls a server that needs no keys."""
+"""The caller of every request to a server that needs no keys."""
 NOBODY = Caller("", "", frozenset())
-"""Who asks an open route."""
+"""The caller of an open route."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on `host`."""
+    """Return True if only this machine reaches what listens on `host`."""
     address = ip_address(host)
     return host == "localhost" if address is None else address.is_loopback
 
 
 def ip_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """None where the name is no address; told by its look where it can be, since parsing is slow."""
+    """Return the address, or None if the name is not one. What cannot be one is not parsed, since that is
+    slow."""
     if ":" not in name and not name[-1:].isdigit():
         return None
     try:
@@ -106,7 +107,8 @@ class KeyRing:
         self._notes: set[asyncio.Task[None]] = set()
 
     def caller(self, authorization: Sequence[str], api_key: Sequence[str] = ()) -> Caller:
-        """Whom a request's headers of these names mean, by the keys as of the last look.
+        """Return the caller that a request's `Authorization` and API key headers name, by the keys as last
+        read.
 
         Raises UnauthenticatedError.
         """
@@ -123,8 +125,9 @@ class KeyRing:
         return _caller(record)
 
     async def caller_of(self, key_id: str) -> Caller:
-        """Whom a key's id means, for what goes on after the request that brought the key; "": whoever called
-        while no key was needed. Raises UnauthenticatedError, UnavailableError.
+        """Return the caller that a key's id names, for work that outlives the request that brought the key.
+
+        "" stands for a caller that needed no key. Raises UnauthenticatedError, UnavailableError.
         """
         if key_id == "":
             return LOCAL
@@ -135,12 +138,13 @@ class KeyRing:
         return _caller(record)
 
     def quotas_of(self, caller: Caller) -> tuple[Quotas, Quotas]:
-        """Those of the caller's key and of its tenant, as of the last look."""
+        """Return the quotas of the caller's key and of its tenant, as last read."""
         record = self._keys.get(caller.key)
         return Quotas() if record is None else record.quotas, self._quotas.get(caller.tenant, Quotas())
 
     async def still_valid(self, caller: Caller) -> bool:
-        """Whether a caller whose answer takes long may have the rest of it. Raises UnavailableError."""
+        """Return True if a caller whose answer takes long may have the rest of it. Raises
+        UnavailableError."""
         if caller.key == "":
             await self.look()
             return self.is_open
@@ -159,12 +163,12 @@ class KeyRing:
 
     @property
     def is_open(self) -> bool:
-        """Whether no key is needed, since there has never been one."""
+        """Return True if no key is needed, since there has never been one."""
         return self._open_without_keys and not self._keys
 
     @property
     def known(self) -> bool:
-        """Whether there has ever been a key, as of the last look."""
+        """Return True if there has ever been a key, as of the last look."""
         return bool(self._keys)
 
     # ---- for operators -----------------------------------------------------------------------
@@ -211,7 +215,8 @@ class KeyRing:
     async def change(
         self, key_id: str, quotas: Mapping[str, int | None] | None, priority: int | None
     ) -> ApiKey:
-        """As ApiKeys.change. Raises UnknownKeyError, InvalidRequestError, UnavailableError."""
+        """Change a key as ApiKeys.change does. Raises UnknownKeyError, InvalidRequestError,
+        UnavailableError."""
         with storage_errors():
             changed = await self._threads.run(self._registry.change, key_id, quotas, priority)
         self.doubt()
@@ -225,13 +230,15 @@ class KeyRing:
             return [await self._threads.run(self._tenants.one, caller.tenant)]
 
     async def check_room(self, caller: Caller, more: int) -> None:
-        """Whether its tenant may keep so many bytes more. Raises QuotaExceededError, UnavailableError."""
+        """Raise QuotaExceededError if the tenant may not store so many bytes more. Raises
+        UnavailableError."""
         if self.quotas_of(caller)[1].bytes is not None:
             with storage_errors():
                 await self._threads.run(self._tenants.check_bytes, caller.tenant, more)
 
     async def set_quotas(self, tenant: str, changes: Mapping[str, int | None]) -> TenantRecord:
-        """As Tenants.set_quotas. Raises InvalidRequestError, UnavailableError."""
+        """Change a tenant's quotas as Tenants.set_quotas does. Raises InvalidRequestError,
+        UnavailableError."""
         with storage_errors():
             changed = await self._threads.run(self._tenants.set_quotas, tenant, changes)
         self.doubt()
@@ -259,12 +266,12 @@ class KeyRing:
             await asyncio.shield(self._looking)
 
     def doubt(self) -> None:
-        """What was changed up to now, here or elsewhere, is not known yet: the next look reads."""
+        """Make the next look read the registry, since it was changed here or elsewhere."""
         self._changed_at = time.monotonic()
 
     @property
     def fresh(self) -> bool:
-        """Whether the last look is still good, so that `refresh` would not wait."""
+        """Return True if the last look is still good, so that `refresh` would not wait."""
         return self._looked_at >= self._oldest()
 
     def _oldest(self) -> float:

@@ -30,21 +30,21 @@ class Backoff:
     longest: float
 
     def pause(self, failures: int) -> float:
-        """What follows so many failures in a row; the first failure is 1."""
+        """Return the pause after so many failures in a row, in seconds; the first failure is 1."""
         doublings = min(failures - 1, 64)
         return min(self.longest, self.first * 2.0**doublings)
 
     def pauses(self) -> Iterator[float]:
-        """Those after the first failure, the second, and so on without end."""
+        """Yield the pauses after the first failure, the second, and so on without end."""
         return map(self.pause, itertools.count(1))
 
     def tries(self, most: int) -> Iterator[float | None]:
-        """For each of `most` tries the pause that follows its failure; None for the last."""
+        """Return the pause after each of `most` tries that fails; None after the last."""
         return itertools.chain(itertools.islice(self.pauses(), most - 1), (None,))
 
 
 AGAIN = Backoff(1.0, 60.0)
-"""Before work that must go on begins again."""
+"""Pause, in seconds, before work that must continue begins again."""
 
 
 async def keep_running(name: str, work: Callable[[], Awaitable[None]], backoff: Backoff = AGAIN) -> None:
@@ -62,7 +62,7 @@ async def keep_running(name: str, work: Callable[[], Awaitable[None]], backoff: 
 
 
 class TurnBudget:
-    """How much one turn of the event loop may compute for all requests together; the rest goes to threads.
+    """Limit of what one turn of the event loop computes for all requests together; the rest goes to threads.
 
     A limit for each request alone would not bound a turn in which many requests are ready.
     """
@@ -85,7 +85,8 @@ class TurnBudget:
 
 
 class Threads:
-    """At most `most` calls at once, each in a daemon thread of its own: none holds up the process's end.
+    """Threads for at most `most` calls at once, each in a daemon thread of its own that does not delay the
+    process's end.
 
     Tenants take turns, however many calls each of them has waiting, and one tenant has at most `each` calls
     running (by default all of them). Made and used in one event loop.
@@ -198,8 +199,8 @@ class RegistryThreads(Threads):
         self._subscribers.append(subscriber)
 
     async def write(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """As `run`, for a call that changes the registry. Raises also what a subscriber raises: the message
-        says then that the change was made."""
+        """Run a call that changes the registry, as `run` does. An error of a subscriber is raised with a
+        message that says that the change was made."""
         result = await self.run(call, *args, **kwargs)
         try:
             for subscriber in self._subscribers:

@@ -235,7 +235,7 @@ def _on_registry(
     arguments: argparse.Namespace,
     work: Callable[[ApiKeys, Tenants, Console, Console], None],
 ) -> int:
-    """Do it, given the terminal and what results go to. The exit status: 0, or 1 with the reason."""
+    """Do the work, given the terminal and the output. Returns the exit status: 0, or 1 with the reason."""
     from onebase_server.console import print_failure
     from onebase_server.storage import StorageError, keep_private, open_keys
 
@@ -403,7 +403,7 @@ def _default(item: Any) -> str:
 
 
 def checked(parse: Any) -> Any:
-    """As the `type` of an option: what raises SettingsError is a wrong value."""
+    """Return `parse` as the `type` of an option: argparse reports its SettingsError as a wrong value."""
 
     def convert(text: str) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""What the person who starts the server sees: progress while it loads, then a summary."""
+"""Terminal output for the person who starts the server: progress while it loads, then a summary."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def readable_bytes(count: float) -> str:
 
 
 class LoadingDisplay:
-    """What is being done: a bar on a terminal, a line per stage in a log. A context manager."""
+    """Progress of the start: a bar on a terminal, a line per stage in a log. A context manager."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -66,7 +66,7 @@ class LoadingDisplay:
         self.close()
 
     def close(self) -> None:
-        """Take the bars away; may be called more than once."""
+        """Remove the bars; may be called more than once."""
         if self._live:
             self._progress.stop()
 
@@ -86,7 +86,7 @@ class LoadingDisplay:
 
 
 def console_is_built() -> bool:
-    """Whether the package has the page that /console serves."""
+    """Return True if the package has the page that /console serves."""
     return (files(onebase_server) / "web" / "index.html").is_file()
 
 
@@ -145,7 +145,7 @@ def _adapter_lines(catalog: Catalog) -> list[str]:
 
 
 def print_keys(console: Console, keys: Sequence[ApiKey]) -> None:
-    """A line for each key, or a block where lines would not fit, without what is secret."""
+    """Print a line for each key, or a block where lines would not fit, without what is secret."""
     titles = ("id", "tenant", "scopes", "state", "expires", "last used", "quotas", "name")
     table = Table(*titles, box=None, pad_edge=False, header_style="bold")
     blocks = Table.grid(padding=(0, 2, 0, 0))
@@ -165,7 +165,7 @@ def print_keys(console: Console, keys: Sequence[ApiKey]) -> None:
 
 
 def print_tenants(console: Console, tenants: Sequence[TenantRecord]) -> None:
-    """A line for each tenant: what it may, and what it has."""
+    """Print a line for each tenant: its quotas, and what it uses."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("tenant", "quotas", "adapters", "bytes", "trained this month"):
         table.add_column(title, overflow="fold")
@@ -197,7 +197,7 @@ def print_failure(console: Console, message: str) -> None:
 
 
 def address_error(settings: Settings, error: OSError) -> str:
-    """Why the server cannot listen, and the way out."""
+    """Return a sentence that says why the server cannot listen, and the way out."""
     return (
         f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. "
         "Choose another address with --host and --port."

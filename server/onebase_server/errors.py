@@ -1,4 +1,4 @@
-"""What can go wrong for a caller, and the one table that turns it into HTTP (OpenAI's error shape).
+"""Errors that callers see, and the one table that turns them into HTTP (OpenAI's error shape).
 
 OneBaseError
 ├── InvalidRequestError        the request names a field that must change
@@ -55,9 +55,9 @@ class OneBaseError(Exception):
         self.param = param
         self.retry_after = retry_after
         self.details: dict[str, Any] = {}
-        """More fields for the error's object."""
+        """Further fields of the error's object."""
         self.body: dict[str, Any] = {}
-        """More fields for the body, next to the error's object."""
+        """Further fields of the body, next to the error's object."""
         self.headers: dict[str, str] = {}
 
     def fresh(self) -> Self:
@@ -221,7 +221,7 @@ class UnknownBatchError(OneBaseError):
 
 
 class ConflictError(OneBaseError):
-    """What the request names is in a state that does not allow it."""
+    """Conflict of the request with the state of what it names."""
 
 
 class StaleActivationError(ConflictError):
@@ -277,7 +277,8 @@ class RateLimitError(OneBaseError):
 
 
 class QuotaExceededError(OneBaseError):
-    """As RateLimitError, but the same request will be refused again: clients are told not to repeat it."""
+    """A refusal like RateLimitError's that waiting does not end: clients are asked not to repeat the
+    request."""
 
     def __init__(self, message: str, of: dict[str, Any]) -> None:
         super().__init__(message, code="insufficient_quota")

@@ -60,12 +60,12 @@ placed as `onebase route` does it. A prediction: no GPU was measured.
   onebase estimate --serve --base meta-llama/Llama-3.1-8B --gpu h100 --adapters 1000 --requests 20
 """
 _BANDWIDTH_SHARE = REACHED[WORST]
-"""Of what a data sheet says, or a copy reaches, that a decode step is taken to reach."""
+"""Share of the bandwidth, as a data sheet or a copy shows it, that a decode step is assumed to reach."""
 _LAYER_SECONDS = {"cuda": 0.25e-3, "cpu": 0.06e-3}
 """Python's part of a step, by layer: 8 ms of 30 layers, as measured on a CPU, where no CUDA graph spares it;
 1.8 ms where layers are recorded (docs/performance.md)."""
 _BLOCKSIZE = 64
-"""Of 4-bit weights, as the server quantizes them unless said otherwise."""
+"""Number of 4-bit weights per quantization block, as the server quantizes by default."""
 _PROBE_BYTES = 256 << 20
 
 
@@ -208,7 +208,7 @@ def _estimate(options: argparse.Namespace) -> int:
 
 
 def _figures(options: argparse.Namespace) -> tuple[BaseFigures, int]:
-    """Of the base, and the bytes of one adapter in memory. Raises BaseError, UsageError."""
+    """Return the base's figures, and the bytes of one adapter in memory. Raises BaseError, UsageError."""
     import torch
 
     from onebase_adapters.training.estimate import adapter_parameters

@@ -11,7 +11,7 @@ PROOF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0
 
 
 class Histogram:
-    """How many values were at most each of the bounds. For one thread.
+    """Count of values up to each of the bounds. For one thread.
 
     prometheus_client's takes a lock and a walk over the bounds for each value, six times as long: too much
     for one value a token.

@@ -1,4 +1,4 @@
-"""What is counted and timed of requests, adapters and proofs as they go; `metrics.py` tells it."""
+"""Counters and durations of requests, adapters and proofs, which `metrics.py` exports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHOICES = (1, 2, 5, 10, 20)
 
 @dataclass
 class AdapterUse:
-    """What one tenant has had from one adapter since the start."""
+    """Requests and tokens of one tenant with one adapter since the start."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -40,10 +40,10 @@ class AdapterUse:
 
 
 class RequestMeasurements:
-    """Of all requests for text that the engine was given, since the start.
+    """Measurements of all requests for text that the engine was given, since the start.
 
-    Rows of batches wait as long as others run. They would say nothing in the histograms, and are left out of
-    these and of `finished`.
+    Sequences of batches wait as long as others run. They would say nothing in the histograms, and are left
+    out of these and of `finished`.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class RequestMeasurements:
         """Choices by how they ended, in vLLM's words: `stop`, `length`, `abort`, `error`."""
         self.first_token = Histogram(FIRST_TOKEN_SECONDS)
         self.token_gap = Histogram(TOKEN_SECONDS)
-        """From one output of a row to its next."""
+        """Time, in seconds, from one output of a sequence to the next."""
         self.per_token = Histogram(TOKEN_SECONDS)
         """Mean of a request after its first token."""
         self.whole = Histogram(REQUEST_SECONDS)
@@ -103,7 +103,8 @@ class RequestMeasurements:
         return self._uses.setdefault(key, AdapterUse())
 
     def uses(self, known: Callable[[str, str], bool]) -> Iterator[tuple[str, str, AdapterUse]]:
-        """By tenant and adapter, "" being the base. What is not `known` any more is forgotten."""
+        """Yield uses by tenant and adapter, "" being the base. Those that are not `known` any more are
+        dropped."""
         for (tenant, adapter), use in list(self._uses.items()):
             if not adapter or (tenant, adapter) == (OTHERS, OTHERS) or known(tenant, adapter):
                 yield tenant, adapter, use

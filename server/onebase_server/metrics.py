@@ -1,4 +1,4 @@
-"""What Prometheus is told, collected when it asks: vLLM's names first, which dashboards and gateways know.
+"""Prometheus metrics, collected at each scrape: vLLM's names first, which dashboards and gateways know.
 
 Labels are names of adapters and tenants that the registry has, up to a limit, and words of our own: never
 what a client has merely sent.
@@ -29,7 +29,7 @@ from onebase_server.processes.supervisor import EngineState, EngineSupervisor
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MOST_LOADED = 256
-"""Versions in memory that are told by name: the most recently used."""
+"""Largest number of versions in memory that are reported by name: the most recently used."""
 _ENGINE = "0"
 """vLLM's label of the engine: there is one."""
 _TIERS = ("slot", "host", "disk")
@@ -351,7 +351,7 @@ class _Collected:
 
 
 def render(metrics: list[Metric]) -> bytes:
-    """Prometheus' text of what Metrics.collect gave. In any thread."""
+    """Return the text of Metrics.collect's result for Prometheus. In any thread."""
     registry = CollectorRegistry(auto_describe=False)
     for metric in metrics:
         if isinstance(metric, _TrainerMemory):
@@ -361,7 +361,7 @@ def render(metrics: list[Metric]) -> bytes:
 
 
 def _load(stats: Stats | None) -> tuple[int, int, float]:
-    """Rows that run, rows that wait, without batches', and the part of the KV cache that is in use."""
+    """Return the running and the waiting sequences, without batches', and the used part of the KV cache."""
     if stats is None:
         return 0, 0, 0.0
     total = stats.kv_blocks_total
@@ -389,7 +389,8 @@ def _histogram(
 
 
 def private_memory(pid: int) -> int:
-    """Bytes that a process has for itself; 0 when it has ended. What it shares, as the base, is left out."""
+    """Return the private memory of a process in bytes; 0 after its end. Shared memory, as the base, is left
+    out."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

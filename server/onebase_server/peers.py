@@ -16,16 +16,17 @@ from onebase_server.background import Threads
 from onebase_server.quotas import Limiter
 
 LEASE_SECONDS = 30.0
-"""A process that has not renewed its lease for so long is taken for dead."""
+"""Time, in seconds, without a renewal of its lease after which a process counts as dead."""
 _RENEWED_IN = 1 / 6
 """Part of a lease after which it is renewed."""
 _GIVEN_UP_IN = 2 / 3
-"""Part of it without a renewal after which a server ends its trainers: soon others will take their jobs."""
+"""Part of the lease without a renewal after which a server ends its trainers, since others may take over its
+jobs."""
 _WATCHED_IN = 1 / 30
 SHARE_SECONDS = 0.5
-"""From one exchange of what was let in to the next."""
+"""Time, in seconds, between two exchanges of admitted requests."""
 _OVERLAP_SECONDS = 5.0
-"""What is read again each time: it may have been written before the last look, and not been there yet."""
+"""Time, in seconds, that is read again each time: what was written in it may not have been visible yet."""
 _FORGET_SECONDS = 60.0
 _LEAVE_SECONDS = 5.0
 
@@ -33,11 +34,11 @@ _log = logging.getLogger(__name__)
 
 
 class LeaseHolder(Protocol):
-    """What runs under a lease: `jobs.scheduler.JobScheduler`."""
+    """Holder of a lease: `jobs.scheduler.JobScheduler`."""
 
     @property
     def runs_jobs(self) -> bool:
-        """Whether this process runs the jobs of its data folder."""
+        """Return True if this process runs the jobs of its data folder."""
         ...
 
     def room(self) -> int:
@@ -45,8 +46,8 @@ class LeaseHolder(Protocol):
         ...
 
     def lease_lost(self) -> None:
-        """The lease was not renewed in time: others may take over what runs here. Never called where there
-        are none."""
+        """Handle the loss of the lease: others may take over what runs here. Never called where there are
+        none."""
         ...
 
 
@@ -72,13 +73,13 @@ class Peers:
 
     @property
     def are_alive(self) -> bool:
-        """Whether another server, of any base, shares the registry now."""
+        """Return True if another server, of any base, shares the registry now."""
         return any(one.alive for one in self._others)
 
     @property
     def have_been(self) -> bool:
-        """Whether another data folder's server of this base was ever there: it may take over what runs here,
-        or leave something."""
+        """Return True if another data folder's server of this base was ever there: it may take over what runs
+        here, or leave something."""
         return any(one.same_base and one.server != self.server for one in self._others)
 
     @property
@@ -89,7 +90,7 @@ class Peers:
 
     @property
     def holds_lease(self) -> bool:
-        """Whether nobody may have taken over what runs here."""
+        """Return True if nobody may have taken over what runs here."""
         return not self._is_lost
 
     def tell_room(self, room: int) -> None:
@@ -126,7 +127,7 @@ class Peers:
             self._renewed_at, self._told_room, self._is_lost = began, room, False
 
     async def _keep_watch(self, holder: LeaseHolder) -> None:
-        """By this machine's clock: the database may not answer at all."""
+        """Notice a lost lease by this machine's clock, since the database may not answer at all."""
         while True:
             await asyncio.sleep(self._lease * _WATCHED_IN)
             late = time.monotonic() - self._renewed_at > self._lease * _GIVEN_UP_IN
@@ -148,7 +149,7 @@ class Peers:
 
 
 class QuotaSharing:
-    """Tells other servers what this one lets in of quotas, and hears what they do. For one event loop.
+    """Exchange of admitted requests with other servers, for quotas. For one event loop.
 
     Nothing is written or read while no other server lives, or nobody has a quota. While the registry is away,
     what was heard last counts on, until it is a minute old.

@@ -6,7 +6,7 @@ from collections import Counter
 
 
 class QueueShares:
-    """How many places of a queue each tenant takes.
+    """Number of places in a queue that each tenant has.
 
     One tenant may take them all. When none are left, a tenant that has fewer than an equal part of them (by
     the number of tenants in the queue, itself counted) may still take more, up to that part, and one in any
@@ -19,7 +19,7 @@ class QueueShares:
         self.total = 0
 
     def has_room(self, tenant: str, places: int, limit: int) -> bool:
-        """Whether a tenant may take so many places more."""
+        """Return True if a tenant may take so many places more."""
         if self.total + places <= limit:
             return True
         tenants = len(self.taken) + (tenant not in self.taken)

@@ -1,14 +1,14 @@
-"""How much one key and one tenant may ask for at once and in a minute, on all servers of a registry together.
+"""Quotas of a key and of a tenant, at once and in a minute, on all servers of a registry together.
 
-A minute is any 60 seconds, not one that begins with the clock's: what was let in counts for 60 seconds from
-then on. A request is charged its prompt and the most that it may generate; when it ends, its charge becomes
-what was computed, as if that had been known from the beginning.
+A minute is any 60 seconds, not one that begins with the clock's: an admitted request counts for 60 seconds
+from then on. A request is charged its prompt and the most that it may generate; when it ends, its charge
+becomes what was computed, as if that had been known from the beginning.
 
-Each server counts what it lets in, and adds what the others say they let in (`peers.QuotaSharing`), which it
-heard a moment ago: a request waits for no database.
+Each server counts what it admits, and adds what the others last reported (`peers.QuotaSharing`): a request
+waits for no database.
 
-Rows of batches are counted like requests, and let in only while less than half of a quota is used: the rest
-is left to requests that somebody waits for.
+Rows of batches are counted like requests, and admitted only while less than half of a quota is used: the
+rest is left to requests that somebody waits for.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from onebase_server.errors import OneBaseError, QuotaExceededError, RateLimitErr
 
 WINDOW_SECONDS = 60.0
 ROWS_RETRY_SECONDS = 1.0
-"""When rows will be free is not known: others' requests end when they end."""
+"""Suggested wait, in seconds, for free sequences; the real time depends on others' requests."""
 Rate = Literal["requests", "tokens"]
 _RATES: tuple[Rate, ...] = get_args(Rate)
 _LEAST_KEPT = 64
 """Accounts among which none is looked for that is idle."""
 _ROWS_AGAIN_SECONDS = 20.0
-"""Rows that run count on other servers for a minute after they were told; so often they are told again."""
+"""Time, in seconds, between two reports of running sequences, which count on other servers for a minute."""
 
 
 @dataclass
 class Charge:
-    """What one request counts, from when on. counted: whether its window still has it."""
+    """Charge of one request, and its time. counted: whether its window still has it."""
 
     at: float
     amount: int
@@ -47,14 +47,14 @@ class Charge:
 
 
 class Window:
-    """What was let in during the last 60 seconds. Times are seconds of one clock, and never go back."""
+    """Charges of the last 60 seconds. Times are seconds of one clock, and never go back."""
 
     def __init__(self) -> None:
         self.total = 0
         self._charges: deque[Charge] = deque()
 
     def forget(self, now: float) -> None:
-        """Let go of what is 60 seconds old."""
+        """Drop charges that are 60 seconds old."""
         while self._charges and self._charges[0].at <= now - WINDOW_SECONDS:
             charge = self._charges.popleft()
             charge.counted = False
@@ -68,7 +68,7 @@ class Window:
         return charge
 
     def correct(self, charge: Charge, amount: int, now: float) -> None:
-        """The request used `amount`. What is given back was never charged; what is more counts from now."""
+        """Correct a charge to `amount`. A decrease counts as never charged; an increase counts from now."""
         more = amount - charge.amount
         if more > 0:
             self.add(more, now)
@@ -77,11 +77,12 @@ class Window:
             self.total += more
 
     def seconds_until(self, most: int, now: float) -> float:
-        """Until the total is at most that, if nothing else is let in or given back."""
+        """Return the seconds until the total is at most that, if nothing else is admitted or given back."""
         return _seconds_until((self,), most, now)
 
     def by_second(self, now: float) -> tuple[tuple[float, int], ...]:
-        """(age, amount) of what is in it, oldest first; what came within a second has its youngest's age."""
+        """Return (age, amount) of the charges, oldest first; those within a second have the youngest one's
+        age."""
         self.forget(now)
         found: dict[int, tuple[float, int]] = {}
         for charge in self._charges:
@@ -92,7 +93,7 @@ class Window:
 
 
 def _seconds_until(windows: Sequence[Window], most: int, now: float) -> float:
-    """As `Window.seconds_until`, of the sum of several."""
+    """Return `Window.seconds_until` for the sum of several windows."""
     left = sum(window.total for window in windows)
     if 2 * most < left:  # as for what is told with each answer: the newest decides
         kept = 0
@@ -119,7 +120,7 @@ def _newest_first(charge: Charge) -> float:
 
 @dataclass
 class _Elsewhere:
-    """What another server said that it has let in. until: when its rows count no longer."""
+    """Charges that another server reported. until: time at which its sequences stop counting."""
 
     windows: dict[Rate, Window]
     rows: int
@@ -128,13 +129,13 @@ class _Elsewhere:
 
 @dataclass
 class Account:
-    """What one key or one tenant has going: here, and on other servers as far as they have told."""
+    """Current use of one key or one tenant: here, and on other servers as far as they have reported."""
 
     requests: Window = field(default_factory=Window)
     tokens: Window = field(default_factory=Window)
     rows: int = 0
     changed: bool = False
-    """Whether other servers have not been told of all of it."""
+    """Whether a change has not been reported to other servers yet."""
     told_at: float = -math.inf
     _elsewhere: dict[str, _Elsewhere] = field(default_factory=dict)
 
@@ -162,7 +163,7 @@ class Account:
     # ---- with what others let in -------------------------------------------------------------
 
     def total(self, rate: Rate, now: float) -> int:
-        """What the last 60 seconds have."""
+        """Return the total of the last 60 seconds."""
         total = 0
         for window in self._windows(rate):
             window.forget(now)
@@ -181,12 +182,12 @@ class Account:
         return [own, *(one.windows[rate] for one in self._elsewhere.values())] if self._elsewhere else (own,)
 
     def tell(self, kind: str, name: str, now: float) -> QuotaUse:
-        """For other servers: what this one has let in."""
+        """Return what this server has admitted, for other servers."""
         self.changed, self.told_at = False, now
         return QuotaUse(kind, name, self.requests.by_second(now), self.tokens.by_second(now), self.rows)
 
     def hear(self, process: str, use: QuotaUse, now: float) -> None:
-        """What another process of a server has let in takes the place of what it said before."""
+        """Replace what another process of a server reported before."""
         for silent in [one for one, told in self._elsewhere.items() if told.until <= now]:
             del self._elsewhere[silent]
         until = now - use.age + WINDOW_SECONDS
@@ -203,7 +204,7 @@ class Account:
 
 @dataclass(frozen=True)
 class _Owner:
-    """Whose quotas they are. kind: `key` or `tenant`; name: the key's id or the tenant's name."""
+    """Owner of quotas. kind: `key` or `tenant`; name: the key's id or the tenant's name."""
 
     kind: str
     name: str
@@ -216,7 +217,7 @@ class _Owner:
         return limit
 
     def has_room(self, limit: int, used: int, wanted: int) -> bool:
-        """Whether so much more is within the limit: in the background, within half of it."""
+        """Return True if so much more is within the limit: in the background, within half of it."""
         return used + wanted <= limit and (used == 0 or not self.background or used + wanted <= limit // 2)
 
     @property
@@ -239,12 +240,13 @@ class Limiter:
         self._clock = clock
         self._accounts: dict[tuple[str, str], Account] = {}
         self._in_use: WeakValueDictionary[tuple[str, str], Account] = WeakValueDictionary()
-        """Those in which something counts, and those that a ticket has."""
+        """Accounts in which something counts, and those that a ticket has."""
         self._look_at = _LEAST_KEPT
         """Number of accounts from which on idle ones are looked for."""
 
     def enter(self, caller: Caller, *, resumed: bool = False) -> Ticket:
-        """Before anything of a request is read. It counts as one request until its ticket says otherwise.
+        """Admit a request before anything of it is read. It counts as one request until its ticket says
+        otherwise.
 
         resumed: another server has let it in, and counted it, before that server died.
 
@@ -257,7 +259,7 @@ class Limiter:
     # ---- several servers ---------------------------------------------------------------------
 
     def tell(self) -> list[QuotaUse]:
-        """What has changed here since it was told last, for other servers."""
+        """Return the uses that have changed here since the last report, for other servers."""
         now = self._clock()
         return [
             account.tell(kind, name, now)
@@ -266,18 +268,18 @@ class Limiter:
         ]
 
     def not_told(self, uses: Iterable[QuotaUse]) -> None:
-        """What was to be told has not reached the others: it is told again."""
+        """Mark uses whose report did not reach the others, so that they are reported again."""
         for use in uses:
             self._account(use.kind, use.name).changed = True
 
     def hear(self, uses: Iterable[tuple[str, QuotaUse]]) -> None:
-        """What other processes of servers have let in, each by its id."""
+        """Add the uses that other servers' processes reported, each by the process's id."""
         now = self._clock()
         for process, use in uses:
             self._account(use.kind, use.name).hear(process, use, now)
 
     def _owners(self, caller: Caller) -> list[_Owner]:
-        """Those that have a quota that is counted here."""
+        """Return the owners that have a quota that is counted here."""
         of_key, of_tenant = self._quotas_of(caller)
         owners = []
         for kind, name, quotas in (("key", caller.key, of_key), ("tenant", caller.tenant, of_tenant)):
@@ -304,7 +306,7 @@ class Limiter:
 
 
 class Ticket:
-    """One request's place in the accounts of its key and its tenant, from the door to its end.
+    """Reservation of one request in the accounts of its key and its tenant, from its admission to its end.
 
     resumed: nothing is refused, since the request was let in before; what it computes is charged.
     """
@@ -313,7 +315,7 @@ class Ticket:
         self, owners: Sequence[_Owner], clock: Callable[[], float], *, resumed: bool = False
     ) -> None:
         self.leave: Callable[[], None] | None = None
-        """Set once the request runs: what `close` is to call then."""
+        """Function that `close` is to call instead, set once the request runs."""
         self._owners = owners
         self._clock = clock
         self._resumed = resumed
@@ -323,7 +325,7 @@ class Ticket:
 
     @property
     def most_rows(self) -> int | None:
-        """That may run at once; None is any number."""
+        """Return the largest number of sequences that may run at once; None is any number."""
         limits = [limit for owner in self._owners if (limit := owner.limit("rows")) is not None]
         return min(limits, default=None)
 
@@ -339,7 +341,7 @@ class Ticket:
         self._requests = [owner.account.add("requests", 1, now) for owner in self._owners]
 
     def admit(self, tokens: int, rows: int) -> None:
-        """Set aside what the request may need, or nothing. Raises RateLimitError, QuotaExceededError."""
+        """Reserve what the request may need, or nothing. Raises RateLimitError, QuotaExceededError."""
         now = self._clock()
         for owner in [] if self._resumed else self._owners:
             self._check_rate(owner, "tokens", tokens, now)
@@ -350,7 +352,7 @@ class Ticket:
             owner.account.add_rows(rows)
 
     def rows_ended(self) -> None:
-        """The engine has none of its rows any more."""
+        """Free the reserved sequences after the last of them has ended in the engine."""
         if self._rows:
             for owner in self._owners:
                 owner.account.add_rows(-self._rows)
@@ -371,7 +373,8 @@ class Ticket:
         self._requests = []
 
     def close(self) -> None:
-        """Its connection has nothing more to say or to hear. What never ran gives back all that it had."""
+        """Settle the charges after the connection has ended. A request that never ran gives back all that it
+        had."""
         if self.leave is not None:
             self.leave()
         else:
@@ -442,7 +445,8 @@ class Ticket:
 
 
 def duration(seconds: float) -> str:
-    """As OpenAI writes it: `120ms`, `8.5s`, `1m0s`. Rounded up, so that waiting is enough."""
+    """Return a duration as OpenAI writes it: `120ms`, `8.5s`, `1m0s`. Rounded up, so that waiting is
+    enough."""
     milliseconds = max(0, -int(-seconds * 1000 // 1))
     if milliseconds == 0:
         return "0s"

@@ -168,7 +168,7 @@ def about(
     low: float | None = None,
     high: float | None = None,
 ) -> dict[str, Any]:
-    """What the command line shows about a field of Settings, and the field's limits."""
+    """Return the metadata of a field of Settings: its help on the command line, and its limits."""
     return {"group": group, "help": text, "parse": parse, "metavar": metavar, "low": low, "high": high}
 
 
@@ -651,7 +651,7 @@ class Settings:
         return self.train_jobs if self.gpus == 1 else 0
 
     def engine_config(self, base_folder: str) -> EngineConfig:
-        """What the engine needs to know of these settings, for the base in a local folder."""
+        """Return the engine's part of these settings, for the base in a local folder."""
         shared = {item.name for item in fields(self)} & set(EngineConfig.__struct_fields__)
         given = {name: getattr(self, name) for name in shared} | {"train_jobs": self.trainers}
         return EngineConfig(base_folder=base_folder, **given)
@@ -687,7 +687,7 @@ def environment_name(name: str) -> str:
 
 
 def setting_fields() -> Iterator[tuple[Field[Any], Any]]:
-    """Each field of Settings with its type, in the order of the help text."""
+    """Yield each field of Settings with its type, in the order of the help text."""
     hints = get_type_hints(Settings)
     for item in fields(Settings):
         yield item, hints[item.name]

@@ -1,4 +1,4 @@
-"""From settings to a running server: the base resolved, adapters named, parts wired, the loop run."""
+"""Start of the server from its settings: the base resolved, adapters named, parts wired, the loop run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What outlives the server: the data folder, the registry and the store. Opened, swept, and their errors."""
+"""The data folder, the registry and the store: how they are opened and swept, and their errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _IDENTITY = ("quantization", "blocksize", "double_quant", "compute_dtype", "dtyp
 """Settings that make another base of the same files."""
 
 _GPUS = ("nvidia*", "nvhost*", "dxg", "kfd")
-"""In /dev, on a machine with a GPU: NVIDIA's drivers, Windows' for Linux, AMD's."""
+"""Names of GPU devices in /dev: NVIDIA's drivers, Windows' for Linux, AMD's."""
 
 _OTHERS = 0o077
 _NO_MODES = (errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOTSUP)
@@ -64,7 +64,7 @@ class StorageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Storage:
-    """Where adapters and training files are kept.
+    """Storage of adapters and training files.
 
     base_id: the identity of the base that adapters are bound to. registry_id: that of the registry.
     """
@@ -106,7 +106,7 @@ class Storage:
 
 
 def keep_private() -> None:
-    """What this process and its children write from now on, its owner alone may read: 0600, folders 0700."""
+    """Let only this process's owner read what it and its children write from now on: 0600, folders 0700."""
     os.umask(_OTHERS)
 
 
@@ -133,7 +133,7 @@ def close_to_others(settings: Settings) -> None:
 
 
 def _close_folder(folder: Path, names: Collection[str]) -> list[Path]:
-    """Close what has these names in a folder; the folder too, if it holds nothing else."""
+    """Make these names in a folder private; the folder too, if it holds nothing else."""
     if not folder.is_dir():
         return []
     found = set(os.listdir(folder))
@@ -148,7 +148,7 @@ def _close_folder(folder: Path, names: Collection[str]) -> list[Path]:
 
 
 def _close(paths: Iterable[Path]) -> list[Path]:
-    """Those of the paths that cannot be closed."""
+    """Make paths private, and return those whose mode cannot be changed."""
     still_open = []
     for path in paths:
         try:
@@ -187,7 +187,7 @@ def open_keys(settings: Settings) -> Iterator[tuple[ApiKeys, Tenants]]:
 
 
 def _registry_url(settings: Settings) -> str:
-    """Of the registry; a SQLite file's folder is made. Raises OSError."""
+    """Return the registry's URL; a SQLite file's folder is created. Raises OSError."""
     data = Path(settings.data_dir).expanduser().absolute()
     if not settings.registry:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def _registry_url(settings: Settings) -> str:
 
 
 BACKUP_MARK = ".onebase-backup"
-"""In a folder whose files a backup may replace."""
+"""Name of the file that marks a folder whose files a backup may replace."""
 
 
 def back_up(settings: Settings, target: Path) -> list[str]:
@@ -245,7 +245,7 @@ def back_up(settings: Settings, target: Path) -> list[str]:
 
 
 def _copy_registry(file: Path, target: Path) -> None:
-    """As one transaction sees it. Raises sqlite3.Error, OSError."""
+    """Copy the registry as one transaction sees it. Raises sqlite3.Error, OSError."""
     work = target.with_name(f"{target.name}.part")
     work.unlink(missing_ok=True)
     with (
@@ -257,7 +257,7 @@ def _copy_registry(file: Path, target: Path) -> None:
 
 
 def _copy_files(folder: Path, target: Path, *, skip: bool = False) -> None:
-    """All files but those that vanish meanwhile, and with `skip` those that are there. Raises OSError."""
+    """Copy all files but those that vanish meanwhile, and with `skip` those that exist. Raises OSError."""
     for inside, _, names in os.walk(folder):
         into = target / Path(inside).relative_to(folder)
         into.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -328,7 +328,7 @@ def chosen_device(asked: Device, devices: Path = Path("/dev")) -> Device:
 
 
 def host_memory(settings: Settings) -> int:
-    """Bytes that versions may take in host memory, besides prefixes.
+    """Return the bytes that versions may use in host memory, besides prefixes.
 
     Raises StorageError where the system says no size.
     """
@@ -336,8 +336,8 @@ def host_memory(settings: Settings) -> int:
 
 
 def prefix_memory(settings: Settings) -> int:
-    """Bytes that prefixes may take in host memory once they leave a GPU's KV cache. A CPU's is there itself,
-    and from one that lies on several GPUs none are kept.
+    """Return the bytes that prefixes may use in host memory once they leave a GPU's KV cache. A CPU's cache
+    is in host memory itself, and from a cache on several GPUs none are stored.
 
     Raises StorageError where the system says no size.
     """

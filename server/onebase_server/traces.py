@@ -87,14 +87,14 @@ class Tracing:
 
     @contextmanager
     def span(self, name: str, attributes: Mapping[str, AttributeValue]) -> Iterator[Span]:
-        """A piece of work. What begins within it, tasks too, is its child."""
+        """Open a span. Spans that begin within it, in tasks too, are its children."""
         with self._tracer.start_as_current_span(
             name, attributes=attributes, record_exception=False, set_status_on_exception=False
         ) as span:
             yield span
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Have the app answer within a span, which goes on with the caller's trace if there is one."""
+        """Have the app answer within a span, which continues the caller's trace if there is one."""
         if not self.on or scope["path"] in UNTRACED:
             await app(scope, receive, send)
             return
@@ -137,7 +137,7 @@ class Tracing:
 
 
 class RequestSpans:
-    """What became of one request for text, told once it is over: every span of it has a past."""
+    """Spans of one request for text, all of them exported once it is over."""
 
     def __init__(
         self, tracer: Tracer, parent: Context, job: Job, operation: str, base: str, stream: bool
@@ -150,7 +150,7 @@ class RequestSpans:
         self._stream = stream
 
     def ended(self, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
-        """One span by the conventions, and in it: adapter load, queue, prefill, decode and stream."""
+        """Export one span by the conventions, and in it: adapter load, queue, prefill, decode and stream."""
         now = time.monotonic()
         at = _epoch()
         names = [f"{use.name}@{use.digest[:SHORT_DIGEST]}" for use in self._job.adapter.uses]
@@ -225,7 +225,7 @@ def _operation(route: str) -> str:
 
 
 def _epoch() -> Callable[[float], int]:
-    """From the monotonic clock to nanoseconds since 1970, as it is now."""
+    """Return a function from the monotonic clock to nanoseconds since 1970, as the two are now."""
     offset = time.time_ns() - time.monotonic_ns()
     return lambda moment: int(moment * 1e9) + offset
 

@@ -1,4 +1,4 @@
-"""What tenants use: counted here, written to the registry every few seconds, and told by day."""
+"""Tenants' usage: counted here, written to the registry every few seconds, and reported by day."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from onebase_server.generation.stream import Usage
 from onebase_server.storage import storage_errors
 
 FLUSH_SECONDS = 5.0
-"""From one write to the next: what a killed server loses at most."""
+"""Time, in seconds, between two writes, and so the longest usage that a killed server loses."""
 CLOSE_SECONDS = 10.0
 """Limit for the last write, when the server stops."""
 MOST_WAITING = 50_000
@@ -28,7 +28,7 @@ MOST_WAITING = 50_000
 OTHERS = "*"
 MOST_DAYS = 400
 MOST_ROWS = 50_000
-"""Of one answer."""
+"""Largest number of rows in one answer."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 _log = logging.getLogger(__name__)
@@ -175,7 +175,8 @@ def _day(param: str, text: str) -> datetime.date:
 
 
 def usage_csv(columns: Sequence[str], rows: Sequence[tuple[dict[str, str], Figures]]) -> str:
-    """With a line of titles. A text that a spreadsheet would take for a formula begins with an apostrophe."""
+    """Return the usage as CSV with a line of titles. A text that a spreadsheet would read as a formula begins
+    with an apostrophe."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow((*columns, *FIGURES))

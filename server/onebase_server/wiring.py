@@ -58,22 +58,22 @@ KEY_THREADS = 2
 DISK_THREADS = 8
 PULL_THREADS = 4
 PULL_THREADS_EACH = 2
-"""Pulls that run for one tenant: they may take long, and others find a thread meanwhile."""
+"""Largest number of pulls that run for one tenant: they may take long, and others find a thread meanwhile."""
 
 
 @dataclass(frozen=True)
 class Commands:
-    """What starts the other processes; each gets `--fd N` and `--base-fd N` appended."""
+    """Commands that start the other processes; each gets `--fd N` and `--base-fd N` appended."""
 
     engine: Sequence[str] = ENGINE_COMMAND
     verifier: Sequence[str] = VERIFIER_COMMAND
     trainer: Sequence[str] = TRAINER_COMMAND
     restarts: RestartPolicy = field(default_factory=RestartPolicy)
-    """Of the engine."""
+    """Limits of the engine's restarts."""
 
 
 class _Threads(NamedTuple):
-    """For the registry's calls and for the store's."""
+    """Threads for the registry's calls and for the store's."""
 
     records: RegistryThreads
     disk: Threads
@@ -81,7 +81,7 @@ class _Threads(NamedTuple):
 
 @dataclass(frozen=True)
 class _AdapterParts:
-    """From a version's files to its being served."""
+    """Parts through which a version goes from its files to being served."""
 
     catalog: Catalog
     residency: Residency
@@ -91,7 +91,7 @@ class _AdapterParts:
 
 
 class Preparation:
-    """What happens before an engine gets requests: some of it once, some of it for each new engine."""
+    """Preparation before an engine gets requests: some of it once, some of it for each new engine."""
 
     def __init__(self, adapters: AdapterService, folders: Folders, residency: Residency) -> None:
         self._adapters = adapters
@@ -100,7 +100,8 @@ class Preparation:
         self._served = False
 
     async def run(self) -> None:
-        """Once, serve what was given at start; each time, load what is pinned. Raises AdapterStartError."""
+        """Serve the folders given at start, once, and load pinned adapters each time. Raises
+        AdapterStartError."""
         if not self._served:
             await self._adapters.resume()
             await self._folders.serve_given()
@@ -117,7 +118,7 @@ def assemble(
     on_loading: Callable[[Loading], None],
     tracing: Tracing,
 ) -> Services:
-    """All parts of one server. `given`: the folders to serve before it is ready. Raises DataDirError."""
+    """Make all parts of one server. `given`: the folders to serve before it is ready. Raises DataDirError."""
     threads = _Threads(RegistryThreads("records", RECORD_THREADS), Threads("disk", DISK_THREADS))
     tokenizer = BaseTokenizer(str(base.folder), raw_control_tokens=settings.raw_control_tokens)
     link, busy = EngineLink(), BusyFlag.make()
@@ -209,7 +210,8 @@ def _adapter_parts(
     tracing: Tracing,
     kernels: Callable[[], str],
 ) -> _AdapterParts:
-    """`busy`: whether rows run. `command` starts the verifier. `kernels`: what the engine computes with."""
+    """Make the adapters' parts. `busy`: whether sequences run. `command` starts the verifier. `kernels`: the
+    engine's."""
     registry, store, (records, disk) = storage.registry, storage.store, threads
     catalog = Catalog(base.name, registry, records)
     files = PackedAdapterFiles(catalog, store, disk, kernels)
@@ -273,7 +275,7 @@ def _training(
     command: Sequence[str],
     tracing: Tracing,
 ) -> Training:
-    """The training of one engine's base. Raises DataDirError.
+    """Make the training of one engine's base. Raises DataDirError.
 
     `command` starts a trainer; `busy` says whether rows run.
     """

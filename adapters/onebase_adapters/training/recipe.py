@@ -187,7 +187,7 @@ class Recipe:
     use_rslora: bool = _setting(False, "lora", "scaling is alpha / sqrt(r)")
     use_dora: bool = _setting(False, "lora", "DoRA: train magnitudes as well")
     init: Init = _setting(
-        "true", "lora", "how A and B begin: true and gaussian with B = 0, false with B random, eva by data"
+        "true", "lora", "initial A and B: true and gaussian with B = 0, false with B random, eva by data"
     )
 
     epochs: float | Auto = _setting("auto", "training", "passes over the data (auto: 3)", above=0, high=1000)
@@ -204,7 +204,7 @@ class Recipe:
     lora_plus_ratio: float = _setting(
         0.0, "training", "LoRA+: how many times faster B learns than A; 0: equally fast", low=0, high=1000
     )
-    schedule: Schedule = _setting("cosine", "training", "how the learning rate falls after the warm-up")
+    schedule: Schedule = _setting("cosine", "training", "fall of the learning rate after the warm-up")
     warmup_ratio: float = _setting(
         0.05, "training", "part of the steps in which the learning rate rises", low=0, high=1
     )
@@ -213,11 +213,11 @@ class Recipe:
     max_grad_norm: float = _setting(1.0, "training", "gradients are clipped to this norm; 0: never", low=0)
     seed: int = _setting(0, "training", "seed of everything random", low=0, high=2**31 - 1)
 
-    train_on: TrainOn = _setting("assistant", "data", "which tokens are in the loss: the replies', or all")
+    train_on: TrainOn = _setting("assistant", "data", "tokens in the loss: the replies', or all")
     max_length: int | Auto = _setting(
-        "auto", "data", "most tokens of one row (auto: 2048, or the base's limit)", low=8, high=2**20
+        "auto", "data", "longest row, in tokens (auto: 2048, or the base's limit)", low=8, high=2**20
     )
-    too_long: TooLong = _setting("refuse", "data", "what to do with longer rows; truncating cuts the end off")
+    too_long: TooLong = _setting("refuse", "data", "treatment of longer rows; truncating cuts the end off")
     template_date: str = _setting(
         "auto", "data", "the day that the chat template prints, as in 2026-01-31 (auto: when the run begins)"
     )
@@ -257,7 +257,7 @@ class Recipe:
     best_by: str = _setting(
         "loss",
         "evaluation",
-        "what decides whether the adapter is better: loss or one of the metrics; for classification loss, "
+        "measure by which the adapter is judged: loss or one of the metrics; for classification loss, "
         "accuracy or f1",
     )
     metric_rows: int = _setting(
@@ -275,7 +275,7 @@ class Recipe:
     max_regression: float | Auto = _setting(
         "auto",
         "evaluation",
-        "how much worse a slice may get, by best_by, if the adapter is to be activated (auto: no limit)",
+        "largest regression of a slice, by best_by, with which the adapter may be activated (auto: no limit)",
         low=0,
         high=100,
     )

@@ -167,7 +167,7 @@ def _timeout(timeout: Timeout) -> httpx2.Timeout:
 
 
 def is_answer(call: Call, response: httpx2.Response) -> bool:
-    """Whether the response answers `call`, rather than refusing it."""
+    """Return True if the response answers `call`, rather than refusing it."""
     return response.is_success or response.status_code in call.answer_statuses
 
 
@@ -216,7 +216,7 @@ def _url(url: str) -> httpx2.URL:
 
 
 def _is_loopback(url: str) -> bool:
-    """Whether the server is on this machine: then no proxy is used, whatever the environment says."""
+    """Return True if the server is on this machine: then no proxy is used, whatever the environment says."""
     host = _url(url).host
     if host == "localhost":
         return True

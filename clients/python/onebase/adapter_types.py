@@ -1,4 +1,4 @@
-"""What the server reports about adapters, their versions and their proofs, as frozen dataclasses."""
+"""Adapters, their versions and their proofs as the server reports them, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Adapter:
     state: str
     """The state of the active version, else of the newest one: see AdapterVersion."""
     kinds: tuple[str, ...]
-    """What the active version is made of: `lora`, `dora`, `saved`, `tokens`. As `rank`, `alpha`,
-    `targets`, `parameters` and `bytes`, empty or None while no version is active."""
+    """Parts of the active version: `lora`, `dora`, `saved`, `tokens`. Like `rank`, `alpha`, `targets`,
+    `parameters` and `bytes` it is empty or None while no version is active."""
     rank: int | None
     alpha: float | None
     targets: tuple[str, ...]
@@ -34,13 +34,13 @@ class Adapter:
     base: str
     """The name of the base that it belongs to."""
     tenant: str
-    """Who owns it."""
+    """Tenant that owns it."""
     pinned: bool
     """Whether it stays in memory even if others are used more recently."""
     tier: str | None
-    """Where the active version is: `slot` (on the accelerator), `host` (in memory) or `disk`."""
+    """Place of the active version: `slot` (on the accelerator), `host` (in memory) or `disk`."""
     versions: int
-    """How many it has."""
+    """Number of its versions."""
     created_at: float
     """Unix time in seconds, as `updated_at`."""
     updated_at: float
@@ -50,24 +50,24 @@ class Adapter:
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Where the files of a version came from."""
+    """Source of a version's files."""
 
     kind: str
     """`upload`, `hub`, `folder`, `training` or `merge`."""
     repo: str | None = None
     revision: str | None = None
-    """What was asked for, such as `main`."""
+    """Revision that was asked for, such as `main`."""
     commit: str | None = None
     """The commit that `revision` was at that moment."""
     subfolder: str | None = None
     job: str | None = None
     """The job that trained it."""
     parent: str | None = None
-    """`name@version` with the whole digest, if that job went on from a version of an adapter."""
+    """`name@version` with the whole digest, if that job continued from a version of an adapter."""
     method: str | None = None
-    """How it was merged of others; None unless it was."""
+    """Method by which it was merged of others; None unless it was."""
     parents: tuple[MergeParent, ...] = ()
-    """What it was merged of."""
+    """Versions of which it was merged."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,20 @@ class MergeParent:
 
     name: str
     version: str
-    """Its digest."""
+    """Digest of the version."""
     weight: float
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a version is on its way to being ready, or a file to the server."""
+    """Progress of a version towards being ready, or of a file to the server."""
 
     stage: str
     """`uploading`, `pulling`, `validating` or `proving`, at the end `ready` or `failed`; or `downloading`."""
     fraction: float | None = None
     """0 to 1, None if not known. Validating and proving are one piece of work, and share one fraction."""
     bytes_done: int | None = None
-    """Sent so far, while uploading; or received."""
+    """Bytes sent so far, while uploading; or received."""
     bytes_total: int | None = None
     file: str | None = None
     """The name of the file that is sent, where each is sent on its own."""
@@ -101,7 +101,7 @@ ProgressCallback: TypeAlias = Callable[[Progress], object]
 
 @dataclass(frozen=True)
 class VersionFailure:
-    """Why a version failed."""
+    """Reason why a version failed."""
 
     code: str
     """The exact kind, stable enough to compare with."""
@@ -110,38 +110,38 @@ class VersionFailure:
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What a version does to one module of the base."""
+    """Change that a version makes to one module of the base."""
 
     name: str
     kind: str
     """`lora`, `dora`, `saved` (the whole module is replaced) or `tokens` (some rows are)."""
     rank: int
-    """0 unless the kind is `lora` or `dora`."""
+    """Rank of the update; 0 unless the kind is `lora` or `dora`."""
     alpha: float
     parameters: int
     norm: float
-    """Frobenius norm of what is added to the module's weight."""
+    """Frobenius norm of the change of the module's weight."""
     spectral_norm: float | None = None
-    """Its largest singular value, of `lora` and `dora`."""
+    """Largest singular value of the change, for `lora` and `dora`."""
     relative_norm: float | None = None
-    """`norm` by that of the base's weight, within some percent; None of `tokens` and an embedding's
+    """Ratio of `norm` to that of the base's weight, within some percent; None for `tokens` and an embedding's
     matrices."""
 
 
 @dataclass(frozen=True)
 class ProofReport:
-    """How the server proved that it serves what PEFT computes."""
+    """Proof that the server computes what PEFT computes."""
 
     modules_compared: int
-    """Each with PEFT's own module, on the same input."""
+    """Modules that were compared with PEFT's own, on the same input."""
     modules_changed: int
     """Modules whose output differs from the base's."""
     rows: int
-    """Of the input that they were compared on."""
+    """Rows of the input on which modules were compared."""
     exact: bool
-    """Whether all of them had PEFT's own bits."""
+    """Whether the outputs of all modules had PEFT's own bits."""
     largest_difference: float
-    """Between the server's modules and PEFT's."""
+    """Largest difference between outputs of the server's modules and of PEFT's."""
     texts: int
     """Prompts that were continued by both, greedily."""
     tokens_compared: int
@@ -151,30 +151,30 @@ class ProofReport:
     """Whether the base's weights are what they were before."""
     seconds: float
     kernels: str = "torch"
-    """What the server computed with: `torch`, or its kernels in C by their set of instructions."""
+    """Kernels of the server: `torch`, or its own in C, by their set of instructions."""
     modules_exact: int | None = None
-    """Modules that had PEFT's own bits; None of versions proven before this was counted."""
+    """Modules that had PEFT's own bits; None for versions proven before this was counted."""
     error_ratio: float = 0.0
-    """Of the others, which sum in another order: the largest error by that of PEFT's own output, as measured
-    from the result in fp64."""
+    """Largest error of the other modules, which sum in another order, divided by that of PEFT's own output.
+    Both errors are measured from the result in fp64."""
     shown: str = ""
-    """What was shown, in words."""
+    """Statement, in words, of what was shown."""
 
 
 @dataclass(frozen=True)
 class VersionReport:
-    """What the server found about a version before it served it."""
+    """Findings of the server about a version before it served it."""
 
     kinds: tuple[str, ...]
     rank: int
-    """The largest of any module."""
+    """Largest rank of any module."""
     alpha: float
     rslora: bool
     """Whether alpha is divided by the root of the rank instead of the rank."""
     targets: tuple[str, ...]
     parameters: int
     bytes: int
-    """In host memory or in a slot."""
+    """Size in host memory or in a slot, in bytes."""
     base_name: str | None
     """The base that the adapter's own configuration names."""
     dropped: tuple[str, ...]
@@ -182,13 +182,13 @@ class VersionReport:
     modules: tuple[ModuleReport, ...]
     proof: ProofReport
     warnings: tuple[str, ...] = ()
-    """What a person should look at before the version is activated. The server blocks nothing for it."""
+    """Warnings to look at before the version is activated. The server blocks nothing because of them."""
     task: str = "CAUSAL_LM"
-    """What it is for, in PEFT's words: text, or SEQ_CLS, TOKEN_CLS, FEATURE_EXTRACTION."""
+    """Task of the version, in PEFT's words: CAUSAL_LM is text; or SEQ_CLS, TOKEN_CLS, FEATURE_EXTRACTION."""
     labels: int = 0
     """Classes that a classifier tells apart."""
     label_names: tuple[str, ...] = ()
-    """Of all of them, in their order; empty if its files name none."""
+    """Names of all classes, in their order; empty if its files name none."""
 
 
 @dataclass(frozen=True)
@@ -212,18 +212,19 @@ class AdapterVersion:
     created_by: str
     tenant: str
     progress: Progress | None
-    """None in the end."""
+    """Progress of the version; None in the end."""
     report: VersionReport | None
-    """None until it is ready."""
+    """Findings about the version; None until it is ready."""
 
     @property
     def is_pull(self) -> bool:
-        """Whether its content is not known yet, so that `version` is the id of a pull and no digest."""
+        """Return True if its content is not known yet, so that `version` is the id of a pull and no
+        digest."""
         return self.version.startswith("pull-")
 
     @property
     def finished(self) -> bool:
-        """Whether its state is final."""
+        """Return True if its state is final."""
         return self.state in (READY, FAILED)
 
 
@@ -253,25 +254,25 @@ class VersionFile:
 
 @dataclass(frozen=True)
 class BaseReference:
-    """Where the base of a version comes from."""
+    """Source of a version's base."""
 
     name: str
     repo: str | None
-    """Its repository on the Hugging Face Hub; None if the server has it from a folder of its own."""
+    """Repository on the Hugging Face Hub; None if the server has the base from a folder of its own."""
     revision: str | None
-    """The commit there."""
+    """Commit in that repository."""
 
 
 @dataclass(frozen=True)
 class VersionFiles:
-    """What a version consists of."""
+    """Files of a version."""
 
     version: str
-    """Its digest."""
+    """Digest of the version."""
     base: BaseReference
     files: tuple[VersionFile, ...]
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Size of all files, in bytes."""
         return sum(file.bytes for file in self.files)

@@ -1,4 +1,4 @@
-"""What the server reports about batches, as frozen dataclasses."""
+"""Batches as the server reports them, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ENDED: Final = frozenset({"completed", "failed", "expired", "cancelled"})
 
 @dataclass(frozen=True)
 class BatchError:
-    """What is wrong with a batch, or with a line of its file (counted from 1)."""
+    """An error of a batch, or of a line of its file (counted from 1)."""
 
     code: str
     """The exact kind, stable enough to compare with."""
@@ -48,14 +48,14 @@ class Batch:
     input_tokens: int
     output_tokens: int
     errors: tuple[BatchError, ...]
-    """Why it failed: the lines of its file that are wrong, for instance."""
+    """Errors because of which it failed, such as wrong lines of its file."""
     metadata: Mapping[str, str] = field(hash=False)
     waiting: str | None = None
-    """Why nothing of it is computed now, if there is a reason."""
+    """Reason why nothing of it is computed now, if there is one."""
 
     @property
     def ended(self) -> bool:
-        """Whether its status is final."""
+        """Return True if its status is final."""
         return self.status in ENDED
 
     @property
@@ -72,13 +72,13 @@ class BatchResult:
     status: int | None
     """The HTTP status that a live request would have had. None if the row was not asked for."""
     body: Mapping[str, Any] | None = field(hash=False)
-    """What a live request would have got: the answer, or `{"error": {...}}`."""
+    """Answer that a live request would have got, or `{"error": {...}}`."""
     error: Mapping[str, Any] | None = field(default=None, hash=False)
-    """Why there is no body: `code` and `message`."""
+    """Reason why there is no body, as `code` and `message`."""
 
     @property
     def ok(self) -> bool:
-        """Whether it is an answer."""
+        """Return True if it is an answer."""
         return self.status is not None and self.status < 400
 
 

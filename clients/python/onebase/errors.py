@@ -1,4 +1,4 @@
-"""What can go wrong when talking to a OneBase server, one class per kind of failure.
+"""Errors in talking to a OneBase server, one class per kind of failure.
 
 * OneBaseError
   x APIConnectionError          no connection, or it broke before the answer was complete

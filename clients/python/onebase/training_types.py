@@ -1,4 +1,4 @@
-"""What the server reports about files and training: jobs, events and checkpoints, as frozen dataclasses."""
+"""Files, jobs, events and checkpoints as the server reports them, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ class TrainingFile:
     created_at: float
     """Unix time in seconds."""
     sha256: str | None = None
-    """Of its content. None from older servers."""
+    """SHA-256 of its content. None from older servers."""
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """How far a job is. Losses are in nats per supervised token. None is not known yet."""
+    """Progress of a job. Losses are in nats per supervised token. None is not known yet."""
 
     phase: str | None = None
-    """What the job does now, such as `training` or `measuring`."""
+    """Present work of the job, such as `training` or `measuring`."""
     step: int = 0
     steps: int | None = None
     loss: float | None = None
-    """Of the newest step."""
+    """Loss of the newest step."""
     eval_loss: float | None = None
-    """On held-out rows, as measured last. Before the first step it is the base's."""
+    """Loss on held-out rows, as measured last. Before the first step it is the base's."""
     tokens: int | None = None
     tokens_per_second: float | None = None
     seconds_left: float | None = None
     memory_bytes: int | None = None
-    """The most that the trainer has used."""
+    """Largest memory that the trainer has used, in bytes."""
 
     @property
     def fraction(self) -> float | None:
@@ -65,10 +65,10 @@ class SliceResult:
     measured: int
     """Rows that `before` and `after` are means over."""
     before: float | None
-    """By the job's `best_by`: a loss, or a metric."""
+    """Result before training by the job's `best_by`: a loss, or a metric."""
     after: float | None
     worse_by: float
-    """Than before or than the active version, whichever is more; 0 where it is not worse."""
+    """Amount by which it is worse than before, or than the active version if that is more; 0 if not worse."""
     regressed: bool
     """Whether it is worse by more than `max_regression`, on at least `slice_rows` rows."""
     loss_before: float | None
@@ -76,7 +76,7 @@ class SliceResult:
     metrics_before: Mapping[str, float] = field(hash=False)
     metrics_after: Mapping[str, float] = field(hash=False)
     active: float | None = None
-    """None where no version was active, or it could not be measured."""
+    """Result of the active version. None if there was none, or it could not be measured."""
     loss_active: float | None = None
     metrics_active: Mapping[str, float] = field(default_factory=dict, hash=False)
     regressed_against: tuple[str, ...] = ()
@@ -96,20 +96,20 @@ class ChangedRow:
     before: str
     after: str
     against: str = ""
-    """Whose reply was right: `active`, `base` or `parent`."""
+    """Subject whose reply was right: `active`, `base` or `parent`."""
 
 
 @dataclass(frozen=True)
 class SliceReport:
-    """What a job has changed in each slice of its held-out rows, those first that got worse most."""
+    """Changes by a job in each slice of its held-out rows, those first that got worse most."""
 
     by: str
     """The job's `best_by`."""
     against: str
-    """`base`, or `parent` for a job that goes on from a version."""
+    """`base`, or `parent` for a job that continues from a version."""
     slices: tuple[SliceResult, ...]
     slice_count: int
-    """There may be more than are listed."""
+    """Number of all slices, which may be more than are listed."""
     regressed: tuple[str, ...]
     """Slices for which the version is not activated."""
     changed: tuple[ChangedRow, ...]
@@ -118,7 +118,7 @@ class SliceReport:
 
 @dataclass(frozen=True)
 class LabelFigures:
-    """How well one label is told from the others, on held-out rows."""
+    """Precision and recall of one label among the others, on held-out rows."""
 
     label: str
     rows: int
@@ -138,10 +138,10 @@ class ConfusedLabels:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """How one subject classifies the held-out rows."""
+    """Classification of the held-out rows by one subject."""
 
     labels: tuple[LabelFigures, ...]
-    """Of more than 100 labels, those that are told worst."""
+    """Figures by label; of more than 100 labels, the worst."""
     confusion: tuple[tuple[int, ...], ...] | None
     """Rows by their label, and in it by the one given, both in the order of ClassReport.labels; None where
     there are more than 20."""
@@ -155,10 +155,10 @@ class ClassReport:
 
     labels: tuple[str, ...]
     rows: int
-    """Held-out ones."""
+    """Number of held-out rows."""
     base_by: str
-    """How the base, which has no head, classifies: `decide`, by the label's name that it finds likeliest, or
-    `most_frequent`, always as most rows to train on are labelled."""
+    """Method by which the base, which has no head, classifies: `decide`, by the label's name that it finds
+    likeliest, or `most_frequent`, always as most rows to train on are labelled."""
     base: ClassFigures
     adapter: ClassFigures
 
@@ -176,17 +176,17 @@ class TrainingReport:
     parameters: int
     adapter_bytes: int
     loss_before: float | None
-    """The base's, in nats per supervised token. None if no rows were held out."""
+    """Loss of the base, in nats per supervised token. None if no rows were held out."""
     loss_after: float | None
     metrics_before: Mapping[str, float] = field(hash=False)
-    """Of the base's replies, each from 0 to 1."""
+    """Metrics of the base's replies, each from 0 to 1."""
     metrics_after: Mapping[str, float] = field(hash=False)
     better: bool | None
     """Whether the adapter is better than all that it was compared with, by the job's `best_by`. None if that
     was not measured."""
     peak_memory_bytes: int
     loss_parent: float | None = None
-    """Of the version that training went on from, if there is one."""
+    """Loss of the version from which training continued, if there is one."""
     metrics_parent: Mapping[str, float] = field(default_factory=dict, hash=False)
     better_than: Mapping[str, bool | None] = field(default_factory=dict, hash=False)
     """Whether it is better than `base`, and than `parent` and `active` where there is one."""
@@ -195,16 +195,16 @@ class TrainingReport:
     loss_active: float | None = None
     metrics_active: Mapping[str, float] = field(default_factory=dict, hash=False)
     not_compared: str | None = None
-    """Why the active version was not measured. None if it was, or if there was none."""
+    """Reason why the active version was not measured. None if it was, or if there was none."""
     slices: SliceReport | None = None
-    """None if the held-out rows name no slices; lists of jobs leave it out."""
+    """Result by slice. None if the held-out rows name no slices; lists of jobs leave it out."""
     classes: ClassReport | None = None
-    """Of the method classification; lists of jobs leave it out."""
+    """Result of the method `classification`; lists of jobs leave it out."""
 
 
 @dataclass(frozen=True)
 class TrainingFailure:
-    """Why a job failed."""
+    """Reason why a job failed."""
 
     code: str
     """The exact kind, stable enough to compare with."""
@@ -237,7 +237,7 @@ class TrainingCheckpoint:
     """Unix time in seconds."""
     step: int
     model: str
-    """What `adapter=` of a request may be while the job keeps the checkpoint."""
+    """Name for `adapter=` of a request while the job keeps the checkpoint."""
     metrics: Mapping[str, float] = field(hash=False)
     """`train_loss` and `valid_loss`, if they were measured at this step."""
 
@@ -253,12 +253,12 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class TrainingStop:
-    """Who ended a job early, with the best of what it had."""
+    """Early end of a job, with the best adapter that it had."""
 
     step: int | None
-    """After which training ended. None until it has."""
+    """Step after which training ended. None until it has."""
     steps: int
-    """That were planned."""
+    """Number of steps that were planned."""
     by: str
     """The id of the API key that asked; "" if the server needs none."""
     at: float
@@ -276,7 +276,7 @@ class TrainingJobInfo:
     """`validating_files`, `queued`, `running`, `paused`, and in the end `succeeded`, `failed` or
     `cancelled`."""
     model: str
-    """The base that it trains on, or the version that it goes on from."""
+    """The base that it trains on, or the version from which it continues."""
     method: str
     """`supervised`, `dpo` or `classification`."""
     settings: Mapping[str, Any] = field(hash=False)
@@ -304,25 +304,25 @@ class TrainingJobInfo:
     result_files: tuple[str, ...]
     """Ids of files: the curve of the losses as CSV."""
     estimate: Mapping[str, Any] | None = field(default=None, hash=False)
-    """What it will take, once its files are checked: `seconds` of training, `total` bytes of memory,
+    """Estimate of the job, once its files are checked: `seconds` of training, `total` bytes of memory,
     `total_tokens`, `parameters` and parts of them."""
     parent: str | None = None
-    """`name@version` with the whole digest, if training goes on from a version of an adapter."""
+    """`name@version` with the whole digest, if training continues from a version of an adapter."""
     hold: bool = False
     """Whether it waits for `resume` once its files are checked. False from then on."""
     stopped: TrainingStop | None = None
-    """Who ended it early, by `stop`. None if nobody did."""
+    """Record of who ended it early, by `stop`. None if nobody did."""
     replaced: str | None = None
     """The digest of the version that was active until this one was activated. None if there was none."""
 
     @property
     def held(self) -> bool:
-        """Whether the job is checked and waits for `resume` to train."""
+        """Return True if the job is checked and waits for `resume` to train."""
         return self.hold and self.status == "paused"
 
     @property
     def ended(self) -> bool:
-        """Whether the job has succeeded, failed or been cancelled. A paused job has not ended."""
+        """Return True if the job has succeeded, failed or been cancelled. A paused job has not ended."""
         return self.status in ENDED
 
 
@@ -331,7 +331,7 @@ TrainingCallback: TypeAlias = Callable[[TrainingJobInfo], object]
 
 
 class TrainingSettings(TypedDict, total=False):
-    """How an adapter is trained. What is left out, or "auto", takes the server's default, given here."""
+    """Settings of training. One that is missing, or "auto", has the server's default, given here."""
 
     beta: float | str
     """DPO's beta: how close to stay to the base (auto: 0.1)."""
@@ -353,7 +353,7 @@ class TrainingSettings(TypedDict, total=False):
     use_dora: bool
     """DoRA: train magnitudes as well (default: false)."""
     init: str | bool
-    """How A and B begin: true and gaussian with B = 0, false with B random, eva by data (`true`, `gaussian`,
+    """Initial A and B: true and gaussian with B = 0, false with B random, eva by data (`true`, `gaussian`,
     `false` or `eva`; default: true)."""
     epochs: float | str
     """Passes over the data (auto: 3)."""
@@ -368,7 +368,7 @@ class TrainingSettings(TypedDict, total=False):
     lora_plus_ratio: float
     """LoRA+: how many times faster B learns than A; 0: equally fast (default: 0)."""
     schedule: str
-    """How the learning rate falls after the warm-up (`cosine`, `linear` or `constant`; default: cosine)."""
+    """Fall of the learning rate after the warm-up (`cosine`, `linear` or `constant`; default: cosine)."""
     warmup_ratio: float
     """Part of the steps in which the learning rate rises (default: 0.05)."""
     optimizer: str
@@ -379,11 +379,11 @@ class TrainingSettings(TypedDict, total=False):
     max_grad_norm: float
     """Gradients are clipped to this norm; 0: never (default: 1)."""
     train_on: str
-    """Which tokens are in the loss: the replies', or all (`assistant` or `all`; default: assistant)."""
+    """Tokens in the loss: the replies', or all (`assistant` or `all`; default: assistant)."""
     max_length: int | str
-    """Most tokens of one row (auto: 2048, or the base's limit)."""
+    """Longest row, in tokens (auto: 2048, or the base's limit)."""
     too_long: str
-    """What to do with longer rows; truncating cuts the end off (`refuse`, `truncate` or `drop`; default:
+    """Treatment of longer rows; truncating cuts the end off (`refuse`, `truncate` or `drop`; default:
     refuse)."""
     packing: bool
     """Compute several rows in one sequence, without padding (default: true)."""
@@ -408,8 +408,8 @@ class TrainingSettings(TypedDict, total=False):
     word_f1, contains:TEXT, lacks:TEXT, starts_with:TEXT, ends_with:TEXT, one_of:A|B|C, min_characters:N,
     max_characters:N."""
     best_by: str
-    """What decides whether the adapter is better: loss or one of the metrics; for classification loss,
-    accuracy or f1 (default: loss)."""
+    """Measure by which the adapter is judged: loss or one of the metrics; for classification loss, accuracy
+    or f1 (default: loss)."""
     metric_rows: int
     """Held-out rows that replies are generated for (default: 32)."""
     metric_tokens: int
@@ -420,6 +420,6 @@ class TrainingSettings(TypedDict, total=False):
     slice_rows: int
     """Least held-out rows of a slice for max_regression to look at it (default: 10)."""
     max_regression: float | str
-    """How much worse a slice may get, by best_by, if the adapter is to be activated (auto: no limit)."""
+    """Largest regression of a slice, by best_by, with which the adapter may be activated (auto: no limit)."""
     sample_prompts: Sequence[str]
     """Prompts that are answered at each evaluation."""

@@ -40,9 +40,9 @@ class Message:
     """`system`, `user`, `assistant` or `tool`, as the base's chat template knows them."""
     content: str
     tool_calls: Sequence[ToolCall] = ()
-    """What an assistant's message calls."""
+    """Calls of an assistant's message."""
     tool_call_id: str | None = None
-    """Which call a message of role `tool` answers."""
+    """Id of the call that a message of role `tool` answers."""
 
 
 @dataclass(frozen=True)
@@ -55,74 +55,77 @@ class AdapterWeight:
 
 
 AdapterSpec: TypeAlias = str | Mapping[str, float] | Sequence[AdapterWeight | Mapping[str, object]] | None
-"""None is the base. `"acme"` or `"acme@3f2a..."` is one adapter; `"hub:org/repo@revision"` is pulled on first
-use where the server's `--hub-allow` permits it. `{"acme": 0.7, "legal": 0.3}`, or a
-sequence of AdapterWeight (or of the same as dicts), is the weighted sum of several."""
+"""An adapter, a weighted sum of several, or None for the base. `"acme"` or `"acme@3f2a..."` is one adapter;
+`"hub:org/repo@revision"` is pulled on first use where the server's `--hub-allow` permits it. `{"acme": 0.7,
+"legal": 0.3}`, or a sequence of AdapterWeight (or of the same as dicts), is a sum."""
 
 Messages: TypeAlias = str | Sequence[Message | Mapping[str, Any]]
 """A conversation; a plain string is one message from the user."""
 
 
 class SamplingFields(TypedDict, total=False):
-    """How tokens are chosen. A field that is left out has the server's default, given here."""
+    """Settings for choosing tokens. A field that is missing has the server's default, given here."""
 
     temperature: float
-    """1.0. 0 always takes the likeliest token; higher is more varied."""
+    """Sampling temperature: 0 always takes the likeliest token, higher is more varied (default: 1.0)."""
     top_k: int
-    """0, off. Choose among the k likeliest tokens only."""
+    """Number of likeliest tokens to choose among (default: 0, off)."""
     top_p: float
-    """1.0, off. Choose among the likeliest tokens that together have this probability."""
+    """Least joint probability of the likeliest tokens to choose among (default: 1.0, off)."""
     min_p: float
-    """0, off. Drop tokens less likely than this fraction of the likeliest one."""
+    """Least probability of a token, as a fraction of the likeliest one's (default: 0, off)."""
     repetition_penalty: float
-    """1.0, off. Above 1 makes tokens of the prompt and the answer so far less likely."""
+    """Penalty of tokens in the prompt and the answer so far: above 1 makes them less likely (default: 1.0,
+    off)."""
     presence_penalty: float
-    """0, off. Subtracted from the logit of each token that the answer already has."""
+    """Penalty subtracted from the logit of each token that the answer already has (default: 0, off)."""
     frequency_penalty: float
-    """0, off. Subtracted once for each time the answer already has the token."""
+    """Penalty subtracted once for each time the answer already has the token (default: 0, off)."""
     logit_bias: Mapping[int, float]
     """Added to the logits of these token ids."""
     seed: int | None
-    """None, a new one each time. The same request and seed give the same text."""
+    """Seed of the sampling (default: None, a new one each time). The same request and seed give the same
+    text."""
     stop: str | Sequence[str]
     """Strings that end the answer; they are not part of it."""
     stop_token_ids: Sequence[int]
     """Token ids that end the answer; they are not part of it."""
     min_tokens: int
-    """0. No end before this many tokens."""
+    """Least number of tokens before the answer may end (default: 0)."""
     max_tokens: int
-    """256. No more tokens than this."""
+    """Largest number of tokens in the answer (default: 256)."""
     ignore_eos: bool
-    """False. Go on after the end-of-sequence token."""
+    """Whether to continue after the end-of-sequence token (default: False)."""
     n: int
-    """1. How many answers to the same prompt."""
+    """Number of answers to the same prompt (default: 1)."""
     logprobs: int | None
-    """None, none. The log probability of each token, and those of this many alternatives."""
+    """Number of alternatives whose log-probabilities are returned with each token's own (default: None, not
+    even the token's own)."""
     echo: bool
-    """False. Let the text begin with the prompt; with `logprobs`, also gives the prompt's."""
+    """Whether the text begins with the prompt, and with `logprobs` has the prompt's too (default: False)."""
     schema: object
-    """None, any text. The answer is JSON that keeps to this: a JSON schema, a pydantic model or a pydantic
-    TypeAdapter. `Generation.parsed` is then the value, or the model's instance."""
+    """Schema of a JSON answer: a JSON schema, a pydantic model or a pydantic TypeAdapter (default: None, any
+    text). `Generation.parsed` is then the value, or the model's instance."""
     regex: str
-    """None, any text. Matches the whole answer."""
+    """Regular expression that the whole answer matches (default: None, any text)."""
     choices: Sequence[str]
-    """None, any text. The answer is one of these."""
+    """Texts of which the answer is one (default: None, any text)."""
     grammar: str
-    """None, any text. What the answer keeps to, in Lark's notation or GBNF."""
+    """Grammar of the answer, in Lark's notation or GBNF (default: None, any text)."""
     tools: Sequence[Mapping[str, Any]]
-    """None. Functions that the answer to a conversation may call, as OpenAI writes them:
-    `{"type": "function", "function": {"name": ..., "description": ..., "parameters": a JSON schema}}`."""
+    """Functions that the answer to a conversation may call, as OpenAI writes them (default: None): `{"type":
+    "function", "function": {"name": ..., "description": ..., "parameters": a JSON schema}}`."""
     tool_choice: str | Mapping[str, Any]
-    """`auto`. `required`: it calls at least one; `none`; or a tool, as `{"type": "function", "function":
-    {"name": ...}}`."""
+    """Choice of tools: `auto`, `none`, `required` (at least one call), or one tool as `{"type": "function",
+    "function": {"name": ...}}` (default: `auto`)."""
     parallel_tool_calls: bool
-    """True. False: one call an answer at most."""
+    """Whether an answer may have several calls (default: True)."""
     chat_template_kwargs: Mapping[str, Any]
-    """None. More variables of the base's chat template, such as `{"enable_thinking": False}`."""
+    """Further variables of the base's chat template, such as `{"enable_thinking": False}` (default: None)."""
     continue_final_message: bool
-    """False. The answer goes on where the last message of the conversation ends."""
+    """Whether the answer continues the last message of the conversation (default: False)."""
     timeout_s: float | None
-    """None, none. Seconds after which the server ends the request by itself."""
+    """Time, in seconds, after which the server ends the request by itself (default: None, no limit)."""
 
 
 @dataclass(frozen=True)
@@ -136,21 +139,21 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Label:
-    """What a classifier says of a text, or of one of its tokens."""
+    """Result of a classifier for a text, or for one of its tokens."""
 
     label: str
     """The likeliest."""
     probabilities: tuple[float, ...]
-    """Of all labels. Of a classifier with one label, how much it holds."""
+    """Probabilities of all labels. For a classifier with one label, how much it holds."""
     token: str | None = None
 
 
 @dataclass(frozen=True)
 class Classification:
-    """What a classifier says of one text."""
+    """Result of a classifier for one text."""
 
     label: Label | None
-    """None of a classifier of tokens."""
+    """Label of the text; None for a classifier of tokens."""
     tokens: tuple[Label, ...] = ()
 
 
@@ -159,7 +162,7 @@ class Ranked:
     """A document, and how near it is to the query."""
 
     index: int
-    """Its place among the documents that were sent."""
+    """Index among the documents that were sent."""
     text: str
     score: float
 
@@ -172,13 +175,13 @@ class Option:
     probability: float
     """Among the choices."""
     logprob: float
-    """Of the whole text after the prompt."""
+    """Log-probability of the whole text after the prompt."""
     prior_logprob: float | None = None
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How likely each of some choices is to come next."""
+    """Probabilities of some choices to come next."""
 
     choice: str
     """The likeliest."""
@@ -194,10 +197,11 @@ class Logprobs:
     tokens: tuple[str, ...] = ()
     token_ids: tuple[int, ...] = ()
     token_logprobs: tuple[float | None, ...] = ()
-    """None for the first token of an echoed prompt, which nothing precedes."""
+    """Log-probabilities of the tokens; None for the first token of an echoed prompt, which nothing
+    precedes."""
     top_logprobs: tuple[Mapping[str, float] | None, ...] = ()
     text_offset: tuple[int, ...] = ()
-    """Where each token begins in the text, in characters."""
+    """Offset of each token in the text, in characters."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ class Choice:
     left), `cancelled` or `error`."""
     logprobs: Logprobs | None = None
     tool_calls: tuple[ToolCall, ...] = ()
-    """What it calls, in order; `text` is what it says besides."""
+    """Calls of the answer, in order; `text` is what it says besides."""
 
 
 @dataclass(frozen=True)
@@ -227,14 +231,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timing:
-    """Where a request's time went, in seconds, measured by the server."""
+    """Durations of a request's parts, in seconds, measured by the server."""
 
     queue_s: float
     """Waiting for a place in the batch."""
     ttft_s: float
-    """From arrival to the first token."""
+    """Time from arrival to the first token."""
     decode_s: float
-    """From the first token to the last."""
+    """Time from the first token to the last."""
 
 
 @dataclass(frozen=True)
@@ -244,11 +248,11 @@ class Generation:
     id: str
     choices: tuple[Choice, ...]
     adapter: str | tuple[AdapterWeight, ...] | None
-    """What answered: None is the base, `name@digest` an exact version, a tuple a weighted sum."""
+    """Adapter that answered: None is the base, `name@digest` an exact version, a tuple a weighted sum."""
     usage: Usage
     timing: Timing
     schema: object = field(default=None, repr=False, compare=False)
-    """As it was asked for."""
+    """Schema that the request gave."""
 
     @property
     def text(self) -> str:
@@ -257,12 +261,12 @@ class Generation:
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """What the first choice calls."""
+        """Calls of the first choice."""
         return self.choices[0].tool_calls
 
     @property
     def parsed(self) -> Any:
-        """What the first choice's JSON says: an instance of the pydantic model that was given as `schema`, or
+        """Value of the first choice's JSON: an instance of the pydantic model that was given as `schema`, or
         dicts, lists, strings and numbers.
 
         Raises:
@@ -303,20 +307,20 @@ class Piece:
     """A part of one choice's text, as it streams."""
 
     index: int
-    """Which of the `n` choices."""
+    """Index among the `n` choices."""
     text: str
     finish_reason: str | None = None
-    """Set on the last piece of a choice, whose text may be empty; see Choice."""
+    """Reason of the end, on the last piece of a choice, whose text may be empty; see Choice."""
     logprobs: Logprobs | None = None
     tool_calls: tuple[ToolCallPart, ...] = ()
 
 
 @dataclass(frozen=True)
 class ToolCallPart:
-    """More of a call: the first part of one has its id and name."""
+    """Next part of a call; the first part of each has its id and name."""
 
     index: int
-    """Which of the choice's calls."""
+    """Index among the choice's calls."""
     arguments: str
     id: str | None = None
     name: str | None = None
@@ -334,19 +338,19 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class ApiKey:
-    """What the server knows of an API key. Times are Unix seconds."""
+    """An API key as the server knows it. Times are Unix seconds."""
 
     id: str
     """The public beginning of the key."""
     tenant: str
     name: str
     scopes: tuple[str, ...]
-    """What it allows: `generate`, `adapters`, `train`, `admin`."""
+    """Scopes of the key: `generate`, `adapters`, `train`, `admin`."""
     created_at: float
     expires_at: float | None
     revoked_at: float | None
     last_used_at: float | None
-    """To the hour."""
+    """Time of the last use, to the hour."""
     quotas: Mapping[str, int] = field(default_factory=dict, hash=False)
     """`requests` and `tokens` in any 60 seconds, `rows` at once; what is missing is not limited."""
     priority: int = 0
@@ -363,33 +367,33 @@ class NewApiKey(ApiKey):
 
 @dataclass(frozen=True, kw_only=True)
 class Tenant:
-    """Whom keys belong to: what it may, and what it has."""
+    """Owner of keys, with its quotas and what it uses."""
 
     tenant: str
     quotas: Mapping[str, int] = field(hash=False)
-    """As those of a key, and `adapters`, `bytes`, `jobs`, and `training_seconds` in a month (UTC)."""
+    """Quotas as those of a key, and `adapters`, `bytes`, `jobs`, and `training_seconds` in a month (UTC)."""
     adapters: int
     bytes: int
-    """Of its versions, as they were sent or trained, of its files, and of the rows of unended jobs."""
+    """Size of its versions, as they were sent or trained, of its files, and of the rows of unended jobs."""
     training_seconds: float
-    """In this calendar month (UTC)."""
+    """Training time in this calendar month (UTC), in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TenantUsage:
-    """What was used, by what was grouped. What was not is None, and summed."""
+    """Usage by the fields that it is grouped by. The other fields are None, and summed."""
 
     day: str | None = None
-    """In UTC, as 2026-11-26."""
+    """Day in UTC, as 2026-11-26."""
     tenant: str | None = None
     base: str | None = None
     adapter: str | None = None
     """`""` is the base itself, `a+b` a sum of adapters."""
     requests: int
     prompt_tokens: int
-    """With those that the prefix cache had."""
+    """Tokens of prompts, including those that the prefix cache had."""
     cached_tokens: int
-    """Those of `prompt_tokens` that the prefix cache had."""
+    """Tokens of `prompt_tokens` that the prefix cache had."""
     completion_tokens: int
     training_seconds: float
     training_tokens: int
@@ -403,11 +407,11 @@ class AuditEntry:
     at: float
     """Unix time in seconds."""
     tenant: str
-    """Whose adapter, file, job or key it is."""
+    """Tenant that owns the adapter, file, job or key."""
     key: str
     """The id of the API key that asked; empty where none is needed."""
     actor: str
-    """What acted for it, where that was no request: `job ftjob-...`, `startup`."""
+    """Agent that acted for it, where that was no request: `job ftjob-...`, `startup`."""
     action: str
     """Such as `adapter.activated`."""
     target: str
@@ -427,14 +431,14 @@ class Health:
 
     ok: bool
     status: str
-    """In a word or a sentence: `ok`, `ready`, `stopping`, ..."""
+    """State in a word or a sentence: `ok`, `ready`, `stopping`, ..."""
     engine: str | None = None
     """The state of the engine, such as `ready`, `loading` or `stalled`."""
 
 
 @dataclass(frozen=True)
 class ServerVersion:
-    """What runs at the other end."""
+    """Version of the server."""
 
     version: str
     details: Mapping[str, object]

@@ -1,4 +1,4 @@
-"""What a batch has answered so far, on the disk of its server: each row once, whatever is killed in between.
+"""Results of a batch so far, on the disk of its server: each row once, whatever is killed in between.
 
 Two files, `output.jsonl` and `errors.jsonl`, to which answers are appended and synced in groups. A row
 counts once its group is on the disk. What a kill, a power cut or a full disk leaves of a group is cut off
@@ -50,7 +50,7 @@ class _Error(msgspec.Struct):
 
 
 class _Record(msgspec.Struct):
-    """What is read of a record again: the rest is for those who download it."""
+    """Fields of a record that are read again; the rest is for those who download it."""
 
     id: str
     response: _Response | None = None
@@ -63,7 +63,7 @@ _body_decoder = msgspec.json.Decoder(_Body)
 
 @dataclass(frozen=True)
 class Result:
-    """One row's record. number: the row's, from 0. ok: whether it is an answer, and no error."""
+    """Record of one row. number: the row's, from 0. ok: whether it is an answer, and no error."""
 
     number: int
     ok: bool
@@ -71,7 +71,7 @@ class Result:
 
 
 def answered(batch_id: str, number: int, custom_id: str, status: int, request_id: str, body: bytes) -> Result:
-    """The record of a row that a route has answered. body: JSON on one line.
+    """Return the record of a row that a route has answered. body: JSON on one line.
 
     Raises ValueError, RecursionError: it is something else, and could not be read again.
     """
@@ -85,7 +85,7 @@ def answered(batch_id: str, number: int, custom_id: str, status: int, request_id
 
 
 def unanswered(batch_id: str, number: int, custom_id: str, code: str, message: str) -> Result:
-    """The record of a row that no route was asked for."""
+    """Return the record of a row that no route was asked for."""
     head = {"id": record_id(batch_id, number), "custom_id": custom_id}
     record = {**head, "response": None, "error": {"code": code, "message": message}}
     return Result(number, False, msgspec.json.encode(record) + b"\n")
@@ -125,7 +125,7 @@ class Results:
         return (number for number, done in enumerate(self._done) if not done)
 
     def append(self, results: Sequence[Result]) -> None:
-        """Keep a group of records, of rows that have none: all of them are on the disk when this returns.
+        """Write a group of records, of rows that have none: all of them are on the disk when this returns.
 
         Raises OSError: none of them is kept, and the same call may be made again.
         """
@@ -169,7 +169,7 @@ class Results:
         return size
 
     def _number(self, line: bytes) -> int | None:
-        """The row whose record a line is; None for what is no whole record."""
+        """Return the number of the row whose record a line is, or None for an incomplete record."""
         if not line.endswith(b"}\n"):
             return None
         try:

@@ -31,14 +31,14 @@ MAX_ROWS = 50_000
 MAX_LINES = 2 * MAX_ROWS
 """Blank ones too: half a gigabyte of them would be read for minutes."""
 MAX_ERRORS = 100
-"""Of a file that are told; the rest is counted."""
+"""Largest number of errors in one file that are reported; further ones are counted."""
 MAX_CUSTOM_ID = 512
 LINE_BYTES = 8 << 10
-"""What a line may hold besides its body."""
+"""Largest size of a line, in bytes, besides its body."""
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 1 << 20
 _ANY = 1 << 62
-"""Bytes, where lines were checked before."""
+"""Limit of a line, in bytes, in files that were checked before."""
 _FIELDS = ("custom_id", "method", "url", "body")
 
 
@@ -53,12 +53,12 @@ class Row(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass
 class Checked:
-    """What a file holds: the number of its rows, and what is wrong with them."""
+    """Result of checking a file: the number of its rows, and their errors."""
 
     rows: int = 0
     errors: list[BatchError] = field(default_factory=list)
     more: int = 0
-    """Errors that are not among those."""
+    """Number of errors beyond those in `errors`."""
 
     def complain(self, code: str, message: str, line: int | None = None, param: str | None = None) -> None:
         if len(self.errors) < MAX_ERRORS:
@@ -146,7 +146,7 @@ def _check_line(
 
 
 def _problem(row: dict[str, Any], endpoint: str) -> tuple[str, str, str] | None:
-    """What is wrong with a row: the field, a code and a sentence."""
+    """Return a row's first problem as the field, a code and a sentence, or None."""
     for name in _FIELDS:
         if row.get(name) is None:
             return name, "missing_required_parameter", f"it is missing. A row has {', '.join(_FIELDS)}."
@@ -191,7 +191,7 @@ class RowFile:
 
 
 def _lines(file: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """Each line: its number from 1, its place, its text (b"": it is blank; None: over `most` bytes)."""
+    """Yield each line's number from 1, its place, and its text (b"" if blank, None if over `most` bytes)."""
     number, place = 0, 0
     while line := file.readline(most + 1):
         number, begin = number + 1, place
@@ -208,5 +208,5 @@ def _lines(file: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | None]]
 
 
 def _without_mark(line: bytes, place: int) -> bytes:
-    """Without the byte order mark that some editors write."""
+    """Return the line without the byte order mark that some editors write."""
     return line.removeprefix(_BOM) if place == 0 else line

@@ -64,11 +64,12 @@ from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.quotas import Limiter, Ticket
 
 MOST_RUNS = 32
-"""Batches that have rows in the engine by turns, of each tenant as many; further ones wait."""
+"""Largest number of batches, and of one tenant's, with rows in the engine by turns; further ones wait."""
 MOST_TRIES = 8
-"""Of one row whose steps fail; the last answer stays."""
+"""Largest number of tries of a row whose steps fail; the last answer is recorded."""
 ABSENT_TRIES = 32
-"""Of one that is answered 503, in a quarter of an hour: an adapter that is proved again takes minutes."""
+"""Largest number of tries of a row that is answered 503, over a quarter of an hour: proving an adapter again
+takes minutes."""
 SPARE_ROWS = 2
 """Rows beyond the free places, so that one that ends is followed at once."""
 STOP_SECONDS = 10.0
@@ -76,11 +77,12 @@ STOP_SECONDS = 10.0
 SWEEP_SECONDS = 3600.0
 _TICK_SECONDS = 0.1
 _NOTE_SECONDS = 1.0
-"""From one note of a batch's progress in the registry to the next."""
+"""Time, in seconds, between two writes of a batch's progress to the registry."""
 _AHEAD_ROWS, _AHEAD_BYTES = 64, 1 << 20
-"""Read before their turn, at once."""
+"""Limits, in rows and bytes, of what is read ahead of its turn."""
 HELD_ROWS, HELD_BYTES = 1024, 8 << 20
-"""Of one batch in memory, with those that are tried again: from there on no more are read."""
+"""Limits, in rows and bytes, of what one batch has in memory, retries included. Nothing more is read above
+them."""
 _GROUP = 256
 _TROUBLE = Backoff(1.0, 30.0)
 _ROW_AGAIN = Backoff(0.5, 30.0)
@@ -94,7 +96,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answer:
-    """What a route has answered. headers: by their names in lower case."""
+    """Answer of a route. headers: by their names in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -102,7 +104,7 @@ class Answer:
 
 
 class Post(Protocol):
-    """Has a route answer; see InnerRequests."""
+    """Function that has a route answer; see InnerRequests."""
 
     async def __call__(
         self, path: str, body: bytes, request_id: str, caller: Caller, ticket: Ticket
@@ -131,7 +133,7 @@ class BatchFolders:
 
 @dataclass
 class Parts:
-    """What runs share."""
+    """Dependencies that all runs share."""
 
     records: BatchRecords
     threads: Threads
@@ -170,7 +172,7 @@ class Run:
     def __init__(self, parts: Parts, batch: Batch) -> None:
         self.batch = batch
         self.waiting: str | None = None
-        """Why nothing is computed now, if there is a reason."""
+        """Reason why nothing is computed now, if there is one."""
         self.flying: set[asyncio.Task[None]] = set()
         """Rows that are being answered."""
         self._stopped = asyncio.Event()
@@ -188,13 +190,13 @@ class Run:
         self._committing: asyncio.Task[None] | None = None
         self._stuck = False
         self._refused: OneBaseError | None = None
-        """Why the batch may not go on: its key."""
+        """Error of the batch's key or file because of which the batch may not continue."""
         self._not_before = 0.0
 
     # ---- its life ----------------------------------------------------------------------------
 
     async def work(self) -> None:
-        """To its end, whatever fails on the way; or until `stopping`."""
+        """Work until the batch ends, whatever fails, or until `stopping`."""
         failures = 0
         owned = self.batch.id, self.batch.server
         with acting(Origin(self.batch.key, actor=f"batch {self.batch.id}", owned=owned)):
@@ -223,7 +225,7 @@ class Run:
             self._changed.set()
 
     def stop(self) -> None:
-        """Put it down: what runs may end, and what does not is answered when it is taken up again."""
+        """Stop the batch's work: running rows may end, and the others are answered when it is resumed."""
         self._stopped.set()
         self._changed.set()
 
@@ -265,7 +267,7 @@ class Run:
         return await files.disk.run(files.content, file, folder / "input.jsonl")
 
     async def _answer_rows(self) -> None:
-        """Until every row has a record, or the batch is to end without. Raises OSError, ..."""
+        """Answer rows until each has a record, or the batch is to end without. Raises OSError, ..."""
         disk, folder, batch = self._parts.disk, self._parts.folders.of(self.batch.id), self.batch
         self._rows = await disk.run(RowFile, await self._input())
         self._results = results = await disk.run(Results, folder, batch.total)
@@ -295,7 +297,7 @@ class Run:
         return time.time() >= self.batch.expires_at
 
     async def _expire(self, rows: RowFile, results: Results) -> None:
-        """Say of each row that is left, if any is, that it was too late for it."""
+        """Record for each row without an answer that the batch's window has ended."""
         message = "The request could not be answered before the batch's completion window ended."
         left = list(results.left())
         for begin in range(0, len(left), _GROUP):
@@ -307,7 +309,7 @@ class Run:
             await self._parts.disk.run(lambda made: results.append(made()), group)
 
     async def _finalize(self) -> None:
-        """Make files of what was answered, and end the batch. A break at any point loses nothing."""
+        """Write the files of results, and end the batch. An interruption at any point loses nothing."""
         parts, folder, state = self._parts, self._parts.folders.of(self.batch.id), self.batch.state
         end: BatchState = "completed"
         errors = None
@@ -366,7 +368,7 @@ class Run:
         await self._parts.disk.run(self._parts.folders.forget, self.batch.id)
 
     async def _put_down(self) -> None:
-        """Let go of rows and files; nothing that is kept is lost."""
+        """Close the files of rows and results; nothing that is stored is lost."""
         await self._land()
         for held in (self._results, self._rows):
             if held is not None:
@@ -374,7 +376,7 @@ class Run:
         self._results = self._rows = None
 
     async def _land(self) -> None:
-        """No row is being answered any more, and what was answered is on the disk, if that has room."""
+        """Wait until no row is being answered, and all answers are on the disk, if that has room."""
         self._feeds = False
         if self.stopping and self.flying:
             await asyncio.wait(self.flying, timeout=STOP_SECONDS)
@@ -411,7 +413,7 @@ class Run:
 
     @property
     def has_turn(self) -> bool:
-        """Whether a row of it could be answered now."""
+        """Return True if a row of it could be answered now."""
         if not self._feeds or self._stuck or self._refused is not None or len(self._pending) > _GROUP:
             return False
         now = time.monotonic()
@@ -462,7 +464,7 @@ class Run:
         return await self._parts.post(turn.row.url, bytes(turn.row.body), request_id, caller, ticket)
 
     async def _caller(self) -> Caller:
-        """Who made the batch, as its key is now.
+        """Return the caller who made the batch, as its key is now.
 
         Raises UnauthenticatedError, ForbiddenError, UnavailableError.
         """
@@ -472,7 +474,7 @@ class Run:
         return replace(caller, background=True)
 
     def _take(self, turn: _Turn, answer: Answer) -> None:
-        """An answer: kept, or asked for again where it says that the server could not give one."""
+        """Store an answer, or have the row answered again if the server could not answer it."""
         code, message = _error(answer) if answer.status >= 400 else (None, "")
         if code in _WAITS:
             self._pause(turn, _seconds(answer.headers.get("retry-after")), message)
@@ -493,7 +495,7 @@ class Run:
                 self._committing = asyncio.get_running_loop().create_task(self._commit())
 
     def _pause(self, turn: _Turn, seconds: float | None, why: str) -> None:
-        """The row's turn comes later, and so does that of all others."""
+        """Postpone the row, and all others with it."""
         pause = _TICK_SECONDS if seconds is None else min(max(seconds, _TICK_SECONDS), _MOST_PAUSE)
         self._not_before = max(self._not_before, time.monotonic() + pause)
         self._ahead.appendleft(turn)
@@ -504,7 +506,7 @@ class Run:
         self.waiting = why
 
     async def _commit(self) -> None:
-        """Bring what is pending to the disk, group by group; on a full one, again and again."""
+        """Write pending results to the disk, group by group; on a full disk try again and again."""
         failures = 0
         try:
             while self._pending and self._results is not None:
@@ -546,7 +548,7 @@ class BatchRunner:
         self._changed.set()
 
     def waiting(self, batch_id: str) -> str | None:
-        """Why nothing of a batch is computed now, as far as this server knows."""
+        """Return the reason why nothing of a batch is computed now, as far as this server knows."""
         found = self._runs.get(batch_id)
         if found is None:
             return None
@@ -585,7 +587,7 @@ class BatchRunner:
                     await self._changed.wait()
 
     def _own(self) -> bool:
-        """Whether this process runs the batches of the data folder; JobScheduler says why not."""
+        """Return True if this process runs the batches of the data folder; JobScheduler says why not."""
         with suppress(OSError):
             return self._parts.jobs.own()
         return False
@@ -647,7 +649,7 @@ class BatchRunner:
         task.add_done_callback(forget)
 
     async def _feed(self) -> None:
-        """Keep the engine's free places taken, by turns among tenants, and of each the oldest batch first."""
+        """Fill the engine's free places, by turns among tenants, with each one's oldest batch first."""
         while True:
             self._freed.clear()
             while self.flying < self._room() and (run := self._next()) is not None:
@@ -657,7 +659,7 @@ class BatchRunner:
                     await self._freed.wait()
 
     def _room(self) -> int:
-        """Rows that may be answered at once."""
+        """Return how many rows may be answered at once."""
         supervisor = self._parts.supervisor
         if supervisor.base is None or not supervisor.ready.is_set() or supervisor.paused:
             return 0
@@ -666,7 +668,8 @@ class BatchRunner:
         return min(self._parts.most or places + SPARE_ROWS, free + SPARE_ROWS) if free else 0
 
     def _next(self) -> Run | None:
-        """Of the tenants that have a row to be answered, the one that has the fewest under way."""
+        """Return a run of the tenant with the fewest rows in flight, among the runs that have a row to
+        answer."""
         taken: Counter[str] = Counter()
         for run, _ in self._runs.values():
             taken[run.batch.tenant] += len(run.flying)
@@ -675,7 +678,7 @@ class BatchRunner:
 
 
 def _in_turn(batches: Sequence[Batch]) -> list[Batch]:
-    """Those that only end, then each tenant's oldest, then each one's second, and so on."""
+    """Return batches that only need to end, then each tenant's oldest, then each one's second, and so on."""
     seen: Counter[str] = Counter()
     placed = []
     for batch in sorted(batches, key=lambda batch: batch.number):

@@ -1,4 +1,4 @@
-"""What users do with batches: create, read and cancel them."""
+"""Creating, reading and cancelling batches for users."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class BatchService:
         self, tenant: str, *, input_file: str, endpoint: str, window: str, seconds: float,
         labels: Mapping[str, str] | None,
     ) -> Batch:  # fmt: skip
-        """A new batch, whose file is checked next.
+        """Create a batch, whose file is checked next.
 
         Args:
             window: how long it may take, as it was asked for; `seconds`: what that means.
@@ -75,7 +75,7 @@ class BatchService:
             return await self._threads.run(self.records.batches, tenant, after=after, limit=limit)
 
     async def cancel(self, tenant: str, batch_id: str) -> Batch:
-        """End it; what was answered stays. Repeating it changes nothing.
+        """Cancel a batch; its answers stay. Repeating it changes nothing.
 
         Raises UnknownBatchError, ConflictError when it has ended or is about to.
         """

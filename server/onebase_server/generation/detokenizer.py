@@ -17,7 +17,7 @@ class PieceDecoder(Protocol):
         """Text that this token makes certain; empty while a character is incomplete."""
 
     def flush(self) -> str:
-        """What is left at the end: an incomplete character becomes U+FFFD."""
+        """Return the text that is left at the end: an incomplete character becomes U+FFFD."""
 
 
 class TokenBytes(Protocol):
@@ -33,7 +33,7 @@ class TokensToText(Protocol):
 
 
 class BytePieces:
-    """For byte-level tokenizers, whose text is the UTF-8 decoding of their tokens' bytes.
+    """Decoder for byte-level tokenizers, whose text is the UTF-8 decoding of their tokens' bytes.
 
     Constant work per token. Invalid bytes become U+FFFD by the maximal-subpart rule of the Unicode
     standard (section 3.9), in Python as in the tokenizers library, so the pieces add up exactly.
@@ -51,7 +51,7 @@ class BytePieces:
 
 
 class WindowPieces:
-    """For any other tokenizer: decode a sliding window twice and send what the new token added.
+    """Decoder for other tokenizers: it decodes a sliding window twice and sends what the new token added.
 
     The window starts at the previous boundary, since many decoders treat a first token differently.
     Text that ends in U+FFFD may be an incomplete character and waits, for a bounded number of tokens.
@@ -164,7 +164,7 @@ class StopStrings:
 
 
 def _failure_function(pattern: str) -> list[int]:
-    """For each prefix, the length of its longest proper prefix that is also its suffix."""
+    """Return, for each prefix, the length of its longest proper prefix that is also its suffix."""
     table = [0] * len(pattern)
     length = 0
     for index in range(1, len(pattern)):

@@ -55,7 +55,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be generated or read, and for which tenant. Choice `p * n + c` is that `c` of prompt `p`."""
+    """A request for the engine, to generate or to read texts, and its tenant. Choice `c` of prompt `p` has
+    the index `p * n + c`."""
 
     id: str
     tenant: str
@@ -69,22 +70,22 @@ class Job:
     """max_tokens 0 with echo: the engine makes one token, which is not shown."""
     timeout_s: float | None = None
     deadline: float | None = None
-    """When `timeout_s` is over, on the event loop's clock: it began before the job was made."""
+    """Time at which `timeout_s` ends, on the event loop's clock. It counts from the request's arrival."""
     expected_tokens: int = 0
-    """Of a choice: max_tokens, or what is usual where the caller set none. Quotas set it aside."""
+    """Tokens reserved in the quota for each choice: `max_tokens`, or the default estimate."""
     priority: int = 0
     background: bool = False
-    """Whether its rows only fill what others leave free."""
+    """Whether its sequences only use capacity that other requests leave free."""
     grammar: Grammar | None = None
     grammar_param: str = ""
     """The field of the request that says it."""
     token_ids: bool = False
-    """Whether the answer has those of the prompts and of the choices."""
+    """Whether the answer has the token ids of the prompts and of the choices."""
     calls: CallFormat | None = None
-    """Where the answer may call tools."""
+    """Format of tool calls, if the answer may have any."""
     pooling: Pooling | None = None
     branches: tuple[tuple[int, ...], ...] = ()
-    """Of each choice, the tokens after the prompt that are scored."""
+    """Tokens after the prompt that are scored, for each choice."""
     goes_on: bool = False
     """See Inflight."""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -92,7 +93,7 @@ class Job:
 
     @property
     def tells_prompt(self) -> bool:
-        """Whether the answer has the prompt's logprobs, and not as a part of its text."""
+        """Return True if the answer has the prompt's logprobs, and not as a part of its text."""
         in_text = self.echo and self.sampling.logprobs is not None
         return self.sampling.prompt_logprobs is not None and not in_text
 
@@ -102,7 +103,7 @@ class Job:
 
     @property
     def tokens_set_aside(self) -> int:
-        """What it counts in a quota of tokens until it has ended."""
+        """Return the tokens that it reserves in a quota until it has ended."""
         given = sum(len(prompt.tokens) for prompt in self.prompts)
         branches = len(self.prompts) * sum(map(len, self.branches))
         return given + branches + self.choices * self.expected_tokens
@@ -139,7 +140,7 @@ def new_id(prefix: str) -> str:
 
 
 def opening(job: Job) -> Opening:
-    """What a transcript begins with."""
+    """Return the first record of a request's transcript."""
     sampling = job.sampling
     names = [f"{use.name}@{use.digest}" for use in job.adapter.uses]
     return Opening(
@@ -148,10 +149,10 @@ def opening(job: Job) -> Opening:
 
 
 class Meter(Protocol):
-    """Whoever counts what a request takes."""
+    """Recorder of what a request uses."""
 
     def rows_ended(self) -> None:
-        """The engine has none of its rows any more."""
+        """Handle the end of its last sequence in the engine."""
 
     def used(self, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
         """It is over. Called once, if it was submitted. finished: choices by how they ended, in vLLM's words:
@@ -159,7 +160,7 @@ class Meter(Protocol):
 
     @property
     def token_gap(self) -> Callable[[float], None]:
-        """Called with the seconds from each output of a row to its next."""
+        """Return a function to be called with the seconds from each output of a sequence to its next."""
 
 
 class Run:
@@ -241,7 +242,8 @@ class Run:
             self._deadline = loop.call_at(self.job.deadline, self._supervisor.router.cancel, self._inflight)
 
     def _count_cached(self, output: RowOutput, prompt: int) -> None:
-        """What the prefix cache had of a prompt: its first choice says it, the others find that one's."""
+        """Count a prompt's cached tokens once: its other choices find in the cache what the first one
+        computed."""
         if output.cached_tokens is not None and prompt not in self._cached_known:
             self._cached_known.add(prompt)
             self.usage.cached += output.cached_tokens
@@ -262,7 +264,8 @@ class Run:
         self._tell_meter()
 
     def _tell_meter(self) -> None:
-        """Once neither the reader nor, unless all was read, the engine adds to it."""
+        """Report the request's usage once neither the reader nor, unless all was read, the engine adds to
+        it."""
         whole = not self._open
         if self._metered or self._with_reader or (self._with_engine and not whole):
             return
@@ -273,7 +276,7 @@ class Run:
         self._meter.used(self.usage if whole else self._inflight.computed, self.moments, self._finished)
 
     def cancel(self) -> None:
-        """Nobody wants the rest: the engine frees the rows, and `pieces` raises ClientGoneError."""
+        """Cancel the request: the engine frees its sequences, and `pieces` raises ClientGoneError."""
         self._fail(ClientGoneError())
 
     def _fail(self, error: OneBaseError) -> None:
@@ -282,7 +285,7 @@ class Run:
 
     @contextlib.contextmanager
     def _being_read(self) -> Iterator[None]:
-        """Whatever the end, rows still running are cancelled then."""
+        """Cancel sequences that still run when reading ends, whatever the reason."""
         try:
             yield
         finally:
@@ -313,7 +316,7 @@ class Run:
 
 
 class Reading(Run):
-    """A job whose rows are only read."""
+    """A job that only reads texts."""
 
     async def outputs(self) -> list[RowOutput]:
         """The last output of each choice, in their order. Raises what `Generation.pieces` raises, and
@@ -368,30 +371,31 @@ class Generation(Run):
         self._telling = telling
         self._told: list[Record] = []
         self.ended: Ended | None = None if transcript is None else transcript.ended
-        """Set with the last piece."""
+        """Figures of the answer's end, set with the last piece."""
         if transcript is None:
             self._tell(opening(job))
         self._echoed: set[int] = set()
         self.prompt_logprobs: dict[int, list[TokenLogprob]] = {}
-        """By the prompt's number, if they were asked for: of its tokens but the first."""
+        """Log-probabilities of each prompt's tokens but the first, by the prompt's number, if they were asked
+        for."""
 
     def _tell(self, told: Record) -> None:
         if self._telling is not None:
             self._told.append(told)
 
     def take_told(self) -> bytes:
-        """The transcript's line for what the pieces since the last call were made of; empty for nothing."""
+        """Return the transcript's line for the pieces since the last call; empty if there were none."""
         told, self._told = self._told, []
         return line(told, self._telling or 0) if told else b""
 
     @property
     def ended_at(self) -> int:
-        """Seconds since 1970; 0: it goes on."""
+        """Time of the end in seconds since 1970; 0 while it runs."""
         return 0 if self.ended is None else self.ended.at
 
     @property
     def timing(self) -> Timing:
-        """So far."""
+        """Return the durations up to now, or of the whole request if it has ended."""
         if self.ended is not None:
             return Timing(self.ended.queue_s, self.ended.ttft_s, self.ended.decode_s)
         moments = self.moments
@@ -458,7 +462,7 @@ class Generation(Run):
         return [piece] if piece else []
 
     def _with_echo(self, choice: Choice, prompt: int, output: RowOutput, piece: Piece | None) -> list[Piece]:
-        """Before a choice's first piece: the prompt, with its logprobs when they were asked for."""
+        """Put the prompt before a choice's first piece, with its logprobs if they were asked for."""
         pieces = [piece] if piece else []
         if choice.index in self._echoed or (piece is None and output.prompt_logprobs is None):
             return pieces
@@ -489,7 +493,7 @@ def _echo_text(prompt: Prompt, tokenizer: BaseTokenizer) -> str:
 
 
 def begun_of(job: Job, transcript: Transcript, tokenizer: BaseTokenizer) -> list[dict[int, list[int]]]:
-    """Of each prompt the tokens of the choices that have not ended: of a long transcript in 0.1 s.
+    """Return, for each prompt, the tokens of the choices that have not ended. A long transcript takes 0.1 s.
 
     Raises InvalidRequestError.
     """

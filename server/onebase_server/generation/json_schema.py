@@ -1,4 +1,4 @@
-"""JSON schemas, as they are kept to."""
+"""JSON schemas, closed to properties that they do not describe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 _ELSEWHERE = frozenset({"allOf", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef"})
 """Keywords with which the properties of one object may be described in several places."""
 _OTHERS = frozenset({"anyOf", "oneOf", "$ref", "not"})
-"""Those that do so next to `properties`."""
+"""Keywords that, next to `properties`, may describe further properties of the same object."""
 _OPEN = frozenset({"additionalProperties", "patternProperties"})
 _VALUES = frozenset({"const", "enum", "default", "examples"})
 """Keywords whose values are no schemas."""

@@ -20,7 +20,7 @@ class KeptResponse:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return len(self.response) + len(self.input) + OVERHEAD
 
 

@@ -1,4 +1,5 @@
-"""From a request on the wire to a job for the engine: names resolved, text tokenized, limits checked."""
+"""Planning of requests: from a request on the wire to a job for the engine. Names are resolved, text is
+tokenized, and limits are checked."""
 
 from __future__ import annotations
 
@@ -52,19 +53,20 @@ _INLINE_CHARACTERS = 8_000
 """Characters that one turn of the event loop tokenizes, or makes a grammar of, for all requests together
 (about 4 ms). The rest is computed in threads, so that it does not hold up the streams."""
 _LONG_CHARACTERS = 100_000
-"""Longer ones wait for each other, so that shorter ones have their turn and memory is taken for one."""
+"""Length, in characters, above which texts are tokenized one after the other, so that shorter ones have their
+turn and memory is used for one."""
 _THREADS = 2
 _MESSAGE_CHARACTERS = 40
-"""What a message counts besides its text: a template writes around it."""
+"""Characters that a message counts besides its text, for what a template writes around it."""
 _TEXT_CHARACTERS = 40
-"""What a text counts besides its characters: to call the tokenizer takes as long as to read so many."""
+"""Characters that a text counts besides its own: calling the tokenizer takes as long as reading so many."""
 _MARK = "CONTINUE_FINAL_MESSAGE_TAG"
-"""With which transformers finds the end of the last message."""
+"""Text by which transformers finds the end of the last message."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the operator allows one request."""
+    """Limits that the operator sets for one request."""
 
     max_choices: int
     max_timeout: float
@@ -72,14 +74,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What one route asks for, in the words that all routes share. kind: what the job's id begins with."""
+    """A request in the words that all routes share. kind: prefix of the job's id."""
 
     kind: str
     prompts: tuple[Prompt, ...]
     prompt_param: str
     max_tokens: int | None
     default_tokens: int | None
-    """Without max_tokens; None is as many as fit."""
+    """Limit of new tokens where `max_tokens` is missing; None is as many as fit."""
     logprobs: int | None
     echo: bool
     answer: CallFormat | None = None
@@ -114,8 +116,12 @@ class Planner:
         self._inline = TurnBudget(_INLINE_CHARACTERS)
 
     async def generate(self, body: GenerateRequest, caller: Caller, begun: Transcript | None = None) -> Job:
-        """begun: of a stream that another server began, here and in the methods that follow: its versions
-        are used, whichever are active now."""
+        """Return the job of a request to /generate.
+
+        begun: transcript of a stream that another server began, here and in the methods that follow. Its
+        versions
+        are used, whichever are active now.
+        """
         base = self.base()
         if body.messages:
             prompt = await self.chat_prompt(caller.tenant, body, body.messages)
@@ -225,7 +231,7 @@ class Planner:
 
     @property
     def base_name(self) -> str:
-        """What requests call the base."""
+        """Return the name of the base in requests."""
         return self._catalog.base_name
 
     # ---- tokens alone ------------------------------------------------------------------------
@@ -262,7 +268,7 @@ class Planner:
         return await self._in_turn(tenant, size, encode, texts)
 
     async def names_of(self, tenant: str, tokens: Sequence[int]) -> list[str]:
-        """What the vocabulary calls tokens."""
+        """Return the vocabulary's names of tokens."""
         return await self._threads.run_for(tenant, self._tokenizer.names, tokens)
 
     async def text_of(self, tenant: str, tokens: Sequence[int]) -> str:
@@ -414,7 +420,7 @@ class Planner:
     def _options(
         self, body: ConversationFields, messages: Sequence[Message], reasoning_effort: str | None
     ) -> dict[str, Any]:
-        """More for the chat template than messages and tools."""
+        """Return the chat template's variables besides messages and tools."""
         given = dict(body.chat_template_kwargs or {})
         known = self._tokenizer.template_options
         for name in given:
@@ -444,14 +450,15 @@ class Planner:
         return given
 
     async def _answer(self, tenant: str, body: ConversationFields) -> CallFormat | None:
-        """How calls of tools are told from the text, where there may be any."""
+        """Return the format by which tool calls are read from the text, or None if the answer calls no
+        tools."""
         if not body.calls_tools:
             return None
         size = body.tool_characters + (len(body.grammar.grammar.text) if body.grammar else 0)
         return await self._in_turn(tenant, size, self._call_format, body)
 
     def _call_format(self, body: ConversationFields) -> CallFormat:
-        """Its grammar is made of the tools' schemas: of long ones that takes 50 ms."""
+        """Build the grammar of the tools' schemas, which takes 50 ms for long ones."""
         format = self._tokenizer.tool_format
         if format is None:
             raise InvalidRequestError(

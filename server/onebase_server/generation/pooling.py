@@ -1,4 +1,4 @@
-"""From a request that has texts read to jobs for the engine: vectors, classes, scores and decisions."""
+"""Planning of requests that read texts: vectors, classes, scores and decisions."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from onebase_server.http.schemas.pooling import (
 from onebase_server.http.schemas.wire import rebuilt
 
 AT_ONCE = 64
-"""Rows of a request: more wait for them, so that others find places."""
+"""Largest number of sequences of a request at once; further ones wait, so that other requests find places."""
 
 MAX_TOKEN_CLASSES = 1 << 21
 TOKEN_OVERHEAD = 8
-"""Of one answer: probabilities of tokens' labels, of which a token's own name and number count as so many."""
+"""Labels that a token counts besides its own, for its name and number, in an answer with probabilities of
+tokens' labels."""
 
 
 class ReadingPlanner:
-    """Makes jobs whose rows are only read. Every method raises what those of Planner raise."""
+    """Planner of jobs that only read texts. Every method raises what those of Planner raise."""
 
     def __init__(self, planner: Planner, tokenizer: BaseTokenizer, max_timeout: float) -> None:
         self._planner = planner

@@ -23,21 +23,21 @@ class Usage:
 
 @dataclass
 class Moments:
-    """When things happened to a request, on the monotonic clock that all processes share; 0: not yet."""
+    """Timestamps of a request, on the monotonic clock that all processes share; 0: not yet."""
 
     came: float = field(default_factory=time.monotonic)
     submitted: float = 0.0
-    """Its adapters were in memory, and the engine was given it."""
+    """Time at which its adapters were in memory and it was submitted to the engine."""
     begun: float = 0.0
-    """The first step of the row that waited longest."""
+    """Time of the first step of the sequence that waited longest."""
     first: float = 0.0
-    """Its first token."""
+    """Time of its first token."""
     last: float = 0.0
-    """Its last token, or the end of what is only read."""
+    """Time of its last token, or of the end of a request that only reads."""
 
 
 def prompt_tokens(submit: Submit) -> int:
-    """Those that are given, branches' too."""
+    """Return the number of tokens in the prompt and its branches."""
     return len(submit.prompt) + sum(map(len, submit.branches))
 
 
@@ -69,12 +69,12 @@ class Inflight:
         self.open_rows = {submit.id: len(submit.choices) for submit in submits}
         self._unseen = {submit.id: prompt_tokens(submit) for submit in submits}
         self.computed = Usage()
-        """What the engine has done for it, also what nobody read."""
+        """Tokens that the engine has computed for it, including those that nobody read."""
         self.moments = Moments()
         self._last_at: dict[tuple[str, int], float] = {}
         self._on_gap = on_gap
         self.given_up = False
-        """Nobody waits for it any more: its rows end before their time."""
+        """Whether nobody waits for it any more, so that its sequences end early."""
         self.on_ended = on_ended
         self._on_cut = on_cut
         self._limit = buffer_limit
@@ -84,17 +84,17 @@ class Inflight:
 
     @property
     def tenant(self) -> str:
-        """Whose request it is."""
+        """Tenant of the request."""
         return self.submits[0].tenant
 
     @property
     def background(self) -> bool:
-        """Whether its rows only fill what others leave free."""
+        """Return True if its sequences only use capacity that other requests leave free."""
         return self.submits[0].background
 
     @property
     def rows(self) -> int:
-        """Rows that the engine has not ended yet."""
+        """Number of sequences that the engine has not ended yet."""
         return sum(self.open_rows.values())
 
     @property
@@ -103,7 +103,7 @@ class Inflight:
 
     @property
     def broken(self) -> bool:
-        """Whether it failed, and not because its caller left or was too slow."""
+        """Return True if it failed, and not because its caller left or was too slow."""
         return self.failed and not isinstance(self._failure, ClientGoneError | SlowReaderError)
 
     def push(self, output: RowOutput, at: float) -> bool:
@@ -152,7 +152,7 @@ class Inflight:
             self._wake()
 
     async def take(self) -> list[RowOutput]:
-        """All outputs since the last call, at least one.
+        """Return all outputs since the last call, at least one.
 
         Raises what the request failed with.
         """
@@ -182,14 +182,14 @@ class TokenInfo:
 
 @dataclass(slots=True)
 class Piece:
-    """What became certain about one choice at once. The last piece has a finish reason."""
+    """Part of one choice that became certain at once. The last piece has a finish reason."""
 
     index: int
     text: str
     tokens: list[TokenInfo] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    """If they were asked for, token ids as they were computed, also those that are no part of the text: the
-    stop token, and tokens of a stop string. `tokens` then has an entry for each."""
+    """Token ids as they were computed, if they were asked for. They include those that are no part of the
+    text: the stop token, and tokens of a stop string. `tokens` then has an entry for each."""
     finish_reason: FinishReason | None = None
     stop: str | None = None
     """The stop string that ended it."""

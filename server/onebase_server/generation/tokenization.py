@@ -44,12 +44,12 @@ _OWN_VARIABLES = frozenset(
         "strftime_now",
     }
 )
-"""What a template is given anyway."""
+"""Variables that every chat template gets anyway."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template is given. options: more of its variables."""
+    """Input of a chat template. options: further variables."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
@@ -97,7 +97,7 @@ class BaseTokenizer:
 
     @property
     def chat_template(self) -> str:
-        """Its text, or the texts of all that there are."""
+        """Return the template's text, or the texts of all templates joined."""
         template = self._tokenizer.chat_template or ""
         return template if isinstance(template, str) else "".join(template.values())
 
@@ -121,7 +121,8 @@ class BaseTokenizer:
 
     @cached_property
     def tool_format(self) -> ToolFormat | None:
-        """How the chat template writes calls of tools; None if it does not, or in no way that can be read."""
+        """Return the chat template's format of tool calls, or None if it writes none or none that can be
+        read."""
         if "tools" not in self.chat_template or "tool_calls" not in self.chat_template:
             return None
         added = self._tokenizer.added_tokens_decoder
@@ -185,12 +186,13 @@ class BaseTokenizer:
         return text
 
     def names(self, tokens: Sequence[int]) -> list[str]:
-        """What the vocabulary calls tokens; "" where it has none of this id."""
+        """Return the vocabulary's names of tokens, "" for an id that it does not have."""
         return [name or "" for name in self._tokenizer.convert_ids_to_tokens(list(tokens))]
 
     @property
     def info(self) -> dict[str, Any]:
-        """What another machine needs to write prompts as this base's tokenizer and chat template do."""
+        """Return all that another machine needs to write prompts as this base's tokenizer and chat template
+        do."""
         template = self._tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("default")
@@ -214,7 +216,7 @@ class BaseTokenizer:
         return WindowPieces(self.decode)
 
     def text_bytes(self, token: int) -> bytes:
-        """What a token adds to the text: its bytes, or nothing if it is special."""
+        """Return the bytes that a token adds to the text: none if it is special."""
         return b"" if token in self._special else self.token_bytes(token)
 
     def token_bytes(self, token: int) -> bytes:
@@ -269,8 +271,8 @@ def leave_torch_out() -> None:
 
 
 def and_give_memory_back(encode: Callable[[T], U], text: T) -> U:
-    """`encode(text)`. A tokenizer takes hundreds of bytes for each character for a moment, and the C library
-    would keep them for the next text."""
+    """Return `encode(text)` and free memory. A tokenizer takes hundreds of bytes for each character for a
+    moment, and the C library would keep them for the next text."""
     made = encode(text)
     return_freed_memory()
     return made
@@ -287,7 +289,8 @@ def _load(folder: str) -> Any:
 
 
 def _never_cut_or_pad(tokenizer: Any) -> None:
-    """Switch off what a tokenizer file may ask for, here and not at a first request: threads share it."""
+    """Switch off truncation and padding of a tokenizer file, here and not at a first request: threads share
+    it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()

@@ -22,7 +22,7 @@ from onebase_server.generation.tool_format import (
 
 @dataclass(slots=True)
 class CallDelta:
-    """More of a call: the first of one has its id and name."""
+    """Next part of a call; the first part of each has its id and name."""
 
     index: int
     arguments: str = ""
@@ -32,7 +32,7 @@ class CallDelta:
 
 @dataclass(slots=True)
 class Said:
-    """What became certain of an answer: text, and one delta of each call."""
+    """Part of an answer that became certain: text, and one delta of each call."""
 
     content: str
     calls: list[CallDelta]
@@ -40,7 +40,7 @@ class Said:
 
 @dataclass(frozen=True)
 class CallFormat:
-    """Of an answer that may call tools. named: the caller has said which one is to be called."""
+    """Format of an answer that may call tools. named: whether the caller named the tool to call."""
 
     format: ToolFormat
     tools: Mapping[str, Tool]
@@ -77,12 +77,13 @@ class CallReader:
         self._steps = self._read()
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """As OpenAI has it, where an answer that had to call one tool ends with `stop`."""
+        """Return `tool_calls` for an answer with calls that ends with `stop`, but `stop` where the caller
+        named the tool, as OpenAI does."""
         called = self.count > 0 and self.whole and not self._as_asked.named
         return "tool_calls" if reason == "stop" and called else reason
 
     def feed(self, text: str, *, end: bool = False) -> Said:
-        """What is certain with this text. end: there will be no more."""
+        """Return what is certain with this text. end: whether the text ends with it."""
         self._rest += text
         self._ended = self._ended or end
         next(self._steps, None)
@@ -328,7 +329,7 @@ class CallReader:
                 yield
 
     def _goes_on(self) -> Generator[None, None, bool]:
-        """Whether another call follows; then up to its name."""
+        """Return True if another call follows; then up to its name."""
         between = self._format.between
         if between is None:
             return False
@@ -365,7 +366,7 @@ _PYTHON = re.compile(
     r"""\s+|(?P<key>[^\s=(),:'"{}\[\]]+)=|(?P<word>[^\s=(),:'"{}\[\]]+)(?=[\s,:)}\]])"""
     r"""|(?P<mark>[\[\]{},:])|(?P<end>\))|(?P<quote>['"])"""
 )
-"""What arguments in Python are made of, once it is certain what it is."""
+"""Pattern of the pieces of which arguments in Python consist."""
 _ESCAPE = re.compile(r"""\\(?:['"\\nrtbf]|x([0-9a-fA-F]{2})|u[0-9a-fA-F]{4})""")
 _AS_JSON = {"True": "true", "False": "false", "None": "null"}
 
@@ -375,7 +376,7 @@ def _json(text: str) -> str:
 
 
 def _is_other(value: str, kinds: frozenset[str]) -> bool:
-    """Whether a value that may be a text is JSON of another kind."""
+    """Return True if a value that may be a text is JSON of another kind."""
     try:
         made = json.loads(value, parse_constant=_no_number)
     except (ValueError, RecursionError):
@@ -412,12 +413,12 @@ AnswerReader = CallReader | TextReader
 
 
 def answer_reader(calls: CallFormat | None, answer: str) -> AnswerReader:
-    """For one answer, by its request's id and its choice."""
+    """Return the reader of one answer. answer: its request's id and its choice."""
     return TextReader() if calls is None else CallReader(calls, answer)
 
 
 def _held(text: str, marker: str, *, space: bool = True) -> int:
-    """How many characters at the end may be the beginning of a marker, with the white space before it."""
+    """Return how many characters at the end may begin a marker, with the white space before them."""
     held = next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if marker.startswith(text[-n:])), 0)
     before = text[: len(text) - held]
     return held + (len(before) - len(before.rstrip()) if space else 0)

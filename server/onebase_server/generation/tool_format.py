@@ -1,5 +1,5 @@
-"""How a base writes calls of tools, and the grammar that keeps an answer to it; `tool_call_parser.py`
-reads them.
+"""Formats in which bases write tool calls, and the grammar of such an answer; `tool_call_parser.py` reads
+them.
 
 The base's own chat template says how a call is written: one with marks in it is rendered, and what stands
 around the marks is the format. So there is no list of model families, and a template of one's own is served
@@ -25,18 +25,18 @@ Render = Callable[..., str]
 Schema = Mapping[str, Any]
 
 MOST_CHARACTERS = 512 * 1024
-"""Of a grammar."""
+"""Largest length of a grammar, in characters."""
 HOLE = "\0"
 """Stands for a call's id where a template writes it."""
 ID_CHARACTERS = 9
-"""Of such an id: Mistral's templates take no other."""
+"""Length of a call's id, in characters: Mistral's templates accept no other."""
 _NAMES = ("alphaprobe", "betaprobe")
 _IDS = ("probeid01", "probeid02")
 _KEYS = ("probekey", "probenumber")
 _CONTENT, _QUESTION, _VALUE = "probecontent", "probequestion", "probevalue"
 _NUMBER = 7
 _THOUGHT = re.compile("think|thought|reason|channel", re.IGNORECASE)
-"""In the names of control tokens that may stand in a text that calls no tool."""
+"""Pattern of the names of control tokens that may be in a text that calls no tool."""
 ToolChoice = Literal["auto", "required"]
 
 
@@ -71,12 +71,12 @@ class ToolFormat:
     opening: str
     middle: str
     between: str | None
-    """None: the template writes one call in an answer at most."""
+    """Text between two calls; None if the template writes one call in an answer at most."""
     closing: str
     trigger: str
-    """What `opening` begins with and no other text has; empty: calls begin the answer, or there are none."""
+    """Beginning of `opening` that no other text has; empty if calls begin the answer or there are none."""
     arguments: Parameters | Bare | Pythonic | None
-    """None: they are one JSON object."""
+    """Format of arguments; None if they are one JSON object."""
     controls: Mapping[str, int]
     """Control tokens that the format has in it, and those of thinking, by their texts."""
 
@@ -95,7 +95,7 @@ class ToolFormat:
         return self.between is not None
 
     def id_of(self, call: str) -> str:
-        """For a call that is answered, by where it stands: a stream that is resumed has the same."""
+        """Return the id of a call by its place in the answer, so that a resumed stream has the same id."""
         digest = blake2b(call.encode(), digest_size=12)
         if HOLE in self.closing + (self.between or ""):
             letters, left = string.ascii_letters + string.digits, int(digest.hexdigest(), 16)
@@ -192,7 +192,7 @@ class ToolFormat:
         return [f"{rule}: {' '.join(written) or _quoted('')}", *rules]
 
     def _literal(self, text: str | None) -> str:
-        """As a grammar writes it: control tokens by id."""
+        """Return the text as a grammar writes it, with control tokens by id."""
         names = sorted((name for name in self.controls if name), key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, [*names, HOLE]))})", text or "")
         return " ".join(
@@ -440,7 +440,7 @@ _PYTHON_TEXT = (
 
 
 def _check_name(key: str, taken: re.Pattern[str] | None = None) -> str:
-    """Of an argument that is written without quotes."""
+    """Return the name of an argument that is written without quotes. Raises ValueError."""
     if not (taken or _BARE_NAME).fullmatch(key):
         raise ValueError(f"this base cannot write an argument of the name {key[:40]!r}")
     return key
@@ -461,14 +461,14 @@ _NOT_BARE = frozenset(
 
 
 _NOT_AS_IT_IS = frozenset({"pattern", "format", "minLength", "maxLength", "anyOf", "oneOf", "const"})
-"""In the schema of an argument that is written as it is, without quotes."""
+"""Keywords that an argument written without quotes cannot have in its schema."""
 
 
 # ---- how a template writes a call ----------------------------------------------------------------
 
 
 def read_format(render: Render, controls: Mapping[str, int]) -> ToolFormat | None:
-    """What a template does with calls. None: it does not write them, or not in a way that can be read.
+    """Return a template's format of calls, or None if it writes none or none that can be read.
 
     controls: ids of the base's added tokens, by their texts.
     """
@@ -490,7 +490,7 @@ def read_format(render: Render, controls: Mapping[str, int]) -> ToolFormat | Non
 
 @dataclass(frozen=True)
 class _Probe:
-    """What a template made of an answer with calls: the text, and where the answer begins in it."""
+    """Text that a template made of an answer with calls, and the answer's first character in it."""
 
     text: str
     start: int
@@ -577,14 +577,15 @@ def _format(
 
 
 def _ends_a_turn(opening: str, text: str, controls: Mapping[str, int]) -> bool:
-    """Whether a call begins with what ends a message, as where it is a message of its own (gpt-oss)."""
+    """Return True if a call begins with what ends a message, as where it is a message of its own
+    (gpt-oss)."""
     after = text[text.find(_QUESTION) + len(_QUESTION) :].lstrip()
     ends = next((name for name in controls if after.startswith(name)), None)
     return ends is not None and ends in opening
 
 
 def _end(render: Render, text: str, controls: Mapping[str, int]) -> int:
-    """Where an answer ends: what follows also follows one without calls."""
+    """Return the end of an answer: the text after it is also found after one without calls."""
     answer = {"role": "assistant", "content": _CONTENT}
     plain = render([_USER, answer], tools=_PROBE_TOOLS, generation=False)
     tail = plain[plain.rfind(_CONTENT) + len(_CONTENT) :]
@@ -598,7 +599,7 @@ def _end(render: Render, text: str, controls: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True)
 class _Call:
-    """Where a call's name begins in a text and its arguments end, and what stands between the two."""
+    """Offsets of a call's name and of the end of its arguments in a text, and the text between the two."""
 
     name: int
     stop: int

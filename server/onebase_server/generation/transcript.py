@@ -1,9 +1,9 @@
-"""What a stream tells of itself between its events, so that another server can go on with it.
+"""Resume state (transcript) that a stream has between its events, so that another server can continue it.
 
-`onebase route` asks for it, takes it out of what it passes on, and keeps it. Where the server dies, another
-gets the same request with the transcript: it makes the same events of what was told, byte for byte, and goes
-on from the last token. A transcript gives nobody anything: its tokens might as well have been written into
-the prompt, and its versions are looked up among the names of whoever sends it.
+`onebase route` asks for it, removes it from the stream, and stores it. If the server dies, another one gets
+the same request with the transcript: it makes the same events of it, byte for byte, and continues after the
+last token. A transcript gives its sender no rights: its tokens might as well have been written into the
+prompt, and its versions are looked up among the names of whoever sends it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from onebase_engine.engine.messages import RowOutput, TokenLogprob
 from onebase_server.errors import InvalidRequestError
 
 HEADER = "x-onebase-transcript"
-"""Of a request: the bytes of its body that are its own, and the seconds since it came first; what follows in
-the body is the transcript so far. Of an answer: its events have a transcript between them."""
+"""Header of a request: the length of its own body in bytes, and the seconds since it first arrived; the rest
+of the body is the transcript so far. In an answer it says that a transcript is between the events."""
 MARK = b": onebase "
-"""What a line of it begins with; a comment to everybody else who reads server-sent events."""
+"""Beginning of a transcript's line; other readers of server-sent events take it for a comment."""
 MOST_TRANSCRIPT = 1 << 20
-"""Bytes of one stream's: some 20,000 tokens. Of longer ones none is kept, nor taken."""
+"""Largest transcript of a stream, in bytes: some 20,000 tokens. Longer ones are neither stored nor
+accepted."""
 _LINE = re.compile(rb": onebase (\d{1,4}) (.*)")
 _NUMBER = re.compile(r"[0-9]{1,6}")
 """Number of a prompt: Python refuses to read one of thousands of digits."""
 
 
 class Opening(msgspec.Struct, frozen=True, kw_only=True, tag="opening"):
-    """What was drawn, looked up or taken from the clock before the first token."""
+    """Values that were drawn, looked up or read from the clock before the first token."""
 
     id: Annotated[str, msgspec.Meta(pattern="^[a-z]{1,12}[-_][0-9a-f]{24}$")]
     created: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
@@ -42,7 +43,7 @@ class Opening(msgspec.Struct, frozen=True, kw_only=True, tag="opening"):
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
-    """After the last token: what the end of the answer tells."""
+    """Figures of an answer's end, recorded after its last token."""
 
     queue_s: float
     ttft_s: float
@@ -56,7 +57,7 @@ _decoder = msgspec.json.Decoder(list[Record])
 
 
 def line(records: Sequence[Record], number: int = 0) -> bytes:
-    """What stands before events that were made of the records.
+    """Return the line that stands before the events made of these records.
 
     Args:
         number: of the request, among those of one stream.
@@ -72,7 +73,8 @@ def refused(why: str) -> InvalidRequestError:
 
 @dataclass
 class Transcript:
-    """Of one request. outputs: those that became events at once, with the prompt's number as their id."""
+    """Transcript of one request. outputs: in groups that became events together, with the prompt's number as
+    their id."""
 
     opening: Opening
     outputs: list[list[RowOutput]] = field(default_factory=list)
@@ -113,7 +115,8 @@ def _tokens(scored: TokenLogprob) -> Iterable[int]:
 
 
 def read(data: bytes) -> tuple[dict[int, Transcript], list[int]]:
-    """By number of the request, and whose events came in which order. Raises InvalidRequestError."""
+    """Return the transcripts by number of the request, and the order of those numbers. Raises
+    InvalidRequestError."""
     if len(data) > MOST_TRANSCRIPT:
         raise refused(f"is over {MOST_TRANSCRIPT} bytes")
     found: dict[int, Transcript] = {}

@@ -37,7 +37,7 @@ def checkpoint_model(job: TrainingJob, step: int) -> str:
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether it is the name of a checkpoint, of any job."""
+    """Return True if it is the name of a checkpoint, of any job."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -59,7 +59,7 @@ class CheckpointModels:
         self._first_uses: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def use(self, tenant: str, name: str, *, param: str) -> None:
-        """Make a checkpoint, which is there, an adapter that is proved and active, unless it is one.
+        """Register an existing checkpoint as an adapter that is proved and active, unless it is one already.
 
         Concurrent first uses wait for the same proof. Raises UnknownAdapterError when it is gone,
         ConflictError when it lies on another server, VersionFailedError, UnavailableError, and what adding
@@ -98,7 +98,7 @@ class CheckpointModels:
                     await self._place(record.tenant, record.name, "model")
 
     async def _place(self, tenant: str, name: str, param: str) -> Path | None:
-        """Where it lies; None on another server. Raises UnknownAdapterError."""
+        """Return the checkpoint's folder, or None if it is on another server. Raises UnknownAdapterError."""
         wanted = _parsed(name)
         job = None
         if wanted is not None:

@@ -1,4 +1,5 @@
-"""From a finished run to a version of its adapter: added, proved, and activated if that was asked for."""
+"""Delivery of a finished run as a version of its adapter: added, proved, and activated if that was asked
+for."""
 
 from __future__ import annotations
 
@@ -33,9 +34,9 @@ from onebase_server.storage import storage_errors
 
 ACTOR = "training"
 BACKOFF = Backoff(4.0, 60.0)
-"""Between tries, while the store or the registry is away."""
+"""Pauses between tries, in seconds, while the store or the registry cannot be reached."""
 TRIES = 6
-"""Of one delivery: over about two minutes."""
+"""Tries of one delivery, over about two minutes."""
 PROOFS_WAITED = 6
 """The wait for a version's proof lasts as long as this many proofs may take: others may be ahead of it."""
 LOST = "adapter_lost"
@@ -50,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 
 class DeliveryError(Exception):
-    """What was trained is not served. `code` is stable, the message says why and what to do."""
+    """A trained adapter cannot be served. `code` is stable, the message says why and what to do."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -60,8 +61,8 @@ class DeliveryError(Exception):
 
 @dataclass(frozen=True)
 class Delivered:
-    """What became of a job. `as_asked`: False when its version should be active and is not, or when what was
-    asked for could not be decided. `replaced`: the version that was active until then."""
+    """Result of a job's delivery. `as_asked`: False if its version should be active and is not, or if that
+    could not be decided. `replaced`: the version that was active until then."""
 
     version: str
     activated: bool
@@ -109,7 +110,7 @@ class Delivery:
         self._proof_seconds = proof_seconds
 
     async def deliver(self, job: TrainingJob, record: JobRecord) -> Delivered:
-        """Safe to repeat after a crash: the same content is the same version.
+        """Deliver a job's adapter. It is safe to repeat after a crash: the same content is the same version.
 
         Args:
             record: tells whether the job still runs; only then is its version activated.
@@ -179,7 +180,7 @@ class Delivery:
         return next((entry.previous for entry in history if entry.version == version.digest), None)
 
     async def _proved(self, job: TrainingJob, files: VersionFiles) -> VersionRecord:
-        """The version once its proof has ended. Raises DeliveryError when that takes too long."""
+        """Return the version after its proof has ended. Raises DeliveryError if that takes too long."""
         source: dict[str, Any] = {"kind": "training", "job": job.id}
         if job.parent is not None:
             source["parent"] = {"name": job.parent.name, "version": job.parent.digest}
@@ -241,7 +242,8 @@ def decide(job: TrainingJob) -> Decision:
 
 
 def _gate(job: TrainingJob, report: Mapping[str, Any]) -> Decision | None:
-    """Return what the limit for slices decides; None where there is none, or nothing that it is for."""
+    """Return the decision by the limit for slices, or None if there is no limit or no slice that it is
+    for."""
     slices, limit = report.get("slices"), job.settings.get("max_regression", "auto")
     if not slices or limit == "auto":
         return None

@@ -1,4 +1,4 @@
-"""What a run says, as the events that those who follow the job read (OpenAI's)."""
+"""A run's messages as OpenAI's events, for those who follow the job."""
 
 from __future__ import annotations
 

@@ -37,13 +37,14 @@ SCOPES: Mapping[Purpose, Scope] = {
     "batch": "generate",
     "batch_output": "generate",
 }
-"""What a key must be allowed to do with a file, by its purpose."""
+"""Scope that a key needs for a file, by the file's purpose."""
 
 _log = logging.getLogger(__name__)
 
 
 class TrainingFiles:
-    """Blobs of the store, each with a row in the registry. `limit`: bytes of one."""
+    """Files of jobs and batches: blobs of the store, each with a record in the registry. `limit`: bytes of
+    one."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class TrainingFiles:
     async def keep(
         self, tenant: str, writer: BlobWriter, filename: str, purpose: Purpose, file_id: str | None = None
     ) -> TrainingFile:
-        """Make what was written a file that jobs can name. Raises StoreFullError, UnavailableError."""
+        """Commit written content as a file that jobs can name. Raises StoreFullError, UnavailableError."""
         with storage_errors():
             # The row comes last: a blob without one is swept, a row without a blob would be a lie.
             blob = await self.disk.run(writer.commit)
@@ -73,7 +74,8 @@ class TrainingFiles:
     async def add(
         self, tenant: str, blob: Blob, filename: str, purpose: Purpose, file_id: str | None = None
     ) -> TrainingFile:
-        """Make what the store has a file. Raises StoreFullError, UnavailableError, QuotaExceededError."""
+        """Register content of the store as a file. Raises StoreFullError, UnavailableError,
+        QuotaExceededError."""
         name, server = file_id or f"file-{secrets.token_hex(12)}", self._folders.server
         made = float(int(time.time()))
         file = TrainingFile(name, tenant, server, purpose, filename, blob.size, made, blob.sha256)
@@ -99,7 +101,7 @@ class TrainingFiles:
         limit: int,
         oldest_first: bool,
     ) -> list[TrainingFile]:
-        """Those of these purposes, and of this content.
+        """Return the files of these purposes and of this content.
 
         Raises UnknownFileError (`after`), UnavailableError.
         """
@@ -122,7 +124,7 @@ class TrainingFiles:
     async def usable(
         self, tenant: str, file_id: str, param: str, purpose: Purpose = "fine-tune"
     ) -> TrainingFile:
-        """A file that a job, or a batch, of this server may be given.
+        """Return a file that a job or a batch of this server may use.
 
         Raises InvalidRequestError, UnavailableError.
         """
@@ -143,7 +145,7 @@ class TrainingFiles:
         return file
 
     async def is_stored(self, tenant: str, file_id: str) -> bool:
-        """Whether a job that needs the file could run here. Raises RegistryError, StoreError."""
+        """Return True if a job that needs the file could run here. Raises RegistryError, StoreError."""
         try:
             file = await self._threads.run(self._records.file, tenant, file_id)
         except registry.UnknownFileError:
@@ -186,7 +188,7 @@ class TrainingFiles:
             return await self.disk.run(self.content, file)
 
     def content(self, file: TrainingFile, held: Path | None = None) -> Path:
-        """A local file with the content. Blocks. Raises UnknownFileError, StoreError.
+        """Return a local file with the content. Blocks. Raises UnknownFileError, StoreError.
 
         Args:
             held: a place for it, as `Store.hold` takes one; without it the file must be read at once.
@@ -216,7 +218,7 @@ class TrainingFiles:
         return self._folders.old_file(file)
 
     async def take_over(self) -> None:
-        """Move this server's files into the store. A break at any point loses nothing: the next call goes on.
+        """Move this server's files into the store. An interruption loses nothing: the next call continues.
 
         Those that cannot be moved are served from where they lie. Raises RegistryError, OSError.
         """
@@ -252,8 +254,8 @@ def curve_csv(report: Mapping[str, Any]) -> bytes:
 
 
 def check_filename(filename: str) -> str:
-    """The last part of an uploaded file's name; one without an ending is taken for .jsonl: OpenAI's client
-    sends bytes as `upload`. Raises InvalidRequestError when nothing could read it."""
+    """Return the last part of an uploaded file's name. One without an ending becomes .jsonl, since OpenAI's
+    client sends bytes as `upload`. Raises InvalidRequestError for an ending that nothing can read."""
     name = filename.replace("\\", "/").rpartition("/")[2][-MAX_FILENAME:]
     if name and not ending(name):
         name = f"{name[-MAX_FILENAME + len(ENDINGS[0]) :]}{ENDINGS[0]}"

@@ -51,11 +51,12 @@ class JobFolders:
 
     @property
     def is_owned(self) -> bool:
-        """Whether this process runs the folder's jobs."""
+        """Return True if this process runs the folder's jobs."""
         return self._lock is not None
 
     def own(self) -> bool:
-        """Whether this process runs the folder's jobs: of several processes on one folder, one does."""
+        """Return True if this process runs the folder's jobs: of several processes on one folder, one
+        does."""
         if self._lock is not None:
             return True
         lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -100,7 +101,7 @@ class JobFolders:
         return left
 
     def old_file(self, file: TrainingFile) -> Path:
-        """Where the content of a file lies that is not in the store."""
+        """Return the path of a file's content that is not in the store."""
         return self.root / "files" / f"{file.id}{ending(file.filename)}"
 
 
@@ -148,7 +149,7 @@ def _server_id(path: Path) -> str:
 
 
 class _Models(Protocol):
-    """What was made of checkpoints: `checkpoints.CheckpointModels`."""
+    """Models made of checkpoints: `checkpoints.CheckpointModels`."""
 
     async def forget(self, job_id: str) -> None: ...
 
@@ -156,7 +157,7 @@ class _Models(Protocol):
 
 
 class _Kept(Protocol):
-    """What the store has of jobs: `kept_files.KeptFiles`."""
+    """Files of jobs in the store: `kept_files.KeptFiles`."""
 
     async def forget(self, job_id: str) -> None: ...
 
@@ -218,5 +219,5 @@ class GarbageCollector:
 
 
 def is_over(state: JobState, code: str | None) -> bool:
-    """Whether a job has ended and does not go on."""
+    """Return True if a job has ended and does not go on."""
     return state in ENDED_STATES and not is_resumable(state, code)

@@ -1,5 +1,8 @@
-"""What a job goes on from, in the store, so that another server can: its newest checkpoint, its best adapter,
-what was decided when it began, and the trained adapter until it is delivered."""
+"""Files in the store from which another server can resume a job.
+
+They are its newest checkpoint, its best adapter, the decisions made when it began, and the trained adapter
+until it is delivered.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +36,16 @@ ACTIVE_FILES = ("active_config", "active_weights")
 """Names in a job's folder of the files of the version that the job's adapter is compared with."""
 _BEST = "best-*"
 _TWIN_SECONDS = 30.0
-"""A checkpoint's file stays so long: a job of the same rows and seed may be keeping the same."""
+"""Time, in seconds, for which a checkpoint's file stays: a job of the same rows and seed may be storing the
+same."""
 _LEFT_OUT = ("training_file", "validation_file", "events.jsonl", *ACTIVE_FILES)
-"""Of a job's folder: what the store has anyway, and what nothing goes on from."""
+"""Files in a job's folder that the store has anyway, or that no resumption needs."""
 
 _log = logging.getLogger(__name__)
 
 
 class KeptFiles:
-    """Keeps files of this server's jobs in the store, and brings them back on whichever server goes on.
+    """Files of this server's jobs in the store, restored on whichever server resumes a job.
 
     For one event loop.
 
@@ -67,12 +71,12 @@ class KeptFiles:
         self._keeping: asyncio.Task[None] | None = None
 
     def look(self) -> None:
-        """Keep in the background what has come since the last time; again what failed then."""
+        """Store new files in the background, and those that could not be stored before."""
         if self._wanted() and (self._keeping is None or self._keeping.done()):
             self._keeping = asyncio.get_running_loop().create_task(self._keep_all())
 
     async def finish(self, seconds: float) -> None:
-        """Keep the last of all, as the server stops, if that does not take longer."""
+        """Store the last files as the server stops, if that does not take longer."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 if self._keeping is not None:
@@ -156,7 +160,7 @@ class KeptFiles:
                 sync(target.parent)
 
     async def forget(self, job_id: str) -> None:
-        """Let go of what a job went on from: it does not go on any more."""
+        """Drop the files of a job that will not be resumed."""
         await self._drop(job_id, None)
 
     async def _drop(self, job_id: str, server: str | None) -> None:
@@ -169,11 +173,12 @@ class KeptFiles:
             _log.info("the store keeps the files of job %s until the next sweep: %s", job_id, error)
 
     async def sweep(self) -> None:
-        """Let go of what jobs went on from that have ended, on whichever server. Raises RegistryError."""
+        """Drop the files of jobs that have ended, on whichever server. Raises RegistryError."""
         await self._threads.run(self.takeovers.drop_ended, RESUMABLE)
 
     async def _delete(self, left: Mapping[str, str]) -> None:
-        """Soon what only training writes; what may be an adapter's too as the store does."""
+        """Delete files soon if only training writes them. Those that an adapter may have too are deleted as
+        the store does."""
         for path, sha256 in left.items():
             ours = _part_of(path) == CHECKPOINTS and ADAPTER not in PurePosixPath(path).parts
             with suppress(StoreError):
@@ -187,7 +192,8 @@ def _part_of(path: str) -> str:
 
 
 def _files_of(folder: Path, job: UnkeptJob) -> dict[str, Path]:
-    """What a job goes on from, by its path in the folder. Raises FileNotFoundError, OSError."""
+    """Return the files from which a job is resumed, by path in the folder. Raises FileNotFoundError,
+    OSError."""
     checkpoints = folder / CHECKPOINTS
     parts = [checkpoints / PurePosixPath(job.path).name, *checkpoints.glob(_BEST)]
     if job.trained:

@@ -1,4 +1,4 @@
-"""One job's row in the registry, for the run that changes it, and those who follow the job."""
+"""Record of one job in the registry, for the run that changes it, and those who follow the job."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from onebase_server.jobs.event_view import job_event
 from onebase_server.jobs.state import Move
 
 BACKOFF = Backoff(0.5, 2.0)
-"""Between tries, while the registry is away."""
+"""Pause, in seconds, between tries while the registry cannot be reached."""
 FLUSH_SECONDS = 0.5
-"""From one write of what a run says to the next."""
+"""Time, in seconds, between two writes of a run's messages."""
 MAX_WAITING = 10_000
 """Events that wait while the registry cannot be written; older ones are lost."""
 T = TypeVar("T")
@@ -139,7 +139,7 @@ class JobRecord:
     # ---- what the run says -------------------------------------------------------------------
 
     def take(self, event: events.Event) -> None:
-        """Take an event of the run; `close` must follow."""
+        """Record an event of the run; `close` must follow."""
         if self._writer is None:
             self._writer = asyncio.get_running_loop().create_task(self._keep_writing())
         self.progress |= progress_of(event)
@@ -176,7 +176,7 @@ class JobRecord:
                 await asyncio.wait_for(self._closing.wait(), FLUSH_SECONDS)
 
     async def _write(self) -> bool:
-        """Whether nothing is left to write."""
+        """Return True if nothing is left to write."""
         waiting, saved = len(self._events), len(self._checkpoints)
         if not waiting and not saved and not self.progress:
             return True

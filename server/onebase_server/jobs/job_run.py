@@ -1,4 +1,4 @@
-"""One job on its way: a trainer process, what it says, how it ends, and what follows from that."""
+"""Run of one job: a trainer process, its messages, its end, and what follows from that."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ BROKEN_SECONDS = 2.0
 STOP_SECONDS = 60.0
 """A trainer that has not written its checkpoint by then is killed; the checkpoint before it is whole."""
 METER_SECONDS = 5.0
-"""From one look at the quota of training to the next: a job trains so much longer than allowed, at most."""
+"""Time, in seconds, between two checks of the training quota, and so the longest excess over it."""
 PASSING = ("device_error", "base_unavailable", "base_changed")
 """Failures that an engine causes when it is about to die: the next one may work."""
 
@@ -95,7 +95,7 @@ class FileGoneError(Exception):
 
 @dataclass(frozen=True)
 class AttachedBase:
-    """What a trainer attaches. `fd`: of the memory that holds the base."""
+    """A base that a trainer attaches. `fd`: file descriptor of the base's memory."""
 
     config: EngineConfig
     manifest: bytes
@@ -104,7 +104,7 @@ class AttachedBase:
 
 @dataclass
 class TrainerPool:
-    """What all runs of a server share.
+    """Dependencies that all runs of a server share.
 
     command: starts a trainer. share: part of the time for jobs while rows run. busy_fd: of the byte that
     says whether rows run. memory: bytes for one job, 0 for a part of what is free.
@@ -131,7 +131,7 @@ class TrainerPool:
     """Trainers that died without being stopped."""
 
     async def train_job(self, job: TrainingJob, record: JobRecord) -> TrainJob:
-        """The job as a trainer takes it. Raises FileGoneError, StoreError, RegistryError."""
+        """Return the job as the trainer's input. Raises FileGoneError, StoreError, RegistryError."""
         await self.kept.restore(job)
         train, train_path = await self._file(job, record, job.training_file, "training_file")
         held_out_name = held_out_path = None
@@ -234,22 +234,22 @@ class Run:
 
     @property
     def holds_base(self) -> bool:
-        """Whether its process has attached the engine's base, or is about to."""
+        """Return True if its process has attached the engine's base, or is about to."""
         return self.kind == "train" and not self._delivering
 
     @property
     def delivering(self) -> bool:
-        """Whether it has trained: others may train while its adapter is proved."""
+        """Return True if it has trained: others may train while its adapter is proved."""
         return self._delivering
 
     @property
     def stopping(self) -> bool:
-        """Whether somebody asked it to end: what its process then reports is no failure."""
+        """Return True if somebody asked it to end: what its process then reports is no failure."""
         return self._stop is not None
 
     @property
     def computes(self) -> bool:
-        """Whether its process trains, and is not about to end."""
+        """Return True if its process trains, and is not about to end."""
         return self.kind == "train" and self._trainer is not None and self._stop is None
 
     @property
@@ -290,7 +290,7 @@ class Run:
             self._trainer.end_after(step)
 
     def interrupt(self, why: str, seconds: float) -> None:
-        """As `stop`, but the job goes on: it waits for its turn again."""
+        """Stop the run as `stop` does, but leave the job queued, so that it is resumed later."""
         self._interrupted = why
         self._record.retries = False
         self.stop("pause", seconds)
@@ -380,7 +380,7 @@ class Run:
                 state = cast(JobState, error.state)
 
     async def _ended_at(self, step: int, best: int) -> JobEvent | None:
-        """What is told of a job that somebody stopped, if that made a difference."""
+        """Return the event of a job that somebody stopped, if the stop ended it early."""
         job = await self._record.current()
         steps = int((job.plan or {}).get("steps") or 0)
         if job.stop is None or step >= steps:
@@ -408,7 +408,7 @@ class Run:
         )
 
     async def _process(self, message: Callable[[TrainJob], Check | Train], fds: dict[str, int]) -> Outcome:
-        """Run a trainer to its end, and write down what it says."""
+        """Run a trainer to its end, and record its messages."""
         try:
             job = await self._train_job()
             if self._stop is not None:
@@ -440,7 +440,7 @@ class Run:
             await self._record.close()
 
     async def _train_job(self) -> TrainJob:
-        """What the trainer is given. Tries again while the store cannot be reached, unless the job stops.
+        """Return the trainer's input. Tries again while the store cannot be reached, unless the job stops.
 
         Raises FileGoneError, StoreError, RegistryError.
         """
@@ -571,7 +571,7 @@ def _waits_for_its_turn() -> JobEvent:
 
 
 def _held(plan: Mapping[str, Any]) -> JobEvent:
-    """What a job says that waits for a word, with what it will take."""
+    """Return the event of a job that waits to be resumed, with the training that it estimates."""
     steps = plan["steps"]
     data = {"kind": "held", "steps": steps, "estimate": plan["estimate"]}
     return JobEvent(

@@ -35,17 +35,18 @@ from onebase_server.peers import Peers
 _log = logging.getLogger(__name__)
 
 NO_JOBS = "it was started with --train-jobs 0"
-"""Why a server trains nothing."""
+"""Reason why a server trains nothing."""
 SHUTDOWN_SECONDS = 15.0
 """The same limit, when the server stops."""
 LEASE_LOST_SECONDS = 5.0
 """The same limit, when another server may soon go on with the job."""
 LEFT_SECONDS = 5.0
-"""A job that waits is left so long to a server that has more trainers free; then it is begun here."""
+"""Time, in seconds, for which a waiting job is left to a server with more free trainers before it begins
+here."""
 NOT_HERE_SECONDS = 60.0
-"""From one look for the files of another server's job to the next, where the store had them not."""
+"""Time, in seconds, between two looks for the files of another server's job that the store did not have."""
 SWEEP_SECONDS = 3600.0
-"""From one sweep of the jobs' folders to the next."""
+"""Time, in seconds, between two sweeps of the jobs' folders."""
 
 
 class JobScheduler:
@@ -83,9 +84,10 @@ class JobScheduler:
         """Jobs that had a run since the server started."""
         self._noted_disabled: set[str] = set()
         self._left: dict[str, float] = {}
-        """Until when jobs that wait are left to a server that has more room."""
+        """Time until which a waiting job is left to a server that has more room, by the job's id."""
         self._not_here: dict[str, float] = {}
-        """Until when jobs of other servers are let be, since this one's store has not all their files."""
+        """Time until which another server's job is left alone because this store lacks its files, by the
+        job's id."""
         self._base: AttachedBase | None = None
         self._changed = asyncio.Event()
         self._ending = False
@@ -135,7 +137,7 @@ class JobScheduler:
                     await self._changed.wait()
 
     def _own(self) -> bool:
-        """Whether this process runs the jobs of the folder; the log says why not."""
+        """Return True if this process runs the jobs of the folder; the log says why not."""
         root = self._pool.folders.root
         try:
             if self._pool.folders.own():
@@ -152,7 +154,7 @@ class JobScheduler:
             self._next_sweep = time.monotonic() + self._sweep_seconds
 
     async def forget(self, job_id: str) -> None:
-        """Delete what a job that is over, and has no run, has left."""
+        """Delete the files of a job that has ended and has no run."""
         await self._garbage.forget(job_id)
 
     async def stop(self) -> None:
@@ -178,7 +180,7 @@ class JobScheduler:
 
     @property
     def runs_jobs(self) -> bool:
-        """Whether this process runs the jobs of its data folder."""
+        """Return True if this process runs the jobs of its data folder."""
         return self._pool.folders.is_owned
 
     def room(self) -> int:
@@ -186,11 +188,11 @@ class JobScheduler:
         return 0 if self._base is None or self._ending else max(0, self._most - self._count("train"))
 
     def has_run(self, job_id: str) -> bool:
-        """Whether the job has a run here, perhaps one that is about to end."""
+        """Return True if the job has a run here, perhaps one that is about to end."""
         return job_id in self._runs
 
     async def _reconcile(self, jobs: Sequence[OpenJob]) -> None:
-        """`jobs`: those in the registry that are open, oldest first."""
+        """Start, stop and resume runs by the registry's open jobs (`jobs`, oldest first)."""
         states = {job.id: job for job in jobs}
         for job_id, run in list(self._runs.items()):
             job = states.get(job_id)
@@ -220,7 +222,7 @@ class JobScheduler:
     # ---- other servers -----------------------------------------------------------------------
 
     def _leave(self, job: OpenJob) -> bool:
-        """Whether a job is left for now to a server that has more room, and will take it."""
+        """Return True if a job is left for now to a server that has more room, and will take it."""
         if not self._peers.holds_lease:
             return True
         if self._peers.most_room <= self.room() or not job.is_movable:
@@ -228,7 +230,7 @@ class JobScheduler:
         return time.monotonic() < self._left.setdefault(job.id, time.monotonic() + LEFT_SECONDS)
 
     async def _take_over(self) -> None:
-        """Take the oldest job that another server leaves to this one, if there is room for it."""
+        """Take over the oldest job that another server leaves to this one, if there is room for it."""
         room, takeovers, here = self.room(), self._pool.kept.takeovers, self._pool.folders.server
         if not room or not self._peers.holds_lease:
             return
@@ -246,7 +248,8 @@ class JobScheduler:
                 return
 
     async def _has_files_of(self, job: TakeableJob) -> bool:
-        """Whether the job's files are in this server's store. If not, it has another one; the log says so."""
+        """Return True if the job's files are in this server's store. If not, it has another one; the log says
+        so."""
         if time.monotonic() < self._not_here.get(job.id, 0.0):
             return False
         files = [job.training_file, *([job.validation_file] if job.validation_file else [])]
@@ -284,7 +287,7 @@ class JobScheduler:
                 run.interrupt("the registry could not be reached in time", LEASE_LOST_SECONDS)
 
     async def _note_disabled(self, waiting: Sequence[OpenJob]) -> None:
-        """Tell each job once why nothing happens."""
+        """Notify each waiting job once that this server trains nothing."""
         text = f"The server trains nothing: {self._off}. The job waits for one that trains."
         for job in waiting:
             if job.id not in self._noted_disabled:
@@ -357,7 +360,7 @@ class JobScheduler:
 
 
 def _taken_over(job: TrainingJob) -> JobEvent:
-    """What a job says that has changed its server."""
+    """Return the event of a job that has changed its server."""
     resumed = f"resumed at step {job.saved_step}" if job.saved_step else "begun again"
     if job.state == "validating_files" or not job.started_at:
         resumed = "where it waits for its turn" if job.state == "queued" else "which checks its files"

@@ -1,4 +1,4 @@
-"""What users do with jobs: create, read, pause, resume, stop and cancel them, and follow their events."""
+"""Creating, pausing, resuming, stopping and cancelling jobs for users, and following their events."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class JobService:
             )
 
     async def checkpoints(self, tenant: str, job_id: str) -> list[Checkpoint]:
-        """Those that are there, newest first. Raises UnknownJobError."""
+        """Return the checkpoints that exist, newest first. Raises UnknownJobError."""
         job = await self.get(tenant, job_id)
         with storage_errors():
             found = await self._threads.run(self._records.checkpoints, job)

@@ -31,12 +31,12 @@ from onebase_server.background import Backoff
 MAX_DEATHS = 3
 """Trainers that may die without a checkpoint in between; with the next one the job fails."""
 BACKOFF = Backoff(0.5, 2.0)
-"""Before the next trainer is started, by the number of deaths."""
+"""Pause, in seconds, before the next trainer is started, by the number of deaths."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """From any state of `among` to the state `to`.
+    """A change from any state of `among` to the state `to`.
 
     while_delivered: whether it is allowed while the job's adapter is being delivered.
     """
@@ -69,24 +69,26 @@ def resumed(job: TrainingJob) -> Move:
 
 
 def stopping(job: TrainingJob) -> Move:
-    """Has a job that has steps done end early; one that waits for a word goes on for that."""
+    """Return the move for ending a job early that has steps done; one that waits to be resumed continues for
+    that."""
     to: JobState = job.state if job.state in OPEN_STATES else "queued"
     return Move((job.state,), to, while_delivered=False)
 
 
 def steps_done(job: TrainingJob) -> int:
-    """As far as is known here; of a job that does not run, those that are saved, if any are."""
+    """Return the steps done, as far as is known here; of a job that does not run, the saved ones if any
+    are."""
     told = int((job.progress or {}).get("step") or 0)
     return max(job.saved_step, told) if job.state == "running" else job.saved_step or told
 
 
 def is_resumable(state: JobState, error_code: str | None) -> bool:
-    """Whether `resume` continues a job in this state, with this error."""
+    """Return True if `resume` continues a job in this state, with this error."""
     return state == "paused" or (state == "failed" and error_code in RESUMABLE)
 
 
 def resume_point(job: TrainingJob | OpenJob) -> str:
-    """Where a job goes on, as the end of a sentence."""
+    """Return the point at which a job is resumed, as the end of a sentence."""
     if job.trained:
         return "with the proof of its adapter"
     return f"after step {job.saved_step}" if job.saved_step else "from its beginning"
@@ -102,12 +104,12 @@ class Death:
 
     @classmethod
     def of(cls, job: TrainingJob, how: str) -> Death:
-        """The newest death of a job, whose row does not count it yet."""
+        """Return the newest death of a job, whose record does not count it yet."""
         return cls(job, how, job.deaths + 1 if job.saved_step <= job.death_step else 1)
 
     @property
     def last(self) -> bool:
-        """Whether the job fails by it; else another trainer is started."""
+        """Return True if the job fails by it; else another trainer is started."""
         return self.count > MAX_DEATHS
 
     @property
@@ -117,12 +119,12 @@ class Death:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For the job's row."""
+        """Return the death's columns in the job's record."""
         return {"deaths": self.count, "death_step": self.job.saved_step}
 
     @property
     def message(self) -> str:
-        """For the job's owner."""
+        """Return the message for the job's owner."""
         killed = " The kernel also ends a process by SIGKILL when memory is short."
         hint = killed if "SIGKILL" in self.how else ""
         if self.last:

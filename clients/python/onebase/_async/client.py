@@ -75,7 +75,7 @@ class AsyncClient:
 
     @property
     def url(self) -> str:
-        """Where the server is."""
+        """Address of the server."""
         return self._url
 
     def with_options(
@@ -176,7 +176,8 @@ class AsyncClient:
         adapter: AdapterSpec = None,
         **sampling: Unpack[SamplingFields],
     ) -> AsyncStream:
-        """As `generate`, piece by piece. The request is sent on entering the `async with` block.
+        """Generate as `generate` does, piece by piece. The request is sent on entering the `async with`
+        block.
 
         Examples:
             >>> async with client.stream("Once upon a time") as stream:  # doctest: +SKIP
@@ -318,7 +319,8 @@ class AsyncClient:
         group_by: Sequence[str] = ("day", "tenant", "adapter"),
         tenant: str | None = None,
     ) -> str:
-        """As `usage`, as CSV with a line of titles. A spreadsheet takes no name in it for a formula."""
+        """Return `usage` as CSV with a line of titles. No name in it looks like a formula to a
+        spreadsheet."""
         reply = await self._http.send(usage_calls.usage(start, end, group_by, tenant, csv=True))
         return reply.body.decode()
 
@@ -333,7 +335,7 @@ class AsyncClient:
         oldest_first: bool = False,
         limit: int | None = 100,
     ) -> tuple[AuditEntry, ...]:
-        """Who changed what on the server's registry, the newest first.
+        """Return changes of the server's registry and who made them, the newest first.
 
         Args:
             tenant: Of one tenant. Without it a key with the scope `admin` gets all, others their own.
@@ -358,7 +360,7 @@ class AsyncClient:
         )
 
     async def health(self) -> Health:
-        """Whether the server makes progress. A server that answers that it is unwell raises nothing.
+        """Return True if the server makes progress. A server that answers that it is unwell raises nothing.
 
         Raises:
             APIConnectionError, APITimeoutError: no server answers.
@@ -367,7 +369,7 @@ class AsyncClient:
         return parse.health(reply.status, reply.body)
 
     async def ready(self) -> Health:
-        """Whether the server takes requests now. It does not while it loads the base or drains.
+        """Return True if the server takes requests now. It does not while it loads the base or drains.
 
         Raises:
             APIConnectionError, APITimeoutError: no server answers.

@@ -74,7 +74,7 @@ class AsyncHttp:
         return AsyncHttp(self._pool, options)
 
     async def ask(self, call: Call, build: Callable[[Json], T]) -> T:
-        """What `build` makes of the JSON that answers `call`."""
+        """Send a call, and return what `build` makes of the JSON that answers it."""
         reply = await self.send(call)
         return parse(reply.body, build)
 
@@ -109,7 +109,7 @@ class AsyncHttp:
         return await self._retried(call, self._fetch_once)
 
     async def open(self, call: Call) -> AsyncResponse:
-        """As `send`, with the body still unread."""
+        """Send a call as `send` does, with the answer's body still unread."""
         return await self._retried(call, self._open_once)
 
     async def close(self) -> None:

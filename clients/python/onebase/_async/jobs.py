@@ -101,7 +101,7 @@ class AsyncTrainingJob(JobView):
         return training.curve_of_events(await self.events(limit=CURVE_EVENTS))
 
     async def data_report(self) -> Mapping[str, Any] | None:
-        """What the check found in the job's files: tokens, what stands out, and rows as the model reads them.
+        """Return the check's report of the job's files: tokens, findings, and rows as the model reads them.
 
         It waits for the check. None if the check failed.
         """
@@ -152,7 +152,7 @@ class AsyncTrainingJob(JobView):
         return await self._updated(training.change(self.id, "stop"))
 
     async def _follow(self, events: AsyncEventStream, watch: JobObserver) -> None:
-        """Until the job is settled."""
+        """Follow the events until the job is settled."""
         async for event in events:
             if self._take(event):
                 await self._refresh_patiently()
@@ -170,7 +170,7 @@ class AsyncTrainingJob(JobView):
         return items[0].id if items else None
 
     async def _refresh_patiently(self) -> None:
-        """As `refresh`, even if the server is just being restarted."""
+        """Refresh the job as `refresh` does, even if the server is just being restarted."""
         reply = await self._send_patiently(training.job(self.id))
         self._info = parse(reply.body, training.parse_job)
 

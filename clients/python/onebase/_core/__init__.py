@@ -1,1 +1,1 @@
-"""What both clients share: what is sent, what an answer means, when to try again. Nothing here waits."""
+"""Parts that both clients share: requests, the meaning of answers, and retries. Nothing here waits."""

@@ -432,12 +432,12 @@ class Waiting:
         self._shown: Progress | None = None
         self._delay = FIRST_POLL_S
         self._due = 0.0
-        """When the next question may be asked."""
+        """Time at which the next question may be asked, on the monotonic clock."""
         self._show()
 
     @property
     def over(self) -> bool:
-        """Whether the version is ready.
+        """Return True if the version is ready.
 
         Raises:
             AdapterRejectedError: the version failed.
@@ -454,7 +454,7 @@ class Waiting:
         self._show()
 
     def question(self) -> Call:
-        """What to ask now. The time that it may take grows from one question to the next."""
+        """Return the next request. The time that it may take grows from one to the next."""
         delay, self._delay = self._delay, min(LONGEST_POLL_S, self._delay * 1.5)
         self._due = time.monotonic() + delay
         return version(self.version.name, self.version.version, delay)
@@ -473,7 +473,7 @@ class Waiting:
 
 
 def was_active(version: AdapterVersion, history: Sequence[Activation]) -> bool:
-    """Whether the version was ever active, even if another one is now."""
+    """Return True if the version was ever active, even if another one is now."""
     return any(entry.version == version.version for entry in history)
 
 

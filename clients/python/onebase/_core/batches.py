@@ -17,7 +17,7 @@ from .training import path_of
 BATCHES: Final = "/v1/batches"
 FIRST_PAUSE_S: Final = 0.25
 LONGEST_PAUSE_S: Final = 3.0
-"""Between two looks at a batch that is waited for: each is half as long again as the one before."""
+"""Longest pause between two looks at a batch; each is half as long again as the one before."""
 
 
 def create(file_id: str, endpoint: str, window: str, metadata: Mapping[str, str] | None) -> Call:

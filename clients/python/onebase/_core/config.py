@@ -27,7 +27,7 @@ UNSET: Final = _Unset.UNSET
 
 @dataclass(frozen=True)
 class Timeout:
-    """How long to wait, in seconds. None is no limit.
+    """Limits of waiting, in seconds. None is no limit.
 
     `read` limits the server's silence, not the length of an answer. An answer that is not streamed is
     silent until it is complete, so `read` must cover the whole generation.
@@ -57,7 +57,7 @@ class Timeout:
 
 @dataclass(frozen=True)
 class ClientOptions:
-    """What `with_options` can change: everything but the connection pool and its URL."""
+    """Settings that `with_options` can change: all but the connection pool and its URL."""
 
     api_key: str | None = field(repr=False)
     timeout: Timeout

@@ -54,7 +54,7 @@ class JobView:
 
     @property
     def progress(self) -> TrainingProgress | None:
-        """How far the job is. None before it begins."""
+        """Progress of the job. None before it begins."""
         return self._info.progress
 
     @property
@@ -64,7 +64,7 @@ class JobView:
 
     @property
     def error(self) -> TrainingFailure | None:
-        """Why the job failed. None if it did not."""
+        """Failure of the job. None if it did not fail."""
         return self._info.error
 
     @property
@@ -74,22 +74,23 @@ class JobView:
 
     @property
     def activated(self) -> bool | None:
-        """Whether requests for the name alone get this version. None until the job has succeeded."""
+        """Return True if requests for the name alone get this version. None until the job has succeeded."""
         return self._info.activated
 
     @property
     def estimate(self) -> Mapping[str, Any] | None:
-        """What it will take: `seconds`, `total` bytes of memory and its parts. None until it is checked."""
+        """Estimate of its training: `seconds`, `total` bytes of memory and its parts. None until it is
+        checked."""
         return self._info.estimate
 
     @property
     def stopped(self) -> TrainingStop | None:
-        """Who ended it early, and where. None if nobody did."""
+        """Record of who ended it early, and where. None if nobody did."""
         return self._info.stopped
 
     @property
     def resumable(self) -> bool:
-        """Whether `resume` would continue from the last checkpoint."""
+        """Return True if `resume` would continue from the last checkpoint."""
         return self._info.resumable
 
     def __repr__(self) -> str:
@@ -105,7 +106,7 @@ class JobView:
 
 
 def settled(info: TrainingJobInfo) -> bool:
-    """Whether there is nothing to wait for: it has ended, or is paused."""
+    """Return True if there is nothing to wait for: it has ended, or is paused."""
     return info.status not in _GOES_ON
 
 

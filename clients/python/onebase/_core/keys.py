@@ -21,7 +21,7 @@ def create(
     quotas: Mapping[str, int] | None,
     priority: int,
 ) -> Call:
-    """Not idempotent: sent twice, it makes two keys."""
+    """Return the request for a new key. It is not idempotent: sent twice, it makes two keys."""
     if isinstance(scopes, str):
         raise ValueError(f"scopes must be a list, such as ['generate'], not {scopes!r}")
     body: Body = {"scopes": list(scopes), "tenant": tenant, "name": name, "expires_in_s": expires_in}
@@ -56,7 +56,7 @@ def parse_new_key(value: Json) -> NewApiKey:
 
 
 def _parts(value: Json) -> dict[str, Any]:
-    """What is no plain field, or one that servers of release 0.1 lack."""
+    """Return the values that are no plain fields, or that servers of release 0.1 lack."""
     return {
         "scopes": tuple(value["scopes"]),
         "quotas": value.get("quotas", {}),

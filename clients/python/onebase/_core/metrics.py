@@ -1,4 +1,4 @@
-"""What a server tells Prometheus: read from its text, asked for by name and label."""
+"""Prometheus metrics of a server: parsed from its text, read by name and label."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ class Metrics:
     samples: Mapping[str, tuple[tuple[Mapping[str, str], float], ...]]
 
     def of(self, name: str, **labels: str) -> Iterator[tuple[Mapping[str, str], float]]:
-        """Those with these labels, whatever others they have."""
+        """Yield the samples with these labels, whatever others they have."""
         samples = self.samples.get(name, ())
         return ((found, value) for found, value in samples if labels.items() <= found.items())
 
     def total(self, name: str, **labels: str) -> float:
-        """Their sum; 0 if there is none."""
+        """Return the sum of the samples with these labels; 0 if there is none."""
         return sum(value for _, value in self.of(name, **labels))
 
     def by(self, name: str, label: str, **labels: str) -> dict[str, float]:
-        """Their sums, by the value of `label`."""
+        """Return the sums of the samples with these labels, by the value of `label`."""
         sums: defaultdict[str, float] = defaultdict(float)
         for found, value in self.of(name, **labels):
             sums[found.get(label, "")] += value
         return dict(sums)
 
     def quantile(self, name: str, share: float, since: Metrics | None = None) -> float | None:
-        """Of a histogram, the value that `share` (0 to 1) of its values are at most, by its buckets.
+        """Return the quantile at `share` (0 to 1) of a histogram, estimated from its buckets.
 
         Between two bounds values are taken to be spread evenly, as Prometheus' histogram_quantile does. Above
         the highest bound it is that bound. None: there are no values.
@@ -68,7 +68,7 @@ class Metrics:
 
 
 def parse_metrics(text: str, wanted: tuple[str, ...] = ()) -> Metrics:
-    """What a server answers to GET /metrics. Raises InvalidResponseError.
+    """Parse a server's answer to GET /metrics. Raises InvalidResponseError.
 
     Args:
         wanted: What the names begin with that are read; by default all. A server with many adapters has

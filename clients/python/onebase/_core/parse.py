@@ -32,7 +32,7 @@ Json: TypeAlias = Mapping[str, Any]
 
 
 def parse(body: bytes, build: Callable[[Json], T]) -> T:
-    """What `build` makes of a JSON object.
+    """Return what `build` makes of a JSON object.
 
     Raises:
         InvalidResponseError: it is no JSON object, or lacks a field.

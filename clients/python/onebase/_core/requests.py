@@ -50,11 +50,11 @@ class Call:
     answer_statuses: frozenset[int] = frozenset()
     """Error statuses that are an answer, not a failure."""
     headers: tuple[tuple[str, str], ...] = ()
-    """In addition to the headers of every request."""
+    """Headers in addition to those of every request."""
 
     @property
     def repeatable(self) -> bool:
-        """Whether it may be sent again even if the first one may have been acted on."""
+        """Return True if it may be sent again even if the first one may have been acted on."""
         return self.method == "GET" or self.idempotent
 
     @property
@@ -123,7 +123,7 @@ def _message(message: Message) -> Body:
 
 
 def adapter_body(adapter: AdapterSpec) -> object:
-    """What `adapter` says, as the server reads it: null, a name, or a weighted list."""
+    """Return `adapter` as the server reads it: null, a name, or a weighted list."""
     if adapter is None or isinstance(adapter, str):
         return adapter
     terms = _terms(adapter)
@@ -203,7 +203,7 @@ def _json(value: object) -> bytes:
 
 
 def page_size(limit: int | None, had: int) -> int:
-    """How many items to ask for next, if there are `had`; 0 when there are enough.
+    """Return how many items to ask for next after `had` items; 0 when there are enough.
 
     Raises:
         ValueError: the limit is below 1.

@@ -74,7 +74,7 @@ class Backoff:
 
 
 def _may_pass(error: OneBaseError, call: Call) -> bool:
-    """Whether the error may be over soon, as a restart of the server is."""
+    """Return True if the error may be over soon, as a restart of the server is."""
     if isinstance(error, APIStatusError):
         return error.status in call.retry_statuses and error.code != EXHAUSTED
     return isinstance(error, APIConnectionError | APITimeoutError)

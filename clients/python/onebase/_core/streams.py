@@ -155,7 +155,7 @@ class AnswerView:
 
 
 class EventPosition:
-    """How far a stream of a job's events is: which event came last, and how often it broke since.
+    """Position in a stream of a job's events: the last event, and how often the stream broke since.
 
     Args:
         after: The id of the event after which the stream begins, or None.

@@ -81,7 +81,7 @@ def existing(given: str | Path, argument: str, kinds: str = KINDS, otherwise: st
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content. Raises OSError."""
+    """Return the SHA-256 of a file's content. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -149,7 +149,8 @@ def check_settings(settings: TrainingSettings) -> Body:
 
 
 def was_refused(error: BaseException | None) -> bool:
-    """Whether there is certainly no job. After a lost connection there may be one that needs its files."""
+    """Return True if there is certainly no job. After a lost connection there may be one that needs its
+    files."""
     return isinstance(error, APIStatusError | TypeError | ValueError)
 
 
@@ -164,7 +165,7 @@ def job_body(
     hold: bool,
     settings: Body,
 ) -> Body:
-    """What is sent about a job, without its files."""
+    """Return the request for a job, without its files."""
     return {
         "model": model,
         "name": name,

@@ -65,7 +65,7 @@ class Adapters:
         return self._http.ask(adapters.version(name, version), adapters.parse_version)
 
     def history(self, name: str) -> tuple[Activation, ...]:
-        """Which version answered to the name, and since when; the newest entry first.
+        """Return the versions that answered to the name, and since when; the newest entry first.
 
         Raises:
             NotFoundError: there is no such adapter.

@@ -111,7 +111,8 @@ class Batches:
                 pause = min(batches.LONGEST_PAUSE_S, pause * 1.5)
 
     def results(self, batch: Batch | str) -> tuple[BatchResult, ...]:
-        """What a batch that has ended has answered, then its rows that failed, each in the order they ended.
+        """Return the answers of a batch that has ended, then its rows that failed, each in the order they
+        ended.
 
         Args:
             batch: The batch, or its id.

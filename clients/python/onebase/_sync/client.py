@@ -76,7 +76,7 @@ class Client:
 
     @property
     def url(self) -> str:
-        """Where the server is."""
+        """Address of the server."""
         return self._url
 
     def with_options(
@@ -177,7 +177,8 @@ class Client:
         adapter: AdapterSpec = None,
         **sampling: Unpack[SamplingFields],
     ) -> Stream:
-        """As `generate`, piece by piece. The request is sent on entering the `with` block.
+        """Generate as `generate` does, piece by piece. The request is sent on entering the `with`
+        block.
 
         Examples:
             >>> with client.stream("Once upon a time") as stream:  # doctest: +SKIP
@@ -319,7 +320,8 @@ class Client:
         group_by: Sequence[str] = ("day", "tenant", "adapter"),
         tenant: str | None = None,
     ) -> str:
-        """As `usage`, as CSV with a line of titles. A spreadsheet takes no name in it for a formula."""
+        """Return `usage` as CSV with a line of titles. No name in it looks like a formula to a
+        spreadsheet."""
         reply = self._http.send(usage_calls.usage(start, end, group_by, tenant, csv=True))
         return reply.body.decode()
 
@@ -334,7 +336,7 @@ class Client:
         oldest_first: bool = False,
         limit: int | None = 100,
     ) -> tuple[AuditEntry, ...]:
-        """Who changed what on the server's registry, the newest first.
+        """Return changes of the server's registry and who made them, the newest first.
 
         Args:
             tenant: Of one tenant. Without it a key with the scope `admin` gets all, others their own.
@@ -359,7 +361,7 @@ class Client:
         )
 
     def health(self) -> Health:
-        """Whether the server makes progress. A server that answers that it is unwell raises nothing.
+        """Return True if the server makes progress. A server that answers that it is unwell raises nothing.
 
         Raises:
             APIConnectionError, APITimeoutError: no server answers.
@@ -368,7 +370,7 @@ class Client:
         return parse.health(reply.status, reply.body)
 
     def ready(self) -> Health:
-        """Whether the server takes requests now. It does not while it loads the base or drains.
+        """Return True if the server takes requests now. It does not while it loads the base or drains.
 
         Raises:
             APIConnectionError, APITimeoutError: no server answers.

@@ -74,7 +74,7 @@ class Http:
         return Http(self._pool, options)
 
     def ask(self, call: Call, build: Callable[[Json], T]) -> T:
-        """What `build` makes of the JSON that answers `call`."""
+        """Send a call, and return what `build` makes of the JSON that answers it."""
         reply = self.send(call)
         return parse(reply.body, build)
 
@@ -109,7 +109,7 @@ class Http:
         return self._retried(call, self._fetch_once)
 
     def open(self, call: Call) -> Response:
-        """As `send`, with the body still unread."""
+        """Send a call as `send` does, with the answer's body still unread."""
         return self._retried(call, self._open_once)
 
     def close(self) -> None:

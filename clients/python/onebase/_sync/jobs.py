@@ -101,7 +101,7 @@ class TrainingJob(JobView):
         return training.curve_of_events(self.events(limit=CURVE_EVENTS))
 
     def data_report(self) -> Mapping[str, Any] | None:
-        """What the check found in the job's files: tokens, what stands out, and rows as the model reads them.
+        """Return the check's report of the job's files: tokens, findings, and rows as the model reads them.
 
         It waits for the check. None if the check failed.
         """
@@ -152,7 +152,7 @@ class TrainingJob(JobView):
         return self._updated(training.change(self.id, "stop"))
 
     def _follow(self, events: EventStream, watch: JobObserver) -> None:
-        """Until the job is settled."""
+        """Follow the events until the job is settled."""
         for event in events:
             if self._take(event):
                 self._refresh_patiently()
@@ -170,7 +170,7 @@ class TrainingJob(JobView):
         return items[0].id if items else None
 
     def _refresh_patiently(self) -> None:
-        """As `refresh`, even if the server is just being restarted."""
+        """Refresh the job as `refresh` does, even if the server is just being restarted."""
         reply = self._send_patiently(training.job(self.id))
         self._info = parse(reply.body, training.parse_job)
 

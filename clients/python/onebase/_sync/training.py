@@ -54,7 +54,7 @@ class Files:
     def _upload(
         self, path: str | Path, purpose: Purpose, progress: ProgressCallback | None
     ) -> tuple[TrainingFile, bool]:
-        """As `upload`; and whether the file is new."""
+        """Upload as `upload` does, and return the file and whether it is new."""
         file = training.existing(path, "path")
         digest = training.sha256(file)
         call = training.same_content(digest, purpose)

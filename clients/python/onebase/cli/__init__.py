@@ -173,7 +173,7 @@ def run_plugin(plugin: EntryPoint, argv: list[str]) -> int:
 
 
 def _install_hint(command: str) -> str:
-    """How to install what a command needs. Commands of unknown packages are taken to need the server."""
+    """Return a hint how to install what a command needs. Unknown packages are taken to need the server."""
     if EXTRA_COMMANDS.get(command) == "train":
         return "Training is an extra of this package. Install it with: pip install 'onebase[train]'"
     extra = EXTRA_COMMANDS.get(command, "server")

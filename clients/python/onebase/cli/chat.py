@@ -112,7 +112,7 @@ def _greet(client: Client) -> None:
 
 
 def _lines(conversation: Conversation) -> Iterator[str]:
-    """What the person types, until Ctrl-D. Lines that end with a backslash are one with the next."""
+    """Yield the person's input until Ctrl-D. Lines that end with a backslash are joined with the next."""
     with contextlib.suppress(ImportError):  # not on every platform
         import readline  # noqa: F401  (gives input() its line editing and history)
     while True:

@@ -1,4 +1,4 @@
-"""What the commands share: options and the client they mean, actions, failures and exit statuses."""
+"""Parts that the commands share: options and the client made of them, actions, failures, exit statuses."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ _FINE_TUNED = "ft:"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a job here is made of. lost: what does not carry over, a sentence each. was: the model there."""
+    """A job to be created here. lost: what does not carry over, a sentence each. was: the model at OpenAI."""
 
     name: str
     method: TrainingMethod
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def read_wanted(args: argparse.Namespace) -> Wanted:
-    """What the options, the rows and the job at OpenAI ask for.
+    """Return the job that the options, the rows and the job at OpenAI describe.
 
     Raises:
         ValueError: a file is not what it should be, or the job is of a kind that is not trained here.
@@ -201,7 +201,7 @@ def _hyperparameters(job: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _lost(job: Mapping[str, Any], given: TrainingSettings, *, has_validation: bool) -> Iterator[str]:
-    """What does not carry over, and what to do about it."""
+    """Yield sentences on what does not carry over, and what to do about it."""
     if not job:
         return
     yield "The weights stay at OpenAI: the adapter is trained again, on this server's base, from the rows."
@@ -326,7 +326,7 @@ def _checked(job: TrainingJob, *, stop: bool) -> bool:
 
 
 def _estimate(job: TrainingJob) -> str:
-    """What it will take, in a sentence."""
+    """Return a sentence on what the job will need."""
     found = job.info.estimate or {}
     parts = []
     if found.get("total_tokens"):

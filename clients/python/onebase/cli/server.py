@@ -21,7 +21,7 @@ _DESCRIPTIONS: Final = {
 _TITLES: Final = ("name", "kind", "version", "rank", "parameters", "size", "changes")
 _NUMBERS: Final = ("rank", "parameters", "size")
 _SPARE: Final = {"size": 1, "version": 2, "changes": 3, "parameters": 4}
-"""Where there is no room for all columns, the last of these goes first."""
+"""Columns in the order in which they stay: the last is dropped first where there is no room for all."""
 
 
 def run(command: str, argv: list[str]) -> int:

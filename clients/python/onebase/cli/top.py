@@ -47,7 +47,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class AdapterLoad:
-    """What one tenant has had from one adapter, in a second."""
+    """Use of one adapter by one tenant, per second."""
 
     adapter: str
     tenant: str
@@ -66,7 +66,7 @@ class JobLoad:
     steps: int
     loss: float | None
     tokens: float | None
-    """In a second."""
+    """Tokens per second."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Frame:
     """The server in the time from one look to the next; rates are by second."""
 
     at: float
-    """In Unix seconds, of the later look."""
+    """Time of the later look, in Unix seconds."""
     base: str
     state: str
     running: int
@@ -147,7 +147,7 @@ class Watch:
         self._looked = 0.0
 
     def first(self) -> Frame:
-        """After one interval. Raises what Client.metrics raises."""
+        """Return the frame after one interval. Raises what Client.metrics raises."""
         self.look()
         time.sleep(self.interval)
         frame = self.look()
@@ -289,7 +289,7 @@ def _frame(before: Metrics, now: Metrics, passed: float) -> Frame:
 
 
 def _grown(before: float, now: float) -> float:
-    """How much a counter has grown; one that is smaller has begun again."""
+    """Return the growth of a counter; one that is smaller than before has begun again."""
     return now - before if now >= before else now
 
 
@@ -447,7 +447,7 @@ def _time(value: float | None) -> str:
 
 
 def _tables(frame: Frame, width: int, height: int) -> Iterator[tuple[RenderableType, int]]:
-    """Those that have rows, each with its lines; the adapters get what the others leave."""
+    """Yield the tables that have rows, each with its lines; adapters get the space that the others leave."""
     jobs, tenants = frame.jobs[:4], frame.tenants[:6] if len(frame.tenants) > 1 else ()
     others = sum(len(some) + 2 for some in (jobs, tenants) if some)
     room = max(height - others - 2, 1)

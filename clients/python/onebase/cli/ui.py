@@ -1,4 +1,4 @@
-"""What the commands show on a terminal: text, tables, charts, progress bars, sizes and durations."""
+"""Terminal output of the commands: text, tables, charts, progress bars, sizes and durations."""
 
 from __future__ import annotations
 
@@ -186,7 +186,8 @@ def _longest(columns: Sequence[Column[T]], items: Sequence[T]) -> list[int]:
 
 
 def _widths(columns: Sequence[Column[T]], items: Sequence[T], width: int) -> list[int]:
-    """As wide as the longest cell. Columns that shrink share what the others leave, the narrowest first."""
+    """Return each column's width, that of its longest cell. Columns that shrink share the space that the
+    others leave, the narrowest first."""
     widths = _longest(columns, items)
     left = width - sum(widest for one, widest in zip(columns, widths, strict=True) if not one.shrink)
     left -= _GAP * (len(columns) - 1)
@@ -260,11 +261,11 @@ _PHASES: Final[Mapping[str, str]] = {
     "validating": "proving",
     "proving": "proving",
 }
-"""Which bar a stage moves. The server counts validating and proving as one piece of work."""
+"""Bar that a stage moves. The server counts validating and proving as one piece of work."""
 
 
 def can_move(out: Console) -> bool:
-    """Whether a bar can move there: on a terminal that can go back in a line."""
+    """Return True if a bar can move there: on a terminal that can go back in a line."""
     return out.is_terminal and not out.is_dumb_terminal
 
 
@@ -309,7 +310,7 @@ class ProgressDisplay:
 
     @property
     def is_at_server(self) -> bool:
-        """Whether the server has everything, so that it continues even if this command ends."""
+        """Return True if the server has everything, so that it continues even if this command ends."""
         return self._stage not in (None, "uploading")
 
     def __call__(self, step: Progress) -> None:

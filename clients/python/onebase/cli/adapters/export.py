@@ -42,7 +42,7 @@ _SUFFIX: Final[Mapping[str, str]] = {
     "gguf-lora": "-lora.gguf",
     "gguf": ".gguf",
 }
-"""What a format's result is called, after the adapter's name."""
+"""Suffix of a format's result, after the adapter's name."""
 
 PLUGINS: Final = "onebase.exports"
 """Other packages bring what needs torch as entry points of this group: one for each format, and `compare`."""
@@ -151,7 +151,7 @@ def _plugin(name: str) -> Callable[..., Any]:
 
 
 def _base_of(files: VersionFiles) -> str:
-    """How `resolve_base` is asked for the server's base. Raises ValueError."""
+    """Return the name by which `resolve_base` finds the server's base. Raises ValueError."""
     base: BaseReference = files.base
     if base.repo is None:
         raise ValueError(
@@ -167,7 +167,8 @@ def _base_of(files: VersionFiles) -> str:
 def _compare(
     client: Client, version: AdapterVersion, merged: Path, base: Path, stage: Stage
 ) -> dict[str, Any] | str:
-    """How far the merged model, and the base alone, are from what the server answers; or why nobody knows."""
+    """Return how far the merged model, and the base alone, are from the server's answers; or why that is
+    unknown."""
     compare = _plugin("compare")
     try:
         stage("asking", 0.0)

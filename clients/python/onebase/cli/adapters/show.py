@@ -189,7 +189,7 @@ _VERSION_COLUMNS: tuple[Column[AdapterVersion], ...] = (
 
 
 def print_version(out: Console, version: AdapterVersion) -> None:
-    """What the version is, its proof, and what it changes in which modules."""
+    """Print the version, its proof, and the modules that it changes."""
     out.print(headline(version))
     by = f" by {version.created_by}" if version.created_by else ""
     out.print(line(f"  from {came_from(version)}, {when(version.created_at)}{by}", "dim"))

@@ -165,7 +165,7 @@ def span(values: Iterable[object]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a module is: its layer, None outside of the layers, and its target name."""
+    """Place of a module: its layer, None outside of the layers, and its target name."""
 
     layer: int | None
     target: str

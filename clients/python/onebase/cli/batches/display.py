@@ -63,7 +63,7 @@ class BatchDisplay(BatchObserver):
 
 
 def doing(batch: Batch) -> str:
-    """What the batch does now, in words."""
+    """Return the batch's present work, in words."""
     return _STATUSES.get(batch.status, batch.status)
 
 

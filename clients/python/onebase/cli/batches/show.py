@@ -70,7 +70,7 @@ def find(client: Client, wanted: str) -> Batch:
 
 
 def short(batch_id: str) -> str:
-    """As much of an id as is shown."""
+    """Return the part of an id that is shown."""
     return batch_id[: len(PREFIX) + _SHORT]
 
 

@@ -105,7 +105,7 @@ class _Bar:
 
 
 def doing(job: TrainingJobInfo) -> str:
-    """What the job does now, in words."""
+    """Return the job's present work, in words."""
     phase = job.progress.phase if job.progress else None
     if job.status != "running" or phase in (None, "validating_files"):  # a check's phase is over by then
         return _STATUSES.get(job.status, job.status)

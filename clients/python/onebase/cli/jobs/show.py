@@ -334,7 +334,7 @@ def _print_examples(out: Console, examples: Sequence[Mapping[str, Any]], word: s
 
 
 def _places(data: Mapping[str, Any], name: str) -> list[Any]:
-    """Of the first rows in a list of the report; of two that say the same, the later one."""
+    """Return the first row numbers in a list of the report; the later one for two rows that say the same."""
     return [one[0] if isinstance(one, list) else one for one in (data.get(name) or [])[:_MOST_PLACES]]
 
 

@@ -80,7 +80,7 @@ def _whole(job: TrainingJob) -> Any:
 
 
 def _stopped(job: TrainingJob, error: TrainingStoppedError) -> str:
-    """What became of the job. The SDK's own sentence names the method that continues it."""
+    """Return a sentence on the job's end. The SDK's own sentence names the method that continues it."""
     failed = isinstance(error, TrainingFailedError)
     return error.message if failed else f"job {job.id} ({job.name}) is {job.status}"
 
