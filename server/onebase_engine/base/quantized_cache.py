@@ -28,13 +28,13 @@ from onebase_engine.user_cache import written
 logger = logging.getLogger(__name__)
 
 LEAST = 64 << 20
-"""Bytes of a base that is worth the disk: less is quantized at once."""
+"""Smallest base, in bytes, that is cached: a smaller one is quantized in no time."""
 KEPT = 4
-"""Bases that stay on disk, those used last."""
+"""Largest number of cached bases; those used last stay."""
 SPARED = 0.1
-"""Part of the disk that is left free."""
+"""Part of the disk that the cache leaves free."""
 _RELEASE = 2
-"""Number of what is kept: an earlier one may lack tensors of the files, or have int8 with a threshold."""
+"""Format number of the cache. Earlier ones may lack tensors of the files, or have int8 with a threshold."""
 _TENSORS, _MANIFEST = ".tensors", ".manifest"
 
 
@@ -46,7 +46,7 @@ class _Kept(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_kept_base(settings: BaseSettings) -> nn.Module:
-    """The base as `load_base` gives it, from the user's cache if it was quantized on this machine before.
+    """Load the base like `load_base`, from the user's cache if it was quantized on this machine before.
 
     Only on the CPU, whose quantizer it is, and only if it is quantized.
 
@@ -65,7 +65,7 @@ def load_kept_base(settings: BaseSettings) -> nn.Module:
 
 
 def quantized_id(settings: BaseSettings) -> str | None:
-    """Return the identity of a base as it is quantized by the libraries that are installed.
+    """Return the identity of a base as the installed libraries quantize it.
 
     None where the folder's identity cannot be computed.
     """
@@ -90,7 +90,7 @@ def quantized_id(settings: BaseSettings) -> str | None:
 
 
 def _file(settings: BaseSettings) -> Path | None:
-    """Where the base's tensors are kept, without the suffix; None if the folder's identity is not known."""
+    """Return the path of the base's cached tensors, without suffix, or None if it has no identity."""
     identity = quantized_id(settings)
     return None if identity is None else default_cache() / "quantized" / identity
 
@@ -115,7 +115,7 @@ def _recall(settings: BaseSettings, file: Path) -> nn.Module | None:
 
 
 def _keep(base: nn.Module, file: Path) -> None:
-    """Write the base's tensors, then what describes them. If that fails the next start quantizes again."""
+    """Write the base's tensors, then their manifest. If that fails, the next start quantizes again."""
     manifest, tensors, size = describe(base)
     if size < LEAST:
         return
