@@ -49,7 +49,7 @@ positions wrongly 16 at least.
 CLOSE = 1e-5
 """Deviation of log-probabilities (nats, root mean square) that needs no further explanation."""
 SILENT_SECONDS = 2.0
-"""How long a proof may take before the log says why the start takes longer."""
+"""Time, in seconds, after which the log explains why a proof makes the start take longer."""
 _PRODUCTS = frozenset(
     {torch.matmul, torch.Tensor.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum}
     | {functional.linear, functional.embedding}
