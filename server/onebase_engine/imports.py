@@ -23,12 +23,12 @@ from onebase_engine.user_cache import keep, recall
 _READER = "transformers.utils.import_utils"
 
 Index = dict[frozenset[str], dict[str, set[str]]]
-"""What must be installed -> module -> its names."""
+"""Mapping: required packages -> module -> its names."""
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """For imports: transformers uses what it read at an earlier start, and nobody searches for garbage."""
+    """Speed up imports: reuse transformers' index from an earlier start, and pause garbage collection."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -67,7 +67,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 def _remembering(read: Callable[..., Index], package: Path) -> Callable[..., Index]:
-    """`read`, but for what was read before of this release of the package."""
+    """Wrap `read` so that its result for this release of the package is cached on disk."""
 
     def index(module_path: Any, prefix: str | None = None) -> Index:
         version = importlib.metadata.version("transformers")
