@@ -1,8 +1,8 @@
-"""torch, transformers and PEFT, imported in less time.
+"""Import torch, transformers and PEFT in less time.
 
-At its import transformers reads 1,700 files, twice, to learn which of them defines which name: up to a second
-of CPU for each process that starts. What it learns depends on its release alone, and is kept in the user's
-cache. And Python searches for garbage again and again among objects of which none is: another second.
+transformers reads 1,700 files at its import, twice, to learn which of them defines which name: up to a second
+of CPU for each process that starts. The result depends on its release alone, and is stored in the user's
+cache. Python also searches for garbage again and again among objects of which none is: another second.
 """
 
 from __future__ import annotations

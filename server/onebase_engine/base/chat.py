@@ -1,9 +1,10 @@
-"""Conversations into tokens: control tokens come from the base's chat template, never from a message.
+"""Tokenize conversations: control tokens come from the base's chat template, never from a message.
 
-`<|im_start|>` in a message is text about a control token, and is tokenized letter by letter. What the
-template writes is told from what a message says by rendering with a mark inside each occurrence in a message.
-The whole rendered text is then tokenized at once, so that nothing changes at the seams, by a twin of the
-base's tokenizer which knows the control tokens by secret names only. Torch is not imported here.
+`<|im_start|>` in a message is text about a control token, and is tokenized letter by letter. To distinguish
+what the template writes from what a message contains, the conversation is rendered with a mark inside each
+occurrence in a message. The whole rendered text is then tokenized at once, so that nothing changes at the
+seams, by a twin of the base's tokenizer which knows the control tokens by secret names only. Torch is not
+imported here.
 """
 
 from __future__ import annotations
@@ -138,11 +139,11 @@ class _Twin:
 
 
 class ChatTokenizer:
-    """A base's tokenizer and chat template, for messages that anybody may have written.
+    """A base's tokenizer and chat template, for messages from untrusted authors.
 
-    In all messages and tools, the tokenizer's special tokens are letters. So are added tokens that the chat
-    template names (`<tool_response>`, `<think>`), except in what the application itself says: the content of
-    messages of the assistant and the system, where a reply that was generated comes back as it was.
+    In all messages and tools, the tokenizer's special tokens are treated as letters. So are added tokens that
+    the chat template names (`<tool_response>`, `<think>`), except in the application's own content: messages
+    of the assistant and the system, where a generated reply returns unchanged.
     """
 
     def __init__(self, tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether the Hub answers at all, found out in two seconds.
+"""Check within seconds whether the Hub answers at all.
 
 The Hub's client tries for half a minute, and writes each attempt on the terminal, before it says so.
 """

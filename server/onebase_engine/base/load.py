@@ -259,7 +259,7 @@ def _left_plain(model: Any, quantized: Callable[[nn.Module], bool]) -> tuple[flo
 
 @cache
 def import_bitsandbytes() -> None:
-    """Import it without the compiler of torch that it asks for, and with `quantize_nf4` in it.
+    """Import bitsandbytes without torch's compiler, which it requests, and register `quantize_nf4` in it.
 
     bitsandbytes compiles only what has no kernel for a device; ours all have. To import the compiler takes a
     second of CPU and 40 MB in every process that works on the base.
@@ -347,7 +347,7 @@ def _quantize_part(
 
 @cache
 def _nf4_code() -> torch.Tensor:
-    """The 16 values of NF4, fp32, in ascending order."""
+    """Return the 16 values of NF4, fp32, in ascending order."""
     from bitsandbytes.functional import get_4bit_type
 
     code: torch.Tensor = get_4bit_type("nf4", device="cpu")

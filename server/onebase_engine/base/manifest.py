@@ -32,7 +32,7 @@ class FileSegment(msgspec.Struct, frozen=True, tag="file"):
 
 
 class CudaSegment(msgspec.Struct, frozen=True, tag="cuda"):
-    """A storage on a GPU, as `torch.UntypedStorage._new_shared_cuda` takes it."""
+    """A storage on a GPU: the arguments of `torch.UntypedStorage._new_shared_cuda`."""
 
     device: int
     handle: bytes

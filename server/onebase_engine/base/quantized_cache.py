@@ -1,7 +1,8 @@
-"""The quantized base, kept on disk so that the next start maps it instead of quantizing it again.
+"""Cache of quantized bases on disk, so that the next start maps a base instead of quantizing it again.
 
-Two files in the user's cache for each base and way of quantizing it: the tensors as `publish` lays them out
-in shared memory, and their manifest, written last. What does not fit is as good as absent.
+There are two files in the user's cache for each base and way of quantizing it: the tensors, laid out as
+`publish` does in shared memory, and their manifest, written last. Files that do not fit are treated as
+absent.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def _sample(file: BinaryIO, size: int) -> bytes:
 
 
 def _forget_old(folder: Path) -> None:
-    """Delete all but the bases used last. A process that has one mapped keeps it."""
+    """Delete all but the bases used last. A process that has mapped one can still use it."""
     manifests = sorted(folder.glob(f"*{_MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for manifest in manifests[KEPT:]:
         manifest.unlink(missing_ok=True)

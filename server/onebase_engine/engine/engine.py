@@ -470,10 +470,10 @@ class Engine:
         return taken
 
     def _move_blocks(self, plan: Plan) -> None:
-        """Have blocks copied to host memory before this step overwrites them, and back before it reads them.
+        """Copy blocks to host memory before this step overwrites them, and back before it reads them.
 
-        Not in `_try`: a step that is computed again finds them where they are. An error here ends the engine,
-        since blocks would not hold what the pool says.
+        This is not done in `_try`: a step that is computed again finds the blocks where they are. An error
+        here ends the engine, since blocks would not hold what the pool records.
         """
         if self.model.host is not None and self.pool.moving:
             moves = self.pool.take_moves(plan.written(self.pool.block_size))
@@ -547,7 +547,7 @@ class Engine:
         return _Begun(plan, lambda: _Given(read(), [], []), only_draws=not more)
 
     def _read(self, plan: Plan, batch: Batch, logits: torch.Tensor, hidden: torch.Tensor | None) -> _Given:
-        """Return all that a forward pass gives. Waits for the accelerator, and shortly for masks."""
+        """Return all results of a forward pass. Waits for the accelerator, and briefly for masks."""
         exact = None if hidden is None else _exactly(hidden)
         pooled = [] if exact is None else [(one, exact[part]) for one, part in batch.pooled]
         scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]

@@ -1,28 +1,28 @@
-"""The rows that wait, and whose turn it is: by virtual token counters over tenants, and in one over adapters.
+"""Fair queue: orders waiting sequences by virtual token counters over tenants, and in each over adapters.
 
-After the VTC of "Fairness in Serving Large Language Models" (Sheng et al., OSDI 2024). A counter is what its
-owner has been given, in weighted tokens: 1 for each prompt token that was computed, 2 for each token that
-was generated, divided by the weight of the row's priority. What the prefix cache gave is free, and what is
-computed again after a preemption is not counted twice. The smallest counter is served next: of the tenants,
-then of that tenant's flows (a flow is one mix of adapters at one priority), and in a flow the first row.
-Counters that differ by about `credit` or less are even: then whoever runs least is next, and of those whoever
-has waited longest since it came or was served.
+It follows the VTC of "Fairness in Serving Large Language Models" (Sheng et al., OSDI 2024). A counter is the
+service that its owner has received, in weighted tokens: 1 for each computed prompt token, 2 for each
+generated token, divided by the weight of the sequence's priority. Tokens from the prefix cache are free, and
+tokens that are computed again after a preemption are not counted twice. The smallest counter is served next:
+of the tenants, then of that tenant's flows (a flow is one mix of adapters at one priority), and in a flow the
+first sequence. Counters that differ by about `credit` or less are even. Among even ones the smallest load is
+next, and then the one that has waited longest since it arrived or was served.
 
-Time in which nothing waited is no credit, but for a little: whoever begins to wait is lifted to `credit`
-below the floor, and no higher than to the smallest counter of those who wait while they run or, where nobody
-does, to the largest of those who wait. The floor rises by an equal part of all that is given, and to the
-smallest counter of those who wait. So a tenant that asks now and then goes before one that floods, and what
-an adapter was given is made up for by time, though others that were given nothing come again and again.
-Two tenants of equal weight that both have rows waiting all the time get the same, up to
+Idle time earns no credit, except a little: an account that begins to wait is lifted to `credit` below the
+floor. It is lifted no higher than the smallest counter of the accounts that both wait and run or, if there
+are none, the largest of those that wait. The floor rises by an equal part of all service, and to the smallest
+counter of the waiting accounts. So a tenant that sends requests now and then precedes one that floods. The
+service that an adapter received is balanced over time, even if others that received none keep arriving. Two
+tenants of equal weight that both have sequences waiting all the time receive the same, up to
 
     2 * (max_rows * (longest prompt + 2 * most max_tokens) + credit)
 
-weighted tokens, where neither lacks slots or blocks: while a tenant's counter is above the other's by more
-than a credit it is given no place, so it gains at most what its running rows still lack, and those are at
+weighted tokens, if neither lacks slots or blocks: while a tenant's counter exceeds the other's by more than a
+credit, it gets no place. It therefore gains at most what its running sequences still lack, and those are at
 most `max_rows`.
 
-Rows in the background (batches) come after all others. Among themselves the same holds, by accounts of their
-own: what a tenant's batch is given costs its other requests no turn.
+Sequences in the background (batches) come after all others. Among themselves the same rules hold, with
+separate accounts: a tenant's batch does not delay its other requests.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ OUTPUT_WEIGHT = 2
 """Weights of one token. A generated token shares its pass over the base with few others, a prompt's with
 hundreds."""
 MOST_PRIORITY = 4
-"""Priorities are from -4 to 4: a row of priority p has the weight 2**p, so that nobody waits for ever."""
+"""Largest priority; the smallest is its negative. Priority p has the weight 2**p, so that no sequence
+starves."""
 MOST_IDLE = 256
 """Largest number of idle tenants whose counters are remembered, and of each tenant's idle flows."""
 

@@ -1,10 +1,10 @@
 """Fused execution: our kernels compute in few calls what transformers' modules compute in many small ones.
 
-Their modelling code stays as it is. Layers that it calls with the same rows are multiplied at the first call,
-a gated MLP is one call and `down_proj`, queries and keys are turned by their positions where attention reads
-them, and what a decoder layer adds to its rows is added where it is computed. A decoder layer of which
-nothing else is left is recorded, for each small number of rows, and then runs as one call. Each is used if a
-pass of the whole model gives the same bits with it and without.
+The modelling code stays as it is. Layers that are called with the same rows are multiplied at the first call.
+A gated MLP is one call and `down_proj`. Queries and keys are rotated where attention reads them, and residual
+sums are computed with the product that they add. A decoder layer that consists of nothing else is recorded,
+for each small number of rows, and then runs as one call. Each fusion is used only if a pass of the whole
+model gives the same bits with it and without.
 """
 
 from __future__ import annotations

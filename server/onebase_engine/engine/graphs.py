@@ -1,11 +1,11 @@
 """CUDA graphs of passes over few rows: a step of a thousand launches becomes one.
 
-A pass is captured for a size once a step of that size has come a second time; smaller steps are padded to
-it. What a graph reads lies where it lay: the base, the slots and the KV cache are at fixed places, and so is
-the step, in a `FixedStep`. A step of many rows, or with an adapter that acts outside the kernels, has none.
+A pass is captured for a size when a step of that size occurs a second time; smaller steps are padded to it.
+All inputs of a graph have fixed addresses: the base, the slots and the KV cache, and the step in a
+`FixedStep`. A step of many rows, or with an adapter that acts outside the kernels, has no graph.
 
-It is captured with padding alone, and then has to give the bits that the kernels gave one by one for the step
-that asked for it: a number of the host's that got into the graph would show.
+A graph is captured with padding alone, and then has to give the bits that the kernels gave one by one for the
+step that requested it. This reveals values of the host that were captured as constants.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ _PROOF_VIEWS = 2
 """Number of views of the base that a verifier holds, each with the scales of 4-bit weights in fp32."""
 
 ROUNDED_TO = 2 << 20
-"""Bytes to whose multiple PyTorch rounds what it asks a GPU for (`kRoundLarge` in its caching allocator)."""
+"""Size, in bytes, to a multiple of which PyTorch rounds its requests to a GPU (`kRoundLarge`)."""
 _WEIGHT = 0.3
 """Weight of the adapters in a largest step. It is not 1, which would skip the multiplication."""
 _REPLACING_RANK = 16

@@ -81,7 +81,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
     seed: int = 0
-    """The api draws one when the caller gave none."""
+    """Seed of the draws; the api chooses one if the caller sets none."""
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     max_tokens: int = 16
@@ -242,7 +242,7 @@ class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
-    """Start-up progress, for the person who waits."""
+    """Progress of the start, for display."""
 
     stage: str
     fraction: float

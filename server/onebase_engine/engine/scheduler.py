@@ -1,32 +1,33 @@
 """Scheduler: chooses the running sequences and the tokens that the next step computes.
 
-`fair_queue.py` says whose turn it is: the tenant that was given least, in it the adapter that was given
-least, and there the row that came first. Decodes come first in every step; prefill chunks share what is left
-of the token budget, in that order. After a prompt of one tenant, a step has none of a tenant that runs twice
-as much: it would be longer for it.
+`fair_queue.py` determines the order: the tenant that has received least, in it the adapter that has received
+least, and there the sequence that arrived first. Decodes come first in every step; prefill chunks share the
+rest of the token budget, in that order. After a prompt of one tenant, a step has no prompt of a tenant with
+twice the load, since it would take longer for the first.
 
-What lacks something holds up nobody else. A row whose adapter finds no slot claims one. One that lacks blocks
-lets MAX_PASSED rows pass; then what comes free is kept for it, but for rows whose turn is earlier.
+A sequence that lacks something does not block the others. One whose adapter finds no slot claims one. One
+that lacks blocks lets MAX_PASSED sequences pass; then free blocks are reserved for it, except for sequences
+whose turn is earlier.
 
-A row takes another one's place only if the other's tenant was given more and runs at least twice as much, the
-new row counted: a tenant that floods gives way at once, and tenants that are about even take nothing from
-each other. The youngest row gives way, and not again before it has made as many tokens as a block holds, and
-half as many as were computed again for it. One whose last token is still drawn while the next step is planned
-gives way before all others, to any row: it needs nothing more.
+A sequence takes another one's place only if the other's tenant has received more and has at least twice the
+load, the new sequence included: a tenant that floods yields at once, and tenants that are about even take
+nothing from each other. The youngest sequence yields, and not again before it has generated as many tokens as
+a block holds, and half as many as were computed again for it. A sequence whose last token is still drawn
+while the next step is planned yields before all others, to any sequence: it needs nothing more.
 
-When blocks run out, a row gives its blocks back and is recomputed later: it never fails for it. It is the
-youngest, or that of a tenant that runs twice as much as the youngest's. A row is admitted only if a few
-blocks stay free: the next block of each row that may still need one. Else the youngest row would be admitted
-and preempted again as soon as an older one grows. So no row is preempted for want of blocks before one has
-got `block_size` tokens after any admission.
+When blocks run out, a sequence releases its blocks and is recomputed later: it never fails for it. It is the
+youngest, or that of a tenant with twice the load of the youngest's. A sequence is admitted only if a few
+blocks stay free: the next block of each sequence that may still need one. Otherwise the youngest would be
+admitted and preempted again as soon as an older one grows. So no sequence is preempted for lack of blocks
+before one has received `block_size` tokens after any admission.
 
-A row whose prefix comes back from host memory over several steps has its place and its blocks from the first
-of them on, and computes nothing before the last.
+A sequence whose prefix is restored from host memory over several steps has its place and its blocks from the
+first of them on, and computes nothing before the last.
 
-Rows in the background fill what is left. Any other row takes its place, slot and blocks from the youngest of
-them, and none of them takes anything from another row. A step that computes another row's prompt has none of
-them, and next to other rows' decodes they compute little of their own prompts; whether they may be in such
-a step at all, the caller says.
+Background sequences fill what is left. Any other sequence takes its place, slot and blocks from the youngest
+of them, and they take nothing from others. A step that computes another sequence's prompt has none of them,
+and next to other sequences' decodes they compute little of their own prompts; the caller determines whether
+they may be in such a step at all.
 """
 
 from __future__ import annotations
@@ -199,8 +200,8 @@ class Scheduler:
         self.yielded = 0
         """Number of preemptions for a waiting sequence of another tenant."""
         self.awaits: Callable[[Row], bool] = lambda row: False
-        """Whether a sequence has to sit out steps that would give it a token: its grammar's mask has not
-        come."""
+        """Whether a sequence has to skip steps that would give it a token, because its grammar's mask has not
+        arrived."""
         self._uncharged: set[Row] = set()
         """Sequences whose decodes are planned ahead and not charged yet."""
         slots.order = self.waiting.order

@@ -1,9 +1,10 @@
 """Slot table: the adapter version in each slot, and the sequences that use it.
 
-A version stays in its slot until another needs the place; the least recently used idle one goes first.
-When every slot is in use, the waiting row whose turn is first claims slots: rows whose turn comes later may
-no longer join them, so they fall idle, while all other slots go on as before. So nobody starves. Where the
-slots' memory is limited in bytes, idle versions leave until the new one fits, and claims cover bytes too.
+A version stays in its slot until another needs the place; the least recently used idle one is evicted first.
+When every slot is in use, the waiting sequence whose turn is first claims slots: sequences whose turn comes
+later may no longer join them, so that they become idle, while all other slots are used as before. So no
+sequence starves. If the slots' memory is limited in bytes, idle versions are evicted until the new one fits,
+and claims cover bytes too.
 """
 
 from __future__ import annotations
@@ -153,10 +154,10 @@ class SlotTable:
         return claimant is not None and claimant is not row and self.order(claimant) < self.order(row)
 
     def _claim(self, row: Row, missing: Sequence[str], keep: set[int]) -> None:
-        """Reserve the slots with the fewest users, idle ones first, unless this or an earlier row has claims.
+        """Reserve the slots with the fewest users, unless this or an earlier sequence has claims.
 
-        The claims of a row whose turn is later give way: a preempted row may come back to find some, and
-        would otherwise wait for all that are made one after the other.
+        The claims of a sequence whose turn is later are dropped. Otherwise a preempted sequence could find
+        some when it returns, and would have to wait for all of them in turn.
         """
         for slot in self._slots:
             if slot.claimed_by is not None and self.order(slot.claimed_by) <= self.order(row):

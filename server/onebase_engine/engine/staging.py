@@ -55,8 +55,9 @@ class Arrived:
 class PackedAdapterLoader:
     """Reads files one after the other and delivers each result by a call from its thread.
 
-    `load`, `forget` and `wanted` are the stepping thread's. `layers`: the base's, which a file must fit.
-    `prepare`: what is done to the tensors before they are kept. `device_of`: where a module lies, by name.
+    `load`, `forget` and `wanted` are called by the stepping thread. `layers`: the base's, which a file must
+    fit. `prepare`: conversion of the tensors before they are stored. `device_of`: a module's device, by its
+    name.
     """
 
     def __init__(
@@ -136,10 +137,9 @@ def _page_locked(size: int) -> torch.Tensor:
 def pinned(weights: AdapterWeights) -> tuple[AdapterWeights, int]:
     """Copy a version to page-locked memory; return the copy and its bytes there.
 
-    From there, copies to the accelerator overlap with its work.
-
-    All tensors lie in one slab, so that one copy takes them, or in the few slabs into which `slabs_of` cuts
-    it. A classifier's head, which is in no slot, stays where it is.
+    Copies from there to the accelerator overlap with its work. All tensors lie in one slab, so that one copy
+    moves them, or in the few slabs into which `slabs_of` divides it. A classifier's head, which is in no
+    slot, stays where it is.
     """
     found = {id(one): one for module in without_head(weights).values() for _, one in tensors_of(module)}
     there: dict[int, torch.Tensor] = {}

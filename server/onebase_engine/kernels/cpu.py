@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
 OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
-"""Environment variable: the path of another build, with sanitizers say."""
+"""Environment variable: the path of another build, for instance with sanitizers."""
 ABI = 5
 LANES = 16
 TRIAL_OUTPUTS = 1 << 20

@@ -1,9 +1,9 @@
 """Recorded calls of the kernels in C: a module's calls are recorded once and then made in one.
 
 A pass of a decoder layer is a few calls of the library between many of Python. A `Recording` runs it once for
-a number of rows and keeps the calls, with the memory that they read and write; a `Program` makes them again
-for other rows. As with CUDA graphs, what a program reads must lie where it lay: adapters are in slots, what
-comes in from outside is copied to a fixed place, and what acts on which row is of the step, not the program.
+a number of rows and stores the calls, with the memory that they read and write; a `Program` repeats them for
+other rows. As with CUDA graphs, a program's inputs need fixed addresses: adapters are in slots, inputs from
+outside are copied to a fixed place, and the mapping of slots to rows belongs to the step, not the program.
 """
 
 from __future__ import annotations

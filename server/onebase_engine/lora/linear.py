@@ -1,7 +1,7 @@
 """Linear layers (plain, 4-bit or 8-bit) with one adapter per slot.
 
-What the base and plain LoRAs give is the kernels' (`kernels/interface.py`). What replaces a row's output is
-computed here by PyTorch, in PEFT's order:
+The kernels (`kernels/interface.py`) compute the base and plain LoRAs. Adapters that replace a row's output
+are computed here by PyTorch, in PEFT's order:
 
     DoRA   y = (base(x) + (g - 1) * (base(x) - bias) + g * ((x32 @ A.T) @ B.T) * scale).to(dtype)
 """

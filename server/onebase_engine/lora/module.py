@@ -38,8 +38,8 @@ class StepRows:
 class SlotModule(nn.Module):
     """A module of the base with the weights of one adapter per slot.
 
-    Plain LoRAs add to what the base gives, and several may add to one row. Every other kind gives a row's
-    whole output (`replacement`), and is computed from that row alone.
+    Plain LoRAs are added to the base's output, and several may be added to one row. Every other kind computes
+    a row's whole output (`replacement`), from that row alone.
     """
 
     def __init__(self, base: nn.Module, step: StepRows, kernels: Kernels, *, head: bool = False) -> None:

@@ -46,7 +46,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class PackedAdapterError(ValueError):
-    """The file is not the packed version that was asked for; it has to be made again."""
+    """The file is not the requested packed version, which has to be made again."""
 
 
 def write_packed_adapter(path: Path, weights: AdapterWeights, *, base_id: str) -> None:

@@ -81,7 +81,7 @@ def wrap_layers(
     """Replace a view's linear layers, input embedding and norms by slot modules and return these by name.
 
     The view's own base layers stay inside the wrappers: the loaded base is untouched. `unpacked`: 4-bit
-    weights are kept as the product has them, too.
+    weights are also stored in the form that the product uses.
     """
     head, embedding = output_head(model), input_embedding(model)
     norms = {id(module) for _, module in hidden_norms(model)}

@@ -180,8 +180,8 @@ def folded(weights: AdapterWeights) -> AdapterWeights:
 def narrowed(weights: AdapterWeights, linear: Container[str]) -> AdapterWeights:
     """Convert each plain LoRA of the modules `linear` to bf16, half its bytes, if that changes no number.
 
-    That is so for what was saved in bf16, as long as its scale is a power of two. What is on an accelerator
-    stays as it is: nobody waits for it.
+    This holds for weights that were saved in bf16 with a scale that is a power of two. Weights on an
+    accelerator are not converted, which would make the host wait.
     """
 
     def narrow(tensor: torch.Tensor) -> torch.Tensor | None:
