@@ -1,6 +1,6 @@
-"""The environments of child processes: what their libraries read, and so no secret that is not theirs.
+"""Environments of child processes: what their libraries read, and so no secret that is not theirs.
 
-A list of what is passed, not of what is kept back: nobody can list how secrets are named.
+The lists name what is passed, not what is withheld, since nobody can list how secrets are named.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _EVERY = (
     "XDG_CACHE_HOME", "PYTHON*", "LD_*", "NIX_LD*", "MALLOC_*", "TCMALLOC_*", "MIMALLOC_*", "GLIBC_TUNABLES",
     "COVERAGE_*", "ONEBASE_LOG_FORMAT",
 )  # fmt: skip
-"""A name, or with `*` the beginning of names."""
+"""Names, or with `*` beginnings of names, that every process gets."""
 _COMPUTING = (
     "CC", "CXX",  # Triton compiles
     "OMP_*", "GOMP_*", "KMP_*", "MKL_*", "OPENBLAS_*", "BLIS_*", "DNNL_*", "ONEDNN_*", "ATEN_*", "TORCH*",
@@ -27,12 +27,13 @@ _COMPUTING = (
     "HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE", "ONEBASE_CACHE", "ONEBASE_KERNELS*",
 )  # fmt: skip
 _NO_HUB = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
-"""The base is a folder by then. Without these a library could ask the Hub, with the token in HF_HOME."""
+"""Settings that keep libraries off the Hub, which they could ask with the token in HF_HOME."""
 KERNELS = Path(__file__).parent / "kernels" / "native" / "libonebase_kernels.so"
-"""The kernels in C, if they were built."""
+"""Path of the kernels in C, if they were built."""
 _PATIENT = {"OMP_WAIT_POLICY": "passive"}
-"""What PyTorch's threads have left to do is little: they would spin on cores that the kernels' threads need.
-Where PyTorch computes everything, to wake them for each of thousands of calls would cost more."""
+"""Setting for processes with the kernels in C. PyTorch's threads have little to do there and would spin on
+cores that the kernels' threads need. Without the kernels, waking them for each of thousands of calls would
+cost more."""
 _BELOW_NORMAL = {"CUDA_MPS_CLIENT_PRIORITY": "1"}
 _FETCHING = (
     "HF_*", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_*", "TRANSFORMERS_OFFLINE", "DISABLE_TELEMETRY",
@@ -42,17 +43,17 @@ _FETCHING = (
 
 
 def computing_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """For a process that computes: what torch and its like read, no credentials, and no way to the Hub."""
+    """Return the environment of a process that computes: no credentials, and no way to the Hub."""
     passed = _passed(environ, _EVERY + _COMPUTING) | _NO_HUB
     return _PATIENT | passed if _kernels_compute(passed) else passed
 
 
 def mps_runs(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether CUDA's Multi-Process Service is there, by which processes use a GPU at once instead of in turn.
-    CUDA takes it by itself where its control daemon listens (https://docs.nvidia.com/deploy/mps/).
+    """Return True if CUDA's Multi-Process Service runs, with which processes share a GPU at once.
 
-    Asked by a socket of another kind than the daemon's, which it never hears of: the system says which kind
-    it is, or that nobody listens.
+    CUDA uses it by itself if its control daemon listens (https://docs.nvidia.com/deploy/mps/). The check
+    connects by a socket of another kind than the daemon's, which the daemon does not notice: the system
+    reports the wrong kind, or that nothing listens.
     """
     found = os.environ if environ is None else environ
     folder = found.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps"
@@ -65,7 +66,7 @@ def mps_runs(environ: Mapping[str, str] | None = None) -> bool:
 
 
 def behind_serving(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """For a process that computes on the engine's GPU and is to yield to it, besides `computing_environment`.
+    """Return additions to `computing_environment` for a process that yields the engine's GPU to the engine.
 
     A priority, and not CUDA_MPS_ACTIVE_THREAD_PERCENTAGE, which would bound it on an idle GPU as well.
     """
@@ -74,7 +75,7 @@ def behind_serving(environ: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def _kernels_compute(environ: Mapping[str, str]) -> bool:
-    """Whether it looks as if the kernels in C will compute; each process tries them before it uses them."""
+    """Return True if the kernels in C will probably be used; each process tries them before it uses them."""
     if environ.get("ONEBASE_KERNELS") == "torch" or not KERNELS.exists():
         return False
     with contextlib.suppress(OSError):
@@ -83,7 +84,7 @@ def _kernels_compute(environ: Mapping[str, str]) -> bool:
 
 
 def fetching_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """For a process that asks the Hub: the Hub's own settings and token, and those of the network."""
+    """Return the environment of a process that uses the Hub: its settings and token, and the network's."""
     return _passed(environ, _EVERY + _FETCHING)
 
 

@@ -1,8 +1,8 @@
-"""torch, transformers and PEFT, imported in less time.
+"""Import torch, transformers and PEFT in less time.
 
-At its import transformers reads 1,700 files, twice, to learn which of them defines which name: up to a second
-of CPU for each process that starts. What it learns depends on its release alone, and is kept in the user's
-cache. And Python searches for garbage again and again among objects of which none is: another second.
+transformers reads 1,700 files at its import, twice, to learn which of them defines which name: up to a second
+of CPU for each process that starts. The result depends on its release alone, and is stored in the user's
+cache. Python also searches for garbage again and again among objects of which none is: another second.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from onebase_engine.user_cache import keep, recall
 _READER = "transformers.utils.import_utils"
 
 Index = dict[frozenset[str], dict[str, set[str]]]
-"""What must be installed -> module -> its names."""
+"""Mapping: required packages -> module -> its names."""
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """For imports: transformers uses what it read at an earlier start, and nobody searches for garbage."""
+    """Speed up imports: reuse transformers' index from an earlier start, and pause garbage collection."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -67,7 +67,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 def _remembering(read: Callable[..., Index], package: Path) -> Callable[..., Index]:
-    """`read`, but for what was read before of this release of the package."""
+    """Wrap `read` so that its result for this release of the package is cached on disk."""
 
     def index(module_path: Any, prefix: str | None = None) -> Index:
         version = importlib.metadata.version("transformers")

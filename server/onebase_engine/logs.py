@@ -1,4 +1,4 @@
-"""What each process writes to stderr: lines for people, or one JSON object a line."""
+"""Logs that each process writes to stderr: lines for people, or one JSON object a line."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from types import TracebackType
 from typing import Any
 
 LOG_FORMAT = "ONEBASE_LOG_FORMAT"
-"""`text` or `json`. The api's setting of that name, by which its children learn of it."""
+"""Environment variable with the log format, `text` or `json`, which the api also passes to its children."""
 REQUEST: ContextVar[Mapping[str, str]] = ContextVar("onebase_request", default={})  # noqa: B039 (never changed)
-"""What is logged on behalf of a request says of it: `request_id`, and `trace_id` where it is traced."""
+"""Fields that every log record of a request gets: `request_id`, and `trace_id` if it is traced."""
 FIELDS = "fields"
-"""Key of `extra` in a call of a logger: a mapping of more that a line in JSON says."""
+"""Key of a logging call's `extra` whose mapping is added to the JSON line."""
 
 
 def set_up_logs(process: str, level: int | str, form: str | None = None) -> None:
-    """Log to stderr from now on. `process`: its name in the lines; form: by default what LOG_FORMAT says."""
+    """Log to stderr from now on. `process`: its name in the lines; `form`: LOG_FORMAT's value by default."""
     chosen = form or os.environ.get(LOG_FORMAT, "text")
     handler = logging.StreamHandler(sys.stderr)
     if chosen == "json":
@@ -37,7 +37,7 @@ def set_up_logs(process: str, level: int | str, form: str | None = None) -> None
 
 
 class TextFormatter(logging.Formatter):
-    """Ends the first line with the id of the request, unless it has it already."""
+    """Appends the request's id to the message, unless the message contains it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's)
         text = super().formatMessage(record)
@@ -46,7 +46,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """An object with `time` (RFC 3339), `level`, `process`, `logger`, `message`, and what is known beyond."""
+    """Writes an object with `time` (RFC 3339), `level`, `process`, `logger`, `message` and further fields."""
 
     def __init__(self, process: str) -> None:
         super().__init__()

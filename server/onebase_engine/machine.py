@@ -1,5 +1,5 @@
-"""The machine's memory: how much there is, is free and was taken, and which errors say that it is short; and
-the interpreter's, for frames.
+"""Memory of the machine: total, free and peak bytes, and the errors that report a lack of it; and the
+interpreter's memory for frames.
 
 torch is imported where it is needed: the api asks for memory too, and loads no torch.
 """
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 NO_LIMIT = 1 << 62
-"""Bytes, where nothing says how many there are."""
+"""Number of bytes that stands for no known limit."""
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 _ONEDNN = re.compile(r"could not (create a (primitive|memory|memory object)|execute a primitive)")
-"""All that oneDNN says when it finds no memory. What it does not support is a "primitive descriptor"."""
+"""Pattern of oneDNN's out-of-memory errors. Unsupported cases name a "primitive descriptor"."""
 
 
 def total_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of the machine's memory, or of the container's if that is less."""
+    """Return the bytes of the machine's memory, or of the container's if that is less."""
     return min(_meminfo("MemTotal", proc), _container_limit(cgroup))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device; on the CPU, what both the system and the container leave."""
+    """Return the free bytes of the device; on the CPU, of both the system and the container."""
     if device.type == "cuda":
         import torch
 
@@ -44,12 +44,12 @@ def free_memory(device: torch.device) -> int:
 
 
 def free_host_memory() -> int:
-    """Bytes that both the system and the container leave."""
+    """Return the bytes of host memory that both the system and the container leave free."""
     return min(_meminfo("MemAvailable"), container_free())
 
 
 def container_free(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that the container may still take (cgroup v2); NO_LIMIT when there is no limit.
+    """Return the bytes that the container may still take (cgroup v2); NO_LIMIT if there is no limit.
 
     The page cache counts as free: having read the base's files, it may fill the container to its limit.
     """
@@ -72,7 +72,7 @@ def _container_limit(root: Path) -> int:
 
 
 def _meminfo(field: str, proc: Path = Path("/proc")) -> int:
-    """Bytes in a line of /proc/meminfo; NO_LIMIT where there is none."""
+    """Return the bytes in a line of /proc/meminfo, or NO_LIMIT if there is none."""
     try:
         lines = (proc / "meminfo").read_text().splitlines()
     except OSError:
@@ -81,7 +81,7 @@ def _meminfo(field: str, proc: Path = Path("/proc")) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes until now: allocated on a GPU, else the process's resident set."""
+    """Return the peak bytes so far: allocated on a GPU, else of the process's resident set."""
     if device.type == "cuda":
         import torch
 
@@ -96,7 +96,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch or Python says that memory is short."""
+    """Return True if an error of torch or Python says that memory is short."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -110,7 +110,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to use freed memory again instead of giving it back: a run asks for the same sizes again.
+    """Make glibc reuse freed memory instead of returning it, since steps request the same sizes again.
 
     Fresh pages of a large tensor cost as much as computing it does. Elsewhere than on glibc nothing happens.
     """
@@ -126,14 +126,14 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give what was freed back to the system: glibc would keep it for later allocations."""
+    """Return freed memory to the system; glibc would keep it for later allocations."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def with_room(program: Callable[[], _Result]) -> _Result:
-    """Run it on a frame so large that those above it share its piece of memory.
+    """Run `program` on a frame so large that those above it share its piece of memory.
 
     CPython keeps frames in pieces of 16 KB, some 30 to 130 of them. Where a loop's calls are the first in a
     new piece, each takes it from the system and gives it back, which takes 7 microseconds.

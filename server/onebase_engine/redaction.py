@@ -9,7 +9,7 @@ HIDDEN = "***"
 
 
 def redacted(url: str) -> str:
-    """The URL without what stands before `@`, after `?` or after `#`: those may be credentials."""
+    """Hide the parts of a URL that may be credentials: those before `@`, after `?` and after `#`."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url.partition("?")[0]
@@ -20,7 +20,7 @@ def redacted(url: str) -> str:
 
 
 def without_secrets(text: str, url: str) -> str:
-    """`text` without the URL's credentials: libraries like to quote what they were given."""
+    """Remove the URL's credentials from `text`, since libraries like to quote their inputs."""
     text = text.replace(url, redacted(url))
     for secret in sorted(_secrets(url), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)

@@ -1,4 +1,4 @@
-"""Small answers that take long to find, kept in the user's cache from one start to the next."""
+"""Cache of small results that take long to compute, in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onebase_engine.base.default_base import default_cache
 
 
 def recall(kind: str, key: object) -> Any:
-    """What was kept under this key; None if nothing was, or it cannot be read.
+    """Return the value stored under this key, or None if there is none or it cannot be read.
 
     Args:
         kind: the folder within the cache.
@@ -28,14 +28,14 @@ def recall(kind: str, key: object) -> Any:
 
 
 def keep(kind: str, key: object, value: object) -> None:
-    """Keep an answer that JSON can hold. Where the cache cannot be written, the next start looks again."""
+    """Store a value that JSON can hold. If the cache cannot be written, the next start computes it again."""
     with contextlib.suppress(OSError), written(_file(kind, key)) as part:
         part.write(json.dumps(value).encode())
 
 
 @contextlib.contextmanager
 def written(file: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `file` once it is whole; its folder is made."""
+    """Yield a new file that replaces `file` once it is complete; create its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, work = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".part")
     try:

@@ -29,7 +29,7 @@ class AttachError(Exception):
 
 
 def publish(base: nn.Module, fd: int | None) -> bytes:
-    """Make a freshly loaded base attachable; returns the manifest that `attach` needs.
+    """Make a freshly loaded base attachable and return the manifest that `attach` needs.
 
     On the CPU this moves every tensor into the file `fd`, storage by storage, and points the base's own
     tensors there. They are the same objects, tied ones stay tied, and views of the base follow; addresses
@@ -50,7 +50,7 @@ def publish(base: nn.Module, fd: int | None) -> bytes:
 
 
 def describe(base: nn.Module) -> tuple[bytes, list[tuple[int, torch.Tensor]], int]:
-    """What a file must hold so that `attach` finds the base, on the CPU, in it.
+    """Lay out the file in which `attach` finds the base on the CPU.
 
     Returns:
         The manifest; a tensor of each storage, with the byte at which the storage belongs; the file's size.
@@ -86,7 +86,7 @@ def _manifest(
 
 
 def attach(settings: BaseSettings, manifest: bytes, fd: int | None) -> nn.Module:
-    """The base that another process published, as `load_base` would give it: frozen, in eval mode.
+    """Return the base that another process published: frozen, in eval mode, as `load_base` returns it.
 
     The module tree is built without memory from the folder's config; its tensors are those of the other
     process, mapped privately on the CPU. That takes some MB of memory in all.
@@ -115,7 +115,7 @@ def attach(settings: BaseSettings, manifest: bytes, fd: int | None) -> nn.Module
 
 
 def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """As `base_tensors`, with every name of a tied tensor."""
+    """Return the base's tensors like `base_tensors`, with every name of a tied tensor."""
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     for name, module in model.named_modules():
@@ -157,7 +157,7 @@ def _described_4bit(layer: Any) -> QuantizedLayer:
 
 
 def _empty_tree(settings: BaseSettings) -> nn.Module:
-    """The base's modules with parameters that take no memory."""
+    """Build the base's modules with parameters that take no memory."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
@@ -209,7 +209,7 @@ def quantized_module(
     weight: torch.Tensor,
     statistics: Mapping[str, torch.Tensor],
 ) -> Any:
-    """Replace the linear layer `name` by a bitsandbytes layer over the tensors given; returns it."""
+    """Replace the linear layer `name` by a bitsandbytes layer over the given tensors and return it."""
     import bitsandbytes as bnb
 
     try:

@@ -1,9 +1,10 @@
-"""Conversations into tokens: control tokens come from the base's chat template, never from a message.
+"""Tokenize conversations: control tokens come from the base's chat template, never from a message.
 
-`<|im_start|>` in a message is text about a control token, and is tokenized letter by letter. What the
-template writes is told from what a message says by rendering with a mark inside each occurrence in a message.
-The whole rendered text is then tokenized at once, so that nothing changes at the seams, by a twin of the
-base's tokenizer which knows the control tokens by secret names only. Torch is not imported here.
+`<|im_start|>` in a message is text about a control token, and is tokenized letter by letter. To distinguish
+what the template writes from what a message contains, the conversation is rendered with a mark inside each
+occurrence in a message. The whole rendered text is then tokenized at once, so that nothing changes at the
+seams, by a twin of the base's tokenizer which knows the control tokens by secret names only. Torch is not
+imported here.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ _KEYS = frozenset(
      "enum", "items", "anyOf", "oneOf", "allOf", "additionalProperties", "default", "title", "const",
      "format", "return", "response", "strict")
 )  # fmt: skip
-"""Of tools and calls, which templates look up: `name` is a part of StarCoder's `<reponame>`."""
+"""Keys of tools and tool calls that templates look up. They are exempt from the check for control tokens,
+since `name` is part of StarCoder's `<reponame>`."""
 _PADDING = "▁" + "".join(chr(point) for point in range(0x3001) if chr(point).isspace())
-"""What templates trim (all of Unicode's white space), and how a tokenizer writes a space."""
+"""Characters that templates trim: all of Unicode's white space, and the tokenizers' mark for a space."""
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Any] | None
 Options = Mapping[str, Any]
-"""More variables of a chat template, such as Qwen3's `enable_thinking`."""
+"""Additional variables of a chat template, such as Qwen3's `enable_thinking`."""
 Look = Literal["none", "part", "whole"]
 _NO_OPTIONS: Options = {}
 
@@ -57,8 +59,12 @@ class _Controls:
     def __init__(
         self, texts: Sequence[str], normalize: Callable[[str], str] | None, kept: Sequence[str] = ()
     ) -> None:
-        """`normalize`: of the tokenizer, if it looks for one of them in normalized text too. `kept`: other
-        control tokens, at which a template may cut a text, drop a piece and join the rest."""
+        """Compile the patterns of `texts`.
+
+        Args:
+            normalize: the tokenizer's normalizer, if it also looks for one of them in normalized text.
+            kept: other control tokens, at which a template may cut a text, drop a piece and join the rest.
+        """
         self._normalize = normalize
         needles = set(texts)
         if normalize is not None:
@@ -75,16 +81,16 @@ class _Controls:
         self._joined = "\0".join(sorted(needles))
 
     def look(self, text: str) -> Look:
-        """Whether a text holds a control token, or could be a part of one that its surroundings complete."""
+        """Return "whole" if a text holds a control token, "part" if its surroundings could complete one."""
         seen = {self._look(piece) for piece in self._pieces(text)}
         return "whole" if "whole" in seen else "part" if "part" in seen else "none"
 
     def marked(self, text: str, mark: str) -> str:
-        """The text with a mark in each control token and, where it could be a part of one, at its ends."""
+        """Return the text with a mark in each control token and, if it could be part of one, at its ends."""
         return "".join(self._marked(piece, mark) for piece in self._pieces(text))
 
     def inert(self, text: str) -> str:
-        """The text with other letters in the place of control tokens, and of parts at its ends."""
+        """Return the text with other letters in place of control tokens, and of parts of them at its ends."""
         return "".join(map(self._inert, self._pieces(text)))
 
     def _pieces(self, text: str) -> list[str]:
@@ -122,7 +128,7 @@ class _Controls:
 
 @dataclass(frozen=True)
 class _Twin:
-    """A tokenizer like the base's in which control tokens have other names. ids: of the base, by its own."""
+    """Twin of the base's tokenizer in which control tokens have other names. `ids` maps ids to the base's."""
 
     backend: Any
     ids: Mapping[int, int]
@@ -133,11 +139,11 @@ class _Twin:
 
 
 class ChatTokenizer:
-    """A base's tokenizer and chat template, for messages that anybody may have written.
+    """A base's tokenizer and chat template, for messages from untrusted authors.
 
-    In all messages and tools, the tokenizer's special tokens are letters. So are added tokens that the chat
-    template names (`<tool_response>`, `<think>`), except in what the application itself says: the content of
-    messages of the assistant and the system, where a reply that was generated comes back as it was.
+    In all messages and tools, the tokenizer's special tokens are treated as letters. So are added tokens that
+    the chat template names (`<tool_response>`, `<think>`), except in the application's own content: messages
+    of the assistant and the system, where a generated reply returns unchanged.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -164,21 +170,21 @@ class ChatTokenizer:
         self.special_ids = frozenset(special.values())
         """Ids of the tokenizer's special tokens."""
         self.special = _any_of([self._names[text] for text in special])
-        """Finds them in what `render` gives."""
+        """Pattern of the special tokens' names in the result of `render`."""
 
     def token(self, name: str) -> int:
-        """The id of a control token, by its name in what `render` gives."""
+        """Return the id of a control token, by its name in the result of `render`."""
         return self._id_of[name]
 
     def is_plain(self, messages: Messages, tools: Tools = None, options: Options = _NO_OPTIONS) -> bool:
-        """Whether no text in them holds a control token, or could be a part of one."""
+        """Return True if no text in them holds a control token or could be part of one."""
         found = _texts(messages, tools, options)
         return all(self._look(text, trusted) == "none" for _, text, trusted in found)
 
     def encode_messages(
         self, messages: Messages, tools: Tools = None, options: Options = _NO_OPTIONS
     ) -> list[int]:
-        """Ids of a conversation, ready for the assistant's next words unless `options` says otherwise.
+        """Return the ids of a conversation, by default with the assistant's header at its end.
 
         The template writes all control tokens itself, so that none is there twice. Raises ControlTokenError,
         and what the template raises.
@@ -202,7 +208,7 @@ class ChatTokenizer:
         generation: bool,
         options: Options = _NO_OPTIONS,
     ) -> str:
-        """The conversation as the template writes it, for `encode` alone: control tokens have other names.
+        """Render the conversation for `encode` alone: control tokens have other names in the result.
 
         Raises ControlTokenError where the template's control tokens cannot be told from a message's text, and
         what the template raises.
@@ -242,7 +248,7 @@ class ChatTokenizer:
         return self._renamed(text).replace(mark, "")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts from `render`, or of parts of such. Raises ControlTokenError."""
+        """Return the ids of texts from `render`, or of parts of such texts. Raises ControlTokenError."""
         if self._twin is None:
             return self.encode_plain(texts)
         made = self._twin.encode(texts)
@@ -255,7 +261,7 @@ class ChatTokenizer:
         return made
 
     def encode_letters(self, text: str) -> list[int]:
-        """Ids of a plain text in which nothing is a control token, without any around it.
+        """Return the ids of a plain text in which nothing is a control token, without BOS or EOS.
 
         Raises ControlTokenError.
         """
@@ -265,7 +271,7 @@ class ChatTokenizer:
         return ids
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts in which control tokens are tokens, without any around them."""
+        """Return the ids of texts in which control tokens are recognized, without BOS or EOS."""
         if not texts:
             return []
         made: list[list[int]] = self._tokenizer(
@@ -312,13 +318,13 @@ class ChatTokenizer:
         return self._of_others.pattern.sub(lambda found: self._names[found[0]], text)
 
     def _shown(self, found: Sequence[tuple[str, str, Look]]) -> str:
-        """What a text holds, for an error about it."""
+        """Describe, for an error message, what the refused texts hold."""
         whole = (self._of_others.pattern.search(text) for _, text, _ in found)
         first = next((each[0] for each in whole if each), None)
         return f"it holds {first!r}" if first else "it holds, with what stands next to it, a piece of text"
 
     def _agree(self, names: Mapping[str, str]) -> bool:
-        """Whether the twin makes the same of a text as the tokenizer, and letters of the control tokens."""
+        """Return True if the twin encodes as the tokenizer does, and control tokens' texts as letters."""
         if self._twin is None:
             return False
         mine = "".join(f"{text}user\nIt is {text} 1{text}{text}\n" for text in names)
@@ -330,7 +336,7 @@ class ChatTokenizer:
 
 
 def tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before and after any text of its own accord, such as its BOS."""
+    """Return the ids that a tokenizer adds before and after any text of its own accord, such as its BOS."""
     bare: list[int] = tokenizer.encode("a", add_special_tokens=False)
     whole: list[int] = tokenizer.encode("a")
     for start in range(len(whole) - len(bare) + 1):
@@ -340,7 +346,7 @@ def tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def without_padding(tokens: list[int], padding: int | None) -> list[int]:
-    """As transformers' classifiers see a text: they take the last token that is no padding."""
+    """Drop the padding at the end, since transformers' classifiers use the last token that is no padding."""
     count = len(tokens)
     while count > 1 and tokens[count - 1] == padding:
         count -= 1
@@ -348,7 +354,7 @@ def without_padding(tokens: list[int], padding: int | None) -> list[int]:
 
 
 def _texts(messages: Messages, tools: Tools, options: Options) -> Iterator[tuple[str, str, bool]]:
-    """Field, text and whether the application itself says it, of every text that a template may write."""
+    """Yield field, text and whether the application wrote it, for every text that a template may write."""
     for index, message in enumerate(messages):
         for key, value in message.items():
             if key == "role":
@@ -367,7 +373,7 @@ def _is_trusted(message: Mapping[str, Any], key: str) -> bool:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every text in a value, keys too, except those that everybody writes."""
+    """Yield every text in a value, keys included, except the common keys in `_KEYS`."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -394,12 +400,12 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _can_control(text: str) -> bool:
-    """White space such as Gemma's and single characters are letters, whatever the tokenizer calls them."""
+    """Return False for white space (Gemma) and single characters, which are treated as letters."""
     return len(text.strip()) > 1
 
 
 def _is_named(text: str, tokenizer: Any) -> bool:
-    """Whether the chat template knows an added token."""
+    """Return True if the chat template names an added token."""
     chosen = getattr(tokenizer, "chat_control_tokens", None)
     if chosen is not None:
         return text in chosen
@@ -409,8 +415,11 @@ def _is_named(text: str, tokenizer: Any) -> bool:
 
 
 def _any_of(texts: Iterable[str], *, group: bool = False) -> re.Pattern[str]:
-    """Finds the longest of several texts that begins at a place; as a tree of them, since a base may have
-    hundreds that begin alike. group: in a group, for `split`."""
+    """Compile a pattern that finds the longest of several texts that begins at a place.
+
+    It is written as a tree, since a base may have hundreds of texts that begin alike. With `group` it is a
+    capturing group, for `split`.
+    """
     tree: dict[str, Any] = {}
     for text in texts:
         node = tree
@@ -440,12 +449,12 @@ def _secret() -> str:
 
 
 def _digits(index: int) -> str:
-    """Two rare characters for a number."""
+    """Write a number as two rare characters."""
     return _RARE[index // len(_RARE)] + _RARE[index % len(_RARE)]
 
 
 def _normalizer(backend: Any, tokens: Mapping[str, Any]) -> Callable[[str], str] | None:
-    """The tokenizer's, if control tokens can come out of it. tokens: by their texts."""
+    """Return the tokenizer's normalizer if control tokens can come out of it. `tokens`: by their texts."""
     if backend is None or backend.normalizer is None:
         return None
     if not any(token.normalized for token in tokens.values()) and not _is_of_letters(backend.model, tokens):
@@ -455,7 +464,7 @@ def _normalizer(backend: Any, tokens: Mapping[str, Any]) -> Callable[[str], str]
 
 
 def _is_of_letters(model: Any, texts: Iterable[str]) -> bool:
-    """Whether the model itself may take letters for one of these tokens, when nothing has found it before."""
+    """Return True if the model may build one of these tokens from letters that nothing matched before."""
     from tokenizers import models
 
     merges = isinstance(model, models.BPE) and not model.ignore_merges
@@ -463,7 +472,7 @@ def _is_of_letters(model: Any, texts: Iterable[str]) -> bool:
 
 
 def _twin(backend: Any, names: Mapping[str, str]) -> _Twin | None:
-    """The tokenizer under other names for its control tokens; None if there is no such thing."""
+    """Return the tokenizer with other names for its control tokens, or None if that cannot be built."""
     if backend is None:
         return None
     from tokenizers import Tokenizer, models
@@ -499,7 +508,7 @@ def _renamed_token(token: Any, names: Mapping[str, str]) -> Any:
 
 
 def renamed_json(data: dict[str, Any], names: Mapping[str, str]) -> str:
-    """A tokenizer's file in which the model itself does not know the control tokens' texts either."""
+    """Return a tokenizer's file in which the model does not know the control tokens' texts either."""
     data.update(post_processor=None, truncation=None, padding=None)
     for token in data["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])

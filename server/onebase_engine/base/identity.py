@@ -1,4 +1,4 @@
-"""Which base this is: adapters proved on one must not serve on another that only has the same name."""
+"""Identity of a base: adapters proved on one must not serve on another that only has the same name."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import BinaryIO
 
 SAMPLE_BYTES = 64 << 10
 SAMPLE_EVERY = 16 << 20
-"""So much is read of each safetensors file at such distances: of 16 GB, 64 MB."""
+"""Bytes read from each safetensors file, and the distance between reads: 64 MB of 16 GB."""
 
 _LENGTH_BYTES = 8
 _LARGEST_HEADER = 100_000_000
-"""What safetensors itself allows."""
+"""Largest header, in bytes, that safetensors itself allows."""
 
 
 class BaseIdentityError(Exception):
@@ -22,7 +22,7 @@ class BaseIdentityError(Exception):
 
 
 def base_id(folder: Path, settings: Mapping[str, object]) -> str:
-    """SHA-256 (64 hexadecimal digits) of what makes a base: the same on every machine and in every folder.
+    """Return the SHA-256 (64 hexadecimal digits) of a base, equal on all machines and in all folders.
 
     Over config.json, the quantization settings, and of each safetensors file its name, size, header and a
     sample of its bytes. Another base of the same shapes differs in each sample; an edit of a few tensors may
@@ -53,13 +53,13 @@ def base_id(folder: Path, settings: Mapping[str, object]) -> str:
 
 
 def _add(total: hashlib._Hash, *parts: bytes) -> None:
-    """Each part with its length, so that no two lists of parts look the same."""
+    """Add each part with its length, so that no two lists of parts look the same."""
     for part in parts:
         total.update(len(part).to_bytes(8, "little") + part)
 
 
 def _sampled(file: BinaryIO, size: int) -> bytes:
-    """SHA-256 of a safetensors file's size, its whole header and a sample of its tensors."""
+    """Return the SHA-256 of a safetensors file's size, its whole header and a sample of its tensors."""
     header = _LENGTH_BYTES + int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if header > min(size, _LARGEST_HEADER):
         raise ValueError(f"{file.name} is no safetensors file")

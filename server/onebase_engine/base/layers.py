@@ -1,4 +1,4 @@
-"""What the base offers an adapter: its linear layers, its input embedding, its head and its norms."""
+"""Modules of the base that an adapter may target: linear layers, input embedding, head and norms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a target may be: a linear layer, an embedding or a norm of the base.
+    """Shape of a possible target: a linear layer, an embedding or a norm of the base.
 
     `size_in` of an embedding is its vocabulary; of a norm both sizes are the hidden size. `bias`: whether
     the module has one.
@@ -32,7 +32,7 @@ class LayerShape:
 
 
 def empty_base(config: Any, kind: Any = None, **how: Any) -> Any:
-    """The modules that transformers makes of a config, with parameters on meta, which take no memory.
+    """Build the modules that transformers makes of a config, with parameters on meta, which take no memory.
 
     `kind`: transformers' class, a causal language model by default; `how`: more of its `from_config`.
     """
@@ -58,7 +58,7 @@ def output_head(model: Any) -> nn.Module | None:
 
 
 def hidden_norms(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The norms over the hidden size: those that an adapter may bring of its own."""
+    """Yield the norms over the hidden size, which an adapter may replace by its own."""
     hidden = model.config.get_text_config().hidden_size
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -70,7 +70,7 @@ def hidden_norms(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
-    """Every linear layer, the input embedding and the norms of hidden size, by full name."""
+    """Return every linear layer, the input embedding and the norms of hidden size, by full name."""
     layers: dict[str, LayerShape] = {}
     embedding = input_embedding(base)
     norms = {name for name, _ in hidden_norms(base)}
@@ -87,14 +87,14 @@ def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
 
 
 def is_nf4(base: Any) -> bool:
-    """Whether a linear layer is in NF4 and computes in bf16."""
+    """Return True if a linear layer is in NF4 and computes in bf16."""
     if type(base).__name__ != "Linear4bit" or base.compute_dtype != torch.bfloat16:
         return False
     return bool(base.weight.quant_state.quant_type == "nf4" and base.weight.dtype == torch.uint8)
 
 
 def plain_absmax(state: Any) -> torch.Tensor:
-    """A 4-bit weight's fp32 absmax, [blocks], out of double quantization.
+    """Return a 4-bit weight's absmax, fp32 [blocks], with double quantization undone.
 
     Unpacked once per layer on the CPU (1/16 byte a weight): bitsandbytes would do it on every call, a
     tenth of a decode step.

@@ -52,7 +52,7 @@ _STORED_BLOCKSIZE = 64
 _LAYERS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
 """Classes of bitsandbytes' layers."""
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Those of bitsandbytes."""
+"""Blocksizes, in weights, that bitsandbytes supports."""
 _QUANTIZED_AT_ONCE = 1 << 17
 """Weights whose fp32 copy stays in a core's cache; a multiple of every blocksize."""
 _LEAST_ABSMAX = 1e-38
@@ -72,7 +72,7 @@ class BaseChangedError(RuntimeError):
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """How to load the base. `blocksize` counts weights per absmax value."""
+    """Settings by which the base is loaded. `blocksize` counts weights per absmax value."""
 
     folder: Path
     quantization: Quantization = "nf4"
@@ -82,7 +82,7 @@ class BaseSettings:
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     devices: tuple[torch.device, ...] = ()
-    """Where there are several: the decoder's layers are spread over them. The first is `device`."""
+    """GPUs over which the decoder's layers are spread, if there are several. The first is `device`."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def check_quantized(model: nn.Module, settings: BaseSettings) -> None:
 
 
 def _left_plain(model: Any, quantized: Callable[[nn.Module], bool]) -> tuple[float, str]:
-    """The part of all weights that stays plain though it multiplies rows; the largest such, with its shape.
+    """Return the part of all weights that stays plain though it multiplies rows, and the largest such weight.
 
     Vectors do not count, nor do embeddings, which are looked up, nor the output head.
     """
@@ -259,7 +259,7 @@ def _left_plain(model: Any, quantized: Callable[[nn.Module], bool]) -> tuple[flo
 
 @cache
 def import_bitsandbytes() -> None:
-    """Import it without the compiler of torch that it asks for, and with `quantize_nf4` in it.
+    """Import bitsandbytes without torch's compiler, which it requests, and register `quantize_nf4` in it.
 
     bitsandbytes compiles only what has no kernel for a device; ours all have. To import the compiler takes a
     second of CPU and 40 MB in every process that works on the base.
@@ -281,7 +281,7 @@ def import_bitsandbytes() -> None:
 def quantize_nf4(
     weight: torch.Tensor, blocksize: int, quant_type: str = "nf4", quant_storage: torch.dtype = torch.uint8
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What bitsandbytes' `quantize_4bit` gives on the CPU, bit for bit, in an eighth of its time.
+    """Quantize as bitsandbytes' `quantize_4bit` does on the CPU, bit for bit, in an eighth of its time.
 
     Its own way is to search the 16 values for each weight: 40 seconds of a core for a billion of them.
 
@@ -347,7 +347,7 @@ def _quantize_part(
 
 @cache
 def _nf4_code() -> torch.Tensor:
-    """The 16 values of NF4, fp32, in ascending order."""
+    """Return the 16 values of NF4, fp32, in ascending order."""
     from bitsandbytes.functional import get_4bit_type
 
     code: torch.Tensor = get_4bit_type("nf4", device="cpu")
@@ -355,7 +355,7 @@ def _nf4_code() -> torch.Tensor:
 
 
 def load_config(folder: Path) -> Any:
-    """transformers' config of the base in a folder. Raises UnsupportedBaseError if it cannot be served."""
+    """Load transformers' config of the base in a folder. Raises UnsupportedBaseError if it is unservable."""
     from transformers import AutoConfig
 
     try:
@@ -369,7 +369,7 @@ def load_config(folder: Path) -> Any:
 
 
 def config_for(settings: BaseSettings) -> Any:
-    """transformers' config by which the base is loaded as its settings say.
+    """Return transformers' config by which the base is loaded as its settings say.
 
     Raises:
         UnsupportedBaseError: it cannot be served, or its files hold what the settings do not say.
@@ -396,7 +396,7 @@ def config_for(settings: BaseSettings) -> Any:
 
 
 def load_base(settings: BaseSettings) -> nn.Module:
-    """The frozen base in eval mode, on its device, with eager attention.
+    """Load the base, frozen and in eval mode, on its device, with eager attention.
 
     Raises:
         UnsupportedBaseError: the model cannot be served, or its files are missing.
@@ -448,7 +448,7 @@ def load_base(settings: BaseSettings) -> nn.Module:
 
 
 def _where(config: Any, settings: BaseSettings) -> DeviceMap:
-    """Where everything of the base is to lie.
+    """Return the device of every part of the base.
 
     Raises UnsupportedBaseError where it cannot lie on several devices.
     """
@@ -469,7 +469,7 @@ def _where(config: Any, settings: BaseSettings) -> DeviceMap:
 
 
 def _place(model: nn.Module, where: DeviceMap) -> None:
-    """Move everything there."""
+    """Move every part of the model to its device."""
     for name, device in where.items():
         owner, _, last = name.rpartition(".")
         parent: Any = model.get_submodule(owner)
@@ -481,7 +481,7 @@ def _place(model: nn.Module, where: DeviceMap) -> None:
 
 
 def _unhook(model: nn.Module) -> None:
-    """Take accelerate's hooks away, which transformers adds to what lies on several devices."""
+    """Remove the hooks that accelerate adds to modules that lie on several devices."""
     from accelerate.hooks import remove_hook_from_module
 
     remove_hook_from_module(model, recurse=True)
@@ -492,12 +492,12 @@ def _unhook(model: nn.Module) -> None:
 
 
 def _is_no_cast_warning(record: logging.LogRecord) -> bool:
-    """Drop the line that bitsandbytes writes for each 8-bit layer of each forward when x is not fp16."""
+    """Return False for bitsandbytes' line on each 8-bit layer of each forward when x is not fp16."""
     return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Eval mode, no gradients, rotary frequencies pinned, and bitsandbytes kept from repacking weights.
+    """Set eval mode without gradients, pin rotary frequencies, and keep bitsandbytes from repacking weights.
 
     With `support_avx512bf16_for_cpu` on, the first forward on a CPU rewrites the 4-bit weight and rounds its
     statistics: another base from then on, and one without a backward.
@@ -518,7 +518,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def _pin_rotary(model: nn.Module) -> None:
-    """Keep a freshly loaded model on the rotary frequencies it has, which are those up to `exact_length`.
+    """Pin the rotary frequencies of a freshly loaded model, which hold up to `exact_length`.
 
     "longrope" (Phi-3 with 128k, Phi-4-mini) has two sets of frequencies. transformers chooses one for all
     positions of a pass by the highest among them, and writes it into the module's buffer: a long row would
@@ -536,7 +536,7 @@ def _pin_rotary(model: nn.Module) -> None:
 
 
 def exact_length(config: Any) -> int | None:
-    """Longest row, in tokens, for which the rotary frequencies are fixed; None if they always are.
+    """Return the longest sequence, in tokens, with fixed rotary frequencies; None if they always are.
 
     Args:
         config: of the text part.
@@ -552,14 +552,14 @@ def exact_length(config: Any) -> int | None:
 
 
 def longest_row(config: Any) -> int | None:
-    """Most tokens of a row on this base, prompt and reply; None if its config names no limit."""
+    """Return the longest sequence, in tokens (prompt and reply), or None if the config names no limit."""
     text = config.get_text_config()
     limits = (getattr(text, "max_position_embeddings", None), exact_length(text))
     return min((limit for limit in limits if limit), default=None)
 
 
 def eos_ids(base: Any) -> frozenset[int]:
-    """Tokens that end a text: those of the base's generation config and of its config."""
+    """Return the tokens that end a text: those of the base's generation config and of its config."""
     found: set[int] = set()
     for source in (getattr(base, "generation_config", None), base.config.get_text_config()):
         ids = getattr(source, "eos_token_id", None)
@@ -584,7 +584,7 @@ def _quantization_config(settings: BaseSettings) -> Any:
 
 
 def _quantize_layers(model: Any, settings: BaseSettings, where: DeviceMap) -> None:
-    """NF4 with a blocksize other than 64, which transformers' config cannot express."""
+    """Quantize to NF4 with a blocksize other than 64, which transformers' config cannot express."""
     import bitsandbytes as bnb
 
     output = model.get_output_embeddings()
@@ -614,7 +614,7 @@ def _quantize_layers(model: Any, settings: BaseSettings, where: DeviceMap) -> No
 
 
 def quantized_statistics(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that belong to a quantized layer's weight but are no parameters of it."""
+    """Yield the tensors that belong to a quantized layer's weight but are no parameters of it."""
     weight = getattr(module, "weight", None)
     state = getattr(weight, "quant_state", None)
     if state is not None:
@@ -633,7 +633,7 @@ def quantized_statistics(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
 
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor of the base by name: parameters, all buffers, quantization statistics."""
+    """Return every tensor of the base by name: parameters, all buffers, quantization statistics."""
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     tensors.update(model.named_buffers())
     for name, module in model.named_modules():
@@ -643,7 +643,7 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Bytes of the base's storages, each counted once however many names it has."""
+    """Return the bytes of the base's storages, each counted once however many names it has."""
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in base_tensors(model).values()
     }
@@ -651,7 +651,7 @@ def base_bytes(model: nn.Module) -> int:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Weights of the model as published: a 4-bit weight counts by its unpacked shape."""
+    """Count the weights of the model as published: a 4-bit weight counts by its unpacked shape."""
     total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -660,13 +660,13 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def fingerprint(model: nn.Module) -> dict[str, tuple[int, int, torch.dtype]]:
-    """`(data_ptr, _version, dtype)` of each base tensor: equal before and after, or somebody wrote to it."""
+    """Return `(data_ptr, _version, dtype)` of each base tensor. If it changes, somebody wrote to the base."""
     return {name: (t.data_ptr(), t._version, t.dtype) for name, t in base_tensors(model).items()}
 
 
 @torch.inference_mode()
 def content_sum(model: nn.Module) -> int:
-    """A sum over the bytes of the base's tensors, which tells a write to their memory, whoever made it.
+    """Return a sum over the bytes of the base's tensors, which reveals a write by any process.
 
     Made where they are by a few launches a tensor, and read once. Words are summed by columns and by rows of
     a square, with weights. A word's own is odd, so that no change of one is lost modulo 2^64; words that
@@ -688,7 +688,7 @@ def content_sum(model: nn.Module) -> int:
 
 
 def _weighted(words: torch.Tensor) -> torch.Tensor:
-    """Their sum by odd weights, [] int64."""
+    """Return the sum of the words by odd weights, [] int64."""
     return (words * (2 * torch.arange(len(words), device=words.device) + 1)).sum(dtype=torch.int64)
 
 
@@ -701,11 +701,10 @@ def estimate_memory(
     dtype: torch.dtype = torch.bfloat16,
     part: nn.Module | None = None,
 ) -> MemoryEstimate:
-    """Bytes that `load_base` will take. `model`: what `empty_base` makes of the config; `part`: for a part
-    of it.
+    """Estimate the bytes that `load_base` takes for a `model` (from `empty_base`) or a `part` of it.
 
-    Linear layers but the output head are quantized. NF4 stores half a byte a weight plus one absmax
-    per block: fp32, or with double quantization one byte plus fp32 per 256 blocks (QLoRA, section 3).
+    Linear layers but the output head are quantized. NF4 stores half a byte a weight plus one absmax per
+    block: fp32, or with double quantization one byte plus fp32 per 256 blocks (QLoRA, section 3).
     """
     output = model.get_output_embeddings()
     parameters = plain = quantized = 0
@@ -728,7 +727,7 @@ def estimate_memory(
 
 
 def _nf4_statistics(count: int, blocksize: int, double_quant: bool) -> int:
-    """Bytes that come with a 4-bit weight of `count` values: its absmax and the 16 fp32 of its code.
+    """Return the bytes of a 4-bit weight's statistics: absmax of `count` values and the 16 fp32 of the code.
 
     Double quantization: one byte an absmax, their own fp32 absmax, the fp32 offset and a code of 256 fp32.
     """

@@ -1,4 +1,4 @@
-"""What one process must know to find another one's base in shared memory: plain data, never pickled."""
+"""Manifest by which one process finds another one's base in shared memory: plain data, never pickled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FileSegment(msgspec.Struct, frozen=True, tag="file"):
 
 
 class CudaSegment(msgspec.Struct, frozen=True, tag="cuda"):
-    """A storage on a GPU, as `torch.UntypedStorage._new_shared_cuda` takes it."""
+    """A storage on a GPU: the arguments of `torch.UntypedStorage._new_shared_cuda`."""
 
     device: int
     handle: bytes
@@ -51,7 +51,7 @@ Segment = FileSegment | CudaSegment
 
 
 class TensorPlace(msgspec.Struct, frozen=True):
-    """One tensor object: its storage, and where in it, in elements."""
+    """One tensor object: its storage, and its offset there in elements."""
 
     storage: int
     offset: int
@@ -61,18 +61,18 @@ class TensorPlace(msgspec.Struct, frozen=True):
 
 
 class QuantizedLayer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a bitsandbytes layer has besides its tensors."""
+    """Fields of a bitsandbytes layer besides its tensors."""
 
     kind: Literal["Linear4bit", "Linear8bitLt"]
     size_in: int
     size_out: int
     threshold: float = 0.0
-    """Of 8-bit layers, as the rest is of 4-bit layers."""
+    """Outlier threshold of 8-bit layers. All fields below belong to 4-bit layers."""
     compute_dtype: Dtype = "bfloat16"
     quant_type: str = ""
     blocksize: int = 0
     shape: tuple[int, ...] = ()
-    """Of the weight before it was quantized, as is the dtype."""
+    """Shape of the weight before it was quantized; `dtype` is its dtype then."""
     dtype: Dtype = "bfloat16"
     nested_blocksize: int = 0
     """0: the statistics are not quantized themselves."""
@@ -86,11 +86,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     """Class of the model."""
     flags: list[Flag]
-    """Those that are true."""
+    """Flags that are true."""
     storages: list[Segment]
     tensors: list[TensorPlace]
     names: dict[str, int]
-    """Which tensor a name stands for. A tied tensor is one, with two names."""
+    """Index in `tensors` by name. A tied tensor is one tensor with two names."""
     layers: dict[str, QuantizedLayer]
 
 
@@ -99,7 +99,7 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes) -> Manifest:
-    """Raises ManifestError."""
+    """Decode a manifest. Raises ManifestError."""
     try:
         manifest = msgspec.msgpack.decode(data, type=Manifest)
     except (msgspec.DecodeError, ValueError) as error:
@@ -110,7 +110,7 @@ def decode(data: bytes) -> Manifest:
 
 
 def dtype_name(dtype: torch.dtype) -> Dtype:
-    """Raises ManifestError for dtypes that no base has."""
+    """Return the name of a dtype. Raises ManifestError for dtypes that no base has."""
     name = str(dtype).removeprefix("torch.")
     try:
         known: Dtype = msgspec.convert(name, Dtype)

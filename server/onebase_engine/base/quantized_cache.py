@@ -1,7 +1,8 @@
-"""The quantized base, kept on disk so that the next start maps it instead of quantizing it again.
+"""Cache of quantized bases on disk, so that the next start maps a base instead of quantizing it again.
 
-Two files in the user's cache for each base and way of quantizing it: the tensors as `publish` lays them out
-in shared memory, and their manifest, written last. What does not fit is as good as absent.
+There are two files in the user's cache for each base and way of quantizing it: the tensors, laid out as
+`publish` does in shared memory, and their manifest, written last. Files that do not fit are treated as
+absent.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from onebase_engine.user_cache import written
 logger = logging.getLogger(__name__)
 
 LEAST = 64 << 20
-"""Bytes of a base that is worth the disk: less is quantized at once."""
+"""Smallest base, in bytes, that is cached: a smaller one is quantized in no time."""
 KEPT = 4
-"""Bases that stay on disk, those used last."""
+"""Largest number of cached bases; those used last stay."""
 SPARED = 0.1
-"""Part of the disk that is left free."""
+"""Part of the disk that the cache leaves free."""
 _RELEASE = 2
-"""Number of what is kept: an earlier one may lack tensors of the files, or have int8 with a threshold."""
+"""Format number of the cache. Earlier ones may lack tensors of the files, or have int8 with a threshold."""
 _TENSORS, _MANIFEST = ".tensors", ".manifest"
 
 
@@ -46,7 +47,7 @@ class _Kept(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_kept_base(settings: BaseSettings) -> nn.Module:
-    """The base as `load_base` gives it, from the user's cache if it was quantized on this machine before.
+    """Load the base like `load_base`, from the user's cache if it was quantized on this machine before.
 
     Only on the CPU, whose quantizer it is, and only if it is quantized.
 
@@ -65,7 +66,7 @@ def load_kept_base(settings: BaseSettings) -> nn.Module:
 
 
 def quantized_id(settings: BaseSettings) -> str | None:
-    """Return the identity of a base as it is quantized by the libraries that are installed.
+    """Return the identity of a base as the installed libraries quantize it.
 
     None where the folder's identity cannot be computed.
     """
@@ -90,7 +91,7 @@ def quantized_id(settings: BaseSettings) -> str | None:
 
 
 def _file(settings: BaseSettings) -> Path | None:
-    """Where the base's tensors are kept, without the suffix; None if the folder's identity is not known."""
+    """Return the path of the base's cached tensors, without suffix, or None if it has no identity."""
     identity = quantized_id(settings)
     return None if identity is None else default_cache() / "quantized" / identity
 
@@ -115,7 +116,7 @@ def _recall(settings: BaseSettings, file: Path) -> nn.Module | None:
 
 
 def _keep(base: nn.Module, file: Path) -> None:
-    """Write the base's tensors, then what describes them. If that fails the next start quantizes again."""
+    """Write the base's tensors, then their manifest. If that fails, the next start quantizes again."""
     manifest, tensors, size = describe(base)
     if size < LEAST:
         return
@@ -152,7 +153,7 @@ def _sample(file: BinaryIO, size: int) -> bytes:
 
 
 def _forget_old(folder: Path) -> None:
-    """Delete all but the bases used last. A process that has one mapped keeps it."""
+    """Delete all but the bases used last. A process that has mapped one can still use it."""
     manifests = sorted(folder.glob(f"*{_MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for manifest in manifests[KEPT:]:
         manifest.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from torch import nn
 from onebase_engine.base.layers import input_embedding
 
 DeviceMap = Mapping[str, torch.device]
-"""Where the modules and tensors of these names lie; no module is inside another one."""
+"""Devices of modules and tensors, by name; no module is inside another one."""
 
 
 class SpreadError(Exception):
@@ -29,7 +29,7 @@ class SpreadError(Exception):
 
 
 def decoder_layers(model: Any) -> dict[str, nn.Module]:
-    """The layers whose states the KV cache holds, by name and in order.
+    """Return the layers whose states the KV cache holds, by name and in order.
 
     Raises SpreadError where they are no list of modules.
     """
@@ -44,7 +44,7 @@ def decoder_layers(model: Any) -> dict[str, nn.Module]:
 
 
 def device_map(model: Any, devices: Sequence[torch.device], room: Sequence[int]) -> dict[str, torch.device]:
-    """Where everything of a model lies: layers as `shares` says, the rest on the first device.
+    """Assign every part of a model to a device: layers as `shares` says, the rest to the first device.
 
     Args:
         model: its modules; their parameters may be on meta.
@@ -65,8 +65,10 @@ def device_map(model: Any, devices: Sequence[torch.device], room: Sequence[int])
 
 
 def shares(layers: int, room: Sequence[int]) -> list[int]:
-    """How many of the layers each device takes, at least one: in proportion to its room, so that a token of
-    the KV cache takes the same part of each."""
+    """Return the number of layers for each device, at least one, in proportion to its room.
+
+    A token of the KV cache then takes the same part of each device.
+    """
     ends = [round(layers * part / sum(room)) for part in accumulate(room)]
     for number in range(len(room)):
         least, most = number + 1, layers - (len(room) - 1 - number)
@@ -76,7 +78,7 @@ def shares(layers: int, room: Sequence[int]) -> list[int]:
 
 
 def _outside(module: nn.Module, prefix: str, layers: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Names of what holds everything but the layers."""
+    """Yield the names of the modules and tensors that hold everything but the layers."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if path in layers:
@@ -90,14 +92,14 @@ def _outside(module: nn.Module, prefix: str, layers: Mapping[str, nn.Module]) ->
 
 
 def device_of(name: str, where: DeviceMap) -> torch.device:
-    """The device of a module, by its name."""
+    """Return the device of a module, by its name."""
     while name not in where:
         name, _, _ = name.rpartition(".")
     return where[name]
 
 
 def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
-    """The devices on which a model lies, the first with its embedding."""
+    """Return the devices on which a model lies, the one with its embedding first."""
     own = (parameter.device for parameter in model.parameters())
     return tuple(dict.fromkeys([input_embedding(model).weight.device, *own]))
 
@@ -106,28 +108,28 @@ def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
 
 
 class Crossings:
-    """What a pass brings from one device to the next. Each view of a base has its own."""
+    """Tensors that a pass copies from one device to the next. Each view of a base has its own."""
 
     def __init__(self, home: torch.device) -> None:
         self._home = home
         self._brought: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
-        """The tensor that was brought, so that its id stays its own, and the same on the device."""
+        """Original tensor, stored so that its id is not used again, and its copy on the device."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Crossings:
         return Crossings(self._home)
 
     def begin(self, module: nn.Module, args: Any, named: Any) -> tuple[Any, Any]:
-        """Before the first layer: nothing was brought yet. One that failed has left something."""
+        """Forget, before the first layer, copies that a failed pass has left."""
         self._brought.clear()
         return args, named
 
     def bring(self, module: nn.Module, args: Any, named: Any) -> tuple[Any, Any]:
-        """Before each layer that is not on the first device: all that it is called with, to its own."""
+        """Copy all arguments of a layer that is not on the first device to its own device."""
         device = next(module.parameters()).device
         return self._moved(args, device), self._moved(named, device)
 
     def back(self, module: nn.Module, args: Any, named: Any, output: Any) -> Any:
-        """After the last layer: what it gives, to the first device."""
+        """Copy the last layer's output to the first device."""
         self._brought.clear()
         return _each(output, lambda tensor: tensor.to(self._home))
 
@@ -144,7 +146,7 @@ class Crossings:
 
 
 def _each(value: Any, move: Any) -> Any:
-    """The same tensors, tuples, lists and dictionaries with each tensor moved."""
+    """Rebuild tensors, tuples, lists and dictionaries with each tensor moved."""
     if isinstance(value, torch.Tensor):
         return move(value)
     if type(value) in (tuple, list):

@@ -18,9 +18,9 @@ from onebase_engine.base.manifest import CudaSegment, FileSegment, Segment, Tens
 from onebase_engine.machine import return_freed_memory
 
 ALIGNMENT = 64
-"""Bytes; what torch's own allocator gives, and what vector instructions like."""
+"""Alignment of storages, in bytes: that of torch's own allocator, which suits vector instructions."""
 F_SEAL_FUTURE_WRITE = 0x0010
-"""From Linux's fcntl.h (5.1 and later); Python's fcntl has no name for it yet."""
+"""Seal from Linux's fcntl.h (5.1 and later), for which Python's fcntl has no name yet."""
 _UNKNOWN_TO_TORCH = (AttributeError, TypeError, ValueError)
 """Errors of a release of PyTorch whose private functions for CUDA's IPC are gone or take something else."""
 _EXPANDABLE_SEGMENT = b"e"
@@ -35,7 +35,7 @@ class SharedMemoryError(Exception):
 
 
 def share(tensors: Sequence[torch.Tensor], fd: int | None) -> tuple[list[Segment], list[TensorPlace]]:
-    """Storages and places by which `open_tensors` finds the same tensors in another process.
+    """Return the storages and places by which `open_tensors` finds the same tensors in another process.
 
     Each storage on the CPU moves into the file `fd`, and its tensors (the same objects) lie there from then
     on. On CUDA they stay where they are.
@@ -61,7 +61,7 @@ def share(tensors: Sequence[torch.Tensor], fd: int | None) -> tuple[list[Segment
 def lay_out(
     tensors: Sequence[torch.Tensor],
 ) -> tuple[list[Segment], list[TensorPlace], list[tuple[int, torch.Tensor]]]:
-    """The same for tensors on the CPU that stay where they are; of each storage a tensor, and its start."""
+    """Return the result of `share` without moving the CPU tensors, and each storage's start and a tensor."""
     groups = _storage_groups(tensors)
     segments = list(_segments(tensors, groups))
     places: dict[int, TensorPlace] = {}
@@ -74,19 +74,19 @@ def lay_out(
 
 
 def file_size(segments: Sequence[Segment]) -> int:
-    """Bytes of the file that holds these segments."""
+    """Return the size, in bytes, of the file that holds these segments."""
     ends = [segment.start + segment.size for segment in segments if isinstance(segment, FileSegment)]
     return -(-max(ends) // ALIGNMENT) * ALIGNMENT
 
 
 def storage_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """All bytes of the tensor's storage, uint8."""
+    """Return all bytes of the tensor's storage, uint8."""
     storage = tensor.untyped_storage()
     return _bytes(storage, 0, storage.nbytes())
 
 
 def _storage_groups(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Indices of the tensors that lie in one storage, for each storage."""
+    """Return, for each storage, the indices of the tensors that lie in it."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, tensor in enumerate(tensors):
         storage = tensor.untyped_storage()
@@ -101,7 +101,7 @@ def _place(tensor: torch.Tensor, storage: int) -> TensorPlace:
 
 
 def _segments(tensors: Sequence[torch.Tensor], groups: Sequence[Sequence[int]]) -> Iterator[Segment]:
-    """Of each storage: where it will lie in the file, or how its memory on the GPU is opened."""
+    """Yield, for each storage, its place in the file or the handle that opens its memory on the GPU."""
     end = 0
     for members in groups:
         storage = tensors[members[0]].untyped_storage()
@@ -142,7 +142,7 @@ def _map_shared(fd: int, size: int) -> Any:
 
 
 def _seal(fd: int) -> None:
-    """Where the memfd allows it: nobody can resize it any more, or write to it but through this mapping."""
+    """Seal the memfd, if possible, against resizing and against writes other than through this mapping."""
     with contextlib.suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE)
 
@@ -178,7 +178,7 @@ def _cuda_segment(storage: Any) -> CudaSegment:
 def open_tensors(
     segments: Sequence[Segment], places: Sequence[TensorPlace], fd: int | None
 ) -> list[torch.Tensor]:
-    """New tensors over the memory that `share` described.
+    """Return new tensors over the memory that `share` described.
 
     What lies in the file is mapped privately: writing to it copies the page, and only this process sees it.
     On CUDA a write would reach the other process.
@@ -199,7 +199,7 @@ def open_tensors(
 
 
 def _tensor(storage: Any, start: int, place: TensorPlace) -> torch.Tensor:
-    """The tensor of `place`, whose storage begins at byte `start` (a multiple of its item's size)."""
+    """Return the tensor of `place`, whose storage begins at byte `start` (a multiple of its item's size)."""
     dtype = wire.dtype_of(place.dtype)
     offset = start // dtype.itemsize + place.offset
     empty = torch.empty(0, dtype=dtype, device=storage.device)
@@ -220,8 +220,11 @@ def _map_privately(fd: int | None, size: int) -> Any:
 
 
 def _cuda_storage(segment: CudaSegment) -> Any:
-    """The other process's memory. Its counter goes down when this storage is freed, at each attaching
-    again: harmless, for the other process keeps its tensors as long as it lives."""
+    """Open the other process's memory.
+
+    Its counter goes down each time an attached storage is freed. That is harmless, because the other process
+    holds its tensors as long as it lives.
+    """
     torch.cuda.init()  # type: ignore[no-untyped-call]
     try:
         return torch.UntypedStorage._new_shared_cuda(

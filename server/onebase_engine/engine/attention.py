@@ -17,9 +17,9 @@ from onebase_engine.kernels.interface import AttentionKernel, Contexts, Kernels,
 NAME = "onebase_paged"
 
 _COMPUTED = frozenset({"scaling", "softcap", "sliding_window"})
-"""What a decoder may ask of its attention."""
+"""Options of a decoder's attention that the kernels compute."""
 _WITHOUT_EFFECT = frozenset({"position_ids"})
-"""What decoders pass to every attention, whichever needs it: the step has each token's position."""
+"""Options that decoders pass to every attention and that are ignored: the step has the positions."""
 
 
 class UnsupportedAttentionError(Exception):
@@ -35,9 +35,9 @@ class PagedAttention:
         self.shapes: dict[int, tuple[int, int, int]] = {}
         """Filled by the probe pass: layer -> (kv heads, key dim, value dim)."""
         self.devices: dict[int, torch.device] = {}
-        """Of each layer; filled by the probe pass, too."""
+        """Device of each layer; also filled by the probe pass."""
         self.rotation: Rotation | None = None
-        """By which the next call's q and k are still to be turned."""
+        """Rotation that the next call has yet to apply to q and k."""
         self._kernels = kernels
         self._layers: dict[int, AttentionKernel] = {}
 
@@ -57,7 +57,7 @@ class PagedAttention:
     def forward(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
     ) -> torch.Tensor:
-        """q [1, heads, T, d], k and v [1, kv heads, T, d] -> [1, T, heads, d of v]."""
+        """Compute attention: q [1, heads, T, d], k and v [1, kv heads, T, d] -> [1, T, heads, d of v]."""
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         if self.cache is None or self.step is None:
             return self._probe(module, layer, q, k, v, options)
@@ -102,7 +102,7 @@ def _acts(value: object) -> bool:
 
 
 def register() -> None:
-    """Tell transformers about paged attention. Safe to repeat.
+    """Register paged attention with transformers. Safe to repeat.
 
     No mask function is registered: transformers makes no mask for attention that has none. With one it would
     look for packed sequences in every step, which makes the host wait for the device.
@@ -120,7 +120,7 @@ def paged_attention(
     attention_mask: object,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function that transformers calls; the module carries the PagedAttention that it belongs to.
+    """Compute attention for transformers, through the PagedAttention that the module carries.
 
     Raises:
         UnsupportedAttentionError: there is a mask, such as a learned bias, which blocks have no place for.

@@ -1,8 +1,8 @@
-"""Proof of the bare base: what the engine serves, against the model's own forward pass.
+"""Proof of the bare base: compares what the engine serves with the model's own forward pass.
 
-An adapter's proof compares greedy texts with PEFT's on the same base: ties forgive what hardly shows, and a
-base without adapters is never asked. So two texts, read side by side in one packed batch and continued, are
-compared with what the model itself gives for each alone, from nothing but its tokens.
+An adapter's proof compares greedy texts with PEFT's on the same base: ties forgive small deviations, and a
+base without adapters is never tested. So two texts, prefilled side by side in one packed batch and continued,
+are compared with the model's own result for each alone, computed from nothing but its tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ positions wrongly 16 at least.
 CLOSE = 1e-5
 """Deviation of log-probabilities (nats, root mean square) that needs no further explanation."""
 SILENT_SECONDS = 2.0
-"""How long a proof may take before the log says why the start takes longer."""
+"""Time, in seconds, after which the log explains why a proof makes the start take longer."""
 _PRODUCTS = frozenset(
     {torch.matmul, torch.Tensor.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum}
     | {functional.linear, functional.embedding}
@@ -57,7 +57,7 @@ _PRODUCTS = frozenset(
 
 
 def prove_once(engine: Engine, base: nn.Module, settings: BaseSettings, cpu_weights: str) -> None:
-    """Prove the base, unless the user's cache says that it passed with all that its answers depend on.
+    """Prove the base, unless the user's cache says that it passed with the same code, settings and libraries.
 
     Raises:
         UnsupportedBaseError: the engine does not serve what the model computes.

@@ -1,4 +1,4 @@
-"""Turn a plan into packed arrays: token ids, positions, KV slots, and what acts on which row.
+"""Turn a plan into packed arrays: token ids, positions, KV slots, and the adapters of each packed row.
 
 Packed order is decodes first, then one stretch per prefill segment, then padding.
 """
@@ -18,7 +18,7 @@ from onebase_engine.kernels.interface import Contexts, RowGroup, RowMap
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step computes. `logit_rows` are the packed rows whose logits are wanted."""
+    """Packed arrays of one step. `logit_rows` are the packed rows whose logits are needed."""
 
     input_ids: np.ndarray
     """[T] int64"""
@@ -30,12 +30,12 @@ class Batch:
     token_map: RowMap
     logit_map: RowMap
     sampled: list[Row | Ahead]
-    """Rows that get a token, and after each the same row with more and more of its draft; entry i reads
+    """Sequences that get a token, each followed by itself with more and more of its draft; entry i reads
     logits i."""
     scored: list[tuple[Segment, slice]]
     """Segments whose prompt is scored, and the logits of their tokens."""
     hidden_rows: np.ndarray
-    """[H] int64: the packed rows whose hidden states are wanted."""
+    """Packed rows whose hidden states are needed, [H] int64."""
     pooled: list[tuple[Segment, slice]]
     """Segments that are pooled, and the hidden states of their tokens."""
 
@@ -49,11 +49,11 @@ class Packer:
 
     @staticmethod
     def fill(batch: Batch, plan: Plan) -> None:
-        """Give rows that decode their last tokens, which were COMING when the plan was packed."""
+        """Fill in the last tokens of decoding sequences, which were COMING when the plan was packed."""
         batch.input_ids[: len(plan.decodes)] = [one.row.tokens[one.start] for one in plan.decodes]
 
     def pack(self, plan: Plan, slot_of: Mapping[str, int]) -> Batch:
-        """`slot_of`: the slot of every adapter digest in the plan."""
+        """Pack a plan. `slot_of`: the slot of every adapter digest in the plan."""
         segments = plan.segments
         lengths = [segment.length for segment in segments]
         starts = [0, *accumulate(lengths)]
@@ -131,7 +131,7 @@ def _hidden_rows(
 
 
 def _grouped(rows: Iterable[tuple[AdapterMix, Iterable[int]]], slot_of: Mapping[str, int]) -> RowMap:
-    """The packed rows by what acts on them."""
+    """Group the packed rows by the adapters that act on them."""
     groups: dict[AdapterMix, list[int]] = {}
     for mix, some in rows:
         if mix.terms:

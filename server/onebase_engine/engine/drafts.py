@@ -1,5 +1,5 @@
-"""Tokens that a row will perhaps go on with: what its grammar says comes next, or what came next before in
-its own text (prompt lookup, arXiv 2304.04487).
+"""Guesses of a sequence's next tokens: what its grammar forces, or what followed the same tokens in its own
+text (prompt lookup, arXiv 2304.04487).
 
 A step computes them with the row's last token, as a chunk of a prompt is computed, and draws from each
 position's logits what it would have drawn step by step: as long as that is the draft, one step has given
@@ -13,31 +13,31 @@ import math
 from collections.abc import Sequence
 
 MATCHED = 3
-"""Last tokens of a row that are looked for further up."""
+"""Number of last tokens for which an earlier occurrence is searched."""
 LOOKED_AT = 8192
-"""Of a long prompt, how many of its last tokens are looked at: what is remembered takes 100 bytes a token."""
+"""Largest number of a prompt's last tokens that are indexed; the index takes 100 bytes a token."""
 COST = 0.15
-"""What one row more adds to a step, in parts of a step of one row (measured with AVX512-BF16)."""
+"""Cost that each further row adds to a step, as a part of a step of one row (measured with AVX512-BF16)."""
 PRIOR = 0.5
-"""Part of the drafts that are right, for a row of which nothing is known yet."""
+"""Assumed part of drafts that are right, for a sequence without a history."""
 LEARNED = 0.15
-"""Part of what is known that one more draft replaces."""
+"""Weight of the newest draft in the running mean of right drafts."""
 _TOKEN_BITS = 24
 
 
 class Drafts:
-    """What one row might go on with, and how often that was right."""
+    """Draft source of one sequence, with the part of its drafts that were right."""
 
     def __init__(self) -> None:
         self.right = PRIOR
         self._draft: list[int] = []
         self._sure = False
         self._ends: dict[int, int] = {}
-        """Where each MATCHED tokens ended last."""
+        """Index behind the last occurrence of each MATCHED tokens."""
         self._read = 0
 
     def propose(self, tokens: Sequence[int], most: int, forced: Sequence[int] = ()) -> list[int]:
-        """What is forced, or what came after the last tokens when they were last seen; up to `most` of it."""
+        """Return up to `most` tokens: forced ones, or those that followed the same tokens earlier."""
         for end in range(max(self._read, MATCHED, len(tokens) - LOOKED_AT), len(tokens)):
             self._ends[_key(tokens, end)] = end
         self._read = len(tokens)
@@ -54,15 +54,18 @@ class Drafts:
         return draft
 
     def observe(self, drawn: Sequence[int]) -> None:
-        """Learn from what was drawn at the places of the last draft, whether it was computed or not."""
+        """Update the part of right drafts with the tokens drawn, even if the last draft was not computed."""
         for guess, token in zip(self._draft, drawn, strict=False):
             self.right += LEARNED * ((guess == token) - self.right)
             if guess != token:
                 break
 
     def worth(self, rows: int) -> int:
-        """How many tokens of a draft a step of `rows` rows gains by: the last is as likely right as what it
-        adds to the step, in parts of what a token costs without drafts. What is forced must come anyway."""
+        """Return the largest useful draft, in tokens, for a step of `rows` rows.
+
+        Its last token is as likely right as its share of the step's cost, in parts of what a token costs
+        without drafts. Forced tokens are always useful, since they must come anyway.
+        """
         if self._sure:
             return LOOKED_AT
         if self.misses(rows):
@@ -70,12 +73,12 @@ class Drafts:
         return int(math.log(_least(rows)) / math.log(self.right)) if self.right < 0.999 else LOOKED_AT
 
     def misses(self, rows: int) -> bool:
-        """Whether what is not forced is too seldom right for a step of so many rows."""
+        """Return True if drafts that are not forced are right too seldom for a step of this many rows."""
         return self.right < _least(rows)
 
 
 def _least(rows: int) -> float:
-    """Part of the drafts that must be right for a step of so many rows to gain by them."""
+    """Return the part of drafts that must be right for a step of this many rows to gain by them."""
     return COST * rows / (1 + COST * (rows - 1))
 
 

@@ -1,4 +1,4 @@
-"""The engine proper: messages in, one step at a time, events out. No sockets here, no threads."""
+"""The engine proper: messages in, one step at a time, events out. It has no sockets and no threads."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 MAX_WEIGHT = 1e9
-"""Of one adapter in a row's sum; far beyond it fp32, in which weights are applied, has no number."""
+"""Largest absolute weight of one adapter in a sum; weights are applied in fp32, which could overflow."""
 
 MAX_SCORE_BYTES = protocol.MAX_MESSAGE_BYTES * 3 // 4
-"""Of one row's prompt logprobs on the socket, which travel in one message."""
+"""Limit, in bytes, of one sequence's prompt logprobs, which travel in one message."""
 SCORED_TOKEN_BYTES = 32
 ALTERNATIVE_BYTES = 15
-"""The most that a scored token takes in msgpack, and each alternative next to it."""
+"""Upper bounds, in bytes of msgpack, of a scored token and of each alternative next to it."""
 
 
 HEAD_TILE = 64
-"""Tokens of one row that a classifier sees at once."""
+"""Number of tokens of one sequence that a classifier computes at once."""
 
 
 @dataclass
@@ -65,17 +65,17 @@ class Counters:
     generated_tokens: int = 0
     cached_tokens: int = 0
     restored_tokens: int = 0
-    """Whose keys and values came back from host memory."""
+    """Tokens whose keys and values were copied back from host memory."""
     draft_tokens: int = 0
     right_draft_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class _Given:
-    """What is read of a step."""
+    """Host copies of one step's results."""
 
     drawn: list[Drawn]
-    """Of each entry of `Batch.sampled`."""
+    """Draws, one for each entry of `Batch.sampled`."""
     scores: list[tuple[Segment, list[TokenLogprob] | Exception]]
     pooled: list[tuple[Segment, np.ndarray]]
     """Hidden states [tokens, size] fp64 of segments that are pooled."""
@@ -85,30 +85,31 @@ class _Given:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A step that an accelerator may still compute."""
+    """A step whose computation has begun; an accelerator may still compute it."""
 
     plan: Plan
     read: Callable[[], _Given]
-    """Waits for it, any number of times."""
+    """Waits for the results and returns them; may be called any number of times."""
     only_draws: bool
-    """Whether all that it gives is one token for each row that has come so far, and needs no memory."""
+    """Whether the step yields just one token for each sequence that samples, which takes no memory to
+    read."""
 
 
 @dataclass(frozen=True)
 class _Computed:
-    """What a step has computed. Nothing of it is state of a row or of the scheduler yet."""
+    """Results of a step, none of which is in the state of a sequence or of the scheduler yet."""
 
     plan: Plan
     drawn: list[tuple[Row, list[Drawn]]]
-    """Of each row one token, and another at each place of its draft."""
+    """Draws of each sequence: one token, and another at each place of its draft."""
     given: _Given
     foreseen: bool
-    """Whether the scheduler counts it as computed, since the next step has been planned."""
+    """Whether the scheduler already counts the step as computed, because the next one has been planned."""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why a step failed, without the exception: its frames hold tensors whose memory the retry needs."""
+    """Reason why a step failed, without the exception, whose frames hold memory that the retry needs."""
 
     message: str
     out_of_memory: bool
@@ -120,7 +121,7 @@ class _Admission(TypedDict, total=False):
 
 
 class Engine:
-    """One base, its rows and its adapters. Not thread-safe: one thread calls everything."""
+    """One base with its sequences and adapters. Not thread-safe: one thread calls everything."""
 
     def __init__(
         self,
@@ -138,9 +139,13 @@ class Engine:
         copy: Callable[[AdapterWeights], Copy] | None = None,
         tokenizer: Path | None = None,
     ) -> None:
-        """`copy` starts a version's copy to the accelerator; by default as `copier` does for its kind.
-        `host_blocks`: places in host memory for prefix blocks that leave the KV cache.
-        `tokenizer`: the folder of the base's, without which no row can follow a grammar."""
+        """Allocate the KV cache and set up the scheduler.
+
+        Args:
+            copy: starts a version's copy to the accelerator; `copier` chooses it by default.
+            host_blocks: places in host memory for prefix blocks that leave the KV cache.
+            tokenizer: folder of the base's tokenizer, without which no sequence can follow a grammar.
+        """
         self._base = base
         self._vocabulary = int(base.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < self._vocabulary)
@@ -173,7 +178,7 @@ class Engine:
             self._grammars = Grammars(tokenizer, self._vocabulary, self._eos_ids, places)
             self.scheduler.awaits = self._grammars.awaits
         self._opening: dict[tuple[str, str], list[tuple[protocol.Submit, AdapterMix]]] = {}
-        """By their tenant and their grammar's key, requests whose grammar is being compiled."""
+        """Requests whose grammar is being compiled, by tenant and grammar key."""
         self._awaits_grammars = False
         """Whether the last step computed nothing because all sequences wait for grammars or masks."""
         self._packer = Packer(block_size, self.model.row_multiple)
@@ -182,7 +187,7 @@ class Engine:
         self._next: tuple[Plan, Batch | None] | None = None
         """The step that has been planned, and packed if that did not fail."""
         self._meanwhile: Callable[[], None] | None = None
-        """What the caller of `step` has to do, and has not done yet."""
+        """Callback that the caller passed to `step`, until it has been called."""
         self._rows: dict[str, list[Row]] = {}
         self._arrivals = 0
         self._outputs: list[RowOutput] = []
@@ -196,7 +201,7 @@ class Engine:
         return bool(self._rows or self._opening)
 
     def submit(self, request: protocol.Submit) -> None:
-        """Queue the request's rows, or report at once why it can never run."""
+        """Queue the request's sequences, or report at once why they can never run."""
         opening = (one.id for waiting in self._opening.values() for one, _ in waiting)
         rows = len(request.branches) or request.n
         none = request.n < 1 or request.n != rows or not request.choices
@@ -275,7 +280,7 @@ class Engine:
         self._rows[request.id] = rows
 
     def _admit_compiled(self, timeout: float = 0.0) -> None:
-        """Queue the rows of requests whose grammar has been compiled, or report what is wrong with it."""
+        """Queue the sequences of requests whose grammar has been compiled, or report the grammar's error."""
         if self._grammars is None:
             return
         for opened in self._grammars.opened(timeout):
@@ -288,7 +293,7 @@ class Engine:
                 self._refuse(request, error, opened.retry_after)
 
     def cancel(self, message: protocol.Cancel) -> None:
-        """End the request's rows that are still going; each yields its final event."""
+        """End the request's unfinished sequences; each yields its final event."""
         for key, waiting in list(self._opening.items()):
             found = [one for one in waiting if one[0].id == message.id and message.choice is None]
             self._opening[key] = [one for one in waiting if one not in found]
@@ -303,11 +308,11 @@ class Engine:
     # ---- adapters ---------------------------------------------------------------------------
 
     def put_adapter(self, digest: str, weights: AdapterWeights) -> None:
-        """Take a version's finished tensors; from now on rows may name it."""
+        """Add a version's finished tensors; from now on requests may name it."""
         self.versions.put(digest, weights)
 
     def unload_adapter(self, digest: str) -> None:
-        """Forget a version, at once or when its last row ends; `versions.take_dropped` says when."""
+        """Drop a version, at once or when its last sequence ends; `versions.take_dropped` reports it."""
         self.versions.leave(digest)
         self._drop_unused()
 
@@ -319,10 +324,11 @@ class Engine:
     # ---- steps ------------------------------------------------------------------------------
 
     def step(self, meanwhile: Callable[[], None] | None = None) -> None:
-        """Compute one step. Where it fails, it is computed in parts, and only the rows that fail alone end.
+        """Compute one step. If it fails, compute it in parts and end only the sequences that fail alone.
 
-        meanwhile: called once, before anything is waited for: what the caller has to do that an accelerator
-            need not wait for.
+        Args:
+            meanwhile: called once, before the step waits for anything: work of the caller that an accelerator
+                need not wait for.
 
         Raises:
             BaseChangedError, torch.AcceleratorError: nothing can be trusted any more; the process must end.
@@ -378,7 +384,7 @@ class Engine:
         return self._pace.alone if self.scheduler.only_background else self._pace.joined
 
     def _take_next(self) -> tuple[Plan, Batch | None]:
-        """The step that was planned under the last one: its tokens are known now, and who has ended."""
+        """Return the step that was planned during the last one, without sequences that have ended since."""
         if self._next is None:
             return Plan([], []), None
         (planned, batch), self._next = self._next, None
@@ -392,7 +398,7 @@ class Engine:
         return plan, batch
 
     def _plan_next(self, plan: Plan) -> None:
-        """Plan the step after `plan`, of which nothing but the tokens is left to come."""
+        """Plan the step after `plan`, of which only the drawn tokens are still missing."""
         self.scheduler.guess(plan)
         for segment in plan.segments:
             self.scheduler.computed(segment)
@@ -419,12 +425,12 @@ class Engine:
             meanwhile()
 
     def take_outputs(self) -> list[RowOutput]:
-        """What happened since the last call."""
+        """Return the outputs since the last call."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def watch_content(self) -> None:
-        """Have `check_base` read the base: on a GPU other processes map it so that they can write to it."""
+        """Make `check_base` read the base's contents, since on a GPU other processes could write to it."""
         self._content = content_sum(self._base)
 
     def check_base(self) -> None:
@@ -457,17 +463,17 @@ class Engine:
         )
 
     def slots_changed(self) -> dict[str, float] | None:
-        """If slots were filled or emptied since the last call: the seconds that each new version took."""
+        """Return the seconds that each new version took, or None if no slot changed since the last call."""
         if not self._slots_changed:
             return None
         taken, self._slot_seconds, self._slots_changed = self._slot_seconds, {}, False
         return taken
 
     def _move_blocks(self, plan: Plan) -> None:
-        """Have blocks copied to host memory before this step overwrites them, and back before it reads them.
+        """Copy blocks to host memory before this step overwrites them, and back before it reads them.
 
-        Not in `_try`: a step that is computed again finds them where they are. An error here ends the engine,
-        since blocks would not hold what the pool says.
+        This is not done in `_try`: a step that is computed again finds the blocks where they are. An error
+        here ends the engine, since blocks would not hold what the pool records.
         """
         if self.model.host is not None and self.pool.moving:
             moves = self.pool.take_moves(plan.written(self.pool.block_size))
@@ -475,7 +481,7 @@ class Engine:
             self.counters.restored_tokens += len(moves.back) * self.pool.block_size
 
     def _apply_moves(self) -> bool:
-        """Bring the slots up to date. Rows whose version cannot be loaded end; says whether any did."""
+        """Update the slots and end sequences whose version cannot be loaded. Return True if any ended."""
         moves, self.slots.moves = self.slots.moves, {}
         self._slots_changed |= bool(moves)
         failed = self.model.move_slots(moves, self._staging.take) if moves else {}
@@ -516,14 +522,14 @@ class Engine:
         return self._finish(self._begin(plan, None), foreseen=False)
 
     def _wait(self, begun: _Begun, foreseen: bool) -> _Computed | _Failure:
-        """For a step. Where the scheduler counts on what it has written, only the draws are tried again."""
+        """Wait for a step. If the scheduler already counts on its KV, only the draws are tried again."""
         computed = self._try(partial(self._finish, begun, foreseen))
         if foreseen and isinstance(computed, _Failure):
             computed = self._try(partial(self._finish, begun, foreseen))
         return computed
 
     def _begin(self, plan: Plan, batch: Batch | None) -> _Begun:
-        """Begin a forward pass and what is sampled from it. It changes only KV that `computed` has not seen.
+        """Begin a forward pass and its sampling. Of all state, only KV beyond `computed` changes.
 
         Such KV lies in blocks of the row's own, and every later step writes it again before it reads it.
         `batch` is the plan, if it is packed already.
@@ -541,7 +547,7 @@ class Engine:
         return _Begun(plan, lambda: _Given(read(), [], []), only_draws=not more)
 
     def _read(self, plan: Plan, batch: Batch, logits: torch.Tensor, hidden: torch.Tensor | None) -> _Given:
-        """Return all that a forward pass gives. Waits for the accelerator, and shortly for masks."""
+        """Return all results of a forward pass. Waits for the accelerator, and briefly for masks."""
         exact = None if hidden is None else _exactly(hidden)
         pooled = [] if exact is None else [(one, exact[part]) for one, part in batch.pooled]
         scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]
@@ -570,7 +576,7 @@ class Engine:
         return masks, frozenset(row for row, mask in found.items() if mask is None)
 
     def _scores(self, segment: Segment, logits: torch.Tensor) -> list[TokenLogprob] | Exception:
-        """Of the prompt tokens after each of the segment's, or the row's own exception."""
+        """Score the prompt tokens that follow the segment's, or return the exception that this raised."""
         row = segment.row
         targets = [row.tokens[number + 1] for number in segment.scored]
         try:
@@ -581,7 +587,7 @@ class Engine:
             return error
 
     def _commit(self, computed: _Computed) -> dict[Row, Exception]:
-        """Make a step's results state, but for the rows that failed alone in it: their exceptions."""
+        """Apply a step's results to all sequences but those that failed alone. Return their exceptions."""
         late = computed.given.late
         drawn_of = {row: drawn for row, drawn in computed.drawn if row not in late}
         failed = {row: drawn[0].error for row, drawn in drawn_of.items() if drawn[0].error is not None}
@@ -617,7 +623,7 @@ class Engine:
         return failed
 
     def _taken(self, segment: Segment, drawn: list[Drawn]) -> list[Drawn]:
-        """What the row gets: what was drawn as long as it is the draft, and the first token that is not."""
+        """Return the drawn tokens that match the draft, and the first one that does not."""
         row = segment.row
         count = 1
         for guess, before in zip(segment.draft, drawn, strict=False):
@@ -628,7 +634,7 @@ class Engine:
         return drawn[:count]
 
     def _compute_apart(self, plan: Plan) -> None:
-        """Compute a step that failed in parts: decodes together, then by halves, and each prefill apart.
+        """Compute a failed step again in parts: decodes together, then by halves, and each prefill alone.
 
         A row that fails alone ends. Where every row does, none is to blame: the step has failed.
         """
@@ -649,7 +655,7 @@ class Engine:
         self._end_failed(plan, failed)
 
     def _end_failed(self, plan: Plan, failed: dict[Row, str]) -> None:
-        """End the rows of a step that failed, for the reasons given."""
+        """End the sequences of a failed step, for the given reasons."""
         nobody = len(failed) == len(plan.segments)
         self.counters.failed_steps += nobody
         code, what = ("step_failed", "the step") if nobody else ("row_failed", "this row")
@@ -658,7 +664,7 @@ class Engine:
             self._end(row, "error", code=code, message=f"{what} failed: {message}")
 
     def _fail(self, row: Row, error: Exception) -> None:
-        """End a row for an exception of its own."""
+        """End a sequence because of an exception of its own."""
         if isinstance(error, GrammarError):
             self._end(row, "error", code="grammar_refused", message=str(error))
             return
@@ -667,7 +673,7 @@ class Engine:
         self._end(row, "error", code="row_failed", message=f"this row failed: {error}")
 
     def _answer(self, row: Row) -> None:
-        """End a row that is only read, with what it is read for."""
+        """End a sequence that generates nothing, with its prompt logprobs or pooled vector."""
         if not all(math.isfinite(one.logprob) for one in row.prompt_scores):
             message = "the logits are not finite: an adapter of this request overflows"
             self._end(row, "error", code="not_finite", message=message)
@@ -688,16 +694,16 @@ class Engine:
         self._end(row, "stop", vector=vector)
 
     def _classified(self, row: Row, hidden: np.ndarray) -> np.ndarray:
-        """[labels] fp64. One state at a time, so that others change no bit."""
+        """Return the classifier's values [labels] fp64 of one state. Computed alone, its bits never vary."""
         weight, bias = self.versions.heads[row.mix.digests[0]]
         values: np.ndarray = weight @ hidden + bias
         return values
 
     def _classified_each(self, row: Row, first: int, hidden: np.ndarray) -> list[np.ndarray]:
-        """[labels] fp64 of each state [hidden], the first that of token `first`.
+        """Return the classifier's values [labels] fp64 of each state [hidden], from token `first` on.
 
-        In tiles of one size, in which a token's place depends on its number alone, so that chunks of another
-        length give the same bits; one at a time would take several times as long.
+        They are computed in tiles of one size, in which a token's place depends on its number alone, so that
+        chunks of another length give the same bits. One state at a time would take several times as long.
         """
         weight, bias = self.versions.heads[row.mix.digests[0]]
         before = first % HEAD_TILE
@@ -707,7 +713,7 @@ class Engine:
         return list(values[before : before + len(hidden)])
 
     def _pool(self, segment: Segment, hidden: np.ndarray) -> None:
-        """Add hidden states to what a row has: one by one, so that chunks of another length give the same."""
+        """Add hidden states to a sequence's, one by one, so that the length of chunks changes no bit."""
         row = segment.row
         if segment.start == 0:
             row.pooled = []
@@ -719,7 +725,7 @@ class Engine:
             row.pooled[0] += one
 
     def _append(self, row: Row, taken: list[Drawn]) -> None:
-        """Give a row its new tokens; all but the last are among its tokens already."""
+        """Append the new tokens to a sequence; all but the last are among its tokens already."""
         tokens = [drawn.token for drawn in taken if drawn.token is not None]
         if not tokens:
             message = "the logits are not finite: an adapter of this request overflows"
@@ -751,7 +757,7 @@ class Engine:
     def _finish_reason(
         self, row: Row, token: int, more: int = 0
     ) -> tuple[protocol.FinishReason | None, int | None]:
-        """Whether the row ends with `token`, when it has `more` tokens than now."""
+        """Return the finish reason if the sequence ends with `token`, when it has `more` tokens than now."""
         sampling = row.sampling
         if token in sampling.stop_token_ids or (token in self._eos_ids and not sampling.ignore_eos):
             return "stop", token
@@ -761,7 +767,7 @@ class Engine:
         return row.prompt_scores if row.prompt_scored and not row.reported else None
 
     def _admission(self, row: Row) -> _Admission:
-        """The facts that go with a row's first output."""
+        """Return the figures that go with a sequence's first output, and nothing later."""
         if row.reported:
             return {}
         row.reported = True
@@ -775,7 +781,7 @@ class Engine:
         message: str | None = None,
         vector: bytes | None = None,
     ) -> None:
-        """Take a row out, with its final event: before its time, or one that is only read."""
+        """End a sequence with its final event: before its time, or one that generates nothing."""
         row.finish = finish
         scores = self._prompt_scores(row) if finish == "stop" else None
         self._outputs.append(
@@ -805,18 +811,18 @@ class Engine:
 
 
 def _let_go(error: Exception) -> None:
-    """Forget where it came from: the frames hold tensors, and the error itself."""
+    """Clear an exception's traceback and causes, whose frames hold tensors and the exception itself."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 def _exactly(hidden: torch.Tensor) -> np.ndarray:
-    """In fp64, on the host."""
+    """Return hidden states in fp64, on the host."""
     found: np.ndarray = hidden.float().cpu().numpy().astype(np.float64)
     return found
 
 
 def _smaller(part: Plan, failure: _Failure) -> list[Plan]:
-    """What to compute of a part that failed; nothing of one row, unless it is shorter and memory ran out."""
+    """Split a failed part into smaller ones. A single sequence is split only if memory ran out."""
     if any(segment.draft for segment in part.decodes):
         return [Plan([replace(segment, draft=()) for segment in part.decodes], [])]
     if len(part.decodes) > 1:
@@ -854,7 +860,7 @@ def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
 
 
 def check_begun(request: protocol.Submit) -> None:
-    """Raise NeverFitsError for rows that go on from what they cannot have generated."""
+    """Raise NeverFitsError for resumed sequences with tokens that they cannot have generated."""
     most = request.sampling.max_tokens
     for choice, tokens in (request.begun or {}).items():
         if not 0 <= choice < request.n or len(tokens) >= most or request.branches or request.pooling:

@@ -1,28 +1,28 @@
-"""The rows that wait, and whose turn it is: by virtual token counters over tenants, and in one over adapters.
+"""Fair queue: orders waiting sequences by virtual token counters over tenants, and in each over adapters.
 
-After the VTC of "Fairness in Serving Large Language Models" (Sheng et al., OSDI 2024). A counter is what its
-owner has been given, in weighted tokens: 1 for each prompt token that was computed, 2 for each token that
-was generated, divided by the weight of the row's priority. What the prefix cache gave is free, and what is
-computed again after a preemption is not counted twice. The smallest counter is served next: of the tenants,
-then of that tenant's flows (a flow is one mix of adapters at one priority), and in a flow the first row.
-Counters that differ by about `credit` or less are even: then whoever runs least is next, and of those whoever
-has waited longest since it came or was served.
+It follows the VTC of "Fairness in Serving Large Language Models" (Sheng et al., OSDI 2024). A counter is the
+service that its owner has received, in weighted tokens: 1 for each computed prompt token, 2 for each
+generated token, divided by the weight of the sequence's priority. Tokens from the prefix cache are free, and
+tokens that are computed again after a preemption are not counted twice. The smallest counter is served next:
+of the tenants, then of that tenant's flows (a flow is one mix of adapters at one priority), and in a flow the
+first sequence. Counters that differ by about `credit` or less are even. Among even ones the smallest load is
+next, and then the one that has waited longest since it arrived or was served.
 
-Time in which nothing waited is no credit, but for a little: whoever begins to wait is lifted to `credit`
-below the floor, and no higher than to the smallest counter of those who wait while they run or, where nobody
-does, to the largest of those who wait. The floor rises by an equal part of all that is given, and to the
-smallest counter of those who wait. So a tenant that asks now and then goes before one that floods, and what
-an adapter was given is made up for by time, though others that were given nothing come again and again.
-Two tenants of equal weight that both have rows waiting all the time get the same, up to
+Idle time earns no credit, except a little: an account that begins to wait is lifted to `credit` below the
+floor. It is lifted no higher than the smallest counter of the accounts that both wait and run or, if there
+are none, the largest of those that wait. The floor rises by an equal part of all service, and to the smallest
+counter of the waiting accounts. So a tenant that sends requests now and then precedes one that floods. The
+service that an adapter received is balanced over time, even if others that received none keep arriving. Two
+tenants of equal weight that both have sequences waiting all the time receive the same, up to
 
     2 * (max_rows * (longest prompt + 2 * most max_tokens) + credit)
 
-weighted tokens, where neither lacks slots or blocks: while a tenant's counter is above the other's by more
-than a credit it is given no place, so it gains at most what its running rows still lack, and those are at
+weighted tokens, if neither lacks slots or blocks: while a tenant's counter exceeds the other's by more than a
+credit, it gets no place. It therefore gains at most what its running sequences still lack, and those are at
 most `max_rows`.
 
-Rows in the background (batches) come after all others. Among themselves the same holds, by accounts of their
-own: what a tenant's batch is given costs its other requests no turn.
+Sequences in the background (batches) come after all others. Among themselves the same rules hold, with
+separate accounts: a tenant's batch does not delay its other requests.
 """
 
 from __future__ import annotations
@@ -38,21 +38,23 @@ from onebase_engine.engine.row import AdapterMix, Row, Segment
 
 PROMPT_WEIGHT = 1
 OUTPUT_WEIGHT = 2
-"""Of one token. A generated token has a pass over the base for few others, a prompt token for hundreds."""
+"""Weights of one token. A generated token shares its pass over the base with few others, a prompt's with
+hundreds."""
 MOST_PRIORITY = 4
-"""Priorities are from -4 to 4: a row of priority p has the weight 2**p, so that nobody waits for ever."""
+"""Largest priority; the smallest is its negative. Priority p has the weight 2**p, so that no sequence
+starves."""
 MOST_IDLE = 256
-"""Counters remembered of tenants that have no rows now, and of each tenant's flows."""
+"""Largest number of idle tenants whose counters are remembered, and of each tenant's idle flows."""
 
 
 _BAND, _LOAD = 80, 48
-"""Bits of a turn below its band, and below its load."""
+"""Positions, in bits, of the band and of the load within a turn."""
 _LOADS = 2**MOST_PRIORITY
-"""A load is a multiple of one part in this many."""
+"""Resolution of a load: it is a multiple of one part in this many."""
 
 
 class Account:
-    """What one tenant, or one flow of a tenant, has been given: `counter`, in weighted tokens."""
+    """Weighted tokens (`counter`) that one tenant, or one flow of a tenant, has received."""
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
@@ -60,25 +62,25 @@ class Account:
         self.load = 0.0
         """Running rows, each divided by its weight: how fast the counter grows."""
         self.since = 0
-        """Counts up over accounts that begin to wait or are served."""
+        """Number that grows over accounts that begin to wait or are served."""
         self.waiting = 0
-        """Rows that wait."""
+        """Number of waiting sequences."""
         self.rows = 0
-        """Rows that wait or run."""
+        """Number of sequences that wait or run."""
 
 
 class Tenant(Account):
-    """A tenant, its flows, and how much of it runs."""
+    """A tenant with its flows and its load."""
 
     def __init__(self, key: Hashable, credit: float, background: bool = False) -> None:
         super().__init__(key)
         self.background = background
         self.flows: Accounts[Flow] = Accounts(credit)
         self.least_unit = 2.0**MOST_PRIORITY
-        """Smallest part of `load` that one of its rows may take."""
+        """Smallest part of `load` that one of its sequences may have."""
 
     def waiting_flows(self, among: Callable[[AdapterMix], bool] | None) -> list[Flow]:
-        """Its flows that have rows waiting; `among`: of which adapters."""
+        """Return its flows with waiting sequences; with `among`, only those whose adapters satisfy it."""
         return [flow for flow in self.flows.waiting.values() if among is None or among(flow.mix)]
 
 
@@ -91,7 +93,7 @@ class Flow(Account):
         self.mix = mix
         self.weight = 2.0**priority
         self.queue: list[Row] = []
-        """The rows that wait, by arrival."""
+        """Waiting sequences, by arrival."""
         tenant.least_unit = min(tenant.least_unit, 1 / self.weight)
 
 
@@ -99,33 +101,33 @@ _A = TypeVar("_A", bound=Account)
 
 
 class Accounts(Generic[_A]):
-    """Accounts by key. Without rows they are forgotten when nobody has any, and beyond the last MOST_IDLE."""
+    """Accounts by key. Idle ones are forgotten when all are idle, and beyond the last MOST_IDLE."""
 
     def __init__(self, credit: float) -> None:
         self.waiting: dict[Hashable, _A] = {}
-        """Those that have rows waiting."""
+        """Accounts with waiting sequences."""
         self._credit = credit
         self._busy: dict[Hashable, _A] = {}
         self._idle: dict[Hashable, _A] = {}
         self._floor = 0.0
         self._floor_of = -1
-        """The plan before which the floor was looked at."""
+        """Number of the plan before which the floor was last computed."""
         self._most = 0.0
-        """How high one who comes was lifted at most then."""
+        """Upper limit, computed at the same time, to which an account that begins to wait is lifted."""
         self._since = count(1)
 
     def __len__(self) -> int:
         return len(self._busy) + len(self._idle)
 
     def enter(self, key: Hashable, make: Callable[[], _A]) -> _A:
-        """The account of a row that has come."""
+        """Return the account of a sequence that has arrived."""
         account = self._busy.get(key) or self._idle.pop(key, None) or make()
         self._busy[key] = account
         account.rows += 1
         return account
 
     def leave(self, account: _A) -> None:
-        """One of its rows is gone for good."""
+        """Remove one of the account's sequences for good."""
         account.rows -= 1
         if account.rows:
             return
@@ -137,7 +139,7 @@ class Accounts(Generic[_A]):
             del self._idle[next(iter(self._idle))]
 
     def wait(self, account: _A, plan: int) -> None:
-        """One more of its rows waits, after that many plans: in between, nobody is given anything."""
+        """Count one more waiting sequence. `plan`: number of plans so far, between which counters rest."""
         if account.waiting == 0:
             if self._floor_of != plan:
                 self._floor_of = plan
@@ -149,20 +151,20 @@ class Accounts(Generic[_A]):
         account.waiting += 1
 
     def begin(self, account: _A) -> None:
-        """One of its rows waits no longer."""
+        """Count one waiting sequence less."""
         account.waiting -= 1
         if account.waiting == 0:
             del self.waiting[account.key]
 
     def charge(self, account: _A, tokens: float, *, served: bool) -> None:
-        """Count weighted tokens that were given to one that has rows. `served`: it was its turn."""
+        """Count weighted tokens of an account that has sequences. `served`: it was its turn."""
         account.counter += tokens
         self._floor += tokens / len(self._busy)
         if served:
             account.since = next(self._since)
 
     def turns(self, accounts: Iterable[_A]) -> list[int]:
-        """Of each account: smaller is served earlier, and no two are equal.
+        """Return each account's turn: a smaller one is served earlier, and no two are equal.
 
         Its band (by how many credits its counter is above the floor), then its load, then `since`.
         """
@@ -174,12 +176,14 @@ class Accounts(Generic[_A]):
         ]
 
     def band(self, account: _A) -> int:
-        """Accounts of one band are even."""
+        """Return the account's band. Accounts of one band are even."""
         return self.turns((account,))[0] >> _BAND
 
     def _range(self, account: _A) -> tuple[float, float]:
-        """The smallest counter of those who wait, or if none do, of those who run; and how high who comes
-        may be lifted: to the smallest of those who wait while they run, else to the largest.
+        """Return the smallest counter of the waiting accounts (or running ones) and the limit of a lift.
+
+        An account that begins to wait is lifted at most to the smallest counter of those that both wait and
+        run, or to the largest if none does.
         """
         those: Iterable[_A] = self.waiting.values()
         if not self.waiting:
@@ -190,7 +194,7 @@ class Accounts(Generic[_A]):
 
 
 class Turns:
-    """One walk over the waiting rows and those in prefill. What is charged on the way counts at once."""
+    """One walk over the waiting sequences and those in prefill. Charges made meanwhile count at once."""
 
     def __init__(
         self,
@@ -206,7 +210,7 @@ class Turns:
         self._passed: set[Account] = set()
 
     def pass_over(self, account: Account) -> None:
-        """None of its rows that wait can be admitted now."""
+        """Skip the account's waiting sequences, because none of them can be admitted now."""
         self._passed.add(account)
 
     def __iter__(self) -> Iterator[Row]:
@@ -236,7 +240,7 @@ def _merged(
     turns_of: Callable[[Iterable[_A]], list[int]],
     rows_of: Callable[[_A], Iterator[Row]],
 ) -> Iterator[Row]:
-    """Rows of all accounts, each time one of the account whose turn it is by then."""
+    """Yield the sequences of all accounts, each time one of the account whose turn it is then."""
     by_turn = dict(zip(turns_of(accounts), accounts, strict=True))
     heap = list(by_turn)
     heapify(heap)
@@ -256,13 +260,13 @@ def _merged(
 
 
 class FairQueue:
-    """The waiting rows, and the accounts of all. A row enters, begins, may have to go back, and leaves."""
+    """The waiting sequences, and the accounts of all. A sequence enters, begins, may go back, and leaves."""
 
     def __init__(self, credit: float) -> None:
-        """`credit`: weighted tokens by which who begins to wait may be ahead of those who wait already."""
+        """Create an empty queue. `credit`: weighted tokens by which an account may start ahead of others."""
         self._credit = credit
         self._tenants: dict[bool, Accounts[Tenant]] = {each: Accounts(credit) for each in (False, True)}
-        """By whether their rows are in the background."""
+        """Tenants' accounts, for sequences in the background (True) and others (False)."""
         self._flow_of: dict[Row, Flow] = {}
         self._count = 0
         self._plan = 0
@@ -279,32 +283,33 @@ class FairQueue:
 
     @property
     def in_background(self) -> int:
-        """Rows that wait in the background."""
+        """Number of waiting sequences in the background."""
         return sum(tenant.waiting for tenant in self._tenants[True].waiting.values())
 
     @property
     def mixes(self) -> Iterator[AdapterMix]:
-        """The adapters of the rows that wait."""
+        """Adapters of the waiting sequences."""
         return (flow.mix for flow in self._flows())
 
     def flow(self, row: Row) -> Flow:
-        """Where the row is counted, while it waits or runs."""
+        """Return the flow in which the sequence is counted while it waits or runs."""
         return self._flow_of[row]
 
     def order(self, row: Row) -> tuple[bool, int, int, int]:
-        """Smaller is served earlier."""
+        """Return the sort key of a sequence's turn; a smaller one is served earlier."""
         flow = self._flow_of[row]
         (tenant,) = self._tenants[row.background].turns((flow.tenant,))
         (own,) = flow.tenant.flows.turns((flow,))
         return row.background, tenant, own, row.arrival
 
     def was_given_less(self, tenant: Tenant, other: Tenant) -> bool:
-        """Whether it was given less, and not about as much. Both are in the background, or neither."""
+        """Return True if `tenant` received less than `other` by a band. Both are in the background, or
+        none."""
         accounts = self._tenants[tenant.background]
         return accounts.band(tenant) < accounts.band(other)
 
     def enter(self, row: Row) -> None:
-        """A row that has come, and waits."""
+        """Add a sequence that has arrived and waits."""
         priority = max(-MOST_PRIORITY, min(MOST_PRIORITY, row.priority))
         tenants = self._tenants[row.background]
         tenant = tenants.enter(row.tenant, lambda: Tenant(row.tenant, self._credit, row.background))
@@ -313,19 +318,19 @@ class FairQueue:
         self._wait(flow, row)
 
     def begin(self, row: Row) -> None:
-        """A row that waited runs."""
+        """Count a waiting sequence as running."""
         flow = self._flow_of[row]
         self._load(flow, 1)
         self._unqueue(flow, row)
 
     def back(self, row: Row) -> None:
-        """A row that ran waits again, in its old place."""
+        """Put a running sequence back to its old place in the queue."""
         flow = self._flow_of[row]
         self._load(flow, -1)
         self._wait(flow, row)
 
     def leave(self, row: Row) -> None:
-        """A row is gone for good."""
+        """Remove a sequence for good."""
         if row in self:
             self._unqueue(self._flow_of[row], row)
         else:
@@ -335,7 +340,7 @@ class FairQueue:
         self._tenants[row.background].leave(flow.tenant)
 
     def charge(self, segment: Segment) -> None:
-        """Count what a step computes of a row: each prompt token once, and the token that it gives."""
+        """Charge what a step computes of a sequence: each prompt token once, and a generated token."""
         row = segment.row
         stop = min(segment.stop, row.prompt_length)
         prompt = max(0, stop - max(segment.start, row.charged))
@@ -343,7 +348,7 @@ class FairQueue:
         self._charge(row, PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * segment.samples, served=prompt > 0)
 
     def charge_output(self, row: Row, tokens: int) -> None:
-        """Count tokens that a step gave a row beyond the one that was charged."""
+        """Charge tokens that a step generated beyond the one that was charged."""
         self._charge(row, OUTPUT_WEIGHT * tokens, served=False)
 
     def in_turn(
@@ -352,8 +357,10 @@ class FairQueue:
         wanted: Callable[[Tenant], bool],
         among: Callable[[AdapterMix], bool] | None = None,
     ) -> Turns:
-        """A walk over the `wanted` tenants' waiting rows, if need be only those with the adapters `among`,
-        and over the running `prefilling`."""
+        """Return a walk over the waiting sequences of the `wanted` tenants and the running `prefilling`.
+
+        among: if given, only waiting sequences whose adapters satisfy it are visited.
+        """
         self._plan += 1
         begun: dict[Tenant, dict[Flow, list[Row]]] = {}
         for row in prefilling:
@@ -371,7 +378,7 @@ class FairQueue:
         return (flow for tenant in self._waiting() for flow in tenant.flows.waiting.values())
 
     def _load(self, flow: Flow, rows: int) -> None:
-        """That many more rows of the flow run."""
+        """Count `rows` more running sequences of the flow."""
         flow.load += rows / flow.weight
         flow.tenant.load += rows / flow.weight
 

@@ -1,10 +1,10 @@
-"""What transformers' modules compute in many small calls, computed by kernels of ours in few.
+"""Fused execution: our kernels compute in few calls what transformers' modules compute in many small ones.
 
-Their modelling code stays as it is. Layers that it calls with the same rows are multiplied at the first call,
-a gated MLP is one call and `down_proj`, queries and keys are turned by their positions where attention reads
-them, and what a decoder layer adds to its rows is added where it is computed. A decoder layer of which
-nothing else is left is recorded, for each small number of rows, and then runs as one call. Each is used if a
-pass of the whole model gives the same bits with it and without.
+The modelling code stays as it is. Layers that are called with the same rows are multiplied at the first call.
+A gated MLP is one call and `down_proj`. Queries and keys are rotated where attention reads them, and residual
+sums are computed with the product that they add. A decoder layer that consists of nothing else is recorded,
+for each small number of rows, and then runs as one call. Each fusion is used only if a pass of the whole
+model gives the same bits with it and without.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 _TURNED_MULTIPLE = 32
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-"""The parts of a decoder layer that is nothing but them and two sums."""
+"""Children of a decoder layer that consists of nothing but them and two sums."""
 MOST_ROWS = 64
-"""For which a decoder layer is recorded. With more the calls themselves take the time."""
+"""Largest number of rows for which a decoder layer is recorded; with more, call overhead does not matter."""
 
 
 def fuse(
@@ -42,8 +42,9 @@ def fuse(
     rows: StepRows,
     run: Callable[[int], torch.Tensor],
 ) -> list[RecordedLayer]:
-    """Fuse what can be fused in a served view. Returns the layers that are recorded: they want to be told of
-    adapters that come and go.
+    """Fuse what can be fused in a served view and return the recorded layers.
+
+    The caller has to `refresh` these when adapters are loaded or evicted.
 
     Args:
         run: a pass of the whole model over rows that depend on a number, all of one count, for its logits.
@@ -75,7 +76,7 @@ def fuse(
 
 
 _Switch = tuple[Callable[[], None], Callable[[], None]]
-"""On, and off again."""
+"""Functions that switch a fusion on, and off again."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ class _Trial:
 
     run: Callable[[int], torch.Tensor]
     expected: list[torch.Tensor]
-    """Of passes 0 and 1."""
+    """Logits of passes 0 and 1 with nothing fused."""
 
     def passes(self, switches: list[_Switch], numbers: Sequence[int]) -> bool:
-        """Turn them on, and off again unless these passes then give the bits that they gave before."""
+        """Switch fusions on, and off again unless these passes still give the same bits."""
         if not switches:
             return True
         for on, _ in switches:
@@ -104,7 +105,7 @@ class _Trial:
 
 
 def _layers(module: nn.Module, *names: str) -> list[SlotLinear] | None:
-    """Layers of these names, over rows of one size; None if they are not that."""
+    """Return the layers of these names if all take rows of one size, else None."""
     found = [getattr(module, name, None) for name in names]
     layers = [layer for layer in found if isinstance(layer, SlotLinear)]
     sizes = {layer.base.in_features for layer in layers}
@@ -155,7 +156,7 @@ def _gating(module: Any, gate: SlotLinear, up: SlotLinear, down: SlotLinear, bot
 
 
 def _sums(model: nn.Module) -> Iterator[_Switch]:
-    """Decoder layers that add to their rows what attention gives, and then what an MLP does."""
+    """Yield decoder layers that add the attention's output to their rows, and then the MLP's."""
     for module in model.modules():
         if set(dict(module.named_children())) == _LAYER:
             both = [
@@ -214,19 +215,19 @@ def _rotating(module: Any, attention: PagedAttention, turn: Callable[..., Any]) 
 
 @dataclass
 class _Memory:
-    """What the recorded layers of a model share."""
+    """Memory that the recorded layers of a model share."""
 
     arenas: tuple[Arena, Arena] = field(default_factory=lambda: (Arena(), Arena()))
-    """Of layers with even and with odd numbers: each reads what the one before has written."""
+    """Arenas of layers with even and with odd numbers: each layer reads what the one before has written."""
     fixed: dict[tuple[Any, ...], Fixed] = field(default_factory=dict)
-    """By number among the tensors that a layer is called with, shape and dtype."""
+    """Fixed places of a layer's arguments, by number among its tensors, shape and dtype."""
     said: set[str] = field(default_factory=set)
-    """Why layers are not recorded."""
+    """Reasons why layers are not recorded that have been logged."""
 
 
 class RecordedLayer:
-    """A decoder layer that is one call for up to MOST_ROWS rows, unless an adapter replaces a part of it, or
-    somebody wants to be told of a part."""
+    """A decoder layer that is one call for up to MOST_ROWS rows, unless an adapter replaces a part of it or a
+    part has a forward hook."""
 
     def __init__(
         self,
@@ -257,7 +258,7 @@ class RecordedLayer:
         )
 
     def refresh(self) -> None:
-        """Look what is in the slots."""
+        """Check whether adapters in the slots now replace a part of the layer."""
         self._plain = not any(one.replacements for one in self._wrapped)
 
     def _forward(self, *args: Any, **named: Any) -> Any:
@@ -310,7 +311,7 @@ class RecordedLayer:
 def _recorded_layers(
     model: nn.Module, attention: PagedAttention, kernels: CpuKernels, rows: StepRows
 ) -> Iterator[RecordedLayer]:
-    """The modules of a list each of which has one attention, in their order."""
+    """Yield, in order, the modules of lists in which each module has one attention."""
     memory = _Memory()
     for some in model.modules():
         if not isinstance(some, nn.ModuleList) or not all(_attentions(one, attention) == 1 for one in some):
@@ -324,7 +325,7 @@ def _attentions(module: nn.Module, attention: PagedAttention) -> int:
 
 
 def _tensors(args: Sequence[Any], named: Mapping[str, Any]) -> list[torch.Tensor]:
-    """What a layer is called with, positions' cosines and sines in their tuple too."""
+    """Return the tensors among a layer's arguments, including tuples (positions' cosines and sines)."""
     found: list[torch.Tensor] = []
     for one in (*args, *named.values()):
         if isinstance(one, torch.Tensor):
@@ -335,7 +336,7 @@ def _tensors(args: Sequence[Any], named: Mapping[str, Any]) -> list[torch.Tensor
 
 
 def _replaced(values: Iterable[Any], places: Iterator[torch.Tensor]) -> list[Any]:
-    """The same with other tensors, in the order of `_tensors`."""
+    """Return the arguments with other tensors, in the order of `_tensors`."""
     own: list[Any] = []
     for one in values:
         if isinstance(one, torch.Tensor):

@@ -1,11 +1,11 @@
-"""Passes over few rows as graphs of CUDA: a step of a thousand launches becomes one.
+"""CUDA graphs of passes over few rows: a step of a thousand launches becomes one.
 
-A pass is captured for a size once a step of that size has come a second time; smaller steps are padded to
-it. What a graph reads lies where it lay: the base, the slots and the KV cache are at fixed places, and so is
-the step, in a `FixedStep`. A step of many rows, or with an adapter that acts outside the kernels, has none.
+A pass is captured for a size when a step of that size occurs a second time; smaller steps are padded to it.
+All inputs of a graph have fixed addresses: the base, the slots and the KV cache, and the step in a
+`FixedStep`. A step of many rows, or with an adapter that acts outside the kernels, has no graph.
 
-It is captured with padding alone, and then has to give the bits that the kernels gave one by one for the step
-that asked for it: a number of the host's that got into the graph would show.
+A graph is captured with padding alone, and then has to give the bits that the kernels gave one by one for the
+step that requested it. This reveals values of the host that were captured as constants.
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ from onebase_engine.machine import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-"""For which passes are captured. With more the launches do not take the time."""
+"""Row counts for which passes are captured; with more rows, launches do not dominate the time."""
 TERMS = (0, 1, 4)
-"""Adapters of a row for which they are."""
+"""Numbers of adapters of a row for which passes are captured."""
 MOST_GRAPHS = 64
 STALE = 4096
-"""Steps after which a graph that ran in none of them gives its place to another, where all are taken."""
+"""Age, in steps, at which an unused graph may be replaced once MOST_GRAPHS are captured."""
 MOST_BYTES, LEAST_BYTES = 1 << 30, 1 << 27
-"""Of all graphs together; what does not fit is launched kernel by kernel. Half of what they had, each time
-that memory was short, but not below the second."""
+"""Memory limit, in bytes, of all graphs together, and its smallest value.
+
+Passes beyond it are launched kernel by kernel. It becomes half of what the graphs had each time that memory
+is short.
+"""
 
 Pass = Callable[[FixedStep], tuple[torch.Tensor, torch.Tensor]]
-"""Logits and hidden states of all rows of a step."""
+"""A pass that returns the logits and hidden states of all rows of a step."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +63,23 @@ class Graphs:
         self._block_size = block_size
         self._device = device
         self._graphs: dict[StepSize, _Graph | None] = {}
-        """None: this size cannot be captured."""
+        """Captured pass of each size; None if the size cannot be captured."""
         self._seen: Counter[StepSize] = Counter()
         self._ran: dict[StepSize, int] = {}
-        """At which step each was last asked for, the one whose time is longest past first."""
+        """Number of the step for which each size was last requested, the oldest first."""
         self._steps = 0
         self._bytes, self._most_bytes = 0, MOST_BYTES
         self._prepared: tuple[Batch, _Graph] | None = None
-        """The step that is written to its place already."""
+        """Step that has already been written to its graph's place."""
         self._closed = False
         """Whether no more passes are captured."""
         self.ranks: dict[int, int] = {}
-        """Of each filled slot the largest rank."""
+        """Largest rank in each filled slot."""
         self.uncaptured: Collection[int] = ()
         """Slots that act outside the kernels."""
 
     def prepare(self, batch: Batch) -> None:
-        """Write the next step to its place, but for its tokens, if it has one; one may still be computed."""
+        """Write the next step, except its tokens, to its graph's place. The step before may still run."""
         size = self._size(batch)
         graph = None if size is None else self._graphs.get(size)
         if graph is not None:
@@ -84,8 +87,10 @@ class Graphs:
             self._prepared = batch, graph
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Logits and hidden states of the batch's packed rows, in this order; the next run overwrites them.
-        None if the batch is to be computed without a graph."""
+        """Return logits and hidden states of the batch's packed rows, or None if it has no graph.
+
+        The next run overwrites them.
+        """
         self._steps += 1
         prepared, self._prepared = self._prepared, None
         size = self._size(batch)
@@ -108,7 +113,7 @@ class Graphs:
         return graph.logits, graph.hidden
 
     def _has_room(self) -> bool:
-        """For one more; makes some, if there is a graph that nobody needs."""
+        """Return True if one more graph may be captured; drops a stale one if all places are taken."""
         if self._bytes >= self._most_bytes:
             return False
         if len(self._graphs) >= MOST_GRAPHS:
@@ -122,7 +127,7 @@ class Graphs:
         return True
 
     def forget(self) -> bool:
-        """Give the memory of all graphs back, since it is short. Whether there were any."""
+        """Release the memory of all graphs, since it is short. Return True if there were any."""
         held = any(graph is not None for graph in self._graphs.values())
         if held:
             logger.warning("kernels: memory is short: %d passes are no graphs any more", len(self._graphs))
@@ -162,14 +167,14 @@ class Graphs:
         return _Graph(step, replay, logits, hidden)
 
     def _reserved(self) -> int:
-        """Bytes that PyTorch has of the device, but for those that nobody uses."""
+        """Release memory that no tensor uses, and return the bytes that PyTorch still reserves."""
         if self._device.type != "cuda":
             return 0
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(self._device)
 
     def _size(self, batch: Batch) -> StepSize | None:
-        """What the batch needs, rounded up; None if no graph has that."""
+        """Return the size that the batch needs, rounded up, or None if no graph has it."""
         groups = batch.token_map.groups
         slots = {slot for group in groups for slot, _ in group.terms}
         rows = next((count for count in ROWS if count >= len(batch.input_ids)), None)
@@ -186,5 +191,5 @@ class Graphs:
 
 
 def _same(wanted: torch.Tensor, got: torch.Tensor) -> bool:
-    """Whether the rows of `got` have the bits of the first rows of `wanted`, be they numbers or not."""
+    """Return True if the rows of `got` have the bits of the first rows of `wanted`, NaNs included."""
     return torch.equal(wanted[: len(got)].contiguous().view(torch.uint8), got.contiguous().view(torch.uint8))

@@ -1,10 +1,10 @@
-"""KV blocks: who holds which, and which free ones still hold a reusable prefix.
+"""KV blocks: which sequences hold them, and which free ones still hold a reusable prefix.
 
-Block 0 is all zeros and only ever read (padding of shorter rows), block 1 only ever written (padding
-tokens): a freed block is never touched, not even with weight 0.
+Block 0 is all zeros and only ever read (padding of shorter rows), block 1 only ever written (padding tokens):
+a freed block is never touched, not even with weight 0.
 
-A prefix that is evicted may go to host memory, and come back when a row begins with it. Who goes where is
-decided while a step is planned; `BlockPool.take_moves` says it, and `HostCache` copies before the step runs.
+An evicted prefix may move to host memory, and return when a sequence begins with it. The moves are chosen
+while a step is planned; `BlockPool.take_moves` returns them, and `HostCache` copies before the step runs.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ ZERO_BLOCK = 0
 DUMP_BLOCK = 1
 RESERVED_BLOCKS = 2
 SCALE_DTYPE = torch.bfloat16
-"""Of an int8 cache: half of fp32's bytes. It is no less exact, since numbers are divided by the scale as it
-is kept: a rounded one makes the steps wider by 0.4% at most."""
+"""Dtype of an int8 cache's scales, with half of fp32's bytes. It is no less exact, since numbers are divided
+by the stored scale: rounding makes the steps wider by 0.4% at most."""
 RESTORED = 2
-"""Times as many tokens as a step computes may come back from host memory in one: a token crosses the bus in a
-tenth of the time, about, in which it is computed."""
+"""Limit of tokens that return from host memory in one step, in multiples of the tokens that a step computes.
+A token crosses the bus in about a tenth of the time in which it is computed."""
 STAGED_BLOCKS = 32
-"""Most blocks on their way between device and host at once: so many more are kept on the device for it."""
+"""Largest number of blocks in flight between device and host; the device has staging room for them."""
 
 
 def root_key(base: str, tenant: str, mix: AdapterMix) -> bytes:
-    """Start of every prefix key: base, tenant, and each adapter's version digest with its fp32 weight."""
+    """Return the start of every prefix key: base, tenant, and each adapter's version digest and fp32
+    weight."""
     key = blake2b(digest_size=16)
     for part in (base, tenant):
         encoded = part.encode()
@@ -55,28 +56,37 @@ def root_key(base: str, tenant: str, mix: AdapterMix) -> bytes:
 
 
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Key of a full block: everything before it, and its own tokens."""
+    """Return the key of a full block, made of its own tokens and everything before it."""
     return blake2b(parent + struct.pack(f"<{len(tokens)}I", *tokens), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
 class Moves:
-    """What is to be copied before the next step: first `out` to host memory, then `back`. Each is a block and
-    its place in the host, sorted by places; no block and no place is twice in either."""
+    """Copies due before the next step: first `out` to host memory, then `back`.
+
+    Each is a block and its place in the host, sorted by places; no block and no place is twice in either.
+    """
 
     out: list[tuple[int, int]] = field(default_factory=list)
     back: list[tuple[int, int]] = field(default_factory=list)
 
 
 class BlockPool:
-    """Reference-counted blocks with a prefix cache; least recently used prefixes are evicted first, to the
-    host's places if there are any, and from there again the least recently used."""
+    """Reference-counted blocks with a prefix cache.
+
+    The least recently used prefixes are evicted first, to places in host memory if there are any, and from
+    there by the same rule.
+    """
 
     def __init__(
         self, total: int, block_size: int, host_blocks: int = 0, restored: int = sys.maxsize
     ) -> None:
-        """`host_blocks`: places in host memory for blocks that were evicted, of which `restored` come back in
-        one step at most."""
+        """Create a pool of `total` blocks.
+
+        Args:
+            host_blocks: places in host memory for evicted blocks.
+            restored: largest number of blocks that return from there in one step.
+        """
         if total <= RESERVED_BLOCKS:
             raise ValueError(f"{total} KV blocks leave none to use; raise --kv-memory")
         self.block_size = block_size
@@ -90,7 +100,8 @@ class BlockPool:
         self._most_back = restored
         self._unused = deque(range(host_blocks))
         self._place_of: OrderedDict[bytes, int] = OrderedDict()
-        """Of each prefix block in host memory, the least recently used first. It may be in the cache too."""
+        """Place of each prefix block in host memory, least recently used first. It may be in the cache
+        too."""
         self._out: dict[int, int] = {}
         """Place -> the block that is to be copied there before it is written to."""
         self._back: dict[int, int] = {}
@@ -100,28 +111,28 @@ class BlockPool:
 
     @property
     def free(self) -> int:
-        """Blocks that can be allocated now, reusable prefixes included."""
+        """Number of blocks that can be allocated now, reusable prefixes included."""
         return len(self._empty) + len(self._reusable)
 
     @property
     def cached(self) -> int:
-        """Free blocks that still hold a prefix."""
+        """Number of free blocks that still hold a prefix."""
         return len(self._reusable)
 
     @property
     def on_host(self) -> int:
-        """Blocks that host memory holds."""
+        """Number of blocks in host memory."""
         return len(self._place_of)
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
     def unshared(self, blocks: Sequence[int]) -> int:
-        """How many of the blocks nobody else holds."""
+        """Return the number of the blocks that have no other owner."""
         return sum(self._references[block] == 1 for block in blocks)
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks with one reference each, or None (and nothing taken) if there are not enough."""
+        """Allocate `count` blocks with one reference each, or return None if too few are free."""
         if count > self.free:
             return None
         blocks = [self._take() for _ in range(count)]
@@ -130,7 +141,7 @@ class BlockPool:
         return blocks
 
     def _take(self) -> int:
-        """A free block, without a reference."""
+        """Return a free block, without a reference."""
         if self._empty:
             block = self._empty.popleft()
         else:
@@ -142,10 +153,10 @@ class BlockPool:
         return block
 
     def share(self, keys: Sequence[bytes], *, restore: bool = False) -> list[int]:
-        """Blocks of the longest cached prefix of `keys`, one reference more on each.
+        """Return the blocks of the longest cached prefix of `keys`, with one more reference on each.
 
-        restore: what host memory has is cached too, and gets a block of those that are free. It is there
-            once the next moves have been made, or some after them: see `late`.
+        restore: prefixes in host memory count as cached too, and get free blocks. Contents arrive with the
+            next moves or later ones: see `late`.
         """
         if restore:
             self._used(keys)
@@ -168,7 +179,7 @@ class BlockPool:
             self._block_of[key] = block
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give references back. The end of a prefix becomes evictable before its beginning."""
+        """Release one reference on each block. The end of a prefix becomes evictable before its beginning."""
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] < 0:
@@ -183,18 +194,18 @@ class BlockPool:
 
     @property
     def moving(self) -> bool:
-        """Whether anything waits to be copied, or a place for what was to be."""
+        """Whether copies are pending, or places are reserved for them."""
         return bool(self._out or self._back or self._reading)
 
     def late(self, blocks: Sequence[int]) -> list[int]:
-        """Which of these blocks the next moves do not bring back yet. No step must read them."""
+        """Return those of the blocks that the next moves do not restore yet. No step must read them."""
         if len(self._back) <= self._most_back:
             return []
         next_ones = set(islice(self._back, self._most_back))
         return [block for block in blocks if block in self._back and block not in next_ones]
 
     def take_moves(self, written: Collection[int] = (), least: int = STAGED_BLOCKS) -> Moves:
-        """What is to be copied now, before anything is computed.
+        """Return the copies to make now, before anything is computed.
 
         A long prompt takes many blocks at once and writes to them in many steps: what it evicted goes to the
         host bit by bit, so that no step is held up for all of it. Nor is it for all that comes back.
@@ -218,7 +229,7 @@ class BlockPool:
         return Moves(out, back)
 
     def _keep(self, key: bytes, block: int) -> None:
-        """Find an evicted block a place, that of the one used longest ago if there is no other."""
+        """Assign an evicted block a place in host memory, if need be that of the least recently used one."""
         if key in self._place_of:
             self._place_of.move_to_end(key)
             return
@@ -233,7 +244,8 @@ class BlockPool:
         self._out[place] = block
 
     def _restore(self, key: bytes) -> int | None:
-        """A block for a prefix block that host memory has, where it also stays."""
+        """Allocate a block for a prefix block in host memory, where it also stays. Return None if it is not
+        there."""
         place = self._place_of.get(key)
         if place is None or not self.free:
             return None
@@ -244,15 +256,18 @@ class BlockPool:
         return block
 
     def _used(self, keys: Sequence[bytes]) -> None:
-        """Note a use of prefix blocks in host memory. There too a prefix loses its end first."""
+        """Mark prefix blocks in host memory as used. There, too, a prefix loses its end first."""
         for key in reversed(keys):
             if key in self._place_of:
                 self._place_of.move_to_end(key)
 
 
 class KVCache:
-    """The tensors, per layer. In int8, each token has a scale for its key and one for its value in each head:
-    they depend on nothing but the token's own, so that a block's bits never change once it is full."""
+    """Tensors of the KV cache, per layer.
+
+    In int8, each token has a scale for its key and one for its value in each head. They depend on this token
+    alone, so that a block's bits never change once it is full.
+    """
 
     def __init__(
         self,
@@ -262,12 +277,17 @@ class KVCache:
         dtype: torch.dtype,
         devices: Mapping[int, torch.device],
     ) -> None:
-        """`shapes`: layer -> (kv heads, key dim, value dim). `dtype`: the model's, or int8. `devices`: where
-        each layer lies."""
+        """Allocate the tensors.
+
+        Args:
+            shapes: layer -> (kv heads, key dim, value dim).
+            dtype: the model's, or int8.
+            devices: device of each layer.
+        """
         slots = blocks * block_size
         self.layers: dict[int, LayerCache] = {}
         self.by_block: list[torch.Tensor] = []
-        """All of it, each [rows, blocks, bytes]: a row is one head of one layer."""
+        """Views of all of the cache, each [rows, blocks, bytes]: a row is one head of one layer."""
         alike: dict[tuple[tuple[int, int, int], torch.device], list[int]] = {}
         for layer, shape in shapes.items():
             alike.setdefault((shape, devices[layer]), []).append(layer)
@@ -285,7 +305,7 @@ class KVCache:
 
 
 class HostCache:
-    """KV blocks in host memory, in one slab that is page-locked where the cache is a GPU's.
+    """KV blocks in host memory, in one slab that is page-locked if the cache is on a GPU.
 
     Blocks are gathered on the device, all layers at once, and what was gathered is copied, and the other way
     round. On a GPU a stream of its own does what crosses the bus: what goes to the host overlaps with the
@@ -294,7 +314,7 @@ class HostCache:
     """
 
     def __init__(self, cache: KVCache, blocks: int) -> None:
-        """Raises RuntimeError where so much memory cannot be page-locked."""
+        """Allocate the slab. Raises RuntimeError if so much memory cannot be page-locked."""
         device = cache.by_block[0].device
         sizes = [part.shape[2] for part in cache.by_block]
         words = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -306,14 +326,14 @@ class HostCache:
         self._staged = torch.zeros((min(blocks, STAGED_BLOCKS), size), dtype=word, device=device)
         columns = torch.split(self._staged, [count * length for count, length in rows], dim=1)
         self._gathered = [one.view(-1, *row).transpose(0, 1) for one, row in zip(columns, rows, strict=True)]
-        """Of each part its share of what is staged, [rows, STAGED_BLOCKS, words]."""
+        """Staging room of each part, [rows, STAGED_BLOCKS, words]."""
         self._stream = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             _lock_pages(self._slab, device, self)
 
     def make(self, moves: Moves) -> None:
-        """Have blocks copied, before anything that the caller has computed after this."""
+        """Copy blocks, before anything that the caller computes after this."""
         for group, index in self._groups(moves.out):
             self._wait_for_copies()
             for part, gathered in zip(self._parts, self._gathered, strict=True):
@@ -330,26 +350,26 @@ class HostCache:
                 part.index_copy_(1, index, gathered[:, : len(group)])
 
     def _groups(self, moves: list[tuple[int, int]]) -> Iterator[tuple[list[tuple[int, int]], torch.Tensor]]:
-        """As many as are staged at once, and their blocks on the device."""
+        """Yield groups of moves that are staged at once, with the indices of their blocks on the device."""
         for start in range(0, len(moves), len(self._staged)):
             group = moves[start : start + len(self._staged)]
             yield group, sent(np.array([block for block, _ in group]), self._staged.device)
 
     def _copies(self) -> AbstractContextManager[object]:
-        """In which what crosses the bus is begun, once the device has done what it was told until now."""
+        """Return a context whose copies begin after all work that the device has been given so far."""
         if self._stream is None:
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self._staged.device))
         return torch.cuda.stream(self._stream)
 
     def _wait_for_copies(self) -> None:
-        """Have the device, not the host, wait for them."""
+        """Make the device, not the host, wait for the copies."""
         if self._stream is not None:
             torch.cuda.current_stream(self._staged.device).wait_stream(self._stream)
 
 
 def _runs(moves: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
-    """Neighbouring places of moves in their order, and where these are among them: one copy each."""
+    """Yield runs of neighbouring places, and their positions among the moves: one copy per run."""
     start = 0
     for number in range(1, len(moves) + 1):
         if number == len(moves) or moves[number][1] != moves[number - 1][1] + 1:
@@ -359,8 +379,10 @@ def _runs(moves: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
 
 
 def _lock_pages(slab: torch.Tensor, device: torch.device, owner: object) -> None:
-    """Page-lock memory as it lies, as long as its owner lives: tensors that PyTorch pins take the next power
-    of two. Raises RuntimeError."""
+    """Page-lock memory in place for its owner's lifetime. Raises RuntimeError.
+
+    Tensors that PyTorch pins would take the next power of two.
+    """
     cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     failed = int(cuda.cudaHostRegister(slab.data_ptr(), slab.nbytes, 0))
     if failed:
@@ -379,8 +401,10 @@ def _lock_pages(slab: torch.Tensor, device: torch.device, owner: object) -> None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros. On the CPU fresh pages of the system, which take memory only once written: torch.zeros writes
-    them all, and calloc does too where it finds room among what was freed."""
+    """Return zeros. On the CPU they are fresh pages of the system, which take memory only once written.
+
+    torch.zeros writes them all, and calloc does too if it finds room among freed memory.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
@@ -389,7 +413,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def bytes_per_token(shapes: dict[int, tuple[int, int, int]], dtype: torch.dtype) -> int:
-    """KV bytes of one token over all layers."""
+    """Return the KV bytes of one token over all layers."""
     scales = 2 * SCALE_DTYPE.itemsize if dtype == torch.int8 else 0
     return sum(
         heads * ((key_dim + value_dim) * dtype.itemsize + scales)

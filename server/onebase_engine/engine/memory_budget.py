@@ -1,4 +1,4 @@
-"""How much of the free memory the KV cache and the slots take.
+"""Memory budget: the shares of the free memory that the KV cache and the adapter slots take.
 
 On the CPU that is a share. On an accelerator it is what is free less what others will need: the largest step
 that the limits allow is computed once to see what it takes, and the rest is counted.
@@ -31,29 +31,30 @@ from onebase_engine.lora.weights import LoraWeights
 CPU_SHARE = 0.5
 """Part of the free memory that the KV cache may take on the CPU, where everything else lives as well."""
 CONTEXT_BYTES = 768 << 20
-"""Of a process's context on a GPU. PyTorch 2.10 with CUDA 13 takes 426 MiB before its first kernel
+"""Bytes of a process's context on a GPU. PyTorch 2.10 with CUDA 13 takes 426 MiB before its first kernel
 (unslothai/unsloth-zoo#1053) and more with each module of kernels; all of PyTorch's took over 1 GB, before
 they were loaded one by one (pytorch/pytorch#107667). Not measured by us."""
 PROOF_RANK, PROOF_VERSIONS = 32, 3
-"""For a proof's own tensors: a version of this rank on every layer, as PEFT holds it and in a slot, and its
-neighbour of the same size. Counted, not measured. A proof that needs more is refused."""
+"""Rank and number of versions for which a proof's tensors are counted: a version on every layer, as PEFT
+holds it and in a slot, and its neighbour of the same size. Counted, not measured. A proof that needs more is
+refused."""
 PROOF_BYTES = 1 << 30
-"""At least, for these and a layer unpacked: that is what they take of an 8B."""
+"""Lower limit, in bytes, of what is reserved for these and an unpacked layer: what they take of an 8B."""
 _PROOF_VIEWS = 2
-"""Views of the base that a verifier keeps, each with the scales of 4-bit weights in fp32."""
+"""Number of views of the base that a verifier holds, each with the scales of 4-bit weights in fp32."""
 
 ROUNDED_TO = 2 << 20
-"""Bytes to whose multiple PyTorch rounds what it asks a GPU for (`kRoundLarge` in its caching allocator)."""
+"""Size, in bytes, to a multiple of which PyTorch rounds its requests to a GPU (`kRoundLarge`)."""
 _WEIGHT = 0.3
-"""With which the adapters of a largest step act: another one than 1, by which nothing is multiplied."""
+"""Weight of the adapters in a largest step. It is not 1, which would skip the multiplication."""
 _REPLACING_RANK = 16
-"""At most, of the one that replaces rows: what it takes of a step hardly grows with it, and it lies next to
-the step."""
+"""Largest rank of the adapter that replaces rows: the memory that it takes of a step hardly grows with its
+rank, and it lies next to the step."""
 SHORTEST = 512
 """Tokens of the shortest context for which a largest step is tried."""
 
 Measure = Callable[[Callable[[], object]], int]
-"""Runs something, and says how many bytes it took at most, but for what it has kept."""
+"""Function that runs another one and returns the peak of its bytes, less those that it still holds."""
 
 
 class MemoryBudgetError(Exception):
@@ -61,10 +62,11 @@ class MemoryBudgetError(Exception):
 
 
 def kv_memory_available(device: torch.device) -> int:
-    """Bytes that the KV cache may take on `device`, before anything is set aside. What PyTorch keeps there
-    and no tensor has, as of a step that failed for lack of memory, is given back first.
+    """Return the bytes that the KV cache may take on `device`, before anything is set aside.
 
-    Raises MemoryBudgetError where the system does not say.
+    Memory that PyTorch reserves without a tensor, as after a step that ran out of memory, is released first.
+
+    Raises MemoryBudgetError if the system does not report its memory.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -77,7 +79,7 @@ def kv_memory_available(device: torch.device) -> int:
 def kv_block_count(
     block_bytes: int, most: int, free: int, *, kv_memory: int = 0, aside: Mapping[str, int] | None = None
 ) -> int:
-    """Blocks for the KV cache: what `kv_memory` says, else what is free less what is set aside.
+    """Return the number of KV blocks: `kv_memory` in blocks, or else the free memory less what is set aside.
 
     Args:
         block_bytes: bytes of one block over all layers.
@@ -102,24 +104,26 @@ def kv_block_count(
 
 
 def host_block_count(block_bytes: int, prefix_memory: int) -> int:
-    """KV blocks that host memory may hold, in `prefix_memory` bytes and no more than half of what is free
-    there: it is taken at once."""
+    """Return the number of KV blocks that fit into `prefix_memory` bytes of host memory.
+
+    It is limited to half of the free host memory, since it is allocated at once.
+    """
     return min(prefix_memory, machine.free_memory(torch.device("cpu")) // 2) // block_bytes
 
 
 def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
-    """Most bytes of `slots` adapters of `rank`, fp32."""
+    """Return the largest size, in bytes, of `slots` adapters of `rank`, fp32."""
     ends = sum(layer.size_in + layer.size_out for layer in layers if layer.kind != "norm")
     return ends * rank * slots * 4
 
 
 def staging_bytes(slot_memory: int) -> int:
-    """Bytes for versions that are being copied to the accelerator, besides those in slots; 0 is no limit."""
+    """Return the bytes for versions in flight to the accelerator, besides slots; 0 is no limit."""
     return slot_memory // 4
 
 
 def verifier_bytes(base: nn.Module) -> int:
-    """What the verifier takes on a GPU, next to the base that it shares."""
+    """Return the bytes that the verifier takes on a GPU, next to the base that it shares."""
     found: Iterable[Any] = (getattr(one, "quant_state", None) for one in base.parameters())
     states = [state for state in found if state is not None]
     scales: int = sum(state.absmax.numel() * 4 for state in states)
@@ -129,7 +133,7 @@ def verifier_bytes(base: nn.Module) -> int:
 
 
 def rounding_bytes(model: ServedModel) -> int:
-    """By how much more than its numbers a KV cache may take, a tensor by the other."""
+    """Return the bytes by which rounding, tensor by tensor, may enlarge a KV cache."""
     return model.kv_tensors * ROUNDED_TO
 
 
@@ -137,18 +141,19 @@ def rounding_bytes(model: ServedModel) -> int:
 
 
 def fit_step(free: int, token_bytes: int, max_length: int, step_at: Callable[[int], int]) -> tuple[int, int]:
-    """Bytes to set aside for a step, and the longest context of which that is right.
+    """Return the bytes to set aside for a step, and the longest context for which they suffice.
 
-    What a step takes grows with its longest context, and no context is longer than the KV cache, which gets
-    the rest: the two are found so that both fit.
+    A step's memory grows with its longest context, and no context is longer than the KV cache, which gets the
+    rest: the two are chosen so that both fit.
 
     Args:
-        free: bytes for both. token_bytes: of one token in the KV cache.
-        step_at: what the largest step takes at the end of contexts of this length. Raises MemoryBudgetError
-            where it takes more than there is.
+        free: bytes for both.
+        token_bytes: bytes of one token in the KV cache.
+        step_at: returns the bytes of the largest step at the end of contexts of this length. Raises
+            MemoryBudgetError if they exceed the memory.
 
     Raises:
-        MemoryBudgetError: it does so for the shortest contexts.
+        MemoryBudgetError: even a step with the shortest contexts does not fit.
     """
     longest = length = max(min(max_length, free // token_bytes), 1)
     while True:
@@ -170,8 +175,10 @@ def fit_step(free: int, token_bytes: int, max_length: int, step_at: Callable[[in
 
 
 def measured_on(devices: Sequence[torch.device]) -> Measure:
-    """By what PyTorch asks a device for: its tensors, and the pieces between them that it cannot use. Of
-    several devices, the most of any."""
+    """Return a function that measures by the memory that PyTorch requests of a device, fragments included.
+
+    With several devices it returns the largest value.
+    """
 
     def measure(run: Callable[[], object]) -> int:
         for device in devices:
@@ -199,7 +206,7 @@ def largest_step_bytes(
     rank: int,
     measure: Measure,
 ) -> int:
-    """What the largest step that the limits allow takes: it is computed, while there is no KV cache yet.
+    """Return the bytes of the largest step that the limits allow, computed while there is no KV cache yet.
 
     Its rows stand at the end of the longest contexts, and all read the same few blocks. Logits are wanted of
     every token, and on every linear layer act as many adapters of `rank` as a row may have; or one that
@@ -253,7 +260,7 @@ def _too_large(limits: Limits) -> MemoryBudgetError:
 
 
 def _largest_plan(limits: Limits, mix: AdapterMix, block_size: int) -> Plan:
-    """As many rows decode as may, each with the longest draft, and prompts take the rest of the step."""
+    """Plan the largest number of decodes, each with the longest draft, and fill the step with prompts."""
     # What makes a draw take most: a nucleus of nearly all tokens, and logits that are changed first, also
     # those behind each token of a draft.
     ends = limits.draft_tokens + 1
@@ -281,7 +288,7 @@ def _largest_plan(limits: Limits, mix: AdapterMix, block_size: int) -> Plan:
 def _thin_adapter(
     layers: Mapping[str, LayerShape], rank: int, *, replaces: bool = False
 ) -> dict[str, LoraWeights]:
-    """Zeros for every linear layer; layers of the same size share them. `replaces`: as DoRA has them."""
+    """Return zeros for every linear layer, shared by layers of one size. `replaces`: with DoRA's gain."""
     linear = {name: layer for name, layer in layers.items() if layer.kind == "linear"}
     a = {size: torch.zeros(rank, size) for size in {layer.size_in for layer in linear.values()}}
     b = {size: torch.zeros(size, rank) for size in {layer.size_out for layer in linear.values()}}

@@ -1,4 +1,4 @@
-"""What the api and the engine say to each other: msgspec messages, length-prefixed, over one socket.
+"""Messages between the api and the engine: msgspec structs, length-prefixed, over one socket.
 
 The api owns names, text and tenants; the engine knows token ids, digests and rows. No message
 carries a Python object, so neither side can make the other execute anything.
@@ -15,7 +15,7 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """A longer message is a bug on the sending side; the receiver closes the socket."""
 
 MAX_ADAPTER_TERMS = 16
-"""Adapters of one row."""
+"""Largest number of adapters of one sequence."""
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -31,7 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     gpus: int = 1
-    """Over so many the base's layers are spread."""
+    """Number of GPUs over which the base's layers are spread."""
     max_rank: int = 256
     max_slots: int = 8
     slot_memory: int = 0
@@ -42,14 +42,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: int = 0
     """Token budget of one step (decodes plus prefill chunks); 0 chooses by device."""
     draft_tokens: int = 7
-    """Of a row's own text, tried in one step."""
+    """Largest number of draft tokens of one sequence in one step."""
     cpu_weights: Literal["quantized", "bf16"] = "quantized"
-    """As which the CPU multiplies with 4-bit weights: unpacked in each step, or once."""
+    """Form of 4-bit weights in the CPU's products: unpacked in each step, or once to bf16."""
     block_size: int = 16
     kv_memory: int = 0
     """Bytes for the KV cache; 0 takes what is free less `train_memory`."""
     kv_dtype: Literal["auto", "int8"] = "auto"
-    """Of keys and values in the KV cache; auto is `dtype`."""
+    """Dtype of keys and values in the KV cache; auto is `dtype`."""
     prefix_memory: int = 0
     """Bytes of host memory for prefix blocks that leave the KV cache; 0: they are dropped."""
     train_memory: int = 0
@@ -68,7 +68,7 @@ class AdapterRef(msgspec.Struct, frozen=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How one request's tokens are chosen. Values are already validated by the api."""
+    """Sampling settings of one request, already validated by the api."""
 
     temperature: float = 1.0
     """0 is greedy."""
@@ -81,15 +81,15 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
     seed: int = 0
-    """The api draws one when the caller gave none."""
+    """Seed of the draws; the api chooses one if the caller sets none."""
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     max_tokens: int = 16
     ignore_eos: bool = False
     logprobs: int | None = None
-    """None: none. k: the chosen token's logprob and the k most likely alternatives."""
+    """Number of alternatives reported next to the chosen token's logprob; None reports no logprobs."""
     prompt_logprobs: int | None = None
-    """As `logprobs`, for every prompt token but the first; bypasses the prefix cache."""
+    """Like `logprobs`, for every prompt token but the first; bypasses the prefix cache."""
 
     @property
     def penalizes(self) -> bool:
@@ -103,7 +103,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     token: int
     logprob: float
     top: list[tuple[int, float]]
-    """Most likely tokens first."""
+    """Alternatives: the most likely tokens with their logprobs, in descending order."""
 
 
 # ---- api -> engine ---------------------------------------------------------------------------
@@ -116,25 +116,28 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """What a row's text must be: a JSON schema as JSON, a regular expression of all of it, or a grammar: in
-    Lark's notation or GBNF (`grammar`), or in Lark's for sure (`lark`)."""
+    """Constraint on a sequence's text.
+
+    It is a JSON schema as JSON, a regular expression for the whole text, or a grammar: in either Lark's
+    notation or GBNF (`grammar`), or in Lark's (`lark`).
+    """
 
     kind: Literal["json_schema", "regex", "grammar", "lark"]
     text: str
 
 
 class Pooling(msgspec.Struct, frozen=True):
-    """What is made of a prompt's hidden states behind the last norm: the last one, the mean, or each."""
+    """Pooling of a prompt's hidden states behind the last norm: the last one, the mean, or each."""
 
     kind: Literal["last", "mean", "each"] = "last"
     head: bool = False
-    """As the adapter's classifier sees it."""
+    """Whether the adapter's classifier is applied to the hidden states."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Run one request; it becomes `n` rows that share the prompt.
+    """Run one request; it becomes `n` sequences that share the prompt.
 
-    With `pooling` or `branches` the rows are only read: each ends with its prompt, and generates nothing.
+    With `pooling` or `branches` nothing is generated: each sequence ends with its prompt.
     """
 
     id: str
@@ -144,25 +147,26 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     n: int = 1
     tenant: str = "default"
     priority: int = 0
-    """From -4 to 4: each step doubles the part of the engine that the rows may have. Beyond, it is cut."""
+    """Priority from -4 to 4, to which it is clamped; each step doubles the sequences' share of the engine."""
     grammar: Grammar | None = None
     pooling: Pooling | None = None
     branches: list[list[int]] = []
-    """Of each row, what follows the prompt. The logprobs of these tokens are its `prompt_logprobs`."""
+    """Continuation of the prompt for each sequence. The logprobs of these tokens are its
+    `prompt_logprobs`."""
     background: bool = False
-    """Rows that only fill what others leave free, whatever their priority: batches."""
+    """Whether the sequences only use what others leave free, whatever their priority: batches."""
     begun: dict[int, list[int]] | None = None
-    """Where it goes on: by choice the tokens that each row has generated already, elsewhere. Rows that have
-    ended are not among them."""
+    """Resume state: by choice, the tokens that each sequence has already generated elsewhere. Sequences that
+    have ended are left out."""
 
     @property
     def choices(self) -> list[int]:
-        """The numbers of its rows."""
+        """Numbers of the request's sequences."""
         return list(range(self.n)) if self.begun is None else sorted(self.begun)
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """End a request (all rows, or one choice). Unknown ids are ignored: it may just have finished."""
+    """End a request: all sequences, or one choice. Unknown ids are ignored: it may just have finished."""
 
     id: str
     choice: int | None = None
@@ -182,13 +186,13 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Forget a version once no row uses it; answered by AdapterUnloaded."""
+    """Drop a version once no sequence uses it; answered by AdapterUnloaded."""
 
     digest: str
 
 
 class Pause(msgspec.Struct, frozen=True, tag=True):
-    """Compute no step until another one says that it may go on. Rows are kept, versions still come and go."""
+    """Stop or resume computing steps. While paused, sequences stay and versions still load and unload."""
 
     paused: bool
 
@@ -204,7 +208,7 @@ ToEngine = Start | Submit | Cancel | LoadAdapter | UnloadAdapter | Pause | Shutd
 
 
 class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What was loaded and what it can take."""
+    """Description of the loaded base and of the engine's limits."""
 
     architecture: str
     parameters: int
@@ -213,18 +217,18 @@ class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     """Or several, as in `cuda:0, cuda:1`."""
     kernels: str = "torch"
-    """What computes: `torch`, or the kernels in C by their set of instructions; on a GPU with its kind, as
-    `triton sm_90`. A version that was proved with others is proved again."""
+    """Name of the back-end: `torch`, or the instruction set of the kernels in C; on a GPU with its kind, as
+    `triton sm_90`. A version that was proved with another one is proved again."""
     gpu_sharing: str = ""
-    """How the engine, the verifier and trainers share a GPU: `mps` or `time slices`; empty without one."""
+    """Mode of sharing a GPU with the verifier and trainers: `mps` or `time slices`; empty without a GPU."""
     spread: str = ""
-    """That the base's layers lie on several GPUs, in a sentence, and that this is slow; empty on one."""
+    """Sentence that the base's layers lie on several GPUs, and that this is slow; empty on one."""
     promise: str = ""
-    """What is kept of a row's bits, in a sentence or two."""
+    """Guarantee about a sequence's bits, in a sentence or two."""
     base_bytes: int
     kv_bytes: int
     kv_dtype: str = "bfloat16"
-    """Of keys and values in the KV cache: the base's dtype, or int8."""
+    """Dtype of keys and values in the KV cache: the base's dtype, or int8."""
     kv_blocks: int
     block_size: int
     max_length: int
@@ -233,12 +237,12 @@ class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_rank: int
     vocab_size: int
     hidden_size: int = 0
-    """Numbers of a vector."""
+    """Length of a vector."""
     load_seconds: float
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
-    """Start-up progress, for the person who waits."""
+    """Progress of the start, for display."""
 
     stage: str
     fraction: float
@@ -247,7 +251,7 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
 class Ready(msgspec.Struct, frozen=True, tag=True):
     base: BaseInfo
     manifest: bytes = b""
-    """How a verifier attaches the base (`onebase_engine.base.attach`); empty when it was not published."""
+    """Manifest by which a verifier attaches the base (`onebase_engine.base.attach`); empty if unpublished."""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):
@@ -281,34 +285,35 @@ class SlotsChanged(msgspec.Struct, frozen=True, tag=True):
 
     digests: list[str]
     seconds: dict[str, float] = {}
-    """What it took to bring those that are new from host memory into their slots."""
+    """Time, in seconds, in which each new version moved from host memory into its slot."""
 
 
 class RowOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one step gave one row. Every row ends with exactly one output whose `finish` is set."""
+    """Output of one sequence in one step. Every sequence ends with exactly one output that sets `finish`."""
 
     id: str
     choice: int = 0
     tokens: list[int] = []
-    """New tokens; a stop or end-of-sequence token that ended the row is included, last."""
+    """New tokens; a stop or end-of-sequence token that ended the sequence is included, last."""
     logprobs: list[TokenLogprob] | None = None
-    """One per entry of `tokens`, when asked for."""
+    """Logprobs, one per entry of `tokens`, if requested."""
     prompt_logprobs: list[TokenLogprob] | None = None
-    """Once, before or with the first token: one per token of the prompt but the first, or of the branch."""
+    """Logprobs of the prompt's tokens but the first, or of the branch's; sent once, before or with the first
+    token."""
     vector: bytes | None = None
-    """What was pooled, fp32, little-endian; of `each`, one token after the other."""
+    """Pooled vector, fp32, little-endian; with `each`, one token after the other."""
     finish: FinishReason | None = None
     stop_token: int | None = None
-    """The token id that ended the row, when one did; it is not part of the text."""
+    """Token id that ended the sequence, if one did; it is not part of the text."""
     cached_tokens: int | None = None
-    """With the first output: prompt tokens that came from the prefix cache."""
+    """Number of prompt tokens from the prefix cache, with the first output."""
     queue_seconds: float | None = None
-    """With the first output: from arrival in the engine to the first step."""
+    """Time, in seconds, from arrival in the engine to the first step, with the first output."""
     error_code: str | None = None
     error_message: str | None = None
     error_param: str | None = None
     retry_after: float | None = None
-    """Seconds after which the request may be sent again, where the error passes."""
+    """Time, in seconds, after which the request may be sent again, if the error is temporary."""
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
@@ -326,27 +331,27 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
     adapters_loaded: int
     draft_tokens: int = 0
-    """Tokens of drafts that were computed, and those among them that were right."""
+    """Number of draft tokens that were computed; below, of those that were right."""
     right_draft_tokens: int = 0
     paused: bool = False
     background_waiting: int = 0
-    """Of `rows_waiting`, those in the background."""
+    """Number of sequences among `rows_waiting` that are in the background."""
     kv_blocks_on_host: int = 0
-    """Prefix blocks in host memory, of which some may be in the KV cache too."""
+    """Number of prefix blocks in host memory, some of which may be in the KV cache too."""
     kv_blocks_host_total: int = 0
     restored_tokens: int = 0
-    """Whose keys and values were copied back from there."""
+    """Number of tokens whose keys and values were copied back from host memory."""
     awaits_grammars: bool = False
     """Whether nothing is computed because all sequences wait for grammars or masks of other processes."""
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):
-    """After every step (also one that only prefilled: it is progress), and once a second when idle."""
+    """Results of a step. Sent after every step, even if it only prefilled, and once a second when idle."""
 
     rows: list[RowOutput]
     stats: Stats
     at: float
-    """When the step had ended, on the monotonic clock that all processes of a machine share."""
+    """End of the step, in seconds on the monotonic clock that all processes of a machine share."""
 
 
 ToApi = Loading | Ready | Fatal | AdapterLoaded | AdapterFailed | AdapterUnloaded | SlotsChanged | StepDone
@@ -357,7 +362,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """One frame: the payload's length in 4 bytes (little-endian), then the payload."""
+    """Encode one frame: the payload's length in 4 bytes (little-endian), then the payload."""
     payload = _encoder.encode(message)
     if len(payload) > MAX_MESSAGE_BYTES:
         raise ValueError(f"message of {len(payload)} bytes is over {MAX_MESSAGE_BYTES}")
@@ -365,13 +370,13 @@ def encode(message: msgspec.Struct) -> bytes:
 
 
 class FrameReader:
-    """Cuts a byte stream into payloads. Feed it what `recv` gave; it keeps the incomplete rest."""
+    """Splits a byte stream into payloads. `feed` takes the result of `recv` and stores an incomplete rest."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Complete payloads in `data` and what was kept; raises ValueError on an oversized frame."""
+        """Return the payloads that `data` completes. Raises ValueError for an oversized frame."""
         self._buffer += data
         payloads: list[bytes] = []
         start = 0

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Outputs(NamedTuple):
-    """Of one step."""
+    """Logits and hidden states of one step."""
 
     logits: torch.Tensor
     """[L, vocab], raw, in the model's dtype."""
@@ -42,7 +42,7 @@ class Outputs(NamedTuple):
 
 
 class ServedModel:
-    """A view of the base whose rows may each have adapters of their own.
+    """A view of the base in which each sequence may have adapters of its own.
 
     Raises:
         UnsupportedBaseError: the model does not go through transformers' attention interface, layer by layer.
@@ -57,17 +57,22 @@ class ServedModel:
         kv_dtype: torch.dtype | None = None,
         kernels: Kernels | None = None,
     ) -> None:
-        """`unpacked`: on the CPU, 4-bit weights are kept as bf16 too, in four times their memory. `kv_dtype`:
-        int8, or None for the base's own. `kernels`: what computes, instead of what suits the device best."""
+        """Build the view and check that its attention can be replaced.
+
+        Args:
+            unpacked: on the CPU, 4-bit weights are stored as bf16 too, in four times their memory.
+            kv_dtype: int8, or None for the base's own.
+            kernels: the back-end to use instead of the best one for the device.
+        """
         self.devices = devices_of(base)
-        """Where the base's layers lie. On several nothing is captured as a graph of CUDA."""
+        """Devices of the base's layers. With several, nothing is captured as a CUDA graph."""
         self.device = self.devices[0]
-        """Where a pass begins and ends."""
+        """Device on which a pass begins and ends."""
         self.dtype: torch.dtype = base.get_output_embeddings().weight.dtype  # type: ignore[operator]
         self.kv_dtype = kv_dtype or self.dtype
-        """Of keys and values in the KV cache."""
+        """Dtype of keys and values in the KV cache."""
         self.host: HostCache | None = None
-        """Where blocks go that leave the KV cache."""
+        """Host memory for blocks that leave the KV cache."""
         self._view: Any = view(base)
         self._rows = StepRows()
         self.kernels = kernels if kernels is not None else find_kernels(self.device, self.dtype)
@@ -88,7 +93,7 @@ class ServedModel:
         linear = [module for module in modules.values() if isinstance(module, SlotLinear)]
         self._ragged = any(one.base.in_features % TILE or one.base.out_features % TILE for one in linear)
         self.promise = _promise(self.kernels, [module.exact(0) for module in linear], self.kv_dtype)
-        """What is kept of a row's bits, in a sentence or two."""
+        """Guarantee about a sequence's bits, in a sentence or two."""
         self._hidden_rows: torch.Tensor | None = None
         self._hidden: torch.Tensor | None = None
         decoder: Any = self._view.base_model
@@ -105,7 +110,7 @@ class ServedModel:
             ) from error
 
     def _probe(self) -> None:
-        """One pass over padding tokens: learns each layer's KV shape, and that attention is called at all."""
+        """Run one pass over padding tokens, to learn KV shapes and to check that attention is called."""
         ids = torch.zeros(1, TILE, dtype=torch.int64, device=self.device)
         kept = ids[0, : TILE // 2]
         logits = self._forward(ids, torch.arange(TILE, device=self.device)[None], kept)
@@ -122,7 +127,7 @@ class ServedModel:
 
     @property
     def row_multiple(self) -> int:
-        """What the packed rows of a step are padded to a multiple of.
+        """Number to a multiple of which the packed rows of a step are padded.
 
         PyTorch computes the last elements of an odd count in another way, and with it another row's.
         """
@@ -130,18 +135,18 @@ class ServedModel:
 
     @property
     def empty_slot(self) -> int:
-        """One that is never filled."""
+        """Number of a slot that is never filled."""
         return self._slot_count
 
     @property
     def kv_tensors(self) -> int:
-        """Tensors of the KV cache."""
+        """Number of tensors of the KV cache."""
         kinds = {(shape, self._attention.devices[layer]) for layer, shape in self._attention.shapes.items()}
         return len(kinds) * (4 if self.kv_dtype == torch.int8 else 2)
 
     @property
     def graph_bytes(self) -> int:
-        """Most that captured passes may take."""
+        """Largest number of bytes that captured passes may take."""
         if not self._captures:
             return 0
         from onebase_engine.engine.graphs import MOST_BYTES  # imports Triton
@@ -157,17 +162,17 @@ class ServedModel:
         return bytes_per_token(self._attention.shapes, self.kv_dtype)
 
     def kv_bytes_on(self, device: torch.device) -> int:
-        """Of one token in the KV cache, the bytes that lie on this device."""
+        """Return the bytes of one token in the KV cache that lie on this device."""
         shapes, there = self._attention.shapes, self._attention.devices
         own = {layer: shape for layer, shape in shapes.items() if there[layer] == device}
         return bytes_per_token(own, self.kv_dtype)
 
     def device_of(self, module: str) -> torch.device:
-        """Where a module of the base lies, and what adapters have for it."""
+        """Return the device of a module of the base, where adapters' tensors for it lie too."""
         return self._slots.device_of(module)
 
     def allocate_kv(self, blocks: int, block_size: int, host_blocks: int = 0) -> None:
-        """Create the KV cache, once. Zeroed memory: on the CPU pages are taken only when written.
+        """Create the KV cache, once. It is zeroed memory: on the CPU, pages are taken only when written.
 
         `host_blocks`: places in host memory for what leaves it; no `host` is made where they cannot be had.
         """
@@ -203,7 +208,7 @@ class ServedModel:
         return fuse(self._view, self._attention, self.kernels, self._rows, try_pass)
 
     def release_kv(self) -> None:
-        """Give the KV cache back, so that another one can be allocated, before rows run.
+        """Release the KV cache, so that another one can be allocated before sequences run.
 
         Raises:
             RuntimeError: layers are recorded with its place (kernels in C).
@@ -214,7 +219,7 @@ class ServedModel:
         self.host = self._graphs = None
 
     def _try_pass(self, number: int, table: np.ndarray, block_size: int) -> torch.Tensor:
-        """Logits of TILE rows of two contexts in the blocks of `table`, which nobody has yet."""
+        """Return the logits of TILE rows of two contexts in the blocks of `table`, which nothing uses yet."""
         words = self._view.config.get_text_config().vocab_size
         first = TILE - 5 - 3 * number
         row = (np.arange(TILE) >= first).astype(np.int32)
@@ -229,15 +234,16 @@ class ServedModel:
             self._attention.step = None
 
     def kept(self, weights: AdapterWeights) -> AdapterWeights:
-        """A version's finished tensors as host memory keeps them: what changes no bit is done once, here."""
+        """Convert a version's finished tensors once to the form for host memory, without changing results."""
         return self._slots.narrowed(folded(weights))
 
     def move_slots(
         self, moves: Mapping[int, str | None], weights_of: Callable[[str], AdapterWeights]
     ) -> dict[int, Exception]:
-        """Load or empty slots; `weights_of` a digest are a version's tensors, on any device.
+        """Load or empty slots; `weights_of` returns a digest's tensors, on any device.
 
-        Returns the slots that could not be loaded, for lack of memory say, and are empty now.
+        Returns the errors of slots that could not be loaded, for lack of memory for instance, and are now
+        empty.
         """
         failed: dict[int, Exception] = {}
         for slot in moves:
@@ -263,21 +269,21 @@ class ServedModel:
         return failed
 
     def give_memory_back(self) -> bool:
-        """For when memory is short: whether it had any that is not needed."""
+        """Release memory that is not needed, when memory is short. Return True if there was any."""
         return self._graphs is not None and self._graphs.forget()
 
     def prepare(self, batch: Batch) -> None:
-        """Do what can be done for `forward` before the batch's tokens are known, and its slots filled."""
+        """Prepare `forward` as far as possible without the batch's tokens and before its slots are filled."""
         if self._graphs is not None:
             self._graphs.prepare(batch)
 
     def synchronize(self) -> None:
-        """Wait until an accelerator has computed what was begun."""
+        """Wait until an accelerator has computed all work in flight."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
     def forward(self, batch: Batch) -> Outputs:
-        """The logits of the batch's `logit_rows`, and the hidden states of its `hidden_rows`."""
+        """Return the logits of the batch's `logit_rows`, and the hidden states of its `hidden_rows`."""
         wants_hidden = len(batch.hidden_rows) > 0
         arrays = batch.input_ids, batch.positions, batch.logit_rows, batch.hidden_rows
         if self._graphs is not None and (found := self._graphs.run(batch)) is not None:
@@ -291,7 +297,7 @@ class ServedModel:
         return Outputs(*self._pass(*step, ids, positions, logit_rows, hidden_rows if wants_hidden else None))
 
     def _run_fixed(self, step: FixedStep) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and hidden states of all rows of a step whose place is fixed."""
+        """Return logits and hidden states of all rows of a step whose place is fixed."""
         given = step.contexts, step.rows, step.rows, step.ids, step.positions, step.every_row
         logits, hidden = self._pass(*given, step.every_row)
         if hidden is None:
@@ -330,7 +336,8 @@ class ServedModel:
 
 
 def _promise(kernels: Kernels, exact: list[bool], kv_dtype: torch.dtype) -> str:
-    """`exact`: of each linear layer, whether it has PEFT's bits without an adapter."""
+    """Describe which bits are guaranteed. `exact`: whether linear layers have PEFT's bits without
+    adapters."""
     cached = " Keys and values are rounded to 8 bits, which PEFT's are not." if kv_dtype == torch.int8 else ""
     if not kernels.tiled:
         return f"A row agrees with PEFT, and with itself in another batch, up to rounding.{cached}"

@@ -1,4 +1,4 @@
-"""A row: one choice of one request, from its arrival to its final event."""
+"""A row: one sequence, which is one choice of one request, from its arrival to its final event."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.messages import AdapterRef, FinishReason, Pooling, Sampling, TokenLogprob
 
 COMING = -1
-"""Stands for a row's last token while it is drawn and the step after it is planned."""
+"""Placeholder for a sequence's last token while it is drawn and the following step is planned."""
 
 
 @dataclass(frozen=True)
 class AdapterMix:
-    """A row's adapters as they act: sorted by digest, duplicates summed, zero weights dropped.
+    """A sequence's effective adapters: sorted by digest, duplicates summed, zero weights dropped.
 
     It is part of every KV block's key, so two rows share blocks only if they run the very same function.
     """
@@ -38,7 +38,7 @@ class AdapterMix:
 
 
 class TokenCounts:
-    """A row's different tokens and how often each is there, counted on as the row grows."""
+    """Distinct tokens of a sequence and their counts, updated as the sequence grows."""
 
     def __init__(self) -> None:
         self._places: dict[int, int] = {}
@@ -47,7 +47,7 @@ class TokenCounts:
         self._read = 0
 
     def read(self, tokens: Sequence[int], start: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [n] int64 and times [n] fp32 of the tokens from `start` on, which is the same at each call."""
+        """Return ids [n] int64 and counts [n] fp32 of the tokens from `start` on, which must never change."""
         for number in range(max(self._read, start), len(tokens)):
             place = self._places.setdefault(tokens[number], len(self._places))
             if place == len(self._ids):
@@ -61,7 +61,7 @@ class TokenCounts:
 
 @dataclass(eq=False)
 class Row:
-    """State of one choice. `tokens`: prompt and completion; the first `computed` have KV in `blocks`."""
+    """State of one sequence. `tokens`: prompt and completion; the first `computed` have KV in `blocks`."""
 
     id: str
     choice: int
@@ -69,54 +69,54 @@ class Row:
     sampling: Sampling
     mix: AdapterMix
     arrival: int
-    """Position in the order of arrival; a preempted row keeps it."""
+    """Position in the order of arrival; a preempted sequence keeps it."""
     arrived_at: float
-    """Monotonic seconds."""
+    """Arrival, in monotonic seconds."""
     tenant: str = "default"
     priority: int = 0
     background: bool = False
-    """It only fills what other rows leave free."""
+    """Whether the sequence only uses what others leave free."""
     grammar: str | None = None
     """Key of the grammar that its text follows."""
     pooling: Pooling | None = None
     branch: int = 0
-    """So many tokens at the prompt's end are a branch."""
+    """Number of tokens at the prompt's end that are a branch."""
     leader: Row | None = None
-    """The choice that prefills the shared prompt first, so that this row finds it in the prefix cache."""
+    """Sequence that prefills the shared prompt first, so that this one finds it in the prefix cache."""
     prompt_length: int = field(init=False)
     computed: int = 0
     blocks: array[int] = field(default_factory=lambda: array("i"))
-    """int32, as a step's table has them."""
+    """KV blocks, int32 as in a step's table."""
     late: list[int] = field(default_factory=list)
-    """Its blocks that come back from host memory only after the next step: until then it computes nothing."""
+    """Own blocks that the next step does not restore from host memory yet; until then nothing is computed."""
     block_keys: list[bytes] = field(default_factory=list)
-    """Prefix keys of the row's full blocks, extended as blocks fill."""
+    """Prefix keys of the full blocks, extended as blocks fill."""
     charged: int = 0
-    """Prompt tokens that its tenant's counter has, or that the prefix cache gave."""
+    """Number of prompt tokens that the tenant's counter includes, or that came from the prefix cache."""
     passed: int = 0
-    """Rows that were admitted before it, although it had its turn: it lacked blocks."""
+    """Number of sequences admitted although it was this one's turn, because it lacked blocks."""
     yields_at: int = 0
-    """Generated tokens from which on it may give its place to a row of another tenant."""
+    """Number of generated tokens from which on it may yield its place to another tenant's sequence."""
     cached_tokens: int | None = None
-    """Prompt tokens taken from the prefix cache at first admission; None before it."""
+    """Number of prompt tokens from the prefix cache at first admission; None before it."""
     queue_seconds: float | None = None
     reported: bool = False
     """Whether the first output, with `cached_tokens` and `queue_seconds`, has been sent."""
     prompt_scored: bool = False
     prompt_scores: list[TokenLogprob] = field(default_factory=list)
-    """Collected over the prefill chunks, sent at once with the first token."""
+    """Prompt logprobs collected over the prefill chunks, sent at once with the first token."""
     pooled: list[np.ndarray] = field(default_factory=list)
-    """Of hidden states [hidden] fp64: the last one, or the sum of those of all tokens up to `computed`, or
-    what the classifier makes of each."""
+    """Pooled hidden states [hidden] fp64: the last one, the sum of all up to `computed`, or the classifier's
+    values of each."""
     finish: FinishReason | None = None
     drafts: Drafts | None = None
     forced: list[int] = field(default_factory=list)
-    """What its grammar says comes next, as far as is known: a draft that is right but for how it is cut into
-    tokens."""
+    """Tokens that the grammar forces next, as far as is known. As a draft they are right, except that the
+    text may be cut into other tokens."""
     seen: TokenCounts = field(default_factory=TokenCounts)
-    """Of prompt and completion; counted if it is asked for."""
+    """Token counts of prompt and completion, updated when they are read."""
     completed: TokenCounts = field(default_factory=TokenCounts)
-    """Of the completion."""
+    """Token counts of the completion."""
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
@@ -127,17 +127,17 @@ class Row:
 
     @property
     def pending(self) -> int:
-        """Tokens whose KV is still to be computed; 1 while decoding."""
+        """Number of tokens whose KV is still to be computed; 1 while decoding."""
         return len(self.tokens) - self.computed
 
     @property
     def ends(self) -> bool:
-        """Whether the token that is coming is its last, whichever it is."""
+        """Whether the token in flight is the last one, whatever it is."""
         return self.tokens[-1] == COMING and self.generated >= self.sampling.max_tokens
 
     @property
     def generates(self) -> bool:
-        """Whether it goes on after its prompt."""
+        """Whether the sequence continues after its prompt."""
         return self.pooling is None and not self.branch
 
     @property
@@ -146,12 +146,12 @@ class Row:
 
     @property
     def first_scored(self) -> int:
-        """The first token whose logits are wanted, where the prompt is scored."""
+        """Number of the first token whose logits are needed if the prompt is scored."""
         return self.prompt_length - self.branch - 1 if self.branch else 0
 
     @property
     def reusable(self) -> int:
-        """Tokens from the beginning that need not be computed again if their KV is there."""
+        """Number of leading tokens that need not be computed again if their KV is cached."""
         if self.pooling is not None and self.pooling.kind != "last":
             return 0
         return self.first_scored if self.scores_prompt else len(self.tokens) - 1
@@ -163,7 +163,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ahead:
-    """A row as it will be if the first tokens of its draft are right."""
+    """A sequence as it will be if the first tokens of its draft are right."""
 
     row: Row
     draft: tuple[int, ...]
@@ -199,7 +199,7 @@ class Ahead:
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens `start:stop` of a row that one step computes, and those of a draft after its last token."""
+    """Tokens `start:stop` of a sequence that one step computes, and those of a draft after its last token."""
 
     row: Row
     start: int
@@ -216,12 +216,12 @@ class Segment:
 
     @property
     def samples(self) -> bool:
-        """Whether the segment reaches the row's last token, whose logits give the next one."""
+        """Whether the segment reaches the sequence's last token, whose logits give the next one."""
         return self.stop == len(self.row.tokens) and self.row.generates
 
     @property
     def scored(self) -> range:
-        """The tokens whose logits score the prompt's next ones."""
+        """Numbers of the tokens whose logits score the prompt's next ones."""
         row = self.row
         if not row.scores_prompt:
             return range(0)
@@ -229,7 +229,7 @@ class Segment:
 
     @property
     def pooled(self) -> range:
-        """The tokens whose hidden states are wanted."""
+        """Numbers of the tokens whose hidden states are needed."""
         if self.row.pooling is None:
             return range(0)
         last = len(self.row.tokens) - 1
@@ -238,7 +238,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step computes: `decodes` are segments of one token, and drafts, `prefills` longer ones."""
+    """Work of one step: `decodes` are segments of one token, plus drafts, and `prefills` are longer ones."""
 
     decodes: list[Segment]
     prefills: list[Segment]
@@ -248,7 +248,7 @@ class Plan:
         return self.decodes + self.prefills
 
     def written(self, block_size: int) -> set[int]:
-        """The KV blocks that the step writes to."""
+        """Return the KV blocks to which the step writes."""
         return {
             block
             for one in self.segments
@@ -256,7 +256,7 @@ class Plan:
         }
 
     def unfinished(self) -> Plan:
-        """The same without rows that have ended meanwhile."""
+        """Return the plan without sequences that have ended since."""
         going = [[one for one in some if one.row.finish is None] for some in (self.decodes, self.prefills)]
         return Plan(*going)
 

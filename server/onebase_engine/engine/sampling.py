@@ -1,4 +1,4 @@
-"""Choose the next token of each row, so that no row depends on its neighbours.
+"""Choose the next token of each sequence, so that no sequence depends on its neighbours.
 
 All filters are thresholds on values (as in transformers' logits processors), never positions in a
 sorted order: ties, common in bf16 logits, fall the same way in every batch. The noise of a draw is a
@@ -24,23 +24,23 @@ from onebase_engine.kernels.interface import Draws, Kernels
 from onebase_engine.kernels.reference import sent
 
 Mask = np.ndarray | GrammarError | None
-"""What a row's grammar lets it go on with, [words] int32: the lowest bit of the first is token 0."""
+"""Tokens that a sequence's grammar allows next, [words] int32: the lowest bit of the first is token 0."""
 
 _COLDEST = torch.finfo(torch.float32).tiny
-"""Of temperatures above 0."""
+"""Smallest temperature above 0."""
 
 
 _SCORED_AT_ONCE = 16
-"""Rows, in fp32: with a large vocabulary each takes half a megabyte."""
+"""Number of fp32 rows scored at once; with a large vocabulary each takes half a megabyte."""
 _DEEP = 64
-"""Values of a column of which the largest is found first: see `_largest`."""
+"""Number of values in a column whose maximum is found first: see `_largest`."""
 _ALIGNED = 8
-"""Numbers of fp32 of which a GPU reads as many at a time, and more."""
+"""Alignment, in fp32 numbers: at least as many as a GPU reads at a time."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One row's new token; None when its logits are not finite or it raised `error`: it fails alone."""
+    """New token of one sequence; None if its logits are not finite or it raised `error`: it fails alone."""
 
     token: int | None
     logprob: TokenLogprob | None = None
@@ -48,7 +48,7 @@ class Drawn:
 
 
 def uniform(seed: int, choice: int, index: int) -> float:
-    """The draw of one token, in [0, 1): counter-based, 53 bits of blake2b(seed, choice, token index)."""
+    """Return the random number of one token, in [0, 1): 53 bits of blake2b(seed, choice, token index)."""
     counter = struct.pack("<QII", seed & 0xFFFFFFFFFFFFFFFF, choice, index)
     (bits,) = struct.unpack("<Q", blake2b(counter, digest_size=8).digest())
     return float((bits >> 11) * 2.0**-53)
@@ -61,9 +61,9 @@ def begin_draw(
     kernels: Kernels,
     masks: Sequence[Mask] = (),
 ) -> Callable[[], list[Drawn]]:
-    """Begin to draw the next token of each row from raw logits [rows, vocab]; what it returns waits for it.
+    """Begin to draw next tokens from raw logits [rows, vocab]. The returned function waits for them.
 
-    `masks`: of each row, or none at all.
+    `masks`: one for each row, or none at all.
     """
     if not rows:
         return list
@@ -78,7 +78,7 @@ def begin_draw(
 def _drawn(
     chosen: list[int | None], logits: torch.Tensor, rows: Sequence[Row | Ahead], masks: Sequence[Mask]
 ) -> list[Drawn]:
-    """The tokens with the logprobs that are asked for."""
+    """Combine the tokens with the requested logprobs."""
     scores: dict[int, TokenLogprob] = {}
     # One k at a time: among equal values, which come first depends on how many are asked for.
     for top in {row.sampling.logprobs for row in rows}:
@@ -95,7 +95,7 @@ def _drawn(
 
 
 def _draws(rows: Sequence[Row | Ahead]) -> Draws:
-    """How each row's token is drawn."""
+    """Return the sampling settings and random numbers of all rows as arrays."""
     settings = [row.sampling for row in rows]
     temperatures = [max(one.temperature, _COLDEST) if one.temperature > 0 else 0.0 for one in settings]
     noise = [
@@ -118,7 +118,7 @@ def draw(
     kernels: Kernels,
     masks: Sequence[Mask] = (),
 ) -> list[Drawn]:
-    """`begin_draw`, waited for."""
+    """Draw with `begin_draw` and wait for the result."""
     return begin_draw(logits, rows, eos_ids, kernels, masks)()
 
 
@@ -129,10 +129,10 @@ def begin_draw_apart(
     kernels: Kernels,
     masks: Sequence[Mask] = (),
 ) -> Callable[[], list[Drawn]]:
-    """`begin_draw`, but an exception is that of the row which raises it: the others get their tokens.
+    """Begin to draw like `begin_draw`, but an exception fails only the row that raises it.
 
-    Raises, at once or when it is waited for:
-        torch.AcceleratorError, or what every one of several rows raises: it is nobody's in particular.
+    Raises, at once or when the result is waited for:
+        torch.AcceleratorError, or an exception that every one of several rows raises.
     """
 
     def apart(error: Exception) -> list[Drawn]:
@@ -165,7 +165,7 @@ def begin_draw_apart(
 
 
 def score_tokens(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Of one token a row, under raw logits [rows, vocab], and of the `top` most likely next to it."""
+    """Return logprobs under raw logits [rows, vocab]: one token's in each row, and the `top` largest."""
     found: list[TokenLogprob] = []
     for first in range(0, len(tokens), _SCORED_AT_ONCE):
         some = tokens[first : first + _SCORED_AT_ONCE]
@@ -184,10 +184,10 @@ def score_tokens(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[
 
 
 def _largest(values: torch.Tensor, count: int, *, ordered: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """`topk` of each row of [rows, size], faster: the largest are in the columns with the largest maxima.
+    """Return `topk` of each row of [rows, size], faster: only columns with the largest maxima are searched.
 
-    `ordered`: of equal ones the first come first. A GPU picks them by an algorithm that the number of rows
-    decides, a CPU row by row.
+    `ordered`: equal values come in order of place. A GPU picks them by an algorithm that depends on the
+    number of rows, a CPU row by row.
     """
     rows, size = values.shape
     keys = _ranks(values) if ordered else values
@@ -205,8 +205,10 @@ def _largest(values: torch.Tensor, count: int, *, ordered: bool) -> tuple[torch.
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Whole numbers, int64, no two the same in a row of [rows, size] fp32: in the order of the values, and
-    from the last place to the first among equal ones."""
+    """Return int64 keys, all different in a row of [rows, size] fp32, in the order of the values.
+
+    Among equal values the first place has the largest key.
+    """
     bits = (values + 0.0).contiguous().view(torch.int32)  # no zero below zero
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     last_first = torch.arange(values.shape[1] - 1, -1, -1, device=values.device)
@@ -214,8 +216,10 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def _adjusted(raw: torch.Tensor, row: Row | Ahead, eos_ids: frozenset[int]) -> torch.Tensor:
-    """A row's logits [vocab], fp32, after penalties, bias and min_tokens. The largest of the raw ones must be
-    finite even where it is taken away: else none is."""
+    """Return a row's logits [vocab], fp32, after penalties, bias and min_tokens.
+
+    All are NaN unless the largest raw one is finite, even if that one is removed.
+    """
     sampling = row.sampling
     logits = raw.float().clone()
     if sampling.penalizes:
@@ -235,7 +239,7 @@ def _adjusts(row: Row | Ahead) -> bool:
 
 
 def _penalize(logits: torch.Tensor, row: Row | Ahead) -> None:
-    """Repetition (CTRL, arXiv:1909.05858) over prompt and completion; OpenAI's two over the completion."""
+    """Apply repetition penalty (CTRL, arXiv:1909.05858) to all tokens, OpenAI's two to the completion."""
     sampling = row.sampling
     if sampling.repetition_penalty != 1.0:
         ids, _ = row.seen.read(row.tokens)

@@ -1,32 +1,33 @@
-"""Which rows run, and which tokens the next step computes.
+"""Scheduler: chooses the running sequences and the tokens that the next step computes.
 
-`fair_queue.py` says whose turn it is: the tenant that was given least, in it the adapter that was given
-least, and there the row that came first. Decodes come first in every step; prefill chunks share what is left
-of the token budget, in that order. After a prompt of one tenant, a step has none of a tenant that runs twice
-as much: it would be longer for it.
+`fair_queue.py` determines the order: the tenant that has received least, in it the adapter that has received
+least, and there the sequence that arrived first. Decodes come first in every step; prefill chunks share the
+rest of the token budget, in that order. After a prompt of one tenant, a step has no prompt of a tenant with
+twice the load, since it would take longer for the first.
 
-What lacks something holds up nobody else. A row whose adapter finds no slot claims one. One that lacks blocks
-lets MAX_PASSED rows pass; then what comes free is kept for it, but for rows whose turn is earlier.
+A sequence that lacks something does not block the others. One whose adapter finds no slot claims one. One
+that lacks blocks lets MAX_PASSED sequences pass; then free blocks are reserved for it, except for sequences
+whose turn is earlier.
 
-A row takes another one's place only if the other's tenant was given more and runs at least twice as much, the
-new row counted: a tenant that floods gives way at once, and tenants that are about even take nothing from
-each other. The youngest row gives way, and not again before it has made as many tokens as a block holds, and
-half as many as were computed again for it. One whose last token is still drawn while the next step is planned
-gives way before all others, to any row: it needs nothing more.
+A sequence takes another one's place only if the other's tenant has received more and has at least twice the
+load, the new sequence included: a tenant that floods yields at once, and tenants that are about even take
+nothing from each other. The youngest sequence yields, and not again before it has generated as many tokens as
+a block holds, and half as many as were computed again for it. A sequence whose last token is still drawn
+while the next step is planned yields before all others, to any sequence: it needs nothing more.
 
-When blocks run out, a row gives its blocks back and is recomputed later: it never fails for it. It is the
-youngest, or that of a tenant that runs twice as much as the youngest's. A row is admitted only if a few
-blocks stay free: the next block of each row that may still need one. Else the youngest row would be admitted
-and preempted again as soon as an older one grows. So no row is preempted for want of blocks before one has
-got `block_size` tokens after any admission.
+When blocks run out, a sequence releases its blocks and is recomputed later: it never fails for it. It is the
+youngest, or that of a tenant with twice the load of the youngest's. A sequence is admitted only if a few
+blocks stay free: the next block of each sequence that may still need one. Otherwise the youngest would be
+admitted and preempted again as soon as an older one grows. So no sequence is preempted for lack of blocks
+before one has received `block_size` tokens after any admission.
 
-A row whose prefix comes back from host memory over several steps has its place and its blocks from the first
-of them on, and computes nothing before the last.
+A sequence whose prefix is restored from host memory over several steps has its place and its blocks from the
+first of them on, and computes nothing before the last.
 
-Rows in the background fill what is left. Any other row takes its place, slot and blocks from the youngest of
-them, and none of them takes anything from another row. A step that computes another row's prompt has none of
-them, and next to other rows' decodes they compute little of their own prompts; whether they may be in such
-a step at all, the caller says.
+Background sequences fill what is left. Any other sequence takes its place, slot and blocks from the youngest
+of them, and they take nothing from others. A step that computes another sequence's prompt has none of them,
+and next to other sequences' decodes they compute little of their own prompts; the caller determines whether
+they may be in such a step at all.
 """
 
 from __future__ import annotations
@@ -43,31 +44,31 @@ from onebase_engine.engine.row import Plan, Row, Segment
 from onebase_engine.engine.slot_table import SlotTable
 
 MAX_SCORED_TOKENS = 128
-"""Prompt tokens scored in one step: each costs a row of logits over the whole vocabulary."""
+"""Largest number of prompt tokens scored in one step: each costs logits over the whole vocabulary."""
 WATERMARK = 0.01
-"""Part of the KV blocks that an admission leaves free at least, unless the row would run alone."""
+"""Smallest part of the KV blocks that an admission leaves free, unless the sequence would run alone."""
 CREDIT_STEPS = 4
-"""Full steps by which a tenant that asks now and then may be ahead of those that wait all the time."""
+"""Credit of a tenant that sends requests now and then over those that always wait, in full steps."""
 MAX_PASSED = 32
-"""Rows that may be admitted before one that lacks blocks."""
+"""Largest number of sequences admitted before one that lacks blocks."""
 BACKGROUND_SECONDS = 0.1
-"""Of a step with background rows alone: who comes meanwhile waits for its end."""
+"""Target duration, in seconds, of a step with background sequences alone, whose end newcomers await."""
 BACKGROUND_LEAST = 16
-"""Tokens that such a step may have in any case."""
+"""Smallest token budget of such a step."""
 BACKGROUND_PART = 4
-"""Next to other rows, a step has one part in this many of the background's tokens that one of its own has."""
+"""Divisor of the background's token budget in a step with other sequences."""
 BACKGROUND_TIME = 0.1
-"""By this part of their time, background rows may make the decoding of others longer."""
+"""Largest part of their time by which background sequences may delay the decoding of others."""
 BACKGROUND_CREDIT = 0.05
-"""Seconds of that which may be saved up."""
+"""Largest amount of that time that may be saved up, in seconds."""
 BACKGROUND_FRESH = 32
-"""Steps with background rows after which one is measured without them."""
+"""Number of steps with background sequences after which one is measured without them."""
 MAX_TRIES = 32
-"""Rows that lack blocks, adapters that lack slots, and tenants that find no place, that one walk looks at."""
+"""Limit of sequences lacking blocks, adapters lacking slots, and tenants lacking a place, in one walk."""
 
 
 class NeverFitsError(ValueError):
-    """A request that no state of the engine could serve; names the limit."""
+    """A request that no state of the engine could serve; the message names the limit."""
 
     def __init__(self, code: str, param: str, message: str) -> None:
         super().__init__(message)
@@ -77,37 +78,39 @@ class NeverFitsError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the scheduler may use: rows and tokens per step, tokens per row."""
+    """Limits of the scheduler: sequences and tokens per step, tokens per sequence."""
 
     max_rows: int
     step_tokens: int
     max_length: int
     draft_tokens: int = 0
-    """Of a row in one step."""
+    """Largest number of draft tokens of one sequence in one step."""
 
 
 @dataclass
 class _Draft:
-    """A plan in the making. `budget`: tokens that are left of the step's; `background`: most of them for rows
-    in the background."""
+    """A plan in the making.
+
+    `budget`: remaining tokens of the step; `background`: how many of them background sequences may have.
+    """
 
     budget: int
     background: int = 0
     decodes: dict[Row, Segment] = field(default_factory=dict)
     chunks: dict[Row, Segment] = field(default_factory=dict)
-    """Of rows that prefill or have just been admitted."""
+    """Segments of sequences that prefill or have just been admitted."""
     preempted: set[Row] = field(default_factory=set)
     late: set[Row] = field(default_factory=set)
-    """Rows whose blocks are still on their way from host memory."""
+    """Sequences whose blocks are still in flight from host memory."""
     lacking: set[Row] = field(default_factory=set)
-    """Waiting rows that had their turn and lacked blocks."""
+    """Waiting sequences that had their turn and lacked blocks."""
     slotless: int = 0
-    """Tenants' adapters that found no slot."""
+    """Number of flows (a tenant's adapters) that found no slot."""
     refused: int = 0
-    """Tenants that found every place taken."""
+    """Number of tenants that found every place occupied."""
 
     def is_over(self) -> bool:
-        """Whether no more waiting rows are looked at. What is free is kept for one that many have passed."""
+        """Return True if the walk is over. Free blocks are reserved for a sequence that many have passed."""
         kept = any(row.passed >= MAX_PASSED for row in self.lacking)
         return self.budget <= 0 or kept or max(len(self.lacking), self.slotless, self.refused) >= MAX_TRIES
 
@@ -117,11 +120,11 @@ class _Draft:
             self.background -= tokens
 
     def left(self, row: Row) -> int:
-        """How many more tokens the row may have."""
+        """Return the number of tokens that the sequence may still have."""
         return min(self.budget, self.background) if row.background else self.budget
 
     def leave_background(self) -> None:
-        """Compute nothing of rows in the background."""
+        """Remove the background sequences from the plan."""
         for segments in (self.decodes, self.chunks):
             for row in [row for row in segments if row.background]:
                 self.budget += segments.pop(row).length
@@ -133,8 +136,10 @@ class _Draft:
 
 
 class BackgroundPace:
-    """How many tokens a step may have of background rows: alone, as many as are computed in a short time; in
-    one with other rows' decodes a part of those, and now and then none, by what they add to its time.
+    """Token budgets for background sequences.
+
+    A step of them alone has as many tokens as are computed in a short time. A step with other sequences'
+    decodes has a part of those, and now and then none, depending on the time that they add to it.
 
     Where more rows cost next to nothing, as on most GPUs, they are in nearly every step, and steps are full.
     Times are seconds. step_tokens: of any step.
@@ -142,21 +147,21 @@ class BackgroundPace:
 
     def __init__(self, step_tokens: int) -> None:
         self.alone = min(step_tokens, 4 * BACKGROUND_LEAST)
-        """Most tokens in a step with background rows alone."""
+        """Largest number of tokens in a step with background sequences alone."""
         self._most = step_tokens
         self._without: float | None = None
-        """What a step without them takes."""
+        """Time, in seconds, of a step without them."""
         self._credit = 0.0
         self._steps = 0
 
     @property
     def joined(self) -> int:
-        """Most tokens in the next step with other rows' decodes."""
+        """Largest number of background tokens in the next step with other sequences' decodes."""
         may = self._without is not None and self._credit >= 0 and self._steps < BACKGROUND_FRESH
         return max(1, self.alone // BACKGROUND_PART) if may else 0
 
     def took(self, plan: Plan, seconds: float) -> None:
-        """A step was computed in that time."""
+        """Update the budgets with the time in which a step was computed."""
         others = [segment for segment in plan.segments if not segment.row.background]
         if not others:
             self._fit(sum(segment.length for segment in plan.segments), seconds)
@@ -172,7 +177,7 @@ class BackgroundPace:
         self._credit = min(self._credit, BACKGROUND_CREDIT)
 
     def _fit(self, tokens: int, seconds: float) -> None:
-        """A step of the background alone had so many tokens."""
+        """Update `alone` with the tokens and the time of a step of the background alone."""
         if seconds > BACKGROUND_SECONDS:
             fitting = int(min(tokens, self.alone) * BACKGROUND_SECONDS / seconds)
             self.alone = min(self._most, max(BACKGROUND_LEAST, fitting))
@@ -181,7 +186,7 @@ class BackgroundPace:
 
 
 class Scheduler:
-    """Waiting and running rows. `plan` says what to compute, `computed` what has been."""
+    """Waiting and running sequences. `plan` chooses what to compute, `computed` records it."""
 
     def __init__(self, base: str, pool: BlockPool, slots: SlotTable, limits: Limits) -> None:
         self._base = base
@@ -190,15 +195,15 @@ class Scheduler:
         self.limits = limits
         self.waiting = FairQueue(CREDIT_STEPS * limits.step_tokens)
         self.running: list[Row] = []
-        """In order of arrival."""
+        """Running sequences, in order of arrival."""
         self.preemptions = 0
         self.yielded = 0
-        """Preemptions for a waiting row of another tenant."""
+        """Number of preemptions for a waiting sequence of another tenant."""
         self.awaits: Callable[[Row], bool] = lambda row: False
-        """Whether a sequence has to sit out steps that would give it a token: its grammar's mask has not
-        come."""
+        """Whether a sequence has to skip steps that would give it a token, because its grammar's mask has not
+        arrived."""
         self._uncharged: set[Row] = set()
-        """Whose decodes are planned ahead."""
+        """Sequences whose decodes are planned ahead and not charged yet."""
         slots.order = self.waiting.order
 
     def check(self, prompt_length: int, max_tokens: int, adapters: int) -> None:
@@ -234,16 +239,16 @@ class Scheduler:
 
     @property
     def only_background(self) -> bool:
-        """Whether all rows that run are in the background."""
+        """Whether all running sequences are in the background."""
         return all(row.background for row in self.running)
 
     def plan(self, background: int | None = None, *, ahead: bool = False) -> Plan:
-        """The next step. Rows may be admitted and preempted on the way.
+        """Plan the next step, admitting and preempting sequences as needed.
 
         Args:
-            background: most tokens of rows in the background; None: as many as a step has.
-            ahead: the step before is still computed. Last tokens are not known, nor who goes on after them,
-                so that nothing is drafted and no decode is charged; `settle` does it later.
+            background: largest number of tokens of background sequences; None: as many as a step has.
+            ahead: the step before is still computed. Its tokens, and which sequences end with them, are not
+                known, so that nothing is drafted and no decode is charged; `settle` does it later.
         """
         tokens = self.limits.step_tokens
         draft = _Draft(tokens, tokens if background is None else background)
@@ -273,13 +278,16 @@ class Scheduler:
         return draft.plan()
 
     def holds_up(self, plan: Plan) -> bool:
-        """Whether a plan made ahead has rows in the background alone, and others have come since."""
+        """Return True if a plan made ahead has only background sequences while others wait."""
         alone = all(segment.row.background for segment in plan.segments)
         return alone and len(self.waiting) > self.waiting.in_background
 
     def settle(self, plan: Plan, background: int) -> Plan:
-        """A plan made ahead, without the rows that have ended: its decodes are charged, and rows whose
-        guesses have mostly been right get drafts. `background`: as `plan` has it."""
+        """Complete a plan made ahead, from which ended sequences have been removed.
+
+        Its decodes are charged, and sequences whose guesses have mostly been right get drafts. `background`:
+        as in `plan`.
+        """
         for segment in plan.decodes:
             if segment.row in self._uncharged:
                 self.waiting.charge(segment)
@@ -296,14 +304,16 @@ class Scheduler:
         return Plan([draft.decodes.get(one.row, one) for one in plan.decodes], plan.prefills)
 
     def guess(self, plan: Plan) -> None:
-        """Have rows without a draft guess what this step draws, to learn whether drafts are worth it."""
+        """Let sequences without a draft guess this step's token, to learn whether drafts are worth it."""
         for segment in plan.decodes:
             if segment.row.drafts is not None and not segment.draft:
                 segment.row.drafts.propose(segment.row.tokens, 1)
 
     def computed(self, segment: Segment, right: int = 0) -> None:
-        """The step has written the KV of the segment, and of the first `right` tokens of its draft, which are
-        the row's by now: full blocks become a prefix that others may use."""
+        """Record that a step has written the KV of the segment and of the first `right` tokens of its draft.
+
+        These tokens are the sequence's by now. Full blocks become a prefix that others may use.
+        """
         row = segment.row
         row.computed = segment.stop + right
         if right:
@@ -314,7 +324,7 @@ class Scheduler:
             self._pool.publish(row.blocks[index], row.block_keys[index])
 
     def finish(self, row: Row) -> None:
-        """Take a row out, wherever it is, and give back what it holds."""
+        """Remove a sequence, waiting or running, and release its resources."""
         self._slots.forget(row)
         if row in self.running:
             self.running.remove(row)
@@ -339,7 +349,7 @@ class Scheduler:
                 draft.take(row, 1)
 
     def _walk(self, turns: Turns, draft: _Draft) -> None:
-        """Prompts, in turn: of rows that run, and of those that can be admitted."""
+        """Plan prompts in turn: those of running sequences, and of waiting ones that can be admitted."""
         for row in turns:
             if draft.is_over():
                 break
@@ -349,7 +359,7 @@ class Scheduler:
                 self._advance(row, draft)
 
     def _advance(self, row: Row, draft: _Draft) -> None:
-        """As much of the row as the budget allows, once its blocks are there."""
+        """Plan as much of the sequence as the budget allows, once its blocks are restored."""
         if self._is_late(row):
             draft.late.add(row)
             return
@@ -364,9 +374,10 @@ class Scheduler:
         self.waiting.charge(segment)
 
     def _is_second(self, row: Row, draft: _Draft) -> bool:
-        """Whether the step has a prompt of a tenant that runs half as much at most: it is to be short.
+        """Return True if the step must stay short for a prompt of a tenant with at most half the load.
 
-        For a row in the background: whether it has any other row's, or all that it may of the background's.
+        For a background sequence: return True if the step has another sequence's prompt, or no background
+        budget.
         """
         if row.background and (draft.background <= 0 or any(not other.background for other in draft.chunks)):
             return True
@@ -375,9 +386,9 @@ class Scheduler:
         return any(2 * other.load <= tenant.load for other in others)
 
     def _look_ahead(self, draft: _Draft, *, ahead: bool = False) -> None:
-        """Give decodes drafts, where they are likely right, out of what the step has left.
+        """Add drafts that are likely right to decodes, from the step's remaining budget.
 
-        `ahead`: nothing is computed meanwhile, so no row looks for a draft that would not be used.
+        `ahead`: nothing is computed meanwhile, so no sequence searches for a draft that would not be used.
         """
         rows = self.limits.step_tokens - draft.budget
         size, spare = self._pool.block_size, max(len(self.running), int(self._pool.capacity * WATERMARK))
@@ -403,7 +414,7 @@ class Scheduler:
     # ---- admission ---------------------------------------------------------------------------
 
     def _may_begin(self) -> Callable[[Tenant], bool]:
-        """Which tenants' rows to look at: where every place is taken, those that might take one."""
+        """Return a predicate for tenants whose sequences may be admitted, at least by preempting others."""
         if not self._is_full or any(row.ends for row in self.running):
             return lambda tenant: True
         most = {False: 0.0, True: 0.0}
@@ -417,7 +428,7 @@ class Scheduler:
         return might
 
     def _admit(self, row: Row, draft: _Draft, turns: Turns) -> bool:
-        """Have a waiting row run, if all that it needs is there, or is given up for it."""
+        """Admit a waiting sequence if its resources are free or others yield them. Return True if it runs."""
         leader = row.leader
         waits_for_leader = leader is not None and not leader.prefilled and not leader.finish
         if waits_for_leader or row in draft.preempted or row in draft.lacking:
@@ -463,7 +474,8 @@ class Scheduler:
         return bool(yielding) and self._slots.acquire(row)
 
     def _yielding(self, row: Row, draft: _Draft) -> list[Row]:
-        """Running rows without which there are a place and blocks for `row`; none if it may not take them."""
+        """Return running sequences that yield a place and blocks to `row`; empty if those would not
+        suffice."""
         needed = self._pool.blocks_for(len(row.tokens)) + self._watermark(row)
         free = self._pool.free
         yielding: list[Row] = []
@@ -478,9 +490,9 @@ class Scheduler:
     def _over_served(
         self, row: Row, among: Collection[Row], yielding: Collection[Row], draft: _Draft
     ) -> Row | None:
-        """Who gives way to `row` next, once `yielding` have: the youngest of the tenant that runs most.
+        """Return the next sequence to yield to `row`: the youngest of the tenant with the largest load.
 
-        To a row that is not in the background, the youngest of those that are. First, who ends anyway.
+        Sequences that end anyway come first; then, unless `row` is in the background, the youngest that are.
         """
         going = {*yielding, *draft.chunks, *draft.late}
         ending = next((other for other in among if other.ends and other not in going), None)
@@ -511,9 +523,10 @@ class Scheduler:
     # ---- blocks ------------------------------------------------------------------------------
 
     def _take_blocks(self, row: Row) -> bool:
-        """Blocks for all of the row's tokens, a cached prefix first. At least one token stays to compute.
+        """Allocate blocks for all tokens, a cached prefix first. At least one token stays to compute.
 
-        False, and nothing taken, if there are not enough, or if fewer than the watermark would stay free.
+        Return False, and allocate none, if there are not enough, or if fewer than the watermark would stay
+        free.
         """
         self._extend_keys(row, len(row.tokens) - 1)
         wanted = row.block_keys[: row.reusable // self._pool.block_size]
@@ -537,13 +550,13 @@ class Scheduler:
         return True
 
     def _is_late(self, row: Row) -> bool:
-        """Whether blocks of a running row come back from host memory only after the next step."""
+        """Return True if blocks of a running sequence return from host memory only after the next step."""
         if row.late:
             row.late = self._pool.late(row.late)
         return bool(row.late)
 
     def _watermark(self, admitted: Row) -> int:
-        """Blocks that stay free when `admitted` joins the running rows; a row alone may take all."""
+        """Return the number of blocks that must stay free after `admitted` joins; alone it may take all."""
         if not self.running:
             return 0
         growing = sum(self._may_outgrow(row, len(row.blocks)) for row in self.running)
@@ -551,12 +564,14 @@ class Scheduler:
         return max(growing, int(self._pool.capacity * WATERMARK))
 
     def _may_outgrow(self, row: Row, blocks: int) -> bool:
-        """Whether the row may need more than `blocks`; nothing is computed from its last token."""
+        """Return True if the sequence may need more than `blocks`; its last token needs no KV."""
         return self._pool.blocks_for(row.prompt_length + row.sampling.max_tokens - 1) > blocks
 
     def _grow(self, row: Row, tokens: int, draft: _Draft) -> bool:
-        """Blocks for `tokens`; preempts rows until there are, those in the background first. False if that
-        was this row."""
+        """Allocate blocks for `tokens`, preempting sequences if needed, background ones first.
+
+        Return False if this sequence was preempted.
+        """
         while len(row.blocks) * self._pool.block_size < tokens:
             more = self._pool.allocate(1)
             if more is not None:
@@ -585,7 +600,7 @@ class Scheduler:
         self._slots.release(row)
 
     def _extend_keys(self, row: Row, tokens: int) -> None:
-        """Keys of the row's full blocks within its first `tokens` tokens."""
+        """Extend the keys of the sequence's full blocks within its first `tokens` tokens."""
         size = self._pool.block_size
         while (len(row.block_keys) + 1) * size <= tokens:
             start = len(row.block_keys) * size

@@ -1,9 +1,10 @@
-"""Which adapter versions sit in which slots, and who is using them.
+"""Slot table: the adapter version in each slot, and the sequences that use it.
 
-A version stays in its slot until another needs the place; the least recently used idle one goes first.
-When every slot is in use, the waiting row whose turn is first claims slots: rows whose turn comes later may
-no longer join them, so they fall idle, while all other slots go on as before. So nobody starves. Where the
-slots' memory is limited in bytes, idle versions leave until the new one fits, and claims cover bytes too.
+A version stays in its slot until another needs the place; the least recently used idle one is evicted first.
+When every slot is in use, the waiting sequence whose turn is first claims slots: sequences whose turn comes
+later may no longer join them, so that they become idle, while all other slots are used as before. So no
+sequence starves. If the slots' memory is limited in bytes, idle versions are evicted until the new one fits,
+and claims cover bytes too.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ class SlotTable:
         size_of: Callable[[str], int] = lambda digest: 0,
         ready: Callable[[Sequence[str]], bool] = lambda digests: True,
     ) -> None:
-        """`budget` bytes hold the versions in slots, each of `size_of(digest)`; 0 is no limit.
+        """Create empty slots. `budget`: limit of all versions' `size_of(digest)`, in bytes; 0 is no limit.
 
         `ready(digests)`: whether versions that are in no slot can be put there without a wait.
         """
         self.order: Callable[[Row], Any] = lambda row: row.arrival
-        """Whose turn is earlier has the smaller one."""
+        """Sort key of a sequence's turn; an earlier turn is smaller."""
         self._slots = [_Slot() for _ in range(capacity)]
         self.budget = budget
         self._size_of = size_of
@@ -53,7 +54,7 @@ class SlotTable:
 
     @property
     def used(self) -> int:
-        """Slots that running rows use now."""
+        """Number of slots that running sequences use now."""
         return sum(bool(slot.users) for slot in self._slots)
 
     @property
@@ -62,11 +63,11 @@ class SlotTable:
 
     @property
     def unclaimed(self) -> set[str]:
-        """The versions in slots that no waiting row has claimed."""
+        """Versions in slots that no waiting sequence has claimed."""
         return {slot.digest for slot in self._slots if slot.digest is not None and slot.claimed_by is None}
 
     def acquire(self, row: Row) -> bool:
-        """Give the row a slot for each of its adapters, all or none; False when it has to wait."""
+        """Acquire a slot for each of the sequence's adapters, all or none. Return False if it has to wait."""
         places = self.slot_of
         held = {digest: places[digest] for digest in row.mix.digests if digest in places}
         if any(self._closed_to(row, self._slots[number]) for number in held.values()):
@@ -99,17 +100,17 @@ class SlotTable:
         return True
 
     def release(self, row: Row) -> None:
-        """The row runs no longer (it may wait again); what it used stays in place until it is evicted."""
+        """Release the slots of a sequence that runs no longer. Its versions stay in them until evicted."""
         for slot in self._slots:
             slot.users.discard(row)
 
     def forget(self, row: Row) -> None:
-        """The row is gone for good, and so is its claim."""
+        """Remove a sequence for good, with its claims."""
         self.release(row)
         self._unclaim(row)
 
     def evict(self, digest: str) -> bool:
-        """Empty the version's slot if no row uses it; True when the version is in no slot any more."""
+        """Empty the version's slot if no sequence uses it. Return True if the version is in no slot now."""
         number = self.slot_of.get(digest)
         if number is None:
             return True
@@ -119,7 +120,7 @@ class SlotTable:
         return True
 
     def in_the_way(self, row: Row) -> set[Row]:
-        """The rows that use the slots that `row` has claimed and lacks."""
+        """Return the sequences that use slots which `row` has claimed and lacks."""
         return {
             user
             for slot in self._slots
@@ -128,11 +129,11 @@ class SlotTable:
         }
 
     def users(self, number: int) -> list[Row]:
-        """The rows that use a slot, in order of arrival."""
+        """Return the sequences that use a slot, in order of arrival."""
         return sorted(self._slots[number].users, key=lambda row: row.arrival)
 
     def vacate(self, number: int) -> None:
-        """The slot holds nothing, whatever was to be loaded; its rows have ended."""
+        """Mark a slot as empty after a failed load; its sequences have ended."""
         self._slots[number].digest = None
 
     def _empty(self, number: int) -> None:
@@ -141,7 +142,7 @@ class SlotTable:
             self.moves[number] = None
 
     def _fits(self, added: Iterable[str], without: Sequence[int] = ()) -> bool:
-        """Whether the versions in slots and `added` fit in the budget, once the slots `without` are empty."""
+        """Return True if the versions in slots and `added` fit in the budget when `without` are empty."""
         if not self.budget:
             return True
         kept = [slot.digest for number, slot in enumerate(self._slots) if number not in without]
@@ -153,10 +154,10 @@ class SlotTable:
         return claimant is not None and claimant is not row and self.order(claimant) < self.order(row)
 
     def _claim(self, row: Row, missing: Sequence[str], keep: set[int]) -> None:
-        """Reserve the slots with the fewest users, idle ones first, unless this or an earlier row has claims.
+        """Reserve the slots with the fewest users, unless this or an earlier sequence has claims.
 
-        The claims of a row whose turn is later give way: a preempted row may come back to find some, and
-        would otherwise wait for all that are made one after the other.
+        The claims of a sequence whose turn is later are dropped. Otherwise a preempted sequence could find
+        some when it returns, and would have to wait for all of them in turn.
         """
         for slot in self._slots:
             if slot.claimed_by is not None and self.order(slot.claimed_by) <= self.order(row):

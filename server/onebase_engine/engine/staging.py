@@ -1,7 +1,7 @@
-"""Versions on their way to a slot: read from their files in a thread, then copied to the accelerator.
+"""Versions in flight to a slot: read from their files in a thread, then copied to the accelerator.
 
-No step waits for a disk. A row whose version is still being copied waits, while the others go on. On the CPU,
-where a slot points at what host memory holds, there is nothing to copy and nobody waits.
+No step waits for a disk. A sequence whose version is still being copied waits while the others continue. On
+the CPU, a slot points at host memory: there is nothing to copy and nothing waits.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from onebase_engine.lora.weights import (
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256
-"""Bytes on which a tensor begins in a slab, as in an allocation of its own on a GPU."""
+"""Alignment of tensors in a slab, in bytes: that of an allocation of its own on a GPU."""
 KEPT_BYTES = 1 << 30
-"""Page-locked memory of versions that are gone, up to which it is kept for those to come."""
+"""Largest number of bytes of page-locked memory that stay allocated after their versions are gone."""
 MOST_PADDING = 1 / 8
-"""Part of a version by which the rounding of its slabs may be larger."""
+"""Largest part of a version that the rounding of its slabs may add."""
 
 
 # ---- from a file to host memory ---------------------------------------------------------------
@@ -46,17 +46,18 @@ MOST_PADDING = 1 / 8
 
 @dataclass(frozen=True)
 class Arrived:
-    """A version's finished tensors in host memory, and what to tell the api once the engine holds them."""
+    """A version's finished tensors in host memory, and the answer to send once the engine has them."""
 
     weights: AdapterWeights
     answer: AdapterLoaded
 
 
 class PackedAdapterLoader:
-    """Reads one file after the other and hands over each result by a call from its thread.
+    """Reads files one after the other and delivers each result by a call from its thread.
 
-    `load`, `forget` and `wanted` are the stepping thread's. `layers`: the base's, which a file must fit.
-    `prepare`: what is done to the tensors before they are kept. `device_of`: where a module lies, by name.
+    `load`, `forget` and `wanted` are called by the stepping thread. `layers`: the base's, which a file must
+    fit. `prepare`: conversion of the tensors before they are stored. `device_of`: a module's device, by its
+    name.
     """
 
     def __init__(
@@ -77,16 +78,16 @@ class PackedAdapterLoader:
         threading.Thread(target=self._run, name="engine-loader", daemon=True).start()
 
     def load(self, order: LoadAdapter) -> None:
-        """Queue a file; returns at once."""
+        """Queue a file and return at once."""
         self._wanted.add(order.digest)
         self._orders.put(order)
 
     def forget(self, digest: str) -> None:
-        """What is being read of this version is not wanted any more."""
+        """Discard the result of this version's file when it arrives."""
         self._wanted.discard(digest)
 
     def wanted(self, digest: str) -> bool:
-        """Whether a result that has come is still to be used; asked once for each."""
+        """Return True if a result that has arrived is still needed; called once for each."""
         wanted = digest in self._wanted
         self._wanted.discard(digest)
         return wanted
@@ -134,11 +135,11 @@ def _page_locked(size: int) -> torch.Tensor:
 
 
 def pinned(weights: AdapterWeights) -> tuple[AdapterWeights, int]:
-    """The same in page-locked memory, from which copies to the accelerator overlap with its work; and the
-    bytes that it takes there.
+    """Copy a version to page-locked memory; return the copy and its bytes there.
 
-    All tensors lie in one slab, so that one copy takes them, or in the few slabs into which `slabs_of` cuts
-    it. A classifier's head, which is in no slot, stays where it is.
+    Copies from there to the accelerator overlap with its work. All tensors lie in one slab, so that one copy
+    moves them, or in the few slabs into which `slabs_of` divides it. A classifier's head, which is in no
+    slot, stays where it is.
     """
     found = {id(one): one for module in without_head(weights).values() for _, one in tensors_of(module)}
     there: dict[int, torch.Tensor] = {}
@@ -159,8 +160,11 @@ def pinned(weights: AdapterWeights) -> tuple[AdapterWeights, int]:
 
 
 def give_unused_back() -> None:
-    """PyTorch keeps page-locked memory for tensors of the same size, a power of two, and for good: next to
-    versions of one size it would hold all that versions of other sizes ever had (`CachingHostAllocator`)."""
+    """Release page-locked memory beyond KEPT_BYTES that no tensor uses.
+
+    PyTorch keeps it for tensors of the same size, a power of two, and for good: next to versions of one size
+    it would hold all that versions of other sizes ever had (`CachingHostAllocator`).
+    """
     told = torch.cuda.host_memory_stats()
     # Before PyTorch 2.10 the second is what tensors have, and another one what is held.
     held = told.get("reserved_bytes.current", told.get("allocated_bytes.current", 0))
@@ -170,7 +174,7 @@ def give_unused_back() -> None:
 
 
 def _empty_host_cache() -> None:
-    """Have PyTorch release page-locked memory that no tensor has; without a way to, say what that costs."""
+    """Release page-locked memory that no tensor has; log a warning if PyTorch has no way to do so."""
     # The second is the same before PyTorch made it public.
     for owner, name in ((torch.accelerator, "empty_host_cache"), (torch._C, "_host_emptyCache")):
         release = getattr(owner, name, None)
@@ -185,12 +189,13 @@ def _empty_host_cache() -> None:
 
 
 def page_locked_bytes(size: int) -> int:
-    """What a page-locked allocation takes: PyTorch rounds it to a power of two (`CachingHostAllocator`)."""
+    """Return the size of a page-locked allocation: PyTorch rounds it up to a power of two
+    (`CachingHostAllocator`)."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
 def slabs_of(sizes: Mapping[int, int]) -> list[list[int]]:
-    """Which tensors share a slab, by their keys; `sizes` are bytes.
+    """Group tensors into slabs, by their keys; `sizes` are bytes.
 
     One slab, unless its rounding takes more than MOST_PADDING of it, and less is taken by large ones that are
     nearly full and a small one for the rest.
@@ -223,18 +228,18 @@ def _aligned(size: int) -> int:
 
 
 class Copy(Protocol):
-    """One version's copy, from its start on."""
+    """A version's copy, from its start on."""
 
     def done(self) -> bool: ...
 
     def wait(self) -> None: ...
 
     def take(self) -> AdapterWeights:
-        """What was copied, once it is done, for use by the steps."""
+        """Return the copied tensors, once they are complete, for use by the steps."""
 
 
 class CudaCopy:
-    """A copy on a stream of its own, out of page-locked memory."""
+    """A copy from page-locked memory on a stream of its own."""
 
     def __init__(self, weights: AdapterWeights, device: torch.device, stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream):
@@ -258,8 +263,10 @@ class CudaCopy:
 
 
 def copier(devices: Sequence[torch.device]) -> Callable[[AdapterWeights], Copy] | None:
-    """What starts a version's copy to the device; None for the CPU, and for several devices, to which the
-    step copies that takes it into a slot."""
+    """Return a function that starts a version's copy to the device.
+
+    None on the CPU, and with several devices, to which the step copies that loads the slot.
+    """
     device = devices[0]
     if device.type != "cuda" or len(devices) > 1:
         return None
@@ -268,10 +275,10 @@ def copier(devices: Sequence[torch.device]) -> Callable[[AdapterWeights], Copy] 
 
 
 class Staging:
-    """The copies under way and those that are done but not yet in a slot, `budget` bytes at most.
+    """Copies in flight and those that are complete but not yet in a slot, `budget` bytes at most.
 
-    Where a row's versions are larger than that, or memory is short, they are not copied ahead: the step that
-    takes them into slots copies them itself.
+    Versions of a sequence that are larger than that, or for which memory is short, are not copied ahead: the
+    step that loads them into slots copies them itself.
     """
 
     def __init__(
@@ -281,7 +288,7 @@ class Staging:
         store: Mapping[str, AdapterWeights],
         size_of: Callable[[str], int],
     ) -> None:
-        """`budget` 0 is no limit. `store`: each version's tensors in host memory; `size_of` its bytes."""
+        """Start empty. `budget` 0 is no limit. `store`: each version's host tensors; `size_of`: its bytes."""
         self._copy = copy
         self._budget = budget
         self._store = store
@@ -289,16 +296,16 @@ class Staging:
         self._copies: dict[str, Copy] = {}
         self._sizes: dict[str, int] = {}
         self._asked: set[str] = set()
-        """Versions of the rows that were asked for in this step, and are not to give way to others."""
+        """Versions requested in this step, which are not evicted for others."""
         self._started: dict[str, float] = {}
         self.began: dict[str, float] = {}
-        """When the way into a slot began of the versions that were taken, on the monotonic clock."""
+        """Start, in monotonic seconds, of the move into a slot of each version that was taken."""
         self._crowded = False
-        """A row waits for room in this step. Rows after it start no copies, and what they have of an
-        unfinished set is freed: so the row gets its room, and no two rows wait for each other's."""
+        """Whether a sequence waits for room in this step. Later ones then start no copies, and lose those of
+        an unfinished set: so the sequence gets its room, and no two wait for each other's."""
 
     def ready(self, digests: Sequence[str]) -> bool:
-        """Whether a row's missing versions can go into slots now; starts their copies if they cannot."""
+        """Return True if a sequence's missing versions can go into slots now; else start their copies."""
         if self._copy is None:
             return True
         sizes = {digest: self._size_of(digest) for digest in digests}
@@ -323,7 +330,7 @@ class Staging:
         return all(self._copies[digest].done() for digest in digests)
 
     def take(self, digest: str) -> AdapterWeights:
-        """The version's tensors for its slot: the copy, if there is one, else those in host memory."""
+        """Return the version's tensors for its slot: the copy, if there is one, else those in host memory."""
         copy = self._copies.pop(digest, None)
         self._sizes.pop(digest, None)
         self.began[digest] = self._started.pop(digest, time.monotonic())
@@ -333,9 +340,9 @@ class Staging:
         return copy.take()
 
     def drop_unwanted(self, waiting: Iterable[str]) -> None:
-        """Ends a step: frees the copies that no row waits for any more, since it was cancelled, say.
+        """End a step: free the copies for which no sequence waits any more.
 
-        `waiting`: the versions of all rows that wait, also of those that the step did not get to.
+        `waiting`: the versions of all waiting sequences, including those that the step did not reach.
         """
         if self._copies:
             kept = self._asked if self._crowded else set(waiting)
@@ -345,7 +352,7 @@ class Staging:
         self._crowded = False
 
     def wait(self) -> None:
-        """Until one more copy is done, if any is under way: for when there is nothing else to do."""
+        """Wait until one more copy is complete, if any is in flight, when there is nothing else to do."""
         for copy in self._copies.values():
             if not copy.done():
                 copy.wait()

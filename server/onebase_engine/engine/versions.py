@@ -21,17 +21,17 @@ from onebase_engine.lora.weights import (
 )
 
 MAX_VECTOR_BYTES = MAX_MESSAGE_BYTES * 3 // 4
-"""Of one row, on the socket."""
+"""Limit, in bytes, of one sequence's vector on the socket."""
 
 
 class Versions:
-    """Finished tensors by digest. A version that is unloaded stays until its last row has ended."""
+    """Finished tensors by digest. A version that is unloaded stays until its last sequence has ended."""
 
     def __init__(self) -> None:
         self.weights: dict[str, AdapterWeights] = {}
-        """What goes into slots."""
+        """Tensors that go into slots, by digest."""
         self.heads: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        """Of those that are classifiers: weight [labels, hidden] and bias [labels], fp64."""
+        """Heads of versions that are classifiers: weight [labels, hidden] and bias [labels], fp64."""
         self._sizes: dict[str, int] = {}
         self._alone: set[str] = set()
         """Versions that are no sum of products, and so cannot be weighted or added to others."""
@@ -46,7 +46,7 @@ class Versions:
         return bool(self._leaving)
 
     def put(self, digest: str, weights: AdapterWeights) -> None:
-        """Take a version in; its scales go into B where that changes no bit."""
+        """Add a version; its scales are folded into B where that changes no bit."""
         if isinstance(head := weights.get(HEAD), Head):
             weight = head.weight.double().numpy()
             bias = np.zeros(len(weight)) if head.bias is None else head.bias.double().numpy()
@@ -58,12 +58,12 @@ class Versions:
             self._alone.add(digest)
 
     def leave(self, digest: str) -> None:
-        """Take no more rows of this version, and drop it with `drop_unused`."""
+        """Refuse new sequences of this version, and let `drop_unused` drop it."""
         if digest in self.weights:
             self._leaving.add(digest)
 
     def drop_unused(self, in_use: Set[str], slots: SlotTable) -> None:
-        """Free the leaving versions that no row uses."""
+        """Free the leaving versions that no sequence uses."""
         for digest in list(self._leaving - in_use):
             if slots.evict(digest):
                 self._leaving.discard(digest)
@@ -73,16 +73,16 @@ class Versions:
                 self._dropped.append(digest)
 
     def take_dropped(self) -> list[str]:
-        """Digests whose memory has become free since the last call."""
+        """Return the digests whose memory has become free since the last call."""
         dropped, self._dropped = self._dropped, []
         return dropped
 
     def size(self, digest: str) -> int:
-        """Bytes of a version in a slot."""
+        """Return the bytes of a version in a slot."""
         return self._sizes[digest]
 
     def check(self, mix: AdapterMix, slot_budget: int = 0) -> None:
-        """Raise NeverFitsError when a row's adapters are not here, or can never be in slots together."""
+        """Raise NeverFitsError if a sequence's adapters are not loaded, or can never be in slots together."""
         for digest in mix.digests:
             if digest not in self.weights or digest in self._leaving:
                 raise NeverFitsError(
@@ -100,8 +100,7 @@ class Versions:
             )
 
     def check_head(self, mix: AdapterMix, tokens: int) -> None:
-        """Raise NeverFitsError unless a row's adapter is one classifier, and what it says of so many tokens
-        finds room in a message."""
+        """Raise NeverFitsError unless the adapters are one classifier whose output fits in a message."""
         if len(mix.terms) != 1 or mix.terms[0][1] != 1.0 or mix.terms[0][0] not in self.heads:
             raise NeverFitsError("no_classifier", "adapter", "classes need one adapter that is a classifier")
         labels = len(self.heads[mix.digests[0]][1])

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
 OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
-"""Environment variable: the path of another build, with sanitizers say."""
+"""Environment variable: the path of another build, for instance with sanitizers."""
 ABI = 5
 LANES = 16
 TRIAL_OUTPUTS = 1 << 20
@@ -107,7 +107,7 @@ class _Projected(ctypes.Structure):
 
 
 class Call(ctypes.Structure):
-    """One call of the library, with all that stays the same from step to step."""
+    """One call of the library, with all arguments that stay the same from step to step."""
 
     _fields_ = (
         ("kind", c_int64), ("rows", c_int64), ("count", c_int64), ("gated", c_int64), ("size", c_int64),
@@ -118,7 +118,7 @@ class Call(ctypes.Structure):
 
 
 class _Draw(ctypes.Structure):
-    """How one row's token is drawn."""
+    """Sampling settings of one row, and the token drawn."""
 
     _fields_ = (
         ("logits", c_void_p), ("allowed", c_void_p), ("wide", c_int64), ("top_k", c_int64),
@@ -139,7 +139,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 class Recorder(Protocol):
-    """What writes down calls, and says where their results go."""
+    """Protocol of an object that records calls and provides the memory for their results."""
 
     def note(self, call: Call, reads: Sequence[torch.Tensor]) -> None: ...
 
@@ -147,7 +147,7 @@ class Recorder(Protocol):
 
 
 def _groups_of(rows: RowMap) -> int | None:
-    """Address of the library's own structure of the groups, made once; None without groups."""
+    """Return the address of the library's structure of the groups, built once; None without groups."""
     if not rows.groups:
         return None
     if "native" not in rows.held:
@@ -166,7 +166,7 @@ def _groups_of(rows: RowMap) -> int | None:
 
 
 def _contexts_of(contexts: Contexts) -> int:
-    """Address of the library's own structure, made once."""
+    """Return the address of the library's structure of the contexts, built once."""
     if "native" not in contexts.held:
         arrays = (contexts.position, contexts.table_row, contexts.write, contexts.table)
         own = _Contexts(len(arrays[0]), *(a.ctypes.data for a in arrays), contexts.table.shape[1])
@@ -176,7 +176,7 @@ def _contexts_of(contexts: Contexts) -> int:
 
 
 def find_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """Those that compute for a base of this dtype: the library's or Triton's where they can, else the
+    """Return the kernels for a base of this dtype: the library's or Triton's if they can, else the
     reference."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         return _on_gpu(device)
@@ -206,7 +206,7 @@ def _on_gpu(device: torch.device) -> Kernels:
 
 @cache
 def load_library() -> CpuKernels | None:
-    """The library's kernels for this processor; None, with the reason in the log, where PyTorch computes."""
+    """Return the library's kernels for this processor; None, with the reason logged, if PyTorch computes."""
     wanted = os.environ.get(CHOICE, "")
     if wanted == "torch":
         return None
@@ -237,7 +237,7 @@ def load_library() -> CpuKernels | None:
 
 
 class CpuKernels:
-    """The library, and what trials have shown of it on this machine."""
+    """The library, with the results of trials on this machine."""
 
     tiled = True
     row_multiple = 1
@@ -255,7 +255,7 @@ class CpuKernels:
         self._norms: dict[tuple[Any, ...], bool] = {}
         self.threads = 0
         self.recorder: Recorder | None = None
-        """What writes down the calls that are made."""
+        """Recorder of the calls, if they are being recorded."""
         self.use_threads()
 
     def run(
@@ -277,13 +277,13 @@ class CpuKernels:
         _check(self.library.onebase_run(calls, count, terms, step))
 
     def empty(self, *shape: int) -> torch.Tensor:
-        """Where a call may write its result, bf16."""
+        """Return memory, bf16, for a call's result."""
         if self.recorder is not None:
             return self.recorder.empty(*shape)
         return torch.empty(*shape, dtype=torch.bfloat16)
 
     def use_threads(self) -> None:
-        """As many as PyTorch has."""
+        """Use as many threads as PyTorch."""
         if self.threads != torch.get_num_threads():
             self.threads = torch.get_num_threads()
             self.library.onebase_use_threads(self.threads)
@@ -303,7 +303,7 @@ class CpuKernels:
         return layer
 
     def join(self, layers: Sequence[LinearKernel], *, gated: bool = False) -> NativeLayers | None:
-        """A gated pair is joined where silu has PyTorch's bits."""
+        """Join layers. A gated pair is joined only if silu has PyTorch's bits."""
         own = [layer for layer in layers if isinstance(layer, NativeLinear)]
         if len(own) < len(layers) or (gated and not self.gates):
             return None
@@ -313,7 +313,7 @@ class CpuKernels:
     def _find_block(
         self, layer: NativeLinear, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[int, bool]:
-        """Terms that are summed before they are added to the rest, and whether that gives PyTorch's bits."""
+        """Return the terms summed in one block, and whether that gives PyTorch's bits."""
         for block in (layer.size_in, *_BLOCKS):
             layer.structure.block = block
             tried = _inputs(layer.size_in, layer.size_out)
@@ -326,8 +326,10 @@ class CpuKernels:
         return layer.size_in, False
 
     def order(self, inner: int, outer: int) -> tuple[_Order, bool]:
-        """How to sum fp32 products of `inner` terms for TILE rows and `outer` outputs, and whether that is
-        PyTorch's order."""
+        """Return the order in which to sum fp32 products, and whether it is PyTorch's.
+
+        The products have `inner` terms, TILE rows and `outer` outputs.
+        """
         key = (inner, outer, self.threads)
         if key not in self._orders:
             self._orders[key] = self._find_order(inner, outer)
@@ -354,7 +356,8 @@ class CpuKernels:
         return out.permute(1, 0, 2).reshape(len(x), -1)[:, : len(weight)]
 
     def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        """By the library if it is a root mean square norm, and a trial shows its own bits."""
+        """Return the library's norm if a trial gives the bits of `base`, a root mean square norm; else
+        `base`."""
         weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
         eps = getattr(base, "variance_epsilon", getattr(base, "eps", None))
         own: Callable[[torch.Tensor], torch.Tensor] = base
@@ -386,7 +389,8 @@ class CpuKernels:
         return norm if self._norms[key] else own
 
     def add(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """x + other, bf16, both contiguous and of one shape, whose last size is a multiple of LANES."""
+        """Return x + other, bf16, both contiguous and of one shape, whose last size is a multiple of
+        LANES."""
         y = self.empty(*x.shape)
         size = x.shape[-1]
         call = Call(_ADD, x.numel() // size, size=size, x=x.data_ptr(), other=other.data_ptr())
@@ -443,7 +447,7 @@ class CpuKernels:
 
 
 class NativeLinear:
-    """One linear layer by the library: the base's product, and what plain LoRAs in its slots add."""
+    """One linear layer by the library: the base's product, plus the plain LoRAs in its slots."""
 
     captures = False
     adds = False
@@ -451,7 +455,7 @@ class NativeLinear:
     def __init__(
         self, kernels: CpuKernels, base: Any, slots: int, reference: ReferenceLinear, *, unpacked: bool
     ) -> None:
-        """`reference`: the same layer by PyTorch."""
+        """Describe the layer to the library. `reference`: the same layer by PyTorch."""
         self.kernels = kernels
         self.reference = reference
         self.size_in, self.size_out = base.in_features, base.out_features
@@ -495,7 +499,7 @@ class NativeLinear:
         return self.exact_base and slot not in self._inexact
 
     def alone(self, x: torch.Tensor) -> torch.Tensor:
-        """What the base gives: x [rows, in] bf16, contiguous -> [rows, out] bf16."""
+        """Compute the base's product alone: x [rows, in] bf16, contiguous -> [rows, out] bf16."""
         return self._layers(x, None)[0]
 
     def put(self, slot: int, weights: LoraWeights | None) -> None:
@@ -518,7 +522,7 @@ class NativeLinear:
 class NativeLayers:
     """Up to three linear layers that multiply the same rows, in one call.
 
-    `gated`: two of them, a gate and what it lets through; the one result is silu(gate) * up.
+    `gated`: two of them, a gate and an up projection; the one result is silu(gate) * up.
     """
 
     def __init__(self, layers: Sequence[NativeLinear], *, gated: bool = False) -> None:
@@ -530,7 +534,8 @@ class NativeLayers:
             self._call.layers[number] = ctypes.addressof(layer.structure)
 
     def __call__(self, x: torch.Tensor, rows: RowMap | None) -> list[torch.Tensor]:
-        """x [rows, in] bf16, contiguous -> [rows, out] bf16 of each; without `rows` no adapter acts."""
+        """Compute x [rows, in] bf16, contiguous -> [rows, out] bf16 of each; without `rows` no adapter
+        acts."""
         call, count = self._call, x.shape[0]
         ys = [self._kernels.empty(count, size) for size in self._sizes]
         for number, y in enumerate(ys):
@@ -571,7 +576,7 @@ class NativeAttention:
 
 
 def _inputs(size_in: int, size_out: int) -> Iterator[torch.Tensor]:
-    """Rows [TILE, in] bf16 that give TRIAL_OUTPUTS: another order changes one in ten thousand."""
+    """Yield rows [TILE, in] bf16 for TRIAL_OUTPUTS outputs: another order changes one in ten thousand."""
     draw = torch.Generator().manual_seed(0)
     for _ in range(-(-TRIAL_OUTPUTS // (TILE * size_out))):
         yield torch.randn(TILE, size_in, generator=draw).to(torch.bfloat16)
@@ -585,7 +590,7 @@ def _check(result: int) -> None:
 
 
 def _by_panels(weight: Any, outputs: int) -> torch.Tensor:
-    """Scales of a weight's blocks as [out / LANES, blocks of an output, LANES], fp32.
+    """Return the scales of a weight's blocks as [out / LANES, blocks of an output, LANES], fp32.
 
     The weight keeps them: views of a base share it, and would have a sixteenth of a byte a weight each.
     """
@@ -599,7 +604,7 @@ def _by_panels(weight: Any, outputs: int) -> torch.Tensor:
 
 
 def _every_number() -> tuple[torch.Tensor, torch.Tensor]:
-    """Every number that bf16 has, infinities and NaNs too, and as many others."""
+    """Return every number that bf16 has, infinities and NaNs included, and as many random ones."""
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     return every, torch.randn(len(every), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
 
@@ -631,12 +636,12 @@ def _one_block(inner: int, outer: int) -> _Order:
 
 
 def _strands(inner: int, outer: int) -> _Order:
-    """Four sums of every fourth term (MKL on AMD's processors, for few outputs)."""
+    """Return the order of four sums of every fourth term (MKL on AMD's processors, for few outputs)."""
     return _Order()
 
 
 def _probed_blocks(inner: int, outer: int) -> _Order | None:
-    """Terms one after the other in blocks, those in groups; None if it has more than that.
+    """Return the order of blocks of consecutive terms, in groups; None if PyTorch's order is more complex.
 
     Two huge terms that cancel swallow what is added between them: what is left of a sum of ones tells how
     many terms were summed before the two met (FPRev, arXiv 2411.00442).

@@ -49,51 +49,53 @@ Captured = TypeVar("Captured")
 
 
 class CaptureError(Exception):
-    """A pass that cannot be a graph of CUDA, nor can others of the same model."""
+    """Raised if a pass cannot be a CUDA graph; then other passes of the same model cannot either."""
 
 
 PIECE = tl.constexpr(1024)
-"""Terms of a product whose sum is one number, before it is added to the others'."""
+"""Number of a product's terms that are summed before they are added to the others."""
 STEP = tl.constexpr(64)
-"""Terms that a loop takes at a time; `in_features` is a multiple of it."""
+"""Number of terms that a loop processes at a time; `in_features` is a multiple of it."""
 OUTPUTS = tl.constexpr(64)
 RANKS = tl.constexpr(16)
 SPLIT = tl.constexpr(512)
-"""Keys of a context that one program attends to."""
+"""Number of a context's keys that one program attends to."""
 KEYS = tl.constexpr(64)
 QUERIES = tl.constexpr(64)
-"""Queries of a program: rows of one context, with all heads that share its keys."""
+"""Number of a program's queries: rows of one context, with all heads that share its keys."""
 HIDDEN = 1 << 23
-"""Numbers between A and B that are kept piece by piece; of more of them each program adds the pieces up."""
+"""Largest LoRA intermediate, in elements, that is kept as partial sums by piece; above it each program adds
+up its pieces."""
 SCRATCH = 1 << 28
-"""Bytes of what splits give that attention holds at once, about: of more rows in longer contexts it holds
-that of some after the other."""
+"""Approximate bytes of attention's partial results; with more rows in longer contexts, chunks are computed
+one after the other."""
 PLAIN: dict[str, Any] = {"enable_fp_fusion": False}
-"""How all are compiled: a product that is added is rounded first, as in PyTorch's operators one by one."""
+"""Compiler options of all kernels: a product that is added is rounded first, as in PyTorch's separate
+operators."""
 ALIGNMENT = 16
-"""Bytes on which weights and matrices begin."""
+"""Alignment of weights and matrices, in bytes."""
 FEW_ROWS, MANY_ROWS, MOST_ROWS = 16, 64, 128
-"""Rows of a program. With more than MANY_ROWS a 4-bit weight is unpacked once for all."""
+"""Numbers of rows of a program. With more than MANY_ROWS, a 4-bit weight is unpacked once for all."""
 WIDE = 2 * OUTPUTS.value
-"""Outputs of a program where so many rows, PROMPT_ROWS, leave enough programs for a whole device."""
+"""Number of outputs of a program from PROMPT_ROWS rows on, which leave enough programs for a whole device."""
 PROMPT_ROWS = 512
 
 WEIGHT, ABSMAX, CODE, BIAS = (tl.constexpr(number) for number in range(4))
 SLOTS, SIZE_OUT, BLOCKSIZE, FACTS = (tl.constexpr(number) for number in range(4, 8))
-"""What the kernels are told of a layer, int64: addresses, sizes; and how many of these there are."""
+"""Indices of a layer's facts for the kernels, int64: addresses, sizes; and the number of facts."""
 A, B, RANK, SCALE, NARROW, SLOT_FACTS = (tl.constexpr(number) for number in range(6))
-"""And of a slot: addresses of A and B, the rank (0: empty), the bits of the scale in fp32, and whether A and
-B are in bf16 instead of fp32."""
+"""Indices of a slot's facts: addresses of A and B, the rank (0: empty), the bits of the scale in fp32, and
+whether A and B are in bf16 instead of fp32; and the number of facts."""
 
 FIXED = "cuda"
-"""In `held` of a step at fixed places."""
+"""Key in `held` of a step at fixed places."""
 SMALLEST = tl.constexpr(LEAST_SCALE)
 TO_INTEGER = tl.constexpr(12582912.0)
-"""1.5 * 2^23: added and taken away again, it leaves the nearest integer, ties to even."""
+"""Constant 1.5 * 2^23: added and subtracted again, it leaves the nearest integer, ties to even."""
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _WAITS = "called a synchronizing CUDA operation"
-"""What PyTorch says where the host waits for the device and it is asked to say so."""
+"""Part of PyTorch's error, in its debug mode, when the host waits for the device."""
 
 
 # ---- products ----------------------------------------------------------------------------------
@@ -101,15 +103,17 @@ _WAITS = "called a synchronizing CUDA operation"
 
 @triton.jit
 def _layer_of(block, second, third):
-    """Which of up to three layers a block of outputs belongs to, and that layer's first block."""
+    """Return the layer, of up to three, to which a block of outputs belongs, and that layer's first block."""
     layer = (block >= second).to(tl.int32) + (block >= third).to(tl.int32)
     return layer, tl.where(layer == 0, 0, tl.where(layer == 1, second, third))
 
 
 @triton.jit
 def _unpacked(weight, absmax, code, out, first, there, size_in, blocksize):
-    """Weights [OUTPUTS, STEP] of the outputs `out` and the terms from `first` on, bf16. `code` [16] is in
-    registers: looked up in memory, each weight would be a copy of four bytes."""
+    """Unpack the weights [OUTPUTS, STEP] of the outputs `out` and the terms from `first` on, bf16.
+
+    `code` [16] is in registers: looked up in memory, each weight would be a copy of four bytes.
+    """
     # Triton loads 16 bytes at a time where it is told that they lie so.
     half = tl.multiple_of(first // 2, STEP // 2) + tl.arange(0, STEP // 2)
     own = out[:, None] * tl.multiple_of(size_in // 2, STEP // 2)
@@ -125,7 +129,7 @@ def _products(
     x, layers, sums, rows, size_in, width, second, third, pieces, NF4: tl.constexpr, ROWS: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
-    """sums[part, row, outputs of all layers] = x @ weight.T over the `pieces` pieces of each part.
+    """Compute sums[part, row, outputs of all layers] = x @ weight.T over the `pieces` pieces of each part.
 
     The weights are the left factor, which may come from registers: there they are unpacked. Programs for all
     rows follow each other, so that a block of weights comes from memory once. SIZE: outputs of a block, in
@@ -163,7 +167,7 @@ def _products(
 
 @triton.jit
 def _unpack(weight, absmax, code, plain, size_in, blocksize, size_out):
-    """plain[out, in] = the numbers of a 4-bit weight, bf16."""
+    """Unpack a 4-bit weight into plain[out, in], bf16."""
     out = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
     first, there = tl.program_id(1) * STEP, out < size_out
     some = tl.load(code + tl.arange(0, 16))
@@ -174,7 +178,7 @@ def _unpack(weight, absmax, code, plain, size_in, blocksize, size_out):
 
 @triton.jit
 def _matrix(address, place, mask, narrow):
-    """Numbers of A or B, fp32."""
+    """Load numbers of A or B, fp32."""
     if narrow != 0:
         narrow_ones = tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)), 16)
         found = tl.load(narrow_ones + place, mask=mask, other=0.0).to(tl.float32)
@@ -187,8 +191,10 @@ def _matrix(address, place, mask, narrow):
 
 @triton.jit
 def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, pieces, most_rank):
-    """hidden[layer, part, term, rank] = x32 @ A.T over the `pieces` pieces of each part: one row and one slot
-    a program."""
+    """Compute hidden[layer, part, term, rank] = x32 @ A.T over the `pieces` pieces of each part.
+
+    A program computes one row and one slot.
+    """
     term, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     blocks = tl.cdiv(most_rank, RANKS)
     layer, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
@@ -216,7 +222,7 @@ def _shrink(x, layers, row_of, slot_of, hidden, terms, size_in, pieces, most_ran
 
 @triton.jit
 def _added(hidden, own, out, there, terms, term, first_part, parts, most_rank):
-    """What one slot adds to a row's outputs, before the row's own weight, fp32."""
+    """Return the product of one slot's B for a row, scaled but without the row's own weight, fp32."""
     size = tl.load(own + RANK)
     b, narrow = tl.load(own + B), tl.load(own + NARROW)
     sums = tl.zeros((OUTPUTS, RANKS), dtype=tl.float32)
@@ -235,7 +241,7 @@ def _added(hidden, own, out, there, terms, term, first_part, parts, most_rank):
 
 @triton.jit
 def _exp(x):
-    """As PyTorch computes it; `tl.exp` is the device's approximation."""
+    """Compute exp like PyTorch; `tl.exp` is the device's approximation."""
     if INTERPRETED:
         return tl.exp(x)
     return libdevice.exp(x)
@@ -246,7 +252,7 @@ def _output(
     sums, layers, hidden, starts, slot_of, weight_of, rows, width, parts, terms, hidden_parts, most_rank,
     layer, begin, block, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """What one layer gives for a row, a block of its outputs, rounded in PEFT's order to bf16."""
+    """Return a block of one layer's outputs for a row, rounded in PEFT's order to bf16."""
     row = tl.program_id(0).to(tl.int64)
     facts = layers + layer * FACTS
     out = (block * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
@@ -281,8 +287,10 @@ def _finish(
     sums, layers, hidden, starts, slot_of, weight_of, onto, y_1, y_2, y_3, rows, width, parts, terms,
     hidden_parts, most_rank, second, third, QUANTIZED: tl.constexpr, GATED: tl.constexpr, ONTO: tl.constexpr,
 ):  # fmt: skip
-    """Each layer's outputs: the parts' sum, and what the row's adapters add; of a single layer, added to
-    what is in `onto`."""
+    """Store each layer's outputs: the parts' sum plus the row's adapters.
+
+    The result of a single layer is added to `onto`.
+    """
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     layer, begin = _layer_of(block, second, third)
     y = _output(
@@ -308,7 +316,7 @@ def _finish(
 
 @dataclass(frozen=True)
 class _Terms:
-    """Which slots act on which rows of a step, on the device. `starts` [rows + 1]: a row's first."""
+    """Slots that act on the rows of a step, on the device. `starts` [rows + 1]: index of each row's first."""
 
     count: int
     starts: torch.Tensor
@@ -316,11 +324,11 @@ class _Terms:
     slot: torch.Tensor
     weight: torch.Tensor
     most_rank: int = 0
-    """No slot's rank is larger; 0: it is up to the layer."""
+    """Upper bound of the slots' ranks; 0: the layer's own bound holds."""
 
 
 def _terms_of(rows: RowMap, count: int, device: torch.device) -> _Terms:
-    """Made once a step and device."""
+    """Return the step's terms, computed once for each device."""
     key = FIXED if FIXED in rows.held else f"cuda {count} {device}"
     if key not in rows.held:
         starts, columns = _acting(rows, count)
@@ -332,7 +340,7 @@ def _terms_of(rows: RowMap, count: int, device: torch.device) -> _Terms:
 
 
 def _acting(rows: RowMap, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """A step's `_Terms` as int32: starts [count + 1]; and rows, slots and the bits of weights, [3, terms]."""
+    """Return a step's `_Terms` as int32: starts [count + 1]; rows, slots and weights' bits [3, terms]."""
     of_row: list[tuple[tuple[int, float], ...]] = [()] * count
     for group in rows.groups:
         for row in group.rows:
@@ -346,26 +354,26 @@ def _acting(rows: RowMap, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:
-    """Triton launches on the current device, which is to be that of the tensors."""
+    """Make `device` the current one, on which Triton launches."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same where the kernels may load 16 bytes at a time: a copy of what begins within them."""
+    """Return the tensor, copied if needed, so that the kernels may load 16 bytes at a time."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 class CudaLinear:
-    """One linear layer, 4-bit or bf16, and what plain LoRAs in its slots add."""
+    """One linear layer, 4-bit or bf16, plus the plain LoRAs in its slots."""
 
     captures = True
     adds = True
 
     def __init__(self, kernels: CudaKernels, base: Any, slots: int, reference: ReferenceLinear) -> None:
-        """`reference`: the same layer by PyTorch."""
+        """Describe the layer to the kernels. `reference`: the same layer by PyTorch."""
         self._reference = reference
         self.size_in, self.size_out = base.in_features, base.out_features
         self.nf4 = _is_nf4(base)
@@ -384,7 +392,7 @@ class CudaLinear:
         tensors = (self.weight, self.absmax, self.code, self.bias)
         addresses = [0 if one is None else one.data_ptr() for one in tensors]
         self.facts = [*addresses, self._slots.data_ptr(), self.size_out, self.blocksize]
-        """As the kernels are told them."""
+        """Facts of the layer for the kernels, by the indices above."""
         self._layers = CudaLayers(kernels, [self])
 
     def __call__(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None = None) -> torch.Tensor:
@@ -413,7 +421,7 @@ class CudaLinear:
 class CudaLayers:
     """Up to three linear layers that multiply the same rows, in three launches.
 
-    `gated`: two of them, a gate and what it lets through; the one result is silu(gate) * up.
+    `gated`: two of them, a gate and an up projection; the one result is silu(gate) * up.
     """
 
     def __init__(self, kernels: CudaKernels, layers: Sequence[CudaLinear], *, gated: bool = False) -> None:
@@ -428,10 +436,11 @@ class CudaLayers:
         self._pieces = triton.cdiv(layers[0].size_in, PIECE.value)
         self._facts = sent(np.array([layer.facts for layer in layers]), layers[0].weight.device)
         self._wide: tuple[list[int], torch.Tensor] = [], self._facts
-        """The same with weights in bf16, and where these lie."""
+        """Facts with weights in bf16, and these weights' addresses."""
 
     def __call__(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """x [rows, in] bf16, contiguous -> [rows, out] bf16 of each; of a single layer, added to `onto`."""
+        """Compute x [rows, in] bf16, contiguous -> [rows, out] bf16 of each; a single layer's is added to
+        `onto`."""
         with on_device(x.device):
             return self._multiplied(x, rows, onto)
 
@@ -470,7 +479,7 @@ class CudaLayers:
         return ys
 
     def _wide_facts(self) -> torch.Tensor:
-        """The layers' facts [layers, FACTS], with weights in bf16, which stay until the next call."""
+        """Return the layers' facts [layers, FACTS] with weights in bf16, valid until the next call."""
         addresses = [self._kernels.unpack(layer, n).data_ptr() for n, layer in enumerate(self._layers)]
         if self._wide[0] != addresses:
             facts = np.array([layer.facts for layer in self._layers])
@@ -488,7 +497,8 @@ def _is_nf4(base: Any) -> bool:
 
 @triton.jit
 def _turned(x, at, cosines, sines, row, dim, wanted, SIZE: tl.constexpr, TURN: tl.constexpr):
-    """Rows x[at + 0..dim] of queries or keys, turned by their positions as transformers rounds it."""
+    """Load rows x[at + 0..dim] of queries or keys, rotated by their positions and rounded like
+    transformers'."""
     place = tl.arange(0, SIZE)
     mask = wanted[:, None] & (place < dim)[None, :]
     own = tl.load(x + at[:, None] + place[None, :], mask=mask, other=0.0)
@@ -507,7 +517,7 @@ def _turned(x, at, cosines, sines, row, dim, wanted, SIZE: tl.constexpr, TURN: t
 
 @triton.jit
 def _keep(x, numbers, scales, slot, dim, SIZE: tl.constexpr, EIGHT: tl.constexpr):
-    """Numbers x[dim] into their slot of the cache: as they are, or as `LayerCache` says of int8."""
+    """Store numbers x[dim] in their slot of the cache: as they are, or as `LayerCache` describes for int8."""
     place = tl.arange(0, SIZE)
     to = numbers + slot * dim + place
     if EIGHT:
@@ -528,7 +538,7 @@ def _write(
     key_dim, value_dim, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, TURN: tl.constexpr,
     EIGHT: tl.constexpr,
 ):  # fmt: skip
-    """A row's key and value of one head, into the cache."""
+    """Write a row's key and value of one head into the cache."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = head.to(tl.int64) * slots + tl.load(write + row)
     rows = tl.zeros((1,), dtype=tl.int64) + row
@@ -541,7 +551,7 @@ def _write(
 
 @triton.jit
 def _cached(pointers, mask, EIGHT: tl.constexpr):
-    """Numbers of the cache as bf16, which holds an int8 exactly."""
+    """Load numbers of the cache as bf16, which holds an int8 exactly."""
     if EIGHT:
         found = tl.load(pointers, mask=mask, other=0).to(tl.float32).to(tl.bfloat16)
     else:
@@ -556,11 +566,12 @@ def _attend(
     scaling, softcap, window, GROUPS: tl.constexpr, PADDED: tl.constexpr, KEY_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr, TURN: tl.constexpr, EIGHT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """What a tile's queries get from SPLIT keys: part[split, row, head, dim], before it is divided by the
-    sum of the weights; and that sum, and the largest score, in stats[split, row, head, 2]. Both have `rows`
-    rows, from `first_row` on.
+    """Attend a tile's queries to SPLIT keys: part[split, row, head, dim], stats[split, row, head, 2].
 
-    WHOLE: no context has more keys, so that it is divided at once, to out[row, head, dim].
+    `part` is not divided yet by the sum of the weights. `stats` are that sum and the largest score. Both have
+    `rows` rows, from `first_row` on.
+
+    WHOLE: no context has more keys, so that the result is divided at once and stored in out[row, head, dim].
     """
     tile, kv_head, split = first_tile + tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, count, context = (
@@ -634,14 +645,14 @@ def _attend(
 
 @triton.jit
 def _divided(mixed, weight, there):
-    """By the sum of the weights, also where that is no number, as of an adapter that overflows; zeros for
-    padding, which is not `there`."""
+    """Divide by the sum of the weights, even by NaN, as of an adapter that overflows. Return zeros for
+    padding."""
     return tl.where(there, mixed / tl.where(there, weight, 1.0), 0.0)
 
 
 @triton.jit(do_not_specialize=["first_row"])
 def _merge(part, stats, position, out, first_row, rows, heads, value_dim, VALUE_SIZE: tl.constexpr):
-    """One query's output from the splits that it sees, the first first; zeros for padding."""
+    """Merge one query's output from the splits that it sees, in ascending order; zeros for padding."""
     own_row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = first_row + own_row
     dim = tl.arange(0, VALUE_SIZE)
@@ -669,17 +680,20 @@ class _Step:
     write: torch.Tensor
     table: torch.Tensor
     tiles: torch.Tensor
-    """[tiles, 3]: first packed row, rows, context."""
+    """Tiles, [tiles, 3]: first packed row, number of rows, context."""
     first_rows: list[int]
-    """Of each tile; and of each how many splits its rows see at most."""
+    """First packed row of each tile; `splits` is the largest number of splits that its rows see."""
     splits: list[int]
     rows: int
     whole: bool
-    """Whether one SPLIT of keys is all that any row has, and each row is in a tile."""
+    """Whether no row has more keys than one SPLIT, and each row is in a tile."""
     held: dict[int, list[_Chunk]] = field(default_factory=dict)
 
     def chunks(self, most: int) -> list[_Chunk]:
-        """All tiles and rows; a chunk's rows times its splits are `most`, or it has one tile. Made once."""
+        """Return chunks of all tiles and rows, computed once.
+
+        Rows times splits of a chunk are at most `most`, unless it has one tile.
+        """
         if most not in self.held:
             edges, found, begin, wide = [0, *self.first_rows[1:], self.rows], list[_Chunk](), 0, 0
             widest, tile_rows = max(self.splits, default=0), max(b - a for a, b in pairwise(edges))
@@ -698,7 +712,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Tiles that attend at once, and their rows, those of padding behind them too."""
+    """Tiles that attend at once, and their rows, including those of padding behind them."""
 
     first_tile: int
     tiles: int
@@ -708,7 +722,7 @@ class _Chunk:
 
 
 def _step_of(contexts: Contexts, rows: int, device: torch.device) -> _Step:
-    """Made once a step and device; `rows`: of one context that a tile has at most."""
+    """Return the step's contexts, computed once for each device. `rows`: largest number of a tile's rows."""
     key = FIXED if FIXED in contexts.held else f"cuda {rows} {device}"
     if key not in contexts.held:
         tiles = np.array(list(_tiles(contexts, rows)), dtype=np.int32).reshape(-1, 3)
@@ -728,7 +742,7 @@ def _step_of(contexts: Contexts, rows: int, device: torch.device) -> _Step:
 
 
 def _tiles(contexts: Contexts, most: int) -> Iterator[tuple[int, int, int]]:
-    """Rows of one context next to each other, in pieces."""
+    """Yield adjacent rows of one context as first row, number (at most `most`) and context."""
     owner = np.where(contexts.position >= 0, contexts.table_row, -1)
     edges = [0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), len(owner)]
     for start, stop in pairwise(edges):
@@ -739,24 +753,27 @@ def _tiles(contexts: Contexts, most: int) -> Iterator[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class StepSize:
-    """How large a step may be to be read at the places of a `FixedStep`."""
+    """Largest size of a step that fits in a `FixedStep`."""
 
     rows: int
     splits: int
-    """SPLITs of keys that its longest context has."""
+    """Number of SPLITs of keys in the longest context."""
     terms: int
-    """(row, slot) pairs."""
+    """Number of (row, slot) pairs."""
     most_rank: int
 
 
 class FixedStep:
-    """What a pass reads of a step, at places of the device that stay: what was captured of a pass reads the
-    next step there. Smaller steps are padded; one copy takes a step there."""
+    """A step's inputs at fixed places of the device, where a captured pass reads each following step.
+
+    Smaller steps are padded; one copy brings a step to the device.
+    """
 
     def __init__(
         self, size: StepSize, slots: int, block_size: int, padding_slot: int, device: torch.device
     ) -> None:
-        """`padding_slot`: the KV slot that padding writes to, which nobody reads."""
+        """Allocate the places. `padding_slot`: the KV slot to which padding writes, and which is never
+        read."""
         rows, terms = size.rows, size.terms
         width = -(-size.splits * SPLIT.value // block_size)
         sizes = [rows, rows, rows, rows, 3 * rows, rows * width, rows + 1, terms, terms, terms]
@@ -777,17 +794,17 @@ class FixedStep:
         self.rows = RowMap(held={FIXED: held})
 
     def clear(self) -> None:
-        """Have a step of nothing but padding."""
+        """Load a step of nothing but padding."""
         none = np.zeros(0, dtype=np.int32)
         self.take(none, Contexts(none, none, none, none.reshape(0, 0)), RowMap())
 
     def take(self, ids: np.ndarray, contexts: Contexts, rows: RowMap) -> None:
-        """Have another step: the tokens of its packed rows, int, where they stand and what acts on them."""
+        """Load a step: the tokens of its packed rows, int, their contexts and their adapters."""
         self.prepare(contexts, rows)
         self.send(ids)
 
     def prepare(self, contexts: Contexts, rows: RowMap) -> None:
-        """Write another step, but for its tokens, while the device may compute one."""
+        """Write a step, except its tokens, to host memory while the device may compute another one."""
         _, places, position, write, tiles, table, starts, term_rows, slots, weights = self._parts
         count = len(contexts.position)
         if self._copied is not None:
@@ -815,7 +832,7 @@ class FixedStep:
             own[: len(new)] = new
 
     def send(self, ids: np.ndarray) -> None:
-        """Have the step that was prepared last."""
+        """Copy the prepared step, with its tokens, to the device."""
         self._parts[0][: len(ids)] = ids
         self._there.copy_(self._here, non_blocking=True)
         if self._copied is not None:
@@ -897,7 +914,10 @@ class CudaAttention:
 
 @triton.jit
 def _norm(x, weight, y, size, eps, SIZE: tl.constexpr, AROUND_ONE: tl.constexpr):
-    """A root mean square norm of one row, rounded before the weight, or (Gemma) after a weight around 1."""
+    """Compute a root mean square norm of one row.
+
+    It is rounded before the weight, or (Gemma) after a weight around 1.
+    """
     row, place = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     there = place < size
     own = tl.load(x + row * size + place, mask=there, other=0.0).to(tl.float32)
@@ -910,7 +930,7 @@ def _norm(x, weight, y, size, eps, SIZE: tl.constexpr, AROUND_ONE: tl.constexpr)
 def normed(
     given: tuple[torch.Tensor, ...], eps: float, around_one: bool, kernel: Any = _norm
 ) -> torch.Tensor:
-    """given: x, the weight, and what else the kernel takes, contiguous."""
+    """Run a norm kernel. `given`: x, the weight, and the kernel's further inputs, contiguous."""
     x, size = given[0], given[1].numel()
     y = torch.empty_like(x)
     padded = triton.next_power_of_2(size)
@@ -920,12 +940,12 @@ def normed(
 
 
 def _capturing(graph: Any, pool: Any) -> Any:
-    """In another thread a version may be on its way: only this one's calls are held to the rules."""
+    """Return a capture that checks this thread's calls only, since another one may be copying a version."""
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
 class CudaKernels:
-    """Triton's kernels."""
+    """Back-end of the Triton kernels."""
 
     name = "triton"
     tiled = False
@@ -945,7 +965,7 @@ class CudaKernels:
         self._reference = ReferenceKernels(tiled=False)
         self._scratch: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._pool: Any = None
-        """Memory that all graphs share: only one runs at a time. It ends with the last of them."""
+        """Memory pool that all graphs share, since only one runs at a time. It is freed with the last one."""
         self._captured: WeakSet[Any] = WeakSet()
         self._abandoned: list[Any] = []
 
@@ -967,7 +987,7 @@ class CudaKernels:
         return CudaLayers(self, own, gated=gated)
 
     def unpack(self, layer: CudaLinear, number: int) -> torch.Tensor:
-        """The layer's weights in bf16, until the next layer of this number among those of a call."""
+        """Return the layer's weights in bf16, valid until the next call for a layer of this number."""
         size = layer.size_in * layer.size_out
         key = number, layer.weight.device
         held = self._scratch.get(key)
@@ -981,7 +1001,7 @@ class CudaKernels:
         return held
 
     def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        """By Triton if it is a root mean square norm, which a trial shows."""
+        """Return a Triton norm if a trial shows that `base` is a root mean square norm, else `base`."""
         own: Callable[[torch.Tensor], torch.Tensor] = base
         found = norm_of(base)
         if found is None:
@@ -1001,10 +1021,10 @@ class CudaKernels:
         return CudaAttention(cache, scaling, softcap, window)
 
     def unawaited(self, run: Callable[[], Captured], device: torch.device) -> Captured:
-        """What it gives. Compiles and loads what it is still to be captured with, which no capture can.
+        """Run `run` before its capture, to compile and load kernels, which no capture can do.
 
         Raises:
-            CaptureError: the host waits for the device. A capture would fail of it, but not cleanly.
+            CaptureError: the host waits for the device, which would make a capture fail, and not cleanly.
         """
         if device.type != "cuda":
             return run()
@@ -1022,12 +1042,13 @@ class CudaKernels:
     def capture(
         self, run: Callable[[], Captured], device: torch.device
     ) -> tuple[Callable[[], None], Captured]:
-        """Capture what has run before as a graph of CUDA. What makes it run again, and the places to which
-        that writes what it gives.
+        """Capture, as a CUDA graph, a pass that has run before. Return its replay function and its outputs.
+
+        The replay writes its results to these outputs.
 
         Raises:
-            CaptureError: it cannot be captured; or what PyTorch raises where memory runs out. It computes on
-                after either.
+            CaptureError: it cannot be captured. If memory runs out, PyTorch's exception is raised. Computing
+                can continue after either.
         """
         own = torch.cuda.current_stream(device)
         pool = self._pool if self._captured else torch.cuda.graph_pool_handle()
@@ -1049,8 +1070,11 @@ class CudaKernels:
         return graph.replay, outputs
 
     def _abandon(self, graph: Any, pool: Any, device: torch.device) -> None:
-        """Where a capture does not end cleanly, PyTorch's allocator still takes it for one: it would keep
-        for good what other streams have used, and fail at the next lack of memory."""
+        """Clean up after a failed capture.
+
+        Otherwise PyTorch's allocator still treats it as active: it would never release what other streams
+        have used, and fail at the next lack of memory.
+        """
         self._abandoned.append(graph)  # whose address the allocator keeps
         number = torch.cuda.current_device() if device.index is None else device.index
         with suppress(RuntimeError, TypeError):  # it has ended cleanly, or PyTorch wants other arguments
@@ -1066,7 +1090,7 @@ class CudaKernels:
 
 @cache
 def load_kernels(device: torch.device) -> CudaKernels | None:
-    """The kernels for this device; None, with the reason in the log, where PyTorch computes."""
+    """Return the kernels for this device, or None, with the reason logged, if PyTorch computes."""
     try:
         kernels = CudaKernels()
         wrong = _differing(kernels, device)
@@ -1082,8 +1106,10 @@ def load_kernels(device: torch.device) -> CudaKernels | None:
 
 @torch.inference_mode()
 def _differing(kernels: CudaKernels, device: torch.device) -> str | None:
-    """What of a trial the kernels compute otherwise than PyTorch does in fp64, or with other bits for a row
-    alone; None if all is well."""
+    """Return the part of a trial in which the kernels are wrong, or None if there is none.
+
+    They are wrong if they differ from PyTorch in fp64, or if a row alone has other bits than among others.
+    """
     draw = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -1114,7 +1140,7 @@ def _differing(kernels: CudaKernels, device: torch.device) -> str | None:
 def _trial_layers(
     size_in: int, size_out: int, device: torch.device
 ) -> Iterator[tuple[str, Any, torch.Tensor]]:
-    """A layer in bf16 and one in NF4, each with its weight [out, in] bf16."""
+    """Yield a layer in bf16 and one in NF4, each with its weight [out, in] bf16."""
     import_bitsandbytes()
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -1128,7 +1154,8 @@ def _trial_layers(
 
 
 def norm_of(base: Any) -> tuple[torch.Tensor, float, bool] | None:
-    """Weight, epsilon, and whether the weight is around 1, of a root mean square norm in bf16; else None."""
+    """Return weight, epsilon, and whether the weight is around 1, of a bf16 root mean square norm; else
+    None."""
     weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
     eps = getattr(base, "variance_epsilon", getattr(base, "eps", None))
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype != torch.bfloat16:
@@ -1146,6 +1173,6 @@ def norm_of(base: Any) -> tuple[torch.Tensor, float, bool] | None:
 
 
 def _nearly_same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether nearly all have the same bits, and the others are neighbours in bf16."""
+    """Return True if nearly all have the same bits, and the others are neighbours in bf16."""
     near = (got.float() - wanted.float()).abs() <= wanted.float().abs() * 2.0**-7
     return bool(near.all()) and float((got == wanted).float().mean()) > 0.95

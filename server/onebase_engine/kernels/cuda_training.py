@@ -1,7 +1,7 @@
-"""What training computes on a GPU by kernels in Triton: norms, gates, rotations and losses, each with its
-gradient in one kernel, and matrices in fp32 as sums of some in bf16. Each keeps what its gradient needs.
+"""Triton kernels for training on a GPU: norms, gates, rotations and losses, each with its gradient.
 
-A function that replaces a module's own is tried next to it first.
+A gradient is one kernel, too, and a function stores what it needs. Matrices in fp32 are split into sums of
+some in bf16. A function that replaces a module's own is first compared with it in a trial.
 """
 
 # ruff: noqa: N803 (what Triton compiles into a kernel is written in capitals)
@@ -17,14 +17,14 @@ import triton.language as tl
 from onebase_engine.kernels.cuda import PLAIN, norm_of, normed, on_device
 
 _WORDS = 4096
-"""Logits that a program reads at once."""
+"""Number of logits that a program reads at once."""
 _NUMBERS, _HEADS = 1024, 16
-"""Gates that a program opens or numbers that it splits, and heads that it turns at once."""
+"""Numbers of elements that a gate or split program processes, and of heads that are rotated at once."""
 
 
 @triton.jit
 def _norm_gradient(x, weight, gradient, y, size, eps, SIZE: tl.constexpr, AROUND_ONE: tl.constexpr):
-    """What a gradient of `_norm`'s result is at its input."""
+    """Compute the gradient at the input of `_norm` from the one at its result."""
     row, place = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     there = place < size
     own = tl.load(x + row * size + place, mask=there, other=0.0).to(tl.float32)
@@ -38,7 +38,7 @@ def _norm_gradient(x, weight, gradient, y, size, eps, SIZE: tl.constexpr, AROUND
 
 @triton.jit
 def _log_sum(x, y, size, SIZE: tl.constexpr):
-    """The logarithm of the sum of a row's exponentials, in fp32."""
+    """Compute the logarithm of the sum of a row's exponentials, in fp32."""
     row = tl.program_id(0).to(tl.int64)
     most, total = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
     for first in range(0, size, SIZE):
@@ -53,7 +53,7 @@ def _log_sum(x, y, size, SIZE: tl.constexpr):
 
 @triton.jit
 def _log_gradient(x, targets, log_sums, upstream, size, SIZE: tl.constexpr):
-    """What the gradient of a row's log_sum less its target's number is at the row, written over it."""
+    """Overwrite a row with the gradient of its log_sum less its target's logit."""
     row, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     there = place < size
     own = tl.load(x + row * size + place, mask=there, other=0.0).to(tl.float32)
@@ -64,7 +64,7 @@ def _log_gradient(x, targets, log_sums, upstream, size, SIZE: tl.constexpr):
 
 @triton.jit
 def _gate(gate, up, y, count, SIZE: tl.constexpr):
-    """silu(gate) * up, of which silu(gate) is rounded too."""
+    """Compute silu(gate) * up, where silu(gate) is rounded too."""
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     there = place < count
     own = tl.load(gate + place, mask=there, other=0.0).to(tl.float32)
@@ -75,7 +75,7 @@ def _gate(gate, up, y, count, SIZE: tl.constexpr):
 
 @triton.jit
 def _gate_gradient(gate, up, gradient, y, y_1, count, SIZE: tl.constexpr):
-    """What a gradient of `_gate`'s result is at the gate and at what it lets through."""
+    """Compute the gradients at gate and up from the one at the result of `_gate`."""
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     there = place < count
     own = tl.load(gate + place, mask=there, other=0.0).to(tl.float32)
@@ -89,7 +89,7 @@ def _gate_gradient(gate, up, gradient, y, y_1, count, SIZE: tl.constexpr):
 
 @triton.jit
 def _split(x, y, size, count, SIZE: tl.constexpr):
-    """Three in bf16 that sum to a number in fp32: a row of the first ones, of the second and of the third."""
+    """Split fp32 numbers into three bf16 rows that sum to them: all first parts, all second, all third."""
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     there = place < count
     own = tl.load(x + place, mask=there, other=0.0)
@@ -106,7 +106,7 @@ def _split(x, y, size, count, SIZE: tl.constexpr):
 def _turn_heads(
     x, y, c, c_1, s, s_1, row, heads, half, x_row, x_head, HEADS: tl.constexpr, SIZE: tl.constexpr
 ):
-    """One token's heads: the first halves by c and s, the second ones by c_1 and s_1."""
+    """Rotate one token's heads: the first halves by c and s, the second ones by c_1 and s_1."""
     place = tl.arange(0, SIZE)
     for begin in range(0, heads, HEADS):
         head = (begin + tl.arange(0, HEADS)).to(tl.int64)
@@ -128,7 +128,7 @@ def _turn(
     q, k, cosines, sines, y, y_1, q_heads, k_heads, half, q_row, q_head, k_row, k_head,
     BACK: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """A token's queries and keys, turned by its position; back: their gradients."""
+    """Rotate a token's queries and keys by its position; with BACK, their gradients back."""
     row, place = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     at, there = row * 2 * half + place, place < half
     c = tl.load(cosines + at, mask=there, other=0.0).to(tl.float32)
@@ -142,7 +142,8 @@ def _turn(
 
 
 def log_sums(logits: torch.Tensor) -> torch.Tensor:
-    """[n, vocabulary] bf16, contiguous -> [n] fp32: the logarithm of each row's sum of exponentials."""
+    """Compute the logarithm of each row's sum of exponentials: [n, vocabulary] bf16, contiguous -> [n]
+    fp32."""
     y = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     with on_device(logits.device):
         _log_sum[(len(logits),)](logits, y, logits.shape[1], SIZE=_WORDS, **PLAIN)
@@ -152,15 +153,17 @@ def log_sums(logits: torch.Tensor) -> torch.Tensor:
 def overwrite_with_gradient(
     logits: torch.Tensor, targets: torch.Tensor, sums: torch.Tensor, gradient: torch.Tensor
 ) -> None:
-    """Of the cross-entropy of `targets` [n] at logits [n, vocabulary] bf16. gradient: at each loss, [n] fp32;
-    all contiguous."""
+    """Overwrite logits [n, vocabulary] bf16 with the gradient of the cross-entropy of `targets` [n].
+
+    gradient: at each loss, [n] fp32; all contiguous.
+    """
     grid = len(logits), triton.cdiv(logits.shape[1], _WORDS)
     with on_device(logits.device):
         _log_gradient[grid](logits, targets, sums, gradient, logits.shape[1], SIZE=_WORDS, **PLAIN)
 
 
 def split(matrix: torch.Tensor) -> torch.Tensor:
-    """[m, n] fp32, contiguous -> [m, 3, n] bf16, which sum to it."""
+    """Split [m, n] fp32, contiguous, into [m, 3, n] bf16, which sum to it."""
     rows, size = matrix.shape
     y = torch.empty(rows, 3, size, dtype=torch.bfloat16, device=matrix.device)
     grid = (triton.cdiv(matrix.numel(), _NUMBERS),)
@@ -170,7 +173,7 @@ def split(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class _TrainedNorm(torch.autograd.Function):
-    """A root mean square norm whose weight is not trained; keeps its input as it is."""
+    """A root mean square norm whose weight is not trained; stores its input unchanged."""
 
     @staticmethod
     def forward(
@@ -188,7 +191,7 @@ class _TrainedNorm(torch.autograd.Function):
 
 
 class _TrainedGate(torch.autograd.Function):
-    """silu(gate) * up, both contiguous; keeps nothing else."""
+    """Gate silu(gate) * up, both contiguous; stores only these two."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -201,7 +204,7 @@ class _TrainedGate(torch.autograd.Function):
 
 
 def _gated(kernel: Any, given: tuple[torch.Tensor, ...], results: int) -> tuple[torch.Tensor, ...]:
-    """given: contiguous, of one shape, which the results have too."""
+    """Run a gate kernel. `given` are contiguous and of one shape, which the results have too."""
     ys = tuple(torch.empty_like(given[0]) for _ in range(results))
     count = given[0].numel()
     with on_device(given[0].device):
@@ -210,7 +213,7 @@ def _gated(kernel: Any, given: tuple[torch.Tensor, ...], results: int) -> tuple[
 
 
 class _TrainedRotation(torch.autograd.Function):
-    """Queries and keys [1, heads, T, d] turned by cosines and sines [1, T, d]; keeps these alone."""
+    """Rotation of queries and keys [1, heads, T, d] by cosines and sines [1, T, d]; stores only these."""
 
     @staticmethod
     def forward(
@@ -227,7 +230,8 @@ class _TrainedRotation(torch.autograd.Function):
 def _both_turned(
     q: torch.Tensor, k: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, *, back: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of strides of any kind; in memory the results have a token's heads one after the other."""
+    """Rotate queries and keys with any strides. In memory, results have a token's heads one after the
+    other."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     tokens, size = q.shape[2:]
     y, y_1 = (x.new_empty_strided(x.shape, (x.numel(), size, x.shape[1] * size, 1)) for x in (q, k))
@@ -244,8 +248,10 @@ def _both_turned(
 
 
 def trained_norm(base: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """A root mean square norm in bf16, as `CudaKernels.norm`, with a gradient, of which there is a trial too;
-    None if it is another."""
+    """Return a root mean square norm in bf16 like `CudaKernels.norm`, with a gradient, or None.
+
+    None if `base` is another norm; a trial compares both with PyTorch's.
+    """
     found = norm_of(base)
     if found is None or base.weight.requires_grad:
         return None
@@ -266,8 +272,10 @@ def trained_norm(base: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
 def trained_gate(
     own: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], device: torch.device
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
-    """`own` of a gate and what it lets through, [..., size], if it is silu(gate) * up in bf16, which a
-    trial shows, with its gradients; else None."""
+    """Return a replacement for `own` if a trial shows that it is silu(gate) * up in bf16, else None.
+
+    `own` takes a gate and an up projection, [..., size]. The trial covers gradients too.
+    """
 
     def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if not gate.dtype == up.dtype == torch.bfloat16 or gate.shape != up.shape:
@@ -280,8 +288,11 @@ def trained_gate(
 
 
 def trained_rotation(own: Callable[..., Any], device: torch.device) -> Callable[..., Any] | None:
-    """`own` of q and k [1, heads, T, d], cosines and sines [1, T, d], if it turns the halves of each head
-    in bf16, which a trial shows, with its gradients; else None. All else is left to it."""
+    """Return a replacement for `own` if a trial shows that it rotates each head's halves in bf16, else None.
+
+    `own` takes q and k [1, heads, T, d], cosines and sines [1, T, d]. The trial covers gradients too. Other
+    inputs are left to `own`.
+    """
 
     def turned(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any
@@ -302,7 +313,7 @@ def trained_rotation(own: Callable[..., Any], device: torch.device) -> Callable[
 
 
 def _trial_inputs(device: torch.device, *shapes: tuple[int, ...], seed: int = 1) -> tuple[torch.Tensor, ...]:
-    """In bf16, of which gradients are wanted."""
+    """Return random bf16 tensors that require gradients."""
     draw = torch.Generator().manual_seed(seed)
     drawn = (torch.randn(shape, generator=draw).to(device, torch.bfloat16) for shape in shapes)
     return tuple(one.requires_grad_() for one in drawn)
@@ -311,7 +322,7 @@ def _trial_inputs(device: torch.device, *shapes: tuple[int, ...], seed: int = 1)
 def _same_gradients(
     one: Callable[..., torch.Tensor], other: Callable[..., torch.Tensor], given: tuple[torch.Tensor, ...]
 ) -> bool:
-    """Whether two functions of the same inputs give nearly all the same bits, and nearly those gradients."""
+    """Return True if two functions give nearly all the same bits, and nearly the same gradients."""
     got, wanted = one(*given), other(*given)
     if got.shape != wanted.shape or float((got == wanted).float().mean()) <= 0.95:
         return False

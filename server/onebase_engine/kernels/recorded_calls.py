@@ -1,9 +1,9 @@
-"""What a module computes by the kernels in C, written down once and then made in one call.
+"""Recorded calls of the kernels in C: a module's calls are recorded once and then made in one.
 
 A pass of a decoder layer is a few calls of the library between many of Python. A `Recording` runs it once for
-a number of rows and keeps the calls, with the memory that they read and write; a `Program` makes them again
-for other rows. As with CUDA graphs, what a program reads must lie where it lay: adapters are in slots, what
-comes in from outside is copied to a fixed place, and what acts on which row is of the step, not the program.
+a number of rows and stores the calls, with the memory that they read and write; a `Program` repeats them for
+other rows. As with CUDA graphs, a program's inputs need fixed addresses: adapters are in slots, inputs from
+outside are copied to a fixed place, and the mapping of slots to rows belongs to the step, not the program.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from onebase_engine.kernels.cpu import LANES, Call, CpuKernels
 from onebase_engine.kernels.interface import Contexts, RowMap
 
 CHUNK = 1 << 20
-"""Elements by which an arena grows, at least."""
+"""Smallest number of elements by which an arena grows."""
 _MAKE_NOTHING = (torch.ops.aten._unsafe_view.default, torch.ops.aten.empty.memory_format)
 _BORDER = 32
-"""Elements of a cache line: where a result begins."""
+"""Alignment of results, in elements: one cache line."""
 
 
 class UnrecordableError(Exception):
-    """A module does what no call of the library does."""
+    """Raised if a module does something that is not a call of the library."""
 
 
 class Arena:
-    """Memory for the results of one module at a time, taken from the start again for the next; it never
-    moves."""
+    """Memory for the results of one module at a time, reused from the start for the next; it never moves."""
 
     def __init__(self) -> None:
         self._chunks: list[torch.Tensor] = []
@@ -41,7 +40,7 @@ class Arena:
         self._place = (0, 0)
 
     def empty(self, *shape: int) -> torch.Tensor:
-        """A place for a result, bf16."""
+        """Return memory for a result, bf16."""
         count = -(-torch.Size(shape).numel() // _BORDER) * _BORDER
         chunk, used = self._place
         while chunk < len(self._chunks) and used + count > len(self._chunks[chunk]):
@@ -56,7 +55,7 @@ class Arena:
 
 
 class Fixed:
-    """A tensor from outside, where programs read it."""
+    """An input tensor, at the place where programs read it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -64,7 +63,7 @@ class Fixed:
         self._from: tuple[torch.Tensor, Contexts] | None = None
 
     def take(self, tensor: torch.Tensor, step: Contexts) -> None:
-        """Copy what the step has, unless it is there."""
+        """Copy the step's tensor to the fixed place, unless it is there already."""
         there = self._from is not None and self._from[0] is tensor and self._from[1] is step
         if there or tensor.data_ptr() == self._pointer:
             return
@@ -73,7 +72,7 @@ class Fixed:
 
 
 class Program:
-    """Recorded calls. `inputs`: which of the tensors given are read, and where; `result` is where it was."""
+    """Recorded calls. `inputs`: numbers of the given tensors that are read, and their places."""
 
     def __init__(
         self,
@@ -88,7 +87,7 @@ class Program:
         self._result = result
 
     def run(self, given: Sequence[torch.Tensor], rows: RowMap, step: Contexts) -> torch.Tensor:
-        """The result for other tensors of the same shapes; it is overwritten by the next run.
+        """Return the result for other tensors of the same shapes; the next run overwrites it.
 
         Raises:
             MemoryError: there is none for this step.
@@ -100,7 +99,7 @@ class Program:
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down the calls that are made while it is active; they are made all the same.
+    """Records the calls that are made while it is active; they are also executed.
 
     Of PyTorch's own operators it allows views, and sums of two tensors, which become a call: `kernels.adds`.
 
@@ -117,7 +116,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._fixed = given
         self.calls: list[Call] = []
         self.reads: set[int] = set()
-        """Numbers of the tensors given that a call reads."""
+        """Numbers of the given tensors that a call reads."""
 
     def __enter__(self) -> Any:
         self._arena.reset()
@@ -153,7 +152,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._arena.empty(*shape)
 
     def program(self, result: torch.Tensor) -> Program:
-        """What was recorded, for the result that it led to."""
+        """Return the recorded calls as a program that computes `result`."""
         if not self._arena.holds(result):
             raise UnrecordableError("the result is none of a call")
         inputs = [(number, self._fixed[number]) for number in sorted(self.reads)]

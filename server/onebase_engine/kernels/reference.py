@@ -1,4 +1,4 @@
-"""The back-end that runs everywhere: PyTorch's own operators, in the shapes in which they are one function.
+"""Back-end that runs everywhere: PyTorch's own operators, in fixed shapes on the CPU.
 
 A library chooses by a product's shape in which order it sums, and the order decides the last bits. So on the
 CPU each product has one shape: linear layers TILE rows, attention ATTENTION_ROWS queries and ATTENTION_KEYS
@@ -32,25 +32,26 @@ from onebase_engine.lora.weights import LoraWeights
 
 ATTENTION_ROWS = 16
 ATTENTION_KEYS = 128
-"""The shape of attention's products on the CPU."""
+"""Numbers of queries and keys in attention's products on the CPU."""
 QUERY_CHUNK = 64
-"""Tokens whose scores are held at once; bounds the memory of a long prefill."""
+"""Number of tokens whose scores are held at once; bounds the memory of a long prefill."""
 MAX_DECODE_CONTEXT = 1 << 17
-"""Tokens of context, padding included, that decodes gather at once in each layer: with one long row among
-many short ones, all would be padded to its length and memory run out (Llama-3.1-8B: 4 KB a token)."""
+"""Largest number of context tokens, padding included, that decodes gather at once in each layer. With one
+long row among many short ones, all would be padded to its length and memory would run out (Llama-3.1-8B: 4 KB
+a token)."""
 LENGTH_MULTIPLE = 64
-"""Contexts on accelerators are padded to this many tokens."""
+"""Number of tokens to a multiple of which contexts on accelerators are padded."""
 AT_ONCE = 1 << 23
-"""Outputs of rows that PyTorch adds to or replaces at once on accelerators. DoRA holds 20 bytes for each:
-5 GB for 2,048 rows of logits of 128,256 tokens."""
+"""Number of outputs that PyTorch adds to or replaces at once on accelerators. DoRA holds 20 bytes for each: 5
+GB for 2,048 rows of logits of 128,256 tokens."""
 DRAWN_AT_ONCE = 64
-"""Rows, drafts' too: each takes ten times its logits in fp32."""
+"""Number of rows, drafts included, drawn at once: each takes ten times its logits in fp32."""
 NUCLEUS_CANDIDATES = 1024
-"""Most likely tokens tried for top_p before a row's whole vocabulary is sorted."""
+"""Number of the most likely tokens tried for top_p before a row's whole vocabulary is sorted."""
 
 
 class ReferenceKernels:
-    """PyTorch."""
+    """Back-end of PyTorch's operators."""
 
     name = "torch"
     joins = False
@@ -59,7 +60,7 @@ class ReferenceKernels:
     captures = False
 
     def __init__(self, *, tiled: bool = True) -> None:
-        """`tiled`: in fixed shapes (the CPU)."""
+        """Choose the shapes. `tiled`: fixed ones (the CPU)."""
         self.tiled = tiled
         self.row_multiple = TILE if tiled else 1
 
@@ -85,7 +86,8 @@ class ReferenceKernels:
     def draw(
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
     ) -> Drawing:
-        """It waits for an accelerator once, and again if a nucleus is larger than what was sorted of it."""
+        """Begin a draw. Reading it waits for an accelerator once, and again if a nucleus exceeds
+        NUCLEUS_CANDIDATES."""
         rows = range(len(logits))
         drawn = _drawn(logits, draws, allowed, rows, NUCLEUS_CANDIDATES)
 
@@ -106,12 +108,13 @@ class ReferenceKernels:
 def parts(
     rows: RowMap, tiled: bool, width: int, device: torch.device
 ) -> list[tuple[torch.Tensor, int, RowGroup]]:
-    """The groups cut into TILE rows each, if `tiled`; the last row of a group is repeated to fill its last.
-    Else into as many as have AT_ONCE numbers, of `width` each.
+    """Cut the groups into parts, computed once for each step and device.
+
+    If `tiled`, parts have TILE rows, and the last row of a group is repeated to fill its last part. Otherwise
+    they have up to AT_ONCE numbers, `width` in each row.
 
     Returns:
-        The rows' numbers, int64 on `device`, how many of them are the group's, and the group. Made once a
-        step and device.
+        The rows' numbers, int64 on `device`, how many of them are the group's, and the group.
     """
     most = TILE if tiled else max(AT_ONCE // width, 1)
     key = f"parts {tiled} {most} {device}"
@@ -129,7 +132,7 @@ def parts(
 
 
 class ReferenceLinear:
-    """One linear layer (plain, 4-bit or 8-bit), and the plain LoRAs in its slots."""
+    """One linear layer (plain, 4-bit or 8-bit), plus the plain LoRAs in its slots."""
 
     captures = False
     adds = False
@@ -144,7 +147,7 @@ class ReferenceLinear:
         if unpacked and self._kind == "Linear4bit":
             self._unpacked = self.weight()
         self.plain: dict[int, LoraWeights] = {}
-        """The plain LoRA of each slot that has one."""
+        """Plain LoRA of each slot that has one."""
 
     def __call__(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None = None) -> torch.Tensor:
         y = self._rows(x)
@@ -160,7 +163,7 @@ class ReferenceLinear:
             self.plain[slot] = weights
 
     def add(self, x: torch.Tensor, y: torch.Tensor, rows: RowMap) -> None:
-        """Add to `y` [rows, out] what the plain LoRAs give for `x` [rows, in]."""
+        """Add the output of the plain LoRAs for `x` [rows, in] to `y` [rows, out]."""
         if not self.plain:
             return
         for index, count, group in parts(rows, self._tiled, y.shape[1], x.device):
@@ -173,7 +176,7 @@ class ReferenceLinear:
         return any(slot in self.plain for slot, _ in group.terms)
 
     def _delta(self, x: torch.Tensor, terms: Sequence[tuple[int, float]]) -> torch.Tensor | None:
-        """Sum of the LoRAs' parts, [rows, out] fp32; None if there is none."""
+        """Return the sum of the LoRAs' parts, [rows, out] fp32; None if there is none."""
         total: torch.Tensor | None = None
         x = x.float()
         for slot, weight in terms:
@@ -188,7 +191,7 @@ class ReferenceLinear:
         return total
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        """base(x) [rows, out]; by tiles with a 4-bit weight dequantized once for all of them."""
+        """Compute base(x) [rows, out]; with tiles, a 4-bit weight is dequantized once for all of them."""
         if not self._tiled:
             y: torch.Tensor = self._base(x)
             return y
@@ -201,7 +204,7 @@ class ReferenceLinear:
         return torch.cat(tiles)[: len(x)].to(x.dtype)
 
     def weight(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias in the dtype of the product, as `Linear4bit.forward` has them on the CPU."""
+        """Return weight and bias in the dtype of the product, like `Linear4bit.forward` on the CPU."""
         weight, bias = self._base.weight, self._base.bias
         if not self._quantized:
             return weight, bias
@@ -218,7 +221,7 @@ class ReferenceLinear:
 
 
 def added(y: torch.Tensor, delta: torch.Tensor, *, quantized: bool) -> torch.Tensor:
-    """y + delta in the order of PEFT's class for the layer; [rows, out], `delta` fp32."""
+    """Return y + delta in the order of PEFT's class for the layer; [rows, out], `delta` fp32."""
     return y + delta.to(y.dtype) if quantized else (y.float() + delta).to(y.dtype)
 
 
@@ -242,7 +245,7 @@ class _Scores:
 def attention_weights(
     raw: torch.Tensor, hidden: torch.Tensor, scaling: float, softcap: float | None = None
 ) -> torch.Tensor:
-    """Softmax weights of raw q.k products [..., m, length], in eager attention's order of rounding.
+    """Return softmax weights of raw q.k products [..., m, length], in eager attention's order of rounding.
 
     `hidden`: True where a query must not look.
     """
@@ -255,18 +258,18 @@ def attention_weights(
 
 @dataclass(frozen=True)
 class _Part:
-    """Packed rows that attend together: one of each of several contexts, or many of one context."""
+    """Packed rows that attend together: one row of each of several contexts, or many of one context."""
 
     rows: torch.Tensor
     """[n] int64"""
     places: np.ndarray
-    """[n], the rows' positions: a row sees keys at positions up to its own."""
+    """Positions of the rows, [n]: a row sees keys at positions up to its own."""
     slots: torch.Tensor
-    """KV slots: [n, length], or [length] of one context; that of zeros after a context's end."""
+    """KV slots: [n, length], or [length] of one context; the slot of zeros after a context's end."""
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def hidden(self, window: int | None) -> torch.Tensor:
-        """True where a query must not look, [n, length]; made once a step for each window size."""
+        """Return a mask [n, length], True where a query must not look; built once per step and window."""
         if window not in self.masks:
             keys = torch.arange(self.slots.shape[-1], device=self.slots.device)
             positions = torch.from_numpy(self.places.astype(np.int64)).to(keys.device)[:, None]
@@ -278,7 +281,7 @@ class _Part:
 
 
 def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers [..., dim] as int8, and a scale of each [...] bf16, as `LayerCache` says."""
+    """Quantize numbers [..., dim] to int8, with a scale of each [...] bf16, as `LayerCache` describes."""
     wide = x.float()
     most = wide.abs().amax(-1)
     finite = most.isfinite()
@@ -293,8 +296,10 @@ _Cached = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class ReferenceAttention:
-    """Attention of one layer over its KV cache: scores in the model's dtype, softmax in fp32, weights rounded
-    back, as in transformers' eager attention."""
+    """Attention of one layer over its KV cache, like transformers' eager attention.
+
+    Scores are in the model's dtype, the softmax is in fp32, and weights are rounded back.
+    """
 
     def __init__(self, cache: LayerCache, scores: _Scores, *, tiled: bool) -> None:
         self._keys, self._values = cache.keys, cache.values
@@ -324,7 +329,8 @@ class ReferenceAttention:
         return out
 
     def _gathered(self, contexts: Contexts, device: torch.device) -> tuple[torch.Tensor, list[_Part]]:
-        """Where the step's keys go, and its parts; made once a step and device, for all layers."""
+        """Return the slots for the step's keys, and its parts; computed once a step and device, for all
+        layers."""
         key = f"parts {self._tiled} {self._block_size} {device}"
         if key not in contexts.held:
             some = list(self._parts(contexts, device))
@@ -352,7 +358,8 @@ class ReferenceAttention:
         return _Part(own, contexts.position[rows], where)
 
     def _slots(self, table: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """Slots [rows, length] of blocks [rows, blocks]; slot 0, whose key is zero, after position `last`."""
+        """Return slots [rows, length] of blocks [rows, blocks]; slot 0, whose key is zero, after position
+        `last`."""
         multiple = ATTENTION_KEYS if self._tiled else LENGTH_MULTIPLE
         place = np.arange(-(-(int(last.max()) + 1) // multiple) * multiple)
         block = np.minimum(place // self._block_size, table.shape[1] - 1)
@@ -383,15 +390,18 @@ class ReferenceAttention:
             out[rows] = mixed.reshape(q.shape[0], count, -1).transpose(0, 1)
 
     def _read(self, slots: torch.Tensor, dtype: torch.dtype) -> tuple[_Cached, _Cached]:
-        """Keys and values of slots [..., length]. Tiles are multiplied in fp32, and by the scales afterwards;
-        others in `dtype`, in which a sum of int8s might overflow."""
+        """Read keys and values of slots [..., length].
+
+        Tiles are multiplied in fp32, and by the scales afterwards; others in `dtype`, in which a sum of int8s
+        might overflow.
+        """
         k, v = _read(self._keys, self._key_scales, slots), _read(self._values, self._value_scales, slots)
         if self._tiled:
             return (k[0].float(), k[1]), (v[0].float(), v[1])
         return _plain(k, dtype), _plain(v, dtype)
 
     def _attend(self, q: torch.Tensor, keys: _Cached, values: _Cached, hidden: torch.Tensor) -> torch.Tensor:
-        """q [..., m, d], `hidden` as wide as [..., m, length] -> [..., m, d of v]."""
+        """Attend: q [..., m, d], `hidden` as wide as [..., m, length] -> [..., m, d of v]."""
         (k, key_scales), (v, value_scales) = keys, values
         if not self._tiled:
             return torch.matmul(self._scores.weights(torch.matmul(q, k.transpose(-1, -2)), hidden), v)
@@ -413,7 +423,7 @@ class ReferenceAttention:
 
 
 def _write(cache: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor, new: torch.Tensor) -> None:
-    """Put keys or values [kv_heads, rows, dim] into their slots [rows]."""
+    """Write keys or values [kv_heads, rows, dim] to their slots [rows]."""
     if scales is not None:
         new, own = quantized(new)
         scales.index_copy_(1, slots, own)
@@ -421,7 +431,7 @@ def _write(cache: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor
 
 
 def _read(cache: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor) -> _Cached:
-    """Keys or values of slots [..., length]."""
+    """Read keys or values of slots [..., length]."""
     flat = slots.reshape(-1)
     found = cache.index_select(1, flat).view(len(cache), *slots.shape, -1)
     if scales is None:
@@ -435,23 +445,23 @@ def _plain(cached: _Cached, dtype: torch.dtype) -> _Cached:
 
 
 def _first(cached: _Cached, length: int) -> _Cached:
-    """Those of the first tokens of one context."""
+    """Return the first `length` tokens of one context, with their scales."""
     numbers, scales = cached
     return numbers[:, :length], None if scales is None else scales[:, :length]
 
 
 def _times(x: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """x [..., m, length], each column by its scale, in the dtype that x has."""
+    """Return x [..., m, length] with each column multiplied by its scale, in the dtype of x."""
     return x if scales is None else (x.float() * scales.unsqueeze(-2)).to(x.dtype)
 
 
 def _tiles(x: torch.Tensor) -> torch.Tensor:
-    """[..., tiles * ATTENTION_ROWS, n] as [..., tiles, ATTENTION_ROWS, n]."""
+    """Reshape [..., tiles * ATTENTION_ROWS, n] to [..., tiles, ATTENTION_ROWS, n]."""
     return x.reshape(*x.shape[:-2], -1, ATTENTION_ROWS, x.shape[-1])
 
 
 def _decode_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Rows `first:last` that attend together: MAX_DECODE_CONTEXT tokens or one longer row."""
+    """Return ranges `first:last` of rows that attend together: MAX_DECODE_CONTEXT tokens or a longer row."""
     groups: list[tuple[int, int]] = []
     first, longest = 0, 0
     for row, length in enumerate(lengths):
@@ -466,14 +476,16 @@ def _decode_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """On the device, without waiting for it."""
+    """Return a tensor on the device, without waiting for the copy."""
     here = torch.from_numpy(array)
     return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
 
 
 def _forbid(logits: torch.Tensor, masks: dict[int, np.ndarray]) -> torch.Tensor:
-    """Take from these rows of `logits` [rows, vocab] fp32 what their masks do not allow. [rows] bool: whose
-    mask allows nothing."""
+    """Remove the tokens that masks do not allow from these rows of `logits` [rows, vocab] fp32.
+
+    Returns [rows] bool: True if the row's mask allows nothing.
+    """
     fails = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     if not masks:
         return fails
@@ -494,8 +506,11 @@ def _drawn(
     rows: Sequence[int],
     candidates: int,
 ) -> torch.Tensor:
-    """Of some rows their tokens, whether they have none, and whether what was drawn of them is wrong, since
-    the `candidates` most likely tokens are no nucleus: int64 [3, rows]."""
+    """Draw tokens for `rows`: int64 [3, rows].
+
+    These are the token, whether the row has none, and whether the draw is wrong because the
+    `candidates` most likely tokens do not contain the nucleus.
+    """
     found: list[torch.Tensor] = []
     for first in range(0, len(rows), DRAWN_AT_ONCE):
         some = np.array(rows[first : first + DRAWN_AT_ONCE])
@@ -515,11 +530,11 @@ def _drawn(
 def _sample(
     logits: torch.Tensor, draws: Draws, rows: np.ndarray, candidates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse-CDF draws for `logits` [len(rows), vocab] fp32, int64, after top_k, top_p and min_p; and of
-    which rows they are wrong, since the `candidates` most likely tokens are no nucleus.
+    """Draw by inverse CDF from `logits` [len(rows), vocab] fp32, after top_k, top_p and min_p.
 
-    Weights are relative to the largest, which is 1, and are summed as whole numbers: the order in which a
-    library adds them, which it chooses by the number of rows, changes nothing then.
+    Returns tokens, int64, and whether each draw is wrong because the `candidates` most likely tokens do not
+    contain the nucleus. Weights are relative to the largest, which is 1, and are summed as whole numbers, so
+    that the library's order of addition, which depends on the number of rows, changes nothing.
     """
 
     def column(values: np.ndarray) -> torch.Tensor:
@@ -540,8 +555,10 @@ def _sample(
 
 
 def _whole(weights: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Weights from 0 to 1 as whole numbers, int64, of which a vocabulary's sum is below 2^63: a 2^43rd of
-    the largest is still one, with 262,144 tokens."""
+    """Convert weights from 0 to 1 to whole numbers, int64, such that a vocabulary's sum is below 2^63.
+
+    A 2^43rd of the largest is still one, with 262,144 tokens.
+    """
     return (weights * 2.0 ** (62 - vocabulary.bit_length())).long()
 
 
@@ -560,8 +577,10 @@ def _kept_by_top_k(logits: torch.Tensor, ks: np.ndarray) -> torch.Tensor:
 def _nucleus_floor(
     weights: torch.Tensor, ps: np.ndarray, candidates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest weight inside each row's nucleus, [rows, 1], 0 where top_p is off; and [rows], whether that is
-    not among the `candidates` largest."""
+    """Return the smallest weight inside each row's nucleus, [rows, 1], or 0 where top_p is off.
+
+    Also returns [rows], whether that weight is not among the `candidates` largest.
+    """
     floor = weights.new_zeros(len(ps), 1)
     unsure = torch.zeros(len(ps), dtype=torch.bool, device=weights.device)
     limited = np.flatnonzero(ps < 1.0)

@@ -15,7 +15,7 @@ from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule,
 
 
 class SlotEmbedding(SlotModule):
-    """An embedding whose rows may have a LoRA (each token's row of `a`, times `b`) or rows of their own."""
+    """An embedding whose rows may have a LoRA (each token's row of `a`, times `b`) or be replaced."""
 
     def __init__(self, base: nn.Module, step: StepRows, kernels: Kernels) -> None:
         super().__init__(base, step, kernels)
@@ -51,7 +51,7 @@ class SlotEmbedding(SlotModule):
             self._plain[slot] = weights
 
     def _delta(self, ids: torch.Tensor, terms: Terms) -> torch.Tensor | None:
-        """Sum of the plain LoRAs' parts, [rows, dim] fp32; None if there is none."""
+        """Return the sum of the plain LoRAs' parts, [rows, dim] fp32; None if there is none."""
         total: torch.Tensor | None = None
         for slot, weight in terms:
             weights = self._plain.get(slot)
@@ -64,7 +64,7 @@ class SlotEmbedding(SlotModule):
         return total if total is None or scale is None else total * scale
 
     def _dora(self, weights: LoraWeights, ids: torch.Tensor, bare: torch.Tensor) -> torch.Tensor:
-        """PEFT's `DoraEmbeddingVariant`: gain * base + gain * delta, in fp32."""
+        """Compute PEFT's `DoraEmbeddingVariant`: gain * base + gain * delta, in fp32."""
         if weights.gain is None:
             raise self.unfit(weights)
         delta = scaled(weights.gain * functional.linear(weights.a[ids], weights.b), weights.scale)
@@ -72,7 +72,7 @@ class SlotEmbedding(SlotModule):
         return (weights.gain * bare + (delta if scale is None else delta * scale)).to(bare.dtype)
 
     def _scale(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """What scaled embeddings (Gemma 3) multiply by, adapters included, as PEFT does."""
+        """Return the factor of scaled embeddings (Gemma 3), which applies to adapters too, as in PEFT."""
         scale = getattr(self.base, "embed_scale", None)
         if scale is None:
             return None
@@ -84,6 +84,6 @@ class SlotEmbedding(SlotModule):
 def _own_rows(
     indices: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, bare: torch.Tensor
 ) -> torch.Tensor:
-    """`rows` [n, dim] where a token is among the ascending `indices` [n], else what the base gave."""
+    """Return `rows` [n, dim] where a token is among the ascending `indices` [n], else the base's output."""
     places = torch.searchsorted(indices, ids).clamp_(max=len(indices) - 1)
     return torch.where((indices[places] == ids)[:, None], rows[places], bare)

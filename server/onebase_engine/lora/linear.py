@@ -1,7 +1,7 @@
 """Linear layers (plain, 4-bit or 8-bit) with one adapter per slot.
 
-What the base and plain LoRAs give is the kernels' (`kernels/interface.py`). What replaces a row's output is
-computed here by PyTorch, in PEFT's order:
+The kernels (`kernels/interface.py`) compute the base and plain LoRAs. Adapters that replace a row's output
+are computed here by PyTorch, in PEFT's order:
 
     DoRA   y = (base(x) + (g - 1) * (base(x) - bias) + g * ((x32 @ A.T) @ B.T) * scale).to(dtype)
 """
@@ -39,13 +39,13 @@ class SlotLinear(SlotModule):
         head: bool = False,
         unpacked: bool = False,
     ) -> None:
-        """`unpacked`: to keep a 4-bit weight as the product has it, too."""
+        """Wrap `base`. `unpacked`: a 4-bit weight is also stored in the form that the product uses."""
         super().__init__(base, step, kernels, head=head)
         self.quantized = type(base).__name__ in ("Linear4bit", "Linear8bitLt")
         self.narrows = kernels.narrows
         self.shared: SharedRows | None = None
         self.onto: torch.Tensor | None = None
-        """[..., out]: what the next call's outputs are added to."""
+        """Tensor [..., out] to which the next call's outputs are added."""
         self.kernel = kernels.linear(base, slots, unpacked=unpacked)
 
     @property
@@ -89,7 +89,7 @@ class SlotLinear(SlotModule):
         return None if weights.bias is None else partial(self._biased, weights)
 
     def _biased(self, weights: LoraWeights, x: torch.Tensor, bare: torch.Tensor) -> torch.Tensor:
-        """A LoRA whose B has a bias (`lora_bias`)."""
+        """Compute a LoRA whose B has a bias (`lora_bias`)."""
         hidden = functional.linear(x.float(), weights.a)
         delta = scaled(functional.linear(hidden, weights.b, weights.bias), weights.scale)
         return added(bare, delta, quantized=self.quantized)
@@ -97,7 +97,7 @@ class SlotLinear(SlotModule):
     def _dora(
         self, weights: LoraWeights, gain: torch.Tensor, x: torch.Tensor, bare: torch.Tensor
     ) -> torch.Tensor:
-        """PEFT's `DoraLinearVariant`, in its order."""
+        """Compute PEFT's `DoraLinearVariant`, in its order."""
         lora = functional.linear(functional.linear(x.float(), weights.a), weights.b)
         bias = self.base.bias
         unbiased = bare if bias is None else bare - bias
@@ -108,14 +108,14 @@ class SharedRows:
     """Layers that a module calls one after the other with the same rows: the first call computes all."""
 
     def __init__(self, layers: Sequence[SlotLinear], joined: JoinedLayers) -> None:
-        """`joined`: the kernels of `layers` as one."""
+        """Share the rows. `joined`: the kernels of `layers` as one."""
         self._layers = tuple(layers)
         self._run = joined
         self._x: torch.Tensor | None = None
         self._left: dict[int, torch.Tensor] = {}
 
     def take(self, layer: SlotLinear, x: torch.Tensor) -> torch.Tensor | None:
-        """What `layer` gives for `x`, [rows, out]; None if it has to compute by itself."""
+        """Return the output of `layer` for `x`, [rows, out]; None if it has to compute by itself."""
         if self._x is not x or id(layer) not in self._left:
             if x.dtype != torch.bfloat16:
                 return None
@@ -129,15 +129,14 @@ class SharedRows:
 
 
 class TokenHead:
-    """Logits of the tokens whose rows an adapter replaces (`trainable_token_indices`), the others as the base
-    gave them.
+    """Output head in which an adapter replaces the rows of some tokens (`trainable_token_indices`).
 
     PEFT copies the whole head and writes the rows into it. Here only the product with the replaced rows is
     made again, where a trial on the base's own rows shows it to be bit-equal; else, on the CPU, as PEFT does.
     """
 
     def __init__(self, base: Any, weights: TokenRows, *, exact: bool) -> None:
-        """`exact`: bits are promised (the CPU)."""
+        """Prepare the replaced rows. `exact`: bits are guaranteed (the CPU)."""
         self._base = base
         self._indices = weights.indices
         self._rows = weights.rows.to(base.weight.dtype)
@@ -163,7 +162,7 @@ class TokenHead:
 
 
 _exact: dict[tuple[Any, ...], bool] = {}
-"""What trials have shown on this machine: by the head's shape, the replaced rows and the dtype."""
+"""Results of trials on this machine, by the head's shape, the number of replaced rows and the dtype."""
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:

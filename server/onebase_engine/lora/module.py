@@ -1,4 +1,4 @@
-"""What all wrapped modules share: the base's module, what sits in its slots, and how rows are told apart."""
+"""Base class of wrapped modules: the base's module and what adapters have for it in slots."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from onebase_engine.kernels.reference import parts
 from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule
 
 Replacement = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From the module's input rows and the base's output rows [rows, out] to a slot's own output rows."""
+"""Function from the module's input rows and the base's output rows [rows, out] to a slot's own output
+rows."""
 
 
 Terms = Sequence[tuple[int, float]]
-"""(slot, weight) of what acts on a row, in the order in which it is summed."""
+"""Pairs of slot and weight that act on a row, in the order of summation."""
 
 
 @dataclass
@@ -37,8 +38,8 @@ class StepRows:
 class SlotModule(nn.Module):
     """A module of the base with the weights of one adapter per slot.
 
-    Plain LoRAs add to what the base gives, and several may add to one row. Every other kind gives a row's
-    whole output (`replacement`), and is computed from that row alone.
+    Plain LoRAs are added to the base's output, and several may be added to one row. Every other kind computes
+    a row's whole output (`replacement`), from that row alone.
     """
 
     def __init__(self, base: nn.Module, step: StepRows, kernels: Kernels, *, head: bool = False) -> None:
@@ -57,18 +58,18 @@ class SlotModule(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base's own, for modelling code that asks a layer for its dtype or device."""
+        """The base's own weight, for modelling code that reads a layer's dtype or device."""
         weight: torch.Tensor = self.base.weight
         return weight
 
     @property
     def by_groups(self) -> Collection[int]:
-        """Slots that act on the groups of the step one by one, and not in the kernels."""
+        """Slots that are applied group by group, and not in the kernels."""
         return self.filled
 
     @property
     def uncaptured(self) -> Collection[int]:
-        """Slots whose part of a pass a graph of CUDA does not have: it knows no groups."""
+        """Slots whose effect a CUDA graph does not include, since it has no groups."""
         return self.by_groups
 
     def put(self, slot: int, weights: ModuleWeights | None) -> None:
@@ -87,18 +88,18 @@ class SlotModule(nn.Module):
             self.filled.add(slot)
 
     def replacement(self, weights: ModuleWeights) -> Replacement | None:
-        """How rows with these weights come about; None for a plain LoRA."""
+        """Return the function that computes rows with these weights; None for a plain LoRA."""
         raise NotImplementedError
 
     def exact(self, slot: int) -> bool:
-        """Whether rows of this slot have PEFT's bits, as far as trials on this machine tell."""
+        """Return True if rows of this slot have PEFT's bits, according to trials on this machine."""
         return self.tiled
 
     def put_plain(self, slot: int, weights: LoraWeights | None) -> None:
         """Place a plain LoRA in a slot, or empty it with None; modules that have none do nothing."""
 
     def replace(self, x: torch.Tensor, bare: torch.Tensor, y: torch.Tensor, terms: Terms) -> None:
-        """Write the replaced rows into `y`; `bare` [rows, out] is what the base gave for the rows `x`."""
+        """Write the replaced rows into `y`; `bare` [rows, out] is the base's output for the rows `x`."""
         for slot, _ in terms:
             if slot in self.replacements:
                 y.copy_(self.replacements[slot](x, bare))
@@ -110,7 +111,7 @@ class SlotModule(nn.Module):
         acting: Collection[int],
         act: Callable[[torch.Tensor, torch.Tensor, Terms], None],
     ) -> None:
-        """Let `act` change rows of `y`, for the groups that have any of the slots `acting`."""
+        """Let `act` change rows of `y`, for the groups with any of the slots `acting`."""
         if not acting:
             return
         for index, count, group in parts(self.rows, self.tiled, y.shape[1], x.device):
@@ -127,7 +128,7 @@ class SlotModule(nn.Module):
 
 
 def saved_twin(base: nn.Module, saved: SavedModule) -> nn.Module:
-    """The base's module, shallowly copied, with the saved weights in place of its own."""
+    """Return a shallow copy of the base's module with the saved weights in place of its own."""
     twin = copy.copy(base)
     own = {"weight": saved.weight} | ({} if saved.bias is None else {"bias": saved.bias})
     parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in own.items()}

@@ -33,7 +33,7 @@ from onebase_engine.lora.weights import (
 
 LAYOUT = "onebase-prepared-1"
 MAX_HEADER_BYTES = 64 << 20
-"""Twice the header of the largest adapter that is accepted, with a lot to spare."""
+"""Largest accepted header, in bytes: more than twice that of the largest accepted adapter."""
 _CHUNK_BYTES = 1 << 20
 _KINDS: dict[str, type[LoraWeights] | type[SavedModule] | type[TokenRows] | type[Head]] = {
     "lora": LoraWeights,
@@ -46,11 +46,11 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class PackedAdapterError(ValueError):
-    """The file is not the packed version that was asked for; it has to be made again."""
+    """The file is not the requested packed version, which has to be made again."""
 
 
 def write_packed_adapter(path: Path, weights: AdapterWeights, *, base_id: str) -> None:
-    """Write the tensors to `path` and bring them to the disk.
+    """Write the tensors to `path` and flush them to the disk.
 
     Raises:
         OSError: no room, say; what was written is left for the caller to remove.
@@ -93,7 +93,7 @@ def _header(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) ->
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Return the memory of a contiguous tensor on the CPU."""
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
@@ -109,7 +109,7 @@ def read_packed_adapter(
     base_id: str | None = None,
     layers: Mapping[str, LayerShape] | None = None,
 ) -> AdapterWeights:
-    """The file's tensors in memory of their own, read once and hashed on the way.
+    """Read the file's tensors into new memory, hashing them in the same pass.
 
     Args:
         sha256: what the file must hash to, in hex.
@@ -160,7 +160,7 @@ def _read_header(file: BinaryIO, digest: Any, size: int) -> dict[str, Any]:
 
 
 def _read_tensors(file: BinaryIO, digest: Any, header: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Each tensor into an allocation of its own: MKL's last bits may depend on a matrix's alignment."""
+    """Read each tensor into its own allocation, since MKL's last bits may depend on a matrix's alignment."""
     tensors: dict[str, torch.Tensor] = {}
     position = 0
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

@@ -61,7 +61,8 @@ class SlotNorm(SlotModule):
 
 
 class HeadNorm(nn.Module):
-    """A norm of queries' or keys' heads, by a kernel: libraries sum one row in another order than many."""
+    """A norm of queries' or keys' heads by a kernel, since libraries sum one row in another order than
+    many."""
 
     def __init__(self, base: nn.Module, kernel: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -77,10 +78,10 @@ class HeadNorm(nn.Module):
 def wrap_layers(
     model: nn.Module, step: StepRows, kernels: Kernels, *, slots: int, unpacked: bool = False
 ) -> dict[str, SlotModule]:
-    """Replace a view's linear layers, input embedding and norms by slot modules; returns them by name.
+    """Replace a view's linear layers, input embedding and norms by slot modules and return these by name.
 
     The view's own base layers stay inside the wrappers: the loaded base is untouched. `unpacked`: 4-bit
-    weights are kept as the product has them, too.
+    weights are also stored in the form that the product uses.
     """
     head, embedding = output_head(model), input_embedding(model)
     norms = {id(module) for _, module in hidden_norms(model)}
@@ -112,7 +113,7 @@ def _replace(model: nn.Module, name: str, by: nn.Module) -> None:
 
 
 class AdapterSlots:
-    """Which adapter version sits in which slot, over all wrapped modules of a view."""
+    """Adapter versions by slot, over all wrapped modules of a view."""
 
     def __init__(self, modules: Mapping[str, SlotModule], slots: int) -> None:
         self._modules = modules
@@ -122,24 +123,24 @@ class AdapterSlots:
         )
 
     def narrowed(self, weights: AdapterWeights) -> AdapterWeights:
-        """A version's weights in host memory as slots take them: in half the bytes where that is exact."""
+        """Return a version's weights in the form of slots: in half the bytes if that is exact."""
         return narrowed(weights, self._narrow)
 
     @torch.inference_mode()
     def load(self, slot: int, weights: AdapterWeights) -> None:
-        """Put a version's weights into an empty slot."""
+        """Load a version's weights into an empty slot."""
         self._touched[slot] = tuple(weights)
         for device, own in by_device(self.narrowed(weights), self.device_of).items():
             for name, module in copied(own, device).items():
                 self._modules[name].put(slot, module)
 
     def device_of(self, name: str) -> torch.device:
-        """Where a module lies, and what it has in its slots."""
+        """Return the device of a module, where its slots' tensors lie too."""
         return self._modules[name].weight.device
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
-        """Empty a slot. No running row may still point at it."""
+        """Empty a slot, which no running sequence may use any more."""
         for name in self._touched[slot]:
             self._modules[name].put(slot, None)
         self._touched[slot] = ()

@@ -1,4 +1,4 @@
-"""The finished tensors of an adapter, module by module: what a slot holds and a packed adapter stores.
+"""Finished tensors of an adapter, module by module, as slots hold them and packed adapters store them.
 
 All floating tensors of LoRA and of token rows are fp32, as PEFT computes with them; a saved module keeps
 the dtype of the module it replaces.
@@ -27,9 +27,9 @@ class LoraWeights:
     b: torch.Tensor
     scale: float
     bias: torch.Tensor | None = None
-    """[out], added to `b`'s product before the scale (`lora_bias`)."""
+    """Bias [out], added to `b`'s product before the scale (`lora_bias`)."""
     gain: torch.Tensor | None = None
-    """[out], DoRA's magnitude by the norm of W + scale * B @ A (https://arxiv.org/abs/2402.09353)."""
+    """Gain [out]: DoRA's magnitude by the norm of W + scale * B @ A (https://arxiv.org/abs/2402.09353)."""
 
     @property
     def rank(self) -> int:
@@ -44,7 +44,7 @@ class LoraWeights:
         return moved(self, device)
 
     def folded(self) -> LoraWeights:
-        """The same with the scale in B where that changes no bit: when it is a power of two (most are)."""
+        """Fold the scale into B if that changes no bit: if it is a power of two, as most are."""
         if self.scale == 1.0 or math.frexp(self.scale)[0] != 0.5:
             return self
         b = self.b * self.scale
@@ -58,7 +58,7 @@ class SavedModule:
     """A whole module in place of the base's (`modules_to_save`): a norm, the embedding or the output head."""
 
     weight: torch.Tensor
-    """Shape and dtype of the base module's."""
+    """Weight with the base module's shape and dtype."""
     bias: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> SavedModule:
@@ -70,12 +70,12 @@ class SavedModule:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows in place of some of an embedding's, and of a tied head's (`trainable_token_indices`)."""
+    """Rows that replace some of an embedding's, and of a tied head's (`trainable_token_indices`)."""
 
     indices: torch.Tensor
-    """[n] int64, ascending."""
+    """Token ids, [n] int64, ascending."""
     rows: torch.Tensor
-    """[n, dim] fp32; used in the dtype of the base's weight."""
+    """Rows, [n, dim] fp32; used in the dtype of the base's weight."""
 
     def to(self, device: torch.device) -> TokenRows:
         return moved(self, device)
@@ -86,10 +86,10 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Head:
-    """What makes classes of a hidden state: no module of the base, and in no slot."""
+    """Classifier over hidden states. It is no module of the base, and in no slot."""
 
     weight: torch.Tensor
-    """[labels, hidden], in the base's dtype, as PEFT holds it."""
+    """Weight [labels, hidden], in the base's dtype, as in PEFT."""
     bias: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Head:
@@ -100,17 +100,17 @@ class Head:
 
 
 HEAD = "score"
-"""The name of a classifier's head among an adapter's modules."""
+"""Name of a classifier's head among an adapter's modules."""
 
 ModuleWeights = LoraWeights | SavedModule | TokenRows | Head
 AdapterWeights = Mapping[str, ModuleWeights]
-"""By the full name of the base's module."""
+"""Weights by the full name of the base's module."""
 
 _Module = TypeVar("_Module", bound=ModuleWeights)
 
 
 def tensors_of(module: ModuleWeights) -> Iterator[tuple[str, torch.Tensor]]:
-    """The module's tensors by the name of their field."""
+    """Yield the module's tensors, by the name of their field."""
     for field in fields(module):
         value = getattr(module, field.name)
         if isinstance(value, torch.Tensor):
@@ -118,12 +118,12 @@ def tensors_of(module: ModuleWeights) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def moved(module: _Module, device: torch.device) -> _Module:
-    """The same on `device`; the same object where it is there already."""
+    """Return the module on `device`, or the same object if it is there already."""
     return copied({"": module}, device)[""]  # type: ignore[return-value]
 
 
 def copied(weights: AdapterWeights, device: torch.device) -> AdapterWeights:
-    """The same on `device`, each storage by one copy. Tensors that modules share are shared there too.
+    """Copy weights to `device`, each storage by one copy. Tensors that modules share are shared there too.
 
     Modules that are there already are the same objects. From page-locked memory the copies are only begun.
     """
@@ -153,7 +153,7 @@ def copied(weights: AdapterWeights, device: torch.device) -> AdapterWeights:
 def by_device(
     weights: AdapterWeights, device_of: Callable[[str], torch.device]
 ) -> dict[torch.device, AdapterWeights]:
-    """The modules that belong on each device; `device_of` a module's name is its own."""
+    """Group the modules by device; `device_of` returns a module's, by its name."""
     found: dict[torch.device, dict[str, ModuleWeights]] = {}
     for name, module in weights.items():
         found.setdefault(device_of(name), {})[name] = module
@@ -161,7 +161,7 @@ def by_device(
 
 
 def composable(weights: AdapterWeights) -> bool:
-    """Whether the adapter may be weighted or added to others: it only adds scale * B @ A.
+    """Return True if the adapter may be weighted or added to others: it only adds scale * B @ A.
 
     PEFT's `add_weighted_adapter` (`cat`) drops `lora_bias`, and knows no sum of DoRA's gains, of saved
     modules or of token rows.
@@ -173,15 +173,15 @@ def composable(weights: AdapterWeights) -> bool:
 
 
 def folded(weights: AdapterWeights) -> AdapterWeights:
-    """Each module with its scale in B, where that changes no bit."""
+    """Fold each module's scale into B if that changes no bit."""
     return {name: module.folded() for name, module in weights.items()}
 
 
 def narrowed(weights: AdapterWeights, linear: Container[str]) -> AdapterWeights:
-    """Each plain LoRA of the modules `linear` in bf16, half its bytes, where that changes no number.
+    """Convert each plain LoRA of the modules `linear` to bf16, half its bytes, if that changes no number.
 
-    That is so for what was saved in bf16, as long as its scale is a power of two. What is on an accelerator
-    stays as it is: nobody waits for it.
+    This holds for weights that were saved in bf16 with a scale that is a power of two. Weights on an
+    accelerator are not converted, which would make the host wait.
     """
 
     def narrow(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -201,12 +201,12 @@ def narrowed(weights: AdapterWeights, linear: Container[str]) -> AdapterWeights:
 
 
 def without_head(weights: AdapterWeights) -> AdapterWeights:
-    """Those of the base's modules."""
+    """Return the weights of the base's modules, without a classifier's head."""
     return {name: module for name, module in weights.items() if not isinstance(module, Head)}
 
 
 def fits(module: ModuleWeights, layer: LayerShape) -> bool:
-    """Whether the module's shapes are those that this layer of the base needs."""
+    """Return True if the module's shapes are those that this layer of the base needs."""
     if isinstance(module, Head):
         return False
     if isinstance(module, SavedModule):
@@ -221,14 +221,14 @@ def fits(module: ModuleWeights, layer: LayerShape) -> bool:
 
 
 def host_bytes(weights: AdapterWeights) -> int:
-    """Bytes of a version in the engine's memory, where a classifier's head is in fp64."""
+    """Return the bytes of a version in the engine's memory, where a classifier's head is in fp64."""
     head = weights.get(HEAD)
     own = 0 if head is None else sum(tensor.numel() for _, tensor in tensors_of(head))
     return weights_bytes(without_head(weights)) + 8 * own
 
 
 def weights_bytes(weights: AdapterWeights) -> int:
-    """Bytes of the tensors in memory, each storage counted once (a tied head shares its embedding's)."""
+    """Return the tensors' bytes, each storage counted once (a tied head shares its embedding's)."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for module in weights.values()
