@@ -1,4 +1,4 @@
-"""What adapters may be called, everywhere."""
+"""Rule for the names of adapters."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ NAME_RULE: Final = f"up to {MAX_NAME} letters, digits, '.', '_' and '-', beginni
 
 
 def is_adapter_name(name: str) -> bool:
-    """Whether an adapter may have this name."""
+    """Return True if an adapter may have this name."""
     return _NAME.fullmatch(name) is not None

@@ -1,4 +1,4 @@
-"""An adapter's two files read against an unquantized base: what each module gets, tensor by tensor."""
+"""Read an adapter's two files against an unquantized base, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from onebase_adapters.format.tensors import part_of
 
 @dataclass(frozen=True)
 class AdapterParts:
-    """A validated adapter. `part` reads its tensors, fp32 but for those of saved modules."""
+    """Validated adapter. `part` reads its tensors, in fp32 except those of saved modules."""
 
     spec: AdapterSpec
     modules: Mapping[str, ModuleSpec]
@@ -29,20 +29,20 @@ class AdapterParts:
     _names: Mapping[tuple[str, str], str]
 
     def part(self, module: str, what: str) -> torch.Tensor:
-        """One tensor of a module: `lora_A`, `lora_B`, `lora_B.bias`, `weight`, ..."""
+        """Return one tensor of a module: `lora_A`, `lora_B`, `lora_B.bias`, `weight`, ..."""
         with safe_open(self._file, framework="pt") as opened:
             found: torch.Tensor = opened.get_tensor(self._names[module, what])
         return found
 
     def scale(self, module: str) -> float:
-        """What PEFT multiplies B @ A of a module by."""
+        """Return the factor that PEFT applies to B @ A of a module."""
         spec = self.modules[module]
         return spec.alpha / (math.sqrt(spec.rank) if self.spec.rslora else spec.rank)
 
 
 @contextmanager
 def opened_adapter(folder: Path, base: BaseFiles) -> Iterator[AdapterParts]:
-    """The adapter in a PEFT folder, checked as a server checks it; good inside the block.
+    """Yield the adapter in a PEFT folder, checked as a server checks it; valid inside the block.
 
     Raises:
         ExportError: it is no adapter of this base.

@@ -1,6 +1,6 @@
-"""A base as it lies on disk, unquantized: its config, its layers and its tensors, one at a time.
+"""Read an unquantized base from disk: its config, its layers and its tensors, one at a time.
 
-Nothing of it is loaded: merging and converting read a tensor, write it, and forget it.
+The model is never loaded whole: merging and converting read a tensor, write it and drop it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ OnProgress = Callable[[str, float], None]
 
 
 class ExportError(ValueError):
-    """What was asked for cannot be exported so; the message says why, and what works."""
+    """The export is not possible in this form; the message says why, and what works."""
 
 
 class BaseFiles:
-    """The files of one base in `folder`. `name`: what people call it. Raises ExportError."""
+    """The files of one base in `folder`. `name`: the base's name in messages. Raises ExportError."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
@@ -48,7 +48,7 @@ class BaseFiles:
         self._kept: dict[str, torch.Tensor] = {}
 
     def _read_shards(self) -> Mapping[str, tuple[str, ...]]:
-        """The names of the tensors in each safetensors file, both in order."""
+        """Return the names of the tensors in each safetensors file, both in order."""
         index = self.folder / INDEX_FILE
         if index.is_file():
             weight_map = json.loads(index.read_text())["weight_map"]
@@ -81,7 +81,7 @@ class BaseFiles:
 
     @cached_property
     def layers(self) -> dict[str, LayerShape]:
-        """What an adapter may adapt, by full name; from a tree without weights."""
+        """Layers that an adapter may adapt, by full name, found on a model tree without weights."""
         return adaptable_layers(empty_base(self._loaded_config))
 
     @cached_property
@@ -95,24 +95,24 @@ class BaseFiles:
         return next((name for name in self.layers if name.rpartition(".")[2] == "lm_head"), None)
 
     def has(self, tensor: str) -> bool:
-        """Whether the files hold a tensor of this name."""
+        """Return True if the files hold a tensor of this name."""
         return tensor in self._shard_of
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own or mapped from its file."""
+        """Return one tensor, in memory of its own or mapped from its file."""
         with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
             found: torch.Tensor = opened.get_tensor(name)
         return found
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header alone."""
+        """Return a tensor's shape, from the header alone."""
         with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
             return tuple(opened.get_slice(name).get_shape())
 
     def parameter(self, name: str) -> torch.Tensor | None:
-        """A parameter of the model, for the checks of an adapter's files; None for a tied head's weight.
+        """Return a parameter for the checks of an adapter's files; None for a tied head's weight.
 
-        It is kept until `forget`: who compares addresses must find the same one twice.
+        It is kept until `forget`, because a caller that compares addresses must find the same tensor twice.
         """
         if name not in self._shard_of or (self.tied and self.head and name == f"{self.head}.weight"):
             return None
@@ -121,19 +121,19 @@ class BaseFiles:
         return self._kept[name]
 
     def forget(self) -> None:
-        """Let go of what `parameter` has read."""
+        """Release the tensors that `parameter` has read."""
         self._kept.clear()
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the export holds weights: float16 where the base does, else bfloat16."""
+        """Dtype of the exported weights: float16 if the base is stored in float16, else bfloat16."""
         name = f"{self.embedding}.weight"
         with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
             return torch.float16 if opened.get_slice(name).get_dtype() == "F16" else torch.bfloat16
 
 
 def open_base(spec: str, progress: OnProgress) -> BaseFiles:
-    """The base that `spec` names (see `resolve_base`), downloaded if need be. Raises ExportError."""
+    """Return the base that `spec` names (see `resolve_base`), downloaded if necessary. Raises ExportError."""
     try:
         resolved = resolve_base(spec, lambda message, share: progress("getting the base", share))
     except BaseError as error:

@@ -1,4 +1,4 @@
-"""How far a model in 16 bit is from the answers that a server gave on its quantized base."""
+"""Compare a 16-bit model with the answers that a server gave on its quantized base."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from onebase_engine.machine import free_memory
 
 _CPU = torch.device("cpu")
 _MARGIN = 1.2
-"""Memory that a model and what it computes take, by its weights."""
+"""Memory that loading and running a model takes, as a multiple of the size of its weights."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Over all tokens of all answers, which were chosen greedily."""
+    """Agreement over all tokens of all answers, which were generated greedily."""
 
     tokens: int
     agreeing: int
     """Tokens that this model would have chosen too, after the same tokens before."""
     largest: float
-    """Difference of a token's log-probability."""
+    """Largest difference between the log-probabilities of a token."""
     mean: float
 
 
@@ -36,12 +36,12 @@ def compare(
     stage: str,
     progress: OnProgress,
 ) -> dict[str, float]:
-    """Read each answer with the model in `folder`, and say how far off it is: the fields of Agreement.
+    """Score each answer with the model in `folder` and return the fields of Agreement.
 
     Args:
-        answers: for each the tokens of prompt and answer, how many of them are the prompt's, and the
-            log-probabilities of the answer's.
-        stage: what to call this in `progress`.
+        answers: for each the tokens of prompt and answer, the number of tokens of the prompt, and the
+            log-probabilities of the answer's tokens.
+        stage: name of this stage in `progress`.
 
     Raises:
         ExportError: there is too little memory for the model, which is loaded whole.

@@ -1,9 +1,9 @@
-"""An adapter as a LoRA in GGUF, which llama.cpp and Ollama put on a base of theirs.
+"""Write an adapter as a LoRA in GGUF, which llama.cpp and Ollama apply to a base of theirs.
 
-The same tensors and fields as llama.cpp's `convert_lora_to_gguf.py` writes
+The tensors and fields are those that llama.cpp's `convert_lora_to_gguf.py` writes
 (https://github.com/ggml-org/llama.cpp, MIT). llama.cpp multiplies B @ A by alpha / rank with one alpha for
-the file and the rank of each module, so ranks may differ; what it cannot say of alphas (rsLoRA, an alpha for
-some modules) goes into B.
+the file and the rank of each module, so ranks may differ. What that cannot express (rsLoRA, an alpha for
+some modules) is multiplied into B.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _WHY_NOT = {
     "saved": "modules_to_save replaces a module, and a LoRA in GGUF only adds to weights",
     "tokens": "trainable_token_indices replaces rows, and a LoRA in GGUF only adds to weights",
 }
-"""By the kind of module."""
+"""Reasons for the refusal, by the kind of module."""
 
 
 def export(
     adapter: Path, target: Path, *, base: str, options: Mapping[str, str], progress: OnProgress
 ) -> dict[str, object]:
-    """Write the adapter in a PEFT folder as one GGUF file. All else as in `merged.export`."""
+    """Write a PEFT folder's adapter as one GGUF file, with the arguments and errors of `merged.export`."""
     import gguf
 
     files = open_base(base, progress)
@@ -60,7 +60,7 @@ def export(
 
 
 def check(adapter: AdapterParts, base: BaseFiles) -> None:
-    """Raise ExportError where a LoRA in GGUF cannot say what the adapter does."""
+    """Raise ExportError if a LoRA in GGUF cannot express the adapter."""
     for module in adapter.spec.modules:
         if module.kind in _WHY_NOT:
             raise ExportError(f"{module.name}: {_WHY_NOT[module.kind]}: {_INSTEAD}")
@@ -76,9 +76,9 @@ def check(adapter: AdapterParts, base: BaseFiles) -> None:
 def matrices(
     adapter: AdapterParts, base: BaseFiles, names: Names, module: ModuleSpec
 ) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """The two matrices of a module as GGUF names them: `lora_a` [rank, in], `lora_b` [out, rank], fp32.
+    """Yield the two matrices of a module as GGUF names them: `lora_a` [rank, in], `lora_b` [out, rank], fp32.
 
-    Of the embedding `lora_a` is [vocabulary, rank].
+    The embedding's `lora_a` is [vocabulary, rank].
     """
     parameter = f"{module.name}.weight"
     a, b = adapter.part(module.name, "lora_A"), adapter.part(module.name, "lora_B")
@@ -93,5 +93,5 @@ def matrices(
 
 
 def _alpha(adapter: AdapterParts) -> float:
-    """The file's. 0 would mean to llama.cpp that B @ A is added as it is."""
+    """Return the alpha of the file. llama.cpp takes 0 to mean that B @ A is added unscaled."""
     return adapter.spec.alpha or 1.0

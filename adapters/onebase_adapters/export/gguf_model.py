@@ -1,8 +1,8 @@
-"""Base and adapter as one model in GGUF, in 16 bit, for llama.cpp and Ollama.
+"""Write base and adapter as one 16-bit model in GGUF, for llama.cpp and Ollama.
 
-The same tensors and fields as llama.cpp's `convert_hf_to_gguf.py` makes of the merged model
-(https://github.com/ggml-org/llama.cpp, MIT), which is never written: each tensor is merged, written and
-forgotten. `llama-quantize` makes it smaller.
+The tensors and fields are those that llama.cpp's `convert_hf_to_gguf.py` makes of the merged model
+(https://github.com/ggml-org/llama.cpp, MIT). The merged model itself is never written: each tensor is
+merged, written and dropped. `llama-quantize` makes the result smaller.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from onebase_adapters.export.merged import MergedModel, MergedTensor, check_room
 
 _INSTEAD = "export it as merged"
 _ROTARY = ("default", "linear", "llama3")
-"""transformers' kinds of rotary embedding that are written."""
+"""transformers' kinds of rotary embedding that can be exported."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class _Planned:
     name: str
     tensor: MergedTensor
     exact: bool
-    """Whether it is written in fp32: what has one dimension."""
+    """Whether it is written in fp32, as tensors of one dimension are."""
 
 
 def export(
     adapter: Path, target: Path, *, base: str, options: Mapping[str, str], progress: OnProgress
 ) -> dict[str, object]:
-    """Write base and adapter as one GGUF file. All else as in `merged.export`."""
+    """Write base and adapter as one GGUF file, with the arguments and errors of `merged.export`."""
     import gguf
 
     files = open_base(base, progress)
@@ -73,7 +73,7 @@ def export(
 
 
 def check(base: BaseFiles) -> None:
-    """Raise ExportError for what llama.cpp would compute in another way than transformers."""
+    """Raise ExportError if llama.cpp would compute the base in another way than transformers."""
     config, rotary = base.text_config, _rotary(base)
     if (activation := config.hidden_act) != "silu":
         raise ExportError(f"hidden_act: {activation} is not written as GGUF: {_INSTEAD}")
@@ -98,7 +98,7 @@ def _head_size(config: Any) -> int:
 
 
 def _add_settings(writer: Any, base: BaseFiles, gguf: Any) -> None:
-    """What the model is built of."""
+    """Write the model's dimensions and its rotary embedding."""
     config, rotary, head = base.text_config, _rotary(base), _head_size(base.text_config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -118,7 +118,7 @@ def _add_settings(writer: Any, base: BaseFiles, gguf: Any) -> None:
 
 
 def frequency_factors(base: BaseFiles) -> npt.NDArray[np.float32] | None:
-    """By what each frequency of Llama 3's rotary embedding is divided, [head size / 2]; None of other kinds.
+    """Return the divisor of each frequency of Llama 3's rotary embedding, [head size / 2], or None.
 
     Between two wavelengths the factor rises from 1 to `factor`, as in transformers' `modeling_rope_utils`.
     """
@@ -153,7 +153,7 @@ def _write(
     size: int,
     progress: OnProgress,
 ) -> None:
-    """All headers first, then one tensor after the other."""
+    """Write all headers first, then the tensors one after the other."""
     factors = frequency_factors(model.base)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)

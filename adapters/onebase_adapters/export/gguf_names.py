@@ -1,6 +1,6 @@
-"""What llama.cpp calls the tensors of a model, and in which order it wants the rows of some.
+"""Names of a model's tensors in llama.cpp, and the order in which it expects the rows of some.
 
-As its `conversion/llama.py` and `conversion/qwen.py` have it (https://github.com/ggml-org/llama.cpp, MIT):
+They follow its `conversion/llama.py` and `conversion/qwen.py` (https://github.com/ggml-org/llama.cpp, MIT):
 for Llama's architecture the rows of q and k are laid out for another form of the rotary embedding.
 """
 
@@ -19,7 +19,7 @@ _ARCHITECTURES = {
     "Qwen2ForCausalLM": "QWEN2",
     "Qwen3ForCausalLM": "QWEN3",
 }
-"""By transformers' class: gguf.MODEL_ARCH."""
+"""Names in gguf.MODEL_ARCH, by transformers' class."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Names:
 
     @property
     def arch_name(self) -> str:
-        """As `general.architecture` has it."""
+        """Value of the GGUF key `general.architecture`."""
         import gguf
 
         return str(gguf.MODEL_ARCH_NAMES[self.arch])
 
     def of(self, parameter: str) -> str:
-        """The name of a parameter of transformers' model. Raises ExportError where GGUF has none."""
+        """Return the GGUF name of a parameter of transformers' model. Raises ExportError if GGUF has none."""
         found = self._map.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ExportError(
@@ -47,7 +47,7 @@ class Names:
         return str(found)
 
     def rows(self, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A weight, a bias or the B of a LoRA, [rows, ...], with its rows where llama.cpp expects them."""
+        """Return a weight, a bias or the B of a LoRA, [rows, ...], with its rows in llama.cpp's order."""
         config, module = self.base.text_config, parameter.rpartition(".")[0].rpartition(".")[2]
         if self.arch_name != "llama" or module not in ("q_proj", "k_proj"):
             return tensor
@@ -57,7 +57,7 @@ class Names:
 
 
 def names_of(base: BaseFiles) -> Names:
-    """Raises ExportError for an architecture that is not known here."""
+    """Return the names for a base. Raises ExportError if its architecture is not supported."""
     import gguf
 
     arch = _ARCHITECTURES.get(base.architecture)

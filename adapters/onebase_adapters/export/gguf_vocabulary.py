@@ -1,8 +1,8 @@
-"""A base's tokenizer as GGUF has it: byte-level BPE, whose way to split text llama.cpp knows by a name.
+"""Convert a base's byte-level BPE tokenizer to GGUF, where llama.cpp knows the pre-tokenizer by name.
 
-The same fields as llama.cpp's `conversion/base.py` writes (https://github.com/ggml-org/llama.cpp, MIT). It
-finds the name by the tokens of one text; here the tokenizer's own rule is compared with those that llama.cpp
-has, and one that it lacks is refused.
+The fields are those of llama.cpp's `conversion/base.py` (https://github.com/ggml-org/llama.cpp, MIT). It
+finds the name from the tokens of one text. Here the tokenizer's own rule is compared with those that
+llama.cpp has, and a rule that it lacks is refused.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _RULES: dict[str, tuple[dict[str, Any], ...]] = {
     "llama-bpe": _by_regex(_ENDINGS + _WORDS + r"|\p{N}{1,3}" + _REST),
     "qwen2": _by_regex(_ENDINGS + _WORDS + r"|\p{N}" + _REST),
 }
-"""How text is split, by llama.cpp's name for it."""
+"""Pre-tokenizers of tokenizer.json, by llama.cpp's names for them."""
 _WHOLE_WORDS = frozenset({"llama-bpe"})
-"""Where llama.cpp takes a word that is a token as it is (`ignore_merges`)."""
+"""Pre-tokenizers whose words that are tokens llama.cpp does not split further (`ignore_merges`)."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What llama.cpp must know of a tokenizer. `kinds`: a gguf.TokenType for each token."""
+    """Tokenizer as llama.cpp needs it. `kinds`: a gguf.TokenType for each token."""
 
     rule: str
     tokens: list[str]
     kinds: list[int]
     merges: list[str]
     special: dict[str, int]
-    """`bos`, `eos`, `unk` and `pad`, as far as there are any."""
+    """Ids of `bos`, `eos`, `unk` and `pad`, as far as they exist."""
     begins: bool
     """Whether each text begins with `bos`."""
     ends: bool
@@ -70,7 +70,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """The tokenizer of the base in a folder. `size`: rows of its embedding. Raises ExportError."""
+    """Read the tokenizer of the base in a folder. `size`: rows of its embedding. Raises ExportError."""
     from transformers import AutoTokenizer
 
     file = folder / _TOKENIZER_FILE
@@ -131,14 +131,14 @@ def _tokens(whole: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
 
 
 def _merge(pair: str | list[str]) -> str:
-    """Two tokens with a blank between them; a blank in one of them is written as byte-level BPE does."""
+    """Return two tokens joined by a blank; a blank inside a token is written as byte-level BPE writes it."""
     return (
         pair if isinstance(pair, str) else " ".join(part.replace(" ", chr(ord(" ") + 256)) for part in pair)
     )
 
 
 def _frame(tokenizer: Any, ids: dict[str, int | None]) -> tuple[bool, bool]:
-    """Whether a text gets a first and a last token."""
+    """Return whether a text gets a first token (`bos`) and a last one (`eos`). Raises ExportError."""
     plain = tokenizer.encode("a", add_special_tokens=False)
     framed = tokenizer.encode("a")
     begins = ids["bos"] is not None and framed[:1] == [ids["bos"]] and framed != plain

@@ -1,7 +1,7 @@
-"""Base and adapter as one model in 16 bit: each weight merged from the unquantized base, one at a time.
+"""Merge base and adapter into one 16-bit model, weight by weight from the unquantized base.
 
-The result is PEFT's own `merge_and_unload` on the base in 16 bit, without the whole model in memory. It is
-not what a 4-bit server answers with: there the adapter stands on the rounded weights.
+The result is that of PEFT's `merge_and_unload` on the base in 16 bit, without the whole model in memory. Its
+answers differ from those of a 4-bit server, where the adapter is applied to the rounded weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from onebase_adapters.format.spec import ModuleSpec
 _PIECE = 1 << 20
 """Elements that are written at once."""
 _OTHER_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
-"""Of the base: the tokenizer, the chat template, the settings of generation."""
+"""Patterns of the base's other files: the tokenizer, the chat template, the generation settings."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class MergedTensor:
 
 
 class MergedModel:
-    """What base and adapter are together.
+    """Base and adapter merged into one model.
 
-    Raises ExportError where transformers' model of the base has no place for what the adapter does.
+    Raises ExportError if transformers' model of the base has no place for what the adapter changes.
     """
 
     def __init__(self, base: BaseFiles, adapter: AdapterParts) -> None:
@@ -50,7 +50,7 @@ class MergedModel:
         embedding, head = adapter.modules.get(base.embedding), adapter.modules.get(base.head or "")
         both_rows = embedding is not None and embedding.kind == "tokens"
         self.unties = base.tied and not both_rows and (embedding is not None or head is not None)
-        """Whether embedding and head, which share a weight in the base, are two weights from now on."""
+        """Whether embedding and head, which share a weight in the base, become two weights."""
 
     def _check(self, module: ModuleSpec) -> None:
         base = self.base
@@ -67,7 +67,7 @@ class MergedModel:
             )
 
     def shards(self) -> Mapping[str, list[MergedTensor]]:
-        """The tensors of the merged model by the file of the base that they are in."""
+        """Return the tensors of the merged model by the file of the base that holds them."""
         base, head = self.base, f"{self.base.head}.weight"
         found: dict[str, list[MergedTensor]] = {}
         for shard, names in base.shards.items():
@@ -83,7 +83,7 @@ class MergedModel:
 
     @torch.inference_mode()
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor of the merged model, in `dtype`."""
+        """Return one tensor of the merged model, in `dtype`."""
         module, _, parameter = name.rpartition(".")
         stored = f"{self.base.embedding}.weight" if not self.base.has(name) or self._is_tied(name) else name
         plain = self.base.tensor(stored)
@@ -140,7 +140,7 @@ def export(
         adapter: a PEFT folder.
         target: the folder to make.
         base: as `onebase serve --base` takes it; unquantized.
-        options: `name`, what the result calls itself, where its format has a place for that.
+        options: `name`, the name that the result gives itself if its format has a field for that.
 
     Returns what was written: `base` (its name), `base_folder` and `bytes`.
 
@@ -173,7 +173,7 @@ def check_room(target: Path, size: int) -> None:
 
 
 class _Counter:
-    """Tells how much of `size` bytes is written."""
+    """Reports the share of `size` bytes that is written."""
 
     def __init__(self, size: int, progress: OnProgress) -> None:
         self._size, self._progress, self._done = size, progress, 0
@@ -199,7 +199,7 @@ def _to_write(tensor: MergedTensor, dtype: torch.dtype, written: _Counter) -> Te
 def _write_others(
     model: MergedModel, target: Path, shards: Mapping[str, list[MergedTensor]], size: int
 ) -> None:
-    """Everything but the weights."""
+    """Write everything but the weights."""
     for pattern in _OTHER_FILES:
         for file in model.base.folder.glob(pattern):
             shutil.copyfile(file, target / file.name)

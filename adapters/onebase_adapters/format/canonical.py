@@ -1,9 +1,9 @@
-"""Read a PEFT adapter that somebody else wrote, without giving one byte of it to PEFT or torch.load.
+"""Read a PEFT adapter from an untrusted source, without passing one byte of it to PEFT or torch.load.
 
 PEFT loads non-strictly and in place: a foreign tensor would overwrite the shared base, a field of the
 config is a regular expression, another names a module to import. So the files are read here, checked
 against a closed list of fields and against the base's own layers, and written again as a canonical
-folder that holds nothing but the adapter's tensors. That folder is what PEFT sees.
+folder that holds nothing but the adapter's tensors. PEFT sees only that folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 HEAD_FILE = "head.safetensors"
-"""Of a canonical folder: a classifier's weight and bias, which PEFT is not given."""
+"""File of a canonical folder with a classifier's weight and bias, which PEFT does not load."""
 _NO_TARGETS = "dummy-target-modules"
 """PEFT's own word for an adapter without matrices (`peft.utils.constants.DUMMY_TARGET_MODULES`)."""
 
@@ -56,9 +56,9 @@ def canonicalize(
 ) -> AdapterSpec:
     """Validate a PEFT adapter and write a canonical folder to `target` (empty and existing).
 
-    Whatever the adapter is for, the folder is one of a model for text: that has the same layers. Tensors pass
-    through memory a few MiB at a time. Matrices, magnitudes and token rows are written in fp32,
-    as PEFT holds them; saved modules as they are, since PEFT brings them to the base's dtype itself.
+    Whatever the adapter's task, the folder is that of a text model, which has the same layers. Tensors pass
+    through memory a few MiB at a time. Matrices, magnitudes and token rows are written in fp32, as PEFT
+    holds them; saved modules as they are, since PEFT itself converts them to the base's dtype.
 
     Args:
         layers: every layer of the base that may be adapted, by its full name.
@@ -129,9 +129,10 @@ def _check_of_base(file: TensorFile, planned: Plan) -> None:
 
 
 def _check_tied(file: TensorFile, planned: Plan, base: BaseModules) -> None:
-    """With `ensure_weight_tying` PEFT holds one tensor for both sides, so the file must not have two.
+    """Raise AdapterFormatError if an adapter with `ensure_weight_tying` has two unlike tensors.
 
-    Except for matrices on a base in half precision, whose conversion to fp32 parts them in PEFT too.
+    PEFT then holds one tensor for both sides. Matrices on a base in half precision are exempt: their
+    conversion to fp32 separates them in PEFT too.
     """
     if len(base.pair) != 2 or not base.pair <= planned.by_module.keys():
         return
@@ -159,7 +160,7 @@ def _to_write(file: TensorFile, tensor: PlannedTensor) -> TensorToWrite:
 
 
 def _usable(file: TensorFile, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
-    """The tensor's chunks, which stay finite in the dtype in which the base will use them."""
+    """Yield the tensor's chunks. Raises AdapterFormatError if one overflows in the base's dtype."""
     for chunk in file.chunks(tensor.entry):
         if tensor.used_as is not None and not torch.isfinite(chunk.to(tensor.used_as)).all():
             raise AdapterFormatError(
@@ -177,7 +178,7 @@ def exact_config(
     lora_bias: bool = False,
     base_name: str | None = None,
 ) -> dict[str, Any]:
-    """PEFT's config of an adapter of these modules, each by its full name."""
+    """Return PEFT's config of an adapter of these modules, each by its full name."""
     lora = [module for module in modules if module.rank]
     rank, alpha = (lora[0].rank, lora[0].alpha) if lora else (8, 8.0)
     tokens = {m.name: list(m.indices) for m in modules if m.kind == "tokens" and m.parameters}

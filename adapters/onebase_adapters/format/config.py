@@ -17,11 +17,11 @@ from onebase_adapters.format.strict_json import parse_json, shown
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MODEL_CONFIG_FILE = "config.json"
-"""A classifier's model, as transformers writes it, with the names of the labels, which PEFT does not save."""
+"""Config of a classifier's model, as transformers writes it, with the label names that PEFT does not save."""
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 16
 MAX_ALPHA = 1e6
-"""Far above any use."""
+"""Limit of |alpha| and of dropout, far above any use."""
 
 _SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
@@ -40,10 +40,10 @@ _SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
     "target_parameters": (None, []),
 }
-"""Fields that change what an adapter computes in a way that is not served: refused unless off."""
+"""Fields that change the computation in a way that is not served; refused unless off."""
 
 _DROPPED = frozenset(["auto_mapping", "megatron_core", "qalora_group_size", "runtime_config", "eva_config"])
-"""Fields that are never looked at: they act in training only, or name something to import."""
+"""Fields that are never read: they act in training only, or name something to import."""
 
 _READ = frozenset(
     [
@@ -74,15 +74,15 @@ _READ = frozenset(
 )
 
 _HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""They leave the base's weights alone, so what was trained fits the shared base."""
+"""Initializations that leave the base's weights alone, so that the adapter fits the shared base."""
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"]
-"""What an adapter is for, in PEFT's words: text, classes of a text or of its tokens, or vectors."""
+"""Task of an adapter, in PEFT's words: text, classes of a text or of its tokens, or vectors."""
 CLASSIFIERS: tuple[Task, ...] = ("SEQ_CLS", "TOKEN_CLS")
 MOST_LABELS, LONGEST_LABEL, LABEL_CHARACTERS = 4096, 200, 1 << 16
-"""Names of labels, characters of one, and of all together."""
+"""Largest number of label names, of characters of one, and of characters of all together."""
 CLASSIFIER_NAMES = ("score", "classifier")
-"""What transformers calls a classifier's head, and PEFT adds to the modules to save."""
+"""Names of a classifier's head in transformers, which PEFT adds to `modules_to_save`."""
 
 Names = tuple[str, ...] | str | None
 
@@ -98,10 +98,10 @@ class AdapterFormatError(ValueError):
 
 @dataclass(frozen=True)
 class ConfigFacts:
-    """What the config says of the adapter, all of it checked for type and limits.
+    """Fields of the config, all of them checked for type and limits.
 
     `target_modules` and `exclude_modules` are a tuple of literal names, or a string that PEFT would take as a
-    regular expression (here never evaluated), or None. `token_indices`: tokens by the name of the
+    regular expression (never evaluated here), or None. `token_indices`: tokens by the name of the
     embedding; "" is the input embedding.
     """
 
@@ -121,12 +121,12 @@ class ConfigFacts:
     layers_pattern: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     label_names: tuple[str, ...] = ()
-    """Of a classifier's labels, in the order of its head's rows; empty if they have none."""
+    """Names of a classifier's labels, in the order of its head's rows; empty if they have none."""
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds that its modules can have: lora or dora, head, saved, tokens."""
+        """Kinds that its modules can have: lora or dora, head, saved, tokens."""
         extra = (
             ("head", self.task in CLASSIFIERS),
             ("saved", self.modules_to_save),
@@ -136,7 +136,7 @@ class ConfigFacts:
 
 
 def check_config(raw: bytes) -> ConfigFacts:
-    """Check the bytes of an `adapter_config.json` by themselves: quick, and without the base.
+    """Check the bytes of an `adapter_config.json` by themselves, without the base.
 
     Raises:
         AdapterFormatError: with code `bad_config`, `unknown_field` or `unsupported_kind`.
@@ -190,12 +190,12 @@ def check_config(raw: bytes) -> ConfigFacts:
 
 
 def with_labels(raw: bytes, model_config: bytes | None) -> bytes:
-    """The bytes of an `adapter_config.json`, to which `id2label` of the `config.json` next to it is added.
+    """Return the bytes of an `adapter_config.json` with `id2label` of the `config.json` next to it added.
 
-    A version consists of two files, so the names go into this one; PEFT leaves the field alone. Of an adapter
-    that does not classify, or of names that are none (`LABEL_0`), nothing is changed.
+    A version consists of two files, so the label names go into this one; PEFT ignores the field. The bytes of
+    an adapter that does not classify, or whose names are defaults (`LABEL_0`), are returned unchanged.
 
-    Raises AdapterFormatError: `config.json` of a classifier cannot be read. The names are for `check_config`.
+    Raises AdapterFormatError if a classifier's `config.json` cannot be read. `check_config` checks the names.
     """
     if model_config is None or not names_labels(raw):
         return raw
@@ -210,7 +210,7 @@ def with_labels(raw: bytes, model_config: bytes | None) -> bytes:
 
 
 def names_labels(raw: bytes) -> bool:
-    """Whether `config.json` may have something to add: a classifier that names no labels itself."""
+    """Return True if `config.json` may add label names: a classifier has no names of its own."""
     try:
         config = _parsed(raw)
     except AdapterFormatError:
@@ -286,7 +286,7 @@ def _check_kind(config: Mapping[str, Any]) -> None:
 
 
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """Equality with the type: 0 is not False, nor 1.0 True."""
+    """Return True if an allowed value has the same type and is equal: 0 is not False, nor 1.0 True."""
     return any(type(value) is type(one) and value == one for one in allowed)
 
 
@@ -365,7 +365,7 @@ def _list(value: Any, name: str, kind: type, wanted: str) -> tuple[Any, ...]:
 
 
 def _token_indices(value: Any) -> dict[str, tuple[int, ...]]:
-    """Token indices by embedding, as PEFT reads them: a bare list is meant for the input embedding."""
+    """Return token indices by embedding, as PEFT reads them: a bare list is for the input embedding."""
     if value is None:
         return {}
     if isinstance(value, dict) and "" in value:

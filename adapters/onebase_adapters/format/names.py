@@ -1,4 +1,4 @@
-"""Which modules of the base the names of a config mean, and which of them share one tensor."""
+"""Resolve the module names of a config to modules of the base, and find modules that share one tensor."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from onebase_adapters.format.strict_json import shown
 from onebase_engine.base.layers import LayerShape
 
 BaseTensor = Callable[[str], torch.Tensor | None]
-"""The base's tensor by the full name of its parameter; None if there is none."""
+"""Function from the full name of a parameter to the base's tensor; None if there is none."""
 
 _SHOWN = 5
 _ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer but the head."""
 _TYING_NAMES = ("embed_tokens", "lm_head")
-"""The names by which PEFT looks for modules that `ensure_weight_tying` is meant for."""
+"""Names by which PEFT finds the modules that `ensure_weight_tying` applies to."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class BaseModules:
 
     @cached_property
     def root(self) -> str:
-        """The module in which all are but the head: that of which transformers makes a model without one."""
+        """Name of the module with all others but the head, as in transformers' model without a head."""
         return (self.embedding or "").partition(".")[0]
 
     @property
     def hidden_size(self) -> int:
-        """Numbers of a token's hidden state behind the last norm; 0 if no head tells."""
+        """Size of a token's hidden state behind the last norm; 0 if the base has no head."""
         return self.layers[self.head].size_in if self.head else 0
 
     def tensor(self, parameter: str) -> torch.Tensor | None:
-        """The tensor of a parameter; that of a tied head, which lists leave out, is the embedding's."""
+        """Return the tensor of a parameter; for a tied head, which lists leave out, the embedding's."""
         found = self.base_tensor(parameter)
         if found is None and self.head and self.embedding and parameter == f"{self.head}.weight":
             return self.base_tensor(f"{self.embedding}.weight")
@@ -57,7 +57,7 @@ class BaseModules:
 
     @cached_property
     def pair(self) -> frozenset[str]:
-        """The embedding and the head where one tensor is the weight of both; otherwise nothing."""
+        """The embedding and the head if they share one weight; otherwise empty."""
         if not self.embedding or not self.head:
             return frozenset()
         rows, head = self.tensor(f"{self.embedding}.weight"), self.tensor(f"{self.head}.weight")
@@ -83,7 +83,7 @@ def saved_modules(facts: ConfigFacts, base: BaseModules) -> set[str]:
 
 
 def lora_targets(facts: ConfigFacts, base: BaseModules, saved: set[str]) -> set[str] | None:
-    """Full names of the layers that `target_modules` means; None where only a regular expression tells."""
+    """Return the full names of the layers that `target_modules` means; None for a regular expression."""
     names = facts.target_modules
     if isinstance(names, str) and names.lower() == _ALL_LINEAR:
         names = tuple(
@@ -99,8 +99,11 @@ def lora_targets(facts: ConfigFacts, base: BaseModules, saved: set[str]) -> set[
 
 
 def possible_targets(facts: ConfigFacts, base: BaseModules) -> set[str]:
-    """The layers that `target_modules` can mean at most, where regular expressions in other fields only leave
-    some out. All of the base's, where it is one itself or is not given."""
+    """Return the layers that `target_modules` can mean at most.
+
+    Regular expressions in other fields only leave some out. If
+    `target_modules` is one itself, or is not given, these are all layers of the base.
+    """
     if not isinstance(facts.target_modules, tuple):
         return set(base.layers)
     targets = Targets.at_most(facts.target_modules, facts.layers_to_transform)
@@ -108,7 +111,7 @@ def possible_targets(facts: ConfigFacts, base: BaseModules) -> set[str]:
 
 
 def unmet_names(facts: ConfigFacts, adapted: set[str]) -> list[str]:
-    """A sentence for each field that names modules or layers of which the adapter has no tensors."""
+    """Return a sentence for each field that names modules or layers for which the adapter has no tensors."""
     found = []
     if isinstance(facts.target_modules, tuple):
         met = {ending for name in adapted for ending in endings(name)}
@@ -127,7 +130,7 @@ def _unmet(field: str, names: list[str]) -> str:
 
 
 def token_rows(facts: ConfigFacts, base: BaseModules) -> dict[str, tuple[int, ...]]:
-    """Token indices by the full name of the module whose rows they replace; a tied head's among them.
+    """Return token indices by the full name of the module whose rows they replace, a tied head included.
 
     Raises:
         AdapterFormatError: it names anything but the embedding, or an index is beyond the vocabulary.
@@ -159,7 +162,7 @@ def token_rows(facts: ConfigFacts, base: BaseModules) -> dict[str, tuple[int, ..
 
 
 def _exact(entry: str, field: str, base: BaseModules) -> str:
-    """The one module that PEFT, which compares ends of names, finds by `entry`."""
+    """Return the one module that PEFT, which compares ends of names, finds by `entry`."""
     found = [name for name in base.layers if name.endswith(entry)]
     if not any(entry in endings(name) for name in found):
         raise AdapterFormatError("unknown_module", f"{field}: the base has no layer {entry:.200}")

@@ -1,4 +1,4 @@
-"""Which modules the names in a config mean, found as PEFT finds them but without its regular expressions."""
+"""Match the module names of a config as PEFT does, but without its regular expressions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 MAX_KEYS = 1 << 13
 MAX_FORMS = 128
-"""Limits of a pattern: eight thousand keys, of 128 unlike forms (length and places of the dots). A form costs
-one lookup per module; real configs have some ten."""
+"""Limits of a pattern: number of keys, and of different forms (length and places of the dots). A form costs
+one lookup per module; real configs have about ten."""
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _LITERAL = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.")
@@ -21,7 +21,7 @@ class PatternError(ValueError):
 
 @dataclass(frozen=True)
 class _Form:
-    """Keys of one form: from their text, with a dot where PEFT takes any character, to place and value."""
+    """Keys of one form: their text, with a dot where PEFT takes any character, to position and value."""
 
     length: int
     anyhow: tuple[int, ...]
@@ -30,10 +30,10 @@ class _Form:
 
 
 class NamePattern:
-    """`rank_pattern` or `alpha_pattern`: the first key that fits, as by PEFT's `(.*\\.)?({key})$`.
+    """`rank_pattern` or `alpha_pattern`: the first key that matches, as by PEFT's `(.*\\.)?({key})$`.
 
     Keys are literal names: letters, digits, `_` and `.`, in which PEFT takes a dot as any character; `\\.`
-    is a dot only, a leading `^` asks for the whole name, and a final `$` changes nothing.
+    is a dot only, a leading `^` requires the whole name, and a final `$` changes nothing.
 
     Raises:
         PatternError: a key is anything else, or there are too many.
@@ -53,13 +53,13 @@ class NamePattern:
         self._forms = tuple(forms.values())
 
     def lookup(self, name: str, default: float) -> float:
-        """The value of the first key that means the module `name`."""
+        """Return the value of the first key that matches the module `name`."""
         found = [hit for form in self._forms if (hit := _hit(form, name)) is not None]
         return min(found)[1] if found else default
 
 
 def _taken_apart(key: str) -> tuple[str, tuple[int, ...], bool]:
-    """A key's text, the places of dots that stand for any character, and whether it means a whole name."""
+    """Parse a key: its text, the positions of dots that match any character, whether it is a whole name."""
     whole = key.startswith("^")
     rest = key.removeprefix("^").removesuffix("$")
     text: list[str] = []
@@ -94,7 +94,7 @@ def _hit(form: _Form, name: str) -> tuple[int, float] | None:
 
 
 def endings(name: str) -> Iterator[str]:
-    """The name and each dotted end of it: a.b.c, b.c, c."""
+    """Yield the name and each dotted end of it: a.b.c, b.c, c."""
     yield name
     for place, character in enumerate(name):
         if character == ".":
@@ -102,19 +102,19 @@ def endings(name: str) -> Iterator[str]:
 
 
 def layer_numbers(name: str) -> frozenset[int]:
-    """The numbers that stand as a part of a module's name; longer ones than any layer has are none."""
+    """Return the numbers among the parts of a module's name; numbers longer than any layer's are left out."""
     return frozenset(int(part) for part in name.split(".") if _NUMBER.fullmatch(part))
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Which modules PEFT would wrap by `target_modules`, where no regular expression is needed to tell."""
+    """Modules that PEFT would wrap by `target_modules`, if no regular expression is needed to decide."""
 
     names: frozenset[str]
     excluded: frozenset[str]
     layers: frozenset[int] | None
     patterns: Mapping[str, int] | None
-    """Names before a layer's number, and which goes first; None: any may be."""
+    """Names that precede a layer's number, with their order of preference; None if any name may."""
 
     @classmethod
     def of(
@@ -124,7 +124,7 @@ class Targets:
         layers: frozenset[int] | None,
         patterns: tuple[str, ...],
     ) -> Targets | None:
-        """None where a field is a regular expression, or where PEFT would pick modules by architecture."""
+        """Return the targets; None if a field is a regular expression, or PEFT chooses by architecture."""
         if names is None or isinstance(names, str) or (isinstance(excluded, str) and excluded):
             return None
         if layers is not None and not all(p and _LITERAL.issuperset(p) and "." not in p for p in patterns):
@@ -134,14 +134,14 @@ class Targets:
 
     @classmethod
     def at_most(cls, names: tuple[str, ...], layers: frozenset[int] | None) -> Targets:
-        """What they can be whatever regular expressions stand in other fields, which only leave modules out.
+        """Return the largest set of targets, whatever regular expressions in other fields leave out.
 
         A module counts as being in each layer whose number stands in its name.
         """
         return cls(frozenset(names), frozenset(), layers, None)
 
     def means(self, name: str) -> bool:
-        """Whether the module `name` is a target."""
+        """Return True if the module `name` is a target."""
         ends = set(endings(name))
         if ends & self.excluded:
             return False
@@ -156,7 +156,7 @@ class Targets:
 
     @staticmethod
     def _layer(name: str, patterns: Mapping[str, int]) -> int | None:
-        """The number behind `layers.`; behind any name but the first part, if there is no pattern."""
+        """Return the number behind `layers.`; without patterns, behind any name but the first part."""
         parts = name.split(".")
         numbered = [place for place in range(len(parts) - 2) if _NUMBER.fullmatch(parts[place + 1])]
         if patterns:

@@ -1,7 +1,7 @@
 """Read and write safetensors files tensor by tensor, a few MiB at a time.
 
 The header is checked whole before any tensor is read, and more strictly than by the safetensors library,
-which takes a name that occurs twice, empty tensors, NaN and infinity. Memory is bounded by the header's and
+which accepts duplicate names, empty tensors, NaN and infinity. Memory is bounded by the header's and
 one chunk's, whatever the file's size. Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -22,7 +22,8 @@ from onebase_adapters.format.config import WEIGHTS_FILE, AdapterFormatError
 from onebase_adapters.format.strict_json import parse_json, shown
 
 MAX_HEADER_BYTES = 2 << 20
-"""Three times the header of a 405B model's DoRA; parsed JSON takes up to fifty times its text in memory."""
+"""Limit of a header: three times that of a 405B model's DoRA. Parsed JSON takes up to fifty times its text in
+memory."""
 CHUNK_BYTES = 4 << 20
 _CHUNK_ELEMENTS = CHUNK_BYTES // 4
 _MAX_DIMENSIONS = 2
@@ -73,10 +74,10 @@ class TensorFile:
         return cls(file, _entries(file.read(length), 8 + length, size))
 
     def chunks(self, entry: TensorEntry) -> Iterator[torch.Tensor]:
-        """The tensor's elements in flat pieces, each good only until the next is asked for.
+        """Yield the tensor's elements in flat pieces, each valid only until the next is requested.
 
         Raises:
-            AdapterFormatError: code `not_finite` or, where the file was cut meanwhile, `bad_weights`.
+            AdapterFormatError: code `not_finite` or, if the file was cut meanwhile, `bad_weights`.
         """
         self._file.seek(entry.offset)
         buffer = bytearray(min(entry.nbytes, CHUNK_BYTES))
@@ -94,7 +95,7 @@ class TensorFile:
             left -= size
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
-        """The whole tensor in memory of its own."""
+        """Return the whole tensor in memory of its own."""
         result, start = torch.empty(entry.numel, dtype=entry.dtype), 0
         for chunk in self.chunks(entry):
             result[start : start + chunk.numel()] = chunk
@@ -102,7 +103,7 @@ class TensorFile:
         return result.reshape(entry.shape)
 
     def holds(self, entry: TensorEntry, expected: torch.Tensor) -> bool:
-        """Whether the tensor, in the dtype of `expected`, is `expected` bit for bit."""
+        """Return True if the tensor, in the dtype of `expected`, is `expected` bit for bit."""
         bits = _SAME_SIZE_INTEGER.get(expected.dtype.itemsize)
         if entry.shape != tuple(expected.shape) or not expected.is_floating_point() or bits is None:
             return False
@@ -115,7 +116,7 @@ class TensorFile:
         return True
 
     def same(self, one: TensorEntry, other: TensorEntry) -> bool:
-        """Whether two tensors of the file have the same shape, dtype and bits."""
+        """Return True if two tensors of the file have the same shape, dtype and bits."""
         if (one.shape, one.dtype) != (other.shape, other.dtype):
             return False
         bits, start = _SAME_SIZE_INTEGER[one.dtype.itemsize], 0
@@ -145,7 +146,7 @@ def write_tensors(path: Path, tensors: Iterable[TensorToWrite]) -> None:
     """Write a safetensors file, tensor by tensor.
 
     Raises:
-        OSError: the disk is full, or any other fault of the place.
+        OSError: the disk is full, or the file cannot be written for another reason.
     """
     # Wide dtypes first: then every tensor lies at a multiple of its element's size.
     ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
@@ -210,7 +211,7 @@ def _entry(name: str, value: Any, data: int) -> TensorEntry:
 
 
 def _are_sizes(value: Any) -> bool:
-    """Whether it is a list of integers from 0 to the largest size that a file can have."""
+    """Return True if it is a list of integers from 0 to the largest size that a file can have."""
     return isinstance(value, list) and all(type(one) is int and 0 <= one < 1 << 62 for one in value)
 
 

@@ -1,4 +1,4 @@
-"""What an adapter consists of, and what the base offers it to adapt."""
+"""Describe a validated adapter: its modules, their kinds and their ranks."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class ModuleSpec:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """A validated adapter: what it adapts and how strongly; `modules` sorted by name.
+    """A validated adapter; `modules` are sorted by name.
 
     `dropped`: names of tensors in the file that were the base's own, bit for bit, and were left out.
-    `warnings`: where the config names what the tensors do not have, a sentence each.
+    `warnings`: a sentence for each name in the config that has no tensors.
     """
 
     modules: tuple[ModuleSpec, ...]
@@ -42,9 +42,9 @@ class AdapterSpec:
     parameters: int
     task: Task = "CAUSAL_LM"
     labels: int = 0
-    """Classes that a classifier tells apart."""
+    """Number of a classifier's classes."""
     label_names: tuple[str, ...] = ()
-    """Of all of them, or of none."""
+    """Names of all classes, or empty."""
     dropped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -65,5 +65,5 @@ class AdapterSpec:
 
     @property
     def targets(self) -> list[str]:
-        """Last parts of the names of the base's modules that are adapted, sorted."""
+        """Last parts of the names of the base's adapted modules, sorted."""
         return sorted({module.name.rpartition(".")[2] for module in self.modules if module.kind != "head"})

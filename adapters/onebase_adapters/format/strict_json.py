@@ -1,4 +1,4 @@
-"""JSON as others should have written it, and its values as messages may show them."""
+"""Parse JSON strictly, and format its values for messages."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 
 def parse_json(raw: bytes) -> Any:
-    """Plain JSON in UTF-8: no duplicate keys, no NaN.
+    """Parse plain JSON in UTF-8, without duplicate keys or NaN.
 
     Raises:
-        ValueError, RecursionError: it is not; or it is nested too deep.
+        ValueError, RecursionError: it is invalid, or nested too deep.
     """
     return json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
 
 
 def shown(value: Any) -> str:
-    """A value from the file for a message: cut in length and in depth, where `repr` may recurse too far."""
+    """Format a value of the file for a message, cut in length and in depth; `repr` may recurse too far."""
     return reprlib.repr(value)[:80]
 
 

@@ -1,4 +1,4 @@
-"""Sort the tensors of a file by the module they belong to, and check them by their headers alone."""
+"""Group the tensors of a file by module, and check them by their headers alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from onebase_engine.base.layers import LayerShape
 
 PREFIX = "base_model.model."
 MAX_LABELS: Mapping[Task, int] = {"SEQ_CLS": 1 << 12, "TOKEN_CLS": 1 << 10}
-"""More would hold up the engine's other rows: a classifier sees each text, or each of its tokens."""
+"""Largest number of labels, by task. More would delay the engine's other sequences: a classifier is applied
+to each text, or to each of its tokens."""
 
 # By the end of a tensor's name: what it is, and whether that is an embedding's (None: either's).
 _ENDS: dict[str, tuple[str, bool | None]] = {
@@ -45,12 +46,12 @@ _ENDS: dict[str, tuple[str, bool | None]] = {
 }
 
 Tensors = dict[str, TensorEntry]
-"""One module's tensors by what they are: lora_A, lora_B, ..., weight, bias."""
+"""Tensors of one module by their part: lora_A, lora_B, ..., weight, bias."""
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to take over: the name that PEFT gives it, the dtype to write it in and the one of its use."""
+    """Tensor to copy: PEFT's name for it, the dtype to write it in and the dtype that the base uses."""
 
     name: str
     entry: TensorEntry
@@ -60,7 +61,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the headers promise. `of_base`: tensors that must turn out to be the base's own."""
+    """Content of a weights file by its headers. `of_base`: tensors that must prove to be the base's own."""
 
     modules: tuple[ModuleSpec, ...]
     tensors: tuple[PlannedTensor, ...]
@@ -73,7 +74,7 @@ class Plan:
 
 
 def plan(entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules, max_rank: int) -> Plan:
-    """Sort and check what the file says it holds; reads no tensor.
+    """Group and check the tensors that the headers describe, without reading any.
 
     Raises:
         AdapterFormatError: a tensor is foreign, missing, misshapen, or of a kind that is not served.
@@ -119,7 +120,7 @@ def plan(entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules
 def _head(
     entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules
 ) -> tuple[Tensors, tuple[TensorEntry, ...]]:
-    """A classifier's own tensors, and the others."""
+    """Return a classifier's own tensors, and the other entries."""
     if facts.task not in CLASSIFIERS:
         return {}, entries
     names = {f"{PREFIX}{name}.{what}": what for name in CLASSIFIER_NAMES for what in ("weight", "bias")}
@@ -142,7 +143,7 @@ def _head(
 
 
 def part_of(name: str, saved: Set[str]) -> tuple[str, str]:
-    """The module that a tensor of an adapter belongs to, and what it is there: lora_A, ..., weight, bias.
+    """Return the module that an adapter's tensor belongs to, and its part there: lora_A, ..., bias.
 
     Args:
         saved: full names of the modules that the adapter replaces.
@@ -177,10 +178,10 @@ def _sorted_in(
 
 
 def _taken_apart(name: str, saved: Set[str], root: str = "") -> tuple[str, str | None, bool | None]:
-    """The module that a tensor belongs to, its part there, and whether that part is for embeddings only.
+    """Split a tensor's name into its module, its part there, and whether that part is for embeddings only.
 
     The part is None for a parameter of the base, whose own name is returned instead of a module's. `root`:
-    the module of the base in which the file's names may be, where they do not say it themselves.
+    module of the base that the file's names are relative to, if they do not begin with it themselves.
     """
     if not name.startswith(PREFIX):
         raise _foreign(name)
@@ -214,7 +215,10 @@ def _foreign(name: str) -> AdapterFormatError:
 
 
 def _check_kinds(name: str, own: Tensors, wanted: set[str], rows: Mapping[str, tuple[int, ...]]) -> None:
-    """A module is replaced, or has token rows, or has matrices: PEFT cannot combine them."""
+    """Raise AdapterFormatError unless the module has exactly the parts `wanted`.
+
+    PEFT cannot combine a replaced module, token rows and matrices.
+    """
     for what in sorted(own.keys() - wanted):
         if what == "trainable_tokens_delta" or name not in rows:
             raise _foreign(own[what].name)

@@ -1,7 +1,7 @@
-"""The process that talks to the Hub: one request on stdin, lines of JSON on stdout. See `pull.py`.
+"""Process that talks to the Hub: one request on stdin, lines of JSON on stdout. See `pull.py`.
 
-huggingface_hub makes names of files out of what the Hub says: of a commit, of an ETag. Both are checked
-before it sees them, and the process is confined to its repository's part of the cache.
+huggingface_hub derives file names from the commit and the ETag that the Hub reports. Both are checked
+first, and the process is confined to its repository's part of the cache.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from onebase_engine.redaction import redacted
 _CHUNK = 256 << 10
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ETAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=~-]{0,127}")
-"""What can be the name of a file, in a folder that it cannot leave."""
+"""ETags that are safe as a file name: they cannot leave their folder."""
 _SPARE_BYTES = 1 << 20
-"""Above the limit on an adapter, for one file: the limit itself is kept, and told, by the transfer."""
+"""Bytes that one file may exceed the adapter's limit by; the transfer itself enforces the limit."""
 _TRIES = 3
 _LAST_SECONDS = 5.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -54,15 +54,15 @@ Say = Callable[[dict[str, Any]], None]
 
 
 class _SilentHubError(Exception):
-    """The Hub does not answer, and the cache does not know the revision."""
+    """The Hub does not answer, and the cache does not have the revision."""
 
 
 class _WrongAnswerError(Exception):
-    """The Hub said what no Hub says; the message says what."""
+    """The Hub gave an answer that no Hub gives; the message describes it."""
 
 
 class _TooLargeError(Exception):
-    """Bytes that there are, or that have come already."""
+    """The adapter is too large; the argument is its size, or the bytes received so far."""
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _confine(request: dict[str, Any]) -> None:
-    """See `confinement.py`. Before any thread begins, and before anything comes from outside."""
+    """Confine the process (see `confinement.py`), before a thread starts and data comes from outside."""
     folders = cached_repo(Path(constants.HF_HUB_CACHE), request["repo"])
     for folder in folders:
         with suppress(OSError):  # a cache that can only be read may have what is wanted
@@ -102,7 +102,7 @@ def _confine(request: dict[str, Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """When nobody waits any more, stop as by Ctrl-C, so that half a file does not stay in the cache."""
+    """Stop as by Ctrl-C when the parent is gone, so that no half-written file stays in the cache."""
     # Not through sys.stdin: an interpreter that ends waits a second for the lock of a reader.
     while os.read(sys.stdin.fileno(), 1 << 10):
         pass
@@ -124,7 +124,7 @@ def _resolve(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class _CheckedApi(HfApi):
-    """Knows a wrong commit before it is written into the cache."""
+    """Checks a commit before it is written into the cache."""
 
     def repo_info(self, *args: Any, **settings: Any) -> Any:
         info = super().repo_info(*args, **settings)
@@ -133,14 +133,14 @@ class _CheckedApi(HfApi):
 
 
 def _checked_commit(commit: object, wanted: str | None = None) -> str:
-    """Raises _WrongAnswerError unless it is one, and the one that is wanted."""
+    """Return the commit. Raises _WrongAnswerError if it is none, or another than `wanted`."""
     if not isinstance(commit, str) or not is_commit(commit) or commit != (wanted or commit):
         raise _WrongAnswerError(f"it calls its commit {str(commit)[:80]!r}")
     return commit
 
 
 def _check_metadata(commit: str) -> None:
-    """Have huggingface_hub refuse what is wrong about a file of this commit, before it makes a name of it."""
+    """Make huggingface_hub refuse wrong metadata of this commit's files before it derives names from them."""
     ask = file_download.get_hf_file_metadata
 
     def checked(*args: Any, **settings: Any) -> Any:
@@ -195,18 +195,18 @@ def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
 
 
 def _names_labels(config: Path) -> bool:
-    """Whether it is a classifier's, the names of whose labels another file may have."""
+    """Return True if the config is a classifier's whose label names another file may have."""
     with config.open("rb") as file:
         return names_labels(file.read(MAX_CONFIG_BYTES + 1))
 
 
 def _file(request: dict[str, Any], name: str) -> str:
-    """A small file's path in the cache."""
+    """Download a small file and return its path in the cache."""
     return hf_hub_download(request["repo"], name, revision=request["commit"], force_download=request["force"])
 
 
 def _size(request: dict[str, Any], name: str) -> int:
-    """Bytes of a file, in the cache or on the Hub; 0 when the Hub does not say."""
+    """Return the size of a file in bytes, in the cache or on the Hub; 0 if the Hub does not report it."""
     cached = cached_path(request["repo"], name, revision=request["commit"])
     if isinstance(cached, str) and not request["force"]:
         return Path(cached).stat().st_size
@@ -228,13 +228,13 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _expected_sum(path: str) -> str | None:
-    """The Hub names a large file in its cache by the SHA-256 of its content, a small one by git's hash."""
+    """Return the SHA-256 in a cached file's name; None for a small file, which is named by git's hash."""
     name = Path(path).resolve().name
     return name if _SHA256.fullmatch(name) else None
 
 
 def _reporter(say: Say, before: int, limit: int) -> type[tqdm]:
-    """A progress bar that draws nothing: it reports bytes, and stops a transfer that has no end."""
+    """Return a progress bar that draws nothing: it reports bytes, and stops a transfer above the limit."""
 
     class Reporter(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **settings: Any) -> None:
@@ -253,7 +253,7 @@ def _reporter(say: Say, before: int, limit: int) -> type[tqdm]:
 
 
 def _explain(error: Exception, request: dict[str, Any]) -> tuple[str, str]:
-    """The error's code (see HubError) and a sentence, without a token or a signed address."""
+    """Return the error's code (see HubError) and a sentence, without a token or a signed address."""
     repo = request["repo"]
     at = f"{repo}@{request.get('commit') or request.get('revision') or 'main'}"
     if isinstance(error, _SilentHubError):
@@ -294,7 +294,8 @@ def _status(error: Exception) -> int | None:
 
 
 def _is_refused_token(error: Exception) -> bool:
-    """The Hub also answers 401 for what is not there; huggingface_hub tells the two apart by this message."""
+    """Return True if the Hub refused the token. It answers 401 for missing repositories too; huggingface_hub
+    tells the two apart by this message."""
     if not isinstance(error, HfHubHTTPError) or error.response.status_code != 401:
         return False
     return "Invalid credentials" in error.response.headers.get("X-Error-Message", "")
@@ -309,7 +310,7 @@ def _is_offline(error: BaseException) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error, without what may be secret: queries of addresses, and tokens."""
+    """Return the first line of an error, without what may be secret: queries of addresses, and tokens."""
     first = (str(error).strip() or "no details").splitlines()[0]
     first = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", first)
     return f"{type(error).__name__}: {re.sub(r'hf_[A-Za-z0-9]+', '***', first)[:300]}"

@@ -1,8 +1,8 @@
-"""What the process that asks the Hub may do to this machine, whatever comes over the network.
+"""Confine the process that talks to the Hub, so that nothing it receives can harm this machine.
 
-Landlock (Linux 5.13 and later) needs no privileges: the process takes rights from itself, for good. It then
+Landlock (Linux 5.13 and later) needs no privileges: the process gives up rights of its own, for good. It then
 reads what Python and certificates need, writes into its own folders, starts no program and, as far as the
-kernel knows how, listens on no port and signals no process but itself.
+kernel supports it, listens on no port and signals no process but itself.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _WRITE = (
     | _TRUNCATE
 )
 _OF_FILES = _WRITE_FILE | _READ_FILE | _TRUNCATE
-"""The rights that a file can have, too."""
+"""Rights that apply to a file as well as to a folder."""
 
 OPEN_FILES = 256
 MEMORY = 4 << 30
-"""Bytes of private memory that can be written."""
+"""Limit of private writable memory, in bytes."""
 
 _SYSTEM = (
     "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share", "/etc/ssl", "/etc/pki",
@@ -58,11 +58,11 @@ _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA
 
 
 class ConfinementError(RuntimeError):
-    """The kernel has Landlock, and it did not take the rights away."""
+    """The kernel has Landlock, but could not confine the process."""
 
 
 def landlock_version() -> int:
-    """The kernel's version of Landlock; 0: it has none, or it is switched off."""
+    """Return the kernel's version of Landlock; 0 if it has none, or it is switched off."""
     try:
         return max(0, _call(_CREATE_RULESET, None, 0, _VERSION_FLAG))
     except OSError:
@@ -70,11 +70,11 @@ def landlock_version() -> int:
 
 
 def confine(writable: Iterable[Path], readable: Iterable[Path], *, file_bytes: int) -> None:
-    """Take from this process what it does not need. Call it before a second thread begins.
+    """Give up all rights that this process does not need. Call it before a second thread starts.
 
     Args:
-        writable: folders that are there. readable: files and folders, besides those of Python and the system.
-        file_bytes: the largest file that it may write.
+        writable: existing folders. readable: files and folders, besides those of Python and the system.
+        file_bytes: size of the largest file that it may write.
 
     Raises ConfinementError; without Landlock only the limits hold.
     """
@@ -133,7 +133,7 @@ def _restrict(version: int, rules: Iterable[tuple[Path, int]]) -> None:
 
 
 def _allow(ruleset: int, path: Path, rights: int) -> None:
-    """Rights on a file, or on a folder with all in it. What is not there needs none."""
+    """Allow rights on a file, or on a folder with all in it; a missing path is skipped."""
     try:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
@@ -150,7 +150,7 @@ def _allow(ruleset: int, path: Path, rights: int) -> None:
 
 
 def _call(number: int, *arguments: int | bytes | None) -> int:
-    """A system call. Raises OSError."""
+    """Make a system call and return its result. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     passed = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
     result: int = libc.syscall(ctypes.c_long(number), *passed)

@@ -1,8 +1,8 @@
-"""Adapters from the Hub, fetched by huggingface_hub in a process of their own.
+"""Fetch adapters from the Hub with huggingface_hub, in a process of its own.
 
 huggingface_hub has requests without a time limit, and it reads its settings (HF_HOME, HF_TOKEN, HF_ENDPOINT,
-HF_HUB_OFFLINE) once, at import. A process can be given up at any time, whatever it waits for, and it can be
-confined: what it answers is checked like what comes from outside.
+HF_HUB_OFFLINE) once, at import. A process can be stopped at any time, whatever it waits for, and it can be
+confined. Its answers are checked like any input from outside.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
-"""Called with bytes fetched so far and bytes in all."""
+"""Called with the bytes fetched so far and the bytes in all."""
 
 _COMMAND = (sys.executable, "-P", "-m", "onebase_adapters.hub.child")
-"""-P: nothing is imported from the folder in which the command was given."""
+"""Command of the process. -P: nothing is imported from the current folder."""
 
 _MOST_LINE = 64 << 10
-"""Bytes of a message; the longest that the process has to send are three paths and their sums."""
+"""Limit of a message, in bytes; the longest holds three paths and their sums."""
 _LOOK_SECONDS = 0.2
 _LAST_SECONDS = 2.0
 
@@ -68,9 +68,9 @@ def resolve(
     timeout: float = 30.0,
     cancel: threading.Event | None = None,
 ) -> str:
-    """The commit (40 hexadecimal digits) that a branch or tag points at; None: the default branch.
+    """Return the commit (40 hexadecimal digits) of a branch or tag; None: of the default branch.
 
-    When the Hub is offline or down, what the cache remembers of it. Blocks for at most `timeout` seconds.
+    While the Hub is offline or down, this is the commit in the cache. Blocks for at most `timeout` seconds.
     Raises HubError, PullCancelledError.
     """
     HubReference(repo, revision)
@@ -95,14 +95,13 @@ def pull(
     cancel: threading.Event | None = None,
     stall_seconds: float = 60.0,
 ) -> VersionFiles:
-    """Fetch an adapter's two files of one commit into the store, the names of a classifier's labels with
-    them; nothing else of the repository.
+    """Fetch an adapter's two files of one commit into the store, with the names of a classifier's labels, and
+    nothing else of the repository.
 
     Args:
         max_bytes: for both files together; compared before the transfer, and again while it lasts.
-        cancel: set it to give up.
-        stall_seconds: give up (`hub_unreachable`) when nothing comes for so long.
-
+        cancel: event that stops the pull.
+        stall_seconds: raise HubError (`hub_unreachable`) when nothing arrives for so long.
     Raises HubError, PullCancelledError, StoreFullError, StoreError.
     """
     request = {
@@ -126,7 +125,7 @@ def pull(
 def _fetch(
     request: dict[str, Any], progress: Progress | None, cancel: threading.Event | None, stall_seconds: float
 ) -> tuple[list[str], list[str | None]]:
-    """Paths in the Hub's cache, and the SHA-256 sums that the Hub gives for them, where it does."""
+    """Return paths in the Hub's cache, and the SHA-256 sums that the Hub reports for them, or None."""
     total = 0
     with closing(_talk(request, stall_seconds, cancel)) as messages:
         for message in messages:
@@ -139,7 +138,7 @@ def _fetch(
 
 
 def _with_labels(store: Store, places: Sequence[Path], config: Blob) -> Blob:
-    """The config with the names of labels that the third file has, if there is one. Raises HubError."""
+    """Return the config with the label names of the third file, if there is one. Raises HubError."""
     if len(places) == len(ADAPTER_FILES):
         return config
     own, _, model = (_beginning(place) for place in places)
@@ -156,7 +155,7 @@ def _beginning(place: Path) -> bytes:
 
 
 def _of_repo(path: str, repo: str) -> Path:
-    """A file in the Hub's cache, which may hold links, once the process that named it has ended.
+    """Return a file in the Hub's cache, links resolved, after the process that named it has ended.
 
     Raises HubError unless it is the repository's.
     """
@@ -175,7 +174,7 @@ def _is_right(blob: Blob, expected: str | None) -> bool:
 def _talk(
     request: dict[str, Any], silence_seconds: float, cancel: threading.Event | None
 ) -> Generator[dict[str, Any]]:
-    """What the process says, one message after the other. Raises what it reports as an error."""
+    """Yield the messages of the process one by one, and raise the error that it reports."""
     with _child(request) as child:
         for line in _lines(child, silence_seconds, cancel):
             try:
@@ -197,7 +196,7 @@ def _wrong_answer(what: str) -> HubError:
 
 @contextmanager
 def _child(request: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
-    """The process, which ends with this block, or with us: it watches its stdin."""
+    """Yield the process. It ends with this block, or with this process, because it watches its stdin."""
     child = subprocess.Popen(
         _COMMAND,
         stdin=subprocess.PIPE,

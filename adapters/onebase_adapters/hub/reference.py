@@ -1,4 +1,4 @@
-"""How an adapter on the Hub is named: `hub:org/repo[@revision][:subfolder]`."""
+"""Parse the name of an adapter on the Hub: `hub:org/repo[@revision][:subfolder]`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _SUBFOLDER_LIMIT = 250
 
 
 class HubError(Exception):
-    """An adapter cannot be had from the Hub. `code` is stable:
+    """An adapter cannot be fetched from the Hub. `code` is stable:
 
-    hub_invalid        the reference itself is not one
+    hub_invalid        the reference is malformed
     hub_unreachable    the Hub does not answer, too slowly, or with an error; the transfer broke
     hub_not_found      no such repository or revision (the Hub says so of private ones too)
-    hub_gated          it is there, but access must be granted, or the token is not accepted
+    hub_gated          it exists, but access must be granted, or the token is not accepted
     hub_too_large      the files are larger than allowed
     hub_offline        HF_HUB_OFFLINE is set, and the files are not in the cache
     hub_no_adapter     the repository has no `adapter_config.json` and `adapter_model.safetensors` there
-    hub_damaged        what came is not what the Hub's hash says
+    hub_damaged        the files received do not match the Hub's hash
     hub_wrong_answer   the Hub named a commit or a file as no Hub does; nothing of it was used
     """
 
@@ -37,7 +37,7 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class HubReference:
-    """Where an adapter lies on the Hub; without a revision: on the repository's default branch."""
+    """Location of an adapter on the Hub; without a revision, on the repository's default branch."""
 
     repo: str
     revision: str | None = None
@@ -57,7 +57,7 @@ class HubReference:
 
 
 def parse_hub_reference(text: str) -> HubReference:
-    """`hub:org/repo[@revision][:subfolder]` taken apart. Raises HubError (`hub_invalid`)."""
+    """Parse `hub:org/repo[@revision][:subfolder]`. Raises HubError (`hub_invalid`)."""
     if not text.startswith(PREFIX):
         raise HubError("hub_invalid", f"{text[:80]!r}: an adapter on the Hub is named hub:org/repo.")
     place, colon, subfolder = text.removeprefix(PREFIX).partition(":")
@@ -66,7 +66,7 @@ def parse_hub_reference(text: str) -> HubReference:
 
 
 def is_commit(revision: str | None) -> bool:
-    """Whether a revision is a commit's whole hash, which needs no looking up."""
+    """Return True if a revision is a commit's full hash, which need not be resolved."""
     return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
@@ -98,14 +98,16 @@ def _check_subfolder(subfolder: str) -> None:
 
 
 def hub_cache(environ: Mapping[str, str]) -> Path:
-    """The folder of the Hub's cache, by the same variables and in the same order as huggingface_hub."""
+    """Return the folder of the Hub's cache, by the same variables in the same order as huggingface_hub."""
     chosen = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or f"{_home(environ)}/hub"
     return Path(os.path.expandvars(chosen)).expanduser().absolute()
 
 
 def hub_token_state(environ: Mapping[str, str]) -> tuple[int, ...]:
-    """Return what changes when another token for the Hub is stored where huggingface_hub looks for one: the
-    inode, the size in bytes and the time in nanoseconds of the last write; empty while none is stored."""
+    """Return a state that changes when another token for the Hub is stored for huggingface_hub.
+
+    It is the inode, the size in bytes and the time of the last write, in nanoseconds; empty without a token.
+    """
     token = environ.get("HF_TOKEN_PATH") or f"{_home(environ)}/token"
     try:
         found = Path(os.path.expandvars(token)).expanduser().stat()
@@ -119,11 +121,11 @@ def _home(environ: Mapping[str, str]) -> str:
 
 
 def cached_repo(cache: Path, repo: str) -> tuple[Path, Path]:
-    """A repository's own folders in the Hub's cache: what it holds, and its locks."""
+    """Return a repository's own folders in the Hub's cache: its content, and its locks."""
     name = f"models--{repo.replace('/', '--')}"
     return cache / name, cache / ".locks" / name
 
 
 def shared_blobs(cache: Path) -> Path:
-    """Where the cache may keep what several repositories have, when another program has fetched it."""
+    """Return the folder of blobs that several repositories of the cache share; other programs may use it."""
     return cache / "blobs"

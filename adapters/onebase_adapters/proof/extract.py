@@ -14,7 +14,7 @@ from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeigh
 
 @torch.no_grad()
 def extract(model: Any, adapter: str) -> AdapterWeights:
-    """The weights of PEFT's active `adapter`, by the full name of the base's module, in host memory.
+    """Return the weights of PEFT's active `adapter`, by the full name of the base's module, in host memory.
 
     Raises:
         AdapterFormatError: two kinds meet in one module, or a module has parts that no slot holds.
@@ -59,7 +59,8 @@ def _lora(layer: Any, adapter: str) -> LoraWeights:
 
 
 def _gain(layer: Any, adapter: str) -> torch.Tensor:
-    """DoRA's magnitude by the norm of W + scale * B @ A, [out], as PEFT computes it in every forward pass."""
+    """Return DoRA's magnitude by the norm of W + scale * B @ A, [out], as PEFT computes it in a forward
+    pass."""
     from peft.utils.integrations import dequantize_module_weight
 
     dora = layer.lora_magnitude_vector[adapter]
@@ -95,6 +96,7 @@ def _tokens(layer: Any, adapter: str, shared: dict[int, torch.Tensor]) -> TokenR
 
 
 def _in_host_memory(tensor: torch.Tensor, shared: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-    """PEFT puts matrices next to the base; on an accelerator only those in slots may stay there."""
+    """Copy a tensor to host memory. PEFT puts matrices next to the base; only those in slots may stay on a
+    GPU."""
     copy = tensor.detach().cpu().contiguous()
     return copy if shared is None else shared.setdefault(id(tensor), copy)

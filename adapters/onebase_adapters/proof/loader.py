@@ -1,4 +1,4 @@
-"""From a PEFT adapter's two files to finished tensors: PEFT itself loads the canonical folder on a view.
+"""Load a PEFT adapter's two files into finished tensors: PEFT itself loads the canonical folder on a view.
 
 So key mapping, scaling and dtypes are PEFT's own, and the loaded tree is at the same time the
 reference against which each served module is compared.
@@ -37,7 +37,8 @@ from onebase_engine.lora.weights import (
 
 _NAME = "version"
 _UNTRAINED_GAIN = 2**-7
-"""How far DoRA's gain may be from 1 before training: PEFT makes the magnitudes in the base's dtype, bf16."""
+"""Largest distance of DoRA's gain from 1 before training: PEFT makes the magnitudes in the base's dtype,
+bf16."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class LoadedAdapter:
     spec: AdapterSpec
     weights: AdapterWeights
     reference: nn.Module
-    """PEFT's own model of it on a view of the base: what the proof compares with."""
+    """PEFT's own model of the version on a view of the base, the reference of the proof."""
     changed: int
-    """Modules that change something."""
+    """Number of modules that change something."""
 
     @property
     def bytes(self) -> int:
@@ -103,7 +104,8 @@ def load_adapter(
 
 
 def peft_model(base: nn.Module, canonical: Path) -> nn.Module:
-    """PEFT's own model of a canonical folder, over a view of the base: the reference for every row."""
+    """Return PEFT's own model of a canonical folder, over a view of the base: the reference of each
+    sequence."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
@@ -114,7 +116,7 @@ def peft_model(base: nn.Module, canonical: Path) -> nn.Module:
 
 
 def classifier_of(reference: nn.Module, task: Task, head: Head) -> nn.Module:
-    """The classifier that transformers has for the base, with PEFT's layers and the version's head.
+    """Return transformers' classifier for the base, with PEFT's layers and the version's head.
 
     Args:
         reference: PEFT's model of the version, on a view of the base.
@@ -133,7 +135,7 @@ def classifier_of(reference: nn.Module, task: Task, head: Head) -> nn.Module:
 
 
 def classifier_with(full: Any, task: Task, layer: nn.Linear) -> nn.Module:
-    """The classifier that transformers has for a model for text, over its decoder, with `layer` as its head.
+    """Return transformers' classifier for a text model, over its decoder, with `layer` as its head.
 
     Raises AdapterFormatError as `classifier_of`.
     """
@@ -168,7 +170,7 @@ def classifier_with(full: Any, task: Task, layer: nn.Linear) -> nn.Module:
 
 
 def _check_finite(name: str, module: ModuleWeights, own: Mapping[str, torch.Tensor]) -> None:
-    """Refuse what overflows on its way from the file to the product."""
+    """Raise AdapterFormatError if a tensor overflows between the file and the product."""
     if isinstance(module, LoraWeights):
         vectors = [part * module.scale for part in (module.b, module.bias) if part is not None]
         finite = [*vectors, *([] if module.gain is None else [module.gain])]
@@ -183,7 +185,7 @@ def _check_finite(name: str, module: ModuleWeights, own: Mapping[str, torch.Tens
 
 @torch.inference_mode()
 def _changes(module: ModuleWeights, base: Any) -> bool:
-    """Whether the module's output differs from the base's for any input."""
+    """Return True if the module's output differs from the base's for any input."""
     if isinstance(module, LoraWeights):
         if module.gain is not None and bool(((module.gain - 1).abs() > _UNTRAINED_GAIN).any()):
             return True

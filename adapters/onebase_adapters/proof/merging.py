@@ -1,4 +1,4 @@
-"""Several adapters made into one, by PEFT's own `add_weighted_adapter` on a view of the base."""
+"""Merge several adapters into one, by PEFT's own `add_weighted_adapter` on a view of the base."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Parent:
-    """One adapter that is merged: what people call it, its two files and its weight."""
+    """One adapter to merge: its name in messages, its two files and its weight."""
 
     label: str
     config: Path
@@ -43,8 +43,11 @@ class Parent:
 
 @dataclass(frozen=True)
 class MergeRecipe:
-    """How adapters are merged. `density`: the part of each matrix that `ties` and `dare_...` keep, 0 to 1;
-    `sign`: how `..._ties` find the sign that most have; `seed`: of what `dare_...` drop."""
+    """Method and parameters of a merge.
+
+    `density`: the part of each matrix that `ties` and `dare_...` keep, 0 to 1; `sign`: PEFT's method by which
+    `..._ties` elect the majority sign; `seed`: of the random choice of what `dare_...` drop.
+    """
 
     method: MergeMethod
     density: float | None
@@ -60,7 +63,7 @@ def merge(
     config: Path,
     weights: Path,
 ) -> None:
-    """Write the two files of what PEFT makes of the parents. They are not proved yet.
+    """Write the two files of the adapter that PEFT makes of the parents. They are not proved yet.
 
     Args:
         max_rank: largest rank that the server's slots hold.
@@ -115,7 +118,8 @@ def _check_plain(parent: Parent, spec: AdapterSpec) -> None:
 
 
 def _check_ranks(parents: Sequence[Parent], specs: Sequence[AdapterSpec], method: str) -> None:
-    """Methods other than `cat` add matrices element by element."""
+    """Raise AdapterFormatError unless all ranks are equal: methods other than `cat` add matrices
+    elementwise."""
     ranks: dict[str, tuple[int, str]] = {}
     largest = [(spec.rank, parent.label) for parent, spec in zip(parents, specs, strict=True)]
     for rank, label in largest:
@@ -165,7 +169,7 @@ def _merged_by_peft(
 
 
 def _keep_exact(tuner: Any) -> None:
-    """Let PEFT make the merged matrices in fp32: `cat` copies into them, and they would have 16 bit."""
+    """Make PEFT create the merged matrices in fp32; `cat` copies into them, and they would be 16-bit."""
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     inject = tuner.inject_adapter

@@ -1,9 +1,9 @@
-"""The proof that what is served is what PEFT computes: module by module, on the same input.
+"""Prove that each served module computes what PEFT's does, on the same input.
 
 Logits alone prove little in NF4, where a product of 1e-5 moves them by more than 1. So each wrapped module
 (adapted or not) is compared with PEFT's module of the same name. Where trials on this machine have shown that
 the kernels sum as PyTorch does, its bits must be PEFT's. Elsewhere only the order of sums differs: then the
-result in fp64 is the judge, and the module must be no farther from it than PEFT's own output is.
+result in fp64 decides, and the module must be no farther from it than PEFT's own output is.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from onebase_engine.lora.slots import AdapterSlots, SlotLinear, SlotModule, wrap
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
 
 TOLERANCE = 1e-2
-"""Of PEFT's largest output: for modules without PEFT's bits that have no result in fp64 (norms, embeddings,
-8-bit layers), which PyTorch computes on both sides."""
+"""Largest difference, relative to PEFT's largest output, of modules without PEFT's bits that have no result
+in fp64 (norms, embeddings, 8-bit layers), which PyTorch computes on both sides."""
 ERROR_RATIO = 1.05
-"""How much farther from the result in fp64 than PEFT's output a module's may be, in the mean square: by
+"""Largest ratio of a module's error against fp64 to that of PEFT's output, in the root mean square. By
 rounding alone two orders of summation differ by less than a hundredth."""
 _VERSION, _OTHER = 0, 1
 """Slots of the version and of its neighbour."""
@@ -39,11 +39,11 @@ SUM_ERROR = 2.0**-20
 """Bound of the error of a sum in fp32, in any order, relative to the sum of its terms' sizes. The standard
 deviation of that error is a 30th of it, measured on 64 to 14,336 random terms that are added one by one."""
 _MOST_POWER = 120
-"""Of two, by which an adapter's part is multiplied at most."""
+"""Largest power of two by which an adapter's part is multiplied."""
 
 
 class ProofError(Exception):
-    """A served module, or a text, is not PEFT's.
+    """A served module, or a text, differs from PEFT's.
 
     `name` is that of the module or text; `difference` the largest of its outputs, relative to PEFT's largest.
     """
@@ -56,27 +56,28 @@ class ProofError(Exception):
 
 @dataclass(frozen=True)
 class ModuleProof:
-    """What was compared. `rows`: input rows of each module, alone and in each mix, taken together."""
+    """Result of comparing modules. `rows`: input rows of each module, alone and in each mix, taken
+    together."""
 
     compared: int
     rows: int
     exact: int
-    """Modules that had PEFT's bits."""
+    """Number of modules that had PEFT's bits."""
     largest_difference: float
-    """Of any output from PEFT's, relative to PEFT's largest of that module."""
+    """Largest difference of any output from PEFT's, relative to PEFT's largest of that module."""
     error_ratio: float
-    """Of modules without PEFT's bits: the largest distance from the result in fp64 (root mean square) by that
-    of PEFT's output; 0 without any."""
+    """Largest ratio of the error against fp64 (root mean square) to that of PEFT's output, over the modules
+    without PEFT's bits; 0 without any."""
     tolerated: int
-    """Modules without PEFT's bits that have no result in fp64, and were within TOLERANCE."""
+    """Number of modules without PEFT's bits that have no result in fp64, and were within TOLERANCE."""
     kernels: str
-    """What computed: `torch`, or the kernels in C by their set of instructions."""
+    """Kernels that computed: `torch`, or the kernels in C by their set of instructions."""
 
 
 @dataclass(frozen=True)
 class _Distance:
-    """How far a module is from PEFT's: largest relative difference, ratio of errors (0: bit-equal, or not
-    known), and whether a tolerance had to do."""
+    """Distance of a module from PEFT's: largest relative difference, ratio of errors (0: bit-equal, or not
+    known), and whether it was accepted by TOLERANCE alone."""
 
     difference: float = 0.0
     ratio: float = 0.0
@@ -92,7 +93,8 @@ class _Distance:
 
 @dataclass(frozen=True)
 class _BatchMix:
-    """Who has which of the rows. `mine` [rows] bool: the version's; `seen`: those that are compared."""
+    """Assignment of a batch's rows. `mine` [rows] bool: rows of the version; `seen`: rows that are
+    compared."""
 
     title: str
     rows: RowMap
@@ -103,11 +105,11 @@ class _BatchMix:
 class ModuleProver:
     """Compares every wrapped module of a view of a base, with a version in a slot, with PEFT's.
 
-    The view stays from proof to proof: to wrap it takes a good part of the time that the comparison does.
+    The view is kept from proof to proof: wrapping it takes a good part of the time of a comparison.
     """
 
     def __init__(self, base: nn.Module, kernels: Kernels | None = None) -> None:
-        """`kernels`: what will serve; None: what serves on the base's device."""
+        """`kernels`: those that will serve; None: those that serve on the base's device."""
         model: Any = base
         head: torch.Tensor = model.get_output_embeddings().weight
         self._base = base
@@ -120,7 +122,7 @@ class ModuleProver:
         self._mixes = {device: list(_batch_mixes(device)) for device in devices}
         self._random = torch.Generator()
         self._untouched: dict[str, _Distance] = {}
-        """Of modules that a version left alone: what was found holds for all that do."""
+        """Distances of modules that a version left alone, which hold for all versions that do."""
 
     @torch.inference_mode()
     def prove(
@@ -129,8 +131,10 @@ class ModuleProver:
         weights: AdapterWeights,
         on_progress: Callable[[float], None] = lambda fraction: None,
     ) -> ModuleProof:
-        """Compare the modules on 32 input rows each: all of them the version's; every second one of another
-        adapter, whose products overflow; every second one of nobody, which must be the base's own.
+        """Compare the modules on 32 input rows each, in three mixes of rows.
+
+        All rows are the version's; every second one is another adapter's, whose products overflow; every
+        second one has no adapter and must be the base's own.
 
         Args:
             reference: PEFT's model of the version, on a view of the same base.
@@ -166,7 +170,7 @@ class ModuleProver:
         )
 
     def _module(self, name: str, expected: nn.Module, own: ModuleWeights | None) -> _Distance:
-        """How far the module is from PEFT's. Raises ProofError."""
+        """Return the module's distance from PEFT's. Raises ProofError."""
         bare, served = self._base.get_submodule(name), self._modules[name]
         untouched = own is None and _is_copy(expected, bare)
         if untouched and name in self._untouched:
@@ -239,9 +243,9 @@ class ModuleProver:
     def _prove_amplified(
         self, served: SlotModule, name: str, own: LoraWeights, x: torch.Tensor, truth: _Truth
     ) -> None:
-        """Once more with the adapter's part so large that the rounding of the base's hides nothing of it.
+        """Compare again with the adapter's part so large that rounding of the base's part hides none of it.
 
-        Not of DoRA, whose gain is no part of its own.
+        DoRA is left out, because its gain is no separate part.
         """
         factor = None if own.gain is not None else truth.amplifier()
         if factor is None:
@@ -268,7 +272,7 @@ class ModuleProver:
             served.put(_VERSION, self._slots.narrowed({name: own})[name].to(x.device))
 
     def _inputs(self, bare: Any, tokens: list[int]) -> Iterator[torch.Tensor]:
-        """Seeded rows [1, 32, in]; for an embedding ids [1, 32], `tokens` among them."""
+        """Yield seeded rows [1, 32, in]; for an embedding ids [1, 32], `tokens` among them."""
         device = bare.weight.device
         if not isinstance(bare, nn.Embedding):
             size = bare.in_features if isinstance(bare, nn.Linear) else bare.weight.shape[0]
@@ -282,7 +286,7 @@ class ModuleProver:
 
 
 def _is_copy(expected: nn.Module, bare: nn.Module) -> bool:
-    """Whether PEFT's module is the base's own: of the same class, on the same tensors, with nothing in it."""
+    """Return True if PEFT's module is the base's own: same class, same tensors, nothing wrapped."""
     if type(expected) is not type(bare) or any(expected.children()):
         return False
     if expected._forward_hooks or expected._forward_pre_hooks or "forward" in vars(expected):
@@ -292,14 +296,14 @@ def _is_copy(expected: nn.Module, bare: nn.Module) -> bool:
 
 
 def _trained_tokens(expected: nn.Module, weights: ModuleWeights | None) -> list[int]:
-    """Tokens that have rows of their own, in PEFT's module or in what is served."""
+    """Return the tokens that have rows of their own, in PEFT's module or in what is served."""
     peft: Any = getattr(expected, "token_adapter", None)
     found = set() if peft is None else {token for some in peft.token_indices.values() for token in some}
     return sorted(found | set(weights.indices.tolist() if isinstance(weights, TokenRows) else ()))
 
 
 def _neighbour(bare: Any, weights: ModuleWeights | None) -> ModuleWeights:
-    """Another adapter's weights, of the version's rank. They overflow, so that what leaks of them is seen."""
+    """Return another adapter's weights, of the version's rank, which overflow so that any leak is visible."""
     rank = weights.rank if isinstance(weights, LoraWeights) else _OTHER_RANK
     if isinstance(bare, nn.Embedding):
         a, size_out = torch.full((bare.num_embeddings, rank), _OVERFLOWS), bare.embedding_dim
@@ -311,7 +315,7 @@ def _neighbour(bare: Any, weights: ModuleWeights | None) -> ModuleWeights:
 
 
 def _batch_mixes(device: torch.device) -> Iterator[_BatchMix]:
-    """The ways in which the engine's batches mix rows."""
+    """Yield the ways in which the engine's batches mix rows."""
     even, odd = tuple(range(0, TILE, 2)), tuple(range(1, TILE, 2))
     mine = torch.arange(TILE, device=device) % 2 == 0
     version, other = ((_VERSION, 1.0),), ((_OTHER, 1.0),)
@@ -332,13 +336,14 @@ def _has_truth(served: SlotModule) -> bool:
 
 
 class _Truth:
-    """What a linear layer with an adapter gives for the rows `x` [rows, in], in fp64, and what rounding does.
+    """Outputs in fp64 of a linear layer with an adapter for the rows `x` [rows, in], and bounds of rounding
+    errors.
 
     Outputs `y` are those of a mix's rows that are seen.
     """
 
     _OUTPUTS = 1024
-    """Computed at once: a large head in fp64 takes many times its own memory."""
+    """Number of outputs computed at once: a large head in fp64 takes many times its own memory."""
 
     def __init__(self, bare: Any, own: ModuleWeights | None, x: torch.Tensor) -> None:
         weight, bias = ReferenceLinear(bare, tiled=True).weight()
@@ -350,7 +355,7 @@ class _Truth:
         self._sums = SUM_ERROR * terms
         """Bound of the error of the base's sums, [rows, out]."""
         self._part = self._part_sums = torch.zeros_like(self.base)
-        """What the adapter adds, and the bound of the error of its sums."""
+        """Part that the adapter adds, and the bound of the error of its sums, [rows, out]."""
         self._stretch = torch.zeros((), dtype=torch.float64)
         """DoRA's gain less 1, by which the base's product is multiplied on top, [out]."""
         self._rounds_part = type(bare).__name__ == "Linear4bit"
@@ -374,17 +379,18 @@ class _Truth:
             self._part_sums = self._sums.index_copy(1, indices, SUM_ERROR * own_terms)
         self.delta = self._part + self._stretch * product
         self._lift = (self._stretch + 1).abs().clamp(min=1)
-        """By how much the base's rounding is multiplied, [out]."""
+        """Factor by which the base's rounding is multiplied, [out]."""
 
     def times(self, factor: float) -> _Truth:
-        """The same with a LoRA's part, a power of two, multiplied."""
+        """Return a copy with a LoRA's part multiplied by `factor`, a power of two."""
         other = object.__new__(_Truth)
         multiplied = ("delta", "_part", "_part_sums")
         other.__dict__ = {**self.__dict__, **{name: self.__dict__[name] * factor for name in multiplied}}
         return other
 
     def amplifier(self) -> float | None:
-        """A power of two that makes the adapter's part several times the base's; None if it has no part."""
+        """Return a power of two that makes the adapter's part several times the base's; None if it has no
+        part."""
         part, whole = float(self.delta.square().mean().sqrt()), float(self.base.square().mean().sqrt())
         if not part or not math.isfinite(part):
             return None
@@ -392,16 +398,17 @@ class _Truth:
         return None if power > _MOST_POWER else 2.0 ** max(0, power)
 
     def error(self, y: torch.Tensor, mix: _BatchMix) -> float:
-        """Root mean square of how far outputs `y` are from the result."""
+        """Return the root mean square of the distance of outputs `y` from the result."""
         whole, _ = self._parts(mix)
         return float((y.double() - whole).square().mean().sqrt())
 
     def noise(self, mix: _BatchMix) -> float:
-        """The most that rounding does, root mean square: base, adapter's part and sum are each rounded."""
+        """Return the bound of rounding, as root mean square: base, adapter's part and sum are each
+        rounded."""
         return float(self._bound(mix).square().mean().sqrt())
 
     def exceeds(self, y: torch.Tensor, mix: _BatchMix) -> bool:
-        """Whether any output is farther off than two roundings of everything could bring it."""
+        """Return True if any output is farther off than two roundings of everything could bring it."""
         whole, _ = self._parts(mix)
         return not bool(((y.double() - whole).abs() <= 2 * self._bound(mix)).all())
 
@@ -468,7 +475,7 @@ def _lora_part(own: LoraWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def _products(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x @ weight.T, and the same of their sizes, [rows, out] fp64."""
+    """Return x @ weight.T, and the same of their absolute values, [rows, out] fp64."""
     wide, sizes = x.double(), x.double().abs()
     exact: list[torch.Tensor] = []
     terms: list[torch.Tensor] = []

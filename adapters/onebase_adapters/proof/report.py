@@ -1,4 +1,4 @@
-"""What a proven version turned out to be, as it goes into the registry. Torch is not imported here."""
+"""Report of a proven version, as the registry stores it. Torch is not imported here."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Literal
 import msgspec
 
 Stage = Literal["validating", "proving"]
-"""How far a version is on its way to its report."""
+"""Stage of a version before its report."""
 
 MergeMethod = Literal["linear", "cat", "ties", "dare_linear", "dare_ties"]
-"""PEFT's names of the ways to make one adapter of several."""
+"""PEFT's names of the methods to merge adapters."""
 MergeSign = Literal["total", "frequency"]
 
 
@@ -24,75 +24,75 @@ class ModuleReport(msgspec.Struct, frozen=True, kw_only=True):
     alpha: float
     parameters: int
     norm: float
-    """Frobenius norm of what the module adds to its weight: scale * B @ A, or the change of what it
-    replaces."""
+    """Frobenius norm of the module's change of its weight: of scale * B @ A, or of the difference from the
+    replaced module."""
     spectral_norm: float | None = None
-    """Its largest singular value, of lora and dora."""
+    """Largest singular value of the change, for lora and dora."""
     relative_norm: float | None = None
-    """The norm by that of the base's weight, within some percent; None of token rows and an embedding's
+    """Norm divided by that of the base's weight, within some percent; None for token rows and an embedding's
     matrices."""
 
 
 class ProofReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What was compared with PEFT, and how far it was off."""
+    """Result of comparing a version with PEFT."""
 
     modules_compared: int
     modules_changed: int
-    """Modules that the adapter makes compute something else."""
+    """Number of modules that the adapter makes compute something else."""
     rows: int
     """Input rows of each module, alone and in each mix, taken together."""
     exact: bool
-    """Every module had PEFT's bits."""
+    """Whether every module had PEFT's bits."""
     modules_exact: int | None = None
-    """Modules that had PEFT's bits; None in reports from before this was counted."""
+    """Number of modules that had PEFT's bits; None in reports from before this was counted."""
     error_ratio: float = 0.0
-    """Of the others: the largest distance from the result in fp64, divided by that of PEFT's own output."""
+    """Largest ratio of the error against fp64 to that of PEFT's own output, over the other modules."""
     kernels: str = "torch"
-    """What computed: `torch`, or the kernels in C by their set of instructions; on a GPU with its kind, as
-    `triton sm_90`."""
+    """Kernels that computed: `torch`, or the kernels in C by their set of instructions; on a GPU with its
+    kind, as `triton sm_90`."""
     largest_difference: float
-    """Of any module, relative to the largest output of PEFT's; 0 when exact."""
+    """Largest difference of any module, relative to PEFT's largest output; 0 when exact."""
     texts: int
-    """Greedy texts compared."""
+    """Number of greedy texts compared."""
     tokens_compared: int
     texts_changed: int
-    """Texts that differ from the bare base's."""
+    """Number of texts that differ from the bare base's."""
     base_unchanged: bool
     seconds: float
     shown: str = ""
-    """What was shown for this version on this device, in words."""
+    """Sentences on what was proved for this version on this device."""
 
 
 class VersionReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A proven version. Stored as JSON in the registry, and given out over HTTP as it is."""
+    """A proven version. The registry stores it as JSON, and HTTP returns it unchanged."""
 
     kinds: list[str]
     rank: int
-    """The largest of any module, as is `alpha`."""
+    """Largest rank of any module; `alpha` is the largest alpha."""
     alpha: float
     rslora: bool
     targets: list[str]
     parameters: int
     bytes: int
-    """In memory, once loaded."""
+    """Size in memory, once loaded, in bytes."""
     base_name: str | None
-    """Of the base that the adapter's config names."""
+    """Name of the base in the adapter's config."""
     dropped: list[str]
     """Tensors of the file that were the base's own, bit for bit, and were left out."""
     modules: list[ModuleReport]
     proof: ProofReport
     task: str = "CAUSAL_LM"
-    """What the adapter is for, in PEFT's words."""
+    """Task of the adapter, in PEFT's words."""
     labels: int = 0
-    """Classes that a classifier tells apart."""
+    """Number of a classifier's classes."""
     label_names: list[str] = []
-    """Of all of them, in their order; empty if the files name none."""
+    """Names of all classes, in their order; empty if the files name none."""
     warnings: list[str] = []
-    """What a person should look at before the version is activated, a sentence each; nothing is blocked."""
+    """Sentences for a person to read before the version is activated; nothing is blocked."""
     base_layers: int = 0
-    """Of the base; 0 in reports from before this was told, as is what follows empty."""
+    """Number of the base's layers; 0 in older reports, where `base_linears` is empty too."""
     base_linears: list[str] = []
-    """The base's linear modules by what they are called in any of its layers, experts as one."""
+    """Names of the base's linear modules within a layer, experts as one."""
 
 
 def what_was_shown(
@@ -105,7 +105,7 @@ def what_was_shown(
     tokens: int,
     classified: int = 0,
 ) -> str:
-    """What a proof has shown, in words.
+    """Return sentences on what a proof has shown.
 
     Args:
         tolerated: modules that were only within a hundredth of PEFT's largest output.

@@ -1,4 +1,4 @@
-"""Greedy texts of a real, small engine, and PEFT's own forward pass as their judge."""
+"""Compare greedy texts of a real, small engine with PEFT's own forward pass."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from onebase_engine.kernels.interface import TILE
 from onebase_engine.lora.weights import HEAD, AdapterWeights, Head
 
 TIE_ROUNDINGS = 4
-"""A token ties with PEFT's where its logit is within this many roundings of the largest. Attention over
-padded blocks sums in another order than transformers', and in bf16 two logits are often the same number."""
+"""Number of roundings of the largest logit within which a token's logit ties with it. Attention over padded
+blocks sums in another order than transformers', and in bf16 two logits are often the same number."""
 TIE_FP32 = 1e-4
 _BLOCK = 16
 _STEP_TOKENS = 256
@@ -34,23 +34,23 @@ class TextProof:
     texts: int
     tokens: int
     changed: int
-    """Texts that differ from the bare base's."""
+    """Number of texts that differ from the bare base's."""
 
 
 class TextProver:
-    """Lets a real, small engine serve greedy texts, and PEFT judge them.
+    """Serves greedy texts with a real, small engine, and compares them with PEFT.
 
-    The engine stays from proof to proof: to start it takes longer than the texts do.
+    The engine is kept from proof to proof: starting it takes longer than the texts.
     """
 
     def __init__(self, base: nn.Module) -> None:
         self._base = base
         self._engine: Engine | None = None
         self._room = (0, 0)
-        """Rows and tokens of each for which the engine was made."""
+        """Number of sequences, and tokens of each, that the engine has room for."""
         self._proofs = itertools.count()
         self._bare: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-        """Probes and texts of the bare base that were found to be its own."""
+        """Probes and texts of the bare base that were proved to be its own."""
 
     def prove(
         self,
@@ -99,10 +99,11 @@ class TextProver:
         probes: Sequence[list[int]],
         task: Task,
     ) -> int:
-        """Have the engine classify the probes in one batch, and compare with `classifier`. Returns how many.
+        """Classify the probes in one batch with the engine, and compare with `classifier`. Returns their
+        number.
 
-        Of the same hidden state the version's head must give the classifier's logits, but for their last
-        bit; of the engine's own states, as near as rounding may bring these.
+        For the same hidden state the version's head must give the classifier's logits, except for their last
+        bit; for the engine's own states, logits as near as rounding may bring these.
 
         Raises:
             ProofError: classes are not the classifier's.
@@ -169,7 +170,7 @@ class TextProver:
         tokens: int,
         on_progress: Callable[[float], None],
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """The engine's texts with the version, and without."""
+        """Return the engine's texts with the version, and without."""
         engine = self._engine_for(2 * len(probes), max(map(len, probes)) + tokens)
         # Of its own for each proof: what the engine keeps of prefixes is by version.
         version = f"version {next(self._proofs)}"
@@ -193,7 +194,7 @@ class TextProver:
         return [texts[f"+{n}"] for n in count], [texts[f"-{n}"] for n in count]
 
     def _engine_for(self, rows: int, length: int) -> Engine:
-        """An engine with room for so many rows of this length."""
+        """Return an engine with room for so many sequences of this length."""
         if self._engine is None or rows > self._room[0] or length > self._room[1]:
             rows, length = max(rows, self._room[0]), max(length, self._room[1])
             self._engine, self._room = None, (rows, length)
@@ -206,7 +207,7 @@ class TextProver:
 
 
 def tie_of(dtype: torch.dtype) -> float:
-    """How far below the largest a logit may lie, relative to it, that ties with it."""
+    """Return the largest distance below the largest logit, relative to it, at which a logit ties with it."""
     return max(TIE_ROUNDINGS * torch.finfo(dtype).eps, TIE_FP32)
 
 
@@ -222,7 +223,7 @@ def _check(model: nn.Module, probe: list[int], tokens: list[int], tolerance: flo
 def _classes(
     classifier: Any, probe: list[int], kind: Literal["each", "last"]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [tokens, labels] and hidden states [tokens, hidden], fp64, of the tokens that are classified."""
+    """Return logits [tokens, labels] and hidden states [tokens, hidden], fp64, of the classified tokens."""
     ids = torch.tensor([probe], device=next(classifier.parameters()).device)
     hidden = classifier.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].double().cpu()
     logits = classifier(input_ids=ids, use_cache=False).logits[0].double().cpu()
@@ -231,9 +232,10 @@ def _classes(
 
 @torch.inference_mode()
 def regrets(model: nn.Module, prompt: list[int], tokens: list[int]) -> list[float]:
-    """How far each token's logit lies below the model's best after the same tokens; all 0 for a greedy text.
+    """Return each token's distance below the model's best logit after the same tokens; all 0 for a greedy
+    text.
 
-    Relative to the largest logit of its place.
+    It is relative to the largest logit of its place.
     """
     logits = _logits(model, [*prompt, *tokens[:-1]], keep=len(tokens))
     chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
@@ -243,11 +245,11 @@ def regrets(model: nn.Module, prompt: list[int], tokens: list[int]) -> list[floa
 
 
 def _logits(model: Any, ids: list[int], keep: int) -> torch.Tensor:
-    """The logits after each of the last `keep` tokens of a row, [keep, vocab] fp32, by the model's own pass.
+    """Return the logits after each of the last `keep` tokens, [keep, vocab] fp32, by the model's own pass.
 
-    It numbers positions itself: what the engine says of them must not be what judges the engine.
+    The model numbers positions itself: the engine's positions must not judge the engine.
 
-    The row is fed in pieces of TILE tokens through transformers' own cache: from 33 rows on oneDNN sums bf16
+    The tokens pass in pieces of TILE through transformers' own cache: from 33 rows on oneDNN sums bf16
     products in another order, and one flipped last bit may tip a near tie between two tokens.
     """
     device = next(model.parameters()).device

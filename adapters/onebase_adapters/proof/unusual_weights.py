@@ -1,9 +1,9 @@
-"""What stands out in an adapter's weights, as poisoning may: said with figures, never a reason to block.
+"""Report weights of an adapter that stand out, as poisoning may: with figures, never a reason to block.
 
 A backdoor that is trained or edited into an adapter tends to show in the spectra of its layers (see
 https://arxiv.org/abs/2602.15195). Without a collection of known good ones, a module is compared with those of
 the same name in the adapter's other layers, by medians, so that what stands out does not move the measure.
-Nothing of another adapter is looked at: it may be another tenant's.
+Other adapters are not read: they may be another tenant's.
 """
 
 from __future__ import annotations
@@ -20,35 +20,36 @@ from torch import nn
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeights, TokenRows, without_head
 
 LEAST_COMPARED = 4
-"""Modules of one name that change anything: fewer tell nothing of each other."""
+"""Smallest number of modules of one name with a change; fewer are not compared."""
 MOST_NORMS = 6.0
-"""How many times the median norm of its name a module's may be."""
+"""Largest norm of a module, as a multiple of the median norm of its name."""
 MOST_DEVIATIONS = 8.0
-"""And how many deviations of the logarithms, by the median one, it may be beyond it."""
+"""Largest distance beyond that median as well, in deviations of the logarithms (by the median one)."""
 SPIKE_NORMS, SPIKE = 3.0, 0.9
-"""A module of fewer norms stands out too, if it has so much of its energy in one direction."""
+"""Lower limit of the norm, as a multiple of the median, for modules with a larger part of their energy than
+SPIKE in one direction."""
 _PROBES = 32
 _ROWS = 1024
 LEAST_RANK = 4
-"""Below this rank a large part of the energy is in one direction anyway."""
+"""Smallest rank at which SPIKE applies; below it one direction has a large part of the energy anyway."""
 MOST_RELATIVE = 1.0
-"""What is added may have this many times the norm of the weight that it is added to."""
+"""Largest norm of the change, as a multiple of the norm of the weight that it is added to."""
 MOST_OF_ONE_TOKEN = 0.5
-"""Part of an embedding's or a head's change (its squared norm) that one token's row may have."""
+"""Largest part of an embedding's or a head's change (its squared norm) in one token's row."""
 MOST_ROW = 8.0
-"""How many times the base's median row a row that replaces one may be long."""
+"""Largest norm of a replacing row, as a multiple of the base's median row."""
 MOST_GAIN = 4.0
-"""DoRA may make an output this many times as large."""
+"""Largest factor by which DoRA may scale an output."""
 MOST_SAID = 16
-"""Modules that are told one by one."""
+"""Largest number of modules that are named one by one."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a module adds to its weight.
+    """Figures of a module's change of its weight.
 
     norm: Frobenius. spectral: its largest singular value; None where the module is replaced. relative: norm
-    by the weight's norm; None of token rows and an embedding's matrices.
+    divided by the weight's norm; None for token rows and an embedding's matrices.
     """
 
     norm: float
@@ -56,15 +57,15 @@ class Figures:
     relative: float | None = None
     rank: int = 0
     token: tuple[int, float] | None = None
-    """Of an embedding or a head: the token whose row changes most, and its part of the squared norm."""
+    """Token of an embedding or a head whose row changes most, and its part of the squared norm."""
     row: tuple[int, float] | None = None
-    """Of token rows: the token with the longest, and its length by the base's median row."""
+    """Token with the longest replacing row, and that row's norm as a multiple of the base's median row."""
     gain: float | None = None
-    """DoRA's largest."""
+    """Largest absolute gain of DoRA."""
 
     @property
     def peak(self) -> float:
-        """The part of the squared norm in one direction."""
+        """Part of the squared norm in one direction."""
         return (self.spectral or 0.0) ** 2 / self.norm**2 if self.norm else 0.0
 
 
@@ -73,10 +74,11 @@ def figures(weights: ModuleWeights, base: nn.Module, dtype: torch.dtype, *, of_t
     """Measure a module.
 
     Args:
-        base: its own in the base, of which rows go through in `dtype`.
-        of_tokens: its rows are tokens', as an embedding's and a head's are.
+        base: the base's module, which is run in `dtype`.
+        of_tokens: whether its rows are tokens', as an embedding's and a head's are.
 
-    Without the product B @ A, which may be large: its singular values are those of a [rank, rank] matrix.
+    The product B @ A, which may be large, is not formed: its singular values are those of a [rank, rank]
+    matrix.
     """
     if isinstance(weights, LoraWeights):
         return _lora(weights, base, dtype, of_tokens=of_tokens)
@@ -120,7 +122,7 @@ def _rows(weights: TokenRows, own: torch.Tensor) -> Figures:
 
 
 def _largest(squares: torch.Tensor, norm: float) -> tuple[int, float] | None:
-    """The row with the largest square, and its part of all. squares: [rows]"""
+    """Return the row with the largest square, and its part of the sum. squares: [rows]"""
     if not norm:
         return None
     row = int(squares.argmax())
@@ -128,7 +130,7 @@ def _largest(squares: torch.Tensor, norm: float) -> tuple[int, float] | None:
 
 
 def _squares(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Squared norms of the rows of a difference, some rows at a time: a head takes gigabytes. [rows]"""
+    """Return the squared norms [rows] of a difference, some rows at a time: a head takes gigabytes."""
     pairs = zip(torch.split(one, _ROWS), torch.split(other, _ROWS), strict=True)
     return torch.cat(
         [(left.float() - right.float()).double().square().view(len(left), -1).sum(1) for left, right in pairs]
@@ -136,9 +138,10 @@ def _squares(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _size(base: Any, dtype: torch.dtype) -> float:
-    """Frobenius norm of a module's weight.
+    """Return the Frobenius norm of a module's weight.
 
-    Of a linear layer, which may be packed, within some percent: the mean of |Wx|² over random x is |W|².
+    For a linear layer, which may be packed, it is within some percent: the mean of |Wx|² over random x is
+    |W|².
     """
     if not isinstance(base, nn.Linear):
         return _norm(base.weight)
@@ -160,7 +163,7 @@ def _by(norm: float, of: float) -> float | None:
 def measure(
     weights: AdapterWeights, base: nn.Module, on_measured: Callable[[], None] = lambda: None
 ) -> dict[str, Figures]:
-    """The figures of each module; `on_measured` is called after each."""
+    """Return the figures of each module; `on_measured` is called after each."""
     model: Any = base
     head = model.get_output_embeddings()
     of_tokens = {id(model.get_input_embeddings()), id(head)}
@@ -173,7 +176,7 @@ def measure(
 
 
 def unusual(measured: Mapping[str, Figures]) -> list[str]:
-    """A sentence for each module that stands out, with its figures."""
+    """Return a sentence with figures for each module that stands out."""
     kinds: dict[str, dict[str, Figures]] = {}
     for name, found in sorted(measured.items()):
         kinds.setdefault(name.rpartition(".")[2], {})[name] = found
@@ -184,7 +187,7 @@ def unusual(measured: Mapping[str, Figures]) -> list[str]:
 
 
 def _beside_its_kind(modules: Mapping[str, Figures]) -> Iterable[str]:
-    """What stands out among modules of one name in several layers."""
+    """Yield a sentence for each module that stands out among those of its name in other layers."""
     changing = {name: found for name, found in modules.items() if found.norm}
     if len(changing) == 1 and len(modules) >= LEAST_COMPARED:
         yield f"{next(iter(changing))} alone changes anything, of {len(modules)} modules of its name"
@@ -202,14 +205,14 @@ def _beside_its_kind(modules: Mapping[str, Figures]) -> Iterable[str]:
 
 
 def _deviation(found: Iterable[Figures]) -> float:
-    """Of the logarithms of the norms, from their median absolute deviation, as if they were normal."""
+    """Return the standard deviation of the norms' logarithms, from their median absolute deviation."""
     logarithms = [math.log(one.norm) for one in found]
     middle = statistics.median(logarithms)
     return 1.4826 * statistics.median(abs(one - middle) for one in logarithms)
 
 
 def _alone(name: str, found: Figures) -> Iterable[str]:
-    """What stands out in a module by itself."""
+    """Yield a sentence for each figure by which a module stands out by itself."""
     if found.relative is not None and found.relative > MOST_RELATIVE:
         yield f"{name}: what it adds has {found.relative:.2g} times the norm of the base's weight"
     if found.token is not None and found.token[1] > MOST_OF_ONE_TOKEN:

@@ -1,4 +1,4 @@
-"""One version from its two files to a packed adapter that is proven."""
+"""Prove one version: from its two files to a packed adapter."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _IN_LAYER = re.compile(r"\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class ProvenVersion:
-    """`sha256` and `bytes` are the packed adapter's."""
+    """A version's report, and its packed adapter, whose SHA-256 and size are `sha256` and `bytes`."""
 
     report: VersionReport
     sha256: str
@@ -48,7 +48,7 @@ class ProvenVersion:
 
 
 class Verifier:
-    """Proves versions on a base. `max_rank` is the largest that the engine's slots hold."""
+    """Proves versions on a base. `max_rank`: largest rank that the engine's slots hold."""
 
     def __init__(self, base: nn.Module, *, max_rank: int, base_id: str) -> None:
         """`base_id` is written into packed adapters, so that no other base ever loads them."""
@@ -94,7 +94,7 @@ class Verifier:
             raise
 
     def merge(self, parents: Sequence[Parent], recipe: MergeRecipe, config: Path, weights: Path) -> None:
-        """Write the two files of one adapter made of several; nothing is left of them if that fails.
+        """Write the two files of one adapter merged of several; neither is left if that fails.
 
         Raises as `merging.merge`.
         """
@@ -222,7 +222,7 @@ def version_report(
 
 
 def layers_of(base: nn.Module) -> tuple[int, list[str]]:
-    """How many layers a base has, and what the linear modules in them are called, each name once."""
+    """Return the number of a base's layers, and the names of the linear modules in them, each once."""
     numbers, names = set[str](), dict[str, None]()
     for name, module in base.named_modules():
         found = _IN_LAYER.search(name)

@@ -1,4 +1,4 @@
-"""Which adapters there are, their versions, and which version is active."""
+"""Registry of adapters, their versions and their active versions, and of jobs, batches, keys and tenants."""
 
 from onebase_adapters.registry.adapters import DEFAULT_TENANT, LEAST_PREFIX, Registry
 from onebase_adapters.registry.audit import AuditLog, Origin, acting

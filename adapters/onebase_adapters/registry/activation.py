@@ -1,4 +1,4 @@
-"""Which version is active: activation, rolling back, and the history of both. Inside a write transaction."""
+"""Activate versions, roll them back, and record the history of both, inside a write transaction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _AUDITED: dict[Action, AuditAction] = {
 
 
 def check_expected(adapter: AdapterRow, expected: str | Unset | None) -> None:
-    """Raise StaleActivationError unless `expected` is what is active, or was not given."""
+    """Raise StaleActivationError unless `expected` is the active version or was not given."""
     if isinstance(expected, Unset) or expected == adapter.active:
         return
     raise StaleActivationError(
@@ -34,7 +34,7 @@ def check_expected(adapter: AdapterRow, expected: str | Unset | None) -> None:
 
 
 def activate(session: Session, adapter: AdapterRow, version: VersionRow, actor: str, at: float) -> None:
-    """Make `version` active, unless it is so already; what was active goes onto the stack."""
+    """Make `version` active unless it already is, and push the version active before onto the stack."""
     if version.state != "ready":
         raise NotReadyError(
             f"Version {version.digest} of {adapter.name!r} is {version.state}: "
@@ -48,9 +48,9 @@ def activate(session: Session, adapter: AdapterRow, version: VersionRow, actor: 
 
 
 def roll_back(session: Session, adapter: AdapterRow, actor: str, at: float) -> None:
-    """Make the version active that was so before the current one was activated, and take it off the stack.
+    """Activate the version that was active before the current one, and pop it from the stack.
 
-    Entries that cannot be active now (not ready any more, or the active version itself) are passed over.
+    Entries that cannot be active now (no longer ready, or the active version itself) are skipped.
     """
     stack = session.execute(
         select(PreviousRow, VersionRow)
@@ -71,7 +71,7 @@ def roll_back(session: Session, adapter: AdapterRow, actor: str, at: float) -> N
 
 
 def deactivate(session: Session, adapter: AdapterRow, actor: str, at: float) -> None:
-    """Nothing is active from now on; rolling back brings the version back that was."""
+    """Make no version active; rolling back activates the version active before."""
     if adapter.active is None:
         return
     _push_active(session, adapter)

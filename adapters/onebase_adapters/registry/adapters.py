@@ -1,4 +1,4 @@
-"""Names, versions and which of them is active, in a database that several servers may share."""
+"""Names of adapters, their versions and active versions, in a database that several servers may share."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from onebase_adapters.store.blobs import Blob, VersionFiles
 
 DEFAULT_TENANT = "default"
 LEAST_PREFIX = 8
-"""Hexadecimal digits that a shortened digest must have at least."""
+"""Smallest number of hexadecimal digits of a shortened digest."""
 _NAME_LIMIT = 512
 _MOST_DIGESTS = 16
-"""Of a deleted adapter, that its entry in the audit log names."""
+"""Largest number of digests of a deleted adapter that its entry in the audit log names."""
 _ARRIVALS: Mapping[str, AuditAction] = {
     "upload": "adapter.uploaded",
     "hub": "adapter.pulled",
@@ -54,15 +54,15 @@ _ARRIVALS: Mapping[str, AuditAction] = {
     "training": "adapter.trained",
     "merge": "adapter.merged",
 }
-"""By the kind of a version's source."""
+"""Actions in the audit log, by the kind of a version's source."""
 _ARRIVAL_FACTS = ("repo", "commit", "subfolder", "job", "method", "parents")
-"""Of a version's source, in the audit log."""
+"""Fields of a version's source that its entry in the audit log holds."""
 _DELETIONS: tuple[AuditAction, ...] = ("adapter.version_deleted", "adapter.deleted")
 _PREFIX = re.compile(r"[0-9a-f]+")
 
 
 class Registry:
-    """What adapters there are on one base. All methods block and may be called from any thread.
+    """Registry of the adapters of one base. All methods block and may be called from any thread.
 
     Each write is one transaction; when it has returned, it outlives `kill -9` and a power cut. Writes wait
     for each other, also those of other servers, so that of two activations with the same `expected` one
@@ -70,8 +70,8 @@ class Registry:
 
     Args:
         url: `sqlite:///path` or `postgresql://user:password@host/database`.
-        base_id: the base's identity; adapters of other bases on the same registry are not seen.
-        base_name: what people call it.
+        base_id: the base's identity; adapters of other bases on the same registry are not visible.
+        base_name: the base's name for people.
 
     All methods raise RegistryBusyError when the database cannot be reached, the writing ones
     RegistryFullError when it has no space. No error holds the URL's password.
@@ -84,31 +84,31 @@ class Registry:
         self.training = TrainingRecords(self._database, base_id)
         """Files and training jobs, in the same database."""
         self.takeovers = Takeovers(self._database, base_id)
-        """Jobs that change their server."""
+        """Jobs that move to another server."""
         self.batches = BatchRecords(self._database, base_id)
         self.proofs = ProofRecords(self._database, base_id)
-        """Which server proves what, and with which kernels it was proved."""
+        """Claims of servers to prove versions, and proofs by kernels."""
         self.keys = ApiKeys(self._database)
         """API keys, for every base."""
         self.tenants = Tenants(self._database)
-        """Their quotas, and what they have, on every base."""
+        """Tenants, their quotas and what they store, on every base."""
         self.usage = UsageRecords(self._database)
-        """Who used how much, of every base."""
+        """Usage by tenant, day, base and adapter, of every base."""
         self.servers = ServerRecords(self._database, base_id)
-        """Which servers live, and what they let in, of every base."""
+        """Leases of servers and the use of quotas that they admitted, of every base."""
         self.audit = audit.AuditLog(self._database)
-        """Who changed what, on every base."""
+        """Audit log of every base."""
 
     def sign(self, server: str) -> None:
-        """What is written from now on is this server's: its id stands in the audit log."""
+        """Write later entries of the audit log with this server's id."""
         self._database.server = server
 
     def close(self) -> None:
-        """Let go of the connections; the registry cannot be used any more."""
+        """Close the connections; the registry cannot be used any more."""
         self._database.close()
 
     def migrate(self) -> None:
-        """Create or update the tables; safe while other servers start too. Call it before anything else."""
+        """Create or update the tables, before any other call; safe while other servers start too."""
         self._database.migrate()
         name = plain(self.base_name)
         with self._database.read() as session:
@@ -120,22 +120,22 @@ class Registry:
     # ---- what can be asked: each answer is of one moment -------------------------------------
 
     def change_counter(self) -> int:
-        """A number that every write raises, whichever server made it; cheap to ask for."""
+        """Return a number that every write of any server increases; it is cheap to read."""
         return self._database.counter()
 
     def told(self, changed: Callable[[], None]) -> AbstractContextManager[None]:
-        """As `Database.told`."""
+        """Call `changed` soon after each counted write of any server; see `Database.told`."""
         return self._database.told(changed)
 
     def snapshot(self, tenant: str | None = None) -> list[AdapterRecord]:
-        """All adapters of this base by name, of one tenant or of all; reports without their modules."""
+        """Return all adapters of this base by name, of one tenant or of all; reports lack their modules."""
         with self._database.read() as session:
             return [_adapter_record(row) for row in _find_adapters(session, _scope(self.base_id, tenant))]
 
     def changes(self, since: int = -1, audited: int | None = None) -> Changes:
-        """What is new since the counter was `since`: little work, even with thousands of adapters.
+        """Return the changes since the counter was `since`; cheap even with thousands of adapters.
 
-        audited: `Changes.audited` of the look before, for deletions by force since then; None: for none.
+        audited: `Changes.audited` of the call before, to get forced deletions since then; None: get none.
         """
         with self._database.read() as session:
             counter = self._database.counter(session)
@@ -151,12 +151,12 @@ class Registry:
             )
 
     def adapter(self, tenant: str, name: str) -> AdapterRecord:
-        """One adapter; reports without their modules. Raises UnknownAdapterError."""
+        """Return one adapter; reports lack their modules. Raises UnknownAdapterError."""
         with self._database.read() as session:
             return _adapter_record(_require_adapter(session, self.base_id, tenant, name))
 
     def versions(self, tenant: str, name: str) -> list[VersionRecord]:
-        """Newest first, with whole reports. Raises UnknownAdapterError."""
+        """Return an adapter's versions, newest first, with whole reports. Raises UnknownAdapterError."""
         with self._database.read() as session:
             adapter = _require_adapter(session, self.base_id, tenant, name)
             rows = session.scalars(
@@ -168,16 +168,16 @@ class Registry:
             return [_version_record(row, adapter) for row in rows]
 
     def version(self, tenant: str, name: str, digest_or_prefix: str) -> VersionRecord:
-        """One version by its digest or by at least its first 8 digits.
+        """Return one version by its digest, or by at least the first 8 digits of it.
 
-        Raises UnknownAdapterError; UnknownVersionError, also when several begin like that.
+        Raises UnknownAdapterError; UnknownVersionError, also if several digests begin like that.
         """
         with self._database.read() as session:
             adapter = _require_adapter(session, self.base_id, tenant, name)
             return _version_record(_require_version(session, adapter, digest_or_prefix), adapter)
 
     def history(self, tenant: str, name: str) -> list[HistoryEntry]:
-        """What was active when, newest first. Raises UnknownAdapterError."""
+        """Return the changes of the active version, newest first. Raises UnknownAdapterError."""
         with self._database.read() as session:
             adapter = _require_adapter(session, self.base_id, tenant, name)
             rows = session.scalars(
@@ -186,7 +186,7 @@ class Registry:
             return [_history_entry(row) for row in rows]
 
     def unfinished(self) -> list[VersionRecord]:
-        """Versions that are neither ready nor failed, oldest first: the work of a restart."""
+        """Return the versions that are neither ready nor failed, oldest first; a restart resumes them."""
         with self._database.read() as session:
             rows = session.scalars(
                 select(VersionRow)
@@ -198,7 +198,7 @@ class Registry:
             return [_version_record(row, row.adapter) for row in rows]
 
     def referenced_blobs(self) -> set[str]:
-        """The SHA-256 sums of all blobs that versions and training files need, of any tenant on any base."""
+        """Return the SHA-256 sums of all blobs that versions and files need, of any tenant on any base."""
         with self._database.read() as session:
             return referenced_blobs(session)
 
@@ -218,8 +218,8 @@ class Registry:
         """Register content under a name; the adapter is made with its first version.
 
         The same content under the same name is the same version, in whatever state it is: it is returned with
-        False. Only a failed one begins again in `state`, as it is sent now, and is returned with True. The
-        files' blobs must be in the store by now. Raises RegistryError for a name that cannot be stored, and
+        False. Only a failed one starts again in `state`, with the new source, and is returned with True. The
+        files' blobs must already be in the store. Raises RegistryError for a name that cannot be stored, and
         QuotaError.
         """
         _check_name(name)
@@ -259,9 +259,10 @@ class Registry:
         report: Mapping[str, Any] | None = None,
         prepared: Blob | None = None,
     ) -> VersionRecord:
-        """Say how far a version has come: `error` (code, message) with `failed`, `report` and `prepared` with
-        `ready`. A ready version stays as it is, whatever a slower server says; look at what is returned.
+        """Set a version's state, with `error` (code, message) for `failed`, `report` and `prepared` for
+        `ready`.
 
+        A ready version does not change, whatever a slower server reports; look at what is returned.
         Raises UnknownAdapterError, UnknownVersionError: it was deleted meanwhile.
         """
         now = time.time()
@@ -274,10 +275,10 @@ class Registry:
     def reopen(
         self, tenant: str, name: str, digest: str, *, seen: VersionRecord | None = None
     ) -> VersionRecord:
-        """Prove a ready version once more (its prepared file is lost or of an older kind): `validating`.
+        """Set a ready version to `validating`, because its prepared file is lost or of an older kind.
 
-        It stays active if it is. `seen`: the version whose file that is; one that has been proved again since
-        has another file and stays `ready`, so look at what is returned.
+        It stays active if it is. `seen`: the version whose file that is. If the version has been proved again
+        since, it has another file and stays `ready`, so look at what is returned.
 
         Raises UnknownAdapterError, UnknownVersionError.
         """
@@ -299,10 +300,10 @@ class Registry:
         expected: str | Unset | None = UNSET,
         actor: str = "",
     ) -> AdapterRecord:
-        """Make a ready version (by digest or prefix) the one that requests by name get.
+        """Make a ready version (by digest or prefix) the one that requests by name use.
 
         Args:
-            expected: the digest that must be active now, None for none; not given: whatever is.
+            expected: the digest that must be active now, None for none; if not given, any may be.
 
         Raises NotReadyError, StaleActivationError, UnknownAdapterError, UnknownVersionError.
         """
@@ -316,9 +317,9 @@ class Registry:
     def rollback(
         self, tenant: str, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""
     ) -> AdapterRecord:
-        """Activate the version that was active before the current one was activated; once more: the one
-        before that. Deleted ones are passed over; after `deactivate` it is the one active until then.
+        """Activate the version that was active before the current one; called again, the one before that.
 
+        Deleted versions are skipped. After `deactivate` it is the version that was active until then.
         Raises NothingToRollBackError, StaleActivationError, UnknownAdapterError.
         """
         now = time.time()
@@ -330,7 +331,7 @@ class Registry:
     def deactivate(
         self, tenant: str, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""
     ) -> AdapterRecord:
-        """No version is active from now on. Raises StaleActivationError, UnknownAdapterError."""
+        """Make no version active. Raises StaleActivationError, UnknownAdapterError."""
         now = time.time()
         with self._changing(tenant, name, now) as (session, adapter):
             activation.check_expected(adapter, expected)
@@ -338,7 +339,7 @@ class Registry:
             return _adapter_record(adapter)
 
     def pin(self, tenant: str, name: str, pinned: bool) -> AdapterRecord:
-        """Whether the active version is to stay in memory. Raises UnknownAdapterError."""
+        """Set whether the active version stays in memory. Raises UnknownAdapterError."""
         with self._changing(tenant, name, time.time()) as (session, adapter):
             if adapter.pinned != pinned:
                 adapter.pinned = pinned
@@ -346,7 +347,7 @@ class Registry:
             return _adapter_record(adapter)
 
     def share(self, tenant: str, name: str, shared: bool) -> AdapterRecord:
-        """Whether all tenants may use the adapter and look at it. Raises UnknownAdapterError."""
+        """Set whether all tenants may use and see the adapter. Raises UnknownAdapterError."""
         with self._changing(tenant, name, time.time()) as (session, adapter):
             if adapter.shared != shared:
                 adapter.shared = shared
@@ -356,10 +357,10 @@ class Registry:
     def delete_version(
         self, tenant: str, name: str, digest: str, *, forced: bool = False, actor: str = ""
     ) -> set[str]:
-        """Delete a version (by digest or prefix), deactivating it if it is active; with the last one its
-        adapter goes too. Returns the blobs that nothing references any more.
+        """Delete a version (by digest or prefix), deactivating it if it is active.
 
-        forced: every server that follows the changes is to end the requests that use the version.
+        The last version's adapter is deleted with it. Returns the blobs that nothing references any more.
+        forced: every server that follows the changes must end the requests that use the version.
 
         Raises UnknownAdapterError, UnknownVersionError.
         """
@@ -401,7 +402,8 @@ class Registry:
 
     @contextmanager
     def _changing(self, tenant: str, name: str, now: float) -> Iterator[tuple[Session, AdapterRow]]:
-        """A write transaction on one adapter, which is marked as changed. Raises UnknownAdapterError."""
+        """Yield a write transaction on one adapter and mark the adapter as changed. Raises
+        UnknownAdapterError."""
         with self._database.write() as (session, counter):
             adapter = _require_adapter(session, self.base_id, tenant, name)
             adapter.changed = counter
@@ -434,7 +436,7 @@ def _note_deleted(session: Session, adapter: AdapterRow, actor: str = "", *, for
 
 
 def _forced_since(session: Session, base_id: str, number: int) -> tuple[ForcedDeletion, ...]:
-    """Return the deletions by force after this entry of the audit log: a server of an earlier release has
+    """Return the forced deletions after this entry of the audit log; servers of earlier releases write
     none."""
     rows = session.scalars(
         select(AuditRow).where(
@@ -452,7 +454,7 @@ def _forced_since(session: Session, base_id: str, number: int) -> tuple[ForcedDe
 
 
 def _scope(base_id: str, tenant: str | None = None) -> list[ColumnElement[bool]]:
-    """The conditions for adapters of one base, of one tenant or of all."""
+    """Return the conditions for adapters of one base, of one tenant or of all."""
     conditions = [AdapterRow.base_id == base_id]
     if tenant is not None:
         conditions.append(AdapterRow.tenant == tenant)
@@ -460,7 +462,7 @@ def _scope(base_id: str, tenant: str | None = None) -> list[ColumnElement[bool]]
 
 
 def _find_adapters(session: Session, conditions: Collection[ColumnElement[bool]]) -> list[AdapterRow]:
-    """With their versions, by name."""
+    """Return adapters with their versions, by name."""
     rows = session.scalars(
         select(AdapterRow)
         .options(selectinload(AdapterRow.versions))
@@ -471,7 +473,7 @@ def _find_adapters(session: Session, conditions: Collection[ColumnElement[bool]]
 
 
 def _find_adapter(session: Session, base_id: str, tenant: str, name: str) -> AdapterRow | None:
-    """The adapter with its versions, or None."""
+    """Return the adapter with its versions, or None."""
     if (plain(tenant), plain(name)) != (tenant, name):
         return None  # A database would refuse even to look for such a name.
     rows = _find_adapters(session, [*_scope(base_id, tenant), AdapterRow.name == name])
@@ -479,7 +481,7 @@ def _find_adapter(session: Session, base_id: str, tenant: str, name: str) -> Ada
 
 
 def _require_adapter(session: Session, base_id: str, tenant: str, name: str) -> AdapterRow:
-    """Raises UnknownAdapterError."""
+    """Return the adapter with its versions. Raises UnknownAdapterError."""
     adapter = _find_adapter(session, base_id, tenant, name)
     if adapter is None:
         raise UnknownAdapterError(f"There is no adapter {name[:80]!r} on this base.")
@@ -487,9 +489,9 @@ def _require_adapter(session: Session, base_id: str, tenant: str, name: str) -> 
 
 
 def _require_version(session: Session, adapter: AdapterRow, digest: str) -> VersionRow:
-    """The version of a digest or of a beginning of one, with its whole report.
+    """Return the version of a digest or of the beginning of one, with its whole report.
 
-    Raises UnknownVersionError, also when several begin like that.
+    Raises UnknownVersionError, also if several digests begin like that.
     """
     whole = select(VersionRow).options(undefer(VersionRow.modules)).where(VersionRow.adapter_id == adapter.id)
     if _PREFIX.fullmatch(digest) is None or len(digest) < LEAST_PREFIX:
@@ -508,7 +510,7 @@ def _require_version(session: Session, adapter: AdapterRow, digest: str) -> Vers
 
 
 def _blobs_of(version: VersionRow) -> set[str]:
-    """The SHA-256 sums that a version needs."""
+    """Return the SHA-256 sums of the blobs that a version needs."""
     packed = (version.prepared_sha256, *(proof.prepared_sha256 for proof in version.proofs))
     return {one for one in (version.config_sha256, version.weights_sha256, *packed) if one is not None}
 
@@ -587,7 +589,8 @@ def _adapter_record(row: AdapterRow) -> AdapterRecord:
 
 
 def _version_record(row: VersionRow, adapter: AdapterRow, *, whole: bool = True) -> VersionRecord:
-    """`whole`: with the report's modules, which cost a query of their own unless undeferred."""
+    """Convert a row. `whole`: with the report's modules, which cost a query of their own unless
+    undeferred."""
     report = row.report
     if report is not None and whole:
         report = {**report, MODULES: row.modules or []}
@@ -621,7 +624,7 @@ def _version_record(row: VersionRow, adapter: AdapterRow, *, whole: bool = True)
 
 
 def _source(stored: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With `options`, also of a version that a server of release 0.1 has added since the migration."""
+    """Return a source whose field is named `options`, even if a server of release 0.1 wrote `wishes`."""
     return {"options" if key == "wishes" else key: value for key, value in stored.items()}
 
 

@@ -1,8 +1,8 @@
-"""The audit log: who changed what, and when. Entries are never changed, nor deleted.
+"""Audit log: who changed what, and when. Entries are never changed or deleted.
 
-An entry is written in the transaction of the change itself, so that neither is there without the other. On
-whose behalf a change is made, the context says (`acting`): what a request starts, also tasks and threads that
-outlive it, acts for its caller. Attempts that were refused are no entries, or anyone could fill the disk.
+An entry is written in the transaction of the change itself, so that neither exists without the other. The
+context (`acting`) holds on whose behalf a change is made: tasks and threads that a request starts, even if
+they outlive it, act for its caller. Refused attempts are not recorded, or anyone could fill the disk.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _MOST_TEXT = 512
 
 @dataclass(frozen=True)
 class Origin:
-    """On whose behalf something is changed.
+    """Caller or actor on whose behalf something is changed.
 
     key: the id of an API key; "" where none is needed. request: an id that came with the request.
-    actor: what acts, where that is no request: `job ftjob-...`, `startup`, `onebase keys`.
-    owned: the id of a job or a batch and the server that delivers it, which may only while it is its own.
+    actor: the actor if it is not a request: `job ftjob-...`, `startup`, `onebase keys`.
+    owned: the id of the job or batch that is delivered and the server that delivers it, which must own it.
     """
 
     key: str = ""
@@ -46,7 +46,7 @@ _ORIGIN: ContextVar[Origin] = ContextVar("onebase_origin", default=_NOBODY)
 
 @contextmanager
 def acting(origin: Origin) -> Iterator[None]:
-    """What is changed in this block, and by tasks that it starts, is changed on behalf of `origin`."""
+    """Attribute changes in this block, and by tasks that it starts, to `origin`."""
     before = _ORIGIN.set(origin)
     try:
         yield
@@ -55,7 +55,7 @@ def acting(origin: Origin) -> Iterator[None]:
 
 
 def current() -> Origin:
-    """On whose behalf this code runs."""
+    """Return the origin on whose behalf this code runs."""
     return _ORIGIN.get()
 
 
@@ -71,12 +71,12 @@ def note(
     actor: str = "",
     details: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add an entry to a write transaction, as the last thing that waits for a lock there.
+    """Add an entry to a write transaction, as the last statement there that waits for a lock.
 
     Args:
         name: of the adapter, or the id of the file, job or key.
-        origin: instead of the context's. actor: what acts, if `origin` does not say so.
-        details: what else is worth knowing; never a secret.
+        origin: instead of the context's. actor: the actor, if `origin` has none.
+        details: further facts; never a secret.
     """
     found = origin or current()
     if actor and not found.actor and actor != found.key:
@@ -123,10 +123,10 @@ class AuditLog:
         limit: int,
         oldest_first: bool = False,
     ) -> list[AuditEntry]:
-        """Newest first, unless `oldest_first`.
+        """Return entries, newest first unless `oldest_first`.
 
         Args:
-            tenant: whose adapters, files, jobs and keys; None: of all.
+            tenant: the owner of the adapters, files, jobs and keys; None: of all tenants.
             action: one of AuditAction, or a kind of them (`job`). target: a name or an id.
             since: Unix seconds. after: the number of the last entry of the page before.
         """

@@ -1,4 +1,4 @@
-"""Batches in the registry: what was asked for, how far it has come, how it ended."""
+"""Batches in the registry: their requests, their progress and their results."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ from onebase_adapters.registry.servers import leases_of
 from onebase_adapters.registry.tables import BatchRow
 
 MOST_OPEN = 100
-"""Batches of one tenant on one server and base that have not ended: it looks at all of them every second.
-Those of a server or a base that is gone do not count."""
+"""Largest number of unended batches of one tenant on one server and base, which looks at all of them every
+second. Batches of a server or a base that is gone do not count."""
 LOST_SECONDS = 600.0
-"""After the end of its server's lease a batch is begun again elsewhere: it might come back with answers."""
+"""Seconds after the end of its server's lease until a batch is restarted elsewhere: the server might
+return."""
 ENDED_SECONDS = 60.0
-"""After it a batch that was cancelled is ended elsewhere."""
+"""Seconds after the end of its server's lease until a cancelled batch is ended elsewhere."""
 _FACTS = frozenset({"total", "completed", "failed", "usage", "output_file", "error_file"})
 _AUDITED: Mapping[BatchState, AuditAction] = {
     "cancelling": "batch.cancelling",
@@ -54,9 +55,9 @@ class BatchRecords:
     """Batches of one base. All methods block, may be called from any thread, and are one transaction.
 
     A batch belongs to one server, which alone runs it: the one that made it, until another takes it over.
-    Any server on the registry may cancel it; the owner follows what is written here. What it writes of its
-    run names it, and is refused once it has lost the batch. Raises RegistryBusyError, RegistryFullError and
-    RegistryError like Registry.
+    Any server on the registry may cancel it; the owner follows the registry. The owner names itself in what
+    it writes of its run, and is refused once it has lost the batch. Raises RegistryBusyError,
+    RegistryFullError and RegistryError like Registry.
     """
 
     def __init__(self, database: Database, base_id: str) -> None:
@@ -64,7 +65,7 @@ class BatchRecords:
         self._base_id = base_id
 
     def add(self, batch: NewBatch) -> Batch:
-        """A new batch in state `validating`. Raises UnknownFileError, QuotaError."""
+        """Add a batch in state `validating`. Raises UnknownFileError, QuotaError."""
         with self._database.write_uncounted() as session:
             mine = (
                 select(func.count())
@@ -100,12 +101,12 @@ class BatchRecords:
             return _record(row)
 
     def batch(self, tenant: str, batch_id: str) -> Batch:
-        """Raises UnknownBatchError."""
+        """Return a batch. Raises UnknownBatchError."""
         with self._database.read() as session:
             return _record(self._row(session, batch_id, tenant))
 
     def batches(self, tenant: str, *, after: str | None = None, limit: int) -> list[Batch]:
-        """Newest first. Raises UnknownBatchError for `after`."""
+        """Return batches, newest first. Raises UnknownBatchError for `after`."""
         with self._database.read() as session:
             query = select(BatchRow).where(*self._scope(tenant))
             if after is not None:
@@ -115,19 +116,19 @@ class BatchRecords:
             ]
 
     def open(self, server: str) -> list[Batch]:
-        """What a server has to do, oldest first."""
+        """Return a server's batches that have not ended, oldest first."""
         query = select(BatchRow).where(*self._scope(), *_open_on(server))
         with self._database.read() as session:
             return [_record(row) for row in session.scalars(query.order_by(BatchRow.number))]
 
     def open_ids(self, server: str) -> set[str]:
-        """The ids of a server's batches that have not ended, on any base."""
+        """Return the ids of a server's batches that have not ended, on any base."""
         query = select(BatchRow.id).where(*_open_on(server))
         with self._database.read() as session:
             return set(session.scalars(query))
 
     def lost(self, server: str) -> list[Batch]:
-        """Those of other servers that this one may take over, oldest first: their servers are gone."""
+        """Return batches of servers that are gone, which this one may take over, oldest first."""
         with self._database.read() as session:
             now, leases = clock(session), leases_of(session, self._base_id)
             query = select(BatchRow).where(
@@ -137,10 +138,10 @@ class BatchRecords:
             return [_record(row) for row in rows if _is_lost(row, leases, now)]
 
     def take(self, batch_id: str, before: str, server: str) -> Batch:
-        """Make a batch that the server `before` had this one's.
+        """Transfer a batch from the server `before` to this one.
 
-        It begins again with its file, or ends, if it was cancelled: what was answered was on the disk of the
-        other. Raises UnknownBatchError; BatchElsewhereError: it is not to be had now.
+        It restarts with its file, or ends if it was cancelled, because its answers were on the disk of the
+        other server. Raises UnknownBatchError; BatchElsewhereError: it cannot be taken over now.
         """
         with self._database.write_uncounted() as session:
             row = self._row(session, batch_id, lock=True)
@@ -155,7 +156,7 @@ class BatchRecords:
             return _record(row)
 
     def counts(self) -> dict[str, int]:
-        """How many batches of this base there are in each state."""
+        """Return the number of batches of this base in each state."""
         query = select(BatchRow.state, func.count()).where(*self._scope()).group_by(BatchRow.state)
         with self._database.read() as session:
             return {row[0]: row[1] for row in session.execute(query)}
@@ -173,7 +174,7 @@ class BatchRecords:
     ) -> Batch:
         """Change a batch's state, if it is one of `among`, and other fields of Batch with it.
 
-        server: the one that runs the batch, if it is that which moves it.
+        server: the one that runs the batch, if that is the caller.
 
         Raises UnknownBatchError, BatchElsewhereError; BatchStateError when it is in another state.
         """
@@ -193,7 +194,7 @@ class BatchRecords:
             return _record(row)
 
     def note(self, batch_id: str, *, server: str | None = None, **facts: Any) -> None:
-        """How far a batch has come; `facts`: fields of Batch.
+        """Record a batch's progress; `facts`: fields of Batch.
 
         Raises UnknownBatchError, BatchElsewhereError.
         """
@@ -203,7 +204,7 @@ class BatchRecords:
             _set_facts(row, facts)
 
     def _note(self, session: Session, action: AuditAction, row: BatchRow) -> None:
-        """An entry in the audit log. What a server does by itself with a batch is done for who made it."""
+        """Add an entry to the audit log. A server's own actions on a batch are attributed to its creator."""
         origin = audit.current()
         if origin == Origin():
             origin = Origin(row.key, actor=f"batch {row.id}")
@@ -227,12 +228,12 @@ class BatchRecords:
 
 
 def _open_on(server: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-    """Of a server, and not ended."""
+    """Return the conditions for a server's batches that have not ended."""
     return BatchRow.server == server, BatchRow.state.in_(OPEN_BATCHES)
 
 
 def _is_lost(row: BatchRow, leases: Mapping[str, tuple[float, int]], now: float) -> bool:
-    """Whether its server has been gone for so long that it is begun again, or ended, elsewhere."""
+    """Return True if its server has been gone long enough for another to restart or end the batch."""
     lease = leases.get(row.server)
     if lease is None:
         return False

@@ -1,5 +1,5 @@
-"""The registry's database: connections, transactions, migrations, errors, what its columns can hold, and the
-blobs that they name."""
+"""Database of the registry: connections, transactions, migrations, errors, values that its columns can hold,
+and the blobs that they name."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ _COUNTER_ID = 1
 _MIGRATION_LOCK = 0x6F6E_6562_6173_65  # "onebase", for pg_advisory_xact_lock
 _CHANNEL = "onebase_changes"
 _LISTEN_SECONDS = 0.2
-"""After which a thread that listens sees that it is to end, and between two tries to connect."""
+"""Seconds after which a listening thread notices that it must end, and between two tries to connect."""
 _DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
 _STOOD_STILL = "25P03"  # of a session that was ended since it did nothing within a transaction
 _LIMITS = ("lock_timeout", "idle_in_transaction_session_timeout")
-"""PostgreSQL's settings that bound how long a session waits for a lock, and holds one and does nothing."""
+"""PostgreSQL's limits on waiting for a lock, and on holding one in an idle transaction."""
 _KEEPALIVES = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
-"""libpq's options, in seconds, by which a database that is gone without a word is noticed."""
+"""libpq's options, in seconds, that detect a database whose machine vanished."""
 _READ = "onebase_read"
 _LITTLE_SPACE = 1 << 20
 SERVER = "server"
 """Key of a session's `info`: the id of the server that writes."""
 SQLITE_ENDINGS = ("", "-wal", "-shm", "-journal", ".lock")
-"""Of the files that a SQLite registry has: its own name, and what is added to it."""
+"""Suffixes of the files of a SQLite registry."""
 
 
 class Database:
@@ -103,7 +103,7 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[tuple[Session, int]]:
-        """A transaction that excludes other writers, and the change counter it will leave behind."""
+        """Yield a transaction that excludes other writers, and the change counter after it."""
         with self.errors("writing"), self._session() as session, session.begin():
             counter = session.scalar(
                 update(ChangeCounter)
@@ -121,7 +121,8 @@ class Database:
     def told(self, changed: Callable[[], None]) -> Iterator[None]:
         """While this is open, call `changed`, in a thread, soon after each counted write of any server.
 
-        PostgreSQL tells; SQLite does not, and a connection that is lost may miss some: look now and then too.
+        Only PostgreSQL notifies; SQLite does not, and a lost connection may miss some. So poll now and then
+        too.
         """
         if self._file is not None:
             yield
@@ -152,7 +153,8 @@ class Database:
 
     @contextmanager
     def write_uncounted(self) -> Iterator[Session]:
-        """A writing transaction that leaves the change counter alone: for what no catalog follows."""
+        """Yield a writing transaction that leaves the change counter alone, for data that no catalog
+        follows."""
         with self.errors("writing"), self._session() as session, session.begin():
             yield session
 
@@ -161,12 +163,12 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A transaction that sees one state throughout."""
+        """Yield a transaction that sees one state throughout."""
         with self.errors("reading"), Session(self._reading) as session:
             yield session
 
     def counter(self, session: Session | None = None) -> int:
-        """The change counter, as the transaction sees it or now."""
+        """Return the change counter, as the transaction sees it or now."""
         if session is None:
             with self.read() as own:
                 return self.counter(own)
@@ -199,7 +201,7 @@ class Database:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """SQLite: nobody else on this disk switches the file to WAL or migrates it."""
+        """For SQLite, exclude other processes on this disk from switching the file to WAL or migrating it."""
         if self._file is None:
             yield
             return
@@ -220,7 +222,8 @@ class Database:
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
-        """Errors of the database, its driver and the disk as RegistryError, without the URL's password."""
+        """Raise errors of the database, its driver and the disk as RegistryError, without the URL's
+        password."""
         try:
             yield
         except RegistryError:
@@ -232,14 +235,14 @@ class Database:
 
 
 def clock(session: Session) -> float:
-    """Unix seconds by the database's clock, which all servers on it share: SQLite's is this machine's."""
+    """Return Unix seconds by the database's clock, which all servers share; SQLite's is this machine's."""
     if session.get_bind().dialect.name == "sqlite":
         return time.time()
     return float(session.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
 
 
 def sqlite_file(url: str) -> Path | None:
-    """The file of a SQLite registry; None for any other URL, also for one that cannot be read."""
+    """Return the file of a SQLite registry; None for any other URL, also for an invalid one."""
     try:
         parsed = make_url(url)
     except exc.ArgumentError:
@@ -259,9 +262,9 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _prepare_postgresql(connection: Any, _record: Any) -> None:
-    """Have a server that stands still, or is gone without a word, hold its locks no longer than others wait.
+    """Limit how long a stalled or vanished server holds its locks to the time that others wait.
 
-    Each counted write holds one that all others need.
+    Each counted write holds a lock that all others need.
     """
     with connection.cursor() as cursor:
         for limit in _LIMITS:
@@ -270,7 +273,8 @@ def _prepare_postgresql(connection: Any, _record: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """A writer takes the lock at once: one that had read first could not, if another wrote meanwhile."""
+    """Begin a transaction; a writer locks at once, because one that had read first could not if another
+    wrote."""
     reads = connection.get_execution_options().get(_READ, False)
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
@@ -308,7 +312,7 @@ _BLOBS = (
 
 
 def referenced_blobs(session: Session, among: Collection[str] | None = None) -> set[str]:
-    """The blobs that versions, files and jobs that may go on need: all of them, or those of `among`."""
+    """Return the blobs that versions, files and resumable jobs need: all of them, or those of `among`."""
     parts = [select(column) for column in _BLOBS]
     if among is not None:
         parts = [part.where(column.in_(among)) for part, column in zip(parts, _BLOBS, strict=True)]
@@ -319,12 +323,12 @@ def referenced_blobs(session: Session, among: Collection[str] | None = None) -> 
 
 
 def plain(value: str) -> str:
-    """Text that every database takes: a NUL or half a surrogate pair (JSON allows both) becomes U+FFFD."""
+    """Return text that every database accepts: a NUL or half a surrogate pair becomes U+FFFD."""
     return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
 def plain_json(value: Any) -> Any:
-    """JSON that every database takes: plain texts, and null for numbers that are not finite."""
+    """Return JSON that every database accepts: plain texts, and null for numbers that are not finite."""
     if isinstance(value, str):
         return plain(value)
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""What the registry refuses, and what can go wrong with its database.
+"""Errors of the registry and of its database.
 
 RegistryError
 ├── RegistryFullError         no space for the database; what was written before is whole
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 
 class RegistryError(Exception):
-    """The registry could not do it; the message says why, without the database's password."""
+    """The registry refused or failed; the message says why, without the database's password."""
 
 
 class RegistryFullError(RegistryError):
@@ -33,7 +33,7 @@ class RegistryFullError(RegistryError):
 
 
 class RegistryBusyError(RegistryError):
-    """The database cannot be reached now, or others hold it locked. The same call may work later."""
+    """The database cannot be reached now, or is locked by others. The same call may work later."""
 
 
 class UnknownAdapterError(RegistryError):
@@ -45,7 +45,7 @@ class UnknownVersionError(RegistryError):
 
 
 class NotReadyError(RegistryError):
-    """Only a version in state `ready` can be active. `state`: the one it has."""
+    """Only a version in state `ready` can be active. `state`: the version's state."""
 
     def __init__(self, message: str, state: str) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class NotReadyError(RegistryError):
 
 
 class StaleActivationError(RegistryError):
-    """Somebody else was faster. `current`: the digest of the version that is active now, or None."""
+    """Another version is active than the caller expected. `current`: its digest, or None."""
 
     def __init__(self, message: str, current: str | None) -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ class StaleActivationError(RegistryError):
 
 
 class NothingToRollBackError(RegistryError):
-    """No version was active before this one, or those that were are deleted."""
+    """No version was active before this one, or all that were are deleted."""
 
 
 class UnknownKeyError(RegistryError):
@@ -69,7 +69,7 @@ class UnknownKeyError(RegistryError):
 
 
 class InvalidKeyError(RegistryError):
-    """No API key or tenant can be like this. `field`: what must change."""
+    """An API key or tenant has an invalid field. `field`: the one that must change."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -77,7 +77,7 @@ class InvalidKeyError(RegistryError):
 
 
 class QuotaError(RegistryError):
-    """A tenant would get more than its quota allows. `quota`: its name; `limit`: what it allows."""
+    """A tenant would exceed its quota. `quota`: its name; `limit`: its value."""
 
     def __init__(self, message: str, quota: str, limit: int) -> None:
         super().__init__(message)
@@ -102,11 +102,11 @@ class UnknownJobError(RegistryError):
 
 
 class JobElsewhereError(UnknownJobError):
-    """The job is another server's: one that has lost it changes nothing of it any more."""
+    """The job belongs to another server: a server that has lost it cannot change it any more."""
 
 
 class JobStateError(RegistryError):
-    """The job's state does not allow it. `state`: the one it has."""
+    """The job's state does not allow it. `state`: the job's state."""
 
     def __init__(self, message: str, state: str) -> None:
         super().__init__(message)
@@ -118,11 +118,11 @@ class UnknownBatchError(RegistryError):
 
 
 class BatchElsewhereError(UnknownBatchError):
-    """The batch is another server's: one that has lost it changes nothing of it any more."""
+    """The batch belongs to another server: a server that has lost it cannot change it any more."""
 
 
 class BatchStateError(RegistryError):
-    """The batch's state does not allow it. `state`: the one it has."""
+    """The batch's state does not allow it. `state`: the batch's state."""
 
     def __init__(self, message: str, state: str) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Training files and jobs in the registry: what was asked for, how far it has come, what was said."""
+"""Training files and jobs in the registry: their requests, their progress and their events."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ from onebase_adapters.registry.tables import (
 )
 
 PARENT_FILES = ("parent_config", "parent_weights")
-"""In a job's folder: the files of the version that its training goes on from."""
+"""Files in a job's folder of the version whose training it continues."""
 _FACTS = frozenset(
     {
         "plan", "progress", "report", "saved_step", "deaths", "death_step", "version", "activated",
@@ -70,7 +70,8 @@ class TrainingRecords:
 
     A job belongs to one server, which alone runs it: the one that made it, until another takes it over
     (`takeovers`). Any server on the registry may move a job's state (pause, cancel, resume); the owner
-    follows what is written here. What it writes of its run names it, and is refused once it has lost the job.
+    follows the registry. The owner names itself in what it writes of its run, and is refused once it has
+    lost the job.
 
     Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
     """
@@ -80,17 +81,17 @@ class TrainingRecords:
         self._base_id = base_id
 
     def registry_id(self) -> str:
-        """Which registry this is, the same for every base and every server."""
+        """Return the registry's identity, the same for every base and every server."""
         with self._database.read() as session:
             return session.scalars(select(IdentityRow.value)).one()
 
     # ---- files -------------------------------------------------------------------------------
 
     def add_file(self, file: TrainingFile) -> TrainingFile:
-        """Register a file, whose blob must be in the store by now.
+        """Register a file, whose blob must already be in the store.
 
-        One that is known already gets the new content: the curve of a job that is delivered twice. Raises
-        QuotaError for one that a user sends.
+        A known file gets the new content: the curve of a job that is delivered twice. Raises QuotaError for
+        a file that a user uploads.
         """
         with self._database.write_uncounted() as session:
             check_owner(session)
@@ -126,8 +127,10 @@ class TrainingRecords:
         limit: int,
         oldest_first: bool = False,
     ) -> list[TrainingFile]:
-        """Those of these purposes, and of this content, in order of arrival, newest first unless
-        `oldest_first`. Raises UnknownFileError for `after`."""
+        """Return the files of these purposes and of this content, newest first unless `oldest_first`.
+
+        Raises UnknownFileError for `after`.
+        """
         number = TrainingFileRow.number
         with self._database.read() as session:
             query = select(TrainingFileRow).where(TrainingFileRow.tenant == tenant)
@@ -142,12 +145,12 @@ class TrainingRecords:
             return [_file_record(row) for row in session.scalars(query)]
 
     def file(self, tenant: str, file_id: str) -> TrainingFile:
-        """Raises UnknownFileError."""
+        """Return a file. Raises UnknownFileError."""
         with self._database.read() as session:
             return _file_record(find_file(session, tenant, file_id))
 
     def set_content(self, file_id: str, sha256: str) -> None:
-        """The blob of a file that has none; nothing happens if the file was deleted meanwhile."""
+        """Set the blob of a file that has none; nothing happens if the file was deleted meanwhile."""
         without = (TrainingFileRow.id == file_id, TrainingFileRow.sha256.is_(None))
         with self._database.write_uncounted() as session:
             session.execute(update(TrainingFileRow).where(*without).values(sha256=sha256))
@@ -156,7 +159,7 @@ class TrainingRecords:
         """Delete a file that no job and no batch needs. Returns its blob if nothing references that any more.
 
         Args:
-            passing: errors after which a failed job may go on, and needs its files.
+            passing: errors after which a failed job may be resumed, and needs its files.
 
         Raises UnknownFileError, FileInUseError.
         """
@@ -185,7 +188,7 @@ class TrainingRecords:
             return blobs - referenced_blobs(session, blobs)
 
     def server_files(self, server: str) -> list[TrainingFile]:
-        """All files that one server took in, of any tenant."""
+        """Return all files that one server received, of any tenant."""
         with self._database.read() as session:
             rows = session.scalars(select(TrainingFileRow).where(TrainingFileRow.server == server))
             return [_file_record(row) for row in rows]
@@ -193,10 +196,10 @@ class TrainingRecords:
     # ---- jobs --------------------------------------------------------------------------------
 
     def add_job(self, job: NewJob, event: JobEvent) -> TrainingJob:
-        """A new job in state `validating_files`, with its first event.
+        """Add a job in state `validating_files`, with its first event.
 
-        Raises UnknownFileError; QuotaError when it could not train, or it, its rows or its adapter would be
-        too many.
+        Raises UnknownFileError; QuotaError if the tenant may not train, or may not have the job, its rows or
+        its adapter.
         """
         with self._database.write_uncounted() as session:
             check_training(session, job.tenant)
@@ -229,14 +232,14 @@ class TrainingRecords:
             return job_record(row)
 
     def job(self, tenant: str, job_id: str) -> TrainingJob:
-        """Raises UnknownJobError."""
+        """Return a job. Raises UnknownJobError."""
         with self._database.read() as session:
             return job_record(self._job(session, job_id, tenant))
 
     def jobs(
         self, tenant: str, *, after: str | None = None, limit: int, labels: Mapping[str, str] | None = None
     ) -> list[TrainingJob]:
-        """Newest first; `labels`: only those that have all of these. Raises UnknownJobError for `after`."""
+        """Return jobs, newest first, with all of `labels`. Raises UnknownJobError for `after`."""
         with self._database.read() as session:
             query = select(TrainingJobRow).where(*self._scope(tenant))
             if after is not None:
@@ -247,7 +250,7 @@ class TrainingRecords:
             return [job_record(row) for row in rows]
 
     def open_jobs(self, server: str) -> list[OpenJob]:
-        """What a server has to do, oldest first."""
+        """Return a server's open jobs, oldest first."""
         row = TrainingJobRow
         with self._database.read() as session:
             rows = session.execute(
@@ -271,7 +274,8 @@ class TrainingRecords:
             ]
 
     def job_ends(self, server: str) -> dict[str, tuple[JobState, str | None]]:
-        """State and error code of all jobs of one server by their ids, on any base and of any tenant."""
+        """Return state and error code of all jobs of one server by their ids, on any base and of any
+        tenant."""
         with self._database.read() as session:
             rows = session.execute(
                 select(TrainingJobRow.id, TrainingJobRow.state, TrainingJobRow.error_code).where(
@@ -281,7 +285,7 @@ class TrainingRecords:
             return {row[0]: (cast(JobState, row[1]), row[2]) for row in rows}
 
     def counts(self) -> dict[str, int]:
-        """How many jobs of this base there are in each state."""
+        """Return the number of jobs of this base in each state."""
         with self._database.read() as session:
             rows = session.execute(
                 select(TrainingJobRow.state, func.count())
@@ -305,8 +309,7 @@ class TrainingRecords:
 
         Args:
             while_delivered: also when it is running and has its report already.
-            server: the one that runs the job, if it is that which moves it.
-
+            server: the one that runs the job, if that is the caller.
         Raises UnknownJobError, JobElsewhereError; JobStateError when it is in another state.
         """
         with self._database.write_uncounted() as session:
@@ -337,7 +340,10 @@ class TrainingRecords:
         server: str | None = None,
         **facts: Any,
     ) -> None:
-        """Add what a run said; `facts`: fields of TrainingJob. Raises UnknownJobError, JobElsewhereError."""
+        """Add a run's events and checkpoints; `facts`: fields of TrainingJob.
+
+        Raises UnknownJobError, JobElsewhereError.
+        """
         with self._database.write_uncounted() as session:
             row = self._own_job(session, job_id, server)
             session.add_all(event_row(row.number, event) for event in events)
@@ -354,7 +360,7 @@ class TrainingRecords:
     # ---- what jobs said ----------------------------------------------------------------------
 
     def events(self, job: TrainingJob, *, before: int | None = None, limit: int) -> list[JobEvent]:
-        """Newest first, older than the event of number `before`."""
+        """Return events, newest first, older than the event of number `before`."""
         number = TrainingEventRow.number
         with self._database.read() as session:
             query = select(TrainingEventRow).where(TrainingEventRow.job == job.number)
@@ -363,14 +369,14 @@ class TrainingRecords:
             return [_event_record(row) for row in session.scalars(query.order_by(number.desc()).limit(limit))]
 
     def events_since(self, job: TrainingJob, after: int, limit: int) -> list[JobEvent]:
-        """Oldest first, newer than the event of number `after`."""
+        """Return events, oldest first, newer than the event of number `after`."""
         number = TrainingEventRow.number
         with self._database.read() as session:
             query = select(TrainingEventRow).where(TrainingEventRow.job == job.number, number > after)
             return [_event_record(row) for row in session.scalars(query.order_by(number).limit(limit))]
 
     def checkpoints(self, job: TrainingJob) -> list[Checkpoint]:
-        """All that were written, newest first."""
+        """Return all checkpoints that were written, newest first."""
         with self._database.read() as session:
             rows = session.scalars(
                 select(CheckpointRow)
@@ -382,7 +388,7 @@ class TrainingRecords:
     def _note(
         self, session: Session, action: AuditAction, row: TrainingJobRow, details: Mapping[str, Any]
     ) -> None:
-        """An entry in the audit log. What a server does by itself with a job is done for who made it."""
+        """Add an entry to the audit log. A server's own actions on a job are attributed to its creator."""
         origin = audit.current()
         if origin == Origin() and action in ("job.succeeded", "job.failed"):
             origin = Origin(row.key or "", actor=f"job {row.id}")
@@ -412,7 +418,7 @@ class TrainingRecords:
         return row
 
     def _own_job(self, session: Session, job_id: str, server: str | None) -> TrainingJobRow:
-        """To be changed by `server`; by None, whoever asks."""
+        """Return a locked job for a change by `server`; None: by any caller. Raises JobElsewhereError."""
         row = self._job(session, job_id, lock=True)
         if server is not None and row.server != server:
             raise JobElsewhereError(f"Job {job_id} is run by another server now.")
@@ -428,7 +434,7 @@ _MOVES: Mapping[JobState, AuditAction] = {
 
 
 def _audited(before: JobState, after: JobState) -> AuditAction | None:
-    """What a change of state is in the audit log; None for what a server does on the way."""
+    """Return the audit log's action for a change of state; None for a server's intermediate steps."""
     if before == after or (before, after) == ("validating_files", "paused"):
         return None
     if after in OPEN_STATES:
@@ -437,7 +443,7 @@ def _audited(before: JobState, after: JobState) -> AuditAction | None:
 
 
 def find_file(session: Session, tenant: str, file_id: str, *, lock: bool = False) -> TrainingFileRow:
-    """A tenant's file. Raises UnknownFileError."""
+    """Return a tenant's file. Raises UnknownFileError."""
     query = select(TrainingFileRow).where(
         TrainingFileRow.tenant == tenant, TrainingFileRow.id == plain(file_id)
     )
@@ -448,7 +454,7 @@ def find_file(session: Session, tenant: str, file_id: str, *, lock: bool = False
 
 
 def check_owner(session: Session) -> None:
-    """In a write transaction: what comes of a job or a batch its server may add only while it is its own.
+    """Check, in a write transaction, that the server which delivers a job or a batch still owns it.
 
     Raises JobElsewhereError, BatchElsewhereError.
     """
@@ -539,7 +545,7 @@ def job_record(row: TrainingJobRow) -> TrainingJob:
 
 
 def _set_facts(row: TrainingJobRow, state: JobState | None, facts: Mapping[str, Any], now: float) -> None:
-    """Write fields of TrainingJob into its row. An error leaves with any other state."""
+    """Write fields of TrainingJob into its row. Any other state clears the error."""
     error: JobError | None = None
     for name, value in facts.items():
         if name == "error":

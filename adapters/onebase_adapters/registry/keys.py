@@ -1,6 +1,6 @@
-"""API keys: who may do what, for whom. The registry holds their hashes, never the keys.
+"""API keys: who may do what, for which tenant. The registry holds their hashes, never the keys.
 
-A key is `ob-<id>-<secret>`. The secret has 256 random bits, so that one SHA-256 protects it: there is no
+A key is `ob-<id>-<secret>`. The secret has 256 random bits, so one SHA-256 protects it: there is no
 dictionary to try, and a slow hash would only slow down each request.
 """
 
@@ -25,26 +25,26 @@ from onebase_adapters.registry.records import SCOPES, ApiKey, Quotas, Scope
 from onebase_adapters.registry.tables import ApiKeyRow, TenantRow
 
 USED_SECONDS = 3600.0
-"""`last_used_at` is as exact as this: one write an hour for a key in use."""
+"""Resolution of `last_used_at`, in seconds: a key in use costs one write an hour."""
 MAX_NAME = 200
 MAX_PRIORITY = 4
-"""Priorities are whole numbers from its negative to this, as those of the engine; a key has 0 by default."""
+"""Largest priority. Priorities are whole numbers from its negative to this; a key has 0 by default."""
 _KEY = re.compile(r"(ob-[0-9a-f]{16})-[A-Za-z0-9_-]{43}")
 _NOBODY = "0" * 64
 
 
 @dataclass(frozen=True)
 class Callers:
-    """All keys that there ever were, and the quotas of the tenants that have any."""
+    """All keys that ever existed, and the quotas of the tenants that have any."""
 
     keys: list[ApiKey]
     tenants: dict[str, Quotas]
 
 
 class ApiKeys:
-    """The keys of a registry. All methods block, and may be called from any thread.
+    """Keys of a registry. All methods block, and may be called from any thread.
 
-    A key's row is never deleted, only marked as revoked: a registry that had a key once never opens again.
+    A key's row is never deleted, only marked as revoked: a registry that once had a key always requires one.
     Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
     """
 
@@ -61,7 +61,7 @@ class ApiKeys:
         quotas: Mapping[str, int | None] | None = None,
         priority: int = 0,
     ) -> tuple[ApiKey, str]:
-        """A new key: its record, and the key itself, which nobody can read again.
+        """Create a key. Returns its record, and the key itself, which nobody can read again.
 
         Raises InvalidKeyError.
         """
@@ -97,7 +97,7 @@ class ApiKeys:
             return _record(row), key
 
     def all(self) -> list[ApiKey]:
-        """All keys that there ever were, the newest first."""
+        """Return all keys that ever existed, newest first."""
         with self._database.read() as session:
             rows = session.scalars(select(ApiKeyRow).order_by(ApiKeyRow.created_at.desc(), ApiKeyRow.id))
             return [_record(row) for row in rows]
@@ -122,8 +122,8 @@ class ApiKeys:
             return _record(row)
 
     def since(self, known: int) -> tuple[int, Callers | None]:
-        """The number of the last change of any key or tenant, 0 before the first; and all of them unless it
-        is `known`."""
+        """Return the number of the last change of any key or tenant (0 before the first), and all of them
+        unless that number is `known`."""
         newest_of = union_all(select(func.max(ApiKeyRow.changed)), select(func.max(TenantRow.changed)))
         with self._database.read() as session:
             newest = max((changed or 0 for changed in session.scalars(newest_of)), default=0)
@@ -134,7 +134,7 @@ class ApiKeys:
             return newest, Callers(keys, tenants)
 
     def revoke(self, key_id: str) -> ApiKey:
-        """From now on nobody can use the key. Repeating it changes nothing. Raises UnknownKeyError."""
+        """Revoke a key for good; repeating it changes nothing. Raises UnknownKeyError."""
         with self._database.write() as (session, counter):
             row = _row(session, key_id)
             if row.revoked_at is None:
@@ -144,7 +144,7 @@ class ApiKeys:
             return _record(row)
 
     def note_use(self, key_id: str) -> None:
-        """The key was used just now."""
+        """Record that the key was used now."""
         now = time.time()
         with self._database.write_uncounted() as session:
             session.execute(
@@ -156,13 +156,13 @@ class ApiKeys:
 
 
 def id_of(key: str) -> str | None:
-    """The id that a key names; None for what is no key."""
+    """Return the id that a key names; None if the text is no key."""
     match = _KEY.fullmatch(key)
     return None if match is None else match[1]
 
 
 def is_key_of(key: str, record: ApiKey | None) -> bool:
-    """Whether `key` is the one of this record. Takes the same time for a wrong secret and for no record."""
+    """Return True if `key` is that of this record, in the same time for a wrong secret and for no record."""
     return hmac.compare_digest(_sha256(key), _NOBODY if record is None else record.sha256)
 
 
@@ -171,7 +171,7 @@ def _sha256(key: str) -> str:
 
 
 def _checked_scopes(scopes: Collection[str]) -> tuple[Scope, ...]:
-    """In their usual order. Raises InvalidKeyError."""
+    """Return scopes in their usual order. Raises InvalidKeyError."""
     chosen = tuple(scope for scope in SCOPES if scope in scopes)
     unknown = sorted(set(scopes) - set(SCOPES))
     if unknown or not chosen:

@@ -1,4 +1,5 @@
-"""One server proves a version with one kind of kernels, and all others with these kernels take its proof."""
+"""Coordinate proofs: one server proves a version with one kind of kernels, and all others with it reuse
+that."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ from onebase_adapters.store.blobs import Blob
 
 
 class ProofRecords:
-    """Who proves which version, of one base. All methods block, and may be called from any thread.
+    """Claims and proofs of versions of one base. All methods block, and may be called from any thread.
 
-    A claim holds for some seconds by the database's clock, and again when it is renewed: a server that dies
-    holds nobody up for longer. A claim that ends later than any could was made before that clock went back,
-    and holds nobody up either.
+    A claim lasts some seconds by the database's clock, and longer when it is renewed: a dead server delays
+    nobody for longer. A claim that ends later than any could was made before that clock went back, and
+    delays nobody either.
 
     Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
     """
@@ -29,9 +30,9 @@ class ProofRecords:
         self._base_id = base_id
 
     def claim(self, version: VersionRecord, kernels: str, seconds: float) -> bool:
-        """Whether this server is to prove the version with these kernels; nobody else does then for so long.
+        """Claim a version's proof with these kernels for some seconds, and return True if this server has it.
 
-        False: another does, or nothing is left to prove, or the version was deleted.
+        False: another server proves it, or nothing is left to prove, or the version was deleted.
         """
         with self._database.read() as session:
             if not self._is_open(session, version, kernels, seconds):
@@ -44,7 +45,8 @@ class ProofRecords:
             return True
 
     def _row(self, version: VersionRow, kernels: str) -> ProofRow:
-        """That of the version and these kernels, which is this server's from now on."""
+        """Return the row of the version and these kernels, made if necessary, and assign it to this
+        server."""
         found = next((one for one in version.proofs if one.kernels == kernels), None)
         if found is None:
             found = ProofRow(kernels=plain(kernels))
@@ -53,7 +55,7 @@ class ProofRecords:
         return found
 
     def renew(self, version: VersionRecord, kernels: str, seconds: float) -> None:
-        """Hold this server's claim for so many seconds from now."""
+        """Extend this server's claim to so many seconds from now."""
         with self._database.write_uncounted() as session:
             session.execute(
                 update(ProofRow)
@@ -62,13 +64,13 @@ class ProofRecords:
             )
 
     def release(self, version: VersionRecord, kernels: str) -> None:
-        """This server proves it no longer. What it has proved stays."""
+        """Release this server's claim. What it has proved stays."""
         with self._database.write_uncounted() as session:
             for claim in session.scalars(select(ProofRow).where(*self._own(session, version, kernels))):
                 session.delete(claim)
 
     def keep(self, version: VersionRecord, kernels: str, report: Mapping[str, Any], packed: Blob) -> None:
-        """A version that is ready by other kernels was proved with these too. `report`: without modules."""
+        """Store a proof with further kernels of a version that is ready. `report`: without modules."""
         with self._database.write() as (session, counter):
             row = self._find(session, version)
             if row is None or row.state != "ready" or _first_kernels(row) == kernels:
@@ -81,9 +83,9 @@ class ProofRecords:
     def _is_open(
         self, session: Session, version: VersionRecord, kernels: str, seconds: float
     ) -> VersionRow | None:
-        """The version, if somebody must still prove it with these kernels and nobody else does.
+        """Return the version if it must still be proved with these kernels and no other server does it.
 
-        seconds: for which a claim holds.
+        seconds: duration of a claim.
         """
         row = self._find(session, version)
         if row is None or row.state == "failed" or (row.state == "ready" and _first_kernels(row) == kernels):
@@ -109,7 +111,7 @@ class ProofRecords:
         )
 
     def _own(self, session: Session, version: VersionRecord, kernels: str) -> list[Any]:
-        """The conditions for this server's claim."""
+        """Return the conditions for this server's claim."""
         row = self._find(session, version)
         return [
             ProofRow.version_id == (row.id if row else None),
@@ -120,5 +122,5 @@ class ProofRecords:
 
 
 def _first_kernels(version: VersionRow) -> str:
-    """With which the version was proved first."""
+    """Return the kernels with which the version was proved first."""
     return str((version.report or {}).get("proof", {}).get("kernels", FIRST_KERNELS))

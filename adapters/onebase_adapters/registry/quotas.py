@@ -1,6 +1,6 @@
-"""What tenants may have: their quotas, and whether one more of what is kept is within them.
+"""Quotas of tenants, and checks of what they store against them.
 
-Limits on what is kept are checked in the transaction that adds to it. It holds the tenant's row, so that of
+Limits on stored data are checked in the transaction that adds to it. It locks the tenant's row, so that of
 two servers that add the last one, one is refused.
 """
 
@@ -29,12 +29,12 @@ from onebase_adapters.registry.tables import (
 )
 
 RESERVED_TENANTS = ("registry",)
-"""Owner of rows by which release 0.1 knew a registry again."""
+"""Tenant that owns the rows by which release 0.1 recognized a registry."""
 KEY_QUOTAS = ("requests", "tokens", "rows")
-"""What a key can have a quota of; the rest is kept for its tenant, not for it."""
+"""Quotas that a key can have; the others limit what is stored, which belongs to the key's tenant."""
 TENANT_QUOTAS = tuple(item.name for item in fields(Quotas))
 MOST = 10**15
-"""The highest limit."""
+"""Largest limit of a quota."""
 _ASK = "ask this server's operator for more (onebase tenants set)"
 
 
@@ -48,7 +48,7 @@ class Tenants:
         self._database = database
 
     def set_quotas(self, tenant: str, changes: Mapping[str, int | None]) -> TenantRecord:
-        """Change the quotas that `changes` names; None: no limit. A tenant need not have anything yet.
+        """Change the quotas that `changes` names; None: no limit. The tenant need not exist yet.
 
         Raises InvalidKeyError.
         """
@@ -65,7 +65,7 @@ class Tenants:
             return _record(session, tenant, row)
 
     def all(self) -> list[TenantRecord]:
-        """Those that have a key, a quota, an adapter, a file or used anything, by name."""
+        """Return the tenants that have a key, a quota, an adapter, a file or any usage, by name."""
         with self._database.read() as session:
             rows = {row.tenant: row for row in session.scalars(select(TenantRow))}
             names = set(rows)
@@ -74,30 +74,30 @@ class Tenants:
             return [_record(session, name, rows.get(name)) for name in sorted(names - {*RESERVED_TENANTS})]
 
     def one(self, tenant: str) -> TenantRecord:
-        """A tenant's record; all of it is empty where nobody knows it."""
+        """Return a tenant's record, which is empty for an unknown tenant."""
         with self._database.read() as session:
             return _record(session, tenant, session.get(TenantRow, tenant))
 
     def check_bytes(self, tenant: str, more: int) -> None:
-        """Raises QuotaError when so many bytes more would be too many, as of now."""
+        """Raise QuotaError if so many bytes more would exceed the quota now."""
         with self._database.read() as session:
             check_bytes(session, tenant, more, lock=False)
 
     def check_training(self, tenant: str) -> None:
-        """Raises QuotaError when the tenant has trained as long as it may this month."""
+        """Raise QuotaError if the tenant has used up its training time of this month."""
         with self._database.read() as session:
             check_training(session, tenant)
 
 
 def quotas_of(stored: Mapping[str, int] | None) -> Quotas:
-    """What a row holds; names of a later release are left out."""
+    """Return the quotas that a row holds; names of a later release are left out."""
     return Quotas(**{name: limit for name, limit in (stored or {}).items() if name in TENANT_QUOTAS})
 
 
 def changed_quotas(
     stored: Mapping[str, int], changes: Mapping[str, int | None], names: tuple[str, ...]
 ) -> dict[str, int]:
-    """What a row then holds. Raises InvalidKeyError."""
+    """Return the stored quotas with `changes` applied. Raises InvalidKeyError."""
     for name, limit in changes.items():
         if name not in names:
             raise InvalidKeyError(f"quotas.{name[:80]}", _no_such_quota(name, names))
@@ -117,7 +117,7 @@ def _no_such_quota(name: str, names: tuple[str, ...]) -> str:
 
 
 def check_tenant(tenant: str) -> None:
-    """Raises InvalidKeyError."""
+    """Raise InvalidKeyError unless a tenant may have this name."""
     if not is_adapter_name(tenant) or tenant in RESERVED_TENANTS:
         raise InvalidKeyError("tenant", f"{tenant[:80]!r} cannot be a tenant's name: use {NAME_RULE}.")
 
@@ -126,7 +126,7 @@ def check_tenant(tenant: str) -> None:
 
 
 def check_adapters(session: Session, tenant: str) -> None:
-    """Whether the tenant may have one name more. Raises QuotaError."""
+    """Raise QuotaError unless the tenant may have one more adapter."""
     limit = _limits(session, tenant).adapters
     if limit is not None and _adapters(session, tenant) >= limit:
         raise QuotaError(
@@ -138,7 +138,7 @@ def check_adapters(session: Session, tenant: str) -> None:
 
 
 def check_bytes(session: Session, tenant: str, more: int, *, lock: bool = True) -> None:
-    """Whether the tenant may keep so many bytes more. Raises QuotaError."""
+    """Raise QuotaError unless the tenant may store so many bytes more."""
     limit = _limits(session, tenant, lock=lock).bytes
     if limit is None:
         return
@@ -153,10 +153,8 @@ def check_bytes(session: Session, tenant: str, more: int, *, lock: bool = True) 
 
 
 def check_jobs(session: Session, tenant: str, files: Collection[str]) -> None:
-    """Check that the tenant may have one unended job more, and keep the rows of its `files`, by their ids.
-
-    Raises QuotaError.
-    """
+    """Raise QuotaError unless the tenant may have one more unended job, and store the rows of its `files`
+    (ids)."""
     limit = _limits(session, tenant).jobs
     if limit is not None:
         found = select(func.count()).select_from(TrainingJobRow).where(*_unended(tenant))
@@ -173,7 +171,7 @@ def check_jobs(session: Session, tenant: str, files: Collection[str]) -> None:
 
 
 def check_training(session: Session, tenant: str) -> None:
-    """Whether the tenant may train on in this month. Raises QuotaError."""
+    """Raise QuotaError unless the tenant may train on in this month."""
     limit = _limits(session, tenant, lock=False).training_seconds
     if limit is not None and _trained(session, tenant) >= limit:
         raise QuotaError(
@@ -185,7 +183,7 @@ def check_training(session: Session, tenant: str) -> None:
 
 
 def _limits(session: Session, tenant: str, *, lock: bool = True) -> Quotas:
-    """The tenant's quotas. lock: no other transaction does so or changes them until this one has ended."""
+    """Return the tenant's quotas. lock: lock them until this transaction has ended."""
     query = select(TenantRow).where(TenantRow.tenant == tenant)
     row = session.scalar(query.with_for_update() if lock else query)
     return quotas_of(None if row is None else row.quotas)
@@ -197,10 +195,10 @@ def _adapters(session: Session, tenant: str) -> int:
 
 
 def _bytes(session: Session, tenant: str) -> int:
-    """Return the bytes of versions, without what the server makes of them, of files, and of jobs' rows.
+    """Return the bytes of versions as they were sent, of files, and of unended jobs' rows.
 
-    An unended job keeps the tokens of its files' rows on disk: 5 bytes for about 4 characters, counted as the
-    size of the files.
+    An unended job stores the tokens of its files' rows on disk: 5 bytes for about 4 characters, counted as
+    the size of the files.
     """
     versions = (
         select(func.sum(VersionRow.config_size + VersionRow.weights_size))
@@ -220,7 +218,7 @@ def _bytes(session: Session, tenant: str) -> int:
 
 
 def _unended(tenant: str) -> tuple[ColumnElement[bool], ...]:
-    """Select the tenant's jobs that are open, held or paused, or have failed and can be resumed."""
+    """Return the conditions for the tenant's jobs that are open, held or paused, or failed and resumable."""
     resumable = and_(TrainingJobRow.state == "failed", TrainingJobRow.error_code.in_(RESUMABLE))
     return (
         TrainingJobRow.tenant == tenant,

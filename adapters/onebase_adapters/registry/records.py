@@ -1,4 +1,4 @@
-"""What the registry hands out: adapters and jobs as plain values. Times are Unix seconds."""
+"""Plain values that the registry returns: adapters, jobs, batches, keys. Times are Unix seconds."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ STATES: Final[tuple[State, ...]] = get_args(State)
 UNFINISHED: Final[tuple[State, ...]] = ("pulling", "validating", "proving")
 
 FIRST_KERNELS = "torch"
-"""What proved where a report is older than that there were others."""
+"""Kernels of a report that is older than the choice of kernels."""
 MODULES = "modules"
-"""The long part of a report, one entry a module. Lists of adapters leave it out."""
+"""Field of a report that is long, with one entry for each module. Lists of adapters leave it out."""
 
 
 class Unset:
-    """The type of UNSET: tells "not given" from None, which means "nothing is active"."""
+    """Type of UNSET, which distinguishes "not given" from None, which means "nothing is active"."""
 
     def __repr__(self) -> str:
         return "UNSET"
@@ -32,7 +32,7 @@ UNSET: Final = Unset()
 
 @dataclass(frozen=True)
 class VersionError:
-    """Why a version failed: a stable code and a sentence."""
+    """Error of a failed version: a stable code and a sentence."""
 
     code: str
     message: str
@@ -42,8 +42,8 @@ class VersionError:
 class VersionRecord:
     """One version of one adapter.
 
-    `report`: what the proof found. In an AdapterRecord it lacks its `modules`, of which there may be
-    hundreds; the registry's `version`, `versions` and `unfinished` give it whole. `proofs`: the packed
+    `report`: result of the proof. In an AdapterRecord it lacks its `modules`, of which there may be
+    hundreds; the registry's `version`, `versions` and `unfinished` return it whole. `proofs`: the packed
     adapters by the kernels that they were proved with after the version was ready.
     """
 
@@ -66,7 +66,7 @@ class VersionRecord:
         return self.state not in UNFINISHED
 
     def packed_for(self, kernels: str) -> Blob | None:
-        """The packed adapter that was proved with these kernels; None where none was."""
+        """Return the packed adapter that was proved with these kernels, or None."""
         proof = (self.report or {}).get("proof", {})
         first = proof.get("kernels", FIRST_KERNELS)
         return self.prepared if first == kernels else self.proofs.get(kernels)
@@ -74,9 +74,9 @@ class VersionRecord:
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """One name. `active`: the digest of the version that requests by name get; `versions`: newest first.
+    """One name. `active`: digest of the version that requests by name use; `versions`: newest first.
 
-    `shared`: whether all tenants may use it and look at it. `activated_at`: when `active` became that.
+    `shared`: whether all tenants may use and see it. `activated_at`: time of the last change of `active`.
     """
 
     tenant: str
@@ -90,7 +90,7 @@ class AdapterRecord:
     versions: tuple[VersionRecord, ...]
 
     def version(self, digest: str) -> VersionRecord | None:
-        """The version of this whole digest."""
+        """Return the version of this whole digest, or None."""
         return next((version for version in self.versions if version.digest == digest), None)
 
     @property
@@ -100,7 +100,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """One change of what is active: `version` from then on, `previous` until then; None: nothing."""
+    """One change of the active version: `version` from then on, `previous` until then; None: no version."""
 
     action: Action
     version: str | None
@@ -111,7 +111,7 @@ class HistoryEntry:
 
 @dataclass(frozen=True)
 class ForcedDeletion:
-    """A deletion that ends the requests which use what was deleted. digest: None is every version."""
+    """A deletion that ends the requests which use the deleted versions. digest: None is every version."""
 
     tenant: str
     name: str
@@ -120,12 +120,12 @@ class ForcedDeletion:
 
 @dataclass(frozen=True)
 class Changes:
-    """What `Registry.changes` saw: the counter then, the adapters changed since, and the names of all
-    adapters there are (`(tenant, name)`), so that one who follows can drop the others.
+    """Result of `Registry.changes`: the counter, the adapters changed since, and the names of all adapters
+    (`(tenant, name)`), so that a follower can drop the others.
 
     Args:
         audited: number of the audit log's last entry then.
-        forced: deletions by force since the entry that was named.
+        forced: forced deletions since the given entry.
     """
 
     counter: int
@@ -140,7 +140,7 @@ class Changes:
 
 @dataclass(frozen=True)
 class Quotas:
-    """What a key or a tenant may ask for; None: no limit. All but the first three are a tenant's alone."""
+    """Quotas of a key or a tenant; None: no limit. All but the first three apply to tenants alone."""
 
     requests: int | None = None
     """Requests for text, in any 60 seconds."""
@@ -149,26 +149,26 @@ class Quotas:
     rows: int | None = None
     """Completions at once: each of a request's prompts counts `n`."""
     adapters: int | None = None
-    """Names, on all bases of the registry."""
+    """Number of names, on all bases of the registry."""
     bytes: int | None = None
-    """Of versions, as they were sent or trained, of files, and of the rows that unended jobs keep."""
+    """Bytes of versions, as they were sent or trained, of files, and of the rows that unended jobs keep."""
     training_seconds: int | None = None
-    """In a calendar month (UTC)."""
+    """Seconds of training in a calendar month (UTC)."""
     jobs: int | None = None
     """Training jobs that have not ended: queued, running, held and paused ones, and failed ones that can be
     resumed."""
 
     def given(self) -> dict[str, int]:
-        """The limits that there are."""
+        """Return the limits that are set, by name."""
         return {name: limit for name, limit in vars(self).items() if limit is not None}
 
 
 @dataclass(frozen=True)
 class TenantRecord:
-    """One tenant: its quotas, and what it has now of what is kept.
+    """One tenant: its quotas, and what it stores now.
 
-    adapters: names. bytes: of versions, of files and of the rows that unended jobs keep. training_seconds: in
-    this calendar month (UTC).
+    adapters: number of names. bytes: of versions, of files and of the rows that unended jobs keep.
+    training_seconds: in this calendar month (UTC).
     """
 
     tenant: str
@@ -180,7 +180,7 @@ class TenantRecord:
 
 @dataclass(frozen=True, order=True)
 class UsageKey:
-    """Whose use it is, and when. day: 2026-11-26, in UTC. adapter: "" is the base; a sum is `a+b`."""
+    """Key of a usage record. day: 2026-11-26, in UTC. adapter: "" is the base; a sum of adapters is `a+b`."""
 
     tenant: str
     day: str
@@ -190,7 +190,7 @@ class UsageKey:
 
 @dataclass
 class Figures:
-    """What was used. cached_tokens: those of prompt_tokens that the prefix cache had."""
+    """Usage figures. cached_tokens: the part of prompt_tokens found in the prefix cache."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -212,7 +212,7 @@ SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 
 @dataclass(frozen=True)
 class ApiKey:
-    """What is known of a key. `id`: its public beginning; `sha256`: of the whole key."""
+    """Record of an API key. `id`: its public beginning; `sha256`: of the whole key."""
 
     id: str
     tenant: str
@@ -225,10 +225,10 @@ class ApiKey:
     last_used_at: float | None
     quotas: Quotas = Quotas()
     priority: int = 0
-    """Of its requests among all that wait: the highest first."""
+    """Priority of its requests among all that wait: the highest first."""
 
     def valid_at(self, now: float) -> bool:
-        """Whether it may be used."""
+        """Return True if it may be used."""
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
@@ -244,16 +244,16 @@ AuditAction = Literal[
 ]  # fmt: skip
 AUDIT_ACTIONS: Final[tuple[AuditAction, ...]] = get_args(AuditAction)
 AUDIT_KINDS: Final = tuple(dict.fromkeys(action.partition(".")[0] for action in AUDIT_ACTIONS))
-"""What actions begin with: `adapter`, `file`, `job`, `batch`, `key`, `tenant`."""
+"""Kinds of actions, their first parts: `adapter`, `file`, `job`, `batch`, `key`, `tenant`."""
 
 
 @dataclass(frozen=True)
 class AuditEntry:
-    """One change, by whom.
+    """One change, and its author.
 
-    number: counts up. tenant: whose adapter, file, job, batch or key it is. key: the id of the API key that
-    asked; "" where none is needed. actor: what acted for it, where that was no request. target: a name, or an
-    id. version: a digest. base: its name. request: the id that came with the request.
+    number: counts up. tenant: owner of the adapter, file, job, batch or key. key: the id of the caller's API
+    key; "" where none is needed. actor: the actor on the caller's behalf if it was not a request. target: a
+    name, or an id. version: a digest. base: its name. request: the id that came with the request.
     """
 
     number: int
@@ -275,14 +275,14 @@ class AuditEntry:
 JobState = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Purpose = Literal["fine-tune", "fine-tune-results", "batch", "batch_output"]
 UPLOADED: Final[tuple[Purpose, ...]] = ("fine-tune", "batch")
-"""What users send; the rest is what jobs and batches leave."""
+"""Purposes of files that users upload; jobs and batches write the others."""
 Level = Literal["info", "warn", "error"]
 EventKind = Literal["message", "metrics"]
 Activate = Literal["always", "if_better", "if_better_than_base", "never"]
 
 JOB_STATES: Final[tuple[JobState, ...]] = get_args(JobState)
 OPEN_STATES: Final[tuple[JobState, ...]] = ("validating_files", "queued", "running")
-"""A server has something to do for these."""
+"""States in which a server must act on a job."""
 ENDED_STATES: Final[tuple[JobState, ...]] = ("succeeded", "failed", "cancelled")
 RESUMABLE = frozenset(
     {
@@ -296,10 +296,10 @@ RESUMABLE = frozenset(
 
 @dataclass(frozen=True)
 class TrainingFile:
-    """A file that jobs or batches read, or what they leave.
+    """A file that jobs or batches read or write.
 
-    server: the one that took it in. bytes: its size. sha256: the blob with its content; None: it lies on that
-    server's disk, where earlier releases kept it.
+    server: the one that received it. bytes: its size. sha256: the blob with its content; None: it lies on
+    that server's disk, where earlier releases stored it.
     """
 
     id: str
@@ -314,7 +314,7 @@ class TrainingFile:
 
 @dataclass(frozen=True)
 class JobError:
-    """Why a job failed: a stable code, a sentence, and the field or file that it is about."""
+    """Error of a failed job: a stable code, a sentence, and the field or file that it is about."""
 
     code: str
     message: str
@@ -323,7 +323,7 @@ class JobError:
 
 @dataclass(frozen=True)
 class ParentVersion:
-    """The version whose training a job goes on with. config, weights: the SHA-256 of its two files."""
+    """Version whose training a job continues. config, weights: the SHA-256 of its two files."""
 
     tenant: str
     name: str
@@ -340,8 +340,9 @@ class ParentVersion:
 
 @dataclass(frozen=True)
 class NewJob:
-    """What a job is made of. `settings`: the recipe as it was asked for; `server`: the one that runs it;
-    `parent`: None: it begins with the base. `hold`: it waits for a word once its files are checked."""
+    """Definition of a job. `settings`: the recipe as requested; `server`: the one that runs it; `parent`: the
+    version that it continues, or None: it starts with the base. `hold`: it waits for a resume once its files
+    are checked."""
 
     id: str
     tenant: str
@@ -358,9 +359,10 @@ class NewJob:
 
 @dataclass(frozen=True)
 class JobStop:
-    """A job is to end after this step, or the first one after it that it can, and to keep its best adapter.
+    """Request that a job ends after this step, or the first possible one after it, and stores its best
+    adapter.
 
-    key: the id of the API key that asked, at the Unix time `at`; "" where none is needed.
+    key: the id of the caller's API key, at the Unix time `at`; "" where none is needed.
     """
 
     step: int
@@ -374,12 +376,12 @@ class TrainingJob(NewJob):
 
     plan: the resolved recipe and its estimate, once the files are checked.
     progress: the newest figures of the run.
-    report: what training found, once the adapter is written; what is left then is to deliver it.
+    report: the result of training, once the adapter is written; only the delivery is left then.
     saved_step: of the newest checkpoint; 0 is none.
     deaths: of its trainers since the checkpoint `death_step`.
-    version: the digest of what came out; `activated`: whether requests by name get it.
+    version: the digest of the result; `activated`: whether requests by name use it.
     key: the id of the API key that made it; "" where none is needed.
-    stop: who asked it to end early.
+    stop: the request to end early.
     """
 
     number: int
@@ -410,7 +412,7 @@ class TrainingJob(NewJob):
 
     @property
     def trained(self) -> bool:
-        """Whether what is left is to deliver it."""
+        """Whether only the delivery is left."""
         return self.report is not None
 
 
@@ -424,13 +426,13 @@ class OpenJob:
     saved_step: int
     trained: bool
     last_step: int | None = None
-    """Of JobStop."""
+    """Step of its JobStop."""
     kept_step: int = 0
-    """Of the checkpoint that the store has; 0 is none."""
+    """Step of the checkpoint in the store; 0 is none."""
 
     @property
     def is_movable(self) -> bool:
-        """Whether it waits, and could go on elsewhere without losing a step."""
+        """Whether it waits, and could continue elsewhere without losing a step."""
         return self.state == "queued" and not self.trained and self.saved_step <= self.kept_step
 
 
@@ -447,8 +449,8 @@ class TakeableJob:
 
 @dataclass(frozen=True)
 class UnkeptJob:
-    """A job of which the store has not what it goes on from: its checkpoint in the folder `path`, and its
-    adapter once it is trained."""
+    """A job whose newest state is not in the store: its checkpoint in the folder `path`, and its adapter once
+    it is trained."""
 
     id: str
     step: int
@@ -458,7 +460,7 @@ class UnkeptJob:
 
 @dataclass(frozen=True)
 class JobEvent:
-    """What those who follow a job read.
+    """Event of a job, for those who follow it.
 
     data: figures, or more than the message holds.
     number: set by the registry. Of two events of a job the later one has the greater number.
@@ -474,7 +476,7 @@ class JobEvent:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A step that a job can go on from.
+    """Checkpoint that a job can resume from.
 
     path: the name of its folder. Losses are in nats a supervised token. number: set by the registry.
     """
@@ -494,12 +496,12 @@ BatchState = Literal[
 ]
 BATCH_STATES: Final[tuple[BatchState, ...]] = get_args(BatchState)
 OPEN_BATCHES: Final[tuple[BatchState, ...]] = ("validating", "in_progress", "finalizing", "cancelling")
-"""A server has something to do for these."""
+"""States in which a server must act on a batch."""
 
 
 @dataclass(frozen=True)
 class BatchError:
-    """What is wrong with a batch, or with a line of its file (counted from 1)."""
+    """Error of a batch, or of a line of its file (counted from 1)."""
 
     code: str
     message: str
@@ -509,7 +511,7 @@ class BatchError:
 
 @dataclass(frozen=True)
 class NewBatch:
-    """What a batch is made of. `server`: the one that runs it; `window`: as it was asked for, `24h`."""
+    """Definition of a batch. `server`: the one that runs it; `window`: as requested, `24h`."""
 
     id: str
     tenant: str
@@ -527,8 +529,8 @@ class Batch(NewBatch):
     """One batch. `number` counts up in the order of creation.
 
     key: the id of the API key that made it; "" where none is needed.
-    times: when it came into its states, by their names.
-    total: its rows, once they are checked; completed, failed: those that have an answer.
+    times: when it entered its states, by their names.
+    total: number of its requests, once they are checked; completed, failed: those that have an answer.
     usage: tokens, as `prompt`, `cached` and `completion`.
     """
 
@@ -569,10 +571,10 @@ class OtherServer:
 
 @dataclass(frozen=True)
 class QuotaUse:
-    """What one process has let in of the quotas of one key or one tenant.
+    """Use of one key's or one tenant's quotas that one process has admitted.
 
     kind: `key` or `tenant`; name: the key's id or the tenant's name. requests, tokens: (age in seconds,
-    amount), of the last minute. rows: that run. age: seconds since all this was so.
+    amount), of the last minute. rows: those that run. age: age of the figures, in seconds.
     """
 
     kind: str

@@ -1,8 +1,8 @@
-"""The servers that share a registry: which of them live, what room they have, what they let in of quotas.
+"""Servers that share a registry: their leases, their room for trainers, and the use of quotas they admit.
 
-A server's process renews a lease. One whose lease has run out is taken for dead: others take over what it
-ran. All times are the database's clock's, so that servers need not agree on theirs. Where that clock went
-back by more than a lease, a lease from before has run out: who lives renews it at once.
+A server's process renews a lease. A server whose lease has run out counts as dead: others take over what it
+ran. All times are those of the database's clock, so that servers need not agree on theirs. Where that clock
+went back by more than a lease, an earlier lease has run out; a live server renews it at once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from onebase_adapters.registry.records import OtherServer, QuotaUse
 from onebase_adapters.registry.tables import QuotaUseRow, ServerRow
 
 USE_SECONDS = 60.0
-"""What a process has let in counts for so long, and no longer."""
+"""Time, in seconds, for which the use that a process has admitted counts."""
 _KEPT_SECONDS = 30 * 86400.0
-"""A process that is dead for so long is forgotten; what it ran is nobody's then, and may be cancelled."""
+"""Time, in seconds, after which a dead process is forgotten; nobody owns its work then, and it may be
+cancelled."""
 
 
 class ServerRecords:
-    """The processes of servers on one registry, each under an id of its own.
+    """Processes of servers on one registry, each under an id of its own.
 
     All methods block, and may be called from any thread. Raises RegistryBusyError, RegistryFullError and
     RegistryError like Registry.
@@ -36,7 +37,7 @@ class ServerRecords:
         self._base_id = base_id
 
     def renew(self, process: str, server: str, *, runs: bool, room: int, seconds: float) -> list[OtherServer]:
-        """Live on for so many seconds. Returns the other processes, dead ones too.
+        """Renew the lease of a process for so many seconds. Returns the other processes, dead ones too.
 
         Args:
             server: the id of its data folder. runs: whether it runs that folder's jobs.
@@ -65,7 +66,7 @@ class ServerRecords:
             ]
 
     def leave(self, process: str) -> None:
-        """The process ends: what it ran may be taken over at once."""
+        """End the lease of a process that stops: what it ran may be taken over at once."""
         with self._database.write_uncounted() as session:
             now = clock(session)
             session.execute(update(ServerRow).where(ServerRow.id == process).values(until=now, room=0))
@@ -75,10 +76,10 @@ class ServerRecords:
     def share_use(
         self, process: str, own: Collection[QuotaUse], since: float
     ) -> tuple[float, list[tuple[str, QuotaUse]]]:
-        """Write what this process has let in, and read what others have written since a time.
+        """Write the use that this process has admitted, and read what others have written since a time.
 
-        Each use that is written takes the place of the one before. Returns the database's time, and the
-        others' uses with the processes that let them in; their ages are as of that time.
+        Each written use replaces the one before. Returns the database's time, and the others' uses with the
+        processes that admitted them; their ages are as of that time.
         """
         if not own:
             with self._database.read() as session:
@@ -91,13 +92,13 @@ class ServerRecords:
             return _uses(session, process, since)
 
     def forget_use(self) -> None:
-        """Delete what no longer counts."""
+        """Delete uses that no longer count."""
         with self._database.write_uncounted() as session:
             session.execute(delete(QuotaUseRow).where(QuotaUseRow.at < clock(session) - 2 * USE_SECONDS))
 
 
 def leases_of(session: Session, base_id: str) -> dict[str, tuple[float, int]]:
-    """Until when each server of a base that runs jobs has its lease, and the room that it has.
+    """Return the end of the lease, and the room, of each server of a base that runs jobs.
 
     A server of an earlier release has none.
     """
@@ -115,7 +116,7 @@ def leases_of(session: Session, base_id: str) -> dict[str, tuple[float, int]]:
 
 
 def _until(at: float, until: float, now: float) -> float:
-    """Return when a lease that was renewed at `at` runs out: it has where the clock went back too far."""
+    """Return the end of a lease that was renewed at `at`; 0 if the clock went back too far since."""
     return until if at <= now + max(0.0, until - at) else 0.0
 
 
@@ -131,7 +132,7 @@ def _values(process: str, use: QuotaUse, now: float) -> dict[str, Any]:
 
 
 def _use(row: QuotaUseRow, older: float) -> QuotaUse:
-    """older: seconds since it was written."""
+    """Convert a row. older: seconds since it was written."""
     aged = {
         rate: tuple((age + older, amount) for age, amount in row.use.get(rate) or ())
         for rate in ("requests", "tokens")
@@ -140,7 +141,7 @@ def _use(row: QuotaUseRow, older: float) -> QuotaUse:
 
 
 def upserting(session: Session, table: Any, key: Sequence[str]) -> Insert:
-    """An insert that takes the place of the row with this key."""
+    """Return an insert that replaces the row with this key."""
     dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
     insert: postgresql.Insert | sqlite.Insert = dialect.insert(table)
     columns = [column.name for column in table.__table__.columns if column.name not in key]

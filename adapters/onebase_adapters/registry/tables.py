@@ -1,7 +1,7 @@
-"""The tables. What is here and what the migrations make are compared in a test.
+"""Tables of the registry. A test compares them with those that the migrations make.
 
 `adapters` and `versions` belong to one tenant and one base; blobs are shared by all. `previous_versions` is
-the stack that rolling back walks; a deleted version leaves it by itself.
+the stack that a rollback pops; a deleted version leaves it automatically.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Table(DeclarativeBase):
 
 
 class ChangeCounter(Table):
-    """One row. Each write raises it first, and so waits for the writes before it."""
+    """One row. Each write increases it first, and so waits for the writes before it."""
 
     __tablename__ = "change_counter"
 
@@ -52,7 +52,7 @@ class ChangeCounter(Table):
 
 
 class IdentityRow(Table):
-    """One row: which registry this is, for those who have used several."""
+    """One row: the registry's identity, which distinguishes several registries."""
 
     __tablename__ = "identity"
 
@@ -89,7 +89,7 @@ class ApiKeyRow(Table):
 
 
 class TenantRow(Table):
-    """A tenant's quotas. One that never had any has no row."""
+    """A tenant's quotas. A tenant that never had any has no row."""
 
     __tablename__ = "tenants"
 
@@ -99,7 +99,7 @@ class TenantRow(Table):
 
 
 class UsageRow(Table):
-    """What one tenant used of one adapter in one day (UTC, as 2026-11-26). adapter: "" is the base."""
+    """Usage of one adapter by one tenant in one day (UTC, as 2026-11-26). adapter: "" is the base."""
 
     __tablename__ = "usage"
 
@@ -116,7 +116,7 @@ class UsageRow(Table):
 
 
 class UsageWriterRow(Table):
-    """A server process that writes usage, and its newest batch: one that comes twice counts once."""
+    """A server process that writes usage, and its newest batch, so that a repeated one counts once."""
 
     __tablename__ = "usage_writers"
 
@@ -128,7 +128,7 @@ class UsageWriterRow(Table):
 class ServerRow(Table):
     """One process of a server, which renews its lease while it lives. Times are the database's clock's.
 
-    server: the id of its data folder, under which jobs and batches are its own. runs: whether it runs them.
+    server: the id of its data folder, to which jobs and batches belong. runs: whether it runs them.
     room: trainers that it could start. at: when it last renewed the lease; until: when that runs out.
     """
 
@@ -144,7 +144,7 @@ class ServerRow(Table):
 
 
 class QuotaUseRow(Table):
-    """What one process of a server has let in of one key's or one tenant's quota, as of `at`.
+    """Use of one key's or one tenant's quota that one process of a server has admitted, as of `at`.
 
     kind: `key` or `tenant`. use: as `quotas.AccountUse`.
     """
@@ -217,7 +217,7 @@ class AdapterRow(Table):
         .correlate_except(HistoryRow)
         .scalar_subquery()
     )
-    """When another version became active, or none did."""
+    """Time of the last change of the active version, in Unix seconds."""
 
     versions: Mapped[list[VersionRow]] = relationship(
         back_populates="adapter",
@@ -259,8 +259,9 @@ class VersionRow(Table):
 
 
 class ProofRow(Table):
-    """A proof of a version with kernels other than those that made it ready; or, while there is an `until`,
-    that a server makes one, the first too. until: when another server may, unless it is put off before."""
+    """A proof of a version with kernels other than those that made it ready. While `until` is set it is a
+    claim, also for the first proof: the time at which another server may prove, unless the claim is
+    renewed."""
 
     __tablename__ = "proofs"
     __table_args__ = (UniqueConstraint("version_id", "kernels"),)
@@ -286,8 +287,8 @@ class PreviousRow(Table):
 
 
 class TrainingFileRow(Table):
-    """One uploaded file, or what a job or a batch leaves. Without `sha256` it is where earlier releases kept
-    it: on the disk of `server`."""
+    """One uploaded file, or the output of a job or a batch. Without `sha256` it is on the disk of `server`,
+    where earlier releases stored it."""
 
     __tablename__ = "training_files"
 
@@ -344,7 +345,7 @@ class TrainingJobRow(Table):
 
 
 class JobFileRow(Table):
-    """One file that a job goes on from, on whichever server: its path in the job's folder, and its blob."""
+    """One file that a job needs to continue on any server: its path in the job's folder, and its blob."""
 
     __tablename__ = "job_files"
 
@@ -398,7 +399,7 @@ class TrainingEventRow(Table):
 
 
 class CheckpointRow(Table):
-    """A checkpoint that was written; whether its folder is still there, the job's server knows."""
+    """A checkpoint that was written; only the job's server knows whether its folder still exists."""
 
     __tablename__ = "training_checkpoints"
     __table_args__ = (UniqueConstraint("job", "step"),)

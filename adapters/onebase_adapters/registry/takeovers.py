@@ -1,8 +1,8 @@
-"""What lets another server go on with a job: its files in the store, and the change of the one that runs it.
+"""Take over jobs of other servers: their files in the store, and the change of the server that runs them.
 
-A job belongs to `server`, whose every write names itself and is refused once the job is another's. Another
-server may take it when the lease of its own has run out, or while it waits for its turn where that would come
-sooner. A server of an earlier release has no lease, and its jobs are taken by nobody.
+A job belongs to `server`, which names itself in every write and is refused once the job is another's. Another
+server may take it over when its server's lease has run out, or while it waits in the queue if it would start
+sooner there. A server of an earlier release has no lease, and nobody takes over its jobs.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from onebase_adapters.registry.servers import leases_of
 from onebase_adapters.registry.tables import CheckpointRow, JobFileRow, TrainingJobRow
 
 MOST_LOOKED_AT = 200
-"""Jobs of other servers, the oldest ones, that a look considers."""
+"""Largest number of other servers' jobs that one look considers, the oldest ones."""
 _HOLD_OFF_SECONDS = 10.0
-"""After the end of a lease in which the server with most room has its jobs first."""
+"""Seconds after the end of a lease in which only the server with most room may take over its jobs."""
 
 
 class Takeovers:
-    """Jobs of one base that change their server. All methods block, may be called from any thread, and are
-    one transaction. Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
-    """
+    """Takeovers of one base's jobs. All methods block, may be called from any thread, and are one
+    transaction. Raises RegistryBusyError, RegistryFullError and RegistryError like Registry."""
 
     def __init__(self, database: Database, base_id: str) -> None:
         self._database = database
@@ -44,7 +43,8 @@ class Takeovers:
     # ---- from one server to another ----------------------------------------------------------
 
     def takeable(self, server: str, room: int) -> list[TakeableJob]:
-        """Jobs of other servers that this one, which could start so many trainers, may take; oldest first."""
+        """Return jobs of other servers that this one, with room for so many trainers, may take; oldest
+        first."""
         with self._database.read() as session:
             now, leases = clock(session), leases_of(session, self._base_id)
             row = TrainingJobRow
@@ -71,12 +71,12 @@ class Takeovers:
     def take(
         self, job_id: str, before: str, server: str, room: int, tell: Callable[[TrainingJob], JobEvent]
     ) -> TrainingJob:
-        """Make a job that the server `before` had this one's. What the store has not is not its any more.
+        """Transfer a job from the server `before` to this one, without what the store does not have of it.
 
         Args:
-            tell: the event, given the job as it goes on.
+            tell: returns the event, given the job as it is resumed.
 
-        Raises JobElsewhereError: it is not to be had now.
+        Raises JobElsewhereError: it cannot be taken over now.
         """
         with self._database.write_uncounted() as session:
             row = self._job(session, job_id)
@@ -104,9 +104,9 @@ class Takeovers:
     # ---- what the store has of a job ---------------------------------------------------------
 
     def unkept(self, server: str, passing: Collection[str]) -> list[UnkeptJob]:
-        """A server's jobs that may go on, and of whose newest checkpoint or adapter the store has nothing.
+        """Return a server's unended or resumable jobs whose newest checkpoint or adapter is not in the store.
 
-        passing: errors after which a failed job may go on.
+        passing: errors after which a failed job may be resumed.
         """
         row = TrainingJobRow
         query = (
@@ -129,10 +129,10 @@ class Takeovers:
     def keep(
         self, job_id: str, server: str, step: int, files: Mapping[str, str], *, adapter: bool
     ) -> dict[str, str]:
-        """The files that the job goes on from after this step: blobs by their paths in its folder.
+        """Record the files that the job resumes from after this step: blobs by their paths in its folder.
 
-        They take the place of earlier ones. Returns those that nothing references any more, as they were
-        given. Raises UnknownJobError; JobElsewhereError: another server has the job, or it has ended.
+        They replace earlier ones. Returns the earlier files whose blobs nothing references any more, in the
+        same form. Raises UnknownJobError; JobElsewhereError: another server has the job, or it has ended.
         """
         with self._database.write_uncounted() as session:
             row = self._job(session, job_id)
@@ -145,15 +145,15 @@ class Takeovers:
             return _unreferenced(session, left)
 
     def kept(self, job_id: str) -> dict[str, str]:
-        """The blobs by their paths in the job's folder. Raises UnknownJobError."""
+        """Return the blobs by their paths in the job's folder. Raises UnknownJobError."""
         with self._database.read() as session:
             number = self._job(session, job_id, lock=False).number
             return _paths(session, JobFileRow.job == number)
 
     def drop(self, job_id: str, server: str | None = None) -> dict[str, str]:
-        """The job does not go on, or not from there. Returns as `keep` does.
+        """Drop a job's files from the store, because it has ended or does not resume from them.
 
-        server: the one that says so of a job that goes on; None: the job has ended.
+        server: the job's server if the job is still open; None: the job has ended. Returns as `keep` does.
 
         Raises UnknownJobError; JobElsewhereError: another server has the job.
         """
@@ -167,7 +167,8 @@ class Takeovers:
             return _unreferenced(session, left)
 
     def drop_ended(self, passing: Collection[str]) -> None:
-        """Of all jobs that do not go on, whichever server ended them. The store's sweep does the rest."""
+        """Drop the files of all jobs that have ended for good, on any server. The store's sweep deletes the
+        blobs."""
         row = TrainingJobRow
         ended = select(row.number).where(
             or_(
@@ -198,7 +199,7 @@ class Takeovers:
 def _may_take(
     row: TrainingJobRow, leases: Mapping[str, tuple[float, int]], server: str, room: int, now: float
 ) -> bool:
-    """Whether a server with so much room may have the job of another."""
+    """Return True if a server with so much room may take over the job of another."""
     lease = leases.get(row.server)
     if lease is None or room <= 0:
         return False
@@ -211,7 +212,7 @@ def _may_take(
 
 
 def _is_movable(row: TrainingJobRow) -> bool:
-    """Whether a job that waits can go on elsewhere without losing a step."""
+    """Return True if a job in the queue can continue elsewhere without losing a step."""
     return row.state == "queued" and row.report is None and row.saved_step <= row.kept_step
 
 

@@ -1,4 +1,4 @@
-"""Who used how much, by tenant, day, base and adapter: for bills, and for the quota of training."""
+"""Usage by tenant, day, base and adapter, for bills and for the quota of training."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from onebase_adapters.registry.tables import UsageRow, UsageWriterRow
 DIMENSIONS = tuple(item.name for item in fields(UsageKey))
 FIGURES = tuple(item.name for item in fields(Figures))
 _WRITER_SECONDS = 30 * 86400.0
-"""A writer that has written nothing for this long is gone."""
+"""Time, in seconds, after which a writer that has written nothing is forgotten."""
 
 
 class UsageRecords:
-    """The use of a registry's servers. All methods block, and may be called from any thread.
+    """Usage of a registry's servers. All methods block, and may be called from any thread.
 
     Raises RegistryBusyError, RegistryFullError and RegistryError like Registry.
     """
@@ -31,7 +31,7 @@ class UsageRecords:
         self._database = database
 
     def write(self, writer: str, batch: int, rows: Mapping[UsageKey, Figures]) -> None:
-        """Add to what is there. A batch whose outcome was not heard may be written again: it counts once.
+        """Add figures to those stored. A batch whose outcome is unknown may be written again: it counts once.
 
         writer: one process of a server. batch: counts up from 1.
         """
@@ -46,9 +46,10 @@ class UsageRecords:
     def find(
         self, start: str, end: str, by: Sequence[str], *, tenant: str | None = None, limit: int
     ) -> list[tuple[dict[str, str], Figures]]:
-        """Sums over the days from `start` to `end`, both included (as 2026-11-26), in the order of `by`.
+        """Return sums over the days from `start` to `end`, both included (as 2026-11-26), in the order of
+        `by`.
 
-        by: of DIMENSIONS, at least one. limit: the most rows.
+        by: one or more of DIMENSIONS. limit: largest number of results.
         """
         columns = [getattr(UsageRow, name) for name in by]
         sums = [func.sum(getattr(UsageRow, name)) for name in FIGURES]
@@ -61,7 +62,7 @@ class UsageRecords:
 
 
 def _is_new(session: Session, writer: str, batch: int) -> bool:
-    """Whether the batch has not been written; from now on it has."""
+    """Return True if the batch has not been written, and record it as written."""
     row = session.get(UsageWriterRow, writer, with_for_update=True)
     now = time.time()
     if row is None:
@@ -87,6 +88,6 @@ def _values(key: UsageKey, figures: Figures) -> dict[str, object]:
 
 
 def _figures(sums: Sequence[Any]) -> Figures:
-    """PostgreSQL gives sums of whole numbers as Decimal."""
+    """Convert a row of sums; PostgreSQL returns sums of whole numbers as Decimal."""
     requests, prompt, cached, completion, seconds, tokens = sums
     return Figures(int(requests), int(prompt), int(cached), int(completion), float(seconds), int(tokens))

@@ -1,5 +1,5 @@
-"""Files and folders that are there whole or not at all, also after a power cut: written next to their place,
-synced, renamed, and the folder around them synced."""
+"""Write files and folders atomically, also across a power cut: written next to their place, synced, renamed,
+and the folder around them synced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder on the disk before going on."""
+    """Flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -23,7 +23,7 @@ def sync(path: Path) -> None:
 
 
 def replace_synced(work: Path, target: Path) -> None:
-    """Give a synced file its name; a file that has it already is replaced. Raises OSError."""
+    """Rename a synced file to its final name, replacing a file that has it. Raises OSError."""
     work.replace(target)
     sync(target.parent)
 
@@ -38,9 +38,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `target` once all of it is on the disk.
+    """Yield a folder to write into, which replaces `target` once all of it is on the disk.
 
-    Raises OSError, also for what safetensors says in an exception of its own.
+    Raises OSError, also in place of safetensors' own exception.
     """
     work = target.with_name(f".{target.name}.part")
     shutil.rmtree(work, ignore_errors=True)
@@ -65,7 +65,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """A folder with what is in it, or a file, or a link, but not what that leads to."""
+    """Remove a folder with its content, a file, or a link (but not its target)."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)

@@ -1,11 +1,9 @@
-"""What the store keeps, named by its content: blobs, and the two files that make a version.
-
-What can go wrong with them:
+"""Content of the store: blobs named by their SHA-256, the two files of a version, and the store's errors.
 
 StoreError
 ├── StoreFullError       no space, or the quota is used up; nothing that was stored is lost
 ├── BlobMissingError     no such blob
-└── BlobDamagedError     the content is not what its name says
+└── BlobDamagedError     the content does not match its name
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""`EFBIG` too: the limit on a file's size (RLIMIT_FSIZE, or the disk's own) ends a write in the same way."""
+"""Errors of a full disk. `EFBIG` too: the limit on a file's size ends a write in the same way."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +41,15 @@ class VersionFiles:
         return version_digest(self.config.sha256, self.weights.sha256)
 
     def of(self, name: str) -> Blob:
-        """The blob of one of ADAPTER_FILES."""
+        """Return the blob of one of ADAPTER_FILES."""
         return {CONFIG_FILE: self.config, WEIGHTS_FILE: self.weights}[name]
 
 
 def version_digest(config_sha: str, weights_sha: str) -> str:
-    """SHA-256 (hex) that names a version's content, whatever its folder or its name.
+    """Return the SHA-256 (hex) that names a version's content, whatever its folder or its name.
 
-    Over both files' names and their own SHA-256 sums, in a fixed order. Raises ValueError for a sum that is
-    not hexadecimal.
+    It covers both files' names and their own SHA-256 sums, in a fixed order. Raises ValueError for a sum that
+    is not hexadecimal.
     """
     total = hashlib.sha256()
     for name, digest in zip(ADAPTER_FILES, (config_sha, weights_sha), strict=True):
@@ -60,12 +58,12 @@ def version_digest(config_sha: str, weights_sha: str) -> str:
 
 
 class StoreError(Exception):
-    """The store could not do it; the message says what and where, without credentials."""
+    """The store failed; the message says what and where, without credentials."""
 
 
 class StoreFullError(StoreError):
-    """No space is left where blobs are kept. What was stored before is whole; later writes work again
-    once there is space."""
+    """No space is left for blobs. What was stored before is whole; later writes work again once there is
+    space."""
 
 
 class BlobMissingError(StoreError):
@@ -73,12 +71,12 @@ class BlobMissingError(StoreError):
 
 
 class BlobDamagedError(StoreError):
-    """A stored file whose content does not have the SHA-256 that it is named by."""
+    """A stored file whose content does not have the SHA-256 in its name."""
 
 
 @contextmanager
 def store_errors(doing: str) -> Iterator[None]:
-    """Turn what the operating system says into StoreError or StoreFullError. `doing`: for the message."""
+    """Turn OSError into StoreError or StoreFullError. `doing`: for the message."""
     try:
         yield
     except OSError as error:

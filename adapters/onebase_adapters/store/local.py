@@ -1,6 +1,6 @@
 """Blobs in a folder: each written under a temporary name, fsynced, renamed, and its folder fsynced.
 
-Whatever is killed in between leaves the old state or the new one, and perhaps a temporary file for `sweep`.
+A process killed in between leaves the old state or the new one, and perhaps a temporary file for `sweep`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def is_sha256(name: str) -> bool:
-    """64 hexadecimal digits in lower case: the only names that blobs have, so that none leads elsewhere."""
+    """Return True for 64 hexadecimal digits in lower case, the only names of blobs, so that none leads
+    elsewhere."""
     return _SHA256.fullmatch(name) is not None
 
 
 class FileSystem:
-    """Each step of a write that can fail, by itself, so that a test can fail or die at any of them."""
+    """Steps of a write that can fail, one by one, so that a test can make each of them fail."""
 
     def create(self, path: Path) -> BinaryIO:
-        """A new file; the lock that `sweep` respects is held as long as it is open."""
+        """Create a file; the lock that `sweep` respects is held as long as it is open."""
         file = path.open("x+b", buffering=0)
         fcntl.flock(file.fileno(), fcntl.LOCK_EX)
         return file
 
     def open(self, path: Path) -> BinaryIO:
-        """A finished file of somebody else's, locked in the same way."""
+        """Open a finished file of another writer, locked in the same way."""
         file = path.open("rb+", buffering=0)
         fcntl.flock(file.fileno(), fcntl.LOCK_EX)
         return file
@@ -95,7 +96,7 @@ class PartFile:
         self._size += len(data)
 
     def finish(self) -> Blob:
-        """Everything is on the disk, still under the temporary name, and still locked."""
+        """Flush everything to the disk, still under the temporary name and still locked. Returns the blob."""
         if self._file is None:
             raise StoreError("This file was committed or given up: begin another.")
         try:
@@ -107,7 +108,7 @@ class PartFile:
         return Blob(self._sum.hexdigest(), self._size)
 
     def close(self) -> None:
-        """Let the file go as it is."""
+        """Close the file as it is."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -121,7 +122,7 @@ class PartFile:
 
 
 class LocalBlobs:
-    """A folder of blobs named by their SHA-256, with a folder next to it for what is not finished."""
+    """A folder of blobs named by their SHA-256, with a folder next to it for unfinished files."""
 
     def __init__(self, root: Path, files: FileSystem) -> None:
         self.blobs = root / "blobs"
@@ -144,7 +145,8 @@ class LocalBlobs:
             return PartFile(path, self._files.create(path), self._files)
 
     def existing_part(self, path: Path) -> PartFile:
-        """A file in `scratch` that somebody else finished, hashed as it is now; deleted if that fails."""
+        """Return a file in `scratch` that another writer finished, hashed as it is now; deleted if that
+        fails."""
         try:
             with store_errors(f"reading {path}"):
                 return PartFile(path, self._files.open(path), self._files)
@@ -154,8 +156,11 @@ class LocalBlobs:
             raise
 
     def publish(self, part: PartFile, blob: Blob) -> None:
-        """Give a finished file its name. An older file of that name is replaced: its content is the same, or
-        it is damaged; and its age begins again, so that `sweep` leaves it to whoever wrote it last."""
+        """Rename a finished file to its final name.
+
+        An older file of that name is replaced: its content is the same, or it is damaged. Its age starts
+        anew, so that `sweep` leaves it to whoever wrote it last.
+        """
         try:
             with store_errors("naming a blob"):
                 with self._locked(fcntl.LOCK_SH):
@@ -167,7 +172,8 @@ class LocalBlobs:
         part.close()
 
     def size(self, sha256: str) -> int | None:
-        """Bytes; None when there is no such blob. While the folder is away, StoreError: nothing is known."""
+        """Return the size in bytes; None without such a blob. Raises StoreError while the folder is not
+        mounted."""
         with store_errors(f"looking for {sha256}"):
             try:
                 return self.path(sha256).stat().st_size
@@ -176,7 +182,7 @@ class LocalBlobs:
                 return None
 
     def remove(self, sha256: str, older_than: float) -> bool:
-        """Delete a blob that nobody has written for `older_than` seconds; whether it was deleted."""
+        """Delete a blob that nobody has written for `older_than` seconds. Returns True if it was deleted."""
         with store_errors(f"deleting {sha256}"), self._locked(fcntl.LOCK_EX):
             try:
                 age = time.time() - self.path(sha256).stat().st_mtime
@@ -188,7 +194,7 @@ class LocalBlobs:
             return True
 
     def claim(self, registry: str) -> bool:
-        """Note that a registry uses the folder; whether no other does."""
+        """Record that a registry uses the folder. Returns True if no other does."""
         with store_errors("noting the registry"):
             folder = self.blobs.parent / "registries"
             folder.mkdir(exist_ok=True)
@@ -198,13 +204,15 @@ class LocalBlobs:
             return len(list(folder.iterdir())) == 1
 
     def names(self) -> list[str]:
-        """The blobs' SHA-256 sums; a file of another name is not ours to touch."""
+        """Return the blobs' SHA-256 sums; files of other names are left alone."""
         with store_errors("listing the store"), os.scandir(self.blobs) as entries:
             return [entry.name for entry in entries if is_sha256(entry.name)]
 
     def sweep(self, keep: frozenset[str], older_than: float) -> int:
-        """Delete the blobs that are not in `keep` and the temporary files that no one has open, each unless
-        it is younger than `older_than` seconds. Returns how many."""
+        """Delete the blobs that are not in `keep` and the temporary files that no process has open.
+
+        Files younger than `older_than` seconds are kept. Returns the number of deleted files.
+        """
         removed = sum(self.remove(name, older_than) for name in self.names() if name not in keep)
         if removed:
             with store_errors("sweeping the store"):
@@ -225,7 +233,7 @@ class LocalBlobs:
 
     @contextmanager
     def _locked(self, mode: int) -> Iterator[None]:
-        """Naming a blob excludes looking at its age and deleting it, in any process on this disk."""
+        """Exclude the naming of blobs from their deletion by age, in any process on this disk."""
         with self._lock.open("rb") as file:
             fcntl.flock(file.fileno(), mode)
             yield
@@ -241,7 +249,7 @@ def _is_locked(path: str) -> bool:
 
 
 def check_content(path: Path, sha256: str) -> None:
-    """Raise BlobDamagedError unless the file's content has this SHA-256; it is read once."""
+    """Read the file once, and raise BlobDamagedError unless its content has this SHA-256."""
     with store_errors(f"reading {sha256}"), path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:

@@ -1,4 +1,4 @@
-"""Blobs in an object store or on another machine, by fsspec."""
+"""Blobs in an object store or on another machine, through fsspec."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FULL_CODES = ("QuotaExceeded", "InsufficientStorage", "StorageFull", "EntityToo
 
 
 class RemoteBlobs:
-    """`<url>/blobs/<sha256>`. Every error leaves as StoreError, without the URL's credentials."""
+    """Blobs at `<url>/blobs/<sha256>`. Every error is a StoreError, without the URL's credentials."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -45,7 +45,7 @@ class RemoteBlobs:
         return f"{self._blobs}/{sha256}"
 
     def put(self, source: Path, blob: Blob) -> None:
-        """Send a finished file. One that is there is sent again: its age begins again, and it is whole."""
+        """Upload a finished file, even if it exists: its age starts anew, and it is whole."""
         with self._errors(f"sending {blob.sha256}"):
             if self._atomic:
                 self._fs.put_file(str(source), self._path(blob.sha256), **self._limits)
@@ -60,7 +60,7 @@ class RemoteBlobs:
             raise StoreError(f"{redacted(self.url)} took {blob.sha256} but does not have all of it.")
 
     def get(self, sha256: str, target: Path) -> None:
-        """Fetch into a local file. Raises BlobMissingError."""
+        """Download into a local file. Raises BlobMissingError."""
         with self._errors(f"fetching {sha256}"):
             try:
                 self._fs.get_file(self._path(sha256), str(target))
@@ -68,7 +68,7 @@ class RemoteBlobs:
                 raise BlobMissingError(f"{redacted(self.url)} has no blob {sha256}.") from None
 
     def size(self, sha256: str) -> int | None:
-        """Bytes; None when there is no such blob."""
+        """Return the size in bytes; None without such a blob."""
         with self._errors(f"looking for {sha256}"):
             info = self._info(sha256)
         return None if info is None else int(info["size"])
@@ -82,7 +82,7 @@ class RemoteBlobs:
         return info
 
     def remove(self, sha256: str, older_than: float) -> bool:
-        """Delete a blob that was not sent within `older_than` seconds; whether it was deleted."""
+        """Delete a blob that was not uploaded within `older_than` seconds. Returns True if it was deleted."""
         with self._errors(f"deleting {sha256}"):
             info = self._info(sha256)
             if info is None or _age(info) < older_than:
@@ -105,7 +105,7 @@ class RemoteBlobs:
         return len(orphans)
 
     def claim(self, registry: str) -> bool:
-        """Note that a registry uses the place; whether no other does."""
+        """Record that a registry uses the place. Returns True if no other does."""
         with self._errors("noting the registry"):
             if registry not in map(_name, self._listing(self._registries)):
                 if not self._atomic:
@@ -140,7 +140,7 @@ def _name(info: dict[str, Any]) -> str:
 
 
 def _age(info: dict[str, Any]) -> float:
-    """Seconds since the object was written; without a time it counts as new, so that nothing is lost."""
+    """Return the seconds since the object was written; 0 if that is unknown, so that nothing is lost."""
     for key in ("LastModified", "last_modified", "mtime", "modified", "updated", "created"):
         written = info.get(key)
         if isinstance(written, datetime):

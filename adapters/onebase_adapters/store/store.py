@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 GRACE = 600.0
-"""Seconds in which an unreferenced blob may be one that somebody has just stored and is about to register."""
+"""Time, in seconds, in which an unreferenced blob may have just been stored and be about to be registered."""
 
 _CACHE_HOLD = 300.0
 _CHUNK = 1 << 20
@@ -52,8 +52,8 @@ class BlobWriter:
             writer.write(chunk)
             blob = writer.commit()
 
-    A file that waits for others (the config while the weights still come in) is best committed with them:
-    its age begins at the commit.
+    A file that waits for others (the config while the weights are still uploaded) is best committed with
+    them: its age begins at the commit.
     """
 
     def __init__(self, store: Store) -> None:
@@ -66,15 +66,16 @@ class BlobWriter:
         return self._part.size
 
     def write(self, data: bytes | memoryview) -> None:
-        """Raises StoreFullError, StoreError; after either the writer is given up."""
+        """Write data. Raises StoreFullError, StoreError; after either the writer is unusable."""
         self._part.write(data)
 
     def commit(self) -> Blob:
-        """The blob, which now outlives `kill -9` and a power cut. Raises StoreFullError, StoreError."""
+        """Return the blob, which now outlives `kill -9` and a power cut. Raises StoreFullError,
+        StoreError."""
         return self._store.publish(self._part)
 
     def abort(self) -> None:
-        """Throw away what was written; after `commit` it does nothing."""
+        """Discard what was written; after `commit` it does nothing."""
         self._part.discard()
 
     def __enter__(self) -> BlobWriter:
@@ -91,13 +92,12 @@ class Store:
 
     Args:
         url: a local path, `file://` or any fsspec URL.
-        cache: a local folder for what a remote store's blobs are read from; unused for a local store.
-        cache_bytes: what the cache may hold. Blobs asked for in the last five minutes stay beyond that.
-        registry: the identity of the one whose blobs are kept. A store that was ever used with others, too,
-            deletes no blob: what this one does not need may be theirs.
+        cache: a local folder in which a remote store's blobs are cached; unused for a local store.
+        cache_bytes: limit of the cache. Blobs used in the last five minutes stay beyond that.
+        registry: the identity of the registry whose blobs are stored. A store that was ever used with other
+            registries deletes no blob: what this one does not need may be theirs.
         grace: seconds in which an unreferenced blob is not deleted (`delete`).
         files: the file system's calls; replaced in tests of faults.
-
     Raises StoreError when the place cannot be used. No error holds the URL's credentials.
     """
 
@@ -122,20 +122,23 @@ class Store:
         self._is_noted = not registry
 
     def is_shared(self) -> bool:
-        """Whether several registries were used with the store; this one is noted there. Raises StoreError."""
+        """Return True if several registries were used with the store, and record this one there.
+
+        Raises StoreError.
+        """
         shared = bool(self._registry) and not (self._remote or self._local).claim(self._registry)
         self._is_noted = True
         return shared
 
     def writer(self) -> BlobWriter:
-        """A writer for one new blob. Raises StoreFullError, StoreError."""
+        """Return a writer for one new blob. Raises StoreFullError, StoreError."""
         return BlobWriter(self)
 
     def add_file(self, path: Path, *, move: bool = False) -> Blob:
-        """Take a local file in. Raises StoreFullError, StoreError.
+        """Store a local file. Raises StoreFullError, StoreError.
 
         Args:
-            move: the file is the store's from now on, whatever happens; it must lie in `scratch()`, and no
+            move: the store owns the file from now on, whatever happens; it must lie in `scratch()`, and no
                 bytes are copied.
         """
         if move:
@@ -149,17 +152,17 @@ class Store:
             return writer.commit()
 
     def add_bytes(self, content: bytes) -> Blob:
-        """Take a small content in. Raises StoreFullError, StoreError."""
+        """Store a small content. Raises StoreFullError, StoreError."""
         with self.writer() as writer:
             writer.write(content)
             return writer.commit()
 
     def new_part(self) -> PartFile:
-        """A temporary file on the store's disk (a remote store's: the cache's)."""
+        """Return a temporary file on the store's disk (a remote store's: the cache's)."""
         return self._local.new_part()
 
     def publish(self, part: PartFile) -> Blob:
-        """Make a blob of what was written: fsync, the remote store first, then the name on this disk."""
+        """Make a blob of a written file: fsync, the remote store first, then the name on this disk."""
         blob = part.finish()
         try:
             if not self._is_noted:
@@ -174,7 +177,7 @@ class Store:
         return blob
 
     def local(self, sha256: str) -> Path:
-        """A local file with the blob's content, to be read at once or copied, never written to.
+        """Return a local file with the blob's content, to be read at once or copied, never written to.
 
         A remote blob is fetched into the cache and its hash checked. Raises BlobMissingError,
         BlobDamagedError, StoreFullError, StoreError.
@@ -189,13 +192,15 @@ class Store:
         return self._fetch(sha256, self._remote)
 
     def hold(self, sha256: str, target: Path, *, own: bool = False) -> Path:
-        """As `local`, for one who reads later or slowly: what is returned outlives eviction from the cache.
+        """Return a local file like `local`, but one that outlives eviction from the cache, for slow or late
+        readers.
 
         It is the blob itself in a local store, which evicts nothing; else a link to it, or on another disk a
         copy, in place of `target`.
 
         Args:
-            own: it outlives the blob's deletion too: it is `target` in any case, as it is if it is whole.
+            own: it outlives the blob's deletion too: the file is always `target`, which is reused if it is
+                whole.
         """
         if own and _is_whole(target, sha256):
             return target
@@ -224,11 +229,11 @@ class Store:
         return self._local.path(sha256)
 
     def exists(self, sha256: str) -> bool:
-        """Whether the store itself (not only the cache) has the blob. Raises StoreError."""
+        """Return True if the store itself (not only the cache) has the blob. Raises StoreError."""
         return self._size(sha256) is not None
 
     def size(self, sha256: str) -> int:
-        """Bytes. Raises BlobMissingError, StoreError."""
+        """Return the size in bytes. Raises BlobMissingError, StoreError."""
         size = self._size(sha256)
         if size is None:
             raise BlobMissingError(f"{self.place} has no blob {sha256}.")
@@ -241,13 +246,13 @@ class Store:
         return self._local.size(sha256)
 
     def check(self, sha256: str) -> None:
-        """Read the whole blob and compare. Raises BlobMissingError, BlobDamagedError, StoreError."""
+        """Read the whole blob and compare its hash. Raises BlobMissingError, BlobDamagedError, StoreError."""
         check_content(self.local(sha256), sha256)
 
     def delete(self, sha256: str, *, older_than: float | None = None) -> bool:
-        """Delete a blob that nothing references any more; whether it was deleted.
+        """Delete a blob that nothing references any more. Returns True if it was deleted.
 
-        One that was stored within `older_than` seconds (the store's grace unless given) stays for the next
+        A blob that was stored within `older_than` seconds (the store's grace unless given) stays for the next
         `sweep`: another server may have stored the same content and be about to register it.
         Raises StoreError.
         """
@@ -263,8 +268,10 @@ class Store:
         return removed
 
     def sweep(self, keep: Iterable[str], older_than: float) -> int:
-        """Delete blobs that are not in `keep` and temporary files that no process writes any more, all unless
-        younger than `older_than` seconds. Returns how many files went. Raises StoreError.
+        """Delete blobs that are not in `keep` and temporary files that no process writes any more.
+
+        Files younger than `older_than` seconds are kept. Returns the number of deleted files. Raises
+        StoreError.
 
         Ask the registry for `keep` just before: a blob registered later is younger than `older_than`.
         """
@@ -276,8 +283,10 @@ class Store:
         return self._remote.sweep(kept, older_than) + self._local.sweep_scratch(older_than)
 
     def scratch(self) -> Path:
-        """A folder on the store's disk (a remote store's: the cache's) for temporary files: what
-        `add_file(move=True)` takes. `sweep` clears what is left in it."""
+        """Return the folder on the store's disk (a remote store's: the cache's) for temporary files.
+
+        `add_file(move=True)` takes files from it, and `sweep` clears what is left in it.
+        """
         return self._local.scratch
 
     def _evict(self, newest: str) -> None:
@@ -298,7 +307,7 @@ class Store:
 
 
 def local_folder(url: str) -> Path | None:
-    """The folder of a local path or a `file://` URL; None for any other place. Raises StoreError."""
+    """Return the folder of a local path or a `file://` URL; None for any other place. Raises StoreError."""
     scheme, separator, _ = url.partition("://")
     if not separator:
         return Path(url).expanduser().absolute()

@@ -1,8 +1,8 @@
-"""Attention of several rows in one packed sequence: each row sees itself only.
+"""Attention of several rows in one packed sequence, where each row attends to itself only.
 
-Plugged into transformers' `AttentionInterface`, so that every decoder keeps its own modelling code. A packed
-sequence of rows costs about what the rows cost: only rows of about the same length are padded to one shape,
-for attention alone.
+It plugs into transformers' `AttentionInterface`, so that every decoder keeps its own modelling code. A packed
+sequence of rows costs about as much as the rows alone: only rows of about the same length are padded to one
+shape, for attention alone.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from onebase_engine.kernels.reference import attention_weights
 
 NAME = "onebase_packed"
 SHORT = 256
-"""Tokens of a row up to which plain products are faster on the CPU than torch's flash attention: its backward
-pass costs three times as much at 100 tokens, and half as much at 600."""
+"""Length of a row, in tokens, up to which plain products are faster on the CPU than torch's flash attention:
+its backward pass costs three times as much at 100 tokens, and half as much at 600."""
 
 
 class UnsupportedTrainingError(UnsupportedBaseError):
-    """The base's attention needs something that training does not do."""
+    """The base's attention needs something that training does not support."""
 
 
 class PackedAttention:
-    """Shared by all attention modules of a view; the rows' lengths are set before each pass.
+    """State shared by all attention modules of a view; the rows' lengths are set before each pass.
 
-    They must stay set until the backward pass is done: with gradient checkpointing it computes again.
+    They must stay set until the backward pass is done, because gradient checkpointing computes them again.
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -54,7 +54,7 @@ class PackedAttention:
     def forward(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
     ) -> torch.Tensor:
-        """q [1, heads, T, d], k and v [1, kv heads, T, d] -> [1, T, heads, d of v]."""
+        """Attend over q [1, heads, T, d], k and v [1, kv heads, T, d]. Returns [1, T, heads, d of v]."""
         self._gate.wait()
         if q.requires_grad:
             q.register_hook(self._wait_backwards)  # type: ignore[no-untyped-call]
@@ -96,7 +96,7 @@ def packed_attention(
 
 
 def register() -> None:
-    """Make NAME known to transformers; calling it again is harmless."""
+    """Register NAME with transformers; calling it again is harmless."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, packed_attention)
@@ -125,8 +125,8 @@ def _attend(
 
 
 def _has_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> bool:
-    """Whether a GPU's flash attention computes this, with its gradients, and takes shared heads as they are;
-    where it does not, plain products of all pairs would."""
+    """Return True if a GPU's flash attention computes this with its gradients and with shared heads as they
+    are; otherwise plain products of all pairs would."""
     if q.dtype not in (torch.bfloat16, torch.float16) or q.device.type not in ("cuda", "meta"):
         return False
     if q.device.type == "meta":
@@ -137,7 +137,7 @@ def _has_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float
 
 
 def _repeated(states: torch.Tensor, groups: int) -> torch.Tensor:
-    """[n, kv heads, L, d] -> [n, heads, L, d], one for each query head."""
+    """Repeat [n, kv heads, L, d] to [n, heads, L, d], one for each query head."""
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
@@ -156,11 +156,11 @@ def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[s
 
 
 STEP = 32
-"""Rows of one group differ by less than this many tokens in length; they are padded to the longest."""
+"""Limit, in tokens, below which the rows of one group differ in length; they are padded to the longest."""
 
 
 class Group:
-    """Rows that lie one after the other in the packed sequence, from token `start` on.
+    """Consecutive rows of the packed sequence, from token `start` on.
 
     length: L, tokens that each of the n rows is padded to.
     """
@@ -183,14 +183,14 @@ class Group:
         self._kept = torch.tensor(kept, device=device)
 
     def padded(self, states: torch.Tensor) -> torch.Tensor:
-        """[heads, T, d] of the whole sequence -> [n, heads, L, d]."""
+        """Pad this group's part of [heads, T, d] to [n, heads, L, d]."""
         part = states[:, self.start : self.start + self.tokens].transpose(0, 1)
         if not self._full:
             part = _Rows.apply(part, self._taken, self._kept)  # type: ignore[no-untyped-call]
         return part.reshape(self.count, self.length, *part.shape[1:]).transpose(1, 2)
 
     def packed(self, states: torch.Tensor) -> torch.Tensor:
-        """[n, heads, L, d] -> [tokens of the group, heads, d]."""
+        """Pack [n, heads, L, d] into [tokens of the group, heads, d]."""
         rows = states.transpose(1, 2).flatten(0, 1)
         if self._full:
             return rows
@@ -199,7 +199,7 @@ class Group:
 
 
 def grouped(lengths: Sequence[int], device: torch.device) -> tuple[Group, ...]:
-    """Group neighbours of about one length. Groups are few and full where rows are in order of length."""
+    """Group neighbours of about one length. Sorting rows by length makes the groups few and full."""
     groups: list[Group] = []
     start, rows = 0, list[int]()
     for length in lengths:
@@ -211,7 +211,7 @@ def grouped(lengths: Sequence[int], device: torch.device) -> tuple[Group, ...]:
 
 
 class _Rows(torch.autograd.Function):
-    """Picks rows by number. Backwards, each row gets its place's gradient; padding gets none.
+    """Selects rows by number. Backwards, each row gets its place's gradient; padding gets none.
 
     torch's own indexing adds gradients up one by one, which on the CPU takes longer than attention does.
     """
@@ -220,8 +220,11 @@ class _Rows(torch.autograd.Function):
     def forward(
         ctx: Any, states: torch.Tensor, taken: torch.Tensor, kept: torch.Tensor | None
     ) -> torch.Tensor:
-        """states [m, ...] -> [len(taken), ...]. kept: where each row of `states` is in the result; None where
-        `taken` has every row once at most, the rest is padding."""
+        """Select from states [m, ...] the rows `taken`: [len(taken), ...].
+
+        kept: position of each row of `states` in the result; None if `taken` has every row at most once, and
+        the rest is padding.
+        """
         ctx.taken, ctx.kept, ctx.count = taken, kept, len(states)
         return states.index_select(0, taken)
 

@@ -1,4 +1,4 @@
-"""Which rows make a step, and how they are packed into micro-batches. All of it follows from the seed."""
+"""Choose the rows of a step and pack them into micro-batches. The seed determines both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MicroBatch:
     """Samples that are computed at once, one after the other in one sequence.
 
     A pair of a preference is always in one micro-batch, the chosen one first. rows: numbers of the rows in
-    the dataset, one a sample, or one for two samples of a pair.
+    the dataset, one for each sample, or one for the two samples of a pair.
     """
 
     samples: tuple[Sample, ...]
@@ -32,7 +32,7 @@ class MicroBatch:
         return sum(self.lengths)
 
     def tensors(self, device: torch.device) -> Packed:
-        """The packed sequence on a device."""
+        """Return the packed sequence on a device."""
         ids = np.concatenate([sample.ids for sample in self.samples]).astype(np.int64)
         positions = np.concatenate([np.arange(len(sample), dtype=np.int64) for sample in self.samples])
         targets, owner = [], []
@@ -55,7 +55,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Packed:
-    """ids, positions: [1, T] int64. keep: [n] places whose logits are computed, each predicts `targets` [n].
+    """Packed sequence. ids, positions: [1, T] int64. keep: [n] positions whose logits are computed, each of
+    which predicts one of `targets` [n].
 
     owner: [n] number of the sample that a target belongs to. lengths: of the samples, T in all.
     """
@@ -69,10 +70,10 @@ class Packed:
 
 
 def step_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The rows of step `step` (from 0): each epoch is another permutation, cut into batches.
+    """Return the rows of step `step` (from 0): each epoch is another permutation, cut into batches.
 
-    The last batch of an epoch may be smaller. Depends on nothing but the arguments, so that a run that goes
-    on sees the rows that an unbroken one would have seen.
+    The last batch of an epoch may be smaller. The result depends on the arguments alone, so that a resumed
+    run sees the rows that an unbroken one would have seen.
     """
     per_epoch = math.ceil(count / batch_size)
     epoch, number = divmod(step, per_epoch)
@@ -83,7 +84,7 @@ def step_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
 def pack(rows: Sequence[Row], numbers: Sequence[int], limit: int, *, packing: bool) -> list[MicroBatch]:
     """Pack rows into micro-batches of at most `limit` tokens: first fit, the longest rows first.
 
-    A row that is longer has a micro-batch to itself; without `packing` every row has.
+    A longer row has a micro-batch to itself; without `packing` every row has.
     """
     order = sorted(numbers, key=lambda number: (-len(rows[number]), number))
     if not packing:
@@ -108,8 +109,8 @@ def pack(rows: Sequence[Row], numbers: Sequence[int], limit: int, *, packing: bo
 class _Room:
     """Tokens left in each of `count` micro-batches, empty at first.
 
-    A tree in a list: the two below place n are at 2n and 2n + 1, and it has the larger of their numbers,
-    so that both methods take O(log count) steps.
+    It is a segment tree: node n has the larger value of its children 2n and 2n + 1, so that both methods take
+    O(log count) steps.
     """
 
     def __init__(self, count: int, limit: int) -> None:
@@ -117,7 +118,7 @@ class _Room:
         self._most = [limit] * (2 * self._leaves)
 
     def first(self, size: int) -> int | None:
-        """The first micro-batch with room for `size` tokens; None if there is none."""
+        """Return the first micro-batch with room for `size` tokens, or None."""
         if self._most[1] < size:
             return None
         at = 1

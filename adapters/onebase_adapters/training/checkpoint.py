@@ -1,4 +1,4 @@
-"""What a run writes: checkpoints to continue from, and in the end the adapter as a PEFT folder."""
+"""Write a run's checkpoints, and in the end the adapter as a PEFT folder."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class CheckpointError(Exception):
 
     @classmethod
     def unreadable(cls, path: Path, error: Exception) -> CheckpointError:
-        """A file without which nothing in its folder can be used."""
+        """Return the error for a file without which its folder cannot be used."""
         return cls(f"{path} cannot be read ({error}): remove {path.parent} to start over")
 
     @classmethod
     def other_run(cls, folder: Path) -> CheckpointError:
-        """The folder holds the results of another run."""
+        """Return the error for a folder with the results of another run."""
         return cls(
             f"{folder} holds a run with another recipe, other data or another base: continue with the "
             "same ones, choose another folder, or remove this one"
@@ -44,7 +44,7 @@ class CheckpointError(Exception):
 
 @dataclass
 class RunState:
-    """What a run knows in addition to tensors. Losses are nats a supervised token.
+    """State of a run besides its tensors. Losses are nats a supervised token.
 
     identity: SHA-256 of recipe, data and base: only the same run resumes from a checkpoint.
     """
@@ -78,7 +78,7 @@ class Checkpoints:
     ) -> Path:
         """Write the state after `state.step` steps and drop the oldest. Raises OSError.
 
-        export: writes the adapter as PEFT has it into an empty folder, for those who serve the checkpoint.
+        export: writes the adapter in PEFT's format into an empty folder, for servers of the checkpoint.
         """
         target = self.folder / f"step-{state.step:08d}"
         with atomic_directory(target) as work:
@@ -103,7 +103,7 @@ class Checkpoints:
             save_file(_on_cpu(adapter), work / _ADAPTER)
 
     def best(self, step: int) -> dict[str, torch.Tensor]:
-        """The adapter that was saved as the best after a step. Raises CheckpointError."""
+        """Return the adapter that was saved as the best after a step. Raises CheckpointError."""
         try:
             return load_file(self._best(step) / _ADAPTER)
         except Exception as error:
@@ -116,14 +116,14 @@ class Checkpoints:
         return self.folder / f"best-{step:08d}"
 
     def steps(self) -> list[int]:
-        """The steps after which there are checkpoints, oldest first."""
+        """Return the steps after which there are checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
         found = (_STEP.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
     def latest(self, identity: str) -> RunState | None:
-        """The state of the last checkpoint, if there is any.
+        """Return the state of the last checkpoint, or None.
 
         Raises CheckpointError: it is another run's, or cannot be read.
         """
@@ -143,7 +143,7 @@ class Checkpoints:
         return state
 
     def tensors(self, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Adapter and optimizer state after a step, in host memory. Raises CheckpointError."""
+        """Return adapter and optimizer state after a step, in host memory. Raises CheckpointError."""
         path = self.folder / f"step-{step:08d}"
         try:
             optimizer = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
@@ -155,7 +155,8 @@ class Checkpoints:
 
 
 def _save_optimizer(optimizer: dict[str, Any], path: Path) -> None:
-    """Raises the OSError of a write that failed, where torch.save says only "unexpected pos"."""
+    """Save the optimizer. Raises the OSError of a failed write, where torch.save reports only "unexpected
+    pos"."""
     failed: list[OSError] = []
 
     class Noting(io.FileIO):
@@ -185,15 +186,17 @@ class Report:
     classification: a row, the base's as `classes` says).
 
     better_than: whether the adapter is better than each of those that it was compared with ("base", and
-    "parent" and "active" where there is one), by the recipe's `best_by`; None if that was not measured.
+    "parent" and "active" if they exist), by the recipe's `best_by`; None if that was not measured.
     better: than all of them; False if it is not better than one of them, whatever the others.
     metrics_before, metrics_after: base and adapter on the same prompts, each from 0 to 1.
     losses, held_out: (step, loss).
-    parent: what training went on from; "" where that is the base. loss_parent, metrics_parent: of it.
-    active: digest of the version that requests for the adapter got when training ended; "" if there was none.
-    loss_active, metrics_active: of it, on the same rows. not_compared: why it was not measured; "" if it was.
-    slices: as `slices.slice_report` gives it; None where the held-out rows name none.
-    classes: as `classes.class_report` gives it; None without labels, or where nothing was held out.
+    parent: label of the adapter that training continued; "" if it started from the base. loss_parent,
+    metrics_parent: of it.
+    active: digest of the version that requests for the adapter used when training ended; "" if there was
+    none.
+    loss_active, metrics_active: of it, on the same rows. not_compared: reason why it was not measured, or "".
+    slices: as `slices.slice_report` returns it; None if the held-out rows name none.
+    classes: as `classes.class_report` returns it; None without labels, or if nothing was held out.
     """
 
     name: str
@@ -235,10 +238,11 @@ def is_better(
     before: dict[str, float],
     after: dict[str, float],
 ) -> bool | None:
-    """By the recipe's `best_by`: a lower held-out loss, or a higher metric. None if it was not measured.
+    """Return True if the adapter has a lower held-out loss or a higher metric, by the recipe's `best_by`;
+    None if that was not measured.
 
     Args:
-        loss: of what it is compared with, and of the adapter. before, after: their metrics.
+        loss: of the subject that it is compared with, and of the adapter. before, after: their metrics.
     """
     if recipe.best_by == "loss":
         return None if loss[0] is None or loss[1] is None else loss[1] < loss[0]
@@ -247,14 +251,15 @@ def is_better(
 
 
 def all_better(better_than: Mapping[str, bool | None]) -> bool | None:
-    """Return whether it is better than all of them; None if that depends on one that was not measured."""
+    """Return True if it is better than all of them; None if that depends on one that was not measured."""
     found = better_than.values()
     return False if False in found else None if None in found else True
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG = "config.json"
-"""Of a classifier: the base's with the names of the labels, as transformers writes and reads it."""
+"""Config file of a classifier: the base's with the names of the labels, as transformers writes and reads
+it."""
 
 
 def write_adapter(
@@ -266,15 +271,15 @@ def write_adapter(
     card: Callable[[int], str],
     dtype: torch.dtype = torch.float32,
 ) -> int:
-    """Write what `PeftModel.from_pretrained` loads; returns the bytes of the tensors' file.
+    """Write a folder that `PeftModel.from_pretrained` loads; returns the size of the tensors' file in bytes.
 
-    The folder appears whole. Base weights are never in it, also when `lm_head` is a target.
+    The folder appears whole. It never holds base weights, also when `lm_head` is a target.
 
     Args:
         model: a PeftModel with one adapter in fp32.
-        base: what goes into the config as the base's name. commit: of the base, if it has one.
+        base: the base's name in the config. commit: of the base, if it has one.
         card: returns the text of README.md, given the bytes of the tensors' file.
-        dtype: of the tensors in the file; whatever it is, they are loaded as fp32 again.
+        dtype: of the tensors in the file; they are always loaded as fp32 again.
     """
     with atomic_directory(folder) as work:
         save_peft(model, work, base=base, commit=commit)
@@ -290,7 +295,7 @@ def write_adapter(
 
 
 def save_peft(model: Any, folder: Path, *, base: str, commit: str | None) -> None:
-    """Write the configs and the tensors, as `write_adapter`, into a folder that is there. Raises OSError."""
+    """Write the configs and the tensors, as `write_adapter`, into an existing folder. Raises OSError."""
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = base
     config.revision = commit
@@ -315,11 +320,11 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def model_card(report: Report, *, repo: str | None, commit: str | None, data: Sequence[DataLine]) -> str:
-    """Markdown with the Hub's metadata on top.
+    """Return the model card: Markdown with the Hub's metadata on top.
 
     Args:
         repo: the base's name on the Hub, None if it is a folder. commit: of the base.
-        data: what was trained on and evaluated with.
+        data: files for training and evaluation.
     """
     parts = [
         _metadata(report, repo),
@@ -336,7 +341,7 @@ def model_card(report: Report, *, repo: str | None, commit: str | None, data: Se
 
 
 class DataLine:
-    """One file: name, rows, tokens, supervised tokens, SHA-256 of what was trained on."""
+    """One file: name, rows, tokens, supervised tokens, SHA-256 of its tokens."""
 
     def __init__(self, part: str, name: str, rows: int, tokens: int, targets: int, digest: str) -> None:
         amounts = [f"{amount:,}" for amount in (rows, tokens, targets)]
@@ -369,7 +374,7 @@ def _classifies(report: Report) -> bool:
 
 
 def _classes(report: Report) -> str:
-    """How well labels are told from each other, as tables."""
+    """Return tables of how well each label is predicted."""
     if report.classes is None:
         return ""
     tables = [
@@ -383,7 +388,7 @@ def _classes(report: Report) -> str:
 
 
 def _named_heads(rows: list[list[str]]) -> list[list[str]]:
-    """A label in a table's head may hold Markdown."""
+    """Quote the labels in a table's head, which may hold Markdown."""
     (first, *names), *rest = rows
     return [[_plain(first), *(f"`{_plain(name)}`" for name in names)], *rest]
 
@@ -396,7 +401,7 @@ def _slices(report: Report) -> str:
 
 
 def slice_rows(slices: Mapping[str, Any]) -> list[list[str]]:
-    """A table of `Report.slices`: its head, then a line for each slice."""
+    """Return a table of `Report.slices`: its head, then a line for each slice."""
     by_loss = slices["by"] == "loss"
 
     def shown(value: float | None) -> str:
@@ -413,7 +418,8 @@ def slice_rows(slices: Mapping[str, Any]) -> list[list[str]]:
 
 
 def results(report: Report) -> list[list[str]]:
-    """A table of what was measured on held-out rows: its head, then one line for the loss and each metric."""
+    """Return a table of the results on held-out rows: its head, then one line for the loss and each
+    metric."""
     subjects = [("base", report.loss_before, report.metrics_before)]
     if report.parent:
         subjects.append(("parent", report.loss_parent, report.metrics_parent))
@@ -450,7 +456,7 @@ def _curve(report: Report) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
-    """The means of `width` equal parts, as bars of eight heights."""
+    """Return the means of `width` equal parts, as bars of eight heights."""
     width = min(width, len(values))
     cuts = [len(values) * part // width for part in range(width + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
@@ -518,10 +524,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _heading(name: str) -> str:
-    """The name as it is, if nothing in it is Markdown or HTML; else as code."""
+    """Return the name as it is, if nothing in it is Markdown or HTML; else as code."""
     return name if re.fullmatch(r"[\w .-]+", name) else f"`{_plain(name)}`"
 
 
 def _plain(text: str) -> str:
-    """The text without what would end a line or a code span of Markdown."""
+    """Return the text without characters that would end a line or a code span of Markdown."""
     return " ".join(text.replace("`", "'").split())

@@ -1,4 +1,4 @@
-"""How well held-out rows are classified: by the adapter, and without it by the base."""
+"""Measure how the adapter, and the base without it, classify held-out rows."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from onebase_engine.base.chat import ControlTokenError
 from onebase_engine.base.load import UnsupportedBaseError, longest_row
 
 DECIDED, MOST_FREQUENT = "decide", "most_frequent"
-"""How the base classifies: by the label's name that is the likeliest next, or always by the same label."""
+"""Methods of the base to classify: by the most probable name of a label, or always with the same label."""
 MOST_CHOICES = 20_000
-"""Held-out rows times labels, up to which the base is asked."""
+"""Largest product of held-out rows and labels for which the base is asked."""
 _MOST_FIGURES, _MOST_CONFUSED, _LARGEST_MATRIX = 100, 20, 20
-"""Labels in a report, pairs of them that are taken for each other, labels of a whole matrix."""
+"""Largest number of labels in a report, of pairs that are confused, and of labels in a whole matrix."""
 _MARGIN = 16
 
 
@@ -43,10 +43,10 @@ class LabelledRow:
 
 
 class Classifying(Measuring):
-    """Labels of all held-out rows: the adapter's as it is now, and the base's.
+    """Labels of all held-out rows: those of the adapter as it is now, and those of the base.
 
-    The base has no head. It is asked which label it would name, as `/v1/decide` does; where labels are bare
-    numbers, or too many, it is what always answers with the label that most rows to train on have.
+    The base has no head. It is asked which label it would name, as `/v1/decide` does. If the labels are bare
+    numbers, or too many, the base's answer is always the label that most training rows have.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Classifying(Measuring):
         return Replies(found, given, losses, how)
 
     def _by_head(self) -> torch.Tensor:
-        """Log-probabilities [rows, labels] fp64."""
+        """Return log-probabilities [rows, labels] fp64."""
         found = torch.zeros(len(self._rows), len(self._trainable.labels), dtype=torch.float64)
         limit = self._recipe.micro_tokens
         limit = limit if isinstance(limit, int) else 1
@@ -100,7 +100,7 @@ class Classifying(Measuring):
         return found.log_softmax(1)
 
     def _by_base(self) -> tuple[str, torch.Tensor]:
-        """How, and log-probabilities [rows, labels] fp64."""
+        """Return the method, and log-probabilities [rows, labels] fp64."""
         labels = self._trainable.labels
         if not are_numbers(labels) and len(labels) * len(self._rows) <= MOST_CHOICES:
             try:
@@ -113,7 +113,8 @@ class Classifying(Measuring):
         return MOST_FREQUENT, (counts / counts.sum()).log().expand(len(self._rows), -1)
 
     def _questions(self) -> list[list[int]] | None:
-        """Each row as a question; None if that has no room for all labels. Raises ControlTokenError."""
+        """Return each row as a question; None if that has no room for all labels. Raises
+        ControlTokenError."""
         ask = f"Which label fits this text? Answer with one of: {', '.join(self._trainable.labels)}"
         tokenizer, limit = self._tokenizer, longest_row(self._trainable.base.config) or 2**31
         longest = max(map(len, self._choices()))
@@ -129,7 +130,7 @@ class Classifying(Measuring):
         return [ids[-(limit - longest) :] for ids in found]
 
     def _choices(self) -> list[list[int]]:
-        """The labels as replies: with a chat template up to the end of the turn."""
+        """Return the labels as replies: with a chat template up to the end of the turn."""
         base = BaseTokens(self._tokenizer)
         if not self._tokenizer.chat_template:
             return base.encode([f" {label}" for label in self._trainable.labels])
@@ -149,7 +150,7 @@ class Classifying(Measuring):
 def class_report(
     labels: Sequence[str], rows: Sequence[LabelledRow], base: Replies, adapter: Replies
 ) -> dict[str, Any] | None:
-    """How well labels are told from each other, by base and adapter, as JSON; None if nothing was held out.
+    """Return how well base and adapter predict each label, as JSON; None if nothing was held out.
 
     Args:
         labels: in the order of the head's rows.
@@ -167,7 +168,7 @@ def class_report(
 
 
 def _figures(labels: Sequence[str], own: Sequence[str], given: Sequence[str]) -> dict[str, Any]:
-    """Of each label (of many, those that are told worst), and which are taken for which."""
+    """Return figures for each label (if there are many, for those with the lowest F1), and confused pairs."""
     place = {label: number for number, label in enumerate(labels)}
     found = [{"label": label, **asdict(one)} for label, one in label_figures(own, given).items()]
     if len(found) > _MOST_FIGURES:
@@ -195,7 +196,7 @@ BASE_BY = {
 
 
 def figure_rows(classes: Mapping[str, Any]) -> list[list[str]]:
-    """A table of `Report.classes`: its head, then a line for each label."""
+    """Return a table of `Report.classes`: its head, then a line for each label."""
     base = {one["label"]: one for one in classes["base"]["labels"]}
     made = [["label", "rows", "F1 of the base", "F1", "precision", "recall"]]
     for one in classes["adapter"]["labels"]:
@@ -207,7 +208,8 @@ def figure_rows(classes: Mapping[str, Any]) -> list[list[str]]:
 
 
 def confusion_rows(classes: Mapping[str, Any]) -> list[list[str]]:
-    """What the adapter takes for what: a matrix, of many labels the most frequent mistakes; with a head."""
+    """Return the adapter's confusion matrix, or for many labels its most frequent mistakes, as a table with a
+    head."""
     found = classes["adapter"]
     if found["confusion"] is None:
         return [

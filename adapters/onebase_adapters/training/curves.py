@@ -1,4 +1,4 @@
-"""A run's curves for tools that draw them: TensorBoard and trackio, both local files, both optional."""
+"""Write a run's curves for TensorBoard and trackio: both are local files, both optional."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ _INSTALL = "pip install 'onebase[track]' installs it"
 
 
 class CurveError(Exception):
-    """A tool that was asked for is not installed, or does not work."""
+    """A requested tool is not installed, or does not work."""
 
 
 Write = Callable[[Mapping[str, float], int], None]
-"""Takes the values of a step."""
+"""Function that writes the values of a step."""
 
 
 @contextmanager
 def open_curves(names: Sequence[str], job: Job) -> Iterator[events.Listen]:
-    """A listener that writes events to the named tools (`tensorboard`, `trackio`). Raises CurveError."""
+    """Yield a listener that writes events to the named tools (`tensorboard`, `trackio`). Raises
+    CurveError."""
     openers = {"tensorboard": _tensorboard, "trackio": _trackio}
     with ExitStack() as stack:
         writers = [stack.enter_context(openers[name](job)) for name in dict.fromkeys(names)]
@@ -40,7 +41,7 @@ def open_curves(names: Sequence[str], job: Job) -> Iterator[events.Listen]:
 
 
 def values_of(event: events.Event) -> tuple[int, dict[str, float]]:
-    """The step of an event, and what it adds to which curves."""
+    """Return the step of an event, and its values by the name of their curve."""
     if isinstance(event, events.StepDone):
         figures = {f"train/{name}": value for name, value in _figures(event).items()}
         return event.step, {
@@ -68,7 +69,7 @@ def _figures(event: events.StepDone | events.Evaluated) -> dict[str, float]:
 
 @contextmanager
 def _tensorboard(job: Job) -> Iterator[Write]:
-    """Event files in the run's folder: `tensorboard --logdir runs`."""
+    """Write event files into the run's folder: `tensorboard --logdir runs`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -87,7 +88,7 @@ def _tensorboard(job: Job) -> Iterator[Write]:
 
 @contextmanager
 def _trackio(job: Job) -> Iterator[Write]:
-    """A local database that `trackio show --project onebase` draws; nothing leaves the machine."""
+    """Write a local database that `trackio show --project onebase` draws; nothing leaves the machine."""
     try:
         import trackio
     except ImportError as error:

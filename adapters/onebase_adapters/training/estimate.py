@@ -1,6 +1,6 @@
-"""What a run will take, from the base's config alone: parameters, memory by part, time. Nothing is loaded.
+"""Estimate parameters, memory by part and time of a run from the base's config alone. Nothing is loaded.
 
-It also decides what depends on memory: `micro_tokens` and `gradient_checkpointing`.
+It also decides the settings that depend on memory: `micro_tokens` and `gradient_checkpointing`.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import Quantization, estimate_memory
 
 MICRO_TOKENS = (8192, 4096, 2048, 1024)
-"""What "auto" chooses from; on the CPU the largest ones gain nothing."""
+"""Choices of "auto", in tokens; on the CPU the largest ones gain nothing."""
 _CPU_MICRO_TOKENS = 2048
 _SHARE = 0.85
-"""Part of the memory that "auto" plans with; the rest is for what no estimate sees."""
+"""Part of the memory that "auto" plans with; the rest is a margin for what no estimate covers."""
 _PROCESS = {"cpu": 600_000_000, "cuda": 700_000_000}
 """Bytes of a process that has loaded torch (CUDA: of its context), and of its kernels' own buffers."""
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0625, "paged_adamw": 8.0, "paged_adamw_8bit": 2.0625}
-"""A parameter's two moments: fp32, or one byte each and an fp32 scale for 256 of them."""
+"""Bytes of a parameter's two moments: fp32, or one byte each and an fp32 scale for 256 of them."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes and seconds that a run will take.
+    """Bytes and seconds that a run takes.
 
-    adapter_bytes: of the file, fp32. base_bytes: 0 where the base is resident already. adapter_memory:
-    weights and gradients. process_bytes: the interpreter, torch, kernels. memory_limit: None is unknown.
-    seconds: of the training steps; None where the amount of data or the machine is unknown.
+    adapter_bytes: of the file, fp32. base_bytes: 0 if the base is resident already. adapter_memory:
+    weights and gradients. process_bytes: the interpreter, torch, kernels. memory_limit: None if unknown.
+    seconds: of the training steps; None if the amount of data or the machine is unknown.
     """
 
     parameters: int
@@ -65,15 +65,15 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the limit; True where no limit is known."""
+        """Whether the peak is within the limit; True if no limit is known."""
         return self.memory_limit is None or self.total <= self.memory_limit
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, and `total` and `fits`."""
+        """Return all fields, and `total` and `fits`."""
         return {**asdict(self), "total": self.total, "fits": self.fits}
 
     def applied_to(self, recipe: Recipe) -> Recipe:
-        """The recipe with what was decided here."""
+        """Return the recipe with the settings decided here."""
         return replace(
             recipe, micro_tokens=self.micro_tokens, gradient_checkpointing=self.gradient_checkpointing
         )
@@ -94,7 +94,7 @@ def estimate(
     base_resident: bool = False,
     rate: float | None = None,
 ) -> Estimate:
-    """What a run with this recipe takes. Decides the settings that are "auto" because of memory.
+    """Estimate a run with this recipe, and decide the settings that are "auto" because of memory.
 
     Args:
         config: the base's, from transformers. recipe: resolved but for memory.
@@ -122,7 +122,10 @@ def estimate(
 
 
 def adapter_parameters(targets: Mapping[str, nn.Linear], ranks: Mapping[str, int], *, dora: bool) -> int:
-    """A is [r, in] and B is [out, r] (Hu et al. 2021, section 4.1); DoRA has a magnitude for each output."""
+    """Return the number of an adapter's parameters.
+
+    A is [r, in] and B is [out, r] (Hu et al. 2021, section 4.1); DoRA has a magnitude for each output.
+    """
     return sum(
         ranks[name] * (layer.in_features + layer.out_features) + (layer.out_features if dora else 0)
         for name, layer in targets.items()
@@ -130,7 +133,8 @@ def adapter_parameters(targets: Mapping[str, nn.Linear], ranks: Mapping[str, int
 
 
 def ranks_of(targets: Mapping[str, nn.Linear], recipe: Recipe) -> dict[str, int]:
-    """Each target's rank: that of the first name in `rank_pattern` that its own name ends with, else r.
+    """Return each target's rank: that of the first name in `rank_pattern` that its own name ends with, else
+    r.
 
     Raises RecipeError: a pattern's name is that of no target.
     """
@@ -149,7 +153,8 @@ def ranks_of(targets: Mapping[str, nn.Linear], recipe: Recipe) -> dict[str, int]
 
 @dataclass(frozen=True)
 class _Shapes:
-    """All of an estimate but the size of a micro-batch. row: tokens of the longest one. limit: bytes."""
+    """Shapes of an estimate except the size of a micro-batch. row: tokens of the longest row. limit:
+    bytes."""
 
     parameters: int
     base_parameters: int
@@ -192,12 +197,12 @@ class _Shapes:
         )
 
     def of_classifier(self, labels: int, hidden: int) -> _Shapes:
-        """The same with a head [labels, hidden], which is trained, in the place of the output head."""
+        """Return the same with a trained head [labels, hidden] in the place of the output head."""
         parameters = self.parameters + labels * hidden
         return replace(self, parameters=parameters, supervised_part=0.0, head_weights=labels * hidden)
 
     def with_micro_batch(self, tokens: int, checkpointing: bool) -> Estimate:
-        """The estimate for micro-batches of `tokens` tokens."""
+        """Return the estimate for micro-batches of `tokens` tokens."""
         return Estimate(
             parameters=self.parameters,
             adapter_bytes=4 * self.parameters,
@@ -215,13 +220,15 @@ class _Shapes:
         )
 
     def _flops_per_token(self, checkpointing: bool) -> int:
-        """Two FLOPs a weight forwards, two backwards to the inputs; two more for the adapter's gradients."""
+        """Return the FLOPs a token: two a weight forwards, two backwards to the inputs, two for the adapter's
+        gradients."""
         passes = 3 if checkpointing else 2
         head = self.head_weights * self.supervised_part
         return round(2 * passes * self.linear_weights + 4 * head + 2 * (passes + 1) * self.parameters)
 
     def choices(self, recipe: Recipe) -> Iterator[tuple[int, bool]]:
-        """From the fastest to the smallest. Keeping activations saves a third of the work: it comes first."""
+        """Return the choices from the fastest to the smallest. Keeping activations saves a third of the work,
+        so that it comes first."""
         if isinstance(recipe.micro_tokens, int):
             sizes = [max(recipe.micro_tokens, self.row)]
         else:
@@ -235,7 +242,7 @@ class _Shapes:
 
 
 def _decide(shapes: _Shapes, recipe: Recipe) -> Estimate:
-    """The first plan that fits easily, else the smallest one there is."""
+    """Return the first plan that fits easily, else the smallest one."""
     for tokens, checkpointing in shapes.choices(recipe):
         found = shapes.with_micro_batch(tokens, checkpointing)
         if shapes.limit is None or found.total <= _SHARE * shapes.limit:
@@ -244,7 +251,7 @@ def _decide(shapes: _Shapes, recipe: Recipe) -> Estimate:
 
 
 def _advice(shapes: _Shapes, recipe: Recipe) -> str:
-    """What it would take, and the changes of which each makes it fit."""
+    """Return a sentence with the memory needed, and changes each of which makes the run fit."""
 
     def fits(settings: Recipe, longest: int = shapes.row, rank: int = recipe.r) -> bool:
         parameters = shapes.parameters * rank // recipe.r
@@ -284,22 +291,22 @@ def _halves(value: int, least: int) -> Iterator[int]:
 
 _FP32 = 4
 _CHUNK_COPIES = 3
-"""The chunk's logits, their exponentials, and the temporary between."""
+"""Copies of a chunk of the loss: its logits, their exponentials, and the temporary between."""
 _WORK_COPIES = 6
 """fp32 copies of a layer's widest states while its gradient is computed, as measured on the CPU."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What a step keeps in memory, by cause, from the shapes of the base's layers.
+    """Memory that a step keeps, by cause, from the shapes of the base's layers.
 
     Counted are the tensors that autograd saves for the backward pass over frozen quantized weights; a frozen
-    product keeps nothing. docs/training-plans.md compares this with what was measured. A micro-batch has T
+    product keeps nothing. docs/training-plans.md compares this with measurements. A micro-batch has T
     tokens, n of them supervised.
 
-    layers: bytes a token of each decoder layer that takes part in the backward pass, in fp32 and bf16.
+    layers: bytes a token of each decoder layer in the backward pass, in fp32 and bf16.
     boundary: bytes a token between two layers, which is all that gradient checkpointing keeps of a layer.
-    pairs: bytes a token and a token of its row, in all layers, where attention keeps its matrix. short: as
+    pairs: bytes a token and a token of its row, in all layers, if attention keeps its matrix. short: as
     pairs, but only for rows of at most SHORT tokens.
     after: bytes a token from the last layer to the head.
     work: bytes a token while one layer is computed. fixed: bytes whatever T is.
@@ -317,7 +324,7 @@ class Activations:
     chunk: int
 
     def kept(self, tokens: int, longest_row: int, checkpointing: bool) -> int:
-        """Bytes of a micro-batch, but for the logits."""
+        """Return the bytes of a micro-batch, without the logits."""
         row = min(longest_row, tokens)
         one = max(self.layers, default=0)
         pairs = self.pairs + (self.short if row <= SHORT else 0)
@@ -330,12 +337,12 @@ class Activations:
         return tokens * (per_token + self.after + self.work + pairs * row) + self.fixed
 
     def of_logits(self, supervised: int) -> int:
-        """Bytes of the logits of `supervised` tokens and of the loss's work on them."""
+        """Return the bytes of the logits of `supervised` tokens and of the loss's work on them."""
         return supervised * self.logits + min(supervised, CHUNK) * self.chunk
 
 
 _PROJECTS_OUT = ("o_proj", "out", "dense", "c_proj", "wo")
-"""How the names of attention's last layer begin."""
+"""Prefixes of the names of attention's last layer."""
 
 
 def activations_of(
@@ -348,10 +355,11 @@ def activations_of(
     fused: bool = True,
     on_cpu: bool = True,
 ) -> Activations:
-    """Of a model on meta with an adapter on `targets`, of these ranks (by the same names).
+    """Return the activations of a model on meta with an adapter on `targets`, of these ranks (by the same
+    names).
 
-    fused: the layers are 4-bit ones, of which `kernels.fuse` takes those without dropout and DoRA.
-    on_cpu: where short rows are computed by plain products, and shared keys are repeated for each head.
+    fused: the layers are 4-bit ones, and `kernels.fuse` replaces those without dropout and DoRA.
+    on_cpu: short rows are computed by plain products, and shared keys are repeated for each head.
     """
     fused = fused and not recipe.dropout and not recipe.use_dora
     config = model.config.get_text_config()
@@ -385,7 +393,7 @@ def activations_of(
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """Names of the decoder's layers, in order: the longest list of modules in the tree."""
+    """Return the names of the decoder's layers, in order: the longest list of modules in the tree."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     decoder: Any = getattr(model, "get_decoder", lambda: model)()
     inside = {id(module) for module in decoder.modules()}
@@ -410,7 +418,7 @@ def _layer_bytes(
     fused: bool,
     on_cpu: bool,
 ) -> int:
-    """Bytes a token that one decoder layer keeps."""
+    """Return the bytes a token that one decoder layer keeps."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     repeated = on_cpu or size > 2 or width > 256 or _pair_bytes(config, recipe, size)
@@ -432,9 +440,9 @@ def _layer_bytes(
 
 
 def _shared_inputs(layers: Mapping[str, nn.Linear], config: Any) -> int:
-    """Width of the inputs that are kept as they are, once for all layers of a module that get the same one.
+    """Return the width of the inputs that are kept once for all layers of a module that share them.
 
-    The output projection of attention gets what attention keeps.
+    The output projection of attention is left out: attention keeps its input.
     """
     found = set()
     for name, layer in layers.items():
@@ -445,7 +453,7 @@ def _shared_inputs(layers: Mapping[str, nn.Linear], config: Any) -> int:
 
 
 def _adapted_bytes(layer: nn.Linear, rank: int, recipe: Recipe, size: int) -> int:
-    """PEFT's own: fp32 copies of the input and of A's product; dropout's mask; DoRA's two products."""
+    """Return PEFT's own: fp32 copies of the input and of A's product; dropout's mask; DoRA's two products."""
     kept = _FP32 * (layer.in_features + rank)
     if recipe.dropout:
         kept += _FP32 * layer.in_features
@@ -455,7 +463,8 @@ def _adapted_bytes(layer: nn.Linear, rank: int, recipe: Recipe, size: int) -> in
 
 
 def _between_bytes(block: nn.Module, config: Any, size: int) -> int:
-    """What the MLP keeps between its products: a gate's input and output, and what it is multiplied with."""
+    """Return the bytes a token that the MLP keeps between its products: a gate's input and output, and its
+    factor."""
     hidden = config.hidden_size
     names = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     outside = {name: layer for name, layer in names.items() if "attn" not in name and "attention" not in name}
@@ -470,7 +479,8 @@ def _between_bytes(block: nn.Module, config: Any, size: int) -> int:
 
 
 def _pair_bytes(config: Any, recipe: Recipe, size: int) -> int:
-    """Attention that the fused kernel does not know keeps its weights in fp32 and in the base's type."""
+    """Return the bytes of attention's weights, kept in fp32 and in the base's dtype without the fused
+    kernel."""
     window = getattr(config, "sliding_window", None)
     longest = recipe.max_length if isinstance(recipe.max_length, int) else 2048
     softcap = getattr(config, "attn_logit_softcapping", None)
@@ -481,7 +491,8 @@ def _pair_bytes(config: Any, recipe: Recipe, size: int) -> int:
 
 
 def _fixed_bytes(model: Any, targets: Mapping[str, nn.Linear], recipe: Recipe, size: int) -> int:
-    """The largest weight, unpacked for its product; DoRA unpacks in fp32 and norms it with the update."""
+    """Return the bytes of the largest weight, unpacked for its product; DoRA unpacks in fp32 and needs its
+    norm."""
     head = model.get_output_embeddings()
     body = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
     largest = max((layer.in_features * layer.out_features for layer in body), default=0)
@@ -502,9 +513,10 @@ Measured on the CPU with the default base: 0.2 to 0.6, on a machine that others 
 
 
 def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of training: of one layer with an adapter, forwards and backwards, and what a whole step loses.
+    """Return FLOP/s of training: the rate of one layer with an adapter, both ways, less the loss in a whole
+    step.
 
-    Takes less than a second on any processor. The base's weights are plain: unpacking is in the loss.
+    It takes less than a second on any processor. The base's weights are plain: unpacking is in the loss.
     """
     layer = _Layer(device, dtype)
     layer.pass_both_ways()  # the first one loads the kernels
@@ -518,7 +530,7 @@ def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class _Layer:
-    """A frozen product and an adapter in fp32, of the size that `_PROBE` gives."""
+    """A frozen product and an adapter in fp32, of the size `_PROBE`."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         rows, size_in, size_out, rank = _PROBE

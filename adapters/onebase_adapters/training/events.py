@@ -12,13 +12,13 @@ import msgspec
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """The base of all events. `at`: Unix seconds."""
+    """Base of all events. `at`: Unix seconds."""
 
     at: float
 
 
 class Phase(Event, frozen=True, kw_only=True, tag="phase"):
-    """What is being done now: validating_files, training, measuring or saving."""
+    """Start of a stage: validating_files, training, measuring or saving."""
 
     name: str
     message: str = ""
@@ -31,7 +31,7 @@ class DataChecked(Event, frozen=True, kw_only=True, tag="data_checked"):
 
 
 class Planned(Event, frozen=True, kw_only=True, tag="planned"):
-    """The recipe, resolved, and what it will take. `estimate`: Estimate.to_json()."""
+    """The resolved recipe and its estimate. `estimate`: Estimate.to_json()."""
 
     recipe: dict[str, Any]
     estimate: dict[str, Any]
@@ -41,8 +41,8 @@ class Planned(Event, frozen=True, kw_only=True, tag="planned"):
 
 
 class StepDone(Event, frozen=True, kw_only=True, tag="step"):
-    """After each optimizer step. loss: mean over the step's supervised tokens (classification: its rows), in
-    nats."""
+    """Result of an optimizer step. loss: mean over the step's supervised tokens (classification: its rows),
+    in nats."""
 
     step: int
     steps: int
@@ -51,14 +51,14 @@ class StepDone(Event, frozen=True, kw_only=True, tag="step"):
     learning_rate: float
     grad_norm: float
     tokens: int
-    """Of this step, supervised or not."""
+    """Tokens of this step, supervised or not."""
     total_tokens: int
     tokens_per_second: float
     seconds_left: float
     memory_bytes: int
-    """Of the process, at most until now (resident set on the CPU, allocated on CUDA)."""
+    """Peak memory of the process so far (resident set on the CPU, allocated on CUDA)."""
     rewards: dict[str, float] = {}
-    """DPO: accuracy, margin."""
+    """Means of DPO: accuracy, margin."""
     accuracy: float | None = None
     """Classification: part of the step's rows whose label was the likeliest."""
 
@@ -71,7 +71,7 @@ class Evaluated(Event, frozen=True, kw_only=True, tag="evaluated"):
     loss: float
     best: bool
     parent: bool = False
-    """Whether it is the loss of the adapter that training goes on from, at step 0."""
+    """Whether it is the loss of the adapter that training continues, at step 0."""
     active: str = ""
     """Label of the active version, if it is the loss of that one; `step` is the run's last."""
     rewards: dict[str, float] = {}
@@ -80,7 +80,7 @@ class Evaluated(Event, frozen=True, kw_only=True, tag="evaluated"):
 
 
 class Sampled(Event, frozen=True, kw_only=True, tag="sampled"):
-    """What the adapter answers to a fixed prompt after `step` steps; step 0 is the base."""
+    """Reply of the adapter to a fixed prompt after `step` steps; step 0 is the base."""
 
     step: int
     prompt: str
@@ -102,18 +102,18 @@ class Saved(Event, frozen=True, kw_only=True, tag="saved"):
     step: int
     path: str
     loss: float | None
-    """Held-out, if it was evaluated at this step."""
+    """Held-out loss, if it was evaluated at this step."""
 
 
 class Progress(Event, frozen=True, kw_only=True, tag="progress"):
-    """Of something long that is not training. `part`: from 0 to 1."""
+    """Progress of a long stage that is not training. `part`: from 0 to 1."""
 
     name: str
     part: float
 
 
 class Notice(Event, frozen=True, kw_only=True, tag="notice"):
-    """Something that a person should know. level: "info" or "warn"."""
+    """A message that a person should see. level: "info" or "warn"."""
 
     level: str
     message: str
@@ -154,8 +154,8 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
 
 
 LastStep = Callable[[], int | None]
-"""The step after which the run is to end early, if somebody wants that; asked after each step. The run ends
-there, or after the step that was being computed, as after its last one."""
+"""Function that returns the step after which the run must end early, or None; called after each step. The run
+ends there, or after the step that was being computed, as after its last one."""
 
 
 class Gate(Protocol):
@@ -166,7 +166,7 @@ class Gate(Protocol):
 
 
 class OpenGate:
-    """For a run that shares the machine with nobody."""
+    """Gate that never waits, for a run that has the machine to itself."""
 
     def wait(self) -> None:
         return None

@@ -1,13 +1,13 @@
-"""What training computes by its own autograd functions: LoRA on 4-bit layers, and short attention.
+"""Autograd functions of training: LoRA on 4-bit layers, and short attention.
 
 Forwards, LoRA's products stay PEFT's own, in its order, so that a trained adapter gives the logits that it is
 served with. PEFT keeps an fp32 copy of each layer's input for the backward pass; here the input itself is
 kept, which layers with the same input share. The fp32 products of the backward pass are computed by oneDNN on
 the CPU: MKL is half as fast on processors that are not Intel's.
 
-On a GPU, long micro-batches in bf16 are multiplied by parts of the fp32 matrices, which are bf16 and sum to
-them, on tensor cores: as exact as fp32, without fp32 copies of inputs and gradients, of which moving would
-take half as long as all else.
+On a GPU, long micro-batches in bf16 are multiplied on tensor cores by bf16 parts that sum to the fp32
+matrices. This is as exact as fp32, without fp32 copies of inputs and gradients, whose transfer would take
+half as long as all else.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LONG = 2048
 
 
 def fuse(model: nn.Module, adapter: str) -> int:
-    """Fuse the layers of a PeftModel that are plain LoRA on 4-bit weights. Returns how many there are."""
+    """Fuse the layers of a PeftModel that are plain LoRA on 4-bit weights. Returns their number."""
     count = 0
     layer: Any
     for layer in model.modules():
@@ -47,24 +47,31 @@ def fuse(model: nn.Module, adapter: str) -> int:
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Have a model on a GPU compute its norms, and their gradients, by one kernel each instead of ten, which
-    keep nothing but the norm's input. Returns how many there are; 0 where Triton compiles nothing."""
+    """Replace the norms of a model on a GPU by one kernel each, forwards and backwards, instead of ten.
+
+    They keep nothing but the norm's input. Returns their number; 0 if Triton does not compile here.
+    """
     return _replace(model, "the norms", lambda own, module: own.trained_norm(module))
 
 
 def fuse_gates(model: nn.Module) -> int:
-    """As `fuse_norms`, what gated MLPs do between their products, which keeps its two inputs."""
+    """Fuse the work of gated MLPs between their products, keeping its two inputs; otherwise as
+    `fuse_norms`."""
     return _replace(model, "what MLPs' gates let through", _gating)
 
 
 def fuse_rotations(model: nn.Module) -> int:
-    """As `fuse_norms`, queries and keys being turned by their positions, which keeps neither."""
+    """Fuse the rotation of queries and keys by their positions, keeping neither; otherwise as
+    `fuse_norms`."""
     return _replace(model, "rotary embeddings", _rotating)
 
 
 def _replace(model: nn.Module, what: str, find: Callable[[Any, Any], Callable[..., Any] | None]) -> int:
-    """Give modules another `forward`. find: of Triton's kernels and a module, it, or None to leave it as it
-    is. A view that ends holds itself by these until the garbage collector comes."""
+    """Replace `forward` of modules. Returns the number of replaced ones.
+
+    find: called with Triton's kernels and a module, returns the new `forward`, or None to leave the module. A
+    view holds itself by these functions until the garbage collector runs.
+    """
     found = []
     try:
         from onebase_engine.kernels import cuda_training
@@ -81,7 +88,8 @@ def _replace(model: nn.Module, what: str, find: Callable[[Any, Any], Callable[..
 
 
 def _gating(kernels: Any, module: Any) -> Callable[..., Any] | None:
-    """A module that is down_proj(act(gate_proj(x)) * up_proj(x)) and no more."""
+    """Return a fused `forward` for a module that is down_proj(act(gate_proj(x)) * up_proj(x)) and no more, or
+    None."""
     layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(isinstance(layer, nn.Module) for layer in layers) or not hasattr(module, "act_fn"):
         return None
@@ -90,7 +98,7 @@ def _gating(kernels: Any, module: Any) -> Callable[..., Any] | None:
         return None
 
     def between(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """What the module itself computes between its products."""
+        """Compute what the module itself computes between its products."""
         alone = SimpleNamespace(
             gate_proj=lambda x: gate, up_proj=lambda x: up, down_proj=lambda x: x, act_fn=act
         )
@@ -159,13 +167,13 @@ class _Forward:
 
 
 class _FusedLora(torch.autograd.Function):
-    """y = base(x) + (scale * (x32 @ A.T) @ B.T).to(base dtype)."""
+    """Computes y = base(x) + (scale * (x32 @ A.T) @ B.T).to(base dtype)."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, base: Any
     ) -> torch.Tensor:
-        """x [..., in], a [r, in], b [out, r] -> [..., out] in the base's dtype."""
+        """Compute x [..., in], a [r, in], b [out, r] -> [..., out] in the base's dtype."""
         output: torch.Tensor = base(x)
         ctx.parts = _takes_parts(x, a)
         if ctx.parts:
@@ -214,7 +222,7 @@ def _takes_parts(x: torch.Tensor, a: torch.Tensor) -> bool:
 
 @functools.cache
 def _has_products_by_parts(device: torch.device) -> bool:
-    """Whether a device multiplies bf16 on tensor cores and gives the sums in fp32, which a trial shows."""
+    """Return True if a trial shows that a device multiplies bf16 on tensor cores with fp32 sums."""
     if device.type in ("cpu", "meta"):
         return device.type == "meta"
     try:
@@ -233,7 +241,7 @@ def _has_products_by_parts(device: torch.device) -> bool:
 
 
 def _parts(matrix: torch.Tensor) -> torch.Tensor:
-    """Three in bf16, of eight bits each, that sum to an fp32 matrix [m, n]: [m, 3, n]."""
+    """Split an fp32 matrix [m, n] into three bf16 parts, of eight bits each, that sum to it: [m, 3, n]."""
     split = _splitter(matrix.device)
     if split is not None:
         made: torch.Tensor = split(matrix.contiguous())
@@ -249,13 +257,13 @@ def _split(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _splitter(device: torch.device) -> Any:
-    """Triton's, on a GPU; None where PyTorch splits by six operators."""
+    """Return Triton's splitter for a GPU; None if PyTorch splits by six operators."""
     return _tried_splitter(device) if device.type == "cuda" else None
 
 
 @functools.cache
 def _tried_splitter(device: torch.device) -> Any:
-    """None if it compiles for nothing here, or gives something else than PyTorch."""
+    """Return Triton's splitter; None if it does not compile here, or differs from PyTorch."""
     try:
         from onebase_engine.kernels import cuda_training
 
@@ -271,28 +279,32 @@ def _tried_splitter(device: torch.device) -> Any:
 
 
 def _by_parts(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left [m, k] bf16 @ right.T in fp32, [m, n]; right: parts of [n, k]. left is read once, as it is."""
+    """Return left [m, k] bf16 @ right.T in fp32, [m, n]; right: parts of [n, k]. left is read once, as it
+    is."""
     return _multiplied(left, right.flatten(0, 1).T).view(len(left), -1, 3).sum(2)
 
 
 def _with_parts(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left [m, k] bf16 @ right in fp32, [m, n]; right: parts of [k, n]."""
+    """Return left [m, k] bf16 @ right in fp32, [m, n]; right: parts of [k, n]."""
     return _multiplied(left, right.flatten(1, 2)).view(len(left), 3, -1).sum(1)
 
 
 def _parts_with(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left.T @ right [k, n] bf16 in fp32, [m, n]; left: parts of [k, m]."""
+    """Return left.T @ right [k, n] bf16 in fp32, [m, n]; left: parts of [k, m]."""
     return _multiplied(left.flatten(1, 2).T, right).view(3, -1, right.shape[1]).sum(0)
 
 
 def _multiplied(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left [m, k] @ right [k, n], both bf16, summed and given in fp32, which PyTorch has for GPUs alone."""
+    """Return left [m, k] @ right [k, n], both bf16, summed and returned in fp32, which PyTorch has for GPUs
+    alone."""
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def _of_parts(left: torch.Tensor, right: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
-    """left @ right.T (added to `onto`) rounded to bf16, [m, n], from parts of [m, k] and [n, k]: of the nine
-    pairs the six that fp32 could tell from nothing."""
+    """Return left @ right.T (added to `onto`) rounded to bf16, [m, n], from parts of [m, k] and [n, k].
+
+    Only six of the nine pairs are multiplied; the others are too small for fp32.
+    """
     first, second, third = left.unbind(1)
     one, two, three = right.unbind(1)
     wide = torch.cat([first, first, second, second, first, third], 1)
@@ -301,7 +313,7 @@ def _of_parts(left: torch.Tensor, right: torch.Tensor, onto: torch.Tensor | None
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left [m, k] @ right.T, right [n, k], in fp32."""
+    """Return left [m, k] @ right.T, right [n, k], in fp32."""
     if _ONEDNN is not None and left.device.type == "cpu":
         product: torch.Tensor = _ONEDNN(left, right, None, "none", [], "")
         return product
@@ -309,12 +321,12 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 class ShortAttention(torch.autograd.Function):
-    """Causal, by plain products in the order of transformers' eager attention: scores in the model's dtype,
-    softmax in fp32, weights rounded back. Grouped heads share their keys."""
+    """Causal attention by plain products in the order of transformers' eager attention: scores in the model's
+    dtype, softmax in fp32, weights rounded back. Grouped heads share their keys."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """q [n, heads, L, d], k [n, kv heads, L, d], v [n, kv heads, L, e] -> [n, heads, L, e]."""
+        """Attend: q [n, heads, L, d], k [n, kv heads, L, d], v [n, kv heads, L, e] -> [n, heads, L, e]."""
         n, heads, length, size = q.shape
         shared = k.shape[1]
         groups = heads // shared

@@ -1,4 +1,4 @@
-"""The training loop, from the first step to the last, in one process or in several that share the work."""
+"""Training loop, from the first step to the last, in one process or in several that share the work."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class TrainingDivergedError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did. loss: mean over supervised tokens (DPO: pairs; classification: rows), nats."""
+    """Result of one step. loss: mean over supervised tokens (DPO: pairs; classification: rows), nats."""
 
     loss: float
     grad_norm: float
     learning_rate: float
     tokens: int
     figures: dict[str, Any]
-    """As events have them: rewards or accuracy."""
+    """Fields of events: rewards or accuracy."""
 
 
 class Trainer:
@@ -59,10 +59,10 @@ class Trainer:
         held_out: evaluated every `eval_every` steps; may be None.
         on_evaluation: called after each evaluation with the number of steps done.
         export: as `Checkpoints.save` takes it.
-        base_scores: what the base makes of the held-out rows, where its own loss on them is not meant: it has
-            no head of a classifier. Called in the first process.
-        last_step: asked in the first process.
-        listen: gets StepDone, Evaluated and Saved.
+        base_scores: returns the base's scores on the held-out rows, for a classifier, whose base has no head.
+            Called in the first process.
+        last_step: called in the first process.
+        listen: called with StepDone, Evaluated and Saved.
     """
 
     def __init__(
@@ -148,18 +148,19 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done, or no evaluation was better for as long as the recipe waits."""
+        """Whether the last step is done, or no evaluation was better for as long as the recipe's patience."""
         patience = self.recipe.patience
         return self.state.step >= self._end or bool(patience and self.state.without_better >= patience)
 
     def _ask_for_the_end(self) -> None:
-        """Learn whether the run is to end early; the learning rate stays that of the whole run."""
+        """Update the last step of the run, which may end early; the learning rate stays that of the whole
+        run."""
         if (ask := self._last_step) is not None:
             asked = self._processes.decide(lambda: ask() or self.steps)
             self._end = min(self.steps, asked)
 
     def train_step(self, number: int) -> Step:
-        """One optimizer step (the first has number 0): its rows' mean loss, its gradient, the update."""
+        """Do one optimizer step (the first has number 0): its rows' mean loss, its gradient, the update."""
         recipe = self.recipe
         # All that is random in a step follows from its number: dropout is the same after a resumption.
         torch.manual_seed(hash((recipe.seed, number, self._processes.rank)))
@@ -181,7 +182,7 @@ class Trainer:
     def _scores(
         self, data: Dataset, batches: Sequence[MicroBatch], what: str, *, step: int, backwards: bool = False
     ) -> Scores:
-        """Means over the micro-batches of all processes, of which this one computes its share.
+        """Return the means over the micro-batches of all processes; this one computes its share.
 
         Raises TrainingDivergedError for `what`, with the lines of the rows.
         """
@@ -240,7 +241,8 @@ class Trainer:
         )
 
     def _evaluate_what_is_due(self) -> float | None:
-        """Evaluate now if it is time, or if an interruption prevented it. The held-out loss, if evaluated."""
+        """Evaluate if it is due, or if an interruption prevented it. Returns the held-out loss, if
+        evaluated."""
         step = self.state.step
         due = step > 0 and (step % self.recipe.eval_every == 0 or step >= self._end)
         if self._held_out is None:
@@ -252,7 +254,7 @@ class Trainer:
         return self._evaluate(self._held_out, step) if due and self.state.held_out[-1][0] != step else None
 
     def _rows_to_come(self) -> list[Row]:
-        """All rows that the run computes, each once, in the data's order."""
+        """Return all rows that the run computes, each once, in the data's order."""
         numbers = range(len(self._data))
         per_epoch = math.ceil(len(numbers) / self.recipe.batch_size)
         rows = self._data.rows
@@ -311,7 +313,7 @@ class Trainer:
         return scores.loss
 
     def held_out_scores(self, data: Dataset) -> Scores:
-        """The mean loss of all held-out rows, nats a supervised token (DPO, classification: a row)."""
+        """Return the mean loss of all held-out rows, nats a supervised token (DPO, classification: a row)."""
         limit, packing = self.recipe.micro_tokens, self.recipe.packing
         batches = pack(data.rows, range(len(data)), limit, packing=packing)
         with self.trainable.evaluating():
@@ -324,7 +326,7 @@ class Trainer:
 
     @contextmanager
     def measuring(self, other: Trainable) -> Iterator[None]:
-        """Have another adapter of the base measured: on the same rows, in the same micro-batches."""
+        """Measure another adapter of the base meanwhile, on the same rows in the same micro-batches."""
         own = self.trainable, self._objective
         self.trainable, self._objective = other, self._objective.on(other)
         try:
@@ -333,13 +335,14 @@ class Trainer:
             self.trainable, self._objective = own
 
     def figures(self, scores: Scores) -> dict[str, Any]:
-        """What an event says of a batch besides its loss."""
+        """Return a batch's figures for an event besides its loss."""
         if self.recipe.method == "classification":
             return {"accuracy": scores.rewards.get("accuracy")}
         return {"rewards": scores.rewards}
 
     def slice_losses(self) -> dict[str, float]:
-        """The held-out loss of each slice, with the adapter as it is now. In all processes at once."""
+        """Return the held-out loss of each slice, with the adapter as it is now. Call it in all processes at
+        once."""
         parts = {} if self._held_out is None else by_slice(self._held_out)
         return {name: self.held_out_scores(part).loss for name, part in parts.items()}
 
@@ -405,7 +408,7 @@ class Scores:
 
     @classmethod
     def known(cls, loss: float, rewards: dict[str, float]) -> Scores:
-        """Means that were found elsewhere."""
+        """Return means that were computed elsewhere."""
         return cls(torch.zeros(0), loss, rewards)
 
     def over(self, weight: int) -> Scores:
@@ -423,7 +426,7 @@ _EPSILON = 1e-8
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the trainable parameters.
+    """Return the recipe's optimizer over the trainable parameters.
 
     With LoRA+ the B matrices learn `lora_plus_ratio` times faster than the rest (Hayou et al. 2024).
     """
@@ -457,16 +460,17 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of the next step; LoRA+'s groups have their factor."""
+    """Set the rate of the next step, times the factor of each group (LoRA+)."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: Schedule, warmup_ratio: float) -> float:
-    """The rate of step `step`, from 0: rises linearly in the warm-up, then falls (cosine, linear) or stays.
+    """Return the rate of step `step`, from 0: it rises linearly in the warm-up, then falls (cosine, linear)
+    or stays.
 
-    As transformers' schedules with the warm-up rounded up, but the first step of a warm-up is not 0: it would
-    be computed for nothing.
+    It is that of transformers' schedules with the warm-up rounded up, except that the first step of a warm-up
+    is not 0, which would be computed for nothing.
     """
     warmup = math.ceil(steps * warmup_ratio)
     if step < warmup:
@@ -486,7 +490,7 @@ class OtherProcessError(Exception):
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process's place among `count`; alone it is 0 of 1. The first one writes and reports."""
+    """Rank of this process among `count`; alone it is 0 of 1. The first one writes and reports."""
 
     rank: int = 0
     count: int = 1
@@ -496,7 +500,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This process's share of `items`, which all processes have in the same order."""
+        """Return this process's share of `items`, which all processes have in the same order."""
         return items[self.rank :: self.count]
 
     def add(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -511,7 +515,7 @@ class ProcessGroup:
             start += tensor.numel()
 
     def all_of(self, items: Sequence[Item]) -> list[Item]:
-        """The items of all processes."""
+        """Return the items of all processes."""
         if self.count == 1:
             return list(items)
         parts: list[Any] = [None] * self.count
@@ -521,7 +525,7 @@ class ProcessGroup:
     def decide(self, make: Callable[[], Item]) -> Item:
         """Call `make` in the first process, and return its result in all of them.
 
-        Raises OtherProcessError in the others where it raises in the first.
+        Raises OtherProcessError in the others if it raises in the first.
         """
         made: list[Item | None] = [None]
         try:

@@ -1,7 +1,7 @@
-"""What is measured on generated replies, each from 0 to 1. No metric runs code or patterns from outside.
+"""Metrics of generated replies, each from 0 to 1. No metric runs code or patterns from outside.
 
-A metric is a name, or a name and what it asks for: `contains:TEXT`. Spaces around a reply and around its
-reference never count; the case of letters does. Of labels, which a classifier gives in place of replies,
+A metric is a name, or a name with an argument: `contains:TEXT`. Spaces around a reply and around its
+reference never count; the case of letters does. For labels, which a classifier gives in place of replies,
 there are accuracy and F1.
 """
 
@@ -15,27 +15,27 @@ from typing import Any
 from onebase_adapters.format.strict_json import parse_json, shown
 
 Score = Callable[[str, str, str], float]
-"""Of reply, reference and the metric's argument."""
+"""Function of reply, reference and the metric's argument."""
 
 
 class MetricError(ValueError):
-    """What is written is not a metric; the message says how to write one."""
+    """The text is not a metric; the message says how to write one."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is written and computed. `argument`: TEXT, A|B|C or N; "" where it takes none."""
+    """Definition of a metric. `argument`: TEXT, A|B|C or N; "" if it takes none."""
 
     argument: str
     about: str
     score: Score
     decides: bool = True
-    """Whether a reply is right or wrong by it, and nothing between."""
+    """Whether it counts a reply as right or wrong, with nothing between."""
 
 
 @dataclass(frozen=True)
 class LabelFigures:
-    """How well one label is told from all others. precision is 0 where it was never given."""
+    """Figures of one label against all others. precision is 0 if it was never predicted."""
 
     rows: int
     precision: float
@@ -49,16 +49,16 @@ def check_metric(name: str) -> None:
 
 
 def is_decided(name: str) -> bool:
-    """Whether a metric says right or wrong. Raises MetricError."""
+    """Return True if a metric decides between right and wrong. Raises MetricError."""
     return _parse(name)[0].decides
 
 
 def score(name: str, reply: str, reference: str) -> float:
-    """How good a reply is, from 0 to 1.
+    """Return a reply's score, from 0 to 1.
 
     Args:
-        reply: what the model wrote.
-        reference: the reply that the held-out row has.
+        reply: the model's text.
+        reference: the reply of the held-out row.
 
     Raises:
         MetricError: there is no such metric.
@@ -68,13 +68,13 @@ def score(name: str, reply: str, reference: str) -> float:
 
 
 def mean(name: str, replies: list[str], references: list[str]) -> float:
-    """The mean score of replies to as many rows; 0.0 for none."""
+    """Return the mean score of replies to as many rows; 0.0 for none."""
     scores = [score(name, *pair) for pair in zip(replies, references, strict=True)]
     return sum(scores) / len(scores) if scores else 0.0
 
 
 def label_figures(references: Sequence[str], given: Sequence[str]) -> dict[str, LabelFigures]:
-    """Of each label that a row has or was given, in the order of the letters."""
+    """Return figures of each label that a row has or was given, in alphabetical order."""
     rows, answers = Counter(references), Counter(given)
     right = Counter(label for label, answer in zip(references, given, strict=True) if label == answer)
     return {
@@ -89,13 +89,13 @@ def label_figures(references: Sequence[str], given: Sequence[str]) -> dict[str, 
 
 
 def macro_f1(references: Sequence[str], given: Sequence[str]) -> float:
-    """The mean F1 of all labels that a row has or was given, each counting alike; 0.0 for no rows."""
+    """Return the mean F1 of all labels that a row has or was given, equally weighted; 0.0 for no rows."""
     found = label_figures(references, given).values()
     return sum(one.f1 for one in found) / len(found) if found else 0.0
 
 
 def describe() -> str:
-    """One line on each metric, for help texts."""
+    """Return one line on each metric, for help texts."""
     return "\n".join(f"  {_written(name):20} {metric.about}" for name, metric in METRICS.items())
 
 
@@ -131,7 +131,7 @@ def _one_of(reply: str, reference: str, argument: str) -> bool:
 
 
 def _parsed(text: str) -> tuple[Any, bool]:
-    """The value of a strict JSON text, and whether it is one."""
+    """Return the value of a strict JSON text, and whether it is one."""
     try:
         return parse_json(text.encode()), True
     except (ValueError, RecursionError):
@@ -148,7 +148,7 @@ def _json_equal(reply: str, reference: str, _argument: str) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equality as JSON has it: true is not 1, 1.0 is 1, and the order of keys is free."""
+    """Return True if values are equal in JSON: true is not 1, 1.0 is 1, and the order of keys is free."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
@@ -162,7 +162,8 @@ def _json_keys(reply: str, _reference: str, argument: str) -> bool:
 
 
 def _word_f1(reply: str, reference: str, _argument: str) -> float:
-    """F1 of the words, as SQuAD counts it (Rajpurkar et al. 2016, section 6.1), but for its clean-up."""
+    """Return the F1 of the words, as SQuAD counts it (Rajpurkar et al. 2016, section 6.1), without its
+    clean-up."""
     ours, theirs = Counter(reply.lower().split()), Counter(reference.lower().split())
     both = (ours & theirs).total()
     if not both:

@@ -1,4 +1,4 @@
-"""The loss that a run makes smaller: cross-entropy of the replies or of the labels, or DPO's."""
+"""Losses that a run minimizes: cross-entropy of the replies or of the labels, or DPO's."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHUNK = 256
-"""Rows of logits that are held in fp32 at once."""
+"""Number of rows of logits that are in fp32 at once."""
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """The run that an objective prepares for: its identity, the folder in which it keeps what it continues
-    from, and the processes that share its work."""
+    """Run that an objective prepares for: its identity, the folder of its resumable state, and the processes
+    that share its work."""
 
     identity: str
     folder: Path
@@ -44,7 +44,7 @@ class Objective(Protocol):
     """Computes a micro-batch's summed loss, and sums of other figures by name."""
 
     def prepare(self, rows: Sequence[Row], recipe: Recipe, run: PreparedRun) -> None:
-        """Compute what is needed of the rows before the first step, in their order."""
+        """Compute, before the first step, what the loss needs of the rows, in their order."""
 
     def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
@@ -53,7 +53,7 @@ class Objective(Protocol):
 
 
 def make_objective(trainable: Trainable, recipe: Recipe) -> Objective:
-    """The objective of the recipe's method."""
+    """Return the objective of the recipe's method."""
     if recipe.method == "supervised":
         return Supervised(trainable)
     if recipe.method == "classification":
@@ -68,7 +68,7 @@ class Supervised:
         self._trainable = trainable
 
     def prepare(self, rows: Sequence[Row], recipe: Recipe, run: PreparedRun) -> None:
-        """Nothing is needed."""
+        """Do nothing."""
 
     def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         losses, _ = self._trainable.losses(batch)
@@ -86,7 +86,7 @@ class Classes:
         self._number = {label: number for number, label in enumerate(trainable.labels)}
 
     def prepare(self, rows: Sequence[Row], recipe: Recipe, run: PreparedRun) -> None:
-        """Nothing is needed."""
+        """Do nothing."""
 
     def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logits = self._trainable.class_logits(batch)
@@ -100,12 +100,12 @@ class Classes:
 
 
 class Preferences:
-    """DPO (Rafailov et al. 2023): the reference is what training begins with: the same base with the adapter
-    off, which costs no memory, or the adapter that training goes on from.
+    """DPO (Rafailov et al. 2023). The reference is the model that training starts from: the base with the
+    adapter off, which costs no memory, or the parent adapter.
 
     All pairs' references are computed before the first step, by all processes together, packed in the order
-    of the rows: how a pair is packed may move its last bits, and a resumed run must find the same ones. They
-    are kept in the run's folder, and a resumed run reads them.
+    of the rows: packing may change the last bits of a pair, and a resumed run must find the same ones. They
+    are stored in the run's folder, and a resumed run reads them.
     """
 
     def __init__(self, trainable: Trainable, beta: float) -> None:
@@ -126,7 +126,7 @@ class Preferences:
         return other
 
     def _likelihoods(self, batch: MicroBatch) -> torch.Tensor:
-        """The log-likelihood of each sample's reply given its prompt, [samples] nats."""
+        """Return the log-likelihood of each sample's reply given its prompt, [samples] nats."""
         losses, owner = self._trainable.losses(batch)
         return losses.new_zeros(len(batch.samples)).index_add(0, owner, -losses)
 
@@ -175,7 +175,7 @@ def _references_key(identity: str, rows: Sequence[Row]) -> str:
 
 
 def _read_references(path: Path, key: str) -> list[float]:
-    """Return the references that were kept under this key; none if there are none, or they cannot be read."""
+    """Return the references stored under this key; none if there are none, or they cannot be read."""
     try:
         kept = json.loads(path.read_text())
         return list(kept["references"]) if kept["key"] == key else []
@@ -186,7 +186,7 @@ def _read_references(path: Path, key: str) -> list[float]:
 def dpo_losses(
     chosen: torch.Tensor, rejected: torch.Tensor, reference: torch.Tensor, beta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """DPO's loss and margin of each pair (Rafailov et al. 2023, equation 7), both [pairs].
+    """Return DPO's loss and margin of each pair (Rafailov et al. 2023, equation 7), both [pairs].
 
     chosen, rejected: log-likelihoods of the replies, [pairs]. reference: the reference's log-likelihood of
     the chosen one minus that of the rejected one, [pairs].
@@ -198,13 +198,13 @@ def dpo_losses(
 class _CrossEntropy(torch.autograd.Function):
     """Negative log-likelihood of each target; keeps no fp32 copy of the logits.
 
-    The gradient takes the memory of the logits, which nobody reads afterwards. In fp32 the numbers are those
-    of torch's own cross_entropy up to rounding.
+    The gradient overwrites the logits, which nobody reads afterwards. In fp32 the numbers are those of
+    torch's own cross_entropy up to rounding.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """logits [n, vocabulary], targets [n] -> [n] fp32."""
+        """Compute losses [n] fp32 of logits [n, vocabulary] and targets [n]."""
         if (own := _kernels(logits)) is not None:
             sums: torch.Tensor = own.log_sums(logits)
             ctx.save_for_backward(logits, targets, sums)
@@ -236,14 +236,14 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _kernels(logits: torch.Tensor) -> Any:
-    """Triton's, for logits on a GPU; None where PyTorch computes in chunks."""
+    """Return Triton's kernels for logits on a GPU; None if PyTorch computes in chunks."""
     fits = logits.device.type == "cuda" and logits.dtype == torch.bfloat16 and logits.is_contiguous()
     return _tried_kernels(logits.device) if fits and len(logits) else None
 
 
 @functools.cache
 def _tried_kernels(device: torch.device) -> Any:
-    """None if they compile for nothing here, or give something else than PyTorch."""
+    """Return Triton's kernels; None if they do not compile here, or differ from PyTorch."""
     try:
         from onebase_engine.kernels import cuda_training
 
@@ -263,7 +263,8 @@ def _tried_kernels(device: torch.device) -> Any:
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each row, [n] fp32. The backward pass overwrites the logits [n, vocabulary]."""
+    """Return the cross-entropy of each row, [n] fp32. The backward pass overwrites the logits [n,
+    vocabulary]."""
     if len(logits) != len(targets):
         raise ValueError(
             f"{len(logits)} rows of logits for {len(targets)} targets: the base ignores logits_to_keep"

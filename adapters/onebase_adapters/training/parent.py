@@ -1,6 +1,5 @@
-"""Adapters that a run needs besides its own, whose weights PEFT loads: the one that it goes on from, which
-fixes parts of its recipe, and the one that its result would replace.
-"""
+"""Load the adapters that a run needs besides its own through PEFT: the parent that it continues, which fixes
+parts of its recipe, and the version that its result would replace."""
 
 from __future__ import annotations
 
@@ -38,13 +37,13 @@ from onebase_adapters.training.recipe import (
 from onebase_engine.base.layers import adaptable_layers
 
 _SHOWN = 10
-"""Labels that a message lists."""
+"""Largest number of labels that a message lists."""
 
 
 @dataclass(frozen=True)
 class Parent:
-    """One version of an adapter. label: what people call it. digest: names its content, hexadecimal.
-    config, weights: its two files, which need not have been checked."""
+    """One version of an adapter. label: its name for people. digest: names its content, hexadecimal. config,
+    weights: its two files, which need not have been checked."""
 
     label: str
     digest: str
@@ -53,7 +52,7 @@ class Parent:
 
     @classmethod
     def of_folder(cls, folder: Path) -> Parent:
-        """An adapter's folder. Raises OSError, if one of its files cannot be read."""
+        """Return the adapter in a folder. Raises OSError if one of its files cannot be read."""
         config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
         total = hashlib.sha256()
         for path in (config, weights):
@@ -64,9 +63,9 @@ class Parent:
 
 @dataclass(frozen=True)
 class ActiveVersion:
-    """The version that requests for a job's adapter get.
+    """Version that requests for a job's adapter use.
 
-    label: `name@digest` as people read it. digest: the version's own. version: its files; None if they cannot
+    label: `name@digest` for people. digest: the version's own. version: its files; None if they cannot
     be read, for the reason `problem`.
     """
 
@@ -77,11 +76,11 @@ class ActiveVersion:
 
 
 FindActive = Callable[[], ActiveVersion | None]
-"""Asked when training has ended; None: no version is active."""
+"""Function that returns the active version when training has ended; None: no version is active."""
 
 
 def modules_of(parent: Parent, model: nn.Module) -> dict[str, Any]:
-    """`own_settings` by the parent's files alone, before a base is in memory.
+    """Return `own_settings` from the parent's files alone, before a base is in memory.
 
     Args:
         model: the base's tree; it may be on meta.
@@ -110,12 +109,12 @@ def modules_of(parent: Parent, model: nn.Module) -> dict[str, Any]:
 
 
 def check_parent(recipe: Recipe, parent: Parent, model: nn.Module) -> None:
-    """Raise RecipeError unless the recipe says of the adapter what its files say. `model`: the base's."""
+    """Raise RecipeError unless the recipe agrees with the adapter's files. `model`: the base's."""
     continued({**recipe.to_json()}, modules_of(parent, model), parent.label)
 
 
 def load_parent(base: nn.Module, tree: nn.Module, parent: Parent, recipe: Recipe, name: str) -> Any:
-    """PEFT's own model of the parent on a tree over the base, to be trained: its weights in fp32.
+    """Return PEFT's own model of the parent on a tree over the base, to be trained: its weights in fp32.
 
     The files are checked and written again as a canonical folder first, which is all that PEFT sees.
 
@@ -153,7 +152,7 @@ def load_version(base: nn.Module, tree: nn.Module, version: Parent, name: str) -
 
 @dataclass(frozen=True)
 class LoadedVersion:
-    """PEFT's model of a version that is not trained. Of a classifier also its labels, in the order of the
+    """PEFT's model of a version that is only measured. For a classifier also its labels, in the order of the
     head's rows, and the head, [labels, hidden] in fp32."""
 
     model: Any
@@ -171,7 +170,7 @@ def _head(tensors: Mapping[str, torch.Tensor]) -> nn.Linear:
 
 
 def why_not_comparable(version: Parent, labels: Sequence[str]) -> str:
-    """Return why a version cannot be measured on the held-out rows of a run, or "" if it can.
+    """Return the reason why a version cannot be measured on the held-out rows of a run, or "" if it can.
 
     Args:
         labels: the run's own, of a classifier; none for text.
@@ -209,5 +208,5 @@ def _write_canonical(base: nn.Module, version: Parent, folder: Path) -> AdapterS
 
 
 def copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The tensors as they are now."""
+    """Return copies of the tensors as they are now."""
     return {name: one.detach().clone() for name, one in parameters.items()}

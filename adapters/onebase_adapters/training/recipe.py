@@ -1,4 +1,4 @@
-"""How an adapter is trained: every choice once, with its default, its help text and its limits.
+"""Define every setting of a training run once, with its default, its help text and its limits.
 
 The command line, the jobs of a server and a sweep all read this one table. A field that may be "auto" is
 decided by `resolve`, once the data is known; a trainer only takes resolved recipes.
@@ -29,12 +29,12 @@ Init = Literal["true", "gaussian", "false", "eva"]
 
 HIGHEST_RANK = 1024
 MODEL = "model"
-"""The field that names the adapter that training goes on from, of a job and in errors."""
+"""Field, of a job and in errors, that names the adapter to continue."""
 MOST_TEXTS = 32
-"""Metrics, and prompts that are answered during a run."""
+"""Largest number of metrics, and of prompts that are answered during a run."""
 NO_PARENT = "a classifier is trained from the base, with a head of its own: name no adapter to go on from"
 CLASS_METRICS = ("accuracy", "f1")
-"""What is measured of a classifier, on every held-out row: F1 is the mean of all labels' (macro)."""
+"""Metrics of a classifier, on every held-out row: F1 is the mean of all labels' (macro)."""
 
 _REFUSED_INITS = {
     **dict.fromkeys(
@@ -46,7 +46,7 @@ _REFUSED_INITS = {
 
 
 class RecipeError(ValueError):
-    """A setting that cannot be used. `field`: its name in the recipe, "" where several conflict."""
+    """A setting that cannot be used. `field`: its name in the recipe, "" if several conflict."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -62,7 +62,7 @@ def _setting(
     high: float | None = 1e9,
     above: float | None = None,
 ) -> Any:
-    """A field with its help text and limits: `low` and `high` are allowed, `above` is not."""
+    """Return a field with its help text and limits: `low` and `high` are allowed, `above` is not."""
     metadata = {"group": group, "help": text, "low": low, "high": high, "above": above}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -142,7 +142,7 @@ def _expected(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for an error message, cut to one line."""
+    """Format a value for an error message, cut to one line."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):
@@ -151,7 +151,7 @@ def shown(value: Any) -> str:
 
 
 def is_date(text: str) -> bool:
-    """Whether it is a day as in 2026-01-31."""
+    """Return True if it is a day as in 2026-01-31."""
     try:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
@@ -160,7 +160,7 @@ def is_date(text: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training run's settings, checked. Lengths are tokens, batch sizes rows."""
+    """Settings of one training run, checked. Lengths are tokens, batch sizes rows."""
 
     method: Method = _setting(
         "supervised",
@@ -289,25 +289,26 @@ class Recipe:
         _check_together(self)
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as `parse_recipe` takes them."""
+        """Return the settings as `parse_recipe` takes them."""
         plain = asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """The metrics that held-out rows are measured by, before and after."""
+        """Metrics that held-out rows are measured by, before and after."""
         return CLASS_METRICS if self.method == "classification" else self.metrics
 
 
 def recipe_fields() -> Iterator[tuple[Field[Any], Any]]:
-    """Each field of Recipe with its type, in the order of the help text."""
+    """Yield each field of Recipe with its type, in the order of the help text."""
     hints = get_type_hints(Recipe)
     for item in fields(Recipe):
         yield item, hints[item.name]
 
 
 def parse_recipe(settings: Mapping[str, Any]) -> Recipe:
-    """A recipe from JSON-like values; what is missing has its default. Raises RecipeError by field."""
+    """Return a recipe from JSON-like values; missing settings have their defaults. Raises RecipeError by
+    field."""
     known = dict(recipe_fields_by_name())
     for name in settings:
         if name not in known:
@@ -322,7 +323,8 @@ def recipe_fields_by_name() -> Iterator[tuple[str, Any]]:
 
 
 def resolve(recipe: Recipe, *, rows: int, held_out: int, base_limit: int) -> Recipe:
-    """Decide what is "auto", except for what depends on memory (`micro_tokens`, `gradient_checkpointing`).
+    """Decide all "auto" settings except those that depend on memory (`micro_tokens`,
+    `gradient_checkpointing`).
 
     Args:
         rows: of training data, after holding out.
@@ -350,7 +352,7 @@ def resolve(recipe: Recipe, *, rows: int, held_out: int, base_limit: int) -> Rec
 
 
 def step_count(recipe: Recipe, rows: int) -> int:
-    """Optimizer steps of a recipe whose epochs and batch size are decided."""
+    """Return the optimizer steps of a recipe whose epochs and batch size are decided."""
     if recipe.epochs == "auto" or recipe.batch_size == "auto":
         raise RecipeError("epochs", "epochs and batch_size must be decided first")
     steps = max(1, round(recipe.epochs * math.ceil(rows / recipe.batch_size)))
@@ -358,7 +360,7 @@ def step_count(recipe: Recipe, rows: int) -> int:
 
 
 def token_count(recipe: Recipe, rows: int, tokens: int) -> int:
-    """Tokens of all steps together, if all rows had the mean length. `tokens`: of all `rows`."""
+    """Return the tokens of all steps together, if all rows had the mean length. `tokens`: of all `rows`."""
     if recipe.epochs == "auto" or recipe.batch_size == "auto":
         raise RecipeError("epochs", "epochs and batch_size must be decided first")
     computed = min(recipe.epochs * rows, float(step_count(recipe, rows) * recipe.batch_size))
@@ -366,7 +368,7 @@ def token_count(recipe: Recipe, rows: int, tokens: int) -> int:
 
 
 def held_out_count(recipe: Recipe, rows: int) -> int:
-    """How many of `rows` are held out where no evaluation data are given."""
+    """Return the number of `rows` to hold out if no evaluation data are given."""
     if recipe.eval_split == "auto":
         return min(MOST_HELD_OUT, round(AUTO_EVAL_SPLIT * rows))
     return round(recipe.eval_split * rows)
@@ -386,7 +388,7 @@ def _listed(name: str, text: str) -> tuple[str, ...]:
 
 
 def decided(value: Value | Auto) -> Value:
-    """A setting of a resolved recipe. Raises ValueError: it was left open."""
+    """Return a setting of a resolved recipe. Raises ValueError if it is "auto"."""
     if value == "auto":
         raise ValueError("the recipe is not resolved")
     return value
@@ -446,7 +448,7 @@ def _check_together(recipe: Recipe) -> None:
 
 
 def _check_classification(recipe: Recipe) -> None:
-    """Refuse what is about replies: a classifier writes none. Raises RecipeError."""
+    """Raise RecipeError for settings of replies: a classifier writes none."""
     for name, used in (("metrics", recipe.metrics), ("sample_prompts", recipe.sample_prompts)):
         if used:
             raise RecipeError(
@@ -462,7 +464,7 @@ def _check_classification(recipe: Recipe) -> None:
 
 
 class Module(Protocol):
-    """One adapted module, as a proof's report or the files have it."""
+    """One adapted module, as a proof's report or the files describe it."""
 
     @property
     def name(self) -> str: ...
@@ -475,7 +477,7 @@ class Module(Protocol):
 
 
 def own_settings(modules: Iterable[Module], *, task: str, rslora: bool, label: str) -> dict[str, Any]:
-    """The settings of a recipe that an adapter's weights decide; `targets` are whole names of layers.
+    """Return the settings of a recipe that an adapter's weights decide; `targets` are whole names of layers.
 
     Raises RecipeError: it is of a kind that is not trained here.
     """
@@ -510,7 +512,7 @@ def own_settings(modules: Iterable[Module], *, task: str, rslora: bool, label: s
 
 
 def continued(given: Mapping[str, Any], own: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """The settings that are given, with those that the parent decides.
+    """Return the given settings, with those that the parent decides.
 
     Raises RecipeError for one that contradicts the parent.
     """

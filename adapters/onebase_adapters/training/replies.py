@@ -1,7 +1,7 @@
-"""Greedy replies in the middle of a run, by the engine that will serve the adapter: metrics and samples.
+"""Generate greedy replies during a run, with the engine that will serve the adapter: metrics and samples.
 
-A reply is the one that will be served, whatever was asked together with it: bit for bit on the CPU, up to
-rounding on CUDA. The model that is trained is not touched.
+A reply is the one that will be served, whatever other prompts are in its batch: bit for bit on the CPU, up to
+rounding on CUDA. The model that is trained is not changed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from onebase_engine.engine.scheduler import Limits
 from onebase_engine.lora.weights import AdapterWeights
 
 BATCH_TOKENS = 8192
-"""Keys and values held at once, in tokens: as many rows run together as this allows."""
+"""Largest number of tokens whose keys and values are in memory at once, which limits the sequences in a
+batch."""
 _MAX_ROWS = 64
 _STEP_TOKENS = 512
 """Prompt tokens computed in one pass."""
@@ -56,16 +57,16 @@ def generate_replies(
     wait: Callable[[], None] = lambda: None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[str]:
-    """The most probable reply to each prompt, token by token, without its end-of-turn token.
+    """Return the most probable reply to each prompt, token by token, without its end-of-turn token.
 
     Args:
-        base: as `load_base` or `attach` gives it.
+        base: as `load_base` or `attach` returns it.
         adapter: its tensors as they are now; None for the bare base.
         prompts: token ids each. An empty one, or one that fills the base's context, gets an empty reply.
         max_tokens: longest reply.
         on_progress: called with the part that is done, from 0 to 1.
         wait: called between layers, many times for each token; what it raises ends the generation.
-        batch_tokens: tokens of rows generated together, prompts and replies.
+        batch_tokens: tokens of sequences generated together, prompts and replies.
 
     Raises:
         UnsupportedBaseError: the base cannot be served with paged attention.
@@ -97,8 +98,9 @@ def score_choices(
     on_progress: Callable[[float], None],
     wait: Callable[[], None],
 ) -> list[list[float]]:
-    """The log-likelihood of each choice after each prompt, nats, [prompts][choices], by the bare base: what
-    `/v1/decide` adds up.
+    """Return the log-likelihood of each choice after each prompt by the bare base, nats, [prompts][choices].
+
+    These are the sums of `/v1/decide`.
 
     Args:
         prompts, choices: token ids each. wait, on_progress: as in `generate_replies`.
@@ -133,14 +135,15 @@ def score_choices(
 
 
 def stop_ids(base: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a reply: those of the base's generation config, of its config and of the tokenizer."""
+    """Return the tokens that end a reply: those of the base's generation config, its config and the
+    tokenizer."""
     own = getattr(tokenizer, "eos_token_id", None)
     return eos_ids(base) | (frozenset() if own is None else {own})
 
 
 @dataclass(eq=False)
 class _Row:
-    """ids: the prompt. most: tokens of the longest reply."""
+    """A sequence. ids: the prompt. most: tokens of the longest reply."""
 
     id: str
     ids: list[int]
@@ -159,7 +162,8 @@ def _run(
     on_progress: Callable[[float], None] | None,
     total: int,
 ) -> None:
-    """Generate the replies. A row is submitted once its longest reply has room: none is computed twice."""
+    """Generate the replies. A sequence is submitted once its longest reply has room: none is computed
+    twice."""
     waiting, live = deque(asked), dict[str, _Row]()
     room = engine.pool.capacity
     while waiting or live:
@@ -191,7 +195,7 @@ def _take(row: _Row, output: RowOutput) -> None:
 def _engine(
     base: nn.Module, longest: int, blocks: int, stops: frozenset[int], wait: Callable[[], None]
 ) -> Engine:
-    """`blocks` of keys and values, and at least the `longest` row's."""
+    """Return an engine with `blocks` of keys and values, and at least those of the `longest` sequence."""
     try:
         model = _GatedModel(base, wait)
     except UnsupportedBaseError as error:
@@ -211,7 +215,8 @@ def _engine(
 
 
 class _PassError(BaseException):
-    """Carries what a pass raised through the engine, which would end the pass's rows for it and go on."""
+    """Carries an exception of a pass through the engine, which would otherwise fail its sequences and
+    continue."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__()
@@ -219,7 +224,8 @@ class _PassError(BaseException):
 
 
 class _GatedModel(ServedModel):
-    """Calls `wait` between layers. What it raises, or the pass itself, is not a matter of the pass's rows."""
+    """Calls `wait` between layers. What it raises, or the pass itself, does not concern the pass's
+    sequences."""
 
     def __init__(self, base: nn.Module, wait: Callable[[], None]) -> None:
         super().__init__(base, slots=1)
@@ -247,8 +253,10 @@ BASE_METRICS, PARENT_METRICS = "base_metrics.json", "parent_metrics.json"
 
 @dataclass(frozen=True)
 class Replies:
-    """One subject's metrics, and its replies to the held-out prompts, in their order: of a classifier the
-    labels, with the loss of each row in nats. how: what gave the labels."""
+    """One subject's metrics, and its replies to the held-out prompts, in their order.
+
+    For a classifier the replies are labels, with the loss of each row in nats. how: the source of the labels.
+    """
 
     metrics: dict[str, float] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
@@ -257,7 +265,7 @@ class Replies:
 
 
 class Measuring:
-    """Replies of the adapter as it is now, and of the base. Does nothing where the recipe asks for none."""
+    """Replies of the adapter as it is now, and of the base. Does nothing if the recipe needs none."""
 
     def __init__(
         self,
@@ -280,15 +288,15 @@ class Measuring:
 
     @property
     def prompts(self) -> Sequence[Question]:
-        """The held-out rows that replies are generated for; none without metrics."""
+        """Held-out rows that replies are generated for; none without metrics."""
         return self._prompts if self._recipe.metrics else ()
 
     def base(self) -> Replies:
-        """The base's; measured once in a run, however often it is resumed."""
+        """Return the base's replies; measured once in a run, however often it is resumed."""
         return self._once("base", self._folder / BASE_METRICS)
 
     def parent(self) -> Replies:
-        """Those of the adapter that training goes on from, if there is one; measured once, as the base's."""
+        """Return the replies of the parent adapter, if there is one; measured once, as the base's."""
         if not self._trainable.has_parent:
             return Replies()
         with self._trainable.at_start():
@@ -306,7 +314,7 @@ class Measuring:
         return found
 
     def adapter(self) -> Replies:
-        """The adapter's, as it is now."""
+        """Return the replies of the adapter as it is now."""
         return self._measure("adapter")
 
     def active(self) -> Replies:
@@ -314,7 +322,7 @@ class Measuring:
         return self._measure("active")
 
     def sample(self, step: int) -> None:
-        """Answer the recipe's prompts; at step 0 the base does."""
+        """Answer the recipe's prompts; at step 0 with the base."""
         if not self._samples:
             return
         replies = self._replies(self._samples, "samples", bare=not step)
@@ -348,7 +356,7 @@ class Measuring:
 
 
 def as_chat(tokenizer: Any, text: str) -> list[int]:
-    """A user's message as the base's chat template renders it; as it is, if the base has none."""
+    """Return a user's message as the base's chat template renders it; as it is, if the base has none."""
     if not tokenizer.chat_template:
         return list(tokenizer(text)["input_ids"])
     return ChatTokenizer(tokenizer).encode_messages([{"role": "user", "content": text}])

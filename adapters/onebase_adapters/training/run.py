@@ -1,6 +1,6 @@
-"""One training run from its files to a finished adapter: the command line and a server's jobs both do it.
+"""Train from files to a finished adapter, for the command line and for a server's jobs.
 
-A `Job` is what is asked for. `prepare` reads its data and makes a `Plan`: a recipe with every "auto" decided,
+A `Job` is the request. `prepare` reads its data and makes a `Plan`: a recipe with every "auto" decided,
 which fits into memory. A `PlannedRun` trains, and writes the adapter.
 """
 
@@ -91,13 +91,13 @@ _MEMORY = ("micro_tokens", "gradient_checkpointing")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to train, on what, and where to.
+    """Request of a training run: its data, its recipe, its base and its folder.
 
-    train, held_out: files or Hub data sets; without `held_out` the recipe's split is held out. names: what
-    the two are called, where their paths do not say it. folder: the run's own; a run that is in it continues.
-    base_repo: the base's name on the Hub, None if it has none. memory_limit: bytes that the process may
-    take. base_resident: the base is another process's. save_dtype: of the tensors in the adapter's file.
-    parent: the adapter that training goes on from; the recipe has its settings (`parent.continued`).
+    train, held_out: files or Hub data sets; without `held_out` the recipe's split is held out. names: names
+    of the two, if their paths do not have them. folder: the run's own; a run that is in it continues.
+    base_repo: the base's name on the Hub, None if it has none. memory_limit: bytes that the process may take.
+    base_resident: the base is another process's. save_dtype: of the tensors in the adapter's file.
+    parent: the adapter that training continues; the recipe has its settings (`parent.continued`).
     """
 
     name: str
@@ -126,11 +126,11 @@ class DoesNotFitError(Exception):
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenized rows, without `prompts` where they are trained on. `held_out` is None if nothing is held out.
-    Names are for people.
+    """Tokenized rows, without `prompts` for training rows. `held_out` is None if nothing is held out. Names
+    are for people.
 
     given: rows of a file of held-out data; 0 if there was none. key: of the rows in the job's folder; None if
-    they cannot be kept there. kept: whether they are mapped from there.
+    they cannot be stored there. kept: whether they are mapped from there.
     """
 
     train: Dataset
@@ -169,8 +169,8 @@ def train(
     """Train an adapter; leaves `adapter/`, `report.json` and `events.jsonl` in the job's folder.
 
     Args:
-        load: gives the base; it is called once the data is checked.
-        find_active: gives the version that the adapter is compared with; for a run of one process.
+        load: returns the base; it is called once the data is checked.
+        find_active: returns the version that the adapter is compared with; for a run of one process.
 
     Raises:
         UnsupportedBaseError: the base cannot be trained, besides what `load` raises.
@@ -178,7 +178,7 @@ def train(
         DoesNotFitError: too little memory; nothing was started.
         TrainingDivergedError: a loss was not finite.
         CheckpointError: the folder holds another run, or a damaged one.
-        Interrupted: as the gate says; after a pause the same call continues the run.
+        Interrupted: by the gate; after a pause the same call continues the run.
         BaseChangedError: something wrote to the base. OSError: the disk is full, for instance.
     """
     processes = processes or ProcessGroup()
@@ -218,15 +218,15 @@ def prepare(
     rate: float | None,
     reread: bool = False,
 ) -> Plan:
-    """Check the files and decide everything that is "auto"; it is kept in the job's folder for the run.
+    """Check the files and decide every "auto" setting; the plan is stored in the job's folder for the run.
 
-    The first call in a folder reads the files and says what is in them (DataChecked). It keeps their rows,
-    which later calls map: nothing is read, tokenized or reported twice. Needs the base's folder, but nothing
-    of it in memory. Raises as `train`.
+    The first call in a folder reads the files and reports on them (DataChecked). It stores their rows,
+    which later calls map: nothing is read, tokenized or reported twice. It needs the base's folder, but no
+    base in memory. Raises as `train`.
 
     Args:
         config: the base's, from transformers. rate: FLOP/s of the machine, if known. reread: read the files
-            whatever was kept: a check that was killed may not have reported them.
+            even if rows are stored: a check that was killed may not have reported them.
     """
     processes = processes or ProcessGroup()
     tokenizer = load_tokenizer(job.base)
@@ -372,7 +372,7 @@ class PlannedRun:
         return report
 
     def _base_scores(self) -> Scores:
-        """What the base, which has no head, makes of the held-out rows."""
+        """Return the scores of the base, which has no head, on the held-out rows."""
         losses, metrics = self._before.losses, self._before.metrics
         return Scores.known(sum(losses) / len(losses), {"accuracy": metrics["accuracy"]})
 
@@ -383,8 +383,8 @@ class PlannedRun:
         return class_report(self._trainable.labels, rows, self._before, after)
 
     def _slices(self, after: Replies, active: _Active | None) -> dict[str, Any] | None:
-        """Return what has changed in each slice of the held-out rows, against what training began with, and
-        against the active version if that was measured."""
+        """Return the changes in each slice of the held-out rows, against the start of training, and against
+        the active version if that was measured."""
         held_out = self._plan.data.held_out
         rows = {} if held_out is None else {name: len(part) for name, part in by_slice(held_out).items()}
         if not rows:
@@ -409,7 +409,7 @@ class PlannedRun:
 
         Args:
             replies: of the subject; for labels they have the losses.
-            at_start: of what training began with, instead of the adapter as it is now.
+            at_start: of the start of training, instead of the adapter as it is now.
         """
         if self._trainable.labels:
             return mean_by_slice(self._measuring.prompts, replies.losses)
@@ -437,7 +437,7 @@ class PlannedRun:
         return active
 
     def _active(self, found: ActiveVersion) -> _Active:
-        """Measure the version, or say why that cannot be done. Raises what loading and computing raise."""
+        """Measure the version, or return the problem. Raises what loading and computing raise."""
         active, parent, held_out = _Active(found.digest), self._job.parent, self._plan.data.held_out
         if held_out is None:
             return replace(active, problem="nothing is held out")
@@ -479,18 +479,18 @@ class PlannedRun:
         return replace(active, loss=scores.loss, replies=replies, slices=slices)
 
     def _export(self, folder: Path) -> None:
-        """The adapter as it is now, for those who serve a checkpoint."""
+        """Write the adapter as it is now, for servers of a checkpoint."""
         base, commit = self._base_as_named()
         save_peft(self._trainable.model, folder, base=base, commit=commit)
 
     def _base_as_named(self) -> tuple[str, str | None]:
-        """What an adapter's config says of its base: the name, and the commit on the Hub."""
+        """Return the base's name for an adapter's config, and the commit on the Hub."""
         job = self._job
         return job.base_repo or job.base_name, job.base_commit if job.base_repo else None
 
     def _better_than(self, after: dict[str, float], active: _Active | None) -> dict[str, bool | None]:
-        """Return whether it is better than the base, than its parent if it has one, and than the active
-        version if there is one; None where that was not measured."""
+        """Return whether the adapter is better than the base, than its parent and than the active version, if
+        these exist; None for one that was not measured."""
         state = self._trainer.state
         subjects = {"base": (state.base_loss, self._before.metrics)}
         if self._job.parent is not None:
@@ -528,7 +528,7 @@ class PlannedRun:
 class _Active:
     """The version that was active when training ended, on the held-out rows.
 
-    problem: why it was not measured. is_parent: it is the one that training went on from.
+    problem: reason why it was not measured. is_parent: training continued from it.
     """
 
     digest: str
@@ -540,7 +540,7 @@ class _Active:
 
 
 def _problem_of(error: Exception, label: str) -> str:
-    """Return why a version could not be measured; the log has more of an error that is not expected."""
+    """Return the reason why a version could not be measured; the log has details of an unexpected error."""
     if is_out_of_memory(error):
         return "memory is short"
     if isinstance(error, AdapterFormatError | OSError | TrainingDivergedError | UnsupportedBaseError):
@@ -550,7 +550,7 @@ def _problem_of(error: Exception, label: str) -> str:
 
 
 def _eva_batches(recipe: Recipe, data: Dataset) -> list[MicroBatch]:
-    """The rows that EVA reads: the same when a run is resumed, even with other `micro_tokens`."""
+    """Return the rows that EVA reads: the same when a run is resumed, even with other `micro_tokens`."""
     if recipe.init != "eva":
         return []
     numbers = range(min(len(data), _EVA_ROWS))
@@ -577,7 +577,7 @@ def _data_lines(data: Data) -> list[DataLine]:
 
 @contextmanager
 def _recorded(folder: Path, listen: Listen, processes: ProcessGroup) -> Iterator[Listen]:
-    """A listener that also writes events to `events.jsonl`, except those that only move a bar.
+    """Yield a listener that also writes events to `events.jsonl`, except those that only move a bar.
 
     A run that is refused because the folder is another run's leaves no events there.
     """
@@ -622,11 +622,11 @@ def load_tokenizer(base: BaseSettings) -> Any:
 def read_data(
     job: Job, tokenizer: Any, on_progress: Callable[[float], None], *, reread: bool = False
 ) -> Data:
-    """Both files of a job, or one of which a part is held out; as `keep_rows` kept them, if it did.
+    """Read both files of a job, or one of which a part is held out, or map the rows that `keep_rows` stored.
 
     Args:
-        on_progress: gets the part that is read, from 0 to 1. What it raises ends the reading.
-        reread: read the files whatever was kept.
+        on_progress: called with the part that is read, from 0 to 1. What it raises ends the reading.
+        reread: read the files even if rows are stored.
 
     Raises:
         DataError: a file has bad lines.
@@ -647,7 +647,7 @@ _TRAIN, _HELD_OUT = "train", "held_out"
 
 
 def _kept_data(job: Job, key: str | None, tokenizer: Any) -> Data | None:
-    """What `keep_rows` kept under this key, if it did."""
+    """Return the rows that `keep_rows` stored under this key, or None."""
     rows = None if key is None else map_rows(job.folder / _ROWS, key, reply_decoder(tokenizer))
     return None if rows is None else _data(job, rows, key, kept=True)
 
@@ -663,7 +663,7 @@ def _data(job: Job, rows: Mapping[str, Dataset], key: str | None, *, kept: bool)
 def _read_rows(
     job: Job, tokenizer: Any, files: Sequence[Sequence[Path]], on_progress: Callable[[float], None]
 ) -> dict[str, Dataset]:
-    """The rows to train on, and those held out, if there are any."""
+    """Return the rows to train on, and the held-out ones, if there are any."""
     recipe, (name, held_out_name) = job.recipe, job.names
     load = partial(load_dataset, tokenizer=tokenizer, recipe=recipe)
     part = 1 / len(files)
@@ -689,7 +689,7 @@ def _read_rows(
 def keep_rows(job: Job, data: Data) -> bool:
     """Write rows into the job's folder, where `read_data` finds them. Returns whether they are there.
 
-    A run can do without: one that is out of disk space says so when it writes what it needs.
+    A run can do without; a full disk is reported when it writes what it needs.
     """
     if data.key is None:
         return False
@@ -702,13 +702,14 @@ def keep_rows(job: Job, data: Data) -> bool:
 
 
 def _rows_key(job: Job, files: Sequence[Sequence[Path]]) -> str | None:
-    """As in Data. All of the recipe counts but its memory settings, which may change when a run continues."""
+    """Return the key in Data, over all of the recipe but its memory settings, which a continued run may
+    change."""
     settings = {name: value for name, value in job.recipe.to_json().items() if name not in _MEMORY}
     return rows_key(settings, job.base.folder, files)
 
 
 def make_plan(job: Job, data: Data, config: Any, rate: float | None = None) -> Plan:
-    """Decide what is "auto", or read what was decided when the run in the job's folder began to compute.
+    """Decide all "auto" settings, or read those decided when the run in the job's folder began to compute.
 
     Args:
         config: the base's, from transformers. rate: FLOP/s of the machine, if known.
@@ -743,7 +744,8 @@ def make_plan(job: Job, data: Data, config: Any, rate: float | None = None) -> P
 
 
 def _of_parent(recipe: Recipe, job: Job, config: Any) -> Recipe:
-    """The recipe, which must agree with the job's parent; with short names of layers if they mean the same.
+    """Return the recipe, which must agree with the job's parent, with short names of layers if they are
+    equivalent.
 
     Raises RecipeError.
     """
@@ -774,20 +776,20 @@ def _estimate(job: Job, recipe: Recipe, data: Data, config: Any, rate: float | N
 
 
 def _memory_for_run(job: Job) -> int | None:
-    """Bytes that the run itself may take: the parent's weights are kept, and exchanged for the run's own."""
+    """Return the bytes that the run itself may take, less two copies of the parent's weights."""
     if job.memory_limit is None or job.parent is None:
         return job.memory_limit
     return max(0, job.memory_limit - 2 * job.parent.weights.stat().st_size)
 
 
 def resolved(recipe: Recipe, data: Data, config: Any) -> Recipe:
-    """The recipe with all decided except what depends on memory. `config`: the base's."""
+    """Return the recipe with all decided except what depends on memory. `config`: the base's."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
     return resolve(recipe, rows=len(data.train), held_out=data.given, base_limit=limit)
 
 
 def identity_of(job: Job, data: Data) -> str:
-    """SHA-256 of recipe, data and base, by which a folder knows its run."""
+    """Return the SHA-256 of recipe, data and base, by which a folder recognizes its run."""
     settings = {"quantization": job.base.quantization, "dtype": str(job.base.dtype)}
     held_out = data.held_out.digest if data.held_out is not None else ""
     # Only what was asked for: a setting that a later release adds must not make it another run.
@@ -805,7 +807,7 @@ def identity_of(job: Job, data: Data) -> str:
 
 
 def _read(job: Job, identity: str) -> Recipe | None:
-    """What was decided when the run in the folder began, with the memory settings that are asked for now."""
+    """Return the recipe decided when the run in the folder began, with the memory settings of this job."""
     path = job.folder / _PLAN
     if not path.exists():
         return None
@@ -820,9 +822,10 @@ def _read(job: Job, identity: str) -> Recipe | None:
 
 
 def with_template_date(job: Job, tokenizer: Any) -> Job:
-    """The job with the day on which the run in its folder began; as it is, if the template prints none.
+    """Return the job with the day on which the run in its folder began; unchanged if the template prints
+    none.
 
-    A chat template that asks for today's date, as Llama 3.2's does, would write other rows after midnight.
+    A chat template that prints today's date, as Llama 3.2's does, would write other rows after midnight.
     The day is today, until `keep_template_date`. Raises CheckpointError, OSError.
     """
     if job.recipe.template_date != "auto" or not asks_for_date(tokenizer):
@@ -840,7 +843,7 @@ def with_template_date(job: Job, tokenizer: Any) -> Job:
 
 
 def keep_template_date(job: Job) -> None:
-    """Keep the day on which the run begins: it continues with this date on another day. Raises OSError."""
+    """Store the day on which the run begins; it continues with this date on another day. Raises OSError."""
     path = job.folder / _DATE
     if job.recipe.template_date != "auto" and not path.exists():
         job.folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""What a run changes in each slice of its held-out rows: a field of the rows says which slice a row is of.
+"""Compare a run's result in each slice of its held-out rows; a field of the rows names their slice.
 
-Measured by the recipe's `best_by`, on what training went on from (the base, or an adapter), on the version
+The measure is the recipe's `best_by`, on the start of training (the base, or an adapter), on the version
 that was active when training ended, if there is one, and on the result.
 """
 
@@ -16,17 +16,18 @@ from onebase_adapters.training.metrics import is_decided, macro_f1, score
 from onebase_adapters.training.recipe import Recipe
 
 MOST_SLICES = 100
-"""In a report: those that got worse most, then the largest. All of them count for `max_regression`."""
+"""Largest number of slices in a report: the worst regressions, then the largest slices. All of them count for
+`max_regression`."""
 MOST_CHANGED = 20
 _LONGEST = 500
-"""Characters of a text in a report."""
+"""Largest number of characters of a text in a report."""
 LOSS, ACCURACY, F1 = "loss", "accuracy", "f1"
 ACTIVE = "active"
-"""The subject that the result would replace."""
+"""Subject that the result would replace."""
 
 
 class Question(Protocol):
-    """A held-out row that subjects are measured on. reference: what would be right."""
+    """A held-out row that subjects are measured on. reference: the right answer."""
 
     @property
     def reference(self) -> str: ...
@@ -46,7 +47,7 @@ class Measured:
 
 
 def by_slice(data: Dataset) -> dict[str, Dataset]:
-    """The rows of each slice, by its name; rows of none are left out."""
+    """Return the rows of each slice, by its name; rows without one are left out."""
     rows: dict[str, list[Any]] = {}
     for row in data.rows:
         if row.slice:
@@ -55,7 +56,7 @@ def by_slice(data: Dataset) -> dict[str, Dataset]:
 
 
 def mean_by_slice(rows: Sequence[Question], values: Sequence[float]) -> dict[str, float]:
-    """The mean of the rows' values in each slice; none of rows without values."""
+    """Return the mean of the rows' values in each slice; rows without values are left out."""
     parts: dict[str, list[float]] = {}
     for row, value in zip(rows, values, strict=False):
         if row.slice:
@@ -70,12 +71,12 @@ def slice_report(
     subjects: Mapping[str, Measured],
     after: Measured,
 ) -> dict[str, Any]:
-    """The slices, which of them got worse, and rows whose replies were right and are wrong, as JSON.
+    """Return the slices, those that got worse, and rows whose replies were right and are wrong, as JSON.
 
     Args:
         rows: held-out rows of each slice. prompts: those that replies were generated for; none without
-            metrics. subjects: what the result is compared with: "base" or "parent" first, then "active" if
-            that was measured.
+            metrics. subjects: those that the result is compared with: "base" or "parent" first, then
+            "active" if that was measured.
     """
     scores = {name: _Scores.of(recipe, prompts, one.replies) for name, one in subjects.items()}
     new = _Scores.of(recipe, prompts, after.replies)
@@ -105,7 +106,7 @@ def _score(name: str, reply: str, reference: str) -> float:
 
 @dataclass(frozen=True)
 class _Scores:
-    """of_row: each metric's score of each prompt. of_slice: their means, by slice."""
+    """Scores of one subject. of_row: each metric's score of each prompt. of_slice: their means, by slice."""
 
     of_row: dict[str, list[float]]
     of_slice: dict[str, dict[str, float]]
@@ -142,13 +143,13 @@ class _Figures:
     metrics: Mapping[str, Mapping[str, float]]
 
     def by(self, recipe: Recipe, name: str) -> float | None:
-        """Return what the recipe decides by, of one slice; None if it was not measured."""
+        """Return the value of one slice that the recipe decides by; None if it was not measured."""
         if recipe.best_by == LOSS:
             return self.losses.get(name)
         return self.metrics.get(name, {}).get(recipe.best_by)
 
     def worse_than(self, other: _Figures, recipe: Recipe, name: str) -> float:
-        """Return by how much it is worse than another subject on a slice; 0.0 if one was not measured."""
+        """Return how much worse it is than another subject on a slice; 0.0 if one was not measured."""
         own, value = self.by(recipe, name), other.by(recipe, name)
         if own is None or value is None:
             return 0.0
@@ -190,9 +191,9 @@ def _changed(
     measured: tuple[Measured, Measured],
     scores: Sequence[_Scores],
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """Rows whose reply was right and is wrong, by the metric that says so and the prompt's number.
+    """Return rows whose reply was right and is wrong, by the deciding metric and the prompt's number.
 
-    against: who was right.
+    against: the subject that was right.
     """
     found = {}
     decided = [name for name in recipe.measured if name == ACCURACY or (name != F1 and is_decided(name))]

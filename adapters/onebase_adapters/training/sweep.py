@@ -1,9 +1,9 @@
 """Many small runs in turn on one loaded base, to find rank, targets and learning rate for a task.
 
-All runs share the tokenized data. They go by successive halving (Jamieson and Talwalkar 2016): each trains
+All runs share the tokenized data. They follow successive halving (Jamieson and Talwalkar 2016): each trains
 for a quarter of the steps, the better half continues to a half of them, and the better half of those to the
-end. They are compared by held-out loss after equally many steps of the same schedule. What was computed is in
-the sweep's folder: the same call again continues it, and a larger grid adds runs to those that are there.
+end. They are compared by held-out loss after equally many steps of the same schedule. Results are stored in
+the sweep's folder: the same call again continues it, and a larger grid adds runs to the existing ones.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Status = Literal["waiting", "paused", "stopped", "finished", "failed"]
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried: every combination. alpha: "auto" is twice the rank. targets: as in a recipe, each."""
+    """Values to try, in every combination. alpha: "auto" is twice the rank. targets: as in a recipe, each."""
 
     r: tuple[int, ...] = (8, 16, 32, 64)
     alpha: tuple[float | Auto, ...] = ("auto",)
@@ -65,7 +65,7 @@ class Grid:
     learning_rate: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
 
     def recipes(self, recipe: Recipe) -> Iterator[Recipe]:
-        """One for each combination, each once. Raises RecipeError."""
+        """Yield one recipe for each combination, each once. Raises RecipeError."""
         seen = set()
         for targets, rate, rank, alpha in itertools.product(
             self.targets, self.learning_rate, self.r, self.alpha
@@ -82,7 +82,7 @@ class Trial:
     """One run of a sweep.
 
     curve: (step, seconds of training, held-out loss), step 0 is the base. loss: the best of its adapter.
-    reason: why it failed. diverged: it would diverge again; a run that lacked memory is tried again.
+    reason: of its failure. diverged: it would diverge again; a run that lacked memory is tried again.
     """
 
     name: str
@@ -109,17 +109,18 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """The time of training, without evaluations."""
+        """Time of training, in seconds, without evaluations."""
         return self.curve[-1][1] if self.curve else 0.0
 
     def loss_at(self, step: int) -> float:
-        """The loss at the last evaluation up to `step`; infinite if there is none, or if the run failed."""
+        """Return the loss at the last evaluation up to `step`; infinite if there is none, or if the run
+        failed."""
         losses = [loss for at, _, loss in self.curve if 0 < at <= step]
         return losses[-1] if losses and self.status != "failed" else math.inf
 
 
 def name_of(recipe: Recipe) -> str:
-    """The name of a run, by what differs between runs; its folder has it too."""
+    """Return the name of a run, from the settings that differ between runs; it is also that of its folder."""
     targets = re.sub(r"[^\w.-]", "_", "+".join(recipe.targets))
     if len(targets) > 60:
         targets = f"{targets[:40]}-{hashlib.sha256(targets.encode()).hexdigest()[:8]}"
@@ -132,7 +133,7 @@ Listen = Callable[[Trial, events.Event], None]
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All runs, best first: finished ones, then by how far they came and by loss."""
+    """All runs, best first: finished ones, then by the steps they reached and by loss."""
 
     trials: list[Trial]
     base_loss: float
@@ -141,12 +142,12 @@ class SweepResult:
 
     @property
     def best(self) -> Trial | None:
-        """The finished run with the lowest held-out loss."""
+        """Finished run with the lowest held-out loss, or None."""
         first = self.trials[0] if self.trials else None
         return first if first is not None and first.status == "finished" else None
 
     def adapter(self, trial: Trial) -> Path:
-        """The PEFT folder of a finished run."""
+        """Return the PEFT folder of a finished run."""
         return self.folder / trial.name / "adapter"
 
 
@@ -160,18 +161,18 @@ def sweep(
     survivors: float = 0.5,
     report: Callable[[str], None] = lambda message: None,
 ) -> SweepResult:
-    """Run what the grid says on one base, in `job.folder`; each run has its own folder there.
+    """Train the grid's runs on one base, in `job.folder`; each run has its own folder there.
 
     Args:
-        load: gives the base; it is called once the data is read.
-        job: as for `train`; its recipe has what is the same in all runs.
+        load: returns the base; it is called once the data is read.
+        job: as for `train`; its recipe has the settings that are the same in all runs.
         survivors: part of the runs that continues at each rung; 1 runs all to the end.
-        report: gets a line at each rung.
+        report: called with a line at each rung.
 
     Raises:
         DataError: a file has bad lines. CheckpointError: the folder holds another sweep.
         RecipeError: a setting cannot be used on this base, or nothing is held out.
-        Interrupted: as the gate says; the same call continues the sweep.
+        Interrupted: by the gate; the same call continues the sweep.
     """
     tokenizer = load_tokenizer(job.base)
     job = with_template_date(job, tokenizer)
@@ -201,21 +202,21 @@ def sweep(
 
 
 def _better(trials: Sequence[Trial], rung: int, survivors: float) -> list[str]:
-    """The names of the runs that continue, in their order; none that failed."""
+    """Return the names of the runs that continue, in their order; none that failed."""
     order = sorted((t for t in trials if t.status != "failed"), key=lambda trial: trial.loss_at(rung))
     chosen = order[: max(1, math.ceil(len(trials) * survivors))]
     return [trial.name for trial in trials if trial in chosen]
 
 
 def _rank(trial: Trial) -> tuple[bool, bool, int, float]:
-    """Finished runs are first, then those that came furthest."""
+    """Return a key that sorts finished runs first, then those that reached most steps."""
     finished = trial.status == "finished"
     loss = math.inf if trial.loss is None else trial.loss
     return not finished, trial.status == "failed", 0 if finished else -trial.step, loss
 
 
 class _Sweep:
-    """The runs of one sweep, on one base and one set of rows. The folder's file says how far each is."""
+    """Runs of one sweep, on one base and one set of rows. The folder's file records the progress of each."""
 
     def __init__(self, base: Any, job: Job, data: Data, listen: Listen, gate: Gate) -> None:
         self._base, self._job, self._data = base, job, data
@@ -233,14 +234,14 @@ class _Sweep:
         return next((curve[0][2] for curve in curves if curve and curve[0][0] == 0), math.nan)
 
     def rungs(self, runs: int, survivors: float) -> list[int]:
-        """Steps at which runs are evaluated and compared; the last is the end."""
+        """Return the steps at which runs are evaluated and compared; the last is the end."""
         every = self._every
         parts = RUNGS if runs > 1 and survivors < 1 else ()
         rungs = {every * max(1, round(part * self.steps / every)) for part in parts}
         return [*sorted(rung for rung in rungs if rung < self.steps), self.steps]
 
     def open(self, recipes: Mapping[str, Recipe]) -> None:
-        """Read the runs that are there and add those that are new. Raises CheckpointError."""
+        """Read the existing runs and add the new ones. Raises CheckpointError."""
         path = self._job.folder / _FILE
         if path.exists():
             self._read(path)
@@ -273,7 +274,7 @@ class _Sweep:
         write_atomically(self._job.folder / _FILE, json.dumps(held, indent=1))
 
     def stop(self, names: Sequence[str]) -> None:
-        """Mark the losers; one that finished under another grid stays finished."""
+        """Mark the losers; a run that finished under another grid stays finished."""
         for trial in (self.trials[name] for name in names):
             if trial.status not in ("finished", "failed"):
                 trial.status = "stopped"
@@ -281,11 +282,12 @@ class _Sweep:
         self._write()
 
     def _remove_checkpoints(self, trial: Trial) -> None:
-        """Only a run that continues needs them, and they take several times the adapter's size."""
+        """Remove a run's checkpoints, which only a continuing run needs; they take several times the
+        adapter's size."""
         shutil.rmtree(self._job.folder / trial.name / "checkpoints", ignore_errors=True)
 
     def advance(self, trial: Trial, recipe: Recipe, rung: int) -> None:
-        """Train one run up to a step; nothing if it is there already. Raises as `sweep`."""
+        """Train one run up to a step; nothing if it has reached it already. Raises as `sweep`."""
         if trial.status in ("finished", "failed") or (rung < self.steps and trial.step >= rung):
             return
         try:
@@ -315,14 +317,14 @@ class _Sweep:
         self._remove_checkpoints(trial)
 
     def _share_base_metrics(self, folder: Path) -> None:
-        """The base answers the same prompts in all runs: once is enough."""
+        """Copy the base's metrics from another run: the base answers the same prompts in all runs."""
         held = next(self._job.folder.glob(f"*/{BASE_METRICS}"), None)
         if held is not None and not (folder / BASE_METRICS).exists():
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(held, folder / BASE_METRICS)
 
     def _recorder(self, trial: Trial) -> Callable[[events.Event], None]:
-        """A listener that keeps the run's curve."""
+        """Return a listener that records the run's curve."""
         seconds, before = 0.0, 0.0
 
         def record(event: events.Event) -> None:

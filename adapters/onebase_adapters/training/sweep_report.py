@@ -1,4 +1,4 @@
-"""What a sweep has found: a table, a plot and advice for people, CSV and JSON for programs."""
+"""Report a sweep's results: a table, a plot and advice for people, CSV and JSON for programs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from onebase_adapters.training.sweep import SweepResult, Trial
 
 TABLE, RESULTS, PLOT = "results.csv", "results.json", "sweep.svg"
 _NEAR = 1.01
-"""A loss is as good as the best one up to this factor."""
+"""Factor up to which a loss is as good as the best one."""
 _COLOURS = ("#3b6fb6", "#d9822b", "#3f9b6d", "#b8487f", "#7a5bb5", "#8a7a2f", "#4aa3b8", "#777777")
-"""Distinct also for colour-blind people (after Okabe and Ito)."""
+"""Colours that are distinct also for colour-blind people (after Okabe and Ito)."""
 _INK, _SOFT, _GRID = "#222831", "#6b7480", "#e6e9ee"
 _SVG, _POINT = "http://www.w3.org/2000/svg", "run-"
 _COLUMNS = ("r", "alpha", "targets", "rate", "MB", "loss", "steps", "time")
@@ -76,7 +76,7 @@ def _row(trial: Trial) -> dict[str, Any]:
 
 
 def render(result: SweepResult, console: Console) -> None:
-    """Print the runs, best first, and what to take; through a pipe columns are separated by tabs."""
+    """Print the runs, best first, and the advice; through a pipe columns are separated by tabs."""
     if console.is_terminal:
         console.print(Group(_table(result), Text()))
     else:
@@ -105,7 +105,7 @@ def _table(result: SweepResult) -> Table:
 
 
 def _cells(result: SweepResult, trial: Trial) -> list[str]:
-    """What stands in _COLUMNS, and what became of the run."""
+    """Return the cells of _COLUMNS, and the run's state."""
     return [
         str(trial.r),
         f"{trial.alpha:g}",
@@ -120,7 +120,7 @@ def _cells(result: SweepResult, trial: Trial) -> list[str]:
 
 
 def advice(result: SweepResult) -> list[str]:
-    """Which run to take, a smaller one that is as good, and what failed."""
+    """Return sentences on the best run, a smaller one that is as good, and failed runs."""
     best = result.best
     lines = []
     if best is None or best.loss is None:
@@ -142,7 +142,7 @@ def advice(result: SweepResult) -> list[str]:
 
 
 def _edges(result: SweepResult, best: Trial) -> list[str]:
-    """Where the best run is at an end of what was tried, there may be a better one beyond."""
+    """Return advice to try values beyond the end of a range, if the best run is at that end."""
     lines = []
     for name, label in (("learning_rate", "learning rate"), ("r", "rank")):
         values = sorted({getattr(trial, name) for trial in result.trials})
@@ -154,14 +154,14 @@ def _edges(result: SweepResult, best: Trial) -> list[str]:
 
 
 def seconds(value: float) -> str:
-    """A duration, short: 41 s, 12 min, 3.4 h."""
+    """Format a duration: 41 s, 12 min, 3.4 h."""
     if value < 100:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 6000 else f"{value / 3600:.1f} h"
 
 
 def plot(result: SweepResult) -> str:
-    """Held-out loss against parameters, and against time of training; an SVG document.
+    """Plot held-out loss against parameters, and against time of training; returns an SVG document.
 
     Pointing at a run shows its name.
     """
@@ -206,13 +206,13 @@ def _series(trial: Trial) -> str:
 
 
 def _colours(trials: Sequence[Trial]) -> dict[str, str]:
-    """By targets and learning rate; the ranks are along the x axis."""
+    """Return colours by targets and learning rate; the ranks are along the x axis."""
     names = sorted({(tuple(t.targets), t.learning_rate, _series(t)) for t in trials})
     return {name: _COLOURS[place % len(_COLOURS)] for place, (_, _, name) in enumerate(names)}
 
 
 def _loss_range(trials: Sequence[Trial]) -> tuple[float, float]:
-    """From the best to the worst of the last losses: first losses would squeeze them together."""
+    """Return the range from the best to the worst of the last losses; first losses would compress it."""
     ends = [trial.loss_at(trial.step) for trial in trials if math.isfinite(trial.loss_at(trial.step))]
     low = min(trial.loss or math.inf for trial in trials)
     high = max([*ends, low * 1.02, low + 1e-4])
@@ -290,7 +290,7 @@ def _mark_best(axes: Axes, best: Trial | None) -> None:
 
 
 def _with_tooltips(svg: str, trials: Sequence[Trial]) -> str:
-    """The document with a title in each run's points, which matplotlib does not write."""
+    """Return the document with a title in each run's points, which matplotlib does not write."""
     for space in ("", "xlink"):
         ElementTree.register_namespace(space, _SVG if not space else "http://www.w3.org/1999/xlink")
     root = ElementTree.fromstring(svg)

@@ -1,6 +1,5 @@
-"""A LoRA adapter on a view of the base, ready to be trained: PEFT's own modules in fp32, on the layers that a
-recipe's `targets` mean.
-"""
+"""LoRA adapter on a view of the base, ready to be trained: PEFT's own modules in fp32, on the layers that a
+recipe's `targets` select."""
 
 from __future__ import annotations
 
@@ -28,21 +27,21 @@ from onebase_engine.lora.weights import HEAD, AdapterWeights, Head, SavedModule
 
 ADAPTER = "default"
 _PROBED = 8
-"""Tokens of the text by which a base's positions are looked at."""
+"""Number of tokens of the text by which a base's positions are checked."""
 
 
 class Trainable:
-    """The model that a run trains. Base tensors are shared and frozen, the adapter's are its own and fp32.
+    """Model that a run trains. Base tensors are shared and frozen, the adapter's are its own and fp32.
 
     Args:
-        base: as `load_base` or `attach` gives it.
+        base: as `load_base` or `attach` returns it.
         recipe: resolved, gradient checkpointing decided.
         gate: passed through by every layer, forwards and backwards.
-        eva: micro-batches that EVA looks at, for `init="eva"`.
-        parent: the adapter whose weights training goes on from; the recipe must agree with it.
+        eva: micro-batches that EVA reads, for `init="eva"`.
+        parent: the adapter whose weights training continues; the recipe must agree with it.
         labels: of a classifier, in the order of its head's rows; none for text.
         version: an adapter that is only measured. It may be of any kind that is served, with labels of its
-            own, and the recipe says nothing of it but how rows are computed.
+            own, and the recipe only decides how rows are computed.
 
     Raises:
         RecipeError: a target is not a linear layer of this base, or there is no classifier for it.
@@ -95,20 +94,22 @@ class Trainable:
         self.model.train()
 
     def parameters(self) -> list[nn.Parameter]:
-        """The adapter's, in the model's order."""
+        """Return the adapter's parameters, in the model's order."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's by name."""
+        """Return the adapter's parameters by name."""
         return {name: one for name, one in self.model.named_parameters() if one.requires_grad}
 
     def losses(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy of every supervised token, [n] fp32 nats, and which sample it is of, [n]."""
+        """Return the cross-entropy of every supervised token, [n] fp32 nats, and the number of its sample,
+        [n]."""
         packed = batch.tensors(self.device)
         return token_losses(self.logits(packed), packed.targets), packed.owner
 
     def logits(self, packed: Packed) -> torch.Tensor:
-        """[n, vocabulary] in the base's dtype, at the places that predict the supervised tokens."""
+        """Return logits [n, vocabulary] in the base's dtype, at the positions that predict the supervised
+        tokens."""
         self._packed.set_lengths(packed.lengths, self.device)
         output = self.model(
             input_ids=packed.ids,
@@ -121,7 +122,7 @@ class Trainable:
         return logits
 
     def class_logits(self, batch: MicroBatch) -> torch.Tensor:
-        """Of a classifier: [samples, labels] fp32, read off each sample's last token."""
+        """Return a classifier's logits [samples, labels] fp32, at each sample's last token."""
         packed = batch.tensors(self.device)
         states = self._states(packed.ids, packed.positions, packed.lengths)
         ends = torch.tensor(packed.lengths, device=self.device).cumsum(0) - 1
@@ -131,7 +132,7 @@ class Trainable:
         return nn.functional.linear(states[ends].float(), rounded, bias)
 
     def _states(self, ids: torch.Tensor, positions: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """A classifier's hidden states behind the last norm, [T, hidden]."""
+        """Return a classifier's hidden states behind the last norm, [T, hidden]."""
         self._packed.set_lengths(lengths, self.device)
         decoder = self.model.get_base_model().base_model
         output = decoder(input_ids=ids, position_ids=positions, use_cache=False)
@@ -140,14 +141,15 @@ class Trainable:
 
     @property
     def _head(self) -> nn.Linear:
-        """The classifier's own: the one that is trained, or that of the version that is measured."""
+        """The classifier's head: the one that is trained, or that of the version that is measured."""
         if self._loaded_head is not None:
             return self._loaded_head
         head: nn.Linear = self.model.get_base_model().score.modules_to_save[ADAPTER]
         return head
 
     def weights(self) -> AdapterWeights:
-        """The adapter as it is now, for a slot. On the CPU these are the tensors that training changes."""
+        """Return the adapter as it is now, for a slot. On the CPU these are the tensors that training
+        changes."""
         found = dict(extract(self.model, ADAPTER))
         if isinstance(head := found.get(HEAD), SavedModule):
             dtype = self.base.get_output_embeddings().weight.dtype  # type: ignore[operator]
@@ -156,7 +158,7 @@ class Trainable:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No gradients, no dropout."""
+        """Turn off gradients and dropout."""
         training = self.model.training
         self.model.eval()
         try:
@@ -173,12 +175,13 @@ class Trainable:
 
     @property
     def has_parent(self) -> bool:
-        """Whether training goes on from an adapter."""
+        """Whether training continues an adapter."""
         return self._parent is not None
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
-        """What training begins with, as a reference: the parent's weights, or without one the base alone."""
+        """Restore the start of training, as a reference: the parent's weights, or without one the base
+        alone."""
         if self._parent is None:
             with self.without_adapter():
                 yield
@@ -198,7 +201,8 @@ class Trainable:
                 parameter.copy_(values[name])
 
     def _initialize_by_data(self, batches: Iterable[MicroBatch]) -> None:
-        """EVA (Paischer et al. 2024): A from the inputs' singular vectors, ranks where they explain most."""
+        """Initialize by EVA (Paischer et al. 2024): A from the inputs' singular vectors, ranks where they
+        explain most."""
         from peft import initialize_lora_eva_weights
 
         def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
@@ -235,7 +239,7 @@ def _eva_inputs(packed: Packed) -> dict[str, torch.Tensor]:
 
 
 def _flat_inputs(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tensor:
-    """A layer's input as [tokens, size]; the output head gets fewer tokens than other layers."""
+    """Return a layer's input as [tokens, size]; the output head gets fewer tokens than other layers."""
     states: torch.Tensor = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
     return states.flatten(0, -2)
 
@@ -250,7 +254,8 @@ def _from(parent: Parent, trainable: Trainable, tree: nn.Module, recipe: Recipe)
 
 
 def _classifier(tree: Any, recipe: Recipe, labels: Sequence[str]) -> Any:
-    """transformers' classifier of texts with a new head, over the tree's decoder, and PEFT's adapter on it.
+    """Return transformers' classifier of texts with a new head, over the tree's decoder, and PEFT's adapter
+    on it.
 
     Raises RecipeError: there is none for this base.
     """
@@ -276,10 +281,10 @@ def _classifier(tree: Any, recipe: Recipe, labels: Sequence[str]) -> Any:
 
 @torch.no_grad()
 def _check_positions(tree: Any, packed: PackedAttention) -> None:
-    """Raise UnsupportedTrainingError for a base that numbers a row's positions otherwise than from 0.
+    """Raise UnsupportedTrainingError for a base that does not number a row's positions from 0.
 
-    Rows that are packed get their positions from here, so that such a base would be trained on other ones
-    than it is used with.
+    Packed rows get their positions from here, so that such a base would be trained on other positions than it
+    is used with.
     """
     device = next(tree.parameters()).device
     positions = torch.arange(_PROBED, device=device)[None]
@@ -328,9 +333,9 @@ _MLP_WORDS = ("mlp", "feed_forward", "feedforward", "ffn", "experts")
 
 
 def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """The names for LoraConfig's `target_modules` that mean exactly the layers of `target_layers`.
+    """Return the names for LoraConfig's `target_modules` that mean exactly the layers of `target_layers`.
 
-    They are last names such as `q_proj` where those mean nothing else in the model, else full names.
+    They are last names such as `q_proj` if those mean nothing else in the model, else full names.
 
     Raises:
         RecipeError: as `target_layers`.
@@ -342,7 +347,7 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers that `targets` mean, by full name, in the model's order.
+    """Return the linear layers that `targets` mean, by full name, in the model's order.
 
     Args:
         model: a causal language model without adapters; it may be on meta, its layers quantized.
@@ -366,7 +371,8 @@ def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Line
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """All linear layers that text passes through: the decoder's and the head, not an image encoder's."""
+    """Return all linear layers that text passes through: the decoder's and the head, not an image
+    encoder's."""
     get_decoder: Any = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder else None
     if isinstance(decoder, nn.Module):
@@ -401,7 +407,7 @@ def _mlp(body: dict[str, nn.Linear]) -> set[str]:
 
 
 def _within(name: str, words: tuple[str, ...]) -> bool:
-    """Whether the name of a module around the layer has one of these words."""
+    """Return True if the name of a module around the layer has one of these words."""
     return any(word in part.lower() for part in name.split(".")[:-1] for word in words)
 
 

@@ -129,7 +129,7 @@ def _load(
     loaded: list[Dataset],
     problems: list[dict[str, Any]],
 ) -> None:
-    """Add what the source holds to `loaded`, or what is wrong with it to `problems`."""
+    """Add the source's rows to `loaded`, or its problems to `problems`."""
     from onebase_adapters.training.data.reader import load_dataset
 
     task = bar.add_task(f"reading {escape(printable(Path(source).name))}", total=1.0)
@@ -155,7 +155,7 @@ def _problems(source: str, error: DataError) -> list[dict[str, Any]]:
 
 
 def _tokenizer(base: str, bar: Progress) -> Any:
-    """The base's tokenizer. Raises UsageError."""
+    """Return the base's tokenizer. Raises UsageError."""
     task = bar.add_task("looking for the base", total=1.0)
     try:
         folder = resolve_base(
@@ -176,7 +176,8 @@ def _tokenizer(base: str, bar: Progress) -> Any:
 
 
 def _print_problems(problems: Sequence[dict[str, Any]], as_json: bool, console: Console) -> None:
-    """Each on a line of its own, as `file:line: field: reason`, so that editors find the place."""
+    """Print each problem on a line of its own, as `file:line: field: reason`, so that editors find the
+    place."""
     if as_json:
         print(json.dumps({"problems": problems}, indent=2))
         return
@@ -209,7 +210,7 @@ def _bar(console: Console) -> Progress:
 
 
 def render(report: DataReport, console: Console) -> None:
-    """Print the report: a table, the lengths, what is odd, and the examples.
+    """Print the report: a table, the lengths, the warnings and the examples.
 
     A pipe gets whole lines, their columns separated by tabs, and no bars.
     """
@@ -247,12 +248,12 @@ def _print_table(reports: Sequence[DataReport], console: Console) -> None:
 
 
 def _print_line(console: Console, *cells: str) -> None:
-    """For a pipe: rich would expand the tabs."""
+    """Print a line for a pipe; rich would expand the tabs."""
     print(*cells, sep="\t", file=console.file)
 
 
 def _facts(reports: Sequence[DataReport]) -> dict[str, list[str]]:
-    """By the name of a row of the table, what it says of each of the reports."""
+    """Return the table's rows by name, each with a cell for each of the reports."""
     rows = {
         "rows": [f"{each.rows:,}" for each in reports],
         "samples": [f"{each.samples:,}" for each in reports],
@@ -296,7 +297,7 @@ def _print_labels(report: DataReport, console: Console) -> None:
 
 
 def _print_bars(bars: Sequence[tuple[str, int]], console: Console) -> None:
-    """Names with their counts; with bars at a terminal."""
+    """Print names with their counts; with bars at a terminal."""
     most = max(count for _, count in bars)
     block = "█" if _unicode(console) else "#"
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))

@@ -1,4 +1,4 @@
-"""`onebase estimate`: what a training run will take, before anything is downloaded or loaded."""
+"""`onebase estimate`: predict what a training run takes, before anything is downloaded or loaded."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The options: those of the base and of a recipe, the amount of data, the machine."""
+    """Return the parser of the options: base and recipe, amount of data, machine."""
     parser = Parser(prog="onebase estimate", usage="onebase estimate [options]", description=_ABOUT)
     add_base_options(parser)
     data = parser.add_argument_group("the data and the machine")
@@ -164,8 +164,8 @@ def _estimate(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Amount:
-    """Of data. rows: 0 is unknown. tokens: of all rows. longest: row in tokens, None is max_length. labels: 0
-    is unknown."""
+    """Amount of data. rows: 0 if unknown. tokens: of all rows. longest: of a row, in tokens; None is
+    max_length. labels: 0 if unknown."""
 
     rows: int
     tokens: int
@@ -174,7 +174,7 @@ class _Amount:
     labels: int = 0
 
     def without_held_out(self, recipe: Recipe) -> _Amount:
-        """What is trained on: the rest is held out, of rows of the mean length."""
+        """Return the amount to train on; the held-out rest has rows of the mean length."""
         if not self.rows:
             return self
         left = max(1, self.rows - held_out_count(recipe, self.rows))
@@ -230,7 +230,7 @@ def show(console: Console, made: Estimate, recipe: Recipe, machine: Machine, bas
 
 
 def print_rows(console: Console, rows: Iterable[tuple[str, Text, Text]]) -> None:
-    """Label, value and words of each row, as a table; through a pipe as lines with tabs."""
+    """Print label, value and words of each row, as a table; through a pipe as lines with tabs."""
     if console.is_terminal:
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(style="dim")
@@ -247,7 +247,7 @@ def print_rows(console: Console, rows: Iterable[tuple[str, Text, Text]]) -> None
 def _rows(
     made: Estimate, recipe: Recipe, machine: Machine, base: str, *, bars: bool
 ) -> Iterator[tuple[str, Text, Text]]:
-    """What is estimated, its value, and words about it."""
+    """Yield the label, the value and a comment of each part of the estimate."""
     targets = printable(", ".join(recipe.targets))
     twice = ", computing activations twice" if made.gradient_checkpointing else ""
     yield "base", Text(f"{made.base_parameters:,}"), Text(f"parameters ({printable(base)})")
@@ -285,7 +285,7 @@ def _time(made: Estimate, machine: Machine) -> tuple[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """In the two units that matter: 3 h 20 min."""
+    """Format a duration in its two largest units: 3 h 20 min."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
@@ -311,7 +311,7 @@ GPUS: dict[str, tuple[float, int]] = {
     "h200": (989, 139),
     "b200": (2250, 178),
 }
-"""By name: dense half-precision TFLOP/s of the data sheet, usable memory in GiB."""
+"""Dense half-precision TFLOP/s of the data sheet and usable memory in GiB, by the GPU's name."""
 
 _GPU_SHARE = 0.3
 """Part of a data sheet's rate that a training step on 4-bit weights reaches."""
@@ -323,7 +323,7 @@ class UnknownMachineError(ValueError):
 
 @dataclass(frozen=True)
 class Machine:
-    """memory: bytes that a run may take. rate: FLOP/s of products. how: where the rate comes from."""
+    """A machine. memory: bytes that a run may take. rate: FLOP/s of products. how: source of the rate."""
 
     name: str
     kind: str
@@ -333,10 +333,10 @@ class Machine:
 
 
 def this_machine(device: torch.device, dtype: torch.dtype, memory: int | None = None) -> Machine:
-    """The machine of this process. Takes less than a second, to measure a product.
+    """Return the machine of this process. Measuring a product takes less than a second.
 
     Args:
-        memory: bytes that a run may take; what is free if None.
+        memory: bytes that a run may take; all free memory if None.
     """
     import torch
 
@@ -349,7 +349,7 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: int | None = 
 
 
 def known_gpu(name: str, memory: int | None = None) -> Machine:
-    """A GPU of the table; this machine need not have it. Raises UnknownMachineError."""
+    """Return a GPU of the table; this machine need not have it. Raises UnknownMachineError."""
     if name.lower() not in GPUS:
         raise UnknownMachineError(f"GPU {name!r} is not in the table; there are {', '.join(GPUS)}")
     tflops, gib = GPUS[name.lower()]
@@ -361,11 +361,11 @@ _CONFIG = "config.json"
 
 
 def find_config(spec: str, cache: Path | None = None) -> Any:
-    """transformers' config of a base: of a folder, of a config.json, or of a repository's (only that file).
+    """Return transformers' config of a base: of a folder, a config.json, or a repository (only that file).
 
     Args:
         spec: as `resolve_base` takes it, or the path of a config.json.
-        cache: the folder that keeps bases; `default_cache()` if None.
+        cache: folder of stored bases; `default_cache()` if None.
 
     Raises:
         BaseSpecError: it is none of these, or no config of a base that can be trained.
@@ -382,7 +382,7 @@ def find_config(spec: str, cache: Path | None = None) -> Any:
 
 
 def find_tokenizer(spec: str, cache: Path | None = None) -> Any:
-    """The base's tokenizer; of a repository only its files are downloaded. Raises as `find_config`."""
+    """Return the base's tokenizer; of a repository only its files are downloaded. Raises as `find_config`."""
     from transformers import AutoTokenizer
 
     path = _config_file(spec, cache).parent

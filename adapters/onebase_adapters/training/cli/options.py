@@ -1,4 +1,4 @@
-"""What the training commands share: options for the base and the recipe, text for a terminal, and Ctrl-C."""
+"""Shared parts of the training commands: options for base and recipe, text for a terminal, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class UsageError(Exception):
 class Parser(argparse.ArgumentParser):
     """Reports wrong options as every command of `onebase` reports a failure: a sentence, the next step.
 
-    repeated: of an option that is given twice the last one counts, for commands to which a unit, an image or
-    a cluster adds options. Otherwise it is refused.
+    repeated: the last value of a repeated option counts, for commands to which a unit, an image or a cluster
+    adds options. Otherwise a repeated option is refused.
     """
 
     def __init__(self, *, repeated: bool = False, **options: Any) -> None:
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
         self.given: set[str] = set()
-        """Options that have had their one value."""
+        """Options that already have their one value."""
         if not repeated:
             self.register("action", None, _Once)
             self.register("action", "store", _Once)
@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Once(argparse.Action):
-    """Stores the value of an option that may be given once: of two, one would be lost without a word."""
+    """Stores the value of an option that may be given once: of two, one would be lost silently."""
 
     def __call__(
         self,
@@ -103,12 +103,12 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def option_name(name: str) -> str:
-    """The command-line flag of a recipe's field."""
+    """Return the command-line flag of a recipe's field."""
     return "--" + {"sample_prompts": "sample_prompt", "metrics": "metric"}.get(name, name).replace("_", "-")
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """--base, --quantization, --dtype and --device."""
+    """Add --base, --quantization, --dtype and --device."""
     group = parser.add_argument_group("the base model")
     group.add_argument(
         "--base",
@@ -137,7 +137,7 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """--recipe, --memory-limit and --threads: what one run and a sweep of many have in common."""
+    """Add --recipe, --memory-limit and --threads, which one run and a sweep of many have in common."""
     parser.add_argument(
         "--recipe",
         metavar="FILE",
@@ -154,13 +154,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_adapter_name(name: str) -> None:
-    """Before hours of training. Raises UsageError."""
+    """Raise UsageError, before hours of training, unless an adapter may have this name."""
     if not is_adapter_name(name):
         raise UsageError(f"--name: {name[:80]!r} cannot be an adapter's name. Use {NAME_RULE}")
 
 
 def find_base(options: argparse.Namespace, progress: Progress | None = None) -> ResolvedBase:
-    """The base's folder; downloads it if it is not here. Raises UsageError, BaseFetchError."""
+    """Return the base's folder; downloads it if necessary. Raises UsageError, BaseFetchError."""
     try:
         return resolve_base(options.base, progress)
     except BaseSpecError as error:
@@ -168,7 +168,7 @@ def find_base(options: argparse.Namespace, progress: Progress | None = None) -> 
 
 
 def base_repo(options: argparse.Namespace, resolved: ResolvedBase) -> str | None:
-    """The base's name on the Hub; None if it is a folder."""
+    """Return the base's name on the Hub; None if it is a folder."""
     if resolved.revision is not None:
         repo: str = options.base.partition("@")[0]
         return repo
@@ -176,7 +176,7 @@ def base_repo(options: argparse.Namespace, resolved: ResolvedBase) -> str | None
 
 
 def base_settings(options: argparse.Namespace, folder: Path) -> BaseSettings:
-    """How to load the base, from the options of `add_base_options`. Raises UsageError."""
+    """Return the settings for loading the base, from the options of `add_base_options`. Raises UsageError."""
     import torch
 
     from onebase_engine.base.load import BaseSettings
@@ -199,7 +199,7 @@ def base_settings(options: argparse.Namespace, folder: Path) -> BaseSettings:
 def add_recipe_options(
     parser: argparse.ArgumentParser, groups: Collection[str] = tuple(_GROUPS), leave_out: Collection[str] = ()
 ) -> None:
-    """One option for each field of Recipe in `groups`."""
+    """Add one option for each field of Recipe in `groups`."""
     made = {name: parser.add_argument_group(_GROUPS[name]) for name in groups}
     for item, kind in recipe_fields():
         group = item.metadata["group"]
@@ -208,13 +208,13 @@ def add_recipe_options(
 
 
 def recipe_from(options: argparse.Namespace, given: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe of the options; those that were not given come from `given`. Raises UsageError."""
+    """Return the recipe of the options; missing ones come from `given`. Raises UsageError."""
     with usage_errors():
         return parse_recipe(given_settings(options, given))
 
 
 def given_settings(options: argparse.Namespace, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The settings that were chosen, by options or in `given`."""
+    """Return the settings that were chosen, by options or in `given`."""
     names = [item.name for item, _ in recipe_fields()]
     chosen = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
     return {**(given or {}), **chosen}
@@ -232,7 +232,7 @@ def usage_errors() -> Iterator[None]:
 
 
 def recipe_file(path: Path | None) -> dict[str, Any]:
-    """The settings in a JSON file; none without a file. Raises UsageError."""
+    """Return the settings in a JSON file; none without a file. Raises UsageError."""
     if path is None:
         return {}
     try:
@@ -258,7 +258,7 @@ def quiet_libraries() -> None:
 
 
 def size(text: str) -> int:
-    """Bytes of a size such as 20GB, 512MiB or a plain number."""
+    """Return the bytes of a size such as 20GB, 512MiB or a plain number."""
     units = {"gib": 1 << 30, "mib": 1 << 20, "gb": 10**9, "mb": 10**6, "": 1}
     lowered = text.lower().strip()
     unit = next(unit for unit in units if lowered.endswith(unit))
@@ -272,7 +272,7 @@ def size(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0."""
+    """Parse a whole number above 0."""
     try:
         value = int(text)
     except ValueError:
@@ -283,7 +283,7 @@ def positive(text: str) -> int:
 
 
 def open_console(*, stderr: bool = False) -> Console:
-    """As wide as the terminal; through a pipe so wide that no line is broken."""
+    """Return a console as wide as the terminal; through a pipe it is so wide that no line is broken."""
     console = Console(stderr=stderr)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPE_WIDTH
@@ -291,7 +291,7 @@ def open_console(*, stderr: bool = False) -> Console:
 
 
 def print_error(console: Console, message: str) -> None:
-    """As every command of `onebase` shows a failure."""
+    """Print an error as every command of `onebase` does."""
     console.print(f"[bold red]onebase:[/] {shown(message)}", highlight=False, soft_wrap=True)
 
 
@@ -382,21 +382,21 @@ _UNPRINTABLE = re.compile(
 
 
 def printable(text: str) -> str:
-    """`text` with U+FFFD in the place of each character that a terminal would act on or cannot show.
+    """Return `text` with U+FFFD in the place of each character that a terminal would act on or cannot show.
 
-    Tabs and newlines stay, as do letters, spaces and emoji of any script: one may print what comes back, but
-    where a line must stay a line, newlines are the caller's.
+    Tabs and newlines stay, as do letters, spaces and emoji of any script. A caller that must keep a line one
+    line replaces newlines itself.
     """
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def shown(text: str) -> str:
-    """As `printable`, for a console that reads rich's markup: what looks like some is printed as it is."""
+    """Return `printable(text)` for a console that reads rich's markup, with anything like markup escaped."""
     return escape(printable(text))
 
 
 def run_progress(console: Console) -> Bar:
-    """A bar with what a run does and, in the field `facts`, its figures; nothing in a pipe."""
+    """Return a bar with the run's stage and, in the field `facts`, its figures; it is disabled in a pipe."""
     return Bar(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -409,7 +409,7 @@ def run_progress(console: Console) -> Bar:
 
 
 class CtrlC:
-    """A gate that Ctrl-C closes: the run writes a checkpoint and ends. The second one ends it at once."""
+    """A gate that Ctrl-C closes: the run writes a checkpoint and ends. The second Ctrl-C ends it at once."""
 
     def __init__(self, *, alone: bool) -> None:
         self._alone = alone
@@ -433,7 +433,7 @@ class CtrlC:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Meanwhile the first Ctrl-C ends the run at once: there is nothing to save. Raises Interrupted."""
+        """Let the first Ctrl-C end the run at once while there is nothing to save. Raises Interrupted."""
         self._at_once = True
         try:
             self.wait()

@@ -1,4 +1,4 @@
-"""`onebase sweep`: which rank, targets and learning rate a task wants, by many short runs on one base."""
+"""`onebase sweep`: find rank, targets and learning rate for a task, by many short runs on one base."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
 
 
 def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | None:
-    """The result; None after a failure, which has been shown. Raises KeyboardInterrupt."""
+    """Return the result; None after a failure, which has been shown. Raises KeyboardInterrupt."""
     from onebase_adapters.training.checkpoint import CheckpointError
     from onebase_adapters.training.cli.options import CtrlC
     from onebase_adapters.training.data.dataset import DataError
@@ -192,7 +192,7 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
 
 
 def _grid(options: argparse.Namespace, given: Mapping[str, Any], recipe: Recipe) -> Grid:
-    """What the options say, or else the recipe's file, or else the defaults."""
+    """Return the grid of the options, or else of the recipe's file, or else the defaults."""
     from onebase_adapters.training.sweep import Grid
 
     targets = tuple(
@@ -257,7 +257,7 @@ class _Show:
 
 
 def _ranks(text: str) -> tuple[int, ...]:
-    """8,16 or 8..64, which doubles."""
+    """Parse 8,16 or 8..64, which doubles."""
     low, dots, high = text.partition("..")
     if not dots:
         return _listed(text, int, "whole numbers above 0, as in 8,16 or 8..64")

@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train_parser() -> argparse.ArgumentParser:
-    """The options of `onebase train`."""
+    """Return the parser of `onebase train`."""
     parser = Parser(
         prog="onebase train",
         usage="onebase train --data FILE --name NAME [options]",
@@ -152,14 +152,14 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 
 
 def _check_names(options: argparse.Namespace) -> None:
-    """Before hours of training. Raises UsageError."""
+    """Raise UsageError, before hours of training, for a name that cannot be used."""
     check_adapter_name(options.name)
     if options.push and not is_repo_name(options.push):
         raise UsageError(f"--push: {options.push!r} is not the name of a repository: write ORG/REPO")
 
 
 def _parent(folder: Path) -> Parent:
-    """The adapter in a folder, or in a run's. Raises UsageError."""
+    """Return the adapter in a folder, or in a run's. Raises UsageError."""
     from onebase_adapters.training.parent import Parent
 
     place = folder / "adapter" if (folder / "adapter").is_dir() else folder
@@ -173,7 +173,7 @@ def _parent(folder: Path) -> Parent:
 
 
 def _going_on(parent: Parent, given: dict[str, Any], resolved: ResolvedBase) -> Any:
-    """The recipe, with what the parent decides of it. Raises UsageError."""
+    """Return the recipe with the settings that the parent fixes. Raises UsageError."""
     from onebase_adapters.training.parent import modules_of
     from onebase_adapters.training.recipe import continued, parse_recipe
     from onebase_engine.base.layers import empty_base
@@ -218,7 +218,7 @@ def _own_gpu() -> Any:
 
 
 def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup) -> Report | None:
-    """The run's report; None after a failure, which has been shown. Raises KeyboardInterrupt."""
+    """Return the run's report; None after a failure, which has been shown. Raises KeyboardInterrupt."""
     from onebase_adapters.training.checkpoint import CheckpointError
     from onebase_adapters.training.cli.options import CtrlC
     from onebase_adapters.training.curves import CurveError, open_curves
@@ -315,7 +315,7 @@ class Display:
         self._progress.stop()
 
     def loading(self, message: str, part: float) -> None:
-        """Before the run: what is fetched or loaded."""
+        """Show what is downloaded or loaded before the run."""
         self._update(message, 0, None)
 
     def show(self, event: events.Event) -> None:
@@ -339,7 +339,7 @@ class Display:
         print_error(self._failures, message)
 
     def finished(self, report: Report, folder: Path) -> None:
-        """The table of results, and what to do next."""
+        """Show the table of results, and the next steps."""
         from onebase_adapters.training.checkpoint import sparkline
 
         self._progress.stop()
@@ -461,7 +461,7 @@ def _results(report: Report) -> Table:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Table:
-    """A head, and rows with a name and figures."""
+    """Return a table of a head, and rows with a name and figures."""
     (first, *others), *rest = rows
     table = Table()
     table.add_column(shown(first))
@@ -517,7 +517,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json", "REA
 
 
 def is_repo_name(name: str) -> bool:
-    """Whether the Hub may have a repository of this name."""
+    """Return True if the Hub may have a repository of this name."""
     return _REPO.fullmatch(name) is not None and ".." not in name
 
 

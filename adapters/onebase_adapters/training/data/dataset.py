@@ -1,6 +1,6 @@
-"""Rows of training data: the errors of bad ones, what good ones mean, and their tokens for the trainer.
+"""Rows of training data: errors of bad rows, the parsed form of good ones, and their tokens for the trainer.
 
-Fields, reasons and names of files in errors are valid Unicode, whatever the data held: they go through JSON.
+Fields, reasons and names of files in errors are valid Unicode, whatever the data held: they are sent as JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from onebase_adapters.format.config import LABEL_CHARACTERS
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 MOST_LABELS, LONGEST_LABEL = 1000, 100
-"""Labels that a classifier is trained to tell apart, and characters of one."""
+"""Largest number of labels of a classifier, and of characters of one."""
 NO_REGRESSION = "to learn a score (regression) is not trained here. Write the names of classes"
 _DIGEST_BYTES = 16
 _SHOWN = 20
@@ -35,9 +35,9 @@ _LIKE = 0.84
 class Problem:
     """One bad line.
 
-    line: 1-based, as an editor counts; of the record where a file has no lines; 0: the file as a whole.
-    field: as in `messages[2].content`; "" where the whole line is bad.
-    reason: what is wrong, and what to do about it.
+    line: 1-based, as an editor counts; of the record if a file has no lines; 0: the file as a whole.
+    field: as in `messages[2].content`; "" if the whole line is bad.
+    reason: the fault, and its remedy.
     """
 
     line: int
@@ -66,7 +66,7 @@ class DataError(ValueError):
 
     @classmethod
     def of_file(cls, source: str, reason: str) -> DataError:
-        """The file as a whole cannot be used."""
+        """Return the error for a file that cannot be used as a whole."""
         return cls(source, [Problem(0, "", reason)])
 
 
@@ -80,7 +80,8 @@ class RowError(ValueError):
 
 
 def valid_unicode(text: str) -> str:
-    """`text` with what UTF-8 cannot encode written out, such as odd bytes of a file's name."""
+    """Return `text` with backslash escapes for what UTF-8 cannot encode, such as odd bytes of a file's
+    name."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -101,17 +102,19 @@ KNOWN_FIELDS = (
     "preferred_output",
     "non_preferred_output",
 )
-"""Every field that some shape has."""
+"""Fields of all shapes of rows."""
 
 
 def misspelled(key: str, names: Sequence[str]) -> str | None:
-    """Which of `names` a key probably means, if any; `prompt_id` does not mean prompt."""
+    """Return the one of `names` that a key is probably meant as, or None; `prompt_id` does not mean
+    prompt."""
     near = difflib.get_close_matches(key, names, n=1, cutoff=_LIKE)
     return near[0] if near and not key.startswith(f"{near[0]}_") else None
 
 
 Message = dict[str, Any]
-"""role, content, and what the template may read: name, tool_calls, tool_call_id, reasoning_content."""
+"""Message with role, content, and further keys of templates: name, tool_calls, tool_call_id,
+reasoning_content."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text without a template. prompt None: everything is to be learned."""
+    """Plain text without a template. prompt None: all of it is to be learned."""
 
     prompt: str | None
     reply: str
@@ -141,7 +144,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Labelled:
-    """What is classified, and its label."""
+    """A row to classify, and its label."""
 
     row: Chat | Text
     label: str
@@ -155,9 +158,9 @@ class Sample:
     """One tokenized row.
 
     ids: [tokens] int32. supervised: [tokens], True where the token is a target of the loss; never the first.
-    Of a row with a label, only the last is: there the classifier's head reads.
-    line: 1-based number of the row in its file (of the record, where a file has no lines).
-    slice: which slice of the data the row is of; "": of none. label: "" where none is learned.
+    In a row with a label, only the last is, where the classifier's head reads.
+    line: 1-based number of the row in its file (of the record, if a file has no lines).
+    slice: name of the row's slice of the data; "" if it has none. label: "" if none is learned.
     """
 
     ids: Ids
@@ -176,12 +179,12 @@ class Sample:
 
     @property
     def targets(self) -> int:
-        """Supervised tokens."""
+        """Number of supervised tokens."""
         return int(self.supervised.sum())
 
     @property
     def weight(self) -> int:
-        """What the row counts in the mean loss."""
+        """Weight of the row in the mean loss."""
         return self.targets
 
 
@@ -214,12 +217,12 @@ class Preference:
 
     @property
     def targets(self) -> int:
-        """Supervised tokens."""
+        """Number of supervised tokens."""
         return self.chosen.targets + self.rejected.targets
 
     @property
     def weight(self) -> int:
-        """What the row counts in the mean loss: a pair counts once."""
+        """Weight of the row in the mean loss: a pair counts once."""
         return 1
 
 
@@ -227,8 +230,8 @@ Row = Sample | Preference
 
 
 class Place(NamedTuple):
-    """Where a row stands in its file. row: its number, from 1, which no other row has. line: where it begins,
-    for messages: a `.json` file may have all of its rows on one line."""
+    """Place of a row in its file. row: its unique number, from 1. line: its first line, for messages; a
+    `.json` file may have all of its rows on one line."""
 
     row: int
     line: int
@@ -236,9 +239,9 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Key:
-    """Equal for two rows that say the same, up to white space.
+    """Key that is equal for two rows with the same content, up to white space.
 
-    prompt: None if the row has none. samples: how many of the data set's rows were made of it, at least one.
+    prompt: None if the row has none. samples: number of the data set's rows made of it, at least one.
     """
 
     place: Place
@@ -251,9 +254,9 @@ class Key:
 class Prompt:
     """A row to generate a reply for.
 
-    sample: the row's last one. own: where the row's own reply stands in it, up to the token that ends its
-    generation, without it. decode: the text of ids; the replies that a model generates must be decoded in the
-    same way.
+    sample: the row's last one. own: position of the row's own reply in it, up to the token that ends its
+    generation, without it. decode: returns the text of ids; replies that a model generates must be decoded in
+    the same way.
     """
 
     sample: Sample
@@ -263,7 +266,7 @@ class Prompt:
 
     @property
     def ids(self) -> Ids:
-        """What comes before the reply."""
+        """Ids before the reply."""
         return self.sample.ids[: self.own.start]
 
     @property
@@ -280,7 +283,7 @@ class Prompt:
 
     @property
     def reference(self) -> str:
-        """The text of the row's own reply."""
+        """Text of the row's own reply."""
         return self.decode(self.reply.tolist())
 
 
@@ -288,8 +291,8 @@ class Prompt:
 class Dataset:
     """Rows of one file, in its order. All are Sample, or all are Preference; all have a label, or none has.
 
-    prompts: one for each row that ends in a reply, for metrics on generated replies.
-    What only a report on the file needs is not kept with the rows (see `row_store`). source: the file's name.
+    prompts: one for each row that ends in a reply, for metrics on generated replies. `row_store` does not
+    store the other fields, which only a report on the file needs. source: the file's name.
     keys: one for each row of the file that is in the data set, in its order. truncated, dropped: places of
     rows of the file. lines_shared: several rows begin on one line, so that a line does not identify a row.
     """
@@ -307,7 +310,7 @@ class Dataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over ids and supervision of all rows, hexadecimal: names what was trained on."""
+        """SHA-256 over ids and supervision of all rows, hexadecimal, which identifies the training data."""
         total = hashlib.sha256()
         for row in self.rows:
             for sample in row.samples:
@@ -320,28 +323,28 @@ class Dataset:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """All that the rows have, in order: whole numbers by size (1 and 01 by their letters), else by their
+        """All labels of the rows, in order: whole numbers by size (1 and 01 by their letters), else by their
         letters."""
         found = {row.label for row in self.rows} - {""}
         by_size = are_numbers(found)
         return tuple(sorted(found, key=lambda label: (int(label) if by_size else 0, label)))
 
     def label_counts(self) -> dict[str, int]:
-        """How many rows have each label, the most frequent first."""
+        """Return the number of rows with each label, the most frequent first."""
         return dict(Counter(row.label for row in self.rows if row.label).most_common())
 
     def places(self) -> list[Place]:
-        """Where each row comes from: a row of the file may have made several."""
+        """Return the place of each row; a row of the file may have made several."""
         return [key.place for key in self.keys for _ in range(key.samples)]
 
 
 def are_numbers(labels: Iterable[str]) -> bool:
-    """Whether all labels are whole numbers, which say nothing of what they stand for."""
+    """Return True if all labels are whole numbers, which say nothing about what they stand for."""
     return all(re.fullmatch(r"-?\d{1,90}", label, re.ASCII) for label in labels)
 
 
 def check_labels(train: Dataset, held_out: Dataset | None) -> None:
-    """Raise DataError unless there are labels to tell apart, and training has all that are held out."""
+    """Raise DataError unless there are two labels at least, and training rows have all held-out ones."""
     known = train.labels
     if len(known) < 2:
         reason = f"every row has the label {known[0]!r}: give rows of two labels at least"
@@ -374,7 +377,7 @@ def _is_number(label: str) -> bool:
 
 
 def row_key(place: Place, row: Parsed, samples: int) -> Key:
-    """The row's key: equal contents have equal digests."""
+    """Return the row's key: equal contents have equal digests."""
     prompt = _prompt(row)
     return Key(place, _digest(_plain(row)), None if prompt is None else _digest(prompt), samples)
 
@@ -390,7 +393,7 @@ def _plain(row: Parsed) -> Any:
 
 
 def _prompt(row: Parsed) -> Any:
-    """What comes before the last reply."""
+    """Return the part of a row before its last reply."""
     if isinstance(row, Choice):
         return _prompt(row.chosen)
     if isinstance(row, Labelled):
@@ -406,7 +409,7 @@ def _digest(value: Any) -> bytes:
 
 
 def _normal(value: Any) -> Any:
-    """With each white space made one space: rows that differ only in it say the same."""
+    """Normalize each white space to one space: rows that differ only in it have the same content."""
     if isinstance(value, str):
         return " ".join(value.split())
     if isinstance(value, dict):
@@ -417,15 +420,15 @@ def _normal(value: Any) -> Any:
 
 
 def split(dataset: Dataset, part: float, seed: int, limit: int = 200) -> tuple[Dataset, Dataset]:
-    """Training rows and held-out rows, both in their order.
+    """Return training rows and held-out rows, both in their order.
 
-    Rows that say the same are on one side, so that nothing held out is trained on word by word; rows with
-    labels, whatever their label is. Each label keeps a row to train on. The seed and what the rows say decide
-    which of them are held out, not their order. What was dropped stays on record with the training rows.
+    Rows with the same content are on one side, so that nothing held out is trained on word by word; rows with
+    labels, whatever their label is. Each label keeps a row to train on. The seed and the content decide which
+    rows are held out, not their order. Dropped rows stay on record with the training rows.
 
     Args:
         part: of the rows to hold out, 0 to 0.9; above 0 at least one, if there are two different ones.
-        limit: most rows held out, unless even the smallest group of rows that say the same is larger.
+        limit: largest number of held-out rows, unless even the smallest group of equal rows is larger.
     """
     groups: dict[bytes, list[int]] = {}
     labels = {
@@ -447,9 +450,10 @@ def split(dataset: Dataset, part: float, seed: int, limit: int = 200) -> tuple[D
 def _held_out(
     groups: Mapping[bytes, Sequence[int]], wanted: int, seed: int, labels: Mapping[int, str]
 ) -> set[int]:
-    """Numbers of at most `wanted` rows, in whole groups; of the smallest group if none is that small.
+    """Return the numbers of at most `wanted` rows, in whole groups; of the smallest group if none is that
+    small.
 
-    labels: of rows, of which each is left to at least one other row.
+    labels: of rows; each label is left to at least one other row.
     """
     left = Counter(labels.values())
     order = sorted(groups, key=lambda content: hashlib.sha256(f"{seed} {content.hex()}".encode()).digest())

@@ -1,4 +1,4 @@
-"""Files of training data: which format a file has, and its records with the line on which each begins.
+"""Read files of training data: detect their format, and yield their records with their first lines.
 
 JSON is parsed strictly. The file may come from anybody. Nothing in it is run: no pickle, no script, no code
 of a data set. Run as a program, this module reads a Parquet file for another process (see `parquet_rows`).
@@ -24,32 +24,32 @@ from onebase_adapters.training.data.dataset import KNOWN_FIELDS, DataError, Prob
 from onebase_engine.environment import computing_environment
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-"""By the end of a file's name."""
+"""Supported formats, as suffixes of a file's name."""
 
 MOST_FILE_BYTES = 4 << 30
 
 MOST_ROWS = 5_000_000
 MOST_PARQUET_BYTES = 4 << 30
-"""Of a Parquet file's rows, written out."""
+"""Largest size of a Parquet file's rows, written out, in bytes."""
 MOST_PARQUET_COLUMNS = 10_000
 UNFOLDING = 1000
-"""How many times its own size a Parquet file may unfold to, beyond UNFOLDED_ANYWAY bytes. Repeated texts make
-real ones unfold to tens or hundreds of times their size."""
+"""Largest ratio of a Parquet file's unfolded size to its own, beyond UNFOLDED_ANYWAY bytes. Repeated texts
+make real files unfold to tens or hundreds of times their size."""
 UNFOLDED_ANYWAY = 64 << 20
 
 _PARQUET_MEMORY = 8 << 30
 _COUNTING_SECONDS = 120
 _READING_SECONDS = 1800
-"""Of the processor, for unfolding a Parquet file once to see its size, and for all the reading."""
+"""Processor time, in seconds, for unfolding a Parquet file once to see its size, and for all the reading."""
 _REPORTS = 500
-"""How many times progress is reported."""
+"""Number of times that progress is reported."""
 _ROWS_A_REPORT = 1000
 _ROWS_A_BATCH = 64
 _NAMES_A_LEVEL = 3
 """Names in a Parquet column's path for a list: its own, the repeated group's and the element's."""
 _NOT_UTF8 = "not UTF-8: save the file as UTF-8"
 _NEVER_ALONE = {"tools", "input", "system", "question"}
-"""Columns that make no row without another."""
+"""Columns that do not make a row without another."""
 
 _MAGIC = {
     b"PAR1": "a Parquet file: name it .parquet",
@@ -70,11 +70,11 @@ def read_file(
     name: str | None = None,
     more: Sequence[str] = (),
 ) -> Iterator[Item]:
-    """The file's records in order, with a Problem in place of each bad line.
+    """Yield the file's records in order, with a Problem in place of each bad line.
 
     Args:
-        on_part: gets the part that was read, from 0 to 1, as reading goes on.
-        name: what the file is called, if `path` does not say it (an upload); its suffix decides the format.
+        on_part: called with the part that was read, from 0 to 1.
+        name: the file's name, if `path` does not have it (an upload); its suffix decides the format.
         more: columns of a Parquet file to read besides those of KNOWN_FIELDS.
 
     Raises:
@@ -128,7 +128,7 @@ def _check_beginning(path: Path, shown: str, suffix: str) -> None:
 MOST_LINE_BYTES = 4 << 20
 MOST_JSON_BYTES = 512 << 20
 MOST_DEPTH = 64
-"""Levels of lists and objects in a row."""
+"""Largest number of levels of lists and objects in a row."""
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
@@ -147,15 +147,15 @@ Item = Record | Problem
 
 
 def parse_strict(text: str) -> Any:
-    """Plain JSON. Raises RowError for what parsers read differently, or not at all: NaN, numbers
-    beyond a double, a key twice, nesting deeper than MOST_DEPTH, text that is not Unicode."""
+    """Parse plain JSON. Raises RowError for what parsers read differently, or not at all: NaN, numbers beyond
+    a double, a key twice, nesting deeper than MOST_DEPTH, text that is not Unicode."""
     value = _parse(text)
     _check_depth(value)
     return value
 
 
 def first_twice(names: Iterable[str]) -> str | None:
-    """The first name that occurs a second time; None if there is none."""
+    """Return the first name that occurs a second time, or None."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -165,7 +165,8 @@ def first_twice(names: Iterable[str]) -> str | None:
 
 
 def json_lines(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item]:
-    """A record per line; blank lines are skipped. on_bytes: gets how many were read."""
+    """Yield a record for each line; blank lines are skipped. on_bytes: called with the number of bytes
+    read."""
     line = 0
     while raw := file.readline(MOST_LINE_BYTES + 1):
         line += 1
@@ -182,7 +183,7 @@ def json_lines(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item
 
 
 def json_array(file: BinaryIO, on_bytes: Callable[[int], None], source: str) -> Iterator[Item]:
-    """The records of a `.json` file: a list of objects, one object, or JSON Lines after all."""
+    """Yield the records of a `.json` file: a list of objects, one object, or JSON Lines after all."""
     raw = file.read(MOST_JSON_BYTES + 1)
     on_bytes(len(raw))
     if len(raw) > MOST_JSON_BYTES:
@@ -201,7 +202,7 @@ def json_array(file: BinaryIO, on_bytes: Callable[[int], None], source: str) -> 
 
 
 def _elements(text: str) -> Iterator[Item]:
-    """The values of one list, with the line on which each begins."""
+    """Yield the values of one list, with the line on which each begins."""
     rest = _Rest(text)
     rest.take("[")
     expect_value = False
@@ -220,7 +221,7 @@ def _elements(text: str) -> Iterator[Item]:
 
 
 def _objects(text: str) -> Iterator[Item]:
-    """Objects one after the other, each on any number of lines."""
+    """Yield objects that follow each other, each on any number of lines."""
     rest = _Rest(text)
     while not rest.is_empty:
         try:
@@ -231,7 +232,7 @@ def _objects(text: str) -> Iterator[Item]:
 
 
 class _Rest:
-    """The part of a JSON text that is still to be read; it never begins with white space."""
+    """The rest of a JSON text that is still to be read; it never begins with white space."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -262,7 +263,7 @@ class _Rest:
         return _as_record(line, value, end - start)
 
     def problem(self, reason: str) -> Problem:
-        """A problem at this place."""
+        """Return a problem at this place."""
         return Problem(self._line, "", reason)
 
     def _go_to(self, position: int) -> None:
@@ -320,7 +321,7 @@ def _strict(parse: Callable[[], Any], escapes: bool) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-    """Raise RowError for what is too deep for recursion later."""
+    """Raise RowError for a value that is too deep for recursion later."""
     level = [value]
     for _ in range(MOST_DEPTH + 1):
         level = [each for each in level if isinstance(each, dict | list)]
@@ -335,7 +336,7 @@ def _too_deep() -> RowError:
 
 
 def _check_unicode(value: Any) -> None:
-    """Refuse half a surrogate pair: Python takes it as text, a tokenizer does not."""
+    """Raise ValueError for half a surrogate pair: Python accepts it as text, a tokenizer does not."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -372,8 +373,10 @@ def _kind(value: Any) -> str:
 
 
 def csv_rows(path: Path, delimiter: str, on_bytes: Callable[[int], None], source: str) -> Iterator[Item]:
-    """A record per row, by the names in the first one; empty cells are left out. Lines are those of the
-    file, of which a quoted cell may span several."""
+    """Yield a record for each row, by the names in the first one; empty cells are left out.
+
+    Lines are those of the file; a quoted cell may span several.
+    """
     csv.field_size_limit(max(csv.field_size_limit(), MOST_LINE_BYTES))
     with path.open("rb") as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
@@ -408,7 +411,7 @@ def csv_rows(path: Path, delimiter: str, on_bytes: Callable[[int], None], source
 class _RowLines:
     """Lines of a text file for csv.reader; a row that is too long ends them with RowError.
 
-    bytes: of the row so far.
+    bytes: size of the row so far.
     """
 
     def __init__(self, text: TextIO) -> None:
@@ -416,14 +419,14 @@ class _RowLines:
         self.bytes = 0
 
     def begin_row(self) -> None:
-        """The next line begins another row."""
+        """Start another row with the next line."""
         self.bytes = 0
 
     def __iter__(self) -> _RowLines:
         return self
 
     def __next__(self) -> str:
-        """The next line. Raises RowError."""
+        """Return the next line. Raises RowError."""
         line = self._text.readline(MOST_LINE_BYTES + 1)
         if not line:
             raise StopIteration
@@ -466,10 +469,10 @@ def _is_utf8(cells: Sequence[str]) -> bool:
 def parquet_rows(
     path: Path, columns: Sequence[str], on_part: Callable[[float], None], source: str
 ) -> Iterator[Item]:
-    """A record per row, with what it has of `columns`; its line is its number.
+    """Yield a record for each row, with its `columns`; its line is its number.
 
-    Read in another process with bounded memory: a small file can unfold to any size. -P: nothing is
-    imported from the current folder, where a data set may come with anybody's code.
+    The file is read in another process with bounded memory, because a small file can unfold to any size. -P:
+    nothing is imported from the current folder, where a data set may come with anybody's code.
     """
     command = [sys.executable, "-P", "-m", "onebase_adapters.training.data.files", str(path)]
     limits = [str(_PARQUET_MEMORY), str(_COUNTING_SECONDS), str(MOST_ROWS), str(MOST_PARQUET_BYTES)]
@@ -520,7 +523,7 @@ def _child_rows(lines: IO[bytes], on_part: Callable[[float], None], source: str)
 
 
 def main() -> None:
-    """The process that reads a Parquet file: rows as lines of JSON on stdout.
+    """Read a Parquet file for another process: rows as lines of JSON on stdout.
 
     `#N` comes first: there are N rows. `!"reason"` instead of rows: it cannot be read. `.` is the end.
     """
@@ -566,12 +569,12 @@ def _lines(path: str, most_rows: int, most_bytes: int, columns: list[str]) -> It
 
 
 class _TooMuchError(Exception):
-    """A sound file that is too large for its reader; the message says what to do."""
+    """A sound file that is too large for its reader; the message has the remedy."""
 
 
 @dataclass(frozen=True)
 class _Limits:
-    """Of a Parquet file: its rows, and what they may take unfolded."""
+    """Limits of a Parquet file: its rows, and their unfolded size in bytes."""
 
     rows: int
     bytes: int
@@ -587,7 +590,7 @@ class _Limits:
 
 
 def _columns_read(file: Any, columns: list[str]) -> list[str]:
-    """The columns that make rows, and those that look like misspelled ones.
+    """Return the columns that make rows, and those that look like misspelled ones.
 
     Raises ValueError and _TooMuchError.
     """
@@ -603,7 +606,7 @@ def _columns_read(file: Any, columns: list[str]) -> list[str]:
 
 
 def _check_declared(metadata: Any, columns: list[str], limits: _Limits) -> None:
-    """Refuse, by what the file says of itself, one that is too large or too deep. Raises _TooMuchError."""
+    """Raise _TooMuchError for a file that is too large or too deep by its own metadata."""
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     limits.check_rows(max(metadata.num_rows, sum(group.num_rows for group in groups)))
     size = 0
@@ -621,9 +624,9 @@ def _check_declared(metadata: Any, columns: list[str], limits: _Limits) -> None:
 
 
 def _check_unfolded(file: Any, columns: list[str], limits: _Limits) -> None:
-    """Refuse a file that unfolds to more than it declares, as repeated texts do. Raises _TooMuchError.
+    """Raise _TooMuchError for a file that unfolds to more than it declares, as repeated texts do.
 
-    A few rows at a time are held.
+    Only a few rows are in memory at a time.
     """
     rows = size = 0
     for batch in file.iter_batches(_ROWS_A_BATCH, columns=columns, use_threads=False):
@@ -634,7 +637,8 @@ def _check_unfolded(file: Any, columns: list[str], limits: _Limits) -> None:
 
 
 def _unfolded_bytes(array: Any) -> int:
-    """What an Arrow array takes when each value stands where a dictionary or a list refers to it."""
+    """Return the size of an Arrow array, in bytes, with each reference to a dictionary or a list written
+    out."""
     import pyarrow.compute
     from pyarrow import types
 
@@ -651,7 +655,7 @@ def _unfolded_bytes(array: Any) -> int:
 
 
 def _other(value: Any) -> dict[str, str]:
-    """Stand in for bytes and dates, which cannot be learned: the row is refused for this value."""
+    """Replace bytes and dates, which cannot be learned: the row is refused for this value."""
     return {"type": type(value).__name__}
 
 

@@ -1,4 +1,4 @@
-"""Data sets on the Hub: `org/name[:split][@revision]`. Only files of rows are fetched, never code."""
+"""Fetch data sets from the Hub: `org/name[:split][@revision]`. Only files of rows are fetched, never code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NO_ROWS = re.compile(r"(?i)^(dataset_infos?|dataset_dict|config|state|package|m
 _NUMBERED = re.compile(r"-of-(\d{1,9})")
 _NUMBER = re.compile(r"(?i)[-_.](?:part|shard|chunk)?[-_.]?\d{1,9}(?:-of-\d{1,9})?(?:-[0-9a-f]{16})?$")
 _FIRST_NUMBER = re.compile(r"(?i)^(?:part|shard|chunk)?[-_.]?\d{1,9}(?:-of-\d{1,9})?[-_.]")
-"""At the end of a file's name, or its beginning: which part of its split it is, as in `train-00000-of-2`."""
+"""Number of a split's part at the end of a file's name, or at its beginning, as in `train-00000-of-2`."""
 _TIMEOUT_S = 20.0
 
 
@@ -56,7 +56,8 @@ def parse_dataset_id(text: str) -> DatasetId | None:
 
 
 def fetch(dataset: DatasetId, part: str) -> list[Path]:
-    """The data set's files of one split, in the Hub's own cache. `part`: train or eval, if it names none.
+    """Return the data set's files of one split, in the Hub's own cache. `part`: train or eval, if it names
+    none.
 
     Raises DataError.
     """
@@ -99,7 +100,7 @@ def _download(hub: HfApi, dataset: DatasetId, commit: str, part: str) -> list[Pa
 
 
 def _cached(dataset: DatasetId, commit: str, part: str) -> list[Path] | None:
-    """The files in the Hub's cache; None if there are none, or not all that belong together."""
+    """Return the files in the Hub's cache; None if there are none, or parts of the split are missing."""
     import huggingface_hub
 
     try:
@@ -117,10 +118,10 @@ def _cached(dataset: DatasetId, commit: str, part: str) -> list[Path] | None:
 
 
 def choose(dataset: DatasetId, names: Sequence[str], part: str) -> list[str]:
-    """The files of the wanted split, all of one format and one configuration.
+    """Return the files of the wanted split, all of one format and one configuration.
 
-    A split is known by its whole name, as `train_sft` is, or by the word `train` if one split alone has it.
-    Raises DataError.
+    A split is recognized by its whole name, as `train_sft` is, or by the word `train` if one split alone has
+    it. Raises DataError.
     """
     files = sorted(name for name in names if _suffix(name) in FORMATS and not _NO_ROWS.match(_base(name)))
     folder, wanted = _wanted(dataset.split, part)
@@ -156,7 +157,7 @@ def _words() -> list[str]:
 
 
 def _of_split(names: Sequence[str], split: str) -> list[str]:
-    """The files whose path has the split's name as a word."""
+    """Return the files whose path has the split's name as a word."""
     return [name for name in names if _has_word(name, split)]
 
 
@@ -165,9 +166,10 @@ def _has_word(text: str, word: str) -> bool:
 
 
 def _one_split(dataset: DatasetId, names: Sequence[str], split: str) -> list[str]:
-    """Of files whose path has the split's name as a word, those of the split with exactly this name.
+    """Return those of the files, whose paths have the split's name as a word, that belong to the split of
+    exactly this name.
 
-    Raises DataError if several splits have the word, and none is called just that.
+    Raises DataError if several splits have the word, and none has exactly this name.
     """
     by_split: dict[str, list[str]] = {}
     for name in names:
@@ -183,7 +185,8 @@ def _one_split(dataset: DatasetId, names: Sequence[str], split: str) -> list[str
 
 
 def _split_name(name: str, split: str) -> str:
-    """The whole name of a file's split: a folder called just that, or the file's name without its number."""
+    """Return the whole name of a file's split: an equal folder's name, or the file's name without its
+    number."""
     path = PurePosixPath(name)
     if any(part.lower() == split.lower() for part in path.parent.parts):
         return split
@@ -193,7 +196,7 @@ def _split_name(name: str, split: str) -> str:
 
 
 def _configuration(name: str) -> str:
-    """The file's folder, without parts that only name the split."""
+    """Return the file's folder, without parts that only name the split."""
     plain = {"data", *_words()}
     return "/".join(part for part in PurePosixPath(name).parent.parts if part not in plain)
 
@@ -207,7 +210,7 @@ def _base(name: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error, without secrets: queries of URLs, and tokens."""
+    """Return the first line of an error, without secrets: queries of URLs, and tokens."""
     first = (str(error).strip() or "no details").splitlines()[0]
     first = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", first)
     return f"{type(error).__name__}: {re.sub(r'hf_[A-Za-z0-9]+', '***', first)[:300]}"

@@ -1,4 +1,4 @@
-"""Training data: a file or a data set on the Hub, read, checked and tokenized."""
+"""Read, check and tokenize training data from a file or a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from onebase_adapters.training.data.tokens import (
 from onebase_adapters.training.recipe import Recipe
 
 DEFAULT_LENGTH = 2048
-"""Tokens of the longest row, where the recipe leaves it open."""
+"""Limit of a row, in tokens, if the recipe leaves it open."""
 
 _AT_ONCE = 256
 _BYTES_AT_ONCE = 1 << 20
@@ -63,10 +63,10 @@ def load_dataset(
         tokenizer: the base's own, with its chat template.
         recipe: method, train_on, max_length ("auto": 2048), too_long and template_date ("auto": today) are
             used. No row is longer than the base can read.
-        part: "train" or "eval": what the rows are for. It picks the split of a data set on the Hub.
-        name: the file's name, where its path does not say it (an upload); its suffix decides the format.
-        on_progress: gets the part that is done, from 0 to 1. What it raises ends the reading.
-        files: what `find_files` gave for the source, if it was asked.
+        part: "train" or "eval": the use of the rows. It selects the split of a data set on the Hub.
+        name: the file's name, if its path does not have it (an upload); its suffix decides the format.
+        on_progress: called with the part that is done, from 0 to 1. What it raises ends the reading.
+        files: the result of `find_files` for the source, if it is known.
 
     Raises:
         DataError: with every bad line; or the file as a whole cannot be used.
@@ -81,7 +81,7 @@ def load_dataset(
 
 
 def find_files(source: str | Path, part: str) -> list[Path]:
-    """The files of a source: itself, or those that the Hub has of it, which are fetched. Raises DataError."""
+    """Return the files of a source: itself, or those fetched from the Hub. Raises DataError."""
     dataset = parse_dataset_id(source) if isinstance(source, str) and not Path(source).exists() else None
     return [Path(source)] if dataset is None else fetch(dataset, part)
 
@@ -105,7 +105,7 @@ def _records(
 def _all_files(
     paths: Sequence[Path], on_progress: Callable[[float], None] | None, more: Sequence[str]
 ) -> Iterator[Item]:
-    """The records of several files one after the other; line numbers go on from file to file."""
+    """Yield the records of several files; line numbers continue from file to file."""
     before = 0
     for index, path in enumerate(paths):
 
@@ -179,7 +179,7 @@ class _Builder:
             raise self._error(Problem(0, "", "too many problems: the rest of the file was not read"))
 
     def dataset(self) -> Dataset:
-        """The data set. Raises DataError if there were problems."""
+        """Return the data set. Raises DataError if there were problems."""
         if self._problems:
             raise self._error()
         if not self._rows:
@@ -202,7 +202,7 @@ class _Builder:
         return self._place
 
     def _error(self, *more: Problem) -> DataError:
-        """The problems, with the row's number where several rows share a line."""
+        """Return the problems, with the row's number if several rows share a line."""
         problems = []
         for place, field, reason in self._problems:
             number = f" (row {place.row})" if place.line in self._shared_lines else ""
@@ -238,7 +238,7 @@ def _limit(recipe: Recipe, tokenizer: Any) -> int:
 
 
 def _slice(row: Mapping[str, Any], field: str) -> str:
-    """What a row says of its slice; "" if it says nothing. Raises RowError."""
+    """Return the name of a row's slice; "" if it has none. Raises RowError."""
     value = row.get(field)
     if value is None or value == "":
         return ""
@@ -255,7 +255,7 @@ def _slice(row: Mapping[str, Any], field: str) -> str:
 
 
 def _named(found: Tokenized | RowError, part: str, label: str) -> Tokenized | RowError:
-    """With the row's slice, and its label."""
+    """Return the samples with the row's slice and its label."""
     if isinstance(found, RowError) or not (part or label):
         return found
     return replace(found, samples=[replace(sample, slice=part, label=label) for sample in found.samples])

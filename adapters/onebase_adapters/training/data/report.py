@@ -1,4 +1,4 @@
-"""What a data set holds, for people: counts, lengths, repeated rows, and three rows as they are learned."""
+"""Report on a data set for people: counts, lengths, repeated rows, and three rows as they are learned."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Example:
     """One row as the model sees it. row: its number in the file. side: of a preference, "chosen" or
     "rejected", else "".
 
-    segments: text with its control tokens, and whether it is learned; of a row with a label, whether the
+    segments: text with its control tokens, and whether it is learned; for a row with a label, whether the
     label is read there.
     """
 
@@ -37,15 +37,16 @@ class Example:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What is in one data set, and what it shares with the one for evaluation.
+    """Figures of one data set, and its overlap with the one for evaluation.
 
-    rows: of the file. samples: sequences made of them: more for preferences, or where a chat template
-    rewrites earlier replies. tokens, supervised: in all samples. shortest, median, longest: tokens of one.
+    rows: of the file. samples: sequences made of them: more for preferences, or if a chat template rewrites
+    earlier replies. tokens, supervised: in all samples. shortest, median, longest: tokens of one.
     histogram: (from, to, samples) with `to` included.
-    named_by: "line": a row is named by the line on which it begins; "row": by its number, where several
-    begin on one line.
-    truncated, dropped: rows. duplicates: (row, earlier row that says the same).
-    leakage: rows whose content is in `evaluation`. same_prompt: rows that only ask the same as one there.
+    named_by: "line": a row is named by the line on which it begins; "row": by its number, if several begin on
+    one line.
+    truncated, dropped: rows. duplicates: (row, earlier row with the same content).
+    leakage: rows whose content is in `evaluation`. same_prompt: rows that only have the same prompt as one
+    there.
     labels: rows of each, the most frequent first. not_held_out: labels that no row in `evaluation` has.
     """
 
@@ -76,7 +77,7 @@ class DataReport:
         return bool(counts) and max(counts) > _UNEVEN * min(counts)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; lists of rows are cut after 1000, and counted in `counts`."""
+        """Return plain values; lists of rows are cut after 1000, and counted in `counts`."""
         lists = {
             name: list(getattr(self, name))
             for name in ("truncated", "dropped", "duplicates", "leakage", "same_prompt")
@@ -163,7 +164,8 @@ def _duplicates(data: Dataset) -> list[tuple[Place, Place]]:
 
 
 def _shared(train: Dataset, evaluation: Dataset) -> tuple[list[Place], list[Place]]:
-    """Rows of `train` that are in `evaluation` too, and rows that only have the same prompt as one there."""
+    """Return the rows of `train` that are in `evaluation` too, and rows that only share a prompt with one
+    there."""
     contents = {key.content for key in evaluation.keys}
     prompts = {key.prompt for key in evaluation.keys} - {None}
     leakage = [key.place for key in train.keys if key.content in contents]
@@ -172,7 +174,7 @@ def _shared(train: Dataset, evaluation: Dataset) -> tuple[list[Place], list[Plac
 
 
 def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
-    """At most ten or so bars, each 1, 2 or 5 times a power of ten wide."""
+    """Return about ten bars at most, each 1, 2 or 5 times a power of ten wide."""
     width = 1
     while lengths.max() - lengths.min() > width * _BARS:
         width = width * 5 // 2 if str(width).startswith("2") else width * 2
@@ -182,7 +184,7 @@ def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
 
 
 def _examples(rows: Sequence[Row], places: Sequence[Place], tokenizer: Any) -> Iterable[Example]:
-    """The first row, the last and one between."""
+    """Yield the first row, the last and one between."""
     count = len(rows)
     for index in sorted({0, count // 2, count - 1})[:_EXAMPLES] if count else ():
         sides = ("",) if isinstance(rows[index], Sample) else ("chosen", "rejected")
@@ -191,7 +193,7 @@ def _examples(rows: Sequence[Row], places: Sequence[Place], tokenizer: Any) -> I
 
 
 def _segments(sample: Sample, tokenizer: Any) -> list[tuple[str, bool]]:
-    """The sample's text, cut where learning begins or ends; long parts lose their middle."""
+    """Return the sample's text, cut where learning begins or ends; long parts lose their middle."""
     borders = [0, *(np.flatnonzero(np.diff(sample.supervised)) + 1).tolist(), len(sample)]
     made = []
     for start, stop in itertools.pairwise(borders):

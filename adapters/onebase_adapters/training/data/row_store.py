@@ -1,8 +1,9 @@
-"""The tokenized rows of a run, in a folder: the first to read the data writes them, later processes map them.
+"""Store a run's tokenized rows in a folder: the first process that reads the data writes them, later ones map
+them.
 
-They stand in flat arrays, one file each: about 5 bytes a token, 32 a row and 40 a prompt. It is a cache: a
-checksum over the key and all files tells what is damaged, incomplete or of other data, which
-counts as absent.
+They are in flat arrays, one file each: about 5 bytes a token, 32 a row and 40 a prompt. This is a cache: a
+checksum over the key and all files detects rows that are damaged, incomplete or of other data, which count
+as absent.
 """
 
 from __future__ import annotations
@@ -21,20 +22,21 @@ from onebase_adapters.training.data.dataset import Dataset, Place, Preference, P
 _FORMAT = 3
 _CHECKSUM = "sha256"
 _FACTS = 4
-"""Of each sample: its length, its line, the places of its slice and of its label."""
+"""Facts of each sample: its length, its line, the places of its slice and of its label."""
 CHAT_TEMPLATE_DIR = "additional_chat_templates"
-"""As in transformers: templates with a name, such as that for rows with tools."""
+"""Folder of named templates, such as that for rows with tools, as in transformers."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 def rows_key(settings: Mapping[str, Any], base: Path, sources: Sequence[Sequence[Path]]) -> str | None:
-    """SHA-256 of all that decides which rows data makes; None if a source is no plain file that can be read.
+    """Return the SHA-256 of all that decides the rows; None if a source is no readable plain file.
 
     Files count by their content, which may change while size and time do not.
 
     Args:
-        settings: what the rows depend on. base: its folder, of which all counts that is not weights: the
-            tokenizer, its chat template, the tokens that end a generation. sources: the files of each.
+        settings: settings that the rows depend on. base: its folder, in which everything but the weights
+            counts: the tokenizer, its chat template, the tokens that end a generation. sources: the files of
+            each.
     """
     try:
         files = [*base.iterdir(), *(base / CHAT_TEMPLATE_DIR).glob("*")]
@@ -52,7 +54,7 @@ def rows_key(settings: Mapping[str, Any], base: Path, sources: Sequence[Sequence
 
 
 def write_rows(folder: Path, key: str, parts: Mapping[str, Dataset]) -> None:
-    """Keep the rows and prompts of data sets, in place of what was kept there. Raises OSError."""
+    """Store the rows and prompts of data sets, replacing those stored before. Raises OSError."""
     with atomic_directory(folder) as work:
         for name, data in parts.items():
             samples = [sample for row in data.rows for sample in row.samples]
@@ -75,7 +77,8 @@ def write_rows(folder: Path, key: str, parts: Mapping[str, Dataset]) -> None:
 
 
 def map_rows(folder: Path, key: str, decode: Callable[[list[int]], str]) -> dict[str, Dataset] | None:
-    """The data sets that `write_rows` kept under this key, over memory that all processes share; else None.
+    """Return the data sets that `write_rows` stored under this key, over memory that all processes share, or
+    None.
 
     decode: as in Prompt.
     """
@@ -110,7 +113,7 @@ def _mapped(folder: Path, name: str, decode: Callable[[list[int]], str]) -> Data
 
 
 def _checksum(folder: Path, key: str) -> str:
-    """SHA-256 of the key and of each array's name and content."""
+    """Return the SHA-256 of the key and of each array's name and content."""
     total = hashlib.sha256(key.encode())
     for path in sorted(folder.glob("*.npy")):
         total.update(f" {path.name} {_sha256(path)}".encode())
@@ -118,7 +121,7 @@ def _checksum(folder: Path, key: str) -> str:
 
 
 def _sha256(path: Path) -> str:
-    """Of a plain file's content. Raises OSError."""
+    """Return the SHA-256 of a plain file's content. Raises OSError."""
     if not path.is_file():  # a pipe can be read once
         raise FileNotFoundError(f"{path} is no file")
     with path.open("rb") as file:
@@ -126,7 +129,7 @@ def _sha256(path: Path) -> str:
 
 
 def _write(path: Path, kind: str, count: int, parts: Iterable[np.ndarray[Any, Any]]) -> None:
-    """One array of many parts, without a copy of all in memory."""
+    """Write one array of many parts, without a copy of all in memory."""
     with path.open("wb") as file:
         header = {"descr": kind, "fortran_order": False, "shape": (count,)}
         np.lib.format.write_array_header_1_0(file, header)

@@ -1,4 +1,4 @@
-"""The shapes that a row may have, each brought to a chat, a text, or a choice between two of them.
+"""Parse the shapes of a row into a chat, a text, or a choice between two of them.
 
 Messages and tools are as chat templates take them, checked one by one. Every function raises RowError with
 the field, as in `messages[2].content`.
@@ -35,9 +35,9 @@ _REMEDIES = {
 
 
 class RowFields:
-    """Fields of one row that are not null. Remembers which ones were read.
+    """Fields of one row that are not null. Records which ones were read.
 
-    Every method raises RowError with the field. inside: what stands before a field's name there.
+    Every method raises RowError with the field. inside: prefix of the field's name there.
     """
 
     def __init__(self, row: Mapping[str, Any], inside: str = "") -> None:
@@ -49,22 +49,22 @@ class RowFields:
         return key in self.given
 
     def is_text(self, key: str) -> bool:
-        """Whether a field is there and is a text."""
+        """Return True if a field exists and is a text."""
         return isinstance(self.given.get(key), str)
 
     def says(self, key: str) -> bool:
-        """Whether a field is there and is more than a blank text."""
+        """Return True if a field exists and is more than a blank text."""
         return key in self.given and not (self.is_text(key) and not self.given[key].strip())
 
     def read(self, key: str) -> Any:
-        """A field as it is. It must exist."""
+        """Return a field as it is. It must exist."""
         if key not in self.given:
             raise RowError(f"{self._inside}{key}", "missing")
         self._read.append(key)
         return self.given[key]
 
     def text(self, key: str, *, empty: bool = False) -> str:
-        """A text; a blank one only if it may be `empty`."""
+        """Return a text; a blank one only if it may be `empty`."""
         value = self.read(key)
         if not isinstance(value, str):
             raise RowError(f"{self._inside}{key}", f"must be a text, not {type(value).__name__}")
@@ -73,11 +73,11 @@ class RowFields:
         return value
 
     def messages(self, key: str) -> list[Message]:
-        """A list of messages, each of them checked."""
+        """Return a list of messages, each of them checked."""
         return check_messages(self.read(key), f"{self._inside}{key}")
 
     def tools(self) -> list[dict[str, Any]] | None:
-        """The tools, if there are any; `functions` is OpenAI's older name for them."""
+        """Return the tools, or None; `functions` is OpenAI's older name for them."""
         if "functions" not in self:
             return check_tools(self.read("tools"), f"{self._inside}tools") if "tools" in self else None
         functions = self.read("functions")
@@ -92,7 +92,7 @@ class RowFields:
         return [plain_tool({"type": "function", "function": function}) for function in functions] or None
 
     def after_system(self, messages: list[Message]) -> list[Message]:
-        """Messages after the one of `system`, if the row has that field too."""
+        """Return the messages after that of `system`, if the row has that field too."""
         if not self.says("system"):
             return messages
         system = self.text("system")
@@ -103,14 +103,15 @@ class RowFields:
         return [{"role": "system", "content": system}, *messages]
 
     def check_spelling(self, names: Sequence[str]) -> None:
-        """Refuse an unknown field that looks like one of `names`."""
+        """Raise RowError for an unknown field that looks like one of `names`."""
         for key in self.given:
             near = misspelled(key, names) if key not in KNOWN_FIELDS else None
             if near is not None and near not in self:
                 raise RowError(key[:60], f"an unknown field: did you mean {near}?")
 
     def check_nothing_lost(self, parsed: Parsed) -> None:
-        """Refuse a system message or tools that were not read, unless they are part of what was read."""
+        """Raise RowError for a system message or tools that were not read, unless they are part of what was
+        read."""
         texts = _texts(parsed)
         for key, remedy in _REMEDIES.items():
             if key not in self or key in self._read or _is_part_of(self.given[key], texts):
@@ -137,7 +138,8 @@ def _texts(parsed: Parsed) -> list[str]:
 
 
 def _is_part_of(value: Any, texts: Sequence[str]) -> bool:
-    """Whether a field is empty, or a text that is part of what was read: a template may have put it there."""
+    """Return True if a field is empty, or a text that is part of what was read: a template may have put it
+    there."""
     if isinstance(value, str):
         return any(value.strip() in text for text in texts)
     return not value
@@ -149,10 +151,10 @@ _DPO_SHAPES = "chosen and rejected (with prompt), or input, preferred_output and
 
 
 def parse_row(row: Mapping[str, Any], method: Method) -> Parsed:
-    """What a row means, by its keys.
+    """Parse a row by its keys.
 
-    Of several shapes in one row the first counts: messages, prompt and completion, instruction, text. Other
-    keys are left alone; misspelled ones are refused, and so is a system message that would be lost, or tools.
+    If a row has several shapes, the first counts: messages, prompt and completion, instruction, text. Other
+    keys are ignored; misspelled ones are refused, and so is a system message that would be lost, or tools.
     """
     fields = RowFields(row)
     parse = {"dpo": parse_preference, "classification": _labelled, "supervised": _supervised}[method]
@@ -201,7 +203,7 @@ def _instruction(row: RowFields) -> Chat:
 
 
 LABEL_FIELDS = ("label", "labels", "text_pair")
-"""What a row with a label may have next to KNOWN_FIELDS; the last two are refused."""
+"""Fields of a row with a label besides KNOWN_FIELDS; the last two are refused."""
 _SEVERAL = "several labels of one row (multi-label) are not learned: give one"
 
 
@@ -224,7 +226,7 @@ def _labelled(row: RowFields) -> Labelled | None:
 
 
 def _label(row: RowFields) -> str:
-    """The row's label as a text. Raises RowError."""
+    """Return the row's label as a text. Raises RowError."""
     value = row.read("label")
     if isinstance(value, list | dict):
         raise RowError("label", _SEVERAL)
@@ -255,11 +257,11 @@ def _unknown_shape(row: Mapping[str, Any], method: Method) -> str:
 
 _NO_PROMPT = "begin differently, and there is no prompt: name it prompt, or question if it is a chat's"
 _NO_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
-"""Scripts that put no space between words."""
+"""Scripts without spaces between words."""
 
 
 def parse_preference(row: RowFields) -> Choice | None:
-    """The row as a choice; None if it does not have two replies."""
+    """Return the row as a choice; None if it does not have two replies."""
     if "preferred_output" in row or "non_preferred_output" in row:
         return _openai_choice(row)
     if "chosen" not in row and "rejected" not in row:
@@ -299,7 +301,7 @@ def _chat_choice(row: RowFields, chosen: list[Message], rejected: list[Message])
 
 
 def _reply(name: str, messages: list[Message], prompt: list[Message]) -> list[Message]:
-    """What follows the prompt, which some data sets repeat in both conversations."""
+    """Return the messages after the prompt, which some data sets repeat in both conversations."""
     reply = messages[len(prompt) :] if _same(messages[: len(prompt)], prompt) else messages
     asked = bool(prompt) and prompt[-1]["role"] == "user"
     if asked and reply and reply[0]["role"] in ("system", "developer", "user"):
@@ -308,7 +310,7 @@ def _reply(name: str, messages: list[Message], prompt: list[Message]) -> list[Me
 
 
 def _given_prompt(row: RowFields, shared: Sequence[Message]) -> list[Message] | None:
-    """The prompt given with the replies; a question only where the replies begin with none."""
+    """Return the prompt given with the replies; a question only if the replies begin with none."""
     if row.is_text("prompt"):
         return [{"role": "user", "content": row.text("prompt")}]
     if "prompt" in row:
@@ -373,7 +375,7 @@ def _ends_in(messages: Sequence[Message], last: Sequence[Message]) -> bool:
 
 
 def _same(some: Sequence[Message], others: Sequence[Message]) -> bool:
-    """Whether messages are equal up to white space at their ends."""
+    """Return True if messages are equal up to white space at their ends."""
 
     def stripped(message: Message) -> Message:
         return {**message, "content": message["content"].strip()}
@@ -382,7 +384,7 @@ def _same(some: Sequence[Message], others: Sequence[Message]) -> bool:
 
 
 def _begins_with(text: str, prompt: str) -> bool:
-    """Whether a text repeats the prompt: "A" is not the beginning of "Apples"."""
+    """Return True if a text repeats the prompt: "A" is not the beginning of "Apples"."""
     if not text.startswith(prompt):
         return False
     last, following = prompt[-1:], text[len(prompt) : len(prompt) + 1]
@@ -390,7 +392,7 @@ def _begins_with(text: str, prompt: str) -> bool:
 
 
 def _shared_text(one: str, other: str) -> int:
-    """Where the shared beginning ends: before the first word that differs, and its space."""
+    """Return the end of the shared beginning: before the first word that differs, and its space."""
     pairs = zip(one, other, strict=False)
     cut = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
     while cut and not one[cut - 1].isspace():
@@ -403,10 +405,10 @@ _PROSE_OR_MESSAGES = (("prompt", "completion"), ("chosen", "rejected"))
 
 
 def unfold(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row, with JSON texts that mean messages or tools replaced by the lists.
+    """Return the row, with JSON texts that mean messages or tools replaced by the lists.
 
     A text to learn may be JSON as well: prompt and completion are messages only if both of them are, as are
-    chosen and rejected, and then the prompt that goes with these. A text that is not JSON stays.
+    chosen and rejected, and then the prompt that belongs to these. A text that is not JSON stays.
     """
     made = dict(row)
     for key in _NEVER_PROSE:
@@ -428,7 +430,7 @@ def unfold(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(value: Any) -> list[Any] | None:
-    """The messages that a field holds; None if it holds anything else."""
+    """Return the messages in a field; None if it holds anything else."""
     found = _json(value)
     if not isinstance(found, list):
         return None
@@ -436,13 +438,13 @@ def _messages(value: Any) -> list[Any] | None:
 
 
 def _is_message(value: Any) -> bool:
-    """Whether it is meant as a message; its role is checked later."""
+    """Return True if it is meant as a message; its role is checked later."""
     known = isinstance(value, dict) and isinstance(value.get("role"), str)
     return known and ("content" in value or "tool_calls" in value)
 
 
 def _json(value: Any) -> Any:
-    """The value of a JSON text; None for other text; anything else as it is."""
+    """Return the value of a JSON text; None for other text; anything else as it is."""
     if not isinstance(value, str):
         return value
     if not value.lstrip().startswith(("[", "{")):
@@ -473,11 +475,12 @@ _MEDIA = {
     "image_url": "an image", "input_image": "an image", "input_audio": "sound", "file": "a file",
     "video_url": "a video",
 }  # fmt: skip
-"""Parts of a content that are no text."""
+"""Names of a content's parts that are not text, for messages."""
 
 
 def check_messages(value: Any, field: str) -> list[Message]:
-    """Messages with texts as content. Unknown keys are left out, misspelled ones refused. Raises RowError."""
+    """Return messages with texts as content, without unknown keys. Raises RowError, also for a misspelled
+    key."""
     if not isinstance(value, list):
         raise RowError(field, "must be a list of messages, each with role and content")
     if not value:
@@ -499,12 +502,14 @@ def check_messages(value: Any, field: str) -> list[Message]:
 
 
 def _call_id(number: int) -> str:
-    """Of an older row's call, which has none; of the only length that Mistral's templates take."""
+    """Return an id for a call of an older row, which has none, of the length that Mistral's templates
+    require."""
     return f"call{number:05d}"
 
 
 def check_tools(value: Any, field: str) -> list[dict[str, Any]] | None:
-    """Tools as OpenAI writes them: each {"type": "function", "function": {"name": ...}}; None for none.
+    """Return tools as OpenAI writes them: each {"type": "function", "function": {"name": ...}}; None for
+    none.
 
     Raises RowError.
     """
@@ -606,7 +611,7 @@ def _tool_calls(value: Any, field: str, role: str) -> list[dict[str, Any]]:
 
 
 def _function_call(given: Message, field: str, role: str) -> dict[str, Any]:
-    """A call as OpenAI wrote it before there were tool_calls, as one of those. Raises RowError."""
+    """Convert a call in OpenAI's format before tool_calls into one of those. Raises RowError."""
     if role != "assistant":
         raise RowError(field, "only the assistant's messages have a function_call")
     if given.get("tool_calls"):
@@ -638,15 +643,15 @@ def _tool_call(call: Any, field: str) -> dict[str, Any]:
 
 
 def plain_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool as a chat template is given it, in training and in serving: without nulls, which tables fill in,
-    and without `strict`, which says how calls are sampled."""
+    """Return a tool as chat templates receive it, in training and in serving: without nulls, which tables
+    fill in, and without `strict`, which concerns how calls are sampled."""
     function = {key: value for key, value in tool["function"].items() if key != "strict"}
     made: dict[str, Any] = _without_nulls({**tool, "function": function})
     return made
 
 
 def _without_nulls(value: Any) -> Any:
-    """Tables fill in null for what a row lacks, which templates would write out."""
+    """Remove nulls, which tables fill in for what a row lacks and templates would write out."""
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     if isinstance(value, list):
@@ -663,7 +668,7 @@ _NO_REPLY = (
 def make_chat(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, field: str, *, first: int = 0
 ) -> Chat:
-    """A chat of which the replies from message `first` on are learned, except those of weight 0.
+    """Return a chat in which the replies from message `first` on are learned, except those of weight 0.
 
     Raises RowError for `field` if that leaves nothing.
     """

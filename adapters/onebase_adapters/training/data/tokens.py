@@ -1,4 +1,4 @@
-"""Rows into tokens: the base's tokenizer and chat template, and which tokens are learned.
+"""Tokenize rows with the base's tokenizer and chat template, and mark the tokens that are learned.
 
 Labels are found by position, never by value. A reply's tokens begin where the prompt that serving would send
 ends, so that the model learns to continue exactly those ids. They end with the token that stops a
@@ -49,24 +49,27 @@ class BaseTokens:
         self._padding: int | None = tokenizer.pad_token_id
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without any special token that is not written in it."""
+        """Return the ids of each text, without any special token that is not written in it."""
         return self.chat.encode_plain(texts)
 
     def begin(self, ids: list[int]) -> list[int]:
-        """A plain text's ids after the tokens that the base expects first, unless they are there already."""
+        """Return a plain text's ids after the tokens that the base expects first, unless they are there
+        already."""
         begun = ids[: len(self._begin)] == self._begin
         return ids if begun else [*self._begin, *ids]
 
     def as_asked(self, ids: list[int], *, plain: bool) -> list[int]:
-        """What a classifier that is served reads: of a text's ids (`plain`), or of a conversation's."""
+        """Return the ids that a served classifier reads, from a text's ids (`plain`) or from a
+        conversation's."""
         return self.unpadded([*self._begin, *ids, *self._after] if plain else ids)
 
     def unpadded(self, ids: list[int]) -> list[int]:
-        """Up to the token at which a classifier's head reads."""
+        """Return the ids up to the token at which a classifier's head reads."""
         return without_padding(ids, self._padding)
 
     def go_on(self, text: str) -> list[int]:
-        """Ids of text that follows other text: some tokenizers put a space before the very first word."""
+        """Return the ids of text that follows other text: some tokenizers put a space before the very first
+        word."""
         return _go_on(text, self.encode)
 
 
@@ -76,25 +79,25 @@ def _go_on(text: str, encode: Callable[[Sequence[str]], list[list[int]]]) -> lis
 
 
 def template_of(tokenizer: Any) -> str:
-    """Its chat template; all of them, if it has several, and "" if it has none."""
+    """Return the tokenizer's chat template: all of them, if it has several, and "" if it has none."""
     template = tokenizer.chat_template
     return template if isinstance(template, str) else "\n".join((template or {}).values())
 
 
 def stop_tokens(tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a generation: the tokenizer's own, and those that the base's folder names."""
+    """Return the tokens that end a generation: the tokenizer's own, and those named in the base's folder."""
     named = _in_folder(tokenizer, "generation_config.json").get("eos_token_id")
     found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return frozenset(token for token in found if isinstance(token, int))
 
 
 def reply_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """The text of a reply's ids, without special tokens."""
+    """Return a function that decodes a reply's ids, without special tokens."""
     return partial(tokenizer.decode, skip_special_tokens=True)
 
 
 def longest_sequence(tokenizer: Any) -> int | None:
-    """The longest sequence that the base can read, in tokens, if its folder says so."""
+    """Return the longest sequence that the base can read, in tokens, if its folder has that number."""
     config = _in_folder(tokenizer, "config.json")
     text = config.get("text_config")
     limit = (text if isinstance(text, dict) else config).get("max_position_embeddings")
@@ -102,7 +105,7 @@ def longest_sequence(tokenizer: Any) -> int | None:
 
 
 def _in_folder(tokenizer: Any, name: str) -> dict[str, Any]:
-    """A file of the folder that the tokenizer comes from; empty if there is none."""
+    """Return a file of the tokenizer's folder; empty if there is none."""
     try:
         found = parse_json((Path(str(tokenizer.name_or_path)) / name).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -111,12 +114,13 @@ def _in_folder(tokenizer: Any, name: str) -> dict[str, Any]:
 
 
 def asks_for_date(tokenizer: Any) -> bool:
-    """Whether its chat template prints today's date, as Llama 3.2's does."""
+    """Return True if its chat template prints today's date, as Llama 3.2's does."""
     return _ASKS_FOR_IT in template_of(tokenizer)
 
 
 def dated_tokenizer(tokenizer: Any, recipe: Recipe) -> Any:
-    """The tokenizer with a chat template that prints the recipe's day; itself, if the recipe has none."""
+    """Return the tokenizer with a chat template that prints the recipe's day; itself, if the recipe has
+    none."""
     if recipe.template_date == "auto" or not asks_for_date(tokenizer):
         return tokenizer
     # transformers hands a template nothing that can be called but its own clock: a macro takes its place.
@@ -131,7 +135,8 @@ def dated_tokenizer(tokenizer: Any, recipe: Recipe) -> Any:
 
 
 def _clock(day: date) -> str:
-    """A macro `strftime_now` for Jinja, at midnight. The newline after it is trimmed, as after any tag."""
+    """Return a macro `strftime_now` for Jinja, at midnight. The newline after it is trimmed, as after any
+    tag."""
     midnight = datetime.combine(day, time())
     filters = "".join(
         f" | replace({json.dumps(form)}, {json.dumps(midnight.strftime(form))})" for form in _FORMATS
@@ -145,10 +150,10 @@ _NO_TEMPLATE = "the base has no chat template: give prompt and completion, or te
 
 @dataclass(frozen=True)
 class Piece:
-    """A tokenized row, or the part of a conversation up to one reply, where that must be learned alone.
+    """A tokenized row, or the part of a conversation up to a reply that must be learned alone.
 
     spans: half-open ranges of positions in `ids` that are learned, ascending.
-    prompt: number of tokens before the last reply; None where the row does not end in one.
+    prompt: number of tokens before the last reply; None if the row does not end in one.
     """
 
     ids: list[int]
@@ -179,21 +184,21 @@ class ChatTokens:
         self._tails: dict[str, list[int]] = {}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of conversations from `render`, or of parts of them. Raises RowError."""
+        """Return the ids of conversations from `render`, or of parts of them. Raises RowError."""
         try:
             return self._chat.encode(texts)
         except ControlTokenError as error:
             raise RowError(error.field or "messages", str(error)) from error
 
     def render(self, chat: Chat, *, generation: bool = False) -> str:
-        """The whole conversation as text, ready for a reply if `generation`. Raises RowError."""
+        """Return the whole conversation as text, ready for a reply if `generation`. Raises RowError."""
         if not self._base.template:
             raise RowError("messages", _NO_TEMPLATE)
         self._check(chat)
         return self._render(chat, len(chat.messages), generation)
 
     def pieces(self, chat: Chat, text: str, ids: list[int]) -> list[Piece]:
-        """What to learn of a conversation, usually one piece. Raises RowError.
+        """Return the pieces of a conversation to learn, usually one. Raises RowError.
 
         Args:
             text: of `render`. ids: of the text.
@@ -214,7 +219,7 @@ class ChatTokens:
         return [*alone, self._piece(text, ids, stable)] if stable else alone
 
     def _check(self, chat: Chat) -> None:
-        """Refuse what the template would drop silently."""
+        """Raise RowError for parts that the template would drop silently."""
         if chat.tools and "tools" not in self._base.template:
             raise RowError("tools", "the base's chat template has no place for tools: they would be lost")
         for index, message in enumerate(chat.messages):
@@ -224,7 +229,7 @@ class ChatTokens:
                 raise RowError(f"{field}.tool_calls", reason)
 
     def _render(self, chat: Chat, count: int, generation: bool) -> str:
-        """The first `count` messages as the template writes them."""
+        """Return the first `count` messages as the template writes them."""
         try:
             return self._chat.render(chat.messages[:count], chat.tools, generation=generation)
         except ControlTokenError as error:
@@ -234,7 +239,7 @@ class ChatTokens:
             raise RowError("messages", f"the base's chat template refuses them: {reason}") from error
 
     def _prefixes(self, chat: Chat, index: int, text: str) -> tuple[str, str]:
-        """The conversation up to a reply, with the generation prompt; and including the reply."""
+        """Return the conversation up to a reply, with the generation prompt, and including the reply."""
         if not index:
             raise RowError("messages[0]", "a reply to nothing: put a message before it, or give it weight 0")
         before = self._render(chat, index, True)
@@ -252,7 +257,8 @@ class ChatTokens:
         return self._piece(text, ids, [self._reply(text, len(before))]).prompt
 
     def _reply(self, text: str, start: int) -> _Reply:
-        """The reply, up to the last control token that stops a generation, else to the last control token."""
+        """Return the reply, up to the last control token that stops a generation, else to the last control
+        token."""
         marks = list(self._chat.special.finditer(text, start))
         stops = [mark for mark in marks if self._chat.token(mark[0]) in self._base.stops] or marks
         if stops:
@@ -260,7 +266,7 @@ class ChatTokens:
         return _Reply(start, max(start, len(text.rstrip())), False)
 
     def _piece(self, text: str, ids: list[int], replies: Sequence[_Reply]) -> Piece:
-        """The replies' tokens. Where a token reaches over the border of a reply, the text is cut there."""
+        """Return the replies' tokens. If a token crosses the border of a reply, the text is cut there."""
         spans = self._spans(text, ids, replies)
         if spans is None:
             ids, spans = self._cut(text, replies)
@@ -273,10 +279,10 @@ class ChatTokens:
         return Piece(ids, spans, start)
 
     def _spans(self, text: str, ids: list[int], replies: Sequence[_Reply]) -> list[tuple[int, int]] | None:
-        """The replies' positions in the ids of the whole text; None if a token reaches over a border.
+        """Return the replies' positions in the ids of the whole text; None if a token crosses a border.
 
-        Control tokens are counted in the text and in the ids. What stands between the last one and a
-        border is tokenized alone, as in serving, and must be there.
+        Control tokens are counted in the text and in the ids. The text between the last one and a border is
+        tokenized alone, as in serving, and must be there.
         """
         marks = [(mark.start(), mark.end()) for mark in self._chat.special.finditer(text)]
         at = [index for index, token in enumerate(ids) if token in self._chat.special_ids]
@@ -301,7 +307,7 @@ class ChatTokens:
         return spans
 
     def _tail(self, text: str) -> list[int]:
-        """Ids of a text that occurs often, such as the beginning of a turn. They are cached."""
+        """Return the ids of a text that occurs often, such as the beginning of a turn. They are cached."""
         known = self._tails.get(text)
         if known is None:
             known = self.encode([text])[0]
@@ -325,7 +331,7 @@ class ChatTokens:
 class Tokenized:
     """A row's samples, one unless its chat template rewrites earlier replies; none if it was dropped.
 
-    reply: where in the last sample the reply stands that the row ends in, up to the token that ends its
+    reply: position in the last sample of the reply at the row's end, up to the token that ends its
     generation; None if the row ends in none, or if it was cut.
     """
 
@@ -335,9 +341,9 @@ class Tokenized:
 
 
 class RowTokens:
-    """Turns chats and texts into samples of at most `limit` tokens.
+    """Converts chats and texts into samples of at most `limit` tokens.
 
-    classified: of each only the last token is supervised, of the ids that `/classify` makes of it.
+    classified: only the last token of each is supervised, of the ids that `/classify` makes of it.
     """
 
     def __init__(
@@ -357,7 +363,7 @@ class RowTokens:
         self._too_long = too_long
 
     def tokenize(self, rows: Sequence[tuple[int, Chat | Text]]) -> list[Tokenized | RowError]:
-        """Tokenize rows, each given with its line: samples, or why there are none."""
+        """Tokenize rows, each given with its line. Returns samples, or the reason why there are none."""
         texts = iter(
             self._base.encode([(row.prompt or "") + row.reply for _, row in rows if isinstance(row, Text)])
         )
@@ -379,7 +385,7 @@ class RowTokens:
         return made
 
     def _rendered(self, chats: Sequence[Chat]) -> list[tuple[str, list[int]] | RowError]:
-        """Text and ids of each conversation, or why it has none."""
+        """Return text and ids of each conversation, or the error."""
         texts: list[str | RowError] = []
         for chat in chats:
             try:
@@ -396,7 +402,7 @@ class RowTokens:
         return [(text, next(ids)) if isinstance(text, str) else text for text in texts]
 
     def _read(self, line: int, found: list[int] | tuple[str, list[int]] | RowError) -> Tokenized:
-        """The row as a classifier is asked about it. Raises RowError."""
+        """Return the row as a classifier is asked about it. Raises RowError."""
         if isinstance(found, RowError):
             raise found
         plain = isinstance(found, list)
@@ -416,8 +422,12 @@ class RowTokens:
         return self._chats.pieces(chat, text, ids) if self._is_kept(len(ids)) else []
 
     def _text(self, row: Text, ids: list[int], prompt: list[int] | None) -> Piece:
-        """Plain text, and its end. Prompt and completion are tokenized together, as TRL does, unless a
-        token would reach over the border between them: serving sends the prompt alone."""
+        """Return the piece of a plain text, with its end token.
+
+        Prompt and completion are tokenized together, as TRL does, unless a token would cross the border
+        between
+        them: serving sends the prompt alone.
+        """
         whole = self._base.begin(ids)
         start = 0
         if prompt is not None:
@@ -431,7 +441,7 @@ class RowTokens:
         return Piece(whole, [(first, len(whole))], None if prompt is None else start)
 
     def _is_kept(self, length: int) -> bool:
-        """Whether the labels of a row are worth finding. Raises RowError for a row that is refused."""
+        """Return True if the labels of a row are worth finding. Raises RowError for a row that is refused."""
         if length <= self._limit or self._too_long == "truncate":
             return True
         if self._too_long == "drop":

@@ -5433,7 +5433,7 @@ export interface components {
                 }[];
                 /**
                  * ProofReport
-                 * @description What was compared with PEFT, and how far it was off.
+                 * @description Result of comparing a version with PEFT.
                  */
                 proof: {
                     modules_compared: number;
