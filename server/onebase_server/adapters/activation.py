@@ -1,4 +1,4 @@
-"""Which version of a name is active, which names are pinned, and how versions are deleted."""
+"""Activation, rollback, pinning, sharing and deletion of adapter versions."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from onebase_server.errors import ConflictError, OneBaseError, StaleActivationEr
 from onebase_server.storage import delete_blobs, storage_errors
 
 WARM_SECONDS = 5.0
-"""How long the answer to a rollback or a pin waits until the version is in memory."""
+"""Longest time, in seconds, that a rollback or a pin waits for the version to be loaded."""
 PREFETCHES = 4
-"""Versions that are brought to memory at once because their adapters moved on to them."""
+"""Largest number of concurrent prefetches of versions that have become active."""
 
 _log = logging.getLogger(__name__)
 
 
 class Activation:
-    """Lets names point at versions, pins, shares and deletes. Called from one event loop.
+    """Activates, pins, shares and deletes versions. Called from one event loop.
 
     What another tenant shares may only be used and looked at: changing it raises ForbiddenError. Changes
     wait for each other, so that what one of them has checked still holds when it writes.
@@ -54,11 +54,11 @@ class Activation:
         self._disk = disk
         self._turn = asyncio.Lock()
         self.changes: Counter[str] = Counter()
-        """Those that this server has made: `activate`, `rollback`, `deactivate`."""
+        """Changes made by this server, by action: `activate`, `rollback`, `deactivate`."""
         self._actives: dict[tuple[str, str], str | None] | None = None
-        """What was active at the last look."""
+        """Active digest of each (tenant, name) at the last change of the catalog; None before the first."""
         self._prefetched: dict[tuple[str, str], AdapterRecord] = {}
-        """Adapters whose active version is to come to memory."""
+        """Adapters whose newly active version is to be prefetched."""
         self._prefetching: set[asyncio.Task[None]] = set()
         catalog.subscribe(self._names_changed)
 
@@ -93,7 +93,7 @@ class Activation:
     async def roll_back(
         self, tenant: str, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""
     ) -> AdapterRecord:
-        """Back to the version that was active before, also while it cannot be loaded.
+        """Activate the version that was active before, even if it cannot be loaded now.
 
         Raises UnknownAdapterError, StaleActivationError, UnavailableError, ConflictError (there is none).
         """
@@ -108,7 +108,7 @@ class Activation:
         return self._catalog.of(tenant).adapter(name, param="name")
 
     async def deactivate(self, tenant: str, name: str, *, actor: str = "") -> AdapterRecord:
-        """No version answers to the bare name any more. Raises UnknownAdapterError."""
+        """Deactivate the name, so that no version answers to it. Raises UnknownAdapterError."""
         self._catalog.of(tenant).check_own(name)
         async with self._turn:
             with storage_errors(name):
@@ -117,7 +117,7 @@ class Activation:
         return self._catalog.of(tenant).adapter(name, param="name")
 
     async def pin(self, tenant: str, name: str, pinned: bool) -> AdapterRecord:
-        """Keep the active version in host memory, or no longer.
+        """Pin the active version in host memory, or unpin it.
 
         Raises UnknownAdapterError, InvalidRequestError (more than fits), UnavailableError.
         """
@@ -133,7 +133,7 @@ class Activation:
         return self._catalog.of(tenant).adapter(name, param="name")
 
     async def share(self, tenant: str, name: str, shared: bool) -> AdapterRecord:
-        """Let all tenants use the adapter and look at it, or no longer. Requests that run go on.
+        """Let all tenants use and inspect the adapter, or stop that. Running requests continue.
 
         Raises UnknownAdapterError, UnavailableError.
         """
@@ -143,12 +143,13 @@ class Activation:
         return self._catalog.of(tenant).adapter(name, param="name")
 
     async def history(self, tenant: str, name: str) -> list[HistoryEntry]:
-        """What was active when, newest first. Raises UnknownAdapterError."""
+        """Return the history of activations, newest first. Raises UnknownAdapterError."""
         with storage_errors(name):
             return await self._records.run(self._registry.history, tenant, name)
 
     async def _look(self, tenant: str, name: str) -> Names:
-        """What the tenant may name now. Raises ForbiddenError for what is another's, UnavailableError."""
+        """Return the tenant's names after a refresh. Raises ForbiddenError (another tenant's),
+        UnavailableError."""
         with storage_errors(name):
             await self._catalog.refresh()
         names = self._catalog.of(tenant)
@@ -215,13 +216,12 @@ class Activation:
                 raise _in_use(version.name, f"requests run with version {version.digest[:12]}")
 
     def _names_changed(self) -> None:
-        """Follow the catalog after it has changed.
+        """Follow a change of the catalog.
 
-        Requests that use what was deleted by force end. Versions that nobody can name any more leave memory,
-        and where an adapter has a version in it, or is pinned, the one that is active from now on comes to
-        it. So whoever answers for an adapter has its new version before the first request, whichever server
-        has activated it; what comes takes the place of what goes, so that there is never more than memory
-        holds.
+        Requests that use a version deleted by force end. Versions without a name are unloaded. An adapter
+        that is pinned, or has a version in memory, gets its newly active version prefetched. So this server
+        has it before the first request, whichever server activated it. Versions are unloaded as others are
+        prefetched, so that the memory limit holds.
         """
         for one in self._catalog.forced:
             self._residency.revoke(one.tenant, one.name, one.digest)

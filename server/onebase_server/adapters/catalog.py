@@ -1,4 +1,4 @@
-"""What requests read of the registry: names, versions and which of them is active, in memory.
+"""In-memory view of the registry for requests: adapters, their versions and which one is active.
 
 Own writes are seen at once, those of other servers within `--sync-seconds`, and when a request names what is
 not known yet.
@@ -41,7 +41,7 @@ SHORT_DIGEST = 12
 HUB_PREFIX = "hub:"
 """Names of adapters that a request named by their Hub repository."""
 LOOK_SECONDS = 0.05
-"""Least time between two looks at the registry on behalf of requests."""
+"""Least time, in seconds, between two looks at the registry on behalf of requests."""
 _SHOWN = 20
 _OPENAI, _OPENAI_PARTS = "ft", 5
 Found = TypeVar("Found")
@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 
 class VersionRef(NamedTuple):
-    """A version by the name that a request has called it, and by whose name that is."""
+    """A version, with the tenant and the name by which a request refers to it."""
 
     tenant: str
     name: str
@@ -63,26 +63,27 @@ class VersionRef(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterChoice:
-    """What one request runs with: the engine's terms, the request's names for it, words for the answer."""
+    """Adapters that one request runs with: references for the engine, versions for leases, a label for
+    answers."""
 
     refs: tuple[AdapterRef, ...] = ()
     uses: tuple[VersionRef, ...] = ()
     label: str | list[dict[str, str | float]] | None = None
     task: Task = "CAUSAL_LM"
-    """What the adapters are for: that of the first that generates no text."""
+    """Task of the first adapter that generates no text, else CAUSAL_LM."""
     labels: int = 0
-    """Of the one that classifies."""
+    """Number of labels of the classifier; 0 without one."""
     label_names: tuple[str, ...] = ()
-    """Of all its labels, or of none."""
+    """Names of all labels of the classifier, or none at all."""
 
     @property
     def named(self) -> str | None:
-        """What a message calls it."""
+        """Name of the choice in messages; None for the base."""
         return self.label if self.label is None or isinstance(self.label, str) else "a sum of adapters"
 
     @property
     def weighted(self) -> bool:
-        """Whether it is anything but one adapter as it is."""
+        """Whether the choice is anything but one adapter of weight 1."""
         return len(self.refs) != 1 or self.refs[0].weight != 1.0
 
 
@@ -100,7 +101,7 @@ class Catalog:
         self._shared: dict[str, AdapterRecord] = {}
         self._by_digest: dict[str, list[VersionRecord]] = {}
         self.counter = -1
-        """The registry's last change that is known here."""
+        """Change counter of the registry at the last refresh; -1 before the first."""
         self._audited: int | None = None
         self.forced: Sequence[ForcedDeletion] = ()
         """Deletions by force, on whichever server, that the last look found."""
@@ -109,21 +110,22 @@ class Catalog:
         self._turn = asyncio.Lock()
         self._subscribers: list[Callable[[], None]] = []
         self.changed = asyncio.Event()
-        """Set by the next look that finds something new; then there is another one."""
+        """Event set by the next refresh that finds a change; another event then takes its place."""
         records.subscribe(self.refresh)
 
     def of(self, tenant: str) -> Names:
-        """What this tenant may name: its own adapters, and those that are shared with all."""
+        """Return the names this tenant may use: its own adapters and those shared with all."""
         return Names(tenant, self._tenants.get(tenant, {}), self._shared)
 
     # ---- keeping up --------------------------------------------------------------------------
 
     async def is_behind(self) -> bool:
-        """Whether something has changed in the registry; cheap to ask for. Raises RegistryError."""
+        """Return True if the registry has changed since the last refresh; a cheap call. Raises
+        RegistryError."""
         return await self._calls.run(self._registry.change_counter) != self.counter
 
     async def refresh(self) -> None:
-        """Take in what has changed in the registry. Raises RegistryError."""
+        """Load what has changed in the registry. Raises RegistryError."""
         async with self._turn:
             changes = await self._calls.run(self._registry.changes, self.counter, self._audited)
             if changes.counter == self.counter:
@@ -152,7 +154,7 @@ class Catalog:
         self._subscribers.append(subscriber)
 
     async def watch(self, seconds: float) -> None:
-        """Look when the registry tells of a change, and every `seconds` seconds, for ever, also while the
+        """Refresh when the registry notifies of a change and every `seconds` seconds, forever, also while the
         registry cannot be reached."""
         told, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -195,7 +197,8 @@ class Catalog:
         return await asyncio.shield(self._looking)
 
     async def known(self, find: Callable[[], Found]) -> Found:
-        """What `find` finds, now or after a look at the registry: another server may just have added it.
+        """Return what `find` returns, now or after a look at the registry: another server may have just added
+        it.
 
         Raises what `find` does.
         """
@@ -207,7 +210,7 @@ class Catalog:
         return find()
 
     async def look(self) -> bool:
-        """Look now. Returns whether there was anything new; not while the registry cannot be read."""
+        """Refresh if the registry has changed. Return True if it had; False also while it cannot be read."""
         counter = self.counter
         try:
             if await self.is_behind():
@@ -219,7 +222,7 @@ class Catalog:
     # ---- reading, for the server itself ----------------------------------------------------------
 
     def __iter__(self) -> Iterator[AdapterRecord]:
-        """All adapters, of all tenants."""
+        """Iterate over the adapters of all tenants."""
         return iter([record for records in self._tenants.values() for record in records.values()])
 
     def __len__(self) -> int:
@@ -230,7 +233,7 @@ class Catalog:
         return any(VersionRef.of(version) == use for version in self.of_digest(use.digest))
 
     def of_digest(self, digest: str) -> Sequence[VersionRecord]:
-        """The versions of this content, whatever their names."""
+        """Return the versions with this content, whatever their names."""
         return self._by_digest.get(digest, ())
 
 
@@ -248,7 +251,7 @@ class Names:
         self._shared = shared
 
     def __iter__(self) -> Iterator[AdapterRecord]:
-        """By name, as both parts are."""
+        """Iterate in order of names; both maps are sorted by name."""
         shared = (record for name, record in self._shared.items() if name not in self._own)
         return heapq.merge(self._own.values(), shared, key=attrgetter("name"))
 
@@ -260,17 +263,17 @@ class Names:
         return self._own.get(name)
 
     def owner(self, name: str) -> str:
-        """The tenant whose adapter this name means; that of what is unknown is the tenant itself."""
+        """Return the tenant that owns the adapter of this name; the tenant itself if the name is unknown."""
         record = self.get(name)
         return self.tenant if record is None else record.tenant
 
     def sees(self, version: VersionRecord) -> bool:
-        """Whether the version is of the tenant itself, or is shared."""
+        """Return True if the version is the tenant's own, or shared."""
         shared = self._shared.get(version.name)
         return version.tenant == self.tenant or (shared is not None and shared.tenant == version.tenant)
 
     def check_own(self, name: str, to: str = "change it") -> None:
-        """Raises ForbiddenError for what may be used and looked at only. What is unknown passes.
+        """Raise ForbiddenError if the adapter is another tenant's, shared for use only. Unknown names pass.
 
         to: what only its owner may do.
         """
@@ -282,7 +285,7 @@ class Names:
             )
 
     def adapter(self, name: str, *, param: str | None = "adapter") -> AdapterRecord:
-        """The adapter of this name. Raises UnknownAdapterError, saying what is known."""
+        """Return the adapter of this name. Raises UnknownAdapterError, which lists known names."""
         record = self.get(name)
         if record is None:
             names = [one.name for one in islice(self, _SHOWN + 1)]
@@ -294,7 +297,8 @@ class Names:
         return record
 
     def version(self, name: str, wanted: str, *, param: str | None = "adapter") -> VersionRecord:
-        """One version by its digest, or by a beginning of at least 8 digits. Raises UnknownAdapterError."""
+        """Return one version by its digest, or by a prefix of at least 8 digits. Raises
+        UnknownAdapterError."""
         record = self.adapter(name, param=param)
         found = [version for version in record.versions if version.digest.startswith(wanted)]
         if len(wanted) < LEAST_PREFIX or not found:
@@ -314,7 +318,7 @@ class Names:
         return found[0]
 
     def find(self, reference: str, *, param: str = "adapter") -> VersionRecord:
-        """The version that a request means by `name`, `name@digest` or `name@prefix`.
+        """Return the version that a request means by `name`, `name@digest` or `name@prefix`.
 
         `name@digest` may be spelled as OpenAI does, `ft:base:organization:name:digest`.
 
@@ -344,13 +348,15 @@ class Names:
         raise not_ready(version, param)
 
     def names_version(self, reference: str) -> bool:
-        """Whether it is a known name with a version, `name@digest`. A Hub adapter's name holds an `@` too."""
+        """Return True if it is a known name with a version, `name@digest`. A Hub adapter's name holds an `@`
+        too."""
         reference = self.ours(reference)
         name, separator, _ = reference.rpartition("@")
         return bool(separator) and self.get(name) is not None and self.get(reference) is None
 
     def ours(self, reference: str) -> str:
-        """`name@digest` for a version that is spelled as OpenAI does; a job's `suffix` is a name with ft-."""
+        """Return `name@digest` for a version spelled as OpenAI does. The `suffix` of a job is a name with
+        ft-."""
         parts = reference.split(":")
         if len(parts) != _OPENAI_PARTS or parts[0] != _OPENAI:
             return reference
@@ -367,7 +373,7 @@ class Names:
         return AdapterChoice(refs, (VersionRef.of(version),), chosen, *_task_of([version]))
 
     def choose_sum(self, terms: Sequence[tuple[str, float]]) -> AdapterChoice:
-        """The weighted sum of several adapters' deltas; the engine adds up duplicates."""
+        """Return the weighted sum of several adapters' deltas; the engine adds up duplicates."""
         found = [
             (self.find(name, param=f"adapter[{index}].name"), weight)
             for index, (name, weight) in enumerate(terms)
@@ -381,7 +387,7 @@ class Names:
 
 
 def _task_of(versions: Sequence[VersionRecord]) -> tuple[Task, int, tuple[str, ...]]:
-    """What they are for, and the labels of a classifier with their names."""
+    """Return task, number of labels and label names of the first version that generates no text."""
     for version in versions:
         report = version.report or {}
         if report.get("task", "CAUSAL_LM") != "CAUSAL_LM":
@@ -390,7 +396,7 @@ def _task_of(versions: Sequence[VersionRecord]) -> tuple[Task, int, tuple[str, .
 
 
 def not_ready(version: VersionRecord, param: str | None) -> ConflictError:
-    """Why a version cannot be used, and what to do about it."""
+    """Return the error that says why a version cannot be used and what to do about it."""
     if version.error is not None:
         reason = f"it failed ({version.error.code}: {version.error.message}). Choose another version."
     else:
@@ -403,7 +409,7 @@ def not_ready(version: VersionRecord, param: str | None) -> ConflictError:
 
 
 def check_name(name: str, base_name: str) -> str:
-    """The name, if an adapter may have it. Raises InvalidRequestError."""
+    """Return the name, if an adapter may have it. Raises InvalidRequestError."""
     if not is_adapter_name(name):
         raise InvalidRequestError(
             f"name: {name[:80]!r} cannot be an adapter's name. Use {NAME_RULE}.", param="name"
@@ -414,12 +420,12 @@ def check_name(name: str, base_name: str) -> str:
 
 
 def label(name: str, digest: str) -> str:
-    """How answers call a version: `name@` and the first digits of its digest."""
+    """Return the name of a version in answers: `name@` and the first digits of its digest."""
     return f"{name}@{digest[:SHORT_DIGEST]}"
 
 
 def same_base(wanted: str | None, *own: str | None) -> bool:
-    """Whether a config's `base_model_name_or_path` may mean the base that goes by the names in `own`.
+    """Return True if a config's `base_model_name_or_path` may mean the base known by the names in `own`.
 
     Only the last part of each path counts, in any case: the same base lies in many places. None and "" mean
     any base.

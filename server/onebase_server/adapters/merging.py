@@ -1,4 +1,4 @@
-"""A version made of others: checked by their reports, merged by the verifier, then proved like an upload."""
+"""Merging of versions: checked by their reports, merged by the verifier, then proved like an upload."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ PRUNING: tuple[MergeMethod, ...] = ("ties", "dare_linear", "dare_ties")
 RANDOM: tuple[MergeMethod, ...] = ("dare_linear", "dare_ties")
 SIGNED: tuple[MergeMethod, ...] = ("ties", "dare_ties")
 MOST_MERGES = 4
-"""Of one tenant that run or wait: they are short requests, and others' proofs wait for them."""
+"""Largest number of merges of one tenant that run or wait. They are short requests, and others' proofs wait
+for them."""
 _FP32 = 4
 _RETRY_AFTER = 5.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How versions are merged; see `proof.merging.MergeRecipe`. What a method has no use for is None."""
+    """Settings of a merge; see `proof.merging.MergeRecipe`. A setting that the method does not use is
+    None."""
 
     method: MergeMethod
     density: float | None
@@ -36,7 +38,7 @@ class Recipe:
 
 
 class Merging:
-    """Makes versions of others. Called from one event loop.
+    """Merges versions into new ones. Called from one event loop.
 
     Args:
         max_rank: of the engine's slots.
@@ -53,7 +55,7 @@ class Merging:
         self._merges: Counter[str] = Counter()
 
     def parents(self, tenant: str, terms: Sequence[tuple[str, float]]) -> list[tuple[VersionRecord, float]]:
-        """The versions that a request names (`name` or `name@version`), each with its weight.
+        """Return the versions that a request names (`name` or `name@version`), each with its weight.
 
         Raises UnknownAdapterError, ConflictError (not ready), ForbiddenError (another tenant's, shared), and
         InvalidRequestError for a version that is named twice.
@@ -73,7 +75,8 @@ class Merging:
         return found
 
     def check(self, parents: Sequence[tuple[VersionRecord, float]], method: MergeMethod) -> int:
-        """About how many bytes the result will take. Raises InvalidRequestError for what cannot be merged."""
+        """Return about how many bytes the result will take. Raises InvalidRequestError for what cannot be
+        merged."""
         reports = [(version, version.report or {}) for version, _ in parents]
         for number, (version, report) in enumerate(reports):
             if set(report.get("kinds", ())) != {"lora"}:
@@ -125,7 +128,7 @@ class Merging:
         *,
         actor: str = "",
     ) -> VersionRecord:
-        """Merge, and register the result, which is then proved like an upload.
+        """Merge the parents and register the result, which is then proved like an upload.
 
         Raises VersionFailedError, UnavailableError, StoreFullError.
         """
@@ -156,7 +159,7 @@ class Merging:
         return await self._adapters.add(tenant, name, files, source, options, actor=actor)
 
     async def _files(self, parents: Sequence[tuple[VersionRecord, float]], recipe: Recipe) -> VersionFiles:
-        """Raises VersionFailedError, UnavailableError, StoreError."""
+        """Merge the parents in the verifier. Raises VersionFailedError, UnavailableError, StoreError."""
         called = [(label(version.name, version.digest), version.files, weight) for version, weight in parents]
         try:
             return await self._verifier.merge(

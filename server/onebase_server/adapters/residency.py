@@ -1,7 +1,7 @@
-"""Which versions the engine holds in host memory: loaded on demand, the least recently used evicted.
+"""Residency of versions in the engine's host memory: loaded on demand, the least recently used evicted.
 
-Room is given in order of arrival, and all that one request needs at once, so that two requests never wait
-for what the other one holds. A request whose versions are loaded does not wait.
+Memory is reserved in order of arrival, and for all that one request needs at once, so that two requests never
+wait for each other. A request whose versions are loaded does not wait.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackedAdapterFile:
-    """The file with a proven version's tensors. `versions`: those that had it at that time. `is_proved`: with
-    the kernels of this server."""
+    """Packed file of a proven version. `versions`: those that had it at that time. `is_proved`: True if it
+    was proved with this server's kernels."""
 
     blob: Blob
     versions: tuple[VersionRecord, ...]
@@ -79,7 +79,7 @@ class PackedAdapterFiles:
         self._kernels = kernels
 
     def find(self, digest: str) -> PackedAdapterFile:
-        """The version's file. Its size is the tensors' and a header's. Raises UnknownAdapterError."""
+        """Return the version's file. Its size is the tensors' and a header's. Raises UnknownAdapterError."""
         ready = [version for version in self._catalog.of_digest(digest) if version.state == "ready"]
         kernels = self._kernels()
         for version in ready:
@@ -95,13 +95,13 @@ class PackedAdapterFiles:
         )
 
     async def fetch(self, packed: PackedAdapterFile) -> Path:
-        """A local file; one from a remote store is fetched first. Raises StoreError."""
+        """Return a local path; a file in a remote store is fetched first. Raises StoreError."""
         return await self._disk.run(self._store.local, packed.blob.sha256)
 
 
 @dataclass(eq=False)
 class CacheEntry:
-    """One version in the engine's memory, or on its way there. `bytes` are reserved from the beginning.
+    """One version that is in the engine's memory or being loaded. `bytes` are reserved from the beginning.
 
     `packed`: the file that it is loaded from, even if the version gets another one in the meantime.
     """
@@ -170,9 +170,9 @@ class Residency:
         self._loads = 0
         self._evictions = 0
         self.load_seconds = Histogram(LOAD_SECONDS)
-        """Of each load into host memory, with the fetching from a remote store."""
+        """Time, in seconds, of each load into host memory, including the fetch from a remote store."""
         self.slot_seconds = Histogram(LOAD_SECONDS)
-        """Of each way from host memory into a slot."""
+        """Time, in seconds, of each copy from host memory into a slot."""
 
     # ---- for requests ------------------------------------------------------------------------
 
@@ -182,7 +182,8 @@ class Residency:
         on_revoked: Callable[[OneBaseError], None] = lambda error: None,
         tenant: str = "",
     ) -> Lease:
-        """A hold on these versions for a tenant; it counts as a use of them from now on. Must be released.
+        """Return a lease on these versions for a tenant. It counts as a use of them at once; it must be
+        released.
 
         on_revoked: called when one of them is deleted by force while the loaded lease is held.
         """
@@ -191,7 +192,7 @@ class Residency:
         return lease
 
     async def obtain(self, lease: Lease) -> None:
-        """Load what the lease lacks and hold all of it. Raises what Lease.ready says."""
+        """Load what the lease lacks and hold all of it. Raises what `Lease.ready` does."""
         for use in lease.uses:
             if use.name and not self._knows(use):  # deleted after the request chose it
                 raise AdapterDeletedError(use.name)
@@ -222,7 +223,7 @@ class Residency:
         self._changed.set()
 
     def is_used(self, use: VersionRef) -> bool:
-        """Whether a request runs with the version under this name, or waits for it."""
+        """Return True if a request runs with the version under this name, or waits for it."""
         return any(use in lease.uses for lease in self._leases)
 
     def revoke(self, tenant: str, name: str, digest: str | None = None) -> None:
@@ -237,7 +238,7 @@ class Residency:
     # ---- memory ------------------------------------------------------------------------------
 
     def tier(self, digest: str) -> Tier:
-        """Where the version is now."""
+        """Return the version's tier: slot, host memory or disk."""
         entry = self._entries.get(digest)
         if entry is None or not entry.is_loaded:
             return "disk"
@@ -265,7 +266,7 @@ class Residency:
 
     @property
     def used(self) -> set[VersionRef]:
-        """What requests run with, or wait for."""
+        """Versions that requests run with or wait for."""
         return {use for lease in self._leases for use in lease.uses}
 
     @property
@@ -274,12 +275,12 @@ class Residency:
         return MemoryUse(self.limit, self._used, len(self._entries), pinned, self._loads, self._evictions)
 
     def pin(self, digests: Iterable[str]) -> None:
-        """From now on exactly these versions are never evicted."""
+        """Set the versions that are never evicted."""
         self._pinned = frozenset(digests)
         self._changed.set()
 
     def check_pins(self, digests: Iterable[str]) -> None:
-        """Raises InvalidRequestError when these versions cannot be in memory together."""
+        """Raise InvalidRequestError if these versions cannot be in memory together."""
         total = sum(self._find(digest).blob.size for digest in set(digests))
         if total > self.limit:
             raise InvalidRequestError(
@@ -412,7 +413,7 @@ class Residency:
     # ---- messages from the engine ------------------------------------------------------------
 
     def receive(self, message: AdapterLoaded | AdapterFailed | AdapterUnloaded | SlotsChanged) -> None:
-        """Take in what the engine says about versions."""
+        """Handle a message of the engine about versions."""
         if isinstance(message, SlotsChanged):
             self._slots = frozenset(message.digests)
             for seconds in message.seconds.values():
@@ -441,11 +442,11 @@ class Residency:
         self._changed.set()
 
     def engine_ready(self) -> None:
-        """From now on versions can be loaded."""
+        """Allow loads: an engine runs."""
         self._running = True
 
     def engine_gone(self) -> None:
-        """The engine's memory is gone, and everything in it. Leases that wait end with an error."""
+        """Forget all versions: the engine's memory is gone. Waiting leases end with an error."""
         self._running = False
         entries, self._entries = self._entries, {}
         leaving, self._leaving = self._leaving, {}
@@ -473,7 +474,7 @@ class Lease:
     ) -> None:
         self.uses = frozenset(uses)
         self.tenant = tenant
-        """Whose request it is; its adapters may be another's that are shared."""
+        """Tenant of the request; the adapters may be shared ones of another tenant."""
         self.entries: list[CacheEntry] = []
         self._residency = residency
         self._on_revoked = on_revoked
@@ -515,7 +516,7 @@ class Lease:
             self._waiting = None
 
     def release(self) -> None:
-        """May be called more than once."""
+        """Release the versions. May be called more than once."""
         if not self._released:
             self._released = True
             self._residency.release(self)

@@ -37,21 +37,21 @@ from onebase_server.processes.verifier_protocol import Progress
 from onebase_server.storage import storage_errors
 
 BACKOFF = Backoff(0.5, 30.0)
-"""Between tries to record or to activate what is ready, while the registry is away, the engine restarts or
-memory is full."""
+"""Pauses between tries to record or activate a ready version while the registry is away, the engine restarts
+or memory is full."""
 ACTIVATION_TRIES = 8
-"""Of one activation: over about a minute."""
+"""Largest number of tries of one activation, over about a minute."""
 OPTIONS = "options"
 """Key of a version's source that holds its VersionOptions."""
 _ACTIVATED_SECONDS = 3.0
-"""After its proof, in which another server activates a version, if it does."""
+"""Time, in seconds after its proof, in which another server activates a version, if it does."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class VersionOptions:
-    """What a caller asks for along with a version."""
+    """Options of a request that adds a version."""
 
     activate: bool = False
     allow_noop: bool = False
@@ -59,7 +59,7 @@ class VersionOptions:
 
     @classmethod
     def of(cls, source: Mapping[str, Any]) -> VersionOptions:
-        """The options that a version was registered with."""
+        """Return the options that a version was registered with."""
         return cls(**source.get(OPTIONS, {}))
 
 
@@ -72,9 +72,9 @@ class _Job:
     progress: Progress | None = None
     activate: bool = False
     failure: OneBaseError | None = None
-    """Why the version, though ready, was not activated."""
+    """Reason why the ready version was not activated."""
     expected: str | Unset | None = UNSET
-    """The digest that must be active until it is activated."""
+    """Digest that must be active before the activation. None: none may be; UNSET: any."""
 
 
 class AdapterService:
@@ -113,7 +113,7 @@ class AdapterService:
 
     @property
     def unfinished(self) -> int:
-        """Versions that this server is proving, or will."""
+        """Number of versions that this server is proving, or will."""
         return len(self._jobs)
 
     # ---- registering --------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class AdapterService:
             )
 
     async def read_config(self, files: VersionFiles) -> bytes:
-        """The config of stored files. Raises UnavailableError."""
+        """Return the config of stored files. Raises UnavailableError."""
         with storage_errors():
             path = await self.disk.run(self.store.local, files.config.sha256)
             return await self.disk.run(path.read_bytes)
@@ -153,7 +153,7 @@ class AdapterService:
         actor: str = "",
         wait_for_verifier: bool = True,
     ) -> VersionRecord:
-        """Register stored files under a tenant's name, and begin to make them ready unless they are.
+        """Register stored files under a tenant's name, and start making them ready unless they are.
 
         wait_for_verifier: without a verifier, wait for one; else leave the version unfinished.
 
@@ -172,7 +172,7 @@ class AdapterService:
         return version
 
     async def resume(self) -> None:
-        """Go on with what a restart interrupted. Raises RegistryError."""
+        """Resume the versions that a restart interrupted. Raises RegistryError."""
         for version in await self._records.run(self._registry.unfinished):
             with acting(_origin_of(version)):
                 self._begin(version, VersionOptions.of(version.source))
@@ -192,7 +192,7 @@ class AdapterService:
                 await self._activate_if_asked(version, job)
 
     def prove_again(self, damaged: PackedAdapterFile) -> None:
-        """A packed adapter is lost or damaged: make another one for the versions that still have it."""
+        """Replace a lost or damaged packed adapter for the versions that still have it."""
         task = asyncio.get_running_loop().create_task(self._prove_again(damaged))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -216,7 +216,7 @@ class AdapterService:
             self._begin(version, replace(VersionOptions.of(version.source), activate=False))
 
     async def wait(self, tenant: str, name: str, digest: str) -> VersionRecord:
-        """The version once it is finished, and activated if that was asked for.
+        """Return the version once it is finished, and activated if that was requested.
 
         Raises what the activation raised, and UnknownAdapterError when the version was deleted meanwhile.
         """
@@ -228,8 +228,8 @@ class AdapterService:
         return await self.version(tenant, name, digest)
 
     async def settle(self, version: VersionRecord, seconds: float) -> bool:
-        """Wait until this server has no more to do for a version, or another one has proved and activated it,
-        at most so long. False: there was nothing to wait for."""
+        """Wait at most `seconds` until this server has finished with a version, or another one has proved and
+        activated it. Return False if there was nothing to wait for."""
         until = time.monotonic() + seconds
         waited = False
         while (left := until - time.monotonic()) > 0:
@@ -247,7 +247,8 @@ class AdapterService:
         return waited
 
     def _is_settled(self, version: VersionRecord) -> bool:
-        """As of the last look; what is not there yet is as it was read."""
+        """Return True if nothing more will happen to the version, as the catalog has it or else as it was
+        read."""
         adapter = self.catalog.of(version.tenant).own(version.name)
         found = (adapter and adapter.version(version.digest)) or version
         if adapter is None or found.state != "ready" or adapter.active == found.digest:
@@ -256,17 +257,18 @@ class AdapterService:
         return late or not VersionOptions.of(found.source).activate
 
     async def version(self, tenant: str, name: str, digest: str) -> VersionRecord:
-        """One version with its whole report, by digest or a beginning of it. Raises UnknownAdapterError."""
+        """Return one version with its whole report, by digest or a prefix of it. Raises
+        UnknownAdapterError."""
         with storage_errors(name):
             return await self._records.run(self._registry.version, tenant, name, digest)
 
     async def versions(self, tenant: str, name: str) -> list[VersionRecord]:
-        """Newest first, with their whole reports. Raises UnknownAdapterError."""
+        """Return all versions with their whole reports, newest first. Raises UnknownAdapterError."""
         with storage_errors(name):
             return await self._records.run(self._registry.versions, tenant, name)
 
     def progress(self, version: VersionRecord) -> Progress | None:
-        """How far this server has come with an unfinished version."""
+        """Return this server's progress with an unfinished version, or None if it does not work on it."""
         job = self._jobs.get(VersionRef.of(version))
         return None if job is None else job.progress
 
@@ -303,8 +305,10 @@ class AdapterService:
                 await self._activate_if_asked(version, job)
 
     async def _make_ready(self, version: VersionRecord, job: _Job, wait_for_verifier: bool) -> bool:
-        """Prove it and record the outcome: whether it is ready. Raises VerifierGoneError, and what says that
-        it was deleted."""
+        """Prove the version and record the outcome. Return True if it is ready.
+
+        Raises VerifierGoneError, and UnknownAdapterError or UnknownVersionError if the version was deleted.
+        """
         try:
             proof = await self._proof(version, job, wait_for_verifier)
             finished = await self._finish(version, "ready", report=proof.report, prepared=proof.packed)
@@ -365,7 +369,7 @@ class AdapterService:
             _log.error("version %s of %s: %s", version.digest[:12], version.name, error)
 
     async def _finish(self, version: VersionRecord, state: Any, **facts: Any) -> VersionRecord:
-        """`_set_state`, repeated until the registry takes it: nobody else would record this server's proof.
+        """Call `_set_state` until the registry accepts it: nobody else would record this server's proof.
 
         Returns the version as it is then; a server with other kernels may have been faster. Raises
         UnknownAdapterError, UnknownVersionError.
@@ -413,6 +417,6 @@ class AdapterService:
 
 
 def _origin_of(version: VersionRecord) -> Origin:
-    """On whose behalf a start goes on with a version: that of who brought it."""
+    """Return the origin on whose behalf a restart resumes a version: whoever added it."""
     key = version.created_by if version.created_by.startswith("ob-") else ""
     return Origin(key, actor="a restart")

@@ -1,4 +1,4 @@
-"""A version is proved once for each base and kind of kernels: one of the servers does it, all take its proof.
+"""Proofs shared by several servers: a version is proved once for each base and kind of kernels.
 
 The registry says who proves what, and with which kernels a version was proved. The packed adapter is in the
 store under the hash that was proved. A server with other kernels proves for itself before it first loads the
@@ -35,9 +35,9 @@ from onebase_server.storage import storage_errors
 from onebase_server.traces import Tracing, failed
 
 CLAIM_SECONDS = 60.0
-"""After which another server proves what the one that does has stopped renewing its claim to."""
+"""Time, in seconds without a renewal, after which another server may claim a proof."""
 LOOK_SECONDS = 5.0
-"""Between two looks at whether another server has proved something, where nothing tells of it."""
+"""Time, in seconds, between two looks for another server's proof, where nothing notifies of it."""
 _RETRY_AFTER = 10.0
 _MOST_REFUSED = 1000
 
@@ -73,21 +73,22 @@ class SharedProofs:
         self._disk = disk
         self._tracing = tracing
         self._open: Counter[str] = Counter()
-        """Claims of this server on unfinished versions, and those it waits for, by digest."""
+        """Number of open claims on unfinished versions, including those that are awaited, by digest."""
         self._made: dict[tuple[str, bool], Proof] = {}
         """Proofs by digest and `allow_noop`, for the content's other names that are open."""
         self._refused: dict[tuple[str, str], str] = {}
         self.seconds = Histogram(PROOF_SECONDS)
-        """Of each proof that this server's verifier has made."""
+        """Time, in seconds, of each proof that this server's verifier has made."""
 
     # ---- who proves -----------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def claimed(self, version: VersionRecord) -> AsyncIterator[bool]:
-        """Whether this server is to prove an unfinished version: nobody else does while this is open.
+        """Claim the proof of an unfinished version: yield True if this server is to prove it, and no other
+        does.
 
-        Entering waits for an engine, and for the server that proves it now; then it is False: the version is
-        finished. Raises UnknownAdapterError and UnknownVersionError of the registry.
+        Entering waits for an engine, and for another server that is proving the version. Once that one has
+        finished it, this yields False. Raises UnknownAdapterError and UnknownVersionError of the registry.
         """
         await self._verifier.base_here()
         self._open[version.digest] += 1
@@ -120,7 +121,8 @@ class SharedProofs:
     async def _ours(
         self, version: VersionRecord, kernels: str, is_done: Callable[[VersionRecord], bool]
     ) -> bool:
-        """Whether the claim is this server's; False once another's has ended in a proof, or in a failure."""
+        """Return True once the claim is this server's, or False once another's has ended in a proof or a
+        failure."""
         while True:
             changed = self._catalog.changed
             try:
@@ -142,7 +144,8 @@ class SharedProofs:
                     await changed.wait()
 
     async def _renew(self, version: VersionRecord, kernels: str) -> None:
-        """Hold the claim while there is an engine: one that is gone for long is not waited for."""
+        """Renew the claim while there is an engine: others do not wait for a server that has long had
+        none."""
         while True:
             await asyncio.sleep(CLAIM_SECONDS / 3)
             if self._verifier.has_base:
@@ -152,13 +155,13 @@ class SharedProofs:
     # ---- proofs ---------------------------------------------------------------------------------
 
     def has_none(self, version: VersionRecord) -> bool:
-        """Whether a ready version was proved with other kernels only."""
+        """Return True if a ready version was proved with other kernels only."""
         return version.state == "ready" and version.packed_for(self._kernels()) is None
 
     async def prove(
         self, version: VersionRecord, *, allow_noop: bool, wait_for_verifier: bool, on_progress: OnProgress
     ) -> Proof:
-        """What was found when the content was proved under another name, else what the verifier finds now.
+        """Return the proof of this content under another name if there is one, else the verifier's.
 
         Raises what VerifierClient.prove does.
         """
@@ -195,7 +198,7 @@ class SharedProofs:
             self.seconds.observe(time.monotonic() - began)
 
     async def _known_proof(self, version: VersionRecord, allow_noop: bool) -> Proof | None:
-        """What was found when this content was proved under another name, if its packed adapter is here.
+        """Return the proof of this content under another name, if its packed adapter is in the store.
 
         Only names that the tenant may know: how fast a version is ready must not tell what others have.
         """
@@ -218,7 +221,7 @@ class SharedProofs:
     # ---- other kernels --------------------------------------------------------------------------
 
     async def for_kernels(self, packed: PackedAdapterFile) -> PackedAdapterFile:
-        """The file as it was proved with this server's kernels; it is proved now if it was not yet.
+        """Return the file proved with this server's kernels; it is proved now if it was not yet.
 
         Raises UnavailableError: it cannot be proved with these, or not now.
         """
@@ -275,7 +278,7 @@ def _not_here(version: VersionRecord, kernels: str, why: str) -> UnavailableErro
 
 
 def _told(version: VersionRecord) -> Mapping[str, Any]:
-    """What the span of a proof says."""
+    """Return the attributes of a proof's span."""
     return {
         "onebase.adapter": version.name,
         "onebase.version": version.digest,

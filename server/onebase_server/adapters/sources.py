@@ -1,4 +1,4 @@
-"""Where versions come from: folders of this machine, and repositories on the Hub."""
+"""Sources of versions: folders on this machine, and repositories on the Hub."""
 
 from __future__ import annotations
 
@@ -59,21 +59,22 @@ from onebase_server.processes.supervisor import AdapterStartError
 from onebase_server.storage import storage_errors
 
 STARTUP_ACTOR = "startup"
-"""Who activates what was given at start."""
+"""Actor of the activations of adapters given at startup."""
 MOST_REMEMBERED = 1000
-"""Pulls of one tenant that have ended and can still be asked about."""
+"""Largest number of pulls of one tenant that are remembered."""
 FAILED_SECONDS = 60.0
-"""A repository whose adapter was not served is not pulled again for a request within this time."""
+"""Time, in seconds, for which a repository whose adapter failed is not pulled again for a request."""
 MISSING_SECONDS = 30.0
-"""Time for which the Hub is not asked again, for a request, about what it does not have or give."""
+"""Time, in seconds, for which requests do not make the server ask the Hub again for what it lacks or
+refuses."""
 MOST_FAILED = 1000
-"""First uses that failed and are remembered, of all tenants together."""
+"""Largest number of failed first uses that are remembered, of all tenants together."""
 MOST_TRANSFERS = 256
-"""Transfers that run or wait."""
+"""Largest number of transfers that run or wait."""
 MOST_TRANSFERS_EACH = 64
-"""Transfers that run or wait for one tenant."""
+"""Largest number of transfers that run or wait for one tenant."""
 _MISSING = frozenset({"hub_not_found", "hub_gated", "hub_no_adapter", "hub_too_large"})
-"""Codes of the Hub's answers that are the same if it is asked again at once."""
+"""Codes of the Hub's errors that would be the same if it were asked again at once."""
 _LONGEST_SECONDS = 3600.0
 _RETRY_AFTER = 10.0
 
@@ -85,7 +86,7 @@ class FolderError(ValueError):
 
 
 def find_adapters(named: Sequence[tuple[str, str]], parent: str, base_name: str) -> list[tuple[str, Path]]:
-    """`(name, folder)` of the adapters given by name and of those in subfolders of `parent`.
+    """Return `(name, folder)` of the adapters given by name and of those in subfolders of `parent`.
 
     Raises FolderError for a name that is not allowed or is given twice, and for a folder that lacks a file.
     """
@@ -109,7 +110,7 @@ def find_adapters(named: Sequence[tuple[str, str]], parent: str, base_name: str)
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Raises FolderError unless the folder has both files."""
+    """Raise FolderError unless the folder has both files."""
     if not folder.is_dir():
         raise FolderError(f"adapter {name!r}: {folder} is not a folder")
     for file in ADAPTER_FILES:
@@ -165,9 +166,9 @@ class Folders:
         wait_for_verifier: bool = True,
         allow_noop: bool = False,
     ) -> VersionRecord:
-        """Register a folder's content under a name, unless it is known already.
+        """Register a folder's content under a name, unless it is registered and ready.
 
-        allow_noop: take an adapter that changes nothing, such as one before its first step of training.
+        allow_noop: accept an adapter that changes nothing, such as one before its first step of training.
 
         Raises VersionFailedError, PayloadTooLargeError, InvalidRequestError, StoreFullError,
         UnavailableError.
@@ -198,7 +199,7 @@ class Folders:
         )
 
     async def _serve(self, version: VersionRecord) -> None:
-        """Activate what was given at start, unless another version of the name was chosen since."""
+        """Activate an adapter given at startup, unless another version of the name was chosen since."""
         if version.error is not None:
             raise _cannot_serve(version.name, version.error.code, version.error.message)
         if version.state != "ready":
@@ -230,7 +231,7 @@ def take_folder(store: Store, folder: Path) -> VersionFiles:
 
 
 def _digest(folder: Path) -> str:
-    """The digest of a folder's content, without storing it."""
+    """Return the digest of a folder's content, without storing it."""
     config = hashlib.sha256(_config_of(folder)).hexdigest()
     with (folder / WEIGHTS_FILE).open("rb") as opened:
         return version_digest(config, hashlib.file_digest(opened, "sha256").hexdigest())
@@ -243,7 +244,7 @@ def _read_config(folder: Path, max_bytes: int) -> bytes:
 
 
 def _config_of(folder: Path) -> bytes:
-    """The adapter's config, to which a classifier's names of labels are added. Raises InvalidRequestError."""
+    """Return the adapter's config, with a classifier's label names added. Raises InvalidRequestError."""
     model = folder / MODEL_CONFIG_FILE
     try:
         return with_labels(_bounded(folder / CONFIG_FILE), _bounded(model) if model.is_file() else None)
@@ -276,7 +277,7 @@ def _cannot_serve(name: str, code: str, message: str) -> AdapterStartError:
 
 @dataclass(frozen=True)
 class Fetched:
-    """What a transfer brought: the files, in the store, and the commit that they are from."""
+    """Result of a transfer: the files, in the store, and the commit that they are from."""
 
     files: VersionFiles
     commit: str
@@ -292,7 +293,7 @@ class Transfer:
         self.cancel = threading.Event()
 
     def run(self, store: Store, max_bytes: int) -> Fetched:
-        """Block until everything is here. Raises HubError, PullCancelledError, StoreError."""
+        """Block until all files are in the store. Raises HubError, PullCancelledError, StoreError."""
         self.has_begun = True
         reference = self.reference
         commit = resolve(reference.repo, reference.revision, cancel=self.cancel)
@@ -303,7 +304,7 @@ class Transfer:
 
 
 class Pulls:
-    """Transfers, for which tenants take turns; those who ask for the same reference share one that runs.
+    """Transfers from the Hub. Tenants take turns; requests for the same reference share a running transfer.
 
     allow: patterns of `org/repo` for requests.
     """
@@ -314,7 +315,7 @@ class Pulls:
         self._allow = tuple(allow)
         self._max_bytes = max_bytes
         self._running: dict[tuple[str, HubReference], tuple[Transfer, asyncio.Task[Fetched]]] = {}
-        """By the tenant in whose turn they run, also those that wait for it."""
+        """Running and waiting transfers, by the tenant whose turn they use and by reference."""
         if not landlock_version():
             _log.warning(
                 "this kernel has no Landlock (Linux 5.13; some containers switch it off): the processes that "
@@ -322,7 +323,7 @@ class Pulls:
             )
 
     def check_allowed(self, reference: HubReference, param: str) -> None:
-        """Raises ForbiddenError unless requests may make this server pull from the repository."""
+        """Raise ForbiddenError unless requests may make this server pull from the repository."""
         if any(fnmatchcase(reference.repo, pattern) for pattern in self._allow):
             return
         allowed = ", ".join(self._allow) or "none"
@@ -371,7 +372,7 @@ class Pulls:
 
 
 def hub_failure(code: str, message: str) -> OneBaseError:
-    """A failed transfer, for a caller who waited for it."""
+    """Return the error of a failed transfer, for a caller who waited for it."""
     if code == "hub_not_found":
         return UnknownAdapterError(message, code=code)
     if code == "hub_gated":
@@ -414,11 +415,11 @@ class PendingPull:
 
     @property
     def error(self) -> VersionError | None:
-        """Why it failed, if it did."""
+        """Error of the pull, if it failed."""
         return None if self.failure is None else VersionError(self.failure.code, self.failure.message)
 
     async def arrived(self) -> VersionRecord:
-        """The registered version. Raises what the pull ended with."""
+        """Wait for the registered version and return it. Raises what the pull ended with."""
         if self.task is None:
             raise RuntimeError("a pull without a task")
         return await asyncio.shield(self.task)
@@ -426,7 +427,8 @@ class PendingPull:
 
 @dataclass(frozen=True)
 class _Refusal:
-    """Why a first use failed, until when it is the answer to others, and with which token for the Hub."""
+    """Failure of a first use, with the time until which it answers others and the state of the Hub token
+    then."""
 
     error: OneBaseError
     until: float
@@ -444,16 +446,16 @@ class HubAdapters:
         self._failed: OrderedDict[tuple[str, str], _Refusal] = OrderedDict()
 
     def check_allowed(self, reference: HubReference, param: str) -> None:
-        """Raises ForbiddenError unless requests may make this server pull from the repository."""
+        """Raise ForbiddenError unless requests may make this server pull from the repository."""
         self._pulls.check_allowed(reference, param)
 
     def get(self, tenant: str, name: str, pull_id: str) -> PendingPull | None:
-        """A pull that runs, or one of the last MOST_REMEMBERED."""
+        """Return a pull that runs, or one of the last MOST_REMEMBERED; None if there is none of this id."""
         pending = self._known.get(pull_id)
         return pending if pending is not None and pending.adapter == (tenant, name) else None
 
     def of_name(self, tenant: str, name: str) -> list[PendingPull]:
-        """Pulls of a name that have no digest (yet), newest first."""
+        """Return the pulls of a name that have no digest (yet), newest first."""
         return [
             pending
             for pending in reversed(self._known.values())
@@ -461,7 +463,7 @@ class HubAdapters:
         ]
 
     def running_names(self, tenant: str) -> set[str]:
-        """Names of the tenant that something is being pulled for."""
+        """Return the tenant's names for which a pull is running."""
         return {
             pending.name
             for pending in self._known.values()
@@ -518,7 +520,7 @@ class HubAdapters:
             )
 
     async def _refuse_if_deactivated(self, tenant: str, name: str) -> None:
-        """A deactivated adapter stays so until a version of it is activated."""
+        """Raise UnknownAdapterError if the adapter was deactivated: a first use does not reactivate it."""
         if self._adapters.catalog.of(tenant).own(name) is None:
             return
         history = await self._adapters.activation.history(tenant, name)
@@ -575,7 +577,7 @@ class HubAdapters:
 
 
 def hub_reference(text: str, param: str) -> HubReference:
-    """`hub:org/repo[@revision][:subfolder]` taken apart. Raises InvalidRequestError."""
+    """Parse `hub:org/repo[@revision][:subfolder]`. Raises InvalidRequestError."""
     try:
         return parse_hub_reference(text)
     except HubError as error:

@@ -58,7 +58,8 @@ _NO_TELEMETRY: Any = {
 
 
 def create_app(services: Services) -> FastAPI:
-    """The HTTP application; `state.gate` is its Gate. It does not start the engine: `run_server` does."""
+    """Return the HTTP application; `state.gate` is its Gate. It does not start the engine: `run_server`
+    does."""
     app = FastAPI(
         title="OneBase",
         version=onebase_server.__version__,
@@ -112,13 +113,13 @@ class StoppedRequests:
 
 
 class InnerRequests:
-    """Sends requests through the whole app, past the connection alone: the caller is known already."""
+    """Sends requests through the whole app without a connection; their caller is known already."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def post(self, path: str, body: bytes, request_id: str, caller: Caller, ticket: Ticket) -> Answer:
-        """What POST `path` answers. request_id: for its `x-request-id`."""
+        """Return what POST `path` answers. request_id: for its `x-request-id`."""
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -176,8 +177,8 @@ class InnerRequests:
 class BodyLimit:
     """Refuses bodies over `limit` bytes while they come in; the gate does by their announced length.
 
-    Uploads, which go straight to disk, have limits of their own (`multipart.FormReader`).
-    Starlette's own middleware does the same but answers in plain text, which OpenAI's clients cannot read.
+    Uploads, which go straight to disk, have limits of their own (`uploads.FormReader`). Starlette's own
+    middleware does the same but answers in plain text, which OpenAI's clients cannot read.
     """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:

@@ -1,4 +1,4 @@
-"""The one place where requests are let in: by their API key, and by the scope that their route declares.
+"""Admission of requests: by their API key, and by the scope that their route declares.
 
 All of it is decided from the address and headers, before anything of the body is read, and without waiting
 while the keys in memory are fresh: most of what is refused costs no task and no walk through the app.
@@ -39,29 +39,30 @@ from onebase_server.http.uploads import is_form
 from onebase_server.quotas import Ticket
 
 NO_KEY: Any = {"security": []}
-"""`openapi_extra` of a route that needs none."""
+"""`openapi_extra` of a route that needs no key."""
 SLASH = "%2F"
-"""A slash in an adapter's name (`hub:org/repo`), which is one segment of the path."""
+"""Escaped slash of an adapter's name (`hub:org/repo`), which is one segment of the path."""
 _ACCESS = "onebase_access"
 _ADAPTERS = "/v1/adapters"
 _UPLOADS = (_ADAPTERS, "/v1/files")
 _PAST_THE_CATALOG = ("/v1/fine_tuning/", "/v1/keys", "/v1/tenants")
 _KEY_HEADERS = (b"authorization", b"x-api-key")
-"""Where a key may stand, in the order of KeyRing.caller; some of Anthropic's clients send the second."""
+"""Headers that may hold a key, in the order of KeyRing.caller; some of Anthropic's clients send the
+second."""
 _SHOWN = 100
-"""Characters of a header that an error repeats."""
+"""Largest number of characters of a header that an error repeats."""
 NOT_ITS_FAULT = (429, 503)
-"""Statuses of answers after which a request counts as none."""
+"""Statuses of answers after which a request does not count against quotas."""
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
 def as_get(scope: Scope) -> Scope:
-    """A request for the head of an answer as one for the whole, of which the protocol sends the head."""
+    """Return the scope of a HEAD request as one of a GET, of whose answer the protocol sends the head."""
     return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
 
 def needs(access: Access) -> Callable[[Endpoint], Endpoint]:
-    """Declares what a route needs: `@needs("train")` under its `@router.get(...)`. Without it: admin."""
+    """Declare what a route needs: `@needs("train")` under its `@router.get(...)`. Without it: admin."""
 
     def declare(endpoint: Endpoint) -> Endpoint:
         setattr(endpoint, _ACCESS, access)
@@ -71,13 +72,13 @@ def needs(access: Access) -> Callable[[Endpoint], Endpoint]:
 
 
 def access_of(route: BaseRoute) -> Access:
-    """What a route needs."""
+    """Return the access that a route needs."""
     found: Access = getattr(getattr(route, "endpoint", None), _ACCESS, "admin")
     return found
 
 
 class Routes:
-    """An app's routes, of which only those are tried that can match: what is nowhere costs least."""
+    """Routes of an app. Only those that can match are tried, so that an unknown path costs least."""
 
     def __init__(self, app: FastAPI) -> None:
         self._app = app
@@ -85,7 +86,8 @@ class Routes:
         self._count = 0
 
     def find(self, scope: Scope) -> tuple[Access, OneBaseError | None]:
-        """What the request's route needs. Where there is none, any key, and what its holder is told."""
+        """Return the access that the request's route needs. Without a route: any key, and the error for its
+        holder."""
         methods: set[str] = set()
         asked = as_get(scope)
         for route in self._from_first(scope["path"]):
@@ -100,7 +102,7 @@ class Routes:
         return "any", UnknownRouteError(scope["path"], self._meant(asked))
 
     def _meant(self, scope: Scope) -> str | None:
-        """A path of which this one may be a slip of the base URL."""
+        """Return a path for which this one may be a slip of the base URL, or None."""
         path: str = scope["path"].rstrip("/")
         others = (path, f"/v1{path}", path.replace("/v1/v1/", "/v1/", 1), path.removeprefix("/v1"))
         for other in others:
@@ -111,7 +113,7 @@ class Routes:
         return None
 
     def _from_first(self, path: str) -> Iterable[BaseRoute]:
-        """The routes from the first on whose path it is."""
+        """Return the routes from the first one that matches the path."""
         routes = self._app.routes
         if len(routes) != self._count:
             self._count = len(routes)
@@ -131,11 +133,11 @@ class Gate:
         self._routes = Routes(app)
         self._services = services
         self._nowhere = 0
-        """The last change that was asked for and is not there: the registry may be an older copy."""
+        """Last change that a request asked for and the registry did not have: it may be an older copy."""
         self._looking: asyncio.Task[None] | None = None
 
     def admit_at_once(self, scope: Scope) -> None:
-        """As `admit`, unless it would have to wait: then nothing is decided. Raises OneBaseError."""
+        """Admit like `admit`, unless that would have to wait: then decide nothing. Raises OneBaseError."""
         access, lost = self._find(scope)
         if access == "open" or (self._services.keys.fresh and not self._news(scope)):
             self._decide(scope, access, lost)
@@ -151,13 +153,16 @@ class Gate:
             self._decide(scope, access, lost)
 
     def _news(self, scope: Scope) -> int:
-        """The registry's change that the request knows of and this server does not; else 0."""
+        """Return the registry's change that the request knows of and this server does not; else 0."""
         change = forwarded_of(scope).change
         return change if change > self._services.catalog.counter and change != self._nowhere else 0
 
     async def _catch_up(self, change: int) -> None:
-        """Look at the registry, all that wait for it together. Raises UnavailableError: what is known here is
-        older than what was answered already."""
+        """Refresh from the registry, once for all that wait for it.
+
+        Raises UnavailableError if it cannot be read: what is known here is older than what was answered
+        already.
+        """
         for _ in range(2):  # a look that has begun before may be too early
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.get_running_loop().create_task(self._look())
@@ -220,7 +225,7 @@ class Gate:
             )
 
     def _caller(self, scope: Scope, access: Access) -> Caller:
-        """Raises UnauthenticatedError, InsufficientScopeError."""
+        """Return the caller of a request. Raises UnauthenticatedError, InsufficientScopeError."""
         if access == "open":
             return NOBODY
         given: dict[bytes, list[str]] = {name: [] for name in _KEY_HEADERS}
@@ -261,8 +266,8 @@ class Guard:
                 await self._metered(ticket, scope, receive, send)
 
     def _dated(self, scope: Scope, send: Send) -> Send:
-        """Tell the route which of the registry's changes the answer is as of. Answers about what is not in
-        the catalog may be newer than all that this server has looked at."""
+        """Add to the answer, for the route, which of the registry's changes it is as of. Answers about what
+        is not in the catalog may be newer than all that this server has read."""
         catalog = self._services.catalog
         reads = scope["path"].startswith(_PAST_THE_CATALOG)
 
@@ -276,7 +281,7 @@ class Guard:
         return dated
 
     def _while_valid(self, caller: Caller, receive: Receive) -> Receive:
-        """Gives a body that takes long only as long as its caller's key is valid. Raises BodyError."""
+        """Accept a slow body only as long as its caller's key is valid. Raises BodyError."""
         looked, whole = time.monotonic(), caller is NOBODY
 
         async def checked() -> Message:
@@ -292,7 +297,8 @@ class Guard:
         return checked
 
     async def _check_again(self, caller: Caller, whole: bool) -> None:
-        """`whole`: the body has ended, and will be used now. Raises BodyError."""
+        """Check the caller's key again. `whole`: the body has ended, and will be used now. Raises
+        BodyError."""
         try:
             valid = await self._services.keys.still_valid(caller)
         except UnavailableError as error:
@@ -305,7 +311,7 @@ class Guard:
             )
 
     async def _metered(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
-        """A request for text: its answer tells what its quotas leave."""
+        """Serve a request for text; headers of its answer say what its quotas leave."""
 
         async def telling(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -323,7 +329,7 @@ class Guard:
 
 
 def is_upload(scope: Scope) -> bool:
-    """Whether a route reads the body as a form; as the routes do, by the first Content-Type."""
+    """Return True if a route reads the body as a form; as the routes do, by the first Content-Type."""
     kinds = (value for name, value in scope["headers"] if name == b"content-type")
     return scope["method"] == "POST" and scope["path"] in _UPLOADS and is_form(next(kinds, b""))
 
@@ -335,7 +341,7 @@ def _resumes(scope: Scope) -> bool:
 
 
 def announced_length(scope: Scope) -> int:
-    """Of the request's body, in bytes; 0 where it is not told."""
+    """Return the announced length of the request's body, in bytes; 0 without one."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit():
             return int(value)

@@ -1,4 +1,4 @@
-"""Who may ask: what a web page sends from its reader's browser is refused before anything looks at it.
+"""Refusal of what a web page sends from its reader's browser, before anything looks at it.
 
 A browser sends requests on behalf of any page: to a name that the page's owner has pointed at this machine
 (DNS rebinding: `Host` gives it away), or straight to localhost (`Origin` and `Sec-Fetch-Site` do). Programs
@@ -24,7 +24,7 @@ from onebase_server.http.request_id import request_id
 from onebase_server.settings import Settings
 
 PAGES = ("/console", "/console/", "/docs", "/redoc")
-"""What a link on another site may open: pages that do nothing by being opened."""
+"""Pages that a link on another site may open: they do nothing by being opened."""
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -32,7 +32,7 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-"""On every answer; a page brings a Content-Security-Policy of its own."""
+"""Headers of every answer; a page brings a Content-Security-Policy of its own."""
 _ANY = "*"
 _HOST = re.compile(r"(?:\[[^][]*\]|[^][:@/?#\s]+)(?::[0-9]*)?")
 _EXPOSED = (
@@ -46,9 +46,9 @@ _EXPOSED = (
     *(f"x-ratelimit-{fact}-tokens" for fact in ("limit", "remaining", "reset")),
 )
 NO_ROUTE = "none"
-"""Counted as the route of what no route has answered."""
+"""Name under which answers that no route gave are counted."""
 _SHOWN = 200
-"""Characters of a header that an error repeats."""
+"""Largest number of characters of a header that an error repeats."""
 
 
 class _Gate(Protocol):
@@ -89,7 +89,7 @@ class Door:
         self._app = app
 
     def turned_away(self, scope: Scope) -> OneBaseError | None:
-        """The error that would be the app's answer, where that is plain before any of it runs."""
+        """Return the app's error for a request, if that is plain before any of the app runs; else None."""
         try:
             asked_by_page = self._check(scope)
             if self._gate is not None and not (asked_by_page and self._origins):  # CORS may add to the answer
@@ -118,7 +118,8 @@ class Door:
         await self._app(scope, receive, with_headers)
 
     def _check(self, scope: Scope) -> bool:
-        """Whether it has an `Origin`. Raises ForbiddenError, InvalidRequestError."""
+        """Check host and origin. Return True if there is an `Origin`. Raises ForbiddenError,
+        InvalidRequestError."""
         self._forwarded.read(scope)
         told: dict[bytes, list[str]] = {b"host": [], b"origin": [], b"sec-fetch-site": []}
         for name, value in scope["headers"]:
@@ -144,7 +145,7 @@ class Door:
         return bool(origins)
 
     def _checked_host(self, scope: Scope, given: list[str]) -> str:
-        """The name and port by which this server was called; "" where HTTP/1.0 leaves it out."""
+        """Return the name and port by which this server was called; "" if HTTP/1.0 leaves it out."""
         if len(given) != 1:
             if not given and scope["http_version"] == "1.0":
                 return ""
@@ -164,20 +165,21 @@ class Door:
 
 
 def _route(scope: Scope) -> str:
-    """The address with names left out, so that there are as many as the app has routes."""
+    """Return the route's path with placeholders for names, so that there are as many as the app has
+    routes."""
     path: str = getattr(scope.get("route"), "path_format", NO_ROUTE)
     return path
 
 
 def host_name(host: str) -> str:
-    """`localhost` from `LocalHost.:8000`, `::1` from `[::1]:8000`."""
+    """Return `localhost` for `LocalHost.:8000`, `::1` for `[::1]:8000`."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower().rstrip(".")
 
 
 def _opens_page(scope: Scope) -> bool:
-    """Whether the reader follows a link to one of the server's own pages, in a tab of its own."""
+    """Return True if the reader follows a link to one of the server's own pages, in a tab of its own."""
     headers = Headers(scope=scope)
     return (
         scope["method"] in ("GET", "HEAD")

@@ -1,4 +1,4 @@
-"""What the routes work with, wired once by the composition root."""
+"""Services that the routes work with, wired once by the composition root."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ LONG_BODY = 64 * 1024
 on."""
 READ_THREADS = 2
 COUNT_SECONDS = 5.0
-"""Limit for the registry's figures; after it the others are given alone."""
+"""Time limit, in seconds, for the registry's figures; after it the others are given alone."""
 
 CALLER = "onebase.caller"
 """Key of a request's Caller in its ASGI scope."""
 TICKET = "onebase.ticket"
-"""Key of a Ticket there, of a request for text."""
+"""Key of the Ticket in the ASGI scope of a request for text."""
 TRANSCRIPT = "onebase.transcript"
-"""Key of what came with the body, once that was read; None where its stream is to tell no transcript."""
+"""Key of the transcript that came with the body, once that was read; None if its stream is to have none."""
 
 
 class Told(NamedTuple):
-    """The transcript of a request so far, empty at first, and the seconds since it came first."""
+    """Transcript of a request so far, empty at first, and the seconds since the request first came."""
 
     lines: bytes
     seconds: float
@@ -88,7 +88,7 @@ def server_stopping() -> UnavailableError:
 
 @dataclass
 class Training:
-    """What the routes and the server's life need of training."""
+    """Parts of training that the routes and the server's start and end use."""
 
     files: TrainingFiles
     jobs: JobService
@@ -100,7 +100,7 @@ class Training:
     peers: Peers
 
     async def counts(self) -> tuple[dict[str, int] | None, dict[str, int] | None]:
-        """How many jobs and batches there are in each state; None while the registry is away."""
+        """Return how many jobs and batches there are in each state; None while the registry is away."""
         registry = self.storage.registry
         try:
             async with asyncio.timeout(COUNT_SECONDS):
@@ -141,17 +141,18 @@ class Services:
     tracing: Tracing
     metrics: Metrics
     answers: Counter[tuple[str, int]]
-    """By route and status, what the server has answered since the start."""
+    """Number of answers since the start, by route and status."""
     reading: Threads = field(default_factory=lambda: Threads("read", READ_THREADS))
-    """For bodies and answers that are long; tenants take turns."""
+    """Threads for bodies and answers that are long; tenants take turns."""
     read_inline: TurnBudget = field(default_factory=lambda: TurnBudget(LONG_BODY))
     started: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     route_secret: str = field(default_factory=lambda: secrets.token_hex(32))
-    """Text that `onebase route` sends so that its headers are believed. Each process has another one."""
+    """Secret with which `onebase route` has its headers believed. Each process has another one."""
 
     async def metrics_text(self) -> bytes:
-        """For Prometheus; without counts of jobs and batches while the registry is away."""
+        """Return the metrics for Prometheus; without counts of jobs and batches while the registry is
+        away."""
         collected = self.metrics.collect(*await self.training.counts())
         return await asyncio.to_thread(render, collected)
 
@@ -176,16 +177,16 @@ def _ticket(request: Request) -> Ticket:
 
 
 def told_of(request: Request) -> Told | None:
-    """Of a request whose stream is to tell a transcript."""
+    """Return the transcript of a request whose stream is to send one, else None."""
     told: Told | None = request.scope.get(TRANSCRIPT)
     return told
 
 
 Provided = Annotated[Services, Depends(_services)]
 Calling = Annotated[Caller, Depends(_caller)]
-"""Whom the request comes from."""
+"""Caller of the request."""
 Admitted = Annotated[Ticket, Depends(_ticket)]
-"""What it may take, where a route needs the scope `generate`."""
+"""Quota ticket of the request, on a route that needs the scope `generate`."""
 
 
 class BodyError(HTTPException):
@@ -197,14 +198,15 @@ class BodyError(HTTPException):
 
 
 class _StrictRequest(Request):
-    """kind: what the body must be; None where the route reads it by itself."""
+    """A request with a strict reader of its body. kind: the body's type; None if the route reads it by
+    itself."""
 
     def __init__(self, scope: Scope, receive: Receive, kind: TypeAdapter[Any] | None) -> None:
         super().__init__(scope, receive)
         self._kind = kind
 
     async def body(self) -> bytes:
-        """Without the transcript that may follow what the request asks."""
+        """Return the body without the transcript that may follow it."""
         if TRANSCRIPT not in self.scope:
             whole, own = await super().body(), forwarded_of(self.scope).transcript
             self.scope[TRANSCRIPT] = None if own is None else Told(whole[own[0] :], own[1])
@@ -212,7 +214,8 @@ class _StrictRequest(Request):
         return await super().body()
 
     async def json(self) -> Any:
-        """The body's value; of one that is read in a thread what it must be, which FastAPI takes as it is."""
+        """Return the body's value. One that is read in a thread is validated there too; FastAPI takes it as
+        it is."""
         services, body = _services(self), await self.body()
         most = services.settings.max_body
         try:

@@ -45,7 +45,7 @@ _CHANGE = re.compile(rb"\d{1,18}")
 
 @dataclass(frozen=True)
 class Forwarded:
-    """What a request's headers say for others, as far as it is believed.
+    """Claims of a request's headers on behalf of others, as far as they are believed.
 
     Args:
         by_route: whether `onebase route` sent the request, by the secret.
@@ -118,7 +118,7 @@ class ForwardedHeaders:
         )
 
     def _name_client(self, scope: Any, found: dict[bytes, list[bytes]]) -> None:
-        """Take the last address that proxies name, and that is none of theirs, for the client's."""
+        """Set the client to the last address that proxies name and that is none of theirs."""
         proto = found.get(_PROTO, [b""])[-1].strip().lower()
         if proto in (b"http", b"https"):
             scope["scheme"] = proto.decode()

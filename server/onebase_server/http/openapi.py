@@ -15,11 +15,11 @@ from onebase_server.http.refusals import is_anthropic
 from onebase_server.http.schemas.answers import AnthropicError, Described, Error, Json
 
 ANY = {400, 403, 408, 413, 431, 500}
-"""What any request may get: one that is malformed, slow or too large, and one that meets a fault."""
+"""Statuses of any request: one that is malformed, slow or too large, and one that meets a fault."""
 KEYED = {401, 503}
-"""What any request may get that needs a key; 503: the keys cannot be read now."""
+"""Statuses of any request that needs a key; 503: the keys cannot be read now."""
 _COUNTED = {429}
-"""What a request for text may get."""
+"""Statuses of a request for text."""
 _TOLD = {
     400: "A field, a header or the body must change: `param` names the field",
     401: "No API key, or none that is valid",
@@ -87,7 +87,7 @@ def _routes(app: FastAPI) -> Iterator[APIRoute]:
 
 
 def _answers(route: APIRoute, schema: Json) -> Iterator[tuple[Json, str, Any]]:
-    """Where in the file which types of a route's answers belong."""
+    """Yield the places in the file that take the types of a route's answers, each with its key and type."""
     error = AnthropicError if is_anthropic({"path": route.path_format}) else Error
     access = access_of(route)
     for method in route.methods or ():

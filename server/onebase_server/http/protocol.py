@@ -45,19 +45,22 @@ from onebase_server.http.sse import ABORT_EXTENSION
 
 _log = logging.getLogger(__name__)
 _CHUNK_LINE_BYTES = 32
-"""What a chunk of a body takes besides its content: its length, line ends, and a little more."""
+"""Bytes that a chunk of a body may take besides its content: its length, line ends, and a little more."""
 _FREE_CHUNKS = 10_000
 _LEAST_CHUNK_BYTES = 8
-"""What chunks of a body hold at least on average, beyond the free ones: each costs as much as a kilobyte."""
+"""Least mean size, in bytes, of a body's chunks beyond the free ones: each costs as much as a kilobyte."""
 _LENGTH_DIGITS = 20
-"""Of the longest length that the parser takes, 2^64 - 1. With zeros before it Python may not read it."""
+"""Number of digits of the largest length that the parser takes, 2^64 - 1. Python may not read one with zeros
+before it."""
 _VERSIONS = ("1.1", "1.0")
 _PIPELINED = 16
-"""Requests that may wait on one connection while an earlier one is answered."""
+"""Largest number of requests that wait on one connection while an earlier one is answered."""
 _RESERVE = 16
-"""Connections from loopback beyond the limit, so that probes are answered when it is reached."""
+"""Number of connections that loopback has beyond the limit, so that probes are answered when it is
+reached."""
 _LINGER_SECONDS = 2.0
-"""A refused client is still read so long: closed at once, its kernel would throw the answer away."""
+"""Time, in seconds, that a refused client is still read: closed at once, its kernel would discard the
+answer."""
 _LOG_SECONDS = 60.0
 
 
@@ -86,7 +89,7 @@ class ConnectionLimits:
 
 @dataclass
 class Connections:
-    """Who is connected to one server: shared by its protocols."""
+    """Connections to one server by host, shared by its protocols."""
 
     limits: ConnectionLimits
     by_host: Counter[str] = field(default_factory=Counter)
@@ -96,7 +99,8 @@ class Connections:
         self._proxies = [ipaddress.ip_network(proxy, strict=False) for proxy in self.limits.trusted_proxy]
 
     def open(self, address: str) -> OneBaseError | None:
-        """Count a connection. The error, if it is one too many: it counts all the same, until `close`."""
+        """Count a connection. Return the error if it is one too many: it counts all the same, until
+        `close`."""
         host, exempt = self._host(address)
         self.by_host[host] += 1
         limits = self.limits
@@ -116,7 +120,7 @@ class Connections:
             del self.by_host[host]
 
     def _host(self, address: str) -> tuple[str, bool]:
-        """What connections are counted by, and whether it is loopback or a proxy."""
+        """Return the host by which connections are counted, and whether it is loopback or a proxy."""
         try:
             ip = ipaddress.ip_address(address.partition("%")[0])
         except ValueError:  # a local socket
@@ -171,17 +175,17 @@ class LimitedProtocol(HttpToolsProtocol):
         self._turned_away = turned_away
         self._parsing = False
         self._next: tuple[RequestResponseCycle, Any] | None = None
-        """A request whose turn it is once the data that brought it is read."""
+        """Request that starts once the data that brought it is read."""
         self._clients = connections
         self._limits = connections.limits
         self._reading = _Reading.NOTHING
         self._refusal: OneBaseError | None = None
         self._refused = False
-        """Whether the refusal is sent."""
+        """Whether the refusal was sent."""
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._message_ended = False
-        """While the last piece of data was read."""
+        """Whether a message ended within the last piece of data."""
         self._head_bytes = self._head_lines = self._head_pieces = 0
         self._body_bytes = self._chunks = self._between_chunks = 0
         self._brought = self._body_total = 0
@@ -213,7 +217,7 @@ class LimitedProtocol(HttpToolsProtocol):
         return self.client[0] if self.client else ""
 
     def eof_received(self) -> None:
-        """The transport closes itself."""
+        """Do nothing: the transport closes itself."""
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -236,7 +240,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._start_asgi_task(cycle, app)
 
     def _parse(self, data: bytes) -> None:
-        """Raises HttpParserError, HeadersTooLargeError."""
+        """Feed data to the parser. Raises HttpParserError, HeadersTooLargeError."""
         before, self._message_ended, self._body_bytes = self._reading, False, 0
         try:
             self.parser.feed_data(data)
@@ -251,7 +255,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._check_unparsed(before, len(data))
 
     def _without_upgrade(self) -> bytes:
-        """The head that asks for another protocol, as if it had not."""
+        """Return the head of a request for another protocol as if it had not asked for one."""
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
@@ -336,9 +340,9 @@ class LimitedProtocol(HttpToolsProtocol):
             raise TransferCodingError
 
     def _check_address(self) -> None:
-        """An address may name a server too, as those for a proxy do, and counts more than `Host`.
+        """Raise InvalidRequestError if the address names another server than `Host` does.
 
-        Raises InvalidRequestError unless they are the same.
+        An address may name one, as those for a proxy do, and counts more than `Host`.
         """
         named = _AUTHORITY.match(self.url)
         if named and any(
@@ -407,7 +411,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.on_response_complete()
 
     def _answer(self, error: OneBaseError, scope: Any, *, close: bool, with_body: bool = True) -> bytes:
-        """`scope`: of the request, as far as it has come; None where none has."""
+        """Return an error's answer. `scope`: of the request, as far as it has come; None if none has."""
         body = error_json(error, scope)
         headers = [*error_headers(error).items(), ("content-length", len(body))]
         return b"".join(
@@ -478,7 +482,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(TooSlowError(f"headers did not end within {seconds:g} seconds (--header-timeout)"))
 
     def _expect_rest(self) -> None:
-        """Of what has begun: most requests arrive whole, and need no timer."""
+        """Start a timer for the rest of what has begun; most requests arrive whole, and need none."""
         if self._read_timer is None:
             if self._reading is _Reading.HEAD:
                 self._expect(self._limits.header_timeout, self._head_too_slow)
@@ -491,7 +495,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._expect(self._limits.body_timeout, self._check_body)
 
     def _check_body(self) -> None:
-        """A client is as slow as it likes while the server makes it wait."""
+        """Refuse a body that came too slowly, unless the server made the client wait."""
         limits = self._limits
         least = limits.min_body_rate * limits.body_timeout
         if self.flow.read_paused or self.flow.resumed or self._brought >= least:
@@ -543,7 +547,7 @@ def limit_unread(listener: socket.socket, seconds: float) -> None:
 
 
 def _unread(transport: asyncio.Transport) -> int:
-    """Bytes that were sent and did not arrive yet: with us, and with the kernel where it tells."""
+    """Return the bytes that were sent and did not arrive yet: with us, and with the kernel if it says."""
     unsent = transport.get_write_buffer_size()
     with contextlib.suppress(OSError, AttributeError):
         answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, b"\0" * 4)

@@ -1,4 +1,4 @@
-"""An error as an answer, in the words of the API that was asked: OpenAI's, or Anthropic's on its routes."""
+"""Errors as answers, in the format of the API that was asked: OpenAI's, or Anthropic's on its routes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ _KINDS = {
 
 
 def is_anthropic(scope: Any) -> bool:
-    """Whether a request is for one of Anthropic's routes. scope: of ASGI, with a path once that is known."""
+    """Return True if a request is for one of Anthropic's routes. scope: of ASGI, with a path once that is
+    known."""
     path: str = scope.get("path", "")
     return path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
 
 
 def id_headers(scope: Any) -> dict[str, str]:
-    """What tells a request's id, under the names by which clients look for it."""
+    """Return the headers with a request's id, under the names by which clients look for it."""
     told = {HEADER: request_id(scope)}
     if scope is not None and is_anthropic(scope):
         told[_ANTHROPIC_HEADER] = told[HEADER]
@@ -41,17 +42,17 @@ def id_headers(scope: Any) -> dict[str, str]:
 
 
 def error_json(error: OneBaseError, scope: Any) -> bytes:
-    """The body of the answer to a request; `scope` is None where there is none to speak of."""
+    """Return the body of an error's answer; `scope` is None if there is no request to speak of."""
     return _encoded(error_body(error), status_of(error)[0], scope)
 
 
 def refusal(error: OneBaseError) -> Response:
-    """An error as an answer."""
+    """Return an error as an answer."""
     return ErrorAnswer(error_body(error), status_of(error)[0], error_headers(error))
 
 
 class ErrorAnswer(Response):
-    """An error in OpenAI's shape, which becomes what its request calls for."""
+    """An error in OpenAI's format, which is sent in that of its request's API."""
 
     media_type = "application/json"
 
@@ -66,7 +67,7 @@ class ErrorAnswer(Response):
 
 
 def anthropic_error(error: dict[str, Any], status: int, scope: Any) -> dict[str, Any]:
-    """Anthropic's shape of an error in OpenAI's. What that has no place for is among the details."""
+    """Convert an error from OpenAI's format to Anthropic's. What has no place there is among the details."""
     told = dict(error["error"])
     kind = _KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
     message, code = told.pop("message"), told.pop("code")

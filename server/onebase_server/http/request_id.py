@@ -1,4 +1,4 @@
-"""The id by which a request is found again: the caller's own, or a new one."""
+"""Id by which a request is found again: the caller's own, or a new one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _PLAIN = re.compile(r"[!-~]{1,128}")
 
 
 def given_id(scope: Any) -> str:
-    """The X-Request-Id of a request, which a gateway may send; "" without one, or if it is not plain."""
+    """Return the X-Request-Id of a request, which a gateway may send; "" without one, or if it is not
+    plain."""
     given = [value.decode("latin-1") for name, value in scope["headers"] if name == HEADER.encode()]
     return given[0] if len(given) == 1 and _PLAIN.fullmatch(given[0]) else ""
 
 
 def request_id(scope: Any) -> str:
-    """The id of a request, the same each time. scope: of ASGI; without one, a new id."""
+    """Return the id of a request, the same each time. scope: of ASGI; without one, a new id."""
     if scope is None:
         return _new_id()
     known: str | None = scope.get(REQUEST_ID)
@@ -44,8 +45,8 @@ class RequestLog(logging.LoggerAdapter[logging.Logger]):
         self._id = request_id(scope)
 
     def info(self, msg: object, *args: object, **kwargs: Any) -> None:
-        """args: as uvicorn gives them: the client, the method, the path with its query, HTTP's version, the
-        status."""
+        """Log an answer. args: as uvicorn gives them: the client, the method, the path with its query, the
+        version of HTTP, the status."""
         client, method, path, version, status = args
         path = str(path).partition("?")[0]
         fields = {"client": client, "method": method, "path": path, "status": status}

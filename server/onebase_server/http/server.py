@@ -28,9 +28,9 @@ from onebase_server.settings import Settings, inherited_listener
 
 _log = logging.getLogger(__name__)
 LEAST_FILES = 64
-"""Open files that the server works with: about thirty of its own, and one for each connection."""
+"""Number of open files that are not for connections: the server has about thirty of its own."""
 _LAST_BYTES_SECONDS = 5
-"""After the drain, for what is already written but not yet sent."""
+"""Time, in seconds after the drain, for what is already written but not yet sent."""
 
 
 class QuietServer(uvicorn.Server):
@@ -42,7 +42,8 @@ class QuietServer(uvicorn.Server):
 
 
 def bind(settings: Settings) -> socket.socket:
-    """A listening socket, taken before anything slow begins. Raises OSError when the address is in use."""
+    """Return a listening socket, made before anything slow begins. Raises OSError when the address is in
+    use."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     given = inherited_listener()
     # Named, or asyncio takes its connections for others than TCP's, and leaves Nagle's algorithm on.
@@ -63,7 +64,7 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """The address to type into a browser on the same machine."""
+    """Return the address to type into a browser on the same machine."""
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{port}"
@@ -164,7 +165,8 @@ def _end_at_once(status: int) -> None:
 
 
 def uvicorn_config(door: Door, settings: Settings) -> uvicorn.Config:
-    """For an app behind the door, within the settings' limits on connections."""
+    """Return uvicorn's configuration for an app behind the door, within the settings' limits on
+    connections."""
     connections = Connections(_connection_limits(settings))
     protocol: Any = partial(LimitedProtocol, connections=connections, turned_away=door.turned_away)
     config = uvicorn.Config(
@@ -185,7 +187,7 @@ def uvicorn_config(door: Door, settings: Settings) -> uvicorn.Config:
 
 
 def _connection_limits(settings: Settings) -> ConnectionLimits:
-    """The settings', with fewer connections where fewer files may be open."""
+    """Return the settings' limits, with fewer connections if fewer files may be open."""
     values = {item.name: getattr(settings, item.name) for item in fields(ConnectionLimits)}
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files >= 0:

@@ -18,24 +18,26 @@ ABORT_EXTENSION = "onebase.abort"
 """ASGI extension: a call that drops the connection and its unsent bytes at once."""
 DONE = b"data: [DONE]\n\n"
 _READ_GRACE_SECONDS = 60.0
-"""A stream whose generation has ended is read within this time, or dropped."""
+"""Time, in seconds beyond the generation's own limit, after which a stream that is not read yet is
+dropped."""
 _encode = msgspec.json.Encoder().encode
 
 
 def event(data: Any) -> bytes:
-    """One `data:` event. JSON escapes newlines, so that one line holds it."""
+    """Return one `data:` event. JSON escapes newlines, so that one line holds it."""
     return b"data: " + _encode(data) + b"\n\n"
 
 
 def identified_event(data: Any, *, identity: str = "", event: str = "") -> bytes:
-    """An event that a client can go on after: its `id:` comes back as `Last-Event-ID`."""
+    """Return an event that a client can resume after: its `id:` comes back as `Last-Event-ID`."""
     head = f"id: {identity}\n" if identity else ""
     kind = f"event: {event}\n" if event else ""
     return (head + kind).encode() + b"data: " + _encode(data) + b"\n\n"
 
 
 def connection_abort(scope: Scope) -> Callable[[], None]:
-    """What drops the caller's connection and its unsent bytes; does nothing where the server cannot."""
+    """Return a call that drops the caller's connection and its unsent bytes; it does nothing if the server
+    cannot."""
     abort: Callable[[], None] = (
         scope.get("extensions", {}).get(ABORT_EXTENSION, {}).get("abort", lambda: None)
     )
@@ -43,10 +45,10 @@ def connection_abort(scope: Scope) -> Callable[[], None]:
 
 
 class Cancellable(Protocol):
-    """What goes on until it has ended, or nobody wants it."""
+    """Anything that runs until it has ended or is cancelled."""
 
     def cancel(self) -> None:
-        """Nobody wants the rest."""
+        """End it: nobody wants the rest."""
 
 
 class EventStream(Response):
@@ -94,7 +96,7 @@ class EventStream(Response):
 async def guarded(
     events: AsyncIterator[bytes], failure: Callable[[OneBaseError], bytes], end: bytes
 ) -> AsyncGenerator[bytes]:
-    """The events, and after the first one an error as an event of its own instead of a broken stream.
+    """Yield the events; after the first one, an error becomes an event of its own instead of a broken stream.
 
     failure: makes that event. end: what ends the stream in any case.
     """
@@ -116,7 +118,7 @@ async def guarded(
 async def with_transcript(
     events: AsyncGenerator[bytes], take_told: Callable[[], bytes]
 ) -> AsyncGenerator[bytes]:
-    """The events, each with the lines of the transcript before it that it was made of."""
+    """Yield the events, each after the lines of the transcript that it was made of."""
     async with contextlib.aclosing(events):
         async for chunk in events:
             yield take_told() + chunk
@@ -124,7 +126,7 @@ async def with_transcript(
 
 @contextlib.contextmanager
 def cancelled_when_gone(receive: Receive, run: Cancellable) -> Iterator[None]:
-    """While this is open, a caller who closes the connection cancels what runs."""
+    """Cancel what runs if the caller closes the connection while this is open."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -155,13 +157,13 @@ class Merged:
         self._gone = False
 
     def cancel(self) -> None:
-        """Nobody wants the rest: each source is closed, and `events` raises ClientGoneError."""
+        """Close each source: nobody wants the rest. `events` then raises ClientGoneError."""
         self._gone = True
         for task in self._tasks:
             task.cancel()
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """What all sources yield, then `end`.
+        """Yield what all sources yield, then `end`.
 
         Raises what a source raises, and ClientGoneError.
         """

@@ -14,13 +14,14 @@ import msgspec
 from onebase_server.errors import InvalidRequestError
 
 MAX_FIELDS = 50_000
-"""Objects and their fields in one body: a long conversation has about four a message."""
+"""Largest number of objects and their fields in one body: a long conversation has about four a message."""
 BYTES_PER_VALUE = 4
-"""How many of the bytes that `--max-body` allows there are for each value: a usual token id takes more."""
+"""Number of bytes of `--max-body` for each value that a body may hold: a usual token id takes more."""
 
 
 def decode(body: bytes, max_body: int) -> Any:
-    """The body's value. Raises json.JSONDecodeError, and InvalidRequestError for JSON that is not taken."""
+    """Return the body's value. Raises json.JSONDecodeError, and InvalidRequestError for JSON that is
+    refused."""
     most = max(1000, max_body // BYTES_PER_VALUE)
     if sum(map(body.count, b",[{")) > most:
         raise InvalidRequestError(
@@ -34,7 +35,8 @@ def decode(body: bytes, max_body: int) -> Any:
 
 
 def _check_fields(body: bytes) -> None:
-    """Raises InvalidRequestError for a field that is given twice, and for too many of them; JSONDecodeError.
+    """Raise InvalidRequestError for a field that is given twice, and for too many of them; or
+    JSONDecodeError.
 
     Only Python's reader shows the former. It keeps nothing here, and what is no JSON the other one refuses.
     """

@@ -34,7 +34,7 @@ MAX_HEADERS = 8
 MAX_HEADER_BYTES = 4096
 _FORM = b"multipart/form-data"
 _BATCH_BYTES = 1 << 20
-"""Read before a thread parses and writes it."""
+"""Number of bytes that are read before a thread parses and writes them."""
 
 FLAGS = ("activate", "allow_noop", "any_base")
 _FILES_FIELD = "files"
@@ -45,7 +45,7 @@ ADAPTER_FIELDS = (
 _SMALL = (CONFIG_FILE, MODEL_CONFIG_FILE)
 FILE_OPTION = "--max-train-file"
 FORM_BYTES = 64 << 10
-"""What a form takes besides its file: boundaries, headers, fields."""
+"""Largest size, in bytes, of a form besides its file: boundaries, headers, fields."""
 FILE_FIELDS = (
     f"Send a field purpose with the value {' or '.join(UPLOADED)}, and a part called file, with a file name."
 )
@@ -55,7 +55,7 @@ Write = Callable[[memoryview], None]
 
 
 class FormReader(ABC, Generic[Result]):
-    """Takes the body's pieces, in any number. For one thread at a time.
+    """Parses a body piece by piece, in any number of pieces. For one thread at a time.
 
     Raises InvalidRequestError or PayloadTooLargeError as soon as something is wrong, and what writing the
     files raises. `close` in any case.
@@ -84,18 +84,19 @@ class FormReader(ABC, Generic[Result]):
 
     @abstractmethod
     def begin_part(self, field: str, filename: str | None) -> Write | None:
-        """What takes the part's content: a file's writer or `plain_field(field)`; None: no such field."""
+        """Return what takes the part's content: a file's writer or `plain_field(field)`; None: no such
+        field."""
 
     @abstractmethod
     def result(self) -> Result:
-        """The form's content. Raises InvalidRequestError when something is missing."""
+        """Return the form's content. Raises InvalidRequestError when something is missing."""
 
     @abstractmethod
     def close(self) -> None:
         """Remove what was not committed."""
 
     def feed(self, data: bytes) -> None:
-        """The next piece of the body."""
+        """Parse the next piece of the body."""
         self._size += len(data)
         if self._size > self._limit:
             raise PayloadTooLargeError(self._limit, self._option)
@@ -105,13 +106,13 @@ class FormReader(ABC, Generic[Result]):
             raise self.malformed(str(error)) from error
 
     def finish(self) -> Result:
-        """After the last piece. Raises InvalidRequestError."""
+        """Return the form's content, after the last piece. Raises InvalidRequestError."""
         if not self._complete:
             raise self.malformed("it ends before its last boundary")
         return self.result()
 
     def plain_field(self, field: str) -> Write:
-        """Keeps a short field in `fields`."""
+        """Return a writer that keeps a short field in `fields`."""
         if field in self.fields:
             raise InvalidRequestError(f"{field}: it is given twice. Give it once.", param=field)
         self.fields[field] = b""
@@ -126,7 +127,7 @@ class FormReader(ABC, Generic[Result]):
         return write
 
     def text(self, field: str) -> str:
-        """A field as text. Raises InvalidRequestError when it is missing or is not UTF-8."""
+        """Return a field as text. Raises InvalidRequestError when it is missing or is not UTF-8."""
         if field not in self.fields:
             raise InvalidRequestError(f"{field}: it is missing. {self._how}", param=field)
         try:
@@ -135,7 +136,7 @@ class FormReader(ABC, Generic[Result]):
             raise InvalidRequestError(f"{field}: it is not UTF-8.", param=field) from error
 
     def malformed(self, reason: str) -> InvalidRequestError:
-        """The body cannot be read."""
+        """Return the error for a body that cannot be read."""
         return malformed(f"{reason}. {self._how}")
 
     # ---- the parser's events -----------------------------------------------------------------
@@ -177,12 +178,13 @@ class FormReader(ABC, Generic[Result]):
 
 
 def is_form(content_type: bytes) -> bool:
-    """Whether a body of this Content-Type is read as multipart/form-data."""
+    """Return True if a body of this Content-Type is read as multipart/form-data."""
     return parse_options_header(content_type)[0] == _FORM
 
 
 def boundary_of(request: Request, how: str = "") -> bytes | None:
-    """The boundary of a multipart body; None when the body is something else. Raises InvalidRequestError."""
+    """Return the boundary of a multipart body; None if the body is something else. Raises
+    InvalidRequestError."""
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != _FORM:
         return None
@@ -224,7 +226,7 @@ async def read_form(request: Request, form: FormReader[Result], threads: Threads
 
 
 def malformed(reason: str) -> InvalidRequestError:
-    """A multipart body that cannot be read."""
+    """Return the error for a multipart body that cannot be read."""
     return InvalidRequestError(
         f"The multipart body cannot be read: {reason}".rstrip(), code="invalid_multipart"
     )

@@ -1,4 +1,4 @@
-"""What the engine, the verifier and a trainer have in common: their start, and their end of the socket."""
+"""Common parts of the engine, the verifier and a trainer: their start, and their end of the socket."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from onebase_engine.imports import quick_imports
 from onebase_engine.logs import set_up_logs
 
 GOODBYE_SECONDS = 5.0
-"""From the api's end until a child is gone, whatever it computes."""
+"""Time, in seconds after the api's end, within which a child is gone, whatever it computes."""
 
 Received = TypeVar("Received")
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inherited:
-    """What the api hands to a child when it starts it."""
+    """Handles that a child inherits from the api: the socket, and file descriptors that may be None."""
 
     sock: socket.socket
     base_fd: int | None
@@ -40,7 +40,7 @@ class Inherited:
 
 
 def begin(name: str, *, niceness: int = 0) -> Inherited:
-    """Set up this process as the api's child of that name, and take what it inherits.
+    """Set up this process as the api's child of that name, and return what it inherits.
 
     With a `niceness` it leaves the processor to others, and is the first to be killed when memory is short.
     """
@@ -121,11 +121,11 @@ class Channel(Generic[Received]):
         self._inbox.put(message)
 
     def receive(self) -> Received:
-        """The next message, whenever it comes. Raises ApiGoneError."""
+        """Return the next message, waiting for it as long as it takes. Raises ApiGoneError."""
         return next(self.arrived(None))
 
     def arrived(self, timeout: float | None = 0.0) -> Iterator[Received]:
-        """The messages that are here; waits up to `timeout` seconds (None: for ever) for the first.
+        """Yield the messages that are here; wait up to `timeout` seconds (None: forever) for the first.
 
         Raises ApiGoneError.
         """

@@ -1,4 +1,4 @@
-"""Which requests were running when engines died, so that one that kills every engine is refused.
+"""Detection of requests that kill every engine, by which requests were running when engines died.
 
 A client sends a request again when the engine has died under it. If that request is the cause, the next
 engine dies too, and at the sixth death the server gives up. So a request is recognised by its content:
@@ -25,11 +25,11 @@ from onebase_server.errors import CrashesEngineError, UnavailableError
 from onebase_server.generation.stream import Inflight
 
 FORGIVEN_AFTER = 600.0
-"""Seconds after a request's last death."""
+"""Time, in seconds after a request's last death, until it is forgiven."""
 MAX_SUSPECTS = 4096
-"""The oldest are forgotten beyond that."""
+"""Largest number of suspects; beyond it the oldest are forgotten."""
 _DEATHS = 2
-"""From this number on a request is refused, or runs only while no other such request does."""
+"""Number of deaths from which on a request is refused, or runs only while no other such request does."""
 _RETRY_AFTER = 5.0
 _log = logging.getLogger(__name__)
 
@@ -42,8 +42,10 @@ class _Record:
 
 
 def fingerprint(request: Inflight) -> bytes:
-    """Of versions, prompts and sampling settings; not of the seed, which the api draws for each retry, nor of
-    what it goes on from."""
+    """Return a digest of a request's versions, prompts and sampling settings.
+
+    It leaves out the seed, which the api draws for each retry, and the state that the request resumes from.
+    """
     content = []
     for submit in request.submits:
         bias = dict(sorted(submit.sampling.logit_bias.items()))
@@ -58,12 +60,13 @@ class Suspects:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._records: OrderedDict[bytes, _Record] = OrderedDict()
-        """By fingerprint; the latest death last."""
+        """Records by fingerprint, the latest death last."""
         self._alone: Inflight | None = None
-        """The request of two deaths that runs now."""
+        """Running request that has been running at _DEATHS deaths or more."""
 
     def admit(self, request: Inflight) -> None:
-        """Raises CrashesEngineError for a request that is refused, UnavailableError if it is not its turn."""
+        """Raise CrashesEngineError for a request that is refused, UnavailableError while another suspect
+        runs."""
         self._forgive()
         record = self._records.get(fingerprint(request)) if self._records else None
         if record is None or record.deaths < _DEATHS:
@@ -80,7 +83,7 @@ class Suspects:
         self._alone = request
 
     def ended(self, request: Inflight) -> None:
-        """All of a request's rows have ended, and the engine lives."""
+        """Clear a request whose sequences have all ended while the engine lives."""
         if request is self._alone:
             self._alone = None
         if self._records and not request.given_up:

@@ -61,15 +61,15 @@ from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channe
 logger = logging.getLogger(__name__)
 
 Received = protocol.ToEngine | Arrived | protocol.AdapterFailed
-"""What the stepping thread takes: messages from the api, and what the loader's thread has read."""
+"""Messages for the stepping thread: those from the api, and what the loader's thread has read."""
 EngineChannel = Channel[Received]
 
 IDLE_SECONDS = 1.0
-"""How often an idle engine says that it lives."""
+"""Time, in seconds, between two reports of an idle engine."""
 CHECK_STEPS = 256
-"""Steps between two looks at whether the base is unchanged."""
+"""Number of steps between two checks that the base is unchanged."""
 MAX_FAILED_STEPS = 5
-"""Steps failing one after the other before the process gives up and is restarted."""
+"""Number of consecutive failed steps after which the process ends, to be restarted."""
 DEFAULT_STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
@@ -114,7 +114,8 @@ def _serve(engine: Engine, channel: EngineChannel) -> int:
     failures, reported, told, paused = 0, time.monotonic(), 0, False
 
     def report() -> None:
-        """Say what came of the last step. While an accelerator computes, since it need not wait for that."""
+        """Send the results of the last step; while an accelerator computes the next, since it need not
+        wait."""
         nonlocal reported, told
         _report_versions(engine, channel)
         outputs = engine.take_outputs()
@@ -154,11 +155,11 @@ def _serve(engine: Engine, channel: EngineChannel) -> int:
 
 
 LONG_VECTOR = 64 * 1024
-"""Bytes."""
+"""Size, in bytes, above which a vector is sent in a message of its own."""
 
 
 def _report(outputs: list[RowOutput], stats: protocol.Stats, channel: EngineChannel) -> None:
-    """Say what a step gave. What is long goes alone: two of them may not fit in one message."""
+    """Send the outputs of a step. Long ones go alone: two of them may not fit in one message."""
     at, small = time.monotonic(), []
     for output in outputs:
         if output.prompt_logprobs is not None or len(output.vector or b"") > LONG_VECTOR:
@@ -170,7 +171,7 @@ def _report(outputs: list[RowOutput], stats: protocol.Stats, channel: EngineChan
 
 
 def _report_versions(engine: Engine, channel: EngineChannel) -> None:
-    """Say which versions have left memory, and which sit in slots when that has changed."""
+    """Send which versions have left memory, and which are in slots if that has changed."""
     for digest in engine.versions.take_dropped():
         channel.send(protocol.AdapterUnloaded(digest))
     seconds = engine.slots_changed()
@@ -282,12 +283,12 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
 def sizes(
     config: EngineConfig, base: nn.Module, model: ServedModel, limits: Limits, measure: Measure | None
 ) -> tuple[int, int]:
-    """Blocks of the KV cache, and bytes of versions in slots.
+    """Return the number of blocks of the KV cache, and the bytes for versions in slots.
 
-    Of a base over several GPUs all that is set aside is so on each, as if each had all of it, and the one
-    with room for the fewest tokens says how many blocks there are.
+    With several GPUs, each sets aside all reserves, as if it held the whole base's. The GPU with room for the
+    fewest tokens determines the number of blocks.
 
-    `measure`: what says how much memory the largest step takes; None leaves it to a share. Raises
+    `measure`: measures how much memory the largest step takes; None leaves it to a share. Raises
     MemoryBudgetError.
     """
     device, layers, aside = model.device, adaptable_layers(base), dict[str, int]()
@@ -351,7 +352,7 @@ def sizes(
 
 
 def warm_up(engine: Engine) -> None:
-    """One short request, so that the first user does not pay for lazy initialisation."""
+    """Run one short request, so that the first user does not pay for lazy initialisation."""
     sampling = protocol.Sampling(temperature=0.0, max_tokens=2, ignore_eos=True)
     most = min(engine.scheduler.limits.max_length, engine.pool.capacity * engine.pool.block_size)
     prompt = [0] * max(min(TILE + 1, most - sampling.max_tokens), 1)
@@ -380,7 +381,8 @@ def base_settings(
 
 
 def _publish(base: nn.Module, base_fd: int | None, device: torch.device) -> bytes:
-    """The manifest for verifiers; empty without a memfd on the CPU, or where CUDA memory cannot be shared."""
+    """Return the manifest for verifiers; empty if the base is not shared: without a memfd, or without CUDA
+    IPC."""
     if base_fd is None and device.type == "cpu":
         return b""
     try:
@@ -393,10 +395,10 @@ def _publish(base: nn.Module, base_fd: int | None, device: torch.device) -> byte
 
 
 def _slot_memory(config: EngineConfig, layers: Iterable[LayerShape], free: int, device: torch.device) -> int:
-    """Bytes of versions in slots; 0 is no limit.
+    """Return the limit, in bytes, of versions in slots; 0 is no limit.
 
-    On the CPU slots point at what host memory holds anyway. On an accelerator by default a tenth of what is
-    free, if that is not more than `max_slots` of `max_rank` could ever fill.
+    On the CPU slots point at what host memory holds anyway. On an accelerator the default is a tenth of the
+    free memory, and no more than `max_slots` of `max_rank` could fill.
     """
     if config.slot_memory or device.type == "cpu":
         return config.slot_memory
@@ -404,7 +406,7 @@ def _slot_memory(config: EngineConfig, layers: Iterable[LayerShape], free: int, 
 
 
 def _devices(config: EngineConfig) -> tuple[torch.device, ...]:
-    """Where the base's layers are to lie; the first is where a pass begins and ends."""
+    """Return the devices for the base's layers; a pass begins and ends on the first."""
     name, found = config.device, torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -444,7 +446,7 @@ def _load(settings: BaseSettings) -> nn.Module:
 
 
 def _more_gpus(devices: Sequence[torch.device]) -> str:
-    """What to do where the base leaves no room: a further part of a sentence."""
+    """Return advice for a base that leaves no room, as the continuation of a sentence."""
     more = len(devices) + 1
     if devices[0].type == "cpu":
         return ""
@@ -454,7 +456,7 @@ def _more_gpus(devices: Sequence[torch.device]) -> str:
 
 
 def _spread(devices: Sequence[torch.device]) -> str:
-    """As `BaseInfo` tells it; in the log, too."""
+    """Return the text of `BaseInfo.spread`, and log it."""
     if len(devices) == 1:
         return ""
     said = (
@@ -466,7 +468,7 @@ def _spread(devices: Sequence[torch.device]) -> str:
 
 
 def _gpu_sharing(device: torch.device) -> str:
-    """As `BaseInfo` tells it; in the log, too."""
+    """Return the text of `BaseInfo.gpu_sharing`, and log it."""
     if device.type != "cuda":
         return ""
     if mps_runs():

@@ -22,7 +22,7 @@ from onebase_engine.environment import computing_environment
 
 ENGINE_COMMAND = (sys.executable, "-m", "onebase_server.processes", "engine")
 DEATH_SECONDS = 2.0
-"""A process that was killed is gone by then, unless the system holds it."""
+"""Time, in seconds, within which a killed process is gone, unless the system holds it."""
 
 Received = TypeVar("Received")
 
@@ -124,7 +124,7 @@ class ChildProcess:
         self.send_frame(encode(message))
 
     def send_frame(self, frame: bytes) -> None:
-        """As `send`, of a message that is encoded already."""
+        """Queue a message that is encoded already; otherwise like `send`."""
         if not self._transport.is_closing():
             self._transport.write(frame)
 
@@ -143,7 +143,7 @@ class ChildProcess:
                 os.killpg(self.pid, number)
 
     async def wait(self) -> str:
-        """How the process ended, once it has: `exit status 1`, `signal SIGKILL`."""
+        """Wait for the process to end, and return how it did: `exit status 1`, `signal SIGKILL`."""
         status = await self._process.wait()
         self._transport.close()
         if status < 0:
@@ -152,7 +152,7 @@ class ChildProcess:
 
 
 class EngineLink:
-    """The way to the engine that runs now. What is sent while none runs is lost."""
+    """Link to the engine that runs now. Messages sent while none runs are lost."""
 
     def __init__(self) -> None:
         self.engine: ChildProcess | None = None
@@ -168,9 +168,9 @@ class AskedProcess(Generic[Received]):
 
     def __init__(self, take_news: Callable[[Received], bool]) -> None:
         self.idle = False
-        """It has answered all that it was asked: the next question can be put."""
+        """Whether the process has answered all questions, so that the next one can be put."""
         self.lost = False
-        """It has closed its socket, or died."""
+        """Whether the process has closed its socket, or died."""
         self._take_news = take_news
         self._child: ChildProcess | None = None
         self._heard_at = 0.0
@@ -185,7 +185,8 @@ class AskedProcess(Generic[Received]):
         fds: Mapping[str, int],
         environment: Mapping[str, str] | None = None,
     ) -> AskedProcess[Received]:
-        """As ChildProcess.spawn. `take_news` gets every message, and returns False for one that answers."""
+        """Start a process as ChildProcess.spawn does. `take_news` gets every message; it returns False for an
+        answer."""
         process = cls(take_news)
         process._child = await ChildProcess.spawn(
             command, decoder, process._receive, process._closed, fds, environment
@@ -194,7 +195,7 @@ class AskedProcess(Generic[Received]):
 
     @property
     def pid(self) -> int:
-        """Of the process, also when it is lost."""
+        """Process id, also of a lost process; 0 before the start."""
         return 0 if self._child is None else self._child.pid
 
     def ask(self, frame: bytes) -> None:
@@ -207,7 +208,7 @@ class AskedProcess(Generic[Received]):
         self._send(frame)
 
     async def answer(self, silence: float = math.inf) -> Received | None:
-        """The answer to the last question, or None if the process is lost.
+        """Return the answer to the last question, or None if the process is lost.
 
         It is killed when nothing, news included, is heard of it for `silence` seconds.
         """
@@ -236,7 +237,7 @@ class AskedProcess(Generic[Received]):
             self._child.signal_group(signal.SIGKILL)
 
     async def end(self, grace: float) -> str:
-        """As ChildProcess.end."""
+        """End the process as ChildProcess.end does."""
         return "never started" if self._child is None else await self._child.end(grace)
 
     def _send(self, frame: bytes) -> None:
@@ -274,7 +275,7 @@ def kill_children() -> list[int]:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a child of this process has not ended yet."""
+    """Return True if a child of this process has not ended yet."""
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:

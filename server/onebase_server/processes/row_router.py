@@ -1,4 +1,5 @@
-"""Which row belongs to which request, how many there are, and when the last one moved."""
+"""Routing of the engine's outputs to their requests, with counts of sequences and the time of the last one's
+progress."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ TOTALS = (
     "steps", "preemptions", "prompt_tokens", "generated_tokens", "cached_tokens", "draft_tokens",
     "right_draft_tokens", "restored_tokens",
 )  # fmt: skip
-"""The fields of an engine's Stats that only grow."""
+"""Fields of an engine's Stats that only grow."""
 
 
 class RequestRouter:
@@ -39,9 +40,10 @@ class RequestRouter:
         self.stats: Stats | None = None
         """The engine's newest counts; None before its first step, and when it is gone."""
         self._past: Counter[str] = Counter()
-        """Totals of the engines that are gone."""
+        """Totals of the engines that are gone, by field."""
         self._shares = QueueShares()
-        """Of rows that are not in the background, which take nobody's place."""
+        """Open sequences by tenant. Those in the background are not counted, since they take no place in the
+        queue."""
         self.background_rows = 0
         self._queue_limit = queue_limit
         self._send = send
@@ -54,34 +56,34 @@ class RequestRouter:
 
     @property
     def open_rows(self) -> int:
-        """Rows that have not ended, of all requests."""
+        """Number of sequences that have not ended, of all requests."""
         return self._shares.total + self.background_rows
 
     @property
     def waited_rows(self) -> int:
-        """Rows that have not ended, without those in the background."""
+        """Number of sequences that have not ended, without those in the background."""
         return self._shares.total
 
     @property
     def open_requests(self) -> int:
-        """Those that somebody waits for: none in the background."""
+        """Number of requests that have not ended, without those in the background."""
         return len({id(request) for request in self._requests.values() if not request.background})
 
     @property
     def tenants(self) -> dict[str, int]:
-        """Rows that have not ended by tenant, without those in the background."""
+        """Number of sequences that have not ended by tenant, without those in the background."""
         return dict(self._shares.taken)
 
     def total(self, field: str) -> int:
-        """One of TOTALS, of all engines since the start."""
+        """Return one of TOTALS, summed over all engines since the start."""
         return self._past[field] + (getattr(self.stats, field) if self.stats is not None else 0)
 
     def submit(self, request: Inflight, max_rows: int) -> None:
         """Send a request; `max_rows` run at once and `queue_limit` more may wait.
 
-        Raises QueueFullError where no place is left and the tenant has its part, InvalidRequestError when
-        even an empty queue is too short, CrashesEngineError, or UnavailableError while another that was
-        running at engines' deaths has its turn.
+        Raises QueueFullError if there is no room and the tenant has its share, InvalidRequestError if even an
+        empty queue is too short, CrashesEngineError, or UnavailableError while another suspect of crashes
+        runs.
         """
         capacity = max_rows + self._queue_limit
         if request.rows > capacity:
@@ -112,7 +114,7 @@ class RequestRouter:
             self._send(message)
 
     def cancel(self, request: Inflight, request_id: str | None = None, choice: int | None = None) -> None:
-        """End all of a request's rows, or one choice of one of its submits."""
+        """Cancel all of a request's sequences, or one choice of one of its submits."""
         if choice is None:
             request.given_up = True
         for open_id in [request_id] if request_id else list(request.open_rows):
@@ -120,7 +122,7 @@ class RequestRouter:
                 self._send(Cancel(open_id, choice))
 
     def deliver(self, step: StepDone) -> None:
-        """Hand each row's output to its request. Called once per engine step: the api's hot path."""
+        """Deliver each sequence's output to its request. Called once per engine step: the api's hot path."""
         now = time.monotonic()
         waits = step.stats.awaits_grammars  # for other processes, each of which has limits of its own
         if step.rows or self.stats is None or step.stats.steps != self.stats.steps or waits:
@@ -142,11 +144,12 @@ class RequestRouter:
             request.fail(error.fresh())
 
     def engine_died(self) -> None:
-        """Note which requests were running; one that is taken for the cause ends with an error of its own."""
+        """Count a death for the requests that were running; one that is found to be the cause fails with its
+        own error."""
         self._suspects.engine_died({id(request): request for request in self._requests.values()}.values())
 
     def forget_all(self) -> None:
-        """The engine is gone, and its rows with it."""
+        """Drop all requests: the engine is gone, and its sequences with it."""
         ended = {id(request): request for request in self._requests.values()}
         self._requests.clear()
         self._past = Counter({field: self.total(field) for field in TOTALS})
@@ -162,7 +165,7 @@ class RequestRouter:
         self._last_progress = time.monotonic()
 
     def stalled_for(self) -> float:
-        """Seconds without progress while there are rows; 0 when there are none."""
+        """Return the seconds without progress while there are sequences; 0 if there are none."""
         return time.monotonic() - self._last_progress if self.open_rows else 0.0
 
     def _row_ended(self, request: Inflight, request_id: str, now: float) -> None:

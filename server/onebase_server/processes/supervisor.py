@@ -38,7 +38,7 @@ _LEAST_RETRY_AFTER = 2.0
 RESTARTS = Backoff(0.5, 30.0)
 _PAUSE_POLL_SECONDS = 0.01
 _LAST_WORDS_SECONDS = 1.0
-"""An engine that has closed its socket is about to exit, with a status that says why."""
+"""Time, in seconds, for an engine that has closed its socket to exit with a status that says why."""
 AboutVersions = AdapterLoaded | AdapterFailed | AdapterUnloaded | SlotsChanged
 
 _log = logging.getLogger(__name__)
@@ -53,43 +53,43 @@ class AdapterStartError(RuntimeError):
 
 
 class VersionListener(Protocol):
-    """Whoever keeps account of the versions in the engine's memory."""
+    """Listener to the versions in the engine's memory."""
 
     def engine_ready(self) -> None:
-        """From now on versions can be loaded."""
+        """Called when versions can be loaded."""
 
     def receive(self, message: AboutVersions) -> None:
-        """What the engine says about versions."""
+        """Called with each message of the engine about versions."""
 
     def engine_gone(self) -> None:
-        """The engine's memory is gone, and everything in it."""
+        """Called when the engine's memory is gone, and everything in it."""
 
 
 class BaseListener(Protocol):
-    """Whoever has processes on the engine's base."""
+    """Listener that has processes on the engine's base."""
 
     def base_ready(self, config: EngineConfig, manifest: bytes, base_fd: int) -> None:
-        """There is a base to attach; `base_fd` is open until `engine_gone` has returned."""
+        """Called when there is a base to attach; `base_fd` is open until `engine_gone` has returned."""
 
     async def engine_gone(self) -> None:
-        """There is none any more: nobody holds on to it when this returns."""
+        """Called when the base is gone; when this returns, no process holds on to it."""
 
 
 async def _nothing() -> None:
-    """There is nothing to prepare."""
+    """Prepare nothing."""
 
 
 @dataclass(frozen=True)
 class EngineListeners:
-    """Those who follow the life of the engine."""
+    """Listeners to the life of the engine."""
 
     versions: VersionListener | None = None
     base: Sequence[BaseListener] = ()
-    """Called in this order when there is a base, and when it is gone."""
+    """Listeners called in this order when there is a base, and when it is gone."""
     prepare: Callable[[], Awaitable[None]] = _nothing
-    """What must be in place before a new engine gets requests. May raise AdapterStartError."""
+    """Preparation that must end before a new engine gets requests. May raise AdapterStartError."""
     busy: Callable[[bool], None] = lambda busy: None
-    """Called when the first row begins and when the last one has ended."""
+    """Called with True when the first sequence begins, and with False when the last one has ended."""
 
 
 class EngineState(enum.Enum):
@@ -104,11 +104,12 @@ class EngineState(enum.Enum):
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """When to try again after an engine's death. All times in seconds."""
+    """Policy of restarts after an engine's death. All times are in seconds."""
 
     backoff: Backoff = RESTARTS
     rapid_restarts: int = 5
-    """More deaths than this, each after less than `healthy_after`, and the server gives up."""
+    """Largest number of consecutive deaths, each after less than `healthy_after`, before the server gives
+    up."""
     healthy_after: float = 60.0
     shutdown_grace: float = 5.0
 
@@ -136,10 +137,10 @@ class EngineSupervisor:
         self.state = EngineState.STARTING
         self.base: BaseInfo | None = None
         self.loaded_at: float | None = None
-        """When the base was loaded last, in Unix seconds."""
+        """Time of the last load of the base, in Unix seconds."""
         self._listeners = listeners or EngineListeners()
         self.router = RequestRouter(queue_limit, link.send, self._listeners.busy)
-        """The requests that are running."""
+        """Router of the running requests."""
         self.restarts = 0
         self.ready = asyncio.Event()
         """Set while requests can be submitted."""
@@ -155,12 +156,12 @@ class EngineSupervisor:
         self._ever_ready = False
         self._pausing = asyncio.Lock()
         self.paused = False
-        """Whether the engine is to compute nothing, or was told so."""
+        """Whether the engine is paused, or was asked to pause."""
 
     # ---- for requests ------------------------------------------------------------------------
 
     def submit(self, request: Inflight) -> None:
-        """Hand a request over.
+        """Submit a request to the engine.
 
         Raises UnavailableError, QueueFullError, InvalidRequestError (never fits), CrashesEngineError.
         """
@@ -170,7 +171,7 @@ class EngineSupervisor:
         self.router.submit(request, self.base.max_rows if self.base else 0)
 
     def unavailable(self) -> UnavailableError | None:
-        """Why nothing can be submitted now, or None."""
+        """Return the error for requests that cannot be submitted now, or None if they can."""
         if self.state is EngineState.READY:
             return None
         return UnavailableError(
@@ -180,7 +181,7 @@ class EngineSupervisor:
         )
 
     async def pause(self, paused: bool) -> None:
-        """Have the engine stop between two steps, and keep its rows; or go on. True when this returns.
+        """Pause the engine between two steps, keeping its sequences, or resume it. Wait until it has.
 
         Raises UnavailableError.
         """
@@ -197,12 +198,12 @@ class EngineSupervisor:
                     )
 
     def go_on(self) -> None:
-        """End a pause, if there is one: the server ends, and what runs may."""
+        """End a pause, if there is one: the server is stopping, and running requests may end."""
         if self.paused and self.unavailable() is None:
             self._tell_paused(False)
 
     def _tell_paused(self, paused: bool) -> None:
-        """Raises UnavailableError."""
+        """Send a pause, or its end, to the engine. Raises UnavailableError."""
         reason = self.unavailable()
         if reason is not None:
             raise reason
@@ -254,7 +255,7 @@ class EngineSupervisor:
             await self._base_gone()
 
     async def _run_one(self) -> str:
-        """One engine from start to death. Returns why it ended, in words."""
+        """Run one engine from start to death. Returns why it ended, in words."""
         base_fd = os.memfd_create("onebase-base", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             return await self._run_on(base_fd)
@@ -262,7 +263,7 @@ class EngineSupervisor:
             os.close(base_fd)
 
     async def _run_on(self, base_fd: int) -> str:
-        """`base_fd`: a memfd that the engine publishes its base into, for the verifier to attach."""
+        """Run one engine. `base_fd`: a memfd that it publishes its base into, for the verifier to attach."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[str] = loop.create_future()
 
@@ -304,14 +305,14 @@ class EngineSupervisor:
         self.router.forget_all()
 
     async def _base_gone(self) -> None:
-        """Processes on the base end before a new engine starts: they hold on to the old one's memory."""
+        """End the processes on the base before a new engine starts: they hold on to the old one's memory."""
         if self._preparing is not None:
             self._preparing.cancel()
         for listener in self._listeners.base:
             await listener.engine_gone()
 
     async def _watch(self, end: Callable[[str], None]) -> None:
-        """Proves progress: rows in the engine and no step for the stall timeout is a stall."""
+        """End an engine that has sequences but made no progress for the stall timeout."""
         while True:
             await asyncio.sleep(min(1.0, self._stall_timeout / 4))
             if self.paused:

@@ -1,4 +1,4 @@
-"""How training and proofs share the machine with serving: a byte that says whether rows run, and a gate."""
+"""Time shared by serving, training and proofs: a byte that says whether sequences run, and a gate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from onebase_adapters.training.events import Interrupted, Reason
 
 NAP_SECONDS = 0.005
-"""How soon a run that waits for rows notices that they have ended, or that it is to stop."""
+"""Longest time, in seconds, until a waiting run notices that no sequences run, or that it is to stop."""
 
 
 class BusyFlag:
@@ -25,7 +25,7 @@ class BusyFlag:
 
     @classmethod
     def make(cls) -> BusyFlag:
-        """A new one. `fd` is for child processes to inherit."""
+        """Make a new flag. `fd` is for child processes to inherit."""
         fd = os.memfd_create("onebase-rows", os.MFD_CLOEXEC)
         os.ftruncate(fd, mmap.PAGESIZE)
         return cls(fd)

@@ -76,7 +76,7 @@ _EXPLAINED: dict[type[Exception], str] = {
 }
 """Errors whose messages are made for people."""
 _PARALLEL = 1 << 20
-"""Elements of an operation that takes all threads."""
+"""Number of elements of an operation that uses all threads."""
 
 
 def main() -> int:
@@ -98,7 +98,7 @@ def run(sock: socket.socket, base_fd: int | None, busy_fd: int | None) -> int:
 
 
 class Work:
-    """What one process is for, and what it may take."""
+    """One trainer process's work: a job, or the check of one, within its memory limit."""
 
     def __init__(self, channel: Channel[ToTrainer], base_fd: int | None, busy_fd: int | None) -> None:
         self._channel = channel
@@ -180,7 +180,7 @@ class Work:
         return SharedGate(lambda: bool(flag), share, self._stopping, finish=finish)
 
     def _stopping(self) -> Reason | None:
-        """Why the run is to stop, once it is."""
+        """Return the reason why the run is to stop, or None."""
         for message in self._channel.arrived():
             self._take(message)
         return self._reason
@@ -241,7 +241,7 @@ def _threads(config: EngineConfig) -> int:
 
 
 def _done() -> None:
-    """On the CPU nothing is left to wait for."""
+    """Do nothing: on the CPU nothing is left to wait for."""
 
 
 @contextmanager
@@ -260,7 +260,8 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def failure_of(error: BaseException, job: TrainJob, *, limit: int) -> Failed:
-    """Any error of a run, for the one who made the job. `limit`: bytes that it may take."""
+    """Return the failure for any error of a run, for the user who made the job. `limit`: bytes that it may
+    take."""
     if isinstance(error, RecipeError):
         return Failed(code="invalid_value", message=str(error), param=error.field or None)
     if isinstance(error, DataError) and isinstance(error.__cause__, OSError):
@@ -307,12 +308,12 @@ def _is_about_space(error: BaseException) -> bool:
 
 
 def memory_limit(asked: int, device: torch.device) -> int:
-    """Bytes that a job may take next to the base: what was asked for, else half of what is free."""
+    """Return the bytes that a job may take next to the base: `asked`, or else half of the free memory."""
     return asked or free_memory(device) // 2
 
 
 def bound_memory(limit: int, device: torch.device) -> None:
-    """From now on this process may take `limit` bytes more; beyond that allocations fail, here alone.
+    """Limit this process to `limit` more bytes; beyond that allocations fail, in this process alone.
 
     On the CPU by RLIMIT_DATA, which counts private writable memory, mapped or not from a file: the base is
     counted already when this is called.
@@ -327,7 +328,7 @@ def bound_memory(limit: int, device: torch.device) -> None:
 
 
 def private_bytes(status: Path = Path("/proc/self/status")) -> int:
-    """Private writable memory of this process, as RLIMIT_DATA counts it."""
+    """Return the private writable memory of this process, in bytes, as RLIMIT_DATA counts it."""
     for line in status.read_text().splitlines():
         if line.startswith("VmData:"):
             return int(line.split()[1]) * 1024

@@ -30,11 +30,11 @@ from onebase_server.processes.trainer_protocol import (
 
 TRAINER_COMMAND = (sys.executable, "-m", "onebase_server.processes", "trainer")
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
-"""Threads of a trainer that wait for each other must not spin on cores that serving uses."""
+"""Environment of a trainer: threads that wait for each other must not spin on cores that serving uses."""
 LAST_WORDS_SECONDS = 10.0
-"""From a trainer's last message to its end."""
+"""Time, in seconds, between a trainer's last message and its end."""
 UNKNOWN = "unknown"
-"""Stands for the active version's digest where that was not found: no version has it, none is replaced."""
+"""Digest that stands for an active version that was not found: no version has it, none is replaced."""
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class TrainerClient:
         on_event: Callable[[Event], None],
         find_active: Callable[[], Awaitable[Active]] = _none_active,
     ) -> TrainerClient:
-        """`command` gets `--fd N` and an option for each of `fds` appended.
+        """Start a trainer; `command` gets `--fd N` and an option for each of `fds` appended.
 
         find_active: gives the version that is active when training has ended.
 
@@ -104,7 +104,7 @@ class TrainerClient:
         self._process.tell(EndAfter(step))
 
     async def _answer(self, find_active: Callable[[], Awaitable[Active]]) -> None:
-        """Tell the trainer which version is active. It waits for that, whatever fails here."""
+        """Send the trainer the active version. It waits for that, whatever fails here."""
         try:
             active = await find_active()
         except Exception as error:
@@ -117,7 +117,7 @@ class TrainerClient:
         self._process.kill()
 
     async def outcome(self) -> Outcome:
-        """What it answered, once the process is gone."""
+        """Wait until the process is gone, and return its answer, or Died without one."""
         try:
             answer = await self._process.answer()
             how = await self._process.end(LAST_WORDS_SECONDS)

@@ -1,4 +1,4 @@
-"""What the api and a trainer say to each other, in the frames of `engine.messages`.
+"""Messages between the api and a trainer, in the frames of `engine.messages`.
 
 `Check` → `RunEvent`… → `Checked`, `Stopped` or `Failed`;
 `Train` → `RunEvent`…, `FindActive`, `RunEvent`… → `Trained`, `Stopped` or `Failed`.
@@ -16,11 +16,11 @@ from onebase_adapters.training.events import AnyEvent, Reason
 from onebase_engine.engine.messages import EngineConfig
 
 MAX_PROBLEMS = 10_000
-"""Bad lines that are listed; all of them are counted."""
+"""Largest number of bad lines that are listed; all of them are counted."""
 
 
 class ParentFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """A version's files on this machine: as `training.parent.Parent`."""
+    """Files of a version on this machine, as in `training.parent.Parent`."""
 
     label: str
     digest: str
@@ -34,23 +34,23 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     name: str
     recipe: dict[str, Any]
-    """As `recipe.parse_recipe` takes it."""
+    """Recipe as `recipe.parse_recipe` accepts it."""
     train: str
     train_name: str
-    """What it was called when it was uploaded."""
+    """Name of the training file at its upload."""
     held_out: str | None
     held_out_name: str | None
     folder: str
-    """The run's own: checkpoints, the adapter, the report."""
+    """Folder of the run: checkpoints, the adapter, the report."""
     base_name: str
     base_repo: str | None = None
-    """Its name on the Hub."""
+    """Name of the base on the Hub."""
     base_commit: str | None = None
     memory_limit: int
-    """Bytes; 0: half of what is free."""
+    """Memory limit, in bytes; 0: half of what is free."""
     parent: ParentFiles | None = None
     last_step: int | None = None
-    """As `EndAfter` says."""
+    """Step after which to finish, as in `EndAfter`."""
 
 
 # ---- api -> trainer --------------------------------------------------------------------------
@@ -68,14 +68,14 @@ class Train(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     config: EngineConfig
     manifest: bytes
-    """From the engine's `Ready`."""
+    """Manifest from the engine's `Ready`."""
     job: TrainJob
     share: float
-    """Part of the time that may be computed in while rows run; 0 to 1."""
+    """Part of the time in which it may compute while sequences run, 0 to 1."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """End at the next layer; to go on later, or for good."""
+    """End at the next layer, to resume later or for good."""
 
     reason: Reason
 
@@ -109,7 +109,7 @@ class RunEvent(msgspec.Struct, frozen=True, tag=True):
 
 
 class FindActive(msgspec.Struct, frozen=True, tag=True):
-    """Training has ended. Tell which version is active: the adapter is compared with it."""
+    """Training has ended: the api is to send the active version, which the adapter is compared with."""
 
 
 class Checked(msgspec.Struct, frozen=True, tag=True):

@@ -53,9 +53,9 @@ VerifierChannel = Channel[ToVerifier]
 
 NICENESS = 10
 ALIVE_SECONDS = 1.0
-"""Time between two signs of life of a job."""
+"""Time, in seconds, between two signs of life of a job."""
 PROGRESS_SECONDS = 0.1
-"""Time between two progress messages of one stage."""
+"""Time, in seconds, between two progress messages of one stage."""
 SHARE = {"cpu": 1.0, "cuda": 0.5}
 """Part of the time in which a proof computes while rows run. On a CPU its low priority spares them. A GPU
 knows none between processes; but somebody waits for the proof, so it has more than a job does."""
@@ -122,7 +122,7 @@ def _attach(message: Attach, base_fd: int | None, channel: VerifierChannel) -> V
 
 
 def _threads(config: EngineConfig) -> int:
-    """Half of the engine's, so that a second process finds cores of its own."""
+    """Return half of the engine's threads, so that a second process finds cores of its own."""
     return max(1, (config.threads or len(os.sched_getaffinity(0))) // 2)
 
 
@@ -149,7 +149,7 @@ def _serve(verifier: Verifier, channel: VerifierChannel, busy: BusyFlag | None) 
 
 
 def _gate(devices: Sequence[torch.device], busy: BusyFlag | None) -> SharedGate:
-    """For one job: its first interval of computing begins now."""
+    """Return the gate for one job: its first interval of computing begins now."""
     gpus = [device for device in devices if device.type == "cuda"]
 
     def finish() -> None:
@@ -161,7 +161,7 @@ def _gate(devices: Sequence[torch.device], busy: BusyFlag | None) -> SharedGate:
 
 @contextlib.contextmanager
 def _signs_of_life(channel: VerifierChannel) -> Iterator[None]:
-    """Says from a thread of its own that the process lives, however long one product takes."""
+    """Send from a thread of its own that the process lives, however long one product takes."""
     over = threading.Event()
 
     def say() -> None:

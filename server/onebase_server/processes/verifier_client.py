@@ -1,4 +1,5 @@
-"""The api's way to proofs: from a version's two files to its report, and its packed adapter in the store.
+"""Client of verifier processes: from a version's two files to its report, and its packed adapter in the
+store.
 
 A verifier process proves versions, one after the other, on the base of the engine that runs now. Where many
 wait and the machine has cores and memory for it, a second process helps until they are done.
@@ -50,19 +51,21 @@ PROBES = ("The capital of France is", "def add(a, b):\n")
 """Prompts whose greedy texts are compared with PEFT's."""
 PROBE_TOKENS = 8
 ATTEMPTS = 2
-"""A job whose process dies is tried once more: it may have died of something else."""
+"""Number of tries of a job whose process dies: it may have died of something else."""
 ATTACH_SECONDS = 180.0
-"""A process that has not attached the base by then hangs."""
+"""Time, in seconds, after which a process that has not attached the base hangs."""
 SILENT_SECONDS = 60.0
-"""A process that proves and gives no sign of life for that long is stopped or stuck: it is killed."""
+"""Time, in seconds without a sign of life, after which a process that proves is killed as stopped or
+stuck."""
 _LAST_WORDS_SECONDS = 5.0
 BACKLOG = 4
-"""Jobs that wait when a second process is started: that takes as long as some of their proofs."""
+"""Number of waiting jobs beyond which a second process is started: that takes as long as some of their
+proofs."""
 HELP_BYTES = 2 << 30
-"""Free memory, besides as much as the base has, without which it is not started. Of a small base it takes a
-third of that."""
+"""Free memory, in bytes besides the base's size, that a second process is started with. On a small base it
+takes a third of that."""
 HELP_SECONDS = 30.0
-"""Without a job for that long it is ended."""
+"""Time, in seconds without a job, after which a second process is ended."""
 BACKOFF = Backoff(0.5, 30.0)
 
 OnProgress = Callable[[Progress], None]
@@ -88,7 +91,7 @@ class VerifierGoneError(Exception):
 
 
 class _HelperDiedError(Exception):
-    """The second process is gone, and is not replaced: the job is another one's."""
+    """The second process is gone, and is not replaced: another process takes the job."""
 
 
 @dataclass(frozen=True)
@@ -118,18 +121,18 @@ class _Shared:
 
 @dataclass(eq=False)
 class _Place:
-    """Where one process runs, and is asked one job at a time."""
+    """Place for one process, which is asked one job at a time."""
 
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by whoever talks to the process."""
+    """Lock that is held by whoever talks to the process."""
     process: AskedProcess[FromVerifier] | None = None
     on_progress: OnProgress | None = None
     end: asyncio.TimerHandle | None = None
-    """Of a helper without a job: its end."""
+    """Timer that ends a helper without a job."""
 
     @property
     def is_ready(self) -> bool:
-        """Its process can be asked."""
+        """Whether the process can be asked."""
         return self.process is not None and self.process.idle
 
 
@@ -179,26 +182,26 @@ class VerifierClient:
         self._first = _Place()
         self._helper: _Place | None = None
         self._free = [self._first]
-        """Places that nobody has taken, as many as `_permits` gives."""
+        """Free places, as many as `_permits` has permits."""
         self._permits = asyncio.Semaphore()
         self._waiting = 0
-        """Jobs that wait for a place."""
+        """Number of jobs that wait for a place."""
         self._threads = 0
-        """Of a verifier that computes on the CPU."""
+        """Number of threads of a verifier that computes on the CPU; 0 on an accelerator."""
         self._alone: _Base | None = None
-        """On which a second process could not be kept: no other one is tried."""
+        """Base on which a second process could not be kept: no other one is tried."""
         self._help_seconds = help_seconds
         self._tasks: set[asyncio.Task[None]] = set()
         self._shared: dict[tuple[str, bool], _Shared] = {}
 
     @property
     def pid(self) -> int | None:
-        """Of the process that runs now, if one does."""
+        """Process id of the first process that runs now, if one does."""
         return next(iter(self.pids), None)
 
     @property
     def pids(self) -> list[int]:
-        """Of all that run now, the one that helps last."""
+        """Process ids of all that run now, the helper's last."""
         processes = [place.process for place in self._places]
         return [process.pid for process in processes if process is not None and not process.lost]
 
@@ -218,7 +221,7 @@ class VerifierClient:
     # ---- the engine's life -------------------------------------------------------------------
 
     def base_ready(self, config: EngineConfig, manifest: bytes, base_fd: int | None) -> None:
-        """An engine has published its base: attach it, in the background."""
+        """Attach the base that an engine has published, in the background."""
         attaching = self._attach_or_log(config, manifest, base_fd)
         self._attaching = asyncio.get_running_loop().create_task(attaching)
 
@@ -341,7 +344,7 @@ class VerifierClient:
         sign: MergeSign,
         seed: int,
     ) -> VersionFiles:
-        """One adapter made of several, in the store; nobody has proved it yet.
+        """Merge several adapters into one, in the store; it is not proved yet.
 
         Args:
             parents: what each is called, its files and its weight.
@@ -403,7 +406,7 @@ class VerifierClient:
             raise
 
     async def _ask(self, job: Prove | Merge, kind: type[Answer], on_progress: OnProgress) -> Answer:
-        """As `ask`, for any job; `kind`: what answers it."""
+        """Have any job answered, as `ask` does for a proof. `kind`: the type of its answer."""
         while True:
             async with self._place() as place:
                 base = self._base
@@ -424,7 +427,7 @@ class VerifierClient:
 
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[_Place]:
-        """A place that nobody else has, after those who asked for one earlier."""
+        """Acquire a place for the block, after those who asked for one earlier."""
         self._waiting += 1
         try:
             self._call_for_help()
@@ -535,7 +538,7 @@ class VerifierClient:
         )
 
     async def _attached(self, place: _Place, base: _Base) -> AskedProcess[FromVerifier]:
-        """The running process, or a new one that has attached the base. Raises VerifierGoneError."""
+        """Return the running process, or a new one that has attached the base. Raises VerifierGoneError."""
         how = ""
         for _ in range(ATTEMPTS):
             self._check_current(base)
@@ -581,7 +584,8 @@ class VerifierClient:
             raise VerifierGoneError("the engine ended, and its verifier with it")
 
     async def _died(self, place: _Place, base: _Base) -> str:
-        """After a death: how the process ended. Raises VerifierGoneError if it was ended with its engine."""
+        """Count a death, and return how the process ended. Raises VerifierGoneError if it ended with its
+        engine."""
         self._check_current(base)
         self.deaths += 1
         return await self._end_process(place, _LAST_WORDS_SECONDS)

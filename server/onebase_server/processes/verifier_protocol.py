@@ -1,4 +1,4 @@
-"""What the api and the verifier say to each other, in the frames of `engine.messages`.
+"""Messages between the api and the verifier, in the frames of `engine.messages`.
 
 `Attach` → `Attached` or `Fatal`; then `Prove` → `Progress` and `Alive`… → `Proved` or `Rejected`, and `Merge`
 → `Alive`… → `Merged` or `Rejected`, one job at a time.
@@ -25,7 +25,7 @@ class Attach(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     config: EngineConfig
     manifest: bytes
-    """From the engine's `Ready`."""
+    """Manifest from the engine's `Ready`."""
     base_id: str = ""
     """Written into packed adapters, so that no other base ever loads them."""
 
@@ -37,7 +37,7 @@ class Prove(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     config_path: str
     weights_path: str
     packed_path: str
-    """Where to write the packed adapter; nothing is left there when the job fails."""
+    """Path of the packed adapter to write; nothing is left there when the job fails."""
     probes: list[list[int]]
     """Prompts, as tokens, whose greedy texts are compared."""
     probe_tokens: int
@@ -49,7 +49,7 @@ class MergeParent(msgspec.Struct, frozen=True):
     """One adapter that is merged."""
 
     label: str
-    """What people call it."""
+    """Name of the adapter in messages."""
     config_path: str
     weights_path: str
     weight: float
@@ -59,14 +59,14 @@ class Merge(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Make one adapter of several, and write its two files; they are proved like any other's."""
 
     digest: str
-    """Stands in answers and in the log for that of the result, which nobody knows yet."""
+    """Stand-in, in answers and in the log, for the result's digest, which nobody knows yet."""
     parents: list[MergeParent]
     method: MergeMethod
     density: float | None
     sign: MergeSign
     seed: int
     config_path: str
-    """Where to write the files; nothing is left there when the job fails."""
+    """Path of the config to write; nothing is left there, or at `weights_path`, when the job fails."""
     weights_path: str
 
 
@@ -79,14 +79,14 @@ ToVerifier = Attach | Prove | Merge | Shutdown
 class Attached(msgspec.Struct, frozen=True, tag=True):
     seconds: float
     threads: int = 0
-    """That compute; 0: an accelerator does."""
+    """Number of threads that compute; 0 on an accelerator."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
     digest: str
     stage: Stage
     fraction: float
-    """Of the whole job, 0 to 1."""
+    """Part of the whole job that is done, 0 to 1."""
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
@@ -97,7 +97,7 @@ class Proved(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     digest: str
     report: VersionReport
     sha256: str
-    """Of the packed adapter."""
+    """SHA-256 of the packed adapter."""
     bytes: int
     """Size of the packed adapter."""
 
@@ -131,12 +131,14 @@ _PREFIX = "onebase-verifier-"
 
 
 def scratch_folder(pid: int) -> Path:
-    """Where the verifier of this process id keeps temporary files; the api removes it after a kill."""
+    """Return the folder of temporary files of the verifier with this process id; the api removes it after a
+    kill."""
     return Path(tempfile.gettempdir()) / f"{_PREFIX}{pid}"
 
 
 def make_scratch() -> Path:
-    """This process's own folder, empty; those of processes that were killed together with their api go.
+    """Make this process's own folder, empty; remove those of processes that were killed together with their
+    api.
 
     Locked until the process ends: others may not see its process id, from another container.
     """

@@ -1,4 +1,4 @@
-"""How many servers a load takes, and what of them binds: figures of base and device, then a simulation.
+"""Capacity planning: how many servers a load takes and what limits them, by figures and then a simulation.
 
 A decode step reads the weights once, and of each row its context and its adapter, or takes what the rows'
 operations take, whichever is longer; it launches kernels; and it takes no less than Python takes for the
@@ -18,21 +18,21 @@ from onebase_server.routing.simulation import WARMING, Figures, OneBase, Scenari
 Resource = Literal["compute", "KV memory", "rows", "slots", "host memory", "time a token", "queues"]
 
 _FULL = 0.85
-"""The part of compute, rows or slots that is planned with: arrivals are not even."""
+"""Part of compute, rows or slots that is planned with: arrivals are not even."""
 _HOMES = 2
-"""Servers that have an adapter in host memory."""
+"""Number of servers that have an adapter in host memory."""
 _MOST_REPLICAS = 10_000
 _TRIES = 8
-"""Numbers of servers that are simulated, each an eighth more."""
+"""Largest number of fleet sizes that are simulated, each an eighth larger."""
 _REQUESTS = 6000
-"""Of a simulation."""
+"""Number of requests of a simulation."""
 _TURNOVERS = 12
-"""Mean requests, one after the other, that a simulation lasts at least."""
+"""Least length of a simulation, in mean requests one after the other."""
 _MOST_SLOTS = 1024
 _STAGED = 1.25
-"""Times a slot's bytes that it takes: copies under way are a quarter more."""
+"""Memory of a slot, as a multiple of its bytes: copies under way take a quarter more."""
 _SLOT_PARTS = (0.1, 0.2, 0.3, 0.4, 0.5)
-"""Of the free memory, for slots; the first is the engine's own."""
+"""Parts of the free memory that are tried for slots; the first is the engine's own."""
 
 
 # What is assumed of a GPU. `make gpu-check` predicts with it, at best and at worst; here it is the worst.
@@ -41,28 +41,32 @@ BANDWIDTHS: dict[str, float] = {
     "t4": 320, "l4": 300, "a10": 600, "l40s": 864, "rtx3090": 936, "rtx4090": 1008, "rtx5090": 1792,
     "a100-40": 1555, "a100-80": 2039, "h100": 3350, "h200": 4800, "b200": 8000,
 }  # fmt: skip
-"""GB/s of the GPUs' memory by their data sheets."""
+"""Memory bandwidth of the GPUs by their data sheets, in GB/s."""
 REACHED = (0.85, 0.6)
-"""The part of it that products reach, at best and at worst."""
+"""Part of the bandwidth that matrix products reach, at best and at worst."""
 LAUNCH = ((1e-6, 4e-6), (2.5e-6, 10e-6))
 """Seconds for each kernel besides its bytes, in a CUDA graph and outside of one, at best and at worst."""
 LAYER_LAUNCHES, OTHER_LAUNCHES = 17, 24
-"""Kernels of a layer with an adapter on all of its linear ones, one of which short contexts do not need, and
-those of a step beside the layers'. `make gpu-check CHECK_ARGS="--device cpu --only engine"` counts them."""
+"""Number of kernels of a layer with an adapter on all of its linear layers, and of a step besides its layers.
+Short contexts need one kernel less in a layer. `make gpu-check CHECK_ARGS="--device cpu --only engine"`
+counts them."""
 GRAPH_ROWS = 64
-"""Rows of which a step is a CUDA graph at most (`engine/graphs.py`)."""
+"""Largest number of rows for which a step is a CUDA graph (`engine/graphs.py`)."""
 BEST, WORST = 0, 1
 
 
 def launch_seconds(inside: int, outside: int, case: int) -> float:
-    """Of a step whose layers are in a CUDA graph. inside: kernels of the layers. outside: others, half of
-    which a graph holds. case: BEST or WORST."""
+    """Return the time, in seconds, that launches take in a step whose layers are in a CUDA graph.
+
+    inside: kernels of the layers. outside: other kernels, half of which a graph holds. case: BEST or WORST.
+    """
     captured, apart = LAUNCH[case]
     return (inside + outside / 2) * captured + outside / 2 * apart
 
 
 def bytes_read(stored: int, quantized: int, blocksize: int) -> int:
-    """Of weights in a step: kernels read each block's statistic in fp32, of which one byte is stored.
+    """Return the bytes of weights read in a step. Kernels read each block's statistic in fp32, and one byte
+    of it is stored.
 
     stored: bytes in memory. quantized: 4-bit weights among them.
     """
@@ -70,15 +74,23 @@ def bytes_read(stored: int, quantized: int, blocksize: int) -> int:
 
 
 class UnservableError(ValueError):
-    """No number of servers does it; the message says why and what to change."""
+    """No number of servers meets the demand; the message says why and what to change."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """memory: bytes that a server may take. bandwidth: bytes a second. rate: operations a second. Both as the
-    engine is expected to reach them; `how`: where they come from. layer_seconds: that Python and starting the
-    kernels take for a layer of each step, while the device computes. graph_rows: with so many rows at most a
-    step is a CUDA graph, in which the host takes no time, but each kernel some (`LAUNCH`); 0 on a CPU."""
+    """A device, with the rates that the engine is expected to reach on it.
+
+    Args:
+        memory: bytes that a server may take.
+        bandwidth: bytes a second.
+        rate: operations a second.
+        how: where the rates come from.
+        layer_seconds: time that Python and kernel launches take for a layer of each step, while the device
+            computes.
+        graph_rows: largest number of rows for which a step is a CUDA graph, in which the host takes no time,
+            but each kernel some (`LAUNCH`); 0 on a CPU.
+    """
 
     name: str
     memory: int
@@ -91,8 +103,14 @@ class Device:
 
 @dataclass(frozen=True)
 class BaseFigures:
-    """Of a base. bytes: in memory. read: bytes of a decode step, whatever the rows. flops: of a token.
-    kv_bytes: of a token in the KV cache."""
+    """Figures of a base.
+
+    Args:
+        bytes: in memory.
+        read: bytes that a decode step reads, whatever the number of rows.
+        flops: operations for a token.
+        kv_bytes: bytes of a token in the KV cache.
+    """
 
     bytes: int
     read: int
@@ -103,9 +121,15 @@ class BaseFigures:
 
 @dataclass(frozen=True)
 class Demand:
-    """What is asked. adapters: how many, of `adapter_bytes` each in memory, by Zipf's law with `skew`.
-    requests: a second, of `prompt` and `answer` tokens. ttft: seconds to the first token for 99 of 100.
-    token: seconds from one token to the next; None is any."""
+    """Load to plan for, and its goals.
+
+    Args:
+        adapters: number of adapters, used by Zipf's law with `skew`.
+        adapter_bytes: bytes of each in memory.
+        requests: requests a second, of `prompt` and `answer` tokens.
+        ttft: seconds to the first token for 99 of 100.
+        token: seconds from one token to the next; None is any.
+    """
 
     adapters: int
     adapter_bytes: int
@@ -119,9 +143,15 @@ class Demand:
 
 @dataclass(frozen=True)
 class Serving:
-    """How each server is set up. rows, slots: most; as many as memory holds, up to these. slot_memory: bytes;
-    None: what takes the fewest servers. host_memory: bytes for adapters. store: bytes a second from the
-    store, after `store_latency` seconds. link: bytes a second from host memory."""
+    """Configuration of each server.
+
+    Args:
+        rows, slots: the largest numbers; as many as memory holds, up to these.
+        slot_memory: bytes; None: what takes the fewest servers.
+        host_memory: bytes for adapters.
+        store: bytes a second from the store, after `store_latency` seconds.
+        link: bytes a second from host memory.
+    """
 
     rows: int = 256
     slots: int = _MOST_SLOTS
@@ -134,8 +164,8 @@ class Serving:
 
 @dataclass(frozen=True)
 class Setup:
-    """What one server's memory is made of. rows: that its KV cache holds, of these requests, or that were
-    asked for."""
+    """Division of one server's memory. rows: as many of these requests as the KV cache holds, up to
+    `Serving.rows`."""
 
     rows: int
     slots: int
@@ -147,7 +177,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Point:
-    """One number of servers under the load, each of them.
+    """Prediction for each server, with one number of servers under the load.
 
     running: rows at once. used: the part of compute that prompts and rows take. prefill, token: seconds.
     ttft: of half and of 99 of 100; None where nothing was simulated. cold: the part of the requests for which
@@ -165,8 +195,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The answer. needs: servers, by what takes so many. binds: what takes most. chosen, more: with that
-    number, and with one more; `meets`: whether the goal is met."""
+    """Result of the planning. needs: servers, by the resource that takes so many. binds: the resource that
+    takes most. chosen, more: with that number, and with one more; `meets`: whether the goal is met."""
 
     setup: Setup
     needs: dict[Resource, float]
@@ -187,7 +217,8 @@ def capacity(
     drawn: int = _REQUESTS,
     tick: Callable[[int], None] = lambda replicas: None,
 ) -> Capacity:
-    """The fewest servers that meet the goals, as far as the simulation goes, or what so many `replicas` do.
+    """Return the fewest servers that meet the goals, as far as the simulation goes, or the result of
+    `replicas`.
 
     Args:
         drawn: requests of each simulation.
@@ -221,7 +252,7 @@ def capacity(
 
 
 def _late(model: _Model, point: Point) -> Resource | None:
-    """Why the goal is not met; None if it is."""
+    """Return the resource because of which the goal is not met, or None if it is."""
     if model.meets(point):
         return None
     in_memory = model.setup.host_adapters * point.replicas
@@ -229,7 +260,8 @@ def _late(model: _Model, point: Point) -> Resource | None:
 
 
 def _setups(device: Device, base: BaseFigures, demand: Demand, serving: Serving) -> list[Setup]:
-    """What fits on one server: a part of what is free for slots, the rest for KV blocks.
+    """Return the divisions of a server's memory to try: a part of the free memory for slots, the rest for KV
+    blocks.
 
     Raises UnservableError.
     """
@@ -291,12 +323,13 @@ class _Model:
             )
 
     def _seconds(self, rows: float) -> float:
-        """Of a step."""
+        """Return the time, in seconds, of a step."""
         own = self._step + rows * self._row
         return own if rows <= self._graph_rows else max(self._least, own)
 
     def point(self, replicas: float) -> Point:
-        """Without a simulation. `running` is infinite where the load is more than they can compute."""
+        """Return the point without a simulation. `running` is infinite if the load is more than they can
+        compute."""
         rate = self._demand.requests / replicas
         tokens = rate * self._demand.answer
         steps = 1 - rate * self._prompt
@@ -311,7 +344,7 @@ class _Model:
         return Point(math.ceil(replicas), running, 1 - left, prefill, running / tokens)
 
     def needs(self) -> dict[Resource, float]:
-        """Servers, by what takes so many.
+        """Return the number of servers needed, by resource.
 
         Raises UnservableError.
         """
@@ -331,7 +364,8 @@ class _Model:
         return found
 
     def _in_use(self, replicas: float) -> float:
-        """Adapters that rows use at once on one server: each has its homes, and Poisson arrivals."""
+        """Return how many adapters rows use at once on one server: each has its homes, and Poisson
+        arrivals."""
         point, demand = self.point(replicas), self._demand
         if math.isinf(point.running):
             return math.inf
@@ -346,7 +380,8 @@ class _Model:
         return used
 
     def simulated(self, replicas: int, drawn: int, seed: int) -> Point:
-        """With the times to a first token of requests that are drawn, and placed as `onebase route` does."""
+        """Return the point with the times to a first token of drawn requests, placed as `onebase route`
+        does."""
         point, demand = self.point(replicas), self._demand
         if math.isinf(point.token):
             return replace(point, ttft=(math.inf, math.inf), cold=1.0)
@@ -379,14 +414,14 @@ class _Model:
         return replace(point, ttft=(made.waited(0.5), made.waited(0.99)), cold=cold)
 
     def meets(self, point: Point) -> bool:
-        """Whether both goals are met."""
+        """Return True if both goals are met."""
         demand = self._demand
         slow = demand.token is not None and point.token > demand.token
         return not slow and point.ttft is not None and point.ttft[1] <= demand.ttft
 
 
 def _least(enough: Callable[[float], bool]) -> float:
-    """The fewest servers that are enough, also a part of one. Raises UnservableError."""
+    """Return the fewest servers that are enough, in fractions of one. Raises UnservableError."""
     low, high = 0.0, 1.0
     while not enough(high):
         low, high = high, 2 * high

@@ -63,18 +63,19 @@ Start the servers, or change those that run. Options of `onebase serve` go to ea
 --port and what is about connections to the address that they have together.
 """
 _FRONT_SETTINGS = ("host", "port", "access_log", "allowed_host", "allowed_origin", "trusted_proxy")
-"""Of the cluster's address alone. Servers get the other ones of _ROUTE_SETTINGS too."""
+"""Settings of the cluster's address alone. Servers get the other ones of _ROUTE_SETTINGS too."""
 _OF_PLAN = ("data_dir", "drain_timeout", "stop_with_stdin")
 _START_SECONDS = 600.0
-"""That a request waits for a first server to start, where there may be none."""
+"""Time, in seconds, that a request waits for a first server to start, where there may be none."""
 _LOOKED_SECONDS = 2.0
-"""In which the command that has ended a cluster sees that, before its Ray ends."""
+"""Time, in seconds, in which the command that has ended a cluster sees that, before the cluster's Ray
+ends."""
 _RAY_FOLDER = "onebase-ray-"
 _REPLICA_KEY = "ONEBASE_REPLICA_KEY"
 
 
 def route(argv: Sequence[str]) -> int:
-    """`onebase route`. Exit status: 0 after a drain, 1 when it cannot serve, 2 for wrong options."""
+    """Run `onebase route`. Exit status: 0 after a drain, 1 when it cannot serve, 2 for wrong options."""
     parser = route_parser()
     options = vars(parser.parse_args(list(argv)))
     urls, listed = options.pop("replica") or [], options.pop("replicas")
@@ -129,7 +130,8 @@ def route(argv: Sequence[str]) -> int:
 
 
 def route_parser() -> argparse.ArgumentParser:
-    """The options of `onebase route`: its own, and those of `onebase serve` that are about connections."""
+    """Return the parser of `onebase route`: its own options, and those of `onebase serve` about
+    connections."""
     parser = Parser(
         prog="onebase route", repeated=True, usage="onebase route --replica URL [options]", description=_ROUTE
     )
@@ -171,8 +173,8 @@ def route_parser() -> argparse.ArgumentParser:
 
 
 def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -> int:
-    """`onebase cluster up | status | scale | drain | down`. Exit status: 0, or 1 with the reason, 2 for wrong
-    options, 130 where Ctrl-C ended the waiting.
+    """Run `onebase cluster up | status | scale | drain | down`. Exit status: 0, or 1 with the reason, 2 for
+    wrong options, 130 if Ctrl-C ended the waiting.
 
     `server` replaces the command of a server, for tests of its faults.
     """
@@ -216,7 +218,7 @@ def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -
 
 @contextlib.contextmanager
 def _alone(data: Path) -> Iterator[None]:
-    """Be the one cluster of a data folder until the block ends. Raises SettingsError where it has one."""
+    """Hold the lock of a data folder's cluster until the block ends. Raises SettingsError if one runs."""
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = _lock(data, fcntl.LOCK_EX)
     for _ in range(10):  # another command may look who has it
@@ -235,7 +237,8 @@ def _alone(data: Path) -> Iterator[None]:
 
 
 def _lock(data: Path, kind: int) -> int | None:
-    """A descriptor that holds the lock of the folder's cluster until it is closed; None if another does."""
+    """Return a descriptor that holds the lock of the folder's cluster until it is closed; None if another
+    does."""
     lock = os.open(data / "cluster.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
@@ -246,7 +249,8 @@ def _lock(data: Path, kind: int) -> int | None:
 
 
 def _state_of(data: Path) -> dict[str, str]:
-    """Address and token of the cluster that runs with the folder. Raises SettingsError where none does."""
+    """Return address and token of the cluster that runs with the folder. Raises SettingsError if none
+    does."""
     way_out = "name the head node of another with --address, or start one with `onebase cluster up`"
     lock = _lock(data, fcntl.LOCK_SH) if data.is_dir() else -1
     if lock is not None:  # where it was killed, Ray would be waited for for minutes
@@ -263,9 +267,10 @@ def _state_of(data: Path) -> dict[str, str]:
 
 
 def _prepare_ray(arguments: argparse.Namespace, state: Path, folder: Path | None) -> str:
-    """The address of the cluster's head node; empty where there is none yet. Raises SettingsError.
+    """Return the address of the cluster's head node; empty if there is none yet. Raises SettingsError.
 
-    Ray reads as it is imported whether there is a token, and which. folder: of a Ray of this machine's own.
+    Sets the environment, from which Ray reads at its import whether there is a token, and which. folder:
+    where this machine's own Ray has its files.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
@@ -285,7 +290,7 @@ def _prepare_ray(arguments: argparse.Namespace, state: Path, folder: Path | None
 
 
 def _clear_up(state: Path) -> None:
-    """After a cluster that was killed: Ray's folder, which has its logs, and the file that names it."""
+    """Remove what a killed cluster has left: Ray's folder, which has its logs, and the file that names it."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         folder = Path(json.loads(state.read_text())["token"]).parent
         if folder.name.startswith(_RAY_FOLDER) and folder.parent == Path(tempfile.gettempdir()):
@@ -303,7 +308,7 @@ def _waited(settled: bool, console: Console) -> int:
 def _serve_cluster(
     arguments: argparse.Namespace, apps: list[dict[str, Any]], plan: Plan, console: Console
 ) -> None:
-    """On Ray of this machine's own: until a signal, or until another command has ended it."""
+    """Serve on this machine's own Ray until a signal, or until another command has ended the cluster."""
     from onebase_server.routing import cluster as on_ray
 
     stop = on_ray.on_signals()
@@ -319,7 +324,7 @@ def _serve_cluster(
 
 
 def _manage(arguments: argparse.Namespace, console: Console) -> int:
-    """Of a cluster that runs: its status, another number of servers, its end. Raises ClusterError."""
+    """Carry out `status`, `scale`, `drain` or `down`. Return the exit status. Raises ClusterError."""
     from onebase_server.routing import cluster as on_ray
 
     apps = on_ray.deployed()
@@ -337,7 +342,8 @@ def _manage(arguments: argparse.Namespace, console: Console) -> int:
 def _applications(
     arguments: argparse.Namespace, parser: argparse.ArgumentParser, data: Path, server: Sequence[str]
 ) -> tuple[list[dict[str, Any]], Plan]:
-    """As Ray Serve is to run it. Raises SettingsError, ClusterError."""
+    """Return the applications as Ray Serve is to run them, and their plan. Raises SettingsError,
+    ClusterError."""
     from pydantic import ValidationError
 
     from onebase_server.routing import cluster as on_ray
@@ -381,13 +387,14 @@ def _applications(
 
 
 def _most(arguments: argparse.Namespace) -> int:
-    """Servers at once."""
+    """Return the largest number of servers at once."""
     most: int = arguments.max_replicas or arguments.replicas
     return most
 
 
 def _shared_out(settings: Settings, servers: int) -> dict[str, int]:
-    """Settings by which each of so many servers on one machine takes its share of what one alone would."""
+    """Return the settings by which each of so many servers on one machine gets its share of threads and
+    memory."""
     made = {}
     if not settings.threads:
         made["threads"] = max(1, (os.cpu_count() or 1) // servers)
@@ -399,7 +406,7 @@ def _shared_out(settings: Settings, servers: int) -> dict[str, int]:
 def _deploy(
     arguments: argparse.Namespace, apps: list[dict[str, Any]], stop: threading.Event, console: Console
 ) -> bool:
-    """Whether it runs, or was stopped before."""
+    """Deploy the applications. Return True once they run, or False if stopped before."""
     from onebase_server.routing import cluster as on_ray
 
     if arguments.replica_gpus is None and load_settings({"device": arguments.device}).device != "cpu":
@@ -414,7 +421,7 @@ def _deploy(
 
 
 def _as_typed(values: dict[str, Any], but: Sequence[str] = ()) -> list[str]:
-    """Settings as options of a command line, of those that are given."""
+    """Return the settings that have a value as options of a command line."""
     options: list[str] = []
     for name, value in values.items():
         if value is None or name in but:
@@ -428,7 +435,8 @@ def _as_typed(values: dict[str, Any], but: Sequence[str] = ()) -> list[str]:
 
 
 def _print_cluster() -> None:
-    """To standard output: how many servers there are, the address, and what the servers have answered."""
+    """Print to standard output how many servers there are, the address, and how many requests each has
+    had."""
     from onebase_server.routing import cluster as on_ray
 
     output = Console(highlight=False, markup=False)
@@ -444,7 +452,7 @@ def _print_cluster() -> None:
 
 
 def cluster_parser() -> argparse.ArgumentParser:
-    """The options of `onebase cluster`."""
+    """Return the parser of `onebase cluster`."""
     parser = Parser(prog="onebase cluster", description=_CLUSTER)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     up = actions.add_parser("up", help="start the servers, or change those that run", description=_UP)
@@ -497,7 +505,7 @@ def cluster_parser() -> argparse.ArgumentParser:
 
 
 class ReplicaFile:
-    """The addresses in a file, and those that were given besides."""
+    """Addresses in a file, besides those that were given."""
 
     def __init__(self, path: Path, given: Sequence[str]) -> None:
         self._path = path
@@ -506,7 +514,7 @@ class ReplicaFile:
         self._why = ""
 
     def changed(self) -> list[str] | None:
-        """The addresses if the file is another one than before; None if not, or if it cannot be read."""
+        """Return the addresses if the file has changed; None if not, or if it cannot be read."""
         try:
             found = self._path.stat()
             seen = (found.st_mtime_ns, found.st_size, found.st_ino)
@@ -524,7 +532,7 @@ class ReplicaFile:
 
 
 def replica_url(text: str) -> str:
-    """Scheme, host and port of a server's address. Raises SettingsError."""
+    """Return scheme, host and port of a server's address. Raises SettingsError."""
     try:
         parts = urlsplit(text)
         wrong = parts.port == 0 or not parts.hostname or re.search(r"[\s%*]", text) is not None

@@ -49,29 +49,31 @@ from onebase_server.settings import LISTENER, environment_name, load_settings
 
 APP = "onebase"
 FRONT = "onebase-ingress"
-"""An application of its own: Ray Serve replaces all of one whose arguments change."""
+"""Application of the ingress alone: Ray Serve replaces all of one whose arguments change."""
 SERVER = "Server"
 INGRESS = "Ingress"
 _HEAD = "node:__internal_head__"
-"""What the head node has a bit of, and no other."""
+"""Ray resource that pins an actor to the head node."""
 _LOOPBACK = "127.0.0.1"
 _GOODBYE_SECONDS = 15.0
-"""After the drain, until a child and its actor must have ended."""
+"""Time, in seconds after the drain, until a child and its actor must have ended."""
 _POLL_SECONDS = 0.25
 _ILL_SECONDS = 60.0
-"""Of an application that is not healthy, after which that is said: Ray may start what is missing again."""
+"""Time, in seconds, that an application may be unhealthy before that is an error: Ray may restart what is
+missing."""
 _ROUTE_SECONDS = 120.0
-"""After which an address that was started again and does not answer is given up: Ray starts another actor."""
+"""Time, in seconds, after which a restarted route that does not answer is given up: Ray starts another
+actor."""
 _BUSY = 0.7
-"""The part of their rows that replicas should have in use, where there may be fewer of them."""
+"""Part of their rows that replicas should have in use, where there may be fewer of them."""
 _NOT_STARTED = 127
-"""Status of a child that could not be started, as of a shell."""
+"""Exit status of a child that could not be started, as in a shell."""
 _MOST_SENT = 100_000
 _SCALED_BY = (
     "vllm:request_success_total", "vllm:prompt_tokens_total", "vllm:generation_tokens_total",
     "vllm:time_to_first_token_seconds_sum", "vllm:time_to_first_token_seconds_count",
 )  # fmt: skip
-"""Metrics."""
+"""Metrics that autoscaling reads."""
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 _KEY = "ONEBASE_REPLICA_KEY"
 _ENDS_WITH_ITS_PARENT = """\
@@ -91,15 +93,15 @@ T = TypeVar("T")
 
 
 class ClusterError(Exception):
-    """The cluster cannot do it; the message says why and what to do."""
+    """A request that the cluster cannot carry out; the message says why and what to do."""
 
 
 class EndedError(ClusterError):
-    """Another command has ended it meanwhile."""
+    """Another command has ended the cluster meanwhile."""
 
 
 class Plan(BaseModel):
-    """What `args` of both applications hold in a config file of Ray Serve.
+    """Arguments (`args`) of both applications in a config file of Ray Serve.
 
     Args:
         server: the command of a server, as it would be typed. It gets --host, --port, --data-dir and
@@ -137,7 +139,7 @@ class Plan(BaseModel):
         return Path(load_settings({"data_dir": self.data_dir or None}).data_dir).expanduser().absolute()
 
     def names(self, option: str) -> bool:
-        """Whether the server's command, or the environment, has the option."""
+        """Return True if the server's command, or the environment, has the option."""
         given = any(part == option or part.startswith(f"{option}=") for part in self.server)
         return given or environment_name(option.strip("-")) in os.environ
 
@@ -200,7 +202,7 @@ class Child:
             self._on_end()
 
     async def ready(self, client: httpx2.AsyncClient, path: str) -> None:
-        """Returns once it answers there. Raises ClusterError where it ends before."""
+        """Wait until the child answers at the path. Raises ClusterError if it ends before."""
         while self.status is None:
             with contextlib.suppress(httpx2.TransportError):
                 if (await client.get(path)).status_code == 200:
@@ -217,7 +219,7 @@ class Child:
             self._process.kill()
 
     async def stop(self, seconds: float) -> None:
-        """As SIGTERM does, and by force after that time."""
+        """End the child by SIGTERM, and by force after so many seconds."""
         self.is_ready = False
         if self._process is not None:
             self._process.terminate()
@@ -228,7 +230,7 @@ class Child:
 
 
 def _end_too() -> None:
-    """Ray starts another actor."""
+    """End this process: Ray starts another actor."""
     os._exit(1)
 
 
@@ -269,13 +271,16 @@ class Server:
         return {"url": self.url}
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """A `Report`, and the names of the base."""
+        """Return a `Report` as a dict, with the names of the base."""
         report, bases = read_report(await self._metrics())
         return asdict(report) | {"in_host": sorted(report.in_host), "bases": sorted(bases)}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """`queued_tokens` of requests that wait, if they are as long as those before; the part of its rows
-        that is `busy`; the mean `ttft` in seconds since the last time."""
+        """Return `queued_tokens`, `busy` and `ttft`.
+
+        queued_tokens: tokens of the requests that wait, if they are as long as those before. busy: part of
+        its rows in use. ttft: mean time to a first token, in seconds, since the last call.
+        """
         text = await self._metrics()
         report, _ = read_report(text)
         known = parse_metrics(text, _SCALED_BY)
@@ -294,7 +299,7 @@ class Server:
         return answer.raise_for_status().text
 
     async def ask(self, path: str, body: bytes) -> AsyncIterator[bytes]:
-        """What the server answers to a POST of JSON, as it comes; for other applications on the cluster."""
+        """Yield the server's answer to a POST of JSON, as it comes; for other applications on the cluster."""
         head = {"content-type": "application/json"}
         async with self._client.stream("POST", path, content=body, headers=head, timeout=None) as answer:
             if answer.status_code != 200:
@@ -303,20 +308,20 @@ class Server:
                 yield piece
 
     async def wake(self) -> None:
-        """Asked for where there is no replica: Ray Serve starts one for it."""
+        """Do nothing. Called where there is no replica: Ray Serve starts one for it."""
 
     async def kill(self) -> None:
         self._child.kill()
 
     async def __del__(self) -> None:
-        """Ray Serve calls it once it sends nothing more, and waits."""
+        """End the server. Ray Serve calls this once it sends nothing more, and waits."""
         child = getattr(self, "_child", None)
         if child is not None and child.status is None:
             await child.stop(self._plan.drain_timeout + _GOODBYE_SECONDS / 2)
 
 
 def take_folder(parent: Path) -> tuple[Path, int]:
-    """The first folder that no server has, and what keeps others out of it while it is open.
+    """Return the first folder that no server has, and a lock that keeps others out of it while it is open.
 
     The next server on this machine goes on where the last one in that folder was: its jobs, its cache.
     """
@@ -334,7 +339,7 @@ def take_folder(parent: Path) -> tuple[Path, int]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """For a child. Raises ClusterError where somebody is there."""
+    """Return a listening socket for a child. Raises ClusterError if the address is in use."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -350,7 +355,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def _listen_after(host: str, port: int) -> socket.socket:
-    """`listen`, once one that is replaced has gone. Raises ClusterError."""
+    """Call `listen` once the process that is replaced has closed its socket. Raises ClusterError."""
     until = time.monotonic() + _GOODBYE_SECONDS
     while time.monotonic() < until:
         with contextlib.suppress(ClusterError):
@@ -360,7 +365,7 @@ async def _listen_after(host: str, port: int) -> socket.socket:
 
 
 def listen_again(host: str, kept: Path) -> socket.socket:
-    """On the port of the last time, so that what belongs on it comes back to it; or else on any."""
+    """Listen on the port of the last time, so that its clients find it again, or else on any."""
     last = kept.read_text() if kept.is_file() else ""
     if last.isdecimal():
         with contextlib.suppress(ClusterError):
@@ -371,7 +376,7 @@ def listen_again(host: str, kept: Path) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> tuple[str, int]:
-    """Its URL for who is on the same machine, and its port."""
+    """Return the socket's URL for clients on the same machine, and its port."""
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": _LOOPBACK, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{port}", port
@@ -424,7 +429,7 @@ class Ingress:
         return Child(command, self._listener, on_end)
 
     def replicas_are(self, urls: Sequence[str]) -> None:
-        """Called by the router, in a thread of its own."""
+        """Set the servers to list. Called by the router, in a thread of its own."""
         self._urls = list(urls)
         self._write_list()
 
@@ -448,7 +453,7 @@ class Ingress:
             (await self._client.get("/health")).raise_for_status()
 
     async def _keep_route(self) -> None:
-        """Start the route again where it has ended: an actor takes longer. It waits for no server."""
+        """Restart the route when it has ended: a new actor would take longer. Waits for no server."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(2 * _POLL_SECONDS):
@@ -465,7 +470,7 @@ class Ingress:
                     _end_too()
 
     async def _ask_for_servers(self) -> None:
-        """Where requests wait for a first server, ask Ray Serve for one by a request of our own."""
+        """Ask Ray Serve for a first server, by a request of our own, while requests wait for one."""
         while True:
             await asyncio.sleep(2 * _POLL_SECONDS)
             if self._servers is None:
@@ -479,7 +484,7 @@ class Ingress:
                     await self._servers.wake.remote()
 
     async def told(self) -> dict[str, Any]:
-        """Its address, and by server whether it is ready and how many requests it got."""
+        """Return its URL and, by server, whether it is ready and how many requests it got."""
         known = parse_metrics((await self._client.get("/metrics")).text)
         ready, sent = (known.by(f"onebase_route_{name}", "replica") for name in ("ready", "requests_total"))
         found = {url: {"ready": value, "requests_total": sent.get(url, 0.0)} for url, value in ready.items()}
@@ -497,7 +502,7 @@ class Ingress:
 
 
 def ingress_address(command: Sequence[str]) -> tuple[str, int]:
-    """Host and port of the command of an ingress, or of the environment."""
+    """Return host and port of an ingress, from its command or the environment."""
     from onebase_server.routing.cli import route_parser
 
     known, _ = route_parser().parse_known_args(["--replicas", "-", *command[2:]])
@@ -509,9 +514,9 @@ def ingress_address(command: Sequence[str]) -> tuple[str, int]:
 
 
 class PlacementRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
-    """Requests through Ray's handles go where the placement says, by what replicas tell Ray of themselves.
+    """Places requests of Ray's handles by `Placement`, with what replicas report to Ray.
 
-    It also tells the ingress, where it runs in the ingress's actor, which servers there are.
+    In the ingress's actor it also gives the ingress the list of servers.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
@@ -536,7 +541,7 @@ class PlacementRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """One, then the others, for where it is full."""
+        """Return the replica that the placement chose, then the others in case it is full."""
         there = {one.replica_id.unique_id: one for one in candidate_replicas}
         if pending_request is None or not there:
             return [candidate_replicas]
@@ -564,7 +569,7 @@ class PlacementRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
 
 
 class ByQueuedTokens:
-    """How many replicas there should be.
+    """Autoscaling policy: the number of replicas by queued tokens, times to a first token and busy rows.
 
     Args:
         queued_tokens: of requests that wait, for which there is one more replica.
@@ -592,7 +597,7 @@ class ByQueuedTokens:
 
 
 def build(plan: Plan) -> serve.Application:
-    """The servers; `import_path` of a config file of Ray Serve."""
+    """Return the application of the servers; `import_path` of a config file of Ray Serve."""
     router = RequestRouterConfig(
         request_router_class=f"{__name__}.{PlacementRouter.__name__}", request_routing_stats_period_s=1.0
     )
@@ -603,7 +608,7 @@ def build(plan: Plan) -> serve.Application:
 
 
 def build_ingress(plan: Plan) -> serve.Application:
-    """Their address; `import_path` of a config file of Ray Serve."""
+    """Return the application of their address; `import_path` of a config file of Ray Serve."""
     options = {"num_cpus": 0, "resources": {_HEAD: 0.001}}
     ingress = serve.deployment(Ingress, name=INGRESS, ray_actor_options=options, **_life(plan))
     return ingress.bind(plan)
@@ -615,7 +620,8 @@ def _life(plan: Plan) -> dict[str, Any]:
 
 
 def applications(plan: Plan, servers: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """As in a config file of Ray Serve. servers: fields of the deployment of servers."""
+    """Return the applications as in a config file of Ray Serve. servers: fields of the deployment of
+    servers."""
     args = plan.model_dump(exclude_defaults=True)
     made: list[dict[str, Any]] = []
     for name, builder, deployment, others in (
@@ -637,13 +643,13 @@ def applications(plan: Plan, servers: Mapping[str, Any]) -> list[dict[str, Any]]
 
 
 def as_yaml(apps: list[dict[str, Any]]) -> str:
-    """A config file for `serve deploy`."""
+    """Return a config file for `serve deploy`."""
     text: str = yaml.safe_dump({"proxy_location": "Disabled", "applications": apps}, sort_keys=False)
     return text
 
 
 def scaling(least: int, most: int) -> dict[str, Any]:
-    """How Ray Serve scales by itself."""
+    """Return the autoscaling configuration of Ray Serve."""
     return {
         "min_replicas": least,
         "max_replicas": most,
@@ -656,13 +662,13 @@ def scaling(least: int, most: int) -> dict[str, Any]:
 
 
 def take_gpus(apps: list[dict[str, Any]]) -> None:
-    """A GPU for each server that is given none yet, where the cluster has any."""
+    """Give each server that has no share of GPUs yet one of them, if the cluster has any."""
     if ray.cluster_resources().get("GPU"):
         _servers(apps)["ray_actor_options"].setdefault("num_gpus", 1)
 
 
 def gpus_left(apps: list[dict[str, Any]], servers: int) -> str:
-    """What to say of GPUs that so many servers leave unused; empty where there are none.
+    """Return a notice of GPUs that so many servers leave unused; empty if there are none.
 
     Raises ClusterError where there are fewer GPUs than they take: Ray would wait for more for ever.
     """
@@ -681,7 +687,7 @@ def gpus_left(apps: list[dict[str, Any]], servers: int) -> str:
 
 
 def scale(apps: list[dict[str, Any]], replicas: int, *, own: bool) -> None:
-    """own: Ray is this machine's, and no other machine joins it.
+    """Change the number of servers. own: Ray is this machine's, and no other machine joins it.
 
     Raises ClusterError where it scales by itself, or is ended, or has too few GPUs.
     """
@@ -700,7 +706,7 @@ def scale(apps: list[dict[str, Any]], replicas: int, *, own: bool) -> None:
 
 
 def _servers(apps: list[dict[str, Any]]) -> dict[str, Any]:
-    """The deployment of servers."""
+    """Return the deployment of servers."""
     found: dict[str, Any] = next(one for one in apps if one["name"] == APP)["deployments"][0]
     return found
 
@@ -710,7 +716,7 @@ def _servers(apps: list[dict[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def own_ray(state: Path, folder: Path) -> Iterator[None]:
-    """Ray on this machine until the end of the block, which other commands find by the file `state`.
+    """Run Ray on this machine until the end of the block; other commands find it by the file `state`.
 
     Ray listens on all of the machine's addresses, and does what is asked by those who have its token: it lies
     in `folder`, which this user alone reads. Ray lets everybody into its own folder, which is in there.
@@ -734,7 +740,7 @@ def own_ray(state: Path, folder: Path) -> Iterator[None]:
 
 
 def connect(address: str) -> None:
-    """Raises ClusterError."""
+    """Connect to a running Ray. Raises ClusterError."""
     try:
         _start_ray(address=address)
     except Exception as error:
@@ -761,13 +767,13 @@ def deploy(apps: list[dict[str, Any]]) -> None:
 
 
 def _client_of_serve() -> Any:
-    """None where Ray Serve does not run."""
+    """Return the client of Ray Serve, or None if it does not run."""
     return _get_global_client(raise_if_no_controller_running=False)
 
 
 def deployed() -> list[dict[str, Any]]:
-    """The applications as they were deployed: both, or one while the other is ended. Raises ClusterError
-    where there is none."""
+    """Return the applications as they were deployed: both, or one while the other is ended. Raises
+    ClusterError if there is none."""
     client = _client_of_serve()
     apps = client.get_serve_details().get("applications", {}) if client else {}
     found = [apps[name]["deployed_app_config"] for name in (APP, FRONT) if name in apps]
@@ -808,7 +814,7 @@ def settled(show: Callable[[str], None], stop: threading.Event) -> bool:
 
 
 def _are_all_known(deployments: Mapping[str, Any]) -> bool:
-    """Whether the ingress has all servers that run, and no other."""
+    """Return True if the ingress has all servers that run, and no other."""
     running = deployments[SERVER].replica_states.get("RUNNING", 0)
     try:
         servers = told()["servers"].values()
@@ -827,14 +833,14 @@ def status() -> str:
 
 
 def states(deployments: Mapping[str, Any]) -> str:
-    """As in `servers: 2 running, 1 starting`."""
+    """Return the states of the servers, as in `servers: 2 running, 1 starting`."""
     found = deployments[SERVER].replica_states if SERVER in deployments else {}
     parts = [f"{number} {str(getattr(state, 'value', state)).lower()}" for state, number in found.items()]
     return f"servers: {', '.join(parts) or 'none'}"
 
 
 def told() -> dict[str, Any]:
-    """What the ingress says of itself and the servers behind it. Raises ClusterError."""
+    """Return what the ingress reports of itself and the servers behind it. Raises ClusterError."""
     try:
         found: dict[str, Any] = serve.get_app_handle(FRONT).told.remote().result(timeout_s=20)
     except Exception as error:
@@ -862,7 +868,8 @@ def end(drain_timeout: float, *, now: bool) -> None:
 
 
 def on_signals() -> threading.Event:
-    """Set by the first SIGINT or SIGTERM; the second ends this process, and Ray with it, at once."""
+    """Return an event that the first SIGINT or SIGTERM sets; the second ends this process, and Ray with it,
+    at once."""
     stop = threading.Event()
 
     def handle(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""Which of several replicas of one base answers a request for an adapter. No network and no clock in it.
+"""Choice of the replica that answers a request for an adapter. No network and no clock in it.
 
 Each adapter has homes: the first k replicas, two or more, in its own order of them, which rendezvous hashing
 makes of their names, weighted by their slots, so that a replica that comes or goes moves only what belongs on
@@ -24,52 +24,53 @@ from typing import Literal
 Tier = Literal["slot", "host", "disk"]
 
 _SPAN_SECONDS = 30.0
-"""Over which rates and times are averaged."""
+"""Time, in seconds, over which rates and times are averaged."""
 _SETTLE_SECONDS = 10.0
-"""Between two changes of an adapter's number of homes, the second of which takes one away."""
+"""Least time, in seconds, from a change of an adapter's number of homes to one that takes a home away."""
 _SHRINK = 0.7
-"""The part of what one home fewer could do below which there is one fewer."""
+"""Part of what one home fewer could do below which there is one fewer."""
 LEAST_HOMES = 2
-"""Of each adapter, where there are so many replicas: with a choice of two all have about as much to do."""
+"""Least number of homes of an adapter, if there are so many replicas: a choice of two evens out their
+load."""
 _FILL = 0.75
-"""The part of a replica's rows that one adapter may be expected to take."""
+"""Part of a replica's rows that one adapter may be expected to take."""
 _COLD: dict[Tier, float] = {"slot": 0.0, "host": 1.0, "disk": 40.0}
-"""Tokens that a row could compute until an adapter that is there is in a slot."""
+"""Cost of each tier: tokens that a row could compute until the adapter is in a slot."""
 _PATIENCE = 8.0
 """Tokens of a row for which a request rather waits than to begin where its adapter is on disk. For itself it
 would be right to wait longer; but the next ones have it in memory there. With 5, one request in fifty came
 from the store once a tenth of the replicas were lost (benchmarks/cluster_sim.py); with 12 the waits show."""
 _MOST_KNOWN = 100_000
-"""Adapters whose demand and order of replicas are remembered."""
+"""Largest number of adapters whose demand and order of replicas are remembered."""
 _FAILURES = 3
-"""In a row, after which a replica gets nothing for a while."""
+"""Number of consecutive failures after which a replica is ejected."""
 _EJECTED_SECONDS = 2.0
-"""The first time; twice as long each time, up to _MOST_EJECTED_SECONDS."""
+"""Time, in seconds, of a first ejection; each later one is twice as long, up to _MOST_EJECTED_SECONDS."""
 _MOST_EJECTED_SECONDS = 60.0
 _SLOW = 3.0
-"""Times the median of all replicas' time to a first token, above which a replica is an outlier."""
+"""Multiple of the median of all replicas' times to a first token above which a replica is an outlier."""
 _SLOW_SECONDS = 0.5
-"""Below which no time is."""
+"""Time to a first token, in seconds, below which no replica is an outlier."""
 _MOST_EJECTED = 1 / 3
-"""Of all replicas, for being slow."""
+"""Largest part of all replicas that may be ejected for being slow."""
 
 
 class NoReplicaError(Exception):
-    """No replica is there that could answer."""
+    """No replica could answer."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a replica tells of itself.
+    """State that a replica reports of itself.
 
     Args:
         rows: how many it computes at once.
-        slots: for versions; 0 where it tells nothing of slots, then none is ever thought to be full.
+        slots: for versions; 0 if it does not report them: then none is ever thought to be full.
         in_slots: adapters in slots, and whether rows use them now.
         in_host: adapters in its host memory.
         waiting: requests that wait there, whoever sent them.
         running: rows that are computed there, whoever sent them.
-        kv_dtype: of its keys and values; "" where it tells none.
+        kv_dtype: type of its keys and values; "" if it does not report it.
     """
 
     rows: int
@@ -83,7 +84,7 @@ class Report:
 
 @dataclass(slots=True)
 class _Average:
-    """Of a value over the last seconds, and how often it came a second."""
+    """Average of a value over the last seconds, and its rate of occurrence a second."""
 
     value: float = 0.0
     weight: float = 0.0
@@ -108,7 +109,7 @@ class _Average:
 
 @dataclass(slots=True)
 class _Demand:
-    """What is asked of one adapter. order: of replicas, for it, as they were at `ordered`."""
+    """Demand for one adapter. order: the replicas in its order, as of the change `ordered`."""
 
     order: Sequence[str] = ()
     ordered: int = -1
@@ -122,7 +123,7 @@ class _Demand:
 class _Replica:
     report: Report
     sent: dict[str, int] = field(default_factory=dict)
-    """Requests of this router that have not ended, by adapter."""
+    """Number of this router's requests that have not ended, by adapter."""
     rows: int = 0
     tokens: float = 0.0
     first_token: _Average = field(default_factory=_Average)
@@ -137,7 +138,7 @@ class _Replica:
 
     @property
     def load(self) -> int:
-        """Requests that it has."""
+        """Number of requests that it has."""
         return max(self.rows, self.report.running + self.report.waiting)
 
     @property
@@ -150,7 +151,7 @@ class _Replica:
         return self.tokens / self.rows if self.rows else 1.0
 
     def evicts(self, adapter: str | None) -> bool:
-        """Whether the adapter would need a slot, while rows use all of them."""
+        """Return True if the adapter would need a slot, while rows use all of them."""
         if not self.report.slots or self.tier(adapter) == "slot":
             return False
         used = {name for name, busy in self.report.in_slots.items() if busy} | self.sent.keys()
@@ -164,10 +165,10 @@ class Placement:
         self._random = random.Random(seed)
         self._replicas: dict[str, _Replica] = {}
         self._gone: dict[str, _Replica] = {}
-        """Those that are not there, while requests that were sent to them have not ended."""
+        """Replicas that are gone, while requests that were sent to them have not ended."""
         self._weights: dict[str, int] = {}
         self._changes = 0
-        """Of the weights."""
+        """Number of changes of the weights."""
         self._demands: OrderedDict[str, _Demand] = OrderedDict()
 
     @property
@@ -175,7 +176,7 @@ class Placement:
         return self._replicas.keys()
 
     def told(self, replica: str, report: Report) -> None:
-        """What a replica says of itself; the first time it is a new one."""
+        """Store a replica's report; the first one adds the replica."""
         known = self._replicas.get(replica)
         if known is None:
             known = self._replicas[replica] = self._gone.pop(replica, _Replica(report))
@@ -184,7 +185,7 @@ class Placement:
             self._weigh()
 
     def lost(self, replica: str) -> None:
-        """It is not there any more: nothing goes to it, and what it had goes elsewhere."""
+        """Remove a replica: nothing goes to it, and its adapters move to others."""
         known = self._replicas.pop(replica, None)
         if known is None:
             return
@@ -202,7 +203,7 @@ class Placement:
         return demand.order
 
     def homes(self, adapter: str) -> list[str]:
-        """Where the adapter belongs now, the first of them most; also on replicas that are ejected."""
+        """Return the replicas where the adapter belongs now, the best first, ejected ones included."""
         demand = self._demands.get(adapter) or _Demand()
         return list(self._order(adapter, demand)[: demand.homes])
 
@@ -217,7 +218,7 @@ class Placement:
         prefix: str | None = None,
         but: Collection[str] = (),
     ) -> str:
-        """The replica that is to answer, which counts as sent to it until `ended`.
+        """Return the replica that is to answer. The request counts as sent to it until `ended`.
 
         Args:
             adapter: None is the base, which is at home everywhere.
@@ -265,7 +266,8 @@ class Placement:
         return replica.full or replica.evicts(adapter)
 
     def _better_of_two(self, adapter: str | None, names: Sequence[str], prefix: str | None) -> str:
-        """The one with less to do of two that are drawn, the first of them by the prefix if there is one."""
+        """Return the one with less to do of two that are drawn, the first of them by the prefix if there is
+        one."""
         if len(names) == 1:
             return names[0]
         if prefix is None:
@@ -277,7 +279,8 @@ class Placement:
         return other if bad or self._cost(adapter, other) < self._cost(adapter, one) else one
 
     def _cost(self, adapter: str | None, name: str) -> float:
-        """What a replica has to do, and would have to do first, in tokens that each of its rows computes."""
+        """Return a replica's pending work, with loading the adapter, in tokens that each of its rows
+        computes."""
         replica = self._replicas[name]
         others = max(0, replica.report.running + replica.report.waiting - replica.rows)
         rows = max(1, replica.report.rows)
@@ -287,13 +290,13 @@ class Placement:
         return _COLD[self._replicas[name].tier(adapter)]
 
     def _wait(self, name: str) -> float:
-        """Until a row is free, in tokens of a row."""
+        """Return the wait until a row is free, in tokens of a row."""
         replica = self._replicas[name]
         over = replica.load - replica.report.rows + 1
         return max(0, over) * replica.tokens_each / max(1, replica.report.rows)
 
     def answered(self, replica: str, seconds: float, now: float) -> None:
-        """A first token came after so many seconds."""
+        """Record the time, in seconds, to a first token."""
         known = self._replicas.get(replica)
         if known is None:
             return
@@ -310,8 +313,8 @@ class Placement:
         seconds: float | None = None,
         refused: bool = False,
     ) -> None:
-        """A request that was placed has ended. tokens: as in `place`. seconds: that it took; None: it failed
-        by the replica's fault. refused: nothing was computed, which is nobody's fault."""
+        """Record the end of a request that was placed. tokens: as in `place`. seconds: that it took; None: it
+        failed by the replica's fault. refused: nothing was computed, which is nobody's fault."""
         known = self._replicas.get(replica) or self._gone.get(replica)
         if known is None:
             return
@@ -383,11 +386,12 @@ class Placement:
 
 
 def order_of(key: str, weights: Mapping[str, int]) -> Sequence[str]:
-    """Replicas by weighted rendezvous hashing, the best first (Schindelhauer and Schomaker, SPAA 2005)."""
+    """Return the replicas by weighted rendezvous hashing, the best first (Schindelhauer and Schomaker, SPAA
+    2005)."""
     return sorted(weights, key=lambda name: (math.log(_hash(key, name)) / weights[name], name), reverse=True)
 
 
 def _hash(key: str, name: str) -> float:
-    """Between 0 and 1, both left out."""
+    """Return a hash between 0 and 1, both excluded."""
     digest = blake2b(f"{key}\0{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return ((int.from_bytes(digest, "little") >> 11) + 0.5) * 2.0**-53

@@ -52,30 +52,30 @@ from onebase_server.routing.resumption import DiffersError, Kept, Room
 from onebase_server.settings import Settings
 
 LOOK_SECONDS = 0.5
-"""Between two looks at a server."""
+"""Time, in seconds, between two looks at a server."""
 _LOOK_TIMEOUT = 3.0
 _CONNECT_SECONDS = 2.0
 _TIMEOUT = {"timeout": httpx2.Timeout(None, connect=_CONNECT_SECONDS).as_dict()}
 _AWAY = 2
-"""Looks in a row that get no answer, after which a server is away."""
+"""Number of consecutive looks without an answer after which a server is away."""
 _METRICS_BYTES = 16 << 20
-"""Of a server's metrics at most."""
+"""Largest size, in bytes, of a server's metrics."""
 _MOST_BROKEN = 2
-"""Servers that one request may break: what ends one would end the next."""
+"""Largest number of servers that one request may break: what ends one would end the next."""
 _MOST_STILL = 6
-"""Servers in a row that may break in one stream without having added an event to it."""
+"""Largest number of servers in a row that may break in one stream without having added an event to it."""
 _RESUME_BACKOFF = Backoff(0.25, 2.0)
 """Pauses between two rounds over the servers on behalf of a broken stream."""
 _SILENT_SECONDS = 15.0
 """Seconds without any answer of a server after which nothing is awaited from it any more."""
 _MOST_WAITING = 256
-"""Requests that wait for a first server: each has its body in memory."""
+"""Largest number of requests that wait for a first server: each has its body in memory."""
 _MOST_HELD = 1 << 30
-"""Bytes of bodies, and of streams' transcripts, that are held at once."""
+"""Largest total size, in bytes, of bodies and of streams' transcripts that are held at once."""
 _BEHIND_SECONDS = 5.0
-"""By which a client must be behind its server to be the cause of a break."""
+"""Time, in seconds, by which a client must be behind its server to be the cause of a break."""
 _MOST_REFUSED = 3
-"""Servers that are asked again where one has no room, or does not know an adapter."""
+"""Largest number of servers that are asked if they have no room, or do not know an adapter."""
 _KEPT_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     *(
@@ -84,15 +84,15 @@ _KEPT_ALIVE = (
         if hasattr(socket, name)
     ),
 )
-"""A machine that is gone without a word is noticed within half a minute."""
+"""Socket options by which a machine that is gone without a word is noticed within half a minute."""
 _NULL = msgspec.Raw(b"null")
 _NAME_CHARACTERS = 512
-"""Of a name that is remembered."""
+"""Largest length, in characters, of a name that is remembered."""
 _ANSWER_TOKENS = 128
-"""Of a request that names no limit."""
+"""Length of an answer, in tokens, that is assumed for a request without a limit."""
 _PREFIX_CHARACTERS = 512
 _PROBLEM_BYTES = 64 << 10
-"""Of an answer that may be tried elsewhere, which is read whole."""
+"""Largest size, in bytes, of an answer that is read whole since the request may be tried elsewhere."""
 _SHORT = re.compile(r"[0-9]{1,9}")
 _HOP_BY_HOP = frozenset(
     {
@@ -107,9 +107,9 @@ _OURS = frozenset(
         b"x-real-ip", b"origin", b"sec-fetch-site",
     }
 ) | OURS  # fmt: skip
-"""Headers of a request that servers are told by us, or that `Door` has checked: they go by another name."""
+"""Headers of a request that are not passed on: the route sets its own, or `Door` has checked them."""
 _NOT_PASSED = frozenset({b"date"}) | OURS
-"""Of an answer, which gets its own date."""
+"""Headers of an answer that are not passed on; it gets its own date."""
 _SECRET = re.compile(r"[0-9a-f]{64}")
 _OWN = ("/health", "/ready", "/metrics")
 _OF_ONE_SERVER = (
@@ -127,7 +127,8 @@ _PASSING = frozenset({408, 425, 429, 502, 503, 504})
 _OF_ONE = ("response_not_found", "invalid_transcript")
 """Codes of refusals to resume a stream that do not mean that other servers refuse it too."""
 _LEARNT = (b"model_not_found", b"adapter_not_found", b"version_not_found")
-"""Codes of errors that say that another server may know: of what it keeps alone, or has learnt first."""
+"""Codes of errors for names that another server may know, because it alone has them or learnt of them
+first."""
 _TEXT = frozenset(
     {
         "/", "/generate", "/generate/many", "/v1/completions", "/v1/chat/completions", "/v1/responses",
@@ -157,11 +158,12 @@ _PLACES = (
     (re.compile(r"(/v1/adapters/[^/]+)/(?:pin|share)"), r"\1"),
     (re.compile(r"(/v1/(?:batches|fine_tuning/jobs)/[^/]+)/(?:cancel|pause|stop|resume)"), r"\1"),
 )
-"""Paths of requests that change something, and where GET shows what they have done; else at their own."""
+"""Paths of requests that change something, each with the path at which GET shows the result. Others have
+their own path."""
 
 
 def told_by(path: str) -> str:
-    """Return the path at which GET tells whether a request that changes something was carried out."""
+    """Return the path at which GET shows whether a request that changes something was carried out."""
     for pattern, place in _PLACES:
         if found := pattern.fullmatch(path):
             return found.expand(place)
@@ -202,8 +204,13 @@ class OpenServersError(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is read off a request's body: the adapter (None: the base, or none is named), an estimate of its
-    tokens, and what it begins with."""
+    """Adapter, size and beginning of a request, as far as its body tells them.
+
+    Args:
+        adapter: its name; None: the base, or none is named.
+        tokens: an estimate of prompt and answer.
+        prefix: the beginning of the prompt, if it was found.
+    """
 
     adapter: str | None = None
     tokens: float = 1.0
@@ -211,7 +218,7 @@ class Asked:
 
 
 class _Body(msgspec.Struct):
-    """The fields that are looked at; of the others no object is made."""
+    """Fields that are read; no objects are made of the others."""
 
     adapter: Any = None
     adapter_id: Any = None
@@ -238,7 +245,7 @@ class _Message(msgspec.Struct):
 
 
 def asked(body: bytes, bases: frozenset[str]) -> Asked:
-    """Of a body that may be anything: what cannot be read is for a server to refuse."""
+    """Read a request's body, which may be anything: one that cannot be read is for a server to refuse."""
     fields = _read(body, _Body)
     if fields is None:
         return Asked()
@@ -257,7 +264,7 @@ def asked(body: bytes, bases: frozenset[str]) -> Asked:
 
 
 def _read(data: bytes | msgspec.Raw, kind: type[T]) -> T | None:
-    """None for what is not of that kind."""
+    """Return the decoded data, or None if it is not of that kind."""
     if data is _NULL:
         return None
     try:
@@ -267,7 +274,7 @@ def _read(data: bytes | msgspec.Raw, kind: type[T]) -> T | None:
 
 
 def _name(value: Any) -> str | None:
-    """An adapter's, without its version; those of a weighted sum go together."""
+    """Return an adapter's name without its version, or None. The names of a weighted sum are joined."""
     if isinstance(value, str) and value:
         name = value[:_NAME_CHARACTERS]
         if name.startswith("hub:"):
@@ -294,7 +301,7 @@ def _beginning(fields: _Body) -> str | None:
 
 
 def read_report(text: str) -> tuple[Report, frozenset[str]]:
-    """A server's metrics as a report, and the names of its base. Raises ValueError for what has none.
+    """Return a server's metrics as a report, and the names of its base. Raises ValueError if there are none.
 
     The text may be anything: KeyError, OverflowError and InvalidResponseError are raised too.
     """
@@ -361,7 +368,7 @@ class Replica:
             raise httpx2.ReadTimeout(f"no answer for {_SILENT_SECONDS:g} s")
 
     def note_silence(self, now: float) -> None:
-        """Note that a look has timed out; after some time end what waits for nothing but silence.
+        """Note that a look has timed out; end what waits for the server once it has been silent for too long.
 
         A process that was stopped keeps its connections open: nothing else would end the waiting.
         """
@@ -415,7 +422,8 @@ class Route:
         self._key = {"authorization": f"Bearer {key}"} if key else {}
         self._max_body = max_body
         self.change = 0
-        """The registry's last change that an answer knew of: none that follows knows less."""
+        """Newest change of the registry that an answer is based on; no later answer is based on an older
+        one."""
         self._trust = httpx2.create_ssl_context(trust_env=False)
         self._known = CollectorRegistry()
         self._ready = Gauge(
@@ -446,7 +454,7 @@ class Route:
             await one.way.aclose()
 
     def set_replicas(self, urls: Sequence[str]) -> None:
-        """These servers are behind the address from now on. What was sent to others goes on there."""
+        """Set the servers behind the address. Requests that were sent to others end there."""
         for url in [url for url in self.replicas if url not in urls]:
             gone = self.replicas.pop(url)
             self.placement.lost(url)
@@ -516,7 +524,7 @@ class Route:
         self._ready.labels(replica.url).set(1)
 
     def _compare(self, new: Replica) -> None:
-        """Say that a server which has come computes otherwise than one that is there."""
+        """Warn if a server that has come stores keys and values otherwise than one that is there."""
         for one in self.replicas.values():
             if one.ready and one.kv_dtype and new.kv_dtype and one.kv_dtype != new.kv_dtype:
                 _log.warning(
@@ -550,7 +558,7 @@ class Route:
         return True
 
     async def _ask(self, replica: Replica, path: str, *, with_key: bool = True) -> tuple[int, bytes]:
-        """Status and body. Raises ValueError for one that is too large."""
+        """Return status and body of an answer. Raises ValueError for a body that is too large."""
         headers = self._headers | (self._key if with_key else {})
         sent = httpx2.Request("GET", replica.url + path, headers=headers, extensions=_TIMEOUT)
         answer = await replica.way.handle_async_request(sent)
@@ -645,7 +653,8 @@ class Route:
     async def _pass_on(
         self, client: _Client, wanted: Asked, body: bytes | AsyncIterator[bytes], again: bool
     ) -> ASGIApp:
-        """The answer of the first server that has one. again: whether one that broke may have computed it."""
+        """Return the answer of the first server that has one. again: whether one that broke may have computed
+        it."""
         sent = _Sent(self, client, wanted, body, again)
         until = sent.since + self._wait
         problem: Response | None = None
@@ -678,7 +687,7 @@ class Route:
                 return problem
 
     async def _has_come(self, seconds: float) -> bool:
-        """Whether a server is ready within the time, where there was none."""
+        """Wait for a first server. Return True if one is ready within the time."""
         if seconds <= 0 or self._waiters >= _MOST_WAITING:
             return False
         self._waiters += 1
@@ -703,7 +712,7 @@ async def _leave(replica: Replica) -> None:
 
 
 class _Sent:
-    """One request on its way through the servers.
+    """One request, which is sent to servers until one answers.
 
     Args:
         again: whether it may be sent again where a server that broke may have done it.
@@ -732,11 +741,11 @@ class _Sent:
         self._again = again
 
     async def next(self, transcript: bytes = b"") -> tuple[httpx2.Response, _Sending]:
-        """What the next server answers.
+        """Send the request to the next server, and return its answer.
 
-        Raises NoReplicaError, InvalidRequestError, and UnavailableError where too many broke.
+        Raises NoReplicaError, InvalidRequestError, and UnavailableError if too many broke.
 
-        transcript: with which it is to go on; empty: it begins.
+        transcript: the transcript to resume the stream from; empty for a new request.
         """
         route, body = self.route, self._body
         while True:
@@ -861,7 +870,7 @@ class _Sent:
 
 
 class _Client:
-    """Who asks: what it sends, and whether it is still there."""
+    """Client of a request: what it sends, and whether it is still there."""
 
     def __init__(self, scope: Scope, receive: Receive, room: Room) -> None:
         self.request = Request(scope, receive)
@@ -870,11 +879,11 @@ class _Client:
         self._room = room
         self._held = 0
         self._read = anyio.Event()
-        """Its body, or it will not be: what comes now is only that it leaves."""
+        """Event set once the body is read, or will not be: then only a disconnect can come."""
 
     @property
     def target(self) -> bytes:
-        """The address as it was sent. Raises InvalidRequestError for one that is no path."""
+        """Request target as it was sent. Raises InvalidRequestError for one that is no path."""
         scope = self.request.scope
         raw: bytes = (scope.get("raw_path") or self.path.encode()).partition(b"?")[0]
         if not raw.startswith(b"/"):
@@ -885,7 +894,7 @@ class _Client:
         return raw + (b"?" + query if query else b"")
 
     async def whole(self, most: int) -> bytes:
-        """The body. Raises PayloadTooLargeError, UnavailableError, ClientDisconnect."""
+        """Return the whole body. Raises PayloadTooLargeError, UnavailableError, ClientDisconnect."""
         body = bytearray()
         async for piece in self.pieces():
             body += piece
@@ -902,23 +911,23 @@ class _Client:
         return bytes(body)
 
     def give_room_back(self) -> None:
-        """Its body is held no more."""
+        """Release the room that the body took."""
         self._room.give_back(self._held)
         self._held = 0
 
     async def pieces(self) -> AsyncGenerator[bytes]:
-        """The body as it comes. Raises ClientDisconnect."""
+        """Yield the body as it comes. Raises ClientDisconnect."""
         async for piece in self.request.stream():
             if piece:
                 yield piece
         self._read.set()
 
     def unread(self) -> None:
-        """The body is not wanted."""
+        """Note that the body will not be read."""
         self._read.set()
 
     async def leaves(self, answering: anyio.CancelScope) -> None:
-        """Ends the answer once nobody waits for it."""
+        """Cancel the answer once the client has disconnected."""
         await self._read.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass
@@ -965,9 +974,10 @@ class _Passing:
 
 
 class _Stream:
-    """Events of a server that tells a transcript: they go on at another where it dies.
+    """Event stream of a server that sends a transcript, resumed at another server if that one dies.
 
-    A server cuts off who does not read, and so the route where its client does not: then nothing goes on.
+    A server cuts off a client that does not read, and so the route whose own client does not: such a stream
+    is not resumed.
     """
 
     def __init__(self, answer: httpx2.Response, sending: _Sending, sent: _Sent) -> None:
@@ -976,7 +986,7 @@ class _Stream:
         self._sent = sent
         self._kept = Kept(sent.route.room)
         self._behind = 0.0
-        """Seconds that the client was waited for, less those that the server was since then."""
+        """Time, in seconds, that the client was waited for, less the time that the server was since then."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = _passed(self._answer.headers.raw, _NOT_PASSED)
@@ -993,7 +1003,7 @@ class _Stream:
             await self._close()
 
     async def _events(self, scope: Scope) -> AsyncGenerator[bytes]:
-        """Whole events, and in the end an error where no server goes on."""
+        """Yield whole events, and an error at the end if no server resumes the stream."""
         kept = self._kept
         while True:
             try:
@@ -1023,7 +1033,7 @@ class _Stream:
                 return
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        """As they come from the server."""
+        """Yield the bytes of the answer as they come from the server."""
         clock, pieces = self._sent.route.clock, self._answer.aiter_raw()
         while True:
             since = clock()
@@ -1077,7 +1087,7 @@ class _Sending:
         self._end(self._clock() - self._since)
 
     def refused(self) -> None:
-        """It says nothing of the server, nor of how long an answer takes."""
+        """End it with no effect on the server's record, or on how long answers take."""
         self._end(None, refused=True)
 
     def _end(self, seconds: float | None, *, refused: bool = False) -> None:
@@ -1124,13 +1134,13 @@ async def _whole(answer: httpx2.Response, sending: _Sending) -> Response:
 
 
 def _is_events(answer: httpx2.Response) -> bool:
-    """Whether it is a stream, the head of which comes with its first event."""
+    """Return True if the answer is an event stream, whose head comes with its first event."""
     kind: str = answer.headers.get("content-type", "")
     return kind.startswith("text/event-stream")
 
 
 def _passed(headers: Iterable[tuple[bytes, bytes]], but: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
-    """Headers that go on: without those of one connection, which it may name itself."""
+    """Return the headers to pass on: without those of one connection, which may name more of them."""
     found = [(name.lower(), value.strip(b" \t")) for name, value in headers]
     named = {
         one.strip().lower() for name, value in found if name == b"connection" for one in value.split(b",")
@@ -1141,7 +1151,7 @@ def _passed(headers: Iterable[tuple[bytes, bytes]], but: frozenset[bytes]) -> li
 
 
 def _error_event(error: OneBaseError, scope: Scope) -> bytes:
-    """Return what ends a stream with an error, as the API that was asked tells errors."""
+    """Return the event that ends a stream with an error, in the format of the API that was asked."""
     data = error_json(error, scope)
     if is_anthropic(scope):
         return b"event: error\ndata: " + data + b"\n\n"
@@ -1152,7 +1162,7 @@ def _error_event(error: OneBaseError, scope: Scope) -> bytes:
 
 
 class _ToldError(msgspec.Struct):
-    """The object of an error in a server's answer. details: where Anthropic's routes have its code."""
+    """Object of an error in a server's answer. details: Anthropic's routes have its code in there."""
 
     message: str
     code: str | None = None

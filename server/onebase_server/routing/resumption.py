@@ -1,4 +1,4 @@
-"""What the route keeps of a stream, so that another server can go on with it."""
+"""State of a stream that the route keeps, so that another server can resume it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hashlib import blake2b
 from onebase_server.generation.transcript import MARK, MOST_TRANSCRIPT
 
 MOST_EVENT = 16 << 20
-"""Bytes of one event that are held until it is whole."""
+"""Largest size, in bytes, of one event that is held until it is whole."""
 _LINES = re.compile(rb"^: onebase [^\n]*\n", re.MULTILINE)
 
 
@@ -17,14 +17,14 @@ class DiffersError(Exception):
 
 
 class Room:
-    """Bytes that may be held at once, of all requests."""
+    """Budget of bytes that may be held at once, of all requests."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.held = 0
 
     def take(self, size: int) -> bool:
-        """False: there is no more; nothing is taken."""
+        """Reserve so many bytes. Return False, and reserve nothing, if there is no room."""
         if self.held + size > self.most:
             return False
         self.held += size
@@ -43,15 +43,15 @@ class Kept:
     def __init__(self, room: Room) -> None:
         self.transcript = bytearray()
         self.can_go_on = True
-        """Whether all of the transcript is kept."""
+        """Whether the whole transcript is kept, so that the stream can be resumed."""
         self._room = room
         self._rest = bytearray()
         self._in_line = False
-        """Whether the beginning of the line that comes was passed on."""
+        """Whether the beginning of the current line was passed on."""
         self._passed = self._passed_before = 0
         self._digest = blake2b(digest_size=16)
         self._again = 0
-        """Bytes that come again."""
+        """Number of bytes that the resuming server has yet to repeat."""
         self._digest_again = blake2b(digest_size=16)
 
     @property
@@ -60,7 +60,7 @@ class Kept:
         return self._passed > self._passed_before
 
     def read(self, piece: bytes) -> bytes:
-        """The events that are whole with this piece and were not passed on. Raises DiffersError."""
+        """Return the events that this piece completes and that were not passed on. Raises DiffersError."""
         looked_at = max(0, len(self._rest) - 1)
         self._rest += piece
         if not self.can_go_on and not self._again:
@@ -78,20 +78,20 @@ class Kept:
         return self._new(whole)
 
     def end(self) -> bytes:
-        """What is left where a stream has ended by itself. Raises DiffersError."""
+        """Return the rest of a stream that has ended by itself. Raises DiffersError."""
         left = self._new(_LINES.sub(b"", bytes(self._rest)))
         if self._again:
             raise DiffersError
         return left
 
     def begin_again(self) -> None:
-        """What comes from now on is another server's stream, from its first event on."""
+        """Expect another server's stream, from its first event on."""
         self._rest.clear()
         self._again, self._digest_again = self._passed, blake2b(digest_size=16)
         self._passed_before = self._passed
 
     def give_up(self) -> None:
-        """It is not to go on elsewhere: nothing needs to be kept."""
+        """Drop the transcript: the stream will not be resumed."""
         self.can_go_on = False
         self._room.give_back(len(self.transcript))
         self.transcript.clear()
@@ -117,7 +117,7 @@ class Kept:
         return events
 
     def _without_lines(self) -> bytes:
-        """All that came but lines of the transcript, and what may be the beginning of one."""
+        """Return all bytes but lines of the transcript, and hold back a possible beginning of one."""
         data, begun = bytes(self._rest), b""
         if self._in_line:
             line = data.find(b"\n") + 1 or len(data)

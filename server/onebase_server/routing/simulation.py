@@ -21,16 +21,20 @@ from dataclasses import dataclass, field
 from onebase_server.routing.placement import Placement, Report, order_of
 
 TOKENS = 48.0
-"""Of a mean answer."""
+"""Mean length of an answer, in tokens."""
 WARMING = 0.25
-"""The part of the time whose requests are not counted: averages and memory settle."""
+"""Part of the time whose requests are not counted: averages and memory settle."""
 _LONGEST = 400 / 48
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of each server. prefill_seconds: of a prompt. token_seconds: of each token of a row. host_seconds: that
-    an adapter takes from host memory to a slot, store_seconds: from the store to host memory."""
+    """Figures of each server; times are in seconds.
+
+    prefill_seconds: for a prompt. token_seconds: for each token of a row. host_seconds: to bring an adapter
+    from host memory to a slot. store_seconds: from the store to host memory. tell_seconds: between two
+    reports.
+    """
 
     rows: int = 16
     slots: int = 32
@@ -44,7 +48,7 @@ class Figures:
 
 @dataclass
 class Request:
-    """seconds: that its row takes; at: when it came; tries: replicas that died under it."""
+    """One request. seconds: that its row takes; at: the time of its arrival."""
 
     adapter: str
     at: float
@@ -62,7 +66,7 @@ class Replica:
     name: str
     figures: Figures = field(default_factory=Figures)
     endless: bool = False
-    """Everything is always in a slot."""
+    """Whether every adapter is always in a slot."""
     slots: OrderedDict[str, int] = field(default_factory=OrderedDict)
     """Adapters in slots, the longest unused first, with the rows that use them."""
     host: OrderedDict[str, None] = field(default_factory=OrderedDict)
@@ -86,7 +90,7 @@ class Replica:
         )
 
     def begin(self, now: float) -> Iterator[tuple[Request, float, float]]:
-        """Requests that can begin, when their first token comes, and when they end."""
+        """Yield the requests that can begin, with the times of their first token and of their end."""
         passed: list[Request] = []
         while self.waiting and len(self.running) < self.figures.rows:
             request = self.waiting.popleft()
@@ -100,7 +104,7 @@ class Replica:
         self.waiting.extendleft(reversed(passed))
 
     def _load(self, request: Request) -> float | None:
-        """Seconds until its adapter is in a slot; None while rows use all of them."""
+        """Return the seconds until its adapter is in a slot; None while rows use all of them."""
         adapter = request.adapter
         if adapter in self.slots:
             self.slots.move_to_end(adapter)
@@ -134,7 +138,7 @@ class Replica:
 
 
 class Rule(ABC):
-    """How a request is placed. Replicas that are dead are not among those it is given."""
+    """Rule by which requests are placed. It is given live replicas only."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -143,24 +147,24 @@ class Rule(ABC):
     def place(self, request: Request, live: Sequence[Replica], now: float) -> Replica: ...
 
     def told(self, replica: Replica) -> None:
-        """What a replica says of itself now."""
+        """Note a replica's new report."""
         return
 
     def lost(self, replica: Replica) -> None:
-        """It has died."""
+        """Note that a replica has died."""
         return
 
     def answered(self, request: Request, now: float) -> None:
-        """The first token came."""
+        """Note that the first token came."""
         return
 
     def ended(self, request: Request, now: float) -> None:
-        """The last token came."""
+        """Note that the last token came."""
         return
 
 
 class OneBase(Rule):
-    """The server's own."""
+    """Placement of `onebase route`."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -195,7 +199,8 @@ class OneBase(Rule):
 
 @dataclass(frozen=True)
 class Scenario:
-    """What happens. load: of what all rows can do; skew: of Zipf's law over the adapters."""
+    """Scenario of a simulation. load: part of what all rows can do; skew: exponent of Zipf's law over the
+    adapters."""
 
     skew: float = 0.9
     load: float = 0.7
@@ -219,8 +224,8 @@ def requests(
     tokens: float = TOKENS,
     token_seconds: float = Figures.token_seconds,
 ) -> list[Request]:
-    """All that come, by time. rate: a second. tokens: of a mean answer; an answer has at most eight times as
-    many and a sixth."""
+    """Return all requests, by time. rate: requests a second. tokens: length of a mean answer; the longest has
+    `_LONGEST` times as many."""
     chance = random.Random(seed)
     weights = [1 / (rank + 1) ** scenario.skew for rank in range(adapters)]
     sums = list(itertools.accumulate(weights))
@@ -243,8 +248,7 @@ def requests(
 
 @dataclass
 class Outcome:
-    """Of one rule in one scenario. recovered: seconds from a loss until TTFT's p99 was as before; times and
-    waits: of the requests that are counted."""
+    """Outcome of one rule in one scenario. times, waits: of the requests that are counted, in seconds."""
 
     waits: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -289,7 +293,7 @@ def simulate(
     endless: bool = False,
     tick: Callable[[float], None] = lambda now: None,
 ) -> Outcome:
-    """What comes of it, for requests that come after WARMING."""
+    """Return the outcome for requests that come after WARMING."""
     figures = figures or Figures()
     there = [Replica(f"r{number}", figures, endless) for number in range(replicas)]
     by_name = {one.name: one for one in there}

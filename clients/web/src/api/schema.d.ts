@@ -16,7 +16,7 @@ export interface paths {
         put?: never;
         /**
          * Generate
-         * @description Text from the base or from any adapter, in one piece or streamed as server-sent events.
+         * @description Generate text from the base or from any adapter, in one piece or streamed as server-sent events.
          */
         post: operations["generate_generate_post"];
         delete?: never;
@@ -36,7 +36,8 @@ export interface paths {
         put?: never;
         /**
          * Generate Many
-         * @description Several requests over one connection, from one batch: each event says which of them it is about.
+         * @description Answer several requests over one connection, from one batch: each event says which of them it is
+         *     about.
          */
         post: operations["generate_many_generate_many_post"];
         delete?: never;
@@ -56,7 +57,7 @@ export interface paths {
         put?: never;
         /**
          * Generate Text
-         * @description Text from the base or from any adapter, as Hugging Face's clients ask TGI for it.
+         * @description Generate text from the base or from any adapter, as Hugging Face's clients ask TGI for it.
          */
         post: operations["generate_text__post"];
         delete?: never;
@@ -76,7 +77,7 @@ export interface paths {
         put?: never;
         /**
          * Complete
-         * @description Completions of one prompt or several; `model` is the base's name or an adapter's.
+         * @description Complete one prompt or several; `model` is the base's name or an adapter's.
          */
         post: operations["complete_v1_completions_post"];
         delete?: never;
@@ -96,7 +97,7 @@ export interface paths {
         put?: never;
         /**
          * Chat
-         * @description The assistant's next words; `model` is the base's name or an adapter's.
+         * @description Generate the assistant's next message; `model` is the base's name or an adapter's.
          */
         post: operations["chat_v1_chat_completions_post"];
         delete?: never;
@@ -116,7 +117,8 @@ export interface paths {
         put?: never;
         /**
          * Respond
-         * @description The model's answer: text, or calls of functions; `model` is the base's name or an adapter's.
+         * @description Generate the model's answer: text, or calls of functions; `model` is the base's name or an
+         *     adapter's.
          */
         post: operations["respond_v1_responses_post"];
         delete?: never;
@@ -134,14 +136,14 @@ export interface paths {
         };
         /**
          * Get Response
-         * @description A response that was kept.
+         * @description Return a stored response.
          */
         get: operations["get_response_v1_responses__response_id__get"];
         put?: never;
         post?: never;
         /**
          * Delete Response
-         * @description Keep a response no longer; those that went on from it stay.
+         * @description Delete a stored response; those that continue from it stay.
          */
         delete: operations["delete_response_v1_responses__response_id__delete"];
         options?: never;
@@ -158,7 +160,8 @@ export interface paths {
         };
         /**
          * List Input Items
-         * @description What a response answers, with what was said before: newest first.
+         * @description List the items that a response answers, those of earlier turns included, newest first unless `order` is
+         *     asc.
          */
         get: operations["list_input_items_v1_responses__response_id__input_items_get"];
         put?: never;
@@ -180,7 +183,7 @@ export interface paths {
         put?: never;
         /**
          * Create Message
-         * @description The assistant's next message; `model` is the base's name or an adapter's.
+         * @description Generate the assistant's next message; `model` is the base's name or an adapter's.
          */
         post: operations["create_message_v1_messages_post"];
         delete?: never;
@@ -200,7 +203,7 @@ export interface paths {
         put?: never;
         /**
          * Count Tokens
-         * @description How many tokens a message's prompt has; nothing is generated.
+         * @description Count the tokens of a message's prompt; nothing is generated.
          */
         post: operations["count_tokens_v1_messages_count_tokens_post"];
         delete?: never;
@@ -220,7 +223,7 @@ export interface paths {
         put?: never;
         /**
          * Embed
-         * @description A vector of each input; `model` is the base's name or an adapter's.
+         * @description Compute a vector of each input; `model` is the base's name or an adapter's.
          */
         post: operations["embed_v1_embeddings_post"];
         delete?: never;
@@ -240,7 +243,7 @@ export interface paths {
         put?: never;
         /**
          * Classify
-         * @description The class of each input, or of each of its tokens, by an adapter that classifies.
+         * @description Classify each input, or each of its tokens, by an adapter that classifies.
          */
         post: operations["classify_classify_post"];
         delete?: never;
@@ -260,7 +263,7 @@ export interface paths {
         put?: never;
         /**
          * Classify
-         * @description The class of each input, or of each of its tokens, by an adapter that classifies.
+         * @description Classify each input, or each of its tokens, by an adapter that classifies.
          */
         post: operations["classify_v1_classify_post"];
         delete?: never;
@@ -280,7 +283,7 @@ export interface paths {
         put?: never;
         /**
          * Rerank
-         * @description The documents by how near they are to the query, the nearest first.
+         * @description Order the documents by how near they are to the query, the nearest first.
          */
         post: operations["rerank_rerank_post"];
         delete?: never;
@@ -300,7 +303,7 @@ export interface paths {
         put?: never;
         /**
          * Rerank
-         * @description The documents by how near they are to the query, the nearest first.
+         * @description Order the documents by how near they are to the query, the nearest first.
          */
         post: operations["rerank_v2_rerank_post"];
         delete?: never;
@@ -320,7 +323,7 @@ export interface paths {
         put?: never;
         /**
          * Rerank
-         * @description The documents by how near they are to the query, the nearest first.
+         * @description Order the documents by how near they are to the query, the nearest first.
          */
         post: operations["rerank_v1_rerank_post"];
         delete?: never;
@@ -340,7 +343,7 @@ export interface paths {
         put?: never;
         /**
          * Score
-         * @description How near two texts are, of one pair or of many.
+         * @description Score how near two texts are, of one pair or of many.
          */
         post: operations["score_score_post"];
         delete?: never;
@@ -360,7 +363,7 @@ export interface paths {
         put?: never;
         /**
          * Score
-         * @description How near two texts are, of one pair or of many.
+         * @description Score how near two texts are, of one pair or of many.
          */
         post: operations["score_v1_score_post"];
         delete?: never;
@@ -380,7 +383,7 @@ export interface paths {
         put?: never;
         /**
          * Decide
-         * @description How likely each of the choices is to come next, among them.
+         * @description Return how likely each of the choices is to come next, among them.
          */
         post: operations["decide_v1_decide_post"];
         delete?: never;
@@ -398,7 +401,7 @@ export interface paths {
         };
         /**
          * List Models
-         * @description Everything that `model` may be.
+         * @description List everything that `model` may be.
          */
         get: operations["list_models_v1_models_get"];
         put?: never;
@@ -418,7 +421,7 @@ export interface paths {
         };
         /**
          * Get Model
-         * @description One model; `name` may be an adapter's `name@version`.
+         * @description Return one model; `name` may be an adapter's `name@version`.
          */
         get: operations["get_model_v1_models__name__get"];
         put?: never;
@@ -442,17 +445,17 @@ export interface paths {
         };
         /**
          * List Adapters
-         * @description Every adapter: its active version, what that is made of, and where it is.
+         * @description List every adapter: its active version, what that is made of, and where it is.
          */
         get: operations["list_adapters_v1_adapters_get"];
         put?: never;
         /**
          * Add Version
-         * @description A new version: two files as multipart/form-data, or a Hub repository as JSON.
+         * @description Add a version: two files as multipart/form-data, or a Hub repository as JSON.
          *
-         *     Multipart: a field `name`, two parts `files` (adapter_config.json, adapter_model.safetensors; of a
-         *     classifier also config.json, whose names of labels the first one gets), and perhaps `activate`,
-         *     `allow_noop`, `any_base`. The same content is the same version.
+         *     Multipart: a field `name`, two parts `files` (adapter_config.json, adapter_model.safetensors), and
+         *     optionally `activate`, `allow_noop`, `any_base`. A classifier may have a third part, config.json, whose
+         *     label names are added to adapter_config.json. The same content is the same version.
          */
         post: operations["add_version_v1_adapters_post"];
         delete?: never;
@@ -472,7 +475,7 @@ export interface paths {
         put?: never;
         /**
          * Merge Adapters
-         * @description A new version made of others by PEFT's add_weighted_adapter; it is proved like any other.
+         * @description Merge adapters into a new version by PEFT's add_weighted_adapter; it is proved like any other.
          */
         post: operations["merge_adapters_v1_adapters_merge_post"];
         delete?: never;
@@ -490,7 +493,7 @@ export interface paths {
         };
         /**
          * List Versions
-         * @description The versions of an adapter, newest first, each with its whole report.
+         * @description List the versions of an adapter, newest first, each with its whole report.
          */
         get: operations["list_versions_v1_adapters__name__versions_get"];
         put?: never;
@@ -510,7 +513,7 @@ export interface paths {
         };
         /**
          * Get Version
-         * @description One version, by its digest, a beginning of at least 8 digits, or the id of its pull.
+         * @description Return one version, by its digest, a prefix of at least 8 digits, or the id of its pull.
          */
         get: operations["get_version_v1_adapters__name__versions__version__get"];
         put?: never;
@@ -534,7 +537,7 @@ export interface paths {
         };
         /**
          * List Version Files
-         * @description A version's two files, with their sizes and SHA-256 sums, and the base that they belong to.
+         * @description List a version's two files, with their sizes and SHA-256 sums, and the base that they belong to.
          */
         get: operations["list_version_files_v1_adapters__name__versions__version__files_get"];
         put?: never;
@@ -554,7 +557,7 @@ export interface paths {
         };
         /**
          * Get Version File
-         * @description One of the two files, byte for byte as it was sent or trained, but for names of labels.
+         * @description Download one of the two files, byte for byte as it was sent or trained, except for label names.
          */
         get: operations["get_version_file_v1_adapters__name__versions__version__files__file__get"];
         put?: never;
@@ -574,7 +577,7 @@ export interface paths {
         };
         /**
          * Get History
-         * @description What was active when, newest first.
+         * @description List the changes of the active version, newest first.
          */
         get: operations["get_history_v1_adapters__name__history_get"];
         put?: never;
@@ -596,7 +599,7 @@ export interface paths {
         put?: never;
         /**
          * Activate
-         * @description Let the name point at a version. With `expected`: only if that one is active now, else 409.
+         * @description Activate a version. With `expected`: only if that one is active now, else 409.
          */
         post: operations["activate_v1_adapters__name__activate_post"];
         delete?: never;
@@ -616,7 +619,7 @@ export interface paths {
         put?: never;
         /**
          * Roll Back
-         * @description Back to the version that was active before this one.
+         * @description Activate the version that was active before this one.
          */
         post: operations["roll_back_v1_adapters__name__rollback_post"];
         delete?: never;
@@ -636,7 +639,7 @@ export interface paths {
         put?: never;
         /**
          * Deactivate
-         * @description No version is active from now on; its versions stay, and can be named as `name@digest`.
+         * @description Deactivate an adapter: no version is active any more; its versions can be named as `name@digest`.
          */
         post: operations["deactivate_v1_adapters__name__deactivate_post"];
         delete?: never;
@@ -656,7 +659,7 @@ export interface paths {
         put?: never;
         /**
          * Pin
-         * @description Keep the active version in host memory, which all tenants share, or no longer.
+         * @description Pin the active version in host memory, which all tenants share, or unpin it.
          */
         post: operations["pin_v1_adapters__name__pin_post"];
         delete?: never;
@@ -676,7 +679,8 @@ export interface paths {
         put?: never;
         /**
          * Share
-         * @description Let all tenants use the adapter and look at it, or no longer. Their own of that name comes first.
+         * @description Share an adapter with all tenants for use, or stop sharing it. A tenant's own of that name comes
+         *     first.
          */
         post: operations["share_v1_adapters__name__share_post"];
         delete?: never;
@@ -694,7 +698,7 @@ export interface paths {
         };
         /**
          * Get Adapter
-         * @description One adapter.
+         * @description Return one adapter.
          */
         get: operations["get_adapter_v1_adapters__name__get"];
         put?: never;
@@ -740,7 +744,7 @@ export interface paths {
         put?: never;
         /**
          * Unload Lora Adapter
-         * @description Serve an adapter no longer. Its versions stay, until DELETE /v1/adapters/{name}.
+         * @description Stop serving an adapter. Its versions stay, until DELETE /v1/adapters/{name}.
          */
         post: operations["unload_lora_adapter_v1_unload_lora_adapter_post"];
         delete?: never;
@@ -760,7 +764,7 @@ export interface paths {
         put?: never;
         /**
          * Pause
-         * @description Compute nothing until /resume. Requests wait, those that run too; adapters may come and go.
+         * @description Pause the engine until /resume. Requests wait, running ones too; adapters can be loaded and unloaded.
          *
          *     `clear_cache` changes nothing: what is cached is kept by the content of the adapter that it belongs to.
          */
@@ -782,7 +786,7 @@ export interface paths {
         put?: never;
         /**
          * Resume
-         * @description Go on after /pause.
+         * @description Resume after /pause.
          */
         post: operations["resume_resume_post"];
         delete?: never;
@@ -800,7 +804,7 @@ export interface paths {
         };
         /**
          * Is Paused
-         * @description Whether /pause holds everything up.
+         * @description Return whether the engine is paused.
          */
         get: operations["is_paused_is_paused_get"];
         put?: never;
@@ -820,7 +824,7 @@ export interface paths {
         };
         /**
          * Server Info
-         * @description The part of vLLM's configuration that its clients read.
+         * @description Return the part of vLLM's configuration that its clients read.
          */
         get: operations["server_info_server_info_get"];
         put?: never;
@@ -840,7 +844,7 @@ export interface paths {
         };
         /**
          * Get World Size
-         * @description How many processes hold a part of the base: one.
+         * @description Return the number of processes that hold a part of the base: one.
          */
         get: operations["get_world_size_get_world_size_get"];
         put?: never;
@@ -862,7 +866,7 @@ export interface paths {
         put?: never;
         /**
          * Tokenize
-         * @description The tokens of a prompt, or of messages as the base's chat template writes them.
+         * @description Return the tokens of a prompt, or of messages as the base's chat template writes them.
          */
         post: operations["tokenize_tokenize_post"];
         delete?: never;
@@ -882,7 +886,7 @@ export interface paths {
         put?: never;
         /**
          * Detokenize
-         * @description The text that tokens stand for, special ones by their names.
+         * @description Return the text that tokens stand for, special ones by their names.
          */
         post: operations["detokenize_detokenize_post"];
         delete?: never;
@@ -900,7 +904,7 @@ export interface paths {
         };
         /**
          * Tokenizer Info
-         * @description The base's special tokens and its chat template.
+         * @description Return the base's special tokens and its chat template.
          */
         get: operations["tokenizer_info_tokenizer_info_get"];
         put?: never;
@@ -920,13 +924,13 @@ export interface paths {
         };
         /**
          * List Files
-         * @description The files, newest first unless `order` is asc.
+         * @description List the files, newest first unless `order` is asc.
          */
         get: operations["list_files_v1_files_get"];
         put?: never;
         /**
          * Add File
-         * @description Upload rows: a field `purpose` and a part `file`: .jsonl for a batch, for fine-tune .json, .csv and
+         * @description Upload a file: a field `purpose` and a part `file`: .jsonl for a batch, for fine-tune .json, .csv and
          *     .parquet too.
          */
         post: operations["add_file_v1_files_post"];
@@ -945,14 +949,14 @@ export interface paths {
         };
         /**
          * Get File
-         * @description One file's name, size and purpose.
+         * @description Return one file's name, size and purpose.
          */
         get: operations["get_file_v1_files__file_id__get"];
         put?: never;
         post?: never;
         /**
          * Delete File
-         * @description Delete it; 409 while a job or a batch that has not ended needs it.
+         * @description Delete a file; 409 while a job or a batch that has not ended needs it.
          */
         delete: operations["delete_file_v1_files__file_id__delete"];
         options?: never;
@@ -969,7 +973,7 @@ export interface paths {
         };
         /**
          * Get Content
-         * @description What is in it.
+         * @description Download a file's content.
          */
         get: operations["get_content_v1_files__file_id__content_get"];
         put?: never;
@@ -989,7 +993,7 @@ export interface paths {
         };
         /**
          * List Batches
-         * @description The batches, newest first.
+         * @description List the batches, newest first.
          */
         get: operations["list_batches_v1_batches_get"];
         put?: never;
@@ -1013,7 +1017,7 @@ export interface paths {
         };
         /**
          * Get Batch
-         * @description One batch.
+         * @description Return one batch.
          */
         get: operations["get_batch_v1_batches__batch_id__get"];
         put?: never;
@@ -1035,7 +1039,7 @@ export interface paths {
         put?: never;
         /**
          * Cancel Batch
-         * @description End it; what was answered stays.
+         * @description Cancel a batch; what was answered stays.
          */
         post: operations["cancel_batch_v1_batches__batch_id__cancel_post"];
         delete?: never;
@@ -1053,13 +1057,13 @@ export interface paths {
         };
         /**
          * List Jobs
-         * @description Newest first; `metadata[key]=value` picks those with that metadata.
+         * @description List the jobs, newest first; `metadata[key]=value` picks those with that metadata.
          */
         get: operations["list_jobs_v1_fine_tuning_jobs_get"];
         put?: never;
         /**
          * Create Job
-         * @description Train an adapter on the base that is served, or go on from a version of one (`model`). The result is
+         * @description Train an adapter on the base that is served, or continue from a version of one (`model`). The result is
          *     proved, and activated as `activate` says.
          */
         post: operations["create_job_v1_fine_tuning_jobs_post"];
@@ -1078,7 +1082,7 @@ export interface paths {
         };
         /**
          * Get Job
-         * @description One job.
+         * @description Return one job.
          */
         get: operations["get_job_v1_fine_tuning_jobs__job_id__get"];
         put?: never;
@@ -1100,7 +1104,7 @@ export interface paths {
         put?: never;
         /**
          * Cancel Job
-         * @description End it for good.
+         * @description Cancel a job for good.
          */
         post: operations["cancel_job_v1_fine_tuning_jobs__job_id__cancel_post"];
         delete?: never;
@@ -1120,7 +1124,7 @@ export interface paths {
         put?: never;
         /**
          * Pause Job
-         * @description Let go of the machine within a step; `resume` goes on from there.
+         * @description Pause a job within a step, which frees the machine; `resume` continues from there.
          */
         post: operations["pause_job_v1_fine_tuning_jobs__job_id__pause_post"];
         delete?: never;
@@ -1140,7 +1144,7 @@ export interface paths {
         put?: never;
         /**
          * Stop Job
-         * @description End training at its next step and keep what is best: it is proved and activated as usual.
+         * @description End training at its next step and keep the best adapter: it is proved and activated as usual.
          */
         post: operations["stop_job_v1_fine_tuning_jobs__job_id__stop_post"];
         delete?: never;
@@ -1160,7 +1164,7 @@ export interface paths {
         put?: never;
         /**
          * Resume Job
-         * @description Go on from the last checkpoint; begin, if the job was made with `hold`.
+         * @description Resume a job from its last checkpoint, or start one that was made with `hold`.
          */
         post: operations["resume_job_v1_fine_tuning_jobs__job_id__resume_post"];
         delete?: never;
@@ -1178,7 +1182,8 @@ export interface paths {
         };
         /**
          * List Events
-         * @description The job's events, newest first; or, with `Accept: text/event-stream`, as it happens.
+         * @description List the job's events, newest first; or, with `Accept: text/event-stream`, stream them as they
+         *     happen.
          */
         get: operations["list_events_v1_fine_tuning_jobs__job_id__events_get"];
         put?: never;
@@ -1198,7 +1203,7 @@ export interface paths {
         };
         /**
          * List Checkpoints
-         * @description The places that it could go on from, newest first.
+         * @description List the job's checkpoints, newest first.
          */
         get: operations["list_checkpoints_v1_fine_tuning_jobs__job_id__checkpoints_get"];
         put?: never;
@@ -1218,7 +1223,7 @@ export interface paths {
         };
         /**
          * Own Key
-         * @description Whom this request comes from, and what it may do.
+         * @description Return the key, the tenant and the scopes of the caller.
          */
         get: operations["own_key_v1_key_get"];
         put?: never;
@@ -1238,13 +1243,13 @@ export interface paths {
         };
         /**
          * List Keys
-         * @description All keys that there ever were, of all tenants, the newest first.
+         * @description List all keys that there ever were, of all tenants, the newest first.
          */
         get: operations["list_keys_v1_keys_get"];
         put?: never;
         /**
          * Create Key
-         * @description A new key. Its text is in this answer alone.
+         * @description Create a key. Its text is in this answer alone.
          */
         post: operations["create_key_v1_keys_post"];
         delete?: never;
@@ -1264,12 +1269,12 @@ export interface paths {
         put?: never;
         /**
          * Change Key
-         * @description Change a key's quotas and priority: here they hold at once, on other servers within a second.
+         * @description Change a key's quotas and priority, at once here and within a second on other servers.
          */
         post: operations["change_key_v1_keys__key_id__post"];
         /**
          * Revoke Key
-         * @description Nobody can use the key any more: here at once, on other servers within a second.
+         * @description Revoke a key, at once here and within a second on other servers.
          */
         delete: operations["revoke_key_v1_keys__key_id__delete"];
         options?: never;
@@ -1286,7 +1291,7 @@ export interface paths {
         };
         /**
          * List Tenants
-         * @description Tenants, their quotas and what they have: all of them for an admin, for others their own.
+         * @description List tenants, their quotas and what they have: all of them for an admin, for others their own.
          */
         get: operations["list_tenants_v1_tenants_get"];
         put?: never;
@@ -1308,7 +1313,7 @@ export interface paths {
         put?: never;
         /**
          * Set Quotas
-         * @description Change a tenant's quotas: here they hold at once, on other servers within a second.
+         * @description Change a tenant's quotas, at once here and within a second on other servers.
          */
         post: operations["set_quotas_v1_tenants__tenant__post"];
         delete?: never;
@@ -1326,7 +1331,7 @@ export interface paths {
         };
         /**
          * Get Usage
-         * @description Requests, tokens and training of all tenants for an admin, for others of their own.
+         * @description Return requests, tokens and training: of all tenants for an admin, for others their own.
          */
         get: operations["get_usage_v1_usage_get"];
         put?: never;
@@ -1346,7 +1351,8 @@ export interface paths {
         };
         /**
          * List Entries
-         * @description Who changed what, newest first unless `order` is asc. An admin sees every tenant, others their own.
+         * @description List who changed what, newest first unless `order` is asc. An admin sees every tenant, others their
+         *     own.
          */
         get: operations["list_entries_v1_audit_get"];
         put?: never;
@@ -1366,7 +1372,8 @@ export interface paths {
         };
         /**
          * Health
-         * @description 200 while the server makes progress, also when the engine is still loading; 503 after a stall.
+         * @description Return 200 while the server makes progress, also when the engine is still loading; 503 after a
+         *     stall.
          */
         get: operations["health_health_get"];
         put?: never;
@@ -1386,7 +1393,8 @@ export interface paths {
         };
         /**
          * Ready
-         * @description 200 when a request sent now would be served; 503 while loading, restarting, paused or stopping.
+         * @description Return 200 when a request sent now would be served; 503 while loading, restarting, paused or
+         *     stopping.
          */
         get: operations["ready_ready_get"];
         put?: never;
@@ -1406,7 +1414,7 @@ export interface paths {
         };
         /**
          * Version
-         * @description The server's version.
+         * @description Return the server's version.
          */
         get: operations["version_version_get"];
         put?: never;
@@ -1426,7 +1434,7 @@ export interface paths {
         };
         /**
          * Status
-         * @description What the base is and takes (bytes, tokens), and what the engine has done so far.
+         * @description Return the base's figures (bytes, tokens), and what the engine has done so far.
          */
         get: operations["status_status_get"];
         put?: never;
@@ -1446,7 +1454,7 @@ export interface paths {
         };
         /**
          * Route Secret
-         * @description For `onebase route`: what it sends with a request so that this server believes its headers.
+         * @description Return the secret with which `onebase route` has its headers believed by this server.
          */
         get: operations["route_secret_route_secret_get"];
         put?: never;
@@ -1466,7 +1474,7 @@ export interface paths {
         };
         /**
          * Metrics
-         * @description Figures of training and serving in Prometheus' text format.
+         * @description Return figures of training and serving in Prometheus' text format.
          */
         get: operations["metrics_metrics_get"];
         put?: never;
@@ -1516,7 +1524,7 @@ export interface components {
         };
         /**
          * CallItem
-         * @description What the model called.
+         * @description A function call of the model.
          */
         CallItem: {
             /** Id */
@@ -1537,7 +1545,7 @@ export interface components {
         };
         /**
          * CallOutputItem
-         * @description What a call gave.
+         * @description Result of a function call.
          */
         CallOutputItem: {
             /** Id */
@@ -1556,7 +1564,8 @@ export interface components {
         };
         /**
          * ChangeKeyRequest
-         * @description Body of POST /v1/keys/{key_id}. What is not named stays; a quota that is null: no limit.
+         * @description Body of POST /v1/keys/{key_id}. A field that is left out does not change; a quota of null is no
+         *     limit.
          */
         ChangeKeyRequest: {
             /**
@@ -1849,7 +1858,7 @@ export interface components {
         };
         /**
          * ConversationRequest
-         * @description Body of POST /v1/messages/count_tokens, and what POST /v1/messages has of it.
+         * @description Body of POST /v1/messages/count_tokens, whose fields POST /v1/messages has too.
          */
         ConversationRequest: {
             /** Model */
@@ -2106,7 +2115,7 @@ export interface components {
         };
         /**
          * EmptyRequest
-         * @description A body that says nothing, which is allowed.
+         * @description An empty body.
          */
         EmptyRequest: Record<string, never>;
         /**
@@ -2129,7 +2138,7 @@ export interface components {
         };
         /**
          * FlatToolChoice
-         * @description One tool that is to be called, or some of which any may be.
+         * @description Choice of tools: one that must be called, or several of which any may be.
          */
         FlatToolChoice: {
             /**
@@ -2146,7 +2155,7 @@ export interface components {
         };
         /**
          * FunctionCall
-         * @description What an assistant called. arguments: JSON of an object, as text like OpenAI's or as it is.
+         * @description Function call of an assistant. arguments: JSON of an object, as text like OpenAI's or as it is.
          */
         FunctionCall: {
             /** Name */
@@ -2391,7 +2400,7 @@ export interface components {
         };
         /**
          * MessageItem
-         * @description What somebody said.
+         * @description A message.
          */
         MessageItem: {
             /** Id */
@@ -2426,7 +2435,7 @@ export interface components {
         };
         /**
          * MessagesRequest
-         * @description Body of POST /v1/messages; sampling as POST /generate knows it besides.
+         * @description Body of POST /v1/messages, with the sampling fields of POST /generate besides.
          */
         MessagesRequest: {
             /**
@@ -2534,7 +2543,7 @@ export interface components {
         };
         /**
          * Method
-         * @description How to train: `supervised` on replies, `dpo` on pairs of replies, or `classification` on labels.
+         * @description Training method: `supervised` on replies, `dpo` on pairs of replies, or `classification` on labels.
          */
         Method: {
             /**
@@ -2558,7 +2567,7 @@ export interface components {
         };
         /**
          * NamedSchema
-         * @description OpenAI's wrapping of a JSON schema. It is always kept to, whatever `strict` says.
+         * @description OpenAI's wrapping of a JSON schema. The text always keeps to it, whatever `strict` says.
          */
         NamedSchema: {
             /** Name */
@@ -2607,7 +2616,8 @@ export interface components {
         };
         /**
          * Parameters
-         * @description How tokens are chosen. Without `do_sample` and a temperature, the likeliest ones are.
+         * @description Sampling parameters. The likeliest tokens are chosen unless `do_sample`, `temperature`, `top_k` or
+         *     `top_p` is given.
          */
         Parameters: {
             /** Adapter Id */
@@ -2658,7 +2668,7 @@ export interface components {
         };
         /**
          * QuotasRequest
-         * @description Body of POST /v1/tenants/{tenant}. What is not named stays; null: no limit.
+         * @description Body of POST /v1/tenants/{tenant}. A quota that is left out does not change; null is no limit.
          */
         QuotasRequest: {
             /** Quotas */
@@ -2668,7 +2678,7 @@ export interface components {
         };
         /**
          * Reasoning
-         * @description How much the model is to think, where its chat template knows of it. It is not shown apart.
+         * @description Amount of thinking, if the base's chat template knows of it. Thinking is not shown apart.
          */
         Reasoning: {
             /** Effort */
@@ -2728,7 +2738,7 @@ export interface components {
         };
         /**
          * ResponseFormat
-         * @description What the text must be: anything, a JSON object, or JSON that a schema describes.
+         * @description Form of the text: anything, a JSON object, or JSON that a schema describes.
          */
         ResponseFormat: {
             /**
@@ -2966,7 +2976,7 @@ export interface components {
         };
         /**
          * TextFormat
-         * @description What the text must be: anything, a JSON object, or JSON that a schema describes.
+         * @description Form of the text: anything, a JSON object, or JSON that a schema describes.
          */
         TextFormat: {
             /**
@@ -2987,7 +2997,7 @@ export interface components {
         };
         /**
          * TextGrammar
-         * @description What the text must be.
+         * @description Form of the text.
          */
         TextGrammar: {
             /**
@@ -3096,7 +3106,7 @@ export interface components {
         };
         /**
          * ToolChoice
-         * @description OpenAI's: one tool that is to be called, or some of which any may be.
+         * @description OpenAI's choice of tools: one that must be called, or several of which any may be.
          */
         ToolChoice: {
             /**
@@ -3109,7 +3119,7 @@ export interface components {
         };
         /**
          * ToolResultBlock
-         * @description What a tool answered.
+         * @description Result of a tool.
          */
         ToolResultBlock: {
             /**
@@ -3145,7 +3155,7 @@ export interface components {
         };
         /**
          * Turn
-         * @description What one side says at once.
+         * @description One turn of a conversation.
          */
         Turn: {
             /**
@@ -3168,7 +3178,7 @@ export interface components {
         };
         /**
          * AdapterAnswer
-         * @description A name; what it is made of, and where it is, are its active version's.
+         * @description An adapter; what it is made of, and where it is, are its active version's.
          */
         AdapterAnswer: {
             /**
@@ -3239,7 +3249,7 @@ export interface components {
         };
         /**
          * AnthropicErrorDetails
-         * @description What Anthropic's shape has no place for.
+         * @description Fields of an error that Anthropic's format has no place for.
          */
         AnthropicErrorDetails: {
             /**
@@ -3420,7 +3430,7 @@ export interface components {
         };
         /**
          * CallDelta
-         * @description The first of a call has its id.
+         * @description Part of a call. The first has its id.
          */
         CallDelta: {
             /** Index */
@@ -3436,7 +3446,8 @@ export interface components {
         };
         /**
          * CallFunctionDelta
-         * @description The first of a call has its name; the arguments are parts of a text, which is JSON when it is whole.
+         * @description Part of a called function. The first has its name; the arguments are parts of a text, which is JSON
+         *     when whole.
          */
         CallFunctionDelta: {
             /** Name */
@@ -3536,7 +3547,7 @@ export interface components {
         };
         /**
          * ChatChunk
-         * @description `usage`: with `stream_options`. After the last one comes `[DONE]`.
+         * @description A chunk of a chat answer. `usage`: with `stream_options`. After the last one comes `[DONE]`.
          */
         ChatChunk: {
             /** Id */
@@ -3621,7 +3632,7 @@ export interface components {
         };
         /**
          * ChoiceEnd
-         * @description Why a choice ended.
+         * @description End of a choice, with the reason.
          */
         ChoiceEnd: {
             /** Id */
@@ -3696,7 +3707,7 @@ export interface components {
         };
         /**
          * CompletionChunk
-         * @description `usage`: with `stream_options`. After the last one comes `[DONE]`.
+         * @description A chunk of a completion. `usage`: with `stream_options`. After the last one comes `[DONE]`.
          */
         CompletionChunk: {
             /** Id */
@@ -3754,7 +3765,7 @@ export interface components {
         };
         /**
          * DeletedAnswer
-         * @description It is deleted.
+         * @description Confirmation of a deletion.
          */
         DeletedAnswer: {
             /** Id */
@@ -3811,7 +3822,7 @@ export interface components {
         };
         /**
          * Error
-         * @description Of every route but Anthropic's.
+         * @description Error of every route but Anthropic's.
          */
         Error: {
             error: components["schemas"]["ErrorDetails"];
@@ -3870,7 +3881,7 @@ export interface components {
         };
         /**
          * FilesBase
-         * @description Where the base can be had.
+         * @description Repository from which the base can be had.
          */
         FilesBase: {
             /** Name */
@@ -3952,7 +3963,7 @@ export interface components {
         };
         /**
          * GenerationEnd
-         * @description The last but one; then comes `[DONE]`.
+         * @description The last event but one; then comes `[DONE]`.
          */
         GenerationEnd: {
             /** Adapter */
@@ -3976,7 +3987,7 @@ export interface components {
         };
         /**
          * HistoryAnswer
-         * @description What was made active, or no longer, when and by whom.
+         * @description A change of the active version: what became active or inactive, when and by whom.
          */
         HistoryAnswer: {
             /** Action */
@@ -4007,7 +4018,7 @@ export interface components {
         };
         /**
          * InputItemsAnswer
-         * @description What a response answers.
+         * @description Items that a response answers.
          */
         InputItemsAnswer: {
             /**
@@ -4159,7 +4170,7 @@ export interface components {
         };
         /**
          * JobStopAnswer
-         * @description Who ended a job early.
+         * @description Early end of a job.
          */
         JobStopAnswer: {
             /** Step */
@@ -4203,7 +4214,7 @@ export interface components {
         };
         /**
          * ListAnswerAdapterAnswer
-         * @description All there are.
+         * @description A whole list.
          */
         ListAnswer_AdapterAnswer_: {
             /**
@@ -4216,7 +4227,7 @@ export interface components {
         };
         /**
          * ListAnswerHistoryAnswer
-         * @description All there are.
+         * @description A whole list.
          */
         ListAnswer_HistoryAnswer_: {
             /**
@@ -4229,7 +4240,7 @@ export interface components {
         };
         /**
          * ListAnswerKeyAnswer
-         * @description All there are.
+         * @description A whole list.
          */
         ListAnswer_KeyAnswer_: {
             /**
@@ -4242,7 +4253,7 @@ export interface components {
         };
         /**
          * ListAnswerModelAnswer
-         * @description All there are.
+         * @description A whole list.
          */
         ListAnswer_ModelAnswer_: {
             /**
@@ -4255,7 +4266,7 @@ export interface components {
         };
         /**
          * ListAnswerTenantAnswer
-         * @description All there are.
+         * @description A whole list.
          */
         ListAnswer_TenantAnswer_: {
             /**
@@ -4268,7 +4279,7 @@ export interface components {
         };
         /**
          * ListAnswerVersionAnswer
-         * @description All there are.
+         * @description A whole list.
          */
         ListAnswer_VersionAnswer_: {
             /**
@@ -4281,7 +4292,7 @@ export interface components {
         };
         /**
          * ManyChoiceEnd
-         * @description Why a choice of one request ended.
+         * @description End of a choice of one request, with the reason.
          */
         ManyChoiceEnd: {
             /** Id */
@@ -4303,7 +4314,7 @@ export interface components {
         };
         /**
          * ManyError
-         * @description The last of one request, which was refused or failed. The others go on.
+         * @description The last event of a request that was refused or failed. The others continue.
          */
         ManyError: {
             error: components["schemas"]["ErrorDetails"];
@@ -4320,7 +4331,7 @@ export interface components {
         };
         /**
          * ManyGenerationEnd
-         * @description The last of one request. `[DONE]` comes after the last of all.
+         * @description The last event of one request. `[DONE]` comes after the last of all.
          */
         ManyGenerationEnd: {
             /** Adapter */
@@ -4886,7 +4897,7 @@ export interface components {
         };
         /**
          * ResponseState
-         * @description A response while it comes about.
+         * @description A response while it is generated.
          */
         ResponseState: {
             /** Id */
@@ -5347,7 +5358,8 @@ export interface components {
         };
         /**
          * UsageRowAnswer
-         * @description Of `day`, `tenant`, `base` and `adapter` it has those that the rows are grouped by.
+         * @description Usage of one group, with those of `day`, `tenant`, `base` and `adapter` that the rows are grouped
+         *     by.
          */
         UsageRowAnswer: {
             /** Day */
@@ -5510,7 +5522,7 @@ export interface components {
         };
         /**
          * VersionSource
-         * @description Where its files came from: `upload`, `hub`, `folder`, `training`, `checkpoint` or `merge`.
+         * @description Source of a version's files: `upload`, `hub`, `folder`, `training`, `checkpoint` or `merge`.
          */
         VersionSource: {
             /** Kind */

@@ -79,7 +79,7 @@ _ADD_BODY: dict[str, Any] = {
         "application/json": {"schema": written_out(PullRequest.model_json_schema())},
     },
 }
-"""For the reference at /docs: the route reads its body by itself."""
+"""Schema of the body for the reference at /docs: the route reads its body by itself."""
 _ADDED = answer(VersionAnswer, 404, 409, 422, 429, 507, description="It is ready") | answer(
     VersionAnswer, description="It is under way", status=202
 )
@@ -91,14 +91,14 @@ def _adapter_name(name: str) -> str:
 
 AdapterName = Annotated[str, Depends(_adapter_name)]
 _LONGEST_WAIT = 10.0
-"""Seconds; a request that waits holds a stop of the server up."""
+"""Longest wait, in seconds: a request that waits delays a stop of the server."""
 Force = Annotated[bool, Query(description="end the requests that use it, with an error")]
 
 
 @router.get("", responses=answer(ListAnswer[AdapterAnswer]))
 @needs("adapters")
 async def list_adapters(services: Provided, caller: Calling) -> Response:
-    """Every adapter: its active version, what that is made of, and where it is."""
+    """List every adapter: its active version, what that is made of, and where it is."""
     return json_response({"object": "list", "data": services.views.adapters(caller.tenant)})
 
 
@@ -111,11 +111,11 @@ async def add_version(
     activate: Annotated[bool, Query(description="let the name point at it once it is ready")] = False,
     wait: Annotated[bool, Query(description="answer when it is ready or has failed")] = False,
 ) -> Response:
-    """A new version: two files as multipart/form-data, or a Hub repository as JSON.
+    """Add a version: two files as multipart/form-data, or a Hub repository as JSON.
 
-    Multipart: a field `name`, two parts `files` (adapter_config.json, adapter_model.safetensors; of a
-    classifier also config.json, whose names of labels the first one gets), and perhaps `activate`,
-    `allow_noop`, `any_base`. The same content is the same version.
+    Multipart: a field `name`, two parts `files` (adapter_config.json, adapter_model.safetensors), and
+    optionally `activate`, `allow_noop`, `any_base`. A classifier may have a third part, config.json, whose
+    label names are added to adapter_config.json. The same content is the same version.
     """
     services.refuse_if_draining()
     boundary = boundary_of(request, ADAPTER_FIELDS)
@@ -175,7 +175,7 @@ async def merge_adapters(
     caller: Calling,
     wait: Annotated[bool, Query(description="answer when it is ready or has failed")] = False,
 ) -> Response:
-    """A new version made of others by PEFT's add_weighted_adapter; it is proved like any other."""
+    """Merge adapters into a new version by PEFT's add_weighted_adapter; it is proved like any other."""
     services.refuse_if_draining()
     name = check_name(body.name, services.catalog.base_name)
     parents = services.merging.parents(caller.tenant, [(term.name, term.weight) for term in body.adapters])
@@ -196,7 +196,7 @@ async def merge_adapters(
 
 
 async def _finished(services: Services, added: VersionRecord) -> Response:
-    """The answer to `wait`: 200, or 422 with the version next to the error."""
+    """Return the answer to `wait`: 200, or 422 with the version next to the error."""
     async with _kept(services, added.tenant, added.name, added.digest):
         version = await services.adapters.wait(added.tenant, added.name, added.digest)
     shown = services.views.version(version)
@@ -209,7 +209,7 @@ async def _finished(services: Services, added: VersionRecord) -> Response:
 
 @asynccontextmanager
 async def _kept(services: Services, tenant: str, name: str, digest: str) -> AsyncIterator[None]:
-    """Adds a ready version to the error of its activation, so that its files are not sent again."""
+    """Add a ready version to the error of its activation, so that its files are not sent again."""
     try:
         yield
     except (InvalidRequestError, UnavailableError, QueueFullError, EngineRestartedError) as error:
@@ -224,7 +224,7 @@ async def _kept(services: Services, tenant: str, name: str, digest: str) -> Asyn
 @router.get("/{name}/versions", responses=answer(ListAnswer[VersionAnswer], 404))
 @needs("adapters")
 async def list_versions(name: AdapterName, services: Provided, caller: Calling) -> Response:
-    """The versions of an adapter, newest first, each with its whole report."""
+    """List the versions of an adapter, newest first, each with its whole report."""
     names = services.catalog.of(caller.tenant)
     data = [services.views.pull(pending) for pending in services.hub.of_name(caller.tenant, name)]
     if names.get(name) is not None or not data:
@@ -249,7 +249,7 @@ async def get_version(
         ),
     ] = 0.0,
 ) -> Response:
-    """One version, by its digest, a beginning of at least 8 digits, or the id of its pull."""
+    """Return one version, by its digest, a prefix of at least 8 digits, or the id of its pull."""
     due = time.monotonic() + wait_seconds
     owner = services.catalog.of(caller.tenant).owner(name)
     pending = services.hub.get(caller.tenant, name, version)
@@ -269,7 +269,7 @@ async def get_version(
 async def list_version_files(
     name: AdapterName, version: str, services: Provided, caller: Calling
 ) -> Response:
-    """A version's two files, with their sizes and SHA-256 sums, and the base that they belong to."""
+    """List a version's two files, with their sizes and SHA-256 sums, and the base that they belong to."""
     found = await _own_version(services, caller, name, version)
     return json_response(services.views.files(found))
 
@@ -283,7 +283,7 @@ async def get_version_file(
     services: Provided,
     caller: Calling,
 ) -> Response:
-    """One of the two files, byte for byte as it was sent or trained, but for names of labels."""
+    """Download one of the two files, byte for byte as it was sent or trained, except for label names."""
     found = await _own_version(services, caller, name, version)
     with storage_errors(name):
         path = await services.adapters.disk.run(services.adapters.store.local, found.files.of(file).sha256)
@@ -291,7 +291,7 @@ async def get_version_file(
 
 
 async def _own_version(services: Services, caller: Caller, name: str, version: str) -> VersionRecord:
-    """A version whose files the caller may have: what others share may be used and looked at only."""
+    """Return a version whose files the caller may have: shared adapters of others are for use only."""
     services.catalog.of(caller.tenant).check_own(name, "take its files elsewhere")
     return await services.adapters.version(caller.tenant, name, version)
 
@@ -312,7 +312,7 @@ async def delete_version(
 @router.get("/{name}/history", responses=answer(ListAnswer[HistoryAnswer], 404))
 @needs("adapters")
 async def get_history(name: AdapterName, services: Provided, caller: Calling) -> Response:
-    """What was active when, newest first."""
+    """List the changes of the active version, newest first."""
     owner = services.catalog.of(caller.tenant).owner(name)
     history = await services.activation.history(owner, name)
     data = [
@@ -331,7 +331,7 @@ async def get_history(name: AdapterName, services: Provided, caller: Calling) ->
 @router.post("/{name}/activate", responses=answer(AdapterAnswer, 404, 409, 422, 429, 507))
 @needs("adapters")
 async def activate(name: AdapterName, body: ActivateRequest, services: Provided, caller: Calling) -> Response:
-    """Let the name point at a version. With `expected`: only if that one is active now, else 409."""
+    """Activate a version. With `expected`: only if that one is active now, else 409."""
     services.refuse_if_draining()
     async with _kept(services, caller.tenant, name, body.version):
         record = await services.activation.activate(
@@ -345,7 +345,7 @@ async def activate(name: AdapterName, body: ActivateRequest, services: Provided,
 async def roll_back(
     name: AdapterName, services: Provided, caller: Calling, body: ExpectedRequest | None = None
 ) -> Response:
-    """Back to the version that was active before this one."""
+    """Activate the version that was active before this one."""
     services.refuse_if_draining()
     record = await services.activation.roll_back(
         caller.tenant, name, expected=_expected(body), actor=caller.key
@@ -358,7 +358,7 @@ async def roll_back(
 async def deactivate(
     name: AdapterName, services: Provided, caller: Calling, body: EmptyRequest | None = None
 ) -> Response:
-    """No version is active from now on; its versions stay, and can be named as `name@digest`."""
+    """Deactivate an adapter: no version is active any more; its versions can be named as `name@digest`."""
     services.refuse_if_draining()
     record = await services.activation.deactivate(caller.tenant, name, actor=caller.key)
     return json_response(services.views.adapter(record))
@@ -367,7 +367,7 @@ async def deactivate(
 @router.post("/{name}/pin", responses=answer(AdapterAnswer, 404, 507))
 @needs("admin")
 async def pin(name: AdapterName, body: PinRequest, services: Provided, caller: Calling) -> Response:
-    """Keep the active version in host memory, which all tenants share, or no longer."""
+    """Pin the active version in host memory, which all tenants share, or unpin it."""
     services.refuse_if_draining()
     record = await services.activation.pin(caller.tenant, name, body.pinned)
     return json_response(services.views.adapter(record))
@@ -376,7 +376,8 @@ async def pin(name: AdapterName, body: PinRequest, services: Provided, caller: C
 @router.post("/{name}/share", responses=answer(AdapterAnswer, 404, 507))
 @needs("admin")
 async def share(name: AdapterName, body: ShareRequest, services: Provided, caller: Calling) -> Response:
-    """Let all tenants use the adapter and look at it, or no longer. Their own of that name comes first."""
+    """Share an adapter with all tenants for use, or stop sharing it. A tenant's own of that name comes
+    first."""
     services.refuse_if_draining()
     record = await services.activation.share(caller.tenant, name, body.shared)
     return json_response(services.views.adapter(record))
@@ -385,7 +386,7 @@ async def share(name: AdapterName, body: ShareRequest, services: Provided, calle
 @router.get("/{name}", responses=answer(AdapterAnswer, 404))
 @needs("adapters")
 async def get_adapter(name: AdapterName, services: Provided, caller: Calling) -> Response:
-    """One adapter."""
+    """Return one adapter."""
     return json_response(services.views.named(caller.tenant, name))
 
 
@@ -407,7 +408,7 @@ def _expected(body: ActivateRequest | ExpectedRequest | None) -> str | Unset | N
 
 
 async def _json(request: Request, model: type[PullRequest]) -> PullRequest:
-    """The body as `model`. Raises RequestValidationError."""
+    """Return the body as `model`. Raises RequestValidationError."""
     try:
         data: Any = await request.json()
     except ValueError as error:

@@ -24,7 +24,7 @@ router = APIRouter(prefix="/v1/messages", route_class=StrictRoute, tags=["anthro
 async def create_message(
     body: MessagesRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
-    """The assistant's next message; `model` is the base's name or an adapter's."""
+    """Generate the assistant's next message; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
     chat = await off_loop(request, body.chat, services.tokenizer.template_options)
     begun = await transcript_of(request, services, body.stream)
@@ -38,7 +38,7 @@ async def create_message(
 async def count_tokens(
     body: ConversationRequest, request: Request, services: Provided, caller: Calling
 ) -> Response:
-    """How many tokens a message's prompt has; nothing is generated."""
+    """Count the tokens of a message's prompt; nothing is generated."""
     services.refuse_if_draining()
     find_model(services, caller, body.model)
     chat = await off_loop(request, body.chat, services.tokenizer.template_options)

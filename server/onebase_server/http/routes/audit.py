@@ -33,7 +33,8 @@ async def list_entries(
     limit: Annotated[int, Query(ge=1, le=MOST)] = 100,
     order: Literal["asc", "desc"] = "desc",
 ) -> Response:
-    """Who changed what, newest first unless `order` is asc. An admin sees every tenant, others their own."""
+    """List who changed what, newest first unless `order` is asc. An admin sees every tenant, others their
+    own."""
     if action is not None and action not in (*AUDIT_ACTIONS, *AUDIT_KINDS):
         raise InvalidRequestError(
             f"action: there is no {action[:80]!r}. Use a kind ({', '.join(AUDIT_KINDS)}), or one of "

@@ -44,7 +44,7 @@ async def list_batches(
     after: Annotated[str | None, Query(max_length=100, description="the last id of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=MOST)] = 20,
 ) -> Response:
-    """The batches, newest first."""
+    """List the batches, newest first."""
     found = await services.batches.find(caller.tenant, after=after, limit=limit + 1)
     views = [batch_view(batch, services.batches.runner.waiting(batch.id)) for batch in found[:limit]]
     return json_response(page(views, more=len(found) > limit))
@@ -53,14 +53,14 @@ async def list_batches(
 @router.get("/{batch_id}", responses=answer(BatchAnswer, 404))
 @needs("generate")
 async def get_batch(batch_id: BatchId, services: Provided, caller: Calling) -> Response:
-    """One batch."""
+    """Return one batch."""
     return _shown(await services.batches.get(caller.tenant, batch_id), services)
 
 
 @router.post("/{batch_id}/cancel", responses=answer(BatchAnswer, 404, 409, 507))
 @needs("generate")
 async def cancel_batch(batch_id: BatchId, services: Provided, caller: Calling) -> Response:
-    """End it; what was answered stays."""
+    """Cancel a batch; what was answered stays."""
     services.refuse_if_draining()
     return _shown(await services.batches.cancel(caller.tenant, batch_id), services)
 

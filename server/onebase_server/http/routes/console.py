@@ -28,16 +28,16 @@ POLICY = (
 )
 _TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}-[A-Za-z0-9_-]{8}(\.css|\.js|\.svg)")
-"""As Vite calls what it builds: with a hash of the content, so that it never changes."""
+"""File names that Vite gives what it builds: with a hash of the content, so that it never changes."""
 _ENCODINGS = {"br": ".br", "gzip": ".gz"}
-"""The best first."""
+"""File suffix of each content coding, the best first."""
 _FOR_EVER = "public, max-age=31536000, immutable"
 
 
 @router.get("/console")
 @needs("open")
 async def console(request: Request) -> Response:
-    """The page. A link to it may say what it shows, behind `#`; being opened asks for nothing."""
+    """Serve the page. A link to it may say what it shows, behind `#`; being opened asks for nothing."""
     page = await asyncio.to_thread(_read, FOLDER / "index.html")
     if page is None:
         raise ConsoleMissingError
@@ -56,14 +56,14 @@ async def console(request: Request) -> Response:
 @router.get("/console/")
 @needs("open")
 async def with_slash() -> Response:
-    """To the address that the page's links are relative to."""
+    """Redirect to the address that the page's links are relative to."""
     return RedirectResponse("../console")
 
 
 @router.get("/console/assets/{name}")
 @needs("open")
 async def asset(name: str, request: Request) -> Response:
-    """A script, a style or a picture of the page, compressed as the browser takes it."""
+    """Serve a script, a style or a picture of the page, compressed as the browser accepts it."""
     known = _NAME.fullmatch(name)
     coding, content = None, None
     if known is not None:
@@ -77,7 +77,7 @@ async def asset(name: str, request: Request) -> Response:
 
 
 def _accepted(headers: Mapping[str, str]) -> set[str]:
-    """Codings that a request's Accept-Encoding names and does not forbid."""
+    """Return the codings that a request's Accept-Encoding names and does not forbid."""
     items = (item.partition(";") for item in headers.get("accept-encoding", "").lower().split(","))
     return {name.strip() for name, _, rest in items if not re.search(r"q=0(\.0*)?$", rest.strip())}
 
@@ -92,7 +92,7 @@ def _best(path: Path, accepted: set[str]) -> tuple[str | None, bytes | None]:
 
 
 def _read(path: Path) -> bytes | None:
-    """None where there is no such file."""
+    """Return the file's content, or None if there is no such file."""
     try:
         return path.read_bytes()
     except FileNotFoundError:

@@ -51,7 +51,7 @@ _BODY: dict[str, Any] = {
         }
     },
 }
-"""For the reference at /docs: the route reads its body by itself."""
+"""Schema of the body for the reference at /docs: the route reads its body by itself."""
 _BYTES: Any = {"schema": {"type": "string", "format": "binary"}}
 _TEXT: Any = {"schema": {"type": "string"}}
 CONTENT: Responses = refused(404) | {
@@ -63,13 +63,13 @@ CONTENT: Responses = refused(404) | {
     400: {"content": {"text/plain": _TEXT}},
     416: {"content": {"text/plain": _TEXT}},
 }
-"""Of a Range that cannot be had, the reason is told as text."""
+"""Responses of a route for a file's content; the error of a Range that cannot be served is plain text."""
 
 
 @router.post("", openapi_extra={"requestBody": _BODY}, responses=answer(FileAnswer, 429, 507))
 @needs("any")
 async def add_file(request: Request, services: Provided, caller: Calling) -> Response:
-    """Upload rows: a field `purpose` and a part `file`: .jsonl for a batch, for fine-tune .json, .csv and
+    """Upload a file: a field `purpose` and a part `file`: .jsonl for a batch, for fine-tune .json, .csv and
     .parquet too."""
     _allowed(caller)
     services.refuse_if_draining()
@@ -103,7 +103,7 @@ async def list_files(
     limit: Annotated[int, Query(ge=1, le=MOST)] = MOST,
     order: Literal["asc", "desc"] = "desc",
 ) -> Response:
-    """The files, newest first unless `order` is asc."""
+    """List the files, newest first unless `order` is asc."""
     allowed = _allowed(caller)
     found = await services.training.files.find(
         caller.tenant,
@@ -119,14 +119,14 @@ async def list_files(
 @router.get("/{file_id}", responses=answer(FileAnswer, 404))
 @needs("any")
 async def get_file(file_id: str, services: Provided, caller: Calling) -> Response:
-    """One file's name, size and purpose."""
+    """Return one file's name, size and purpose."""
     return json_response(file_view(await _file(file_id, services, caller)))
 
 
 @router.get("/{file_id}/content", response_class=FileResponse, responses=CONTENT)
 @needs("any")
 async def get_content(file_id: str, services: Provided, caller: Calling) -> Response:
-    """What is in it."""
+    """Download a file's content."""
     file = await _file(file_id, services, caller)
     path = await services.training.files.local(file)
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
@@ -135,7 +135,7 @@ async def get_content(file_id: str, services: Provided, caller: Calling) -> Resp
 @router.delete("/{file_id}", responses=answer(DeletedAnswer, 404, 409, 507))
 @needs("any")
 async def delete_file(file_id: str, services: Provided, caller: Calling) -> Response:
-    """Delete it; 409 while a job or a batch that has not ended needs it."""
+    """Delete a file; 409 while a job or a batch that has not ended needs it."""
     services.refuse_if_draining()
     await _file(file_id, services, caller)
     await services.training.files.delete(caller.tenant, file_id)
@@ -143,7 +143,7 @@ async def delete_file(file_id: str, services: Provided, caller: Calling) -> Resp
 
 
 async def _file(file_id: str, services: Services, caller: Caller) -> TrainingFile:
-    """Raises UnknownFileError, InsufficientScopeError."""
+    """Return a file of the caller's. Raises UnknownFileError, InsufficientScopeError."""
     _allowed(caller)
     file = await services.training.files.get(caller.tenant, file_id)
     _check_scope(caller, file.purpose)
@@ -151,7 +151,7 @@ async def _file(file_id: str, services: Services, caller: Caller) -> TrainingFil
 
 
 def _allowed(caller: Caller) -> list[Purpose]:
-    """The purposes whose files a caller may use. Raises InsufficientScopeError where there are none."""
+    """Return the purposes whose files a caller may use. Raises InsufficientScopeError if there are none."""
     allowed = [purpose for purpose, scope in SCOPES.items() if caller.may(scope)]
     if not allowed:
         raise InsufficientScopeError(SCOPES["fine-tune"], caller.key)
@@ -159,6 +159,6 @@ def _allowed(caller: Caller) -> list[Purpose]:
 
 
 def _check_scope(caller: Caller, purpose: Purpose) -> None:
-    """Raises InsufficientScopeError."""
+    """Raise InsufficientScopeError unless the caller may use files of this purpose."""
     if not caller.may(SCOPES[purpose]):
         raise InsufficientScopeError(SCOPES[purpose], caller.key)

@@ -53,7 +53,7 @@ Limit = Annotated[int, Query(ge=1, le=MOST)]
 @router.post("", responses=answer(JobAnswer, 404, 409, 422, 429, 507))
 @needs("train")
 async def create_job(body: CreateJobRequest, services: Provided, caller: Calling) -> Response:
-    """Train an adapter on the base that is served, or go on from a version of one (`model`). The result is
+    """Train an adapter on the base that is served, or continue from a version of one (`model`). The result is
     proved, and activated as `activate` says."""
     services.refuse_if_draining()
     base = services.catalog.base_name
@@ -77,7 +77,7 @@ async def create_job(body: CreateJobRequest, services: Provided, caller: Calling
 async def list_jobs(
     request: Request, services: Provided, caller: Calling, after: After = None, limit: Limit = 20
 ) -> Response:
-    """Newest first; `metadata[key]=value` picks those with that metadata."""
+    """List the jobs, newest first; `metadata[key]=value` picks those with that metadata."""
     labels = _labels(request.query_params)
     found = await services.training.jobs.find(caller.tenant, after=after, limit=limit + 1, labels=labels)
     shown = await _views(found[:limit], services, in_list=True)
@@ -87,14 +87,14 @@ async def list_jobs(
 @router.get("/{job_id}", responses=answer(JobAnswer, 404))
 @needs("train")
 async def get_job(job_id: str, services: Provided, caller: Calling) -> Response:
-    """One job."""
+    """Return one job."""
     return await _shown(await services.training.jobs.get(caller.tenant, job_id), services)
 
 
 @router.post("/{job_id}/cancel", responses=answer(JobAnswer, 404, 409, 507))
 @needs("train")
 async def cancel_job(job_id: str, services: Provided, caller: Calling) -> Response:
-    """End it for good."""
+    """Cancel a job for good."""
     services.refuse_if_draining()
     return await _shown(await services.training.jobs.cancel(caller.tenant, job_id), services)
 
@@ -102,7 +102,7 @@ async def cancel_job(job_id: str, services: Provided, caller: Calling) -> Respon
 @router.post("/{job_id}/pause", responses=answer(JobAnswer, 404, 409, 507))
 @needs("train")
 async def pause_job(job_id: str, services: Provided, caller: Calling) -> Response:
-    """Let go of the machine within a step; `resume` goes on from there."""
+    """Pause a job within a step, which frees the machine; `resume` continues from there."""
     services.refuse_if_draining()
     return await _shown(await services.training.jobs.pause(caller.tenant, job_id), services)
 
@@ -110,7 +110,7 @@ async def pause_job(job_id: str, services: Provided, caller: Calling) -> Respons
 @router.post("/{job_id}/stop", responses=answer(JobAnswer, 404, 409, 429, 507))
 @needs("train")
 async def stop_job(job_id: str, services: Provided, caller: Calling) -> Response:
-    """End training at its next step and keep what is best: it is proved and activated as usual."""
+    """End training at its next step and keep the best adapter: it is proved and activated as usual."""
     services.refuse_if_draining()
     return await _shown(await services.training.jobs.stop(caller.tenant, job_id), services)
 
@@ -118,7 +118,7 @@ async def stop_job(job_id: str, services: Provided, caller: Calling) -> Response
 @router.post("/{job_id}/resume", responses=answer(JobAnswer, 404, 409, 429, 507))
 @needs("train")
 async def resume_job(job_id: str, services: Provided, caller: Calling) -> Response:
-    """Go on from the last checkpoint; begin, if the job was made with `hold`."""
+    """Resume a job from its last checkpoint, or start one that was made with `hold`."""
     services.refuse_if_draining()
     return await _shown(await services.training.jobs.resume(caller.tenant, job_id), services)
 
@@ -135,7 +135,8 @@ async def list_events(
     accept: Annotated[str, Header()] = "",
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """The job's events, newest first; or, with `Accept: text/event-stream`, as it happens."""
+    """List the job's events, newest first; or, with `Accept: text/event-stream`, stream them as they
+    happen."""
     if stream or "text/event-stream" in accept:
         job = await services.training.jobs.get(caller.tenant, job_id)
         known = last_event_id or after
@@ -154,7 +155,7 @@ async def list_events(
 async def list_checkpoints(
     job_id: str, services: Provided, caller: Calling, after: After = None, limit: Limit = 10
 ) -> Response:
-    """The places that it could go on from, newest first."""
+    """List the job's checkpoints, newest first."""
     jobs = services.training.jobs
     job, found = await jobs.get(caller.tenant, job_id), await jobs.checkpoints(caller.tenant, job_id)
     if after is not None:
@@ -168,7 +169,7 @@ async def list_checkpoints(
 async def _followed(
     services: Services, caller: Caller, job: TrainingJob, after: int
 ) -> AsyncGenerator[bytes]:
-    """A job's events as they come; ends with the job, with the caller's key, or with the server."""
+    """Yield a job's events as they come; ends with the job, with the caller's key, or with the server."""
     try:
         async for news in services.training.jobs.follow(job, after):
             if not await services.keys.still_valid(caller):
@@ -194,7 +195,8 @@ async def _shown(job: TrainingJob, services: Services) -> Response:
 async def _views(
     jobs: Sequence[TrainingJob], services: Services, *, in_list: bool = False
 ) -> list[JobAnswer]:
-    """The jobs as callers see them, with what is active now, also where another server has changed that."""
+    """Return the jobs as callers see them, with what is active now, even if another server has changed
+    that."""
     catalog = services.catalog
     if any(job.activated and not is_active(job, catalog.of(job.tenant)) for job in jobs):
         await catalog.look_again()
@@ -202,7 +204,8 @@ async def _views(
 
 
 async def _parent(model: str, services: Services, caller: Caller) -> VersionRecord:
-    """The caller's version that training goes on from: of another's, what comes out would tell its weights.
+    """Return the caller's version to continue training from. A foreign one is refused: the result would
+    reveal its weights.
 
     Raises InvalidRequestError, ConflictError, ForbiddenError.
     """
@@ -229,8 +232,8 @@ async def _settings_of(parent: VersionRecord | None, services: Services) -> Pare
 
 
 def _adapter_name(body: CreateJobRequest, base: str, parent: VersionRecord | None) -> str | None:
-    """The name that gets the result: without one, the parent's (if it is no name of the Hub's); None for one
-    that is made of the job's id."""
+    """Return the name that gets the result; None for one that is made of the job's id. Without a name or a
+    suffix it is the parent's, unless that is a name of the Hub."""
     if body.name is not None:
         return check_name(body.name, base)
     if body.suffix is None:
@@ -246,7 +249,7 @@ def _adapter_name(body: CreateJobRequest, base: str, parent: VersionRecord | Non
 
 
 def _labels(query: Mapping[str, str]) -> dict[str, str]:
-    """The metadata that is asked for. Raises InvalidRequestError for what no job can have."""
+    """Return the metadata in a query. Raises InvalidRequestError for what no job can have."""
     labels = {
         key[len(_LABEL) : -len(_LABEL_END)]: value
         for key, value in query.items()

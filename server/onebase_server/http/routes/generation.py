@@ -67,7 +67,8 @@ from onebase_server.usage import UsageMeter
 
 router = APIRouter(route_class=StrictRoute)
 INLINE_SCORES = 2_000
-"""Log-probabilities of a whole answer that are written on the event loop (about 5 ms); more, in a thread."""
+"""Largest number of log-probabilities of a whole answer that are written on the event loop (about 5 ms); more
+are written in a thread."""
 
 
 @router.post("/generate", tags=["generate"], responses=streamed_answer(GeneratedAnswer, GenerateEvent))
@@ -75,7 +76,7 @@ INLINE_SCORES = 2_000
 async def generate(
     body: GenerateRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
-    """Text from the base or from any adapter, in one piece or streamed as server-sent events."""
+    """Generate text from the base or from any adapter, in one piece or streamed as server-sent events."""
     services.refuse_if_draining()
     begun = await transcript_of(request, services, body.stream)
     job = await services.planner.generate(body, caller, begun)
@@ -92,7 +93,8 @@ async def generate(
 async def generate_many(
     body: GenerateManyRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
-    """Several requests over one connection, from one batch: each event says which of them it is about."""
+    """Answer several requests over one connection, from one batch: each event says which of them it is
+    about."""
     services.refuse_if_draining()
     services.planner.base()  # without an engine none of them runs: another server may have one
     ticket.give_back()  # each of them counts by itself
@@ -116,8 +118,8 @@ class _Source:
     """One of several requests.
 
     Args:
-        seconds: since it came first; None where it tells no transcript.
-        again: how many times it had something to say in its transcript.
+        seconds: since it came first; None if it sends no transcript.
+        again: number of lines that the transcript it came with has of it.
     """
 
     number: int
@@ -127,7 +129,7 @@ class _Source:
     again: int
 
     def told(self, generation: Generation | None, times: int) -> bytes:
-        """The transcript's line before what it has to say for that time, empty or not: it tells the order."""
+        """Return the transcript's line before the events of that time, empty or not: it records the order."""
         if self.seconds is None or times <= self.again:
             return b""
         told = b"" if generation is None else generation.take_told()
@@ -137,7 +139,7 @@ class _Source:
 async def _events_of(
     source: _Source, request: Request, services: Services, caller: Caller
 ) -> AsyncGenerator[bytes]:
-    """Of one of several requests, its error too. Raises ClientGoneError, SlowReaderError."""
+    """Yield the events of one of several requests, its error too. Raises ClientGoneError, SlowReaderError."""
     view, times = GenerateView(services.tokenizer, source.number), 0
     body, transcript = source.body, source.transcript
     ticket = generation = None
@@ -176,7 +178,7 @@ async def _events_of(
 async def generate_text(
     body: TgiRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
-    """Text from the base or from any adapter, as Hugging Face's clients ask TGI for it."""
+    """Generate text from the base or from any adapter, as Hugging Face's clients ask TGI for it."""
     services.refuse_if_draining()
     begun = await transcript_of(request, services, body.stream)
     job = await services.planner.generate(await off_loop(request, body.request), caller, begun)
@@ -189,7 +191,7 @@ async def generate_text(
 async def complete(
     body: CompletionRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
-    """Completions of one prompt or several; `model` is the base's name or an adapter's."""
+    """Complete one prompt or several; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
     begun = await transcript_of(request, services, body.stream)
     job = await services.planner.completion(body, caller, begun)
@@ -202,7 +204,7 @@ async def complete(
 async def chat(
     body: ChatRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
-    """The assistant's next words; `model` is the base's name or an adapter's."""
+    """Generate the assistant's next message; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
     begun = await transcript_of(request, services, body.stream)
     job = await services.planner.chat(body, caller, begun)
@@ -211,12 +213,12 @@ async def chat(
 
 
 def _uncounted(seconds: float) -> None:
-    """Rows of batches are in no histogram."""
+    """Record nothing: sequences of batches are in no histogram."""
 
 
 @dataclass(frozen=True)
 class JobMeter:
-    """What one job takes, for the quotas of its caller, the usage of its tenant and the metrics."""
+    """Meter of one job: it reports to the quotas of its caller, the usage of its tenant and the metrics."""
 
     ticket: Ticket
     usage: UsageMeter
@@ -241,7 +243,7 @@ class JobMeter:
 
 
 async def transcript_of(request: Request, services: Services, stream: bool | None) -> Transcript | None:
-    """Return what a stream goes on from that another server began; None for any other request.
+    """Return the transcript of a stream that another server began; None for any other request.
 
     Raises InvalidRequestError.
     """
@@ -264,7 +266,7 @@ async def answer_job(
     stream: bool | None,
     transcript: Transcript | None,
 ) -> Response:
-    """Run the job, in one piece or streamed. transcript: what it was planned with.
+    """Run the job, and answer in one piece or streamed. transcript: what it was planned with.
 
     Raises what `begin` and Generation.pieces raise.
     """
@@ -311,7 +313,7 @@ async def begin(
     transcript: Transcript | None = None,
     telling: int | None = None,
 ) -> Generation:
-    """The job, with the engine. Raises what Ticket.admit and Generation.start raise.
+    """Start the job in the engine. Raises what Ticket.admit and Generation.start raise.
 
     transcript, telling: see Generation.
     """

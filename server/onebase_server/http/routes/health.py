@@ -37,7 +37,8 @@ def _unavailable(data: dict[str, Any], retry_after: int) -> Response:
 @router.get("/health", openapi_extra=NO_KEY, responses=_HEALTH)
 @needs("open")
 async def health(services: Provided) -> Response:
-    """200 while the server makes progress, also when the engine is still loading; 503 after a stall."""
+    """Return 200 while the server makes progress, also when the engine is still loading; 503 after a
+    stall."""
     state = services.supervisor.state
     if state in _UNHEALTHY:
         return _unavailable({"status": "error", "engine": state.value}, 5)
@@ -47,7 +48,8 @@ async def health(services: Provided) -> Response:
 @router.get("/ready", openapi_extra=NO_KEY, responses=_HEALTH)
 @needs("open")
 async def ready(services: Provided) -> Response:
-    """200 when a request sent now would be served; 503 while loading, restarting, paused or stopping."""
+    """Return 200 when a request sent now would be served; 503 while loading, restarting, paused or
+    stopping."""
     state = services.supervisor.state
     if services.draining:
         return _unavailable({"status": "stopping", "engine": state.value}, 5)
@@ -61,7 +63,7 @@ async def ready(services: Provided) -> Response:
 @router.get("/version", responses=answer(ServerVersionAnswer))
 @needs("any")
 async def version() -> Response:
-    """The server's version."""
+    """Return the server's version."""
     return json_response(
         {"name": "onebase", "version": onebase_server.__version__, "python": platform.python_version()}
     )
@@ -70,7 +72,7 @@ async def version() -> Response:
 @router.get("/status", responses=answer(StatusAnswer))
 @needs("admin")
 async def status(services: Provided) -> Response:
-    """What the base is and takes (bytes, tokens), and what the engine has done so far."""
+    """Return the base's figures (bytes, tokens), and what the engine has done so far."""
     supervisor = services.supervisor
     return json_response(
         {
@@ -89,7 +91,7 @@ async def status(services: Provided) -> Response:
 @router.get("/route_secret", responses=answer(RouteSecretAnswer))
 @needs("admin")
 async def route_secret(services: Provided) -> Response:
-    """For `onebase route`: what it sends with a request so that this server believes its headers."""
+    """Return the secret with which `onebase route` has its headers believed by this server."""
     told = json_response({"secret": services.route_secret})
     told.headers["Cache-Control"] = "no-store"
     return told
@@ -98,5 +100,5 @@ async def route_secret(services: Provided) -> Response:
 @router.get("/metrics", response_class=PlainTextResponse)
 @needs("metrics")
 async def metrics(services: Provided) -> Response:
-    """Figures of training and serving in Prometheus' text format."""
+    """Return figures of training and serving in Prometheus' text format."""
     return Response(await services.metrics_text(), media_type=CONTENT_TYPE)

@@ -34,7 +34,8 @@ class CreateKeyRequest(Wire):
 
 
 class ChangeKeyRequest(Wire):
-    """Body of POST /v1/keys/{key_id}. What is not named stays; a quota that is null: no limit."""
+    """Body of POST /v1/keys/{key_id}. A field that is left out does not change; a quota of null is no
+    limit."""
 
     quotas: Limits = Field(default={})
     priority: StrictInt | None = None
@@ -43,7 +44,7 @@ class ChangeKeyRequest(Wire):
 @router.get("/key", responses=answer(CallerAnswer))
 @needs("any")
 async def own_key(caller: Calling) -> Response:
-    """Whom this request comes from, and what it may do."""
+    """Return the key, the tenant and the scopes of the caller."""
     scopes = sorted(caller.scopes)
     return json_response({"object": "caller", "key": caller.key, "tenant": caller.tenant, "scopes": scopes})
 
@@ -51,7 +52,7 @@ async def own_key(caller: Calling) -> Response:
 @router.post("/keys", responses=answer(NewKeyAnswer, 507))
 @needs("admin")
 async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
-    """A new key. Its text is in this answer alone."""
+    """Create a key. Its text is in this answer alone."""
     expires_at = None if body.expires_in_s is None else time.time() + body.expires_in_s
     made, key = await services.keys.create(
         body.tenant,
@@ -69,21 +70,21 @@ async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
 @router.get("/keys", responses=answer(ListAnswer[KeyAnswer]))
 @needs("admin")
 async def list_keys(services: Provided) -> Response:
-    """All keys that there ever were, of all tenants, the newest first."""
+    """List all keys that there ever were, of all tenants, the newest first."""
     return json_response({"object": "list", "data": [_view(key) for key in await services.keys.all()]})
 
 
 @router.post("/keys/{key_id}", responses=answer(KeyAnswer, 404, 507))
 @needs("admin")
 async def change_key(key_id: str, body: ChangeKeyRequest, services: Provided) -> Response:
-    """Change a key's quotas and priority: here they hold at once, on other servers within a second."""
+    """Change a key's quotas and priority, at once here and within a second on other servers."""
     return json_response(_view(await services.keys.change(key_id, body.quotas, body.priority)))
 
 
 @router.delete("/keys/{key_id}", responses=answer(KeyAnswer, 404, 507))
 @needs("admin")
 async def revoke_key(key_id: str, services: Provided) -> Response:
-    """Nobody can use the key any more: here at once, on other servers within a second."""
+    """Revoke a key, at once here and within a second on other servers."""
     return json_response(_view(await services.keys.revoke(key_id)))
 
 

@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 @router.get("/models", responses=answer(ListAnswer[ModelAnswer]))
 @needs("any")
 async def list_models(services: Provided, caller: Calling) -> Response:
-    """Everything that `model` may be."""
+    """List everything that `model` may be."""
     names = services.catalog.of(caller.tenant)
     versions = ((record.name, record.active_version) for record in names)
     models = [_model(services, services.catalog.base_name, None)]
@@ -30,7 +30,7 @@ async def list_models(services: Provided, caller: Calling) -> Response:
 @router.get("/models/{name:path}", responses=answer(ModelAnswer, 404))
 @needs("any")
 async def get_model(name: str, services: Provided, caller: Calling) -> Response:
-    """One model; `name` may be an adapter's `name@version`."""
+    """Return one model; `name` may be an adapter's `name@version`."""
     return json_response(_model(services, name, find_model(services, caller, name)))
 
 
@@ -63,7 +63,7 @@ async def delete_model(name: str, services: Provided, caller: Calling, force: Fo
 
 
 def find_model(services: Services, caller: Caller, name: str) -> VersionRecord | None:
-    """What a caller means by a model's name; None is the base. Raises UnknownModelError."""
+    """Return the version that a model's name means; None is the base. Raises UnknownModelError."""
     base = services.catalog.base_name
     if name == base:
         return None
@@ -74,7 +74,8 @@ def find_model(services: Services, caller: Caller, name: str) -> VersionRecord |
 
 
 def _model(services: Services, name: str, version: VersionRecord | None) -> ModelAnswer:
-    """OpenAI's fields, and vLLM's: where it comes from, and how long a prompt with its answer may be."""
+    """Return OpenAI's fields and vLLM's: where it comes from, and how long a prompt with its answer may
+    be."""
     base, supervisor = services.catalog.base_name, services.supervisor
     created = supervisor.loaded_at or services.started if version is None else _since(services, version)
     return {
@@ -89,7 +90,7 @@ def _model(services: Services, name: str, version: VersionRecord | None) -> Mode
 
 
 def _since(services: Services, version: VersionRecord) -> float:
-    """When a version became active; of one that is not, when it came."""
+    """Return the time when a version became active, or when it was added if it is not active."""
     record = services.catalog.of(version.tenant).own(version.name)
     if record is None or record.active != version.digest or record.activated_at is None:
         return version.created_at

@@ -47,7 +47,8 @@ from onebase_server.quotas import Ticket
 router = APIRouter(route_class=StrictRoute, tags=["pooling"])
 
 INLINE_BYTES = 16 * 1024
-"""Of vectors and logits: what more makes an answer of in a thread (about 5 ms)."""
+"""Largest size, in bytes, of vectors and logits that are made into an answer on the event loop (about 5
+ms)."""
 
 
 @router.post("/v1/embeddings", responses=answer(EmbeddingsAnswer, *MODEL_REFUSED))
@@ -55,7 +56,7 @@ INLINE_BYTES = 16 * 1024
 async def embed(
     body: EmbeddingRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
-    """A vector of each input; `model` is the base's name or an adapter's."""
+    """Compute a vector of each input; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
     jobs = await services.read_planner.embed(body, caller)
     outputs, usage = await _read(request, services, ticket, jobs)
@@ -87,7 +88,7 @@ async def embed(
 async def classify(
     body: ClassifyRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
-    """The class of each input, or of each of its tokens, by an adapter that classifies."""
+    """Classify each input, or each of its tokens, by an adapter that classifies."""
     services.refuse_if_draining()
     jobs = await services.read_planner.classify(body, caller)
     outputs, usage = await _read(request, services, ticket, jobs)
@@ -129,7 +130,7 @@ async def classify(
 async def rerank(
     body: RerankRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
-    """The documents by how near they are to the query, the nearest first."""
+    """Order the documents by how near they are to the query, the nearest first."""
     services.refuse_if_draining()
     pairs = [(body.query, document) for document in body.documents]
     params = [("query", f"documents[{index}]") for index in range(len(pairs))]
@@ -156,7 +157,7 @@ async def rerank(
 async def score(
     body: ScoreRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
-    """How near two texts are, of one pair or of many."""
+    """Score how near two texts are, of one pair or of many."""
     services.refuse_if_draining()
     first = body.first * len(body.second) if len(body.first) == 1 else body.first
     pairs = list(zip(first, body.second, strict=True))
@@ -183,7 +184,7 @@ async def score(
 async def decide(
     body: DecideRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
-    """How likely each of the choices is to come next, among them."""
+    """Return how likely each of the choices is to come next, among them."""
     services.refuse_if_draining()
     after, before = await services.read_planner.decide(body, caller)
     outputs, usage = await _read(request, services, ticket, after + before)
@@ -224,7 +225,8 @@ async def decide(
 
 @dataclass
 class _Total:
-    """What all jobs of a request take; told once, when it is over and none of them runs."""
+    """Total of what all jobs of a request take. It is reported once, when the request is over and no job
+    runs."""
 
     meter: JobMeter
     usage: Usage = field(default_factory=Usage)
@@ -234,12 +236,12 @@ class _Total:
     over: bool = False
 
     def begin(self) -> None:
-        """From now on it is told, whatever the end."""
+        """Count a job that has started: it is reported, whatever its end."""
         self.running += 1
         self.meter.ticket.leave = lambda: None
 
     def rows_ended(self) -> None:
-        """The request may have more."""
+        """Do nothing: the request may have more jobs."""
 
     @property
     def token_gap(self) -> Callable[[float], None]:
@@ -266,9 +268,9 @@ class _Total:
 async def _read(
     request: Request, services: Services, ticket: Ticket, jobs: Sequence[Job]
 ) -> tuple[list[RowOutput], Usage]:
-    """The outputs of the jobs' choices, computed one after the other, as many at once as have places.
+    """Return the outputs of the jobs' choices, computed one after the other, as many at once as have places.
 
-    Raises what Ticket.admit, Run.start and Reading.outputs raise.
+    Raises what Ticket.admit, Reading.start and Reading.outputs raise.
     """
     services.refuse_if_draining()
     base = services.supervisor.base
@@ -301,8 +303,8 @@ async def _scores(
     pairs: Sequence[tuple[str, str]],
     params: Sequence[tuple[str, str]],
 ) -> tuple[list[float], Usage]:
-    """Of each pair of texts, the cosine between their vectors, or what a classifier of one label says, from 0
-    to 1; `params`: the fields that they are from."""
+    """Return each pair's score: the cosine between their vectors, or the probability of a classifier of one
+    label, from 0 to 1. `params`: the fields that the texts are from."""
     jobs, fields = await services.read_planner.scores(body, pairs, params, caller)
     outputs, usage = await _read(request, services, ticket, jobs)
     if not fields:
@@ -314,14 +316,14 @@ async def _scores(
 async def _made_of(
     tenant: str, outputs: Sequence[RowOutput], make: Callable[[], list[msgspec.Raw]], services: Services
 ) -> list[msgspec.Raw]:
-    """`make()`; of many numbers in a thread, so that it does not hold up the streams."""
+    """Return `make()`, computed in a thread for many numbers, so that it does not hold up the streams."""
     if sum(len(output.vector or b"") for output in outputs) <= INLINE_BYTES:
         return make()
     return await services.reading.run_for(tenant, make)
 
 
 def _encoded(values: Iterable[Any]) -> list[msgspec.Raw]:
-    """One by one: other threads wait for as long as one takes."""
+    """Encode the values one by one: other threads wait for as long as one takes."""
     return [msgspec.Raw(msgspec.json.encode(value)) for value in values]
 
 
@@ -330,13 +332,13 @@ def _vector(output: RowOutput) -> np.ndarray:
 
 
 def _vectors(outputs: Sequence[RowOutput]) -> np.ndarray:
-    """[outputs, size] fp64"""
+    """Return the vectors as an array of [outputs, size] in fp64."""
     return np.stack([_vector(output) for output in outputs])
 
 
 def _classes(logits: np.ndarray, labels: Sequence[str]) -> LabelAnswer:
-    """Of one text or token: the likeliest label, and the probabilities of all. labels: their names, if they
-    have some."""
+    """Return the likeliest label and the probabilities of all, of one text or token. labels: their names, if
+    they have some."""
     values = logits.tolist()
     probs = [_sigmoid(values[0])] if len(values) == 1 else _softmax(values)
     best = max(range(len(probs)), key=lambda index: probs[index])

@@ -24,7 +24,7 @@ _FILES = {
     "swagger-ui.css": "text/css",
     "redoc.standalone.js": "text/javascript",
 }
-"""What fastapi-offline ships of Swagger UI and Redoc."""
+"""Files of Swagger UI and Redoc that fastapi-offline ships, with their media types."""
 _KEY = """
 async function reference(show) {
   for (let key = ''; ;) {
@@ -71,7 +71,7 @@ reference((spec, key) => {
 reference(spec => Redoc.init(spec, {disableSearch: true}, document.getElementById('page')))
 """,
 }
-"""In files of their own: the policy below lets no script in a page run."""
+"""Scripts in files of their own: the policy below lets no script in a page run."""
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -81,14 +81,14 @@ _POLICY = (
 @router.get("/openapi.json")
 @needs("any")
 async def openapi(request: Request) -> Response:
-    """The reference, for programs."""
+    """Return the reference, for programs."""
     return json_response(await asyncio.to_thread(request.app.openapi))  # the first time it takes long
 
 
 @router.get("/")
 @needs("open")
 async def root() -> Response:
-    """What this is, and where things are."""
+    """Return what this server is, and where its pages and APIs are."""
     return json_response(
         {
             "object": "server",
@@ -105,7 +105,7 @@ async def root() -> Response:
 @router.get("/docs")
 @needs("open")
 async def docs() -> Response:
-    """Every request, and a form to try it."""
+    """Serve the page with every request and a form to try it."""
     return _page(
         '<link rel="stylesheet" href="docs/swagger-ui.css">', "swagger-ui-bundle.js", "key.js", "swagger.js"
     )
@@ -114,14 +114,14 @@ async def docs() -> Response:
 @router.get("/redoc")
 @needs("open")
 async def redoc() -> Response:
-    """Every request, to read."""
+    """Serve the page with every request, to read."""
     return _page("", "redoc.standalone.js", "key.js", "redoc.js")
 
 
 @router.get("/docs/{name}")
 @needs("open")
 async def asset(name: str) -> Response:
-    """What the pages load."""
+    """Serve a file that the pages load."""
     if name in _START:
         return Response(_START[name], media_type="text/javascript")
     folder = _folder()
@@ -140,7 +140,8 @@ def _page(head: str, *scripts: str) -> Response:
 
 
 def _folder() -> Path | None:
-    """Found without importing the package, which is made for another use of its files."""
+    """Return the folder of the files, found without importing the package, which is made for another use of
+    them."""
     spec = find_spec("fastapi_offline")
     if spec is None or spec.origin is None:
         return None

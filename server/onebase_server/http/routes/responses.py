@@ -44,7 +44,8 @@ ResponseId = Annotated[str, Path(max_length=200)]
 async def respond(
     body: ResponsesRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
 ) -> Response:
-    """The model's answer: text, or calls of functions; `model` is the base's name or an adapter's."""
+    """Generate the model's answer: text, or calls of functions; `model` is the base's name or an
+    adapter's."""
     services.refuse_if_draining()
     responses, before = services.responses, None
     if body.previous_response_id is not None:
@@ -68,7 +69,7 @@ async def respond(
 
 
 def _conversation(body: ResponsesRequest, before: KeptResponse | None) -> tuple[Items, list[Message]]:
-    """What is to be answered, as items and as messages. Raises InvalidRequestError."""
+    """Return what is to be answered, as items and as messages. Raises InvalidRequestError."""
     items = body.items
     if before is not None:
         said = msgspec.json.decode(before.input) + msgspec.json.decode(before.response)["output"]
@@ -81,7 +82,7 @@ def _conversation(body: ResponsesRequest, before: KeptResponse | None) -> tuple[
 async def get_response(
     response_id: ResponseId, services: Provided, caller: Calling, stream: bool = False
 ) -> Response:
-    """A response that was kept."""
+    """Return a stored response."""
     if stream:
         raise InvalidRequestError(
             "stream: a response that was kept is told in one piece. Leave stream out.", param="stream"
@@ -93,7 +94,7 @@ async def get_response(
 @router.delete("/{response_id}", responses=answer(DeletedAnswer, 404))
 @needs("generate")
 async def delete_response(response_id: ResponseId, services: Provided, caller: Calling) -> Response:
-    """Keep a response no longer; those that went on from it stay."""
+    """Delete a stored response; those that continue from it stay."""
     services.responses.delete(caller.tenant, response_id, "response_id")
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
@@ -108,7 +109,8 @@ async def list_input_items(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> Response:
-    """What a response answers, with what was said before: newest first."""
+    """List the items that a response answers, those of earlier turns included, newest first unless `order` is
+    asc."""
     kept = services.responses.find(caller.tenant, response_id, "response_id")
     items: list[dict[str, Any]] = msgspec.json.decode(kept.input)
     if order == "desc":

@@ -22,7 +22,7 @@ Limits = Annotated[dict[str, StrictInt | None], Field(max_length=16)]
 
 
 class QuotasRequest(Wire):
-    """Body of POST /v1/tenants/{tenant}. What is not named stays; null: no limit."""
+    """Body of POST /v1/tenants/{tenant}. A quota that is left out does not change; null is no limit."""
 
     quotas: Limits
 
@@ -30,7 +30,7 @@ class QuotasRequest(Wire):
 @router.get("/tenants", responses=answer(ListAnswer[TenantAnswer]))
 @needs("any")
 async def list_tenants(services: Provided, caller: Calling) -> Response:
-    """Tenants, their quotas and what they have: all of them for an admin, for others their own."""
+    """List tenants, their quotas and what they have: all of them for an admin, for others their own."""
     found = await services.keys.tenants(caller)
     return json_response({"object": "list", "data": [_tenant_view(record) for record in found]})
 
@@ -40,7 +40,7 @@ async def list_tenants(services: Provided, caller: Calling) -> Response:
 async def set_quotas(
     tenant: Annotated[str, Path(max_length=200)], body: QuotasRequest, services: Provided
 ) -> Response:
-    """Change a tenant's quotas: here they hold at once, on other servers within a second."""
+    """Change a tenant's quotas, at once here and within a second on other servers."""
     return json_response(_tenant_view(await services.keys.set_quotas(tenant, body.quotas)))
 
 
@@ -56,7 +56,7 @@ async def get_usage(
     tenant: Annotated[str | None, Query(max_length=200)] = None,
     format: Literal["json", "csv"] | None = None,
 ) -> Response:
-    """Requests, tokens and training of all tenants for an admin, for others of their own."""
+    """Return requests, tokens and training: of all tenants for an admin, for others their own."""
     if not caller.is_admin:
         if tenant not in (None, caller.tenant):
             raise ForbiddenError(

@@ -1,4 +1,4 @@
-"""What clients of vLLM's server ask for besides OpenAI's routes: adapters by folder, a pause, what it is.
+"""Routes of vLLM's server besides OpenAI's: adapters by folder, a pause, and facts about the server.
 
 TRL's AsyncGRPO is one: it trains an adapter, and loads each version here to sample from it.
 """
@@ -74,7 +74,7 @@ async def load_lora_adapter(body: LoadLoraRequest, services: Provided, caller: C
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=refused(404, 507))
 @needs("adapters")
 async def unload_lora_adapter(body: UnloadLoraRequest, services: Provided, caller: Calling) -> Response:
-    """Serve an adapter no longer. Its versions stay, until DELETE /v1/adapters/{name}."""
+    """Stop serving an adapter. Its versions stay, until DELETE /v1/adapters/{name}."""
     services.refuse_if_draining()
     record = services.catalog.of(caller.tenant).own(body.lora_name)
     if record is None or record.active is None:
@@ -92,7 +92,7 @@ async def pause(
     mode: Annotated[str, Query(max_length=40)] = "keep",
     clear_cache: Annotated[bool, Query()] = True,
 ) -> Response:
-    """Compute nothing until /resume. Requests wait, those that run too; adapters may come and go.
+    """Pause the engine until /resume. Requests wait, running ones too; adapters can be loaded and unloaded.
 
     `clear_cache` changes nothing: what is cached is kept by the content of the adapter that it belongs to.
     """
@@ -108,7 +108,7 @@ async def pause(
 @router.post("/resume", responses=answer(PauseAnswer))
 @needs("admin")
 async def resume(services: Provided) -> Response:
-    """Go on after /pause."""
+    """Resume after /pause."""
     await services.supervisor.pause(False)
     return json_response({"status": "resumed"})
 
@@ -116,7 +116,7 @@ async def resume(services: Provided) -> Response:
 @router.get("/is_paused", responses=answer(PausedAnswer))
 @needs("admin")
 async def is_paused(services: Provided) -> Response:
-    """Whether /pause holds everything up."""
+    """Return whether the engine is paused."""
     return json_response({"is_paused": services.supervisor.paused})
 
 
@@ -125,7 +125,7 @@ async def is_paused(services: Provided) -> Response:
 async def server_info(
     services: Provided, config_format: Annotated[str, Query(max_length=40)] = "json"
 ) -> Response:
-    """The part of vLLM's configuration that its clients read."""
+    """Return the part of vLLM's configuration that its clients read."""
     if config_format != "json":
         raise InvalidRequestError("config_format: only json is served.", param="config_format")
     base = services.supervisor.base
@@ -153,14 +153,14 @@ async def server_info(
 @router.get("/get_world_size", responses=answer(WorldSizeAnswer))
 @needs("admin")
 async def get_world_size() -> Response:
-    """How many processes hold a part of the base: one."""
+    """Return the number of processes that hold a part of the base: one."""
     return json_response({"world_size": 1})
 
 
 @router.post("/tokenize", responses=answer(TokensAnswer, 404))
 @needs("generate")
 async def tokenize(body: TokenizeRequest, request: Request, services: Provided, caller: Calling) -> Response:
-    """The tokens of a prompt, or of messages as the base's chat template writes them."""
+    """Return the tokens of a prompt, or of messages as the base's chat template writes them."""
     services.refuse_if_draining()
     if body.model is not None:
         find_model(services, caller, body.model)
@@ -180,7 +180,7 @@ async def tokenize(body: TokenizeRequest, request: Request, services: Provided, 
 @router.post("/detokenize", responses=answer(TextAnswer, 404))
 @needs("generate")
 async def detokenize(body: DetokenizeRequest, services: Provided, caller: Calling) -> Response:
-    """The text that tokens stand for, special ones by their names."""
+    """Return the text that tokens stand for, special ones by their names."""
     services.refuse_if_draining()
     if body.model is not None:
         find_model(services, caller, body.model)
@@ -190,12 +190,12 @@ async def detokenize(body: DetokenizeRequest, services: Provided, caller: Callin
 @router.get("/tokenizer_info", responses=answer(TokenizerAnswer))
 @needs("any")
 async def tokenizer_info(services: Provided) -> Response:
-    """The base's special tokens and its chat template."""
+    """Return the base's special tokens and its chat template."""
     return json_response(services.tokenizer.info)
 
 
 def _allowed_folder(services: Services, caller: Caller, path: str) -> Path | None:
-    """The folder, if it lies under --adapters-dir; None when the path is no folder here.
+    """Return the folder, if it lies under --adapters-dir; None when the path is no folder here.
 
     The folders are the operator's: other callers are told the same whether there is one or not.
 

@@ -92,7 +92,7 @@ class ExpectedRequest(Wire):
 
 
 class EmptyRequest(Wire):
-    """A body that says nothing, which is allowed."""
+    """An empty body."""
 
 
 class PinRequest(Wire):

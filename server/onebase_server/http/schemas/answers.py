@@ -1,4 +1,4 @@
-"""What routes answer, for the reference. Plain dicts on the wire, which mypy compares with these types.
+"""Types of the routes' answers, for the reference. Plain dicts on the wire, which mypy compares with them.
 
 Nothing is validated on the way out, and no schema is made before somebody asks for the reference: `answer`
 only notes a route's type, of which openapi.py makes the schema.
@@ -36,7 +36,7 @@ class Described(dict[str, Any]):
 
 
 def refused(*statuses: int) -> Responses:
-    """`responses` of a route's errors, but for those that any route may send (see openapi.py)."""
+    """Return the `responses` of a route's errors, but for those that any route may send (see openapi.py)."""
     return {one: {} for one in statuses}
 
 
@@ -48,7 +48,7 @@ def answer(
     event: Any = None,
     also: tuple[str, ...] = (),
 ) -> Responses:
-    """`responses` of a route whose answer is JSON of this type.
+    """Return the `responses` of a route whose answer is JSON of this type.
 
     Args:
         errors: their statuses, as in `refused`.
@@ -62,13 +62,14 @@ def answer(
 
 
 def streamed_answer(kind: Any, event: Any) -> Responses:
-    """`responses` of a route for text, which answers in one piece, or by server-sent events."""
+    """Return the `responses` of a route for text, which answers in one piece, or by server-sent events."""
     told = "In one piece; or as it comes, by server-sent events"
     return answer(kind, *MODEL_REFUSED, description=told, event=event)
 
 
 def written_out(schema: Json) -> Json:
-    """A schema without `$defs`: what refers to one of them has it in its place. None may have itself."""
+    """Return a schema without `$defs`: each reference is replaced by what it means. None may refer to
+    itself."""
     parts = schema.get("$defs", {})
 
     def whole(part: Any) -> Any:
@@ -105,13 +106,13 @@ class ErrorDetails(TypedDict):
 
 
 class Error(TypedDict):
-    """Of every route but Anthropic's."""
+    """Error of every route but Anthropic's."""
 
     error: ErrorDetails
 
 
 class AnthropicErrorDetails(TypedDict):
-    """What Anthropic's shape has no place for."""
+    """Fields of an error that Anthropic's format has no place for."""
 
     error_code: ErrorCode
     param: NotRequired[ErrorParam]
@@ -133,7 +134,7 @@ class AnthropicError(TypedDict):
 
 
 class ListAnswer(TypedDict, Generic[T]):
-    """All there are."""
+    """A whole list."""
 
     object: Literal["list"]
     data: list[T]
@@ -150,7 +151,7 @@ class PageAnswer(TypedDict, Generic[T]):
 
 
 class DeletedAnswer(TypedDict):
-    """It is deleted."""
+    """Confirmation of a deletion."""
 
     id: str
     object: str
@@ -280,7 +281,7 @@ class PromptTokenLogprob(TypedDict):
 
 
 PromptLogprobs = list[dict[str, PromptTokenLogprob] | None]
-"""Of each prompt token, by token id."""
+"""Log-probabilities of each prompt token, by token id."""
 
 
 class CompletionChoice(TypedDict):
@@ -559,7 +560,7 @@ class ResponseReasoning(TypedDict):
 
 
 class ResponseHead(TypedDict):
-    """What was asked for, as it was taken, and what was answered."""
+    """A response without its state: the fields of the request as they were read, and the output."""
 
     id: str
     object: Literal["response"]
@@ -594,7 +595,7 @@ class ResponseAnswer(ResponseHead):
 
 
 class InputItemsAnswer(PageAnswer[MessageItemAnswer | CallItemAnswer | CallOutputItemAnswer]):
-    """What a response answers."""
+    """Items that a response answers."""
 
 
 # ---- models and tokens -------------------------------------------------------------------------
@@ -642,7 +643,7 @@ class TokenizerAnswer(TypedDict):
 
 
 class AdapterAnswer(TypedDict):
-    """A name; what it is made of, and where it is, are its active version's."""
+    """An adapter; what it is made of, and where it is, are its active version's."""
 
     object: Literal["adapter"]
     id: str
@@ -683,7 +684,7 @@ class MergedAnswer(ParentAnswer):
 
 
 class VersionSource(TypedDict):
-    """Where its files came from: `upload`, `hub`, `folder`, `training`, `checkpoint` or `merge`."""
+    """Source of a version's files: `upload`, `hub`, `folder`, `training`, `checkpoint` or `merge`."""
 
     kind: str
     repo: NotRequired[str]
@@ -707,7 +708,7 @@ class VersionFileAnswer(TypedDict):
 
 
 class FilesBase(TypedDict):
-    """Where the base can be had."""
+    """Repository from which the base can be had."""
 
     name: str
     repo: str | None
@@ -751,7 +752,7 @@ class VersionAnswer(TypedDict):
 
 
 class HistoryAnswer(TypedDict):
-    """What was made active, or no longer, when and by whom."""
+    """A change of the active version: what became active or inactive, when and by whom."""
 
     action: str
     version: str | None
@@ -826,7 +827,7 @@ class BatchAnswer(TypedDict):
     usage: BatchUsage
     metadata: dict[str, str] | None
     waiting: str | None
-    """Why nothing of it is computed now."""
+    """Reason why nothing of it is computed now."""
 
 
 class JobProblem(TypedDict):
@@ -836,12 +837,12 @@ class JobProblem(TypedDict):
 
 
 class JobStopAnswer(TypedDict):
-    """Who ended a job early."""
+    """Early end of a job."""
 
     step: int | None
-    """After which it ended; null until it has."""
+    """Step after which the job ended; null until it has."""
     steps: int
-    """That were planned."""
+    """Number of steps that were planned."""
     by: str
     """The id of the API key that asked; empty where none is needed."""
     at: int
@@ -946,7 +947,8 @@ class TenantAnswer(TypedDict):
 
 
 class UsageRowAnswer(TypedDict):
-    """Of `day`, `tenant`, `base` and `adapter` it has those that the rows are grouped by."""
+    """Usage of one group, with those of `day`, `tenant`, `base` and `adapter` that the rows are grouped
+    by."""
 
     day: NotRequired[str]
     tenant: NotRequired[str]

@@ -37,9 +37,9 @@ from onebase_server.http.schemas.wire import (
 Json = dict[str, Any]
 CallId = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 _BETWEEN_TURNS = "\n\n"
-"""Between what one side says in turns that follow each other: to templates they are one."""
+"""Separator of what one side says in turns that follow each other: to templates they are one."""
 _FAILED = "Error: "
-"""Before the result of a tool that failed: templates have no other place for it."""
+"""Prefix of the result of a tool that failed: templates have no other place for it."""
 
 
 # ---- what is said ------------------------------------------------------------------------------
@@ -76,14 +76,14 @@ TextOrBlocks = Annotated[Annotated[str, ONE] | Annotated[TextBlocks, LIST], BY_K
 
 
 def _text(content: str | Sequence[object]) -> str:
-    """Of blocks, all that is text."""
+    """Return a text as it is, and of blocks all that is text."""
     if isinstance(content, str):
         return content
     return "".join(block.text for block in content if isinstance(block, TextBlock))
 
 
 class ToolResultBlock(_Block):
-    """What a tool answered."""
+    """Result of a tool."""
 
     type: Literal["tool_result"]
     tool_use_id: CallId
@@ -98,7 +98,7 @@ class ToolResultBlock(_Block):
 
 
 def _type_of(value: Any) -> Any:
-    """Of a block; of what is none, that of which the error is the clearest."""
+    """Return the type of a block; for anything else, the type whose error is the clearest."""
     found = value.get("type", "text") if isinstance(value, dict) else getattr(value, "type", "text")
     return found if isinstance(found, str) else "text"
 
@@ -121,7 +121,7 @@ _SPOKEN_BY: dict[str, tuple[str, ...]] = {
 
 
 class Turn(Wire):
-    """What one side says at once."""
+    """One turn of a conversation."""
 
     role: Literal["user", "assistant", "system"]
     content: Annotated[Annotated[str, ONE] | Annotated[AnyBlocks, LIST], BY_KIND]
@@ -152,11 +152,11 @@ class Turn(Wire):
 
     @property
     def results(self) -> list[tuple[int, ToolResultBlock]]:
-        """With their places among the blocks."""
+        """Results of tools, with their places among the blocks."""
         return [(at, block) for at, block in enumerate(self.blocks) if isinstance(block, ToolResultBlock)]
 
     def messages(self, called: dict[str, str]) -> Iterator[Json]:
-        """OpenAI's messages. called: the names of tools by the ids of their calls."""
+        """Yield the turn as OpenAI's messages. called: the names of tools by the ids of their calls."""
         for _, result in self.results:
             known = {"tool_call_id": result.tool_use_id, "name": called[result.tool_use_id]}
             yield {"role": "tool", "content": result.text, **known}
@@ -194,7 +194,7 @@ class Tool(_Block):
 
     @cached_property
     def function(self) -> Json:
-        """Raises FieldError."""
+        """The function in OpenAI's form. Raises FieldError."""
         parts = {"name": self.name, "description": self.description, "parameters": self.input_schema}
         try:
             return a_function({"type": "function", "function": {**parts, "strict": self.strict}})
@@ -215,7 +215,7 @@ class MessageToolChoice(Typed):
     goes_with: ClassVar = {"name": "tool"}
 
     def chat_fields(self) -> Json:
-        """OpenAI's."""
+        """Return the choice as fields of OpenAI's chat request."""
         named = {"type": "function", "function": {"name": self.name}}
         choice = {"any": "required", "tool": named}.get(self.type, self.type)
         alone = {"parallel_tool_calls": False} if self.disable_parallel_tool_use else {}
@@ -251,11 +251,11 @@ class Thinking(Wire):
 
 _NO_THINKING = of_type("disabled", otherwise='say {"type": "disabled"}, or leave thinking out')
 _THINKING_SWITCH = "enable_thinking"
-"""The variable by which chat templates are told whether to think."""
+"""Variable of chat templates that says whether to think."""
 
 
 class _Chat(ChatRequest):
-    """A chat request that came as another one. schema_param: where its schema stood."""
+    """A chat request that came as another one. schema_param: the field of that one which held its schema."""
 
     schema_param: str | None = None
 
@@ -268,7 +268,8 @@ class _Chat(ChatRequest):
 
 
 def _of_one_side(messages: Sequence[Json]) -> list[list[Json]]:
-    """Those that are one turn to templates; what a tool says, and what follows a call, begins another."""
+    """Group the messages that are one turn to templates. A tool's message begins another, and so does one
+    after a call."""
     groups: list[list[Json]] = []
     for message in messages:
         last = groups[-1][-1] if groups else {}
@@ -285,7 +286,7 @@ def _joined(messages: Sequence[Json]) -> Json:
 
 
 class ConversationRequest(Tolerant):
-    """Body of POST /v1/messages/count_tokens, and what POST /v1/messages has of it."""
+    """Body of POST /v1/messages/count_tokens, whose fields POST /v1/messages has too."""
 
     model: Name
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -337,7 +338,7 @@ class ConversationRequest(Tolerant):
         return self
 
     def chat(self, variables: frozenset[str]) -> ChatRequest:
-        """The same as OpenAI's clients say it. variables: those of the base's chat template.
+        """Return the same request as OpenAI's clients write it. variables: those of the base's chat template.
 
         Raises InvalidRequestError.
         """
@@ -382,7 +383,7 @@ _NAMES_HERE = {"stop": "stop_sequences", "response_format": "output_config.forma
 
 
 class MessagesRequest(ConversationRequest, SamplingFields):
-    """Body of POST /v1/messages; sampling as POST /generate knows it besides."""
+    """Body of POST /v1/messages, with the sampling fields of POST /generate besides."""
 
     max_tokens: int = Field(ge=1, le=MAX_TOKENS)
     stop_sequences: Stops | None = None

@@ -35,7 +35,7 @@ class CreateBatchRequest(Wire):
 
     @property
     def seconds(self) -> float:
-        """Of the completion window; 0 for what is none."""
+        """Completion window in seconds; 0 if it is not a duration."""
         try:
             return parse_duration(self.completion_window)
         except SettingsError:

@@ -1,4 +1,4 @@
-"""What the events of streamed answers hold, for the reference: plain dicts on the wire, as in answers.py."""
+"""Types of the events of streamed answers, for the reference: plain dicts on the wire, as in answers.py."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ from onebase_server.http.schemas.answers import (
 
 
 class CallFunctionDelta(TypedDict):
-    """The first of a call has its name; the arguments are parts of a text, which is JSON when it is whole."""
+    """Part of a called function. The first has its name; the arguments are parts of a text, which is JSON
+    when whole."""
 
     name: NotRequired[str]
     arguments: str
 
 
 class CallDelta(TypedDict):
-    """The first of a call has its id."""
+    """Part of a call. The first has its id."""
 
     index: int
     id: NotRequired[str]
@@ -63,7 +64,7 @@ class TextEvent(TypedDict):
 
 
 class ChoiceEnd(TypedDict):
-    """Why a choice ended."""
+    """End of a choice, with the reason."""
 
     id: str
     index: int
@@ -72,7 +73,7 @@ class ChoiceEnd(TypedDict):
 
 
 class GenerationEnd(GeneratedSummary):
-    """The last but one; then comes `[DONE]`."""
+    """The last event but one; then comes `[DONE]`."""
 
     id: str
     done: Literal[True]
@@ -92,15 +93,15 @@ class ManyTextEvent(TextEvent, _OfRequest):
 
 
 class ManyChoiceEnd(ChoiceEnd, _OfRequest):
-    """Why a choice of one request ended."""
+    """End of a choice of one request, with the reason."""
 
 
 class ManyGenerationEnd(GenerationEnd, _OfRequest):
-    """The last of one request. `[DONE]` comes after the last of all."""
+    """The last event of one request. `[DONE]` comes after the last of all."""
 
 
 class ManyError(Error, _OfRequest):
-    """The last of one request, which was refused or failed. The others go on."""
+    """The last event of a request that was refused or failed. The others continue."""
 
     status: Annotated[int, Field(description="that the error has at POST /generate")]
 
@@ -142,7 +143,7 @@ class CompletionChunkChoice(TypedDict):
 
 
 class CompletionChunk(TypedDict):
-    """`usage`: with `stream_options`. After the last one comes `[DONE]`."""
+    """A chunk of a completion. `usage`: with `stream_options`. After the last one comes `[DONE]`."""
 
     id: str
     object: Literal["text_completion"]
@@ -167,7 +168,7 @@ class ChatChunkChoice(TypedDict):
 
 
 class ChatChunk(TypedDict):
-    """`usage`: with `stream_options`. After the last one comes `[DONE]`."""
+    """A chunk of a chat answer. `usage`: with `stream_options`. After the last one comes `[DONE]`."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -185,7 +186,7 @@ ChatEvent = ChatChunk | Error
 
 
 class ResponseState(ResponseHead):
-    """A response while it comes about."""
+    """A response while it is generated."""
 
     status: Literal["in_progress", "completed", "incomplete", "failed"]
     error: ErrorDetails | None
@@ -281,4 +282,4 @@ MessageEvent = (
 # ---- training jobs -------------------------------------------------------------------------------
 
 JobEvent = JobEventAnswer | JobAnswer
-"""The last one, `event: done`, is the job."""
+"""Events of a job's stream; the last one, `event: done`, is the job."""

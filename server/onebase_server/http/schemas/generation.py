@@ -61,7 +61,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 def _few_entries(bias: Any) -> Any:
-    """Before they are looked at one by one."""
+    """Refuse too many entries before they are looked at one by one."""
     if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
         raise ValueError(f"should have at most {MAX_LOGIT_BIAS} entries, and has {len(bias)}")
     return bias
@@ -102,7 +102,7 @@ ChoiceTexts = Annotated[list[ChoiceText], Field(min_length=1, max_length=MAX_CHO
 
 
 class NamedSchema(Wire):
-    """OpenAI's wrapping of a JSON schema. It is always kept to, whatever `strict` says."""
+    """OpenAI's wrapping of a JSON schema. The text always keeps to it, whatever `strict` says."""
 
     name: Name | None = None
     description: str | None = None
@@ -111,7 +111,7 @@ class NamedSchema(Wire):
 
 
 class ResponseFormat(Typed):
-    """What the text must be: anything, a JSON object, or JSON that a schema describes."""
+    """Form of the text: anything, a JSON object, or JSON that a schema describes."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
@@ -143,7 +143,7 @@ class StructuredOutputs(Wire):
 
 
 class AdapterFields(Wire):
-    """What answers, and how long it may take."""
+    """Adapter that answers, and the time that it may take."""
 
     timeout_s: float | None = Field(
         default=None, gt=0, description="seconds; then finish_reason is cancelled"
@@ -159,12 +159,12 @@ class AdapterFields(Wire):
 
     @property
     def wanted_adapter(self) -> str | list[AdapterTerm] | None:
-        """What is to answer, whichever way it was written; None is the base."""
+        """Adapter or weighted sum that is to answer, whichever field names it; None is the base."""
         return self.adapter_id if self.adapter is None else self.adapter
 
 
 class SamplingFields(AdapterFields):
-    """How tokens are chosen: the fields that every route knows, under the same names.
+    """Sampling fields, which every route has under the same names.
 
     A null counts as "not given".
     """
@@ -212,7 +212,7 @@ class SamplingFields(AdapterFields):
 
     @cached_property
     def grammar(self) -> GrammarField | None:
-        """What the text must be, whichever way it was written.
+        """Grammar of the text, whichever field describes it.
 
         Raises:
             FieldError: it is written in two ways, or it is too long.
@@ -228,7 +228,7 @@ class SamplingFields(AdapterFields):
         return found[0]
 
     def grammars_by_field(self) -> dict[str, Grammar | None]:
-        """Each way to write what the text must be, and what is written so."""
+        """Return each field that can describe the text's form, with the grammar that it describes."""
         outputs, wanted = self.structured_outputs, self.response_format
         schema = wanted.json_schema.schema_ if wanted is not None and wanted.json_schema is not None else None
         given = {
@@ -259,7 +259,7 @@ class SamplingFields(AdapterFields):
 
 @dataclass(frozen=True)
 class GrammarField:
-    """What a text must be, and the field that said so."""
+    """Grammar of a text, and the field that described it."""
 
     param: str
     grammar: Grammar
@@ -294,7 +294,7 @@ def _of_choice(choices: Sequence[str] | None) -> Grammar | None:
 
 
 class ConversationFields(SamplingFields):
-    """What a request with messages has besides."""
+    """Fields of a request with messages, besides those for sampling."""
 
     tools: Annotated[list[ToolObject], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: (
@@ -338,17 +338,17 @@ class ConversationFields(SamplingFields):
 
     @property
     def functions(self) -> list[Any]:
-        """What the tools are."""
+        """Functions that the tools are."""
         return [tool["function"] for tool in self.tools or ()]
 
     @cached_property
     def tool_characters(self) -> int:
-        """Of the tools, as JSON. Known once the request is validated."""
+        """Length of the tools as JSON, in characters. Known once the request is validated."""
         return len(json.dumps(self.tools)) if self.tools else 0
 
     @property
     def calls_tools(self) -> bool:
-        """Whether the answer may call one."""
+        """Whether the answer may call a tool."""
         return bool(self.tools) and self.tool_choice != "none"
 
     @property
@@ -364,7 +364,7 @@ class ConversationFields(SamplingFields):
 
     @property
     def callable_names(self) -> list[str]:
-        """Of the tools that may be called."""
+        """Names of the tools that may be called."""
         choice = self.tool_choice
         if isinstance(choice, str | None):
             return [function["name"] for function in self.functions]
@@ -395,7 +395,7 @@ class GenerateRequest(ConversationFields):
 
 
 def _or_why_not(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """The request, or the error that it alone gets."""
+    """Return the validated request, or the error that it alone gets."""
     try:
         return validate(value)
     except ValidationError as error:
@@ -413,5 +413,5 @@ class GenerateManyRequest(Wire):
 
     @property
     def bodies(self) -> list[GenerateRequest | InvalidRequestError]:
-        """In their order, each validated or refused."""
+        """Requests in their order, each validated or refused."""
         return [*self.requests]

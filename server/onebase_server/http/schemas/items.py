@@ -1,4 +1,4 @@
-"""The wire models of what a response goes on from: messages, calls of functions, and what those gave."""
+"""The wire models of what a response continues from: messages, calls of functions, and their results."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Json = dict[str, Any]
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 Status = Literal["in_progress", "completed", "incomplete"]
 _HINTS = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint", "phase", "created_by"})
-"""What answers that are sent back have in them, and changes no text."""
+"""Fields of answers that clients send back, and that change no text."""
 
 
 def _without_hints(value: Any) -> Any:
-    """Nor what is null, which means that it is not given."""
+    """Return the object without hints and without nulls, which mean that a field is not given."""
     if not isinstance(value, dict):
         return value
     return {key: item for key, item in value.items() if key not in _HINTS and item is not None}
@@ -69,7 +69,7 @@ class _Item(Wire):
 
 
 class MessageItem(_Item):
-    """What somebody said."""
+    """A message."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
@@ -93,7 +93,7 @@ class MessageItem(_Item):
 
 
 class CallItem(FunctionCall, _Item):
-    """What the model called."""
+    """A function call of the model."""
 
     type: Literal["function_call"]
     call_id: ItemId
@@ -111,7 +111,7 @@ class CallItem(FunctionCall, _Item):
 
 
 class CallOutputItem(_Item):
-    """What a call gave."""
+    """Result of a function call."""
 
     type: Literal["function_call_output"]
     call_id: ItemId
@@ -131,7 +131,7 @@ _KINDS = ("message", "function_call", "function_call_output")
 
 
 def _kind(value: Any) -> Any:
-    """A message need not say that it is one."""
+    """Return the type of an item; a message need not say that it is one."""
     return value.get("type") or "message" if isinstance(value, dict) else "message"
 
 
@@ -147,7 +147,7 @@ _ITEMS: TypeAdapter[list[MessageItem | CallItem | CallOutputItem]] = TypeAdapter
 
 
 def items_again(kept: Sequence[Json]) -> list[MessageItem | CallItem | CallOutputItem]:
-    """The items of a response that was kept. Raises InvalidRequestError where nothing can follow them."""
+    """Return the items of a stored response. Raises InvalidRequestError if nothing can follow them."""
     try:
         return _ITEMS.validate_python(kept)
     except ValidationError as error:
@@ -160,7 +160,7 @@ def items_again(kept: Sequence[Json]) -> list[MessageItem | CallItem | CallOutpu
 
 
 def kept_items(items: Sequence[MessageItem | CallItem | CallOutputItem]) -> list[Json]:
-    """As they are kept and shown: each has an id, and no other the same."""
+    """Return the items as they are stored and shown: each has an id of its own."""
     ids: set[str] = set()
     made = []
     for item in items:
@@ -175,7 +175,7 @@ def kept_items(items: Sequence[MessageItem | CallItem | CallOutputItem]) -> list
 def conversation(
     instructions: str | None, items: Sequence[MessageItem | CallItem | CallOutputItem]
 ) -> list[Message]:
-    """The same as messages: calls stand in the assistant's message before them.
+    """Return the items as messages: calls stand in the assistant's message before them.
 
     Raises InvalidRequestError.
     """

@@ -28,7 +28,7 @@ from onebase_server.http.views.jobs import wire_name
 MAX_LABELS = 16
 MAX_SUFFIX = 64
 _NO_KEY = frozenset('"\\')
-"""What databases do not find in a key of metadata."""
+"""Characters in a key of metadata with which databases do not find it."""
 _OWN_FIELDS = ("method", "seed")
 """Fields of a recipe that a request sets elsewhere."""
 
@@ -42,7 +42,7 @@ _INTEGRATIONS = (
 )
 
 EVA_GROWTH = 2
-"""EVA moves rank between layers: one may get up to this many times `r`."""
+"""Largest factor by which EVA, which moves rank between layers, raises the `r` of one."""
 
 FileId = Annotated[str, Field(min_length=1, max_length=100)]
 Settings = dict[str, Any]
@@ -57,7 +57,7 @@ class MethodSettings(Wire):
 
 
 class Method(Wire):
-    """How to train: `supervised` on replies, `dpo` on pairs of replies, or `classification` on labels."""
+    """Training method: `supervised` on replies, `dpo` on pairs of replies, or `classification` on labels."""
 
     type: Literal["supervised", "dpo", "classification"]
     supervised: MethodSettings | None = None
@@ -122,7 +122,7 @@ class CreateJobRequest(Wire):
         return self
 
     def recipe(self, max_rank: int, parent: ParentSettings | None = None) -> Recipe:
-        """What is asked for, of which this server serves ranks up to `max_rank`.
+        """Return the recipe that the request asks for, with ranks up to `max_rank`.
 
         parent: decides the settings that are its own. Raises InvalidRequestError naming the field.
         """
@@ -161,20 +161,21 @@ class CreateJobRequest(Wire):
 
 @dataclass(frozen=True)
 class ParentSettings:
-    """What the version that training goes on from decides. report: that of its proof, whole."""
+    """Settings that are decided by the version to continue training from. report: that of its proof,
+    whole."""
 
     label: str
     report: Mapping[str, Any]
 
     def settings(self) -> dict[str, Any]:
-        """Raises RecipeError: it is of a kind that is not trained here."""
+        """Return the settings. Raises RecipeError if the version is of a kind that is not trained here."""
         modules = convert(self.report["modules"], list[ModuleReport])
         task = self.report.get("task", "CAUSAL_LM")
         return own_settings(modules, task=task, rslora=self.report["rslora"], label=self.label)
 
 
 def label_problem(key: str) -> str:
-    """Why jobs could not be found by this key of their metadata; "" if they can."""
+    """Return why jobs could not be found by this key of their metadata; "" if they can."""
     if key.isprintable() and _NO_KEY.isdisjoint(key):
         return ""
     return f'a key is {key[:80]!r}: write it without ", \\ and characters that cannot be printed'

@@ -53,7 +53,7 @@ def _no_number(name: str) -> Any:
 
 
 def _a_number(text: str) -> float:
-    """Raises ValueError for one that is too large."""
+    """Read a number. Raises ValueError for one that is too large."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(text)
@@ -61,7 +61,7 @@ def _a_number(text: str) -> float:
 
 
 class FunctionCall(Wire):
-    """What an assistant called. arguments: JSON of an object, as text like OpenAI's or as it is."""
+    """Function call of an assistant. arguments: JSON of an object, as text like OpenAI's or as it is."""
 
     name: FunctionName
     arguments: Annotated[
@@ -100,13 +100,13 @@ class ToolCall(Wire):
     @model_validator(mode="before")
     @classmethod
     def _drop_place(cls, value: Any) -> Any:
-        """Clients that put streamed calls together leave their place in the list in them."""
+        """Drop the place in the list, which clients that put streamed calls together leave in them."""
         return (
             {key: item for key, item in value.items() if key != "index"} if isinstance(value, dict) else value
         )
 
     def rendered(self) -> dict[str, Any]:
-        """What chat templates take, which write the arguments as JSON themselves."""
+        """Return the call in the form for chat templates, which write the arguments as JSON themselves."""
         named = {} if self.id is None else {"id": self.id}
         function = {"name": self.function.name, "arguments": self.function.values}
         return named | {"type": self.type, "function": function}
@@ -131,7 +131,8 @@ class Message(Wire):
     @model_validator(mode="before")
     @classmethod
     def _drop_empty_extras(cls, value: Any) -> Any:
-        """Clients send answers back with empty `refusal`, `audio` and so on: they mean nothing."""
+        """Drop empty `refusal`, `audio` and so on: clients send answers back with them, and they mean
+        nothing."""
         value = without_hints(value)
         if not isinstance(value, dict):
             return value
@@ -154,7 +155,8 @@ class Message(Wire):
         return bool(self.tool_calls) or self.role == "tool"
 
     def rendered(self) -> dict[str, Any]:
-        """What chat templates take. They know no `developer`: it is the newer word for `system`."""
+        """Return the message in the form for chat templates, which know `developer` as `system`, its older
+        word."""
         parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
         role = "system" if self.role == "developer" else self.role
         made: dict[str, Any] = {"role": role, "content": "".join(parts)}
@@ -167,7 +169,7 @@ class Message(Wire):
 
 
 def without_hints(value: Any) -> Any:
-    """Without what says how to cache a message, which changes no text."""
+    """Return the object without hints on how to cache a message, which change no text."""
     if isinstance(value, dict) and "cache_control" in value:
         return {key: item for key, item in value.items() if key != "cache_control"}
     return value
@@ -177,7 +179,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES,
 
 
 def a_function(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool as chat templates take it, and `strict` besides."""
+    """Return a tool in the form for chat templates, and with `strict`. Raises FieldError."""
     check_type(tool, "function", otherwise=ONLY_FUNCTIONS)
     function = tool.get("function")
     if not isinstance(function, dict):
@@ -186,7 +188,7 @@ def a_function(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def tool_of(function: dict[str, Any], within: str) -> dict[str, Any]:
-    """The tool that a function is. within: what stands before its fields' names in errors."""
+    """Return the tool that a function is. within: what stands before its fields' names in errors."""
     name = function.get("name")
     if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
         raise FieldError(f"{within}name", f"must be 1 to {MAX_FUNCTION_NAME} letters, digits and _ - . : /")
@@ -221,7 +223,7 @@ class AllowedTools(Wire):
 
 
 class ToolChoice(Typed):
-    """OpenAI's: one tool that is to be called, or some of which any may be."""
+    """OpenAI's choice of tools: one that must be called, or several of which any may be."""
 
     type: Literal["function", "allowed_tools"]
     function: FunctionChoice | None = None
@@ -235,7 +237,7 @@ class ToolChoice(Typed):
 
     @property
     def names(self) -> list[str]:
-        """Of the tools that may be called."""
+        """Names of the tools that may be called."""
         if self.function is not None:
             return [self.function.name]
         return [tool.function.name for tool in self.allowed_tools.tools] if self.allowed_tools else []

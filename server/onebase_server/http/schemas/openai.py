@@ -39,7 +39,7 @@ IGNORED = frozenset(
 
 
 def prompt_kind(prompt: Any) -> str:
-    """Which of the four it is, by its first item: the others need not be tried."""
+    """Return which of the four kinds it is, by its first item: the others need not be tried."""
     if not isinstance(prompt, list):
         return "a-text"
     first = prompt[0] if prompt else 0
@@ -75,11 +75,11 @@ DEFAULTS: dict[str, tuple[JsonValue, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
 }
-"""What clients of vLLM write although it is the default."""
+"""Values of vLLM's fields that its clients send although they are the defaults."""
 
 
 class OpenAIRequest(Tolerant, SamplingFields):
-    """What both routes share."""
+    """Fields of OpenAI's routes for text."""
 
     model: Name
     stream_options: StreamOptions | None = None
@@ -100,7 +100,7 @@ class OpenAIRequest(Tolerant, SamplingFields):
 
     @property
     def usage_in_stream(self) -> UsageInStream:
-        """Where a stream tells the usage: nowhere, in its last chunk, or in every one."""
+        """Place of the usage in a stream: nowhere, in its last chunk, or in every one."""
         options = self.stream_options
         if options is None or not options.include_usage:
             return "never"
@@ -133,7 +133,7 @@ class CompletionRequest(OpenAIRequest):
         return self
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts one by one."""
+        """Return the prompts one by one."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):

@@ -13,7 +13,7 @@ from onebase_server.http.schemas.wire import BY_KIND, LIST, ONE, FieldError, Jso
 
 MAX_INPUTS = 2048
 MAX_DECISIONS = 1024
-"""Choices to decide among."""
+"""Largest number of choices to decide among."""
 
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
@@ -29,7 +29,7 @@ TextOrTexts = Annotated[Annotated[Text, ONE] | Annotated[Texts, LIST], BY_KIND]
 
 
 class ReadingFields(Tolerant, AdapterFields):
-    """What all of them share."""
+    """Fields of all requests that read texts."""
 
     model: Name | None = Field(default=None, description="the base's by default")
     truncate_prompt_tokens: int | None = Field(
@@ -54,7 +54,7 @@ class InputFields(ReadingFields):
 
 
 def inputs_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """The texts, or their tokens, one by one."""
+    """Return the texts, or their tokens, one by one."""
     if isinstance(given, str):
         return [given]
     if isinstance(given[0], int):
@@ -63,7 +63,7 @@ def inputs_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str 
 
 
 class PoolingFields(ReadingFields):
-    """How a text becomes a vector."""
+    """Fields that say how a text becomes a vector."""
 
     pooling: Literal["last", "mean"] | None = Field(
         default=None, description="of the hidden states behind the last norm; last by default"
@@ -97,7 +97,7 @@ class ClassifyRequest(ReadingFields):
 
 
 def _text_of(value: Any) -> Any:
-    """A document as Cohere's and Jina's clients may write it."""
+    """Return a document's text, also if it is written as Cohere's and Jina's clients may."""
     return value["text"] if isinstance(value, dict) and value.keys() == {"text"} else value
 
 

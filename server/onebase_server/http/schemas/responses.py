@@ -57,7 +57,7 @@ _DEFAULTS_OF_TOOLS: dict[str, JsonValue] = {
 
 
 def _a_flat_function(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool as chat templates take it."""
+    """Return a tool in the form for chat templates. Raises FieldError."""
     check_type(tool, "function", otherwise=ONLY_FUNCTIONS)
     known = {"name", "description", "parameters", "strict"}
     function = {}
@@ -78,7 +78,7 @@ class FlatNamedTool(Wire):
 
 
 class FlatToolChoice(Typed):
-    """One tool that is to be called, or some of which any may be."""
+    """Choice of tools: one that must be called, or several of which any may be."""
 
     type: Literal["function", "allowed_tools"]
     name: FunctionName | None = None
@@ -95,12 +95,12 @@ class FlatToolChoice(Typed):
 
     @property
     def names(self) -> list[str]:
-        """Of the tools that may be called."""
+        """Names of the tools that may be called."""
         return [tool.name for tool in self.tools or ()] if self.name is None else [self.name]
 
 
 class TextFormat(Typed):
-    """What the text must be: anything, a JSON object, or JSON that a schema describes."""
+    """Form of the text: anything, a JSON object, or JSON that a schema describes."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: Name | None = None
@@ -117,7 +117,7 @@ class TextConfig(Wire):
 
 
 class Reasoning(Wire):
-    """How much the model is to think, where its chat template knows of it. It is not shown apart."""
+    """Amount of thinking, if the base's chat template knows of it. Thinking is not shown apart."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto"] | None = None
@@ -136,11 +136,11 @@ Includable = Literal[
     "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 ]
-"""All but the first are of items that no answer has."""
+"""Values of `include`. All but the first are about items that no answer has."""
 
 
 def _few_entries(metadata: Any) -> Any:
-    """Before they are looked at one by one."""
+    """Refuse too many entries before they are looked at one by one."""
     if isinstance(metadata, dict) and len(metadata) > MAX_METADATA:
         raise ValueError(f"should have at most {MAX_METADATA} entries, and has {len(metadata)}")
     return metadata
@@ -163,7 +163,7 @@ _OTHER_WORDS = {
 
 
 def _leave_out_other_words(schema: dict[str, Any]) -> None:
-    """Of what the reference at /docs shows."""
+    """Remove these fields from the schema that the reference at /docs shows."""
     for name in _OTHER_WORDS:
         del schema["properties"][name]
 
@@ -243,7 +243,7 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
 
     @property
     def logprob_count(self) -> int | None:
-        """Of the likeliest tokens besides; None: no log-probabilities at all."""
+        """Number of the likeliest tokens to return besides; None: no log-probabilities at all."""
         return (self.top_logprobs or 0) if self.top_logprobs or LOGPROBS in (self.include or ()) else None
 
     @property

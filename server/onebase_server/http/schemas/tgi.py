@@ -15,18 +15,19 @@ from onebase_server.http.schemas.generation import (
 from onebase_server.http.schemas.wire import Name, Tolerant, Wire, rebuilt
 
 NEW_TOKENS = 100
-"""Unless `max_new_tokens` says otherwise; as TGI."""
+"""Default of `max_new_tokens`, as TGI's."""
 
 
 class TextGrammar(Wire):
-    """What the text must be."""
+    """Form of the text."""
 
     type: Literal["json", "json_schema", "regex"]
     value: JsonValue
 
 
 class Parameters(Tolerant):
-    """How tokens are chosen. Without `do_sample` and a temperature, the likeliest ones are."""
+    """Sampling parameters. The likeliest tokens are chosen unless `do_sample`, `temperature`, `top_k` or
+    `top_p` is given."""
 
     adapter_id: Name | None = None
     do_sample: bool | None = None
@@ -65,7 +66,7 @@ class TgiRequest(Wire):
     stream: Annotated[bool | None, Field(description="send tokens as they come")] = None
 
     def request(self) -> GenerateRequest:
-        """The same as POST /generate has it. Raises InvalidRequestError."""
+        """Return the same request as POST /generate has it. Raises InvalidRequestError."""
         given = self.parameters
         fields: dict[str, Any] = given.model_dump(
             include={

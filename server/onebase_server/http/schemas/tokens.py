@@ -46,7 +46,7 @@ class TokenizeRequest(Tolerant):
         return self
 
     def conversation(self) -> ConversationFields:
-        """What says how messages are written. Raises InvalidRequestError."""
+        """Return the fields that say how messages are written. Raises InvalidRequestError."""
         return rebuilt(ConversationFields, {name: getattr(self, name) for name in _OF_MESSAGES})
 
 

@@ -1,4 +1,4 @@
-"""What all wire models have in common: strict types, and errors that name a field."""
+"""Common parts of all wire models: strict types, and errors that name a field."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_DEPTH = 64
 
 
 def not_too_deep(value: Any) -> Any:
-    """What is walked level by level, such as by a chat template. Raises ValueError."""
+    """Return a value that can be walked level by level, such as by a chat template. Raises ValueError."""
     level, depth = [value], 0
     while level:
         level = [
@@ -49,7 +49,8 @@ ONE, LIST = Tag("one-value"), Tag("a-list")
 """Parts of an error's location that name no field: they are no identifiers."""
 OBJECT = Tag("an-object")
 BY_KIND = Discriminator(lambda value: (LIST if isinstance(value, list) else ONE).tag)
-"""A plain union would try both kinds, and collect an error for each item of a list under each."""
+"""Discriminator of a list and one value. A plain union would try both kinds, and collect an error for each
+item of a list under each."""
 
 
 class FieldError(ValueError):
@@ -62,7 +63,7 @@ class FieldError(ValueError):
 
 @cache
 def _names(model: type[BaseModel]) -> frozenset[str]:
-    """Of its fields, as they are written."""
+    """Return the names of a model's fields, as they are written."""
     return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 
@@ -74,9 +75,9 @@ class Wire(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, value: Any) -> Any:
-        """At the first one: pydantic would collect an error for each of a hundred thousand.
+        """Refuse the first unknown field: pydantic would collect an error for each of a hundred thousand.
 
-        One that is null is not given: clients write what newer servers of others know.
+        A field that is null is not given: clients write what newer servers of others know.
         """
         if not isinstance(value, dict):
             return value
@@ -106,14 +107,15 @@ class Typed(Wire):
 
 
 class Tolerant(Wire):
-    """Takes what other servers know and changes nothing here, and refuses by name what would."""
+    """Model that accepts fields of other servers if they change nothing here, and refuses by name those that
+    would."""
 
     ignored: ClassVar[frozenset[str]] = frozenset()
     """Fields that change nothing, whatever they say."""
     neutral: ClassVar[dict[str, tuple[JsonValue, ...]]] = {}
     """Fields that are not served, with the values that change nothing; null never does."""
     reasons: ClassVar[dict[str, str]] = {}
-    """What to do instead of such a field."""
+    """Advice for such fields: what to do instead."""
 
     @model_validator(mode="before")
     @classmethod
@@ -135,7 +137,7 @@ class Tolerant(Wire):
 
 
 def check_type(value: Any, *served: str, otherwise: str) -> Any:
-    """The value, unless it is an object that says it is of another type. Raises FieldError."""
+    """Return the value, unless it is an object that says it is of another type. Raises FieldError."""
     kind = value.get("type") if isinstance(value, dict) else None
     if kind is not None and kind not in served:
         shown = repr(kind[:40]) if isinstance(kind, str) else type(kind).__name__
@@ -144,7 +146,8 @@ def check_type(value: Any, *served: str, otherwise: str) -> Any:
 
 
 def of_type(*served: str, otherwise: str) -> BeforeValidator:
-    """Refuses objects of other types by name, before anything else in them is looked at."""
+    """Return a validator that refuses objects of other types by name, before anything else in them is looked
+    at."""
     return BeforeValidator(lambda value: check_type(value, *served, otherwise=otherwise))
 
 
@@ -152,7 +155,7 @@ Model = TypeVar("Model", bound=Wire)
 
 
 def rebuilt(model: type[Model], values: dict[str, Any]) -> Model:
-    """A model of what came as another one, with the same names where it can be wrong.
+    """Return a model made of another one's values, with the same names where they can be wrong.
 
     Raises InvalidRequestError.
     """
@@ -164,7 +167,7 @@ def rebuilt(model: type[Model], values: dict[str, Any]) -> Model:
 
 
 def validation_error(errors: Sequence[Any]) -> tuple[str, str | None]:
-    """`(message, param)` for the most exact of pydantic's errors: the field, and the way out."""
+    """Return `(message, param)` for the most exact of pydantic's errors: the field, and the way out."""
     first = max(errors, key=lambda error: len(error["loc"]))
     path = [part for part in first["loc"] if part != "body"]
     param = _param(path)
@@ -180,7 +183,7 @@ def validation_error(errors: Sequence[Any]) -> tuple[str, str | None]:
 
 
 def _param(path: Sequence[str | int]) -> str | None:
-    """`messages[0].content` from a location; union members' names are pydantic's and left out."""
+    """Return `messages[0].content` for a location; union members' names are pydantic's and left out."""
     text = ""
     for part in path:
         if isinstance(part, int):

@@ -22,7 +22,7 @@ from onebase_server.http.schemas.answers import (
 
 
 class AdapterViews:
-    """What is known of adapters, from everywhere that knows it."""
+    """Answers about adapters, from all services that know of them."""
 
     def __init__(
         self, adapters: AdapterService, hub: HubAdapters, residency: Residency, base: ResolvedBase
@@ -34,7 +34,7 @@ class AdapterViews:
         self._residency = residency
 
     def adapters(self, tenant: str) -> list[AdapterAnswer]:
-        """All that a tenant may name; also those whose first version is still being pulled."""
+        """Return all that a tenant may name; also those whose first version is still being pulled."""
         known = {record.name: self.adapter(record) for record in self._catalog.of(tenant)}
         for name in self._hub.running_names(tenant):
             if name not in known:
@@ -42,7 +42,7 @@ class AdapterViews:
         return [known[name] for name in sorted(known)]
 
     def named(self, tenant: str, name: str) -> AdapterAnswer:
-        """One adapter. Raises UnknownAdapterError."""
+        """Return one adapter. Raises UnknownAdapterError."""
         pending = self._hub.of_name(tenant, name)
         names = self._catalog.of(tenant)
         if names.get(name) is None and pending:
@@ -77,7 +77,7 @@ class AdapterViews:
         }
 
     def pulled_adapter(self, pending: Sequence[PendingPull]) -> AdapterAnswer:
-        """An adapter of which there is nothing yet but pulls."""
+        """Return an adapter of which there is nothing yet but pulls."""
         newest, oldest = pending[0], pending[-1]
         return {
             "object": "adapter",
@@ -103,7 +103,7 @@ class AdapterViews:
         }
 
     def version(self, version: VersionRecord, reader: str | None = None) -> VersionAnswer:
-        """One version; its report is as whole as the record's.
+        """Return one version; its report is as whole as the record's.
 
         reader: the tenant that reads it, if it may be another one: that is not told which key, job or
             adapters made it.
@@ -130,7 +130,7 @@ class AdapterViews:
         }
 
     def files(self, version: VersionRecord) -> VersionFilesAnswer:
-        """What a version consists of, and where its base comes from, for those who take both elsewhere."""
+        """Return a version's files and where its base comes from, for those who take both elsewhere."""
         blobs = [(name, version.files.of(name)) for name in ADAPTER_FILES]
         return {
             "object": "list",
@@ -140,7 +140,7 @@ class AdapterViews:
         }
 
     def pull(self, pending: PendingPull) -> VersionAnswer:
-        """A version that is being pulled: its content, and so its digest, is not known yet."""
+        """Return a version that is being pulled: its content, and so its digest, is not known yet."""
         reference = pending.reference
         source = {
             "kind": "hub",
@@ -168,7 +168,7 @@ class AdapterViews:
 
 
 def _source(source: Mapping[str, Any], hidden: Sequence[str] = ()) -> VersionSource:
-    """What is known of it."""
+    """Return the fields of a source that are known and not hidden."""
     return cast(VersionSource, {k: v for k, v in source.items() if k not in hidden and v is not None})
 
 

@@ -17,11 +17,11 @@ from onebase_server.http.sse import identified_event
 from onebase_server.http.views.generation import GenerationView, Json, whole_calls
 
 _STOP_REASONS = {"length": "max_tokens", "cancelled": "pause_turn"}
-"""What ends a message before its own end: `pause_turn` says that it goes on if it is sent back."""
+"""Stop reasons of a message that was cut: `pause_turn` says that it continues if it is sent back."""
 
 
 class MessageView(GenerationView):
-    """Answers of POST /v1/messages. scope: of the request, whose id errors tell."""
+    """Answers of POST /v1/messages. scope: of the request, whose id is in errors."""
 
     closing = b""
 
@@ -76,7 +76,7 @@ class MessageView(GenerationView):
 
 
 def _stop(piece: Piece, reader: AnswerReader) -> Json:
-    """Why an answer ended."""
+    """Return the stop reason and the stop sequence of an answer."""
     reason = _STOP_REASONS.get(piece.finish_reason or "")
     if reason is None:
         called = reader.count > 0 and reader.whole
@@ -93,7 +93,7 @@ class _Blocks:
         self._index = -1
 
     def more(self, piece: Piece) -> bytes:
-        """The events of what is certain with a piece."""
+        """Return the events of what is certain with a piece."""
         said = self.reader.feed(piece.text, end=piece.finish_reason is not None)
         chunk = b""
         if said.content:
@@ -127,7 +127,8 @@ class _Blocks:
 
 
 def message_usage(usage: Usage) -> Json:
-    """Anthropic's prompt is the sum of three: what is new, what was put into the cache, what came from it."""
+    """Return the usage. Anthropic's prompt is the sum of three: what is new, what was put into the cache,
+    what came from it."""
     return {
         "input_tokens": usage.prompt - usage.cached,
         "cache_creation_input_tokens": 0,
@@ -149,7 +150,7 @@ def _call_block(call_id: str, name: str | None, values: Json) -> Json:
 
 
 def _values(arguments: str) -> Json:
-    """Of a call; of one that was cut, as far as they go."""
+    """Return the arguments of a call; of one that was cut, as far as they go."""
     try:
         found = from_json(arguments, allow_partial=True)
     except ValueError:

@@ -7,7 +7,7 @@ from onebase_server.http.schemas.answers import BatchAnswer, BatchProblem
 
 
 def batch_view(batch: Batch, waiting: str | None) -> BatchAnswer:
-    """waiting: why nothing of it is computed now."""
+    """Return a batch as callers see it. waiting: why nothing of it is computed now."""
     used = {name: batch.usage.get(name, 0) for name in ("prompt", "cached", "completion")}
     errors: list[BatchProblem] = [
         {"code": error.code, "line": error.line, "message": error.message, "param": error.param}

@@ -22,7 +22,7 @@ Json = dict[str, Any]
 
 
 def flat_logprobs(tokens: Sequence[TokenInfo], tokenizer: BaseTokenizer) -> Json:
-    """Parallel lists, as in OpenAI's completions, and the token ids."""
+    """Return parallel lists, as in OpenAI's completions, and the token ids."""
     name = tokenizer.token_text
     return {
         "tokens": [name(info.token) for info in tokens],
@@ -43,7 +43,7 @@ def _top_by_name(info: TokenInfo, tokenizer: BaseTokenizer) -> dict[str, float] 
 
 
 def chat_logprobs(tokens: Sequence[TokenInfo], tokenizer: BaseTokenizer) -> Json:
-    """One object per token, as in OpenAI's chat completions."""
+    """Return one object per token, as in OpenAI's chat completions."""
     content = []
     for info in tokens:
         entry = _chat_token(info.token, info.logprob, tokenizer)
@@ -61,21 +61,22 @@ class GenerationView(ABC):
     """One route's answers: whole, or as server-sent events."""
 
     closing = DONE
-    """What a stream ends with."""
+    """Bytes at the end of a stream."""
 
     def __init__(self, tokenizer: BaseTokenizer) -> None:
         self._tokenizer = tokenizer
 
     @abstractmethod
     def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json | list[Json]:
-        """The whole answer."""
+        """Return the whole answer."""
 
     @abstractmethod
     def events(self, generation: Generation) -> AsyncIterator[bytes]:
-        """The answer as it comes, until the generation has ended. Raises what `Generation.pieces` raises."""
+        """Yield the answer as it comes, until the generation has ended. Raises what `Generation.pieces`
+        raises."""
 
     def failure(self, error: OneBaseError) -> bytes:
-        """The event of an error after the first event."""
+        """Return the event of an error after the first event."""
         return event(error_body(error))
 
 
@@ -83,13 +84,13 @@ class GenerationView(ABC):
 
 
 class _Readers:
-    """Of the choices in one answer."""
+    """Parsers of the choices in one answer."""
 
     def __init__(self, job: Job) -> None:
         self._readers = [answer_reader(job.calls, f"{job.id}.{index}") for index in range(job.choices)]
 
     def read(self, piece: Piece) -> Said:
-        """What is certain with a piece."""
+        """Return the text and the calls that are certain with a piece."""
         return self._readers[piece.index].feed(piece.text, end=piece.finish_reason is not None)
 
     def finish_reason(self, piece: Piece) -> str | None:
@@ -97,7 +98,7 @@ class _Readers:
 
 
 def _call_delta(delta: CallDelta) -> Json:
-    """As OpenAI streams it: the first of a call has its id and name."""
+    """Return a part of a call as OpenAI streams it: the first one has the call's id and name."""
     function: Json = {} if delta.name is None else {"name": delta.name}
     function["arguments"] = delta.arguments
     begun = {} if delta.id is None else {"id": delta.id, "type": "function"}
@@ -105,7 +106,7 @@ def _call_delta(delta: CallDelta) -> Json:
 
 
 def whole_calls(deltas: Sequence[CallDelta]) -> list[Json]:
-    """Calls from all their parts."""
+    """Return the calls that all their parts make up."""
     calls: list[Json] = []
     for delta in deltas:
         if delta.id is not None:
@@ -236,7 +237,7 @@ class TgiView(GenerationView):
                 yield chunk
 
     def _end(self, piece: Piece, generation: Generation, index: int, text: str) -> bytes:
-        """What ended the text is a token too, which has no text of its own."""
+        """Return the event of the token that ended the text."""
         token = {"id": 0, "text": piece.text, "logprob": 0.0, "special": True}
         ended = {"generated_text": text, "details": self._ended(piece, generation)}
         return event({"index": index, "token": token, **ended})
@@ -265,7 +266,7 @@ class TgiView(GenerationView):
 
 
 class OpenAIView(GenerationView):
-    """What the answers of both OpenAI routes share."""
+    """Common parts of the answers of OpenAI's routes."""
 
     object: str
     chunk_object: str
@@ -277,19 +278,19 @@ class OpenAIView(GenerationView):
 
     @abstractmethod
     def whole(self, piece: Piece, readers: _Readers, with_logprobs: bool) -> Json:
-        """One choice of a whole answer."""
+        """Return one choice of a whole answer."""
 
     @abstractmethod
     def opening(self, choices: int) -> list[Json]:
-        """What a stream begins with, before any text."""
+        """Return the choices of the first chunks of a stream, before any text."""
 
     @abstractmethod
     def part(self, piece: Piece, said: Said, with_logprobs: bool) -> Json:
-        """What is new of one choice."""
+        """Return the choice of a chunk with what is new of one choice."""
 
     @abstractmethod
     def end(self, piece: Piece, reason: str | None) -> Json:
-        """How one choice ended."""
+        """Return the choice of a chunk that ends one choice."""
 
     def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
         wanted = generation.job.sampling.logprobs is not None
@@ -341,12 +342,14 @@ class OpenAIView(GenerationView):
             yield event({**head, "choices": [], "usage": openai_usage(generation.usage)})
 
     def _prompt_ids(self, generation: Generation) -> Json:
-        """What the head of an answer says of its prompt, if token ids are asked for."""
+        """Return the fields of an answer's head about its prompt, if token ids are asked for."""
         return {}
 
     def _prompt_scores(self, generation: Generation, choices: Sequence[Json]) -> Json:
-        """As vLLM has them: of each prompt token its own logprob and those of alternatives, by token id. In
-        the choices, or what is returned in the answer."""
+        """Add the prompt's log-probabilities to the choices, or return them for the answer.
+
+        They are in vLLM's form: of each prompt token its own, and those of alternatives, by token id.
+        """
         return {}
 
     def _scores_of(self, generation: Generation, prompt: int) -> list[Json | None]:
@@ -364,7 +367,7 @@ class OpenAIView(GenerationView):
         return made
 
     def _add_ids(self, choice: Json, piece: Piece, generation: Generation) -> None:
-        """As vLLM has them."""
+        """Add the token ids, as vLLM does."""
         choice["token_ids"] = piece.ids
 
     def _head(self, generation: Generation, kind: str) -> Json:
@@ -445,7 +448,7 @@ class ChatView(OpenAIView):
         }
 
     def opening(self, choices: int) -> list[Json]:
-        """The role, once per choice."""
+        """Return the role, once per choice."""
         delta = {"role": "assistant", "content": ""}
         return [
             {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

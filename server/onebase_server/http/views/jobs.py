@@ -46,7 +46,8 @@ def file_view(file: TrainingFile) -> FileAnswer:
 
 
 def job_view(job: TrainingJob, base_name: str, names: Names, *, in_list: bool = False) -> JobAnswer:
-    """One job; `report` without the curve, which is in the result file, in a list without slices and classes.
+    """Return one job; `report` lacks the curve, which is in the result file, and in a list also slices and
+    classes.
 
     names: those of its tenant.
     """
@@ -103,7 +104,7 @@ def _stopped(job: TrainingJob) -> JobStopAnswer | None:
 
 
 def is_active(job: TrainingJob, names: Names) -> bool:
-    """Whether requests for the job's adapter get its version now."""
+    """Return True if requests for the job's adapter get its version now."""
     record = names.own(job.name)
     return record is not None and job.version is not None and record.active == job.version
 
@@ -144,7 +145,7 @@ def checkpoint_view(checkpoint: Checkpoint, job: TrainingJob) -> CheckpointAnswe
 
 
 def page(data: Sequence[Mapping[str, Any]], *, more: bool) -> Json:
-    """A list as OpenAI's clients page through it: `after` of the next page is `last_id`."""
+    """Return a list as OpenAI's clients page through it: `after` of the next page is `last_id`."""
     return {
         "object": "list",
         "data": data,
@@ -163,7 +164,7 @@ def checkpoint_id(number: int) -> str:
 
 
 def number_of(given: str, prefix: str) -> int | None:
-    """The number in an id, None if it is none."""
+    """Return the number in an id, or None if it is none."""
     digits = given.removeprefix(prefix)
     if not given.startswith(prefix) or not digits.isascii() or not digits.isdigit() or len(digits) > 18:
         return None
@@ -171,12 +172,12 @@ def number_of(given: str, prefix: str) -> int | None:
 
 
 def wire_name(field: str | None) -> str | None:
-    """A recipe's field as OpenAI's clients call it."""
+    """Return the name by which OpenAI's clients call a recipe's field."""
     return "n_epochs" if field == "epochs" else field
 
 
 def _whole(value: Any) -> Any:
-    """OpenAI's client takes epochs as a whole number, if they are one."""
+    """Return whole epochs as an integer, which OpenAI's client takes them as."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -16,16 +16,16 @@ from onebase_server.http.sse import identified_event
 from onebase_server.http.views.generation import GenerationView, Json, chat_logprobs
 
 _REASONS = {"length": "max_output_tokens", "cancelled": "timeout"}
-"""Why an answer is not whole, by how its row ended."""
+"""Reasons why an answer is not whole, by how its sequence ended."""
 
 
 class _Output:
-    """The items of one answer, and the events that tell how they come about."""
+    """Items of one answer, and the events that build them up."""
 
     def __init__(self, job: Job, tokenizer: BaseTokenizer) -> None:
         self.items: list[Json] = []
         self.reason: str | None = None
-        """Why it is not whole."""
+        """Reason why the answer is not whole."""
         self._tokenizer = tokenizer
         self._id = job.id
         self._reader = answer_reader(job.calls, job.id)
@@ -37,7 +37,7 @@ class _Output:
         self._logprobs: list[Json] = []
 
     def feed(self, piece: Piece) -> list[Json]:
-        """What happens with a piece."""
+        """Return the events of a piece."""
         ended = piece.finish_reason is not None
         said = self._reader.feed(piece.text, end=ended)
         self._waiting += piece.tokens
@@ -64,7 +64,7 @@ class _Output:
         return [*events, self._event("response.output_text.delta", **delta)]
 
     def _take_logprobs(self, *, all: bool) -> list[Json]:
-        """Of the tokens whose text has been said; of calls there are none."""
+        """Return the log-probabilities of the tokens whose text has been said; calls have none."""
         count = len(self._waiting)
         if not all:
             count = next((n for n, token in enumerate(self._waiting) if token.offset >= self._said), count)
@@ -112,7 +112,7 @@ class _Output:
     # ---- both --------------------------------------------------------------------------------
 
     def _item_id(self, kind: str) -> str:
-        """The same in a stream that is resumed."""
+        """Return the id of the next item, the same in a stream that is resumed."""
         return kind + blake2b(f"{self._id}.{len(self.items)}".encode(), digest_size=12).hexdigest()
 
     def _begin(self, item: Json) -> Json:
@@ -131,11 +131,11 @@ class _Output:
         return events
 
     def break_off(self) -> None:
-        """Nothing more comes: what has begun is all that there is of it."""
+        """Close the open item: nothing more of it comes."""
         self._close("incomplete")
 
     def _event(self, kind: str, **fields: Any) -> Json:
-        """Of the open item."""
+        """Return an event of the open item."""
         made: Json = {"type": kind, "output_index": len(self.items), **fields}
         if self._open is not None and "item" not in fields:
             made["item_id"] = self._open["id"]
@@ -217,7 +217,7 @@ class ResponseView(GenerationView):
 
 
 def _asked(body: ResponsesRequest) -> Json:
-    """What was asked for, as the answer repeats it."""
+    """Return the request's fields as the answer repeats them."""
     wanted, effort = body.text.format if body.text is not None else None, body.reasoning_effort
     choice = body.tool_choice
     return {
