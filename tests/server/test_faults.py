@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,22 @@ def test_an_engine_that_makes_no_progress_turns_health_bad_and_is_replaced(serve
         server.wait_for(lambda: server.status_of("/health") == 200)
         server.wait_ready()
         assert server.engine_pid() != first_pid
+
+
+def test_a_pause_that_a_frozen_engine_does_not_take_hides_no_stall_and_leaves_no_pause(
+    serve_scripted: Starter,
+) -> None:
+    with serve_scripted("words", "--stall-timeout", "1") as server, server.client() as http:
+        pid = server.engine_pid()
+        with ThreadPoolExecutor() as threads:
+            request = threads.submit(http.post, "/generate", json={"prompt": "word", "max_tokens": 400})
+            server.wait_for(lambda: http.get("/status").json()["requests"] == 1)
+            os.kill(pid, signal.SIGSTOP)
+            assert http.post("/pause", params={"mode": "keep"}).status_code == 503
+            assert request.result(60).json()["error"]["code"] == "engine_restarted"
+        server.wait_ready()
+        assert server.engine_pid() != pid
+        assert http.get("/is_paused").json() == {"is_paused": False}
 
 
 def test_an_engine_whose_rows_all_wait_for_grammars_is_no_stall(serve_scripted: Starter) -> None:

@@ -257,7 +257,7 @@ def test_deleting_by_force_ends_the_wait_and_tells_the_one_who_runs() -> None:
         await settle()
         assert not waiting.done()
 
-        for digest in ("a", "b"):
+        for digest in ("a", "a", "b", "b"):  # a version, and then its adapter
             engine.residency.revoke("default", "name", digest)
 
         with pytest.raises(AdapterDeletedError):

@@ -61,6 +61,16 @@ def test_a_bad_line_is_told_with_its_number_and_the_others_are_read(
     assert "give messages" in found[-1][2]
 
 
+def test_a_line_as_long_as_may_be_is_read_and_so_is_the_next_one(tmp_path: Path) -> None:
+    long = b'{"text": "' + b"x" * (files.MOST_LINE_BYTES - 12) + b'"}'
+    assert len(long) == files.MOST_LINE_BYTES
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(long + b"\n" + b'{"text": "second"}\n' + b"{\n")
+    rows = list(read_file(path))
+    assert [getattr(row, "line", None) for row in rows] == [1, 2, 3]
+    assert [isinstance(row, Problem) for row in rows] == [False, False, True]
+
+
 def test_every_bad_line_is_in_the_error_and_the_first_20_in_its_text(tmp_path: Path) -> None:
     path = written(tmp_path, b"\n".join([GOOD, *[b"{}"] * 30]))
     with pytest.raises(DataError) as caught:

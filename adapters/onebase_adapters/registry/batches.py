@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any, cast
 
 from sqlalchemy import ColumnElement, func, select
@@ -134,8 +135,10 @@ class BatchRecords:
             query = select(BatchRow).where(
                 *self._scope(), BatchRow.server != server, BatchRow.state.in_(OPEN_BATCHES)
             )
-            rows = session.scalars(query.order_by(BatchRow.number).limit(MOST_OPEN))
-            return [_record(row) for row in rows if _is_lost(row, leases, now)]
+            rows = session.scalars(query.order_by(BatchRow.number))
+            # The limit counts what is lost: else older batches of servers that live would hide it.
+            lost = islice((row for row in rows if _is_lost(row, leases, now)), MOST_OPEN)
+            return [_record(row) for row in lost]
 
     def take(self, batch_id: str, before: str, server: str) -> Batch:
         """Transfer a batch from the server `before` to this one.

@@ -208,11 +208,11 @@ class TrainingRecords:
                 AdapterRow.tenant == job.tenant,
                 AdapterRow.name == job.name,
             )
+            files = sorted({job.training_file, job.validation_file or job.training_file})
+            for file_id in files:  # locked before the tenant's quotas, by whoever locks both
+                find_file(session, job.tenant, file_id, lock=True)
             if session.scalar(names) is None:
                 check_adapters(session, job.tenant)
-            files = sorted({job.training_file, job.validation_file or job.training_file})
-            for file_id in files:
-                find_file(session, job.tenant, file_id, lock=True)
             check_jobs(session, job.tenant, files)
             row = _job_row(job, self._base_id, time.time())
             row.key = audit.current().key

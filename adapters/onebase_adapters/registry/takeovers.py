@@ -59,7 +59,8 @@ class Takeovers:
                         and_(row.server.in_(busier), row.state == "queued"),
                     ),
                 )
-                .order_by(row.number)
+                # Lost ones first: else queued jobs that may not be taken would hide them.
+                .order_by(row.server.in_(lost).desc(), row.number)
                 .limit(MOST_LOOKED_AT)
             )
             return [
@@ -173,7 +174,10 @@ class Takeovers:
         ended = select(row.number).where(
             or_(
                 row.state.in_(("succeeded", "cancelled")),
-                and_(row.state == "failed", row.error_code.not_in(list(passing))),
+                and_(
+                    row.state == "failed",
+                    or_(row.error_code.is_(None), row.error_code.not_in(list(passing))),
+                ),
             )
         )
         with self._database.write_uncounted() as session:

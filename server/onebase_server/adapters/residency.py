@@ -526,7 +526,9 @@ class Lease:
         self.entries.append(entry)
 
     def revoke(self, error: OneBaseError) -> None:
-        """End what uses the lease, or waits for it, with an error."""
+        """End what uses the lease, or waits for it, with an error. Only the first one counts."""
+        if self._revoked is not None:
+            return  # a task that is cancelled twice would end with the cancellation
         self._revoked = error
         if self._waiting is not None:
             self._waiting.cancel()

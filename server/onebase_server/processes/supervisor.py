@@ -193,6 +193,9 @@ class EngineSupervisor:
                 if self.paused != paused:  # the server ends, and lets what runs end
                     return
                 if time.monotonic() > deadline or self.unavailable() is not None:
+                    if paused:  # a pause that never was would keep a stall from being seen
+                        self.paused = False
+                        self._link.send(Pause(False))
                     raise UnavailableError(
                         "The engine did not answer. Try again.", code="engine_busy", retry_after=1.0
                     )

@@ -164,3 +164,15 @@ def test_a_batch_is_taken_over_when_its_server_is_gone_for_long_or_it_is_only_to
     with acting(Origin(owned=("batch_1", HERE))), pytest.raises(BatchElsewhereError):
         add_file(registry, "output")
     registry.batches.move("batch_1", "in_progress", ("validating",), server="server-2")
+
+
+def test_batches_of_servers_that_live_hide_none_of_a_server_that_is_gone(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_file(registry)
+    monkeypatch.setattr(module, "MOST_OPEN", 2)
+    for number, server in enumerate((HERE, HERE, "server-2")):
+        registry.batches.add(new(number, server=server))
+    lease(registry, HERE, 60.0)
+    lease(registry, "server-2", -1000.0)
+    assert [batch.id for batch in registry.batches.lost("server-3")] == ["batch_2"]

@@ -21,6 +21,7 @@ from onebase_adapters.registry import (
     TrainingJob,
     UnkeptJob,
     acting,
+    takeovers,
 )
 
 JOB = "ftjob-one"
@@ -94,6 +95,18 @@ def test_a_trained_job_keeps_its_adapter_when_the_store_has_it(registry: Registr
     registry.takeovers.keep(JOB, "s1", 10, {"adapter/x": blob("x").sha256}, adapter=True)
     dead(registry, "s1")
     assert take(registry, "s2").report == {"steps": 10}
+
+
+def test_jobs_that_nobody_may_take_hide_none_of_a_server_that_is_gone(
+    registry: Registry, job: TrainingJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(takeovers, "MOST_LOOKED_AT", 1)
+    move(registry, "queued")
+    saved(registry, 5)  # it would lose steps
+    alive(registry, "s1", room=0)
+    other = add_job(registry, "two", server="s3")
+    dead(registry, "s3")
+    assert takeable(registry, room=2) == [other.id]
 
 
 def test_a_job_that_waits_goes_to_the_server_with_most_room(registry: Registry, job: TrainingJob) -> None:

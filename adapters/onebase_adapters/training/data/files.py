@@ -171,7 +171,7 @@ def json_lines(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item
     while raw := file.readline(MOST_LINE_BYTES + 1):
         line += 1
         on_bytes(len(raw))
-        if len(raw) > MOST_LINE_BYTES:
+        if len(raw) > MOST_LINE_BYTES and not raw.endswith(b"\n"):
             yield Problem(line, "", f"the line is longer than {MOST_LINE_BYTES >> 20} MB")
             _skip_line(file, on_bytes)
             continue
@@ -179,7 +179,7 @@ def json_lines(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[Item
             raw = raw.removeprefix(_BOM)
         if not raw.strip():
             continue
-        yield _record(line, raw)
+        yield _record(line, raw.removesuffix(b"\n"))
 
 
 def json_array(file: BinaryIO, on_bytes: Callable[[int], None], source: str) -> Iterator[Item]:
