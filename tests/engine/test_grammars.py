@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from onebase_engine.engine.grammar_follower import Follower
 from onebase_engine.engine.grammar_process import Matchers, check_patterns, load_tokenizer, resident_bytes
 from onebase_engine.engine.grammars import Grammars
 from onebase_engine.engine.messages import Grammar
+from onebase_engine.engine.row import AdapterMix, Row
 from onebase_engine.engine.scheduler import Limits
 from onebase_server.http.schemas.generation import GenerateRequest
 
@@ -796,6 +800,249 @@ def test_when_the_process_dies_that_starts_the_others_the_text_is_the_same(
     os.kill(template._process.pid, signal.SIGKILL)
     assert answers.run().tokens == whole.tokens
     assert following(own)._template is not template
+
+
+# ---- what may go wrong with processes -----------------------------------------------------------
+
+
+ODD_PROCESS = """
+import os, sys, time
+from onebase_engine.engine import grammar_process as real
+
+def first(name, times=1):
+    # Return True for the first `times` callers of all processes.
+    for number in range(times):
+        try:
+            os.close(os.open(f"{sys.argv[0]}.{name}{number}", os.O_CREAT | os.O_EXCL))
+            return True
+        except FileExistsError:
+            pass
+    return False
+
+class Matchers(real.Matchers):
+    def compile(self, key, grammar):
+        follows = self._masks.size > 1
+        if "heavy" in grammar.text and follows and first("heavy", 2):
+            os._exit(1)
+        if "raises" in grammar.text:
+            raise MemoryError
+        while "burns" in grammar.text:
+            if time.thread_time() > 0.3:
+                os._exit(1)
+        return super().compile(key, grammar)
+
+    def _matcher(self, grammar):
+        if "gate" in grammar.text and self._masks.size > 1 or "door" in grammar.text:
+            while not os.path.exists(sys.argv[0] + ".gate"):
+                time.sleep(0.01)
+        return super()._matcher(grammar)
+
+serve, fork, MODE = real.serve, os.fork, open(sys.argv[0] + ".mode").read()
+
+def dies(sock, matchers):
+    if not first("dies"):
+        return serve(sock, matchers)
+    pid = fork()
+    if not pid:
+        os._exit(0)
+    try:
+        os.waitpid(pid, 0)
+    except ChildProcessError:
+        pass
+    sock.sendall(real.encode(real.Started(pid)))
+
+def fails():
+    if first("fork", 5):
+        raise OSError(11, "Resource temporarily unavailable")
+    return fork()
+
+if MODE == "dies":
+    real.serve = dies
+if MODE == "fork":
+    os.fork = fails
+if MODE == "keeps nothing":
+    real.KEPT_BYTES = -(1 << 40)
+real.Matchers = Matchers
+real.main()
+"""
+
+
+@dataclass
+class Odd:
+    """An engine with processes of ODD_PROCESS."""
+
+    engine: Engine
+    program: Path
+
+    def open_gate(self) -> None:
+        Path(f"{self.program}.gate").touch()
+
+
+@pytest.fixture
+def odd(own: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Odd:
+    program = tmp_path / "odd.py"
+    program.write_text(ODD_PROCESS)
+    Path(f"{program}.mode").write_text(getattr(request, "param", ""))
+    monkeypatch.setattr(grammar_link, "PROGRAM", (str(program),))
+    return Odd(own, program)
+
+
+@pytest.mark.parametrize("odd", ["dies", "fork"], indirect=True)
+def test_a_process_that_ends_before_it_is_known_or_cannot_be_forked_costs_nobody_an_answer(
+    odd: Odd, tokenizer: Tokenizer
+) -> None:
+    answers = ask(odd.engine, tokenizer, {"x": (of_schema(PERSON), {}), "free": (None, {"max_tokens": 9})})
+    keeps_to(PERSON, answers, "x")
+    assert answers.ends["free"].finish == "length"
+
+
+def test_where_no_file_can_be_opened_others_go_on_and_grammars_wait(
+    own: Engine, tokenizer: Tokenizer
+) -> None:
+    ask(own, tokenizer, {"begin": (of_schema({"type": "boolean"}), {})})
+    answers = Answers(own, tokenizer)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = [int(name) for name in os.listdir("/proc/self/fd")]
+    free = min(set(range(max(opened) + 2)) - set(opened))
+    answers.submit("free", None, max_tokens=400, temperature=0.0, ignore_eos=True)
+    answers.submit("known", of_schema({"type": "boolean"}), tenant="other")
+    answers.submit("new", of_schema(PERSON))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        for _ in range(20):
+            answers.step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(answers.tokens["free"]) >= 19
+    answers.run()
+    keeps_to(PERSON, answers, "new")
+    assert answers.text("known") in ("true", "false")
+
+
+def test_processes_that_end_with_the_one_that_forked_them_put_no_blame_on_a_grammar(
+    odd: Odd, tokenizer: Tokenizer
+) -> None:
+    answers = Answers(odd.engine, tokenizer)
+    answers.submit("trial", Grammar("regex", "door"))
+    answers.submit("follower", Grammar("regex", "gate"), tenant="other")
+    for _ in range(3):
+        while not is_compiling(odd.engine, "other") or not any(
+            one.pid for one in following(odd.engine)._running_trials()
+        ):
+            answers.step()
+        template = following(odd.engine)._template
+        assert template is not None
+        os.kill(template._process.pid, signal.SIGKILL)
+        while following(odd.engine)._template is template:
+            answers.step()
+    odd.open_gate()
+    answers.run()
+    assert (answers.text("trial"), answers.text("follower")) == ("door", "gate")
+
+
+def is_compiling(engine: Engine, tenant: str) -> bool:
+    follower = follower_of(engine, tenant)
+    started = follower.process is not None and follower.process.pid is not None
+    return started and follower.compiling is not None
+
+
+def test_a_compilation_without_an_answer_is_found_out_at_once(odd: Odd, tokenizer: Tokenizer) -> None:
+    answers = ask(odd.engine, tokenizer, {"bad": (Grammar("regex", "raises"), {})})
+    assert answers.ends["bad"].error_code == "grammar_refused"
+
+
+def test_a_grammar_that_ends_its_process_is_charged_for_the_time_that_it_took(
+    odd: Odd, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "COMPILE_BUDGET", 0.5)
+    answers = Answers(odd.engine, tokenizer)
+    answers.submit("burns", Grammar("regex", "burns"))
+    while odd.engine.busy:
+        answers.step()
+        for one in following(odd.engine)._running_trials():
+            while one.pid is not None and Path(f"/proc/{one.pid}").exists():
+                time.sleep(0.01)
+    answers = ask(odd.engine, tokenizer, {"new": (of_schema(PERSON), {})})
+    assert answers.ends["new"].error_code == "grammar_limit"
+
+
+def test_a_tenant_does_not_pay_for_what_another_has_asked_for_before_it(
+    unbounded: Engine, tokenizer: Tokenizer
+) -> None:
+    answers = Answers(unbounded, tokenizer)
+    for number in range(3):
+        answers.submit(str(number), hanging(number), tenant="evil")
+    for tenant in ("evil", "good"):
+        answers.submit(tenant, of_schema(PERSON), tenant=tenant)
+    while "good" not in answers.ends:
+        answers.step()
+    keeps_to(PERSON, answers, "good")
+    assert "2" not in answers.ends, "it waited for the other tenant's grammars"
+    for number in range(3):
+        unbounded.cancel(protocol.Cancel(id=str(number)))
+    answers.run()
+
+
+def test_a_grammar_that_ends_one_tenants_process_is_not_refused_to_others(
+    odd: Odd, tokenizer: Tokenizer
+) -> None:
+    heavy = Grammar("regex", "heavy")
+    assert ask(odd.engine, tokenizer, {"x": (heavy, {})}).ends["x"].error_code == "grammar_refused"
+    assert ask(odd.engine, tokenizer, {"x": (heavy, {"tenant": "other"})}).text("x") == "heavy"
+    assert ask(odd.engine, tokenizer, {"x": (heavy, {})}).ends["x"].error_code == "grammar_refused"
+
+
+@pytest.mark.parametrize("odd", ["keeps nothing"], indirect=True)
+def test_a_grammar_can_be_asked_for_again_while_it_is_compiled_for_those_who_have_left(
+    odd: Odd, tokenizer: Tokenizer
+) -> None:
+    answers = Answers(odd.engine, tokenizer)
+    answers.submit("gone", Grammar("regex", "gate"))
+    while not is_compiling(odd.engine, "default"):
+        answers.step()
+    odd.engine.cancel(protocol.Cancel(id="gone"))
+    answers.step()
+    answers.submit("again", Grammar("regex", "gate"))
+    answers.step()
+    odd.open_gate()
+    assert answers.run().text("again") == "gate"
+
+
+class Held(grammar_link.Template):
+    """In place of the template: the test answers as the process."""
+
+    def __init__(self) -> None:
+        pass
+
+    def fork(self, theirs: socket.socket, memory: int | None) -> None:
+        self.socket = theirs.dup()
+
+    def answer(self, *messages: Any) -> None:
+        self.socket.sendall(b"".join(map(protocol.encode, messages)))
+
+
+def test_what_a_process_says_before_it_is_lost_is_taken_in() -> None:
+    held, follower = Held(), Follower((1, 1), 32)
+    follower.users["key"], follower.grammars["key"] = 1, Grammar("regex", "a")
+    follower.opening.add("key")
+    follower.queue("key")
+    follower.work(held)
+    compiled = grammar_link.Compiled("key", "it is wrong")
+    held.answer(compiled, grammar_link.Forced(0, {99: [1]}))
+    told: list[grammar_link.Compiled] = []
+    with pytest.raises(grammar_link.ProcessGoneError, match="names tokens"):
+        told.extend(follower.receive())
+    assert told == [compiled]
+
+
+def test_a_sequence_whose_grammar_is_not_compiled_again_holds_up_no_other() -> None:
+    follower = Follower((1, 1), 32)
+    follower.users |= {"bad": 1, "good": 1}
+    row = Row("x", 0, [1], protocol.Sampling(), AdapterMix(), arrival=7, arrived_at=0.0, grammar="bad")
+    follower.suspects[7] = row
+    follower.compiling, follower.deaths["bad"] = "bad", 1
+    assert follower.lose("ended") == [("bad", "ended")]
+    assert not follower.is_busy
 
 
 # ---- patterns that have to match at once --------------------------------------------------------

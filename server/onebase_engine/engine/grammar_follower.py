@@ -12,7 +12,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -21,7 +21,9 @@ import numpy as np
 
 from onebase_engine.engine import grammar_link as link
 from onebase_engine.engine.grammar_link import (
+    DID_NOT_START,
     MASK_BYTES,
+    WAS_NOT_STARTED,
     Compile,
     Compiled,
     Forced,
@@ -93,6 +95,8 @@ class Follower:
     """Reasons by grammar that could not be compiled again."""
     reported: dict[int, int] = field(default_factory=dict)
     """Tokens of each sequence that the process knows."""
+    unstarted_since: float | None = None
+    """Monotonic time since which no process has started, if one has failed to."""
     number: int = 0
     in_flight: list[_InFlight] = field(default_factory=list)
     answered: dict[int, _Answered] = field(default_factory=dict)
@@ -105,6 +109,9 @@ class Follower:
     drawn_number: int = 0
     costly: set[str] = field(default_factory=set)
     """Grammars whose forced tokens are not asked for any more, since a process ended meanwhile."""
+    compiling_since: float = 0.0
+    in_flight_since: float = 0.0
+    """Monotonic times."""
     ahead: bool = False
     """Whether the masks in flight are of a later step than the one that is computed."""
     grace_spent: float = 0.0
@@ -128,7 +135,10 @@ class Follower:
             self.errors.pop(key, None)
             if key in self.to_compile:
                 self.to_compile.remove(key)
-            self._send(Forget([], [key]))
+            if key != self.compiling:  # else when it is compiled, if nobody uses it again by then
+                self._send(Forget([], [key]))
+        if not self.users:
+            self.unstarted_since = None
 
     def forget(self, row: Row) -> None:
         """Note that a sequence has ended."""
@@ -149,22 +159,38 @@ class Follower:
         return bool(self.in_flight or self.suspects) or self.compiling in self.deaths
 
     def work(self, template: Template) -> None:
-        """Send what the process can do next: a grammar to compile, masks that are due."""
+        """Send what the process can do next: a grammar to compile, masks that are due.
+
+        Raises:
+            OSError: no process can be started.
+        """
         if self.process is None and self.users:
             self._start(template)
         suspect = next(iter(self.suspects.values()), None)
+        if suspect is not None:
+            self._try_alone(suspect)
+            return
         if self.compiling is None and self.to_compile:
-            key = suspect.grammar if suspect is not None else None
-            key = key if key in self.to_compile else self.to_compile[0]
-            if not (self.in_flight and (self.suspects or key in self.deaths)):
+            key = self.to_compile[0]
+            if not (self.in_flight and key in self.deaths):
                 self._compile(key)
         if not self.in_flight and self.compiling not in self.deaths:
-            ahead = list(self.due.values()) if suspect is None else [suspect]
-            self.request(((row, ()) for row in ahead if row.grammar in self.compiled), ahead=True)
+            due = [(row, ()) for row in self.due.values() if row.grammar in self.compiled]
+            self.request(due, ahead=True)
+
+    def _try_alone(self, suspect: Row) -> None:
+        """Have the process do one thing at a time, so that it is clear what it ends of."""
+        if self.in_flight or self.compiling is not None:
+            return
+        if suspect.grammar in self.compiled:
+            self.request([(suspect, ())], ahead=True)
+        elif self.to_compile:
+            key = suspect.grammar
+            self._compile(key if key is not None and key in self.to_compile else self.to_compile[0])
 
     def _compile(self, key: str) -> None:
         self.to_compile.remove(key)
-        self.compiling = key
+        self.compiling, self.compiling_since = key, time.monotonic()
         self._send(Compile(key, self.grammars[key]))
         self._expect()
 
@@ -191,7 +217,7 @@ class Follower:
             return
         self.answered = {number: one for number, one in self.answered.items() if not one.shared}
         self.number += 1
-        self.in_flight = sent
+        self.in_flight, self.in_flight_since = sent, time.monotonic()
         self._send(
             MaskRequest(
                 self.number,
@@ -245,8 +271,8 @@ class Follower:
 
     # ---- the process ------------------------------------------------------------------------
 
-    def receive(self, *, in_time: bool = False) -> list[Compiled]:
-        """Take in what has come; return the grammars that have been compiled for the first time.
+    def receive(self, *, in_time: bool = False) -> Iterator[Compiled]:
+        """Take in what has come; yield the grammars that have been compiled for the first time.
 
         in_time: masks are for the step that is computed, and need not be kept beyond the next request.
 
@@ -254,32 +280,45 @@ class Follower:
             ProcessGoneError: the process has ended, hangs, or lies.
         """
         if self.process is None:
-            return []
-        compiled = []
-        for message in self.process.receive():
+            return
+        messages = self.process.receive()
+        if self.process.pid is not None:
+            self.unstarted_since = None
+        for message in messages:
             if isinstance(message, Masks):
                 self._take_masks(message, shared=in_time and not self.ahead)
             elif isinstance(message, Forced):
                 self._take_forced(message)
             elif isinstance(message, Compiled) and message.key == self.compiling:
-                compiled += self._take_compiled(message)
+                yield from self._take_compiled(message)
         self._expect()
         self.process.check_deadline()
-        return compiled
+        if self.compiling is not None:
+            self.process.check_wait(self.compiling_since)
+        if self.in_flight:
+            self.process.check_wait(self.in_flight_since)
 
-    def lose(self, reason: str) -> list[tuple[str, str]]:
+    def lose(self, reason: str, *, blameless: bool = False) -> list[tuple[str, str]]:
         """End the process, which hangs, lies or has ended; the next one continues where the sequences are.
+
+        blameless: nothing that it did is the cause.
 
         Returns:
             Grammars of which processes have ended too often, with the reason.
         """
-        logger.error("the process that follows a tenant's grammars %s; another takes its place", reason)
+        if self.unstarted_since is None:
+            logger.error("the process that follows a tenant's grammars %s; another takes its place", reason)
+        if reason in (DID_NOT_START, WAS_NOT_STARTED) and self.unstarted_since is None:
+            self.unstarted_since = time.monotonic() if self.process is None else self.process.began
         self.end()
+        interrupted = [self.compiling] if blameless and self.compiling is not None else []
+        if blameless:
+            self.compiling, self.in_flight, self.drawn = None, [], {}
         self.costly |= {row.grammar for row in self.drawn.values() if row.grammar in self.users}
         self.drawn = {}
         blamed = self._blame_compiling(reason)
         self._suspect_in_flight(reason)
-        again = self.compiled | {*self.to_compile} | self.deaths.keys()
+        again = self.compiled | {*self.to_compile} | self.deaths.keys() | {*interrupted}
         # Those that may have ended a process come last.
         self.to_compile = sorted(
             (again & self.users.keys()) - self.errors.keys(), key=self.deaths.__contains__
@@ -295,8 +334,21 @@ class Follower:
         self.deaths[key] = self.deaths.get(key, 0) + (not self.in_flight)
         if self.deaths[key] < DEATHS:
             return []
-        self.errors[key] = reason
+        self.fail(key, reason)
         return [(key, reason)]
+
+    def fail(self, key: str, reason: str) -> None:
+        """Have all sequences of a grammar end with an error."""
+        self.errors[key] = reason
+        if key in self.to_compile:
+            self.to_compile.remove(key)
+        self.suspects = {number: row for number, row in self.suspects.items() if row.grammar != key}
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether processes have failed to start for too long."""
+        since = self.unstarted_since
+        return since is not None and time.monotonic() - since > 2 * link.START_SECONDS
 
     def _suspect_in_flight(self, reason: str) -> None:
         """Have sequences whose masks were in flight tried alone; one that was alone gets an error."""
@@ -316,6 +368,7 @@ class Follower:
         self.reported.clear()
 
     def _start(self, template: Template) -> None:
+        """Raises OSError: no process can be started."""
         memory = os.memfd_create("masks")
         size = self.shape[0] * self.shape[1] * MASK_BYTES
         try:
@@ -373,5 +426,5 @@ class Follower:
         if message.error is None:
             self.compiled.add(message.key)
         else:
-            self.errors[message.key] = f"says: {message.error}"
+            self.fail(message.key, f"says: {message.error}")
         return [message] if message.key in self.opening else []

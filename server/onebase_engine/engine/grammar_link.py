@@ -33,7 +33,9 @@ MASK_SECONDS = 5.0
 """Processor time, in seconds, that one grammar and the masks of one step may take."""
 STUCK_SECONDS = 60.0
 """Longest time without an answer of a process that uses no processor, or gets none."""
-DID_NOT_START, TOOK_MORE = "did not start", "took more than"
+DID_NOT_START, WAS_NOT_STARTED, TOOK_MORE = "did not start", "could not be started", "took more than"
+"""Reasons for which a process is lost: it did not answer once, it ended or failed before that, or it used too
+much of a processor."""
 
 
 # ---- messages -----------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ class Template:
         """Have it fork a process that serves the socket: on trial, or with `memory` for masks.
 
         Raises:
-            OSError: the template has ended.
+            OSError: the template has ended, or does not read.
         """
         files = [theirs.fileno()] if memory is None else [theirs.fileno(), memory]
         socket.send_fds(self._socket, [b"fork"], files)
@@ -167,12 +169,15 @@ class Process:
     """A forked process. Messages go and come without anybody waiting for it."""
 
     def __init__(self, template: Template, memory: int | None = None) -> None:
+        """Raises OSError: none can be started."""
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         self._reader, self._outbox = FrameReader(), bytearray()
         self._pid: int | None = None
         self._pidfd: int | None = None
-        self._began = time.monotonic()
+        self.began = time.monotonic()
+        self._started: float | None = None
+        """Monotonic time of its first answer."""
         self._since: float | None = None
         """Start of the wait for the expected answer, on the monotonic clock."""
         self._limit, self._cpu_before = 0.0, 0.0
@@ -180,7 +185,8 @@ class Process:
             try:
                 template.fork(theirs, memory)
             except OSError:
-                self._socket.close()  # as one that has ended
+                self._socket.close()
+                raise
 
     @property
     def pid(self) -> int | None:
@@ -203,7 +209,7 @@ class Process:
         except BlockingIOError:
             pass
         except OSError as error:
-            raise ProcessGoneError("ended") from error
+            raise self._gone() from error
 
     def receive(self) -> list[Answer]:
         """Return the messages that have come. Raises ProcessGoneError."""
@@ -213,18 +219,29 @@ class Process:
         except BlockingIOError:
             return []
         except OSError as error:
-            raise ProcessGoneError("ended") from error
+            raise self._gone() from error
         if not data:
-            raise ProcessGoneError("ended")
+            raise self._gone()
         try:
             messages = [_answers.decode(payload) for payload in self._reader.feed(data)]
         except (ValueError, msgspec.MsgspecError) as error:
             raise ProcessGoneError(f"sends what is no message ({error})") from error
         for message in messages:
-            if isinstance(message, Started):
-                self._pid, self._pidfd = message.pid, os.pidfd_open(message.pid)
-                self._since = None if self._since is None else time.monotonic()
+            if isinstance(message, Started) and self._pid is None:
+                self._note_start(message.pid)
         return messages
+
+    def _gone(self) -> ProcessGoneError:
+        return ProcessGoneError("ended" if self._pid is not None else WAS_NOT_STARTED)
+
+    def _note_start(self, pid: int) -> None:
+        """Raises ProcessGoneError: there is no such process any more, or too many files are open."""
+        self._pid, self._started = pid, time.monotonic()
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except (OSError, ValueError, OverflowError) as error:
+            raise ProcessGoneError("ended") from error
+        self._since = None if self._since is None else self._started
 
     def expect(self, seconds: float) -> None:
         """Expect answers before `seconds` of a processor have been used; 0: expect none.
@@ -239,7 +256,7 @@ class Process:
     def check_deadline(self) -> None:
         """Raise ProcessGoneError if the answer that is expected takes too long."""
         now = time.monotonic()
-        if self._pid is None and now - self._began > START_SECONDS:
+        if self._pid is None and now - self.began > START_SECONDS:
             raise ProcessGoneError(DID_NOT_START)
         if self._pid is None or self._since is None:
             return
@@ -249,13 +266,24 @@ class Process:
         if elapsed > self._limit / THREADS and self.cpu_seconds() - self._cpu_before > self._limit:
             raise ProcessGoneError(f"{TOOK_MORE} {self._limit:g} s")
 
-    def cpu_seconds(self) -> float:
-        """Return the time of a processor that the process has used."""
+    def check_wait(self, since: float) -> None:
+        """Raise ProcessGoneError if one answer has not come since then, whatever else has."""
+        if self._started is not None and time.monotonic() - max(since, self._started) > STUCK_SECONDS:
+            raise ProcessGoneError(f"did not answer within {STUCK_SECONDS:g} s")
+
+    def cpu_seconds(self, ended: float = 0.0) -> float:
+        """Return the time of a processor that the process has used, or `ended` if there is none any more."""
         try:
             fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
-            return 0.0
+            return ended
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def cost(self) -> float:
+        """Return the seconds of a processor that a grammar has taken: at most, if the process has ended."""
+        if self._started is None:
+            return 0.0
+        return self.cpu_seconds(ended=min(time.monotonic() - self._started, COMPILE_SECONDS))
 
     @property
     def unsent(self) -> bool:

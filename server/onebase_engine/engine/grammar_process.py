@@ -341,7 +341,11 @@ def serve(sock: socket.socket, matchers: Matchers) -> None:
             sock.sendall(encode(message))
 
     def compile_one(message: Compile) -> None:
-        send(matchers.compile(message.key, message.grammar))
+        try:
+            send(matchers.compile(message.key, message.grammar))
+        except BaseException:
+            logger.exception("a grammar was not compiled")
+            os._exit(1)  # who waits for the answer sees that none will come
 
     send(Started(os.getpid()))
     while data := sock.recv(1 << 16):
@@ -360,7 +364,12 @@ def serve(sock: socket.socket, matchers: Matchers) -> None:
 def fork(control: socket.socket, files: list[int], tokenizer: Any, shape: tuple[int, int]) -> None:
     """Fork a process that serves a socket, the first file, and writes masks to the second, if there is
     one."""
-    if os.fork():
+    try:
+        parent = os.fork() != 0
+    except OSError:
+        logger.exception("no process for grammars can be started")
+        parent = True  # the end of the socket says it
+    if parent:
         for file in files:
             os.close(file)
         return

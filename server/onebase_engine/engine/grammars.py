@@ -32,6 +32,7 @@ from onebase_engine.engine.grammar_follower import DEATHS, Follower, GrammarErro
 from onebase_engine.engine.grammar_link import (
     DID_NOT_START,
     TOOK_MORE,
+    WAS_NOT_STARTED,
     Compile,
     Compiled,
     Process,
@@ -79,12 +80,21 @@ class Opened:
 
 @dataclass
 class _Trial:
-    """A grammar that no process has compiled yet, for the tenant that sent it first."""
+    """A grammar that no process has compiled yet."""
 
     grammar: Grammar
-    tenant: str
+    tenants: list[str]
+    """Tenants that sent it, in order."""
+    payer: str = ""
+    """The tenant that is charged for the process."""
     process: Process | None = None
     deaths: int = 0
+    unstarted_since: float | None = None
+    """Monotonic time since which its process has not started."""
+
+    def waited(self) -> float:
+        """Return the seconds for which its process has not started."""
+        return 0.0 if self.unstarted_since is None else time.monotonic() - self.unstarted_since
 
 
 class RefusedGrammarError(Exception):
@@ -120,12 +130,13 @@ class Grammars:
         """Reason for which the tokenizer cannot be used."""
         self._followers: OrderedDict[str, Follower] = OrderedDict()
         """Followers by tenant, the least recently used first."""
-        self._trials: dict[str, _Trial] = {}
+        self._trials: OrderedDict[str, _Trial] = OrderedDict()
         """Trials by grammar, in order of arrival."""
         self._harmless: OrderedDict[str, None] = OrderedDict()
         """Grammars that a trial has compiled."""
-        self._harmful: OrderedDict[str, tuple[float, str]] = OrderedDict()
-        """Grammars that ended a trial: until when they are refused, and the reason."""
+        self._harmful: OrderedDict[tuple[str | None, str], tuple[float, str]] = OrderedDict()
+        """Grammars that ended a trial, or for one tenant its follower: until when they are refused, and the
+        reason."""
         self._spent: dict[str, float] = {}
         """Monotonic time up to which each tenant's trials are accounted for; see COMPILE_BUDGET."""
         self._opened: list[Opened] = []
@@ -156,8 +167,10 @@ class Grammars:
         follower.errors.pop(key, None)
         if key in self._harmless:
             follower.queue(key)
-        elif key not in self._trials:
-            self._trials[key] = _Trial(grammar, tenant)
+            return key
+        tenants = self._trials.setdefault(key, _Trial(grammar, [])).tenants
+        if tenant not in tenants:
+            tenants.append(tenant)
         return key
 
     def close(self, tenant: str, key: str, count: int) -> None:
@@ -186,7 +199,7 @@ class Grammars:
     def _check(self, key: str, tenant: str, follower: Follower | None) -> None:
         """Raise RefusedGrammarError if a grammar cannot be opened now."""
         now = time.monotonic()
-        until, reason = self._harmful.get(key, (0.0, ""))
+        until, reason = max(self._harmful.get((who, key), (0.0, "")) for who in (None, tenant))
         if self._unusable is not None:
             raise RefusedGrammarError("grammar_refused", self._unusable)
         if now < until:
@@ -219,36 +232,72 @@ class Grammars:
     def _work(self) -> None:
         """Start what can be: the template, trials, followers, and what they can do next."""
         try:
-            if self._template is None:
+            if self._template is None and self._unusable is None:
                 self._template = Template(self._settings)
         except OSError as error:
             self._refuse_all(f"the process that compiles it cannot begin ({error.strerror})", busy=True)
             return
-        try:
-            self._unusable = self._template.error()
-        except ProcessGoneError:
-            self._lose_template()
-            return
+        lives = self._template_lives()
         if self._unusable is not None:
             self._refuse_all(self._unusable, busy=False)
-            return
-        tenants = {trial.tenant for trial in self._trials.values() if trial.process is not None}
-        for key, trial in list(self._trials.items()) if len(tenants) < COMPILING else ():
-            if trial.tenant not in tenants and len(tenants) < COMPILING:
-                self._try(key, trial, self._template)
-                tenants |= {trial.tenant} if trial.process is not None else set()
-        for follower in self._followers.values():
-            follower.work(self._template)
+        elif lives:
+            self._start_trials()
+            for tenant, follower in self._followers.items():
+                self._have_work(tenant, follower)
 
-    def _try(self, key: str, trial: _Trial, template: Template) -> None:
-        """Begin a trial, unless the tenant's earlier ones have taken too long."""
+    def _start_trials(self) -> None:
+        """Begin trials of tenants that have none, as far as COMPILING allows."""
+        busy = {trial.payer for trial in self._trials.values() if trial.process is not None}
+        for key, trial in list(self._trials.items()) if len(busy) < COMPILING else ():
+            payer = self._payer(key, trial, busy) if trial.process is None else None
+            if payer is not None and len(busy) < COMPILING:
+                trial.payer = payer
+                self._try(key, trial)
+                busy.add(payer)
+
+    def _have_work(self, tenant: str, follower: Follower) -> None:
+        """Have a follower send what it can; where none can be started, later steps try again."""
         try:
-            self._check_budget(trial.tenant)
-        except RefusedGrammarError as error:
+            if self._template is not None:
+                follower.work(self._template)
+        except OSError:
+            self._lose_follower(tenant, follower, WAS_NOT_STARTED, blameless=True)
+
+    def _payer(self, key: str, trial: _Trial, busy: set[str]) -> str | None:
+        """Return the first tenant that waits for a trial, has no other one and may take the time.
+
+        Those whose earlier ones have taken too long are refused.
+        """
+        trial.tenants = [one for one in trial.tenants if key in self._keys_opening(one)]
+        for tenant in trial.tenants[:]:
+            if tenant in busy:
+                continue
+            try:
+                self._check_budget(tenant)
+            except RefusedGrammarError as error:
+                trial.tenants.remove(tenant)
+                self._refuse(key, str(error), error.code, error.retry_after, only=tenant)
+            else:
+                return tenant
+        if not trial.tenants:
             del self._trials[key]
-            self._refuse(key, str(error), error.code, error.retry_after)
+        return None
+
+    def _keys_opening(self, tenant: str) -> set[str]:
+        follower = self._followers.get(tenant)
+        return follower.opening if follower is not None else set()
+
+    def _try(self, key: str, trial: _Trial) -> None:
+        """Begin a trial, if there is still a template."""
+        if self._template is None:
             return
-        trial.process = Process(template)
+        if trial.unstarted_since is None:
+            trial.unstarted_since = time.monotonic()
+        try:
+            trial.process = Process(self._template)
+        except OSError:
+            self._lose_trial(key, trial, WAS_NOT_STARTED)
+            return
         trial.process.expect(link.COMPILE_SECONDS)
         with suppress(ProcessGoneError):
             trial.process.send(Compile(key, trial.grammar))
@@ -279,10 +328,35 @@ class Grammars:
                 code: Code = "grammars_busy" if compiled.busy else "grammar_refused"
                 self._opened.append(Opened(tenant, compiled.key, compiled.error, code))
         except ProcessGoneError as error:
-            if str(error) == DID_NOT_START:
-                self._lose_template()
-            for key, reason in follower.lose(str(error)):
-                self._blame(key, reason)
+            blameless = self._is_blameless(str(error))
+            if follower.process is not None:  # else it has been lost with the template
+                self._lose_follower(tenant, follower, str(error), blameless)
+
+    def _lose_follower(self, tenant: str, follower: Follower, reason: str, blameless: bool) -> None:
+        for key, why in follower.lose(reason, blameless=blameless):
+            self._blame(key, why, only=tenant)
+        if follower.gives_up:
+            for key in list(follower.users):
+                follower.fail(key, reason)
+                self._refuse(key, f"the process that compiles it {reason}", "grammars_busy", only=tenant)
+
+    def _is_blameless(self, reason: str) -> bool:
+        """Return True if nothing that a process did is the reason for its end: the template is.
+
+        A process ends with the template, whose own end is seen before.
+        """
+        if reason == DID_NOT_START:
+            self._lose_template()
+        return not self._template_lives() or reason == WAS_NOT_STARTED
+
+    def _template_lives(self) -> bool:
+        """Return False if the template has ended, and all processes with it."""
+        try:
+            if self._template is not None:
+                self._unusable = self._unusable or self._template.error()
+        except ProcessGoneError:
+            self._lose_template()
+        return self._template is not None
 
     def _finish_trial(self, key: str, compiled: Compiled) -> None:
         self._end_trial(key)
@@ -298,36 +372,48 @@ class Grammars:
 
     def _end_trial(self, key: str) -> None:
         """Take a trial out, and charge its tenant for it."""
-        trial = self._trials.pop(key)
+        self._end_process(self._trials.pop(key))
+
+    def _end_process(self, trial: _Trial) -> None:
+        """End a trial's process, if it has one, and charge its tenant for it."""
         if trial.process is not None:
-            self._charge(trial.tenant, max(LEAST_CHARGE, trial.process.cpu_seconds()))
+            self._charge(trial.payer, max(LEAST_CHARGE, trial.process.cost()))
             trial.process.kill()
+            trial.process = None
 
     def _lose_trial(self, key: str, trial: _Trial, reason: str) -> None:
-        """Try a grammar again whose process has ended once; blame it otherwise."""
-        trial.deaths += 1
-        self._end_trial(key)
-        if reason == DID_NOT_START:
-            self._lose_template()
-            self._refuse(key, f"the process that compiles it {reason}", "grammars_busy")
-        elif trial.deaths < DEATHS and not reason.startswith(TOOK_MORE):
-            self._trials[key] = _Trial(trial.grammar, trial.tenant, deaths=trial.deaths)
-        else:
+        """Try a grammar again whose process has ended once, or did not start; blame it otherwise."""
+        started = trial.process is not None and trial.process.pid is not None
+        blameless = self._is_blameless(reason)
+        self._end_process(trial)
+        if started:
+            trial.unstarted_since = None
+        trial.deaths += not blameless
+        if trial.deaths >= DEATHS or reason.startswith(TOOK_MORE):
+            del self._trials[key]
             self._blame(key, reason)
+        elif blameless and not started and trial.waited() >= link.START_SECONDS:
+            del self._trials[key]
+            self._refuse(key, f"the process that compiles it {reason}", "grammars_busy")
+        else:
+            self._trials.move_to_end(key)
 
-    def _blame(self, key: str, reason: str) -> None:
-        """Refuse a grammar for which processes have ended, for some time."""
+    def _blame(self, key: str, reason: str, only: str | None = None) -> None:
+        """Refuse a grammar for which processes have ended, for some time: to one tenant if its own did."""
         message = f"the process that compiles it {reason}"
-        self._harmless.pop(key, None)
-        self._harmful[key] = time.monotonic() + HARMFUL_SECONDS, message
+        if only is None:
+            self._harmless.pop(key, None)
+        self._harmful[only, key] = time.monotonic() + HARMFUL_SECONDS, message
         if len(self._harmful) > REMEMBERED:
             self._harmful.popitem(last=False)
-        self._refuse(key, message, "grammar_refused")
+        self._refuse(key, message, "grammar_refused", only=only)
 
-    def _refuse(self, key: str, message: str, code: Code, retry_after: float | None = None) -> None:
-        """Report a grammar as refused to all who wait for it."""
+    def _refuse(
+        self, key: str, message: str, code: Code, retry_after: float | None = None, only: str | None = None
+    ) -> None:
+        """Report a grammar as refused to all who wait for it, or to one tenant."""
         for tenant, follower in self._followers.items():
-            if key in follower.opening:
+            if key in follower.opening and only in (None, tenant):
                 follower.opening.discard(key)
                 self._opened.append(Opened(tenant, key, message, code, retry_after))
 
@@ -338,13 +424,18 @@ class Grammars:
             self._refuse(key, message, "grammars_busy" if busy else "grammar_refused")
 
     def _lose_template(self) -> None:
-        """End the template, which forks no more; the next one is started when it is needed."""
+        """End the template, which forks no more, and all processes; others are started when needed."""
         if self._template is not None:
             logger.error(
                 "the process that starts those for grammars does not answer; another takes its place"
             )
             self._template.end()
             self._template = None
+            for trial in self._trials.values():
+                self._end_process(trial)
+            for follower in self._followers.values():
+                if follower.process is not None:
+                    follower.lose("ended with the one that started it", blameless=True)
 
     # ---- masks ------------------------------------------------------------------------------
 
@@ -436,7 +527,7 @@ class Grammars:
         for trial in self._trials.values():
             trial.process = None
         for follower in self._followers.values():
-            follower.lose("was ended")
+            follower.lose("was ended", blameless=True)
         if self._template is not None:
             self._template.end()
             self._template = None
