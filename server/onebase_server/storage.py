@@ -111,7 +111,7 @@ def keep_private() -> None:
 
 
 def close_to_others(settings: Settings) -> None:
-    """Take the rights of group and others from what earlier releases, or another umask, have left. Blocks.
+    """Take the rights of group and others from what another umask has left. Blocks.
 
     Only files of this process's own user, under names that are a server's own: a data folder may hold other
     things too, and stays as open as it is then. What is in a folder that is closed is left as it is, since

@@ -298,8 +298,7 @@ RESUMABLE = frozenset(
 class TrainingFile:
     """A file that jobs or batches read, or what they leave.
 
-    server: the one that took it in. bytes: its size. sha256: the blob with its content; None: it lies on that
-    server's disk, where earlier releases kept it.
+    server: the one that took it in. bytes: its size. sha256: the blob with its content.
     """
 
     id: str
@@ -309,7 +308,7 @@ class TrainingFile:
     filename: str
     bytes: int
     created_at: float
-    sha256: str | None = None
+    sha256: str
 
 
 @dataclass(frozen=True)

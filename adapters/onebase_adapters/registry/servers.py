@@ -97,10 +97,7 @@ class ServerRecords:
 
 
 def leases_of(session: Session, base_id: str) -> dict[str, tuple[float, int]]:
-    """Until when each server of a base that runs jobs has its lease, and the room that it has.
-
-    A server of an earlier release has none.
-    """
+    """Until when each server of a base that runs jobs has its lease, and the room that it has."""
     rows = session.execute(
         select(ServerRow.server, ServerRow.at, ServerRow.until, ServerRow.room).where(
             ServerRow.base_id == base_id, ServerRow.runs

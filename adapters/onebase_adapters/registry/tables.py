@@ -286,8 +286,7 @@ class PreviousRow(Table):
 
 
 class TrainingFileRow(Table):
-    """One uploaded file, or what a job or a batch leaves. Without `sha256` it is where earlier releases kept
-    it: on the disk of `server`."""
+    """One uploaded file, or what a job or a batch leaves."""
 
     __tablename__ = "training_files"
 
@@ -299,7 +298,7 @@ class TrainingFileRow(Table):
     filename: Mapped[str] = mapped_column(Text)
     bytes: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[float] = mapped_column(DoubleType)
-    sha256: Mapped[str | None] = mapped_column(String, index=True)
+    sha256: Mapped[str] = mapped_column(String, index=True, nullable=True)
 
 
 class TrainingJobRow(Table):

@@ -2,7 +2,7 @@
 
 A job belongs to `server`, whose every write names itself and is refused once the job is another's. Another
 server may take it when the lease of its own has run out, or while it waits for its turn where that would come
-sooner. A server of an earlier release has no lease, and its jobs are taken by nobody.
+sooner.
 """
 
 from __future__ import annotations
