@@ -43,8 +43,8 @@ class ProofReport(msgspec.Struct, frozen=True, kw_only=True):
     """Input rows of each module, alone and in each mix, taken together."""
     exact: bool
     """Every module had PEFT's bits."""
-    modules_exact: int | None = None
-    """Modules that had PEFT's bits; None in reports from before this was counted."""
+    modules_exact: int
+    """Modules that had PEFT's bits."""
     error_ratio: float = 0.0
     """Of the others: the largest distance from the result in fp64, divided by that of PEFT's own output."""
     kernels: str = "torch"
@@ -90,7 +90,7 @@ class VersionReport(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str] = []
     """What a person should look at before the version is activated, a sentence each; nothing is blocked."""
     base_layers: int = 0
-    """Of the base; 0 in reports from before this was told, as is what follows empty."""
+    """Of the base."""
     base_linears: list[str] = []
     """The base's linear modules by what they are called in any of its layers, experts as one."""
 

@@ -14,8 +14,6 @@ Action = Literal["activate", "rollback", "deactivate"]
 STATES: Final[tuple[State, ...]] = get_args(State)
 UNFINISHED: Final[tuple[State, ...]] = ("pulling", "validating", "proving")
 
-FIRST_KERNELS = "torch"
-"""What proved where a report is older than that there were others."""
 MODULES = "modules"
 """The long part of a report, one entry a module. Lists of adapters leave it out."""
 
@@ -67,8 +65,7 @@ class VersionRecord:
 
     def packed_for(self, kernels: str) -> Blob | None:
         """The packed adapter that was proved with these kernels; None where none was."""
-        proof = (self.report or {}).get("proof", {})
-        first = proof.get("kernels", FIRST_KERNELS)
+        first = (self.report or {}).get("proof", {}).get("kernels")
         return self.prepared if first == kernels else self.proofs.get(kernels)
 
 

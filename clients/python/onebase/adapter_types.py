@@ -150,14 +150,14 @@ class ProofReport:
     base_unchanged: bool
     """Whether the base's weights are what they were before."""
     seconds: float
-    kernels: str = "torch"
+    kernels: str
     """What the server computed with: `torch`, or its kernels in C by their set of instructions."""
-    modules_exact: int | None = None
-    """Modules that had PEFT's own bits; None of versions proven before this was counted."""
-    error_ratio: float = 0.0
+    modules_exact: int
+    """Modules that had PEFT's own bits."""
+    error_ratio: float
     """Of the others, which sum in another order: the largest error by that of PEFT's own output, as measured
     from the result in fp64."""
-    shown: str = ""
+    shown: str
     """What was shown, in words."""
 
 

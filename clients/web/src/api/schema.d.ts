@@ -3866,7 +3866,7 @@ export interface components {
             /** Expires At */
             expires_at: null;
             /** Sha256 */
-            sha256: string | null;
+            sha256: string;
         };
         /**
          * FilesBase
@@ -5440,8 +5440,7 @@ export interface components {
                     modules_changed: number;
                     rows: number;
                     exact: boolean;
-                    /** @default null */
-                    modules_exact: number | null;
+                    modules_exact: number;
                     /** @default 0 */
                     error_ratio: number;
                     /** @default torch */
