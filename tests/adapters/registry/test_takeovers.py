@@ -61,7 +61,7 @@ def test_a_job_of_a_server_that_lives_or_has_no_lease_is_nobody_else_s(
     registry: Registry, job: TrainingJob
 ) -> None:
     move(registry, "running")
-    assert takeable(registry) == []  # of an earlier release, whose servers have no lease
+    assert takeable(registry) == []  # its server has no lease
     alive(registry, "s1", room=0)
     assert takeable(registry) == []
     with pytest.raises(JobElsewhereError):
