@@ -111,7 +111,7 @@ def keep_private() -> None:
 
 
 def close_to_others(settings: Settings) -> None:
-    """Take the rights of group and others from what earlier releases, or another umask, have left. Blocks.
+    """Take the rights of group and others from what another umask has left. Blocks.
 
     Only files of this process's own user, under names that are a server's own: a data folder may hold other
     things too, and stays as open as it is then. What is in a folder that is closed is left as it is, since
@@ -303,13 +303,9 @@ async def delete_blobs(store: Store, disk: Threads, blobs: Iterable[str]) -> Non
 
 
 def _identity(settings: Settings) -> dict[str, object]:
-    """The settings that make another base of the same files; the device too, since each has its own kernels.
-
-    The CPU is not named: its registries are older than this rule, and stay valid.
-    """
+    """The settings that make another base of the same files; the device too: each has its own kernels."""
     identity = {name: getattr(settings, name) for name in _IDENTITY}
-    device = chosen_device(settings.device)
-    return identity if device == "cpu" else {**identity, "device": device}
+    return {**identity, "device": chosen_device(settings.device)}
 
 
 def chosen_device(asked: Device, devices: Path = Path("/dev")) -> Device:

@@ -44,7 +44,7 @@ Serve = Callable[..., Any]
 DIGEST = "3f2a" * 16
 ADAPTER = {"id": "pirate", "object": "adapter", "name": "pirate", "version": DIGEST, "active": True}
 ADAPTER |= {"state": "ready", "kinds": ["lora"], "rank": 8, "alpha": 16.0, "targets": ["q_proj", "v_proj"]}
-ADAPTER |= {"parameters": 1_234_567, "bytes": 4_938_268, "base": "tiny", "tenant": "default"}
+ADAPTER |= {"parameters": 1_234_567, "bytes": 4_938_268, "base": "tiny", "tenant": "default", "shared": False}
 ADAPTER |= {"pinned": False, "tier": "slot", "versions": 1, "created_at": 1.0, "updated_at": 1.0}
 MODELS = [{"id": name, "object": "model", "created": 1, "owned_by": "onebase"} for name in ("tiny", "pirate")]
 

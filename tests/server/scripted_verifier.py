@@ -47,8 +47,8 @@ REPORT = VersionReport(
     base_name=None, dropped=[],
     modules=[ModuleReport(name="q_proj", kind="lora", rank=8, alpha=16.0, parameters=64, norm=1.0)],
     proof=ProofReport(
-        modules_compared=1, modules_changed=1, rows=32, exact=True, largest_difference=0.0, texts=0,
-        tokens_compared=0, texts_changed=0, base_unchanged=True, seconds=0.0,
+        modules_compared=1, modules_changed=1, rows=32, exact=True, modules_exact=1, largest_difference=0.0,
+        texts=0, tokens_compared=0, texts_changed=0, base_unchanged=True, seconds=0.0,
     ),
 )  # fmt: skip
 TASKS = {b"sorts": ("SEQ_CLS", 8), b"tags": ("TOKEN_CLS", 2)}

@@ -38,7 +38,7 @@ def use(server: Server, hub: HubStandIn) -> None:
 
 
 def open_all(folder: Path) -> None:
-    """As an umask of 022 would have left it, or one of an earlier release."""
+    """As an umask of 022 would have left it."""
     for path in [folder, *folder.rglob("*")]:
         path.chmod(path.stat().st_mode | 0o055)
 

@@ -7,26 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from onebase_engine.base.identity import base_id
 from onebase_server.settings import Settings
-from onebase_server.storage import chosen_device, host_memory, open_storage, prefix_memory
+from onebase_server.storage import chosen_device, host_memory, prefix_memory
 
 from .support import Starter, upload
-
-ORIGINAL = {
-    "quantization": "nf4",
-    "blocksize": 64,
-    "double_quant": True,
-    "compute_dtype": "bfloat16",
-    "dtype": "bfloat16",
-}
-"""What made an identity in registries that know no device."""
-
-
-def test_a_base_on_the_cpu_keeps_the_identity_that_registries_know(base_folder: Path, tmp_path: Path) -> None:
-    storage = open_storage(Settings(data_dir=str(tmp_path), device="cpu"), "base", base_folder)
-    storage.registry.close()
-    assert storage.base_id == base_id(base_folder, ORIGINAL)
 
 
 def test_adapters_proved_on_one_device_are_not_served_on_another_and_stay_where_they_were(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +19,9 @@ from onebase_adapters.registry import (
     RegistryFullError,
     TrainingFile,
 )
-from onebase_adapters.store.store import Store, StoreFullError
+from onebase_adapters.store.store import Store
 from onebase_server.background import Threads
-from onebase_server.errors import ConflictError, InvalidRequestError, OneBaseError, UnknownFileError
+from onebase_server.errors import ConflictError, InvalidRequestError, OneBaseError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 
@@ -70,15 +69,6 @@ async def upload(files: TrainingFiles) -> TrainingFile:
     writer = files.store.writer()
     writer.write(ROWS)
     return await files.keep(HERE, writer, "a.jsonl", "fine-tune")
-
-
-def old_file(registry: Registry, storage: JobFolders, name: str = "file-1") -> TrainingFile:
-    """A file as earlier releases kept it, on the disk of its server."""
-    file = TrainingFile(name, "default", storage.server, "fine-tune", "a.JSONL", len(ROWS), 1.0)
-    path = storage.old_file(file)
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(ROWS)
-    return registry.training.add_file(file)
 
 
 @pytest.mark.parametrize("refusal", [RegistryFullError, RegistryBusyError])
@@ -148,78 +138,6 @@ def test_a_job_reads_its_file_also_when_the_cache_of_a_remote_store_has_given_it
         store.local(file.sha256).unlink()
         assert path.read_bytes() == ROWS
         assert path.parent == storage.job("ftjob-1")
-
-
-# ---- files of an earlier release -----------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-@pytest.mark.parametrize("step", ["before the blob", "before the row", "before the end", "at the end"])
-def test_a_move_into_the_store_that_is_killed_at_any_step_loses_nothing_and_is_ended_by_the_next_start(
-    registry: Registry,
-    store: Store,
-    storage: JobFolders,
-    monkeypatch: pytest.MonkeyPatch,
-    step: str,
-) -> None:
-    file = old_file(registry, storage)
-
-    def die(*_: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        if step == "before the blob":
-            patch.setattr(store, "publish", die)
-        elif step == "before the row":
-            patch.setattr(registry.training, "set_content", die)
-        elif step == "before the end":
-            patch.setattr(Path, "unlink", die)
-        if step == "at the end":
-            using(registry.training, store, storage, lambda files: files.take_over())
-        else:
-            with pytest.raises(Killed):
-                using(registry.training, store, storage, lambda files: files.take_over())
-    store.sweep(registry.referenced_blobs(), 0.0)
-    for _ in range(2):
-        now = registry.training.file("default", file.id)
-        path = using(registry.training, store, storage, lambda files, now=now: files.local(now))
-        assert path.read_bytes() == ROWS
-        using(registry.training, store, storage, lambda files: files.take_over())
-    assert now.sha256 is not None
-    assert replace(now, sha256=None) == file
-    assert not (storage.root / "files").exists()
-
-
-def test_a_file_that_the_store_does_not_take_is_used_and_deleted_where_it_lies(
-    registry: Registry, store: Store, storage: JobFolders, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise StoreFullError("no space")
-
-    monkeypatch.setattr(store, "add_file", full)
-    file = old_file(registry, storage)
-    using(registry.training, store, storage, lambda files: files.take_over())
-    assert using(registry.training, store, storage, lambda files: files.local(file)).read_bytes() == ROWS
-    using(registry.training, store, storage, lambda files: files.delete(HERE, file.id))
-    assert not storage.old_file(file).exists()
-
-
-def test_an_old_file_of_another_server_or_that_is_gone_is_not_found(
-    registry: Registry, store: Store, storage: JobFolders, tmp_path: Path
-) -> None:
-    other = JobFolders(tmp_path / "other", "registry-1")
-    file = old_file(registry, storage)
-    for use in (lambda files: files.local(file), lambda files: files.delete(HERE, file.id)):
-        with pytest.raises(UnknownFileError, match="on the disk of another server"):
-            using(registry.training, store, other, use)
-    storage.old_file(file).unlink()
-    with pytest.raises(UnknownFileError, match="gone from the server's --data-dir"):
-        using(registry.training, store, storage, lambda files: files.local(file))
-    using(registry.training, store, storage, lambda files: files.take_over())
-    assert registry.training.files("default", limit=9) == [file]
 
 
 def test_a_file_that_a_job_of_another_base_needs_is_not_deleted_and_says_where_that_job_is(

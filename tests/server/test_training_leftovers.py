@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import openai
 import pytest
-from alembic import command
-from alembic.config import Config
-
-from onebase_adapters.registry.database import Database
 
 from .support import Server, Starter
 from .training_support import (
-    BASE,
     add_file,
     blobs,
     ended,
@@ -139,56 +133,6 @@ def _age(data_dir: Path) -> list[Path]:
     for path in found:
         os.utime(path, (1e9, 1e9))
     return found
-
-
-def test_files_and_jobs_of_an_earlier_release_are_listed_downloaded_and_trained_on(
-    serve_scripted: Starter, tmp_path: Path
-) -> None:
-    with serve_scripted("words", data_dir=tmp_path) as server:
-        client = openai_client(server)
-        paused, done = make_job(client, "long"), make_job(client, "rows")
-        wait_job(server, client, paused.id, lambda job: step_of(job) > 6)
-        client.fine_tuning.jobs.pause(paused.id)
-        assert wait_job(server, client, done.id, ended).status == "succeeded"
-        before = {file.id: (file, client.files.content(file.id).text) for file in client.files.list()}
-    lay_out_as_before(tmp_path)
-    unknown = [tmp_path / "training/files/file-0.jsonl", tmp_path / "training/jobs/ftjob-0"]
-    unknown[0].write_text("of another registry")
-    unknown[1].mkdir()
-    (tmp_path / "training/files/.0011.part").write_text("half of an upload")
-    with serve_scripted("words", data_dir=tmp_path) as server:
-        client = openai_client(server)
-        server.wait_for(lambda: set((tmp_path / "training").glob("[fj]*/*")) == set(unknown))
-        server.wait_for(lambda: f"{len(before)} training files move" in server.log)
-        assert {file.id: (file, client.files.content(file.id).text) for file in client.files.list()} == before
-        client.fine_tuning.jobs.resume(paused.id)
-        again = client.fine_tuning.jobs.create(model=BASE, training_file=done.training_file)
-        for job in (paused, again):
-            assert wait_job(server, client, job.id, ended).status == "succeeded"
-        assert any(told.startswith("Continuing after step") for told in messages(client, paused.id))
-        assert client.files.delete(done.training_file).deleted
-
-
-def lay_out_as_before(data_dir: Path) -> None:
-    """What training keeps, as it was at revision 0004 of the registry: by the names of files and jobs."""
-    training = data_dir / "training"
-    (registry,) = training.glob("registry-*")
-    registry.rename(training / "jobs")
-    (training / "files").mkdir()
-    with closing(sqlite3.connect(data_dir / "registry.db")) as database, database:
-        for file, name, blob in database.execute(
-            "SELECT id, filename, sha256 FROM training_files"
-        ).fetchall():
-            shutil.copyfile(
-                data_dir / "store/blobs" / blob, training / "files" / f"{file}{Path(name).suffix}"
-            )
-            (data_dir / "store/blobs" / blob).unlink()
-    config, opened = Config(), Database(f"sqlite:///{data_dir / 'registry.db'}")
-    config.set_main_option("script_location", "onebase_adapters.registry:migrations")
-    with opened.engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.downgrade(config, "0004")
-    opened.close()
 
 
 def test_a_lock_that_cannot_be_opened_is_named_and_jobs_begin_once_it_can(

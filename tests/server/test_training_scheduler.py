@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.disks import small_disk
 
 from onebase_adapters.registry import (
     JobError,
@@ -47,7 +46,9 @@ def storage(tmp_path: Path) -> JobFolders:
 def add_job(registry: Registry, storage: JobFolders, state: Any, **facts: Any) -> Path:
     """A job in this state, and the folder that it has written into."""
     records = registry.training
-    records.add_file(TrainingFile("file-1", "default", storage.server, "fine-tune", "a.jsonl", 1, 1.0))
+    records.add_file(
+        TrainingFile("file-1", "default", storage.server, "fine-tune", "a.jsonl", 1, 1.0, "0" * 64)
+    )
     records.add_job(
         NewJob(
             id=JOB, tenant="default", server=storage.server, name="orders", training_file="file-1",
@@ -113,19 +114,6 @@ def test_the_folder_of_a_job_without_a_row_is_swept(registry: Registry, storage:
     (orphan / "checkpoints").mkdir(parents=True)
     asyncio.run(followed(registry, storage, lambda: not orphan.exists()))
     assert kept.exists()
-
-
-def test_the_folder_of_a_job_of_an_earlier_release_comes_from_another_disk_too(
-    storage: JobFolders,
-) -> None:
-    with small_disk(storage.root / "jobs", 1 << 20) as before:
-        for job_id in ("ftjob-1", "ftjob-of-another-registry"):
-            (before / job_id / "checkpoints").mkdir(parents=True)
-            (before / job_id / "checkpoints" / "state.json").write_text(job_id)
-        storage.take_over({"ftjob-1"})
-        assert (storage.job("ftjob-1") / "checkpoints" / "state.json").read_text() == "ftjob-1"
-        assert [path.name for path in before.iterdir()] == ["ftjob-of-another-registry"]
-    assert storage.job_ids() == ["ftjob-1"]
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ class ProofReport(msgspec.Struct, frozen=True, kw_only=True):
     """Input rows of each module, alone and in each mix, taken together."""
     exact: bool
     """Whether every module had PEFT's bits."""
-    modules_exact: int | None = None
-    """Number of modules that had PEFT's bits; None in reports from before this was counted."""
+    modules_exact: int
+    """Number of modules that had PEFT's bits."""
     error_ratio: float = 0.0
     """Largest ratio of the error against fp64 to that of PEFT's own output, over the other modules."""
     kernels: str = "torch"
@@ -90,7 +90,7 @@ class VersionReport(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str] = []
     """Sentences for a person to read before the version is activated; nothing is blocked."""
     base_layers: int = 0
-    """Number of the base's layers; 0 in older reports, where `base_linears` is empty too."""
+    """Number of the base's layers."""
     base_linears: list[str] = []
     """Names of the base's linear modules within a layer, experts as one."""
 

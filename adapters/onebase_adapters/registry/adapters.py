@@ -436,8 +436,7 @@ def _note_deleted(session: Session, adapter: AdapterRow, actor: str = "", *, for
 
 
 def _forced_since(session: Session, base_id: str, number: int) -> tuple[ForcedDeletion, ...]:
-    """Return the forced deletions after this entry of the audit log; servers of earlier releases write
-    none."""
+    """Return the forced deletions after this entry of the audit log."""
     rows = session.scalars(
         select(AuditRow).where(
             AuditRow.number > number, AuditRow.base_id == base_id, AuditRow.action.in_(_DELETIONS)
@@ -610,7 +609,7 @@ def _version_record(row: VersionRow, adapter: AdapterRow, *, whole: bool = True)
         ),
         prepared=prepared,
         report=report,
-        source=_source(row.source),
+        source=row.source,
         error=error,
         created_at=row.created_at,
         created_by=row.created_by,
@@ -621,11 +620,6 @@ def _version_record(row: VersionRow, adapter: AdapterRow, *, whole: bool = True)
             if proof.prepared_sha256 is not None
         },
     )
-
-
-def _source(stored: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a source whose field is named `options`, even if a server of release 0.1 wrote `wishes`."""
-    return {"options" if key == "wishes" else key: value for key, value in stored.items()}
 
 
 def _history_entry(row: HistoryRow) -> HistoryEntry:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from onebase_adapters.registry import audit
@@ -149,12 +149,6 @@ class TrainingRecords:
         with self._database.read() as session:
             return _file_record(find_file(session, tenant, file_id))
 
-    def set_content(self, file_id: str, sha256: str) -> None:
-        """Set the blob of a file that has none; nothing happens if the file was deleted meanwhile."""
-        without = (TrainingFileRow.id == file_id, TrainingFileRow.sha256.is_(None))
-        with self._database.write_uncounted() as session:
-            session.execute(update(TrainingFileRow).where(*without).values(sha256=sha256))
-
     def delete_file(self, tenant: str, file_id: str, passing: Collection[str] = ()) -> set[str]:
         """Delete a file that no job and no batch needs. Returns its blob if nothing references that any more.
 
@@ -181,17 +175,11 @@ class TrainingRecords:
             )
             if batch is not None:
                 raise FileInUseError(f"File {row.id} is in use: batch {batch} needs it.", batch)
-            blobs = set() if row.sha256 is None else {row.sha256}
+            blobs = {row.sha256}
             audit.note(session, "file.deleted", row.tenant, row.id, details={"filename": row.filename})
             session.delete(row)
             session.flush()
             return blobs - referenced_blobs(session, blobs)
-
-    def server_files(self, server: str) -> list[TrainingFile]:
-        """Return all files that one server received, of any tenant."""
-        with self._database.read() as session:
-            rows = session.scalars(select(TrainingFileRow).where(TrainingFileRow.server == server))
-            return [_file_record(row) for row in rows]
 
     # ---- jobs --------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from onebase_adapters.registry.database import Database, clock, plain
-from onebase_adapters.registry.records import FIRST_KERNELS, VersionRecord
+from onebase_adapters.registry.records import VersionRecord
 from onebase_adapters.registry.tables import AdapterRow, ProofRow, VersionRow
 from onebase_adapters.store.blobs import Blob
 
@@ -121,6 +121,7 @@ class ProofRecords:
         ]
 
 
-def _first_kernels(version: VersionRow) -> str:
+def _first_kernels(version: VersionRow) -> str | None:
     """Return the kernels with which the version was proved first."""
-    return str((version.report or {}).get("proof", {}).get("kernels", FIRST_KERNELS))
+    kernels: str | None = (version.report or {}).get("proof", {}).get("kernels")
+    return kernels

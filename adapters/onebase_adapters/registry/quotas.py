@@ -28,8 +28,6 @@ from onebase_adapters.registry.tables import (
     VersionRow,
 )
 
-RESERVED_TENANTS = ("registry",)
-"""Tenant that owns the rows by which release 0.1 recognized a registry."""
 KEY_QUOTAS = ("requests", "tokens", "rows")
 """Quotas that a key can have; the others limit what is stored, which belongs to the key's tenant."""
 TENANT_QUOTAS = tuple(item.name for item in fields(Quotas))
@@ -71,7 +69,7 @@ class Tenants:
             names = set(rows)
             for table in (ApiKeyRow, AdapterRow, TrainingFileRow, UsageRow):
                 names |= set(session.scalars(select(table.tenant).distinct()))
-            return [_record(session, name, rows.get(name)) for name in sorted(names - {*RESERVED_TENANTS})]
+            return [_record(session, name, rows.get(name)) for name in sorted(names)]
 
     def one(self, tenant: str) -> TenantRecord:
         """Return a tenant's record, which is empty for an unknown tenant."""
@@ -118,7 +116,7 @@ def _no_such_quota(name: str, names: tuple[str, ...]) -> str:
 
 def check_tenant(tenant: str) -> None:
     """Raise InvalidKeyError unless a tenant may have this name."""
-    if not is_adapter_name(tenant) or tenant in RESERVED_TENANTS:
+    if not is_adapter_name(tenant):
         raise InvalidKeyError("tenant", f"{tenant[:80]!r} cannot be a tenant's name: use {NAME_RULE}.")
 
 
@@ -206,9 +204,8 @@ def _bytes(session: Session, tenant: str) -> int:
         .where(AdapterRow.tenant == tenant)
     )
     # What the store has once counts once, under however many ids.
-    content = func.coalesce(TrainingFileRow.sha256, TrainingFileRow.id)
     once = select(func.max(TrainingFileRow.bytes).label("bytes")).where(TrainingFileRow.tenant == tenant)
-    files = select(func.sum(once.group_by(content).subquery().c.bytes))
+    files = select(func.sum(once.group_by(TrainingFileRow.sha256).subquery().c.bytes))
     of_job = or_(
         TrainingFileRow.id == TrainingJobRow.training_file,
         TrainingFileRow.id == TrainingJobRow.validation_file,

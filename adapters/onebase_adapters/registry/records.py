@@ -14,8 +14,6 @@ Action = Literal["activate", "rollback", "deactivate"]
 STATES: Final[tuple[State, ...]] = get_args(State)
 UNFINISHED: Final[tuple[State, ...]] = ("pulling", "validating", "proving")
 
-FIRST_KERNELS = "torch"
-"""Kernels of a report that is older than the choice of kernels."""
 MODULES = "modules"
 """Field of a report that is long, with one entry for each module. Lists of adapters leave it out."""
 
@@ -67,8 +65,7 @@ class VersionRecord:
 
     def packed_for(self, kernels: str) -> Blob | None:
         """Return the packed adapter that was proved with these kernels, or None."""
-        proof = (self.report or {}).get("proof", {})
-        first = proof.get("kernels", FIRST_KERNELS)
+        first = (self.report or {}).get("proof", {}).get("kernels")
         return self.prepared if first == kernels else self.proofs.get(kernels)
 
 
@@ -298,8 +295,7 @@ RESUMABLE = frozenset(
 class TrainingFile:
     """A file that jobs or batches read or write.
 
-    server: the one that received it. bytes: its size. sha256: the blob with its content; None: it lies on
-    that server's disk, where earlier releases stored it.
+    server: the one that received it. bytes: its size. sha256: the blob with its content.
     """
 
     id: str
@@ -309,7 +305,7 @@ class TrainingFile:
     filename: str
     bytes: int
     created_at: float
-    sha256: str | None = None
+    sha256: str
 
 
 @dataclass(frozen=True)

@@ -98,10 +98,7 @@ class ServerRecords:
 
 
 def leases_of(session: Session, base_id: str) -> dict[str, tuple[float, int]]:
-    """Return the end of the lease, and the room, of each server of a base that runs jobs.
-
-    A server of an earlier release has none.
-    """
+    """Return the end of the lease, and the room, of each server of a base that runs jobs."""
     rows = session.execute(
         select(ServerRow.server, ServerRow.at, ServerRow.until, ServerRow.room).where(
             ServerRow.base_id == base_id, ServerRow.runs

@@ -287,20 +287,19 @@ class PreviousRow(Table):
 
 
 class TrainingFileRow(Table):
-    """One uploaded file, or the output of a job or a batch. Without `sha256` it is on the disk of `server`,
-    where earlier releases stored it."""
+    """One uploaded file, or the output of a job or a batch."""
 
     __tablename__ = "training_files"
 
     number: Mapped[int] = mapped_column(ID, primary_key=True)
     id: Mapped[str] = mapped_column(String, unique=True)
     tenant: Mapped[str] = mapped_column(String)
-    server: Mapped[str] = mapped_column(String, index=True)
+    server: Mapped[str] = mapped_column(String)
     purpose: Mapped[str] = mapped_column(String)
     filename: Mapped[str] = mapped_column(Text)
     bytes: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[float] = mapped_column(DoubleType)
-    sha256: Mapped[str | None] = mapped_column(String, index=True)
+    sha256: Mapped[str] = mapped_column(String, index=True)
 
 
 class TrainingJobRow(Table):

@@ -2,7 +2,7 @@
 
 A job belongs to `server`, which names itself in every write and is refused once the job is another's. Another
 server may take it over when its server's lease has run out, or while it waits in the queue if it would start
-sooner there. A server of an earlier release has no lease, and nobody takes over its jobs.
+sooner there.
 """
 
 from __future__ import annotations

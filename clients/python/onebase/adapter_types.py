@@ -150,14 +150,14 @@ class ProofReport:
     base_unchanged: bool
     """Whether the base's weights are what they were before."""
     seconds: float
-    kernels: str = "torch"
+    kernels: str
     """Kernels of the server: `torch`, or its own in C, by their set of instructions."""
-    modules_exact: int | None = None
-    """Modules that had PEFT's own bits; None for versions proven before this was counted."""
-    error_ratio: float = 0.0
+    modules_exact: int
+    """Number of modules that had PEFT's own bits."""
+    error_ratio: float
     """Largest error of the other modules, which sum in another order, divided by that of PEFT's own output.
     Both errors are measured from the result in fp64."""
-    shown: str = ""
+    shown: str
     """Statement, in words, of what was shown."""
 
 

@@ -27,8 +27,8 @@ class TrainingFile:
     batch."""
     created_at: float
     """Unix time in seconds."""
-    sha256: str | None = None
-    """SHA-256 of its content. None from older servers."""
+    sha256: str
+    """SHA-256 of its content."""
 
 
 @dataclass(frozen=True)

@@ -405,7 +405,7 @@ def _check_model_folder(folder: Path) -> None:
 
 
 def _write_template(folder: Path) -> None:
-    """Give the default base its chat template, also where an older version has fetched it without."""
+    """Give the default base its chat template."""
     target = folder / "chat_template.jinja"
     wanted = CHAT_TEMPLATE.read_text(encoding="utf-8")
     if not target.is_file() or target.read_text(encoding="utf-8") != wanted:

@@ -24,8 +24,7 @@ from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FIL
 from onebase_adapters.store.store import BlobWriter, Store
 from onebase_server.background import Threads
 from onebase_server.errors import ClientGoneError, InvalidRequestError, PayloadTooLargeError
-from onebase_server.jobs.files import BATCH_ENDING, TrainingFiles, check_filename
-from onebase_server.jobs.folders import ending
+from onebase_server.jobs.files import BATCH_ENDING, TrainingFiles, check_filename, ending
 from onebase_server.settings import SettingsError, parse_bool
 
 MAX_FIELD_BYTES = 1000

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
 import secrets
 import time
 from collections.abc import Collection, Mapping
@@ -21,10 +20,10 @@ from onebase_adapters.registry import (
     TrainingRecords,
     UnknownJobError,
 )
-from onebase_adapters.store.store import Blob, BlobMissingError, BlobWriter, Store, StoreError
+from onebase_adapters.store.store import Blob, BlobMissingError, BlobWriter, Store
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError, InvalidRequestError, UnknownFileError
-from onebase_server.jobs.folders import JobFolders, ending
+from onebase_server.jobs.folders import JobFolders
 from onebase_server.storage import delete_blobs, storage_errors
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
@@ -38,8 +37,6 @@ SCOPES: Mapping[Purpose, Scope] = {
     "batch_output": "generate",
 }
 """Scope that a key needs for a file, by the file's purpose."""
-
-_log = logging.getLogger(__name__)
 
 
 class TrainingFiles:
@@ -131,7 +128,7 @@ class TrainingFiles:
         try:
             file = await self.get(tenant, file_id)
             with storage_errors():
-                if file.sha256 is None or not await self.disk.run(self.store.exists, file.sha256):
+                if not await self.disk.run(self.store.exists, file.sha256):
                     await self.disk.run(self.content, file)  # it says what is wrong
         except UnknownFileError as error:
             raise InvalidRequestError(
@@ -150,12 +147,10 @@ class TrainingFiles:
             file = await self._threads.run(self._records.file, tenant, file_id)
         except registry.UnknownFileError:
             return False
-        return file.sha256 is not None and await self.disk.run(self.store.exists, file.sha256)
+        return await self.disk.run(self.store.exists, file.sha256)
 
     async def delete(self, tenant: str, file_id: str) -> None:
         """Raises UnknownFileError, ConflictError while a job or a batch needs it, UnavailableError."""
-        file = await self.get(tenant, file_id)
-        old = self._old_path(file) if file.sha256 is None else None
         with storage_errors():
             try:
                 blobs = await self._threads.run(self._records.delete_file, tenant, file_id, RESUMABLE)
@@ -165,8 +160,6 @@ class TrainingFiles:
                 await self._raise_if_elsewhere(tenant, error)
                 raise
         await delete_blobs(self.store, self.disk, blobs)
-        if old is not None:
-            await self.disk.run(old.unlink, True)
 
     async def _raise_if_elsewhere(self, tenant: str, used: FileInUseError) -> None:
         """Raises ConflictError when the job that needs a file is not to be found on this server."""
@@ -193,11 +186,6 @@ class TrainingFiles:
         Args:
             held: a place for it, as `Store.hold` takes one; without it the file must be read at once.
         """
-        if file.sha256 is None:
-            path = self._old_path(file)
-            if not path.is_file():
-                raise UnknownFileError(f"The content of file {file.id} is gone from the server's --data-dir.")
-            return path
         try:
             return self.store.local(file.sha256) if held is None else self.store.hold(file.sha256, held)
         except BlobMissingError as error:
@@ -205,40 +193,6 @@ class TrainingFiles:
                 f"The content of file {file.id} is not in this server's store; another server may have it. "
                 "Servers that share a registry (--registry) should share a store (--store)."
             ) from error
-
-    # ---- what earlier releases kept on the disk of one server --------------------------------
-
-    def _old_path(self, file: TrainingFile) -> Path:
-        """Raises UnknownFileError when that is another server's disk."""
-        if file.server != self._folders.server:
-            raise UnknownFileError(
-                f"File {file.id} lies on the disk of another server, which shares the registry. Ask that "
-                "one, or start it with this release, which moves it into the store, or upload it here."
-            )
-        return self._folders.old_file(file)
-
-    async def take_over(self) -> None:
-        """Move this server's files into the store. An interruption loses nothing: the next call continues.
-
-        Those that cannot be moved are served from where they lie. Raises RegistryError, OSError.
-        """
-        left = await self.disk.run(self._folders.old_files)
-        if not left:
-            return
-        rows = await self._threads.run(self._records.server_files, self._folders.server)
-        files = {file.id: file for file in rows}
-        known = {path: files[name] for path in left if (name := path.name.partition(".")[0]) in files}
-        if known:
-            _log.info("%d training files move from %s into the store", len(known), left[0].parent)
-        for path, file in known.items():
-            try:
-                if file.sha256 is None:
-                    blob = await self.disk.run(self.store.add_file, path)
-                    await self._threads.run(self._records.set_content, file.id, blob.sha256)
-                await self.disk.run(path.unlink, True)
-            except (StoreError, OSError) as error:
-                _log.warning("training files stay in %s for now: %s", path.parent, error)
-                return
 
 
 def curve_csv(report: Mapping[str, Any]) -> bytes:
@@ -251,6 +205,11 @@ def curve_csv(report: Mapping[str, Any]) -> bytes:
     for step in sorted({*train, *held_out}):
         rows.writerow((step, train.get(step, ""), held_out.get(step, "")))
     return text.getvalue().encode()
+
+
+def ending(filename: str) -> str:
+    """The ending of a file's name, in lower case, with its dot; "" if it has none."""
+    return Path(filename).suffix.lower()
 
 
 def check_filename(filename: str) -> str:

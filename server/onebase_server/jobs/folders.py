@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import secrets
@@ -15,11 +14,10 @@ from typing import Protocol
 from onebase_adapters.registry import (
     ENDED_STATES,
     JobState,
-    TrainingFile,
     TrainingRecords,
     UnknownJobError,
 )
-from onebase_adapters.store.atomic_files import atomic_directory, replace_synced, sync
+from onebase_adapters.store.atomic_files import sync
 from onebase_server.background import Threads
 from onebase_server.jobs.state import is_resumable
 
@@ -83,49 +81,6 @@ class JobFolders:
     def forget(self, job_id: str) -> None:
         """Delete what a run has written."""
         shutil.rmtree(self.job(job_id), ignore_errors=True)
-
-    # ---- what earlier releases left, in `files` and `jobs` -----------------------------------
-
-    def take_over(self, job_ids: Container[str]) -> None:
-        """Bring in the old folders of these jobs. Others may be another registry's. Raises OSError."""
-        for path in _left_in(self.root / "jobs"):
-            if path.name in job_ids and not self.job(path.name).exists():
-                _move(path, self.job(path.name))
-
-    def old_files(self) -> list[Path]:
-        """Training files that are not in the store, of any registry. Raises OSError."""
-        left = _left_in(self.root / "files")
-        for half in [path for path in left if path.suffix == ".part"]:
-            half.unlink(missing_ok=True)  # an upload that broke off
-            left.remove(half)
-        return left
-
-    def old_file(self, file: TrainingFile) -> Path:
-        """Return the path of a file's content that is not in the store."""
-        return self.root / "files" / f"{file.id}{ending(file.filename)}"
-
-
-def ending(filename: str) -> str:
-    """The ending of a file's name, in lower case, with its dot; "" if it has none."""
-    return Path(filename).suffix.lower()
-
-
-def _left_in(folder: Path) -> list[Path]:
-    with suppress(OSError):
-        folder.rmdir()  # once it is empty
-    return list(folder.iterdir()) if folder.exists() else []
-
-
-def _move(folder: Path, target: Path) -> None:
-    try:
-        replace_synced(folder, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        with atomic_directory(target) as work:  # of two disks
-            shutil.copytree(folder, work, dirs_exist_ok=True)
-            os.sync()
-        shutil.rmtree(folder)
 
 
 def _server_id(path: Path) -> str:
@@ -210,7 +165,6 @@ class GarbageCollector:
         Raises RegistryError, OSError.
         """
         ends = await self._threads.run(self._records.job_ends, self._folders.server)
-        await self._disk.run(self._folders.take_over, ends)
         for job_id in await self._disk.run(self._folders.job_ids):
             if job_id not in running and (job_id not in ends or is_over(*ends[job_id])):
                 await self._disk.run(self._folders.forget, job_id)

@@ -150,7 +150,6 @@ class JobScheduler:
     async def _sweep_if_due(self) -> None:
         if time.monotonic() >= self._next_sweep:
             await self._garbage.sweep(self._runs)
-            await self._pool.files.take_over()
             self._next_sweep = time.monotonic() + self._sweep_seconds
 
     async def forget(self, job_id: str) -> None:

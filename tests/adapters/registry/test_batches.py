@@ -141,7 +141,7 @@ def test_a_batch_is_taken_over_when_its_server_is_gone_for_long_or_it_is_only_to
         registry.batches.add(new(number))
     registry.batches.move("batch_1", "in_progress", ("validating",), total=5, completed=3, failed=1)
     registry.batches.move("batch_2", "cancelling", ("validating",))
-    assert registry.batches.lost("server-2") == []  # of an earlier release, whose servers have no lease
+    assert registry.batches.lost("server-2") == []  # its server has no lease
     lease(registry, HERE, 60.0)
     assert registry.batches.lost("server-2") == []
     lease(registry, HERE, -100.0)

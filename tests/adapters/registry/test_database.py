@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -12,21 +13,26 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import alembic.config
 import pytest
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 from tests.adapters.registry.conftest import Open, add, files
 from tests.disks import fill, small_disk
 from tests.postgres import postgres_server
 
 from onebase_adapters.registry import (
+    AdapterRecord,
     Registry,
     RegistryBusyError,
     RegistryError,
     RegistryFullError,
     StaleActivationError,
     database,
+    migrations,
 )
 from onebase_adapters.registry.tables import Table
 
@@ -75,6 +81,64 @@ def test_many_servers_that_start_at_once_migrate_once(url: str) -> None:
     registry = Registry(url, base_id="base-1", base_name="base")
     assert {record.versions[0].digest for record in registry.snapshot()} == digests
     registry.close()
+
+
+LATER = """
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision, branch_labels, depends_on = "9999", "{head}", None, None
+
+def upgrade():
+    op.add_column("adapters", sa.Column("note", sa.Text(), nullable=False, server_default="none"))
+"""
+
+
+def test_servers_of_a_later_release_that_start_at_once_upgrade_once_and_nothing_is_lost(
+    registry: Registry, open_registry: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (add(registry, "a", text) for text in "12")
+    registry.activate(*HERE, first)
+    registry.activate(*HERE, second)
+    before = registry.snapshot()
+    counter = registry.change_counter()
+    start = threading.Barrier(6)
+
+    def later_server(_: int) -> list[AdapterRecord]:
+        start.wait()
+        return open_registry().snapshot()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(alembic.config, "Config", with_a_later_revision(tmp_path / "versions"))
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(later_server, range(6))) == [before] * 6
+    with registry._database.engine.connect() as connection:
+        assert connection.execute(text("SELECT note FROM adapters")).all() == [("none",)]
+    # Servers that run go on; one of the earlier release that starts now does not.
+    assert registry.change_counter() == counter
+    third = add(registry, "a", "3")
+    assert registry.activate(*HERE, third).active == third
+    assert registry.rollback(*HERE).active == second
+    with pytest.raises(RegistryError, match="another version of OneBase"):
+        open_registry()
+
+
+def with_a_later_revision(folder: Path) -> Callable[[], Config]:
+    """Alembic's configuration of a release with one migration more."""
+    ours = Path(migrations.__file__).parent / "versions"
+    made = Config()
+    made.set_main_option("script_location", str(ours.parent))
+    head = ScriptDirectory.from_config(made).get_current_head()
+    folder.mkdir()
+    (folder / "later.py").write_text(LATER.format(head=head))
+
+    def config() -> Config:
+        later = Config()
+        later.set_main_option("path_separator", "os")
+        later.set_main_option("version_locations", f"{ours}{os.pathsep}{folder}")
+        return later
+
+    return config
 
 
 PROGRAM = """

@@ -85,7 +85,6 @@ def test_a_key_ends_when_it_is_revoked_or_expires_and_its_row_stays(registry: Re
     [
         ({"tenant": ""}, "tenant"),
         ({"tenant": "a/b"}, "tenant"),
-        ({"tenant": "registry"}, "tenant"),
         ({"tenant": "x" * 65}, "tenant"),
         ({"scopes": []}, "scopes"),
         ({"scopes": ["train", "root"]}, "scopes"),

@@ -24,6 +24,7 @@ REPORT = {
     "rank": 8,
     "kinds": ["lora"],
     "modules": [{"name": "model.layers.0.q_proj", "rank": 8, "norm": 0.5}],
+    "proof": {"kernels": "torch"},
 }
 
 

@@ -62,7 +62,7 @@ def test_a_job_of_a_server_that_lives_or_has_no_lease_is_nobody_else_s(
     registry: Registry, job: TrainingJob
 ) -> None:
     move(registry, "running")
-    assert takeable(registry) == []  # of an earlier release, whose servers have no lease
+    assert takeable(registry) == []  # its server has no lease
     alive(registry, "s1", room=0)
     assert takeable(registry) == []
     with pytest.raises(JobElsewhereError):
@@ -227,11 +227,11 @@ def test_a_server_that_lost_a_job_drops_nothing_of_what_the_next_one_goes_on_fro
 def test_a_parent_s_files_outlive_its_version_while_a_job_goes_on_from_it(registry: Registry) -> None:
     digest = add(registry, "base", "1")
     parent = ParentVersion.of(registry.version(TENANT, "base", digest))
-    add_file(registry, "a")
+    file = add_file(registry, "a")
     add_job(registry, "one", parent=parent)
     registry.delete_version(TENANT, "base", digest)
-    assert registry.referenced_blobs() == {parent.config, parent.weights}
+    assert registry.referenced_blobs() == {file.sha256, parent.config, parent.weights}
     assert registry.takeovers.kept(JOB) == {"parent_config": parent.config, "parent_weights": parent.weights}
     registry.training.move(JOB, "cancelled", ("validating_files",))
     assert registry.takeovers.drop(JOB).keys() == {"parent_config", "parent_weights"}
-    assert registry.referenced_blobs() == set()
+    assert registry.referenced_blobs() == {file.sha256}

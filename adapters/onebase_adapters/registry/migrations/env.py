@@ -1,4 +1,4 @@
-"""What Alembic runs. `Registry.migrate` hands over a connection that is in a transaction already."""
+"""Configure Alembic. `Registry.migrate` hands over a connection that is in a transaction already."""
 
 from __future__ import annotations
 

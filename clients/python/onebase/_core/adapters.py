@@ -342,7 +342,6 @@ def parse_adapter(value: Json) -> Adapter:
         value,
         kinds=tuple(value["kinds"]),
         targets=tuple(value["targets"]),
-        shared=bool(value.get("shared")),  # no server of release 0.1 says it
     )
 
 
@@ -391,26 +390,15 @@ def _source(value: Json) -> AdapterSource:
 def _version_report(value: Json) -> VersionReport:
     return flat(
         VersionReport,
-        {"task": "CAUSAL_LM", "labels": 0, **value},
-        label_names=tuple(value.get("label_names", ())),
+        value,
+        label_names=tuple(value["label_names"]),
         kinds=tuple(value["kinds"]),
         targets=tuple(value["targets"]),
         dropped=tuple(value["dropped"]),
-        modules=tuple(map(_module_report, value["modules"])),
-        proof=_proof_report(value["proof"]),
-        warnings=tuple(value.get("warnings", ())),  # of servers and versions that have any
+        modules=tuple(flat(ModuleReport, module) for module in value["modules"]),
+        proof=flat(ProofReport, value["proof"]),
+        warnings=tuple(value["warnings"]),
     )
-
-
-def _proof_report(value: Json) -> ProofReport:
-    """Older servers and versions lack the later fields."""
-    later = {"kernels": "torch", "modules_exact": None, "error_ratio": 0.0, "shown": ""}
-    return flat(ProofReport, {**later, **value})
-
-
-def _module_report(value: Json) -> ModuleReport:
-    spectral, relative = value.get("spectral_norm"), value.get("relative_norm")
-    return flat(ModuleReport, value, spectral_norm=spectral, relative_norm=relative)
 
 
 def parse_history(value: Json) -> tuple[Activation, ...]:

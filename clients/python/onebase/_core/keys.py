@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote
 
 from ..types import ApiKey, NewApiKey
@@ -48,20 +48,11 @@ def _place(key_id: str) -> str:
 
 
 def parse_key(value: Json) -> ApiKey:
-    return flat(ApiKey, value, **_parts(value))
+    return flat(ApiKey, value, scopes=tuple(value["scopes"]))
 
 
 def parse_new_key(value: Json) -> NewApiKey:
-    return flat(NewApiKey, value, **_parts(value))
-
-
-def _parts(value: Json) -> dict[str, Any]:
-    """Return the values that are no plain fields, or that servers of release 0.1 lack."""
-    return {
-        "scopes": tuple(value["scopes"]),
-        "quotas": value.get("quotas", {}),
-        "priority": value.get("priority", 0),
-    }
+    return flat(NewApiKey, value, scopes=tuple(value["scopes"]))
 
 
 def parse_keys(value: Json) -> tuple[ApiKey, ...]:

@@ -235,7 +235,7 @@ def _plain(value: object) -> object:
 
 
 def parse_file(value: Json) -> TrainingFile:
-    return flat(TrainingFile, value, sha256=value.get("sha256"))
+    return flat(TrainingFile, value)
 
 
 def parse_job(value: Json) -> TrainingJobInfo:

@@ -3877,7 +3877,7 @@ export interface components {
             /** Expires At */
             expires_at: null;
             /** Sha256 */
-            sha256: string | null;
+            sha256: string;
         };
         /**
          * FilesBase
@@ -5452,8 +5452,7 @@ export interface components {
                     modules_changed: number;
                     rows: number;
                     exact: boolean;
-                    /** @default null */
-                    modules_exact: number | null;
+                    modules_exact: number;
                     /** @default 0 */
                     error_ratio: number;
                     /** @default torch */

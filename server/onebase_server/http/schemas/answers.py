@@ -774,7 +774,7 @@ class FileAnswer(TypedDict):
     status: Literal["processed"]
     status_details: None
     expires_at: None
-    sha256: str | None
+    sha256: str
 
 
 class BatchProblem(TypedDict):

@@ -1,1 +1,1 @@
-"""One file a step, each named after its revision."""
+"""One file a step, each named after its revision. A step that was released is never changed."""

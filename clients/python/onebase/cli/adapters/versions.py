@@ -111,7 +111,7 @@ def makeup(report: VersionReport) -> str:
 def proof(proof: ProofReport) -> str:
     """One sentence about the proof."""
     how = "bit for bit" if proof.exact else f"within {number(proof.largest_difference)}"
-    if not proof.exact and proof.modules_exact is not None:
+    if not proof.exact:
         how += f", {proof.modules_exact} of them bit for bit"
     how += "" if proof.kernels == "torch" else f" ({proof.kernels} kernels)"
     equal = f"{proof.modules_compared} modules equal PEFT's {how}, {proof.modules_changed} of them changed"
