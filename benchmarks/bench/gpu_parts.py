@@ -669,7 +669,7 @@ def _sized(setup: Setup, found: Findings, base: torch.nn.Module) -> None:
         # As if it were a GPU's: of this machine's memory others may take any part.
         own: Any = sys.modules[sizes.__module__]
         own.kv_memory_available = lambda device: 8 << 30
-    measure = (lambda run: int(run() is not None)) if device.type == "cpu" else measured_on([device])
+    measure = (lambda run: int(run() is not None)) if device.type == "cpu" else measured_on(device)
     most = bases.SHAPES[setup.shape]["max_position_embeddings"]
     limits = Limits(2, 8, 64) if small else Limits(64, 2048, most, 7)
     model = ServedModel(base, 1, kernels=ReferenceKernels(tiled=False) if small else None)
