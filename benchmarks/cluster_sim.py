@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Simulates many replicas of one base and thousands of adapters, without a model: the server's own placement
-against rules that others have, on the same requests. The simulation is the server's too
-(onebase_server/routing/simulation.py), for `onebase estimate --serve`.
+against rules that others have, on the same requests.
 
   python benchmarks/cluster_sim.py                        # 100 replicas, 10,000 adapters, every scenario
   python benchmarks/cluster_sim.py --scenarios steady loss --seconds 30      # a look
@@ -21,8 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from onebase_server.routing.placement import order_of
-from onebase_server.routing.simulation import (
+from bench.simulation import (
     TOKENS,
     Figures,
     OneBase,
@@ -34,6 +32,7 @@ from onebase_server.routing.simulation import (
     requests,
     simulate,
 )
+from onebase_server.routing.placement import order_of
 
 FIGURES = Figures()
 

@@ -28,9 +28,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bench import random_base as bases
-from bench.gpu_report import NOT_BUILT, Findings, Setup, run_part, shown
-from onebase_engine.base.layers import adaptable_layers, empty_base
-from onebase_engine.base.load import base_bytes, estimate_memory
+from bench.gpu_report import NOT_BUILT, Findings, Setup, run_part
+from onebase_engine.base.load import base_bytes
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine import model as served
@@ -44,7 +43,6 @@ from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.lora.weights import weights_bytes
 from onebase_server.processes.engine import sizes
-from onebase_server.routing.capacity import BANDWIDTHS, BEST, REACHED, WORST, bytes_read, launch_seconds
 
 NEEDED = ("numpy", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "msgspec", "safetensors")
 BLOCK = 16
@@ -333,8 +331,6 @@ def engine(setup: Setup, found: Findings) -> None:
             measured.clear()
     if not setup.interpreted:
         found.figure("forms of the kernels that were compiled or loaded", variants())
-    if measured.launches:
-        found.trying("a prediction", predict, found, measured.launches)
     for place, count in measured.places.most_common(12):
         found.figure(f"syncs at {place}", count, "in four steps of each load")
     length = 20 if setup.interpreted else 2048
@@ -366,9 +362,6 @@ class Decodes:
         self._asked: list[str] = []
         self.places: Counter[str] = Counter()
         """Number of waits for the device, by place in the sources."""
-        self.launches: dict[str, tuple[Counter[str], int]] = {}
-        """Launches of a layer, and how many there are besides, by the kind of adapters. Only under the
-        interpreter."""
         found.figure("a large copy, read and written", per_second / 1e9, "GB/s")
         headings = ["load", "graphs", "ms a step", "tokens/s", "launches a step", "a layer", "syncs a step"]
         headings += ["kernels a step", "GPU busy", "byte floor, ms", "of the bandwidth"]
@@ -417,9 +410,6 @@ class Decodes:
             # A pass that is not captured is launched kernel by kernel, by way of the modules.
             self._found.check(f"{load.title}: its steps are graphs", not layer, str(dict(layer))[:200])
             return
-        if setup.interpreted:
-            layers = bases.SHAPES[setup.shape]["num_hidden_layers"]
-            self.launches[load.kind] = layer, whole.total() - layers * layer.total()
         self._found.check(f"{load.title}: at most 20 launches a layer", layer.total() <= 20, str(dict(layer)))
         self._found.check(f"{load.title}: Triton's launches are counted", layer["_products"] > 0)
 
@@ -449,48 +439,6 @@ class Decodes:
         finally:
             layer.forward = forward
         return step.names, own.names
-
-
-CONTEXT = 156
-
-
-def predict(found: Findings, launches: Mapping[str, tuple[Counter[str], int]]) -> None:
-    """Predict decode steps on a GPU from bytes and launches. Nothing was measured on one; assumptions are
-    those of `onebase estimate` (`routing/capacity.py`).
-
-    Args:
-        launches: by the kind of adapters, those of a layer, as they were counted, and how many there are
-            beside the layers', half of which a graph holds.
-    """
-    from transformers import LlamaConfig
-
-    shape = bases.SHAPES["8b"]
-    base: Any = empty_base(LlamaConfig(**shape, tie_word_embeddings=False))
-    linear = {name: layer for name, layer in adaptable_layers(base).items() if layer.kind == "linear"}
-    name, bandwidth = "H100", BANDWIDTHS["h100"] * 1e9
-    memory = estimate_memory(base, "nf4", dtype=torch.bfloat16)
-    layers = shape["num_hidden_layers"]
-    weights = sum(one.size_in * one.size_out for key, one in linear.items() if "lm_head" not in key)
-    stored = memory.total - base.get_input_embeddings().weight.numel() * 2
-    read = bytes_read(stored, weights, bases.BLOCKSIZE)
-    row = CONTEXT * 2 * 2 * layers * shape["num_key_value_heads"] * shape["head_dim"]
-    headings = ["load", "GB a step", "launches", "ms a step", "tokens/s", "byte floor, ms"]
-    add = found.table(f"PREDICTED for an {name}, not measured: the shape of an 8B, rank 16", headings)
-    for load in FULL:
-        wanted = bases.ALL_LINEAR if load.kind == "f" else bases.ATTENTION
-        of_one = sum(64 * (one.size_in + one.size_out) for key, one in linear.items() if key.endswith(wanted))
-        counted_ones, outside = launches[load.kind]
-        inside = layers * (counted_ones.total() - (0 if load.adapters else counted_ones["_shrink"]))
-        moved = read + load.adapters * of_one + load.rows * row
-        times = [
-            moved / (bandwidth * REACHED[case]) + launch_seconds(inside, outside, case)
-            for case in (BEST, WORST)
-        ]
-        add(
-            load.title, moved / 1e9, inside + outside,
-            " to ".join(shown(one * 1e3) for one in times),
-            " to ".join(shown(load.rows / one) for one in reversed(times)), moved / bandwidth * 1e3,
-        )  # fmt: skip
 
 
 def _start(running: Engine, asked: Sequence[Asked], warm: int) -> None:
@@ -669,7 +617,7 @@ def _sized(setup: Setup, found: Findings, base: torch.nn.Module) -> None:
         # As if it were a GPU's: of this machine's memory others may take any part.
         own: Any = sys.modules[sizes.__module__]
         own.kv_memory_available = lambda device: 8 << 30
-    measure = (lambda run: int(run() is not None)) if device.type == "cpu" else measured_on([device])
+    measure = (lambda run: int(run() is not None)) if device.type == "cpu" else measured_on(device)
     most = bases.SHAPES[setup.shape]["max_position_embeddings"]
     limits = Limits(2, 8, 64) if small else Limits(64, 2048, most, 7)
     model = ServedModel(base, 1, kernels=ReferenceKernels(tiled=False) if small else None)

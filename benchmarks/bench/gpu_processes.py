@@ -28,7 +28,6 @@ from typing import Any
 import torch
 
 from bench import random_base as bases
-from bench import training_cost
 from bench.gpu_parts import BLOCK, Asked, make_engine, serve, words
 from bench.gpu_report import Findings, NotHereError, Setup, run_part
 from bench.report import percentile
@@ -319,10 +318,7 @@ def config_of(setup: Setup) -> EngineConfig:
 
 
 def training(setup: Setup, found: Findings) -> None:
-    """A job of a server's trainer next to the engine: tokens a second of both, and memory; killed at last.
-    Where there is no GPU, what a step would take on one."""
-    if setup.interpreted:
-        found.trying("a prediction", training_cost.predict, found)
+    """A job of a server's trainer next to the engine: tokens a second of both, and memory; killed at last."""
     shutil.rmtree(setup.folder / "runs", ignore_errors=True)
     with hosted(setup) as running:
         asyncio.run(_training(setup, found, running))

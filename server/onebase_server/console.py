@@ -128,7 +128,7 @@ def print_summary(
 
 def _where(base: BaseInfo) -> str:
     if base.device != "cpu":
-        return f"on {base.device}" + (", one after the other, which is slow" if base.spread else "")
+        return f"on {base.device}"
     return "on the CPU, " + ("by PyTorch" if base.kernels == "torch" else f"by the {base.kernels} kernels")
 
 

@@ -201,16 +201,6 @@ class Settings:
     device: Device = field(
         default="auto", metadata=about("base", "where the base lives; auto takes a GPU if there is one")
     )
-    gpus: int = field(
-        default=1,
-        metadata=about(
-            "base",
-            "GPUs over which the layers of a base are spread that is too large for one; slow, and nothing is "
-            "trained on it",
-            low=1,
-            high=16,
-        ),
-    )
 
     host: str = field(
         default="127.0.0.1",
@@ -639,22 +629,11 @@ class Settings:
         hints = get_type_hints(type(self))
         for item in fields(self):
             _check(item, getattr(self, item.name), hints[item.name])
-        if self.gpus > 1 and (self.train_jobs > 1 or self.train_memory):
-            raise SettingsError(
-                f"--gpus is {self.gpus}: on a base over several GPUs nothing is trained. Leave --train-jobs "
-                "and --train-memory out"
-            )
-
-    @property
-    def trainers(self) -> int:
-        """Jobs that run at once."""
-        return self.train_jobs if self.gpus == 1 else 0
 
     def engine_config(self, base_folder: str) -> EngineConfig:
         """Return the engine's part of these settings, for the base in a local folder."""
         shared = {item.name for item in fields(self)} & set(EngineConfig.__struct_fields__)
-        given = {name: getattr(self, name) for name in shared} | {"train_jobs": self.trainers}
-        return EngineConfig(base_folder=base_folder, **given)
+        return EngineConfig(base_folder=base_folder, **{name: getattr(self, name) for name in shared})
 
 
 def _check(item: Field[Any], value: Any, kind: Any) -> None:

@@ -333,12 +333,11 @@ def host_memory(settings: Settings) -> int:
 
 def prefix_memory(settings: Settings) -> int:
     """Return the bytes that prefixes may use in host memory once they leave a GPU's KV cache. A CPU's cache
-    is in host memory itself, and from a cache on several GPUs none are stored.
+    is in host memory itself.
 
     Raises StorageError where the system says no size.
     """
-    cached = settings.device == "cuda" and settings.gpus == 1
-    return _host_memory(settings) // PREFIX_PART if cached else 0
+    return _host_memory(settings) // PREFIX_PART if settings.device == "cuda" else 0
 
 
 def _host_memory(settings: Settings) -> int:

@@ -37,7 +37,7 @@ from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.handover_files import KeptFiles
 from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import TrainerPool
-from onebase_server.jobs.scheduler import NO_JOBS, JobScheduler
+from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
 from onebase_server.measurements import RequestMeasurements
 from onebase_server.metrics import Metrics
@@ -307,7 +307,7 @@ def _training(
         base=base,
         command=command,
         share=settings.train_share,
-        memory=settings.train_memory // max(1, settings.trainers),
+        memory=settings.train_memory // max(1, settings.train_jobs),
         busy_fd=busy.fd,
         tenants=storage.registry.tenants,
         usage=usage,
@@ -315,9 +315,7 @@ def _training(
         kept=kept,
         tracing=tracing,
     )
-    most, look = settings.trainers, settings.sync_seconds
-    off = NO_JOBS if settings.gpus == 1 else f"its base lies on several GPUs (--gpus {settings.gpus})"
-    scheduler = JobScheduler(pool, peers, most=most, off=off, look_seconds=look)
+    scheduler = JobScheduler(pool, peers, most=settings.train_jobs, look_seconds=settings.sync_seconds)
     jobs = JobService(
         registry,
         storage.registry.tenants,
@@ -326,9 +324,8 @@ def _training(
         folder,
         scheduler,
         notifier,
-        most=most,
-        off=off,
-        look_seconds=look,
+        most=settings.train_jobs,
+        look_seconds=settings.sync_seconds,
     )
     return Training(files, jobs, scheduler, checkpoints, storage, records, folder, peers)
 

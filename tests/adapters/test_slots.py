@@ -100,7 +100,7 @@ def test_a_whole_wrapped_model_is_bit_equal_to_peft(base: nn.Module, save_adapte
     ids = torch.randint(0, 256, (1, TILE), generator=torch.Generator().manual_seed(5))
     served, step = view(base), StepRows()
     modules = wrap_layers(served, step, ReferenceKernels(), slots=SLOTS)
-    adapter_slots = AdapterSlots(modules, SLOTS)
+    adapter_slots = AdapterSlots(modules, SLOTS, torch.device("cpu"))
     adapter_slots.load(2, load(base, folder))
     step.tokens = step.logits = row_map([{2: 1.0}] * TILE)
     with torch.inference_mode():

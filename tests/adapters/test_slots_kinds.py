@@ -67,7 +67,7 @@ class Bench:
         self.step = StepRows()
         self.served: Any = view(base)
         self.modules = wrap_layers(self.served, self.step, ReferenceKernels(tiled=tiled), slots=len(kinds))
-        self.adapter_slots = AdapterSlots(self.modules, len(kinds))
+        self.adapter_slots = AdapterSlots(self.modules, len(kinds), torch.device("cpu"))
         self.weights = [weights_of(model) for model in self.references]
         for slot, weights in enumerate(self.weights):
             self.adapter_slots.load(slot, weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -88,11 +88,6 @@ def kept(x: torch.Tensor) -> torch.Tensor:
     return numbers.double() * scale.double().unsqueeze(-1)
 
 
-def on_cpu(layers: Iterable[int]) -> dict[int, torch.device]:
-    """Where the layers of a KV cache lie."""
-    return dict.fromkeys(layers, torch.device("cpu"))
-
-
 class Cache:
     """A KV cache of one layer, and contexts in blocks that lie anywhere in it."""
 
@@ -111,7 +106,7 @@ class Cache:
         self.block, self.kv_heads, self.heads, self.dim = block, kv_heads, kv_heads * groups, dim
         self.blocks = tokens // block
         dtype = torch.int8 if eight else torch.bfloat16
-        whole = KVCache({0: (kv_heads, dim, dim)}, self.blocks, block, dtype, on_cpu({0}))
+        whole = KVCache({0: (kv_heads, dim, dim)}, self.blocks, block, dtype, torch.device("cpu"))
         self.layer = whole.layers[0]
         self.tensors = self.layer.keys, self.layer.values
         self.options = {"scaling": dim**-0.5, "softcap": None, "window": None} | options

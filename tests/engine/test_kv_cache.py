@@ -12,7 +12,6 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
-from tests.engine.layers import on_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase_engine.engine import kv_cache
@@ -390,7 +389,7 @@ def test_blocks_come_back_from_host_memory_bit_for_bit(
     """Layers of two shapes, in pieces, at places one after the other and not, NaNs too."""
     monkeypatch.setattr(kv_cache, "STAGED_BLOCKS", 4)
     shapes = {0: (2, dim, dim), 1: (1, dim, 2), 2: (2, dim, dim)}
-    cache, generator = KVCache(shapes, 20, block, dtype, on_cpu(shapes)), torch.manual_seed(5)
+    cache, generator = KVCache(shapes, 20, block, dtype, torch.device("cpu")), torch.manual_seed(5)
     for part in cache.by_block:
         part.copy_(torch.randint(0, 256, part.shape, dtype=torch.uint8, generator=generator))
     before = [part.clone() for part in cache.by_block]
@@ -423,7 +422,7 @@ def test_host_memory_is_page_locked_until_nobody_has_it_and_its_copies_are_made(
     monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("wait"))
     slab = torch.ones(10, dtype=torch.uint8)
-    place, owner = slab.data_ptr(), KVCache({}, 3, 1, torch.float32, on_cpu({}))
+    place, owner = slab.data_ptr(), KVCache({}, 3, 1, torch.float32, torch.device("cpu"))
     kv_cache._lock_pages(slab, torch.device("cuda"), owner)
     assert done == [("lock", place, 10, 0)]
     del owner
@@ -488,7 +487,7 @@ def test_copies_in_a_stream_of_their_own_are_in_order_with_the_steps(
     """Whichever stream is the faster one."""
     monkeypatch.setattr(kv_cache, "STAGED_BLOCKS", 3)
     generator = torch.manual_seed(7)
-    caches = [KVCache({0: (2, 4, 4)}, 12, 2, torch.float32, on_cpu({0})) for _ in range(2)]
+    caches = [KVCache({0: (2, 4, 4)}, 12, 2, torch.float32, torch.device("cpu")) for _ in range(2)]
     hosts = [HostCache(cache, 8) for cache in caches]
     plain, apart = (cache.layers[0].keys.view(2, 12, 8) for cache in caches)
     with Streams(first) as streams:

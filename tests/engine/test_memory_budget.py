@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,13 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.harness import Lab, LiveBytes, requests, run
-from tests.engine.layers import on_cpu
 from tests.tiny import save_base
 from torch import nn
 from transformers import LlamaConfig
 
 from onebase_engine.base.layers import LayerShape, adaptable_layers, empty_base
-from onebase_engine.base.load import BaseSettings, load_base
+from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base, needed_memory
 from onebase_engine.engine import memory_budget
 from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, STAGED_BLOCKS, KVCache, bytes_per_token
@@ -51,6 +51,7 @@ from onebase_engine.lora.linear import SlotLinear
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.weights import LoraWeights
 from onebase_engine.machine import NO_LIMIT, container_free, free_memory, total_memory
+from onebase_server.processes import engine as process
 from onebase_server.processes.engine import sizes
 
 MB = 1_000_000
@@ -314,6 +315,25 @@ def test_the_verifier_gets_memory_for_a_proof_by_the_size_of_the_base(
     assert verifier_bytes(empty_base(config)) - CONTEXT_BYTES == pytest.approx(proof, rel=0.02)
 
 
+@pytest.mark.parametrize("estimated", [True, False], ids=["by its config", "while it is loaded"])
+@pytest.mark.parametrize(("quantization", "remedy"), [("none", "--quantization nf4 or a"), ("nf4", "a")])
+def test_a_base_for_which_a_gpu_has_no_room_is_refused_with_what_it_takes_and_what_is_free(
+    quantization: Any, remedy: str, estimated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = BaseSettings(save_base("llama", tmp_path), quantization, device=torch.device("cuda"))
+    needed, tried = needed_memory(settings), []
+
+    def load(settings: BaseSettings) -> None:
+        tried.append(settings)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(process, "load_kept_base", load)
+    monkeypatch.setattr(process, "free_memory", lambda device: needed - estimated)
+    with pytest.raises(UnsupportedBaseError, match=f"on cuda: .* are free. Choose {remedy} smaller base, "):
+        process._load(settings)
+    assert len(tried) == (not estimated)
+
+
 def test_a_step_for_which_there_is_no_memory_is_tried_with_shorter_contexts_and_then_refused(
     base: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,7 +405,7 @@ def _resident(cache: KVCache) -> int:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_a_kv_cache_on_the_cpu_takes_memory_only_once_written(dtype: torch.dtype) -> None:
     shapes = {0: (2, 64, 32), 1: (2, 64, 32)}
-    cache = KVCache(shapes, 20_000, 16, dtype, on_cpu(shapes))
+    cache = KVCache(shapes, 20_000, 16, dtype, torch.device("cpu"))
     size = sum(t.nbytes for t in _tensors(cache))
     assert size == 20_000 * 16 * bytes_per_token(shapes, dtype) > 50 * MB
     assert _resident(cache) < size / 10
@@ -396,7 +416,7 @@ def test_a_kv_cache_on_the_cpu_takes_memory_only_once_written(dtype: torch.dtype
 
 
 def test_keys_and_values_have_a_place_for_every_token_of_every_block() -> None:
-    cache = KVCache({3: (2, 8, 4)}, 5, 16, torch.float32, on_cpu({3}))
+    cache = KVCache({3: (2, 8, 4)}, 5, 16, torch.float32, torch.device("cpu"))
     assert cache.layers[3].keys.shape == (2, 80, 8)
     assert cache.layers[3].values.shape == (2, 80, 4)
     assert cache.layers[3].scales is None

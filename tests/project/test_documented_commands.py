@@ -69,8 +69,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"onebase chat$", RUN),
     (r"onebase [a-z]+( [a-z]+)? --help$", RUN),
     (r"onebase data check \w+\.", RUN),
-    (r"onebase estimate --base .*--serve", PARSE),  # tests/server/test_capacity.py runs it
-    (r"onebase estimate --base (?!.*--serve)", RUN),
+    (r"onebase estimate --base ", RUN),
     (r"python examples/data/make_\w+\.py$", RUN),
     (r"python examples/orders_tool\.py data$", RUN),
     (r"python examples/orders_tool\.py ask( |$)", PARSE),  # a minute

@@ -31,19 +31,6 @@ def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
         parse_size(text)
 
 
-def test_a_base_over_several_gpus_trains_nothing() -> None:
-    settings = load_settings({"gpus": 2}, {})
-
-    assert (settings.trainers, settings.engine_config("b").train_jobs, settings.engine_config("b").gpus) == (
-        0,
-        0,
-        2,
-    )
-    for option in ({"train_jobs": 2}, {"train_memory": 1}):
-        with pytest.raises(SettingsError, match=r"--gpus is 2: .* nothing is trained"):
-            load_settings({"gpus": 2, **option}, {})
-
-
 def test_an_option_wins_over_the_environment_and_that_over_the_default() -> None:
     environ = {"ONEBASE_PORT": "9000", "ONEBASE_MAX_ROWS": "7"}
 

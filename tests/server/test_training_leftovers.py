@@ -82,13 +82,6 @@ def test_a_server_without_jobs_says_so(serve_scripted: Starter, tmp_path: Path) 
         assert client.fine_tuning.jobs.cancel(waiting.id).status == "cancelled"
 
 
-def test_nothing_is_trained_on_a_base_over_several_gpus(serve_scripted: Starter) -> None:
-    with serve_scripted("words", "--gpus", "2") as server:
-        client = openai_client(server)
-        with pytest.raises(openai.ConflictError, match=r"its base lies on several GPUs \(--gpus 2\)"):
-            make_job(client, "rows")
-
-
 def test_a_data_folder_that_training_cannot_use_is_named(serve_scripted: Starter, tmp_path: Path) -> None:
     (tmp_path / "training").write_text("no folder")
     with serve_scripted("words", ready=False, data_dir=tmp_path) as server:

@@ -115,7 +115,7 @@ def _served_logits(
     """Of the server's own layers, with the version in slot 1."""
     tree: Any = view(base)
     rows = StepRows()
-    adapter_slots = AdapterSlots(wrap_layers(tree, rows, ReferenceKernels(), slots=2), 2)
+    adapter_slots = AdapterSlots(wrap_layers(tree, rows, ReferenceKernels(), slots=2), 2, torch.device("cpu"))
     adapter_slots.load(1, weights)
     rows.tokens = owned([1] * ids.shape[1])
     rows.logits = owned([1] * len(places))

@@ -22,7 +22,6 @@ from onebase_adapters.proof.extract import extract
 from onebase_adapters.proof.report import MergeMethod, MergeSign
 from onebase_engine.base.layers import LayerShape, adaptable_layers
 from onebase_engine.base.load import BaseChangedError, fingerprint
-from onebase_engine.base.several_gpus import devices_of
 from onebase_engine.base.view import peft_view
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights
 
@@ -145,8 +144,8 @@ def _merged_by_peft(
     from peft import PeftModel
 
     names = [f"parent-{number}" for number in range(len(folders))]
-    gpus = [device.index or 0 for device in devices_of(base) if device.type == "cuda"]
-    with warnings.catch_warnings(), torch.random.fork_rng(gpus):
+    devices = [parameter.device for parameter in base.parameters() if parameter.device.type == "cuda"][:1]
+    with warnings.catch_warnings(), torch.random.fork_rng([device.index or 0 for device in devices]):
         # Advice to who trains, and to who keeps all of a matrix.
         warnings.simplefilter("ignore", UserWarning)
         model: Any = PeftModel.from_pretrained(peft_view(base), str(folders[0]), adapter_name=names[0])

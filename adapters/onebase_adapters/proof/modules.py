@@ -113,13 +113,12 @@ class ModuleProver:
         model: Any = base
         head: torch.Tensor = model.get_output_embeddings().weight
         self._base = base
-        self._dtype = head.dtype
+        self._dtype, self._device = head.dtype, head.device
         self._step = StepRows()
-        self._kernels = kernels if kernels is not None else find_kernels(head.device, self._dtype)
+        self._kernels = kernels if kernels is not None else find_kernels(self._device, self._dtype)
         self._modules = wrap_layers(view(base), self._step, self._kernels, slots=2)
-        self._slots = AdapterSlots(self._modules, 2)
-        devices = {self._slots.device_of(name) for name in self._modules}
-        self._mixes = {device: list(_batch_mixes(device)) for device in devices}
+        self._slots = AdapterSlots(self._modules, 2, self._device)
+        self._mixes = list(_batch_mixes(self._device))
         self._random = torch.Generator()
         self._untouched: dict[str, _Distance] = {}
         """Distances of modules that a version left alone, which hold for all versions that do."""
@@ -161,7 +160,7 @@ class ModuleProver:
             self._slots.clear(_OTHER)
         return ModuleProof(
             compared=len(found),
-            rows=TILE * len(next(iter(self._mixes.values()))),
+            rows=TILE * len(self._mixes),
             exact=sum(one.ratio == 0 and not one.tolerated for one in found),
             largest_difference=max(one.difference for one in found),
             error_ratio=max(one.ratio for one in found),
@@ -184,7 +183,7 @@ class ModuleProver:
             truth = None
             if not served.exact(_VERSION) and _has_truth(served):
                 truth = _Truth(bare, own, x[0])
-            for mix in self._mixes[x.device]:
+            for mix in self._mixes:
                 right = torch.where(mix.mine[:, None], wanted, unadapted)
                 got = self._run(served, x, mix)
                 found = found.or_more(self._compare(served, name, mix, got[mix.seen], right[mix.seen], truth))
@@ -255,9 +254,9 @@ class ModuleProver:
         if not torch.isfinite(large.b).all():
             return
         exact = truth.times(factor)
-        served.put(_VERSION, self._slots.narrowed({name: large})[name].to(x.device))
+        served.put(_VERSION, self._slots.narrowed({name: large})[name].to(self._device))
         try:
-            for mix in (replace(mix, seen=mix.mine) for mix in self._mixes[x.device]):
+            for mix in (replace(mix, seen=mix.mine) for mix in self._mixes):
                 got = self._run(served, x, mix)[mix.seen]
                 error = exact.error(got, mix)
                 within = error <= exact.noise(mix) and not exact.exceeds(got, mix)
@@ -269,20 +268,19 @@ class ModuleProver:
                         f"by {error:.1e} in the root mean square",
                     )
         finally:
-            served.put(_VERSION, self._slots.narrowed({name: own})[name].to(x.device))
+            served.put(_VERSION, self._slots.narrowed({name: own})[name].to(self._device))
 
     def _inputs(self, bare: Any, tokens: list[int]) -> Iterator[torch.Tensor]:
         """Yield seeded rows [1, 32, in]; for an embedding ids [1, 32], `tokens` among them."""
-        device = bare.weight.device
         if not isinstance(bare, nn.Embedding):
             size = bare.in_features if isinstance(bare, nn.Linear) else bare.weight.shape[0]
             x = torch.randn(1, TILE, size, generator=self._random)
-            yield x.to(device, self._dtype)
+            yield x.to(self._device, self._dtype)
             return
         padding = TILE - len(tokens) % TILE
         others = torch.randint(bare.num_embeddings, (padding,), generator=self._random)
         for ids in torch.split(torch.cat([torch.tensor(tokens, dtype=torch.int64), others]), TILE):
-            yield ids[None].to(device)
+            yield ids[None].to(self._device)
 
 
 def _is_copy(expected: nn.Module, bare: nn.Module) -> bool:

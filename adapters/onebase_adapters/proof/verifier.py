@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from onebase_adapters.proof.loader import LoadedAdapter, classifier_of, load_adapter
@@ -19,7 +20,6 @@ from onebase_adapters.proof.report import ModuleReport, ProofReport, Stage, Vers
 from onebase_adapters.proof.texts import TextProof, TextProver
 from onebase_adapters.proof.unusual_weights import Figures, measure, unusual
 from onebase_engine.base.load import BaseChangedError, fingerprint
-from onebase_engine.base.several_gpus import devices_of
 from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
 from onebase_engine.lora.weights import (
     HEAD,
@@ -52,7 +52,7 @@ class Verifier:
 
     def __init__(self, base: nn.Module, *, max_rank: int, base_id: str) -> None:
         """`base_id` is written into packed adapters, so that no other base ever loads them."""
-        self.devices = devices_of(base)
+        self.device: torch.device = next(base.parameters()).device
         self._base = base
         self._max_rank = max_rank
         self._base_id = base_id

@@ -24,14 +24,6 @@ from torch import nn
 
 from onebase_engine import machine
 from onebase_engine.base.layers import empty_base
-from onebase_engine.base.several_gpus import (
-    DeviceMap,
-    SpreadError,
-    decoder_layers,
-    device_map,
-    device_of,
-    link,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +73,6 @@ class BaseSettings:
     compute_dtype: torch.dtype = torch.bfloat16
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    devices: tuple[torch.device, ...] = ()
-    """GPUs over which the decoder's layers are spread, if there are several. The first is `device`."""
 
 
 @dataclass(frozen=True)
@@ -407,7 +397,6 @@ def load_base(settings: BaseSettings) -> nn.Module:
     config = config_for(settings)
     by_hand = settings.quantization == "nf4" and settings.blocksize != _STORED_BLOCKSIZE
     plain = by_hand or stored_quantization(config) != "none"
-    where = _where(config, settings)
     if settings.quantization == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
     try:
@@ -418,7 +407,7 @@ def load_base(settings: BaseSettings) -> nn.Module:
             output_loading_info=True,
             dtype=settings.dtype,
             quantization_config=None if plain else _quantization_config(settings),
-            device_map={"": "cpu"} if by_hand else {name: str(device) for name, device in where.items()},
+            device_map={"": "cpu" if by_hand else str(settings.device)},
             attn_implementation="eager",
             trust_remote_code=False,
             local_files_only=True,
@@ -436,59 +425,13 @@ def load_base(settings: BaseSettings) -> nn.Module:
             f"{missing[0]} among them: download the base again, or choose another one"
         )
     if by_hand:
-        _quantize_layers(model, settings, where)
-        _place(model, where)
+        _quantize_layers(model, settings)
+        model.to(settings.device)
         # What transformers sets: by it PEFT chooses its layers for 4-bit weights, which add in another order.
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
-    elif len(where) > 1:
-        _unhook(model)
     if settings.quantization != "none":
         check_quantized(model, settings)
     return freeze(model)
-
-
-def _where(config: Any, settings: BaseSettings) -> DeviceMap:
-    """Return the device of every part of the base.
-
-    Raises UnsupportedBaseError where it cannot lie on several devices.
-    """
-    if len(settings.devices) < 2:
-        return {"": settings.device}
-    how = {"blocksize": settings.blocksize, "double_quant": settings.double_quant, "dtype": settings.dtype}
-    try:
-        model = empty_base(copy.deepcopy(config))
-        whole, *layers = (
-            estimate_memory(model, settings.quantization, part=part, **how).total  # type: ignore[arg-type]
-            for part in (model, *decoder_layers(model).values())
-        )
-        room = [machine.free_memory(device) for device in settings.devices]
-        room[0] -= whole - sum(layers)
-        return device_map(model, settings.devices, room)
-    except SpreadError as error:
-        raise UnsupportedBaseError(f"{settings.folder} cannot be spread over several GPUs: {error}") from None
-
-
-def _place(model: nn.Module, where: DeviceMap) -> None:
-    """Move every part of the model to its device."""
-    for name, device in where.items():
-        owner, _, last = name.rpartition(".")
-        parent: Any = model.get_submodule(owner)
-        if last in parent._parameters or last in parent._buffers:
-            tensor = getattr(parent, last)
-            tensor.data = tensor.data.to(device)
-        else:
-            model.get_submodule(name).to(device)
-
-
-def _unhook(model: nn.Module) -> None:
-    """Remove the hooks that accelerate adds to modules that lie on several devices."""
-    from accelerate.hooks import remove_hook_from_module
-
-    remove_hook_from_module(model, recurse=True)
-    for module in model.modules():
-        # It leaves each module its own `forward` once more, as an attribute.
-        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
-            del module.forward
 
 
 def _is_no_cast_warning(record: logging.LogRecord) -> bool:
@@ -505,7 +448,6 @@ def freeze(model: nn.Module) -> nn.Module:
     model.eval()
     model.requires_grad_(False)
     _pin_rotary(model)
-    link(model)
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -583,7 +525,7 @@ def _quantization_config(settings: BaseSettings) -> Any:
     return None
 
 
-def _quantize_layers(model: Any, settings: BaseSettings, where: DeviceMap) -> None:
+def _quantize_layers(model: Any, settings: BaseSettings) -> None:
     """Quantize to NF4 with a blocksize other than 64, which transformers' config cannot express."""
     import bitsandbytes as bnb
 
@@ -610,7 +552,7 @@ def _quantize_layers(model: Any, settings: BaseSettings, where: DeviceMap) -> No
         )
         layer.bias = module.bias
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.to(device_of(name, where)))
+        setattr(model.get_submodule(parent), child, layer.to(settings.device))
 
 
 def quantized_statistics(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -699,16 +641,15 @@ def estimate_memory(
     blocksize: int = 64,
     double_quant: bool = True,
     dtype: torch.dtype = torch.bfloat16,
-    part: nn.Module | None = None,
 ) -> MemoryEstimate:
-    """Estimate the bytes that `load_base` takes for a `model` (from `empty_base`) or a `part` of it.
+    """Estimate the bytes that `load_base` takes for a `model` (from `empty_base`).
 
     Linear layers but the output head are quantized. NF4 stores half a byte a weight plus one absmax per
     block: fp32, or with double quantization one byte plus fp32 per 256 blocks (QLoRA, section 3).
     """
     output = model.get_output_embeddings()
     parameters = plain = quantized = 0
-    for module in (model if part is None else part).modules():
+    for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             count = parameter.numel()
             tied = module is output and name == "weight" and _is_tied(model)
@@ -724,6 +665,22 @@ def estimate_memory(
                 quantized += -(-count // 2) + _nf4_statistics(count, blocksize, double_quant)
         plain += sum(buffer.nbytes for _, buffer in module.named_buffers(recurse=False))
     return MemoryEstimate(parameters=parameters, quantized_bytes=quantized, plain_bytes=plain)
+
+
+def needed_memory(settings: BaseSettings) -> int:
+    """Return the bytes that the base in a folder will take, from its config alone.
+
+    Raises:
+        UnsupportedBaseError: it cannot be served, or its files hold what the settings do not say.
+    """
+    model = empty_base(copy.deepcopy(config_for(settings)))
+    return estimate_memory(
+        model,
+        settings.quantization,
+        blocksize=settings.blocksize,
+        double_quant=settings.double_quant,
+        dtype=settings.dtype,
+    ).total
 
 
 def _nf4_statistics(count: int, blocksize: int, double_quant: bool) -> int:

@@ -34,8 +34,6 @@ class PagedAttention:
         self.step: Contexts | None = None
         self.shapes: dict[int, tuple[int, int, int]] = {}
         """Filled by the probe pass: layer -> (kv heads, key dim, value dim)."""
-        self.devices: dict[int, torch.device] = {}
-        """Device of each layer; also filled by the probe pass."""
         self.rotation: Rotation | None = None
         """Rotation that the next call has yet to apply to q and k."""
         self._kernels = kernels
@@ -92,7 +90,6 @@ class PagedAttention:
                 f"its attention asks for {', '.join(foreign)}, which paged attention does not know"
             )
         self.shapes[layer] = (k.shape[1], k.shape[3], v.shape[3])
-        self.devices[layer] = k.device
         return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
 
 

@@ -25,7 +25,6 @@ from torch.overrides import TorchFunctionMode
 
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, described, quantized_statistics
 from onebase_engine.base.quantized_cache import quantized_id
-from onebase_engine.base.several_gpus import devices_of
 from onebase_engine.base.view import view
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
@@ -180,7 +179,7 @@ def _served(engine: Engine, texts: Sequence[list[int]]) -> list[tuple[list[int],
 @torch.inference_mode()
 def _own(model: Any, tokens: list[int]) -> torch.Tensor:
     """Return the log-probabilities [tokens - 1] fp64 of a text's tokens but the first, by the model alone."""
-    ids = torch.tensor([tokens], device=devices_of(model)[0])
+    ids = torch.tensor([tokens], device=next(model.parameters()).device)
     logits = model(input_ids=ids).logits[0, :-1]
     return torch.tensor([one.logprob for one in score_tokens(logits, tokens[1:], 0)], dtype=torch.float64)
 
@@ -241,7 +240,7 @@ def _proof_key(engine: Engine, base: nn.Module, settings: BaseSettings, cpu_weig
         "base": identity,
         "code": _code_digest(),
         "kernels": model.kernels.name,
-        "devices": [str(one) for one in model.devices],
+        "device": str(model.device),
         "cuda": torch.version.cuda,
         "cpu_weights": cpu_weights,
         "kv_dtype": str(model.kv_dtype),

@@ -163,7 +163,7 @@ class Engine:
         self.pool = BlockPool(kv_blocks, block_size, places, restored)
         self.versions = Versions()
         self._staging = Staging(
-            copy or copier(self.model.devices),
+            copy or copier(self.model.device),
             staging_bytes(slot_memory),
             self.versions.weights,
             self.versions.size,

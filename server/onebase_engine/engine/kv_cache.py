@@ -15,7 +15,7 @@ import struct
 import sys
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -275,23 +275,22 @@ class KVCache:
         blocks: int,
         block_size: int,
         dtype: torch.dtype,
-        devices: Mapping[int, torch.device],
+        device: torch.device,
     ) -> None:
         """Allocate the tensors.
 
         Args:
             shapes: layer -> (kv heads, key dim, value dim).
             dtype: the model's, or int8.
-            devices: device of each layer.
         """
         slots = blocks * block_size
         self.layers: dict[int, LayerCache] = {}
         self.by_block: list[torch.Tensor] = []
         """Views of all of the cache, each [rows, blocks, bytes]: a row is one head of one layer."""
-        alike: dict[tuple[tuple[int, int, int], torch.device], list[int]] = {}
+        alike: dict[tuple[int, int, int], list[int]] = {}
         for layer, shape in shapes.items():
-            alike.setdefault((shape, devices[layer]), []).append(layer)
-        for ((heads, key_dim, value_dim), device), layers in alike.items():
+            alike.setdefault(shape, []).append(layer)
+        for (heads, key_dim, value_dim), layers in alike.items():
             kinds: list[tuple[tuple[int, ...], torch.dtype]] = [((key_dim,), dtype), ((value_dim,), dtype)]
             if dtype == torch.int8:
                 kinds += [((), SCALE_DTYPE)] * 2

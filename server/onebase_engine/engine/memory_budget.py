@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -174,25 +174,17 @@ def fit_step(free: int, token_bytes: int, max_length: int, step_at: Callable[[in
         return step, length
 
 
-def measured_on(devices: Sequence[torch.device]) -> Measure:
-    """Return a function that measures by the memory that PyTorch requests of a device, fragments included.
-
-    With several devices it returns the largest value.
-    """
+def measured_on(device: torch.device) -> Measure:
+    """Return a function that measures by the memory that PyTorch requests, fragments included."""
 
     def measure(run: Callable[[], object]) -> int:
-        for device in devices:
-            torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        for device in devices:
-            torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)
         run()
-        for device in devices:
-            torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        return max(
-            torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device) for device in devices
-        )
+        return torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
 
     return measure
 

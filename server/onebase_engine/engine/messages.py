@@ -30,8 +30,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    gpus: int = 1
-    """Number of GPUs over which the base's layers are spread."""
     max_rank: int = 256
     max_slots: int = 8
     slot_memory: int = 0
@@ -215,14 +213,11 @@ class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str
     dtype: str
     device: str
-    """Or several, as in `cuda:0, cuda:1`."""
     kernels: str = "torch"
     """Name of the back-end: `torch`, or the instruction set of the kernels in C; on a GPU with its kind, as
     `triton sm_90`. A version that was proved with another one is proved again."""
     gpu_sharing: str = ""
     """Mode of sharing a GPU with the verifier and trainers: `mps` or `time slices`; empty without a GPU."""
-    spread: str = ""
-    """Sentence that the base's layers lie on several GPUs, and that this is slow; empty on one."""
     promise: str = ""
     """Guarantee about a sequence's bits, in a sentence or two."""
     base_bytes: int

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from onebase_engine.base.load import UnsupportedBaseError, described
-from onebase_engine.base.several_gpus import devices_of
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_engine.engine.batch import Batch
@@ -64,10 +63,7 @@ class ServedModel:
             kv_dtype: int8, or None for the base's own.
             kernels: the back-end to use instead of the best one for the device.
         """
-        self.devices = devices_of(base)
-        """Devices of the base's layers. With several, nothing is captured as a CUDA graph."""
-        self.device = self.devices[0]
-        """Device on which a pass begins and ends."""
+        self.device: torch.device = next(base.parameters()).device
         self.dtype: torch.dtype = base.get_output_embeddings().weight.dtype  # type: ignore[operator]
         self.kv_dtype = kv_dtype or self.dtype
         """Dtype of keys and values in the KV cache."""
@@ -86,7 +82,7 @@ class ServedModel:
             slots=slots,
             unpacked=unpacked and self.device.type == "cpu",
         )
-        self._slots = AdapterSlots(modules, slots)
+        self._slots = AdapterSlots(modules, slots, self.device)
         self._modules = tuple(modules.values())
         self._slot_count = slots
         self._graphs: Graphs | None = None
@@ -141,35 +137,20 @@ class ServedModel:
     @property
     def kv_tensors(self) -> int:
         """Number of tensors of the KV cache."""
-        kinds = {(shape, self._attention.devices[layer]) for layer, shape in self._attention.shapes.items()}
-        return len(kinds) * (4 if self.kv_dtype == torch.int8 else 2)
+        return len(set(self._attention.shapes.values())) * (4 if self.kv_dtype == torch.int8 else 2)
 
     @property
     def graph_bytes(self) -> int:
         """Largest number of bytes that captured passes may take."""
-        if not self._captures:
+        if not self.kernels.captures:
             return 0
         from onebase_engine.engine.graphs import MOST_BYTES  # imports Triton
 
         return MOST_BYTES
 
     @property
-    def _captures(self) -> bool:
-        return self.kernels.captures and len(self.devices) == 1
-
-    @property
     def kv_bytes_per_token(self) -> int:
         return bytes_per_token(self._attention.shapes, self.kv_dtype)
-
-    def kv_bytes_on(self, device: torch.device) -> int:
-        """Return the bytes of one token in the KV cache that lie on this device."""
-        shapes, there = self._attention.shapes, self._attention.devices
-        own = {layer: shape for layer, shape in shapes.items() if there[layer] == device}
-        return bytes_per_token(own, self.kv_dtype)
-
-    def device_of(self, module: str) -> torch.device:
-        """Return the device of a module of the base, where adapters' tensors for it lie too."""
-        return self._slots.device_of(module)
 
     def allocate_kv(self, blocks: int, block_size: int, host_blocks: int = 0) -> None:
         """Create the KV cache, once. It is zeroed memory: on the CPU, pages are taken only when written.
@@ -178,10 +159,8 @@ class ServedModel:
         """
         if self._attention.cache is not None:
             raise RuntimeError("the served model has its KV cache, whose place is recorded")
-        if host_blocks and len(self.devices) > 1:
-            raise ValueError("a KV cache on several devices has no places in host memory")
         shapes = self._attention.shapes
-        cache = KVCache(shapes, blocks, block_size, self.kv_dtype, self._attention.devices)
+        cache = KVCache(shapes, blocks, block_size, self.kv_dtype, self.device)
         self._attention.replace_cache(cache)
         if host_blocks:
             try:
@@ -193,7 +172,7 @@ class ServedModel:
             self._fused = True
             table = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + 2 * parts, dtype=np.int32).reshape(2, parts)
             self._recorded = self._fuse(lambda number: self._try_pass(number, table, block_size))
-        if self._captures:
+        if self.kernels.captures:
             from onebase_engine.engine.graphs import Graphs  # imports Triton
 
             self._graphs = Graphs(self._run_fixed, self.kernels, self._slot_count, block_size, self.device)

@@ -23,7 +23,6 @@ from onebase_engine.engine.messages import AdapterFailed, AdapterLoaded, LoadAda
 from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter
 from onebase_engine.lora.weights import (
     AdapterWeights,
-    by_device,
     copied,
     host_bytes,
     tensors_of,
@@ -56,8 +55,7 @@ class PackedAdapterLoader:
     """Reads files one after the other and delivers each result by a call from its thread.
 
     `load`, `forget` and `wanted` are called by the stepping thread. `layers`: the base's, which a file must
-    fit. `prepare`: conversion of the tensors before they are stored. `device_of`: a module's device, by its
-    name.
+    fit. `prepare`: conversion of the tensors before they are stored.
     """
 
     def __init__(
@@ -66,12 +64,10 @@ class PackedAdapterLoader:
         layers: Mapping[str, LayerShape],
         deliver: Callable[[Arrived | AdapterFailed], None],
         prepare: Callable[[AdapterWeights], AdapterWeights],
-        device_of: Callable[[str], torch.device] | None = None,
     ) -> None:
         self._layers = layers
         self._prepare = prepare
         self._pin = device.type == "cuda"
-        self._device_of = device_of or (lambda name: device)
         self._deliver = deliver
         self._orders: queue.SimpleQueue[LoadAdapter] = queue.SimpleQueue()
         self._wanted: set[str] = set()
@@ -111,12 +107,8 @@ class PackedAdapterLoader:
         if self._pin:
             give_unused_back()
             size -= weights_bytes(without_head(weights))
-            locked = dict(weights)
-            for own in by_device(without_head(weights), self._device_of).values():
-                part, taken = pinned(own)
-                locked |= part
-                size += taken
-            weights = locked
+            weights, taken = pinned(weights)
+            size += taken
         return Arrived(
             weights,
             AdapterLoaded(
@@ -262,13 +254,9 @@ class CudaCopy:
         return self._weights
 
 
-def copier(devices: Sequence[torch.device]) -> Callable[[AdapterWeights], Copy] | None:
-    """Return a function that starts a version's copy to the device.
-
-    None on the CPU, and with several devices, to which the step copies that loads the slot.
-    """
-    device = devices[0]
-    if device.type != "cuda" or len(devices) > 1:
+def copier(device: torch.device) -> Callable[[AdapterWeights], Copy] | None:
+    """Return a function that starts a version's copy to the device; None on the CPU."""
+    if device.type != "cuda":
         return None
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return lambda weights: CudaCopy(weights, device, stream)

@@ -328,8 +328,8 @@ class _Terms:
 
 
 def _terms_of(rows: RowMap, count: int, device: torch.device) -> _Terms:
-    """Return the step's terms, computed once for each device."""
-    key = FIXED if FIXED in rows.held else f"cuda {count} {device}"
+    """Return the step's terms, computed once."""
+    key = FIXED if FIXED in rows.held else f"cuda {count}"
     if key not in rows.held:
         starts, columns = _acting(rows, count)
         there = sent(np.concatenate([starts, columns.reshape(-1)]), device)
@@ -441,10 +441,6 @@ class CudaLayers:
     def __call__(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Compute x [rows, in] bf16, contiguous -> [rows, out] bf16 of each; a single layer's is added to
         `onto`."""
-        with on_device(x.device):
-            return self._multiplied(x, rows, onto)
-
-    def _multiplied(self, x: torch.Tensor, rows: RowMap, onto: torch.Tensor | None) -> list[torch.Tensor]:
         count, size_in, nf4 = len(x), self._layers[0].size_in, self._layers[0].nf4
         many = count > MANY_ROWS
         ys = [x.new_empty(count, one.size_out) for one in self._layers[: 1 if self._gated else None]]
@@ -722,8 +718,8 @@ class _Chunk:
 
 
 def _step_of(contexts: Contexts, rows: int, device: torch.device) -> _Step:
-    """Return the step's contexts, computed once for each device. `rows`: largest number of a tile's rows."""
-    key = FIXED if FIXED in contexts.held else f"cuda {rows} {device}"
+    """Return the step's contexts, computed once. `rows`: largest number of a tile's rows."""
+    key = FIXED if FIXED in contexts.held else f"cuda {rows}"
     if key not in contexts.held:
         tiles = np.array(list(_tiles(contexts, rows)), dtype=np.int32).reshape(-1, 3)
         arrays = contexts.position, contexts.write, contexts.table, tiles
@@ -862,17 +858,6 @@ class CudaAttention:
     ) -> torch.Tensor:
         if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
             raise TypeError(f"attention in bf16 got {q.dtype}, {k.dtype} and {v.dtype}")
-        with on_device(q.device):
-            return self._attend(q, k, v, contexts, rotation)
-
-    def _attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        contexts: Contexts,
-        rotation: Rotation | None,
-    ) -> torch.Tensor:
         q, k, v = (one if one.stride(2) == 1 else one.contiguous() for one in (q, k, v))
         heads, count, key_dim = q.shape
         kv_heads, slots, value_dim = self._cache[1].shape
@@ -963,7 +948,7 @@ class CudaKernels:
 
     def __init__(self) -> None:
         self._reference = ReferenceKernels(tiled=False)
-        self._scratch: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._scratch: dict[int, torch.Tensor] = {}
         self._pool: Any = None
         """Memory pool that all graphs share, since only one runs at a time. It is freed with the last one."""
         self._captured: WeakSet[Any] = WeakSet()
@@ -989,10 +974,9 @@ class CudaKernels:
     def unpack(self, layer: CudaLinear, number: int) -> torch.Tensor:
         """Return the layer's weights in bf16, valid until the next call for a layer of this number."""
         size = layer.size_in * layer.size_out
-        key = number, layer.weight.device
-        held = self._scratch.get(key)
+        held = self._scratch.get(number)
         if held is None or held.numel() < size:
-            held = self._scratch[key] = layer.weight.new_empty(size, dtype=torch.bfloat16)
+            held = self._scratch[number] = layer.weight.new_empty(size, dtype=torch.bfloat16)
         grid = triton.cdiv(layer.size_out, OUTPUTS.value), layer.size_in // STEP.value
         _unpack[grid](
             layer.weight, layer.absmax, layer.code, held, layer.size_in, layer.blocksize, layer.size_out,

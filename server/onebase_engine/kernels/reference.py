@@ -108,7 +108,7 @@ class ReferenceKernels:
 def parts(
     rows: RowMap, tiled: bool, width: int, device: torch.device
 ) -> list[tuple[torch.Tensor, int, RowGroup]]:
-    """Cut the groups into parts, computed once for each step and device.
+    """Cut the groups into parts, computed once a step.
 
     If `tiled`, parts have TILE rows, and the last row of a group is repeated to fill its last part. Otherwise
     they have up to AT_ONCE numbers, `width` in each row.
@@ -117,7 +117,7 @@ def parts(
         The rows' numbers, int64 on `device`, how many of them are the group's, and the group.
     """
     most = TILE if tiled else max(AT_ONCE // width, 1)
-    key = f"parts {tiled} {most} {device}"
+    key = f"parts {tiled} {most}"
     if key not in rows.held:
         found: list[tuple[torch.Tensor, int, RowGroup]] = []
         for group in rows.groups:
@@ -329,9 +329,8 @@ class ReferenceAttention:
         return out
 
     def _gathered(self, contexts: Contexts, device: torch.device) -> tuple[torch.Tensor, list[_Part]]:
-        """Return the slots for the step's keys, and its parts; computed once a step and device, for all
-        layers."""
-        key = f"parts {self._tiled} {self._block_size} {device}"
+        """Return the slots for the step's keys, and its parts; computed once a step, for all layers."""
+        key = f"parts {self._tiled} {self._block_size}"
         if key not in contexts.held:
             some = list(self._parts(contexts, device))
             contexts.held[key] = torch.from_numpy(contexts.write.astype(np.int64)).to(device), some

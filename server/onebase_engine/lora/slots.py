@@ -18,14 +18,7 @@ from onebase_engine.kernels.interface import Kernels
 from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.linear import SlotLinear
 from onebase_engine.lora.module import Replacement, SlotModule, StepRows, Terms, saved_twin
-from onebase_engine.lora.weights import (
-    AdapterWeights,
-    ModuleWeights,
-    SavedModule,
-    by_device,
-    copied,
-    narrowed,
-)
+from onebase_engine.lora.weights import AdapterWeights, ModuleWeights, SavedModule, copied, narrowed
 
 __all__ = [
     "AdapterSlots",
@@ -115,8 +108,9 @@ def _replace(model: nn.Module, name: str, by: nn.Module) -> None:
 class AdapterSlots:
     """Adapter versions by slot, over all wrapped modules of a view."""
 
-    def __init__(self, modules: Mapping[str, SlotModule], slots: int) -> None:
+    def __init__(self, modules: Mapping[str, SlotModule], slots: int, device: torch.device) -> None:
         self._modules = modules
+        self._device = device
         self._touched: list[tuple[str, ...]] = [()] * slots
         self._narrow = frozenset(
             name for name, module in modules.items() if isinstance(module, SlotLinear) and module.narrows
@@ -130,13 +124,8 @@ class AdapterSlots:
     def load(self, slot: int, weights: AdapterWeights) -> None:
         """Load a version's weights into an empty slot."""
         self._touched[slot] = tuple(weights)
-        for device, own in by_device(self.narrowed(weights), self.device_of).items():
-            for name, module in copied(own, device).items():
-                self._modules[name].put(slot, module)
-
-    def device_of(self, name: str) -> torch.device:
-        """Return the device of a module, where its slots' tensors lie too."""
-        return self._modules[name].weight.device
+        for name, module in copied(self.narrowed(weights), self._device).items():
+            self._modules[name].put(slot, module)
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:

@@ -7,7 +7,7 @@ the dtype of the module it replaces.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -148,16 +148,6 @@ def copied(weights: AdapterWeights, device: torch.device) -> AdapterWeights:
         }
         result[name] = replace(module, **elsewhere) if elsewhere else module
     return result
-
-
-def by_device(
-    weights: AdapterWeights, device_of: Callable[[str], torch.device]
-) -> dict[torch.device, AdapterWeights]:
-    """Group the modules by device; `device_of` returns a module's, by its name."""
-    found: dict[torch.device, dict[str, ModuleWeights]] = {}
-    for name, module in weights.items():
-        found.setdefault(device_of(name), {})[name] = module
-    return dict(found)
 
 
 def composable(weights: AdapterWeights) -> bool:

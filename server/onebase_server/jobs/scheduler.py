@@ -34,8 +34,6 @@ from onebase_server.peers import Peers
 
 _log = logging.getLogger(__name__)
 
-NO_JOBS = "it was started with --train-jobs 0"
-"""Reason why a server trains nothing."""
 SHUTDOWN_SECONDS = 15.0
 """The same limit, when the server stops."""
 LEASE_LOST_SECONDS = 5.0
@@ -61,7 +59,6 @@ class JobScheduler:
         peers: Peers,
         *,
         most: int,
-        off: str = NO_JOBS,
         look_seconds: float,
         sweep_seconds: float = SWEEP_SECONDS,
     ) -> None:
@@ -70,7 +67,6 @@ class JobScheduler:
         self._records = pool.records
         self._threads = pool.threads
         self._most = most
-        self._off = off
         self._look_seconds = look_seconds
         self._sweep_seconds = sweep_seconds
         self._next_sweep = 0.0
@@ -287,7 +283,7 @@ class JobScheduler:
 
     async def _note_disabled(self, waiting: Sequence[OpenJob]) -> None:
         """Notify each waiting job once that this server trains nothing."""
-        text = f"The server trains nothing: {self._off}. The job waits for one that trains."
+        text = "The server was started with --train-jobs 0: the job waits for one that trains."
         for job in waiting:
             if job.id not in self._noted_disabled:
                 events = [JobEvent(time.time(), text, "warn")]

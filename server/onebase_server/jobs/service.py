@@ -29,7 +29,7 @@ from onebase_server.errors import ConflictError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.job_record import JobNotifier
-from onebase_server.jobs.scheduler import NO_JOBS, JobScheduler
+from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.state import (
     PAUSED,
     Move,
@@ -63,10 +63,8 @@ class JobService:
         notifier: JobNotifier,
         *,
         most: int,
-        off: str = NO_JOBS,
         look_seconds: float,
     ) -> None:
-        """`off`: why nothing is trained here, where `most` is 0."""
         self._records = records
         self._tenants = tenants
         self._threads = threads
@@ -75,7 +73,6 @@ class JobService:
         self._scheduler = scheduler
         self._notifier = notifier
         self._most = most
-        self._off = off
         self._look_seconds = look_seconds
 
     async def create(
@@ -269,7 +266,7 @@ class JobService:
     def _check_on(self) -> None:
         if self._most == 0:
             raise ConflictError(
-                f"This server trains nothing: {self._off}. Ask another one.",
+                "This server trains nothing: it was started with --train-jobs 0. Ask another one.",
                 code="training_off",
             )
 

@@ -9,7 +9,7 @@ import gc
 import logging
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from onebase_engine.base.load import (
     base_bytes,
     eos_ids,
     longest_row,
+    needed_memory,
     parameter_count,
 )
 from onebase_engine.base.quantized_cache import load_kept_base
@@ -55,7 +56,7 @@ from onebase_engine.engine.scheduler import Limits
 from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
 from onebase_engine.environment import mps_runs
 from onebase_engine.kernels.interface import TILE
-from onebase_engine.machine import is_out_of_memory
+from onebase_engine.machine import free_memory, is_out_of_memory
 from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channel, begin
 
 logger = logging.getLogger(__name__)
@@ -109,8 +110,7 @@ def run(sock: socket.socket, base_fd: int | None = None) -> int:
 
 
 def _serve(engine: Engine, channel: EngineChannel) -> int:
-    model = engine.model
-    loader = PackedAdapterLoader(model.device, engine.layers, channel.post, model.kept, model.device_of)
+    loader = PackedAdapterLoader(engine.model.device, engine.layers, channel.post, engine.model.kept)
     failures, reported, told, paused = 0, time.monotonic(), 0, False
 
     def report() -> None:
@@ -213,8 +213,7 @@ def _take_in(engine: Engine, channel: EngineChannel, loader: PackedAdapterLoader
 def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) -> Engine:
     """Load the base, publish it, size the KV cache, warm up, and say Ready."""
     started = time.monotonic()
-    devices = _devices(config)
-    device = devices[0]
+    device = _device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic and device.type != "cpu":
@@ -228,7 +227,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
             "--quantization nf4"
         )
     channel.send(protocol.Loading(stage="loading the base", fraction=0.1))
-    settings = base_settings(config, device, devices)
+    settings = base_settings(config, device)
     base = _load(settings)
     # Before anything holds on to its tensors: they move into the memory that verifiers attach.
     manifest = _publish(base, base_fd, device)
@@ -246,13 +245,9 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
         max_length=max_length,
         draft_tokens=config.draft_tokens,
     )
-    measure = measured_on(devices) if device.type == "cuda" else None
-    try:
-        blocks, slot_memory = sizes(config, base, model, limits, measure)
-    except MemoryBudgetError as error:
-        raise MemoryBudgetError(f"{error}{_more_gpus(devices)}") from error
-    prefixes = config.prefix_memory if len(devices) == 1 else 0
-    host_blocks = host_block_count(model.kv_bytes_per_token * config.block_size, prefixes)
+    measure = measured_on(device) if device.type == "cuda" else None
+    blocks, slot_memory = sizes(config, base, model, limits, measure)
+    host_blocks = host_block_count(model.kv_bytes_per_token * config.block_size, config.prefix_memory)
     engine = Engine(
         base,
         name=config.base_folder,
@@ -285,14 +280,10 @@ def sizes(
 ) -> tuple[int, int]:
     """Return the number of blocks of the KV cache, and the bytes for versions in slots.
 
-    With several GPUs, each sets aside all reserves, as if it held the whole base's. The GPU with room for the
-    fewest tokens determines the number of blocks.
-
     `measure`: measures how much memory the largest step takes; None leaves it to a share. Raises
     MemoryBudgetError.
     """
     device, layers, aside = model.device, adaptable_layers(base), dict[str, int]()
-    token_bytes = {one: model.kv_bytes_on(one) for one in model.devices}
     most = config.max_rows * -(-limits.max_length // config.block_size) + RESERVED_BLOCKS
     if config.kv_memory:
         measure = None
@@ -301,22 +292,18 @@ def sizes(
             verifier_bytes(base) + config.train_jobs * CONTEXT_BYTES
         )
         aside["captured steps and rounding"] = model.graph_bytes + rounding_bytes(model)
-    free = {one: kv_memory_available(one) for one in model.devices}
-    asked = {one: config.kv_memory * size // model.kv_bytes_per_token for one, size in token_bytes.items()}
-    for one, size in free.items():
-        if device.type != "cpu" and asked[one] > size:
-            where = "" if len(free) == 1 else f" on {one}"
-            raise MemoryBudgetError(
-                f"--kv-memory asks for {asked[one] / 1e6:.0f} MB{where}, and {size / 1e6:.0f} MB are free "
-                "next to the base; lower it, or choose a smaller base"
-            )
-    left = min(size - asked[one] for one, size in free.items()) - sum(aside.values())
+    free = kv_memory_available(device)
+    if device.type != "cpu" and config.kv_memory > free:
+        raise MemoryBudgetError(
+            f"--kv-memory asks for {config.kv_memory / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free next to "
+            "the base; lower it, or choose a smaller base"
+        )
+    left = free - config.kv_memory - sum(aside.values())
     slot_memory = _slot_memory(config, layers.values(), left, device)
     if device.type != "cpu":
         aside["slots (--slot-memory)"] = slot_memory + staging_bytes(slot_memory)
     block_bytes = model.kv_bytes_per_token * config.block_size
-    if len(free) == 1:
-        aside["blocks on their way to host memory"] = min(config.prefix_memory, STAGED_BLOCKS * block_bytes)
+    aside["blocks on their way to host memory"] = min(config.prefix_memory, STAGED_BLOCKS * block_bytes)
     aside["jobs (--train-memory)"] = config.train_memory
     if measure is not None:
 
@@ -330,24 +317,17 @@ def sizes(
                 measure=measure,
             )
 
-        rest = {one: size - sum(aside.values()) for one, size in free.items()}
-        full = min(rest, key=lambda one: rest[one] / token_bytes[one])
-        step, length = fit_step(rest[full], token_bytes[full], limits.max_length, step_at)
+        step, length = fit_step(
+            free - sum(aside.values()), model.kv_bytes_per_token, limits.max_length, step_at
+        )
         aside["the largest step (--step-tokens, --max-length)"] = step
         if length < limits.max_length:
             most = min(most, length // config.block_size + RESERVED_BLOCKS)
-        # Less what has been loaded for the step.
-        free = {one: kv_memory_available(one) for one in model.devices}
-    if config.kv_memory:
-        return kv_block_count(block_bytes, most, 0, kv_memory=config.kv_memory), slot_memory
-    blocks = min(
-        kv_block_count(token_bytes[one] * config.block_size, most, size, aside=aside)
-        for one, size in free.items()
-    )
+        free = kv_memory_available(device)  # less what has been loaded for the step
+    blocks = kv_block_count(block_bytes, most, free, kv_memory=config.kv_memory, aside=aside)
     if measure is not None:
         said = ", ".join(f"{size / 1e6:.0f} MB for {who}" for who, size in aside.items() if size)
-        for one, size in free.items():
-            logger.info("memory: %.0f MB are free on %s; set aside are %s", size / 1e6, one, said)
+        logger.info("memory: %.0f MB are free; set aside are %s", free / 1e6, said)
     return blocks, slot_memory
 
 
@@ -365,9 +345,7 @@ def warm_up(engine: Engine) -> None:
     engine.counters = Counters()
 
 
-def base_settings(
-    config: EngineConfig, device: torch.device, devices: tuple[torch.device, ...] = ()
-) -> BaseSettings:
+def base_settings(config: EngineConfig, device: torch.device) -> BaseSettings:
     return BaseSettings(
         folder=Path(config.base_folder),
         quantization=config.quantization,
@@ -376,7 +354,6 @@ def base_settings(
         compute_dtype=getattr(torch, config.compute_dtype),
         dtype=getattr(torch, config.dtype),
         device=device,
-        devices=devices,
     )
 
 
@@ -405,66 +382,33 @@ def _slot_memory(config: EngineConfig, layers: Iterable[LayerShape], free: int, 
     return min(max(free, 0) // 10, slot_bytes(layers, config.max_slots, config.max_rank))
 
 
-def _devices(config: EngineConfig) -> tuple[torch.device, ...]:
-    """Return the devices for the base's layers; a pass begins and ends on the first."""
-    name, found = config.device, torch.cuda.device_count()
+def _device(name: str) -> torch.device:
+    """Return the device of the name; `auto` is a GPU if there is one."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UnsupportedBaseError("--device cuda, but torch finds no CUDA device; use --device cpu")
-    if config.gpus == 1:
-        return (torch.device(name),)
-    if name != "cuda":
-        raise UnsupportedBaseError(f"--gpus {config.gpus} needs GPUs, and --device is {name}: leave it out")
-    if config.gpus > found:
-        raise UnsupportedBaseError(
-            f"--gpus {config.gpus}, but torch finds {found}: lower it, or have CUDA_VISIBLE_DEVICES name more"
-        )
-    devices = tuple(torch.device(name, number) for number in range(config.gpus))
-    kinds = {torch.cuda.get_device_capability(one) for one in devices}
-    if len(kinds) > 1:
-        said = " and ".join(f"sm_{major}{minor}" for major, minor in sorted(kinds))
-        raise UnsupportedBaseError(
-            f"--gpus {config.gpus} takes GPUs of one kind, since a proof holds for one: these are {said}. "
-            "Choose others by CUDA_VISIBLE_DEVICES"
-        )
-    return devices
+    return torch.device(name)
 
 
 def _load(settings: BaseSettings) -> nn.Module:
-    try:
+    """Load the base. Raise UnsupportedBaseError, with figures, where the GPU has no room for it."""
+    if settings.device.type == "cpu":
         return load_kept_base(settings)
-    except (RuntimeError, MemoryError) as error:
-        devices = settings.devices or (settings.device,)
-        if settings.device.type == "cpu" or not is_out_of_memory(error):
-            raise
-        where = ", ".join(map(str, devices))
-        raise UnsupportedBaseError(
-            f"no memory for the base on {where} ({error}): choose a smaller base, or --quantization nf4"
-            f"{_more_gpus(devices)}"
-        ) from error
-
-
-def _more_gpus(devices: Sequence[torch.device]) -> str:
-    """Return advice for a base that leaves no room, as the continuation of a sentence."""
-    more = len(devices) + 1
-    if devices[0].type == "cpu":
-        return ""
-    if torch.cuda.device_count() >= more:
-        return f"; or spread it over more GPUs (--gpus {more}), which is slow"
-    return "; or spread it over more GPUs (--gpus), of which torch finds no other here"
-
-
-def _spread(devices: Sequence[torch.device]) -> str:
-    """Return the text of `BaseInfo.spread`, and log it."""
-    if len(devices) == 1:
-        return ""
-    said = (
-        f"The base's layers lie on {len(devices)} GPUs, and that is slow: the GPUs work one after the other, "
-        "and each step launches its kernels one by one."
-    )
-    logger.warning(said)
-    return said
+    needed, free, cause = needed_memory(settings), free_memory(settings.device), None
+    if needed <= free:
+        try:
+            return load_kept_base(settings)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            cause = error
+    smaller = "a smaller base" if settings.quantization == "nf4" else "--quantization nf4 or a smaller base"
+    raise UnsupportedBaseError(
+        f"no memory for the base on {settings.device}: its weights take {needed / 1e9:.1f} GB with "
+        f"--quantization {settings.quantization}, and {free / 1e9:.1f} GB are free. Choose {smaller}, or end "
+        "what else uses the GPU. A base lies on one GPU: on several, `onebase cluster` runs several servers"
+    ) from cause
 
 
 def _gpu_sharing(device: torch.device) -> str:
@@ -504,10 +448,9 @@ def _base_info(
         parameters=parameter_count(base),
         quantization=config.quantization,
         dtype=config.dtype,
-        device=", ".join(map(str, engine.model.devices)),
+        device=str(engine.model.device),
         kernels=engine.model.kernels.name,
         gpu_sharing=_gpu_sharing(engine.model.device),
-        spread=_spread(engine.model.devices),
         promise=engine.model.promise,
         base_bytes=base_bytes(base),
         kv_bytes=kv_bytes,

@@ -16,7 +16,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -116,7 +116,7 @@ def _attach(message: Attach, base_fd: int | None, channel: VerifierChannel) -> V
     # What is loaded stays. Else a full collection, a quarter of a second, would fall into every other proof.
     gc.collect()
     gc.freeze()
-    on_cpu = all(device.type == "cpu" for device in verifier.devices)
+    on_cpu = verifier.device.type == "cpu"
     channel.send(Attached(seconds=time.monotonic() - started, threads=threads if on_cpu else 0))
     return verifier
 
@@ -133,7 +133,7 @@ def _serve(verifier: Verifier, channel: VerifierChannel, busy: BusyFlag | None) 
             continue
         try:
             with _signs_of_life(channel):
-                reporter = _Reporter(message.digest, channel, _gate(verifier.devices, busy))
+                reporter = _Reporter(message.digest, channel, _gate(verifier.device, busy))
                 reply = answer(verifier, message, reporter.report)
             channel.send(reply)
             gc.collect()  # PEFT's model, while nobody waits
@@ -148,15 +148,10 @@ def _serve(verifier: Verifier, channel: VerifierChannel, busy: BusyFlag | None) 
     return 0
 
 
-def _gate(devices: Sequence[torch.device], busy: BusyFlag | None) -> SharedGate:
+def _gate(device: torch.device, busy: BusyFlag | None) -> SharedGate:
     """Return the gate for one job: its first interval of computing begins now."""
-    gpus = [device for device in devices if device.type == "cuda"]
-
-    def finish() -> None:
-        for gpu in gpus:
-            torch.cuda.synchronize(gpu)
-
-    return SharedGate(lambda: bool(busy), SHARE[devices[0].type], lambda: None, finish=finish)
+    finish: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return SharedGate(lambda: bool(busy), SHARE[device.type], lambda: None, finish=finish)
 
 
 @contextlib.contextmanager

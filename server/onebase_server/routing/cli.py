@@ -350,7 +350,6 @@ def _applications(
 
     given = {item.name: getattr(arguments, item.name) for item, _ in setting_fields()}
     settings = load_settings(given)  # what is wrong is told here, and not by each server
-    host = settings.host
     alone = arguments.address is None and not arguments.config
     least, most = arguments.min_replicas, arguments.max_replicas
     if (least is None) != (most is None) or (least is not None and least > most):
@@ -367,7 +366,7 @@ def _applications(
             ingress=["onebase", "route", *front],
             data_dir=str(data) if alone or arguments.data_dir else "",
             drain_timeout=120.0 if given["drain_timeout"] is None else given["drain_timeout"],
-            one_machine=alone and is_loopback(host),
+            one_machine=alone and is_loopback(settings.host),
             wait=_START_SECONDS if least == 0 else 0.0,
             key_file=key_file,
         )
@@ -375,10 +374,7 @@ def _applications(
         raise SettingsError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
     if alone:  # somebody who is there is found before all has started
         on_ray.listen(*on_ray.ingress_address(plan.ingress)).close()
-    gpus = arguments.replica_gpus
-    if gpus is None and settings.gpus > 1:
-        gpus = settings.gpus
-    shares = {"num_cpus": arguments.replica_cpus, "num_gpus": gpus}
+    shares = {"num_cpus": arguments.replica_cpus, "num_gpus": arguments.replica_gpus}
     options: dict[str, Any] = {"num_replicas": arguments.replicas}
     if least is not None:
         options = {"autoscaling_config": on_ray.scaling(least, most)}
@@ -475,7 +471,7 @@ def cluster_parser() -> argparse.ArgumentParser:
         "--replica-gpus",
         type=_share,
         metavar="N",
-        help="a server's GPUs, or its part of one (default: --gpus, where there are GPUs)",
+        help="a server's GPUs, or its part of one (default: 1, where there are GPUs)",
     )
     own.add_argument(
         "--replica-cpus",

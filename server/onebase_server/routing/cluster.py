@@ -662,9 +662,9 @@ def scaling(least: int, most: int) -> dict[str, Any]:
 
 
 def take_gpus(apps: list[dict[str, Any]]) -> None:
-    """Give each server that has no share of GPUs yet one of them, if the cluster has any."""
+    """Give each server a GPU, if the cluster has any."""
     if ray.cluster_resources().get("GPU"):
-        _servers(apps)["ray_actor_options"].setdefault("num_gpus", 1)
+        _servers(apps)["ray_actor_options"] |= {"num_gpus": 1}
 
 
 def gpus_left(apps: list[dict[str, Any]], servers: int) -> str:

@@ -64,8 +64,6 @@ Only the base's config is read; a repository on the Hub gives config.json and no
 
   onebase estimate --base meta-llama/Llama-3.1-8B --r 32 --targets attention --gpu l4
   onebase estimate --rows 2000 --row-tokens 300
-
-And how many servers a load takes: `onebase estimate --serve --help`.
 """
 _BAR = 24
 _FEWEST_LABELS = 2

@@ -31,7 +31,7 @@ A server (needs: pip install 'onebase[server]')
 Training (needs: pip install 'onebase[train]')
   train      make an adapter from examples, in a process of its own
   data       check examples: every bad line, lengths, what is learned
-  estimate   say what a training run needs, or with --serve how many servers a load takes
+  estimate   say what a training run needs
   sweep      try settings on one base, and compare the results
 
 Talking to a server

@@ -5056,8 +5056,6 @@ export interface components {
                 /** @default  */
                 gpu_sharing: string;
                 /** @default  */
-                spread: string;
-                /** @default  */
                 promise: string;
                 base_bytes: number;
                 kv_bytes: number;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onebase_server.routing.simulation import Figures, OneBase, Outcome, Scenario, requests, simulate
+from bench.simulation import Figures, OneBase, Outcome, Scenario, requests, simulate
 
 REPLICAS, ADAPTERS, SECONDS = 30, 3000, 20.0
 FIGURES = Figures()

@@ -24,7 +24,8 @@ TOKENS = 48.0
 """Mean length of an answer, in tokens."""
 WARMING = 0.25
 """Part of the time whose requests are not counted: averages and memory settle."""
-_LONGEST = 400 / 48
+_LONGEST = 400.0
+"""Tokens of the longest answer."""
 
 
 @dataclass(frozen=True)
@@ -214,18 +215,8 @@ class Scenario:
     """Replicas that take four times as long from a third of the time on."""
 
 
-def requests(
-    scenario: Scenario,
-    rate: float,
-    adapters: int,
-    seconds: float,
-    seed: int,
-    *,
-    tokens: float = TOKENS,
-    token_seconds: float = Figures.token_seconds,
-) -> list[Request]:
-    """Return all requests, by time. rate: requests a second. tokens: length of a mean answer; the longest has
-    `_LONGEST` times as many."""
+def requests(scenario: Scenario, rate: float, adapters: int, seconds: float, seed: int) -> list[Request]:
+    """Return all requests, by time. rate: requests a second. An answer has at most `_LONGEST` tokens."""
     chance = random.Random(seed)
     weights = [1 / (rank + 1) ** scenario.skew for rank in range(adapters)]
     sums = list(itertools.accumulate(weights))
@@ -241,8 +232,8 @@ def requests(
         adapter = chance.choices(names, cum_weights=sums)[0]
         if seconds / 3 < now < seconds * 2 / 3 and chance.random() < scenario.crowd:
             adapter = "crowd"
-        length = max(1.0, min(tokens * _LONGEST, chance.expovariate(1 / tokens)))
-        made.append(Request(adapter, now, length * token_seconds, length))
+        length = max(1.0, min(_LONGEST, chance.expovariate(1 / TOKENS)))
+        made.append(Request(adapter, now, length * Figures.token_seconds, length))
     return made
 
 
