@@ -48,9 +48,9 @@ def upgrade() -> None:
     _create_batches()
 
 
-def _parent(column: str, name: str | None = None) -> sa.ForeignKey:
+def _parent(column: str) -> sa.ForeignKey:
     """Return a reference to the row that this one is deleted with."""
-    return sa.ForeignKey(column, name=name, ondelete="CASCADE")
+    return sa.ForeignKey(column, ondelete="CASCADE")
 
 
 def _create_registry() -> None:
