@@ -3,7 +3,8 @@
 This command is the template: it loads the base's tokenizer and forks a process for each socket that the
 engine sends it (`grammar_link.py`). Grammars come from anybody, so a fork has nothing but that socket, the
 tokenizer and, where it follows a tenant's grammars, memory for masks that the engine reads. Its memory has a
-limit, it runs below the engine's priority, and it ends with the template, which ends with the engine.
+limit, its work has a lower priority than the engine, and it ends with the template, which ends with the
+engine.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ KEPT_GRAMMARS = 1000
 MOST_BYTES = 256 << 20
 """Memory that all grammars of one tenant may take."""
 NICENESS = 10
-"""A grammar that keeps its process busy gets a tenth of a core that the engine wants as well."""
+"""Priority of threads that compile and compute masks: they get a tenth of a core that the engine wants as
+well. What only answers has the engine's priority."""
 MOST_PATTERNS = 8
 """Patterns that one text of a JSON schema may have to match at once. The library finds out whether any text
 matches them all, which takes about six times as long for each two more: 0.1 s for 16, 2.6 s for 20."""
@@ -207,7 +209,10 @@ class Matchers:
             self._masks[place : place + len(draft) + 1] = -1
             going.append((number, matcher, place, draft))
         if self._executor is None:
-            self._executor = self._library.LLExecutor(min(THREADS, os.cpu_count() or 1))
+            # Its threads have the priority of the one that makes it.
+            with ThreadPoolExecutor(1, initializer=_give_way) as pool:
+                count = min(THREADS, os.cpu_count() or 1)
+                self._executor = pool.submit(self._library.LLExecutor, count).result()
         memory = self._masks.ctypes.data, self._masks.shape[1] * MASK_BYTES, len(self._masks)
         plain = [(matcher, place) for _, matcher, place, draft in going if not draft]
         # Beyond a token of the draft that is not allowed nothing is written, and nothing is taken from there.
@@ -333,7 +338,7 @@ def load_tokenizer(folder: Path, vocabulary: int, eos_ids: list[int]) -> Any:
 def serve(sock: socket.socket, matchers: Matchers) -> None:
     """Answer until the engine closes the socket. One thread compiles, so that masks are not waited for."""
     lock = threading.Lock()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="compile", initializer=_give_way)
     reader, decoder = FrameReader(), request_decoder()
 
     def send(message: msgspec.Struct) -> None:
@@ -359,6 +364,11 @@ def serve(sock: socket.socket, matchers: Matchers) -> None:
                 send(Forced(message.number, matchers.foresee(message)))
             else:
                 matchers.forget(message.sequences, message.keys)
+
+
+def _give_way() -> None:
+    """Let the engine go before this thread, and before those that it starts."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def fork(control: socket.socket, files: list[int], tokenizer: Any, shape: tuple[int, int]) -> None:
@@ -401,7 +411,6 @@ def main() -> None:
     set_up_logs("grammars", logging.INFO)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(NICENESS)
     settings = json.loads(arguments.settings)
     with socket.socket(fileno=arguments.fd) as control:
         try:
