@@ -280,12 +280,12 @@ def test_a_proof_is_told_in_a_sentence() -> None:
     assert told is not None
     assert facts["texts"] == 4
     changed = version("a", "1", report=report() | {"proof": facts | {
-        "exact": False, "largest_difference": 0.00312, "modules_changed": 58, "texts": 0,
+        "exact": False, "modules_exact": 7, "largest_difference": 0.00312, "modules_changed": 58, "texts": 0,
     }})  # fmt: skip
     other = parse_version(changed).report
     assert other is not None
     assert proof(other.proof) == (
-        "proven in 3.2 s: 60 modules equal PEFT's within 0.00312, 58 of them changed"
+        "proven in 3.2 s: 60 modules equal PEFT's within 0.00312, 7 of them bit for bit, 58 of them changed"
     )
 
 

@@ -179,6 +179,12 @@ def other_registry(registry: Registry, tmp_path: Path) -> Iterator[Registry]:
     other.close()
 
 
+def claims(folder: Path) -> int:
+    """Versions that a server is to prove."""
+    with sqlite3.connect(folder / "registry.db") as database:
+        return int(database.execute("SELECT count(*) FROM proofs WHERE until IS NOT NULL").fetchone()[0])
+
+
 def test_of_two_servers_one_proves_and_the_other_takes_its_proof(
     registry: Registry, other_registry: Registry, tmp_path: Path
 ) -> None:
@@ -186,7 +192,7 @@ def test_of_two_servers_one_proves_and_the_other_takes_its_proof(
         one, other = House(registry, tmp_path), House(other_registry, tmp_path)
         one.verifier.free.clear()
         await one.adapters.resume()
-        while not one.verifier.proofs:
+        while not one.verifier.proofs or claims(tmp_path) < 2:  # of both names of the content
             await asyncio.sleep(0.01)
         await other.adapters.resume()
         await asyncio.sleep(0.05)
@@ -242,7 +248,7 @@ def test_a_server_with_other_kernels_proves_for_itself_before_the_first_load_and
             assert house.files.find(house.digest).is_proved
             again = await house.proofs.for_kernels(house.files.find(house.digest))
             assert again.blob == proved.blob
-        assert [house.verifier.proofs for house in (one, *houses)] == [1, 1, 0]
+        assert [house.verifier.proofs for house in houses] == [1, 0]
         assert one.files.find(one.digest).is_proved
 
     asyncio.run(asyncio.wait_for(test(), 60))

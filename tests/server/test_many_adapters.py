@@ -40,7 +40,7 @@ MODULES = [
 REPORT = {
     "kinds": ["lora"], "rank": 8, "alpha": 16.0, "rslora": False, "targets": ["q_proj"], "parameters": 64,
     "bytes": SIZE, "base_name": None, "dropped": [], "modules": MODULES,
-    "proof": {"modules_changed": 50},
+    "proof": {"modules_changed": 50, "kernels": "torch"},
 }  # fmt: skip
 
 

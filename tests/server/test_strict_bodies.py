@@ -447,7 +447,7 @@ def test_an_answer_with_many_log_probabilities_is_written_off_the_event_loop(
         view: Any = SimpleNamespace(answer=answer)
         receive = asyncio.Event().wait
         request: Any = SimpleNamespace(receive=receive, scope={})
-        answered = await generation_routes.answer_job(request, services, None, job, view, False)  # type: ignore[arg-type]
+        answered = await generation_routes.answer_job(request, services, None, job, view, False, None)  # type: ignore[arg-type]
         return bytes(answered.body)
 
     assert asyncio.run(play()) == b'{"choices":1}'

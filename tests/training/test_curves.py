@@ -158,14 +158,14 @@ def test_the_command_trains_resumes_and_says_what_to_do_next(
     data = write_chats(tmp_path / "train.jsonl", 20)
     out = tmp_path / "out"
     arguments = ["--base", str(talking_folder), "--data", str(data), "--name", "colours", "--out", str(out)]
-    arguments += ["--r", "4", "--batch-size", "4", "--max-steps", "3", "--report-to", "tensorboard"]
-    done = command(*arguments)
+    arguments += ["--batch-size", "4", "--max-steps", "3", "--report-to", "tensorboard", "--r"]
+    done = command(*arguments, "4")
     assert done.returncode == 0, done.stderr
     assert f"onebase serve --adapter colours={out / 'adapter'}" in done.stderr
     assert (out / "tensorboard").is_dir()
-    assert main(arguments) == 0
+    assert main([*arguments, "4"]) == 0
     assert "continuing after step 3" in capsys.readouterr().err
-    assert main([*arguments, "--r", "8"]) == 1
+    assert main([*arguments, "8"]) == 1
     assert "another recipe" in capsys.readouterr().err
 
 
@@ -232,7 +232,8 @@ def test_a_wrong_option_is_named(
     arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_chats(tmp_path / "train.jsonl", 4)
-    command = ["--data", str(data), "--name", "x", "--out", str(tmp_path / "out"), *arguments]
+    name = [] if "--name" in arguments else ["--name", "x"]
+    command = ["--data", str(data), *name, "--out", str(tmp_path / "out"), *arguments]
     try:
         status = main(command)
     except SystemExit as end:

@@ -21,7 +21,8 @@ from tests.training.runs import (
 
 from onebase_adapters.training.data.dataset import Sample
 from onebase_adapters.training.events import Evaluated, Event, Saved, StepDone
-from onebase_adapters.training.loop import TrainingDivergedError
+from onebase_adapters.training.loop import ProcessGroup, TrainingDivergedError
+from onebase_adapters.training.objectives import PreparedRun
 from onebase_engine.base.load import fingerprint
 
 
@@ -167,7 +168,8 @@ def test_a_pairs_reference_does_not_depend_on_where_a_run_goes_on(
         run = trainer(exact_base, recipe, data, tmp_path / str(first))
         run.state.step = first
         objective: Any = run._objective
-        objective.prepare(run._rows_to_come(), recipe)
+        state = PreparedRun("run", tmp_path / f"{first} prepared", ProcessGroup())
+        objective.prepare(run._rows_to_come(), recipe, state)
         found.append([objective._references[id(row.chosen)] for row in data.rows])  # type: ignore[union-attr]
     assert found[0] == found[1]
 
