@@ -44,10 +44,10 @@ class World:
         pool, table = BlockPool(blocks + 2, BLOCK, host_blocks, restored), SlotTable(slots)
         return cls(Scheduler("base", pool, table, Limits(max_rows, step_tokens, max_length)), pool, table)
 
-    def step(self, background: int | None = None) -> Plan:
+    def step(self, background: int | None = None, bounded: int | None = None) -> Plan:
         """Plan, check what holds for every plan, and compute it; finished rows leave."""
         running = list(self.scheduler.running)
-        plan = self.scheduler.plan(background)
+        plan = self.scheduler.plan(background, bounded)
         moves = self.pool.take_moves(plan.written(BLOCK), least=1)
         self.places.update({place: self.blocks.get(block) for block, place in moves.out})
         self.blocks.update({block: self.places[place] for block, place in moves.back})

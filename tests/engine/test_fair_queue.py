@@ -14,8 +14,15 @@ from tests.engine.scheduling import BLOCK, World, make_row
 
 from onebase_adapters.registry.keys import MAX_PRIORITY
 from onebase_engine.engine.fair_queue import MOST_IDLE, MOST_PRIORITY, Account, Accounts
-from onebase_engine.engine.row import Row
-from onebase_engine.engine.scheduler import CREDIT_STEPS, MAX_PASSED, MAX_TRIES
+from onebase_engine.engine.row import Plan, Row, Segment
+from onebase_engine.engine.scheduler import (
+    BOUNDED_FRESH,
+    BOUNDED_PART,
+    CREDIT_STEPS,
+    MAX_PASSED,
+    MAX_TRIES,
+    TenantPace,
+)
 from onebase_engine.engine.slot_table import SlotTable
 
 STEP_TOKENS = 16
@@ -29,9 +36,9 @@ class Given:
         self.by_tenant: dict[str, float] = {}
         self._prompts: dict[Row, int] = {}
 
-    def step(self, world: World) -> None:
+    def step(self, world: World, bounded: int | None = None) -> None:
         generated = {row: row.generated for row in world.scheduler.rows}
-        for segment in world.step().segments:
+        for segment in world.step(bounded=bounded).segments:
             row = segment.row
             known = self._prompts.get(row, 0)
             self._prompts[row] = max(known, min(segment.stop, row.prompt_length))
@@ -70,9 +77,10 @@ SHAPE = st.tuples(st.integers(1, 12), st.integers(1, 12), st.sampled_from([0, 0,
     late=st.integers(0, 60),
     steps=st.integers(200, 400),
     max_rows=st.integers(1, 4),
+    bounded=st.none() | st.integers(1, 16),
 )
 def test_what_tenants_that_always_wait_are_given_differs_by_no_more_than_the_bound(
-    shapes: tuple[tuple[int, int, int], ...], late: int, steps: int, max_rows: int
+    shapes: tuple[tuple[int, int, int], ...], late: int, steps: int, max_rows: int, bounded: int | None
 ) -> None:
     # With room for all that runs: while blocks are lacking, shorter rows may pass longer ones.
     world = World.create(blocks=60, max_rows=max_rows, step_tokens=STEP_TOKENS)
@@ -84,7 +92,7 @@ def test_what_tenants_that_always_wait_are_given_differs_by_no_more_than_the_bou
     given_to = Given()
     for _ in range(steps):
         backlog.refill(5)
-        given_to.step(world)
+        given_to.step(world, bounded)
     longest = max((prompt + 2 * tokens) / 2.0**priority for prompt, tokens, priority in shapes)
     bound = 2 * (max_rows * longest + CREDIT)
     amounts = [given_to.by_tenant.get(tenant, 0.0) for tenant in "abc"]
@@ -322,6 +330,97 @@ def test_a_step_with_a_guests_prompt_has_none_of_a_tenant_that_runs_twice_as_muc
     assert {s.row.arrival for s in world.step().segments} == {0, 1, 2, 12}
     assert {s.row.arrival for s in world.step().segments} == {0, 1, 2, 12, 10, 11}
     world.finish_all()
+
+
+@pytest.mark.parametrize("bounded", [0, 3])
+def test_prompts_next_to_decodes_of_another_tenant_have_the_bounded_tokens(bounded: int) -> None:
+    world = World.create(step_tokens=16, max_length=900, blocks=400)
+    flood = make_row(0, list(range(300)), 4, tenant="flood")
+    world.scheduler.add(flood)
+    while flood.computed < 250:
+        world.step(bounded=bounded)
+    guest = make_row(1, [7] * 5, 40, tenant="guest")
+    world.scheduler.add(guest)
+    world.step(bounded=bounded)
+    second = make_row(2, list(range(1000, 1100)), 1, tenant="flood")
+    own = make_row(3, list(range(2000, 2050)), 1, tenant="guest")
+    world.scheduler.add(second)
+
+    before = flood.computed
+    plan = world.step(bounded=bounded)
+
+    assert [s.row for s in plan.decodes] == [guest]
+    assert flood.computed - before + second.computed == bounded
+    world.scheduler.add(own)
+    world.step(bounded=bounded)
+    assert own.computed == 16 - 1 - bounded, "the guest's own prompts have the rest"
+    world.finish_all()
+
+
+def test_decodes_of_a_tenant_with_twice_the_load_take_turns_next_to_a_guests() -> None:
+    world = World.create(step_tokens=64, max_length=400, blocks=400, max_rows=8)
+    flood = flooded(world, 6, 60)
+    guest = make_row(9, [7] * 5, 60, tenant="guest")
+    world.scheduler.add(guest)
+    world.step()
+    before = [row.generated for row in flood]
+    for _ in range(30):
+        plan = world.step(bounded=2)
+        assert plan.decodes[0].row is guest
+        assert len(plan.decodes) == 3
+        assert plan.bounded_decodes == 2
+    assert [row.generated for row in flood] == [one + 10 for one in before]
+    assert world.step(bounded=0).bounded_decodes == 0
+    world.finish_all()
+
+
+@pytest.mark.parametrize("flood", [2, 3])
+def test_decodes_are_not_bounded_of_tenants_that_run_about_the_same(flood: int) -> None:
+    world = World.create(step_tokens=64, max_length=400, blocks=400, max_rows=8)
+    flooded(world, flood, 60)
+    for arrival in (8, 9):
+        world.scheduler.add(make_row(arrival, [7] * 5, 60, tenant="guest"))
+    world.step()
+    plan = world.step(bounded=0)
+    assert len(plan.decodes) == flood + 2
+    assert plan.bounded_decodes is None
+
+
+@pytest.mark.parametrize(("fixed", "each"), [(0.014, 0.0007), (0.010, 0.00005), (0.002, 0.01), (0.01, 0.0)])
+def test_bounded_tokens_double_a_step_of_a_lighter_tenants_decodes(fixed: float, each: float) -> None:
+    pace, guest = TenantPace(256), make_row(1, [7], 9)
+    row, decode = make_row(0, list(range(300)), 1), Segment(guest, 0, 1)
+    budgets = []
+    for _ in range(10 * BOUNDED_FRESH):
+        budgets.append(pace.bounded)
+        prompts = [Segment(row, 0, pace.bounded // 2)] if pace.bounded > 2 else []
+        decodes = pace.bounded - sum(one.length for one in prompts)
+        pace.took(Plan([decode] * (1 + decodes), prompts, decodes), fixed + each * pace.bounded)
+    assert budgets[::BOUNDED_FRESH] == [0] * 10, "steps without them are measured"
+    fits = min(256, fixed / each if each else 256)
+    assert budgets[-1] == pytest.approx(max(fits, 256 // BOUNDED_PART), rel=0.1, abs=1)
+
+
+def test_prompts_that_are_not_bounded_starve_no_bounded_ones() -> None:
+    pace, guest = TenantPace(256), make_row(1, [7], 9)
+    prompt, decode = Segment(make_row(0, list(range(300)), 1), 0, 50), Segment(guest, 0, 1)
+    for step in range(3 * BOUNDED_FRESH):
+        assert (pace.bounded == 0) is (step % BOUNDED_FRESH == 0)
+        pace.took(Plan([decode], [prompt], 0), 0.03)
+
+
+@pytest.mark.parametrize(("flood", "computed"), [(1, 0), (2, 14)])
+def test_a_guests_prompt_is_not_bounded_next_to_decodes_of_a_tenant_that_runs_more(
+    flood: int, computed: int
+) -> None:
+    world = World.create(step_tokens=16, max_length=900, blocks=400)
+    for arrival in range(flood):
+        world.scheduler.add(make_row(arrival, [arrival] * 5, 40, tenant="flood"))
+    world.step()
+    guest = make_row(9, list(range(40)), 1, tenant="guest")
+    world.scheduler.add(guest)
+    world.step(bounded=0)
+    assert guest.computed == computed
 
 
 def test_a_guests_adapter_gets_a_slot_before_older_rows_of_a_flood_that_wait_for_one() -> None:

@@ -87,6 +87,7 @@ def _row(arrival: int, item: Traffic, previous: Row | None) -> Row:
     step_tokens=st.integers(1, 24),
     joins=st.integers(0, 3),
     most=st.integers(1, 16),
+    bounded=st.integers(1, 24),
     host_blocks=st.sampled_from([0, 0, 3, 12, 100]),
     restored=st.sampled_from([1, 2, 100]),
 )
@@ -98,6 +99,7 @@ def test_every_row_finishes_and_everything_comes_back(
     step_tokens: int,
     joins: int,
     most: int,
+    bounded: int,
     host_blocks: int,
     restored: int,
 ) -> None:
@@ -132,7 +134,7 @@ def test_every_row_finishes_and_everything_comes_back(
         assert step < limit, "the rows do not finish"
         before, preemptions = set(world.scheduler.running), for_blocks(world)
         may = world.scheduler.only_background or step % 4 <= joins
-        plan = world.step(background=most if may else 0)
+        plan = world.step(background=most if may else 0, bounded=bounded)
         assert plan or not world.scheduler.rows or world.came_back[-1], "rows wait for nothing"
         assert world.came_back[-1] <= restored
         if for_blocks(world) > preemptions:

@@ -29,7 +29,7 @@ from onebase_engine.engine.messages import RowOutput, TokenLogprob
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.row import COMING, AdapterMix, Plan, Row, Segment
 from onebase_engine.engine.sampling import Drawn, Mask, begin_draw_apart, score_tokens
-from onebase_engine.engine.scheduler import BackgroundPace, Limits, NeverFitsError, Scheduler
+from onebase_engine.engine.scheduler import BackgroundPace, Limits, NeverFitsError, Scheduler, TenantPace
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
 from onebase_engine.engine.versions import Versions
@@ -171,6 +171,7 @@ class Engine:
         self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
         self.scheduler = Scheduler(name, self.pool, self.slots, limits)
         self._pace = BackgroundPace(limits.step_tokens)
+        self._tenant_pace = TenantPace(limits.step_tokens)
         self.counters = Counters()
         self._grammars: Grammars | None = None
         if tokenizer is not None:
@@ -374,10 +375,12 @@ class Engine:
             return
         for row, error in self._commit(computed).items():
             self._fail(row, error)
-        self._pace.took(plan, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self._pace.took(plan, seconds)
+        self._tenant_pace.took(plan, seconds)
 
     def _plan(self, *, ahead: bool = False) -> Plan:
-        return self.scheduler.plan(self._background_tokens, ahead=ahead)
+        return self.scheduler.plan(self._background_tokens, self._tenant_pace.bounded, ahead=ahead)
 
     @property
     def _background_tokens(self) -> int:

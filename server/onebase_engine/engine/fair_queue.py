@@ -305,8 +305,11 @@ class FairQueue:
     def was_given_less(self, tenant: Tenant, other: Tenant) -> bool:
         """Return True if `tenant` received less than `other` by a band. Both are in the background, or
         none."""
-        accounts = self._tenants[tenant.background]
-        return accounts.band(tenant) < accounts.band(other)
+        return self.standing(tenant)[0] < self.standing(other)[0]
+
+    def standing(self, tenant: Tenant) -> tuple[int, float]:
+        """Return the tenant's band and load; the tenant with the smaller ones is served first."""
+        return self._tenants[tenant.background].band(tenant), tenant.load
 
     def enter(self, row: Row) -> None:
         """Add a sequence that has arrived and waits."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -95,6 +95,8 @@ class Row:
     """Number of prompt tokens that the tenant's counter includes, or that came from the prefix cache."""
     passed: int = 0
     """Number of sequences admitted although it was this one's turn, because it lacked blocks."""
+    skipped: int = 0
+    """Number of steps in a row in which decodes of other tenants went first."""
     yields_at: int = 0
     """Number of generated tokens from which on it may yield its place to another tenant's sequence."""
     cached_tokens: int | None = None
@@ -242,6 +244,8 @@ class Plan:
 
     decodes: list[Segment]
     prefills: list[Segment]
+    bounded_decodes: int | None = None
+    """Number of decodes that would make those of lighter tenants wait; None if nothing of the step would."""
 
     @property
     def segments(self) -> list[Segment]:
@@ -258,7 +262,7 @@ class Plan:
     def unfinished(self) -> Plan:
         """Return the plan without sequences that have ended since."""
         going = [[one for one in some if one.row.finish is None] for some in (self.decodes, self.prefills)]
-        return Plan(*going)
+        return replace(self, decodes=going[0], prefills=going[1])
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prefills)

@@ -3,7 +3,9 @@
 `fair_queue.py` determines the order: the tenant that has received least, in it the adapter that has received
 least, and there the sequence that arrived first. Decodes come first in every step; prefill chunks share the
 rest of the token budget, in that order. After a prompt of one tenant, a step has no prompt of a tenant with
-twice the load, since it would take longer for the first.
+twice the load, since it would take longer for the first. Next to decodes of another tenant, prompts about
+double the step at most, unless their tenant has received less, or as much and runs less: half of the time
+remains for the decodes. So do decodes of a tenant with twice the load, which take turns.
 
 A sequence that lacks something does not block the others. One whose adapter finds no slot claims one. One
 that lacks blocks lets MAX_PASSED sequences pass; then free blocks are reserved for it, except for sequences
@@ -35,7 +37,8 @@ from __future__ import annotations
 from array import array
 from bisect import insort
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from heapq import nsmallest
 
 from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.fair_queue import OUTPUT_WEIGHT, FairQueue, Tenant, Turns
@@ -63,6 +66,11 @@ BACKGROUND_CREDIT = 0.05
 """Largest amount of that time that may be saved up, in seconds."""
 BACKGROUND_FRESH = 32
 """Number of steps with background sequences after which one is measured without them."""
+BOUNDED_PART = 32
+"""Divisor of the step's token budget that gives the smallest budget of bounded tokens: a step with prompts
+has fixed costs of its own, and with fewer tokens it would compute little else."""
+BOUNDED_FRESH = 32
+"""Number of steps of which one has no bounded tokens, so that its time is known."""
 MAX_TRIES = 32
 """Limit of sequences lacking blocks, adapters lacking slots, and tenants lacking a place, in one walk."""
 
@@ -91,11 +99,19 @@ class Limits:
 class _Draft:
     """A plan in the making.
 
-    `budget`: remaining tokens of the step; `background`: how many of them background sequences may have.
+    `budget`: remaining tokens of the step; `background`: how many of them background sequences may have;
+    `bounded`: how many of them tenants may have that would make others' decodes wait.
     """
 
     budget: int
     background: int = 0
+    bounded: int = 0
+    decoding: list[Tenant] = field(default_factory=list)
+    """The two tenants, of those with decodes in the step, that are served first."""
+    heavy: set[Row] = field(default_factory=set)
+    """Sequences whose decodes are bounded."""
+    contended: bool = False
+    """Whether anything is bounded."""
     decodes: dict[Row, Segment] = field(default_factory=dict)
     chunks: dict[Row, Segment] = field(default_factory=dict)
     """Segments of sequences that prefill or have just been admitted."""
@@ -132,7 +148,8 @@ class _Draft:
     def plan(self) -> Plan:
         single = [segment for segment in self.chunks.values() if segment.length == 1]
         longer = [segment for segment in self.chunks.values() if segment.length > 1]
-        return Plan([*self.decodes.values(), *single], longer)
+        heavy = sum(row in self.heavy for row in self.decodes) if self.contended else None
+        return Plan([*self.decodes.values(), *single], longer, heavy)
 
 
 class BackgroundPace:
@@ -183,6 +200,46 @@ class BackgroundPace:
             self.alone = min(self._most, max(BACKGROUND_LEAST, fitting))
         elif 2 * tokens > self.alone and 2 * seconds < BACKGROUND_SECONDS:
             self.alone = min(self._most, 2 * self.alone)
+
+
+class TenantPace:
+    """Token budget for heavy tenants in steps that decode for lighter ones: as many as double such a step.
+
+    A step with bounded tokens is compared with one that has none, which is computed when there are some for
+    the first time, and now and then again. Times are seconds. step_tokens: of any step.
+    """
+
+    def __init__(self, step_tokens: int) -> None:
+        self._most = step_tokens
+        self._least = max(1, step_tokens // BOUNDED_PART)
+        self._bounded = self._least
+        self._without: float | None = None
+        """Time, in seconds, of a step without bounded tokens and prompts."""
+        self._each: float | None = None
+        """Time, in seconds, that one more token adds to it."""
+        self._steps = 0
+        """Number of steps since there was nothing to bound."""
+
+    @property
+    def bounded(self) -> int:
+        """Largest number of bounded tokens in the next step."""
+        return self._bounded if self._steps % BOUNDED_FRESH else 0
+
+    def took(self, plan: Plan, seconds: float) -> None:
+        """Update the budget with the time in which a step was computed."""
+        if plan.bounded_decodes is None:
+            self._steps, self._without = 0, None
+            return
+        self._steps += 1
+        added = plan.bounded_decodes + sum(segment.length for segment in plan.prefills)
+        if not added:
+            mean = seconds if self._without is None else (self._without + seconds) / 2
+            self._without = min(mean, seconds)  # Other work on the machine makes a step longer, not shorter.
+        elif self._without is not None:
+            each = max(0.0, seconds - self._without) / added
+            self._each = each if self._each is None else (self._each + each) / 2
+            fitting = self._without / max(self._each, 1e-9)
+            self._bounded = int(min(self._most, 2 * self._bounded, max(self._least, fitting)))
 
 
 class Scheduler:
@@ -242,16 +299,18 @@ class Scheduler:
         """Whether all running sequences are in the background."""
         return all(row.background for row in self.running)
 
-    def plan(self, background: int | None = None, *, ahead: bool = False) -> Plan:
+    def plan(self, background: int | None = None, bounded: int | None = None, *, ahead: bool = False) -> Plan:
         """Plan the next step, admitting and preempting sequences as needed.
 
         Args:
             background: largest number of tokens of background sequences; None: as many as a step has.
+            bounded: the same of prompts and decodes that would make other tenants' decodes wait.
             ahead: the step before is still computed. Its tokens, and which sequences end with them, are not
                 known, so that nothing is drafted and no decode is charged; `settle` does it later.
         """
         tokens = self.limits.step_tokens
         draft = _Draft(tokens, tokens if background is None else background)
+        draft.bounded = tokens if bounded is None else bounded
         self._decode(draft)
         prefilling = [row for row in self.running if row.pending > 1]
         self._walk(self.waiting.in_turn(prefilling, self._may_begin()), draft)
@@ -263,7 +322,7 @@ class Scheduler:
             among = self.waiting.in_turn(going, self._may_begin(), lambda mix: placed.issuperset(mix.digests))
             self._walk(among, draft)
         for row in prefilling:
-            done = row not in self.running or row in draft.chunks or self._is_second(row, draft)
+            done = row not in self.running or row in draft.chunks or self._must_wait(row, draft)
             if draft.budget > 0 and not done:
                 self._advance(row, draft)
         if any(not row.background for row in draft.chunks):
@@ -298,10 +357,11 @@ class Scheduler:
         for segment in plan.segments:
             draft.take(segment.row, segment.length)
         draft.decodes = {one.row: one for one in plan.decodes if one.samples}
+        self._bound_decodes(draft.decodes, draft)
         self._look_ahead(draft, ahead=True)
         if not any(one.draft for one in draft.decodes.values()):
             return plan
-        return Plan([draft.decodes.get(one.row, one) for one in plan.decodes], plan.prefills)
+        return replace(plan, decodes=[draft.decodes.get(one.row, one) for one in plan.decodes])
 
     def guess(self, plan: Plan) -> None:
         """Let sequences without a draft guess this step's token, to learn whether drafts are worth it."""
@@ -338,22 +398,47 @@ class Scheduler:
     # ---- what a step computes ----------------------------------------------------------------
 
     def _decode(self, draft: _Draft) -> None:
-        rows = list(self.running)
+        rows = [row for row in self.running if row.pending == 1 and not row.ends]
+        rows = [row for row in rows if not self._is_late(row) and not self.awaits(row)]
         behind = sum(row.background for row in rows)
-        short = len(rows) > draft.budget or 0 < draft.background < behind
-        for row in sorted(rows, key=self.waiting.order) if short else rows:
-            ready = row.pending == 1 and draft.left(row) > 0 and row not in draft.preempted
-            ready = ready and not row.ends and not self._is_late(row) and not self.awaits(row)
+        if len(rows) > draft.budget or 0 < draft.background < behind:
+            rows.sort(key=self.waiting.order)
+        self._bound_decodes(rows, draft)
+        if draft.heavy:
+            rows.sort(key=lambda row: (row in draft.heavy, -row.skipped))
+        prompts = len(self.waiting) > self.waiting.in_background or len(rows) < len(self.running)
+        bounded = draft.bounded // 2 if prompts else draft.bounded
+        for row in rows:
+            if row in draft.heavy and bounded <= 0:
+                row.skipped += 1
+                continue
+            ready = draft.left(row) > 0 and row not in draft.preempted
             if ready and self._grow(row, len(row.tokens), draft):
                 draft.decodes[row] = Segment(row, row.computed, len(row.tokens))
                 draft.take(row, 1)
+                row.skipped = 0
+                if row in draft.heavy:
+                    bounded -= 1
+                    draft.bounded -= 1
+
+    def _bound_decodes(self, rows: Collection[Row], draft: _Draft) -> None:
+        """Note which tenants decode, and which of these sequences are of tenants with twice the load."""
+        those = [(row, self.waiting.flow(row).tenant) for row in rows if not row.background]
+        draft.decoding = nsmallest(2, {tenant for _, tenant in those}, key=self.waiting.standing)
+        if len(draft.decoding) == 2:
+            first = draft.decoding[0]
+            draft.heavy = {row for row, tenant in those if self._is_heavier(tenant, first)}
+            draft.contended = bool(draft.heavy)
+
+    def _is_heavier(self, tenant: Tenant, other: Tenant) -> bool:
+        return 2 * other.load <= tenant.load and self.waiting.standing(other) <= self.waiting.standing(tenant)
 
     def _walk(self, turns: Turns, draft: _Draft) -> None:
         """Plan prompts in turn: those of running sequences, and of waiting ones that can be admitted."""
         for row in turns:
             if draft.is_over():
                 break
-            if self._is_second(row, draft):
+            if self._must_wait(row, draft):
                 turns.pass_over(self.waiting.flow(row).tenant)
             elif row in self.running or self._admit(row, draft, turns):
                 self._advance(row, draft)
@@ -363,7 +448,9 @@ class Scheduler:
         if self._is_late(row):
             draft.late.add(row)
             return
-        length = min(row.pending, draft.left(row))
+        is_bounded = self._is_bounded(row, draft)
+        draft.contended |= is_bounded
+        length = min(row.pending, draft.left(row), draft.bounded if is_bounded else row.pending)
         if row.scores_prompt:
             length = min(length, max(row.first_scored - row.computed, 0) + MAX_SCORED_TOKENS)
         segment = Segment(row, row.computed, row.computed + length)
@@ -371,19 +458,30 @@ class Scheduler:
             return
         draft.chunks[row] = segment
         draft.take(row, length)
+        draft.bounded -= length if is_bounded else 0
         self.waiting.charge(segment)
 
-    def _is_second(self, row: Row, draft: _Draft) -> bool:
-        """Return True if the step must stay short for a prompt of a tenant with at most half the load.
+    def _must_wait(self, row: Row, draft: _Draft) -> bool:
+        """Return True if the step has no time for this prompt.
 
-        For a background sequence: return True if the step has another sequence's prompt, or no background
-        budget.
+        It must stay short for a prompt of a tenant with at most half the load, and for decodes of another
+        tenant that is served first. For a background sequence: for another sequence's prompt.
         """
         if row.background and (draft.background <= 0 or any(not other.background for other in draft.chunks)):
+            return True
+        if draft.bounded <= 0 and self._is_bounded(row, draft):
+            draft.contended = True
             return True
         tenant = self.waiting.flow(row).tenant
         others = {self.waiting.flow(other).tenant for other in draft.chunks} - {tenant}
         return any(2 * other.load <= tenant.load for other in others)
+
+    def _is_bounded(self, row: Row, draft: _Draft) -> bool:
+        """Return True if the step decodes for another tenant that is served before this sequence's."""
+        if row.background:
+            return False
+        tenant, standing = self.waiting.flow(row).tenant, self.waiting.standing
+        return any(other is not tenant and standing(other) <= standing(tenant) for other in draft.decoding)
 
     def _look_ahead(self, draft: _Draft, *, ahead: bool = False) -> None:
         """Add drafts that are likely right to decodes, from the step's remaining budget.
@@ -393,7 +491,7 @@ class Scheduler:
         rows = self.limits.step_tokens - draft.budget
         size, spare = self._pool.block_size, max(len(self.running), int(self._pool.capacity * WATERMARK))
         for row, segment in draft.decodes.items():
-            late = row.background and not self.only_background
+            late = (row.background and not self.only_background) or row in draft.heavy
             if row.sampling.penalizes or not row.generates or late:
                 continue  # It is to say something else or nothing, or to take little time.
             row.drafts = row.drafts or Drafts()
