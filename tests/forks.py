@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [str(ROOT / part) for part in ("", "server", "adapters", "clients/python", "benchmarks")]
+SOURCES = [str(ROOT / part) for part in ("", "engine", "server", "adapters", "clients/python", "benchmarks")]
 PR_SET_CHILD_SUBREAPER = 36
 ABOVE = 500
 """Descriptors from here on are nobody's."""

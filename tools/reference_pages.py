@@ -23,7 +23,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "server"), str(ROOT / "adapters"), str(ROOT / "clients/python")]
+sys.path[:0] = [str(ROOT / part) for part in ("engine", "server", "adapters", "clients/python")]
 
 from onebase_server.cli import serve_parser  # noqa: E402
 from onebase_server.http.app import create_app  # noqa: E402

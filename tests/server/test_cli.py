@@ -168,7 +168,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_base_fetch_prints_the_folder_as_its_last_line(base_folder: Path) -> None:
-    sources = os.pathsep.join(str(ROOT / part) for part in ("server", "adapters", "clients/python"))
+    sources = os.pathsep.join(str(ROOT / part) for part in ("engine", "server", "adapters", "clients/python"))
     program = "import sys; from onebase_server.cli import base; sys.exit(base(['fetch']))"
 
     done = subprocess.run(

@@ -188,7 +188,7 @@ def finished_report(**changes: Any) -> Report:
 def start_at_a_terminal(program: list[str], *arguments: str) -> subprocess.Popen[str]:
     """Python with a program that Ctrl-C reaches, and whose stderr is to be read."""
     root = Path(__file__).parents[2]
-    paths = os.pathsep.join(str(root / part) for part in ("adapters", "server", "clients/python"))
+    paths = os.pathsep.join(str(root / part) for part in ("adapters", "engine", "server", "clients/python"))
     # A shell's background starts its commands with Ctrl-C ignored; here it is not.
     return subprocess.Popen(
         [sys.executable, *program, *arguments],

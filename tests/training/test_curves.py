@@ -144,7 +144,7 @@ def test_a_bar_whose_end_is_not_known_shows_no_end_of_what_was_before() -> None:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "server", "clients/python"))
+    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "engine", "server", "clients/python"))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     program = [sys.executable, "-m", "onebase_adapters.training.cli.train"]
     return subprocess.run(

@@ -113,7 +113,7 @@ def test_the_launcher_of_torch_starts_such_a_run(
 ) -> None:
     # What `accelerate launch` runs on GPUs; on the CPU it starts a single process.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "server", "clients/python"))
+    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "engine", "server", "clients/python"))
     done = subprocess.run(
         [sys.executable, *launcher, *command(talking_folder, data, tmp_path / "two")],
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": paths},

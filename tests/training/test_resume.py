@@ -173,7 +173,7 @@ def test_killed_at_any_moment_and_started_again_it_is_the_same_run(
     base: torch.nn.Module, base_folder: Path, tmp_path: Path
 ) -> None:
     root = Path(__file__).parents[2]
-    paths = [str(root / part) for part in ("", "adapters", "server")]
+    paths = [str(root / part) for part in ("", "adapters", "engine", "server")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_WAIT_POLICY": "passive"}
 
     def start(folder: str) -> subprocess.Popen[str]:
