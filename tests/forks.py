@@ -291,8 +291,8 @@ def import_all() -> None:
         import peft  # noqa: F401
         import transformers.models.llama.modeling_llama  # noqa: F401
 
-        for module in ("training.run", "training.cli.train", "training.cli.sweep"):
-            importlib.import_module(f"onebase_adapters.{module}")
+        for module in ("run", "cli.train", "cli.sweep"):
+            importlib.import_module(f"onebase_training.{module}")
         for module in ("engine", "trainer", "verifier"):
             importlib.import_module(f"onebase_server.processes.{module}")
     gc.freeze()

@@ -25,7 +25,6 @@ from onebase_adapters.registry import (
     acting,
 )
 from onebase_adapters.registry.keys import MAX_PRIORITY
-from onebase_adapters.training.cli.options import Parser
 from onebase_engine.logs import LOG_FORMAT, set_up_logs
 from onebase_engine.machine import with_room
 from onebase_server.settings import (
@@ -39,6 +38,7 @@ from onebase_server.settings import (
     parse_size,
     setting_fields,
 )
+from onebase_training.cli.options import Parser
 
 if TYPE_CHECKING:
     from onebase_server.wiring import Commands

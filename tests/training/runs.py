@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from tests.tiny import save_base
 
-from onebase_adapters.training.checkpoint import Checkpoints, Report
-from onebase_adapters.training.data.dataset import Dataset, Preference, Row, Sample
-from onebase_adapters.training.events import Event, Gate, OpenGate
-from onebase_adapters.training.loop import Trainer
-from onebase_adapters.training.objectives import make_objective
-from onebase_adapters.training.recipe import Recipe, parse_recipe, resolve
-from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.load import BaseSettings, load_base
+from onebase_training.checkpoint import Checkpoints, Report
+from onebase_training.data.dataset import Dataset, Preference, Row, Sample
+from onebase_training.events import Event, Gate, OpenGate
+from onebase_training.loop import Trainer
+from onebase_training.objectives import make_objective
+from onebase_training.recipe import Recipe, parse_recipe, resolve
+from onebase_training.trainable import Trainable
 
 VOCABULARY = 320
 

@@ -25,10 +25,10 @@ from tests.training.runs import (
     weights,
 )
 
-from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
-from onebase_adapters.training.events import Interrupted, Reason
-from onebase_adapters.training.loop import ProcessGroup
-from onebase_adapters.training.objectives import Preferences
+from onebase_training.checkpoint import CheckpointError, Checkpoints, RunState
+from onebase_training.events import Interrupted, Reason
+from onebase_training.loop import ProcessGroup
+from onebase_training.objectives import Preferences
 
 pytestmark = pytest.mark.usefixtures("forks")
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from onebase_adapters.training.cli.options import Parser
 from onebase_engine.logs import set_up_logs
 from onebase_engine.machine import NO_LIMIT, total_memory
 from onebase_server.access import is_loopback
@@ -34,6 +33,7 @@ from onebase_server.settings import (
     option_name,
     setting_fields,
 )
+from onebase_training.cli.options import Parser
 
 if TYPE_CHECKING:
     from onebase_server.routing.cluster import Plan

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.training.data.dataset import (
+from onebase_training.data.dataset import (
     Chat,
     Choice,
     DataError,
@@ -25,10 +25,10 @@ from onebase_adapters.training.data.dataset import (
     row_key,
     valid_unicode,
 )
-from onebase_adapters.training.data.files import Item, Record, read_file
-from onebase_adapters.training.data.hub import fetch, parse_dataset_id
-from onebase_adapters.training.data.rows import LABEL_FIELDS, parse_row, unfold
-from onebase_adapters.training.data.tokens import (
+from onebase_training.data.files import Item, Record, read_file
+from onebase_training.data.hub import fetch, parse_dataset_id
+from onebase_training.data.rows import LABEL_FIELDS, parse_row, unfold
+from onebase_training.data.tokens import (
     BaseTokens,
     RowTokens,
     Tokenized,
@@ -36,7 +36,7 @@ from onebase_adapters.training.data.tokens import (
     longest_sequence,
     reply_decoder,
 )
-from onebase_adapters.training.recipe import Recipe
+from onebase_training.recipe import Recipe
 
 DEFAULT_LENGTH = 2048
 """Limit of a row, in tokens, if the recipe leaves it open."""

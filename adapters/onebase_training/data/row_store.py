@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from onebase_adapters.store.atomic_files import atomic_directory
-from onebase_adapters.training.data.dataset import Dataset, Place, Preference, Prompt, Row, Sample
+from onebase_training.data.dataset import Dataset, Place, Preference, Prompt, Row, Sample
 
 _FORMAT = 3
 _CHECKSUM = "sha256"

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_adapters.training.events import Gate
-from onebase_adapters.training.kernels import ShortAttention
 from onebase_engine.base.load import UnsupportedBaseError
 from onebase_engine.kernels.reference import attention_weights
+from onebase_training.events import Gate
+from onebase_training.kernels import ShortAttention
 
 NAME = "onebase_packed"
 SHORT = 256

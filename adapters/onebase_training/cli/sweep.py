@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from onebase_adapters.training import events
-from onebase_adapters.training.cli.options import (
+from onebase_engine.base.default_base import BaseFetchError
+from onebase_training import events
+from onebase_training.cli.options import (
     Parser,
     UsageError,
     add_base_options,
@@ -29,12 +30,11 @@ from onebase_adapters.training.cli.options import (
     run_progress,
     shown,
 )
-from onebase_engine.base.default_base import BaseFetchError
 
 if TYPE_CHECKING:
-    from onebase_adapters.training.recipe import Recipe
-    from onebase_adapters.training.run import Job
-    from onebase_adapters.training.sweep import Grid, SweepResult, Trial
+    from onebase_training.recipe import Recipe
+    from onebase_training.run import Job
+    from onebase_training.sweep import Grid, SweepResult, Trial
 
 _ABOUT = """\
 Try ranks, targets and learning rates on one base that is loaded once, and stop the losers early.
@@ -123,11 +123,11 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     given = recipe_file(options.recipe)
     recipe = recipe_from(options, given)
     quiet_libraries()
-    from onebase_adapters.training.run import Job
     from onebase_engine.machine import free_memory, keep_freed_memory
+    from onebase_training.run import Job
 
     try:
-        from onebase_adapters.training.sweep_report import PLOT, TABLE, render, write
+        from onebase_training.sweep_report import PLOT, TABLE, render, write
     except ModuleNotFoundError as error:
         install = "pip install 'onebase[train]' installs it"
         raise UsageError(f"the sweep's picture needs {error.name}, which is not here: {install}") from error
@@ -165,14 +165,14 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
 
 def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | None:
     """Return the result; None after a failure, which has been shown. Raises KeyboardInterrupt."""
-    from onebase_adapters.training.checkpoint import CheckpointError
-    from onebase_adapters.training.cli.options import CtrlC
-    from onebase_adapters.training.data.dataset import DataError
-    from onebase_adapters.training.events import Interrupted
-    from onebase_adapters.training.recipe import RecipeError
-    from onebase_adapters.training.sweep import sweep
     from onebase_engine.base.load import UnsupportedBaseError
     from onebase_engine.base.quantized_cache import load_kept_base
+    from onebase_training.checkpoint import CheckpointError
+    from onebase_training.cli.options import CtrlC
+    from onebase_training.data.dataset import DataError
+    from onebase_training.events import Interrupted
+    from onebase_training.recipe import RecipeError
+    from onebase_training.sweep import sweep
 
     try:
         with CtrlC(alone=True) as gate:
@@ -193,7 +193,7 @@ def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | N
 
 def _grid(options: argparse.Namespace, given: Mapping[str, Any], recipe: Recipe) -> Grid:
     """Return the grid of the options, or else of the recipe's file, or else the defaults."""
-    from onebase_adapters.training.sweep import Grid
+    from onebase_training.sweep import Grid
 
     targets = tuple(
         tuple(part.strip() for part in one.split(",") if part.strip()) for one in options.tried_targets or ()

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from onebase_adapters.training.data.dataset import Dataset
-from onebase_adapters.training.metrics import is_decided, macro_f1, score
-from onebase_adapters.training.recipe import Recipe
+from onebase_training.data.dataset import Dataset
+from onebase_training.metrics import is_decided, macro_f1, score
+from onebase_training.recipe import Recipe
 
 MOST_SLICES = 100
 """Largest number of slices in a report: the worst regressions, then the largest slices. All of them count for

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onebase_adapters.store.atomic_files import write_atomically
-from onebase_adapters.training.sweep import SweepResult, Trial
+from onebase_training.sweep import SweepResult, Trial
 
 TABLE, RESULTS, PLOT = "results.csv", "results.json", "sweep.svg"
 _NEAR = 1.01

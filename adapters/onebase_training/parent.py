@@ -26,7 +26,8 @@ from onebase_adapters.format.names import BaseModules
 from onebase_adapters.format.safetensors_file import TensorFile
 from onebase_adapters.format.spec import AdapterSpec
 from onebase_adapters.format.tensors import plan
-from onebase_adapters.training.recipe import (
+from onebase_engine.base.layers import adaptable_layers
+from onebase_training.recipe import (
     HIGHEST_RANK,
     MODEL,
     Recipe,
@@ -34,7 +35,6 @@ from onebase_adapters.training.recipe import (
     continued,
     own_settings,
 )
-from onebase_engine.base.layers import adaptable_layers
 
 _SHOWN = 10
 """Largest number of labels that a message lists."""

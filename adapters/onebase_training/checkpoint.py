@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onebase_adapters.store.atomic_files import atomic_directory
-from onebase_adapters.training.classes import BASE_BY, confusion_rows, figure_rows
-from onebase_adapters.training.recipe import Recipe, recipe_fields
 from onebase_engine.base.load import Quantization
+from onebase_training.classes import BASE_BY, confusion_rows, figure_rows
+from onebase_training.recipe import Recipe, recipe_fields
 
 _ADAPTER, _OPTIMIZER, _STATE, _PEFT = "adapter.safetensors", "optimizer.pt", "state.json", "adapter"
 _STEP = re.compile(r"step-(\d{8})")

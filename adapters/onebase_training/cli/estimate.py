@@ -15,29 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onebase_adapters.training.cli.options import (
-    Parser,
-    UsageError,
-    add_base_options,
-    add_recipe_options,
-    base_settings,
-    open_console,
-    option_name,
-    positive,
-    print_error,
-    printable,
-    recipe_from,
-    size,
-)
-from onebase_adapters.training.data.dataset import DataError, check_labels
-from onebase_adapters.training.recipe import (
-    Recipe,
-    RecipeError,
-    decided,
-    held_out_count,
-    resolve,
-    token_count,
-)
 from onebase_engine.base.default_base import (
     DEFAULT_BASE,
     DEFAULT_REPO,
@@ -51,11 +28,34 @@ from onebase_engine.base.default_base import (
 )
 from onebase_engine.base.hub_access import first_line, hub_silence
 from onebase_engine.imports import quick_imports
+from onebase_training.cli.options import (
+    Parser,
+    UsageError,
+    add_base_options,
+    add_recipe_options,
+    base_settings,
+    open_console,
+    option_name,
+    positive,
+    print_error,
+    printable,
+    recipe_from,
+    size,
+)
+from onebase_training.data.dataset import DataError, check_labels
+from onebase_training.recipe import (
+    Recipe,
+    RecipeError,
+    decided,
+    held_out_count,
+    resolve,
+    token_count,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from onebase_adapters.training.estimate import Estimate
+    from onebase_training.estimate import Estimate
 
 _ABOUT = """\
 What training an adapter will take: parameters, size of the file, memory by part, time.
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _estimate(options: argparse.Namespace) -> int:
-    from onebase_adapters.training.estimate import estimate
+    from onebase_training.estimate import estimate
 
     recipe = recipe_from(options)
     config: Any = find_config(options.base)
@@ -186,7 +186,7 @@ def _amount(options: argparse.Namespace) -> _Amount:
 
 def _read(options: argparse.Namespace, recipe: Recipe) -> _Amount:
     """Tokenize the data, which needs the base's tokenizer but none of its weights. Raises DataError."""
-    from onebase_adapters.training.data.reader import load_dataset
+    from onebase_training.data.reader import load_dataset
 
     data = load_dataset(options.data, find_tokenizer(options.base), recipe)
     rows = data.rows
@@ -338,8 +338,8 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: int | None = 
     """
     import torch
 
-    from onebase_adapters.training.estimate import measured_rate
     from onebase_engine.machine import free_memory
+    from onebase_training.estimate import measured_rate
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this processor"
     free = free_memory(device) if memory is None else memory

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import TaskID
 from rich.table import Table
 
-from onebase_adapters.training import events
-from onebase_adapters.training.cli.options import (
+from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
+from onebase_training import events
+from onebase_training.cli.options import (
     Parser,
     UsageError,
     add_base_options,
@@ -37,13 +38,12 @@ from onebase_adapters.training.cli.options import (
     shown,
     usage_errors,
 )
-from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
 
 if TYPE_CHECKING:
-    from onebase_adapters.training.checkpoint import Report
-    from onebase_adapters.training.loop import ProcessGroup
-    from onebase_adapters.training.parent import Parent
-    from onebase_adapters.training.run import Job
+    from onebase_training.checkpoint import Report
+    from onebase_training.loop import ProcessGroup
+    from onebase_training.parent import Parent
+    from onebase_training.run import Job
 
 _DESCRIPTION = """\
 Train a LoRA adapter on a 4-bit base model (QLoRA), from a file of examples to a PEFT folder.
@@ -52,7 +52,7 @@ Train a LoRA adapter on a 4-bit base model (QLoRA), from a file of examples to a
   onebase train --data more.jsonl --name acme-2 --from runs/acme
 
 A stopped run continues where it was: give the same command again. Several GPUs:
-accelerate launch -m onebase_adapters.training.cli.train --data train.jsonl --name acme
+accelerate launch -m onebase_training.cli.train --data train.jsonl --name acme
 """
 _STOPPED, _FAILED, _USAGE = 130, 1, 2
 
@@ -127,8 +127,8 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     parent = None if options.parent is None else _parent(options.parent)
     folder = options.out or Path("runs") / options.name
     quiet_libraries()
-    from onebase_adapters.training.loop import join_processes
     from onebase_engine.machine import keep_freed_memory
+    from onebase_training.loop import join_processes
 
     if options.threads:
         import torch
@@ -160,7 +160,7 @@ def _check_names(options: argparse.Namespace) -> None:
 
 def _parent(folder: Path) -> Parent:
     """Return the adapter in a folder, or in a run's. Raises UsageError."""
-    from onebase_adapters.training.parent import Parent
+    from onebase_training.parent import Parent
 
     place = folder / "adapter" if (folder / "adapter").is_dir() else folder
     try:
@@ -174,10 +174,10 @@ def _parent(folder: Path) -> Parent:
 
 def _going_on(parent: Parent, given: dict[str, Any], resolved: ResolvedBase) -> Any:
     """Return the recipe with the settings that the parent fixes. Raises UsageError."""
-    from onebase_adapters.training.parent import modules_of
-    from onebase_adapters.training.recipe import continued, parse_recipe
     from onebase_engine.base.layers import empty_base
     from onebase_engine.base.load import load_config
+    from onebase_training.parent import modules_of
+    from onebase_training.recipe import continued, parse_recipe
 
     with usage_errors():
         own = modules_of(parent, empty_base(load_config(resolved.folder)))
@@ -189,8 +189,8 @@ def _job(
 ) -> Job:
     import torch
 
-    from onebase_adapters.training.run import Job
     from onebase_engine.machine import free_memory
+    from onebase_training.run import Job
 
     settings = base_settings(options, resolved.folder)
     if settings.device.type == "cuda" and processes.count > 1:
@@ -219,17 +219,17 @@ def _own_gpu() -> Any:
 
 def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup) -> Report | None:
     """Return the run's report; None after a failure, which has been shown. Raises KeyboardInterrupt."""
-    from onebase_adapters.training.checkpoint import CheckpointError
-    from onebase_adapters.training.cli.options import CtrlC
-    from onebase_adapters.training.curves import CurveError, open_curves
-    from onebase_adapters.training.data.dataset import DataError
-    from onebase_adapters.training.events import Interrupted
-    from onebase_adapters.training.loop import OtherProcessError, TrainingDivergedError
-    from onebase_adapters.training.recipe import RecipeError
-    from onebase_adapters.training.run import DoesNotFitError, train
     from onebase_engine.base.load import UnsupportedBaseError
     from onebase_engine.base.quantized_cache import load_kept_base
     from onebase_engine.machine import is_out_of_memory
+    from onebase_training.checkpoint import CheckpointError
+    from onebase_training.cli.options import CtrlC
+    from onebase_training.curves import CurveError, open_curves
+    from onebase_training.data.dataset import DataError
+    from onebase_training.events import Interrupted
+    from onebase_training.loop import OtherProcessError, TrainingDivergedError
+    from onebase_training.recipe import RecipeError
+    from onebase_training.run import DoesNotFitError, train
 
     expected = (UnsupportedBaseError, DataError, DoesNotFitError, RecipeError, CheckpointError, CurveError)
     try:
@@ -340,7 +340,7 @@ class Display:
 
     def finished(self, report: Report, folder: Path) -> None:
         """Show the table of results, and the next steps."""
-        from onebase_adapters.training.checkpoint import sparkline
+        from onebase_training.checkpoint import sparkline
 
         self._progress.stop()
         against = f"base and {shown(report.parent)}" if report.parent else "base"
@@ -370,7 +370,7 @@ class Display:
         )
 
     def _show_classes(self, classes: Mapping[str, Any]) -> None:
-        from onebase_adapters.training.classes import BASE_BY, confusion_rows, figure_rows
+        from onebase_training.classes import BASE_BY, confusion_rows, figure_rows
 
         self._console.print(f"base: {BASE_BY[classes['base_by']].partition(': ')[2]}", highlight=False)
         for rows in (figure_rows(classes), confusion_rows(classes)):
@@ -446,7 +446,7 @@ class Display:
 
 
 def _results(report: Report) -> Table:
-    from onebase_adapters.training.checkpoint import results
+    from onebase_training.checkpoint import results
 
     table = Table()
     (first, *subjects), *rows = results(report)
@@ -476,7 +476,7 @@ _MOST_CHANGED = 5
 
 
 def _slice_table(slices: Mapping[str, Any]) -> Table:
-    from onebase_adapters.training.checkpoint import slice_rows
+    from onebase_training.checkpoint import slice_rows
 
     (first, *others), *rows = slice_rows(slices)
     table = Table()

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from onebase_adapters.format.strict_json import parse_json
-from onebase_adapters.training.data.dataset import Chat, RowError, Sample, Text
-from onebase_adapters.training.recipe import Recipe, TooLong
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around, without_padding
+from onebase_training.data.dataset import Chat, RowError, Sample, Text
+from onebase_training.recipe import Recipe, TooLong
 
 _ASKS_FOR_IT = "strftime_now"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from onebase_adapters.training.data.dataset import Row, Sample
+from onebase_training.data.dataset import Row, Sample
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,6 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from onebase_adapters.names import NAME_RULE, is_adapter_name
-from onebase_adapters.training.events import Interrupted
-from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields
 from onebase_engine.base.default_base import (
     DEFAULT_BASE,
     DEFAULT_REPO,
@@ -32,6 +30,8 @@ from onebase_engine.base.default_base import (
     resolve_base,
 )
 from onebase_engine.imports import quick_imports
+from onebase_training.events import Interrupted
+from onebase_training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields
 
 if TYPE_CHECKING:
     from onebase_engine.base.load import BaseSettings

@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TextIO
 
-from onebase_adapters.training.data.dataset import KNOWN_FIELDS, DataError, Problem, RowError, misspelled
 from onebase_engine.environment import computing_environment
+from onebase_training.data.dataset import KNOWN_FIELDS, DataError, Problem, RowError, misspelled
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """Supported formats, as suffixes of a file's name."""
@@ -474,7 +474,7 @@ def parquet_rows(
     The file is read in another process with bounded memory, because a small file can unfold to any size. -P:
     nothing is imported from the current folder, where a data set may come with anybody's code.
     """
-    command = [sys.executable, "-P", "-m", "onebase_adapters.training.data.files", str(path)]
+    command = [sys.executable, "-P", "-m", "onebase_training.data.files", str(path)]
     limits = [str(_PARQUET_MEMORY), str(_COUNTING_SECONDS), str(MOST_ROWS), str(MOST_PARQUET_BYTES)]
     with subprocess.Popen(
         [*command, *limits, *columns],

@@ -15,15 +15,15 @@ from torch import nn
 from onebase_adapters.format.config import AdapterFormatError, Task
 from onebase_adapters.proof.extract import extract
 from onebase_adapters.proof.loader import classifier_with
-from onebase_adapters.training.attention import PackedAttention, UnsupportedTrainingError
-from onebase_adapters.training.batches import MicroBatch, Packed
-from onebase_adapters.training.events import Gate
-from onebase_adapters.training.kernels import fuse, fuse_gates, fuse_norms, fuse_rotations
-from onebase_adapters.training.objectives import token_losses
-from onebase_adapters.training.parent import Parent, copied, load_parent, load_version
-from onebase_adapters.training.recipe import Recipe, RecipeError, decided
 from onebase_engine.base.view import peft_view
 from onebase_engine.lora.weights import HEAD, AdapterWeights, Head, SavedModule
+from onebase_training.attention import PackedAttention, UnsupportedTrainingError
+from onebase_training.batches import MicroBatch, Packed
+from onebase_training.events import Gate
+from onebase_training.kernels import fuse, fuse_gates, fuse_norms, fuse_rotations
+from onebase_training.objectives import token_losses
+from onebase_training.parent import Parent, copied, load_parent, load_version
+from onebase_training.recipe import Recipe, RecipeError, decided
 
 ADAPTER = "default"
 _PROBED = 8

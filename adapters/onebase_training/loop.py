@@ -15,16 +15,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from onebase_adapters.training import events
-from onebase_adapters.training.batches import MicroBatch, pack, step_rows
-from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
-from onebase_adapters.training.data.dataset import Dataset, Row
-from onebase_adapters.training.events import Interrupted
-from onebase_adapters.training.objectives import Objective, PreparedRun
-from onebase_adapters.training.recipe import Recipe, Schedule, decided, step_count
-from onebase_adapters.training.slices import by_slice
-from onebase_adapters.training.trainable import Trainable
 from onebase_engine.machine import peak_memory
+from onebase_training import events
+from onebase_training.batches import MicroBatch, pack, step_rows
+from onebase_training.checkpoint import CheckpointError, Checkpoints, RunState
+from onebase_training.data.dataset import Dataset, Row
+from onebase_training.events import Interrupted
+from onebase_training.objectives import Objective, PreparedRun
+from onebase_training.recipe import Recipe, Schedule, decided, step_count
+from onebase_training.slices import by_slice
+from onebase_training.trainable import Trainable
 
 
 class TrainingDivergedError(Exception):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from onebase_adapters.training.data.dataset import Dataset, Place, Row, Sample
+from onebase_training.data.dataset import Dataset, Place, Row, Sample
 
 _EXAMPLES = 3
 _BARS = 10

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from onebase_adapters.training import events
+from onebase_training import events
 
 if TYPE_CHECKING:
-    from onebase_adapters.training.run import Job
+    from onebase_training.run import Job
 
 _INSTALL = "pip install 'onebase[track]' installs it"
 

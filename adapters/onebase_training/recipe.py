@@ -15,7 +15,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import date
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
-from onebase_adapters.training.metrics import MetricError, check_metric
+from onebase_training.metrics import MetricError, check_metric
 
 AUTO_EVAL_SPLIT, MOST_HELD_OUT = 0.1, 200
 Auto = Literal["auto"]

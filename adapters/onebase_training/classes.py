@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from onebase_adapters.training import events
-from onebase_adapters.training.batches import pack
-from onebase_adapters.training.data.dataset import Dataset, Row, are_numbers
-from onebase_adapters.training.data.tokens import BaseTokens
-from onebase_adapters.training.events import Gate, Listen
-from onebase_adapters.training.metrics import label_figures, macro_f1
-from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.replies import Measuring, Replies, as_chat, score_choices
-from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.chat import ControlTokenError
 from onebase_engine.base.load import UnsupportedBaseError, longest_row
+from onebase_training import events
+from onebase_training.batches import pack
+from onebase_training.data.dataset import Dataset, Row, are_numbers
+from onebase_training.data.tokens import BaseTokens
+from onebase_training.events import Gate, Listen
+from onebase_training.metrics import label_figures, macro_f1
+from onebase_training.recipe import Recipe
+from onebase_training.replies import Measuring, Replies, as_chat, score_choices
+from onebase_training.trainable import Trainable
 
 DECIDED, MOST_FREQUENT = "decide", "most_frequent"
 """Methods of the base to classify: by the most probable name of a label, or always with the same label."""

@@ -18,7 +18,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from onebase_adapters.training.cli.options import (
+from onebase_engine.base.default_base import DEFAULT_BASE, BaseError, resolve_base
+from onebase_engine.imports import quick_imports
+from onebase_training.cli.options import (
     Parser,
     UsageError,
     add_recipe_options,
@@ -26,13 +28,11 @@ from onebase_adapters.training.cli.options import (
     printable,
     recipe_from,
 )
-from onebase_adapters.training.data.dataset import DataError, Dataset, check_labels
-from onebase_adapters.training.recipe import Recipe
-from onebase_engine.base.default_base import DEFAULT_BASE, BaseError, resolve_base
-from onebase_engine.imports import quick_imports
+from onebase_training.data.dataset import DataError, Dataset, check_labels
+from onebase_training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from onebase_adapters.training.data.report import DataReport, Example
+    from onebase_training.data.report import DataReport, Example
 
 _SOUND, _PROBLEMS, _USAGE = 0, 1, 2
 _BAR = 40
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace, console: Console) -> int:
     recipe = recipe_from(options)
-    from onebase_adapters.training.data.report import report
+    from onebase_training.data.report import report
 
     sources = [("train", options.data), *([("eval", options.eval_data)] if options.eval_data else [])]
     loaded: list[Dataset] = []
@@ -130,7 +130,7 @@ def _load(
     problems: list[dict[str, Any]],
 ) -> None:
     """Add the source's rows to `loaded`, or its problems to `problems`."""
-    from onebase_adapters.training.data.reader import load_dataset
+    from onebase_training.data.reader import load_dataset
 
     task = bar.add_task(f"reading {escape(printable(Path(source).name))}", total=1.0)
     try:

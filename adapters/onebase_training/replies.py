@@ -18,14 +18,6 @@ from typing import Any
 from torch import nn
 
 from onebase_adapters.store.atomic_files import write_atomically
-from onebase_adapters.training import events
-from onebase_adapters.training.data.dataset import Dataset
-from onebase_adapters.training.data.tokens import dated_tokenizer
-from onebase_adapters.training.events import Gate, Listen
-from onebase_adapters.training.metrics import mean
-from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.slices import Question
-from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.chat import ChatTokenizer
 from onebase_engine.base.load import UnsupportedBaseError, eos_ids, longest_row
 from onebase_engine.engine.batch import Batch
@@ -35,6 +27,14 @@ from onebase_engine.engine.messages import AdapterRef, RowOutput, Sampling, Subm
 from onebase_engine.engine.model import Outputs, ServedModel
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.lora.weights import AdapterWeights
+from onebase_training import events
+from onebase_training.data.dataset import Dataset
+from onebase_training.data.tokens import dated_tokenizer
+from onebase_training.events import Gate, Listen
+from onebase_training.metrics import mean
+from onebase_training.recipe import Recipe
+from onebase_training.slices import Question
+from onebase_training.trainable import Trainable
 
 BATCH_TOKENS = 8192
 """Largest number of tokens whose keys and values are in memory at once, which limits the sequences in a

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from onebase_adapters.store.atomic_files import write_atomically
-from onebase_adapters.training.batches import MicroBatch, pack
-from onebase_adapters.training.data.dataset import Row
-from onebase_adapters.training.recipe import Recipe, decided
+from onebase_training.batches import MicroBatch, pack
+from onebase_training.data.dataset import Row
+from onebase_training.recipe import Recipe, decided
 
 if TYPE_CHECKING:
-    from onebase_adapters.training.loop import ProcessGroup
-    from onebase_adapters.training.trainable import Trainable
+    from onebase_training.loop import ProcessGroup
+    from onebase_training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onebase_adapters.training.data.dataset import (
+from onebase_training.data.dataset import (
     KNOWN_FIELDS,
     LONGEST_LABEL,
     NO_REGRESSION,
@@ -24,8 +24,8 @@ from onebase_adapters.training.data.dataset import (
     Text,
     misspelled,
 )
-from onebase_adapters.training.data.files import parse_strict
-from onebase_adapters.training.recipe import Method
+from onebase_training.data.files import parse_strict
+from onebase_training.recipe import Method
 
 _REMEDIES = {
     "system": "put it into the prompt, or give the row as messages",

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_adapters.training.attention import SHORT
-from onebase_adapters.training.objectives import CHUNK
-from onebase_adapters.training.recipe import Recipe, RecipeError
-from onebase_adapters.training.trainable import target_layers
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import Quantization, estimate_memory
+from onebase_training.attention import SHORT
+from onebase_training.objectives import CHUNK
+from onebase_training.recipe import Recipe, RecipeError
+from onebase_training.trainable import target_layers
 
 MICRO_TOKENS = (8192, 4096, 2048, 1024)
 """Choices of "auto", in tokens; on the CPU the largest ones gain nothing."""

@@ -26,9 +26,19 @@ from torch import nn
 
 from onebase_adapters.format.config import AdapterFormatError
 from onebase_adapters.store.atomic_files import write_atomically
-from onebase_adapters.training import events
-from onebase_adapters.training.batches import MicroBatch, pack
-from onebase_adapters.training.checkpoint import (
+from onebase_engine.base.identity import base_id
+from onebase_engine.base.layers import empty_base
+from onebase_engine.base.load import (
+    BaseChangedError,
+    BaseSettings,
+    UnsupportedBaseError,
+    fingerprint,
+    load_config,
+)
+from onebase_engine.machine import is_out_of_memory, peak_memory
+from onebase_training import events
+from onebase_training.batches import MicroBatch, pack
+from onebase_training.checkpoint import (
     CheckpointError,
     Checkpoints,
     DataLine,
@@ -39,24 +49,24 @@ from onebase_adapters.training.checkpoint import (
     save_peft,
     write_adapter,
 )
-from onebase_adapters.training.classes import Classifying, LabelledRow, class_report
-from onebase_adapters.training.data.dataset import Dataset, check_labels, split
-from onebase_adapters.training.data.reader import find_files, load_dataset
-from onebase_adapters.training.data.report import report as data_report
-from onebase_adapters.training.data.row_store import map_rows, rows_key, write_rows
-from onebase_adapters.training.data.tokens import asks_for_date, reply_decoder
-from onebase_adapters.training.estimate import Estimate, estimate, measured_rate
-from onebase_adapters.training.events import Gate, Interrupted, LastStep, Listen
-from onebase_adapters.training.loop import ProcessGroup, Scores, Trainer, TrainingDivergedError
-from onebase_adapters.training.objectives import make_objective
-from onebase_adapters.training.parent import (
+from onebase_training.classes import Classifying, LabelledRow, class_report
+from onebase_training.data.dataset import Dataset, check_labels, split
+from onebase_training.data.reader import find_files, load_dataset
+from onebase_training.data.report import report as data_report
+from onebase_training.data.row_store import map_rows, rows_key, write_rows
+from onebase_training.data.tokens import asks_for_date, reply_decoder
+from onebase_training.estimate import Estimate, estimate, measured_rate
+from onebase_training.events import Gate, Interrupted, LastStep, Listen
+from onebase_training.loop import ProcessGroup, Scores, Trainer, TrainingDivergedError
+from onebase_training.objectives import make_objective
+from onebase_training.parent import (
     ActiveVersion,
     FindActive,
     Parent,
     check_parent,
     why_not_comparable,
 )
-from onebase_adapters.training.recipe import (
+from onebase_training.recipe import (
     AUTO_EVAL_SPLIT,
     MODEL,
     MOST_HELD_OUT,
@@ -68,19 +78,9 @@ from onebase_adapters.training.recipe import (
     step_count,
     token_count,
 )
-from onebase_adapters.training.replies import Measuring, Replies
-from onebase_adapters.training.slices import ACTIVE, Measured, by_slice, mean_by_slice, slice_report
-from onebase_adapters.training.trainable import Trainable, resolve_targets
-from onebase_engine.base.identity import base_id
-from onebase_engine.base.layers import empty_base
-from onebase_engine.base.load import (
-    BaseChangedError,
-    BaseSettings,
-    UnsupportedBaseError,
-    fingerprint,
-    load_config,
-)
-from onebase_engine.machine import is_out_of_memory, peak_memory
+from onebase_training.replies import Measuring, Replies
+from onebase_training.slices import ACTIVE, Measured, by_slice, mean_by_slice, slice_report
+from onebase_training.trainable import Trainable, resolve_targets
 
 logger = logging.getLogger(__name__)
 ADAPTER, REPORT, EVENTS = "adapter", "report.json", "events.jsonl"

@@ -23,14 +23,15 @@ from typing import Any, Literal
 from torch import nn
 
 from onebase_adapters.store.atomic_files import write_atomically
-from onebase_adapters.training import events
-from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.estimate import ranks_of
-from onebase_adapters.training.events import Gate
-from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.recipe import Auto, Recipe, RecipeError, decided, step_count
-from onebase_adapters.training.replies import BASE_METRICS
-from onebase_adapters.training.run import (
+from onebase_engine.machine import is_out_of_memory
+from onebase_training import events
+from onebase_training.checkpoint import CheckpointError
+from onebase_training.estimate import ranks_of
+from onebase_training.events import Gate
+from onebase_training.loop import TrainingDivergedError
+from onebase_training.recipe import Auto, Recipe, RecipeError, decided, step_count
+from onebase_training.replies import BASE_METRICS
+from onebase_training.run import (
     Data,
     DoesNotFitError,
     Job,
@@ -44,8 +45,7 @@ from onebase_adapters.training.run import (
     resolved,
     with_template_date,
 )
-from onebase_adapters.training.trainable import target_layers
-from onebase_engine.machine import is_out_of_memory
+from onebase_training.trainable import target_layers
 
 RUNGS = (0.25, 0.5)
 """Parts of the steps after which runs are compared, before the end."""

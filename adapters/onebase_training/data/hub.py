@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from onebase_adapters.hub.reference import HubError, HubReference
-from onebase_adapters.training.data.dataset import DataError, Problem
-from onebase_adapters.training.data.files import FORMATS, MOST_FILE_BYTES
 from onebase_engine.base.hub_access import hub_silence
+from onebase_training.data.dataset import DataError, Problem
+from onebase_training.data.files import FORMATS, MOST_FILE_BYTES
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
