@@ -10,7 +10,7 @@ from onebase_engine.engine.messages import RowOutput, Sampling, Stats, StepDone,
 from onebase_server.errors import QueueFullError
 from onebase_server.generation.stream import Inflight
 from onebase_server.processes.row_router import RequestRouter
-from onebase_server.queue_shares import QueueShares
+from onebase_server.tenancy.shares import QueueShares
 
 STATS = Stats(
     rows_running=0,

@@ -15,7 +15,6 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import ValidationError, model_validator
 from starlette.middleware.base import RequestResponseEndpoint
 
-from onebase_server.access import LOCAL, Caller
 from onebase_server.background import Threads, TurnBudget
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.generation import Generation
@@ -28,6 +27,7 @@ from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.http.schemas.wire import Wire
 from onebase_server.http.strict_json import MAX_FIELDS, decode
+from onebase_server.tenancy.access import LOCAL, Caller
 
 from .support import Server
 

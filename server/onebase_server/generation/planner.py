@@ -14,7 +14,6 @@ import msgspec
 
 from onebase_adapters.format.config import CLASSIFIERS
 from onebase_engine.engine.messages import BaseInfo, Sampling
-from onebase_server.access import Caller
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
 from onebase_server.adapters.sources import HubAdapters
 from onebase_server.background import Threads, TurnBudget
@@ -42,6 +41,7 @@ from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.http.schemas.responses import ResponsesRequest
 from onebase_server.jobs.checkpoints import CheckpointModels, is_checkpoint
 from onebase_server.processes.supervisor import EngineSupervisor
+from onebase_server.tenancy.access import Caller
 from onebase_training.data.rows import plain_tool
 
 _T = TypeVar("_T")

@@ -9,7 +9,6 @@ from dataclasses import replace
 from onebase_adapters.format.config import CLASSIFIERS
 from onebase_engine.base.chat import without_padding
 from onebase_engine.engine.messages import Pooling, Sampling
-from onebase_server.access import Caller
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.generation import Job, Prompt, new_id
 from onebase_server.generation.planner import Planner, check_generates, check_prompts
@@ -24,6 +23,7 @@ from onebase_server.http.schemas.pooling import (
     inputs_of,
 )
 from onebase_server.http.schemas.wire import rebuilt
+from onebase_server.tenancy.access import Caller
 
 AT_ONCE = 64
 """Largest number of sequences of a request at once; further ones wait, so that other requests find places."""

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
 from onebase_engine.imports import quick_imports
 from onebase_engine.machine import return_freed_memory
+from onebase_server.app.settings import RawControlTokens
 from onebase_server.errors import InvalidRequestError
 from onebase_server.generation.detokenizer import BytePieces, PieceDecoder, ShownPieces, WindowPieces
 from onebase_server.generation.tool_format import ToolFormat, read_format
-from onebase_server.settings import RawControlTokens
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -66,8 +66,8 @@ from onebase_server.processes.trainer_protocol import (
     Trained,
     TrainJob,
 )
-from onebase_server.traces import Tracing, failed
-from onebase_server.usage import UsageMeter
+from onebase_server.telemetry.traces import Tracing, failed
+from onebase_server.tenancy.usage import UsageMeter
 from onebase_training.events import Event, Reason, StepDone
 
 RunKind = Literal["check", "train"]

@@ -24,15 +24,15 @@ from rich.console import Console
 
 from onebase_engine.logs import set_up_logs
 from onebase_engine.machine import NO_LIMIT, total_memory
-from onebase_server.access import is_loopback
-from onebase_server.cli import add_all_settings, add_settings, checked
-from onebase_server.settings import (
+from onebase_server.app.cli import add_all_settings, add_settings, checked
+from onebase_server.app.settings import (
     Settings,
     SettingsError,
     load_settings,
     option_name,
     setting_fields,
 )
+from onebase_server.tenancy.access import is_loopback
 from onebase_training.cli.options import Parser
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def route(argv: Sequence[str]) -> int:
         logging.getLogger(quiet).setLevel(logging.WARNING)
     import asyncio
 
-    from onebase_server.console import address_error, print_failure, print_replicas
+    from onebase_server.app.console import address_error, print_failure, print_replicas
     from onebase_server.http.server import bind, url_of
     from onebase_server.routing.proxy import OpenServersError, Route
     from onebase_server.routing.proxy import serve as serve_route
@@ -180,7 +180,7 @@ def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -
     """
     parser = cluster_parser()
     arguments = parser.parse_args(list(argv))
-    from onebase_server.console import print_failure
+    from onebase_server.app.console import print_failure
 
     console = Console(stderr=True, highlight=False, markup=False)
     own = arguments.action == "up" and arguments.address is None and not arguments.config

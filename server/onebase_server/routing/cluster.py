@@ -42,10 +42,10 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from ray.serve.schema import ServeDeploySchema
 
 from onebase._core.metrics import parse_metrics
+from onebase_server.app.settings import LISTENER, environment_name, load_settings
 from onebase_server.background import keep_running
 from onebase_server.routing.placement import Placement, Report
 from onebase_server.routing.proxy import asked, read_report
-from onebase_server.settings import LISTENER, environment_name, load_settings
 
 APP = "onebase"
 FRONT = "onebase-ingress"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
 
-from onebase_server.access import Caller
 from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, status_of
 from onebase_server.generation.generation import Generation, Job, begun_of
 from onebase_server.generation.stream import Moments, Piece, Usage
@@ -60,10 +59,11 @@ from onebase_server.http.views.generation import (
     GenerationView,
     TgiView,
 )
-from onebase_server.measurements import RequestMeasurements
-from onebase_server.quotas import Ticket
-from onebase_server.traces import RequestSpans
-from onebase_server.usage import UsageMeter
+from onebase_server.telemetry.measurements import RequestMeasurements
+from onebase_server.telemetry.traces import RequestSpans
+from onebase_server.tenancy.access import Caller
+from onebase_server.tenancy.quotas import Ticket
+from onebase_server.tenancy.usage import UsageMeter
 
 router = APIRouter(route_class=StrictRoute)
 INLINE_SCORES = 2_000

@@ -42,7 +42,7 @@ from onebase_server.http.schemas.pooling import (
     ScoreRequest,
 )
 from onebase_server.http.sse import cancelled_when_gone
-from onebase_server.quotas import Ticket
+from onebase_server.tenancy.quotas import Ticket
 
 router = APIRouter(route_class=StrictRoute, tags=["pooling"])
 

@@ -23,8 +23,8 @@ from typing import Literal, get_args
 from weakref import WeakValueDictionary
 
 from onebase_adapters.registry import Quotas, QuotaUse
-from onebase_server.access import Caller
 from onebase_server.errors import OneBaseError, QuotaExceededError, RateLimitError
+from onebase_server.tenancy.access import Caller
 
 WINDOW_SECONDS = 60.0
 ROWS_RETRY_SECONDS = 1.0

@@ -22,9 +22,9 @@ from onebase_adapters.registry import (
     Tenants,
 )
 from onebase_adapters.registry.keys import USED_SECONDS, Callers, id_of, is_key_of
+from onebase_server.app.storage import storage_errors
 from onebase_server.background import Threads
 from onebase_server.errors import ForbiddenError, UnauthenticatedError, UnavailableError
-from onebase_server.storage import storage_errors
 
 Access = Scope | Literal["any", "open", "metrics"]
 """Requirement of a route: a scope, any valid key, or nothing. `metrics` needs no key if the settings say so,

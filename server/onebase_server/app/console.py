@@ -17,9 +17,9 @@ from rich.table import Table
 import onebase_server
 from onebase_adapters.registry import ApiKey, Quotas, TenantRecord
 from onebase_engine.engine.messages import BaseInfo, Loading
-from onebase_server.access import is_loopback
 from onebase_server.adapters.catalog import Catalog, label
-from onebase_server.settings import Settings
+from onebase_server.app.settings import Settings
+from onebase_server.tenancy.access import is_loopback
 
 if TYPE_CHECKING:
     from onebase_server.routing.proxy import Replica

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from onebase_adapters.registry import OtherServer, RegistryError, ServerRecords
 from onebase_server.background import Threads
-from onebase_server.quotas import Limiter
+from onebase_server.tenancy.quotas import Limiter
 
 LEASE_SECONDS = 30.0
 """Time, in seconds, without a renewal of its lease after which a process counts as dead."""

@@ -20,10 +20,12 @@ from rich.console import Console
 
 import onebase_server
 from onebase_adapters.registry import RegistryError
-from onebase_server.access import is_loopback
 from onebase_server.adapters.sources import FolderError, find_adapters
+from onebase_server.app.console import LoadingDisplay, address_error, print_summary
+from onebase_server.app.settings import Settings
+from onebase_server.app.storage import Storage, StorageError, chosen_device, keep_private, open_storage
+from onebase_server.app.wiring import Commands, assemble
 from onebase_server.background import keep_running
-from onebase_server.console import LoadingDisplay, address_error, print_summary
 from onebase_server.errors import UnavailableError
 from onebase_server.generation.tokenization import TokenizerError, leave_torch_out
 from onebase_server.http.app import create_app
@@ -31,10 +33,8 @@ from onebase_server.http.deps import Services
 from onebase_server.http.server import LEAST_FILES, bind, run_server, url_of
 from onebase_server.jobs.folders import DataDirError
 from onebase_server.processes.supervisor import EngineFailedError
-from onebase_server.settings import Settings
-from onebase_server.storage import Storage, StorageError, chosen_device, keep_private, open_storage
-from onebase_server.traces import Tracing, TracingError
-from onebase_server.wiring import Commands, assemble
+from onebase_server.telemetry.traces import Tracing, TracingError
+from onebase_server.tenancy.access import is_loopback
 
 if TYPE_CHECKING:
     from onebase_engine.base.default_base import ResolvedBase

@@ -21,11 +21,11 @@ from onebase_server.adapters.catalog import SHORT_DIGEST, Catalog
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.batches.runner import BatchRunner
-from onebase_server.histogram import Histogram
 from onebase_server.jobs.job_run import Run
 from onebase_server.jobs.scheduler import JobScheduler
-from onebase_server.measurements import MOST_ADAPTERS, RequestMeasurements
 from onebase_server.processes.supervisor import EngineState, EngineSupervisor
+from onebase_server.telemetry.histogram import Histogram
+from onebase_server.telemetry.measurements import MOST_ADAPTERS, RequestMeasurements
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MOST_LOADED = 256

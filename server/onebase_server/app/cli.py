@@ -27,7 +27,7 @@ from onebase_adapters.registry import (
 from onebase_adapters.registry.keys import MAX_PRIORITY
 from onebase_engine.logs import LOG_FORMAT, set_up_logs
 from onebase_engine.machine import with_room
-from onebase_server.settings import (
+from onebase_server.app.settings import (
     Settings,
     SettingsError,
     load_settings,
@@ -41,7 +41,7 @@ from onebase_server.settings import (
 from onebase_training.cli.options import Parser
 
 if TYPE_CHECKING:
-    from onebase_server.wiring import Commands
+    from onebase_server.app.wiring import Commands
 
 _SERVE = """\
 Serve one base model, and LoRA adapters on it, over HTTP.
@@ -82,7 +82,7 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
     for quiet in ("httpx", "alembic"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each form that is none
-    from onebase_server.startup import StartupError, run
+    from onebase_server.app.startup import StartupError, run
 
     console = Console(stderr=True, quiet=as_json)
     if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -90,7 +90,7 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
     try:
         with_room(lambda: run(settings, console, commands))
     except StartupError as error:
-        from onebase_server.console import print_failure
+        from onebase_server.app.console import print_failure
 
         if as_json:
             logging.getLogger(__name__).critical("%s", error)
@@ -118,8 +118,8 @@ def base(argv: Sequence[str]) -> int:
         f"(default: {default})",
     )
     arguments = parser.parse_args(list(argv))
-    from onebase_server.console import LoadingDisplay, print_failure
-    from onebase_server.startup import StartupError, resolve
+    from onebase_server.app.console import LoadingDisplay, print_failure
+    from onebase_server.app.startup import StartupError, resolve
 
     console = Console(stderr=True)
     try:
@@ -163,8 +163,8 @@ def backup(argv: Sequence[str]) -> int:
     )
     add_settings(parser, "data_dir", "registry", "store")
     arguments = parser.parse_args(list(argv))
-    from onebase_server.console import print_failure
-    from onebase_server.storage import StorageError, back_up, keep_private
+    from onebase_server.app.console import print_failure
+    from onebase_server.app.storage import StorageError, back_up, keep_private
 
     console = Console(stderr=True)
     keep_private()
@@ -188,7 +188,7 @@ def backup(argv: Sequence[str]) -> int:
 def keys(argv: Sequence[str]) -> int:
     """`onebase keys create | list | set | revoke`: on the registry itself, whether or not a server runs."""
     arguments = keys_parser().parse_args(list(argv))
-    from onebase_server.console import print_keys
+    from onebase_server.app.console import print_keys
 
     def work(registry: ApiKeys, _: Tenants, console: Console, output: Console) -> None:
         if arguments.action == "create":
@@ -219,7 +219,7 @@ def keys(argv: Sequence[str]) -> int:
 def tenants(argv: Sequence[str]) -> int:
     """`onebase tenants set | list`: on the registry itself, whether or not a server runs."""
     arguments = tenants_parser().parse_args(list(argv))
-    from onebase_server.console import print_tenants
+    from onebase_server.app.console import print_tenants
 
     def work(_: ApiKeys, registry: Tenants, console: Console, output: Console) -> None:
         if arguments.action == "set":
@@ -236,8 +236,8 @@ def _on_registry(
     work: Callable[[ApiKeys, Tenants, Console, Console], None],
 ) -> int:
     """Do the work, given the terminal and the output. Returns the exit status: 0, or 1 with the reason."""
-    from onebase_server.console import print_failure
-    from onebase_server.storage import StorageError, keep_private, open_keys
+    from onebase_server.app.console import print_failure
+    from onebase_server.app.storage import StorageError, keep_private, open_keys
 
     console, output = Console(stderr=True), Console()
     if not output.is_terminal:

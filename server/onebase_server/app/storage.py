@@ -27,6 +27,7 @@ from onebase_engine.base.identity import BaseIdentityError, base_id
 from onebase_engine.environment import computing_environment
 from onebase_engine.machine import NO_LIMIT, total_memory
 from onebase_engine.redaction import redacted
+from onebase_server.app.settings import PREFIX_PART, Device, Settings
 from onebase_server.background import Threads
 from onebase_server.errors import (
     ConflictError,
@@ -41,7 +42,6 @@ from onebase_server.errors import (
     UnknownJobError,
     UnknownKeyError,
 )
-from onebase_server.settings import PREFIX_PART, Device, Settings
 
 SWEEP_SECONDS = 3600.0
 _IDENTITY = ("quantization", "blocksize", "double_quant", "compute_dtype", "dtype")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from onebase_server.generation.generation import Job
 from onebase_server.generation.stream import Moments, Usage
-from onebase_server.histogram import Histogram
+from onebase_server.telemetry.histogram import Histogram
 
 MOST_ADAPTERS = 200
 """Tenants' adapters that are counted under their names; those that come later are counted together."""

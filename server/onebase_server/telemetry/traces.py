@@ -34,9 +34,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import onebase_server
 from onebase_engine.logs import REQUEST
 from onebase_server.adapters.catalog import SHORT_DIGEST
+from onebase_server.app.settings import OTEL_ENDPOINTS
 from onebase_server.generation.generation import Job
 from onebase_server.generation.stream import Moments, Usage
-from onebase_server.settings import OTEL_ENDPOINTS
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -13,7 +13,6 @@ from msgspec.structs import replace
 from onebase_adapters.store.store import local_folder
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import Loading
-from onebase_server.access import KeyRing, is_loopback
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.merging import Merging
@@ -21,6 +20,8 @@ from onebase_server.adapters.residency import PackedAdapterFiles, Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
+from onebase_server.app.settings import Settings
+from onebase_server.app.storage import Storage, host_memory, prefix_memory
 from onebase_server.background import RegistryThreads, Threads
 from onebase_server.batches.runner import BatchFolders, BatchRunner, Parts
 from onebase_server.batches.service import BatchService
@@ -39,19 +40,18 @@ from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import TrainerPool
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
-from onebase_server.measurements import RequestMeasurements
-from onebase_server.metrics import Metrics
-from onebase_server.peers import Peers, QuotaSharing
 from onebase_server.processes.link import ENGINE_COMMAND, EngineLink
 from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, VerifierClient
-from onebase_server.quotas import Limiter
-from onebase_server.settings import Settings
-from onebase_server.storage import Storage, host_memory, prefix_memory
-from onebase_server.traces import Tracing
-from onebase_server.usage import UsageMeter
+from onebase_server.telemetry.measurements import RequestMeasurements
+from onebase_server.telemetry.metrics import Metrics
+from onebase_server.telemetry.traces import Tracing
+from onebase_server.tenancy.access import KeyRing, is_loopback
+from onebase_server.tenancy.peers import Peers, QuotaSharing
+from onebase_server.tenancy.quotas import Limiter
+from onebase_server.tenancy.usage import UsageMeter
 
 RECORD_THREADS = 4
 KEY_THREADS = 2
