@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onebase_server.background import Backoff
-from onebase_server.generation.transcript import HEADER
+from onebase_server.inference.transcript import HEADER
 from onebase_server.routing import proxy
 from onebase_server.routing.resumption import DiffersError, Kept, Room
 

@@ -27,12 +27,12 @@ from onebase_server.app.storage import Storage, StorageError, chosen_device, kee
 from onebase_server.app.wiring import Commands, assemble
 from onebase_server.background import keep_running
 from onebase_server.errors import UnavailableError
-from onebase_server.generation.tokenization import TokenizerError, leave_torch_out
 from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
 from onebase_server.http.server import LEAST_FILES, bind, run_server, url_of
 from onebase_server.jobs.folders import DataDirError
 from onebase_server.processes.supervisor import EngineFailedError
+from onebase_server.requests.tokenization import TokenizerError, leave_torch_out
 from onebase_server.telemetry.traces import Tracing, TracingError
 from onebase_server.tenancy.access import is_loopback
 

@@ -25,10 +25,6 @@ from onebase_server.app.storage import Storage, host_memory, prefix_memory
 from onebase_server.background import RegistryThreads, Threads
 from onebase_server.batches.runner import BatchFolders, BatchRunner, Parts
 from onebase_server.batches.service import BatchService
-from onebase_server.generation.kept_responses import KeptResponses
-from onebase_server.generation.planner import Limits, Planner
-from onebase_server.generation.pooling import ReadingPlanner
-from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.deps import Services, Training
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.jobs.checkpoints import CheckpointModels
@@ -45,6 +41,10 @@ from onebase_server.processes.supervisor import EngineListeners, EngineSuperviso
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, VerifierClient
+from onebase_server.requests.kept_responses import KeptResponses
+from onebase_server.requests.planner import Limits, Planner
+from onebase_server.requests.pooling import ReadingPlanner
+from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.metrics import Metrics
 from onebase_server.telemetry.traces import Tracing

@@ -29,10 +29,6 @@ from onebase_server.app.storage import Storage
 from onebase_server.background import Threads, TurnBudget
 from onebase_server.batches.service import BatchService
 from onebase_server.errors import InvalidRequestError, OneBaseError, UnavailableError, status_of
-from onebase_server.generation.kept_responses import KeptResponses
-from onebase_server.generation.planner import Planner
-from onebase_server.generation.pooling import ReadingPlanner
-from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http import strict_json
 from onebase_server.http.forwarded import forwarded_of
 from onebase_server.http.schemas.wire import validation_error
@@ -44,6 +40,10 @@ from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.processes.verifier_client import VerifierClient
+from onebase_server.requests.kept_responses import KeptResponses
+from onebase_server.requests.planner import Planner
+from onebase_server.requests.pooling import ReadingPlanner
+from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.metrics import Metrics, render
 from onebase_server.telemetry.traces import Tracing

@@ -39,13 +39,13 @@ from onebase_server.errors import (
     UnknownAdapterError,
     WrongMethodError,
 )
-from onebase_server.generation.transcript import HEADER
 from onebase_server.http.cross_site import Door
 from onebase_server.http.forwarded import CHANGE, OURS, SECRET, change_of, forwarded_of
 from onebase_server.http.refusals import error_json, is_anthropic, refusal
 from onebase_server.http.request_id import request_id
 from onebase_server.http.server import QuietServer, uvicorn_config
 from onebase_server.http.sse import DONE, connection_abort
+from onebase_server.inference.transcript import HEADER
 from onebase_server.routing.placement import NoReplicaError, Placement, Report
 from onebase_server.routing.resumption import DiffersError, Kept, Room
 from onebase_server.telemetry.metrics import CONTENT_TYPE

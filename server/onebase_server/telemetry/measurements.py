@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from onebase_server.generation.generation import Job
-from onebase_server.generation.stream import Moments, Usage
+from onebase_server.inference.generation import Job
+from onebase_server.inference.stream import Moments, Usage
 from onebase_server.telemetry.histogram import Histogram
 
 MOST_ADAPTERS = 200

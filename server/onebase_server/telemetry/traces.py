@@ -35,8 +35,8 @@ import onebase_server
 from onebase_engine.logs import REQUEST
 from onebase_server.adapters.catalog import SHORT_DIGEST
 from onebase_server.app.settings import OTEL_ENDPOINTS
-from onebase_server.generation.generation import Job
-from onebase_server.generation.stream import Moments, Usage
+from onebase_server.inference.generation import Job
+from onebase_server.inference.stream import Moments, Usage
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request, Response
 
 from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, status_of
-from onebase_server.generation.generation import Generation, Job, begun_of
-from onebase_server.generation.stream import Moments, Piece, Usage
-from onebase_server.generation.transcript import Transcript, line, refused
-from onebase_server.generation.transcript import read as read_transcript
 from onebase_server.http.authorization import NOT_ITS_FAULT, needs
 from onebase_server.http.deps import (
     CALLER,
@@ -59,6 +55,10 @@ from onebase_server.http.views.generation import (
     GenerationView,
     TgiView,
 )
+from onebase_server.inference.generation import Generation, Job, begun_of
+from onebase_server.inference.stream import Moments, Piece, Usage
+from onebase_server.inference.transcript import Transcript, line, refused
+from onebase_server.inference.transcript import read as read_transcript
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.traces import RequestSpans
 from onebase_server.tenancy.access import Caller

@@ -25,7 +25,7 @@ from onebase_server.errors import (
     RowFailedError,
     UnavailableError,
 )
-from onebase_server.generation.stream import (
+from onebase_server.inference.stream import (
     Choice,
     Inflight,
     Moments,
@@ -35,10 +35,10 @@ from onebase_server.generation.stream import (
     prompt_token_infos,
     prompt_tokens,
 )
-from onebase_server.generation.tokenization import BaseTokenizer
-from onebase_server.generation.tool_call_parser import CallFormat
-from onebase_server.generation.transcript import Ended, Opening, Record, Transcript, line, refused
+from onebase_server.inference.transcript import Ended, Opening, Record, Transcript, line, refused
 from onebase_server.processes.supervisor import EngineSupervisor
+from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.requests.tool_call_parser import CallFormat
 
 _IN_VLLM = {"cancelled": "abort"}
 _AT_ONCE = 64

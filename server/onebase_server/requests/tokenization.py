@@ -15,8 +15,8 @@ from onebase_engine.imports import quick_imports
 from onebase_engine.machine import return_freed_memory
 from onebase_server.app.settings import RawControlTokens
 from onebase_server.errors import InvalidRequestError
-from onebase_server.generation.detokenizer import BytePieces, PieceDecoder, ShownPieces, WindowPieces
-from onebase_server.generation.tool_format import ToolFormat, read_format
+from onebase_server.inference.detokenizer import BytePieces, PieceDecoder, ShownPieces, WindowPieces
+from onebase_server.requests.tool_format import ToolFormat, read_format
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -10,9 +10,6 @@ from onebase_adapters.format.config import CLASSIFIERS
 from onebase_engine.base.chat import without_padding
 from onebase_engine.engine.messages import Pooling, Sampling
 from onebase_server.errors import InvalidRequestError
-from onebase_server.generation.generation import Job, Prompt, new_id
-from onebase_server.generation.planner import Planner, check_generates, check_prompts
-from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http.schemas.generation import ConversationFields
 from onebase_server.http.schemas.pooling import (
     ClassifyRequest,
@@ -23,6 +20,9 @@ from onebase_server.http.schemas.pooling import (
     inputs_of,
 )
 from onebase_server.http.schemas.wire import rebuilt
+from onebase_server.inference.generation import Job, Prompt, new_id
+from onebase_server.requests.planner import Planner, check_generates, check_prompts
+from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.tenancy.access import Caller
 
 AT_ONCE = 64

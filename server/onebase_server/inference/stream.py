@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from onebase_engine.engine.messages import FinishReason, RowOutput, Submit, TokenLogprob
 from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError
-from onebase_server.generation.detokenizer import PieceDecoder, StopStrings
+from onebase_server.inference.detokenizer import PieceDecoder, StopStrings
 
 
 @dataclass

@@ -23,11 +23,6 @@ from onebase_server.errors import (
     UnknownAdapterError,
     UnknownModelError,
 )
-from onebase_server.generation.generation import Job, Prompt, in_time, new_id
-from onebase_server.generation.tokenization import BaseTokenizer, Conversation, and_give_memory_back
-from onebase_server.generation.tool_call_parser import CallFormat
-from onebase_server.generation.tool_format import NO_ARGUMENTS, Tool
-from onebase_server.generation.transcript import Transcript, refused
 from onebase_server.http.schemas.generation import (
     SEED_BITS,
     AdapterFields,
@@ -39,8 +34,13 @@ from onebase_server.http.schemas.generation import (
 from onebase_server.http.schemas.messages import Message
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.http.schemas.responses import ResponsesRequest
+from onebase_server.inference.generation import Job, Prompt, in_time, new_id
+from onebase_server.inference.transcript import Transcript, refused
 from onebase_server.jobs.checkpoints import CheckpointModels, is_checkpoint
 from onebase_server.processes.supervisor import EngineSupervisor
+from onebase_server.requests.tokenization import BaseTokenizer, Conversation, and_give_memory_back
+from onebase_server.requests.tool_call_parser import CallFormat
+from onebase_server.requests.tool_format import NO_ARGUMENTS, Tool
 from onebase_server.tenancy.access import Caller
 from onebase_training.data.rows import plain_tool
 
