@@ -48,7 +48,7 @@ SOURCES = os.pathsep.join(str(ROOT / part) for part in ("engine", "server", "ada
 ENVIRONMENT = os.environ | {"PYTHONPATH": SOURCES, "COLUMNS": "200"}
 CLUSTER = """
 import sys
-from onebase_server.routing.cli import cluster
+from onebase_route.cli import cluster
 sys.exit(cluster(sys.argv[3:], [sys.executable, sys.argv[1], sys.argv[2]]))
 """
 ADAPTERS = 12

@@ -22,7 +22,7 @@ from onebase_server.app.settings import Settings
 from onebase_server.tenancy.access import is_loopback
 
 if TYPE_CHECKING:
-    from onebase_server.routing.proxy import Replica
+    from onebase_route.proxy import Replica
 
 _MOST_ADAPTERS = 20
 

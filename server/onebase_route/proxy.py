@@ -27,6 +27,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onebase._core.metrics import parse_metrics
+from onebase_route.placement import NoReplicaError, Placement, Report
+from onebase_route.resumption import DiffersError, Kept, Room
 from onebase_server.app.settings import Settings
 from onebase_server.background import Backoff, keep_running
 from onebase_server.errors import (
@@ -46,8 +48,6 @@ from onebase_server.http.request_id import request_id
 from onebase_server.http.server import QuietServer, uvicorn_config
 from onebase_server.http.sse import DONE, connection_abort
 from onebase_server.inference.transcript import HEADER
-from onebase_server.routing.placement import NoReplicaError, Placement, Report
-from onebase_server.routing.resumption import DiffersError, Kept, Room
 from onebase_server.telemetry.metrics import CONTENT_TYPE
 from onebase_server.tenancy.access import is_loopback
 

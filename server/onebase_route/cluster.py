@@ -42,10 +42,10 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from ray.serve.schema import ServeDeploySchema
 
 from onebase._core.metrics import parse_metrics
+from onebase_route.placement import Placement, Report
+from onebase_route.proxy import asked, read_report
 from onebase_server.app.settings import LISTENER, environment_name, load_settings
 from onebase_server.background import keep_running
-from onebase_server.routing.placement import Placement, Report
-from onebase_server.routing.proxy import asked, read_report
 
 APP = "onebase"
 FRONT = "onebase-ingress"
@@ -503,7 +503,7 @@ class Ingress:
 
 def ingress_address(command: Sequence[str]) -> tuple[str, int]:
     """Return host and port of an ingress, from its command or the environment."""
-    from onebase_server.routing.cli import route_parser
+    from onebase_route.cli import route_parser
 
     known, _ = route_parser().parse_known_args(["--replicas", "-", *command[2:]])
     settings = load_settings({"host": known.host, "port": known.port})

@@ -36,7 +36,7 @@ from onebase_server.tenancy.access import is_loopback
 from onebase_training.cli.options import Parser
 
 if TYPE_CHECKING:
-    from onebase_server.routing.cluster import Plan
+    from onebase_route.cluster import Plan
 
 _ROUTE = """\
 One address for several servers of one base: each request goes where its adapter is, or belongs.
@@ -92,10 +92,10 @@ def route(argv: Sequence[str]) -> int:
         logging.getLogger(quiet).setLevel(logging.WARNING)
     import asyncio
 
+    from onebase_route.proxy import OpenServersError, Route
+    from onebase_route.proxy import serve as serve_route
     from onebase_server.app.console import address_error, print_failure, print_replicas
     from onebase_server.http.server import bind, url_of
-    from onebase_server.routing.proxy import OpenServersError, Route
-    from onebase_server.routing.proxy import serve as serve_route
 
     console = Console(stderr=True, quiet=settings.log_format == "json")
     try:
@@ -191,7 +191,7 @@ def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -
         held = _alone(data) if own else contextlib.nullcontext()
         with held, tempfile.TemporaryDirectory(prefix=_RAY_FOLDER) as folder:
             address = _prepare_ray(arguments, state, Path(folder) if own else None)
-            from onebase_server.routing import cluster as on_ray
+            from onebase_route import cluster as on_ray
 
             try:
                 if arguments.action == "up":
@@ -309,7 +309,7 @@ def _serve_cluster(
     arguments: argparse.Namespace, apps: list[dict[str, Any]], plan: Plan, console: Console
 ) -> None:
     """Serve on this machine's own Ray until a signal, or until another command has ended the cluster."""
-    from onebase_server.routing import cluster as on_ray
+    from onebase_route import cluster as on_ray
 
     stop = on_ray.on_signals()
     with contextlib.suppress(on_ray.EndedError):
@@ -325,7 +325,7 @@ def _serve_cluster(
 
 def _manage(arguments: argparse.Namespace, console: Console) -> int:
     """Carry out `status`, `scale`, `drain` or `down`. Return the exit status. Raises ClusterError."""
-    from onebase_server.routing import cluster as on_ray
+    from onebase_route import cluster as on_ray
 
     apps = on_ray.deployed()
     if arguments.action == "status":
@@ -346,7 +346,7 @@ def _applications(
     ClusterError."""
     from pydantic import ValidationError
 
-    from onebase_server.routing import cluster as on_ray
+    from onebase_route import cluster as on_ray
 
     given = {item.name: getattr(arguments, item.name) for item, _ in setting_fields()}
     settings = load_settings(given)  # what is wrong is told here, and not by each server
@@ -403,7 +403,7 @@ def _deploy(
     arguments: argparse.Namespace, apps: list[dict[str, Any]], stop: threading.Event, console: Console
 ) -> bool:
     """Deploy the applications. Return True once they run, or False if stopped before."""
-    from onebase_server.routing import cluster as on_ray
+    from onebase_route import cluster as on_ray
 
     if arguments.replica_gpus is None and load_settings({"device": arguments.device}).device != "cpu":
         on_ray.take_gpus(apps)
@@ -433,7 +433,7 @@ def _as_typed(values: dict[str, Any], but: Sequence[str] = ()) -> list[str]:
 def _print_cluster() -> None:
     """Print to standard output how many servers there are, the address, and how many requests each has
     had."""
-    from onebase_server.routing import cluster as on_ray
+    from onebase_route import cluster as on_ray
 
     output = Console(highlight=False, markup=False)
     try:
