@@ -44,11 +44,11 @@ from bench.processes import free_port
 
 ROOT = Path(__file__).parents[1]
 SCRIPTED = ROOT / "tests/server/serve_scripted.py"
-SOURCES = os.pathsep.join(str(ROOT / part) for part in ("server", "adapters", "clients/python"))
+SOURCES = os.pathsep.join(str(ROOT / part) for part in ("engine", "server", "adapters", "clients/python"))
 ENVIRONMENT = os.environ | {"PYTHONPATH": SOURCES, "COLUMNS": "200"}
 CLUSTER = """
 import sys
-from onebase_server.routing.cli import cluster
+from onebase_route.cli import cluster
 sys.exit(cluster(sys.argv[3:], [sys.executable, sys.argv[1], sys.argv[2]]))
 """
 ADAPTERS = 12

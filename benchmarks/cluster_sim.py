@@ -32,7 +32,7 @@ from bench.simulation import (
     requests,
     simulate,
 )
-from onebase_server.routing.placement import order_of
+from onebase_route.placement import order_of
 
 FIGURES = Figures()
 

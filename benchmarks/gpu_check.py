@@ -34,7 +34,7 @@ from bench.gpu_report import held, now, page
 from bench.processes import end_on_signals, tail
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("server", "adapters", "clients/python", "benchmarks", "")
+SOURCES = ("engine", "server", "adapters", "clients/python", "benchmarks", "")
 MINUTES = 30.0
 END_SECONDS = 10.0
 """Time, in seconds, after which a killed process is given up."""

@@ -61,10 +61,10 @@ class Bench:
         """Tokenize the rows once, as OneBase does, in the order in which its run takes them."""
         from transformers import AutoTokenizer
 
-        from onebase_adapters.training.batches import step_rows
-        from onebase_adapters.training.data.reader import load_dataset
-        from onebase_adapters.training.loop import learning_rate
-        from onebase_adapters.training.recipe import Recipe
+        from onebase_training.batches import step_rows
+        from onebase_training.data.reader import load_dataset
+        from onebase_training.loop import learning_rate
+        from onebase_training.recipe import Recipe
 
         options = self.options
         tokenizer: Any = AutoTokenizer.from_pretrained(options.base, local_files_only=True)

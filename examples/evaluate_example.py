@@ -20,11 +20,11 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
-from onebase_adapters.training.data.reader import load_dataset
-from onebase_adapters.training.recipe import Recipe
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import peft_view
+from onebase_training.data.reader import load_dataset
+from onebase_training.recipe import Recipe
 
 EXAMPLES = Path(__file__).parent
 MAX_REPLY_TOKENS = 72

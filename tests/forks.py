@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [str(ROOT / part) for part in ("", "server", "adapters", "clients/python", "benchmarks")]
+SOURCES = [str(ROOT / part) for part in ("", "engine", "server", "adapters", "clients/python", "benchmarks")]
 PR_SET_CHILD_SUBREAPER = 36
 ABOVE = 500
 """Descriptors from here on are nobody's."""
@@ -291,8 +291,8 @@ def import_all() -> None:
         import peft  # noqa: F401
         import transformers.models.llama.modeling_llama  # noqa: F401
 
-        for module in ("training.run", "training.cli.train", "training.cli.sweep"):
-            importlib.import_module(f"onebase_adapters.{module}")
+        for module in ("run", "cli.train", "cli.sweep"):
+            importlib.import_module(f"onebase_training.{module}")
         for module in ("engine", "trainer", "verifier"):
             importlib.import_module(f"onebase_server.processes.{module}")
     gc.freeze()

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+from onebase_server.app.settings import Settings
 from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
-from onebase_server.settings import Settings
 
 WEB = Path(__file__).resolve().parents[1] / "clients/web"
 TARGET = WEB / "src/api/schema.d.ts"

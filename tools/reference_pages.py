@@ -23,14 +23,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "server"), str(ROOT / "adapters"), str(ROOT / "clients/python")]
+sys.path[:0] = [str(ROOT / part) for part in ("engine", "server", "adapters", "clients/python")]
 
-from onebase_server.cli import serve_parser  # noqa: E402
+from onebase_server.app.cli import serve_parser  # noqa: E402
+from onebase_server.app.settings import Settings, environment_name, setting_fields  # noqa: E402
 from onebase_server.http.app import create_app  # noqa: E402
 from onebase_server.http.authorization import access_of  # noqa: E402
 from onebase_server.http.deps import Services  # noqa: E402
 from onebase_server.http.openapi import ANY, KEYED  # noqa: E402
-from onebase_server.settings import Settings, environment_name, setting_fields  # noqa: E402
 
 Json = dict[str, Any]
 

@@ -52,7 +52,7 @@ create_venv() {
 wanted_stamp() {
   "$venv/bin/python" -c 'import sys; print(sys.version, sys.prefix)'
   command -v cc gcc clang || true
-  cat pyproject.toml server/onebase_engine/kernels/native/{CMakeLists.txt,*.[ch]}
+  cat pyproject.toml engine/onebase_engine/kernels/native/{CMakeLists.txt,*.[ch]}
 }
 
 install() {

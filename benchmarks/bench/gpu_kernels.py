@@ -19,13 +19,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from bench import random_base as bases
 from bench.gpu_parts import BLOCK, bandwidth, own_kernels, variants
 from bench.gpu_report import Findings, Setup, run_part
-from onebase_adapters.training import kernels as training
-from onebase_adapters.training import objectives
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.kernels.cuda import CaptureError, CudaKernels
 from onebase_engine.kernels.interface import Contexts, Kernels, LayerCache, RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.lora.weights import LoraWeights
+from onebase_training import kernels as training
+from onebase_training import objectives
 
 EPS = torch.finfo(torch.bfloat16).eps
 NOBODY = RowMap()

@@ -33,7 +33,6 @@ from bench.gpu_report import Findings, NotHereError, Setup, run_part
 from bench.report import percentile
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.store.store import Store
-from onebase_adapters.training import events
 from onebase_engine.base.attach import publish
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import EngineConfig
@@ -44,6 +43,7 @@ from onebase_server.processes.trainer_client import TRAINER_COMMAND, Died, Train
 from onebase_server.processes.trainer_protocol import Check, Checked, Train, Trained, TrainJob
 from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.processes.verifier_protocol import Prove, Proved
+from onebase_training import events
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 170.0

@@ -18,7 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from onebase_server.routing.placement import Placement, Report, order_of
+from onebase_route.placement import Placement, Report, order_of
 
 TOKENS = 48.0
 """Mean length of an answer, in tokens."""

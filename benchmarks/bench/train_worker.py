@@ -1,4 +1,4 @@
-"""OneBase's side of the training benchmark: `onebase_adapters.training.run.train`, in a process of its own.
+"""OneBase's side of the training benchmark: `onebase_training.run.train`, in a process of its own.
 
 Takes the JSON file of a `bench.training.TrainTask`; prints one JSON line.
 """
@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from onebase_adapters.training import events
-from onebase_adapters.training.events import OpenGate
-from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.run import ADAPTER, Job, train
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.machine import keep_freed_memory
+from onebase_training import events
+from onebase_training.events import OpenGate
+from onebase_training.recipe import Recipe
+from onebase_training.run import ADAPTER, Job, train
 
 
 def recipe_of(task: dict[str, Any]) -> Recipe:

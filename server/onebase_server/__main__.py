@@ -2,7 +2,7 @@
 
 import sys
 
-from onebase_server.cli import serve
+from onebase_server.app.cli import serve
 
 if __name__ == "__main__":
     sys.exit(serve(sys.argv[1:]))

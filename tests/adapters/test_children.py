@@ -20,8 +20,6 @@ from hypothesis import strategies as st
 
 from onebase_adapters.hub import pull as hub
 from onebase_adapters.hub.reference import HubError
-from onebase_adapters.training.data.dataset import DataError
-from onebase_adapters.training.data.files import read_file
 from onebase_engine.base import default_base
 from onebase_engine.base.default_base import BaseFetchError
 from onebase_engine.environment import (
@@ -30,6 +28,8 @@ from onebase_engine.environment import (
     fetching_environment,
     mps_runs,
 )
+from onebase_training.data.dataset import DataError
+from onebase_training.data.files import read_file
 
 PLANTED = "import os\nos.close(os.open({!r}, os.O_CREAT))\nraise ImportError\n"
 

@@ -16,9 +16,9 @@ _FETCH = """
 import json, sys
 from onebase_engine.base.default_base import BaseFetchError
 from onebase_engine.base.default_base import resolve_base
-from onebase_adapters.training.cli.estimate import find_config, find_tokenizer
-from onebase_adapters.training.data.dataset import DataError
-from onebase_adapters.training.data.hub import fetch, parse_dataset_id
+from onebase_training.cli.estimate import find_config, find_tokenizer
+from onebase_training.data.dataset import DataError
+from onebase_training.data.hub import fetch, parse_dataset_id
 
 def data(name):
     return fetch(parse_dataset_id(name), "train")[0]

@@ -206,7 +206,7 @@ def test_a_bundle_holds_the_sources_and_what_is_installed_and_its_wheels_can_be_
         tar.extractall(tmp_path, filter="data")
     folder = tmp_path / gpu_bundle.FOLDER
     assert (folder / "benchmarks" / "gpu_check.py").exists()
-    assert (folder / "server" / "onebase_engine" / "kernels" / "cuda.py").exists()
+    assert (folder / "engine" / "onebase_engine" / "kernels" / "cuda.py").exists()
     assert not (folder / "examples").exists()
     assert (folder / gpu_bundle.COMMIT).read_text()
     gpu_bundle.unpack(folder / gpu_bundle.WHEELS, tmp_path / "site")

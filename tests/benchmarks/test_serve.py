@@ -171,7 +171,7 @@ def test_who_ends_the_benchmarks_ends_what_they_have_started(tmp_path: Path, num
         f"    Path({str(tmp_path / 'ended')!r}).touch()\n"
     )
     whole = f"import sys\nimport goals\ngoals.end_on_signals()\ngoals._run([sys.executable, {str(part)!r}])\n"
-    folders = os.pathsep.join(map(str, (ROOT / "benchmarks", ROOT / "server")))
+    folders = os.pathsep.join(map(str, (ROOT / "benchmarks", ROOT / "engine", ROOT / "server")))
     command = [sys.executable, "-c", whole]
     with subprocess.Popen(
         command, env={**os.environ, "PYTHONPATH": folders}, stderr=subprocess.DEVNULL

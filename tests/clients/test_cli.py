@@ -479,7 +479,7 @@ def test_a_broken_own_module_is_not_mistaken_for_a_missing_extra() -> None:
 def test_the_servers_commands_are_registered_by_this_distribution(command: str) -> None:
     found = find_plugin(command)
     assert isinstance(found, EntryPoint)
-    assert found.value == f"onebase_server.cli:{command}"
+    assert found.value == f"onebase_server.app.cli:{command}"
 
 
 def test_text_of_a_model_cannot_steer_the_terminal() -> None:

@@ -80,6 +80,8 @@ def test_importing_the_sdk_and_the_command_loads_nothing_of_the_server() -> None
         "transformers",
         "fastapi",
         "onebase_server",
+        "onebase_route",
+        "onebase_training",
         "onebase_adapters",
         "onebase_engine",
     }
@@ -107,7 +109,16 @@ def test_the_http_library_is_imported_in_one_file() -> None:
 
 
 def test_no_file_imports_the_server_or_what_only_it_has() -> None:
-    foreign = {"onebase_server", "onebase_adapters", "onebase_engine", "torch", "pydantic", "msgspec"}
+    foreign = {
+        "onebase_server",
+        "onebase_route",
+        "onebase_training",
+        "onebase_adapters",
+        "onebase_engine",
+        "torch",
+        "pydantic",
+        "msgspec",
+    }
     assert {source.name: imported(source) & foreign for source in SOURCES if imported(source) & foreign} == {}
 
 

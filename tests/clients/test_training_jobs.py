@@ -36,7 +36,7 @@ from onebase import (
     TrainingStoppedError,
 )
 from onebase._core.training import curve_of_events, parse_event
-from onebase_adapters.training.recipe import recipe_fields, recipe_fields_by_name
+from onebase_training.recipe import recipe_fields, recipe_fields_by_name
 
 pytestmark = pytest.mark.usefixtures("slept")
 ROWS = b'{"prompt": "a", "completion": "b"}\n'

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of the adapter format with atheris; not part of the test suite.
 
     pip install atheris
-    PYTHONPATH=adapters:server:. python tests/fuzz/fuzz_format.py -max_total_time=600 -rss_limit_mb=1024 \\
+    PYTHONPATH=adapters:engine:. python tests/fuzz/fuzz_format.py -max_total_time=600 -rss_limit_mb=1024 \\
         -timeout=1 CORPUS
 
 CORPUS is a folder for the inputs that it finds; it is seeded with valid adapters. An input is the length of

@@ -92,7 +92,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),  # the other lines have none
     (r"onebase (train|sweep) --data ", PARSE),  # minutes to hours
     (r"onebase migrate openai --file ", PARSE),  # minutes; tests/clients/test_migrate.py runs it
-    (r"accelerate launch -m onebase_adapters\.training\.cli\.train ", PARSE),  # several GPUs
+    (r"accelerate launch -m onebase_training\.cli\.train ", PARSE),  # several GPUs
     (r"accelerate launch$", "only named"),
     (r"for name in orders pirate; do\n", PARSE),  # an hour of training
     (r"python benchmarks/\w+\.py", PARSE),  # minutes each, and other programs to compare with

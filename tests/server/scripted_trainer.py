@@ -40,7 +40,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.training import events
 from onebase_engine.engine.messages import FrameReader, encode
 from onebase_server.processes.time_share import BusyFlag, SharedGate
 from onebase_server.processes.trainer_protocol import (
@@ -59,6 +58,7 @@ from onebase_server.processes.trainer_protocol import (
     Trained,
     to_trainer_decoder,
 )
+from onebase_training import events
 
 STEP_SECONDS = 0.02
 SAVE_EVERY = 5

@@ -22,15 +22,15 @@ from pathlib import Path
 
 from onebase_adapters.registry.database import Database
 from onebase_engine.base.default_base import fetch_default_base
-from onebase_server import peers
+from onebase_server.app.cli import serve
+from onebase_server.app.wiring import Commands
 from onebase_server.background import Backoff
-from onebase_server.cli import serve
-from onebase_server.generation import tokenization
-from onebase_server.generation.tokenization import leave_torch_out
 from onebase_server.jobs.state import Death
 from onebase_server.processes.supervisor import RestartPolicy
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
-from onebase_server.wiring import Commands
+from onebase_server.requests import tokenization
+from onebase_server.requests.tokenization import leave_torch_out
+from onebase_server.tenancy import peers
 
 
 def command(script: str, *behaviour: str) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 def serve_forks(requests: socket.socket) -> int:
     """Be the parent of servers that need not import anything: what ForkedServers asks for, one at a time."""
     leave_torch_out()
-    from onebase_server import startup  # noqa: F401  (all that a server imports)
+    from onebase_server.app import startup  # noqa: F401  (all that a server imports)
 
     # What a server does first imports more. Those of one base share its tokenizer.
     tokenization._load = functools.cache(tokenization._load)

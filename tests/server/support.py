@@ -27,13 +27,13 @@ from fastapi.routing import APIRoute
 
 from onebase_adapters.registry import ApiKeys
 from onebase_adapters.registry.database import Database
+from onebase_server.app.settings import Settings
 from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
-from onebase_server.settings import Settings
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SOURCES = os.pathsep.join(str(ROOT / part) for part in ("server", "adapters", "clients/python"))
+SOURCES = os.pathsep.join(str(ROOT / part) for part in ("engine", "server", "adapters", "clients/python"))
 START_SECONDS = 180.0
 KINDS = ("engine", "verifier", "trainer")
 SERVERS = int(os.environ.get("ONEBASE_TEST_SERVERS", "1"))

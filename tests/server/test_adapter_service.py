@@ -23,7 +23,7 @@ from onebase_server.background import RegistryThreads, Threads
 from onebase_server.errors import UnavailableError
 from onebase_server.processes.verifier_client import RejectedError, VerifierClient
 from onebase_server.processes.verifier_protocol import Prove, Proved
-from onebase_server.traces import Tracing
+from onebase_server.telemetry.traces import Tracing
 
 from .scripted_verifier import REPORT
 

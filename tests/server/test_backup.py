@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from onebase_server import storage
-from onebase_server.cli import backup
+from onebase_server.app import storage
+from onebase_server.app.cli import backup
 
 from .support import Starter, upload
 

@@ -15,14 +15,14 @@ import pytest
 
 from onebase_adapters.registry import Batch, NewBatch, Registry, TrainingFile
 from onebase_adapters.store.store import Store
-from onebase_server.access import LOCAL
 from onebase_server.background import Backoff, Threads
 from onebase_server.batches import runner
 from onebase_server.batches.rows import RowFile
 from onebase_server.batches.runner import Answer, BatchFolders, BatchRunner, Parts, Run
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
-from onebase_server.peers import Peers
+from onebase_server.tenancy.access import LOCAL
+from onebase_server.tenancy.peers import Peers
 
 from .test_batch_files import line
 

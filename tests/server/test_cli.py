@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from onebase_server.cli import base, serve
-from onebase_server.settings import environment_name, option_name, setting_fields
-from onebase_server.startup import LEAST_FILES
+from onebase_server.app.cli import base, serve
+from onebase_server.app.settings import environment_name, option_name, setting_fields
+from onebase_server.app.startup import LEAST_FILES
 
 from .support import ROOT, Starter, make_folder, serving, upload
 
@@ -154,7 +154,7 @@ def test_what_else_fails_while_the_server_is_set_up_is_not_called_a_tokenizer(
     def fail(*_parts: object, **_named: object) -> None:
         raise error
 
-    monkeypatch.setattr("onebase_server.startup.assemble", fail)
+    monkeypatch.setattr("onebase_server.app.startup.assemble", fail)
 
     assert serve(["--port", "0", "--data-dir", str(tmp_path / "data")]) == 1
     text = told(capsys)
@@ -168,8 +168,8 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_base_fetch_prints_the_folder_as_its_last_line(base_folder: Path) -> None:
-    sources = os.pathsep.join(str(ROOT / part) for part in ("server", "adapters", "clients/python"))
-    program = "import sys; from onebase_server.cli import base; sys.exit(base(['fetch']))"
+    sources = os.pathsep.join(str(ROOT / part) for part in ("engine", "server", "adapters", "clients/python"))
+    program = "import sys; from onebase_server.app.cli import base; sys.exit(base(['fetch']))"
 
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -30,7 +30,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'onebase[ra
 
 COMMAND = """
 import sys
-from onebase_server.routing.cli import cluster
+from onebase_route.cli import cluster
 sys.exit(cluster(sys.argv[2:], [sys.executable, sys.argv[1], "words"]))
 """
 GPUS = 3
@@ -312,7 +312,7 @@ def test_a_drain_lets_a_running_stream_end_and_leaves_nothing_behind(
 def test_there_are_more_servers_where_tokens_wait_and_fewer_where_rows_are_free(
     there: int, queued: list[float], busy: list[float], ttft: list[float], waiting: int, wanted: int
 ) -> None:
-    from onebase_server.routing.cluster import ByQueuedTokens
+    from onebase_route.cluster import ByQueuedTokens
 
     told = {"queued_tokens": queued, "busy": busy, "ttft": ttft}
     context: Any = SimpleNamespace(  # of its many fields those that are looked at
@@ -329,8 +329,8 @@ def test_what_config_prints_and_what_kubernetes_gets_is_what_ray_serve_takes(
 ) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from onebase_server.routing import cli
-    from onebase_server.routing.cluster import Plan
+    from onebase_route import cli
+    from onebase_route.cluster import Plan
 
     options = [
         "up", "--config", "--min-replicas", "0", "--max-replicas", "4", "--store", "s3://bucket/a",
@@ -350,9 +350,9 @@ def test_what_config_prints_and_what_kubernetes_gets_is_what_ray_serve_takes(
         plan = Plan(**app.args)
         assert plan.server[:2] == ["onebase", "serve"]
         assert not plan.one_machine
-        assert app.import_path == "onebase_server.routing.cluster:build"
+        assert app.import_path == "onebase_route.cluster:build"
         assert Plan(**front.args).ingress[:2] == ["onebase", "route"]
-        assert front.import_path == "onebase_server.routing.cluster:build_ingress"
+        assert front.import_path == "onebase_route.cluster:build_ingress"
     server = " ".join(Plan(**printed["applications"][0]["args"]).server)
     assert "--kv-memory 2000000000" in server
     assert "--adapter a=/b" in server
@@ -379,7 +379,7 @@ def test_what_config_prints_and_what_kubernetes_gets_is_what_ray_serve_takes(
 def test_more_servers_than_gpus_are_refused_and_unused_gpus_are_told(
     there: int, each: float | None, servers: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onebase_server.routing import cluster as on_ray
+    from onebase_route import cluster as on_ray
 
     monkeypatch.setattr(on_ray.ray, "cluster_resources", lambda: {"GPU": there} if there else {})
     options = {} if each is None else {"num_gpus": each}
@@ -392,8 +392,8 @@ def test_more_servers_than_gpus_are_refused_and_unused_gpus_are_told(
 
 
 def test_servers_of_one_machine_share_its_cores_and_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from onebase_server.routing import cli
-    from onebase_server.settings import load_settings
+    from onebase_route import cli
+    from onebase_server.app.settings import load_settings
 
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(cli, "total_memory", lambda: 64 << 30)
@@ -403,7 +403,7 @@ def test_servers_of_one_machine_share_its_cores_and_its_memory(monkeypatch: pyte
 
 
 def test_servers_of_a_machine_take_folders_that_nobody_has_and_keep_their_ports(tmp_path: Path) -> None:
-    from onebase_server.routing.cluster import listen_again, take_folder
+    from onebase_route.cluster import listen_again, take_folder
 
     def port_of(kept: Path) -> int:
         with listen_again("127.0.0.1", kept) as listener:
@@ -425,7 +425,7 @@ def test_servers_of_a_machine_take_folders_that_nobody_has_and_keep_their_ports(
 
 
 def test_nobody_gets_the_port_of_a_server_before_the_server_has_it() -> None:
-    from onebase_server.routing.cluster import Child, ClusterError, listen
+    from onebase_route.cluster import Child, ClusterError, listen
 
     answers = """
 import os, socket
@@ -448,7 +448,7 @@ with socket.socket(fileno=int(os.environ["ONEBASE_LISTEN_FD"])) as listener:
 
 
 def test_a_child_that_cannot_be_started_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from onebase_server.routing import cluster
+    from onebase_route import cluster
 
     def refuse(*arguments: Any, **options: Any) -> None:
         raise OSError("no process left")
@@ -484,7 +484,7 @@ def test_an_address_is_started_again_also_while_it_waits_for_a_server_and_after_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: tuple[Exception, ...]
 ) -> None:
     """No server ever comes: the request for one is answered never."""
-    from onebase_server.routing import cluster
+    from onebase_route import cluster
 
     asked, left = asyncio.Event(), list(faults)
 
@@ -528,8 +528,8 @@ def test_an_address_is_started_again_also_while_it_waits_for_a_server_and_after_
 
 
 def test_a_server_listens_on_the_socket_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onebase_server.app.settings import LISTENER, load_settings
     from onebase_server.http.server import bind
-    from onebase_server.settings import LISTENER, load_settings
 
     with socket.create_server(("127.0.0.1", 0)) as given:
         port = given.getsockname()[1]
@@ -543,7 +543,7 @@ def test_a_server_listens_on_the_socket_that_it_is_given(monkeypatch: pytest.Mon
 def test_a_data_folder_has_one_cluster_and_forgets_one_that_was_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from onebase_server.routing import cli
+    from onebase_route import cli
 
     data = tmp_path / "[data]"
 
@@ -571,11 +571,11 @@ def test_a_data_folder_has_one_cluster_and_forgets_one_that_was_killed(
 def test_without_ray_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import onebase_route
     from onebase.cli import main
-    from onebase_server import routing
 
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "onebase_server.routing.cluster", raising=False)
-    monkeypatch.delattr(routing, "cluster", raising=False)
+    monkeypatch.delitem(sys.modules, "onebase_route.cluster", raising=False)
+    monkeypatch.delattr(onebase_route, "cluster", raising=False)
     assert main(["cluster", "up", "--config"]) == 1
     assert "pip install 'onebase[server,ray]'" in capsys.readouterr().err

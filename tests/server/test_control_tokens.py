@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError
 from onebase_server.errors import InvalidRequestError
-from onebase_server.generation.tokenization import BaseTokenizer, Conversation
+from onebase_server.requests.tokenization import BaseTokenizer, Conversation
 
 from .support import Starter
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
-from onebase_server.generation.detokenizer import BytePieces, StopStrings, WindowPieces
-from onebase_server.generation.tokenization import BaseTokenizer
+from onebase_server.inference.detokenizer import BytePieces, StopStrings, WindowPieces
+from onebase_server.requests.tokenization import BaseTokenizer
 
 HARD_TEXTS = (
     "🎉👩‍👩‍👧‍👦🏳️‍🌈 party",

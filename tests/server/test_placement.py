@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from onebase_server.routing.placement import (
+from onebase_route.placement import (
     LEAST_HOMES,
     NoReplicaError,
     Placement,

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from onebase_engine.engine.messages import RowOutput, Sampling, Stats, StepDone, Submit, ToEngine
 from onebase_server.errors import QueueFullError
-from onebase_server.generation.stream import Inflight
+from onebase_server.inference.stream import Inflight
 from onebase_server.processes.row_router import RequestRouter
-from onebase_server.queue_shares import QueueShares
+from onebase_server.tenancy.shares import QueueShares
 
 STATS = Stats(
     rows_running=0,

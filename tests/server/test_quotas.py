@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from onebase import Client, RateLimitError
 from onebase_adapters.registry import Quotas
-from onebase_server.access import Caller
 from onebase_server.errors import OneBaseError, QuotaExceededError
 from onebase_server.errors import RateLimitError as Limited
-from onebase_server.quotas import WINDOW_SECONDS, Limiter, Window, duration
+from onebase_server.tenancy.access import Caller
+from onebase_server.tenancy.quotas import WINDOW_SECONDS, Limiter, Window, duration
 
 from .access import Keys, bearer, client_with
 from .support import Server, Starter, upload

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onebase_route import proxy
+from onebase_route.resumption import DiffersError, Kept, Room
 from onebase_server.background import Backoff
-from onebase_server.generation.transcript import HEADER
-from onebase_server.routing import proxy
-from onebase_server.routing.resumption import DiffersError, Kept, Room
+from onebase_server.inference.transcript import HEADER
 
 from .support import Server, Starter, as_route, pace, upload
 from .test_route import BASE, counted, routing, wait

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from onebase_server.routing.placement import order_of
-from onebase_server.routing.proxy import Asked, asked, read_report
+from onebase_route.placement import order_of
+from onebase_route.proxy import Asked, asked, read_report
 
 from .access import Keys, client_with
 from .support import Server, Starter, as_route, routing, upload
@@ -336,7 +336,7 @@ def test_a_client_behind_the_route_learns_nothing_of_what_it_and_its_servers_say
 
 
 def test_wrong_addresses_are_refused(tmp_path: Path) -> None:
-    from onebase_server.routing.cli import route
+    from onebase_route.cli import route
 
     for wrong in (
         "10.0.0.7:8000", "http://", "ftp://a", "http://a/v1", "http://me:secret@a:1", "http://a:99999",

@@ -16,11 +16,11 @@ from typing import Any
 import httpx2
 import pytest
 
+from onebase_route import proxy
+from onebase_route.proxy import Route, asked, read_report, told_by
+from onebase_server.app.settings import Settings
 from onebase_server.http.cross_site import Door
 from onebase_server.http.server import QuietServer, bind, uvicorn_config
-from onebase_server.routing import proxy
-from onebase_server.routing.proxy import Route, asked, read_report, told_by
-from onebase_server.settings import Settings
 
 from .support import told_statuses
 from .test_route import wait

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onebase_engine.engine.messages import EngineConfig
-from onebase_server.settings import Settings, SettingsError, environment_name, load_settings, parse_size
+from onebase_server.app.settings import Settings, SettingsError, environment_name, load_settings, parse_size
 
 
 @pytest.mark.parametrize(

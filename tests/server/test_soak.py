@@ -414,7 +414,7 @@ class Torture:
                 self.wrong.append(f"the servers know different adapters: {seen}")
         for server in (*self._started, self.route):
             for part in server.log.split("Traceback")[1:]:  # scripted processes may end as they like
-                if "/onebase_server/" in part[:3000]:
+                if re.search("/onebase_(server|route)/", part[:3000]):
                     self.wrong.append(f"a log has a traceback: {part[:3000]}")
 
 

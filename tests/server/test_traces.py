@@ -298,7 +298,7 @@ def test_the_real_engines_times_come_back_with_the_rows(
 
 def test_nothing_of_the_sdk_is_loaded_unless_it_is_asked_for() -> None:
     program = (
-        "import sys, onebase_server.startup, onebase_server.traces as traces; traces.Tracing();"
+        "import sys, onebase_server.app.startup, onebase_server.telemetry.traces as traces; traces.Tracing();"
         "print([name for name in sys.modules if name.startswith('opentelemetry.') and '.sdk' in name])"
     )
     run = [sys.executable, "-c", program]

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from onebase_adapters.training.data.dataset import DataError, Problem
-from onebase_adapters.training.data.reader import load_dataset
-from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.recipe import Recipe, RecipeError
-from onebase_adapters.training.run import load_tokenizer
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.base.load import BaseSettings
 from onebase_server.processes.trainer import failure_of, memory_limit
 from onebase_server.processes.trainer_protocol import TrainJob
+from onebase_training.data.dataset import DataError, Problem
+from onebase_training.data.reader import load_dataset
+from onebase_training.loop import TrainingDivergedError
+from onebase_training.recipe import Recipe, RecipeError
+from onebase_training.run import load_tokenizer
 
 GREEDY = """
 import sys, torch

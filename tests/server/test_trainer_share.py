@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from onebase_adapters.training.events import Interrupted, Reason
 from onebase_server.processes.time_share import NAP_SECONDS, BusyFlag, SharedGate
+from onebase_training.events import Interrupted, Reason
 
 
 class Clock:

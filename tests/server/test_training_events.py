@@ -14,10 +14,10 @@ import pytest
 from openai import OpenAI
 
 from onebase_adapters.registry import JobEvent, RegistryBusyError
-from onebase_adapters.training.events import Notice
 from onebase_server.background import Threads
 from onebase_server.jobs import job_record
 from onebase_server.jobs.job_record import JobNotifier, JobRecord
+from onebase_training.events import Notice
 
 from .support import Server, Starter
 from .training_support import job_folder, make_job, openai_client, run_job, step_of, wait_job

@@ -32,8 +32,8 @@ from onebase_server.jobs.job_record import JobNotifier
 from onebase_server.jobs.job_run import FileGoneError, Run
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.state import is_resumable
-from onebase_server.peers import Peers
-from onebase_server.traces import Tracing
+from onebase_server.telemetry.traces import Tracing
+from onebase_server.tenancy.peers import Peers
 
 JOB = "ftjob-1"
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from tests.training.runs import talking_base, tiny_base
 
-from onebase_adapters.training import estimate, run
 from onebase_engine.base.load import BaseSettings
+from onebase_training import estimate, run
 
 
 @pytest.fixture(scope="module", autouse=True)

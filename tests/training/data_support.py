@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from onebase_adapters.training.data.dataset import DataError, Dataset, RowError, Sample
-from onebase_adapters.training.data.reader import load_dataset
-from onebase_adapters.training.data.rows import parse_row
-from onebase_adapters.training.recipe import Recipe, parse_recipe
 from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
+from onebase_training.data.dataset import DataError, Dataset, RowError, Sample
+from onebase_training.data.reader import load_dataset
+from onebase_training.data.rows import parse_row
+from onebase_training.recipe import Recipe, parse_recipe
 
 LLAMA_3 = (
     "{{ '<|begin_of_text|>' }}{% for m in messages %}"

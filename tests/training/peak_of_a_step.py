@@ -11,16 +11,16 @@ import sys
 import numpy as np
 import torch
 
-from onebase_adapters.training.batches import MicroBatch
-from onebase_adapters.training.data.dataset import Sample
-from onebase_adapters.training.estimate import estimate
-from onebase_adapters.training.events import OpenGate
-from onebase_adapters.training.loop import make_optimizer
-from onebase_adapters.training.recipe import parse_recipe, resolve
-from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.machine import keep_freed_memory, peak_memory
+from onebase_training.batches import MicroBatch
+from onebase_training.data.dataset import Sample
+from onebase_training.estimate import estimate
+from onebase_training.events import OpenGate
+from onebase_training.loop import make_optimizer
+from onebase_training.recipe import parse_recipe, resolve
+from onebase_training.trainable import Trainable
 
 ROW = 256
 

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from tests.tiny import save_base
 
-from onebase_adapters.training.checkpoint import Checkpoints, Report
-from onebase_adapters.training.data.dataset import Dataset, Preference, Row, Sample
-from onebase_adapters.training.events import Event, Gate, OpenGate
-from onebase_adapters.training.loop import Trainer
-from onebase_adapters.training.objectives import make_objective
-from onebase_adapters.training.recipe import Recipe, parse_recipe, resolve
-from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.load import BaseSettings, load_base
+from onebase_training.checkpoint import Checkpoints, Report
+from onebase_training.data.dataset import Dataset, Preference, Row, Sample
+from onebase_training.events import Event, Gate, OpenGate
+from onebase_training.loop import Trainer
+from onebase_training.objectives import make_objective
+from onebase_training.recipe import Recipe, parse_recipe, resolve
+from onebase_training.trainable import Trainable
 
 VOCABULARY = 320
 
@@ -188,7 +188,7 @@ def finished_report(**changes: Any) -> Report:
 def start_at_a_terminal(program: list[str], *arguments: str) -> subprocess.Popen[str]:
     """Python with a program that Ctrl-C reaches, and whose stderr is to be read."""
     root = Path(__file__).parents[2]
-    paths = os.pathsep.join(str(root / part) for part in ("adapters", "server", "clients/python"))
+    paths = os.pathsep.join(str(root / part) for part in ("adapters", "engine", "server", "clients/python"))
     # A shell's background starts its commands with Ctrl-C ignored; here it is not.
     return subprocess.Popen(
         [sys.executable, *program, *arguments],

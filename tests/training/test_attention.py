@@ -10,11 +10,11 @@ import transformers as tf
 from tests.tiny import ARCHITECTURES
 from tests.training.runs import dataset, recipe_for, sample, samples, tiny_base
 
-from onebase_adapters.training.attention import UnsupportedTrainingError
-from onebase_adapters.training.batches import pack
-from onebase_adapters.training.events import OpenGate
-from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.view import view
+from onebase_training.attention import UnsupportedTrainingError
+from onebase_training.batches import pack
+from onebase_training.events import OpenGate
+from onebase_training.trainable import Trainable
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))

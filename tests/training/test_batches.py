@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.training.runs import preferences, samples
 
-from onebase_adapters.training.batches import pack, step_rows
+from onebase_training.batches import pack, step_rows
 
 
 @given(count=st.integers(1, 60), batch=st.integers(1, 20), seed=st.integers(0, 5), epoch=st.integers(0, 3))

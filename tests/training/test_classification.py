@@ -17,10 +17,13 @@ from tests.training.runs import labelled, recipe_for, trainer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from onebase_adapters.format.config import check_config, with_labels
-from onebase_adapters.training.checkpoint import Report
-from onebase_adapters.training.cli.data import main as data_main
-from onebase_adapters.training.cli.estimate import main as estimate_main
-from onebase_adapters.training.data.dataset import (
+from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_server.requests.tokenization import BaseTokenizer, Conversation
+from onebase_training.checkpoint import Report
+from onebase_training.cli.data import main as data_main
+from onebase_training.cli.estimate import main as estimate_main
+from onebase_training.data.dataset import (
     MOST_LABELS,
     DataError,
     Dataset,
@@ -29,17 +32,14 @@ from onebase_adapters.training.data.dataset import (
     check_labels,
     split,
 )
-from onebase_adapters.training.data.reader import load_dataset
-from onebase_adapters.training.data.rows import parse_row
-from onebase_adapters.training.events import Event, OpenGate
-from onebase_adapters.training.metrics import label_figures, macro_f1
-from onebase_adapters.training.parent import Parent
-from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
-from onebase_adapters.training.run import Job, train
-from onebase_adapters.training.trainable import Trainable
-from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
-from onebase_engine.base.load import BaseSettings, load_base
-from onebase_server.generation.tokenization import BaseTokenizer, Conversation
+from onebase_training.data.reader import load_dataset
+from onebase_training.data.rows import parse_row
+from onebase_training.events import Event, OpenGate
+from onebase_training.metrics import label_figures, macro_f1
+from onebase_training.parent import Parent
+from onebase_training.recipe import Recipe, RecipeError, parse_recipe
+from onebase_training.run import Job, train
+from onebase_training.trainable import Trainable
 
 METHOD = {"method": "classification"}
 RECIPE = parse_recipe(METHOD)

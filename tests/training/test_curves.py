@@ -16,15 +16,15 @@ import pytest
 from rich.console import Console
 from tests.training.runs import finished_report, start_at_a_terminal, write_chats
 
-from onebase_adapters.training import events
-from onebase_adapters.training.checkpoint import sparkline
-from onebase_adapters.training.cli import sweep
-from onebase_adapters.training.cli.train import Display, main
-from onebase_adapters.training.curves import open_curves
-from onebase_adapters.training.recipe import Recipe
-from onebase_adapters.training.run import Job
 from onebase_engine.base import quantized_cache
 from onebase_engine.base.load import BaseSettings
+from onebase_training import events
+from onebase_training.checkpoint import sparkline
+from onebase_training.cli import sweep
+from onebase_training.cli.train import Display, main
+from onebase_training.curves import open_curves
+from onebase_training.recipe import Recipe
+from onebase_training.run import Job
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("forks")
@@ -144,9 +144,9 @@ def test_a_bar_whose_end_is_not_known_shows_no_end_of_what_was_before() -> None:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "server", "clients/python"))
+    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "engine", "server", "clients/python"))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    program = [sys.executable, "-m", "onebase_adapters.training.cli.train"]
+    program = [sys.executable, "-m", "onebase_training.cli.train"]
     return subprocess.run(
         [*program, *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
@@ -176,7 +176,7 @@ def test_ctrl_c_writes_a_checkpoint_that_the_same_command_goes_on_from(
     out = tmp_path / "out"
     arguments = ["--base", str(talking_folder), "--data", str(data), "--name", "colours", "--out", str(out)]
     arguments += ["--r", "4", "--batch-size", "4", "--epochs", "1000", "--save-every", "1000000"]
-    process = start_at_a_terminal(["-m", "onebase_adapters.training.cli.train"], *arguments)
+    process = start_at_a_terminal(["-m", "onebase_training.cli.train"], *arguments)
     assert process.stderr is not None
     while "step 1/" not in process.stderr.readline():
         assert process.poll() is None

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from tests.training.data_support import chat, write_rows
 
-from onebase_adapters.training.cli import sweep, train
-from onebase_adapters.training.cli.data import main
-from onebase_adapters.training.cli.options import printable
 from onebase_engine.base import quantized_cache
+from onebase_training.cli import sweep, train
+from onebase_training.cli.data import main
+from onebase_training.cli.options import printable
 
 
 def test_sound_data_is_reported_with_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +130,7 @@ def test_a_setting_out_of_its_limits_or_a_base_that_is_none_ends_with_2(
 def test_looking_at_data_loads_no_model(tmp_path: Path) -> None:
     train = write_rows(tmp_path / "train.jsonl", [chat("q", "a")])
     code = (
-        "import sys; from onebase_adapters.training.cli.data import main; "
+        "import sys; from onebase_training.cli.data import main; "
         f"status = main(['check', {str(train)!r}]); "
         "sys.exit(status or any(name in sys.modules for name in ('peft', 'bitsandbytes', 'pyarrow')))"
     )

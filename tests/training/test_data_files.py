@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.training.data_support import base_tokenizer, chat, learned, problems, recipe, written
 
-from onebase_adapters.training.data import files
-from onebase_adapters.training.data.dataset import DataError, Problem
-from onebase_adapters.training.data.files import read_file
-from onebase_adapters.training.data.reader import load_dataset
+from onebase_training.data import files
+from onebase_training.data.dataset import DataError, Problem
+from onebase_training.data.files import read_file
+from onebase_training.data.reader import load_dataset
 
 GOOD = b'{"prompt": "q", "completion": " a"}'
 

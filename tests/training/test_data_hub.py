@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 from tests.hub_standin import HubStandIn
 
-from onebase_adapters.training.data.dataset import DataError
-from onebase_adapters.training.data.hub import DatasetId, choose, parse_dataset_id
 from onebase_engine.base.default_base import default_cache
+from onebase_training.data.dataset import DataError
+from onebase_training.data.hub import DatasetId, choose, parse_dataset_id
 
 SFT = "train_sft-00000-of-00001-b42a775f407cee45.parquet"
 GEN = "train_gen-00000-of-00001-0a1b775f407cee45.parquet"
 _FETCH = """
 import json, sys
-from onebase_adapters.training.data.files import read_file
+from onebase_training.data.files import read_file
 from onebase_engine.base.default_base import default_cache
-from onebase_adapters.training.data.dataset import DataError
-from onebase_adapters.training.data.hub import fetch, parse_dataset_id
+from onebase_training.data.dataset import DataError
+from onebase_training.data.hub import fetch, parse_dataset_id
 try:
     paths = fetch(parse_dataset_id(sys.argv[1]), sys.argv[2])
     print(json.dumps([item.value["completion"] for path in paths for item in read_file(path)]))
@@ -34,7 +34,7 @@ except DataError as error:
 _LOAD = """
 import json, sys
 from tests.training.data_support import base_tokenizer, recipe
-from onebase_adapters.training.data.reader import load_dataset
+from onebase_training.data.reader import load_dataset
 dataset = load_dataset(sys.argv[1], base_tokenizer(), recipe(), part=sys.argv[2])
 print(json.dumps([[prompt.line, prompt.reference] for prompt in dataset.prompts]))
 """

@@ -21,10 +21,10 @@ from tests.training.data_support import (
     written,
 )
 
-from onebase_adapters.training.cli.data import render
-from onebase_adapters.training.data.dataset import Dataset, split
-from onebase_adapters.training.data.reader import load_dataset
-from onebase_adapters.training.data.report import DataReport, report
+from onebase_training.cli.data import render
+from onebase_training.data.dataset import Dataset, split
+from onebase_training.data.reader import load_dataset
+from onebase_training.data.report import DataReport, report
 
 
 @pytest.fixture

@@ -34,10 +34,10 @@ from tests.training.data_support import (
     written,
 )
 
-from onebase_adapters.training.data.dataset import Chat, Choice, DataError, Preference, Text
-from onebase_adapters.training.data.files import Record, json_array
-from onebase_adapters.training.data.reader import load_dataset
-from onebase_adapters.training.data.rows import parse_row
+from onebase_training.data.dataset import Chat, Choice, DataError, Preference, Text
+from onebase_training.data.files import Record, json_array
+from onebase_training.data.reader import load_dataset
+from onebase_training.data.rows import parse_row
 
 
 def test_instruction_and_input_become_one_question_and_the_output_its_reply() -> None:

@@ -35,9 +35,9 @@ from tests.training.data_support import (
 )
 from transformers import AutoTokenizer
 
-from onebase_adapters.training.data.dataset import Sample
-from onebase_adapters.training.data.reader import load_dataset
 from onebase_engine.base.chat import ChatTokenizer
+from onebase_training.data.dataset import Sample
+from onebase_training.data.reader import load_dataset
 
 
 @pytest.fixture

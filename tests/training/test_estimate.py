@@ -19,17 +19,17 @@ from tests.hub_standin import HubStandIn
 from tests.tiny import ARCHITECTURES
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-from onebase_adapters.training.batches import MicroBatch
-from onebase_adapters.training.cli.estimate import duration, find_config, main, this_machine
-from onebase_adapters.training.data.dataset import Sample
-from onebase_adapters.training.estimate import Estimate, estimate
-from onebase_adapters.training.events import OpenGate
-from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, resolve
-from onebase_adapters.training.trainable import Trainable, resolve_targets
 from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO, BaseSpecError, fetch_default_base
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import BaseSettings, base_tensors, load_base
 from onebase_engine.base.load import estimate_memory as base_memory
+from onebase_training.batches import MicroBatch
+from onebase_training.cli.estimate import duration, find_config, main, this_machine
+from onebase_training.data.dataset import Sample
+from onebase_training.estimate import Estimate, estimate
+from onebase_training.events import OpenGate
+from onebase_training.recipe import Recipe, RecipeError, parse_recipe, resolve
+from onebase_training.trainable import Trainable, resolve_targets
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -144,8 +144,8 @@ def kept_by_autograd(base: Any, settings: Recipe, tokens: int) -> int:
     ],
 )
 def test_activations_and_logits_are_what_autograd_keeps(base: Any, settings: dict[str, Any]) -> None:
-    from onebase_adapters.training.estimate import activations_of, ranks_of
-    from onebase_adapters.training.trainable import target_layers
+    from onebase_training.estimate import activations_of, ranks_of
+    from onebase_training.trainable import target_layers
 
     tokens = 512
     wanted = recipe(**{"gradient_checkpointing": False, **settings})
@@ -390,7 +390,7 @@ def test_the_time_is_that_of_the_steps_that_are_made(
 def test_the_default_base_is_asked_for_its_tokenizer_on_the_hub_if_it_is_not_here(tmp_path: Path) -> None:
     folder = fetch_default_base()
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".jinja")}
-    code = "import sys; from onebase_adapters.training.cli.estimate import find_tokenizer as find; "
+    code = "import sys; from onebase_training.cli.estimate import find_tokenizer as find; "
     code += "print(len(find(sys.argv[1])))"
     with HubStandIn() as hub:
         hub.add_repo(DEFAULT_REPO, files)

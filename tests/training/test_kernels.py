@@ -17,12 +17,12 @@ from peft import LoraConfig, get_peft_model
 from tests.engine import triton_on_cpu  # noqa: F401 (mends Triton's interpreter)
 from torch.nn.functional import cross_entropy
 
-from onebase_adapters.training import kernels, objectives
-from onebase_adapters.training.attention import STEP, grouped
-from onebase_adapters.training.kernels import ShortAttention, fuse
-from onebase_adapters.training.objectives import CHUNK, dpo_losses, token_losses
 from onebase_engine.base.view import peft_view
 from onebase_engine.kernels import cuda_training
+from onebase_training import kernels, objectives
+from onebase_training.attention import STEP, grouped
+from onebase_training.kernels import ShortAttention, fuse
+from onebase_training.objectives import CHUNK, dpo_losses, token_losses
 
 
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])

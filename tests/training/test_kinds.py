@@ -14,15 +14,15 @@ from tests.rows import owned
 from tests.training.runs import recipe_for, samples, tiny_base, trainer
 
 from onebase_adapters.proof.loader import load_adapter
-from onebase_adapters.training.batches import pack
-from onebase_adapters.training.checkpoint import write_adapter
-from onebase_adapters.training.recipe import RecipeError
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, wrap_layers
 from onebase_engine.lora.weights import AdapterWeights, tensors_of
+from onebase_training.batches import pack
+from onebase_training.checkpoint import write_adapter
+from onebase_training.recipe import RecipeError
 
 REPEATED = ("attention", "mlp and the head", "gaussian", "random B", "patterns")
 """Kinds that differ from others in what is tested elsewhere too: `make check` alone tries them."""

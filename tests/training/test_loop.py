@@ -19,11 +19,11 @@ from tests.training.runs import (
     weights,
 )
 
-from onebase_adapters.training.data.dataset import Sample
-from onebase_adapters.training.events import Evaluated, Event, Saved, StepDone
-from onebase_adapters.training.loop import ProcessGroup, TrainingDivergedError
-from onebase_adapters.training.objectives import PreparedRun
 from onebase_engine.base.load import fingerprint
+from onebase_training.data.dataset import Sample
+from onebase_training.events import Evaluated, Event, Saved, StepDone
+from onebase_training.loop import ProcessGroup, TrainingDivergedError
+from onebase_training.objectives import PreparedRun
 
 
 def losses(events: list[Event]) -> list[float]:
@@ -56,7 +56,7 @@ def test_a_step_weighs_every_supervised_token_the_same(exact_base: torch.nn.Modu
     model = run.trainable
     batch = [row for row in data.rows if isinstance(row, Sample)]
     total = sum(row.targets for row in batch)
-    from onebase_adapters.training.batches import MicroBatch
+    from onebase_training.batches import MicroBatch
 
     whole = torch.cat([model.losses(MicroBatch((row,), (0,)))[0] for row in batch]).sum() / total
     whole.backward()  # type: ignore[no-untyped-call]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from onebase_adapters.training.metrics import METRICS, MetricError, check_metric, describe, mean, score
-from onebase_adapters.training.recipe import RecipeError, parse_recipe
+from onebase_training.metrics import METRICS, MetricError, check_metric, describe, mean, score
+from onebase_training.recipe import RecipeError, parse_recipe
 
 SCORES = [
     ("exact_match", " Berlin\n", "Berlin", 1),

@@ -15,20 +15,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from onebase_adapters.format.config import with_labels
-from onebase_adapters.training import events
-from onebase_adapters.training.checkpoint import all_better
-from onebase_adapters.training.cli.train import main
-from onebase_adapters.training.data.reader import load_dataset
-from onebase_adapters.training.events import Interrupted, OpenGate
-from onebase_adapters.training.loop import ProcessGroup
-from onebase_adapters.training.objectives import PreparedRun, make_objective
-from onebase_adapters.training.parent import ActiveVersion, Parent, modules_of, why_not_comparable
-from onebase_adapters.training.recipe import MODEL, RecipeError, continued, parse_recipe
-from onebase_adapters.training.run import Job, PlannedRun, load_tokenizer, prepare, train
-from onebase_adapters.training.trainable import ADAPTER, Trainable
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import BaseSettings, load_base, load_config
 from onebase_engine.base.view import peft_view
+from onebase_training import events
+from onebase_training.checkpoint import all_better
+from onebase_training.cli.train import main
+from onebase_training.data.reader import load_dataset
+from onebase_training.events import Interrupted, OpenGate
+from onebase_training.loop import ProcessGroup
+from onebase_training.objectives import PreparedRun, make_objective
+from onebase_training.parent import ActiveVersion, Parent, modules_of, why_not_comparable
+from onebase_training.recipe import MODEL, RecipeError, continued, parse_recipe
+from onebase_training.run import Job, PlannedRun, load_tokenizer, prepare, train
+from onebase_training.trainable import ADAPTER, Trainable
 
 from .runs import (
     assert_equal,
@@ -508,7 +508,7 @@ def test_a_recipe_that_disagrees_with_the_parents_files_does_not_begin(tmp_path:
 
 
 def test_another_parent_is_another_run(tmp_path: Path) -> None:
-    from onebase_adapters.training.checkpoint import CheckpointError
+    from onebase_training.checkpoint import CheckpointError
 
     folder = talking_base(tmp_path / "base")
     base = load_base(BaseSettings(folder=folder))

@@ -17,21 +17,21 @@ from peft import LoraConfig, get_peft_model
 from tests.tiny import ARCHITECTURES, load_folder, save_base
 from torch import nn
 
-from onebase_adapters.training.attention import SHORT
-from onebase_adapters.training.batches import pack, step_rows
-from onebase_adapters.training.checkpoint import Checkpoints, write_adapter
-from onebase_adapters.training.data.dataset import Dataset, Sample
-from onebase_adapters.training.events import OpenGate
-from onebase_adapters.training.loop import Trainer
-from onebase_adapters.training.objectives import make_objective
-from onebase_adapters.training.recipe import Recipe, resolve
-from onebase_adapters.training.trainable import Trainable
 from onebase_engine.base.attach import attach, publish
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.scheduler import Limits
+from onebase_training.attention import SHORT
+from onebase_training.batches import pack, step_rows
+from onebase_training.checkpoint import Checkpoints, write_adapter
+from onebase_training.data.dataset import Dataset, Sample
+from onebase_training.events import OpenGate
+from onebase_training.loop import Trainer
+from onebase_training.objectives import make_objective
+from onebase_training.recipe import Recipe, resolve
+from onebase_training.trainable import Trainable
 
 STEPS = 10
 FP32: dict[str, Any] = {"dtype": torch.float32, "compute_dtype": torch.float32}

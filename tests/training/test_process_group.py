@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tests.training.runs import write_chats
 
-from onebase_adapters.training.cli.train import main
+from onebase_training.cli.train import main
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--r", "4", "--batch-size", "8", "--max-steps", "5", "--micro-tokens", "90", "--dtype", "float32"]
@@ -48,7 +48,7 @@ def command(folder: Path, data: Path, out: Path, *more: str) -> list[str]:
         "import os, sys\n"
         "if os.environ['RANK'] == '1':\n"
         "    sys.argv[sys.argv.index('--data') + 1] = 'gone.jsonl'\n"
-        "from onebase_adapters.training.cli.train import main\n"
+        "from onebase_training.cli.train import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     options = ["--base", str(folder), "--data", str(data), "--name", "two", "--out", str(out), *OPTIONS]
@@ -113,7 +113,7 @@ def test_the_launcher_of_torch_starts_such_a_run(
 ) -> None:
     # What `accelerate launch` runs on GPUs; on the CPU it starts a single process.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "server", "clients/python"))
+    paths = os.pathsep.join(str(ROOT / part) for part in ("adapters", "engine", "server", "clients/python"))
     done = subprocess.run(
         [sys.executable, *launcher, *command(talking_folder, data, tmp_path / "two")],
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": paths},

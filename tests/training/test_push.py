@@ -127,7 +127,7 @@ def push(hub: Uploads, folder: Path, repo: str = "acme/colours", token: str = "h
     }
     script = (
         "import sys; from pathlib import Path\n"
-        "from onebase_adapters.training.cli.train import PushError, push\n"
+        "from onebase_training.cli.train import PushError, push\n"
         "try: print(push(Path(sys.argv[1]), sys.argv[2]))\n"
         "except PushError as error: print('error:', error)"
     )

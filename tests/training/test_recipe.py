@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields
+from onebase_training.recipe import Recipe, RecipeError, parse_recipe, recipe_fields
 
 NUMBERS = [item.name for item, kind in recipe_fields() if "int" in str(kind) or "float" in str(kind)]
 HUGE = 10**400

@@ -19,13 +19,13 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from onebase_adapters.proof.extract import extract
-from onebase_adapters.training.checkpoint import write_adapter
-from onebase_adapters.training.replies import generate_replies, stop_ids
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, fingerprint, load_base
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.lora.weights import AdapterWeights
+from onebase_training.checkpoint import write_adapter
+from onebase_training.replies import generate_replies, stop_ids
 
 LENGTHS = [1, 30, 7, 3, 18, 30, 12, 5, 41]
 LoadBase = Callable[..., nn.Module]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tests.training.runs import finished_report
 
-from onebase_adapters.training.checkpoint import DataLine, Report, model_card
-from onebase_adapters.training.recipe import Recipe
+from onebase_training.checkpoint import DataLine, Report, model_card
+from onebase_training.recipe import Recipe
 
 REPORT = finished_report(
     name="acme-support",

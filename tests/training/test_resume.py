@@ -25,10 +25,10 @@ from tests.training.runs import (
     weights,
 )
 
-from onebase_adapters.training.checkpoint import CheckpointError, Checkpoints, RunState
-from onebase_adapters.training.events import Interrupted, Reason
-from onebase_adapters.training.loop import ProcessGroup
-from onebase_adapters.training.objectives import Preferences
+from onebase_training.checkpoint import CheckpointError, Checkpoints, RunState
+from onebase_training.events import Interrupted, Reason
+from onebase_training.loop import ProcessGroup
+from onebase_training.objectives import Preferences
 
 pytestmark = pytest.mark.usefixtures("forks")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -173,7 +173,7 @@ def test_killed_at_any_moment_and_started_again_it_is_the_same_run(
     base: torch.nn.Module, base_folder: Path, tmp_path: Path
 ) -> None:
     root = Path(__file__).parents[2]
-    paths = [str(root / part) for part in ("", "adapters", "server")]
+    paths = [str(root / part) for part in ("", "adapters", "engine", "server")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_WAIT_POLICY": "passive"}
 
     def start(folder: str) -> subprocess.Popen[str]:

@@ -19,9 +19,10 @@ from tests.training.runs import preferences, samples, write_chats
 from transformers import AutoConfig
 from transformers.utils import CHAT_TEMPLATE_DIR
 
-from onebase_adapters.training import events
-from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.data.dataset import (
+from onebase_engine.base.load import BaseSettings, load_base
+from onebase_training import events
+from onebase_training.checkpoint import CheckpointError
+from onebase_training.data.dataset import (
     DataError,
     Dataset,
     Place,
@@ -30,11 +31,10 @@ from onebase_adapters.training.data.dataset import (
     Row,
     Sample,
 )
-from onebase_adapters.training.data.row_store import map_rows, rows_key, write_rows
-from onebase_adapters.training.events import OpenGate
-from onebase_adapters.training.recipe import parse_recipe
-from onebase_adapters.training.run import Data, Job, Plan, load_tokenizer, prepare, read_data, train
-from onebase_engine.base.load import BaseSettings, load_base
+from onebase_training.data.row_store import map_rows, rows_key, write_rows
+from onebase_training.events import OpenGate
+from onebase_training.recipe import parse_recipe
+from onebase_training.run import Data, Job, Plan, load_tokenizer, prepare, read_data, train
 
 KEY = "a key"
 

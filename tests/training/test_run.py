@@ -14,14 +14,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tests.training.runs import write_chats
 
-from onebase_adapters.training import events
-from onebase_adapters.training.checkpoint import CheckpointError, Report
-from onebase_adapters.training.data.dataset import DataError
-from onebase_adapters.training.events import Interrupted, OpenGate
-from onebase_adapters.training.recipe import RecipeError, parse_recipe
-from onebase_adapters.training.run import DoesNotFitError, Job, train
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
+from onebase_training import events
+from onebase_training.checkpoint import CheckpointError, Report
+from onebase_training.data.dataset import DataError
+from onebase_training.events import Interrupted, OpenGate
+from onebase_training.recipe import RecipeError, parse_recipe
+from onebase_training.run import DoesNotFitError, Job, train
 
 SETTINGS: dict[str, Any] = {
     "r": 4,

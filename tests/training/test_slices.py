@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onebase_adapters.training import events
-from onebase_adapters.training.data.dataset import DataError, Dataset, Place, Prompt, Sample
-from onebase_adapters.training.data.reader import load_dataset
-from onebase_adapters.training.data.row_store import map_rows, write_rows
-from onebase_adapters.training.events import OpenGate
-from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
-from onebase_adapters.training.run import Job, train
-from onebase_adapters.training.slices import MOST_CHANGED, MOST_SLICES, Measured, by_slice, slice_report
 from onebase_engine.base.load import BaseSettings, load_base
+from onebase_training import events
+from onebase_training.data.dataset import DataError, Dataset, Place, Prompt, Sample
+from onebase_training.data.reader import load_dataset
+from onebase_training.data.row_store import map_rows, write_rows
+from onebase_training.events import OpenGate
+from onebase_training.recipe import Recipe, RecipeError, parse_recipe
+from onebase_training.run import Job, train
+from onebase_training.slices import MOST_CHANGED, MOST_SLICES, Measured, by_slice, slice_report
 
 from .data_support import base_tokenizer, chat
 from .runs import talking_base

@@ -23,16 +23,16 @@ from tests.training.runs import start_at_a_terminal, tiny_base
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from onebase_adapters.training import events, run, sweep
-from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.cli.sweep import main
-from onebase_adapters.training.events import Interrupted, OpenGate
-from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.recipe import RecipeError, parse_recipe
-from onebase_adapters.training.run import Job, load_tokenizer
-from onebase_adapters.training.sweep import Grid, Trial
-from onebase_adapters.training.sweep_report import PLOT, RESULTS, TABLE, advice, plot, render, write
 from onebase_engine.base.load import BaseSettings, fingerprint
+from onebase_training import events, run, sweep
+from onebase_training.checkpoint import CheckpointError
+from onebase_training.cli.sweep import main
+from onebase_training.events import Interrupted, OpenGate
+from onebase_training.loop import TrainingDivergedError
+from onebase_training.recipe import RecipeError, parse_recipe
+from onebase_training.run import Job, load_tokenizer
+from onebase_training.sweep import Grid, Trial
+from onebase_training.sweep_report import PLOT, RESULTS, TABLE, advice, plot, render, write
 
 pytestmark = pytest.mark.usefixtures("forks")
 GRID = Grid(r=(2, 4), learning_rate=(1e-9, 2e-2), targets=(("attention",),))
@@ -409,7 +409,7 @@ def test_the_command_runs_a_sweep(folder: Path, tmp_path: Path, capfd: pytest.Ca
 def test_what_draws_the_picture_is_asked_for_before_anything_is_trained(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "onebase_adapters.training.sweep_report")
+    monkeypatch.delitem(sys.modules, "onebase_training.sweep_report")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = tmp_path / "out"
     data = str(folder / "train.jsonl")
@@ -424,7 +424,7 @@ def test_ctrl_c_writes_a_checkpoint_of_the_run_that_goes_on(folder: Path, tmp_pa
     arguments = ["--base", str(folder), "--data", str(folder / "train.jsonl"), "--out", str(out)]
     arguments += ["--r", "2", "--learning-rate", "1e-2", "--device", "cpu", "--batch-size", "4"]
     arguments += ["--epochs", "1000", "--eval-every", "5", "--save-every", "100000"]
-    program = "import sys; from onebase_adapters.training.cli.sweep import main; sys.exit(main(sys.argv[1:]))"
+    program = "import sys; from onebase_training.cli.sweep import main; sys.exit(main(sys.argv[1:]))"
     process = start_at_a_terminal(["-c", program], *arguments)
     assert process.stderr is not None
     while "step 5, held-out loss" not in process.stderr.readline():

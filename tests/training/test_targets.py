@@ -13,10 +13,10 @@ from peft.tuners.lora import LoraLayer
 from tests.tiny import save_base
 from torch import nn
 
-from onebase_adapters.training.recipe import RecipeError
-from onebase_adapters.training.trainable import resolve_targets, target_layers
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import BaseSettings, load_base
+from onebase_training.recipe import RecipeError
+from onebase_training.trainable import resolve_targets, target_layers
 
 SIZES = {
     "vocab_size": 320,

@@ -14,16 +14,16 @@ import pytest
 from tests.training.data_support import base_tokenizer, chat, only, recipe, whole, write_rows
 from tests.training.runs import write_chats
 
-from onebase_adapters.training import events, run
-from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.data.dataset import DataError
-from onebase_adapters.training.data.reader import load_dataset
-from onebase_adapters.training.data.tokens import dated_tokenizer
-from onebase_adapters.training.events import Interrupted, OpenGate
-from onebase_adapters.training.recipe import Recipe, RecipeError, parse_recipe
-from onebase_adapters.training.run import Job, train
-from onebase_adapters.training.sweep import Grid, Trial, sweep
 from onebase_engine.base.load import BaseSettings, load_base
+from onebase_training import events, run
+from onebase_training.checkpoint import CheckpointError
+from onebase_training.data.dataset import DataError
+from onebase_training.data.reader import load_dataset
+from onebase_training.data.tokens import dated_tokenizer
+from onebase_training.events import Interrupted, OpenGate
+from onebase_training.recipe import Recipe, RecipeError, parse_recipe
+from onebase_training.run import Job, train
+from onebase_training.sweep import Grid, Trial, sweep
 
 # As Llama 3.2's: the caller may say the day.
 DATED = (

@@ -39,8 +39,8 @@ from onebase_server.errors import (
     UnavailableError,
     UnknownAdapterError,
 )
-from onebase_server.histogram import LOAD_SECONDS, Histogram
-from onebase_server.queue_shares import QueueShares
+from onebase_server.telemetry.histogram import LOAD_SECONDS, Histogram
+from onebase_server.tenancy.shares import QueueShares
 
 Tier = Literal["slot", "host", "disk"]
 _QUEUE_RETRY_AFTER = 2.0

@@ -23,6 +23,7 @@ from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog, VersionRef, same_base
 from onebase_server.adapters.residency import PackedAdapterFile
 from onebase_server.adapters.shared_proofs import SharedProofs
+from onebase_server.app.storage import storage_errors
 from onebase_server.background import Backoff, RegistryThreads, Threads
 from onebase_server.errors import (
     ConflictError,
@@ -34,7 +35,6 @@ from onebase_server.errors import (
 )
 from onebase_server.processes.verifier_client import Proof, RejectedError, VerifierGoneError
 from onebase_server.processes.verifier_protocol import Progress
-from onebase_server.storage import storage_errors
 
 BACKOFF = Backoff(0.5, 30.0)
 """Pauses between tries to record or activate a ready version while the registry is away, the engine restarts

@@ -21,9 +21,9 @@ from onebase_adapters.registry.records import MODULES
 from onebase_adapters.store.store import Store, StoreError
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import PackedAdapterFile
+from onebase_server.app.storage import storage_errors
 from onebase_server.background import RegistryThreads, Threads, keep_running
 from onebase_server.errors import UnavailableError
-from onebase_server.histogram import PROOF_SECONDS, Histogram
 from onebase_server.processes.verifier_client import (
     OnProgress,
     Proof,
@@ -31,8 +31,8 @@ from onebase_server.processes.verifier_client import (
     VerifierClient,
     VerifierGoneError,
 )
-from onebase_server.storage import storage_errors
-from onebase_server.traces import Tracing, failed
+from onebase_server.telemetry.histogram import PROOF_SECONDS, Histogram
+from onebase_server.telemetry.traces import Tracing, failed
 
 CLAIM_SECONDS = 60.0
 """Time, in seconds without a renewal, after which another server may claim a proof."""

@@ -32,7 +32,6 @@ from onebase_adapters.registry import (
     acting,
 )
 from onebase_adapters.store.store import StoreError
-from onebase_server.access import Caller, KeyRing
 from onebase_server.background import Backoff, Threads, keep_running
 from onebase_server.batches.results import (
     ERRORS,
@@ -59,9 +58,10 @@ from onebase_server.errors import (
 )
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
-from onebase_server.peers import Peers
 from onebase_server.processes.supervisor import EngineSupervisor
-from onebase_server.quotas import Limiter, Ticket
+from onebase_server.tenancy.access import Caller, KeyRing
+from onebase_server.tenancy.peers import Peers
+from onebase_server.tenancy.quotas import Limiter, Ticket
 
 MOST_RUNS = 32
 """Largest number of batches, and of one tenant's, with rows in the engine by turns; further ones wait."""

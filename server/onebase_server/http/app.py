@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import onebase_server
 from onebase_engine.logs import REQUEST
-from onebase_server.access import Caller
 from onebase_server.batches.runner import Answer
 from onebase_server.errors import (
     InvalidRequestError,
@@ -45,7 +44,8 @@ from onebase_server.http.routes import (
     vllm,
 )
 from onebase_server.http.schemas.wire import validation_error
-from onebase_server.quotas import Ticket
+from onebase_server.tenancy.access import Caller
+from onebase_server.tenancy.quotas import Ticket
 
 _log = logging.getLogger(__name__)
 _NO_TELEMETRY: Any = {

@@ -20,7 +20,6 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_adapters.registry import Origin, RegistryError, acting
-from onebase_server.access import KEY_SECONDS, NOBODY, Access, Caller
 from onebase_server.errors import (
     ForbiddenError,
     InsufficientScopeError,
@@ -36,7 +35,8 @@ from onebase_server.http.forwarded import CHANGE, forwarded_of
 from onebase_server.http.refusals import refusal
 from onebase_server.http.request_id import given_id
 from onebase_server.http.uploads import is_form
-from onebase_server.quotas import Ticket
+from onebase_server.tenancy.access import KEY_SECONDS, NOBODY, Access, Caller
+from onebase_server.tenancy.quotas import Ticket
 
 NO_KEY: Any = {"security": []}
 """`openapi_extra` of a route that needs no key."""

@@ -18,20 +18,17 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope
 
 from onebase_adapters.registry import RegistryError
-from onebase_server.access import Caller, KeyRing
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.merging import Merging
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters
+from onebase_server.app.settings import Settings
+from onebase_server.app.storage import Storage
 from onebase_server.background import Threads, TurnBudget
 from onebase_server.batches.service import BatchService
 from onebase_server.errors import InvalidRequestError, OneBaseError, UnavailableError, status_of
-from onebase_server.generation.kept_responses import KeptResponses
-from onebase_server.generation.planner import Planner
-from onebase_server.generation.pooling import ReadingPlanner
-from onebase_server.generation.tokenization import BaseTokenizer
 from onebase_server.http import strict_json
 from onebase_server.http.forwarded import forwarded_of
 from onebase_server.http.schemas.wire import validation_error
@@ -41,16 +38,19 @@ from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
-from onebase_server.measurements import RequestMeasurements
-from onebase_server.metrics import Metrics, render
-from onebase_server.peers import Peers, QuotaSharing
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.processes.verifier_client import VerifierClient
-from onebase_server.quotas import Limiter, Ticket
-from onebase_server.settings import Settings
-from onebase_server.storage import Storage
-from onebase_server.traces import Tracing
-from onebase_server.usage import UsageMeter
+from onebase_server.requests.kept_responses import KeptResponses
+from onebase_server.requests.planner import Planner
+from onebase_server.requests.pooling import ReadingPlanner
+from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.telemetry.measurements import RequestMeasurements
+from onebase_server.telemetry.metrics import Metrics, render
+from onebase_server.telemetry.traces import Tracing
+from onebase_server.tenancy.access import Caller, KeyRing
+from onebase_server.tenancy.peers import Peers, QuotaSharing
+from onebase_server.tenancy.quotas import Limiter, Ticket
+from onebase_server.tenancy.usage import UsageMeter
 
 P = ParamSpec("P")
 T = TypeVar("T")

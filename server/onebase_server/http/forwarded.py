@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any
 
-from onebase_server.generation.transcript import HEADER
+from onebase_server.inference.transcript import HEADER
 
 SECRET = b"x-onebase-route"
 """Header of a request with the server's secret: what makes its other headers believed."""

@@ -18,13 +18,13 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from onebase_server.app.settings import Settings, inherited_listener
 from onebase_server.http.app import InnerRequests
 from onebase_server.http.cross_site import Door
 from onebase_server.http.deps import Services, server_stopping
 from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
 from onebase_server.processes.link import kill_children
 from onebase_server.processes.verifier_protocol import scratch_folder
-from onebase_server.settings import Settings, inherited_listener
 
 _log = logging.getLogger(__name__)
 LEAST_FILES = 64

@@ -12,7 +12,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError
-from onebase_server.generation.transcript import HEADER
+from onebase_server.inference.transcript import HEADER
 
 ABORT_EXTENSION = "onebase.abort"
 """ASGI extension: a call that drops the connection and its unsent bytes at once."""

@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from onebase_adapters.registry import JobEvent
-from onebase_adapters.training import events
 from onebase_server.processes.trainer_protocol import Failed
+from onebase_training import events
 
 PROBLEMS_IN_ONE = 500
 """Bad lines in one event."""

@@ -20,10 +20,10 @@ from onebase_adapters.registry import (
     UnknownFileError,
     UnknownJobError,
 )
-from onebase_adapters.training import events
 from onebase_server.background import Backoff, Threads
 from onebase_server.jobs.event_view import job_event
 from onebase_server.jobs.state import Move
+from onebase_training import events
 
 BACKOFF = Backoff(0.5, 2.0)
 """Pause, in seconds, between tries while the registry cannot be reached."""

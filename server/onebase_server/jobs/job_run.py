@@ -29,7 +29,6 @@ from onebase_adapters.registry import (
 )
 from onebase_adapters.registry.jobs import PARENT_FILES
 from onebase_adapters.store.store import BlobMissingError, StoreError, StoreFullError
-from onebase_adapters.training.events import Event, Reason, StepDone
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.adapters.catalog import label
@@ -67,8 +66,9 @@ from onebase_server.processes.trainer_protocol import (
     Trained,
     TrainJob,
 )
-from onebase_server.traces import Tracing, failed
-from onebase_server.usage import UsageMeter
+from onebase_server.telemetry.traces import Tracing, failed
+from onebase_server.tenancy.usage import UsageMeter
+from onebase_training.events import Event, Reason, StepDone
 
 RunKind = Literal["check", "train"]
 

@@ -30,7 +30,7 @@ from onebase_engine.engine.messages import EngineConfig
 from onebase_server.jobs.folders import GarbageCollector
 from onebase_server.jobs.job_run import STOP_SECONDS, AttachedBase, Run, RunKind, TrainerPool
 from onebase_server.jobs.state import FAILED, MAX_DEATHS, REQUEUED, STARTED, Move, resume_point
-from onebase_server.peers import Peers
+from onebase_server.tenancy.peers import Peers
 
 _log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from onebase_adapters.registry import (
     TrainingRecords,
     current_origin,
 )
-from onebase_adapters.training.recipe import Recipe
+from onebase_server.app.storage import storage_errors
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError
 from onebase_server.jobs.files import TrainingFiles
@@ -39,7 +39,7 @@ from onebase_server.jobs.state import (
     steps_done,
     stopping,
 )
-from onebase_server.storage import storage_errors
+from onebase_training.recipe import Recipe
 
 LIFE_SECONDS = 15.0
 """Seconds within which a follower of a job always gets something."""

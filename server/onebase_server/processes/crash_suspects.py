@@ -22,7 +22,7 @@ from hashlib import blake2b
 import msgspec
 
 from onebase_server.errors import CrashesEngineError, UnavailableError
-from onebase_server.generation.stream import Inflight
+from onebase_server.inference.stream import Inflight
 
 FORGIVEN_AFTER = 600.0
 """Time, in seconds after a request's last death, until it is forgiven."""

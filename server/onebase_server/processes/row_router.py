@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from onebase_engine.engine.messages import Cancel, Stats, StepDone, ToEngine
 from onebase_server.errors import InvalidRequestError, OneBaseError, QueueFullError
-from onebase_server.generation.stream import Inflight
+from onebase_server.inference.stream import Inflight
 from onebase_server.processes.crash_suspects import Suspects
-from onebase_server.queue_shares import QueueShares
+from onebase_server.tenancy.shares import QueueShares
 
 _log = logging.getLogger(__name__)
 _LONGEST_RETRY_AFTER = 30.0

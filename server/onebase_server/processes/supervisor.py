@@ -30,7 +30,7 @@ from onebase_engine.engine.messages import (
 )
 from onebase_server.background import Backoff, keep_running
 from onebase_server.errors import EngineRestartedError, UnavailableError
-from onebase_server.generation.stream import Inflight
+from onebase_server.inference.stream import Inflight
 from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess, EngineLink
 from onebase_server.processes.row_router import RequestRouter
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 
-from onebase_adapters.training.events import Interrupted, Reason
+from onebase_training.events import Interrupted, Reason
 
 NAP_SECONDS = 0.005
 """Longest time, in seconds, until a waiting run notices that no sequences run, or that it is to stop."""

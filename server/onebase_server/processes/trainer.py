@@ -20,15 +20,6 @@ from typing import cast
 
 import torch
 
-from onebase_adapters.training import events
-from onebase_adapters.training.checkpoint import CheckpointError
-from onebase_adapters.training.data.dataset import DataError
-from onebase_adapters.training.estimate import measured_rate
-from onebase_adapters.training.events import Interrupted, Reason
-from onebase_adapters.training.loop import TrainingDivergedError
-from onebase_adapters.training.parent import ActiveVersion, Parent
-from onebase_adapters.training.recipe import RecipeError, parse_recipe
-from onebase_adapters.training.run import DoesNotFitError, Job, prepare, train
 from onebase_engine.base.attach import AttachError, attach
 from onebase_engine.base.load import BaseChangedError, load_config
 from onebase_engine.engine.messages import EngineConfig
@@ -55,6 +46,15 @@ from onebase_server.processes.trainer_protocol import (
     TrainJob,
     to_trainer_decoder,
 )
+from onebase_training import events
+from onebase_training.checkpoint import CheckpointError
+from onebase_training.data.dataset import DataError
+from onebase_training.estimate import measured_rate
+from onebase_training.events import Interrupted, Reason
+from onebase_training.loop import TrainingDivergedError
+from onebase_training.parent import ActiveVersion, Parent
+from onebase_training.recipe import RecipeError, parse_recipe
+from onebase_training.run import DoesNotFitError, Job, prepare, train
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from onebase_adapters.training.events import Event, Reason
 from onebase_engine.engine.messages import encode
 from onebase_engine.environment import behind_serving
 from onebase_server.processes.link import AskedProcess
@@ -27,6 +26,7 @@ from onebase_server.processes.trainer_protocol import (
     Trained,
     from_trainer_decoder,
 )
+from onebase_training.events import Event, Reason
 
 TRAINER_COMMAND = (sys.executable, "-m", "onebase_server.processes", "trainer")
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from onebase_adapters.training.events import AnyEvent, Reason
 from onebase_engine.engine.messages import EngineConfig
+from onebase_training.events import AnyEvent, Reason
 
 MAX_PROBLEMS = 10_000
 """Largest number of bad lines that are listed; all of them are counted."""

@@ -94,7 +94,9 @@ EXTRA_COMMANDS: Final[Mapping[str, str]] = {
 }
 """The extra of this distribution that brings each of these commands."""
 
-_OWN_PACKAGES: Final = frozenset({"onebase", "onebase_server", "onebase_adapters", "onebase_engine"})
+_OWN_PACKAGES: Final = frozenset(
+    {"onebase", "onebase_server", "onebase_route", "onebase_training", "onebase_adapters", "onebase_engine"}
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 
 from onebase_adapters.hub.pull import HubError, HubReference
 from onebase_adapters.registry import UNSET, Unset, VersionRecord
-from onebase_server.access import Caller
 from onebase_server.adapters.catalog import check_name
 from onebase_server.adapters.merging import RANDOM, SIGNED, Recipe
 from onebase_server.adapters.service import VersionOptions
+from onebase_server.app.storage import storage_errors
 from onebase_server.errors import (
     EngineRestartedError,
     InvalidRequestError,
@@ -57,7 +57,7 @@ from onebase_server.http.uploads import (
     check_length,
     read_form,
 )
-from onebase_server.storage import storage_errors
+from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1/adapters", route_class=StrictRoute, tags=["adapters"])
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 
-from onebase_server.generation.generation import new_id
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Admitted, Calling, Provided, StrictRoute, json_response, off_loop
 from onebase_server.http.routes.generation import answer_job, transcript_of
@@ -15,6 +14,7 @@ from onebase_server.http.schemas.answers import MessageAnswer, TokenCountAnswer,
 from onebase_server.http.schemas.anthropic import ConversationRequest, MessagesRequest
 from onebase_server.http.schemas.events import MessageEvent
 from onebase_server.http.views.anthropic import MessageView
+from onebase_server.inference.generation import new_id
 
 router = APIRouter(prefix="/v1/messages", route_class=StrictRoute, tags=["anthropic"])
 

@@ -12,7 +12,6 @@ from fastapi.responses import StreamingResponse
 
 from onebase_adapters.names import MAX_NAME, is_adapter_name
 from onebase_adapters.registry import ParentVersion, TrainingJob, VersionRecord
-from onebase_server.access import Caller
 from onebase_server.adapters.catalog import check_name, label
 from onebase_server.errors import InvalidRequestError, OneBaseError, UnknownAdapterError
 from onebase_server.http.authorization import needs
@@ -39,6 +38,7 @@ from onebase_server.http.views.jobs import (
     page,
 )
 from onebase_server.jobs.checkpoints import adapter_of, is_checkpoint
+from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictRoute, tags=["training"])
 

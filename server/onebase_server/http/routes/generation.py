@@ -8,12 +8,7 @@ from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
 
-from onebase_server.access import Caller
 from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, status_of
-from onebase_server.generation.generation import Generation, Job, begun_of
-from onebase_server.generation.stream import Moments, Piece, Usage
-from onebase_server.generation.transcript import Transcript, line, refused
-from onebase_server.generation.transcript import read as read_transcript
 from onebase_server.http.authorization import NOT_ITS_FAULT, needs
 from onebase_server.http.deps import (
     CALLER,
@@ -60,10 +55,15 @@ from onebase_server.http.views.generation import (
     GenerationView,
     TgiView,
 )
-from onebase_server.measurements import RequestMeasurements
-from onebase_server.quotas import Ticket
-from onebase_server.traces import RequestSpans
-from onebase_server.usage import UsageMeter
+from onebase_server.inference.generation import Generation, Job, begun_of
+from onebase_server.inference.stream import Moments, Piece, Usage
+from onebase_server.inference.transcript import Transcript, line, refused
+from onebase_server.inference.transcript import read as read_transcript
+from onebase_server.telemetry.measurements import RequestMeasurements
+from onebase_server.telemetry.traces import RequestSpans
+from onebase_server.tenancy.access import Caller
+from onebase_server.tenancy.quotas import Ticket
+from onebase_server.tenancy.usage import UsageMeter
 
 router = APIRouter(route_class=StrictRoute)
 INLINE_SCORES = 2_000

@@ -20,8 +20,8 @@ from onebase_server.http.schemas.answers import (
     StatusAnswer,
     answer,
 )
-from onebase_server.metrics import CONTENT_TYPE
 from onebase_server.processes.supervisor import EngineState
+from onebase_server.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["health"])
 _HEALTH = answer(HealthAnswer) | answer(HealthAnswer, description="Not now", status=503)

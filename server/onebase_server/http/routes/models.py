@@ -5,13 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 
 from onebase_adapters.registry import VersionRecord
-from onebase_server.access import Caller
 from onebase_server.adapters.catalog import label
 from onebase_server.errors import ConflictError, ForbiddenError, UnknownAdapterError, UnknownModelError
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, json_response
 from onebase_server.http.routes.adapters import Force
 from onebase_server.http.schemas.answers import DeletedAnswer, ListAnswer, ModelAnswer, answer
+from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 

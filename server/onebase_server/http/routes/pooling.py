@@ -16,8 +16,6 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from onebase_engine.engine.messages import RowOutput
-from onebase_server.generation.generation import Job, Reading, new_id
-from onebase_server.generation.stream import Moments, Usage
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Admitted, Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.routes.generation import JobMeter
@@ -42,7 +40,9 @@ from onebase_server.http.schemas.pooling import (
     ScoreRequest,
 )
 from onebase_server.http.sse import cancelled_when_gone
-from onebase_server.quotas import Ticket
+from onebase_server.inference.generation import Job, Reading, new_id
+from onebase_server.inference.stream import Moments, Usage
+from onebase_server.tenancy.quotas import Ticket
 
 router = APIRouter(route_class=StrictRoute, tags=["pooling"])
 

@@ -9,7 +9,6 @@ import msgspec
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from onebase_server.errors import InvalidRequestError
-from onebase_server.generation.kept_responses import KeptResponse
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import (
     LONG_BODY,
@@ -34,6 +33,7 @@ from onebase_server.http.schemas.messages import Message
 from onebase_server.http.schemas.responses import ResponsesRequest
 from onebase_server.http.views.jobs import page
 from onebase_server.http.views.responses import ResponseView
+from onebase_server.requests.kept_responses import KeptResponse
 
 router = APIRouter(prefix="/v1/responses", route_class=StrictRoute, tags=["openai"])
 ResponseId = Annotated[str, Path(max_length=200)]

@@ -12,7 +12,6 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from onebase_adapters.registry import VersionRecord
-from onebase_server.access import Caller
 from onebase_server.adapters.catalog import HUB_PREFIX, check_name
 from onebase_server.adapters.service import VersionOptions
 from onebase_server.adapters.sources import FolderError, check_folder, hub_reference
@@ -38,6 +37,7 @@ from onebase_server.http.schemas.answers import (
     refused,
 )
 from onebase_server.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from onebase_server.tenancy.access import Caller
 
 router = APIRouter(route_class=StrictRoute, tags=["vllm"])
 _ACTOR = "load_lora_adapter"

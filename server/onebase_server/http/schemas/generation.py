@@ -23,7 +23,6 @@ from pydantic import (
 
 from onebase_engine.engine.messages import MAX_ADAPTER_TERMS, Grammar
 from onebase_server.errors import InvalidRequestError
-from onebase_server.generation.json_schema import closed
 from onebase_server.http.schemas.messages import CHOICE_OF_TOOLS, MAX_TOOLS, Messages, ToolChoice, ToolObject
 from onebase_server.http.schemas.wire import (
     BY_KIND,
@@ -38,6 +37,7 @@ from onebase_server.http.schemas.wire import (
     not_too_deep,
     validation_error,
 )
+from onebase_server.requests.json_schema import closed
 
 MAX_N = 128
 MAX_STOPS = 16

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from onebase_server.errors import InvalidRequestError
-from onebase_server.generation.generation import new_id
 from onebase_server.http.schemas.messages import MAX_MESSAGES, MAX_TOOLS, FunctionCall, Message
 from onebase_server.http.schemas.wire import (
     BY_KIND,
@@ -20,6 +19,7 @@ from onebase_server.http.schemas.wire import (
     of_type,
     validation_error,
 )
+from onebase_server.inference.generation import new_id
 
 Json = dict[str, Any]
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]

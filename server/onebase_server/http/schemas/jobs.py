@@ -11,7 +11,10 @@ from pydantic import Field, model_validator
 
 from onebase_adapters.proof.report import ModuleReport
 from onebase_adapters.registry import Activate
-from onebase_adapters.training.recipe import (
+from onebase_server.errors import InvalidRequestError
+from onebase_server.http.schemas.wire import FieldError, Name, Wire
+from onebase_server.http.views.jobs import wire_name
+from onebase_training.recipe import (
     MODEL,
     NO_PARENT,
     Recipe,
@@ -20,10 +23,7 @@ from onebase_adapters.training.recipe import (
     own_settings,
     parse_recipe,
 )
-from onebase_adapters.training.recipe import Method as RecipeMethod
-from onebase_server.errors import InvalidRequestError
-from onebase_server.http.schemas.wire import FieldError, Name, Wire
-from onebase_server.http.views.jobs import wire_name
+from onebase_training.recipe import Method as RecipeMethod
 
 MAX_LABELS = 16
 MAX_SUFFIX = 64

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from onebase_server.errors import OneBaseError, error_body, status_of
-from onebase_server.generation.generation import Generation, Job
-from onebase_server.generation.stream import Piece, TokenInfo, Usage
-from onebase_server.generation.tokenization import BaseTokenizer
-from onebase_server.generation.tool_call_parser import CallDelta, Said, answer_reader
 from onebase_server.http.schemas.openai import UsageInStream
 from onebase_server.http.schemas.tgi import TgiRequest
 from onebase_server.http.sse import DONE, event
+from onebase_server.inference.generation import Generation, Job
+from onebase_server.inference.stream import Piece, TokenInfo, Usage
+from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.requests.tool_call_parser import CallDelta, Said, answer_reader
 
 Json = dict[str, Any]
 

@@ -7,13 +7,13 @@ from hashlib import blake2b
 from typing import Any
 
 from onebase_server.errors import OneBaseError, status_of
-from onebase_server.generation.generation import Generation, Job
-from onebase_server.generation.stream import Piece, TokenInfo, Usage
-from onebase_server.generation.tokenization import BaseTokenizer
-from onebase_server.generation.tool_call_parser import CallDelta, answer_reader
 from onebase_server.http.schemas.responses import FlatToolChoice, ResponsesRequest
 from onebase_server.http.sse import identified_event
 from onebase_server.http.views.generation import GenerationView, Json, chat_logprobs
+from onebase_server.inference.generation import Generation, Job
+from onebase_server.inference.stream import Piece, TokenInfo, Usage
+from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.requests.tool_call_parser import CallDelta, answer_reader
 
 _REASONS = {"length": "max_output_tokens", "cancelled": "timeout"}
 """Reasons why an answer is not whole, by how its sequence ended."""

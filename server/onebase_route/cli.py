@@ -1,0 +1,574 @@
+"""`onebase route` and `onebase cluster`: several servers of one base behind one address."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from rich.console import Console
+
+from onebase_engine.logs import set_up_logs
+from onebase_engine.machine import NO_LIMIT, total_memory
+from onebase_server.app.cli import add_all_settings, add_settings, checked
+from onebase_server.app.settings import (
+    Settings,
+    SettingsError,
+    load_settings,
+    option_name,
+    setting_fields,
+)
+from onebase_server.tenancy.access import is_loopback
+from onebase_training.cli.options import Parser
+
+if TYPE_CHECKING:
+    from onebase_route.cluster import Plan
+
+_ROUTE = """\
+One address for several servers of one base: each request goes where its adapter is, or belongs.
+
+The servers share a registry (PostgreSQL) and a store (S3, or a folder that all of them see). They
+check the keys of requests themselves: on another --host than loopback, only servers are used that
+need keys, unless --insecure.
+"""
+_ROUTE_SETTINGS = (
+    "host", "insecure", "port", "log_level", "log_format", "access_log", "drain_timeout", "allowed_host",
+    "allowed_origin", "trusted_proxy", "max_connections", "max_connections_per_host", "max_header",
+    "max_header_lines", "header_timeout", "body_timeout", "min_body_rate", "keep_alive_timeout",
+    "write_timeout", "max_body",
+)  # fmt: skip
+_CLUSTER = """\
+Several servers of one base on Ray Serve, behind one address: started, watched, replaced, scaled.
+
+Without --address, `up` starts Ray on this machine and serves until Ctrl-C; with it, the servers run
+on a cluster that `ray start` has made. Servers on several machines share a registry (PostgreSQL)
+and a store (S3, or a folder that all of them see).
+"""
+_UP = """\
+Start the servers, or change those that run. Options of `onebase serve` go to each of them; --host,
+--port and what is about connections to the address that they have together.
+"""
+_FRONT_SETTINGS = ("host", "port", "access_log", "allowed_host", "allowed_origin", "trusted_proxy")
+"""Settings of the cluster's address alone. Servers get the other ones of _ROUTE_SETTINGS too."""
+_OF_PLAN = ("data_dir", "drain_timeout", "stop_with_stdin")
+_START_SECONDS = 600.0
+"""Time, in seconds, that a request waits for a first server to start, where there may be none."""
+_LOOKED_SECONDS = 2.0
+"""Time, in seconds, in which the command that has ended a cluster sees that, before the cluster's Ray
+ends."""
+_RAY_FOLDER = "onebase-ray-"
+_REPLICA_KEY = "ONEBASE_REPLICA_KEY"
+
+
+def route(argv: Sequence[str]) -> int:
+    """Run `onebase route`. Exit status: 0 after a drain, 1 when it cannot serve, 2 for wrong options."""
+    parser = route_parser()
+    options = vars(parser.parse_args(list(argv)))
+    urls, listed = options.pop("replica") or [], options.pop("replicas")
+    key_file, wait, resume = (options.pop(name) for name in ("key_file", "wait", "resume"))
+    if not urls and listed is None:
+        parser.error("which servers? Name each with --replica URL, or list them in a file: --replicas FILE.")
+    try:
+        settings = load_settings({name: value for name, value in options.items() if value is not None})
+        key = os.environ.get(_REPLICA_KEY) if key_file is None else Path(key_file).read_text().strip()
+    except (SettingsError, OSError) as error:
+        parser.error(str(error))
+    set_up_logs("route", settings.log_level.upper(), settings.log_format)
+    for quiet in ("httpx", "httpx2"):
+        logging.getLogger(quiet).setLevel(logging.WARNING)
+    import asyncio
+
+    from onebase_route.proxy import OpenServersError, Route
+    from onebase_route.proxy import serve as serve_route
+    from onebase_server.app.console import address_error, print_failure, print_replicas
+    from onebase_server.http.server import bind, url_of
+
+    console = Console(stderr=True, quiet=settings.log_format == "json")
+    try:
+        listener = bind(settings)
+    except OSError as error:
+        print_failure(console, address_error(settings, error))
+        return 1
+
+    async def run() -> None:
+        names = None if listed is None else ReplicaFile(Path(listed), urls)
+        made = Route(
+            urls,
+            key=key or None,
+            max_body=settings.max_body,
+            keyed=not (settings.insecure or is_loopback(settings.host)),
+            listed=lambda: None if names is None else names.changed(),
+            wait=wait,
+            resume=resume,
+        )
+
+        def show() -> None:
+            print_replicas(console, url_of(listener), made.replicas.values())
+
+        await serve_route(made, settings, listener, show)
+
+    try:
+        asyncio.run(run())
+    except OpenServersError as error:
+        print_failure(console, str(error))
+        return 1
+    return 0
+
+
+def route_parser() -> argparse.ArgumentParser:
+    """Return the parser of `onebase route`: its own options, and those of `onebase serve` about
+    connections."""
+    parser = Parser(
+        prog="onebase route", repeated=True, usage="onebase route --replica URL [options]", description=_ROUTE
+    )
+    parser.add_argument(
+        "--replica",
+        action="append",
+        type=checked(replica_url),
+        metavar="URL",
+        help="a server of the base, as in http://10.0.0.7:8000; once for each",
+    )
+    parser.add_argument(
+        "--replicas",
+        metavar="FILE",
+        help="a file with such addresses, one a line, that is read again when it changes: servers come and "
+        "go without a restart",
+    )
+    parser.add_argument(
+        "--wait",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long a request waits for a server where there is none (default: 0)",
+    )
+    parser.add_argument(
+        "--resume",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long a stream whose server has gone waits for one that resumes it (default: 60)",
+    )
+    parser.add_argument(
+        "--key-file",
+        metavar="FILE",
+        help=f"a file with an admin key of the servers (or {_REPLICA_KEY} in the environment), which reads "
+        "their metrics, and the secret without which no stream goes on at another server",
+    )
+    add_settings(parser, *_ROUTE_SETTINGS)
+    return parser
+
+
+def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -> int:
+    """Run `onebase cluster up | status | scale | drain | down`. Exit status: 0, or 1 with the reason, 2 for
+    wrong options, 130 if Ctrl-C ended the waiting.
+
+    `server` replaces the command of a server, for tests of its faults.
+    """
+    parser = cluster_parser()
+    arguments = parser.parse_args(list(argv))
+    from onebase_server.app.console import print_failure
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    own = arguments.action == "up" and arguments.address is None and not arguments.config
+    status = 0
+    try:
+        data = Path(load_settings({"data_dir": arguments.data_dir}).data_dir).expanduser().absolute()
+        state = data / "cluster.json"
+        held = _alone(data) if own else contextlib.nullcontext()
+        with held, tempfile.TemporaryDirectory(prefix=_RAY_FOLDER) as folder:
+            address = _prepare_ray(arguments, state, Path(folder) if own else None)
+            from onebase_route import cluster as on_ray
+
+            try:
+                if arguments.action == "up":
+                    apps, plan = _applications(arguments, parser, data, server)
+                    if arguments.config:
+                        sys.stdout.write(on_ray.as_yaml(apps))
+                    elif own:
+                        with on_ray.own_ray(state, Path(folder)):
+                            _serve_cluster(arguments, apps, plan, console)
+                    else:
+                        on_ray.connect(address)
+                        status = _waited(_deploy(arguments, apps, on_ray.on_signals(), console), console)
+                else:
+                    on_ray.connect(address)
+                    status = _manage(arguments, console)
+            except on_ray.ClusterError as error:
+                print_failure(console, str(error))
+                return 1
+    except (SettingsError, OSError) as error:
+        print_failure(console, str(error))
+        return 1
+    return status
+
+
+@contextlib.contextmanager
+def _alone(data: Path) -> Iterator[None]:
+    """Hold the lock of a data folder's cluster until the block ends. Raises SettingsError if one runs."""
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = _lock(data, fcntl.LOCK_EX)
+    for _ in range(10):  # another command may look who has it
+        if lock is None:
+            time.sleep(0.1)
+            lock = _lock(data, fcntl.LOCK_EX)
+    if lock is None:
+        raise SettingsError(
+            f"a cluster runs with the data folder {data} already: end it with `onebase cluster down`, or "
+            "give this one another --data-dir"
+        )
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(data: Path, kind: int) -> int | None:
+    """Return a descriptor that holds the lock of the folder's cluster until it is closed; None if another
+    does."""
+    lock = os.open(data / "cluster.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _state_of(data: Path) -> dict[str, str]:
+    """Return address and token of the cluster that runs with the folder. Raises SettingsError if none
+    does."""
+    way_out = "name the head node of another with --address, or start one with `onebase cluster up`"
+    lock = _lock(data, fcntl.LOCK_SH) if data.is_dir() else -1
+    if lock is not None:  # where it was killed, Ray would be waited for for minutes
+        if lock >= 0:
+            os.close(lock)
+        raise SettingsError(f"no cluster runs on this machine with the data folder {data}: {way_out}")
+    try:
+        known = json.loads((data / "cluster.json").read_text())
+        return {"address": known["address"], "token": known["token"]}
+    except FileNotFoundError as error:
+        raise SettingsError(f"the cluster of {data} is starting, or ending: try again") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise SettingsError(f"{data / 'cluster.json'} does not say where: {error}") from error
+
+
+def _prepare_ray(arguments: argparse.Namespace, state: Path, folder: Path | None) -> str:
+    """Return the address of the cluster's head node; empty if there is none yet. Raises SettingsError.
+
+    Sets the environment, from which Ray reads at its import whether there is a token, and which. folder:
+    where this machine's own Ray has its files.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15: all else there would come before servers
+    if arguments.address is not None or (arguments.action == "up" and arguments.config):
+        return arguments.address or ""
+    if folder is None:
+        known = _state_of(state.parent)
+    else:
+        _clear_up(state)
+        known = {"address": "", "token": str(folder / "token")}
+        (folder / "token").touch(mode=0o600)
+        (folder / "token").write_text(secrets.token_hex(32))
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # of another Ray, and read before the file
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=known["token"])
+    return known["address"]
+
+
+def _clear_up(state: Path) -> None:
+    """Remove what a killed cluster has left: Ray's folder, which has its logs, and the file that names it."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        folder = Path(json.loads(state.read_text())["token"]).parent
+        if folder.name.startswith(_RAY_FOLDER) and folder.parent == Path(tempfile.gettempdir()):
+            shutil.rmtree(folder, ignore_errors=True)
+    state.unlink(missing_ok=True)
+
+
+def _waited(settled: bool, console: Console) -> int:
+    if settled:
+        return 0
+    console.print("It goes on; `onebase cluster status` shows how far it is.")
+    return 130
+
+
+def _serve_cluster(
+    arguments: argparse.Namespace, apps: list[dict[str, Any]], plan: Plan, console: Console
+) -> None:
+    """Serve on this machine's own Ray until a signal, or until another command has ended the cluster."""
+    from onebase_route import cluster as on_ray
+
+    stop = on_ray.on_signals()
+    with contextlib.suppress(on_ray.EndedError):
+        _deploy(arguments, apps, stop, console)
+    while on_ray.is_there() and not stop.wait(1.0):
+        pass
+    if not stop.is_set():
+        stop.wait(_LOOKED_SECONDS)
+    if on_ray.is_there():
+        console.print("stopping: running requests may end; press Ctrl-C again to end at once")
+        on_ray.end(plan.drain_timeout, now=False)
+
+
+def _manage(arguments: argparse.Namespace, console: Console) -> int:
+    """Carry out `status`, `scale`, `drain` or `down`. Return the exit status. Raises ClusterError."""
+    from onebase_route import cluster as on_ray
+
+    apps = on_ray.deployed()
+    if arguments.action == "status":
+        _print_cluster()
+    elif arguments.action == "scale":
+        on_ray.scale(apps, arguments.replicas, own=arguments.address is None)
+        return _waited(on_ray.settled(console.print, on_ray.on_signals()), console)
+    else:
+        on_ray.end(on_ray.Plan(**apps[0]["args"]).drain_timeout, now=arguments.action == "down")
+        console.print("The cluster has ended.")
+    return 0
+
+
+def _applications(
+    arguments: argparse.Namespace, parser: argparse.ArgumentParser, data: Path, server: Sequence[str]
+) -> tuple[list[dict[str, Any]], Plan]:
+    """Return the applications as Ray Serve is to run them, and their plan. Raises SettingsError,
+    ClusterError."""
+    from pydantic import ValidationError
+
+    from onebase_route import cluster as on_ray
+
+    given = {item.name: getattr(arguments, item.name) for item, _ in setting_fields()}
+    settings = load_settings(given)  # what is wrong is told here, and not by each server
+    alone = arguments.address is None and not arguments.config
+    least, most = arguments.min_replicas, arguments.max_replicas
+    if (least is None) != (most is None) or (least is not None and least > most):
+        parser.error("--min-replicas and --max-replicas go together, the lower one first")
+    if alone:
+        given |= _shared_out(settings, _most(arguments))
+    front = _as_typed({name: given[name] for name in _ROUTE_SETTINGS if name not in _OF_PLAN})
+    key_file = str(Path(arguments.key_file).expanduser().absolute()) if arguments.key_file else ""
+    if alone and key_file:
+        Path(key_file).read_bytes()  # what is wrong is told here
+    try:
+        plan = on_ray.Plan(
+            server=[*server, *_as_typed(given, but=(*_FRONT_SETTINGS, *_OF_PLAN))],
+            ingress=["onebase", "route", *front],
+            data_dir=str(data) if alone or arguments.data_dir else "",
+            drain_timeout=120.0 if given["drain_timeout"] is None else given["drain_timeout"],
+            one_machine=alone and is_loopback(settings.host),
+            wait=_START_SECONDS if least == 0 else 0.0,
+            key_file=key_file,
+        )
+    except ValidationError as error:
+        raise SettingsError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+    if alone:  # somebody who is there is found before all has started
+        on_ray.listen(*on_ray.ingress_address(plan.ingress)).close()
+    shares = {"num_cpus": arguments.replica_cpus, "num_gpus": arguments.replica_gpus}
+    options: dict[str, Any] = {"num_replicas": arguments.replicas}
+    if least is not None:
+        options = {"autoscaling_config": on_ray.scaling(least, most)}
+    options["ray_actor_options"] = {name: share for name, share in shares.items() if share is not None}
+    return on_ray.applications(plan, options), plan
+
+
+def _most(arguments: argparse.Namespace) -> int:
+    """Return the largest number of servers at once."""
+    most: int = arguments.max_replicas or arguments.replicas
+    return most
+
+
+def _shared_out(settings: Settings, servers: int) -> dict[str, int]:
+    """Return the settings by which each of so many servers on one machine gets its share of threads and
+    memory."""
+    made = {}
+    if not settings.threads:
+        made["threads"] = max(1, (os.cpu_count() or 1) // servers)
+    if not settings.host_memory and servers > 1 and (total := total_memory()) != NO_LIMIT:
+        made["host_memory"] = total // 4 // servers
+    return made
+
+
+def _deploy(
+    arguments: argparse.Namespace, apps: list[dict[str, Any]], stop: threading.Event, console: Console
+) -> bool:
+    """Deploy the applications. Return True once they run, or False if stopped before."""
+    from onebase_route import cluster as on_ray
+
+    if arguments.replica_gpus is None and load_settings({"device": arguments.device}).device != "cpu":
+        on_ray.take_gpus(apps)
+    if arguments.address is None and (said := on_ray.gpus_left(apps, _most(arguments))):
+        console.print(said)
+    on_ray.deploy(apps)
+    running = on_ray.settled(console.print, stop)
+    if running:
+        _print_cluster()
+    return running
+
+
+def _as_typed(values: dict[str, Any], but: Sequence[str] = ()) -> list[str]:
+    """Return the settings that have a value as options of a command line."""
+    options: list[str] = []
+    for name, value in values.items():
+        if value is None or name in but:
+            continue
+        if isinstance(value, bool):
+            options.append(option_name(name) if value else "--no-" + name.replace("_", "-"))
+        else:
+            for one in value if isinstance(value, (tuple, list)) else [value]:
+                options += [option_name(name), "=".join(one) if isinstance(one, tuple) else str(one)]
+    return options
+
+
+def _print_cluster() -> None:
+    """Print to standard output how many servers there are, the address, and how many requests each has
+    had."""
+    from onebase_route import cluster as on_ray
+
+    output = Console(highlight=False, markup=False)
+    try:
+        told = on_ray.told()
+    except on_ray.ClusterError:
+        output.print(f"OneBase cluster, {on_ray.status()}", soft_wrap=True)
+        raise
+    output.print(f"OneBase cluster on {told['url']}, {on_ray.status()}", soft_wrap=True)
+    for url, one in sorted(told["servers"].items()):
+        state = "ready" if one.get("ready") else "away"
+        output.print(f"  {url}  {state}  {one.get('requests_total', 0):.0f} requests", soft_wrap=True)
+
+
+def cluster_parser() -> argparse.ArgumentParser:
+    """Return the parser of `onebase cluster`."""
+    parser = Parser(prog="onebase cluster", description=_CLUSTER)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    up = actions.add_parser("up", help="start the servers, or change those that run", description=_UP)
+    actions.add_parser("status", help="the address, and the servers behind it")
+    scale = actions.add_parser("scale", help="have another number of servers")
+    scale.add_argument("replicas", type=_positive, metavar="N", help="servers")
+    actions.add_parser("drain", help="take nothing new, let running requests end, then end the servers")
+    actions.add_parser("down", help="end the servers now, and what runs on them")
+    own = up.add_argument_group("cluster")
+    own.add_argument("--replicas", type=_positive, default=1, metavar="N", help="servers (default: 1)")
+    own.add_argument(
+        "--min-replicas",
+        type=_whole,
+        metavar="N",
+        help="scale by itself, by tokens that wait, with --max-replicas; 0: none while nobody asks "
+        "(default: none)",
+    )
+    own.add_argument("--max-replicas", type=_positive, metavar="N", help="see --min-replicas (default: none)")
+    own.add_argument(
+        "--replica-gpus",
+        type=_share,
+        metavar="N",
+        help="a server's GPUs, or its part of one (default: 1, where there are GPUs)",
+    )
+    own.add_argument(
+        "--replica-cpus",
+        type=_share,
+        metavar="N",
+        help="a server's share of a machine's CPUs, by which Ray places it (default: 1)",
+    )
+    own.add_argument(
+        "--key-file",
+        metavar="FILE",
+        help=f"a file with an admin key, by which servers' metrics are read (or {_REPLICA_KEY} in the "
+        "environment)",
+    )
+    own.add_argument(
+        "--config", action="store_true", help="print the config file for `serve deploy`, and start nothing"
+    )
+    add_all_settings(up)
+    for action in actions.choices.values():
+        action.add_argument(
+            "--address",
+            metavar="HOST:PORT",
+            help="the head node of a cluster that `ray start` has made (default: this machine's own)",
+        )
+        if action is not up:
+            add_settings(action, "data_dir")
+    return parser
+
+
+class ReplicaFile:
+    """Addresses in a file, besides those that were given."""
+
+    def __init__(self, path: Path, given: Sequence[str]) -> None:
+        self._path = path
+        self._given = given
+        self._seen: tuple[int, int, int] | None = None
+        self._why = ""
+
+    def changed(self) -> list[str] | None:
+        """Return the addresses if the file has changed; None if not, or if it cannot be read."""
+        try:
+            found = self._path.stat()
+            seen = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if seen == self._seen:
+                return None
+            lines = (line.partition("#")[0].strip() for line in self._path.read_text().splitlines())
+            urls = [*self._given, *(replica_url(line) for line in lines if line)]
+        except (OSError, ValueError) as error:
+            if str(error) != self._why:
+                self._why = str(error)
+                logging.getLogger(__name__).error("%s is not used: %s", self._path, error)
+            return None
+        self._seen, self._why = seen, ""
+        return urls
+
+
+def replica_url(text: str) -> str:
+    """Return scheme, host and port of a server's address. Raises SettingsError."""
+    try:
+        parts = urlsplit(text)
+        wrong = parts.port == 0 or not parts.hostname or re.search(r"[\s%*]", text) is not None
+    except ValueError:
+        wrong = True
+    if (
+        wrong
+        or parts.scheme not in ("http", "https")
+        or parts.path.strip("/")
+        or parts.query
+        or parts.fragment
+    ):
+        raise SettingsError(f"{text!r} is no address of a server: give one as http://host:8000.")
+    if parts.username or parts.password:
+        raise SettingsError("an address has no password in it: give the key with --key-file.")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 10000")
+    return number
+
+
+def _positive(text: str) -> int:
+    if not _whole(text):
+        raise argparse.ArgumentTypeError("0 is too few: one at least")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1024:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1024")
+    return share
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 86400")
+    return seconds

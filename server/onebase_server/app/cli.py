@@ -1,0 +1,415 @@
+"""`onebase serve`, `base`, `keys`, `tenants`, `backup`: what needs the server's code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from rich.console import Console
+
+from onebase_adapters.registry import (
+    DEFAULT_TENANT,
+    KEY_QUOTAS,
+    SCOPES,
+    TENANT_QUOTAS,
+    ApiKeys,
+    Origin,
+    RegistryError,
+    Tenants,
+    acting,
+)
+from onebase_adapters.registry.keys import MAX_PRIORITY
+from onebase_engine.logs import LOG_FORMAT, set_up_logs
+from onebase_engine.machine import with_room
+from onebase_server.app.settings import (
+    Settings,
+    SettingsError,
+    load_settings,
+    option_name,
+    parse_adapter,
+    parse_duration,
+    parse_quotas,
+    parse_size,
+    setting_fields,
+)
+from onebase_training.cli.options import Parser
+
+if TYPE_CHECKING:
+    from onebase_server.app.wiring import Commands
+
+_SERVE = """\
+Serve one base model, and LoRA adapters on it, over HTTP.
+
+Without options: the small default base (downloaded once, 270 MB), on http://127.0.0.1:8000.
+The first answer:
+
+  curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' \\
+       -d '{"prompt": "The capital of France is", "max_tokens": 16}'
+"""
+_LOG_WIDTH = 200
+"""Characters, so that no line of a log is broken."""
+_GROUPS = {
+    "base": "the base model",
+    "adapters": "adapters",
+    "server": "server",
+    "connections": "connections",
+    "engine": "engine (tokens, memory, threads)",
+    "training": "training jobs",
+    "limits": "limits",
+}
+
+
+def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
+    """`onebase serve`. Exit status: 0 after a drain, 1 when it cannot serve, 2 for wrong options.
+
+    `commands` replaces the other processes, for tests of their faults.
+    """
+    parser = serve_parser()
+    options = vars(parser.parse_args(list(argv)))
+    try:
+        settings = load_settings(options)
+    except SettingsError as error:
+        parser.error(str(error))
+    as_json = settings.log_format == "json"
+    os.environ[LOG_FORMAT] = settings.log_format  # which the other processes get, and those that they start
+    set_up_logs("api", settings.log_level.upper(), settings.log_format)
+    for quiet in ("httpx", "alembic"):
+        logging.getLogger(quiet).setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each form that is none
+    from onebase_server.app.startup import StartupError, run
+
+    console = Console(stderr=True, quiet=as_json)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _LOG_WIDTH
+    try:
+        with_room(lambda: run(settings, console, commands))
+    except StartupError as error:
+        from onebase_server.app.console import print_failure
+
+        if as_json:
+            logging.getLogger(__name__).critical("%s", error)
+        print_failure(console, str(error))
+        return 1
+    return 0
+
+
+def base(argv: Sequence[str]) -> int:
+    """`onebase base fetch`: get a base model ready and print its folder as the last line."""
+    parser = Parser(prog="onebase base", description="Get base models ready before serving them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ACTION")
+    fetch = commands.add_parser(
+        "fetch",
+        help="download a base model once and print its folder",
+        description="Download a base model into the cache (once) and print its folder as the last line.",
+    )
+    default = Settings().base
+    fetch.add_argument(
+        "base",
+        nargs="?",
+        default=default,
+        metavar="BASE",
+        help="the base model: the default's name, org/repo[@revision] on the Hub, or a folder "
+        f"(default: {default})",
+    )
+    arguments = parser.parse_args(list(argv))
+    from onebase_server.app.console import LoadingDisplay, print_failure
+    from onebase_server.app.startup import StartupError, resolve
+
+    console = Console(stderr=True)
+    try:
+        with LoadingDisplay(console) as display:
+            resolved = resolve(arguments.base, display)
+    except StartupError as error:
+        print_failure(console, str(error))
+        return 1
+    sys.stdout.write(f"{resolved.folder}\n")
+    return 0
+
+
+_KEYS = """\
+Say who may use the servers of a registry. Run it on the machine of one of them,
+as the user that it runs as, and with the same --data-dir and --registry.
+
+As soon as there is a key, every request needs one, on every server of the
+registry and on this machine too. A change holds within a second.
+"""
+_TENANTS = """\
+Say how much tenants may ask for and keep. Run it on the machine of a server,
+as the user that it runs as, and with the same --data-dir and --registry.
+A change holds within a second, on every server of the registry.
+"""
+
+
+_BACKUP = """\
+Copy what a server keeps to a folder, while it serves. Run it on the machine of the
+server, as the user that it runs as, and with the same --data-dir, --registry and --store.
+
+The folder is then a data folder: `onebase serve --data-dir FOLDER` serves it. A second
+backup into it copies only the files that are new.
+"""
+
+
+def backup(argv: Sequence[str]) -> int:
+    """`onebase backup FOLDER`. Exit status: 0, or 1 with the reason."""
+    parser = Parser(prog="onebase backup", description=_BACKUP)
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="where the copy is to be; it is made if it is not there"
+    )
+    add_settings(parser, "data_dir", "registry", "store")
+    arguments = parser.parse_args(list(argv))
+    from onebase_server.app.console import print_failure
+    from onebase_server.app.storage import StorageError, back_up, keep_private
+
+    console = Console(stderr=True)
+    keep_private()
+    try:
+        given = {name: getattr(arguments, name) for name in ("data_dir", "registry", "store")}
+        left_out = back_up(load_settings(given), Path(arguments.folder))
+    except (SettingsError, StorageError) as error:
+        print_failure(console, str(error))
+        return 1
+    if left_out:
+        console.print(
+            f"Not in this backup: {' and '.join(left_out)}. Copy that by its own tools, the registry first.",
+            style="yellow",
+            soft_wrap=True,
+        )
+    else:
+        console.print(f"Serve the copy with: onebase serve --data-dir {arguments.folder}", soft_wrap=True)
+    return 0
+
+
+def keys(argv: Sequence[str]) -> int:
+    """`onebase keys create | list | set | revoke`: on the registry itself, whether or not a server runs."""
+    arguments = keys_parser().parse_args(list(argv))
+    from onebase_server.app.console import print_keys
+
+    def work(registry: ApiKeys, _: Tenants, console: Console, output: Console) -> None:
+        if arguments.action == "create":
+            made, key = registry.create(
+                arguments.tenant,
+                arguments.scope,
+                name=arguments.name,
+                expires_at=None if arguments.expires is None else time.time() + arguments.expires,
+                quotas=arguments.quota,
+                priority=arguments.priority or 0,
+            )
+            print_keys(console, [made])
+            settings = load_settings({"data_dir": arguments.data_dir, "registry": arguments.registry})
+            where = "this --registry" if settings.registry else f"--data-dir {settings.data_dir}"
+            console.print(f"Servers with {where} know it.", soft_wrap=True, markup=False)
+            console.print("This is the key. It is shown this once, and cannot be read again:")
+            sys.stdout.write(f"{key}\n")
+        elif arguments.action == "set":
+            print_keys(output, [registry.change(arguments.id, arguments.quota, arguments.priority)])
+        elif arguments.action == "revoke":
+            print_keys(output, [registry.revoke(arguments.id)])
+        else:
+            print_keys(output, registry.all())
+
+    return _on_registry("keys", arguments, work)
+
+
+def tenants(argv: Sequence[str]) -> int:
+    """`onebase tenants set | list`: on the registry itself, whether or not a server runs."""
+    arguments = tenants_parser().parse_args(list(argv))
+    from onebase_server.app.console import print_tenants
+
+    def work(_: ApiKeys, registry: Tenants, console: Console, output: Console) -> None:
+        if arguments.action == "set":
+            print_tenants(output, [registry.set_quotas(arguments.tenant, arguments.quota)])
+        else:
+            print_tenants(output, registry.all())
+
+    return _on_registry("tenants", arguments, work)
+
+
+def _on_registry(
+    command: str,
+    arguments: argparse.Namespace,
+    work: Callable[[ApiKeys, Tenants, Console, Console], None],
+) -> int:
+    """Do the work, given the terminal and the output. Returns the exit status: 0, or 1 with the reason."""
+    from onebase_server.app.console import print_failure
+    from onebase_server.app.storage import StorageError, keep_private, open_keys
+
+    console, output = Console(stderr=True), Console()
+    if not output.is_terminal:
+        output.width = _LOG_WIDTH
+    keep_private()
+    try:
+        settings = load_settings({"data_dir": arguments.data_dir, "registry": arguments.registry})
+        with open_keys(settings) as (of_keys, of_tenants), acting(Origin(actor=f"onebase {command}")):
+            work(of_keys, of_tenants, console, output)
+    except (SettingsError, StorageError, RegistryError) as error:
+        print_failure(console, str(error))
+        return 1
+    return 0
+
+
+def keys_parser() -> argparse.ArgumentParser:
+    """The options of `onebase keys`."""
+    parser = Parser(prog="onebase keys", description=_KEYS)
+    actions = parser.add_subparsers(dest="action", required=True)
+    create = actions.add_parser("create", help="make a key, and print it once as the last line")
+    create.add_argument("--tenant", default=DEFAULT_TENANT, help="whose key it is (default: default)")
+    create.add_argument(
+        "--scope",
+        action="extend",
+        type=_scopes,
+        required=True,
+        metavar="SCOPE,...",
+        help=f"what it allows: {', '.join(SCOPES)}; admin allows everything, and operating the servers. May "
+        "be repeated",
+    )
+    create.add_argument(
+        "--expires",
+        type=checked(parse_duration),
+        metavar="TIME",
+        help="when it ends, as in 90d or 12h (default: never)",
+    )
+    create.add_argument("--name", default="", help="for people, in lists")
+    listing = actions.add_parser("list", help="all keys that there ever were, the newest first")
+    setting = actions.add_parser("set", help="change a key's quotas and priority")
+    revoke = actions.add_parser("revoke", help="end a key for good")
+    for action in (setting, revoke):
+        action.add_argument("id", metavar="ID", help="as `list` shows it: ob-...")
+    for action in (create, setting):
+        _add_quota(action, KEY_QUOTAS)
+        action.add_argument(
+            "--priority",
+            type=int,
+            metavar="N",
+            help=f"-{MAX_PRIORITY} to {MAX_PRIORITY}: each step doubles its share of the engine (default: 0)",
+        )
+    for action in (create, listing, setting, revoke):
+        add_settings(action, "data_dir", "registry")
+    return parser
+
+
+def tenants_parser() -> argparse.ArgumentParser:
+    """The options of `onebase tenants`."""
+    parser = Parser(prog="onebase tenants", description=_TENANTS)
+    actions = parser.add_subparsers(dest="action", required=True)
+    setting = actions.add_parser("set", help="change a tenant's quotas")
+    setting.add_argument("tenant", metavar="TENANT", help="as its keys have it (--tenant)")
+    _add_quota(setting, TENANT_QUOTAS, required=True)
+    listing = actions.add_parser("list", help="all tenants, their quotas, and what they keep and trained")
+    for action in (setting, listing):
+        add_settings(action, "data_dir", "registry")
+    return parser
+
+
+def _add_quota(parser: argparse.ArgumentParser, names: Sequence[str], *, required: bool = False) -> None:
+    kept = "; bytes as in 10GB, training_seconds (a calendar month's) as in 20h" if "bytes" in names else ""
+    parser.add_argument(
+        "--quota",
+        action=_Merge,
+        type=checked(parse_quotas),
+        default={},
+        required=required,
+        metavar="NAME=LIMIT,...",
+        help=f"{', '.join(names)}: requests and tokens in any 60 seconds, rows at once{kept}; NAME=none: no "
+        "limit. What is not named stays as it is; may be repeated",
+    )
+
+
+class _Merge(argparse.Action):
+    """Collects what is named by one option or by several of its kind; each name once."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        for name in values:
+            if name in before:
+                raise argparse.ArgumentError(self, f"{name} is given twice. Give it once.")
+        setattr(namespace, self.dest, {**before, **values})
+
+
+def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
+    """An option for each of these fields of Settings."""
+    fields = {item.name: (item, kind) for item, kind in setting_fields()}
+    for name in names:
+        parser.add_argument(option_name(name), **_argument(*fields[name]))
+
+
+def _scopes(text: str) -> list[str]:
+    return [scope.strip() for scope in text.split(",") if scope.strip()]
+
+
+def serve_parser() -> argparse.ArgumentParser:
+    """The options of `onebase serve`, one per field of Settings."""
+    parser = Parser(
+        prog="onebase serve",
+        repeated=True,
+        usage="onebase serve [options]",
+        description=_SERVE,
+        epilog="Each option can also be set in the environment: --kv-memory 2GB is ONEBASE_KV_MEMORY=2GB.",
+    )
+    add_all_settings(parser)
+    return parser
+
+
+def add_all_settings(parser: argparse.ArgumentParser) -> None:
+    """An option for each field of Settings, in groups."""
+    groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
+    for item, kind in setting_fields():
+        groups[item.metadata["group"]].add_argument(option_name(item.name), **_argument(item, kind))
+
+
+def _argument(item: Any, kind: Any) -> dict[str, Any]:
+    text = item.metadata["help"].replace("%", "%%")
+    argument: dict[str, Any] = {"dest": item.name, "default": None, "help": f"{text}{_default(item)}"}
+    if item.name == "adapter":
+        return argument | {"action": "append", "type": checked(parse_adapter), "metavar": "NAME=FOLDER"}
+    if get_origin(kind) is tuple:
+        return argument | {
+            "action": "extend",
+            "type": checked(item.metadata["parse"]),
+            "metavar": item.metadata["metavar"],
+        }
+    if kind is bool:
+        return argument | {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        return argument | {"choices": get_args(kind)}
+    parse = item.metadata["parse"] or {int: int, float: float}.get(kind, str)
+    metavar = item.metadata["metavar"] or {int: "N", float: "SECONDS"}.get(kind, item.name.upper())
+    return argument | {"type": checked(parse), "metavar": metavar}
+
+
+def _default(item: Any) -> str:
+    if isinstance(item.default, bool):
+        return f" (default: {'on' if item.default else 'off'})"
+    if item.metadata["parse"] is parse_size and item.default:
+        units = (("GB", 10**9), ("MB", 10**6), ("KiB", 1024), ("", 1))
+        unit, size = next(one for one in units if item.default % one[1] == 0)
+        return f" (default: {item.default // size}{unit})"
+    if isinstance(item.default, int | float):
+        return f" (default: {item.default:g})"
+    if "by default" in item.metadata["help"]:
+        return ""
+    return f" (default: {item.default or 'none'})"
+
+
+def checked(parse: Any) -> Any:
+    """Return `parse` as the `type` of an option: argparse reports its SettingsError as a wrong value."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except SettingsError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    convert.__name__ = getattr(parse, "__name__", "value")
+    return convert

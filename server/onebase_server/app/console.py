@@ -1,0 +1,204 @@
+"""Terminal output for the person who starts the server: progress while it loads, then a summary."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import onebase_server
+from onebase_adapters.registry import ApiKey, Quotas, TenantRecord
+from onebase_engine.engine.messages import BaseInfo, Loading
+from onebase_server.adapters.catalog import Catalog, label
+from onebase_server.app.settings import Settings
+from onebase_server.tenancy.access import is_loopback
+
+if TYPE_CHECKING:
+    from onebase_route.proxy import Replica
+
+_MOST_ADAPTERS = 20
+
+_log = logging.getLogger(__name__)
+
+
+def readable_bytes(count: float) -> str:
+    """`110 MB`, `5.6 GB`: powers of 1000, as disks and model cards count."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+class LoadingDisplay:
+    """Progress of the start: a bar on a terminal, a line per stage in a log. A context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._stage = ""
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the bars; may be called more than once."""
+        if self._live:
+            self._progress.stop()
+
+    def update(self, stage: str, fraction: float) -> None:
+        """Show that `stage` is being done, and the share (0 to 1) of the whole that is done."""
+        if self._task is None:
+            self._task = self._progress.add_task(stage, total=1.0)
+        self._progress.update(self._task, description=stage, completed=max(0.0, min(1.0, fraction)))
+        if stage != self._stage and not self._live:
+            self._console.print(f"{stage} ...", highlight=False)
+            if self._console.quiet:  # the log is JSON
+                _log.info("%s", stage)
+        self._stage = stage
+
+    def loading(self, message: Loading) -> None:
+        self.update(message.stage, message.fraction)
+
+
+def console_is_built() -> bool:
+    """Return True if the package has the page that /console serves."""
+    return (files(onebase_server) / "web" / "index.html").is_file()
+
+
+def print_summary(
+    console: Console, settings: Settings, base: BaseInfo, catalog: Catalog, url: str, *, keys: bool
+) -> None:
+    """The base and its memory, the adapters, and where to send requests. `keys`: whether there are any."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row(
+        "base", f"{catalog.base_name} ({base.architecture}, {base.parameters / 1e6:,.0f} M parameters)"
+    )
+    table.add_row(
+        "memory", f"{readable_bytes(base.base_bytes)} for the base ({base.quantization}), {_where(base)}"
+    )
+    tokens = base.kv_blocks * base.block_size
+    most = min(tokens, base.max_length)
+    eight = " in int8" if base.kv_dtype == "int8" else ""
+    table.add_row(
+        "KV cache", f"{readable_bytes(base.kv_bytes)}: {tokens:,} tokens{eight}, at most {most:,} per request"
+    )
+    lines = _adapter_lines(catalog)
+    for title, text in zip(["adapters", *[""] * len(lines)], lines, strict=False):
+        table.add_row(title, text)
+    table.add_row("listening", f"{url}   (API reference: {url}/docs)")
+    if console_is_built():
+        table.add_row("console", f"{url}/console")
+    if keys:
+        table.add_row("API keys", "each request needs one: onebase keys list")
+    console.print()
+    console.print(f"OneBase {onebase_server.__version__} is ready", style="bold", highlight=False)
+    console.print(table, highlight=False)
+    if not keys and not is_loopback(settings.host):
+        console.print(
+            f"anyone who reaches {settings.host} may do everything here: there is no API key (--insecure)",
+            style="yellow",
+        )
+    console.print()
+
+
+def _where(base: BaseInfo) -> str:
+    if base.device != "cpu":
+        return f"on {base.device}"
+    return "on the CPU, " + ("by PyTorch" if base.kernels == "torch" else f"by the {base.kernels} kernels")
+
+
+def _adapter_lines(catalog: Catalog) -> list[str]:
+    lines = []
+    active = [record.active_version for record in catalog if record.active_version is not None]
+    for version in active[:_MOST_ADAPTERS]:
+        report = version.report or {}
+        size = readable_bytes(report.get("bytes", 0))
+        lines.append(f"{label(version.name, version.digest)}  (rank {report.get('rank', 0)}, {size})")
+    if len(active) > _MOST_ADAPTERS:
+        lines.append(f"and {len(active) - _MOST_ADAPTERS} more")
+    return lines or ["none yet: start with --adapter NAME=FOLDER, or upload one to /v1/adapters"]
+
+
+def print_keys(console: Console, keys: Sequence[ApiKey]) -> None:
+    """Print a line for each key, or a block where lines would not fit, without what is secret."""
+    titles = ("id", "tenant", "scopes", "state", "expires", "last used", "quotas", "name")
+    table = Table(*titles, box=None, pad_edge=False, header_style="bold")
+    blocks = Table.grid(padding=(0, 2, 0, 0))
+    now = time.time()
+    for key in keys:
+        state = "valid" if key.valid_at(now) else "revoked" if key.revoked_at is not None else "expired"
+        times = (_day(key.expires_at), _day(key.last_used_at))
+        limits = _quotas(key.quotas) + (f" priority={key.priority}" if key.priority else "")
+        cells = (key.id, key.tenant, ",".join(key.scopes), state, *times, limits, key.name)
+        table.add_row(*map(escape, cells))
+        if blocks.row_count:
+            blocks.add_row()
+        for title, cell in zip(titles, cells, strict=True):
+            blocks.add_row(f"[bold]{title}[/]", escape(cell))
+    fits = table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum <= console.width
+    console.print(table if fits else blocks, highlight=False)
+
+
+def print_tenants(console: Console, tenants: Sequence[TenantRecord]) -> None:
+    """Print a line for each tenant: its quotas, and what it uses."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("tenant", "quotas", "adapters", "bytes", "trained this month"):
+        table.add_column(title, overflow="fold")
+    for one in tenants:
+        kept = (str(one.adapters), readable_bytes(one.bytes), f"{one.training_seconds:.0f} s")
+        table.add_row(*map(escape, (one.tenant, _quotas(one.quotas), *kept)))
+    console.print(table, highlight=False)
+
+
+def _quotas(quotas: Quotas) -> str:
+    return ",".join(f"{name}={limit}" for name, limit in quotas.given().items()) or "none"
+
+
+def _day(at: float | None) -> str:
+    return "never" if at is None else time.strftime("%Y-%m-%d", time.gmtime(at))
+
+
+def print_replicas(console: Console, url: str, replicas: Iterable[Replica]) -> None:
+    """The address, and the servers behind it: which of them are ready."""
+    console.print(f"OneBase routes on [bold]{url}[/bold]")
+    table = Table.grid(padding=(0, 2))
+    for one in replicas:
+        table.add_row(escape(one.url), "ready" if one.ready else f"away: {escape(one.why)}")
+    console.print(table, highlight=False)
+
+
+def print_failure(console: Console, message: str) -> None:
+    console.print(f"onebase: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+
+
+def address_error(settings: Settings, error: OSError) -> str:
+    """Return a sentence that says why the server cannot listen, and the way out."""
+    return (
+        f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. "
+        "Choose another address with --host and --port."
+    )

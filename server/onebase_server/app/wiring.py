@@ -1,0 +1,356 @@
+"""Puts one server's parts together: who is given what."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from msgspec.structs import replace
+
+from onebase_adapters.store.store import local_folder
+from onebase_engine.base.default_base import ResolvedBase
+from onebase_engine.engine.messages import Loading
+from onebase_server.adapters.activation import Activation
+from onebase_server.adapters.catalog import Catalog
+from onebase_server.adapters.merging import Merging
+from onebase_server.adapters.residency import PackedAdapterFiles, Residency
+from onebase_server.adapters.service import AdapterService
+from onebase_server.adapters.shared_proofs import SharedProofs
+from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
+from onebase_server.app.settings import Settings
+from onebase_server.app.storage import Storage, host_memory, prefix_memory
+from onebase_server.background import RegistryThreads, Threads
+from onebase_server.batches.runner import BatchFolders, BatchRunner, Parts
+from onebase_server.batches.service import BatchService
+from onebase_server.http.deps import Services, Training
+from onebase_server.http.views.adapters import AdapterViews
+from onebase_server.jobs.checkpoints import CheckpointModels
+from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
+from onebase_server.jobs.files import TrainingFiles
+from onebase_server.jobs.folders import JobFolders
+from onebase_server.jobs.handover_files import KeptFiles
+from onebase_server.jobs.job_record import JobNotifier
+from onebase_server.jobs.job_run import TrainerPool
+from onebase_server.jobs.scheduler import JobScheduler
+from onebase_server.jobs.service import JobService
+from onebase_server.processes.link import ENGINE_COMMAND, EngineLink
+from onebase_server.processes.supervisor import EngineListeners, EngineSupervisor, RestartPolicy
+from onebase_server.processes.time_share import BusyFlag
+from onebase_server.processes.trainer_client import TRAINER_COMMAND
+from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, VerifierClient
+from onebase_server.requests.kept_responses import KeptResponses
+from onebase_server.requests.planner import Limits, Planner
+from onebase_server.requests.pooling import ReadingPlanner
+from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.telemetry.measurements import RequestMeasurements
+from onebase_server.telemetry.metrics import Metrics
+from onebase_server.telemetry.traces import Tracing
+from onebase_server.tenancy.access import KeyRing, is_loopback
+from onebase_server.tenancy.peers import Peers, QuotaSharing
+from onebase_server.tenancy.quotas import Limiter
+from onebase_server.tenancy.usage import UsageMeter
+
+RECORD_THREADS = 4
+KEY_THREADS = 2
+DISK_THREADS = 8
+PULL_THREADS = 4
+PULL_THREADS_EACH = 2
+"""Largest number of pulls that run for one tenant: they may take long, and others find a thread meanwhile."""
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Commands that start the other processes; each gets `--fd N` and `--base-fd N` appended."""
+
+    engine: Sequence[str] = ENGINE_COMMAND
+    verifier: Sequence[str] = VERIFIER_COMMAND
+    trainer: Sequence[str] = TRAINER_COMMAND
+    restarts: RestartPolicy = field(default_factory=RestartPolicy)
+    """Limits of the engine's restarts."""
+
+
+class _Threads(NamedTuple):
+    """Threads for the registry's calls and for the store's."""
+
+    records: RegistryThreads
+    disk: Threads
+
+
+@dataclass(frozen=True)
+class _AdapterParts:
+    """Parts through which a version goes from its files to being served."""
+
+    catalog: Catalog
+    residency: Residency
+    verifier: VerifierClient
+    activation: Activation
+    service: AdapterService
+
+
+class Preparation:
+    """Preparation before an engine gets requests: some of it once, some of it for each new engine."""
+
+    def __init__(self, adapters: AdapterService, folders: Folders, residency: Residency) -> None:
+        self._adapters = adapters
+        self._folders = folders
+        self._residency = residency
+        self._served = False
+
+    async def run(self) -> None:
+        """Serve the folders given at start, once, and load pinned adapters each time. Raises
+        AdapterStartError."""
+        if not self._served:
+            await self._adapters.resume()
+            await self._folders.serve_given()
+            self._served = True
+        await self._residency.load_pinned()
+
+
+def assemble(
+    settings: Settings,
+    base: ResolvedBase,
+    storage: Storage,
+    given: Sequence[tuple[str, Path]],
+    commands: Commands,
+    on_loading: Callable[[Loading], None],
+    tracing: Tracing,
+) -> Services:
+    """Make all parts of one server. `given`: the folders to serve before it is ready. Raises DataDirError."""
+    threads = _Threads(RegistryThreads("records", RECORD_THREADS), Threads("disk", DISK_THREADS))
+    tokenizer = BaseTokenizer(str(base.folder), raw_control_tokens=settings.raw_control_tokens)
+    link, busy = EngineLink(), BusyFlag.make()
+
+    def kernels() -> str:
+        return "" if supervisor.base is None else supervisor.base.kernels
+
+    parts = _adapter_parts(
+        settings, base, storage, tokenizer, link, busy, threads, commands.verifier, tracing, kernels
+    )
+    adapters, residency = parts.service, parts.residency
+    folders = Folders(adapters, parts.activation, given, settings.max_upload)
+    pulls = Pulls(
+        storage.store,
+        Threads("pull", PULL_THREADS, each=PULL_THREADS_EACH),
+        settings.hub_allow,
+        settings.max_upload,
+    )
+    hub = HubAdapters(adapters, pulls)
+    usage = UsageMeter(storage.registry.usage, threads.records, base.name)
+    training = _training(settings, base, storage, adapters, busy, threads, usage, commands.trainer, tracing)
+    listeners = EngineListeners(
+        versions=residency,
+        base=(training.scheduler, parts.verifier),
+        prepare=Preparation(adapters, folders, residency).run,
+        busy=busy.set,
+    )
+    supervisor = _supervisor(settings, base, link, listeners, commands, on_loading)
+    limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
+    planner = Planner(supervisor, tokenizer, parts.catalog, hub, training.checkpoints, limits)
+    keys = KeyRing(
+        storage.registry.keys,
+        storage.registry.tenants,
+        Threads("keys", KEY_THREADS),
+        open_without_keys=settings.insecure or is_loopback(settings.host),
+    )
+    limiter = Limiter(keys.quotas_of)
+    sharing = QuotaSharing(training.peers, limiter, lambda: keys.has_quotas)
+    batches = _batches(settings, storage, training, keys, limiter, supervisor)
+    measured, answers = RequestMeasurements(), Counter[tuple[str, int]]()
+    metrics = Metrics(
+        supervisor=supervisor,
+        catalog=parts.catalog,
+        residency=residency,
+        adapters=adapters,
+        scheduler=training.scheduler,
+        batches=batches.runner,
+        requests=measured,
+        answers=answers,
+    )
+    return Services(
+        settings=settings,
+        keys=keys,
+        limiter=limiter,
+        sharing=sharing,
+        usage=usage,
+        catalog=parts.catalog,
+        tokenizer=tokenizer,
+        supervisor=supervisor,
+        planner=planner,
+        read_planner=ReadingPlanner(planner, tokenizer, limits.max_timeout),
+        responses=KeptResponses(settings.response_memory),
+        residency=residency,
+        adapters=adapters,
+        hub=hub,
+        merging=Merging(adapters, parts.verifier, max_rank=settings.max_rank, max_bytes=settings.max_upload),
+        activation=parts.activation,
+        folders=folders,
+        views=AdapterViews(adapters, hub, residency, base),
+        verifier=parts.verifier,
+        training=training,
+        batches=batches,
+        measured=measured,
+        tracing=tracing,
+        metrics=metrics,
+        answers=answers,
+    )
+
+
+def _adapter_parts(
+    settings: Settings,
+    base: ResolvedBase,
+    storage: Storage,
+    tokenizer: BaseTokenizer,
+    link: EngineLink,
+    busy: BusyFlag,
+    threads: _Threads,
+    command: Sequence[str],
+    tracing: Tracing,
+    kernels: Callable[[], str],
+) -> _AdapterParts:
+    """Make the adapters' parts. `busy`: whether sequences run. `command` starts the verifier. `kernels`: the
+    engine's."""
+    registry, store, (records, disk) = storage.registry, storage.store, threads
+    catalog = Catalog(base.name, registry, records)
+    files = PackedAdapterFiles(catalog, store, disk, kernels)
+    residency = Residency(
+        host_memory(settings),
+        files.find,
+        files.fetch,
+        link.send,
+        settings.queue_limit,
+        on_damaged=lambda damaged: service.prove_again(damaged),
+        prove=lambda packed: proofs.for_kernels(packed),
+        knows=catalog.knows,
+    )
+    verifier = VerifierClient(
+        store,
+        disk,
+        base_id=storage.base_id,
+        probes=[tokenizer.encode(probe) for probe in PROBES],
+        busy_fd=busy.fd,
+        command=command,
+        proof_timeout=settings.proof_timeout,
+    )
+    activation = Activation(registry, store, catalog, residency, records, disk)
+    proofs = SharedProofs(
+        registry, store, catalog, verifier, kernels, records=records, disk=disk, tracing=tracing
+    )
+    service = AdapterService(
+        registry, store, catalog, activation, proofs, base_names=base.names, records=records, disk=disk
+    )
+    return _AdapterParts(catalog, residency, verifier, activation, service)
+
+
+def _supervisor(
+    settings: Settings,
+    base: ResolvedBase,
+    link: EngineLink,
+    listeners: EngineListeners,
+    commands: Commands,
+    on_loading: Callable[[Loading], None],
+) -> EngineSupervisor:
+    return EngineSupervisor(
+        replace(settings.engine_config(str(base.folder)), prefix_memory=prefix_memory(settings)),
+        link,
+        listeners,
+        queue_limit=settings.queue_limit,
+        stall_timeout=settings.stall_timeout,
+        command=commands.engine,
+        policy=commands.restarts,
+        on_loading=on_loading,
+    )
+
+
+def _training(
+    settings: Settings,
+    base: ResolvedBase,
+    storage: Storage,
+    adapters: AdapterService,
+    busy: BusyFlag,
+    threads: _Threads,
+    usage: UsageMeter,
+    command: Sequence[str],
+    tracing: Tracing,
+) -> Training:
+    """Make the training of one engine's base. Raises DataDirError.
+
+    `command` starts a trainer; `busy` says whether rows run.
+    """
+    records, disk = threads
+    folder = JobFolders(Path(settings.data_dir).expanduser().absolute(), storage.registry_id)
+    storage.registry.sign(folder.server)
+    peers = Peers(storage.registry.servers, folder.server)
+    registry, notifier = storage.registry.training, JobNotifier()
+    files = TrainingFiles(registry, storage.store, folder, records, disk, settings.max_train_file)
+    # Another server could go on with a job where the store is no folder, or one was ever on the registry.
+    is_remote = local_folder(settings.store or settings.data_dir) is None
+    kept = KeptFiles(
+        storage.registry.takeovers,
+        storage.store,
+        folder,
+        records,
+        disk,
+        wanted=lambda: is_remote or peers.have_been,
+    )
+    checkpoints = CheckpointModels(adapters, registry, records, folder)
+    pool = TrainerPool(
+        records=registry,
+        threads=records,
+        notifier=notifier,
+        files=files,
+        folders=folder,
+        delivery=Delivery(adapters, folder, files, kept, PROOFS_WAITED * settings.proof_timeout),
+        config=settings.engine_config(str(base.folder)),
+        base=base,
+        command=command,
+        share=settings.train_share,
+        memory=settings.train_memory // max(1, settings.train_jobs),
+        busy_fd=busy.fd,
+        tenants=storage.registry.tenants,
+        usage=usage,
+        checkpoints=checkpoints,
+        kept=kept,
+        tracing=tracing,
+    )
+    scheduler = JobScheduler(pool, peers, most=settings.train_jobs, look_seconds=settings.sync_seconds)
+    jobs = JobService(
+        registry,
+        storage.registry.tenants,
+        records,
+        files,
+        folder,
+        scheduler,
+        notifier,
+        most=settings.train_jobs,
+        look_seconds=settings.sync_seconds,
+    )
+    return Training(files, jobs, scheduler, checkpoints, storage, records, folder, peers)
+
+
+def _batches(
+    settings: Settings,
+    storage: Storage,
+    training: Training,
+    keys: KeyRing,
+    limiter: Limiter,
+    supervisor: EngineSupervisor,
+) -> BatchService:
+    records, data = storage.registry.batches, Path(settings.data_dir).expanduser().absolute()
+    parts = Parts(
+        records,
+        training.threads,
+        training.files,
+        BatchFolders(data, storage.registry_id),
+        training.folders,
+        keys,
+        limiter,
+        supervisor,
+        training.peers,
+        max_body=settings.max_body,
+        most=settings.batch_rows,
+    )
+    runner = BatchRunner(parts, settings.sync_seconds)
+    return BatchService(records, training.threads, training.files, runner, training.folders.server)

@@ -1,0 +1,676 @@
+"""Planning of requests: from a request on the wire to a job for the engine. Names are resolved, text is
+tokenized, and limits are checked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import msgspec
+
+from onebase_adapters.format.config import CLASSIFIERS
+from onebase_engine.engine.messages import BaseInfo, Sampling
+from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
+from onebase_server.adapters.sources import HubAdapters
+from onebase_server.background import Threads, TurnBudget
+from onebase_server.errors import (
+    AdapterDeletedError,
+    InvalidRequestError,
+    UnknownAdapterError,
+    UnknownModelError,
+)
+from onebase_server.http.schemas.generation import (
+    SEED_BITS,
+    AdapterFields,
+    ConversationFields,
+    GenerateRequest,
+    GrammarField,
+    SamplingFields,
+)
+from onebase_server.http.schemas.messages import Message
+from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.http.schemas.responses import ResponsesRequest
+from onebase_server.inference.generation import Job, Prompt, in_time, new_id
+from onebase_server.inference.transcript import Transcript, refused
+from onebase_server.jobs.checkpoints import CheckpointModels, is_checkpoint
+from onebase_server.processes.supervisor import EngineSupervisor
+from onebase_server.requests.tokenization import BaseTokenizer, Conversation, and_give_memory_back
+from onebase_server.requests.tool_call_parser import CallFormat
+from onebase_server.requests.tool_format import NO_ARGUMENTS, Tool
+from onebase_server.tenancy.access import Caller
+from onebase_training.data.rows import plain_tool
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+
+GENERATE_TOKENS = 256
+COMPLETION_TOKENS = 16
+_INLINE_CHARACTERS = 8_000
+"""Characters that one turn of the event loop tokenizes, or makes a grammar of, for all requests together
+(about 4 ms). The rest is computed in threads, so that it does not hold up the streams."""
+_LONG_CHARACTERS = 100_000
+"""Length, in characters, above which texts are tokenized one after the other, so that shorter ones have their
+turn and memory is used for one."""
+_THREADS = 2
+_MESSAGE_CHARACTERS = 40
+"""Characters that a message counts besides its text, for what a template writes around it."""
+_TEXT_CHARACTERS = 40
+"""Characters that a text counts besides its own: calling the tokenizer takes as long as reading so many."""
+_MARK = "CONTINUE_FINAL_MESSAGE_TAG"
+"""Text by which transformers finds the end of the last message."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits that the operator sets for one request."""
+
+    max_choices: int
+    max_timeout: float
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A request in the words that all routes share. kind: prefix of the job's id."""
+
+    kind: str
+    prompts: tuple[Prompt, ...]
+    prompt_param: str
+    max_tokens: int | None
+    default_tokens: int | None
+    """Limit of new tokens where `max_tokens` is missing; None is as many as fit."""
+    logprobs: int | None
+    echo: bool
+    answer: CallFormat | None = None
+    token_ids: bool = False
+    prompt_logprobs: int | None = None
+
+
+class Planner:
+    """Makes jobs.
+
+    Every method raises InvalidRequestError, UnknownAdapterError, UnavailableError, and what pulling an
+    adapter from the Hub raises. Adapters are looked up last, so that the result is up to date.
+    """
+
+    def __init__(
+        self,
+        supervisor: EngineSupervisor,
+        tokenizer: BaseTokenizer,
+        catalog: Catalog,
+        hub: HubAdapters,
+        checkpoints: CheckpointModels,
+        limits: Limits,
+    ) -> None:
+        self._supervisor = supervisor
+        self._tokenizer = tokenizer
+        self._catalog = catalog
+        self._hub = hub
+        self._checkpoints = checkpoints
+        self._limits = limits
+        self._threads = Threads("tokenize", _THREADS)
+        self._one_thread = Threads("tokenize-long", 1)
+        self._inline = TurnBudget(_INLINE_CHARACTERS)
+
+    async def generate(self, body: GenerateRequest, caller: Caller, begun: Transcript | None = None) -> Job:
+        """Return the job of a request to /generate.
+
+        begun: transcript of a stream that another server began, here and in the methods that follow. Its
+        versions
+        are used, whichever are active now.
+        """
+        base = self.base()
+        if body.messages:
+            prompt = await self.chat_prompt(caller.tenant, body, body.messages)
+        else:
+            prompt = (await self._prompts(caller.tenant, [body.prompt or ""]))[0]
+        wanted = _Wanted(
+            kind="gen-",
+            prompts=(prompt,),
+            prompt_param="messages" if body.messages else "prompt",
+            max_tokens=body.max_tokens,
+            default_tokens=GENERATE_TOKENS,
+            logprobs=body.logprobs,
+            echo=bool(body.echo),
+            answer=await self._answer(caller.tenant, body),
+        )
+        job = self._job(wanted, body, base, caller)
+        return replace(job, adapter=check_generates(await self._adapter(body, job, begun)))
+
+    async def completion(
+        self, body: CompletionRequest, caller: Caller, begun: Transcript | None = None
+    ) -> Job:
+        base = self.base()
+        self.check_model(body.model, body)
+        wanted = _Wanted(
+            kind="cmpl-",
+            prompts=tuple(await self._prompts(caller.tenant, body.prompts())),
+            prompt_param="prompt",
+            max_tokens=body.max_tokens,
+            default_tokens=COMPLETION_TOKENS,
+            logprobs=body.logprobs,
+            echo=bool(body.echo),
+            token_ids=bool(body.return_token_ids),
+            prompt_logprobs=body.prompt_logprobs,
+        )
+        job = self._job(wanted, body, base, caller)
+        return replace(job, adapter=check_generates(await self.choose(body.model, body, job, begun)))
+
+    async def chat(self, body: ChatRequest, caller: Caller, begun: Transcript | None = None) -> Job:
+        return await self._conversation("chatcmpl-", body, body.messages, caller, begun)
+
+    async def response(
+        self,
+        body: ResponsesRequest,
+        messages: Sequence[Message],
+        caller: Caller,
+        begun: Transcript | None = None,
+    ) -> Job:
+        """messages: the request's instructions, what was said before, and its input."""
+        try:
+            return await self._conversation("resp_", body, messages, caller, begun)
+        except InvalidRequestError as error:
+            raise _in_words_of_responses(error) from error.__cause__
+
+    async def _conversation(
+        self,
+        kind: str,
+        body: ChatRequest | ResponsesRequest,
+        messages: Sequence[Message],
+        caller: Caller,
+        begun: Transcript | None,
+    ) -> Job:
+        base = self.base()
+        self.check_model(body.model, body)
+        wanted = _Wanted(
+            kind=kind,
+            prompts=(await self.chat_prompt(caller.tenant, body, messages, body.reasoning_effort),),
+            prompt_param="messages",
+            max_tokens=body.token_limit,
+            default_tokens=None,
+            logprobs=body.logprob_count,
+            echo=False,
+            answer=await self._answer(caller.tenant, body),
+            token_ids=bool(body.return_token_ids),
+            prompt_logprobs=body.prompt_logprobs,
+        )
+        job = self._job(wanted, body, base, caller)
+        return replace(job, adapter=check_generates(await self.choose(body.model, body, job, begun)))
+
+    async def resumed(self, job: Job, transcript: Transcript, seconds: float) -> Job:
+        """The job, planned with the transcript's versions, as it was where it began, so many seconds ago: its
+        seed, its id. Raises InvalidRequestError.
+        """
+        base, told, sampling = self.base(), transcript.opening, job.sampling
+        if told.max_tokens > sampling.max_tokens:
+            raise refused("has more tokens than the request may have here")
+        await self._threads.run_for(
+            job.tenant,
+            transcript.check,
+            [len(prompt.tokens) for prompt in job.prompts],
+            job.n,
+            base.vocab_size,
+            sampling.logprobs is not None,
+            sampling.prompt_logprobs is not None,
+        )
+        return replace(
+            job,
+            id=told.id,
+            created=told.created,
+            sampling=msgspec.structs.replace(
+                sampling,
+                seed=told.seed,
+                max_tokens=told.max_tokens,
+                min_tokens=min(sampling.min_tokens, told.max_tokens),
+            ),
+            deadline=None if job.deadline is None else job.deadline - seconds,
+        )
+
+    @property
+    def base_name(self) -> str:
+        """Return the name of the base in requests."""
+        return self._catalog.base_name
+
+    # ---- tokens alone ------------------------------------------------------------------------
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest prompt with its answer. Raises UnavailableError."""
+        return self.base().max_length
+
+    async def chat_tokens(
+        self,
+        tenant: str,
+        body: ConversationFields,
+        messages: Sequence[Message],
+        reasoning_effort: str | None = None,
+    ) -> list[int]:
+        """The prompt that a conversation becomes."""
+        return (await self.chat_prompt(tenant, body, messages, reasoning_effort)).tokens
+
+    async def texts(
+        self, tenant: str, param: str, texts: Sequence[str], *, special: bool = True
+    ) -> list[list[int]]:
+        """Return the tokens of each, computed in one turn of the tenant.
+
+        special: with the tokens that the base expects around a prompt.
+        """
+
+        def encode(texts: Sequence[str]) -> list[list[int]]:
+            return [self._tokenizer.encode(text, special=special) for text in texts]
+
+        for text in texts:
+            self._check_size(param, len(text))
+        size = sum(map(len, texts)) + _TEXT_CHARACTERS * len(texts)
+        return await self._in_turn(tenant, size, encode, texts)
+
+    async def names_of(self, tenant: str, tokens: Sequence[int]) -> list[str]:
+        """Return the vocabulary's names of tokens."""
+        return await self._threads.run_for(tenant, self._tokenizer.names, tokens)
+
+    async def text_of(self, tenant: str, tokens: Sequence[int]) -> str:
+        """The text that tokens stand for, special ones by their names."""
+        base = self.base()
+        if len(tokens) > base.max_length:
+            raise InvalidRequestError(
+                f"tokens: there are {len(tokens)}. This model's maximum context length is "
+                f"{base.max_length} (--max-length). Send them in parts.",
+                param="tokens",
+                code="context_length_exceeded",
+            )
+        _check_vocabulary("tokens", tokens, base)
+        return await self._threads.run_for(tenant, self._tokenizer.decode, tokens, True)
+
+    # ---- parts -------------------------------------------------------------------------------
+
+    def base(self) -> BaseInfo:
+        reason = self._supervisor.unavailable()
+        if reason is not None or self._supervisor.base is None:
+            raise reason or RuntimeError("ready without a base")
+        return self._supervisor.base
+
+    async def _adapter(self, body: AdapterFields, job: Job, begun: Transcript | None = None) -> AdapterChoice:
+        wanted = body.wanted_adapter
+        if wanted is None:
+            return AdapterChoice() if begun is None else await self._begun_with(begun, [], job)
+        if isinstance(wanted, str):
+            reference = wanted
+            if begun is not None:
+                return await self._begun_with(begun, [reference], job)
+            await self._pull({"adapter" if body.adapter_id is None else "adapter_id": reference}, job)
+            return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose(reference))
+        terms = [(term.name, term.weight) for term in wanted]
+        if begun is not None:
+            weights = [weight for _, weight in terms]
+            return await self._begun_with(begun, [name for name, _ in terms], job, weights)
+        await self._pull({f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}, job)
+        return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose_sum(terms))
+
+    async def _begun_with(
+        self,
+        begun: Transcript,
+        references: Sequence[str],
+        job: Job,
+        weights: Sequence[float] | None = None,
+    ) -> AdapterChoice:
+        """Return the versions that a stream began with, also if they are no longer active.
+
+        Args:
+            references: what the request calls them.
+            weights: of a sum's terms; None for one adapter alone.
+
+        Raises AdapterDeletedError, ConflictError (one is not ready now), InvalidRequestError.
+        """
+        told = begun.opening.adapters
+        names = self._catalog.of(job.tenant)
+        wanted = [names.ours(reference) for reference in references]
+        told_names = [one.rpartition("@")[0] for one in told]
+        if len(told) != len(wanted) or not all(
+            reference == name or reference.startswith(f"{name}@")
+            for reference, name in zip(wanted, told_names, strict=True)
+        ):
+            raise refused("is of other adapters")
+        if not told:
+            return AdapterChoice()
+
+        def find() -> AdapterChoice:
+            names = self._catalog.of(job.tenant)
+            if weights is None:
+                return names.choose(told[0])
+            return names.choose_sum(list(zip(told, weights, strict=True)))
+
+        try:
+            return await self._catalog.known(find)
+        except UnknownAdapterError as error:
+            raise AdapterDeletedError(told_names[0]) from error
+
+    def check_model(self, model: str, body: AdapterFields) -> None:
+        if model != self._catalog.base_name and body.wanted_adapter is not None:
+            raise InvalidRequestError(
+                f"model already names an adapter. Send adapter with model {self._catalog.base_name!r} only.",
+                param="adapter",
+            )
+
+    async def choose(
+        self, model: str, body: AdapterFields, job: Job, begun: Transcript | None = None
+    ) -> AdapterChoice:
+        if model == self._catalog.base_name:
+            return await self._adapter(body, job, begun)
+        if begun is not None:
+            return await self._begun_with(begun, [model], job)
+        await self._pull({"model": model}, job)
+        try:
+            return await self._catalog.known(
+                lambda: self._catalog.of(job.tenant).choose(model, param="model")
+            )
+        except UnknownAdapterError as error:
+            raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
+
+    async def _pull(self, names: dict[str, str], job: Job) -> None:
+        """Fetch what is named by its Hub repository, or as a job's checkpoint, and is not known yet.
+
+        names: by the request's field.
+        """
+        known = self._catalog.of(job.tenant)
+        for param, name in names.items():
+            if name.startswith(HUB_PREFIX) and not known.names_version(name):
+                async with in_time(job.deadline):
+                    await self._hub.use(job.tenant, name, param=param)
+            elif is_checkpoint(name):
+                async with in_time(job.deadline):
+                    await self._checkpoints.use(job.tenant, name, param=param)
+
+    async def _prompts(self, tenant: str, given: Sequence[str | list[int]]) -> list[Prompt]:
+        """The prompts of a request, of which each is text or tokens."""
+        tokens = iter(await self.texts(tenant, "prompt", [one for one in given if isinstance(one, str)]))
+        return [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in given]
+
+    async def chat_prompt(
+        self,
+        tenant: str,
+        body: ConversationFields,
+        messages: Sequence[Message],
+        reasoning_effort: str | None = None,
+    ) -> Prompt:
+        known = self._tokenizer.chat_template
+        if any(message.is_of_tools for message in messages) and "tool_calls" not in known:
+            raise _no_tools("messages")
+        tools = body.tools if body.calls_tools else None
+        if tools and "tools" not in known:
+            raise _no_tools("tools")
+        options = self._options(body, messages, reasoning_effort)
+        chat = Conversation([message.rendered() for message in messages], tools, options)
+        size = sum(
+            _MESSAGE_CHARACTERS + sum(len(part) for part in message.values() if isinstance(part, str))
+            for message in chat.messages
+        )
+        size += body.tool_characters if tools else 0
+        if options or any(message.tool_calls for message in messages):
+            size += len(json.dumps([options, [message.get("tool_calls") for message in chat.messages]]))
+        self._check_size("messages", size)
+        return Prompt(await self._in_turn(tenant, size, self._encoded, chat))
+
+    def _encoded(self, chat: Conversation) -> list[int]:
+        tools = None if chat.tools is None else [plain_tool(tool) for tool in chat.tools]
+        return self._tokenizer.encode_chat(replace(chat, tools=tools))
+
+    def _options(
+        self, body: ConversationFields, messages: Sequence[Message], reasoning_effort: str | None
+    ) -> dict[str, Any]:
+        """Return the chat template's variables besides messages and tools."""
+        given = dict(body.chat_template_kwargs or {})
+        known = self._tokenizer.template_options
+        for name in given:
+            if name not in known:
+                hint = f"It knows {', '.join(sorted(known))}" if known else "It knows none"
+                raise InvalidRequestError(
+                    f"chat_template_kwargs: this base's chat template has no variable {name[:60]!r}. {hint}.",
+                    param="chat_template_kwargs",
+                )
+        if reasoning_effort is not None and "reasoning_effort" in known:
+            given.setdefault("reasoning_effort", reasoning_effort)
+        if body.continue_final_message:
+            if not messages[-1].rendered()["content"].strip():
+                raise InvalidRequestError(
+                    "continue_final_message: the last message is empty; there is nothing to go on from.",
+                    param="continue_final_message",
+                )
+            if messages[-1].tool_calls or _MARK in json.dumps([message.rendered() for message in messages]):
+                raise InvalidRequestError(
+                    "continue_final_message: it cannot be told where the last message ends. Leave it out, or "
+                    "send a last message without tool_calls.",
+                    param="continue_final_message",
+                )
+            return given | {"continue_final_message": True, "add_generation_prompt": False}
+        if body.add_generation_prompt is not None:
+            given["add_generation_prompt"] = body.add_generation_prompt
+        return given
+
+    async def _answer(self, tenant: str, body: ConversationFields) -> CallFormat | None:
+        """Return the format by which tool calls are read from the text, or None if the answer calls no
+        tools."""
+        if not body.calls_tools:
+            return None
+        size = body.tool_characters + (len(body.grammar.grammar.text) if body.grammar else 0)
+        return await self._in_turn(tenant, size, self._call_format, body)
+
+    def _call_format(self, body: ConversationFields) -> CallFormat:
+        """Build the grammar of the tools' schemas, which takes 50 ms for long ones."""
+        format = self._tokenizer.tool_format
+        if format is None:
+            raise InvalidRequestError(
+                "tools: this base's chat template writes calls in a way that this server cannot read yet. "
+                "Leave tools out, or give the base another template (chat_template.jinja in its folder).",
+                param="tools",
+                code="tools_not_supported",
+            )
+        tools = {
+            function["name"]: Tool(
+                function["name"], function.get("parameters") or NO_ARGUMENTS, bool(function.get("strict"))
+            )
+            for function in body.functions
+            if function["name"] in body.callable_names
+        }
+        content = None if body.grammar is None else json.loads(body.grammar.grammar.text)
+        try:
+            grammar = format.grammar(
+                tools,
+                "required" if body.must_call else "auto",
+                parallel=body.parallel_tool_calls is not False and body.named_tool is None,
+                content=content,
+            )
+        except ValueError as error:
+            raise InvalidRequestError(f"tools: {error}. Change them.", param="tools") from error
+        except (TypeError, AttributeError, KeyError) as error:
+            raise InvalidRequestError(
+                "tools: the parameters of one are no JSON schema. Change them.", param="tools"
+            ) from error
+        return CallFormat(
+            format,
+            tools,
+            grammar,
+            named=body.named_tool is not None,
+            required=body.must_call,
+            at_once=content is not None,
+        )
+
+    def _check_size(self, param: str, size: int) -> None:
+        length = self.base().max_length
+        most = length * self._tokenizer.longest_token
+        if size > most:
+            raise InvalidRequestError(
+                f"{param}: has {size} characters. This model's maximum context length is {length} "
+                f"tokens (--max-length), which stand for {most} characters at most. Shorten it.",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    async def _in_turn(self, tenant: str, size: int, encode: Callable[[_T], _U], text: _T) -> _U:
+        """Return what `encode` makes of a text of `size` characters: at once while this turn of the event
+        loop has room for it, else in a thread, where tenants take turns."""
+        if self._inline.take(size):
+            return encode(text)
+        if size <= _LONG_CHARACTERS:
+            return await self._threads.run_for(tenant, encode, text)
+        return await self._one_thread.run_for(tenant, and_give_memory_back, encode, text)
+
+    def _job(self, wanted: _Wanted, body: SamplingFields, base: BaseInfo, caller: Caller) -> Job:
+        n = body.n or 1
+        self.check_limits(n * len(wanted.prompts), body.timeout_s)
+        check_prompts(wanted.prompts, base, wanted.prompt_param)
+        timeout_s = body.timeout_s or (None if caller.background else self._limits.max_timeout)
+        scores_only = wanted.max_tokens == 0
+        if scores_only and not wanted.echo:
+            raise InvalidRequestError(
+                "max_tokens: must be at least 1, or 0 together with echo.", param="max_tokens"
+            )
+        sampling = _sampling(body, base, wanted)
+        guide = body.grammar if wanted.answer is None else GrammarField("tools", wanted.answer.grammar)
+        expected = sampling.max_tokens if wanted.max_tokens else min(sampling.max_tokens, GENERATE_TOKENS)
+        return Job(
+            id=new_id(wanted.kind),
+            tenant=caller.tenant,
+            priority=caller.priority,
+            background=caller.background,
+            grammar=None if guide is None else guide.grammar,
+            grammar_param="" if guide is None else guide.param,
+            calls=wanted.answer,
+            token_ids=wanted.token_ids,
+            prompts=wanted.prompts,
+            sampling=sampling,
+            expected_tokens=0 if scores_only else expected,
+            n=n,
+            stops=body.stops,
+            echo=wanted.echo,
+            scores_only=scores_only,
+            timeout_s=timeout_s,
+            deadline=None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s,
+        )
+
+    def check_limits(self, choices: int, timeout_s: float | None) -> None:
+        most, longest = self._limits.max_choices, self._limits.max_timeout
+        if choices > most:
+            raise InvalidRequestError(
+                f"n: {choices} completions are asked for; this server allows {most} per request "
+                "(--max-choices). Lower n or send fewer prompts.",
+                param="n",
+            )
+        if timeout_s is not None and timeout_s > longest:
+            raise InvalidRequestError(
+                f"timeout_s: this server ends requests after {longest:g} seconds (--max-timeout). "
+                "Ask for that or less.",
+                param="timeout_s",
+            )
+
+
+def check_generates(choice: AdapterChoice) -> AdapterChoice:
+    if choice.task != "CAUSAL_LM":
+        route = "POST /classify" if choice.task in CLASSIFIERS else "POST /v1/embeddings"
+        raise InvalidRequestError(
+            f"model: {choice.named!r} generates no text: its task_type is {choice.task}. Send it to {route}.",
+            param="model",
+            code="adapter_task",
+        )
+    return choice
+
+
+def _in_words_of_responses(error: InvalidRequestError) -> InvalidRequestError:
+    """The error, with the field's name of /v1/responses."""
+    param = error.param or ""
+    name = {"messages": "input", "max_tokens": "max_output_tokens"}.get(param.partition("[")[0])
+    if name is None:
+        return error
+    said = error.message
+    message = name + said.removeprefix(param) if said.startswith(param) else said
+    return InvalidRequestError(message, param=name, code=error.code)
+
+
+def _no_tools(param: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{param}: this base's chat template has no place for tools: they would be lost. Give the base a "
+        "template that knows them (chat_template.jinja in its folder), or describe them in a message.",
+        param=param,
+        code="tools_not_supported",
+    )
+
+
+def check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str, room: int | None = None) -> None:
+    """room: one more token than a prompt may have."""
+    for prompt in prompts:
+        if not prompt.tokens:
+            raise InvalidRequestError(
+                f"{param}: has no tokens. Write at least one character (this base adds none of its own).",
+                param=param,
+            )
+        highest = max(prompt.tokens)
+        if highest >= base.vocab_size:
+            raise InvalidRequestError(
+                f"{param}: token id {highest} is not in the vocabulary (0 to {base.vocab_size - 1}).",
+                param=param,
+            )
+        if len(prompt.tokens) >= (base.max_length if room is None else room):
+            raise InvalidRequestError(
+                f"{param}: has {len(prompt.tokens)} tokens. This model's maximum context length is "
+                f"{base.max_length} tokens, those of the answer with them (--max-length). Shorten it.",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+
+def _sampling(body: SamplingFields, base: BaseInfo, wanted: _Wanted) -> Sampling:
+    max_tokens, told = _token_limit(base, wanted), wanted.prompt_logprobs
+    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    _check_vocabulary("logit_bias", bias, base)
+    _check_vocabulary("stop_token_ids", body.stop_token_ids or (), base)
+    seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed % 2**SEED_BITS
+    return Sampling(
+        temperature=_given(body.temperature, 1.0),
+        top_k=max(_given(body.top_k, 0), 0),
+        top_p=_given(body.top_p, 1.0),
+        min_p=_given(body.min_p, 0.0),
+        repetition_penalty=_given(body.repetition_penalty, 1.0),
+        presence_penalty=_given(body.presence_penalty, 0.0),
+        frequency_penalty=_given(body.frequency_penalty, 0.0),
+        logit_bias=bias,
+        seed=seed,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        min_tokens=min(_given(body.min_tokens, 0), max_tokens),
+        max_tokens=max_tokens,
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=wanted.logprobs,
+        prompt_logprobs=wanted.logprobs if wanted.echo and told is None else told,
+    )
+
+
+def _given(value: _T | None, default: _T) -> _T:
+    return default if value is None else value
+
+
+def _check_vocabulary(param: str, tokens: Sequence[int] | dict[int, float], base: BaseInfo) -> None:
+    for token in tokens:
+        if token >= base.vocab_size:
+            raise InvalidRequestError(
+                f"{param}: token id {token} is not in the vocabulary (0 to {base.vocab_size - 1}).",
+                param=param,
+            )
+
+
+def _token_limit(base: BaseInfo, wanted: _Wanted) -> int:
+    """Tokens to generate. What the caller asked for must fit; a default is cut to what fits."""
+    prompt = max(len(prompt.tokens) for prompt in wanted.prompts)
+    room = base.max_length - prompt
+    if wanted.max_tokens is None:
+        held = max(1, base.kv_blocks * base.block_size - prompt)
+        return min(room, held, room if wanted.default_tokens is None else wanted.default_tokens)
+    if wanted.max_tokens > room:
+        raise InvalidRequestError(
+            f"max_tokens: {wanted.max_tokens} tokens after a prompt of {prompt} are too many. This model's "
+            f"maximum context length is {base.max_length} tokens (--max-length). Ask for {room} or fewer, or "
+            "shorten the prompt.",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    return max(1, wanted.max_tokens)

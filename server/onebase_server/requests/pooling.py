@@ -1,0 +1,262 @@
+"""Planning of requests that read texts: vectors, classes, scores and decisions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from onebase_adapters.format.config import CLASSIFIERS
+from onebase_engine.base.chat import without_padding
+from onebase_engine.engine.messages import Pooling, Sampling
+from onebase_server.errors import InvalidRequestError
+from onebase_server.http.schemas.generation import ConversationFields
+from onebase_server.http.schemas.pooling import (
+    ClassifyRequest,
+    DecideRequest,
+    EmbeddingRequest,
+    PoolingFields,
+    ReadingFields,
+    inputs_of,
+)
+from onebase_server.http.schemas.wire import rebuilt
+from onebase_server.inference.generation import Job, Prompt, new_id
+from onebase_server.requests.planner import Planner, check_generates, check_prompts
+from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.tenancy.access import Caller
+
+AT_ONCE = 64
+"""Largest number of sequences of a request at once; further ones wait, so that other requests find places."""
+
+MAX_TOKEN_CLASSES = 1 << 21
+TOKEN_OVERHEAD = 8
+"""Labels that a token counts besides its own, for its name and number, in an answer with probabilities of
+tokens' labels."""
+
+
+class ReadingPlanner:
+    """Planner of jobs that only read texts. Every method raises what those of Planner raise."""
+
+    def __init__(self, planner: Planner, tokenizer: BaseTokenizer, max_timeout: float) -> None:
+        self._planner = planner
+        self._tokenizer = tokenizer
+        self._max_timeout = max_timeout
+
+    async def embed(self, body: EmbeddingRequest, caller: Caller) -> list[Job]:
+        """Jobs whose choices, one after the other, are the vectors of the inputs."""
+        most = self._planner.base().hidden_size
+        if body.dimensions is not None and most and body.dimensions > most:
+            raise InvalidRequestError(
+                f"dimensions: this base's vectors have {most}. Ask for that or fewer.", param="dimensions"
+            )
+        prompts, params = await self._inputs(caller.tenant, body.input)
+        jobs = self._pooled("embd-", body, prompts, params, caller, Pooling(body.pooling or "last"))
+        return await self._with_model(body, jobs)
+
+    async def classify(self, body: ClassifyRequest, caller: Caller) -> list[Job]:
+        """Jobs whose choices are the logits of the inputs' classes; of their tokens', one after the other."""
+        if body.input is not None:
+            prompts, params = await self._inputs(caller.tenant, body.input)
+        else:
+            options = {"chat_template_kwargs": body.chat_template_kwargs}
+            chat = rebuilt(ConversationFields, options)
+            prompts, params = (
+                [await self._planner.chat_prompt(caller.tenant, chat, body.messages or [])],
+                ["messages"],
+            )
+        jobs = self._pooled("classify-", body, prompts, params, caller, Pooling(head=True))
+        jobs = await self._with_model(body, jobs)
+        choice = jobs[0].adapter
+        if choice.task not in CLASSIFIERS or choice.weighted:
+            raise InvalidRequestError(
+                f"model: {choice.named or self._planner.base_name!r} does not classify. Name one adapter "
+                "whose task_type is SEQ_CLS or TOKEN_CLS.",
+                param="model",
+                code="adapter_task",
+            )
+        if choice.task == "SEQ_CLS":
+            return [replace(job, prompts=tuple(map(self._without_padding, job.prompts))) for job in jobs]
+        count = sum(len(prompt.tokens) for job in jobs for prompt in job.prompts)
+        most = MAX_TOKEN_CLASSES // (choice.labels + TOKEN_OVERHEAD)
+        if count > most:
+            raise InvalidRequestError(
+                f"input: has {count} tokens; one answer has room for {most} with the {choice.labels} labels "
+                "of each. Send fewer texts at once.",
+                param="input",
+            )
+        return [replace(job, pooling=Pooling("each", head=True)) for job in jobs]
+
+    async def scores(
+        self,
+        body: PoolingFields,
+        pairs: Sequence[tuple[str, str]],
+        params: Sequence[tuple[str, str]],
+        caller: Caller,
+    ) -> tuple[list[Job], list[str]]:
+        """Jobs for the nearness of pairs, whose texts come from the fields `params`.
+
+        With a classifier of one label, a pair is one choice: its logit. Else each field is one, once: its
+        vector; the second result says in which order.
+        """
+        job = (await self._with_model(body, [self._reading(new_id("score-"), body, [], [], caller)]))[0]
+        choice = job.adapter
+        if choice.task == "TOKEN_CLS" or choice.labels > 1:
+            raise InvalidRequestError(
+                f"model: {choice.named!r} tells {choice.labels} classes apart, which is no score. Send it to "
+                "POST /classify, or name a classifier of one label, an encoder or the base.",
+                param="model",
+                code="adapter_task",
+            )
+        if choice.task == "SEQ_CLS" and choice.weighted:
+            raise InvalidRequestError(
+                "model: a classifier scores with weight 1 and alone. Name it alone, or leave it out.",
+                param="model",
+                code="adapter_task",
+            )
+        if choice.task == "SEQ_CLS":
+            if body.pooling is not None:
+                raise InvalidRequestError("pooling: a classifier has its own. Leave it out.", param="pooling")
+            texts = await self._planner.texts(caller.tenant, params[0][0], [one for one, _ in pairs])
+            others = await self._planner.texts(
+                caller.tenant, params[0][1], [other for _, other in pairs], special=False
+            )
+            prompts = [
+                self._without_padding(Prompt(one + other)) for one, other in zip(texts, others, strict=True)
+            ]
+            names = [other for _, other in params]
+            jobs = self._pooled("score-", body, prompts, names, caller, Pooling(head=True))
+            return [replace(one, adapter=choice) for one in jobs], []
+        fields = {
+            param: text
+            for names, some in zip(params, pairs, strict=True)
+            for param, text in zip(names, some, strict=True)
+        }
+        tokens = await self._planner.texts(caller.tenant, params[0][1], list(fields.values()))
+        prompts = [Prompt(one, text) for one, text in zip(tokens, fields.values(), strict=True)]
+        pooling = Pooling(body.pooling or "last")
+        jobs = self._pooled("score-", body, prompts, list(fields), caller, pooling)
+        return [replace(one, adapter=choice) for one in jobs], list(fields)
+
+    def _without_padding(self, prompt: Prompt) -> Prompt:
+        return replace(prompt, tokens=without_padding(prompt.tokens, self._tokenizer.padding))
+
+    async def _inputs(
+        self, tenant: str, given: str | list[str] | list[int] | list[list[int]]
+    ) -> tuple[list[Prompt], list[str]]:
+        """The prompts, and the fields that they are from."""
+        found = inputs_of(given)
+        tokens = iter(
+            await self._planner.texts(tenant, "input", [one for one in found if isinstance(one, str)])
+        )
+        prompts = [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in found]
+        single = isinstance(given, str) or isinstance(given[0], int)
+        return prompts, ["input"] if single else [f"input[{index}]" for index in range(len(prompts))]
+
+    def _pooled(
+        self,
+        kind: str,
+        body: ReadingFields,
+        prompts: Sequence[Prompt],
+        params: Sequence[str],
+        caller: Caller,
+        pooling: Pooling,
+    ) -> list[Job]:
+        id, jobs = new_id(kind), []
+        for first in range(0, len(prompts), AT_ONCE):
+            some = slice(first, first + AT_ONCE)
+            job = self._reading(f"{id}.{first}", body, prompts[some], params[some], caller)
+            jobs.append(replace(job, pooling=pooling))
+        return jobs
+
+    async def decide(self, body: DecideRequest, caller: Caller) -> tuple[list[Job], list[Job]]:
+        """Jobs whose choices are the request's, after its prompt, and after its prior if it has one."""
+        ends = body.messages is not None if body.ends is None else body.ends
+        choices = [
+            tuple(one)
+            for one in await self._planner.texts(caller.tenant, "choices", body.choices, special=False)
+        ]
+        for index, one in enumerate(choices):
+            if not one:
+                raise InvalidRequestError(f"choices[{index}]: has no tokens.", param=f"choices[{index}]")
+        if ends:
+            end = self._tokenizer.end
+            if end is None:
+                raise InvalidRequestError(
+                    "ends: this base's tokenizer has no token for the end of a text. Send false.",
+                    param="ends",
+                )
+            choices = [(*one, end) for one in choices]
+        id = new_id("decide-")
+        groups: list[list[Job]] = []
+        for param, given in (("prompt", body.prompt or body.messages), ("prior", body.prior)):
+            if given is None:
+                groups.append([])
+                continue
+            if isinstance(given, str):
+                prompt = Prompt((await self._planner.texts(caller.tenant, param, [given]))[0], given)
+            else:
+                options = {"chat_template_kwargs": body.chat_template_kwargs}
+                prompt = await self._planner.chat_prompt(
+                    caller.tenant, rebuilt(ConversationFields, options), given
+                )
+                param = "messages" if param == "prompt" else param
+            jobs = []
+            for first in range(0, len(choices), AT_ONCE):
+                some = choices[first : first + AT_ONCE]
+                longest = max(map(len, some))
+                job = self._reading(f"{id}.{param}{first}", body, [prompt], [param], caller, longest)
+                sampling = Sampling(max_tokens=0, prompt_logprobs=0)
+                jobs.append(replace(job, sampling=sampling, branches=tuple(some), n=len(some)))
+            groups.append(jobs)
+        after, before = groups
+        named = await self._with_model(body, after + before)
+        check_generates(named[0].adapter)
+        return named[: len(after)], named[len(after) :]
+
+    def _reading(
+        self,
+        id: str,
+        body: ReadingFields,
+        prompts: Sequence[Prompt],
+        params: Sequence[str],
+        caller: Caller,
+        more: int = 0,
+    ) -> Job:
+        """more: tokens that come after a prompt."""
+        base = self._planner.base()
+        self._planner.check_limits(1, body.timeout_s)
+        room, kept = base.max_length - more, body.truncate_prompt_tokens
+        if room < 1:
+            raise InvalidRequestError(
+                f"choices: one has {more} tokens. This model's maximum context length is {base.max_length} "
+                "tokens, those of the prompt with them (--max-length). Shorten it.",
+                param="choices",
+                code="context_length_exceeded",
+            )
+        if kept == 0:
+            raise InvalidRequestError(
+                "truncate_prompt_tokens: keeps no token. Send at least 1, or -1 for as many as fit.",
+                param="truncate_prompt_tokens",
+            )
+        if kept is not None:
+            kept = room if kept < 0 else kept
+            prompts = [Prompt(prompt.tokens[max(0, len(prompt.tokens) - kept) :]) for prompt in prompts]
+        for param, prompt in zip(params, prompts, strict=True):
+            check_prompts([prompt], base, param, room + 1)
+        timeout_s = body.timeout_s or (None if caller.background else self._max_timeout)
+        return Job(
+            id=id,
+            tenant=caller.tenant,
+            priority=caller.priority,
+            prompts=tuple(prompts),
+            sampling=Sampling(max_tokens=0),
+            timeout_s=timeout_s,
+            deadline=None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s,
+            background=caller.background,
+        )
+
+    async def _with_model(self, body: ReadingFields, jobs: Sequence[Job]) -> list[Job]:
+        model = body.model or self._planner.base_name
+        self._planner.check_model(model, body)
+        adapter = await self._planner.choose(model, body, jobs[0])
+        return [replace(job, adapter=adapter) for job in jobs]

@@ -1,0 +1,112 @@
+"""Counters and durations of requests, adapters and proofs, which `metrics.py` exports."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from onebase_server.inference.generation import Job
+from onebase_server.inference.stream import Moments, Usage
+from onebase_server.telemetry.histogram import Histogram
+
+MOST_ADAPTERS = 200
+"""Tenants' adapters that are counted under their names; those that come later are counted together."""
+OTHERS = "other"
+
+# Bounds in seconds and tokens, as vLLM has them: dashboards and alerts name some of them.
+FIRST_TOKEN_SECONDS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0, 160.0, 640.0, 2560.0,
+)  # fmt: skip
+TOKEN_SECONDS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+REQUEST_SECONDS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
+    960.0, 1920.0, 7680.0,
+)  # fmt: skip
+TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+CHOICES = (1, 2, 5, 10, 20)
+
+
+@dataclass
+class AdapterUse:
+    """Requests and tokens of one tenant with one adapter since the start."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class RequestMeasurements:
+    """Measurements of all requests for text that the engine was given, since the start.
+
+    Sequences of batches wait as long as others run. They would say nothing in the histograms, and are left
+    out of these and of `finished`.
+    """
+
+    def __init__(self) -> None:
+        self.finished: Counter[str] = Counter()
+        """Choices by how they ended, in vLLM's words: `stop`, `length`, `abort`, `error`."""
+        self.first_token = Histogram(FIRST_TOKEN_SECONDS)
+        self.token_gap = Histogram(TOKEN_SECONDS)
+        """Time, in seconds, from one output of a sequence to the next."""
+        self.per_token = Histogram(TOKEN_SECONDS)
+        """Mean of a request after its first token."""
+        self.whole = Histogram(REQUEST_SECONDS)
+        self.queue = Histogram(REQUEST_SECONDS)
+        self.inference = Histogram(REQUEST_SECONDS)
+        self.prefill = Histogram(REQUEST_SECONDS)
+        self.decode = Histogram(REQUEST_SECONDS)
+        self.prompt_tokens = Histogram(TOKENS)
+        self.completion_tokens = Histogram(TOKENS)
+        self.max_tokens = Histogram(TOKENS)
+        self.choices = Histogram(CHOICES)
+        self._uses: dict[tuple[str, str], AdapterUse] = {}
+
+    def ended(self, job: Job, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
+        """One request is over. finished: its choices by how they ended."""
+        for name in {use.name for use in job.adapter.uses} or {""}:
+            use = self._use(job.tenant, name)
+            use.requests += 1
+            use.prompt_tokens += usage.prompt
+            use.completion_tokens += usage.completion
+        if job.background:
+            return
+        self.finished += finished
+        self.prompt_tokens.observe(usage.prompt)
+        self.completion_tokens.observe(usage.completion)
+        self.choices.observe(job.choices)
+        if job.pooling is None and not job.branches:
+            self.max_tokens.observe(job.sampling.max_tokens)
+        if moments.first:
+            self.first_token.observe(moments.first - moments.came)
+        if moments.begun:
+            self.queue.observe(moments.begun - moments.submitted)
+        if finished["abort"] or finished["error"] or not moments.last:
+            return  # also a stream that was resumed after its last token, for which nothing was computed here
+        begun = moments.begun or moments.submitted
+        self.whole.observe(moments.last - moments.came)
+        self.inference.observe(moments.last - begun)
+        self.prefill.observe((moments.first or moments.last) - begun)
+        if moments.first:
+            self.decode.observe(moments.last - moments.first)
+            more = usage.completion / job.choices - 1
+            if more > 0:
+                self.per_token.observe((moments.last - moments.first) / more)
+
+    def _use(self, tenant: str, adapter: str) -> AdapterUse:
+        key = (tenant, adapter)
+        if key not in self._uses and len(self._uses) >= MOST_ADAPTERS:
+            key = (OTHERS, OTHERS)
+        return self._uses.setdefault(key, AdapterUse())
+
+    def uses(self, known: Callable[[str, str], bool]) -> Iterator[tuple[str, str, AdapterUse]]:
+        """Yield uses by tenant and adapter, "" being the base. Those that are not `known` any more are
+        dropped."""
+        for (tenant, adapter), use in list(self._uses.items()):
+            if not adapter or (tenant, adapter) == (OTHERS, OTHERS) or known(tenant, adapter):
+                yield tenant, adapter, use
+            else:
+                del self._uses[tenant, adapter]
