@@ -33,7 +33,7 @@ from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.base.load import load_base
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import EngineConfig, Sampling, Submit
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_server.processes.engine import DEFAULT_STEP_TOKENS, base_settings, warm_up
 
 FLOODED_BY = {"quiet": "", "arrival": "guest", "counters": "other"}
@@ -66,7 +66,7 @@ class Bench:
         config = EngineConfig(base_folder=str(options.base), device="cpu")
         device = torch.device("cpu")
         self._base = load_base(base_settings(config, device))
-        self._limits = Limits(options.max_rows, DEFAULT_STEP_TOKENS["cpu"], 4096)
+        self._limits = SchedulerLimits(options.max_rows, DEFAULT_STEP_TOKENS["cpu"], 4096)
         self._random = random.Random(options.seed)
         self._now = 0.0
         self._engine = self._made()

@@ -27,9 +27,9 @@ from onebase_engine.base.quantized_cache import load_kept_base
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.memory_budget import kv_block_count
-from onebase_engine.engine.messages import EngineConfig, Sampling, Submit, TokenLogprob
+from onebase_engine.engine.messages import EngineConfig, Sampling, ScoredToken, Submit
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_server.processes.engine import DEFAULT_STEP_TOKENS, base_settings
 
@@ -44,15 +44,15 @@ BLOCK = 16
 class Found:
     """Results of one engine. short, long: of each token of the prompts. greedy: answers to some of them."""
 
-    short: list[TokenLogprob]
-    long: list[TokenLogprob]
+    short: list[ScoredToken]
+    long: list[ScoredToken]
     greedy: list[list[int]]
     tokens: int
     """Number of tokens that fit in KV_MEMORY."""
 
 
 def measure(model: ServedModel, base: torch.nn.Module, tokenizer: Tokenizer, tokens: int) -> Found:
-    limits = Limits(64, DEFAULT_STEP_TOKENS[model.device.type], 4096, 0)
+    limits = SchedulerLimits(64, DEFAULT_STEP_TOKENS[model.device.type], 4096, 0)
     blocks = KV_TOKENS // BLOCK
     engine = Engine(base, name="bench", limits=limits, kv_blocks=blocks, eos_ids=eos_ids(base), model=model)
     lines = (ROOT / "examples/data/pirate.heldout.jsonl").read_text().splitlines()
@@ -71,16 +71,16 @@ def measure(model: ServedModel, base: torch.nn.Module, tokenizer: Tokenizer, tok
     )
 
 
-def scored(engine: Engine, prompts: Sequence[list[int]]) -> list[list[TokenLogprob]]:
+def scored(engine: Engine, prompts: Sequence[list[int]]) -> list[list[ScoredToken]]:
     sampling = Sampling(temperature=0.0, max_tokens=1, prompt_logprobs=1)
     return [of_prompt for _, of_prompt in ask(engine, prompts, sampling)]
 
 
 def ask(
     engine: Engine, prompts: Sequence[list[int]], sampling: Sampling
-) -> list[tuple[list[int], list[TokenLogprob]]]:
+) -> list[tuple[list[int], list[ScoredToken]]]:
     """Return, for each prompt, the answer and the log-probabilities of the prompt's own tokens."""
-    found: list[tuple[list[int], list[TokenLogprob]]] = [([], []) for _ in prompts]
+    found: list[tuple[list[int], list[ScoredToken]]] = [([], []) for _ in prompts]
     for number, prompt in enumerate(prompts):
         engine.submit(Submit(id=str(number), prompt=prompt, sampling=sampling))
     while engine.busy:
@@ -99,8 +99,8 @@ def show(console: Console, found: dict[str, Found]) -> None:
     for column in ("", *list(found)[1:]):
         table.add_column(column, justify="left" if not column else "right")
     for name in ("short", "long"):
-        own: list[TokenLogprob] = getattr(plain, name)
-        rows: list[list[TokenLogprob]] = [getattr(one, name) for one in others]
+        own: list[ScoredToken] = getattr(plain, name)
+        rows: list[list[ScoredToken]] = [getattr(one, name) for one in others]
         differences = [
             torch.tensor([abs(a.logprob - b.logprob) for a, b in zip(own, row, strict=True)]).double()
             for row in rows

@@ -40,7 +40,7 @@ from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import AdapterRef, Grammar, Sampling, Submit
 from onebase_server.requests.json_schema import closed
 from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_format import Tool, ToolChoice
+from onebase_server.requests.tool_format import ToolChoice, ToolDefinition
 
 SUITE = "jsonschema==4.26.0"
 DRAFTS = {
@@ -278,7 +278,7 @@ def tools(base: Path, choice: ToolChoice) -> Grammar:
     if format is None:
         raise RuntimeError("the default base's chat template knows tools")
     schema = {"type": "object", "properties": {"people": ENDLESS}, "required": ["people"]}
-    return format.grammar({"add": Tool("add", schema)}, choice, parallel=True)
+    return format.grammar({"add": ToolDefinition("add", schema)}, choice, parallel=True)
 
 
 if __name__ == "__main__":

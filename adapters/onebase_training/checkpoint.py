@@ -181,7 +181,7 @@ def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class RunReport:
     """One finished run. Losses are means over held-out rows, nats a supervised token (DPO: a pair;
     classification: a row, the base's as `classes` says).
 
@@ -319,7 +319,7 @@ _TRAINED_IN = {"nf4": "  # trained on it in 4-bit (NF4)", "int8": "  # trained o
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def model_card(report: Report, *, repo: str | None, commit: str | None, data: Sequence[DataLine]) -> str:
+def model_card(report: RunReport, *, repo: str | None, commit: str | None, data: Sequence[DataLine]) -> str:
     """Return the model card: Markdown with the Hub's metadata on top.
 
     Args:
@@ -348,7 +348,7 @@ class DataLine:
         self.cells = [part, f"`{_plain(name)}`", *amounts, f"`{digest[:12]}`"]
 
 
-def _metadata(report: Report, repo: str | None) -> str:
+def _metadata(report: RunReport, repo: str | None) -> str:
     base = [f"base_model: {json.dumps(repo)}"] if repo else []
     tags = "lora, qlora, onebase" if report.quantization == "nf4" else "lora, onebase"
     pipeline = "text-classification" if _classifies(report) else "text-generation"
@@ -356,12 +356,12 @@ def _metadata(report: Report, repo: str | None) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _base(report: Report, repo: str | None, commit: str | None) -> str:
+def _base(report: RunReport, repo: str | None, commit: str | None) -> str:
     name = f"[{repo}](https://huggingface.co/{repo})" if repo else f"`{_plain(report.base)}`"
     return f"{name} at commit `{commit}`" if commit else name
 
 
-def _results(report: Report) -> str:
+def _results(report: RunReport) -> str:
     head, *rows = results(report)
     if not rows:
         return "## Results\n\nNothing was held out, so nothing was measured."
@@ -369,11 +369,11 @@ def _results(report: Report) -> str:
     return "## Results\n\n" + _table(head, named) + _slices(report)
 
 
-def _classifies(report: Report) -> bool:
+def _classifies(report: RunReport) -> bool:
     return report.recipe.get("method") == "classification"
 
 
-def _classes(report: Report) -> str:
+def _classes(report: RunReport) -> str:
     """Return tables of how well each label is predicted."""
     if report.classes is None:
         return ""
@@ -393,7 +393,7 @@ def _named_heads(rows: list[list[str]]) -> list[list[str]]:
     return [[_plain(first), *(f"`{_plain(name)}`" for name in names)], *rest]
 
 
-def _slices(report: Report) -> str:
+def _slices(report: RunReport) -> str:
     if report.slices is None:
         return ""
     head, *rows = slice_rows(report.slices)
@@ -401,7 +401,7 @@ def _slices(report: Report) -> str:
 
 
 def slice_rows(slices: Mapping[str, Any]) -> list[list[str]]:
-    """Return a table of `Report.slices`: its head, then a line for each slice."""
+    """Return a table of `RunReport.slices`: its head, then a line for each slice."""
     by_loss = slices["by"] == "loss"
 
     def shown(value: float | None) -> str:
@@ -417,7 +417,7 @@ def slice_rows(slices: Mapping[str, Any]) -> list[list[str]]:
     return made
 
 
-def results(report: Report) -> list[list[str]]:
+def results(report: RunReport) -> list[list[str]]:
     """Return a table of the results on held-out rows: its head, then one line for the loss and each
     metric."""
     subjects = [("base", report.loss_before, report.metrics_before)]
@@ -436,11 +436,11 @@ def results(report: Report) -> list[list[str]]:
     return made
 
 
-def _parent(report: Report) -> str:
+def _parent(report: RunReport) -> str:
     return f", going on from `{_plain(report.parent)}`" if report.parent else ""
 
 
-def _curve(report: Report) -> str:
+def _curve(report: RunReport) -> str:
     losses = [loss for _, loss in report.losses]
     if not losses:
         return ""
@@ -470,7 +470,7 @@ def _data(data: Sequence[DataLine]) -> str:
     return "## Data\n\n" + _table(head, [line.cells for line in data])
 
 
-def _settings(report: Report) -> str:
+def _settings(report: RunReport) -> str:
     rows = [
         [f"`{item.name}`", f"`{_plain(_value(report.recipe[item.name]))}`"]
         for item, _ in recipe_fields()
@@ -484,7 +484,7 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _use(report: Report, repo: str | None) -> str:
+def _use(report: RunReport, repo: str | None) -> str:
     base = json.dumps(repo or report.base)
     trained_in = _TRAINED_IN[report.quantization]
     if _classifies(report):

@@ -139,7 +139,7 @@ class Classifying(Measuring):
 
     def _scores(self, prompts: Sequence[list[int]]) -> list[list[float]]:
         def on_progress(part: float) -> None:
-            self._listen(events.Progress(at=time.time(), name="measuring base", part=part))
+            self._listen(events.StageProgress(at=time.time(), name="measuring base", part=part))
 
         choices = self._choices()
         return score_choices(
@@ -196,7 +196,7 @@ BASE_BY = {
 
 
 def figure_rows(classes: Mapping[str, Any]) -> list[list[str]]:
-    """Return a table of `Report.classes`: its head, then a line for each label."""
+    """Return a table of `RunReport.classes`: its head, then a line for each label."""
     base = {one["label"]: one for one in classes["base"]["labels"]}
     made = [["label", "rows", "F1 of the base", "F1", "precision", "recall"]]
     for one in classes["adapter"]["labels"]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onebase_training import events
 
 if TYPE_CHECKING:
-    from onebase_training.run import Job
+    from onebase_training.run import TrainingRequest
 
 _INSTALL = "pip install 'onebase[track]' installs it"
 
@@ -25,7 +25,7 @@ Write = Callable[[Mapping[str, float], int], None]
 
 
 @contextmanager
-def open_curves(names: Sequence[str], job: Job) -> Iterator[events.Listen]:
+def open_curves(names: Sequence[str], job: TrainingRequest) -> Iterator[events.Listen]:
     """Yield a listener that writes events to the named tools (`tensorboard`, `trackio`). Raises
     CurveError."""
     openers = {"tensorboard": _tensorboard, "trackio": _trackio}
@@ -68,7 +68,7 @@ def _figures(event: events.StepDone | events.Evaluated) -> dict[str, float]:
 
 
 @contextmanager
-def _tensorboard(job: Job) -> Iterator[Write]:
+def _tensorboard(job: TrainingRequest) -> Iterator[Write]:
     """Write event files into the run's folder: `tensorboard --logdir runs`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -87,7 +87,7 @@ def _tensorboard(job: Job) -> Iterator[Write]:
 
 
 @contextmanager
-def _trackio(job: Job) -> Iterator[Write]:
+def _trackio(job: TrainingRequest) -> Iterator[Write]:
     """Write a local database that `trackio show --project onebase` draws; nothing leaves the machine."""
     try:
         import trackio

@@ -105,7 +105,7 @@ class Saved(Event, frozen=True, kw_only=True, tag="saved"):
     """Held-out loss, if it was evaluated at this step."""
 
 
-class Progress(Event, frozen=True, kw_only=True, tag="progress"):
+class StageProgress(Event, frozen=True, kw_only=True, tag="progress"):
     """Progress of a long stage that is not training. `part`: from 0 to 1."""
 
     name: str
@@ -134,7 +134,7 @@ AnyEvent = (
     | Sampled
     | Measured
     | Saved
-    | Progress
+    | StageProgress
     | Notice
     | Finished
 )

@@ -34,7 +34,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class LabelFigures:
+class LabelMetrics:
     """Figures of one label against all others. precision is 0 if it was never predicted."""
 
     rows: int
@@ -73,12 +73,12 @@ def mean(name: str, replies: list[str], references: list[str]) -> float:
     return sum(scores) / len(scores) if scores else 0.0
 
 
-def label_figures(references: Sequence[str], given: Sequence[str]) -> dict[str, LabelFigures]:
+def label_figures(references: Sequence[str], given: Sequence[str]) -> dict[str, LabelMetrics]:
     """Return figures of each label that a row has or was given, in alphabetical order."""
     rows, answers = Counter(references), Counter(given)
     right = Counter(label for label, answer in zip(references, given, strict=True) if label == answer)
     return {
-        label: LabelFigures(
+        label: LabelMetrics(
             rows=rows[label],
             precision=right[label] / answers[label] if answers[label] else 0.0,
             recall=right[label] / rows[label] if rows[label] else 0.0,

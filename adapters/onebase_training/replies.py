@@ -20,12 +20,12 @@ from torch import nn
 from onebase_adapters.store.atomic_files import write_atomically
 from onebase_engine.base.chat import ChatTokenizer
 from onebase_engine.base.load import UnsupportedBaseError, eos_ids, longest_row
-from onebase_engine.engine.batch import Batch
+from onebase_engine.engine.batch import StepBatch
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import AdapterRef, RowOutput, Sampling, Submit
 from onebase_engine.engine.model import Outputs, ServedModel
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.lora.weights import AdapterWeights
 from onebase_training import events
 from onebase_training.data.dataset import Dataset
@@ -205,7 +205,7 @@ def _engine(
     return Engine(
         base,
         name="replies",
-        limits=Limits(_MAX_ROWS, _STEP_TOKENS, longest * _BLOCK),
+        limits=SchedulerLimits(_MAX_ROWS, _STEP_TOKENS, longest * _BLOCK),
         kv_blocks=max(blocks, longest) + RESERVED_BLOCKS,
         block_size=_BLOCK,
         slots=1,
@@ -241,7 +241,7 @@ class _GatedModel(ServedModel):
             if any(getattr(child, "layer_idx", None) is not None for child in module.children()):
                 module.register_forward_pre_hook(told)
 
-    def forward(self, batch: Batch) -> Outputs:
+    def forward(self, batch: StepBatch) -> Outputs:
         try:
             return super().forward(batch)
         except Exception as error:
@@ -342,7 +342,7 @@ class Measuring:
 
     def _replies(self, prompts: Sequence[list[int]], name: str, *, bare: bool) -> list[str]:
         def on_progress(part: float) -> None:
-            self._listen(events.Progress(at=time.time(), name=name, part=part))
+            self._listen(events.StageProgress(at=time.time(), name=name, part=part))
 
         return generate_replies(
             self._trainable.base,

@@ -1,8 +1,7 @@
 """Train from files to a finished adapter, for the command line and for a server's jobs.
 
-A `Job` is the request. `prepare` reads its data and makes a `Plan`: a recipe with every "auto" decided,
-which fits into memory. A `PlannedRun` trains, and writes the adapter.
-"""
+A `TrainingRequest` is the request. `prepare` reads its data and makes a `TrainingPlan`: a recipe with every
+"auto" decided, which fits into memory. A `PlannedRun` trains, and writes the adapter."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ from onebase_training.checkpoint import (
     CheckpointError,
     Checkpoints,
     DataLine,
-    Report,
+    RunReport,
     all_better,
     is_better,
     model_card,
@@ -79,7 +78,7 @@ from onebase_training.recipe import (
     token_count,
 )
 from onebase_training.replies import Measuring, Replies
-from onebase_training.slices import ACTIVE, Measured, by_slice, mean_by_slice, slice_report
+from onebase_training.slices import ACTIVE, SubjectMetrics, by_slice, mean_by_slice, slice_report
 from onebase_training.trainable import Trainable, resolve_targets
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ _MEMORY = ("micro_tokens", "gradient_checkpointing")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class TrainingRequest:
     """Request of a training run: its data, its recipe, its base and its folder.
 
     train, held_out: files or Hub data sets; without `held_out` the recipe's split is held out. names: names
@@ -143,7 +142,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """A run that can start. identity: SHA-256 of recipe, data and base."""
 
     recipe: Recipe
@@ -158,14 +157,14 @@ class Plan:
 
 def train(
     load: Callable[[], nn.Module],
-    job: Job,
+    job: TrainingRequest,
     listen: Listen,
     gate: Gate,
     processes: ProcessGroup | None = None,
     *,
     last_step: LastStep | None = None,
     find_active: FindActive = lambda: None,
-) -> Report:
+) -> RunReport:
     """Train an adapter; leaves `adapter/`, `report.json` and `events.jsonl` in the job's folder.
 
     Args:
@@ -210,14 +209,14 @@ _NOTHING_HELD_OUT = (
 
 def prepare(
     config: Any,
-    job: Job,
+    job: TrainingRequest,
     listen: Listen,
     gate: Gate,
     processes: ProcessGroup | None = None,
     *,
     rate: float | None,
     reread: bool = False,
-) -> Plan:
+) -> TrainingPlan:
     """Check the files and decide every "auto" setting; the plan is stored in the job's folder for the run.
 
     The first call in a folder reads the files and reports on them (DataChecked). It stores their rows,
@@ -233,7 +232,7 @@ def prepare(
 
     def on_progress(part: float) -> None:
         gate.wait()
-        listen(events.Progress(at=time.time(), name="validating_files", part=part))
+        listen(events.StageProgress(at=time.time(), name="validating_files", part=part))
 
     # The first process decides for all: on one day also at midnight, and by the memory that it has, since
     # all must cut steps alike.
@@ -258,7 +257,7 @@ def prepare(
         data = read_data(job, tokenizer, on_progress)
         if identity_of(job, data) != identity:
             raise CheckpointError.other_run(job.folder)
-    return Plan(recipe, data, estimate, identity)
+    return TrainingPlan(recipe, data, estimate, identity)
 
 
 class PlannedRun:
@@ -267,8 +266,8 @@ class PlannedRun:
     def __init__(
         self,
         base: nn.Module,
-        job: Job,
-        plan: Plan,
+        job: TrainingRequest,
+        plan: TrainingPlan,
         listen: Listen,
         gate: Gate,
         processes: ProcessGroup | None = None,
@@ -329,14 +328,14 @@ class PlannedRun:
         self._trainer.run(until)
         return self._trainer.finished
 
-    def finish(self) -> Report:
+    def finish(self) -> RunReport:
         """Measure the adapter, and write it with its report."""
         job, recipe, state = self._job, self._plan.recipe, self._trainer.state
         after = self._measuring.adapter() if self._processes.first else Replies()
         active = self._measure_active()
         slices, better_than = self._slices(after, active), self._better_than(after.metrics, active)
         self._listen(events.Phase(at=time.time(), name="saving"))
-        report = Report(
+        report = RunReport(
             name=job.name,
             base=job.base_name,
             quantization=job.base.quantization,
@@ -392,16 +391,16 @@ class PlannedRun:
         self._listen(events.Phase(at=time.time(), name="measuring", message="slices"))
         before, against = (self._before, "base") if self._job.parent is None else (self._parent, "parent")
         begun = self._slice_losses(before, at_start=True)
-        subjects = {against: Measured(begun, before.texts)}
+        subjects = {against: SubjectMetrics(begun, before.texts)}
         if active is not None and not active.problem:
             losses = begun if active.is_parent else active.slices
-            subjects[ACTIVE] = Measured(losses, active.replies.texts)
+            subjects[ACTIVE] = SubjectMetrics(losses, active.replies.texts)
         return slice_report(
             self._plan.recipe,
             rows,
             self._measuring.prompts if self._processes.first else [],
             subjects,
-            Measured(self._slice_losses(after), after.texts),
+            SubjectMetrics(self._slice_losses(after), after.texts),
         )
 
     def _slice_losses(self, replies: Replies, *, at_start: bool = False) -> dict[str, float]:
@@ -502,7 +501,7 @@ class PlannedRun:
             for name, (loss, metrics) in subjects.items()
         }
 
-    def _write(self, report: Report) -> Report:
+    def _write(self, report: RunReport) -> RunReport:
         job = self._job
 
         def card(size: int) -> str:
@@ -594,7 +593,7 @@ def _recorded(folder: Path, listen: Listen, processes: ProcessGroup) -> Iterator
         def record(event: events.Event) -> None:
             nonlocal begun
             begun = begun or isinstance(event, events.Planned)
-            if not isinstance(event, events.Progress):
+            if not isinstance(event, events.StageProgress):
                 file.write(msgspec.json.encode(event) + b"\n")
                 file.flush()
             listen(event)
@@ -620,7 +619,7 @@ def load_tokenizer(base: BaseSettings) -> Any:
 
 
 def read_data(
-    job: Job, tokenizer: Any, on_progress: Callable[[float], None], *, reread: bool = False
+    job: TrainingRequest, tokenizer: Any, on_progress: Callable[[float], None], *, reread: bool = False
 ) -> Data:
     """Read both files of a job, or one of which a part is held out, or map the rows that `keep_rows` stored.
 
@@ -646,13 +645,13 @@ def read_data(
 _TRAIN, _HELD_OUT = "train", "held_out"
 
 
-def _kept_data(job: Job, key: str | None, tokenizer: Any) -> Data | None:
+def _kept_data(job: TrainingRequest, key: str | None, tokenizer: Any) -> Data | None:
     """Return the rows that `keep_rows` stored under this key, or None."""
     rows = None if key is None else map_rows(job.folder / _ROWS, key, reply_decoder(tokenizer))
     return None if rows is None else _data(job, rows, key, kept=True)
 
 
-def _data(job: Job, rows: Mapping[str, Dataset], key: str | None, *, kept: bool) -> Data:
+def _data(job: TrainingRequest, rows: Mapping[str, Dataset], key: str | None, *, kept: bool) -> Data:
     held_out, name = rows.get(_HELD_OUT), job.names[0] or Path(job.train).name
     if job.held_out is None or held_out is None:
         return Data(rows[_TRAIN], held_out, name, f"held out of {name}", key=key, kept=kept)
@@ -661,7 +660,10 @@ def _data(job: Job, rows: Mapping[str, Dataset], key: str | None, *, kept: bool)
 
 
 def _read_rows(
-    job: Job, tokenizer: Any, files: Sequence[Sequence[Path]], on_progress: Callable[[float], None]
+    job: TrainingRequest,
+    tokenizer: Any,
+    files: Sequence[Sequence[Path]],
+    on_progress: Callable[[float], None],
 ) -> dict[str, Dataset]:
     """Return the rows to train on, and the held-out ones, if there are any."""
     recipe, (name, held_out_name) = job.recipe, job.names
@@ -686,7 +688,7 @@ def _read_rows(
     return parts | {_HELD_OUT: held_out} if len(held_out) else parts
 
 
-def keep_rows(job: Job, data: Data) -> bool:
+def keep_rows(job: TrainingRequest, data: Data) -> bool:
     """Write rows into the job's folder, where `read_data` finds them. Returns whether they are there.
 
     A run can do without; a full disk is reported when it writes what it needs.
@@ -701,14 +703,14 @@ def keep_rows(job: Job, data: Data) -> bool:
     return True
 
 
-def _rows_key(job: Job, files: Sequence[Sequence[Path]]) -> str | None:
+def _rows_key(job: TrainingRequest, files: Sequence[Sequence[Path]]) -> str | None:
     """Return the key in Data, over all of the recipe but its memory settings, which a continued run may
     change."""
     settings = {name: value for name, value in job.recipe.to_json().items() if name not in _MEMORY}
     return rows_key(settings, job.base.folder, files)
 
 
-def make_plan(job: Job, data: Data, config: Any, rate: float | None = None) -> Plan:
+def make_plan(job: TrainingRequest, data: Data, config: Any, rate: float | None = None) -> TrainingPlan:
     """Decide all "auto" settings, or read those decided when the run in the job's folder began to compute.
 
     Args:
@@ -724,10 +726,10 @@ def make_plan(job: Job, data: Data, config: Any, rate: float | None = None) -> P
         raise RecipeError(MODEL, NO_PARENT)
     identity = identity_of(job, data)
 
-    def decide(before: Recipe | None) -> Plan:
+    def decide(before: Recipe | None) -> TrainingPlan:
         recipe = before or _of_parent(resolved(job.recipe, data, config), job, config)
         found = _estimate(job, recipe, data, config, rate)
-        return Plan(found.applied_to(recipe), data, found, identity)
+        return TrainingPlan(found.applied_to(recipe), data, found, identity)
 
     before = _read(job, identity)
     plan = decide(before)
@@ -743,7 +745,7 @@ def make_plan(job: Job, data: Data, config: Any, rate: float | None = None) -> P
     return plan
 
 
-def _of_parent(recipe: Recipe, job: Job, config: Any) -> Recipe:
+def _of_parent(recipe: Recipe, job: TrainingRequest, config: Any) -> Recipe:
     """Return the recipe, which must agree with the job's parent, with short names of layers if they are
     equivalent.
 
@@ -756,7 +758,7 @@ def _of_parent(recipe: Recipe, job: Job, config: Any) -> Recipe:
     return replace(recipe, targets=tuple(resolve_targets(model, recipe.targets)))
 
 
-def _estimate(job: Job, recipe: Recipe, data: Data, config: Any, rate: float | None) -> Estimate:
+def _estimate(job: TrainingRequest, recipe: Recipe, data: Data, config: Any, rate: float | None) -> Estimate:
     rows, held_out = data.train.rows, data.held_out.rows if data.held_out is not None else ()
     tokens = sum(map(len, rows))
     return estimate(
@@ -775,7 +777,7 @@ def _estimate(job: Job, recipe: Recipe, data: Data, config: Any, rate: float | N
     )
 
 
-def _memory_for_run(job: Job) -> int | None:
+def _memory_for_run(job: TrainingRequest) -> int | None:
     """Return the bytes that the run itself may take, less two copies of the parent's weights."""
     if job.memory_limit is None or job.parent is None:
         return job.memory_limit
@@ -788,7 +790,7 @@ def resolved(recipe: Recipe, data: Data, config: Any) -> Recipe:
     return resolve(recipe, rows=len(data.train), held_out=data.given, base_limit=limit)
 
 
-def identity_of(job: Job, data: Data) -> str:
+def identity_of(job: TrainingRequest, data: Data) -> str:
     """Return the SHA-256 of recipe, data and base, by which a folder recognizes its run."""
     settings = {"quantization": job.base.quantization, "dtype": str(job.base.dtype)}
     held_out = data.held_out.digest if data.held_out is not None else ""
@@ -806,7 +808,7 @@ def identity_of(job: Job, data: Data) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _read(job: Job, identity: str) -> Recipe | None:
+def _read(job: TrainingRequest, identity: str) -> Recipe | None:
     """Return the recipe decided when the run in the folder began, with the memory settings of this job."""
     path = job.folder / _PLAN
     if not path.exists():
@@ -821,7 +823,7 @@ def _read(job: Job, identity: str) -> Recipe | None:
     raise CheckpointError.other_run(job.folder)
 
 
-def with_template_date(job: Job, tokenizer: Any) -> Job:
+def with_template_date(job: TrainingRequest, tokenizer: Any) -> TrainingRequest:
     """Return the job with the day on which the run in its folder began; unchanged if the template prints
     none.
 
@@ -842,7 +844,7 @@ def with_template_date(job: Job, tokenizer: Any) -> Job:
     return replace(job, recipe=replace(job.recipe, template_date=day))
 
 
-def keep_template_date(job: Job) -> None:
+def keep_template_date(job: TrainingRequest) -> None:
     """Store the day on which the run begins; it continues with this date on another day. Raises OSError."""
     path = job.folder / _DATE
     if job.recipe.template_date != "auto" and not path.exists():

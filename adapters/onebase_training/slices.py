@@ -38,7 +38,7 @@ class Question(Protocol):
 
 
 @dataclass(frozen=True)
-class Measured:
+class SubjectMetrics:
     """One subject. losses: by slice, nats a supervised token (classification: a row). replies: to the
     prompts, in their order."""
 
@@ -68,8 +68,8 @@ def slice_report(
     recipe: Recipe,
     rows: Mapping[str, int],
     prompts: Sequence[Question],
-    subjects: Mapping[str, Measured],
-    after: Measured,
+    subjects: Mapping[str, SubjectMetrics],
+    after: SubjectMetrics,
 ) -> dict[str, Any]:
     """Return the slices, those that got worse, and rows whose replies were right and are wrong, as JSON.
 
@@ -188,7 +188,7 @@ def _changed(
     recipe: Recipe,
     prompts: Sequence[Question],
     against: str,
-    measured: tuple[Measured, Measured],
+    measured: tuple[SubjectMetrics, SubjectMetrics],
     scores: Sequence[_Scores],
 ) -> dict[tuple[str, int], dict[str, Any]]:
     """Return rows whose reply was right and is wrong, by the deciding metric and the prompt's number.

@@ -34,8 +34,8 @@ from onebase_training.replies import BASE_METRICS
 from onebase_training.run import (
     Data,
     DoesNotFitError,
-    Job,
     PlannedRun,
+    TrainingRequest,
     identity_of,
     keep_rows,
     keep_template_date,
@@ -153,7 +153,7 @@ class SweepResult:
 
 def sweep(
     load: Callable[[], nn.Module],
-    job: Job,
+    job: TrainingRequest,
     grid: Grid,
     listen: Listen,
     gate: Gate,
@@ -218,7 +218,7 @@ def _rank(trial: Trial) -> tuple[bool, bool, int, float]:
 class _Sweep:
     """Runs of one sweep, on one base and one set of rows. The folder's file records the progress of each."""
 
-    def __init__(self, base: Any, job: Job, data: Data, listen: Listen, gate: Gate) -> None:
+    def __init__(self, base: Any, job: TrainingRequest, data: Data, listen: Listen, gate: Gate) -> None:
         self._base, self._job, self._data = base, job, data
         self._listen, self._gate = listen, gate
         self.steps = step_count(resolved(job.recipe, data, base.config), len(data.train))

@@ -19,7 +19,7 @@ from onebase_engine.base.load import eos_ids
 from onebase_engine.base.quantized_cache import load_kept_base
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import AdapterRef, EngineConfig, Sampling, Submit
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_server.processes.engine import DEFAULT_STEP_TOKENS, base_settings, warm_up
 
 KV_TOKENS = 65536
@@ -29,7 +29,7 @@ def load(folder: str, adapters: dict[str, str], rank: int, draft_tokens: int) ->
     """An engine with a server's defaults and every adapter; a row names a version by the adapter's name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_kept_base(base_settings(EngineConfig(base_folder=folder), device))
-    limits = Limits(64, DEFAULT_STEP_TOKENS[device.type], 2048, draft_tokens)
+    limits = SchedulerLimits(64, DEFAULT_STEP_TOKENS[device.type], 2048, draft_tokens)
     engine = Engine(
         base,
         name="bench",

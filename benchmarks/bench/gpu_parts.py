@@ -38,7 +38,7 @@ from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.memory_budget import measured_on
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.lora.weights import weights_bytes
@@ -201,7 +201,7 @@ def make_engine(
     step_tokens: int = 2048, block: int = BLOCK, host_blocks: int = 0,
 ) -> Engine:  # fmt: skip
     """An engine as a server has it, for the kernels given; None: those that suit the device."""
-    limits = Limits(64, step_tokens, bases.SHAPES[setup.shape]["max_position_embeddings"])
+    limits = SchedulerLimits(64, step_tokens, bases.SHAPES[setup.shape]["max_position_embeddings"])
     model = ServedModel(base, slots, kernels=kernels)
     return Engine(
         base,
@@ -215,12 +215,12 @@ def make_engine(
     )
 
 
-def serve(engine: Engine, asked: Sequence[Asked], apart: int = 2) -> dict[str, list[protocol.TokenLogprob]]:
+def serve(engine: Engine, asked: Sequence[Asked], apart: int = 2) -> dict[str, list[protocol.ScoredToken]]:
     """All requests, `apart` more before each step: tokens with logprobs, floats as they are.
 
     Raises RuntimeError for a request that ends by an error.
     """
-    found: dict[str, list[protocol.TokenLogprob]] = {one.name: [] for one in asked}
+    found: dict[str, list[protocol.ScoredToken]] = {one.name: [] for one in asked}
     waiting = list(asked)
     while waiting or engine.busy:
         for one in waiting[:apart]:
@@ -529,7 +529,7 @@ def invariance(setup: Setup, found: Findings) -> None:
             made.put_adapter(name, weights)
         return made
 
-    def compare(title: str, got: Mapping[str, list[protocol.TokenLogprob]]) -> None:
+    def compare(title: str, got: Mapping[str, list[protocol.ScoredToken]]) -> None:
         wrong = [name for name, one in got.items() if one != together[name]]
         longest = max((lengths[int(name)] for name in wrong), default=0)
         told = (
@@ -587,7 +587,7 @@ def memory(setup: Setup, found: Findings) -> None:
     running = make_engine(setup, base, used, blocks=blocks, step_tokens=step_tokens)
     alone = serve(running, others)
     times = _make_short(setup, found, running)
-    outputs: dict[str, list[protocol.TokenLogprob]] = {one.name: [] for one in (*others, _CULPRIT)}
+    outputs: dict[str, list[protocol.ScoredToken]] = {one.name: [] for one in (*others, _CULPRIT)}
     ends: dict[str, str] = {}
     for one in (
         *(_of(other, "beside") for other in others),
@@ -619,7 +619,7 @@ def _sized(setup: Setup, found: Findings, base: torch.nn.Module) -> None:
         own.kv_memory_available = lambda device: 8 << 30
     measure = (lambda run: int(run() is not None)) if device.type == "cpu" else measured_on(device)
     most = bases.SHAPES[setup.shape]["max_position_embeddings"]
-    limits = Limits(2, 8, 64) if small else Limits(64, 2048, most, 7)
+    limits = SchedulerLimits(2, 8, 64) if small else SchedulerLimits(64, 2048, most, 7)
     model = ServedModel(base, 1, kernels=ReferenceKernels(tiled=False) if small else None)
     began = time.monotonic()
     blocks, _ = sizes(EngineConfig(base_folder="", max_rank=16, max_slots=1), base, model, limits, measure)

@@ -40,7 +40,7 @@ from onebase_engine.machine import free_memory
 from onebase_server.background import Threads
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND, Died, TrainerClient
-from onebase_server.processes.trainer_protocol import Check, Checked, Train, Trained, TrainJob
+from onebase_server.processes.trainer_protocol import Check, FilesChecked, Train, Trained, TrainJob
 from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.processes.verifier_protocol import Prove, Proved
 from onebase_training import events
@@ -382,7 +382,7 @@ class Jobs:
         await self.phases.begin(f"the check of {title}")
         message = Check(config=self._config, job=job)
         outcome = await (await TrainerClient.start(TRAINER_COMMAND, message, {}, self._listen)).outcome()
-        sound = isinstance(outcome, Checked)
+        sound = isinstance(outcome, FilesChecked)
         self._found.check(f"{title}: the job is checked", sound, "" if sound else str(outcome)[:300])
         return sound
 

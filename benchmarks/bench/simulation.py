@@ -18,7 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from onebase_route.placement import Placement, Report, order_of
+from onebase_route.placement import Placement, ReplicaReport, order_of
 
 TOKENS = 48.0
 """Mean length of an answer, in tokens."""
@@ -73,15 +73,15 @@ class Replica:
     host: OrderedDict[str, None] = field(default_factory=OrderedDict)
     waiting: deque[Request] = field(default_factory=deque)
     running: set[int] = field(default_factory=set)
-    told: Report = field(default_factory=lambda: Report(0))
+    told: ReplicaReport = field(default_factory=lambda: ReplicaReport(0))
     alive: bool = True
     slow: float = 1.0
     work: float = 0.0
     evictions: int = 0
     sent: int = 0
 
-    def report(self) -> Report:
-        return Report(
+    def report(self) -> ReplicaReport:
+        return ReplicaReport(
             self.figures.rows,
             self.figures.slots,
             {name: bool(count) for name, count in self.slots.items()},

@@ -19,7 +19,7 @@ from onebase_engine.machine import keep_freed_memory
 from onebase_training import events
 from onebase_training.events import OpenGate
 from onebase_training.recipe import Recipe
-from onebase_training.run import ADAPTER, Job, train
+from onebase_training.run import ADAPTER, TrainingRequest, train
 
 
 def recipe_of(task: dict[str, Any]) -> Recipe:
@@ -61,7 +61,7 @@ def main() -> None:
             losses.append(event.loss)
 
     folder = Path(task["out"]) / "run"
-    job = Job(
+    job = TrainingRequest(
         name="benchmark",
         recipe=recipe_of(task),
         train=Path(task["data"]),

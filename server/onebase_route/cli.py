@@ -33,10 +33,10 @@ from onebase_server.app.settings import (
     setting_fields,
 )
 from onebase_server.tenancy.access import is_loopback
-from onebase_training.cli.options import Parser
+from onebase_training.cli.options import OptionParser
 
 if TYPE_CHECKING:
-    from onebase_route.cluster import Plan
+    from onebase_route.cluster import ClusterConfig
 
 _ROUTE = """\
 One address for several servers of one base: each request goes where its adapter is, or belongs.
@@ -132,7 +132,7 @@ def route(argv: Sequence[str]) -> int:
 def route_parser() -> argparse.ArgumentParser:
     """Return the parser of `onebase route`: its own options, and those of `onebase serve` about
     connections."""
-    parser = Parser(
+    parser = OptionParser(
         prog="onebase route", repeated=True, usage="onebase route --replica URL [options]", description=_ROUTE
     )
     parser.add_argument(
@@ -306,7 +306,7 @@ def _waited(settled: bool, console: Console) -> int:
 
 
 def _serve_cluster(
-    arguments: argparse.Namespace, apps: list[dict[str, Any]], plan: Plan, console: Console
+    arguments: argparse.Namespace, apps: list[dict[str, Any]], plan: ClusterConfig, console: Console
 ) -> None:
     """Serve on this machine's own Ray until a signal, or until another command has ended the cluster."""
     from onebase_route import cluster as on_ray
@@ -334,14 +334,14 @@ def _manage(arguments: argparse.Namespace, console: Console) -> int:
         on_ray.scale(apps, arguments.replicas, own=arguments.address is None)
         return _waited(on_ray.settled(console.print, on_ray.on_signals()), console)
     else:
-        on_ray.end(on_ray.Plan(**apps[0]["args"]).drain_timeout, now=arguments.action == "down")
+        on_ray.end(on_ray.ClusterConfig(**apps[0]["args"]).drain_timeout, now=arguments.action == "down")
         console.print("The cluster has ended.")
     return 0
 
 
 def _applications(
     arguments: argparse.Namespace, parser: argparse.ArgumentParser, data: Path, server: Sequence[str]
-) -> tuple[list[dict[str, Any]], Plan]:
+) -> tuple[list[dict[str, Any]], ClusterConfig]:
     """Return the applications as Ray Serve is to run them, and their plan. Raises SettingsError,
     ClusterError."""
     from pydantic import ValidationError
@@ -361,7 +361,7 @@ def _applications(
     if alone and key_file:
         Path(key_file).read_bytes()  # what is wrong is told here
     try:
-        plan = on_ray.Plan(
+        plan = on_ray.ClusterConfig(
             server=[*server, *_as_typed(given, but=(*_FRONT_SETTINGS, *_OF_PLAN))],
             ingress=["onebase", "route", *front],
             data_dir=str(data) if alone or arguments.data_dir else "",
@@ -449,7 +449,7 @@ def _print_cluster() -> None:
 
 def cluster_parser() -> argparse.ArgumentParser:
     """Return the parser of `onebase cluster`."""
-    parser = Parser(prog="onebase cluster", description=_CLUSTER)
+    parser = OptionParser(prog="onebase cluster", description=_CLUSTER)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     up = actions.add_parser("up", help="start the servers, or change those that run", description=_UP)
     actions.add_parser("status", help="the address, and the servers behind it")

@@ -42,7 +42,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from ray.serve.schema import ServeDeploySchema
 
 from onebase._core.metrics import parse_metrics
-from onebase_route.placement import Placement, Report
+from onebase_route.placement import Placement, ReplicaReport
 from onebase_route.proxy import asked, read_report
 from onebase_server.app.settings import LISTENER, environment_name, load_settings
 from onebase_server.background import keep_running
@@ -100,7 +100,7 @@ class EndedError(ClusterError):
     """Another command has ended the cluster meanwhile."""
 
 
-class Plan(BaseModel):
+class ClusterConfig(BaseModel):
     """Arguments (`args`) of both applications in a config file of Ray Serve.
 
     Args:
@@ -240,7 +240,7 @@ def _end_too() -> None:
 class Server:
     """A replica: one OneBase server, and what Ray Serve asks of it."""
 
-    async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]  # Ray awaits it
+    async def __init__(self, plan: ClusterConfig) -> None:  # type: ignore[misc]  # Ray awaits it
         self._plan = plan
         plan.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder, lock = take_folder(plan.data / "replicas")
@@ -271,7 +271,7 @@ class Server:
         return {"url": self.url}
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """Return a `Report` as a dict, with the names of the base."""
+        """Return a `ReplicaReport` as a dict, with the names of the base."""
         report, bases = read_report(await self._metrics())
         return asdict(report) | {"in_host": sorted(report.in_host), "bases": sorted(bases)}
 
@@ -388,7 +388,7 @@ def _head_address() -> str:
     return address
 
 
-def _client(url: str, plan: Plan) -> httpx2.AsyncClient:
+def _client(url: str, plan: ClusterConfig) -> httpx2.AsyncClient:
     key = Path(plan.key_file).read_text().strip() if plan.key_file else os.environ.get(_KEY)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return httpx2.AsyncClient(base_url=url, headers=headers, timeout=10.0, trust_env=False)
@@ -400,7 +400,7 @@ def _client(url: str, plan: Plan) -> httpx2.AsyncClient:
 class Ingress:
     """`onebase route`, with a list of the servers that Ray Serve says are there."""
 
-    async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]
+    async def __init__(self, plan: ClusterConfig) -> None:  # type: ignore[misc]
         self._plan = plan
         self._servers: DeploymentHandle | None = None
         self._listener = await _listen_after(*ingress_address(plan.ingress))
@@ -531,7 +531,7 @@ class PlacementRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
             self._placement.lost(name)
         for name, stats in there.items():
             told = {key: value for key, value in stats.items() if key != "bases"}
-            self._placement.told(name, Report(**told) if told else Report(rows=1))
+            self._placement.told(name, ReplicaReport(**told) if told else ReplicaReport(rows=1))
             self._bases |= set(stats.get("bases", ()))
         with contextlib.suppress(serve.exceptions.RayServeException):  # in no actor of Ray Serve
             owner = serve.get_replica_context().servable_object
@@ -596,7 +596,7 @@ class ByQueuedTokens:
         return min(there, math.ceil(sum(busy) / _BUSY)), {}
 
 
-def build(plan: Plan) -> serve.Application:
+def build(plan: ClusterConfig) -> serve.Application:
     """Return the application of the servers; `import_path` of a config file of Ray Serve."""
     router = RequestRouterConfig(
         request_router_class=f"{__name__}.{PlacementRouter.__name__}", request_routing_stats_period_s=1.0
@@ -607,19 +607,19 @@ def build(plan: Plan) -> serve.Application:
     return servers.bind(plan)
 
 
-def build_ingress(plan: Plan) -> serve.Application:
+def build_ingress(plan: ClusterConfig) -> serve.Application:
     """Return the application of their address; `import_path` of a config file of Ray Serve."""
     options = {"num_cpus": 0, "resources": {_HEAD: 0.001}}
     ingress = serve.deployment(Ingress, name=INGRESS, ray_actor_options=options, **_life(plan))
     return ingress.bind(plan)
 
 
-def _life(plan: Plan) -> dict[str, Any]:
+def _life(plan: ClusterConfig) -> dict[str, Any]:
     grace = plan.drain_timeout + _GOODBYE_SECONDS
     return {"graceful_shutdown_timeout_s": grace, "health_check_period_s": 2.0}
 
 
-def applications(plan: Plan, servers: Mapping[str, Any]) -> list[dict[str, Any]]:
+def applications(plan: ClusterConfig, servers: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the applications as in a config file of Ray Serve. servers: fields of the deployment of
     servers."""
     args = plan.model_dump(exclude_defaults=True)

@@ -6,7 +6,7 @@ it. k follows what is asked of the adapter: by Little's law rate x service time 
 once, and a replica has `rows`. Of two homes the one with less to do answers. Where the homes are full, or
 would have to put out a version that is in use, the next in its order does that is not, and has it in memory.
 
-What counts is what replicas tell of themselves (`Report`), and what was sent to them since.
+What counts is what replicas tell of themselves (`ReplicaReport`), and what was sent to them since.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class NoReplicaError(Exception):
 
 
 @dataclass(frozen=True)
-class Report:
+class ReplicaReport:
     """State that a replica reports of itself.
 
     Args:
@@ -121,7 +121,7 @@ class _Demand:
 
 @dataclass
 class _Replica:
-    report: Report
+    report: ReplicaReport
     sent: dict[str, int] = field(default_factory=dict)
     """Number of this router's requests that have not ended, by adapter."""
     rows: int = 0
@@ -175,7 +175,7 @@ class Placement:
     def replicas(self) -> Collection[str]:
         return self._replicas.keys()
 
-    def told(self, replica: str, report: Report) -> None:
+    def told(self, replica: str, report: ReplicaReport) -> None:
         """Store a replica's report; the first one adds the replica."""
         known = self._replicas.get(replica)
         if known is None:

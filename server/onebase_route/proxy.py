@@ -27,18 +27,18 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onebase._core.metrics import parse_metrics
-from onebase_route.placement import NoReplicaError, Placement, Report
+from onebase_route.placement import NoReplicaError, Placement, ReplicaReport
 from onebase_route.resumption import DiffersError, Kept, Room
 from onebase_server.app.settings import Settings
 from onebase_server.background import Backoff, keep_running
 from onebase_server.errors import (
-    ConflictError,
+    AdapterNotFoundError,
+    ApiError,
+    BodyTooLargeError,
     ForbiddenError,
     InvalidRequestError,
-    OneBaseError,
-    PayloadTooLargeError,
+    StateConflictError,
     UnavailableError,
-    UnknownAdapterError,
     WrongMethodError,
 )
 from onebase_server.http.cross_site import Door
@@ -300,7 +300,7 @@ def _beginning(fields: _Body) -> str | None:
 # ---- what a server tells of itself -----------------------------------------------------------------
 
 
-def read_report(text: str) -> tuple[Report, frozenset[str]]:
+def read_report(text: str) -> tuple[ReplicaReport, frozenset[str]]:
     """Return a server's metrics as a report, and the names of its base. Raises ValueError if there are none.
 
     The text may be anything: KeyError, OverflowError and InvalidResponseError are raised too.
@@ -315,7 +315,7 @@ def read_report(text: str) -> tuple[Report, frozenset[str]]:
     running: set[str] = set()
     for labels, _ in told.of("vllm:lora_requests_info"):
         running |= set(labels.get("running_lora_adapters", "").split(","))
-    report = Report(
+    report = ReplicaReport(
         rows=max(1, int(told.total("onebase_max_rows") or 32)),
         slots=int(told.total("vllm:max_gpu_lora_adapters")),
         in_slots={name: name in running for name in slots},
@@ -614,7 +614,7 @@ class Route:
             try:
                 answer = await self._answer(client)
                 await answer(scope, receive, send)
-            except OneBaseError as error:
+            except ApiError as error:
                 await refusal(error)(scope, receive, send)
             except ClientDisconnect:
                 pass
@@ -785,7 +785,7 @@ class _Sent:
         A server that is starting, full or cannot be reached is asked again until the time is over.
 
         Raises:
-            OneBaseError: of a server, which says why nobody can resume it; or `replica_lost`.
+            ApiError: of a server, which says why nobody can resume it; or `replica_lost`.
 
         Args:
             broke: the server that had it, which is asked again last.
@@ -813,7 +813,7 @@ class _Sent:
         raise replica_lost()
 
     async def _refused(self, answer: httpx2.Response, sending: _Sending) -> None:
-        """Note that a server does not resume a stream. Raises OneBaseError where no server would."""
+        """Note that a server does not resume a stream. Raises ApiError where no server would."""
         problem = None
         if _is_short(answer):
             problem = bytes((await _whole(answer, sending)).body)
@@ -899,7 +899,7 @@ class _Client:
         async for piece in self.pieces():
             body += piece
             if len(body) > most:
-                raise PayloadTooLargeError(most)
+                raise BodyTooLargeError(most)
             if not self._room.take(len(piece)):
                 raise UnavailableError(
                     f"Requests that run have {self._room.held >> 20} MB of bodies already, and this address "
@@ -1027,7 +1027,7 @@ class _Stream:
             await self._close()
             try:
                 self._answer, self._sending = await self._sent.resume(kept, self._sending.url)
-            except OneBaseError as error:
+            except ApiError as error:
                 self._sent.route.lost.inc()
                 yield _error_event(error, scope)
                 return
@@ -1150,7 +1150,7 @@ def _passed(headers: Iterable[tuple[bytes, bytes]], but: frozenset[bytes]) -> li
     ]
 
 
-def _error_event(error: OneBaseError, scope: Scope) -> bytes:
+def _error_event(error: ApiError, scope: Scope) -> bytes:
     """Return the event that ends a stream with an error, in the format of the API that was asked."""
     data = error_json(error, scope)
     if is_anthropic(scope):
@@ -1173,15 +1173,15 @@ class _ToldErrorBody(msgspec.Struct):
     error: _ToldError
 
 
-def _read_error(status: int, body: bytes) -> OneBaseError | None:
+def _read_error(status: int, body: bytes) -> ApiError | None:
     """Return a server's refusal as an error of the same code, or None for what is no such answer."""
     told = _read(body, _ToldErrorBody)
     if told is None:
         return None
     code = told.error.code or str(told.error.details.get("error_code"))
     if status == 404:
-        return UnknownAdapterError(told.error.message, code=code)
-    kind = {403: ForbiddenError, 409: ConflictError}.get(status)
+        return AdapterNotFoundError(told.error.message, code=code)
+    kind = {403: ForbiddenError, 409: StateConflictError}.get(status)
     if kind is None:
         return InvalidRequestError(told.error.message, code=code)
     return kind(told.error.message, code=code)

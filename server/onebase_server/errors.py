@@ -1,39 +1,39 @@
 """Errors that callers see, and the one table that turns them into HTTP (OpenAI's error shape).
 
-OneBaseError
-├── InvalidRequestError        the request names a field that must change
-├── PayloadTooLargeError       the body is over the limit
-├── HeadersTooLargeError       the address and headers are over the limit
-├── HttpVersionError           the request is in another HTTP than 1.0 and 1.1
-├── TransferCodingError        the body is coded otherwise than in chunks
-├── TooSlowError               the request did not arrive in time
-├── UnauthenticatedError       no API key, or none that is valid
-├── ForbiddenError             this server's operator does not allow it
-│   └── InsufficientScopeError the API key lacks the scope that the route needs
-├── UnknownRouteError          there is nothing at the request's path
-├── ConsoleMissingError        the files of the page were not built
-├── WrongMethodError           there is, but not for its method
-├── UnknownAdapterError        no such adapter (or version) on /generate
-├── UnknownModelError          no such model on /v1
-├── UnknownResponseError       no such response, or none any more
-├── UnknownKeyError            no such API key
-├── UnknownFileError           no such file
-├── UnknownJobError            no such training job
-├── UnknownBatchError          no such batch
-├── ConflictError              it collides with the state of what it names
-│   └── StaleActivationError   another version is active than was expected
-├── AdapterDeletedError        its adapter was deleted while it ran
-├── VersionFailedError         a version that is not served, and why
-├── StoreFullError             no space for an upload
-├── QueueFullError             come back later
-├── RateLimitError             a quota of its key or tenant is used up for a moment
-├── QuotaExceededError         more than a quota allows, and waiting does not help
-├── UnavailableError           the engine is starting, restarting or stopping
-├── EngineRestartedError       the engine died under a running request
-├── CrashesEngineError         the engine died under it again and again: it is not run
-├── RowFailedError             the engine ended this request with an error
-├── ClientGoneError            the caller left; nobody reads the answer
-└── SlowReaderError            the caller did not read its stream
+ApiError
+├── InvalidRequestError          the request names a field that must change
+├── BodyTooLargeError            the body is over the limit
+├── HeadersTooLargeError         the address and headers are over the limit
+├── HttpVersionError             the request is in another HTTP than 1.0 and 1.1
+├── TransferCodingError          the body is coded otherwise than in chunks
+├── TooSlowError                 the request did not arrive in time
+├── UnauthenticatedError         no API key, or none that is valid
+├── ForbiddenError               this server's operator does not allow it
+│   └── InsufficientScopeError   the API key lacks the scope that the route needs
+├── UnknownRouteError            there is nothing at the request's path
+├── ConsoleMissingError          the files of the page were not built
+├── WrongMethodError             there is, but not for its method
+├── AdapterNotFoundError         no such adapter (or version) on /generate
+├── UnknownModelError            no such model on /v1
+├── UnknownResponseError         no such response, or none any more
+├── KeyNotFoundError             no such API key
+├── TrainingFileNotFoundError    no such file
+├── JobNotFoundError             no such training job
+├── BatchNotFoundError           no such batch
+├── StateConflictError           it collides with the state of what it names
+│   └── ActivationConflictError  another version is active than was expected
+├── AdapterDeletedError          its adapter was deleted while it ran
+├── VersionFailedError           a version that is not served, and why
+├── DiskFullError                no space for an upload
+├── QueueFullError               come back later
+├── QuotaSpentError              a quota of its key or tenant is used up for a moment
+├── QuotaExceededError           more than a quota allows, and waiting does not help
+├── UnavailableError             the engine is starting, restarting or stopping
+├── EngineRestartedError         the engine died under a running request
+├── CrashesEngineError           the engine died under it again and again: it is not run
+├── RowFailedError               the engine ended this request with an error
+├── ClientGoneError              the caller left; nobody reads the answer
+└── SlowReaderError              the caller did not read its stream
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 
-class OneBaseError(Exception):
+class ApiError(Exception):
     """Base of all errors that a caller sees. `message` says what to do about it."""
 
     def __init__(
@@ -71,14 +71,14 @@ class OneBaseError(Exception):
         return made
 
 
-class InvalidRequestError(OneBaseError):
+class InvalidRequestError(ApiError):
     """The request cannot be served as it is; `param` names the field."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
         super().__init__(message, code=code, param=param)
 
 
-class PayloadTooLargeError(OneBaseError):
+class BodyTooLargeError(ApiError):
     def __init__(self, limit: int, option: str = "--max-body") -> None:
         super().__init__(
             f"The request body is over {limit} bytes. Send less, or raise {option}.",
@@ -86,7 +86,7 @@ class PayloadTooLargeError(OneBaseError):
         )
 
 
-class HeadersTooLargeError(OneBaseError):
+class HeadersTooLargeError(ApiError):
     def __init__(self, size: int, lines: int) -> None:
         super().__init__(
             f"The request's address and headers are over {size} bytes (--max-header) or {lines} lines "
@@ -95,7 +95,7 @@ class HeadersTooLargeError(OneBaseError):
         )
 
 
-class HttpVersionError(OneBaseError):
+class HttpVersionError(ApiError):
     def __init__(self, version: str) -> None:
         super().__init__(
             f"This server reads HTTP/1.1 and HTTP/1.0, not HTTP/{version}. Send the request in one of these.",
@@ -103,7 +103,7 @@ class HttpVersionError(OneBaseError):
         )
 
 
-class TransferCodingError(OneBaseError):
+class TransferCodingError(ApiError):
     def __init__(self) -> None:
         super().__init__(
             "Transfer-Encoding: only 'chunked', given once, is read here. Send the body plain, in chunks or "
@@ -112,14 +112,14 @@ class TransferCodingError(OneBaseError):
         )
 
 
-class TooSlowError(OneBaseError):
+class TooSlowError(ApiError):
     """`reason` names what did not arrive, and the limit."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"The request's {reason}. Send it faster.", code="request_timeout")
 
 
-class UnauthenticatedError(OneBaseError):
+class UnauthenticatedError(ApiError):
     """`given`: whether the request had any."""
 
     def __init__(self, problem: str, *, given: bool = True) -> None:
@@ -132,7 +132,7 @@ class UnauthenticatedError(OneBaseError):
         self.headers = {"WWW-Authenticate": f'Bearer realm="onebase"{error}'}
 
 
-class ForbiddenError(OneBaseError):
+class ForbiddenError(ApiError):
     """The operator does not allow it; the message names the option that would."""
 
 
@@ -150,7 +150,7 @@ class InsufficientScopeError(ForbiddenError):
         }
 
 
-class UnknownRouteError(OneBaseError):
+class UnknownRouteError(ApiError):
     """`meant`: the path that is there, if this one looks like a slip."""
 
     def __init__(self, path: str, meant: str | None = None) -> None:
@@ -161,7 +161,7 @@ class UnknownRouteError(OneBaseError):
         super().__init__(f"There is nothing at {path}. {hint}", code="http_404")
 
 
-class ConsoleMissingError(OneBaseError):
+class ConsoleMissingError(ApiError):
     def __init__(self) -> None:
         super().__init__(
             "This server was installed without the console. In a clone, `make console` builds it; packages "
@@ -170,7 +170,7 @@ class ConsoleMissingError(OneBaseError):
         )
 
 
-class WrongMethodError(OneBaseError):
+class WrongMethodError(ApiError):
     """`methods`: those that are possible."""
 
     def __init__(self, method: str, path: str, methods: Iterable[str]) -> None:
@@ -178,19 +178,19 @@ class WrongMethodError(OneBaseError):
         self.headers = {"Allow": ", ".join(sorted(methods))}
 
 
-class UnknownAdapterError(OneBaseError):
+class AdapterNotFoundError(ApiError):
     def __init__(
         self, message: str, *, param: str | None = "adapter", code: str = "adapter_not_found"
     ) -> None:
         super().__init__(message, code=code, param=param)
 
 
-class UnknownModelError(OneBaseError):
+class UnknownModelError(ApiError):
     def __init__(self, message: str) -> None:
         super().__init__(message, code="model_not_found", param="model")
 
 
-class UnknownResponseError(OneBaseError):
+class UnknownResponseError(ApiError):
     def __init__(self, response_id: str, param: str) -> None:
         super().__init__(
             f"{param}: there is no response {response_id[:100]!r}, or none any more: this server keeps the "
@@ -200,31 +200,31 @@ class UnknownResponseError(OneBaseError):
         )
 
 
-class UnknownKeyError(OneBaseError):
+class KeyNotFoundError(ApiError):
     def __init__(self, message: str) -> None:
         super().__init__(message, code="key_not_found", param="key_id")
 
 
-class UnknownFileError(OneBaseError):
+class TrainingFileNotFoundError(ApiError):
     def __init__(self, message: str) -> None:
         super().__init__(message, code="file_not_found", param="file_id")
 
 
-class UnknownJobError(OneBaseError):
+class JobNotFoundError(ApiError):
     def __init__(self, message: str) -> None:
         super().__init__(message, code="job_not_found", param="fine_tuning_job_id")
 
 
-class UnknownBatchError(OneBaseError):
+class BatchNotFoundError(ApiError):
     def __init__(self, message: str) -> None:
         super().__init__(message, code="batch_not_found", param="batch_id")
 
 
-class ConflictError(OneBaseError):
+class StateConflictError(ApiError):
     """Conflict of the request with the state of what it names."""
 
 
-class StaleActivationError(ConflictError):
+class ActivationConflictError(StateConflictError):
     """`current` is the digest that is active now, or None."""
 
     def __init__(self, name: str, current: str | None) -> None:
@@ -237,7 +237,7 @@ class StaleActivationError(ConflictError):
         self.details = {"current": current}
 
 
-class AdapterDeletedError(OneBaseError):
+class AdapterDeletedError(ApiError):
     def __init__(self, name: str) -> None:
         super().__init__(
             f"Adapter {name!r}, or the version in use, was deleted while this request was using it.",
@@ -245,11 +245,11 @@ class AdapterDeletedError(OneBaseError):
         )
 
 
-class VersionFailedError(OneBaseError):
+class VersionFailedError(ApiError):
     """A version is not served; `code` and the message are what its validation or its proof found."""
 
 
-class StoreFullError(OneBaseError):
+class DiskFullError(ApiError):
     def __init__(self) -> None:
         super().__init__(
             "The server has no space left for adapters: nothing of this request was kept, and serving goes "
@@ -259,7 +259,7 @@ class StoreFullError(OneBaseError):
         )
 
 
-class QueueFullError(OneBaseError):
+class QueueFullError(ApiError):
     def __init__(self, waiting: int, limit: int, retry_after: float) -> None:
         super().__init__(
             f"{waiting} rows are waiting and the limit is {limit} (--queue-limit). Try again in a moment.",
@@ -268,7 +268,7 @@ class QueueFullError(OneBaseError):
         )
 
 
-class RateLimitError(OneBaseError):
+class QuotaSpentError(ApiError):
     """`of`: the `quota`, its `limit`, and whether it is `of` a key or a tenant. retry_after: seconds."""
 
     def __init__(self, message: str, of: dict[str, Any], *, retry_after: float) -> None:
@@ -276,8 +276,8 @@ class RateLimitError(OneBaseError):
         self.details = of
 
 
-class QuotaExceededError(OneBaseError):
-    """A refusal like RateLimitError's that waiting does not end: clients are asked not to repeat the
+class QuotaExceededError(ApiError):
+    """A refusal like QuotaSpentError's that waiting does not end: clients are asked not to repeat the
     request."""
 
     def __init__(self, message: str, of: dict[str, Any]) -> None:
@@ -286,14 +286,14 @@ class QuotaExceededError(OneBaseError):
         self.headers = {"x-should-retry": "false"}
 
 
-class UnavailableError(OneBaseError):
+class UnavailableError(ApiError):
     """Nothing can be generated now; `retry_after` is in seconds."""
 
     def __init__(self, message: str, *, code: str, retry_after: float) -> None:
         super().__init__(message, code=code, retry_after=retry_after)
 
 
-class EngineRestartedError(OneBaseError):
+class EngineRestartedError(ApiError):
     def __init__(self) -> None:
         super().__init__(
             "The engine stopped while this request was running and is being restarted. Send it again.",
@@ -302,7 +302,7 @@ class EngineRestartedError(OneBaseError):
         )
 
 
-class CrashesEngineError(OneBaseError):
+class CrashesEngineError(ApiError):
     """`deaths` of engines under the same request; `seconds` until it may be tried again."""
 
     def __init__(self, deaths: int, seconds: float) -> None:
@@ -314,7 +314,7 @@ class CrashesEngineError(OneBaseError):
         )
 
 
-class RowFailedError(OneBaseError):
+class RowFailedError(ApiError):
     """The engine's own words about a row that it ended."""
 
     @property
@@ -322,12 +322,12 @@ class RowFailedError(OneBaseError):
         return CALLER_CODES.get(self.code, 500)
 
 
-class ClientGoneError(OneBaseError):
+class ClientGoneError(ApiError):
     def __init__(self) -> None:
         super().__init__("The client closed the connection.", code="client_closed_request")
 
 
-class SlowReaderError(OneBaseError):
+class SlowReaderError(ApiError):
     def __init__(self) -> None:
         super().__init__(
             "The stream was not read fast enough and was cut off (--stream-buffer).", code="slow_reader"
@@ -345,9 +345,9 @@ CALLER_CODES = {
 }
 """Engine error codes that the caller can cure by asking for something else, with their HTTP status."""
 
-_TABLE: dict[type[OneBaseError], tuple[int, str]] = {
+_TABLE: dict[type[ApiError], tuple[int, str]] = {
     InvalidRequestError: (400, "invalid_request_error"),
-    PayloadTooLargeError: (413, "invalid_request_error"),
+    BodyTooLargeError: (413, "invalid_request_error"),
     HeadersTooLargeError: (431, "invalid_request_error"),
     HttpVersionError: (505, "invalid_request_error"),
     TransferCodingError: (501, "invalid_request_error"),
@@ -359,19 +359,19 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     ConsoleMissingError: (404, "invalid_request_error"),
     WrongMethodError: (405, "invalid_request_error"),
     UnknownResponseError: (404, "invalid_request_error"),
-    UnknownKeyError: (404, "invalid_request_error"),
-    UnknownAdapterError: (404, "invalid_request_error"),
+    KeyNotFoundError: (404, "invalid_request_error"),
+    AdapterNotFoundError: (404, "invalid_request_error"),
     UnknownModelError: (404, "invalid_request_error"),
-    UnknownFileError: (404, "invalid_request_error"),
-    UnknownJobError: (404, "invalid_request_error"),
-    UnknownBatchError: (404, "invalid_request_error"),
-    ConflictError: (409, "invalid_request_error"),
-    StaleActivationError: (409, "invalid_request_error"),
+    TrainingFileNotFoundError: (404, "invalid_request_error"),
+    JobNotFoundError: (404, "invalid_request_error"),
+    BatchNotFoundError: (404, "invalid_request_error"),
+    StateConflictError: (409, "invalid_request_error"),
+    ActivationConflictError: (409, "invalid_request_error"),
     AdapterDeletedError: (409, "invalid_request_error"),
     VersionFailedError: (422, "invalid_request_error"),
-    StoreFullError: (507, "server_error"),
+    DiskFullError: (507, "server_error"),
     QueueFullError: (429, "rate_limit_error"),
-    RateLimitError: (429, "rate_limit_error"),
+    QuotaSpentError: (429, "rate_limit_error"),
     QuotaExceededError: (429, "insufficient_quota"),
     UnavailableError: (503, "service_unavailable"),
     EngineRestartedError: (503, "service_unavailable"),
@@ -382,14 +382,14 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
 }
 
 
-def status_of(error: OneBaseError) -> tuple[int, str]:
+def status_of(error: ApiError) -> tuple[int, str]:
     """HTTP status and OpenAI error type."""
     if isinstance(error, RowFailedError) and error.status < 500:
         return error.status, "invalid_request_error"
     return _TABLE.get(type(error), (500, "server_error"))
 
 
-def error_body(error: OneBaseError) -> dict[str, Any]:
+def error_body(error: ApiError) -> dict[str, Any]:
     """`{"error": {...}}`, as OpenAI's clients expect it."""
     body = error_dict(error.message, status_of(error)[1], error.code, error.param)
     body["error"] |= error.details
@@ -400,7 +400,7 @@ def error_dict(message: str, kind: str, code: str | None, param: str | None = No
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_headers(error: OneBaseError) -> dict[str, str]:
+def error_headers(error: ApiError) -> dict[str, str]:
     """The error's own, and `Retry-After` in whole seconds, rounded up, where waiting helps."""
     if error.retry_after is None:
         return error.headers

@@ -13,8 +13,8 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 
-from onebase_adapters.registry import Registry, TrainingFile
-from onebase_adapters.store.blobs import Blob, VersionFiles, store_errors
+from onebase_adapters.registry import FileRecord, Registry
+from onebase_adapters.store.blobs import AdapterFiles, Blob, store_errors
 from onebase_adapters.store.local import FileSystem
 from onebase_adapters.store.store import Store
 
@@ -38,7 +38,7 @@ class Life:
         if step is not None:
             _call_at_writes(self.registry._database.engine, step)
         self.registry.migrate()
-        self.files: dict[int, VersionFiles] = {}
+        self.files: dict[int, AdapterFiles] = {}
         self.operations: list[Callable[[], object]] = [
             lambda: self.upload(1),
             lambda: self.register(1),
@@ -66,7 +66,7 @@ class Life:
     def upload(self, number: int) -> None:
         """Both versions have the same config: one blob."""
         weights = self.put(CONTENTS[f"weights{number}"])
-        self.files[number] = VersionFiles(self.put(CONFIG), weights)
+        self.files[number] = AdapterFiles(self.put(CONFIG), weights)
 
     def register(self, number: int) -> None:
         files = self.files[number]
@@ -88,7 +88,7 @@ class Life:
     def add_file(self, blob: Blob) -> None:
         """Its content is that of the second version's weights: one blob."""
         self.registry.training.add_file(
-            TrainingFile("file-1", "default", "s1", "fine-tune", "a.jsonl", blob.size, 1.0, blob.sha256)
+            FileRecord("file-1", "default", "s1", "fine-tune", "a.jsonl", blob.size, 1.0, blob.sha256)
         )
 
     def remove_file(self) -> None:

@@ -28,7 +28,7 @@ from onebase_adapters.hub.pull import (
     pull,
     resolve,
 )
-from onebase_adapters.store.blobs import VersionFiles
+from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store, StoreFullError
 
 pytestmark = pytest.mark.usefixtures("forks")
@@ -60,7 +60,7 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "store"), tmp_path / "cache")
 
 
-def contents(store: Store, files: VersionFiles) -> tuple[bytes, bytes]:
+def contents(store: Store, files: AdapterFiles) -> tuple[bytes, bytes]:
     return store.local(files.config.sha256).read_bytes(), store.local(files.weights.sha256).read_bytes()
 
 

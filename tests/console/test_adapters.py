@@ -15,7 +15,7 @@ from tests.server.access import Keys, client_with
 from tests.server.support import CONFIG, Server, Starter, make_folder, pace, upload, upload_folder
 from tests.server.test_many_adapters import MODULES, REPORT, add, copies, register
 
-from onebase_adapters.registry import VersionFiles
+from onebase_adapters.registry import AdapterFiles
 from onebase_server.app.settings import Settings
 from onebase_server.app.storage import open_storage
 
@@ -36,7 +36,7 @@ def many(serve_scripted: Starter, base_folder: Path, quick_folder: Path) -> Iter
         register(storage.registry, number, config, prepared)
     copies(data_dir / "registry.db", MANY // 10)
     digest = hashlib.sha256(b"evil").hexdigest()
-    files = VersionFiles(config, add(storage.store, b"evil"))
+    files = AdapterFiles(config, add(storage.store, b"evil"))
     modules = [MODULES[0] | {"name": f"m.layers.0.{EVIL}", "relative_norm": 0.5}]
     proof = {
         "modules_compared": 1, "modules_changed": 1, "rows": 1, "exact": True, "largest_difference": 0.0,

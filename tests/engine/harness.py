@@ -19,7 +19,7 @@ from onebase_adapters.proof.texts import regrets, tie_of
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.staging import Copy
 from onebase_engine.lora.weights import AdapterWeights
 
@@ -70,7 +70,7 @@ class Lab:
             "slots": 8,
             "slot_memory": 0,
         } | changes
-        limits = Limits(settings["max_rows"], settings["step_tokens"], 512, settings["draft_tokens"])
+        limits = SchedulerLimits(settings["max_rows"], settings["step_tokens"], 512, settings["draft_tokens"])
         engine = Engine(
             self.base,
             name="tiny",

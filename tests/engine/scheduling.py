@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from onebase_engine.engine.kv_cache import BlockPool
 from onebase_engine.engine.messages import AdapterRef, Sampling
-from onebase_engine.engine.row import AdapterMix, Plan, Row
-from onebase_engine.engine.scheduler import Limits, Scheduler, _Draft
+from onebase_engine.engine.row import AdapterMix, SequenceState, StepPlan
+from onebase_engine.engine.scheduler import Scheduler, SchedulerLimits, _Draft
 from onebase_engine.engine.slot_table import SlotTable
 
 BLOCK = 4
@@ -42,9 +42,11 @@ class World:
         restored: int = sys.maxsize,
     ) -> World:
         pool, table = BlockPool(blocks + 2, BLOCK, host_blocks, restored), SlotTable(slots)
-        return cls(Scheduler("base", pool, table, Limits(max_rows, step_tokens, max_length)), pool, table)
+        return cls(
+            Scheduler("base", pool, table, SchedulerLimits(max_rows, step_tokens, max_length)), pool, table
+        )
 
-    def step(self, background: int | None = None, bounded: int | None = None) -> Plan:
+    def step(self, background: int | None = None, bounded: int | None = None) -> StepPlan:
         """Plan, check what holds for every plan, and compute it; finished rows leave."""
         running = list(self.scheduler.running)
         plan = self.scheduler.plan(background, bounded)
@@ -67,11 +69,11 @@ class World:
                 self.end(row)
         return plan
 
-    def end(self, row: Row) -> None:
+    def end(self, row: SequenceState) -> None:
         row.finish = "length"
         self.scheduler.finish(row)
 
-    def preempt(self, row: Row) -> None:
+    def preempt(self, row: SequenceState) -> None:
         """As when blocks run out."""
         self.scheduler._preempt(row, _Draft(0))
 
@@ -84,7 +86,7 @@ class World:
             assert steps <= limit, "the rows do not finish"
         return steps
 
-    def _check(self, plan: Plan, before: Sequence[Row]) -> None:
+    def _check(self, plan: StepPlan, before: Sequence[SequenceState]) -> None:
         limits, running = self.scheduler.limits, self.scheduler.running
         segments = plan.segments
         assert len(running) <= limits.max_rows
@@ -118,13 +120,13 @@ def make_row(
     max_tokens: int = 4,
     adapters: Sequence[str] = (),
     *,
-    leader: Row | None = None,
+    leader: SequenceState | None = None,
     scored: bool = False,
     tenant: str = "default",
     priority: int = 0,
     background: bool = False,
-) -> Row:
-    return Row(
+) -> SequenceState:
+    return SequenceState(
         id=str(arrival),
         choice=0,
         tokens=list(prompt),

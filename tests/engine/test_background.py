@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.engine.scheduling import BLOCK, World, make_row
 
-from onebase_engine.engine.row import Plan, Row, Segment
+from onebase_engine.engine.row import Segment, SequenceState, StepPlan
 from onebase_engine.engine.scheduler import (
     BACKGROUND_FRESH,
     BACKGROUND_LEAST,
@@ -18,7 +18,7 @@ from onebase_engine.engine.scheduler import (
 
 def batch(
     world: World, count: int, *, first: int = 0, tokens: int = 30, tenant: str = "default"
-) -> list[Row]:
+) -> list[SequenceState]:
     """So many rows in the background, each with a prompt of its own."""
     rows = [
         make_row(
@@ -31,7 +31,9 @@ def batch(
     return rows
 
 
-def live(world: World, arrival: int, prompt: int = BLOCK, tokens: int = 4, tenant: str = "default") -> Row:
+def live(
+    world: World, arrival: int, prompt: int = BLOCK, tokens: int = 4, tenant: str = "default"
+) -> SequenceState:
     row = make_row(arrival, [50_000 + 100 * arrival + i for i in range(prompt)], tokens, tenant=tenant)
     world.scheduler.add(row)
     return row
@@ -129,8 +131,8 @@ def test_tenants_share_the_background_as_they_share_the_rest() -> None:
     assert sum(row.finish is not None for row in flood) <= 3
 
 
-def step_of(*rows: Row) -> Plan:
-    return Plan([Segment(row, 1, 2) for row in rows], [])
+def step_of(*rows: SequenceState) -> StepPlan:
+    return StepPlan([Segment(row, 1, 2) for row in rows], [])
 
 
 ASKED = make_row(0, [1, 2], 9)
@@ -161,7 +163,7 @@ def test_where_more_rows_cost_nothing_the_background_is_in_nearly_every_step() -
 
 def test_steps_of_prompts_and_of_the_background_alone_say_nothing_about_decodes() -> None:
     pace = BackgroundPace(256)
-    pace.took(Plan([], [Segment(ASKED, 0, 2)]), 1.0)
+    pace.took(StepPlan([], [Segment(ASKED, 0, 2)]), 1.0)
     pace.took(step_of(BEHIND), 0.04)
     assert not pace.joined
     pace.took(step_of(ASKED), 0.03)
@@ -177,7 +179,7 @@ def test_a_step_of_the_background_alone_is_short_where_tokens_are_slow_and_full_
     long = make_row(0, list(range(100_000)), 1, background=True)
     for _ in range(50):
         seconds = pace.alone / speed
-        plan = step_of(*[BEHIND] * pace.alone) if decodes else Plan([], [Segment(long, 0, pace.alone)])
+        plan = step_of(*[BEHIND] * pace.alone) if decodes else StepPlan([], [Segment(long, 0, pace.alone)])
         pace.took(plan, seconds)
         times.append(seconds)
 
@@ -191,7 +193,7 @@ def test_a_step_of_the_background_alone_has_as_many_tokens_as_is_said_and_the_ol
     rows = [make_row(n, list(range(1000 * n, 1000 * n + 20)), 4, background=True) for n in range(8)]
     for row in rows:
         world.scheduler.add(row)
-    ended: list[Row] = []
+    ended: list[SequenceState] = []
     while len(ended) < len(rows):
         plan = world.step(background=3)
         assert sum(segment.length for segment in plan.segments) <= 3

@@ -16,10 +16,10 @@ from onebase_adapters.proof.texts import regrets, tie_of
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base
 from onebase_engine.engine import attention, base_proof
 from onebase_engine.engine import messages as protocol
-from onebase_engine.engine.batch import Batch, Packer
+from onebase_engine.engine.batch import Packer, StepBatch
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 
 _BERT: dict[str, Any] = {
     "vocab_size": 320,
@@ -58,7 +58,7 @@ def save_doge(folder: Path) -> Path:
 
 def engine_on(base: torch.nn.Module, **settings: Any) -> Engine:
     model = ServedModel(base, 1, **settings)
-    limits = Limits(max_rows=4, step_tokens=256, max_length=256)
+    limits = SchedulerLimits(max_rows=4, step_tokens=256, max_length=256)
     return Engine(base, name="base", limits=limits, kv_blocks=40, slots=1, model=model)
 
 
@@ -122,7 +122,7 @@ def test_a_sound_base_passes(gemma: Path, quantization: str, kv_dtype: torch.dty
 
 def test_a_sound_base_passes_where_rows_have_room_for_a_few_tokens_only(gemma: Path) -> None:
     base = loaded(gemma)
-    engine = Engine(base, name="base", limits=Limits(1, 4, 9, 0), kv_blocks=5, slots=1)
+    engine = Engine(base, name="base", limits=SchedulerLimits(1, 4, 9, 0), kv_blocks=5, slots=1)
     base_proof.prove_base(engine, base)
 
 
@@ -143,7 +143,7 @@ def test_texts_that_see_each_other_in_a_batch_are_refused(
 ) -> None:
     pack = Packer.pack
 
-    def mixed(self: Packer, *given: Any) -> Batch:
+    def mixed(self: Packer, *given: Any) -> StepBatch:
         batch = pack(self, *given)
         batch.contexts.table[:] = batch.contexts.table[0]
         return batch

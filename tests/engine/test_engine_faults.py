@@ -20,11 +20,11 @@ from torch import nn
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import engine as engine_module
 from onebase_engine.engine import messages as protocol
-from onebase_engine.engine.batch import Batch
+from onebase_engine.engine.batch import StepBatch
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import HostCache
 from onebase_engine.engine.messages import FrameReader, RowOutput
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.interface import TILE
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.lora.weights import AdapterWeights
@@ -49,7 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
 def create(
     base: nn.Module, *, kv_blocks: int = 60, host_blocks: int = 0, slots: int = 2, max_rows: int = 4
 ) -> Engine:
-    limits = Limits(max_rows, 64, 200)
+    limits = SchedulerLimits(max_rows, 64, 200)
     return Engine(base, name="tiny", limits=limits, kv_blocks=kv_blocks, host_blocks=host_blocks, slots=slots)
 
 
@@ -87,12 +87,12 @@ def tokens(events: list[RowOutput]) -> list[int]:
 class Flaky:
     """The model's forward pass. An error that `fails` gives for a batch is raised once NaN is written."""
 
-    def __init__(self, engine: Engine, fails: Callable[[Batch], Exception | None]) -> None:
+    def __init__(self, engine: Engine, fails: Callable[[StepBatch], Exception | None]) -> None:
         self._engine, self._forward, self._fails = engine, engine.model.forward, fails
         self.failures = 0
         engine.model.forward = self  # type: ignore[method-assign, assignment]
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: StepBatch) -> torch.Tensor:
         logits = self._forward(batch)
         error = self._fails(batch)
         if error is None:
@@ -106,13 +106,13 @@ class Flaky:
         raise error
 
 
-def once_in(*calls: int) -> Callable[[Batch], Exception | None]:
+def once_in(*calls: int) -> Callable[[StepBatch], Exception | None]:
     """Fails at the forward passes of these numbers, from 0."""
     counter = itertools.count()
     return lambda batch: RuntimeError("the kernel gave up") if next(counter) in calls else None
 
 
-def on_token(token: int) -> Callable[[Batch], Exception | None]:
+def on_token(token: int) -> Callable[[StepBatch], Exception | None]:
     """Fails whenever a batch holds the token."""
     return lambda batch: RuntimeError("a bad token") if token in batch.input_ids.tolist() else None
 
@@ -212,7 +212,7 @@ def test_a_prefill_that_memory_does_not_hold_is_computed_in_smaller_chunks(
 ) -> None:
     engine = create(base, max_rows=8)
 
-    def full(batch: Batch) -> Exception | None:
+    def full(batch: StepBatch) -> Exception | None:
         return torch.OutOfMemoryError("out of memory") if len(batch.contexts.write) > TILE else None
 
     asked: list[bool] = []
@@ -281,7 +281,7 @@ def test_what_is_drawn_again_finds_the_memory_of_what_failed(
 
         return read if when == "read" else read()
 
-    def noted(batch: Batch) -> Any:
+    def noted(batch: StepBatch) -> Any:
         left.append(sum(one() is not None for one in held))
         engine.model.kernels.draw = failing if len(left) < 3 else draw  # type: ignore[method-assign]
         found = forward(batch)
@@ -518,7 +518,7 @@ def test_prompt_logprobs_that_fit_in_no_message_are_refused(
     base: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     top = [(2**31 - 1, -0.1)] * 20
-    longest = protocol.RowOutput(id="r", prompt_logprobs=[protocol.TokenLogprob(2**31 - 1, -0.1, top)] * 1000)
+    longest = protocol.RowOutput(id="r", prompt_logprobs=[protocol.ScoredToken(2**31 - 1, -0.1, top)] * 1000)
     per_token = engine_module.SCORED_TOKEN_BYTES + 20 * engine_module.ALTERNATIVE_BYTES
     assert len(msgspec.msgpack.encode(longest)) <= 1000 * per_token
     monkeypatch.setattr(engine_module, "MAX_SCORE_BYTES", 10 * per_token)
@@ -547,7 +547,7 @@ def test_prompt_logprobs_of_two_rows_travel_in_two_messages(base: nn.Module) -> 
     ours.close()
     decoder = protocol.to_api_decoder()
     messages = [decoder.decode(payload) for payload in FrameReader().feed(data)]
-    assert [[row.id for row in m.rows] for m in messages if isinstance(m, protocol.StepDone)] == [
+    assert [[row.id for row in m.rows] for m in messages if isinstance(m, protocol.StepResult)] == [
         ["a"],
         ["b"],
         ["c"],
@@ -573,7 +573,7 @@ def test_what_the_last_step_gave_is_told_before_the_process_ends(base: nn.Module
     ours.close()
     decoder = protocol.to_api_decoder()
     messages = [decoder.decode(payload) for payload in FrameReader().feed(data)]
-    told = [row for m in messages if isinstance(m, protocol.StepDone) for row in m.rows]
+    told = [row for m in messages if isinstance(m, protocol.StepResult) for row in m.rows]
     assert [(row.id, row.finish) for row in told] == [("ends", "length"), ("runs", None)]
 
 
@@ -592,7 +592,7 @@ def test_the_process_gives_up_after_steps_that_fail_one_after_the_other_even_wit
         while data := ours.recv(1 << 16):
             for payload in reader.feed(data):
                 step = decoder.decode(payload)
-                assert isinstance(step, protocol.StepDone)
+                assert isinstance(step, protocol.StepResult)
                 failed.extend(output.error_code or "" for output in step.rows if output.finish)
                 if not step.rows and asked == len(failed) < process.MAX_FAILED_STEPS:
                     asked += 1

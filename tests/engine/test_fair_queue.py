@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.engine.scheduling import BLOCK, World, make_row
 
 from onebase_adapters.registry.keys import MAX_PRIORITY
-from onebase_engine.engine.fair_queue import MOST_IDLE, MOST_PRIORITY, Account, Accounts
-from onebase_engine.engine.row import Plan, Row, Segment
+from onebase_engine.engine.fair_queue import MOST_IDLE, MOST_PRIORITY, Accounts, TokenCounter
+from onebase_engine.engine.row import Segment, SequenceState, StepPlan
 from onebase_engine.engine.scheduler import (
     BOUNDED_FRESH,
     BOUNDED_PART,
@@ -34,7 +34,7 @@ class Given:
 
     def __init__(self) -> None:
         self.by_tenant: dict[str, float] = {}
-        self._prompts: dict[Row, int] = {}
+        self._prompts: dict[SequenceState, int] = {}
 
     def step(self, world: World, bounded: int | None = None) -> None:
         generated = {row: row.generated for row in world.scheduler.rows}
@@ -141,7 +141,9 @@ def test_a_row_beside_an_endless_flood_ends(
         assert steps < 3000, "the row starves"
 
 
-def flooded(world: World, rows: int, tokens: int, steps: int = 3, tenant: str = "flood") -> list[Row]:
+def flooded(
+    world: World, rows: int, tokens: int, steps: int = 3, tenant: str = "flood"
+) -> list[SequenceState]:
     """Rows of one tenant, of which as many run as may."""
     made = [make_row(i, [i * 10, i * 10 + 1], tokens, tenant=tenant) for i in range(rows)]
     for row in made:
@@ -238,7 +240,7 @@ def test_adapters_at_random_over_few_slots_wait_about_as_long_as_each_other(
     world = World.create(slots=4, max_rows=16, step_tokens=32, blocks=200)
     chosen = random.Random(adapters)
     waits: list[int] = []
-    waiting: dict[Row, int] = {}
+    waiting: dict[SequenceState, int] = {}
     for step in range(4000):
         for arrival in range(len(world.scheduler.rows), 8):
             name = str(chosen.randrange(adapters))
@@ -268,7 +270,7 @@ def test_a_guest_does_not_pay_for_what_others_had_more_of_than_the_flood(
     world = World.create(slots=4, max_rows=8, step_tokens=16, blocks=4000, max_length=2000)
     arrivals = count()
 
-    def ask(name: str, tokens: int) -> Row:
+    def ask(name: str, tokens: int) -> SequenceState:
         arrival = next(arrivals)
         tenant = name if own_tenants else "one"
         world.scheduler.add(row := make_row(arrival, [arrival], tokens, [name], tenant=tenant))
@@ -395,7 +397,7 @@ def test_bounded_tokens_double_a_step_of_a_lighter_tenants_decodes(fixed: float,
         budgets.append(pace.bounded)
         prompts = [Segment(row, 0, pace.bounded // 2)] if pace.bounded > 2 else []
         decodes = pace.bounded - sum(one.length for one in prompts)
-        pace.took(Plan([decode] * (1 + decodes), prompts, decodes), fixed + each * pace.bounded)
+        pace.took(StepPlan([decode] * (1 + decodes), prompts, decodes), fixed + each * pace.bounded)
     assert budgets[::BOUNDED_FRESH] == [0] * 10, "steps without them are measured"
     fits = min(256, fixed / each if each else 256)
     assert budgets[-1] == pytest.approx(max(fits, 256 // BOUNDED_PART), rel=0.1, abs=1)
@@ -406,7 +408,7 @@ def test_prompts_that_are_not_bounded_starve_no_bounded_ones() -> None:
     prompt, decode = Segment(make_row(0, list(range(300)), 1), 0, 50), Segment(guest, 0, 1)
     for step in range(3 * BOUNDED_FRESH):
         assert (pace.bounded == 0) is (step % BOUNDED_FRESH == 0)
-        pace.took(Plan([decode], [prompt], 0), 0.03)
+        pace.took(StepPlan([decode], [prompt], 0), 0.03)
 
 
 @pytest.mark.parametrize(("flood", "computed"), [(1, 0), (2, 14)])
@@ -442,7 +444,7 @@ def test_what_came_from_the_cache_or_is_computed_again_is_not_counted() -> None:
     queue = world.scheduler.waiting
     prompt = list(range(2 * BLOCK + 1))
 
-    def cost(row: Row, *, interrupted: bool = False) -> float:
+    def cost(row: SequenceState, *, interrupted: bool = False) -> float:
         world.scheduler.add(row)
         tenant = queue.flow(row).tenant
         before = tenant.counter
@@ -539,10 +541,10 @@ def test_a_plan_tries_few_of_many_adapters_that_lack_slots_and_runs_those_that_a
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = World.create(slots=2, max_rows=8, blocks=200, step_tokens=64)
-    tried: list[Row] = []
+    tried: list[SequenceState] = []
     acquire = SlotTable.acquire
 
-    def counted(slots: SlotTable, row: Row) -> bool:
+    def counted(slots: SlotTable, row: SequenceState) -> bool:
         tried.append(row)
         return acquire(slots, row)
 
@@ -578,10 +580,10 @@ def test_a_plan_leaves_the_garbage_collector_alone_however_many_tenants_wait() -
 
 
 def test_no_more_than_some_idle_accounts_are_remembered() -> None:
-    accounts: Accounts[Account] = Accounts(1.0)
-    stays = accounts.enter("stays", lambda: Account("stays"))
+    accounts: Accounts[TokenCounter] = Accounts(1.0)
+    stays = accounts.enter("stays", lambda: TokenCounter("stays"))
     for key in range(10 * MOST_IDLE):
-        account = accounts.enter(key, lambda key=key: Account(key))  # type: ignore[misc]
+        account = accounts.enter(key, lambda key=key: TokenCounter(key))  # type: ignore[misc]
         accounts.wait(account, key)
         accounts.begin(account)
         accounts.leave(account)

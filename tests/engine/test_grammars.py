@@ -33,8 +33,8 @@ from onebase_engine.engine.grammar_follower import Follower
 from onebase_engine.engine.grammar_process import Matchers, check_patterns, load_tokenizer, resident_bytes
 from onebase_engine.engine.grammars import Grammars
 from onebase_engine.engine.messages import Grammar
-from onebase_engine.engine.row import AdapterMix, Row
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.row import AdapterMix, SequenceState
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_server.http.schemas.generation import GenerateRequest
 
 PERSON = {
@@ -90,7 +90,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 
 def make_engine(base: nn.Module, folder: Path, draft_tokens: int = 7) -> Engine:
-    limits = Limits(16, 96, 512, draft_tokens)
+    limits = SchedulerLimits(16, 96, 512, draft_tokens)
     return Engine(base, name="talking", limits=limits, kv_blocks=400, eos_ids=eos_ids(base), tokenizer=folder)
 
 
@@ -114,7 +114,7 @@ class Answers:
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
         self._engine, self._tokenizer = engine, tokenizer
         self.tokens: dict[str, list[int]] = {}
-        self.scores: dict[str, list[protocol.TokenLogprob]] = {}
+        self.scores: dict[str, list[protocol.ScoredToken]] = {}
         self.ends: dict[str, protocol.RowOutput] = {}
 
     def submit(self, name: str, grammar: Grammar | None, **changes: Any) -> None:
@@ -506,7 +506,7 @@ def test_a_tokenizer_that_cannot_be_used_is_said(
 
 
 def test_an_engine_without_a_tokenizer_refuses_grammars(base: nn.Module) -> None:
-    engine = Engine(base, name="plain", limits=Limits(4, 96, 512, 0), kv_blocks=40)
+    engine = Engine(base, name="plain", limits=SchedulerLimits(4, 96, 512, 0), kv_blocks=40)
     engine.submit(
         protocol.Submit(id="x", prompt=PROMPT, sampling=protocol.Sampling(), grammar=Grammar("regex", "a"))
     )
@@ -1043,7 +1043,9 @@ def test_what_a_process_says_before_it_is_lost_is_taken_in() -> None:
 def test_a_sequence_whose_grammar_is_not_compiled_again_holds_up_no_other() -> None:
     follower = Follower((1, 1), 32)
     follower.users |= {"bad": 1, "good": 1}
-    row = Row("x", 0, [1], protocol.Sampling(), AdapterMix(), arrival=7, arrived_at=0.0, grammar="bad")
+    row = SequenceState(
+        "x", 0, [1], protocol.Sampling(), AdapterMix(), arrival=7, arrived_at=0.0, grammar="bad"
+    )
     follower.suspects[7] = row
     follower.compiling, follower.deaths["bad"] = "bad", 1
     assert follower.lose("ended") == [("bad", "ended")]

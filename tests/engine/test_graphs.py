@@ -15,7 +15,7 @@ from tests.engine.layers import nf4
 from torch import nn
 
 from onebase_engine.engine import graphs
-from onebase_engine.engine.batch import Batch
+from onebase_engine.engine.batch import StepBatch
 from onebase_engine.engine.graphs import Graphs
 from onebase_engine.kernels import cuda
 from onebase_engine.kernels.cuda import CaptureError, CudaKernels, FixedStep
@@ -37,12 +37,12 @@ def passes(step: FixedStep) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden @ WORDS.T, hidden
 
 
-def batch(*ids: int, slot: int | None = None, at: int = 0) -> Batch:
+def batch(*ids: int, slot: int | None = None, at: int = 0) -> StepBatch:
     """Decodes of these tokens, each of a context of its own, from position `at` on; `slot` acts on one."""
     count = len(ids)
     rows, none = np.arange(count, dtype=np.int32), np.zeros(0, dtype=np.int64)
     groups = () if slot is None else (RowGroup((0,), ((slot, 1.0),)),)
-    return Batch(
+    return StepBatch(
         input_ids=np.array(ids),
         positions=rows.astype(np.int64) + at,
         logit_rows=rows.astype(np.int64),
@@ -84,13 +84,13 @@ def test_a_step_that_was_prepared_under_another_gives_what_its_tokens_give(
 ) -> None:
     found, plain = made(monkeypatch), made(monkeypatch)
 
-    def prepared(*ids: int, **options: int) -> Batch:
+    def prepared(*ids: int, **options: int) -> StepBatch:
         early = batch(*[-1] * len(ids), **options)
         found.prepare(early)
         early.input_ids[:] = ids
         return early
 
-    def check(one: Batch) -> None:
+    def check(one: StepBatch) -> None:
         got, wanted = found.run(one), plain.run(one)
         assert (got is None) == (wanted is None)
         for mine, other in zip(got or (), wanted or (), strict=True):

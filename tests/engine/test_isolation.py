@@ -25,10 +25,10 @@ from onebase_engine.engine.drafts import MATCHED, Drafts
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import BlockPool
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.row import Plan
+from onebase_engine.engine.row import StepPlan
 from onebase_engine.kernels import reference
 
-Scores = list[list[protocol.TokenLogprob]]
+Scores = list[list[protocol.ScoredToken]]
 PRECISIONS = {
     "fp32": {"quantization": "none", "dtype": torch.float32},
     "nf4": {"quantization": "nf4", "dtype": torch.bfloat16},
@@ -47,7 +47,7 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def scored(engine: Engine, asked: list[Request], **changes: object) -> Scores:
     """Serve the requests together and return every token with its logprobs, floats as they are."""
-    found: dict[str, list[protocol.TokenLogprob]] = {}
+    found: dict[str, list[protocol.ScoredToken]] = {}
     for i, request in enumerate(asked):
         message = submission(str(i), request)
         settings = {f: getattr(message.sampling, f) for f in message.sampling.__struct_fields__}
@@ -67,7 +67,7 @@ def scored(engine: Engine, asked: list[Request], **changes: object) -> Scores:
     return [found[str(i)] for i in range(len(asked))]
 
 
-def collect(engine: Engine, found: dict[str, list[protocol.TokenLogprob]]) -> None:
+def collect(engine: Engine, found: dict[str, list[protocol.ScoredToken]]) -> None:
     """Step until nothing is left to do; every token's logprobs go to `found`."""
     while True:
         for output in engine.take_outputs():
@@ -165,9 +165,9 @@ def test_a_row_that_goes_on_from_its_tokens_says_what_it_would_have_said(lab: La
         id="x", prompt=list(range(3, 43)), sampling=sampling, adapters=[protocol.AdapterRef("digest1")], n=3
     )
 
-    def rows(engine: Engine, asked: protocol.Submit) -> dict[int, list[protocol.TokenLogprob]]:
+    def rows(engine: Engine, asked: protocol.Submit) -> dict[int, list[protocol.ScoredToken]]:
         engine.submit(asked)
-        found: dict[int, list[protocol.TokenLogprob]] = {}
+        found: dict[int, list[protocol.ScoredToken]] = {}
         while engine.busy:
             engine.step()
             for output in engine.take_outputs():
@@ -233,7 +233,7 @@ def test_an_adapter_that_overflows_fails_alone(lab: Lab, plain: Scores, tmp_path
                     adapters=[protocol.AdapterRef(name)],
                 )
             )
-    found: dict[str, list[protocol.TokenLogprob]] = {}
+    found: dict[str, list[protocol.ScoredToken]] = {}
     failed = set()
     for i, request in enumerate(ASKED):
         message = submission(str(i), request)
@@ -267,7 +267,7 @@ def test_a_weighted_list_equals_pefts_concatenated_adapter(lab: Lab) -> None:
     for i, prompt in enumerate(prompts):
         engine.submit(protocol.Submit(id=str(i), prompt=list(prompt), sampling=sampling, adapters=refs))
         engine.submit(submission(f"neighbour{i}", ASKED[i]))
-    found: dict[str, list[protocol.TokenLogprob]] = {}
+    found: dict[str, list[protocol.ScoredToken]] = {}
     collect(engine, found)
     for i, prompt in enumerate(prompts):
         if lab.base.dtype == torch.float32:
@@ -412,7 +412,7 @@ def guess(monkeypatch: pytest.MonkeyPatch, texts: list[list[int]]) -> None:
     monkeypatch.setattr(Drafts, "worth", lambda self, rows: 64)
 
 
-def texts_of(asked: list[Request], found: list[list[protocol.TokenLogprob]]) -> list[list[int]]:
+def texts_of(asked: list[Request], found: list[list[protocol.ScoredToken]]) -> list[list[int]]:
     return [[*request.prompt, *(one.token for one in row)] for request, row in zip(asked, found, strict=True)]
 
 
@@ -489,7 +489,7 @@ def test_a_step_that_fails_with_drafts_is_tried_without(
     engine = lab.engine(draft_tokens=5)
     whole, failures = engine._begin, 0
 
-    def failing(plan: Plan, batch: Any) -> Any:
+    def failing(plan: StepPlan, batch: Any) -> Any:
         nonlocal failures
         if any(segment.draft for segment in plan.decodes):
             failures += 1

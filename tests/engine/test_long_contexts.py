@@ -18,12 +18,12 @@ from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine import model as served_model
 from onebase_engine.engine.engine import Engine
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.interface import Contexts, LayerCache
 from onebase_engine.kernels.reference import ReferenceKernels
 
 LONGEST = 4224
-Scores = list[protocol.TokenLogprob]
+Scores = list[protocol.ScoredToken]
 
 HEADS = {"grouped": (6, 2), "multi-head": (2, 2), "multi-query": (4, 1)}
 """Query heads and KV heads; each has its own smallest product."""
@@ -77,7 +77,7 @@ def engine(base: nn.Module, *, step_tokens: int = 512, kv_blocks: int = 700, blo
     return Engine(
         base,
         name="long",
-        limits=Limits(16, step_tokens, LONGEST),
+        limits=SchedulerLimits(16, step_tokens, LONGEST),
         kv_blocks=kv_blocks,
         block_size=block_size,
         slots=1,

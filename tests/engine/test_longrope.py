@@ -12,7 +12,7 @@ from torch import nn
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, fingerprint, load_base
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import EngineConfig
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_server.processes import engine as process
 
 SHORT = 64
@@ -52,7 +52,7 @@ def test_serving_writes_nothing_to_the_base_and_gives_transformers_own_text(base
     plain = tf.AutoModelForCausalLM.from_pretrained(
         base.config._name_or_path, dtype=torch.float32, attn_implementation="eager"
     )
-    engine = Engine(base, name="tiny", limits=Limits(4, 32, SHORT), kv_blocks=40)
+    engine = Engine(base, name="tiny", limits=SchedulerLimits(4, 32, SHORT), kv_blocks=40)
     asked = [Request(tuple(range(3, 20)), None, 8), Request(tuple(range(40, 90)), None, SHORT - 50)]
     assert run(engine, asked) == [greedy(plain, list(r.prompt), r.max_tokens) for r in asked]
     assert fingerprint(base) == before

@@ -43,7 +43,7 @@ from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.row import AdapterMix
 from onebase_engine.engine.sampling import _adjusts
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels import reference
 from onebase_engine.kernels.interface import RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels
@@ -148,7 +148,7 @@ def _accelerated(base: nn.Module) -> ServedModel:
     return ServedModel(base, 2, kernels=ReferenceKernels(tiled=False))
 
 
-def _step_bytes(model: ServedModel, base: nn.Module, limits: Limits, rank: int = 4) -> int:
+def _step_bytes(model: ServedModel, base: nn.Module, limits: SchedulerLimits, rank: int = 4) -> int:
     return largest_step_bytes(
         model, adaptable_layers(base), limits, block_size=16, rank=rank, measure=LiveBytes.measure
     )
@@ -160,7 +160,12 @@ def test_the_largest_step_has_every_row_at_its_longest_context_and_no_more_token
     model, passed = _accelerated(base), []
     whole = model.forward
     model.forward = lambda batch: passed.append(batch) or whole(batch)  # type: ignore[method-assign]
-    for limits in (Limits(8, 96, 200), Limits(1, 50, 20), Limits(30, 20, 100), Limits(1, 1, 1)):
+    for limits in (
+        SchedulerLimits(8, 96, 200),
+        SchedulerLimits(1, 50, 20),
+        SchedulerLimits(30, 20, 100),
+        SchedulerLimits(1, 1, 1),
+    ):
         _step_bytes(model, base, limits)
         batch, replaced = passed
         assert replaced.positions.tolist() == batch.positions.tolist()
@@ -180,7 +185,7 @@ def test_the_largest_step_has_what_a_mix_and_what_replaces_rows_take(
     base: nn.Module, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "AT_ONCE", 20 * 320)
-    model, limits, layers = _accelerated(base), Limits(4, 64, 200), adaptable_layers(base)
+    model, limits, layers = _accelerated(base), SchedulerLimits(4, 64, 200), adaptable_layers(base)
     counted = _step_bytes(model, base, limits)
     model.allocate_kv(60, 16)
     adapter = memory_budget._thin_adapter(layers, 4, replaces=kind == "DoRA")
@@ -213,23 +218,31 @@ def test_rows_are_replaced_so_many_at_a_time_that_a_vocabulary_of_them_is_not_he
 
 
 def test_a_step_with_drafts_has_no_more_tokens_and_ends_where_contexts_end() -> None:
-    for limits in (Limits(8, 96, 200, 7), Limits(64, 70, 200, 7), Limits(3, 96, 4, 7)):
+    for limits in (
+        SchedulerLimits(8, 96, 200, 7),
+        SchedulerLimits(64, 70, 200, 7),
+        SchedulerLimits(3, 96, 4, 7),
+    ):
         plan = _largest_plan(limits, AdapterMix(), 16)
         assert sum(segment.length for segment in plan.segments) == limits.step_tokens
         assert {one.stop + len(one.draft) for one in plan.segments} == {limits.max_length}
 
 
 def test_logits_are_changed_before_every_draw_of_the_largest_step_also_those_behind_a_draft() -> None:
-    plan = _largest_plan(Limits(8, 96, 200, 7), AdapterMix(), 16)
+    plan = _largest_plan(SchedulerLimits(8, 96, 200, 7), AdapterMix(), 16)
     drawn = Packer(16, 1).pack(plan, {}).sampled
     assert len(drawn) == 7 * 8 + 1
     assert all(_adjusts(row) for row in drawn)
 
 
-@pytest.mark.parametrize("more", [Limits(8, 128, 200), Limits(8, 64, 400), Limits(40, 64, 200)])
-def test_what_a_step_takes_grows_with_its_limits_and_is_given_back(base: nn.Module, more: Limits) -> None:
+@pytest.mark.parametrize(
+    "more", [SchedulerLimits(8, 128, 200), SchedulerLimits(8, 64, 400), SchedulerLimits(40, 64, 200)]
+)
+def test_what_a_step_takes_grows_with_its_limits_and_is_given_back(
+    base: nn.Module, more: SchedulerLimits
+) -> None:
     model = _accelerated(base)
-    assert _step_bytes(model, base, Limits(8, 64, 200)) < _step_bytes(model, base, more)
+    assert _step_bytes(model, base, SchedulerLimits(8, 64, 200)) < _step_bytes(model, base, more)
     model.allocate_kv(60, 16)
     with pytest.raises(RuntimeError, match="KV cache"):
         model.allocate_kv(60, 16)
@@ -241,7 +254,7 @@ def test_an_engine_after_the_trial_of_its_largest_step_serves_what_it_serves_wit
     lab = Lab.create(base, tmp_path)
     asked = requests(6, seed=3, longest=30, tokens=4)
     model = _accelerated(base)
-    _step_bytes(model, base, Limits(8, 64, 200))
+    _step_bytes(model, base, SchedulerLimits(8, 64, 200))
     served = run(lab.engine(model=model, slots=2), asked)
     assert served == run(lab.engine(model=_accelerated(base), slots=2), asked)
     assert not lab.disagreements(asked, served)
@@ -251,7 +264,7 @@ def test_the_cache_of_an_accelerator_is_what_is_free_less_what_was_measured_and_
     base: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_budget, "CPU_SHARE", 1.0)
-    model, limits, step = _accelerated(base), Limits(64, 64, 500), 300 * MB
+    model, limits, step = _accelerated(base), SchedulerLimits(64, 64, 500), 300 * MB
     token = model.kv_bytes_per_token
     counted = 3 * CONTEXT_BYTES + PROOF_BYTES + 2 * (2 << 20) + 50 * MB
     config = EngineConfig(base_folder="", train_memory=50 * MB, train_jobs=2)
@@ -274,7 +287,7 @@ def test_more_kv_memory_than_a_gpu_has_is_refused_by_its_name_and_slots_get_a_pa
 ) -> None:
     monkeypatch.setattr(memory_budget, "CPU_SHARE", 1.0)
     monkeypatch.setattr(memory_budget.machine, "free_memory", lambda device: 1_000_000)
-    model, limits = _accelerated(base), Limits(4, 32, 200)
+    model, limits = _accelerated(base), SchedulerLimits(4, 32, 200)
     model.device = torch.device("meta")  # as good as any accelerator
 
     def sized(kv_memory: int) -> tuple[int, int]:
@@ -345,7 +358,7 @@ def test_a_step_for_which_there_is_no_memory_is_tried_with_shorter_contexts_and_
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(MemoryBudgetError, match=r"512: lower --step-tokens or --max-rows") as refused:
-        sizes(EngineConfig(base_folder=""), base, model, Limits(4, 32, 4096), full)
+        sizes(EngineConfig(base_folder=""), base, model, SchedulerLimits(4, 32, 4096), full)
     model.allocate_kv(60, 16)  # nothing of it is left
     assert isinstance(cause := refused.value.__cause__, torch.OutOfMemoryError)
     assert cause.__traceback__ is None, "its frames hold tensors"

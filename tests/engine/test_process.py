@@ -80,7 +80,7 @@ class EngineClient:
         """All events of a request, up to the final one of each of its rows."""
         found: list[RowOutput] = []
         while sum(output.finish is not None for output in found) < rows:
-            found += [output for output in self.wait_for(protocol.StepDone).rows if output.id == name]
+            found += [output for output in self.wait_for(protocol.StepResult).rows if output.id == name]
         return found
 
     def status(self) -> int:
@@ -163,7 +163,7 @@ def test_a_start_is_answered_by_progress_then_ready_then_idle_reports_also_for_v
     assert isinstance(message, protocol.Ready)
     assert message.base.architecture == "LlamaForCausalLM"
     assert (message.base.max_length, message.base.max_rows, message.base.vocab_size) == (4, 3, 320)
-    idle = client.wait_for(protocol.StepDone)
+    idle = client.wait_for(protocol.StepResult)
     assert idle.rows == []
     assert idle.stats.generated_tokens == 0
     block_bytes = message.base.kv_bytes // (message.base.kv_blocks + RESERVED_BLOCKS)
@@ -183,7 +183,7 @@ def test_the_engine_ends_when_the_api_hangs_up(
         client.start(base)
         client.wait_for(protocol.Ready)
         client.send(submit("r", [5] * 20, max_tokens=400))
-        client.wait_for(protocol.StepDone)
+        client.wait_for(protocol.StepResult)
     client.hang_up()
     assert client.status() == 0
 
@@ -302,13 +302,13 @@ def test_an_adapter_acts_once_loaded_and_is_refused_once_unloaded(
         if isinstance(message, protocol.AdapterUnloaded):
             assert outputs["adapted"], "not before its row has run"
             unloaded.append(message.digest)
-        for output in message.rows if isinstance(message, protocol.StepDone) else ():
+        for output in message.rows if isinstance(message, protocol.StepResult) else ():
             outputs[output.id].append(output)
     assert len(tokens(outputs["adapted"])) == 40
     assert tokens(outputs["adapted"])[:16] != tokens(outputs["bare"])
     assert outputs["late"][0].error_code == "adapter_not_loaded"
     assert unloaded == ["d"]
-    assert shared.wait_for(protocol.StepDone).stats.adapters_loaded == 0
+    assert shared.wait_for(protocol.StepResult).stats.adapters_loaded == 0
 
 
 def test_the_engine_says_which_versions_sit_in_slots(shared: EngineClient, adapter: Path) -> None:
@@ -398,7 +398,7 @@ def test_a_request_that_can_never_run_names_its_field_and_harms_no_other(
     shared.send(submit("good", [9, 8, 7], max_tokens=30), request_)
     ends: dict[str, RowOutput] = {}
     while len(ends) < 2:
-        ends |= {o.id: o for o in shared.wait_for(protocol.StepDone).rows if o.finish}
+        ends |= {o.id: o for o in shared.wait_for(protocol.StepResult).rows if o.finish}
     assert ends["good"].finish == "length"
     assert (ends["bad"].finish, ends["bad"].error_param) == ("error", param)
     assert ends["bad"].error_message
@@ -408,7 +408,7 @@ def test_a_request_id_that_is_running_already_is_ignored(shared: EngineClient) -
     shared.send(submit("twice", [5, 6], max_tokens=20), submit("twice", [7, 8], max_tokens=3))
     assert len(tokens(shared.outputs("twice", 1))) == 20
     shared.send(submit("next", [5], max_tokens=1))
-    while not (step := shared.wait_for(protocol.StepDone)).rows:
+    while not (step := shared.wait_for(protocol.StepResult)).rows:
         pass
     assert {output.id for output in step.rows} == {"next"}
 

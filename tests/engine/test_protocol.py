@@ -40,8 +40,8 @@ ROW = protocol.RowOutput(
     id="r",
     choice=1,
     tokens=[5, 6],
-    logprobs=[protocol.TokenLogprob(5, -0.5, [(5, -0.5), (7, -1.5)])],
-    prompt_logprobs=[protocol.TokenLogprob(9, -2.0, [])],
+    logprobs=[protocol.ScoredToken(5, -0.5, [(5, -0.5), (7, -1.5)])],
+    prompt_logprobs=[protocol.ScoredToken(9, -2.0, [])],
     finish="error",
     stop_token=6,
     cached_tokens=16,
@@ -90,7 +90,7 @@ TO_API: list[protocol.ToApi] = [
     protocol.AdapterUnloaded("d"),
     protocol.SlotsChanged(["d", "e"], {"e": 0.25}),
     protocol.AdapterFailed(digest="d", code="c", message="m"),
-    protocol.StepDone(
+    protocol.StepResult(
         [ROW, protocol.RowOutput(id="s"), protocol.RowOutput(id="v", vector=b"1234")], STATS, 0.5
     ),
 ]

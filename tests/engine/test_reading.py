@@ -137,7 +137,7 @@ def branching(name: str, request: Request, branches: list[list[int]]) -> protoco
 BRANCHES = [[7], [7, 8], list(range(40, 75)), [9, 300, 4]]
 
 
-def scores(engine: Engine, asked: list[Request]) -> list[list[list[protocol.TokenLogprob]]]:
+def scores(engine: Engine, asked: list[Request]) -> list[list[list[protocol.ScoredToken]]]:
     for i, request in enumerate(asked):
         engine.submit(branching(f"b{i}", request, BRANCHES))
         engine.submit(submission(f"text{i}", request))

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase_engine.engine import sampling
 from onebase_engine.engine.messages import Sampling
-from onebase_engine.engine.row import AdapterMix, Row
+from onebase_engine.engine.row import AdapterMix, SequenceState
 from onebase_engine.engine.sampling import Drawn, score_tokens, uniform
 from onebase_engine.kernels import reference as by_pytorch
 from onebase_engine.kernels.cpu import load_library
@@ -37,14 +37,14 @@ def by(request: pytest.FixtureRequest) -> None:
     chosen[0] = library or ReferenceKernels()
 
 
-def draw(raw: torch.Tensor, rows: list[Row], eos_ids: frozenset[int]) -> list[Drawn]:
+def draw(raw: torch.Tensor, rows: list[SequenceState], eos_ids: frozenset[int]) -> list[Drawn]:
     return sampling.draw(raw, rows, eos_ids, chosen[0])
 
 
 def row(
     prompt: list[int] | None = None, completion: list[int] | None = None, choice: int = 0, **options: Any
-) -> Row:
-    made = Row("r", choice, list(prompt or [5, 6]), Sampling(**options), AdapterMix(), 0, 0.0)
+) -> SequenceState:
+    made = SequenceState("r", choice, list(prompt or [5, 6]), Sampling(**options), AdapterMix(), 0, 0.0)
     made.tokens += completion or []
     return made
 
@@ -54,7 +54,7 @@ def logits(seed: int, rows: int = 1, vocab: int = VOCAB, dtype: torch.dtype = to
     return (torch.randn(rows, vocab, generator=generator) * 3).to(dtype)
 
 
-def reference(raw: torch.Tensor, of: Row) -> np.ndarray:
+def reference(raw: torch.Tensor, of: SequenceState) -> np.ndarray:
     """The distribution that the row's token is drawn from, step by step as the settings are defined."""
     s = of.sampling
     z = raw.double().numpy().copy()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.scheduling import BLOCK, World, make_row
 
-from onebase_engine.engine.row import Plan, Row, Segment
+from onebase_engine.engine.row import Segment, SequenceState, StepPlan
 from onebase_engine.engine.scheduler import MAX_SCORED_TOKENS, NeverFitsError
 
 
@@ -50,7 +50,7 @@ TRAFFIC = st.lists(
 )
 
 
-def _row(arrival: int, item: Traffic, previous: Row | None) -> Row:
+def _row(arrival: int, item: Traffic, previous: SequenceState | None) -> SequenceState:
     if item.follows and previous is not None:
         prompt = previous.tokens[: previous.prompt_length]
         leader = previous.leader or previous
@@ -112,7 +112,7 @@ def test_every_row_finishes_and_everything_comes_back(
         restored=restored,
     )
     coming = sorted(traffic, key=lambda item: item.at)
-    rows: list[tuple[Row, Traffic]] = []
+    rows: list[tuple[SequenceState, Traffic]] = []
     work = sum(item.prompt + item.max_tokens for item in traffic)
     # Each preemption throws away at most one row's work. An older row's growth preempts; rows of others do so
     # at most once, and once more for each block of tokens that is made in between.
@@ -338,7 +338,7 @@ def test_a_plan_knows_the_blocks_that_it_writes_to(
     row, other = make_row(0, list(range(12)), 1), make_row(1, [1], 1)
     row.blocks.extend([3, 7, 5])
     other.blocks.append(9)
-    plan = Plan([Segment(other, 0, 1)], [Segment(row, start, stop, draft)])
+    plan = StepPlan([Segment(other, 0, 1)], [Segment(row, start, stop, draft)])
     assert plan.written(4) == {*blocks, 9}
 
 

@@ -6,17 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.scheduling import World, make_row
 
-from onebase_engine.engine.row import Row
+from onebase_engine.engine.row import SequenceState
 from onebase_engine.engine.slot_table import SlotTable
 
 
-def row(arrival: int, *adapters: str) -> Row:
+def row(arrival: int, *adapters: str) -> SequenceState:
     return make_row(arrival, [1], 4, adapters)
 
 
 def test_a_third_adapter_gets_a_slot_under_endless_traffic_on_two() -> None:
     world = World.create(slots=2, max_rows=6, step_tokens=64, blocks=200)
-    third: Row | None = None
+    third: SequenceState | None = None
     for step in range(40):
         # There are always rows of both a and b, so that neither slot falls idle by itself.
         for digest in "ab":
@@ -169,7 +169,7 @@ def test_only_slots_that_cover_the_missing_bytes_are_closed_for_a_version_that_w
 @given(st.lists(st.tuples(st.sampled_from(sorted(SIZES)), st.booleans()), max_size=60), st.integers(1, 4))
 def test_slots_never_hold_more_bytes_than_they_may(events: list[tuple[str, bool]], slots: int) -> None:
     table = SlotTable(slots, 100, SIZES.__getitem__)
-    running: list[Row] = []
+    running: list[SequenceState] = []
     for arrival, (digest, release) in enumerate(events):
         if release and running:
             table.forget(running.pop(0))

@@ -47,10 +47,10 @@ from onebase_engine.base.layers import adaptable_layers, plain_absmax
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
 from onebase_engine.engine import graphs, model
-from onebase_engine.engine.batch import Batch
+from onebase_engine.engine.batch import StepBatch
 from onebase_engine.engine.memory_budget import largest_step_bytes
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels import cuda, cuda_training
 from onebase_engine.kernels.cuda import CudaKernels, CudaLayers, CudaLinear
 from onebase_engine.kernels.interface import Contexts, RowMap
@@ -474,12 +474,12 @@ def test_what_is_captured_for_short_contexts_serves_no_longer_ones(
     def attended(contexts: Contexts) -> torch.Tensor:
         return cache.attention(q, k, v, contexts).flatten(1)
 
-    def step(length: int, other: int = 9) -> Batch:
+    def step(length: int, other: int = 9) -> StepBatch:
         position, row = np.array([length - 1, other - 1], dtype=np.int32), np.arange(2, dtype=np.int32)
         write = table[row, position // 16] * 16 + position % 16
         none, ids = np.zeros(0, dtype=np.int64), row.astype(np.int64)
         contexts = Contexts(position, row, write, table)
-        return Batch(ids, position.astype(np.int64), ids, contexts, NOBODY, NOBODY, [], [], none, [])
+        return StepBatch(ids, position.astype(np.int64), ids, contexts, NOBODY, NOBODY, [], [], none, [])
 
     found = graphs.Graphs(lambda fixed: (attended(fixed.contexts),) * 2, kernels, 2, 16, torch.device("cpu"))
     replayed = []
@@ -839,7 +839,7 @@ def test_what_the_largest_step_takes_has_the_scratch_of_attention_at_the_longest
     served, layers, tokens = ServedModel(lab.base, 2, kernels=kernels), adaptable_layers(lab.base), 6
 
     def taken(length: int) -> int:
-        limits, measure = Limits(2, tokens, length, 1), LiveBytes.measure
+        limits, measure = SchedulerLimits(2, tokens, length, 1), LiveBytes.measure
         return largest_step_bytes(served, layers, limits, block_size=16, rank=4, measure=measure)
 
     heads, dim = 4, 32

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 
-from onebase_adapters.registry import ApiKey, ApiKeys, Tenants
+from onebase_adapters.registry import ApiKeyRecord, ApiKeys, Tenants
 from onebase_adapters.registry.database import Database
 
 from .support import Server
@@ -29,7 +29,7 @@ class Keys:
     def make(self, *scopes: str, tenant: str = "default", **limits: Any) -> str:
         return self.registry.create(tenant, scopes, **limits)[1]
 
-    def record(self, key: str) -> ApiKey:
+    def record(self, key: str) -> ApiKeyRecord:
         (found,) = (one for one in self.registry.all() if key.startswith(one.id))
         return found
 

@@ -44,14 +44,14 @@ from onebase_engine.engine.messages import (
     Pause,
     Ready,
     RowOutput,
+    ScoredToken,
     Shutdown,
     SlotsChanged,
     Start,
     Stats,
-    StepDone,
+    StepResult,
     Submit,
     ToApi,
-    TokenLogprob,
     UnloadAdapter,
     encode,
     to_engine_decoder,
@@ -193,7 +193,7 @@ class ScriptedEngine:
                 continue
             finish = "length" if count + 1 >= submit.sampling.max_tokens else None
             token = submit.prompt[count % len(submit.prompt)]
-            told = [] if submit.sampling.logprobs is None else [TokenLogprob(token, -0.5, [(token, -0.5)])]
+            told = [] if submit.sampling.logprobs is None else [ScoredToken(token, -0.5, [(token, -0.5)])]
             row = RowOutput(id=name, choice=choice, tokens=[token], logprobs=told or None, finish=finish)
             if count == len((submit.begun or {}).get(choice, ())):
                 row = msgspec.structs.replace(row, cached_tokens=self.cached(submit), queue_seconds=0.0)
@@ -216,7 +216,7 @@ class ScriptedEngine:
             finish="stop",
             cached_tokens=self.cached(submit),
             vector=struct.pack(f"<{len(values)}f", *values) if submit.pooling is not None else None,
-            prompt_logprobs=[TokenLogprob(token, -1.0 - number, []) for number, token in enumerate(branch)]
+            prompt_logprobs=[ScoredToken(token, -1.0 - number, []) for number, token in enumerate(branch)]
             or None,
         )
 
@@ -239,7 +239,7 @@ class ScriptedEngine:
             running = len(self.rows) - waiting
             stats = msgspec.structs.replace(stats, rows_running=running, rows_waiting=waiting)
         at = float(self.steps) if self.behaviour == "flood" else time.monotonic()
-        self.send(StepDone(outputs, stats, at))
+        self.send(StepResult(outputs, stats, at))
 
 
 if __name__ == "__main__":

@@ -45,12 +45,12 @@ from onebase_server.processes.time_share import BusyFlag, SharedGate
 from onebase_server.processes.trainer_protocol import (
     Active,
     Check,
-    Checked,
     EndAfter,
     Failed,
+    FileProblem,
+    FilesChecked,
     FindActive,
     FromTrainer,
-    Problem,
     RunEvent,
     Stop,
     Stopped,
@@ -110,7 +110,7 @@ class ScriptedTrainer:
         if "dies-checking" in words or ("dies-checking-twice" in words and self.checks(message) <= 2):
             os.kill(os.getpid(), signal.SIGKILL)
         if "broken" in words:
-            problems = [Problem(line, "messages", f"line {line} is bad") for line in (1, 3)]
+            problems = [FileProblem(line, "messages", f"line {line} is bad") for line in (1, 3)]
             self.send(
                 Failed(
                     code="invalid_file",
@@ -123,7 +123,7 @@ class ScriptedTrainer:
             return
         self.say(events.DataChecked(at=time.time(), report={"rows": len(words)}))
         recipe = {**message.job.recipe, "epochs": 3.0, "batch_size": 4, "learning_rate_multiplier": 1.0}
-        self.send(Checked({"recipe": recipe, "estimate": {"total": 1}, "steps": steps_of(words)}))
+        self.send(FilesChecked({"recipe": recipe, "estimate": {"total": 1}, "steps": steps_of(words)}))
 
     def checks(self, message: Check) -> int:
         """How often the file has been checked, with this time."""

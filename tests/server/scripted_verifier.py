@@ -35,10 +35,10 @@ from onebase_server.processes.verifier_protocol import (
     FromVerifier,
     Merge,
     Merged,
-    Progress,
     Prove,
     Proved,
     Rejected,
+    VersionStage,
     to_verifier_decoder,
 )
 
@@ -95,8 +95,8 @@ class ScriptedVerifier:
         if self.is_threaded:
             with self.file.open("a") as file:
                 file.write(f"{os.getpid()}\n")
-        self.send(Progress(job.digest, "validating", 0.1))
-        self.send(Progress(job.digest, "proving", 0.5))
+        self.send(VersionStage(job.digest, "validating", 0.1))
+        self.send(VersionStage(job.digest, "proving", 0.5))
         time.sleep({"slow": 1.0, "hangs": 3600.0, "steady": 0.5}.get(self.name, 0.1 * self.is_threaded))
         content = Path(job.weights_path).read_bytes()
         if content.startswith(b"broken"):

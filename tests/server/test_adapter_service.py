@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from onebase_adapters.registry import Registry
-from onebase_adapters.store.blobs import VersionFiles
+from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import PackedAdapterFiles
@@ -97,7 +97,7 @@ class House:
         with store.writer() as config, store.writer() as weights:
             config.write(b"{}")
             weights.write(b"weights")
-            files = VersionFiles(config.commit(), weights.commit())
+            files = AdapterFiles(config.commit(), weights.commit())
         self.digest, self.both = files.digest, files
         for name in ("acme", "other"):
             registry.add_version(name, files.digest, files, {"kind": "upload"})

@@ -15,7 +15,7 @@ from tests.disks import fill, small_disk
 
 from onebase_server.batches import results as results_module
 from onebase_server.batches.results import ERRORS, EXPIRED, OUTPUT, Result, Results, answered, unanswered
-from onebase_server.batches.rows import MAX_ERRORS, MAX_LINES, MAX_ROWS, Checked, RowFile, check
+from onebase_server.batches.rows import MAX_ERRORS, MAX_LINES, MAX_ROWS, BatchFileCheck, RowFile, check
 
 URL = "/v1/chat/completions"
 BATCH = "batch_0123456789abcdef01234567"
@@ -32,7 +32,7 @@ def written(path: Path, *lines: bytes | dict[str, Any]) -> Path:
     return path
 
 
-def checked(path: Path, *lines: bytes | dict[str, Any]) -> Checked:
+def checked(path: Path, *lines: bytes | dict[str, Any]) -> BatchFileCheck:
     return check(written(path, *lines), URL, 1000)
 
 

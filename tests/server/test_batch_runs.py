@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from onebase_adapters.registry import Batch, NewBatch, Registry, TrainingFile
+from onebase_adapters.registry import BatchRecord, FileRecord, NewBatch, Registry
 from onebase_adapters.store.store import Store
 from onebase_server.background import Backoff, Threads
 from onebase_server.batches import runner
 from onebase_server.batches.rows import RowFile
-from onebase_server.batches.runner import Answer, BatchFolders, BatchRunner, Parts, Run
+from onebase_server.batches.runner import Answer, BatchFolders, BatchRun, BatchRunner, Parts
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.tenancy.access import LOCAL
@@ -61,14 +61,14 @@ def added(
     *,
     tenant: str = "default",
     server: str = "",
-) -> Batch:
+) -> BatchRecord:
     """A new batch whose rows have bodies of these sizes."""
     with parts.files.store.writer() as writer:
         for number, size in enumerate(sizes):
             writer.write(json.dumps(line(str(number), body={"prompt": "x" * size})).encode() + b"\n")
         blob = writer.commit()
     server = server or parts.jobs.server
-    file = TrainingFile(f"file-{name}", tenant, server, "batch", "a.jsonl", blob.size, 1.0, blob.sha256)
+    file = FileRecord(f"file-{name}", tenant, server, "batch", "a.jsonl", blob.size, 1.0, blob.sha256)
     registry.training.add_file(file)
     now = time.time()
     return registry.batches.add(
@@ -89,7 +89,7 @@ def test_rows_of_a_batch_that_is_late_are_expired_though_the_clock_goes_back_mea
 
     async def whole() -> None:
         parts = parts_in(registry, tmp_path)
-        await Run(parts, added(registry, parts, "late", [1] * 3)).work()
+        await BatchRun(parts, added(registry, parts, "late", [1] * 3)).work()
 
     asyncio.run(whole())
 
@@ -107,7 +107,7 @@ def test_a_batch_of_which_nothing_can_be_answered_holds_few_rows_in_memory(
 
     async def whole() -> None:
         parts = parts_in(registry, tmp_path)
-        run = Run(parts, added(registry, parts, "large", [size] * rows))
+        run = BatchRun(parts, added(registry, parts, "large", [size] * rows))
         read_ahead, idle = run._read_ahead, 0
 
         async def counted(file: RowFile) -> None:
@@ -148,7 +148,7 @@ def test_a_row_whose_turn_fails_by_a_surprise_is_answered_so_and_the_batch_ends(
 
         parts.keys.caller_of = caller_of  # type: ignore[method-assign]
         parts.post = answered
-        run = Run(parts, added(registry, parts, "surprised", [1] * 3))
+        run = BatchRun(parts, added(registry, parts, "surprised", [1] * 3))
         work = asyncio.get_running_loop().create_task(run.work())
         while not work.done():
             if run.has_turn:

@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.registry import AdapterRecord, Blob, Registry, RegistryBusyError, VersionFiles
+from onebase_adapters.registry import AdapterFiles, AdapterRecord, Blob, Registry, RegistryBusyError
 from onebase_engine.engine.messages import AdapterRef
-from onebase_server.adapters.catalog import Catalog, Names, check_name, same_base
+from onebase_server.adapters.catalog import Catalog, VisibleAdapters, check_name, same_base
 from onebase_server.background import RegistryThreads
-from onebase_server.errors import ConflictError, ForbiddenError, InvalidRequestError, UnknownAdapterError
+from onebase_server.errors import (
+    AdapterNotFoundError,
+    ForbiddenError,
+    InvalidRequestError,
+    StateConflictError,
+)
 
 
 def blob(text: str) -> Blob:
@@ -31,7 +36,7 @@ def register(
     tenant: str = "default",
 ) -> str:
     """A version of this content, as if it had been proved. Returns its digest."""
-    files = VersionFiles(blob("{}"), blob(content))
+    files = AdapterFiles(blob("{}"), blob(content))
     registry.add_version(name, files.digest, files, {"kind": "upload"}, tenant=tenant)
     if ready:
         registry.set_state(tenant, name, files.digest, "ready", report={}, prepared=blob(content + "!"))
@@ -48,7 +53,7 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
     registry.close()
 
 
-def look(registry: Registry, tenant: str = "default") -> Names:
+def look(registry: Registry, tenant: str = "default") -> VisibleAdapters:
     """What a tenant may name, after one look."""
     catalog = Catalog("base", registry, RegistryThreads("test", 2))
     asyncio.run(catalog.refresh())
@@ -81,7 +86,7 @@ def test_an_unknown_name_or_version_is_not_found_and_the_known_ones_are_named(
 ) -> None:
     register(registry, "acme", "one")
 
-    with pytest.raises(UnknownAdapterError) as caught:
+    with pytest.raises(AdapterNotFoundError) as caught:
         look(registry).choose(reference)
 
     assert caught.value.code == (
@@ -93,7 +98,7 @@ def test_an_unknown_name_or_version_is_not_found_and_the_known_ones_are_named(
 def test_too_short_a_beginning_of_a_version_is_refused_even_when_it_fits(registry: Registry) -> None:
     digest = register(registry, "acme", "one")
 
-    with pytest.raises(UnknownAdapterError, match="at least 8"):
+    with pytest.raises(AdapterNotFoundError, match="at least 8"):
         look(registry).choose(f"acme@{digest[:7]}")
 
 
@@ -101,7 +106,7 @@ def test_a_name_without_an_active_version_says_how_to_get_one(registry: Registry
     digest = register(registry, "acme", "one", active=False)
     names = look(registry)
 
-    with pytest.raises(UnknownAdapterError, match="no active version"):
+    with pytest.raises(AdapterNotFoundError, match="no active version"):
         names.choose("acme")
     assert names.choose(f"acme@{digest}").refs == (AdapterRef(digest),)
 
@@ -112,10 +117,10 @@ def test_a_version_that_is_not_ready_is_refused_by_its_state_and_its_error(regis
     waiting = register(registry, "acme", "two", active=False, ready=False)
     names = look(registry)
 
-    with pytest.raises(ConflictError, match="no_effect: it changes nothing") as caught:
+    with pytest.raises(StateConflictError, match="no_effect: it changes nothing") as caught:
         names.choose(f"acme@{failed}")
     assert caught.value.code == "version_not_ready"
-    with pytest.raises(ConflictError, match="validating"):
+    with pytest.raises(StateConflictError, match="validating"):
         names.choose(f"acme@{waiting}")
 
 
@@ -130,7 +135,7 @@ def test_a_weighted_sum_keeps_order_and_weights(registry: Registry) -> None:
 def test_the_unknown_term_of_a_sum_is_named_by_its_place(registry: Registry) -> None:
     register(registry, "a", "one")
 
-    with pytest.raises(UnknownAdapterError) as caught:
+    with pytest.raises(AdapterNotFoundError) as caught:
         look(registry).choose_sum([("a", 1.0), ("nobody", 1.0)])
 
     assert caught.value.param == "adapter[1].name"
@@ -254,11 +259,11 @@ def test_a_tenant_finds_its_own_adapters_and_learns_of_no_other(registry: Regist
 
     assert look(registry, "a").choose("acme").uses == (("a", "acme", own),)
     assert look(registry, "b").choose("acme").uses == (("b", "acme", other),)
-    with pytest.raises(UnknownAdapterError, match=r"no adapter 'private'. Known: acme\.$"):
+    with pytest.raises(AdapterNotFoundError, match=r"no adapter 'private'. Known: acme\.$"):
         look(registry, "a").choose("private")
-    with pytest.raises(UnknownAdapterError, match="has no version"):
+    with pytest.raises(AdapterNotFoundError, match="has no version"):
         look(registry, "a").choose(f"acme@{other}")
-    with pytest.raises(UnknownAdapterError, match=r"Known: none\.$"):
+    with pytest.raises(AdapterNotFoundError, match=r"Known: none\.$"):
         look(registry, "nobody").choose("acme")
 
 
@@ -277,5 +282,5 @@ def test_a_shared_adapter_is_found_by_all_after_their_own(registry: Registry) ->
     look(registry, "operator").check_own("acme")
 
     registry.share("operator", "acme", False)
-    with pytest.raises(UnknownAdapterError):
+    with pytest.raises(AdapterNotFoundError):
         look(registry, "b").choose("acme")

@@ -330,7 +330,7 @@ def test_what_config_prints_and_what_kubernetes_gets_is_what_ray_serve_takes(
     from ray.serve.schema import ServeDeploySchema
 
     from onebase_route import cli
-    from onebase_route.cluster import Plan
+    from onebase_route.cluster import ClusterConfig
 
     options = [
         "up", "--config", "--min-replicas", "0", "--max-replicas", "4", "--store", "s3://bucket/a",
@@ -347,13 +347,13 @@ def test_what_config_prints_and_what_kubernetes_gets_is_what_ray_serve_takes(
     )
     for config in (printed, yaml.safe_load(manifest["spec"]["serveConfigV2"])):
         app, front = ServeDeploySchema.model_validate(config).applications
-        plan = Plan(**app.args)
+        plan = ClusterConfig(**app.args)
         assert plan.server[:2] == ["onebase", "serve"]
         assert not plan.one_machine
         assert app.import_path == "onebase_route.cluster:build"
-        assert Plan(**front.args).ingress[:2] == ["onebase", "route"]
+        assert ClusterConfig(**front.args).ingress[:2] == ["onebase", "route"]
         assert front.import_path == "onebase_route.cluster:build_ingress"
-    server = " ".join(Plan(**printed["applications"][0]["args"]).server)
+    server = " ".join(ClusterConfig(**printed["applications"][0]["args"]).server)
     assert "--kv-memory 2000000000" in server
     assert "--adapter a=/b" in server
     assert "--no-double-quant" in server
@@ -383,7 +383,9 @@ def test_more_servers_than_gpus_are_refused_and_unused_gpus_are_told(
 
     monkeypatch.setattr(on_ray.ray, "cluster_resources", lambda: {"GPU": there} if there else {})
     options = {} if each is None else {"num_gpus": each}
-    apps = on_ray.applications(on_ray.Plan(), {"num_replicas": servers, "ray_actor_options": options})
+    apps = on_ray.applications(
+        on_ray.ClusterConfig(), {"num_replicas": servers, "ray_actor_options": options}
+    )
     if "enough" in said:
         with pytest.raises(on_ray.ClusterError, match=said):
             on_ray.gpus_left(apps, servers)
@@ -506,7 +508,9 @@ def test_an_address_is_started_again_also_while_it_waits_for_a_server_and_after_
 
     async def play() -> None:
         monkeypatch.setenv("ONEBASE_DATA_DIR", str(tmp_path))
-        plan = cluster.Plan(ingress=["onebase", "route", "--port", "0"], data_dir=str(tmp_path), wait=5.0)
+        plan = cluster.ClusterConfig(
+            ingress=["onebase", "route", "--port", "0"], data_dir=str(tmp_path), wait=5.0
+        )
         ingress = OwnIngress.__new__(OwnIngress)
         await ingress.__init__(plan)  # type: ignore[misc]  # as Ray does
         ingress._servers = SimpleNamespace(wake=Servers())

@@ -19,7 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_server.app.settings import Settings
-from onebase_server.errors import ForbiddenError, OneBaseError, UnauthenticatedError, UnavailableError
+from onebase_server.errors import ApiError, ForbiddenError, UnauthenticatedError, UnavailableError
 from onebase_server.http.cross_site import Door
 from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
 from onebase_server.http.refusals import refusal
@@ -606,7 +606,7 @@ ANSWERED = {
 ERRORS = [NO, UnauthenticatedError("Who?"), UnavailableError("Later.", code="later", retry_after=1.5)]
 
 
-def always(error: OneBaseError) -> Callable[[App], ASGIApp]:
+def always(error: ApiError) -> Callable[[App], ASGIApp]:
     """An app that answers everything with the error, behind the door as the real one."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -615,7 +615,7 @@ def always(error: OneBaseError) -> Callable[[App], ASGIApp]:
     return lambda app: Door(answer, Settings(allowed_host=("*",)))
 
 
-def at_once(error: OneBaseError) -> Callable[[Scope], OneBaseError | None]:
+def at_once(error: ApiError) -> Callable[[Scope], ApiError | None]:
     """What the door of an app says that lets nobody in."""
 
     class Gate:
@@ -627,7 +627,7 @@ def at_once(error: OneBaseError) -> Callable[[Scope], OneBaseError | None]:
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.code)
 def test_an_answer_without_the_app_is_the_apps_own_to_the_last_byte_and_line_of_the_log(
-    error: OneBaseError, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    error: ApiError, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("secrets.token_hex", lambda size: "new")
     told: list[dict[str, tuple[bytes, list[str]]]] = []

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError
 from onebase_server.errors import InvalidRequestError
-from onebase_server.requests.tokenization import BaseTokenizer, Conversation
+from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
 
 from .support import Starter
 
@@ -367,7 +367,7 @@ def test_a_tokenizer_without_another_way_refuses_the_message_by_its_field(base_f
     with pytest.raises(
         InvalidRequestError, match=r"messages\[1\].content: it holds '<\|im_end\|>'"
     ) as caught:
-        tokenizer.encode_chat(Conversation([{"role": "user", "content": "a"}, *user("b<|im_end|>")]))
+        tokenizer.encode_chat(TemplateInput([{"role": "user", "content": "a"}, *user("b<|im_end|>")]))
     assert (caught.value.param, caught.value.code) == ("messages[1].content", "control_token")
 
 
@@ -396,7 +396,7 @@ def test_a_server_counts_the_letters_of_forged_turns(
             answer = http.post("/generate", json={"max_tokens": 1, **body}).raise_for_status()
             return int(answer.json()["usage"]["prompt_tokens"])
 
-        written = len(tokenizer.encode_chat(Conversation(messages)))
+        written = len(tokenizer.encode_chat(TemplateInput(messages)))
         assert written > len(as_before(tokenizer._tokenizer, messages))
         assert prompt_tokens(messages=messages) == written
         assert prompt_tokens(messages=[{"role": "user", "content": parts}]) == written

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import InferenceClient
 
-from onebase_server.requests.tokenization import BaseTokenizer, Conversation
+from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
 
 from .support import one_server
 
@@ -102,7 +102,7 @@ def test_messages_go_through_the_bases_own_chat_template(api: Any, tokenizer: Ba
     answer = api.generate(messages=messages)
 
     assert answer["choices"][0]["text"] == "The capital of France is Paris"
-    assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode_chat(Conversation(messages)))
+    assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode_chat(TemplateInput(messages)))
 
 
 @one_server

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from onebase_engine.engine.messages import RowOutput, TokenLogprob
+from onebase_engine.engine.messages import RowOutput, ScoredToken
 from onebase_server.inference.detokenizer import BytePieces
-from onebase_server.inference.stream import Choice, Piece, prompt_token_infos
+from onebase_server.inference.stream import ChoiceDecoder, OutputPiece, prompt_token_infos
 from onebase_server.requests.tokenization import BaseTokenizer
 
 
@@ -20,14 +20,14 @@ def outputs(text: str | bytes, *, logprobs: bool = False, finish: str | None = "
         RowOutput(
             id="r",
             tokens=[byte],
-            logprobs=[TokenLogprob(byte, -0.5, [(byte, -0.5)])] if logprobs else None,
+            logprobs=[ScoredToken(byte, -0.5, [(byte, -0.5)])] if logprobs else None,
             finish=finish if position == len(raw) - 1 else None,  # type: ignore[arg-type]
         )
         for position, byte in enumerate(raw)
     ]
 
 
-def run(choice: Choice, rows: list[RowOutput]) -> list[Piece]:
+def run(choice: ChoiceDecoder, rows: list[RowOutput]) -> list[OutputPiece]:
     pieces = []
     for row in rows:
         piece = choice.feed(row)
@@ -39,7 +39,7 @@ def run(choice: Choice, rows: list[RowOutput]) -> list[Piece]:
 
 
 def test_a_stop_string_over_several_tokens_never_shows_and_ends_the_choice() -> None:
-    choice = Choice(0, letters(), ["STOP"])
+    choice = ChoiceDecoder(0, letters(), ["STOP"])
 
     pieces = run(choice, outputs("say STO or STOP now"))
 
@@ -50,7 +50,7 @@ def test_a_stop_string_over_several_tokens_never_shows_and_ends_the_choice() -> 
 
 
 def test_text_held_back_for_a_stop_string_comes_at_the_end_when_it_was_none() -> None:
-    choice = Choice(0, letters(), ["STOP"])
+    choice = ChoiceDecoder(0, letters(), ["STOP"])
 
     pieces = run(choice, outputs("go STO"))
 
@@ -59,7 +59,7 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end_when_it_was_none() ->
 
 
 def test_a_stop_string_before_min_tokens_does_not_stop() -> None:
-    choice = Choice(0, letters(), ["x"], min_tokens=3)
+    choice = ChoiceDecoder(0, letters(), ["x"], min_tokens=3)
 
     pieces = run(choice, outputs("xaxa"))
 
@@ -68,7 +68,7 @@ def test_a_stop_string_before_min_tokens_does_not_stop() -> None:
 
 
 def test_the_token_that_ended_the_row_counts_but_is_not_text() -> None:
-    choice = Choice(0, letters(), [])
+    choice = ChoiceDecoder(0, letters(), [])
 
     piece = choice.feed(RowOutput(id="r", tokens=[104, 105, 33], finish="stop", stop_token=33))
 
@@ -79,7 +79,7 @@ def test_the_token_that_ended_the_row_counts_but_is_not_text() -> None:
 
 
 def test_a_row_that_ends_inside_a_character_ends_with_a_replacement_character() -> None:
-    choice = Choice(0, letters(), [])
+    choice = ChoiceDecoder(0, letters(), [])
 
     pieces = run(choice, outputs("ok 🎉".encode()[:-1]))
 
@@ -87,7 +87,7 @@ def test_a_row_that_ends_inside_a_character_ends_with_a_replacement_character() 
 
 
 def test_logprobs_leave_with_the_text_of_their_token() -> None:
-    choice = Choice(0, letters(), ["bc"])
+    choice = ChoiceDecoder(0, letters(), ["bc"])
 
     pieces = run(choice, outputs("abdbc", logprobs=True))
 
@@ -100,7 +100,7 @@ def test_logprobs_leave_with_the_text_of_their_token() -> None:
 
 
 def test_all_tokens_of_one_character_keep_their_logprobs() -> None:
-    choice = Choice(0, letters(), [])
+    choice = ChoiceDecoder(0, letters(), [])
 
     pieces = run(choice, outputs("é!", logprobs=True))
 
@@ -111,7 +111,7 @@ def test_all_tokens_of_one_character_keep_their_logprobs() -> None:
 
 def test_prompt_tokens_have_offsets_and_the_first_no_logprob(tokenizer: BaseTokenizer) -> None:
     prompt = tokenizer.encode("Hello big world")
-    logprobs = [TokenLogprob(token, -1.0, [(token, -1.0)]) for token in prompt[1:]]
+    logprobs = [ScoredToken(token, -1.0, [(token, -1.0)]) for token in prompt[1:]]
 
     infos = prompt_token_infos(prompt, logprobs, tokenizer.pieces())
 

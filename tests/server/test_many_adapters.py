@@ -16,7 +16,7 @@ import pytest
 
 from onebase import BadRequestError, Client
 from onebase.cli import main
-from onebase_adapters.registry import Blob, Registry, VersionFiles
+from onebase_adapters.registry import AdapterFiles, Blob, Registry
 from onebase_adapters.store.store import Store
 from onebase_server.app.settings import Settings
 from onebase_server.app.storage import open_storage
@@ -53,7 +53,7 @@ def add(store: Store, content: bytes) -> Blob:
 def register(registry: Registry, number: int, config: Blob, prepared: Blob) -> None:
     """A version that looks as if it had been proved; nobody reads its weights again."""
     weights = Blob(hashlib.sha256(f"weights {number}".encode()).hexdigest(), 1000)
-    files, name = VersionFiles(config, weights), f"tenant-{number:04}"
+    files, name = AdapterFiles(config, weights), f"tenant-{number:04}"
     registry.add_version(name, files.digest, files, {"kind": "upload"})
     registry.set_state("default", name, files.digest, "ready", report=REPORT, prepared=prepared)
 

@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from onebase_adapters.store.blobs import version_digest
-from onebase_server.adapters.merging import MOST_MERGES, Merging, Recipe
+from onebase_server.adapters.merging import MOST_MERGES, MergeSettings, Merging
 from onebase_server.adapters.service import VersionOptions
 from onebase_server.errors import InvalidRequestError, UnavailableError, VersionFailedError
 from onebase_server.processes.verifier_client import RejectedError
@@ -222,7 +222,7 @@ def test_few_merges_of_a_tenant_wait_at_once_and_others_still_may() -> None:
         merging = Merging(nothing, verifier, max_rank=8, max_bytes=1)
 
         async def one(tenant: str) -> None:
-            recipe, options = Recipe("linear", None, None, None), VersionOptions()
+            recipe, options = MergeSettings("linear", None, None, None), VersionOptions()
             with pytest.raises(VersionFailedError):
                 await merging.merge(tenant, "both", [], recipe, options)
 

@@ -12,7 +12,7 @@ import httpx2
 import openai
 import pytest
 
-from onebase_server.requests.tokenization import Conversation
+from onebase_server.requests.tokenization import TemplateInput
 
 from .support import one_server
 
@@ -111,7 +111,7 @@ def test_a_chats_token_ids_are_vllms(client: openai.OpenAI, api: Any, tokenizer:
         "temperature": 0,
     }
     fields["extra_body"] = {"return_token_ids": True}
-    prompt = tokenizer.encode_chat(Conversation(QUESTION))
+    prompt = tokenizer.encode_chat(TemplateInput(QUESTION))
 
     whole = client.chat.completions.create(**fields)
     first, *rest = client.chat.completions.create(**fields, stream=True)

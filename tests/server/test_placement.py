@@ -14,24 +14,24 @@ from onebase_route.placement import (
     LEAST_HOMES,
     NoReplicaError,
     Placement,
-    Report,
+    ReplicaReport,
     order_of,
 )
 
-EMPTY = Report(rows=16, slots=8)
+EMPTY = ReplicaReport(rows=16, slots=8)
 NAMES = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=12, unique=True)
 
 
-def placement(replicas: int, report: Report = EMPTY) -> Placement:
+def placement(replicas: int, report: ReplicaReport = EMPTY) -> Placement:
     made = Placement(seed=0)
     for number in range(replicas):
         made.told(f"r{number}", report)
     return made
 
 
-def busy(*adapters: str, slots: int = 8, rows: int = 16) -> Report:
+def busy(*adapters: str, slots: int = 8, rows: int = 16) -> ReplicaReport:
     """Of a replica all of whose slots, or these of them, are used by rows."""
-    return Report(rows=rows, slots=slots, in_slots=dict.fromkeys(adapters, True))
+    return ReplicaReport(rows=rows, slots=slots, in_slots=dict.fromkeys(adapters, True))
 
 
 @given(names=NAMES, key=st.text(max_size=20), weights=st.data())
@@ -68,7 +68,7 @@ def test_an_adapter_stays_at_its_homes_while_they_have_room() -> None:
 
 
 def test_of_two_homes_the_one_with_less_to_do_answers() -> None:
-    made = placement(2, Report(rows=16, slots=8, in_slots={"shop": False}))
+    made = placement(2, ReplicaReport(rows=16, slots=8, in_slots={"shop": False}))
     for _ in range(10):
         made.place("shop", 50, 0.0)
     homes = Counter(made.place("shop", 50, 0.0) for _ in range(10))
@@ -103,13 +103,13 @@ def test_a_full_home_sends_on_to_where_the_adapter_is_in_memory() -> None:
     made = placement(10)
     order = order_of("shop", dict.fromkeys(made.replicas, 8))
     for home in order[:LEAST_HOMES]:
-        made.told(home, Report(rows=16, slots=8, running=16))
-    made.told(order[5], Report(rows=16, slots=8, in_host={"shop"}))
+        made.told(home, ReplicaReport(rows=16, slots=8, running=16))
+    made.told(order[5], ReplicaReport(rows=16, slots=8, in_host={"shop"}))
 
     assert made.place("shop", 50, 0.0) == order[5]
     made.ended(order[5], "shop", 50, 0.0, seconds=0.1)
 
-    made.told(order[4], Report(rows=16, slots=8, in_slots={"shop": False}))
+    made.told(order[4], ReplicaReport(rows=16, slots=8, in_slots={"shop": False}))
     assert made.place("shop", 50, 0.0) == order[4]
 
 
@@ -133,12 +133,12 @@ def test_no_version_in_use_is_put_out_while_a_replica_has_a_slot_for_it(data: st
         in_slots = data.draw(
             st.dictionaries(st.sampled_from("abcdef"), st.booleans(), max_size=slots), label="slots"
         )
-        reports[f"r{number}"] = Report(16, slots, in_slots, running=data.draw(st.integers(0, 20)))
+        reports[f"r{number}"] = ReplicaReport(16, slots, in_slots, running=data.draw(st.integers(0, 20)))
         made.told(f"r{number}", reports[f"r{number}"])
 
     chosen = reports[made.place("a", 50, 0.0)]
 
-    def evicts(one: Report) -> bool:
+    def evicts(one: ReplicaReport) -> bool:
         return "a" not in one.in_slots and sum(one.in_slots.values()) >= one.slots
 
     if not all(map(evicts, reports.values())):
@@ -170,7 +170,7 @@ def test_the_base_is_at_home_everywhere() -> None:
 
 
 def test_requests_with_the_same_beginning_go_to_the_same_home_unless_it_has_more_to_do() -> None:
-    made = placement(6, Report(rows=16, slots=8, in_slots={"shop": False}))
+    made = placement(6, ReplicaReport(rows=16, slots=8, in_slots={"shop": False}))
     where = set()
     for _ in range(20):
         chosen = made.place("shop", 50, 0.0, prefix="system prompt")
@@ -274,7 +274,7 @@ def test_a_replica_that_comes_back_still_has_what_it_had() -> None:
 NAMED = st.sampled_from(["a", "b", "\ud800", "", "x\0y", "+", "c" * 600]) | st.text(max_size=3) | st.none()
 PLACES = st.sampled_from(["r0", "r1", "http://[::1]:1", "", "\0"])
 REPORTS = st.builds(
-    Report,
+    ReplicaReport,
     rows=st.integers(1, 40),
     slots=st.integers(-1, 5),
     in_slots=st.dictionaries(st.sampled_from("abc"), st.booleans(), max_size=3),
@@ -299,7 +299,7 @@ class Life(RuleBasedStateMachine):
         self.now += seconds
 
     @rule(name=PLACES, report=REPORTS)
-    def told(self, name: str, report: Report) -> None:
+    def told(self, name: str, report: ReplicaReport) -> None:
         self.made.told(name, report)
         self.there.add(name)
 

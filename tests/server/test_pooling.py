@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from onebase import Client
-from onebase_server.requests.tokenization import BaseTokenizer, Conversation
+from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
 
 from .support import Server, Starter, one_server
 
@@ -293,7 +293,7 @@ def test_a_conversation_is_classified_as_the_chat_template_writes_it(
     reads: Any, tokenizer: BaseTokenizer
 ) -> None:
     messages = [{"role": "user", "content": "Where is my parcel?"}]
-    ids = tokenizer.encode_chat(Conversation(messages))
+    ids = tokenizer.encode_chat(TemplateInput(messages))
     found = answer_of(reads.http, "/classify", model="sorts", messages=messages)
     assert found["data"] == answer_of(reads.http, "/classify", model="sorts", input=ids)["data"]
     with Client(reads.server.url) as client:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase_engine.engine.messages import RowOutput, Sampling, Stats, StepDone, Submit, ToEngine
+from onebase_engine.engine.messages import RowOutput, Sampling, Stats, StepResult, Submit, ToEngine
 from onebase_server.errors import QueueFullError
 from onebase_server.inference.stream import Inflight
 from onebase_server.processes.row_router import RequestRouter
@@ -44,7 +44,7 @@ def test_a_tenant_that_fills_the_queue_is_turned_away_and_another_is_not() -> No
         router.submit(inflight(f"guest-{number}", "guest"), 2)
     with pytest.raises(QueueFullError):
         router.submit(inflight("beyond its half", "guest"), 2)
-    router.deliver(StepDone(rows=[RowOutput(id="guest-0", finish="stop")], stats=STATS, at=0.0))
+    router.deliver(StepResult(rows=[RowOutput(id="guest-0", finish="stop")], stats=STATS, at=0.0))
     router.submit(inflight("in its place", "guest"), 2)
     assert router.open_rows == len(sent) - 1 == 12
 

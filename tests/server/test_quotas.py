@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from onebase import Client, RateLimitError
 from onebase_adapters.registry import Quotas
-from onebase_server.errors import OneBaseError, QuotaExceededError
-from onebase_server.errors import RateLimitError as Limited
+from onebase_server.errors import ApiError, QuotaExceededError
+from onebase_server.errors import QuotaSpentError as Limited
 from onebase_server.tenancy.access import Caller
 from onebase_server.tenancy.quotas import WINDOW_SECONDS, Limiter, Window, duration
 
@@ -66,7 +66,7 @@ def test_no_60_seconds_ever_have_more_than_the_limit(limit: int, steps: list[Ste
         try:
             ticket = limiter.enter(caller)
             ticket.admit(wanted, 1)
-        except OneBaseError:
+        except ApiError:
             continue
         tokens = max(0, wanted - spared)
         used.append((clock.now, tokens))

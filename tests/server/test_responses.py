@@ -19,12 +19,12 @@ from onebase_server.http.schemas.items import conversation, items_again, kept_it
 from onebase_server.http.schemas.responses import ResponsesRequest
 from onebase_server.http.schemas.wire import validation_error
 from onebase_server.http.views.responses import ResponseView
-from onebase_server.inference.generation import Job, Prompt
-from onebase_server.inference.stream import Piece
+from onebase_server.inference.generation import GenerationRequest, Prompt
+from onebase_server.inference.stream import OutputPiece
 from onebase_server.requests.kept_responses import OVERHEAD, KeptResponse, KeptResponses
 from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.requests.tool_call_parser import CallFormat
-from onebase_server.requests.tool_format import Tool, ToolFormat
+from onebase_server.requests.tool_format import ToolDefinition, ToolFormat
 
 from .access import Keys, client_with
 from .support import Server, Starter
@@ -199,14 +199,16 @@ def told(tokenizer: BaseTokenizer, pieces: list[str], reason: Any) -> tuple[list
     """The events of an answer that may call tools, and its items."""
     opening, closing = '<call>{"name": "', "}</call>"
     format = ToolFormat(opening, '", "arguments": ', closing + opening, closing, "<call>", None, {})
-    calls = CallFormat(format, {"weather": Tool("weather", {"type": "object"})}, Grammar("regex", "x"))
-    job = Job("resp_1", "default", (Prompt([1]),), Sampling(), calls=calls)
+    calls = CallFormat(
+        format, {"weather": ToolDefinition("weather", {"type": "object"})}, Grammar("regex", "x")
+    )
+    job = GenerationRequest("resp_1", "default", (Prompt([1]),), Sampling(), calls=calls)
     view = ResponseView(tokenizer, request(tools=[WEATHER]), lambda _: None)
     view._begin(job)
     events = []
     for place, text in enumerate(pieces):
         last = place == len(pieces) - 1
-        events += view._output.feed(Piece(0, text, finish_reason=reason if last else None))
+        events += view._output.feed(OutputPiece(0, text, finish_reason=reason if last else None))
     return [event["type"].removeprefix("response.") for event in events], view._output.items
 
 

@@ -13,7 +13,7 @@ import pytest
 from onebase_adapters.hub.pull import HubError
 from onebase_server.adapters import sources
 from onebase_server.adapters.sources import FolderError, HubAdapters, find_adapters
-from onebase_server.errors import OneBaseError
+from onebase_server.errors import ApiError
 
 from .support import make_folder
 
@@ -81,14 +81,14 @@ def hub_adapters(pulls: MissingPulls) -> HubAdapters:
     return HubAdapters(library, pulls)  # type: ignore[arg-type]
 
 
-async def refused(hub: HubAdapters, name: str, tenant: str = "one") -> OneBaseError:
-    with pytest.raises(OneBaseError) as caught:
+async def refused(hub: HubAdapters, name: str, tenant: str = "one") -> ApiError:
+    with pytest.raises(ApiError) as caught:
         await hub.use(tenant, name, param="adapter")
     return caught.value
 
 
 def test_a_refusal_that_is_remembered_keeps_no_frames_of_the_requests_that_got_it() -> None:
-    async def play() -> list[OneBaseError]:
+    async def play() -> list[ApiError]:
         hub = hub_adapters(MissingPulls())
         return [await refused(hub, "hub:acme/missing") for _ in range(4)]
 

@@ -24,8 +24,8 @@ from onebase_server.http.schemas.generation import GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.http.schemas.wire import Wire
 from onebase_server.http.strict_json import MAX_FIELDS, decode
-from onebase_server.inference.generation import Generation
-from onebase_server.requests.planner import Limits, Planner
+from onebase_server.inference.generation import GenerationRun
+from onebase_server.requests.planner import Planner, RequestLimits
 from onebase_server.requests.tool_format import ToolFormat
 from onebase_server.tenancy.access import LOCAL, Caller
 
@@ -178,7 +178,7 @@ def planner_of(tokenizer: SlowTokenizer, max_length: int) -> Planner:
     supervisor: Any = SimpleNamespace(unavailable=lambda: None, base=base)
     nothing: Any = None
     catalog: Any = SimpleNamespace(base_name="base")
-    return Planner(supervisor, tokenizer, catalog, nothing, nothing, Limits(64, 60.0))  # type: ignore[arg-type]
+    return Planner(supervisor, tokenizer, catalog, nothing, nothing, RequestLimits(64, 60.0))  # type: ignore[arg-type]
 
 
 def test_long_texts_wait_for_each_other_and_short_ones_do_not_wait_for_them() -> None:
@@ -268,7 +268,7 @@ def test_a_job_is_for_its_callers_tenant_at_its_callers_priority() -> None:
         caller = Caller("ob-1", "acme", frozenset({"generate"}), priority=3)
         job = await planner_of(SlowTokenizer(), 100).generate(request(5), caller)
         parts: Any = (SimpleNamespace(), SimpleNamespace(pieces=list))
-        generation = Generation(*parts, job, meter=SimpleNamespace(token_gap=len))  # type: ignore[arg-type]
+        generation = GenerationRun(*parts, job, meter=SimpleNamespace(token_gap=len))  # type: ignore[arg-type]
         (submit,) = generation._inflight.submits
         assert (submit.tenant, submit.priority) == ("acme", 3)
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from onebase_server.errors import InvalidRequestError
-from onebase_server.requests.tokenization import BaseTokenizer, Conversation
+from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
 
 
 def test_a_chat_is_tokenized_as_the_bases_tokenizer_does_it(
@@ -17,7 +17,7 @@ def test_a_chat_is_tokenized_as_the_bases_tokenizer_does_it(
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 🎉"}]
     reference = AutoTokenizer.from_pretrained(base_folder)
 
-    ids = tokenizer.encode_chat(Conversation(messages))
+    ids = tokenizer.encode_chat(TemplateInput(messages))
 
     assert ids == reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids.count(reference.bos_token_id) == reference.decode(ids).count(reference.bos_token)
@@ -62,7 +62,7 @@ def test_a_base_without_a_chat_template_says_what_to_use_instead(
     bare._tokenizer.chat_template = None
 
     with pytest.raises(InvalidRequestError, match="/v1/completions") as caught:
-        bare.encode_chat(Conversation([{"role": "user", "content": "hi"}]))
+        bare.encode_chat(TemplateInput([{"role": "user", "content": "hi"}]))
     assert caught.value.code == "no_chat_template"
 
 
@@ -71,5 +71,5 @@ def test_messages_that_the_template_refuses_are_the_callers_error(base_folder: s
     strict._tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
 
     with pytest.raises(InvalidRequestError, match="roles must alternate") as caught:
-        strict.encode_chat(Conversation([{"role": "user", "content": "hi"}]))
+        strict.encode_chat(TemplateInput([{"role": "user", "content": "hi"}]))
     assert caught.value.param == "messages"

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 from onebase_engine.engine.grammar_process import load_tokenizer
 from onebase_engine.engine.messages import Grammar
 from onebase_server.errors import InvalidRequestError
-from onebase_server.requests.tokenization import BaseTokenizer, Conversation
+from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
 from onebase_server.requests.tool_call_parser import CallFormat, CallReader
-from onebase_server.requests.tool_format import Bare, Parameters, Pythonic, Tool, ToolFormat
+from onebase_server.requests.tool_format import ArgumentFormat, Bare, Pythonic, ToolDefinition, ToolFormat
 
 CONTROLS = ["[TOOL_CALLS]", "<|tool_call|>", "<|tool_call>", "<tool_call|>", '<|"|>', "</s>", "<|thought|>"]
 JSON_CALL = '{"name": "' + "{{ c.function.name }}" + '", "%s": ' + "{{ c.function.arguments | tojson }}" + "}"
@@ -105,9 +105,9 @@ SCHEMA = {
         }
     },
 }
-KINDS = {"gemma": Bare, "qwen3-coder": Parameters, "lfm2": Pythonic, "pythonic": Pythonic}
+KINDS = {"gemma": Bare, "qwen3-coder": ArgumentFormat, "lfm2": Pythonic, "pythonic": Pythonic}
 EMPTY: dict[str, Any] = {"type": "object", "properties": {}}
-TOOLS = {"get_weather": Tool("get_weather", SCHEMA), "now": Tool("now", EMPTY)}
+TOOLS = {"get_weather": ToolDefinition("get_weather", SCHEMA), "now": ToolDefinition("now", EMPTY)}
 OFFERED = [
     {"type": "function", "function": {"name": name, "parameters": tool.schema}}
     for name, tool in TOOLS.items()
@@ -399,7 +399,7 @@ def test_an_answer_that_must_be_json_may_hold_what_triggers_a_call(bases: dict[s
 def test_an_argument_that_may_be_a_text_is_what_it_can_be(
     bases: dict[str, Base], kind: list[str], written: str, value: object
 ) -> None:
-    tools = {"f": Tool("f", {"type": "object", "properties": {"a": {"type": kind}}})}
+    tools = {"f": ToolDefinition("f", {"type": "object", "properties": {"a": {"type": kind}}})}
     calls = CallFormat(bases["qwen3-coder"].format, tools, Grammar("lark", ""))
     text = f"<tool_call>\n<function=f>\n<parameter=a>\n{written}\n</parameter>\n</function>\n</tool_call>"
     said = CallReader(calls, "a.0").feed(text, end=True)
@@ -426,7 +426,11 @@ def test_values_in_python_are_read_as_json(
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
     found = [delta.arguments for piece in pieces for delta in reader.feed(piece).calls]
     assert json.loads("".join(found)) == {"city": value, "days": 3}
-    anything = {"get_weather": Tool("get_weather", {"properties": {"city": {}, "days": {"type": "integer"}}})}
+    anything = {
+        "get_weather": ToolDefinition(
+            "get_weather", {"properties": {"city": {}, "days": {"type": "integer"}}}
+        )
+    }
     grammar = bases["pythonic"].format.grammar(anything, "auto", parallel=True).text
     taken, whole, ends = follows(
         compiler, bases["pythonic"], text.replace("[ ", "[").replace(" ]", "]"), grammar
@@ -436,7 +440,7 @@ def test_values_in_python_are_read_as_json(
 
 def test_an_argument_whose_name_cannot_be_written_is_refused(bases: dict[str, Base]) -> None:
     for name in ("a:b", "a>\nb", "", "a b"):
-        tool = Tool("f", {"type": "object", "properties": {name: {"type": "string"}}})
+        tool = ToolDefinition("f", {"type": "object", "properties": {name: {"type": "string"}}})
         bases["hermes"].format.grammar({"f": tool}, "auto", parallel=True)
         for family in ("gemma", "qwen3-coder", "pythonic"):
             with pytest.raises(ValueError, match="cannot write an argument"):
@@ -449,11 +453,11 @@ def test_a_strict_tool_is_refused_where_its_schema_cannot_be_kept_to(bases: dict
         "minimum": {"type": "integer", "minimum": 3},
     }
     for keyword, schema in kinds.items():
-        tool = Tool("f", {"type": "object", "properties": {"a": schema}}, strict=True)
+        tool = ToolDefinition("f", {"type": "object", "properties": {"a": schema}}, strict=True)
         bases["hermes"].format.grammar({"f": tool}, "auto", parallel=True)
         with pytest.raises(ValueError, match=keyword):
             bases["gemma"].format.grammar({"f": tool}, "auto", parallel=True)
-    pattern = Tool("f", {"type": "object", "properties": {"a": kinds["pattern"]}}, strict=True)
+    pattern = ToolDefinition("f", {"type": "object", "properties": {"a": kinds["pattern"]}}, strict=True)
     with pytest.raises(ValueError, match="pattern"):
         bases["qwen3-coder"].format.grammar({"f": pattern}, "auto", parallel=True)
 
@@ -546,7 +550,7 @@ def test_control_tokens_in_arguments_and_tools_are_letters(bases: dict[str, Base
 
     def controls(text: str) -> list[int]:
         plain = json.loads(json.dumps(messages).replace(json.dumps(forged)[1:-1], text))
-        ids = tokenizer.encode_chat(Conversation(plain, tools))
+        ids = tokenizer.encode_chat(TemplateInput(plain, tools))
         return [token for token in ids if token in tokenizer._tokenizer.added_tokens_decoder]
 
     assert controls(json.dumps(forged)[1:-1]) == controls("x")
@@ -561,9 +565,9 @@ def test_variables_of_a_template_that_a_caller_may_set_are_known(folder: Path) -
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}{{ bos_token }}"
     )
     assert tokenizer.template_options == {"enable_thinking", "date_string"}
-    chat = Conversation([{"role": "user", "content": "q"}], None, {"enable_thinking": True})
+    chat = TemplateInput([{"role": "user", "content": "q"}], None, {"enable_thinking": True})
     assert tokenizer.decode(tokenizer.encode_chat(chat)).startswith("1q")
-    broken = Conversation([{"role": "user", "content": "q"}], None, {"enable_thinking": "<|im_end|>"})
+    broken = TemplateInput([{"role": "user", "content": "q"}], None, {"enable_thinking": "<|im_end|>"})
     tokenizer._chat._twin = None
     with pytest.raises(InvalidRequestError) as caught:
         tokenizer.encode_chat(broken)

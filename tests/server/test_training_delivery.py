@@ -11,7 +11,7 @@ import pytest
 
 from onebase_adapters.store.blobs import ADAPTER_FILES
 from onebase_server.background import Backoff, Threads
-from onebase_server.errors import InvalidRequestError, OneBaseError, UnavailableError
+from onebase_server.errors import ApiError, InvalidRequestError, UnavailableError
 from onebase_server.jobs import delivery
 from onebase_server.jobs.delivery import Delivered, Delivery, DeliveryError
 
@@ -24,7 +24,7 @@ DIGEST = "d" * 64
 class _Library:
     """Knows one version, which is ready at once or never; `away`: so often it can take nothing."""
 
-    def __init__(self, *, away: int = 0, proved: bool = True, failure: OneBaseError | None = None) -> None:
+    def __init__(self, *, away: int = 0, proved: bool = True, failure: ApiError | None = None) -> None:
         self.away = away
         self.proved = proved
         self.failure = failure
@@ -52,7 +52,7 @@ class _Library:
     async def version(self, tenant: str, name: str, digest: str) -> Any:
         return self.known
 
-    async def activate_with_retries(self, version: Any, *, expected: Any) -> OneBaseError | None:
+    async def activate_with_retries(self, version: Any, *, expected: Any) -> ApiError | None:
         if self.failure is None:
             self.active = version.digest
         return self.failure

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from onebase_adapters.registry import (
+    FileRecord,
     JobEvent,
     NewJob,
     Registry,
     RegistryBusyError,
     RegistryError,
     RegistryFullError,
-    TrainingFile,
 )
 from onebase_adapters.store.store import Store
 from onebase_server.background import Threads
-from onebase_server.errors import ConflictError, InvalidRequestError, OneBaseError
+from onebase_server.errors import ApiError, InvalidRequestError, StateConflictError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 
@@ -65,7 +65,7 @@ def using(
     return asyncio.run(run())
 
 
-async def upload(files: TrainingFiles) -> TrainingFile:
+async def upload(files: TrainingFiles) -> FileRecord:
     writer = files.store.writer()
     writer.write(ROWS)
     return await files.keep(HERE, writer, "a.jsonl", "fine-tune")
@@ -78,7 +78,7 @@ def test_an_upload_that_the_registry_does_not_take_leaves_what_the_next_sweep_de
     def add_file(file: object) -> None:
         raise refusal("no")
 
-    with pytest.raises(OneBaseError):
+    with pytest.raises(ApiError):
         using(SimpleNamespace(add_file=add_file), store, storage, upload)
     assert store.sweep(registry.referenced_blobs(), 0.0) == 1
 
@@ -86,11 +86,11 @@ def test_an_upload_that_the_registry_does_not_take_leaves_what_the_next_sweep_de
 def test_an_upload_whose_row_is_there_although_that_was_not_told_keeps_its_content(
     registry: Registry, store: Store, storage: JobFolders
 ) -> None:
-    def add_file(file: TrainingFile) -> None:
+    def add_file(file: FileRecord) -> None:
         registry.training.add_file(file)
         raise RegistryBusyError("the answer is lost")
 
-    with pytest.raises(OneBaseError):
+    with pytest.raises(ApiError):
         using(SimpleNamespace(add_file=add_file), store, storage, upload)
     assert store.sweep(registry.referenced_blobs(), 0.0) == 0
     (kept,) = registry.training.files("default", limit=9)
@@ -153,7 +153,7 @@ def test_a_file_that_a_job_of_another_base_needs_is_not_deleted_and_says_where_t
         JobEvent(1.0, "made"),
     )  # fmt: skip
     there.close()
-    with pytest.raises(ConflictError, match=r"ftjob-1 needs it. It is a job on another base") as refused:
+    with pytest.raises(StateConflictError, match=r"ftjob-1 needs it. It is a job on another base") as refused:
         using(registry.training, store, storage, lambda files: files.delete(HERE, file.id))
     assert refused.value.code == "file_in_use"
     assert store.exists(file.sha256)

@@ -14,7 +14,7 @@ import pytest
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
-from onebase_server.telemetry.metrics import Metrics, render
+from onebase_server.telemetry.metrics import MetricsCollector, render
 
 from .support import Server, Starter
 from .training_support import (
@@ -671,7 +671,7 @@ def test_without_a_registry_nobody_is_told_that_there_are_no_jobs() -> None:
     nothing: Any = SimpleNamespace(base_name="base")
     scheduler: Any = SimpleNamespace(deaths=0, running=[])
     batches: Any = SimpleNamespace(flying=0, answered={})
-    metrics = Metrics(
+    metrics = MetricsCollector(
         supervisor=nothing, catalog=nothing, residency=nothing, adapters=nothing, scheduler=scheduler,
         batches=batches, requests=nothing, answers=nothing,
     )  # fmt: skip

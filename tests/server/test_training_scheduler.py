@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from onebase_adapters.registry import (
+    FileRecord,
     JobError,
     JobEvent,
     NewJob,
     Registry,
-    TrainingFile,
     TrainingJob,
     UnkeptJob,
 )
@@ -29,7 +29,7 @@ from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.handover_files import KeptFiles, _files_of
 from onebase_server.jobs.job_record import JobNotifier
-from onebase_server.jobs.job_run import FileGoneError, Run
+from onebase_server.jobs.job_run import FileGoneError, JobRun
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.state import is_resumable
 from onebase_server.telemetry.traces import Tracing
@@ -47,7 +47,7 @@ def add_job(registry: Registry, storage: JobFolders, state: Any, **facts: Any) -
     """A job in this state, and the folder that it has written into."""
     records = registry.training
     records.add_file(
-        TrainingFile("file-1", "default", storage.server, "fine-tune", "a.jsonl", 1, 1.0, "0" * 64)
+        FileRecord("file-1", "default", storage.server, "fine-tune", "a.jsonl", 1, 1.0, "0" * 64)
     )
     records.add_job(
         NewJob(
@@ -259,7 +259,7 @@ def test_a_run_that_broke_off_is_not_told_as_a_start_of_the_server(
 def _of_a_dead_server(registry: Registry, storage: JobFolders, sha256: str, **facts: Any) -> None:
     """A job that trained on a server whose lease has run out."""
     records, file = registry.training, "file-1"
-    records.add_file(TrainingFile(file, "default", "gone", "fine-tune", "a.jsonl", 1, 1.0, sha256))
+    records.add_file(FileRecord(file, "default", "gone", "fine-tune", "a.jsonl", 1, 1.0, sha256))
     job = NewJob(JOB, "default", "gone", "orders", file, None, "never", {}, {})
     records.add_job(job, JobEvent(1.0, "made"))
     records.move(JOB, "running", ("validating_files",), **facts)
@@ -305,7 +305,7 @@ async def checked(
         train_job=train_job,
         tracing=Tracing(),
     )
-    run = Run(pool, records.job("default", JOB), "check", None)
+    run = JobRun(pool, records.job("default", JOB), "check", None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job_run, "BACKOFF", Backoff(pause, pause))
         run.begin()

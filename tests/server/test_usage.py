@@ -17,10 +17,10 @@ import httpx2
 import pytest
 
 from onebase import Client
-from onebase_adapters.registry import Figures, Registry, RegistryBusyError, UsageKey
+from onebase_adapters.registry import Registry, RegistryBusyError, UsageFigures, UsageKey
 from onebase_adapters.registry.usage import FIGURES
 from onebase_server.background import Threads
-from onebase_server.inference.stream import Usage
+from onebase_server.inference.stream import TokenUsage
 from onebase_server.tenancy import usage as usage_module
 from onebase_server.tenancy.usage import OTHERS, UsageMeter, today, usage_csv
 
@@ -65,7 +65,7 @@ def test_the_use_of_a_tenant_is_the_sum_of_what_its_answers_say(
     with client_with(server, key) as http:
         for name in ("one", "two"):
             assert upload(http, name, name.encode(), activate="true").status_code == 200
-        told = Figures()
+        told = UsageFigures()
         bodies: list[dict[str, Any]] = [
             {"adapter": "one", "n": 2, "max_tokens": 3},
             {"adapter": "one", "max_tokens": 5},
@@ -74,7 +74,7 @@ def test_the_use_of_a_tenant_is_the_sum_of_what_its_answers_say(
         for body in bodies:
             counts = http.post("/generate", json={"prompt": "a word or two", **body}).json()["usage"]
             told.add(
-                Figures(1, counts["prompt_tokens"], counts["cached_tokens"], counts["completion_tokens"])
+                UsageFigures(1, counts["prompt_tokens"], counts["cached_tokens"], counts["completion_tokens"])
             )
         assert told.cached_tokens > 0
         http.post("/generate", json={"prompt": "word", "max_tokens": 1})
@@ -158,7 +158,7 @@ def test_csv_is_what_the_json_says_and_starts_no_formula(
     names = ("=1+1", "+cmd", "-2", "@sum", "\tx", 'he said "1, 2"', "plain")
     day = "2026-01-05"
     registry = Registry(f"sqlite:///{keys.file}", base_id="b", base_name="b")
-    rows = {UsageKey("formulas", day, "=base", name): Figures(requests=1) for name in names}
+    rows = {UsageKey("formulas", day, "=base", name): UsageFigures(requests=1) for name in names}
     registry.usage.write("w", 1, rows)
     registry.close()
     asked = {"start": day, "end": day, "tenant": "formulas", "group_by": "base,adapter"}
@@ -227,16 +227,16 @@ class Records:
 
     def __init__(self) -> None:
         self.away = self.deaf = False
-        self.rows: dict[UsageKey, Figures] = {}
+        self.rows: dict[UsageKey, UsageFigures] = {}
         self.batches: list[int] = []
 
-    def write(self, writer: str, batch: int, rows: dict[UsageKey, Figures]) -> None:
+    def write(self, writer: str, batch: int, rows: dict[UsageKey, UsageFigures]) -> None:
         if self.away:
             raise RegistryBusyError("it is away")
         if batch not in self.batches:
             self.batches.append(batch)
             for key, figures in rows.items():
-                self.rows.setdefault(key, Figures()).add(figures)
+                self.rows.setdefault(key, UsageFigures()).add(figures)
         if self.deaf:
             raise RegistryBusyError("the connection broke")
 
@@ -245,16 +245,16 @@ def test_a_write_whose_end_was_not_heard_counts_once_and_nothing_is_lost() -> No
     async def run() -> None:
         records = Records()
         meter = UsageMeter(records, Threads("usage", 1), "base")  # type: ignore[arg-type]
-        meter.generated("acme", ["one"], Usage(prompt=3, completion=2))
+        meter.generated("acme", ["one"], TokenUsage(prompt=3, completion=2))
         records.deaf = True
         assert not await meter.flush()
-        meter.generated("acme", ["one"], Usage(prompt=3, completion=2))
+        meter.generated("acme", ["one"], TokenUsage(prompt=3, completion=2))
         records.deaf, records.away = False, True
         assert not await meter.flush()
         records.away = False
         await meter.close()
         (figures,) = records.rows.values()
-        assert figures == Figures(requests=2, prompt_tokens=6, completion_tokens=4)
+        assert figures == UsageFigures(requests=2, prompt_tokens=6, completion_tokens=4)
 
     asyncio.run(run())
 
@@ -266,7 +266,7 @@ def test_what_waits_has_a_bound_and_keeps_its_sums(monkeypatch: pytest.MonkeyPat
         records = Records()
         meter = UsageMeter(records, Threads("usage", 1), "base")  # type: ignore[arg-type]
         for number in range(10):
-            meter.generated("acme", [f"adapter-{number}"], Usage(prompt=1))
+            meter.generated("acme", [f"adapter-{number}"], TokenUsage(prompt=1))
         await meter.flush()
         found = {key.adapter: figures.requests for key, figures in records.rows.items()}
         assert found == {"adapter-0": 1, "adapter-1": 1, "adapter-2": 1, OTHERS: 7}
@@ -275,5 +275,5 @@ def test_what_waits_has_a_bound_and_keeps_its_sums(monkeypatch: pytest.MonkeyPat
 
 
 def test_no_line_of_csv_begins_with_a_formula_whatever_is_grouped() -> None:
-    text = usage_csv(["adapter"], [({"adapter": "-1"}, Figures(requests=1))])
+    text = usage_csv(["adapter"], [({"adapter": "-1"}, UsageFigures(requests=1))])
     assert text.splitlines()[1].startswith("'-1,1,0")

@@ -12,7 +12,7 @@ import httpx2
 import openai
 import pytest
 
-from onebase_server.requests.tokenization import BaseTokenizer, Conversation
+from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
 
 from ..hub_standin import HubStandIn
 from .support import CONFIG, Starter, make_folder
@@ -132,7 +132,7 @@ def test_a_prompt_and_messages_are_tokenized_as_for_an_answer_and_back(
     messages = [{"role": "user", "content": "Where?"}]
     for more in ({}, {"add_generation_prompt": False}):
         made = http.post("/tokenize", json={"messages": messages, **more}).json()
-        assert made["tokens"] == tokenizer.encode_chat(Conversation(messages, None, more))
+        assert made["tokens"] == tokenizer.encode_chat(TemplateInput(messages, None, more))
         assert made["token_strs"] is None
     answer = http.post("/v1/chat/completions", json={"model": BASE, "messages": messages, "max_tokens": 1})
     count = http.post("/tokenize", json={"messages": messages}).json()["count"]

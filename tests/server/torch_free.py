@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from onebase_server.errors import InvalidRequestError
-from onebase_server.requests.tokenization import BaseTokenizer, Conversation, leave_torch_out
+from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput, leave_torch_out
 
 TEXTS = (
     "", " ", "The capital of France is", "  two  spaces\n\tand a tab ", "naïve 🎉 漢字 2024 1234567",
@@ -24,7 +24,7 @@ def results(folder: str) -> dict[str, Any]:
     tokenizer = BaseTokenizer(folder)
     ids = [tokenizer.encode(text) for text in TEXTS]
     try:
-        chat = tokenizer.encode_chat(Conversation(CHAT))
+        chat = tokenizer.encode_chat(TemplateInput(CHAT))
     except InvalidRequestError as error:
         chat = [error.code]
     size = len(tokenizer._tokenizer)

@@ -16,7 +16,7 @@ import torch
 from tests.tiny import save_base
 
 from onebase_engine.base.load import BaseSettings, load_base
-from onebase_training.checkpoint import Checkpoints, Report
+from onebase_training.checkpoint import Checkpoints, RunReport
 from onebase_training.data.dataset import Dataset, Preference, Row, Sample
 from onebase_training.events import Event, Gate, OpenGate
 from onebase_training.loop import Trainer
@@ -174,7 +174,7 @@ def write_chats(path: Path, count: int, first: int = 0) -> Path:
     return path
 
 
-def finished_report(**changes: Any) -> Report:
+def finished_report(**changes: Any) -> RunReport:
     """What came of a short run."""
     facts: dict[str, Any] = {
         "name": "n", "base": "b", "quantization": "nf4", "steps": 4, "best_step": 4, "tokens": 400,
@@ -182,7 +182,7 @@ def finished_report(**changes: Any) -> Report:
         "metrics_before": {}, "metrics_after": {}, "better": True, "losses": [], "held_out": [], "recipe": {},
         "peak_memory_bytes": 10**9,
     }  # fmt: skip
-    return Report(**(facts | changes))
+    return RunReport(**(facts | changes))
 
 
 def start_at_a_terminal(program: list[str], *arguments: str) -> subprocess.Popen[str]:

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from onebase_adapters.format.config import check_config, with_labels
 from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
 from onebase_engine.base.load import BaseSettings, load_base
-from onebase_server.requests.tokenization import BaseTokenizer, Conversation
-from onebase_training.checkpoint import Report
+from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
+from onebase_training.checkpoint import RunReport
 from onebase_training.cli.data import main as data_main
 from onebase_training.cli.estimate import main as estimate_main
 from onebase_training.data.dataset import (
@@ -38,7 +38,7 @@ from onebase_training.events import Event, OpenGate
 from onebase_training.metrics import label_figures, macro_f1
 from onebase_training.parent import Parent
 from onebase_training.recipe import Recipe, RecipeError, parse_recipe
-from onebase_training.run import Job, train
+from onebase_training.run import TrainingRequest, train
 from onebase_training.trainable import Trainable
 
 METHOD = {"method": "classification"}
@@ -145,7 +145,7 @@ def test_a_row_is_read_as_classify_reads_it(tmp_path: Path) -> None:
     assert found[0] == served.encode(texts[0])
     assert found[1] == served.encode("padded")
     assert found[2] == served.encode(texts[2])
-    assert found[3] == served.encode_chat(Conversation(asked))
+    assert found[3] == served.encode_chat(TemplateInput(asked))
     for row in loaded(tmp_path, given).rows:
         (sample,) = row.samples
         assert np.flatnonzero(sample.supervised).tolist() == [len(sample) - 1]
@@ -279,10 +279,10 @@ def test_lm_head_is_no_target_and_the_head_is_of_the_seed(base: torch.nn.Module)
 
 def trained(
     tmp_path: Path, folder: Path, given: list[dict[str, Any]], held_out: list[dict[str, Any]], **settings: Any
-) -> tuple[Report, Path, list[Event]]:
+) -> tuple[RunReport, Path, list[Event]]:
     """A run in fp32 on a small base with a real tokenizer."""
     asked = {"max_steps": 4, "batch_size": 4, "r": 4, "learning_rate": 2e-2, "eval_every": 2}
-    job = Job(
+    job = TrainingRequest(
         name="moods",
         recipe=parse_recipe(METHOD | asked | settings),
         train=write_rows(tmp_path / "train.jsonl", given),
@@ -373,7 +373,7 @@ def test_labels_that_are_bare_numbers_are_compared_with_the_most_frequent_one(
 
 def test_training_goes_on_from_no_adapter(talking_folder: Path, tmp_path: Path) -> None:
     parent = Parent("old", "0" * 64, tmp_path / "config", tmp_path / "weights")
-    job = Job(
+    job = TrainingRequest(
         name="moods",
         recipe=Recipe(method="classification"),
         train=write_rows(tmp_path / "train.jsonl", rows(12)),

@@ -24,7 +24,7 @@ from onebase_training.cli import sweep
 from onebase_training.cli.train import Display, main
 from onebase_training.curves import open_curves
 from onebase_training.recipe import Recipe
-from onebase_training.run import Job
+from onebase_training.run import TrainingRequest
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("forks")
@@ -55,12 +55,14 @@ RUN = [
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
+def job(tmp_path: Path) -> TrainingRequest:
     base = BaseSettings(folder=tmp_path)
-    return Job(name="curves", recipe=Recipe(), train="t", folder=tmp_path / "run", base=base, base_name="b")
+    return TrainingRequest(
+        name="curves", recipe=Recipe(), train="t", folder=tmp_path / "run", base=base, base_name="b"
+    )
 
 
-def test_tensorboard_reads_the_curves(job: Job) -> None:
+def test_tensorboard_reads_the_curves(job: TrainingRequest) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with open_curves(["tensorboard"], job) as write:
@@ -77,7 +79,7 @@ def test_tensorboard_reads_the_curves(job: Job) -> None:
     assert [(one.step, one.value) for one in held.Scalars("eval/loss")] == [(0, 3.0), (4, 1.5)]
 
 
-def test_trackio_keeps_the_curves_on_this_machine(job: Job, tmp_path: Path) -> None:
+def test_trackio_keeps_the_curves_on_this_machine(job: TrainingRequest, tmp_path: Path) -> None:
     script = (
         "from tests.training.test_curves import *\n"
         "base = BaseSettings(folder=Path(sys.argv[1]))\n"
@@ -136,7 +138,7 @@ def test_the_terminal_tells_the_run_in_lines_where_there_is_no_terminal(tmp_path
 def test_a_bar_whose_end_is_not_known_shows_no_end_of_what_was_before() -> None:
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
     with Display(console) as display:
-        display.show(events.Progress(at=0, name="validating_files", part=1.0))
+        display.show(events.StageProgress(at=0, name="validating_files", part=1.0))
         display.loading("loading the base", 0.0)
         assert [task.total for task in display._progress.tasks] == [None]
     last = console.file.getvalue().rpartition("loading the base")[2]  # type: ignore[attr-defined]

@@ -34,7 +34,7 @@ from tests.training.data_support import (
     written,
 )
 
-from onebase_training.data.dataset import Chat, Choice, DataError, Preference, Text
+from onebase_training.data.dataset import Chat, DataError, Preference, PreferencePair, Text
 from onebase_training.data.files import Record, json_array
 from onebase_training.data.reader import load_dataset
 from onebase_training.data.rows import parse_row
@@ -138,7 +138,7 @@ def test_functions_are_read_in_a_preference_too() -> None:
         "non_preferred_output": [GOOD],
     }
     parsed = parse_row(row, "dpo")
-    assert isinstance(parsed, Choice)
+    assert isinstance(parsed, PreferencePair)
     assert isinstance(parsed.chosen, Chat)
     assert parsed.chosen.tools == [{"type": "function", "function": WEATHER}]
     assert parsed.chosen.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
@@ -347,9 +347,9 @@ def test_the_examples_of_the_documentation_are_read_as_it_says() -> None:
     assert told == ["Chat", "Text", "Chat", "Text", *["Choice"] * 5, *["Labelled"] * 4]
 
 
-CHATS = Choice(Chat([USER, GOOD], None, [1]), Chat([USER, BAD], None, [1]))
-BRIEF = Choice(Chat([SYSTEM, USER, GOOD], None, [2]), Chat([SYSTEM, USER, BAD], None, [2]))
-TEXTS = Choice(Text("The sky is", " blue"), Text("The sky is", " green"))
+CHATS = PreferencePair(Chat([USER, GOOD], None, [1]), Chat([USER, BAD], None, [1]))
+BRIEF = PreferencePair(Chat([SYSTEM, USER, GOOD], None, [2]), Chat([SYSTEM, USER, BAD], None, [2]))
+TEXTS = PreferencePair(Text("The sky is", " blue"), Text("The sky is", " green"))
 
 
 @pytest.mark.parametrize(
@@ -376,13 +376,15 @@ TEXTS = Choice(Text("The sky is", " blue"), Text("The sky is", " green"))
         ({"chosen": "The sky is blue", "rejected": "The sky is green"}, TEXTS),
     ],
 )
-def test_every_spelling_of_a_preference_is_the_same_choice(row: dict[str, Any], expected: Choice) -> None:
+def test_every_spelling_of_a_preference_is_the_same_choice(
+    row: dict[str, Any], expected: PreferencePair
+) -> None:
     assert parse_row(row, "dpo") == expected
 
 
 def test_the_shared_beginning_ends_before_the_word_in_which_two_texts_part() -> None:
     parsed = parse_row({"chosen": "It was green", "rejected": "It was great"}, "dpo")
-    assert parsed == Choice(Text("It was", " green"), Text("It was", " great"))
+    assert parsed == PreferencePair(Text("It was", " green"), Text("It was", " great"))
 
 
 @pytest.mark.parametrize(
@@ -398,7 +400,7 @@ def test_a_text_prompt_is_taken_off_both_replies_where_a_word_ends(
     prompt: str, chosen: tuple[str, str], replies: tuple[str, str]
 ) -> None:
     parsed = parse_row({"prompt": prompt, "chosen": chosen[0], "rejected": chosen[1]}, "dpo")
-    assert parsed == Choice(Text(prompt, replies[0]), Text(prompt, replies[1]))
+    assert parsed == PreferencePair(Text(prompt, replies[0]), Text(prompt, replies[1]))
 
 
 @pytest.mark.parametrize(
@@ -472,13 +474,15 @@ def test_a_problem_of_one_side_names_the_side(tmp_path: Path) -> None:
     ],
 )
 def test_columns_beside_a_preference_are_left_alone(row: dict[str, Any]) -> None:
-    assert parse_row(row, "dpo") == Choice(Chat([USER, GOOD], None, [1]), Chat([USER, BAD], None, [1]))
+    assert parse_row(row, "dpo") == PreferencePair(
+        Chat([USER, GOOD], None, [1]), Chat([USER, BAD], None, [1])
+    )
 
 
 def test_a_system_message_beside_texts_makes_them_a_chat() -> None:
     row = {"system": SYSTEM["content"], "prompt": "q", "chosen": GOOD["content"], "rejected": BAD["content"]}
     sides = [Chat([SYSTEM, USER, reply], None, [2]) for reply in (GOOD, BAD)]
-    assert parse_row(row, "dpo") == Choice(*sides)
+    assert parse_row(row, "dpo") == PreferencePair(*sides)
 
 
 def test_a_completion_that_is_json_stays_the_text_it_is(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from onebase_training.loop import ProcessGroup
 from onebase_training.objectives import PreparedRun, make_objective
 from onebase_training.parent import ActiveVersion, Parent, modules_of, why_not_comparable
 from onebase_training.recipe import MODEL, RecipeError, continued, parse_recipe
-from onebase_training.run import Job, PlannedRun, load_tokenizer, prepare, train
+from onebase_training.run import PlannedRun, TrainingRequest, load_tokenizer, prepare, train
 from onebase_training.trainable import ADAPTER, Trainable
 
 from .runs import (
@@ -124,12 +124,12 @@ def test_no_step_writes_the_parents_own_weights_again(tmp_path: Path) -> None:
 
 def job_on(
     tmp_path: Path, base_folder: Path, parent_folder: Path, **given: Any
-) -> tuple[Job, torch.nn.Module]:
+) -> tuple[TrainingRequest, torch.nn.Module]:
     parent = Parent.of_folder(parent_folder)
     settings = modules_of(parent, empty_base(load_config(base_folder)))
     recipe = parse_recipe(continued(given, settings, parent.label))
     base = BaseSettings(folder=base_folder)
-    job = Job(
+    job = TrainingRequest(
         name="next",
         recipe=recipe,
         train=write_chats(tmp_path / "rows.jsonl", 12),
@@ -212,7 +212,9 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
-def short_job(tmp_path: Path, name: str, base: Path, method: str = "supervised", **settings: Any) -> Job:
+def short_job(
+    tmp_path: Path, name: str, base: Path, method: str = "supervised", **settings: Any
+) -> TrainingRequest:
     """A short run on rows of two slices."""
     place = tmp_path / name
     place.mkdir()
@@ -220,7 +222,7 @@ def short_job(tmp_path: Path, name: str, base: Path, method: str = "supervised",
         lines = [ROWS[method](n) | {"slice": "xy"[n % 3 == 0]} for n in range(first, first + count)]
         (place / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
     given = {"method": method, "max_steps": 3, "batch_size": 4, "r": 4, "learning_rate": 1e-2, **settings}
-    return Job(
+    return TrainingRequest(
         name=name,
         recipe=parse_recipe(given),
         train=place / "rows.jsonl",

@@ -22,7 +22,7 @@ from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_training.attention import SHORT
 from onebase_training.batches import pack, step_rows
 from onebase_training.checkpoint import Checkpoints, write_adapter
@@ -301,7 +301,7 @@ def log_likelihoods(trainable: Trainable, data: Sequence[Sample]) -> list[list[f
 
 def served_log_likelihoods(base: nn.Module, adapter: Path, data: Sequence[Sample]) -> list[list[float]]:
     """Of the same tokens by the engine, all rows at once; the base's rows are among them."""
-    engine = Engine(base, name="tiny", limits=Limits(32, 96, 512), kv_blocks=400)
+    engine = Engine(base, name="tiny", limits=SchedulerLimits(32, 96, 512), kv_blocks=400)
     engine.put_adapter("digest", load_folder(base, adapter).weights)
     for number, row in enumerate(data):
         for name, adapters in ((str(number), [protocol.AdapterRef("digest")]), (f"base-{number}", [])):

@@ -22,7 +22,7 @@ from onebase_adapters.proof.extract import extract
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, fingerprint, load_base
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine.engine import Engine
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.lora.weights import AdapterWeights
 from onebase_training.checkpoint import write_adapter
 from onebase_training.replies import generate_replies, stop_ids
@@ -130,7 +130,9 @@ def test_replies_are_those_that_the_written_adapter_gives_in_serving_token_by_to
     bare = generate_replies(base, None, tokenizer, asked, 24)
     write_adapter(model, tmp_path / "adapter", base="b", commit=None, card=str)
     # Prefilled in other chunks, among rows of another version and of the base.
-    engine = Engine(base, name="tiny", limits=Limits(12, 48, 512), kv_blocks=60, eos_ids=frozenset({2}))
+    engine = Engine(
+        base, name="tiny", limits=SchedulerLimits(12, 48, 512), kv_blocks=60, eos_ids=frozenset({2})
+    )
     engine.put_adapter("digest0", load_folder(base, tmp_path / "adapter").weights)
     engine.put_adapter("digest1", weights(adapted(base, seed=9)))
     requests = [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.training.runs import finished_report
 
-from onebase_training.checkpoint import DataLine, Report, model_card
+from onebase_training.checkpoint import DataLine, RunReport, model_card
 from onebase_training.recipe import Recipe
 
 REPORT = finished_report(
@@ -23,7 +23,7 @@ REPORT = finished_report(
 EVIL = "![x](https://evil.example/a.png)<img src=x onerror=alert(1)>`|\n# Owned"
 
 
-def card(report: Report = REPORT, file: str = "train.jsonl", **more: Any) -> str:
+def card(report: RunReport = REPORT, file: str = "train.jsonl", **more: Any) -> str:
     settings = {"repo": None, "commit": None, "data": [DataLine("train", file, 3, 30, 9, "ab" * 32)], **more}
     return model_card(report, **settings)
 

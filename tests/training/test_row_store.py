@@ -25,16 +25,24 @@ from onebase_training.checkpoint import CheckpointError
 from onebase_training.data.dataset import (
     DataError,
     Dataset,
-    Place,
     Preference,
-    Prompt,
+    PromptRow,
     Row,
+    RowPlace,
     Sample,
 )
 from onebase_training.data.row_store import map_rows, rows_key, write_rows
 from onebase_training.events import OpenGate
 from onebase_training.recipe import parse_recipe
-from onebase_training.run import Data, Job, Plan, load_tokenizer, prepare, read_data, train
+from onebase_training.run import (
+    Data,
+    TrainingPlan,
+    TrainingRequest,
+    load_tokenizer,
+    prepare,
+    read_data,
+    train,
+)
 
 KEY = "a key"
 
@@ -76,7 +84,7 @@ def datasets(draw: st.DrawFn) -> Dataset:
         rows.append(Preference(last, sample(line)) if pairs else last)
         if draw(st.booleans()):
             start, stop = sorted(draw(st.integers(0, len(last))) for _ in range(2))
-            prompts.append(Prompt(last, slice(start, stop), Place(number + 1, line), decode))
+            prompts.append(PromptRow(last, slice(start, stop), RowPlace(number + 1, line), decode))
     return Dataset(rows, prompts)
 
 
@@ -165,12 +173,12 @@ def test_mapped_rows_are_read_only_and_no_memory_of_the_process(rows: Path) -> N
 
 
 @pytest.fixture
-def job(talking_folder: Path, tmp_path: Path) -> Job:
+def job(talking_folder: Path, tmp_path: Path) -> TrainingRequest:
     """With a base's folder of its own, which tests may change."""
     folder = tmp_path / "base"
     shutil.copytree(talking_folder, folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
-    return Job(
+    return TrainingRequest(
         name="colours",
         recipe=parse_recipe({"r": 2, "batch_size": 4, "max_steps": 2}),
         train=write_chats(tmp_path / "train.jsonl", 24),
@@ -181,7 +189,7 @@ def job(talking_folder: Path, tmp_path: Path) -> Job:
     )
 
 
-def prepared(job: Job, *, reread: bool = False) -> tuple[Plan, int]:
+def prepared(job: TrainingRequest, *, reread: bool = False) -> tuple[TrainingPlan, int]:
     """The plan, and how often the data was said to be read."""
     seen: list[events.Event] = []
     config = AutoConfig.from_pretrained(job.base.folder)
@@ -189,11 +197,11 @@ def prepared(job: Job, *, reread: bool = False) -> tuple[Plan, int]:
     return plan, sum(isinstance(event, events.DataChecked) for event in seen)
 
 
-def read(job: Job) -> Data:
+def read(job: TrainingRequest) -> Data:
     return read_data(job, load_tokenizer(job.base), lambda part: None)
 
 
-def test_data_is_read_and_told_of_once_and_the_plan_is_the_same(job: Job) -> None:
+def test_data_is_read_and_told_of_once_and_the_plan_is_the_same(job: TrainingRequest) -> None:
     for wanted in (job, replace(job, held_out=None, folder=job.folder.with_name("split"))):
         whole = read(wanted)
         assert not whole.kept
@@ -211,11 +219,11 @@ def test_data_is_read_and_told_of_once_and_the_plan_is_the_same(job: Job) -> Non
             assert names == (whole.train_name, whole.held_out_name, whole.given)
 
 
-def test_a_check_reads_the_files_whatever_was_kept(job: Job) -> None:
+def test_a_check_reads_the_files_whatever_was_kept(job: TrainingRequest) -> None:
     assert [prepared(job, reread=True)[1] for _ in range(2)] == [1, 1]
 
 
-def test_kept_rows_take_the_place_of_the_files(job: Job) -> None:
+def test_kept_rows_take_the_place_of_the_files(job: TrainingRequest) -> None:
     plan, _ = prepared(job)
     assert plan.data.key is not None
     # They cannot come from the files, so these were not parsed.
@@ -223,14 +231,14 @@ def test_kept_rows_take_the_place_of_the_files(job: Job) -> None:
     assert plain(read(job).train) == plain(samples(3))
 
 
-def test_a_file_that_is_gone_is_told_although_its_rows_are_kept(job: Job) -> None:
+def test_a_file_that_is_gone_is_told_although_its_rows_are_kept(job: TrainingRequest) -> None:
     prepared(job)
     Path(job.train).unlink()
     with pytest.raises(DataError, match=r"train\.jsonl.*\n.*cannot be read"):
         prepared(job)
 
 
-def test_damaged_rows_are_read_again_in_silence(job: Job) -> None:
+def test_damaged_rows_are_read_again_in_silence(job: TrainingRequest) -> None:
     first, _ = prepared(job)
     whole = plain(first.data.train)
     path = job.folder / "rows" / "train.ids.npy"
@@ -255,7 +263,7 @@ def template(base: Path, name: str, text: str) -> None:
     (base / CHAT_TEMPLATE_DIR / f"{name}.jinja").write_text(text)
 
 
-CHANGES: dict[str, Callable[[Job], Any]] = {
+CHANGES: dict[str, Callable[[TrainingRequest], Any]] = {
     "the training file": lambda job: edit(Path(job.train), "red", "tan"),
     "the held-out file": lambda job: edit(Path(str(job.held_out)), "red", "tan"),
     "the tokenizer": lambda job: edit(job.base.folder / "tokenizer.json", '"Ġthe"', '"Ġthf"'),
@@ -276,18 +284,20 @@ CHANGES: dict[str, Callable[[Job], Any]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_rows_are_of_the_data_the_settings_and_the_base_that_made_them(job: Job, what: str) -> None:
-    def key(of: Job) -> str | None:
+def test_rows_are_of_the_data_the_settings_and_the_base_that_made_them(
+    job: TrainingRequest, what: str
+) -> None:
+    def key(of: TrainingRequest) -> str | None:
         data = [[Path(str(source))] for source in (of.train, of.held_out) if source is not None]
         return rows_key(of.recipe.to_json(), of.base.folder, data)
 
     before = key(job)
     assert before == key(job) is not None
     made = CHANGES[what](job)
-    assert key(made if isinstance(made, Job) else job) != before
+    assert key(made if isinstance(made, TrainingRequest) else job) != before
 
 
-def test_changed_rows_of_the_same_size_and_time_are_read_again(job: Job) -> None:
+def test_changed_rows_of_the_same_size_and_time_are_read_again(job: TrainingRequest) -> None:
     before = replace(job, folder=job.folder.with_name("other"))
     assert prepared(before)[1] == 1
     (before.folder / "plan.json").unlink()
@@ -297,7 +307,7 @@ def test_changed_rows_of_the_same_size_and_time_are_read_again(job: Job) -> None
     assert plan.data.train.digest == prepared(job)[0].data.train.digest
 
 
-def test_a_run_that_may_take_less_memory_maps_the_same_rows(job: Job) -> None:
+def test_a_run_that_may_take_less_memory_maps_the_same_rows(job: TrainingRequest) -> None:
     prepared(job)
     less = replace(job, recipe=replace(job.recipe, micro_tokens=64, gradient_checkpointing=True))
     assert prepared(less)[1] == 0
@@ -308,7 +318,7 @@ def test_a_pipe_is_not_read_for_a_key(tmp_path: Path, talking_folder: Path) -> N
     assert rows_key({}, talking_folder, [[tmp_path / "rows.jsonl"]]) is None
 
 
-def test_a_file_that_grows_while_it_is_read_is_not_kept(job: Job) -> None:
+def test_a_file_that_grows_while_it_is_read_is_not_kept(job: TrainingRequest) -> None:
     def grow(part: float) -> None:
         with Path(job.train).open("a") as file:
             file.write("\n")
@@ -317,7 +327,7 @@ def test_a_file_that_grows_while_it_is_read_is_not_kept(job: Job) -> None:
     assert data.key is None
 
 
-def test_a_run_that_is_refused_keeps_no_rows_and_leaves_those_of_another(job: Job) -> None:
+def test_a_run_that_is_refused_keeps_no_rows_and_leaves_those_of_another(job: TrainingRequest) -> None:
     prepared(job)
     other = replace(job, train=write_chats(job.folder.with_name("other.jsonl"), 30))
     with pytest.raises(CheckpointError, match="another recipe"):
@@ -325,7 +335,7 @@ def test_a_run_that_is_refused_keeps_no_rows_and_leaves_those_of_another(job: Jo
     assert prepared(job)[1] == 0
 
 
-def test_without_room_for_the_rows_a_run_has_them_in_memory(job: Job, tmp_path: Path) -> None:
+def test_without_room_for_the_rows_a_run_has_them_in_memory(job: TrainingRequest, tmp_path: Path) -> None:
     many = write_chats(tmp_path / "many.jsonl", 600)
     with small_disk(tmp_path / "disk", 64 << 10) as disk:
         plan, told = prepared(replace(job, train=many, folder=disk / "run"))
@@ -333,7 +343,7 @@ def test_without_room_for_the_rows_a_run_has_them_in_memory(job: Job, tmp_path: 
         assert sorted(path.name for path in (disk / "run").iterdir()) == ["plan.json"]
 
 
-def test_mapped_or_in_memory_it_is_the_same_adapter(job: Job) -> None:
+def test_mapped_or_in_memory_it_is_the_same_adapter(job: TrainingRequest) -> None:
     base = load_base(job.base)
     other = replace(job, folder=job.folder.with_name("in-memory"))
     other.folder.mkdir()

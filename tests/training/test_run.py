@@ -17,11 +17,11 @@ from tests.training.runs import write_chats
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
 from onebase_training import events
-from onebase_training.checkpoint import CheckpointError, Report
+from onebase_training.checkpoint import CheckpointError, RunReport
 from onebase_training.data.dataset import DataError
 from onebase_training.events import Interrupted, OpenGate
 from onebase_training.recipe import RecipeError, parse_recipe
-from onebase_training.run import DoesNotFitError, Job, train
+from onebase_training.run import DoesNotFitError, TrainingRequest, train
 
 SETTINGS: dict[str, Any] = {
     "r": 4,
@@ -41,8 +41,8 @@ def base(talking_folder: Path) -> torch.nn.Module:
     return load_base(BaseSettings(folder=talking_folder))
 
 
-def new_job(base_folder: Path, folder: Path) -> Job:
-    return Job(
+def new_job(base_folder: Path, folder: Path) -> TrainingRequest:
+    return TrainingRequest(
         name="colours",
         recipe=parse_recipe(SETTINGS),
         train=write_chats(folder / "train.jsonl", 24),
@@ -54,12 +54,12 @@ def new_job(base_folder: Path, folder: Path) -> Job:
 
 
 @pytest.fixture
-def job(talking_folder: Path, tmp_path: Path) -> Job:
+def job(talking_folder: Path, tmp_path: Path) -> TrainingRequest:
     return new_job(talking_folder, tmp_path)
 
 
 @pytest.fixture
-def quick(job: Job) -> Job:
+def quick(job: TrainingRequest) -> TrainingRequest:
     """One step, after which nothing is generated."""
     recipe = replace(job.recipe, max_steps=1, eval_every=1, metrics=(), sample_prompts=())
     return replace(job, recipe=recipe)
@@ -69,11 +69,11 @@ def quick(job: Job) -> Job:
 class Whole:
     """A run from its beginning to its end, which no test may write to."""
 
-    job: Job
-    report: Report
+    job: TrainingRequest
+    report: RunReport
     events: list[events.Event]
 
-    def copied(self, job: Job) -> Job:
+    def copied(self, job: TrainingRequest) -> TrainingRequest:
         """The job that has run, in the other's folder."""
         shutil.copytree(self.job.folder, job.folder)
         return job
@@ -86,7 +86,7 @@ def whole(base: torch.nn.Module, talking_folder: Path, tmp_path_factory: pytest.
     return Whole(job, run(base, job, seen), seen)
 
 
-def run(base: torch.nn.Module, job: Job, seen: list[events.Event] | None = None) -> Report:
+def run(base: torch.nn.Module, job: TrainingRequest, seen: list[events.Event] | None = None) -> RunReport:
     return train(lambda: base, job, (seen if seen is not None else []).append, OpenGate())
 
 
@@ -136,7 +136,7 @@ def test_a_run_leaves_an_adapter_that_peft_loads_and_tells_what_came_of_it(
 
 
 def test_paused_and_started_again_it_is_the_same_adapter(
-    base: torch.nn.Module, job: Job, whole: Whole
+    base: torch.nn.Module, job: TrainingRequest, whole: Whole
 ) -> None:
     class Pausing:
         left = 60
@@ -164,7 +164,7 @@ class KilledError(Exception):
 
 
 def test_a_run_that_is_to_end_early_keeps_the_best_of_the_steps_that_it_did_and_can_be_killed_meanwhile(
-    base: torch.nn.Module, job: Job, whole: Whole
+    base: torch.nn.Module, job: TrainingRequest, whole: Whole
 ) -> None:
     job = replace(job, recipe=replace(job.recipe, eval_every=2))
     seen: list[events.Event] = []
@@ -195,7 +195,7 @@ def test_a_run_that_is_to_end_early_keeps_the_best_of_the_steps_that_it_did_and_
 
 
 def test_a_run_that_is_to_end_early_ends_with_the_evaluation_that_runs_then(
-    base: torch.nn.Module, job: Job
+    base: torch.nn.Module, job: TrainingRequest
 ) -> None:
     seen: list[events.Event] = []
 
@@ -209,14 +209,16 @@ def test_a_run_that_is_to_end_early_ends_with_the_evaluation_that_runs_then(
     assert [event.step for event in seen if isinstance(event, events.Saved)][-1] == 4
 
 
-def test_a_finished_run_is_not_trained_again(base: torch.nn.Module, job: Job, whole: Whole) -> None:
+def test_a_finished_run_is_not_trained_again(
+    base: torch.nn.Module, job: TrainingRequest, whole: Whole
+) -> None:
     seen: list[events.Event] = []
     assert run(base, whole.copied(job), seen).losses == whole.report.losses
     assert not [event for event in seen if isinstance(event, events.StepDone)]
 
 
 def test_another_recipe_in_the_same_folder_is_refused_and_leaves_the_run_as_it_was(
-    base: torch.nn.Module, job: Job, whole: Whole
+    base: torch.nn.Module, job: TrainingRequest, whole: Whole
 ) -> None:
     whole.copied(job)
     before = {path: path.read_bytes() for path in job.folder.rglob("*") if path.is_file()}
@@ -226,32 +228,36 @@ def test_another_recipe_in_the_same_folder_is_refused_and_leaves_the_run_as_it_w
     assert {path: path.read_bytes() for path in job.folder.rglob("*") if path.is_file()} == before
 
 
-def test_without_held_out_rows_nothing_is_called_better(base: torch.nn.Module, quick: Job) -> None:
+def test_without_held_out_rows_nothing_is_called_better(
+    base: torch.nn.Module, quick: TrainingRequest
+) -> None:
     report = run(base, replace(quick, held_out=None, recipe=replace(quick.recipe, eval_split=0.0)))
     assert (report.better, report.loss_before, report.loss_after) == (None, None, None)
     assert "Nothing was held out" in (quick.folder / "adapter" / "README.md").read_text()
 
 
-def test_a_part_is_held_out_where_no_file_is_given(base: torch.nn.Module, quick: Job) -> None:
+def test_a_part_is_held_out_where_no_file_is_given(base: torch.nn.Module, quick: TrainingRequest) -> None:
     report = run(base, replace(quick, held_out=None, recipe=replace(quick.recipe, eval_split=0.25)))
     assert report.loss_before is not None
 
 
-def test_in_bfloat16_the_file_is_half_as_large(base: torch.nn.Module, quick: Job, whole: Whole) -> None:
+def test_in_bfloat16_the_file_is_half_as_large(
+    base: torch.nn.Module, quick: TrainingRequest, whole: Whole
+) -> None:
     half = run(base, replace(quick, save_dtype=torch.bfloat16))
     assert half.adapter_bytes < 0.6 * whole.report.adapter_bytes
     tensors = load_file(quick.folder / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
-def test_what_cannot_fit_is_refused_before_it_begins(base: torch.nn.Module, job: Job) -> None:
+def test_what_cannot_fit_is_refused_before_it_begins(base: torch.nn.Module, job: TrainingRequest) -> None:
     with pytest.raises(DoesNotFitError, match=r"\S"):
         run(base, replace(job, memory_limit=100_000_000))
     assert not (job.folder / "checkpoints").exists()
     assert not (job.folder / "plan.json").exists()
 
 
-def test_bad_lines_and_settings_stop_it_before_it_begins(base: torch.nn.Module, job: Job) -> None:
+def test_bad_lines_and_settings_stop_it_before_it_begins(base: torch.nn.Module, job: TrainingRequest) -> None:
     bad = job.folder.with_name("bad.jsonl")
     bad.write_text('{"messages": []}\nnot json\n')
     with pytest.raises(DataError) as caught:
@@ -262,7 +268,7 @@ def test_bad_lines_and_settings_stop_it_before_it_begins(base: torch.nn.Module, 
 
 
 def test_the_report_says_what_part_was_held_out_and_an_explicit_part_has_no_limit(
-    base: torch.nn.Module, quick: Job
+    base: torch.nn.Module, quick: TrainingRequest
 ) -> None:
     many = write_chats(quick.folder.with_name("many.jsonl"), 500)
     recipe = replace(quick.recipe, eval_split=0.5)
@@ -273,21 +279,23 @@ def test_the_report_says_what_part_was_held_out_and_an_explicit_part_has_no_limi
     assert (checked["rows"], checked["evaluation"]["rows"]) == (250, 250)
 
 
-def test_a_pattern_that_means_no_layer_is_refused(base: torch.nn.Module, job: Job) -> None:
+def test_a_pattern_that_means_no_layer_is_refused(base: torch.nn.Module, job: TrainingRequest) -> None:
     with pytest.raises(RecipeError, match="dwon_proj") as caught:
         run(base, replace(job, recipe=replace(job.recipe, rank_pattern={"dwon_proj": 3})))
     assert caught.value.field == "rank_pattern"
 
 
 def test_metrics_of_the_base_that_were_cut_off_are_measured_again(
-    base: torch.nn.Module, job: Job, whole: Whole
+    base: torch.nn.Module, job: TrainingRequest, whole: Whole
 ) -> None:
     whole.copied(job)
     (job.folder / "base_metrics.json").write_text("")
     assert run(base, job).metrics_before == whole.report.metrics_before
 
 
-def test_a_run_that_needed_too_much_memory_goes_on_with_less(base: torch.nn.Module, job: Job) -> None:
+def test_a_run_that_needed_too_much_memory_goes_on_with_less(
+    base: torch.nn.Module, job: TrainingRequest
+) -> None:
     def stop(event: events.Event) -> None:
         if isinstance(event, events.Saved):
             raise Interrupted("pause")
@@ -302,7 +310,7 @@ def test_a_run_that_needed_too_much_memory_goes_on_with_less(base: torch.nn.Modu
 
 
 def test_eva_finds_the_same_ranks_when_a_run_goes_on_with_less_memory(
-    base: torch.nn.Module, job: Job
+    base: torch.nn.Module, job: TrainingRequest
 ) -> None:
     def stop(event: events.Event) -> None:
         if isinstance(event, events.Saved):
@@ -315,7 +323,9 @@ def test_eva_finds_the_same_ranks_when_a_run_goes_on_with_less_memory(
     assert run(base, replace(job, recipe=replace(recipe, micro_tokens=64))).steps == 8
 
 
-def test_a_checkpoint_of_other_ranks_is_told(base: torch.nn.Module, job: Job, whole: Whole) -> None:
+def test_a_checkpoint_of_other_ranks_is_told(
+    base: torch.nn.Module, job: TrainingRequest, whole: Whole
+) -> None:
     whole.copied(job)
     path = max((job.folder / "checkpoints").glob("step-*")) / "adapter.safetensors"
     save_file({name: torch.zeros(7, 7) for name in load_file(path)}, path)
@@ -324,7 +334,7 @@ def test_a_checkpoint_of_other_ranks_is_told(base: torch.nn.Module, job: Job, wh
 
 
 def test_a_line_that_a_killed_process_left_half_written_spoils_no_other(
-    base: torch.nn.Module, quick: Job
+    base: torch.nn.Module, quick: TrainingRequest
 ) -> None:
     quick.folder.mkdir()
     (quick.folder / "events.jsonl").write_text('{"type": "st')

@@ -11,25 +11,25 @@ import pytest
 
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_training import events
-from onebase_training.data.dataset import DataError, Dataset, Place, Prompt, Sample
+from onebase_training.data.dataset import DataError, Dataset, PromptRow, RowPlace, Sample
 from onebase_training.data.reader import load_dataset
 from onebase_training.data.row_store import map_rows, write_rows
 from onebase_training.events import OpenGate
 from onebase_training.recipe import Recipe, RecipeError, parse_recipe
-from onebase_training.run import Job, train
-from onebase_training.slices import MOST_CHANGED, MOST_SLICES, Measured, by_slice, slice_report
+from onebase_training.run import TrainingRequest, train
+from onebase_training.slices import MOST_CHANGED, MOST_SLICES, SubjectMetrics, by_slice, slice_report
 
 from .data_support import base_tokenizer, chat
 from .runs import talking_base
 
 
-def prompts(slices: list[str], references: list[str]) -> list[Prompt]:
+def prompts(slices: list[str], references: list[str]) -> list[PromptRow]:
     """One row for each, of which only the slice and the reply are looked at."""
     made = []
     for number, (name, reference) in enumerate(zip(slices, references, strict=True), start=1):
         sample = Sample(np.array([number], np.int32), np.array([True]), number, name)
         text = reference
-        made.append(Prompt(sample, slice(0, 1), Place(number, number), lambda ids, text=text: text))
+        made.append(PromptRow(sample, slice(0, 1), RowPlace(number, number), lambda ids, text=text: text))
     return made
 
 
@@ -37,14 +37,14 @@ def recipe(**settings: Any) -> Recipe:
     return parse_recipe({"slice_rows": 2, **settings})
 
 
-def compared(made: Recipe, asked: list[Prompt], before: list[str], after: list[str], **losses: Any) -> Any:
+def compared(made: Recipe, asked: list[PromptRow], before: list[str], after: list[str], **losses: Any) -> Any:
     names = dict.fromkeys(prompt.slice for prompt in asked if prompt.slice)
     rows = {name: sum(prompt.slice == name for prompt in asked) for name in names}
     begun, now = losses.get("losses", ({}, {}))
-    subjects = {"base": Measured(begun, before)}
+    subjects = {"base": SubjectMetrics(begun, before)}
     if "active" in losses:
         subjects["active"] = losses["active"]
-    return slice_report(made, rows, asked, subjects, Measured(now, after))
+    return slice_report(made, rows, asked, subjects, SubjectMetrics(now, after))
 
 
 def test_a_slice_that_gets_worse_by_more_than_allowed_is_named_and_its_rows_are_shown() -> None:
@@ -89,7 +89,7 @@ def test_by_loss_a_slice_is_worse_when_its_loss_rises() -> None:
 def test_a_slice_that_is_worse_than_the_active_version_regresses_though_it_is_better_than_the_base() -> None:
     asked = prompts(["de", "de", "fr", "fr"], ["a", "b", "c", "d"])
     made = recipe(metrics=["exact_match"], best_by="exact_match", max_regression=0.02)
-    active = Measured({}, ["a", "b", "c", "x"])
+    active = SubjectMetrics({}, ["a", "b", "c", "x"])
     found = compared(made, asked, ["a", "x", "c", "d"], ["a", "y", "c", "x"], active=active)
     de, fr = found["slices"]
     assert (de["before"], de["active"], de["after"], de["worse_by"]) == (0.5, 1.0, 0.5, 0.5)
@@ -101,7 +101,7 @@ def test_a_slice_that_is_worse_than_the_active_version_regresses_though_it_is_be
     ]  # fmt: skip
     by_loss = recipe(max_regression=0.4)
     losses = {"de": 2.0, "fr": 2.0}, {"de": 1.5, "fr": 1.0}
-    found = compared(by_loss, asked, [], [], losses=losses, active=Measured({"de": 1.0, "fr": 1.0}, []))
+    found = compared(by_loss, asked, [], [], losses=losses, active=SubjectMetrics({"de": 1.0, "fr": 1.0}, []))
     assert found["regressed"] == ["de"]
     assert [one["loss_active"] for one in found["slices"]] == [1.0, 1.0]
 
@@ -196,7 +196,7 @@ def test_a_run_reports_its_slices_against_the_base(tmp_path: Path) -> None:
         "max_steps": 2, "batch_size": 4, "metrics": ["min_characters:1"], "metric_tokens": 4, "r": 4,
         "learning_rate": 1e-2, "max_regression": 0.0, "slice_rows": 1,
     }  # fmt: skip
-    job = Job(
+    job = TrainingRequest(
         name="n", recipe=parse_recipe(settings), train=train_rows, held_out=held_out, folder=tmp_path / "run",
         base=BaseSettings(folder=folder), base_name="tiny",
     )  # fmt: skip

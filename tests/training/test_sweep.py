@@ -30,7 +30,7 @@ from onebase_training.cli.sweep import main
 from onebase_training.events import Interrupted, OpenGate
 from onebase_training.loop import TrainingDivergedError
 from onebase_training.recipe import RecipeError, parse_recipe
-from onebase_training.run import Job, load_tokenizer
+from onebase_training.run import TrainingRequest, load_tokenizer
 from onebase_training.sweep import Grid, Trial
 from onebase_training.sweep_report import PLOT, RESULTS, TABLE, advice, plot, render, write
 
@@ -75,9 +75,9 @@ def base(folder: Path) -> torch.nn.Module:
 
 
 @pytest.fixture
-def job(folder: Path, tmp_path: Path) -> Job:
+def job(folder: Path, tmp_path: Path) -> TrainingRequest:
     recipe = parse_recipe({"batch_size": 4, "max_steps": 8, "micro_tokens": 64})
-    return Job(
+    return TrainingRequest(
         name="sweep",
         recipe=recipe,
         train=folder / "train.jsonl",
@@ -105,11 +105,15 @@ class _Steps:
         return sum(self.of.values())
 
 
-def run_sweep(base: torch.nn.Module, job: Job, grid: Grid = GRID, **options: Any) -> sweep.SweepResult:
+def run_sweep(
+    base: torch.nn.Module, job: TrainingRequest, grid: Grid = GRID, **options: Any
+) -> sweep.SweepResult:
     return sweep.sweep(lambda: base, job, grid, options.pop("listen", _Steps()), OpenGate(), **options)
 
 
-def test_losers_stop_early_and_the_best_run_leaves_an_adapter(base: torch.nn.Module, job: Job) -> None:
+def test_losers_stop_early_and_the_best_run_leaves_an_adapter(
+    base: torch.nn.Module, job: TrainingRequest
+) -> None:
     before = fingerprint(base)
     steps = _Steps()
     result = run_sweep(base, job, listen=steps)
@@ -129,7 +133,7 @@ def test_losers_stop_early_and_the_best_run_leaves_an_adapter(base: torch.nn.Mod
 
 
 def test_all_runs_see_one_reading_of_the_data(
-    base: torch.nn.Module, job: Job, monkeypatch: pytest.MonkeyPatch
+    base: torch.nn.Module, job: TrainingRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readings = []
     read = sweep.read_data
@@ -141,7 +145,7 @@ def test_all_runs_see_one_reading_of_the_data(
 
 
 def test_metrics_of_the_base_are_measured_once_and_of_each_finished_adapter(
-    base: torch.nn.Module, job: Job
+    base: torch.nn.Module, job: TrainingRequest
 ) -> None:
     measured = []
 
@@ -151,19 +155,23 @@ def test_metrics_of_the_base_are_measured_once_and_of_each_finished_adapter(
 
     recipe = parse_recipe({"batch_size": 4, "max_steps": 4, "metrics": ["exact_match"], "metric_tokens": 8})
     grid = Grid(r=(2, 4), learning_rate=(BRIGHT,), targets=(("attention",),))
-    result = run_sweep(base, Job(**{**vars(job), "recipe": recipe}), grid, listen=listen, survivors=1.0)
+    result = run_sweep(
+        base, TrainingRequest(**{**vars(job), "recipe": recipe}), grid, listen=listen, survivors=1.0
+    )
     assert len(result.trials) == 2
     assert [subject for subject, _ in measured].count("base") == 1
     assert {name for subject, name in measured if subject == "adapter"} == {t.name for t in result.trials}
     assert all("exact_match" in trial.metrics for trial in result.trials)
 
 
-def test_without_stopping_every_run_ends_and_equals_a_run_of_its_own(base: torch.nn.Module, job: Job) -> None:
+def test_without_stopping_every_run_ends_and_equals_a_run_of_its_own(
+    base: torch.nn.Module, job: TrainingRequest
+) -> None:
     result = run_sweep(base, job, survivors=1.0)
     assert {trial.status for trial in result.trials} == {"finished"}
     losses = [trial.loss for trial in result.trials]
     assert losses == sorted(losses)
-    halved = run_sweep(base, Job(**{**vars(job), "folder": job.folder.with_name("halved")}))
+    halved = run_sweep(base, TrainingRequest(**{**vars(job), "folder": job.folder.with_name("halved")}))
     best = halved.best
     assert best is not None
     whole = next(trial for trial in result.trials if trial.name == best.name)
@@ -171,9 +179,9 @@ def test_without_stopping_every_run_ends_and_equals_a_run_of_its_own(base: torch
 
 
 def test_a_sweep_that_is_interrupted_goes_on_and_repeats_no_finished_run(
-    base: torch.nn.Module, job: Job
+    base: torch.nn.Module, job: TrainingRequest
 ) -> None:
-    whole = run_sweep(base, Job(**{**vars(job), "folder": job.folder.with_name("whole")}))
+    whole = run_sweep(base, TrainingRequest(**{**vars(job), "folder": job.folder.with_name("whole")}))
 
     def stop(count: int) -> None:
         if count == 5:
@@ -193,7 +201,9 @@ def test_a_sweep_that_is_interrupted_goes_on_and_repeats_no_finished_run(
     assert again.total == 0
 
 
-def test_a_gate_that_closes_ends_the_sweep_and_not_just_a_run(base: torch.nn.Module, job: Job) -> None:
+def test_a_gate_that_closes_ends_the_sweep_and_not_just_a_run(
+    base: torch.nn.Module, job: TrainingRequest
+) -> None:
     class Closing:
         left = 30
 
@@ -207,7 +217,7 @@ def test_a_gate_that_closes_ends_the_sweep_and_not_just_a_run(base: torch.nn.Mod
     assert run_sweep(base, job).best is not None
 
 
-def test_a_larger_grid_adds_runs_to_those_that_are_there(base: torch.nn.Module, job: Job) -> None:
+def test_a_larger_grid_adds_runs_to_those_that_are_there(base: torch.nn.Module, job: TrainingRequest) -> None:
     small = Grid(r=(2,), learning_rate=(BRIGHT,), targets=(("attention",),))
     assert run_sweep(base, job, small).best is not None
     steps = _Steps()
@@ -216,15 +226,15 @@ def test_a_larger_grid_adds_runs_to_those_that_are_there(base: torch.nn.Module, 
     assert len(result.trials) == 4
 
 
-def test_other_data_in_the_same_folder_is_refused(base: torch.nn.Module, job: Job) -> None:
+def test_other_data_in_the_same_folder_is_refused(base: torch.nn.Module, job: TrainingRequest) -> None:
     run_sweep(base, job, Grid(r=(2,), learning_rate=(BRIGHT,)))
     for changed in ({"train": job.held_out}, {"recipe": parse_recipe({"batch_size": 2})}):
         with pytest.raises(CheckpointError, match="holds a sweep with other"):
-            run_sweep(base, Job(**{**vars(job), **changed}))
+            run_sweep(base, TrainingRequest(**{**vars(job), **changed}))
 
 
-def test_a_run_that_fails_does_not_end_the_others(base: torch.nn.Module, job: Job) -> None:
-    real = Job(**{**vars(job), "memory_limit": 606_000_000})
+def test_a_run_that_fails_does_not_end_the_others(base: torch.nn.Module, job: TrainingRequest) -> None:
+    real = TrainingRequest(**{**vars(job), "memory_limit": 606_000_000})
     grid = Grid(r=(2, 512), learning_rate=(BRIGHT,), targets=(("all-linear",),))
     result = run_sweep(base, real, grid)
     assert result.best is not None
@@ -236,7 +246,7 @@ def test_a_run_that_fails_does_not_end_the_others(base: torch.nn.Module, job: Jo
 
 
 def test_a_run_that_takes_more_memory_than_there_is_does_not_end_the_others(
-    base: torch.nn.Module, job: Job
+    base: torch.nn.Module, job: TrainingRequest
 ) -> None:
     def exhaust(trial: Trial, event: events.Event) -> None:
         if trial.r == 4 and isinstance(event, events.StepDone):
@@ -247,16 +257,16 @@ def test_a_run_that_takes_more_memory_than_there_is_does_not_end_the_others(
     assert "memory" in result.trials[-1].reason
 
 
-def test_what_had_too_little_memory_is_tried_again(base: torch.nn.Module, job: Job) -> None:
+def test_what_had_too_little_memory_is_tried_again(base: torch.nn.Module, job: TrainingRequest) -> None:
     grid = Grid(r=(2, 512), learning_rate=(BRIGHT,), targets=(("all-linear",),))
-    short = run_sweep(base, Job(**{**vars(job), "memory_limit": 606_000_000}), grid)
+    short = run_sweep(base, TrainingRequest(**{**vars(job), "memory_limit": 606_000_000}), grid)
     assert short.trials[-1].status == "failed"
     other = replace(job.recipe, micro_tokens=32)
-    again = run_sweep(base, Job(**{**vars(job), "recipe": other}), grid)
+    again = run_sweep(base, TrainingRequest(**{**vars(job), "recipe": other}), grid)
     assert {trial.status for trial in again.trials} == {"finished"}
 
 
-def test_what_diverged_is_not_tried_again(base: torch.nn.Module, job: Job) -> None:
+def test_what_diverged_is_not_tried_again(base: torch.nn.Module, job: TrainingRequest) -> None:
     def diverge(trial: Trial, event: events.Event) -> None:
         if isinstance(event, events.StepDone):
             raise TrainingDivergedError(event.step, "the loss", [1])
@@ -269,31 +279,33 @@ def test_what_diverged_is_not_tried_again(base: torch.nn.Module, job: Job) -> No
 
 
 def test_a_pattern_that_means_no_layer_of_one_choice_is_refused_before_any_run(
-    base: torch.nn.Module, job: Job
+    base: torch.nn.Module, job: TrainingRequest
 ) -> None:
     steps = _Steps()
     recipe = replace(job.recipe, rank_pattern={"down_proj": 8})
     with pytest.raises(RecipeError, match="down_proj"):
         run_sweep(
             base,
-            Job(**{**vars(job), "recipe": recipe}),
+            TrainingRequest(**{**vars(job), "recipe": recipe}),
             Grid(targets=(("all-linear",), ("attention",))),
             listen=steps,
         )
     assert steps.total == 0
 
 
-def test_a_target_that_the_base_lacks_is_refused_before_any_run(base: torch.nn.Module, job: Job) -> None:
+def test_a_target_that_the_base_lacks_is_refused_before_any_run(
+    base: torch.nn.Module, job: TrainingRequest
+) -> None:
     steps = _Steps()
     with pytest.raises(RecipeError, match="not a linear layer"):
         run_sweep(base, job, Grid(targets=(("attention",), ("c_attn",))), listen=steps)
     assert steps.total == 0
 
 
-def test_a_sweep_needs_held_out_rows(base: torch.nn.Module, job: Job) -> None:
+def test_a_sweep_needs_held_out_rows(base: torch.nn.Module, job: TrainingRequest) -> None:
     recipe = parse_recipe({"eval_split": 0.0})
     with pytest.raises(RecipeError, match="eval_split"):
-        run_sweep(base, Job(**{**vars(job), "held_out": None, "recipe": recipe}))
+        run_sweep(base, TrainingRequest(**{**vars(job), "held_out": None, "recipe": recipe}))
 
 
 def test_combinations_are_tried_once_each() -> None:
@@ -317,7 +329,7 @@ def test_results_without_any_evaluation_are_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / RESULTS).read_text(), parse_constant=pytest.fail)["base_loss"] is None
 
 
-def test_the_results_are_written_for_people_and_programs(base: torch.nn.Module, job: Job) -> None:
+def test_the_results_are_written_for_people_and_programs(base: torch.nn.Module, job: TrainingRequest) -> None:
     result = run_sweep(base, job)
     write(result)
     rows = list(csv.DictReader((job.folder / TABLE).open()))

@@ -22,7 +22,7 @@ from onebase_training.data.reader import load_dataset
 from onebase_training.data.tokens import dated_tokenizer
 from onebase_training.events import Interrupted, OpenGate
 from onebase_training.recipe import Recipe, RecipeError, parse_recipe
-from onebase_training.run import Job, train
+from onebase_training.run import TrainingRequest, train
 from onebase_training.sweep import Grid, Trial, sweep
 
 # As Llama 3.2's: the caller may say the day.
@@ -45,9 +45,9 @@ def dated_folder(talking_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def job(dated_folder: Path, tmp_path: Path) -> Job:
+def job(dated_folder: Path, tmp_path: Path) -> TrainingRequest:
     settings = {"r": 4, "batch_size": 4, "max_steps": 4, "save_every": 2, "sample_prompts": ["Which?"]}
-    return Job(
+    return TrainingRequest(
         name="colours",
         recipe=parse_recipe({**settings, "metric_tokens": 2}),
         train=write_chats(tmp_path / "train.jsonl", 12),
@@ -97,7 +97,9 @@ def test_a_pinned_day_is_written_as_the_template_writes_today(form: str, several
     assert f"Today: {today.strftime(form)}x" in shown[0]
 
 
-def test_a_run_goes_on_the_next_day_to_the_same_adapter(job: Job, tomorrow: Callable[[], None]) -> None:
+def test_a_run_goes_on_the_next_day_to_the_same_adapter(
+    job: TrainingRequest, tomorrow: Callable[[], None]
+) -> None:
     base = load_base(job.base)
 
     def stop(event: events.Event) -> None:
@@ -119,13 +121,13 @@ def test_a_run_goes_on_the_next_day_to_the_same_adapter(job: Job, tomorrow: Call
     assert samples_after(job, 4) == samples_after(whole_run, 4)
 
 
-def samples_after(job: Job, step: int) -> list[str]:
+def samples_after(job: TrainingRequest, step: int) -> list[str]:
     read = [json.loads(line) for line in (job.folder / "events.jsonl").read_text().splitlines()]
     return [event["text"] for event in read if event["type"] == "sample" and event["step"] == step]
 
 
 @pytest.mark.full
-def test_a_sweep_goes_on_the_next_day(job: Job, tomorrow: Callable[[], None]) -> None:
+def test_a_sweep_goes_on_the_next_day(job: TrainingRequest, tomorrow: Callable[[], None]) -> None:
     base = load_base(job.base)
     grid = Grid(r=(2, 4), learning_rate=(1e-2,), targets=(("attention",),))
     steps = []
@@ -144,14 +146,14 @@ def test_a_sweep_goes_on_the_next_day(job: Job, tomorrow: Callable[[], None]) ->
     assert len(steps) <= 9
 
 
-def test_a_template_without_a_date_pins_none(job: Job, talking_folder: Path) -> None:
+def test_a_template_without_a_date_pins_none(job: TrainingRequest, talking_folder: Path) -> None:
     plain = replace(job, base=BaseSettings(folder=talking_folder))
     report = train(lambda: load_base(plain.base), plain, lambda event: None, OpenGate())
     assert report.recipe["template_date"] == "auto"
     assert not (job.folder / "template_date").exists()
 
 
-def test_a_refused_run_has_not_begun(job: Job, tomorrow: Callable[[], None]) -> None:
+def test_a_refused_run_has_not_begun(job: TrainingRequest, tomorrow: Callable[[], None]) -> None:
     base = load_base(job.base)
     bad = job.folder.with_name("bad.jsonl")
     bad.write_text("no row")
@@ -162,7 +164,7 @@ def test_a_refused_run_has_not_begun(job: Job, tomorrow: Callable[[], None]) -> 
     assert report.recipe["template_date"] == (date.today() + timedelta(days=1)).isoformat()
 
 
-def test_a_damaged_day_is_told(job: Job) -> None:
+def test_a_damaged_day_is_told(job: TrainingRequest) -> None:
     job.folder.mkdir()
     (job.folder / "template_date").write_text("yesterday")
     with pytest.raises(CheckpointError, match="template_date cannot be read"):

@@ -22,7 +22,7 @@ from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.background import Threads
 from onebase_server.processes.verifier_client import VerifierClient
-from onebase_server.processes.verifier_protocol import Progress, Prove, Proved
+from onebase_server.processes.verifier_protocol import Prove, Proved, VersionStage
 
 Result = TypeVar("Result")
 FAULTY = Path(__file__).with_name("faulty_verifier.py")
@@ -56,7 +56,7 @@ class Bench:
     verifier: VerifierClient
     scratch: Path
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
-    progress: list[Progress] = field(default_factory=list)
+    progress: list[VersionStage] = field(default_factory=list)
     jobs: int = 0
     started: bool = False
 
@@ -81,7 +81,7 @@ class Bench:
             allow_noop=allow_noop,
         )
 
-    def prove(self, job: Prove, on_progress: Callable[[Progress], None] | None = None) -> Proved:
+    def prove(self, job: Prove, on_progress: Callable[[VersionStage], None] | None = None) -> Proved:
         self.progress = []
         return self.run(self.verifier.ask(job, on_progress or self.progress.append))
 

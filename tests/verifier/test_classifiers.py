@@ -22,7 +22,7 @@ from onebase_adapters.export.adapter_parts import opened_adapter
 from onebase_adapters.export.base_files import BaseFiles, ExportError
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError
 from onebase_adapters.format.config import check_config, with_labels
-from onebase_adapters.proof.merging import MergeRecipe, Parent, merge
+from onebase_adapters.proof.merging import MergeInput, MergeRecipe, merge
 from onebase_adapters.proof.modules import ProofError
 from onebase_adapters.proof.texts import TextProver
 from onebase_adapters.proof.verifier import ProvenVersion, Verifier
@@ -30,7 +30,7 @@ from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.versions import Versions
 from onebase_engine.lora.packed_adapter import read_packed_adapter
 from onebase_engine.lora.weights import HEAD, AdapterWeights, Head, host_bytes, weights_bytes
@@ -124,7 +124,7 @@ def prove(verifier: Verifier, adapter: Path, packed: Path) -> tuple[ProvenVersio
 def serve(
     base: torch.nn.Module, versions: dict[str, AdapterWeights], asked: Sequence[protocol.Submit]
 ) -> dict[str, np.ndarray]:
-    limits = Limits(max_rows=16, step_tokens=33, max_length=200)
+    limits = SchedulerLimits(max_rows=16, step_tokens=33, max_length=200)
     engine = Engine(base, name="tiny", limits=limits, kv_blocks=200, slots=4)
     for digest, weights in versions.items():
         engine.put_adapter(digest, weights)
@@ -216,7 +216,7 @@ def test_classes_of_an_adapter_without_a_head_or_of_a_sum_are_refused(
     base: torch.nn.Module, folder: Path, verifier: Verifier, tmp_path: Path
 ) -> None:
     _, weights = prove(verifier, save(folder, tmp_path / "a", "SEQ_CLS"), tmp_path / "packed")
-    engine = Engine(base, name="tiny", limits=Limits(8, 64, 200), kv_blocks=100, slots=4)
+    engine = Engine(base, name="tiny", limits=SchedulerLimits(8, 64, 200), kv_blocks=100, slots=4)
     engine.put_adapter("own", weights)
     engine.put_adapter("plain", {name: one for name, one in weights.items() if name != HEAD})
     refs = ([], [("plain", 1.0)], [("own", 0.5)], [("own", 1.0), ("plain", 1.0)])
@@ -395,7 +395,7 @@ def test_what_generates_no_text_is_neither_merged_nor_made_a_model(
     folder: Path, base: torch.nn.Module, tmp_path: Path
 ) -> None:
     adapter = save(folder, tmp_path / "adapter", "SEQ_CLS")
-    parent = Parent("sorts", adapter / CONFIG_FILE, adapter / WEIGHTS_FILE, 1.0)
+    parent = MergeInput("sorts", adapter / CONFIG_FILE, adapter / WEIGHTS_FILE, 1.0)
     recipe = MergeRecipe("cat", None, "total", 0)
     with pytest.raises(AdapterFormatError, match="sorts generates no text"):
         merge(base, [parent, parent], recipe, 64, tmp_path / "config", tmp_path / "weights")

@@ -19,7 +19,7 @@ from tests.verifier.conftest import FAULTY, Bench, Published, new_client
 
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.proof.verifier import Verifier
-from onebase_adapters.store.blobs import VersionFiles
+from onebase_adapters.store.blobs import AdapterFiles
 from onebase_engine.base import manifest as wire
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
 from onebase_server.background import Backoff
@@ -39,9 +39,9 @@ from onebase_server.processes.verifier_protocol import (
     Alive,
     Attach,
     Attached,
-    Progress,
     Prove,
     Proved,
+    VersionStage,
     from_verifier_decoder,
     scratch_folder,
 )
@@ -51,11 +51,11 @@ PATIENCE = 240
 """Seconds before a test gives up; passing tests never wait for it."""
 
 
-def killer(bench: Bench, times: int) -> Callable[[Progress], None]:
+def killer(bench: Bench, times: int) -> Callable[[VersionStage], None]:
     """Kill the process, `times` in all, when it says that it is proving."""
     killed: list[int] = []
 
-    def on_progress(progress: Progress) -> None:
+    def on_progress(progress: VersionStage) -> None:
         pid = bench.verifier.pid
         if progress.stage == "proving" and pid is not None and pid not in killed and len(killed) < times:
             killed.append(pid)
@@ -152,7 +152,7 @@ def test_a_process_that_is_stopped_is_replaced_and_its_jobs_are_proven(
     stopped, deaths = bench.verifier.pid, bench.verifier.deaths
     assert stopped is not None
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: VersionStage) -> None:
         if progress.stage == "proving" and bench.verifier.pid == stopped:
             os.kill(stopped, signal.SIGSTOP)
 
@@ -229,7 +229,7 @@ class Crowd:
         self.published, self.folder, self.jobs = published, folder, 0
         files = stored_version(self.client)
         self.paths = [str(self.client._store.local(blob.sha256)) for blob in (files.config, files.weights)]
-        self.on_progress: Callable[[Progress, _Place], None] = lambda progress, place: None
+        self.on_progress: Callable[[VersionStage, _Place], None] = lambda progress, place: None
 
     async def start(self) -> int:
         await self.client.attach(self.published.config, self.published.manifest, self.published.fd)
@@ -245,7 +245,7 @@ class Crowd:
             packed_path=str(self.folder / f"{self.jobs}.packed"), probes=[], probe_tokens=1,
         )  # fmt: skip
 
-        def heard(progress: Progress) -> None:
+        def heard(progress: VersionStage) -> None:
             place = next(place for place in self.client._places if place.on_progress is heard)
             self.on_progress(progress, place)
 
@@ -401,7 +401,7 @@ def test_what_dies_beside_another_is_proved_all_the_same_and_from_then_on_one_pr
         await crowd.start()
         job, killed = list[str](), list[int]()
 
-        def kill(progress: Progress, place: _Place) -> None:
+        def kill(progress: VersionStage, place: _Place) -> None:
             """While both prove; the first at the same job as often as rejects one that is proved alone."""
             assert place.process is not None
             begins = (place is crowd.client._helper) == (dies == "the second") and len(crowd.had_jobs) == 2
@@ -427,11 +427,11 @@ def test_what_dies_beside_another_is_proved_all_the_same_and_from_then_on_one_pr
 # ---- from files to a packed adapter ------------------------------------------------------------
 
 
-def stored_version(client: VerifierClient) -> VersionFiles:
+def stored_version(client: VerifierClient) -> AdapterFiles:
     with client._store.writer() as config, client._store.writer() as weights:
         config.write(b"{}")
         weights.write(b"weights")
-        return VersionFiles(config.commit(), weights.commit())
+        return AdapterFiles(config.commit(), weights.commit())
 
 
 def test_content_that_two_ask_for_is_proved_once_and_both_hear_of_it(
@@ -470,7 +470,7 @@ def test_one_who_waits_for_a_verifier_gets_the_proof_of_the_next_engine_whoever_
         client = new_client(tmp_path, str(SCRIPTED), "slow", backoff=Backoff(0.01, 0.01))
         files, proving = stored_version(client), asyncio.Event()
 
-        def on_progress(progress: Progress) -> None:
+        def on_progress(progress: VersionStage) -> None:
             if progress.stage == "proving":
                 proving.set()
 
@@ -527,7 +527,7 @@ class Api:
         return self._messages.pop(0)
 
     def wait_until_proving(self) -> None:
-        while not (isinstance(message := self.receive(), Progress) and message.stage == "proving"):
+        while not (isinstance(message := self.receive(), VersionStage) and message.stage == "proving"):
             pass
 
     def hang_up(self) -> None:
@@ -611,18 +611,18 @@ YIELDING = (
 def test_a_proof_waits_at_its_gate_while_rows_run_gives_signs_of_life_and_ends_when_they_have(
     published: Published, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    busy, news = BusyFlag.make(), asyncio.Queue[Progress | Alive]()
+    busy, news = BusyFlag.make(), asyncio.Queue[VersionStage | Alive]()
     take_news = VerifierClient._take_news
 
     def told(client: VerifierClient, place: Any, message: Any) -> bool:
-        if isinstance(message, Progress | Alive):
+        if isinstance(message, VersionStage | Alive):
             news.put_nowait(message)
         return take_news(client, place, message)
 
     monkeypatch.setattr(VerifierClient, "_take_news", told)
     bench = Bench(published, new_client(tmp_path, "-c", YIELDING, busy_fd=busy.fd), tmp_path)
 
-    async def prove() -> list[Progress | Alive]:
+    async def prove() -> list[VersionStage | Alive]:
         busy.set(True)
         asked = asyncio.create_task(bench.verifier.ask(bench.job(adapter), lambda progress: None))
         waited = [await news.get() for _ in range(3)]
@@ -633,7 +633,7 @@ def test_a_proof_waits_at_its_gate_while_rows_run_gives_signs_of_life_and_ends_w
     try:
         bench.start()
         first, *others = bench.run(prove())
-        assert isinstance(first, Progress)
+        assert isinstance(first, VersionStage)
         assert all(isinstance(one, Alive) for one in others), others
     finally:
         bench.close()

@@ -21,7 +21,7 @@ from onebase_adapters.proof.extract import extract
 from onebase_engine.base.view import peft_view
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights
 from onebase_server.processes.verifier_client import RejectedError
-from onebase_server.processes.verifier_protocol import Merge, Merged, MergeParent
+from onebase_server.processes.verifier_protocol import Merge, Merged, MergeSource
 
 _NUMBERS = itertools.count()
 KINDS: dict[str, list[dict[str, Any]]] = {
@@ -68,7 +68,7 @@ def merge(bench: Bench, parents: list[Path], method: str = "linear", seed: int =
     job = Merge(
         digest=folder.name,
         parents=[
-            MergeParent(parent.name, str(parent / CONFIG_FILE), str(parent / WEIGHTS_FILE), weight)
+            MergeSource(parent.name, str(parent / CONFIG_FILE), str(parent / WEIGHTS_FILE), weight)
             for parent, weight in zip(parents, WEIGHTS, strict=False)
         ],
         method=method,  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from onebase_adapters.export.adapter_parts import AdapterParts, opened_adapter
 from onebase_adapters.export.base_files import BaseFiles, ExportError, OnProgress, open_base
-from onebase_adapters.export.gguf_names import Names, names_of
+from onebase_adapters.export.gguf_names import GgufNames, names_of
 from onebase_adapters.export.merged import check_room
 from onebase_adapters.format.spec import ModuleSpec
 
@@ -74,7 +74,7 @@ def check(adapter: AdapterParts, base: BaseFiles) -> None:
 
 
 def matrices(
-    adapter: AdapterParts, base: BaseFiles, names: Names, module: ModuleSpec
+    adapter: AdapterParts, base: BaseFiles, names: GgufNames, module: ModuleSpec
 ) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     """Yield the two matrices of a module as GGUF names them: `lora_a` [rank, in], `lora_b` [out, rank], fp32.
 

@@ -19,7 +19,7 @@ import torch
 
 from onebase_adapters.export.adapter_parts import opened_adapter
 from onebase_adapters.export.base_files import BaseFiles, ExportError, OnProgress, open_base
-from onebase_adapters.export.gguf_names import Names, names_of
+from onebase_adapters.export.gguf_names import GgufNames, names_of
 from onebase_adapters.export.gguf_vocabulary import read_vocabulary
 from onebase_adapters.export.merged import MergedModel, MergedTensor, check_room
 
@@ -148,7 +148,7 @@ def _write(
     writer: Any,
     planned: list[_Planned],
     model: MergedModel,
-    names: Names,
+    names: GgufNames,
     half: Any,
     size: int,
     progress: OnProgress,

@@ -23,7 +23,7 @@ _ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
-class Names:
+class GgufNames:
     """The names in GGUF for one base. `arch`: a gguf.MODEL_ARCH."""
 
     arch: Any
@@ -56,7 +56,7 @@ class Names:
         return halves.swapaxes(1, 2).reshape(tensor.shape).contiguous()
 
 
-def names_of(base: BaseFiles) -> Names:
+def names_of(base: BaseFiles) -> GgufNames:
     """Return the names for a base. Raises ExportError if its architecture is not supported."""
     import gguf
 
@@ -68,4 +68,4 @@ def names_of(base: BaseFiles) -> Names:
             "llama.cpp's own convert_hf_to_gguf.py or convert_lora_to_gguf.py"
         )
     found = getattr(gguf.MODEL_ARCH, arch)
-    return Names(found, base, gguf.get_tensor_name_map(found, base.text_config.num_hidden_layers))
+    return GgufNames(found, base, gguf.get_tensor_name_map(found, base.text_config.num_hidden_layers))

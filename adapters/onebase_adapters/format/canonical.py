@@ -26,7 +26,7 @@ from onebase_adapters.format.config import (
 from onebase_adapters.format.names import BaseModules, BaseTensor
 from onebase_adapters.format.safetensors_file import TensorFile, TensorToWrite, write_tensors
 from onebase_adapters.format.spec import AdapterSpec, ModuleSpec
-from onebase_adapters.format.tensors import Plan, PlannedTensor, plan
+from onebase_adapters.format.tensors import PlannedTensor, TensorPlan, plan
 from onebase_engine.base.layers import LayerShape
 
 __all__ = [
@@ -118,7 +118,7 @@ def _read_config(path: Path) -> bytes:
         raise AdapterFormatError("missing_file", f"cannot read {CONFIG_FILE}: {error.strerror}") from None
 
 
-def _check_of_base(file: TensorFile, planned: Plan) -> None:
+def _check_of_base(file: TensorFile, planned: TensorPlan) -> None:
     for entry, tensor in planned.of_base:
         if not file.holds(entry, tensor):
             raise AdapterFormatError(
@@ -128,7 +128,7 @@ def _check_of_base(file: TensorFile, planned: Plan) -> None:
             )
 
 
-def _check_tied(file: TensorFile, planned: Plan, base: BaseModules) -> None:
+def _check_tied(file: TensorFile, planned: TensorPlan, base: BaseModules) -> None:
     """Raise AdapterFormatError if an adapter with `ensure_weight_tying` has two unlike tensors.
 
     PEFT then holds one tensor for both sides. Matrices on a base in half precision are exempt: their

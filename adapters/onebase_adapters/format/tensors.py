@@ -60,7 +60,7 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TensorPlan:
     """Content of a weights file by its headers. `of_base`: tensors that must prove to be the base's own."""
 
     modules: tuple[ModuleSpec, ...]
@@ -73,7 +73,9 @@ class Plan:
     """A classifier's weight [labels, hidden], and its bias if it has one."""
 
 
-def plan(entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules, max_rank: int) -> Plan:
+def plan(
+    entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules, max_rank: int
+) -> TensorPlan:
     """Group and check the tensors that the headers describe, without reading any.
 
     Raises:
@@ -114,7 +116,7 @@ def plan(entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules
     warnings = tuple(unmet_names(facts, {module.name for module in modules}))
     used_as = None if base.head is None else getattr(base.tensor(f"{base.head}.weight"), "dtype", None)
     planned = {what: PlannedTensor(what, entry, entry.dtype, used_as) for what, entry in head.items()}
-    return Plan(tuple(modules), tuple(tensors), of_base, by_module, frozenset(saved), warnings, planned)
+    return TensorPlan(tuple(modules), tuple(tensors), of_base, by_module, frozenset(saved), warnings, planned)
 
 
 def _head(

@@ -236,7 +236,7 @@ def _expected_sum(path: str) -> str | None:
 def _reporter(say: Say, before: int, limit: int) -> type[tqdm]:
     """Return a progress bar that draws nothing: it reports bytes, and stops a transfer above the limit."""
 
-    class Reporter(tqdm):  # type: ignore[misc]
+    class PullReporter(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **settings: Any) -> None:
             settings.pop("name", None)
             self.fetched = int(settings.get("initial") or 0)
@@ -249,7 +249,7 @@ def _reporter(say: Say, before: int, limit: int) -> type[tqdm]:
             say({"done": before + self.fetched})
             return None
 
-    return Reporter
+    return PullReporter
 
 
 def _explain(error: Exception, request: dict[str, Any]) -> tuple[str, str]:

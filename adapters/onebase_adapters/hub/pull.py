@@ -30,7 +30,7 @@ from onebase_adapters.hub.reference import (
     parse_hub_reference,
     shared_blobs,
 )
-from onebase_adapters.store.blobs import ADAPTER_FILES, Blob, VersionFiles
+from onebase_adapters.store.blobs import ADAPTER_FILES, AdapterFiles, Blob
 from onebase_adapters.store.store import Store, StoreFullError
 from onebase_engine.environment import fetching_environment
 
@@ -94,7 +94,7 @@ def pull(
     *,
     cancel: threading.Event | None = None,
     stall_seconds: float = 60.0,
-) -> VersionFiles:
+) -> AdapterFiles:
     """Fetch an adapter's two files of one commit into the store, with the names of a classifier's labels, and
     nothing else of the repository.
 
@@ -116,7 +116,7 @@ def pull(
         places = [_of_repo(path, ref.repo) for path in paths]
         blobs = [store.add_file(place) for place in places[: len(ADAPTER_FILES)]]
         if all(map(_is_right, blobs, expected)):
-            return VersionFiles(_with_labels(store, places, blobs[0]), blobs[1])
+            return AdapterFiles(_with_labels(store, places, blobs[0]), blobs[1])
     raise HubError(
         "hub_damaged", f"What the Hub sent for {ref} is not what its own hash says: try again later."
     )

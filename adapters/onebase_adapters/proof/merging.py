@@ -31,7 +31,7 @@ _PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Parent:
+class MergeInput:
     """One adapter to merge: its name in messages, its two files and its weight."""
 
     label: str
@@ -56,7 +56,7 @@ class MergeRecipe:
 
 def merge(
     base: nn.Module,
-    parents: Sequence[Parent],
+    parents: Sequence[MergeInput],
     recipe: MergeRecipe,
     max_rank: int,
     config: Path,
@@ -97,7 +97,7 @@ def merge(
     write_tensors(weights, _tensors(merged, layers))
 
 
-def _check_plain(parent: Parent, spec: AdapterSpec) -> None:
+def _check_plain(parent: MergeInput, spec: AdapterSpec) -> None:
     if spec.task != "CAUSAL_LM":
         raise AdapterFormatError(
             "adapter_not_composable",
@@ -116,7 +116,7 @@ def _check_plain(parent: Parent, spec: AdapterSpec) -> None:
             )
 
 
-def _check_ranks(parents: Sequence[Parent], specs: Sequence[AdapterSpec], method: str) -> None:
+def _check_ranks(parents: Sequence[MergeInput], specs: Sequence[AdapterSpec], method: str) -> None:
     """Raise AdapterFormatError unless all ranks are equal: methods other than `cat` add matrices
     elementwise."""
     ranks: dict[str, tuple[int, str]] = {}

@@ -17,7 +17,7 @@ from onebase_adapters.proof.modules import ProofError
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.interface import TILE
 from onebase_engine.lora.weights import HEAD, AdapterWeights, Head
 
@@ -199,7 +199,7 @@ class TextProver:
             rows, length = max(rows, self._room[0]), max(length, self._room[1])
             self._engine, self._room = None, (rows, length)
             blocks = rows * -(-length // _BLOCK) + RESERVED_BLOCKS
-            limits = Limits(max_rows=rows, step_tokens=max(_STEP_TOKENS, rows), max_length=length)
+            limits = SchedulerLimits(max_rows=rows, step_tokens=max(_STEP_TOKENS, rows), max_length=length)
             self._engine = Engine(
                 self._base, name="verifier", limits=limits, kv_blocks=blocks, block_size=_BLOCK, slots=2
             )

@@ -45,7 +45,7 @@ MOST_SAID = 16
 
 
 @dataclass(frozen=True)
-class Figures:
+class WeightFigures:
     """Figures of a module's change of its weight.
 
     norm: Frobenius. spectral: its largest singular value; None where the module is replaced. relative: norm
@@ -70,7 +70,7 @@ class Figures:
 
 
 @torch.inference_mode()
-def figures(weights: ModuleWeights, base: nn.Module, dtype: torch.dtype, *, of_tokens: bool) -> Figures:
+def figures(weights: ModuleWeights, base: nn.Module, dtype: torch.dtype, *, of_tokens: bool) -> WeightFigures:
     """Measure a module.
 
     Args:
@@ -88,10 +88,10 @@ def figures(weights: ModuleWeights, base: nn.Module, dtype: torch.dtype, *, of_t
     squares = _squares(weights.weight, own)
     norm = math.sqrt(float(squares.sum()))
     token = _largest(squares, norm) if of_tokens and own.dim() == 2 else None
-    return Figures(norm, relative=_by(norm, _norm(own)), token=token)
+    return WeightFigures(norm, relative=_by(norm, _norm(own)), token=token)
 
 
-def _lora(weights: LoraWeights, base: nn.Module, dtype: torch.dtype, *, of_tokens: bool) -> Figures:
+def _lora(weights: LoraWeights, base: nn.Module, dtype: torch.dtype, *, of_tokens: bool) -> WeightFigures:
     a, b = weights.a.double(), weights.b.double()
     embedding = a.shape[0] != weights.rank or isinstance(base, nn.Embedding)
     a = a.T if embedding else a
@@ -108,17 +108,17 @@ def _lora(weights: LoraWeights, base: nn.Module, dtype: torch.dtype, *, of_token
     gain = None if weights.gain is None else float(weights.gain.abs().max())
     # PEFT begins an embedding's B with a norm of its own, so that few steps change the rows of tokens much.
     relative = None if embedding else _by(norm, _size(base, dtype))
-    return Figures(norm, spectral, relative, weights.rank, token, gain=gain)
+    return WeightFigures(norm, spectral, relative, weights.rank, token, gain=gain)
 
 
-def _rows(weights: TokenRows, own: torch.Tensor) -> Figures:
+def _rows(weights: TokenRows, own: torch.Tensor) -> WeightFigures:
     change = weights.rows.double() - own[weights.indices].double()
     norm = float(change.norm())
     usual = float(torch.linalg.vector_norm(own, dim=1, dtype=torch.float32).median())
     lengths = weights.rows.double().norm(dim=1)
     longest = int(lengths.argmax())
     row = None if not usual else (int(weights.indices[longest]), float(lengths[longest]) / usual)
-    return Figures(norm, row=row)
+    return WeightFigures(norm, row=row)
 
 
 def _largest(squares: torch.Tensor, norm: float) -> tuple[int, float] | None:
@@ -162,12 +162,12 @@ def _by(norm: float, of: float) -> float | None:
 
 def measure(
     weights: AdapterWeights, base: nn.Module, on_measured: Callable[[], None] = lambda: None
-) -> dict[str, Figures]:
+) -> dict[str, WeightFigures]:
     """Return the figures of each module; `on_measured` is called after each."""
     model: Any = base
     head = model.get_output_embeddings()
     of_tokens = {id(model.get_input_embeddings()), id(head)}
-    found: dict[str, Figures] = {}
+    found: dict[str, WeightFigures] = {}
     for name, module in without_head(weights).items():
         own = base.get_submodule(name)
         found[name] = figures(module, own, head.weight.dtype, of_tokens=id(own) in of_tokens)
@@ -175,9 +175,9 @@ def measure(
     return found
 
 
-def unusual(measured: Mapping[str, Figures]) -> list[str]:
+def unusual(measured: Mapping[str, WeightFigures]) -> list[str]:
     """Return a sentence with figures for each module that stands out."""
-    kinds: dict[str, dict[str, Figures]] = {}
+    kinds: dict[str, dict[str, WeightFigures]] = {}
     for name, found in sorted(measured.items()):
         kinds.setdefault(name.rpartition(".")[2], {})[name] = found
     said = [sentence for kind in kinds.values() for sentence in _beside_its_kind(kind)]
@@ -186,7 +186,7 @@ def unusual(measured: Mapping[str, Figures]) -> list[str]:
     return said if more <= 0 else [*said[:MOST_SAID], f"and {more} more of the kind"]
 
 
-def _beside_its_kind(modules: Mapping[str, Figures]) -> Iterable[str]:
+def _beside_its_kind(modules: Mapping[str, WeightFigures]) -> Iterable[str]:
     """Yield a sentence for each module that stands out among those of its name in other layers."""
     changing = {name: found for name, found in modules.items() if found.norm}
     if len(changing) == 1 and len(modules) >= LEAST_COMPARED:
@@ -204,14 +204,14 @@ def _beside_its_kind(modules: Mapping[str, Figures]) -> Iterable[str]:
             yield f"{name}: norm {found.norm:.3g} is {times:.1f} times the median of its name, and {spike}"
 
 
-def _deviation(found: Iterable[Figures]) -> float:
+def _deviation(found: Iterable[WeightFigures]) -> float:
     """Return the standard deviation of the norms' logarithms, from their median absolute deviation."""
     logarithms = [math.log(one.norm) for one in found]
     middle = statistics.median(logarithms)
     return 1.4826 * statistics.median(abs(one - middle) for one in logarithms)
 
 
-def _alone(name: str, found: Figures) -> Iterable[str]:
+def _alone(name: str, found: WeightFigures) -> Iterable[str]:
     """Yield a sentence for each figure by which a module stands out by itself."""
     if found.relative is not None and found.relative > MOST_RELATIVE:
         yield f"{name}: what it adds has {found.relative:.2g} times the norm of the base's weight"

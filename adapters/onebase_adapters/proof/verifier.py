@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from onebase_adapters.proof.loader import LoadedAdapter, classifier_of, load_adapter
-from onebase_adapters.proof.merging import MergeRecipe, Parent, merge
+from onebase_adapters.proof.merging import MergeInput, MergeRecipe, merge
 from onebase_adapters.proof.modules import ModuleProof, ModuleProver
 from onebase_adapters.proof.report import ModuleReport, ProofReport, Stage, VersionReport, what_was_shown
 from onebase_adapters.proof.texts import TextProof, TextProver
-from onebase_adapters.proof.unusual_weights import Figures, measure, unusual
+from onebase_adapters.proof.unusual_weights import WeightFigures, measure, unusual
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
 from onebase_engine.lora.weights import (
@@ -93,7 +93,7 @@ class Verifier:
             packed.unlink(missing_ok=True)
             raise
 
-    def merge(self, parents: Sequence[Parent], recipe: MergeRecipe, config: Path, weights: Path) -> None:
+    def merge(self, parents: Sequence[MergeInput], recipe: MergeRecipe, config: Path, weights: Path) -> None:
         """Write the two files of one adapter merged of several; neither is left if that fails.
 
         Raises as `merging.merge`.
@@ -155,7 +155,7 @@ def _sha256(path: Path) -> str:
 def version_report(
     adapter: LoadedAdapter,
     weights: AdapterWeights,
-    measured: Mapping[str, Figures],
+    measured: Mapping[str, WeightFigures],
     modules: ModuleProof,
     texts: TextProof,
     seconds: float,

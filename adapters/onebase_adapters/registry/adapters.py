@@ -39,7 +39,7 @@ from onebase_adapters.registry.servers import ServerRecords
 from onebase_adapters.registry.tables import AdapterRow, AuditRow, BaseRow, HistoryRow, VersionRow
 from onebase_adapters.registry.takeovers import Takeovers
 from onebase_adapters.registry.usage import UsageRecords
-from onebase_adapters.store.blobs import Blob, VersionFiles
+from onebase_adapters.store.blobs import AdapterFiles, Blob
 
 DEFAULT_TENANT = "default"
 LEAST_PREFIX = 8
@@ -208,7 +208,7 @@ class Registry:
         self,
         name: str,
         digest: str,
-        files: VersionFiles,
+        files: AdapterFiles,
         source: Mapping[str, Any],
         *,
         tenant: str = DEFAULT_TENANT,
@@ -540,7 +540,7 @@ def _new_adapter(base_id: str, tenant: str, name: str, now: float) -> AdapterRow
 
 
 def _new_version(
-    digest: str, files: VersionFiles, source: Mapping[str, Any], actor: str, now: float
+    digest: str, files: AdapterFiles, source: Mapping[str, Any], actor: str, now: float
 ) -> VersionRow:
     return VersionRow(
         digest=digest,
@@ -604,7 +604,7 @@ def _version_record(row: VersionRow, adapter: AdapterRow, *, whole: bool = True)
         name=adapter.name,
         digest=row.digest,
         state=cast(State, row.state),
-        files=VersionFiles(
+        files=AdapterFiles(
             Blob(row.config_sha256, row.config_size), Blob(row.weights_sha256, row.weights_size)
         ),
         prepared=prepared,

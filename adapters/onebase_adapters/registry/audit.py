@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, select, text
 from sqlalchemy.orm import Session
 
 from onebase_adapters.registry.database import SERVER, Database, plain, plain_json
-from onebase_adapters.registry.records import AUDIT_KINDS, AuditAction, AuditEntry
+from onebase_adapters.registry.records import AUDIT_KINDS, AuditAction, AuditRecord
 from onebase_adapters.registry.tables import AuditRow, BaseRow
 
 _TURN = 0x6175_6469_74  # "audit", for pg_advisory_xact_lock
@@ -122,7 +122,7 @@ class AuditLog:
         after: int | None = None,
         limit: int,
         oldest_first: bool = False,
-    ) -> list[AuditEntry]:
+    ) -> list[AuditRecord]:
         """Return entries, newest first unless `oldest_first`.
 
         Args:
@@ -154,8 +154,8 @@ class AuditLog:
             return [_entry(row, base) for row, base in rows]
 
 
-def _entry(row: AuditRow, base: str | None) -> AuditEntry:
-    return AuditEntry(
+def _entry(row: AuditRow, base: str | None) -> AuditRecord:
+    return AuditRecord(
         number=row.number,
         at=row.at,
         tenant=row.tenant,

@@ -26,8 +26,8 @@ from onebase_adapters.registry.records import (
     BATCH_STATES,
     OPEN_BATCHES,
     AuditAction,
-    Batch,
-    BatchError,
+    BatchErrorRecord,
+    BatchRecord,
     BatchState,
     NewBatch,
 )
@@ -65,7 +65,7 @@ class BatchRecords:
         self._database = database
         self._base_id = base_id
 
-    def add(self, batch: NewBatch) -> Batch:
+    def add(self, batch: NewBatch) -> BatchRecord:
         """Add a batch in state `validating`. Raises UnknownFileError, QuotaError."""
         with self._database.write_uncounted() as session:
             mine = (
@@ -101,12 +101,12 @@ class BatchRecords:
             audit.note(session, "batch.created", row.tenant, row.id, base_id=self._base_id, details=asked)
             return _record(row)
 
-    def batch(self, tenant: str, batch_id: str) -> Batch:
+    def batch(self, tenant: str, batch_id: str) -> BatchRecord:
         """Return a batch. Raises UnknownBatchError."""
         with self._database.read() as session:
             return _record(self._row(session, batch_id, tenant))
 
-    def batches(self, tenant: str, *, after: str | None = None, limit: int) -> list[Batch]:
+    def batches(self, tenant: str, *, after: str | None = None, limit: int) -> list[BatchRecord]:
         """Return batches, newest first. Raises UnknownBatchError for `after`."""
         with self._database.read() as session:
             query = select(BatchRow).where(*self._scope(tenant))
@@ -116,7 +116,7 @@ class BatchRecords:
                 _record(row) for row in session.scalars(query.order_by(BatchRow.number.desc()).limit(limit))
             ]
 
-    def open(self, server: str) -> list[Batch]:
+    def open(self, server: str) -> list[BatchRecord]:
         """Return a server's batches that have not ended, oldest first."""
         query = select(BatchRow).where(*self._scope(), *_open_on(server))
         with self._database.read() as session:
@@ -128,7 +128,7 @@ class BatchRecords:
         with self._database.read() as session:
             return set(session.scalars(query))
 
-    def lost(self, server: str) -> list[Batch]:
+    def lost(self, server: str) -> list[BatchRecord]:
         """Return batches of servers that are gone, which this one may take over, oldest first."""
         with self._database.read() as session:
             now, leases = clock(session), leases_of(session, self._base_id)
@@ -140,7 +140,7 @@ class BatchRecords:
             lost = islice((row for row in rows if _is_lost(row, leases, now)), MOST_OPEN)
             return [_record(row) for row in lost]
 
-    def take(self, batch_id: str, before: str, server: str) -> Batch:
+    def take(self, batch_id: str, before: str, server: str) -> BatchRecord:
         """Transfer a batch from the server `before` to this one.
 
         It restarts with its file, or ends if it was cancelled, because its answers were on the disk of the
@@ -172,9 +172,9 @@ class BatchRecords:
         *,
         tenant: str | None = None,
         server: str | None = None,
-        errors: Sequence[BatchError] | None = None,
+        errors: Sequence[BatchErrorRecord] | None = None,
         **facts: Any,
-    ) -> Batch:
+    ) -> BatchRecord:
         """Change a batch's state, if it is one of `among`, and other fields of Batch with it.
 
         server: the one that runs the batch, if that is the caller.
@@ -255,8 +255,8 @@ def _set_facts(row: BatchRow, facts: Mapping[str, Any]) -> None:
         setattr(row, name, value)
 
 
-def _record(row: BatchRow) -> Batch:
-    return Batch(
+def _record(row: BatchRow) -> BatchRecord:
+    return BatchRecord(
         id=row.id,
         tenant=row.tenant,
         server=row.server,
@@ -274,7 +274,7 @@ def _record(row: BatchRow) -> Batch:
         completed=row.completed,
         failed=row.failed,
         usage=row.usage,
-        errors=tuple(BatchError(**error) for error in row.errors or ()),
+        errors=tuple(BatchErrorRecord(**error) for error in row.errors or ()),
         output_file=row.output_file,
         error_file=row.error_file,
     )

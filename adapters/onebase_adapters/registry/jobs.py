@@ -32,6 +32,7 @@ from onebase_adapters.registry.records import (
     AuditAction,
     Checkpoint,
     EventKind,
+    FileRecord,
     JobError,
     JobEvent,
     JobState,
@@ -41,7 +42,6 @@ from onebase_adapters.registry.records import (
     OpenJob,
     ParentVersion,
     Purpose,
-    TrainingFile,
     TrainingJob,
 )
 from onebase_adapters.registry.tables import (
@@ -87,7 +87,7 @@ class TrainingRecords:
 
     # ---- files -------------------------------------------------------------------------------
 
-    def add_file(self, file: TrainingFile) -> TrainingFile:
+    def add_file(self, file: FileRecord) -> FileRecord:
         """Register a file, whose blob must already be in the store.
 
         A known file gets the new content: the curve of a job that is delivered twice. Raises QuotaError for
@@ -126,7 +126,7 @@ class TrainingRecords:
         after: str | None = None,
         limit: int,
         oldest_first: bool = False,
-    ) -> list[TrainingFile]:
+    ) -> list[FileRecord]:
         """Return the files of these purposes and of this content, newest first unless `oldest_first`.
 
         Raises UnknownFileError for `after`.
@@ -144,7 +144,7 @@ class TrainingRecords:
             query = query.order_by(number if oldest_first else number.desc()).limit(limit)
             return [_file_record(row) for row in session.scalars(query)]
 
-    def file(self, tenant: str, file_id: str) -> TrainingFile:
+    def file(self, tenant: str, file_id: str) -> FileRecord:
         """Return a file. Raises UnknownFileError."""
         with self._database.read() as session:
             return _file_record(find_file(session, tenant, file_id))
@@ -461,8 +461,8 @@ def check_owner(session: Session) -> None:
 # From rows to records and back
 
 
-def _file_record(row: TrainingFileRow) -> TrainingFile:
-    return TrainingFile(
+def _file_record(row: TrainingFileRow) -> FileRecord:
+    return FileRecord(
         row.id,
         row.tenant,
         row.server,

@@ -21,7 +21,7 @@ from onebase_adapters.registry import audit
 from onebase_adapters.registry.database import Database, plain
 from onebase_adapters.registry.errors import InvalidKeyError, UnknownKeyError
 from onebase_adapters.registry.quotas import KEY_QUOTAS, changed_quotas, check_tenant, quotas_of
-from onebase_adapters.registry.records import SCOPES, ApiKey, Quotas, Scope
+from onebase_adapters.registry.records import SCOPES, ApiKeyRecord, Quotas, Scope
 from onebase_adapters.registry.tables import ApiKeyRow, TenantRow
 
 USED_SECONDS = 3600.0
@@ -37,7 +37,7 @@ _NOBODY = "0" * 64
 class Callers:
     """All keys that ever existed, and the quotas of the tenants that have any."""
 
-    keys: list[ApiKey]
+    keys: list[ApiKeyRecord]
     tenants: dict[str, Quotas]
 
 
@@ -60,7 +60,7 @@ class ApiKeys:
         expires_at: float | None = None,
         quotas: Mapping[str, int | None] | None = None,
         priority: int = 0,
-    ) -> tuple[ApiKey, str]:
+    ) -> tuple[ApiKeyRecord, str]:
         """Create a key. Returns its record, and the key itself, which nobody can read again.
 
         Raises InvalidKeyError.
@@ -96,7 +96,7 @@ class ApiKeys:
             audit.note(session, "key.created", tenant, key_id, details={**details, **more})
             return _record(row), key
 
-    def all(self) -> list[ApiKey]:
+    def all(self) -> list[ApiKeyRecord]:
         """Return all keys that ever existed, newest first."""
         with self._database.read() as session:
             rows = session.scalars(select(ApiKeyRow).order_by(ApiKeyRow.created_at.desc(), ApiKeyRow.id))
@@ -104,7 +104,7 @@ class ApiKeys:
 
     def change(
         self, key_id: str, quotas: Mapping[str, int | None] | None = None, priority: int | None = None
-    ) -> ApiKey:
+    ) -> ApiKeyRecord:
         """Change the quotas that `quotas` names (None: no limit), and the priority unless it is None.
 
         Raises UnknownKeyError, InvalidKeyError.
@@ -133,7 +133,7 @@ class ApiKeys:
             tenants = {row.tenant: quotas_of(row.quotas) for row in session.scalars(select(TenantRow))}
             return newest, Callers(keys, tenants)
 
-    def revoke(self, key_id: str) -> ApiKey:
+    def revoke(self, key_id: str) -> ApiKeyRecord:
         """Revoke a key for good; repeating it changes nothing. Raises UnknownKeyError."""
         with self._database.write() as (session, counter):
             row = _row(session, key_id)
@@ -161,7 +161,7 @@ def id_of(key: str) -> str | None:
     return None if match is None else match[1]
 
 
-def is_key_of(key: str, record: ApiKey | None) -> bool:
+def is_key_of(key: str, record: ApiKeyRecord | None) -> bool:
     """Return True if `key` is that of this record, in the same time for a wrong secret and for no record."""
     return hmac.compare_digest(_sha256(key), _NOBODY if record is None else record.sha256)
 
@@ -195,8 +195,8 @@ def _row(session: Session, key_id: str) -> ApiKeyRow:
     return row
 
 
-def _record(row: ApiKeyRow) -> ApiKey:
-    return ApiKey(
+def _record(row: ApiKeyRow) -> ApiKeyRecord:
+    return ApiKeyRecord(
         id=row.id,
         tenant=row.tenant,
         name=row.name,

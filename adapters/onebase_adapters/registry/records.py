@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
-from onebase_adapters.store.blobs import Blob, VersionFiles
+from onebase_adapters.store.blobs import AdapterFiles, Blob
 
 State = Literal["pulling", "validating", "proving", "ready", "failed"]
 Action = Literal["activate", "rollback", "deactivate"]
@@ -49,7 +49,7 @@ class VersionRecord:
     name: str
     digest: str
     state: State
-    files: VersionFiles
+    files: AdapterFiles
     prepared: Blob | None
     report: Mapping[str, Any] | None = field(hash=False)
     source: Mapping[str, Any] = field(hash=False)
@@ -186,7 +186,7 @@ class UsageKey:
 
 
 @dataclass
-class Figures:
+class UsageFigures:
     """Usage figures. cached_tokens: the part of prompt_tokens found in the prefix cache."""
 
     requests: int = 0
@@ -196,7 +196,7 @@ class Figures:
     training_seconds: float = 0.0
     training_tokens: int = 0
 
-    def add(self, other: Figures) -> None:
+    def add(self, other: UsageFigures) -> None:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -208,7 +208,7 @@ SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 
 
 @dataclass(frozen=True)
-class ApiKey:
+class ApiKeyRecord:
     """Record of an API key. `id`: its public beginning; `sha256`: of the whole key."""
 
     id: str
@@ -245,7 +245,7 @@ AUDIT_KINDS: Final = tuple(dict.fromkeys(action.partition(".")[0] for action in 
 
 
 @dataclass(frozen=True)
-class AuditEntry:
+class AuditRecord:
     """One change, and its author.
 
     number: counts up. tenant: owner of the adapter, file, job, batch or key. key: the id of the caller's API
@@ -292,7 +292,7 @@ RESUMABLE = frozenset(
 
 
 @dataclass(frozen=True)
-class TrainingFile:
+class FileRecord:
     """A file that jobs or batches read or write.
 
     server: the one that received it. bytes: its size. sha256: the blob with its content.
@@ -496,7 +496,7 @@ OPEN_BATCHES: Final[tuple[BatchState, ...]] = ("validating", "in_progress", "fin
 
 
 @dataclass(frozen=True)
-class BatchError:
+class BatchErrorRecord:
     """Error of a batch, or of a line of its file (counted from 1)."""
 
     code: str
@@ -521,7 +521,7 @@ class NewBatch:
 
 
 @dataclass(frozen=True)
-class Batch(NewBatch):
+class BatchRecord(NewBatch):
     """One batch. `number` counts up in the order of creation.
 
     key: the id of the API key that made it; "" where none is needed.
@@ -538,7 +538,7 @@ class Batch(NewBatch):
     completed: int
     failed: int
     usage: Mapping[str, int] = field(hash=False)
-    errors: tuple[BatchError, ...]
+    errors: tuple[BatchErrorRecord, ...]
     output_file: str | None
     error_file: str | None
 

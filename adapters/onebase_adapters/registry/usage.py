@@ -12,11 +12,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from onebase_adapters.registry.database import Database, plain
-from onebase_adapters.registry.records import Figures, UsageKey
+from onebase_adapters.registry.records import UsageFigures, UsageKey
 from onebase_adapters.registry.tables import UsageRow, UsageWriterRow
 
 DIMENSIONS = tuple(item.name for item in fields(UsageKey))
-FIGURES = tuple(item.name for item in fields(Figures))
+FIGURES = tuple(item.name for item in fields(UsageFigures))
 _WRITER_SECONDS = 30 * 86400.0
 """Time, in seconds, after which a writer that has written nothing is forgotten."""
 
@@ -30,7 +30,7 @@ class UsageRecords:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def write(self, writer: str, batch: int, rows: Mapping[UsageKey, Figures]) -> None:
+    def write(self, writer: str, batch: int, rows: Mapping[UsageKey, UsageFigures]) -> None:
         """Add figures to those stored. A batch whose outcome is unknown may be written again: it counts once.
 
         writer: one process of a server. batch: counts up from 1.
@@ -45,7 +45,7 @@ class UsageRecords:
 
     def find(
         self, start: str, end: str, by: Sequence[str], *, tenant: str | None = None, limit: int
-    ) -> list[tuple[dict[str, str], Figures]]:
+    ) -> list[tuple[dict[str, str], UsageFigures]]:
         """Return sums over the days from `start` to `end`, both included (as 2026-11-26), in the order of
         `by`.
 
@@ -83,11 +83,11 @@ def _adding(session: Session) -> Insert:
     return insert.on_conflict_do_update(index_elements=list(DIMENSIONS), set_=sums)
 
 
-def _values(key: UsageKey, figures: Figures) -> dict[str, object]:
+def _values(key: UsageKey, figures: UsageFigures) -> dict[str, object]:
     return {name: plain(value) for name, value in asdict(key).items()} | asdict(figures)
 
 
-def _figures(sums: Sequence[Any]) -> Figures:
+def _figures(sums: Sequence[Any]) -> UsageFigures:
     """Convert a row of sums; PostgreSQL returns sums of whole numbers as Decimal."""
     requests, prompt, cached, completion, seconds, tokens = sums
-    return Figures(int(requests), int(prompt), int(cached), int(completion), float(seconds), int(tokens))
+    return UsageFigures(int(requests), int(prompt), int(cached), int(completion), float(seconds), int(tokens))

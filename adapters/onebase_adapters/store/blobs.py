@@ -30,7 +30,7 @@ class Blob:
 
 
 @dataclass(frozen=True)
-class VersionFiles:
+class AdapterFiles:
     """The two files of one version, as they were sent."""
 
     config: Blob

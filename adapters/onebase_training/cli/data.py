@@ -21,7 +21,7 @@ from rich.text import Text
 from onebase_engine.base.default_base import DEFAULT_BASE, BaseError, resolve_base
 from onebase_engine.imports import quick_imports
 from onebase_training.cli.options import (
-    Parser,
+    OptionParser,
     UsageError,
     add_recipe_options,
     print_error,
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="onebase data", description="Look at training data.")
+    parser = OptionParser(prog="onebase data", description="Look at training data.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="ACTION")
     check = commands.add_parser(
         "check",

@@ -29,7 +29,7 @@ from onebase_engine.base.default_base import (
 from onebase_engine.base.hub_access import first_line, hub_silence
 from onebase_engine.imports import quick_imports
 from onebase_training.cli.options import (
-    Parser,
+    OptionParser,
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of the options: base and recipe, amount of data, machine."""
-    parser = Parser(prog="onebase estimate", usage="onebase estimate [options]", description=_ABOUT)
+    parser = OptionParser(prog="onebase estimate", usage="onebase estimate [options]", description=_ABOUT)
     add_base_options(parser)
     data = parser.add_argument_group("the data and the machine")
     data.add_argument("--data", metavar="FILE", help="examples, as for `onebase train`; they are read")

@@ -53,7 +53,7 @@ class UsageError(Exception):
     """An option that cannot be used; the message names it."""
 
 
-class Parser(argparse.ArgumentParser):
+class OptionParser(argparse.ArgumentParser):
     """Reports wrong options as every command of `onebase` reports a failure: a sentence, the next step.
 
     repeated: the last value of a repeated option counts, for commands to which a unit, an image or a cluster
@@ -90,7 +90,7 @@ class _Once(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        if option_string is not None and isinstance(parser, Parser):
+        if option_string is not None and isinstance(parser, OptionParser):
             if self.dest in parser.given:
                 raise argparse.ArgumentError(self, "it is given twice. Give it once.")
             parser.given.add(self.dest)

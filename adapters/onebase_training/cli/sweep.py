@@ -13,7 +13,7 @@ from rich.console import Console
 from onebase_engine.base.default_base import BaseFetchError
 from onebase_training import events
 from onebase_training.cli.options import (
-    Parser,
+    OptionParser,
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -33,7 +33,7 @@ from onebase_training.cli.options import (
 
 if TYPE_CHECKING:
     from onebase_training.recipe import Recipe
-    from onebase_training.run import Job
+    from onebase_training.run import TrainingRequest
     from onebase_training.sweep import Grid, SweepResult, Trial
 
 _ABOUT = """\
@@ -67,7 +67,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="onebase sweep", usage="onebase sweep --data FILE [options]", description=_ABOUT)
+    parser = OptionParser(
+        prog="onebase sweep", usage="onebase sweep --data FILE [options]", description=_ABOUT
+    )
     parser.add_argument("--data", required=True, metavar="FILE", help="examples, as for `onebase train`")
     parser.add_argument("--eval-data", metavar="FILE", help="held-out examples (default: a part of --data)")
     parser.add_argument("--name", help="the adapter's name (default: sweep)")
@@ -124,7 +126,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     recipe = recipe_from(options, given)
     quiet_libraries()
     from onebase_engine.machine import free_memory, keep_freed_memory
-    from onebase_training.run import Job
+    from onebase_training.run import TrainingRequest
 
     try:
         from onebase_training.sweep_report import PLOT, TABLE, render, write
@@ -140,7 +142,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     with _Show(console) as show:
         resolved = find_base(options, show.loading)
         settings = base_settings(options, resolved.folder)
-        job = Job(
+        job = TrainingRequest(
             name=options.name or "sweep",
             recipe=recipe,
             train=options.data,
@@ -163,7 +165,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     return 0 if result.best else _FAILED
 
 
-def _run(job: Job, grid: Grid, survivors: float, show: _Show) -> SweepResult | None:
+def _run(job: TrainingRequest, grid: Grid, survivors: float, show: _Show) -> SweepResult | None:
     """Return the result; None after a failure, which has been shown. Raises KeyboardInterrupt."""
     from onebase_engine.base.load import UnsupportedBaseError
     from onebase_engine.base.quantized_cache import load_kept_base

@@ -19,7 +19,7 @@ from rich.table import Table
 from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
 from onebase_training import events
 from onebase_training.cli.options import (
-    Parser,
+    OptionParser,
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -40,10 +40,10 @@ from onebase_training.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from onebase_training.checkpoint import Report
+    from onebase_training.checkpoint import RunReport
     from onebase_training.loop import ProcessGroup
     from onebase_training.parent import Parent
-    from onebase_training.run import Job
+    from onebase_training.run import TrainingRequest
 
 _DESCRIPTION = """\
 Train a LoRA adapter on a 4-bit base model (QLoRA), from a file of examples to a PEFT folder.
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train_parser() -> argparse.ArgumentParser:
     """Return the parser of `onebase train`."""
-    parser = Parser(
+    parser = OptionParser(
         prog="onebase train",
         usage="onebase train --data FILE --name NAME [options]",
         description=_DESCRIPTION,
@@ -186,17 +186,17 @@ def _going_on(parent: Parent, given: dict[str, Any], resolved: ResolvedBase) -> 
 
 def _job(
     options: argparse.Namespace, recipe: Any, folder: Path, resolved: ResolvedBase, processes: ProcessGroup
-) -> Job:
+) -> TrainingRequest:
     import torch
 
     from onebase_engine.machine import free_memory
-    from onebase_training.run import Job
+    from onebase_training.run import TrainingRequest
 
     settings = base_settings(options, resolved.folder)
     if settings.device.type == "cuda" and processes.count > 1:
         settings = replace(settings, device=_own_gpu())
     limit = options.memory_limit or free_memory(settings.device)
-    return Job(
+    return TrainingRequest(
         name=options.name,
         recipe=recipe,
         train=options.data,
@@ -217,7 +217,9 @@ def _own_gpu() -> Any:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _run(job: Job, writers: Sequence[str], display: Any, processes: ProcessGroup) -> Report | None:
+def _run(
+    job: TrainingRequest, writers: Sequence[str], display: Any, processes: ProcessGroup
+) -> RunReport | None:
     """Return the run's report; None after a failure, which has been shown. Raises KeyboardInterrupt."""
     from onebase_engine.base.load import UnsupportedBaseError
     from onebase_engine.base.quantized_cache import load_kept_base
@@ -322,7 +324,7 @@ class Display:
         """Show one event."""
         handlers: dict[type[events.Event], Any] = {
             events.Phase: self._phase,
-            events.Progress: self._progressed,
+            events.StageProgress: self._progressed,
             events.DataChecked: self._data_checked,
             events.Planned: self._planned,
             events.StepDone: self._step_done,
@@ -338,7 +340,7 @@ class Display:
         self._progress.stop()
         print_error(self._failures, message)
 
-    def finished(self, report: Report, folder: Path) -> None:
+    def finished(self, report: RunReport, folder: Path) -> None:
         """Show the table of results, and the next steps."""
         from onebase_training.checkpoint import sparkline
 
@@ -380,7 +382,7 @@ class Display:
         text = _PHASES.get(event.name, event.name)
         self._update(f"{text} {event.message}".strip(), 0, None)
 
-    def _progressed(self, event: events.Progress) -> None:
+    def _progressed(self, event: events.StageProgress) -> None:
         self._update(_PHASES.get(event.name, event.name), event.part, 1, f"{event.part:.0%}")
 
     def _data_checked(self, event: events.DataChecked) -> None:
@@ -445,7 +447,7 @@ class Display:
         self._progress.update(self._task, description=shown(text), completed=done, facts=facts)
 
 
-def _results(report: Report) -> Table:
+def _results(report: RunReport) -> Table:
     from onebase_training.checkpoint import results
 
     table = Table()
@@ -495,7 +497,7 @@ def _changed(row: Mapping[str, Any]) -> str:
     )
 
 
-def _figures(report: Report) -> str:
+def _figures(report: RunReport) -> str:
     speed = report.tokens / report.seconds if report.seconds else 0.0
     return (
         f"{report.steps} steps, best after {report.best_step}; {report.tokens:,} tokens in "

@@ -135,7 +135,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PreferencePair:
     """Two replies to the same prompt."""
 
     chosen: Chat | Text
@@ -150,7 +150,7 @@ class Labelled:
     label: str
 
 
-Parsed = Chat | Text | Choice | Labelled
+Parsed = Chat | Text | PreferencePair | Labelled
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -229,7 +229,7 @@ class Preference:
 Row = Sample | Preference
 
 
-class Place(NamedTuple):
+class RowPlace(NamedTuple):
     """Place of a row in its file. row: its unique number, from 1. line: its first line, for messages; a
     `.json` file may have all of its rows on one line."""
 
@@ -244,14 +244,14 @@ class Key:
     prompt: None if the row has none. samples: number of the data set's rows made of it, at least one.
     """
 
-    place: Place
+    place: RowPlace
     content: bytes
     prompt: bytes | None
     samples: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Prompt:
+class PromptRow:
     """A row to generate a reply for.
 
     sample: the row's last one. own: position of the row's own reply in it, up to the token that ends its
@@ -261,7 +261,7 @@ class Prompt:
 
     sample: Sample
     own: slice
-    place: Place
+    place: RowPlace
     decode: Callable[[list[int]], str]
 
     @property
@@ -298,11 +298,11 @@ class Dataset:
     """
 
     rows: Sequence[Row]
-    prompts: Sequence[Prompt] = ()
+    prompts: Sequence[PromptRow] = ()
     source: str = ""
     keys: Sequence[Key] = ()
-    truncated: Sequence[Place] = ()
-    dropped: Sequence[Place] = ()
+    truncated: Sequence[RowPlace] = ()
+    dropped: Sequence[RowPlace] = ()
     lines_shared: bool = False
 
     def __len__(self) -> int:
@@ -333,7 +333,7 @@ class Dataset:
         """Return the number of rows with each label, the most frequent first."""
         return dict(Counter(row.label for row in self.rows if row.label).most_common())
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[RowPlace]:
         """Return the place of each row; a row of the file may have made several."""
         return [key.place for key in self.keys for _ in range(key.samples)]
 
@@ -376,14 +376,14 @@ def _is_number(label: str) -> bool:
         return False
 
 
-def row_key(place: Place, row: Parsed, samples: int) -> Key:
+def row_key(place: RowPlace, row: Parsed, samples: int) -> Key:
     """Return the row's key: equal contents have equal digests."""
     prompt = _prompt(row)
     return Key(place, _digest(_plain(row)), None if prompt is None else _digest(prompt), samples)
 
 
 def _plain(row: Parsed) -> Any:
-    if isinstance(row, Choice):
+    if isinstance(row, PreferencePair):
         return [_plain(row.chosen), _plain(row.rejected)]
     if isinstance(row, Labelled):
         return [_plain(row.row), row.label]
@@ -394,7 +394,7 @@ def _plain(row: Parsed) -> Any:
 
 def _prompt(row: Parsed) -> Any:
     """Return the part of a row before its last reply."""
-    if isinstance(row, Choice):
+    if isinstance(row, PreferencePair):
         return _prompt(row.chosen)
     if isinstance(row, Labelled):
         return _plain(row.row)
@@ -468,7 +468,7 @@ def _held_out(
     return held
 
 
-def _part(dataset: Dataset, keep: Callable[[Place], bool], dropped: Sequence[Place]) -> Dataset:
+def _part(dataset: Dataset, keep: Callable[[RowPlace], bool], dropped: Sequence[RowPlace]) -> Dataset:
     return replace(
         dataset,
         rows=[row for row, place in zip(dataset.rows, dataset.places(), strict=True) if keep(place)],

@@ -9,18 +9,18 @@ from typing import Any
 
 from onebase_training.data.dataset import (
     Chat,
-    Choice,
     DataError,
     Dataset,
     Key,
     Labelled,
     Parsed,
-    Place,
     Preference,
+    PreferencePair,
     Problem,
-    Prompt,
+    PromptRow,
     Row,
     RowError,
+    RowPlace,
     Text,
     row_key,
     valid_unicode,
@@ -148,18 +148,18 @@ class _Builder:
             too_long=recipe.too_long,
             classified=recipe.method == "classification",
         )
-        self._place = Place(0, 0)
+        self._place = RowPlace(0, 0)
         self._shared_lines: set[int] = set()
-        self._problems: list[tuple[Place, str, str]] = []
+        self._problems: list[tuple[RowPlace, str, str]] = []
         self._rows: list[Row] = []
-        self._prompts: list[Prompt] = []
+        self._prompts: list[PromptRow] = []
         self._keys: list[Key] = []
-        self._truncated: list[Place] = []
-        self._dropped: list[Place] = []
+        self._truncated: list[RowPlace] = []
+        self._dropped: list[RowPlace] = []
 
     def add(self, items: Sequence[Item]) -> None:
-        parsed: list[tuple[Place, Parsed]] = []
-        slices: dict[Place, str] = {}
+        parsed: list[tuple[RowPlace, Parsed]] = []
+        slices: dict[RowPlace, str] = {}
         for item in items:
             place = self._next_place(item.line)
             if isinstance(item, Problem):
@@ -195,10 +195,10 @@ class _Builder:
             lines_shared=bool(self._shared_lines),
         )
 
-    def _next_place(self, line: int) -> Place:
+    def _next_place(self, line: int) -> RowPlace:
         if line == self._place.line:
             self._shared_lines.add(line)
-        self._place = Place(self._place.row + 1, line)
+        self._place = RowPlace(self._place.row + 1, line)
         return self._place
 
     def _error(self, *more: Problem) -> DataError:
@@ -209,10 +209,10 @@ class _Builder:
             problems.append(Problem(place.line, field, reason + number))
         return DataError(self._source, [*problems, *more])
 
-    def _take(self, place: Place, row: Parsed, sides: Sequence[Tokenized | RowError]) -> None:
+    def _take(self, place: RowPlace, row: Parsed, sides: Sequence[Tokenized | RowError]) -> None:
         for name, side in zip(("chosen", "rejected"), sides, strict=False):
             if isinstance(side, RowError):
-                field = f"{name} {side.field}".strip() if isinstance(row, Choice) else side.field
+                field = f"{name} {side.field}".strip() if isinstance(row, PreferencePair) else side.field
                 self._problems.append((place, field, side.reason))
                 return
         done = [side for side in sides if isinstance(side, Tokenized)]
@@ -223,9 +223,9 @@ class _Builder:
             self._truncated.append(place)
         first = done[0]
         if first.reply is not None:
-            self._prompts.append(Prompt(first.samples[-1], first.reply, place, self._decode))
-        self._keys.append(row_key(place, row, 1 if isinstance(row, Choice) else len(first.samples)))
-        if isinstance(row, Choice):
+            self._prompts.append(PromptRow(first.samples[-1], first.reply, place, self._decode))
+        self._keys.append(row_key(place, row, 1 if isinstance(row, PreferencePair) else len(first.samples)))
+        if isinstance(row, PreferencePair):
             # A template that rewrites earlier replies makes several samples; the last has the whole.
             self._rows.append(Preference(done[0].samples[-1], done[1].samples[-1]))
         else:
@@ -262,6 +262,6 @@ def _named(found: Tokenized | RowError, part: str, label: str) -> Tokenized | Ro
 
 
 def _sides(row: Parsed) -> tuple[Chat | Text, ...]:
-    if isinstance(row, Choice):
+    if isinstance(row, PreferencePair):
         return row.chosen, row.rejected
     return (row.row if isinstance(row, Labelled) else row,)

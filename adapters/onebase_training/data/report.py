@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from onebase_training.data.dataset import Dataset, Place, Row, Sample
+from onebase_training.data.dataset import Dataset, Row, RowPlace, Sample
 
 _EXAMPLES = 3
 _BARS = 10
@@ -128,7 +128,7 @@ def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataRe
     lengths = np.array([len(sample) for sample in samples] or [0])
     leakage, same_prompt = _shared(train, evaluation) if evaluation else ([], [])
 
-    def named(places: Iterable[Place]) -> list[int]:
+    def named(places: Iterable[RowPlace]) -> list[int]:
         return [place.row if train.lines_shared else place.line for place in places]
 
     return DataReport(
@@ -154,8 +154,8 @@ def report(train: Dataset, evaluation: Dataset | None, tokenizer: Any) -> DataRe
     )
 
 
-def _duplicates(data: Dataset) -> list[tuple[Place, Place]]:
-    first: dict[bytes, Place] = {}
+def _duplicates(data: Dataset) -> list[tuple[RowPlace, RowPlace]]:
+    first: dict[bytes, RowPlace] = {}
     return [
         (key.place, first[key.content])
         for key in data.keys
@@ -163,7 +163,7 @@ def _duplicates(data: Dataset) -> list[tuple[Place, Place]]:
     ]
 
 
-def _shared(train: Dataset, evaluation: Dataset) -> tuple[list[Place], list[Place]]:
+def _shared(train: Dataset, evaluation: Dataset) -> tuple[list[RowPlace], list[RowPlace]]:
     """Return the rows of `train` that are in `evaluation` too, and rows that only share a prompt with one
     there."""
     contents = {key.content for key in evaluation.keys}
@@ -183,7 +183,7 @@ def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
     return [(i * width, (i + 1) * width - 1, int(counts[i - first])) for i in range(first, last + 1)]
 
 
-def _examples(rows: Sequence[Row], places: Sequence[Place], tokenizer: Any) -> Iterable[Example]:
+def _examples(rows: Sequence[Row], places: Sequence[RowPlace], tokenizer: Any) -> Iterable[Example]:
     """Yield the first row, the last and one between."""
     count = len(rows)
     for index in sorted({0, count // 2, count - 1})[:_EXAMPLES] if count else ():

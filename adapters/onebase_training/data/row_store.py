@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from onebase_adapters.store.atomic_files import atomic_directory
-from onebase_training.data.dataset import Dataset, Place, Preference, Prompt, Row, Sample
+from onebase_training.data.dataset import Dataset, Preference, PromptRow, Row, RowPlace, Sample
 
 _FORMAT = 3
 _CHECKSUM = "sha256"
@@ -106,7 +106,7 @@ def _mapped(folder: Path, name: str, decode: Callable[[list[int]], str]) -> Data
     pairs = facts.shape[1] == 2
     rows: Sequence[Row] = list(map(Preference, samples[::2], samples[1::2])) if pairs else samples
     prompts = [
-        Prompt(samples[sample], slice(first, stop), Place(row, line), decode)
+        PromptRow(samples[sample], slice(first, stop), RowPlace(row, line), decode)
         for sample, first, stop, row, line in np.load(folder / f"{name}.prompts.npy").tolist()
     ]
     return Dataset(rows, prompts)

@@ -16,10 +16,10 @@ from onebase_training.data.dataset import (
     LONGEST_LABEL,
     NO_REGRESSION,
     Chat,
-    Choice,
     Labelled,
     Message,
     Parsed,
+    PreferencePair,
     RowError,
     Text,
     misspelled,
@@ -128,7 +128,7 @@ def _says_the_same(message: Message, system: str) -> bool:
 
 
 def _texts(parsed: Parsed) -> list[str]:
-    if isinstance(parsed, Choice):
+    if isinstance(parsed, PreferencePair):
         return [*_texts(parsed.chosen), *_texts(parsed.rejected)]
     if isinstance(parsed, Labelled):
         return _texts(parsed.row)
@@ -260,7 +260,7 @@ _NO_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\
 """Scripts without spaces between words."""
 
 
-def parse_preference(row: RowFields) -> Choice | None:
+def parse_preference(row: RowFields) -> PreferencePair | None:
     """Return the row as a choice; None if it does not have two replies."""
     if "preferred_output" in row or "non_preferred_output" in row:
         return _openai_choice(row)
@@ -279,7 +279,7 @@ def parse_preference(row: RowFields) -> Choice | None:
     return _text_choice(row)
 
 
-def _openai_choice(row: RowFields) -> Choice:
+def _openai_choice(row: RowFields) -> PreferencePair:
     row.check_spelling(("input", "preferred_output", "non_preferred_output"))
     given = row.read("input")
     names = ("preferred_output", "non_preferred_output")
@@ -292,7 +292,7 @@ def _openai_choice(row: RowFields) -> Choice:
     return _choice(prompt, [row.messages(name) for name in names], tools, names)
 
 
-def _chat_choice(row: RowFields, chosen: list[Message], rejected: list[Message]) -> Choice:
+def _chat_choice(row: RowFields, chosen: list[Message], rejected: list[Message]) -> PreferencePair:
     shared = _shared_prefix(chosen, rejected)
     given = _given_prompt(row, shared)
     prompt = shared if given is None or _ends_in(shared, given) else given
@@ -325,7 +325,7 @@ def _choice(
     sides: Sequence[list[Message]],
     tools: list[dict[str, Any]] | None,
     names: tuple[str, str],
-) -> Choice:
+) -> PreferencePair:
     if not prompt:
         raise RowError("prompt", f"{names[0]} and {names[1]} {_NO_PROMPT}")
     if sides[0] == sides[1]:
@@ -335,10 +335,10 @@ def _choice(
         if not reply or reply[-1]["role"] != "assistant":
             raise RowError(name, "the last message must be the assistant's reply to the prompt")
         made.append(make_chat([*prompt, *reply], tools, name, first=len(prompt)))
-    return Choice(*made)
+    return PreferencePair(*made)
 
 
-def _text_choice(row: RowFields) -> Choice:
+def _text_choice(row: RowFields) -> PreferencePair:
     chosen, rejected = row.text("chosen"), row.text("rejected")
     if chosen == rejected:
         raise RowError("rejected", "the same as chosen: there is nothing to prefer")
@@ -357,7 +357,7 @@ def _text_choice(row: RowFields) -> Choice:
     for name, reply in (("chosen", chosen), ("rejected", rejected)):
         if not reply.strip():
             raise RowError(name, "no reply is left after the prompt")
-    return Choice(Text(prompt, chosen), Text(prompt, rejected))
+    return PreferencePair(Text(prompt, chosen), Text(prompt, rejected))
 
 
 def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Message]:

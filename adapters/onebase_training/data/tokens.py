@@ -149,7 +149,7 @@ _NO_TEMPLATE = "the base has no chat template: give prompt and completion, or te
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenizedRow:
     """A tokenized row, or the part of a conversation up to a reply that must be learned alone.
 
     spans: half-open ranges of positions in `ids` that are learned, ascending.
@@ -197,16 +197,16 @@ class ChatTokens:
         self._check(chat)
         return self._render(chat, len(chat.messages), generation)
 
-    def pieces(self, chat: Chat, text: str, ids: list[int]) -> list[Piece]:
+    def pieces(self, chat: Chat, text: str, ids: list[int]) -> list[TokenizedRow]:
         """Return the pieces of a conversation to learn, usually one. Raises RowError.
 
         Args:
             text: of `render`. ids: of the text.
         """
         if self._everything:
-            return [Piece(ids, [(1, len(ids))], self._prompt(chat, text, ids))]
+            return [TokenizedRow(ids, [(1, len(ids))], self._prompt(chat, text, ids))]
         stable: list[_Reply] = []
-        alone: list[Piece] = []
+        alone: list[TokenizedRow] = []
         for index in chat.supervised:
             before, after = self._prefixes(chat, index, text)
             reply = self._reply(after, len(before))
@@ -265,18 +265,18 @@ class ChatTokens:
             return _Reply(start, stops[-1].end(), True)
         return _Reply(start, max(start, len(text.rstrip())), False)
 
-    def _piece(self, text: str, ids: list[int], replies: Sequence[_Reply]) -> Piece:
+    def _piece(self, text: str, ids: list[int], replies: Sequence[_Reply]) -> TokenizedRow:
         """Return the replies' tokens. If a token crosses the border of a reply, the text is cut there."""
         spans = self._spans(text, ids, replies)
         if spans is None:
             ids, spans = self._cut(text, replies)
         if text[replies[-1].stop :].strip():
-            return Piece(ids, spans)
+            return TokenizedRow(ids, spans)
         start, stop = spans[-1]
         if not replies[-1].marked and self._base.end is not None:
             ids = [*ids[:stop], self._base.end]
             spans = [*spans[:-1], (start, stop + 1)]
-        return Piece(ids, spans, start)
+        return TokenizedRow(ids, spans, start)
 
     def _spans(self, text: str, ids: list[int], replies: Sequence[_Reply]) -> list[tuple[int, int]] | None:
         """Return the replies' positions in the ids of the whole text; None if a token crosses a border.
@@ -415,13 +415,13 @@ class RowTokens:
         last = np.arange(len(kept)) == len(kept) - 1
         return Tokenized([Sample(kept, last, line)], None, len(ids) > self._limit)
 
-    def _chat(self, chat: Chat, rendered: tuple[str, list[int]] | RowError) -> list[Piece]:
+    def _chat(self, chat: Chat, rendered: tuple[str, list[int]] | RowError) -> list[TokenizedRow]:
         if isinstance(rendered, RowError):
             raise rendered
         text, ids = rendered
         return self._chats.pieces(chat, text, ids) if self._is_kept(len(ids)) else []
 
-    def _text(self, row: Text, ids: list[int], prompt: list[int] | None) -> Piece:
+    def _text(self, row: Text, ids: list[int], prompt: list[int] | None) -> TokenizedRow:
         """Return the piece of a plain text, with its end token.
 
         Prompt and completion are tokenized together, as TRL does, unless a token would cross the border
@@ -438,7 +438,7 @@ class RowTokens:
         if self._base.end is not None and whole[-1:] != [self._base.end]:
             whole = [*whole, self._base.end]
         first = 1 if self._everything else max(1, start)
-        return Piece(whole, [(first, len(whole))], None if prompt is None else start)
+        return TokenizedRow(whole, [(first, len(whole))], None if prompt is None else start)
 
     def _is_kept(self, length: int) -> bool:
         """Return True if the labels of a row are worth finding. Raises RowError for a row that is refused."""
@@ -449,7 +449,7 @@ class RowTokens:
         reason = f"{length:,} tokens, where {self._limit:,} is the most: shorten the row, raise max_length"
         raise RowError("", f"{reason} (if the base reads more), or set too_long to truncate or drop")
 
-    def _bounded(self, line: int, pieces: Sequence[Piece]) -> Tokenized:
+    def _bounded(self, line: int, pieces: Sequence[TokenizedRow]) -> Tokenized:
         samples = []
         truncated = False
         dropped = not pieces
@@ -467,7 +467,7 @@ class RowTokens:
         whole = bool(samples) and len(pieces[-1].ids) <= self._limit
         return Tokenized(samples, self._last_reply(pieces[-1]) if whole else None, truncated)
 
-    def _last_reply(self, piece: Piece) -> slice | None:
+    def _last_reply(self, piece: TokenizedRow) -> slice | None:
         if piece.prompt is None:
             return None
         end = piece.spans[-1][1]
@@ -479,7 +479,7 @@ def _prompt(row: Chat | Text) -> str | None:
     return row.prompt if isinstance(row, Text) else None
 
 
-def _sample(piece: Piece, limit: int, line: int) -> Sample:
+def _sample(piece: TokenizedRow, limit: int, line: int) -> Sample:
     ids = np.array(piece.ids[:limit], dtype=np.int32)
     supervised = np.zeros(len(ids), dtype=np.bool_)
     for start, stop in piece.spans:

@@ -377,7 +377,7 @@ def _reporter(on_share: Callable[[float], None]) -> type:
     """Return a progress bar class for the Hub's client that only reports the share of bytes received."""
     from tqdm import tqdm
 
-    class Reporter(tqdm):  # type: ignore[misc]
+    class DownloadReporter(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **settings: Any) -> None:
             # Of its bars the one that counts bytes on the disk; the others count files, and bytes on the way.
             self.counts = settings.get("unit") == "B" and not str(settings.get("desc")).startswith("Down")
@@ -389,7 +389,7 @@ def _reporter(on_share: Callable[[float], None]) -> type:
                 on_share(min(1.0, self.n / self.total))
             return None
 
-    return Reporter
+    return DownloadReporter
 
 
 def _holds_model(folder: Path) -> bool:

@@ -12,12 +12,12 @@ from itertools import accumulate
 import numpy as np
 
 from onebase_engine.engine.kv_cache import DUMP_BLOCK
-from onebase_engine.engine.row import AdapterMix, Ahead, Plan, Row, Segment
+from onebase_engine.engine.row import AdapterMix, Ahead, Segment, SequenceState, StepPlan
 from onebase_engine.kernels.interface import Contexts, RowGroup, RowMap
 
 
 @dataclass(frozen=True)
-class Batch:
+class StepBatch:
     """Packed arrays of one step. `logit_rows` are the packed rows whose logits are needed."""
 
     input_ids: np.ndarray
@@ -29,7 +29,7 @@ class Batch:
     contexts: Contexts
     token_map: RowMap
     logit_map: RowMap
-    sampled: list[Row | Ahead]
+    sampled: list[SequenceState | Ahead]
     """Sequences that get a token, each followed by itself with more and more of its draft; entry i reads
     logits i."""
     scored: list[tuple[Segment, slice]]
@@ -48,11 +48,11 @@ class Packer:
         self._multiple = row_multiple
 
     @staticmethod
-    def fill(batch: Batch, plan: Plan) -> None:
+    def fill(batch: StepBatch, plan: StepPlan) -> None:
         """Fill in the last tokens of decoding sequences, which were COMING when the plan was packed."""
         batch.input_ids[: len(plan.decodes)] = [one.row.tokens[one.start] for one in plan.decodes]
 
-    def pack(self, plan: Plan, slot_of: Mapping[str, int]) -> Batch:
+    def pack(self, plan: StepPlan, slot_of: Mapping[str, int]) -> StepBatch:
         """Pack a plan. `slot_of`: the slot of every adapter digest in the plan."""
         segments = plan.segments
         lengths = [segment.length for segment in segments]
@@ -78,7 +78,7 @@ class Packer:
             (segment.row.mix, range(start, start + segment.length))
             for start, segment in zip(starts, segments, strict=False)
         ]
-        return Batch(
+        return StepBatch(
             input_ids=ids,
             positions=np.maximum(positions, 0).astype(np.int64),
             logit_rows=logit_rows,
@@ -95,11 +95,11 @@ class Packer:
         return -(-length // self._multiple) * self._multiple
 
     def _logit_rows(
-        self, plan: Plan, starts: list[int]
-    ) -> tuple[np.ndarray, list[AdapterMix], list[Row | Ahead], list[tuple[Segment, slice]]]:
+        self, plan: StepPlan, starts: list[int]
+    ) -> tuple[np.ndarray, list[AdapterMix], list[SequenceState | Ahead], list[tuple[Segment, slice]]]:
         rows: list[int] = []
         mixes: list[AdapterMix] = []
-        sampled: list[Row | Ahead] = []
+        sampled: list[SequenceState | Ahead] = []
         for start, segment in zip(starts, plan.segments, strict=True):
             if segment.samples:
                 draft, last = segment.draft, start + segment.length - 1

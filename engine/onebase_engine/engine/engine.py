@@ -20,16 +20,22 @@ from torch import nn
 from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseChangedError, content_sum, fingerprint
 from onebase_engine.engine import messages as protocol
-from onebase_engine.engine.batch import Batch, Packer
+from onebase_engine.engine.batch import Packer, StepBatch
 from onebase_engine.engine.grammar_follower import GrammarError
 from onebase_engine.engine.grammars import IDLE_SECONDS, Grammars, RefusedGrammarError
 from onebase_engine.engine.kv_cache import RESTORED, BlockPool
 from onebase_engine.engine.memory_budget import staging_bytes
-from onebase_engine.engine.messages import RowOutput, TokenLogprob
+from onebase_engine.engine.messages import RowOutput, ScoredToken
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.row import COMING, AdapterMix, Plan, Row, Segment
+from onebase_engine.engine.row import COMING, AdapterMix, Segment, SequenceState, StepPlan
 from onebase_engine.engine.sampling import Drawn, Mask, begin_draw_apart, score_tokens
-from onebase_engine.engine.scheduler import BackgroundPace, Limits, NeverFitsError, Scheduler, TenantPace
+from onebase_engine.engine.scheduler import (
+    BackgroundPace,
+    NeverFitsError,
+    Scheduler,
+    SchedulerLimits,
+    TenantPace,
+)
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
 from onebase_engine.engine.versions import Versions
@@ -75,11 +81,11 @@ class _Given:
     """Host copies of one step's results."""
 
     drawn: list[Drawn]
-    """Draws, one for each entry of `Batch.sampled`."""
-    scores: list[tuple[Segment, list[TokenLogprob] | Exception]]
+    """Draws, one for each entry of `StepBatch.sampled`."""
+    scores: list[tuple[Segment, list[ScoredToken] | Exception]]
     pooled: list[tuple[Segment, np.ndarray]]
     """Hidden states [tokens, size] fp64 of segments that are pooled."""
-    late: frozenset[Row] = frozenset()
+    late: frozenset[SequenceState] = frozenset()
     """Sequences whose masks had not come: nothing of them is committed, and they are computed again."""
 
 
@@ -87,7 +93,7 @@ class _Given:
 class _Begun:
     """A step whose computation has begun; an accelerator may still compute it."""
 
-    plan: Plan
+    plan: StepPlan
     read: Callable[[], _Given]
     """Waits for the results and returns them; may be called any number of times."""
     only_draws: bool
@@ -99,8 +105,8 @@ class _Begun:
 class _Computed:
     """Results of a step, none of which is in the state of a sequence or of the scheduler yet."""
 
-    plan: Plan
-    drawn: list[tuple[Row, list[Drawn]]]
+    plan: StepPlan
+    drawn: list[tuple[SequenceState, list[Drawn]]]
     """Draws of each sequence: one token, and another at each place of its draft."""
     given: _Given
     foreseen: bool
@@ -128,7 +134,7 @@ class Engine:
         base: nn.Module,
         *,
         name: str,
-        limits: Limits,
+        limits: SchedulerLimits,
         kv_blocks: int,
         block_size: int = 16,
         host_blocks: int = 0,
@@ -185,11 +191,11 @@ class Engine:
         self._packer = Packer(block_size, self.model.row_multiple)
         self._foresees = self.model.kernels.asynchronous
         """Whether the next step is planned while one is computed."""
-        self._next: tuple[Plan, Batch | None] | None = None
+        self._next: tuple[StepPlan, StepBatch | None] | None = None
         """The step that has been planned, and packed if that did not fail."""
         self._meanwhile: Callable[[], None] | None = None
         """Callback that the caller passed to `step`, until it has been called."""
-        self._rows: dict[str, list[Row]] = {}
+        self._rows: dict[str, list[SequenceState]] = {}
         self._arrivals = 0
         self._outputs: list[RowOutput] = []
         self._slots_changed = False
@@ -254,10 +260,10 @@ class Engine:
             )
 
     def _admit(self, request: protocol.Submit, mix: AdapterMix, grammar: str | None = None) -> None:
-        rows: list[Row] = []
+        rows: list[SequenceState] = []
         for choice in request.choices:
             branch = request.branches[choice] if request.branches else []
-            row = Row(
+            row = SequenceState(
                 id=request.id,
                 choice=choice,
                 tokens=request.prompt + branch,
@@ -379,28 +385,28 @@ class Engine:
         self._pace.took(plan, seconds)
         self._tenant_pace.took(plan, seconds)
 
-    def _plan(self, *, ahead: bool = False) -> Plan:
+    def _plan(self, *, ahead: bool = False) -> StepPlan:
         return self.scheduler.plan(self._background_tokens, self._tenant_pace.bounded, ahead=ahead)
 
     @property
     def _background_tokens(self) -> int:
         return self._pace.alone if self.scheduler.only_background else self._pace.joined
 
-    def _take_next(self) -> tuple[Plan, Batch | None]:
+    def _take_next(self) -> tuple[StepPlan, StepBatch | None]:
         """Return the step that was planned during the last one, without sequences that have ended since."""
         if self._next is None:
-            return Plan([], []), None
+            return StepPlan([], []), None
         (planned, batch), self._next = self._next, None
         going = planned.unfinished()
         if self.scheduler.holds_up(going):
-            return Plan([], []), None
+            return StepPlan([], []), None
         plan = self.scheduler.settle(going, self._background_tokens)
         if batch is None or plan is not going or len(going.segments) != len(planned.segments):
             return plan, None
         self._packer.fill(batch, plan)
         return plan, batch
 
-    def _plan_next(self, plan: Plan) -> None:
+    def _plan_next(self, plan: StepPlan) -> None:
         """Plan the step after `plan`, of which only the drawn tokens are still missing."""
         self.scheduler.guess(plan)
         for segment in plan.segments:
@@ -417,7 +423,7 @@ class Engine:
             for row in drawn:
                 row.tokens.pop()
 
-    def _prepare(self, plan: Plan) -> Batch:
+    def _prepare(self, plan: StepPlan) -> StepBatch:
         batch = self._packer.pack(plan, self.slots.slot_of)
         self.model.prepare(batch)
         return batch
@@ -472,7 +478,7 @@ class Engine:
         taken, self._slot_seconds, self._slots_changed = self._slot_seconds, {}, False
         return taken
 
-    def _move_blocks(self, plan: Plan) -> None:
+    def _move_blocks(self, plan: StepPlan) -> None:
         """Copy blocks to host memory before this step overwrites them, and back before it reads them.
 
         This is not done in `_try`: a step that is computed again finds the blocks where they are. An error
@@ -500,7 +506,7 @@ class Engine:
             self.slots.vacate(slot)
         return bool(failed)
 
-    def _note_first_steps(self, plan: Plan) -> None:
+    def _note_first_steps(self, plan: StepPlan) -> None:
         for segment in plan.segments:
             row = segment.row
             if row.queue_seconds is None:
@@ -521,7 +527,7 @@ class Engine:
             self.model.give_memory_back()  # without the exception, whose frames hold tensors
         return failure
 
-    def _compute(self, plan: Plan) -> _Computed:
+    def _compute(self, plan: StepPlan) -> _Computed:
         return self._finish(self._begin(plan, None), foreseen=False)
 
     def _wait(self, begun: _Begun, foreseen: bool) -> _Computed | _Failure:
@@ -531,7 +537,7 @@ class Engine:
             computed = self._try(partial(self._finish, begun, foreseen))
         return computed
 
-    def _begin(self, plan: Plan, batch: Batch | None) -> _Begun:
+    def _begin(self, plan: StepPlan, batch: StepBatch | None) -> _Begun:
         """Begin a forward pass and its sampling. Of all state, only KV beyond `computed` changes.
 
         Such KV lies in blocks of the row's own, and every later step writes it again before it reads it.
@@ -549,7 +555,9 @@ class Engine:
         more = more or any(row.sampling.logprobs is not None for row in batch.sampled)
         return _Begun(plan, lambda: _Given(read(), [], []), only_draws=not more)
 
-    def _read(self, plan: Plan, batch: Batch, logits: torch.Tensor, hidden: torch.Tensor | None) -> _Given:
+    def _read(
+        self, plan: StepPlan, batch: StepBatch, logits: torch.Tensor, hidden: torch.Tensor | None
+    ) -> _Given:
         """Return all results of a forward pass. Waits for the accelerator, and briefly for masks."""
         exact = None if hidden is None else _exactly(hidden)
         pooled = [] if exact is None else [(one, exact[part]) for one, part in batch.pooled]
@@ -566,8 +574,9 @@ class Engine:
         tokens = [(one.row, list(islice(drawn, len(one.draft) + 1))) for one in rows]
         return _Computed(begun.plan, tokens, given, foreseen)
 
-    def _masks_of(self, plan: Plan) -> tuple[list[Mask], frozenset[Row]]:
-        """Return the mask of each entry of `Batch.sampled`, and the sequences whose masks have not come."""
+    def _masks_of(self, plan: StepPlan) -> tuple[list[Mask], frozenset[SequenceState]]:
+        """Return the mask of each entry of `StepBatch.sampled`, and the sequences whose masks have not
+        come."""
         if self._grammars is None:
             return [], frozenset()
         found = self._grammars.masks(plan.segments, self.model.synchronize)
@@ -578,7 +587,7 @@ class Engine:
                 masks.extend(mask if isinstance(mask, np.ndarray) else [mask] * (1 + len(segment.draft)))
         return masks, frozenset(row for row, mask in found.items() if mask is None)
 
-    def _scores(self, segment: Segment, logits: torch.Tensor) -> list[TokenLogprob] | Exception:
+    def _scores(self, segment: Segment, logits: torch.Tensor) -> list[ScoredToken] | Exception:
         """Score the prompt tokens that follow the segment's, or return the exception that this raised."""
         row = segment.row
         targets = [row.tokens[number + 1] for number in segment.scored]
@@ -589,7 +598,7 @@ class Engine:
         except Exception as error:
             return error
 
-    def _commit(self, computed: _Computed) -> dict[Row, Exception]:
+    def _commit(self, computed: _Computed) -> dict[SequenceState, Exception]:
         """Apply a step's results to all sequences but those that failed alone. Return their exceptions."""
         late = computed.given.late
         drawn_of = {row: drawn for row, drawn in computed.drawn if row not in late}
@@ -636,14 +645,14 @@ class Engine:
             count += 1
         return drawn[:count]
 
-    def _compute_apart(self, plan: Plan) -> None:
+    def _compute_apart(self, plan: StepPlan) -> None:
         """Compute a failed step again in parts: decodes together, then by halves, and each prefill alone.
 
         A row that fails alone ends. Where every row does, none is to blame: the step has failed.
         """
-        parts = [Plan(plan.decodes, [])] if plan.decodes else []
-        parts += [Plan([], [segment]) for segment in plan.prefills]
-        failed: dict[Row, str] = {}
+        parts = [StepPlan(plan.decodes, [])] if plan.decodes else []
+        parts += [StepPlan([], [segment]) for segment in plan.prefills]
+        failed: dict[SequenceState, str] = {}
         while parts:
             part = parts.pop(0)
             computed = self._try(partial(self._compute, part))
@@ -657,7 +666,7 @@ class Engine:
                 failed[part.segments[0].row] = computed.message
         self._end_failed(plan, failed)
 
-    def _end_failed(self, plan: Plan, failed: dict[Row, str]) -> None:
+    def _end_failed(self, plan: StepPlan, failed: dict[SequenceState, str]) -> None:
         """End the sequences of a failed step, for the given reasons."""
         nobody = len(failed) == len(plan.segments)
         self.counters.failed_steps += nobody
@@ -666,7 +675,7 @@ class Engine:
             logger.error("a row of request %s failed: %s", row.id, message)
             self._end(row, "error", code=code, message=f"{what} failed: {message}")
 
-    def _fail(self, row: Row, error: Exception) -> None:
+    def _fail(self, row: SequenceState, error: Exception) -> None:
         """End a sequence because of an exception of its own."""
         if isinstance(error, GrammarError):
             self._end(row, "error", code="grammar_refused", message=str(error))
@@ -675,7 +684,7 @@ class Engine:
         _let_go(error)
         self._end(row, "error", code="row_failed", message=f"this row failed: {error}")
 
-    def _answer(self, row: Row) -> None:
+    def _answer(self, row: SequenceState) -> None:
         """End a sequence that generates nothing, with its prompt logprobs or pooled vector."""
         if not all(math.isfinite(one.logprob) for one in row.prompt_scores):
             message = "the logits are not finite: an adapter of this request overflows"
@@ -696,13 +705,13 @@ class Engine:
             vector = narrow.tobytes()
         self._end(row, "stop", vector=vector)
 
-    def _classified(self, row: Row, hidden: np.ndarray) -> np.ndarray:
+    def _classified(self, row: SequenceState, hidden: np.ndarray) -> np.ndarray:
         """Return the classifier's values [labels] fp64 of one state. Computed alone, its bits never vary."""
         weight, bias = self.versions.heads[row.mix.digests[0]]
         values: np.ndarray = weight @ hidden + bias
         return values
 
-    def _classified_each(self, row: Row, first: int, hidden: np.ndarray) -> list[np.ndarray]:
+    def _classified_each(self, row: SequenceState, first: int, hidden: np.ndarray) -> list[np.ndarray]:
         """Return the classifier's values [labels] fp64 of each state [hidden], from token `first` on.
 
         They are computed in tiles of one size, in which a token's place depends on its number alone, so that
@@ -727,7 +736,7 @@ class Engine:
         for one in hidden:
             row.pooled[0] += one
 
-    def _append(self, row: Row, taken: list[Drawn]) -> None:
+    def _append(self, row: SequenceState, taken: list[Drawn]) -> None:
         """Append the new tokens to a sequence; all but the last are among its tokens already."""
         tokens = [drawn.token for drawn in taken if drawn.token is not None]
         if not tokens:
@@ -758,7 +767,7 @@ class Engine:
             self._remove(row)
 
     def _finish_reason(
-        self, row: Row, token: int, more: int = 0
+        self, row: SequenceState, token: int, more: int = 0
     ) -> tuple[protocol.FinishReason | None, int | None]:
         """Return the finish reason if the sequence ends with `token`, when it has `more` tokens than now."""
         sampling = row.sampling
@@ -766,10 +775,10 @@ class Engine:
             return "stop", token
         return ("length", None) if row.generated + more >= sampling.max_tokens else (None, None)
 
-    def _prompt_scores(self, row: Row) -> list[protocol.TokenLogprob] | None:
+    def _prompt_scores(self, row: SequenceState) -> list[protocol.ScoredToken] | None:
         return row.prompt_scores if row.prompt_scored and not row.reported else None
 
-    def _admission(self, row: Row) -> _Admission:
+    def _admission(self, row: SequenceState) -> _Admission:
         """Return the figures that go with a sequence's first output, and nothing later."""
         if row.reported:
             return {}
@@ -778,7 +787,7 @@ class Engine:
 
     def _end(
         self,
-        row: Row,
+        row: SequenceState,
         finish: protocol.FinishReason,
         code: str | None = None,
         message: str | None = None,
@@ -801,7 +810,7 @@ class Engine:
         )
         self._remove(row)
 
-    def _remove(self, row: Row) -> None:
+    def _remove(self, row: SequenceState) -> None:
         self.scheduler.finish(row)
         if self._grammars is not None:
             self._grammars.forget(row)
@@ -824,17 +833,17 @@ def _exactly(hidden: torch.Tensor) -> np.ndarray:
     return found
 
 
-def _smaller(part: Plan, failure: _Failure) -> list[Plan]:
+def _smaller(part: StepPlan, failure: _Failure) -> list[StepPlan]:
     """Split a failed part into smaller ones. A single sequence is split only if memory ran out."""
     if any(segment.draft for segment in part.decodes):
-        return [Plan([replace(segment, draft=()) for segment in part.decodes], [])]
+        return [StepPlan([replace(segment, draft=()) for segment in part.decodes], [])]
     if len(part.decodes) > 1:
         half = len(part.decodes) // 2
-        return [Plan(part.decodes[:half], []), Plan(part.decodes[half:], [])]
+        return [StepPlan(part.decodes[:half], []), StepPlan(part.decodes[half:], [])]
     (segment,) = part.segments
     if failure.out_of_memory and segment.length > 1:
         # The next step goes on from there.
-        return [Plan([], [Segment(segment.row, segment.start, segment.start + segment.length // 2)])]
+        return [StepPlan([], [Segment(segment.row, segment.start, segment.start + segment.length // 2)])]
     return []
 
 

@@ -34,7 +34,7 @@ from itertools import chain, count
 from math import inf
 from typing import Generic, TypeVar
 
-from onebase_engine.engine.row import AdapterMix, Row, Segment
+from onebase_engine.engine.row import AdapterMix, Segment, SequenceState
 
 PROMPT_WEIGHT = 1
 OUTPUT_WEIGHT = 2
@@ -53,7 +53,7 @@ _LOADS = 2**MOST_PRIORITY
 """Resolution of a load: it is a multiple of one part in this many."""
 
 
-class Account:
+class TokenCounter:
     """Weighted tokens (`counter`) that one tenant, or one flow of a tenant, has received."""
 
     def __init__(self, key: Hashable) -> None:
@@ -69,7 +69,7 @@ class Account:
         """Number of sequences that wait or run."""
 
 
-class Tenant(Account):
+class TenantQueue(TokenCounter):
     """A tenant with its flows and its load."""
 
     def __init__(self, key: Hashable, credit: float, background: bool = False) -> None:
@@ -84,20 +84,20 @@ class Tenant(Account):
         return [flow for flow in self.flows.waiting.values() if among is None or among(flow.mix)]
 
 
-class Flow(Account):
+class Flow(TokenCounter):
     """A tenant's rows with one mix of adapters and one priority. The base alone is a mix like any other."""
 
-    def __init__(self, tenant: Tenant, mix: AdapterMix, priority: int) -> None:
+    def __init__(self, tenant: TenantQueue, mix: AdapterMix, priority: int) -> None:
         super().__init__((mix, priority))
         self.tenant = tenant
         self.mix = mix
         self.weight = 2.0**priority
-        self.queue: list[Row] = []
+        self.queue: list[SequenceState] = []
         """Waiting sequences, by arrival."""
         tenant.least_unit = min(tenant.least_unit, 1 / self.weight)
 
 
-_A = TypeVar("_A", bound=Account)
+_A = TypeVar("_A", bound=TokenCounter)
 
 
 class Accounts(Generic[_A]):
@@ -198,33 +198,33 @@ class Turns:
 
     def __init__(
         self,
-        accounts: Mapping[bool, Accounts[Tenant]],
-        tenants: Collection[Tenant],
-        prefilling: dict[Tenant, dict[Flow, list[Row]]],
+        accounts: Mapping[bool, Accounts[TenantQueue]],
+        tenants: Collection[TenantQueue],
+        prefilling: dict[TenantQueue, dict[Flow, list[SequenceState]]],
         among: Callable[[AdapterMix], bool] | None,
     ) -> None:
         self._accounts = accounts
         self._tenants = tenants
         self._prefilling = prefilling
         self._among = among
-        self._passed: set[Account] = set()
+        self._passed: set[TokenCounter] = set()
 
-    def pass_over(self, account: Account) -> None:
+    def pass_over(self, account: TokenCounter) -> None:
         """Skip the account's waiting sequences, because none of them can be admitted now."""
         self._passed.add(account)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[SequenceState]:
         classes = {each: [one for one in self._tenants if one.background is each] for each in (False, True)}
         return chain.from_iterable(
             _merged(tenants, self._accounts[each].turns, self._of_tenant) for each, tenants in classes.items()
         )
 
-    def _of_tenant(self, tenant: Tenant) -> Iterator[Row]:
+    def _of_tenant(self, tenant: TenantQueue) -> Iterator[SequenceState]:
         prefilling = dict.fromkeys(self._prefilling.get(tenant, ()))
         flows = prefilling | dict.fromkeys(tenant.waiting_flows(self._among))
         return _merged(flows, tenant.flows.turns, self._of_flow)
 
-    def _of_flow(self, flow: Flow) -> Iterator[Row]:
+    def _of_flow(self, flow: Flow) -> Iterator[SequenceState]:
         yield from self._prefilling.get(flow.tenant, {}).get(flow, ())
         last = -1  # rows leave the queue on the way, and come back to it: none is looked at twice
         while not self._passed & {flow, flow.tenant}:
@@ -238,13 +238,13 @@ class Turns:
 def _merged(
     accounts: Iterable[_A],
     turns_of: Callable[[Iterable[_A]], list[int]],
-    rows_of: Callable[[_A], Iterator[Row]],
-) -> Iterator[Row]:
+    rows_of: Callable[[_A], Iterator[SequenceState]],
+) -> Iterator[SequenceState]:
     """Yield the sequences of all accounts, each time one of the account whose turn it is then."""
     by_turn = dict(zip(turns_of(accounts), accounts, strict=True))
     heap = list(by_turn)
     heapify(heap)
-    begun: dict[_A, Iterator[Row]] = {}
+    begun: dict[_A, Iterator[SequenceState]] = {}
     while heap:
         account = by_turn[heap[0]]
         (now,) = turns_of((account,))
@@ -265,19 +265,19 @@ class FairQueue:
     def __init__(self, credit: float) -> None:
         """Create an empty queue. `credit`: weighted tokens by which an account may start ahead of others."""
         self._credit = credit
-        self._tenants: dict[bool, Accounts[Tenant]] = {each: Accounts(credit) for each in (False, True)}
+        self._tenants: dict[bool, Accounts[TenantQueue]] = {each: Accounts(credit) for each in (False, True)}
         """Tenants' accounts, for sequences in the background (True) and others (False)."""
-        self._flow_of: dict[Row, Flow] = {}
+        self._flow_of: dict[SequenceState, Flow] = {}
         self._count = 0
         self._plan = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[SequenceState]:
         return (row for flow in self._flows() for row in flow.queue)
 
-    def __contains__(self, row: Row) -> bool:
+    def __contains__(self, row: SequenceState) -> bool:
         flow = self._flow_of.get(row)
         return flow is not None and flow.queue[_place(flow, row) :][:1] == [row]
 
@@ -291,48 +291,48 @@ class FairQueue:
         """Adapters of the waiting sequences."""
         return (flow.mix for flow in self._flows())
 
-    def flow(self, row: Row) -> Flow:
+    def flow(self, row: SequenceState) -> Flow:
         """Return the flow in which the sequence is counted while it waits or runs."""
         return self._flow_of[row]
 
-    def order(self, row: Row) -> tuple[bool, int, int, int]:
+    def order(self, row: SequenceState) -> tuple[bool, int, int, int]:
         """Return the sort key of a sequence's turn; a smaller one is served earlier."""
         flow = self._flow_of[row]
         (tenant,) = self._tenants[row.background].turns((flow.tenant,))
         (own,) = flow.tenant.flows.turns((flow,))
         return row.background, tenant, own, row.arrival
 
-    def was_given_less(self, tenant: Tenant, other: Tenant) -> bool:
+    def was_given_less(self, tenant: TenantQueue, other: TenantQueue) -> bool:
         """Return True if `tenant` received less than `other` by a band. Both are in the background, or
         none."""
         return self.standing(tenant)[0] < self.standing(other)[0]
 
-    def standing(self, tenant: Tenant) -> tuple[int, float]:
+    def standing(self, tenant: TenantQueue) -> tuple[int, float]:
         """Return the tenant's band and load; the tenant with the smaller ones is served first."""
         return self._tenants[tenant.background].band(tenant), tenant.load
 
-    def enter(self, row: Row) -> None:
+    def enter(self, row: SequenceState) -> None:
         """Add a sequence that has arrived and waits."""
         priority = max(-MOST_PRIORITY, min(MOST_PRIORITY, row.priority))
         tenants = self._tenants[row.background]
-        tenant = tenants.enter(row.tenant, lambda: Tenant(row.tenant, self._credit, row.background))
+        tenant = tenants.enter(row.tenant, lambda: TenantQueue(row.tenant, self._credit, row.background))
         flow = tenant.flows.enter((row.mix, priority), lambda: Flow(tenant, row.mix, priority))
         self._flow_of[row] = flow
         self._wait(flow, row)
 
-    def begin(self, row: Row) -> None:
+    def begin(self, row: SequenceState) -> None:
         """Count a waiting sequence as running."""
         flow = self._flow_of[row]
         self._load(flow, 1)
         self._unqueue(flow, row)
 
-    def back(self, row: Row) -> None:
+    def back(self, row: SequenceState) -> None:
         """Put a running sequence back to its old place in the queue."""
         flow = self._flow_of[row]
         self._load(flow, -1)
         self._wait(flow, row)
 
-    def leave(self, row: Row) -> None:
+    def leave(self, row: SequenceState) -> None:
         """Remove a sequence for good."""
         if row in self:
             self._unqueue(self._flow_of[row], row)
@@ -350,14 +350,14 @@ class FairQueue:
         row.charged = max(row.charged, stop)
         self._charge(row, PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * segment.samples, served=prompt > 0)
 
-    def charge_output(self, row: Row, tokens: int) -> None:
+    def charge_output(self, row: SequenceState, tokens: int) -> None:
         """Charge tokens that a step generated beyond the one that was charged."""
         self._charge(row, OUTPUT_WEIGHT * tokens, served=False)
 
     def in_turn(
         self,
-        prefilling: Collection[Row],
-        wanted: Callable[[Tenant], bool],
+        prefilling: Collection[SequenceState],
+        wanted: Callable[[TenantQueue], bool],
         among: Callable[[AdapterMix], bool] | None = None,
     ) -> Turns:
         """Return a walk over the waiting sequences of the `wanted` tenants and the running `prefilling`.
@@ -365,7 +365,7 @@ class FairQueue:
         among: if given, only waiting sequences whose adapters satisfy it are visited.
         """
         self._plan += 1
-        begun: dict[Tenant, dict[Flow, list[Row]]] = {}
+        begun: dict[TenantQueue, dict[Flow, list[SequenceState]]] = {}
         for row in prefilling:
             flow = self._flow_of[row]
             begun.setdefault(flow.tenant, {}).setdefault(flow, []).append(row)
@@ -374,7 +374,7 @@ class FairQueue:
             waiting = [tenant for tenant in waiting if tenant.waiting_flows(among)]
         return Turns(self._tenants, dict.fromkeys(begun) | dict.fromkeys(waiting), begun, among)
 
-    def _waiting(self) -> Iterator[Tenant]:
+    def _waiting(self) -> Iterator[TenantQueue]:
         return chain.from_iterable(tenants.waiting.values() for tenants in self._tenants.values())
 
     def _flows(self) -> Iterator[Flow]:
@@ -385,27 +385,27 @@ class FairQueue:
         flow.load += rows / flow.weight
         flow.tenant.load += rows / flow.weight
 
-    def _charge(self, row: Row, tokens: int, *, served: bool) -> None:
+    def _charge(self, row: SequenceState, tokens: int, *, served: bool) -> None:
         flow = self._flow_of[row]
         flow.tenant.flows.charge(flow, tokens / flow.weight, served=served)
         self._tenants[row.background].charge(flow.tenant, tokens / flow.weight, served=served)
 
-    def _wait(self, flow: Flow, row: Row) -> None:
+    def _wait(self, flow: Flow, row: SequenceState) -> None:
         self._tenants[row.background].wait(flow.tenant, self._plan)
         flow.tenant.flows.wait(flow, self._plan)
         insort(flow.queue, row, key=_arrival)
         self._count += 1
 
-    def _unqueue(self, flow: Flow, row: Row) -> None:
+    def _unqueue(self, flow: Flow, row: SequenceState) -> None:
         del flow.queue[_place(flow, row)]
         flow.tenant.flows.begin(flow)
         self._tenants[row.background].begin(flow.tenant)
         self._count -= 1
 
 
-def _arrival(row: Row) -> int:
+def _arrival(row: SequenceState) -> int:
     return row.arrival
 
 
-def _place(flow: Flow, row: Row) -> int:
+def _place(flow: Flow, row: SequenceState) -> int:
     return bisect_left(flow.queue, row.arrival, key=_arrival)

@@ -36,7 +36,7 @@ from onebase_engine.engine.grammar_link import (
     TokensDrawn,
 )
 from onebase_engine.engine.messages import Grammar
-from onebase_engine.engine.row import Row, Segment
+from onebase_engine.engine.row import Segment, SequenceState
 
 GRACE_PART, GRACE_CREDIT = 0.1, 0.05
 """Largest part of the time that steps wait for the masks of one tenant, and seconds that may be saved up."""
@@ -66,7 +66,7 @@ class _Answered:
 class _InFlight:
     """A sequence of a MaskRequest, as it was sent."""
 
-    row: Row
+    row: SequenceState
     generated: int
     draft: tuple[int, ...]
     place: int
@@ -100,11 +100,11 @@ class Follower:
     number: int = 0
     in_flight: list[_InFlight] = field(default_factory=list)
     answered: dict[int, _Answered] = field(default_factory=dict)
-    due: dict[int, Row] = field(default_factory=dict)
+    due: dict[int, SequenceState] = field(default_factory=dict)
     """Sequences whose masks are requested ahead of the step that needs them."""
-    suspects: dict[int, Row] = field(default_factory=dict)
+    suspects: dict[int, SequenceState] = field(default_factory=dict)
     """Sequences whose masks were in flight when a process ended. Each is tried alone."""
-    drawn: dict[int, Row] = field(default_factory=dict)
+    drawn: dict[int, SequenceState] = field(default_factory=dict)
     """Sequences of the last TokensDrawn, until it is answered."""
     drawn_number: int = 0
     costly: set[str] = field(default_factory=set)
@@ -140,14 +140,14 @@ class Follower:
         if not self.users:
             self.unstarted_since = None
 
-    def forget(self, row: Row) -> None:
+    def forget(self, row: SequenceState) -> None:
         """Note that a sequence has ended."""
         for known in (self.answered, self.due, self.suspects):
             known.pop(row.arrival, None)
         if self.reported.pop(row.arrival, None) is not None:
             self._send(Forget([row.arrival], []))
 
-    def awaits(self, row: Row) -> bool:
+    def awaits(self, row: SequenceState) -> bool:
         """Return True if the next mask of a sequence is not there and cannot be requested in this step."""
         if self._mask_of(row) is not None or row.grammar in self.errors:
             return False
@@ -178,7 +178,7 @@ class Follower:
             due = [(row, ()) for row in self.due.values() if row.grammar in self.compiled]
             self.request(due, ahead=True)
 
-    def _try_alone(self, suspect: Row) -> None:
+    def _try_alone(self, suspect: SequenceState) -> None:
         """Have the process do one thing at a time, so that it is clear what it ends of."""
         if self.in_flight or self.compiling is not None:
             return
@@ -204,7 +204,9 @@ class Follower:
 
     # ---- masks ------------------------------------------------------------------------------
 
-    def request(self, wanted: Iterable[tuple[Row, tuple[int, ...]]], *, ahead: bool = False) -> None:
+    def request(
+        self, wanted: Iterable[tuple[SequenceState, tuple[int, ...]]], *, ahead: bool = False
+    ) -> None:
         """Request masks of sequences and their drafts that are not there. None may be in flight."""
         sent: list[_InFlight] = []
         place, self.ahead = 0, ahead
@@ -244,8 +246,9 @@ class Follower:
         masks[0] = found.masks[0]
         return masks
 
-    def note_drawn(self, rows: list[Row], foresee: bool) -> None:
-        """Take in that sequences have new tokens. Tokens that are forced come into `Row.forced` later."""
+    def note_drawn(self, rows: list[SequenceState], foresee: bool) -> None:
+        """Take in that sequences have new tokens. Tokens that are forced come into `SequenceState.forced`
+        later."""
         if self.in_flight or not self.has_grace():
             self.due |= {row.arrival: row for row in rows}
             return
@@ -261,11 +264,11 @@ class Follower:
             self._send(TokensDrawn(self.drawn_number, news))
             self.reported |= {number: row.generated for number, row in asked.items()}
 
-    def _mask_of(self, row: Row) -> _Answered | None:
+    def _mask_of(self, row: SequenceState) -> _Answered | None:
         found = self.answered.get(row.arrival)
         return found if found is not None and found.generated == row.generated else None
 
-    def _news(self, row: Row) -> tuple[str, list[int]]:
+    def _news(self, row: SequenceState) -> tuple[str, list[int]]:
         """Return a sequence's grammar and the tokens that the process does not know."""
         return row.grammar or "", row.tokens[row.prompt_length + self.reported.get(row.arrival, 0) :]
 

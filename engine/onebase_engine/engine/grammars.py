@@ -40,7 +40,7 @@ from onebase_engine.engine.grammar_link import (
     Template,
 )
 from onebase_engine.engine.messages import Grammar
-from onebase_engine.engine.row import Row, Segment
+from onebase_engine.engine.row import Segment, SequenceState
 
 COMPILING = 2
 """Limit of the grammars that are compiled on trial at once, one of each tenant: a slow one lets others
@@ -439,7 +439,7 @@ class Grammars:
 
     # ---- masks ------------------------------------------------------------------------------
 
-    def awaits(self, row: Row) -> bool:
+    def awaits(self, row: SequenceState) -> bool:
         """Return True if a sequence has to sit out steps, until its grammar or its mask has come."""
         return row.grammar is not None and self._followers[row.tenant].awaits(row)
 
@@ -457,7 +457,7 @@ class Grammars:
 
     def masks(
         self, segments: Iterable[Segment], computed: Callable[[], None]
-    ) -> dict[Row, np.ndarray | GrammarError | None]:
+    ) -> dict[SequenceState, np.ndarray | GrammarError | None]:
         """Return the masks of the sequences that `request` was given, valid until the next `request`.
 
         A mask is [1 + draft, words] int32, or None if it has not come: the sequence is to sit out.
@@ -501,20 +501,21 @@ class Grammars:
                 poll.register(process.fileno(), select.POLLIN | (select.POLLOUT if process.unsent else 0))
         poll.poll(seconds * 1000)
 
-    def note_drawn(self, rows: Iterable[Row], *, foresee: bool) -> None:
+    def note_drawn(self, rows: Iterable[SequenceState], *, foresee: bool) -> None:
         """Take in that sequences have new tokens and go on.
 
-        foresee: what they can only go on with is asked for. It comes into `Row.forced` with a later call, or
+        foresee: what they can only go on with is asked for. It comes into `SequenceState.forced` with a later
+        call, or
             not at all: nobody waits for it.
         """
-        by_tenant: dict[str, list[Row]] = {}
+        by_tenant: dict[str, list[SequenceState]] = {}
         for row in rows:
             if row.grammar is not None:
                 by_tenant.setdefault(row.tenant, []).append(row)
         for tenant, some in by_tenant.items():
             self._followers[tenant].note_drawn(some, foresee)
 
-    def forget(self, row: Row) -> None:
+    def forget(self, row: SequenceState) -> None:
         """Note that a sequence has ended."""
         if row.grammar is not None:
             self._followers[row.tenant].forget(row)

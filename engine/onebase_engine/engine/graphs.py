@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import triton
 
-from onebase_engine.engine.batch import Batch
+from onebase_engine.engine.batch import StepBatch
 from onebase_engine.engine.kv_cache import DUMP_BLOCK
 from onebase_engine.kernels import cuda
 from onebase_engine.kernels.cuda import CaptureError, FixedStep, StepSize
@@ -69,7 +69,7 @@ class Graphs:
         """Number of the step for which each size was last requested, the oldest first."""
         self._steps = 0
         self._bytes, self._most_bytes = 0, MOST_BYTES
-        self._prepared: tuple[Batch, _Graph] | None = None
+        self._prepared: tuple[StepBatch, _Graph] | None = None
         """Step that has already been written to its graph's place."""
         self._closed = False
         """Whether no more passes are captured."""
@@ -78,7 +78,7 @@ class Graphs:
         self.uncaptured: Collection[int] = ()
         """Slots that act outside the kernels."""
 
-    def prepare(self, batch: Batch) -> None:
+    def prepare(self, batch: StepBatch) -> None:
         """Write the next step, except its tokens, to its graph's place. The step before may still run."""
         size = self._size(batch)
         graph = None if size is None else self._graphs.get(size)
@@ -86,7 +86,7 @@ class Graphs:
             graph.step.prepare(batch.contexts, batch.token_map)
             self._prepared = batch, graph
 
-    def run(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def run(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return logits and hidden states of the batch's packed rows, or None if it has no graph.
 
         The next run overwrites them.
@@ -138,7 +138,7 @@ class Graphs:
             self._reserved()
         return held
 
-    def _capture(self, size: StepSize, batch: Batch) -> _Graph | None:
+    def _capture(self, size: StepSize, batch: StepBatch) -> _Graph | None:
         given = batch.input_ids, batch.contexts, batch.token_map
         try:
             step = FixedStep(size, self._slots, self._block_size, DUMP_BLOCK * self._block_size, self._device)
@@ -173,7 +173,7 @@ class Graphs:
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(self._device)
 
-    def _size(self, batch: Batch) -> StepSize | None:
+    def _size(self, batch: StepBatch) -> StepSize | None:
         """Return the size that the batch needs, rounded up, or None if no graph has it."""
         groups = batch.token_map.groups
         slots = {slot for group in groups for slot, _ in group.terms}

@@ -22,9 +22,9 @@ from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import MAX_ADAPTER_TERMS, Sampling
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
+from onebase_engine.engine.row import AdapterMix, Segment, SequenceState, StepPlan
 from onebase_engine.engine.sampling import draw
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.interface import TILE
 from onebase_engine.lora.weights import LoraWeights
 
@@ -192,7 +192,7 @@ def measured_on(device: torch.device) -> Measure:
 def largest_step_bytes(
     model: ServedModel,
     layers: Mapping[str, LayerShape],
-    limits: Limits,
+    limits: SchedulerLimits,
     *,
     block_size: int,
     rank: int,
@@ -244,14 +244,14 @@ def largest_step_bytes(
         model.release_kv()
 
 
-def _too_large(limits: Limits) -> MemoryBudgetError:
+def _too_large(limits: SchedulerLimits) -> MemoryBudgetError:
     return MemoryBudgetError(
         f"no memory for a step of {limits.step_tokens} tokens with contexts of {limits.max_length}: lower "
         "--step-tokens or --max-rows, or choose a smaller base"
     )
 
 
-def _largest_plan(limits: Limits, mix: AdapterMix, block_size: int) -> Plan:
+def _largest_plan(limits: SchedulerLimits, mix: AdapterMix, block_size: int) -> StepPlan:
     """Plan the largest number of decodes, each with the longest draft, and fill the step with prompts."""
     # What makes a draw take most: a nucleus of nearly all tokens, and logits that are changed first, also
     # those behind each token of a draft.
@@ -262,8 +262,8 @@ def _largest_plan(limits: Limits, mix: AdapterMix, block_size: int) -> Plan:
         limits.draft_tokens, limits.max_length - 1, max((limits.step_tokens - 1) // max(rows, 1) - 1, 0)
     )
 
-    def row(length: int) -> Row:
-        one = Row("largest", 0, [0] * length, sampling, mix, arrival=0, arrived_at=0.0)
+    def row(length: int) -> SequenceState:
+        one = SequenceState("largest", 0, [0] * length, sampling, mix, arrival=0, arrived_at=0.0)
         one.blocks = array("i", [RESERVED_BLOCKS]) * -(-limits.max_length // block_size)
         return one
 
@@ -274,7 +274,7 @@ def _largest_plan(limits: Limits, mix: AdapterMix, block_size: int) -> Plan:
         length = min(left, limits.max_length)
         prefills.append(Segment(row(limits.max_length), limits.max_length - length, limits.max_length))
         left -= length
-    return Plan([replace(decoding) for _ in range(rows)], prefills)
+    return StepPlan([replace(decoding) for _ in range(rows)], prefills)
 
 
 def _thin_adapter(

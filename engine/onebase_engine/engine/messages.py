@@ -95,7 +95,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+class ScoredToken(msgspec.Struct, frozen=True, array_like=True):
     """Natural-log probability of one token under the raw (unpenalized, temperature 1) distribution."""
 
     token: int
@@ -290,9 +290,9 @@ class RowOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     choice: int = 0
     tokens: list[int] = []
     """New tokens; a stop or end-of-sequence token that ended the sequence is included, last."""
-    logprobs: list[TokenLogprob] | None = None
+    logprobs: list[ScoredToken] | None = None
     """Logprobs, one per entry of `tokens`, if requested."""
-    prompt_logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[ScoredToken] | None = None
     """Logprobs of the prompt's tokens but the first, or of the branch's; sent once, before or with the first
     token."""
     vector: bytes | None = None
@@ -340,7 +340,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """Whether nothing is computed because all sequences wait for grammars or masks of other processes."""
 
 
-class StepDone(msgspec.Struct, frozen=True, tag=True):
+class StepResult(msgspec.Struct, frozen=True, tag=True):
     """Results of a step. Sent after every step, even if it only prefilled, and once a second when idle."""
 
     rows: list[RowOutput]
@@ -349,7 +349,7 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
     """End of the step, in seconds on the monotonic clock that all processes of a machine share."""
 
 
-ToApi = Loading | Ready | Fatal | AdapterLoaded | AdapterFailed | AdapterUnloaded | SlotsChanged | StepDone
+ToApi = Loading | Ready | Fatal | AdapterLoaded | AdapterFailed | AdapterUnloaded | SlotsChanged | StepResult
 
 
 _LENGTH = struct.Struct("<I")

@@ -13,7 +13,7 @@ from torch import nn
 from onebase_engine.base.load import UnsupportedBaseError, described
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
-from onebase_engine.engine.batch import Batch
+from onebase_engine.engine.batch import StepBatch
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, HostCache, KVCache, bytes_per_token
 from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap
@@ -251,7 +251,7 @@ class ServedModel:
         """Release memory that is not needed, when memory is short. Return True if there was any."""
         return self._graphs is not None and self._graphs.forget()
 
-    def prepare(self, batch: Batch) -> None:
+    def prepare(self, batch: StepBatch) -> None:
         """Prepare `forward` as far as possible without the batch's tokens and before its slots are filled."""
         if self._graphs is not None:
             self._graphs.prepare(batch)
@@ -261,7 +261,7 @@ class ServedModel:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def forward(self, batch: Batch) -> Outputs:
+    def forward(self, batch: StepBatch) -> Outputs:
         """Return the logits of the batch's `logit_rows`, and the hidden states of its `hidden_rows`."""
         wants_hidden = len(batch.hidden_rows) > 0
         arrays = batch.input_ids, batch.positions, batch.logit_rows, batch.hidden_rows

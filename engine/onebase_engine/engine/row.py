@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from onebase_engine.engine.drafts import Drafts
-from onebase_engine.engine.messages import AdapterRef, FinishReason, Pooling, Sampling, TokenLogprob
+from onebase_engine.engine.messages import AdapterRef, FinishReason, Pooling, Sampling, ScoredToken
 
 COMING = -1
 """Placeholder for a sequence's last token while it is drawn and the following step is planned."""
@@ -60,7 +60,7 @@ class TokenCounts:
 
 
 @dataclass(eq=False)
-class Row:
+class SequenceState:
     """State of one sequence. `tokens`: prompt and completion; the first `computed` have KV in `blocks`."""
 
     id: str
@@ -81,7 +81,7 @@ class Row:
     pooling: Pooling | None = None
     branch: int = 0
     """Number of tokens at the prompt's end that are a branch."""
-    leader: Row | None = None
+    leader: SequenceState | None = None
     """Sequence that prefills the shared prompt first, so that this one finds it in the prefix cache."""
     prompt_length: int = field(init=False)
     computed: int = 0
@@ -105,7 +105,7 @@ class Row:
     reported: bool = False
     """Whether the first output, with `cached_tokens` and `queue_seconds`, has been sent."""
     prompt_scored: bool = False
-    prompt_scores: list[TokenLogprob] = field(default_factory=list)
+    prompt_scores: list[ScoredToken] = field(default_factory=list)
     """Prompt logprobs collected over the prefill chunks, sent at once with the first token."""
     pooled: list[np.ndarray] = field(default_factory=list)
     """Pooled hidden states [hidden] fp64: the last one, the sum of all up to `computed`, or the classifier's
@@ -167,7 +167,7 @@ class Row:
 class Ahead:
     """A sequence as it will be if the first tokens of its draft are right."""
 
-    row: Row
+    row: SequenceState
     draft: tuple[int, ...]
 
     @property
@@ -203,7 +203,7 @@ class Ahead:
 class Segment:
     """Tokens `start:stop` of a sequence that one step computes, and those of a draft after its last token."""
 
-    row: Row
+    row: SequenceState
     start: int
     stop: int
     draft: tuple[int, ...] = ()
@@ -239,7 +239,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Work of one step: `decodes` are segments of one token, plus drafts, and `prefills` are longer ones."""
 
     decodes: list[Segment]
@@ -259,7 +259,7 @@ class Plan:
             for block in one.row.blocks[one.start // block_size : -(-(one.start + one.length) // block_size)]
         }
 
-    def unfinished(self) -> Plan:
+    def unfinished(self) -> StepPlan:
         """Return the plan without sequences that have ended since."""
         going = [[one for one in some if one.row.finish is None] for some in (self.decodes, self.prefills)]
         return replace(self, decodes=going[0], prefills=going[1])

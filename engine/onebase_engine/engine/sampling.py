@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional
 
 from onebase_engine.engine.grammar_follower import GrammarError
-from onebase_engine.engine.messages import TokenLogprob
-from onebase_engine.engine.row import Ahead, Row
+from onebase_engine.engine.messages import ScoredToken
+from onebase_engine.engine.row import Ahead, SequenceState
 from onebase_engine.kernels.interface import Draws, Kernels
 from onebase_engine.kernels.reference import sent
 
@@ -43,7 +43,7 @@ class Drawn:
     """New token of one sequence; None if its logits are not finite or it raised `error`: it fails alone."""
 
     token: int | None
-    logprob: TokenLogprob | None = None
+    logprob: ScoredToken | None = None
     error: Exception | None = None
 
 
@@ -56,7 +56,7 @@ def uniform(seed: int, choice: int, index: int) -> float:
 
 def begin_draw(
     logits: torch.Tensor,
-    rows: Sequence[Row | Ahead],
+    rows: Sequence[SequenceState | Ahead],
     eos_ids: frozenset[int],
     kernels: Kernels,
     masks: Sequence[Mask] = (),
@@ -76,10 +76,13 @@ def begin_draw(
 
 
 def _drawn(
-    chosen: list[int | None], logits: torch.Tensor, rows: Sequence[Row | Ahead], masks: Sequence[Mask]
+    chosen: list[int | None],
+    logits: torch.Tensor,
+    rows: Sequence[SequenceState | Ahead],
+    masks: Sequence[Mask],
 ) -> list[Drawn]:
     """Combine the tokens with the requested logprobs."""
-    scores: dict[int, TokenLogprob] = {}
+    scores: dict[int, ScoredToken] = {}
     # One k at a time: among equal values, which come first depends on how many are asked for.
     for top in {row.sampling.logprobs for row in rows}:
         if top is None:
@@ -94,7 +97,7 @@ def _drawn(
     return drawn
 
 
-def _draws(rows: Sequence[Row | Ahead]) -> Draws:
+def _draws(rows: Sequence[SequenceState | Ahead]) -> Draws:
     """Return the sampling settings and random numbers of all rows as arrays."""
     settings = [row.sampling for row in rows]
     temperatures = [max(one.temperature, _COLDEST) if one.temperature > 0 else 0.0 for one in settings]
@@ -113,7 +116,7 @@ def _draws(rows: Sequence[Row | Ahead]) -> Draws:
 
 def draw(
     logits: torch.Tensor,
-    rows: Sequence[Row | Ahead],
+    rows: Sequence[SequenceState | Ahead],
     eos_ids: frozenset[int],
     kernels: Kernels,
     masks: Sequence[Mask] = (),
@@ -124,7 +127,7 @@ def draw(
 
 def begin_draw_apart(
     logits: torch.Tensor,
-    rows: Sequence[Row | Ahead],
+    rows: Sequence[SequenceState | Ahead],
     eos_ids: frozenset[int],
     kernels: Kernels,
     masks: Sequence[Mask] = (),
@@ -164,9 +167,9 @@ def begin_draw_apart(
     return read_apart
 
 
-def score_tokens(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+def score_tokens(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[ScoredToken]:
     """Return logprobs under raw logits [rows, vocab]: one token's in each row, and the `top` largest."""
-    found: list[TokenLogprob] = []
+    found: list[ScoredToken] = []
     for first in range(0, len(tokens), _SCORED_AT_ONCE):
         some = tokens[first : first + _SCORED_AT_ONCE]
         raw = logits[first : first + len(some)].float()
@@ -179,7 +182,7 @@ def score_tokens(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[
         # All are fp64 exactly, and an accelerator is waited for once.
         for token, row in zip(some, torch.cat([own, values, indices], dim=1).tolist(), strict=True):
             best, ids = row[1 : 1 + values.shape[1]], map(int, row[1 + values.shape[1] :])
-            found.append(TokenLogprob(token, row[0], list(zip(ids, best, strict=True))))
+            found.append(ScoredToken(token, row[0], list(zip(ids, best, strict=True))))
     return found
 
 
@@ -215,7 +218,7 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     return (ascending.long() << 32) | last_first
 
 
-def _adjusted(raw: torch.Tensor, row: Row | Ahead, eos_ids: frozenset[int]) -> torch.Tensor:
+def _adjusted(raw: torch.Tensor, row: SequenceState | Ahead, eos_ids: frozenset[int]) -> torch.Tensor:
     """Return a row's logits [vocab], fp32, after penalties, bias and min_tokens.
 
     All are NaN unless the largest raw one is finite, even if that one is removed.
@@ -233,12 +236,12 @@ def _adjusted(raw: torch.Tensor, row: Row | Ahead, eos_ids: frozenset[int]) -> t
     return torch.where(torch.isfinite(raw.amax()), logits, torch.nan)
 
 
-def _adjusts(row: Row | Ahead) -> bool:
+def _adjusts(row: SequenceState | Ahead) -> bool:
     sampling = row.sampling
     return bool(row.generated < sampling.min_tokens or sampling.logit_bias or sampling.penalizes)
 
 
-def _penalize(logits: torch.Tensor, row: Row | Ahead) -> None:
+def _penalize(logits: torch.Tensor, row: SequenceState | Ahead) -> None:
     """Apply repetition penalty (CTRL, arXiv:1909.05858) to all tokens, OpenAI's two to the completion."""
     sampling = row.sampling
     if sampling.repetition_penalty != 1.0:

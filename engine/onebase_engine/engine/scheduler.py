@@ -41,9 +41,9 @@ from dataclasses import dataclass, field, replace
 from heapq import nsmallest
 
 from onebase_engine.engine.drafts import Drafts
-from onebase_engine.engine.fair_queue import OUTPUT_WEIGHT, FairQueue, Tenant, Turns
+from onebase_engine.engine.fair_queue import OUTPUT_WEIGHT, FairQueue, TenantQueue, Turns
 from onebase_engine.engine.kv_cache import BlockPool, block_key, root_key
-from onebase_engine.engine.row import Plan, Row, Segment
+from onebase_engine.engine.row import Segment, SequenceState, StepPlan
 from onebase_engine.engine.slot_table import SlotTable
 
 MAX_SCORED_TOKENS = 128
@@ -85,7 +85,7 @@ class NeverFitsError(ValueError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class SchedulerLimits:
     """Limits of the scheduler: sequences and tokens per step, tokens per sequence."""
 
     max_rows: int
@@ -106,19 +106,19 @@ class _Draft:
     budget: int
     background: int = 0
     bounded: int = 0
-    decoding: list[Tenant] = field(default_factory=list)
+    decoding: list[TenantQueue] = field(default_factory=list)
     """The two tenants, of those with decodes in the step, that are served first."""
-    heavy: set[Row] = field(default_factory=set)
+    heavy: set[SequenceState] = field(default_factory=set)
     """Sequences whose decodes are bounded."""
     contended: bool = False
     """Whether anything is bounded."""
-    decodes: dict[Row, Segment] = field(default_factory=dict)
-    chunks: dict[Row, Segment] = field(default_factory=dict)
+    decodes: dict[SequenceState, Segment] = field(default_factory=dict)
+    chunks: dict[SequenceState, Segment] = field(default_factory=dict)
     """Segments of sequences that prefill or have just been admitted."""
-    preempted: set[Row] = field(default_factory=set)
-    late: set[Row] = field(default_factory=set)
+    preempted: set[SequenceState] = field(default_factory=set)
+    late: set[SequenceState] = field(default_factory=set)
     """Sequences whose blocks are still in flight from host memory."""
-    lacking: set[Row] = field(default_factory=set)
+    lacking: set[SequenceState] = field(default_factory=set)
     """Waiting sequences that had their turn and lacked blocks."""
     slotless: int = 0
     """Number of flows (a tenant's adapters) that found no slot."""
@@ -130,12 +130,12 @@ class _Draft:
         kept = any(row.passed >= MAX_PASSED for row in self.lacking)
         return self.budget <= 0 or kept or max(len(self.lacking), self.slotless, self.refused) >= MAX_TRIES
 
-    def take(self, row: Row, tokens: int) -> None:
+    def take(self, row: SequenceState, tokens: int) -> None:
         self.budget -= tokens
         if row.background:
             self.background -= tokens
 
-    def left(self, row: Row) -> int:
+    def left(self, row: SequenceState) -> int:
         """Return the number of tokens that the sequence may still have."""
         return min(self.budget, self.background) if row.background else self.budget
 
@@ -145,11 +145,11 @@ class _Draft:
             for row in [row for row in segments if row.background]:
                 self.budget += segments.pop(row).length
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         single = [segment for segment in self.chunks.values() if segment.length == 1]
         longer = [segment for segment in self.chunks.values() if segment.length > 1]
         heavy = sum(row in self.heavy for row in self.decodes) if self.contended else None
-        return Plan([*self.decodes.values(), *single], longer, heavy)
+        return StepPlan([*self.decodes.values(), *single], longer, heavy)
 
 
 class BackgroundPace:
@@ -177,7 +177,7 @@ class BackgroundPace:
         may = self._without is not None and self._credit >= 0 and self._steps < BACKGROUND_FRESH
         return max(1, self.alone // BACKGROUND_PART) if may else 0
 
-    def took(self, plan: Plan, seconds: float) -> None:
+    def took(self, plan: StepPlan, seconds: float) -> None:
         """Update the budgets with the time in which a step was computed."""
         others = [segment for segment in plan.segments if not segment.row.background]
         if not others:
@@ -225,7 +225,7 @@ class TenantPace:
         """Largest number of bounded tokens in the next step."""
         return self._bounded if self._steps % BOUNDED_FRESH else 0
 
-    def took(self, plan: Plan, seconds: float) -> None:
+    def took(self, plan: StepPlan, seconds: float) -> None:
         """Update the budget with the time in which a step was computed."""
         if plan.bounded_decodes is None:
             self._steps, self._without = 0, None
@@ -245,21 +245,21 @@ class TenantPace:
 class Scheduler:
     """Waiting and running sequences. `plan` chooses what to compute, `computed` records it."""
 
-    def __init__(self, base: str, pool: BlockPool, slots: SlotTable, limits: Limits) -> None:
+    def __init__(self, base: str, pool: BlockPool, slots: SlotTable, limits: SchedulerLimits) -> None:
         self._base = base
         self._pool = pool
         self._slots = slots
         self.limits = limits
         self.waiting = FairQueue(CREDIT_STEPS * limits.step_tokens)
-        self.running: list[Row] = []
+        self.running: list[SequenceState] = []
         """Running sequences, in order of arrival."""
         self.preemptions = 0
         self.yielded = 0
         """Number of preemptions for a waiting sequence of another tenant."""
-        self.awaits: Callable[[Row], bool] = lambda row: False
+        self.awaits: Callable[[SequenceState], bool] = lambda row: False
         """Whether a sequence has to skip steps that would give it a token, because its grammar's mask has not
         arrived."""
-        self._uncharged: set[Row] = set()
+        self._uncharged: set[SequenceState] = set()
         """Sequences whose decodes are planned ahead and not charged yet."""
         slots.order = self.waiting.order
 
@@ -291,7 +291,7 @@ class Scheduler:
                 f"start it with --max-slots {adapters}",
             )
 
-    def add(self, row: Row) -> None:
+    def add(self, row: SequenceState) -> None:
         self.waiting.enter(row)
 
     @property
@@ -299,7 +299,9 @@ class Scheduler:
         """Whether all running sequences are in the background."""
         return all(row.background for row in self.running)
 
-    def plan(self, background: int | None = None, bounded: int | None = None, *, ahead: bool = False) -> Plan:
+    def plan(
+        self, background: int | None = None, bounded: int | None = None, *, ahead: bool = False
+    ) -> StepPlan:
         """Plan the next step, admitting and preempting sequences as needed.
 
         Args:
@@ -336,12 +338,12 @@ class Scheduler:
             self._look_ahead(draft)
         return draft.plan()
 
-    def holds_up(self, plan: Plan) -> bool:
+    def holds_up(self, plan: StepPlan) -> bool:
         """Return True if a plan made ahead has only background sequences while others wait."""
         alone = all(segment.row.background for segment in plan.segments)
         return alone and len(self.waiting) > self.waiting.in_background
 
-    def settle(self, plan: Plan, background: int) -> Plan:
+    def settle(self, plan: StepPlan, background: int) -> StepPlan:
         """Complete a plan made ahead, from which ended sequences have been removed.
 
         Its decodes are charged, and sequences whose guesses have mostly been right get drafts. `background`:
@@ -363,7 +365,7 @@ class Scheduler:
             return plan
         return replace(plan, decodes=[draft.decodes.get(one.row, one) for one in plan.decodes])
 
-    def guess(self, plan: Plan) -> None:
+    def guess(self, plan: StepPlan) -> None:
         """Let sequences without a draft guess this step's token, to learn whether drafts are worth it."""
         for segment in plan.decodes:
             if segment.row.drafts is not None and not segment.draft:
@@ -383,7 +385,7 @@ class Scheduler:
         for index in range(segment.start // size, row.computed // size):
             self._pool.publish(row.blocks[index], row.block_keys[index])
 
-    def finish(self, row: Row) -> None:
+    def finish(self, row: SequenceState) -> None:
         """Remove a sequence, waiting or running, and release its resources."""
         self._slots.forget(row)
         if row in self.running:
@@ -392,7 +394,7 @@ class Scheduler:
         self.waiting.leave(row)
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[SequenceState]:
         return [*self.running, *self.waiting]
 
     # ---- what a step computes ----------------------------------------------------------------
@@ -421,7 +423,7 @@ class Scheduler:
                     bounded -= 1
                     draft.bounded -= 1
 
-    def _bound_decodes(self, rows: Collection[Row], draft: _Draft) -> None:
+    def _bound_decodes(self, rows: Collection[SequenceState], draft: _Draft) -> None:
         """Note which tenants decode, and which of these sequences are of tenants with twice the load."""
         those = [(row, self.waiting.flow(row).tenant) for row in rows if not row.background]
         draft.decoding = nsmallest(2, {tenant for _, tenant in those}, key=self.waiting.standing)
@@ -430,7 +432,7 @@ class Scheduler:
             draft.heavy = {row for row, tenant in those if self._is_heavier(tenant, first)}
             draft.contended = bool(draft.heavy)
 
-    def _is_heavier(self, tenant: Tenant, other: Tenant) -> bool:
+    def _is_heavier(self, tenant: TenantQueue, other: TenantQueue) -> bool:
         return 2 * other.load <= tenant.load and self.waiting.standing(other) <= self.waiting.standing(tenant)
 
     def _walk(self, turns: Turns, draft: _Draft) -> None:
@@ -443,7 +445,7 @@ class Scheduler:
             elif row in self.running or self._admit(row, draft, turns):
                 self._advance(row, draft)
 
-    def _advance(self, row: Row, draft: _Draft) -> None:
+    def _advance(self, row: SequenceState, draft: _Draft) -> None:
         """Plan as much of the sequence as the budget allows, once its blocks are restored."""
         if self._is_late(row):
             draft.late.add(row)
@@ -461,7 +463,7 @@ class Scheduler:
         draft.bounded -= length if is_bounded else 0
         self.waiting.charge(segment)
 
-    def _must_wait(self, row: Row, draft: _Draft) -> bool:
+    def _must_wait(self, row: SequenceState, draft: _Draft) -> bool:
         """Return True if the step has no time for this prompt.
 
         It must stay short for a prompt of a tenant with at most half the load, and for decodes of another
@@ -476,7 +478,7 @@ class Scheduler:
         others = {self.waiting.flow(other).tenant for other in draft.chunks} - {tenant}
         return any(2 * other.load <= tenant.load for other in others)
 
-    def _is_bounded(self, row: Row, draft: _Draft) -> bool:
+    def _is_bounded(self, row: SequenceState, draft: _Draft) -> bool:
         """Return True if the step decodes for another tenant that is served before this sequence's."""
         if row.background:
             return False
@@ -511,7 +513,7 @@ class Scheduler:
 
     # ---- admission ---------------------------------------------------------------------------
 
-    def _may_begin(self) -> Callable[[Tenant], bool]:
+    def _may_begin(self) -> Callable[[TenantQueue], bool]:
         """Return a predicate for tenants whose sequences may be admitted, at least by preempting others."""
         if not self._is_full or any(row.ends for row in self.running):
             return lambda tenant: True
@@ -519,13 +521,13 @@ class Scheduler:
         for row in self.running:
             most[row.background] = max(most[row.background], self.waiting.flow(row).tenant.load)
 
-        def might(tenant: Tenant) -> bool:
+        def might(tenant: TenantQueue) -> bool:
             takes = most[True] > 0 and not tenant.background
             return takes or 2 * (tenant.load + tenant.least_unit) <= most[tenant.background]
 
         return might
 
-    def _admit(self, row: Row, draft: _Draft, turns: Turns) -> bool:
+    def _admit(self, row: SequenceState, draft: _Draft, turns: Turns) -> bool:
         """Admit a waiting sequence if its resources are free or others yield them. Return True if it runs."""
         leader = row.leader
         waits_for_leader = leader is not None and not leader.prefilled and not leader.finish
@@ -558,11 +560,11 @@ class Scheduler:
     def _is_full(self) -> bool:
         return len(self.running) >= self.limits.max_rows
 
-    def _take_slots(self, row: Row, draft: _Draft) -> bool:
+    def _take_slots(self, row: SequenceState, draft: _Draft) -> bool:
         if self._slots.acquire(row):
             return True
         users = self._slots.in_the_way(row)
-        yielding: list[Row] = []
+        yielding: list[SequenceState] = []
         while users - set(yielding):
             victim = self._over_served(row, users - set(yielding), yielding, draft)
             if victim is None:
@@ -571,12 +573,12 @@ class Scheduler:
         self._yield(yielding, draft)
         return bool(yielding) and self._slots.acquire(row)
 
-    def _yielding(self, row: Row, draft: _Draft) -> list[Row]:
+    def _yielding(self, row: SequenceState, draft: _Draft) -> list[SequenceState]:
         """Return running sequences that yield a place and blocks to `row`; empty if those would not
         suffice."""
         needed = self._pool.blocks_for(len(row.tokens)) + self._watermark(row)
         free = self._pool.free
-        yielding: list[Row] = []
+        yielding: list[SequenceState] = []
         while len(self.running) - len(yielding) >= self.limits.max_rows or free < needed:
             victim = self._over_served(row, self.running, yielding, draft)
             if victim is None:
@@ -586,8 +588,12 @@ class Scheduler:
         return yielding
 
     def _over_served(
-        self, row: Row, among: Collection[Row], yielding: Collection[Row], draft: _Draft
-    ) -> Row | None:
+        self,
+        row: SequenceState,
+        among: Collection[SequenceState],
+        yielding: Collection[SequenceState],
+        draft: _Draft,
+    ) -> SequenceState | None:
         """Return the next sequence to yield to `row`: the youngest of the tenant with the largest load.
 
         Sequences that end anyway come first; then, unless `row` is in the background, the youngest that are.
@@ -601,7 +607,7 @@ class Scheduler:
             return max(behind, key=lambda other: other.arrival)
         flow, own = self.waiting.flow(row), self.waiting.flow(row).tenant
         least = 2 * (own.load + (0 if row in self.running else 1 / flow.weight))
-        loads: dict[Row, float] = {}
+        loads: dict[SequenceState, float] = {}
         for other in behind if row.background else among:
             theirs = self.waiting.flow(other).tenant
             settled = other.generated < other.yields_at or other in going
@@ -613,14 +619,14 @@ class Scheduler:
                 loads[other] = load
         return max(loads, key=lambda other: (loads[other], other.arrival), default=None)
 
-    def _yield(self, rows: Collection[Row], draft: _Draft) -> None:
+    def _yield(self, rows: Collection[SequenceState], draft: _Draft) -> None:
         for row in rows:
             self._preempt(row, draft)
         self.yielded += sum(not row.ends for row in rows)
 
     # ---- blocks ------------------------------------------------------------------------------
 
-    def _take_blocks(self, row: Row) -> bool:
+    def _take_blocks(self, row: SequenceState) -> bool:
         """Allocate blocks for all tokens, a cached prefix first. At least one token stays to compute.
 
         Return False, and allocate none, if there are not enough, or if fewer than the watermark would stay
@@ -647,13 +653,13 @@ class Scheduler:
             row.yields_at = row.generated + max(self._pool.block_size, again // OUTPUT_WEIGHT)
         return True
 
-    def _is_late(self, row: Row) -> bool:
+    def _is_late(self, row: SequenceState) -> bool:
         """Return True if blocks of a running sequence return from host memory only after the next step."""
         if row.late:
             row.late = self._pool.late(row.late)
         return bool(row.late)
 
-    def _watermark(self, admitted: Row) -> int:
+    def _watermark(self, admitted: SequenceState) -> int:
         """Return the number of blocks that must stay free after `admitted` joins; alone it may take all."""
         if not self.running:
             return 0
@@ -661,11 +667,11 @@ class Scheduler:
         growing += self._may_outgrow(admitted, self._pool.blocks_for(len(admitted.tokens)))
         return max(growing, int(self._pool.capacity * WATERMARK))
 
-    def _may_outgrow(self, row: Row, blocks: int) -> bool:
+    def _may_outgrow(self, row: SequenceState, blocks: int) -> bool:
         """Return True if the sequence may need more than `blocks`; its last token needs no KV."""
         return self._pool.blocks_for(row.prompt_length + row.sampling.max_tokens - 1) > blocks
 
-    def _grow(self, row: Row, tokens: int, draft: _Draft) -> bool:
+    def _grow(self, row: SequenceState, tokens: int, draft: _Draft) -> bool:
         """Allocate blocks for `tokens`, preempting sequences if needed, background ones first.
 
         Return False if this sequence was preempted.
@@ -682,7 +688,7 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, row: Row, draft: _Draft) -> None:
+    def _preempt(self, row: SequenceState, draft: _Draft) -> None:
         self.running.remove(row)
         self._release(row)
         row.computed = 0
@@ -692,12 +698,12 @@ class Scheduler:
         if draft.decodes.pop(row, None) is not None:
             draft.take(row, -1)
 
-    def _release(self, row: Row) -> None:
+    def _release(self, row: SequenceState) -> None:
         self._pool.release(row.blocks)
         row.blocks, row.late = array("i"), []
         self._slots.release(row)
 
-    def _extend_keys(self, row: Row, tokens: int) -> None:
+    def _extend_keys(self, row: SequenceState, tokens: int) -> None:
         """Extend the keys of the sequence's full blocks within its first `tokens` tokens."""
         size = self._pool.block_size
         while (len(row.block_keys) + 1) * size <= tokens:

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from onebase_engine.engine.row import Row
+from onebase_engine.engine.row import SequenceState
 
 
 @dataclass
 class _Slot:
     digest: str | None = None
-    users: set[Row] = field(default_factory=set)
+    users: set[SequenceState] = field(default_factory=set)
     last_used: int = 0
-    claimed_by: Row | None = None
+    claimed_by: SequenceState | None = None
 
 
 class SlotTable:
@@ -38,7 +38,7 @@ class SlotTable:
 
         `ready(digests)`: whether versions that are in no slot can be put there without a wait.
         """
-        self.order: Callable[[Row], Any] = lambda row: row.arrival
+        self.order: Callable[[SequenceState], Any] = lambda row: row.arrival
         """Sort key of a sequence's turn; an earlier turn is smaller."""
         self._slots = [_Slot() for _ in range(capacity)]
         self.budget = budget
@@ -66,7 +66,7 @@ class SlotTable:
         """Versions in slots that no waiting sequence has claimed."""
         return {slot.digest for slot in self._slots if slot.digest is not None and slot.claimed_by is None}
 
-    def acquire(self, row: Row) -> bool:
+    def acquire(self, row: SequenceState) -> bool:
         """Acquire a slot for each of the sequence's adapters, all or none. Return False if it has to wait."""
         places = self.slot_of
         held = {digest: places[digest] for digest in row.mix.digests if digest in places}
@@ -99,12 +99,12 @@ class SlotTable:
             self._slots[number].last_used = self._clock
         return True
 
-    def release(self, row: Row) -> None:
+    def release(self, row: SequenceState) -> None:
         """Release the slots of a sequence that runs no longer. Its versions stay in them until evicted."""
         for slot in self._slots:
             slot.users.discard(row)
 
-    def forget(self, row: Row) -> None:
+    def forget(self, row: SequenceState) -> None:
         """Remove a sequence for good, with its claims."""
         self.release(row)
         self._unclaim(row)
@@ -119,7 +119,7 @@ class SlotTable:
         self._empty(number)
         return True
 
-    def in_the_way(self, row: Row) -> set[Row]:
+    def in_the_way(self, row: SequenceState) -> set[SequenceState]:
         """Return the sequences that use slots which `row` has claimed and lacks."""
         return {
             user
@@ -128,7 +128,7 @@ class SlotTable:
             for user in slot.users
         }
 
-    def users(self, number: int) -> list[Row]:
+    def users(self, number: int) -> list[SequenceState]:
         """Return the sequences that use a slot, in order of arrival."""
         return sorted(self._slots[number].users, key=lambda row: row.arrival)
 
@@ -149,11 +149,11 @@ class SlotTable:
         held = [digest for digest in kept if digest is not None]
         return sum(self._size_of(digest) for digest in (*held, *added)) <= self.budget
 
-    def _closed_to(self, row: Row, slot: _Slot) -> bool:
+    def _closed_to(self, row: SequenceState, slot: _Slot) -> bool:
         claimant = slot.claimed_by
         return claimant is not None and claimant is not row and self.order(claimant) < self.order(row)
 
-    def _claim(self, row: Row, missing: Sequence[str], keep: set[int]) -> None:
+    def _claim(self, row: SequenceState, missing: Sequence[str], keep: set[int]) -> None:
         """Reserve the slots with the fewest users, unless this or an earlier sequence has claims.
 
         The claims of a sequence whose turn is later are dropped. Otherwise a preempted sequence could find
@@ -178,7 +178,7 @@ class SlotTable:
         for number in keep:
             self._slots[number].claimed_by = row
 
-    def _unclaim(self, row: Row) -> None:
+    def _unclaim(self, row: SequenceState) -> None:
         for slot in self._slots:
             if slot.claimed_by is row:
                 slot.claimed_by = None

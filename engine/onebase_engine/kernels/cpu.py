@@ -106,7 +106,7 @@ class _Projected(ctypes.Structure):
     )  # fmt: skip
 
 
-class Call(ctypes.Structure):
+class KernelCall(ctypes.Structure):
     """One call of the library, with all arguments that stay the same from step to step."""
 
     _fields_ = (
@@ -141,7 +141,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 class Recorder(Protocol):
     """Protocol of an object that records calls and provides the memory for their results."""
 
-    def note(self, call: Call, reads: Sequence[torch.Tensor]) -> None: ...
+    def note(self, call: KernelCall, reads: Sequence[torch.Tensor]) -> None: ...
 
     def empty(self, *shape: int) -> torch.Tensor: ...
 
@@ -259,7 +259,7 @@ class CpuKernels:
         self.use_threads()
 
     def run(
-        self, call: Call, reads: Sequence[torch.Tensor], rows: RowMap | None, contexts: Contexts | None
+        self, call: KernelCall, reads: Sequence[torch.Tensor], rows: RowMap | None, contexts: Contexts | None
     ) -> None:
         """Make one call. `reads`: the rows that it reads.
 
@@ -372,7 +372,7 @@ class CpuKernels:
                 return own(x)
             x = x.contiguous()
             y = self.empty(*x.shape)
-            call = Call(
+            call = KernelCall(
                 _NORM, x.numel() // size, size=size, eps=eps, x=x.data_ptr(), weight=weight.data_ptr()
             )
             call.ys[0] = y.data_ptr()
@@ -393,7 +393,7 @@ class CpuKernels:
         LANES."""
         y = self.empty(*x.shape)
         size = x.shape[-1]
-        call = Call(_ADD, x.numel() // size, size=size, x=x.data_ptr(), other=other.data_ptr())
+        call = KernelCall(_ADD, x.numel() // size, size=size, x=x.data_ptr(), other=other.data_ptr())
         call.ys[0] = y.data_ptr()
         self.run(call, [x, other], None, None)
         return y
@@ -529,7 +529,7 @@ class NativeLayers:
         self._kernels = layers[0].kernels
         self._layers = tuple(layers)
         self._sizes = [layer.size_out for layer in layers[: 1 if gated else None]]
-        self._call = Call(_LINEAR, count=len(layers), gated=gated)
+        self._call = KernelCall(_LINEAR, count=len(layers), gated=gated)
         for number, layer in enumerate(layers):
             self._call.layers[number] = ctypes.addressof(layer.structure)
 
@@ -570,7 +570,9 @@ class NativeAttention:
             v.stride(1), v.stride(0), out.data_ptr(),
             *((None, None) if rotation is None else (one.data_ptr() for one in rotation)),
         )  # fmt: skip
-        call = Call(_ATTEND, q.shape[1], attention=ctypes.addressof(self._structure), projected=projected)
+        call = KernelCall(
+            _ATTEND, q.shape[1], attention=ctypes.addressof(self._structure), projected=projected
+        )
         self._kernels.run(call, [q, k, v, *(rotation or ())], None, contexts)
         return out
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onebase_engine.kernels.cpu import LANES, Call, CpuKernels
+from onebase_engine.kernels.cpu import LANES, CpuKernels, KernelCall
 from onebase_engine.kernels.interface import Contexts, RowMap
 
 CHUNK = 1 << 20
@@ -77,12 +77,12 @@ class Program:
     def __init__(
         self,
         kernels: CpuKernels,
-        calls: Sequence[Call],
+        calls: Sequence[KernelCall],
         inputs: Sequence[tuple[int, Fixed]],
         result: torch.Tensor,
     ) -> None:
         self._kernels = kernels
-        self._calls = (Call * len(calls))(*calls)
+        self._calls = (KernelCall * len(calls))(*calls)
         self._inputs = tuple(inputs)
         self._result = result
 
@@ -114,7 +114,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._arena = arena
         self._given = {_storage(fixed.tensor): number for number, fixed in enumerate(given)}
         self._fixed = given
-        self.calls: list[Call] = []
+        self.calls: list[KernelCall] = []
         self.reads: set[int] = set()
         """Numbers of the given tensors that a call reads."""
 
@@ -139,14 +139,14 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         whole = both and x.shape[-1] % LANES == 0 and x.is_contiguous() and other.is_contiguous()
         return bool(whole and x.dtype == other.dtype == torch.bfloat16)
 
-    def note(self, call: Call, reads: Sequence[torch.Tensor]) -> None:
+    def note(self, call: KernelCall, reads: Sequence[torch.Tensor]) -> None:
         for tensor in reads:
             number = self._given.get(_storage(tensor))
             if number is not None:
                 self.reads.add(number)
             elif not self._arena.holds(tensor):
                 raise UnrecordableError("a call reads what Python has made")
-        self.calls.append(Call.from_buffer_copy(call))
+        self.calls.append(KernelCall.from_buffer_copy(call))
 
     def empty(self, *shape: int) -> torch.Tensor:
         return self._arena.empty(*shape)

@@ -16,11 +16,11 @@ from onebase_adapters.registry import (
     VersionRecord,
 )
 from onebase_adapters.store.store import Store
-from onebase_server.adapters.catalog import Catalog, Names, VersionRef, not_ready
+from onebase_server.adapters.catalog import Catalog, VersionRef, VisibleAdapters, not_ready
 from onebase_server.adapters.residency import Residency
 from onebase_server.app.storage import delete_blobs, storage_errors
 from onebase_server.background import RegistryThreads, Threads
-from onebase_server.errors import ConflictError, OneBaseError, StaleActivationError
+from onebase_server.errors import ActivationConflictError, ApiError, StateConflictError
 
 WARM_SECONDS = 5.0
 """Longest time, in seconds, that a rollback or a pin waits for the version to be loaded."""
@@ -30,7 +30,7 @@ PREFETCHES = 4
 _log = logging.getLogger(__name__)
 
 
-class Activation:
+class ActivationService:
     """Activates, pins, shares and deletes versions. Called from one event loop.
 
     What another tenant shares may only be used and looked at: changing it raises ForbiddenError. Changes
@@ -67,16 +67,15 @@ class Activation:
     ) -> AdapterRecord:
         """Load the version, then let the name point at it; requests see either the old one or the new one.
 
-        Raises UnknownAdapterError, ConflictError (not ready), StaleActivationError, InvalidRequestError (no
-        room for it in memory), UnavailableError.
-        """
+        Raises AdapterNotFoundError, StateConflictError (not ready), ActivationConflictError,
+        InvalidRequestError (no room for it in memory), UnavailableError."""
         names = await self._look(tenant, name)
         found = names.version(name, version, param="version")
         if found.state != "ready":
             raise not_ready(found, "version")
         record = names.adapter(name, param="name")
         if not isinstance(expected, Unset) and expected != record.active:
-            raise StaleActivationError(name, record.active)
+            raise ActivationConflictError(name, record.active)
         async with self._residency.lease([VersionRef.of(found)]), self._turn:
             with storage_errors(name):
                 await self._records.write(
@@ -95,8 +94,8 @@ class Activation:
     ) -> AdapterRecord:
         """Activate the version that was active before, even if it cannot be loaded now.
 
-        Raises UnknownAdapterError, StaleActivationError, UnavailableError, ConflictError (there is none).
-        """
+        Raises AdapterNotFoundError, ActivationConflictError, UnavailableError, StateConflictError (there is
+        none)."""
         self._catalog.of(tenant).check_own(name)
         async with self._turn:
             with storage_errors(name):
@@ -108,7 +107,7 @@ class Activation:
         return self._catalog.of(tenant).adapter(name, param="name")
 
     async def deactivate(self, tenant: str, name: str, *, actor: str = "") -> AdapterRecord:
-        """Deactivate the name, so that no version answers to it. Raises UnknownAdapterError."""
+        """Deactivate the name, so that no version answers to it. Raises AdapterNotFoundError."""
         self._catalog.of(tenant).check_own(name)
         async with self._turn:
             with storage_errors(name):
@@ -119,7 +118,7 @@ class Activation:
     async def pin(self, tenant: str, name: str, pinned: bool) -> AdapterRecord:
         """Pin the active version in host memory, or unpin it.
 
-        Raises UnknownAdapterError, InvalidRequestError (more than fits), UnavailableError.
+        Raises AdapterNotFoundError, InvalidRequestError (more than fits), UnavailableError.
         """
         async with self._turn:
             record = (await self._look(tenant, name)).adapter(name, param="name")
@@ -135,7 +134,7 @@ class Activation:
     async def share(self, tenant: str, name: str, shared: bool) -> AdapterRecord:
         """Let all tenants use and inspect the adapter, or stop that. Running requests continue.
 
-        Raises UnknownAdapterError, UnavailableError.
+        Raises AdapterNotFoundError, UnavailableError.
         """
         self._catalog.of(tenant).check_own(name)
         with storage_errors(name):
@@ -143,11 +142,11 @@ class Activation:
         return self._catalog.of(tenant).adapter(name, param="name")
 
     async def history(self, tenant: str, name: str) -> list[HistoryEntry]:
-        """Return the history of activations, newest first. Raises UnknownAdapterError."""
+        """Return the history of activations, newest first. Raises AdapterNotFoundError."""
         with storage_errors(name):
             return await self._records.run(self._registry.history, tenant, name)
 
-    async def _look(self, tenant: str, name: str) -> Names:
+    async def _look(self, tenant: str, name: str) -> VisibleAdapters:
         """Return the tenant's names after a refresh. Raises ForbiddenError (another tenant's),
         UnavailableError."""
         with storage_errors(name):
@@ -172,7 +171,7 @@ class Activation:
                 pass
         except TimeoutError:
             _log.warning("%s is not in memory yet: it waits for room", record.name)
-        except OneBaseError as error:
+        except ApiError as error:
             _log.warning("%s is not in memory yet: %s", record.name, error)
 
     # ---- deleting ----------------------------------------------------------------------------
@@ -182,9 +181,8 @@ class Activation:
     ) -> str:
         """Delete one version; with the last one its name goes too. Returns its digest.
 
-        Raises UnknownAdapterError, and ConflictError while it is active or in use. With force, the requests
-        that use it end with AdapterDeletedError, also on other servers once they learn of it.
-        """
+        Raises AdapterNotFoundError, and StateConflictError while it is active or in use. With force, the
+        requests that use it end with AdapterDeletedError, also on other servers once they learn of it."""
         async with self._turn:
             names = await self._look(tenant, name)
             found = names.version(name, version, param="version")
@@ -249,8 +247,8 @@ class Activation:
             await self._warm(self._prefetched.pop(next(iter(self._prefetched))))
 
 
-def _in_use(name: str, why: str) -> ConflictError:
-    return ConflictError(
+def _in_use(name: str, why: str) -> StateConflictError:
+    return StateConflictError(
         f"Adapter {name!r} is in use: {why}. Wait or activate another version, or delete with force=true, "
         "which ends those requests with an error.",
         code="adapter_in_use",

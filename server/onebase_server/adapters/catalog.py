@@ -30,11 +30,11 @@ from onebase_adapters.registry import (
 from onebase_engine.engine.messages import AdapterRef
 from onebase_server.background import RegistryThreads
 from onebase_server.errors import (
-    ConflictError,
+    AdapterNotFoundError,
     ForbiddenError,
     InvalidRequestError,
+    StateConflictError,
     UnavailableError,
-    UnknownAdapterError,
 )
 
 SHORT_DIGEST = 12
@@ -113,9 +113,9 @@ class Catalog:
         """Event set by the next refresh that finds a change; another event then takes its place."""
         records.subscribe(self.refresh)
 
-    def of(self, tenant: str) -> Names:
+    def of(self, tenant: str) -> VisibleAdapters:
         """Return the names this tenant may use: its own adapters and those shared with all."""
-        return Names(tenant, self._tenants.get(tenant, {}), self._shared)
+        return VisibleAdapters(tenant, self._tenants.get(tenant, {}), self._shared)
 
     # ---- keeping up --------------------------------------------------------------------------
 
@@ -204,7 +204,7 @@ class Catalog:
         """
         try:
             return find()
-        except (UnknownAdapterError, ConflictError):
+        except (AdapterNotFoundError, StateConflictError):
             if not await self.look_again():
                 raise
         return find()
@@ -237,7 +237,7 @@ class Catalog:
         return self._by_digest.get(digest, ())
 
 
-class Names:
+class VisibleAdapters:
     """The adapters that one tenant may name, at this moment. Its own come before shared ones of that name.
 
     An adapter of another tenant that is not shared is as unknown as one that does not exist.
@@ -285,32 +285,32 @@ class Names:
             )
 
     def adapter(self, name: str, *, param: str | None = "adapter") -> AdapterRecord:
-        """Return the adapter of this name. Raises UnknownAdapterError, which lists known names."""
+        """Return the adapter of this name. Raises AdapterNotFoundError, which lists known names."""
         record = self.get(name)
         if record is None:
             names = [one.name for one in islice(self, _SHOWN + 1)]
             known = ", ".join(names[:_SHOWN]) or "none"
             more = ", ..." if len(names) > _SHOWN else ""
-            raise UnknownAdapterError(
+            raise AdapterNotFoundError(
                 f"There is no adapter {name[:80]!r}. Known: {known}{more}.", param=param
             )
         return record
 
     def version(self, name: str, wanted: str, *, param: str | None = "adapter") -> VersionRecord:
         """Return one version by its digest, or by a prefix of at least 8 digits. Raises
-        UnknownAdapterError."""
+        AdapterNotFoundError."""
         record = self.adapter(name, param=param)
         found = [version for version in record.versions if version.digest.startswith(wanted)]
         if len(wanted) < LEAST_PREFIX or not found:
             active = f"its active version is {record.active}" if record.active else "none is active"
-            raise UnknownAdapterError(
+            raise AdapterNotFoundError(
                 f"Adapter {name!r} has no version {wanted[:80]!r}: {active}. Give a version's digest, or a "
                 f"beginning of at least {LEAST_PREFIX} digits.",
                 param=param,
                 code="version_not_found",
             )
         if len(found) > 1:
-            raise UnknownAdapterError(
+            raise AdapterNotFoundError(
                 f"Several versions of {name!r} begin with {wanted!r}. Give more digits.",
                 param=param,
                 code="version_not_found",
@@ -322,7 +322,7 @@ class Names:
 
         `name@digest` may be spelled as OpenAI does, `ft:base:organization:name:digest`.
 
-        Raises UnknownAdapterError, ConflictError when it is not ready.
+        Raises AdapterNotFoundError, StateConflictError when it is not ready.
         """
         reference = self.ours(reference)
         if self.names_version(reference):
@@ -331,7 +331,7 @@ class Names:
         else:
             record = self.adapter(reference, param=param)
             if record.active is None:
-                raise UnknownAdapterError(
+                raise AdapterNotFoundError(
                     f"Adapter {reference!r} has no active version: activate one, or ask for one as "
                     f"{reference}@digest.",
                     param=param,
@@ -395,13 +395,13 @@ def _task_of(versions: Sequence[VersionRecord]) -> tuple[Task, int, tuple[str, .
     return "CAUSAL_LM", 0, ()
 
 
-def not_ready(version: VersionRecord, param: str | None) -> ConflictError:
+def not_ready(version: VersionRecord, param: str | None) -> StateConflictError:
     """Return the error that says why a version cannot be used and what to do about it."""
     if version.error is not None:
         reason = f"it failed ({version.error.code}: {version.error.message}). Choose another version."
     else:
         reason = "it is not proved yet. Wait until its state is ready."
-    return ConflictError(
+    return StateConflictError(
         f"Version {version.digest} of adapter {version.name!r} is {version.state}: {reason}",
         code="version_not_ready",
         param=param,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from onebase_adapters.proof.report import MergeMethod, MergeSign
 from onebase_adapters.registry import VersionRecord
-from onebase_adapters.store.blobs import VersionFiles
+from onebase_adapters.store.blobs import AdapterFiles
 from onebase_server.adapters.catalog import label
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.app.storage import storage_errors
@@ -27,7 +27,7 @@ _RETRY_AFTER = 5.0
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergeSettings:
     """Settings of a merge; see `proof.merging.MergeRecipe`. A setting that the method does not use is
     None."""
 
@@ -57,9 +57,8 @@ class Merging:
     def parents(self, tenant: str, terms: Sequence[tuple[str, float]]) -> list[tuple[VersionRecord, float]]:
         """Return the versions that a request names (`name` or `name@version`), each with its weight.
 
-        Raises UnknownAdapterError, ConflictError (not ready), ForbiddenError (another tenant's, shared), and
-        InvalidRequestError for a version that is named twice.
-        """
+        Raises AdapterNotFoundError, StateConflictError (not ready), ForbiddenError (another tenant's,
+        shared), and InvalidRequestError for a version that is named twice."""
         names = self._adapters.catalog.of(tenant)
         found: list[tuple[VersionRecord, float]] = []
         for number, (reference, weight) in enumerate(terms):
@@ -123,14 +122,14 @@ class Merging:
         tenant: str,
         name: str,
         parents: Sequence[tuple[VersionRecord, float]],
-        recipe: Recipe,
+        recipe: MergeSettings,
         options: VersionOptions,
         *,
         actor: str = "",
     ) -> VersionRecord:
         """Merge the parents and register the result, which is then proved like an upload.
 
-        Raises VersionFailedError, UnavailableError, StoreFullError.
+        Raises VersionFailedError, UnavailableError, DiskFullError.
         """
         if self._merges[tenant] >= MOST_MERGES:
             raise UnavailableError(
@@ -158,7 +157,9 @@ class Merging:
         }
         return await self._adapters.add(tenant, name, files, source, options, actor=actor)
 
-    async def _files(self, parents: Sequence[tuple[VersionRecord, float]], recipe: Recipe) -> VersionFiles:
+    async def _files(
+        self, parents: Sequence[tuple[VersionRecord, float]], recipe: MergeSettings
+    ) -> AdapterFiles:
         """Merge the parents in the verifier. Raises VersionFailedError, UnavailableError, StoreError."""
         called = [(label(version.name, version.digest), version.files, weight) for version, weight in parents]
         try:

@@ -32,12 +32,12 @@ from onebase_server.adapters.catalog import Catalog, VersionRef
 from onebase_server.background import Threads
 from onebase_server.errors import (
     AdapterDeletedError,
+    AdapterNotFoundError,
+    ApiError,
     EngineRestartedError,
     InvalidRequestError,
-    OneBaseError,
     QueueFullError,
     UnavailableError,
-    UnknownAdapterError,
 )
 from onebase_server.telemetry.histogram import LOAD_SECONDS, Histogram
 from onebase_server.tenancy.shares import QueueShares
@@ -79,7 +79,7 @@ class PackedAdapterFiles:
         self._kernels = kernels
 
     def find(self, digest: str) -> PackedAdapterFile:
-        """Return the version's file. Its size is the tensors' and a header's. Raises UnknownAdapterError."""
+        """Return the version's file. Its size is the tensors' and a header's. Raises AdapterNotFoundError."""
         ready = [version for version in self._catalog.of_digest(digest) if version.state == "ready"]
         kernels = self._kernels()
         for version in ready:
@@ -90,7 +90,7 @@ class PackedAdapterFiles:
             if (blob := version.prepared) is not None:
                 having = tuple(one for one in ready if one.prepared == blob)
                 return PackedAdapterFile(blob, having, is_proved=False)
-        raise UnknownAdapterError(
+        raise AdapterNotFoundError(
             f"Version {digest[:12]} of the adapter is gone: it was deleted.", code="version_not_found"
         )
 
@@ -125,7 +125,7 @@ class Residency:
 
     Args:
         limit: bytes for all versions together.
-        find: the file with a version's tensors; raises UnknownAdapterError when the version is gone.
+        find: the file with a version's tensors; raises AdapterNotFoundError when the version is gone.
         fetch: a local path of it; may take long (a remote store).
         send: passes a message to the engine without blocking.
         queue_limit: requests that may wait until their versions are loaded (and more, of other tenants than
@@ -179,7 +179,7 @@ class Residency:
     def lease(
         self,
         uses: Iterable[VersionRef],
-        on_revoked: Callable[[OneBaseError], None] = lambda error: None,
+        on_revoked: Callable[[ApiError], None] = lambda error: None,
         tenant: str = "",
     ) -> Lease:
         """Return a lease on these versions for a tenant. It counts as a use of them at once; it must be
@@ -296,7 +296,7 @@ class Residency:
             try:
                 async with self.lease([VersionRef("", "", digest)]):
                     pass
-            except OneBaseError as error:
+            except ApiError as error:
                 _log.error("pinned version %s cannot be loaded: %s", digest[:12], error)
 
     def keep_only(self, wanted: Callable[[str], bool]) -> None:
@@ -384,7 +384,7 @@ class Residency:
             leaving = self._leaving.get(entry.digest)
             if leaving is not None:
                 await leaving.unloaded.wait()
-        except OneBaseError as error:
+        except ApiError as error:
             self._load_failed(entry, error)
             return
         except Exception as error:
@@ -397,7 +397,7 @@ class Residency:
             self._loads += 1
             self._send(LoadAdapter(entry.digest, str(path), entry.packed.blob.sha256))
 
-    def _load_failed(self, entry: CacheEntry, error: OneBaseError) -> None:
+    def _load_failed(self, entry: CacheEntry, error: ApiError) -> None:
         if self._entries.get(entry.digest) is entry:
             del self._entries[entry.digest]
         if not entry.loaded.done():
@@ -469,7 +469,7 @@ class Lease:
         self,
         residency: Residency,
         uses: Iterable[VersionRef],
-        on_revoked: Callable[[OneBaseError], None],
+        on_revoked: Callable[[ApiError], None],
         tenant: str,
     ) -> None:
         self.uses = frozenset(uses)
@@ -479,7 +479,7 @@ class Lease:
         self._residency = residency
         self._on_revoked = on_revoked
         self._waiting: asyncio.Task[object] | None = None
-        self._revoked: OneBaseError | None = None
+        self._revoked: ApiError | None = None
         self._released = False
 
     @property
@@ -525,7 +525,7 @@ class Lease:
         entry.leases += 1
         self.entries.append(entry)
 
-    def revoke(self, error: OneBaseError) -> None:
+    def revoke(self, error: ApiError) -> None:
         """End what uses the lease, or waits for it, with an error. Only the first one counts."""
         if self._revoked is not None:
             return  # a task that is cancelled twice would end with the cancellation

@@ -17,24 +17,24 @@ from typing import Any
 from onebase_adapters import registry as registry_errors
 from onebase_adapters.format.config import AdapterFormatError, check_config
 from onebase_adapters.registry import UNSET, Origin, Registry, Unset, VersionRecord, acting
-from onebase_adapters.store.blobs import VersionFiles
+from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
-from onebase_server.adapters.activation import Activation
+from onebase_server.adapters.activation import ActivationService
 from onebase_server.adapters.catalog import Catalog, VersionRef, same_base
 from onebase_server.adapters.residency import PackedAdapterFile
 from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.app.storage import storage_errors
 from onebase_server.background import Backoff, RegistryThreads, Threads
 from onebase_server.errors import (
-    ConflictError,
+    ApiError,
     EngineRestartedError,
-    OneBaseError,
     QueueFullError,
+    StateConflictError,
     UnavailableError,
     VersionFailedError,
 )
 from onebase_server.processes.verifier_client import Proof, RejectedError, VerifierGoneError
-from onebase_server.processes.verifier_protocol import Progress
+from onebase_server.processes.verifier_protocol import VersionStage
 
 BACKOFF = Backoff(0.5, 30.0)
 """Pauses between tries to record or activate a ready version while the registry is away, the engine restarts
@@ -69,9 +69,9 @@ class _Job:
 
     options: VersionOptions
     task: asyncio.Task[None] | None = None
-    progress: Progress | None = None
+    progress: VersionStage | None = None
     activate: bool = False
-    failure: OneBaseError | None = None
+    failure: ApiError | None = None
     """Reason why the ready version was not activated."""
     expected: str | Unset | None = UNSET
     """Digest that must be active before the activation. None: none may be; UNSET: any."""
@@ -90,7 +90,7 @@ class AdapterService:
         registry: Registry,
         store: Store,
         catalog: Catalog,
-        activation: Activation,
+        activation: ActivationService,
         proofs: SharedProofs,
         *,
         base_names: tuple[str, ...],
@@ -121,14 +121,14 @@ class AdapterService:
     async def check_config(self, name: str, config: bytes, options: VersionOptions) -> None:
         """Check an adapter's config, before anything else is done with the adapter.
 
-        Raises VersionFailedError, or ConflictError when it belongs to another base.
+        Raises VersionFailedError, or StateConflictError when it belongs to another base.
         """
         try:
             facts = await self.disk.run(check_config, config)
         except AdapterFormatError as error:
             raise VersionFailedError(f"adapter_config.json: {error}", code=error.code) from error
         if not options.any_base and not same_base(facts.base_name, *self._base_names):
-            raise ConflictError(
+            raise StateConflictError(
                 f"Adapter {name!r} was trained on {facts.base_name!r} and this server's base is "
                 f"{self._base_names[0]!r}. Send it to a server of that base, or send any_base if this is the "
                 "same model by another name.",
@@ -136,7 +136,7 @@ class AdapterService:
                 param="files",
             )
 
-    async def read_config(self, files: VersionFiles) -> bytes:
+    async def read_config(self, files: AdapterFiles) -> bytes:
         """Return the config of stored files. Raises UnavailableError."""
         with storage_errors():
             path = await self.disk.run(self.store.local, files.config.sha256)
@@ -146,7 +146,7 @@ class AdapterService:
         self,
         tenant: str,
         name: str,
-        files: VersionFiles,
+        files: AdapterFiles,
         source: Mapping[str, Any],
         options: VersionOptions,
         *,
@@ -218,7 +218,7 @@ class AdapterService:
     async def wait(self, tenant: str, name: str, digest: str) -> VersionRecord:
         """Return the version once it is finished, and activated if that was requested.
 
-        Raises what the activation raised, and UnknownAdapterError when the version was deleted meanwhile.
+        Raises what the activation raised, and AdapterNotFoundError when the version was deleted meanwhile.
         """
         job = self._jobs.get(VersionRef(tenant, name, digest))
         if job is not None and job.task is not None:
@@ -258,16 +258,16 @@ class AdapterService:
 
     async def version(self, tenant: str, name: str, digest: str) -> VersionRecord:
         """Return one version with its whole report, by digest or a prefix of it. Raises
-        UnknownAdapterError."""
+        AdapterNotFoundError."""
         with storage_errors(name):
             return await self._records.run(self._registry.version, tenant, name, digest)
 
     async def versions(self, tenant: str, name: str) -> list[VersionRecord]:
-        """Return all versions with their whole reports, newest first. Raises UnknownAdapterError."""
+        """Return all versions with their whole reports, newest first. Raises AdapterNotFoundError."""
         with storage_errors(name):
             return await self._records.run(self._registry.versions, tenant, name)
 
-    def progress(self, version: VersionRecord) -> Progress | None:
+    def progress(self, version: VersionRecord) -> VersionStage | None:
         """Return this server's progress with an unfinished version, or None if it does not work on it."""
         job = self._jobs.get(VersionRef.of(version))
         return None if job is None else job.progress
@@ -307,7 +307,7 @@ class AdapterService:
     async def _make_ready(self, version: VersionRecord, job: _Job, wait_for_verifier: bool) -> bool:
         """Prove the version and record the outcome. Return True if it is ready.
 
-        Raises VerifierGoneError, and UnknownAdapterError or UnknownVersionError if the version was deleted.
+        Raises VerifierGoneError, and AdapterNotFoundError or UnknownVersionError if the version was deleted.
         """
         try:
             proof = await self._proof(version, job, wait_for_verifier)
@@ -332,7 +332,7 @@ class AdapterService:
 
     async def activate_with_retries(
         self, version: VersionRecord, *, expected: str | Unset | None = UNSET
-    ) -> OneBaseError | None:
+    ) -> ApiError | None:
         """Activate a ready version, with several tries. Returns why the last one failed, or None.
 
         expected: the digest that must be active until then, None for none; not given: whatever is.
@@ -354,7 +354,7 @@ class AdapterService:
                     actor=version.created_by,
                 )
                 return
-            except OneBaseError as error:
+            except ApiError as error:
                 passing = isinstance(error, EngineRestartedError | UnavailableError | QueueFullError)
                 if pause is None or not passing:
                     _log.error("version %s of %s is not active: %s", version.digest[:12], version.name, error)
@@ -372,7 +372,7 @@ class AdapterService:
         """Call `_set_state` until the registry accepts it: nobody else would record this server's proof.
 
         Returns the version as it is then; a server with other kernels may have been faster. Raises
-        UnknownAdapterError, UnknownVersionError.
+        AdapterNotFoundError, UnknownVersionError.
         """
         pauses = BACKOFF.pauses()
         while True:
@@ -394,7 +394,7 @@ class AdapterService:
     async def _proof(self, version: VersionRecord, job: _Job, wait_for_verifier: bool) -> Proof:
         marked: list[asyncio.Task[None]] = []
 
-        def follow(progress: Progress) -> None:
+        def follow(progress: VersionStage) -> None:
             if progress.stage == "proving" and not marked:
                 marked.append(asyncio.get_running_loop().create_task(self._mark_proving(version)))
             job.progress = progress

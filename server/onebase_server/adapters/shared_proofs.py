@@ -88,7 +88,7 @@ class SharedProofs:
         does.
 
         Entering waits for an engine, and for another server that is proving the version. Once that one has
-        finished it, this yields False. Raises UnknownAdapterError and UnknownVersionError of the registry.
+        finished it, this yields False. Raises AdapterNotFoundError and UnknownVersionError of the registry.
         """
         await self._verifier.base_here()
         self._open[version.digest] += 1

@@ -37,23 +37,23 @@ from onebase_adapters.store.blobs import (
     ADAPTER_FILES,
     CONFIG_FILE,
     WEIGHTS_FILE,
-    VersionFiles,
+    AdapterFiles,
     version_digest,
 )
 from onebase_adapters.store.store import Store
-from onebase_server.adapters.activation import Activation
+from onebase_server.adapters.activation import ActivationService
 from onebase_server.adapters.catalog import check_name
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.app.storage import storage_errors
 from onebase_server.background import Threads
 from onebase_server.errors import (
-    ConflictError,
+    AdapterNotFoundError,
+    ApiError,
+    BodyTooLargeError,
     ForbiddenError,
     InvalidRequestError,
-    OneBaseError,
-    PayloadTooLargeError,
+    StateConflictError,
     UnavailableError,
-    UnknownAdapterError,
     VersionFailedError,
 )
 from onebase_server.processes.supervisor import AdapterStartError
@@ -126,7 +126,7 @@ class Folders:
     def __init__(
         self,
         adapters: AdapterService,
-        activation: Activation,
+        activation: ActivationService,
         given: Sequence[tuple[str, Path]],
         max_bytes: int,
     ) -> None:
@@ -148,12 +148,12 @@ class Folders:
                         ),
                     )
                 )
-            except OneBaseError as error:
+            except ApiError as error:
                 raise _cannot_serve(name, error.code, error.message) from error
         for name, version in added:
             try:
                 await self._serve(await self._adapters.wait(version.tenant, name, version.digest))
-            except OneBaseError as error:
+            except ApiError as error:
                 raise _cannot_serve(name, error.code, error.message) from error
 
     async def add(
@@ -170,7 +170,7 @@ class Folders:
 
         allow_noop: accept an adapter that changes nothing, such as one before its first step of training.
 
-        Raises VersionFailedError, PayloadTooLargeError, InvalidRequestError, StoreFullError,
+        Raises VersionFailedError, BodyTooLargeError, InvalidRequestError, DiskFullError,
         UnavailableError.
         """
         record = self._adapters.catalog.of(tenant).own(name)
@@ -184,7 +184,7 @@ class Folders:
             config = await self._adapters.disk.run(_read_config, folder, self._max_bytes)
         try:
             await self._adapters.check_config(name, config, VersionOptions())
-        except ConflictError as error:
+        except StateConflictError as error:
             _log.warning("%s It is served anyway, since its folder was given by name.", error.message)
         with _readable(name, folder), storage_errors(name):
             files = await self._adapters.disk.run(take_folder, self._adapters.store, folder)
@@ -223,11 +223,11 @@ class Folders:
         await self._activation.activate(version.tenant, version.name, version.digest, actor=STARTUP_ACTOR)
 
 
-def take_folder(store: Store, folder: Path) -> VersionFiles:
+def take_folder(store: Store, folder: Path) -> AdapterFiles:
     """Store the files of an adapter, with the names of its labels. Raises InvalidRequestError, StoreError,
     OSError."""
     config = store.add_bytes(_config_of(folder))
-    return VersionFiles(config, store.add_file(folder / WEIGHTS_FILE))
+    return AdapterFiles(config, store.add_file(folder / WEIGHTS_FILE))
 
 
 def _digest(folder: Path) -> str:
@@ -239,7 +239,7 @@ def _digest(folder: Path) -> str:
 
 def _read_config(folder: Path, max_bytes: int) -> bytes:
     if sum((folder / file).stat().st_size for file in ADAPTER_FILES) > max_bytes:
-        raise PayloadTooLargeError(max_bytes, "--max-upload")
+        raise BodyTooLargeError(max_bytes, "--max-upload")
     return _config_of(folder)
 
 
@@ -279,7 +279,7 @@ def _cannot_serve(name: str, code: str, message: str) -> AdapterStartError:
 class Fetched:
     """Result of a transfer: the files, in the store, and the commit that they are from."""
 
-    files: VersionFiles
+    files: AdapterFiles
     commit: str
 
 
@@ -371,10 +371,10 @@ class Pulls:
             task.exception()
 
 
-def hub_failure(code: str, message: str) -> OneBaseError:
+def hub_failure(code: str, message: str) -> ApiError:
     """Return the error of a failed transfer, for a caller who waited for it."""
     if code == "hub_not_found":
-        return UnknownAdapterError(message, code=code)
+        return AdapterNotFoundError(message, code=code)
     if code == "hub_gated":
         return ForbiddenError(message, code=code, param="adapter")
     if code == "hub_invalid":
@@ -386,8 +386,8 @@ def hub_failure(code: str, message: str) -> OneBaseError:
     return UnavailableError(message, code=code, retry_after=_RETRY_AFTER)
 
 
-def _too_large(message: str) -> OneBaseError:
-    error = PayloadTooLargeError(0, "--max-upload")
+def _too_large(message: str) -> ApiError:
+    error = BodyTooLargeError(0, "--max-upload")
     error.message, error.code = message, "hub_too_large"
     return error
 
@@ -406,7 +406,7 @@ class PendingPull:
     id: str = field(default_factory=lambda: f"pull-{secrets.token_hex(12)}")
     created_at: float = field(default_factory=time.time)
     digest: str | None = None
-    failure: OneBaseError | None = None
+    failure: ApiError | None = None
 
     @property
     def adapter(self) -> tuple[str, str]:
@@ -430,7 +430,7 @@ class _Refusal:
     """Failure of a first use, with the time until which it answers others and the state of the Hub token
     then."""
 
-    error: OneBaseError
+    error: ApiError
     until: float
     token: object
 
@@ -492,7 +492,7 @@ class HubAdapters:
     async def use(self, tenant: str, name: str, *, param: str) -> None:
         """Make the tenant's adapter of this Hub name active: pull and prove it unless it is active already.
 
-        Concurrent first uses wait for the same pull. Raises OneBaseError saying why it cannot be served.
+        Concurrent first uses wait for the same pull. Raises ApiError saying why it cannot be served.
         """
         reference = hub_reference(name, param)
         record = self._adapters.catalog.of(tenant).get(name)
@@ -520,17 +520,17 @@ class HubAdapters:
             )
 
     async def _refuse_if_deactivated(self, tenant: str, name: str) -> None:
-        """Raise UnknownAdapterError if the adapter was deactivated: a first use does not reactivate it."""
+        """Raise AdapterNotFoundError if the adapter was deactivated: a first use does not reactivate it."""
         if self._adapters.catalog.of(tenant).own(name) is None:
             return
         history = await self._adapters.activation.history(tenant, name)
         if history and history[0].action == "deactivate":
-            raise UnknownAdapterError(f"Adapter {name!r} was deactivated: activate one of its versions.")
+            raise AdapterNotFoundError(f"Adapter {name!r} was deactivated: activate one of its versions.")
 
     def _first_use_ended(self, adapter: tuple[str, str], task: asyncio.Task[None]) -> None:
         del self._first_uses[adapter]
         error = None if task.cancelled() else task.exception()
-        if not isinstance(error, OneBaseError):
+        if not isinstance(error, ApiError):
             return
         missing = error.code in _MISSING
         if missing or isinstance(error, VersionFailedError):
@@ -542,11 +542,11 @@ class HubAdapters:
                 self._failed.popitem(last=False)
 
     async def _finish(self, pending: PendingPull, fetched: asyncio.Task[Fetched]) -> VersionRecord:
-        """Wait for the transfer, then register what came. Raises OneBaseError."""
+        """Wait for the transfer, then register what came. Raises ApiError."""
         try:
             arrived = await self._arrived(fetched)
             version = await self._register(pending, arrived)
-        except OneBaseError as error:
+        except ApiError as error:
             _log.warning("pulling %s for %s: %s", pending.reference, pending.name, error)
             pending.failure = error
             raise

@@ -38,7 +38,7 @@ from onebase_server.app.settings import (
     parse_size,
     setting_fields,
 )
-from onebase_training.cli.options import Parser
+from onebase_training.cli.options import OptionParser
 
 if TYPE_CHECKING:
     from onebase_server.app.wiring import Commands
@@ -101,7 +101,7 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
 
 def base(argv: Sequence[str]) -> int:
     """`onebase base fetch`: get a base model ready and print its folder as the last line."""
-    parser = Parser(prog="onebase base", description="Get base models ready before serving them.")
+    parser = OptionParser(prog="onebase base", description="Get base models ready before serving them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="ACTION")
     fetch = commands.add_parser(
         "fetch",
@@ -157,7 +157,7 @@ backup into it copies only the files that are new.
 
 def backup(argv: Sequence[str]) -> int:
     """`onebase backup FOLDER`. Exit status: 0, or 1 with the reason."""
-    parser = Parser(prog="onebase backup", description=_BACKUP)
+    parser = OptionParser(prog="onebase backup", description=_BACKUP)
     parser.add_argument(
         "folder", metavar="FOLDER", help="where the copy is to be; it is made if it is not there"
     )
@@ -255,7 +255,7 @@ def _on_registry(
 
 def keys_parser() -> argparse.ArgumentParser:
     """The options of `onebase keys`."""
-    parser = Parser(prog="onebase keys", description=_KEYS)
+    parser = OptionParser(prog="onebase keys", description=_KEYS)
     actions = parser.add_subparsers(dest="action", required=True)
     create = actions.add_parser("create", help="make a key, and print it once as the last line")
     create.add_argument("--tenant", default=DEFAULT_TENANT, help="whose key it is (default: default)")
@@ -295,7 +295,7 @@ def keys_parser() -> argparse.ArgumentParser:
 
 def tenants_parser() -> argparse.ArgumentParser:
     """The options of `onebase tenants`."""
-    parser = Parser(prog="onebase tenants", description=_TENANTS)
+    parser = OptionParser(prog="onebase tenants", description=_TENANTS)
     actions = parser.add_subparsers(dest="action", required=True)
     setting = actions.add_parser("set", help="change a tenant's quotas")
     setting.add_argument("tenant", metavar="TENANT", help="as its keys have it (--tenant)")
@@ -350,7 +350,7 @@ def _scopes(text: str) -> list[str]:
 
 def serve_parser() -> argparse.ArgumentParser:
     """The options of `onebase serve`, one per field of Settings."""
-    parser = Parser(
+    parser = OptionParser(
         prog="onebase serve",
         repeated=True,
         usage="onebase serve [options]",

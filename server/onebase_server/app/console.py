@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 import onebase_server
-from onebase_adapters.registry import ApiKey, Quotas, TenantRecord
+from onebase_adapters.registry import ApiKeyRecord, Quotas, TenantRecord
 from onebase_engine.engine.messages import BaseInfo, Loading
 from onebase_server.adapters.catalog import Catalog, label
 from onebase_server.app.settings import Settings
@@ -144,7 +144,7 @@ def _adapter_lines(catalog: Catalog) -> list[str]:
     return lines or ["none yet: start with --adapter NAME=FOLDER, or upload one to /v1/adapters"]
 
 
-def print_keys(console: Console, keys: Sequence[ApiKey]) -> None:
+def print_keys(console: Console, keys: Sequence[ApiKeyRecord]) -> None:
     """Print a line for each key, or a block where lines would not fit, without what is secret."""
     titles = ("id", "tenant", "scopes", "state", "expires", "last used", "quotas", "name")
     table = Table(*titles, box=None, pad_edge=False, header_style="bold")

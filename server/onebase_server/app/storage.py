@@ -30,17 +30,17 @@ from onebase_engine.redaction import redacted
 from onebase_server.app.settings import PREFIX_PART, Device, Settings
 from onebase_server.background import Threads
 from onebase_server.errors import (
-    ConflictError,
+    ActivationConflictError,
+    AdapterNotFoundError,
+    BatchNotFoundError,
+    DiskFullError,
     InvalidRequestError,
+    JobNotFoundError,
+    KeyNotFoundError,
     QuotaExceededError,
-    StaleActivationError,
-    StoreFullError,
+    StateConflictError,
+    TrainingFileNotFoundError,
     UnavailableError,
-    UnknownAdapterError,
-    UnknownBatchError,
-    UnknownFileError,
-    UnknownJobError,
-    UnknownKeyError,
 )
 
 SWEEP_SECONDS = 3600.0
@@ -351,38 +351,38 @@ def _host_memory(settings: Settings) -> int:
 
 @contextmanager
 def storage_errors(name: str = "") -> Iterator[None]:
-    """RegistryError and StoreError as OneBaseError; `name`: the adapter that it is about."""
+    """RegistryError and StoreError as ApiError; `name`: the adapter that it is about."""
     try:
         yield
     except (store.StoreFullError, registry.RegistryFullError) as error:
-        raise StoreFullError from error
+        raise DiskFullError from error
     except registry.UnknownAdapterError as error:
-        raise UnknownAdapterError(str(error), param="name") from error
+        raise AdapterNotFoundError(str(error), param="name") from error
     except registry.UnknownVersionError as error:
-        raise UnknownAdapterError(str(error), param="version", code="version_not_found") from error
+        raise AdapterNotFoundError(str(error), param="version", code="version_not_found") from error
     except registry.NotReadyError as error:
-        raise ConflictError(str(error), code="version_not_ready", param="version") from error
+        raise StateConflictError(str(error), code="version_not_ready", param="version") from error
     except registry.StaleActivationError as error:
-        raise StaleActivationError(name, error.current) from error
+        raise ActivationConflictError(name, error.current) from error
     except registry.NothingToRollBackError as error:
-        raise ConflictError(str(error), code="nothing_to_roll_back") from error
+        raise StateConflictError(str(error), code="nothing_to_roll_back") from error
     except registry.InvalidKeyError as error:
         raise InvalidRequestError(str(error), param=error.field) from error
     except registry.QuotaError as error:
         of = {"quota": error.quota, "limit": error.limit, "of": "tenant"}
         raise QuotaExceededError(str(error), of) from error
     except registry.UnknownKeyError as error:
-        raise UnknownKeyError(str(error)) from error
+        raise KeyNotFoundError(str(error)) from error
     except registry.UnknownFileError as error:
-        raise UnknownFileError(str(error)) from error
+        raise TrainingFileNotFoundError(str(error)) from error
     except registry.UnknownJobError as error:
-        raise UnknownJobError(str(error)) from error
+        raise JobNotFoundError(str(error)) from error
     except registry.UnknownBatchError as error:
-        raise UnknownBatchError(str(error)) from error
+        raise BatchNotFoundError(str(error)) from error
     except registry.BatchStateError:
         raise
     except registry.FileInUseError as error:
-        raise ConflictError(
+        raise StateConflictError(
             f"{error} Wait for its end or cancel it.", code="file_in_use", param="file_id"
         ) from error
     except registry.RegistryError as error:

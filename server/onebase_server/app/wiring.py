@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from onebase_adapters.store.store import local_folder
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import Loading
-from onebase_server.adapters.activation import Activation
+from onebase_server.adapters.activation import ActivationService
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.merging import Merging
 from onebase_server.adapters.residency import PackedAdapterFiles, Residency
@@ -42,11 +42,11 @@ from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, VerifierClient
 from onebase_server.requests.kept_responses import KeptResponses
-from onebase_server.requests.planner import Limits, Planner
+from onebase_server.requests.planner import Planner, RequestLimits
 from onebase_server.requests.pooling import ReadingPlanner
 from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.telemetry.measurements import RequestMeasurements
-from onebase_server.telemetry.metrics import Metrics
+from onebase_server.telemetry.metrics import MetricsCollector
 from onebase_server.telemetry.traces import Tracing
 from onebase_server.tenancy.access import KeyRing, is_loopback
 from onebase_server.tenancy.peers import Peers, QuotaSharing
@@ -86,7 +86,7 @@ class _AdapterParts:
     catalog: Catalog
     residency: Residency
     verifier: VerifierClient
-    activation: Activation
+    activation: ActivationService
     service: AdapterService
 
 
@@ -147,7 +147,7 @@ def assemble(
         busy=busy.set,
     )
     supervisor = _supervisor(settings, base, link, listeners, commands, on_loading)
-    limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
+    limits = RequestLimits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
     planner = Planner(supervisor, tokenizer, parts.catalog, hub, training.checkpoints, limits)
     keys = KeyRing(
         storage.registry.keys,
@@ -159,7 +159,7 @@ def assemble(
     sharing = QuotaSharing(training.peers, limiter, lambda: keys.has_quotas)
     batches = _batches(settings, storage, training, keys, limiter, supervisor)
     measured, answers = RequestMeasurements(), Counter[tuple[str, int]]()
-    metrics = Metrics(
+    metrics = MetricsCollector(
         supervisor=supervisor,
         catalog=parts.catalog,
         residency=residency,
@@ -234,7 +234,7 @@ def _adapter_parts(
         command=command,
         proof_timeout=settings.proof_timeout,
     )
-    activation = Activation(registry, store, catalog, residency, records, disk)
+    activation = ActivationService(registry, store, catalog, residency, records, disk)
     proofs = SharedProofs(
         registry, store, catalog, verifier, kernels, records=records, disk=disk, tracing=tracing
     )

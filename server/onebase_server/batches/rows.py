@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from onebase_adapters.registry import BatchError
+from onebase_adapters.registry import BatchErrorRecord
 from onebase_server.errors import InvalidRequestError
 from onebase_server.http import strict_json
 
@@ -42,7 +42,7 @@ _ANY = 1 << 62
 _FIELDS = ("custom_id", "method", "url", "body")
 
 
-class Row(msgspec.Struct, forbid_unknown_fields=True):
+class BatchLine(msgspec.Struct, forbid_unknown_fields=True):
     """One line of a file that was checked. `body`: as it was written."""
 
     custom_id: str
@@ -52,38 +52,38 @@ class Row(msgspec.Struct, forbid_unknown_fields=True):
 
 
 @dataclass
-class Checked:
+class BatchFileCheck:
     """Result of checking a file: the number of its rows, and their errors."""
 
     rows: int = 0
-    errors: list[BatchError] = field(default_factory=list)
+    errors: list[BatchErrorRecord] = field(default_factory=list)
     more: int = 0
     """Number of errors beyond those in `errors`."""
 
     def complain(self, code: str, message: str, line: int | None = None, param: str | None = None) -> None:
         if len(self.errors) < MAX_ERRORS:
-            self.errors.append(BatchError(code, message, line, param))
+            self.errors.append(BatchErrorRecord(code, message, line, param))
         else:
             self.more += 1
 
     @property
-    def problems(self) -> list[BatchError]:
+    def problems(self) -> list[BatchErrorRecord]:
         if not self.more:
             return self.errors
-        rest = BatchError(
+        rest = BatchErrorRecord(
             "more_errors", f"{self.more} more lines are wrong; the first {MAX_ERRORS} are told."
         )
         return [*self.errors, rest]
 
 
-def check(path: Path, endpoint: str, max_body: int) -> Checked:
+def check(path: Path, endpoint: str, max_body: int) -> BatchFileCheck:
     """Read the whole file, line by line. Blocks. Raises OSError.
 
     Args:
         endpoint: one of ENDPOINTS, the only one that rows may name.
         max_body: bytes of one row's body.
     """
-    checked = Checked()
+    checked = BatchFileCheck()
     seen: dict[bytes, int] = {}
     with path.open("rb") as file:
         for number, _, line in _lines(file, max_body + LINE_BYTES):
@@ -116,7 +116,7 @@ def check(path: Path, endpoint: str, max_body: int) -> Checked:
 
 
 def _check_line(
-    line: bytes, number: int, endpoint: str, max_body: int, seen: dict[bytes, int], checked: Checked
+    line: bytes, number: int, endpoint: str, max_body: int, seen: dict[bytes, int], checked: BatchFileCheck
 ) -> None:
     try:
         value = strict_json.decode(line, max_body)
@@ -181,10 +181,10 @@ class RowFile:
     def __len__(self) -> int:
         return len(self._places)
 
-    def read(self, number: int) -> Row:
+    def read(self, number: int) -> BatchLine:
         place = self._places[number]
         self._file.seek(place)
-        return msgspec.json.decode(_without_mark(self._file.readline(), place), type=Row)
+        return msgspec.json.decode(_without_mark(self._file.readline(), place), type=BatchLine)
 
     def close(self) -> None:
         self._file.close()

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import msgspec
 
 from onebase_adapters.registry import (
-    Batch,
-    BatchError,
+    BatchErrorRecord,
+    BatchRecord,
     BatchRecords,
     BatchState,
     BatchStateError,
@@ -43,16 +43,16 @@ from onebase_server.batches.results import (
     record_id,
     unanswered,
 )
-from onebase_server.batches.rows import Row, RowFile, check
+from onebase_server.batches.rows import BatchLine, RowFile, check
 from onebase_server.errors import (
+    ApiError,
     ForbiddenError,
     InsufficientScopeError,
-    OneBaseError,
-    RateLimitError,
+    QuotaSpentError,
     RowFailedError,
+    TrainingFileNotFoundError,
     UnauthenticatedError,
     UnavailableError,
-    UnknownFileError,
     error_body,
     status_of,
 )
@@ -161,15 +161,15 @@ class _Turn:
     """A row that is to be answered. tries: how often that has failed; at: not before this time."""
 
     number: int
-    row: Row
+    row: BatchLine
     tries: int = 0
     at: float = 0.0
 
 
-class Run:
+class BatchRun:
     """One batch while it is worked on. For one event loop."""
 
-    def __init__(self, parts: Parts, batch: Batch) -> None:
+    def __init__(self, parts: Parts, batch: BatchRecord) -> None:
         self.batch = batch
         self.waiting: str | None = None
         """Reason why nothing is computed now, if there is one."""
@@ -189,7 +189,7 @@ class Run:
         self._pending: list[Result] = []
         self._committing: asyncio.Task[None] | None = None
         self._stuck = False
-        self._refused: OneBaseError | None = None
+        self._refused: ApiError | None = None
         """Error of the batch's key or file because of which the batch may not continue."""
         self._not_before = 0.0
 
@@ -206,7 +206,7 @@ class Run:
                     return
                 except (UnknownBatchError, BatchStateError):
                     return  # another moved it meanwhile: the next look sees how
-                except (OneBaseError, RegistryError, StoreError, OSError) as error:
+                except (ApiError, RegistryError, StoreError, OSError) as error:
                     failures += 1
                     self.waiting = str(error)
                     _log.warning("batch %s waits: %s", self.batch.id, error)
@@ -244,7 +244,7 @@ class Run:
                 await self._validate()
             if self.batch.state == "in_progress":
                 await self._answer_rows()
-        except UnknownFileError as error:
+        except TrainingFileNotFoundError as error:
             self._refused = error
         if not self.stopping and not self.batch.ended:
             await self._finalize()
@@ -260,7 +260,8 @@ class Run:
             await self._move("validating", "in_progress", total=checked.rows)
 
     async def _input(self) -> Path:
-        """The batch's file, which stays as long as its folder does. Raises UnknownFileError, StoreError."""
+        """The batch's file, which stays as long as its folder does. Raises TrainingFileNotFoundError,
+        StoreError."""
         files = self._parts.files
         file = await files.get(self.batch.tenant, self.batch.input_file)
         folder = self._parts.folders.of(self.batch.id)
@@ -319,7 +320,7 @@ class Run:
         if state == "cancelling":
             end = "cancelled"
         elif self._refused is not None:
-            end, errors = "failed", [BatchError(self._refused.code, self._refused.message)]
+            end, errors = "failed", [BatchErrorRecord(self._refused.code, self._refused.message)]
         elif results.expired:
             end = "expired"
         elif state == "in_progress":
@@ -347,7 +348,7 @@ class Run:
         self,
         before: BatchState,
         state: BatchState,
-        errors: Sequence[BatchError] | None = None,
+        errors: Sequence[BatchErrorRecord] | None = None,
         **facts: Any,
     ) -> None:
         """Raises BatchStateError when somebody else has moved the batch, which was `before`."""
@@ -450,9 +451,9 @@ class Run:
         except (UnauthenticatedError, ForbiddenError) as error:
             self._refused = error
             self._changed.set()
-        except (RateLimitError, UnavailableError) as error:
+        except (QuotaSpentError, UnavailableError) as error:
             self._pause(turn, error.retry_after, error.message)
-        except OneBaseError as error:
+        except ApiError as error:
             self._take(turn, _refusal(error))
         else:
             self._take(turn, await self._post(turn, caller, ticket))
@@ -536,7 +537,7 @@ class BatchRunner:
     def __init__(self, parts: Parts, look_seconds: float) -> None:
         self._parts = parts
         self._look_seconds = look_seconds
-        self._runs: dict[str, tuple[Run, asyncio.Task[None]]] = {}
+        self._runs: dict[str, tuple[BatchRun, asyncio.Task[None]]] = {}
         self._changed = asyncio.Event()
         self._ending = False
         self._next_sweep = 0.0
@@ -635,8 +636,8 @@ class BatchRunner:
                 await parts.threads.run(parts.records.take, batch.id, batch.server, parts.jobs.server)
                 _log.warning("batch %s is taken over from %s", batch.id, batch.server)
 
-    def _begin(self, batch: Batch) -> None:
-        run = Run(self._parts, batch)
+    def _begin(self, batch: BatchRecord) -> None:
+        run = BatchRun(self._parts, batch)
         task = asyncio.get_running_loop().create_task(run.work())
         self._runs[batch.id] = run, task
 
@@ -667,7 +668,7 @@ class BatchRunner:
         free = max(0, places - supervisor.router.waited_rows)
         return min(self._parts.most or places + SPARE_ROWS, free + SPARE_ROWS) if free else 0
 
-    def _next(self) -> Run | None:
+    def _next(self) -> BatchRun | None:
         """Return a run of the tenant with the fewest rows in flight, among the runs that have a row to
         answer."""
         taken: Counter[str] = Counter()
@@ -677,7 +678,7 @@ class BatchRunner:
         return min(ready, key=lambda run: (taken[run.batch.tenant], run.batch.number), default=None)
 
 
-def _in_turn(batches: Sequence[Batch]) -> list[Batch]:
+def _in_turn(batches: Sequence[BatchRecord]) -> list[BatchRecord]:
     """Return batches that only need to end, then each tenant's oldest, then each one's second, and so on."""
     seen: Counter[str] = Counter()
     placed = []
@@ -688,7 +689,7 @@ def _in_turn(batches: Sequence[Batch]) -> list[Batch]:
     return [batch for *_, batch in sorted(placed, key=lambda one: one[:3])]
 
 
-def _refusal(error: OneBaseError) -> Answer:
+def _refusal(error: ApiError) -> Answer:
     return Answer(status_of(error)[0], {}, msgspec.json.encode(error_body(error)))
 
 

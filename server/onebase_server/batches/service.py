@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 from onebase_adapters.registry import (
-    Batch,
+    BatchRecord,
     BatchRecords,
     BatchState,
     BatchStateError,
@@ -16,7 +16,7 @@ from onebase_adapters.registry import (
 from onebase_server.app.storage import storage_errors
 from onebase_server.background import Threads
 from onebase_server.batches.runner import BatchRunner
-from onebase_server.errors import ConflictError
+from onebase_server.errors import StateConflictError
 from onebase_server.jobs.files import TrainingFiles
 
 
@@ -38,7 +38,7 @@ class BatchService:
     async def create(
         self, tenant: str, *, input_file: str, endpoint: str, window: str, seconds: float,
         labels: Mapping[str, str] | None,
-    ) -> Batch:  # fmt: skip
+    ) -> BatchRecord:  # fmt: skip
         """Create a batch, whose file is checked next.
 
         Args:
@@ -64,20 +64,20 @@ class BatchService:
         self.runner.look()
         return made
 
-    async def get(self, tenant: str, batch_id: str) -> Batch:
-        """Raises UnknownBatchError."""
+    async def get(self, tenant: str, batch_id: str) -> BatchRecord:
+        """Raises BatchNotFoundError."""
         with storage_errors():
             return await self._threads.run(self.records.batch, tenant, batch_id)
 
-    async def find(self, tenant: str, *, after: str | None, limit: int) -> list[Batch]:
-        """Newest first. Raises UnknownBatchError (`after`)."""
+    async def find(self, tenant: str, *, after: str | None, limit: int) -> list[BatchRecord]:
+        """Newest first. Raises BatchNotFoundError (`after`)."""
         with storage_errors():
             return await self._threads.run(self.records.batches, tenant, after=after, limit=limit)
 
-    async def cancel(self, tenant: str, batch_id: str) -> Batch:
+    async def cancel(self, tenant: str, batch_id: str) -> BatchRecord:
         """Cancel a batch; its answers stay. Repeating it changes nothing.
 
-        Raises UnknownBatchError, ConflictError when it has ended or is about to.
+        Raises BatchNotFoundError, StateConflictError when it has ended or is about to.
         """
         among: tuple[BatchState, ...] = ("validating", "in_progress")
         with storage_errors():
@@ -88,7 +88,7 @@ class BatchService:
             except BatchStateError as error:
                 if error.state in ("cancelling", "cancelled"):
                     return await self.get(tenant, batch_id)
-                raise ConflictError(
+                raise StateConflictError(
                     f"{error} There is nothing left to cancel.", code="batch_state", param="batch_id"
                 ) from error
         self.runner.look()

@@ -15,12 +15,12 @@ import onebase_server
 from onebase_engine.logs import REQUEST
 from onebase_server.batches.runner import Answer
 from onebase_server.errors import (
+    ApiError,
+    BodyTooLargeError,
     InvalidRequestError,
-    OneBaseError,
-    PayloadTooLargeError,
     error_dict,
 )
-from onebase_server.http.authorization import Gate, Guard, is_upload
+from onebase_server.http.authorization import Authenticator, Guard, is_upload
 from onebase_server.http.deps import CALLER, TICKET, BodyError, Services, server_stopping
 from onebase_server.http.openapi import describe
 from onebase_server.http.refusals import ErrorAnswer, refusal
@@ -71,7 +71,7 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
-    app.state.gate = Gate(app, services)
+    app.state.gate = Authenticator(app, services)
     routes = (
         generation, responses, anthropic, pooling, models, adapters, vllm, files, batches, fine_tuning, keys,
         usage, audit, health, reference, console,
@@ -79,7 +79,7 @@ def create_app(services: Services) -> FastAPI:
     for route in routes:
         app.router.routes.extend(route.router.routes)  # flat, so that the guard sees each of them
     describe(app)
-    app.add_exception_handler(OneBaseError, _answer_error)
+    app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_unexpected)
@@ -196,14 +196,14 @@ class BodyLimit:
             message = await receive()
             size += len(message.get("body", b""))
             if size > self._limit:
-                raise BodyError(PayloadTooLargeError(self._limit))
+                raise BodyError(BodyTooLargeError(self._limit))
             return message
 
         await self._app(scope, counted, send)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, OneBaseError):
+    if not isinstance(error, ApiError):
         raise error
     return refusal(error)
 

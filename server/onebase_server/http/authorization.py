@@ -21,10 +21,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_adapters.registry import Origin, RegistryError, acting
 from onebase_server.errors import (
+    ApiError,
+    BodyTooLargeError,
     ForbiddenError,
     InsufficientScopeError,
-    OneBaseError,
-    PayloadTooLargeError,
     UnauthenticatedError,
     UnavailableError,
     UnknownRouteError,
@@ -85,7 +85,7 @@ class Routes:
         self._paths = re.compile("")
         self._count = 0
 
-    def find(self, scope: Scope) -> tuple[Access, OneBaseError | None]:
+    def find(self, scope: Scope) -> tuple[Access, ApiError | None]:
         """Return the access that the request's route needs. Without a route: any key, and the error for its
         holder."""
         methods: set[str] = set()
@@ -126,7 +126,7 @@ class Routes:
         return islice(routes, int(found.lastgroup.removeprefix("at")), None)
 
 
-class Gate:
+class Authenticator:
     """Decides, from a request's address and headers, who asks and whether it is let in."""
 
     def __init__(self, app: FastAPI, services: Services) -> None:
@@ -137,13 +137,13 @@ class Gate:
         self._looking: asyncio.Task[None] | None = None
 
     def admit_at_once(self, scope: Scope) -> None:
-        """Admit like `admit`, unless that would have to wait: then decide nothing. Raises OneBaseError."""
+        """Admit like `admit`, unless that would have to wait: then decide nothing. Raises ApiError."""
         access, lost = self._find(scope)
         if access == "open" or (self._services.keys.fresh and not self._news(scope)):
             self._decide(scope, access, lost)
 
     async def admit(self, scope: Scope) -> None:
-        """Give the scope its CALLER, and its TICKET if it asks for text; once. Raises OneBaseError."""
+        """Give the scope its CALLER, and its TICKET if it asks for text; once. Raises ApiError."""
         if CALLER not in scope:
             access, lost = self._find(scope)
             if access != "open":
@@ -186,7 +186,7 @@ class Gate:
                 retry_after=1.0,
             ) from error
 
-    def _find(self, scope: Scope) -> tuple[Access, OneBaseError | None]:
+    def _find(self, scope: Scope) -> tuple[Access, ApiError | None]:
         raw: bytes = scope.get("raw_path") or b""
         if raw.startswith(_ADAPTERS.encode() + b"/"):
             segments = raw.partition(b"?")[0].decode("latin-1").split("/")
@@ -196,14 +196,14 @@ class Gate:
             access = "open" if self._services.settings.open_metrics else "admin"
         return access, lost
 
-    def _decide(self, scope: Scope, access: Access, lost: OneBaseError | None) -> None:
+    def _decide(self, scope: Scope, access: Access, lost: ApiError | None) -> None:
         self._check_here(scope)
         caller = self._caller(scope, access)
         asks_for_text = access == "generate" and scope["method"] == "POST"
         ticket = self._services.limiter.enter(caller, resumed=_resumes(scope)) if asks_for_text else None
         limit = self._services.settings.max_body
         if announced_length(scope) > limit and not is_upload(scope):
-            lost = PayloadTooLargeError(limit)
+            lost = BodyTooLargeError(limit)
         if lost is not None:
             if ticket is not None:
                 lost.headers = ticket.headers()
@@ -241,7 +241,7 @@ class Gate:
 class Guard:
     """Serves what the gate admits."""
 
-    def __init__(self, app: ASGIApp, gate: Gate, services: Services) -> None:
+    def __init__(self, app: ASGIApp, gate: Authenticator, services: Services) -> None:
         self._app = app
         self._gate = gate
         self._services = services
@@ -251,7 +251,7 @@ class Guard:
             raise RuntimeError(f"nobody is let in by {scope['type']}")
         try:
             await self._gate.admit(scope)
-        except OneBaseError as error:
+        except ApiError as error:
             await refusal(error)(scope, receive, send)
             return
         caller: Caller = scope[CALLER]

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_engine.logs import REQUEST
 from onebase_server.app.settings import Settings
-from onebase_server.errors import ForbiddenError, InvalidRequestError, OneBaseError, status_of
+from onebase_server.errors import ApiError, ForbiddenError, InvalidRequestError, status_of
 from onebase_server.http.forwarded import ForwardedHeaders
 from onebase_server.http.refusals import id_headers, refusal
 from onebase_server.http.request_id import request_id
@@ -88,13 +88,13 @@ class Door:
             )
         self._app = app
 
-    def turned_away(self, scope: Scope) -> OneBaseError | None:
+    def turned_away(self, scope: Scope) -> ApiError | None:
         """Return the app's error for a request, if that is plain before any of the app runs; else None."""
         try:
             asked_by_page = self._check(scope)
             if self._gate is not None and not (asked_by_page and self._origins):  # CORS may add to the answer
                 self._gate.admit_at_once(scope)
-        except OneBaseError as error:
+        except ApiError as error:
             self._answers[NO_ROUTE, status_of(error)[0]] += 1
             return error
         return None
@@ -112,7 +112,7 @@ class Door:
 
         try:
             self._check(scope)
-        except OneBaseError as error:
+        except ApiError as error:
             await refusal(error)(scope, receive, with_headers)
             return
         await self._app(scope, receive, with_headers)

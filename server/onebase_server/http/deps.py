@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope
 
 from onebase_adapters.registry import RegistryError
-from onebase_server.adapters.activation import Activation
+from onebase_server.adapters.activation import ActivationService
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.merging import Merging
 from onebase_server.adapters.residency import Residency
@@ -28,7 +28,7 @@ from onebase_server.app.settings import Settings
 from onebase_server.app.storage import Storage
 from onebase_server.background import Threads, TurnBudget
 from onebase_server.batches.service import BatchService
-from onebase_server.errors import InvalidRequestError, OneBaseError, UnavailableError, status_of
+from onebase_server.errors import ApiError, InvalidRequestError, UnavailableError, status_of
 from onebase_server.http import strict_json
 from onebase_server.http.forwarded import forwarded_of
 from onebase_server.http.schemas.wire import validation_error
@@ -45,7 +45,7 @@ from onebase_server.requests.planner import Planner
 from onebase_server.requests.pooling import ReadingPlanner
 from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.telemetry.measurements import RequestMeasurements
-from onebase_server.telemetry.metrics import Metrics, render
+from onebase_server.telemetry.metrics import MetricsCollector, render
 from onebase_server.telemetry.traces import Tracing
 from onebase_server.tenancy.access import Caller, KeyRing
 from onebase_server.tenancy.peers import Peers, QuotaSharing
@@ -131,7 +131,7 @@ class Services:
     adapters: AdapterService
     hub: HubAdapters
     merging: Merging
-    activation: Activation
+    activation: ActivationService
     folders: Folders
     views: AdapterViews
     verifier: VerifierClient
@@ -139,7 +139,7 @@ class Services:
     batches: BatchService
     measured: RequestMeasurements
     tracing: Tracing
-    metrics: Metrics
+    metrics: MetricsCollector
     answers: Counter[tuple[str, int]]
     """Number of answers since the start, by route and status."""
     reading: Threads = field(default_factory=lambda: Threads("read", READ_THREADS))
@@ -192,7 +192,7 @@ Admitted = Annotated[Ticket, Depends(_ticket)]
 class BodyError(HTTPException):
     """A body that is refused while it is read: FastAPI's reader hides every other exception."""
 
-    def __init__(self, error: OneBaseError) -> None:
+    def __init__(self, error: ApiError) -> None:
         super().__init__(status_of(error)[0])
         self.error = error
 
@@ -222,7 +222,7 @@ class _StrictRequest(Request):
             if services.read_inline.take(len(body)):
                 return strict_json.decode(body, most)
             return await services.reading.run_for(_caller(self).tenant, self._validated, body, most)
-        except OneBaseError as error:
+        except ApiError as error:
             raise BodyError(error) from error
 
     def _validated(self, body: bytes, most: int) -> Any:

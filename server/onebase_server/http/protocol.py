@@ -28,10 +28,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
 
 from onebase_server.errors import (
+    ApiError,
     HeadersTooLargeError,
     HttpVersionError,
     InvalidRequestError,
-    OneBaseError,
     TooSlowError,
     TransferCodingError,
     UnavailableError,
@@ -98,7 +98,7 @@ class Connections:
     def __post_init__(self) -> None:
         self._proxies = [ipaddress.ip_network(proxy, strict=False) for proxy in self.limits.trusted_proxy]
 
-    def open(self, address: str) -> OneBaseError | None:
+    def open(self, address: str) -> ApiError | None:
         """Count a connection. Return the error if it is one too many: it counts all the same, until
         `close`."""
         host, exempt = self._host(address)
@@ -132,7 +132,7 @@ class Connections:
             return str(ipaddress.ip_network((ip, 64), strict=False)), False
         return str(ip), exempt
 
-    def _refusal(self, reason: str) -> OneBaseError:
+    def _refusal(self, reason: str) -> ApiError:
         if time.monotonic() - self._logged > _LOG_SECONDS:
             self._logged = time.monotonic()
             _log.warning("connections are refused: %s", reason)
@@ -168,7 +168,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self,
         *args: Any,
         connections: Connections,
-        turned_away: Callable[[Any], OneBaseError | None] = lambda scope: None,
+        turned_away: Callable[[Any], ApiError | None] = lambda scope: None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -179,7 +179,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._clients = connections
         self._limits = connections.limits
         self._reading = _Reading.NOTHING
-        self._refusal: OneBaseError | None = None
+        self._refusal: ApiError | None = None
         self._refused = False
         """Whether the refusal was sent."""
         self._read_timer: asyncio.TimerHandle | None = None
@@ -229,7 +229,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._parse(data)
         except (httptools.HttpParserError, HeadersTooLargeError) as error:
             own = error if isinstance(error, HeadersTooLargeError) else error.__context__
-            self._refuse(own if isinstance(own, OneBaseError) else _malformed())
+            self._refuse(own if isinstance(own, ApiError) else _malformed())
         else:
             self._expect_rest()
         finally:
@@ -390,7 +390,7 @@ class LimitedProtocol(HttpToolsProtocol):
         else:
             self._turn_away(cycle, error)
 
-    def _turn_away(self, cycle: RequestResponseCycle, error: OneBaseError) -> None:
+    def _turn_away(self, cycle: RequestResponseCycle, error: ApiError) -> None:
         """Answer as the cycle would."""
         scope: Any = cycle.scope
         if self.access_log:
@@ -410,7 +410,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
         self.on_response_complete()
 
-    def _answer(self, error: OneBaseError, scope: Any, *, close: bool, with_body: bool = True) -> bytes:
+    def _answer(self, error: ApiError, scope: Any, *, close: bool, with_body: bool = True) -> bytes:
         """Return an error's answer. `scope`: of the request, as far as it has come; None if none has."""
         body = error_json(error, scope)
         headers = [*error_headers(error).items(), ("content-length", len(body))]
@@ -430,7 +430,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     # ---- refusing ------------------------------------------------------------------------------
 
-    def _refuse(self, error: OneBaseError) -> None:
+    def _refuse(self, error: ApiError) -> None:
         """Answer with an error once earlier requests have theirs, and close. Nothing more is read."""
         if self.transport.is_closing():
             return

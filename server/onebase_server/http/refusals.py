@@ -8,7 +8,7 @@ import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from onebase_server.errors import OneBaseError, error_body, error_headers, status_of
+from onebase_server.errors import ApiError, error_body, error_headers, status_of
 from onebase_server.http.request_id import HEADER, request_id
 
 _ANTHROPIC = "/v1/messages"
@@ -41,12 +41,12 @@ def id_headers(scope: Any) -> dict[str, str]:
     return told
 
 
-def error_json(error: OneBaseError, scope: Any) -> bytes:
+def error_json(error: ApiError, scope: Any) -> bytes:
     """Return the body of an error's answer; `scope` is None if there is no request to speak of."""
     return _encoded(error_body(error), status_of(error)[0], scope)
 
 
-def refusal(error: OneBaseError) -> Response:
+def refusal(error: ApiError) -> Response:
     """Return an error as an answer."""
     return ErrorAnswer(error_body(error), status_of(error)[0], error_headers(error))
 

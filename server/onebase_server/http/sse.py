@@ -11,7 +11,7 @@ import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError
+from onebase_server.errors import ApiError, ClientGoneError, SlowReaderError
 from onebase_server.inference.transcript import HEADER
 
 ABORT_EXTENSION = "onebase.abort"
@@ -94,7 +94,7 @@ class EventStream(Response):
 
 
 async def guarded(
-    events: AsyncIterator[bytes], failure: Callable[[OneBaseError], bytes], end: bytes
+    events: AsyncIterator[bytes], failure: Callable[[ApiError], bytes], end: bytes
 ) -> AsyncGenerator[bytes]:
     """Yield the events; after the first one, an error becomes an event of its own instead of a broken stream.
 
@@ -107,7 +107,7 @@ async def guarded(
             yield chunk
     except (SlowReaderError, ClientGoneError):
         raise
-    except OneBaseError as error:
+    except ApiError as error:
         if not started:
             raise
         yield failure(error)
@@ -140,7 +140,7 @@ def cancelled_when_gone(receive: Receive, run: Cancellable) -> Iterator[None]:
         task.cancel()
 
 
-class Merged:
+class MergedEvents:
     """Events of several sources in one stream, as they come. The first error of a source ends all.
 
     Args:

@@ -20,11 +20,11 @@ from onebase_adapters.format.config import (
     with_labels,
 )
 from onebase_adapters.registry import UPLOADED, Purpose
-from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, VersionFiles
+from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from onebase_adapters.store.store import BlobWriter, Store
 from onebase_server.app.settings import SettingsError, parse_bool
 from onebase_server.background import Threads
-from onebase_server.errors import ClientGoneError, InvalidRequestError, PayloadTooLargeError
+from onebase_server.errors import BodyTooLargeError, ClientGoneError, InvalidRequestError
 from onebase_server.jobs.files import BATCH_ENDING, TrainingFiles, check_filename, ending
 
 MAX_FIELD_BYTES = 1000
@@ -56,7 +56,7 @@ Write = Callable[[memoryview], None]
 class FormReader(ABC, Generic[Result]):
     """Parses a body piece by piece, in any number of pieces. For one thread at a time.
 
-    Raises InvalidRequestError or PayloadTooLargeError as soon as something is wrong, and what writing the
+    Raises InvalidRequestError or BodyTooLargeError as soon as something is wrong, and what writing the
     files raises. `close` in any case.
 
     Args:
@@ -98,7 +98,7 @@ class FormReader(ABC, Generic[Result]):
         """Parse the next piece of the body."""
         self._size += len(data)
         if self._size > self._limit:
-            raise PayloadTooLargeError(self._limit, self._option)
+            raise BodyTooLargeError(self._limit, self._option)
         try:
             self._parser.write(data)
         except FormParserError as error:
@@ -196,13 +196,13 @@ def boundary_of(request: Request, how: str = "") -> bytes | None:
 def check_length(request: Request, limit: int, option: str) -> int:
     """Refuse a body by its announced length. Returns what it may hold, without the form around it.
 
-    Raises PayloadTooLargeError.
+    Raises BodyTooLargeError.
     """
     length = request.headers.get("content-length", "")
     if not length.isdigit():
         return limit
     if int(length) > limit:
-        raise PayloadTooLargeError(limit, option)
+        raise BodyTooLargeError(limit, option)
     return max(1, int(length) - FORM_BYTES)
 
 
@@ -241,14 +241,14 @@ class Upload:
     name: str
     flags: dict[str, bool]
     config: bytes
-    commit: Callable[[], VersionFiles]
-    """Makes the files part of the store; call it in a thread. Raises StoreFullError, StoreError."""
+    commit: Callable[[], AdapterFiles]
+    """Makes the files part of the store; call it in a thread. Raises DiskFullError, StoreError."""
 
 
 class AdapterForm(FormReader[Upload]):
     """Writes the weights as they arrive; `close` deletes them unless they were committed.
 
-    Raises also StoreFullError, StoreError.
+    Raises also DiskFullError, StoreError.
     """
 
     def __init__(self, store: Store, boundary: bytes, limit: int) -> None:
@@ -283,10 +283,10 @@ class AdapterForm(FormReader[Upload]):
         if self._weights is not None:
             self._weights.abort()
 
-    def _commit(self) -> VersionFiles:
+    def _commit(self) -> AdapterFiles:
         if self._weights is None:
             raise RuntimeError("committed before the form's result")
-        return VersionFiles(self._store.add_bytes(self._config), self._weights.commit())
+        return AdapterFiles(self._store.add_bytes(self._config), self._weights.commit())
 
     def _begin_file(self, name: str) -> Write:
         if name not in (*ADAPTER_FILES, MODEL_CONFIG_FILE):

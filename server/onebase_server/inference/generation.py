@@ -14,24 +14,24 @@ from typing import Protocol
 from msgspec.structs import replace as replaced
 
 from onebase_engine.engine.grammars import BUDGET_SECONDS, COMPILE_BUDGET
-from onebase_engine.engine.messages import Grammar, Pooling, RowOutput, Sampling, Submit, TokenLogprob
+from onebase_engine.engine.messages import Grammar, Pooling, RowOutput, Sampling, ScoredToken, Submit
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.adapters.residency import Lease, Residency
 from onebase_server.errors import (
+    ApiError,
     ClientGoneError,
     InvalidRequestError,
-    OneBaseError,
-    RateLimitError,
+    QuotaSpentError,
     RowFailedError,
     UnavailableError,
 )
 from onebase_server.inference.stream import (
-    Choice,
+    ChoiceDecoder,
     Inflight,
     Moments,
-    Piece,
+    OutputPiece,
     TokenInfo,
-    Usage,
+    TokenUsage,
     prompt_token_infos,
     prompt_tokens,
 )
@@ -54,7 +54,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationRequest:
     """A request for the engine, to generate or to read texts, and its tenant. Choice `c` of prompt `p` has
     the index `p * n + c`."""
 
@@ -108,7 +108,7 @@ class Job:
         branches = len(self.prompts) * sum(map(len, self.branches))
         return given + branches + self.choices * self.expected_tokens
 
-    def parts(self, most: int) -> list[Job]:
+    def parts(self, most: int) -> list[GenerationRequest]:
         """Jobs that are the same together, with at most so many choices each. Of one that is only read."""
         if self.choices <= most:
             return [self]
@@ -124,7 +124,7 @@ class Job:
 
 
 @dataclass
-class Timing:
+class RequestTiming:
     """Seconds: in the engine's queue, until the first token, and from the first token to the last."""
 
     queue_s: float = 0.0
@@ -139,7 +139,7 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{secrets.token_hex(12)}"
 
 
-def opening(job: Job) -> Opening:
+def opening(job: GenerationRequest) -> Opening:
     """Return the first record of a request's transcript."""
     sampling = job.sampling
     names = [f"{use.name}@{use.digest}" for use in job.adapter.uses]
@@ -154,7 +154,7 @@ class Meter(Protocol):
     def rows_ended(self) -> None:
         """Handle the end of its last sequence in the engine."""
 
-    def used(self, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
+    def used(self, usage: TokenUsage, moments: Moments, finished: Counter[str]) -> None:
         """It is over. Called once, if it was submitted. finished: choices by how they ended, in vLLM's words:
         `stop`, `length`, `abort`, `error`."""
 
@@ -163,7 +163,7 @@ class Meter(Protocol):
         """Return a function to be called with the seconds from each output of a sequence to its next."""
 
 
-class Run:
+class RequestRun:
     """A job with the engine, from its start to its end; `cancel` ends it early.
 
     Args:
@@ -177,7 +177,7 @@ class Run:
     def __init__(
         self,
         supervisor: EngineSupervisor,
-        job: Job,
+        job: GenerationRequest,
         stream_limit: int | None = None,
         on_cut: Callable[[], None] = lambda: None,
         *,
@@ -197,7 +197,7 @@ class Run:
         ]
         self._prompt_of = {submit.id: index for index, submit in enumerate(submits)}
         self._cached_known: set[int] = set()
-        self.usage = Usage(prompt=sum(map(prompt_tokens, submits)))
+        self.usage = TokenUsage(prompt=sum(map(prompt_tokens, submits)))
         submits = [submit for submit in submits if submit.choices]
         limit = (stream_limit or 2**31) * job.choices
         self._inflight = Inflight(
@@ -279,7 +279,7 @@ class Run:
         """Cancel the request: the engine frees its sequences, and `pieces` raises ClientGoneError."""
         self._fail(ClientGoneError())
 
-    def _fail(self, error: OneBaseError) -> None:
+    def _fail(self, error: ApiError) -> None:
         self._inflight.fail(error)
         self._supervisor.router.cancel(self._inflight)
 
@@ -315,11 +315,11 @@ class Run:
         )
 
 
-class Reading(Run):
+class Reading(RequestRun):
     """A job that only reads texts."""
 
     async def outputs(self) -> list[RowOutput]:
-        """The last output of each choice, in their order. Raises what `Generation.pieces` raises, and
+        """The last output of each choice, in their order. Raises what `GenerationRun.pieces` raises, and
         UnavailableError at the deadline."""
         found: dict[int, RowOutput] = {}
         with self._being_read():
@@ -342,7 +342,7 @@ class Reading(Run):
         return [found[index] for index in range(self.job.choices)]
 
 
-class Generation(Run):
+class GenerationRun(RequestRun):
     """A job that generates. `pieces` yields what became certain, step by step.
 
     Args:
@@ -355,7 +355,7 @@ class Generation(Run):
         self,
         supervisor: EngineSupervisor,
         tokenizer: BaseTokenizer,
-        job: Job,
+        job: GenerationRequest,
         stream_limit: int | None = None,
         on_cut: Callable[[], None] = lambda: None,
         *,
@@ -375,7 +375,7 @@ class Generation(Run):
         if transcript is None:
             self._tell(opening(job))
         self._echoed: set[int] = set()
-        self.prompt_logprobs: dict[int, list[TokenLogprob]] = {}
+        self.prompt_logprobs: dict[int, list[ScoredToken]] = {}
         """Log-probabilities of each prompt's tokens but the first, by the prompt's number, if they were asked
         for."""
 
@@ -394,18 +394,18 @@ class Generation(Run):
         return 0 if self.ended is None else self.ended.at
 
     @property
-    def timing(self) -> Timing:
+    def timing(self) -> RequestTiming:
         """Return the durations up to now, or of the whole request if it has ended."""
         if self.ended is not None:
-            return Timing(self.ended.queue_s, self.ended.ttft_s, self.ended.decode_s)
+            return RequestTiming(self.ended.queue_s, self.ended.ttft_s, self.ended.decode_s)
         moments = self.moments
-        timing = Timing(queue_s=max(0.0, moments.begun - moments.submitted))
+        timing = RequestTiming(queue_s=max(0.0, moments.begun - moments.submitted))
         if moments.first:
             timing.ttft_s = moments.first - moments.came
             timing.decode_s = moments.last - moments.first
         return timing
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
+    async def pieces(self) -> AsyncIterator[list[OutputPiece]]:
         """Pieces of all choices, one list per engine step.
 
         Raises RowFailedError when the engine ends a row with an error, EngineRestartedError when it dies,
@@ -427,9 +427,9 @@ class Generation(Run):
                 self.ended = Ended(**vars(self.timing), at=int(time.time()))
                 self._tell(self.ended)
 
-    async def collect(self) -> list[Piece]:
+    async def collect(self) -> list[OutputPiece]:
         """The whole of each choice, in order."""
-        whole = [Piece(index, "") for index in range(self.job.choices)]
+        whole = [OutputPiece(index, "") for index in range(self.job.choices)]
         async for pieces in self.pieces():
             for piece in pieces:
                 target = whole[piece.index]
@@ -439,7 +439,7 @@ class Generation(Run):
                 target.finish_reason, target.stop = piece.finish_reason, piece.stop
         return whole
 
-    def _feed(self, output: RowOutput, prompt: int) -> list[Piece]:
+    def _feed(self, output: RowOutput, prompt: int) -> list[OutputPiece]:
         choice = self._choices[prompt * self.job.n + output.choice]
         if choice.finish_reason is not None:
             return []
@@ -461,7 +461,9 @@ class Generation(Run):
             return self._with_echo(choice, prompt, output, piece)
         return [piece] if piece else []
 
-    def _with_echo(self, choice: Choice, prompt: int, output: RowOutput, piece: Piece | None) -> list[Piece]:
+    def _with_echo(
+        self, choice: ChoiceDecoder, prompt: int, output: RowOutput, piece: OutputPiece | None
+    ) -> list[OutputPiece]:
         """Put the prompt before a choice's first piece, with its logprobs if they were asked for."""
         pieces = [piece] if piece else []
         if choice.index in self._echoed or (piece is None and output.prompt_logprobs is None):
@@ -472,12 +474,12 @@ class Generation(Run):
         if self.job.sampling.prompt_logprobs is not None:
             logprobs = self.prompt_logprobs.get(prompt, [])
             tokens = prompt_token_infos(source.tokens, logprobs, self._tokenizer.pieces())
-        return [Piece(choice.index, _echo_text(source, self._tokenizer), tokens), *pieces]
+        return [OutputPiece(choice.index, _echo_text(source, self._tokenizer), tokens), *pieces]
 
 
-def _choice(job: Job, index: int, tokenizer: BaseTokenizer) -> Choice:
+def _choice(job: GenerationRequest, index: int, tokenizer: BaseTokenizer) -> ChoiceDecoder:
     offset = len(_echo_text(job.prompts[index // job.n], tokenizer)) if job.echo else 0
-    return Choice(
+    return ChoiceDecoder(
         index,
         tokenizer.pieces(job.calls.format.shown if job.calls else frozenset()),
         job.stops,
@@ -492,7 +494,9 @@ def _echo_text(prompt: Prompt, tokenizer: BaseTokenizer) -> str:
     return tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
 
 
-def begun_of(job: Job, transcript: Transcript, tokenizer: BaseTokenizer) -> list[dict[int, list[int]]]:
+def begun_of(
+    job: GenerationRequest, transcript: Transcript, tokenizer: BaseTokenizer
+) -> list[dict[int, list[int]]]:
     """Return, for each prompt, the tokens of the choices that have not ended. A long transcript takes 0.1 s.
 
     Raises InvalidRequestError.
@@ -532,7 +536,7 @@ async def in_time(deadline: float | None) -> AsyncIterator[None]:
         ) from error
 
 
-def _row_error(output: RowOutput, job: Job) -> OneBaseError:
+def _row_error(output: RowOutput, job: GenerationRequest) -> ApiError:
     if output.error_code == "grammar_refused":
         message = f"{job.grammar_param}: {output.error_message}. Change it, or leave it out."
         return InvalidRequestError(message, param=job.grammar_param, code="grammar_refused")
@@ -542,7 +546,7 @@ def _row_error(output: RowOutput, job: Job) -> OneBaseError:
     if output.error_code == "grammar_limit":
         message = f"{job.grammar_param}: {output.error_message}. Use one of those, or send it again later."
         of = {"quota": "grammar_seconds", "limit": COMPILE_BUDGET, "of": "tenant"}
-        return RateLimitError(message, of, retry_after=output.retry_after or BUDGET_SECONDS)
+        return QuotaSpentError(message, of, retry_after=output.retry_after or BUDGET_SECONDS)
     return RowFailedError(
         output.error_message or "The engine ended this request with an error.",
         code=output.error_code or "engine_error",

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from onebase_engine.engine.messages import FinishReason, RowOutput, Submit, TokenLogprob
-from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError
+from onebase_engine.engine.messages import FinishReason, RowOutput, ScoredToken, Submit
+from onebase_server.errors import ApiError, ClientGoneError, SlowReaderError
 from onebase_server.inference.detokenizer import PieceDecoder, StopStrings
 
 
 @dataclass
-class Usage:
+class TokenUsage:
     """Tokens: `cached` of the prompts' came from the prefix cache."""
 
     prompt: int = 0
@@ -68,7 +68,7 @@ class Inflight:
         self.submits = tuple(submits)
         self.open_rows = {submit.id: len(submit.choices) for submit in submits}
         self._unseen = {submit.id: prompt_tokens(submit) for submit in submits}
-        self.computed = Usage()
+        self.computed = TokenUsage()
         """Tokens that the engine has computed for it, including those that nobody read."""
         self.moments = Moments()
         self._last_at: dict[tuple[str, int], float] = {}
@@ -79,7 +79,7 @@ class Inflight:
         self._on_cut = on_cut
         self._limit = buffer_limit
         self._pending: list[RowOutput] = []
-        self._failure: OneBaseError | None = None
+        self._failure: ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -145,7 +145,7 @@ class Inflight:
         elif output.finish == "stop":
             moments.last = at
 
-    def fail(self, error: OneBaseError) -> None:
+    def fail(self, error: ApiError) -> None:
         """End the request: outputs already here are still taken, then `error` is raised."""
         if self._failure is None:
             self._failure = error
@@ -181,7 +181,7 @@ class TokenInfo:
 
 
 @dataclass(slots=True)
-class Piece:
+class OutputPiece:
     """Part of one choice that became certain at once. The last piece has a finish reason."""
 
     index: int
@@ -195,7 +195,7 @@ class Piece:
     """The stop string that ended it."""
 
 
-class Choice:
+class ChoiceDecoder:
     """Turns one row's outputs into pieces.
 
     A token's logprobs leave with the piece in which its text begins, so that held-back text (an
@@ -230,7 +230,7 @@ class Choice:
         """A stop string ended the choice: the engine does not know yet."""
         return self._stops.matched is not None
 
-    def feed(self, output: RowOutput) -> Piece | None:
+    def feed(self, output: RowOutput) -> OutputPiece | None:
         """The next piece, or None when there is nothing to say yet. Not to be called once finished."""
         before = self.completion_tokens
         text = "" if self._discard_tokens else self._read_tokens(output)
@@ -249,7 +249,7 @@ class Choice:
         ids = output.tokens[: self.completion_tokens - before] if self._with_ids else []
         if not text and not tokens and not ids and self.finish_reason is None:
             return None
-        return Piece(self.index, text, tokens, ids, self.finish_reason, self._stops.matched)
+        return OutputPiece(self.index, text, tokens, ids, self.finish_reason, self._stops.matched)
 
     def _read_tokens(self, output: RowOutput) -> str:
         text = ""
@@ -282,12 +282,12 @@ class Choice:
         return ready
 
 
-def _token_info(value: TokenLogprob, offset: int) -> TokenInfo:
+def _token_info(value: ScoredToken, offset: int) -> TokenInfo:
     return TokenInfo(value.token, offset, value.logprob, value.top)
 
 
 def prompt_token_infos(
-    prompt: Sequence[int], logprobs: Sequence[TokenLogprob], decoder: PieceDecoder
+    prompt: Sequence[int], logprobs: Sequence[ScoredToken], decoder: PieceDecoder
 ) -> list[TokenInfo]:
     """The prompt's tokens for `echo`; the first has no logprob, since nothing comes before it."""
     infos: list[TokenInfo] = []

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import msgspec
 
-from onebase_engine.engine.messages import RowOutput, TokenLogprob
+from onebase_engine.engine.messages import RowOutput, ScoredToken
 from onebase_server.errors import InvalidRequestError
 
 HEADER = "x-onebase-transcript"
@@ -110,7 +110,7 @@ class Transcript:
         return (output for outputs in self.outputs for output in outputs)
 
 
-def _tokens(scored: TokenLogprob) -> Iterable[int]:
+def _tokens(scored: ScoredToken) -> Iterable[int]:
     return scored.token, *(token for token, _ in scored.top)
 
 

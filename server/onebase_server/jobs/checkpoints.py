@@ -14,7 +14,7 @@ from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
 from onebase_server.app.storage import storage_errors
 from onebase_server.background import Threads
-from onebase_server.errors import ConflictError, OneBaseError, UnknownAdapterError, VersionFailedError
+from onebase_server.errors import AdapterNotFoundError, ApiError, StateConflictError, VersionFailedError
 from onebase_server.jobs.folders import JobFolders, is_over
 
 ADAPTER = "adapter"
@@ -61,16 +61,15 @@ class CheckpointModels:
     async def use(self, tenant: str, name: str, *, param: str) -> None:
         """Register an existing checkpoint as an adapter that is proved and active, unless it is one already.
 
-        Concurrent first uses wait for the same proof. Raises UnknownAdapterError when it is gone,
-        ConflictError when it lies on another server, VersionFailedError, UnavailableError, and what adding
-        an adapter raises.
-        """
+        Concurrent first uses wait for the same proof. Raises AdapterNotFoundError when it is gone,
+        StateConflictError when it lies on another server, VersionFailedError, UnavailableError, and what
+        adding an adapter raises."""
         place = await self._place(tenant, name, param)
         record = self._library.catalog.of(tenant).own(name)
         if record is not None and record.active is not None:
             return
         if place is None:
-            raise ConflictError(
+            raise StateConflictError(
                 f"{name} lies on another server, where its job runs: ask that one.",
                 code="job_state",
                 param=param,
@@ -94,18 +93,18 @@ class CheckpointModels:
         """Delete the adapters whose checkpoints are gone. Raises RegistryError."""
         for record in list(self._library.catalog):
             if is_checkpoint(record.name):
-                with suppress(OneBaseError):  # `_place` deletes what is gone
+                with suppress(ApiError):  # `_place` deletes what is gone
                     await self._place(record.tenant, record.name, "model")
 
     async def _place(self, tenant: str, name: str, param: str) -> Path | None:
-        """Return the checkpoint's folder, or None if it is on another server. Raises UnknownAdapterError."""
+        """Return the checkpoint's folder, or None if it is on another server. Raises AdapterNotFoundError."""
         wanted = _parsed(name)
         job = None
         if wanted is not None:
             with storage_errors(), suppress(UnknownJobError):
                 job = await self._threads.run(self._records.job, tenant, wanted.job)
         if wanted is None or job is None or job.name != wanted.name:
-            raise UnknownAdapterError(f"There is no checkpoint {name[:200]!r}.", param=param)
+            raise AdapterNotFoundError(f"There is no checkpoint {name[:200]!r}.", param=param)
         if job.server != self._folders.server and not is_over(job.state, job.error_code):
             return None
         with storage_errors():
@@ -116,7 +115,7 @@ class CheckpointModels:
                 return place
         await self._delete(tenant, name)
         instead = f"Ask for {job.name}." if job.version else "See the job's list of checkpoints."
-        raise UnknownAdapterError(
+        raise AdapterNotFoundError(
             f"Checkpoint {name} is gone: a job keeps its latest ones, and none once it is over. {instead}",
             param=param,
             code="checkpoint_gone",
@@ -140,7 +139,7 @@ class CheckpointModels:
             return
         try:
             await self._library.activation.delete(tenant, name, force=False)
-        except OneBaseError as error:
+        except ApiError as error:
             _log.info("%s stays for now: %s", name, error.message)
 
 

@@ -18,14 +18,14 @@ from onebase_adapters.registry import (
     VersionRecord,
     acting,
 )
-from onebase_adapters.store.blobs import ADAPTER_FILES, VersionFiles
+from onebase_adapters.store.blobs import ADAPTER_FILES, AdapterFiles
 from onebase_adapters.store.store import StoreError
 from onebase_server.adapters.catalog import label
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
 from onebase_server.app.storage import storage_errors
 from onebase_server.background import Backoff
-from onebase_server.errors import OneBaseError, StaleActivationError, StoreFullError, UnavailableError
+from onebase_server.errors import ActivationConflictError, ApiError, DiskFullError, UnavailableError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.handover_files import ADAPTER, KeptFiles
@@ -73,7 +73,7 @@ class Delivered:
 
 
 @dataclass(frozen=True)
-class Decision:
+class ActivationDecision:
     """Whether a job's version is to be activated, by what its training measured.
 
     reason: why it is not, as the end of a sentence; why it is, where that was measured. expected: what must
@@ -121,13 +121,13 @@ class Delivery:
             try:
                 with acting(Origin(job.key, actor=f"job {job.id}", owned=(job.id, job.server))):
                     return await self._deliver(job, record)
-            except StoreFullError as error:
+            except DiskFullError as error:
                 raise DeliveryError("disk_full", error.message) from error
             except (UnavailableError, RegistryError, StoreError, OSError) as error:
                 if pause is None:
                     raise DeliveryError("delivery_failed", f"{error} Resume the job later.") from error
                 _log.warning("job %s waits: %s", job.id, error)
-            except OneBaseError as error:
+            except ApiError as error:
                 raise DeliveryError(error.code, error.message) from error
             await asyncio.sleep(pause)
         raise AssertionError("the last try returns or raises")
@@ -179,7 +179,7 @@ class Delivery:
         history = await self._library.activation.history(version.tenant, version.name)
         return next((entry.previous for entry in history if entry.version == version.digest), None)
 
-    async def _proved(self, job: TrainingJob, files: VersionFiles) -> VersionRecord:
+    async def _proved(self, job: TrainingJob, files: AdapterFiles) -> VersionRecord:
         """Return the version after its proof has ended. Raises DeliveryError if that takes too long."""
         source: dict[str, Any] = {"kind": "training", "job": job.id}
         if job.parent is not None:
@@ -195,16 +195,16 @@ class Delivery:
                 f"The adapter was not proved within {self._proof_seconds:g} s: others are ahead of it, or no "
                 "verifier runs; the server's log may say why. Resume the job to wait again.",
             ) from error
-        except OneBaseError as error:  # an upload of the same content asked to activate it, and that failed
+        except ApiError as error:  # an upload of the same content asked to activate it, and that failed
             _log.info("version %s of %s: %s", added.digest[:12], added.name, error)
         return await self._library.version(added.tenant, added.name, added.digest)
 
-    async def _activate(self, version: VersionRecord, record: JobRecord, decision: Decision) -> str:
+    async def _activate(self, version: VersionRecord, record: JobRecord, decision: ActivationDecision) -> str:
         """Activate the version, unless the job was stopped. Returns why that failed, or ""."""
         if (await record.current()).state != "running":
             return ""
         failure = await self._library.activate_with_retries(version, expected=decision.expected)
-        if isinstance(failure, StaleActivationError):
+        if isinstance(failure, ActivationConflictError):
             current, expected = failure.details["current"], decision.expected
             now = f"{label(version.name, current)} is active" if current else "no version is active"
             then = label(version.name, expected) if isinstance(expected, str) else "the base alone"
@@ -212,16 +212,16 @@ class Delivery:
         return failure.message if failure else ""
 
 
-def decide(job: TrainingJob) -> Decision:
+def decide(job: TrainingJob) -> ActivationDecision:
     """Return whether a job's version is to be activated, by the job's rule and its report."""
     report = job.report or {}
     if job.activate == "never":
-        return Decision(False, "the job asked not to")
+        return ActivationDecision(False, "the job asked not to")
     gate = _gate(job, report)
     if gate is not None and not gate.activate:
         return gate
     if job.activate == "always":
-        return gate or Decision(True)
+        return gate or ActivationDecision(True)
     compared: dict[str, bool | None] = dict(report.get("better_than") or {"base": report.get("better")})
     expected: str | Unset | None = UNSET if gate is None else gate.expected
     if job.activate == "if_better_than_base":
@@ -230,18 +230,22 @@ def decide(job: TrainingJob) -> Decision:
         expected = report.get("active") or None
     names = {name: _subject(job, report, name) for name in compared}
     if compared.get("base") is None:
-        return Decision(False, "nothing was held out to compare it on", undecided=True)
+        return ActivationDecision(False, "nothing was held out to compare it on", undecided=True)
     if lost := [name for name, better in compared.items() if better is False]:
-        return Decision(False, f"on held-out rows it is no better than {_listed(names[n] for n in lost)}")
+        return ActivationDecision(
+            False, f"on held-out rows it is no better than {_listed(names[n] for n in lost)}"
+        )
     if compared.get(ACTIVE, True) is None:
         why = report.get("not_compared") or "it was not measured"
-        return Decision(False, f"it could not be compared with {names[ACTIVE]}: {why}", undecided=True)
+        return ActivationDecision(
+            False, f"it could not be compared with {names[ACTIVE]}: {why}", undecided=True
+        )
     alone = "; no version was active to compare it with" if expected is None else ""
     better = _listed(name.removesuffix(_IS_ACTIVE) for name in names.values())
-    return Decision(True, f"on held-out rows it is better than {better}{alone}", expected)
+    return ActivationDecision(True, f"on held-out rows it is better than {better}{alone}", expected)
 
 
-def _gate(job: TrainingJob, report: Mapping[str, Any]) -> Decision | None:
+def _gate(job: TrainingJob, report: Mapping[str, Any]) -> ActivationDecision | None:
     """Return the decision by the limit for slices, or None if there is no limit or no slice that it is
     for."""
     slices, limit = report.get("slices"), job.settings.get("max_regression", "auto")
@@ -252,13 +256,13 @@ def _gate(job: TrainingJob, report: Mapping[str, Any]) -> Decision | None:
         against = {one for slice in slices["slices"] for one in slice.get("regressed_against", ())}
         than = _listed(_subject(job, report, name) for name in _SUBJECTS if name in against)
         than = f" than {than}" if than else ""
-        return Decision(False, f"on {named} it is worse by more than {limit:g}{than}")
+        return ActivationDecision(False, f"on {named} it is worse by more than {limit:g}{than}")
     if why := report.get("not_compared"):
         active = _subject(job, report, ACTIVE)
-        return Decision(
+        return ActivationDecision(
             False, f"its slices could not be compared with those of {active}: {why}", undecided=True
         )
-    return Decision(True, expected=report.get("active") or None)
+    return ActivationDecision(True, expected=report.get("active") or None)
 
 
 def _subject(job: TrainingJob, report: Mapping[str, Any], name: str) -> str:
@@ -275,7 +279,13 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _message(
-    job: TrainingJob, digest: str, decision: Decision, *, active: bool, replaced: str | None, problem: str
+    job: TrainingJob,
+    digest: str,
+    decision: ActivationDecision,
+    *,
+    active: bool,
+    replaced: str | None,
+    problem: str,
 ) -> str:
     model = label(job.name, digest)
     if active and (job.report or {}).get("active") == digest:

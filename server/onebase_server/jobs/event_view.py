@@ -52,7 +52,7 @@ def job_event(event: events.Event) -> JobEvent | None:
             f"{given} of the {_SUBJECTS.get(event.subject, event.subject)}: {figures}",
             msgspec.to_builtins(event) | {"type": None},
         )
-    if isinstance(event, events.Progress):
+    if isinstance(event, events.StageProgress):
         return None
     return JobEvent(event.at, _message(event), level=_level(event), data=_data(event))
 

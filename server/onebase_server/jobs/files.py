@@ -14,16 +14,16 @@ from onebase_adapters import registry
 from onebase_adapters.registry import (
     RESUMABLE,
     FileInUseError,
+    FileRecord,
     Purpose,
     Scope,
-    TrainingFile,
     TrainingRecords,
     UnknownJobError,
 )
 from onebase_adapters.store.store import Blob, BlobMissingError, BlobWriter, Store
 from onebase_server.app.storage import delete_blobs, storage_errors
 from onebase_server.background import Threads
-from onebase_server.errors import ConflictError, InvalidRequestError, UnknownFileError
+from onebase_server.errors import InvalidRequestError, StateConflictError, TrainingFileNotFoundError
 from onebase_server.jobs.folders import JobFolders
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
@@ -61,8 +61,8 @@ class TrainingFiles:
 
     async def keep(
         self, tenant: str, writer: BlobWriter, filename: str, purpose: Purpose, file_id: str | None = None
-    ) -> TrainingFile:
-        """Commit written content as a file that jobs can name. Raises StoreFullError, UnavailableError."""
+    ) -> FileRecord:
+        """Commit written content as a file that jobs can name. Raises DiskFullError, UnavailableError."""
         with storage_errors():
             # The row comes last: a blob without one is swept, a row without a blob would be a lie.
             blob = await self.disk.run(writer.commit)
@@ -70,12 +70,12 @@ class TrainingFiles:
 
     async def add(
         self, tenant: str, blob: Blob, filename: str, purpose: Purpose, file_id: str | None = None
-    ) -> TrainingFile:
-        """Register content of the store as a file. Raises StoreFullError, UnavailableError,
+    ) -> FileRecord:
+        """Register content of the store as a file. Raises DiskFullError, UnavailableError,
         QuotaExceededError."""
         name, server = file_id or f"file-{secrets.token_hex(12)}", self._folders.server
         made = float(int(time.time()))
-        file = TrainingFile(name, tenant, server, purpose, filename, blob.size, made, blob.sha256)
+        file = FileRecord(name, tenant, server, purpose, filename, blob.size, made, blob.sha256)
         with storage_errors():
             return await self._threads.run(self._records.add_file, file)
 
@@ -97,10 +97,10 @@ class TrainingFiles:
         after: str | None,
         limit: int,
         oldest_first: bool,
-    ) -> list[TrainingFile]:
+    ) -> list[FileRecord]:
         """Return the files of these purposes and of this content.
 
-        Raises UnknownFileError (`after`), UnavailableError.
+        Raises TrainingFileNotFoundError (`after`), UnavailableError.
         """
         with storage_errors():
             return await self._threads.run(
@@ -113,14 +113,14 @@ class TrainingFiles:
                 oldest_first=oldest_first,
             )
 
-    async def get(self, tenant: str, file_id: str) -> TrainingFile:
-        """Raises UnknownFileError, UnavailableError."""
+    async def get(self, tenant: str, file_id: str) -> FileRecord:
+        """Raises TrainingFileNotFoundError, UnavailableError."""
         with storage_errors():
             return await self._threads.run(self._records.file, tenant, file_id)
 
     async def usable(
         self, tenant: str, file_id: str, param: str, purpose: Purpose = "fine-tune"
-    ) -> TrainingFile:
+    ) -> FileRecord:
         """Return a file that a job or a batch of this server may use.
 
         Raises InvalidRequestError, UnavailableError.
@@ -130,7 +130,7 @@ class TrainingFiles:
             with storage_errors():
                 if not await self.disk.run(self.store.exists, file.sha256):
                     await self.disk.run(self.content, file)  # it says what is wrong
-        except UnknownFileError as error:
+        except TrainingFileNotFoundError as error:
             raise InvalidRequestError(
                 f"{param}: {error.message} POST /v1/files uploads one.", param=param, code="file_not_found"
             ) from error
@@ -150,7 +150,8 @@ class TrainingFiles:
         return await self.disk.run(self.store.exists, file.sha256)
 
     async def delete(self, tenant: str, file_id: str) -> None:
-        """Raises UnknownFileError, ConflictError while a job or a batch needs it, UnavailableError."""
+        """Raises TrainingFileNotFoundError, StateConflictError while a job or a batch needs it,
+        UnavailableError."""
         with storage_errors():
             try:
                 blobs = await self._threads.run(self._records.delete_file, tenant, file_id, RESUMABLE)
@@ -162,11 +163,11 @@ class TrainingFiles:
         await delete_blobs(self.store, self.disk, blobs)
 
     async def _raise_if_elsewhere(self, tenant: str, used: FileInUseError) -> None:
-        """Raises ConflictError when the job that needs a file is not to be found on this server."""
+        """Raises StateConflictError when the job that needs a file is not to be found on this server."""
         try:
             await self._threads.run(self._records.job, tenant, used.job)
         except UnknownJobError as error:
-            raise ConflictError(
+            raise StateConflictError(
                 f"{used} It is a job on another base: wait for its end, or cancel it through a server of "
                 "that base on the same registry.",
                 code="file_in_use",
@@ -175,13 +176,14 @@ class TrainingFiles:
 
     # ---- content -----------------------------------------------------------------------------
 
-    async def local(self, file: TrainingFile) -> Path:
-        """A local file with the content, to be read at once. Raises UnknownFileError, UnavailableError."""
+    async def local(self, file: FileRecord) -> Path:
+        """A local file with the content, to be read at once. Raises TrainingFileNotFoundError,
+        UnavailableError."""
         with storage_errors():
             return await self.disk.run(self.content, file)
 
-    def content(self, file: TrainingFile, held: Path | None = None) -> Path:
-        """Return a local file with the content. Blocks. Raises UnknownFileError, StoreError.
+    def content(self, file: FileRecord, held: Path | None = None) -> Path:
+        """Return a local file with the content. Blocks. Raises TrainingFileNotFoundError, StoreError.
 
         Args:
             held: a place for it, as `Store.hold` takes one; without it the file must be read at once.
@@ -189,7 +191,7 @@ class TrainingFiles:
         try:
             return self.store.local(file.sha256) if held is None else self.store.hold(file.sha256, held)
         except BlobMissingError as error:
-            raise UnknownFileError(
+            raise TrainingFileNotFoundError(
                 f"The content of file {file.id} is not in this server's store; another server may have it. "
                 "Servers that share a registry (--registry) should share a store (--store)."
             ) from error

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 from onebase_adapters.registry import (
     Checkpoint,
+    FileRecord,
     JobElsewhereError,
     JobEvent,
     JobStateError,
     RegistryError,
-    TrainingFile,
     TrainingJob,
     TrainingRecords,
     UnknownFileError,
@@ -98,7 +98,7 @@ class JobRecord:
             raise JobElsewhereError(f"Job {self._id} is run by another server now.")
         return job
 
-    async def file(self, file_id: str) -> TrainingFile:
+    async def file(self, file_id: str) -> FileRecord:
         """One of the files that the job names. Raises RegistryError."""
         return await self._try(self._records.file, self._tenant, file_id)
 
@@ -219,6 +219,6 @@ def progress_of(event: events.Event) -> dict[str, Any]:
         return {"step": event.first_step, "steps": event.steps}
     if isinstance(event, events.Phase):
         return {"phase": event.name, "part": None}
-    if isinstance(event, events.Progress):
+    if isinstance(event, events.StageProgress):
         return {"phase": event.name, "part": event.part}
     return {}

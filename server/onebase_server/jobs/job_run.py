@@ -14,6 +14,7 @@ import msgspec
 
 from onebase_adapters import registry
 from onebase_adapters.registry import (
+    FileRecord,
     JobError,
     JobEvent,
     JobState,
@@ -22,7 +23,6 @@ from onebase_adapters.registry import (
     QuotaError,
     RegistryError,
     Tenants,
-    TrainingFile,
     TrainingJob,
     TrainingRecords,
     UnknownJobError,
@@ -33,7 +33,7 @@ from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.adapters.catalog import label
 from onebase_server.background import Threads
-from onebase_server.errors import UnknownFileError
+from onebase_server.errors import TrainingFileNotFoundError
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.delivery import BACKOFF, LOST, TRIES, Delivery, DeliveryError
 from onebase_server.jobs.event_view import problem_events
@@ -58,8 +58,8 @@ from onebase_server.processes.trainer_client import Died, Outcome, TrainerClient
 from onebase_server.processes.trainer_protocol import (
     Active,
     Check,
-    Checked,
     Failed,
+    FilesChecked,
     ParentFiles,
     Stopped,
     Train,
@@ -200,16 +200,16 @@ class TrainerPool:
 
     async def _file(
         self, job: TrainingJob, record: JobRecord, file_id: str, param: str
-    ) -> tuple[TrainingFile, str]:
+    ) -> tuple[FileRecord, str]:
         try:
             file = await record.file(file_id)
             path = await self.files.disk.run(self.files.content, file, self.folders.job(job.id) / param)
-        except (registry.UnknownFileError, UnknownFileError) as error:
+        except (registry.UnknownFileError, TrainingFileNotFoundError) as error:
             raise FileGoneError(param, str(error)) from error
         return file, str(path)
 
 
-class Run:
+class JobRun:
     """One process for one job: the check of its files, or its training and the delivery of what came out."""
 
     def __init__(self, pool: TrainerPool, job: TrainingJob, kind: RunKind, base: AttachedBase | None) -> None:
@@ -333,7 +333,7 @@ class Run:
     async def _check(self) -> None:
         pool = self._pool
         outcome = await self._process(lambda job: Check(config=pool.config, job=job), {})
-        if isinstance(outcome, Checked):
+        if isinstance(outcome, FilesChecked):
             move, event = (HELD, _held(outcome.plan)) if self.job.hold else (CHECKED, _waits_for_its_turn())
             await self._record.move(move, event, plan=outcome.plan, deaths=0, death_step=0)
         else:

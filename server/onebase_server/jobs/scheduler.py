@@ -28,7 +28,7 @@ from onebase_adapters.registry import (
 from onebase_adapters.store.store import StoreError
 from onebase_engine.engine.messages import EngineConfig
 from onebase_server.jobs.folders import GarbageCollector
-from onebase_server.jobs.job_run import STOP_SECONDS, AttachedBase, Run, RunKind, TrainerPool
+from onebase_server.jobs.job_run import STOP_SECONDS, AttachedBase, JobRun, RunKind, TrainerPool
 from onebase_server.jobs.state import FAILED, MAX_DEATHS, REQUEUED, STARTED, Move, resume_point
 from onebase_server.tenancy.peers import Peers
 
@@ -70,7 +70,7 @@ class JobScheduler:
         self._look_seconds = look_seconds
         self._sweep_seconds = sweep_seconds
         self._next_sweep = 0.0
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, JobRun] = {}
         self._garbage = GarbageCollector(
             self._records, self._threads, pool.files.disk, pool.folders, pool.checkpoints, pool.kept
         )
@@ -169,7 +169,7 @@ class JobScheduler:
         return self._pool.deaths
 
     @property
-    def running(self) -> Sequence[Run]:
+    def running(self) -> Sequence[JobRun]:
         """The runs of now."""
         return list(self._runs.values())
 
@@ -312,7 +312,7 @@ class JobScheduler:
             return
         self._left.pop(job.id, None)
         self._begun.add(job.id)
-        run = self._runs[job.id] = Run(self._pool, job, kind, self._base)
+        run = self._runs[job.id] = JobRun(self._pool, job, kind, self._base)
         run.begin()
 
         def forget(_task: asyncio.Task[None]) -> None:
@@ -325,7 +325,7 @@ class JobScheduler:
     def _count(self, kind: RunKind) -> int:
         return sum(run.kind == kind and not run.delivering for run in self._runs.values())
 
-    async def _stop_run(self, job_id: str, run: Run) -> None:
+    async def _stop_run(self, job_id: str, run: JobRun) -> None:
         if run.stopping:
             return
         with suppress(UnknownJobError):

@@ -25,7 +25,7 @@ from onebase_adapters.registry import (
 )
 from onebase_server.app.storage import storage_errors
 from onebase_server.background import Threads
-from onebase_server.errors import ConflictError
+from onebase_server.errors import StateConflictError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.job_record import JobNotifier
@@ -95,7 +95,7 @@ class JobService:
             hold: pause once the files are checked and the estimate is there, until `resume`.
             name: of the adapter that gets the result as a version; None: made from the job's id.
 
-        Raises InvalidRequestError (a file that cannot be used), ConflictError (no jobs are run here),
+        Raises InvalidRequestError (a file that cannot be used), StateConflictError (no jobs are run here),
         QuotaExceededError.
         """
         self._check_on()
@@ -123,21 +123,21 @@ class JobService:
         return made
 
     async def get(self, tenant: str, job_id: str) -> TrainingJob:
-        """Raises UnknownJobError."""
+        """Raises JobNotFoundError."""
         with storage_errors():
             return await self._threads.run(self._records.job, tenant, job_id)
 
     async def find(
         self, tenant: str, *, after: str | None, limit: int, labels: Mapping[str, str]
     ) -> list[TrainingJob]:
-        """Newest first. Raises UnknownJobError (`after`)."""
+        """Newest first. Raises JobNotFoundError (`after`)."""
         with storage_errors():
             return await self._threads.run(
                 self._records.jobs, tenant, after=after, limit=limit, labels=labels
             )
 
     async def checkpoints(self, tenant: str, job_id: str) -> list[Checkpoint]:
-        """Return the checkpoints that exist, newest first. Raises UnknownJobError."""
+        """Return the checkpoints that exist, newest first. Raises JobNotFoundError."""
         job = await self.get(tenant, job_id)
         with storage_errors():
             found = await self._threads.run(self._records.checkpoints, job)
@@ -152,7 +152,7 @@ class JobService:
     async def cancel(self, tenant: str, job_id: str) -> TrainingJob:
         """End a job for good, even one that has failed and could be resumed.
 
-        Raises UnknownJobError, ConflictError when it has ended or is being delivered.
+        Raises JobNotFoundError, StateConflictError when it has ended or is being delivered.
         """
         found = await self.get(tenant, job_id)
         job = await self._move(
@@ -191,7 +191,7 @@ class JobService:
     async def resume(self, tenant: str, job_id: str) -> TrainingJob:
         """Go on from the last checkpoint; begin, if the job was made to wait for a word.
 
-        Raises UnknownJobError, ConflictError, QuotaExceededError.
+        Raises JobNotFoundError, StateConflictError, QuotaExceededError.
         """
         self._check_on()
         job = await self.get(tenant, job_id)
@@ -211,7 +211,7 @@ class JobService:
 
         A job that is paused, or that failed and could be resumed, goes on for that alone.
 
-        Raises UnknownJobError, QuotaExceededError; ConflictError: it has no step done, or has ended.
+        Raises JobNotFoundError, QuotaExceededError; StateConflictError: it has no step done, or has ended.
         """
         self._check_on()
         job = await self.get(tenant, job_id)
@@ -265,7 +265,7 @@ class JobService:
 
     def _check_on(self) -> None:
         if self._most == 0:
-            raise ConflictError(
+            raise StateConflictError(
                 "This server trains nothing: it was started with --train-jobs 0. Ask another one.",
                 code="training_off",
             )
@@ -273,7 +273,7 @@ class JobService:
     # ---- what they say ----------------------------------------------------------------------
 
     async def events(self, tenant: str, job_id: str, *, before: int | None, limit: int) -> list[JobEvent]:
-        """Newest first. Raises UnknownJobError."""
+        """Newest first. Raises JobNotFoundError."""
         job = await self.get(tenant, job_id)
         with storage_errors():
             return await self._threads.run(self._records.events, job, before=before, limit=limit)
@@ -316,5 +316,5 @@ async def _wait(news: asyncio.Event, seconds: float) -> None:
             await news.wait()
 
 
-def _conflict(job: TrainingJob, why: str, state: str | None = None) -> ConflictError:
-    return ConflictError(f"Job {job.id} is {state or job.state}: {why}.", code="job_state")
+def _conflict(job: TrainingJob, why: str, state: str | None = None) -> StateConflictError:
+    return StateConflictError(f"Job {job.id} is {state or job.state}: {why}.", code="job_state")

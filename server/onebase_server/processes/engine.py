@@ -52,7 +52,7 @@ from onebase_engine.engine.memory_budget import (
 )
 from onebase_engine.engine.messages import EngineConfig, RowOutput
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.scheduler import Limits
+from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
 from onebase_engine.environment import mps_runs
 from onebase_engine.kernels.interface import TILE
@@ -163,11 +163,11 @@ def _report(outputs: list[RowOutput], stats: protocol.Stats, channel: EngineChan
     at, small = time.monotonic(), []
     for output in outputs:
         if output.prompt_logprobs is not None or len(output.vector or b"") > LONG_VECTOR:
-            channel.send(protocol.StepDone(rows=[output], stats=stats, at=at))
+            channel.send(protocol.StepResult(rows=[output], stats=stats, at=at))
         else:
             small.append(output)
     if small or not outputs:
-        channel.send(protocol.StepDone(rows=small, stats=stats, at=at))
+        channel.send(protocol.StepResult(rows=small, stats=stats, at=at))
 
 
 def _report_versions(engine: Engine, channel: EngineChannel) -> None:
@@ -239,7 +239,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
         kv_dtype=torch.int8 if config.kv_dtype == "int8" else None,
     )
     max_length = _max_length(config, base)
-    limits = Limits(
+    limits = SchedulerLimits(
         max_rows=config.max_rows,
         step_tokens=config.step_tokens or DEFAULT_STEP_TOKENS[device.type],
         max_length=max_length,
@@ -276,7 +276,11 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
 
 
 def sizes(
-    config: EngineConfig, base: nn.Module, model: ServedModel, limits: Limits, measure: Measure | None
+    config: EngineConfig,
+    base: nn.Module,
+    model: ServedModel,
+    limits: SchedulerLimits,
+    measure: Measure | None,
 ) -> tuple[int, int]:
     """Return the number of blocks of the KV cache, and the bytes for versions in slots.
 

@@ -8,8 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from onebase_engine.engine.messages import Cancel, Stats, StepDone, ToEngine
-from onebase_server.errors import InvalidRequestError, OneBaseError, QueueFullError
+from onebase_engine.engine.messages import Cancel, Stats, StepResult, ToEngine
+from onebase_server.errors import ApiError, InvalidRequestError, QueueFullError
 from onebase_server.inference.stream import Inflight
 from onebase_server.processes.crash_suspects import Suspects
 from onebase_server.tenancy.shares import QueueShares
@@ -121,7 +121,7 @@ class RequestRouter:
             if open_id in self._requests:
                 self._send(Cancel(open_id, choice))
 
-    def deliver(self, step: StepDone) -> None:
+    def deliver(self, step: StepResult) -> None:
         """Deliver each sequence's output to its request. Called once per engine step: the api's hot path."""
         now = time.monotonic()
         waits = step.stats.awaits_grammars  # for other processes, each of which has limits of its own
@@ -138,7 +138,7 @@ class RequestRouter:
             if output.finish is not None:
                 self._row_ended(request, output.id, now)
 
-    def fail_all(self, error: OneBaseError) -> None:
+    def fail_all(self, error: ApiError) -> None:
         """End every request's wait with an error; outputs that have arrived are still delivered."""
         for request in self._requests.values():
             request.fail(error.fresh())

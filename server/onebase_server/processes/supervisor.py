@@ -24,7 +24,7 @@ from onebase_engine.engine.messages import (
     Shutdown,
     SlotsChanged,
     Start,
-    StepDone,
+    StepResult,
     ToApi,
     to_api_decoder,
 )
@@ -329,7 +329,7 @@ class EngineSupervisor:
     # ---- messages ----------------------------------------------------------------------------
 
     def _receive(self, message: ToApi, base_fd: int, end: Callable[[str], None]) -> None:
-        if isinstance(message, StepDone):
+        if isinstance(message, StepResult):
             self.router.deliver(message)
         elif isinstance(message, Loading):
             self._on_loading(message)

@@ -31,12 +31,12 @@ from onebase_server.processes.trainer_protocol import (
     MAX_PROBLEMS,
     Active,
     Check,
-    Checked,
     EndAfter,
     Failed,
+    FileProblem,
+    FilesChecked,
     FindActive,
     ParentFiles,
-    Problem,
     RunEvent,
     Stop,
     Stopped,
@@ -54,7 +54,7 @@ from onebase_training.events import Interrupted, Reason
 from onebase_training.loop import TrainingDivergedError
 from onebase_training.parent import ActiveVersion, Parent
 from onebase_training.recipe import RecipeError, parse_recipe
-from onebase_training.run import DoesNotFitError, Job, prepare, train
+from onebase_training.run import DoesNotFitError, TrainingRequest, prepare, train
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Work:
             self._channel.send(failure)
         return 0
 
-    def _check(self, message: Check) -> Checked:
+    def _check(self, message: Check) -> FilesChecked:
         """Decide everything that is "auto", and keep it in the job's folder: the run reads it there.
 
         Needs the base's folder, but nothing of it in memory, and no accelerator.
@@ -150,7 +150,7 @@ class Work:
                 load_config(run_job.base.folder), run_job, self._listen, gate, rate=rate, reread=True
             )
             recipe, estimate = plan.recipe.to_json(), plan.estimate.to_json()
-            return Checked({"recipe": recipe, "estimate": estimate, "steps": plan.steps})
+            return FilesChecked({"recipe": recipe, "estimate": estimate, "steps": plan.steps})
 
     def _train(self, message: Train) -> Trained:
         job, config = message.job, message.config
@@ -212,8 +212,8 @@ class Work:
         self._channel.send(RunEvent(cast(events.AnyEvent, event)))
 
 
-def _run_job(job: TrainJob, config: EngineConfig, device: torch.device, limit: int | None) -> Job:
-    return Job(
+def _run_job(job: TrainJob, config: EngineConfig, device: torch.device, limit: int | None) -> TrainingRequest:
+    return TrainingRequest(
         name=job.name,
         recipe=parse_recipe(job.recipe),
         train=Path(job.train),
@@ -293,7 +293,7 @@ def _bad_data(error: DataError, job: TrainJob) -> Failed:
         code="invalid_file",
         message=str(error),
         param="validation_file" if error.source == job.held_out_name else "training_file",
-        problems=[Problem(one.line, one.field, one.reason) for one in error.problems[:MAX_PROBLEMS]],
+        problems=[FileProblem(one.line, one.field, one.reason) for one in error.problems[:MAX_PROBLEMS]],
         problem_count=len(error.problems),
     )
 

@@ -14,9 +14,9 @@ from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.trainer_protocol import (
     Active,
     Check,
-    Checked,
     EndAfter,
     Failed,
+    FilesChecked,
     FindActive,
     FromTrainer,
     RunEvent,
@@ -46,7 +46,7 @@ class Died:
     how: str
 
 
-Outcome = Checked | Trained | Stopped | Failed | Died
+Outcome = FilesChecked | Trained | Stopped | Failed | Died
 
 
 async def _none_active() -> Active:

@@ -1,6 +1,6 @@
 """Messages between the api and a trainer, in the frames of `engine.messages`.
 
-`Check` → `RunEvent`… → `Checked`, `Stopped` or `Failed`;
+`Check` → `RunEvent`… → `FilesChecked`, `Stopped` or `Failed`;
 `Train` → `RunEvent`…, `FindActive`, `RunEvent`… → `Trained`, `Stopped` or `Failed`.
 One process does one of them and ends; `Stop` may come at any time, `EndAfter` while it trains, and `Active`
 answers `FindActive`.
@@ -112,7 +112,7 @@ class FindActive(msgspec.Struct, frozen=True, tag=True):
     """Training has ended: the api is to send the active version, which the adapter is compared with."""
 
 
-class Checked(msgspec.Struct, frozen=True, tag=True):
+class FilesChecked(msgspec.Struct, frozen=True, tag=True):
     """Both files are sound and the job fits. `plan`: `recipe`, `estimate`, `steps`."""
 
     plan: dict[str, Any]
@@ -130,7 +130,7 @@ class Stopped(msgspec.Struct, frozen=True, tag=True):
     reason: Reason
 
 
-class Problem(msgspec.Struct, frozen=True):
+class FileProblem(msgspec.Struct, frozen=True):
     """One bad line of a file. `line` counts from 1; `field` may be ""."""
 
     line: int
@@ -144,11 +144,11 @@ class Failed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     code: str
     message: str
     param: str | None = None
-    problems: list[Problem] = []
+    problems: list[FileProblem] = []
     problem_count: int = 0
 
 
-FromTrainer = RunEvent | FindActive | Checked | Trained | Stopped | Failed
+FromTrainer = RunEvent | FindActive | FilesChecked | Trained | Stopped | Failed
 
 
 def to_trainer_decoder() -> msgspec.msgpack.Decoder[ToTrainer]:

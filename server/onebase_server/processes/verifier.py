@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from onebase_adapters.format.canonical import AdapterFormatError
-from onebase_adapters.proof.merging import MergeRecipe, Parent
+from onebase_adapters.proof.merging import MergeInput, MergeRecipe
 from onebase_adapters.proof.modules import ProofError
 from onebase_adapters.proof.report import Stage
 from onebase_adapters.proof.verifier import OnProgress, Verifier
@@ -38,11 +38,11 @@ from onebase_server.processes.verifier_protocol import (
     Attached,
     Merge,
     Merged,
-    Progress,
     Prove,
     Proved,
     Rejected,
     ToVerifier,
+    VersionStage,
     make_scratch,
     to_verifier_decoder,
 )
@@ -207,7 +207,7 @@ def _prove(verifier: Verifier, job: Prove, on_progress: OnProgress) -> Proved:
 
 def _merge(verifier: Verifier, job: Merge) -> Merged:
     parents = [
-        Parent(parent.label, Path(parent.config_path), Path(parent.weights_path), parent.weight)
+        MergeInput(parent.label, Path(parent.config_path), Path(parent.weights_path), parent.weight)
         for parent in job.parents
     ]
     recipe = MergeRecipe(job.method, job.density, job.sign, job.seed)
@@ -242,5 +242,5 @@ class _Reporter:
         now = time.monotonic()
         if stage != self._stage or now - self._sent_at >= PROGRESS_SECONDS:
             self._stage, self._sent_at = stage, now
-            self._channel.send(Progress(digest=self._digest, stage=stage, fraction=fraction))
+            self._channel.send(VersionStage(digest=self._digest, stage=stage, fraction=fraction))
         self._gate.wait()

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from onebase_adapters.proof.report import MergeMethod, MergeSign
-from onebase_adapters.store.blobs import Blob, VersionFiles
+from onebase_adapters.store.blobs import AdapterFiles, Blob
 from onebase_adapters.store.store import Store
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown, encode
 from onebase_engine.environment import behind_serving
@@ -37,11 +37,11 @@ from onebase_server.processes.verifier_protocol import (
     FromVerifier,
     Merge,
     Merged,
-    MergeParent,
-    Progress,
+    MergeSource,
     Prove,
     Proved,
     Rejected,
+    VersionStage,
     from_verifier_decoder,
     scratch_folder,
 )
@@ -68,7 +68,7 @@ HELP_SECONDS = 30.0
 """Time, in seconds without a job, after which a second process is ended."""
 BACKOFF = Backoff(0.5, 30.0)
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[VersionStage], None]
 Answer = TypeVar("Answer", Proved, Merged)
 
 _log = logging.getLogger(__name__)
@@ -269,7 +269,7 @@ class VerifierClient:
     # ---- proofs ------------------------------------------------------------------------------
 
     async def prove(
-        self, files: VersionFiles, *, allow_noop: bool, wait_for_verifier: bool, on_progress: OnProgress
+        self, files: AdapterFiles, *, allow_noop: bool, wait_for_verifier: bool, on_progress: OnProgress
     ) -> Proof:
         """Prove one version, and put its packed adapter into the store. Waits until there is an engine.
 
@@ -295,14 +295,14 @@ class VerifierClient:
                 _log.warning("version %s waits for a verifier: %s", files.digest[:12], error)
             await asyncio.sleep(next(pauses))
 
-    async def _prove_once(self, files: VersionFiles, allow_noop: bool, on_progress: OnProgress) -> Proof:
+    async def _prove_once(self, files: AdapterFiles, allow_noop: bool, on_progress: OnProgress) -> Proof:
         """Join the proof of this content that runs, or begin it."""
         key = (files.digest, allow_noop)
         shared = self._shared.get(key)
         if shared is None:
             listeners: list[OnProgress] = []
 
-            def report(progress: Progress) -> None:
+            def report(progress: VersionStage) -> None:
                 for listener in list(listeners):
                     listener(progress)
 
@@ -315,7 +315,7 @@ class VerifierClient:
         finally:
             shared.listeners.remove(on_progress)
 
-    async def _prove(self, files: VersionFiles, allow_noop: bool, on_progress: OnProgress) -> Proof:
+    async def _prove(self, files: AdapterFiles, allow_noop: bool, on_progress: OnProgress) -> Proof:
         config = await self._disk.run(self._store.local, files.config.sha256)
         weights = await self._disk.run(self._store.local, files.weights.sha256)
         packed = self._store.scratch() / f"{files.digest[:16]}-{secrets.token_hex(8)}.packed"
@@ -337,13 +337,13 @@ class VerifierClient:
 
     async def merge(
         self,
-        parents: Sequence[tuple[str, VersionFiles, float]],
+        parents: Sequence[tuple[str, AdapterFiles, float]],
         *,
         method: MergeMethod,
         density: float | None,
         sign: MergeSign,
         seed: int,
-    ) -> VersionFiles:
+    ) -> AdapterFiles:
         """Merge several adapters into one, in the store; it is not proved yet.
 
         Args:
@@ -365,7 +365,7 @@ class VerifierClient:
         job = Merge(
             digest=result.name,
             parents=[
-                MergeParent(label, str(paths[2 * number]), str(paths[2 * number + 1]), weight)
+                MergeSource(label, str(paths[2 * number]), str(paths[2 * number + 1]), weight)
                 for number, (label, _, weight) in enumerate(parents)
             ],
             method=method,
@@ -383,7 +383,7 @@ class VerifierClient:
         finally:
             config.unlink(missing_ok=True)
             weights.unlink(missing_ok=True)
-        return VersionFiles(*blobs)
+        return AdapterFiles(*blobs)
 
     def _keep(self, packed: Path, sha256: str) -> Blob:
         blob = self._store.add_file(packed, move=True)
@@ -575,9 +575,9 @@ class VerifierClient:
         return process
 
     def _take_news(self, place: _Place, message: FromVerifier) -> bool:
-        if isinstance(message, Progress) and place.on_progress is not None:
+        if isinstance(message, VersionStage) and place.on_progress is not None:
             place.on_progress(message)
-        return isinstance(message, Alive | Progress)
+        return isinstance(message, Alive | VersionStage)
 
     def _check_current(self, base: _Base) -> None:
         if self._base is not base:

@@ -1,8 +1,7 @@
 """Messages between the api and the verifier, in the frames of `engine.messages`.
 
-`Attach` → `Attached` or `Fatal`; then `Prove` → `Progress` and `Alive`… → `Proved` or `Rejected`, and `Merge`
-→ `Alive`… → `Merged` or `Rejected`, one job at a time.
-"""
+`Attach` → `Attached` or `Fatal`; then `Prove` → `VersionStage` and `Alive`… → `Proved` or `Rejected`, and
+`Merge` → `Alive`… → `Merged` or `Rejected`, one job at a time."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ class Prove(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     allow_noop: bool = False
 
 
-class MergeParent(msgspec.Struct, frozen=True):
+class MergeSource(msgspec.Struct, frozen=True):
     """One adapter that is merged."""
 
     label: str
@@ -60,7 +59,7 @@ class Merge(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     digest: str
     """Stand-in, in answers and in the log, for the result's digest, which nobody knows yet."""
-    parents: list[MergeParent]
+    parents: list[MergeSource]
     method: MergeMethod
     density: float | None
     sign: MergeSign
@@ -82,7 +81,7 @@ class Attached(msgspec.Struct, frozen=True, tag=True):
     """Number of threads that compute; 0 on an accelerator."""
 
 
-class Progress(msgspec.Struct, frozen=True, tag=True):
+class VersionStage(msgspec.Struct, frozen=True, tag=True):
     digest: str
     stage: Stage
     fraction: float
@@ -114,7 +113,7 @@ class Rejected(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     message: str
 
 
-FromVerifier = Attached | Alive | Progress | Proved | Merged | Rejected | Fatal
+FromVerifier = Attached | Alive | VersionStage | Proved | Merged | Rejected | Fatal
 
 
 def to_verifier_decoder() -> msgspec.msgpack.Decoder[ToVerifier]:

@@ -19,8 +19,8 @@ from onebase_server.adapters.sources import HubAdapters
 from onebase_server.background import Threads, TurnBudget
 from onebase_server.errors import (
     AdapterDeletedError,
+    AdapterNotFoundError,
     InvalidRequestError,
-    UnknownAdapterError,
     UnknownModelError,
 )
 from onebase_server.http.schemas.generation import (
@@ -29,18 +29,18 @@ from onebase_server.http.schemas.generation import (
     ConversationFields,
     GenerateRequest,
     GrammarField,
-    SamplingFields,
+    SamplingBody,
 )
-from onebase_server.http.schemas.messages import Message
+from onebase_server.http.schemas.messages import ChatMessage
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.http.schemas.responses import ResponsesRequest
-from onebase_server.inference.generation import Job, Prompt, in_time, new_id
+from onebase_server.inference.generation import GenerationRequest, Prompt, in_time, new_id
 from onebase_server.inference.transcript import Transcript, refused
 from onebase_server.jobs.checkpoints import CheckpointModels, is_checkpoint
 from onebase_server.processes.supervisor import EngineSupervisor
-from onebase_server.requests.tokenization import BaseTokenizer, Conversation, and_give_memory_back
+from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput, and_give_memory_back
 from onebase_server.requests.tool_call_parser import CallFormat
-from onebase_server.requests.tool_format import NO_ARGUMENTS, Tool
+from onebase_server.requests.tool_format import NO_ARGUMENTS, ToolDefinition
 from onebase_server.tenancy.access import Caller
 from onebase_training.data.rows import plain_tool
 
@@ -65,7 +65,7 @@ _MARK = "CONTINUE_FINAL_MESSAGE_TAG"
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """Limits that the operator sets for one request."""
 
     max_choices: int
@@ -92,7 +92,7 @@ class _Wanted:
 class Planner:
     """Makes jobs.
 
-    Every method raises InvalidRequestError, UnknownAdapterError, UnavailableError, and what pulling an
+    Every method raises InvalidRequestError, AdapterNotFoundError, UnavailableError, and what pulling an
     adapter from the Hub raises. Adapters are looked up last, so that the result is up to date.
     """
 
@@ -103,7 +103,7 @@ class Planner:
         catalog: Catalog,
         hub: HubAdapters,
         checkpoints: CheckpointModels,
-        limits: Limits,
+        limits: RequestLimits,
     ) -> None:
         self._supervisor = supervisor
         self._tokenizer = tokenizer
@@ -115,7 +115,9 @@ class Planner:
         self._one_thread = Threads("tokenize-long", 1)
         self._inline = TurnBudget(_INLINE_CHARACTERS)
 
-    async def generate(self, body: GenerateRequest, caller: Caller, begun: Transcript | None = None) -> Job:
+    async def generate(
+        self, body: GenerateRequest, caller: Caller, begun: Transcript | None = None
+    ) -> GenerationRequest:
         """Return the job of a request to /generate.
 
         begun: transcript of a stream that another server began, here and in the methods that follow. Its
@@ -142,7 +144,7 @@ class Planner:
 
     async def completion(
         self, body: CompletionRequest, caller: Caller, begun: Transcript | None = None
-    ) -> Job:
+    ) -> GenerationRequest:
         base = self.base()
         self.check_model(body.model, body)
         wanted = _Wanted(
@@ -159,16 +161,18 @@ class Planner:
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=check_generates(await self.choose(body.model, body, job, begun)))
 
-    async def chat(self, body: ChatRequest, caller: Caller, begun: Transcript | None = None) -> Job:
+    async def chat(
+        self, body: ChatRequest, caller: Caller, begun: Transcript | None = None
+    ) -> GenerationRequest:
         return await self._conversation("chatcmpl-", body, body.messages, caller, begun)
 
     async def response(
         self,
         body: ResponsesRequest,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         caller: Caller,
         begun: Transcript | None = None,
-    ) -> Job:
+    ) -> GenerationRequest:
         """messages: the request's instructions, what was said before, and its input."""
         try:
             return await self._conversation("resp_", body, messages, caller, begun)
@@ -179,10 +183,10 @@ class Planner:
         self,
         kind: str,
         body: ChatRequest | ResponsesRequest,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         caller: Caller,
         begun: Transcript | None,
-    ) -> Job:
+    ) -> GenerationRequest:
         base = self.base()
         self.check_model(body.model, body)
         wanted = _Wanted(
@@ -200,7 +204,9 @@ class Planner:
         job = self._job(wanted, body, base, caller)
         return replace(job, adapter=check_generates(await self.choose(body.model, body, job, begun)))
 
-    async def resumed(self, job: Job, transcript: Transcript, seconds: float) -> Job:
+    async def resumed(
+        self, job: GenerationRequest, transcript: Transcript, seconds: float
+    ) -> GenerationRequest:
         """The job, planned with the transcript's versions, as it was where it began, so many seconds ago: its
         seed, its id. Raises InvalidRequestError.
         """
@@ -245,7 +251,7 @@ class Planner:
         self,
         tenant: str,
         body: ConversationFields,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         reasoning_effort: str | None = None,
     ) -> list[int]:
         """The prompt that a conversation becomes."""
@@ -292,7 +298,9 @@ class Planner:
             raise reason or RuntimeError("ready without a base")
         return self._supervisor.base
 
-    async def _adapter(self, body: AdapterFields, job: Job, begun: Transcript | None = None) -> AdapterChoice:
+    async def _adapter(
+        self, body: AdapterFields, job: GenerationRequest, begun: Transcript | None = None
+    ) -> AdapterChoice:
         wanted = body.wanted_adapter
         if wanted is None:
             return AdapterChoice() if begun is None else await self._begun_with(begun, [], job)
@@ -313,7 +321,7 @@ class Planner:
         self,
         begun: Transcript,
         references: Sequence[str],
-        job: Job,
+        job: GenerationRequest,
         weights: Sequence[float] | None = None,
     ) -> AdapterChoice:
         """Return the versions that a stream began with, also if they are no longer active.
@@ -322,7 +330,7 @@ class Planner:
             references: what the request calls them.
             weights: of a sum's terms; None for one adapter alone.
 
-        Raises AdapterDeletedError, ConflictError (one is not ready now), InvalidRequestError.
+        Raises AdapterDeletedError, StateConflictError (one is not ready now), InvalidRequestError.
         """
         told = begun.opening.adapters
         names = self._catalog.of(job.tenant)
@@ -344,7 +352,7 @@ class Planner:
 
         try:
             return await self._catalog.known(find)
-        except UnknownAdapterError as error:
+        except AdapterNotFoundError as error:
             raise AdapterDeletedError(told_names[0]) from error
 
     def check_model(self, model: str, body: AdapterFields) -> None:
@@ -355,7 +363,7 @@ class Planner:
             )
 
     async def choose(
-        self, model: str, body: AdapterFields, job: Job, begun: Transcript | None = None
+        self, model: str, body: AdapterFields, job: GenerationRequest, begun: Transcript | None = None
     ) -> AdapterChoice:
         if model == self._catalog.base_name:
             return await self._adapter(body, job, begun)
@@ -366,10 +374,10 @@ class Planner:
             return await self._catalog.known(
                 lambda: self._catalog.of(job.tenant).choose(model, param="model")
             )
-        except UnknownAdapterError as error:
+        except AdapterNotFoundError as error:
             raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
 
-    async def _pull(self, names: dict[str, str], job: Job) -> None:
+    async def _pull(self, names: dict[str, str], job: GenerationRequest) -> None:
         """Fetch what is named by its Hub repository, or as a job's checkpoint, and is not known yet.
 
         names: by the request's field.
@@ -392,7 +400,7 @@ class Planner:
         self,
         tenant: str,
         body: ConversationFields,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         reasoning_effort: str | None = None,
     ) -> Prompt:
         known = self._tokenizer.chat_template
@@ -402,7 +410,7 @@ class Planner:
         if tools and "tools" not in known:
             raise _no_tools("tools")
         options = self._options(body, messages, reasoning_effort)
-        chat = Conversation([message.rendered() for message in messages], tools, options)
+        chat = TemplateInput([message.rendered() for message in messages], tools, options)
         size = sum(
             _MESSAGE_CHARACTERS + sum(len(part) for part in message.values() if isinstance(part, str))
             for message in chat.messages
@@ -413,12 +421,12 @@ class Planner:
         self._check_size("messages", size)
         return Prompt(await self._in_turn(tenant, size, self._encoded, chat))
 
-    def _encoded(self, chat: Conversation) -> list[int]:
+    def _encoded(self, chat: TemplateInput) -> list[int]:
         tools = None if chat.tools is None else [plain_tool(tool) for tool in chat.tools]
         return self._tokenizer.encode_chat(replace(chat, tools=tools))
 
     def _options(
-        self, body: ConversationFields, messages: Sequence[Message], reasoning_effort: str | None
+        self, body: ConversationFields, messages: Sequence[ChatMessage], reasoning_effort: str | None
     ) -> dict[str, Any]:
         """Return the chat template's variables besides messages and tools."""
         given = dict(body.chat_template_kwargs or {})
@@ -468,7 +476,7 @@ class Planner:
                 code="tools_not_supported",
             )
         tools = {
-            function["name"]: Tool(
+            function["name"]: ToolDefinition(
                 function["name"], function.get("parameters") or NO_ARGUMENTS, bool(function.get("strict"))
             )
             for function in body.functions
@@ -517,7 +525,7 @@ class Planner:
             return await self._threads.run_for(tenant, encode, text)
         return await self._one_thread.run_for(tenant, and_give_memory_back, encode, text)
 
-    def _job(self, wanted: _Wanted, body: SamplingFields, base: BaseInfo, caller: Caller) -> Job:
+    def _job(self, wanted: _Wanted, body: SamplingBody, base: BaseInfo, caller: Caller) -> GenerationRequest:
         n = body.n or 1
         self.check_limits(n * len(wanted.prompts), body.timeout_s)
         check_prompts(wanted.prompts, base, wanted.prompt_param)
@@ -530,7 +538,7 @@ class Planner:
         sampling = _sampling(body, base, wanted)
         guide = body.grammar if wanted.answer is None else GrammarField("tools", wanted.answer.grammar)
         expected = sampling.max_tokens if wanted.max_tokens else min(sampling.max_tokens, GENERATE_TOKENS)
-        return Job(
+        return GenerationRequest(
             id=new_id(wanted.kind),
             tenant=caller.tenant,
             priority=caller.priority,
@@ -620,7 +628,7 @@ def check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str, room: i
             )
 
 
-def _sampling(body: SamplingFields, base: BaseInfo, wanted: _Wanted) -> Sampling:
+def _sampling(body: SamplingBody, base: BaseInfo, wanted: _Wanted) -> Sampling:
     max_tokens, told = _token_limit(base, wanted), wanted.prompt_logprobs
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     _check_vocabulary("logit_bias", bias, base)

@@ -20,7 +20,7 @@ from onebase_server.http.schemas.pooling import (
     inputs_of,
 )
 from onebase_server.http.schemas.wire import rebuilt
-from onebase_server.inference.generation import Job, Prompt, new_id
+from onebase_server.inference.generation import GenerationRequest, Prompt, new_id
 from onebase_server.requests.planner import Planner, check_generates, check_prompts
 from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.tenancy.access import Caller
@@ -42,7 +42,7 @@ class ReadingPlanner:
         self._tokenizer = tokenizer
         self._max_timeout = max_timeout
 
-    async def embed(self, body: EmbeddingRequest, caller: Caller) -> list[Job]:
+    async def embed(self, body: EmbeddingRequest, caller: Caller) -> list[GenerationRequest]:
         """Jobs whose choices, one after the other, are the vectors of the inputs."""
         most = self._planner.base().hidden_size
         if body.dimensions is not None and most and body.dimensions > most:
@@ -53,7 +53,7 @@ class ReadingPlanner:
         jobs = self._pooled("embd-", body, prompts, params, caller, Pooling(body.pooling or "last"))
         return await self._with_model(body, jobs)
 
-    async def classify(self, body: ClassifyRequest, caller: Caller) -> list[Job]:
+    async def classify(self, body: ClassifyRequest, caller: Caller) -> list[GenerationRequest]:
         """Jobs whose choices are the logits of the inputs' classes; of their tokens', one after the other."""
         if body.input is not None:
             prompts, params = await self._inputs(caller.tenant, body.input)
@@ -92,7 +92,7 @@ class ReadingPlanner:
         pairs: Sequence[tuple[str, str]],
         params: Sequence[tuple[str, str]],
         caller: Caller,
-    ) -> tuple[list[Job], list[str]]:
+    ) -> tuple[list[GenerationRequest], list[str]]:
         """Jobs for the nearness of pairs, whose texts come from the fields `params`.
 
         With a classifier of one label, a pair is one choice: its logit. Else each field is one, once: its
@@ -160,7 +160,7 @@ class ReadingPlanner:
         params: Sequence[str],
         caller: Caller,
         pooling: Pooling,
-    ) -> list[Job]:
+    ) -> list[GenerationRequest]:
         id, jobs = new_id(kind), []
         for first in range(0, len(prompts), AT_ONCE):
             some = slice(first, first + AT_ONCE)
@@ -168,7 +168,9 @@ class ReadingPlanner:
             jobs.append(replace(job, pooling=pooling))
         return jobs
 
-    async def decide(self, body: DecideRequest, caller: Caller) -> tuple[list[Job], list[Job]]:
+    async def decide(
+        self, body: DecideRequest, caller: Caller
+    ) -> tuple[list[GenerationRequest], list[GenerationRequest]]:
         """Jobs whose choices are the request's, after its prompt, and after its prior if it has one."""
         ends = body.messages is not None if body.ends is None else body.ends
         choices = [
@@ -187,7 +189,7 @@ class ReadingPlanner:
                 )
             choices = [(*one, end) for one in choices]
         id = new_id("decide-")
-        groups: list[list[Job]] = []
+        groups: list[list[GenerationRequest]] = []
         for param, given in (("prompt", body.prompt or body.messages), ("prior", body.prior)):
             if given is None:
                 groups.append([])
@@ -221,7 +223,7 @@ class ReadingPlanner:
         params: Sequence[str],
         caller: Caller,
         more: int = 0,
-    ) -> Job:
+    ) -> GenerationRequest:
         """more: tokens that come after a prompt."""
         base = self._planner.base()
         self._planner.check_limits(1, body.timeout_s)
@@ -244,7 +246,7 @@ class ReadingPlanner:
         for param, prompt in zip(params, prompts, strict=True):
             check_prompts([prompt], base, param, room + 1)
         timeout_s = body.timeout_s or (None if caller.background else self._max_timeout)
-        return Job(
+        return GenerationRequest(
             id=id,
             tenant=caller.tenant,
             priority=caller.priority,
@@ -255,7 +257,9 @@ class ReadingPlanner:
             background=caller.background,
         )
 
-    async def _with_model(self, body: ReadingFields, jobs: Sequence[Job]) -> list[Job]:
+    async def _with_model(
+        self, body: ReadingFields, jobs: Sequence[GenerationRequest]
+    ) -> list[GenerationRequest]:
         model = body.model or self._planner.base_name
         self._planner.check_model(model, body)
         adapter = await self._planner.choose(model, body, jobs[0])

@@ -48,7 +48,7 @@ _OWN_VARIABLES = frozenset(
 
 
 @dataclass(frozen=True)
-class Conversation:
+class TemplateInput:
     """Input of a chat template. options: further variables."""
 
     messages: Sequence[Mapping[str, Any]]
@@ -149,7 +149,7 @@ class BaseTokenizer:
         made: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
         return made
 
-    def encode_chat(self, chat: Conversation) -> list[int]:
+    def encode_chat(self, chat: TemplateInput) -> list[int]:
         """Ids of a conversation, ready for the assistant's next words.
 
         The template writes all special tokens itself, so that none is there twice; in a message they are

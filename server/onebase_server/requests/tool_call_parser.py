@@ -11,17 +11,17 @@ from onebase_engine.engine.messages import Grammar
 from onebase_server.requests.tool_format import (
     HOLE,
     ID_CHARACTERS,
+    ArgumentFormat,
     Bare,
-    Parameters,
     Pythonic,
-    Tool,
+    ToolDefinition,
     ToolFormat,
     kinds,
 )
 
 
 @dataclass(slots=True)
-class CallDelta:
+class ToolCallDelta:
     """Next part of a call; the first part of each has its id and name."""
 
     index: int
@@ -35,7 +35,7 @@ class Said:
     """Part of an answer that became certain: text, and one delta of each call."""
 
     content: str
-    calls: list[CallDelta]
+    calls: list[ToolCallDelta]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class CallFormat:
     """Format of an answer that may call tools. named: whether the caller named the tool to call."""
 
     format: ToolFormat
-    tools: Mapping[str, Tool]
+    tools: Mapping[str, ToolDefinition]
     grammar: Grammar
     named: bool = False
     required: bool = False
@@ -69,7 +69,7 @@ class CallReader:
         self._rest = ""
         self._ended = False
         self._content: list[str] = []
-        self._calls: list[CallDelta] = []
+        self._calls: list[ToolCallDelta] = []
         self.count = 0
         """Calls so far."""
         self.whole = True
@@ -156,7 +156,7 @@ class CallReader:
         self._skip(at + len(self._format.middle))
         self.count += 1
         self.whole = False
-        self._calls.append(CallDelta(index, id=self._format.id_of(f"{self._answer}.{index}"), name=name))
+        self._calls.append(ToolCallDelta(index, id=self._format.id_of(f"{self._answer}.{index}"), name=name))
         if made is None:
             yield from self._object(index)
         elif isinstance(made, Bare):
@@ -190,7 +190,7 @@ class CallReader:
                 return
             yield
 
-    def _one_by_one(self, index: int, name: str, made: Parameters) -> Generator[None]:
+    def _one_by_one(self, index: int, name: str, made: ArgumentFormat) -> Generator[None]:
         tool = self._tools.get(name)
         properties = tool.properties if tool else {}
         before = "{"
@@ -215,7 +215,7 @@ class CallReader:
             before = ", "
 
     def _value(
-        self, index: int, before: str, kinds: frozenset[str], made: Parameters
+        self, index: int, before: str, kinds: frozenset[str], made: ArgumentFormat
     ) -> Generator[None, None, bool]:
         """Read a value that ends with `made.closing`, as JSON. False: it was cut."""
         if kinds >= {"string"} and len(kinds) > 1:  # it is known at its end what it is
@@ -359,7 +359,7 @@ class CallReader:
         if text and self._calls and self._calls[-1].index == index:
             self._calls[-1].arguments += text
         elif text:
-            self._calls.append(CallDelta(index, text))
+            self._calls.append(ToolCallDelta(index, text))
 
 
 _PYTHON = re.compile(

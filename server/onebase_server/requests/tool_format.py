@@ -41,7 +41,7 @@ ToolChoice = Literal["auto", "required"]
 
 
 @dataclass(frozen=True)
-class Parameters:
+class ArgumentFormat:
     """Arguments one by one: opening KEY middle VALUE closing. A text is written as it is, others as JSON."""
 
     opening: str
@@ -75,7 +75,7 @@ class ToolFormat:
     closing: str
     trigger: str
     """Beginning of `opening` that no other text has; empty if calls begin the answer or there are none."""
-    arguments: Parameters | Bare | Pythonic | None
+    arguments: ArgumentFormat | Bare | Pythonic | None
     """Format of arguments; None if they are one JSON object."""
     controls: Mapping[str, int]
     """Control tokens that the format has in it, and those of thinking, by their texts."""
@@ -107,7 +107,7 @@ class ToolFormat:
 
     def grammar(
         self,
-        tools: Mapping[str, Tool],
+        tools: Mapping[str, ToolDefinition],
         choice: ToolChoice,
         *,
         parallel: bool,
@@ -161,7 +161,7 @@ class ToolFormat:
             "TEXT: /(?s:.*)/",
         ]
 
-    def _arguments(self, rule: str, tool: Tool) -> list[str]:
+    def _arguments(self, rule: str, tool: ToolDefinition) -> list[str]:
         made = self.arguments
         if made is None:
             return [f"{rule}: %json {_compact(tool.schema, lenient=not tool.strict)}"]
@@ -207,7 +207,7 @@ class ToolFormat:
 
 
 @dataclass(frozen=True)
-class Tool:
+class ToolDefinition:
     """A function that may be called. schema: of its arguments, which are an object."""
 
     name: str
@@ -276,7 +276,7 @@ class _BareGrammar:
     comma = '","'
     true, false, null = '"true"', '"false"', '"null"'
 
-    def __init__(self, rule: str, mark: str, tool: Tool) -> None:
+    def __init__(self, rule: str, mark: str, tool: ToolDefinition) -> None:
         self._rule = rule
         self._mark = mark
         self._tool = tool
@@ -604,7 +604,7 @@ class _Call:
     name: int
     stop: int
     middle: str
-    arguments: Parameters | Bare | Pythonic | None
+    arguments: ArgumentFormat | Bare | Pythonic | None
 
 
 _OBJECT = re.compile(rf'\{{\s*"{_KEYS[0]}"\s*:\s*"{_VALUE}"\s*,\s*"{_KEYS[1]}"\s*:\s*{_NUMBER}\s*\}}')
@@ -632,7 +632,7 @@ def _call(probe: _Probe, index: int) -> _Call | None:
     closing = then.removesuffix(opening)
     if not closing.strip() or not probe.text.startswith(closing, found.end()):
         return None
-    return _Call(name, found.end() + len(closing), head, Parameters(opening, middle, closing))
+    return _Call(name, found.end() + len(closing), head, ArgumentFormat(opening, middle, closing))
 
 
 def _common_prefix(one: str, other: str) -> str:

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from onebase_server.inference.generation import Job
-from onebase_server.inference.stream import Moments, Usage
+from onebase_server.inference.generation import GenerationRequest
+from onebase_server.inference.stream import Moments, TokenUsage
 from onebase_server.telemetry.histogram import Histogram
 
 MOST_ADAPTERS = 200
@@ -65,7 +65,9 @@ class RequestMeasurements:
         self.choices = Histogram(CHOICES)
         self._uses: dict[tuple[str, str], AdapterUse] = {}
 
-    def ended(self, job: Job, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
+    def ended(
+        self, job: GenerationRequest, usage: TokenUsage, moments: Moments, finished: Counter[str]
+    ) -> None:
         """One request is over. finished: its choices by how they ended."""
         for name in {use.name for use in job.adapter.uses} or {""}:
             use = self._use(job.tenant, name)

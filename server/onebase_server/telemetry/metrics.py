@@ -21,7 +21,7 @@ from onebase_server.adapters.catalog import SHORT_DIGEST, Catalog
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.batches.runner import BatchRunner
-from onebase_server.jobs.job_run import Run
+from onebase_server.jobs.job_run import JobRun
 from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.processes.supervisor import EngineState, EngineSupervisor
 from onebase_server.telemetry.histogram import Histogram
@@ -73,7 +73,7 @@ _PROGRESS = (
 )
 
 
-class Metrics:
+class MetricsCollector:
     """Reads the server's parts when asked; keeps nothing of it."""
 
     def __init__(
@@ -331,7 +331,7 @@ class Metrics:
 class _TrainerMemory(GaugeMetricFamily):
     """Read in the thread that renders: the kernel walks over each process's whole memory for it."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[JobRun]) -> None:
         super().__init__(
             "onebase_trainer_memory_bytes", "Private memory of the trainer's process.", labels=["job_id"]
         )

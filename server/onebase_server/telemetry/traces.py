@@ -35,8 +35,8 @@ import onebase_server
 from onebase_engine.logs import REQUEST
 from onebase_server.adapters.catalog import SHORT_DIGEST
 from onebase_server.app.settings import OTEL_ENDPOINTS
-from onebase_server.inference.generation import Job
-from onebase_server.inference.stream import Moments, Usage
+from onebase_server.inference.generation import GenerationRequest
+from onebase_server.inference.stream import Moments, TokenUsage
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -127,7 +127,9 @@ class Tracing:
                 span.update_name(f"{method} {route}".rstrip())
                 span.set_attribute("http.route", route)
 
-    def of_request(self, job: Job, scope: Scope, base: str, *, stream: bool = False) -> RequestSpans | None:
+    def of_request(
+        self, job: GenerationRequest, scope: Scope, base: str, *, stream: bool = False
+    ) -> RequestSpans | None:
         """The spans of a job that begins now, for the request of this scope. None: there are none."""
         parent = get_current_span()
         if not self.on or not parent.is_recording():
@@ -140,7 +142,7 @@ class RequestSpans:
     """Spans of one request for text, all of them exported once it is over."""
 
     def __init__(
-        self, tracer: Tracer, parent: Context, job: Job, operation: str, base: str, stream: bool
+        self, tracer: Tracer, parent: Context, job: GenerationRequest, operation: str, base: str, stream: bool
     ) -> None:
         self._tracer = tracer
         self._parent = parent
@@ -149,7 +151,7 @@ class RequestSpans:
         self._base = base
         self._stream = stream
 
-    def ended(self, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
+    def ended(self, usage: TokenUsage, moments: Moments, finished: Counter[str]) -> None:
         """Export one span by the conventions, and in it: adapter load, queue, prefill, decode and stream."""
         now = time.monotonic()
         at = _epoch()

@@ -13,7 +13,7 @@ from typing import Literal
 
 from onebase_adapters.registry import (
     DEFAULT_TENANT,
-    ApiKey,
+    ApiKeyRecord,
     ApiKeys,
     Quotas,
     RegistryError,
@@ -95,7 +95,7 @@ class KeyRing:
         self._tenants = tenants
         self._threads = threads
         self._open_without_keys = open_without_keys
-        self._keys: dict[str, ApiKey] = {}
+        self._keys: dict[str, ApiKeyRecord] = {}
         self._quotas: dict[str, Quotas] = {}
         self.has_quotas = False
         """Whether any key or tenant has a quota."""
@@ -173,7 +173,7 @@ class KeyRing:
 
     # ---- for operators -----------------------------------------------------------------------
 
-    async def all(self) -> list[ApiKey]:
+    async def all(self) -> list[ApiKeyRecord]:
         """All keys that there ever were, the newest first. Raises UnavailableError."""
         with storage_errors():
             return await self._threads.run(self._registry.all)
@@ -187,7 +187,7 @@ class KeyRing:
         expires_at: float | None,
         quotas: Mapping[str, int | None],
         priority: int,
-    ) -> tuple[ApiKey, str]:
+    ) -> tuple[ApiKeyRecord, str]:
         """A new key, and its text, which is not kept.
 
         Raises ForbiddenError for the first one: over HTTP anyone who reaches the port could lock the owner
@@ -214,8 +214,8 @@ class KeyRing:
 
     async def change(
         self, key_id: str, quotas: Mapping[str, int | None] | None, priority: int | None
-    ) -> ApiKey:
-        """Change a key as ApiKeys.change does. Raises UnknownKeyError, InvalidRequestError,
+    ) -> ApiKeyRecord:
+        """Change a key as ApiKeys.change does. Raises KeyNotFoundError, InvalidRequestError,
         UnavailableError."""
         with storage_errors():
             changed = await self._threads.run(self._registry.change, key_id, quotas, priority)
@@ -244,8 +244,8 @@ class KeyRing:
         self.doubt()
         return changed
 
-    async def revoke(self, key_id: str) -> ApiKey:
-        """Raises UnknownKeyError, UnavailableError."""
+    async def revoke(self, key_id: str) -> ApiKeyRecord:
+        """Raises KeyNotFoundError, UnavailableError."""
         with storage_errors():
             revoked = await self._threads.run(self._registry.revoke, key_id)
         self.doubt()
@@ -301,7 +301,7 @@ class KeyRing:
         owners = (*(key.quotas for key in callers.keys), *callers.tenants.values())
         self.has_quotas = any(quotas != Quotas() for quotas in owners)
 
-    def _note_use(self, record: ApiKey) -> None:
+    def _note_use(self, record: ApiKeyRecord) -> None:
         """Write down, now and then, that a key is in use. Nobody waits for that."""
         now = time.monotonic()
         written = time.time() - (record.last_used_at or 0.0) < USED_SECONDS
@@ -319,7 +319,7 @@ class KeyRing:
             del self._used[key_id]
 
 
-def _caller(record: ApiKey) -> Caller:
+def _caller(record: ApiKeyRecord) -> Caller:
     return Caller(record.id, record.tenant, frozenset(record.scopes), record.priority)
 
 

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 from weakref import WeakValueDictionary
 
 from onebase_adapters.registry import Quotas, QuotaUse
-from onebase_server.errors import OneBaseError, QuotaExceededError, RateLimitError
+from onebase_server.errors import ApiError, QuotaExceededError, QuotaSpentError
 from onebase_server.tenancy.access import Caller
 
 WINDOW_SECONDS = 60.0
@@ -128,7 +128,7 @@ class _Elsewhere:
 
 
 @dataclass
-class Account:
+class QuotaAccount:
     """Current use of one key or one tenant: here, and on other servers as far as they have reported."""
 
     requests: Window = field(default_factory=Window)
@@ -209,7 +209,7 @@ class _Owner:
     kind: str
     name: str
     quotas: Quotas
-    account: Account
+    account: QuotaAccount
     background: bool = False
 
     def limit(self, quota: str) -> int | None:
@@ -238,8 +238,8 @@ class Limiter:
     ) -> None:
         self._quotas_of = quotas_of
         self._clock = clock
-        self._accounts: dict[tuple[str, str], Account] = {}
-        self._in_use: WeakValueDictionary[tuple[str, str], Account] = WeakValueDictionary()
+        self._accounts: dict[tuple[str, str], QuotaAccount] = {}
+        self._in_use: WeakValueDictionary[tuple[str, str], QuotaAccount] = WeakValueDictionary()
         """Accounts in which something counts, and those that a ticket has."""
         self._look_at = _LEAST_KEPT
         """Number of accounts from which on idle ones are looked for."""
@@ -250,7 +250,7 @@ class Limiter:
 
         resumed: another server has let it in, and counted it, before that server died.
 
-        Raises RateLimitError, QuotaExceededError.
+        Raises QuotaSpentError, QuotaExceededError.
         """
         ticket = Ticket(self._owners(caller), self._clock, resumed=resumed)
         ticket.enter()
@@ -288,14 +288,14 @@ class Limiter:
                 owners.append(_Owner(kind, name, quotas, account, caller.background))
         return owners
 
-    def _account(self, kind: str, name: str) -> Account:
+    def _account(self, kind: str, name: str) -> QuotaAccount:
         """Return the account of a key or a tenant, also one that was idle while a ticket had it."""
         key = kind, name
         account = self._accounts.get(key)
         if account is None:
             if len(self._accounts) >= self._look_at:
                 self._drop_idle()
-            account = self._in_use.get(key) or Account()
+            account = self._in_use.get(key) or QuotaAccount()
             self._accounts[key] = self._in_use[key] = account
         return account
 
@@ -330,7 +330,7 @@ class Ticket:
         return min(limits, default=None)
 
     def enter(self) -> None:
-        """Raises RateLimitError, QuotaExceededError: nothing is charged then."""
+        """Raises QuotaSpentError, QuotaExceededError: nothing is charged then."""
         if self._resumed:
             return
         now = self._clock()
@@ -341,7 +341,7 @@ class Ticket:
         self._requests = [owner.account.add("requests", 1, now) for owner in self._owners]
 
     def admit(self, tokens: int, rows: int) -> None:
-        """Reserve what the request may need, or nothing. Raises RateLimitError, QuotaExceededError."""
+        """Reserve what the request may need, or nothing. Raises QuotaSpentError, QuotaExceededError."""
         now = self._clock()
         for owner in [] if self._resumed else self._owners:
             self._check_rate(owner, "tokens", tokens, now)
@@ -428,18 +428,18 @@ class Ticket:
 
     def _refusal(
         self, owner: _Owner, quota: str, limit: int, why: str, hint: str, wait: float | None = None
-    ) -> OneBaseError:
+    ) -> ApiError:
         period = "completions at once" if quota == "rows" else f"{quota} in any 60 seconds"
         message = f"{quota}: {owner.words} may have {limit} {period}: {why}."
         more = f"this server's operator for more (onebase {owner.kind}s set)"
         of = {"quota": quota, "limit": limit, "of": owner.kind}
-        error: OneBaseError
+        error: ApiError
         if wait is None:
             remedy = f"{hint}, or ask" if hint else "Ask"
             error = QuotaExceededError(f"{message} {remedy} {more}.", of)
         else:
             said = f"{message} Try again in {duration(wait)}, or ask {more}."
-            error = RateLimitError(said, of, retry_after=wait)
+            error = QuotaSpentError(said, of, retry_after=wait)
         error.headers = {**error.headers, **self.headers()}
         return error
 

@@ -12,12 +12,12 @@ import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 
-from onebase_adapters.registry import Figures, RegistryError, UsageKey, UsageRecords
+from onebase_adapters.registry import RegistryError, UsageFigures, UsageKey, UsageRecords
 from onebase_adapters.registry.usage import DIMENSIONS, FIGURES
 from onebase_server.app.storage import storage_errors
 from onebase_server.background import Threads
 from onebase_server.errors import InvalidRequestError
-from onebase_server.inference.stream import Usage
+from onebase_server.inference.stream import TokenUsage
 
 FLUSH_SECONDS = 5.0
 """Time, in seconds, between two writes, and so the longest usage that a killed server loses."""
@@ -47,14 +47,14 @@ class UsageMeter:
         self._base = base
         self._writer = uuid.uuid4().hex
         self._batch = 1
-        self._writing: dict[UsageKey, Figures] = {}
-        self._waiting: dict[UsageKey, Figures] = {}
+        self._writing: dict[UsageKey, UsageFigures] = {}
+        self._waiting: dict[UsageKey, UsageFigures] = {}
         self._turn = asyncio.Lock()
         self._away = False
 
-    def generated(self, tenant: str, adapters: Collection[str], usage: Usage) -> None:
+    def generated(self, tenant: str, adapters: Collection[str], usage: TokenUsage) -> None:
         """One request is over. adapters: their names; none is the base."""
-        figures = Figures(
+        figures = UsageFigures(
             requests=1,
             prompt_tokens=usage.prompt,
             cached_tokens=usage.cached,
@@ -64,13 +64,13 @@ class UsageMeter:
 
     def trained(self, tenant: str, adapter: str, seconds: float, tokens: int) -> None:
         """A job has trained on for so long."""
-        self._add(tenant, adapter, Figures(training_seconds=seconds, training_tokens=tokens))
+        self._add(tenant, adapter, UsageFigures(training_seconds=seconds, training_tokens=tokens))
 
-    def _add(self, tenant: str, adapter: str, figures: Figures) -> None:
+    def _add(self, tenant: str, adapter: str, figures: UsageFigures) -> None:
         key = UsageKey(tenant, today(), self._base, adapter)
         if key not in self._waiting and len(self._waiting) >= MOST_WAITING:
             key = UsageKey(tenant, today(), self._base, OTHERS)
-        self._waiting.setdefault(key, Figures()).add(figures)
+        self._waiting.setdefault(key, UsageFigures()).add(figures)
 
     # ---- to the registry ---------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class UsageMeter:
                 while not await self.flush():
                     await asyncio.sleep(0.5)
         except TimeoutError:
-            lost = Figures()
+            lost = UsageFigures()
             for figures in (*self._writing.values(), *self._waiting.values()):
                 lost.add(figures)
             _log.error("the registry was away to the end: this usage is not in it: %s", asdict(lost))
@@ -117,7 +117,7 @@ class UsageMeter:
 
     async def find(
         self, start: str | None, end: str | None, by: str, *, tenant: str | None
-    ) -> tuple[list[str], list[tuple[dict[str, str], Figures]]]:
+    ) -> tuple[list[str], list[tuple[dict[str, str], UsageFigures]]]:
         """The columns that `by` names, and a row for each of their values in these days.
 
         start, end: in UTC, both included, as 2026-11-26; by default the last 30 days. tenant: None is all.
@@ -174,7 +174,7 @@ def _day(param: str, text: str) -> datetime.date:
         ) from error
 
 
-def usage_csv(columns: Sequence[str], rows: Sequence[tuple[dict[str, str], Figures]]) -> str:
+def usage_csv(columns: Sequence[str], rows: Sequence[tuple[dict[str, str], UsageFigures]]) -> str:
     """Return the usage as CSV with a line of titles. A text that a spreadsheet would read as a formula begins
     with an apostrophe."""
     text = io.StringIO()

@@ -11,7 +11,7 @@ import pytest
 from tests.postgres import PostgresServer, postgres_server
 
 from onebase_adapters.registry import Registry
-from onebase_adapters.store.blobs import Blob, VersionFiles
+from onebase_adapters.store.blobs import AdapterFiles, Blob
 
 Open = Callable[..., Registry]
 
@@ -91,9 +91,9 @@ def blob(text: str) -> Blob:
     return Blob(hashlib.sha256(text.encode()).hexdigest(), len(text))
 
 
-def files(text: str) -> VersionFiles:
+def files(text: str) -> AdapterFiles:
     """All versions have the same config, and weights of their own."""
-    return VersionFiles(blob("config"), blob(f"weights {text}"))
+    return AdapterFiles(blob("config"), blob(f"weights {text}"))
 
 
 def add(registry: Registry, name: str, text: str, *, ready: bool = True, tenant: str = "default") -> str:

@@ -13,13 +13,13 @@ from tests.adapters.registry.conftest import Open, add, blob
 
 from onebase_adapters.registry import (
     FileInUseError,
+    FileRecord,
     JobError,
     JobEvent,
     NewJob,
     Origin,
     Registry,
     StaleActivationError,
-    TrainingFile,
     UnknownKeyError,
     acting,
 )
@@ -33,9 +33,7 @@ def actions(registry: Registry, **filters: Any) -> list[str]:
 
 
 def add_file(registry: Registry, name: str, tenant: str = "default") -> str:
-    made = TrainingFile(
-        name, tenant, "server-1", "fine-tune", "rows.jsonl", 9, time.time(), blob(name).sha256
-    )
+    made = FileRecord(name, tenant, "server-1", "fine-tune", "rows.jsonl", 9, time.time(), blob(name).sha256)
     return registry.training.add_file(made).id
 
 

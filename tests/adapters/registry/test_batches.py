@@ -8,15 +8,15 @@ import pytest
 
 from onebase_adapters.registry import (
     BatchElsewhereError,
-    BatchError,
+    BatchErrorRecord,
     BatchStateError,
     FileInUseError,
+    FileRecord,
     NewBatch,
     Origin,
     QuotaError,
     Registry,
     RegistryError,
-    TrainingFile,
     UnknownBatchError,
     UnknownFileError,
     acting,
@@ -28,7 +28,7 @@ HERE = "server-1"
 
 
 def add_file(registry: Registry, name: str = "file-1", tenant: str = "acme") -> None:
-    file = TrainingFile(name, tenant, HERE, "batch", "rows.jsonl", 10, 1.0, SHA)
+    file = FileRecord(name, tenant, HERE, "batch", "rows.jsonl", 10, 1.0, SHA)
     registry.training.add_file(file)
 
 
@@ -85,12 +85,15 @@ def test_it_moves_from_the_states_that_are_named_and_keeps_when_and_why(registry
     with pytest.raises(UnknownBatchError):
         registry.batches.move("batch_1", "cancelling", ("in_progress",), tenant="rival")
 
-    errors = [BatchError("invalid_api_key", "It was revoked."), BatchError("x", "nul \0", 3, "body")]
+    errors = [
+        BatchErrorRecord("invalid_api_key", "It was revoked."),
+        BatchErrorRecord("x", "nul \0", 3, "body"),
+    ]
     ended = registry.batches.move("batch_1", "failed", ("in_progress",), errors=errors, output_file="file-2")
 
     assert ended.ended
     assert ended.times["in_progress"] == batch.times["in_progress"] <= ended.times["failed"]
-    assert ended.errors == (errors[0], BatchError("x", "nul \ufffd", 3, "body"))
+    assert ended.errors == (errors[0], BatchErrorRecord("x", "nul \ufffd", 3, "body"))
     assert (ended.total, ended.completed, ended.failed, ended.usage) == (5, 3, 1, {"prompt": 9})
     assert registry.batches.batch("acme", "batch_1") == ended
     assert registry.batches.open_ids(HERE) == set()

@@ -11,6 +11,7 @@ from tests.adapters.registry.conftest import Open, add, blob
 from onebase_adapters.registry import (
     Checkpoint,
     FileInUseError,
+    FileRecord,
     JobError,
     JobEvent,
     JobStateError,
@@ -19,7 +20,6 @@ from onebase_adapters.registry import (
     OpenJob,
     Origin,
     Registry,
-    TrainingFile,
     TrainingJob,
     UnknownFileError,
     UnknownJobError,
@@ -29,13 +29,13 @@ from onebase_adapters.registry import (
 TENANT = "default"
 
 
-def add_file(registry: Registry, name: str, **changes: Any) -> TrainingFile:
+def add_file(registry: Registry, name: str, **changes: Any) -> FileRecord:
     facts = {
         "id": f"file-{name}", "tenant": TENANT, "server": "s1", "purpose": "fine-tune",
         "filename": f"{name}.jsonl", "bytes": 12, "created_at": time.time(),
         "sha256": blob(name).sha256,
     }  # fmt: skip
-    return registry.training.add_file(TrainingFile(**facts | changes))
+    return registry.training.add_file(FileRecord(**facts | changes))
 
 
 def add_job(registry: Registry, name: str, **changes: Any) -> TrainingJob:

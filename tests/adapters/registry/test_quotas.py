@@ -12,7 +12,7 @@ from tests.adapters.registry.conftest import Open, add, blob
 
 from onebase_adapters.registry import (
     JOB_STATES,
-    Figures,
+    FileRecord,
     JobError,
     JobEvent,
     JobState,
@@ -22,8 +22,8 @@ from onebase_adapters.registry import (
     Quotas,
     Registry,
     RegistryError,
-    TrainingFile,
     UnknownKeyError,
+    UsageFigures,
     UsageKey,
 )
 
@@ -32,8 +32,8 @@ NOW = time.strftime("%Y-%m-%d", time.gmtime())
 
 def add_file(
     registry: Registry, name: str, size: int, *, tenant: str = "acme", purpose: Purpose = "fine-tune"
-) -> TrainingFile:
-    made = TrainingFile(name, tenant, "server-1", purpose, "a.jsonl", size, 1.0, blob(name).sha256)
+) -> FileRecord:
+    made = FileRecord(name, tenant, "server-1", purpose, "a.jsonl", size, 1.0, blob(name).sha256)
     return registry.training.add_file(made)
 
 
@@ -157,12 +157,12 @@ def test_of_servers_that_add_the_last_one_at_once_one_is_let_through(
 def test_a_tenant_that_has_trained_long_enough_this_month_gets_no_job(registry: Registry) -> None:
     add_file(registry, "file-1", 10)
     registry.tenants.set_quotas("acme", {"training_seconds": 100})
-    long_ago = Figures(training_seconds=500.0)
+    long_ago = UsageFigures(training_seconds=500.0)
     registry.usage.write("w", 1, {UsageKey("acme", "2020-01-31", "base", "a"): long_ago})
     add_job(registry, "job-1")
     registry.tenants.check_training("acme")
 
-    registry.usage.write("w", 2, {UsageKey("acme", NOW, "base", "a"): Figures(training_seconds=100.0)})
+    registry.usage.write("w", 2, {UsageKey("acme", NOW, "base", "a"): UsageFigures(training_seconds=100.0)})
 
     refused("training_seconds", 100, add_job, registry, "job-2")
     refused("training_seconds", 100, registry.tenants.check_training, "acme")
@@ -224,7 +224,7 @@ def test_tenants_are_all_that_have_anything(registry: Registry) -> None:
     registry.keys.create("with-key", ["generate"])
     add(registry, "one", "1", tenant="with-adapter")
     add_file(registry, "file-1", 10, tenant="with-file")
-    registry.usage.write("w", 1, {UsageKey("with-use", NOW, "base", ""): Figures(requests=1)})
+    registry.usage.write("w", 1, {UsageKey("with-use", NOW, "base", ""): UsageFigures(requests=1)})
     registry.tenants.set_quotas("with-quota", {"rows": 1})
 
     found = {record.tenant: record for record in registry.tenants.all()}
@@ -242,7 +242,7 @@ def test_use_adds_up_over_servers_and_a_batch_that_comes_twice_counts_once(
 ) -> None:
     other = open_registry(base_id="base-2")
     monday, tuesday = (UsageKey("acme", day, "base", "one") for day in ("2026-11-23", "2026-11-24"))
-    figures = Figures(2, 10, 4, 6, 0.5, 7)
+    figures = UsageFigures(2, 10, 4, 6, 0.5, 7)
     registry.usage.write("first", 1, {monday: figures, tuesday: figures})
     other.usage.write("second", 1, {monday: figures})
     registry.usage.write("first", 1, {monday: figures, tuesday: figures})
@@ -251,13 +251,13 @@ def test_use_adds_up_over_servers_and_a_batch_that_comes_twice_counts_once(
     found = registry.usage.find("2026-11-23", "2026-11-24", ("day",), limit=9)
 
     assert found == [
-        ({"day": "2026-11-23"}, Figures(6, 30, 12, 18, 1.5, 21)),
+        ({"day": "2026-11-23"}, UsageFigures(6, 30, 12, 18, 1.5, 21)),
         ({"day": "2026-11-24"}, figures),
     ]
 
 
 def test_use_is_told_by_what_was_asked_for_and_of_one_tenant(registry: Registry) -> None:
-    one = Figures(requests=1)
+    one = UsageFigures(requests=1)
     rows = {
         UsageKey(tenant, day, "base", adapter): one
         for tenant in ("acme", "other")
@@ -287,7 +287,9 @@ def test_servers_that_write_the_same_rows_at_once_lose_nothing(
     def write(place: int) -> None:
         order = keys if place % 2 else keys[::-1]
         for batch in range(1, 11):
-            servers[place].usage.write(f"server-{place}", batch, {key: Figures(requests=1) for key in order})
+            servers[place].usage.write(
+                f"server-{place}", batch, {key: UsageFigures(requests=1) for key in order}
+            )
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(4)))

@@ -17,7 +17,7 @@ from onebase_adapters.registry import (
     UnknownVersionError,
     VersionError,
 )
-from onebase_adapters.store.blobs import Blob, VersionFiles
+from onebase_adapters.store.blobs import AdapterFiles, Blob
 
 HERE = ("default", "a")
 REPORT = {
@@ -193,7 +193,7 @@ def test_odd_text_from_an_adapter_is_kept_as_far_as_a_database_can(registry: Reg
 
 
 def test_sizes_beyond_four_gigabytes_are_kept(registry: Registry) -> None:
-    large = VersionFiles(blob("config"), Blob("a" * 64, 5 << 40))
+    large = AdapterFiles(blob("config"), Blob("a" * 64, 5 << 40))
     registry.add_version("a", large.digest, large, {})
     record = registry.set_state(*HERE, large.digest, "ready", prepared=Blob("b" * 64, 1 << 41))
     assert (record.files, record.prepared) == (large, Blob("b" * 64, 1 << 41))

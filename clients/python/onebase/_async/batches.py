@@ -10,7 +10,7 @@ import anyio
 from .._core import batches, training
 from .._core.parse import parse
 from .._core.requests import Call
-from .._core.retry import Backoff
+from .._core.retry import ReconnectBackoff
 from .._http import Reply
 from ..adapter_types import ProgressCallback
 from ..batch_types import Batch, BatchCallback, BatchResult
@@ -129,7 +129,7 @@ class AsyncBatches:
         return tuple(rows)
 
     async def _send_patiently(self, call: Call) -> Reply:
-        backoff = Backoff()
+        backoff = ReconnectBackoff()
         while True:
             try:
                 return await self._http.send(call)

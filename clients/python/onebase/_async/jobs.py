@@ -11,7 +11,7 @@ from .._core import training
 from .._core.jobs import CURVE_EVENTS, JobObserver, JobView, check, curve_is_in_file, observer, settled
 from .._core.parse import page_of, parse
 from .._core.requests import Call
-from .._core.retry import Backoff
+from .._core.retry import ReconnectBackoff
 from .._http import Reply
 from ..errors import APIConnectionError, APIStatusError, APITimeoutError
 from ..training_types import (
@@ -175,7 +175,7 @@ class AsyncTrainingJob(JobView):
         self._info = parse(reply.body, training.parse_job)
 
     async def _send_patiently(self, call: Call) -> Reply:
-        backoff = Backoff()
+        backoff = ReconnectBackoff()
         while True:
             try:
                 return await self._http.send(call)

@@ -49,7 +49,7 @@ def _may_repeat(error: OneBaseError, call: Call) -> bool:
     return False
 
 
-class Backoff:
+class ReconnectBackoff:
     """Pauses that grow while a server is away, for as long as a restart takes."""
 
     def __init__(self) -> None:

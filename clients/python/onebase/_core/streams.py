@@ -11,7 +11,7 @@ from ..types import Choice, Generation, Logprobs, Piece, ToolCall
 from . import training
 from .parse import StreamEnd, parse, stream_event
 from .requests import Call
-from .retry import Backoff
+from .retry import ReconnectBackoff
 
 _END_OF_ANSWER: Final = "[DONE]"
 _END_OF_JOB: Final = "done"
@@ -167,7 +167,7 @@ class EventPosition:
         self.job: TrainingJobInfo | None = None
         self._job_id = job_id
         self._known = known
-        self._backoff = Backoff()
+        self._backoff = ReconnectBackoff()
 
     @property
     def done(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from .._core import batches, training
 from .._core.parse import parse
 from .._core.requests import Call
-from .._core.retry import Backoff
+from .._core.retry import ReconnectBackoff
 from .._http import Reply
 from ..adapter_types import ProgressCallback
 from ..batch_types import Batch, BatchCallback, BatchResult
@@ -129,7 +129,7 @@ class Batches:
         return tuple(rows)
 
     def _send_patiently(self, call: Call) -> Reply:
-        backoff = Backoff()
+        backoff = ReconnectBackoff()
         while True:
             try:
                 return self._http.send(call)

@@ -1579,6 +1579,31 @@ export interface components {
             priority?: number | null;
         };
         /**
+         * ChatMessage
+         * @description One turn of a conversation.
+         */
+        ChatMessage: {
+            /**
+             * Role
+             * @enum {string}
+             */
+            role: "system" | "developer" | "user" | "assistant" | "tool";
+            /** Content */
+            content: string | components["schemas"]["TextPart"][];
+            /**
+             * Name
+             * @description of who speaks, for chat templates that write it
+             */
+            name?: string | null;
+            /** Tool Calls */
+            tool_calls?: components["schemas"]["ChatToolCall"][] | null;
+            /**
+             * Tool Call Id
+             * @description which call a message of role tool answers
+             */
+            tool_call_id?: string | null;
+        };
+        /**
          * ChatRequest
          * @description Body of POST /v1/chat/completions.
          */
@@ -1699,7 +1724,7 @@ export interface components {
              */
             prompt_logprobs?: number | null;
             /** Messages */
-            messages: components["schemas"]["Message"][];
+            messages: components["schemas"]["ChatMessage"][];
             /** Max Completion Tokens */
             max_completion_tokens?: number | null;
             /** Logprobs */
@@ -1711,6 +1736,18 @@ export interface components {
              * @description changes nothing where the base's chat template does not ask for it
              */
             reasoning_effort?: ("none" | "minimal" | "low" | "medium" | "high" | "xhigh" | "max") | null;
+        };
+        /** ChatToolCall */
+        ChatToolCall: {
+            /** Id */
+            id?: string | null;
+            /**
+             * Type
+             * @default function
+             * @constant
+             */
+            type: "function";
+            function: components["schemas"]["FunctionCall"];
         };
         /**
          * ClassifyRequest
@@ -1745,7 +1782,7 @@ export interface components {
              * Messages
              * @description in place of input: a conversation, as the base's chat template writes it
              */
-            messages?: components["schemas"]["Message"][] | null;
+            messages?: components["schemas"]["ChatMessage"][] | null;
             /** Chat Template Kwargs */
             chat_template_kwargs?: {
                 [key: string]: components["schemas"]["JsonValue"];
@@ -2028,7 +2065,7 @@ export interface components {
             /** Prompt */
             prompt?: string | null;
             /** Messages */
-            messages?: components["schemas"]["Message"][] | null;
+            messages?: components["schemas"]["ChatMessage"][] | null;
             /** Choices */
             choices: string[];
             /**
@@ -2045,7 +2082,7 @@ export interface components {
              * Prior
              * @description a prompt or messages that say nothing: a choice's logprob after them is taken off
              */
-            prior?: (string | components["schemas"]["Message"][]) | null;
+            prior?: (string | components["schemas"]["ChatMessage"][]) | null;
             /**
              * Temperature
              * @description logprobs are divided by it before they become probabilities
@@ -2291,7 +2328,7 @@ export interface components {
             /** Prompt */
             prompt?: string | null;
             /** Messages */
-            messages?: components["schemas"]["Message"][] | null;
+            messages?: components["schemas"]["ChatMessage"][] | null;
             /**
              * Logprobs
              * @description alternatives per token, besides the chosen one
@@ -2372,31 +2409,6 @@ export interface components {
             name: string;
             /** Weight */
             weight: number;
-        };
-        /**
-         * Message
-         * @description One turn of a conversation.
-         */
-        Message: {
-            /**
-             * Role
-             * @enum {string}
-             */
-            role: "system" | "developer" | "user" | "assistant" | "tool";
-            /** Content */
-            content: string | components["schemas"]["TextPart"][];
-            /**
-             * Name
-             * @description of who speaks, for chat templates that write it
-             */
-            name?: string | null;
-            /** Tool Calls */
-            tool_calls?: components["schemas"]["ToolCall"][] | null;
-            /**
-             * Tool Call Id
-             * @description which call a message of role tool answers
-             */
-            tool_call_id?: string | null;
         };
         /**
          * MessageItem
@@ -3053,7 +3065,7 @@ export interface components {
             /** Prompt */
             prompt?: string | null;
             /** Messages */
-            messages?: components["schemas"]["Message"][] | null;
+            messages?: components["schemas"]["ChatMessage"][] | null;
             /** Tools */
             tools?: {
                 [key: string]: components["schemas"]["JsonValue"];
@@ -3091,18 +3103,6 @@ export interface components {
             strict?: boolean | null;
             /** Type */
             type?: "custom" | null;
-        };
-        /** ToolCall */
-        ToolCall: {
-            /** Id */
-            id?: string | null;
-            /**
-             * Type
-             * @default function
-             * @constant
-             */
-            type: "function";
-            function: components["schemas"]["FunctionCall"];
         };
         /**
          * ToolChoice

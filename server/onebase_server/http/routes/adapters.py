@@ -16,13 +16,13 @@ from pydantic import ValidationError
 from onebase_adapters.hub.pull import HubError, HubReference
 from onebase_adapters.registry import UNSET, Unset, VersionRecord
 from onebase_server.adapters.catalog import check_name
-from onebase_server.adapters.merging import RANDOM, SIGNED, Recipe
+from onebase_server.adapters.merging import RANDOM, SIGNED, MergeSettings
 from onebase_server.adapters.service import VersionOptions
 from onebase_server.app.storage import storage_errors
 from onebase_server.errors import (
+    ApiError,
     EngineRestartedError,
     InvalidRequestError,
-    OneBaseError,
     QueueFullError,
     UnavailableError,
     VersionFailedError,
@@ -180,7 +180,7 @@ async def merge_adapters(
     name = check_name(body.name, services.catalog.base_name)
     parents = services.merging.parents(caller.tenant, [(term.name, term.weight) for term in body.adapters])
     await services.keys.check_room(caller, services.merging.check(parents, body.method))
-    recipe = Recipe(
+    recipe = MergeSettings(
         body.method,
         body.density,
         (body.sign or "total") if body.method in SIGNED else None,
@@ -213,7 +213,7 @@ async def _kept(services: Services, tenant: str, name: str, digest: str) -> Asyn
     try:
         yield
     except (InvalidRequestError, UnavailableError, QueueFullError, EngineRestartedError) as error:
-        with suppress(OneBaseError):
+        with suppress(ApiError):
             shown = services.views.version(await services.adapters.version(tenant, name, digest))
             if shown["state"] == "ready" and not shown["active"] and not error.body:
                 error.body = {"version": shown}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
 
-from onebase_adapters.registry import AUDIT_ACTIONS, AUDIT_KINDS, AuditEntry
+from onebase_adapters.registry import AUDIT_ACTIONS, AUDIT_KINDS, AuditRecord
 from onebase_server.app.storage import storage_errors
 from onebase_server.errors import InvalidRequestError
 from onebase_server.http.authorization import needs
@@ -61,7 +61,7 @@ async def list_entries(
     return json_response(page([_view(entry) for entry in found[:limit]], more=len(found) > limit))
 
 
-def _view(entry: AuditEntry) -> AuditAnswer:
+def _view(entry: AuditRecord) -> AuditAnswer:
     return {
         "object": "audit.entry",
         "id": f"{_ID}{entry.number}",

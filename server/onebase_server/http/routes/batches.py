@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Response
 
-from onebase_adapters.registry import Batch
+from onebase_adapters.registry import BatchRecord
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.schemas.answers import BatchAnswer, PageAnswer, answer
@@ -65,5 +65,5 @@ async def cancel_batch(batch_id: BatchId, services: Provided, caller: Calling) -
     return _shown(await services.batches.cancel(caller.tenant, batch_id), services)
 
 
-def _shown(batch: Batch, services: Services) -> Response:
+def _shown(batch: BatchRecord, services: Services) -> Response:
     return json_response(batch_view(batch, services.batches.runner.waiting(batch.id)))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
-from onebase_adapters.registry import UPLOADED, Purpose, TrainingFile
+from onebase_adapters.registry import UPLOADED, FileRecord, Purpose
 from onebase_server.app.storage import storage_errors
 from onebase_server.errors import InsufficientScopeError, InvalidRequestError
 from onebase_server.http.authorization import needs
@@ -142,8 +142,8 @@ async def delete_file(file_id: str, services: Provided, caller: Calling) -> Resp
     return json_response({"id": file_id, "object": "file", "deleted": True})
 
 
-async def _file(file_id: str, services: Services, caller: Caller) -> TrainingFile:
-    """Return a file of the caller's. Raises UnknownFileError, InsufficientScopeError."""
+async def _file(file_id: str, services: Services, caller: Caller) -> FileRecord:
+    """Return a file of the caller's. Raises TrainingFileNotFoundError, InsufficientScopeError."""
     _allowed(caller)
     file = await services.training.files.get(caller.tenant, file_id)
     _check_scope(caller, file.purpose)

@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from onebase_adapters.names import MAX_NAME, is_adapter_name
 from onebase_adapters.registry import ParentVersion, TrainingJob, VersionRecord
 from onebase_server.adapters.catalog import check_name, label
-from onebase_server.errors import InvalidRequestError, OneBaseError, UnknownAdapterError
+from onebase_server.errors import AdapterNotFoundError, ApiError, InvalidRequestError
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.schemas.answers import (
@@ -183,7 +183,7 @@ async def _followed(
                 yield identified_event(event_view(news), identity=event_id(news.number))
             if services.draining:
                 return
-    except OneBaseError as error:
+    except ApiError as error:
         _log.warning("the stream of job %s ends: %s", job.id, error.message)
 
 
@@ -207,7 +207,7 @@ async def _parent(model: str, services: Services, caller: Caller) -> VersionReco
     """Return the caller's version to continue training from. A foreign one is refused: the result would
     reveal its weights.
 
-    Raises InvalidRequestError, ConflictError, ForbiddenError.
+    Raises InvalidRequestError, StateConflictError, ForbiddenError.
     """
     try:
         if is_checkpoint(model):
@@ -216,7 +216,7 @@ async def _parent(model: str, services: Services, caller: Caller) -> VersionReco
         found = await catalog.known(lambda: catalog.of(caller.tenant).find(model, param="model"))
         catalog.of(caller.tenant).check_own(found.name, "train it further")
         return found
-    except UnknownAdapterError as error:
+    except AdapterNotFoundError as error:
         raise InvalidRequestError(
             f"model: {model[:80]!r} cannot be trained on: this server's base is "
             f"{services.catalog.base_name!r}, and it is no adapter here. {error.message}",

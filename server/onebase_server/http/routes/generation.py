@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
 
-from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, status_of
+from onebase_server.errors import ApiError, ClientGoneError, SlowReaderError, status_of
 from onebase_server.http.authorization import NOT_ITS_FAULT, needs
 from onebase_server.http.deps import (
     CALLER,
@@ -42,7 +42,7 @@ from onebase_server.http.schemas.tgi import TgiRequest
 from onebase_server.http.sse import (
     DONE,
     EventStream,
-    Merged,
+    MergedEvents,
     cancelled_when_gone,
     connection_abort,
     guarded,
@@ -55,8 +55,8 @@ from onebase_server.http.views.generation import (
     GenerationView,
     TgiView,
 )
-from onebase_server.inference.generation import Generation, Job, begun_of
-from onebase_server.inference.stream import Moments, Piece, Usage
+from onebase_server.inference.generation import GenerationRequest, GenerationRun, begun_of
+from onebase_server.inference.stream import Moments, OutputPiece, TokenUsage
 from onebase_server.inference.transcript import Transcript, line, refused
 from onebase_server.inference.transcript import read as read_transcript
 from onebase_server.telemetry.measurements import RequestMeasurements
@@ -109,7 +109,7 @@ async def generate_many(
     for number, one in enumerate(body.bodies):
         source = _Source(number, one, transcripts.get(number), told and told.seconds, order.count(number))
         sources.append(_events_of(source, request, services, caller))
-    merged = Merged(sources, DONE, order)
+    merged = MergedEvents(sources, DONE, order)
     return EventStream(merged, merged.events(), services.settings.max_timeout, tells=told is not None)
 
 
@@ -123,12 +123,12 @@ class _Source:
     """
 
     number: int
-    body: GenerateRequest | OneBaseError
+    body: GenerateRequest | ApiError
     transcript: Transcript | None
     seconds: float | None
     again: int
 
-    def told(self, generation: Generation | None, times: int) -> bytes:
+    def told(self, generation: GenerationRun | None, times: int) -> bytes:
         """Return the transcript's line before the events of that time, empty or not: it records the order."""
         if self.seconds is None or times <= self.again:
             return b""
@@ -145,7 +145,7 @@ async def _events_of(
     ticket = generation = None
     try:
         ticket = services.limiter.enter(caller, resumed=transcript is not None)
-        if isinstance(body, OneBaseError):
+        if isinstance(body, ApiError):
             raise body
         job = await services.planner.generate(body, caller, transcript)
         if transcript is not None:
@@ -160,7 +160,7 @@ async def _events_of(
         generation = None
     except (ClientGoneError, SlowReaderError):
         raise
-    except OneBaseError as error:
+    except ApiError as error:
         if transcript is not None and generation is None and not times:
             raise  # what was passed on of it cannot be made again here, or not now
         if ticket is not None and not times and status_of(error)[0] in NOT_ITS_FAULT:
@@ -223,7 +223,7 @@ class JobMeter:
     ticket: Ticket
     usage: UsageMeter
     measured: RequestMeasurements
-    job: Job
+    job: GenerationRequest
     spans: RequestSpans | None = None
 
     def rows_ended(self) -> None:
@@ -233,7 +233,7 @@ class JobMeter:
     def token_gap(self) -> Callable[[float], None]:
         return _uncounted if self.job.background else self.measured.token_gap.observe
 
-    def used(self, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
+    def used(self, usage: TokenUsage, moments: Moments, finished: Counter[str]) -> None:
         self.measured.ended(self.job, usage, moments, finished)
         if self.spans is not None:
             self.spans.ended(usage, moments, finished)
@@ -261,7 +261,7 @@ async def answer_job(
     request: Request,
     services: Services,
     ticket: Ticket,
-    job: Job,
+    job: GenerationRequest,
     view: GenerationView,
     stream: bool | None,
     transcript: Transcript | None,
@@ -293,7 +293,7 @@ async def answer_job(
     return await services.reading.run_for(job.tenant, whole)
 
 
-def _scores(job: Job, choices: Sequence[Piece]) -> int:
+def _scores(job: GenerationRequest, choices: Sequence[OutputPiece]) -> int:
     """Return the number of tokens whose log-probabilities a whole answer has, alternatives included."""
     sampling, answered = job.sampling, sum(len(piece.tokens) for piece in choices)
     told = 0 if sampling.logprobs is None else answered * (1 + sampling.logprobs)
@@ -307,12 +307,12 @@ async def begin(
     request: Request,
     services: Services,
     ticket: Ticket,
-    job: Job,
+    job: GenerationRequest,
     *,
     stream: bool,
     transcript: Transcript | None = None,
     telling: int | None = None,
-) -> Generation:
+) -> GenerationRun:
     """Start the job in the engine. Raises what Ticket.admit and Generation.start raise.
 
     transcript, telling: see Generation.
@@ -324,7 +324,7 @@ async def begin(
     ticket.admit(job.tokens_set_aside, job.choices)
     base = services.catalog.base_name
     spans = services.tracing.of_request(job, request.scope, base, stream=stream)
-    generation = Generation(
+    generation = GenerationRun(
         services.supervisor,
         services.tokenizer,
         job,

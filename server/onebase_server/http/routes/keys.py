@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Response
 from pydantic import Field, StrictInt
 
-from onebase_adapters.registry import DEFAULT_TENANT, ApiKey, Scope
+from onebase_adapters.registry import DEFAULT_TENANT, ApiKeyRecord, Scope
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.routes.usage import Limits
@@ -88,7 +88,7 @@ async def revoke_key(key_id: str, services: Provided) -> Response:
     return json_response(_view(await services.keys.revoke(key_id)))
 
 
-def _view(key: ApiKey) -> KeyAnswer:
+def _view(key: ApiKeyRecord) -> KeyAnswer:
     return {
         "object": "api_key",
         "id": key.id,

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 
 from onebase_adapters.registry import VersionRecord
 from onebase_server.adapters.catalog import label
-from onebase_server.errors import ConflictError, ForbiddenError, UnknownAdapterError, UnknownModelError
+from onebase_server.errors import AdapterNotFoundError, ForbiddenError, StateConflictError, UnknownModelError
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, json_response
 from onebase_server.http.routes.adapters import Force
@@ -57,7 +57,7 @@ async def delete_model(name: str, services: Provided, caller: Calling, force: Fo
             )
         else:
             await services.activation.delete(caller.tenant, adapter, force=force)
-    except UnknownAdapterError as error:
+    except AdapterNotFoundError as error:
         raise UnknownModelError(error.message) from error
     return json_response({"id": name, "object": "model", "deleted": True})
 
@@ -69,7 +69,7 @@ def find_model(services: Services, caller: Caller, name: str) -> VersionRecord |
         return None
     try:
         return services.catalog.of(caller.tenant).find(name, param="model")
-    except (UnknownAdapterError, ConflictError) as error:
+    except (AdapterNotFoundError, StateConflictError) as error:
         raise UnknownModelError(f"{error.message} The base is {base!r}.") from error
 
 

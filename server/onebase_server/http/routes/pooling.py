@@ -40,8 +40,8 @@ from onebase_server.http.schemas.pooling import (
     ScoreRequest,
 )
 from onebase_server.http.sse import cancelled_when_gone
-from onebase_server.inference.generation import Job, Reading, new_id
-from onebase_server.inference.stream import Moments, Usage
+from onebase_server.inference.generation import GenerationRequest, Reading, new_id
+from onebase_server.inference.stream import Moments, TokenUsage
 from onebase_server.tenancy.quotas import Ticket
 
 router = APIRouter(route_class=StrictRoute, tags=["pooling"])
@@ -229,7 +229,7 @@ class _Total:
     runs."""
 
     meter: JobMeter
-    usage: Usage = field(default_factory=Usage)
+    usage: TokenUsage = field(default_factory=TokenUsage)
     moments: Moments | None = None
     finished: Counter[str] = field(default_factory=Counter)
     running: int = 0
@@ -247,7 +247,7 @@ class _Total:
     def token_gap(self) -> Callable[[float], None]:
         return self.meter.token_gap
 
-    def used(self, usage: Usage, moments: Moments, finished: Counter[str]) -> None:
+    def used(self, usage: TokenUsage, moments: Moments, finished: Counter[str]) -> None:
         self.moments = moments if self.moments is None else replace(self.moments, last=moments.last)
         self.finished += finished
         self.usage.prompt += usage.prompt
@@ -266,8 +266,8 @@ class _Total:
 
 
 async def _read(
-    request: Request, services: Services, ticket: Ticket, jobs: Sequence[Job]
-) -> tuple[list[RowOutput], Usage]:
+    request: Request, services: Services, ticket: Ticket, jobs: Sequence[GenerationRequest]
+) -> tuple[list[RowOutput], TokenUsage]:
     """Return the outputs of the jobs' choices, computed one after the other, as many at once as have places.
 
     Raises what Ticket.admit, Reading.start and Reading.outputs raise.
@@ -302,7 +302,7 @@ async def _scores(
     body: PoolingFields,
     pairs: Sequence[tuple[str, str]],
     params: Sequence[tuple[str, str]],
-) -> tuple[list[float], Usage]:
+) -> tuple[list[float], TokenUsage]:
     """Return each pair's score: the cosine between their vectors, or the probability of a classifier of one
     label, from 0 to 1. `params`: the fields that the texts are from."""
     jobs, fields = await services.read_planner.scores(body, pairs, params, caller)
@@ -369,7 +369,7 @@ def _softmax(values: Sequence[float], temperature: float = 1.0) -> list[float]:
     return [weight / whole for weight in weights]
 
 
-def _usage(usage: Usage) -> OpenAIUsage:
+def _usage(usage: TokenUsage) -> OpenAIUsage:
     return {
         "prompt_tokens": usage.prompt,
         "total_tokens": usage.prompt,

@@ -29,7 +29,7 @@ from onebase_server.http.schemas.answers import (
 )
 from onebase_server.http.schemas.events import ResponseEvent
 from onebase_server.http.schemas.items import Items, conversation, items_again, kept_items
-from onebase_server.http.schemas.messages import Message
+from onebase_server.http.schemas.messages import ChatMessage
 from onebase_server.http.schemas.responses import ResponsesRequest
 from onebase_server.http.views.jobs import page
 from onebase_server.http.views.responses import ResponseView
@@ -68,7 +68,7 @@ async def respond(
     return await answer_job(request, services, ticket, job, view, body.stream, begun)
 
 
-def _conversation(body: ResponsesRequest, before: KeptResponse | None) -> tuple[Items, list[Message]]:
+def _conversation(body: ResponsesRequest, before: KeptResponse | None) -> tuple[Items, list[ChatMessage]]:
     """Return what is to be answered, as items and as messages. Raises InvalidRequestError."""
     items = body.items
     if before is not None:

@@ -16,9 +16,9 @@ from onebase_server.adapters.catalog import HUB_PREFIX, check_name
 from onebase_server.adapters.service import VersionOptions
 from onebase_server.adapters.sources import FolderError, check_folder, hub_reference
 from onebase_server.errors import (
+    AdapterNotFoundError,
     ForbiddenError,
     InvalidRequestError,
-    UnknownAdapterError,
     VersionFailedError,
 )
 from onebase_server.http.authorization import needs
@@ -78,7 +78,7 @@ async def unload_lora_adapter(body: UnloadLoraRequest, services: Provided, calle
     services.refuse_if_draining()
     record = services.catalog.of(caller.tenant).own(body.lora_name)
     if record is None or record.active is None:
-        raise UnknownAdapterError(
+        raise AdapterNotFoundError(
             f"lora_name: the lora adapter {body.lora_name[:80]!r} cannot be found.", param="lora_name"
         )
     await services.activation.deactivate(caller.tenant, body.lora_name, actor="unload_lora_adapter")

@@ -14,7 +14,7 @@ from onebase_server.http.schemas.generation import (
     MAX_GRAMMAR_CHARACTERS,
     MAX_TOKENS,
     GrammarField,
-    SamplingFields,
+    SamplingBody,
     Stops,
 )
 from onebase_server.http.schemas.messages import MAX_MESSAGES, MAX_TOOLS, FunctionName, a_function
@@ -382,7 +382,7 @@ class ConversationRequest(Tolerant):
 _NAMES_HERE = {"stop": "stop_sequences", "response_format": "output_config.format"}
 
 
-class MessagesRequest(ConversationRequest, SamplingFields):
+class MessagesRequest(ConversationRequest, SamplingBody):
     """Body of POST /v1/messages, with the sampling fields of POST /generate besides."""
 
     max_tokens: int = Field(ge=1, le=MAX_TOKENS)
@@ -398,5 +398,5 @@ class MessagesRequest(ConversationRequest, SamplingFields):
         return self
 
     def _chat_fields(self, variables: frozenset[str]) -> Json:
-        given = {name: getattr(self, name) for name in SamplingFields.model_fields.keys() - {"stream"}}
+        given = {name: getattr(self, name) for name in SamplingBody.model_fields.keys() - {"stream"}}
         return given | {"stop": self.stop_sequences} | super()._chat_fields(variables)

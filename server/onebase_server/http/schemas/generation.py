@@ -163,7 +163,7 @@ class AdapterFields(Wire):
         return self.adapter_id if self.adapter is None else self.adapter
 
 
-class SamplingFields(AdapterFields):
+class SamplingBody(AdapterFields):
     """Sampling fields, which every route has under the same names.
 
     A null counts as "not given".
@@ -293,7 +293,7 @@ def _of_choice(choices: Sequence[str] | None) -> Grammar | None:
     return Grammar("regex", "|".join(_SPECIAL_IN_REGEX.sub(r"\\\g<0>", choice) for choice in choices))
 
 
-class ConversationFields(SamplingFields):
+class ConversationFields(SamplingBody):
     """Fields of a request with messages, besides those for sampling."""
 
     tools: Annotated[list[ToolObject], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
@@ -386,7 +386,7 @@ class GenerateRequest(ConversationFields):
         if (self.prompt is None) == (self.messages is None):
             raise FieldError("prompt", "give either prompt or messages")
         if self.messages is None:
-            for name in ConversationFields.model_fields.keys() - SamplingFields.model_fields.keys():
+            for name in ConversationFields.model_fields.keys() - SamplingBody.model_fields.keys():
                 if getattr(self, name):
                     raise FieldError(name, f"{name} goes with messages only")
         if self.echo and self.calls_tools:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from onebase_server.errors import InvalidRequestError
-from onebase_server.http.schemas.messages import MAX_MESSAGES, MAX_TOOLS, FunctionCall, Message
+from onebase_server.http.schemas.messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage, FunctionCall
 from onebase_server.http.schemas.wire import (
     BY_KIND,
     LIST,
@@ -174,7 +174,7 @@ def kept_items(items: Sequence[MessageItem | CallItem | CallOutputItem]) -> list
 
 def conversation(
     instructions: str | None, items: Sequence[MessageItem | CallItem | CallOutputItem]
-) -> list[Message]:
+) -> list[ChatMessage]:
     """Return the items as messages: calls stand in the assistant's message before them.
 
     Raises InvalidRequestError.
@@ -203,7 +203,7 @@ def conversation(
             turns[-1].setdefault("tool_calls", []).append(call)
             if len(turns[-1]["tool_calls"]) > MAX_TOOLS:
                 raise _refused(f"over {MAX_TOOLS} function_calls follow each other. Send fewer")
-    return [Message.model_validate(turn) for turn in turns]
+    return [ChatMessage.model_validate(turn) for turn in turns]
 
 
 def _refused(reason: str) -> InvalidRequestError:

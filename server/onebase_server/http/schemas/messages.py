@@ -92,7 +92,7 @@ class FunctionCall(Wire):
         return self
 
 
-class ToolCall(Wire):
+class ChatToolCall(Wire):
     id: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -112,7 +112,7 @@ class ToolCall(Wire):
         return named | {"type": self.type, "function": function}
 
 
-class Message(Wire):
+class ChatMessage(Wire):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -123,7 +123,7 @@ class Message(Wire):
     name: Annotated[str, Field(max_length=MAX_NAME)] | None = Field(
         default=None, description="of who speaks, for chat templates that write it"
     )
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ChatToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=MAX_NAME)] | None = Field(
         default=None, description="which call a message of role tool answers"
     )
@@ -175,7 +175,7 @@ def without_hints(value: Any) -> Any:
     return value
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 def a_function(tool: dict[str, Any]) -> dict[str, Any]:

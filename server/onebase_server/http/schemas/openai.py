@@ -15,7 +15,7 @@ from onebase_server.http.schemas.generation import (
     MAX_PROMPT_TOKENS,
     MAX_PROMPTS,
     ConversationFields,
-    SamplingFields,
+    SamplingBody,
     TokenId,
 )
 from onebase_server.http.schemas.messages import Messages
@@ -78,7 +78,7 @@ DEFAULTS: dict[str, tuple[JsonValue, ...]] = {
 """Values of vLLM's fields that its clients send although they are the defaults."""
 
 
-class OpenAIRequest(Tolerant, SamplingFields):
+class OpenAIRequest(Tolerant, SamplingBody):
     """Fields of OpenAI's routes for text."""
 
     model: Name

@@ -42,7 +42,7 @@ class AdapterViews:
         return [known[name] for name in sorted(known)]
 
     def named(self, tenant: str, name: str) -> AdapterAnswer:
-        """Return one adapter. Raises UnknownAdapterError."""
+        """Return one adapter. Raises AdapterNotFoundError."""
         pending = self._hub.of_name(tenant, name)
         names = self._catalog.of(tenant)
         if names.get(name) is None and pending:

@@ -7,14 +7,14 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from onebase_server.errors import OneBaseError, error_body, status_of
+from onebase_server.errors import ApiError, error_body, status_of
 from onebase_server.http.refusals import anthropic_error
 from onebase_server.http.sse import identified_event
 from onebase_server.http.views.generation import GenerationView, Json, whole_calls
-from onebase_server.inference.generation import Generation
-from onebase_server.inference.stream import Piece, Usage
+from onebase_server.inference.generation import GenerationRun
+from onebase_server.inference.stream import OutputPiece, TokenUsage
 from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_call_parser import AnswerReader, CallDelta, answer_reader
+from onebase_server.requests.tool_call_parser import AnswerReader, ToolCallDelta, answer_reader
 
 _STOP_REASONS = {"length": "max_tokens", "cancelled": "pause_turn"}
 """Stop reasons of a message that was cut: `pause_turn` says that it continues if it is sent back."""
@@ -30,7 +30,7 @@ class MessageView(GenerationView):
         self._model = model
         self._scope = scope
 
-    def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
+    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json:
         (piece,) = choices
         reader = answer_reader(generation.job.calls, generation.job.id)
         said = reader.feed(piece.text, end=True)
@@ -40,7 +40,7 @@ class MessageView(GenerationView):
             content.append(_call_block(call["id"], function["name"], _values(function["arguments"])))
         return {**self._head(generation, content), **_stop(piece, reader)}
 
-    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
+    async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
         blocks = _Blocks(answer_reader(generation.job.calls, generation.job.id))
         chunk = b""
         begun = False
@@ -58,11 +58,11 @@ class MessageView(GenerationView):
                 yield chunk
             chunk = b""
 
-    def failure(self, error: OneBaseError) -> bytes:
+    def failure(self, error: ApiError) -> bytes:
         told = anthropic_error(error_body(error), status_of(error)[0], self._scope)
         return identified_event(told, event="error")
 
-    def _head(self, generation: Generation, content: list[Json]) -> Json:
+    def _head(self, generation: GenerationRun, content: list[Json]) -> Json:
         return {
             "id": generation.job.id,
             "type": "message",
@@ -75,7 +75,7 @@ class MessageView(GenerationView):
         }
 
 
-def _stop(piece: Piece, reader: AnswerReader) -> Json:
+def _stop(piece: OutputPiece, reader: AnswerReader) -> Json:
     """Return the stop reason and the stop sequence of an answer."""
     reason = _STOP_REASONS.get(piece.finish_reason or "")
     if reason is None:
@@ -92,7 +92,7 @@ class _Blocks:
         self._open = False
         self._index = -1
 
-    def more(self, piece: Piece) -> bytes:
+    def more(self, piece: OutputPiece) -> bytes:
         """Return the events of what is certain with a piece."""
         said = self.reader.feed(piece.text, end=piece.finish_reason is not None)
         chunk = b""
@@ -104,7 +104,7 @@ class _Blocks:
             chunk += self._call(delta)
         return chunk + (self._close() if piece.finish_reason else b"")
 
-    def _call(self, delta: CallDelta) -> bytes:
+    def _call(self, delta: ToolCallDelta) -> bytes:
         begun = b"" if delta.id is None else self._begin(_call_block(delta.id, delta.name, {}))
         return begun + (
             self._delta("input_json_delta", partial_json=delta.arguments) if delta.arguments else b""
@@ -126,7 +126,7 @@ class _Blocks:
         return _event("content_block_stop", index=self._index)
 
 
-def message_usage(usage: Usage) -> Json:
+def message_usage(usage: TokenUsage) -> Json:
     """Return the usage. Anthropic's prompt is the sum of three: what is new, what was put into the cache,
     what came from it."""
     return {

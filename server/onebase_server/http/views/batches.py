@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from onebase_adapters.registry import Batch, BatchState
+from onebase_adapters.registry import BatchRecord, BatchState
 from onebase_server.http.schemas.answers import BatchAnswer, BatchProblem
 
 
-def batch_view(batch: Batch, waiting: str | None) -> BatchAnswer:
+def batch_view(batch: BatchRecord, waiting: str | None) -> BatchAnswer:
     """Return a batch as callers see it. waiting: why nothing of it is computed now."""
     used = {name: batch.usage.get(name, 0) for name in ("prompt", "cached", "completion")}
     errors: list[BatchProblem] = [
@@ -46,6 +46,6 @@ def batch_view(batch: Batch, waiting: str | None) -> BatchAnswer:
     }
 
 
-def _at(batch: Batch, state: BatchState) -> int | None:
+def _at(batch: BatchRecord, state: BatchState) -> int | None:
     time = batch.times.get(state)
     return None if time is None else int(time)

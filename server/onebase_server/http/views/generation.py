@@ -6,14 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from onebase_server.errors import OneBaseError, error_body, status_of
+from onebase_server.errors import ApiError, error_body, status_of
 from onebase_server.http.schemas.openai import UsageInStream
 from onebase_server.http.schemas.tgi import TgiRequest
 from onebase_server.http.sse import DONE, event
-from onebase_server.inference.generation import Generation, Job
-from onebase_server.inference.stream import Piece, TokenInfo, Usage
+from onebase_server.inference.generation import GenerationRequest, GenerationRun
+from onebase_server.inference.stream import OutputPiece, TokenInfo, TokenUsage
 from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_call_parser import CallDelta, Said, answer_reader
+from onebase_server.requests.tool_call_parser import Said, ToolCallDelta, answer_reader
 
 Json = dict[str, Any]
 
@@ -67,15 +67,15 @@ class GenerationView(ABC):
         self._tokenizer = tokenizer
 
     @abstractmethod
-    def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json | list[Json]:
+    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json | list[Json]:
         """Return the whole answer."""
 
     @abstractmethod
-    def events(self, generation: Generation) -> AsyncIterator[bytes]:
-        """Yield the answer as it comes, until the generation has ended. Raises what `Generation.pieces`
+    def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
+        """Yield the answer as it comes, until the generation has ended. Raises what `GenerationRun.pieces`
         raises."""
 
-    def failure(self, error: OneBaseError) -> bytes:
+    def failure(self, error: ApiError) -> bytes:
         """Return the event of an error after the first event."""
         return event(error_body(error))
 
@@ -86,18 +86,18 @@ class GenerationView(ABC):
 class _Readers:
     """Parsers of the choices in one answer."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: GenerationRequest) -> None:
         self._readers = [answer_reader(job.calls, f"{job.id}.{index}") for index in range(job.choices)]
 
-    def read(self, piece: Piece) -> Said:
+    def read(self, piece: OutputPiece) -> Said:
         """Return the text and the calls that are certain with a piece."""
         return self._readers[piece.index].feed(piece.text, end=piece.finish_reason is not None)
 
-    def finish_reason(self, piece: Piece) -> str | None:
+    def finish_reason(self, piece: OutputPiece) -> str | None:
         return self._readers[piece.index].finish_reason(piece.finish_reason)
 
 
-def _call_delta(delta: CallDelta) -> Json:
+def _call_delta(delta: ToolCallDelta) -> Json:
     """Return a part of a call as OpenAI streams it: the first one has the call's id and name."""
     function: Json = {} if delta.name is None else {"name": delta.name}
     function["arguments"] = delta.arguments
@@ -105,7 +105,7 @@ def _call_delta(delta: CallDelta) -> Json:
     return {"index": delta.index, **begun, "function": function}
 
 
-def whole_calls(deltas: Sequence[CallDelta]) -> list[Json]:
+def whole_calls(deltas: Sequence[ToolCallDelta]) -> list[Json]:
     """Return the calls that all their parts make up."""
     calls: list[Json] = []
     for delta in deltas:
@@ -126,12 +126,12 @@ class GenerateView(GenerationView):
         super().__init__(tokenizer)
         self._of: Json = {} if request is None else {"request": request}
 
-    def failure(self, error: OneBaseError) -> bytes:
+    def failure(self, error: ApiError) -> bytes:
         if not self._of:
             return super().failure(error)
         return event({**self._of, "status": status_of(error)[0], **error_body(error)})
 
-    def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
+    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json:
         readers = _Readers(generation.job)
         return {
             "id": generation.job.id,
@@ -140,7 +140,7 @@ class GenerateView(GenerationView):
             **_summary(generation),
         }
 
-    def _whole(self, piece: Piece, generation: Generation, readers: _Readers) -> Json:
+    def _whole(self, piece: OutputPiece, generation: GenerationRun, readers: _Readers) -> Json:
         job = generation.job
         said = readers.read(piece)
         made: Json = {
@@ -155,7 +155,7 @@ class GenerateView(GenerationView):
             made["tool_calls"] = whole_calls(said.calls)
         return made
 
-    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
+    async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
         job_id = generation.job.id
         readers = _Readers(generation.job)
         async for pieces in generation.pieces():
@@ -178,7 +178,7 @@ class GenerateView(GenerationView):
         yield event({**self._of, "id": job_id, "done": True, **_summary(generation)})
 
 
-def _summary(generation: Generation) -> Json:
+def _summary(generation: GenerationRun) -> Json:
     usage = generation.usage
     return {
         "adapter": generation.job.adapter.label,
@@ -206,7 +206,7 @@ class TgiView(GenerationView):
         self._seed = body.parameters.seed
         self._top = body.parameters.top_n_tokens or 0
 
-    def answer(self, generation: Generation, choices: Sequence[Piece]) -> list[Json]:
+    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> list[Json]:
         (piece,) = choices
         made: Json = {"generated_text": self._begun + piece.text}
         if self._details:
@@ -216,7 +216,7 @@ class TgiView(GenerationView):
                 made["details"]["top_tokens"] = [self._top_tokens(info) for info in piece.tokens]
         return [made]
 
-    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
+    async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
         text, index = self._begun, 0
         async for pieces in generation.pieces():
             chunk = b""
@@ -236,13 +236,13 @@ class TgiView(GenerationView):
             if chunk:
                 yield chunk
 
-    def _end(self, piece: Piece, generation: Generation, index: int, text: str) -> bytes:
+    def _end(self, piece: OutputPiece, generation: GenerationRun, index: int, text: str) -> bytes:
         """Return the event of the token that ended the text."""
         token = {"id": 0, "text": piece.text, "logprob": 0.0, "special": True}
         ended = {"generated_text": text, "details": self._ended(piece, generation)}
         return event({"index": index, "token": token, **ended})
 
-    def _ended(self, piece: Piece, generation: Generation) -> Json:
+    def _ended(self, piece: OutputPiece, generation: GenerationRun) -> Json:
         reason = "length" if piece.finish_reason != "stop" else "eos_token"
         return {
             "finish_reason": "stop_sequence" if piece.stop is not None else reason,
@@ -277,7 +277,7 @@ class OpenAIView(GenerationView):
         self._usage = usage
 
     @abstractmethod
-    def whole(self, piece: Piece, readers: _Readers, with_logprobs: bool) -> Json:
+    def whole(self, piece: OutputPiece, readers: _Readers, with_logprobs: bool) -> Json:
         """Return one choice of a whole answer."""
 
     @abstractmethod
@@ -285,14 +285,14 @@ class OpenAIView(GenerationView):
         """Return the choices of the first chunks of a stream, before any text."""
 
     @abstractmethod
-    def part(self, piece: Piece, said: Said, with_logprobs: bool) -> Json:
+    def part(self, piece: OutputPiece, said: Said, with_logprobs: bool) -> Json:
         """Return the choice of a chunk with what is new of one choice."""
 
     @abstractmethod
-    def end(self, piece: Piece, reason: str | None) -> Json:
+    def end(self, piece: OutputPiece, reason: str | None) -> Json:
         """Return the choice of a chunk that ends one choice."""
 
-    def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
+    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json:
         wanted = generation.job.sampling.logprobs is not None
         readers = _Readers(generation.job)
         made = [self.whole(piece, readers, wanted) for piece in choices]
@@ -307,7 +307,7 @@ class OpenAIView(GenerationView):
             "usage": openai_usage(generation.usage),
         }
 
-    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
+    async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
         head = self._head(generation, self.chunk_object)
         if self._usage == "last":
             head["usage"] = None
@@ -330,7 +330,7 @@ class OpenAIView(GenerationView):
                         self._add_ids(part, piece, generation)
                     chunk += event({**head, "choices": [part]})
                 for call in said.calls[1:]:  # as OpenAI does: clients read one call of a chunk
-                    part = self.part(Piece(piece.index, ""), Said("", [call]), False)
+                    part = self.part(OutputPiece(piece.index, ""), Said("", [call]), False)
                     chunk += event({**head, "choices": [part]})
                 if piece.finish_reason:
                     reason = readers.finish_reason(piece)
@@ -341,18 +341,18 @@ class OpenAIView(GenerationView):
         if self._usage != "never":
             yield event({**head, "choices": [], "usage": openai_usage(generation.usage)})
 
-    def _prompt_ids(self, generation: Generation) -> Json:
+    def _prompt_ids(self, generation: GenerationRun) -> Json:
         """Return the fields of an answer's head about its prompt, if token ids are asked for."""
         return {}
 
-    def _prompt_scores(self, generation: Generation, choices: Sequence[Json]) -> Json:
+    def _prompt_scores(self, generation: GenerationRun, choices: Sequence[Json]) -> Json:
         """Add the prompt's log-probabilities to the choices, or return them for the answer.
 
         They are in vLLM's form: of each prompt token its own, and those of alternatives, by token id.
         """
         return {}
 
-    def _scores_of(self, generation: Generation, prompt: int) -> list[Json | None]:
+    def _scores_of(self, generation: GenerationRun, prompt: int) -> list[Json | None]:
         name = self._tokenizer.token_text
         made: list[Json | None] = [None]
         for one in generation.prompt_logprobs.get(prompt, ()):
@@ -366,16 +366,16 @@ class OpenAIView(GenerationView):
             )
         return made
 
-    def _add_ids(self, choice: Json, piece: Piece, generation: Generation) -> None:
+    def _add_ids(self, choice: Json, piece: OutputPiece, generation: GenerationRun) -> None:
         """Add the token ids, as vLLM does."""
         choice["token_ids"] = piece.ids
 
-    def _head(self, generation: Generation, kind: str) -> Json:
+    def _head(self, generation: GenerationRun, kind: str) -> Json:
         job = generation.job
         return {"id": job.id, "object": kind, "created": job.created, "model": self._model}
 
 
-def openai_usage(usage: Usage) -> Json:
+def openai_usage(usage: TokenUsage) -> Json:
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,
@@ -395,30 +395,30 @@ class CompletionView(OpenAIView):
         self._told: set[int] = set()
         """Choices whose prompt's token ids were sent."""
 
-    def _prompt_scores(self, generation: Generation, choices: Sequence[Json]) -> Json:
+    def _prompt_scores(self, generation: GenerationRun, choices: Sequence[Json]) -> Json:
         if generation.job.tells_prompt:
             for number, choice in enumerate(choices):
                 choice["prompt_logprobs"] = self._scores_of(generation, number // generation.job.n)
         return {}
 
-    def _add_ids(self, choice: Json, piece: Piece, generation: Generation) -> None:
+    def _add_ids(self, choice: Json, piece: OutputPiece, generation: GenerationRun) -> None:
         super()._add_ids(choice, piece, generation)
         if piece.index not in self._told:
             self._told.add(piece.index)
             choice["prompt_token_ids"] = generation.job.prompts[piece.index // generation.job.n].tokens
 
-    def whole(self, piece: Piece, readers: _Readers, with_logprobs: bool) -> Json:
+    def whole(self, piece: OutputPiece, readers: _Readers, with_logprobs: bool) -> Json:
         made = self.part(piece, Said(piece.text, []), with_logprobs)
         return made | {"finish_reason": piece.finish_reason}
 
     def opening(self, choices: int) -> list[Json]:
         return []
 
-    def part(self, piece: Piece, said: Said, with_logprobs: bool) -> Json:
+    def part(self, piece: OutputPiece, said: Said, with_logprobs: bool) -> Json:
         logprobs = flat_logprobs(piece.tokens, self._tokenizer) if with_logprobs else None
         return {"index": piece.index, "text": said.content, "logprobs": logprobs, "finish_reason": None}
 
-    def end(self, piece: Piece, reason: str | None) -> Json:
+    def end(self, piece: OutputPiece, reason: str | None) -> Json:
         return {"index": piece.index, "text": "", "logprobs": None, "finish_reason": reason}
 
 
@@ -428,14 +428,14 @@ class ChatView(OpenAIView):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def _prompt_ids(self, generation: Generation) -> Json:
+    def _prompt_ids(self, generation: GenerationRun) -> Json:
         job = generation.job
         return {"prompt_token_ids": job.prompts[0].tokens} if job.token_ids else {}
 
-    def _prompt_scores(self, generation: Generation, choices: Sequence[Json]) -> Json:
+    def _prompt_scores(self, generation: GenerationRun, choices: Sequence[Json]) -> Json:
         return {"prompt_logprobs": self._scores_of(generation, 0)} if generation.job.tells_prompt else {}
 
-    def whole(self, piece: Piece, readers: _Readers, with_logprobs: bool) -> Json:
+    def whole(self, piece: OutputPiece, readers: _Readers, with_logprobs: bool) -> Json:
         said = readers.read(piece)
         message: Json = {"role": "assistant", "content": said.content, "refusal": None}
         if said.calls:
@@ -455,12 +455,12 @@ class ChatView(OpenAIView):
             for index in range(choices)
         ]
 
-    def part(self, piece: Piece, said: Said, with_logprobs: bool) -> Json:
+    def part(self, piece: OutputPiece, said: Said, with_logprobs: bool) -> Json:
         logprobs = chat_logprobs(piece.tokens, self._tokenizer) if with_logprobs else None
         delta: Json = {"content": said.content} if said.content or not said.calls else {}
         if said.calls:
             delta["tool_calls"] = [_call_delta(call) for call in said.calls]
         return {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
-    def end(self, piece: Piece, reason: str | None) -> Json:
+    def end(self, piece: OutputPiece, reason: str | None) -> Json:
         return {"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": reason}

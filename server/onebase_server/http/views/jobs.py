@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onebase_adapters.registry import Checkpoint, JobEvent, TrainingFile, TrainingJob
-from onebase_server.adapters.catalog import Names, label
+from onebase_adapters.registry import Checkpoint, FileRecord, JobEvent, TrainingJob
+from onebase_server.adapters.catalog import VisibleAdapters, label
 from onebase_server.http.schemas.answers import (
     CheckpointAnswer,
     FileAnswer,
@@ -30,7 +30,7 @@ _SHORT = ("name", "steps", "best_step", "tokens", "seconds", "parameters", "adap
           "not_compared")  # fmt: skip
 
 
-def file_view(file: TrainingFile) -> FileAnswer:
+def file_view(file: FileRecord) -> FileAnswer:
     return {
         "id": file.id,
         "object": "file",
@@ -45,7 +45,7 @@ def file_view(file: TrainingFile) -> FileAnswer:
     }
 
 
-def job_view(job: TrainingJob, base_name: str, names: Names, *, in_list: bool = False) -> JobAnswer:
+def job_view(job: TrainingJob, base_name: str, names: VisibleAdapters, *, in_list: bool = False) -> JobAnswer:
     """Return one job; `report` lacks the curve, which is in the result file, and in a list also slices and
     classes.
 
@@ -103,7 +103,7 @@ def _stopped(job: TrainingJob) -> JobStopAnswer | None:
     return {"step": step, "steps": steps, "by": job.stop.key, "at": int(job.stop.at)}
 
 
-def is_active(job: TrainingJob, names: Names) -> bool:
+def is_active(job: TrainingJob, names: VisibleAdapters) -> bool:
     """Return True if requests for the job's adapter get its version now."""
     record = names.own(job.name)
     return record is not None and job.version is not None and record.active == job.version

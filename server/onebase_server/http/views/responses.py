@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from onebase_server.errors import OneBaseError, status_of
+from onebase_server.errors import ApiError, status_of
 from onebase_server.http.schemas.responses import FlatToolChoice, ResponsesRequest
 from onebase_server.http.sse import identified_event
 from onebase_server.http.views.generation import GenerationView, Json, chat_logprobs
-from onebase_server.inference.generation import Generation, Job
-from onebase_server.inference.stream import Piece, TokenInfo, Usage
+from onebase_server.inference.generation import GenerationRequest, GenerationRun
+from onebase_server.inference.stream import OutputPiece, TokenInfo, TokenUsage
 from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_call_parser import CallDelta, answer_reader
+from onebase_server.requests.tool_call_parser import ToolCallDelta, answer_reader
 
 _REASONS = {"length": "max_output_tokens", "cancelled": "timeout"}
 """Reasons why an answer is not whole, by how its sequence ended."""
@@ -22,7 +22,7 @@ _REASONS = {"length": "max_output_tokens", "cancelled": "timeout"}
 class _Output:
     """Items of one answer, and the events that build them up."""
 
-    def __init__(self, job: Job, tokenizer: BaseTokenizer) -> None:
+    def __init__(self, job: GenerationRequest, tokenizer: BaseTokenizer) -> None:
         self.items: list[Json] = []
         self.reason: str | None = None
         """Reason why the answer is not whole."""
@@ -36,7 +36,7 @@ class _Output:
         self._waiting: list[TokenInfo] = []
         self._logprobs: list[Json] = []
 
-    def feed(self, piece: Piece) -> list[Json]:
+    def feed(self, piece: OutputPiece) -> list[Json]:
         """Return the events of a piece."""
         ended = piece.finish_reason is not None
         said = self._reader.feed(piece.text, end=ended)
@@ -92,7 +92,7 @@ class _Output:
 
     # ---- calls -------------------------------------------------------------------------------
 
-    def _call(self, delta: CallDelta) -> list[Json]:
+    def _call(self, delta: ToolCallDelta) -> list[Json]:
         events: list[Json] = []
         if delta.id is not None:
             self._called = True
@@ -161,18 +161,18 @@ class ResponseView(GenerationView):
         self._output: _Output
         self._head: Json
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: GenerationRequest) -> None:
         self._output = _Output(job, self._tokenizer)
         head = {"id": job.id, "object": "response", "created_at": job.created}
         self._head = head | _asked(self._body)
 
-    def answer(self, generation: Generation, choices: Sequence[Piece]) -> Json:
+    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json:
         self._begin(generation.job)
         for piece in choices:
             self._output.feed(piece)
         return self._ended(generation)
 
-    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
+    async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
         self._begin(generation.job)
         begun = self._response("in_progress")
         chunk = b"".join(self._lifecycle(kind, begun) for kind in ("created", "in_progress"))
@@ -185,7 +185,7 @@ class ResponseView(GenerationView):
         response = self._ended(generation)
         yield self._lifecycle(response["status"], response)
 
-    def failure(self, error: OneBaseError) -> bytes:
+    def failure(self, error: ApiError) -> bytes:
         self._output.break_off()
         reason = {
             "code": error.code,
@@ -195,7 +195,7 @@ class ResponseView(GenerationView):
         }
         return self._lifecycle("failed", self._response("failed", error=reason))
 
-    def _ended(self, generation: Generation) -> Json:
+    def _ended(self, generation: GenerationRun) -> Json:
         reason, usage = self._output.reason, _usage(generation.usage)
         if reason:
             response = self._response("incomplete", incomplete_details={"reason": reason}, usage=usage)
@@ -249,7 +249,7 @@ def _text_part(text: str, logprobs: list[Json]) -> Json:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
-def _usage(usage: Usage) -> Json:
+def _usage(usage: TokenUsage) -> Json:
     return {
         "input_tokens": usage.prompt,
         "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
