@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from onebase_engine.engine.kv_cache import BlockPool
 from onebase_engine.engine.messages import AdapterRef, Sampling
-from onebase_engine.engine.row import AdapterMix, SequenceState, StepPlan
 from onebase_engine.engine.scheduler import Scheduler, SchedulerLimits, _Draft
+from onebase_engine.engine.sequence import AdapterMix, SequenceState, StepPlan
 from onebase_engine.engine.slot_table import SlotTable
 
 BLOCK = 4

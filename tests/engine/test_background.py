@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from tests.engine.scheduling import BLOCK, World, make_row
 
-from onebase_engine.engine.row import Segment, SequenceState, StepPlan
 from onebase_engine.engine.scheduler import (
     BACKGROUND_FRESH,
     BACKGROUND_LEAST,
@@ -14,6 +13,7 @@ from onebase_engine.engine.scheduler import (
     BACKGROUND_TIME,
     BackgroundPace,
 )
+from onebase_engine.engine.sequence import Segment, SequenceState, StepPlan
 
 
 def batch(

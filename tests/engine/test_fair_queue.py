@@ -14,7 +14,6 @@ from tests.engine.scheduling import BLOCK, World, make_row
 
 from onebase_adapters.registry.keys import MAX_PRIORITY
 from onebase_engine.engine.fair_queue import MOST_IDLE, MOST_PRIORITY, Accounts, TokenCounter
-from onebase_engine.engine.row import Segment, SequenceState, StepPlan
 from onebase_engine.engine.scheduler import (
     BOUNDED_FRESH,
     BOUNDED_PART,
@@ -23,6 +22,7 @@ from onebase_engine.engine.scheduler import (
     MAX_TRIES,
     TenantPace,
 )
+from onebase_engine.engine.sequence import Segment, SequenceState, StepPlan
 from onebase_engine.engine.slot_table import SlotTable
 
 STEP_TOKENS = 16

@@ -33,8 +33,8 @@ from onebase_engine.engine.grammar_follower import Follower
 from onebase_engine.engine.grammar_process import Matchers, check_patterns, load_tokenizer, resident_bytes
 from onebase_engine.engine.grammars import Grammars
 from onebase_engine.engine.messages import Grammar
-from onebase_engine.engine.row import AdapterMix, SequenceState
 from onebase_engine.engine.scheduler import SchedulerLimits
+from onebase_engine.engine.sequence import AdapterMix, SequenceState
 from onebase_server.http.schemas.generation import GenerateRequest
 
 PERSON = {

@@ -25,7 +25,7 @@ from onebase_engine.engine.drafts import MATCHED, Drafts
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import BlockPool
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.row import StepPlan
+from onebase_engine.engine.sequence import StepPlan
 from onebase_engine.kernels import reference
 
 Scores = list[list[protocol.ScoredToken]]

@@ -26,7 +26,7 @@ from onebase_engine.engine.kv_cache import (
     root_key,
 )
 from onebase_engine.engine.messages import AdapterRef
-from onebase_engine.engine.row import AdapterMix
+from onebase_engine.engine.sequence import AdapterMix
 
 BLOCKS = 9
 KEYS = [bytes([number]) * 16 for number in range(6)]

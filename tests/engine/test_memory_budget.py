@@ -41,9 +41,9 @@ from onebase_engine.engine.memory_budget import (
 )
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.row import AdapterMix
 from onebase_engine.engine.sampling import _adjusts
 from onebase_engine.engine.scheduler import SchedulerLimits
+from onebase_engine.engine.sequence import AdapterMix
 from onebase_engine.kernels import reference
 from onebase_engine.kernels.interface import RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels

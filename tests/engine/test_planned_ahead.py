@@ -21,7 +21,7 @@ from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.engine import Engine
-from onebase_engine.engine.row import COMING
+from onebase_engine.engine.sequence import COMING
 
 ENDS = list(range(5, 320, 9))
 """Tokens with which texts end: one of nine."""

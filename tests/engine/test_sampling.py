@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase_engine.engine import sampling
 from onebase_engine.engine.messages import Sampling
-from onebase_engine.engine.row import AdapterMix, SequenceState
 from onebase_engine.engine.sampling import Drawn, score_tokens, uniform
+from onebase_engine.engine.sequence import AdapterMix, SequenceState
 from onebase_engine.kernels import reference as by_pytorch
 from onebase_engine.kernels.cpu import load_library
 from onebase_engine.kernels.interface import Draws, Kernels

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.scheduling import BLOCK, World, make_row
 
-from onebase_engine.engine.row import Segment, SequenceState, StepPlan
 from onebase_engine.engine.scheduler import MAX_SCORED_TOKENS, NeverFitsError
+from onebase_engine.engine.sequence import Segment, SequenceState, StepPlan
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.scheduling import World, make_row
 
-from onebase_engine.engine.row import SequenceState
+from onebase_engine.engine.sequence import SequenceState
 from onebase_engine.engine.slot_table import SlotTable
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from onebase_engine.engine.messages import RowOutput, Sampling, Stats, StepResult, Submit, ToEngine
 from onebase_server.errors import QueueFullError
 from onebase_server.inference.stream import Inflight
-from onebase_server.processes.row_router import RequestRouter
+from onebase_server.processes.engine_client import RequestRouter
 from onebase_server.tenancy.shares import QueueShares
 
 STATS = Stats(

@@ -21,7 +21,7 @@ from onebase_server.http.schemas.wire import validation_error
 from onebase_server.http.views.responses import ResponseView
 from onebase_server.inference.generation import GenerationRequest, Prompt
 from onebase_server.inference.stream import OutputPiece
-from onebase_server.requests.kept_responses import OVERHEAD, KeptResponse, KeptResponses
+from onebase_server.requests.stored_responses import OVERHEAD, KeptResponse, KeptResponses
 from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.requests.tool_call_parser import CallFormat
 from onebase_server.requests.tool_format import ToolDefinition, ToolFormat

@@ -12,7 +12,7 @@ from itertools import accumulate
 import numpy as np
 
 from onebase_engine.engine.kv_cache import DUMP_BLOCK
-from onebase_engine.engine.row import AdapterMix, Ahead, Segment, SequenceState, StepPlan
+from onebase_engine.engine.sequence import AdapterMix, Ahead, Segment, SequenceState, StepPlan
 from onebase_engine.kernels.interface import Contexts, RowGroup, RowMap
 
 

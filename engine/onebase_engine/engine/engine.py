@@ -27,7 +27,6 @@ from onebase_engine.engine.kv_cache import RESTORED, BlockPool
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import RowOutput, ScoredToken
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.row import COMING, AdapterMix, Segment, SequenceState, StepPlan
 from onebase_engine.engine.sampling import Drawn, Mask, begin_draw_apart, score_tokens
 from onebase_engine.engine.scheduler import (
     BackgroundPace,
@@ -36,6 +35,7 @@ from onebase_engine.engine.scheduler import (
     SchedulerLimits,
     TenantPace,
 )
+from onebase_engine.engine.sequence import COMING, AdapterMix, Segment, SequenceState, StepPlan
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
 from onebase_engine.engine.versions import Versions

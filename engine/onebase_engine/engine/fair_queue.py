@@ -34,7 +34,7 @@ from itertools import chain, count
 from math import inf
 from typing import Generic, TypeVar
 
-from onebase_engine.engine.row import AdapterMix, Segment, SequenceState
+from onebase_engine.engine.sequence import AdapterMix, Segment, SequenceState
 
 PROMPT_WEIGHT = 1
 OUTPUT_WEIGHT = 2

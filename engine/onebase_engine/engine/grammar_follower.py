@@ -36,7 +36,7 @@ from onebase_engine.engine.grammar_link import (
     TokensDrawn,
 )
 from onebase_engine.engine.messages import Grammar
-from onebase_engine.engine.row import Segment, SequenceState
+from onebase_engine.engine.sequence import Segment, SequenceState
 
 GRACE_PART, GRACE_CREDIT = 0.1, 0.05
 """Largest part of the time that steps wait for the masks of one tenant, and seconds that may be saved up."""

@@ -40,7 +40,7 @@ from onebase_engine.engine.grammar_link import (
     Template,
 )
 from onebase_engine.engine.messages import Grammar
-from onebase_engine.engine.row import Segment, SequenceState
+from onebase_engine.engine.sequence import Segment, SequenceState
 
 COMPILING = 2
 """Limit of the grammars that are compiled on trial at once, one of each tenant: a slow one lets others

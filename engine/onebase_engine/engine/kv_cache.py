@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onebase_engine.engine.row import AdapterMix
+from onebase_engine.engine.sequence import AdapterMix
 from onebase_engine.kernels.interface import LayerCache
 from onebase_engine.kernels.reference import sent
 

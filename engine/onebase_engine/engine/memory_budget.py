@@ -22,9 +22,9 @@ from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import MAX_ADAPTER_TERMS, Sampling
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.row import AdapterMix, Segment, SequenceState, StepPlan
 from onebase_engine.engine.sampling import draw
 from onebase_engine.engine.scheduler import SchedulerLimits
+from onebase_engine.engine.sequence import AdapterMix, Segment, SequenceState, StepPlan
 from onebase_engine.kernels.interface import TILE
 from onebase_engine.lora.weights import LoraWeights
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from onebase_engine.engine.grammar_follower import GrammarError
 from onebase_engine.engine.messages import ScoredToken
-from onebase_engine.engine.row import Ahead, SequenceState
+from onebase_engine.engine.sequence import Ahead, SequenceState
 from onebase_engine.kernels.interface import Draws, Kernels
 from onebase_engine.kernels.reference import sent
 

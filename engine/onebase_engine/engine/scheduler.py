@@ -43,7 +43,7 @@ from heapq import nsmallest
 from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.fair_queue import OUTPUT_WEIGHT, FairQueue, TenantQueue, Turns
 from onebase_engine.engine.kv_cache import BlockPool, block_key, root_key
-from onebase_engine.engine.row import Segment, SequenceState, StepPlan
+from onebase_engine.engine.sequence import Segment, SequenceState, StepPlan
 from onebase_engine.engine.slot_table import SlotTable
 
 MAX_SCORED_TOKENS = 128

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from onebase_engine.engine.row import SequenceState
+from onebase_engine.engine.sequence import SequenceState
 
 
 @dataclass

@@ -7,8 +7,8 @@ from collections.abc import Set
 import numpy as np
 
 from onebase_engine.engine.messages import MAX_MESSAGE_BYTES
-from onebase_engine.engine.row import AdapterMix
 from onebase_engine.engine.scheduler import NeverFitsError
+from onebase_engine.engine.sequence import AdapterMix
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.lora.weights import (
     HEAD,

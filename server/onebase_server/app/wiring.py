@@ -41,9 +41,9 @@ from onebase_server.processes.supervisor import EngineListeners, EngineSuperviso
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, VerifierClient
-from onebase_server.requests.kept_responses import KeptResponses
 from onebase_server.requests.planner import Planner, RequestLimits
 from onebase_server.requests.pooling import ReadingPlanner
+from onebase_server.requests.stored_responses import KeptResponses
 from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.metrics import MetricsCollector

@@ -40,9 +40,9 @@ from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.processes.verifier_client import VerifierClient
-from onebase_server.requests.kept_responses import KeptResponses
 from onebase_server.requests.planner import Planner
 from onebase_server.requests.pooling import ReadingPlanner
+from onebase_server.requests.stored_responses import KeptResponses
 from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.metrics import MetricsCollector, render

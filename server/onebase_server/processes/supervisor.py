@@ -31,8 +31,8 @@ from onebase_engine.engine.messages import (
 from onebase_server.background import Backoff, keep_running
 from onebase_server.errors import EngineRestartedError, UnavailableError
 from onebase_server.inference.stream import Inflight
+from onebase_server.processes.engine_client import RequestRouter
 from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess, EngineLink
-from onebase_server.processes.row_router import RequestRouter
 
 _LEAST_RETRY_AFTER = 2.0
 RESTARTS = Backoff(0.5, 30.0)

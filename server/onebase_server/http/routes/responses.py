@@ -33,7 +33,7 @@ from onebase_server.http.schemas.messages import ChatMessage
 from onebase_server.http.schemas.responses import ResponsesRequest
 from onebase_server.http.views.jobs import page
 from onebase_server.http.views.responses import ResponseView
-from onebase_server.requests.kept_responses import KeptResponse
+from onebase_server.requests.stored_responses import KeptResponse
 
 router = APIRouter(prefix="/v1/responses", route_class=StrictRoute, tags=["openai"])
 ResponseId = Annotated[str, Path(max_length=200)]
