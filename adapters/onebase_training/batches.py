@@ -97,7 +97,7 @@ def pack(rows: Sequence[Row], numbers: Sequence[int], limit: int, *, packing: bo
             place = len(bins)
             bins.append([])
         bins[place].append(number)
-        room.take(place, len(rows[number]))
+        room.reserve_tokens(place, len(rows[number]))
     return [
         MicroBatch(
             samples=tuple(sample for number in one for sample in rows[number].samples), rows=tuple(one)
@@ -126,7 +126,7 @@ class _Room:
             at = 2 * at if self._most[2 * at] >= size else 2 * at + 1
         return at - self._leaves
 
-    def take(self, place: int, size: int) -> None:
+    def reserve_tokens(self, place: int, size: int) -> None:
         """Put `size` tokens into a micro-batch."""
         at = place + self._leaves
         self._most[at] -= size

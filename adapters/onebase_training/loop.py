@@ -111,7 +111,7 @@ class Trainer:
             self.state = state
         return self.state.step
 
-    def run(self, until: int | None = None) -> RunState:
+    def run_steps(self, until: int | None = None) -> RunState:
         """Train to the end, early stopping included, and leave the best adapter in the model.
 
         until: stop after this step, if it comes before the end, with a checkpoint to continue from.
@@ -407,7 +407,7 @@ class Scores:
             raise TrainingDivergedError(step, what, sorted(processes.all_of(bad)))
 
     @classmethod
-    def known(cls, loss: float, rewards: dict[str, float]) -> Scores:
+    def from_means(cls, loss: float, rewards: dict[str, float]) -> Scores:
         """Return means that were computed elsewhere."""
         return cls(torch.zeros(0), loss, rewards)
 

@@ -23,7 +23,7 @@ from onebase_engine.base.load import UnsupportedBaseError, eos_ids, longest_row
 from onebase_engine.engine.batch import StepBatch
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
-from onebase_engine.engine.messages import AdapterRef, RowOutput, Sampling, Submit
+from onebase_engine.engine.messages import AdapterRef, Sampling, SequenceOutput, Submit
 from onebase_engine.engine.model import Outputs, ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.lora.weights import AdapterWeights
@@ -185,7 +185,7 @@ def _run(
             on_progress((total - len(waiting) - len(live) + begun) / total)
 
 
-def _take(row: _Row, output: RowOutput) -> None:
+def _take(row: _Row, output: SequenceOutput) -> None:
     # A row whose logits overflow has said all that it can say.
     if output.finish == "error" and output.error_code != "not_finite":
         raise RuntimeError(f"no reply can be generated: {output.error_message}")
@@ -230,7 +230,7 @@ class _GatedModel(ServedModel):
     def __init__(self, base: nn.Module, wait: Callable[[], None]) -> None:
         super().__init__(base, slots=1)
 
-        def told(*_: object) -> None:
+        def wait_or_note(*_: object) -> None:
             try:
                 wait()
             except Exception as error:
@@ -239,7 +239,7 @@ class _GatedModel(ServedModel):
         for module in self._view.modules():
             # A decoder layer, which knows its attention. What is in it may run as one call of the kernels.
             if any(getattr(child, "layer_idx", None) is not None for child in module.children()):
-                module.register_forward_pre_hook(told)
+                module.register_forward_pre_hook(wait_or_note)
 
     def forward(self, batch: StepBatch) -> Outputs:
         try:

@@ -325,7 +325,7 @@ class PlannedRun:
         if self._processes.first:
             self._before, self._parent = self._measuring.base(), self._measuring.parent()
         self._listen(events.Phase(at=time.time(), name="training"))
-        self._trainer.run(until)
+        self._trainer.run_steps(until)
         return self._trainer.finished
 
     def finish(self) -> RunReport:
@@ -373,7 +373,7 @@ class PlannedRun:
     def _base_scores(self) -> Scores:
         """Return the scores of the base, which has no head, on the held-out rows."""
         losses, metrics = self._before.losses, self._before.metrics
-        return Scores.known(sum(losses) / len(losses), {"accuracy": metrics["accuracy"]})
+        return Scores.from_means(sum(losses) / len(losses), {"accuracy": metrics["accuracy"]})
 
     def _classes(self, after: Replies) -> dict[str, Any] | None:
         rows = [row for row in self._measuring.prompts if isinstance(row, LabelledRow)]

@@ -184,7 +184,7 @@ def sweep(
     for recipe in recipes.values():
         ranks_of(target_layers(base, recipe.targets), recipe)
     runs = _Sweep(base, job, data, listen, gate)
-    runs.open(recipes)
+    runs.open_runs(recipes)
     keep_template_date(job)
     if not data.kept:
         keep_rows(job, data)
@@ -240,7 +240,7 @@ class _Sweep:
         rungs = {every * max(1, round(part * self.steps / every)) for part in parts}
         return [*sorted(rung for rung in rungs if rung < self.steps), self.steps]
 
-    def open(self, recipes: Mapping[str, Recipe]) -> None:
+    def open_runs(self, recipes: Mapping[str, Recipe]) -> None:
         """Read the existing runs and add the new ones. Raises CheckpointError."""
         path = self._job.folder / _FILE
         if path.exists():

@@ -177,7 +177,7 @@ class OneBase(Rule):
 
     def told(self, replica: Replica) -> None:
         self._by_name[replica.name] = replica
-        self.placement.told(replica.name, replica.told)
+        self.placement.record_report(replica.name, replica.told)
 
     def lost(self, replica: Replica) -> None:
         self.placement.lost(replica.name)

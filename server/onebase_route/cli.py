@@ -104,7 +104,7 @@ def route(argv: Sequence[str]) -> int:
         print_failure(console, address_error(settings, error))
         return 1
 
-    async def run() -> None:
+    async def run_route() -> None:
         names = None if listed is None else ReplicaFile(Path(listed), urls)
         made = Route(
             urls,
@@ -122,7 +122,7 @@ def route(argv: Sequence[str]) -> int:
         await serve_route(made, settings, listener, show)
 
     try:
-        asyncio.run(run())
+        asyncio.run(run_route())
     except OpenServersError as error:
         print_failure(console, str(error))
         return 1
@@ -437,12 +437,12 @@ def _print_cluster() -> None:
 
     output = Console(highlight=False, markup=False)
     try:
-        told = on_ray.told()
+        report = on_ray.cluster_report()
     except on_ray.ClusterError:
         output.print(f"OneBase cluster, {on_ray.status()}", soft_wrap=True)
         raise
-    output.print(f"OneBase cluster on {told['url']}, {on_ray.status()}", soft_wrap=True)
-    for url, one in sorted(told["servers"].items()):
+    output.print(f"OneBase cluster on {report['url']}, {on_ray.status()}", soft_wrap=True)
+    for url, one in sorted(report["servers"].items()):
         state = "ready" if one.get("ready") else "away"
         output.print(f"  {url}  {state}  {one.get('requests_total', 0):.0f} requests", soft_wrap=True)
 

@@ -483,7 +483,7 @@ class Ingress:
                 if parse_metrics(answer.text).total("onebase_route_waiting"):
                     await self._servers.wake.remote()
 
-    async def told(self) -> dict[str, Any]:
+    async def report(self) -> dict[str, Any]:
         """Return its URL and, by server, whether it is ready and how many requests it got."""
         known = parse_metrics((await self._client.get("/metrics")).text)
         ready, sent = (known.by(f"onebase_route_{name}", "replica") for name in ("ready", "requests_total"))
@@ -530,8 +530,8 @@ class PlacementRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
         for name in set(self._placement.replicas) - there.keys():
             self._placement.lost(name)
         for name, stats in there.items():
-            told = {key: value for key, value in stats.items() if key != "bases"}
-            self._placement.told(name, ReplicaReport(**told) if told else ReplicaReport(rows=1))
+            report = {key: value for key, value in stats.items() if key != "bases"}
+            self._placement.record_report(name, ReplicaReport(**report) if report else ReplicaReport(rows=1))
             self._bases |= set(stats.get("bases", ()))
         with contextlib.suppress(serve.exceptions.RayServeException):  # in no actor of Ray Serve
             owner = serve.get_replica_context().servable_object
@@ -584,8 +584,8 @@ class ByQueuedTokens:
         there = context.current_num_replicas
         if not there:
             return (1 if context.total_queued_requests else context.target_num_replicas), {}
-        told = context.aggregated_metrics or {}
-        queued, busy, ttft = (list(told.get(one, {}).values()) for one in ("queued_tokens", "busy", "ttft"))
+        report = context.aggregated_metrics or {}
+        queued, busy, ttft = (list(report.get(one, {}).values()) for one in ("queued_tokens", "busy", "ttft"))
         if len(busy) < there:  # not all have told of themselves yet
             return context.target_num_replicas, {}
         more = int(sum(queued) / self._queued_tokens)
@@ -817,7 +817,7 @@ def _are_all_known(deployments: Mapping[str, Any]) -> bool:
     """Return True if the ingress has all servers that run, and no other."""
     running = deployments[SERVER].replica_states.get("RUNNING", 0)
     try:
-        servers = told()["servers"].values()
+        servers = cluster_report()["servers"].values()
     except ClusterError:  # it is being replaced
         return False
     return [one.get("ready") for one in servers] == [1.0] * running
@@ -839,10 +839,10 @@ def states(deployments: Mapping[str, Any]) -> str:
     return f"servers: {', '.join(parts) or 'none'}"
 
 
-def told() -> dict[str, Any]:
+def cluster_report() -> dict[str, Any]:
     """Return what the ingress reports of itself and the servers behind it. Raises ClusterError."""
     try:
-        found: dict[str, Any] = serve.get_app_handle(FRONT).told.remote().result(timeout_s=20)
+        found: dict[str, Any] = serve.get_app_handle(FRONT).report.remote().result(timeout_s=20)
     except Exception as error:
         raise ClusterError(f"its address does not answer: {error}") from error
     return found

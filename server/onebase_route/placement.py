@@ -175,7 +175,7 @@ class Placement:
     def replicas(self) -> Collection[str]:
         return self._replicas.keys()
 
-    def told(self, replica: str, report: ReplicaReport) -> None:
+    def record_report(self, replica: str, report: ReplicaReport) -> None:
         """Store a replica's report; the first one adds the replica."""
         known = self._replicas.get(replica)
         if known is None:

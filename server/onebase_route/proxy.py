@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onebase._core.metrics import parse_metrics
 from onebase_route.placement import NoReplicaError, Placement, ReplicaReport
-from onebase_route.resumption import DiffersError, Kept, Room
+from onebase_route.resumption import ByteBudget, DiffersError, StreamRecord
 from onebase_server.app.settings import Settings
 from onebase_server.background import Backoff, keep_running
 from onebase_server.errors import (
@@ -41,7 +41,7 @@ from onebase_server.errors import (
     UnavailableError,
     WrongMethodError,
 )
-from onebase_server.http.cross_site import Door
+from onebase_server.http.cross_site import CrossSiteMiddleware
 from onebase_server.http.forwarded import CHANGE, OURS, SECRET, change_of, forwarded_of
 from onebase_server.http.refusals import error_json, is_anthropic, refusal
 from onebase_server.http.request_id import request_id
@@ -162,7 +162,7 @@ _PLACES = (
 their own path."""
 
 
-def told_by(path: str) -> str:
+def target_in(path: str) -> str:
     """Return the path at which GET shows whether a request that changes something was carried out."""
     for pattern, place in _PLACES:
         if found := pattern.fullmatch(path):
@@ -177,7 +177,7 @@ def replica_lost(method: str = "GET", path: str = "") -> UnavailableError:
     """
     remedy = "Send the request again."
     if method not in ("GET", "HEAD", "OPTIONS") and path not in _TEXT:
-        place = told_by(path)
+        place = target_in(path)
         hint = ", where 404 means that it was" if method == "DELETE" and place == path else ""
         remedy = (
             f"It may have carried the request out. Send `GET {place}` to find out{hint}, and send the "
@@ -408,7 +408,7 @@ class Route:
         resume: float = 60.0,
         most_held: int = _MOST_HELD,
     ) -> None:
-        self.room = Room(max(most_held, max_body))
+        self.room = ByteBudget(max(most_held, max_body))
         self.replicas: dict[str, Replica] = {}
         self.placement = Placement()
         self.clock = clock
@@ -514,7 +514,7 @@ class Route:
         if self.replicas.get(replica.url) is not replica:
             return  # taken out meanwhile
         replica.missed, replica.bases, replica.kv_dtype = 0, bases, report.kv_dtype
-        self.placement.told(replica.url, report)
+        self.placement.record_report(replica.url, report)
         if not replica.ready:
             replica.ready = True
             _log.warning("%s is ready", replica.url)
@@ -546,8 +546,8 @@ class Route:
                     _log.error("%s is not used: it %s, and others reach this address", replica.url, why)
                 self._is_away(replica, why, at_once=True)
                 return False
-        status, told = await self._ask(replica, "/route_secret")
-        replica.secret = _secret(told) if status == 200 else ""
+        status, report = await self._ask(replica, "/route_secret")
+        replica.secret = _secret(report) if status == 200 else ""
         if not replica.secret:
             _log.warning(
                 "%s gives this route no secret (status %d): its streams do not go on at another server when "
@@ -779,7 +779,7 @@ class _Sent:
                 sending.ended()
                 raise
 
-    async def resume(self, kept: Kept, broke: str) -> tuple[httpx2.Response, _Sending]:
+    async def resume(self, kept: StreamRecord, broke: str) -> tuple[httpx2.Response, _Sending]:
         """Return the stream of a server that resumes the one that broke, as soon as one does.
 
         A server that is starting, full or cannot be reached is asked again until the time is over.
@@ -793,7 +793,7 @@ class _Sent:
         self.broken = 1 if kept.has_grown else self.broken + 1
         self._most_broken, self.tried = _MOST_STILL, [broke]
         until, pauses = self.route.clock() + self.route.resume, _RESUME_BACKOFF.pauses()
-        while kept.can_go_on and self.broken < self._most_broken:
+        while kept.can_resume and self.broken < self._most_broken:
             try:
                 answer, sending = await self.next(bytes(kept.transcript))
             except NoReplicaError:
@@ -861,9 +861,9 @@ class _Sent:
         )
         with replica.awaiting(self.route.clock()):
             answer = await replica.way.handle_async_request(sent)
-        told = answer.headers.get(CHANGE.decode())
-        if told is not None:
-            self.route.change = max(self.route.change, change_of(told.encode()))
+        report = answer.headers.get(CHANGE.decode())
+        if report is not None:
+            self.route.change = max(self.route.change, change_of(report.encode()))
         elif secret and answer.status_code < 400 and replica.secret == secret:
             replica.secret = None  # it was started again, and has another one
         return answer
@@ -872,7 +872,7 @@ class _Sent:
 class _Client:
     """Client of a request: what it sends, and whether it is still there."""
 
-    def __init__(self, scope: Scope, receive: Receive, room: Room) -> None:
+    def __init__(self, scope: Scope, receive: Receive, room: ByteBudget) -> None:
         self.request = Request(scope, receive)
         self.path: str = scope["path"]
         self._receive = receive
@@ -894,16 +894,16 @@ class _Client:
         return raw + (b"?" + query if query else b"")
 
     async def whole(self, most: int) -> bytes:
-        """Return the whole body. Raises PayloadTooLargeError, UnavailableError, ClientDisconnect."""
+        """Return the whole body. Raises BodyTooLargeError, UnavailableError, ClientDisconnect."""
         body = bytearray()
         async for piece in self.pieces():
             body += piece
             if len(body) > most:
                 raise BodyTooLargeError(most)
-            if not self._room.take(len(piece)):
+            if not self._room.reserve_bytes(len(piece)):
                 raise UnavailableError(
-                    f"Requests that run have {self._room.held >> 20} MB of bodies already, and this address "
-                    f"holds {self._room.most >> 20} MB at once. Send the request again in a moment.",
+                    f"Requests that run have {self._room.reserved >> 20} MB of bodies already, and this "
+                    f"address holds {self._room.most >> 20} MB at once. Send the request again in a moment.",
                     code="too_many_bodies",
                     retry_after=1.0,
                 )
@@ -912,7 +912,7 @@ class _Client:
 
     def give_room_back(self) -> None:
         """Release the room that the body took."""
-        self._room.give_back(self._held)
+        self._room.release_bytes(self._held)
         self._held = 0
 
     async def pieces(self) -> AsyncGenerator[bytes]:
@@ -984,7 +984,7 @@ class _Stream:
         self._answer = answer
         self._sending = sending
         self._sent = sent
-        self._kept = Kept(sent.route.room)
+        self._kept = StreamRecord(sent.route.room)
         self._behind = 0.0
         """Time, in seconds, that the client was waited for, less the time that the server was since then."""
 
@@ -1107,9 +1107,9 @@ def _client_of(scope: Scope) -> str | None:
     return forwarded_of(scope).afar or host if is_loopback(host) else host
 
 
-def _secret(told: bytes) -> str:
+def _secret(report: bytes) -> str:
     """Return the secret in an answer of /route_secret; "" if there is none."""
-    found = _read(told, dict[str, Any]) or {}
+    found = _read(report, dict[str, Any]) or {}
     secret = found.get("secret")
     return secret if isinstance(secret, str) and _SECRET.fullmatch(secret) else ""
 
@@ -1156,12 +1156,12 @@ def _error_event(error: ApiError, scope: Scope) -> bytes:
     if is_anthropic(scope):
         return b"event: error\ndata: " + data + b"\n\n"
     if scope["path"].rstrip("/") == "/v1/responses":
-        told = {"type": "error", "code": error.code, "message": error.message, "param": None}
-        return b"event: error\ndata: " + msgspec.json.encode(told) + b"\n\n"
+        report = {"type": "error", "code": error.code, "message": error.message, "param": None}
+        return b"event: error\ndata: " + msgspec.json.encode(report) + b"\n\n"
     return b"\n\ndata: " + data + b"\n\n" + (b"" if scope["path"] == "/" else DONE)
 
 
-class _ToldError(msgspec.Struct):
+class _ServerError(msgspec.Struct):
     """Object of an error in a server's answer. details: Anthropic's routes have its code in there."""
 
     message: str
@@ -1169,22 +1169,22 @@ class _ToldError(msgspec.Struct):
     details: dict[str, Any] = {}
 
 
-class _ToldErrorBody(msgspec.Struct):
-    error: _ToldError
+class _ServerErrorBody(msgspec.Struct):
+    error: _ServerError
 
 
 def _read_error(status: int, body: bytes) -> ApiError | None:
     """Return a server's refusal as an error of the same code, or None for what is no such answer."""
-    told = _read(body, _ToldErrorBody)
-    if told is None:
+    report = _read(body, _ServerErrorBody)
+    if report is None:
         return None
-    code = told.error.code or str(told.error.details.get("error_code"))
+    code = report.error.code or str(report.error.details.get("error_code"))
     if status == 404:
-        return AdapterNotFoundError(told.error.message, code=code)
+        return AdapterNotFoundError(report.error.message, code=code)
     kind = {403: ForbiddenError, 409: StateConflictError}.get(status)
     if kind is None:
-        return InvalidRequestError(told.error.message, code=code)
-    return kind(told.error.message, code=code)
+        return InvalidRequestError(report.error.message, code=code)
+    return kind(report.error.message, code=code)
 
 
 def _json(content: Any, status: int = 200) -> Response:
@@ -1200,7 +1200,7 @@ async def serve(
 
     on_ready: called once, after the first look at the servers.
     """
-    config = uvicorn_config(Door(route, settings), settings)
+    config = uvicorn_config(CrossSiteMiddleware(route, settings), settings)
     config.timeout_graceful_shutdown = math.ceil(settings.drain_timeout)
     server = QuietServer(config)
 

@@ -16,33 +16,33 @@ class DiffersError(Exception):
     """A server has made other events of a transcript than those that were passed on."""
 
 
-class Room:
+class ByteBudget:
     """Budget of bytes that may be held at once, of all requests."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.held = 0
+        self.reserved = 0
 
-    def take(self, size: int) -> bool:
+    def reserve_bytes(self, size: int) -> bool:
         """Reserve so many bytes. Return False, and reserve nothing, if there is no room."""
-        if self.held + size > self.most:
+        if self.reserved + size > self.most:
             return False
-        self.held += size
+        self.reserved += size
         return True
 
-    def give_back(self, size: int) -> None:
-        self.held -= size
+    def release_bytes(self, size: int) -> None:
+        self.reserved -= size
 
 
-class Kept:
+class StreamRecord:
     """One stream: its transcript, and how many bytes of events were passed on, with their digest.
 
     Events are passed on once they are whole, so that a stream which breaks can go on, or end with an error.
     """
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: ByteBudget) -> None:
         self.transcript = bytearray()
-        self.can_go_on = True
+        self.can_resume = True
         """Whether the whole transcript is kept, so that the stream can be resumed."""
         self._room = room
         self._rest = bytearray()
@@ -63,7 +63,7 @@ class Kept:
         """Return the events that this piece completes and that were not passed on. Raises DiffersError."""
         looked_at = max(0, len(self._rest) - 1)
         self._rest += piece
-        if not self.can_go_on and not self._again:
+        if not self.can_resume and not self._again:
             return self._without_lines()
         end = self._rest.rfind(b"\n\n", looked_at) + 2
         if end < 2:
@@ -92,15 +92,15 @@ class Kept:
 
     def give_up(self) -> None:
         """Drop the transcript: the stream will not be resumed."""
-        self.can_go_on = False
-        self._room.give_back(len(self.transcript))
+        self.can_resume = False
+        self._room.release_bytes(len(self.transcript))
         self.transcript.clear()
 
     def _keep(self, lines: bytes) -> None:
-        if not self.can_go_on:
+        if not self.can_resume:
             return
         small = len(self.transcript) + len(lines) <= MOST_TRANSCRIPT
-        if small and self._room.take(len(lines)):
+        if small and self._room.reserve_bytes(len(lines)):
             self.transcript += lines
         else:
             self.give_up()

@@ -71,7 +71,7 @@ class TurnBudget:
         self._most = most
         self._left = most
 
-    def take(self, size: int) -> bool:
+    def try_spend(self, size: int) -> bool:
         """Return True if so much may be computed in this turn, and count it."""
         if size > self._left:
             return False
@@ -100,7 +100,7 @@ class Threads:
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """Calls that wait for a thread, by tenant; the tenant whose last turn was latest comes last."""
 
-    async def run(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def run_blocking(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Return the call's result, or raise what it raised, on behalf of no tenant. See `run_for`."""
         return await self.run_for("", call, *args, **kwargs)
 
@@ -199,9 +199,9 @@ class RegistryThreads(Threads):
         self._subscribers.append(subscriber)
 
     async def write(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a call that changes the registry, as `run` does. An error of a subscriber is raised with a
-        message that says that the change was made."""
-        result = await self.run(call, *args, **kwargs)
+        """Run a call that changes the registry, as `run_server` does. An error of a subscriber is raised with
+        a message that says that the change was made."""
+        result = await self.run_blocking(call, *args, **kwargs)
         try:
             for subscriber in self._subscribers:
                 await subscriber()

@@ -31,7 +31,7 @@ ApiError
 ├── UnavailableError             the engine is starting, restarting or stopping
 ├── EngineRestartedError         the engine died under a running request
 ├── CrashesEngineError           the engine died under it again and again: it is not run
-├── RowFailedError               the engine ended this request with an error
+├── SequenceFailedError               the engine ended this request with an error
 ├── ClientGoneError              the caller left; nobody reads the answer
 └── SlowReaderError              the caller did not read its stream
 """
@@ -314,7 +314,7 @@ class CrashesEngineError(ApiError):
         )
 
 
-class RowFailedError(ApiError):
+class SequenceFailedError(ApiError):
     """The engine's own words about a row that it ended."""
 
     @property
@@ -376,7 +376,7 @@ _TABLE: dict[type[ApiError], tuple[int, str]] = {
     UnavailableError: (503, "service_unavailable"),
     EngineRestartedError: (503, "service_unavailable"),
     CrashesEngineError: (422, "invalid_request_error"),
-    RowFailedError: (500, "server_error"),
+    SequenceFailedError: (500, "server_error"),
     ClientGoneError: (499, "invalid_request_error"),
     SlowReaderError: (499, "invalid_request_error"),
 }
@@ -384,7 +384,7 @@ _TABLE: dict[type[ApiError], tuple[int, str]] = {
 
 def status_of(error: ApiError) -> tuple[int, str]:
     """HTTP status and OpenAI error type."""
-    if isinstance(error, RowFailedError) and error.status < 500:
+    if isinstance(error, SequenceFailedError) and error.status < 500:
         return error.status, "invalid_request_error"
     return _TABLE.get(type(error), (500, "server_error"))
 

@@ -50,9 +50,9 @@ class MortalFiles(FileSystem):
         self.step()
         return super().create(path)
 
-    def open(self, path: Path) -> BinaryIO:
+    def open_file(self, path: Path) -> BinaryIO:
         self.step()
-        return super().open(path)
+        return super().open_file(path)
 
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         self.step()

@@ -157,7 +157,7 @@ def check(folder: Path, allowed: list[Observed]) -> None:
     assert found in allowed, f"{found} is none of {allowed}"
     referenced = life.registry.referenced_blobs()
     for sha256 in referenced:
-        life.store.check(sha256)
+        life.store.check_blob(sha256)
     blobs = folder / "store" / "blobs"
     for path in blobs.iterdir():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name

@@ -49,7 +49,7 @@ def test_what_was_written_in_pieces_is_read_whole_under_its_hash(store: Store) -
     assert store.local(SHA256).read_bytes() == CONTENT
     assert store.exists(SHA256)
     assert store.size(SHA256) == len(CONTENT)
-    store.check(SHA256)
+    store.check_blob(SHA256)
 
 
 def test_a_writer_that_is_left_without_commit_leaves_nothing(store: Store) -> None:
@@ -89,7 +89,7 @@ def test_a_file_is_copied_in_or_moved_in(store: Store, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [ABSENT, "", "../../etc/passwd", "a" * 63, "A" * 64, "..", "x/" + "0" * 62])
 def test_a_name_that_is_no_blob_is_missing_and_leads_nowhere(store: Store, name: str) -> None:
-    for call in (store.local, store.size, store.check):
+    for call in (store.local, store.size, store.check_blob):
         with pytest.raises(BlobMissingError):
             call(name)
     if name == ABSENT:
@@ -105,22 +105,22 @@ def test_a_store_whose_folder_is_away_has_not_lost_its_blobs(store: Store, tmp_p
     put(store)
     (tmp_path / "store").rename(tmp_path / "unmounted")
     (tmp_path / "store").mkdir()  # where it is mounted
-    for use in (store.local, store.exists, store.size, store.check):
+    for use in (store.local, store.exists, store.size, store.check_blob):
         with pytest.raises(StoreError, match="failed while looking") as away:
             use(SHA256)
         assert not isinstance(away.value, BlobMissingError)
     (tmp_path / "store").rmdir()
     (tmp_path / "unmounted").rename(tmp_path / "store")
-    store.check(SHA256)
+    store.check_blob(SHA256)
 
 
 def test_damage_is_found_and_mended_by_the_same_content(store: Store) -> None:
     put(store)
     store.local(SHA256).write_bytes(b"damaged")
     with pytest.raises(BlobDamagedError, match=SHA256):
-        store.check(SHA256)
+        store.check_blob(SHA256)
     put(store)
-    store.check(SHA256)
+    store.check_blob(SHA256)
 
 
 # Deleting
@@ -182,7 +182,7 @@ def test_a_sweep_leaves_what_a_living_process_writes(store: Store, tmp_path: Pat
         writer.write(CONTENT)
         assert Store(str(tmp_path / "store"), tmp_path / "cache").sweep([], 0.0) == 0
         assert writer.commit().sha256 == SHA256
-    store.check(SHA256)
+    store.check_blob(SHA256)
 
 
 def test_a_sweep_takes_what_a_killed_process_was_writing(store: Store, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_the_same_content_at_once_is_one_blob(store: Store) -> None:
     with ThreadPoolExecutor(8) as pool:
         blobs = set(pool.map(upload, range(8)))
     assert blobs == {Blob(SHA256, len(CONTENT))}
-    store.check(SHA256)
+    store.check_blob(SHA256)
     assert not list(store.scratch().iterdir())
 
 

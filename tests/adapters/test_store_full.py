@@ -39,9 +39,9 @@ class FailingFiles(FileSystem):
         self.step()
         return super().create(path)
 
-    def open(self, path: Path) -> BinaryIO:
+    def open_file(self, path: Path) -> BinaryIO:
         self.step()
-        return super().open(path)
+        return super().open_file(path)
 
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         half = len(data) // 2
@@ -112,10 +112,10 @@ def test_a_disk_that_is_really_full_answers_so_and_works_again_when_there_is_spa
             os.truncate(filler, filler.stat().st_size - (16_384 if space else 0))
             with pytest.raises(StoreFullError):
                 put(store, CONTENTS["weights2"] + CONTENTS["weights1"])
-            store.check(kept.sha256)
+            store.check_blob(kept.sha256)
             assert not list(store.scratch().iterdir())
         filler.unlink()
-        store.check(put(store, CONTENTS["weights2"]).sha256)
+        store.check_blob(put(store, CONTENTS["weights2"]).sha256)
 
 
 def test_a_registry_on_a_full_disk_answers_so_keeps_what_it_has_and_works_again(tmp_path: Path) -> None:

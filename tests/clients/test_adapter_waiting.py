@@ -138,7 +138,7 @@ def test_each_new_stage_is_looked_at_soon() -> None:
     waiting = Waiting(parse_version(version(NAME, "x", "validating")), None)
     for _ in range(10):
         waiting.question()
-    waiting.take(parse_version(version(NAME, "x", "proving")))
+    waiting.note_answer(parse_version(version(NAME, "x", "proving")))
     assert waiting.question().path.endswith("?wait_seconds=0.1")
 
 
@@ -146,7 +146,7 @@ def test_a_step_is_told_once() -> None:
     told: list[Progress] = []
     step = version(NAME, "x", "proving", progress={"stage": "proving", "fraction": 0.5})
     waiting = Waiting(parse_version(step), told.append)
-    waiting.take(parse_version(step))
+    waiting.note_answer(parse_version(step))
     assert told == [Progress("proving", 0.5)]
     assert not waiting.over
 

@@ -55,12 +55,12 @@ class World:
         self.blocks.update({block: self.places[place] for block, place in moves.back})
         self.came_back.append(len(moves.back))
         self._check(plan, running)
-        sampling = [segment.row for segment in plan.segments if segment.samples]
+        sampling = [segment.sequence for segment in plan.segments if segment.samples]
         for segment in plan.segments:
-            if segment.row.scores_prompt:
-                segment.row.prompt_scored = segment.stop >= segment.row.prompt_length
+            if segment.sequence.scores_prompt:
+                segment.sequence.prompt_scored = segment.stop >= segment.sequence.prompt_length
             self.scheduler.computed(segment)
-            row = segment.row
+            row = segment.sequence
             for index in range(segment.start // BLOCK, -(-segment.stop // BLOCK)):
                 self.blocks[row.blocks[index]] = (row.block_keys[index:] or [None])[0]
         for row in sampling:
@@ -80,7 +80,7 @@ class World:
     def finish_all(self, limit: int = 3000) -> int:
         """Step until no row is left; every step must compute something."""
         steps = 0
-        while self.scheduler.rows:
+        while self.scheduler.sequences:
             assert self.step() or self.came_back[-1], "rows are left, but nothing was planned"
             steps += 1
             assert steps <= limit, "the rows do not finish"
@@ -91,24 +91,24 @@ class World:
         segments = plan.segments
         assert len(running) <= limits.max_rows
         assert sum(segment.length for segment in segments) <= limits.step_tokens
-        assert len({segment.row for segment in segments}) == len(segments)
+        assert len({segment.sequence for segment in segments}) == len(segments)
         assert [row.arrival for row in running] == sorted(row.arrival for row in running)
         for segment in segments:
-            assert segment.row in running
+            assert segment.sequence in running
             assert segment.length >= 1
-            read = segment.row.blocks[: segment.start // BLOCK]
-            assert [self.blocks[block] for block in read] == segment.row.block_keys[: len(read)]
-            assert segment.start == segment.row.computed
-            assert len(segment.row.blocks) * BLOCK >= segment.stop
-            assert set(segment.row.mix.digests) <= self.slots.slot_of.keys()
+            read = segment.sequence.blocks[: segment.start // BLOCK]
+            assert [self.blocks[block] for block in read] == segment.sequence.block_keys[: len(read)]
+            assert segment.start == segment.sequence.computed
+            assert len(segment.sequence.blocks) * BLOCK >= segment.stop
+            assert set(segment.sequence.mix.digests) <= self.slots.slot_of.keys()
         kept = [row.arrival for row in before if row in running]
         lost = [row.arrival for row in before if row not in running]
         alone = len({(row.tenant, row.background) for row in before}) == 1 and not self.scheduler.yielded
         assert not alone or not kept or not lost or max(kept) < min(lost), (
             "an older row was preempted before a younger one"
         )
-        others = {segment.row for segment in plan.prefills if not segment.row.background}
-        assert not others or not any(segment.row.background for segment in segments)
+        others = {segment.sequence for segment in plan.prefills if not segment.sequence.background}
+        assert not others or not any(segment.sequence.background for segment in segments)
         holders = [block for row in running for block in row.blocks]
         assert len(set(holders)) + self.pool.free == self.pool.capacity, "a block leaked"
         assert all(not row.blocks for row in self.scheduler.waiting)

@@ -51,7 +51,7 @@ def test_a_row_gets_its_place_in_the_next_step_though_the_background_has_taken_a
 
     plan = world.step()
 
-    assert [segment.row for segment in plan.segments] == [asked]
+    assert [segment.sequence for segment in plan.segments] == [asked]
     assert world.scheduler.running == [*rows[:3], asked], "the youngest gave way, and only that one"
     world.finish_all()
     assert [row.generated for row in (*rows, asked)] == [30] * 6 + [4]
@@ -70,7 +70,7 @@ def test_a_row_gets_the_blocks_and_the_slot_that_the_background_holds() -> None:
 
     assert asked in world.scheduler.running
     assert held in world.scheduler.waiting
-    assert asked in [segment.row for segment in plan.segments]
+    assert asked in [segment.sequence for segment in plan.segments]
     world.finish_all()
 
 
@@ -109,15 +109,15 @@ def test_a_step_with_a_prompt_has_none_of_the_background_and_one_with_decodes_as
     rows = [make_row(1 + n, list(range(1000 * n, 1000 * n + 8)), 4, background=True) for n in range(2)]
     for row in rows:
         world.scheduler.add(row)
-    assert [segment.row for segment in world.step().segments] == [asked]
-    assert [segment.row for segment in world.step().segments] == [asked]
+    assert [segment.sequence for segment in world.step().segments] == [asked]
+    assert [segment.sequence for segment in world.step().segments] == [asked]
 
     plan = world.step(background=2)
 
-    assert [segment.row for segment in plan.decodes[:1]] == [asked]
-    behind = [segment for segment in plan.segments if segment.row.background]
+    assert [segment.sequence for segment in plan.decodes[:1]] == [asked]
+    behind = [segment for segment in plan.segments if segment.sequence.background]
     assert sum(segment.length for segment in behind) == 2
-    assert [segment.row for segment in world.step(background=0).segments] == [asked]
+    assert [segment.sequence for segment in world.step(background=0).segments] == [asked]
     world.finish_all()
 
 

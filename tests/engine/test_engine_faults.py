@@ -23,7 +23,7 @@ from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import StepBatch
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import HostCache
-from onebase_engine.engine.messages import FrameReader, RowOutput
+from onebase_engine.engine.messages import FrameReader, SequenceOutput
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.interface import TILE
 from onebase_engine.kernels.reference import ReferenceKernels
@@ -61,7 +61,7 @@ def submit(
     return protocol.Submit(id=name, prompt=prompt, sampling=sampling, adapters=adapters, n=n)
 
 
-def finish(engine: Engine) -> dict[tuple[str, int], list[RowOutput]]:
+def finish(engine: Engine) -> dict[tuple[str, int], list[SequenceOutput]]:
     """Step to the end: every row has exactly one final event, and everything is given back."""
     outputs = engine.take_outputs()
     for _ in range(500):
@@ -70,7 +70,7 @@ def finish(engine: Engine) -> dict[tuple[str, int], list[RowOutput]]:
         engine.step()
         outputs += engine.take_outputs()
     assert not engine.busy
-    found: dict[tuple[str, int], list[RowOutput]] = {}
+    found: dict[tuple[str, int], list[SequenceOutput]] = {}
     for output in outputs:
         found.setdefault((output.id, output.choice), []).append(output)
     for events in found.values():
@@ -80,7 +80,7 @@ def finish(engine: Engine) -> dict[tuple[str, int], list[RowOutput]]:
     return found
 
 
-def tokens(events: list[RowOutput]) -> list[int]:
+def tokens(events: list[SequenceOutput]) -> list[int]:
     return [token for event in events for token in event.tokens]
 
 
@@ -136,7 +136,7 @@ def crowd(engine: Engine, weights: AdapterWeights, culprit: Sequence[int] | None
     engine.submit(submit("pair", list(range(9, 40)), n=2, temperature=1.0, seed=5, **options))
 
 
-def facts(found: dict[tuple[str, int], list[RowOutput]]) -> dict[tuple[str, int], list[Any]]:
+def facts(found: dict[tuple[str, int], list[SequenceOutput]]) -> dict[tuple[str, int], list[Any]]:
     """All that a row got, floats as they are."""
     return {
         key: [(e.tokens, e.logprobs, e.prompt_logprobs, e.finish, e.error_code) for e in events]
@@ -221,7 +221,7 @@ def test_a_prefill_that_memory_does_not_hold_is_computed_in_smaller_chunks(
         asked.append(True)
         return True
 
-    engine.model.give_memory_back = give_memory_back  # type: ignore[method-assign]
+    engine.model.release_memory = give_memory_back  # type: ignore[method-assign]
     flaky = Flaky(engine, full)
     crowd(engine, weights)
     assert facts(finish(engine)) == undisturbed
@@ -518,7 +518,9 @@ def test_prompt_logprobs_that_fit_in_no_message_are_refused(
     base: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     top = [(2**31 - 1, -0.1)] * 20
-    longest = protocol.RowOutput(id="r", prompt_logprobs=[protocol.ScoredToken(2**31 - 1, -0.1, top)] * 1000)
+    longest = protocol.SequenceOutput(
+        id="r", prompt_logprobs=[protocol.ScoredToken(2**31 - 1, -0.1, top)] * 1000
+    )
     per_token = engine_module.SCORED_TOKEN_BYTES + 20 * engine_module.ALTERNATIVE_BYTES
     assert len(msgspec.msgpack.encode(longest)) <= 1000 * per_token
     monkeypatch.setattr(engine_module, "MAX_SCORE_BYTES", 10 * per_token)
@@ -547,7 +549,7 @@ def test_prompt_logprobs_of_two_rows_travel_in_two_messages(base: nn.Module) -> 
     ours.close()
     decoder = protocol.to_api_decoder()
     messages = [decoder.decode(payload) for payload in FrameReader().feed(data)]
-    assert [[row.id for row in m.rows] for m in messages if isinstance(m, protocol.StepResult)] == [
+    assert [[row.id for row in m.outputs] for m in messages if isinstance(m, protocol.StepResult)] == [
         ["a"],
         ["b"],
         ["c"],
@@ -573,7 +575,7 @@ def test_what_the_last_step_gave_is_told_before_the_process_ends(base: nn.Module
     ours.close()
     decoder = protocol.to_api_decoder()
     messages = [decoder.decode(payload) for payload in FrameReader().feed(data)]
-    told = [row for m in messages if isinstance(m, protocol.StepResult) for row in m.rows]
+    told = [row for m in messages if isinstance(m, protocol.StepResult) for row in m.outputs]
     assert [(row.id, row.finish) for row in told] == [("ends", "length"), ("runs", None)]
 
 
@@ -593,8 +595,8 @@ def test_the_process_gives_up_after_steps_that_fail_one_after_the_other_even_wit
             for payload in reader.feed(data):
                 step = decoder.decode(payload)
                 assert isinstance(step, protocol.StepResult)
-                failed.extend(output.error_code or "" for output in step.rows if output.finish)
-                if not step.rows and asked == len(failed) < process.MAX_FAILED_STEPS:
+                failed.extend(output.error_code or "" for output in step.outputs if output.finish)
+                if not step.outputs and asked == len(failed) < process.MAX_FAILED_STEPS:
                     asked += 1
                     ours.sendall(protocol.encode(submit(str(asked), [3])))
 

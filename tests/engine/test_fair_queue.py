@@ -37,9 +37,9 @@ class Given:
         self._prompts: dict[SequenceState, int] = {}
 
     def step(self, world: World, bounded: int | None = None) -> None:
-        generated = {row: row.generated for row in world.scheduler.rows}
+        generated = {row: row.generated for row in world.scheduler.sequences}
         for segment in world.step(bounded=bounded).segments:
-            row = segment.row
+            row = segment.sequence
             known = self._prompts.get(row, 0)
             self._prompts[row] = max(known, min(segment.stop, row.prompt_length))
             new = self._prompts[row] - max(known, min(segment.start, row.prompt_length))
@@ -158,7 +158,7 @@ def test_a_tenant_that_asks_now_and_then_runs_in_the_next_step_beside_a_flood() 
     flood = flooded(world, 20, 12)
     guest = make_row(100, [7, 8, 9], 4, tenant="guest")
     world.scheduler.add(guest)
-    assert guest in {segment.row for segment in world.step().segments}
+    assert guest in {segment.sequence for segment in world.step().segments}
     assert flood[3] in world.scheduler.waiting, "the youngest row gives way"
     assert flood[:3] == world.scheduler.running[:3]
     assert world.scheduler.yielded == 1
@@ -226,8 +226,10 @@ def test_in_a_tenant_the_adapter_that_was_given_least_is_next() -> None:
     world.scheduler.add(make_row(6, [6], 3, ["b"]))
     world.scheduler.add(make_row(7, [7], 3))
     order: list[int] = []
-    while world.scheduler.rows:
-        order += [row.arrival for row in (s.row for s in world.step().segments) if row.arrival not in order]
+    while world.scheduler.sequences:
+        order += [
+            row.arrival for row in (s.sequence for s in world.step().segments) if row.arrival not in order
+        ]
     assert order == [0, 6, 7, 1, 2, 3, 4, 5]
 
 
@@ -242,7 +244,7 @@ def test_adapters_at_random_over_few_slots_wait_about_as_long_as_each_other(
     waits: list[int] = []
     waiting: dict[SequenceState, int] = {}
     for step in range(4000):
-        for arrival in range(len(world.scheduler.rows), 8):
+        for arrival in range(len(world.scheduler.sequences), 8):
             name = str(chosen.randrange(adapters))
             row = make_row(
                 step * 10 + arrival, [step, arrival, 1, 2], 12, [name], tenant=name if own_tenants else "one"
@@ -304,7 +306,7 @@ def test_a_guest_that_asks_again_and_again_is_next_each_time_beside_a_flood() ->
             backlog.refill(6, ["flood"])
             world.step()
         backlog.fill("guest", 1)
-        (guest,) = [row for row in world.scheduler.rows if row.tenant == "guest"]
+        (guest,) = [row for row in world.scheduler.sequences if row.tenant == "guest"]
         steps = 0
         while guest.finish is None:
             backlog.refill(6, ["flood"])
@@ -319,7 +321,7 @@ def test_a_prompt_goes_before_the_rest_of_a_flooding_tenants_long_one() -> None:
     for _ in range(6):
         world.step()
     world.scheduler.add(make_row(1, [7] * 5, 1, tenant="guest"))
-    assert [(s.row.arrival, s.length) for s in world.step().segments] == [(1, 5), (0, 3)]
+    assert [(s.sequence.arrival, s.length) for s in world.step().segments] == [(1, 5), (0, 3)]
 
 
 def test_a_step_with_a_guests_prompt_has_none_of_a_tenant_that_runs_twice_as_much() -> None:
@@ -329,8 +331,8 @@ def test_a_step_with_a_guests_prompt_has_none_of_a_tenant_that_runs_twice_as_muc
     guest = make_row(12, [1] * 5, 3, tenant="guest")
     for row in (*flood, guest):
         world.scheduler.add(row)
-    assert {s.row.arrival for s in world.step().segments} == {0, 1, 2, 12}
-    assert {s.row.arrival for s in world.step().segments} == {0, 1, 2, 12, 10, 11}
+    assert {s.sequence.arrival for s in world.step().segments} == {0, 1, 2, 12}
+    assert {s.sequence.arrival for s in world.step().segments} == {0, 1, 2, 12, 10, 11}
     world.finish_all()
 
 
@@ -351,7 +353,7 @@ def test_prompts_next_to_decodes_of_another_tenant_have_the_bounded_tokens(bound
     before = flood.computed
     plan = world.step(bounded=bounded)
 
-    assert [s.row for s in plan.decodes] == [guest]
+    assert [s.sequence for s in plan.decodes] == [guest]
     assert flood.computed - before + second.computed == bounded
     world.scheduler.add(own)
     world.step(bounded=bounded)
@@ -368,7 +370,7 @@ def test_decodes_of_a_tenant_with_twice_the_load_take_turns_next_to_a_guests() -
     before = [row.generated for row in flood]
     for _ in range(30):
         plan = world.step(bounded=2)
-        assert plan.decodes[0].row is guest
+        assert plan.decodes[0].sequence is guest
         assert len(plan.decodes) == 3
         assert plan.bounded_decodes == 2
     assert [row.generated for row in flood] == [one + 10 for one in before]
@@ -517,7 +519,7 @@ def test_no_place_stays_free_while_a_row_could_run() -> None:
     backlog.refill(40)
     while world.scheduler.waiting:
         plan = world.step()
-        prompts = {s.row.tenant for s in plan.segments if s.start < s.row.prompt_length}
+        prompts = {s.sequence.tenant for s in plan.segments if s.start < s.sequence.prompt_length}
         assert prompts or len(plan.segments) == 4, (
             "but for one step, in which another's prompt has precedence"
         )
@@ -558,7 +560,7 @@ def test_a_plan_tries_few_of_many_adapters_that_lack_slots_and_runs_those_that_a
     ]
     for row in last:
         world.scheduler.add(row)
-    assert [segment.row.arrival for segment in world.step().segments] == [0, 1, 502, 500, 501]
+    assert [segment.sequence.arrival for segment in world.step().segments] == [0, 1, 502, 500, 501]
     assert len(tried) <= 5 + MAX_TRIES
     world.finish_all()
 

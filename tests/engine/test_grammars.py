@@ -115,7 +115,7 @@ class Answers:
         self._engine, self._tokenizer = engine, tokenizer
         self.tokens: dict[str, list[int]] = {}
         self.scores: dict[str, list[protocol.ScoredToken]] = {}
-        self.ends: dict[str, protocol.RowOutput] = {}
+        self.ends: dict[str, protocol.SequenceOutput] = {}
 
     def submit(self, name: str, grammar: Grammar | None, **changes: Any) -> None:
         n, tenant = changes.pop("n", 1), changes.pop("tenant", "default")

@@ -70,9 +70,9 @@ def test_a_pass_is_captured_when_its_size_comes_again_and_gives_each_steps_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = made(monkeypatch)
-    assert found.run(batch(1, 2, 3)) is None
+    assert found.run_graph(batch(1, 2, 3)) is None
     for ids in ((4, 5, 6), (7, 8, 9, 10), (49, 0, 1)):
-        got = found.run(batch(*ids))
+        got = found.run_graph(batch(*ids))
         assert got is not None
         hidden = WORDS[list(ids)] * torch.arange(1, len(ids) + 1)[:, None]
         assert torch.equal(got[1][: len(ids)], hidden)
@@ -91,7 +91,7 @@ def test_a_step_that_was_prepared_under_another_gives_what_its_tokens_give(
         return early
 
     def check(one: StepBatch) -> None:
-        got, wanted = found.run(one), plain.run(one)
+        got, wanted = found.run_graph(one), plain.run_graph(one)
         assert (got is None) == (wanted is None)
         for mine, other in zip(got or (), wanted or (), strict=True):
             assert torch.equal(mine, other)
@@ -123,11 +123,11 @@ def test_a_number_of_the_hosts_that_got_into_a_graph_shows_before_it_is_used(
         return logits * (longest + 2), hidden
 
     found = made(monkeypatch, run)
-    assert found.run(batch(1, 2)) is None
-    assert found.run(batch(3, 4)) is None
+    assert found.run_graph(batch(1, 2)) is None
+    assert found.run_graph(batch(3, 4)) is None
     assert "it gives something else than its kernels one by one" in caplog.text
     for _ in range(3):
-        assert found.run(batch(1, 2, 3)) is None, "nor is any other pass of this model a graph"
+        assert found.run_graph(batch(1, 2, 3)) is None, "nor is any other pass of this model a graph"
     assert caplog.text.count("is not captured") == 1
 
 
@@ -139,8 +139,8 @@ def test_a_row_whose_logits_are_no_numbers_keeps_no_pass_from_being_captured(
         return torch.where((step.ids == 4)[:, None], torch.nan, logits), hidden
 
     found = made(monkeypatch, run)
-    found.run(batch(3, 4))
-    got = found.run(batch(3, 4))
+    found.run_graph(batch(3, 4))
+    got = found.run_graph(batch(3, 4))
     assert got is not None
     assert got[0][:2].isnan().any(1).tolist() == [False, True]
 
@@ -158,10 +158,10 @@ def test_a_pass_for_which_memory_runs_out_is_not_captured_and_others_are(
 
     monkeypatch.setattr(found._kernels, "capture", capture)
     for _ in range(2):
-        assert found.run(batch(1, 2, 3)) is None
-        some = found.run(batch(1, 2))
+        assert found.run_graph(batch(1, 2, 3)) is None
+        some = found.run_graph(batch(1, 2))
     assert some is not None
-    assert found.run(batch(1, 2, 3)) is None
+    assert found.run_graph(batch(1, 2, 3)) is None
 
 
 def test_graphs_give_their_memory_back_where_it_is_short_and_take_half_as_much_then(
@@ -173,12 +173,12 @@ def test_graphs_give_their_memory_back_where_it_is_short_and_take_half_as_much_t
     monkeypatch.setattr(found, "_reserved", lambda: next(reserved))
     assert not found.forget()
     for ids in ((1,), (1, 2), (1, 2, 3)):
-        assert [found.run(batch(*ids)) is not None for _ in range(2)] == [False, True]
+        assert [found.run_graph(batch(*ids)) is not None for _ in range(2)] == [False, True]
     assert found.forget()
     assert not found._graphs
     for ids in ((1,), (1, 2)):
-        assert [found.run(batch(*ids)) is not None for _ in range(2)] == [False, True]
-    assert found.run(batch(1, 2, 3)) is found.run(batch(1, 2, 3)) is None
+        assert [found.run_graph(batch(*ids)) is not None for _ in range(2)] == [False, True]
+    assert found.run_graph(batch(1, 2, 3)) is found.run_graph(batch(1, 2, 3)) is None
 
 
 def test_a_graph_that_nobody_needs_any_more_gives_its_place_to_another(
@@ -189,7 +189,7 @@ def test_a_graph_that_nobody_needs_any_more_gives_its_place_to_another(
     found = made(monkeypatch)
 
     def is_graph(*ids: int) -> bool:
-        return found.run(batch(*ids)) is not None
+        return found.run_graph(batch(*ids)) is not None
 
     assert [is_graph(1), is_graph(1), is_graph(1, 2), is_graph(1, 2)] == [False, True] * 2
     assert not any(is_graph(1, 2, 3) for _ in range(7)), "both have run of late"
@@ -205,8 +205,8 @@ def test_a_step_with_an_adapter_that_a_graph_does_not_have_is_no_graph(
     found = made(monkeypatch)
     found.uncaptured = {1}
     for slot, captured in ((1, False), (0, True)):
-        found.run(batch(1, 2, slot=slot))
-        assert (found.run(batch(1, 2, slot=slot)) is not None) == captured
+        found.run_graph(batch(1, 2, slot=slot))
+        assert (found.run_graph(batch(1, 2, slot=slot)) is not None) == captured
 
 
 def test_adapters_of_layers_that_pytorch_computes_are_in_no_graph() -> None:

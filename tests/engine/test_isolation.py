@@ -180,7 +180,7 @@ def test_a_row_that_goes_on_from_its_tokens_says_what_it_would_have_said(lab: La
     whole = rows(warm, submit)
     for engine in (lab.engine(), lab.engine(step_tokens=9), warm):
         begun = {choice: [one.token for one in whole[choice][:made]] for choice, made in ((0, 5), (2, 20))}
-        again = rows(engine, structs.replace(submit, begun=begun))
+        again = rows(engine, structs.replace(submit, resume_tokens=begun))
         assert again == {choice: whole[choice][len(tokens) :] for choice, tokens in begun.items()}
 
 
@@ -188,7 +188,7 @@ def test_a_row_goes_on_only_from_what_it_may_have_said(lab: Lab) -> None:
     engine = lab.engine()
     sampling = protocol.Sampling(max_tokens=4)
     for begun in ({0: [5] * 4}, {2: []}, {-1: []}, {0: [-1]}, {0: [10**6]}):
-        engine.submit(protocol.Submit(id="x", prompt=[5, 6], sampling=sampling, n=2, begun=begun))
+        engine.submit(protocol.Submit(id="x", prompt=[5, 6], sampling=sampling, n=2, resume_tokens=begun))
         (output,) = engine.take_outputs()
         assert output.error_code in ("cannot_go_on", "token_out_of_range"), begun
         assert not engine.busy

@@ -583,7 +583,7 @@ def test_results_of_recorded_calls_stay_where_they_were_when_more_rows_come(kern
                 result = block(fixed.tensor, NOBODY)
             programs.append((recording.program(result), x, result.clone()))
         for program, x, expected in programs:
-            assert torch.equal(program.run([x], NOBODY, STEP), expected)
+            assert torch.equal(program.run_calls([x], NOBODY, STEP), expected)
 
 
 def test_kernels_on_a_gpu_have_one_name_however_often_they_are_asked_for(

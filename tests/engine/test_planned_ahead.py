@@ -63,7 +63,7 @@ def fills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def ahead(engine: Engine) -> Engine:
-    engine._foresees = True
+    engine._async_scheduling = True
     return engine
 
 
@@ -100,7 +100,7 @@ def serve(engine: Engine, asked: list[Asked]) -> dict[str, list[Any]]:
         assert step < 3000, "the engine makes no progress"
     assert engine.pool.free == engine.pool.capacity
     assert engine.slots.used == 0
-    assert not engine.scheduler.rows
+    assert not engine.scheduler.sequences
     return found
 
 
@@ -185,7 +185,7 @@ def test_a_tenant_is_charged_for_no_step_that_a_row_which_ended_was_planned_in(l
         for name, stops in (("long", []), ("short", ends), ("cancelled", [])):
             sampling = protocol.Sampling(max_tokens=9, ignore_eos=True, stop_token_ids=stops)
             engine.submit(protocol.Submit(id=name, prompt=[5, 6], sampling=sampling))
-        tenant = engine.scheduler.waiting.flow(engine.scheduler.rows[0]).tenant
+        tenant = engine.scheduler.waiting.flow(engine.scheduler.sequences[0]).tenant
         before = tenant.counter
         engine.step()
         engine.cancel(protocol.Cancel("cancelled"))
@@ -356,7 +356,7 @@ def test_tokens_that_cannot_be_read_are_read_again_where_there_is_more_memory(
     expected, engine = serve(lab.engine(), asked), ahead(lab.engine())
     failing_reads(engine, {3, 4, 5})  # all rows of a step, then each alone
     given = list[bool]()
-    monkeypatch.setattr(engine.model, "give_memory_back", lambda: given.append(True))
+    monkeypatch.setattr(engine.model, "release_memory", lambda: given.append(True))
     assert serve(engine, asked) == expected
     assert given == [True]
 

@@ -20,7 +20,7 @@ from transformers import RobertaConfig
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
-from onebase_engine.engine.messages import FrameReader, RowOutput
+from onebase_engine.engine.messages import FrameReader, SequenceOutput
 from onebase_engine.lora.packed_adapter import write_packed_adapter
 from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 from onebase_server.processes import engine as process
@@ -76,11 +76,11 @@ class EngineClient:
             pass
         return message
 
-    def outputs(self, name: str, rows: int) -> list[RowOutput]:
+    def outputs(self, name: str, rows: int) -> list[SequenceOutput]:
         """All events of a request, up to the final one of each of its rows."""
-        found: list[RowOutput] = []
+        found: list[SequenceOutput] = []
         while sum(output.finish is not None for output in found) < rows:
-            found += [output for output in self.wait_for(protocol.StepResult).rows if output.id == name]
+            found += [output for output in self.wait_for(protocol.StepResult).outputs if output.id == name]
         return found
 
     def status(self) -> int:
@@ -146,7 +146,7 @@ def submit(
     )
 
 
-def tokens(outputs: list[RowOutput], choice: int = 0) -> list[int]:
+def tokens(outputs: list[SequenceOutput], choice: int = 0) -> list[int]:
     return [token for output in outputs if output.choice == choice for token in output.tokens]
 
 
@@ -164,7 +164,7 @@ def test_a_start_is_answered_by_progress_then_ready_then_idle_reports_also_for_v
     assert message.base.architecture == "LlamaForCausalLM"
     assert (message.base.max_length, message.base.max_rows, message.base.vocab_size) == (4, 3, 320)
     idle = client.wait_for(protocol.StepResult)
-    assert idle.rows == []
+    assert idle.outputs == []
     assert idle.stats.generated_tokens == 0
     block_bytes = message.base.kv_bytes // (message.base.kv_blocks + RESERVED_BLOCKS)
     assert (idle.stats.kv_blocks_on_host, idle.stats.kv_blocks_host_total) == (0, 1_000_000 // block_bytes)
@@ -295,14 +295,14 @@ def test_an_adapter_acts_once_loaded_and_is_refused_once_unloaded(
     shared.send(submit("bare", prompt), submit("adapted", prompt, adapters=("d",), max_tokens=40))
     # Unloaded while in use: the running row keeps it to its end.
     shared.send(protocol.UnloadAdapter("d"), submit("late", prompt, adapters=("d",)))
-    outputs: dict[str, list[RowOutput]] = {"bare": [], "adapted": [], "late": []}
+    outputs: dict[str, list[SequenceOutput]] = {"bare": [], "adapted": [], "late": []}
     unloaded: list[str] = []
     while sum(o.finish is not None for found in outputs.values() for o in found) < 3 or not unloaded:
         message = shared.receive()
         if isinstance(message, protocol.AdapterUnloaded):
             assert outputs["adapted"], "not before its row has run"
             unloaded.append(message.digest)
-        for output in message.rows if isinstance(message, protocol.StepResult) else ():
+        for output in message.outputs if isinstance(message, protocol.StepResult) else ():
             outputs[output.id].append(output)
     assert len(tokens(outputs["adapted"])) == 40
     assert tokens(outputs["adapted"])[:16] != tokens(outputs["bare"])
@@ -396,9 +396,9 @@ def test_a_request_that_can_never_run_names_its_field_and_harms_no_other(
     shared: EngineClient, request_: protocol.Submit, param: str
 ) -> None:
     shared.send(submit("good", [9, 8, 7], max_tokens=30), request_)
-    ends: dict[str, RowOutput] = {}
+    ends: dict[str, SequenceOutput] = {}
     while len(ends) < 2:
-        ends |= {o.id: o for o in shared.wait_for(protocol.StepResult).rows if o.finish}
+        ends |= {o.id: o for o in shared.wait_for(protocol.StepResult).outputs if o.finish}
     assert ends["good"].finish == "length"
     assert (ends["bad"].finish, ends["bad"].error_param) == ("error", param)
     assert ends["bad"].error_message
@@ -408,9 +408,9 @@ def test_a_request_id_that_is_running_already_is_ignored(shared: EngineClient) -
     shared.send(submit("twice", [5, 6], max_tokens=20), submit("twice", [7, 8], max_tokens=3))
     assert len(tokens(shared.outputs("twice", 1))) == 20
     shared.send(submit("next", [5], max_tokens=1))
-    while not (step := shared.wait_for(protocol.StepResult)).rows:
+    while not (step := shared.wait_for(protocol.StepResult)).outputs:
         pass
-    assert {output.id for output in step.rows} == {"next"}
+    assert {output.id for output in step.outputs} == {"next"}
 
 
 @pytest.mark.parametrize("changes", [{"quantization": "none"}, {"quantization": "int8"}])

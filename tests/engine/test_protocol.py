@@ -36,7 +36,7 @@ STATS = protocol.Stats(
     cached_tokens=11,
     adapters_loaded=12,
 )
-ROW = protocol.RowOutput(
+ROW = protocol.SequenceOutput(
     id="r",
     choice=1,
     tokens=[5, 6],
@@ -74,7 +74,7 @@ TO_ENGINE: list[protocol.ToEngine] = [
     ),
     protocol.Submit(id="v", prompt=[1], sampling=SAMPLING, pooling=protocol.Pooling("mean")),
     protocol.Submit(id="b", prompt=[1], sampling=SAMPLING, n=2, branches=[[2], [3, 4]]),
-    protocol.Submit(id="g", prompt=[1], sampling=SAMPLING, n=3, begun={0: [2, 3], 2: []}),
+    protocol.Submit(id="g", prompt=[1], sampling=SAMPLING, n=3, resume_tokens={0: [2, 3], 2: []}),
     protocol.Cancel("r", 1),
     protocol.Cancel("r"),
     protocol.LoadAdapter("d", "/a", "0" * 64),
@@ -91,7 +91,7 @@ TO_API: list[protocol.ToApi] = [
     protocol.SlotsChanged(["d", "e"], {"e": 0.25}),
     protocol.AdapterFailed(digest="d", code="c", message="m"),
     protocol.StepResult(
-        [ROW, protocol.RowOutput(id="s"), protocol.RowOutput(id="v", vector=b"1234")], STATS, 0.5
+        [ROW, protocol.SequenceOutput(id="s"), protocol.SequenceOutput(id="v", vector=b"1234")], STATS, 0.5
     ),
 ]
 

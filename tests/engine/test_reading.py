@@ -41,8 +41,8 @@ def reading(name: str, request: Request, kind: str) -> protocol.Submit:
     )
 
 
-def finish(engine: Engine) -> dict[str, list[protocol.RowOutput]]:
-    found: dict[str, list[protocol.RowOutput]] = {}
+def finish(engine: Engine) -> dict[str, list[protocol.SequenceOutput]]:
+    found: dict[str, list[protocol.SequenceOutput]] = {}
     while True:
         for output in engine.take_outputs():
             assert output.error_message is None, output.error_message

@@ -122,24 +122,24 @@ def test_every_row_finishes_and_everything_comes_back(
         while coming and coming[0].at <= step:
             item = coming.pop(0)
             row = _row(len(rows), item, rows[-1][0] if rows else None)
-            world.scheduler.check(row.prompt_length, item.max_tokens, len(row.mix.terms))
+            world.scheduler.check_limits(row.prompt_length, item.max_tokens, len(row.mix.terms))
             world.scheduler.add(row)
             rows.append((row, item))
         for row, item in rows:
             if item.cancel_at == step and row.finish is None:
                 row.finish = "cancelled"
                 world.scheduler.finish(row)
-        if not coming and not world.scheduler.rows:
+        if not coming and not world.scheduler.sequences:
             break
         assert step < limit, "the rows do not finish"
         before, preemptions = set(world.scheduler.running), for_blocks(world)
         may = world.scheduler.only_background or step % 4 <= joins
         plan = world.step(background=most if may else 0, bounded=bounded)
-        assert plan or not world.scheduler.rows or world.came_back[-1], "rows wait for nothing"
+        assert plan or not world.scheduler.sequences or world.came_back[-1], "rows wait for nothing"
         assert world.came_back[-1] <= restored
         if for_blocks(world) > preemptions:
             assert step - last_admission > BLOCK, "a row was preempted right after an admission"
-        if any(segment.row not in before for segment in plan.segments):
+        if any(segment.sequence not in before for segment in plan.segments):
             last_admission = step
     for row, item in rows:
         assert row.finish is not None
@@ -162,7 +162,7 @@ def test_the_youngest_row_is_preempted_and_still_finishes() -> None:
     for row in rows:
         world.scheduler.add(row)
     order = []
-    while world.scheduler.rows:
+    while world.scheduler.sequences:
         before = list(world.scheduler.running)
         world.step()
         order += [row.arrival for row in before if row in world.scheduler.waiting]
@@ -186,11 +186,11 @@ def test_a_row_that_needs_every_block_lets_others_pass_and_then_runs_alone() -> 
     rows = [make_row(0, [1], 2), make_row(1, list(range(200 * BLOCK)), 1), make_row(2, [2], 2)]
     for row in rows:
         world.scheduler.add(row)
-    assert [segment.row for segment in world.step().segments] == [rows[0], rows[2]]
+    assert [segment.sequence for segment in world.step().segments] == [rows[0], rows[2]]
     last = world.step()
     while rows[1] in world.scheduler.waiting:
         last = world.step()
-    assert [segment.row for segment in last.segments] == [rows[1]]
+    assert [segment.sequence for segment in last.segments] == [rows[1]]
     world.finish_all()
     assert [row.generated for row in rows] == [2, 1, 2]
 
@@ -216,11 +216,11 @@ def test_decodes_come_before_prefills_of_older_and_younger_rows() -> None:
     world.step()
     world.scheduler.add(make_row(1, list(range(20)), 4))
     plan = world.step()
-    assert [(s.row.arrival, s.length) for s in plan.decodes] == [(0, 1)]
-    assert [(s.row.arrival, s.length) for s in plan.prefills] == [(1, 4)]
+    assert [(s.sequence.arrival, s.length) for s in plan.decodes] == [(0, 1)]
+    assert [(s.sequence.arrival, s.length) for s in plan.prefills] == [(1, 4)]
     world.scheduler.add(make_row(2, [7], 4))
     plan = world.step()
-    assert [(s.row.arrival, s.length) for s in plan.segments] == [(0, 1), (1, 4)]
+    assert [(s.sequence.arrival, s.length) for s in plan.segments] == [(0, 1), (1, 4)]
 
 
 def test_a_long_prefill_holds_no_decode_up() -> None:
@@ -242,8 +242,8 @@ def test_followers_wait_for_their_leader_and_take_its_prompt_from_the_cache() ->
     for row in (leader, *followers):
         world.scheduler.add(row)
     for _ in range(3):
-        assert {segment.row for segment in world.step().segments} == {leader}
-    assert {segment.row for segment in world.step().segments} == {leader, *followers}
+        assert {segment.sequence for segment in world.step().segments} == {leader}
+    assert {segment.sequence for segment in world.step().segments} == {leader, *followers}
     assert [row.cached_tokens for row in (leader, *followers)] == [0, 12, 12]
     world.finish_all()
 
@@ -304,7 +304,7 @@ def test_a_long_prefix_comes_back_over_several_steps_in_which_other_rows_go_on()
     world.step()
     world.scheduler.add(first)
     world.scheduler.add(second)
-    steps = [[segment.row for segment in world.step().segments] for _ in range(3)]
+    steps = [[segment.sequence for segment in world.step().segments] for _ in range(3)]
     assert steps == [[other], [other], [other, first, second]], "who shares it waits for it too"
     assert world.came_back[-4:] == [0, 2, 2, 2]
     assert (first.cached_tokens, second.cached_tokens) == (6 * BLOCK, 6 * BLOCK)
@@ -354,7 +354,7 @@ def test_a_row_that_waits_for_a_slot_lets_younger_ones_pass() -> None:
     rows = [make_row(0, [1], 3, ["a"]), make_row(1, [1], 3, ["b"]), make_row(2, [1], 3)]
     for row in rows:
         world.scheduler.add(row)
-    assert [segment.row for segment in world.step().segments] == [rows[0], rows[2]]
+    assert [segment.sequence for segment in world.step().segments] == [rows[0], rows[2]]
     world.finish_all()
     assert rows[1].generated == 3
 
@@ -373,14 +373,14 @@ def test_what_can_never_fit_is_refused_with_its_limit(
 ) -> None:
     world = World.create(blocks=10, slots=2, max_length=64)
     with pytest.raises(NeverFitsError, match=words) as caught:
-        world.scheduler.check(prompt, max_tokens, adapters)
+        world.scheduler.check_limits(prompt, max_tokens, adapters)
     assert caught.value.code == code
     assert caught.value.param in ("prompt", "max_tokens", "adapter")
 
 
 def test_what_just_fits_is_accepted_and_runs_beside_others() -> None:
     world = World.create(blocks=10, slots=2, max_length=40)
-    world.scheduler.check(30, 10, 2)
+    world.scheduler.check_limits(30, 10, 2)
     rows = [make_row(0, [9] * 8, 8, ["c"]), make_row(1, list(range(30)), 10, ["a", "b"])]
     for row in rows:
         world.scheduler.add(row)

@@ -25,7 +25,7 @@ def test_a_third_adapter_gets_a_slot_under_endless_traffic_on_two() -> None:
             third = make_row(3 * step + 2, [step], 2, ["c"])
             world.scheduler.add(third)
         plan = world.step()
-        others = {digest for segment in plan.segments for digest in segment.row.mix.digests} & {"a", "b"}
+        others = {digest for segment in plan.segments for digest in segment.sequence.mix.digests} & {"a", "b"}
         assert others, "the slot that is not claimed goes on"
         if third is not None and third.finish:
             break

@@ -81,7 +81,7 @@ class SlowCopy:
         self._left = 0
         self._copies.waits += 1
 
-    def take(self) -> AdapterWeights:
+    def take_weights(self) -> AdapterWeights:
         assert self._left <= 0
         self._copies.taken += 1
         return self._weights
@@ -260,7 +260,7 @@ def first_gets_its_copies(
             if staging.ready(row):
                 waiting.remove(row)
                 for digest in row:
-                    staging.take(digest)
+                    staging.take_weights(digest)
         staging.drop_unwanted([digest for row in waiting for digest in row])
         if first not in waiting:
             return
@@ -383,7 +383,7 @@ def test_a_copy_tells_its_stream_once_a_slab_that_the_steps_read_it(
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(tensor.data_ptr()))
     weights, _ = pinned(lab.weights[3])
     stream: Any = None
-    assert same(CudaCopy(weights, torch.device("cpu"), stream).take(), lab.weights[3])
+    assert same(CudaCopy(weights, torch.device("cpu"), stream).take_weights(), lab.weights[3])
     assert len(told) == len(locked) < len(lab.weights[3])
 
 

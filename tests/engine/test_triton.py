@@ -453,7 +453,7 @@ def test_padding_of_a_captured_step_gives_zeros_and_changes_no_row(kernels: Cuda
     q, k, v = projected(cache, 4, 1)
     step = cuda.FixedStep(cuda.StepSize(4, splits, 0, 0), 1, 16, 16, torch.device("cpu"))
     row = np.array([[0], [0], [32]], dtype=np.int32)
-    step.take(np.zeros(1), Contexts(*row, np.array([[2]], dtype=np.int32)), NOBODY)
+    step.load_step(np.zeros(1), Contexts(*row, np.array([[2]], dtype=np.int32)), NOBODY)
     out = cache.attention(q, k, v, step.contexts)
     assert not out[1:].any()
     assert torch.equal(out[0], v[:, 0].repeat_interleave(2, 0))
@@ -484,7 +484,7 @@ def test_what_is_captured_for_short_contexts_serves_no_longer_ones(
     found = graphs.Graphs(lambda fixed: (attended(fixed.contexts),) * 2, kernels, 2, 16, torch.device("cpu"))
     replayed = []
     for length in (100, 100, 128, 129, 129, 140, 60):
-        got = found.run(step(length))
+        got = found.run_graph(step(length))
         replayed.append(got is not None)
         if got is not None:
             assert torch.equal(got[0], attended(step(length).contexts)), length
@@ -800,8 +800,8 @@ def test_adapters_act_on_an_int8_base_though_its_passes_are_captured(
     monkeypatch.setattr(kernels, "capture", triton_on_cpu.Capture().of)
     served = ServedModel(lab.base, 4, kernels=kernels)
     engine, replayed = lab.engine(model=served, slots=4), Counter[bool]()
-    whole = served._graphs.run
-    monkeypatch.setattr(served._graphs, "run", lambda batch: _counted(whole(batch), replayed))
+    whole = served._graphs.run_graph
+    monkeypatch.setattr(served._graphs, "run_graph", lambda batch: _counted(whole(batch), replayed))
     assert run(engine, asked) == one_by_one
     assert replayed[True], "rows of the base are no graphs either"
 
@@ -820,8 +820,8 @@ def test_a_captured_pass_gives_other_steps_the_bits_that_they_have_launched_one_
     monkeypatch.setattr(graphs, "ROWS", (8,))
     served = ServedModel(lab.base, 4, kernels=kernels)
     engine, replayed = lab.engine(model=served, slots=4), Counter[bool]()
-    whole = served._graphs.run
-    monkeypatch.setattr(served._graphs, "run", lambda batch: _counted(whole(batch), replayed))
+    whole = served._graphs.run_graph
+    monkeypatch.setattr(served._graphs, "run_graph", lambda batch: _counted(whole(batch), replayed))
     assert run(engine, asked) == one_by_one
     assert None not in served._graphs._graphs.values()
     assert replayed[True] > len(served._graphs._graphs), replayed

@@ -43,8 +43,8 @@ from onebase_engine.engine.messages import (
     Loading,
     Pause,
     Ready,
-    RowOutput,
     ScoredToken,
+    SequenceOutput,
     Shutdown,
     SlotsChanged,
     Start,
@@ -109,7 +109,7 @@ class ScriptedEngine:
                 raise RuntimeError(f"a row asks for versions that are not loaded: {missing}")
             self.send(SlotsChanged([ref.digest for ref in message.adapters]))
             for choice in message.choices:
-                begun = [] if message.begun is None else message.begun[choice]
+                begun = [] if message.resume_tokens is None else message.resume_tokens[choice]
                 self.rows[message.id, choice] = [message, len(begun)]
         elif isinstance(message, Cancel):
             self.cancel(message)
@@ -153,7 +153,7 @@ class ScriptedEngine:
         ended = [key for key in self.rows if key[0] == message.id and message.choice in (None, key[1])]
         for key in ended:
             del self.rows[key]
-        self.report([RowOutput(id=name, choice=choice, finish="cancelled") for name, choice in ended])
+        self.report([SequenceOutput(id=name, choice=choice, finish="cancelled") for name, choice in ended])
 
     def wait_for_byte(self) -> None:
         """Until the test writes one; ends with the test."""
@@ -176,7 +176,7 @@ class ScriptedEngine:
             }
             ended, self.rows = list(self.rows), {}
             self.report(
-                [RowOutput(id=name, choice=choice, finish="error", **error) for name, choice in ended]
+                [SequenceOutput(id=name, choice=choice, finish="error", **error) for name, choice in ended]
             )
             return
         if self.behaviour == "poison" and any(self.poisonous(submit) for submit, _ in self.rows.values()):
@@ -194,8 +194,8 @@ class ScriptedEngine:
             finish = "length" if count + 1 >= submit.sampling.max_tokens else None
             token = submit.prompt[count % len(submit.prompt)]
             told = [] if submit.sampling.logprobs is None else [ScoredToken(token, -0.5, [(token, -0.5)])]
-            row = RowOutput(id=name, choice=choice, tokens=[token], logprobs=told or None, finish=finish)
-            if count == len((submit.begun or {}).get(choice, ())):
+            row = SequenceOutput(id=name, choice=choice, tokens=[token], logprobs=told or None, finish=finish)
+            if count == len((submit.resume_tokens or {}).get(choice, ())):
                 row = msgspec.structs.replace(row, cached_tokens=self.cached(submit), queue_seconds=0.0)
             outputs.append(row)
             if finish:
@@ -204,13 +204,13 @@ class ScriptedEngine:
         if outputs:
             self.report(outputs)
 
-    def read(self, submit: Submit, choice: int) -> RowOutput:
+    def read(self, submit: Submit, choice: int) -> SequenceOutput:
         """How often each token modulo eight is in the prompt; each token of a branch is less likely."""
         branch = submit.branches[choice] if submit.branches else []
         values = [float(sum(token % 8 == number for token in submit.prompt)) for number in range(8)]
         if submit.pooling is not None and submit.pooling.kind == "each":
             values = [value for token in submit.prompt for value in (float(token % 8), 1.0)]
-        return RowOutput(
+        return SequenceOutput(
             id=submit.id,
             choice=choice,
             finish="stop",
@@ -230,7 +230,7 @@ class ScriptedEngine:
     def poisonous(self, submit: object) -> bool:
         return isinstance(submit, Submit) and submit.sampling.max_tokens == POISON
 
-    def report(self, outputs: list[RowOutput]) -> None:
+    def report(self, outputs: list[SequenceOutput]) -> None:
         counts = dict.fromkeys(Stats.__struct_fields__, 0)
         known = {"paused": self.paused, "rows_running": len(self.rows), "steps": self.steps}
         stats = Stats(**counts | known | {"awaits_grammars": self.behaviour == "awaits"})

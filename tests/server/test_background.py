@@ -20,9 +20,9 @@ def test_a_thread_that_cannot_be_started_takes_no_place(monkeypatch: pytest.Monk
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, "start", refuse)
             with pytest.raises(RuntimeError, match="new thread"):
-                await threads.run(lambda: 1)
+                await threads.run_blocking(lambda: 1)
         async with asyncio.timeout(30):
-            return await threads.run(lambda: 2)
+            return await threads.run_blocking(lambda: 2)
 
     assert asyncio.run(run()) == 2
 
@@ -142,10 +142,10 @@ def test_a_call_that_is_given_up_just_before_a_thread_is_free_takes_no_turn() ->
 def test_a_turn_of_the_event_loop_has_one_budget_and_the_next_turn_a_new_one() -> None:
     async def run() -> None:
         budget = TurnBudget(10)
-        assert [budget.take(size) for size in (6, 5, 4, 1, 11)] == [True, False, True, False, False]
+        assert [budget.try_spend(size) for size in (6, 5, 4, 1, 11)] == [True, False, True, False, False]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert [budget.take(size) for size in (11, 10, 1)] == [False, True, False]
+        assert [budget.try_spend(size) for size in (11, 10, 1)] == [False, True, False]
 
     asyncio.run(run())
 

@@ -15,7 +15,14 @@ from tests.disks import fill, small_disk
 
 from onebase_server.batches import results as results_module
 from onebase_server.batches.results import ERRORS, EXPIRED, OUTPUT, Result, Results, answered, unanswered
-from onebase_server.batches.rows import MAX_ERRORS, MAX_LINES, MAX_ROWS, BatchFileCheck, RowFile, check
+from onebase_server.batches.rows import (
+    MAX_ERRORS,
+    MAX_LINES,
+    MAX_ROWS,
+    BatchFileCheck,
+    RowFile,
+    check_batch_file,
+)
 
 URL = "/v1/chat/completions"
 BATCH = "batch_0123456789abcdef01234567"
@@ -33,14 +40,14 @@ def written(path: Path, *lines: bytes | dict[str, Any]) -> Path:
 
 
 def checked(path: Path, *lines: bytes | dict[str, Any]) -> BatchFileCheck:
-    return check(written(path, *lines), URL, 1000)
+    return check_batch_file(written(path, *lines), URL, 1000)
 
 
 def test_good_lines_are_counted_and_read_as_they_were_written(tmp_path: Path) -> None:
     lines = [b"\xef\xbb\xbf" + json.dumps(line("a")).encode(), b"", b"  \r", line("b", body={"n": 1.0}), b""]
     path = written(tmp_path / "in.jsonl", *lines)
 
-    found, rows = check(path, URL, 1000), RowFile(path)
+    found, rows = check_batch_file(path, URL, 1000), RowFile(path)
 
     assert (found.rows, found.problems) == (2, [])
     assert [rows.read(number).custom_id for number in range(len(rows))] == ["a", "b"]
@@ -100,14 +107,14 @@ def test_a_file_without_rows_and_one_with_too_many_are_refused(tmp_path: Path) -
 def test_a_file_of_blank_lines_is_not_read_to_its_end(tmp_path: Path) -> None:
     blank = tmp_path / "blank.jsonl"
     blank.write_bytes(b"\n" * (MAX_LINES + 5))
-    problems = check(blank, URL, 1000).problems
+    problems = check_batch_file(blank, URL, 1000).problems
     assert [(one.code, one.line) for one in problems] == [("too_many_lines", MAX_LINES + 1)]
 
 
 def test_a_checked_file_has_the_same_rows_when_the_server_takes_shorter_bodies_by_now(tmp_path: Path) -> None:
     long = {"prompt": "x" * 20_000}
     path = written(tmp_path / "in.jsonl", line("a"), line("b", body=long), line("c"))
-    assert check(path, URL, 30_000).problems == []
+    assert check_batch_file(path, URL, 30_000).problems == []
 
     rows = RowFile(path)
 

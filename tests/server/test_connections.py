@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_server.app.settings import Settings
 from onebase_server.errors import ApiError, ForbiddenError, UnauthenticatedError, UnavailableError
-from onebase_server.http.cross_site import Door
+from onebase_server.http.cross_site import CrossSiteMiddleware
 from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
 from onebase_server.http.refusals import refusal
 from onebase_server.http.server import QuietServer
@@ -577,8 +577,8 @@ def test_connections_are_counted_by_address_but_for_loopback_and_proxies(
 ) -> None:
     connections = Connections(replace(LIMITS, max_connections_per_host=1, trusted_proxy=("10.0.0.0/24",)))
 
-    assert connections.open(address) is None
-    assert (connections.open(other) is not None) is refused
+    assert connections.open_connection(address) is None
+    assert (connections.open_connection(other) is not None) is refused
     connections.close(address)
     connections.close(other)
 
@@ -612,7 +612,7 @@ def always(error: ApiError) -> Callable[[App], ASGIApp]:
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         await refusal(error)(scope, receive, send)
 
-    return lambda app: Door(answer, Settings(allowed_host=("*",)))
+    return lambda app: CrossSiteMiddleware(answer, Settings(allowed_host=("*",)))
 
 
 def at_once(error: ApiError) -> Callable[[Scope], ApiError | None]:
@@ -622,7 +622,7 @@ def at_once(error: ApiError) -> Callable[[Scope], ApiError | None]:
         def admit_at_once(self, scope: Scope) -> None:
             raise error
 
-    return Door(App(), Settings(allowed_host=("*",)), Gate()).turned_away
+    return CrossSiteMiddleware(App(), Settings(allowed_host=("*",)), Gate()).turned_away
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.code)

@@ -17,7 +17,7 @@ import pytest
 
 from onebase_server.app.settings import Settings
 from onebase_server.http.app import create_app
-from onebase_server.http.cross_site import Door
+from onebase_server.http.cross_site import CrossSiteMiddleware
 from onebase_server.http.routes import console
 from onebase_server.telemetry.traces import Tracing
 
@@ -47,7 +47,7 @@ def ask() -> Ask:
     services: Any = SimpleNamespace(
         settings=settings, tracing=Tracing(settings.otlp_endpoint), catalog=SimpleNamespace(counter=0)
     )
-    app = Door(create_app(services), settings)
+    app = CrossSiteMiddleware(create_app(services), settings)
 
     def asked(path: str, method: str = "GET", **headers: str) -> httpx2.Response:
         async def sent() -> httpx2.Response:

@@ -51,7 +51,7 @@ async def supervised() -> AsyncIterator[EngineSupervisor]:
         command=[sys.executable, str(HERE / "scripted_engine.py"), "poison"],
         policy=RestartPolicy(backoff=Backoff(0.01, 0.01)),
     )
-    running = asyncio.create_task(supervisor.run())
+    running = asyncio.create_task(supervisor.run_engine())
     try:
         async with asyncio.timeout(PATIENCE):
             yield supervisor
@@ -65,8 +65,8 @@ async def ask(supervisor: EngineSupervisor, request: Inflight) -> int:
     await supervisor.ready.wait()
     supervisor.submit(request)
     count = 0
-    while request.open_rows:
-        count += sum(len(output.tokens) for output in await request.take())
+    while request.open_sequences:
+        count += sum(len(output.tokens) for output in await request.next_outputs())
     return count
 
 

@@ -14,7 +14,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from onebase_server.app.settings import Settings
-from onebase_server.http.cross_site import Door
+from onebase_server.http.cross_site import CrossSiteMiddleware
 
 from .access import Keys, bearer
 from .support import Server, Starter
@@ -107,7 +107,9 @@ def test_a_server_for_the_network_goes_by_its_addresses_too(
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await Response()(scope, receive, send)
 
-    client = httpx2.AsyncClient(transport=httpx2.ASGITransport(Door(app, settings)), base_url="http://x")
+    client = httpx2.AsyncClient(
+        transport=httpx2.ASGITransport(CrossSiteMiddleware(app, settings)), base_url="http://x"
+    )
 
     assert asyncio.run(client.get("/", headers={"Host": host})).status_code == status
 
@@ -134,7 +136,9 @@ def test_only_a_proxy_that_is_known_says_whom_a_request_is_from(
         assert not [name for name, _ in scope["headers"] if name.startswith(b"x-onebase")]
         await Response(f"{scope['client'][0]} {scope['scheme']}")(scope, receive, send)
 
-    door = Door(app, Settings(allowed_host=("x",), trusted_proxy=("10.0.0.7/24",)), secret="secret")
+    door = CrossSiteMiddleware(
+        app, Settings(allowed_host=("x",), trusted_proxy=("10.0.0.7/24",)), secret="secret"
+    )
     http = httpx2.AsyncClient(transport=httpx2.ASGITransport(door, client=(peer, 1)), base_url="http://x")
 
     assert asyncio.run(http.get("/", headers=headers)).text == client

@@ -405,7 +405,7 @@ def test_each_step_of_the_end_is_taken_whatever_another_raises(
     async def serve() -> None:
         scheduler = SimpleNamespace(follow=forever, stop=stop("jobs"))
         runner = SimpleNamespace(follow=forever, stop=stop("batches"))
-        supervisor = SimpleNamespace(run=forever, stop=stop("engine"), ready=asyncio.Event())
+        supervisor = SimpleNamespace(run_engine=forever, stop=stop("engine"), ready=asyncio.Event())
         services: Any = SimpleNamespace(
             settings=Settings(),
             answers=Counter(),
@@ -415,7 +415,7 @@ def test_each_step_of_the_end_is_taken_whatever_another_raises(
             training=SimpleNamespace(scheduler=scheduler),
             batches=SimpleNamespace(runner=runner),
         )
-        app: Any = SimpleNamespace(state=SimpleNamespace(gate=None))
+        app: Any = SimpleNamespace(state=SimpleNamespace(authenticator=None))
         with socket.create_server(("127.0.0.1", 0)) as listener:
             await run_server(services, app, listener, lambda: None)
 

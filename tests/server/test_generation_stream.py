@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onebase_engine.engine.messages import RowOutput, ScoredToken
+from onebase_engine.engine.messages import ScoredToken, SequenceOutput
 from onebase_server.inference.detokenizer import BytePieces
 from onebase_server.inference.stream import ChoiceDecoder, OutputPiece, prompt_token_infos
 from onebase_server.requests.tokenization import BaseTokenizer
@@ -13,11 +13,13 @@ def letters() -> BytePieces:
     return BytePieces(lambda token: bytes([token]))
 
 
-def outputs(text: str | bytes, *, logprobs: bool = False, finish: str | None = "length") -> list[RowOutput]:
+def outputs(
+    text: str | bytes, *, logprobs: bool = False, finish: str | None = "length"
+) -> list[SequenceOutput]:
     """One output per byte; the last one ends the row."""
     raw = text.encode() if isinstance(text, str) else text
     return [
-        RowOutput(
+        SequenceOutput(
             id="r",
             tokens=[byte],
             logprobs=[ScoredToken(byte, -0.5, [(byte, -0.5)])] if logprobs else None,
@@ -27,7 +29,7 @@ def outputs(text: str | bytes, *, logprobs: bool = False, finish: str | None = "
     ]
 
 
-def run(choice: ChoiceDecoder, rows: list[RowOutput]) -> list[OutputPiece]:
+def run(choice: ChoiceDecoder, rows: list[SequenceOutput]) -> list[OutputPiece]:
     pieces = []
     for row in rows:
         piece = choice.feed(row)
@@ -70,7 +72,7 @@ def test_a_stop_string_before_min_tokens_does_not_stop() -> None:
 def test_the_token_that_ended_the_row_counts_but_is_not_text() -> None:
     choice = ChoiceDecoder(0, letters(), [])
 
-    piece = choice.feed(RowOutput(id="r", tokens=[104, 105, 33], finish="stop", stop_token=33))
+    piece = choice.feed(SequenceOutput(id="r", tokens=[104, 105, 33], finish="stop", stop_token=33))
 
     assert piece is not None
     assert piece.text == "hi"

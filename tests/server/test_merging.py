@@ -191,9 +191,9 @@ def test_a_result_is_in_fp32_though_the_files_are_not() -> None:
         (SimpleNamespace(name=name, digest="0" * 64, report=report, files=files), 1.0) for name in ("a", "b")
     ]
     nothing: Any = None
-    assert Merging(nothing, nothing, max_rank=8, max_bytes=800).check(halves, "cat") == 800
+    assert Merging(nothing, nothing, max_rank=8, max_bytes=800).check_parents(halves, "cat") == 800
     with pytest.raises(InvalidRequestError, match="about 800 bytes, over --max-upload"):
-        Merging(nothing, nothing, max_rank=8, max_bytes=799).check(halves, "cat")
+        Merging(nothing, nothing, max_rank=8, max_bytes=799).check_parents(halves, "cat")
 
 
 def test_a_verifier_that_dies_of_a_merge_fails_that_alone(serve_scripted: Starter, tmp_path: Any) -> None:

@@ -19,7 +19,7 @@ from onebase_engine.engine.messages import Sampling
 from onebase_server.adapters.catalog import AdapterChoice, VersionRef
 from onebase_server.app.settings import Settings
 from onebase_server.inference.generation import GenerationRequest, Prompt
-from onebase_server.inference.stream import Moments, TokenUsage
+from onebase_server.inference.stream import RequestTimestamps, TokenUsage
 from onebase_server.telemetry.histogram import Histogram
 from onebase_server.telemetry.measurements import MOST_ADAPTERS, OTHERS, RequestMeasurements
 
@@ -262,7 +262,7 @@ def test_a_histogram_counts_as_prometheus_does() -> None:
 def test_beyond_the_limit_adapters_are_counted_together_and_deleted_ones_are_forgotten() -> None:
     measured = RequestMeasurements()
     for number in range(MOST_ADAPTERS + 5):
-        measured.ended(job(f"adapter-{number}"), TokenUsage(2, 3), Moments(), Counter(stop=1))
+        measured.ended(job(f"adapter-{number}"), TokenUsage(2, 3), RequestTimestamps(), Counter(stop=1))
     told = {adapter: use.requests for _, adapter, use in measured.uses(lambda tenant, adapter: True)}
     assert len(told) == MOST_ADAPTERS + 1
     assert told[OTHERS] == 5
@@ -273,7 +273,7 @@ def test_beyond_the_limit_adapters_are_counted_together_and_deleted_ones_are_for
 
 def test_rows_of_batches_are_in_no_histogram() -> None:
     measured = RequestMeasurements()
-    measured.ended(job("a", background=True), TokenUsage(2, 3), Moments(), Counter(stop=1))
+    measured.ended(job("a", background=True), TokenUsage(2, 3), RequestTimestamps(), Counter(stop=1))
     assert measured.whole.buckets()[-1] == ("+Inf", 0)
     assert measured.finished.total() == 0
     assert [use.completion_tokens for *_, use in measured.uses(lambda *names: True)] == [3]
@@ -281,7 +281,7 @@ def test_rows_of_batches_are_in_no_histogram() -> None:
 
 def test_a_stream_that_was_resumed_after_its_last_token_has_no_times() -> None:
     measured = RequestMeasurements()
-    measured.ended(job("a"), TokenUsage(2, 3), Moments(), Counter(stop=1))
+    measured.ended(job("a"), TokenUsage(2, 3), RequestTimestamps(), Counter(stop=1))
     assert measured.finished.total() == 1
     for times in (measured.whole, measured.inference, measured.prefill):
         assert (times.buckets()[-1], times.total) == (("+Inf", 0), 0)
@@ -289,7 +289,7 @@ def test_a_stream_that_was_resumed_after_its_last_token_has_no_times() -> None:
 
 def test_a_sum_of_adapters_counts_for_each_of_them() -> None:
     measured = RequestMeasurements()
-    measured.ended(job("a", "b"), TokenUsage(2, 3), Moments(), Counter(stop=1))
+    measured.ended(job("a", "b"), TokenUsage(2, 3), RequestTimestamps(), Counter(stop=1))
     assert {adapter for _, adapter, _ in measured.uses(lambda *names: True)} == {"a", "b"}
 
 

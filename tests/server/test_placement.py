@@ -25,7 +25,7 @@ NAMES = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=12, uniqu
 def placement(replicas: int, report: ReplicaReport = EMPTY) -> Placement:
     made = Placement(seed=0)
     for number in range(replicas):
-        made.told(f"r{number}", report)
+        made.record_report(f"r{number}", report)
     return made
 
 
@@ -103,13 +103,13 @@ def test_a_full_home_sends_on_to_where_the_adapter_is_in_memory() -> None:
     made = placement(10)
     order = order_of("shop", dict.fromkeys(made.replicas, 8))
     for home in order[:LEAST_HOMES]:
-        made.told(home, ReplicaReport(rows=16, slots=8, running=16))
-    made.told(order[5], ReplicaReport(rows=16, slots=8, in_host={"shop"}))
+        made.record_report(home, ReplicaReport(rows=16, slots=8, running=16))
+    made.record_report(order[5], ReplicaReport(rows=16, slots=8, in_host={"shop"}))
 
     assert made.place("shop", 50, 0.0) == order[5]
     made.ended(order[5], "shop", 50, 0.0, seconds=0.1)
 
-    made.told(order[4], ReplicaReport(rows=16, slots=8, in_slots={"shop": False}))
+    made.record_report(order[4], ReplicaReport(rows=16, slots=8, in_slots={"shop": False}))
     assert made.place("shop", 50, 0.0) == order[4]
 
 
@@ -134,7 +134,7 @@ def test_no_version_in_use_is_put_out_while_a_replica_has_a_slot_for_it(data: st
             st.dictionaries(st.sampled_from("abcdef"), st.booleans(), max_size=slots), label="slots"
         )
         reports[f"r{number}"] = ReplicaReport(16, slots, in_slots, running=data.draw(st.integers(0, 20)))
-        made.told(f"r{number}", reports[f"r{number}"])
+        made.record_report(f"r{number}", reports[f"r{number}"])
 
     chosen = reports[made.place("a", 50, 0.0)]
 
@@ -263,7 +263,7 @@ def test_a_replica_that_comes_back_still_has_what_it_had() -> None:
     here = [name for name in (made.place(None, 50, 0.0) for _ in range(20)) if name == "r0"]
     assert here
     made.lost("r0")
-    made.told("r0", EMPTY)
+    made.record_report("r0", EMPTY)
     more = 0
     for _ in here:  # what ends now began before
         more += made.place(None, 50, 0.0) == "r0"
@@ -300,7 +300,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(name=PLACES, report=REPORTS)
     def told(self, name: str, report: ReplicaReport) -> None:
-        self.made.told(name, report)
+        self.made.record_report(name, report)
         self.there.add(name)
 
     @rule(name=PLACES)

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase_engine.engine.messages import RowOutput, Sampling, Stats, StepResult, Submit, ToEngine
+from onebase_engine.engine.messages import Sampling, SequenceOutput, Stats, StepResult, Submit, ToEngine
 from onebase_server.errors import QueueFullError
 from onebase_server.inference.stream import Inflight
-from onebase_server.processes.engine_client import RequestRouter
+from onebase_server.processes.engine_client import EngineClient
 from onebase_server.tenancy.shares import QueueShares
 
 STATS = Stats(
@@ -35,7 +35,7 @@ def inflight(name: str, tenant: str, rows: int = 1) -> Inflight:
 
 def test_a_tenant_that_fills_the_queue_is_turned_away_and_another_is_not() -> None:
     sent: list[ToEngine] = []
-    router = RequestRouter(6, sent.append)
+    router = EngineClient(6, sent.append)
     for number in range(8):
         router.submit(inflight(f"flood-{number}", "flood"), 2)
     with pytest.raises(QueueFullError, match="--queue-limit"):
@@ -44,13 +44,13 @@ def test_a_tenant_that_fills_the_queue_is_turned_away_and_another_is_not() -> No
         router.submit(inflight(f"guest-{number}", "guest"), 2)
     with pytest.raises(QueueFullError):
         router.submit(inflight("beyond its half", "guest"), 2)
-    router.deliver(StepResult(rows=[RowOutput(id="guest-0", finish="stop")], stats=STATS, at=0.0))
+    router.deliver(StepResult(outputs=[SequenceOutput(id="guest-0", finish="stop")], stats=STATS, at=0.0))
     router.submit(inflight("in its place", "guest"), 2)
-    assert router.open_rows == len(sent) - 1 == 12
+    assert router.open_sequences == len(sent) - 1 == 12
 
 
 def test_a_tenant_alone_may_use_the_whole_queue() -> None:
-    router = RequestRouter(3, lambda message: None)
+    router = EngineClient(3, lambda message: None)
     router.submit(inflight("large", "one", rows=4), 1)
     with pytest.raises(QueueFullError):
         router.submit(inflight("small", "one"), 1)

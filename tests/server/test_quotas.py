@@ -131,7 +131,7 @@ def test_accounts_of_keys_that_ask_no_more_do_not_pile_up() -> None:
         clock.now += 1.0
         ticket = limiter.enter(Caller(f"ob-{number}", "acme", frozenset()))
         ticket.admit(10, 1)
-        ticket.rows_ended()
+        ticket.sequences_ended()
         ticket.settle(10)
     assert 60 <= len(limiter._accounts) <= 150
 
@@ -158,14 +158,14 @@ def test_an_account_whose_rows_other_servers_count_is_kept_until_they_are_told_o
     ticket = limiter.enter(Caller("rows", "acme", frozenset()))
     ticket.admit(1, 5)
     clock.now += 100.0
-    assert [use.rows for use in limiter.tell()] == [5]
-    ticket.rows_ended()
+    assert [use.rows for use in limiter.report_uses()] == [5]
+    ticket.sequences_ended()
     ticket.settle(1)
     del ticket
     for number in range(200):
         limiter.enter(Caller(f"ob-{number}", "acme", frozenset()))
 
-    (use,) = [use for use in limiter.tell() if use.name == "rows"]
+    (use,) = [use for use in limiter.report_uses() if use.name == "rows"]
     assert use.rows == 0
 
 
@@ -195,12 +195,12 @@ def test_a_refused_request_takes_nothing_and_what_never_ran_gives_all_back() -> 
     ticket.admit(60, 2)
     with pytest.raises(Limited, match="rows: tenant 'acme' may have 2 completions at once: 2 are running"):
         limiter.enter(caller)
-    ticket.rows_ended()
+    ticket.sequences_ended()
     second = limiter.enter(caller)
     with pytest.raises(Limited, match=r"tokens: .* 60 are used, and this request counts 41") as refused:
         second.admit(41, 1)
     assert refused.value.retry_after == 60.0
-    second.give_back()
+    second.refund_request()
     ticket.close()
     assert limiter.enter(caller).headers() == {
         "x-ratelimit-limit-requests": "3",
@@ -237,7 +237,7 @@ def test_rows_of_batches_take_half_of_a_quota_and_leave_the_rest_to_requests() -
     asked = limiter.enter(live)
     asked.admit(70, 2)
     for ticket in (*rows, asked):
-        ticket.rows_ended()
+        ticket.sequences_ended()
     with pytest.raises(Limited, match="tokens") as waits:
         limiter.enter(batch)
     clock.now += waits.value.retry_after or 0.0
@@ -263,7 +263,7 @@ MOVES = st.lists(
 
 def exchange(limiters: list[Limiter]) -> None:
     """Each hears what the others have let in since it was told last."""
-    told = [limiter.tell() for limiter in limiters]
+    told = [limiter.report_uses() for limiter in limiters]
     for number, limiter in enumerate(limiters):
         limiter.hear((f"process-{n}", use) for n, uses in enumerate(told) if n != number for use in uses)
 
@@ -292,11 +292,11 @@ def test_servers_let_in_no_more_than_the_limit_but_for_what_they_have_not_told(
         except Limited as refused:
             for clock in clocks:
                 clock.now += refused.retry_after or 0.0
-            limiters[server].enter(caller).give_back()  # one token at least is free then
+            limiters[server].enter(caller).refund_request()  # one token at least is free then
             continue
         except QuotaExceededError:
             continue
-        ticket.rows_ended()
+        ticket.sequences_ended()
         ticket.settle(wanted)
         let_in.append((now, server, wanted))
         not_told.append((now, server, wanted))
@@ -315,7 +315,7 @@ def test_rows_that_run_on_other_servers_count_until_they_end_or_nothing_is_heard
     exchange([one, other])
     with pytest.raises(Limited, match="2 are running"):
         other.enter(caller)
-    tickets[0].rows_ended()
+    tickets[0].sequences_ended()
     exchange([one, other])
     other.enter(caller).close()
     with pytest.raises(Limited):
@@ -345,10 +345,10 @@ def test_the_time_and_the_room_that_are_told_are_those_of_all_servers() -> None:
     with pytest.raises(Limited) as refused:
         other.enter(caller)
     assert refused.value.retry_after == 40.0
-    uses = other.tell()
-    assert not other.tell()
-    other.not_told(uses)
-    assert [use.requests for use in other.tell()] == [((0.0, 1),)]
+    uses = other.report_uses()
+    assert not other.report_uses()
+    other.report_again(uses)
+    assert [use.requests for use in other.report_uses()] == [((0.0, 1),)]
 
 
 # ---- a server -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from onebase_server.http.schemas.wire import validation_error
 from onebase_server.http.views.responses import ResponseView
 from onebase_server.inference.generation import GenerationRequest, Prompt
 from onebase_server.inference.stream import OutputPiece
-from onebase_server.requests.stored_responses import OVERHEAD, KeptResponse, KeptResponses
+from onebase_server.requests.stored_responses import OVERHEAD, StoredResponse, StoredResponses
 from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.requests.tool_call_parser import CallFormat
 from onebase_server.requests.tool_format import ToolDefinition, ToolFormat
@@ -365,32 +365,32 @@ def test_to_look_at_a_response_is_no_request_of_a_quota(server: Server, limited_
 # ---- what is kept ---------------------------------------------------------------------------------
 
 
-def kept(size: int) -> KeptResponse:
-    return KeptResponse(b"x" * (size - OVERHEAD), b"")
+def kept(size: int) -> StoredResponse:
+    return StoredResponse(b"x" * (size - OVERHEAD), b"")
 
 
-def names(store: KeptResponses, tenant: str, count: int) -> list[int]:
+def names(store: StoredResponses, tenant: str, count: int) -> list[int]:
     """Which of a tenant's are there, without using them."""
     shelf = store._shelves.get(tenant)
-    return [n for n in range(count) if shelf is not None and f"{n}" in shelf.kept]
+    return [n for n in range(count) if shelf is not None and f"{n}" in shelf.responses]
 
 
 def test_the_response_that_was_not_used_for_longest_goes_first() -> None:
-    store = KeptResponses(10_000)
+    store = StoredResponses(10_000)
     for n in range(3):
-        store.keep("one", f"{n}", kept(3000))
+        store.store_response("one", f"{n}", kept(3000))
     store.find("one", "0", "response_id")
-    store.keep("one", "3", kept(3000))
+    store.store_response("one", "3", kept(3000))
     assert names(store, "one", 4) == [0, 2, 3]
     assert store.size == 9000
 
 
 def test_a_tenant_that_keeps_many_takes_no_place_of_one_that_keeps_few() -> None:
-    store = KeptResponses(20_000)
-    store.keep("few", "0", kept(4000))
+    store = StoredResponses(20_000)
+    store.store_response("few", "0", kept(4000))
     for n in range(50):
-        store.keep("many", f"{n}", kept(2000))
-        store.keep("some", f"{n}", kept(3000))
+        store.store_response("many", f"{n}", kept(2000))
+        store.store_response("some", f"{n}", kept(3000))
     assert names(store, "few", 1) == [0]
     assert names(store, "many", 50)[-1] == names(store, "some", 50)[-1] == 49
     assert min(len(names(store, tenant, 50)) for tenant in ("many", "some")) >= 2
@@ -398,10 +398,10 @@ def test_a_tenant_that_keeps_many_takes_no_place_of_one_that_keeps_few() -> None
 
 
 def test_a_response_that_comes_again_takes_the_place_of_the_first_and_no_more() -> None:
-    store = KeptResponses(10_000)
-    store.keep("few", "0", kept(2000))
+    store = StoredResponses(10_000)
+    store.store_response("few", "0", kept(2000))
     for size in (*[3000] * 50, 4000):
-        store.keep("again", "0", kept(size))
+        store.store_response("again", "0", kept(size))
     assert (names(store, "few", 1), names(store, "again", 1)) == ([0], [0])
     assert (store.size, store.find("again", "0", "response_id").size) == (6000, 4000)
     store.delete("again", "0", "response_id")
@@ -410,9 +410,9 @@ def test_a_response_that_comes_again_takes_the_place_of_the_first_and_no_more() 
 
 
 def test_a_response_larger_than_the_limit_is_not_kept_and_costs_nobody_a_place() -> None:
-    store = KeptResponses(10_000)
-    store.keep("few", "0", kept(4000))
-    store.keep("large", "0", kept(11_000))
+    store = StoredResponses(10_000)
+    store.store_response("few", "0", kept(4000))
+    store.store_response("large", "0", kept(11_000))
     assert (names(store, "few", 1), names(store, "large", 1)) == ([0], [])
     with pytest.raises(UnknownResponseError, match="--response-memory"):
         store.find("large", "0", "response_id")

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onebase_route import proxy
-from onebase_route.resumption import DiffersError, Kept, Room
+from onebase_route.resumption import ByteBudget, DiffersError, StreamRecord
 from onebase_server.background import Backoff
 from onebase_server.inference.transcript import HEADER
 
@@ -178,7 +178,7 @@ def events_of(told: bytes) -> bytes:
 
 def cut(told: bytes, part: float) -> tuple[bytes, bytes]:
     """The transcript and the events up to there."""
-    kept = Kept(Room(1 << 30))
+    kept = StreamRecord(ByteBudget(1 << 30))
     places = [found.start() for found in re.finditer(rb"^: onebase ", told, re.MULTILINE)][1:]
     events = kept.read(told[: places[int(part * len(places))]])
     return bytes(kept.transcript), events
@@ -417,7 +417,7 @@ def test_a_stream_goes_on_only_with_what_follows_the_events_that_were_passed_on(
     assert b"cut" not in text
     assert got[1] == got[0] + b": onebase 0 [1]\n: onebase 0 [2]\n"
     assert f"onebase_route_lost_total {int(lost)}.0" in metrics
-    assert running.route.room.held == 0
+    assert running.route.room.reserved == 0
 
 
 def takes(*told: bytes | None) -> Answer:
@@ -557,7 +557,7 @@ def test_a_client_that_leaves_while_a_stream_moves_leaves_nothing_behind() -> No
             assert wait(lambda: sum(len(one.heads) for one in running.behind) == 2)
         assert wait(lambda: sum(one.gone for one in running.behind) == 1)
         assert wait(lambda: running.open_requests() == 0)
-        assert wait(lambda: running.route.room.held == 0)
+        assert wait(lambda: running.route.room.reserved == 0)
 
 
 def test_a_stream_that_a_server_cuts_off_since_its_client_does_not_read_goes_on_nowhere(
@@ -591,12 +591,12 @@ def test_bodies_that_are_held_have_a_bound_in_sum() -> None:
         head = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", running.port)) as first:
             first.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
-            assert wait(lambda: running.route.room.held == len(body))
+            assert wait(lambda: running.route.room.reserved == len(body))
             refused = http.post("/x", json=large)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_bodies")
             assert refused.headers["retry-after"] == "1"
             assert http.post("/x", json=small).status_code == 200
-        assert wait(lambda: running.route.room.held == 0)
+        assert wait(lambda: running.route.room.reserved == 0)
         assert http.post("/x", json=large).status_code == 200
 
 
@@ -607,7 +607,7 @@ def test_bodies_that_are_held_have_a_bound_in_sum() -> None:
 def test_only_whole_events_are_passed_on_however_they_come(sizes: list[int], gives_up: bool) -> None:
     stream = FIRST + b": onebase 0 [3]\nid: 7\ndata: : onebase 0 []\n\ndata: [DONE]\n\n"
     events = b"data: a\n\ndata: b\n\nid: 7\ndata: : onebase 0 []\n\ndata: [DONE]\n\n"
-    kept, room = Kept(room := Room(1000)), room
+    kept, room = StreamRecord(room := ByteBudget(1000)), room
     passed = b""
     for size in [*sizes, len(stream)]:
         piece, stream = stream[:size], stream[size:]
@@ -620,18 +620,18 @@ def test_only_whole_events_are_passed_on_however_they_come(sizes: list[int], giv
     assert bytes(kept.transcript) == (
         b"" if gives_up else b": onebase 0 [1]\n: onebase 0 [2]\n: onebase 0 [3]\n"
     )
-    assert room.held == len(kept.transcript)
+    assert room.reserved == len(kept.transcript)
 
 
 def test_a_stream_whose_transcript_has_no_room_is_passed_on_and_does_not_go_on_elsewhere() -> None:
-    kept = Kept(Room(20))
+    kept = StreamRecord(ByteBudget(20))
     assert kept.read(FIRST) == b"data: a\n\ndata: b\n\n"
-    assert not kept.can_go_on
+    assert not kept.can_resume
     assert not kept.transcript
 
 
 def test_events_that_differ_are_not_passed_on() -> None:
-    kept = Kept(Room(1000))
+    kept = StreamRecord(ByteBudget(1000))
     kept.read(FIRST)
     kept.begin_again()
     with pytest.raises(DiffersError):

@@ -17,9 +17,9 @@ import httpx2
 import pytest
 
 from onebase_route import proxy
-from onebase_route.proxy import Route, asked, read_report, told_by
+from onebase_route.proxy import Route, asked, read_report, target_in
 from onebase_server.app.settings import Settings
-from onebase_server.http.cross_site import Door
+from onebase_server.http.cross_site import CrossSiteMiddleware
 from onebase_server.http.server import QuietServer, bind, uvicorn_config
 
 from .support import told_statuses
@@ -105,7 +105,7 @@ class Running:
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         settings = Settings(port=self.port)
-        self._server = QuietServer(uvicorn_config(Door(self.route, settings), settings))
+        self._server = QuietServer(uvicorn_config(CrossSiteMiddleware(self.route, settings), settings))
         await asyncio.gather(*map(self.route.look, self.route.replicas.values()))
         following = asyncio.create_task(self.route.follow())
         self._started.set()
@@ -259,7 +259,7 @@ def test_of_each_request_that_changes_something_another_tells_whether_it_was_car
     ]
     assert len(changing) > 15
     for path in changing:
-        assert any(one.fullmatch(told_by(path)) for one in readable), (path, told_by(path))
+        assert any(one.fullmatch(target_in(path)) for one in readable), (path, target_in(path))
 
 
 def test_an_answer_that_is_cut_off_is_seen_to_be_and_is_one_line_in_the_log(
@@ -301,7 +301,7 @@ def test_an_upload_to_a_server_that_is_not_there_goes_to_another(monkeypatch: py
     with before({}, nobody=nobody) as running, running.client() as http:
         for _ in range(50):  # which of the two is asked first is drawn
             running.route.placement.lost(nobody)  # and with it what failed there
-            running.route.placement.told(nobody, read_report(METRICS.decode())[0])
+            running.route.placement.record_report(nobody, read_report(METRICS.decode())[0])
             for _ in range(2):
                 assert http.post("/v1/files", files={"file": b"abc"}).status_code == 200
             if "onebase_route_retries_total 0.0" not in http.get("/metrics").text:

@@ -268,7 +268,7 @@ def test_a_job_is_for_its_callers_tenant_at_its_callers_priority() -> None:
         caller = Caller("ob-1", "acme", frozenset({"generate"}), priority=3)
         job = await planner_of(SlowTokenizer(), 100).generate(request(5), caller)
         parts: Any = (SimpleNamespace(), SimpleNamespace(pieces=list))
-        generation = GenerationRun(*parts, job, meter=SimpleNamespace(token_gap=len))  # type: ignore[arg-type]
+        generation = GenerationRun(*parts, job, recorder=SimpleNamespace(token_gap=len))  # type: ignore[arg-type]
         (submit,) = generation._inflight.submits
         assert (submit.tenant, submit.priority) == ("acme", 3)
 
@@ -447,7 +447,7 @@ def test_an_answer_with_many_log_probabilities_is_written_off_the_event_loop(
         view: Any = SimpleNamespace(answer=answer)
         receive = asyncio.Event().wait
         request: Any = SimpleNamespace(receive=receive, scope={})
-        answered = await generation_routes.answer_job(request, services, None, job, view, False, None)  # type: ignore[arg-type]
+        answered = await generation_routes.answer_generation(request, services, None, job, view, False, None)  # type: ignore[arg-type]
         return bytes(answered.body)
 
     assert asyncio.run(play()) == b'{"choices":1}'

@@ -72,7 +72,7 @@ def deliver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     async def restore(job: Any) -> None:
         """Its files are here."""
 
-    async def keep_curve(tenant: str, job_id: str, report: Any) -> str:
+    async def store_curve(tenant: str, job_id: str, report: Any) -> str:
         return "file-1"
 
     def run(library: Any, activate: str = "always", state: str = "running") -> Delivered:
@@ -80,7 +80,7 @@ def deliver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             return SimpleNamespace(state=state)
 
         home: Any = SimpleNamespace(job=lambda job_id: tmp_path)
-        files: Any = SimpleNamespace(keep_curve=keep_curve)
+        files: Any = SimpleNamespace(store_curve=store_curve)
         kept: Any = SimpleNamespace(restore=restore)
         job: Any = SimpleNamespace(
             parent=None,

@@ -184,7 +184,7 @@ def test_the_last_words_of_a_run_wait_for_a_registry_that_is_away(retries: bool,
         )
         record = JobRecord(job, records, Threads("records", 1), JobNotifier())
         record.retries = retries
-        record.take(Notice(at=1.0, message="the last words", level="info"))
+        record.record_event(Notice(at=1.0, message="the last words", level="info"))
         await record.close()
 
     asyncio.run(run())
@@ -212,7 +212,7 @@ def test_what_a_run_reports_is_written_after_a_surprise(
             id="ftjob-1", tenant="default", server="server-1", progress=None, state="running"
         )
         record = JobRecord(job, records, Threads("records", 1), JobNotifier())
-        record.take(Notice(at=1.0, message="a figure", level="info"))
+        record.record_event(Notice(at=1.0, message="a figure", level="info"))
         async with asyncio.timeout(60):
             while not records.told:
                 await asyncio.sleep(0.01)

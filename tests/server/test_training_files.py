@@ -68,7 +68,7 @@ def using(
 async def upload(files: TrainingFiles) -> FileRecord:
     writer = files.store.writer()
     writer.write(ROWS)
-    return await files.keep(HERE, writer, "a.jsonl", "fine-tune")
+    return await files.store_file(HERE, writer, "a.jsonl", "fine-tune")
 
 
 @pytest.mark.parametrize("refusal", [RegistryFullError, RegistryBusyError])

@@ -22,7 +22,7 @@ from onebase_adapters.registry.usage import FIGURES
 from onebase_server.background import Threads
 from onebase_server.inference.stream import TokenUsage
 from onebase_server.tenancy import usage as usage_module
-from onebase_server.tenancy.usage import OTHERS, UsageMeter, today, usage_csv
+from onebase_server.tenancy.usage import OTHERS, TenantUsageRecorder, today, usage_csv
 
 from .access import Keys, bearer, client_with
 from .support import Server, Starter, upload
@@ -244,7 +244,7 @@ class Records:
 def test_a_write_whose_end_was_not_heard_counts_once_and_nothing_is_lost() -> None:
     async def run() -> None:
         records = Records()
-        meter = UsageMeter(records, Threads("usage", 1), "base")  # type: ignore[arg-type]
+        meter = TenantUsageRecorder(records, Threads("usage", 1), "base")  # type: ignore[arg-type]
         meter.generated("acme", ["one"], TokenUsage(prompt=3, completion=2))
         records.deaf = True
         assert not await meter.flush()
@@ -264,7 +264,7 @@ def test_what_waits_has_a_bound_and_keeps_its_sums(monkeypatch: pytest.MonkeyPat
 
     async def run() -> None:
         records = Records()
-        meter = UsageMeter(records, Threads("usage", 1), "base")  # type: ignore[arg-type]
+        meter = TenantUsageRecorder(records, Threads("usage", 1), "base")  # type: ignore[arg-type]
         for number in range(10):
             meter.generated("acme", [f"adapter-{number}"], TokenUsage(prompt=1))
         await meter.flush()

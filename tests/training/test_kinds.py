@@ -69,7 +69,7 @@ def test_it_learns_and_the_server_loads_what_was_trained(
     recipe = recipe_for(data, epochs=5, max_steps=20, learning_rate=1e-2, **KINDS[kind])
     batch = pack(data.rows, range(8), 1000, packing=True)
     run = trainer(base, recipe, data, tmp_path, eva=batch)
-    state = run.run()
+    state = run.run_steps()
     assert state.losses[-1][1] < 0.6 * state.losses[0][1]
     size = write_adapter(
         run.trainable.model, tmp_path / "adapter", base="b", commit=None, card=lambda size: f"# {size}\n"
@@ -129,7 +129,7 @@ def test_other_bases_train_too(quantization: Any, base_folder: Path, base: Any, 
     other = load_base(BaseSettings(folder=base_folder, quantization=quantization))
     before, data = fingerprint(other), samples(16)
     recipe = recipe_for(data, epochs=5, max_steps=20, learning_rate=1e-2)
-    state = trainer(other, recipe, data, tmp_path).run()
+    state = trainer(other, recipe, data, tmp_path).run_steps()
     assert state.losses[-1][1] < 0.6 * state.losses[0][1]
     assert fingerprint(other) == before
 

@@ -43,7 +43,7 @@ def test_the_curve_does_not_depend_on_how_a_step_is_computed(
     for number, settings in enumerate(({}, other)):
         seen: list[Event] = []
         recipe = recipe_for(data, batch_size=8, **settings)
-        trainer(exact_base, recipe, data, tmp_path / str(number), listen=seen.append).run()
+        trainer(exact_base, recipe, data, tmp_path / str(number), listen=seen.append).run_steps()
         curves.append(losses(seen))
     assert len(curves[0]) == 6
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
@@ -72,7 +72,7 @@ def test_a_run_learns_and_leaves_the_base_alone(base: torch.nn.Module, tmp_path:
     data, held_out = samples(40), samples(10, seed=1)
     before, seen = fingerprint(base), list[Event]()
     recipe = recipe_for(data, epochs=4, max_steps=40, eval_every=10, learning_rate=1e-2)
-    state = trainer(base, recipe, data, tmp_path, held_out=held_out, listen=seen.append).run()
+    state = trainer(base, recipe, data, tmp_path, held_out=held_out, listen=seen.append).run_steps()
     assert state.best_loss is not None
     assert state.best_loss < 0.5 * (state.base_loss or 0.0)
     assert losses(seen)[-1] < 0.5 * losses(seen)[0]
@@ -83,7 +83,7 @@ def test_a_run_learns_and_leaves_the_base_alone(base: torch.nn.Module, tmp_path:
 def test_preferences_come_to_prefer_what_was_chosen(base: torch.nn.Module, tmp_path: Path) -> None:
     data, seen = preferences(16), list[Event]()
     recipe = recipe_for(data, method="dpo", epochs=12, max_steps=24, learning_rate=5e-3, batch_size=8)
-    trainer(base, recipe, data, tmp_path, held_out=data, listen=seen.append).run()
+    trainer(base, recipe, data, tmp_path, held_out=data, listen=seen.append).run_steps()
     steps = [event for event in seen if isinstance(event, StepDone)]
     # With the adapter still silent the policy is the reference: the loss is log 2 and nothing is preferred.
     assert steps[0].loss == pytest.approx(np.log(2), abs=1e-3)
@@ -97,7 +97,7 @@ def test_it_stops_early_and_keeps_the_best(base: torch.nn.Module, tmp_path: Path
     data, held_out, seen = samples(8), noise(6, seed=5), list[Event]()
     recipe = recipe_for(data, epochs=100, max_steps=400, eval_every=1, patience=2, learning_rate=1e-3)
     run = trainer(base, recipe, data, tmp_path, held_out=held_out, listen=seen.append)
-    state = run.run()
+    state = run.run_steps()
     evaluated = [event for event in seen if isinstance(event, Evaluated)][1:]
     assert state.step < 400
     assert [event.best for event in evaluated[-2:]] == [False, False]
@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_lines(
 
     run._objective.loss = loss  # type: ignore[method-assign]
     with pytest.raises(TrainingDivergedError, match="lower learning_rate") as caught:
-        run.run()
+        run.run_steps()
     assert data.rows[3].line in caught.value.lines
     assert len(caught.value.lines) < 12
     assert str(data.rows[3].line) in str(caught.value)
@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_lines(
 def test_only_the_last_checkpoints_and_the_best_are_kept(base: torch.nn.Module, tmp_path: Path) -> None:
     data, seen = samples(8), list[Event]()
     recipe = recipe_for(data, epochs=4, max_steps=7, eval_every=2, save_every=1, keep=3)
-    state = trainer(base, recipe, data, tmp_path, held_out=data, listen=seen.append).run()
+    state = trainer(base, recipe, data, tmp_path, held_out=data, listen=seen.append).run_steps()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     # The best of each step that is kept: whichever of them a run goes on from, it finds its own.
     best = [f"best-{step:08d}" for step in (4, 6, state.best_step)]
@@ -143,7 +143,7 @@ def test_only_the_last_checkpoints_and_the_best_are_kept(base: torch.nn.Module, 
 def test_rows_whose_loss_is_on_one_token_are_trained(base: torch.nn.Module, tmp_path: Path) -> None:
     ids = np.array([5, 6], dtype=np.int32)
     data = dataset([Sample(ids, np.array([False, True]), 1)])
-    state = trainer(base, recipe_for(data, batch_size=1, epochs=20, max_steps=20), data, tmp_path).run()
+    state = trainer(base, recipe_for(data, batch_size=1, epochs=20, max_steps=20), data, tmp_path).run_steps()
     assert state.losses[-1][1] < 0.5 * state.losses[0][1]
 
 
@@ -178,5 +178,5 @@ def test_prompts_are_answered_although_nothing_is_held_out(base: torch.nn.Module
     data, asked = samples(8), list[int]()
     run = trainer(base, recipe_for(data, eval_every=2, max_steps=5, epochs=3), data, tmp_path)
     run._on_evaluation = asked.append
-    run.run()
+    run.run_steps()
     assert asked == [0, 2, 4, 5]

@@ -410,12 +410,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(base: torch.nn.Modul
     data = samples(8)
     recipe = recipe_for(data, **continued({}, settings, "p"))
     whole = trainer(base, recipe, data, tmp_path / "whole", held_out=samples(4, 9), parent=parent)
-    whole.run()
+    whole.run_steps()
     half = trainer(base, recipe, data, tmp_path / "half", held_out=samples(4, 9), parent=parent)
-    half.run(until=3)
+    half.run_steps(until=3)
     rest = trainer(base, recipe, data, tmp_path / "half", held_out=samples(4, 9), parent=parent)
     assert rest.resume() == 3
-    rest.run()
+    rest.run_steps()
     assert_equal(weights(rest), weights(whole))
     assert rest.state.parent_loss == whole.state.parent_loss
 
@@ -438,7 +438,7 @@ def test_dpo_prefers_from_where_the_parent_stands(base: torch.nn.Module, tmp_pat
     for name, one in made.named_parameters().items():
         assert torch.equal(one, now[name] + 0.1)
     run = trainer(base, recipe, data, tmp_path / "run", held_out=preferences(4, 9), parent=parent)
-    run.run(until=1)
+    run.run_steps(until=1)
     assert run.state.parent_loss == pytest.approx(0.6931472, abs=1e-4)
     assert run.state.base_loss != pytest.approx(0.6931472, abs=1e-2)
 

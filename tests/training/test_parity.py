@@ -89,7 +89,7 @@ def trainer(base: nn.Module, made: Recipe, data: Sequence[Sample], folder: Path)
 
 
 def losses_of(base: nn.Module, made: Recipe, data: Sequence[Sample], folder: Path) -> list[float]:
-    return [loss for _, loss in trainer(base, made, data, folder).run().losses]
+    return [loss for _, loss in trainer(base, made, data, folder).run_steps().losses]
 
 
 # ---- the plain loop ---------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_the_finished_adapter_gives_the_logits_in_serving_that_it_gave_in_traini
     run = trainer(
         base, recipe(data, learning_rate=1e-2, max_steps=4 if architecture else 2), data, tmp_path / "run"
     )
-    run.run()
+    run.run_steps()
     trained = log_likelihoods(run.trainable, data)
     write_adapter(run.trainable.model, tmp_path / "adapter", base="tiny", commit=None, card=str)
     served = served_log_likelihoods(base, tmp_path / "adapter", data)

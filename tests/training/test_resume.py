@@ -59,16 +59,16 @@ def test_stopped_after_a_step_and_resumed_it_is_the_same_run(base: torch.nn.Modu
     data, held_out = samples(12), samples(4, 1)
     recipe = recipe_for(data, eval_every=2, save_every=5, max_steps=7)
     whole = trainer(base, recipe, data, tmp_path / "whole", held_out=held_out)
-    expected = whole.run()
+    expected = whole.run_steps()
     for until, done in ((3, 3), (2, 3), (4, 4)):
         part = trainer(base, recipe, data, tmp_path / "parts", held_out=held_out)
         part.resume()
-        assert part.run(until).step == done
+        assert part.run_steps(until).step == done
         assert not part.finished
         assert (tmp_path / "parts" / "checkpoints" / f"step-{done:08d}").is_dir()
     last = trainer(base, recipe, data, tmp_path / "parts", held_out=held_out)
     last.resume()
-    state = last.run(until=9)
+    state = last.run_steps(until=9)
     assert last.finished
     assert (state.losses, state.held_out) == (expected.losses, expected.held_out)
     assert_equal(weights(last), weights(whole))
@@ -84,13 +84,13 @@ def test_paused_within_steps_and_resumed_it_is_the_same_run(
     data, held_out = make(12), make(4, 1)
     recipe = recipe_for(data, eval_every=2, save_every=3, max_steps=7, **SETTINGS[name])
     whole = trainer(base, recipe, data, tmp_path / "whole", held_out=held_out)
-    expected = whole.run()
+    expected = whole.run_steps()
     pauses = 0
     for passes in (23, 41, 7, 30, 55, 10_000):
         run = trainer(base, recipe, data, tmp_path / "broken", held_out=held_out, gate=_Interrupting(passes))
         run.resume()
         try:
-            state = run.run()
+            state = run.run_steps()
         except Interrupted:
             pauses += 1
             continue
@@ -117,20 +117,20 @@ def test_a_resumed_dpo_run_computes_its_reference_no_second_time(
 
     monkeypatch.setattr(Preferences, "_computed", counted)
     whole = trainer(base, recipe, data, tmp_path / "whole")
-    expected = whole.run()
-    trainer(base, recipe, data, tmp_path / "parts").run(until=1)
+    expected = whole.run_steps()
+    trainer(base, recipe, data, tmp_path / "parts").run_steps(until=1)
     assert computed == [8, 8]
     for until in (2, 3):
         part = trainer(base, recipe, data, tmp_path / "parts")
         part.resume()
-        state = part.run(until=until)
+        state = part.run_steps(until=until)
     assert computed == [8, 8]
     assert state.losses == expected.losses
     assert_equal(weights(part), weights(whole))
     # Other rows, or a file that is half there, are not those that were kept.
-    trainer(base, recipe, other, tmp_path / "parts").run(until=1)
+    trainer(base, recipe, other, tmp_path / "parts").run_steps(until=1)
     (tmp_path / "parts/checkpoints/references.json").write_text('{"key"')
-    trainer(base, recipe, other, tmp_path / "parts").run(until=1)
+    trainer(base, recipe, other, tmp_path / "parts").run_steps(until=1)
     assert computed == [8, 8, 8, 8]
 
 
@@ -149,7 +149,7 @@ def test_a_cancelled_run_writes_no_checkpoint(base: torch.nn.Module, tmp_path: P
     data = samples(8)
     run = trainer(base, recipe_for(data, save_every=50), data, tmp_path, gate=_Interrupting(9, "cancel"))
     with pytest.raises(Interrupted):
-        run.run()
+        run.run_steps()
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -204,7 +204,7 @@ def test_killed_at_any_moment_and_started_again_it_is_the_same_run(
 def test_another_run_is_not_gone_on_with(base: torch.nn.Module, tmp_path: Path) -> None:
     data = samples(8)
     recipe = recipe_for(data, save_every=1, max_steps=1)
-    trainer(base, recipe, data, tmp_path).run()
+    trainer(base, recipe, data, tmp_path).run_steps()
     other = trainer(base, recipe, data, tmp_path)
     other.state.identity = "another"
     with pytest.raises(CheckpointError, match="choose another folder"):
@@ -214,7 +214,7 @@ def test_another_run_is_not_gone_on_with(base: torch.nn.Module, tmp_path: Path) 
 def test_a_checkpoint_that_was_cut_off_is_never_read(base: torch.nn.Module, tmp_path: Path) -> None:
     data = samples(8)
     recipe = recipe_for(data, save_every=1, epochs=2)
-    trainer(base, recipe, data, tmp_path).run()
+    trainer(base, recipe, data, tmp_path).run_steps()
     folder = tmp_path / "checkpoints"
     (folder / ".step-00000005.part").mkdir()
     (folder / ".step-00000005.part" / "adapter.safetensors").write_bytes(b"half")
@@ -240,7 +240,7 @@ def test_a_checkpoint_for_which_there_is_no_space_says_so_and_leaves_none(free: 
 def test_a_damaged_checkpoint_says_what_to_do(base: torch.nn.Module, tmp_path: Path) -> None:
     data = samples(8)
     recipe = recipe_for(data, save_every=1, max_steps=1)
-    trainer(base, recipe, data, tmp_path).run()
+    trainer(base, recipe, data, tmp_path).run_steps()
     path = tmp_path / "checkpoints" / "step-00000001"
     (path / "adapter.safetensors").write_bytes(b"half")
     with pytest.raises(CheckpointError, match=r"cannot be read .*remove it"):

@@ -38,7 +38,7 @@ def export(
     files = open_base(base, progress)
     with opened_adapter(adapter, files) as parts:
         names = names_of(files)
-        check(parts, files)
+        check_adapter(parts, files)
         size = 4 * parts.spec.parameters
         check_room(target, size)
         writer = gguf.GGUFWriter(target, names.arch_name)
@@ -59,7 +59,7 @@ def export(
     return {"base": files.name, "base_folder": str(files.folder), "bytes": target.stat().st_size}
 
 
-def check(adapter: AdapterParts, base: BaseFiles) -> None:
+def check_adapter(adapter: AdapterParts, base: BaseFiles) -> None:
     """Raise ExportError if a LoRA in GGUF cannot express the adapter."""
     for module in adapter.spec.modules:
         if module.kind in _WHY_NOT:

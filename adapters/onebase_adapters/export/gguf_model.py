@@ -47,7 +47,7 @@ def export(
     files = open_base(base, progress)
     with opened_adapter(adapter, files) as parts:
         names, model = names_of(files), MergedModel(files, parts)
-        check(files)
+        check_base(files)
         vocabulary = read_vocabulary(files.folder, files.text_config.vocab_size)
         planned = [
             _Planned(names.of(tensor.name), tensor, len(tensor.shape) == 1)
@@ -72,7 +72,7 @@ def export(
     return {"base": files.name, "base_folder": str(files.folder), "bytes": target.stat().st_size}
 
 
-def check(base: BaseFiles) -> None:
+def check_base(base: BaseFiles) -> None:
     """Raise ExportError if llama.cpp would compute the base in another way than transformers."""
     config, rotary = base.text_config, _rotary(base)
     if (activation := config.hidden_act) != "silu":

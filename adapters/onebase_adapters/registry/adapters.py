@@ -123,9 +123,9 @@ class Registry:
         """Return a number that every write of any server increases; it is cheap to read."""
         return self._database.counter()
 
-    def told(self, changed: Callable[[], None]) -> AbstractContextManager[None]:
-        """Call `changed` soon after each counted write of any server; see `Database.told`."""
-        return self._database.told(changed)
+    def notify_changes(self, changed: Callable[[], None]) -> AbstractContextManager[None]:
+        """Call `changed` soon after each counted write of any server; see `Database.notify_changes`."""
+        return self._database.notify_changes(changed)
 
     def snapshot(self, tenant: str | None = None) -> list[AdapterRecord]:
         """Return all adapters of this base by name, of one tenant or of all; reports lack their modules."""
@@ -305,7 +305,7 @@ class Registry:
         Args:
             expected: the digest that must be active now, None for none; if not given, any may be.
 
-        Raises NotReadyError, StaleActivationError, UnknownAdapterError, UnknownVersionError.
+        Raises NotReadyError, ActivationConflictError, UnknownAdapterError, UnknownVersionError.
         """
         now = time.time()
         with self._changing(tenant, name, now) as (session, adapter):
@@ -320,7 +320,7 @@ class Registry:
         """Activate the version that was active before the current one; called again, the one before that.
 
         Deleted versions are skipped. After `deactivate` it is the version that was active until then.
-        Raises NothingToRollBackError, StaleActivationError, UnknownAdapterError.
+        Raises NothingToRollBackError, ActivationConflictError, UnknownAdapterError.
         """
         now = time.time()
         with self._changing(tenant, name, now) as (session, adapter):
@@ -331,7 +331,7 @@ class Registry:
     def deactivate(
         self, tenant: str, name: str, *, expected: str | Unset | None = UNSET, actor: str = ""
     ) -> AdapterRecord:
-        """Make no version active. Raises StaleActivationError, UnknownAdapterError."""
+        """Make no version active. Raises ActivationConflictError, UnknownAdapterError."""
         now = time.time()
         with self._changing(tenant, name, now) as (session, adapter):
             activation.check_expected(adapter, expected)

@@ -66,7 +66,7 @@ class BatchRecords:
         self._base_id = base_id
 
     def add(self, batch: NewBatch) -> BatchRecord:
-        """Add a batch in state `validating`. Raises UnknownFileError, QuotaError."""
+        """Add a batch in state `validating`. Raises TrainingFileNotFoundError, QuotaError."""
         with self._database.write_uncounted() as session:
             mine = (
                 select(func.count())
@@ -116,7 +116,7 @@ class BatchRecords:
                 _record(row) for row in session.scalars(query.order_by(BatchRow.number.desc()).limit(limit))
             ]
 
-    def open(self, server: str) -> list[BatchRecord]:
+    def open_batches(self, server: str) -> list[BatchRecord]:
         """Return a server's batches that have not ended, oldest first."""
         query = select(BatchRow).where(*self._scope(), *_open_on(server))
         with self._database.read() as session:
@@ -140,7 +140,7 @@ class BatchRecords:
             lost = islice((row for row in rows if _is_lost(row, leases, now)), MOST_OPEN)
             return [_record(row) for row in lost]
 
-    def take(self, batch_id: str, before: str, server: str) -> BatchRecord:
+    def take_batch(self, batch_id: str, before: str, server: str) -> BatchRecord:
         """Transfer a batch from the server `before` to this one.
 
         It restarts with its file, or ends if it was cancelled, because its answers were on the disk of the

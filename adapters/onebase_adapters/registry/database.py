@@ -118,7 +118,7 @@ class Database:
                 session.execute(text(f"NOTIFY {_CHANNEL}"))
 
     @contextmanager
-    def told(self, changed: Callable[[], None]) -> Iterator[None]:
+    def notify_changes(self, changed: Callable[[], None]) -> Iterator[None]:
         """While this is open, call `changed`, in a thread, soon after each counted write of any server.
 
         Only PostgreSQL notifies; SQLite does not, and a lost connection may miss some. So poll now and then

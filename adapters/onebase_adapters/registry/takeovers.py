@@ -69,7 +69,7 @@ class Takeovers:
                 if _may_take(job, leases, server, room, now)
             ]
 
-    def take(
+    def take_job(
         self, job_id: str, before: str, server: str, room: int, tell: Callable[[TrainingJob], JobEvent]
     ) -> TrainingJob:
         """Transfer a job from the server `before` to this one, without what the store does not have of it.

@@ -39,7 +39,7 @@ class FileSystem:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX)
         return file
 
-    def open(self, path: Path) -> BinaryIO:
+    def open_file(self, path: Path) -> BinaryIO:
         """Open a finished file of another writer, locked in the same way."""
         file = path.open("rb+", buffering=0)
         fcntl.flock(file.fileno(), fcntl.LOCK_EX)
@@ -149,7 +149,7 @@ class LocalBlobs:
         fails."""
         try:
             with store_errors(f"reading {path}"):
-                return PartFile(path, self._files.open(path), self._files)
+                return PartFile(path, self._files.open_file(path), self._files)
         except StoreError:
             with suppress(OSError):
                 self._files.unlink(path)

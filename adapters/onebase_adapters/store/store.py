@@ -245,7 +245,7 @@ class Store:
             return self._remote.size(sha256)
         return self._local.size(sha256)
 
-    def check(self, sha256: str) -> None:
+    def check_blob(self, sha256: str) -> None:
         """Read the whole blob and compare its hash. Raises BlobMissingError, BlobDamagedError, StoreError."""
         check_content(self.local(sha256), sha256)
 

@@ -204,15 +204,15 @@ def json_array(file: BinaryIO, on_bytes: Callable[[int], None], source: str) -> 
 def _elements(text: str) -> Iterator[Item]:
     """Yield the values of one list, with the line on which each begins."""
     rest = _Rest(text)
-    rest.take("[")
+    rest.skip_character("[")
     expect_value = False
-    while expect_value or not rest.take("]"):
+    while expect_value or not rest.skip_character("]"):
         try:
             yield rest.row()
         except RowError as error:
             yield rest.problem(f"{error.reason}; what follows was not read")
             return
-        expect_value = rest.take(",")
+        expect_value = rest.skip_character(",")
         if not expect_value and not rest.begins_with("]"):
             yield rest.problem("not JSON: ',' or ']' expected; what follows was not read")
             return
@@ -248,7 +248,7 @@ class _Rest:
     def begins_with(self, character: str) -> bool:
         return self._text.startswith(character, self._at)
 
-    def take(self, character: str) -> bool:
+    def skip_character(self, character: str) -> bool:
         """Skip a character; False if another one is there."""
         found = self.begins_with(character)
         if found:

@@ -12,7 +12,7 @@ from itertools import accumulate
 import numpy as np
 
 from onebase_engine.engine.kv_cache import DUMP_BLOCK
-from onebase_engine.engine.sequence import AdapterMix, Ahead, Segment, SequenceState, StepPlan
+from onebase_engine.engine.sequence import AdapterMix, DraftedSequence, Segment, SequenceState, StepPlan
 from onebase_engine.kernels.interface import Contexts, RowGroup, RowMap
 
 
@@ -29,7 +29,7 @@ class StepBatch:
     contexts: Contexts
     token_map: RowMap
     logit_map: RowMap
-    sampled: list[SequenceState | Ahead]
+    sampled: list[SequenceState | DraftedSequence]
     """Sequences that get a token, each followed by itself with more and more of its draft; entry i reads
     logits i."""
     scored: list[tuple[Segment, slice]]
@@ -50,7 +50,7 @@ class Packer:
     @staticmethod
     def fill(batch: StepBatch, plan: StepPlan) -> None:
         """Fill in the last tokens of decoding sequences, which were COMING when the plan was packed."""
-        batch.input_ids[: len(plan.decodes)] = [one.row.tokens[one.start] for one in plan.decodes]
+        batch.input_ids[: len(plan.decodes)] = [one.sequence.tokens[one.start] for one in plan.decodes]
 
     def pack(self, plan: StepPlan, slot_of: Mapping[str, int]) -> StepBatch:
         """Pack a plan. `slot_of`: the slot of every adapter digest in the plan."""
@@ -65,17 +65,17 @@ class Packer:
         behind = [segment.start - start for start, segment in zip(starts, segments, strict=False)]
         positions = np.full(total, -1, dtype=np.int32)
         positions[:count] = own = np.arange(count, dtype=np.int32) + np.repeat(behind, lengths)
-        width = max(len(segment.row.blocks) for segment in segments)
+        width = max(len(segment.sequence.blocks) for segment in segments)
         table = np.zeros((len(segments), width), dtype=np.int32)
         for entry, segment in zip(table, segments, strict=True):
-            entry[: len(segment.row.blocks)] = segment.row.blocks
+            entry[: len(segment.sequence.blocks)] = segment.sequence.blocks
         write = np.full(total, DUMP_BLOCK * self._block_size, dtype=np.int32)
         block, place = np.divmod(own, self._block_size)
         write[:count] = table[table_row[:count], block] * self._block_size + place
         logit_rows, mixes, sampled, scored = self._logit_rows(plan, starts[:-1])
         hidden_rows, pooled = _hidden_rows(segments, starts)
         rows = [
-            (segment.row.mix, range(start, start + segment.length))
+            (segment.sequence.mix, range(start, start + segment.length))
             for start, segment in zip(starts, segments, strict=False)
         ]
         return StepBatch(
@@ -96,24 +96,28 @@ class Packer:
 
     def _logit_rows(
         self, plan: StepPlan, starts: list[int]
-    ) -> tuple[np.ndarray, list[AdapterMix], list[SequenceState | Ahead], list[tuple[Segment, slice]]]:
+    ) -> tuple[
+        np.ndarray, list[AdapterMix], list[SequenceState | DraftedSequence], list[tuple[Segment, slice]]
+    ]:
         rows: list[int] = []
         mixes: list[AdapterMix] = []
-        sampled: list[SequenceState | Ahead] = []
+        sampled: list[SequenceState | DraftedSequence] = []
         for start, segment in zip(starts, plan.segments, strict=True):
             if segment.samples:
                 draft, last = segment.draft, start + segment.length - 1
                 rows.extend(range(last - len(draft), last + 1))
-                mixes.extend([segment.row.mix] * (len(draft) + 1))
-                sampled.append(segment.row)
-                sampled.extend(Ahead(segment.row, draft[:count]) for count in range(1, len(draft) + 1))
+                mixes.extend([segment.sequence.mix] * (len(draft) + 1))
+                sampled.append(segment.sequence)
+                sampled.extend(
+                    DraftedSequence(segment.sequence, draft[:count]) for count in range(1, len(draft) + 1)
+                )
         scored = []
         for start, segment in zip(starts, plan.segments, strict=True):
-            if segment.row.scores_prompt:
+            if segment.sequence.scores_prompt:
                 wanted = segment.scored
                 scored.append((segment, slice(len(rows), len(rows) + len(wanted))))
                 rows.extend(start + number - segment.start for number in wanted)
-                mixes.extend([segment.row.mix] * len(wanted))
+                mixes.extend([segment.sequence.mix] * len(wanted))
         padding = self._padded(max(len(rows), 1)) - len(rows)
         return np.array(rows + [0] * padding, dtype=np.int64), mixes, sampled, scored
 

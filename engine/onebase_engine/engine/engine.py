@@ -25,7 +25,7 @@ from onebase_engine.engine.grammar_follower import GrammarError
 from onebase_engine.engine.grammars import IDLE_SECONDS, Grammars, RefusedGrammarError
 from onebase_engine.engine.kv_cache import RESTORED, BlockPool
 from onebase_engine.engine.memory_budget import staging_bytes
-from onebase_engine.engine.messages import RowOutput, ScoredToken
+from onebase_engine.engine.messages import ScoredToken, SequenceOutput
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.sampling import Drawn, Mask, begin_draw_apart, score_tokens
 from onebase_engine.engine.scheduler import (
@@ -77,7 +77,7 @@ class Counters:
 
 
 @dataclass(frozen=True)
-class _Given:
+class _StepOutputs:
     """Host copies of one step's results."""
 
     drawn: list[Drawn]
@@ -90,11 +90,11 @@ class _Given:
 
 
 @dataclass(frozen=True)
-class _Begun:
+class _StartedStep:
     """A step whose computation has begun; an accelerator may still compute it."""
 
     plan: StepPlan
-    read: Callable[[], _Given]
+    read: Callable[[], _StepOutputs]
     """Waits for the results and returns them; may be called any number of times."""
     only_draws: bool
     """Whether the step yields just one token for each sequence that samples, which takes no memory to
@@ -108,8 +108,8 @@ class _Computed:
     plan: StepPlan
     drawn: list[tuple[SequenceState, list[Drawn]]]
     """Draws of each sequence: one token, and another at each place of its draft."""
-    given: _Given
-    foreseen: bool
+    outputs: _StepOutputs
+    next_planned: bool
     """Whether the scheduler already counts the step as computed, because the next one has been planned."""
 
 
@@ -189,15 +189,15 @@ class Engine:
         self._awaits_grammars = False
         """Whether the last step computed nothing because all sequences wait for grammars or masks."""
         self._packer = Packer(block_size, self.model.row_multiple)
-        self._foresees = self.model.kernels.asynchronous
+        self._async_scheduling = self.model.kernels.asynchronous
         """Whether the next step is planned while one is computed."""
         self._next: tuple[StepPlan, StepBatch | None] | None = None
         """The step that has been planned, and packed if that did not fail."""
         self._meanwhile: Callable[[], None] | None = None
         """Callback that the caller passed to `step`, until it has been called."""
-        self._rows: dict[str, list[SequenceState]] = {}
+        self._sequences: dict[str, list[SequenceState]] = {}
         self._arrivals = 0
-        self._outputs: list[RowOutput] = []
+        self._outputs: list[SequenceOutput] = []
         self._slots_changed = False
         self._slot_seconds: dict[str, float] = {}
 
@@ -205,26 +205,26 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._rows or self._opening)
+        return bool(self._sequences or self._opening)
 
     def submit(self, request: protocol.Submit) -> None:
         """Queue the request's sequences, or report at once why they can never run."""
         opening = (one.id for waiting in self._opening.values() for one, _ in waiting)
-        rows = len(request.branches) or request.n
-        none = request.n < 1 or request.n != rows or not request.choices
-        if request.id in self._rows or request.id in opening or none:
+        choicesences = len(request.branches) or request.n
+        none = request.n < 1 or request.n != choicesences or not request.choices
+        if request.id in self._sequences or request.id in opening or none:
             # Its events could not be distinguished from the first one's, which continues.
             logger.error("ignoring request %s: its id is running already, or it has no rows", request.id)
             return
         mix = AdapterMix.of(request.adapters)
         try:
             longest = max(map(len, request.branches), default=request.sampling.max_tokens)
-            self.scheduler.check(len(request.prompt), longest, len(mix.terms))
+            self.scheduler.check_limits(len(request.prompt), longest, len(mix.terms))
             check_tokens(request, self._vocabulary)
-            check_begun(request)
+            check_resume_tokens(request)
             check_scores(request)
             check_weights(mix)
-            self.versions.check(mix, self.slots.budget)
+            self.versions.check_mix(mix, self.slots.budget)
             if request.pooling is not None and request.pooling.head:
                 count = len(request.prompt) if request.pooling.kind == "each" else 1
                 self.versions.check_head(mix, count)
@@ -237,7 +237,7 @@ class Engine:
             self._admit(request, mix)
             return
         try:
-            key = self._grammars.open(request.grammar, request.tenant, len(request.choices))
+            key = self._grammars.open_grammar(request.grammar, request.tenant, len(request.choices))
         except RefusedGrammarError as error:
             self._refuse(request, NeverFitsError(error.code, "grammar", str(error)), error.retry_after)
         else:
@@ -248,7 +248,7 @@ class Engine:
     ) -> None:
         for choice in request.choices:
             self._outputs.append(
-                RowOutput(
+                SequenceOutput(
                     id=request.id,
                     choice=choice,
                     finish="error",
@@ -260,10 +260,10 @@ class Engine:
             )
 
     def _admit(self, request: protocol.Submit, mix: AdapterMix, grammar: str | None = None) -> None:
-        rows: list[SequenceState] = []
+        sequences: list[SequenceState] = []
         for choice in request.choices:
             branch = request.branches[choice] if request.branches else []
-            row = SequenceState(
+            sequence = SequenceState(
                 id=request.id,
                 choice=choice,
                 tokens=request.prompt + branch,
@@ -277,14 +277,14 @@ class Engine:
                 grammar=grammar,
                 pooling=request.pooling,
                 branch=len(branch),
-                leader=rows[0] if rows else None,
+                leader=sequences[0] if sequences else None,
             )
-            if request.begun is not None:
-                row.tokens.extend(request.begun[choice])
+            if request.resume_tokens is not None:
+                sequence.tokens.extend(request.resume_tokens[choice])
             self._arrivals += 1
-            rows.append(row)
-            self.scheduler.add(row)
-        self._rows[request.id] = rows
+            sequences.append(sequence)
+            self.scheduler.add(sequence)
+        self._sequences[request.id] = sequences
 
     def _admit_compiled(self, timeout: float = 0.0) -> None:
         """Queue the sequences of requests whose grammar has been compiled, or report the grammar's error."""
@@ -302,15 +302,15 @@ class Engine:
     def cancel(self, message: protocol.Cancel) -> None:
         """End the request's unfinished sequences; each yields its final event."""
         for key, waiting in list(self._opening.items()):
-            found = [one for one in waiting if one[0].id == message.id and message.choice is None]
-            self._opening[key] = [one for one in waiting if one not in found]
+            cancelled = [one for one in waiting if one[0].id == message.id and message.choice is None]
+            self._opening[key] = [one for one in waiting if one not in cancelled]
             if not self._opening[key]:
                 del self._opening[key]
-            for request, mix in found:
+            for request, mix in cancelled:
                 self._admit(request, mix, key[1])  # as rows that end at once
-        for row in list(self._rows.get(message.id, ())):
-            if message.choice in (None, row.choice):
-                self._end(row, "cancelled")
+        for sequence in list(self._sequences.get(message.id, ())):
+            if message.choice in (None, sequence.choice):
+                self._end(sequence, "cancelled")
 
     # ---- adapters ---------------------------------------------------------------------------
 
@@ -324,7 +324,7 @@ class Engine:
         self._drop_unused()
 
     def _drop_unused(self) -> None:
-        running = [row.mix for row in self.scheduler.running]
+        running = [sequence.mix for sequence in self.scheduler.running]
         in_use = {digest for mix in (*running, *self.scheduler.waiting.mixes) for digest in mix.digests}
         self.versions.drop_unused(in_use, self.slots)
 
@@ -341,7 +341,7 @@ class Engine:
             BaseChangedError, torch.AcceleratorError: nothing can be trusted any more; the process must end.
         """
         self._meanwhile = meanwhile
-        if not self._foresees:
+        if not self._async_scheduling:
             self._do_meanwhile()
         self._admit_compiled()
         began = time.monotonic()
@@ -354,7 +354,7 @@ class Engine:
         self._staging.drop_unwanted(digest for mix in self.scheduler.waiting.mixes for digest in mix.digests)
         if not plan:
             self._do_meanwhile()
-            if any(row.late for row in self.scheduler.running):
+            if any(sequence.late for sequence in self.scheduler.running):
                 return  # More of what they begin with comes back before the next step.
             awaiting = self._grammars is not None and any(map(self._grammars.awaits, self.scheduler.running))
             self._awaits_grammars = awaiting or bool(self._opening)
@@ -366,21 +366,23 @@ class Engine:
         self._awaits_grammars = False
         self.counters.steps += 1
         self._note_first_steps(plan)
-        begun = self._try(partial(self._begin, plan, batch))
+        started = self._try(partial(self._begin, plan, batch))
         self._do_meanwhile()
-        foreseen = self._foresees and isinstance(begun, _Begun) and begun.only_draws
+        foreseen = self._async_scheduling and isinstance(started, _StartedStep) and started.only_draws
         if foreseen:
             self._plan_next(plan)
-        computed = begun if isinstance(begun, _Failure) else self._wait(begun, foreseen)
-        del begun  # what it holds is free for those who compute a failed step again
+        computed = started if isinstance(started, _Failure) else self._wait(started, foreseen)
+        del started  # what it holds is free for those who compute a failed step again
         if isinstance(computed, _Failure):
             if foreseen:
-                self._end_failed(plan, {one.row: computed.message for one in plan.segments if one.samples})
+                self._end_failed(
+                    plan, {one.sequence: computed.message for one in plan.segments if one.samples}
+                )
             else:
                 self._compute_apart(plan)
             return
-        for row, error in self._commit(computed).items():
-            self._fail(row, error)
+        for sequence, error in self._commit(computed).items():
+            self._fail(sequence, error)
         seconds = time.monotonic() - began
         self._pace.took(plan, seconds)
         self._tenant_pace.took(plan, seconds)
@@ -411,17 +413,17 @@ class Engine:
         self.scheduler.guess(plan)
         for segment in plan.segments:
             self.scheduler.computed(segment)
-        drawn = [segment.row for segment in plan.segments if segment.samples]
-        for row in drawn:
-            row.tokens.append(COMING)
+        drawn = [segment.sequence for segment in plan.segments if segment.samples]
+        for sequence in drawn:
+            sequence.tokens.append(COMING)
         try:
             following = self._plan(ahead=True)
             if following:
                 batch = self._try(partial(self._prepare, following))
                 self._next = following, None if isinstance(batch, _Failure) else batch
         finally:
-            for row in drawn:
-                row.tokens.pop()
+            for sequence in drawn:
+                sequence.tokens.pop()
 
     def _prepare(self, plan: StepPlan) -> StepBatch:
         batch = self._packer.pack(plan, self.slots.slot_of)
@@ -433,7 +435,7 @@ class Engine:
             meanwhile, self._meanwhile = self._meanwhile, None
             meanwhile()
 
-    def take_outputs(self) -> list[RowOutput]:
+    def take_outputs(self) -> list[SequenceOutput]:
         """Return the outputs since the last call."""
         outputs, self._outputs = self._outputs, []
         return outputs
@@ -475,8 +477,8 @@ class Engine:
         """Return the seconds that each new version took, or None if no slot changed since the last call."""
         if not self._slots_changed:
             return None
-        taken, self._slot_seconds, self._slots_changed = self._slot_seconds, {}, False
-        return taken
+        seconds, self._slot_seconds, self._slots_changed = self._slot_seconds, {}, False
+        return seconds
 
     def _move_blocks(self, plan: StepPlan) -> None:
         """Copy blocks to host memory before this step overwrites them, and back before it reads them.
@@ -493,26 +495,26 @@ class Engine:
         """Update the slots and end sequences whose version cannot be loaded. Return True if any ended."""
         moves, self.slots.moves = self.slots.moves, {}
         self._slots_changed |= bool(moves)
-        failed = self.model.move_slots(moves, self._staging.take) if moves else {}
+        failed = self.model.move_slots(moves, self._staging.take_weights) if moves else {}
         for digest, began in self._staging.began.items():
             self._slot_seconds[digest] = time.monotonic() - began
         self._staging.began.clear()
         for slot, error in failed.items():
             logger.error("a version cannot be put into slot %d", slot, exc_info=error)
-            _let_go(error)
+            _drop_references(error)
             message = f"its adapter cannot be put into a slot: {error}"
-            for row in self.slots.users(slot):
-                self._end(row, "error", code="step_failed", message=message)
+            for sequence in self.slots.users(slot):
+                self._end(sequence, "error", code="step_failed", message=message)
             self.slots.vacate(slot)
         return bool(failed)
 
     def _note_first_steps(self, plan: StepPlan) -> None:
         for segment in plan.segments:
-            row = segment.row
-            if row.queue_seconds is None:
-                row.queue_seconds = time.monotonic() - row.arrived_at
-                self.counters.prompt_tokens += row.prompt_length
-                self.counters.cached_tokens += row.cached_tokens or 0
+            sequence = segment.sequence
+            if sequence.queue_seconds is None:
+                sequence.queue_seconds = time.monotonic() - sequence.arrived_at
+                self.counters.prompt_tokens += sequence.prompt_length
+                self.counters.cached_tokens += sequence.cached_tokens or 0
 
     def _try(self, compute: Callable[[], _Result]) -> _Result | _Failure:
         try:
@@ -524,20 +526,20 @@ class Engine:
             failure = _Failure(str(error), is_out_of_memory(error))
             traceback.clear_frames(error.__traceback__)  # they hold tensors, and each other
         if failure.out_of_memory:
-            self.model.give_memory_back()  # without the exception, whose frames hold tensors
+            self.model.release_memory()  # without the exception, whose frames hold tensors
         return failure
 
     def _compute(self, plan: StepPlan) -> _Computed:
         return self._finish(self._begin(plan, None), foreseen=False)
 
-    def _wait(self, begun: _Begun, foreseen: bool) -> _Computed | _Failure:
+    def _wait(self, started: _StartedStep, foreseen: bool) -> _Computed | _Failure:
         """Wait for a step. If the scheduler already counts on its KV, only the draws are tried again."""
-        computed = self._try(partial(self._finish, begun, foreseen))
+        computed = self._try(partial(self._finish, started, foreseen))
         if foreseen and isinstance(computed, _Failure):
-            computed = self._try(partial(self._finish, begun, foreseen))
+            computed = self._try(partial(self._finish, started, foreseen))
         return computed
 
-    def _begin(self, plan: StepPlan, batch: StepBatch | None) -> _Begun:
+    def _begin(self, plan: StepPlan, batch: StepBatch | None) -> _StartedStep:
         """Begin a forward pass and its sampling. Of all state, only KV beyond `computed` changes.
 
         Such KV lies in blocks of the row's own, and every later step writes it again before it reads it.
@@ -548,51 +550,51 @@ class Engine:
         masked = self._grammars is not None and self._grammars.request(plan.segments)
         logits, hidden = self.model.forward(batch)
         if masked or hidden is not None or batch.scored:
-            return _Begun(plan, partial(self._read, plan, batch, logits, hidden), only_draws=False)
-        wanted = logits[: len(batch.sampled)]
-        read = begin_draw_apart(wanted, batch.sampled, self._eos_ids, self.model.kernels)
+            return _StartedStep(plan, partial(self._read, plan, batch, logits, hidden), only_draws=False)
+        sampled_logits = logits[: len(batch.sampled)]
+        read = begin_draw_apart(sampled_logits, batch.sampled, self._eos_ids, self.model.kernels)
         more = any(one.draft for one in plan.decodes)
-        more = more or any(row.sampling.logprobs is not None for row in batch.sampled)
-        return _Begun(plan, lambda: _Given(read(), [], []), only_draws=not more)
+        more = more or any(sequence.sampling.logprobs is not None for sequence in batch.sampled)
+        return _StartedStep(plan, lambda: _StepOutputs(read(), [], []), only_draws=not more)
 
     def _read(
         self, plan: StepPlan, batch: StepBatch, logits: torch.Tensor, hidden: torch.Tensor | None
-    ) -> _Given:
+    ) -> _StepOutputs:
         """Return all results of a forward pass. Waits for the accelerator, and briefly for masks."""
         exact = None if hidden is None else _exactly(hidden)
         pooled = [] if exact is None else [(one, exact[part]) for one, part in batch.pooled]
         scores = [(segment, self._scores(segment, logits[part])) for segment, part in batch.scored]
-        wanted = logits[: len(batch.sampled)]
+        sampled_logits = logits[: len(batch.sampled)]
         masks, late = self._masks_of(plan)
-        drawn = begin_draw_apart(wanted, batch.sampled, self._eos_ids, self.model.kernels, masks)()
-        return _Given(drawn, scores, pooled, late)
+        drawn = begin_draw_apart(sampled_logits, batch.sampled, self._eos_ids, self.model.kernels, masks)()
+        return _StepOutputs(drawn, scores, pooled, late)
 
-    def _finish(self, begun: _Begun, foreseen: bool) -> _Computed:
-        given = begun.read()
-        drawn = iter(given.drawn)
-        rows = [segment for segment in begun.plan.segments if segment.samples]
-        tokens = [(one.row, list(islice(drawn, len(one.draft) + 1))) for one in rows]
-        return _Computed(begun.plan, tokens, given, foreseen)
+    def _finish(self, started: _StartedStep, foreseen: bool) -> _Computed:
+        outputs = started.read()
+        drawn = iter(outputs.drawn)
+        sequences = [segment for segment in started.plan.segments if segment.samples]
+        tokens = [(one.sequence, list(islice(drawn, len(one.draft) + 1))) for one in sequences]
+        return _Computed(started.plan, tokens, outputs, foreseen)
 
     def _masks_of(self, plan: StepPlan) -> tuple[list[Mask], frozenset[SequenceState]]:
         """Return the mask of each entry of `StepBatch.sampled`, and the sequences whose masks have not
         come."""
         if self._grammars is None:
             return [], frozenset()
-        found = self._grammars.masks(plan.segments, self.model.synchronize)
+        mask_of = self._grammars.masks(plan.segments, self.model.synchronize)
         masks: list[Mask] = []
         for segment in plan.segments:
-            if found and segment.samples:
-                mask = found.get(segment.row)
+            if mask_of and segment.samples:
+                mask = mask_of.get(segment.sequence)
                 masks.extend(mask if isinstance(mask, np.ndarray) else [mask] * (1 + len(segment.draft)))
-        return masks, frozenset(row for row, mask in found.items() if mask is None)
+        return masks, frozenset(sequence for sequence, mask in mask_of.items() if mask is None)
 
     def _scores(self, segment: Segment, logits: torch.Tensor) -> list[ScoredToken] | Exception:
         """Score the prompt tokens that follow the segment's, or return the exception that this raised."""
-        row = segment.row
-        targets = [row.tokens[number + 1] for number in segment.scored]
+        sequence = segment.sequence
+        targets = [sequence.tokens[number + 1] for number in segment.scored]
         try:
-            return score_tokens(logits, targets, row.sampling.prompt_logprobs or 0)
+            return score_tokens(logits, targets, sequence.sampling.prompt_logprobs or 0)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -600,46 +602,48 @@ class Engine:
 
     def _commit(self, computed: _Computed) -> dict[SequenceState, Exception]:
         """Apply a step's results to all sequences but those that failed alone. Return their exceptions."""
-        late = computed.given.late
-        drawn_of = {row: drawn for row, drawn in computed.drawn if row not in late}
-        failed = {row: drawn[0].error for row, drawn in drawn_of.items() if drawn[0].error is not None}
-        for segment, scores in computed.given.scores:
-            row = segment.row
-            if row in late:
+        late = computed.outputs.late
+        drawn_of = {sequence: drawn for sequence, drawn in computed.drawn if sequence not in late}
+        failed = {
+            sequence: drawn[0].error for sequence, drawn in drawn_of.items() if drawn[0].error is not None
+        }
+        for segment, scores in computed.outputs.scores:
+            sequence = segment.sequence
+            if sequence in late:
                 continue
             if isinstance(scores, Exception):
-                failed[row] = scores
+                failed[sequence] = scores
                 continue
-            afresh = segment.start <= row.first_scored
-            row.prompt_scores = scores if afresh else row.prompt_scores + scores
-            row.prompt_scored = segment.stop >= row.prompt_length
-        for segment, hidden in computed.given.pooled:
+            afresh = segment.start <= sequence.first_scored
+            sequence.prompt_scores = scores if afresh else sequence.prompt_scores + scores
+            sequence.prompt_scored = segment.stop >= sequence.prompt_length
+        for segment, hidden in computed.outputs.pooled:
             self._pool(segment, hidden)
         for segment in computed.plan.segments:
-            row, drawn = segment.row, drawn_of.get(segment.row)
-            if row in failed or row in late:
+            sequence, drawn = segment.sequence, drawn_of.get(segment.sequence)
+            if sequence in failed or sequence in late:
                 continue
-            taken = [] if drawn is None else self._taken(segment, drawn)
-            row.tokens.extend(one.token for one in taken[:-1] if one.token is not None)
-            if not computed.foreseen:
-                self.scheduler.computed(segment, right=max(len(taken) - 1, 0))
+            accepted = [] if drawn is None else self._accepted(segment, drawn)
+            sequence.tokens.extend(one.token for one in accepted[:-1] if one.token is not None)
+            if not computed.next_planned:
+                self.scheduler.computed(segment, right=max(len(accepted) - 1, 0))
             self.counters.draft_tokens += len(segment.draft)
-            self.counters.right_draft_tokens += max(len(taken) - 1, 0)
-            if taken:
-                self._append(row, taken)
-            elif row.prefilled and not row.generates:
-                self._answer(row)
+            self.counters.right_draft_tokens += max(len(accepted) - 1, 0)
+            if accepted:
+                self._append(sequence, accepted)
+            elif sequence.prefilled and not sequence.generates:
+                self._answer(sequence)
         if self._grammars is not None:
-            going = (row for row in drawn_of if row.finish is None)
+            going = (sequence for sequence in drawn_of if sequence.finish is None)
             self._grammars.note_drawn(going, foresee=bool(self.scheduler.limits.draft_tokens))
         return failed
 
-    def _taken(self, segment: Segment, drawn: list[Drawn]) -> list[Drawn]:
+    def _accepted(self, segment: Segment, drawn: list[Drawn]) -> list[Drawn]:
         """Return the drawn tokens that match the draft, and the first one that does not."""
-        row = segment.row
+        sequence = segment.sequence
         count = 1
         for guess, before in zip(segment.draft, drawn, strict=False):
-            ends = before.token is None or self._finish_reason(row, before.token, count)[0] is not None
+            ends = before.token is None or self._finish_reason(sequence, before.token, count)[0] is not None
             if ends or before.token != guess or drawn[count].token is None or drawn[count].error is not None:
                 break
             count += 1
@@ -657,13 +661,13 @@ class Engine:
             part = parts.pop(0)
             computed = self._try(partial(self._compute, part))
             if isinstance(computed, _Computed):
-                for row, error in self._commit(computed).items():
-                    failed[row] = str(error)
-                    _let_go(error)
+                for sequence, error in self._commit(computed).items():
+                    failed[sequence] = str(error)
+                    _drop_references(error)
             elif smaller := _smaller(part, computed):
                 parts = smaller + parts
             else:
-                failed[part.segments[0].row] = computed.message
+                failed[part.segments[0].sequence] = computed.message
         self._end_failed(plan, failed)
 
     def _end_failed(self, plan: StepPlan, failed: dict[SequenceState, str]) -> None:
@@ -671,53 +675,53 @@ class Engine:
         nobody = len(failed) == len(plan.segments)
         self.counters.failed_steps += nobody
         code, what = ("step_failed", "the step") if nobody else ("row_failed", "this row")
-        for row, message in failed.items():
-            logger.error("a row of request %s failed: %s", row.id, message)
-            self._end(row, "error", code=code, message=f"{what} failed: {message}")
+        for sequence, message in failed.items():
+            logger.error("a row of request %s failed: %s", sequence.id, message)
+            self._end(sequence, "error", code=code, message=f"{what} failed: {message}")
 
-    def _fail(self, row: SequenceState, error: Exception) -> None:
+    def _fail(self, sequence: SequenceState, error: Exception) -> None:
         """End a sequence because of an exception of its own."""
         if isinstance(error, GrammarError):
-            self._end(row, "error", code="grammar_refused", message=str(error))
+            self._end(sequence, "error", code="grammar_refused", message=str(error))
             return
-        logger.error("a row of request %s failed", row.id, exc_info=error)
-        _let_go(error)
-        self._end(row, "error", code="row_failed", message=f"this row failed: {error}")
+        logger.error("a row of request %s failed", sequence.id, exc_info=error)
+        _drop_references(error)
+        self._end(sequence, "error", code="row_failed", message=f"this row failed: {error}")
 
-    def _answer(self, row: SequenceState) -> None:
+    def _answer(self, sequence: SequenceState) -> None:
         """End a sequence that generates nothing, with its prompt logprobs or pooled vector."""
-        if not all(math.isfinite(one.logprob) for one in row.prompt_scores):
+        if not all(math.isfinite(one.logprob) for one in sequence.prompt_scores):
             message = "the logits are not finite: an adapter of this request overflows"
-            self._end(row, "error", code="not_finite", message=message)
+            self._end(sequence, "error", code="not_finite", message=message)
             return
         vector = None
-        if row.pooling is not None:
-            values = np.stack(row.pooled)
-            if row.pooling.kind == "mean":
-                values /= row.prompt_length
-            if row.pooling.head and row.pooling.kind != "each":
-                values = np.stack([self._classified(row, one) for one in values])
+        if sequence.pooling is not None:
+            values = np.stack(sequence.pooled)
+            if sequence.pooling.kind == "mean":
+                values /= sequence.prompt_length
+            if sequence.pooling.head and sequence.pooling.kind != "each":
+                values = np.stack([self._classified(sequence, one) for one in values])
             narrow = values.astype("<f4")
             if not np.isfinite(narrow).all():
                 message = "the hidden states are not finite: an adapter of this request overflows"
-                self._end(row, "error", code="not_finite", message=message)
+                self._end(sequence, "error", code="not_finite", message=message)
                 return
             vector = narrow.tobytes()
-        self._end(row, "stop", vector=vector)
+        self._end(sequence, "stop", vector=vector)
 
-    def _classified(self, row: SequenceState, hidden: np.ndarray) -> np.ndarray:
+    def _classified(self, sequence: SequenceState, hidden: np.ndarray) -> np.ndarray:
         """Return the classifier's values [labels] fp64 of one state. Computed alone, its bits never vary."""
-        weight, bias = self.versions.heads[row.mix.digests[0]]
+        weight, bias = self.versions.heads[sequence.mix.digests[0]]
         values: np.ndarray = weight @ hidden + bias
         return values
 
-    def _classified_each(self, row: SequenceState, first: int, hidden: np.ndarray) -> list[np.ndarray]:
+    def _classified_each(self, sequence: SequenceState, first: int, hidden: np.ndarray) -> list[np.ndarray]:
         """Return the classifier's values [labels] fp64 of each state [hidden], from token `first` on.
 
         They are computed in tiles of one size, in which a token's place depends on its number alone, so that
         chunks of another length give the same bits. One state at a time would take several times as long.
         """
-        weight, bias = self.versions.heads[row.mix.digests[0]]
+        weight, bias = self.versions.heads[sequence.mix.digests[0]]
         before = first % HEAD_TILE
         tiles = np.zeros((-(-(before + len(hidden)) // HEAD_TILE), HEAD_TILE, hidden.shape[1]))
         tiles.reshape(-1, hidden.shape[1])[before : before + len(hidden)] = hidden
@@ -726,103 +730,107 @@ class Engine:
 
     def _pool(self, segment: Segment, hidden: np.ndarray) -> None:
         """Add hidden states to a sequence's, one by one, so that the length of chunks changes no bit."""
-        row = segment.row
+        sequence = segment.sequence
         if segment.start == 0:
-            row.pooled = []
-        if row.pooling is not None and row.pooling.kind == "each":
-            row.pooled += self._classified_each(row, segment.start, hidden) if row.pooling.head else hidden
+            sequence.pooled = []
+        if sequence.pooling is not None and sequence.pooling.kind == "each":
+            sequence.pooled += (
+                self._classified_each(sequence, segment.start, hidden) if sequence.pooling.head else hidden
+            )
             return
-        row.pooled = row.pooled or [np.zeros(hidden.shape[1])]
+        sequence.pooled = sequence.pooled or [np.zeros(hidden.shape[1])]
         for one in hidden:
-            row.pooled[0] += one
+            sequence.pooled[0] += one
 
-    def _append(self, row: SequenceState, taken: list[Drawn]) -> None:
+    def _append(self, sequence: SequenceState, accepted: list[Drawn]) -> None:
         """Append the new tokens to a sequence; all but the last are among its tokens already."""
-        tokens = [drawn.token for drawn in taken if drawn.token is not None]
+        tokens = [drawn.token for drawn in accepted if drawn.token is not None]
         if not tokens:
             message = "the logits are not finite: an adapter of this request overflows"
-            self._end(row, "error", code="not_finite", message=message)
+            self._end(sequence, "error", code="not_finite", message=message)
             return
-        row.tokens.append(tokens[-1])
-        if row.forced:
-            row.forced = row.forced[len(tokens) :] if row.forced[: len(tokens)] == tokens else []
+        sequence.tokens.append(tokens[-1])
+        if sequence.forced:
+            sequence.forced = (
+                sequence.forced[len(tokens) :] if sequence.forced[: len(tokens)] == tokens else []
+            )
         self.counters.generated_tokens += len(tokens)
-        if row.drafts is not None:
-            row.drafts.observe(tokens)
-        finish, stop_token = self._finish_reason(row, tokens[-1])
-        logprobs = [drawn.logprob for drawn in taken if drawn.logprob is not None]
-        output = RowOutput(
-            id=row.id,
-            choice=row.choice,
+        if sequence.drafts is not None:
+            sequence.drafts.observe(tokens)
+        finish, stop_token = self._finish_reason(sequence, tokens[-1])
+        logprobs = [drawn.logprob for drawn in accepted if drawn.logprob is not None]
+        output = SequenceOutput(
+            id=sequence.id,
+            choice=sequence.choice,
             tokens=tokens,
             logprobs=logprobs or None,
-            prompt_logprobs=self._prompt_scores(row),
+            prompt_logprobs=self._prompt_scores(sequence),
             finish=finish,
             stop_token=stop_token,
-            **self._admission(row),
+            **self._admission(sequence),
         )
         self._outputs.append(output)
         if finish is not None:
-            row.finish = finish
-            self._remove(row)
+            sequence.finish = finish
+            self._remove(sequence)
 
     def _finish_reason(
-        self, row: SequenceState, token: int, more: int = 0
+        self, sequence: SequenceState, token: int, more: int = 0
     ) -> tuple[protocol.FinishReason | None, int | None]:
         """Return the finish reason if the sequence ends with `token`, when it has `more` tokens than now."""
-        sampling = row.sampling
+        sampling = sequence.sampling
         if token in sampling.stop_token_ids or (token in self._eos_ids and not sampling.ignore_eos):
             return "stop", token
-        return ("length", None) if row.generated + more >= sampling.max_tokens else (None, None)
+        return ("length", None) if sequence.generated + more >= sampling.max_tokens else (None, None)
 
-    def _prompt_scores(self, row: SequenceState) -> list[protocol.ScoredToken] | None:
-        return row.prompt_scores if row.prompt_scored and not row.reported else None
+    def _prompt_scores(self, sequence: SequenceState) -> list[protocol.ScoredToken] | None:
+        return sequence.prompt_scores if sequence.prompt_scored and not sequence.reported else None
 
-    def _admission(self, row: SequenceState) -> _Admission:
+    def _admission(self, sequence: SequenceState) -> _Admission:
         """Return the figures that go with a sequence's first output, and nothing later."""
-        if row.reported:
+        if sequence.reported:
             return {}
-        row.reported = True
-        return {"cached_tokens": row.cached_tokens, "queue_seconds": row.queue_seconds}
+        sequence.reported = True
+        return {"cached_tokens": sequence.cached_tokens, "queue_seconds": sequence.queue_seconds}
 
     def _end(
         self,
-        row: SequenceState,
+        sequence: SequenceState,
         finish: protocol.FinishReason,
         code: str | None = None,
         message: str | None = None,
         vector: bytes | None = None,
     ) -> None:
         """End a sequence with its final event: before its time, or one that generates nothing."""
-        row.finish = finish
-        scores = self._prompt_scores(row) if finish == "stop" else None
+        sequence.finish = finish
+        scores = self._prompt_scores(sequence) if finish == "stop" else None
         self._outputs.append(
-            RowOutput(
-                id=row.id,
-                choice=row.choice,
+            SequenceOutput(
+                id=sequence.id,
+                choice=sequence.choice,
                 finish=finish,
                 error_code=code,
                 error_message=message,
                 prompt_logprobs=scores,
                 vector=vector,
-                **self._admission(row),
+                **self._admission(sequence),
             )
         )
-        self._remove(row)
+        self._remove(sequence)
 
-    def _remove(self, row: SequenceState) -> None:
-        self.scheduler.finish(row)
+    def _remove(self, sequence: SequenceState) -> None:
+        self.scheduler.finish(sequence)
         if self._grammars is not None:
-            self._grammars.forget(row)
-        siblings = self._rows[row.id]
-        siblings.remove(row)
+            self._grammars.forget(sequence)
+        siblings = self._sequences[sequence.id]
+        siblings.remove(sequence)
         if not siblings:
-            del self._rows[row.id]
+            del self._sequences[sequence.id]
         if self.versions.any_leaving:
             self._drop_unused()
 
 
-def _let_go(error: Exception) -> None:
+def _drop_references(error: Exception) -> None:
     """Clear an exception's traceback and causes, whose frames hold tensors and the exception itself."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
 
@@ -843,7 +851,7 @@ def _smaller(part: StepPlan, failure: _Failure) -> list[StepPlan]:
     (segment,) = part.segments
     if failure.out_of_memory and segment.length > 1:
         # The next step goes on from there.
-        return [StepPlan([], [Segment(segment.row, segment.start, segment.start + segment.length // 2)])]
+        return [StepPlan([], [Segment(segment.sequence, segment.start, segment.start + segment.length // 2)])]
     return []
 
 
@@ -859,7 +867,7 @@ def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
         "logit_bias": sampling.logit_bias,
         "stop_token_ids": sampling.stop_token_ids,
         "choices": [token for branch in request.branches for token in branch],
-        "begun": [token for tokens in (request.begun or {}).values() for token in tokens],
+        "begun": [token for tokens in (request.resume_tokens or {}).values() for token in tokens],
     }
     for param, tokens in groups.items():
         for token in tokens:
@@ -871,10 +879,10 @@ def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
                 )
 
 
-def check_begun(request: protocol.Submit) -> None:
+def check_resume_tokens(request: protocol.Submit) -> None:
     """Raise NeverFitsError for resumed sequences with tokens that they cannot have generated."""
     most = request.sampling.max_tokens
-    for choice, tokens in (request.begun or {}).items():
+    for choice, tokens in (request.resume_tokens or {}).items():
         if not 0 <= choice < request.n or len(tokens) >= most or request.branches or request.pooling:
             raise NeverFitsError(
                 "cannot_go_on", "begun", f"choice {choice} of {request.n} has {len(tokens)} tokens of {most}"

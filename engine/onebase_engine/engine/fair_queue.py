@@ -65,7 +65,7 @@ class TokenCounter:
         """Number that grows over accounts that begin to wait or are served."""
         self.waiting = 0
         """Number of waiting sequences."""
-        self.rows = 0
+        self.sequences = 0
         """Number of sequences that wait or run."""
 
 
@@ -123,13 +123,13 @@ class Accounts(Generic[_A]):
         """Return the account of a sequence that has arrived."""
         account = self._busy.get(key) or self._idle.pop(key, None) or make()
         self._busy[key] = account
-        account.rows += 1
+        account.sequences += 1
         return account
 
     def leave(self, account: _A) -> None:
         """Remove one of the account's sequences for good."""
-        account.rows -= 1
-        if account.rows:
+        account.sequences -= 1
+        if account.sequences:
             return
         del self._busy[account.key]
         self._idle[account.key] = account
@@ -187,7 +187,7 @@ class Accounts(Generic[_A]):
         """
         those: Iterable[_A] = self.waiting.values()
         if not self.waiting:
-            those = [other for other in self._busy.values() if other is not account or account.rows > 1]
+            those = [other for other in self._busy.values() if other is not account or account.sequences > 1]
         counters = [other.counter for other in those] or [self._floor]
         served = [other.counter for other in those if other.load]
         return min(counters), min(served) if served else max(counters)
@@ -238,13 +238,13 @@ class Turns:
 def _merged(
     accounts: Iterable[_A],
     turns_of: Callable[[Iterable[_A]], list[int]],
-    rows_of: Callable[[_A], Iterator[SequenceState]],
+    sequences_of: Callable[[_A], Iterator[SequenceState]],
 ) -> Iterator[SequenceState]:
     """Yield the sequences of all accounts, each time one of the account whose turn it is then."""
     by_turn = dict(zip(turns_of(accounts), accounts, strict=True))
     heap = list(by_turn)
     heapify(heap)
-    begun: dict[_A, Iterator[SequenceState]] = {}
+    iterators: dict[_A, Iterator[SequenceState]] = {}
     while heap:
         account = by_turn[heap[0]]
         (now,) = turns_of((account,))
@@ -252,11 +252,11 @@ def _merged(
             by_turn[now] = account
             heapreplace(heap, now)
             continue
-        rows = begun.get(account) or begun.setdefault(account, rows_of(account))
-        if (row := next(rows, None)) is None:
+        sequences = iterators.get(account) or iterators.setdefault(account, sequences_of(account))
+        if (sequence := next(sequences, None)) is None:
             heappop(heap)
         else:
-            yield row
+            yield sequence
 
 
 class FairQueue:
@@ -275,11 +275,11 @@ class FairQueue:
         return self._count
 
     def __iter__(self) -> Iterator[SequenceState]:
-        return (row for flow in self._flows() for row in flow.queue)
+        return (sequence for flow in self._flows() for sequence in flow.queue)
 
-    def __contains__(self, row: SequenceState) -> bool:
-        flow = self._flow_of.get(row)
-        return flow is not None and flow.queue[_place(flow, row) :][:1] == [row]
+    def __contains__(self, sequence: SequenceState) -> bool:
+        flow = self._flow_of.get(sequence)
+        return flow is not None and flow.queue[_place(flow, sequence) :][:1] == [sequence]
 
     @property
     def in_background(self) -> int:
@@ -291,16 +291,16 @@ class FairQueue:
         """Adapters of the waiting sequences."""
         return (flow.mix for flow in self._flows())
 
-    def flow(self, row: SequenceState) -> Flow:
+    def flow(self, sequence: SequenceState) -> Flow:
         """Return the flow in which the sequence is counted while it waits or runs."""
-        return self._flow_of[row]
+        return self._flow_of[sequence]
 
-    def order(self, row: SequenceState) -> tuple[bool, int, int, int]:
+    def order(self, sequence: SequenceState) -> tuple[bool, int, int, int]:
         """Return the sort key of a sequence's turn; a smaller one is served earlier."""
-        flow = self._flow_of[row]
-        (tenant,) = self._tenants[row.background].turns((flow.tenant,))
+        flow = self._flow_of[sequence]
+        (tenant,) = self._tenants[sequence.background].turns((flow.tenant,))
         (own,) = flow.tenant.flows.turns((flow,))
-        return row.background, tenant, own, row.arrival
+        return sequence.background, tenant, own, sequence.arrival
 
     def was_given_less(self, tenant: TenantQueue, other: TenantQueue) -> bool:
         """Return True if `tenant` received less than `other` by a band. Both are in the background, or
@@ -311,48 +311,50 @@ class FairQueue:
         """Return the tenant's band and load; the tenant with the smaller ones is served first."""
         return self._tenants[tenant.background].band(tenant), tenant.load
 
-    def enter(self, row: SequenceState) -> None:
+    def enter(self, sequence: SequenceState) -> None:
         """Add a sequence that has arrived and waits."""
-        priority = max(-MOST_PRIORITY, min(MOST_PRIORITY, row.priority))
-        tenants = self._tenants[row.background]
-        tenant = tenants.enter(row.tenant, lambda: TenantQueue(row.tenant, self._credit, row.background))
-        flow = tenant.flows.enter((row.mix, priority), lambda: Flow(tenant, row.mix, priority))
-        self._flow_of[row] = flow
-        self._wait(flow, row)
+        priority = max(-MOST_PRIORITY, min(MOST_PRIORITY, sequence.priority))
+        tenants = self._tenants[sequence.background]
+        tenant = tenants.enter(
+            sequence.tenant, lambda: TenantQueue(sequence.tenant, self._credit, sequence.background)
+        )
+        flow = tenant.flows.enter((sequence.mix, priority), lambda: Flow(tenant, sequence.mix, priority))
+        self._flow_of[sequence] = flow
+        self._wait(flow, sequence)
 
-    def begin(self, row: SequenceState) -> None:
+    def begin(self, sequence: SequenceState) -> None:
         """Count a waiting sequence as running."""
-        flow = self._flow_of[row]
+        flow = self._flow_of[sequence]
         self._load(flow, 1)
-        self._unqueue(flow, row)
+        self._unqueue(flow, sequence)
 
-    def back(self, row: SequenceState) -> None:
+    def back(self, sequence: SequenceState) -> None:
         """Put a running sequence back to its old place in the queue."""
-        flow = self._flow_of[row]
+        flow = self._flow_of[sequence]
         self._load(flow, -1)
-        self._wait(flow, row)
+        self._wait(flow, sequence)
 
-    def leave(self, row: SequenceState) -> None:
+    def leave(self, sequence: SequenceState) -> None:
         """Remove a sequence for good."""
-        if row in self:
-            self._unqueue(self._flow_of[row], row)
+        if sequence in self:
+            self._unqueue(self._flow_of[sequence], sequence)
         else:
-            self._load(self._flow_of[row], -1)
-        flow = self._flow_of.pop(row)
+            self._load(self._flow_of[sequence], -1)
+        flow = self._flow_of.pop(sequence)
         flow.tenant.flows.leave(flow)
-        self._tenants[row.background].leave(flow.tenant)
+        self._tenants[sequence.background].leave(flow.tenant)
 
     def charge(self, segment: Segment) -> None:
         """Charge what a step computes of a sequence: each prompt token once, and a generated token."""
-        row = segment.row
-        stop = min(segment.stop, row.prompt_length)
-        prompt = max(0, stop - max(segment.start, row.charged))
-        row.charged = max(row.charged, stop)
-        self._charge(row, PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * segment.samples, served=prompt > 0)
+        sequence = segment.sequence
+        stop = min(segment.stop, sequence.prompt_length)
+        prompt = max(0, stop - max(segment.start, sequence.charged))
+        sequence.charged = max(sequence.charged, stop)
+        self._charge(sequence, PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * segment.samples, served=prompt > 0)
 
-    def charge_output(self, row: SequenceState, tokens: int) -> None:
+    def charge_output(self, sequence: SequenceState, tokens: int) -> None:
         """Charge tokens that a step generated beyond the one that was charged."""
-        self._charge(row, OUTPUT_WEIGHT * tokens, served=False)
+        self._charge(sequence, OUTPUT_WEIGHT * tokens, served=False)
 
     def in_turn(
         self,
@@ -365,14 +367,14 @@ class FairQueue:
         among: if given, only waiting sequences whose adapters satisfy it are visited.
         """
         self._plan += 1
-        begun: dict[TenantQueue, dict[Flow, list[SequenceState]]] = {}
-        for row in prefilling:
-            flow = self._flow_of[row]
-            begun.setdefault(flow.tenant, {}).setdefault(flow, []).append(row)
+        started: dict[TenantQueue, dict[Flow, list[SequenceState]]] = {}
+        for sequence in prefilling:
+            flow = self._flow_of[sequence]
+            started.setdefault(flow.tenant, {}).setdefault(flow, []).append(sequence)
         waiting = [tenant for tenant in self._waiting() if wanted(tenant)]
         if among is not None:
             waiting = [tenant for tenant in waiting if tenant.waiting_flows(among)]
-        return Turns(self._tenants, dict.fromkeys(begun) | dict.fromkeys(waiting), begun, among)
+        return Turns(self._tenants, dict.fromkeys(started) | dict.fromkeys(waiting), started, among)
 
     def _waiting(self) -> Iterator[TenantQueue]:
         return chain.from_iterable(tenants.waiting.values() for tenants in self._tenants.values())
@@ -380,32 +382,32 @@ class FairQueue:
     def _flows(self) -> Iterator[Flow]:
         return (flow for tenant in self._waiting() for flow in tenant.flows.waiting.values())
 
-    def _load(self, flow: Flow, rows: int) -> None:
+    def _load(self, flow: Flow, countences: int) -> None:
         """Count `rows` more running sequences of the flow."""
-        flow.load += rows / flow.weight
-        flow.tenant.load += rows / flow.weight
+        flow.load += countences / flow.weight
+        flow.tenant.load += countences / flow.weight
 
-    def _charge(self, row: SequenceState, tokens: int, *, served: bool) -> None:
-        flow = self._flow_of[row]
+    def _charge(self, sequence: SequenceState, tokens: int, *, served: bool) -> None:
+        flow = self._flow_of[sequence]
         flow.tenant.flows.charge(flow, tokens / flow.weight, served=served)
-        self._tenants[row.background].charge(flow.tenant, tokens / flow.weight, served=served)
+        self._tenants[sequence.background].charge(flow.tenant, tokens / flow.weight, served=served)
 
-    def _wait(self, flow: Flow, row: SequenceState) -> None:
-        self._tenants[row.background].wait(flow.tenant, self._plan)
+    def _wait(self, flow: Flow, sequence: SequenceState) -> None:
+        self._tenants[sequence.background].wait(flow.tenant, self._plan)
         flow.tenant.flows.wait(flow, self._plan)
-        insort(flow.queue, row, key=_arrival)
+        insort(flow.queue, sequence, key=_arrival)
         self._count += 1
 
-    def _unqueue(self, flow: Flow, row: SequenceState) -> None:
-        del flow.queue[_place(flow, row)]
+    def _unqueue(self, flow: Flow, sequence: SequenceState) -> None:
+        del flow.queue[_place(flow, sequence)]
         flow.tenant.flows.begin(flow)
-        self._tenants[row.background].begin(flow.tenant)
+        self._tenants[sequence.background].begin(flow.tenant)
         self._count -= 1
 
 
-def _arrival(row: SequenceState) -> int:
-    return row.arrival
+def _arrival(sequence: SequenceState) -> int:
+    return sequence.arrival
 
 
-def _place(flow: Flow, row: SequenceState) -> int:
-    return bisect_left(flow.queue, row.arrival, key=_arrival)
+def _place(flow: Flow, sequence: SequenceState) -> int:
+    return bisect_left(flow.queue, sequence.arrival, key=_arrival)

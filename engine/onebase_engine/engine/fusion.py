@@ -274,7 +274,7 @@ class RecordedLayer:
         program = self._programs[count]
         if program is None:
             return self._whole(*args, **named)
-        return program.run(given, self._rows.tokens, step)
+        return program.run_calls(given, self._rows.tokens, step)
 
     def _record(self, count: int, args: Any, named: Any, step: Contexts) -> Any:
         fixed = [self._fix(number, tensor, step) for number, tensor in enumerate(_tensors(args, named))]
@@ -304,7 +304,7 @@ class RecordedLayer:
         fixed = self._memory.fixed
         if key not in fixed:
             fixed[key] = Fixed(torch.empty_like(tensor, memory_format=torch.contiguous_format))
-        fixed[key].take(tensor, step)
+        fixed[key].load_tensor(tensor, step)
         return fixed[key]
 
 

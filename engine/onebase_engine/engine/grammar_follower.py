@@ -66,7 +66,7 @@ class _Answered:
 class _InFlight:
     """A sequence of a MaskRequest, as it was sent."""
 
-    row: SequenceState
+    sequence: SequenceState
     generated: int
     draft: tuple[int, ...]
     place: int
@@ -140,18 +140,18 @@ class Follower:
         if not self.users:
             self.unstarted_since = None
 
-    def forget(self, row: SequenceState) -> None:
+    def forget(self, sequence: SequenceState) -> None:
         """Note that a sequence has ended."""
         for known in (self.answered, self.due, self.suspects):
-            known.pop(row.arrival, None)
-        if self.reported.pop(row.arrival, None) is not None:
-            self._send(Forget([row.arrival], []))
+            known.pop(sequence.arrival, None)
+        if self.reported.pop(sequence.arrival, None) is not None:
+            self._send(Forget([sequence.arrival], []))
 
-    def awaits(self, row: SequenceState) -> bool:
+    def awaits(self, sequence: SequenceState) -> bool:
         """Return True if the next mask of a sequence is not there and cannot be requested in this step."""
-        if self._mask_of(row) is not None or row.grammar in self.errors:
+        if self._mask_of(sequence) is not None or sequence.grammar in self.errors:
             return False
-        return self.is_busy or row.arrival in self.due or row.grammar not in self.compiled
+        return self.is_busy or sequence.arrival in self.due or sequence.grammar not in self.compiled
 
     @property
     def is_busy(self) -> bool:
@@ -175,7 +175,7 @@ class Follower:
             if not (self.in_flight and key in self.deaths):
                 self._compile(key)
         if not self.in_flight and self.compiling not in self.deaths:
-            due = [(row, ()) for row in self.due.values() if row.grammar in self.compiled]
+            due = [(sequence, ()) for sequence in self.due.values() if sequence.grammar in self.compiled]
             self.request(due, ahead=True)
 
     def _try_alone(self, suspect: SequenceState) -> None:
@@ -210,10 +210,10 @@ class Follower:
         """Request masks of sequences and their drafts that are not there. None may be in flight."""
         sent: list[_InFlight] = []
         place, self.ahead = 0, ahead
-        for row, draft in wanted:
-            if self._mask_of(row) is None and place + len(draft) < self.shape[0]:
-                sent.append(_InFlight(row, row.generated, draft, place))
-                self.due.pop(row.arrival, None)
+        for sequence, draft in wanted:
+            if self._mask_of(sequence) is None and place + len(draft) < self.shape[0]:
+                sent.append(_InFlight(sequence, sequence.generated, draft, place))
+                self.due.pop(sequence.arrival, None)
                 place += len(draft) + 1
         if not sent:
             return
@@ -223,10 +223,13 @@ class Follower:
         self._send(
             MaskRequest(
                 self.number,
-                [(one.row.arrival, *self._news(one.row), list(one.draft), one.place) for one in sent],
+                [
+                    (one.sequence.arrival, *self._news(one.sequence), list(one.draft), one.place)
+                    for one in sent
+                ],
             )
         )
-        self.reported |= {one.row.arrival: one.generated for one in sent}
+        self.reported |= {one.sequence.arrival: one.generated for one in sent}
         self._expect()
 
     def masks(self, segment: Segment) -> np.ndarray | GrammarError | None:
@@ -234,9 +237,9 @@ class Follower:
 
         Of a draft without masks nothing is allowed, so that the sequence gets one token.
         """
-        found = self._mask_of(segment.row)
-        if found is None and segment.row.grammar in self.errors:
-            return GrammarError(f"the process that compiles it {self.errors[segment.row.grammar]}")
+        found = self._mask_of(segment.sequence)
+        if found is None and segment.sequence.grammar in self.errors:
+            return GrammarError(f"the process that compiles it {self.errors[segment.sequence.grammar]}")
         if found is None or isinstance(found.masks, GrammarError):
             return None if found is None else found.masks
         count = len(segment.draft) + 1
@@ -246,31 +249,35 @@ class Follower:
         masks[0] = found.masks[0]
         return masks
 
-    def note_drawn(self, rows: list[SequenceState], foresee: bool) -> None:
+    def note_drawn(self, sequences: list[SequenceState], foresee: bool) -> None:
         """Take in that sequences have new tokens. Tokens that are forced come into `SequenceState.forced`
         later."""
         if self.in_flight or not self.has_grace():
-            self.due |= {row.arrival: row for row in rows}
+            self.due |= {sequence.arrival: sequence for sequence in sequences}
             return
         asked = {
-            row.arrival: row
-            for row in rows
-            if row.grammar in self.compiled and row.grammar not in self.costly and not row.forced
+            sequence.arrival: sequence
+            for sequence in sequences
+            if sequence.grammar in self.compiled
+            and sequence.grammar not in self.costly
+            and not sequence.forced
         }
         if foresee and asked:
             self.drawn_number += 1
             self.drawn = asked
-            news = [(number, *self._news(row)) for number, row in asked.items()]
+            news = [(number, *self._news(sequence)) for number, sequence in asked.items()]
             self._send(TokensDrawn(self.drawn_number, news))
-            self.reported |= {number: row.generated for number, row in asked.items()}
+            self.reported |= {number: sequence.generated for number, sequence in asked.items()}
 
-    def _mask_of(self, row: SequenceState) -> _Answered | None:
-        found = self.answered.get(row.arrival)
-        return found if found is not None and found.generated == row.generated else None
+    def _mask_of(self, sequence: SequenceState) -> _Answered | None:
+        found = self.answered.get(sequence.arrival)
+        return found if found is not None and found.generated == sequence.generated else None
 
-    def _news(self, row: SequenceState) -> tuple[str, list[int]]:
+    def _news(self, sequence: SequenceState) -> tuple[str, list[int]]:
         """Return a sequence's grammar and the tokens that the process does not know."""
-        return row.grammar or "", row.tokens[row.prompt_length + self.reported.get(row.arrival, 0) :]
+        return sequence.grammar or "", sequence.tokens[
+            sequence.prompt_length + self.reported.get(sequence.arrival, 0) :
+        ]
 
     # ---- the process ------------------------------------------------------------------------
 
@@ -317,7 +324,9 @@ class Follower:
         interrupted = [self.compiling] if blameless and self.compiling is not None else []
         if blameless:
             self.compiling, self.in_flight, self.drawn = None, [], {}
-        self.costly |= {row.grammar for row in self.drawn.values() if row.grammar in self.users}
+        self.costly |= {
+            sequence.grammar for sequence in self.drawn.values() if sequence.grammar in self.users
+        }
         self.drawn = {}
         blamed = self._blame_compiling(reason)
         self._suspect_in_flight(reason)
@@ -345,7 +354,9 @@ class Follower:
         self.errors[key] = reason
         if key in self.to_compile:
             self.to_compile.remove(key)
-        self.suspects = {number: row for number, row in self.suspects.items() if row.grammar != key}
+        self.suspects = {
+            number: sequence for number, sequence in self.suspects.items() if sequence.grammar != key
+        }
 
     @property
     def gives_up(self) -> bool:
@@ -356,13 +367,15 @@ class Follower:
     def _suspect_in_flight(self, reason: str) -> None:
         """Have sequences whose masks were in flight tried alone; one that was alone gets an error."""
         in_flight, self.in_flight = self.in_flight, []
-        if len(in_flight) == 1 and in_flight[0].row.arrival in self.suspects:
+        if len(in_flight) == 1 and in_flight[0].sequence.arrival in self.suspects:
             (one,) = in_flight
             error = GrammarError(f"the process that follows its grammar {reason}")
-            del self.suspects[one.row.arrival]
-            self.answered[one.row.arrival] = _Answered(one.generated, (), error, shared=False)
+            del self.suspects[one.sequence.arrival]
+            self.answered[one.sequence.arrival] = _Answered(one.generated, (), error, shared=False)
         else:
-            self.suspects |= {one.row.arrival: one.row for one in in_flight if one.row.finish is None}
+            self.suspects |= {
+                one.sequence.arrival: one.sequence for one in in_flight if one.sequence.finish is None
+            }
 
     def end(self) -> None:
         if self.process is not None:
@@ -398,14 +411,14 @@ class Follower:
         if message.number != self.number:
             return
         for one in self.in_flight:
-            number = one.row.arrival
+            number = one.sequence.arrival
             masks = self._memory[one.place : one.place + len(one.draft) + 1]
             error = message.errors.get(number)
             if error is None and not masks[0].any():
                 error = "its grammar allows no token here"
             given = GrammarError(error) if error is not None else masks if shared else masks.copy()
             self.suspects.pop(number, None)
-            if one.row.finish is None:
+            if one.sequence.finish is None:
                 self.answered[number] = _Answered(one.generated, one.draft, given, shared)
         self.in_flight = []
 

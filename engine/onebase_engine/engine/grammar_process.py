@@ -111,7 +111,7 @@ class Matchers:
             return Compiled(key, _sentence(str(error) or type(error).__name__))
         with self._lock:
             self._compiled[key] = matcher
-            self._let_go()
+            self._evict()
             if self._taken() <= MOST_BYTES:
                 return Compiled(key, None)
             del self._compiled[key]
@@ -151,7 +151,7 @@ class Matchers:
 
         return str(matcher.grammar_from_lark(gbnf_to_lark(grammar.text)))
 
-    def _let_go(self) -> None:
+    def _evict(self) -> None:
         """Drop the least recently used grammars that no sequence follows, until the rest fits."""
         idle = [key for key in self._compiled if key not in self._used]
         while idle and (self._taken() > KEPT_BYTES or len(idle) > KEPT_GRAMMARS):
@@ -167,7 +167,7 @@ class Matchers:
         self._costly.difference_update(keys)
         with self._lock:
             self._used.difference_update(keys)
-            self._let_go()
+            self._evict()
 
     def _follow(self, number: int, key: str, tokens: list[int]) -> Any:
         """Return a sequence's grammar after its new tokens, or None if it was not compiled."""

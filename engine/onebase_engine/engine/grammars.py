@@ -143,7 +143,7 @@ class Grammars:
 
     # ---- compiling --------------------------------------------------------------------------
 
-    def open(self, grammar: Grammar, tenant: str, count: int) -> str:
+    def open_grammar(self, grammar: Grammar, tenant: str, count: int) -> str:
         """Have a grammar compiled for `count` sequences of a tenant, and return its key.
 
         `opened` reports when it is compiled. Each sequence is to be given to `forget`, or all of them to
@@ -439,20 +439,22 @@ class Grammars:
 
     # ---- masks ------------------------------------------------------------------------------
 
-    def awaits(self, row: SequenceState) -> bool:
+    def awaits(self, sequence: SequenceState) -> bool:
         """Return True if a sequence has to sit out steps, until its grammar or its mask has come."""
-        return row.grammar is not None and self._followers[row.tenant].awaits(row)
+        return sequence.grammar is not None and self._followers[sequence.tenant].awaits(sequence)
 
     def request(self, segments: Iterable[Segment]) -> bool:
         """Request the masks that a step needs. Return True if it needs any."""
         wanted: dict[str, list[Segment]] = {}
         for segment in segments:
-            if segment.row.grammar is not None and segment.samples:
-                wanted.setdefault(segment.row.tenant, []).append(segment)
+            if segment.sequence.grammar is not None and segment.samples:
+                wanted.setdefault(segment.sequence.tenant, []).append(segment)
         for tenant, some in wanted.items():
             follower = self._followers[tenant]
             if not follower.is_busy:
-                follower.request((one.row, one.draft) for one in some if one.row.grammar in follower.compiled)
+                follower.request(
+                    (one.sequence, one.draft) for one in some if one.sequence.grammar in follower.compiled
+                )
         return bool(wanted)
 
     def masks(
@@ -464,13 +466,13 @@ class Grammars:
 
         computed: waits for the forward pass, so that no time is counted in which an accelerator computes.
         """
-        wanted = [one for one in segments if one.row.grammar is not None and one.samples]
-        pending = {one.row.tenant: self._followers[one.row.tenant] for one in wanted}
+        wanted = [one for one in segments if one.sequence.grammar is not None and one.samples]
+        pending = {one.sequence.tenant: self._followers[one.sequence.tenant] for one in wanted}
         pending = self._still_pending(pending)
         if pending:
             computed()
             self._wait(self._still_pending(pending))
-        return {one.row: self._followers[one.row.tenant].masks(one) for one in wanted}
+        return {one.sequence: self._followers[one.sequence.tenant].masks(one) for one in wanted}
 
     def _wait(self, pending: dict[str, Follower]) -> None:
         """Wait for masks of tenants for which steps may wait."""
@@ -501,7 +503,7 @@ class Grammars:
                 poll.register(process.fileno(), select.POLLIN | (select.POLLOUT if process.unsent else 0))
         poll.poll(seconds * 1000)
 
-    def note_drawn(self, rows: Iterable[SequenceState], *, foresee: bool) -> None:
+    def note_drawn(self, sequences: Iterable[SequenceState], *, foresee: bool) -> None:
         """Take in that sequences have new tokens and go on.
 
         foresee: what they can only go on with is asked for. It comes into `SequenceState.forced` with a later
@@ -509,17 +511,17 @@ class Grammars:
             not at all: nobody waits for it.
         """
         by_tenant: dict[str, list[SequenceState]] = {}
-        for row in rows:
-            if row.grammar is not None:
-                by_tenant.setdefault(row.tenant, []).append(row)
+        for sequence in sequences:
+            if sequence.grammar is not None:
+                by_tenant.setdefault(sequence.tenant, []).append(sequence)
         for tenant, some in by_tenant.items():
             self._followers[tenant].note_drawn(some, foresee)
 
-    def forget(self, row: SequenceState) -> None:
+    def forget(self, sequence: SequenceState) -> None:
         """Note that a sequence has ended."""
-        if row.grammar is not None:
-            self._followers[row.tenant].forget(row)
-            self.close(row.tenant, row.grammar, 1)
+        if sequence.grammar is not None:
+            self._followers[sequence.tenant].forget(sequence)
+            self.close(sequence.tenant, sequence.grammar, 1)
 
     def end(self) -> None:
         """End all processes. Where grammars are still followed, the next call begins others."""

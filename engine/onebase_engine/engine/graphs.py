@@ -86,7 +86,7 @@ class Graphs:
             graph.step.prepare(batch.contexts, batch.token_map)
             self._prepared = batch, graph
 
-    def run(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def run_graph(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return logits and hidden states of the batch's packed rows, or None if it has no graph.
 
         The next run overwrites them.
@@ -143,16 +143,16 @@ class Graphs:
         try:
             step = FixedStep(size, self._slots, self._block_size, DUMP_BLOCK * self._block_size, self._device)
 
-            def run() -> tuple[torch.Tensor, torch.Tensor]:
+            def run_pass() -> tuple[torch.Tensor, torch.Tensor]:
                 return self._run(step)
 
-            step.take(*given)
-            wanted = self._kernels.unawaited(run, self._device)
+            step.load_step(*given)
+            wanted = self._kernels.unawaited(run_pass, self._device)
             step.clear()
             before = self._reserved()
-            replay, (logits, hidden) = self._kernels.capture(run, self._device)
+            replay, (logits, hidden) = self._kernels.capture(run_pass, self._device)
             self._bytes += self._reserved() - before
-            step.take(*given)
+            step.load_step(*given)
             replay()
             count = len(batch.input_ids)
             if not all(_same(*pair) for pair in zip(wanted, (logits[:count], hidden[:count]), strict=True)):

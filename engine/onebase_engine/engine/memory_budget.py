@@ -222,12 +222,12 @@ def largest_step_bytes(
         for error in model.move_slots({0: "any"}, lambda digest: weights).values():
             raise error
 
-        def run() -> None:
+        def run_step() -> None:
             logits = model.forward(batch).logits[: len(batch.sampled)]
             masks = [np.full(-(-logits.shape[1] // 32), -1, dtype=np.int32)] * len(batch.sampled)
             draw(logits, batch.sampled, frozenset(), model.kernels, masks)
 
-        return measure(run)
+        return measure(run_step)
 
     try:
         return max(
@@ -262,17 +262,17 @@ def _largest_plan(limits: SchedulerLimits, mix: AdapterMix, block_size: int) -> 
         limits.draft_tokens, limits.max_length - 1, max((limits.step_tokens - 1) // max(rows, 1) - 1, 0)
     )
 
-    def row(length: int) -> SequenceState:
+    def sequence(length: int) -> SequenceState:
         one = SequenceState("largest", 0, [0] * length, sampling, mix, arrival=0, arrived_at=0.0)
         one.blocks = array("i", [RESERVED_BLOCKS]) * -(-limits.max_length // block_size)
         return one
 
-    longest = row(limits.max_length - draft)
+    longest = sequence(limits.max_length - draft)
     decoding = Segment(longest, len(longest.tokens) - 1, len(longest.tokens), (0,) * draft)
     prefills, left = [], limits.step_tokens - rows * decoding.length
     while left > 0:
         length = min(left, limits.max_length)
-        prefills.append(Segment(row(limits.max_length), limits.max_length - length, limits.max_length))
+        prefills.append(Segment(sequence(limits.max_length), limits.max_length - length, limits.max_length))
         left -= length
     return StepPlan([replace(decoding) for _ in range(rows)], prefills)
 

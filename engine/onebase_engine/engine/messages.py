@@ -153,14 +153,14 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     `prompt_logprobs`."""
     background: bool = False
     """Whether the sequences only use what others leave free, whatever their priority: batches."""
-    begun: dict[int, list[int]] | None = None
+    resume_tokens: dict[int, list[int]] | None = None
     """Resume state: by choice, the tokens that each sequence has already generated elsewhere. Sequences that
     have ended are left out."""
 
     @property
     def choices(self) -> list[int]:
         """Numbers of the request's sequences."""
-        return list(range(self.n)) if self.begun is None else sorted(self.begun)
+        return list(range(self.n)) if self.resume_tokens is None else sorted(self.resume_tokens)
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -283,7 +283,7 @@ class SlotsChanged(msgspec.Struct, frozen=True, tag=True):
     """Time, in seconds, in which each new version moved from host memory into its slot."""
 
 
-class RowOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Output of one sequence in one step. Every sequence ends with exactly one output that sets `finish`."""
 
     id: str
@@ -343,7 +343,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 class StepResult(msgspec.Struct, frozen=True, tag=True):
     """Results of a step. Sent after every step, even if it only prefilled, and once a second when idle."""
 
-    rows: list[RowOutput]
+    outputs: list[SequenceOutput]
     stats: Stats
     at: float
     """End of the step, in seconds on the monotonic clock that all processes of a machine share."""

@@ -247,7 +247,7 @@ class ServedModel:
             self._graphs.uncaptured = {slot for one in self._modules for slot in one.uncaptured}
         return failed
 
-    def give_memory_back(self) -> bool:
+    def release_memory(self) -> bool:
         """Release memory that is not needed, when memory is short. Return True if there was any."""
         return self._graphs is not None and self._graphs.forget()
 
@@ -265,7 +265,7 @@ class ServedModel:
         """Return the logits of the batch's `logit_rows`, and the hidden states of its `hidden_rows`."""
         wants_hidden = len(batch.hidden_rows) > 0
         arrays = batch.input_ids, batch.positions, batch.logit_rows, batch.hidden_rows
-        if self._graphs is not None and (found := self._graphs.run(batch)) is not None:
+        if self._graphs is not None and (found := self._graphs.run_graph(batch)) is not None:
             logits, hidden = found
             own = sent(np.concatenate(arrays[2:]), self.device)
             logit_rows, hidden_rows = torch.split(own, [len(array) for array in arrays[2:]])

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from onebase_engine.engine.grammar_follower import GrammarError
 from onebase_engine.engine.messages import ScoredToken
-from onebase_engine.engine.sequence import Ahead, SequenceState
+from onebase_engine.engine.sequence import DraftedSequence, SequenceState
 from onebase_engine.kernels.interface import Draws, Kernels
 from onebase_engine.kernels.reference import sent
 
@@ -56,7 +56,7 @@ def uniform(seed: int, choice: int, index: int) -> float:
 
 def begin_draw(
     logits: torch.Tensor,
-    rows: Sequence[SequenceState | Ahead],
+    sequences: Sequence[SequenceState | DraftedSequence],
     eos_ids: frozenset[int],
     kernels: Kernels,
     masks: Sequence[Mask] = (),
@@ -65,29 +65,34 @@ def begin_draw(
 
     `masks`: one for each row, or none at all.
     """
-    if not rows:
+    if not sequences:
         return list
     own = [
-        _adjusted(one, row, eos_ids) if _adjusts(row) else one for one, row in zip(logits, rows, strict=True)
+        _adjusted(one, sequence, eos_ids) if _adjusts(sequence) else one
+        for one, sequence in zip(logits, sequences, strict=True)
     ]
-    allowed = [mask if isinstance(mask, np.ndarray) else None for mask in masks] or [None] * len(rows)
-    drawing = kernels.draw(own, _draws(rows), allowed)
-    return lambda: _drawn(drawing(), logits, rows, masks)
+    allowed = [mask if isinstance(mask, np.ndarray) else None for mask in masks] or [None] * len(sequences)
+    drawing = kernels.draw(own, _draws(sequences), allowed)
+    return lambda: _drawn(drawing(), logits, sequences, masks)
 
 
 def _drawn(
     chosen: list[int | None],
     logits: torch.Tensor,
-    rows: Sequence[SequenceState | Ahead],
+    sequences: Sequence[SequenceState | DraftedSequence],
     masks: Sequence[Mask],
 ) -> list[Drawn]:
     """Combine the tokens with the requested logprobs."""
     scores: dict[int, ScoredToken] = {}
     # One k at a time: among equal values, which come first depends on how many are asked for.
-    for top in {row.sampling.logprobs for row in rows}:
+    for top in {sequence.sampling.logprobs for sequence in sequences}:
         if top is None:
             continue
-        wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs == top and chosen[i] is not None]
+        wanted = [
+            i
+            for i, sequence in enumerate(sequences)
+            if sequence.sampling.logprobs == top and chosen[i] is not None
+        ]
         tokens = [token for token in (chosen[i] for i in wanted) if token is not None]
         scores |= zip(wanted, score_tokens(logits[wanted], tokens, top), strict=True)
     drawn = [Drawn(token, scores.get(i)) for i, token in enumerate(chosen)]
@@ -97,13 +102,15 @@ def _drawn(
     return drawn
 
 
-def _draws(rows: Sequence[SequenceState | Ahead]) -> Draws:
+def _draws(sequences: Sequence[SequenceState | DraftedSequence]) -> Draws:
     """Return the sampling settings and random numbers of all rows as arrays."""
-    settings = [row.sampling for row in rows]
+    settings = [sequence.sampling for sequence in sequences]
     temperatures = [max(one.temperature, _COLDEST) if one.temperature > 0 else 0.0 for one in settings]
     noise = [
-        uniform(row.sampling.seed, row.choice, row.generated) if row.sampling.temperature > 0 else 0.0
-        for row in rows
+        uniform(sequence.sampling.seed, sequence.choice, sequence.generated)
+        if sequence.sampling.temperature > 0
+        else 0.0
+        for sequence in sequences
     ]
     return Draws(
         temperature=np.array(temperatures, dtype=np.float32),
@@ -116,18 +123,18 @@ def _draws(rows: Sequence[SequenceState | Ahead]) -> Draws:
 
 def draw(
     logits: torch.Tensor,
-    rows: Sequence[SequenceState | Ahead],
+    sequences: Sequence[SequenceState | DraftedSequence],
     eos_ids: frozenset[int],
     kernels: Kernels,
     masks: Sequence[Mask] = (),
 ) -> list[Drawn]:
     """Draw with `begin_draw` and wait for the result."""
-    return begin_draw(logits, rows, eos_ids, kernels, masks)()
+    return begin_draw(logits, sequences, eos_ids, kernels, masks)()
 
 
 def begin_draw_apart(
     logits: torch.Tensor,
-    rows: Sequence[SequenceState | Ahead],
+    sequences: Sequence[SequenceState | DraftedSequence],
     eos_ids: frozenset[int],
     kernels: Kernels,
     masks: Sequence[Mask] = (),
@@ -139,18 +146,18 @@ def begin_draw_apart(
     """
 
     def apart(error: Exception) -> list[Drawn]:
-        if len({getattr(row, "row", row) for row in rows}) == 1:
-            return [Drawn(None, error=error) for _ in rows]
+        if len({getattr(sequence, "sequence", sequence) for sequence in sequences}) == 1:
+            return [Drawn(None, error=error) for _ in sequences]
         alone = [
-            begin_draw_apart(logits[i : i + 1], [row], eos_ids, kernels, masks[i : i + 1])()[0]
-            for i, row in enumerate(rows)
+            begin_draw_apart(logits[i : i + 1], [sequence], eos_ids, kernels, masks[i : i + 1])()[0]
+            for i, sequence in enumerate(sequences)
         ]
         if all(drawn.error is not None for drawn in alone):
             raise error
         return alone
 
     try:
-        read = begin_draw(logits, rows, eos_ids, kernels, masks)
+        read = begin_draw(logits, sequences, eos_ids, kernels, masks)
     except torch.AcceleratorError:
         raise
     except Exception as error:
@@ -218,40 +225,42 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     return (ascending.long() << 32) | last_first
 
 
-def _adjusted(raw: torch.Tensor, row: SequenceState | Ahead, eos_ids: frozenset[int]) -> torch.Tensor:
+def _adjusted(
+    raw: torch.Tensor, sequence: SequenceState | DraftedSequence, eos_ids: frozenset[int]
+) -> torch.Tensor:
     """Return a row's logits [vocab], fp32, after penalties, bias and min_tokens.
 
     All are NaN unless the largest raw one is finite, even if that one is removed.
     """
-    sampling = row.sampling
+    sampling = sequence.sampling
     logits = raw.float().clone()
     if sampling.penalizes:
-        _penalize(logits, row)
+        _penalize(logits, sequence)
     if sampling.logit_bias:
         bias = np.array(list(sampling.logit_bias.values()), dtype=np.float32)
         logits[sent(np.array(list(sampling.logit_bias)), raw.device)] += sent(bias, raw.device)
-    if row.generated < sampling.min_tokens:
+    if sequence.generated < sampling.min_tokens:
         ends = np.array([*eos_ids, *sampling.stop_token_ids], dtype=np.int64)
         logits.index_fill_(0, sent(ends, raw.device), -torch.inf)
     return torch.where(torch.isfinite(raw.amax()), logits, torch.nan)
 
 
-def _adjusts(row: SequenceState | Ahead) -> bool:
-    sampling = row.sampling
-    return bool(row.generated < sampling.min_tokens or sampling.logit_bias or sampling.penalizes)
+def _adjusts(sequence: SequenceState | DraftedSequence) -> bool:
+    sampling = sequence.sampling
+    return bool(sequence.generated < sampling.min_tokens or sampling.logit_bias or sampling.penalizes)
 
 
-def _penalize(logits: torch.Tensor, row: SequenceState | Ahead) -> None:
+def _penalize(logits: torch.Tensor, sequence: SequenceState | DraftedSequence) -> None:
     """Apply repetition penalty (CTRL, arXiv:1909.05858) to all tokens, OpenAI's two to the completion."""
-    sampling = row.sampling
+    sampling = sequence.sampling
     if sampling.repetition_penalty != 1.0:
-        ids, _ = row.seen.read(row.tokens)
+        ids, _ = sequence.seen.read(sequence.tokens)
         seen = sent(ids, logits.device)
         values = logits[seen]
         penalty = sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if row.generated and (sampling.presence_penalty or sampling.frequency_penalty):
-        ids, counts = row.completed.read(row.tokens, row.prompt_length)
+    if sequence.generated and (sampling.presence_penalty or sampling.frequency_penalty):
+        ids, counts = sequence.completed.read(sequence.tokens, sequence.prompt_length)
         times = sent(counts, logits.device).to(logits.dtype)
         penalties = sampling.presence_penalty + sampling.frequency_penalty * times
         logits[sent(ids, logits.device)] -= penalties

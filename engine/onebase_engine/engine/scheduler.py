@@ -127,28 +127,28 @@ class _Draft:
 
     def is_over(self) -> bool:
         """Return True if the walk is over. Free blocks are reserved for a sequence that many have passed."""
-        kept = any(row.passed >= MAX_PASSED for row in self.lacking)
+        kept = any(sequence.passed >= MAX_PASSED for sequence in self.lacking)
         return self.budget <= 0 or kept or max(len(self.lacking), self.slotless, self.refused) >= MAX_TRIES
 
-    def take(self, row: SequenceState, tokens: int) -> None:
+    def spend_tokens(self, sequence: SequenceState, tokens: int) -> None:
         self.budget -= tokens
-        if row.background:
+        if sequence.background:
             self.background -= tokens
 
-    def left(self, row: SequenceState) -> int:
+    def left(self, sequence: SequenceState) -> int:
         """Return the number of tokens that the sequence may still have."""
-        return min(self.budget, self.background) if row.background else self.budget
+        return min(self.budget, self.background) if sequence.background else self.budget
 
     def leave_background(self) -> None:
         """Remove the background sequences from the plan."""
         for segments in (self.decodes, self.chunks):
-            for row in [row for row in segments if row.background]:
-                self.budget += segments.pop(row).length
+            for sequence in [sequence for sequence in segments if sequence.background]:
+                self.budget += segments.pop(sequence).length
 
     def plan(self) -> StepPlan:
         single = [segment for segment in self.chunks.values() if segment.length == 1]
         longer = [segment for segment in self.chunks.values() if segment.length > 1]
-        heavy = sum(row in self.heavy for row in self.decodes) if self.contended else None
+        heavy = sum(sequence in self.heavy for sequence in self.decodes) if self.contended else None
         return StepPlan([*self.decodes.values(), *single], longer, heavy)
 
 
@@ -179,10 +179,10 @@ class BackgroundPace:
 
     def took(self, plan: StepPlan, seconds: float) -> None:
         """Update the budgets with the time in which a step was computed."""
-        others = [segment for segment in plan.segments if not segment.row.background]
+        others = [segment for segment in plan.segments if not segment.sequence.background]
         if not others:
             self._fit(sum(segment.length for segment in plan.segments), seconds)
-        if not others or any(not segment.row.background for segment in plan.prefills):
+        if not others or any(not segment.sequence.background for segment in plan.prefills):
             return
         self._credit += BACKGROUND_TIME * seconds
         if len(others) == len(plan.segments):
@@ -256,14 +256,14 @@ class Scheduler:
         self.preemptions = 0
         self.yielded = 0
         """Number of preemptions for a waiting sequence of another tenant."""
-        self.awaits: Callable[[SequenceState], bool] = lambda row: False
+        self.awaits: Callable[[SequenceState], bool] = lambda sequence: False
         """Whether a sequence has to skip steps that would give it a token, because its grammar's mask has not
         arrived."""
         self._uncharged: set[SequenceState] = set()
         """Sequences whose decodes are planned ahead and not charged yet."""
         slots.order = self.waiting.order
 
-    def check(self, prompt_length: int, max_tokens: int, adapters: int) -> None:
+    def check_limits(self, prompt_length: int, max_tokens: int, adapters: int) -> None:
         """Raise NeverFitsError for a request that could not run even alone."""
         if prompt_length < 1:
             raise NeverFitsError("empty_prompt", "prompt", "the prompt has no tokens")
@@ -291,13 +291,13 @@ class Scheduler:
                 f"start it with --max-slots {adapters}",
             )
 
-    def add(self, row: SequenceState) -> None:
-        self.waiting.enter(row)
+    def add(self, sequence: SequenceState) -> None:
+        self.waiting.enter(sequence)
 
     @property
     def only_background(self) -> bool:
         """Whether all running sequences are in the background."""
-        return all(row.background for row in self.running)
+        return all(sequence.background for sequence in self.running)
 
     def plan(
         self, background: int | None = None, bounded: int | None = None, *, ahead: bool = False
@@ -314,20 +314,26 @@ class Scheduler:
         draft = _Draft(tokens, tokens if background is None else background)
         draft.bounded = tokens if bounded is None else bounded
         self._decode(draft)
-        prefilling = [row for row in self.running if row.pending > 1]
+        prefilling = [sequence for sequence in self.running if sequence.pending > 1]
         self._walk(self.waiting.in_turn(prefilling, self._may_begin()), draft)
         if draft.slotless >= MAX_TRIES:
             # No slot is left to be had now. Rows whose adapters are in slots may still run.
             draft.slotless = 0
-            going = [row for row in prefilling if row in self.running and row not in draft.chunks]
+            going = [
+                sequence
+                for sequence in prefilling
+                if sequence in self.running and sequence not in draft.chunks
+            ]
             placed = self._slots.unclaimed
             among = self.waiting.in_turn(going, self._may_begin(), lambda mix: placed.issuperset(mix.digests))
             self._walk(among, draft)
-        for row in prefilling:
-            done = row not in self.running or row in draft.chunks or self._must_wait(row, draft)
+        for sequence in prefilling:
+            done = (
+                sequence not in self.running or sequence in draft.chunks or self._must_wait(sequence, draft)
+            )
             if draft.budget > 0 and not done:
-                self._advance(row, draft)
-        if any(not row.background for row in draft.chunks):
+                self._advance(sequence, draft)
+        if any(not sequence.background for sequence in draft.chunks):
             draft.leave_background()
         if ahead:
             self._uncharged = set(draft.decodes)
@@ -340,7 +346,7 @@ class Scheduler:
 
     def holds_up(self, plan: StepPlan) -> bool:
         """Return True if a plan made ahead has only background sequences while others wait."""
-        alone = all(segment.row.background for segment in plan.segments)
+        alone = all(segment.sequence.background for segment in plan.segments)
         return alone and len(self.waiting) > self.waiting.in_background
 
     def settle(self, plan: StepPlan, background: int) -> StepPlan:
@@ -350,86 +356,92 @@ class Scheduler:
         as in `plan`.
         """
         for segment in plan.decodes:
-            if segment.row in self._uncharged:
+            if segment.sequence in self._uncharged:
                 self.waiting.charge(segment)
         self._uncharged = set()
         if not self.limits.draft_tokens:
             return plan
         draft = _Draft(self.limits.step_tokens, background)
         for segment in plan.segments:
-            draft.take(segment.row, segment.length)
-        draft.decodes = {one.row: one for one in plan.decodes if one.samples}
+            draft.spend_tokens(segment.sequence, segment.length)
+        draft.decodes = {one.sequence: one for one in plan.decodes if one.samples}
         self._bound_decodes(draft.decodes, draft)
         self._look_ahead(draft, ahead=True)
         if not any(one.draft for one in draft.decodes.values()):
             return plan
-        return replace(plan, decodes=[draft.decodes.get(one.row, one) for one in plan.decodes])
+        return replace(plan, decodes=[draft.decodes.get(one.sequence, one) for one in plan.decodes])
 
     def guess(self, plan: StepPlan) -> None:
         """Let sequences without a draft guess this step's token, to learn whether drafts are worth it."""
         for segment in plan.decodes:
-            if segment.row.drafts is not None and not segment.draft:
-                segment.row.drafts.propose(segment.row.tokens, 1)
+            if segment.sequence.drafts is not None and not segment.draft:
+                segment.sequence.drafts.propose(segment.sequence.tokens, 1)
 
     def computed(self, segment: Segment, right: int = 0) -> None:
         """Record that a step has written the KV of the segment and of the first `right` tokens of its draft.
 
         These tokens are the sequence's by now. Full blocks become a prefix that others may use.
         """
-        row = segment.row
-        row.computed = segment.stop + right
+        sequence = segment.sequence
+        sequence.computed = segment.stop + right
         if right:
-            self.waiting.charge_output(row, right)
-        self._extend_keys(row, row.computed)
+            self.waiting.charge_output(sequence, right)
+        self._extend_keys(sequence, sequence.computed)
         size = self._pool.block_size
-        for index in range(segment.start // size, row.computed // size):
-            self._pool.publish(row.blocks[index], row.block_keys[index])
+        for index in range(segment.start // size, sequence.computed // size):
+            self._pool.publish(sequence.blocks[index], sequence.block_keys[index])
 
-    def finish(self, row: SequenceState) -> None:
+    def finish(self, sequence: SequenceState) -> None:
         """Remove a sequence, waiting or running, and release its resources."""
-        self._slots.forget(row)
-        if row in self.running:
-            self.running.remove(row)
-            self._release(row)
-        self.waiting.leave(row)
+        self._slots.forget(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+        self.waiting.leave(sequence)
 
     @property
-    def rows(self) -> list[SequenceState]:
+    def sequences(self) -> list[SequenceState]:
         return [*self.running, *self.waiting]
 
     # ---- what a step computes ----------------------------------------------------------------
 
     def _decode(self, draft: _Draft) -> None:
-        rows = [row for row in self.running if row.pending == 1 and not row.ends]
-        rows = [row for row in rows if not self._is_late(row) and not self.awaits(row)]
-        behind = sum(row.background for row in rows)
-        if len(rows) > draft.budget or 0 < draft.background < behind:
-            rows.sort(key=self.waiting.order)
-        self._bound_decodes(rows, draft)
+        sequences = [sequence for sequence in self.running if sequence.pending == 1 and not sequence.ends]
+        sequences = [
+            sequence for sequence in sequences if not self._is_late(sequence) and not self.awaits(sequence)
+        ]
+        behind = sum(sequence.background for sequence in sequences)
+        if len(sequences) > draft.budget or 0 < draft.background < behind:
+            sequences.sort(key=self.waiting.order)
+        self._bound_decodes(sequences, draft)
         if draft.heavy:
-            rows.sort(key=lambda row: (row in draft.heavy, -row.skipped))
-        prompts = len(self.waiting) > self.waiting.in_background or len(rows) < len(self.running)
+            sequences.sort(key=lambda sequence: (sequence in draft.heavy, -sequence.skipped))
+        prompts = len(self.waiting) > self.waiting.in_background or len(sequences) < len(self.running)
         bounded = draft.bounded // 2 if prompts else draft.bounded
-        for row in rows:
-            if row in draft.heavy and bounded <= 0:
-                row.skipped += 1
+        for sequence in sequences:
+            if sequence in draft.heavy and bounded <= 0:
+                sequence.skipped += 1
                 continue
-            ready = draft.left(row) > 0 and row not in draft.preempted
-            if ready and self._grow(row, len(row.tokens), draft):
-                draft.decodes[row] = Segment(row, row.computed, len(row.tokens))
-                draft.take(row, 1)
-                row.skipped = 0
-                if row in draft.heavy:
+            ready = draft.left(sequence) > 0 and sequence not in draft.preempted
+            if ready and self._grow(sequence, len(sequence.tokens), draft):
+                draft.decodes[sequence] = Segment(sequence, sequence.computed, len(sequence.tokens))
+                draft.spend_tokens(sequence, 1)
+                sequence.skipped = 0
+                if sequence in draft.heavy:
                     bounded -= 1
                     draft.bounded -= 1
 
-    def _bound_decodes(self, rows: Collection[SequenceState], draft: _Draft) -> None:
+    def _bound_decodes(self, sequences: Collection[SequenceState], draft: _Draft) -> None:
         """Note which tenants decode, and which of these sequences are of tenants with twice the load."""
-        those = [(row, self.waiting.flow(row).tenant) for row in rows if not row.background]
+        those = [
+            (sequence, self.waiting.flow(sequence).tenant)
+            for sequence in sequences
+            if not sequence.background
+        ]
         draft.decoding = nsmallest(2, {tenant for _, tenant in those}, key=self.waiting.standing)
         if len(draft.decoding) == 2:
             first = draft.decoding[0]
-            draft.heavy = {row for row, tenant in those if self._is_heavier(tenant, first)}
+            draft.heavy = {sequence for sequence, tenant in those if self._is_heavier(tenant, first)}
             draft.contended = bool(draft.heavy)
 
     def _is_heavier(self, tenant: TenantQueue, other: TenantQueue) -> bool:
@@ -437,52 +449,56 @@ class Scheduler:
 
     def _walk(self, turns: Turns, draft: _Draft) -> None:
         """Plan prompts in turn: those of running sequences, and of waiting ones that can be admitted."""
-        for row in turns:
+        for sequence in turns:
             if draft.is_over():
                 break
-            if self._must_wait(row, draft):
-                turns.pass_over(self.waiting.flow(row).tenant)
-            elif row in self.running or self._admit(row, draft, turns):
-                self._advance(row, draft)
+            if self._must_wait(sequence, draft):
+                turns.pass_over(self.waiting.flow(sequence).tenant)
+            elif sequence in self.running or self._admit(sequence, draft, turns):
+                self._advance(sequence, draft)
 
-    def _advance(self, row: SequenceState, draft: _Draft) -> None:
+    def _advance(self, sequence: SequenceState, draft: _Draft) -> None:
         """Plan as much of the sequence as the budget allows, once its blocks are restored."""
-        if self._is_late(row):
-            draft.late.add(row)
+        if self._is_late(sequence):
+            draft.late.add(sequence)
             return
-        is_bounded = self._is_bounded(row, draft)
+        is_bounded = self._is_bounded(sequence, draft)
         draft.contended |= is_bounded
-        length = min(row.pending, draft.left(row), draft.bounded if is_bounded else row.pending)
-        if row.scores_prompt:
-            length = min(length, max(row.first_scored - row.computed, 0) + MAX_SCORED_TOKENS)
-        segment = Segment(row, row.computed, row.computed + length)
-        if segment.samples and self.awaits(row):
+        length = min(
+            sequence.pending, draft.left(sequence), draft.bounded if is_bounded else sequence.pending
+        )
+        if sequence.scores_prompt:
+            length = min(length, max(sequence.first_scored - sequence.computed, 0) + MAX_SCORED_TOKENS)
+        segment = Segment(sequence, sequence.computed, sequence.computed + length)
+        if segment.samples and self.awaits(sequence):
             return
-        draft.chunks[row] = segment
-        draft.take(row, length)
+        draft.chunks[sequence] = segment
+        draft.spend_tokens(sequence, length)
         draft.bounded -= length if is_bounded else 0
         self.waiting.charge(segment)
 
-    def _must_wait(self, row: SequenceState, draft: _Draft) -> bool:
+    def _must_wait(self, sequence: SequenceState, draft: _Draft) -> bool:
         """Return True if the step has no time for this prompt.
 
         It must stay short for a prompt of a tenant with at most half the load, and for decodes of another
         tenant that is served first. For a background sequence: for another sequence's prompt.
         """
-        if row.background and (draft.background <= 0 or any(not other.background for other in draft.chunks)):
+        if sequence.background and (
+            draft.background <= 0 or any(not other.background for other in draft.chunks)
+        ):
             return True
-        if draft.bounded <= 0 and self._is_bounded(row, draft):
+        if draft.bounded <= 0 and self._is_bounded(sequence, draft):
             draft.contended = True
             return True
-        tenant = self.waiting.flow(row).tenant
+        tenant = self.waiting.flow(sequence).tenant
         others = {self.waiting.flow(other).tenant for other in draft.chunks} - {tenant}
         return any(2 * other.load <= tenant.load for other in others)
 
-    def _is_bounded(self, row: SequenceState, draft: _Draft) -> bool:
+    def _is_bounded(self, sequence: SequenceState, draft: _Draft) -> bool:
         """Return True if the step decodes for another tenant that is served before this sequence's."""
-        if row.background:
+        if sequence.background:
             return False
-        tenant, standing = self.waiting.flow(row).tenant, self.waiting.standing
+        tenant, standing = self.waiting.flow(sequence).tenant, self.waiting.standing
         return any(other is not tenant and standing(other) <= standing(tenant) for other in draft.decoding)
 
     def _look_ahead(self, draft: _Draft, *, ahead: bool = False) -> None:
@@ -492,34 +508,36 @@ class Scheduler:
         """
         rows = self.limits.step_tokens - draft.budget
         size, spare = self._pool.block_size, max(len(self.running), int(self._pool.capacity * WATERMARK))
-        for row, segment in draft.decodes.items():
-            late = (row.background and not self.only_background) or row in draft.heavy
-            if row.sampling.penalizes or not row.generates or late:
+        for sequence, segment in draft.decodes.items():
+            late = (sequence.background and not self.only_background) or sequence in draft.heavy
+            if sequence.sampling.penalizes or not sequence.generates or late:
                 continue  # It is to say something else or nothing, or to take little time.
-            row.drafts = row.drafts or Drafts()
-            if ahead and not row.forced and row.drafts.misses(rows):
+            sequence.drafts = sequence.drafts or Drafts()
+            if ahead and not sequence.forced and sequence.drafts.misses(rows):
                 continue
-            most = min(self.limits.draft_tokens, row.sampling.max_tokens - row.generated - 1)
-            found = row.drafts.propose(row.tokens, most, row.forced)
-            room = len(row.blocks) * size - len(row.tokens)
-            count = min(len(found), row.drafts.worth(rows), draft.left(row))
+            most = min(self.limits.draft_tokens, sequence.sampling.max_tokens - sequence.generated - 1)
+            found = sequence.drafts.propose(sequence.tokens, most, sequence.forced)
+            room = len(sequence.blocks) * size - len(sequence.tokens)
+            count = min(len(found), sequence.drafts.worth(rows), draft.left(sequence))
             if count > room and self._pool.free > spare:
-                row.blocks.extend(self._pool.allocate(1) or ())
+                sequence.blocks.extend(self._pool.allocate(1) or ())
                 room += size
             if (count := min(count, room)) > 0:
-                draft.decodes[row] = Segment(row, segment.start, segment.stop, tuple(found[:count]))
-                draft.take(row, count)
+                draft.decodes[sequence] = Segment(sequence, segment.start, segment.stop, tuple(found[:count]))
+                draft.spend_tokens(sequence, count)
                 rows += count
 
     # ---- admission ---------------------------------------------------------------------------
 
     def _may_begin(self) -> Callable[[TenantQueue], bool]:
         """Return a predicate for tenants whose sequences may be admitted, at least by preempting others."""
-        if not self._is_full or any(row.ends for row in self.running):
+        if not self._is_full or any(sequence.ends for sequence in self.running):
             return lambda tenant: True
         most = {False: 0.0, True: 0.0}
-        for row in self.running:
-            most[row.background] = max(most[row.background], self.waiting.flow(row).tenant.load)
+        for sequence in self.running:
+            most[sequence.background] = max(
+                most[sequence.background], self.waiting.flow(sequence).tenant.load
+            )
 
         def might(tenant: TenantQueue) -> bool:
             takes = most[True] > 0 and not tenant.background
@@ -527,31 +545,31 @@ class Scheduler:
 
         return might
 
-    def _admit(self, row: SequenceState, draft: _Draft, turns: Turns) -> bool:
+    def _admit(self, sequence: SequenceState, draft: _Draft, turns: Turns) -> bool:
         """Admit a waiting sequence if its resources are free or others yield them. Return True if it runs."""
-        leader = row.leader
+        leader = sequence.leader
         waits_for_leader = leader is not None and not leader.prefilled and not leader.finish
-        if waits_for_leader or row in draft.preempted or row in draft.lacking:
+        if waits_for_leader or sequence in draft.preempted or sequence in draft.lacking:
             return False
-        flow = self.waiting.flow(row)
-        if self._is_full and self._over_served(row, self.running, (), draft) is None:
+        flow = self.waiting.flow(sequence)
+        if self._is_full and self._over_served(sequence, self.running, (), draft) is None:
             turns.pass_over(flow.tenant)
             draft.refused += 1
             return False
-        if not self._take_slots(row, draft):
+        if not self._take_slots(sequence, draft):
             turns.pass_over(flow)
             draft.slotless += 1
             return False
-        if self._is_full or not self._take_blocks(row):
-            yielding = self._yielding(row, draft)
+        if self._is_full or not self._take_blocks(sequence):
+            yielding = self._yielding(sequence, draft)
             if not yielding:
-                self._slots.release(row)
-                draft.lacking.add(row)
+                self._slots.release(sequence)
+                draft.lacking.add(sequence)
                 return False
             self._yield(yielding, draft)
-            self._take_blocks(row)
-        self.waiting.begin(row)
-        insort(self.running, row, key=lambda other: other.arrival)
+            self._take_blocks(sequence)
+        self.waiting.begin(sequence)
+        insort(self.running, sequence, key=lambda other: other.arrival)
         for other in draft.lacking:
             other.passed += 1
         return True
@@ -560,27 +578,27 @@ class Scheduler:
     def _is_full(self) -> bool:
         return len(self.running) >= self.limits.max_rows
 
-    def _take_slots(self, row: SequenceState, draft: _Draft) -> bool:
-        if self._slots.acquire(row):
+    def _take_slots(self, sequence: SequenceState, draft: _Draft) -> bool:
+        if self._slots.acquire(sequence):
             return True
-        users = self._slots.in_the_way(row)
+        users = self._slots.in_the_way(sequence)
         yielding: list[SequenceState] = []
         while users - set(yielding):
-            victim = self._over_served(row, users - set(yielding), yielding, draft)
+            victim = self._over_served(sequence, users - set(yielding), yielding, draft)
             if victim is None:
                 return False
             yielding.append(victim)
         self._yield(yielding, draft)
-        return bool(yielding) and self._slots.acquire(row)
+        return bool(yielding) and self._slots.acquire(sequence)
 
-    def _yielding(self, row: SequenceState, draft: _Draft) -> list[SequenceState]:
+    def _yielding(self, sequence: SequenceState, draft: _Draft) -> list[SequenceState]:
         """Return running sequences that yield a place and blocks to `row`; empty if those would not
         suffice."""
-        needed = self._pool.blocks_for(len(row.tokens)) + self._watermark(row)
+        needed = self._pool.blocks_for(len(sequence.tokens)) + self._watermark(sequence)
         free = self._pool.free
         yielding: list[SequenceState] = []
         while len(self.running) - len(yielding) >= self.limits.max_rows or free < needed:
-            victim = self._over_served(row, self.running, yielding, draft)
+            victim = self._over_served(sequence, self.running, yielding, draft)
             if victim is None:
                 return []
             yielding.append(victim)
@@ -589,7 +607,7 @@ class Scheduler:
 
     def _over_served(
         self,
-        row: SequenceState,
+        sequence: SequenceState,
         among: Collection[SequenceState],
         yielding: Collection[SequenceState],
         draft: _Draft,
@@ -603,12 +621,12 @@ class Scheduler:
         if ending is not None:
             return ending
         behind = [other for other in among if other.background and other not in going]
-        if not row.background and behind:
+        if not sequence.background and behind:
             return max(behind, key=lambda other: other.arrival)
-        flow, own = self.waiting.flow(row), self.waiting.flow(row).tenant
-        least = 2 * (own.load + (0 if row in self.running else 1 / flow.weight))
+        flow, own = self.waiting.flow(sequence), self.waiting.flow(sequence).tenant
+        least = 2 * (own.load + (0 if sequence in self.running else 1 / flow.weight))
         loads: dict[SequenceState, float] = {}
-        for other in behind if row.background else among:
+        for other in behind if sequence.background else among:
             theirs = self.waiting.flow(other).tenant
             settled = other.generated < other.yields_at or other in going
             if theirs is own or theirs.load < least or settled or self.waiting.was_given_less(theirs, own):
@@ -619,94 +637,98 @@ class Scheduler:
                 loads[other] = load
         return max(loads, key=lambda other: (loads[other], other.arrival), default=None)
 
-    def _yield(self, rows: Collection[SequenceState], draft: _Draft) -> None:
-        for row in rows:
-            self._preempt(row, draft)
-        self.yielded += sum(not row.ends for row in rows)
+    def _yield(self, sequences: Collection[SequenceState], draft: _Draft) -> None:
+        for sequence in sequences:
+            self._preempt(sequence, draft)
+        self.yielded += sum(not sequence.ends for sequence in sequences)
 
     # ---- blocks ------------------------------------------------------------------------------
 
-    def _take_blocks(self, row: SequenceState) -> bool:
+    def _take_blocks(self, sequence: SequenceState) -> bool:
         """Allocate blocks for all tokens, a cached prefix first. At least one token stays to compute.
 
         Return False, and allocate none, if there are not enough, or if fewer than the watermark would stay
         free.
         """
-        self._extend_keys(row, len(row.tokens) - 1)
-        wanted = row.block_keys[: row.reusable // self._pool.block_size]
+        self._extend_keys(sequence, len(sequence.tokens) - 1)
+        wanted = sequence.block_keys[: sequence.reusable // self._pool.block_size]
         shared, fresh = self._pool.share(wanted), None
-        needed = self._pool.blocks_for(len(row.tokens))
-        if needed - len(shared) + self._watermark(row) <= self._pool.free:
+        needed = self._pool.blocks_for(len(sequence.tokens))
+        if needed - len(shared) + self._watermark(sequence) <= self._pool.free:
             # What comes back from host memory takes blocks that the row would take anyway.
             shared += self._pool.share(wanted[len(shared) :], restore=True)
             fresh = self._pool.allocate(needed - len(shared))
         if fresh is None:
             self._pool.release(shared)
             return False
-        row.blocks = array("i", shared + fresh)
-        row.late = self._pool.late(shared)
-        row.computed = len(shared) * self._pool.block_size
-        if row.cached_tokens is None:
-            row.cached_tokens = row.charged = min(row.computed, row.prompt_length)
+        sequence.blocks = array("i", shared + fresh)
+        sequence.late = self._pool.late(shared)
+        sequence.computed = len(shared) * self._pool.block_size
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.charged = min(sequence.computed, sequence.prompt_length)
         else:
-            again = len(row.tokens) - row.computed
-            row.yields_at = row.generated + max(self._pool.block_size, again // OUTPUT_WEIGHT)
+            again = len(sequence.tokens) - sequence.computed
+            sequence.yields_at = sequence.generated + max(self._pool.block_size, again // OUTPUT_WEIGHT)
         return True
 
-    def _is_late(self, row: SequenceState) -> bool:
+    def _is_late(self, sequence: SequenceState) -> bool:
         """Return True if blocks of a running sequence return from host memory only after the next step."""
-        if row.late:
-            row.late = self._pool.late(row.late)
-        return bool(row.late)
+        if sequence.late:
+            sequence.late = self._pool.late(sequence.late)
+        return bool(sequence.late)
 
     def _watermark(self, admitted: SequenceState) -> int:
         """Return the number of blocks that must stay free after `admitted` joins; alone it may take all."""
         if not self.running:
             return 0
-        growing = sum(self._may_outgrow(row, len(row.blocks)) for row in self.running)
+        growing = sum(self._may_outgrow(sequence, len(sequence.blocks)) for sequence in self.running)
         growing += self._may_outgrow(admitted, self._pool.blocks_for(len(admitted.tokens)))
         return max(growing, int(self._pool.capacity * WATERMARK))
 
-    def _may_outgrow(self, row: SequenceState, blocks: int) -> bool:
+    def _may_outgrow(self, sequence: SequenceState, blocks: int) -> bool:
         """Return True if the sequence may need more than `blocks`; its last token needs no KV."""
-        return self._pool.blocks_for(row.prompt_length + row.sampling.max_tokens - 1) > blocks
+        return self._pool.blocks_for(sequence.prompt_length + sequence.sampling.max_tokens - 1) > blocks
 
-    def _grow(self, row: SequenceState, tokens: int, draft: _Draft) -> bool:
+    def _grow(self, sequence: SequenceState, tokens: int, draft: _Draft) -> bool:
         """Allocate blocks for `tokens`, preempting sequences if needed, background ones first.
 
         Return False if this sequence was preempted.
         """
-        while len(row.blocks) * self._pool.block_size < tokens:
+        while len(sequence.blocks) * self._pool.block_size < tokens:
             more = self._pool.allocate(1)
             if more is not None:
-                row.blocks.extend(more)
+                sequence.blocks.extend(more)
                 continue
             youngest = ([other for other in self.running if other.background] or self.running)[-1]
             victim = self._over_served(youngest, self.running, (), draft) or youngest
             self._preempt(victim, draft)
-            if victim is row:
+            if victim is sequence:
                 return False
         return True
 
-    def _preempt(self, row: SequenceState, draft: _Draft) -> None:
-        self.running.remove(row)
-        self._release(row)
-        row.computed = 0
-        self.waiting.back(row)
-        self.preemptions += not row.ends
-        draft.preempted.add(row)
-        if draft.decodes.pop(row, None) is not None:
-            draft.take(row, -1)
+    def _preempt(self, sequence: SequenceState, draft: _Draft) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.computed = 0
+        self.waiting.back(sequence)
+        self.preemptions += not sequence.ends
+        draft.preempted.add(sequence)
+        if draft.decodes.pop(sequence, None) is not None:
+            draft.spend_tokens(sequence, -1)
 
-    def _release(self, row: SequenceState) -> None:
-        self._pool.release(row.blocks)
-        row.blocks, row.late = array("i"), []
-        self._slots.release(row)
+    def _release(self, sequence: SequenceState) -> None:
+        self._pool.release(sequence.blocks)
+        sequence.blocks, sequence.late = array("i"), []
+        self._slots.release(sequence)
 
-    def _extend_keys(self, row: SequenceState, tokens: int) -> None:
+    def _extend_keys(self, sequence: SequenceState, tokens: int) -> None:
         """Extend the keys of the sequence's full blocks within its first `tokens` tokens."""
         size = self._pool.block_size
-        while (len(row.block_keys) + 1) * size <= tokens:
-            start = len(row.block_keys) * size
-            parent = row.block_keys[-1] if row.block_keys else root_key(self._base, row.tenant, row.mix)
-            row.block_keys.append(block_key(parent, row.tokens[start : start + size]))
+        while (len(sequence.block_keys) + 1) * size <= tokens:
+            start = len(sequence.block_keys) * size
+            parent = (
+                sequence.block_keys[-1]
+                if sequence.block_keys
+                else root_key(self._base, sequence.tenant, sequence.mix)
+            )
+            sequence.block_keys.append(block_key(parent, sequence.tokens[start : start + size]))

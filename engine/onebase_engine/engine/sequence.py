@@ -164,31 +164,31 @@ class SequenceState:
 
 
 @dataclass(frozen=True)
-class Ahead:
+class DraftedSequence:
     """A sequence as it will be if the first tokens of its draft are right."""
 
-    row: SequenceState
+    sequence: SequenceState
     draft: tuple[int, ...]
 
     @property
     def sampling(self) -> Sampling:
-        return self.row.sampling
+        return self.sequence.sampling
 
     @property
     def choice(self) -> int:
-        return self.row.choice
+        return self.sequence.choice
 
     @property
     def prompt_length(self) -> int:
-        return self.row.prompt_length
+        return self.sequence.prompt_length
 
     @property
     def tokens(self) -> list[int]:
-        return [*self.row.tokens, *self.draft]
+        return [*self.sequence.tokens, *self.draft]
 
     @property
     def generated(self) -> int:
-        return self.row.generated + len(self.draft)
+        return self.sequence.generated + len(self.draft)
 
     @property
     def seen(self) -> TokenCounts:
@@ -203,7 +203,7 @@ class Ahead:
 class Segment:
     """Tokens `start:stop` of a sequence that one step computes, and those of a draft after its last token."""
 
-    row: SequenceState
+    sequence: SequenceState
     start: int
     stop: int
     draft: tuple[int, ...] = ()
@@ -214,28 +214,28 @@ class Segment:
 
     @property
     def tokens(self) -> list[int]:
-        return [*self.row.tokens[self.start : self.stop], *self.draft]
+        return [*self.sequence.tokens[self.start : self.stop], *self.draft]
 
     @property
     def samples(self) -> bool:
         """Whether the segment reaches the sequence's last token, whose logits give the next one."""
-        return self.stop == len(self.row.tokens) and self.row.generates
+        return self.stop == len(self.sequence.tokens) and self.sequence.generates
 
     @property
     def scored(self) -> range:
         """Numbers of the tokens whose logits score the prompt's next ones."""
-        row = self.row
-        if not row.scores_prompt:
+        sequence = self.sequence
+        if not sequence.scores_prompt:
             return range(0)
-        return range(max(self.start, row.first_scored), min(self.stop, row.prompt_length - 1))
+        return range(max(self.start, sequence.first_scored), min(self.stop, sequence.prompt_length - 1))
 
     @property
     def pooled(self) -> range:
         """Numbers of the tokens whose hidden states are needed."""
-        if self.row.pooling is None:
+        if self.sequence.pooling is None:
             return range(0)
-        last = len(self.row.tokens) - 1
-        return range(max(self.start, last) if self.row.pooling.kind == "last" else self.start, self.stop)
+        last = len(self.sequence.tokens) - 1
+        return range(max(self.start, last) if self.sequence.pooling.kind == "last" else self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -256,12 +256,16 @@ class StepPlan:
         return {
             block
             for one in self.segments
-            for block in one.row.blocks[one.start // block_size : -(-(one.start + one.length) // block_size)]
+            for block in one.sequence.blocks[
+                one.start // block_size : -(-(one.start + one.length) // block_size)
+            ]
         }
 
     def unfinished(self) -> StepPlan:
         """Return the plan without sequences that have ended since."""
-        going = [[one for one in some if one.row.finish is None] for some in (self.decodes, self.prefills)]
+        going = [
+            [one for one in some if one.sequence.finish is None] for some in (self.decodes, self.prefills)
+        ]
         return replace(self, decodes=going[0], prefills=going[1])
 
     def __bool__(self) -> bool:

@@ -38,7 +38,7 @@ class SlotTable:
 
         `ready(digests)`: whether versions that are in no slot can be put there without a wait.
         """
-        self.order: Callable[[SequenceState], Any] = lambda row: row.arrival
+        self.order: Callable[[SequenceState], Any] = lambda sequence: sequence.arrival
         """Sort key of a sequence's turn; an earlier turn is smaller."""
         self._slots = [_Slot() for _ in range(capacity)]
         self.budget = budget
@@ -66,21 +66,21 @@ class SlotTable:
         """Versions in slots that no waiting sequence has claimed."""
         return {slot.digest for slot in self._slots if slot.digest is not None and slot.claimed_by is None}
 
-    def acquire(self, row: SequenceState) -> bool:
+    def acquire(self, sequence: SequenceState) -> bool:
         """Acquire a slot for each of the sequence's adapters, all or none. Return False if it has to wait."""
         places = self.slot_of
-        held = {digest: places[digest] for digest in row.mix.digests if digest in places}
-        if any(self._closed_to(row, self._slots[number]) for number in held.values()):
+        held = {digest: places[digest] for digest in sequence.mix.digests if digest in places}
+        if any(self._closed_to(sequence, self._slots[number]) for number in held.values()):
             return False
-        missing = [digest for digest in row.mix.digests if digest not in places]
+        missing = [digest for digest in sequence.mix.digests if digest not in places]
         free = [
             number
             for number, slot in enumerate(self._slots)
-            if not slot.users and number not in held.values() and not self._closed_to(row, slot)
+            if not slot.users and number not in held.values() and not self._closed_to(sequence, slot)
         ]
         free.sort(key=lambda number: (self._slots[number].digest is not None, self._slots[number].last_used))
         if len(free) < len(missing) or not self._fits(missing, without=free):
-            self._claim(row, missing, keep=set(held.values()))
+            self._claim(sequence, missing, keep=set(held.values()))
             return False
         if missing and not self._ready(missing):
             return False
@@ -92,22 +92,22 @@ class SlotTable:
             if self._fits(()):
                 break
             self._empty(number)
-        self._unclaim(row)
+        self._unclaim(sequence)
         self._clock += 1
         for number in held.values():
-            self._slots[number].users.add(row)
+            self._slots[number].users.add(sequence)
             self._slots[number].last_used = self._clock
         return True
 
-    def release(self, row: SequenceState) -> None:
+    def release(self, sequence: SequenceState) -> None:
         """Release the slots of a sequence that runs no longer. Its versions stay in them until evicted."""
         for slot in self._slots:
-            slot.users.discard(row)
+            slot.users.discard(sequence)
 
-    def forget(self, row: SequenceState) -> None:
+    def forget(self, sequence: SequenceState) -> None:
         """Remove a sequence for good, with its claims."""
-        self.release(row)
-        self._unclaim(row)
+        self.release(sequence)
+        self._unclaim(sequence)
 
     def evict(self, digest: str) -> bool:
         """Empty the version's slot if no sequence uses it. Return True if the version is in no slot now."""
@@ -119,18 +119,18 @@ class SlotTable:
         self._empty(number)
         return True
 
-    def in_the_way(self, row: SequenceState) -> set[SequenceState]:
+    def in_the_way(self, sequence: SequenceState) -> set[SequenceState]:
         """Return the sequences that use slots which `row` has claimed and lacks."""
         return {
             user
             for slot in self._slots
-            if slot.claimed_by is row and slot.digest not in row.mix.digests
+            if slot.claimed_by is sequence and slot.digest not in sequence.mix.digests
             for user in slot.users
         }
 
     def users(self, number: int) -> list[SequenceState]:
         """Return the sequences that use a slot, in order of arrival."""
-        return sorted(self._slots[number].users, key=lambda row: row.arrival)
+        return sorted(self._slots[number].users, key=lambda sequence: sequence.arrival)
 
     def vacate(self, number: int) -> None:
         """Mark a slot as empty after a failed load; its sequences have ended."""
@@ -149,18 +149,20 @@ class SlotTable:
         held = [digest for digest in kept if digest is not None]
         return sum(self._size_of(digest) for digest in (*held, *added)) <= self.budget
 
-    def _closed_to(self, row: SequenceState, slot: _Slot) -> bool:
+    def _closed_to(self, sequence: SequenceState, slot: _Slot) -> bool:
         claimant = slot.claimed_by
-        return claimant is not None and claimant is not row and self.order(claimant) < self.order(row)
+        return (
+            claimant is not None and claimant is not sequence and self.order(claimant) < self.order(sequence)
+        )
 
-    def _claim(self, row: SequenceState, missing: Sequence[str], keep: set[int]) -> None:
+    def _claim(self, sequence: SequenceState, missing: Sequence[str], keep: set[int]) -> None:
         """Reserve the slots with the fewest users, unless this or an earlier sequence has claims.
 
         The claims of a sequence whose turn is later are dropped. Otherwise a preempted sequence could find
         some when it returns, and would have to wait for all of them in turn.
         """
         for slot in self._slots:
-            if slot.claimed_by is not None and self.order(slot.claimed_by) <= self.order(row):
+            if slot.claimed_by is not None and self.order(slot.claimed_by) <= self.order(sequence):
                 return
         for slot in self._slots:
             slot.claimed_by = None
@@ -174,11 +176,11 @@ class SlotTable:
             if enough and self._slots[number].digest is None:
                 continue  # an empty slot frees no bytes
             claimed.append(number)
-            self._slots[number].claimed_by = row
+            self._slots[number].claimed_by = sequence
         for number in keep:
-            self._slots[number].claimed_by = row
+            self._slots[number].claimed_by = sequence
 
-    def _unclaim(self, row: SequenceState) -> None:
+    def _unclaim(self, sequence: SequenceState) -> None:
         for slot in self._slots:
-            if slot.claimed_by is row:
+            if slot.claimed_by is sequence:
                 slot.claimed_by = None

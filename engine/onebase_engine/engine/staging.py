@@ -226,7 +226,7 @@ class Copy(Protocol):
 
     def wait(self) -> None: ...
 
-    def take(self) -> AdapterWeights:
+    def take_weights(self) -> AdapterWeights:
         """Return the copied tensors, once they are complete, for use by the steps."""
 
 
@@ -245,7 +245,7 @@ class CudaCopy:
     def wait(self) -> None:
         self._event.synchronize()
 
-    def take(self) -> AdapterWeights:
+    def take_weights(self) -> AdapterWeights:
         steps = torch.cuda.current_stream()
         parts = (one for module in self._weights.values() for _, one in tensors_of(module))
         for tensor in {one.untyped_storage().data_ptr(): one for one in parts}.values():
@@ -317,7 +317,7 @@ class Staging:
             self._sizes[digest] = sizes[digest]
         return all(self._copies[digest].done() for digest in digests)
 
-    def take(self, digest: str) -> AdapterWeights:
+    def take_weights(self, digest: str) -> AdapterWeights:
         """Return the version's tensors for its slot: the copy, if there is one, else those in host memory."""
         copy = self._copies.pop(digest, None)
         self._sizes.pop(digest, None)
@@ -325,7 +325,7 @@ class Staging:
         if copy is None:
             return self._store[digest]
         copy.wait()
-        return copy.take()
+        return copy.take_weights()
 
     def drop_unwanted(self, waiting: Iterable[str]) -> None:
         """End a step: free the copies for which no sequence waits any more.

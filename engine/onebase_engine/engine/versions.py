@@ -81,7 +81,7 @@ class Versions:
         """Return the bytes of a version in a slot."""
         return self._sizes[digest]
 
-    def check(self, mix: AdapterMix, slot_budget: int = 0) -> None:
+    def check_mix(self, mix: AdapterMix, slot_budget: int = 0) -> None:
         """Raise NeverFitsError if a sequence's adapters are not loaded, or can never be in slots together."""
         for digest in mix.digests:
             if digest not in self.weights or digest in self._leaving:

@@ -258,7 +258,7 @@ class CpuKernels:
         """Recorder of the calls, if they are being recorded."""
         self.use_threads()
 
-    def run(
+    def run_call(
         self, call: KernelCall, reads: Sequence[torch.Tensor], rows: RowMap | None, contexts: Contexts | None
     ) -> None:
         """Make one call. `reads`: the rows that it reads.
@@ -376,7 +376,7 @@ class CpuKernels:
                 _NORM, x.numel() // size, size=size, eps=eps, x=x.data_ptr(), weight=weight.data_ptr()
             )
             call.ys[0] = y.data_ptr()
-            self.run(call, [x], None, None)
+            self.run_call(call, [x], None, None)
             return y
 
         settings = [
@@ -395,7 +395,7 @@ class CpuKernels:
         size = x.shape[-1]
         call = KernelCall(_ADD, x.numel() // size, size=size, x=x.data_ptr(), other=other.data_ptr())
         call.ys[0] = y.data_ptr()
-        self.run(call, [x, other], None, None)
+        self.run_call(call, [x, other], None, None)
         return y
 
     def draw(
@@ -541,7 +541,9 @@ class NativeLayers:
         for number, y in enumerate(ys):
             call.ys[number] = y.data_ptr()
         call.x, call.rows = x.data_ptr(), count
-        self._kernels.run(call, [x], rows if any(layer.adapted for layer in self._layers) else None, None)
+        self._kernels.run_call(
+            call, [x], rows if any(layer.adapted for layer in self._layers) else None, None
+        )
         return ys
 
 
@@ -573,7 +575,7 @@ class NativeAttention:
         call = KernelCall(
             _ATTEND, q.shape[1], attention=ctypes.addressof(self._structure), projected=projected
         )
-        self._kernels.run(call, [q, k, v, *(rotation or ())], None, contexts)
+        self._kernels.run_call(call, [q, k, v, *(rotation or ())], None, contexts)
         return out
 
 

@@ -792,9 +792,9 @@ class FixedStep:
     def clear(self) -> None:
         """Load a step of nothing but padding."""
         none = np.zeros(0, dtype=np.int32)
-        self.take(none, Contexts(none, none, none, none.reshape(0, 0)), RowMap())
+        self.load_step(none, Contexts(none, none, none, none.reshape(0, 0)), RowMap())
 
-    def take(self, ids: np.ndarray, contexts: Contexts, rows: RowMap) -> None:
+    def load_step(self, ids: np.ndarray, contexts: Contexts, rows: RowMap) -> None:
         """Load a step: the tokens of its packed rows, int, their contexts and their adapters."""
         self.prepare(contexts, rows)
         self.send(ids)

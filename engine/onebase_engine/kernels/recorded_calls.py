@@ -62,7 +62,7 @@ class Fixed:
         self._pointer = tensor.data_ptr()
         self._from: tuple[torch.Tensor, Contexts] | None = None
 
-    def take(self, tensor: torch.Tensor, step: Contexts) -> None:
+    def load_tensor(self, tensor: torch.Tensor, step: Contexts) -> None:
         """Copy the step's tensor to the fixed place, unless it is there already."""
         there = self._from is not None and self._from[0] is tensor and self._from[1] is step
         if there or tensor.data_ptr() == self._pointer:
@@ -86,14 +86,14 @@ class Program:
         self._inputs = tuple(inputs)
         self._result = result
 
-    def run(self, given: Sequence[torch.Tensor], rows: RowMap, step: Contexts) -> torch.Tensor:
+    def run_calls(self, given: Sequence[torch.Tensor], rows: RowMap, step: Contexts) -> torch.Tensor:
         """Return the result for other tensors of the same shapes; the next run overwrites it.
 
         Raises:
             MemoryError: there is none for this step.
         """
         for number, fixed in self._inputs:
-            fixed.take(given[number], step)
+            fixed.load_tensor(given[number], step)
         self._kernels.run_all(ctypes.addressof(self._calls), len(self._calls), rows, step)
         return self._result
 

@@ -65,7 +65,7 @@ class SlotLinear(SlotModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         onto, self.onto = self.onto, None
-        y = None if self.shared is None else self.shared.take(self, x)
+        y = None if self.shared is None else self.shared.take_output(self, x)
         if onto is not None:
             y = self.kernel(flat, self.rows, onto.reshape(flat.shape[0], -1))
         elif y is None:
@@ -114,7 +114,7 @@ class SharedRows:
         self._x: torch.Tensor | None = None
         self._left: dict[int, torch.Tensor] = {}
 
-    def take(self, layer: SlotLinear, x: torch.Tensor) -> torch.Tensor | None:
+    def take_output(self, layer: SlotLinear, x: torch.Tensor) -> torch.Tensor | None:
         """Return the output of `layer` for `x`, [rows, out]; None if it has to compute by itself."""
         if self._x is not x or id(layer) not in self._left:
             if x.dtype != torch.bfloat16:

@@ -144,7 +144,7 @@ class ActivationService:
     async def history(self, tenant: str, name: str) -> list[HistoryEntry]:
         """Return the history of activations, newest first. Raises AdapterNotFoundError."""
         with storage_errors(name):
-            return await self._records.run(self._registry.history, tenant, name)
+            return await self._records.run_blocking(self._registry.history, tenant, name)
 
     async def _look(self, tenant: str, name: str) -> VisibleAdapters:
         """Return the tenant's names after a refresh. Raises ForbiddenError (another tenant's),

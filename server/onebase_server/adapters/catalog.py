@@ -122,12 +122,12 @@ class Catalog:
     async def is_behind(self) -> bool:
         """Return True if the registry has changed since the last refresh; a cheap call. Raises
         RegistryError."""
-        return await self._calls.run(self._registry.change_counter) != self.counter
+        return await self._calls.run_blocking(self._registry.change_counter) != self.counter
 
     async def refresh(self) -> None:
         """Load what has changed in the registry. Raises RegistryError."""
         async with self._turn:
-            changes = await self._calls.run(self._registry.changes, self.counter, self._audited)
+            changes = await self._calls.run_blocking(self._registry.changes, self.counter, self._audited)
             if changes.counter == self.counter:
                 return
             self._audited, self.forced = changes.audited, changes.forced
@@ -156,21 +156,21 @@ class Catalog:
     async def watch(self, seconds: float) -> None:
         """Refresh when the registry notifies of a change and every `seconds` seconds, forever, also while the
         registry cannot be reached."""
-        told, loop = asyncio.Event(), asyncio.get_running_loop()
+        notified, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def changed() -> None:
-            loop.call_soon_threadsafe(told.set)
+            loop.call_soon_threadsafe(notified.set)
 
-        with self._registry.told(changed):
-            await self._watch(seconds, told)
+        with self._registry.notify_changes(changed):
+            await self._watch(seconds, notified)
 
-    async def _watch(self, seconds: float, told: asyncio.Event) -> None:
+    async def _watch(self, seconds: float, notified: asyncio.Event) -> None:
         away = False
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
-                    await told.wait()
-            told.clear()
+                    await notified.wait()
+            notified.clear()
             try:
                 if await self.is_behind():
                     await self.refresh()
@@ -196,7 +196,7 @@ class Catalog:
             self._looking = asyncio.get_running_loop().create_task(self.look())
         return await asyncio.shield(self._looking)
 
-    async def known(self, find: Callable[[], Found]) -> Found:
+    async def find_current(self, find: Callable[[], Found]) -> Found:
         """Return what `find` returns, now or after a look at the registry: another server may have just added
         it.
 

@@ -73,7 +73,7 @@ class Merging:
             found.append((version, weight))
         return found
 
-    def check(self, parents: Sequence[tuple[VersionRecord, float]], method: MergeMethod) -> int:
+    def check_parents(self, parents: Sequence[tuple[VersionRecord, float]], method: MergeMethod) -> int:
         """Return about how many bytes the result will take. Raises InvalidRequestError for what cannot be
         merged."""
         reports = [(version, version.report or {}) for version, _ in parents]

@@ -96,7 +96,7 @@ class PackedAdapterFiles:
 
     async def fetch(self, packed: PackedAdapterFile) -> Path:
         """Return a local path; a file in a remote store is fetched first. Raises StoreError."""
-        return await self._disk.run(self._store.local, packed.blob.sha256)
+        return await self._disk.run_blocking(self._store.local, packed.blob.sha256)
 
 
 @dataclass(eq=False)

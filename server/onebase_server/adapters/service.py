@@ -124,7 +124,7 @@ class AdapterService:
         Raises VersionFailedError, or StateConflictError when it belongs to another base.
         """
         try:
-            facts = await self.disk.run(check_config, config)
+            facts = await self.disk.run_blocking(check_config, config)
         except AdapterFormatError as error:
             raise VersionFailedError(f"adapter_config.json: {error}", code=error.code) from error
         if not options.any_base and not same_base(facts.base_name, *self._base_names):
@@ -139,8 +139,8 @@ class AdapterService:
     async def read_config(self, files: AdapterFiles) -> bytes:
         """Return the config of stored files. Raises UnavailableError."""
         with storage_errors():
-            path = await self.disk.run(self.store.local, files.config.sha256)
-            return await self.disk.run(path.read_bytes)
+            path = await self.disk.run_blocking(self.store.local, files.config.sha256)
+            return await self.disk.run_blocking(path.read_bytes)
 
     async def add(
         self,
@@ -173,7 +173,7 @@ class AdapterService:
 
     async def resume(self) -> None:
         """Resume the versions that a restart interrupted. Raises RegistryError."""
-        for version in await self._records.run(self._registry.unfinished):
+        for version in await self._records.run_blocking(self._registry.unfinished):
             with acting(_origin_of(version)):
                 self._begin(version, VersionOptions.of(version.source))
         for record in self.catalog:
@@ -185,7 +185,7 @@ class AdapterService:
         """Activate a version that became ready just before the restart, unless the name has moved since."""
         if not VersionOptions.of(version.source).activate:
             return
-        history = await self._records.run(self._registry.history, version.tenant, version.name)
+        history = await self._records.run_blocking(self._registry.history, version.tenant, version.name)
         if not history or history[0].at < (version.finished_at or 0.0):
             job = _Job(VersionOptions.of(version.source), activate=True)
             with acting(_origin_of(version)):
@@ -260,12 +260,12 @@ class AdapterService:
         """Return one version with its whole report, by digest or a prefix of it. Raises
         AdapterNotFoundError."""
         with storage_errors(name):
-            return await self._records.run(self._registry.version, tenant, name, digest)
+            return await self._records.run_blocking(self._registry.version, tenant, name, digest)
 
     async def versions(self, tenant: str, name: str) -> list[VersionRecord]:
         """Return all versions with their whole reports, newest first. Raises AdapterNotFoundError."""
         with storage_errors(name):
-            return await self._records.run(self._registry.versions, tenant, name)
+            return await self._records.run_blocking(self._registry.versions, tenant, name)
 
     def progress(self, version: VersionRecord) -> VersionStage | None:
         """Return this server's progress with an unfinished version, or None if it does not work on it."""
@@ -293,7 +293,9 @@ class AdapterService:
                 if ours:
                     ready = await self._make_ready(version, job, wait_for_verifier)
                 else:
-                    ready = (await self._records.run(self._registry.version, *where)).state == "ready"
+                    ready = (
+                        await self._records.run_blocking(self._registry.version, *where)
+                    ).state == "ready"
         except VerifierGoneError as error:
             _log.error("version %s of %s was not proved: %s", version.digest[:12], version.name, error)
         except (registry_errors.UnknownAdapterError, registry_errors.UnknownVersionError):

@@ -116,7 +116,7 @@ class SharedProofs:
         finally:
             renewing.cancel()
             with contextlib.suppress(RegistryError):
-                await self._records.run(self._registry.proofs.release, version, kernels)
+                await self._records.run_blocking(self._registry.proofs.release, version, kernels)
 
     async def _ours(
         self, version: VersionRecord, kernels: str, is_done: Callable[[VersionRecord], bool]
@@ -126,9 +126,11 @@ class SharedProofs:
         while True:
             changed = self._catalog.changed
             try:
-                if await self._records.run(self._registry.proofs.claim, version, kernels, CLAIM_SECONDS):
+                if await self._records.run_blocking(
+                    self._registry.proofs.claim, version, kernels, CLAIM_SECONDS
+                ):
                     return True
-                found = await self._records.run(
+                found = await self._records.run_blocking(
                     self._registry.version, version.tenant, version.name, version.digest
                 )
             except (registry_errors.UnknownAdapterError, registry_errors.UnknownVersionError):
@@ -150,7 +152,9 @@ class SharedProofs:
             await asyncio.sleep(CLAIM_SECONDS / 3)
             if self._verifier.has_base:
                 with contextlib.suppress(RegistryError):
-                    await self._records.run(self._registry.proofs.renew, version, kernels, CLAIM_SECONDS)
+                    await self._records.run_blocking(
+                        self._registry.proofs.renew, version, kernels, CLAIM_SECONDS
+                    )
 
     # ---- proofs ---------------------------------------------------------------------------------
 
@@ -183,7 +187,7 @@ class SharedProofs:
     ) -> Proof:
         began = time.monotonic()
         try:
-            with self._tracing.span("prove", _told(version)) as span:
+            with self._tracing.span("prove", _span_attributes(version)) as span:
                 try:
                     return await self._verifier.prove(
                         version.files,
@@ -210,8 +214,8 @@ class SharedProofs:
                 continue
             if other.report["proof"]["modules_changed"] == 0 and not allow_noop:
                 continue
-            if await self._disk.run(self._store.exists, other.prepared.sha256):
-                whole = await self._records.run(
+            if await self._disk.run_blocking(self._store.exists, other.prepared.sha256):
+                whole = await self._records.run_blocking(
                     self._registry.version, other.tenant, other.name, other.digest
                 )
                 if whole.report is not None and whole.prepared is not None:
@@ -261,7 +265,9 @@ class SharedProofs:
                 # Whether a version may change nothing was decided when it became ready.
                 proof = await self._verified(version, True, True, lambda progress: None)
                 await self.keep(version, proof)
-        found = await self._records.run(self._registry.version, version.tenant, version.name, version.digest)
+        found = await self._records.run_blocking(
+            self._registry.version, version.tenant, version.name, version.digest
+        )
         blob = found.packed_for(kernels)
         if blob is None:
             raise VerifierGoneError("it is being prepared again")
@@ -277,7 +283,7 @@ def _not_here(version: VersionRecord, kernels: str, why: str) -> UnavailableErro
     )
 
 
-def _told(version: VersionRecord) -> Mapping[str, Any]:
+def _span_attributes(version: VersionRecord) -> Mapping[str, Any]:
     """Return the attributes of a proof's span."""
     return {
         "onebase.adapter": version.name,

@@ -176,18 +176,18 @@ class Folders:
         record = self._adapters.catalog.of(tenant).own(name)
         if record is not None:
             with _readable(name, folder):
-                digest = await self._adapters.disk.run(_digest, folder)
+                digest = await self._adapters.disk.run_blocking(_digest, folder)
             known = record.version(digest)
             if known is not None and known.state == "ready":
                 return known
         with _readable(name, folder):
-            config = await self._adapters.disk.run(_read_config, folder, self._max_bytes)
+            config = await self._adapters.disk.run_blocking(_read_config, folder, self._max_bytes)
         try:
             await self._adapters.check_config(name, config, VersionOptions())
         except StateConflictError as error:
             _log.warning("%s It is served anyway, since its folder was given by name.", error.message)
         with _readable(name, folder), storage_errors(name):
-            files = await self._adapters.disk.run(take_folder, self._adapters.store, folder)
+            files = await self._adapters.disk.run_blocking(take_folder, self._adapters.store, folder)
         return await self._adapters.add(
             tenant,
             name,
@@ -292,7 +292,7 @@ class Transfer:
         self.has_begun = False
         self.cancel = threading.Event()
 
-    def run(self, store: Store, max_bytes: int) -> Fetched:
+    def fetch_files(self, store: Store, max_bytes: int) -> Fetched:
         """Block until all files are in the store. Raises HubError, PullCancelledError, StoreError."""
         self.has_begun = True
         reference = self.reference
@@ -357,7 +357,7 @@ class Pulls:
     async def _run(self, tenant: str, transfer: Transfer) -> Fetched:
         limit = asyncio.get_running_loop().call_later(_LONGEST_SECONDS, transfer.cancel.set)
         try:
-            return await self._threads.run_for(tenant, transfer.run, self._store, self._max_bytes)
+            return await self._threads.run_for(tenant, transfer.fetch_files, self._store, self._max_bytes)
         except PullCancelledError:
             raise HubError(
                 "hub_unreachable", f"{transfer.reference} did not arrive within {_LONGEST_SECONDS:g} s"

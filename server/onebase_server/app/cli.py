@@ -82,13 +82,13 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
     for quiet in ("httpx", "alembic"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each form that is none
-    from onebase_server.app.startup import StartupError, run
+    from onebase_server.app.startup import StartupError, serve_until_stopped
 
     console = Console(stderr=True, quiet=as_json)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _LOG_WIDTH
     try:
-        with_room(lambda: run(settings, console, commands))
+        with_room(lambda: serve_until_stopped(settings, console, commands))
     except StartupError as error:
         from onebase_server.app.console import print_failure
 

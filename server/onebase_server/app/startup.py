@@ -46,7 +46,7 @@ class StartupError(RuntimeError):
     """The server cannot serve; the message says why and what to do."""
 
 
-def run(settings: Settings, console: Console, commands: Commands | None = None) -> None:
+def serve_until_stopped(settings: Settings, console: Console, commands: Commands | None = None) -> None:
     """Serve until a signal. Raises StartupError when the server cannot start or not go on."""
     _check_open_files()
     try:
@@ -147,7 +147,7 @@ class _Server:
                     supervisor.base,
                     services.catalog,
                     url_of(listener),
-                    keys=services.keys.known,
+                    keys=services.keys.has_keys,
                 )
 
         try:

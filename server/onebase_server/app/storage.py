@@ -93,7 +93,7 @@ class Storage:
         while True:
             started = time.monotonic()
             try:
-                removed = await disk.run(self.sweep)
+                removed = await disk.run_blocking(self.sweep)
             except (RegistryError, StoreError) as error:
                 _log.warning("the store was not swept: %s", error)
             except Exception:
@@ -297,7 +297,7 @@ async def delete_blobs(store: Store, disk: Threads, blobs: Iterable[str]) -> Non
     """Delete what nothing references any more; a blob that cannot be deleted now is left to the sweep."""
     for sha256 in blobs:
         try:
-            await disk.run(store.delete, sha256)
+            await disk.run_blocking(store.delete, sha256)
         except StoreError as error:
             _log.warning("blob %s stays until the next sweep: %s", sha256[:12], error)
 

@@ -43,7 +43,7 @@ from onebase_server.processes.trainer_client import TRAINER_COMMAND
 from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, VerifierClient
 from onebase_server.requests.planner import Planner, RequestLimits
 from onebase_server.requests.pooling import ReadingPlanner
-from onebase_server.requests.stored_responses import KeptResponses
+from onebase_server.requests.stored_responses import StoredResponses
 from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.metrics import MetricsCollector
@@ -51,7 +51,7 @@ from onebase_server.telemetry.traces import Tracing
 from onebase_server.tenancy.access import KeyRing, is_loopback
 from onebase_server.tenancy.peers import Peers, QuotaSharing
 from onebase_server.tenancy.quotas import Limiter
-from onebase_server.tenancy.usage import UsageMeter
+from onebase_server.tenancy.usage import TenantUsageRecorder
 
 RECORD_THREADS = 4
 KEY_THREADS = 2
@@ -99,7 +99,7 @@ class Preparation:
         self._residency = residency
         self._served = False
 
-    async def run(self) -> None:
+    async def prepare_adapters(self) -> None:
         """Serve the folders given at start, once, and load pinned adapters each time. Raises
         AdapterStartError."""
         if not self._served:
@@ -138,12 +138,12 @@ def assemble(
         settings.max_upload,
     )
     hub = HubAdapters(adapters, pulls)
-    usage = UsageMeter(storage.registry.usage, threads.records, base.name)
+    usage = TenantUsageRecorder(storage.registry.usage, threads.records, base.name)
     training = _training(settings, base, storage, adapters, busy, threads, usage, commands.trainer, tracing)
     listeners = EngineListeners(
         versions=residency,
         base=(training.scheduler, parts.verifier),
-        prepare=Preparation(adapters, folders, residency).run,
+        prepare=Preparation(adapters, folders, residency).prepare_adapters,
         busy=busy.set,
     )
     supervisor = _supervisor(settings, base, link, listeners, commands, on_loading)
@@ -180,7 +180,7 @@ def assemble(
         supervisor=supervisor,
         planner=planner,
         read_planner=ReadingPlanner(planner, tokenizer, limits.max_timeout),
-        responses=KeptResponses(settings.response_memory),
+        responses=StoredResponses(settings.response_memory),
         residency=residency,
         adapters=adapters,
         hub=hub,
@@ -271,7 +271,7 @@ def _training(
     adapters: AdapterService,
     busy: BusyFlag,
     threads: _Threads,
-    usage: UsageMeter,
+    usage: TenantUsageRecorder,
     command: Sequence[str],
     tracing: Tracing,
 ) -> Training:

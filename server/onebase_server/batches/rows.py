@@ -76,7 +76,7 @@ class BatchFileCheck:
         return [*self.errors, rest]
 
 
-def check(path: Path, endpoint: str, max_body: int) -> BatchFileCheck:
+def check_batch_file(path: Path, endpoint: str, max_body: int) -> BatchFileCheck:
     """Read the whole file, line by line. Blocks. Raises OSError.
 
     Args:

@@ -43,13 +43,13 @@ from onebase_server.batches.results import (
     record_id,
     unanswered,
 )
-from onebase_server.batches.rows import BatchLine, RowFile, check
+from onebase_server.batches.rows import BatchLine, RowFile, check_batch_file
 from onebase_server.errors import (
     ApiError,
     ForbiddenError,
     InsufficientScopeError,
     QuotaSpentError,
-    RowFailedError,
+    SequenceFailedError,
     TrainingFileNotFoundError,
     UnauthenticatedError,
     UnavailableError,
@@ -61,7 +61,7 @@ from onebase_server.jobs.folders import JobFolders
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.tenancy.access import Caller, KeyRing
 from onebase_server.tenancy.peers import Peers
-from onebase_server.tenancy.quotas import Limiter, Ticket
+from onebase_server.tenancy.quotas import Limiter, QuotaReservation
 
 MOST_RUNS = 32
 """Largest number of batches, and of one tenant's, with rows in the engine by turns; further ones wait."""
@@ -107,7 +107,7 @@ class Post(Protocol):
     """Function that has a route answer; see InnerRequests."""
 
     async def __call__(
-        self, path: str, body: bytes, request_id: str, caller: Caller, ticket: Ticket
+        self, path: str, body: bytes, request_id: str, caller: Caller, reservation: QuotaReservation
     ) -> Answer: ...
 
 
@@ -252,7 +252,7 @@ class BatchRun:
     async def _validate(self) -> None:
         batch, parts = self.batch, self._parts
         path = await self._input()
-        checked = await parts.disk.run(check, path, batch.endpoint, parts.max_body)
+        checked = await parts.disk.run_blocking(check_batch_file, path, batch.endpoint, parts.max_body)
         if checked.errors:
             await self._move("validating", "failed", errors=checked.problems)
             await self._forget()
@@ -265,13 +265,13 @@ class BatchRun:
         files = self._parts.files
         file = await files.get(self.batch.tenant, self.batch.input_file)
         folder = self._parts.folders.of(self.batch.id)
-        return await files.disk.run(files.content, file, folder / "input.jsonl")
+        return await files.disk.run_blocking(files.content, file, folder / "input.jsonl")
 
     async def _answer_rows(self) -> None:
         """Answer rows until each has a record, or the batch is to end without. Raises OSError, ..."""
         disk, folder, batch = self._parts.disk, self._parts.folders.of(self.batch.id), self.batch
-        self._rows = await disk.run(RowFile, await self._input())
-        self._results = results = await disk.run(Results, folder, batch.total)
+        self._rows = await disk.run_blocking(RowFile, await self._input())
+        self._results = results = await disk.run_blocking(Results, folder, batch.total)
         self._left, self._has_more, self._ahead, self._again = results.left(), True, deque(), []
         self.waiting, self._feeds = None, True
         noted, noted_at = (batch.completed, batch.failed), 0.0
@@ -307,7 +307,7 @@ class BatchRun:
                 ids = [(number, rows.read(number).custom_id) for number in numbers]
                 return [unanswered(self.batch.id, n, name, EXPIRED, message) for n, name in ids]
 
-            await self._parts.disk.run(lambda made: results.append(made()), group)
+            await self._parts.disk.run_blocking(lambda made: results.append(made()), group)
 
     async def _finalize(self) -> None:
         """Write the files of results, and end the batch. An interruption at any point loses nothing."""
@@ -316,7 +316,7 @@ class BatchRun:
         errors = None
         results = self._results
         if results is None:
-            results = self._results = await parts.disk.run(Results, folder, self.batch.total)
+            results = self._results = await parts.disk.run_blocking(Results, folder, self.batch.total)
         if state == "cancelling":
             end = "cancelled"
         elif self._refused is not None:
@@ -335,12 +335,12 @@ class BatchRun:
     async def _keep(self, path: Path, name: str) -> str | None:
         """A file of the tenant's with the content of one here, of the same id each time, unless empty."""
         parts, batch = self._parts, self.batch
-        size = (await parts.disk.run(path.stat)).st_size
+        size = (await parts.disk.run_blocking(path.stat)).st_size
         if not size:
             return None
         kind = name.partition(".")[0]
         file_id = f"file-{batch.id.removeprefix('batch_')}-{kind}"
-        blob = await parts.disk.run(parts.files.store.add_file, path)
+        blob = await parts.disk.run_blocking(parts.files.store.add_file, path)
         await parts.files.add(batch.tenant, blob, f"{batch.id}_{name}", "batch_output", file_id)
         return file_id
 
@@ -352,13 +352,13 @@ class BatchRun:
         **facts: Any,
     ) -> None:
         """Raises BatchStateError when somebody else has moved the batch, which was `before`."""
-        run, records = self._parts.threads.run, self._parts.records
+        run, records = self._parts.threads.run_blocking, self._parts.records
         self.batch = await run(
             records.move, self.batch.id, state, (before,), server=self.batch.server, errors=errors, **facts
         )
 
     async def _note(self, results: Results) -> None:
-        run, note = self._parts.threads.run, self._parts.records.note
+        run, note = self._parts.threads.run_blocking, self._parts.records.note
         await run(note, self.batch.id, server=self.batch.server, **self._facts(results))
 
     def _facts(self, results: Results) -> dict[str, Any]:
@@ -366,14 +366,14 @@ class BatchRun:
 
     async def _forget(self) -> None:
         await self._put_down()
-        await self._parts.disk.run(self._parts.folders.forget, self.batch.id)
+        await self._parts.disk.run_blocking(self._parts.folders.forget, self.batch.id)
 
     async def _put_down(self) -> None:
         """Close the files of rows and results; nothing that is stored is lost."""
         await self._land()
         for held in (self._results, self._rows):
             if held is not None:
-                await self._parts.disk.run(held.close)
+                await self._parts.disk.run_blocking(held.close)
         self._results = self._rows = None
 
     async def _land(self) -> None:
@@ -408,7 +408,7 @@ class BatchRun:
                     break
             return found
 
-        found = await self._parts.disk.run(read)
+        found = await self._parts.disk.run_blocking(read)
         self._has_more = bool(found)
         self._ahead.extend(found)
 
@@ -441,13 +441,15 @@ class BatchRun:
             await self._ask(turn)
         except Exception:
             _log.exception("row %d of batch %s failed", turn.number, self.batch.id)
-            failed = RowFailedError("The server failed on this row; its log says why.", code="row_failed")
+            failed = SequenceFailedError(
+                "The server failed on this row; its log says why.", code="row_failed"
+            )
             self._take(turn, _refusal(failed))
 
     async def _ask(self, turn: _Turn) -> None:
         try:
             caller = await self._caller()
-            ticket = self._parts.limiter.enter(caller)
+            reservation = self._parts.limiter.enter(caller)
         except (UnauthenticatedError, ForbiddenError) as error:
             self._refused = error
             self._changed.set()
@@ -456,13 +458,13 @@ class BatchRun:
         except ApiError as error:
             self._take(turn, _refusal(error))
         else:
-            self._take(turn, await self._post(turn, caller, ticket))
+            self._take(turn, await self._post(turn, caller, reservation))
 
-    async def _post(self, turn: _Turn, caller: Caller, ticket: Ticket) -> Answer:
+    async def _post(self, turn: _Turn, caller: Caller, reservation: QuotaReservation) -> Answer:
         if self._parts.post is None:
             raise RuntimeError("rows run before the app is there")
         request_id = record_id(self.batch.id, turn.number)
-        return await self._parts.post(turn.row.url, bytes(turn.row.body), request_id, caller, ticket)
+        return await self._parts.post(turn.row.url, bytes(turn.row.body), request_id, caller, reservation)
 
     async def _caller(self) -> Caller:
         """Return the caller who made the batch, as its key is now.
@@ -513,7 +515,7 @@ class BatchRun:
             while self._pending and self._results is not None:
                 group, self._pending = self._pending, []
                 try:
-                    await self._parts.disk.run(self._results.append, group)
+                    await self._parts.disk.run_blocking(self._results.append, group)
                     failures, self._stuck, self.waiting = 0, False, None
                     for result in group:
                         self._parts.answered["completed" if result.ok else "failed"] += 1
@@ -607,7 +609,7 @@ class BatchRunner:
         parts = self._parts
         if parts.peers.have_been and parts.peers.holds_lease:
             await self._take_over()
-        found = await parts.threads.run(parts.records.open, parts.jobs.server)
+        found = await parts.threads.run_blocking(parts.records.open_batches, parts.jobs.server)
         for batch in found:
             if batch.id in self._runs and batch.state == "cancelling":
                 self._runs[batch.id][0].cancel()
@@ -620,20 +622,22 @@ class BatchRunner:
             if batch.id not in self._runs:
                 self._begin(batch)
         if time.monotonic() >= self._next_sweep:
-            kept = await parts.threads.run(parts.records.open_ids, parts.jobs.server)
-            await parts.disk.run(parts.folders.keep_only, kept)
+            kept = await parts.threads.run_blocking(parts.records.open_ids, parts.jobs.server)
+            await parts.disk.run_blocking(parts.folders.keep_only, kept)
             self._next_sweep = time.monotonic() + SWEEP_SECONDS
 
     async def _take_over(self) -> None:
         """Go on with the batches of servers that are gone, if their files are in this one's store."""
         parts = self._parts
-        for batch in await parts.threads.run(parts.records.lost, parts.jobs.server):
+        for batch in await parts.threads.run_blocking(parts.records.lost, parts.jobs.server):
             ends = batch.state == "cancelling"
             if not ends and not await parts.files.is_stored(batch.tenant, batch.input_file):
                 continue
             with suppress(UnknownBatchError):  # another was faster
-                await parts.disk.run(parts.folders.forget, batch.id)  # of when it was here before
-                await parts.threads.run(parts.records.take, batch.id, batch.server, parts.jobs.server)
+                await parts.disk.run_blocking(parts.folders.forget, batch.id)  # of when it was here before
+                await parts.threads.run_blocking(
+                    parts.records.take_batch, batch.id, batch.server, parts.jobs.server
+                )
                 _log.warning("batch %s is taken over from %s", batch.id, batch.server)
 
     def _begin(self, batch: BatchRecord) -> None:
@@ -665,7 +669,7 @@ class BatchRunner:
         if supervisor.base is None or not supervisor.ready.is_set() or supervisor.paused:
             return 0
         places = supervisor.base.max_rows
-        free = max(0, places - supervisor.router.waited_rows)
+        free = max(0, places - supervisor.client.foreground_sequences)
         return min(self._parts.most or places + SPARE_ROWS, free + SPARE_ROWS) if free else 0
 
     def _next(self) -> BatchRun | None:

@@ -60,19 +60,19 @@ class BatchService:
             labels=labels,
         )
         with storage_errors():
-            made = await self._threads.run(self.records.add, batch)
+            made = await self._threads.run_blocking(self.records.add, batch)
         self.runner.look()
         return made
 
     async def get(self, tenant: str, batch_id: str) -> BatchRecord:
         """Raises BatchNotFoundError."""
         with storage_errors():
-            return await self._threads.run(self.records.batch, tenant, batch_id)
+            return await self._threads.run_blocking(self.records.batch, tenant, batch_id)
 
     async def find(self, tenant: str, *, after: str | None, limit: int) -> list[BatchRecord]:
         """Newest first. Raises BatchNotFoundError (`after`)."""
         with storage_errors():
-            return await self._threads.run(self.records.batches, tenant, after=after, limit=limit)
+            return await self._threads.run_blocking(self.records.batches, tenant, after=after, limit=limit)
 
     async def cancel(self, tenant: str, batch_id: str) -> BatchRecord:
         """Cancel a batch; its answers stay. Repeating it changes nothing.
@@ -82,7 +82,7 @@ class BatchService:
         among: tuple[BatchState, ...] = ("validating", "in_progress")
         with storage_errors():
             try:
-                batch = await self._threads.run(
+                batch = await self._threads.run_blocking(
                     self.records.move, batch_id, "cancelling", among, tenant=tenant
                 )
             except BatchStateError as error:

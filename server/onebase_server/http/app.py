@@ -20,8 +20,8 @@ from onebase_server.errors import (
     InvalidRequestError,
     error_dict,
 )
-from onebase_server.http.authorization import Authenticator, Guard, is_upload
-from onebase_server.http.deps import CALLER, TICKET, BodyError, Services, server_stopping
+from onebase_server.http.authorization import AuthenticationMiddleware, Authenticator, is_upload
+from onebase_server.http.deps import CALLER, RESERVATION, BodyError, Services, server_stopping
 from onebase_server.http.openapi import describe
 from onebase_server.http.refusals import ErrorAnswer, refusal
 from onebase_server.http.request_id import request_id
@@ -45,7 +45,7 @@ from onebase_server.http.routes import (
 )
 from onebase_server.http.schemas.wire import validation_error
 from onebase_server.tenancy.access import Caller
-from onebase_server.tenancy.quotas import Ticket
+from onebase_server.tenancy.quotas import QuotaReservation
 
 _log = logging.getLogger(__name__)
 _NO_TELEMETRY: Any = {
@@ -58,8 +58,8 @@ _NO_TELEMETRY: Any = {
 
 
 def create_app(services: Services) -> FastAPI:
-    """Return the HTTP application; `state.gate` is its Gate. It does not start the engine: `run_server`
-    does."""
+    """Return the HTTP application; `state.authenticator` is its Authenticator. It does not start the engine:
+    `run_server` does."""
     app = FastAPI(
         title="OneBase",
         version=onebase_server.__version__,
@@ -71,7 +71,7 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
-    app.state.gate = Authenticator(app, services)
+    app.state.authenticator = Authenticator(app, services)
     routes = (
         generation, responses, anthropic, pooling, models, adapters, vllm, files, batches, fine_tuning, keys,
         usage, audit, health, reference, console,
@@ -84,7 +84,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_unexpected)
     app.add_middleware(BodyLimit, limit=services.settings.max_body)
-    app.add_middleware(Guard, gate=app.state.gate, services=services)
+    app.add_middleware(AuthenticationMiddleware, authenticator=app.state.authenticator, services=services)
     app.add_middleware(StoppedRequests, services=services)
     return app
 
@@ -118,7 +118,9 @@ class InnerRequests:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def post(self, path: str, body: bytes, request_id: str, caller: Caller, ticket: Ticket) -> Answer:
+    async def post(
+        self, path: str, body: bytes, request_id: str, caller: Caller, reservation: QuotaReservation
+    ) -> Answer:
         """Return what POST `path` answers. request_id: for its `x-request-id`."""
         scope = {
             "type": "http",
@@ -138,7 +140,7 @@ class InnerRequests:
             "client": None,
             "server": None,
             CALLER: caller,
-            TICKET: ticket,
+            RESERVATION: reservation,
         }
         unread, status = True, 500
         told: dict[str, str] = {}

@@ -30,13 +30,13 @@ from onebase_server.errors import (
     UnknownRouteError,
     WrongMethodError,
 )
-from onebase_server.http.deps import CALLER, TICKET, BodyError, Services
+from onebase_server.http.deps import CALLER, RESERVATION, BodyError, Services
 from onebase_server.http.forwarded import CHANGE, forwarded_of
 from onebase_server.http.refusals import refusal
 from onebase_server.http.request_id import given_id
 from onebase_server.http.uploads import is_form
 from onebase_server.tenancy.access import KEY_SECONDS, NOBODY, Access, Caller
-from onebase_server.tenancy.quotas import Ticket
+from onebase_server.tenancy.quotas import QuotaReservation
 
 NO_KEY: Any = {"security": []}
 """`openapi_extra` of a route that needs no key."""
@@ -200,18 +200,18 @@ class Authenticator:
         self._check_here(scope)
         caller = self._caller(scope, access)
         asks_for_text = access == "generate" and scope["method"] == "POST"
-        ticket = self._services.limiter.enter(caller, resumed=_resumes(scope)) if asks_for_text else None
+        reservation = self._services.limiter.enter(caller, resumed=_resumes(scope)) if asks_for_text else None
         limit = self._services.settings.max_body
         if announced_length(scope) > limit and not is_upload(scope):
             lost = BodyTooLargeError(limit)
         if lost is not None:
-            if ticket is not None:
-                lost.headers = ticket.headers()
-                ticket.close()
+            if reservation is not None:
+                lost.headers = reservation.headers()
+                reservation.close()
             raise lost
         scope[CALLER] = caller
-        if ticket is not None:
-            scope[TICKET] = ticket
+        if reservation is not None:
+            scope[RESERVATION] = reservation
 
     def _check_here(self, scope: Scope) -> None:
         """Raise ForbiddenError for what a proxy sends from another machine to a server that needs no keys."""
@@ -238,32 +238,32 @@ class Authenticator:
         return caller
 
 
-class Guard:
+class AuthenticationMiddleware:
     """Serves what the gate admits."""
 
-    def __init__(self, app: ASGIApp, gate: Authenticator, services: Services) -> None:
+    def __init__(self, app: ASGIApp, authenticator: Authenticator, services: Services) -> None:
         self._app = app
-        self._gate = gate
+        self._authenticator = authenticator
         self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"nobody is let in by {scope['type']}")
         try:
-            await self._gate.admit(scope)
+            await self._authenticator.admit(scope)
         except ApiError as error:
             await refusal(error)(scope, receive, send)
             return
         caller: Caller = scope[CALLER]
-        ticket: Ticket | None = scope.get(TICKET)
+        reservation: QuotaReservation | None = scope.get(RESERVATION)
         receive = self._while_valid(caller, receive)
         if forwarded_of(scope).by_route:
             send = self._dated(scope, send)
         with acting(Origin(caller.key, given_id(scope))):
-            if ticket is None:
+            if reservation is None:
                 await self._services.tracing.serve(self._app, as_get(scope), receive, send)
             else:
-                await self._metered(ticket, scope, receive, send)
+                await self._with_quotas(reservation, scope, receive, send)
 
     def _dated(self, scope: Scope, send: Send) -> Send:
         """Add to the answer, for the route, which of the registry's changes it is as of. Answers about what
@@ -310,22 +310,24 @@ class Guard:
                 UnauthenticatedError("The API key has expired or was revoked while the body was sent.")
             )
 
-    async def _metered(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _with_quotas(
+        self, reservation: QuotaReservation, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         """Serve a request for text; headers of its answer say what its quotas leave."""
 
-        async def telling(message: Message) -> None:
+        async def send_with_quotas(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if message["status"] in NOT_ITS_FAULT:
-                    ticket.give_back()
+                    reservation.refund_request()
                 headers = MutableHeaders(scope=message)
-                for name, value in ticket.headers().items():
+                for name, value in reservation.headers().items():
                     headers.setdefault(name, value)
             await send(message)
 
         try:
-            await self._services.tracing.serve(self._app, scope, receive, telling)
+            await self._services.tracing.serve(self._app, scope, receive, send_with_quotas)
         finally:
-            ticket.close()
+            reservation.close()
 
 
 def is_upload(scope: Scope) -> bool:

@@ -51,11 +51,11 @@ _SHOWN = 200
 """Largest number of characters of a header that an error repeats."""
 
 
-class _Gate(Protocol):
+class _Authenticator(Protocol):
     def admit_at_once(self, scope: Scope) -> None: ...
 
 
-class Door:
+class CrossSiteMiddleware:
     """The outermost part of the app: refuses foreign hosts and pages, and adds the headers of every answer.
 
     gate: decides within the app who is let in. answers: counts them by route and status. secret: by which
@@ -66,12 +66,12 @@ class Door:
         self,
         app: ASGIApp,
         settings: Settings,
-        gate: _Gate | None = None,
+        authenticator: _Authenticator | None = None,
         answers: Counter[tuple[str, int]] | None = None,
         secret: str = "",
     ) -> None:
         self._forwarded = ForwardedHeaders(settings.trusted_proxy, secret)
-        self._gate = gate
+        self._authenticator = authenticator
         self._answers = Counter() if answers is None else answers
         names = (*settings.allowed_host, settings.host)
         self._hosts = {name if ip_address(name) else host_name(name) for name in names}
@@ -92,8 +92,10 @@ class Door:
         """Return the app's error for a request, if that is plain before any of the app runs; else None."""
         try:
             asked_by_page = self._check(scope)
-            if self._gate is not None and not (asked_by_page and self._origins):  # CORS may add to the answer
-                self._gate.admit_at_once(scope)
+            if self._authenticator is not None and not (
+                asked_by_page and self._origins
+            ):  # CORS may add to the answer
+                self._authenticator.admit_at_once(scope)
         except ApiError as error:
             self._answers[NO_ROUTE, status_of(error)[0]] += 1
             return error
@@ -121,12 +123,12 @@ class Door:
         """Check host and origin. Return True if there is an `Origin`. Raises ForbiddenError,
         InvalidRequestError."""
         self._forwarded.read(scope)
-        told: dict[bytes, list[str]] = {b"host": [], b"origin": [], b"sec-fetch-site": []}
+        headers: dict[bytes, list[str]] = {b"host": [], b"origin": [], b"sec-fetch-site": []}
         for name, value in scope["headers"]:
-            if name in told:
-                told[name].append(value.decode("latin-1"))
-        host = self._checked_host(scope, told[b"host"])
-        origins = told[b"origin"]
+            if name in headers:
+                headers[name].append(value.decode("latin-1"))
+        host = self._checked_host(scope, headers[b"host"])
+        origins = headers[b"origin"]
         for origin in origins:
             own = bool(host) and origin.lower().partition("://")[2] == host
             if not own and origin.lower() not in self._origins:
@@ -135,7 +137,7 @@ class Door:
                     "with --allowed-origin and that site.",
                     code="origin_not_allowed",
                 )
-        site = (told[b"sec-fetch-site"] or ["none"])[0]
+        site = (headers[b"sec-fetch-site"] or ["none"])[0]
         if site not in ("none", "same-origin") and not origins and not _opens_page(scope):
             raise ForbiddenError(
                 f"Sec-Fetch-Site: a page of another site asks ({site[:_SHOWN]}), and may not. If it should, "

@@ -42,15 +42,15 @@ from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.requests.planner import Planner
 from onebase_server.requests.pooling import ReadingPlanner
-from onebase_server.requests.stored_responses import KeptResponses
+from onebase_server.requests.stored_responses import StoredResponses
 from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.metrics import MetricsCollector, render
 from onebase_server.telemetry.traces import Tracing
 from onebase_server.tenancy.access import Caller, KeyRing
 from onebase_server.tenancy.peers import Peers, QuotaSharing
-from onebase_server.tenancy.quotas import Limiter, Ticket
-from onebase_server.tenancy.usage import UsageMeter
+from onebase_server.tenancy.quotas import Limiter, QuotaReservation
+from onebase_server.tenancy.usage import TenantUsageRecorder
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -65,13 +65,13 @@ COUNT_SECONDS = 5.0
 
 CALLER = "onebase.caller"
 """Key of a request's Caller in its ASGI scope."""
-TICKET = "onebase.ticket"
+RESERVATION = "onebase.ticket"
 """Key of the Ticket in the ASGI scope of a request for text."""
 TRANSCRIPT = "onebase.transcript"
 """Key of the transcript that came with the body, once that was read; None if its stream is to have none."""
 
 
-class Told(NamedTuple):
+class ResumeState(NamedTuple):
     """Transcript of a request so far, empty at first, and the seconds since the request first came."""
 
     lines: bytes
@@ -105,8 +105,8 @@ class Training:
         try:
             async with asyncio.timeout(COUNT_SECONDS):
                 return (
-                    await self.threads.run(registry.training.counts),
-                    await self.threads.run(registry.batches.counts),
+                    await self.threads.run_blocking(registry.training.counts),
+                    await self.threads.run_blocking(registry.batches.counts),
                 )
         except (RegistryError, TimeoutError):
             return None, None
@@ -120,13 +120,13 @@ class Services:
     keys: KeyRing
     limiter: Limiter
     sharing: QuotaSharing
-    usage: UsageMeter
+    usage: TenantUsageRecorder
     catalog: Catalog
     tokenizer: BaseTokenizer
     supervisor: EngineSupervisor
     planner: Planner
     read_planner: ReadingPlanner
-    responses: KeptResponses
+    responses: StoredResponses
     residency: Residency
     adapters: AdapterService
     hub: HubAdapters
@@ -171,21 +171,21 @@ def _caller(request: Request) -> Caller:
     return caller
 
 
-def _ticket(request: Request) -> Ticket:
-    ticket: Ticket = request.scope[TICKET]
-    return ticket
+def _reservation(request: Request) -> QuotaReservation:
+    reservation: QuotaReservation = request.scope[RESERVATION]
+    return reservation
 
 
-def told_of(request: Request) -> Told | None:
+def resume_state_of(request: Request) -> ResumeState | None:
     """Return the transcript of a request whose stream is to send one, else None."""
-    told: Told | None = request.scope.get(TRANSCRIPT)
-    return told
+    state: ResumeState | None = request.scope.get(TRANSCRIPT)
+    return state
 
 
 Provided = Annotated[Services, Depends(_services)]
 Calling = Annotated[Caller, Depends(_caller)]
 """Caller of the request."""
-Admitted = Annotated[Ticket, Depends(_ticket)]
+Admitted = Annotated[QuotaReservation, Depends(_reservation)]
 """Quota ticket of the request, on a route that needs the scope `generate`."""
 
 
@@ -209,7 +209,7 @@ class _StrictRequest(Request):
         """Return the body without the transcript that may follow it."""
         if TRANSCRIPT not in self.scope:
             whole, own = await super().body(), forwarded_of(self.scope).transcript
-            self.scope[TRANSCRIPT] = None if own is None else Told(whole[own[0] :], own[1])
+            self.scope[TRANSCRIPT] = None if own is None else ResumeState(whole[own[0] :], own[1])
             self._body = whole if own is None else whole[: own[0]]
         return await super().body()
 
@@ -219,7 +219,7 @@ class _StrictRequest(Request):
         services, body = _services(self), await self.body()
         most = services.settings.max_body
         try:
-            if services.read_inline.take(len(body)):
+            if services.read_inline.try_spend(len(body)):
                 return strict_json.decode(body, most)
             return await services.reading.run_for(_caller(self).tenant, self._validated, body, most)
         except ApiError as error:
@@ -240,7 +240,7 @@ async def off_loop(request: Request, call: Callable[P, T], /, *args: P.args, **k
     """Return what the call makes of the request's body, computed in a thread unless this turn of the event
     loop has room for a body of this length."""
     services = _services(request)
-    if services.read_inline.take(len(await request.body())):
+    if services.read_inline.try_spend(len(await request.body())):
         return call(*args, **kwargs)
     return await services.reading.run_for(_caller(request).tenant, call, *args, **kwargs)
 

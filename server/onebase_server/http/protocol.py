@@ -98,7 +98,7 @@ class Connections:
     def __post_init__(self) -> None:
         self._proxies = [ipaddress.ip_network(proxy, strict=False) for proxy in self.limits.trusted_proxy]
 
-    def open(self, address: str) -> ApiError | None:
+    def open_connection(self, address: str) -> ApiError | None:
         """Count a connection. Return the error if it is one too many: it counts all the same, until
         `close`."""
         host, exempt = self._host(address)
@@ -195,7 +195,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(transport)
-        refusal = self._clients.open(self._address)
+        refusal = self._clients.open_connection(self._address)
         if refusal is not None:
             self._refusal = refusal
             transport.write(self._answer(refusal, None, close=True))

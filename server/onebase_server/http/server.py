@@ -20,7 +20,7 @@ from fastapi import FastAPI
 
 from onebase_server.app.settings import Settings, inherited_listener
 from onebase_server.http.app import InnerRequests
-from onebase_server.http.cross_site import Door
+from onebase_server.http.cross_site import CrossSiteMiddleware
 from onebase_server.http.deps import Services, server_stopping
 from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
 from onebase_server.processes.link import kill_children
@@ -78,12 +78,14 @@ async def run_server(
     `on_ready` is called once, when the engine is ready for the first time. Raises EngineFailedError.
     """
     settings = services.settings
-    door = Door(app, settings, app.state.gate, services.answers, services.route_secret)
-    server = QuietServer(uvicorn_config(door, settings))
+    middleware = CrossSiteMiddleware(
+        app, settings, app.state.authenticator, services.answers, services.route_secret
+    )
+    server = QuietServer(uvicorn_config(middleware, settings))
     stop = asyncio.Event()
     _install_signals(services, stop)
     loop = asyncio.get_running_loop()
-    engine = loop.create_task(services.supervisor.run())
+    engine = loop.create_task(services.supervisor.run_engine())
     jobs = loop.create_task(services.training.scheduler.follow())
     batches = loop.create_task(services.batches.runner.follow(InnerRequests(app).post))
     http = loop.create_task(server.serve(sockets=[listener]))
@@ -128,7 +130,7 @@ async def _drain(services: Services, server: QuietServer, engine: asyncio.Task[N
 
     Uploads and those that wait for a proof, a pull or a load are running too: not only what the engine has.
     """
-    router = services.supervisor.router
+    router = services.supervisor.client
     requests = server.server_state.tasks
     if requests:
         _log.warning(
@@ -164,13 +166,13 @@ def _end_at_once(status: int) -> None:
     os._exit(status)
 
 
-def uvicorn_config(door: Door, settings: Settings) -> uvicorn.Config:
+def uvicorn_config(middleware: CrossSiteMiddleware, settings: Settings) -> uvicorn.Config:
     """Return uvicorn's configuration for an app behind the door, within the settings' limits on
     connections."""
     connections = Connections(_connection_limits(settings))
-    protocol: Any = partial(LimitedProtocol, connections=connections, turned_away=door.turned_away)
+    protocol: Any = partial(LimitedProtocol, connections=connections, turned_away=middleware.turned_away)
     config = uvicorn.Config(
-        door,
+        middleware,
         http=protocol,
         lifespan="off",
         ws="none",

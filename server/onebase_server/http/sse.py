@@ -63,10 +63,15 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, run: Cancellable, events: AsyncGenerator[bytes], seconds: float, *, tells: bool = False
+        self,
+        run: Cancellable,
+        events: AsyncGenerator[bytes],
+        seconds: float,
+        *,
+        with_transcript: bool = False,
     ) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(headers=headers | ({HEADER: "1"} if tells else {}))
+        super().__init__(headers=headers | ({HEADER: "1"} if with_transcript else {}))
         del self.headers["content-length"]
         self._run = run
         self._events = events
@@ -116,12 +121,12 @@ async def guarded(
 
 
 async def with_transcript(
-    events: AsyncGenerator[bytes], take_told: Callable[[], bytes]
+    events: AsyncGenerator[bytes], take_transcript: Callable[[], bytes]
 ) -> AsyncGenerator[bytes]:
     """Yield the events, each after the lines of the transcript that it was made of."""
     async with contextlib.aclosing(events):
         async for chunk in events:
-            yield take_told() + chunk
+            yield take_transcript() + chunk
 
 
 @contextlib.contextmanager

@@ -216,11 +216,11 @@ async def read_form(request: Request, form: FormReader[Result], threads: Threads
         async for chunk in request.stream():
             batch += chunk
             if len(batch) >= _BATCH_BYTES:
-                await threads.run(form.feed, bytes(batch))
+                await threads.run_blocking(form.feed, bytes(batch))
                 batch.clear()
     except ClientDisconnect as error:
         raise ClientGoneError from error
-    await threads.run(form.feed, bytes(batch))
+    await threads.run_blocking(form.feed, bytes(batch))
     return form.finish()
 
 

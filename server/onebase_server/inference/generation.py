@@ -14,7 +14,7 @@ from typing import Protocol
 from msgspec.structs import replace as replaced
 
 from onebase_engine.engine.grammars import BUDGET_SECONDS, COMPILE_BUDGET
-from onebase_engine.engine.messages import Grammar, Pooling, RowOutput, Sampling, ScoredToken, Submit
+from onebase_engine.engine.messages import Grammar, Pooling, Sampling, ScoredToken, SequenceOutput, Submit
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.adapters.residency import Lease, Residency
 from onebase_server.errors import (
@@ -22,14 +22,14 @@ from onebase_server.errors import (
     ClientGoneError,
     InvalidRequestError,
     QuotaSpentError,
-    RowFailedError,
+    SequenceFailedError,
     UnavailableError,
 )
 from onebase_server.inference.stream import (
     ChoiceDecoder,
     Inflight,
-    Moments,
     OutputPiece,
+    RequestTimestamps,
     TokenInfo,
     TokenUsage,
     prompt_token_infos,
@@ -86,13 +86,13 @@ class GenerationRequest:
     pooling: Pooling | None = None
     branches: tuple[tuple[int, ...], ...] = ()
     """Tokens after the prompt that are scored, for each choice."""
-    goes_on: bool = False
+    is_continuation: bool = False
     """See Inflight."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
 
     @property
-    def tells_prompt(self) -> bool:
+    def reports_prompt(self) -> bool:
         """Return True if the answer has the prompt's logprobs, and not as a part of its text."""
         in_text = self.echo and self.sampling.logprobs is not None
         return self.sampling.prompt_logprobs is not None and not in_text
@@ -102,7 +102,7 @@ class GenerationRequest:
         return len(self.prompts) * self.n
 
     @property
-    def tokens_set_aside(self) -> int:
+    def reserved_tokens(self) -> int:
         """Return the tokens that it reserves in a quota until it has ended."""
         given = sum(len(prompt.tokens) for prompt in self.prompts)
         branches = len(self.prompts) * sum(map(len, self.branches))
@@ -139,22 +139,26 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{secrets.token_hex(12)}"
 
 
-def opening(job: GenerationRequest) -> Opening:
+def opening(request: GenerationRequest) -> Opening:
     """Return the first record of a request's transcript."""
-    sampling = job.sampling
-    names = [f"{use.name}@{use.digest}" for use in job.adapter.uses]
+    sampling = request.sampling
+    names = [f"{use.name}@{use.digest}" for use in request.adapter.uses]
     return Opening(
-        id=job.id, created=job.created, seed=sampling.seed, max_tokens=sampling.max_tokens, adapters=names
+        id=request.id,
+        created=request.created,
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        adapters=names,
     )
 
 
-class Meter(Protocol):
+class UsageRecorder(Protocol):
     """Recorder of what a request uses."""
 
-    def rows_ended(self) -> None:
+    def sequences_ended(self) -> None:
         """Handle the end of its last sequence in the engine."""
 
-    def used(self, usage: TokenUsage, moments: Moments, finished: Counter[str]) -> None:
+    def used(self, usage: TokenUsage, timestamps: RequestTimestamps, finished: Counter[str]) -> None:
         """It is over. Called once, if it was submitted. finished: choices by how they ended, in vLLM's words:
         `stop`, `length`, `abort`, `error`."""
 
@@ -177,40 +181,40 @@ class RequestRun:
     def __init__(
         self,
         supervisor: EngineSupervisor,
-        job: GenerationRequest,
+        request: GenerationRequest,
         stream_limit: int | None = None,
         on_cut: Callable[[], None] = lambda: None,
         *,
-        meter: Meter,
-        begun: Sequence[dict[int, list[int]]] | None = None,
+        recorder: UsageRecorder,
+        resume_tokens: Sequence[dict[int, list[int]]] | None = None,
     ) -> None:
-        self.job = job
-        self._meter = meter
+        self.request = request
+        self._recorder = recorder
         self._with_engine = self._with_reader = False
-        self._metered = True
+        self._usage_recorded = True
         self._supervisor = supervisor
         # The id of an answer that goes on was told by a client: another request may have it.
-        self._id = job.id if begun is None else new_id("resumed-")
+        self._id = request.id if resume_tokens is None else new_id("resumed-")
         submits = [
-            self._submit(index, prompt, None if begun is None else begun[index])
-            for index, prompt in enumerate(job.prompts)
+            self._submit(index, prompt, None if resume_tokens is None else resume_tokens[index])
+            for index, prompt in enumerate(request.prompts)
         ]
         self._prompt_of = {submit.id: index for index, submit in enumerate(submits)}
         self._cached_known: set[int] = set()
         self.usage = TokenUsage(prompt=sum(map(prompt_tokens, submits)))
         submits = [submit for submit in submits if submit.choices]
-        limit = (stream_limit or 2**31) * job.choices
+        limit = (stream_limit or 2**31) * request.choices
         self._inflight = Inflight(
             submits,
             limit,
             on_cut=on_cut,
-            on_ended=self._rows_ended,
-            on_gap=meter.token_gap,
-            goes_on=job.goes_on,
+            on_ended=self._sequences_ended,
+            on_gap=recorder.token_gap,
+            is_continuation=request.is_continuation,
         )
-        self.moments = self._inflight.moments
+        self.timestamps = self._inflight.timestamps
         self._finished: Counter[str] = Counter()
-        self._open = job.choices
+        self._open = request.choices
         self._deadline: asyncio.TimerHandle | None = None
         self._lease: Lease | None = None
 
@@ -221,27 +225,29 @@ class RequestRun:
         AdapterDeletedError, CrashesEngineError.
         """
         if not self._inflight.submits:  # all was generated elsewhere
-            self._with_reader, self._metered = True, False
-            self._meter.rows_ended()
+            self._with_reader, self._usage_recorded = True, False
+            self._recorder.sequences_ended()
             return
-        if self.job.adapter.uses:
-            job = self.job
-            self._lease = residency.lease(job.adapter.uses, on_revoked=self._fail, tenant=job.tenant)
-            async with in_time(self.job.deadline):
+        if self.request.adapter.uses:
+            request = self.request
+            self._lease = residency.lease(request.adapter.uses, on_revoked=self._fail, tenant=request.tenant)
+            async with in_time(self.request.deadline):
                 await self._lease.ready()
-        self.moments.submitted = time.monotonic()
+        self.timestamps.submitted = time.monotonic()
         try:
             self._supervisor.submit(self._inflight)
         except BaseException:
             self._release_adapters()
             raise
         self._with_engine = self._with_reader = True
-        self._metered = False
-        if self.job.deadline is not None:
+        self._usage_recorded = False
+        if self.request.deadline is not None:
             loop = asyncio.get_running_loop()
-            self._deadline = loop.call_at(self.job.deadline, self._supervisor.router.cancel, self._inflight)
+            self._deadline = loop.call_at(
+                self.request.deadline, self._supervisor.client.cancel, self._inflight
+            )
 
-    def _count_cached(self, output: RowOutput, prompt: int) -> None:
+    def _count_cached(self, output: SequenceOutput, prompt: int) -> None:
         """Count a prompt's cached tokens once: its other choices find in the cache what the first one
         computed."""
         if output.cached_tokens is not None and prompt not in self._cached_known:
@@ -252,28 +258,28 @@ class RequestRun:
         if self._lease is not None:
             self._lease.release()
 
-    def _rows_ended(self) -> None:
+    def _sequences_ended(self) -> None:
         self._release_adapters()
         self._with_engine = False
-        self._meter.rows_ended()
-        self._tell_meter()
+        self._recorder.sequences_ended()
+        self._record_usage()
 
     def leave(self) -> None:
         """Nobody reads it any more."""
         self._with_reader = False
-        self._tell_meter()
+        self._record_usage()
 
-    def _tell_meter(self) -> None:
+    def _record_usage(self) -> None:
         """Report the request's usage once neither the reader nor, unless all was read, the engine adds to
         it."""
         whole = not self._open
-        if self._metered or self._with_reader or (self._with_engine and not whole):
+        if self._usage_recorded or self._with_reader or (self._with_engine and not whole):
             return
-        self._metered = True
-        left = self.job.choices - self._finished.total()
+        self._usage_recorded = True
+        left = self.request.choices - self._finished.total()
         if left:
             self._finished["error" if self._inflight.broken else "abort"] += left
-        self._meter.used(self.usage if whole else self._inflight.computed, self.moments, self._finished)
+        self._recorder.used(self.usage if whole else self._inflight.computed, self.timestamps, self._finished)
 
     def cancel(self) -> None:
         """Cancel the request: the engine frees its sequences, and `pieces` raises ClientGoneError."""
@@ -281,7 +287,7 @@ class RequestRun:
 
     def _fail(self, error: ApiError) -> None:
         self._inflight.fail(error)
-        self._supervisor.router.cancel(self._inflight)
+        self._supervisor.client.cancel(self._inflight)
 
     @contextlib.contextmanager
     def _being_read(self) -> Iterator[None]:
@@ -295,39 +301,39 @@ class RequestRun:
                 self.cancel()
             self.leave()
 
-    def _submit(self, index: int, prompt: Prompt, begun: dict[int, list[int]] | None) -> Submit:
-        job, sampling = self.job, self.job.sampling
-        if begun and all(begun.values()):  # then the prompt's were told
+    def _submit(self, index: int, prompt: Prompt, resume_tokens: dict[int, list[int]] | None) -> Submit:
+        request, sampling = self.request, self.request.sampling
+        if resume_tokens and all(resume_tokens.values()):  # then the prompt's were told
             sampling = replaced(sampling, prompt_logprobs=None)
         return Submit(
             id=f"{self._id}.{index}",
             prompt=prompt.tokens,
             sampling=sampling,
-            adapters=list(job.adapter.refs),
-            n=job.n,
-            tenant=job.tenant,
-            priority=job.priority,
-            background=job.background,
-            grammar=job.grammar,
-            pooling=job.pooling,
-            branches=[list(branch) for branch in job.branches],
-            begun=begun,
+            adapters=list(request.adapter.refs),
+            n=request.n,
+            tenant=request.tenant,
+            priority=request.priority,
+            background=request.background,
+            grammar=request.grammar,
+            pooling=request.pooling,
+            branches=[list(branch) for branch in request.branches],
+            resume_tokens=resume_tokens,
         )
 
 
 class Reading(RequestRun):
     """A job that only reads texts."""
 
-    async def outputs(self) -> list[RowOutput]:
+    async def outputs(self) -> list[SequenceOutput]:
         """The last output of each choice, in their order. Raises what `GenerationRun.pieces` raises, and
         UnavailableError at the deadline."""
-        found: dict[int, RowOutput] = {}
+        found: dict[int, SequenceOutput] = {}
         with self._being_read():
             while self._open:
-                for output in await self._inflight.take():
+                for output in await self._inflight.next_outputs():
                     if output.finish == "error":
                         self._finished["error"] += 1
-                        raise _row_error(output, self.job)
+                        raise _sequence_error(output, self.request)
                     if output.finish == "cancelled":
                         raise UnavailableError(
                             "timeout_s: it was not computed in time. Send less at once, or raise timeout_s.",
@@ -336,10 +342,10 @@ class Reading(RequestRun):
                         )
                     prompt = self._prompt_of[output.id]
                     self._count_cached(output, prompt)
-                    found[prompt * self.job.n + output.choice] = output
+                    found[prompt * self.request.n + output.choice] = output
                     self._finished["stop"] += 1
                     self._open -= 1
-        return [found[index] for index in range(self.job.choices)]
+        return [found[index] for index in range(self.request.choices)]
 
 
 class GenerationRun(RequestRun):
@@ -347,7 +353,7 @@ class GenerationRun(RequestRun):
 
     Args:
         transcript: what it goes on from; `job` is as it says.
-        begun: what `begun_of` makes of it.
+        begun: what `resume_tokens_of` makes of it.
         telling: as which request of its stream it tells a transcript; None: it tells none.
     """
 
@@ -355,38 +361,40 @@ class GenerationRun(RequestRun):
         self,
         supervisor: EngineSupervisor,
         tokenizer: BaseTokenizer,
-        job: GenerationRequest,
+        request: GenerationRequest,
         stream_limit: int | None = None,
         on_cut: Callable[[], None] = lambda: None,
         *,
-        meter: Meter,
+        recorder: UsageRecorder,
         transcript: Transcript | None = None,
-        begun: Sequence[dict[int, list[int]]] | None = None,
-        telling: int | None = None,
+        resume_tokens: Sequence[dict[int, list[int]]] | None = None,
+        transcript_number: int | None = None,
     ) -> None:
-        super().__init__(supervisor, job, stream_limit, on_cut, meter=meter, begun=begun)
+        super().__init__(
+            supervisor, request, stream_limit, on_cut, recorder=recorder, resume_tokens=resume_tokens
+        )
         self._tokenizer = tokenizer
-        self._choices = [_choice(job, index, tokenizer) for index in range(job.choices)]
+        self._choices = [_choice(request, index, tokenizer) for index in range(request.choices)]
         self._transcript = transcript
-        self._telling = telling
-        self._told: list[Record] = []
+        self._transcript_number = transcript_number
+        self._records: list[Record] = []
         self.ended: Ended | None = None if transcript is None else transcript.ended
         """Figures of the answer's end, set with the last piece."""
         if transcript is None:
-            self._tell(opening(job))
+            self._record(opening(request))
         self._echoed: set[int] = set()
         self.prompt_logprobs: dict[int, list[ScoredToken]] = {}
         """Log-probabilities of each prompt's tokens but the first, by the prompt's number, if they were asked
         for."""
 
-    def _tell(self, told: Record) -> None:
-        if self._telling is not None:
-            self._told.append(told)
+    def _record(self, record: Record) -> None:
+        if self._transcript_number is not None:
+            self._records.append(record)
 
-    def take_told(self) -> bytes:
+    def take_transcript(self) -> bytes:
         """Return the transcript's line for the pieces since the last call; empty if there were none."""
-        told, self._told = self._told, []
-        return line(told, self._telling or 0) if told else b""
+        record, self._records = self._records, []
+        return line(record, self._transcript_number or 0) if record else b""
 
     @property
     def ended_at(self) -> int:
@@ -398,18 +406,18 @@ class GenerationRun(RequestRun):
         """Return the durations up to now, or of the whole request if it has ended."""
         if self.ended is not None:
             return RequestTiming(self.ended.queue_s, self.ended.ttft_s, self.ended.decode_s)
-        moments = self.moments
-        timing = RequestTiming(queue_s=max(0.0, moments.begun - moments.submitted))
-        if moments.first:
-            timing.ttft_s = moments.first - moments.came
-            timing.decode_s = moments.last - moments.first
+        timestamps = self.timestamps
+        timing = RequestTiming(queue_s=max(0.0, timestamps.started - timestamps.submitted))
+        if timestamps.first:
+            timing.ttft_s = timestamps.first - timestamps.arrived
+            timing.decode_s = timestamps.last - timestamps.first
         return timing
 
     async def pieces(self) -> AsyncIterator[list[OutputPiece]]:
         """Pieces of all choices, one list per engine step.
 
-        Raises RowFailedError when the engine ends a row with an error, EngineRestartedError when it dies,
-        CrashesEngineError when it dies under this request again, SlowReaderError and ClientGoneError.
+        Raises SequenceFailedError when the engine ends a row with an error, EngineRestartedError when it
+        dies, CrashesEngineError when it dies under this request again, SlowReaderError and ClientGoneError.
         """
         with self._being_read():
             for number, made in enumerate([] if self._transcript is None else self._transcript.outputs):
@@ -418,18 +426,18 @@ class GenerationRun(RequestRun):
                 if number % _AT_ONCE == 0:
                     await asyncio.sleep(0)
             while self._open:
-                made = await self._inflight.take()
-                if self._telling is not None:
-                    self._tell([replaced(one, id=str(self._prompt_of[one.id])) for one in made])
+                made = await self._inflight.next_outputs()
+                if self._transcript_number is not None:
+                    self._record([replaced(one, id=str(self._prompt_of[one.id])) for one in made])
                 if pieces := [piece for one in made for piece in self._feed(one, self._prompt_of[one.id])]:
                     yield pieces
             if self.ended is None:
                 self.ended = Ended(**vars(self.timing), at=int(time.time()))
-                self._tell(self.ended)
+                self._record(self.ended)
 
     async def collect(self) -> list[OutputPiece]:
         """The whole of each choice, in order."""
-        whole = [OutputPiece(index, "") for index in range(self.job.choices)]
+        whole = [OutputPiece(index, "") for index in range(self.request.choices)]
         async for pieces in self.pieces():
             for piece in pieces:
                 target = whole[piece.index]
@@ -439,14 +447,14 @@ class GenerationRun(RequestRun):
                 target.finish_reason, target.stop = piece.finish_reason, piece.stop
         return whole
 
-    def _feed(self, output: RowOutput, prompt: int) -> list[OutputPiece]:
-        choice = self._choices[prompt * self.job.n + output.choice]
+    def _feed(self, output: SequenceOutput, prompt: int) -> list[OutputPiece]:
+        choice = self._choices[prompt * self.request.n + output.choice]
         if choice.finish_reason is not None:
             return []
         self._count_cached(output, prompt)
         if output.finish == "error":
             self._finished["error"] += 1
-            raise _row_error(output, self.job)
+            raise _sequence_error(output, self.request)
         before = choice.completion_tokens
         piece = choice.feed(output)
         self.usage.completion += choice.completion_tokens - before
@@ -457,36 +465,36 @@ class GenerationRun(RequestRun):
                 self._supervisor.router.cancel(self._inflight, output.id, output.choice)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs[prompt] = output.prompt_logprobs
-        if self.job.echo:
+        if self.request.echo:
             return self._with_echo(choice, prompt, output, piece)
         return [piece] if piece else []
 
     def _with_echo(
-        self, choice: ChoiceDecoder, prompt: int, output: RowOutput, piece: OutputPiece | None
+        self, choice: ChoiceDecoder, prompt: int, output: SequenceOutput, piece: OutputPiece | None
     ) -> list[OutputPiece]:
         """Put the prompt before a choice's first piece, with its logprobs if they were asked for."""
         pieces = [piece] if piece else []
         if choice.index in self._echoed or (piece is None and output.prompt_logprobs is None):
             return pieces
         self._echoed.add(choice.index)
-        source = self.job.prompts[prompt]
+        source = self.request.prompts[prompt]
         tokens: list[TokenInfo] = []
-        if self.job.sampling.prompt_logprobs is not None:
+        if self.request.sampling.prompt_logprobs is not None:
             logprobs = self.prompt_logprobs.get(prompt, [])
             tokens = prompt_token_infos(source.tokens, logprobs, self._tokenizer.pieces())
         return [OutputPiece(choice.index, _echo_text(source, self._tokenizer), tokens), *pieces]
 
 
-def _choice(job: GenerationRequest, index: int, tokenizer: BaseTokenizer) -> ChoiceDecoder:
-    offset = len(_echo_text(job.prompts[index // job.n], tokenizer)) if job.echo else 0
+def _choice(request: GenerationRequest, index: int, tokenizer: BaseTokenizer) -> ChoiceDecoder:
+    offset = len(_echo_text(request.prompts[index // request.n], tokenizer)) if request.echo else 0
     return ChoiceDecoder(
         index,
-        tokenizer.pieces(job.calls.format.shown if job.calls else frozenset()),
-        job.stops,
-        min_tokens=job.sampling.min_tokens,
+        tokenizer.pieces(request.calls.format.shown if request.calls else frozenset()),
+        request.stops,
+        min_tokens=request.sampling.min_tokens,
         offset=offset,
-        discard_tokens=job.scores_only,
-        with_ids=job.token_ids,
+        discard_tokens=request.scores_only,
+        with_ids=request.token_ids,
     )
 
 
@@ -494,30 +502,30 @@ def _echo_text(prompt: Prompt, tokenizer: BaseTokenizer) -> str:
     return tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
 
 
-def begun_of(
-    job: GenerationRequest, transcript: Transcript, tokenizer: BaseTokenizer
+def resume_tokens_of(
+    request: GenerationRequest, transcript: Transcript, tokenizer: BaseTokenizer
 ) -> list[dict[int, list[int]]]:
     """Return, for each prompt, the tokens of the choices that have not ended. A long transcript takes 0.1 s.
 
     Raises InvalidRequestError.
     """
-    choices = [_choice(job, index, tokenizer) for index in range(job.choices)]
+    choices = [_choice(request, index, tokenizer) for index in range(request.choices)]
     tokens: list[list[int]] = [[] for _ in choices]
     over: set[int] = set()
     for output in transcript.all():
-        index = int(output.id) * job.n + output.choice
+        index = int(output.id) * request.n + output.choice
         if index in over:
             continue
-        if job.stops:
+        if request.stops:
             choices[index].feed(output)
         tokens[index] += output.tokens
         if output.finish is not None or choices[index].stopped_here:
             over.add(index)
-    if any(len(some) >= job.sampling.max_tokens for n, some in enumerate(tokens) if n not in over):
+    if any(len(some) >= request.sampling.max_tokens for n, some in enumerate(tokens) if n not in over):
         raise refused("has more tokens than the request asks for")
     return [
-        {n: tokens[p * job.n + n] for n in range(job.n) if p * job.n + n not in over}
-        for p in range(len(job.prompts))
+        {n: tokens[p * request.n + n] for n in range(request.n) if p * request.n + n not in over}
+        for p in range(len(request.prompts))
     ]
 
 
@@ -536,18 +544,20 @@ async def in_time(deadline: float | None) -> AsyncIterator[None]:
         ) from error
 
 
-def _row_error(output: RowOutput, job: GenerationRequest) -> ApiError:
+def _sequence_error(output: SequenceOutput, request: GenerationRequest) -> ApiError:
     if output.error_code == "grammar_refused":
-        message = f"{job.grammar_param}: {output.error_message}. Change it, or leave it out."
-        return InvalidRequestError(message, param=job.grammar_param, code="grammar_refused")
+        message = f"{request.grammar_param}: {output.error_message}. Change it, or leave it out."
+        return InvalidRequestError(message, param=request.grammar_param, code="grammar_refused")
     if output.error_code == "grammars_busy":
-        message = f"{job.grammar_param}: {output.error_message}. Send the request again in a moment."
+        message = f"{request.grammar_param}: {output.error_message}. Send the request again in a moment."
         return UnavailableError(message, code="grammars_busy", retry_after=output.retry_after or 5.0)
     if output.error_code == "grammar_limit":
-        message = f"{job.grammar_param}: {output.error_message}. Use one of those, or send it again later."
+        message = (
+            f"{request.grammar_param}: {output.error_message}. Use one of those, or send it again later."
+        )
         of = {"quota": "grammar_seconds", "limit": COMPILE_BUDGET, "of": "tenant"}
         return QuotaSpentError(message, of, retry_after=output.retry_after or BUDGET_SECONDS)
-    return RowFailedError(
+    return SequenceFailedError(
         output.error_message or "The engine ended this request with an error.",
         code=output.error_code or "engine_error",
         param=output.error_param,

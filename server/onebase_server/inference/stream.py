@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from onebase_engine.engine.messages import FinishReason, RowOutput, ScoredToken, Submit
+from onebase_engine.engine.messages import FinishReason, ScoredToken, SequenceOutput, Submit
 from onebase_server.errors import ApiError, ClientGoneError, SlowReaderError
 from onebase_server.inference.detokenizer import PieceDecoder, StopStrings
 
@@ -22,13 +22,13 @@ class TokenUsage:
 
 
 @dataclass
-class Moments:
+class RequestTimestamps:
     """Timestamps of a request, on the monotonic clock that all processes share; 0: not yet."""
 
-    came: float = field(default_factory=time.monotonic)
+    arrived: float = field(default_factory=time.monotonic)
     submitted: float = 0.0
     """Time at which its adapters were in memory and it was submitted to the engine."""
-    begun: float = 0.0
+    started: float = 0.0
     """Time of the first step of the sequence that waited longest."""
     first: float = 0.0
     """Time of its first token."""
@@ -61,16 +61,16 @@ class Inflight:
         *,
         on_cut: Callable[[], None] = lambda: None,
         on_ended: Callable[[], None] = lambda: None,
-        goes_on: bool = False,
+        is_continuation: bool = False,
         on_gap: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self.goes_on = goes_on
+        self.is_continuation = is_continuation
         self.submits = tuple(submits)
-        self.open_rows = {submit.id: len(submit.choices) for submit in submits}
+        self.open_sequences = {submit.id: len(submit.choices) for submit in submits}
         self._unseen = {submit.id: prompt_tokens(submit) for submit in submits}
         self.computed = TokenUsage()
         """Tokens that the engine has computed for it, including those that nobody read."""
-        self.moments = Moments()
+        self.timestamps = RequestTimestamps()
         self._last_at: dict[tuple[str, int], float] = {}
         self._on_gap = on_gap
         self.given_up = False
@@ -78,7 +78,7 @@ class Inflight:
         self.on_ended = on_ended
         self._on_cut = on_cut
         self._limit = buffer_limit
-        self._pending: list[RowOutput] = []
+        self._pending: list[SequenceOutput] = []
         self._failure: ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -93,9 +93,9 @@ class Inflight:
         return self.submits[0].background
 
     @property
-    def rows(self) -> int:
+    def sequences(self) -> int:
         """Number of sequences that the engine has not ended yet."""
-        return sum(self.open_rows.values())
+        return sum(self.open_sequences.values())
 
     @property
     def failed(self) -> bool:
@@ -106,15 +106,15 @@ class Inflight:
         """Return True if it failed, and not because its caller left or was too slow."""
         return self.failed and not isinstance(self._failure, ClientGoneError | SlowReaderError)
 
-    def push(self, output: RowOutput, at: float) -> bool:
+    def push(self, output: SequenceOutput, at: float) -> bool:
         """Deliver one output, made at `at`. False: the reader is too slow, and was just cut off."""
         self._count(output, at)
         if output.finish is not None:
-            left = self.open_rows[output.id] - 1
+            left = self.open_sequences[output.id] - 1
             if left:
-                self.open_rows[output.id] = left
+                self.open_sequences[output.id] = left
             else:
-                del self.open_rows[output.id]
+                del self.open_sequences[output.id]
         if self._failure is not None:
             return True
         if len(self._pending) >= self._limit:
@@ -126,24 +126,24 @@ class Inflight:
         self._wake()
         return True
 
-    def _count(self, output: RowOutput, at: float) -> None:
+    def _count(self, output: SequenceOutput, at: float) -> None:
         computed = self.computed
         if (output.tokens or output.finish == "stop") and output.id in self._unseen:
             computed.prompt += self._unseen.pop(output.id)
             computed.cached += output.cached_tokens or 0
         computed.completion += len(output.tokens)
-        moments = self.moments
+        timestamps = self.timestamps
         if output.queue_seconds is not None:
-            moments.begun = max(moments.begun, moments.submitted + output.queue_seconds)
+            timestamps.started = max(timestamps.started, timestamps.submitted + output.queue_seconds)
         if output.tokens:
-            row = (output.id, output.choice)
-            if row in self._last_at:
-                self._on_gap(at - self._last_at[row])
+            sequence = (output.id, output.choice)
+            if sequence in self._last_at:
+                self._on_gap(at - self._last_at[sequence])
             else:
-                moments.first = moments.first or at
-            self._last_at[row] = moments.last = at
+                timestamps.first = timestamps.first or at
+            self._last_at[sequence] = timestamps.last = at
         elif output.finish == "stop":
-            moments.last = at
+            timestamps.last = at
 
     def fail(self, error: ApiError) -> None:
         """End the request: outputs already here are still taken, then `error` is raised."""
@@ -151,7 +151,7 @@ class Inflight:
             self._failure = error
             self._wake()
 
-    async def take(self) -> list[RowOutput]:
+    async def next_outputs(self) -> list[SequenceOutput]:
         """Return all outputs since the last call, at least one.
 
         Raises what the request failed with.
@@ -230,7 +230,7 @@ class ChoiceDecoder:
         """A stop string ended the choice: the engine does not know yet."""
         return self._stops.matched is not None
 
-    def feed(self, output: RowOutput) -> OutputPiece | None:
+    def feed(self, output: SequenceOutput) -> OutputPiece | None:
         """The next piece, or None when there is nothing to say yet. Not to be called once finished."""
         before = self.completion_tokens
         text = "" if self._discard_tokens else self._read_tokens(output)
@@ -251,7 +251,7 @@ class ChoiceDecoder:
             return None
         return OutputPiece(self.index, text, tokens, ids, self.finish_reason, self._stops.matched)
 
-    def _read_tokens(self, output: RowOutput) -> str:
+    def _read_tokens(self, output: SequenceOutput) -> str:
         text = ""
         last = len(output.tokens) - 1
         for position, token in enumerate(output.tokens):

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import msgspec
 
-from onebase_engine.engine.messages import RowOutput, ScoredToken
+from onebase_engine.engine.messages import ScoredToken, SequenceOutput
 from onebase_server.errors import InvalidRequestError
 
 HEADER = "x-onebase-transcript"
@@ -51,7 +51,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
     at: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
 
 
-Record = Opening | Ended | list[RowOutput]
+Record = Opening | Ended | list[SequenceOutput]
 _encode = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(list[Record])
 
@@ -77,10 +77,12 @@ class Transcript:
     their id."""
 
     opening: Opening
-    outputs: list[list[RowOutput]] = field(default_factory=list)
+    outputs: list[list[SequenceOutput]] = field(default_factory=list)
     ended: Ended | None = None
 
-    def check(self, prompts: Sequence[int], n: int, vocabulary: int, logprobs: bool, scores: bool) -> None:
+    def check_outputs(
+        self, prompts: Sequence[int], n: int, vocabulary: int, logprobs: bool, scores: bool
+    ) -> None:
         """Raises InvalidRequestError for what no server has told.
 
         Args:
@@ -106,7 +108,7 @@ class Transcript:
             if not all(0 <= token < vocabulary for token in (*output.tokens, *told)):
                 raise refused("has tokens that this base has not")
 
-    def all(self) -> Iterator[RowOutput]:
+    def all(self) -> Iterator[SequenceOutput]:
         return (output for outputs in self.outputs for output in outputs)
 
 

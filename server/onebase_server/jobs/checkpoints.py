@@ -102,13 +102,13 @@ class CheckpointModels:
         job = None
         if wanted is not None:
             with storage_errors(), suppress(UnknownJobError):
-                job = await self._threads.run(self._records.job, tenant, wanted.job)
+                job = await self._threads.run_blocking(self._records.job, tenant, wanted.job)
         if wanted is None or job is None or job.name != wanted.name:
             raise AdapterNotFoundError(f"There is no checkpoint {name[:200]!r}.", param=param)
         if job.server != self._folders.server and not is_over(job.state, job.error_code):
             return None
         with storage_errors():
-            found = await self._threads.run(self._records.checkpoints, job)
+            found = await self._threads.run_blocking(self._records.checkpoints, job)
         for one in found:
             place = self._folders.checkpoint(job.id, one.path) / ADAPTER
             if one.step == wanted.step and not is_over(job.state, job.error_code) and place.is_dir():
@@ -124,7 +124,7 @@ class CheckpointModels:
     async def _first_use(self, tenant: str, name: str, place: Path) -> None:
         wanted = _parsed(name)
         with storage_errors(name):
-            files = await self._library.disk.run(take_folder, self._library.store, place)
+            files = await self._library.disk.run_blocking(take_folder, self._library.store, place)
         source = {"kind": "checkpoint", "job": wanted.job, "step": wanted.step} if wanted else {}
         options = VersionOptions(activate=True, any_base=True)
         version = await self._library.add(tenant, name, files, source, options, actor=ACTOR)

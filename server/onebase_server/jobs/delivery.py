@@ -142,9 +142,9 @@ class Delivery:
                 "The trained adapter is gone from --data-dir. Resume the job: it trains on from its last "
                 "checkpoint, or from its beginning if that is gone as well.",
             )
-        result_file = await self._files.keep_curve(job.tenant, job.id, report)
+        result_file = await self._files.store_curve(job.tenant, job.id, report)
         with storage_errors(job.name):
-            files = await self._library.disk.run(take_folder, self._library.store, folder)
+            files = await self._library.disk.run_blocking(take_folder, self._library.store, folder)
         version = await self._proved(job, files)
         if version.error is not None:
             code = _CODES.get(version.error.code, version.error.code)

@@ -59,13 +59,13 @@ class TrainingFiles:
         self._folders = folders
         self._threads = threads
 
-    async def keep(
+    async def store_file(
         self, tenant: str, writer: BlobWriter, filename: str, purpose: Purpose, file_id: str | None = None
     ) -> FileRecord:
         """Commit written content as a file that jobs can name. Raises DiskFullError, UnavailableError."""
         with storage_errors():
             # The row comes last: a blob without one is swept, a row without a blob would be a lie.
-            blob = await self.disk.run(writer.commit)
+            blob = await self.disk.run_blocking(writer.commit)
         return await self.add(tenant, blob, filename, purpose, file_id)
 
     async def add(
@@ -77,15 +77,15 @@ class TrainingFiles:
         made = float(int(time.time()))
         file = FileRecord(name, tenant, server, purpose, filename, blob.size, made, blob.sha256)
         with storage_errors():
-            return await self._threads.run(self._records.add_file, file)
+            return await self._threads.run_blocking(self._records.add_file, file)
 
-    async def keep_curve(self, tenant: str, job_id: str, report: Mapping[str, Any]) -> str:
+    async def store_curve(self, tenant: str, job_id: str, report: Mapping[str, Any]) -> str:
         """Keep the losses of a run as a CSV file, under one id each time. Returns it. Raises as `keep`."""
         file_id = f"file-{job_id.removeprefix('ftjob-')}"
         with storage_errors():
-            writer = await self.disk.run(self.store.writer)
-            await self.disk.run(writer.write, curve_csv(report))
-        await self.keep(tenant, writer, f"{job_id}-metrics.csv", "fine-tune-results", file_id)
+            writer = await self.disk.run_blocking(self.store.writer)
+            await self.disk.run_blocking(writer.write, curve_csv(report))
+        await self.store_file(tenant, writer, f"{job_id}-metrics.csv", "fine-tune-results", file_id)
         return file_id
 
     async def find(
@@ -103,7 +103,7 @@ class TrainingFiles:
         Raises TrainingFileNotFoundError (`after`), UnavailableError.
         """
         with storage_errors():
-            return await self._threads.run(
+            return await self._threads.run_blocking(
                 self._records.files,
                 tenant,
                 purposes=purposes,
@@ -116,7 +116,7 @@ class TrainingFiles:
     async def get(self, tenant: str, file_id: str) -> FileRecord:
         """Raises TrainingFileNotFoundError, UnavailableError."""
         with storage_errors():
-            return await self._threads.run(self._records.file, tenant, file_id)
+            return await self._threads.run_blocking(self._records.file, tenant, file_id)
 
     async def usable(
         self, tenant: str, file_id: str, param: str, purpose: Purpose = "fine-tune"
@@ -128,8 +128,8 @@ class TrainingFiles:
         try:
             file = await self.get(tenant, file_id)
             with storage_errors():
-                if not await self.disk.run(self.store.exists, file.sha256):
-                    await self.disk.run(self.content, file)  # it says what is wrong
+                if not await self.disk.run_blocking(self.store.exists, file.sha256):
+                    await self.disk.run_blocking(self.content, file)  # it says what is wrong
         except TrainingFileNotFoundError as error:
             raise InvalidRequestError(
                 f"{param}: {error.message} POST /v1/files uploads one.", param=param, code="file_not_found"
@@ -144,17 +144,19 @@ class TrainingFiles:
     async def is_stored(self, tenant: str, file_id: str) -> bool:
         """Return True if a job that needs the file could run here. Raises RegistryError, StoreError."""
         try:
-            file = await self._threads.run(self._records.file, tenant, file_id)
+            file = await self._threads.run_blocking(self._records.file, tenant, file_id)
         except registry.UnknownFileError:
             return False
-        return await self.disk.run(self.store.exists, file.sha256)
+        return await self.disk.run_blocking(self.store.exists, file.sha256)
 
     async def delete(self, tenant: str, file_id: str) -> None:
         """Raises TrainingFileNotFoundError, StateConflictError while a job or a batch needs it,
         UnavailableError."""
         with storage_errors():
             try:
-                blobs = await self._threads.run(self._records.delete_file, tenant, file_id, RESUMABLE)
+                blobs = await self._threads.run_blocking(
+                    self._records.delete_file, tenant, file_id, RESUMABLE
+                )
             except FileInUseError as error:
                 if not error.job.startswith("ftjob-"):
                     raise
@@ -165,7 +167,7 @@ class TrainingFiles:
     async def _raise_if_elsewhere(self, tenant: str, used: FileInUseError) -> None:
         """Raises StateConflictError when the job that needs a file is not to be found on this server."""
         try:
-            await self._threads.run(self._records.job, tenant, used.job)
+            await self._threads.run_blocking(self._records.job, tenant, used.job)
         except UnknownJobError as error:
             raise StateConflictError(
                 f"{used} It is a job on another base: wait for its end, or cancel it through a server of "
@@ -180,7 +182,7 @@ class TrainingFiles:
         """A local file with the content, to be read at once. Raises TrainingFileNotFoundError,
         UnavailableError."""
         with storage_errors():
-            return await self.disk.run(self.content, file)
+            return await self.disk.run_blocking(self.content, file)
 
     def content(self, file: FileRecord, held: Path | None = None) -> Path:
         """Return a local file with the content. Blocks. Raises TrainingFileNotFoundError, StoreError.

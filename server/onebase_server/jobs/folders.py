@@ -140,7 +140,7 @@ class GarbageCollector:
 
     async def forget(self, job_id: str) -> None:
         """Delete what a job's run has written, and the models that were made of its checkpoints."""
-        await self._disk.run(self._folders.forget, job_id)
+        await self._disk.run_blocking(self._folders.forget, job_id)
         await self._kept.forget(job_id)
         await self._models.forget(job_id)
 
@@ -150,9 +150,9 @@ class GarbageCollector:
         Raises RegistryError.
         """
         with suppress(UnknownJobError):
-            job = await self._threads.run(self._records.job, tenant, job_id)
+            job = await self._threads.run_blocking(self._records.job, tenant, job_id)
             if job.server != self._folders.server:
-                await self._disk.run(self._folders.forget, job_id)
+                await self._disk.run_blocking(self._folders.forget, job_id)
             elif is_over(job.state, job.error_code):
                 await self.forget(job_id)
 
@@ -164,10 +164,10 @@ class GarbageCollector:
 
         Raises RegistryError, OSError.
         """
-        ends = await self._threads.run(self._records.job_ends, self._folders.server)
-        for job_id in await self._disk.run(self._folders.job_ids):
+        ends = await self._threads.run_blocking(self._records.job_ends, self._folders.server)
+        for job_id in await self._disk.run_blocking(self._folders.job_ids):
             if job_id not in running and (job_id not in ends or is_over(*ends[job_id])):
-                await self._disk.run(self._folders.forget, job_id)
+                await self._disk.run_blocking(self._folders.forget, job_id)
         await self._models.sweep()
         await self._kept.sweep()
 

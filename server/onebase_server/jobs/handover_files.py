@@ -86,7 +86,7 @@ class KeptFiles:
 
     async def _keep_all(self) -> None:
         try:
-            left = await self._threads.run(self.takeovers.unkept, self._folders.server, RESUMABLE)
+            left = await self._threads.run_blocking(self.takeovers.unkept, self._folders.server, RESUMABLE)
         except RegistryError as error:
             _log.warning("checkpoints are not in the store yet: %s", error)
             return
@@ -103,12 +103,14 @@ class KeptFiles:
                 _log.exception("what job %s goes on from is not in the store yet", job.id)
 
     async def _keep(self, job: UnkeptJob) -> None:
-        found = await self._disk.run(_files_of, self._folders.job(job.id), job)
+        found = await self._disk.run_blocking(_files_of, self._folders.job(job.id), job)
         has_adapter = any(_part_of(path) == ADAPTER for path in found)
         if job.trained != has_adapter or not any(_part_of(path) == CHECKPOINTS for path in found):
             return  # its files are gone: it will train again
-        blobs = {path: await self._disk.run(self._put, path, source) for path, source in found.items()}
-        left = await self._threads.run(
+        blobs = {
+            path: await self._disk.run_blocking(self._put, path, source) for path, source in found.items()
+        }
+        left = await self._threads.run_blocking(
             self.takeovers.keep, job.id, self._folders.server, job.step, blobs, adapter=has_adapter
         )
         await self._delete(left)
@@ -132,13 +134,13 @@ class KeptFiles:
         Raises StoreError, RegistryError.
         """
         folder = self._folders.job(job.id)
-        if await self._disk.run(folder.exists):
+        if await self._disk.run_blocking(folder.exists):
             return
-        kept = await self._threads.run(self.takeovers.kept, job.id)
+        kept = await self._threads.run_blocking(self.takeovers.kept, job.id)
         if not kept:
             return
         try:
-            await self._disk.run(self._fetch, kept, folder)
+            await self._disk.run_blocking(self._fetch, kept, folder)
         except (BlobMissingError, BlobDamagedError) as error:
             _log.warning("job %s begins again: %s", job.id, error)
             await self._drop(job.id, self._folders.server)
@@ -166,7 +168,7 @@ class KeptFiles:
     async def _drop(self, job_id: str, server: str | None) -> None:
         """server: see Takeovers.drop. One that lost the job meanwhile drops nothing of the next one's."""
         try:
-            await self._delete(await self._threads.run(self.takeovers.drop, job_id, server))
+            await self._delete(await self._threads.run_blocking(self.takeovers.drop, job_id, server))
         except UnknownJobError:
             pass
         except RegistryError as error:
@@ -174,7 +176,7 @@ class KeptFiles:
 
     async def sweep(self) -> None:
         """Drop the files of jobs that have ended, on whichever server. Raises RegistryError."""
-        await self._threads.run(self.takeovers.drop_ended, RESUMABLE)
+        await self._threads.run_blocking(self.takeovers.drop_ended, RESUMABLE)
 
     async def _delete(self, left: Mapping[str, str]) -> None:
         """Delete files soon if only training writes them. Those that an adapter may have too are deleted as
@@ -183,7 +185,7 @@ class KeptFiles:
             ours = _part_of(path) == CHECKPOINTS and ADAPTER not in PurePosixPath(path).parts
             with suppress(StoreError):
                 age = _TWIN_SECONDS if ours else None
-                await self._disk.run(self._store.delete, sha256, older_than=age)
+                await self._disk.run_blocking(self._store.delete, sha256, older_than=age)
 
 
 def _part_of(path: str) -> str:

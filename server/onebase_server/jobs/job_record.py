@@ -126,7 +126,7 @@ class JobRecord:
     async def _try(self, call: Callable[..., T], *args: Any, **facts: Any) -> T:
         for pause in BACKOFF.pauses():
             try:
-                return await self._threads.run(call, *args, **facts)
+                return await self._threads.run_blocking(call, *args, **facts)
             except (JobStateError, UnknownJobError, UnknownFileError):
                 raise
             except RegistryError as error:
@@ -138,7 +138,7 @@ class JobRecord:
 
     # ---- what the run says -------------------------------------------------------------------
 
-    def take(self, event: events.Event) -> None:
+    def record_event(self, event: events.Event) -> None:
         """Record an event of the run; `close` must follow."""
         if self._writer is None:
             self._writer = asyncio.get_running_loop().create_task(self._keep_writing())
@@ -181,7 +181,7 @@ class JobRecord:
         if not waiting and not saved and not self.progress:
             return True
         try:
-            await self._threads.run(
+            await self._threads.run_blocking(
                 self._records.note,
                 self._id,
                 self._events[:waiting],

@@ -67,7 +67,7 @@ from onebase_server.processes.trainer_protocol import (
     TrainJob,
 )
 from onebase_server.telemetry.traces import Tracing, failed
-from onebase_server.tenancy.usage import UsageMeter
+from onebase_server.tenancy.usage import TenantUsageRecorder
 from onebase_training.events import Event, Reason, StepDone
 
 RunKind = Literal["check", "train"]
@@ -123,7 +123,7 @@ class TrainerPool:
     memory: int
     busy_fd: int
     tenants: Tenants
-    usage: UsageMeter
+    usage: TenantUsageRecorder
     checkpoints: CheckpointModels
     kept: KeptFiles
     tracing: Tracing
@@ -192,7 +192,7 @@ class TrainerPool:
         self, job: TrainingJob, version: ParentVersion, names: tuple[str, str]
     ) -> ParentFiles:
         """Bring a version's config and weights by these names to the job's folder. Raises StoreError."""
-        run, hold, folder = self.files.disk.run, self.files.store.hold, self.folders.job(job.id)
+        run, hold, folder = self.files.disk.run_blocking, self.files.store.hold, self.folders.job(job.id)
         config = await run(hold, version.config, folder / names[0], own=True)
         weights = await run(hold, version.weights, folder / names[1], own=True)
         name = label(version.name, version.digest)
@@ -203,7 +203,9 @@ class TrainerPool:
     ) -> tuple[FileRecord, str]:
         try:
             file = await record.file(file_id)
-            path = await self.files.disk.run(self.files.content, file, self.folders.job(job.id) / param)
+            path = await self.files.disk.run_blocking(
+                self.files.content, file, self.folders.job(job.id) / param
+            )
         except (registry.UnknownFileError, TrainingFileNotFoundError) as error:
             raise FileGoneError(param, str(error)) from error
         return file, str(path)
@@ -459,7 +461,7 @@ class JobRun:
     def _take(self, event: Event) -> None:
         if isinstance(event, StepDone):
             self._tokens += event.tokens
-        self._record.take(event)
+        self._record.record_event(event)
 
     # ---- what it takes -----------------------------------------------------------------------
 
@@ -495,7 +497,7 @@ class JobRun:
         """End the run when its tenant has trained long enough; the job fails, and can be resumed."""
         try:
             await self._pool.usage.flush()
-            await self._pool.threads.run(self._pool.tenants.check_training, self.job.tenant)
+            await self._pool.threads.run_blocking(self._pool.tenants.check_training, self.job.tenant)
         except QuotaError as error:
             with suppress(JobStateError, RegistryError):
                 failed = JobError("insufficient_quota", str(error))

@@ -117,12 +117,12 @@ class JobScheduler:
             self._changed.clear()
             try:
                 await self._sweep_if_due()
-                jobs = await self._threads.run(self._records.open_jobs, self._pool.folders.server)
+                jobs = await self._threads.run_blocking(self._records.open_jobs, self._pool.folders.server)
                 await self._reconcile(jobs)
                 await self._collect_garbage(jobs)
                 if self._peers.have_been:
                     await self._take_over()
-                self._peers.tell_room(self.room())
+                self._peers.report_room(self.room())
                 self._pool.kept.look()
             except (RegistryError, OSError) as error:
                 _log.warning("training jobs cannot be followed: %s", error)
@@ -229,12 +229,16 @@ class JobScheduler:
         room, takeovers, here = self.room(), self._pool.kept.takeovers, self._pool.folders.server
         if not room or not self._peers.holds_lease:
             return
-        for job in await self._threads.run(takeovers.takeable, here, room):
+        for job in await self._threads.run_blocking(takeovers.takeable, here, room):
             if job.id in self._runs or not await self._has_files_of(job):
                 continue
-            await self._pool.files.disk.run(self._pool.folders.forget, job.id)  # of when it was here before
+            await self._pool.files.disk.run_blocking(
+                self._pool.folders.forget, job.id
+            )  # of when it was here before
             with suppress(UnknownJobError):  # another was faster
-                taken = await self._threads.run(takeovers.take, job.id, job.server, here, room, _taken_over)
+                taken = await self._threads.run_blocking(
+                    takeovers.take_job, job.id, job.server, here, room, _taken_over
+                )
                 self._pool.notifier.notify(job.id)
                 _log.warning("job %s is taken over from %s", job.id, job.server)
                 if taken.deaths > MAX_DEATHS:
@@ -250,8 +254,8 @@ class JobScheduler:
         files = [job.training_file, *([job.validation_file] if job.validation_file else [])]
         try:
             found = [await self._pool.files.is_stored(job.tenant, file) for file in files]
-            kept = await self._threads.run(self._pool.kept.takeovers.kept, job.id)
-            store, run = self._pool.files.store, self._pool.files.disk.run
+            kept = await self._threads.run_blocking(self._pool.kept.takeovers.kept, job.id)
+            store, run = self._pool.files.store, self._pool.files.disk.run_blocking
             found += [await run(store.exists, sha256) for sha256 in kept.values()]
         except StoreError as error:
             _log.info("job %s is not taken over: %s", job.id, error)
@@ -271,7 +275,7 @@ class JobScheduler:
         event = JobEvent(time.time(), message, level="error", data={"code": "trainer_died"})
         with suppress(JobStateError, UnknownJobError):
             failed = JobError("trainer_died", message)
-            await self._threads.run(
+            await self._threads.run_blocking(
                 self._records.move, job.id, FAILED.to, FAILED.among, event, server=job.server, error=failed
             )
 
@@ -288,7 +292,7 @@ class JobScheduler:
             if job.id not in self._noted_disabled:
                 events = [JobEvent(time.time(), text, "warn")]
                 with suppress(UnknownJobError):
-                    await self._threads.run(
+                    await self._threads.run_blocking(
                         self._records.note, job.id, events, server=self._pool.folders.server
                     )
                 self._noted_disabled.add(job.id)
@@ -306,7 +310,7 @@ class JobScheduler:
             del self._known[job_id]
 
     async def _begin(self, seen: OpenJob, kind: RunKind) -> None:
-        job = await self._threads.run(self._records.job, seen.tenant, seen.id)
+        job = await self._threads.run_blocking(self._records.job, seen.tenant, seen.id)
         is_same = job.state == seen.state and job.server == self._pool.folders.server
         if not is_same or self._ending or (kind == "train" and self._base is None):
             return
@@ -329,7 +333,7 @@ class JobScheduler:
         if run.stopping:
             return
         with suppress(UnknownJobError):
-            job = await self._threads.run(self._records.job, run.job.tenant, job_id)
+            job = await self._threads.run_blocking(self._records.job, run.job.tenant, job_id)
             if job.server != self._pool.folders.server:
                 _log.warning("job %s was taken over by %s: its trainer here ends", job_id, job.server)
                 run.stop("cancel", 0.0)
@@ -348,7 +352,7 @@ class JobScheduler:
 
     async def _move(self, job: OpenJob, move: Move, event: JobEvent | None = None) -> None:
         with suppress(JobStateError, UnknownJobError):
-            await self._threads.run(
+            await self._threads.run_blocking(
                 self._records.move, job.id, move.to, move.among, event, server=self._pool.folders.server
             )
             self._pool.notifier.notify(job.id)

@@ -118,21 +118,21 @@ class JobService:
         )
         event = JobEvent(time.time(), "The job is created; its files are checked.")
         with storage_errors():
-            made = await self._threads.run(self._records.add_job, job, event)
+            made = await self._threads.run_blocking(self._records.add_job, job, event)
         self._scheduler.look()
         return made
 
     async def get(self, tenant: str, job_id: str) -> TrainingJob:
         """Raises JobNotFoundError."""
         with storage_errors():
-            return await self._threads.run(self._records.job, tenant, job_id)
+            return await self._threads.run_blocking(self._records.job, tenant, job_id)
 
     async def find(
         self, tenant: str, *, after: str | None, limit: int, labels: Mapping[str, str]
     ) -> list[TrainingJob]:
         """Newest first. Raises JobNotFoundError (`after`)."""
         with storage_errors():
-            return await self._threads.run(
+            return await self._threads.run_blocking(
                 self._records.jobs, tenant, after=after, limit=limit, labels=labels
             )
 
@@ -140,7 +140,7 @@ class JobService:
         """Return the checkpoints that exist, newest first. Raises JobNotFoundError."""
         job = await self.get(tenant, job_id)
         with storage_errors():
-            found = await self._threads.run(self._records.checkpoints, job)
+            found = await self._threads.run_blocking(self._records.checkpoints, job)
         if not (job.state in OPEN_STATES or is_resumable(job.state, job.error_code)):
             return []  # it does not go on, and nothing is kept for that
         if job.server != self._folders.server:
@@ -235,7 +235,7 @@ class JobService:
         """Raises QuotaExceededError: a job that is to go on could not train."""
         if job.state not in OPEN_STATES and not job.trained:
             with storage_errors():
-                await self._threads.run(self._tenants.check_training, job.tenant)
+                await self._threads.run_blocking(self._tenants.check_training, job.tenant)
 
     async def _move(
         self, job: TrainingJob, move: Move, message: str, otherwise: str, **facts: Any
@@ -246,7 +246,7 @@ class JobService:
         event = JobEvent(time.time(), message)
         with storage_errors():
             try:
-                moved = await self._threads.run(
+                moved = await self._threads.run_blocking(
                     self._records.move,
                     job.id,
                     move.to,
@@ -276,7 +276,7 @@ class JobService:
         """Newest first. Raises JobNotFoundError."""
         job = await self.get(tenant, job_id)
         with storage_errors():
-            return await self._threads.run(self._records.events, job, before=before, limit=limit)
+            return await self._threads.run_blocking(self._records.events, job, before=before, limit=limit)
 
     async def follow(self, job: TrainingJob, after: int) -> AsyncIterator[JobEvent | TrainingJob | None]:
         """Every event newer than number `after`, oldest first, then the live ones; at the end the job itself.
@@ -291,7 +291,9 @@ class JobService:
                 has_run = self._scheduler.has_run(job.id)
                 current = await self.get(job.tenant, job.id)
                 with storage_errors():
-                    found = await self._threads.run(self._records.events_since, job, after, MOST_EVENTS)
+                    found = await self._threads.run_blocking(
+                        self._records.events_since, job, after, MOST_EVENTS
+                    )
                 for event in found:
                     after = event.number
                     yield event

@@ -137,7 +137,7 @@ class Channel(Generic[Received]):
                 yield message
                 message = self._inbox.get_nowait()
 
-    def check(self) -> None:
+    def check_alive(self) -> None:
         """Raise ApiGoneError if nobody waits for what is being computed."""
         if self._gone.is_set():
             raise ApiGoneError("the api closed the socket")

@@ -50,7 +50,7 @@ def fingerprint(request: Inflight) -> bytes:
     for submit in request.submits:
         bias = dict(sorted(submit.sampling.logit_bias.items()))
         sampling = msgspec.structs.replace(submit.sampling, seed=0, logit_bias=bias)
-        content.append(msgspec.structs.replace(submit, id="", sampling=sampling, begun=None))
+        content.append(msgspec.structs.replace(submit, id="", sampling=sampling, resume_tokens=None))
     return blake2b(msgspec.msgpack.encode(content), digest_size=16).digest()
 
 

@@ -50,7 +50,7 @@ from onebase_engine.engine.memory_budget import (
     staging_bytes,
     verifier_bytes,
 )
-from onebase_engine.engine.messages import EngineConfig, RowOutput
+from onebase_engine.engine.messages import EngineConfig, SequenceOutput
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
@@ -76,10 +76,10 @@ DEFAULT_STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
 def main() -> int:
     inherited = begin("engine")
-    return run(inherited.sock, inherited.base_fd)
+    return run_engine(inherited.sock, inherited.base_fd)
 
 
-def run(sock: socket.socket, base_fd: int | None = None) -> int:
+def run_engine(sock: socket.socket, base_fd: int | None = None) -> int:
     """Serve one api until it closes the socket; returns the process's exit status.
 
     `base_fd` is a memfd into which the base is published, for verifiers to attach.
@@ -158,16 +158,16 @@ LONG_VECTOR = 64 * 1024
 """Size, in bytes, above which a vector is sent in a message of its own."""
 
 
-def _report(outputs: list[RowOutput], stats: protocol.Stats, channel: EngineChannel) -> None:
+def _report(outputs: list[SequenceOutput], stats: protocol.Stats, channel: EngineChannel) -> None:
     """Send the outputs of a step. Long ones go alone: two of them may not fit in one message."""
     at, small = time.monotonic(), []
     for output in outputs:
         if output.prompt_logprobs is not None or len(output.vector or b"") > LONG_VECTOR:
-            channel.send(protocol.StepResult(rows=[output], stats=stats, at=at))
+            channel.send(protocol.StepResult(outputs=[output], stats=stats, at=at))
         else:
             small.append(output)
     if small or not outputs:
-        channel.send(protocol.StepResult(rows=small, stats=stats, at=at))
+        channel.send(protocol.StepResult(outputs=small, stats=stats, at=at))
 
 
 def _report_versions(engine: Engine, channel: EngineChannel) -> None:

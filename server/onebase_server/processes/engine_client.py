@@ -24,7 +24,7 @@ TOTALS = (
 """Fields of an engine's Stats that only grow."""
 
 
-class RequestRouter:
+class EngineClient:
     """The requests that the engine works on.
 
     `send` passes a message to it without blocking. `on_busy` is called when the first row begins and when the
@@ -44,23 +44,23 @@ class RequestRouter:
         self._shares = QueueShares()
         """Open sequences by tenant. Those in the background are not counted, since they take no place in the
         queue."""
-        self.background_rows = 0
+        self.background_sequences = 0
         self._queue_limit = queue_limit
         self._send = send
         self._on_busy = on_busy
         self._requests: dict[str, Inflight] = {}
         self._suspects = Suspects()
         self._last_progress = time.monotonic()
-        self._last_row_end = 0.0
-        self._seconds_per_row = 0.5
+        self._last_sequence_end = 0.0
+        self._seconds_per_sequence = 0.5
 
     @property
-    def open_rows(self) -> int:
+    def open_sequences(self) -> int:
         """Number of sequences that have not ended, of all requests."""
-        return self._shares.total + self.background_rows
+        return self._shares.total + self.background_sequences
 
     @property
-    def waited_rows(self) -> int:
+    def foreground_sequences(self) -> int:
         """Number of sequences that have not ended, without those in the background."""
         return self._shares.total
 
@@ -86,29 +86,29 @@ class RequestRouter:
         runs.
         """
         capacity = max_rows + self._queue_limit
-        if request.rows > capacity:
+        if request.sequences > capacity:
             raise InvalidRequestError(
-                f"The request asks for {request.rows} completions at once and this server takes {capacity} "
-                "(--max-rows plus --queue-limit). Lower n or send fewer prompts.",
+                f"The request asks for {request.sequences} completions at once and this server takes "
+                f"{capacity} (--max-rows plus --queue-limit). Lower n or send fewer prompts.",
                 param="n",
             )
-        has_room = request.goes_on or (
-            self.background_rows < 2 * max_rows
+        has_room = request.is_continuation or (
+            self.background_sequences < 2 * max_rows
             if request.background
-            else self._shares.has_room(request.tenant, request.rows, capacity)
+            else self._shares.has_room(request.tenant, request.sequences, capacity)
         )
         if not has_room:
-            waiting = max(0, self.waited_rows - max_rows)
-            wait = min(_LONGEST_RETRY_AFTER, self._seconds_per_row * (waiting + 1))
+            waiting = max(0, self.foreground_sequences - max_rows)
+            wait = min(_LONGEST_RETRY_AFTER, self._seconds_per_sequence * (waiting + 1))
             raise QueueFullError(waiting, self._queue_limit, wait)
         self._suspects.admit(request)
-        if self.open_rows == 0:
+        if self.open_sequences == 0:
             self.note_progress()
             self._on_busy(True)
         if request.background:
-            self.background_rows += request.rows
+            self.background_sequences += request.sequences
         else:
-            self._shares.enter(request.tenant, request.rows)
+            self._shares.enter(request.tenant, request.sequences)
         for message in request.submits:
             self._requests[message.id] = request
             self._send(message)
@@ -117,7 +117,7 @@ class RequestRouter:
         """Cancel all of a request's sequences, or one choice of one of its submits."""
         if choice is None:
             request.given_up = True
-        for open_id in [request_id] if request_id else list(request.open_rows):
+        for open_id in [request_id] if request_id else list(request.open_sequences):
             if open_id in self._requests:
                 self._send(Cancel(open_id, choice))
 
@@ -125,10 +125,10 @@ class RequestRouter:
         """Deliver each sequence's output to its request. Called once per engine step: the api's hot path."""
         now = time.monotonic()
         waits = step.stats.awaits_grammars  # for other processes, each of which has limits of its own
-        if step.rows or self.stats is None or step.stats.steps != self.stats.steps or waits:
+        if step.outputs or self.stats is None or step.stats.steps != self.stats.steps or waits:
             self._last_progress = now
         self.stats = step.stats
-        for output in step.rows:
+        for output in step.outputs:
             request = self._requests.get(output.id)
             if request is None:
                 continue
@@ -136,7 +136,7 @@ class RequestRouter:
                 _log.warning("request %s is not read fast enough: cut off", output.id)
                 self.cancel(request)
             if output.finish is not None:
-                self._row_ended(request, output.id, now)
+                self._sequence_ended(request, output.id, now)
 
     def fail_all(self, error: ApiError) -> None:
         """End every request's wait with an error; outputs that have arrived are still delivered."""
@@ -155,7 +155,7 @@ class RequestRouter:
         self._past = Counter({field: self.total(field) for field in TOTALS})
         self.stats = None
         self._shares.clear()
-        self.background_rows = 0
+        self.background_sequences = 0
         self._on_busy(False)
         for request in ended.values():
             request.on_ended()
@@ -166,21 +166,21 @@ class RequestRouter:
 
     def stalled_for(self) -> float:
         """Return the seconds without progress while there are sequences; 0 if there are none."""
-        return time.monotonic() - self._last_progress if self.open_rows else 0.0
+        return time.monotonic() - self._last_progress if self.open_sequences else 0.0
 
-    def _row_ended(self, request: Inflight, request_id: str, now: float) -> None:
+    def _sequence_ended(self, request: Inflight, request_id: str, now: float) -> None:
         if request.background:
-            self.background_rows -= 1
+            self.background_sequences -= 1
         else:
             self._shares.leave(request.tenant)
-        if not self.open_rows:
+        if not self.open_sequences:
             self._on_busy(False)
-        if request_id not in request.open_rows:
+        if request_id not in request.open_sequences:
             del self._requests[request_id]
-        if not request.open_rows:
+        if not request.open_sequences:
             self._suspects.ended(request)
             request.on_ended()
-        if self._last_row_end:
-            gap = min(_LONGEST_RETRY_AFTER, now - self._last_row_end)
-            self._seconds_per_row += _SMOOTHING * (gap - self._seconds_per_row)
-        self._last_row_end = now
+        if self._last_sequence_end:
+            gap = min(_LONGEST_RETRY_AFTER, now - self._last_sequence_end)
+            self._seconds_per_sequence += _SMOOTHING * (gap - self._seconds_per_sequence)
+        self._last_sequence_end = now

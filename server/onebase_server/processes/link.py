@@ -226,7 +226,7 @@ class AskedProcess(Generic[Received]):
         self.idle = answer is not None and not self.lost
         return answer
 
-    def tell(self, message: msgspec.Struct) -> None:
+    def notify(self, message: msgspec.Struct) -> None:
         """Send a message that is not answered. Lost if the child is gone."""
         self._send(encode(message))
 

@@ -31,7 +31,7 @@ from onebase_engine.engine.messages import (
 from onebase_server.background import Backoff, keep_running
 from onebase_server.errors import EngineRestartedError, UnavailableError
 from onebase_server.inference.stream import Inflight
-from onebase_server.processes.engine_client import RequestRouter
+from onebase_server.processes.engine_client import EngineClient
 from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess, EngineLink
 
 _LEAST_RETRY_AFTER = 2.0
@@ -117,7 +117,7 @@ class RestartPolicy:
 class EngineSupervisor:
     """Starts the engine and watches it.
 
-    `run` is a task for the server's lifetime; everything else is called from the same event loop and
+    `run_verifier` is a task for the server's lifetime; everything else is called from the same event loop and
     returns at once. `command` starts an engine process and gets `--fd N` appended. `link` leads to the engine
     that runs now; without `listeners` the engine has no adapters.
     """
@@ -139,7 +139,7 @@ class EngineSupervisor:
         self.loaded_at: float | None = None
         """Time of the last load of the base, in Unix seconds."""
         self._listeners = listeners or EngineListeners()
-        self.router = RequestRouter(queue_limit, link.send, self._listeners.busy)
+        self.client = EngineClient(queue_limit, link.send, self._listeners.busy)
         """Router of the running requests."""
         self.restarts = 0
         self.ready = asyncio.Event()
@@ -168,7 +168,7 @@ class EngineSupervisor:
         reason = self.unavailable()
         if reason is not None:
             raise reason
-        self.router.submit(request, self.base.max_rows if self.base else 0)
+        self.client.submit(request, self.base.max_rows if self.base else 0)
 
     def unavailable(self) -> UnavailableError | None:
         """Return the error for requests that cannot be submitted now, or None if they can."""
@@ -186,9 +186,9 @@ class EngineSupervisor:
         Raises UnavailableError.
         """
         async with self._pausing:
-            self._tell_paused(paused)
+            self._send_paused(paused)
             deadline = time.monotonic() + self._stall_timeout
-            while self.router.stats is None or self.router.stats.paused != paused:
+            while self.client.stats is None or self.client.stats.paused != paused:
                 await asyncio.sleep(_PAUSE_POLL_SECONDS)
                 if self.paused != paused:  # the server ends, and lets what runs end
                     return
@@ -203,9 +203,9 @@ class EngineSupervisor:
     def go_on(self) -> None:
         """End a pause, if there is one: the server is stopping, and running requests may end."""
         if self.paused and self.unavailable() is None:
-            self._tell_paused(False)
+            self._send_paused(False)
 
-    def _tell_paused(self, paused: bool) -> None:
+    def _send_paused(self, paused: bool) -> None:
         """Send a pause, or its end, to the engine. Raises UnavailableError."""
         reason = self.unavailable()
         if reason is not None:
@@ -215,7 +215,7 @@ class EngineSupervisor:
 
     # ---- the engine's life -------------------------------------------------------------------
 
-    async def run(self) -> None:
+    async def run_engine(self) -> None:
         """Start the engine and keep one running until `stop`.
 
         Raises EngineFailedError when the first start fails, or when engines keep dying.
@@ -303,9 +303,9 @@ class EngineSupervisor:
         if self.state is EngineState.READY:
             self.state = EngineState.RESTARTING
         if not self._stopping:
-            self.router.engine_died()
-        self.router.fail_all(EngineRestartedError())
-        self.router.forget_all()
+            self.client.engine_died()
+        self.client.fail_all(EngineRestartedError())
+        self.client.forget_all()
 
     async def _base_gone(self) -> None:
         """End the processes on the base before a new engine starts: they hold on to the old one's memory."""
@@ -319,18 +319,18 @@ class EngineSupervisor:
         while True:
             await asyncio.sleep(min(1.0, self._stall_timeout / 4))
             if self.paused:
-                self.router.note_progress()
-            idle = self.router.stalled_for()
+                self.client.note_progress()
+            idle = self.client.stalled_for()
             if idle > self._stall_timeout:
                 self.state = EngineState.STALLED
-                end(f"a stall: {self.router.open_rows} rows without progress for {idle:.1f} s")
+                end(f"a stall: {self.client.open_sequences} rows without progress for {idle:.1f} s")
                 return
 
     # ---- messages ----------------------------------------------------------------------------
 
     def _receive(self, message: ToApi, base_fd: int, end: Callable[[str], None]) -> None:
         if isinstance(message, StepResult):
-            self.router.deliver(message)
+            self.client.deliver(message)
         elif isinstance(message, Loading):
             self._on_loading(message)
         elif isinstance(message, Ready):
@@ -364,7 +364,7 @@ class EngineSupervisor:
         if self._stopping:
             return
         self._ever_ready = True
-        self.router.note_progress()
+        self.client.note_progress()
         if self.paused:  # what died was
             self._link.send(Pause(True))
         self.state = EngineState.READY

@@ -82,10 +82,10 @@ _PARALLEL = 1 << 20
 def main() -> int:
     inherited = begin("trainer", niceness=NICENESS)
     keep_freed_memory()
-    return run(inherited.sock, inherited.base_fd, inherited.busy_fd)
+    return run_trainer(inherited.sock, inherited.base_fd, inherited.busy_fd)
 
 
-def run(sock: socket.socket, base_fd: int | None, busy_fd: int | None) -> int:
+def run_trainer(sock: socket.socket, base_fd: int | None, busy_fd: int | None) -> int:
     """Do what the api asks for first; returns the process's exit status.
 
     When the api goes, the process ends at once: nobody waits for it, and what it has saved is whole.

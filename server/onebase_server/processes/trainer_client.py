@@ -97,11 +97,11 @@ class TrainerClient:
 
     def stop(self, reason: Reason) -> None:
         """Ask it to end at its next layer."""
-        self._process.tell(Stop(reason))
+        self._process.notify(Stop(reason))
 
     def end_after(self, step: int) -> None:
         """Ask it to finish after this step, or the one that it computes."""
-        self._process.tell(EndAfter(step))
+        self._process.notify(EndAfter(step))
 
     async def _answer(self, find_active: Callable[[], Awaitable[Active]]) -> None:
         """Send the trainer the active version. It waits for that, whatever fails here."""
@@ -111,7 +111,7 @@ class TrainerClient:
             logger.exception("the active version was not found")
             problem = f"the server failed to find it ({type(error).__name__}: {error})"
             active = Active(label="The active version", digest=UNKNOWN, problem=problem)
-        self._process.tell(active)
+        self._process.notify(active)
 
     def kill(self) -> None:
         self._process.kill()

@@ -68,12 +68,12 @@ def main() -> int:
     # All temporary files of this process, so that the api finds them when it had to be killed.
     tempfile.tempdir = str(scratch)
     try:
-        return run(inherited.sock, inherited.base_fd, inherited.busy_fd, scratch)
+        return run_verifier(inherited.sock, inherited.base_fd, inherited.busy_fd, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def run(sock: socket.socket, base_fd: int | None, busy_fd: int | None, scratch: Path) -> int:
+def run_verifier(sock: socket.socket, base_fd: int | None, busy_fd: int | None, scratch: Path) -> int:
     """Serve one api until it closes the socket; returns the process's exit status.
 
     `scratch`: a folder that is removed if the process has to end in the middle of a computation.
@@ -238,7 +238,7 @@ class _Reporter:
         self._sent_at = 0.0
 
     def report(self, stage: Stage, fraction: float) -> None:
-        self._channel.check()
+        self._channel.check_alive()
         now = time.monotonic()
         if stage != self._stage or now - self._sent_at >= PROGRESS_SECONDS:
             self._stage, self._sent_at = stage, now

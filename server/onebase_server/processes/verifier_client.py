@@ -316,8 +316,8 @@ class VerifierClient:
             shared.listeners.remove(on_progress)
 
     async def _prove(self, files: AdapterFiles, allow_noop: bool, on_progress: OnProgress) -> Proof:
-        config = await self._disk.run(self._store.local, files.config.sha256)
-        weights = await self._disk.run(self._store.local, files.weights.sha256)
+        config = await self._disk.run_blocking(self._store.local, files.config.sha256)
+        weights = await self._disk.run_blocking(self._store.local, files.weights.sha256)
         packed = self._store.scratch() / f"{files.digest[:16]}-{secrets.token_hex(8)}.packed"
         job = Prove(
             digest=files.digest,
@@ -330,7 +330,7 @@ class VerifierClient:
         )
         try:
             proved = await self.ask(job, on_progress)
-            blob = await self._disk.run(self._keep, packed, proved.sha256)
+            blob = await self._disk.run_blocking(self._keep, packed, proved.sha256)
         finally:
             packed.unlink(missing_ok=True)
         return Proof(msgspec.to_builtins(proved.report), blob)
@@ -358,7 +358,7 @@ class VerifierClient:
         result = self._store.scratch() / f"merge-{secrets.token_hex(8)}"
         config, weights = result.with_suffix(".json"), result.with_suffix(".safetensors")
         paths = [
-            await self._disk.run(self._store.local, blob.sha256)
+            await self._disk.run_blocking(self._store.local, blob.sha256)
             for _, files, _ in parents
             for blob in (files.config, files.weights)
         ]
@@ -378,7 +378,8 @@ class VerifierClient:
         try:
             await self._ask(job, Merged, lambda progress: None)
             blobs = [
-                await self._disk.run(self._store.add_file, path, move=True) for path in (config, weights)
+                await self._disk.run_blocking(self._store.add_file, path, move=True)
+                for path in (config, weights)
             ]
         finally:
             config.unlink(missing_ok=True)
@@ -595,7 +596,7 @@ class VerifierClient:
         process = place.process
         if process is None:
             return ""
-        process.tell(Shutdown())
+        process.notify(Shutdown())
         how = await process.end(grace)
         await asyncio.to_thread(shutil.rmtree, scratch_folder(process.pid), ignore_errors=True)
         place.process = None

@@ -116,7 +116,7 @@ class Planner:
         self._inline = TurnBudget(_INLINE_CHARACTERS)
 
     async def generate(
-        self, body: GenerateRequest, caller: Caller, begun: Transcript | None = None
+        self, body: GenerateRequest, caller: Caller, transcript: Transcript | None = None
     ) -> GenerationRequest:
         """Return the job of a request to /generate.
 
@@ -139,11 +139,11 @@ class Planner:
             echo=bool(body.echo),
             answer=await self._answer(caller.tenant, body),
         )
-        job = self._job(wanted, body, base, caller)
-        return replace(job, adapter=check_generates(await self._adapter(body, job, begun)))
+        request = self._request(wanted, body, base, caller)
+        return replace(request, adapter=check_generates(await self._adapter(body, request, transcript)))
 
     async def completion(
-        self, body: CompletionRequest, caller: Caller, begun: Transcript | None = None
+        self, body: CompletionRequest, caller: Caller, transcript: Transcript | None = None
     ) -> GenerationRequest:
         base = self.base()
         self.check_model(body.model, body)
@@ -158,24 +158,26 @@ class Planner:
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
         )
-        job = self._job(wanted, body, base, caller)
-        return replace(job, adapter=check_generates(await self.choose(body.model, body, job, begun)))
+        request = self._request(wanted, body, base, caller)
+        return replace(
+            request, adapter=check_generates(await self.choose(body.model, body, request, transcript))
+        )
 
     async def chat(
-        self, body: ChatRequest, caller: Caller, begun: Transcript | None = None
+        self, body: ChatRequest, caller: Caller, transcript: Transcript | None = None
     ) -> GenerationRequest:
-        return await self._conversation("chatcmpl-", body, body.messages, caller, begun)
+        return await self._conversation("chatcmpl-", body, body.messages, caller, transcript)
 
     async def response(
         self,
         body: ResponsesRequest,
         messages: Sequence[ChatMessage],
         caller: Caller,
-        begun: Transcript | None = None,
+        transcript: Transcript | None = None,
     ) -> GenerationRequest:
         """messages: the request's instructions, what was said before, and its input."""
         try:
-            return await self._conversation("resp_", body, messages, caller, begun)
+            return await self._conversation("resp_", body, messages, caller, transcript)
         except InvalidRequestError as error:
             raise _in_words_of_responses(error) from error.__cause__
 
@@ -185,7 +187,7 @@ class Planner:
         body: ChatRequest | ResponsesRequest,
         messages: Sequence[ChatMessage],
         caller: Caller,
-        begun: Transcript | None,
+        transcript: Transcript | None,
     ) -> GenerationRequest:
         base = self.base()
         self.check_model(body.model, body)
@@ -201,38 +203,40 @@ class Planner:
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
         )
-        job = self._job(wanted, body, base, caller)
-        return replace(job, adapter=check_generates(await self.choose(body.model, body, job, begun)))
+        request = self._request(wanted, body, base, caller)
+        return replace(
+            request, adapter=check_generates(await self.choose(body.model, body, request, transcript))
+        )
 
     async def resumed(
-        self, job: GenerationRequest, transcript: Transcript, seconds: float
+        self, request: GenerationRequest, transcript: Transcript, seconds: float
     ) -> GenerationRequest:
         """The job, planned with the transcript's versions, as it was where it began, so many seconds ago: its
         seed, its id. Raises InvalidRequestError.
         """
-        base, told, sampling = self.base(), transcript.opening, job.sampling
-        if told.max_tokens > sampling.max_tokens:
+        base, opening, sampling = self.base(), transcript.opening, request.sampling
+        if opening.max_tokens > sampling.max_tokens:
             raise refused("has more tokens than the request may have here")
         await self._threads.run_for(
-            job.tenant,
-            transcript.check,
-            [len(prompt.tokens) for prompt in job.prompts],
-            job.n,
+            request.tenant,
+            transcript.check_outputs,
+            [len(prompt.tokens) for prompt in request.prompts],
+            request.n,
             base.vocab_size,
             sampling.logprobs is not None,
             sampling.prompt_logprobs is not None,
         )
         return replace(
-            job,
-            id=told.id,
-            created=told.created,
+            request,
+            id=opening.id,
+            created=opening.created,
             sampling=msgspec.structs.replace(
                 sampling,
-                seed=told.seed,
-                max_tokens=told.max_tokens,
-                min_tokens=min(sampling.min_tokens, told.max_tokens),
+                seed=opening.seed,
+                max_tokens=opening.max_tokens,
+                min_tokens=min(sampling.min_tokens, opening.max_tokens),
             ),
-            deadline=None if job.deadline is None else job.deadline - seconds,
+            deadline=None if request.deadline is None else request.deadline - seconds,
         )
 
     @property
@@ -299,29 +303,35 @@ class Planner:
         return self._supervisor.base
 
     async def _adapter(
-        self, body: AdapterFields, job: GenerationRequest, begun: Transcript | None = None
+        self, body: AdapterFields, request: GenerationRequest, transcript: Transcript | None = None
     ) -> AdapterChoice:
         wanted = body.wanted_adapter
         if wanted is None:
-            return AdapterChoice() if begun is None else await self._begun_with(begun, [], job)
+            return (
+                AdapterChoice()
+                if transcript is None
+                else await self._resumed_adapters(transcript, [], request)
+            )
         if isinstance(wanted, str):
             reference = wanted
-            if begun is not None:
-                return await self._begun_with(begun, [reference], job)
-            await self._pull({"adapter" if body.adapter_id is None else "adapter_id": reference}, job)
-            return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose(reference))
+            if transcript is not None:
+                return await self._resumed_adapters(transcript, [reference], request)
+            await self._pull({"adapter" if body.adapter_id is None else "adapter_id": reference}, request)
+            return await self._catalog.find_current(
+                lambda: self._catalog.of(request.tenant).choose(reference)
+            )
         terms = [(term.name, term.weight) for term in wanted]
-        if begun is not None:
+        if transcript is not None:
             weights = [weight for _, weight in terms]
-            return await self._begun_with(begun, [name for name, _ in terms], job, weights)
-        await self._pull({f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}, job)
-        return await self._catalog.known(lambda: self._catalog.of(job.tenant).choose_sum(terms))
+            return await self._resumed_adapters(transcript, [name for name, _ in terms], request, weights)
+        await self._pull({f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}, request)
+        return await self._catalog.find_current(lambda: self._catalog.of(request.tenant).choose_sum(terms))
 
-    async def _begun_with(
+    async def _resumed_adapters(
         self,
-        begun: Transcript,
+        transcript: Transcript,
         references: Sequence[str],
-        job: GenerationRequest,
+        request: GenerationRequest,
         weights: Sequence[float] | None = None,
     ) -> AdapterChoice:
         """Return the versions that a stream began with, also if they are no longer active.
@@ -332,28 +342,28 @@ class Planner:
 
         Raises AdapterDeletedError, StateConflictError (one is not ready now), InvalidRequestError.
         """
-        told = begun.opening.adapters
-        names = self._catalog.of(job.tenant)
-        wanted = [names.ours(reference) for reference in references]
-        told_names = [one.rpartition("@")[0] for one in told]
-        if len(told) != len(wanted) or not all(
+        versions = transcript.opening.adapters
+        names = self._catalog.of(request.tenant)
+        names_here = [names.ours(reference) for reference in references]
+        version_names = [one.rpartition("@")[0] for one in versions]
+        if len(versions) != len(names_here) or not all(
             reference == name or reference.startswith(f"{name}@")
-            for reference, name in zip(wanted, told_names, strict=True)
+            for reference, name in zip(names_here, version_names, strict=True)
         ):
             raise refused("is of other adapters")
-        if not told:
+        if not versions:
             return AdapterChoice()
 
         def find() -> AdapterChoice:
-            names = self._catalog.of(job.tenant)
+            names = self._catalog.of(request.tenant)
             if weights is None:
-                return names.choose(told[0])
-            return names.choose_sum(list(zip(told, weights, strict=True)))
+                return names.choose(versions[0])
+            return names.choose_sum(list(zip(versions, weights, strict=True)))
 
         try:
-            return await self._catalog.known(find)
+            return await self._catalog.find_current(find)
         except AdapterNotFoundError as error:
-            raise AdapterDeletedError(told_names[0]) from error
+            raise AdapterDeletedError(version_names[0]) from error
 
     def check_model(self, model: str, body: AdapterFields) -> None:
         if model != self._catalog.base_name and body.wanted_adapter is not None:
@@ -363,33 +373,37 @@ class Planner:
             )
 
     async def choose(
-        self, model: str, body: AdapterFields, job: GenerationRequest, begun: Transcript | None = None
+        self,
+        model: str,
+        body: AdapterFields,
+        request: GenerationRequest,
+        transcript: Transcript | None = None,
     ) -> AdapterChoice:
         if model == self._catalog.base_name:
-            return await self._adapter(body, job, begun)
-        if begun is not None:
-            return await self._begun_with(begun, [model], job)
-        await self._pull({"model": model}, job)
+            return await self._adapter(body, request, transcript)
+        if transcript is not None:
+            return await self._resumed_adapters(transcript, [model], request)
+        await self._pull({"model": model}, request)
         try:
-            return await self._catalog.known(
-                lambda: self._catalog.of(job.tenant).choose(model, param="model")
+            return await self._catalog.find_current(
+                lambda: self._catalog.of(request.tenant).choose(model, param="model")
             )
         except AdapterNotFoundError as error:
             raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
 
-    async def _pull(self, names: dict[str, str], job: GenerationRequest) -> None:
+    async def _pull(self, names: dict[str, str], request: GenerationRequest) -> None:
         """Fetch what is named by its Hub repository, or as a job's checkpoint, and is not known yet.
 
         names: by the request's field.
         """
-        known = self._catalog.of(job.tenant)
+        known = self._catalog.of(request.tenant)
         for param, name in names.items():
             if name.startswith(HUB_PREFIX) and not known.names_version(name):
-                async with in_time(job.deadline):
-                    await self._hub.use(job.tenant, name, param=param)
+                async with in_time(request.deadline):
+                    await self._hub.use(request.tenant, name, param=param)
             elif is_checkpoint(name):
-                async with in_time(job.deadline):
-                    await self._checkpoints.use(job.tenant, name, param=param)
+                async with in_time(request.deadline):
+                    await self._checkpoints.use(request.tenant, name, param=param)
 
     async def _prompts(self, tenant: str, given: Sequence[str | list[int]]) -> list[Prompt]:
         """The prompts of a request, of which each is text or tokens."""
@@ -519,13 +533,15 @@ class Planner:
     async def _in_turn(self, tenant: str, size: int, encode: Callable[[_T], _U], text: _T) -> _U:
         """Return what `encode` makes of a text of `size` characters: at once while this turn of the event
         loop has room for it, else in a thread, where tenants take turns."""
-        if self._inline.take(size):
+        if self._inline.try_spend(size):
             return encode(text)
         if size <= _LONG_CHARACTERS:
             return await self._threads.run_for(tenant, encode, text)
         return await self._one_thread.run_for(tenant, and_give_memory_back, encode, text)
 
-    def _job(self, wanted: _Wanted, body: SamplingBody, base: BaseInfo, caller: Caller) -> GenerationRequest:
+    def _request(
+        self, wanted: _Wanted, body: SamplingBody, base: BaseInfo, caller: Caller
+    ) -> GenerationRequest:
         n = body.n or 1
         self.check_limits(n * len(wanted.prompts), body.timeout_s)
         check_prompts(wanted.prompts, base, wanted.prompt_param)

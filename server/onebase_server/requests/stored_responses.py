@@ -12,7 +12,7 @@ OVERHEAD = 1000
 
 
 @dataclass(frozen=True)
-class KeptResponse:
+class StoredResponse:
     """A response and the items that it answers, both as JSON."""
 
     response: bytes
@@ -28,22 +28,22 @@ class _Shelf:
     """One tenant's, the least recently used first."""
 
     def __init__(self) -> None:
-        self.kept: OrderedDict[str, KeptResponse] = OrderedDict()
+        self.responses: OrderedDict[str, StoredResponse] = OrderedDict()
         self.size = 0
 
-    def put(self, response_id: str, kept: KeptResponse) -> None:
+    def put(self, response_id: str, response: StoredResponse) -> None:
         """Store one whose id is not there."""
-        self.kept[response_id] = kept
-        self.size += kept.size
+        self.responses[response_id] = response
+        self.size += response.size
 
-    def take(self, response_id: str) -> KeptResponse:
+    def pop_response(self, response_id: str) -> StoredResponse:
         """Raises KeyError."""
-        kept = self.kept.pop(response_id)
-        self.size -= kept.size
-        return kept
+        response = self.responses.pop(response_id)
+        self.size -= response.size
+        return response
 
 
-class KeptResponses:
+class StoredResponses:
     """All tenants' responses, in `limit` bytes together.
 
     Whoever has most loses first, what was not used for longest. So nobody's go for others' while they take no
@@ -55,25 +55,25 @@ class KeptResponses:
         self._shelves: dict[str, _Shelf] = {}
         self.size = 0
 
-    def keep(self, tenant: str, response_id: str, kept: KeptResponse) -> None:
+    def store_response(self, tenant: str, response_id: str, response: StoredResponse) -> None:
         """Store it as the one used last, in place of one with this id. Drop it at once if it alone is over
         the limit."""
         shelf = self._shelves.get(tenant)
-        if shelf is not None and response_id in shelf.kept:
+        if shelf is not None and response_id in shelf.responses:
             self._drop(tenant, response_id)
-        self._shelves.setdefault(tenant, _Shelf()).put(response_id, kept)
-        self.size += kept.size
+        self._shelves.setdefault(tenant, _Shelf()).put(response_id, response)
+        self.size += response.size
         while self.size > self._limit:
             largest = max(self._shelves, key=lambda name: self._shelves[name].size)
-            self._drop(largest, next(iter(self._shelves[largest].kept)))
+            self._drop(largest, next(iter(self._shelves[largest].responses)))
 
-    def find(self, tenant: str, response_id: str, param: str) -> KeptResponse:
+    def find(self, tenant: str, response_id: str, param: str) -> StoredResponse:
         """One of the tenant's, which is the one used last from now on. Raises UnknownResponseError."""
         shelf = self._shelves.get(tenant)
-        if shelf is None or response_id not in shelf.kept:
+        if shelf is None or response_id not in shelf.responses:
             raise UnknownResponseError(response_id, param)
-        shelf.kept.move_to_end(response_id)
-        return shelf.kept[response_id]
+        shelf.responses.move_to_end(response_id)
+        return shelf.responses[response_id]
 
     def delete(self, tenant: str, response_id: str, param: str) -> None:
         """Raises UnknownResponseError."""
@@ -82,6 +82,6 @@ class KeptResponses:
 
     def _drop(self, tenant: str, response_id: str) -> None:
         shelf = self._shelves[tenant]
-        self.size -= shelf.take(response_id).size
-        if not shelf.kept:
+        self.size -= shelf.pop_response(response_id).size
+        if not shelf.responses:
             del self._shelves[tenant]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from onebase_server.inference.generation import GenerationRequest
-from onebase_server.inference.stream import Moments, TokenUsage
+from onebase_server.inference.stream import RequestTimestamps, TokenUsage
 from onebase_server.telemetry.histogram import Histogram
 
 MOST_ADAPTERS = 200
@@ -66,7 +66,7 @@ class RequestMeasurements:
         self._uses: dict[tuple[str, str], AdapterUse] = {}
 
     def ended(
-        self, job: GenerationRequest, usage: TokenUsage, moments: Moments, finished: Counter[str]
+        self, job: GenerationRequest, usage: TokenUsage, timestamps: RequestTimestamps, finished: Counter[str]
     ) -> None:
         """One request is over. finished: its choices by how they ended."""
         for name in {use.name for use in job.adapter.uses} or {""}:
@@ -82,21 +82,21 @@ class RequestMeasurements:
         self.choices.observe(job.choices)
         if job.pooling is None and not job.branches:
             self.max_tokens.observe(job.sampling.max_tokens)
-        if moments.first:
-            self.first_token.observe(moments.first - moments.came)
-        if moments.begun:
-            self.queue.observe(moments.begun - moments.submitted)
-        if finished["abort"] or finished["error"] or not moments.last:
+        if timestamps.first:
+            self.first_token.observe(timestamps.first - timestamps.arrived)
+        if timestamps.started:
+            self.queue.observe(timestamps.started - timestamps.submitted)
+        if finished["abort"] or finished["error"] or not timestamps.last:
             return  # also a stream that was resumed after its last token, for which nothing was computed here
-        begun = moments.begun or moments.submitted
-        self.whole.observe(moments.last - moments.came)
-        self.inference.observe(moments.last - begun)
-        self.prefill.observe((moments.first or moments.last) - begun)
-        if moments.first:
-            self.decode.observe(moments.last - moments.first)
+        started = timestamps.started or timestamps.submitted
+        self.whole.observe(timestamps.last - timestamps.arrived)
+        self.inference.observe(timestamps.last - started)
+        self.prefill.observe((timestamps.first or timestamps.last) - started)
+        if timestamps.first:
+            self.decode.observe(timestamps.last - timestamps.first)
             more = usage.completion / job.choices - 1
             if more > 0:
-                self.per_token.observe((moments.last - moments.first) / more)
+                self.per_token.observe((timestamps.last - timestamps.first) / more)
 
     def _use(self, tenant: str, adapter: str) -> AdapterUse:
         key = (tenant, adapter)

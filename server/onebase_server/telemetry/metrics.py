@@ -118,7 +118,7 @@ class MetricsCollector:
     # ---- as vLLM ---------------------------------------------------------------------------------
 
     def _engine(self) -> Iterator[Metric]:
-        router, base = self._supervisor.router, self._supervisor.base
+        router, base = self._supervisor.client, self._supervisor.base
         stats = router.stats
         running, waiting, used = _load(stats)
         yield self._gauge("num_requests_running", "Rows that are being computed.", running)
@@ -240,7 +240,7 @@ class MetricsCollector:
         return self._catalog.of(tenant).get(adapter) is not None
 
     def _lives(self) -> Iterator[Metric]:
-        supervisor, router = self._supervisor, self._supervisor.router
+        supervisor, router = self._supervisor, self._supervisor.client
         state = GaugeMetricFamily("onebase_engine_state", "1 for the engine's state.", labels=["state"])
         for one in EngineState:
             state.add_metric([one.value], supervisor.state is one)

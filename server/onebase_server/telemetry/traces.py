@@ -36,7 +36,7 @@ from onebase_engine.logs import REQUEST
 from onebase_server.adapters.catalog import SHORT_DIGEST
 from onebase_server.app.settings import OTEL_ENDPOINTS
 from onebase_server.inference.generation import GenerationRequest
-from onebase_server.inference.stream import Moments, TokenUsage
+from onebase_server.inference.stream import RequestTimestamps, TokenUsage
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -151,7 +151,7 @@ class RequestSpans:
         self._base = base
         self._stream = stream
 
-    def ended(self, usage: TokenUsage, moments: Moments, finished: Counter[str]) -> None:
+    def ended(self, usage: TokenUsage, timestamps: RequestTimestamps, finished: Counter[str]) -> None:
         """Export one span by the conventions, and in it: adapter load, queue, prefill, decode and stream."""
         now = time.monotonic()
         at = _epoch()
@@ -164,28 +164,31 @@ class RequestSpans:
             "gen_ai.usage.output_tokens": usage.completion,
             "gen_ai.usage.cache_read.input_tokens": usage.cached,
         }
-        if self._stream and moments.first:
-            attributes["gen_ai.response.time_to_first_chunk"] = moments.first - moments.came
+        if self._stream and timestamps.first:
+            attributes["gen_ai.response.time_to_first_chunk"] = timestamps.first - timestamps.arrived
         span = self._tracer.start_span(
-            f"{self._operation} {asked}", self._parent, attributes=attributes, start_time=at(moments.came)
+            f"{self._operation} {asked}",
+            self._parent,
+            attributes=attributes,
+            start_time=at(timestamps.arrived),
         )
         for reason in ("error", "abort"):
             if finished[reason]:
                 failed(span, reason)
         inside = set_span_in_context(span)
-        begun = moments.begun or moments.submitted or now
+        started = timestamps.started or timestamps.submitted or now
         parts = [
-            ("adapter load", moments.came if names else 0.0, moments.submitted or now),
-            ("queue", moments.submitted, begun),
-            ("prefill", moments.begun, moments.first or moments.last or now),
-            ("decode", moments.first, moments.last),
-            ("stream", moments.first if self._stream else 0.0, now),
+            ("adapter load", timestamps.arrived if names else 0.0, timestamps.submitted or now),
+            ("queue", timestamps.submitted, started),
+            ("prefill", timestamps.started, timestamps.first or timestamps.last or now),
+            ("decode", timestamps.first, timestamps.last),
+            ("stream", timestamps.first if self._stream else 0.0, now),
         ]
         for name, start, end in parts:
             if start:
                 part = self._tracer.start_span(name, inside, start_time=at(start))
                 part.end(at(max(start, end)))
-        span.end(at(now if self._stream else moments.last or now))
+        span.end(at(now if self._stream else timestamps.last or now))
 
     def _attributes(self, asked: str, answered: str) -> dict[str, AttributeValue]:
         job, sampling = self._job, self._job.sampling

@@ -167,7 +167,7 @@ class KeyRing:
         return self._open_without_keys and not self._keys
 
     @property
-    def known(self) -> bool:
+    def has_keys(self) -> bool:
         """Return True if there has ever been a key, as of the last look."""
         return bool(self._keys)
 
@@ -176,7 +176,7 @@ class KeyRing:
     async def all(self) -> list[ApiKeyRecord]:
         """All keys that there ever were, the newest first. Raises UnavailableError."""
         with storage_errors():
-            return await self._threads.run(self._registry.all)
+            return await self._threads.run_blocking(self._registry.all)
 
     async def create(
         self,
@@ -200,7 +200,7 @@ class KeyRing:
                 code="first_key",
             )
         with storage_errors():
-            made = await self._threads.run(
+            made = await self._threads.run_blocking(
                 self._registry.create,
                 tenant,
                 scopes,
@@ -218,7 +218,7 @@ class KeyRing:
         """Change a key as ApiKeys.change does. Raises KeyNotFoundError, InvalidRequestError,
         UnavailableError."""
         with storage_errors():
-            changed = await self._threads.run(self._registry.change, key_id, quotas, priority)
+            changed = await self._threads.run_blocking(self._registry.change, key_id, quotas, priority)
         self.doubt()
         return changed
 
@@ -226,28 +226,28 @@ class KeyRing:
         """All tenants, for an admin; for others their own. Raises UnavailableError."""
         with storage_errors():
             if caller.is_admin:
-                return await self._threads.run(self._tenants.all)
-            return [await self._threads.run(self._tenants.one, caller.tenant)]
+                return await self._threads.run_blocking(self._tenants.all)
+            return [await self._threads.run_blocking(self._tenants.one, caller.tenant)]
 
     async def check_room(self, caller: Caller, more: int) -> None:
         """Raise QuotaExceededError if the tenant may not store so many bytes more. Raises
         UnavailableError."""
         if self.quotas_of(caller)[1].bytes is not None:
             with storage_errors():
-                await self._threads.run(self._tenants.check_bytes, caller.tenant, more)
+                await self._threads.run_blocking(self._tenants.check_bytes, caller.tenant, more)
 
     async def set_quotas(self, tenant: str, changes: Mapping[str, int | None]) -> TenantRecord:
         """Change a tenant's quotas as Tenants.set_quotas does. Raises InvalidRequestError,
         UnavailableError."""
         with storage_errors():
-            changed = await self._threads.run(self._tenants.set_quotas, tenant, changes)
+            changed = await self._threads.run_blocking(self._tenants.set_quotas, tenant, changes)
         self.doubt()
         return changed
 
     async def revoke(self, key_id: str) -> ApiKeyRecord:
         """Raises KeyNotFoundError, UnavailableError."""
         with storage_errors():
-            revoked = await self._threads.run(self._registry.revoke, key_id)
+            revoked = await self._threads.run_blocking(self._registry.revoke, key_id)
         self.doubt()
         return revoked
 
@@ -281,7 +281,7 @@ class KeyRing:
         began = time.monotonic()
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                newest, callers = await self._threads.run(self._registry.since, self._newest)
+                newest, callers = await self._threads.run_blocking(self._registry.since, self._newest)
         except (RegistryError, TimeoutError) as error:
             if not self._away:
                 _log.error("the registry's API keys cannot be read: %s", error or "no answer in time")
@@ -314,7 +314,7 @@ class KeyRing:
 
     async def _write_use(self, key_id: str) -> None:
         try:
-            await self._threads.run(self._registry.note_use, key_id)
+            await self._threads.run_blocking(self._registry.note_use, key_id)
         except RegistryError:
             del self._used[key_id]
 

@@ -69,7 +69,7 @@ class Peers:
         self._renewed_at = -math.inf
         self._is_lost = False
         self._changed = asyncio.Event()
-        self._told_room = 0
+        self._reported_room = 0
 
     @property
     def are_alive(self) -> bool:
@@ -93,9 +93,9 @@ class Peers:
         """Return True if nobody may have taken over what runs here."""
         return not self._is_lost
 
-    def tell_room(self, room: int) -> None:
+    def report_room(self, room: int) -> None:
         """Have others know at once how many trainers could start, if that has changed."""
-        if room != self._told_room:
+        if room != self._reported_room:
             self._changed.set()
 
     async def keep(self, holder: LeaseHolder) -> None:
@@ -116,7 +116,7 @@ class Peers:
         """Renew the lease now, and learn of the others, if the registry can be reached."""
         began, renew = time.monotonic(), self.records.renew
         try:
-            self._others = await self._threads.run(
+            self._others = await self._threads.run_blocking(
                 renew, self.process, self.server, runs=runs, room=room, seconds=self._lease
             )
         except RegistryError as error:
@@ -124,7 +124,7 @@ class Peers:
         except Exception:
             _log.exception("the lease cannot be renewed")
         else:
-            self._renewed_at, self._told_room, self._is_lost = began, room, False
+            self._renewed_at, self._reported_room, self._is_lost = began, room, False
 
     async def _keep_watch(self, holder: LeaseHolder) -> None:
         """Notice a lost lease by this machine's clock, since the database may not answer at all."""
@@ -143,7 +143,7 @@ class Peers:
         """The server ends: others need not wait for the end of its lease."""
         try:
             async with asyncio.timeout(_LEAVE_SECONDS):
-                await self._threads.run(self.records.leave, self.process)
+                await self._threads.run_blocking(self.records.leave, self.process)
         except (RegistryError, TimeoutError) as error:
             _log.info("the lease in the registry runs out by itself: %s", error or "no answer in time")
 
@@ -172,18 +172,18 @@ class QuotaSharing:
                 await self._share()
 
     async def _share(self) -> None:
-        records, told = self._peers.records, self._limiter.tell()
+        records, uses = self._peers.records, self._limiter.report_uses()
         try:
-            now, heard = await self._threads.run(
-                records.share_use, self._peers.process, told, self._since - _OVERLAP_SECONDS
+            now, heard = await self._threads.run_blocking(
+                records.share_use, self._peers.process, uses, self._since - _OVERLAP_SECONDS
             )
             self._limiter.hear(heard)
             self._since = now
             if now >= self._forget_at:
-                await self._threads.run(records.forget_use)
+                await self._threads.run_blocking(records.forget_use)
                 self._forget_at = now + _FORGET_SECONDS
         except Exception as error:
-            self._limiter.not_told(told)
+            self._limiter.report_again(uses)
             if not self._away:
                 _log.warning("quotas are counted without news from other servers: %s", error)
             self._away = True

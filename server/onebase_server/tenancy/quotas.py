@@ -133,10 +133,10 @@ class QuotaAccount:
 
     requests: Window = field(default_factory=Window)
     tokens: Window = field(default_factory=Window)
-    rows: int = 0
+    sequences: int = 0
     changed: bool = False
     """Whether a change has not been reported to other servers yet."""
-    told_at: float = -math.inf
+    reported_at: float = -math.inf
     _elsewhere: dict[str, _Elsewhere] = field(default_factory=dict)
 
     def window(self, rate: Rate) -> Window:
@@ -150,15 +150,15 @@ class QuotaAccount:
         self.changed = True
         self.window(rate).correct(charge, amount, now)
 
-    def add_rows(self, rows: int) -> None:
+    def add_sequences(self, sequences: int) -> None:
         self.changed = True
-        self.rows += rows
+        self.sequences += sequences
 
     def is_idle(self, now: float) -> bool:
         """Return True if nothing counts in it, here or elsewhere, and no other server counts what it has."""
-        empty = not self.rows and not any(self.window(rate).by_second(now) for rate in _RATES)
+        empty = not self.sequences and not any(self.window(rate).by_second(now) for rate in _RATES)
         silent = all(one.until <= now for one in self._elsewhere.values())
-        return empty and silent and (not self.changed or now - self.told_at >= WINDOW_SECONDS)
+        return empty and silent and (not self.changed or now - self.reported_at >= WINDOW_SECONDS)
 
     # ---- with what others let in -------------------------------------------------------------
 
@@ -173,28 +173,30 @@ class QuotaAccount:
     def seconds_until(self, rate: Rate, most: int, now: float) -> float:
         return _seconds_until(self._windows(rate), most, now)
 
-    def rows_running(self, now: float) -> int:
+    def sequences_running(self, now: float) -> int:
         others = self._elsewhere.values()
-        return self.rows + sum(one.rows for one in others if one.until > now) if others else self.rows
+        return (
+            self.sequences + sum(one.rows for one in others if one.until > now) if others else self.sequences
+        )
 
     def _windows(self, rate: Rate) -> Sequence[Window]:
         own = self.window(rate)
         return [own, *(one.windows[rate] for one in self._elsewhere.values())] if self._elsewhere else (own,)
 
-    def tell(self, kind: str, name: str, now: float) -> QuotaUse:
+    def report_use(self, kind: str, name: str, now: float) -> QuotaUse:
         """Return what this server has admitted, for other servers."""
-        self.changed, self.told_at = False, now
-        return QuotaUse(kind, name, self.requests.by_second(now), self.tokens.by_second(now), self.rows)
+        self.changed, self.reported_at = False, now
+        return QuotaUse(kind, name, self.requests.by_second(now), self.tokens.by_second(now), self.sequences)
 
     def hear(self, process: str, use: QuotaUse, now: float) -> None:
         """Replace what another process of a server reported before."""
-        for silent in [one for one, told in self._elsewhere.items() if told.until <= now]:
+        for silent in [one for one, report in self._elsewhere.items() if report.until <= now]:
             del self._elsewhere[silent]
         until = now - use.age + WINDOW_SECONDS
         windows: dict[Rate, Window] = {}
-        for rate, told in zip(_RATES, (use.requests, use.tokens), strict=True):
+        for rate, report in zip(_RATES, (use.requests, use.tokens), strict=True):
             windows[rate] = window = Window()
-            for age, amount in sorted(told, reverse=True):
+            for age, amount in sorted(report, reverse=True):
                 window.add(amount, now - age)
         if use.rows or any(window.total for window in windows.values()):
             self._elsewhere[process] = _Elsewhere(windows, use.rows, until)
@@ -244,7 +246,7 @@ class Limiter:
         self._look_at = _LEAST_KEPT
         """Number of accounts from which on idle ones are looked for."""
 
-    def enter(self, caller: Caller, *, resumed: bool = False) -> Ticket:
+    def enter(self, caller: Caller, *, resumed: bool = False) -> QuotaReservation:
         """Admit a request before anything of it is read. It counts as one request until its ticket says
         otherwise.
 
@@ -252,22 +254,22 @@ class Limiter:
 
         Raises QuotaSpentError, QuotaExceededError.
         """
-        ticket = Ticket(self._owners(caller), self._clock, resumed=resumed)
+        ticket = QuotaReservation(self._owners(caller), self._clock, resumed=resumed)
         ticket.enter()
         return ticket
 
     # ---- several servers ---------------------------------------------------------------------
 
-    def tell(self) -> list[QuotaUse]:
+    def report_uses(self) -> list[QuotaUse]:
         """Return the uses that have changed here since the last report, for other servers."""
         now = self._clock()
         return [
-            account.tell(kind, name, now)
+            account.report_use(kind, name, now)
             for (kind, name), account in self._accounts.items()
-            if account.changed or (account.rows and now - account.told_at >= _ROWS_AGAIN_SECONDS)
+            if account.changed or (account.sequences and now - account.reported_at >= _ROWS_AGAIN_SECONDS)
         ]
 
-    def not_told(self, uses: Iterable[QuotaUse]) -> None:
+    def report_again(self, uses: Iterable[QuotaUse]) -> None:
         """Mark uses whose report did not reach the others, so that they are reported again."""
         for use in uses:
             self._account(use.kind, use.name).changed = True
@@ -305,7 +307,7 @@ class Limiter:
         self._look_at = max(_LEAST_KEPT, 2 * len(self._accounts))
 
 
-class Ticket:
+class QuotaReservation:
     """Reservation of one request in the accounts of its key and its tenant, from its admission to its end.
 
     resumed: nothing is refused, since the request was let in before; what it computes is charged.
@@ -321,10 +323,10 @@ class Ticket:
         self._resumed = resumed
         self._requests: list[Charge] = []
         self._tokens: list[Charge] = []
-        self._rows = 0
+        self._sequences = 0
 
     @property
-    def most_rows(self) -> int | None:
+    def max_sequences(self) -> int | None:
         """Return the largest number of sequences that may run at once; None is any number."""
         limits = [limit for owner in self._owners if (limit := owner.limit("rows")) is not None]
         return min(limits, default=None)
@@ -337,26 +339,26 @@ class Ticket:
         for owner in self._owners:
             self._check_rate(owner, "requests", 1, now)
             self._check_rate(owner, "tokens", 1, now)
-            self._check_rows(owner, 1, now)
+            self._check_sequences(owner, 1, now)
         self._requests = [owner.account.add("requests", 1, now) for owner in self._owners]
 
-    def admit(self, tokens: int, rows: int) -> None:
+    def admit(self, tokens: int, sequences: int) -> None:
         """Reserve what the request may need, or nothing. Raises QuotaSpentError, QuotaExceededError."""
         now = self._clock()
         for owner in [] if self._resumed else self._owners:
             self._check_rate(owner, "tokens", tokens, now)
-            self._check_rows(owner, rows, now)
+            self._check_sequences(owner, sequences, now)
         self._tokens = [owner.account.add("tokens", tokens, now) for owner in self._owners]
-        self._rows = rows
+        self._sequences = sequences
         for owner in self._owners:
-            owner.account.add_rows(rows)
+            owner.account.add_sequences(sequences)
 
-    def rows_ended(self) -> None:
+    def sequences_ended(self) -> None:
         """Free the reserved sequences after the last of them has ended in the engine."""
-        if self._rows:
+        if self._sequences:
             for owner in self._owners:
-                owner.account.add_rows(-self._rows)
-        self._rows = 0
+                owner.account.add_sequences(-self._sequences)
+        self._sequences = 0
 
     def settle(self, tokens: int) -> None:
         """The request is over, and took so many tokens. Once."""
@@ -365,7 +367,7 @@ class Ticket:
             owner.account.correct("tokens", charge, tokens, now)
         self._tokens = []
 
-    def give_back(self) -> None:
+    def refund_request(self) -> None:
         """It was refused for a reason that is not its own, and counts as no request."""
         now = self._clock()
         for owner, charge in zip(self._owners, self._requests, strict=False):
@@ -378,14 +380,14 @@ class Ticket:
         if self.leave is not None:
             self.leave()
         else:
-            self.rows_ended()
+            self.sequences_ended()
             self.settle(0)
 
     # ---- what is told ------------------------------------------------------------------------
 
     def headers(self) -> dict[str, str]:
         """OpenAI's, of the key's or the tenant's quota: whichever has less left."""
-        now, told = self._clock(), {}
+        now, headers = self._clock(), {}
         for rate in _RATES:
             rooms = []
             for owner in self._owners:
@@ -394,10 +396,10 @@ class Ticket:
                     rooms.append((max(0, limit - owner.account.total(rate, now)), limit, owner.account))
             if rooms:
                 left, limit, account = min(rooms, key=lambda room: room[:2])
-                told[f"x-ratelimit-limit-{rate}"] = str(limit)
-                told[f"x-ratelimit-remaining-{rate}"] = str(left)
-                told[f"x-ratelimit-reset-{rate}"] = duration(account.seconds_until(rate, 0, now))
-        return told
+                headers[f"x-ratelimit-limit-{rate}"] = str(limit)
+                headers[f"x-ratelimit-remaining-{rate}"] = str(left)
+                headers[f"x-ratelimit-reset-{rate}"] = duration(account.seconds_until(rate, 0, now))
+        return headers
 
     def _check_rate(self, owner: _Owner, rate: Rate, wanted: int, now: float) -> None:
         limit = owner.limit(rate)
@@ -413,7 +415,7 @@ class Ticket:
             wait = owner.account.seconds_until(rate, max(0, most - wanted), now)
             raise self._refusal(owner, rate, limit, used, "", wait)
 
-    def _check_rows(self, owner: _Owner, wanted: int, now: float) -> None:
+    def _check_sequences(self, owner: _Owner, wanted: int, now: float) -> None:
         limit = owner.limit("rows")
         if limit is None:
             return
@@ -421,7 +423,7 @@ class Ticket:
             raise self._refusal(
                 owner, "rows", limit, f"this request alone asks for {wanted}", "Lower n" if limit else ""
             )
-        running = owner.account.rows_running(now)
+        running = owner.account.sequences_running(now)
         if not owner.has_room(limit, running, wanted):
             used = f"{running} are running, and this request asks for {wanted}"
             raise self._refusal(owner, "rows", limit, used, "", ROWS_RETRY_SECONDS)

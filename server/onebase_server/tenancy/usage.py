@@ -34,7 +34,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _log = logging.getLogger(__name__)
 
 
-class UsageMeter:
+class TenantUsageRecorder:
     """Counts for one server, whose base is `base`. For one event loop.
 
     While the registry is away, what it should have waits here. A batch whose end was not heard is written
@@ -88,7 +88,9 @@ class UsageMeter:
             if not self._writing:
                 return True
             try:
-                await self._threads.run(self._records.write, self._writer, self._batch, self._writing)
+                await self._threads.run_blocking(
+                    self._records.write, self._writer, self._batch, self._writing
+                )
             except RegistryError as error:
                 if not self._away:
                     _log.warning("usage is kept in memory until the registry can be written: %s", error)
@@ -127,7 +129,7 @@ class UsageMeter:
         first, last = _days(start, end)
         await self.flush()
         with storage_errors():
-            rows = await self._threads.run(
+            rows = await self._threads.run_blocking(
                 self._records.find, first, last, columns, tenant=tenant, limit=MOST_ROWS + 1
             )
         if len(rows) > MOST_ROWS:

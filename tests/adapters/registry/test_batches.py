@@ -46,9 +46,9 @@ def test_a_batch_is_found_by_its_tenant_and_its_server_alone(registry: Registry)
 
     assert (made.state, made.key, made.labels, made.total) == ("validating", "ob-1", {"team": "night"}, 0)
     assert registry.batches.batch("acme", "batch_1") == made
-    assert registry.batches.open(HERE) == [made]
+    assert registry.batches.open_batches(HERE) == [made]
     assert registry.batches.open_ids(HERE) == {"batch_1"}
-    assert registry.batches.open("server-2") == []
+    assert registry.batches.open_batches("server-2") == []
     assert registry.batches.counts() == {"validating": 1}
     for look in (
         registry.batches.batch,
@@ -150,16 +150,16 @@ def test_a_batch_is_taken_over_when_its_server_is_gone_for_long_or_it_is_only_to
     lease(registry, HERE, -100.0)
     assert [batch.id for batch in registry.batches.lost("server-2")] == ["batch_2"]
     with pytest.raises(BatchElsewhereError):
-        registry.batches.take("batch_1", HERE, "server-2")
+        registry.batches.take_batch("batch_1", HERE, "server-2")
     lease(registry, HERE, -1000.0)
     assert registry.batches.lost(HERE) == []
     assert [batch.id for batch in registry.batches.lost("server-2")] == ["batch_1", "batch_2"]
-    again = registry.batches.take("batch_1", HERE, "server-2")
+    again = registry.batches.take_batch("batch_1", HERE, "server-2")
     assert (again.server, again.state, again.completed, again.failed) == ("server-2", "validating", 0, 0)
-    assert registry.batches.take("batch_2", HERE, "server-2").state == "cancelling"
-    assert registry.batches.open(HERE) == []
+    assert registry.batches.take_batch("batch_2", HERE, "server-2").state == "cancelling"
+    assert registry.batches.open_batches(HERE) == []
     with pytest.raises(BatchElsewhereError):
-        registry.batches.take("batch_1", HERE, "server-3")
+        registry.batches.take_batch("batch_1", HERE, "server-3")
     with pytest.raises(BatchElsewhereError):
         registry.batches.note("batch_1", server=HERE, completed=4)
     with pytest.raises(BatchElsewhereError):

@@ -396,7 +396,7 @@ def test_postgresql_tells_each_server_of_what_another_wrote_and_again_after_a_lo
     writer, reader = open_registry(), open_registry()
     told = threading.Event()
 
-    with reader.told(told.set):
+    with reader.notify_changes(told.set):
         if kind == "sqlite":  # which cannot
             add(writer, "acme", "1")
             assert not told.wait(0.1)

@@ -51,7 +51,7 @@ def saved(registry: Registry, step: int) -> None:
 
 
 def take(registry: Registry, server: str, before: str = "s1", room: int = 1) -> TrainingJob:
-    return registry.takeovers.take(JOB, before, server, room, lambda job: event(f"from {job.saved_step}"))
+    return registry.takeovers.take_job(JOB, before, server, room, lambda job: event(f"from {job.saved_step}"))
 
 
 def takeable(registry: Registry, server: str = "s2", room: int = 1) -> list[str]:

@@ -127,7 +127,7 @@ class AsyncAdapters:
         return listing
 
     async def _receive(self, name: str, version: str, file: VersionFile, download: adapters.Download) -> None:
-        response = await self._http.open(adapters.file(name, version, file.name))
+        response = await self._http.open_stream(adapters.file(name, version, file.name))
         try:
             async with aclosing(response.chunks()) as chunks:
                 async for chunk in chunks:
@@ -276,7 +276,7 @@ class AsyncAdapters:
         """
         waiting = adapters.Waiting(version, progress)
         while not waiting.over:
-            waiting.take(await self._http.ask(waiting.question(), adapters.parse_version))
+            waiting.note_answer(await self._http.ask(waiting.question(), adapters.parse_version))
             await anyio.sleep(waiting.rest())
         return waiting.version
 

@@ -190,7 +190,7 @@ class AsyncClient:
             StreamError: While iterating.
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=True)
-        return AsyncStream(lambda: self._http.open(call), schema=sampling.get("schema"))
+        return AsyncStream(lambda: self._http.open_stream(call), schema=sampling.get("schema"))
 
     async def embed(
         self,

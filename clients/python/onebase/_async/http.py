@@ -108,7 +108,7 @@ class AsyncHttp:
         """Send `call`, again where a failure allows that, and give the whole response."""
         return await self._retried(call, self._fetch_once)
 
-    async def open(self, call: Call) -> AsyncResponse:
+    async def open_stream(self, call: Call) -> AsyncResponse:
         """Send a call as `send` does, with the answer's body still unread."""
         return await self._retried(call, self._open_once)
 

@@ -8,7 +8,15 @@ from typing import Any
 import anyio
 
 from .._core import training
-from .._core.jobs import CURVE_EVENTS, JobObserver, JobView, check, curve_is_in_file, observer, settled
+from .._core.jobs import (
+    CURVE_EVENTS,
+    JobObserver,
+    JobView,
+    check_outcome,
+    curve_is_in_file,
+    observer,
+    settled,
+)
 from .._core.parse import page_of, parse
 from .._core.requests import Call
 from .._core.retry import ReconnectBackoff
@@ -63,9 +71,9 @@ class AsyncTrainingJob(JobView):
             await self._refresh_patiently()
             watch.show(self.info)
             if not settled(self.info):
-                async with AsyncEventStream(self._http.open, self.id, newest, known=True) as events:
+                async with AsyncEventStream(self._http.open_stream, self.id, newest, known=True) as events:
                     await self._follow(events, watch)
-            check(self.info)
+            check_outcome(self.info)
         return self
 
     def stream_events(self, *, after: str | None = None) -> AsyncEventStream:
@@ -74,7 +82,7 @@ class AsyncTrainingJob(JobView):
         Args:
             after: The id of an event: begin after it. By default with the job's first event.
         """
-        return AsyncEventStream(self._http.open, self.id, after)
+        return AsyncEventStream(self._http.open_stream, self.id, after)
 
     async def events(self, *, limit: int | None = 100, after: str | None = None) -> tuple[TrainingEvent, ...]:
         """The job's events so far, the newest first.

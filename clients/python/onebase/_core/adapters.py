@@ -434,7 +434,7 @@ class Waiting:
             raise rejected(self.version)
         return self.version.finished
 
-    def take(self, version: AdapterVersion) -> None:
+    def note_answer(self, version: AdapterVersion) -> None:
         """The server's newest answer. After a new state the next question comes soon."""
         if version.state != self.version.state:
             self._delay = FIRST_POLL_S

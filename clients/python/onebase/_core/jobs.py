@@ -110,7 +110,7 @@ def settled(info: TrainingJobInfo) -> bool:
     return info.status not in _GOES_ON
 
 
-def check(info: TrainingJobInfo) -> None:
+def check_outcome(info: TrainingJobInfo) -> None:
     """Raise unless a settled job has succeeded, or is held as it was asked to.
 
     Raises:

@@ -69,7 +69,7 @@ class Assembler:
         self._end: StreamEnd | None = None
         self.done = False
 
-    def take(self, data: str) -> Piece | None:
+    def read_piece(self, data: str) -> Piece | None:
         """The piece in an event, if it has one.
 
         Raises:
@@ -180,7 +180,7 @@ class EventPosition:
         """There is a connection."""
         self._known = True
 
-    def take(self, name: str, data: str) -> TrainingEvent | None:
+    def read_event(self, name: str, data: str) -> TrainingEvent | None:
         """The event of the job in an event of this name, if it has one that is new.
 
         Raises:

@@ -127,7 +127,7 @@ class Adapters:
         return listing
 
     def _receive(self, name: str, version: str, file: VersionFile, download: adapters.Download) -> None:
-        response = self._http.open(adapters.file(name, version, file.name))
+        response = self._http.open_stream(adapters.file(name, version, file.name))
         try:
             with closing(response.chunks()) as chunks:
                 for chunk in chunks:
@@ -274,7 +274,7 @@ class Adapters:
         """
         waiting = adapters.Waiting(version, progress)
         while not waiting.over:
-            waiting.take(self._http.ask(waiting.question(), adapters.parse_version))
+            waiting.note_answer(self._http.ask(waiting.question(), adapters.parse_version))
             time.sleep(waiting.rest())
         return waiting.version
 

@@ -191,7 +191,7 @@ class Client:
             StreamError: While iterating.
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=True)
-        return Stream(lambda: self._http.open(call), schema=sampling.get("schema"))
+        return Stream(lambda: self._http.open_stream(call), schema=sampling.get("schema"))
 
     def embed(
         self,

@@ -108,7 +108,7 @@ class Http:
         """Send `call`, again where a failure allows that, and give the whole response."""
         return self._retried(call, self._fetch_once)
 
-    def open(self, call: Call) -> Response:
+    def open_stream(self, call: Call) -> Response:
         """Send a call as `send` does, with the answer's body still unread."""
         return self._retried(call, self._open_once)
 

@@ -69,7 +69,7 @@ class Stream(AnswerView):
         try:
             with closing(response.events()) as events:
                 for event in events:
-                    piece = self._assembler.take(event.data)
+                    piece = self._assembler.read_piece(event.data)
                     if piece is not None:
                         yield piece
         except (APIConnectionError, APITimeoutError, InvalidResponseError) as error:
@@ -140,7 +140,7 @@ class EventStream(EventsView):
             self._position.begin()
             with closing(response.events()) as events:
                 for event in events:
-                    found = self._position.take(event.event, event.data)
+                    found = self._position.read_event(event.event, event.data)
                     if found is not None:
                         yield found
                     if self._position.done:

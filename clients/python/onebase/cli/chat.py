@@ -80,7 +80,7 @@ def _interactive(client: Client, conversation: Conversation) -> int:
         return report(error, client.url)
     for line in _lines(conversation):
         try:
-            if not conversation.take(line):
+            if not conversation.handle_line(line):
                 break
         except OneBaseError as error:
             note(explain(error, client.url)[0])
@@ -93,7 +93,7 @@ def _piped(client: Client, conversation: Conversation) -> int:
     """Answer each line of stdin. The first failure ends it, so that a script notices."""
     for line in sys.stdin:
         try:
-            if not conversation.take(line.rstrip("\r\n"), interruptible=False):
+            if not conversation.handle_line(line.rstrip("\r\n"), interruptible=False):
                 break
         except OneBaseError as error:
             return report(error, client.url)
@@ -157,7 +157,7 @@ class Conversation:
         """The adapter that answers the next message, or `base`."""
         return describe(self._adapter)
 
-    def take(self, line: str, *, interruptible: bool = True) -> bool:
+    def handle_line(self, line: str, *, interruptible: bool = True) -> bool:
         """Answer a message, or carry out a command.
 
         Args:

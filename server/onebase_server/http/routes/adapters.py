@@ -153,9 +153,9 @@ async def _upload(
             flags = {flag: upload.flags.get(flag, False) for flag in FLAGS}
             options = VersionOptions(**flags | {"activate": activate or flags["activate"]})
             await adapters.check_config(name, upload.config, options)
-            files = await adapters.disk.run(upload.commit)
+            files = await adapters.disk.run_blocking(upload.commit)
         finally:
-            await adapters.disk.run(form.close)
+            await adapters.disk.run_blocking(form.close)
     async with _kept(services, caller.tenant, name, files.digest):
         version = await adapters.add(
             caller.tenant, name, files, {"kind": "upload"}, options, actor=caller.key
@@ -179,7 +179,7 @@ async def merge_adapters(
     services.refuse_if_draining()
     name = check_name(body.name, services.catalog.base_name)
     parents = services.merging.parents(caller.tenant, [(term.name, term.weight) for term in body.adapters])
-    await services.keys.check_room(caller, services.merging.check(parents, body.method))
+    await services.keys.check_room(caller, services.merging.check_parents(parents, body.method))
     recipe = MergeSettings(
         body.method,
         body.density,
@@ -286,7 +286,9 @@ async def get_version_file(
     """Download one of the two files, byte for byte as it was sent or trained, except for label names."""
     found = await _own_version(services, caller, name, version)
     with storage_errors(name):
-        path = await services.adapters.disk.run(services.adapters.store.local, found.files.of(file).sha256)
+        path = await services.adapters.disk.run_blocking(
+            services.adapters.store.local, found.files.of(file).sha256
+        )
     return FileResponse(path, media_type="application/octet-stream", filename=file)
 
 

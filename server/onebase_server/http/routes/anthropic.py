@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Admitted, Calling, Provided, StrictRoute, json_response, off_loop
-from onebase_server.http.routes.generation import answer_job, transcript_of
+from onebase_server.http.routes.generation import answer_generation, transcript_of
 from onebase_server.http.routes.models import find_model
 from onebase_server.http.schemas.answers import MessageAnswer, TokenCountAnswer, answer, streamed_answer
 from onebase_server.http.schemas.anthropic import ConversationRequest, MessagesRequest
@@ -22,15 +22,17 @@ router = APIRouter(prefix="/v1/messages", route_class=StrictRoute, tags=["anthro
 @router.post("", responses=streamed_answer(MessageAnswer, MessageEvent))
 @needs("generate")
 async def create_message(
-    body: MessagesRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+    body: MessagesRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
 ) -> Response:
     """Generate the assistant's next message; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
     chat = await off_loop(request, body.chat, services.tokenizer.template_options)
-    begun = await transcript_of(request, services, body.stream)
-    job = replace(await services.planner.chat(chat, caller, begun), id=new_id("msg_"))
+    transcript = await transcript_of(request, services, body.stream)
+    engine_request = replace(await services.planner.chat(chat, caller, transcript), id=new_id("msg_"))
     view = MessageView(services.tokenizer, body.model, request.scope)
-    return await answer_job(request, services, ticket, job, view, body.stream, begun)
+    return await answer_generation(
+        request, services, reservation, engine_request, view, body.stream, transcript
+    )
 
 
 @router.post("/count_tokens", responses=answer(TokenCountAnswer, 404))

@@ -48,7 +48,7 @@ async def list_entries(
         return json_response(page([], more=False))
     storage = services.training.storage
     with storage_errors():
-        found = await services.training.threads.run(
+        found = await services.training.threads.run_blocking(
             storage.registry.audit.entries,
             tenant=tenant if caller.is_admin else caller.tenant,
             action=action,

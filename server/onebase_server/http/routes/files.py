@@ -86,9 +86,9 @@ async def add_file(request: Request, services: Provided, caller: Calling) -> Res
         try:
             upload = await read_form(request, form, files.disk)
             _check_scope(caller, upload.purpose)
-            kept = await files.keep(caller.tenant, upload.writer, upload.filename, upload.purpose)
+            kept = await files.store_file(caller.tenant, upload.writer, upload.filename, upload.purpose)
         finally:
-            await files.disk.run(form.close)
+            await files.disk.run_blocking(form.close)
     return json_response(file_view(kept))
 
 

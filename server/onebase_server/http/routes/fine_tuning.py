@@ -213,7 +213,7 @@ async def _parent(model: str, services: Services, caller: Caller) -> VersionReco
         if is_checkpoint(model):
             await services.training.checkpoints.use(caller.tenant, model, param="model")
         catalog = services.catalog
-        found = await catalog.known(lambda: catalog.of(caller.tenant).find(model, param="model"))
+        found = await catalog.find_current(lambda: catalog.of(caller.tenant).find(model, param="model"))
         catalog.of(caller.tenant).check_own(found.name, "train it further")
         return found
     except AdapterNotFoundError as error:

@@ -19,7 +19,7 @@ from onebase_server.http.deps import (
     StrictRoute,
     json_response,
     off_loop,
-    told_of,
+    resume_state_of,
 )
 from onebase_server.http.schemas.answers import (
     ChatAnswer,
@@ -55,15 +55,15 @@ from onebase_server.http.views.generation import (
     GenerationView,
     TgiView,
 )
-from onebase_server.inference.generation import GenerationRequest, GenerationRun, begun_of
-from onebase_server.inference.stream import Moments, OutputPiece, TokenUsage
+from onebase_server.inference.generation import GenerationRequest, GenerationRun, resume_tokens_of
+from onebase_server.inference.stream import OutputPiece, RequestTimestamps, TokenUsage
 from onebase_server.inference.transcript import Transcript, line, refused
 from onebase_server.inference.transcript import read as read_transcript
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.traces import RequestSpans
 from onebase_server.tenancy.access import Caller
-from onebase_server.tenancy.quotas import Ticket
-from onebase_server.tenancy.usage import UsageMeter
+from onebase_server.tenancy.quotas import QuotaReservation
+from onebase_server.tenancy.usage import TenantUsageRecorder
 
 router = APIRouter(route_class=StrictRoute)
 INLINE_SCORES = 2_000
@@ -74,14 +74,16 @@ are written in a thread."""
 @router.post("/generate", tags=["generate"], responses=streamed_answer(GeneratedAnswer, GenerateEvent))
 @needs("generate")
 async def generate(
-    body: GenerateRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+    body: GenerateRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
 ) -> Response:
     """Generate text from the base or from any adapter, in one piece or streamed as server-sent events."""
     services.refuse_if_draining()
-    begun = await transcript_of(request, services, body.stream)
-    job = await services.planner.generate(body, caller, begun)
+    transcript = await transcript_of(request, services, body.stream)
+    engine_request = await services.planner.generate(body, caller, transcript)
     view = GenerateView(services.tokenizer)
-    return await answer_job(request, services, ticket, job, view, body.stream, begun)
+    return await answer_generation(
+        request, services, reservation, engine_request, view, body.stream, transcript
+    )
 
 
 @router.post(
@@ -91,15 +93,15 @@ async def generate(
 )
 @needs("generate")
 async def generate_many(
-    body: GenerateManyRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+    body: GenerateManyRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
 ) -> Response:
     """Answer several requests over one connection, from one batch: each event says which of them it is
     about."""
     services.refuse_if_draining()
     services.planner.base()  # without an engine none of them runs: another server may have one
-    ticket.give_back()  # each of them counts by itself
-    told = told_of(request)
-    lines = b"" if told is None else told.lines
+    reservation.refund_request()  # each of them counts by itself
+    resume_state = resume_state_of(request)
+    lines = b"" if resume_state is None else resume_state.lines
     transcripts, order = (
         await services.reading.run_for(caller.tenant, read_transcript, lines) if lines else ({}, [])
     )
@@ -107,10 +109,14 @@ async def generate_many(
         raise refused("is of another request")
     sources = []
     for number, one in enumerate(body.bodies):
-        source = _Source(number, one, transcripts.get(number), told and told.seconds, order.count(number))
+        source = _Source(
+            number, one, transcripts.get(number), resume_state and resume_state.seconds, order.count(number)
+        )
         sources.append(_events_of(source, request, services, caller))
     merged = MergedEvents(sources, DONE, order)
-    return EventStream(merged, merged.events(), services.settings.max_timeout, tells=told is not None)
+    return EventStream(
+        merged, merged.events(), services.settings.max_timeout, with_transcript=resume_state is not None
+    )
 
 
 @dataclass(frozen=True)
@@ -128,12 +134,12 @@ class _Source:
     seconds: float | None
     again: int
 
-    def told(self, generation: GenerationRun | None, times: int) -> bytes:
+    def transcript_line(self, generation: GenerationRun | None, times: int) -> bytes:
         """Return the transcript's line before the events of that time, empty or not: it records the order."""
         if self.seconds is None or times <= self.again:
             return b""
-        told = b"" if generation is None else generation.take_told()
-        return told or line([], self.number)
+        transcript = b"" if generation is None else generation.take_transcript()
+        return transcript or line([], self.number)
 
 
 async def _events_of(
@@ -142,74 +148,88 @@ async def _events_of(
     """Yield the events of one of several requests, its error too. Raises ClientGoneError, SlowReaderError."""
     view, times = GenerateView(services.tokenizer, source.number), 0
     body, transcript = source.body, source.transcript
-    ticket = generation = None
+    reservation = generation = None
     try:
-        ticket = services.limiter.enter(caller, resumed=transcript is not None)
+        reservation = services.limiter.enter(caller, resumed=transcript is not None)
         if isinstance(body, ApiError):
             raise body
-        job = await services.planner.generate(body, caller, transcript)
+        engine_request = await services.planner.generate(body, caller, transcript)
         if transcript is not None:
-            job = await services.planner.resumed(job, transcript, source.seconds or 0.0)
-        telling = None if source.seconds is None else source.number
+            engine_request = await services.planner.resumed(engine_request, transcript, source.seconds or 0.0)
+        transcript_number = None if source.seconds is None else source.number
         generation = await begin(
-            request, services, ticket, job, stream=True, transcript=transcript, telling=telling
+            request,
+            services,
+            reservation,
+            engine_request,
+            stream=True,
+            transcript=transcript,
+            transcript_number=transcript_number,
         )
         async for chunk in view.events(generation):
             times += 1
-            yield source.told(generation, times) + chunk
+            yield source.transcript_line(generation, times) + chunk
         generation = None
     except (ClientGoneError, SlowReaderError):
         raise
     except ApiError as error:
         if transcript is not None and generation is None and not times:
             raise  # what was passed on of it cannot be made again here, or not now
-        if ticket is not None and not times and status_of(error)[0] in NOT_ITS_FAULT:
-            ticket.give_back()
-        yield source.told(generation, times + 1) + view.failure(error)
+        if reservation is not None and not times and status_of(error)[0] in NOT_ITS_FAULT:
+            reservation.refund_request()
+        yield source.transcript_line(generation, times + 1) + view.failure(error)
     finally:
         if generation is not None:
             generation.cancel()
-        if ticket is not None:
-            ticket.close()
+        if reservation is not None:
+            reservation.close()
 
 
 @router.post("/", tags=["tgi"], responses=streamed_answer(list[TgiAnswer], TgiEvent))
 @needs("generate")
 async def generate_text(
-    body: TgiRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+    body: TgiRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
 ) -> Response:
     """Generate text from the base or from any adapter, as Hugging Face's clients ask TGI for it."""
     services.refuse_if_draining()
-    begun = await transcript_of(request, services, body.stream)
-    job = await services.planner.generate(await off_loop(request, body.request), caller, begun)
+    transcript = await transcript_of(request, services, body.stream)
+    engine_request = await services.planner.generate(
+        await off_loop(request, body.request), caller, transcript
+    )
     view = TgiView(services.tokenizer, body)
-    return await answer_job(request, services, ticket, job, view, body.stream, begun)
+    return await answer_generation(
+        request, services, reservation, engine_request, view, body.stream, transcript
+    )
 
 
 @router.post("/v1/completions", tags=["openai"], responses=streamed_answer(CompletionAnswer, CompletionEvent))
 @needs("generate")
 async def complete(
-    body: CompletionRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+    body: CompletionRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
 ) -> Response:
     """Complete one prompt or several; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    begun = await transcript_of(request, services, body.stream)
-    job = await services.planner.completion(body, caller, begun)
+    transcript = await transcript_of(request, services, body.stream)
+    engine_request = await services.planner.completion(body, caller, transcript)
     view = CompletionView(services.tokenizer, body.model, body.usage_in_stream)
-    return await answer_job(request, services, ticket, job, view, body.stream, begun)
+    return await answer_generation(
+        request, services, reservation, engine_request, view, body.stream, transcript
+    )
 
 
 @router.post("/v1/chat/completions", tags=["openai"], responses=streamed_answer(ChatAnswer, ChatEvent))
 @needs("generate")
 async def chat(
-    body: ChatRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+    body: ChatRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
 ) -> Response:
     """Generate the assistant's next message; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    begun = await transcript_of(request, services, body.stream)
-    job = await services.planner.chat(body, caller, begun)
+    transcript = await transcript_of(request, services, body.stream)
+    engine_request = await services.planner.chat(body, caller, transcript)
     view = ChatView(services.tokenizer, body.model, body.usage_in_stream)
-    return await answer_job(request, services, ticket, job, view, body.stream, begun)
+    return await answer_generation(
+        request, services, reservation, engine_request, view, body.stream, transcript
+    )
 
 
 def _uncounted(seconds: float) -> None:
@@ -217,29 +237,29 @@ def _uncounted(seconds: float) -> None:
 
 
 @dataclass(frozen=True)
-class JobMeter:
+class RequestUsageRecorder:
     """Meter of one job: it reports to the quotas of its caller, the usage of its tenant and the metrics."""
 
-    ticket: Ticket
-    usage: UsageMeter
+    reservation: QuotaReservation
+    usage: TenantUsageRecorder
     measured: RequestMeasurements
-    job: GenerationRequest
+    request: GenerationRequest
     spans: RequestSpans | None = None
 
-    def rows_ended(self) -> None:
-        self.ticket.rows_ended()
+    def sequences_ended(self) -> None:
+        self.reservation.sequences_ended()
 
     @property
     def token_gap(self) -> Callable[[float], None]:
-        return _uncounted if self.job.background else self.measured.token_gap.observe
+        return _uncounted if self.request.background else self.measured.token_gap.observe
 
-    def used(self, usage: TokenUsage, moments: Moments, finished: Counter[str]) -> None:
-        self.measured.ended(self.job, usage, moments, finished)
+    def used(self, usage: TokenUsage, timestamps: RequestTimestamps, finished: Counter[str]) -> None:
+        self.measured.ended(self.request, usage, timestamps, finished)
         if self.spans is not None:
-            self.spans.ended(usage, moments, finished)
-        self.ticket.settle(usage.prompt + usage.completion)
-        names = [use.name for use in self.job.adapter.uses]
-        self.usage.generated(self.job.tenant, names, usage)
+            self.spans.ended(usage, timestamps, finished)
+        self.reservation.settle(usage.prompt + usage.completion)
+        names = [use.name for use in self.request.adapter.uses]
+        self.usage.generated(self.request.tenant, names, usage)
 
 
 async def transcript_of(request: Request, services: Services, stream: bool | None) -> Transcript | None:
@@ -247,21 +267,23 @@ async def transcript_of(request: Request, services: Services, stream: bool | Non
 
     Raises InvalidRequestError.
     """
-    told = told_of(request) if stream else None
-    if told is None or not told.lines:
+    resume_state = resume_state_of(request) if stream else None
+    if resume_state is None or not resume_state.lines:
         return None
     caller: Caller = request.scope[CALLER]
-    transcript = (await services.reading.run_for(caller.tenant, read_transcript, told.lines))[0].get(0)
+    transcript = (await services.reading.run_for(caller.tenant, read_transcript, resume_state.lines))[0].get(
+        0
+    )
     if transcript is None:
         raise refused("is of another request")
     return transcript
 
 
-async def answer_job(
+async def answer_generation(
     request: Request,
     services: Services,
-    ticket: Ticket,
-    job: GenerationRequest,
+    reservation: QuotaReservation,
+    engine_request: GenerationRequest,
     view: GenerationView,
     stream: bool | None,
     transcript: Transcript | None,
@@ -270,71 +292,81 @@ async def answer_job(
 
     Raises what `begin` and Generation.pieces raise.
     """
-    told = told_of(request) if stream else None
-    if told is not None and transcript is not None:
-        job = await services.planner.resumed(job, transcript, told.seconds)
-    number = None if told is None else 0
+    resume_state = resume_state_of(request) if stream else None
+    if resume_state is not None and transcript is not None:
+        engine_request = await services.planner.resumed(engine_request, transcript, resume_state.seconds)
+    number = None if resume_state is None else 0
     generation = await begin(
-        request, services, ticket, job, stream=bool(stream), transcript=transcript, telling=number
+        request,
+        services,
+        reservation,
+        engine_request,
+        stream=bool(stream),
+        transcript=transcript,
+        transcript_number=number,
     )
     if stream:
         events = guarded(view.events(generation), view.failure, view.closing)
-        if told is not None:
-            events = with_transcript(events, generation.take_told)
-        return EventStream(generation, events, job.timeout_s or 0.0, tells=told is not None)
+        if resume_state is not None:
+            events = with_transcript(events, generation.take_transcript)
+        return EventStream(
+            generation, events, engine_request.timeout_s or 0.0, with_transcript=resume_state is not None
+        )
     with cancelled_when_gone(request.receive, generation):
         choices = await generation.collect()
 
     def whole() -> Response:
         return json_response(view.answer(generation, choices))
 
-    if _scores(job, choices) <= INLINE_SCORES:
+    if _scores(engine_request, choices) <= INLINE_SCORES:
         return whole()
-    return await services.reading.run_for(job.tenant, whole)
+    return await services.reading.run_for(engine_request.tenant, whole)
 
 
-def _scores(job: GenerationRequest, choices: Sequence[OutputPiece]) -> int:
+def _scores(engine_request: GenerationRequest, choices: Sequence[OutputPiece]) -> int:
     """Return the number of tokens whose log-probabilities a whole answer has, alternatives included."""
-    sampling, answered = job.sampling, sum(len(piece.tokens) for piece in choices)
-    told = 0 if sampling.logprobs is None else answered * (1 + sampling.logprobs)
+    sampling, answered = engine_request.sampling, sum(len(piece.tokens) for piece in choices)
+    count = 0 if sampling.logprobs is None else answered * (1 + sampling.logprobs)
     if sampling.prompt_logprobs is None:
-        return told
-    prompts = sum(len(prompt.tokens) for prompt in job.prompts)
-    return told + prompts * (1 + sampling.prompt_logprobs)
+        return count
+    prompts = sum(len(prompt.tokens) for prompt in engine_request.prompts)
+    return count + prompts * (1 + sampling.prompt_logprobs)
 
 
 async def begin(
     request: Request,
     services: Services,
-    ticket: Ticket,
-    job: GenerationRequest,
+    reservation: QuotaReservation,
+    engine_request: GenerationRequest,
     *,
     stream: bool,
     transcript: Transcript | None = None,
-    telling: int | None = None,
+    transcript_number: int | None = None,
 ) -> GenerationRun:
     """Start the job in the engine. Raises what Ticket.admit and Generation.start raise.
 
     transcript, telling: see Generation.
     """
     services.refuse_if_draining()
-    begun = None
+    resume_tokens = None
     if transcript is not None:
-        begun = await services.reading.run_for(job.tenant, begun_of, job, transcript, services.tokenizer)
-    ticket.admit(job.tokens_set_aside, job.choices)
+        resume_tokens = await services.reading.run_for(
+            engine_request.tenant, resume_tokens_of, engine_request, transcript, services.tokenizer
+        )
+    reservation.admit(engine_request.reserved_tokens, engine_request.choices)
     base = services.catalog.base_name
-    spans = services.tracing.of_request(job, request.scope, base, stream=stream)
+    spans = services.tracing.of_request(engine_request, request.scope, base, stream=stream)
     generation = GenerationRun(
         services.supervisor,
         services.tokenizer,
-        job,
+        engine_request,
         services.settings.stream_buffer if stream else None,
         on_cut=connection_abort(request.scope),
-        meter=JobMeter(ticket, services.usage, services.measured, job, spans),
+        recorder=RequestUsageRecorder(reservation, services.usage, services.measured, engine_request, spans),
         transcript=transcript,
-        begun=begun,
-        telling=telling,
+        resume_tokens=resume_tokens,
+        transcript_number=transcript_number,
     )
     await generation.start(services.residency)
-    ticket.leave = generation.leave
+    reservation.leave = generation.leave
     return generation

@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from onebase_engine.engine.messages import RowOutput
+from onebase_engine.engine.messages import SequenceOutput
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Admitted, Calling, Provided, Services, StrictRoute, json_response
-from onebase_server.http.routes.generation import JobMeter
+from onebase_server.http.routes.generation import RequestUsageRecorder
 from onebase_server.http.schemas.answers import (
     MODEL_REFUSED,
     ClassifyAnswer,
@@ -41,8 +41,8 @@ from onebase_server.http.schemas.pooling import (
 )
 from onebase_server.http.sse import cancelled_when_gone
 from onebase_server.inference.generation import GenerationRequest, Reading, new_id
-from onebase_server.inference.stream import Moments, TokenUsage
-from onebase_server.tenancy.quotas import Ticket
+from onebase_server.inference.stream import RequestTimestamps, TokenUsage
+from onebase_server.tenancy.quotas import QuotaReservation
 
 router = APIRouter(route_class=StrictRoute, tags=["pooling"])
 
@@ -54,12 +54,12 @@ ms)."""
 @router.post("/v1/embeddings", responses=answer(EmbeddingsAnswer, *MODEL_REFUSED))
 @needs("generate")
 async def embed(
-    body: EmbeddingRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+    body: EmbeddingRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
 ) -> Response:
     """Compute a vector of each input; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    jobs = await services.read_planner.embed(body, caller)
-    outputs, usage = await _read(request, services, ticket, jobs)
+    engine_requests = await services.read_planner.embed(body, caller)
+    outputs, usage = await _read(request, services, reservation, engine_requests)
 
     def embeddings() -> list[msgspec.Raw]:
         vectors = _vectors(outputs)[:, : body.dimensions]
@@ -77,7 +77,7 @@ async def embed(
             "data": await _made_of(caller.tenant, outputs, embeddings, services),
             "model": body.model or services.catalog.base_name,
             "usage": _usage(usage),
-            "id": jobs[0].id.partition(".")[0],
+            "id": engine_requests[0].id.partition(".")[0],
         }
     )
 
@@ -86,17 +86,17 @@ async def embed(
 @router.post("/classify", responses=answer(ClassifyAnswer, *MODEL_REFUSED))
 @needs("generate")
 async def classify(
-    body: ClassifyRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+    body: ClassifyRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
 ) -> Response:
     """Classify each input, or each of its tokens, by an adapter that classifies."""
     services.refuse_if_draining()
-    jobs = await services.read_planner.classify(body, caller)
-    outputs, usage = await _read(request, services, ticket, jobs)
-    prompts = [prompt for job in jobs for prompt in job.prompts]
-    labels = jobs[0].adapter.label_names
+    engine_requests = await services.read_planner.classify(body, caller)
+    outputs, usage = await _read(request, services, reservation, engine_requests)
+    prompts = [prompt for engine_request in engine_requests for prompt in engine_request.prompts]
+    labels = engine_requests[0].adapter.label_names
 
     def classes() -> list[msgspec.Raw]:
-        if jobs[0].adapter.task == "SEQ_CLS":
+        if engine_requests[0].adapter.task == "SEQ_CLS":
             return _encoded(
                 {"index": index, **_classes(_vector(output), labels)} for index, output in enumerate(outputs)
             )
@@ -113,7 +113,7 @@ async def classify(
 
     return json_response(
         {
-            "id": jobs[0].id.partition(".")[0],
+            "id": engine_requests[0].id.partition(".")[0],
             "object": "list",
             "created": int(time.time()),
             "model": body.model or services.catalog.base_name,
@@ -128,13 +128,13 @@ async def classify(
 @router.post("/rerank", responses=answer(RerankAnswer, *MODEL_REFUSED))
 @needs("generate")
 async def rerank(
-    body: RerankRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+    body: RerankRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
 ) -> Response:
     """Order the documents by how near they are to the query, the nearest first."""
     services.refuse_if_draining()
     pairs = [(body.query, document) for document in body.documents]
     params = [("query", f"documents[{index}]") for index in range(len(pairs))]
-    scores, usage = await _scores(request, services, caller, ticket, body, pairs, params)
+    scores, usage = await _scores(request, services, caller, reservation, body, pairs, params)
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
     results: list[dict[str, Any]] = [
         {"index": index, "relevance_score": scores[index]}
@@ -155,7 +155,7 @@ async def rerank(
 @router.post("/score", responses=answer(ScoreAnswer, *MODEL_REFUSED))
 @needs("generate")
 async def score(
-    body: ScoreRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+    body: ScoreRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
 ) -> Response:
     """Score how near two texts are, of one pair or of many."""
     services.refuse_if_draining()
@@ -165,7 +165,7 @@ async def score(
         ("text_1" if len(body.first) == 1 else f"text_1[{index}]", f"text_2[{index}]")
         for index in range(len(pairs))
     ]
-    scores, usage = await _scores(request, services, caller, ticket, body, pairs, params)
+    scores, usage = await _scores(request, services, caller, reservation, body, pairs, params)
     data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
     return json_response(
         {
@@ -182,12 +182,12 @@ async def score(
 @router.post("/v1/decide", responses=answer(DecisionAnswer, *MODEL_REFUSED))
 @needs("generate")
 async def decide(
-    body: DecideRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+    body: DecideRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
 ) -> Response:
     """Return how likely each of the choices is to come next, among them."""
     services.refuse_if_draining()
     after, before = await services.read_planner.decide(body, caller)
-    outputs, usage = await _read(request, services, ticket, after + before)
+    outputs, usage = await _read(request, services, reservation, after + before)
     found = [[one.logprob for one in output.prompt_logprobs or ()] for output in outputs]
     logprobs, priors = found[: len(body.choices)], found[len(body.choices) :]
     weigh = mean if body.normalize == "mean" else sum
@@ -228,9 +228,9 @@ class _Total:
     """Total of what all jobs of a request take. It is reported once, when the request is over and no job
     runs."""
 
-    meter: JobMeter
+    meter: RequestUsageRecorder
     usage: TokenUsage = field(default_factory=TokenUsage)
-    moments: Moments | None = None
+    moments: RequestTimestamps | None = None
     finished: Counter[str] = field(default_factory=Counter)
     running: int = 0
     over: bool = False
@@ -238,36 +238,39 @@ class _Total:
     def begin(self) -> None:
         """Count a job that has started: it is reported, whatever its end."""
         self.running += 1
-        self.meter.ticket.leave = lambda: None
+        self.meter.reservation.leave = lambda: None
 
-    def rows_ended(self) -> None:
+    def sequences_ended(self) -> None:
         """Do nothing: the request may have more jobs."""
 
     @property
     def token_gap(self) -> Callable[[float], None]:
         return self.meter.token_gap
 
-    def used(self, usage: TokenUsage, moments: Moments, finished: Counter[str]) -> None:
-        self.moments = moments if self.moments is None else replace(self.moments, last=moments.last)
+    def used(self, usage: TokenUsage, timestamps: RequestTimestamps, finished: Counter[str]) -> None:
+        self.moments = timestamps if self.moments is None else replace(self.moments, last=timestamps.last)
         self.finished += finished
         self.usage.prompt += usage.prompt
         self.usage.cached += usage.cached
         self.running -= 1
-        self._tell()
+        self._settle()
 
     def close(self) -> None:
         self.over = True
-        self._tell()
+        self._settle()
 
-    def _tell(self) -> None:
+    def _settle(self) -> None:
         if self.over and not self.running and self.moments is not None:
-            self.meter.rows_ended()
+            self.meter.sequences_ended()
             self.meter.used(self.usage, self.moments, self.finished)
 
 
 async def _read(
-    request: Request, services: Services, ticket: Ticket, jobs: Sequence[GenerationRequest]
-) -> tuple[list[RowOutput], TokenUsage]:
+    request: Request,
+    services: Services,
+    reservation: QuotaReservation,
+    engine_requests: Sequence[GenerationRequest],
+) -> tuple[list[SequenceOutput], TokenUsage]:
     """Return the outputs of the jobs' choices, computed one after the other, as many at once as have places.
 
     Raises what Ticket.admit, Reading.start and Reading.outputs raise.
@@ -275,16 +278,25 @@ async def _read(
     services.refuse_if_draining()
     base = services.supervisor.base
     places = (base.max_rows if base else 0) + services.settings.queue_limit
-    if ticket.most_rows is not None:
-        places = min(places, ticket.most_rows)
-    jobs = [part for job in jobs for part in job.parts(max(places, 1))]
-    ticket.admit(sum(job.tokens_set_aside for job in jobs), max(job.choices for job in jobs))
-    spans = services.tracing.of_request(jobs[0], request.scope, services.catalog.base_name)
-    total = _Total(JobMeter(ticket, services.usage, services.measured, jobs[0], spans))
-    outputs: list[RowOutput] = []
+    if reservation.max_sequences is not None:
+        places = min(places, reservation.max_sequences)
+    engine_requests = [
+        part for engine_request in engine_requests for part in engine_request.parts(max(places, 1))
+    ]
+    reservation.admit(
+        sum(engine_request.reserved_tokens for engine_request in engine_requests),
+        max(engine_request.choices for engine_request in engine_requests),
+    )
+    spans = services.tracing.of_request(engine_requests[0], request.scope, services.catalog.base_name)
+    total = _Total(
+        RequestUsageRecorder(reservation, services.usage, services.measured, engine_requests[0], spans)
+    )
+    outputs: list[SequenceOutput] = []
     try:
-        for job in jobs:
-            reading = Reading(services.supervisor, replace(job, goes_on=bool(outputs)), meter=total)
+        for engine_request in engine_requests:
+            reading = Reading(
+                services.supervisor, replace(engine_request, is_continuation=bool(outputs)), recorder=total
+            )
             await reading.start(services.residency)
             total.begin()
             with cancelled_when_gone(request.receive, reading):
@@ -298,15 +310,15 @@ async def _scores(
     request: Request,
     services: Services,
     caller: Calling,
-    ticket: Ticket,
+    reservation: QuotaReservation,
     body: PoolingFields,
     pairs: Sequence[tuple[str, str]],
     params: Sequence[tuple[str, str]],
 ) -> tuple[list[float], TokenUsage]:
     """Return each pair's score: the cosine between their vectors, or the probability of a classifier of one
     label, from 0 to 1. `params`: the fields that the texts are from."""
-    jobs, fields = await services.read_planner.scores(body, pairs, params, caller)
-    outputs, usage = await _read(request, services, ticket, jobs)
+    engine_requests, fields = await services.read_planner.scores(body, pairs, params, caller)
+    outputs, usage = await _read(request, services, reservation, engine_requests)
     if not fields:
         return [_sigmoid(float(_vector(output)[0])) for output in outputs], usage
     vectors = dict(zip(fields, _to_length_one(_vectors(outputs)), strict=True))
@@ -314,7 +326,7 @@ async def _scores(
 
 
 async def _made_of(
-    tenant: str, outputs: Sequence[RowOutput], make: Callable[[], list[msgspec.Raw]], services: Services
+    tenant: str, outputs: Sequence[SequenceOutput], make: Callable[[], list[msgspec.Raw]], services: Services
 ) -> list[msgspec.Raw]:
     """Return `make()`, computed in a thread for many numbers, so that it does not hold up the streams."""
     if sum(len(output.vector or b"") for output in outputs) <= INLINE_BYTES:
@@ -327,11 +339,11 @@ def _encoded(values: Iterable[Any]) -> list[msgspec.Raw]:
     return [msgspec.Raw(msgspec.json.encode(value)) for value in values]
 
 
-def _vector(output: RowOutput) -> np.ndarray:
+def _vector(output: SequenceOutput) -> np.ndarray:
     return np.frombuffer(output.vector or b"", "<f4").astype(np.float64)
 
 
-def _vectors(outputs: Sequence[RowOutput]) -> np.ndarray:
+def _vectors(outputs: Sequence[SequenceOutput]) -> np.ndarray:
     """Return the vectors as an array of [outputs, size] in fp64."""
     return np.stack([_vector(output) for output in outputs])
 

@@ -19,7 +19,7 @@ from onebase_server.http.deps import (
     json_response,
     off_loop,
 )
-from onebase_server.http.routes.generation import answer_job, transcript_of
+from onebase_server.http.routes.generation import answer_generation, transcript_of
 from onebase_server.http.schemas.answers import (
     DeletedAnswer,
     InputItemsAnswer,
@@ -33,7 +33,7 @@ from onebase_server.http.schemas.messages import ChatMessage
 from onebase_server.http.schemas.responses import ResponsesRequest
 from onebase_server.http.views.jobs import page
 from onebase_server.http.views.responses import ResponseView
-from onebase_server.requests.stored_responses import KeptResponse
+from onebase_server.requests.stored_responses import StoredResponse
 
 router = APIRouter(prefix="/v1/responses", route_class=StrictRoute, tags=["openai"])
 ResponseId = Annotated[str, Path(max_length=200)]
@@ -42,7 +42,7 @@ ResponseId = Annotated[str, Path(max_length=200)]
 @router.post("", responses=streamed_answer(ResponseAnswer, ResponseEvent))
 @needs("generate")
 async def respond(
-    body: ResponsesRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
+    body: ResponsesRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
 ) -> Response:
     """Generate the model's answer: text, or calls of functions; `model` is the base's name or an
     adapter's."""
@@ -54,21 +54,23 @@ async def respond(
         items, messages = await off_loop(request, _conversation, body, before)
     else:
         items, messages = await services.reading.run_for(caller.tenant, _conversation, body, before)
-    begun = await transcript_of(request, services, body.stream)
-    job = await services.planner.response(body, messages, caller, begun)
+    transcript = await transcript_of(request, services, body.stream)
+    engine_request = await services.planner.response(body, messages, caller, transcript)
     loop = asyncio.get_running_loop()  # a long answer is written in a thread
 
     def keep(response: dict[str, Any]) -> None:
         if body.store is not False and not caller.background:
             asked = msgspec.json.encode(kept_items(items))
-            made = KeptResponse(msgspec.json.encode(response), asked)
-            loop.call_soon_threadsafe(responses.keep, caller.tenant, response["id"], made)
+            made = StoredResponse(msgspec.json.encode(response), asked)
+            loop.call_soon_threadsafe(responses.store_response, caller.tenant, response["id"], made)
 
     view = ResponseView(services.tokenizer, body, keep)
-    return await answer_job(request, services, ticket, job, view, body.stream, begun)
+    return await answer_generation(
+        request, services, reservation, engine_request, view, body.stream, transcript
+    )
 
 
-def _conversation(body: ResponsesRequest, before: KeptResponse | None) -> tuple[Items, list[ChatMessage]]:
+def _conversation(body: ResponsesRequest, before: StoredResponse | None) -> tuple[Items, list[ChatMessage]]:
     """Return what is to be answered, as items and as messages. Raises InvalidRequestError."""
     items = body.items
     if before is not None:

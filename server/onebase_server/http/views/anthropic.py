@@ -32,7 +32,7 @@ class MessageView(GenerationView):
 
     def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json:
         (piece,) = choices
-        reader = answer_reader(generation.job.calls, generation.job.id)
+        reader = answer_reader(generation.request.calls, generation.request.id)
         said = reader.feed(piece.text, end=True)
         content: list[Json] = [_text_block(said.content)] if said.content else []
         for call in whole_calls(said.calls):
@@ -41,7 +41,7 @@ class MessageView(GenerationView):
         return {**self._head(generation, content), **_stop(piece, reader)}
 
     async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
-        blocks = _Blocks(answer_reader(generation.job.calls, generation.job.id))
+        blocks = _Blocks(answer_reader(generation.request.calls, generation.request.id))
         chunk = b""
         begun = False
         async for pieces in generation.pieces():
@@ -64,7 +64,7 @@ class MessageView(GenerationView):
 
     def _head(self, generation: GenerationRun, content: list[Json]) -> Json:
         return {
-            "id": generation.job.id,
+            "id": generation.request.id,
             "type": "message",
             "role": "assistant",
             "model": self._model,

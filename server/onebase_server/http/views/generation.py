@@ -132,16 +132,16 @@ class GenerateView(GenerationView):
         return event({**self._of, "status": status_of(error)[0], **error_body(error)})
 
     def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json:
-        readers = _Readers(generation.job)
+        readers = _Readers(generation.request)
         return {
-            "id": generation.job.id,
+            "id": generation.request.id,
             "object": "generation",
             "choices": [self._whole(piece, generation, readers) for piece in choices],
             **_summary(generation),
         }
 
     def _whole(self, piece: OutputPiece, generation: GenerationRun, readers: _Readers) -> Json:
-        job = generation.job
+        job = generation.request
         said = readers.read(piece)
         made: Json = {
             "index": piece.index,
@@ -156,8 +156,8 @@ class GenerateView(GenerationView):
         return made
 
     async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
-        job_id = generation.job.id
-        readers = _Readers(generation.job)
+        job_id = generation.request.id
+        readers = _Readers(generation.request)
         async for pieces in generation.pieces():
             chunk = b""
             for piece in pieces:
@@ -181,7 +181,7 @@ class GenerateView(GenerationView):
 def _summary(generation: GenerationRun) -> Json:
     usage = generation.usage
     return {
-        "adapter": generation.job.adapter.label,
+        "adapter": generation.request.adapter.label,
         "usage": {
             "prompt_tokens": usage.prompt,
             "completion_tokens": usage.completion,
@@ -293,10 +293,10 @@ class OpenAIView(GenerationView):
         """Return the choice of a chunk that ends one choice."""
 
     def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json:
-        wanted = generation.job.sampling.logprobs is not None
-        readers = _Readers(generation.job)
+        wanted = generation.request.sampling.logprobs is not None
+        readers = _Readers(generation.request)
         made = [self.whole(piece, readers, wanted) for piece in choices]
-        if generation.job.token_ids:
+        if generation.request.token_ids:
             for choice, piece in zip(made, choices, strict=True):
                 self._add_ids(choice, piece, generation)
         return {
@@ -311,9 +311,9 @@ class OpenAIView(GenerationView):
         head = self._head(generation, self.chunk_object)
         if self._usage == "last":
             head["usage"] = None
-        wanted = generation.job.sampling.logprobs is not None
-        readers = _Readers(generation.job)
-        opening = self.opening(generation.job.choices)
+        wanted = generation.request.sampling.logprobs is not None
+        readers = _Readers(generation.request)
+        opening = self.opening(generation.request.choices)
         if self._usage == "always":
             head["usage"] = openai_usage(generation.usage)
         begun = head | self._prompt_ids(generation)
@@ -371,7 +371,7 @@ class OpenAIView(GenerationView):
         choice["token_ids"] = piece.ids
 
     def _head(self, generation: GenerationRun, kind: str) -> Json:
-        job = generation.job
+        job = generation.request
         return {"id": job.id, "object": kind, "created": job.created, "model": self._model}
 
 
@@ -396,16 +396,18 @@ class CompletionView(OpenAIView):
         """Choices whose prompt's token ids were sent."""
 
     def _prompt_scores(self, generation: GenerationRun, choices: Sequence[Json]) -> Json:
-        if generation.job.tells_prompt:
+        if generation.request.reports_prompt:
             for number, choice in enumerate(choices):
-                choice["prompt_logprobs"] = self._scores_of(generation, number // generation.job.n)
+                choice["prompt_logprobs"] = self._scores_of(generation, number // generation.request.n)
         return {}
 
     def _add_ids(self, choice: Json, piece: OutputPiece, generation: GenerationRun) -> None:
         super()._add_ids(choice, piece, generation)
         if piece.index not in self._told:
             self._told.add(piece.index)
-            choice["prompt_token_ids"] = generation.job.prompts[piece.index // generation.job.n].tokens
+            choice["prompt_token_ids"] = generation.request.prompts[
+                piece.index // generation.request.n
+            ].tokens
 
     def whole(self, piece: OutputPiece, readers: _Readers, with_logprobs: bool) -> Json:
         made = self.part(piece, Said(piece.text, []), with_logprobs)
@@ -429,11 +431,13 @@ class ChatView(OpenAIView):
     chunk_object = "chat.completion.chunk"
 
     def _prompt_ids(self, generation: GenerationRun) -> Json:
-        job = generation.job
+        job = generation.request
         return {"prompt_token_ids": job.prompts[0].tokens} if job.token_ids else {}
 
     def _prompt_scores(self, generation: GenerationRun, choices: Sequence[Json]) -> Json:
-        return {"prompt_logprobs": self._scores_of(generation, 0)} if generation.job.tells_prompt else {}
+        return (
+            {"prompt_logprobs": self._scores_of(generation, 0)} if generation.request.reports_prompt else {}
+        )
 
     def whole(self, piece: OutputPiece, readers: _Readers, with_logprobs: bool) -> Json:
         said = readers.read(piece)

@@ -167,13 +167,13 @@ class ResponseView(GenerationView):
         self._head = head | _asked(self._body)
 
     def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json:
-        self._begin(generation.job)
+        self._begin(generation.request)
         for piece in choices:
             self._output.feed(piece)
         return self._ended(generation)
 
     async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
-        self._begin(generation.job)
+        self._begin(generation.request)
         begun = self._response("in_progress")
         chunk = b"".join(self._lifecycle(kind, begun) for kind in ("created", "in_progress"))
         async for pieces in generation.pieces():
