@@ -531,7 +531,7 @@ def continued(given: Mapping[str, Any], own: Mapping[str, Any], label: str) -> d
         if not agrees:
             raise RecipeError(
                 name,
-                f"{name} is {shown(given[name])}, but {label} has {has}, and training goes on from its "
+                f"{name} is {shown(given[name])}, but {label} has {has}, and training continues from its "
                 f"weights. Leave {name} out",
             )
     return {**given, **own}

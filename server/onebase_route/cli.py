@@ -166,7 +166,7 @@ def route_parser() -> argparse.ArgumentParser:
         "--key-file",
         metavar="FILE",
         help=f"a file with an admin key of the servers (or {_REPLICA_KEY} in the environment), which reads "
-        "their metrics, and the secret without which no stream goes on at another server",
+        "their metrics, and the secret without which no stream continues at another server",
     )
     add_settings(parser, *_ROUTE_SETTINGS)
     return parser
@@ -301,7 +301,7 @@ def _clear_up(state: Path) -> None:
 def _waited(settled: bool, console: Console) -> int:
     if settled:
         return 0
-    console.print("It goes on; `onebase cluster status` shows how far it is.")
+    console.print("It continues; `onebase cluster status` shows its progress.")
     return 130
 
 
@@ -349,7 +349,7 @@ def _applications(
     from onebase_route import cluster as on_ray
 
     given = {item.name: getattr(arguments, item.name) for item, _ in setting_fields()}
-    settings = load_settings(given)  # what is wrong is told here, and not by each server
+    settings = load_settings(given)  # reported here, and not by each server
     alone = arguments.address is None and not arguments.config
     least, most = arguments.min_replicas, arguments.max_replicas
     if (least is None) != (most is None) or (least is not None and least > most):
@@ -359,7 +359,7 @@ def _applications(
     front = _as_typed({name: given[name] for name in _ROUTE_SETTINGS if name not in _OF_PLAN})
     key_file = str(Path(arguments.key_file).expanduser().absolute()) if arguments.key_file else ""
     if alone and key_file:
-        Path(key_file).read_bytes()  # what is wrong is told here
+        Path(key_file).read_bytes()  # reported here
     try:
         plan = on_ray.ClusterConfig(
             server=[*server, *_as_typed(given, but=(*_FRONT_SETTINGS, *_OF_PLAN))],

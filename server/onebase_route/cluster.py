@@ -65,7 +65,7 @@ _ROUTE_SECONDS = 120.0
 """Time, in seconds, after which a restarted route that does not answer is given up: Ray starts another
 actor."""
 _BUSY = 0.7
-"""Part of their rows that replicas should have in use, where there may be fewer of them."""
+"""Part of their places that replicas should have in use, where there may be fewer of them."""
 _NOT_STARTED = 127
 """Exit status of a child that could not be started, as in a shell."""
 _MOST_SENT = 100_000
@@ -323,7 +323,7 @@ class Server:
 def take_folder(parent: Path) -> tuple[Path, int]:
     """Return the first folder that no server has, and a lock that keeps others out of it while it is open.
 
-    The next server on this machine goes on where the last one in that folder was: its jobs, its cache.
+    The next server on this machine continues where the last one in that folder was: its jobs, its cache.
     """
     for number in count():
         folder = parent / str(number)
@@ -586,7 +586,7 @@ class ByQueuedTokens:
             return (1 if context.total_queued_requests else context.target_num_replicas), {}
         report = context.aggregated_metrics or {}
         queued, busy, ttft = (list(report.get(one, {}).values()) for one in ("queued_tokens", "busy", "ttft"))
-        if len(busy) < there:  # not all have told of themselves yet
+        if len(busy) < there:  # not all have reported yet
             return context.target_num_replicas, {}
         more = int(sum(queued) / self._queued_tokens)
         if more or fmean(ttft) > self._ttft_seconds:

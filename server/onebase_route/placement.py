@@ -2,11 +2,11 @@
 
 Each adapter has homes: the first k replicas, two or more, in its own order of them, which rendezvous hashing
 makes of their names, weighted by their slots, so that a replica that comes or goes moves only what belongs on
-it. k follows what is asked of the adapter: by Little's law rate x service time is how many rows it takes at
+it. k follows what is asked of the adapter: by Little's law rate x service time is the number of sequences at
 once, and a replica has `rows`. Of two homes the one with less to do answers. Where the homes are full, or
 would have to put out a version that is in use, the next in its order does that is not, and has it in memory.
 
-What counts is what replicas tell of themselves (`ReplicaReport`), and what was sent to them since.
+What counts is what replicas report of themselves (`ReplicaReport`), and what was sent to them since.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class ReplicaReport:
     """State that a replica reports of itself.
 
     Args:
-        rows: how many it computes at once.
+        rows: largest number of sequences that it computes at once.
         slots: for versions; 0 if it does not report them: then none is ever thought to be full.
-        in_slots: adapters in slots, and whether rows use them now.
+        in_slots: adapters in slots, and whether sequences use them now.
         in_host: adapters in its host memory.
         waiting: requests that wait there, whoever sent them.
-        running: rows that are computed there, whoever sent them.
+        running: sequences that are computed there, whoever sent them.
         kv_dtype: type of its keys and values; "" if it does not report it.
     """
 
@@ -151,7 +151,7 @@ class _Replica:
         return self.tokens / self.rows if self.rows else 1.0
 
     def evicts(self, adapter: str | None) -> bool:
-        """Return True if the adapter would need a slot, while rows use all of them."""
+        """Return True if the adapter would need a slot, while sequences use all of them."""
         if not self.report.slots or self.tier(adapter) == "slot":
             return False
         used = {name for name, busy in self.report.in_slots.items() if busy} | self.sent.keys()

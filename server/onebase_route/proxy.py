@@ -107,7 +107,8 @@ _OURS = frozenset(
         b"x-real-ip", b"origin", b"sec-fetch-site",
     }
 ) | OURS  # fmt: skip
-"""Headers of a request that are not passed on: the route sets its own, or `Door` has checked them."""
+"""Headers of a request that are not passed on: the route sets its own, or `CrossSiteMiddleware` has checked
+them."""
 _NOT_PASSED = frozenset({b"date"}) | OURS
 """Headers of an answer that are not passed on; it gets its own date."""
 _SECRET = re.compile(r"[0-9a-f]{64}")
@@ -173,7 +174,7 @@ def target_in(path: str) -> str:
 def replica_lost(method: str = "GET", path: str = "") -> UnavailableError:
     """Return the error for a request whose server went away before its answer was complete.
 
-    The message of one that may have changed something names the request that tells whether it has.
+    The message of one that may have changed something names the request that shows whether it has.
     """
     remedy = "Send the request again."
     if method not in ("GET", "HEAD", "OPTIONS") and path not in _TEXT:
@@ -297,7 +298,7 @@ def _beginning(fields: _Body) -> str | None:
     return None if text is None else text[:_PREFIX_CHARACTERS]
 
 
-# ---- what a server tells of itself -----------------------------------------------------------------
+# ---- reports of servers -----------------------------------------------------------------------------
 
 
 def read_report(text: str) -> tuple[ReplicaReport, frozenset[str]]:
@@ -508,7 +509,7 @@ class Route:
             replica.note_silence(self.clock())
             self._is_away(replica, "does not answer in time", at_once=False)
             return
-        except Exception as error:  # of a text and a server that may be anything: looking goes on
+        except Exception as error:  # of a text and a server that may be anything: looking continues
             self._is_away(replica, str(error) or type(error).__name__, at_once=False)
             return
         if self.replicas.get(replica.url) is not replica:
@@ -529,7 +530,7 @@ class Route:
             if one.ready and one.kv_dtype and new.kv_dtype and one.kv_dtype != new.kv_dtype:
                 _log.warning(
                     "%s keeps keys and values in %r, and %s in %r: texts differ by where they are made, and "
-                    "a stream that goes on elsewhere goes on with other rounding. Start all servers with the "
+                    "a stream that continues elsewhere has other rounding from there. Start all servers with the "
                     "same --kv-dtype",
                     *(new.url, new.kv_dtype, one.url, one.kv_dtype),
                 )
@@ -550,7 +551,7 @@ class Route:
         replica.secret = _secret(report) if status == 200 else ""
         if not replica.secret:
             _log.warning(
-                "%s gives this route no secret (status %d): its streams do not go on at another server when "
+                "%s gives this route no secret (status %d): its streams are not resumed elsewhere when "
                 "it dies, and it may know less than another server has answered before. Give an admin key of "
                 "the servers with --key-file",
                 *(replica.url, status),
@@ -806,7 +807,7 @@ class _Sent:
             if answer.status_code == 200 and HEADER in answer.headers:
                 sending.answered()
                 self.route.resumed.inc()
-                _log.warning("%s goes on with a stream", sending.url)
+                _log.warning("%s resumes a stream", sending.url)
                 kept.begin_again()
                 return answer, sending
             await self._refused(answer, sending)
@@ -1022,7 +1023,7 @@ class _Stream:
                     _log.warning("%s broke in a stream: %s", self._sending.url, error or type(error).__name__)
                     self._sending.failed()
             except DiffersError:
-                _log.warning("%s does not go on with the same events", self._sending.url)
+                _log.warning("%s does not resume with the same events", self._sending.url)
                 kept.give_up()
             await self._close()
             try:

@@ -17,7 +17,7 @@ class DiffersError(Exception):
 
 
 class ByteBudget:
-    """Budget of bytes that may be held at once, of all requests."""
+    """Budget of bytes that all requests together may keep in memory."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -37,8 +37,8 @@ class ByteBudget:
 class StreamRecord:
     """One stream: its transcript, and how many bytes of events were passed on, with their digest.
 
-    Events are passed on once they are whole, so that a stream which breaks can go on, or end with an error.
-    """
+    Events are passed on once they are whole, so that a stream which breaks can be resumed, or end with an
+    error."""
 
     def __init__(self, room: ByteBudget) -> None:
         self.transcript = bytearray()

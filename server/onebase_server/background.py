@@ -1,4 +1,4 @@
-"""Work off the event loop, pauses between two tries of anything, and tasks that must go on."""
+"""Work off the event loop, pauses between two tries of anything, and tasks that must keep running."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ AGAIN = Backoff(1.0, 60.0)
 
 
 async def keep_running(name: str, work: Callable[[], Awaitable[None]], backoff: Backoff = AGAIN) -> None:
-    """Do work that must go on until this is cancelled: where it fails, log that, and begin it again."""
+    """Do work that must continue until this is cancelled: where it fails, log that, and start it again."""
     failures = 0
     while True:
         began = time.monotonic()
@@ -107,9 +107,8 @@ class Threads:
     async def run_for(self, tenant: str, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Return the call's result, or raise what it raised, once it is the tenant's turn.
 
-        Cancelling stops the wait; the call itself goes on. Raises RuntimeError also when the machine gives no
-        thread.
-        """
+        Cancelling stops the wait; the call itself continues. Raises RuntimeError also when the machine gives
+        no thread."""
         await self._acquire(tenant)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()

@@ -262,7 +262,7 @@ class DiskFullError(ApiError):
 class QueueFullError(ApiError):
     def __init__(self, waiting: int, limit: int, retry_after: float) -> None:
         super().__init__(
-            f"{waiting} rows are waiting and the limit is {limit} (--queue-limit). Try again in a moment.",
+            f"{waiting} sequences wait and the limit is {limit} (--queue-limit). Try again in a moment.",
             code="queue_full",
             retry_after=retry_after,
         )
@@ -315,7 +315,7 @@ class CrashesEngineError(ApiError):
 
 
 class SequenceFailedError(ApiError):
-    """The engine's own words about a row that it ended."""
+    """Error with which the engine ended a sequence, in its own words."""
 
     @property
     def status(self) -> int:

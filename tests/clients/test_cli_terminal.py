@@ -281,7 +281,7 @@ def test_ctrl_c_while_watching_says_that_the_job_goes_on(
     one = person("jobs", "watch", job, "--url", serve(trainer.script).url)
     one.sees("step 1/4")
     one.types("\x03")
-    one.sees("The job goes on. To watch it again: onebase jobs watch ftjob-00000000")
+    one.sees("The job continues. To watch it again: onebase jobs watch ftjob-00000000")
     one.sees("To end it: onebase jobs cancel")
     assert one.process.wait(timeout=30) == 130
     assert trainer.jobs[job]["status"] == "running"

@@ -542,7 +542,7 @@ def test_recorded_calls_compute_for_other_rows_and_adapters_what_the_module_does
         for number in range(2):
             x = random(1, count, IN, seed=seed + number).to(torch.bfloat16)
             expected = block(x, row_map(mixes))
-            assert torch.equal(program.run([x], row_map(mixes), STEP), expected)
+            assert torch.equal(program.run_calls([x], row_map(mixes), STEP), expected)
 
 
 def test_what_the_kernels_do_not_compute_is_not_recorded(kernels: CpuKernels) -> None:

@@ -451,7 +451,7 @@ class Streams(TorchDispatchMode):
         self.now = 0
 
     def run(self) -> None:
-        """All of it: one stream goes on until it has to wait for the other."""
+        """All of it: one stream continues until it has to wait for the other."""
         order = self.streams[self.first], self.streams[1 - self.first]
         while any(stream.done < len(stream.queue) for stream in order):
             next(stream for stream in order if stream.may_go_on()).go_on()

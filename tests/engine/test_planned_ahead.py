@@ -244,7 +244,7 @@ def test_a_step_that_cannot_be_packed_ahead_is_packed_when_it_begins(
 
     def failing(self: Packer, plan: Any, slot_of: Any) -> Any:
         nonlocal failures
-        if any(segment.row.tokens[-1] == COMING for segment in plan.segments):
+        if any(segment.sequence.tokens[-1] == COMING for segment in plan.segments):
             failures += 1
             raise MemoryError("no memory for so many rows")
         return pack(self, plan, slot_of)

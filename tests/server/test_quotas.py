@@ -73,7 +73,7 @@ def test_no_60_seconds_ever_have_more_than_the_limit(limit: int, steps: list[Ste
         running.append((ticket, tokens))
         while len(running) > held:
             ended, took = running.pop(0)
-            ended.rows_ended()
+            ended.sequences_ended()
             ended.settle(took)
     for ended, took in running:
         ended.settle(took)

@@ -53,4 +53,4 @@ def test_deaths_in_the_check_do_not_count_against_the_training(scripted: Server)
     job = run_job(scripted, client, "dies-checking-twice dies-at-3")
     assert (job.status, job.error.code) == ("failed", "trainer_died")
     told = messages(client, job.id)
-    assert sum("The job goes on from its beginning." in message for message in told) == 2 + 3
+    assert sum("The job continues from its beginning." in message for message in told) == 2 + 3

@@ -129,7 +129,7 @@ def test_jobs_outlive_a_server_that_is_killed(serve_scripted: Starter, tmp_path:
         assert again.status == "running"
         server.wait_for(lambda: not any(map(alive, trainers)), seconds=30)
         told = "\n".join(messages(client, first.id))
-        assert "The server was started again; the job goes on after step" in told
+        assert "The server was started again; the job continues after step" in told
         assert client.fine_tuning.jobs.retrieve(paused.id).status == "paused"
         assert client.fine_tuning.jobs.retrieve(second.id).status == "queued"
         client.fine_tuning.jobs.cancel(first.id)
@@ -150,7 +150,7 @@ def test_a_server_that_stops_lets_jobs_save_and_says_that_they_go_on(
         client = openai_client(server)
         wait_job(server, client, job.id, lambda job: step_of(job) > saved)
         told = "\n".join(messages(client, job.id))
-        assert f"Interrupted: the server stops. The job goes on after step {saved}." in told
+        assert f"Interrupted: the server stops. The job continues after step {saved}." in told
         assert f"Continuing after step {saved} of 3000." in told
 
 

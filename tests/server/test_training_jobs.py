@@ -320,7 +320,7 @@ def test_a_pause_is_answered_when_the_process_is_gone_and_what_it_said_is_writte
     newest = client.fine_tuning.jobs.checkpoints.list(job.id, limit=1).data[0]
     told = client.fine_tuning.jobs.list_events(job.id, limit=1).data[0]
     assert paused.progress["step"] == newest.step_number
-    assert told.message == f"Paused. A resumed job goes on after step {newest.step_number}."
+    assert told.message == f"Paused. A resumed job continues after step {newest.step_number}."
     assert client.fine_tuning.jobs.retrieve(job.id) == paused
     client.fine_tuning.jobs.cancel(job.id)
 

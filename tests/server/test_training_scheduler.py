@@ -251,8 +251,8 @@ def test_a_run_that_broke_off_is_not_told_as_a_start_of_the_server(
 
     asyncio.run(followed(registry, storage, lambda: len(told()) >= 3, most=1))
     assert told()[1:3] == [
-        "The server was started again; the job goes on from its beginning.",
-        "The registry was away; the job goes on from its beginning.",
+        "The server was started again; the job continues from its beginning.",
+        "The registry was away; the job continues from its beginning.",
     ]
 
 

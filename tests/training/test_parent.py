@@ -1,4 +1,4 @@
-"""Adapters besides the trained one: the one that training goes on from, with its own rank and layers, and the
+"""Adapters besides the trained one: the one that training continues from, with its own rank and layers, and the
 active version that the result is compared with. PEFT loads the weights of both."""
 
 from __future__ import annotations

@@ -182,8 +182,8 @@ def _check_linear(config: Any) -> None:
     """Raise UnsupportedBaseError if much of the base lies outside its linear layers.
 
     transformers keeps a mixture's experts in tensors [experts, out, in], which bitsandbytes leaves alone.
-    How many rows an expert multiplies at once depends on a row's neighbours, and so do the row's last bits.
-    """
+    The number of rows that an expert multiplies at once depends on a row's neighbours, and so do the row's
+    last bits."""
     from transformers.pytorch_utils import Conv1D
 
     # A parameter takes memory until it is moved to meta, and one of a large mixture 77 GB.

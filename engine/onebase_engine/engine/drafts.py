@@ -1,11 +1,10 @@
 """Guesses of a sequence's next tokens: what its grammar forces, or what followed the same tokens in its own
 text (prompt lookup, arXiv 2304.04487).
 
-A step computes them with the row's last token, as a chunk of a prompt is computed, and draws from each
+A step computes them with the sequence's last token, as a chunk of a prompt is computed, and draws from each
 position's logits what it would have drawn step by step: as long as that is the draft, one step has given
-several tokens. A row's bits do not depend on how it is cut into chunks, and the noise of a draw only on the
-token's index: the text, sampled or not, is the one without drafts.
-"""
+several tokens. A sequence's bits do not depend on how it is cut into chunks, and the noise of a draw only on
+the token's index: the text, sampled or not, is the one without drafts."""
 
 from __future__ import annotations
 
@@ -48,7 +47,7 @@ class Drafts:
         start = self._ends.get(_key(tokens, len(tokens))) if len(tokens) > MATCHED else None
         draft: list[int] = []
         for place in range(start or 0, (start or 0) + most if start else 0):
-            # A text that repeats itself goes on within the draft.
+            # A text that repeats itself continues within the draft.
             draft.append(tokens[place] if place < len(tokens) else draft[place - len(tokens)])
         self._draft = draft
         return draft

@@ -66,7 +66,7 @@ class Counters:
 
     steps: int = 0
     failed_steps: int = 0
-    """Steps in which every row failed."""
+    """Steps in which every sequence failed."""
     prompt_tokens: int = 0
     generated_tokens: int = 0
     cached_tokens: int = 0
@@ -91,7 +91,7 @@ class _StepOutputs:
 
 @dataclass(frozen=True)
 class _StartedStep:
-    """A step whose computation has begun; an accelerator may still compute it."""
+    """A step whose computation was started; an accelerator may still be computing it."""
 
     plan: StepPlan
     read: Callable[[], _StepOutputs]
@@ -210,11 +210,11 @@ class Engine:
     def submit(self, request: protocol.Submit) -> None:
         """Queue the request's sequences, or report at once why they can never run."""
         opening = (one.id for waiting in self._opening.values() for one, _ in waiting)
-        choicesences = len(request.branches) or request.n
-        none = request.n < 1 or request.n != choicesences or not request.choices
+        choices = len(request.branches) or request.n
+        none = request.n < 1 or request.n != choices or not request.choices
         if request.id in self._sequences or request.id in opening or none:
             # Its events could not be distinguished from the first one's, which continues.
-            logger.error("ignoring request %s: its id is running already, or it has no rows", request.id)
+            logger.error("ignoring request %s: its id is running already, or it has no choices", request.id)
             return
         mix = AdapterMix.of(request.adapters)
         try:
@@ -307,7 +307,7 @@ class Engine:
             if not self._opening[key]:
                 del self._opening[key]
             for request, mix in cancelled:
-                self._admit(request, mix, key[1])  # as rows that end at once
+                self._admit(request, mix, key[1])  # as sequences that end at once
         for sequence in list(self._sequences.get(message.id, ())):
             if message.choice in (None, sequence.choice):
                 self._end(sequence, "cancelled")
@@ -355,7 +355,7 @@ class Engine:
         if not plan:
             self._do_meanwhile()
             if any(sequence.late for sequence in self.scheduler.running):
-                return  # More of what they begin with comes back before the next step.
+                return  # More of their cached prefixes is restored before the next step.
             awaiting = self._grammars is not None and any(map(self._grammars.awaits, self.scheduler.running))
             self._awaits_grammars = awaiting or bool(self._opening)
             if self._awaits_grammars:
@@ -372,7 +372,7 @@ class Engine:
         if foreseen:
             self._plan_next(plan)
         computed = started if isinstance(started, _Failure) else self._wait(started, foreseen)
-        del started  # what it holds is free for those who compute a failed step again
+        del started  # frees its tensors for the retry of a failed step
         if isinstance(computed, _Failure):
             if foreseen:
                 self._end_failed(
@@ -542,7 +542,7 @@ class Engine:
     def _begin(self, plan: StepPlan, batch: StepBatch | None) -> _StartedStep:
         """Begin a forward pass and its sampling. Of all state, only KV beyond `computed` changes.
 
-        Such KV lies in blocks of the row's own, and every later step writes it again before it reads it.
+        Such KV lies in blocks of the sequence's own, and every later step writes it again before it reads it.
         `batch` is the plan, if it is packed already.
         """
         if batch is None:
@@ -652,7 +652,7 @@ class Engine:
     def _compute_apart(self, plan: StepPlan) -> None:
         """Compute a failed step again in parts: decodes together, then by halves, and each prefill alone.
 
-        A row that fails alone ends. Where every row does, none is to blame: the step has failed.
+        A sequence that fails alone ends. Where every one does, none is to blame: the step has failed.
         """
         parts = [StepPlan(plan.decodes, [])] if plan.decodes else []
         parts += [StepPlan([], [segment]) for segment in plan.prefills]
@@ -674,9 +674,9 @@ class Engine:
         """End the sequences of a failed step, for the given reasons."""
         nobody = len(failed) == len(plan.segments)
         self.counters.failed_steps += nobody
-        code, what = ("step_failed", "the step") if nobody else ("row_failed", "this row")
+        code, what = ("step_failed", "the step") if nobody else ("row_failed", "this sequence")
         for sequence, message in failed.items():
-            logger.error("a row of request %s failed: %s", sequence.id, message)
+            logger.error("a sequence of request %s failed: %s", sequence.id, message)
             self._end(sequence, "error", code=code, message=f"{what} failed: {message}")
 
     def _fail(self, sequence: SequenceState, error: Exception) -> None:
@@ -684,9 +684,9 @@ class Engine:
         if isinstance(error, GrammarError):
             self._end(sequence, "error", code="grammar_refused", message=str(error))
             return
-        logger.error("a row of request %s failed", sequence.id, exc_info=error)
+        logger.error("a sequence of request %s failed", sequence.id, exc_info=error)
         _drop_references(error)
-        self._end(sequence, "error", code="row_failed", message=f"this row failed: {error}")
+        self._end(sequence, "error", code="row_failed", message=f"this sequence failed: {error}")
 
     def _answer(self, sequence: SequenceState) -> None:
         """End a sequence that generates nothing, with its prompt logprobs or pooled vector."""
@@ -850,7 +850,7 @@ def _smaller(part: StepPlan, failure: _Failure) -> list[StepPlan]:
         return [StepPlan(part.decodes[:half], []), StepPlan(part.decodes[half:], [])]
     (segment,) = part.segments
     if failure.out_of_memory and segment.length > 1:
-        # The next step goes on from there.
+        # The next step continues from there.
         return [StepPlan([], [Segment(segment.sequence, segment.start, segment.start + segment.length // 2)])]
     return []
 
@@ -867,7 +867,7 @@ def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
         "logit_bias": sampling.logit_bias,
         "stop_token_ids": sampling.stop_token_ids,
         "choices": [token for branch in request.branches for token in branch],
-        "begun": [token for tokens in (request.resume_tokens or {}).values() for token in tokens],
+        "resume_tokens": [token for tokens in (request.resume_tokens or {}).values() for token in tokens],
     }
     for param, tokens in groups.items():
         for token in tokens:
@@ -885,7 +885,9 @@ def check_resume_tokens(request: protocol.Submit) -> None:
     for choice, tokens in (request.resume_tokens or {}).items():
         if not 0 <= choice < request.n or len(tokens) >= most or request.branches or request.pooling:
             raise NeverFitsError(
-                "cannot_go_on", "begun", f"choice {choice} of {request.n} has {len(tokens)} tokens of {most}"
+                "cannot_go_on",
+                "resume_tokens",
+                f"choice {choice} of {request.n} has {len(tokens)} tokens of {most}",
             )
 
 
@@ -908,6 +910,6 @@ def check_scores(request: protocol.Submit) -> None:
         raise NeverFitsError(
             "prompt_logprobs_too_large",
             "logprobs",
-            f"prompt logprobs with {top} alternatives are told of at most {most} tokens, and this prompt has "
+            f"prompt logprobs with {top} alternatives are limited to {most} tokens, and this prompt has "
             f"{len(request.prompt)}; lower logprobs or shorten the prompt",
         )

@@ -60,7 +60,7 @@ class TokenCounter:
         self.key = key
         self.counter = -inf
         self.load = 0.0
-        """Running rows, each divided by its weight: how fast the counter grows."""
+        """Running sequences, each divided by its weight: the speed at which the counter grows."""
         self.since = 0
         """Number that grows over accounts that begin to wait or are served."""
         self.waiting = 0
@@ -85,7 +85,8 @@ class TenantQueue(TokenCounter):
 
 
 class Flow(TokenCounter):
-    """A tenant's rows with one mix of adapters and one priority. The base alone is a mix like any other."""
+    """A tenant's sequences with one mix of adapters and one priority. The base alone is a mix like any
+    other."""
 
     def __init__(self, tenant: TenantQueue, mix: AdapterMix, priority: int) -> None:
         super().__init__((mix, priority))
@@ -226,7 +227,7 @@ class Turns:
 
     def _of_flow(self, flow: Flow) -> Iterator[SequenceState]:
         yield from self._prefilling.get(flow.tenant, {}).get(flow, ())
-        last = -1  # rows leave the queue on the way, and come back to it: none is looked at twice
+        last = -1  # sequences leave the queue meanwhile and return to it: none is visited twice
         while not self._passed & {flow, flow.tenant}:
             place = bisect_right(flow.queue, last, key=_arrival)
             if place == len(flow.queue):
@@ -382,10 +383,10 @@ class FairQueue:
     def _flows(self) -> Iterator[Flow]:
         return (flow for tenant in self._waiting() for flow in tenant.flows.waiting.values())
 
-    def _load(self, flow: Flow, countences: int) -> None:
-        """Count `rows` more running sequences of the flow."""
-        flow.load += countences / flow.weight
-        flow.tenant.load += countences / flow.weight
+    def _load(self, flow: Flow, count: int) -> None:
+        """Add `count` running sequences to the flow."""
+        flow.load += count / flow.weight
+        flow.tenant.load += count / flow.weight
 
     def _charge(self, sequence: SequenceState, tokens: int, *, served: bool) -> None:
         flow = self._flow_of[sequence]

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class GrammarError(Exception):
-    """A sequence cannot go on as its grammar says."""
+    """A sequence cannot continue as its grammar says."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Follower:
     """Sequences by grammar."""
     grammars: dict[str, Grammar] = field(default_factory=dict)
     opening: set[str] = field(default_factory=set)
-    """Grammars that nobody has been told of yet."""
+    """Grammars that have not been reported yet."""
     compiled: set[str] = field(default_factory=set)
     compiling: str | None = None
     to_compile: list[str] = field(default_factory=list)

@@ -89,7 +89,7 @@ class Masks(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Forced(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Tokens with which alone sequences of a TokensDrawn can go on, for those that have no choice."""
+    """Tokens that sequences of a TokensDrawn must continue with, for those that have no choice."""
 
     number: int
     tokens: dict[int, list[int]]

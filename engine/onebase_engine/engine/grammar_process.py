@@ -183,7 +183,7 @@ class Matchers:
         return matcher
 
     def foresee(self, drawn: TokensDrawn) -> dict[int, list[int]]:
-        """Return the tokens with which alone each sequence can go on, where that is one text."""
+        """Return the tokens that each sequence must continue with, where that is one text."""
         forced = {}
         for number, key, tokens in drawn.sequences:
             matcher = self._follow(number, key, tokens)

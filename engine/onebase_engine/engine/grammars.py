@@ -7,7 +7,7 @@ milliseconds: one for each grammar that is new, to compile it on trial, and one 
 forward pass.
 
 No step waits for a grammar, and for masks at most GRACE_SECONDS. A sequence whose grammar is being compiled,
-or whose mask is not there yet, sits out steps while others go on. What hangs or ends a process costs the
+or whose mask is not there yet, sits out steps while others continue. What hangs or ends a process costs the
 request that it came with its answer, and other sequences of the same tenant the time until the next process
 has caught up.
 """
@@ -504,10 +504,10 @@ class Grammars:
         poll.poll(seconds * 1000)
 
     def note_drawn(self, sequences: Iterable[SequenceState], *, foresee: bool) -> None:
-        """Take in that sequences have new tokens and go on.
+        """Record the new tokens of sequences that continue.
 
-        foresee: what they can only go on with is asked for. It comes into `SequenceState.forced` with a later
-        call, or
+        foresee: the tokens that they must continue with are requested. It comes into `SequenceState.forced`
+        with a later call, or
             not at all: nobody waits for it.
         """
         by_tenant: dict[str, list[SequenceState]] = {}

@@ -1,7 +1,7 @@
 """KV blocks: which sequences hold them, and which free ones still hold a reusable prefix.
 
-Block 0 is all zeros and only ever read (padding of shorter rows), block 1 only ever written (padding tokens):
-a freed block is never touched, not even with weight 0.
+Block 0 is all zeros and only ever read (padding of shorter sequences), block 1 only ever written (padding
+tokens): a freed block is never touched, not even with weight 0.
 
 An evicted prefix may move to host memory, and return when a sequence begins with it. The moves are chosen
 while a step is planned; `BlockPool.take_moves` returns them, and `HostCache` copies before the step runs.
@@ -173,7 +173,7 @@ class BlockPool:
         return blocks
 
     def publish(self, block: int, key: bytes) -> None:
-        """Offer a full, computed block to later rows. The first block with a key stays."""
+        """Offer a full, computed block to later sequences. The first block with a key stays."""
         if block not in self._key_of and key not in self._block_of:
             self._key_of[block] = key
             self._block_of[key] = block

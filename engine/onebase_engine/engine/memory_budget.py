@@ -83,7 +83,7 @@ def kv_block_count(
 
     Args:
         block_bytes: bytes of one block over all layers.
-        most: blocks beyond which none could be used by running rows.
+        most: blocks beyond which none could be used by running sequences.
         free: bytes that may be taken.
         aside: bytes for others, by who they are and which setting changes that.
 
@@ -200,9 +200,9 @@ def largest_step_bytes(
 ) -> int:
     """Return the bytes of the largest step that the limits allow, computed while there is no KV cache yet.
 
-    Its rows stand at the end of the longest contexts, and all read the same few blocks. Logits are wanted of
-    every token, and on every linear layer act as many adapters of `rank` as a row may have; or one that
-    replaces rows, by DoRA, which takes most of those that do. Not in it is a copy of the head, which an
+    Its sequences are at the end of the longest contexts, and all read the same few blocks. Logits are wanted
+    of every token, and on every linear layer act as many adapters of `rank` as a sequence may have; or one
+    that replaces rows, by DoRA, which takes most of those that do. Not in it is a copy of the head, which an
     adapter with rows of its own for tokens takes where a head has a bias.
 
     Raises:

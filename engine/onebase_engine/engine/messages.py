@@ -1,6 +1,6 @@
 """Messages between the api and the engine: msgspec structs, length-prefixed, over one socket.
 
-The api owns names, text and tenants; the engine knows token ids, digests and rows. No message
+The api owns names, text and tenants; the engine knows token ids, digests and sequences. No message
 carries a Python object, so neither side can make the other execute anything.
 """
 
@@ -59,7 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
-    """One term of a row's adapter sum: a version and its weight."""
+    """One term of a sequence's adapter sum: a version and its weight."""
 
     digest: str
     weight: float = 1.0
@@ -91,7 +91,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def penalizes(self) -> bool:
-        """Whether a token's logit depends on the row's text."""
+        """Whether a token's logit depends on the sequence's text."""
         return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
 
 

@@ -125,8 +125,8 @@ class ServedModel:
     def row_multiple(self) -> int:
         """Number to a multiple of which the packed rows of a step are padded.
 
-        PyTorch computes the last elements of an odd count in another way, and with it another row's.
-        """
+        PyTorch computes the last elements of an odd count in another way, and with it those of another
+        sequence."""
         return TILE if self.kernels.tiled and self._ragged else self.kernels.row_multiple
 
     @property
@@ -319,9 +319,9 @@ def _promise(kernels: Kernels, exact: list[bool], kv_dtype: torch.dtype) -> str:
     adapters."""
     cached = " Keys and values are rounded to 8 bits, which PEFT's are not." if kv_dtype == torch.int8 else ""
     if not kernels.tiled:
-        return f"A row agrees with PEFT, and with itself in another batch, up to rounding.{cached}"
+        return f"A sequence agrees with PEFT, and with itself in another batch, up to rounding.{cached}"
     count = f"{'All' if all(exact) else f'{sum(exact)} of'} {len(exact)}"
     base = f"{count} linear layers of the base give PEFT's own bits"
     rest = "" if all(exact) else ", the others sum in another order and are as close to the exact result"
-    own = "A row's bits do not depend on the rows next to it."
+    own = "A sequence's bits do not depend on the sequences next to it."
     return f"{own} {base}{rest}; what an adapter gives, its proof says.{cached}"

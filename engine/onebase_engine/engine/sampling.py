@@ -63,7 +63,7 @@ def begin_draw(
 ) -> Callable[[], list[Drawn]]:
     """Begin to draw next tokens from raw logits [rows, vocab]. The returned function waits for them.
 
-    `masks`: one for each row, or none at all.
+    `masks`: one for each sequence, or none at all.
     """
     if not sequences:
         return list
@@ -103,7 +103,7 @@ def _drawn(
 
 
 def _draws(sequences: Sequence[SequenceState | DraftedSequence]) -> Draws:
-    """Return the sampling settings and random numbers of all rows as arrays."""
+    """Return the sampling settings and random numbers of all sequences as arrays."""
     settings = [sequence.sampling for sequence in sequences]
     temperatures = [max(one.temperature, _COLDEST) if one.temperature > 0 else 0.0 for one in settings]
     noise = [
@@ -139,10 +139,10 @@ def begin_draw_apart(
     kernels: Kernels,
     masks: Sequence[Mask] = (),
 ) -> Callable[[], list[Drawn]]:
-    """Begin to draw like `begin_draw`, but an exception fails only the row that raises it.
+    """Begin to draw like `begin_draw`, but an exception fails only the sequence that raises it.
 
     Raises, at once or when the result is waited for:
-        torch.AcceleratorError, or an exception that every one of several rows raises.
+        torch.AcceleratorError, or an exception that every one of several sequences raises.
     """
 
     def apart(error: Exception) -> list[Drawn]:
@@ -228,7 +228,7 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
 def _adjusted(
     raw: torch.Tensor, sequence: SequenceState | DraftedSequence, eos_ids: frozenset[int]
 ) -> torch.Tensor:
-    """Return a row's logits [vocab], fp32, after penalties, bias and min_tokens.
+    """Return a sequence's logits [vocab], fp32, after penalties, bias and min_tokens.
 
     All are NaN unless the largest raw one is finite, even if that one is removed.
     """

@@ -158,9 +158,8 @@ class BackgroundPace:
     A step of them alone has as many tokens as are computed in a short time. A step with other sequences'
     decodes has a part of those, and now and then none, depending on the time that they add to it.
 
-    Where more rows cost next to nothing, as on most GPUs, they are in nearly every step, and steps are full.
-    Times are seconds. step_tokens: of any step.
-    """
+    Where more sequences cost next to nothing, as on most GPUs, they are in nearly every step, and steps are
+    full. Times are seconds. step_tokens: of any step."""
 
     def __init__(self, step_tokens: int) -> None:
         self.alone = min(step_tokens, 4 * BACKGROUND_LEAST)
@@ -317,7 +316,7 @@ class Scheduler:
         prefilling = [sequence for sequence in self.running if sequence.pending > 1]
         self._walk(self.waiting.in_turn(prefilling, self._may_begin()), draft)
         if draft.slotless >= MAX_TRIES:
-            # No slot is left to be had now. Rows whose adapters are in slots may still run.
+            # No slot is free now. Sequences whose adapters are in slots may still run.
             draft.slotless = 0
             going = [
                 sequence
@@ -511,7 +510,7 @@ class Scheduler:
         for sequence, segment in draft.decodes.items():
             late = (sequence.background and not self.only_background) or sequence in draft.heavy
             if sequence.sampling.penalizes or not sequence.generates or late:
-                continue  # It is to say something else or nothing, or to take little time.
+                continue  # Its text should not repeat itself, or there is none, or its time is bounded.
             sequence.drafts = sequence.drafts or Drafts()
             if ahead and not sequence.forced and sequence.drafts.misses(rows):
                 continue
@@ -592,7 +591,7 @@ class Scheduler:
         return bool(yielding) and self._slots.acquire(sequence)
 
     def _yielding(self, sequence: SequenceState, draft: _Draft) -> list[SequenceState]:
-        """Return running sequences that yield a place and blocks to `row`; empty if those would not
+        """Return running sequences that yield a place and blocks to `sequence`; empty if those would not
         suffice."""
         needed = self._pool.blocks_for(len(sequence.tokens)) + self._watermark(sequence)
         free = self._pool.free
@@ -612,10 +611,10 @@ class Scheduler:
         yielding: Collection[SequenceState],
         draft: _Draft,
     ) -> SequenceState | None:
-        """Return the next sequence to yield to `row`: the youngest of the tenant with the largest load.
+        """Return the next sequence to yield to `sequence`: the youngest of the tenant with the largest load.
 
-        Sequences that end anyway come first; then, unless `row` is in the background, the youngest that are.
-        """
+        Sequences that end anyway come first; then, unless `sequence` is in the background, the youngest that
+        are."""
         going = {*yielding, *draft.chunks, *draft.late}
         ending = next((other for other in among if other.ends and other not in going), None)
         if ending is not None:
@@ -655,7 +654,7 @@ class Scheduler:
         shared, fresh = self._pool.share(wanted), None
         needed = self._pool.blocks_for(len(sequence.tokens))
         if needed - len(shared) + self._watermark(sequence) <= self._pool.free:
-            # What comes back from host memory takes blocks that the row would take anyway.
+            # What is restored from host memory needs blocks that the sequence would need anyway.
             shared += self._pool.share(wanted[len(shared) :], restore=True)
             fresh = self._pool.allocate(needed - len(shared))
         if fresh is None:

@@ -1,4 +1,4 @@
-"""A row: one sequence, which is one choice of one request, from its arrival to its final event."""
+"""State of one sequence, which is one choice of one request, from its arrival to its final event."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMING = -1
 class AdapterMix:
     """A sequence's effective adapters: sorted by digest, duplicates summed, zero weights dropped.
 
-    It is part of every KV block's key, so two rows share blocks only if they run the very same function.
+    It is part of every KV block's key, so two sequences share blocks only if they run the very same function.
     """
 
     terms: tuple[tuple[str, float], ...] = ()

@@ -120,7 +120,7 @@ class SlotTable:
         return True
 
     def in_the_way(self, sequence: SequenceState) -> set[SequenceState]:
-        """Return the sequences that use slots which `row` has claimed and lacks."""
+        """Return the sequences that use slots which `sequence` has claimed and lacks."""
         return {
             user
             for slot in self._slots

@@ -125,7 +125,7 @@ def moved(module: _Module, device: torch.device) -> _Module:
 def copied(weights: AdapterWeights, device: torch.device) -> AdapterWeights:
     """Copy weights to `device`, each storage by one copy. Tensors that modules share are shared there too.
 
-    Modules that are there already are the same objects. From page-locked memory the copies are only begun.
+    Modules that are there already are the same objects. From page-locked memory the copies are only started.
     """
     storages: dict[int, torch.Tensor] = {}
     tensors: dict[int, torch.Tensor] = {}

@@ -204,7 +204,7 @@ class SharedProofs:
     async def _known_proof(self, version: VersionRecord, allow_noop: bool) -> Proof | None:
         """Return the proof of this content under another name, if its packed adapter is in the store.
 
-        Only names that the tenant may know: how fast a version is ready must not tell what others have.
+        Only names that the tenant may know: the time to readiness must not reveal what others have.
         """
         known, kernels = self._catalog.of(version.tenant), self._kernels()
         for other in self._catalog.of_digest(version.digest):

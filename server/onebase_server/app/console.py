@@ -197,7 +197,7 @@ def print_failure(console: Console, message: str) -> None:
 
 
 def address_error(settings: Settings, error: OSError) -> str:
-    """Return a sentence that says why the server cannot listen, and the way out."""
+    """Return a sentence that says why the server cannot listen, and what to change."""
     return (
         f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. "
         "Choose another address with --host and --port."

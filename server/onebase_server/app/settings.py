@@ -464,7 +464,7 @@ class Settings:
     )
 
     max_rows: int = field(
-        default=64, metadata=about("engine", "rows that are decoded in one step", low=1, high=4096)
+        default=64, metadata=about("engine", "sequences that are decoded in one step", low=1, high=4096)
     )
     max_length: int = field(
         default=0,
@@ -485,7 +485,7 @@ class Settings:
         default=7,
         metadata=about(
             "engine",
-            "tokens of its own earlier text that a row is tried to go on with in one step, where that is "
+            "draft tokens of one sequence in one step, from its own earlier text, where that is "
             "faster; answers stay the same; 0: none",
             low=0,
             high=64,
@@ -535,7 +535,7 @@ class Settings:
         default=0.2,
         metadata=about(
             "training",
-            "part of the time in which a job computes while rows are running, 0 to 1; 0: only when there are "
+            "part of the time in which a job computes while sequences run, 0 to 1; 0: only when there are "
             "none. When the server is idle, it takes all",
             low=0,
             high=1,
@@ -567,7 +567,7 @@ class Settings:
         default=256,
         metadata=about(
             "limits",
-            "rows that may wait for their turn; beyond that requests get status 429",
+            "sequences that may wait for their turn; beyond that requests get status 429",
             low=0,
             high=1_000_000,
         ),

@@ -47,7 +47,7 @@ class StartupError(RuntimeError):
 
 
 def serve_until_stopped(settings: Settings, console: Console, commands: Commands | None = None) -> None:
-    """Serve until a signal. Raises StartupError when the server cannot start or not go on."""
+    """Serve until a signal. Raises StartupError when the server cannot start or continue."""
     _check_open_files()
     try:
         listener = bind(settings)

@@ -277,7 +277,7 @@ def _training(
 ) -> Training:
     """Make the training of one engine's base. Raises DataDirError.
 
-    `command` starts a trainer; `busy` says whether rows run.
+    `command` starts a trainer; `busy` says whether sequences run.
     """
     records, disk = threads
     folder = JobFolders(Path(settings.data_dir).expanduser().absolute(), storage.registry_id)

@@ -1,9 +1,8 @@
 """Runs this server's batches: checks their files, has rows answered while there is room, keeps the answers.
 
 A row is a request to its route like any other, by the key that made the batch, but in the background: it
-fills places that nobody waits for. What is answered is on the disk before it counts, so that a batch goes on
-from there after whatever ends the server or its engine.
-"""
+fills places that nobody waits for. What is answered is on the disk before it counts, so that a batch
+continues from there after whatever ends the server or its engine."""
 
 from __future__ import annotations
 
@@ -615,7 +614,7 @@ class BatchRunner:
                 self._runs[batch.id][0].cancel()
         chosen = _in_turn(found)[:MOST_RUNS]
         for batch_id in self._runs.keys() - {batch.id for batch in chosen}:
-            self._runs[batch_id][0].stop()  # for a tenant that has fewer: it goes on when its turn comes
+            self._runs[batch_id][0].stop()  # for a tenant that has fewer: it continues when its turn comes
         for batch in chosen:
             if len(self._runs) >= MOST_RUNS or self._ending:
                 break
@@ -627,7 +626,7 @@ class BatchRunner:
             self._next_sweep = time.monotonic() + SWEEP_SECONDS
 
     async def _take_over(self) -> None:
-        """Go on with the batches of servers that are gone, if their files are in this one's store."""
+        """Resume the batches of servers that are gone, if their files are in this one's store."""
         parts = self._parts
         for batch in await parts.threads.run_blocking(parts.records.lost, parts.jobs.server):
             ends = batch.state == "cancelling"
@@ -648,7 +647,7 @@ class BatchRunner:
         def forget(done: asyncio.Task[None]) -> None:
             del self._runs[batch.id]
             if not done.cancelled() and (error := done.exception()) is not None:
-                _log.error("batch %s broke off, and is begun again", batch.id, exc_info=error)
+                _log.error("batch %s broke off, and is started again", batch.id, exc_info=error)
             self.look()
 
         task.add_done_callback(forget)

@@ -77,7 +77,7 @@ def create_app(services: Services) -> FastAPI:
         usage, audit, health, reference, console,
     )  # fmt: skip
     for route in routes:
-        app.router.routes.extend(route.router.routes)  # flat, so that the guard sees each of them
+        app.router.routes.extend(route.router.routes)  # flat, so that the authentication sees each of them
     describe(app)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
@@ -177,7 +177,7 @@ class InnerRequests:
 
 
 class BodyLimit:
-    """Refuses bodies over `limit` bytes while they come in; the gate does by their announced length.
+    """Refuses bodies over `limit` bytes while they come in; the authenticator does by their announced length.
 
     Uploads, which go straight to disk, have limits of their own (`uploads.FormReader`). Starlette's own
     middleware does the same but answers in plain text, which OpenAI's clients cannot read.

@@ -143,7 +143,7 @@ class Authenticator:
             self._decide(scope, access, lost)
 
     async def admit(self, scope: Scope) -> None:
-        """Give the scope its CALLER, and its TICKET if it asks for text; once. Raises ApiError."""
+        """Give the scope its CALLER, and its RESERVATION if it asks for text; once. Raises ApiError."""
         if CALLER not in scope:
             access, lost = self._find(scope)
             if access != "open":
@@ -163,7 +163,7 @@ class Authenticator:
         Raises UnavailableError if it cannot be read: what is known here is older than what was answered
         already.
         """
-        for _ in range(2):  # a look that has begun before may be too early
+        for _ in range(2):  # a look that started before may be too early
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.get_running_loop().create_task(self._look())
                 self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -239,7 +239,7 @@ class Authenticator:
 
 
 class AuthenticationMiddleware:
-    """Serves what the gate admits."""
+    """Serves the requests that the authenticator admits."""
 
     def __init__(self, app: ASGIApp, authenticator: Authenticator, services: Services) -> None:
         self._app = app

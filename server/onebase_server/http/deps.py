@@ -65,8 +65,8 @@ COUNT_SECONDS = 5.0
 
 CALLER = "onebase.caller"
 """Key of a request's Caller in its ASGI scope."""
-RESERVATION = "onebase.ticket"
-"""Key of the Ticket in the ASGI scope of a request for text."""
+RESERVATION = "onebase.reservation"
+"""Key of the QuotaReservation in the ASGI scope of a request for text."""
 TRANSCRIPT = "onebase.transcript"
 """Key of the transcript that came with the body, once that was read; None if its stream is to have none."""
 
@@ -186,7 +186,7 @@ Provided = Annotated[Services, Depends(_services)]
 Calling = Annotated[Caller, Depends(_caller)]
 """Caller of the request."""
 Admitted = Annotated[QuotaReservation, Depends(_reservation)]
-"""Quota ticket of the request, on a route that needs the scope `generate`."""
+"""Quota reservation of the request, on a route that needs the scope `generate`."""
 
 
 class BodyError(HTTPException):

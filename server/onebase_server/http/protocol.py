@@ -1,8 +1,8 @@
 """One connection: uvicorn's protocol, with limits on what a client may send, hold open and leave unread.
 
-httptools takes headers of any size, and uvicorn waits for ever for whatever a client has begun. Here each
-wait has an end, and what is refused is answered once, as every other error, before the connection closes.
-"""
+httptools takes headers of any size, and uvicorn waits for ever for the rest of whatever a client has started.
+Here each wait has an end, and what is refused is answered once, as every other error, before the connection
+closes."""
 
 from __future__ import annotations
 
@@ -482,7 +482,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(TooSlowError(f"headers did not end within {seconds:g} seconds (--header-timeout)"))
 
     def _expect_rest(self) -> None:
-        """Start a timer for the rest of what has begun; most requests arrive whole, and need none."""
+        """Start a timer for the rest of a request; most requests arrive whole, and need none."""
         if self._read_timer is None:
             if self._reading is _Reading.HEAD:
                 self._expect(self._limits.header_timeout, self._head_too_slow)

@@ -167,7 +167,7 @@ def _end_at_once(status: int) -> None:
 
 
 def uvicorn_config(middleware: CrossSiteMiddleware, settings: Settings) -> uvicorn.Config:
-    """Return uvicorn's configuration for an app behind the door, within the settings' limits on
+    """Return uvicorn's configuration for an app behind its middleware, within the settings' limits on
     connections."""
     connections = Connections(_connection_limits(settings))
     protocol: Any = partial(LimitedProtocol, connections=connections, turned_away=middleware.turned_away)
@@ -179,7 +179,7 @@ def uvicorn_config(middleware: CrossSiteMiddleware, settings: Settings) -> uvico
         log_level="warning",
         access_log=settings.access_log,
         server_header=False,
-        proxy_headers=False,  # the door reads them
+        proxy_headers=False,  # the middleware reads them
         timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]  # given to `call_later` only
         timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
         log_config=None,

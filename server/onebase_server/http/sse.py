@@ -57,7 +57,7 @@ class EventStream(Response):
     The status line waits for the first event: until then an error is still an HTTP error. A caller
     who leaves cancels what runs; one who does not read is cut off, and the engine never waits.
 
-    tells: whether its events have a transcript between them.
+    with_transcript: whether its events have a transcript between them.
     """
 
     media_type = "text/event-stream"

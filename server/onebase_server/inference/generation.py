@@ -55,7 +55,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A request for the engine, to generate or to read texts, and its tenant. Choice `c` of prompt `p` has
+    """Request to the engine, to generate or to read texts, and its tenant. Choice `c` of prompt `p` has
     the index `p * n + c`."""
 
     id: str
@@ -78,7 +78,7 @@ class GenerationRequest:
     """Whether its sequences only use capacity that other requests leave free."""
     grammar: Grammar | None = None
     grammar_param: str = ""
-    """The field of the request that says it."""
+    """Field of the request that gives the grammar."""
     token_ids: bool = False
     """Whether the answer has the token ids of the prompts and of the choices."""
     calls: CallFormat | None = None
@@ -109,7 +109,7 @@ class GenerationRequest:
         return given + branches + self.choices * self.expected_tokens
 
     def parts(self, most: int) -> list[GenerationRequest]:
-        """Jobs that are the same together, with at most so many choices each. Of one that is only read."""
+        """Split a request that only reads into requests of at most so many choices each."""
         if self.choices <= most:
             return [self]
         parts = []
@@ -153,14 +153,14 @@ def opening(request: GenerationRequest) -> Opening:
 
 
 class UsageRecorder(Protocol):
-    """Recorder of what a request uses."""
+    """Receiver of the usage of one request."""
 
     def sequences_ended(self) -> None:
         """Handle the end of its last sequence in the engine."""
 
     def used(self, usage: TokenUsage, timestamps: RequestTimestamps, finished: Counter[str]) -> None:
-        """It is over. Called once, if it was submitted. finished: choices by how they ended, in vLLM's words:
-        `stop`, `length`, `abort`, `error`."""
+        """Handle the end of the request. Called once, if it was submitted. finished: choices by how they
+        ended, in vLLM's words: `stop`, `length`, `abort`, `error`."""
 
     @property
     def token_gap(self) -> Callable[[float], None]:
@@ -168,14 +168,15 @@ class UsageRecorder(Protocol):
 
 
 class RequestRun:
-    """A job with the engine, from its start to its end; `cancel` ends it early.
+    """Run of one request in the engine, from its start to its end; `cancel` ends it early.
 
     Args:
         stream_limit: outputs per choice that may wait for a slow reader; None is for callers that are always
             read (answers in one piece).
         on_cut: called when a slow reader is cut off.
-        begun: of each prompt, see Submit; None: nothing has begun.
-        meter: told what it took: what its answer says, or what was computed if that was not read to its end.
+        resume_tokens: resume state of each prompt, see Submit; None for a new request.
+        recorder: receives its usage: that of its answer, or of what was computed if the answer was not read
+            to its end.
     """
 
     def __init__(
@@ -193,7 +194,7 @@ class RequestRun:
         self._with_engine = self._with_reader = False
         self._usage_recorded = True
         self._supervisor = supervisor
-        # The id of an answer that goes on was told by a client: another request may have it.
+        # The id of a resumed answer came from a client: another request may have it.
         self._id = request.id if resume_tokens is None else new_id("resumed-")
         submits = [
             self._submit(index, prompt, None if resume_tokens is None else resume_tokens[index])
@@ -219,7 +220,8 @@ class RequestRun:
         self._lease: Lease | None = None
 
     async def start(self, residency: Residency) -> None:
-        """Have the adapters loaded, then submit to the engine, which keeps them until the last row has ended.
+        """Have the adapters loaded, then submit to the engine, which keeps them until the last sequence has
+        ended.
 
         Raises UnavailableError, EngineRestartedError, QueueFullError, InvalidRequestError,
         AdapterDeletedError, CrashesEngineError.
@@ -265,7 +267,7 @@ class RequestRun:
         self._record_usage()
 
     def leave(self) -> None:
-        """Nobody reads it any more."""
+        """Note that nobody reads it any more."""
         self._with_reader = False
         self._record_usage()
 
@@ -303,7 +305,7 @@ class RequestRun:
 
     def _submit(self, index: int, prompt: Prompt, resume_tokens: dict[int, list[int]] | None) -> Submit:
         request, sampling = self.request, self.request.sampling
-        if resume_tokens and all(resume_tokens.values()):  # then the prompt's were told
+        if resume_tokens and all(resume_tokens.values()):  # then the prompt's have been sent
             sampling = replaced(sampling, prompt_logprobs=None)
         return Submit(
             id=f"{self._id}.{index}",
@@ -322,10 +324,10 @@ class RequestRun:
 
 
 class Reading(RequestRun):
-    """A job that only reads texts."""
+    """Run of a request that only reads texts."""
 
     async def outputs(self) -> list[SequenceOutput]:
-        """The last output of each choice, in their order. Raises what `GenerationRun.pieces` raises, and
+        """Return the last output of each choice, in order. Raises what `GenerationRun.pieces` raises, and
         UnavailableError at the deadline."""
         found: dict[int, SequenceOutput] = {}
         with self._being_read():
@@ -349,12 +351,12 @@ class Reading(RequestRun):
 
 
 class GenerationRun(RequestRun):
-    """A job that generates. `pieces` yields what became certain, step by step.
+    """Run of a request that generates. `pieces` yields its text, step by step.
 
     Args:
-        transcript: what it goes on from; `job` is as it says.
-        begun: what `resume_tokens_of` makes of it.
-        telling: as which request of its stream it tells a transcript; None: it tells none.
+        transcript: transcript that it resumes from; `request` agrees with it.
+        resume_tokens: result of `resume_tokens_of` for the transcript.
+        transcript_number: number of the request in the transcript of its stream; None: it records none.
     """
 
     def __init__(
@@ -414,9 +416,9 @@ class GenerationRun(RequestRun):
         return timing
 
     async def pieces(self) -> AsyncIterator[list[OutputPiece]]:
-        """Pieces of all choices, one list per engine step.
+        """Yield the pieces of all choices, one list per engine step.
 
-        Raises SequenceFailedError when the engine ends a row with an error, EngineRestartedError when it
+        Raises SequenceFailedError when the engine ends a sequence with an error, EngineRestartedError when it
         dies, CrashesEngineError when it dies under this request again, SlowReaderError and ClientGoneError.
         """
         with self._being_read():
@@ -436,7 +438,7 @@ class GenerationRun(RequestRun):
                 self._record(self.ended)
 
     async def collect(self) -> list[OutputPiece]:
-        """The whole of each choice, in order."""
+        """Return the whole of each choice, in order."""
         whole = [OutputPiece(index, "") for index in range(self.request.choices)]
         async for pieces in self.pieces():
             for piece in pieces:
@@ -462,7 +464,7 @@ class GenerationRun(RequestRun):
             self._finished[_IN_VLLM.get(choice.finish_reason, choice.finish_reason)] += 1
             self._open -= 1
             if choice.stopped_here and output.finish is None:
-                self._supervisor.router.cancel(self._inflight, output.id, output.choice)
+                self._supervisor.client.cancel(self._inflight, output.id, output.choice)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs[prompt] = output.prompt_logprobs
         if self.request.echo:

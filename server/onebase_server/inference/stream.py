@@ -44,14 +44,14 @@ def prompt_tokens(submit: Submit) -> int:
 class Inflight:
     """A bounded mailbox: the engine's side never waits, the reader's side may.
 
-    One request is one or more submits (prompts) of `n` rows each. `buffer_limit` counts outputs that
-    the reader has not taken yet; one more, and the request fails with SlowReaderError.
+    One request is one or more submits (prompts) of `n` sequences each. `buffer_limit` is the largest number
+    of outputs that the reader has not read yet; with one more the request fails with SlowReaderError.
 
     Args:
         on_cut: called when the request is cut off, to free a reader's connection at once.
-        on_ended: called once the engine has ended the last row, or is gone with all of them.
-        goes_on: whether it is the next part of a request whose last part has just given up its places.
-        on_gap: called with the seconds from one of a row's outputs to the next.
+        on_ended: called once the engine has ended the last sequence, or is gone with all of them.
+        is_continuation: whether it is the next part of a request whose last part has just released its
+        places. on_gap: called with the seconds from one of a sequence's outputs to the next.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class OutputPiece:
 
 
 class ChoiceDecoder:
-    """Turns one row's outputs into pieces.
+    """Turns one sequence's outputs into pieces.
 
     A token's logprobs leave with the piece in which its text begins, so that held-back text (an
     incomplete character, or what may become a stop string) holds its tokens back too.

@@ -83,7 +83,7 @@ class Transcript:
     def check_outputs(
         self, prompts: Sequence[int], n: int, vocabulary: int, logprobs: bool, scores: bool
     ) -> None:
-        """Raises InvalidRequestError for what no server has told.
+        """Raise InvalidRequestError for outputs that no server can have sent.
 
         Args:
             prompts: the length of each prompt in tokens, of which come `n` choices.
@@ -93,7 +93,7 @@ class Transcript:
         for output in self.all():
             prompt = int(output.id) if _NUMBER.fullmatch(output.id) else -1
             if not (0 <= prompt < len(prompts) and 0 <= output.choice < n):
-                raise refused("has outputs of no row")
+                raise refused("has outputs of no choice")
             cached, given = output.cached_tokens, output.prompt_logprobs
             found = [] if output.logprobs is None else output.logprobs
             if output.vector is not None or (output.logprobs is None) == (logprobs and bool(output.tokens)):

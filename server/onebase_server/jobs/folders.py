@@ -145,7 +145,7 @@ class GarbageCollector:
         await self._models.forget(job_id)
 
     async def job_over(self, tenant: str, job_id: str) -> None:
-        """Delete the folder of a job that has ended and does not go on, or goes on elsewhere.
+        """Delete the folder of a job that has ended and does not continue, or continues elsewhere.
 
         Raises RegistryError.
         """
@@ -173,5 +173,5 @@ class GarbageCollector:
 
 
 def is_over(state: JobState, code: str | None) -> bool:
-    """Return True if a job has ended and does not go on."""
+    """Return True if a job has ended and does not continue."""
     return state in ENDED_STATES and not is_resumable(state, code)

@@ -50,7 +50,7 @@ class KeptFiles:
     For one event loop.
 
     Args:
-        wanted: whether another server could go on with a job. If none could, nothing is kept.
+        wanted: whether another server could resume a job. If none could, nothing is stored.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class KeptFiles:
             except FileNotFoundError as error:
                 _log.debug("a newer checkpoint has taken the place of one: %s", error)
             except (RegistryError, StoreError, OSError) as error:
-                _log.warning("what job %s goes on from is not in the store yet: %s", job.id, error)
+                _log.warning("what job %s continues from is not in the store yet: %s", job.id, error)
             except Exception:
-                _log.exception("what job %s goes on from is not in the store yet", job.id)
+                _log.exception("what job %s continues from is not in the store yet", job.id)
 
     async def _keep(self, job: UnkeptJob) -> None:
         found = await self._disk.run_blocking(_files_of, self._folders.job(job.id), job)
@@ -129,7 +129,7 @@ class KeptFiles:
         return self._store.add_file(part, move=True).sha256
 
     async def restore(self, job: TrainingJob) -> None:
-        """Bring a job's folder here, if it has none and the store has something to go on from.
+        """Bring a job's folder here, if it has none and the store has something to continue from.
 
         Raises StoreError, RegistryError.
         """

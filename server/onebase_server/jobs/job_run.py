@@ -166,7 +166,9 @@ class TrainerPool:
             return await self._version_files(job, job.parent, PARENT_FILES)
         except BlobMissingError as error:
             name = label(job.parent.name, job.parent.digest)
-            raise FileGoneError("model", f"{name} was deleted, from which training was to go on.") from error
+            raise FileGoneError(
+                "model", f"{name} was deleted, from which training was to continue."
+            ) from error
 
     async def active_version(self, job: TrainingJob) -> Active:
         """Return the version that requests for the job's adapter get now, as a trainer takes it."""
@@ -321,7 +323,7 @@ class JobRun:
         try:
             await (self._check() if self.kind == "check" else self._train_and_deliver())
         except (JobStateError, UnknownJobError):
-            _log.info("job %s was stopped on its way", self.job.id)
+            _log.info("job %s was stopped while it ran", self.job.id)
         except RegistryError as error:
             _log.error("job %s: %s", self.job.id, error)
             if not self.stopping:
@@ -537,7 +539,7 @@ class JobRun:
 
     async def _interrupted_for_now(self) -> None:
         job = await self._record.current()
-        message = f"Interrupted: {self._interrupted}. The job goes on {resume_point(job)}."
+        message = f"Interrupted: {self._interrupted}. The job continues {resume_point(job)}."
         if job.state == "running":
             await self._record.move(REQUEUED, JobEvent(time.time(), message))
 
@@ -545,7 +547,7 @@ class JobRun:
         job = await self._record.current()
         if job.state == "paused":
             await self._record.add(
-                JobEvent(time.time(), f"Paused. A resumed job goes on {resume_point(job)}.")
+                JobEvent(time.time(), f"Paused. A resumed job continues {resume_point(job)}.")
             )
 
     async def _died(self, how: str) -> None:

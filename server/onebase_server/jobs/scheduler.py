@@ -4,7 +4,7 @@ The registry says what is to be; the scheduler makes it so. A new job, a pause o
 server took it, is written there first, and seen here at once or at the next look.
 
 Of several servers on a registry and a store, the one with most trainers free trains a job. Another takes it
-over when its server does not renew its lease any more, and goes on from what the store has of it.
+over when its server does not renew its lease any more, and continues from what the store has of it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 15.0
 """The same limit, when the server stops."""
 LEASE_LOST_SECONDS = 5.0
-"""The same limit, when another server may soon go on with the job."""
+"""The same limit, when another server may soon resume the job."""
 LEFT_SECONDS = 5.0
 """Time, in seconds, for which a waiting job is left to a server with more free trainers before it begins
 here."""
@@ -280,7 +280,7 @@ class JobScheduler:
             )
 
     def lease_lost(self) -> None:
-        """End the trainers: another server may soon go on with their jobs."""
+        """End the trainers: another server may soon resume their jobs."""
         for run in self._runs.values():
             if not run.stopping:
                 run.interrupt("the registry could not be reached in time", LEASE_LOST_SECONDS)
@@ -343,10 +343,10 @@ class JobScheduler:
                 run.stop("cancel", 0.0)
 
     async def _requeue(self, job: OpenJob) -> None:
-        """Let a job go on whose run ended without writing how."""
+        """Let a job continue whose run ended without writing how."""
         began_here = job.id in self._begun
         why = "The registry was away" if began_here else "The server was started again"
-        event = JobEvent(time.time(), f"{why}; the job goes on {resume_point(job)}.")
+        event = JobEvent(time.time(), f"{why}; the job continues {resume_point(job)}.")
         await self._move(job, REQUEUED, event)
         self.look()
 

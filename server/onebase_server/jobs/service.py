@@ -91,7 +91,7 @@ class JobService:
         """A new job. It begins when its turn comes, also after a restart.
 
         Args:
-            parent: the version that training goes on from; the recipe has its settings.
+            parent: the version that training continues from; the recipe has its settings.
             hold: pause once the files are checked and the estimate is there, until `resume`.
             name: of the adapter that gets the result as a version; None: made from the job's id.
 
@@ -142,12 +142,12 @@ class JobService:
         with storage_errors():
             found = await self._threads.run_blocking(self._records.checkpoints, job)
         if not (job.state in OPEN_STATES or is_resumable(job.state, job.error_code)):
-            return []  # it does not go on, and nothing is kept for that
+            return []  # it does not continue, and nothing is stored for that
         if job.server != self._folders.server:
             return found
         return [one for one in found if self._folders.checkpoint(job.id, one.path).is_dir()]
 
-    # ---- how they go on ----------------------------------------------------------------------
+    # ---- pause and resume --------------------------------------------------------------------
 
     async def cancel(self, tenant: str, job_id: str) -> TrainingJob:
         """End a job for good, even one that has failed and could be resumed.
@@ -189,7 +189,7 @@ class JobService:
             return await self.get(job.tenant, job.id)
 
     async def resume(self, tenant: str, job_id: str) -> TrainingJob:
-        """Go on from the last checkpoint; begin, if the job was made to wait for a word.
+        """Continue from the last checkpoint; start, if the job was created on hold.
 
         Raises JobNotFoundError, StateConflictError, QuotaExceededError.
         """
@@ -209,7 +209,7 @@ class JobService:
     async def stop(self, tenant: str, job_id: str) -> TrainingJob:
         """End training at the job's next step, and keep what was best, as at its own end.
 
-        A job that is paused, or that failed and could be resumed, goes on for that alone.
+        A job that is paused, or that failed and could be resumed, continues for that alone.
 
         Raises JobNotFoundError, QuotaExceededError; StateConflictError: it has no step done, or has ended.
         """
@@ -232,7 +232,7 @@ class JobService:
         return await self._move(job, stopping(job), message, _CHANGED, stop=stop, deaths=0)
 
     async def _check_quota(self, job: TrainingJob) -> None:
-        """Raises QuotaExceededError: a job that is to go on could not train."""
+        """Raises QuotaExceededError: a job that is to continue could not train."""
         if job.state not in OPEN_STATES and not job.trained:
             with storage_errors():
                 await self._threads.run_blocking(self._tenants.check_training, job.tenant)

@@ -1,4 +1,4 @@
-"""The states of a job: which may follow which, by what, and where a job goes on.
+"""The states of a job: which may follow which, by what, and where a job continues.
 
     from                              by          to
     validating_files                  CHECKED     queued            its files are sound
@@ -58,13 +58,13 @@ PAUSED = Move(("queued", "running"), "paused", while_delivered=False)
 
 
 def cancelled(job: TrainingJob) -> Move:
-    """Ends a job for good, also one that failed and could go on."""
+    """Ends a job for good, also one that failed and could continue."""
     failed: tuple[JobState, ...] = ("failed",) if is_resumable("failed", job.error_code) else ()
     return Move((*OPEN_STATES, "paused", *failed), "cancelled", while_delivered=False)
 
 
 def resumed(job: TrainingJob) -> Move:
-    """Lets a resumable job go on. Without a plan its files have not been checked yet."""
+    """Lets a resumable job continue. Without a plan its files have not been checked yet."""
     return Move((job.state,), "queued" if job.plan else "validating_files", while_delivered=False)
 
 
@@ -132,4 +132,4 @@ class Death:
                 f"The trainer's process ended {self.count} times without reaching a checkpoint, the last "
                 f"time by {self.how}.{hint} The server's log may say more. The job can be resumed."
             )
-        return f"The trainer's process ended by {self.how}.{hint} The job goes on {resume_point(self.job)}."
+        return f"The trainer's process ended by {self.how}.{hint} The job continues {resume_point(self.job)}."

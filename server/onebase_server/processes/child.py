@@ -47,7 +47,9 @@ def begin(name: str, *, niceness: int = 0) -> Inherited:
     parser = argparse.ArgumentParser(description=f"OneBase {name} process; the api starts it.")
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the api")
     parser.add_argument("--base-fd", type=int, help="file descriptor of the memory that holds the base")
-    parser.add_argument("--busy-fd", type=int, help="file descriptor of the byte that says whether rows run")
+    parser.add_argument(
+        "--busy-fd", type=int, help="file descriptor of the byte that says whether sequences run"
+    )
     arguments = parser.parse_args()
     set_up_logs(name, logging.INFO)
     _silence_libraries()

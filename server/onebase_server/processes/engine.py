@@ -218,7 +218,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
         torch.set_num_threads(config.threads)
     if config.deterministic and device.type != "cpu":
         raise UnsupportedBaseError(
-            "--deterministic is kept on the CPU only, where it always holds; on CUDA rows agree up to "
+            "--deterministic is kept on the CPU only, where it always holds; on CUDA sequences agree up to "
             "rounding. Leave it out, or use --device cpu"
         )
     if config.cpu_weights == "bf16" and (device.type, config.quantization) != ("cpu", "nf4"):
@@ -307,7 +307,7 @@ def sizes(
     if device.type != "cpu":
         aside["slots (--slot-memory)"] = slot_memory + staging_bytes(slot_memory)
     block_bytes = model.kv_bytes_per_token * config.block_size
-    aside["blocks on their way to host memory"] = min(config.prefix_memory, STAGED_BLOCKS * block_bytes)
+    aside["blocks in flight to host memory"] = min(config.prefix_memory, STAGED_BLOCKS * block_bytes)
     aside["jobs (--train-memory)"] = config.train_memory
     if measure is not None:
 
@@ -434,11 +434,11 @@ def _max_length(config: EngineConfig, base: Any) -> int:
     # Shorter than what the config promises: longrope is the only reason.
     cut = own != (getattr(base.config.get_text_config(), "max_position_embeddings", None) or 0)
     if cut:
-        logger.warning("longrope: rows end at %d tokens, beyond which they would change others", own)
+        logger.warning("longrope: sequences end at %d tokens, beyond which they would change others", own)
     if config.max_length and own and config.max_length > own:
         raise UnsupportedBaseError(
             f"--max-length {config.max_length} is over the base's own limit of {own} tokens"
-            + (", at which its longrope switches frequencies for all rows of a step" if cut else "")
+            + (", at which its longrope switches frequencies for all sequences of a step" if cut else "")
         )
     return config.max_length or own or 4096
 

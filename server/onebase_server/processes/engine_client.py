@@ -25,11 +25,10 @@ TOTALS = (
 
 
 class EngineClient:
-    """The requests that the engine works on.
+    """Client of the engine: submits requests and delivers their outputs.
 
-    `send` passes a message to it without blocking. `on_busy` is called when the first row begins and when the
-    last one has ended.
-    """
+    `send` passes a message to it without blocking. `on_busy` is called when the first sequence starts and
+    when the last one has ended."""
 
     def __init__(
         self,

@@ -323,7 +323,7 @@ class EngineSupervisor:
             idle = self.client.stalled_for()
             if idle > self._stall_timeout:
                 self.state = EngineState.STALLED
-                end(f"a stall: {self.client.open_sequences} rows without progress for {idle:.1f} s")
+                end(f"a stall: {self.client.open_sequences} sequences without progress for {idle:.1f} s")
                 return
 
     # ---- messages ----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ NAP_SECONDS = 0.005
 
 
 class BusyFlag:
-    """One byte in shared memory: 1 while rows run. The api writes it, trainers and the verifier read it.
+    """One byte in shared memory: 1 while sequences run. The api writes it, trainers and the verifier read it.
 
     Costs neither a message nor a system call, so that it can be asked between any two layers.
     """
@@ -38,15 +38,16 @@ class BusyFlag:
 
 
 class SharedGate:
-    """Lets a run or a proof compute `share` of the time while rows run, all of it otherwise. For one thread.
+    """Lets a run or a proof compute `share` of the time while sequences run, all of it otherwise. For one
+    thread.
 
     Each interval of computing is paid for with a pause before the next one: (1 - share) / share times as
-    long. With a share of 0 the run waits until no rows run.
+    long. With a share of 0 the run waits until no sequences run.
 
     Args:
-        busy: whether rows run now.
+        busy: whether sequences run now.
         stopping: why the run is to stop, or None.
-        finish: waits until what was begun is computed (an accelerator works behind the program's back).
+        finish: waits until what was started is computed (an accelerator works behind the program's back).
     """
 
     def __init__(

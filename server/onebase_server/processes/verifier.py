@@ -57,8 +57,8 @@ ALIVE_SECONDS = 1.0
 PROGRESS_SECONDS = 0.1
 """Time, in seconds, between two progress messages of one stage."""
 SHARE = {"cpu": 1.0, "cuda": 0.5}
-"""Part of the time in which a proof computes while rows run. On a CPU its low priority spares them. A GPU
-knows none between processes; but somebody waits for the proof, so it has more than a job does."""
+"""Part of the time in which a proof computes while sequences run. On a CPU its low priority spares them. A
+GPU knows none between processes; but somebody waits for the proof, so it has more than a job does."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -228,7 +228,8 @@ def _code(error: Exception) -> str:
 
 
 class _Reporter:
-    """Sends a job's progress, not too often, lets rows go first, and ends the job when the api has gone."""
+    """Sends a job's progress, not too often, lets sequences go first, and ends the job when the api has
+    gone."""
 
     def __init__(self, digest: str, channel: VerifierChannel, gate: SharedGate) -> None:
         self._digest = digest

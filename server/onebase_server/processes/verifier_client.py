@@ -144,7 +144,7 @@ class VerifierClient:
         base_id: goes into the packed adapters.
         probes: prompts as tokens.
         command: starts a verifier; gets `--fd N`, `--base-fd N` and `--busy-fd N` appended.
-        busy_fd: of the byte that says whether rows run.
+        busy_fd: of the byte that says whether sequences run.
         proof_timeout: seconds for one version, once the base is attached.
         silence: seconds without a sign of life, while it proves, after which a process is killed.
         backoff: between two tries of those that wait for a verifier.
@@ -479,7 +479,7 @@ class VerifierClient:
             self._give_back(place)
 
     async def _end_idle_help(self, place: _Place) -> None:
-        if place in self._free and not self._permits.locked():  # else it is given back later
+        if place in self._free and not self._permits.locked():  # else it is released later
             await self._permits.acquire()  # at once, since nobody waits
             self._free.remove(place)
             await self._end_help(place)

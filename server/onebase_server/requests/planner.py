@@ -120,7 +120,7 @@ class Planner:
     ) -> GenerationRequest:
         """Return the job of a request to /generate.
 
-        begun: transcript of a stream that another server began, here and in the methods that follow. Its
+        transcript: transcript of a stream that another server began, here and in the methods that follow. Its
         versions
         are used, whichever are active now.
         """
@@ -211,8 +211,9 @@ class Planner:
     async def resumed(
         self, request: GenerationRequest, transcript: Transcript, seconds: float
     ) -> GenerationRequest:
-        """The job, planned with the transcript's versions, as it was where it began, so many seconds ago: its
-        seed, its id. Raises InvalidRequestError.
+        """Return the request as the first server planned it `seconds` ago: with its id and its seed.
+
+        Raises InvalidRequestError.
         """
         base, opening, sampling = self.base(), transcript.opening, request.sampling
         if opening.max_tokens > sampling.max_tokens:
@@ -258,7 +259,7 @@ class Planner:
         messages: Sequence[ChatMessage],
         reasoning_effort: str | None = None,
     ) -> list[int]:
-        """The prompt that a conversation becomes."""
+        """Return the prompt of a conversation."""
         return (await self.chat_prompt(tenant, body, messages, reasoning_effort)).tokens
 
     async def texts(
@@ -334,10 +335,10 @@ class Planner:
         request: GenerationRequest,
         weights: Sequence[float] | None = None,
     ) -> AdapterChoice:
-        """Return the versions that a stream began with, also if they are no longer active.
+        """Return the versions of a resumed stream, also if they are no longer active.
 
         Args:
-            references: what the request calls them.
+            references: their names in the request.
             weights: of a sum's terms; None for one adapter alone.
 
         Raises AdapterDeletedError, StateConflictError (one is not ready now), InvalidRequestError.
@@ -457,12 +458,12 @@ class Planner:
         if body.continue_final_message:
             if not messages[-1].rendered()["content"].strip():
                 raise InvalidRequestError(
-                    "continue_final_message: the last message is empty; there is nothing to go on from.",
+                    "continue_final_message: the last message is empty; there is nothing to continue.",
                     param="continue_final_message",
                 )
             if messages[-1].tool_calls or _MARK in json.dumps([message.rendered() for message in messages]):
                 raise InvalidRequestError(
-                    "continue_final_message: it cannot be told where the last message ends. Leave it out, or "
+                    "continue_final_message: the end of the last message cannot be found. Leave it out, or "
                     "send a last message without tool_calls.",
                     param="continue_final_message",
                 )

@@ -1,4 +1,4 @@
-"""Responses that were given, for those who come back to them: in memory, within a limit."""
+"""Responses stored for later requests that refer to them: in memory, within a limit."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class StoredResponse:
 
 
 class _Shelf:
-    """One tenant's, the least recently used first."""
+    """One tenant's responses, the least recently used first."""
 
     def __init__(self) -> None:
         self.responses: OrderedDict[str, StoredResponse] = OrderedDict()
         self.size = 0
 
     def put(self, response_id: str, response: StoredResponse) -> None:
-        """Store one whose id is not there."""
+        """Store a response whose id is not there."""
         self.responses[response_id] = response
         self.size += response.size
 
     def pop_response(self, response_id: str) -> StoredResponse:
-        """Raises KeyError."""
+        """Remove and return a response. Raises KeyError."""
         response = self.responses.pop(response_id)
         self.size -= response.size
         return response
@@ -46,8 +46,8 @@ class _Shelf:
 class StoredResponses:
     """All tenants' responses, in `limit` bytes together.
 
-    Whoever has most loses first, what was not used for longest. So nobody's go for others' while they take no
-    more than an equal part.
+    The tenant with the most bytes loses its least recently used response first. So no tenant loses any to
+    others while it has no more than an equal part.
     """
 
     def __init__(self, limit: int) -> None:
@@ -56,8 +56,8 @@ class StoredResponses:
         self.size = 0
 
     def store_response(self, tenant: str, response_id: str, response: StoredResponse) -> None:
-        """Store it as the one used last, in place of one with this id. Drop it at once if it alone is over
-        the limit."""
+        """Store a response as the most recently used, in place of one with this id. One that alone is over
+        the limit is dropped at once."""
         shelf = self._shelves.get(tenant)
         if shelf is not None and response_id in shelf.responses:
             self._drop(tenant, response_id)
@@ -68,7 +68,7 @@ class StoredResponses:
             self._drop(largest, next(iter(self._shelves[largest].responses)))
 
     def find(self, tenant: str, response_id: str, param: str) -> StoredResponse:
-        """One of the tenant's, which is the one used last from now on. Raises UnknownResponseError."""
+        """Return one of the tenant's responses and mark it as used. Raises UnknownResponseError."""
         shelf = self._shelves.get(tenant)
         if shelf is None or response_id not in shelf.responses:
             raise UnknownResponseError(response_id, param)

@@ -1,4 +1,4 @@
-"""Calls of tools, told from the text of an answer as it comes."""
+"""Parse tool calls from the text of an answer as it comes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class CallFormat:
 
 
 class CallReader:
-    """Tells the calls in one answer from its text, as it comes.
+    """Finds the calls in one answer's text as it comes.
 
     What may become a call is held back. An answer follows the format's grammar; one that does not, say
     because it was cut, loses nothing that is readable.

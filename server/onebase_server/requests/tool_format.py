@@ -517,7 +517,7 @@ def _rendered(render: Render, count: int, as_text: bool) -> _Probe | None:
         if not content and found >= 0:
             start = _common_prefix(before, text)
             if len(start) < len(before) and start.rfind("<") > start.rfind(">"):
-                start = start[: start.rfind("<")]  # the two go on with different control tokens
+                start = start[: start.rfind("<")]  # the two continue with different control tokens
             return _Probe(text, len(start)) if len(start) <= found else None
     return None
 

@@ -39,14 +39,18 @@ _COUNTED = (
     ("generated_tokens", "generation_tokens", "Tokens that were generated."),
     ("prompt_tokens", "prefix_cache_queries", "Prompt tokens that were looked for in the prefix cache."),
     ("cached_tokens", "prefix_cache_hits", "Prompt tokens that the prefix cache had."),
-    ("preemptions", "num_preemptions", "Rows that gave their blocks back and were computed again."),
-    ("draft_tokens", "spec_decode_num_draft_tokens", "Tokens of rows' own texts that were tried ahead."),
-    ("right_draft_tokens", "spec_decode_num_accepted_tokens", "Those of them that were right."),
+    (
+        "preemptions",
+        "num_preemptions",
+        "Sequences preempted: they released their blocks and were computed again.",
+    ),
+    ("draft_tokens", "spec_decode_num_draft_tokens", "Draft tokens computed, from sequences' own texts."),
+    ("right_draft_tokens", "spec_decode_num_accepted_tokens", "Draft tokens accepted."),
 )
 """Totals of the engine, vLLM's names, and what they are."""
 _TIMED: tuple[tuple[str, Callable[[RequestMeasurements], Histogram], str], ...] = (
     ("time_to_first_token_seconds", lambda m: m.first_token, "From a request's arrival to its first token."),
-    ("inter_token_latency_seconds", lambda m: m.token_gap, "From one output of a row to its next."),
+    ("inter_token_latency_seconds", lambda m: m.token_gap, "From one output of a sequence to its next."),
     ("time_per_output_token_seconds", lambda m: m.token_gap, "inter_token_latency_seconds, by its old name."),
     ("request_time_per_output_token_seconds", lambda m: m.per_token, "Mean after a request's first token."),
     ("e2e_request_latency_seconds", lambda m: m.whole, "From a request's arrival to its last token."),
@@ -121,17 +125,17 @@ class MetricsCollector:
         router, base = self._supervisor.client, self._supervisor.base
         stats = router.stats
         running, waiting, used = _load(stats)
-        yield self._gauge("num_requests_running", "Rows that are being computed.", running)
+        yield self._gauge("num_requests_running", "Sequences running.", running)
         yield self._gauge(
             "num_requests_waiting",
-            "Rows that wait for their turn, and requests that wait for their adapter. Without batches.",
+            "Sequences waiting for their turn, and requests waiting for their adapter. Without batches.",
             waiting + self._residency.waiting,
         )
         for name in ("kv_cache_usage_perc", "gpu_cache_usage_perc"):
-            yield self._gauge(name, "The part of the KV cache that rows hold, 0 to 1.", used)
+            yield self._gauge(name, "Part of the KV cache in use by sequences, 0 to 1.", used)
         for field, name, text in _COUNTED:
             yield self._counter(name, text, router.total(field))
-        rows = GaugeMetricFamily("onebase_tenant_rows", "Rows that have not ended.", labels=["tenant"])
+        rows = GaugeMetricFamily("onebase_tenant_rows", "Sequences waiting or running.", labels=["tenant"])
         tenants = sorted(router.tenants.items(), key=lambda one: -one[1])
         for tenant, count in tenants[:MOST_ADAPTERS]:
             rows.add_metric([tenant], count)
@@ -247,7 +251,7 @@ class MetricsCollector:
         yield state
         if supervisor.base is not None:
             yield GaugeMetricFamily(
-                "onebase_max_rows", "Rows that are computed at once, at most.", supervisor.base.max_rows
+                "onebase_max_rows", "Largest number of sequences computed at once.", supervisor.base.max_rows
             )
         yield _total("onebase_engine_restarts", "Engines started after the first one.", supervisor.restarts)
         yield _total("onebase_engine_steps", "Steps of the engine.", router.total("steps"))
@@ -296,7 +300,7 @@ class MetricsCollector:
                 batches.add_metric([state], counts.get(state, 0))
             yield batches
         yield GaugeMetricFamily(
-            "onebase_batch_rows_running", "Rows of batches under way.", value=self._batches.flying
+            "onebase_batch_rows_running", "Rows of batches in flight.", value=self._batches.flying
         )
         rows = CounterMetricFamily("onebase_batch_rows", "Rows of batches that ended.", labels=["result"])
         for result in ("completed", "failed"):

@@ -1,4 +1,4 @@
-"""Spans for OpenTelemetry, where it is told of them: one trace a request, a job and a proof.
+"""Spans for OpenTelemetry, if it is configured: one trace per request, job and proof.
 
 Names and attributes follow the conventions for HTTP and for generative AI
 (https://opentelemetry.io/docs/specs/semconv/gen-ai/), which are still in development. No span holds what a

@@ -77,7 +77,7 @@ class Window:
             self.total += more
 
     def seconds_until(self, most: int, now: float) -> float:
-        """Return the seconds until the total is at most that, if nothing else is admitted or given back."""
+        """Return the seconds until the total is at most that, if nothing else is admitted or refunded."""
         return _seconds_until((self,), most, now)
 
     def by_second(self, now: float) -> tuple[tuple[float, int], ...]:
@@ -95,7 +95,7 @@ class Window:
 def _seconds_until(windows: Sequence[Window], most: int, now: float) -> float:
     """Return `Window.seconds_until` for the sum of several windows."""
     left = sum(window.total for window in windows)
-    if 2 * most < left:  # as for what is told with each answer: the newest decides
+    if 2 * most < left:  # as for the headers of each answer: the newest decides
         kept = 0
         for charge in heapq.merge(*(reversed(window._charges) for window in windows), key=_newest_first):
             kept += charge.amount
@@ -242,12 +242,12 @@ class Limiter:
         self._clock = clock
         self._accounts: dict[tuple[str, str], QuotaAccount] = {}
         self._in_use: WeakValueDictionary[tuple[str, str], QuotaAccount] = WeakValueDictionary()
-        """Accounts in which something counts, and those that a ticket has."""
+        """Accounts with charges, and those of open reservations."""
         self._look_at = _LEAST_KEPT
         """Number of accounts from which on idle ones are looked for."""
 
     def enter(self, caller: Caller, *, resumed: bool = False) -> QuotaReservation:
-        """Admit a request before anything of it is read. It counts as one request until its ticket says
+        """Admit a request before anything of it is read. It counts as one request until its reservation says
         otherwise.
 
         resumed: another server has let it in, and counted it, before that server died.
@@ -291,7 +291,7 @@ class Limiter:
         return owners
 
     def _account(self, kind: str, name: str) -> QuotaAccount:
-        """Return the account of a key or a tenant, also one that was idle while a ticket had it."""
+        """Return the account of a key or a tenant, also one that was idle while a reservation had it."""
         key = kind, name
         account = self._accounts.get(key)
         if account is None:
@@ -375,7 +375,7 @@ class QuotaReservation:
         self._requests = []
 
     def close(self) -> None:
-        """Settle the charges after the connection has ended. A request that never ran gives back all that it
+        """Settle the charges after the connection has ended. A request that never ran is refunded all that it
         had."""
         if self.leave is not None:
             self.leave()
@@ -383,7 +383,7 @@ class QuotaReservation:
             self.sequences_ended()
             self.settle(0)
 
-    # ---- what is told ------------------------------------------------------------------------
+    # ---- headers -----------------------------------------------------------------------------
 
     def headers(self) -> dict[str, str]:
         """OpenAI's, of the key's or the tenant's quota: whichever has less left."""

@@ -115,7 +115,7 @@ class TenantUsageRecorder:
                 lost.add(figures)
             _log.error("the registry was away to the end: this usage is not in it: %s", asdict(lost))
 
-    # ---- what is told ------------------------------------------------------------------------
+    # ---- reports ------------------------------------------------------------------------------
 
     async def find(
         self, start: str | None, end: str | None, by: str, *, tenant: str | None

@@ -51,7 +51,7 @@ class AsyncTrainingJob(JobView):
         return await self._updated(training.job(self.id))
 
     async def wait(self, *, progress: bool | TrainingCallback = True) -> AsyncTrainingJob:
-        """Wait until the adapter is there, and give the job itself. The job goes on if you stop waiting.
+        """Wait until the adapter is there, and give the job itself. The job continues if you stop waiting.
 
         It returns when the job has succeeded, or when one that was made with `hold` is checked and waits for
         `resume`. It raises for any other paused job, which does not continue by itself: resume it and wait

@@ -117,7 +117,7 @@ class AsyncEventStream(EventsView):
         await self.close()
 
     async def close(self) -> None:
-        """End the stream. The job goes on. Safe to call twice."""
+        """End the stream. The job continues. Safe to call twice."""
         await self._events.aclose()
 
     async def _read(self) -> AsyncGenerator[TrainingEvent, None]:

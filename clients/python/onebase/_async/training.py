@@ -143,7 +143,7 @@ class AsyncTraining:
             seed: Of everything random.
             metadata: Labels that `list` can search for: up to 16, of 512 characters each at most.
             model: What to begin with: the base (by default; a server has only one), or a version of an
-                adapter, as `name` (its active one) or `name@version`. Then training goes on from its
+                adapter, as `name` (its active one) or `name@version`. Then training continues from its
                 weights, with its rank and layers, and the result is a version of it unless `name` is given.
             hold: Check the files and make the estimate, then wait for `job.resume()` before training; see
                 `job.wait`, `job.data_report` and `job.info.estimate`.

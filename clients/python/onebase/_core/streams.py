@@ -38,7 +38,9 @@ class _ChoiceSoFar:
             if part.id is not None and part.name is not None:
                 self.calls.append(ToolCall(part.id, part.name, ""))
             if part.index >= len(self.calls):
-                raise InvalidResponseError(f"the stream goes on with call {part.index}, which did not begin")
+                raise InvalidResponseError(
+                    f"the stream continues with call {part.index}, which did not begin"
+                )
             call = self.calls[part.index]
             self.calls[part.index] = replace(call, arguments=call.arguments + part.arguments)
 

@@ -41,7 +41,7 @@ class Batches:
         metadata: Mapping[str, str] | None = None,
         progress: ProgressCallback | None = None,
     ) -> Batch:
-        """Have each request of a file answered. The batch goes on without this process.
+        """Have each request of a file answered. The batch continues without this process.
 
         Args:
             file: The path of a .jsonl file, which is uploaded; or the id of an uploaded one. Each line is

@@ -51,7 +51,7 @@ class TrainingJob(JobView):
         return self._updated(training.job(self.id))
 
     def wait(self, *, progress: bool | TrainingCallback = True) -> TrainingJob:
-        """Wait until the adapter is there, and give the job itself. The job goes on if you stop waiting.
+        """Wait until the adapter is there, and give the job itself. The job continues if you stop waiting.
 
         It returns when the job has succeeded, or when one that was made with `hold` is checked and waits for
         `resume`. It raises for any other paused job, which does not continue by itself: resume it and wait

@@ -117,7 +117,7 @@ class EventStream(EventsView):
         self.close()
 
     def close(self) -> None:
-        """End the stream. The job goes on. Safe to call twice."""
+        """End the stream. The job continues. Safe to call twice."""
         self._events.close()
 
     def _read(self) -> Generator[TrainingEvent, None, None]:

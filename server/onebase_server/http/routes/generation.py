@@ -238,7 +238,7 @@ def _uncounted(seconds: float) -> None:
 
 @dataclass(frozen=True)
 class RequestUsageRecorder:
-    """Meter of one job: it reports to the quotas of its caller, the usage of its tenant and the metrics."""
+    """Recorder of one request: it reports to its caller's quotas, its tenant's usage and the metrics."""
 
     reservation: QuotaReservation
     usage: TenantUsageRecorder
@@ -288,9 +288,9 @@ async def answer_generation(
     stream: bool | None,
     transcript: Transcript | None,
 ) -> Response:
-    """Run the job, and answer in one piece or streamed. transcript: what it was planned with.
+    """Run the request, and answer in one piece or streamed. transcript: what it was planned with.
 
-    Raises what `begin` and Generation.pieces raise.
+    Raises what `begin` and GenerationRun.pieces raise.
     """
     resume_state = resume_state_of(request) if stream else None
     if resume_state is not None and transcript is not None:
@@ -343,9 +343,9 @@ async def begin(
     transcript: Transcript | None = None,
     transcript_number: int | None = None,
 ) -> GenerationRun:
-    """Start the job in the engine. Raises what Ticket.admit and Generation.start raise.
+    """Start a request in the engine. Raises what QuotaReservation.admit and GenerationRun.start raise.
 
-    transcript, telling: see Generation.
+    transcript, transcript_number: see GenerationRun.
     """
     services.refuse_if_draining()
     resume_tokens = None

@@ -273,7 +273,7 @@ async def _read(
 ) -> tuple[list[SequenceOutput], TokenUsage]:
     """Return the outputs of the jobs' choices, computed one after the other, as many at once as have places.
 
-    Raises what Ticket.admit, Reading.start and Reading.outputs raise.
+    Raises what QuotaReservation.admit, Reading.start and Reading.outputs raise.
     """
     services.refuse_if_draining()
     base = services.supervisor.base

@@ -87,7 +87,7 @@ async def get_response(
     """Return a stored response."""
     if stream:
         raise InvalidRequestError(
-            "stream: a response that was kept is told in one piece. Leave stream out.", param="stream"
+            "stream: a stored response is sent in one piece. Leave stream out.", param="stream"
         )
     kept = services.responses.find(caller.tenant, response_id, "response_id")
     return Response(kept.response, media_type="application/json")

@@ -99,7 +99,7 @@ async def pause(
     services.refuse_if_draining()
     if mode != "keep":
         raise InvalidRequestError(
-            f"mode: {mode!r} is not served. Send keep: what runs goes on after /resume.", param="mode"
+            f"mode: {mode!r} is not served. Send keep: what runs continues after /resume.", param="mode"
         )
     await services.supervisor.pause(True)
     return json_response({"status": "paused"})

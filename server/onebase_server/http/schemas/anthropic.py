@@ -332,7 +332,7 @@ class ConversationRequest(Tolerant):
             if last.calls:
                 raise FieldError(param, "calls a tool: a message with its tool_result comes next")
             if not _text(last.content).strip():
-                raise FieldError(param, "is empty: there is nothing to go on from. Leave it out")
+                raise FieldError(param, "is empty: there is nothing to continue. Leave it out")
         if self.output_format is not None and self.output_config is not None and self.output_config.format:
             raise FieldError("output_format", "output_config says what the text must be; leave one out")
         return self

@@ -311,7 +311,7 @@ class ConversationFields(SamplingBody):
     ) = Field(default=None, description="more variables of the base's chat template")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(
-        default=None, description="the answer goes on where the last message ends"
+        default=None, description="the answer continues where the last message ends"
     )
 
     @model_validator(mode="after")

@@ -176,7 +176,7 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
     input: Annotated[Annotated[str, ONE] | Annotated[Items, LIST], BY_KIND]
     instructions: str | None = None
     previous_response_id: Name | None = Field(
-        default=None, description="a response that was kept: the input goes on after its input and its output"
+        default=None, description="a stored response: the input continues after its input and its output"
     )
     max_output_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None

@@ -167,7 +167,7 @@ def rebuilt(model: type[Model], values: dict[str, Any]) -> Model:
 
 
 def validation_error(errors: Sequence[Any]) -> tuple[str, str | None]:
-    """Return `(message, param)` for the most exact of pydantic's errors: the field, and the way out."""
+    """Return `(message, param)` for the most exact of pydantic's errors: the field, and what to change."""
     first = max(errors, key=lambda error: len(error["loc"]))
     path = [part for part in first["loc"] if part != "body"]
     param = _param(path)

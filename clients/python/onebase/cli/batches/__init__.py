@@ -11,7 +11,7 @@ HELP: Final = """\
 usage: onebase batches ACTION [options]
 
 Have a file of requests answered when the server has room: rows fill places
-that nobody else needs. A batch goes on without this command.
+that nobody else needs. A batch continues without this command.
 
   create FILE           send requests and begin: one JSON object a line
   list                  all batches, the newest first

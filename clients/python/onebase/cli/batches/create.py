@@ -83,7 +83,7 @@ def _wait(client: Client, batch: Batch, as_json: bool) -> int:
     try:
         ended = client.batches.wait(batch.id)
     except KeyboardInterrupt:
-        note(f"\nThe batch goes on. To see it: onebase batches show {short(batch.id)}")
+        note(f"\nThe batch continues. To see it: onebase batches show {short(batch.id)}")
         note(f"To end it: onebase batches cancel {short(batch.id)}")
         return INTERRUPTED
     if as_json:

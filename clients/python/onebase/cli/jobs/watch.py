@@ -52,7 +52,7 @@ def follow(client: Client, job: TrainingJob, as_json: bool) -> int:
     try:
         job.wait()
     except KeyboardInterrupt:
-        note(f"\nThe job goes on. To watch it again: onebase jobs watch {short(job.id)}")
+        note(f"\nThe job continues. To watch it again: onebase jobs watch {short(job.id)}")
         note(f"To end it: onebase jobs cancel {short(job.id)}")
         return INTERRUPTED
     except TrainingStoppedError as error:
