@@ -70,7 +70,7 @@ class Takeovers:
             ]
 
     def take_job(
-        self, job_id: str, before: str, server: str, room: int, tell: Callable[[TrainingJob], JobEvent]
+        self, job_id: str, before: str, server: str, room: int, event_of: Callable[[TrainingJob], JobEvent]
     ) -> TrainingJob:
         """Transfer a job from the server `before` to this one, without what the store does not have of it.
 
@@ -98,7 +98,7 @@ class Takeovers:
                 # As by a death of its trainer: it may be what ended the server.
                 row.deaths = row.deaths + 1 if row.saved_step <= row.death_step else 1
                 row.death_step, row.state = row.saved_step, "queued"
-            session.add(event_row(row.number, tell(job_record(row))))
+            session.add(event_row(row.number, event_of(job_record(row))))
             session.flush()
             return job_record(row)
 

@@ -50,7 +50,9 @@ class Packer:
     @staticmethod
     def fill(batch: StepBatch, plan: StepPlan) -> None:
         """Fill in the last tokens of decoding sequences, which were COMING when the plan was packed."""
-        batch.input_ids[: len(plan.decodes)] = [one.sequence.tokens[one.start] for one in plan.decodes]
+        batch.input_ids[: len(plan.decodes)] = [
+            segment.sequence.tokens[segment.start] for segment in plan.decodes
+        ]
 
     def pack(self, plan: StepPlan, slot_of: Mapping[str, int]) -> StepBatch:
         """Pack a plan. `slot_of`: the slot of every adapter digest in the plan."""
@@ -64,13 +66,13 @@ class Packer:
         table_row[:count] = np.repeat(np.arange(len(segments), dtype=np.int32), lengths)
         behind = [segment.start - start for start, segment in zip(starts, segments, strict=False)]
         positions = np.full(total, -1, dtype=np.int32)
-        positions[:count] = own = np.arange(count, dtype=np.int32) + np.repeat(behind, lengths)
+        positions[:count] = token_positions = np.arange(count, dtype=np.int32) + np.repeat(behind, lengths)
         width = max(len(segment.sequence.blocks) for segment in segments)
         table = np.zeros((len(segments), width), dtype=np.int32)
         for entry, segment in zip(table, segments, strict=True):
             entry[: len(segment.sequence.blocks)] = segment.sequence.blocks
         write = np.full(total, DUMP_BLOCK * self._block_size, dtype=np.int32)
-        block, place = np.divmod(own, self._block_size)
+        block, place = np.divmod(token_positions, self._block_size)
         write[:count] = table[table_row[:count], block] * self._block_size + place
         logit_rows, mixes, sampled, scored = self._logit_rows(plan, starts[:-1])
         hidden_rows, pooled = _hidden_rows(segments, starts)
@@ -114,10 +116,10 @@ class Packer:
         scored = []
         for start, segment in zip(starts, plan.segments, strict=True):
             if segment.sequence.scores_prompt:
-                wanted = segment.scored
-                scored.append((segment, slice(len(rows), len(rows) + len(wanted))))
-                rows.extend(start + number - segment.start for number in wanted)
-                mixes.extend([segment.sequence.mix] * len(wanted))
+                scored_tokens = segment.scored
+                scored.append((segment, slice(len(rows), len(rows) + len(scored_tokens))))
+                rows.extend(start + number - segment.start for number in scored_tokens)
+                mixes.extend([segment.sequence.mix] * len(scored_tokens))
         padding = self._padded(max(len(rows), 1)) - len(rows)
         return np.array(rows + [0] * padding, dtype=np.int64), mixes, sampled, scored
 
@@ -128,21 +130,21 @@ def _hidden_rows(
     rows: list[int] = []
     pooled = []
     for start, segment in zip(starts, segments, strict=False):
-        if wanted := segment.pooled:
-            pooled.append((segment, slice(len(rows), len(rows) + len(wanted))))
-            rows.extend(start + number - segment.start for number in wanted)
+        if pooled_tokens := segment.pooled:
+            pooled.append((segment, slice(len(rows), len(rows) + len(pooled_tokens))))
+            rows.extend(start + number - segment.start for number in pooled_tokens)
     return rows, pooled
 
 
 def _grouped(rows: Iterable[tuple[AdapterMix, Iterable[int]]], slot_of: Mapping[str, int]) -> RowMap:
     """Group the packed rows by the adapters that act on them."""
     groups: dict[AdapterMix, list[int]] = {}
-    for mix, some in rows:
+    for mix, numbers in rows:
         if mix.terms:
-            groups.setdefault(mix, []).extend(some)
+            groups.setdefault(mix, []).extend(numbers)
     return RowMap(
         groups=tuple(
-            RowGroup(tuple(some), tuple((slot_of[digest], weight) for digest, weight in mix.terms))
-            for mix, some in groups.items()
+            RowGroup(tuple(numbers), tuple((slot_of[digest], weight) for digest, weight in mix.terms))
+            for mix, numbers in groups.items()
         )
     )

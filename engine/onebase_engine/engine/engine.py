@@ -345,7 +345,7 @@ class Engine:
             self._do_meanwhile()
         self._admit_compiled()
         began = time.monotonic()
-        plan, batch = self._take_next()
+        plan, batch = self._next_plan()
         if not plan:
             plan, batch = self._plan(), None
         self._move_blocks(plan)
@@ -376,7 +376,7 @@ class Engine:
         if isinstance(computed, _Failure):
             if foreseen:
                 self._end_failed(
-                    plan, {one.sequence: computed.message for one in plan.segments if one.samples}
+                    plan, {segment.sequence: computed.message for segment in plan.segments if segment.samples}
                 )
             else:
                 self._compute_apart(plan)
@@ -394,16 +394,16 @@ class Engine:
     def _background_tokens(self) -> int:
         return self._pace.alone if self.scheduler.only_background else self._pace.joined
 
-    def _take_next(self) -> tuple[StepPlan, StepBatch | None]:
+    def _next_plan(self) -> tuple[StepPlan, StepBatch | None]:
         """Return the step that was planned during the last one, without sequences that have ended since."""
         if self._next is None:
             return StepPlan([], []), None
         (planned, batch), self._next = self._next, None
-        going = planned.unfinished()
-        if self.scheduler.holds_up(going):
+        unfinished = planned.unfinished()
+        if self.scheduler.holds_up(unfinished):
             return StepPlan([], []), None
-        plan = self.scheduler.settle(going, self._background_tokens)
-        if batch is None or plan is not going or len(going.segments) != len(planned.segments):
+        plan = self.scheduler.settle(unfinished, self._background_tokens)
+        if batch is None or plan is not unfinished or len(unfinished.segments) != len(planned.segments):
             return plan, None
         self._packer.fill(batch, plan)
         return plan, batch
@@ -553,7 +553,7 @@ class Engine:
             return _StartedStep(plan, partial(self._read, plan, batch, logits, hidden), only_draws=False)
         sampled_logits = logits[: len(batch.sampled)]
         read = begin_draw_apart(sampled_logits, batch.sampled, self._eos_ids, self.model.kernels)
-        more = any(one.draft for one in plan.decodes)
+        more = any(segment.draft for segment in plan.decodes)
         more = more or any(sequence.sampling.logprobs is not None for sequence in batch.sampled)
         return _StartedStep(plan, lambda: _StepOutputs(read(), [], []), only_draws=not more)
 
@@ -624,7 +624,7 @@ class Engine:
             if sequence in failed or sequence in late:
                 continue
             accepted = [] if drawn is None else self._accepted(segment, drawn)
-            sequence.tokens.extend(one.token for one in accepted[:-1] if one.token is not None)
+            sequence.tokens.extend(draw.token for draw in accepted[:-1] if draw.token is not None)
             if not computed.next_planned:
                 self.scheduler.computed(segment, right=max(len(accepted) - 1, 0))
             self.counters.draft_tokens += len(segment.draft)
@@ -634,8 +634,8 @@ class Engine:
             elif sequence.prefilled and not sequence.generates:
                 self._answer(sequence)
         if self._grammars is not None:
-            going = (sequence for sequence in drawn_of if sequence.finish is None)
-            self._grammars.note_drawn(going, foresee=bool(self.scheduler.limits.draft_tokens))
+            unfinished = (sequence for sequence in drawn_of if sequence.finish is None)
+            self._grammars.note_drawn(unfinished, foresee=bool(self.scheduler.limits.draft_tokens))
         return failed
 
     def _accepted(self, segment: Segment, drawn: list[Drawn]) -> list[Drawn]:
@@ -739,8 +739,8 @@ class Engine:
             )
             return
         sequence.pooled = sequence.pooled or [np.zeros(hidden.shape[1])]
-        for one in hidden:
-            sequence.pooled[0] += one
+        for state in hidden:
+            sequence.pooled[0] += state
 
     def _append(self, sequence: SequenceState, accepted: list[Drawn]) -> None:
         """Append the new tokens to a sequence; all but the last are among its tokens already."""
@@ -837,8 +837,8 @@ def _drop_references(error: Exception) -> None:
 
 def _exactly(hidden: torch.Tensor) -> np.ndarray:
     """Return hidden states in fp64, on the host."""
-    found: np.ndarray = hidden.float().cpu().numpy().astype(np.float64)
-    return found
+    states: np.ndarray = hidden.float().cpu().numpy().astype(np.float64)
+    return states
 
 
 def _smaller(part: StepPlan, failure: _Failure) -> list[StepPlan]:

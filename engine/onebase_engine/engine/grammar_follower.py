@@ -237,16 +237,16 @@ class Follower:
 
         Of a draft without masks nothing is allowed, so that the sequence gets one token.
         """
-        found = self._mask_of(segment.sequence)
-        if found is None and segment.sequence.grammar in self.errors:
+        answered = self._mask_of(segment.sequence)
+        if answered is None and segment.sequence.grammar in self.errors:
             return GrammarError(f"the process that compiles it {self.errors[segment.sequence.grammar]}")
-        if found is None or isinstance(found.masks, GrammarError):
-            return None if found is None else found.masks
+        if answered is None or isinstance(answered.masks, GrammarError):
+            return None if answered is None else answered.masks
         count = len(segment.draft) + 1
-        if found.draft[: count - 1] == segment.draft:
-            return found.masks[:count]
+        if answered.draft[: count - 1] == segment.draft:
+            return answered.masks[:count]
         masks = np.zeros((count, self.shape[1]), np.int32)
-        masks[0] = found.masks[0]
+        masks[0] = answered.masks[0]
         return masks
 
     def note_drawn(self, sequences: list[SequenceState], foresee: bool) -> None:
@@ -270,8 +270,8 @@ class Follower:
             self.reported |= {number: sequence.generated for number, sequence in asked.items()}
 
     def _mask_of(self, sequence: SequenceState) -> _Answered | None:
-        found = self.answered.get(sequence.arrival)
-        return found if found is not None and found.generated == sequence.generated else None
+        answered = self.answered.get(sequence.arrival)
+        return answered if answered is not None and answered.generated == sequence.generated else None
 
     def _news(self, sequence: SequenceState) -> tuple[str, list[int]]:
         """Return a sequence's grammar and the tokens that the process does not know."""
@@ -296,11 +296,11 @@ class Follower:
             self.unstarted_since = None
         for message in messages:
             if isinstance(message, Masks):
-                self._take_masks(message, shared=in_time and not self.ahead)
+                self._receive_masks(message, shared=in_time and not self.ahead)
             elif isinstance(message, Forced):
-                self._take_forced(message)
+                self._receive_forced(message)
             elif isinstance(message, Compiled) and message.key == self.compiling:
-                yield from self._take_compiled(message)
+                yield from self._receive_compiled(message)
         self._expect()
         self.process.check_deadline()
         if self.compiling is not None:
@@ -368,13 +368,13 @@ class Follower:
         """Have sequences whose masks were in flight tried alone; one that was alone gets an error."""
         in_flight, self.in_flight = self.in_flight, []
         if len(in_flight) == 1 and in_flight[0].sequence.arrival in self.suspects:
-            (one,) = in_flight
+            (sent,) = in_flight
             error = GrammarError(f"the process that follows its grammar {reason}")
-            del self.suspects[one.sequence.arrival]
-            self.answered[one.sequence.arrival] = _Answered(one.generated, (), error, shared=False)
+            del self.suspects[sent.sequence.arrival]
+            self.answered[sent.sequence.arrival] = _Answered(sent.generated, (), error, shared=False)
         else:
             self.suspects |= {
-                one.sequence.arrival: one.sequence for one in in_flight if one.sequence.finish is None
+                sent.sequence.arrival: sent.sequence for sent in in_flight if sent.sequence.finish is None
             }
 
     def end(self) -> None:
@@ -407,22 +407,22 @@ class Follower:
             )
             self.process.expect(seconds)
 
-    def _take_masks(self, message: Masks, shared: bool) -> None:
+    def _receive_masks(self, message: Masks, shared: bool) -> None:
         if message.number != self.number:
             return
-        for one in self.in_flight:
-            number = one.sequence.arrival
-            masks = self._memory[one.place : one.place + len(one.draft) + 1]
+        for sent in self.in_flight:
+            number = sent.sequence.arrival
+            masks = self._memory[sent.place : sent.place + len(sent.draft) + 1]
             error = message.errors.get(number)
             if error is None and not masks[0].any():
                 error = "its grammar allows no token here"
             given = GrammarError(error) if error is not None else masks if shared else masks.copy()
             self.suspects.pop(number, None)
-            if one.sequence.finish is None:
-                self.answered[number] = _Answered(one.generated, one.draft, given, shared)
+            if sent.sequence.finish is None:
+                self.answered[number] = _Answered(sent.generated, sent.draft, given, shared)
         self.in_flight = []
 
-    def _take_forced(self, message: Forced) -> None:
+    def _receive_forced(self, message: Forced) -> None:
         """Raises ProcessGoneError: the tokens cannot be, and a step would fail of them."""
         if message.number != self.drawn_number:
             return
@@ -433,7 +433,7 @@ class Follower:
             self.drawn[number].forced = tokens
         self.drawn = {}
 
-    def _take_compiled(self, message: Compiled) -> list[Compiled]:
+    def _receive_compiled(self, message: Compiled) -> list[Compiled]:
         self.compiling = None
         if message.key not in self.users:
             self._send(Forget([], [message.key]))

@@ -177,9 +177,9 @@ class Grammars:
         """Note that so many sequences of a tenant follow a grammar no longer."""
         self._followers[tenant].release(key, count)
         trial = self._trials.get(key)
-        if trial is not None and not any(key in one.users for one in self._followers.values()):
+        if trial is not None and not any(key in follower.users for follower in self._followers.values()):
             self._end_trial(key)
-        idle = [name for name, one in self._followers.items() if not one.users]
+        idle = [name for name, follower in self._followers.items() if not follower.users]
         for name in idle[:-IDLE_FOLLOWERS]:
             self._followers.pop(name).end()
 
@@ -188,7 +188,7 @@ class Grammars:
 
         timeout: longest time to wait for anything to come, in seconds.
         """
-        if any(one.users or one.process for one in self._followers.values()):
+        if any(follower.users or follower.process for follower in self._followers.values()):
             self._work()
             if timeout and not self._opened:
                 self._poll([*self._running_trials(), *self._followers.values()], timeout)
@@ -445,17 +445,17 @@ class Grammars:
 
     def request(self, segments: Iterable[Segment]) -> bool:
         """Request the masks that a step needs. Return True if it needs any."""
-        wanted: dict[str, list[Segment]] = {}
+        by_tenant: dict[str, list[Segment]] = {}
         for segment in segments:
             if segment.sequence.grammar is not None and segment.samples:
-                wanted.setdefault(segment.sequence.tenant, []).append(segment)
-        for tenant, some in wanted.items():
+                by_tenant.setdefault(segment.sequence.tenant, []).append(segment)
+        for tenant, some in by_tenant.items():
             follower = self._followers[tenant]
             if not follower.is_busy:
                 follower.request(
                     (one.sequence, one.draft) for one in some if one.sequence.grammar in follower.compiled
                 )
-        return bool(wanted)
+        return bool(by_tenant)
 
     def masks(
         self, segments: Iterable[Segment], computed: Callable[[], None]
@@ -466,13 +466,20 @@ class Grammars:
 
         computed: waits for the forward pass, so that no time is counted in which an accelerator computes.
         """
-        wanted = [one for one in segments if one.sequence.grammar is not None and one.samples]
-        pending = {one.sequence.tenant: self._followers[one.sequence.tenant] for one in wanted}
+        constrained = [
+            segment for segment in segments if segment.sequence.grammar is not None and segment.samples
+        ]
+        pending = {
+            segment.sequence.tenant: self._followers[segment.sequence.tenant] for segment in constrained
+        }
         pending = self._still_pending(pending)
         if pending:
             computed()
             self._wait(self._still_pending(pending))
-        return {one.sequence: self._followers[one.sequence.tenant].masks(one) for one in wanted}
+        return {
+            segment.sequence: self._followers[segment.sequence.tenant].masks(segment)
+            for segment in constrained
+        }
 
     def _wait(self, pending: dict[str, Follower]) -> None:
         """Wait for masks of tenants for which steps may wait."""

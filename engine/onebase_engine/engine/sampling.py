@@ -67,12 +67,12 @@ def begin_draw(
     """
     if not sequences:
         return list
-    own = [
+    adjusted = [
         _adjusted(one, sequence, eos_ids) if _adjusts(sequence) else one
         for one, sequence in zip(logits, sequences, strict=True)
     ]
     allowed = [mask if isinstance(mask, np.ndarray) else None for mask in masks] or [None] * len(sequences)
-    drawing = kernels.draw(own, _draws(sequences), allowed)
+    drawing = kernels.draw(adjusted, _draws(sequences), allowed)
     return lambda: _drawn(drawing(), logits, sequences, masks)
 
 
@@ -88,13 +88,13 @@ def _drawn(
     for top in {sequence.sampling.logprobs for sequence in sequences}:
         if top is None:
             continue
-        wanted = [
+        places = [
             i
             for i, sequence in enumerate(sequences)
             if sequence.sampling.logprobs == top and chosen[i] is not None
         ]
-        tokens = [token for token in (chosen[i] for i in wanted) if token is not None]
-        scores |= zip(wanted, score_tokens(logits[wanted], tokens, top), strict=True)
+        tokens = [token for token in (chosen[i] for i in places) if token is not None]
+        scores |= zip(places, score_tokens(logits[places], tokens, top), strict=True)
     drawn = [Drawn(token, scores.get(i)) for i, token in enumerate(chosen)]
     for i, mask in enumerate(masks):
         if isinstance(mask, GrammarError):
@@ -176,21 +176,21 @@ def begin_draw_apart(
 
 def score_tokens(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[ScoredToken]:
     """Return logprobs under raw logits [rows, vocab]: one token's in each row, and the `top` largest."""
-    found: list[ScoredToken] = []
+    scored: list[ScoredToken] = []
     for first in range(0, len(tokens), _SCORED_AT_ONCE):
-        some = tokens[first : first + _SCORED_AT_ONCE]
-        raw = logits[first : first + len(some)].float()
+        chunk = tokens[first : first + _SCORED_AT_ONCE]
+        raw = logits[first : first + len(chunk)].float()
         if padding := -raw.shape[1] % _ALIGNED:
             # A GPU sums a row that begins elsewhere in another order: by its place among the others.
             raw = functional.pad(raw, (0, padding), value=-torch.inf)
         logprobs = torch.log_softmax(raw, dim=-1)[:, : logits.shape[1]]
-        own = logprobs.gather(1, sent(np.array(some), logits.device)[:, None])
+        chosen = logprobs.gather(1, sent(np.array(chunk), logits.device)[:, None])
         values, indices = _largest(logprobs, top, ordered=logits.device.type != "cpu")
         # All are fp64 exactly, and an accelerator is waited for once.
-        for token, row in zip(some, torch.cat([own, values, indices], dim=1).tolist(), strict=True):
+        for token, row in zip(chunk, torch.cat([chosen, values, indices], dim=1).tolist(), strict=True):
             best, ids = row[1 : 1 + values.shape[1]], map(int, row[1 + values.shape[1] :])
-            found.append(ScoredToken(token, row[0], list(zip(ids, best, strict=True))))
-    return found
+            scored.append(ScoredToken(token, row[0], list(zip(ids, best, strict=True))))
+    return scored
 
 
 def _largest(values: torch.Tensor, count: int, *, ordered: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -318,13 +318,15 @@ class Scheduler:
         if draft.slotless >= MAX_TRIES:
             # No slot is free now. Sequences whose adapters are in slots may still run.
             draft.slotless = 0
-            going = [
+            unplanned = [
                 sequence
                 for sequence in prefilling
                 if sequence in self.running and sequence not in draft.chunks
             ]
             placed = self._slots.unclaimed
-            among = self.waiting.in_turn(going, self._may_begin(), lambda mix: placed.issuperset(mix.digests))
+            among = self.waiting.in_turn(
+                unplanned, self._may_begin(), lambda mix: placed.issuperset(mix.digests)
+            )
             self._walk(among, draft)
         for sequence in prefilling:
             done = (
@@ -432,15 +434,15 @@ class Scheduler:
 
     def _bound_decodes(self, sequences: Collection[SequenceState], draft: _Draft) -> None:
         """Note which tenants decode, and which of these sequences are of tenants with twice the load."""
-        those = [
+        candidates = [
             (sequence, self.waiting.flow(sequence).tenant)
             for sequence in sequences
             if not sequence.background
         ]
-        draft.decoding = nsmallest(2, {tenant for _, tenant in those}, key=self.waiting.standing)
+        draft.decoding = nsmallest(2, {tenant for _, tenant in candidates}, key=self.waiting.standing)
         if len(draft.decoding) == 2:
             first = draft.decoding[0]
-            draft.heavy = {sequence for sequence, tenant in those if self._is_heavier(tenant, first)}
+            draft.heavy = {sequence for sequence, tenant in candidates if self._is_heavier(tenant, first)}
             draft.contended = bool(draft.heavy)
 
     def _is_heavier(self, tenant: TenantQueue, other: TenantQueue) -> bool:
@@ -514,15 +516,17 @@ class Scheduler:
             sequence.drafts = sequence.drafts or Drafts()
             if ahead and not sequence.forced and sequence.drafts.misses(rows):
                 continue
-            most = min(self.limits.draft_tokens, sequence.sampling.max_tokens - sequence.generated - 1)
-            found = sequence.drafts.propose(sequence.tokens, most, sequence.forced)
+            limit = min(self.limits.draft_tokens, sequence.sampling.max_tokens - sequence.generated - 1)
+            proposed = sequence.drafts.propose(sequence.tokens, limit, sequence.forced)
             room = len(sequence.blocks) * size - len(sequence.tokens)
-            count = min(len(found), sequence.drafts.worth(rows), draft.left(sequence))
+            count = min(len(proposed), sequence.drafts.worth(rows), draft.left(sequence))
             if count > room and self._pool.free > spare:
                 sequence.blocks.extend(self._pool.allocate(1) or ())
                 room += size
             if (count := min(count, room)) > 0:
-                draft.decodes[sequence] = Segment(sequence, segment.start, segment.stop, tuple(found[:count]))
+                draft.decodes[sequence] = Segment(
+                    sequence, segment.start, segment.stop, tuple(proposed[:count])
+                )
                 draft.spend_tokens(sequence, count)
                 rows += count
 
@@ -555,18 +559,18 @@ class Scheduler:
             turns.pass_over(flow.tenant)
             draft.refused += 1
             return False
-        if not self._take_slots(sequence, draft):
+        if not self._acquire_slots(sequence, draft):
             turns.pass_over(flow)
             draft.slotless += 1
             return False
-        if self._is_full or not self._take_blocks(sequence):
+        if self._is_full or not self._allocate_blocks(sequence):
             yielding = self._yielding(sequence, draft)
             if not yielding:
                 self._slots.release(sequence)
                 draft.lacking.add(sequence)
                 return False
             self._yield(yielding, draft)
-            self._take_blocks(sequence)
+            self._allocate_blocks(sequence)
         self.waiting.begin(sequence)
         insort(self.running, sequence, key=lambda other: other.arrival)
         for other in draft.lacking:
@@ -577,7 +581,7 @@ class Scheduler:
     def _is_full(self) -> bool:
         return len(self.running) >= self.limits.max_rows
 
-    def _take_slots(self, sequence: SequenceState, draft: _Draft) -> bool:
+    def _acquire_slots(self, sequence: SequenceState, draft: _Draft) -> bool:
         if self._slots.acquire(sequence):
             return True
         users = self._slots.in_the_way(sequence)
@@ -622,16 +626,21 @@ class Scheduler:
         behind = [other for other in among if other.background and other not in going]
         if not sequence.background and behind:
             return max(behind, key=lambda other: other.arrival)
-        flow, own = self.waiting.flow(sequence), self.waiting.flow(sequence).tenant
-        least = 2 * (own.load + (0 if sequence in self.running else 1 / flow.weight))
+        flow, own_tenant = self.waiting.flow(sequence), self.waiting.flow(sequence).tenant
+        least = 2 * (own_tenant.load + (0 if sequence in self.running else 1 / flow.weight))
         loads: dict[SequenceState, float] = {}
         for other in behind if sequence.background else among:
             theirs = self.waiting.flow(other).tenant
             settled = other.generated < other.yields_at or other in going
-            if theirs is own or theirs.load < least or settled or self.waiting.was_given_less(theirs, own):
+            if (
+                theirs is own_tenant
+                or theirs.load < least
+                or settled
+                or self.waiting.was_given_less(theirs, own_tenant)
+            ):
                 continue
-            gone = (self.waiting.flow(one) for one in yielding)
-            load = theirs.load - sum(1 / one.weight for one in gone if one.tenant is theirs)
+            yielded_flows = (self.waiting.flow(one) for one in yielding)
+            load = theirs.load - sum(1 / one.weight for one in yielded_flows if one.tenant is theirs)
             if load >= least:
                 loads[other] = load
         return max(loads, key=lambda other: (loads[other], other.arrival), default=None)
@@ -643,19 +652,19 @@ class Scheduler:
 
     # ---- blocks ------------------------------------------------------------------------------
 
-    def _take_blocks(self, sequence: SequenceState) -> bool:
+    def _allocate_blocks(self, sequence: SequenceState) -> bool:
         """Allocate blocks for all tokens, a cached prefix first. At least one token stays to compute.
 
         Return False, and allocate none, if there are not enough, or if fewer than the watermark would stay
         free.
         """
         self._extend_keys(sequence, len(sequence.tokens) - 1)
-        wanted = sequence.block_keys[: sequence.reusable // self._pool.block_size]
-        shared, fresh = self._pool.share(wanted), None
+        keys = sequence.block_keys[: sequence.reusable // self._pool.block_size]
+        shared, fresh = self._pool.share(keys), None
         needed = self._pool.blocks_for(len(sequence.tokens))
         if needed - len(shared) + self._watermark(sequence) <= self._pool.free:
             # What is restored from host memory needs blocks that the sequence would need anyway.
-            shared += self._pool.share(wanted[len(shared) :], restore=True)
+            shared += self._pool.share(keys[len(shared) :], restore=True)
             fresh = self._pool.allocate(needed - len(shared))
         if fresh is None:
             self._pool.release(shared)

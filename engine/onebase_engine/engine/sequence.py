@@ -255,18 +255,19 @@ class StepPlan:
         """Return the KV blocks to which the step writes."""
         return {
             block
-            for one in self.segments
-            for block in one.sequence.blocks[
-                one.start // block_size : -(-(one.start + one.length) // block_size)
+            for segment in self.segments
+            for block in segment.sequence.blocks[
+                segment.start // block_size : -(-(segment.start + segment.length) // block_size)
             ]
         }
 
     def unfinished(self) -> StepPlan:
         """Return the plan without sequences that have ended since."""
-        going = [
-            [one for one in some if one.sequence.finish is None] for some in (self.decodes, self.prefills)
+        unfinished = [
+            [segment for segment in segments if segment.sequence.finish is None]
+            for segments in (self.decodes, self.prefills)
         ]
-        return replace(self, decodes=going[0], prefills=going[1])
+        return replace(self, decodes=unfinished[0], prefills=unfinished[1])
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prefills)

@@ -176,10 +176,10 @@ class JobService:
         )
         with suppress(TimeoutError):
             async with asyncio.timeout(LET_GO_SECONDS):
-                job = await self._let_go(job)
+                job = await self._wait_for_release(job)
         return job
 
-    async def _let_go(self, job: TrainingJob) -> TrainingJob:
+    async def _wait_for_release(self, job: TrainingJob) -> TrainingJob:
         """The job once its run here has ended, or somebody has resumed it."""
         with self._notifier.watch(job.id) as news:
             while job.state == "paused" and self._scheduler.has_run(job.id):
