@@ -14,7 +14,6 @@ comes what became of the requests, half of which are streams.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -35,12 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from bench import machine
+from bench.command import Options
 from bench.processes import free_port
+from bench.report import percentile, table
 
 ROOT = Path(__file__).parents[1]
 SCRIPTED = ROOT / "tests/server/serve_scripted.py"
@@ -63,7 +62,7 @@ ADAPTER_REQUESTS = re.compile(
 
 
 class Cluster:
-    """One that runs, on servers whose engines behave as named."""
+    """A cluster that runs, on servers whose engines behave as named."""
 
     def __init__(self, behaviour: str, folder: Path) -> None:
         self._behaviour = behaviour
@@ -86,27 +85,18 @@ class Cluster:
 
     @property
     def ray(self) -> tuple[str, dict[str, str]]:
-        """The address of Ray, and what lets a program in."""
+        """Return the address of Ray, and what lets a program in."""
         known = json.loads((Path(self._data) / "cluster.json").read_text())
         return known["address"], {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": known["token"]}
 
 
 @contextlib.contextmanager
 def running(behaviour: str) -> Iterator[Cluster]:
-    """One server."""
+    """Run a cluster of one server."""
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
         cluster = Cluster(behaviour, Path(folder))
-        up = cluster.command(
-            "up",
-            "--port",
-            str(cluster.port),
-            "--drain-timeout",
-            "5",
-            "--queue-limit",
-            "4096",
-            "--max-rows",
-            "4",
-        )
+        options = f"--port {cluster.port} --drain-timeout 5 --queue-limit 4096 --max-rows 4"
+        up = cluster.command("up", *options.split())
         process = subprocess.Popen(up, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             while not cluster.servers():
@@ -122,17 +112,12 @@ def running(behaviour: str) -> Iterator[Cluster]:
 # ---- what the address costs ------------------------------------------------------------------------
 
 
-async def timed(ask: Callable[[], Awaitable[None]], times: list[float]) -> None:
-    begun = time.perf_counter()
-    await ask()
-    times.append((time.perf_counter() - begun) * 1e3)
-
-
 async def overhead(cluster: Cluster, requests: int) -> dict[str, list[list[float]]]:
-    """Milliseconds of requests of one token and of STREAM_TOKENS, by way: each in turn, so that what else the
-    machine does changes all of them alike."""
+    """Return milliseconds of requests of one token and of STREAM_TOKENS, by way.
+
+    Each way has its turn, so that what else the machine does changes all of them alike.
+    """
     (direct,) = cluster.servers()
-    found: dict[str, list[list[float]]] = {}
     import ray
     from ray import serve
 
@@ -156,40 +141,35 @@ async def overhead(cluster: Cluster, requests: int) -> dict[str, list[list[float
             "the cluster's address": lambda tokens: over_http(cluster.url, tokens),
             "Ray's handle": over_ray,
         }
-        for number in range(requests + 20):
+        found: dict[str, list[list[float]]] = {name: [[], []] for name in ways}
+        for number in range(-20, requests):
             for name, way in ways.items():
-                times = found.setdefault(name, [[], []])
-                await timed(lambda way=way: way(1), times[0])  # type: ignore[misc]
-                if number % 10 == 0:
-                    await timed(lambda way=way: way(STREAM_TOKENS), times[1])  # type: ignore[misc]
+                for times, tokens, every in zip(found[name], (1, STREAM_TOKENS), (1, 10), strict=True):
+                    if number % every == 0:
+                        begun = time.perf_counter()
+                        await way(tokens)
+                        times += [(time.perf_counter() - begun) * 1e3] if number >= 0 else []
     ray.shutdown()
-    return {name: [times[0][20:], times[1][2:]] for name, times in found.items()}
+    return found
 
 
 def show_overhead(console: Console, found: dict[str, list[list[float]]]) -> None:
-    table = Table(
-        "through", "1 token: p50", "more", "p99", "more", f"{STREAM_TOKENS} tokens: p50", box=SIMPLE_HEAD
-    )
-    base = [percentiles(times) for times in found["a server itself"]]
+    columns = ["through", "1 token: p50", "more", "p99", "more", f"{STREAM_TOKENS} tokens: p50"]
+    direct, _ = found["a server itself"]
+    rows = []
     for name, (one, many) in found.items():
-        half, most = percentiles(one)
-        more = f"{half - base[0][0]:+.1f}", f"{most - base[0][1]:+.1f}"
-        table.add_row(
-            name, f"{half:.1f} ms", more[0], f"{most:.1f} ms", more[1], f"{percentiles(many)[0]:.0f} ms"
-        )
-    console.print(table)
-
-
-def percentiles(times: list[float]) -> tuple[float, float]:
-    """The median and p99."""
-    return statistics.median(times), statistics.quantiles(times, n=100, method="inclusive")[98]
+        cells = []
+        for value, least in ((percentile(times, share) for times in (one, direct)) for share in (0.5, 0.99)):
+            cells += [f"{value:.1f} ms", f"{value - least:+.1f}"]
+        rows.append([name, *cells, f"{statistics.median(many):.0f} ms"])
+    console.print(table(columns, rows))
 
 
 # ---- what more servers do --------------------------------------------------------------------------
 
 
 async def rate(url: str, seconds: float, at_once: int) -> float:
-    """Requests a second that are answered, of `at_once` clients that ask again and again."""
+    """Return the requests a second that are answered, of `at_once` clients that ask again and again."""
     end = time.monotonic() + seconds
     answered = 0
 
@@ -224,7 +204,7 @@ class Placed:
 
 
 async def placed(cluster: Cluster, seconds: float, at_once: int) -> Placed:
-    """Clients ask for adapters by Zipf's law, while two servers become four, one is killed, and four two.
+    """Have clients ask for adapters while two servers become four, one is killed, and four become two.
 
     seconds: in all, besides what adding servers and taking them away takes.
     """
@@ -309,14 +289,13 @@ async def ended(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> s
 
 
 def show_ended(console: Console, made: Placed) -> None:
-    table = Table("", *ENDS, box=SIMPLE_HEAD)
-    for phase, what in enumerate(("two servers", *(f"then {what}" for _, what in made.marks))):
-        table.add_row(what, *(f"{made.ended[phase][end]:,}" for end in ENDS))
-    console.print(table)
+    phases = ("two servers", *(f"then {what}" for _, what in made.marks))
+    rows = [[what, *(f"{made.ended[phase][end]:,}" for end in ENDS)] for phase, what in enumerate(phases)]
+    console.print(table(["", *ENDS], rows))
 
 
 def process_of(url: str) -> int:
-    """The process of the server at an address."""
+    """Return the process of the server at an address."""
     wanted = f"--port\0{url.rpartition(':')[2]}\0"
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -327,7 +306,7 @@ def process_of(url: str) -> int:
 
 
 def draw(made: Placed, title: str, file: Path) -> None:
-    """A panel for each server: requests answered in each second, each adapter a colour."""
+    """Draw a panel for each server: requests answered in each second, each adapter a colour."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -378,34 +357,28 @@ def add_adapters(url: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--requests", type=int, default=300, help="of one token, by each way")
-    parser.add_argument("--seconds", type=float, default=15.0, help="in which requests are counted (15)")
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="only draw where requests went, over --seconds (needs matplotlib)",
-    )
-    parser.add_argument("--clients", type=int, default=16, help="of the plot (default: 16)")
-    arguments = parser.parse_args(argv)
+    asked = Options(__doc__)
+    asked.count("requests", 300, "of one token, by each way")
+    asked.number("seconds", 15.0, "in which requests are counted")
+    plot = "only draw where requests went, over --seconds (needs matplotlib)"
+    asked.add("--plot", type=Path, metavar="FILE", help=plot)
+    asked.count("clients", 16, "of the plot")
+    options = asked.parser.parse_args(argv)
     console = Console()
-    if arguments.plot:
+    if options.plot:
         with running("few") as cluster:
             add_adapters(cluster.url)
             cluster.manage("scale", "2")
-            made = asyncio.run(placed(cluster, arguments.seconds, arguments.clients))
-        draw(made, f"{ADAPTERS} adapters by Zipf's law, {arguments.clients} clients", arguments.plot)
+            made = asyncio.run(placed(cluster, options.seconds, options.clients))
+        draw(made, f"{ADAPTERS} adapters by Zipf's law, {options.clients} clients", options.plot)
         show_ended(console, made)
-        console.print(f"{arguments.plot}: which server answered for which adapter, second by second")
+        console.print(f"{options.plot}: which server answered for which adapter, second by second")
         return 0
-    console.print(machine.sentence(machine.describe(None)))
+    console.print(machine.sentence(machine.describe()))
     with running("flood") as cluster:
         os.environ |= cluster.ray[1]  # before Ray is imported
-        show_overhead(console, asyncio.run(overhead(cluster, arguments.requests)))
-    table = Table("servers", "requests/s", "to one", "to the ideal", box=SIMPLE_HEAD)
+        show_overhead(console, asyncio.run(overhead(cluster, options.requests)))
+    rows: list[list[str]] = []
     with running("few") as cluster:
         add_adapters(cluster.url)
         one = 0.0
@@ -413,10 +386,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if servers > 1:
                 cluster.manage("scale", str(servers))
             time.sleep(3)  # they look at the registry each second
-            found = asyncio.run(rate(cluster.url, arguments.seconds, 8 * servers))
+            found = asyncio.run(rate(cluster.url, options.seconds, 8 * servers))
             one = one or found
-            table.add_row(str(servers), f"{found:.1f}", f"{found / one:.2f}", f"{found / one / servers:.0%}")
-    console.print(table)
+            rows.append([str(servers), f"{found:.1f}", f"{found / one:.2f}", f"{found / one / servers:.0%}"])
+    console.print(table(["servers", "requests/s", "to one", "to the ideal"], rows, left=0))
     return 0
 
 

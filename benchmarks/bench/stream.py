@@ -121,8 +121,30 @@ class Sample:
         return (self.ended - self.started - self.ttft) / max(1, self.tokens - 1)
 
 
+async def completion_events(url: str, payload: dict[str, Any]) -> AsyncIterator[tuple[float, bytes]]:
+    """Stream one `/v1/completions` request; yield each event and when it came.
+
+    Raises:
+        HttpError: another status than 200.
+    """
+    async with request(f"{url}/v1/completions", "POST", payload) as response:
+        if response.status != 200:
+            raise HttpError(response.status, (await response.body()).decode(errors="replace"))
+        async for event in response.events():
+            if event == DONE:
+                break
+            yield time.perf_counter(), event
+
+
+async def stream_times(url: str, payload: dict[str, Any]) -> AsyncIterator[tuple[float, str]]:
+    """Stream one `/v1/completions` request; yield each piece of text and when it came."""
+    async for now, event in completion_events(url, payload):
+        if text := _text(json.loads(event)):
+            yield now, text
+
+
 async def stream_completion(url: str, payload: dict[str, Any]) -> Sample:
-    """Streams one `/v1/completions` request and times it.
+    """Stream one `/v1/completions` request and time it.
 
     Raises:
         HttpError: another status than 200, or an error event in the stream.
@@ -131,32 +153,19 @@ async def stream_completion(url: str, payload: dict[str, Any]) -> Sample:
     started = time.perf_counter()
     first = last = 0.0
     events: list[bytes] = []
-    async with request(f"{url}/v1/completions", "POST", payload) as response:
-        if response.status != 200:
-            raise HttpError(response.status, (await response.body()).decode(errors="replace"))
-        async for event in response.events():
-            if event == DONE:
-                break
-            last = time.perf_counter()
-            events.append(event)
-            if not first and _has_text(event):
-                first = last
-    text, tokens = _read(events)
+    async for last, event in completion_events(url, payload):
+        events.append(event)
+        first = first or (last if _text(json.loads(event)) else 0.0)
+    text, tokens = "", 0
+    for parsed in map(json.loads, events):
+        if "error" in parsed:
+            raise HttpError(200, json.dumps(parsed["error"]))
+        text += _text(parsed)
+        tokens = (parsed.get("usage") or {}).get("completion_tokens", tokens)
     if not first or not tokens:
         raise ValueError(f"a stream of {len(events)} events ended with {tokens} tokens: {events[-1:]!r}")
     return Sample(started, first - started, last, tokens, text)
 
 
-def _has_text(event: bytes) -> bool:
-    return any(choice.get("text") for choice in json.loads(event).get("choices", ()))
-
-
-def _read(events: list[bytes]) -> tuple[str, int]:
-    """The whole text and the number of generated tokens, by the server's own count."""
-    text, tokens = "", 0
-    for event in map(json.loads, events):
-        if "error" in event:
-            raise HttpError(200, json.dumps(event["error"]))
-        text += "".join(choice.get("text") or "" for choice in event.get("choices", ()))
-        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-    return text, tokens
+def _text(event: dict[str, Any]) -> str:
+    return "".join(choice.get("text") or "" for choice in event.get("choices", ()))

@@ -1,8 +1,6 @@
-#!/usr/bin/env python3
 """TRL's SFTTrainer on the run that `train.py` describes, in TRL's own environment: `train.py` starts it.
 
-Takes one argument, the JSON file of a `bench.training.TrainTask`, and prints one JSON line at the end. It
-imports nothing of OneBase: `pip install trl bitsandbytes` is all that its environment needs.
+It imports nothing of OneBase: `pip install trl bitsandbytes` is all that its environment needs.
 
 Like for like: the same tokenized rows in the same steps, the learning rate of each step given, AdamW without
 weight decay, gradients clipped to 1, NF4 with double quantization, sdpa attention. Adapters are trained in
@@ -14,9 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,33 +25,8 @@ trl-bf16: as trl, adapters and their products in bf16, as TRL has them by defaul
 trl-defaults: checkpointing and bf16, as TRL does without being told."""
 
 
-def load_base(task: dict[str, Any]) -> Any:
-    """The base in NF4, with a backward pass also on processors with AVX512-BF16."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        task["base"],
-        quantization_config=quantization,
-        dtype=torch.bfloat16,
-        device_map={"": task["device"]},
-        attn_implementation="sdpa",
-    )
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            # The packed layout, made by the first forward pass, has no backward pass.
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
 def arguments(task: dict[str, Any], variant: str, folder: Path) -> Any:
-    """The settings of TRL's run."""
+    """Return the settings of TRL's run."""
     trl: Any = importlib.import_module("trl")
     padding_free = variant == "trl-padding-free"
     return trl.SFTConfig(
@@ -82,9 +53,11 @@ def arguments(task: dict[str, Any], variant: str, folder: Path) -> Any:
 
 
 def with_adapter(task: dict[str, Any]) -> Any:
-    """The base with a new adapter, which begins as OneBase's does."""
+    """Return the base with a new adapter, which begins as OneBase's does."""
     import torch
     from peft import LoraConfig, get_peft_model
+
+    from bench.peft_nf4 import load_base
 
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -93,13 +66,13 @@ def with_adapter(task: dict[str, Any]) -> Any:
         lora_dropout=0.0,
         target_modules=task["targets"],
     )
-    base = load_base(task)
+    base = load_base(task["base"], task["device"], "sdpa")
     torch.manual_seed(task["seed"])
     return get_peft_model(base, config)
 
 
 def trainable(model: Any) -> dict[str, Any]:
-    """The adapter's tensors by name."""
+    """Return the adapter's tensors by name."""
     return {name: one.data for name, one in model.named_parameters() if one.requires_grad}
 
 
@@ -111,7 +84,7 @@ def fp32(model: Any, tensors: dict[str, Any]) -> None:
 
 
 def make_trainer(task: dict[str, Any], variant: str, folder: Path) -> Any:
-    """An SFTTrainer that takes its learning rates from the task and notes when each step ends."""
+    """Return an SFTTrainer that takes its learning rates from the task and notes when each step ends."""
     trl: Any = importlib.import_module("trl")
     datasets: Any = importlib.import_module("datasets")
     import torch
@@ -153,10 +126,8 @@ def make_trainer(task: dict[str, Any], variant: str, folder: Path) -> Any:
     return trainer
 
 
-def main() -> None:
-    task = json.loads(Path(sys.argv[1]).read_text())
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the libraries print is no answer
+def train(task: dict[str, Any]) -> dict[str, Any]:
+    """Train, and return the fields of a `bench.training.TrainRun`: a worker's function."""
     import torch
 
     torch.set_num_threads(task["threads"])
@@ -169,15 +140,5 @@ def main() -> None:
     else:
         peak = torch.cuda.max_memory_allocated()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    answer = {
-        "ends": trainer.clock.ends,
-        "cpu": trainer.clock.cpu,
-        "peak": peak,
-        "losses": losses,
-        "adapter": str(folder / "adapter"),
-    }
-    print(json.dumps(answer), file=answers)
-
-
-if __name__ == "__main__":
-    main()
+    times = {"ends": trainer.clock.ends, "cpu": trainer.clock.cpu}
+    return {**times, "peak": peak, "losses": losses, "adapter": str(folder / "adapter")}
