@@ -34,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
+import psutil
 from rich.console import Console
 
 from bench import machine
@@ -50,7 +52,10 @@ import sys
 from onebase_route.cli import cluster
 sys.exit(cluster(sys.argv[3:], [sys.executable, sys.argv[1], sys.argv[2]]))
 """
-ADAPTERS = 12
+NAMES = [f"shop{number}" for number in range(12)]
+"""Names of the adapters."""
+AWAY_SECONDS = 3.0
+"""Seconds between two looks at a server from which on it counts as away."""
 TOKENS = 50
 """Tokens of a request, where requests a second are counted."""
 STREAM_TOKENS = 200
@@ -177,8 +182,8 @@ async def rate(url: str, seconds: float, at_once: int) -> float:
         nonlocal answered
         draw = random.Random(number)
         while time.monotonic() < end:
-            name = f"shop{draw.randrange(ADAPTERS)}"
-            body = {"prompt": f"{draw.random()} a", "max_tokens": TOKENS, "adapter": name}
+            prompt, name = f"{draw.random()} a", draw.choice(NAMES)
+            body = {"prompt": prompt, "max_tokens": TOKENS, "adapter": name}
             (await client.post(f"{url}/generate", json=body)).raise_for_status()
             answered += time.monotonic() < end
 
@@ -193,12 +198,11 @@ async def rate(url: str, seconds: float, at_once: int) -> float:
 
 @dataclass
 class Placed:
-    """Observations of one run. answered: requests by second, server and adapter. there: the seconds in which
-    a server reported itself. marks: actions on the servers, and their times. ended: how requests ended, by
-    the last action before they began."""
+    """Observations of one run. looks: the time of each look at a server, and the requests of each adapter
+    until then. marks: actions on the servers, and their times. ended: how requests ended, by the last action
+    before they began."""
 
-    answered: defaultdict[tuple[int, str, str], float] = field(default_factory=lambda: defaultdict(float))
-    there: dict[str, set[int]] = field(default_factory=dict)
+    looks: dict[str, list[tuple[float, list[float]]]] = field(default_factory=dict)
     marks: list[tuple[float, str]] = field(default_factory=list)
     ended: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
@@ -209,47 +213,29 @@ async def placed(cluster: Cluster, seconds: float, at_once: int) -> Placed:
     seconds: in all, besides what adding servers and taking them away takes.
     """
     made, begun = Placed(), time.monotonic()
-    names = [f"shop{number}" for number in range(ADAPTERS)]
-    sums = list(itertools.accumulate(1 / (rank + 1) for rank in range(ADAPTERS)))
+    sums = list(itertools.accumulate(1 / (rank + 1) for rank in range(len(NAMES))))
     over = asyncio.Event()
 
     async def ask(number: int, client: httpx2.AsyncClient) -> None:
-        draw = random.Random(number)
+        draw, stream = random.Random(number), number % 2 == 0
         while not over.is_set():
-            name = draw.choices(names, cum_weights=sums)[0]
-            body = {
-                "prompt": f"{draw.random()} a",
-                "max_tokens": 10,
-                "adapter": name,
-                "stream": number % 2 == 0,
-            }
+            name = draw.choices(NAMES, cum_weights=sums)[0]
+            body = {"prompt": f"{draw.random()} a", "max_tokens": 10, "adapter": name, "stream": stream}
             phase = len(made.marks)
             made.ended[phase][await ended(client, f"{cluster.url}/generate", body)] += 1
 
-    known: dict[tuple[str, str], float] = {}
-
-    async def look_at(server: str, second: int, client: httpx2.AsyncClient) -> None:
+    async def look_at(server: str, client: httpx2.AsyncClient) -> None:
         with contextlib.suppress(httpx2.TransportError):
             text = (await client.get(f"{server}/metrics", timeout=2)).text
-            there = made.there.setdefault(server, set())
-            # A look that took longer than its second tells of those that it took.
-            since = range(max(there, default=second) + 1, second + 1)
-            seconds = list(since) if 0 < len(since) <= 3 else [second]
-            there.update(seconds)
-            for name, told in ADAPTER_REQUESTS.findall(text):
-                count, before = float(told), known.get((server, name), 0.0)
-                known[server, name] = count
-                for each in seconds:
-                    more = count - (before if before <= count else 0.0)  # it begins again with its process
-                    made.answered[each, server, name] += more / len(seconds)
+            counts = dict(ADAPTER_REQUESTS.findall(text))
+            found = [float(counts.get(name, 0)) for name in NAMES]
+            made.looks.setdefault(server, []).append((time.monotonic() - begun, found))
 
     async def look(client: httpx2.AsyncClient) -> None:
         servers: set[str] = set()
         while not over.is_set():
-            second = int(time.monotonic() - begun)
             servers |= set(await asyncio.to_thread(cluster.servers))
-            await asyncio.gather(*(look_at(server, second, client) for server in servers))
-            await asyncio.sleep(max(0.0, second + 1 - (time.monotonic() - begun)))
+            await asyncio.gather(asyncio.sleep(1), *(look_at(server, client) for server in servers))
 
     def kill_one() -> None:
         os.kill(process_of(sorted(cluster.servers())[0]), signal.SIGKILL)
@@ -296,38 +282,42 @@ def show_ended(console: Console, made: Placed) -> None:
 
 def process_of(url: str) -> int:
     """Return the process of the server at an address."""
-    wanted = f"--port\0{url.rpartition(':')[2]}\0"
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            told = (folder / "cmdline").read_text() if folder.name.isdigit() else ""
-            if wanted in told and SCRIPTED.name in told:
-                return int(folder.name)
+    port = url.rpartition(":")[2]
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if ("--port", port) in itertools.pairwise(words) and any(SCRIPTED.name in word for word in words):
+            return int(process.pid)
     raise RuntimeError(f"nobody serves {url}")
 
 
 def draw(made: Placed, title: str, file: Path) -> None:
-    """Draw a panel for each server: requests answered in each second, each adapter a colour."""
+    """Draw a panel for each server: requests answered a second, each adapter a colour."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    servers = sorted(made.there, key=lambda server: (min(made.there[server]), server))
-    last = max(max(seconds) for seconds in made.there.values()) + 1
-    adapters = [f"shop{number}" for number in range(ADAPTERS)]
+    servers = sorted(made.looks, key=lambda server: (made.looks[server][0][0], server))
+    last = max(looks[-1][0] for looks in made.looks.values())
     colors: Any = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     figure, panels = pyplot.subplots(
         len(servers), 1, figsize=(12, 1.8 * len(servers) + 1.6), sharex=True, sharey=True, squeeze=False
     )
     for number, (server, panel) in enumerate(zip(servers, panels[:, 0], strict=True), start=1):
-        height = [0.0] * last
-        for adapter, color in zip(adapters, colors, strict=False):
-            counts = [made.answered[second, server, adapter] for second in range(last)]
-            panel.bar(range(last), counts, 1.0, bottom=height, color=color, align="edge")
-            height = [one + count for one, count in zip(height, counts, strict=True)]
-        for second in set(range(last)) - made.there[server]:
-            panel.axvspan(second, second + 1, color="0.88", linewidth=0)
+        times = np.array([0.0, *(at for at, _ in made.looks[server]), last])
+        counts = np.array([[0.0] * len(NAMES), *(count for _, count in made.looks[server])])
+        counts = np.vstack([counts, counts[-1]])
+        more, seconds = np.diff(counts, axis=0), np.maximum(np.diff(times), 1e-3)
+        rates = np.where(more < 0, counts[1:], more) / seconds[:, None]  # it begins again with its process
+        there = seconds <= AWAY_SECONDS
+        height = np.zeros(len(seconds))
+        for adapter in range(len(NAMES)):
+            rate = rates[:, adapter] * there
+            panel.bar(times[:-1], rate, seconds, bottom=height, color=colors[adapter], align="edge")
+            height += rate
+        for begin, length in zip(times[:-1][~there], seconds[~there], strict=True):
+            panel.axvspan(begin, begin + length, color="0.88", linewidth=0)
         for at, _ in made.marks:
             panel.axvline(at, color="black", linestyle="--", linewidth=1)
         panel.set_ylabel(f"server {number}\nrequests/s")
@@ -335,7 +325,7 @@ def draw(made: Placed, title: str, file: Path) -> None:
     for at, what in made.marks:
         panels[0, 0].annotate(what, (at, 1.02), xycoords=("data", "axes fraction"), ha="center", va="bottom")
     panels[-1, 0].set(xlabel="seconds", xlim=(0, last), ylim=(0, None))
-    handles = [Patch(color=color, label=name) for name, color in zip(adapters, colors, strict=False)]
+    handles = [Patch(color=color, label=name) for name, color in zip(NAMES, colors, strict=False)]
     handles.append(Patch(color="0.88", label="away"))
     figure.suptitle(title)
     figure.legend(handles=handles, loc="lower center", ncols=7, frameon=False)
@@ -346,14 +336,13 @@ def draw(made: Placed, title: str, file: Path) -> None:
 
 def add_adapters(url: str) -> None:
     config = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}'
-    for number in range(ADAPTERS):
+    for number, name in enumerate(NAMES):
         files = [
             ("files", ("adapter_config.json", config.encode(), "application/json")),
             ("files", ("adapter_model.safetensors", b"%d" % number, "application/octet-stream")),
         ]
-        query = "wait=true&activate=true"
-        data = {"name": f"shop{number}"}
-        httpx2.post(f"{url}/v1/adapters?{query}", data=data, files=files, timeout=60).raise_for_status()
+        to = f"{url}/v1/adapters?wait=true&activate=true"
+        httpx2.post(to, data={"name": name}, files=files, timeout=60).raise_for_status()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -370,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             add_adapters(cluster.url)
             cluster.manage("scale", "2")
             made = asyncio.run(placed(cluster, options.seconds, options.clients))
-        draw(made, f"{ADAPTERS} adapters by Zipf's law, {options.clients} clients", options.plot)
+        draw(made, f"{len(NAMES)} adapters by Zipf's law, {options.clients} clients", options.plot)
         show_ended(console, made)
         console.print(f"{options.plot}: which server answered for which adapter, second by second")
         return 0

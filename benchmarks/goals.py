@@ -64,79 +64,60 @@ def _figure(found: Any, keys: Figure) -> float | None:
     return None if found == {} else float(found)
 
 
-def _serving(load: str, target: str, figure: str = "tokens_per_second") -> Figure:
+def _serving(load: str, target: str = "onebase", figure: str = "tokens_per_second") -> Figure:
     return "serve", load, target, figure
 
 
-def _served(work: str, load: str, peer: str, limit: float) -> Goal:
-    """Return the goal of tokens a second over the peer's."""
-    return Goal(work, peer, limit, _serving(load, "onebase"), _serving(load, peer))
+def _adapters(figure: str, target: str = "onebase") -> Figure:
+    return "adapters", target, figure
 
 
-def _first_token(work: str, load: str, peer: str) -> Goal:
-    """Return the goal of a median TTFT that is at most the peer's."""
-    own, other = (_serving(load, target, "ttft_p50") for target in ("onebase", peer))
-    return Goal(work, peer, 1.0, own, other, at_most=True)
+def _training(target: str) -> Figure:
+    return "train", target, "tokens_per_second"
 
 
-def _adapters(name: str, target: str = "onebase") -> Figure:
-    return "adapters", target, name
-
-
-SPEED = "tokens_per_second"
+SPEEDS = {
+    ("1 stream, 1 adapter", "single"): {"llama.cpp": 0.8, "vllm": 3.5},
+    ("1 stream, text that repeats its prompt", "copy"): {"llama.cpp": 1.2},
+    ("16 streams, 8 adapters", "mixed"): {"vllm": 4.0, "llama.cpp": 3.5, "peft": 3.0},
+    ("16 streams, base only", "base"): {"vllm": 1.0, "llama.cpp": 2.5},
+}
+"""Least ratio of tokens a second to each peer's, by what is done and the load of serve.py."""
+FIRST_TOKENS = {
+    "TTFT, prompt of 1,000, 1 stream": "prompt-1000",
+    "TTFT, prompts of 1,000, 16 streams": "prompts-long",
+}
+"""Loads of serve.py whose median TTFT is at most that of a peer, by what is done."""
+MIXED, BASE, LOADED, BARE = (_serving(load) for load in ("mixed", "base", "loaded", "bare"))
+ALIKE, BESIDE = (_serving(load, "onebase", "tpot_p50") for load in ("alike", "beside"))
+RANDOM, RANDOM_P99 = _adapters("random: tokens/s"), _adapters("random: TTFT p99")
+UPLOADS, UPLOAD = _adapters("uploads at once: a minute"), _adapters("upload to active p50")
 GOALS = [
-    _served("1 stream, 1 adapter", "single", "llama.cpp", 0.8),
-    _served("1 stream, 1 adapter", "single", "vllm", 3.5),
-    _served("1 stream, text that repeats its prompt", "copy", "llama.cpp", 1.2),
-    _served("16 streams, 8 adapters", "mixed", "vllm", 4.0),
-    _served("16 streams, 8 adapters", "mixed", "llama.cpp", 3.5),
-    _served("16 streams, 8 adapters", "mixed", "peft", 3.0),
-    _served("16 streams, base only", "base", "vllm", 1.0),
-    _served("16 streams, base only", "base", "llama.cpp", 2.5),
-    Goal(
-        "16 streams, 8 adapters",
-        "base only",
-        0.9,
-        _serving("mixed", "onebase"),
-        _serving("base", "onebase"),
+    *(
+        Goal(work, peer, limit, _serving(load), _serving(load, peer))
+        for (work, load), limits in SPEEDS.items()
+        for peer, limit in limits.items()
     ),
-    Goal(
-        "16 streams, base only",
-        "no adapters loaded",
-        0.99,
-        _serving("loaded", "onebase"),
-        _serving("bare", "onebase"),
+    Goal("16 streams, 8 adapters", "base only", 0.9, MIXED, BASE),
+    Goal("16 streams, base only", "no adapters loaded", 0.99, LOADED, BARE),
+    Goal("TPOT of rank 8, one row of rank 128", "rank 8 alone", 1.03, BESIDE, ALIKE, at_most=True),
+    *(
+        Goal(work, peer, 1.0, _serving(load, "onebase", "ttft_p50"), _serving(load, peer, "ttft_p50"), True)
+        for work, load in FIRST_TOKENS.items()
+        for peer in ("vllm", "llama.cpp")
     ),
-    Goal(
-        "TPOT of rank 8, one row of rank 128",
-        "rank 8 alone",
-        1.03,
-        _serving("beside", "onebase", "tpot_p50"),
-        _serving("alike", "onebase", "tpot_p50"),
-        at_most=True,
-    ),
-    _first_token("TTFT, prompt of 1,000, 1 stream", "prompt-1000", "vllm"),
-    _first_token("TTFT, prompt of 1,000, 1 stream", "prompt-1000", "llama.cpp"),
-    _first_token("TTFT, prompts of 1,000, 16 streams", "prompts-long", "vllm"),
-    _first_token("TTFT, prompts of 1,000, 16 streams", "prompts-long", "llama.cpp"),
-    Goal(
-        "adapters at random over 8 slots",
-        "vllm",
-        3.0,
-        _adapters("random: tokens/s"),
-        _adapters("random: tokens/s", "vllm"),
-    ),
+    Goal("adapters at random over 8 slots", "vllm", 3.0, RANDOM, _adapters("random: tokens/s", "vllm")),
     Goal(
         "adapters at random, p99 of TTFT",
         "all in slots",
         1.5,
-        _adapters("random: TTFT p99"),
+        RANDOM_P99,
         _adapters("resident: TTFT p99"),
         at_most=True,
     ),
-    Goal("uploads at once, a minute", "100", 1.0, _adapters("uploads at once: a minute"), 100.0),
-    Goal("upload to active, p50", "1.5 s", 1.0, _adapters("upload to active p50"), 1500.0, at_most=True),
-    Goal("training, tokens/s", "trl", 2.4, ("train", "onebase", SPEED), ("train", "trl", SPEED)),
+    Goal("uploads at once, a minute", "100", 1.0, UPLOADS, 100.0),
+    Goal("upload to active, p50", "1.5 s", 1.0, UPLOAD, 1500.0, at_most=True),
+    Goal("training, tokens/s", "trl", 2.4, _training("onebase"), _training("trl")),
 ]
 
 

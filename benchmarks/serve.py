@@ -25,7 +25,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import figures, machine, targets
+from bench import figures, machine, targets, workload
 from bench.command import Options, base_of, names
 from bench.lora import make_adapters
 from bench.peers import PeerError, installed
@@ -33,17 +33,6 @@ from bench.processes import end_on_signals
 from bench.report import markdown, table, write
 from bench.stream import Sample
 from bench.targets import FAILURES, Session, Setup
-from bench.workload import (
-    SWEEPS,
-    Block,
-    Prompts,
-    Request,
-    Scenario,
-    Shape,
-    main_block,
-    requests_of,
-    sweep_blocks,
-)
 
 TARGETS = ("onebase", "engine", "peft", "vllm", "llama.cpp")
 WARM_UP_TOKENS = 8
@@ -57,8 +46,8 @@ class Bench:
     """One invocation: what is asked of whom, and what came of it."""
 
     options: argparse.Namespace
-    prompts: Prompts
-    blocks: list[Block]
+    prompts: workload.Prompts
+    blocks: list[workload.Block]
     """The main block first."""
     console: Console
     machine: dict[str, Any]
@@ -78,14 +67,14 @@ class Bench:
                     if name not in self.failed and (block.only is None or name in block.only):
                         await self._ask(name, block, number)
 
-    async def _ask(self, name: str, block: Block, number: int) -> None:
+    async def _ask(self, name: str, block: workload.Block, number: int) -> None:
         self.console.print(f"round {number} of {self.options.rounds}, {block.key}: [bold]{name}[/]")
         try:
             async with self._target(name, block) as session:
                 await machine.settle()
                 await self._warm_up(session, block)
                 for scenario in block.scenarios:
-                    requests = requests_of(scenario, self.prompts, number)
+                    requests = workload.requests_of(scenario, self.prompts, number)
                     async with asyncio.timeout(RUN_SECONDS):
                         samples = await _send(session, scenario, requests)
                     speed = sum(sample.tokens for sample in samples) / _busy_seconds(samples, scenario)
@@ -95,7 +84,7 @@ class Bench:
             self.failed.add(name)
             self.console.print(f"[red]{name} failed: {type(error).__name__}:[/]", error)
 
-    def _target(self, name: str, block: Block) -> AbstractAsyncContextManager[Session]:
+    def _target(self, name: str, block: workload.Block) -> AbstractAsyncContextManager[Session]:
         options, log = self.options, self.folder / f"{name}.log"
         adapters = {f"a{index}": self._adapters(rank)[f"a{index}"] for index, rank in enumerate(block.ranks)}
         rank = max(block.ranks, default=1)
@@ -120,15 +109,17 @@ class Bench:
             return {path.name: path for path in folder.iterdir()}
         return make_adapters(options.base, folder, options.adapters, rank, seed=options.seed)
 
-    async def _warm_up(self, session: Session, block: Block) -> None:
+    async def _warm_up(self, session: Session, block: workload.Block) -> None:
         """Ask every adapter and the base once, together and alone: nothing is left for the first time."""
         adapters = [*(f"a{index}" for index in range(len(block.ranks))), None]
         count = max(self.options.streams, len(adapters))
         requests = [
-            Request(self.prompts.make("warm-up", index), adapters[index % len(adapters)], WARM_UP_TOKENS)
+            workload.Request(
+                self.prompts.make("warm-up", index), adapters[index % len(adapters)], WARM_UP_TOKENS
+            )
             for index in range(count)
         ]
-        alone = Request(self.prompts.make("warm-up", count), adapters[0], WARM_UP_TOKENS)
+        alone = workload.Request(self.prompts.make("warm-up", count), adapters[0], WARM_UP_TOKENS)
         async with asyncio.timeout(RUN_SECONDS):
             await session.run(requests)
             await session.run([alone])
@@ -161,7 +152,9 @@ class Bench:
             self.console.print(f"Written: {file}", soft_wrap=True)
 
 
-async def _send(session: Session, scenario: Scenario, requests: list[Request]) -> list[Sample]:
+async def _send(
+    session: Session, scenario: workload.Scenario, requests: list[workload.Request]
+) -> list[Sample]:
     """Send the requests at once, or one after the other where the scenario has one stream.
 
     Raises ValueError if a stream has another number of tokens than were asked for.
@@ -175,7 +168,7 @@ async def _send(session: Session, scenario: Scenario, requests: list[Request]) -
     return samples
 
 
-def _busy_seconds(samples: list[Sample], scenario: Scenario) -> float:
+def _busy_seconds(samples: list[Sample], scenario: workload.Scenario) -> float:
     """Return the seconds from the first request to the last token, without pauses between requests of one
     stream."""
     if scenario.streams == 1:
@@ -200,8 +193,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options.count("rank", 16, "their rank")
     options.count("repeats", 3, "requests in a row for the one-stream load")
     options.count("rounds", 3, "how often each target is started and measured")
-    sweeps = ", ".join(SWEEPS)
-    add("--sweeps", type=names(*SWEEPS), default=[], help=f"comma-separated: {sweeps}; or all")
+    sweeps = ", ".join(workload.SWEEPS)
+    add("--sweeps", type=names(*workload.SWEEPS), default=[], help=f"comma-separated: {sweeps}; or all")
     options.count("sweep-rounds", 1, "rounds in which sweeps are measured")
     options.threads()
     options.seed("adapters and prompts")
@@ -245,10 +238,10 @@ def main(argv: Sequence[str]) -> int:
         from onebase_engine.base.default_base import default_cache, fetch_gguf
 
         options.gguf = fetch_gguf(default_cache() / "gguf")
-    shape = Shape(**{field.name: getattr(options, field.name) for field in fields(Shape)})
+    shape = workload.Shape(**{field.name: getattr(options, field.name) for field in fields(workload.Shape)})
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
-        prompts = Prompts(base, options.prompt_tokens, options.seed)
-        blocks = [main_block(shape), *sweep_blocks(shape, options.sweeps)]
+        prompts = workload.Prompts(base, options.prompt_tokens, options.seed)
+        blocks = [workload.main_block(shape), *workload.sweep_blocks(shape, options.sweeps)]
         described = machine.describe(options.vllm_python, llama_server=options.llama_server)
         bench = Bench(options, prompts, blocks, console, described, Path(folder), [], failed)
         try:

@@ -29,22 +29,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from bench import soak
 from bench.command import Options
 from bench.lora import make_adapters
 from bench.processes import StartError, end_on_signals, onebase_server, tail
 from bench.report import table
-from bench.soak import (
-    ContractError,
-    Plan,
-    Planner,
-    Snapshot,
-    Tally,
-    compare,
-    leak_table,
-    run_plan,
-    snapshot,
-    texts_of,
-)
 from bench.stream import HttpError, fetch_json
 
 ABORT_AFTER_FAILURES = 20
@@ -65,8 +54,8 @@ class Soak:
     pid: int | None
     options: argparse.Namespace
     console: Console
-    planner: Planner
-    tally: Tally
+    planner: soak.Planner
+    tally: soak.Tally
 
     async def run(self) -> list[str]:
         """Run all phases; return what is wrong, in sentences."""
@@ -82,23 +71,23 @@ class Soak:
             await self._one(plan)
         rows = [[outcome, str(count)] for outcome, count in self.tally.outcomes.most_common()]
         self.console.print(table(["outcome", "requests"], rows, f"{self.tally.tokens} tokens read"))
-        self.console.print(leak_table(before, after))
-        leaks = compare(before, after, options.memory_bound * 2**20)
+        self.console.print(soak.leak_table(before, after))
+        leaks = soak.compare(before, after, options.memory_bound * 2**20)
         if not self.tally.outcomes["finished"]:
             leaks.append("no request finished")
         return [*self.tally.failures, *leaks]
 
-    async def _record(self, plans: list[Plan]) -> list[Plan]:
+    async def _record(self, plans: list[soak.Plan]) -> list[soak.Plan]:
         """Return the same plans, with the texts that the idle server gives for them."""
         recorded = []
         for plan in plans:
-            answer = await run_plan(self.url, plan, self.tally, HANG_SECONDS)
+            answer = await soak.run_plan(self.url, plan, self.tally, HANG_SECONDS)
             if answer is None:
-                raise ContractError(f"the idle server refused {plan.body}")
-            recorded.append(replace(plan, text=texts_of(answer)) if self.options.canaries else plan)
+                raise soak.ContractError(f"the idle server refused {plan.body}")
+            recorded.append(replace(plan, text=soak.texts_of(answer)) if self.options.canaries else plan)
         return recorded
 
-    async def _load(self, phase: str, seconds: float, canaries: list[Plan]) -> None:
+    async def _load(self, phase: str, seconds: float, canaries: list[soak.Plan]) -> None:
         """Run all clients until the time is over; requests that run then are awaited."""
         end = time.monotonic() + seconds
         reporter = asyncio.create_task(self._report(phase, end))
@@ -107,15 +96,15 @@ class Soak:
         finally:
             reporter.cancel()
 
-    async def _client(self, end: float, canaries: list[Plan]) -> None:
+    async def _client(self, end: float, canaries: list[soak.Plan]) -> None:
         while time.monotonic() < end and len(self.tally.failures) < ABORT_AFTER_FAILURES:
             is_canary = self.planner.chance(CANARY_SHARE)
             await self._one(self.planner.choose(canaries) if is_canary else self.planner.plan())
 
-    async def _one(self, plan: Plan) -> None:
+    async def _one(self, plan: soak.Plan) -> None:
         try:
-            answer = await run_plan(self.url, plan, self.tally, HANG_SECONDS)
-        except ContractError as error:
+            answer = await soak.run_plan(self.url, plan, self.tally, HANG_SECONDS)
+        except soak.ContractError as error:
             self.tally.failures.append(str(error))
             self.console.print(f"[red]failure {len(self.tally.failures)}:[/] {escape(str(error))}")
         else:
@@ -126,7 +115,7 @@ class Soak:
         while True:
             await asyncio.sleep(15)
             try:
-                now = await snapshot(self.url, self.pid)
+                now = await soak.snapshot(self.url, self.pid)
             except (OSError, EOFError, HttpError) as error:
                 self.console.print(f"{phase}: /status does not answer: {error!r}")
                 continue
@@ -136,14 +125,14 @@ class Soak:
                 f"{self.tally.tokens} tokens, {len(self.tally.failures)} failures; {now.line()}"
             )
 
-    async def _idle(self) -> Snapshot:
+    async def _idle(self) -> soak.Snapshot:
         """Return the state once nothing runs and all is free, or what it is after SETTLE_SECONDS."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
-            state = await snapshot(self.url, self.pid)
+            state = await soak.snapshot(self.url, self.pid)
             if state.idle or time.monotonic() > deadline:
                 await asyncio.sleep(3)
-                return await snapshot(self.url, self.pid)
+                return await soak.snapshot(self.url, self.pid)
             await asyncio.sleep(0.5)
 
 
@@ -173,8 +162,8 @@ async def _soak(options: argparse.Namespace, console: Console) -> list[str]:
             adapters = [item["id"] for item in (await fetch_json(f"{url}/v1/adapters"))["data"]]
             if pid is None:
                 console.print("[yellow]Without --pid, memory and file descriptors are not watched.[/]")
-            soak = Soak(url, pid, options, console, Planner(adapters, options.seed), Tally())
-            return await soak.run()
+            planner = soak.Planner(adapters, options.seed)
+            return await Soak(url, pid, options, console, planner, soak.Tally()).run()
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -209,7 +198,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console()
     try:
         problems = asyncio.run(_soak(options, console))
-    except (StartError, ContractError, HttpError, OSError, EOFError) as error:
+    except (StartError, soak.ContractError, HttpError, OSError, EOFError) as error:
         problems = [f"{type(error).__name__}: {error}"]
     for problem in problems:
         console.print(f"[bold red]FAILED[/] {escape(problem)}")

@@ -22,23 +22,12 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import machine
+from bench import machine, training
 from bench.beside import Load, measure_beside, write_beside
 from bench.command import Options, base_of, names
 from bench.processes import StartError, end_on_signals
 from bench.report import markdown, table, write
 from bench.targets import Setup
-from bench.train_trl import VARIANTS
-from bench.training import (
-    COLUMNS,
-    ONEBASE,
-    WARM_UP,
-    TrainRun,
-    TrainTask,
-    rows_of,
-    run_target,
-    summarize_training,
-)
 from bench.worker import call
 from bench.workload import Prompts
 
@@ -52,12 +41,11 @@ class Bench:
     """One invocation. tokens: real ones of each step, the same for all targets."""
 
     options: argparse.Namespace
-    device: str
     console: Console
     folder: Path
     tokens: list[int] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
-    runs: list[TrainRun] = field(default_factory=list)
+    runs: list[training.TrainRun] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
     def prepare(self) -> None:
@@ -71,7 +59,7 @@ class Bench:
 
         options = self.options
         tokenizer: Any = AutoTokenizer.from_pretrained(options.base, local_files_only=True)
-        recipe = Recipe(max_length=options.max_length)
+        recipe = Recipe(max_length=training.MAX_LENGTH)
         train = load_dataset(options.data, tokenizer, recipe).rows
         steps = [step_rows(len(train), options.batch, step, options.seed) for step in range(options.steps)]
         if any(len(step) < options.batch for step in steps):
@@ -80,7 +68,7 @@ class Bench:
             )
         self.tokens = [sum(len(train[row]) for row in step) for step in steps]
         self.rates = [
-            learning_rate(step, options.steps, options.learning_rate, "cosine", options.warmup_ratio)
+            learning_rate(step, options.steps, training.LEARNING_RATE, "cosine", training.WARMUP_RATIO)
             for step in range(options.steps)
         ]
         ordered = [_plain(train[row]) for step in steps for row in step]
@@ -97,7 +85,9 @@ class Bench:
                     continue
                 self.console.print(f"repeat {repeat} of {options.repeats}: [bold]{target}[/]")
                 try:
-                    run = run_target(repeat, self._task(target, repeat), options.trl_python, RUN_SECONDS)
+                    run = training.run_target(
+                        repeat, self._task(target, repeat), options.trl_python, RUN_SECONDS
+                    )
                 except StartError as error:
                     self.failed.append(target)
                     self.console.print(f"[red]{target} failed:[/]", error)
@@ -105,22 +95,17 @@ class Bench:
                 self.runs.append(run)
                 self.console.print(f"  {run.tokens_per_second(self.tokens):.0f} tokens/s")
 
-    def _task(self, target: str, repeat: int) -> TrainTask:
+    def _task(self, target: str, repeat: int) -> training.TrainTask:
         options = self.options
-        return TrainTask(
+        return training.TrainTask(
             base=str(options.base),
-            device=self.device,
             threads=options.threads,
             data=str(options.data.resolve()),
             rows=str(self.folder / "train.json"),
             steps=options.steps,
             batch=options.batch,
             rates=self.rates,
-            warmup_ratio=options.warmup_ratio,
             rank=options.rank,
-            alpha=2 * options.rank,
-            targets=options.lora_targets,
-            max_length=options.max_length,
             seed=options.seed,
             variant=target,
             out=str(self.folder / f"{target}-{repeat}"),
@@ -130,7 +115,6 @@ class Bench:
         """Return the held-out loss of every adapter that was saved and of the base, by one plain code."""
         keywords = {
             "base": str(self.options.base),
-            "device": self.device,
             "threads": self.options.threads,
             "rows": str(self.folder / "held_out.json"),
             "adapters": [run.adapter for run in self.runs],
@@ -143,13 +127,13 @@ class Bench:
     def publish(self, described: dict[str, Any]) -> None:
         """Print the table; write train.json and train.md to the output folder."""
         options, held_out = self.options, self._held_out()
-        figures = summarize_training(self.runs, self.tokens, held_out)
-        rows = rows_of(figures, options.targets[0])
+        figures = training.summarize_training(self.runs, self.tokens, held_out)
+        rows = training.rows_of(figures, options.targets[0])
         mean = sum(self.tokens) / len(self.tokens)
         title = f"{options.base.name}, r={options.rank}, {options.batch} rows a step of {mean:.0f} tokens, "
         title += f"{options.steps} steps"
         note = f"held-out loss of the base: {held_out['']:.4f} nats a supervised token"
-        self.console.print(table(COLUMNS, rows, title), note)
+        self.console.print(table(training.COLUMNS, rows, title), note)
         result = {
             "tokens": self.tokens,
             "base_held_out": held_out[""],
@@ -157,7 +141,7 @@ class Bench:
             "runs": [asdict(run) for run in self.runs],
             "failed": self.failed,
         }
-        text = f"{title}.\n\n{markdown(COLUMNS, rows)}\n{note}\n"
+        text = f"{title}.\n\n{markdown(training.COLUMNS, rows)}\n{note}\n"
         write("train", options, described, result, text, self.console)
 
 
@@ -177,28 +161,19 @@ def _shares(text: str) -> list[float]:
     return shares
 
 
-def _layers(text: str) -> str | list[str]:
-    return text if text == "all-linear" else [name.strip() for name in text.split(",")]
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options = Options(__doc__)
     add = options.add
-    known = (ONEBASE, *VARIANTS)
+    known = (training.ONEBASE, *training.VARIANTS)
     add("--targets", type=names(*known), help=f"comma-separated: {', '.join(known)}")
     add("--trl-python", type=Path, help="the python of a virtual environment that has TRL and bitsandbytes")
     options.common("base", "busy")
     add("--data", type=Path, default=DATA / "orders.train.jsonl", help="rows to train on")
     add("--held-out", type=Path, default=DATA / "orders.heldout.jsonl", help="rows to evaluate on")
-    options.count("steps", 20, f"steps of a run, {WARM_UP} of them a warm-up")
+    options.count("steps", 20, f"steps of a run, {training.WARM_UP} of them a warm-up")
     options.count("batch", 16, "rows of a step")
     options.count("rank", 16, "of the adapter; alpha is twice that")
-    add("--lora-targets", type=_layers, default="all-linear", help="all-linear, or names of layers")
-    options.number("learning-rate", 5e-4, "at the end of the warm-up")
-    options.number("warmup-ratio", 0.1, "part of the steps in which it rises")
-    options.count("max-length", 1024, "tokens of the longest row")
     options.count("repeats", 2, "how often each target is run")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if there is one")
     options.threads()
     options.seed("the adapter and the order of rows")
     add(
@@ -211,18 +186,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     given = options.parser.parse_args(argv)
     if given.targets is None:
         trl = ["trl", "trl-checkpointing"] if given.trl_python else []
-        given.targets = [] if given.beside else [ONEBASE, *trl]
-    if set(given.targets) - {ONEBASE} and given.trl_python is None:
+        given.targets = [] if given.beside else [training.ONEBASE, *trl]
+    if set(given.targets) - {training.ONEBASE} and given.trl_python is None:
         options.parser.error("TRL's targets need --trl-python")
-    if given.steps <= WARM_UP:
-        options.parser.error(f"--steps must be more than the {WARM_UP} of the warm-up")
+    if given.steps <= training.WARM_UP:
+        options.parser.error(f"--steps must be more than the {training.WARM_UP} of the warm-up")
     return given
-
-
-def _device(asked: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
 def main(argv: Sequence[str]) -> int:
@@ -234,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
     machine.demand_quiet(options.busy, console)
     base = base_of(options)
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
-        bench = Bench(options, _device(options.device), console, Path(folder))
+        bench = Bench(options, console, Path(folder))
         if options.targets:
             bench.prepare()
             try:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from bench import random_base as bases
-from bench.gpu_parts import BLOCK, bandwidth, own_kernels, variants
+from bench.gpu_parts import BLOCK, bandwidth, own_kernels
 from bench.gpu_report import Findings, Setup, run_part
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.kernels.cuda import CaptureError, CudaKernels
@@ -100,7 +100,6 @@ def kernels(setup: Setup, found: Findings) -> None:
     found.trying("a norm", _norm, setup, found, own, products.watch, draw)
     if not setup.interpreted:
         found.trying("training's kernels", _trained, found, products.watch, draw, hidden)
-        found.figure("forms of the kernels that were compiled or loaded", variants())
 
 
 class Products:

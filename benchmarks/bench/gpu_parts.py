@@ -125,18 +125,6 @@ def finish(setup: Setup) -> None:
         torch.cuda.synchronize()
 
 
-def variants() -> int:
-    """Return how many forms of its kernels Triton has compiled or loaded in this process: one for each kind
-    of sizes that it meets. Some step waits for each of them."""
-    from onebase_engine.kernels import cuda
-
-    count = 0
-    with contextlib.suppress(Exception):  # no part of Triton's interface
-        for kernel in vars(cuda).values():
-            count += sum(len(caches[0]) for caches in getattr(kernel, "device_caches", {}).values())
-    return count
-
-
 def bandwidth(setup: Setup) -> float:
     """Bytes a second, read and written, of a large copy."""
     size = 1 << 31 if setup.device == "cuda" else 1 << 22
@@ -329,8 +317,6 @@ def engine(setup: Setup, found: Findings) -> None:
         for graphs in (True, False) if running.model._graphs is not None else (False,):
             found.trying(load.title, measured.measure, load, bytes_read, graphs)
             measured.clear()
-    if not setup.interpreted:
-        found.figure("forms of the kernels that were compiled or loaded", variants())
     for place, count in measured.places.most_common(12):
         found.figure(f"syncs at {place}", count, "in four steps of each load")
     length = 20 if setup.interpreted else 2048

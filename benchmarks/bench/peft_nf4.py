@@ -18,8 +18,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, StoppingCriteria
 
 
-def load_base(folder: str, device: str, attention: str) -> Any:
-    """Return the base in NF4 with double quantization and bf16 compute."""
+def load_base(folder: str, attention: str) -> Any:
+    """Return the base in NF4 with double quantization and bf16 compute, on a GPU if there is one."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -30,7 +30,7 @@ def load_base(folder: str, device: str, attention: str) -> Any:
         folder,
         quantization_config=quantization,
         dtype=torch.bfloat16,
-        device_map={"": device},
+        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
         attn_implementation=attention,
     )
     for module in model.modules():
@@ -57,7 +57,7 @@ def session(base: str, adapters: dict[str, str], threads: int, attention: str) -
     worker's function."""
     torch.set_num_threads(threads)
     (first, folder), *others = adapters.items()
-    bare = load_base(base, "cuda" if torch.cuda.is_available() else "cpu", attention)
+    bare = load_base(base, attention)
     model: Any = PeftModel.from_pretrained(bare, folder, adapter_name=first)
     for name, folder in others:
         model.load_adapter(folder, adapter_name=name)
@@ -108,12 +108,12 @@ def loss(model: Any, rows: Sequence[dict[str, list[int]]]) -> float:
     return total / count
 
 
-def losses(base: str, device: str, threads: int, rows: str, adapters: list[str]) -> dict[str, float]:
+def losses(base: str, threads: int, rows: str, adapters: list[str]) -> dict[str, float]:
     """Return the loss of each adapter folder on a file of rows, and that of the base under "": a worker's
     function. Nothing of OneBase's own training code is used."""
     torch.set_num_threads(threads)
     tokenized = json.loads(Path(rows).read_text())
-    model = load_base(base, device, "eager").eval()
+    model = load_base(base, "eager").eval()
     found = {"": loss(model, tokenized)}
     for folder in adapters:
         peft = PeftModel.from_pretrained(model, folder)

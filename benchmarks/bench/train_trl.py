@@ -4,46 +4,72 @@ It imports nothing of OneBase: `pip install trl bitsandbytes` is all that its en
 
 Like for like: the same tokenized rows in the same steps, the learning rate of each step given, AdamW without
 weight decay, gradients clipped to 1, NF4 with double quantization, sdpa attention. Adapters are trained in
-fp32: the trainer casts those on a quantized base to bf16, and `fp32` casts them back. The variants are what
-users of TRL can choose from; see VARIANTS.
+fp32: the trainer casts those on a quantized base to bf16, and here they are cast back. The variants are what
+users of TRL can choose from; see `bench.training.VARIANTS`.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import resource
 import time
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ("trl", "trl-checkpointing", "trl-padding-free", "trl-bf16", "trl-defaults")
-"""trl: its fastest in fp32: padded batches of all rows of a step, activations kept.
-trl-checkpointing: with gradient checkpointing, which is TRL's default.
-trl-padding-free: rows in one sequence; TRL means it for FlashAttention, sdpa masks all pairs of tokens.
-trl-bf16: as trl, adapters and their products in bf16, as TRL has them by default.
-trl-defaults: checkpointing and bf16, as TRL does without being told."""
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from bench.peft_nf4 import load_base
+from bench.training import MAX_LENGTH, TrainTask
 
 
-def arguments(task: dict[str, Any], variant: str, folder: Path) -> Any:
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Notes when each step ends."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.cpu: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+        self.cpu.append(time.process_time())
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]
+    """A trainer that takes its learning rates from the task."""
+
+    rates: list[float]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        factors = [rate / max(self.rates) for rate in self.rates] + [0.0]
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: factors[step])
+        return self.lr_scheduler
+
+
+def configured(task: TrainTask) -> Any:
     """Return the settings of TRL's run."""
-    trl: Any = importlib.import_module("trl")
-    padding_free = variant == "trl-padding-free"
-    return trl.SFTConfig(
-        output_dir=str(folder),
-        max_steps=task["steps"],
-        per_device_train_batch_size=task["batch"],
+    padding_free = task.variant == "trl-padding-free"
+    return SFTConfig(
+        output_dir=str(Path(task.out) / "trainer"),
+        max_steps=task.steps,
+        per_device_train_batch_size=task.batch,
         gradient_accumulation_steps=1,
-        gradient_checkpointing=variant in ("trl-checkpointing", "trl-defaults"),
-        bf16=variant in ("trl-bf16", "trl-defaults"),
+        gradient_checkpointing=task.variant in ("trl-checkpointing", "trl-defaults"),
+        bf16=task.variant in ("trl-bf16", "trl-defaults"),
         padding_free=padding_free,
-        max_length=None if padding_free else task["max_length"],
-        learning_rate=max(task["rates"]),
+        max_length=None if padding_free else MAX_LENGTH,
+        learning_rate=max(task.rates),
         weight_decay=0.0,
         max_grad_norm=1.0,
-        seed=task["seed"],
+        seed=task.seed,
         train_sampling_strategy="sequential",
-        use_cpu=task["device"] == "cpu",
+        use_cpu=not torch.cuda.is_available(),
         dataloader_num_workers=0,
         logging_steps=1,
         save_strategy="no",
@@ -52,93 +78,50 @@ def arguments(task: dict[str, Any], variant: str, folder: Path) -> Any:
     )
 
 
-def with_adapter(task: dict[str, Any]) -> Any:
+def adapted(task: TrainTask) -> Any:
     """Return the base with a new adapter, which begins as OneBase's does."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from bench.peft_nf4 import load_base
-
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=task["rank"],
-        lora_alpha=task["alpha"],
+        r=task.rank,
+        lora_alpha=2 * task.rank,
         lora_dropout=0.0,
-        target_modules=task["targets"],
+        target_modules="all-linear",
     )
-    base = load_base(task["base"], task["device"], "sdpa")
-    torch.manual_seed(task["seed"])
+    base = load_base(task.base, "sdpa")
+    torch.manual_seed(task.seed)
     return get_peft_model(base, config)
 
 
 def trainable(model: Any) -> dict[str, Any]:
-    """Return the adapter's tensors by name."""
-    return {name: one.data for name, one in model.named_parameters() if one.requires_grad}
+    """Return the adapter's parameters by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def fp32(model: Any, tensors: dict[str, Any]) -> None:
-    """Undo the cast to bf16: `tensors` are from before it. No optimizer has seen the parameters yet."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = tensors[name]
-
-
-def make_trainer(task: dict[str, Any], variant: str, folder: Path) -> Any:
-    """Return an SFTTrainer that takes its learning rates from the task and notes when each step ends."""
-    trl: Any = importlib.import_module("trl")
-    datasets: Any = importlib.import_module("datasets")
-    import torch
-    from torch.optim.lr_scheduler import LambdaLR
-    from transformers import AutoTokenizer, TrainerCallback
-
-    peak = max(task["rates"])
-    factors = [rate / peak for rate in task["rates"]] + [0.0]
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-            self.cpu: list[float] = []
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
-            self.cpu.append(time.process_time())
-
-    class Trainer(trl.SFTTrainer):  # type: ignore[misc]
-        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: factors[step])
-            return self.lr_scheduler
-
-    rows = json.loads(Path(task["rows"]).read_text())
-    clock, model = Clock(), with_adapter(task)
-    began = trainable(model)
-    trainer = Trainer(
+def train(**settings: Any) -> dict[str, Any]:
+    """Train, and return the fields of a `bench.training.TrainRun`: a worker's function."""
+    task = TrainTask(**settings)
+    torch.set_num_threads(task.threads)
+    clock, model = Clock(), adapted(task)
+    began = {name: parameter.data for name, parameter in trainable(model).items()}
+    trainer: Any = Trainer(
         model=model,
-        args=arguments(task, variant, folder),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(task["base"]),
+        args=configured(task),
+        train_dataset=Dataset.from_list(json.loads(Path(task.rows).read_text())),
+        processing_class=AutoTokenizer.from_pretrained(task.base),
         callbacks=[clock],
     )
-    if variant not in ("trl-bf16", "trl-defaults"):
-        fp32(trainer.model, began)
-    trainer.clock = clock
-    return trainer
-
-
-def train(task: dict[str, Any]) -> dict[str, Any]:
-    """Train, and return the fields of a `bench.training.TrainRun`: a worker's function."""
-    import torch
-
-    torch.set_num_threads(task["threads"])
-    folder = Path(task["out"])
-    trainer = make_trainer(task, task["variant"], folder / "trainer")
+    trainer.rates = task.rates
+    if task.variant not in ("trl-bf16", "trl-defaults"):
+        # Undo the cast to bf16. No optimizer has seen the parameters yet.
+        for name, parameter in trainable(trainer.model).items():
+            parameter.data = began[name]
     trainer.train()
-    trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    if task["device"] == "cpu":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    else:
+    adapter = Path(task.out) / "adapter"
+    trainer.model.save_pretrained(adapter, save_embedding_layers=False)
+    if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    times = {"ends": trainer.clock.ends, "cpu": trainer.clock.cpu}
-    return {**times, "peak": peak, "losses": losses, "adapter": str(folder / "adapter")}
+    times = {"ends": clock.ends, "cpu": clock.cpu}
+    return {**times, "peak": peak, "losses": losses, "adapter": str(adapter)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,8 +13,18 @@ from typing import Any
 from bench.worker import call
 
 ONEBASE = "onebase"
+VARIANTS = ("trl", "trl-checkpointing", "trl-padding-free", "trl-bf16", "trl-defaults")
+"""trl: its fastest in fp32: padded batches of all rows of a step, activations kept.
+trl-checkpointing: with gradient checkpointing, which is TRL's default.
+trl-padding-free: rows in one sequence; TRL means it for FlashAttention, sdpa masks all pairs of tokens.
+trl-bf16: as trl, adapters and their products in bf16, as TRL has them by default.
+trl-defaults: checkpointing and bf16, as TRL does without being told."""
 WARM_UP = 2
 """Steps before the clock starts: first calls, buffers that grow."""
+LEARNING_RATE, WARMUP_RATIO = 5e-4, 0.1
+"""Learning rate at the end of its warm-up, and the part of the steps in which it rises."""
+MAX_LENGTH = 1024
+"""Tokens of the longest row."""
 
 
 @dataclass(frozen=True)
@@ -21,23 +32,18 @@ class TrainTask:
     """Input of a target, as JSON. Paths are texts.
 
     data: the file that the rows are from. rows: a JSON list of them, tokenized (`input_ids`, `labels`), in
-    the order of the steps, `batch` rows a step. rates: learning rate of each step. targets: "all-linear" or
-    names of layers. variant: what a target is called.
+    the order of the steps, `batch` rows a step. rates: learning rate of each step. variant: what a target is
+    called.
     """
 
     base: str
-    device: str
     threads: int
     data: str
     rows: str
     steps: int
     batch: int
     rates: list[float]
-    warmup_ratio: float
     rank: int
-    alpha: int
-    targets: str | list[str]
-    max_length: int
     seed: int
     variant: str
     out: str
@@ -73,11 +79,10 @@ def run_target(repeat: int, task: TrainTask, trl_python: Path | None, timeout: f
     folder.mkdir(parents=True)
     environment = {"OMP_NUM_THREADS": str(task.threads), "TOKENIZERS_PARALLELISM": "false"}
     environment["HF_HUB_OFFLINE"] = "1"
-    given: dict[str, Any] = {"log": folder / "log", "timeout": timeout, "env": environment}
+    function, python = "bench.train_trl:train", trl_python
     if task.variant == ONEBASE:
-        answer = call("bench.training:train_onebase", asdict(task), **given)
-    else:
-        answer = call("bench.train_trl:train", {"task": asdict(task)}, **given, python=str(trl_python))
+        function, python = "bench.training:train_onebase", Path(sys.executable)
+    answer = call(function, asdict(task), folder / "log", timeout, python or "", environment)
     return TrainRun(target=task.variant, repeat=repeat, **answer)
 
 
@@ -95,12 +100,13 @@ def train_onebase(**settings: Any) -> dict[str, Any]:
     task = TrainTask(**settings)
     torch.set_num_threads(task.threads)
     keep_freed_memory()  # as `onebase train` does
-    base = BaseSettings(folder=Path(task.base), device=torch.device(task.device))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = BaseSettings(folder=Path(task.base), device=device)
     times: dict[str, list[float]] = {"ends": [], "cpu": [], "losses": []}
 
     def listen(event: events.Event) -> None:
         if isinstance(event, events.StepDone):
-            if base.device.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             times["ends"].append(time.perf_counter())
             times["cpu"].append(time.process_time())
@@ -109,15 +115,15 @@ def train_onebase(**settings: Any) -> dict[str, Any]:
     # What depends on memory is left to be decided. Nothing is held out.
     recipe = Recipe(
         r=task.rank,
-        alpha=float(task.alpha),
-        targets=(task.targets,) if isinstance(task.targets, str) else tuple(task.targets),
+        alpha=2.0 * task.rank,
+        targets=("all-linear",),
         batch_size=task.batch,
         max_steps=task.steps,
         epochs=1000.0,
-        learning_rate=max(task.rates),
+        learning_rate=LEARNING_RATE,
         learning_rate_multiplier=1.0,
-        warmup_ratio=task.warmup_ratio,
-        max_length=task.max_length,
+        warmup_ratio=WARMUP_RATIO,
+        max_length=MAX_LENGTH,
         seed=task.seed,
         eval_split=0.0,
     )

@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,9 @@ def _command(python: Path | str, function: str, keywords: Mapping[str, Any]) -> 
 
 
 def _environment(env: Mapping[str, str] | None) -> dict[str, str]:
-    return {**(os.environ if env is None else env), "PYTHONPATH": str(HERE)}
+    whole = dict(os.environ if env is None else env)
+    paths = [str(HERE), *filter(None, [whole.get("PYTHONPATH")])]
+    return {**whole, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def call(
@@ -82,9 +84,14 @@ class Worker:
 
 @asynccontextmanager
 async def started(
-    function: str, keywords: Mapping[str, Any], log: Path, env: Mapping[str, str] | None = None
+    function: str,
+    keywords: Mapping[str, Any],
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
+    seconds: float = 300.0,
 ) -> AsyncIterator[Worker]:
-    """Run a function in a process until the block ends. Raises StartError if it does not come up.
+    """Run a function in a process until the block ends. Raises StartError if it does not come up in time.
 
     env: the whole environment; by default this process's own.
     """
@@ -92,12 +99,18 @@ async def started(
     command = _command(sys.executable, function, keywords)
     with log.open("ab") as errors:
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=pipe, stdout=pipe, stderr=errors, limit=LINE, env=_environment(env)
+            *command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=errors,
+            limit=LINE,
+            env=_environment(env),
+            pass_fds=pass_fds,
         )
     worker = Worker(process)
     try:
         try:
-            await asyncio.wait_for(worker.answer(), 300)
+            await asyncio.wait_for(worker.answer(), seconds)
         except (EOFError, TimeoutError) as error:
             raise StartError(f"{function} did not start:\n{tail(log)}") from error
         yield worker

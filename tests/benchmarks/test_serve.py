@@ -20,8 +20,7 @@ from bench import machine, peers
 from bench.figures import Figures, Run, draw, summarize, sweep_points
 from bench.machine import BusyError, demand_quiet
 from bench.stream import Sample
-from bench.train_trl import VARIANTS
-from bench.training import TrainFigures
+from bench.training import VARIANTS, TrainFigures
 from bench.workload import SWEEPS, Block, Prompts, Shape, main_block, requests_of, sweep_blocks
 from onebase_engine.base.default_base import fetch_default_base
 
