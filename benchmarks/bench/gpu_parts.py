@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from bench import random_base as bases
 from bench.gpu_report import NOT_BUILT, Findings, Setup, run_part
+from bench.lora import ATTENTION
 from onebase_engine.base.load import base_bytes
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine import messages as protocol
@@ -305,7 +306,7 @@ def engine(setup: Setup, found: Findings) -> None:
     rank = 4 if setup.interpreted else 16
     sizes: dict[str, int] = {}
     for name in {name for load in loads for name in load.names}:
-        targets = bases.ATTENTION if name.startswith("a") else bases.ALL_LINEAR
+        targets = ATTENTION if name.startswith("a") else bases.ALL_LINEAR
         weights = bases.random_adapter(base, rank, int(name[1:]), targets)
         running.put_adapter(name, weights)
         sizes[name] = weights_bytes(weights)

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.lora import write_adapter
+from bench.lora import ATTENTION, B_STD, write_adapter
 from onebase_engine.base.attach import quantized_module
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import NESTED_BLOCKSIZE, BaseSettings, freeze, import_bitsandbytes, load_config
 from onebase_engine.base.manifest import QuantizedLayer
 from onebase_engine.lora.weights import AdapterWeights, LoraWeights
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 BLOCKSIZE = 64
 SHAPES: dict[str, dict[str, Any]] = {
@@ -167,7 +166,7 @@ def random_adapter(
         return torch.randn(*shape, generator=draw)
 
     return {
-        name: LoraWeights(normal(rank, size_in) * size_in**-0.5, normal(size_out, rank) * 0.02, 2.0)
+        name: LoraWeights(normal(rank, size_in) * size_in**-0.5, normal(size_out, rank) * B_STD, 2.0)
         for name, (size_out, size_in) in targets_of(base, targets).items()
     }
 
@@ -176,7 +175,7 @@ def adapter_folder(
     base: nn.Module, folder: Path, rank: int, seed: int, targets: tuple[str, ...] = ATTENTION
 ) -> Path:
     """The like as PEFT's two files."""
-    write_adapter(folder, targets_of(base, targets), rank, targets, 0.02, [seed])
+    write_adapter(folder, targets_of(base, targets), rank, targets, [seed])
     return folder
 
 

@@ -36,8 +36,6 @@ class Response:
     status: int
     headers: dict[str, str]
     reader: asyncio.StreamReader
-    first_byte_s: float
-    """`time.perf_counter` when the headers had arrived."""
     _buffer: bytearray = field(default_factory=bytearray)
 
     async def body(self) -> bytes:
@@ -90,7 +88,7 @@ async def request(
         lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         fields = (line.partition(":") for line in lines[1:] if line)
         headers = {name.strip().lower(): value.strip() for name, _, value in fields}
-        yield Response(int(lines[0].split(" ")[1]), headers, reader, time.perf_counter())
+        yield Response(int(lines[0].split(" ")[1]), headers, reader)
     finally:
         writer.close()
 
