@@ -68,7 +68,7 @@ PARTS = (
 def run_part(
     part: Part, setup: Mapping[str, str], environment: Mapping[str, str], seconds: float
 ) -> dict[str, Any]:
-    """Run a part in a process of its own, for at most so long; what it has found so far, however it ends.
+    """Run a part in a process of its own, for at most so long; return what it has found, however it ends.
 
     Nothing that it has started is left, or it would have memory of the GPU that the next part needs.
     """
@@ -158,7 +158,7 @@ def _children() -> set[int]:
 def run_parts(
     parts: Sequence[Part], setup: Mapping[str, str], environment: Mapping[str, str], seconds: float
 ) -> list[dict[str, Any]]:
-    """Part after part, each told at the terminal. Their limits share `seconds` as they share MINUTES.
+    """Run part after part, each told at the terminal. Their limits share `seconds` as they share MINUTES.
 
     Ctrl-C and the like end the part that runs; the others are reported as not run.
     """

@@ -79,7 +79,7 @@ class Case:
 
 
 def suite(folder: Path) -> list[Case]:
-    """All schemas of the suite but those of keywords that are optional."""
+    """Return all schemas of the suite but those of keywords that are optional."""
     archives = list(folder.glob("*.tar.gz"))
     if not archives:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def suite(folder: Path) -> list[Case]:
 
 
 def corpus(folder: Path) -> list[Case]:
-    """All JSON files in a folder and those below it, each a schema."""
+    """Return all JSON files in a folder and those below it, each a schema."""
     cases = []
     for file in sorted(folder.rglob("*.json")):
         schema = json.loads(file.read_text("utf-8"))
@@ -111,7 +111,7 @@ def corpus(folder: Path) -> list[Case]:
 
 
 def speed(engine: Engine, prompt: list[int], grammar: Grammar | None, guided: int, least: int = 0) -> float:
-    """Tokens a second of ROWS rows over ADAPTERS adapters, the first `guided` of which follow the grammar.
+    """Return tokens a second of ROWS rows over ADAPTERS adapters, the first `guided` under the grammar.
 
     While all run: what a grammar forces comes several tokens a step, and fewer rows are slower a token.
 

@@ -72,7 +72,7 @@ class Stopwatch:
 
 
 def rows_of(count: int, slots: int) -> RowMap:
-    """Row i has slot i of `slots`, again from the first."""
+    """Return a map in which row i has slot i of `slots`, again from the first."""
     groups: dict[int, list[int]] = {}
     for row in range(count):
         groups.setdefault(row % slots, []).append(row)
@@ -160,12 +160,12 @@ class Products:
 
 
 def _beside_floor(taken: float | None, floor: float) -> tuple[float | None, float | None]:
-    """The floor, and how many times it was taken; nothing where nothing is timed."""
+    """Return the floor, and how many times it was taken; nothing where nothing is timed."""
     return (None, None) if taken is None else (floor, taken / floor)
 
 
 def _exact_weight(layer: Any) -> torch.Tensor:
-    """[out, in] bf16, as bitsandbytes unpacks it."""
+    """Return the weight [out, in] in bf16, as bitsandbytes unpacks it."""
     if type(layer) is torch.nn.Linear:
         return layer.weight
     from bitsandbytes.functional import dequantize_4bit
@@ -264,8 +264,8 @@ def _attention(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, pe
 
 
 def contexts(lengths: Sequence[int], counts: Sequence[int]) -> Contexts:
-    """The last `counts[i]` rows of contexts of `lengths[i]` tokens, whose blocks lie one in front of the
-    other, the last first."""
+    """Return the last `counts[i]` rows of contexts of `lengths[i]` tokens, whose blocks lie one in front of
+    the other, the last first."""
     width = max(-(-length // BLOCK) for length in lengths)
     table = np.zeros((len(lengths), width), dtype=np.int32)
     first = RESERVED_BLOCKS

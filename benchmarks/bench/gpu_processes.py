@@ -295,7 +295,7 @@ def config_of(setup: Setup) -> EngineConfig:
 
 
 def training(setup: Setup, found: Findings) -> None:
-    """A job of a server's trainer next to the engine: tokens a second of both, and memory; killed at last."""
+    """Train next to the engine, as a server does: tokens a second of both, and memory; kill it at last."""
     shutil.rmtree(setup.folder / "runs", ignore_errors=True)
     asyncio.run(_training(setup, found))
 

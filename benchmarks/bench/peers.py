@@ -50,7 +50,7 @@ class Peer:
 
 
 def installed(name: str, console: Console) -> Path:
-    """The peer's program: the python of vLLM or TRL, or `llama-server`. Installs it first if need be.
+    """Return the peer's program: the python of vLLM or TRL, or `llama-server`. Installs it if need be.
 
     Raises:
         PeerError: a step of the installation failed.
@@ -87,7 +87,7 @@ def installed(name: str, console: Console) -> Path:
 
 
 def _environment(folder: Path, run: Run, requirements: list[str]) -> None:
-    """A virtual environment in `folder` with wheels alone."""
+    """Make a virtual environment in `folder` with wheels alone."""
     pip = (folder / "bin/pip", "install", "--disable-pip-version-check", "--only-binary", ":all:")
     run(sys.executable, "-m", "venv", folder)
     try:
@@ -128,12 +128,12 @@ def _llama_cpp(folder: Path, run: Run, requirements: list[str]) -> None:
 
 
 def _like_ours() -> list[str]:
-    """TRL with the versions of the libraries that OneBase has."""
+    """Return TRL with the versions of the libraries that OneBase has."""
     return [f"trl=={TRL}", "datasets>=4,<6", *(f"{name}=={_public(name)}" for name in _SHARED)]
 
 
 def _public(package: str) -> str:
-    """The version of an installed package without its local part: 2.13.0 for 2.13.0+cpu."""
+    """Return the version of an installed package without its local part: 2.13.0 for 2.13.0+cpu."""
     return version(package).partition("+")[0]
 
 

@@ -54,7 +54,7 @@ _TEMPLATE = (
 
 
 def write_folder(shape: str, folder: Path) -> BaseSettings:
-    """A folder with the base's config and a tokenizer of bytes. Its one tensor only gives it an identity."""
+    """Write a folder with a config and a tokenizer of bytes. Its one tensor only gives it an identity."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -83,7 +83,7 @@ def write_folder(shape: str, folder: Path) -> BaseSettings:
 
 @torch.no_grad()
 def random_base(folder: Path, device: torch.device, seed: int = 0) -> nn.Module:
-    """The base of a folder that `write_folder` has made, as `load_base` would give it."""
+    """Return the base of a folder that `write_folder` has made, as `load_base` would give it."""
     import_bitsandbytes()
     draw = torch.Generator(device).manual_seed(seed)
     tree: Any = empty_base(load_config(folder), dtype=torch.bfloat16, attn_implementation="eager")
@@ -138,7 +138,7 @@ def put_layer(tree: nn.Module, name: str, size_in: int, size_out: int, draw: tor
 
 
 def one_layer(size_in: int, size_out: int, draw: torch.Generator) -> Any:
-    """A random 4-bit layer by itself."""
+    """Return a random 4-bit layer by itself."""
     import_bitsandbytes()
     holder = nn.ModuleDict({"layer": nn.Linear(size_in, size_out, bias=False, device="meta")})
     layer = put_layer(holder, "layer", size_in, size_out, draw)
@@ -147,7 +147,7 @@ def one_layer(size_in: int, size_out: int, draw: torch.Generator) -> Any:
 
 
 def targets_of(base: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """(out, in) of the base's layers of these names."""
+    """Return (out, in) of the base's layers of these names."""
     found: Any = base.named_modules()
     return {
         name: (layer.out_features, layer.in_features)
@@ -159,7 +159,7 @@ def targets_of(base: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[int
 def random_adapter(
     base: nn.Module, rank: int, seed: int, targets: tuple[str, ...] = ATTENTION
 ) -> AdapterWeights:
-    """An adapter's finished tensors in host memory, without PEFT and files."""
+    """Return an adapter's finished tensors in host memory, without PEFT and files."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -174,13 +174,13 @@ def random_adapter(
 def adapter_folder(
     base: nn.Module, folder: Path, rank: int, seed: int, targets: tuple[str, ...] = ATTENTION
 ) -> Path:
-    """The like as PEFT's two files."""
+    """Write the like as PEFT's two files."""
     write_adapter(folder, targets_of(base, targets), rank, targets, [seed])
     return folder
 
 
 def write_chats(file: Path, rows: int, characters: int) -> Path:
-    """Training rows: conversations whose replies repeat a letter; a character is a token."""
+    """Write training rows: conversations whose replies repeat a letter; a character is a token."""
     lines = []
     for number in range(rows):
         letter = chr(97 + number % 26)

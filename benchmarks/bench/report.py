@@ -16,7 +16,7 @@ from bench import machine
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """Nearest rank: the smallest value that at least `share` (0 to 1) of the values do not exceed."""
+    """Return, by nearest rank, the smallest value that at least `share` (0 to 1) of them do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 

@@ -42,7 +42,7 @@ class Response:
         return b"".join([part async for part in self._parts()])
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The data of each server-sent event, `[DONE]` included."""
+        """Yield the data of each server-sent event, `[DONE]` included."""
         async for part in self._parts():
             self._buffer += part
             while (end := self._buffer.find(b"\n\n")) >= 0:
@@ -68,7 +68,7 @@ class Response:
 async def request(
     url: str, method: str = "GET", payload: dict[str, Any] | None = None
 ) -> AsyncIterator[Response]:
-    """One request on a connection of its own, which is closed on leaving: that is how to cancel.
+    """Send one request on a connection of its own, which is closed on leaving: that is how to cancel.
 
     Raises:
         ValueError: the URL is not on the loopback interface.
@@ -94,7 +94,7 @@ async def request(
 
 
 async def fetch_json(url: str, method: str = "GET", payload: dict[str, Any] | None = None) -> Any:
-    """The parsed JSON body; raises HttpError unless the status is 200."""
+    """Return the parsed JSON body; raises HttpError unless the status is 200."""
     async with request(url, method, payload) as response:
         body = await response.body()
         if response.status != 200:
