@@ -90,12 +90,12 @@ def train_onebase(**settings: Any) -> dict[str, Any]:
     """Train as `onebase train` does, and return the fields of a TrainRun: a worker's function."""
     import torch
 
-    from onebase_adapters.training import events
-    from onebase_adapters.training.events import OpenGate
-    from onebase_adapters.training.recipe import Recipe
-    from onebase_adapters.training.run import ADAPTER, Job, train
     from onebase_engine.base.load import BaseSettings, load_base
     from onebase_engine.machine import keep_freed_memory
+    from onebase_training import events
+    from onebase_training.events import OpenGate
+    from onebase_training.recipe import Recipe
+    from onebase_training.run import ADAPTER, Job, train
 
     task = TrainTask(**settings)
     torch.set_num_threads(task.threads)
