@@ -94,9 +94,9 @@ def compared(plain: Found, other: Found) -> dict[str, str]:
         differences = torch.tensor([abs(a.logprob - b.logprob) for a, b in pairs]).double()
         same = sum(a.top[0][0] == b.top[0][0] for a, b in pairs)
         mean = sum(b.logprob - a.logprob for a, b in pairs) / len(pairs)
-        title = f"{name} prompts, {len(own):,} tokens: "
+        title = f"{name}, {len(own):,} tokens: "
         rows |= {
-            f"{title}log-probability, mean difference": f"{float(differences.mean()):.4f}",
+            f"{title}mean difference": f"{float(differences.mean()):.4f}",
             f"{title}99 of 100 below": f"{float(differences.quantile(0.99)):.3f}",
             f"{title}largest": f"{float(differences.max()):.3f}",
             f"{title}of the mean": f"{mean:+.4f}",
@@ -105,10 +105,10 @@ def compared(plain: Found, other: Found) -> dict[str, str]:
     count = sum(map(len, plain.greedy))
     answers = list(zip(plain.greedy, other.greedy, strict=True))
     equal = sum(x == y for a, b in answers for x, y in zip(a, b, strict=False))
-    title = f"greedy, {len(answers)} answers, {count:,} tokens: "
+    title = f"{len(answers)} greedy answers: "
     return rows | {
         f"{title}whole answers equal": str(sum(a == b for a, b in answers)),
-        f"{title}tokens equal, place by place": f"{equal / count:.1%}",
+        f"{title}of {count:,} tokens equal, by place": f"{equal / count:.1%}",
         f"tokens in --kv-memory {KV_MEMORY // 10**9}GB ({plain.tokens:,})": f"{other.tokens:,}",
     }
 
@@ -133,7 +133,9 @@ def main() -> None:
     plain, *others = found.values()
     columns = [compared(plain, one) for one in others]
     rows = [[name, *(one[name] for one in columns)] for name in columns[0]]
-    console.print(table(["", *list(found)[1:]], rows, f"next to {next(iter(found))}"))
+    console.print(
+        table(["", *list(found)[1:]], rows, f"next to {next(iter(found))}; log-probabilities of prompts")
+    )
 
 
 if __name__ == "__main__":
