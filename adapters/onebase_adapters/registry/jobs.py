@@ -28,7 +28,6 @@ from onebase_adapters.registry.records import (
     OPEN_BATCHES,
     OPEN_STATES,
     UPLOADED,
-    Activate,
     AuditAction,
     Checkpoint,
     EventKind,
@@ -54,6 +53,7 @@ from onebase_adapters.registry.tables import (
     TrainingFileRow,
     TrainingJobRow,
 )
+from onebase_protocol.training import Activate
 
 PARENT_FILES = ("parent_config", "parent_weights")
 """Files in a job's folder of the version whose training it continues."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
 from onebase_adapters.store.blobs import Blob, VersionFiles
+from onebase_protocol.training import Activate
 
 State = Literal["pulling", "validating", "proving", "ready", "failed"]
 Action = Literal["activate", "rollback", "deactivate"]
@@ -275,7 +276,6 @@ UPLOADED: Final[tuple[Purpose, ...]] = ("fine-tune", "batch")
 """Purposes of files that users upload; jobs and batches write the others."""
 Level = Literal["info", "warn", "error"]
 EventKind = Literal["message", "metrics"]
-Activate = Literal["always", "if_better", "if_better_than_base", "never"]
 
 JOB_STATES: Final[tuple[JobState, ...]] = get_args(JobState)
 OPEN_STATES: Final[tuple[JobState, ...]] = ("validating_files", "queued", "running")

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onebase_adapters.proof.report import MergeMethod, MergeSign
 from onebase_adapters.registry import VersionRecord
 from onebase_adapters.store.blobs import VersionFiles
+from onebase_protocol.adapters import MergeMethod, MergeSign
 from onebase_server.adapters.catalog import label
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.app.storage import storage_errors

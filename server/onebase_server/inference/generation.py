@@ -15,6 +15,7 @@ from msgspec.structs import replace as replaced
 
 from onebase_engine.engine.grammars import BUDGET_SECONDS, COMPILE_BUDGET
 from onebase_engine.engine.messages import Grammar, Pooling, RowOutput, Sampling, Submit, TokenLogprob
+from onebase_protocol import text
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.adapters.residency import Lease, Residency
 from onebase_server.errors import (
@@ -131,8 +132,8 @@ class Timing:
     ttft_s: float = 0.0
     decode_s: float = 0.0
 
-    def rounded(self) -> dict[str, float]:
-        return {name: round(value, 6) for name, value in vars(self).items()}
+    def rounded(self) -> text.Timing:
+        return text.Timing(*(round(value, 6) for value in vars(self).values()))
 
 
 def new_id(prefix: str) -> str:

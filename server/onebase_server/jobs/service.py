@@ -11,7 +11,6 @@ from typing import Any
 
 from onebase_adapters.registry import (
     OPEN_STATES,
-    Activate,
     Checkpoint,
     JobEvent,
     JobStateError,
@@ -23,6 +22,7 @@ from onebase_adapters.registry import (
     TrainingRecords,
     current_origin,
 )
+from onebase_protocol.training import Activate
 from onebase_server.app.storage import storage_errors
 from onebase_server.background import Threads
 from onebase_server.errors import ConflictError

@@ -8,7 +8,19 @@ from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
 
+from onebase_protocol.text import (
+    ChatAnswer,
+    ChatEvent,
+    CompletionAnswer,
+    CompletionEvent,
+    GeneratedAnswer,
+    GenerateEvent,
+    GenerateManyEvent,
+    TgiAnswer,
+    TgiEvent,
+)
 from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, status_of
+from onebase_server.http.answers import answer, streamed_answer
 from onebase_server.http.authorization import NOT_ITS_FAULT, needs
 from onebase_server.http.deps import (
     CALLER,
@@ -20,21 +32,6 @@ from onebase_server.http.deps import (
     json_response,
     off_loop,
     told_of,
-)
-from onebase_server.http.schemas.answers import (
-    ChatAnswer,
-    CompletionAnswer,
-    GeneratedAnswer,
-    TgiAnswer,
-    answer,
-    streamed_answer,
-)
-from onebase_server.http.schemas.events import (
-    ChatEvent,
-    CompletionEvent,
-    GenerateEvent,
-    GenerateManyEvent,
-    TgiEvent,
 )
 from onebase_server.http.schemas.generation import GenerateManyRequest, GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest

@@ -1,0 +1,126 @@
+"""Texts that are read: vectors, classes, ranks, scores and decisions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from onebase_protocol.common import shown_as
+from onebase_protocol.text import OpenAIUsage
+
+
+class EmbeddingAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+    """Numbers, or in base64 their bytes: fp32, little-endian."""
+
+
+class EmbeddingsAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of POST /v1/embeddings."""
+
+    object: Literal["list"] = "list"
+    data: list[EmbeddingAnswer]
+    model: str
+    usage: OpenAIUsage
+    id: str
+
+
+class TokenLabelAnswer(msgspec.Struct, frozen=True):
+    token: str
+    token_id: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class TextLabelAnswer(msgspec.Struct, frozen=True):
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class TokenLabelsAnswer(msgspec.Struct, frozen=True):
+    index: int
+    tokens: list[TokenLabelAnswer]
+
+
+class ClassifyAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of POST /classify."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: Annotated[
+        list[Any],
+        shown_as(
+            anyOf=[
+                {"type": "array", "items": {"$ref": "#/$defs/TextLabelAnswer"}},
+                {"type": "array", "items": {"$ref": "#/$defs/TokenLabelsAnswer"}},
+            ]
+        ),
+    ]
+    """A list of TextLabelAnswer, or for a classifier of tokens of TokenLabelsAnswer."""
+    usage: OpenAIUsage
+
+
+class DocumentAnswer(msgspec.Struct, frozen=True):
+    text: str
+
+
+class RankedAnswer(msgspec.Struct, frozen=True):
+    index: int
+    relevance_score: float
+    document: DocumentAnswer | UnsetType = UNSET
+
+
+class RerankAnswer(msgspec.Struct, frozen=True):
+    """Answer of POST /v1/rerank."""
+
+    id: str
+    model: str
+    results: list[RankedAnswer]
+    usage: OpenAIUsage
+
+
+class PairScore(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class ScoreAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of POST /score."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[PairScore]
+    usage: OpenAIUsage
+
+
+class OptionAnswer(msgspec.Struct, frozen=True):
+    index: int
+    text: str
+    probability: float
+    logprob: float
+    prior_logprob: float | None
+    token_logprobs: list[float]
+
+
+class DecisionAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of POST /v1/decide."""
+
+    id: str
+    object: Literal["decision"] = "decision"
+    created: int
+    model: str
+    choice: str
+    index: int
+    choices: list[OptionAnswer]
+    usage: OpenAIUsage
