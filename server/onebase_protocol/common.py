@@ -56,6 +56,11 @@ class PageAnswer(msgspec.Struct, Generic[Item], frozen=True, kw_only=True):
     last_id: str | None = None
     has_more: bool = False
 
+    @property
+    def next_after(self) -> str | None:
+        """Id after which the next page begins, or None if there is none."""
+        return self.data[-1].id if self.data and self.has_more else None
+
 
 def page_of(data: list[Item], *, more: bool) -> PageAnswer[Item]:
     """Return a page as OpenAI's clients read it: `after` of the next page is `last_id`."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from onebase_protocol.common import shown_as
+from onebase_protocol.common import Json, shown_as
 from onebase_protocol.text import OpenAIUsage
 
 
@@ -56,7 +56,7 @@ class ClassifyAnswer(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     model: str
     data: Annotated[
-        list[Any],
+        list[Json],
         shown_as(
             anyOf=[
                 {"type": "array", "items": {"$ref": "#/$defs/TextLabelAnswer"}},

@@ -88,17 +88,20 @@ PromptLogprobs = list[dict[str, PromptTokenLogprob] | None]
 # ---- POST /generate ------------------------------------------------------------------------------
 
 
-class GeneratedChoice(Sparse, frozen=True):
+class GeneratedChoice(msgspec.Struct, frozen=True):
     index: int
     text: str
     finish_reason: str | None
-    logprobs: Logprobs | None
-    tool_calls: list[ToolCallAnswer] | None = None
+    logprobs: Logprobs | None = None
+    tool_calls: list[ToolCallAnswer] | UnsetType = UNSET
 
 
-class WeightedAdapter(msgspec.Struct, frozen=True):
+class AdapterWeight(msgspec.Struct, frozen=True):
+    """One term of a weighted sum of adapters."""
+
     name: str
-    weight: float
+    """An adapter's name, or `name@version`."""
+    weight: float = 1.0
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -122,7 +125,7 @@ class Timing(msgspec.Struct, frozen=True):
     """Time from the first token to the last."""
 
 
-AdapterUsed = str | list[WeightedAdapter] | None
+AdapterUsed = str | list[AdapterWeight] | None
 
 
 class GeneratedAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,14 +139,14 @@ class GeneratedAnswer(msgspec.Struct, frozen=True, kw_only=True):
     timing: Timing
 
 
-class TextEvent(Sparse, frozen=True, kw_only=True):
+class TextEvent(msgspec.Struct, frozen=True, kw_only=True):
     """New text of a choice, with its tokens where they are asked for."""
 
-    id: str
+    id: str = ""
     index: int
     text: str
-    tool_calls: list[CallDelta] | None = None
-    logprobs: Logprobs | None = None
+    tool_calls: list[CallDelta] | UnsetType = UNSET
+    logprobs: Logprobs | UnsetType = UNSET
 
 
 class ChoiceEnd(msgspec.Struct, frozen=True, kw_only=True):

@@ -52,6 +52,8 @@ class TrainingProgress(Stored, frozen=True):
     seconds_left: float | None = None
     memory_bytes: int | None = None
     """Largest memory that the trainer has used, in bytes."""
+    part: float | None = None
+    """Part of the present work that is done, from 0 to 1, where that is known."""
 
     @property
     def fraction(self) -> float | None:

@@ -23,11 +23,11 @@ MODEL_REFUSED = (404, 409, 422, 507)
 COMPONENTS = "#/components/schemas/"
 _NAMES = {
     "Activation": "HistoryAnswer", "Adapter": "AdapterAnswer", "AdapterSource": "VersionSource",
-    "AdapterVersion": "VersionAnswer", "ApiKey": "KeyAnswer", "AuditEntry": "AuditAnswer",
-    "BaseReference": "FilesBase", "Batch": "BatchAnswer", "BatchError": "BatchProblem",
-    "Logprobs": "FlatLogprobs", "MergeParent": "MergedAnswer", "Model": "ModelAnswer",
-    "NewApiKey": "NewKeyAnswer", "Tenant": "TenantAnswer", "TenantUsage": "UsageRowAnswer",
-    "Timing": "GeneratedTiming", "TrainingCheckpoint": "CheckpointAnswer",
+    "AdapterVersion": "VersionAnswer", "AdapterWeight": "WeightedAdapter", "ApiKey": "KeyAnswer",
+    "AuditEntry": "AuditAnswer", "BaseReference": "FilesBase", "Batch": "BatchAnswer",
+    "BatchError": "BatchProblem", "Logprobs": "FlatLogprobs", "MergeParent": "MergedAnswer",
+    "Model": "ModelAnswer", "NewApiKey": "NewKeyAnswer", "Tenant": "TenantAnswer",
+    "TenantUsage": "UsageRowAnswer", "Timing": "GeneratedTiming", "TrainingCheckpoint": "CheckpointAnswer",
     "TrainingEvent": "JobEventAnswer", "TrainingFailure": "JobProblem", "TrainingFile": "FileAnswer",
     "TrainingJobInfo": "JobAnswer", "TrainingStop": "JobStopAnswer", "Usage": "GeneratedUsage",
     "VersionFailure": "VersionProblem", "VersionFile": "VersionFileAnswer",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from urllib.parse import urlencode
 
-from ..types import AuditEntry
-from .parse import Json, flat
 from .requests import Call
 
 
@@ -22,7 +20,3 @@ def entries(
     fields = {"tenant": tenant, "action": action, "target": target, "since": since, "after": after}
     given = {name: value for name, value in fields.items() if value is not None}
     return Call("GET", f"/v1/audit?{urlencode({**given, 'limit': limit, 'order': order})}")
-
-
-def parse_entry(value: Json) -> AuditEntry:
-    return flat(AuditEntry, value)

@@ -8,9 +8,8 @@ from types import TracebackType
 from typing import Final
 from urllib.parse import urlencode
 
-from ..batch_types import Batch, BatchCallback, BatchError, BatchResult
+from ..batch_types import Batch, BatchCallback, BatchResult
 from ..errors import InvalidResponseError
-from .parse import Json, flat
 from .requests import Body, Call, encode
 from .training import path_of
 
@@ -39,23 +38,6 @@ def batch(batch_id: str) -> Call:
 
 def cancel(batch_id: str) -> Call:
     return Call("POST", path_of(BATCHES, batch_id, "cancel"), idempotent=True)
-
-
-def parse_batch(value: Json) -> Batch:
-    counts, usage = value["request_counts"], value["usage"]
-    errors = (value["errors"] or {}).get("data") or ()
-    return flat(
-        Batch,
-        value,
-        total=counts["total"],
-        completed=counts["completed"],
-        failed=counts["failed"],
-        input_tokens=usage["input_tokens"],
-        output_tokens=usage["output_tokens"],
-        errors=tuple(flat(BatchError, error, optional=True) for error in errors),
-        metadata=dict(value["metadata"] or {}),
-        waiting=value.get("waiting"),
-    )
 
 
 def results_of(content: bytes) -> Iterator[BatchResult]:

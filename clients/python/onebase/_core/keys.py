@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 from urllib.parse import quote
 
-from ..types import ApiKey, NewApiKey
-from .parse import Json, flat
 from .requests import Body, Call, encode
 
 LIST: Final = Call("GET", "/v1/keys")
@@ -45,15 +43,3 @@ def _place(key_id: str) -> str:
     if not key_id:
         raise ValueError("the id of a key is empty")
     return f"/v1/keys/{quote(key_id, safe='')}"
-
-
-def parse_key(value: Json) -> ApiKey:
-    return flat(ApiKey, value, scopes=tuple(value["scopes"]))
-
-
-def parse_new_key(value: Json) -> NewApiKey:
-    return flat(NewApiKey, value, scopes=tuple(value["scopes"]))
-
-
-def parse_keys(value: Json) -> tuple[ApiKey, ...]:
-    return tuple(parse_key(item) for item in value["data"])

@@ -7,8 +7,6 @@ from datetime import date
 from typing import Final
 from urllib.parse import quote, urlencode
 
-from ..types import Tenant, TenantUsage
-from .parse import Json, flat
 from .requests import Call, encode
 
 TENANTS: Final = Call("GET", "/v1/tenants")
@@ -40,15 +38,3 @@ def usage(
     }
     given = {name: value for name, value in asked.items() if value is not None}
     return Call("GET", f"/v1/usage?{urlencode(given)}")
-
-
-def parse_tenant(value: Json) -> Tenant:
-    return flat(Tenant, value)
-
-
-def parse_tenants(value: Json) -> tuple[Tenant, ...]:
-    return tuple(parse_tenant(item) for item in value["data"])
-
-
-def parse_usage(value: Json) -> tuple[TenantUsage, ...]:
-    return tuple(flat(TenantUsage, item, optional=True) for item in value["data"])

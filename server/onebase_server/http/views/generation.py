@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from msgspec import UNSET
 from msgspec.structs import asdict
 
 from onebase_protocol import text
@@ -152,7 +153,7 @@ class GenerateView(GenerationView):
             said.content,
             readers.finish_reason(piece),
             flat_logprobs(piece.tokens, self._tokenizer) if told else None,
-            None if job.calls is None else whole_calls(said.calls),
+            UNSET if job.calls is None else whole_calls(said.calls),
         )
 
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
@@ -168,8 +169,8 @@ class GenerateView(GenerationView):
                         id=job_id,
                         index=piece.index,
                         text=said.content,
-                        tool_calls=[_call_delta(delta) for delta in said.calls] or None,
-                        logprobs=flat_logprobs(piece.tokens, self._tokenizer) if piece.tokens else None,
+                        tool_calls=[_call_delta(delta) for delta in said.calls] or UNSET,
+                        logprobs=flat_logprobs(piece.tokens, self._tokenizer) if piece.tokens else UNSET,
                     )
                     chunk += event(data)
                 if piece.finish_reason:
