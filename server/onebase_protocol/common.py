@@ -1,4 +1,4 @@
-"""What answers have in common: lists, pages of lists, deletions, times, and fields that are left out."""
+"""Lists, pages of lists, deletions and times, and the bases of answers that leave fields out."""
 
 from __future__ import annotations
 

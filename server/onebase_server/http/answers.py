@@ -1,4 +1,4 @@
-"""What a route says about its answers, and the schemas that OpenAPI has of them.
+"""Types that routes state for their answers, and the schemas that OpenAPI has of them.
 
 Nothing is validated on the way out, and no schema is made before somebody asks for the reference: `answer`
 only notes a route's type, of which openapi.py asks for the schema.
@@ -126,16 +126,15 @@ def _subclasses(kind: type) -> list[type]:
 
 def _sent(part: Json, base: type | None) -> Json:
     """Return the schema of a struct as it is sent. base: Sparse, Stored, or neither."""
-    properties = {}
-    required = list(part.get("required", ()))
-    for name, value in part["properties"].items():
-        schema = dict(value)
-        has_default = "default" in schema
-        default = schema.pop("default", None)
-        if has_default and base is Sparse and default is None:
-            schema = _without_null(schema)
-        if has_default and base is None:
-            required.append(name)
+    properties, required = {}, set(part.get("required", ()))
+    for name, schema in part["properties"].items():
+        if "default" in schema and base is not Stored:
+            schema = dict(schema)
+            default = schema.pop("default")
+            if base is not Sparse:
+                required.add(name)
+            elif default is None:
+                schema = _without_null(schema)
         properties[name] = schema
     part = {**part, "properties": properties}
     if required:
@@ -162,6 +161,8 @@ def _renamed(value: Any) -> Any:
     made = {key: _renamed(item) for key, item in value.items()}
     if isinstance(made.get("enum"), list) and len(made["enum"]) == 1:
         (made["const"],) = made.pop("enum")
+    if made.get("type") == "object" and "properties" not in made:
+        made.setdefault("additionalProperties", True)
     return made
 
 
