@@ -7,8 +7,14 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from onebase_protocol.common import Json, shown_as
-from onebase_protocol.text import OpenAIUsage
+from onebase_protocol.common import CachedTokens, Json, shown_as
+
+
+class ReadingUsage(msgspec.Struct, frozen=True, kw_only=True):  # in the order in which vLLM sends it
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int = 0
+    prompt_tokens_details: CachedTokens
 
 
 class EmbeddingAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,7 +30,7 @@ class EmbeddingsAnswer(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["list"] = "list"
     data: list[EmbeddingAnswer]
     model: str
-    usage: OpenAIUsage
+    usage: ReadingUsage
     id: str
 
 
@@ -65,7 +71,7 @@ class ClassifyAnswer(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ]
     """A list of TextLabelAnswer, or for a classifier of tokens of TokenLabelsAnswer."""
-    usage: OpenAIUsage
+    usage: ReadingUsage
 
 
 class DocumentAnswer(msgspec.Struct, frozen=True):
@@ -84,7 +90,7 @@ class RerankAnswer(msgspec.Struct, frozen=True):
     id: str
     model: str
     results: list[RankedAnswer]
-    usage: OpenAIUsage
+    usage: ReadingUsage
 
 
 class PairScore(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,7 +107,7 @@ class ScoreAnswer(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     model: str
     data: list[PairScore]
-    usage: OpenAIUsage
+    usage: ReadingUsage
 
 
 class OptionAnswer(msgspec.Struct, frozen=True):
@@ -123,4 +129,4 @@ class DecisionAnswer(msgspec.Struct, frozen=True, kw_only=True):
     choice: str
     index: int
     choices: list[OptionAnswer]
-    usage: OpenAIUsage
+    usage: ReadingUsage

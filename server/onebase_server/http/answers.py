@@ -26,12 +26,12 @@ _NAMES = {
     "AdapterVersion": "VersionAnswer", "AdapterWeight": "WeightedAdapter", "ApiKey": "KeyAnswer",
     "AuditEntry": "AuditAnswer", "BaseReference": "FilesBase", "Batch": "BatchAnswer",
     "BatchError": "BatchProblem", "Logprobs": "FlatLogprobs", "MergeParent": "MergedAnswer",
-    "Model": "ModelAnswer", "NewApiKey": "NewKeyAnswer", "Tenant": "TenantAnswer",
-    "TenantUsage": "UsageRowAnswer", "Timing": "GeneratedTiming", "TrainingCheckpoint": "CheckpointAnswer",
-    "TrainingEvent": "JobEventAnswer", "TrainingFailure": "JobProblem", "TrainingFile": "FileAnswer",
-    "TrainingJobInfo": "JobAnswer", "TrainingStop": "JobStopAnswer", "Usage": "GeneratedUsage",
-    "VersionFailure": "VersionProblem", "VersionFile": "VersionFileAnswer",
-    "VersionFiles": "VersionFilesAnswer",
+    "Model": "ModelAnswer", "NewApiKey": "NewKeyAnswer", "ReadingUsage": "OpenAIUsage",
+    "Tenant": "TenantAnswer", "TenantUsage": "UsageRowAnswer", "Timing": "GeneratedTiming",
+    "TrainingCheckpoint": "CheckpointAnswer", "TrainingEvent": "JobEventAnswer",
+    "TrainingFailure": "JobProblem", "TrainingFile": "FileAnswer", "TrainingJobInfo": "JobAnswer",
+    "TrainingStop": "JobStopAnswer", "Usage": "GeneratedUsage", "VersionFailure": "VersionProblem",
+    "VersionFile": "VersionFileAnswer", "VersionFiles": "VersionFilesAnswer",
 }  # fmt: skip
 """Schemas that are called otherwise than the SDK calls their structs."""
 _NAMED_BY_OTHERS = (TextLabelAnswer, TokenLabelsAnswer)

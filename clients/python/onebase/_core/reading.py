@@ -12,11 +12,11 @@ from onebase_protocol.reading import (
     ClassifyAnswer,
     DecisionAnswer,
     EmbeddingsAnswer,
+    ReadingUsage,
     RerankAnswer,
     TextLabelAnswer,
     TokenLabelsAnswer,
 )
-from onebase_protocol.text import OpenAIUsage
 
 from ..errors import InvalidResponseError
 from ..types import (
@@ -134,5 +134,5 @@ def decision(answer: DecisionAnswer) -> Decision:
     return Decision(answer.choice, options, _usage(answer.usage))
 
 
-def _usage(usage: OpenAIUsage) -> Usage:
+def _usage(usage: ReadingUsage) -> Usage:
     return Usage(usage.prompt_tokens, 0, usage.prompt_tokens_details.cached_tokens)

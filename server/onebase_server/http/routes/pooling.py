@@ -26,13 +26,13 @@ from onebase_protocol.reading import (
     OptionAnswer,
     PairScore,
     RankedAnswer,
+    ReadingUsage,
     RerankAnswer,
     ScoreAnswer,
     TextLabelAnswer,
     TokenLabelAnswer,
     TokenLabelsAnswer,
 )
-from onebase_protocol.text import OpenAIUsage
 from onebase_server.http.answers import MODEL_REFUSED, answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Admitted, Calling, Provided, Services, StrictRoute, json_response
@@ -366,5 +366,6 @@ def _softmax(values: Sequence[float], temperature: float = 1.0) -> list[float]:
     return [weight / whole for weight in weights]
 
 
-def _usage(usage: Usage) -> OpenAIUsage:
-    return OpenAIUsage(usage.prompt, 0, usage.prompt, CachedTokens(usage.cached))
+def _usage(usage: Usage) -> ReadingUsage:
+    cached = CachedTokens(usage.cached)
+    return ReadingUsage(prompt_tokens=usage.prompt, total_tokens=usage.prompt, prompt_tokens_details=cached)
