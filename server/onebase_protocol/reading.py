@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, UnsetType, field
 
 from onebase_protocol.common import CachedTokens, Json, shown_as
 
 
 class ReadingUsage(msgspec.Struct, frozen=True, kw_only=True):  # in the order in which vLLM sends it
     prompt_tokens: int
-    total_tokens: int
+    total_tokens: int = 0
     completion_tokens: int = 0
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: CachedTokens = CachedTokens()
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that came from the prefix cache."""
+        return self.prompt_tokens_details.cached_tokens
 
 
 class EmbeddingAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,9 +34,9 @@ class EmbeddingsAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     object: Literal["list"] = "list"
     data: list[EmbeddingAnswer]
-    model: str
+    model: str = ""
     usage: ReadingUsage
-    id: str
+    id: str = ""
 
 
 class TokenLabelAnswer(msgspec.Struct, frozen=True):
@@ -57,10 +62,10 @@ class TokenLabelsAnswer(msgspec.Struct, frozen=True):
 class ClassifyAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """Answer of POST /classify."""
 
-    id: str
+    id: str = ""
     object: Literal["list"] = "list"
-    created: int
-    model: str
+    created: int = 0
+    model: str = ""
     data: Annotated[
         list[Json],
         shown_as(
@@ -84,11 +89,11 @@ class RankedAnswer(msgspec.Struct, frozen=True):
     document: DocumentAnswer | UnsetType = UNSET
 
 
-class RerankAnswer(msgspec.Struct, frozen=True):
+class RerankAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """Answer of POST /v1/rerank."""
 
-    id: str
-    model: str
+    id: str = ""
+    model: str = ""
     results: list[RankedAnswer]
     usage: ReadingUsage
 
@@ -110,23 +115,29 @@ class ScoreAnswer(msgspec.Struct, frozen=True, kw_only=True):
     usage: ReadingUsage
 
 
-class OptionAnswer(msgspec.Struct, frozen=True):
+class Option(msgspec.Struct, frozen=True):
+    """One of the choices of a decision."""
+
     index: int
     text: str
     probability: float
+    """Among the choices."""
     logprob: float
-    prior_logprob: float | None
-    token_logprobs: list[float]
+    """Log-probability of the whole text after the prompt."""
+    prior_logprob: float | None = None
+    token_logprobs: tuple[float, ...] = ()
 
 
-class DecisionAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer of POST /v1/decide."""
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """Probabilities of some choices to come next."""
 
-    id: str
+    id: str = ""
     object: Literal["decision"] = "decision"
-    created: int
-    model: str
+    created: int = 0
+    model: str = ""
     choice: str
-    index: int
-    choices: list[OptionAnswer]
+    """The likeliest."""
+    index: int = 0
+    options: tuple[Option, ...] = field(name="choices")
+    """All of them, in the order in which they were sent."""
     usage: ReadingUsage

@@ -27,6 +27,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onebase._core.metrics import parse_metrics
+from onebase_protocol.errors import AnthropicError, Error
 from onebase_route.placement import NoReplicaError, Placement, Report
 from onebase_route.resumption import DiffersError, Kept, Room
 from onebase_server.app.settings import Settings
@@ -1161,30 +1162,18 @@ def _error_event(error: OneBaseError, scope: Scope) -> bytes:
     return b"\n\ndata: " + data + b"\n\n" + (b"" if scope["path"] == "/" else DONE)
 
 
-class _ToldError(msgspec.Struct):
-    """Object of an error in a server's answer. details: Anthropic's routes have its code in there."""
-
-    message: str
-    code: str | None = None
-    details: dict[str, Any] = {}
-
-
-class _ToldErrorBody(msgspec.Struct):
-    error: _ToldError
-
-
 def _read_error(status: int, body: bytes) -> OneBaseError | None:
     """Return a server's refusal as an error of the same code, or None for what is no such answer."""
-    told = _read(body, _ToldErrorBody)
-    if told is None:
+    if (anthropic := _read(body, AnthropicError)) is not None:
+        message, code = anthropic.error.message, str(anthropic.error.details.error_code)
+    elif (told := _read(body, Error)) is not None:
+        message, code = told.error.message, str(told.error.code)
+    else:
         return None
-    code = told.error.code or str(told.error.details.get("error_code"))
     if status == 404:
-        return UnknownAdapterError(told.error.message, code=code)
+        return UnknownAdapterError(message, code=code)
     kind = {403: ForbiddenError, 409: ConflictError}.get(status)
-    if kind is None:
-        return InvalidRequestError(told.error.message, code=code)
-    return kind(told.error.message, code=code)
+    return InvalidRequestError(message, code=code) if kind is None else kind(message, code=code)
 
 
 def _json(content: Any, status: int = 200) -> Response:

@@ -31,7 +31,6 @@ from onebase_adapters.registry.records import (
     AuditAction,
     Checkpoint,
     EventKind,
-    JobError,
     JobEvent,
     JobState,
     JobStop,
@@ -53,7 +52,7 @@ from onebase_adapters.registry.tables import (
     TrainingFileRow,
     TrainingJobRow,
 )
-from onebase_protocol.training import Activate
+from onebase_protocol.training import Activate, TrainingFailure
 
 PARENT_FILES = ("parent_config", "parent_weights")
 """Files in a job's folder of the version whose training it continues."""
@@ -499,7 +498,7 @@ def _job_row(job: NewJob, base_id: str, now: float) -> TrainingJobRow:
 def job_record(row: TrainingJobRow) -> TrainingJob:
     error = None
     if row.error_code is not None:
-        error = JobError(row.error_code, row.error_message or "", row.error_param)
+        error = TrainingFailure(row.error_code, row.error_message or "", row.error_param)
     return TrainingJob(
         id=row.id,
         tenant=row.tenant,
@@ -534,7 +533,7 @@ def job_record(row: TrainingJobRow) -> TrainingJob:
 
 def _set_facts(row: TrainingJobRow, state: JobState | None, facts: Mapping[str, Any], now: float) -> None:
     """Write fields of TrainingJob into its row. Any other state clears the error."""
-    error: JobError | None = None
+    error: TrainingFailure | None = None
     for name, value in facts.items():
         if name == "error":
             error = value

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict
 
 from onebase_protocol.access import ApiKey, AuditEntry, NewApiKey, Tenant, TenantUsage
+from onebase_protocol.reading import Decision, Option, ReadingUsage
 from onebase_protocol.serving import Model
 from onebase_protocol.text import AdapterWeight, Logprobs, Timing, Usage
 
@@ -159,7 +160,7 @@ class Embeddings:
 
     vectors: tuple[tuple[float, ...], ...]
     """One of each text, in their order."""
-    usage: Usage
+    usage: ReadingUsage
 
 
 @dataclass(frozen=True)
@@ -190,29 +191,6 @@ class Ranked:
     """Index among the documents that were sent."""
     text: str
     score: float
-
-
-@dataclass(frozen=True)
-class Option:
-    """One of the choices of a decision."""
-
-    text: str
-    probability: float
-    """Among the choices."""
-    logprob: float
-    """Log-probability of the whole text after the prompt."""
-    prior_logprob: float | None = None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Probabilities of some choices to come next."""
-
-    choice: str
-    """The likeliest."""
-    options: tuple[Option, ...]
-    """All of them, in the order in which they were sent."""
-    usage: Usage
 
 
 @dataclass(frozen=True)

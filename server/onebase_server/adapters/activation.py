@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from onebase_adapters.registry import (
     UNSET,
     AdapterRecord,
-    HistoryEntry,
     Registry,
     Unset,
     VersionRecord,
 )
 from onebase_adapters.store.store import Store
+from onebase_protocol import adapters as wire
 from onebase_server.adapters.catalog import Catalog, Names, VersionRef, not_ready
 from onebase_server.adapters.residency import Residency
 from onebase_server.app.storage import delete_blobs, storage_errors
@@ -142,7 +142,7 @@ class Activation:
             await self._records.write(self._registry.share, tenant, name, shared)
         return self._catalog.of(tenant).adapter(name, param="name")
 
-    async def history(self, tenant: str, name: str) -> list[HistoryEntry]:
+    async def history(self, tenant: str, name: str) -> list[wire.Activation]:
         """Return the history of activations, newest first. Raises UnknownAdapterError."""
         with storage_errors(name):
             return await self._records.run(self._registry.history, tenant, name)

@@ -25,13 +25,14 @@ _NAMES = {
     "Activation": "HistoryAnswer", "Adapter": "AdapterAnswer", "AdapterSource": "VersionSource",
     "AdapterVersion": "VersionAnswer", "AdapterWeight": "WeightedAdapter", "ApiKey": "KeyAnswer",
     "AuditEntry": "AuditAnswer", "BaseReference": "FilesBase", "Batch": "BatchAnswer",
-    "BatchError": "BatchProblem", "Logprobs": "FlatLogprobs", "MergeParent": "MergedAnswer",
-    "Model": "ModelAnswer", "NewApiKey": "NewKeyAnswer", "ReadingUsage": "OpenAIUsage",
-    "Tenant": "TenantAnswer", "TenantUsage": "UsageRowAnswer", "Timing": "GeneratedTiming",
-    "TrainingCheckpoint": "CheckpointAnswer", "TrainingEvent": "JobEventAnswer",
-    "TrainingFailure": "JobProblem", "TrainingFile": "FileAnswer", "TrainingJobInfo": "JobAnswer",
-    "TrainingStop": "JobStopAnswer", "Usage": "GeneratedUsage", "VersionFailure": "VersionProblem",
-    "VersionFile": "VersionFileAnswer", "VersionFiles": "VersionFilesAnswer",
+    "BatchError": "BatchProblem", "Decision": "DecisionAnswer", "Logprobs": "FlatLogprobs",
+    "MergeParent": "MergedAnswer", "Model": "ModelAnswer", "NewApiKey": "NewKeyAnswer",
+    "Option": "OptionAnswer", "ReadingUsage": "OpenAIUsage", "Tenant": "TenantAnswer",
+    "TenantUsage": "UsageRowAnswer", "Timing": "GeneratedTiming", "TrainingCheckpoint": "CheckpointAnswer",
+    "TrainingEvent": "JobEventAnswer", "TrainingFailure": "JobProblem", "TrainingFile": "FileAnswer",
+    "TrainingJobInfo": "JobAnswer", "TrainingStop": "JobStopAnswer", "Usage": "GeneratedUsage",
+    "VersionFailure": "VersionProblem", "VersionFile": "VersionFileAnswer",
+    "VersionFiles": "VersionFilesAnswer",
 }  # fmt: skip
 """Schemas that are called otherwise than the SDK calls their structs."""
 _NAMED_BY_OTHERS = (TextLabelAnswer, TokenLabelsAnswer)

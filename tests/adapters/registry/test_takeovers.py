@@ -14,7 +14,6 @@ from tests.adapters.registry.test_jobs import TENANT, add_file, add_job, event
 from onebase_adapters.registry import (
     Checkpoint,
     JobElsewhereError,
-    JobError,
     Origin,
     ParentVersion,
     Registry,
@@ -23,6 +22,7 @@ from onebase_adapters.registry import (
     acting,
     takeovers,
 )
+from onebase_protocol.training import TrainingFailure
 
 JOB = "ftjob-one"
 
@@ -201,7 +201,7 @@ def test_what_a_job_goes_on_from_stays_in_the_store_as_long_as_it_may_go_on(
     move(registry, "running", report={"steps": 10})
     saved(registry, 10)
     assert [one.trained for one in takeovers.unkept("s1", ["disk_full"])] == [True]
-    move(registry, "failed", error=JobError("disk_full", "it is full"))
+    move(registry, "failed", error=TrainingFailure("disk_full", "it is full"))
     takeovers.drop_ended(["disk_full"])
     assert takeovers.unkept("s1", []) == []
     assert registry.referenced_blobs() == {new, rows}

@@ -10,11 +10,10 @@ from typing import Any, Literal, Unpack
 
 from onebase_protocol.access import UsageAnswer
 from onebase_protocol.common import ListAnswer, PageAnswer
-from onebase_protocol.reading import ClassifyAnswer, DecisionAnswer, EmbeddingsAnswer, RerankAnswer
+from onebase_protocol.reading import ClassifyAnswer, EmbeddingsAnswer, RerankAnswer
 from onebase_protocol.text import GeneratedAnswer
 
-from .._core import audit, parse, reading, requests
-from .._core import usage as usage_calls
+from .._core import access, parse, reading, requests
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
 from .._core.metrics import METRICS, Metrics, parse_metrics
 from .._http import AsyncPool, AsyncTransport
@@ -289,7 +288,7 @@ class AsyncClient:
             OneBaseError: As `generate`.
         """
         call = reading.decide(choices, prompt, messages, adapter, ends, normalize, prior, temperature)
-        return reading.decision(await self._http.ask(call, DecisionAnswer))
+        return await self._http.ask(call, Decision)
 
     async def usage(
         self,
@@ -311,7 +310,7 @@ class AsyncClient:
             BadRequestError: no such day or column, or too much for one answer.
             PermissionDeniedError: `tenant` is another one, and the key lacks the scope `admin`.
         """
-        call = usage_calls.usage(start, end, group_by, tenant)
+        call = access.usage(start, end, group_by, tenant)
         return (await self._http.ask(call, UsageAnswer)).data
 
     async def usage_csv(
@@ -324,7 +323,7 @@ class AsyncClient:
     ) -> str:
         """Return `usage` as CSV with a line of titles. No name in it looks like a formula to a
         spreadsheet."""
-        reply = await self._http.send(usage_calls.usage(start, end, group_by, tenant, csv=True))
+        reply = await self._http.send(access.usage(start, end, group_by, tenant, csv=True))
         return reply.body.decode()
 
     async def audit(
@@ -356,7 +355,7 @@ class AsyncClient:
         """
         order = "asc" if oldest_first else "desc"
         return await self._http.collect(
-            lambda last, size: audit.entries(tenant, action, target, since, order, last, size),
+            lambda last, size: access.audit_entries(tenant, action, target, since, order, last, size),
             PageAnswer[AuditEntry],
             limit,
             after,

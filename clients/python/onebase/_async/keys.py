@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from onebase_protocol.common import ListAnswer
 
-from .._core import keys, usage
+from .._core import access
 from ..types import ApiKey, NewApiKey, Tenant
 from .http import AsyncHttp
 
@@ -44,7 +44,7 @@ class AsyncKeys:
             BadRequestError: no key can have such a tenant, scope, name or end.
             PermissionDeniedError: there is no key yet, or yours lacks the scope `admin`.
         """
-        call = keys.create(scopes, tenant, name, expires_in, quotas, priority)
+        call = access.create_key(scopes, tenant, name, expires_in, quotas, priority)
         return await self._http.ask(call, NewApiKey)
 
     async def update(
@@ -60,11 +60,11 @@ class AsyncKeys:
             BadRequestError: no key can have such a quota or priority.
             NotFoundError: there is no key of this id.
         """
-        return await self._http.ask(keys.update(key_id, quotas, priority), ApiKey)
+        return await self._http.ask(access.update_key(key_id, quotas, priority), ApiKey)
 
     async def list(self) -> tuple[ApiKey, ...]:
         """All keys that there ever were, of all tenants, the newest first."""
-        return (await self._http.ask(keys.LIST, ListAnswer[ApiKey])).data
+        return (await self._http.ask(access.KEYS, ListAnswer[ApiKey])).data
 
     async def revoke(self, key_id: str) -> ApiKey:
         """End a key for good: at once on this server, within a second on the others.
@@ -72,7 +72,7 @@ class AsyncKeys:
         Raises:
             NotFoundError: there is no key of this id.
         """
-        return await self._http.ask(keys.revoke(key_id), ApiKey)
+        return await self._http.ask(access.revoke_key(key_id), ApiKey)
 
 
 class AsyncTenants:
@@ -83,7 +83,7 @@ class AsyncTenants:
 
     async def list(self) -> tuple[Tenant, ...]:
         """All tenants, for a key with the scope `admin`; for others their own."""
-        return (await self._http.ask(usage.TENANTS, ListAnswer[Tenant])).data
+        return (await self._http.ask(access.TENANTS, ListAnswer[Tenant])).data
 
     async def set_quotas(self, tenant: str, quotas: Mapping[str, int | None]) -> Tenant:
         """Change a tenant's quotas: at once on this server, within a second on the others.
@@ -96,4 +96,4 @@ class AsyncTenants:
         Raises:
             BadRequestError: no tenant can have such a name or quota.
         """
-        return await self._http.ask(usage.set_quotas(tenant, quotas), Tenant)
+        return await self._http.ask(access.set_quotas(tenant, quotas), Tenant)

@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Final
-from urllib.parse import urlencode
 
 from ..batch_types import Batch, BatchCallback, BatchResult
 from ..errors import InvalidResponseError
 from .requests import Body, Call, encode
-from .training import path_of
+from .training import path_of, query_of
 
 BATCHES: Final = "/v1/batches"
 FIRST_PAUSE_S: Final = 0.25
@@ -28,8 +27,7 @@ def create(file_id: str, endpoint: str, window: str, metadata: Mapping[str, str]
 
 
 def list_batches(after: str | None, limit: int) -> Call:
-    fields = {"limit": str(limit)} if after is None else {"after": after, "limit": str(limit)}
-    return Call("GET", f"{BATCHES}?{urlencode(fields)}")
+    return Call("GET", query_of(BATCHES, after=after, limit=str(limit)))
 
 
 def batch(batch_id: str) -> Call:

@@ -10,9 +10,7 @@ from msgspec import ValidationError, convert
 from onebase_protocol.common import Json
 from onebase_protocol.reading import (
     ClassifyAnswer,
-    DecisionAnswer,
     EmbeddingsAnswer,
-    ReadingUsage,
     RerankAnswer,
     TextLabelAnswer,
     TokenLabelsAnswer,
@@ -22,13 +20,10 @@ from ..errors import InvalidResponseError
 from ..types import (
     AdapterSpec,
     Classification,
-    Decision,
     Embeddings,
     Label,
     Messages,
-    Option,
     Ranked,
-    Usage,
 )
 from .parse import unexpected
 from .requests import Body, Call, adapter_body, encode, messages_body
@@ -100,7 +95,7 @@ def embeddings(answer: EmbeddingsAnswer) -> Embeddings:
     vectors = [tuple(one.embedding) for one in answer.data if not isinstance(one.embedding, str)]
     if len(vectors) < len(answer.data):
         raise InvalidResponseError("the server's answer has vectors as text")
-    return Embeddings(tuple(vectors), _usage(answer.usage))
+    return Embeddings(tuple(vectors), answer.usage)
 
 
 def classifications(answer: ClassifyAnswer) -> tuple[Classification, ...]:
@@ -125,14 +120,3 @@ def ranked(answer: RerankAnswer, documents: Sequence[str]) -> tuple[Ranked, ...]
         return tuple(Ranked(one.index, documents[one.index], one.relevance_score) for one in answer.results)
     except IndexError as error:
         raise InvalidResponseError("the server's answer ranks documents that were not sent") from error
-
-
-def decision(answer: DecisionAnswer) -> Decision:
-    options = tuple(
-        Option(one.text, one.probability, one.logprob, one.prior_logprob) for one in answer.choices
-    )
-    return Decision(answer.choice, options, _usage(answer.usage))
-
-
-def _usage(usage: ReadingUsage) -> Usage:
-    return Usage(usage.prompt_tokens, 0, usage.prompt_tokens_details.cached_tokens)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from onebase_protocol.common import ListAnswer
 
-from .._core import keys, usage
+from .._core import access
 from ..types import ApiKey, NewApiKey, Tenant
 from .http import Http
 
@@ -45,7 +45,7 @@ class Keys:
             BadRequestError: no key can have such a tenant, scope, name or end.
             PermissionDeniedError: there is no key yet, or yours lacks the scope `admin`.
         """
-        call = keys.create(scopes, tenant, name, expires_in, quotas, priority)
+        call = access.create_key(scopes, tenant, name, expires_in, quotas, priority)
         return self._http.ask(call, NewApiKey)
 
     def update(
@@ -61,11 +61,11 @@ class Keys:
             BadRequestError: no key can have such a quota or priority.
             NotFoundError: there is no key of this id.
         """
-        return self._http.ask(keys.update(key_id, quotas, priority), ApiKey)
+        return self._http.ask(access.update_key(key_id, quotas, priority), ApiKey)
 
     def list(self) -> tuple[ApiKey, ...]:
         """All keys that there ever were, of all tenants, the newest first."""
-        return (self._http.ask(keys.LIST, ListAnswer[ApiKey])).data
+        return (self._http.ask(access.KEYS, ListAnswer[ApiKey])).data
 
     def revoke(self, key_id: str) -> ApiKey:
         """End a key for good: at once on this server, within a second on the others.
@@ -73,7 +73,7 @@ class Keys:
         Raises:
             NotFoundError: there is no key of this id.
         """
-        return self._http.ask(keys.revoke(key_id), ApiKey)
+        return self._http.ask(access.revoke_key(key_id), ApiKey)
 
 
 class Tenants:
@@ -84,7 +84,7 @@ class Tenants:
 
     def list(self) -> tuple[Tenant, ...]:
         """All tenants, for a key with the scope `admin`; for others their own."""
-        return (self._http.ask(usage.TENANTS, ListAnswer[Tenant])).data
+        return (self._http.ask(access.TENANTS, ListAnswer[Tenant])).data
 
     def set_quotas(self, tenant: str, quotas: Mapping[str, int | None]) -> Tenant:
         """Change a tenant's quotas: at once on this server, within a second on the others.
@@ -97,4 +97,4 @@ class Tenants:
         Raises:
             BadRequestError: no tenant can have such a name or quota.
         """
-        return self._http.ask(usage.set_quotas(tenant, quotas), Tenant)
+        return self._http.ask(access.set_quotas(tenant, quotas), Tenant)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from onebase_adapters.hub.pull import HubError, HubReference
@@ -309,12 +310,9 @@ async def get_history(name: AdapterName, services: Provided, caller: Calling) ->
     """List the changes of the active version, newest first."""
     owner = services.catalog.of(caller.tenant).owner(name)
     history = await services.activation.history(owner, name)
-    own = owner == caller.tenant
-    data = tuple(
-        Activation(entry.action, entry.version, entry.previous, entry.actor if own else "", entry.at)
-        for entry in history
-    )
-    return json_response(ListAnswer(data=data))
+    if owner != caller.tenant:
+        history = [replace(entry, actor="") for entry in history]
+    return json_response(ListAnswer(data=tuple(history)))
 
 
 @router.post("/{name}/activate", responses=answer(Adapter, 404, 409, 422, 429, 507))

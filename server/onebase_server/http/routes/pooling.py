@@ -19,11 +19,11 @@ from onebase_engine.engine.messages import RowOutput
 from onebase_protocol.common import CachedTokens
 from onebase_protocol.reading import (
     ClassifyAnswer,
-    DecisionAnswer,
+    Decision,
     DocumentAnswer,
     EmbeddingAnswer,
     EmbeddingsAnswer,
-    OptionAnswer,
+    Option,
     PairScore,
     RankedAnswer,
     ReadingUsage,
@@ -146,7 +146,9 @@ async def rerank(
         for index in order
     ]
     model = body.model or services.catalog.base_name
-    return json_response(RerankAnswer(new_id("rerank-"), model, results, _usage(usage)))
+    return json_response(
+        RerankAnswer(id=new_id("rerank-"), model=model, results=results, usage=_usage(usage))
+    )
 
 
 @router.post("/v1/score", responses=answer(ScoreAnswer, *MODEL_REFUSED))
@@ -175,7 +177,7 @@ async def score(
     )
 
 
-@router.post("/v1/decide", responses=answer(DecisionAnswer, *MODEL_REFUSED))
+@router.post("/v1/decide", responses=answer(Decision, *MODEL_REFUSED))
 @needs("generate")
 async def decide(
     body: DecideRequest, request: Request, services: Provided, caller: Calling, ticket: Admitted
@@ -193,23 +195,23 @@ async def decide(
     probabilities = _softmax(values, body.temperature or 1.0)
     best = max(range(len(values)), key=lambda index: probabilities[index])
     return json_response(
-        DecisionAnswer(
+        Decision(
             id=after[0].id.partition(".")[0],
             created=int(time.time()),
             model=body.model or services.catalog.base_name,
             choice=body.choices[best],
             index=best,
-            choices=[
-                OptionAnswer(
+            options=tuple(
+                Option(
                     index=index,
                     text=text,
                     probability=probabilities[index],
                     logprob=sum(logprobs[index]),
                     prior_logprob=sum(priors[index]) if priors else None,
-                    token_logprobs=logprobs[index],
+                    token_logprobs=tuple(logprobs[index]),
                 )
                 for index, text in enumerate(body.choices)
-            ],
+            ),
             usage=_usage(usage),
         )
     )

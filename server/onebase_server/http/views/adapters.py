@@ -7,7 +7,7 @@ from typing import cast
 
 from msgspec import convert
 
-from onebase_adapters.registry import AdapterRecord, VersionError, VersionRecord
+from onebase_adapters.registry import AdapterRecord, VersionRecord
 from onebase_adapters.store.blobs import ADAPTER_FILES
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_protocol.adapters import (
@@ -15,7 +15,6 @@ from onebase_protocol.adapters import (
     AdapterSource,
     AdapterVersion,
     BaseReference,
-    VersionFailure,
     VersionFile,
     VersionFiles,
     VersionProgress,
@@ -122,7 +121,7 @@ class AdapterViews:
             version=version.digest,
             state=version.state,
             active=record is not None and record.active == version.digest,
-            error=_error(version.error),
+            error=version.error,
             base=self._catalog.base_name,
             source=convert(source, AdapterSource),
             created_at=version.created_at,
@@ -151,7 +150,7 @@ class AdapterViews:
             version=pending.id,
             state=_state(pending),
             active=False,
-            error=_error(pending.error),
+            error=pending.error,
             base=self._catalog.base_name,
             source=AdapterSource("hub", reference.repo, reference.revision, subfolder=reference.subfolder),
             created_at=pending.created_at,
@@ -164,7 +163,3 @@ class AdapterViews:
 
 def _state(pending: PendingPull) -> str:
     return "pulling" if pending.failure is None else "failed"
-
-
-def _error(error: VersionError | None) -> VersionFailure | None:
-    return None if error is None else VersionFailure(error.code, error.message)

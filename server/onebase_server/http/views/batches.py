@@ -10,14 +10,10 @@ from onebase_protocol.common import CachedTokens
 def batch_view(batch: Batch, waiting: str | None) -> wire.Batch:
     """Return a batch as callers see it. waiting: why nothing of it is computed now."""
     prompt, cached, completion = (batch.usage.get(name, 0) for name in ("prompt", "cached", "completion"))
-    errors = tuple(
-        wire.BatchError(code=error.code, line=error.line, message=error.message, param=error.param)
-        for error in batch.errors
-    )
     return wire.Batch(
         id=batch.id,
         endpoint=batch.endpoint,
-        problems=wire.BatchProblems(data=errors) if errors else None,
+        problems=wire.BatchProblems(data=batch.errors) if batch.errors else None,
         input_file_id=batch.input_file,
         completion_window=batch.window,
         status=batch.state,

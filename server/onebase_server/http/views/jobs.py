@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, cast
 
+from msgspec.structs import replace
+
 from onebase_adapters.registry import Checkpoint, JobEvent, TrainingFile, TrainingJob
 from onebase_protocol import training as wire
 from onebase_protocol.adapters import ParentAnswer
@@ -18,10 +20,6 @@ EVENT, CHECKPOINT = "ftevent-", "ftckpt-"
 _DIGITS = 16
 _MULTIPLIER = "learning_rate_multiplier"
 _OPENAI = ("batch_size", _MULTIPLIER)
-_SHORT = ("name", "steps", "best_step", "tokens", "seconds", "parameters", "adapter_bytes", "loss_before",
-          "loss_after", "metrics_before", "metrics_after", "better", "better_than", "peak_memory_bytes",
-          "loss_parent", "metrics_parent", "active", "loss_active", "metrics_active",
-          "not_compared")  # fmt: skip
 
 
 def file_view(file: TrainingFile) -> wire.TrainingFile:
@@ -67,7 +65,7 @@ def job_view(
         trained_tokens=report.get("tokens") if report and job.ended else None,
         seed=recipe["seed"],
         metadata=dict(job.labels),
-        error=_error(job),
+        error=None if job.error is None else replace(job.error, param=wire_name(job.error.param)),
         name=job.name,
         parent_version=None if parent is None else ParentAnswer(parent.name, parent.digest),
         activate=job.activate,
@@ -100,8 +98,8 @@ def is_active(job: TrainingJob, names: Names) -> bool:
 
 
 def _report(report: Mapping[str, Any], *, slices: bool) -> Json:
-    shown = {key: report[key] for key in _SHORT if key in report}
-    return shown | {name: report.get(name) if slices else None for name in ("slices", "classes")}
+    shown = {name: report[name] for name in wire.TrainingReport.__struct_fields__ if name in report}
+    return shown if slices else shown | {"slices": None, "classes": None}
 
 
 def event_view(event: JobEvent) -> wire.TrainingEvent:
@@ -162,9 +160,3 @@ def _estimated_finish(job: TrainingJob) -> int | None:
     left = (job.progress or {}).get("seconds_left")
     goes_on = job.state == "running" and job.stop is None
     return int(time.time() + left) if left is not None and goes_on else None
-
-
-def _error(job: TrainingJob) -> wire.TrainingFailure | None:
-    if job.error is None:
-        return None
-    return wire.TrainingFailure(job.error.code, job.error.message, wire_name(job.error.param))
