@@ -319,12 +319,12 @@ class TrainingEvent(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     type: str
     """`metrics` if `data` has figures such as `step` and `train_loss` or `valid_loss`; else `message`."""
-    known: Json | None = field(name="data")
+    facts: Json | None = field(name="data")
 
     @property
     def data(self) -> Json:
         """Figures and facts of the event, by name."""
-        return self.known or {}
+        return self.facts or {}
 
 
 class TrainingCheckpoint(msgspec.Struct, frozen=True, kw_only=True):

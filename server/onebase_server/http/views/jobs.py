@@ -109,7 +109,7 @@ def event_view(event: JobEvent) -> wire.TrainingEvent:
         level=event.level,
         message=event.message,
         type=event.kind,
-        known=None if event.data is None else dict(event.data),
+        facts=None if event.data is None else dict(event.data),
     )
 
 
