@@ -3449,8 +3449,8 @@ export interface components {
         /** OpenAIUsage */
         OpenAIUsage: {
             prompt_tokens: number;
-            completion_tokens: number;
             total_tokens: number;
+            completion_tokens: number;
             prompt_tokens_details: components["schemas"]["CachedTokens"];
         };
         /** CachedTokens */
@@ -3971,7 +3971,7 @@ export interface components {
         };
         /**
          * DecisionAnswer
-         * @description Answer of POST /v1/decide.
+         * @description Probabilities of some choices to come next.
          */
         DecisionAnswer: {
             id: string;
@@ -3984,7 +3984,10 @@ export interface components {
             choices: components["schemas"]["OptionAnswer"][];
             usage: components["schemas"]["OpenAIUsage"];
         };
-        /** OptionAnswer */
+        /**
+         * OptionAnswer
+         * @description One of the choices of a decision.
+         */
         OptionAnswer: {
             index: number;
             text: string;
