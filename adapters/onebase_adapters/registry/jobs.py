@@ -233,7 +233,7 @@ class TrainingRecords:
             if after is not None:
                 query = query.where(TrainingJobRow.number < self._job(session, after, tenant).number)
             for key, value in (labels or {}).items():
-                query = query.where(TrainingJobRow.labels[plain(key)].as_string() == plain(value))
+                query = query.where(_has_label(session, plain(key), plain(value)))
             rows = session.scalars(query.order_by(TrainingJobRow.number.desc()).limit(limit))
             return [job_record(row) for row in rows]
 
@@ -411,6 +411,17 @@ class TrainingRecords:
         if server is not None and row.server != server:
             raise JobElsewhereError(f"Job {job_id} is run by another server now.")
         return row
+
+
+def _has_label(session: Session, key: str, value: str) -> ColumnElement[bool]:
+    """Return the condition that a job has a label."""
+    labels = TrainingJobRow.labels
+    if session.get_bind().dialect.name != "sqlite":
+        found: ColumnElement[bool] = labels[key].as_string() == value
+        return found
+    # SQLite's paths compare a key as it is written in JSON, where it may be escaped.
+    each = func.json_each(labels).table_valued("key", "value")
+    return select(1).select_from(each).where(each.c.key == key, each.c.value == value).exists()
 
 
 _MOVES: Mapping[JobState, AuditAction] = {
