@@ -142,7 +142,7 @@ def test_an_engine_that_cannot_be_started_again_is_tried_as_often_as_one_that_di
                 assert await insist(supervisor, 8, 10) == 10
                 assert supervisor.restarts == 3
             else:
-                while supervisor.state is not EngineState.FAILED:  # noqa: ASYNC110
+                while supervisor.state is not EngineState.FAILED:
                     await asyncio.sleep(0.01)
                 assert supervisor.restarts == RestartPolicy().rapid_restarts
 

@@ -49,6 +49,7 @@ from onebase_server.http.sse import (
     with_transcript,
 )
 from onebase_server.http.views.generation import (
+    INLINE_SCORES,
     ChatView,
     CompletionView,
     GenerateView,
@@ -66,9 +67,6 @@ from onebase_server.tenancy.quotas import Ticket
 from onebase_server.tenancy.usage import UsageMeter
 
 router = APIRouter(route_class=StrictRoute)
-INLINE_SCORES = 2_000
-"""Largest number of log-probabilities of a whole answer that are written on the event loop (about 5 ms); more
-are written in a thread."""
 
 
 @router.post("/generate", tags=["generate"], responses=streamed_answer(GeneratedAnswer, GenerateEvent))
@@ -327,6 +325,7 @@ async def begin(
     generation = Generation(
         services.supervisor,
         services.tokenizer,
+        services.reading,
         job,
         services.settings.stream_buffer if stream else None,
         on_cut=connection_abort(request.scope),

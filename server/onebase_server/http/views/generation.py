@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from onebase_server.errors import OneBaseError, error_body, status_of
@@ -16,6 +17,9 @@ from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.requests.tool_call_parser import CallDelta, Said, answer_reader
 
 Json = dict[str, Any]
+INLINE_SCORES = 2_000
+"""Largest number of log-probabilities that are written on the event loop (about 5 ms); more are written in a
+thread."""
 
 
 # ---- logprobs --------------------------------------------------------------------------------
@@ -78,6 +82,14 @@ class GenerationView(ABC):
     def failure(self, error: OneBaseError) -> bytes:
         """Return the event of an error after the first event."""
         return event(error_body(error))
+
+
+async def _event(generation: Generation, piece: Piece, make: Callable[[], Json]) -> bytes:
+    """Return the event of what `make` returns for a piece, made in a thread if the piece has many
+    log-probabilities: those of a prompt."""
+    if sum(1 + len(info.top or ()) for info in piece.tokens) <= INLINE_SCORES:
+        return event(make())
+    return await generation.in_thread(lambda: event(make()))
 
 
 # ---- calls of tools ----------------------------------------------------------------------------
@@ -167,15 +179,16 @@ class GenerateView(GenerationView):
                     data: Json = {**head, "text": said.content}
                     if said.calls:
                         data["tool_calls"] = [_call_delta(delta) for delta in said.calls]
-                    if piece.tokens:
-                        data["logprobs"] = flat_logprobs(piece.tokens, self._tokenizer)
-                    chunk += event(data)
+                    chunk += await _event(generation, piece, partial(self._with_scores, data, piece))
                 if piece.finish_reason:
                     reason = readers.finish_reason(piece)
                     chunk += event({**head, "text": "", "finish_reason": reason})
             if chunk:
                 yield chunk
         yield event({**self._of, "id": job_id, "done": True, **_summary(generation)})
+
+    def _with_scores(self, data: Json, piece: Piece) -> Json:
+        return {**data, "logprobs": flat_logprobs(piece.tokens, self._tokenizer)} if piece.tokens else data
 
 
 def _summary(generation: Generation) -> Json:
@@ -311,7 +324,6 @@ class OpenAIView(GenerationView):
         head = self._head(generation, self.chunk_object)
         if self._usage == "last":
             head["usage"] = None
-        wanted = generation.job.sampling.logprobs is not None
         readers = _Readers(generation.job)
         opening = self.opening(generation.job.choices)
         if self._usage == "always":
@@ -325,10 +337,8 @@ class OpenAIView(GenerationView):
                 said = readers.read(piece)
                 if said.content or said.calls or piece.tokens or piece.ids:
                     first = Said(said.content, said.calls[:1])
-                    part = self.part(piece, first, wanted and bool(piece.tokens))
-                    if piece.ids:
-                        self._add_ids(part, piece, generation)
-                    chunk += event({**head, "choices": [part]})
+                    make = partial(self._chunk, generation, head, piece, first)
+                    chunk += await _event(generation, piece, make)
                 for call in said.calls[1:]:  # as OpenAI does: clients read one call of a chunk
                     part = self.part(Piece(piece.index, ""), Said("", [call]), False)
                     chunk += event({**head, "choices": [part]})
@@ -340,6 +350,14 @@ class OpenAIView(GenerationView):
             chunk = b""
         if self._usage != "never":
             yield event({**head, "choices": [], "usage": openai_usage(generation.usage)})
+
+    def _chunk(self, generation: Generation, head: Json, piece: Piece, said: Said) -> Json:
+        """Return the chunk with what is new of one choice."""
+        wanted = generation.job.sampling.logprobs is not None
+        part = self.part(piece, said, wanted and bool(piece.tokens))
+        if piece.ids:
+            self._add_ids(part, piece, generation)
+        return {**head, "choices": [part]}
 
     def _prompt_ids(self, generation: Generation) -> Json:
         """Return the fields of an answer's head about its prompt, if token ids are asked for."""
