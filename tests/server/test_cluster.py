@@ -402,7 +402,7 @@ def test_more_servers_than_gpus_are_refused_and_unused_gpus_are_told(
     ],
 )
 def test_a_password_in_a_command_is_found_wherever_an_address_holds_one(address: str, refused: bool) -> None:
-    from onebase_server.routing.cluster import Plan
+    from onebase_route.cluster import Plan
 
     with pytest.raises(ValueError, match="PGPASSWORD") if refused else contextlib.nullcontext():
         Plan(server=["onebase", "serve", f"--registry={address}"])

@@ -339,7 +339,7 @@ def test_a_client_behind_the_route_learns_nothing_of_what_it_and_its_servers_say
 def test_a_wrong_address_is_refused_without_its_password(
     address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from onebase_server.routing.cli import route
+    from onebase_route.cli import route
 
     with pytest.raises(SystemExit):
         route(["--replica", address])
