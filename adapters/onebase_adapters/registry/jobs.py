@@ -452,10 +452,13 @@ def find_file(session: Session, tenant: str, file_id: str, *, lock: bool = False
     return row
 
 
-def check_owner(session: Session) -> None:
+def check_owner(session: Session, *, running: bool = False) -> None:
     """Check, in a write transaction, that the server which delivers a job or a batch still owns it.
 
-    Raises JobElsewhereError, BatchElsewhereError.
+    Args:
+        running: check also that a job was not stopped meanwhile.
+
+    Raises JobElsewhereError, BatchElsewhereError; JobStateError for a job that does not run any more.
     """
     owned = audit.current().owned
     if owned is None:
@@ -464,9 +467,16 @@ def check_owner(session: Session) -> None:
     row, error = (
         (BatchRow, BatchElsewhereError) if name.startswith("batch_") else (TrainingJobRow, JobElsewhereError)
     )
-    found = session.scalar(select(row.server).where(row.id == plain(name)).with_for_update())
-    if found is not None and found != server:
+    found = session.execute(
+        select(row.server, row.state).where(row.id == plain(name)).with_for_update()
+    ).first()
+    if found is None:
+        return
+    owner, state = found
+    if owner != server:
         raise error(f"{name} is run by another server now.")
+    if running and row is TrainingJobRow and state != "running":
+        raise JobStateError(f"Job {name} is {state}.", state)
 
 
 # From rows to records and back
