@@ -284,6 +284,14 @@ class Run:
         """Cancel the request: the engine frees its sequences, and `pieces` raises ClientGoneError."""
         self._fail(ClientGoneError())
 
+    def stop(self) -> bool:
+        """Have the engine end the sequences early, with what there is as the answer. Return False if all have
+        ended."""
+        if not self._with_engine:
+            return False
+        self._supervisor.router.cancel(self._inflight)
+        return True
+
     def _fail(self, error: OneBaseError) -> None:
         self._inflight.fail(error)
         self._supervisor.router.cancel(self._inflight)

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 
-from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, status_of
+from onebase_server.errors import (
+    ClientGoneError,
+    OneBaseError,
+    SlowReaderError,
+    UnknownGenerationError,
+    status_of,
+)
 from onebase_server.http.authorization import NOT_ITS_FAULT, needs
 from onebase_server.http.deps import (
     CALLER,
@@ -22,6 +29,7 @@ from onebase_server.http.deps import (
     told_of,
 )
 from onebase_server.http.schemas.answers import (
+    CancelledAnswer,
     ChatAnswer,
     CompletionAnswer,
     GeneratedAnswer,
@@ -109,6 +117,17 @@ async def generate_many(
         sources.append(_events_of(source, request, services, caller))
     merged = Merged(sources, DONE, order)
     return EventStream(merged, merged.events(), services.settings.max_timeout, tells=told is not None)
+
+
+@router.post("/generate/{id}/cancel", tags=["generate"], responses=answer(CancelledAnswer, 404))
+@needs("generate")
+async def cancel(id: Annotated[str, Path(max_length=200)], services: Provided, caller: Calling) -> Response:
+    """End a text that is being generated, one of several in a stream too: it ends with what there is, and the
+    finish reason `cancelled`. `id` is the id of any answer or event with text."""
+    generation = services.running.get((caller.tenant, id))
+    if generation is None or not generation.stop():
+        raise UnknownGenerationError(id)
+    return json_response({"id": id, "object": "generation", "cancelled": True})
 
 
 @dataclass(frozen=True)
@@ -335,5 +354,6 @@ async def begin(
         telling=telling,
     )
     await generation.start(services.residency)
+    services.running[job.tenant, job.id] = generation
     ticket.leave = generation.leave
     return generation

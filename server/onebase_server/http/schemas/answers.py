@@ -158,6 +158,14 @@ class DeletedAnswer(TypedDict):
     deleted: Literal[True]
 
 
+class CancelledAnswer(TypedDict):
+    """Confirmation that a text will not be generated to its end."""
+
+    id: str
+    object: Literal["generation"]
+    cancelled: Literal[True]
+
+
 # ---- text ------------------------------------------------------------------------------------
 
 
