@@ -13,6 +13,15 @@ from msgspec import UNSET, Meta, UnsetType
 from onebase_protocol.common import CachedTokens, Sparse, TrueOnly, shown_as
 from onebase_protocol.errors import Error
 
+
+class CancelledAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Confirmation that a text will not be generated to its end."""
+
+    id: str
+    object: Literal["generation"] = "generation"
+    cancelled: TrueOnly = True
+
+
 # ---- calls of tools ------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from onebase_engine.logs import set_up_logs
 from onebase_engine.machine import NO_LIMIT, total_memory
+from onebase_engine.redaction import redacted
 from onebase_server.app.cli import add_all_settings, add_settings, checked
 from onebase_server.app.settings import (
     Settings,
@@ -541,7 +542,7 @@ def replica_url(text: str) -> str:
         or parts.query
         or parts.fragment
     ):
-        raise SettingsError(f"{text!r} is no address of a server: give one as http://host:8000.")
+        raise SettingsError(f"{redacted(text)!r} is no address of a server: give one as http://host:8000.")
     if parts.username or parts.password:
         raise SettingsError("an address has no password in it: give the key with --key-file.")
     return f"{parts.scheme}://{parts.netloc}"

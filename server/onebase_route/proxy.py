@@ -122,7 +122,7 @@ _OF_ONE_SERVER = (
     "/server_info",
     "/get_world_size",
 )
-_KEPT_BY_ONE = b"response_not_found"
+_KEPT_BY_ONE = (b"response_not_found", b"generation_not_found")
 _PASSING = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses of a refusal to resume a stream that may end soon."""
 _OF_ONE = ("response_not_found", "invalid_transcript")
@@ -680,7 +680,7 @@ class Route:
             if not (isinstance(body, bytes) and maybe and _is_short(answer)):
                 return _Passing(answer, sending, self.lost)
             problem = await _whole(answer, sending)
-            if answer.status_code == 404 and _KEPT_BY_ONE in bytes(problem.body):
+            if answer.status_code == 404 and any(code in bytes(problem.body) for code in _KEPT_BY_ONE):
                 continue
             sent.refused += 1
             known = answer.status_code == 404 and not any(code in bytes(problem.body) for code in _LEARNT)

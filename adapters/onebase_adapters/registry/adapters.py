@@ -304,11 +304,12 @@ class Registry:
         Args:
             expected: the digest that must be active now, None for none; if not given, any may be.
 
-        Raises NotReadyError, StaleActivationError, UnknownAdapterError, UnknownVersionError.
+        Raises NotReadyError, StaleActivationError, UnknownAdapterError, UnknownVersionError; JobStateError on
+        behalf of a job that was stopped.
         """
         now = time.time()
         with self._changing(tenant, name, now) as (session, adapter):
-            check_owner(session)
+            check_owner(session, running=True)
             activation.check_expected(adapter, expected)
             activation.activate(session, adapter, _require_version(session, adapter, digest), actor, now)
             return _adapter_record(adapter)

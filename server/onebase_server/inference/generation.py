@@ -7,9 +7,10 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 from msgspec.structs import replace as replaced
 
@@ -18,6 +19,7 @@ from onebase_engine.engine.messages import Grammar, Pooling, RowOutput, Sampling
 from onebase_protocol import text
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.adapters.residency import Lease, Residency
+from onebase_server.background import Threads
 from onebase_server.errors import (
     ClientGoneError,
     InvalidRequestError,
@@ -41,7 +43,10 @@ from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.requests.tool_call_parser import CallFormat
 
+T = TypeVar("T")
 _IN_VLLM = {"cancelled": "abort"}
+_INLINE_TOKENS = 500
+"""Longest prompt, in tokens, whose text is told by token on the event loop (about 5 ms)."""
 _AT_ONCE = 64
 """Outputs of a transcript that are read while others wait."""
 
@@ -280,6 +285,14 @@ class Run:
         """Cancel the request: the engine frees its sequences, and `pieces` raises ClientGoneError."""
         self._fail(ClientGoneError())
 
+    def stop(self) -> bool:
+        """Have the engine end the sequences early, with what there is as the answer. Return False if all have
+        ended."""
+        if not self._with_engine:
+            return False
+        self._supervisor.router.cancel(self._inflight)
+        return True
+
     def _fail(self, error: OneBaseError) -> None:
         self._inflight.fail(error)
         self._supervisor.router.cancel(self._inflight)
@@ -356,6 +369,7 @@ class Generation(Run):
         self,
         supervisor: EngineSupervisor,
         tokenizer: BaseTokenizer,
+        threads: Threads,
         job: Job,
         stream_limit: int | None = None,
         on_cut: Callable[[], None] = lambda: None,
@@ -367,6 +381,7 @@ class Generation(Run):
     ) -> None:
         super().__init__(supervisor, job, stream_limit, on_cut, meter=meter, begun=begun)
         self._tokenizer = tokenizer
+        self._threads = threads
         self._choices = [_choice(job, index, tokenizer) for index in range(job.choices)]
         self._transcript = transcript
         self._telling = telling
@@ -376,6 +391,8 @@ class Generation(Run):
         if transcript is None:
             self._tell(opening(job))
         self._echoed: set[int] = set()
+        self._echo_tokens: dict[int, list[TokenInfo]] = {}
+        """Tokens of each prompt that is echoed with its log-probabilities, by its number."""
         self.prompt_logprobs: dict[int, list[TokenLogprob]] = {}
         """Log-probabilities of each prompt's tokens but the first, by the prompt's number, if they were asked
         for."""
@@ -414,6 +431,7 @@ class Generation(Run):
         """
         with self._being_read():
             for number, made in enumerate([] if self._transcript is None else self._transcript.outputs):
+                await self._read_echoed((int(one.id), one) for one in made)
                 if pieces := [piece for one in made for piece in self._feed(one, int(one.id))]:
                     yield pieces
                 if number % _AT_ONCE == 0:
@@ -422,6 +440,7 @@ class Generation(Run):
                 made = await self._inflight.take()
                 if self._telling is not None:
                     self._tell([replaced(one, id=str(self._prompt_of[one.id])) for one in made])
+                await self._read_echoed((self._prompt_of[one.id], one) for one in made)
                 if pieces := [piece for one in made for piece in self._feed(one, self._prompt_of[one.id])]:
                     yield pieces
             if self.ended is None:
@@ -439,6 +458,23 @@ class Generation(Run):
                 target.ids += piece.ids
                 target.finish_reason, target.stop = piece.finish_reason, piece.stop
         return whole
+
+    async def _read_echoed(self, outputs: Iterable[tuple[int, RowOutput]]) -> None:
+        """Make the tokens of prompts whose log-probabilities have come, in a thread if they are many."""
+        for prompt, output in outputs if self.job.echo else ():
+            logprobs = output.prompt_logprobs
+            if logprobs is None or prompt in self._echo_tokens:
+                continue
+            make = partial(
+                prompt_token_infos, self.job.prompts[prompt].tokens, logprobs, self._tokenizer.pieces()
+            )
+            few = len(logprobs) <= _INLINE_TOKENS
+            self._echo_tokens[prompt] = make() if few else await self.in_thread(make)
+
+    async def in_thread(self, call: Callable[[], T]) -> T:
+        """Return the result of work that would hold up the event loop, done in a thread in its tenant's
+        turn."""
+        return await self._threads.run_for(self.job.tenant, call)
 
     def _feed(self, output: RowOutput, prompt: int) -> list[Piece]:
         choice = self._choices[prompt * self.job.n + output.choice]
@@ -469,10 +505,9 @@ class Generation(Run):
             return pieces
         self._echoed.add(choice.index)
         source = self.job.prompts[prompt]
-        tokens: list[TokenInfo] = []
-        if self.job.sampling.prompt_logprobs is not None:
-            logprobs = self.prompt_logprobs.get(prompt, [])
-            tokens = prompt_token_infos(source.tokens, logprobs, self._tokenizer.pieces())
+        tokens = self._echo_tokens.get(prompt, [])
+        if self.job.sampling.prompt_logprobs is not None and not tokens:
+            tokens = prompt_token_infos(source.tokens, [], self._tokenizer.pieces())
         return [Piece(choice.index, _echo_text(source, self._tokenizer), tokens), *pieces]
 
 

@@ -568,9 +568,13 @@ class VerifierClient:
         self._check_current(base)
         given = {"--base-fd": base.fd, "--busy-fd": self._busy_fd}
         fds = {option: fd for option, fd in given.items() if fd is not None}
-        place.process = process = await AskedProcess.spawn(
-            self._command, from_verifier_decoder(), partial(self._take_news, place), fds, behind_serving()
-        )
+        news = partial(self._take_news, place)
+        try:
+            place.process = process = await AskedProcess.spawn(
+                self._command, from_verifier_decoder(), news, fds, behind_serving()
+            )
+        except OSError as error:
+            raise VerifierGoneError(f"the verifier cannot be started: {error}") from error
         self._check_current(base)
         return process
 

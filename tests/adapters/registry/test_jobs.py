@@ -132,6 +132,14 @@ def test_jobs_are_found_by_their_labels(registry: Registry, jobs: list[TrainingJ
     assert registry.training.jobs(TENANT, limit=9, labels={"team": "a", "x": "2"}) == []
 
 
+@pytest.mark.parametrize("key", ['a "quoted" key', "back\\slash", "Schlüssel", "a.b[0]", "$", "0", "'"])
+def test_a_label_is_found_whatever_its_key_is(registry: Registry, jobs: list[TrainingJob], key: str) -> None:
+    add_job(registry, "four", labels={key: key})
+    add_job(registry, "five", labels={key: "other", "other": key})
+    found = registry.training.jobs(TENANT, limit=9, labels={key: key})
+    assert [job.name for job in found] == ["four"]
+
+
 def test_events_are_read_forwards_and_backwards_without_a_gap(
     registry: Registry, jobs: list[TrainingJob]
 ) -> None:

@@ -14,6 +14,8 @@ from tests.adapters.registry.test_jobs import TENANT, add_file, add_job, event
 from onebase_adapters.registry import (
     Checkpoint,
     JobElsewhereError,
+    JobState,
+    JobStateError,
     Origin,
     ParentVersion,
     Registry,
@@ -146,11 +148,25 @@ def test_what_a_server_writes_of_a_job_that_it_has_lost_is_refused(
         for write in refused:
             with pytest.raises(JobElsewhereError):
                 write()
+    records.move(JOB, "running", ("queued",), server="s2")
     with acting(Origin(actor="job", owned=(JOB, "s2"))):
         registry.activate(TENANT, "mine", digest)
-    records.move(JOB, "running", ("queued",), server="s2")
     records.move(JOB, "cancelled", ("running",))  # whoever asks
     assert len(registry.versions(TENANT, "mine")) == 1
+
+
+@pytest.mark.parametrize("state", ["cancelled", "paused"])
+def test_a_job_that_was_stopped_a_moment_ago_activates_nothing(
+    registry: Registry, job: TrainingJob, state: JobState
+) -> None:
+    move(registry, "running")
+    with acting(Origin(actor="job", owned=(JOB, "s1"))):
+        digest = add(registry, "mine", "1")
+    move(registry, state)
+    with acting(Origin(actor="job", owned=(JOB, "s1"))), pytest.raises(JobStateError, match=state):
+        registry.activate(TENANT, "mine", digest)
+    assert registry.adapter(TENANT, "mine").active is None
+    registry.activate(TENANT, "mine", digest)  # a user may
 
 
 def test_of_servers_that_want_one_job_one_gets_it(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from msgspec import UNSET
@@ -19,6 +20,11 @@ from onebase_server.inference.generation import Generation, Job
 from onebase_server.inference.stream import Piece, TokenInfo, Usage
 from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.requests.tool_call_parser import CallDelta, Said, answer_reader
+
+INLINE_SCORES = 2_000
+"""Largest number of log-probabilities that are written on the event loop (about 5 ms); more are written in a
+thread."""
+
 
 # ---- logprobs --------------------------------------------------------------------------------
 
@@ -81,6 +87,14 @@ class GenerationView(ABC):
     def failure(self, error: OneBaseError) -> bytes:
         """Return the event of an error after the first event."""
         return event(error_body(error))
+
+
+async def _event(generation: Generation, piece: Piece, make: Callable[[], Any]) -> bytes:
+    """Return the event of what `make` returns for a piece, made in a thread if the piece has many
+    log-probabilities: those of a prompt."""
+    if sum(1 + len(info.top or ()) for info in piece.tokens) <= INLINE_SCORES:
+        return event(make())
+    return await generation.in_thread(lambda: event(make()))
 
 
 # ---- calls of tools ----------------------------------------------------------------------------
@@ -164,15 +178,9 @@ class GenerateView(GenerationView):
             for piece in pieces:
                 said = readers.read(piece)
                 if said.content or said.calls or piece.tokens:
-                    data = self._text(
-                        **self._of,
-                        id=job_id,
-                        index=piece.index,
-                        text=said.content,
-                        tool_calls=[_call_delta(delta) for delta in said.calls] or UNSET,
-                        logprobs=flat_logprobs(piece.tokens, self._tokenizer) if piece.tokens else UNSET,
+                    chunk += await _event(
+                        generation, piece, partial(self._text_event, generation, piece, said)
                     )
-                    chunk += event(data)
                 if piece.finish_reason:
                     reason = readers.finish_reason(piece) or ""
                     chunk += event(
@@ -181,6 +189,16 @@ class GenerateView(GenerationView):
             if chunk:
                 yield chunk
         yield event(self._end(**self._of, id=job_id, **_summary(generation)))
+
+    def _text_event(self, generation: Generation, piece: Piece, said: Said) -> Any:
+        return self._text(
+            **self._of,
+            id=generation.job.id,
+            index=piece.index,
+            text=said.content,
+            tool_calls=[_call_delta(delta) for delta in said.calls] or UNSET,
+            logprobs=flat_logprobs(piece.tokens, self._tokenizer) if piece.tokens else UNSET,
+        )
 
 
 def _summary(generation: Generation) -> Json:
@@ -289,7 +307,6 @@ class OpenAIView(GenerationView):
         head: Json = self._head(generation)
         if self._usage == "last":
             head["usage"] = None
-        wanted = generation.job.sampling.logprobs is not None
         readers = _Readers(generation.job)
         if self._usage == "always":
             head["usage"] = openai_usage(generation.usage)
@@ -308,10 +325,8 @@ class OpenAIView(GenerationView):
                 said = readers.read(piece)
                 if said.content or said.calls or piece.tokens or piece.ids:
                     first = Said(said.content, said.calls[:1])
-                    part = self.part(piece, first, wanted and bool(piece.tokens))
-                    if piece.ids:
-                        self.add_ids(part, piece, generation)
-                    chunk += chunk_of(part)
+                    make = partial(self._chunk, generation, head, piece, first)
+                    chunk += await _event(generation, piece, make)
                 for call in said.calls[1:]:  # as OpenAI does: clients read one call of a chunk
                     chunk += chunk_of(self.part(Piece(piece.index, ""), Said("", [call]), False))
                 if piece.finish_reason:
@@ -321,6 +336,14 @@ class OpenAIView(GenerationView):
             chunk = b""
         if self._usage != "never":
             yield event(self.chunk(**head | {"usage": openai_usage(generation.usage)}, choices=[]))
+
+    def _chunk(self, generation: Generation, head: Json, piece: Piece, said: Said) -> Any:
+        """Return the chunk with what is new of one choice."""
+        wanted = generation.job.sampling.logprobs is not None
+        part = self.part(piece, said, wanted and bool(piece.tokens))
+        if piece.ids:
+            self.add_ids(part, piece, generation)
+        return self.chunk(**head, choices=[part])
 
     def prompt_ids(self, generation: Generation) -> Json:
         """Return the fields of an answer's head about its prompt, if token ids are asked for."""
