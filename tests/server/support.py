@@ -35,6 +35,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = os.pathsep.join(str(ROOT / part) for part in ("engine", "server", "adapters", "clients/python"))
 START_SECONDS = 180.0
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.03, 0.2
+"""Between two looks, in seconds: each takes processor time from what is waited for."""
 KINDS = ("engine", "verifier", "trainer")
 SERVERS = int(os.environ.get("ONEBASE_TEST_SERVERS", "1"))
 """Behind the address that tests ask: several share a registry and a store, behind `onebase route`."""
@@ -80,13 +82,14 @@ class Server:
             return None
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
-        end = time.monotonic() + seconds
+        end, pause = time.monotonic() + seconds, SHORTEST_PAUSE
         while not condition():
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server exited with {self.process.returncode}:\n{self.log}")
             if time.monotonic() > end:
                 raise TimeoutError(f"no luck within {seconds} s:\n{self.log}")
-            time.sleep(0.05)
+            time.sleep(pause)
+            pause = min(1.2 * pause, LONGEST_PAUSE)
 
     def step_until_rows(self, step: Callable[[int], None], rows: int) -> None:
         """Give a scripted engine steps, one by one, until so many rows run: the first may take several."""
