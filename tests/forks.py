@@ -295,10 +295,10 @@ def import_all() -> None:
             importlib.import_module(f"onebase_training.{module}")
         for module in ("engine", "trainer", "verifier"):
             importlib.import_module(f"onebase_server.processes.{module}")
-        for module in ("cli", "startup"):
+        for module in ("app.cli", "app.startup"):
             importlib.import_module(f"onebase_server.{module}")
     # Trainers measure the machine in three passes, not for a third of a second: no test looks at it.
-    estimate = importlib.import_module("onebase_adapters.training.estimate")
+    estimate = importlib.import_module("onebase_training.estimate")
     estimate._PROBE_SECONDS = 0.0  # type: ignore[attr-defined]
     gc.freeze()
 

@@ -372,6 +372,28 @@ def test_a_page_that_is_hidden_follows_no_job_and_goes_on_once_it_is_seen(words:
     client.fine_tuning.jobs.cancel(job.id)
 
 
+def test_a_job_is_asked_for_again_after_a_pause_and_not_for_having_changed(words: Server, look: Look) -> None:
+    client = openai_client(words)
+    job = make_job(client, "slow", extra={"name": "asked-for"})
+    wait_job(words, client, job.id, lambda job: step_of(job) > 0)
+    with look(words) as visit:
+        page = visit.page
+        page.clock.install(time=0)
+        page.clock.pause_at(1)
+        visit.open(f"#/training?job={job.id}")
+        expect(page.get_by_role("heading", name="asked-for")).to_be_visible()
+
+        def asked() -> int:
+            page.evaluate("fetch('v1/key').then(() => 0)")  # what was asked before it is seen here by now
+            return sum(one.url.endswith(job.id) for one in visit.requests)
+
+        assert [asked() for _ in range(20)] == [1] * 20
+        with page.expect_response(lambda answer: answer.url.endswith(job.id)):
+            page.clock.run_for(1500)
+        assert asked() == 2
+    client.fine_tuning.jobs.cancel(job.id)
+
+
 def test_of_runs_that_do_not_exist_it_is_said(words: Server, look: Look) -> None:
     with look(words, errors=("404",)) as visit:
         visit.open("#/training?run=ftjob-one&run=ftjob-two")
