@@ -54,7 +54,7 @@ def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: L
             page.get_by_label(label).fill(value)
         page.get_by_label("Prompts that are answered").fill(f"I want 3 blue hats please\n{evil}")
         page.get_by_text("More", exact=True).click()
-        page.get_by_label("Steps between evaluations").fill("2")
+        page.get_by_label("Steps between evaluations").fill("5")
         page.get_by_label("More settings").fill('{"learning_rate": 0.005, "metrics": ["word_f1"]}')
         train(visit, rows(20), name, file="<b>rows</b>.jsonl")
         expect(page.get_by_role("heading", name=name)).to_be_visible()
@@ -90,7 +90,7 @@ def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: L
     measured = [event["data"] for event in told if "valid_loss" in (event["data"] or {})]
     assert [int(row.split()[0]) for row in evaluated] == sorted(one["step"] for one in measured)
     method = job["method"]["supervised"]["hyperparameters"]
-    assert (method["r"], method["n_epochs"], method["batch_size"], method["eval_every"]) == (4, 2, 4, 2)
+    assert (method["r"], method["n_epochs"], method["batch_size"], method["eval_every"]) == (4, 2, 4, 5)
     assert method["sample_prompts"] == ["I want 3 blue hats please", evil]
 
 
