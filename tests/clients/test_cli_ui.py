@@ -17,6 +17,8 @@ from tests.clients.training_double import REPORT, event, job, job_id, succeeded
 from onebase import Activation, CurvePoint, ModuleReport, Progress
 from onebase._core.adapters import parse_adapter, parse_version
 from onebase._core.training import parse_event, parse_job
+from onebase._terminal.jobs import JobDisplay
+from onebase._terminal.ui import ProgressDisplay, bar, duration, size, sparkline, table, when
 from onebase.cli.adapters.diff import Diff, Fact, LayerPair, RankPair, diff, print_diff
 from onebase.cli.adapters.show import COLUMNS, print_adapter, print_version
 from onebase.cli.adapters.versions import (
@@ -30,12 +32,10 @@ from onebase.cli.adapters.versions import (
     targets,
     total_norm,
 )
-from onebase.cli.jobs.display import JobDisplay
 from onebase.cli.jobs.show import COLUMNS as JOB_COLUMNS
 from onebase.cli.jobs.show import print_job
 from onebase.cli.server import COLUMNS as MODEL_COLUMNS
 from onebase.cli.server import table_rows
-from onebase.cli.ui import ProgressDisplay, bar, duration, size, sparkline, table, when
 from onebase.types import Model
 
 

@@ -12,8 +12,8 @@ from typing import Literal, Unpack
 from .._core import audit, parse, reading, requests
 from .._core import usage as usage_calls
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
-from .._core.metrics import METRICS, Metrics, parse_metrics
 from .._http import AsyncPool, AsyncTransport
+from ..metrics import METRICS, Metrics, parse_metrics
 from ..types import (
     AdapterSpec,
     AuditEntry,

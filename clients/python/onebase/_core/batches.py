@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Final
 from urllib.parse import urlencode
 
-from ..batch_types import Batch, BatchCallback, BatchError, BatchResult
+from ..batch_types import Batch, BatchError, BatchResult
 from ..errors import InvalidResponseError
 from .parse import Json, flat
 from .requests import Body, Call, encode
@@ -87,20 +87,3 @@ class BatchObserver:
 
     def show(self, batch: Batch) -> None:
         """The batch as it is now."""
-
-
-class _Callback(BatchObserver):
-    def __init__(self, callback: BatchCallback) -> None:
-        self._callback = callback
-
-    def show(self, batch: Batch) -> None:
-        self._callback(batch)
-
-
-def observer(progress: bool | BatchCallback) -> BatchObserver:
-    """The observer that `progress` of `wait` asks for: a display, the caller's function, or none."""
-    if progress is True:
-        from ..cli.batches.display import BatchDisplay
-
-        return BatchDisplay()
-    return BatchObserver() if progress is False else _Callback(progress)

@@ -13,9 +13,9 @@ from datetime import datetime
 from typing import Final
 
 from .._sync.client import Client
+from .._terminal.ui import Column, print_table, show
 from ..types import AuditEntry
 from .command import OK, count, parser, perform, print_json
-from .ui import Column, print_table, show
 
 _POLL_SECONDS: Final = 2.0
 _DESCRIPTION: Final = """\

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from ..._core.batches import BatchObserver
-from ...batch_types import Batch
-from ..ui import bars, can_move, console, line, printable
+from .._core.batches import BatchObserver
+from ..batch_types import Batch, BatchCallback
+from .ui import bars, can_move, console, line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,3 +74,18 @@ def figures(batch: Batch) -> str:
     failed = f", {batch.failed:,} failed" if batch.failed else ""
     waiting = f"  waiting: {batch.waiting}" if batch.waiting else ""
     return f"{batch.done:,}/{batch.total:,} rows{failed}{waiting}"
+
+
+class _Callback(BatchObserver):
+    def __init__(self, callback: BatchCallback) -> None:
+        self._callback = callback
+
+    def show(self, batch: Batch) -> None:
+        self._callback(batch)
+
+
+def observer(progress: bool | BatchCallback) -> BatchObserver:
+    """The observer that `progress` of `wait` asks for: a display, the caller's function, or none."""
+    if progress is True:
+        return BatchDisplay()
+    return BatchObserver() if progress is False else _Callback(progress)

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from ..errors import InvalidResponseError
-from .requests import Call
+from ._core.requests import Call
+from .errors import InvalidResponseError
 
 METRICS: Final = Call("GET", "/metrics")
 _SAMPLE: Final = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-from ..._core.jobs import JobObserver
-from ...training_types import TrainingEvent, TrainingJobInfo
-from ..ui import bars, can_move, console, duration, line, printable
+from .._core.jobs import JobObserver
+from ..training_types import TrainingCallback, TrainingEvent, TrainingJobInfo
+from .ui import bars, can_move, console, duration, line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -164,3 +164,18 @@ def _who(data: Any) -> str:
 def _problem(problem: Any) -> str:
     place = f"line {problem.get('line')}" + (f", {problem['field']}" if problem.get("field") else "")
     return f"{place}: {problem.get('reason')}"
+
+
+class _Callback(JobObserver):
+    def __init__(self, callback: TrainingCallback) -> None:
+        self._callback = callback
+
+    def show(self, job: TrainingJobInfo) -> None:
+        self._callback(job)
+
+
+def observer(progress: bool | TrainingCallback) -> JobObserver:
+    """The observer that `progress` of `wait` asks for: a display, the caller's function, or none."""
+    if progress is True:
+        return JobDisplay()
+    return JobObserver() if progress is False else _Callback(progress)
