@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from pydantic import ValidationError
 
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError
 from onebase_server.http.schemas.anthropic import ConversationRequest, MessagesRequest
 from onebase_server.http.schemas.openai import ChatRequest
 from onebase_server.http.schemas.wire import validation_error

@@ -15,9 +15,9 @@ import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from onebase_edge.settings import Settings
 from onebase_engine.engine.messages import Sampling
 from onebase_server.adapters.catalog import AdapterChoice, VersionRef
-from onebase_server.app.settings import Settings
 from onebase_server.inference.generation import Job, Prompt
 from onebase_server.inference.stream import Moments, Usage
 from onebase_server.telemetry.histogram import Histogram

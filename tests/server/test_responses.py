@@ -13,8 +13,8 @@ import openai
 import pytest
 from pydantic import ValidationError
 
+from onebase_edge.errors import InvalidRequestError, UnknownResponseError
 from onebase_engine.engine.messages import Grammar, Sampling
-from onebase_server.errors import InvalidRequestError, UnknownResponseError
 from onebase_server.http.schemas.items import conversation, items_again, kept_items
 from onebase_server.http.schemas.responses import ResponsesRequest
 from onebase_server.http.schemas.wire import validation_error

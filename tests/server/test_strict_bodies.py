@@ -15,8 +15,8 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import ValidationError, model_validator
 from starlette.middleware.base import RequestResponseEndpoint
 
-from onebase_server.background import Threads, TurnBudget
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.background import Threads, TurnBudget
+from onebase_edge.errors import InvalidRequestError
 from onebase_server.http.deps import CALLER, LONG_BODY, StrictRoute, off_loop
 from onebase_server.http.routes import generation as generation_routes
 from onebase_server.http.schemas.anthropic import MessagesRequest

@@ -16,9 +16,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from onebase_edge.errors import InvalidRequestError
 from onebase_engine.engine.grammar_process import load_tokenizer
 from onebase_engine.engine.messages import Grammar
-from onebase_server.errors import InvalidRequestError
 from onebase_server.requests.tokenization import BaseTokenizer, Conversation
 from onebase_server.requests.tool_call_parser import CallFormat, CallReader
 from onebase_server.requests.tool_format import Bare, Parameters, Pythonic, Tool, ToolFormat

@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError
 from onebase_server.requests.tokenization import BaseTokenizer, Conversation, leave_torch_out
 
 TEXTS = (

@@ -27,9 +27,9 @@ from onebase_engine.base.default_base import (
     parse_repo,
 )
 from onebase_engine.base.hub_access import first_line, hub_silence
+from onebase_engine.command_line import Parser
 from onebase_engine.imports import quick_imports
 from onebase_training.cli.options import (
-    Parser,
     UsageError,
     add_base_options,
     add_recipe_options,

@@ -17,9 +17,9 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
+from onebase_engine.command_line import Parser
 from onebase_training import events
 from onebase_training.cli.options import (
-    Parser,
     UsageError,
     add_base_options,
     add_recipe_options,

@@ -27,15 +27,15 @@ from onebase_adapters.registry import (
     RegistryError,
     VersionRecord,
 )
-from onebase_engine.engine.messages import AdapterRef
-from onebase_server.background import RegistryThreads
-from onebase_server.errors import (
+from onebase_edge.errors import (
     ConflictError,
     ForbiddenError,
     InvalidRequestError,
     UnavailableError,
     UnknownAdapterError,
 )
+from onebase_engine.engine.messages import AdapterRef
+from onebase_server.storage.calls import RegistryThreads
 
 SHORT_DIGEST = 12
 HUB_PREFIX = "hub:"

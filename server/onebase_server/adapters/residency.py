@@ -19,6 +19,16 @@ from typing import Literal, Self
 from onebase_adapters.registry import VersionRecord
 from onebase_adapters.store.blobs import Blob
 from onebase_adapters.store.store import BlobDamagedError, BlobMissingError, Store
+from onebase_edge.background import Threads
+from onebase_edge.errors import (
+    AdapterDeletedError,
+    EngineRestartedError,
+    InvalidRequestError,
+    OneBaseError,
+    QueueFullError,
+    UnavailableError,
+    UnknownAdapterError,
+)
 from onebase_engine.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -29,16 +39,6 @@ from onebase_engine.engine.messages import (
     UnloadAdapter,
 )
 from onebase_server.adapters.catalog import Catalog, VersionRef
-from onebase_server.background import Threads
-from onebase_server.errors import (
-    AdapterDeletedError,
-    EngineRestartedError,
-    InvalidRequestError,
-    OneBaseError,
-    QueueFullError,
-    UnavailableError,
-    UnknownAdapterError,
-)
 from onebase_server.telemetry.histogram import LOAD_SECONDS, Histogram
 from onebase_server.tenancy.shares import QueueShares
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from onebase_adapters.store.store import local_folder
+from onebase_edge.background import Threads
+from onebase_edge.settings import Settings, is_loopback
 from onebase_engine.base.default_base import ResolvedBase
-from onebase_engine.engine.messages import Loading
+from onebase_engine.engine.messages import EngineConfig, Loading
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.merging import Merging
@@ -20,9 +22,6 @@ from onebase_server.adapters.residency import PackedAdapterFiles, Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
-from onebase_server.app.settings import Settings
-from onebase_server.app.storage import Storage, host_memory, prefix_memory
-from onebase_server.background import RegistryThreads, Threads
 from onebase_server.batches.runner import BatchFolders, BatchRunner, Parts
 from onebase_server.batches.service import BatchService
 from onebase_server.http.deps import Services, Training
@@ -45,10 +44,12 @@ from onebase_server.requests.kept_responses import KeptResponses
 from onebase_server.requests.planner import Limits, Planner
 from onebase_server.requests.pooling import ReadingPlanner
 from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.storage.calls import RegistryThreads
+from onebase_server.storage.opening import Storage, host_memory, prefix_memory
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.metrics import Metrics
 from onebase_server.telemetry.traces import Tracing
-from onebase_server.tenancy.access import KeyRing, is_loopback
+from onebase_server.tenancy.access import KeyRing
 from onebase_server.tenancy.peers import Peers, QuotaSharing
 from onebase_server.tenancy.quotas import Limiter
 from onebase_server.tenancy.usage import UsageMeter
@@ -244,6 +245,12 @@ def _adapter_parts(
     return _AdapterParts(catalog, residency, verifier, activation, service)
 
 
+def engine_config(settings: Settings, base_folder: str) -> EngineConfig:
+    """Return the engine's part of the settings, for the base in a local folder."""
+    shared = {item.name for item in fields(settings)} & set(EngineConfig.__struct_fields__)
+    return EngineConfig(base_folder=base_folder, **{name: getattr(settings, name) for name in shared})
+
+
 def _supervisor(
     settings: Settings,
     base: ResolvedBase,
@@ -253,7 +260,7 @@ def _supervisor(
     on_loading: Callable[[Loading], None],
 ) -> EngineSupervisor:
     return EngineSupervisor(
-        replace(settings.engine_config(str(base.folder)), prefix_memory=prefix_memory(settings)),
+        replace(engine_config(settings, str(base.folder)), prefix_memory=prefix_memory(settings)),
         link,
         listeners,
         queue_limit=settings.queue_limit,
@@ -303,7 +310,7 @@ def _training(
         files=files,
         folders=folder,
         delivery=Delivery(adapters, folder, files, kept, PROOFS_WAITED * settings.proof_timeout),
-        config=settings.engine_config(str(base.folder)),
+        config=engine_config(settings, str(base.folder)),
         base=base,
         command=command,
         share=settings.train_share,

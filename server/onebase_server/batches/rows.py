@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from onebase_adapters.registry import BatchError
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError
 from onebase_server.http import strict_json
 
 ENDPOINTS = (

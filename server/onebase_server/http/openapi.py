@@ -10,8 +10,8 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
 
+from onebase_edge.refusals import is_anthropic
 from onebase_server.http.authorization import access_of
-from onebase_server.http.refusals import is_anthropic
 from onebase_server.http.schemas.answers import AnthropicError, Described, Error, Json
 
 ANY = {400, 403, 408, 413, 431, 500}

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError
 
 MAX_FIELDS = 50_000
 """Largest number of objects and their fields in one body: a long conversation has about four a message."""

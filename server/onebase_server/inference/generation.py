@@ -13,11 +13,7 @@ from typing import Protocol
 
 from msgspec.structs import replace as replaced
 
-from onebase_engine.engine.grammars import BUDGET_SECONDS, COMPILE_BUDGET
-from onebase_engine.engine.messages import Grammar, Pooling, RowOutput, Sampling, Submit, TokenLogprob
-from onebase_server.adapters.catalog import AdapterChoice
-from onebase_server.adapters.residency import Lease, Residency
-from onebase_server.errors import (
+from onebase_edge.errors import (
     ClientGoneError,
     InvalidRequestError,
     OneBaseError,
@@ -25,6 +21,10 @@ from onebase_server.errors import (
     RowFailedError,
     UnavailableError,
 )
+from onebase_engine.engine.grammars import BUDGET_SECONDS, COMPILE_BUDGET
+from onebase_engine.engine.messages import Grammar, Pooling, RowOutput, Sampling, Submit, TokenLogprob
+from onebase_server.adapters.catalog import AdapterChoice
+from onebase_server.adapters.residency import Lease, Residency
 from onebase_server.inference.stream import (
     Choice,
     Inflight,

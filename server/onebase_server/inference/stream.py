@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from onebase_edge.errors import ClientGoneError, OneBaseError, SlowReaderError
 from onebase_engine.engine.messages import FinishReason, RowOutput, Submit, TokenLogprob
-from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError
 from onebase_server.inference.detokenizer import PieceDecoder, StopStrings
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from onebase_adapters.registry import TrainingJob, TrainingRecords, UnknownJobError
+from onebase_edge.background import Threads
+from onebase_edge.errors import ConflictError, OneBaseError, UnknownAdapterError, VersionFailedError
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
-from onebase_server.app.storage import storage_errors
-from onebase_server.background import Threads
-from onebase_server.errors import ConflictError, OneBaseError, UnknownAdapterError, VersionFailedError
 from onebase_server.jobs.folders import JobFolders, is_over
+from onebase_server.storage.calls import storage_errors
 
 ADAPTER = "adapter"
 """The folder in a checkpoint's with the adapter as PEFT has it."""

@@ -21,7 +21,7 @@ from hashlib import blake2b
 
 import msgspec
 
-from onebase_server.errors import CrashesEngineError, UnavailableError
+from onebase_edge.errors import CrashesEngineError, UnavailableError
 from onebase_server.inference.stream import Inflight
 
 FORGIVEN_AFTER = 600.0

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from onebase_edge.background import Backoff, keep_running
+from onebase_edge.errors import EngineRestartedError, UnavailableError
 from onebase_engine.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -28,8 +30,6 @@ from onebase_engine.engine.messages import (
     ToApi,
     to_api_decoder,
 )
-from onebase_server.background import Backoff, keep_running
-from onebase_server.errors import EngineRestartedError, UnavailableError
 from onebase_server.inference.stream import Inflight
 from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess, EngineLink
 from onebase_server.processes.row_router import RequestRouter

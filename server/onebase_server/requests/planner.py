@@ -13,16 +13,16 @@ from typing import Any, TypeVar
 import msgspec
 
 from onebase_adapters.format.config import CLASSIFIERS
-from onebase_engine.engine.messages import BaseInfo, Sampling
-from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
-from onebase_server.adapters.sources import HubAdapters
-from onebase_server.background import Threads, TurnBudget
-from onebase_server.errors import (
+from onebase_edge.background import Threads, TurnBudget
+from onebase_edge.errors import (
     AdapterDeletedError,
     InvalidRequestError,
     UnknownAdapterError,
     UnknownModelError,
 )
+from onebase_engine.engine.messages import BaseInfo, Sampling
+from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
+from onebase_server.adapters.sources import HubAdapters
 from onebase_server.http.schemas.generation import (
     SEED_BITS,
     AdapterFields,

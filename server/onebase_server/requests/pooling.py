@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onebase_adapters.format.config import CLASSIFIERS
+from onebase_edge.errors import InvalidRequestError
 from onebase_engine.base.chat import without_padding
 from onebase_engine.engine.messages import Pooling, Sampling
-from onebase_server.errors import InvalidRequestError
 from onebase_server.http.schemas.generation import ConversationFields
 from onebase_server.http.schemas.pooling import (
     ClassifyRequest,

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+from onebase_edge.errors import InvalidRequestError
+from onebase_edge.settings import RawControlTokens
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
 from onebase_engine.imports import quick_imports
 from onebase_engine.machine import return_freed_memory
-from onebase_server.app.settings import RawControlTokens
-from onebase_server.errors import InvalidRequestError
 from onebase_server.inference.detokenizer import BytePieces, PieceDecoder, ShownPieces, WindowPieces
 from onebase_server.requests.tool_format import ToolFormat, read_format
 

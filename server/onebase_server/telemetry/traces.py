@@ -32,9 +32,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import onebase_server
+from onebase_edge.settings import OTEL_ENDPOINTS
 from onebase_engine.logs import REQUEST
 from onebase_server.adapters.catalog import SHORT_DIGEST
-from onebase_server.app.settings import OTEL_ENDPOINTS
 from onebase_server.inference.generation import Job
 from onebase_server.inference.stream import Moments, Usage
 

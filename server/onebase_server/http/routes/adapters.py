@@ -15,11 +15,7 @@ from pydantic import ValidationError
 
 from onebase_adapters.hub.pull import HubError, HubReference
 from onebase_adapters.registry import UNSET, Unset, VersionRecord
-from onebase_server.adapters.catalog import check_name
-from onebase_server.adapters.merging import RANDOM, SIGNED, Recipe
-from onebase_server.adapters.service import VersionOptions
-from onebase_server.app.storage import storage_errors
-from onebase_server.errors import (
+from onebase_edge.errors import (
     EngineRestartedError,
     InvalidRequestError,
     OneBaseError,
@@ -27,6 +23,9 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
+from onebase_server.adapters.catalog import check_name
+from onebase_server.adapters.merging import RANDOM, SIGNED, Recipe
+from onebase_server.adapters.service import VersionOptions
 from onebase_server.http.authorization import SLASH, needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.routes.files import CONTENT
@@ -57,6 +56,7 @@ from onebase_server.http.uploads import (
     check_length,
     read_form,
 )
+from onebase_server.storage.calls import storage_errors
 from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1/adapters", route_class=StrictRoute, tags=["adapters"])

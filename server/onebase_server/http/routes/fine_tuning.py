@@ -12,8 +12,9 @@ from fastapi.responses import StreamingResponse
 
 from onebase_adapters.names import MAX_NAME, is_adapter_name
 from onebase_adapters.registry import ParentVersion, TrainingJob, VersionRecord
+from onebase_edge.errors import InvalidRequestError, OneBaseError, UnknownAdapterError
+from onebase_edge.sse import identified_event
 from onebase_server.adapters.catalog import check_name, label
-from onebase_server.errors import InvalidRequestError, OneBaseError, UnknownAdapterError
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.schemas.answers import (
@@ -25,7 +26,6 @@ from onebase_server.http.schemas.answers import (
 )
 from onebase_server.http.schemas.events import JobEvent
 from onebase_server.http.schemas.jobs import MAX_LABELS, CreateJobRequest, ParentSettings, label_problem
-from onebase_server.http.sse import identified_event
 from onebase_server.http.views.jobs import (
     CHECKPOINT,
     EVENT,

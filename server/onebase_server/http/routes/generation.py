@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
 
-from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError, status_of
+from onebase_edge.errors import ClientGoneError, OneBaseError, SlowReaderError, status_of
+from onebase_edge.sse import (
+    DONE,
+    EventStream,
+    Merged,
+    cancelled_when_gone,
+    connection_abort,
+    guarded,
+    with_transcript,
+)
 from onebase_server.http.authorization import NOT_ITS_FAULT, needs
 from onebase_server.http.deps import (
     CALLER,
@@ -39,15 +48,6 @@ from onebase_server.http.schemas.events import (
 from onebase_server.http.schemas.generation import GenerateManyRequest, GenerateRequest
 from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.http.schemas.tgi import TgiRequest
-from onebase_server.http.sse import (
-    DONE,
-    EventStream,
-    Merged,
-    cancelled_when_gone,
-    connection_abort,
-    guarded,
-    with_transcript,
-)
 from onebase_server.http.views.generation import (
     ChatView,
     CompletionView,

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
+from onebase_edge.sse import cancelled_when_gone
 from onebase_engine.engine.messages import RowOutput
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Admitted, Calling, Provided, Services, StrictRoute, json_response
@@ -39,7 +40,6 @@ from onebase_server.http.schemas.pooling import (
     RerankRequest,
     ScoreRequest,
 )
-from onebase_server.http.sse import cancelled_when_gone
 from onebase_server.inference.generation import Job, Reading, new_id
 from onebase_server.inference.stream import Moments, Usage
 from onebase_server.tenancy.quotas import Ticket

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import (
     LONG_BODY,

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import Field, StrictInt
 
 from onebase_adapters.registry import TenantRecord
-from onebase_server.errors import ForbiddenError
+from onebase_edge.errors import ForbiddenError
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.schemas.answers import ListAnswer, TenantAnswer, UsageAnswer, answer

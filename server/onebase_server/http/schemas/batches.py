@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from onebase_server.app.settings import SettingsError, parse_duration
+from onebase_edge.settings import SettingsError, parse_duration
 from onebase_server.batches.rows import ENDPOINTS
 from onebase_server.http.schemas.jobs import FileId, Labels
 from onebase_server.http.schemas.wire import FieldError, Wire

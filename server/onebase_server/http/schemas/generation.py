@@ -21,8 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from onebase_edge.errors import InvalidRequestError
 from onebase_engine.engine.messages import MAX_ADAPTER_TERMS, Grammar
-from onebase_server.errors import InvalidRequestError
 from onebase_server.http.schemas.messages import CHOICE_OF_TOOLS, MAX_TOOLS, Messages, ToolChoice, ToolObject
 from onebase_server.http.schemas.wire import (
     BY_KIND,

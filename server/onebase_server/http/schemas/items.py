@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError
 from onebase_server.http.schemas.messages import MAX_MESSAGES, MAX_TOOLS, FunctionCall, Message
 from onebase_server.http.schemas.wire import (
     BY_KIND,

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from onebase_adapters.proof.report import ModuleReport
 from onebase_adapters.registry import Activate
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError
 from onebase_server.http.schemas.wire import FieldError, Name, Wire
 from onebase_server.http.views.jobs import wire_name
 from onebase_training.recipe import (

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError
 
 MAX_NAME = 200
 UNKNOWN_FIELD = "this server does not know this field. Remove it"

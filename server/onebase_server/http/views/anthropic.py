@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from onebase_server.errors import OneBaseError, error_body, status_of
-from onebase_server.http.refusals import anthropic_error
-from onebase_server.http.sse import identified_event
+from onebase_edge.errors import OneBaseError, error_body, status_of
+from onebase_edge.refusals import anthropic_error
+from onebase_edge.sse import identified_event
 from onebase_server.http.views.generation import GenerationView, Json, whole_calls
 from onebase_server.inference.generation import Generation
 from onebase_server.inference.stream import Piece, Usage

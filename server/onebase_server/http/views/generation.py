@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from onebase_server.errors import OneBaseError, error_body, status_of
+from onebase_edge.errors import OneBaseError, error_body, status_of
+from onebase_edge.sse import DONE, event
 from onebase_server.http.schemas.openai import UsageInStream
 from onebase_server.http.schemas.tgi import TgiRequest
-from onebase_server.http.sse import DONE, event
 from onebase_server.inference.generation import Generation, Job
 from onebase_server.inference.stream import Piece, TokenInfo, Usage
 from onebase_server.requests.tokenization import BaseTokenizer

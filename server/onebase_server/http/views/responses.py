@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from onebase_server.errors import OneBaseError, status_of
+from onebase_edge.errors import OneBaseError, status_of
+from onebase_edge.sse import identified_event
 from onebase_server.http.schemas.responses import FlatToolChoice, ResponsesRequest
-from onebase_server.http.sse import identified_event
 from onebase_server.http.views.generation import GenerationView, Json, chat_logprobs
 from onebase_server.inference.generation import Generation, Job
 from onebase_server.inference.stream import Piece, TokenInfo, Usage

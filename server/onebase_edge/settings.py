@@ -14,8 +14,6 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from onebase_engine.engine.messages import EngineConfig
-
 PREFIX_PART = 4
 """On a GPU, one part in this many of `--host-memory` is for prefixes that leave the KV cache."""
 LISTENER = "ONEBASE_LISTEN_FD"
@@ -151,6 +149,23 @@ def parse_addresses(text: str) -> tuple[str, ...]:
         except ValueError as error:
             raise SettingsError(f"{address!r} is not an address, as in 10.0.0.7 or 10.0.0.0/24") from error
     return addresses
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if only this machine reaches what listens on `host`."""
+    address = ip_address(host)
+    return host == "localhost" if address is None else address.is_loopback
+
+
+def ip_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the address, or None if the name is not one. What cannot be one is not parsed, since that is
+    slow."""
+    if ":" not in name and not name[-1:].isdigit():
+        return None
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
 
 
 def default_data_dir(environ: Mapping[str, str]) -> Path:
@@ -629,11 +644,6 @@ class Settings:
         hints = get_type_hints(type(self))
         for item in fields(self):
             _check(item, getattr(self, item.name), hints[item.name])
-
-    def engine_config(self, base_folder: str) -> EngineConfig:
-        """Return the engine's part of these settings, for the base in a local folder."""
-        shared = {item.name for item in fields(self)} & set(EngineConfig.__struct_fields__)
-        return EngineConfig(base_folder=base_folder, **{name: getattr(self, name) for name in shared})
 
 
 def _check(item: Field[Any], value: Any, kind: Any) -> None:

@@ -14,8 +14,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from onebase_adapters.registry import RegistryBusyError, RegistryError
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -185,28 +183,3 @@ class Threads:
             waiting.remove(turn)
             if not waiting:
                 del self._waiting[tenant]
-
-
-class RegistryThreads(Threads):
-    """Threads for the registry's calls. A write ends when every subscriber has seen it."""
-
-    def __init__(self, name: str, most: int) -> None:
-        super().__init__(name, most)
-        self._subscribers: list[Callable[[], Awaitable[None]]] = []
-
-    def subscribe(self, subscriber: Callable[[], Awaitable[None]]) -> None:
-        """Call it after each write."""
-        self._subscribers.append(subscriber)
-
-    async def write(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a call that changes the registry, as `run` does. An error of a subscriber is raised with a
-        message that says that the change was made."""
-        result = await self.run(call, *args, **kwargs)
-        try:
-            for subscriber in self._subscribers:
-                await subscriber()
-        except RegistryError as error:
-            raise RegistryBusyError(
-                f"the change was made, but what it changed cannot be read: {error}"
-            ) from error
-        return result

@@ -18,30 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters import registry
 from onebase_adapters.registry import ApiKeys, Registry, RegistryError, Tenants
 from onebase_adapters.registry.database import SQLITE_ENDINGS, Database, sqlite_file
-from onebase_adapters.store import store
 from onebase_adapters.store.store import GRACE, Store, StoreError, local_folder
+from onebase_edge.background import Threads
+from onebase_edge.settings import PREFIX_PART, Device, Settings
 from onebase_engine.base.identity import BaseIdentityError, base_id
 from onebase_engine.environment import computing_environment
 from onebase_engine.machine import NO_LIMIT, total_memory
 from onebase_engine.redaction import redacted
-from onebase_server.app.settings import PREFIX_PART, Device, Settings
-from onebase_server.background import Threads
-from onebase_server.errors import (
-    ConflictError,
-    InvalidRequestError,
-    QuotaExceededError,
-    StaleActivationError,
-    StoreFullError,
-    UnavailableError,
-    UnknownAdapterError,
-    UnknownBatchError,
-    UnknownFileError,
-    UnknownJobError,
-    UnknownKeyError,
-)
 
 SWEEP_SECONDS = 3600.0
 _IDENTITY = ("quantization", "blocksize", "double_quant", "compute_dtype", "dtype")
@@ -293,15 +278,6 @@ def open_storage(settings: Settings, base_name: str, base_folder: Path) -> Stora
         raise StorageError(f"{error} (--store, --data-dir)") from error
 
 
-async def delete_blobs(store: Store, disk: Threads, blobs: Iterable[str]) -> None:
-    """Delete what nothing references any more; a blob that cannot be deleted now is left to the sweep."""
-    for sha256 in blobs:
-        try:
-            await disk.run(store.delete, sha256)
-        except StoreError as error:
-            _log.warning("blob %s stays until the next sweep: %s", sha256[:12], error)
-
-
 def _identity(settings: Settings) -> dict[str, object]:
     """The settings that make another base of the same files; the device too: each has its own kernels."""
     identity = {name: getattr(settings, name) for name in _IDENTITY}
@@ -347,51 +323,3 @@ def _host_memory(settings: Settings) -> int:
     if total == NO_LIMIT:
         raise StorageError("/proc/meminfo does not say how much memory there is; set --host-memory")
     return total // 4
-
-
-@contextmanager
-def storage_errors(name: str = "") -> Iterator[None]:
-    """RegistryError and StoreError as OneBaseError; `name`: the adapter that it is about."""
-    try:
-        yield
-    except (store.StoreFullError, registry.RegistryFullError) as error:
-        raise StoreFullError from error
-    except registry.UnknownAdapterError as error:
-        raise UnknownAdapterError(str(error), param="name") from error
-    except registry.UnknownVersionError as error:
-        raise UnknownAdapterError(str(error), param="version", code="version_not_found") from error
-    except registry.NotReadyError as error:
-        raise ConflictError(str(error), code="version_not_ready", param="version") from error
-    except registry.StaleActivationError as error:
-        raise StaleActivationError(name, error.current) from error
-    except registry.NothingToRollBackError as error:
-        raise ConflictError(str(error), code="nothing_to_roll_back") from error
-    except registry.InvalidKeyError as error:
-        raise InvalidRequestError(str(error), param=error.field) from error
-    except registry.QuotaError as error:
-        of = {"quota": error.quota, "limit": error.limit, "of": "tenant"}
-        raise QuotaExceededError(str(error), of) from error
-    except registry.UnknownKeyError as error:
-        raise UnknownKeyError(str(error)) from error
-    except registry.UnknownFileError as error:
-        raise UnknownFileError(str(error)) from error
-    except registry.UnknownJobError as error:
-        raise UnknownJobError(str(error)) from error
-    except registry.UnknownBatchError as error:
-        raise UnknownBatchError(str(error)) from error
-    except registry.BatchStateError:
-        raise
-    except registry.FileInUseError as error:
-        raise ConflictError(
-            f"{error} Wait for its end or cancel it.", code="file_in_use", param="file_id"
-        ) from error
-    except registry.RegistryError as error:
-        raise UnavailableError(
-            f"The registry of adapters cannot be used now: {error}",
-            code="registry_unavailable",
-            retry_after=5,
-        ) from error
-    except store.StoreError as error:
-        raise UnavailableError(
-            f"The store of adapters cannot be used now: {error}", code="store_unavailable", retry_after=5
-        ) from error

@@ -15,16 +15,22 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any
 
-from onebase_server.inference.transcript import HEADER
-
 SECRET = b"x-onebase-route"
 """Header of a request with the server's secret: what makes its other headers believed."""
 CHANGE = b"x-onebase-change"
 """Header with the last of the registry's changes that an answer knows of, or has to know of. The route passes
 it from server to server, so that none answers with less than another has answered before."""
-TRANSCRIPT = HEADER.encode()
+TRANSCRIPT_HEADER = "x-onebase-transcript"
+"""Header of a request: the length of its own body in bytes, and the seconds since it first arrived; the rest
+of the body is the transcript so far. In an answer it says that a transcript is between the events."""
+TRANSCRIPT = TRANSCRIPT_HEADER.encode()
 OURS = frozenset({SECRET, CHANGE, TRANSCRIPT})
 """Headers between `onebase route` and its servers, which clients neither send nor see."""
+MARK = b": onebase "
+"""Beginning of a transcript's line; other readers of server-sent events take it for a comment."""
+MOST_TRANSCRIPT = 1 << 20
+"""Largest transcript of a stream, in bytes: some 20,000 tokens. Longer ones are neither stored nor
+accepted."""
 _SCOPE = "onebase.forwarded"
 _FOR, _PROTO = b"x-forwarded-for", b"x-forwarded-proto"
 _LISTS = frozenset({_FOR, b"x-original-forwarded-for"})

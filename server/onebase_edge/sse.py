@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from typing import Any, Protocol
 
 import msgspec
-from fastapi import Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from onebase_server.errors import ClientGoneError, OneBaseError, SlowReaderError
-from onebase_server.inference.transcript import HEADER
+from onebase_edge.errors import ClientGoneError, OneBaseError, SlowReaderError
+from onebase_edge.forwarded import TRANSCRIPT_HEADER
 
 ABORT_EXTENSION = "onebase.abort"
 """ASGI extension: a call that drops the connection and its unsent bytes at once."""
@@ -66,7 +66,7 @@ class EventStream(Response):
         self, run: Cancellable, events: AsyncGenerator[bytes], seconds: float, *, tells: bool = False
     ) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(headers=headers | ({HEADER: "1"} if tells else {}))
+        super().__init__(headers=headers | ({TRANSCRIPT_HEADER: "1"} if tells else {}))
         del self.headers["content-length"]
         self._run = run
         self._events = events

@@ -15,13 +15,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from onebase_edge.errors import ForbiddenError, InvalidRequestError, OneBaseError, status_of
+from onebase_edge.forwarded import ForwardedHeaders
+from onebase_edge.refusals import id_headers, refusal
+from onebase_edge.request_id import request_id
+from onebase_edge.settings import Settings, ip_address, is_loopback
 from onebase_engine.logs import REQUEST
-from onebase_server.app.settings import Settings
-from onebase_server.errors import ForbiddenError, InvalidRequestError, OneBaseError, status_of
-from onebase_server.http.forwarded import ForwardedHeaders
-from onebase_server.http.refusals import id_headers, refusal
-from onebase_server.http.request_id import request_id
-from onebase_server.tenancy.access import ip_address, is_loopback
 
 PAGES = ("/console", "/console/", "/docs", "/redoc")
 """Pages that a link on another site may open: they do nothing by being opened."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from fastapi import Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from onebase_server.errors import OneBaseError, error_body, error_headers, status_of
-from onebase_server.http.request_id import HEADER, request_id
+from onebase_edge.errors import OneBaseError, error_body, error_headers, status_of
+from onebase_edge.request_id import HEADER, request_id
 
 _ANTHROPIC = "/v1/messages"
 _ANTHROPIC_HEADER = "request-id"

@@ -27,7 +27,8 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
 
-from onebase_server.errors import (
+from onebase_edge.cross_site import SECURITY_HEADERS
+from onebase_edge.errors import (
     HeadersTooLargeError,
     HttpVersionError,
     InvalidRequestError,
@@ -38,10 +39,9 @@ from onebase_server.errors import (
     error_headers,
     status_of,
 )
-from onebase_server.http.cross_site import SECURITY_HEADERS
-from onebase_server.http.refusals import error_json, id_headers
-from onebase_server.http.request_id import RequestLog
-from onebase_server.http.sse import ABORT_EXTENSION
+from onebase_edge.refusals import error_json, id_headers
+from onebase_edge.request_id import RequestLog
+from onebase_edge.sse import ABORT_EXTENSION
 
 _log = logging.getLogger(__name__)
 _CHUNK_LINE_BYTES = 32
