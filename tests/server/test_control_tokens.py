@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from onebase_edge.errors import InvalidRequestError
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError
-from onebase_server.requests.tokenization import BaseTokenizer, Conversation
+from onebase_server.inference.tokenization import BaseTokenizer, Conversation
 
 from .support import Starter
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from onebase_engine.engine.messages import RowOutput, TokenLogprob
 from onebase_server.inference.detokenizer import BytePieces
 from onebase_server.inference.stream import Choice, Piece, prompt_token_infos
-from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.inference.tokenization import BaseTokenizer
 
 
 def letters() -> BytePieces:

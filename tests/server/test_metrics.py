@@ -19,9 +19,8 @@ from onebase_edge.settings import Settings
 from onebase_engine.engine.messages import Sampling
 from onebase_server.adapters.catalog import AdapterChoice, VersionRef
 from onebase_server.inference.generation import Job, Prompt
-from onebase_server.inference.stream import Moments, Usage
 from onebase_server.telemetry.histogram import Histogram
-from onebase_server.telemetry.measurements import MOST_ADAPTERS, OTHERS, RequestMeasurements
+from onebase_server.telemetry.measurements import MOST_ADAPTERS, OTHERS, Moments, RequestMeasurements, Usage
 
 from .conftest import Api
 from .support import ROOT, Server, Starter, upload

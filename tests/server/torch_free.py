@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from onebase_edge.errors import InvalidRequestError
-from onebase_server.requests.tokenization import BaseTokenizer, Conversation, leave_torch_out
+from onebase_server.inference.tokenization import BaseTokenizer, Conversation, leave_torch_out
 
 TEXTS = (
     "", " ", "The capital of France is", "  two  spaces\n\tand a tab ", "naïve 🎉 漢字 2024 1234567",

@@ -15,10 +15,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 import onebase_server
+from onebase_adapters.names import label
 from onebase_adapters.registry import ApiKey, Quotas, TenantRecord
 from onebase_edge.settings import Settings, is_loopback
 from onebase_engine.engine.messages import BaseInfo, Loading
-from onebase_server.adapters.catalog import Catalog, label
+from onebase_server.adapters.catalog import Catalog
 
 _MOST_ADAPTERS = 20
 

@@ -31,9 +31,9 @@ from onebase_server.app.wiring import Commands, assemble
 from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
 from onebase_server.http.server import run_server
+from onebase_server.inference.tokenization import TokenizerError, leave_torch_out
 from onebase_server.jobs.folders import DataDirError
 from onebase_server.processes.supervisor import EngineFailedError
-from onebase_server.requests.tokenization import TokenizerError, leave_torch_out
 from onebase_server.storage.opening import Storage, StorageError, chosen_device, keep_private, open_storage
 from onebase_server.telemetry.traces import Tracing, TracingError
 

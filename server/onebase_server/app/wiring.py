@@ -25,7 +25,9 @@ from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
 from onebase_server.batches.runner import BatchFolders, BatchRunner, Parts
 from onebase_server.batches.service import BatchService
 from onebase_server.http.deps import Services, Training
+from onebase_server.http.metrics import Metrics
 from onebase_server.http.views.adapters import AdapterViews
+from onebase_server.inference.tokenization import BaseTokenizer
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
 from onebase_server.jobs.files import TrainingFiles
@@ -43,11 +45,9 @@ from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, V
 from onebase_server.requests.kept_responses import KeptResponses
 from onebase_server.requests.planner import Limits, Planner
 from onebase_server.requests.pooling import ReadingPlanner
-from onebase_server.requests.tokenization import BaseTokenizer
 from onebase_server.storage.calls import RegistryThreads
 from onebase_server.storage.opening import Storage, host_memory, prefix_memory
 from onebase_server.telemetry.measurements import RequestMeasurements
-from onebase_server.telemetry.metrics import Metrics
 from onebase_server.telemetry.traces import Tracing
 from onebase_server.tenancy.access import KeyRing
 from onebase_server.tenancy.peers import Peers, QuotaSharing

@@ -14,7 +14,7 @@ import msgspec
 
 from onebase_adapters.registry import BatchError
 from onebase_edge.errors import InvalidRequestError
-from onebase_server.http import strict_json
+from onebase_server.requests import strict_json
 
 ENDPOINTS = (
     "/v1/chat/completions",

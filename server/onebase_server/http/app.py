@@ -38,7 +38,7 @@ from onebase_server.http.routes import (
     usage,
     vllm,
 )
-from onebase_server.http.schemas.wire import validation_error
+from onebase_server.requests.schemas.wire import validation_error
 from onebase_server.tenancy.access import Caller
 from onebase_server.tenancy.quotas import Ticket
 

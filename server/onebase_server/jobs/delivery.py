@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from onebase_adapters.names import label
 from onebase_adapters.registry import (
     UNSET,
     Origin,
@@ -22,7 +23,6 @@ from onebase_adapters.store.blobs import ADAPTER_FILES, VersionFiles
 from onebase_adapters.store.store import StoreError
 from onebase_edge.background import Backoff
 from onebase_edge.errors import OneBaseError, StaleActivationError, StoreFullError, UnavailableError
-from onebase_server.adapters.catalog import label
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
 from onebase_server.jobs.files import TrainingFiles

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import msgspec
 
 from onebase_adapters import registry
+from onebase_adapters.names import label
 from onebase_adapters.registry import (
     JobError,
     JobEvent,
@@ -33,7 +34,6 @@ from onebase_edge.background import Threads
 from onebase_edge.errors import UnknownFileError
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import EngineConfig
-from onebase_server.adapters.catalog import label
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.delivery import BACKOFF, LOST, TRIES, Delivery, DeliveryError
 from onebase_server.jobs.event_view import problem_events

@@ -30,7 +30,7 @@ from onebase_engine.engine.messages import (
     ToApi,
     to_api_decoder,
 )
-from onebase_server.inference.stream import Inflight
+from onebase_server.processes.inflight import Inflight
 from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess, EngineLink
 from onebase_server.processes.row_router import RequestRouter
 

@@ -11,10 +11,10 @@ from onebase_server.http.deps import Admitted, Calling, Provided, StrictRoute, j
 from onebase_server.http.routes.generation import answer_job, transcript_of
 from onebase_server.http.routes.models import find_model
 from onebase_server.http.schemas.answers import MessageAnswer, TokenCountAnswer, answer, streamed_answer
-from onebase_server.http.schemas.anthropic import ConversationRequest, MessagesRequest
 from onebase_server.http.schemas.events import MessageEvent
 from onebase_server.http.views.anthropic import MessageView
 from onebase_server.inference.generation import new_id
+from onebase_server.requests.schemas.anthropic import ConversationRequest, MessagesRequest
 
 router = APIRouter(prefix="/v1/messages", route_class=StrictRoute, tags=["anthropic"])
 

@@ -10,11 +10,11 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from onebase_adapters.names import MAX_NAME, is_adapter_name
+from onebase_adapters.names import MAX_NAME, is_adapter_name, label
 from onebase_adapters.registry import ParentVersion, TrainingJob, VersionRecord
 from onebase_edge.errors import InvalidRequestError, OneBaseError, UnknownAdapterError
 from onebase_edge.sse import identified_event
-from onebase_server.adapters.catalog import check_name, label
+from onebase_server.adapters.catalog import check_name, is_checkpoint
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.schemas.answers import (
@@ -37,7 +37,7 @@ from onebase_server.http.views.jobs import (
     number_of,
     page,
 )
-from onebase_server.jobs.checkpoints import adapter_of, is_checkpoint
+from onebase_server.jobs.checkpoints import adapter_of
 from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictRoute, tags=["training"])

@@ -45,9 +45,6 @@ from onebase_server.http.schemas.events import (
     GenerateManyEvent,
     TgiEvent,
 )
-from onebase_server.http.schemas.generation import GenerateManyRequest, GenerateRequest
-from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
-from onebase_server.http.schemas.tgi import TgiRequest
 from onebase_server.http.views.generation import (
     ChatView,
     CompletionView,
@@ -56,10 +53,13 @@ from onebase_server.http.views.generation import (
     TgiView,
 )
 from onebase_server.inference.generation import Generation, Job, begun_of
-from onebase_server.inference.stream import Moments, Piece, Usage
+from onebase_server.inference.stream import Piece
 from onebase_server.inference.transcript import Transcript, line, refused
 from onebase_server.inference.transcript import read as read_transcript
-from onebase_server.telemetry.measurements import RequestMeasurements
+from onebase_server.requests.schemas.generation import GenerateManyRequest, GenerateRequest
+from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.requests.schemas.tgi import TgiRequest
+from onebase_server.telemetry.measurements import Moments, RequestMeasurements, Usage
 from onebase_server.telemetry.traces import RequestSpans
 from onebase_server.tenancy.access import Caller
 from onebase_server.tenancy.quotas import Ticket

@@ -13,6 +13,7 @@ from fastapi.responses import PlainTextResponse
 import onebase_server
 from onebase_server.http.authorization import NO_KEY, needs
 from onebase_server.http.deps import Provided, json_response
+from onebase_server.http.metrics import CONTENT_TYPE
 from onebase_server.http.schemas.answers import (
     HealthAnswer,
     RouteSecretAnswer,
@@ -21,7 +22,6 @@ from onebase_server.http.schemas.answers import (
     answer,
 )
 from onebase_server.processes.supervisor import EngineState
-from onebase_server.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["health"])
 _HEALTH = answer(HealthAnswer) | answer(HealthAnswer, description="Not now", status=503)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
+from onebase_adapters.names import label
 from onebase_adapters.registry import VersionRecord
 from onebase_edge.errors import ConflictError, ForbiddenError, UnknownAdapterError, UnknownModelError
-from onebase_server.adapters.catalog import label
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, json_response
 from onebase_server.http.routes.adapters import Force

@@ -32,7 +32,8 @@ from onebase_server.http.schemas.answers import (
     ScoreAnswer,
     answer,
 )
-from onebase_server.http.schemas.pooling import (
+from onebase_server.inference.generation import Job, Reading, new_id
+from onebase_server.requests.schemas.pooling import (
     ClassifyRequest,
     DecideRequest,
     EmbeddingRequest,
@@ -40,8 +41,7 @@ from onebase_server.http.schemas.pooling import (
     RerankRequest,
     ScoreRequest,
 )
-from onebase_server.inference.generation import Job, Reading, new_id
-from onebase_server.inference.stream import Moments, Usage
+from onebase_server.telemetry.measurements import Moments, Usage
 from onebase_server.tenancy.quotas import Ticket
 
 router = APIRouter(route_class=StrictRoute, tags=["pooling"])

@@ -28,12 +28,12 @@ from onebase_server.http.schemas.answers import (
     streamed_answer,
 )
 from onebase_server.http.schemas.events import ResponseEvent
-from onebase_server.http.schemas.items import Items, conversation, items_again, kept_items
-from onebase_server.http.schemas.messages import Message
-from onebase_server.http.schemas.responses import ResponsesRequest
 from onebase_server.http.views.jobs import page
 from onebase_server.http.views.responses import ResponseView
 from onebase_server.requests.kept_responses import KeptResponse
+from onebase_server.requests.schemas.items import Items, conversation, items_again, kept_items
+from onebase_server.requests.schemas.messages import Message
+from onebase_server.requests.schemas.responses import ResponsesRequest
 
 router = APIRouter(prefix="/v1/responses", route_class=StrictRoute, tags=["openai"])
 ResponseId = Annotated[str, Path(max_length=200)]

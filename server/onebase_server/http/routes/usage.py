@@ -13,7 +13,7 @@ from onebase_edge.errors import ForbiddenError
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.schemas.answers import ListAnswer, TenantAnswer, UsageAnswer, answer
-from onebase_server.http.schemas.wire import Wire
+from onebase_server.requests.schemas.wire import Wire
 from onebase_server.tenancy.usage import usage_csv
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["usage"])

@@ -31,7 +31,7 @@ from onebase_server.http.schemas.answers import (
     answer,
     refused,
 )
-from onebase_server.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from onebase_server.requests.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from onebase_server.tenancy.access import Caller
 
 router = APIRouter(route_class=StrictRoute, tags=["vllm"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from onebase_adapters.names import label
 from onebase_adapters.registry import AdapterRecord, VersionError, VersionRecord
 from onebase_adapters.store.blobs import ADAPTER_FILES
 from onebase_engine.base.default_base import ResolvedBase
-from onebase_server.adapters.catalog import label
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import OPTIONS, AdapterService
 from onebase_server.adapters.sources import HubAdapters, PendingPull

@@ -12,9 +12,10 @@ from onebase_edge.refusals import anthropic_error
 from onebase_edge.sse import identified_event
 from onebase_server.http.views.generation import GenerationView, Json, whole_calls
 from onebase_server.inference.generation import Generation
-from onebase_server.inference.stream import Piece, Usage
-from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_call_parser import AnswerReader, CallDelta, answer_reader
+from onebase_server.inference.stream import Piece
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tool_call_parser import AnswerReader, CallDelta, answer_reader
+from onebase_server.telemetry.measurements import Usage
 
 _STOP_REASONS = {"length": "max_tokens", "cancelled": "pause_turn"}
 """Stop reasons of a message that was cut: `pause_turn` says that it continues if it is sent back."""

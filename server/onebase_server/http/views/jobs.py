@@ -6,8 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from onebase_adapters.names import label
 from onebase_adapters.registry import Checkpoint, JobEvent, TrainingFile, TrainingJob
-from onebase_server.adapters.catalog import Names, label
+from onebase_server.adapters.catalog import Names
 from onebase_server.http.schemas.answers import (
     CheckpointAnswer,
     FileAnswer,

@@ -6,9 +6,9 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from onebase_server.http.schemas.generation import MAX_PROMPT_TOKENS, ConversationFields, TokenId
-from onebase_server.http.schemas.messages import MAX_TOOLS, Messages, ToolObject
-from onebase_server.http.schemas.wire import FieldError, JsonSchema, Name, Tolerant, Wire, rebuilt
+from onebase_server.requests.schemas.generation import MAX_PROMPT_TOKENS, ConversationFields, TokenId
+from onebase_server.requests.schemas.messages import MAX_TOOLS, Messages, ToolObject
+from onebase_server.requests.schemas.wire import FieldError, JsonSchema, Name, Tolerant, Wire, rebuilt
 
 _OF_MESSAGES = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 

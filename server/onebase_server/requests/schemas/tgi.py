@@ -6,13 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue
 
-from onebase_server.http.schemas.generation import (
-    MAX_LOGPROBS,
-    MAX_TOKENS,
-    GenerateRequest,
-    Stops,
-)
-from onebase_server.http.schemas.wire import Name, Tolerant, Wire, rebuilt
+from onebase_server.requests.schemas.generation import MAX_LOGPROBS, MAX_TOKENS, GenerateRequest, Stops
+from onebase_server.requests.schemas.wire import Name, Tolerant, Wire, rebuilt
 
 NEW_TOKENS = 100
 """Default of `max_new_tokens`, as TGI's."""

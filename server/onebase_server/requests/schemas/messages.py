@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, JsonValue, model_validator
 
-from onebase_server.http.schemas.wire import (
+from onebase_server.requests.schemas.wire import (
     BY_KIND,
     LIST,
     MAX_NAME,

@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
-from onebase_server.http.schemas.generation import MAX_CHOICE_CHARACTERS, MAX_PROMPT_TOKENS, AdapterFields
-from onebase_server.http.schemas.messages import Messages
-from onebase_server.http.schemas.openai import IGNORED, TokenList, prompt_kind
-from onebase_server.http.schemas.wire import BY_KIND, LIST, ONE, FieldError, JsonSchema, Name, Tolerant
+from onebase_server.requests.schemas.generation import MAX_CHOICE_CHARACTERS, MAX_PROMPT_TOKENS, AdapterFields
+from onebase_server.requests.schemas.messages import Messages
+from onebase_server.requests.schemas.openai import IGNORED, TokenList, prompt_kind
+from onebase_server.requests.schemas.wire import BY_KIND, LIST, ONE, FieldError, JsonSchema, Name, Tolerant
 
 MAX_INPUTS = 2048
 MAX_DECISIONS = 1024

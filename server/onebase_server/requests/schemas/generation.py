@@ -23,8 +23,15 @@ from pydantic import (
 
 from onebase_edge.errors import InvalidRequestError
 from onebase_engine.engine.messages import MAX_ADAPTER_TERMS, Grammar
-from onebase_server.http.schemas.messages import CHOICE_OF_TOOLS, MAX_TOOLS, Messages, ToolChoice, ToolObject
-from onebase_server.http.schemas.wire import (
+from onebase_server.inference.json_schema import closed
+from onebase_server.requests.schemas.messages import (
+    CHOICE_OF_TOOLS,
+    MAX_TOOLS,
+    Messages,
+    ToolChoice,
+    ToolObject,
+)
+from onebase_server.requests.schemas.wire import (
     BY_KIND,
     LIST,
     OBJECT,
@@ -37,7 +44,6 @@ from onebase_server.http.schemas.wire import (
     not_too_deep,
     validation_error,
 )
-from onebase_server.requests.json_schema import closed
 
 MAX_N = 128
 MAX_STOPS = 16

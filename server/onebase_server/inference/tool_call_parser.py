@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 from onebase_engine.engine.messages import Grammar
-from onebase_server.requests.tool_format import (
+from onebase_server.inference.tool_format import (
     HOLE,
     ID_CHARACTERS,
     Bare,

@@ -16,7 +16,7 @@ from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_ar
 from onebase_engine.imports import quick_imports
 from onebase_engine.machine import return_freed_memory
 from onebase_server.inference.detokenizer import BytePieces, PieceDecoder, ShownPieces, WindowPieces
-from onebase_server.requests.tool_format import ToolFormat, read_format
+from onebase_server.inference.tool_format import ToolFormat, read_format
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from onebase_engine.engine.grammar_link import WHITESPACE
 from onebase_engine.engine.messages import Grammar
-from onebase_server.requests.json_schema import closed
+from onebase_server.inference.json_schema import closed
 
 Render = Callable[..., str]
 """A template: messages, tools (keyword) and generation (keyword) to text."""

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from onebase_edge.errors import InvalidRequestError
-from onebase_server.http.schemas.messages import MAX_MESSAGES, MAX_TOOLS, FunctionCall, Message
-from onebase_server.http.schemas.wire import (
+from onebase_server.inference.generation import new_id
+from onebase_server.requests.schemas.messages import MAX_MESSAGES, MAX_TOOLS, FunctionCall, Message
+from onebase_server.requests.schemas.wire import (
     BY_KIND,
     LIST,
     MAX_NAME,
@@ -19,7 +20,6 @@ from onebase_server.http.schemas.wire import (
     of_type,
     validation_error,
 )
-from onebase_server.inference.generation import new_id
 
 Json = dict[str, Any]
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]

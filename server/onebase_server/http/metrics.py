@@ -15,9 +15,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from onebase_adapters.names import label
 from onebase_adapters.registry import BATCH_STATES, JOB_STATES
 from onebase_engine.engine.messages import Stats
-from onebase_server.adapters.catalog import SHORT_DIGEST, Catalog
+from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.batches.runner import BatchRunner
@@ -205,7 +206,7 @@ class Metrics:
             for version in self._catalog.of_digest(digest):
                 record = self._catalog.of(version.tenant).own(version.name)
                 active = record is not None and record.active == digest
-                name = version.name if active else f"{version.name}@{digest[:SHORT_DIGEST]}"
+                name = version.name if active else label(version.name, digest)
                 if name not in told:
                     told.add(name)
                     rank = str((version.report or {}).get("rank", 0))

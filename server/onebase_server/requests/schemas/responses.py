@@ -15,23 +15,23 @@ from pydantic import (
 )
 
 from onebase_engine.engine.messages import Grammar
-from onebase_server.http.schemas.generation import (
+from onebase_server.requests.schemas.generation import (
     ANY_OBJECT,
     MAX_LOGPROBS,
     MAX_TOKENS,
     ConversationFields,
     of_schema,
 )
-from onebase_server.http.schemas.items import Items, MessageItem
-from onebase_server.http.schemas.messages import (
+from onebase_server.requests.schemas.items import Items, MessageItem
+from onebase_server.requests.schemas.messages import (
     CHOICE_OF_TOOLS,
     MAX_TOOLS,
     ONLY_FUNCTIONS,
     FunctionName,
     tool_of,
 )
-from onebase_server.http.schemas.openai import DEFAULTS, IGNORED, OpenAIRequest
-from onebase_server.http.schemas.wire import (
+from onebase_server.requests.schemas.openai import DEFAULTS, IGNORED, OpenAIRequest
+from onebase_server.requests.schemas.wire import (
     BY_KIND,
     LIST,
     MAX_NAME,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
-from onebase_server.http.schemas.generation import (
+from onebase_server.requests.schemas.generation import (
     MAX_LOGPROBS,
     MAX_PROMPT_TOKENS,
     MAX_PROMPTS,
@@ -18,8 +18,8 @@ from onebase_server.http.schemas.generation import (
     SamplingFields,
     TokenId,
 )
-from onebase_server.http.schemas.messages import Messages
-from onebase_server.http.schemas.wire import FieldError, Name, Tolerant, Wire
+from onebase_server.requests.schemas.messages import Messages
+from onebase_server.requests.schemas.wire import FieldError, Name, Tolerant, Wire
 
 TokenList = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]

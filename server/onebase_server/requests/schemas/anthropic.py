@@ -10,16 +10,16 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from onebase_server.http.schemas.generation import (
+from onebase_server.requests.schemas.generation import (
     MAX_GRAMMAR_CHARACTERS,
     MAX_TOKENS,
     GrammarField,
     SamplingFields,
     Stops,
 )
-from onebase_server.http.schemas.messages import MAX_MESSAGES, MAX_TOOLS, FunctionName, a_function
-from onebase_server.http.schemas.openai import ChatRequest
-from onebase_server.http.schemas.wire import (
+from onebase_server.requests.schemas.messages import MAX_MESSAGES, MAX_TOOLS, FunctionName, a_function
+from onebase_server.requests.schemas.openai import ChatRequest
+from onebase_server.requests.schemas.wire import (
     BY_KIND,
     LIST,
     MAX_NAME,
