@@ -30,7 +30,7 @@ from rich.table import Table
 
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.engine.grammar_link import WHITESPACE
-from onebase_server.requests.json_schema import closed
+from onebase_server.inference.json_schema import closed
 
 PATIENCE = 5.0
 Mask = Callable[[], None]

@@ -21,7 +21,7 @@ from onebase_training.attention import PackedAttention, UnsupportedTrainingError
 from onebase_training.batches import MicroBatch, Packed
 from onebase_training.events import Gate
 from onebase_training.kernels import fuse, fuse_gates, fuse_norms, fuse_rotations
-from onebase_training.objectives import token_losses
+from onebase_training.losses import token_losses
 from onebase_training.parent import Parent, copied, load_parent, load_version
 from onebase_training.recipe import Recipe, RecipeError, decided
 
