@@ -35,9 +35,10 @@ from tokenizers import Tokenizer
 from bench import machine
 from bench.engine_worker import load
 from bench.lora import make_adapters
-from onebase_engine.base.default_base import default_cache, fetch_default_base
+from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import AdapterRef, Grammar, Sampling, Submit
+from onebase_engine.user_cache import default_cache
 from onebase_server.inference.json_schema import closed
 from onebase_server.inference.tokenization import BaseTokenizer
 from onebase_server.inference.tool_format import Tool, ToolChoice

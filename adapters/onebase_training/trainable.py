@@ -16,7 +16,7 @@ from onebase_adapters.format.config import AdapterFormatError, Task
 from onebase_adapters.proof.extract import extract
 from onebase_adapters.proof.loader import classifier_with
 from onebase_engine.base.view import peft_view
-from onebase_engine.lora.weights import HEAD, AdapterWeights, Head, SavedModule
+from onebase_engine.kernels.weights import HEAD, AdapterWeights, Head, SavedModule
 from onebase_training.attention import PackedAttention, UnsupportedTrainingError
 from onebase_training.batches import MicroBatch, Packed
 from onebase_training.events import Gate

@@ -23,7 +23,7 @@ from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.kernels.cuda import CaptureError, CudaKernels
 from onebase_engine.kernels.interface import Contexts, Kernels, LayerCache, RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.kernels.weights import LoraWeights
 from onebase_training import kernels as training
 from onebase_training import losses
 
