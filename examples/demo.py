@@ -27,7 +27,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from onebase import APIConnectionError, APITimeoutError, AsyncClient, OneBaseError
-from onebase_engine.base.default_base import default_cache
+from onebase_engine.user_cache import default_cache
 
 DATA = default_cache() / "demo"
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
