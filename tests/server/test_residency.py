@@ -43,9 +43,8 @@ class Engine:
         self.fails: set[str] = set()
         self.files = dict(SIZES)
         self.damaged: list[PackedAdapterFile] = []
-        self.residency = Residency(
-            limit, self.find, self.fetch, self.send, queue_limit, on_damaged=self.damaged.append
-        )
+        self.residency = Residency(limit, self.find, self.fetch, self.send, queue_limit)
+        self.residency.subscribe(self.damaged.append)
         self.residency.engine_ready()
 
     def find(self, digest: str) -> PackedAdapterFile:

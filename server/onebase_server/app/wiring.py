@@ -124,11 +124,18 @@ def assemble(
     tokenizer = BaseTokenizer(str(base.folder), raw_control_tokens=settings.raw_control_tokens)
     link, busy = EngineLink(), BusyFlag.make()
 
-    def kernels() -> str:
-        return "" if supervisor.base is None else supervisor.base.kernels
-
+    supervisor = _supervisor(settings, base, link, busy, commands, on_loading)
     parts = _adapter_parts(
-        settings, base, storage, tokenizer, link, busy, threads, commands.verifier, tracing, kernels
+        settings,
+        base,
+        storage,
+        tokenizer,
+        link,
+        busy,
+        threads,
+        commands.verifier,
+        tracing,
+        supervisor.kernels,
     )
     adapters, residency = parts.service, parts.residency
     folders = Folders(adapters, parts.activation, given, settings.max_upload)
@@ -141,13 +148,13 @@ def assemble(
     hub = HubAdapters(adapters, pulls)
     usage = UsageMeter(storage.registry.usage, threads.records, base.name)
     training = _training(settings, base, storage, adapters, busy, threads, usage, commands.trainer, tracing)
-    listeners = EngineListeners(
-        versions=residency,
-        base=(training.scheduler, parts.verifier),
-        prepare=Preparation(adapters, folders, residency).run,
-        busy=busy.set,
+    supervisor.listen(
+        EngineListeners(
+            versions=residency,
+            base=(training.scheduler, parts.verifier),
+            prepare=Preparation(adapters, folders, residency).run,
+        )
     )
-    supervisor = _supervisor(settings, base, link, listeners, commands, on_loading)
     limits = Limits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
     planner = Planner(supervisor, tokenizer, parts.catalog, hub, training.checkpoints, limits)
     keys = KeyRing(
@@ -216,16 +223,6 @@ def _adapter_parts(
     registry, store, (records, disk) = storage.registry, storage.store, threads
     catalog = Catalog(base.name, registry, records)
     files = PackedAdapterFiles(catalog, store, disk, kernels)
-    residency = Residency(
-        host_memory(settings),
-        files.find,
-        files.fetch,
-        link.send,
-        settings.queue_limit,
-        on_damaged=lambda damaged: service.prove_again(damaged),
-        prove=lambda packed: proofs.for_kernels(packed),
-        knows=catalog.knows,
-    )
     verifier = VerifierClient(
         store,
         disk,
@@ -235,13 +232,23 @@ def _adapter_parts(
         command=command,
         proof_timeout=settings.proof_timeout,
     )
-    activation = Activation(registry, store, catalog, residency, records, disk)
     proofs = SharedProofs(
         registry, store, catalog, verifier, kernels, records=records, disk=disk, tracing=tracing
     )
+    residency = Residency(
+        host_memory(settings),
+        files.find,
+        files.fetch,
+        link.send,
+        settings.queue_limit,
+        prove=proofs.for_kernels,
+        knows=catalog.knows,
+    )
+    activation = Activation(registry, store, catalog, residency, records, disk)
     service = AdapterService(
         registry, store, catalog, activation, proofs, base_names=base.names, records=records, disk=disk
     )
+    residency.subscribe(service.prove_again)
     return _AdapterParts(catalog, residency, verifier, activation, service)
 
 
@@ -255,19 +262,19 @@ def _supervisor(
     settings: Settings,
     base: ResolvedBase,
     link: EngineLink,
-    listeners: EngineListeners,
+    busy: BusyFlag,
     commands: Commands,
     on_loading: Callable[[Loading], None],
 ) -> EngineSupervisor:
     return EngineSupervisor(
         replace(engine_config(settings, str(base.folder)), prefix_memory=prefix_memory(settings)),
         link,
-        listeners,
         queue_limit=settings.queue_limit,
         stall_timeout=settings.stall_timeout,
         command=commands.engine,
         policy=commands.restarts,
         on_loading=on_loading,
+        busy=busy.set,
     )
 
 
