@@ -16,6 +16,7 @@ OneBaseError
 ├── UnknownAdapterError        no such adapter (or version) on /generate
 ├── UnknownModelError          no such model on /v1
 ├── UnknownResponseError       no such response, or none any more
+├── UnknownGenerationError     no text of this id is being generated here
 ├── UnknownKeyError            no such API key
 ├── UnknownFileError           no such file
 ├── UnknownJobError            no such training job
@@ -200,6 +201,15 @@ class UnknownResponseError(OneBaseError):
         )
 
 
+class UnknownGenerationError(OneBaseError):
+    def __init__(self, generation_id: str) -> None:
+        super().__init__(
+            f"id: no text {generation_id[:100]!r} is being generated: it has ended, or never began.",
+            code="generation_not_found",
+            param="id",
+        )
+
+
 class UnknownKeyError(OneBaseError):
     def __init__(self, message: str) -> None:
         super().__init__(message, code="key_not_found", param="key_id")
@@ -359,6 +369,7 @@ _TABLE: dict[type[OneBaseError], tuple[int, str]] = {
     ConsoleMissingError: (404, "invalid_request_error"),
     WrongMethodError: (405, "invalid_request_error"),
     UnknownResponseError: (404, "invalid_request_error"),
+    UnknownGenerationError: (404, "invalid_request_error"),
     UnknownKeyError: (404, "invalid_request_error"),
     UnknownAdapterError: (404, "invalid_request_error"),
     UnknownModelError: (404, "invalid_request_error"),

@@ -75,7 +75,7 @@ _SCALED_BY = (
     "vllm:time_to_first_token_seconds_sum", "vllm:time_to_first_token_seconds_count",
 )  # fmt: skip
 """Metrics that autoscaling reads."""
-_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+_PASSWORD = re.compile(r"://([^/@\s]*:(?!\d+/)[^@\s]+@|\S*[?&]password=[^&\s])")
 _ENDS_WITH_ITS_PARENT = """\
 import ctypes, os, signal, sys
 try:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from onebase_edge.options import add_all_settings, add_settings, checked
 from onebase_edge.settings import SettingsError
 from onebase_engine.command_line import Parser
+from onebase_engine.redaction import redacted
 
 _ROUTE = """\
 One address for several servers of one base: each request goes where its adapter is, or belongs.
@@ -147,7 +148,7 @@ def replica_url(text: str) -> str:
         or parts.query
         or parts.fragment
     ):
-        raise SettingsError(f"{text!r} is no address of a server: give one as http://host:8000.")
+        raise SettingsError(f"{redacted(text)!r} is no address of a server: give one as http://host:8000.")
     if parts.username or parts.password:
         raise SettingsError("an address has no password in it: give the key with --key-file.")
     return f"{parts.scheme}://{parts.netloc}"

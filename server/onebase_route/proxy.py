@@ -45,6 +45,7 @@ from onebase_edge.refusals import error_json, is_anthropic, refusal
 from onebase_edge.request_id import request_id
 from onebase_edge.settings import Settings, is_loopback
 from onebase_edge.sse import DONE, connection_abort
+from onebase_protocol.errors import AnthropicError, Error
 from onebase_route.placement import NoReplicaError, Placement, Report
 from onebase_route.resumption import DiffersError, Kept, Room
 
@@ -119,7 +120,7 @@ _OF_ONE_SERVER = (
     "/server_info",
     "/get_world_size",
 )
-_KEPT_BY_ONE = b"response_not_found"
+_KEPT_BY_ONE = (b"response_not_found", b"generation_not_found")
 _PASSING = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses of a refusal to resume a stream that may end soon."""
 _OF_ONE = ("response_not_found", "invalid_transcript")
@@ -677,7 +678,7 @@ class Route:
             if not (isinstance(body, bytes) and maybe and _is_short(answer)):
                 return _Passing(answer, sending, self.lost)
             problem = await _whole(answer, sending)
-            if answer.status_code == 404 and _KEPT_BY_ONE in bytes(problem.body):
+            if answer.status_code == 404 and any(code in bytes(problem.body) for code in _KEPT_BY_ONE):
                 continue
             sent.refused += 1
             known = answer.status_code == 404 and not any(code in bytes(problem.body) for code in _LEARNT)
@@ -1159,30 +1160,18 @@ def _error_event(error: OneBaseError, scope: Scope) -> bytes:
     return b"\n\ndata: " + data + b"\n\n" + (b"" if scope["path"] == "/" else DONE)
 
 
-class _ToldError(msgspec.Struct):
-    """Object of an error in a server's answer. details: Anthropic's routes have its code in there."""
-
-    message: str
-    code: str | None = None
-    details: dict[str, Any] = {}
-
-
-class _ToldErrorBody(msgspec.Struct):
-    error: _ToldError
-
-
 def _read_error(status: int, body: bytes) -> OneBaseError | None:
     """Return a server's refusal as an error of the same code, or None for what is no such answer."""
-    told = _read(body, _ToldErrorBody)
-    if told is None:
+    if (anthropic := _read(body, AnthropicError)) is not None:
+        message, code = anthropic.error.message, str(anthropic.error.details.error_code)
+    elif (told := _read(body, Error)) is not None:
+        message, code = told.error.message, str(told.error.code)
+    else:
         return None
-    code = told.error.code or str(told.error.details.get("error_code"))
     if status == 404:
-        return UnknownAdapterError(told.error.message, code=code)
+        return UnknownAdapterError(message, code=code)
     kind = {403: ForbiddenError, 409: ConflictError}.get(status)
-    if kind is None:
-        return InvalidRequestError(told.error.message, code=code)
-    return kind(told.error.message, code=code)
+    return InvalidRequestError(message, code=code) if kind is None else kind(message, code=code)
 
 
 def _json(content: Any, status: int = 200) -> Response:

@@ -68,6 +68,8 @@ class Kept:
         end = self._rest.rfind(b"\n\n", looked_at) + 2
         if end < 2:
             if len(self._rest) > MOST_EVENT:
+                if self._again:  # among the events that were passed on is none so long
+                    raise DiffersError
                 self.give_up()
             return b""
         whole = bytes(self._rest[:end])

@@ -119,7 +119,6 @@ def test_no_file_imports_the_server_or_what_only_it_has() -> None:
         "onebase_engine",
         "torch",
         "pydantic",
-        "msgspec",
     }
     assert {source.name: imported(source) & foreign for source in SOURCES if imported(source) & foreign} == {}
 

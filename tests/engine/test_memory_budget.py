@@ -37,6 +37,7 @@ from onebase_engine.engine.memory_budget import (
     kv_memory_available,
     largest_step_bytes,
     slot_bytes,
+    staging_bytes,
     verifier_bytes,
 )
 from onebase_engine.engine.messages import EngineConfig
@@ -282,6 +283,8 @@ def test_more_kv_memory_than_a_gpu_has_is_refused_by_its_name_and_slots_get_a_pa
 
     block = 16 * model.kv_bytes_per_token
     assert sized(900_000) == (900_000 // block, 10_000)
+    assert sized(1_000_000) == (1_000_000 // block, 1), "0 would be no limit"
+    assert staging_bytes(1) == 1
     with pytest.raises(MemoryBudgetError, match=r"--kv-memory asks for 2 MB, and 1 MB are free") as refused:
         sized(2_000_000)
     assert "--train-memory" not in str(refused.value)

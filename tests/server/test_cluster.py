@@ -391,6 +391,23 @@ def test_more_servers_than_gpus_are_refused_and_unused_gpus_are_told(
         assert on_ray.gpus_left(apps, servers) == said
 
 
+@pytest.mark.parametrize(
+    ("address", "refused"),
+    [
+        ("postgresql://me:s3cr3t@db/x", True),
+        ("postgresql://me:s3/cr3t@db/x", True),
+        ("postgresql://db/x?user=me&password=s3cr3t", True),
+        ("postgresql://me@db/x", False),
+        ("http://host:8000/me@home", False),
+    ],
+)
+def test_a_password_in_a_command_is_found_wherever_an_address_holds_one(address: str, refused: bool) -> None:
+    from onebase_route.cluster import Plan
+
+    with pytest.raises(ValueError, match="PGPASSWORD") if refused else contextlib.nullcontext():
+        Plan(server=["onebase", "serve", f"--registry={address}"])
+
+
 def test_servers_of_one_machine_share_its_cores_and_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from onebase_edge.settings import load_settings
     from onebase_route import cli

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from onebase_edge.background import Backoff
 from onebase_edge.forwarded import TRANSCRIPT_HEADER
-from onebase_route import proxy
+from onebase_route import proxy, resumption
 from onebase_route.resumption import DiffersError, Kept, Room
 
 from .support import Server, Starter, as_route, pace, upload
@@ -640,3 +640,18 @@ def test_events_that_differ_are_not_passed_on() -> None:
     kept.begin_again()
     with pytest.raises(DiffersError):
         kept.read(FIRST.replace(b"a", b"c") + b"data: d\n\n")
+
+
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_a_server_that_repeats_an_event_without_end_is_given_up(
+    gives_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resumption, "MOST_EVENT", 1000)
+    kept = Kept(Room(1000))
+    kept.read(FIRST)
+    kept.begin_again()
+    if gives_up:
+        kept.give_up()
+    kept.read(b"x" * 1000)
+    with pytest.raises(DiffersError):
+        kept.read(b"x")

@@ -335,6 +335,17 @@ def test_a_client_behind_the_route_learns_nothing_of_what_it_and_its_servers_say
         assert not [name for name in answer.headers if name.startswith("x-onebase")]
 
 
+@pytest.mark.parametrize("address", ["me:s3cr3t@a:1", "http://me:s3cr3t@a:1/v1", "http://me:s3cr3t@a:99999"])
+def test_a_wrong_address_is_refused_without_its_password(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from onebase_route.cli import route
+
+    with pytest.raises(SystemExit):
+        route(["--replica", address])
+    assert "s3cr3t" not in capsys.readouterr().err
+
+
 def test_wrong_addresses_are_refused(tmp_path: Path) -> None:
     from onebase_route.cli import route
 

@@ -267,8 +267,8 @@ def test_a_job_is_for_its_callers_tenant_at_its_callers_priority() -> None:
     async def play() -> None:
         caller = Caller("ob-1", "acme", frozenset({"generate"}), priority=3)
         job = await planner_of(SlowTokenizer(), 100).generate(request(5), caller)
-        parts: Any = (SimpleNamespace(), SimpleNamespace(pieces=list))
-        generation = Generation(*parts, job, meter=SimpleNamespace(token_gap=len))  # type: ignore[arg-type]
+        nobody: Any = SimpleNamespace(token_gap=len, pieces=list)
+        generation = Generation(nobody, nobody, Threads("reading", 1), job, meter=nobody)
         (submit,) = generation._inflight.submits
         assert (submit.tenant, submit.priority) == ("acme", 3)
 

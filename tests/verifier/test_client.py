@@ -210,6 +210,15 @@ def test_a_command_that_is_no_verifier_is_given_up(published: Published, tmp_pat
         asyncio.run(start())
 
 
+def test_a_verifier_for_which_there_are_no_processes_is_gone(published: Published, tmp_path: Path) -> None:
+    async def start() -> None:
+        verifier = new_client(tmp_path, command=[str(tmp_path / "none")])
+        await verifier.attach(published.config, published.manifest, published.fd)
+
+    with pytest.raises(VerifierGoneError, match="cannot be started"):
+        asyncio.run(start())
+
+
 # ---- a second process ------------------------------------------------------------------------
 
 

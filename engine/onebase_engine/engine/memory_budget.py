@@ -119,7 +119,7 @@ def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
 
 def staging_bytes(slot_memory: int) -> int:
     """Return the bytes for versions in flight to the accelerator, besides slots; 0 is no limit."""
-    return slot_memory // 4
+    return -(-slot_memory // 4)  # 0, which is no limit, only of 0
 
 
 def verifier_bytes(base: nn.Module) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from onebase_adapters.registry import (
     UNSET,
     AdapterRecord,
-    HistoryEntry,
     Registry,
     Unset,
     VersionRecord,
@@ -18,6 +17,7 @@ from onebase_adapters.registry import (
 from onebase_adapters.store.store import Store
 from onebase_edge.background import Threads
 from onebase_edge.errors import ConflictError, OneBaseError, StaleActivationError
+from onebase_protocol import adapters as wire
 from onebase_server.adapters.catalog import Catalog, Names, VersionRef, not_ready
 from onebase_server.adapters.residency import Residency
 from onebase_server.storage.calls import RegistryThreads, delete_blobs, storage_errors
@@ -142,7 +142,7 @@ class Activation:
             await self._records.write(self._registry.share, tenant, name, shared)
         return self._catalog.of(tenant).adapter(name, param="name")
 
-    async def history(self, tenant: str, name: str) -> list[HistoryEntry]:
+    async def history(self, tenant: str, name: str) -> list[wire.Activation]:
         """Return the history of activations, newest first. Raises UnknownAdapterError."""
         with storage_errors(name):
             return await self._records.run(self._registry.history, tenant, name)

@@ -32,7 +32,7 @@ from onebase_adapters.hub.pull import (
     pull,
     resolve,
 )
-from onebase_adapters.registry import DEFAULT_TENANT, VersionError, VersionRecord
+from onebase_adapters.registry import DEFAULT_TENANT, VersionRecord
 from onebase_adapters.store.blobs import (
     ADAPTER_FILES,
     CONFIG_FILE,
@@ -52,6 +52,7 @@ from onebase_edge.errors import (
     UnknownAdapterError,
     VersionFailedError,
 )
+from onebase_protocol.adapters import VersionFailure
 from onebase_server.adapters.activation import Activation
 from onebase_server.adapters.catalog import check_name
 from onebase_server.adapters.service import AdapterService, VersionOptions
@@ -414,9 +415,9 @@ class PendingPull:
         return self.tenant, self.name
 
     @property
-    def error(self) -> VersionError | None:
+    def error(self) -> VersionFailure | None:
         """Error of the pull, if it failed."""
-        return None if self.failure is None else VersionError(self.failure.code, self.failure.message)
+        return None if self.failure is None else VersionFailure(self.failure.code, self.failure.message)
 
     async def arrived(self) -> VersionRecord:
         """Wait for the registered version and return it. Raises what the pull ended with."""

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from onebase_adapters.registry import BatchError
 from onebase_edge.errors import InvalidRequestError
+from onebase_protocol.batches import BatchError
 from onebase_server.requests import strict_json
 
 ENDPOINTS = (
@@ -62,7 +62,7 @@ class Checked:
 
     def complain(self, code: str, message: str, line: int | None = None, param: str | None = None) -> None:
         if len(self.errors) < MAX_ERRORS:
-            self.errors.append(BatchError(code, message, line, param))
+            self.errors.append(BatchError(code=code, message=message, line=line, param=param))
         else:
             self.more += 1
 
@@ -70,9 +70,8 @@ class Checked:
     def problems(self) -> list[BatchError]:
         if not self.more:
             return self.errors
-        rest = BatchError(
-            "more_errors", f"{self.more} more lines are wrong; the first {MAX_ERRORS} are told."
-        )
+        message = f"{self.more} more lines are wrong; the first {MAX_ERRORS} are told."
+        rest = BatchError(code="more_errors", message=message)
         return [*self.errors, rest]
 
 

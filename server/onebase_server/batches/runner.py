@@ -22,7 +22,6 @@ import msgspec
 
 from onebase_adapters.registry import (
     Batch,
-    BatchError,
     BatchRecords,
     BatchState,
     BatchStateError,
@@ -45,6 +44,7 @@ from onebase_edge.errors import (
     error_body,
     status_of,
 )
+from onebase_protocol.batches import BatchError
 from onebase_server.batches.results import (
     ERRORS,
     EXPIRED,
@@ -319,7 +319,7 @@ class Run:
         if state == "cancelling":
             end = "cancelled"
         elif self._refused is not None:
-            end, errors = "failed", [BatchError(self._refused.code, self._refused.message)]
+            end, errors = "failed", [BatchError(code=self._refused.code, message=self._refused.message)]
         elif results.expired:
             end = "expired"
         elif state == "in_progress":

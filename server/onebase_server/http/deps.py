@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar, get_type_hints
+from weakref import WeakValueDictionary
 
 import msgspec
 from fastapi import Depends, Request, Response
@@ -31,6 +32,7 @@ from onebase_server.adapters.sources import Folders, HubAdapters
 from onebase_server.batches.service import BatchService
 from onebase_server.http.metrics import Metrics, render
 from onebase_server.http.views.adapters import AdapterViews
+from onebase_server.inference.generation import Generation
 from onebase_server.inference.tokenization import BaseTokenizer
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.files import TrainingFiles
@@ -144,6 +146,8 @@ class Services:
     """Number of answers since the start, by route and status."""
     reading: Threads = field(default_factory=lambda: Threads("read", READ_THREADS))
     """Threads for bodies and answers that are long; tenants take turns."""
+    running: WeakValueDictionary[tuple[str, str], Generation] = field(default_factory=WeakValueDictionary)
+    """Texts that are being generated, by tenant and id, so that each can be cancelled."""
     read_inline: TurnBudget = field(default_factory=lambda: TurnBudget(LONG_BODY))
     started: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False

@@ -15,7 +15,6 @@ import msgspec
 from onebase_adapters import registry
 from onebase_adapters.names import label
 from onebase_adapters.registry import (
-    JobError,
     JobEvent,
     JobState,
     JobStateError,
@@ -34,6 +33,7 @@ from onebase_edge.background import Threads
 from onebase_edge.errors import UnknownFileError
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import EngineConfig
+from onebase_protocol.training import TrainingFailure
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.delivery import BACKOFF, LOST, TRIES, Delivery, DeliveryError
 from onebase_server.jobs.event_view import problem_events
@@ -326,7 +326,7 @@ class Run:
                 await asyncio.sleep(BROKEN_SECONDS)  # the scheduler starts it again at once
         except Exception:
             _log.exception("job %s failed", self.job.id)
-            internal = JobError("internal_error", "The server failed on this job; its log says why.")
+            internal = TrainingFailure("internal_error", "The server failed on this job; its log says why.")
             with suppress(RegistryError):
                 await self._fail(internal)
 
@@ -396,7 +396,7 @@ class Run:
             done = await self._pool.delivery.deliver(job, self._record)
         except DeliveryError as error:
             lost = {"report": None} if error.code == LOST else {}
-            await self._fail(JobError(error.code, error.message), **lost)
+            await self._fail(TrainingFailure(error.code, error.message), **lost)
             return
         await self._record.move(
             DELIVERED,
@@ -498,7 +498,7 @@ class Run:
             await self._pool.threads.run(self._pool.tenants.check_training, self.job.tenant)
         except QuotaError as error:
             with suppress(JobStateError, RegistryError):
-                failed = JobError("insufficient_quota", str(error))
+                failed = TrainingFailure("insufficient_quota", str(error))
                 event = JobEvent(time.time(), str(error), level="error", data={"code": failed.code})
                 await self._record.move(OUT_OF_QUOTA, event, error=failed)
                 self.stop("pause", STOP_SECONDS)
@@ -527,9 +527,9 @@ class Run:
     async def _failed(self, failed: Failed) -> None:
         for event in problem_events(failed):
             await self._record.add(event)
-        await self._fail(JobError(failed.code, failed.message, failed.param))
+        await self._fail(TrainingFailure(failed.code, failed.message, failed.param))
 
-    async def _fail(self, error: JobError, **facts: Any) -> None:
+    async def _fail(self, error: TrainingFailure, **facts: Any) -> None:
         event = JobEvent(time.time(), error.message, level="error", data={"code": error.code})
         await self._record.move(FAILED, event, error=error, **facts)
 
@@ -556,7 +556,7 @@ class Run:
             death.count,
         )
         if death.last:
-            await self._fail(JobError("trainer_died", death.message), **death.facts)
+            await self._fail(TrainingFailure("trainer_died", death.message), **death.facts)
             return
         event = JobEvent(time.time(), death.message, level="warn")
         if self.kind == "check":

@@ -11,7 +11,6 @@ from typing import Any
 
 from onebase_adapters.registry import (
     OPEN_STATES,
-    Activate,
     Checkpoint,
     JobEvent,
     JobStateError,
@@ -25,6 +24,7 @@ from onebase_adapters.registry import (
 )
 from onebase_edge.background import Threads
 from onebase_edge.errors import ConflictError
+from onebase_protocol.training import Activate
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.job_record import JobNotifier

@@ -266,7 +266,10 @@ class EngineSupervisor:
 
     async def _run_one(self) -> str:
         """Run one engine from start to death. Returns why it ended, in words."""
-        base_fd = os.memfd_create("onebase-base", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            base_fd = os.memfd_create("onebase-base", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            return f"it cannot be started: {error}"
         try:
             return await self._run_on(base_fd)
         finally:
@@ -285,9 +288,13 @@ class EngineSupervisor:
             if not ended.done():
                 self._receive(message, base_fd, end)
 
-        self._link.engine = engine = await ChildProcess.spawn(
-            self._command, to_api_decoder(), receive, lambda: end(""), fds={"--base-fd": base_fd}
-        )
+        fds = {"--base-fd": base_fd}
+        try:
+            self._link.engine = engine = await ChildProcess.spawn(
+                self._command, to_api_decoder(), receive, lambda: end(""), fds=fds
+            )
+        except OSError as error:  # no memory, or no more processes or files
+            return f"it cannot be started: {error}"
         watch = loop.create_task(keep_running("watching for stalls of the engine", partial(self._watch, end)))
         try:
             engine.send(Start(self._config))

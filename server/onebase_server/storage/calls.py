@@ -96,6 +96,8 @@ def storage_errors(name: str = "") -> Iterator[None]:
         raise UnknownJobError(str(error)) from error
     except registry.UnknownBatchError as error:
         raise UnknownBatchError(str(error)) from error
+    except registry.JobStateError as error:
+        raise ConflictError(str(error), code=f"job_{error.state}") from error
     except registry.BatchStateError:
         raise
     except registry.FileInUseError as error:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import anyio
 
+from onebase_protocol.common import PageAnswer
+
 from .._core import batches, training
-from .._core.parse import parse
+from .._core.parse import decode
 from .._core.requests import Call
 from .._core.retry import Backoff
 from .._http import Reply
@@ -62,7 +64,7 @@ class AsyncBatches:
         if isinstance(source, Path):
             source = (await AsyncFiles(self._http).upload(source, purpose="batch", progress=progress)).id
         call = batches.create(source, endpoint, completion_window, metadata)
-        return await self._http.ask(call, batches.parse_batch)
+        return await self._http.ask(call, Batch)
 
     async def retrieve(self, batch_id: str) -> Batch:
         """One batch as it is now.
@@ -70,7 +72,7 @@ class AsyncBatches:
         Raises:
             NotFoundError: there is no batch of this id.
         """
-        return await self._http.ask(batches.batch(batch_id), batches.parse_batch)
+        return await self._http.ask(batches.batch(batch_id), Batch)
 
     async def list(self, *, limit: int | None = None) -> tuple[Batch, ...]:
         """The batches, the newest first.
@@ -78,7 +80,7 @@ class AsyncBatches:
         Args:
             limit: The largest number of batches; None: all.
         """
-        return await self._http.collect(batches.list_batches, batches.parse_batch, limit)
+        return await self._http.collect(batches.list_batches, PageAnswer[Batch], limit)
 
     async def cancel(self, batch_id: str) -> Batch:
         """End a batch. What is answered by then stays.
@@ -86,7 +88,7 @@ class AsyncBatches:
         Raises:
             ConflictError: it has ended.
         """
-        return await self._http.ask(batches.cancel(batch_id), batches.parse_batch)
+        return await self._http.ask(batches.cancel(batch_id), Batch)
 
     async def wait(self, batch_id: str, *, progress: bool | BatchCallback = True) -> Batch:
         """Wait until a batch has ended, and give it, however it ended. It goes on if you stop waiting.
@@ -102,7 +104,7 @@ class AsyncBatches:
         with observer(progress) as watch:
             while True:
                 reply = await self._send_patiently(batches.batch(batch_id))
-                batch = parse(reply.body, batches.parse_batch)
+                batch = decode(reply.body, Batch)
                 if batch != known:
                     watch.show(batch)
                     known = batch

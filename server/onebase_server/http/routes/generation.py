@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 
-from onebase_edge.errors import ClientGoneError, OneBaseError, SlowReaderError, status_of
+from onebase_edge.errors import (
+    ClientGoneError,
+    OneBaseError,
+    SlowReaderError,
+    UnknownGenerationError,
+    status_of,
+)
 from onebase_edge.sse import (
     DONE,
     EventStream,
@@ -18,6 +25,19 @@ from onebase_edge.sse import (
     guarded,
     with_transcript,
 )
+from onebase_protocol.text import (
+    CancelledAnswer,
+    ChatAnswer,
+    ChatEvent,
+    CompletionAnswer,
+    CompletionEvent,
+    GeneratedAnswer,
+    GenerateEvent,
+    GenerateManyEvent,
+    TgiAnswer,
+    TgiEvent,
+)
+from onebase_server.http.answers import answer, streamed_answer
 from onebase_server.http.authorization import NOT_ITS_FAULT, needs
 from onebase_server.http.deps import (
     CALLER,
@@ -30,22 +50,8 @@ from onebase_server.http.deps import (
     off_loop,
     told_of,
 )
-from onebase_server.http.schemas.answers import (
-    ChatAnswer,
-    CompletionAnswer,
-    GeneratedAnswer,
-    TgiAnswer,
-    answer,
-    streamed_answer,
-)
-from onebase_server.http.schemas.events import (
-    ChatEvent,
-    CompletionEvent,
-    GenerateEvent,
-    GenerateManyEvent,
-    TgiEvent,
-)
 from onebase_server.http.views.generation import (
+    INLINE_SCORES,
     ChatView,
     CompletionView,
     GenerateView,
@@ -66,9 +72,6 @@ from onebase_server.tenancy.quotas import Ticket
 from onebase_server.tenancy.usage import UsageMeter
 
 router = APIRouter(route_class=StrictRoute)
-INLINE_SCORES = 2_000
-"""Largest number of log-probabilities of a whole answer that are written on the event loop (about 5 ms); more
-are written in a thread."""
 
 
 @router.post("/generate", tags=["generate"], responses=streamed_answer(GeneratedAnswer, GenerateEvent))
@@ -111,6 +114,17 @@ async def generate_many(
         sources.append(_events_of(source, request, services, caller))
     merged = Merged(sources, DONE, order)
     return EventStream(merged, merged.events(), services.settings.max_timeout, tells=told is not None)
+
+
+@router.post("/generate/{id}/cancel", tags=["generate"], responses=answer(CancelledAnswer, 404))
+@needs("generate")
+async def cancel(id: Annotated[str, Path(max_length=200)], services: Provided, caller: Calling) -> Response:
+    """End a text that is being generated, one of several in a stream too: it ends with what there is, and the
+    finish reason `cancelled`. `id` is the id of any answer or event with text."""
+    generation = services.running.get((caller.tenant, id))
+    if generation is None or not generation.stop():
+        raise UnknownGenerationError(id)
+    return json_response(CancelledAnswer(id=id))
 
 
 @dataclass(frozen=True)
@@ -327,6 +341,7 @@ async def begin(
     generation = Generation(
         services.supervisor,
         services.tokenizer,
+        services.reading,
         job,
         services.settings.stream_buffer if stream else None,
         on_cut=connection_abort(request.scope),
@@ -336,5 +351,6 @@ async def begin(
         telling=telling,
     )
     await generation.start(services.residency)
+    services.running[job.tenant, job.id] = generation
     ticket.leave = generation.leave
     return generation

@@ -6,8 +6,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from onebase_adapters.proof.report import MergeMethod, MergeSign
 from onebase_engine.engine.messages import MAX_ADAPTER_TERMS
+from onebase_protocol.adapters import MergeMethod, MergeSign
 from onebase_server.adapters.merging import PRUNING, RANDOM, SIGNED
 from onebase_server.requests.schemas.generation import MAX_WEIGHT
 from onebase_server.requests.schemas.wire import FieldError, Name, Wire

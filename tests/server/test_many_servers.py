@@ -1,5 +1,5 @@
-"""Many servers of one base and thousands of adapters without a model, on requests that are drawn: what
-the placement of `onebase route` makes of them, and what other rules do.
+"""A simulation of many servers of one base and thousands of adapters, without a model: the placement of
+`onebase route` on requests that are drawn.
 
 A server computes `rows` rows at once, has `slots` for adapters and room for `host` of them in host memory;
 one that is in neither comes from the store: a cold start. When the simulation begins, each adapter is in the
@@ -12,11 +12,11 @@ import heapq
 import itertools
 import math
 import random
-import statistics
-from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+import pytest
 
 from onebase_route.placement import Placement, Report, order_of
 
@@ -76,7 +76,6 @@ class Replica:
     told: Report = field(default_factory=lambda: Report(0))
     alive: bool = True
     slow: float = 1.0
-    work: float = 0.0
     evictions: int = 0
     sent: int = 0
 
@@ -130,69 +129,33 @@ class Replica:
 
     def end(self, request: Request) -> None:
         self.running.discard(id(request))
-        self.work += request.seconds
         if not self.endless:
             self.slots[request.adapter] -= 1
 
 
-# ---- rules ------------------------------------------------------------------------------------
+# ---- the rule ---------------------------------------------------------------------------------
 
 
-class Rule(ABC):
-    """Rule by which requests are placed. It is given live replicas only."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-
-    @abstractmethod
-    def place(self, request: Request, live: Sequence[Replica], now: float) -> Replica: ...
-
-    def told(self, replica: Replica) -> None:
-        """Note a replica's new report."""
-        return
-
-    def lost(self, replica: Replica) -> None:
-        """Note that a replica has died."""
-        return
-
-    def answered(self, request: Request, now: float) -> None:
-        """Note that the first token came."""
-        return
-
-    def ended(self, request: Request, now: float) -> None:
-        """Note that the last token came."""
-        return
-
-
-class OneBase(Rule):
-    """Placement of `onebase route`."""
+class Router:
+    """Placement of `onebase route` over simulated servers."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__(seed)
         self.placement = Placement(seed=seed)
         self._by_name: dict[str, Replica] = {}
 
-    def place(self, request: Request, live: Sequence[Replica], now: float) -> Replica:
+    def place(self, request: Request, now: float) -> Replica:
         return self._by_name[self.placement.place(request.adapter, request.tokens, now)]
 
     def told(self, replica: Replica) -> None:
         self._by_name[replica.name] = replica
         self.placement.told(replica.name, replica.told)
 
-    def lost(self, replica: Replica) -> None:
-        self.placement.lost(replica.name)
+    def answered(self, request: Request, place: Replica, now: float) -> None:
+        self.placement.answered(place.name, now - request.at, now)
 
-    def answered(self, request: Request, now: float) -> None:
-        if request.place is not None:
-            self.placement.answered(request.place.name, now - request.at, now)
-
-    def ended(self, request: Request, now: float) -> None:
-        if request.place is not None:
-            seconds = (
-                None if request.first is None else now - request.first + request.place.figures.prefill_seconds
-            )
-            name = request.place.name
-            self.placement.ended(name, request.adapter, request.tokens, now, seconds=seconds)
+    def ended(self, request: Request, place: Replica, now: float) -> None:
+        seconds = None if request.first is None else now - request.first + place.figures.prefill_seconds
+        self.placement.ended(place.name, request.adapter, request.tokens, now, seconds=seconds)
 
 
 # ---- what comes -------------------------------------------------------------------------------
@@ -239,13 +202,11 @@ def requests(scenario: Scenario, rate: float, adapters: int, seconds: float, see
 
 @dataclass
 class Outcome:
-    """Outcome of one rule in one scenario. times, waits: of the requests that are counted, in seconds."""
+    """Outcome of one scenario. waits: seconds until the first token of each request that is counted."""
 
     waits: list[float] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
     cold: int = 0
     evictions: int = 0
-    imbalance: float = 0.0
     sent_again: int = 0
     never: int = 0
 
@@ -253,39 +214,20 @@ class Outcome:
         ordered = sorted(self.waits)
         return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else math.nan
 
-    def p99_by_second(self) -> list[tuple[int, float]]:
-        seconds: dict[int, list[float]] = {}
-        for at, wait in zip(self.times, self.waits, strict=True):
-            seconds.setdefault(int(at), []).append(wait)
-        return [
-            (second, sorted(found)[int(0.99 * (len(found) - 1))]) for second, found in sorted(seconds.items())
-        ]
-
-    def recovered(self, lost_at: float, least: float) -> float:
-        """Seconds after the loss until each second's p99 stays under `least` and twice what it was."""
-        before = [p99 for second, p99 in self.p99_by_second() if second < lost_at - 1]
-        if not before:
-            return math.nan
-        limit = max(2 * statistics.median(before), least)
-        bad = [second for second, p99 in self.p99_by_second() if second >= lost_at and p99 > limit]
-        return bad[-1] + 1 - lost_at if bad else 0.0
-
 
 def simulate(
-    rule: Rule,
+    router: Router,
     scenario: Scenario,
     coming: Sequence[Request],
     replicas: int,
     adapters: int,
     seconds: float,
     *,
-    figures: Figures | None = None,
     prefetch: int = 3,
     endless: bool = False,
-    tick: Callable[[float], None] = lambda now: None,
 ) -> Outcome:
     """Return the outcome for requests that come after WARMING."""
-    figures = figures or Figures()
+    figures = Figures()
     there = [Replica(f"r{number}", figures, endless) for number in range(replicas)]
     by_name = {one.name: one for one in there}
     for number in range(adapters):
@@ -294,7 +236,7 @@ def simulate(
                 by_name[home].host[f"a{number}"] = None
     for one in there:
         one.told = one.report()
-        rule.told(one)
+        router.told(one)
     made = Outcome()
     counter = itertools.count()
     queue: list[tuple[float, int, str, Request | None, Replica | None]] = []
@@ -308,7 +250,7 @@ def simulate(
             push(end, "end", request, replica)
 
     def send(request: Request, now: float) -> None:
-        request.place = rule.place(request, [one for one in there if one.alive], now)
+        request.place = router.place(request, now)
         request.place.sent += 1
         request.place.waiting.append(request)
         start(request.place, now)
@@ -326,31 +268,29 @@ def simulate(
         now, _, kind, request, replica = heapq.heappop(queue)
         if kind == "come" and request is not None:
             send(request, now)
-            tick(now)
         elif kind == "tell" and replica is not None and replica.alive:
             replica.told = replica.report()
-            rule.told(replica)
+            router.told(replica)
             push(now + figures.tell_seconds, "tell", None, replica)
         elif kind == "first" and request is not None and replica is request.place and replica is not None:
             if replica.alive and request.first is None:
                 request.first = now
-                rule.answered(request, now)
+                router.answered(request, replica, now)
         elif kind == "end" and request is not None and replica is request.place and replica is not None:
             if not replica.alive:
                 continue
             left -= 1
             replica.sent -= 1
             replica.end(request)
-            rule.ended(request, now)
+            router.ended(request, replica, now)
             if request.at > WARMING * seconds and request.first is not None:
                 made.waits.append(request.first - request.at)
-                made.times.append(request.at)
                 made.cold += request.cold
             start(replica, now)
         elif kind == "lose":
             for dead in there[: scenario.lost]:
                 dead.alive = False
-                rule.lost(dead)
+                router.placement.lost(dead.name)
             for again in coming:
                 place = again.place
                 if place is None or place.alive:
@@ -364,6 +304,37 @@ def simulate(
                 late.slow = 4.0
     made.never = left
     made.evictions = sum(one.evictions for one in there)
-    shares = [one.work for one in there if one.alive and one.slow == 1.0]
-    made.imbalance = max(shares) / statistics.mean(shares)
     return made
+
+
+# ---- what holds -------------------------------------------------------------------------------
+
+REPLICAS, ADAPTERS, SECONDS = 30, 3000, 20.0
+FIGURES = Figures()
+
+
+def outcome(scenario: Scenario, seed: int, *, endless: bool = False) -> Outcome:
+    mean = FIGURES.prefill_seconds + TOKENS * FIGURES.token_seconds
+    rate = scenario.load * REPLICAS * FIGURES.rows / mean
+    coming = requests(scenario, rate, ADAPTERS, SECONDS, seed)
+    return simulate(Router(seed), scenario, coming, REPLICAS, ADAPTERS, SECONDS, endless=endless)
+
+
+def test_where_everything_is_in_memory_a_request_waits_for_its_prompt_alone() -> None:
+    made = outcome(Scenario(load=0.3), 0, endless=True)
+    assert made.waited(0.99) == pytest.approx(FIGURES.prefill_seconds)
+    assert (made.cold, made.evictions, made.never) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_after_the_loss_of_a_tenth_of_the_servers_requests_rather_wait_a_little_than_load(seed: int) -> None:
+    made = outcome(Scenario(lost=REPLICAS // 10), seed)
+    assert made.never == 0
+    assert made.sent_again > 0
+    assert made.cold / len(made.waits) < 0.005
+    assert made.waited(0.99) < 0.3, "a load from the store takes 0.8 s"
+
+
+def test_the_same_seed_is_the_same_load_and_outcome() -> None:
+    scenario = Scenario(churn=0.01, crowd=0.2, slow=2)
+    assert outcome(scenario, 3) == outcome(scenario, 3)
