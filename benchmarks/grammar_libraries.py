@@ -31,7 +31,7 @@ from bench.report import table
 from bench.worker import started
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.engine.grammar_link import WHITESPACE
-from onebase_server.requests.json_schema import closed
+from onebase_server.inference.json_schema import closed
 
 PATIENCE = 5.0
 Mask = Callable[[], None]

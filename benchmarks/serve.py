@@ -235,7 +235,8 @@ def main(argv: Sequence[str]) -> int:
     machine.demand_quiet(options.busy, console)
     base = base_of(options)
     if "llama.cpp" in options.targets and options.gguf is None:
-        from onebase_engine.base.default_base import default_cache, fetch_gguf
+        from onebase_engine.base.default_base import fetch_gguf
+        from onebase_engine.user_cache import default_cache
 
         options.gguf = fetch_gguf(default_cache() / "gguf")
     shape = workload.Shape(**{field.name: getattr(options, field.name) for field in fields(workload.Shape)})

@@ -35,12 +35,13 @@ from bench.command import Options
 from bench.engines import load, load_tokenizer
 from bench.lora import make_adapters
 from bench.report import table
-from onebase_engine.base.default_base import default_cache, fetch_default_base
+from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import AdapterRef, Grammar, Sampling, Submit
-from onebase_server.requests.json_schema import closed
-from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_format import Tool, ToolChoice
+from onebase_engine.user_cache import default_cache
+from onebase_server.inference.json_schema import closed
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tool_format import Tool, ToolChoice
 
 SUITE = "jsonschema==4.26.0"
 DRAFTS = {

@@ -33,7 +33,7 @@ from onebase import APIConnectionError, APITimeoutError, AsyncClient, OneBaseErr
 from onebase_adapters.registry import RegistryBusyError, RegistryError, RegistryFullError
 from onebase_adapters.registry.database import Database
 from onebase_adapters.registry.tables import Table
-from onebase_engine.base.default_base import default_cache
+from onebase_engine.user_cache import default_cache
 
 DATA = default_cache() / "demo"
 ADAPTERS = Path(__file__).resolve().parent / "adapters"

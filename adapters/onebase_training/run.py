@@ -57,7 +57,7 @@ from onebase_training.data.row_store import map_rows, rows_key, write_rows
 from onebase_training.data.tokens import asks_for_date, reply_decoder
 from onebase_training.estimate import Estimate, estimate, measured_rate
 from onebase_training.events import Gate, Interrupted, LastStep, Listen
-from onebase_training.loop import ProcessGroup, Scores, Trainer, TrainingDivergedError
+from onebase_training.loop import Scores, Trainer, TrainingDivergedError
 from onebase_training.objectives import make_objective
 from onebase_training.parent import (
     ActiveVersion,
@@ -66,6 +66,7 @@ from onebase_training.parent import (
     check_parent,
     why_not_comparable,
 )
+from onebase_training.processes import ProcessGroup
 from onebase_training.recipe import (
     AUTO_EVAL_SPLIT,
     MODEL,

@@ -23,9 +23,9 @@ from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.kernels.cuda import CaptureError, CudaKernels
 from onebase_engine.kernels.interface import Contexts, Kernels, LayerCache, RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.kernels.weights import LoraWeights
 from onebase_training import kernels as training
-from onebase_training import objectives
+from onebase_training import losses
 
 EPS = torch.finfo(torch.bfloat16).eps
 NOBODY = RowMap()
@@ -289,7 +289,7 @@ def _trained(found: Findings, watch: Stopwatch, draw: torch.Generator, size: int
         trials = {
             "products by parts": training._has_products_by_parts(draw.device),
             "parts of matrices": training._tried_splitter(draw.device) is not None,
-            "loss": objectives._tried_kernels(draw.device) is not None,
+            "loss": losses._tried_kernels(draw.device) is not None,
             "norms": training.fuse_norms(layer) == 2,
             "gates": training.fuse_gates(layer) == 1,
             "rotary embeddings": training.fuse_rotations(layer) == 1,

@@ -42,7 +42,7 @@ from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.reference import ReferenceKernels
-from onebase_engine.lora.weights import weights_bytes
+from onebase_engine.kernels.weights import weights_bytes
 from onebase_server.processes.engine import sizes
 
 NEEDED = ("numpy", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "msgspec", "safetensors")

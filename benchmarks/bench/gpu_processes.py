@@ -33,11 +33,11 @@ from bench.processes import tail
 from bench.worker import Worker, started
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.store.store import Store
+from onebase_edge.background import Threads
 from onebase_engine.base.attach import publish
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.machine import free_memory
-from onebase_server.background import Threads
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND, Died, TrainerClient
 from onebase_server.processes.trainer_protocol import Check, Checked, Train, Trained, TrainJob

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from onebase_engine.base.default_base import default_cache
+from onebase_engine.user_cache import default_cache
 
 VLLM = "0.32.0"
 LLAMA_CPP = "11434.0.0"

@@ -18,7 +18,7 @@ from onebase_engine.base.attach import quantized_module
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import NESTED_BLOCKSIZE, BaseSettings, freeze, import_bitsandbytes, load_config
 from onebase_engine.base.manifest import QuantizedLayer
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights
+from onebase_engine.kernels.weights import AdapterWeights, LoraWeights
 
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 BLOCKSIZE = 64

@@ -26,13 +26,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from onebase._core.metrics import parse_metrics
-from onebase_protocol.errors import AnthropicError, Error
-from onebase_route.placement import NoReplicaError, Placement, Report
-from onebase_route.resumption import DiffersError, Kept, Room
-from onebase_server.app.settings import Settings
-from onebase_server.background import Backoff, keep_running
-from onebase_server.errors import (
+from onebase.metrics import parse_metrics
+from onebase_edge.background import Backoff, keep_running
+from onebase_edge.cross_site import Door
+from onebase_edge.errors import (
     ConflictError,
     ForbiddenError,
     InvalidRequestError,
@@ -42,15 +39,15 @@ from onebase_server.errors import (
     UnknownAdapterError,
     WrongMethodError,
 )
-from onebase_server.http.cross_site import Door
-from onebase_server.http.forwarded import CHANGE, OURS, SECRET, change_of, forwarded_of
-from onebase_server.http.refusals import error_json, is_anthropic, refusal
-from onebase_server.http.request_id import request_id
-from onebase_server.http.server import QuietServer, uvicorn_config
-from onebase_server.http.sse import DONE, connection_abort
-from onebase_server.inference.transcript import HEADER
-from onebase_server.telemetry.metrics import CONTENT_TYPE
-from onebase_server.tenancy.access import is_loopback
+from onebase_edge.forwarded import CHANGE, OURS, SECRET, TRANSCRIPT_HEADER, change_of, forwarded_of
+from onebase_edge.listener import QuietServer, uvicorn_config
+from onebase_edge.refusals import error_json, is_anthropic, refusal
+from onebase_edge.request_id import request_id
+from onebase_edge.settings import Settings, is_loopback
+from onebase_edge.sse import DONE, connection_abort
+from onebase_protocol.errors import AnthropicError, Error
+from onebase_route.placement import NoReplicaError, Placement, Report
+from onebase_route.resumption import DiffersError, Kept, Room
 
 LOOK_SECONDS = 0.5
 """Time, in seconds, between two looks at a server."""
@@ -59,6 +56,7 @@ _CONNECT_SECONDS = 2.0
 _TIMEOUT = {"timeout": httpx2.Timeout(None, connect=_CONNECT_SECONDS).as_dict()}
 _AWAY = 2
 """Number of consecutive looks without an answer after which a server is away."""
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _METRICS_BYTES = 16 << 20
 """Largest size, in bytes, of a server's metrics."""
 _MOST_BROKEN = 2
@@ -635,7 +633,7 @@ class Route:
             status = {"status": "ready" if ready else "not ready", "servers": there}
             return _json(status, 200 if ready else 503)
         if path == "/metrics":
-            return Response(generate_latest(self._known), media_type=CONTENT_TYPE)
+            return Response(generate_latest(self._known), media_type=_METRICS_TYPE)
         if path in _OF_ONE_SERVER:
             raise UnavailableError(
                 f"{path} is of one server: ask it at its own address.", code="of_one_server", retry_after=60.0
@@ -674,7 +672,7 @@ class Route:
                 ) from None
             if _is_events(answer):
                 sending.answered()
-                if answer.status_code == 200 and HEADER in answer.headers:
+                if answer.status_code == 200 and TRANSCRIPT_HEADER in answer.headers:
                     return _Stream(answer, sending, sent)
             maybe = answer.status_code in (404, 503) or (again and answer.status_code in (502, 504))
             if not (isinstance(body, bytes) and maybe and _is_short(answer)):
@@ -804,7 +802,7 @@ class _Sent:
                 await asyncio.sleep(next(pauses))
                 self.tried = []
                 continue
-            if answer.status_code == 200 and HEADER in answer.headers:
+            if answer.status_code == 200 and TRANSCRIPT_HEADER in answer.headers:
                 sending.answered()
                 self.route.resumed.inc()
                 _log.warning("%s goes on with a stream", sending.url)
@@ -851,7 +849,7 @@ class _Sent:
             if length is not None:
                 headers.append((b"content-length", length.encode("latin-1")))
         elif self._again and body and secret:
-            headers.append((HEADER.encode(), b"%d %.3f" % (len(body), seconds)))
+            headers.append((TRANSCRIPT_HEADER.encode(), b"%d %.3f" % (len(body), seconds)))
             body += transcript
         sent = httpx2.Request(
             request.method,

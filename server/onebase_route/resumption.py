@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from hashlib import blake2b
 
-from onebase_server.inference.transcript import MARK, MOST_TRANSCRIPT
+from onebase_edge.forwarded import MARK, MOST_TRANSCRIPT
 
 MOST_EVENT = 16 << 20
 """Largest size, in bytes, of one event that is held until it is whole."""

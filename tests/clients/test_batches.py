@@ -15,8 +15,8 @@ from tests.clients.golden import Transcript
 from tests.clients.real_server import Server
 
 from onebase import AsyncClient, BadRequestError, Batch, BatchError, Client, ConflictError, NotFoundError
+from onebase._terminal.batches import BatchDisplay
 from onebase.cli import main
-from onebase.cli.batches import display
 from onebase_protocol.batches import BatchCounts, BatchProblems
 
 BASE = "smollm2-135m-instruct"
@@ -179,7 +179,7 @@ def test_a_waiting_batch_is_shown_line_by_line_without_a_terminal(capsys: pytest
         problems = BatchProblems(data=(BatchError(code="x", message="no"),))
         return Batch(**known | {"problems": problems} | changes)
 
-    with display.BatchDisplay() as shown:
+    with BatchDisplay() as shown:
         for now in (
             batch("validating"),
             batch("in_progress", 0, 100),

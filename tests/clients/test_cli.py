@@ -22,6 +22,7 @@ from msgspec import convert
 from tests.clients.golden import Transcript
 
 from onebase import Adapter, __version__
+from onebase._terminal.ui import printable
 from onebase.cli import (
     COMMANDS,
     EXTRA_COMMANDS,
@@ -37,7 +38,6 @@ from onebase.cli import (
 )
 from onebase.cli.command import adapter_of
 from onebase.cli.server import table_rows
-from onebase.cli.ui import printable
 from onebase.types import AdapterWeight, Model
 
 Serve = Callable[..., Any]

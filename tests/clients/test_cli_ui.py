@@ -26,6 +26,8 @@ from onebase import (
     TrainingEvent,
     TrainingJobInfo,
 )
+from onebase._terminal.jobs import JobDisplay
+from onebase._terminal.ui import ProgressDisplay, bar, duration, size, sparkline, table, when
 from onebase.cli.adapters.diff import Diff, Fact, LayerPair, RankPair, diff, print_diff
 from onebase.cli.adapters.show import COLUMNS, print_adapter, print_version
 from onebase.cli.adapters.versions import (
@@ -39,12 +41,10 @@ from onebase.cli.adapters.versions import (
     targets,
     total_norm,
 )
-from onebase.cli.jobs.display import JobDisplay
 from onebase.cli.jobs.show import COLUMNS as JOB_COLUMNS
 from onebase.cli.jobs.show import print_job
 from onebase.cli.server import COLUMNS as MODEL_COLUMNS
 from onebase.cli.server import table_rows
-from onebase.cli.ui import ProgressDisplay, bar, duration, size, sparkline, table, when
 from onebase.types import Model
 
 parse_adapter, parse_version = partial(convert, type=Adapter), partial(convert, type=AdapterVersion)

@@ -35,7 +35,7 @@ from onebase_engine.engine.grammars import Grammars
 from onebase_engine.engine.messages import Grammar
 from onebase_engine.engine.row import AdapterMix, Row
 from onebase_engine.engine.scheduler import Limits
-from onebase_server.http.schemas.generation import GenerateRequest
+from onebase_server.requests.schemas.generation import GenerateRequest
 
 PERSON = {
     "type": "object",

@@ -48,9 +48,9 @@ from onebase_engine.engine.scheduler import Limits
 from onebase_engine.kernels import reference
 from onebase_engine.kernels.interface import RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels
+from onebase_engine.kernels.weights import LoraWeights
 from onebase_engine.lora.linear import SlotLinear
 from onebase_engine.lora.module import StepRows
-from onebase_engine.lora.weights import LoraWeights
 from onebase_engine.machine import NO_LIMIT, container_free, free_memory, total_memory
 from onebase_server.processes import engine as process
 from onebase_server.processes.engine import sizes

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from onebase_adapters.registry import Registry
 from onebase_engine.base.default_base import fetch_default_base
-from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.inference.tokenization import BaseTokenizer
 
 from . import support
 from .access import Keys

@@ -22,15 +22,15 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from onebase_adapters.registry.database import Database
+from onebase_edge.background import Backoff
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_server.app.cli import serve
 from onebase_server.app.wiring import Commands
-from onebase_server.background import Backoff
+from onebase_server.inference import tokenization
+from onebase_server.inference.tokenization import leave_torch_out
 from onebase_server.jobs.state import Death
 from onebase_server.processes.supervisor import RestartPolicy
 from onebase_server.processes.trainer_client import TRAINER_COMMAND
-from onebase_server.requests import tokenization
-from onebase_server.requests.tokenization import leave_torch_out
 from onebase_server.tenancy import peers
 
 

@@ -27,7 +27,7 @@ from fastapi.routing import APIRoute
 
 from onebase_adapters.registry import ApiKeys
 from onebase_adapters.registry.database import Database
-from onebase_server.app.settings import Settings
+from onebase_edge.settings import Settings
 from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from onebase_adapters.registry import AdapterRecord, Blob, Registry, RegistryBusyError, VersionFiles
+from onebase_edge.errors import ConflictError, ForbiddenError, InvalidRequestError, UnknownAdapterError
 from onebase_engine.engine.messages import AdapterRef
 from onebase_server.adapters.catalog import Catalog, Names, check_name, same_base
-from onebase_server.background import RegistryThreads
-from onebase_server.errors import ConflictError, ForbiddenError, InvalidRequestError, UnknownAdapterError
+from onebase_server.storage.calls import RegistryThreads
 
 
 def blob(text: str) -> Blob:

@@ -409,8 +409,8 @@ def test_a_password_in_a_command_is_found_wherever_an_address_holds_one(address:
 
 
 def test_servers_of_one_machine_share_its_cores_and_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onebase_edge.settings import load_settings
     from onebase_route import cli
-    from onebase_server.app.settings import load_settings
 
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(cli, "total_memory", lambda: 64 << 30)
@@ -545,8 +545,8 @@ def test_an_address_is_started_again_also_while_it_waits_for_a_server_and_after_
 
 
 def test_a_server_listens_on_the_socket_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    from onebase_server.app.settings import LISTENER, load_settings
-    from onebase_server.http.server import bind
+    from onebase_edge.listener import bind
+    from onebase_edge.settings import LISTENER, load_settings
 
     with socket.create_server(("127.0.0.1", 0)) as given:
         port = given.getsockname()[1]

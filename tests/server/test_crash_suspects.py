@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from onebase_edge.background import Backoff
+from onebase_edge.errors import CrashesEngineError, EngineRestartedError, UnavailableError
 from onebase_engine.engine.messages import AdapterRef, EngineConfig, Sampling, Submit
-from onebase_server.background import Backoff
-from onebase_server.errors import CrashesEngineError, EngineRestartedError, UnavailableError
-from onebase_server.inference.stream import Inflight
 from onebase_server.processes.crash_suspects import FORGIVEN_AFTER, MAX_SUSPECTS, Suspects, fingerprint
+from onebase_server.processes.inflight import Inflight
 from onebase_server.processes.link import EngineLink
 from onebase_server.processes.supervisor import (
     EngineFailedError,

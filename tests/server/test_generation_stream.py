@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from onebase_edge.background import Threads
 from onebase_engine.engine.messages import RowOutput, Sampling, TokenLogprob
-from onebase_server.background import Threads
 from onebase_server.http.views.generation import CompletionView, GenerateView
 from onebase_server.inference.detokenizer import BytePieces
 from onebase_server.inference.generation import Generation, Job, Prompt
 from onebase_server.inference.stream import Choice, Piece, prompt_token_infos
-from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.inference.tokenization import BaseTokenizer
 
 
 def letters() -> BytePieces:

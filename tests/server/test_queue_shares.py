@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onebase_edge.errors import QueueFullError
 from onebase_engine.engine.messages import RowOutput, Sampling, Stats, StepDone, Submit, ToEngine
-from onebase_server.errors import QueueFullError
-from onebase_server.inference.stream import Inflight
+from onebase_server.processes.inflight import Inflight
 from onebase_server.processes.row_router import RequestRouter
 from onebase_server.tenancy.shares import QueueShares
 

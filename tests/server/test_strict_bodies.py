@@ -15,18 +15,18 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import ValidationError, model_validator
 from starlette.middleware.base import RequestResponseEndpoint
 
-from onebase_server.background import Threads, TurnBudget
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.background import Threads, TurnBudget
+from onebase_edge.errors import InvalidRequestError
 from onebase_server.http.deps import CALLER, LONG_BODY, StrictRoute, off_loop
 from onebase_server.http.routes import generation as generation_routes
-from onebase_server.http.schemas.anthropic import MessagesRequest
-from onebase_server.http.schemas.generation import GenerateRequest
-from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
-from onebase_server.http.schemas.wire import Wire
-from onebase_server.http.strict_json import MAX_FIELDS, decode
 from onebase_server.inference.generation import Generation
+from onebase_server.inference.tool_format import ToolFormat
 from onebase_server.requests.planner import Limits, Planner
-from onebase_server.requests.tool_format import ToolFormat
+from onebase_server.requests.schemas.anthropic import MessagesRequest
+from onebase_server.requests.schemas.generation import GenerateRequest
+from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.requests.schemas.wire import Wire
+from onebase_server.requests.strict_json import MAX_FIELDS, decode
 from onebase_server.tenancy.access import LOCAL, Caller
 
 from .support import Server

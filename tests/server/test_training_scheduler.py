@@ -21,8 +21,8 @@ from onebase_adapters.registry import (
     UnkeptJob,
 )
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
+from onebase_edge.background import Backoff, Threads
 from onebase_protocol.training import TrainingFailure
-from onebase_server.background import Backoff, Threads
 from onebase_server.jobs import job_run
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.files import TrainingFiles

@@ -19,8 +19,8 @@ import pytest
 from onebase import Client
 from onebase_adapters.registry import Figures, Registry, RegistryBusyError, UsageKey
 from onebase_adapters.registry.usage import FIGURES
-from onebase_server.background import Threads
-from onebase_server.inference.stream import Usage
+from onebase_edge.background import Threads
+from onebase_server.telemetry.measurements import Usage
 from onebase_server.tenancy import usage as usage_module
 from onebase_server.tenancy.usage import OTHERS, UsageMeter, today, usage_csv
 

@@ -20,9 +20,9 @@ from tests.verifier.conftest import FAULTY, Bench, Published, new_client
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.proof.verifier import Verifier
 from onebase_adapters.store.blobs import VersionFiles
+from onebase_edge.background import Backoff
 from onebase_engine.base import manifest as wire
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
-from onebase_server.background import Backoff
 from onebase_server.processes import verifier_client as module
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TrainerClient

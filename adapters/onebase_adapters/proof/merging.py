@@ -22,7 +22,7 @@ from onebase_adapters.proof.extract import extract
 from onebase_engine.base.layers import LayerShape, adaptable_layers
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.base.view import peft_view
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights
+from onebase_engine.kernels.weights import AdapterWeights, LoraWeights
 from onebase_protocol.adapters import MergeMethod, MergeSign
 
 _MERGED = "merged"

@@ -20,8 +20,7 @@ from onebase_adapters.proof.report import Stage, what_was_shown
 from onebase_adapters.proof.texts import TextProof, TextProver
 from onebase_adapters.proof.unusual_weights import Figures, measure, unusual
 from onebase_engine.base.load import BaseChangedError, fingerprint
-from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
-from onebase_engine.lora.weights import (
+from onebase_engine.kernels.weights import (
     HEAD,
     AdapterWeights,
     Head,
@@ -31,6 +30,7 @@ from onebase_engine.lora.weights import (
     weights_bytes,
     without_head,
 )
+from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
 from onebase_protocol.adapters import ModuleReport, ProofReport, VersionReport
 
 OnProgress = Callable[[Stage, float], None]

@@ -33,7 +33,7 @@ from onebase_engine.engine.scheduler import BackgroundPace, Limits, NeverFitsErr
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
 from onebase_engine.engine.versions import Versions
-from onebase_engine.lora.weights import AdapterWeights
+from onebase_engine.kernels.weights import AdapterWeights
 from onebase_engine.machine import is_out_of_memory
 
 logger = logging.getLogger(__name__)

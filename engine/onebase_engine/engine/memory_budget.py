@@ -26,7 +26,7 @@ from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
 from onebase_engine.engine.sampling import draw
 from onebase_engine.engine.scheduler import Limits
 from onebase_engine.kernels.interface import TILE
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.kernels.weights import LoraWeights
 
 CPU_SHARE = 0.5
 """Part of the free memory that the KV cache may take on the CPU, where everything else lives as well."""

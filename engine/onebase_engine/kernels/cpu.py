@@ -35,7 +35,7 @@ from onebase_engine.kernels.interface import (
     RowMap,
 )
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.kernels.weights import LoraWeights
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from onebase_adapters.registry import (
     VersionRecord,
 )
 from onebase_adapters.store.store import Store
+from onebase_edge.background import Threads
+from onebase_edge.errors import ConflictError, OneBaseError, StaleActivationError
 from onebase_protocol import adapters as wire
 from onebase_server.adapters.catalog import Catalog, Names, VersionRef, not_ready
 from onebase_server.adapters.residency import Residency
-from onebase_server.app.storage import delete_blobs, storage_errors
-from onebase_server.background import RegistryThreads, Threads
-from onebase_server.errors import ConflictError, OneBaseError, StaleActivationError
+from onebase_server.storage.calls import RegistryThreads, delete_blobs, storage_errors
 
 WARM_SECONDS = 5.0
 """Longest time, in seconds, that a rollback or a pin waits for the version to be loaded."""

@@ -41,13 +41,8 @@ from onebase_adapters.store.blobs import (
     version_digest,
 )
 from onebase_adapters.store.store import Store
-from onebase_protocol.adapters import VersionFailure
-from onebase_server.adapters.activation import Activation
-from onebase_server.adapters.catalog import check_name
-from onebase_server.adapters.service import AdapterService, VersionOptions
-from onebase_server.app.storage import storage_errors
-from onebase_server.background import Threads
-from onebase_server.errors import (
+from onebase_edge.background import Threads
+from onebase_edge.errors import (
     ConflictError,
     ForbiddenError,
     InvalidRequestError,
@@ -57,7 +52,12 @@ from onebase_server.errors import (
     UnknownAdapterError,
     VersionFailedError,
 )
+from onebase_protocol.adapters import VersionFailure
+from onebase_server.adapters.activation import Activation
+from onebase_server.adapters.catalog import check_name
+from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.processes.supervisor import AdapterStartError
+from onebase_server.storage.calls import storage_errors
 
 STARTUP_ACTOR = "startup"
 """Actor of the activations of adapters given at startup."""

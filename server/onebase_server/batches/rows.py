@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from onebase_edge.errors import InvalidRequestError
 from onebase_protocol.batches import BatchError
-from onebase_server.errors import InvalidRequestError
-from onebase_server.http import strict_json
+from onebase_server.requests import strict_json
 
 ENDPOINTS = (
     "/v1/chat/completions",

@@ -31,20 +31,8 @@ from onebase_adapters.registry import (
     acting,
 )
 from onebase_adapters.store.store import StoreError
-from onebase_protocol.batches import BatchError
-from onebase_server.background import Backoff, Threads, keep_running
-from onebase_server.batches.results import (
-    ERRORS,
-    EXPIRED,
-    OUTPUT,
-    Result,
-    Results,
-    answered,
-    record_id,
-    unanswered,
-)
-from onebase_server.batches.rows import Row, RowFile, check
-from onebase_server.errors import (
+from onebase_edge.background import Backoff, Threads, keep_running
+from onebase_edge.errors import (
     ForbiddenError,
     InsufficientScopeError,
     OneBaseError,
@@ -56,6 +44,18 @@ from onebase_server.errors import (
     error_body,
     status_of,
 )
+from onebase_protocol.batches import BatchError
+from onebase_server.batches.results import (
+    ERRORS,
+    EXPIRED,
+    OUTPUT,
+    Result,
+    Results,
+    answered,
+    record_id,
+    unanswered,
+)
+from onebase_server.batches.rows import Row, RowFile, check
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.processes.supervisor import EngineSupervisor

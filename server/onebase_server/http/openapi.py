@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
+from onebase_edge.refusals import is_anthropic
 from onebase_protocol.common import Json
 from onebase_protocol.errors import AnthropicError, Error
 from onebase_server.http.answers import Described, schemas_of
 from onebase_server.http.authorization import access_of
-from onebase_server.http.refusals import is_anthropic
 
 ANY = {400, 403, 408, 413, 431, 500}
 """Statuses of any request: one that is malformed, slow or too large, and one that meets a fault."""

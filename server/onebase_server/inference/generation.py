@@ -14,13 +14,8 @@ from typing import Protocol, TypeVar
 
 from msgspec.structs import replace as replaced
 
-from onebase_engine.engine.grammars import BUDGET_SECONDS, COMPILE_BUDGET
-from onebase_engine.engine.messages import Grammar, Pooling, RowOutput, Sampling, Submit, TokenLogprob
-from onebase_protocol import text
-from onebase_server.adapters.catalog import AdapterChoice
-from onebase_server.adapters.residency import Lease, Residency
-from onebase_server.background import Threads
-from onebase_server.errors import (
+from onebase_edge.background import Threads
+from onebase_edge.errors import (
     ClientGoneError,
     InvalidRequestError,
     OneBaseError,
@@ -28,20 +23,18 @@ from onebase_server.errors import (
     RowFailedError,
     UnavailableError,
 )
-from onebase_server.inference.stream import (
-    Choice,
-    Inflight,
-    Moments,
-    Piece,
-    TokenInfo,
-    Usage,
-    prompt_token_infos,
-    prompt_tokens,
-)
+from onebase_engine.engine.grammars import BUDGET_SECONDS, COMPILE_BUDGET
+from onebase_engine.engine.messages import Grammar, Pooling, RowOutput, Sampling, Submit, TokenLogprob
+from onebase_protocol import text
+from onebase_server.adapters.catalog import AdapterChoice
+from onebase_server.adapters.residency import Lease, Residency
+from onebase_server.inference.stream import Choice, Piece, TokenInfo, prompt_token_infos
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tool_call_parser import CallFormat
 from onebase_server.inference.transcript import Ended, Opening, Record, Transcript, line, refused
+from onebase_server.processes.inflight import Inflight, prompt_tokens
 from onebase_server.processes.supervisor import EngineSupervisor
-from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_call_parser import CallFormat
+from onebase_server.telemetry.measurements import Moments, Usage
 
 T = TypeVar("T")
 _IN_VLLM = {"cancelled": "abort"}
@@ -106,6 +99,11 @@ class Job:
     @property
     def choices(self) -> int:
         return len(self.prompts) * self.n
+
+    @property
+    def generates(self) -> bool:
+        """Return False if it only reads texts: for vectors, classes or scores."""
+        return self.pooling is None and not self.branches
 
     @property
     def tokens_set_aside(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import msgspec
 
 from onebase_adapters import registry
+from onebase_adapters.names import label
 from onebase_adapters.registry import (
     JobEvent,
     JobState,
@@ -28,12 +29,11 @@ from onebase_adapters.registry import (
 )
 from onebase_adapters.registry.jobs import PARENT_FILES
 from onebase_adapters.store.store import BlobMissingError, StoreError, StoreFullError
+from onebase_edge.background import Threads
+from onebase_edge.errors import UnknownFileError
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import EngineConfig
 from onebase_protocol.training import TrainingFailure
-from onebase_server.adapters.catalog import label
-from onebase_server.background import Threads
-from onebase_server.errors import UnknownFileError
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.delivery import BACKOFF, LOST, TRIES, Delivery, DeliveryError
 from onebase_server.jobs.event_view import problem_events

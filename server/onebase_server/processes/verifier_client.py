@@ -24,11 +24,11 @@ import msgspec
 
 from onebase_adapters.store.blobs import Blob, VersionFiles
 from onebase_adapters.store.store import Store
+from onebase_edge.background import Backoff, Threads
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown, encode
 from onebase_engine.environment import behind_serving
 from onebase_engine.machine import free_host_memory
 from onebase_protocol.adapters import MergeMethod, MergeSign
-from onebase_server.background import Backoff, Threads
 from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.verifier_protocol import (
     Alive,

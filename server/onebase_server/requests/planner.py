@@ -8,22 +8,27 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from onebase_adapters.format.config import CLASSIFIERS
-from onebase_engine.engine.messages import BaseInfo, Sampling
-from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
-from onebase_server.adapters.sources import HubAdapters
-from onebase_server.background import Threads, TurnBudget
-from onebase_server.errors import (
+from onebase_edge.background import Threads, TurnBudget
+from onebase_edge.errors import (
     AdapterDeletedError,
     InvalidRequestError,
     UnknownAdapterError,
     UnknownModelError,
 )
-from onebase_server.http.schemas.generation import (
+from onebase_engine.engine.messages import BaseInfo, Sampling
+from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog, is_checkpoint
+from onebase_server.inference.generation import Job, Prompt, in_time, new_id
+from onebase_server.inference.tokenization import BaseTokenizer, Conversation, and_give_memory_back
+from onebase_server.inference.tool_call_parser import CallFormat
+from onebase_server.inference.tool_format import NO_ARGUMENTS, Tool
+from onebase_server.inference.transcript import Transcript, refused
+from onebase_server.processes.supervisor import EngineSupervisor
+from onebase_server.requests.schemas.generation import (
     SEED_BITS,
     AdapterFields,
     ConversationFields,
@@ -31,16 +36,9 @@ from onebase_server.http.schemas.generation import (
     GrammarField,
     SamplingFields,
 )
-from onebase_server.http.schemas.messages import Message
-from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
-from onebase_server.http.schemas.responses import ResponsesRequest
-from onebase_server.inference.generation import Job, Prompt, in_time, new_id
-from onebase_server.inference.transcript import Transcript, refused
-from onebase_server.jobs.checkpoints import CheckpointModels, is_checkpoint
-from onebase_server.processes.supervisor import EngineSupervisor
-from onebase_server.requests.tokenization import BaseTokenizer, Conversation, and_give_memory_back
-from onebase_server.requests.tool_call_parser import CallFormat
-from onebase_server.requests.tool_format import NO_ARGUMENTS, Tool
+from onebase_server.requests.schemas.messages import Message
+from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.requests.schemas.responses import ResponsesRequest
 from onebase_server.tenancy.access import Caller
 from onebase_training.data.rows import plain_tool
 
@@ -89,6 +87,13 @@ class _Wanted:
     prompt_logprobs: int | None = None
 
 
+class AdapterSource(Protocol):
+    """Source of adapters that requests may name before the catalog has them."""
+
+    async def use(self, tenant: str, name: str, *, param: str) -> None:
+        """Add the adapter to the catalog, unless it has it. `param`: the request's field that names it."""
+
+
 class Planner:
     """Makes jobs.
 
@@ -101,8 +106,8 @@ class Planner:
         supervisor: EngineSupervisor,
         tokenizer: BaseTokenizer,
         catalog: Catalog,
-        hub: HubAdapters,
-        checkpoints: CheckpointModels,
+        hub: AdapterSource,
+        checkpoints: AdapterSource,
         limits: Limits,
     ) -> None:
         self._supervisor = supervisor

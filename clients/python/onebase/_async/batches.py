@@ -14,6 +14,7 @@ from .._core.parse import decode
 from .._core.requests import Call
 from .._core.retry import Backoff
 from .._http import Reply
+from .._terminal.batches import observer
 from ..adapter_types import ProgressCallback
 from ..batch_types import Batch, BatchCallback, BatchResult
 from ..errors import APIConnectionError, APIStatusError, APITimeoutError
@@ -100,7 +101,7 @@ class AsyncBatches:
             APIConnectionError, APITimeoutError: the server was away for more than about a minute.
         """
         pause, known = batches.FIRST_PAUSE_S, None
-        with batches.observer(progress) as watch:
+        with observer(progress) as watch:
             while True:
                 reply = await self._send_patiently(batches.batch(batch_id))
                 batch = decode(reply.body, Batch)

@@ -15,8 +15,8 @@ from onebase_protocol.text import GeneratedAnswer
 
 from .._core import access, parse, reading, requests
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
-from .._core.metrics import METRICS, Metrics, parse_metrics
 from .._http import AsyncPool, AsyncTransport
+from ..metrics import METRICS, Metrics, parse_metrics
 from ..types import (
     AdapterSpec,
     AuditEntry,

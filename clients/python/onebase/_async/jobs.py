@@ -10,11 +10,12 @@ import anyio
 from onebase_protocol.common import PageAnswer
 
 from .._core import training
-from .._core.jobs import CURVE_EVENTS, JobObserver, JobView, check, curve_is_in_file, observer, settled
+from .._core.jobs import CURVE_EVENTS, JobObserver, JobView, check, curve_is_in_file, settled
 from .._core.parse import decode
 from .._core.requests import Call
 from .._core.retry import Backoff
 from .._http import Reply
+from .._terminal.jobs import observer
 from ..errors import APIConnectionError, APIStatusError, APITimeoutError
 from ..training_types import (
     CurvePoint,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Final
 
-from ..batch_types import Batch, BatchCallback, BatchResult
+from ..batch_types import Batch, BatchResult
 from ..errors import InvalidResponseError
 from .requests import Body, Call, encode
 from .training import path_of, query_of
@@ -67,20 +67,3 @@ class BatchObserver:
 
     def show(self, batch: Batch) -> None:
         """The batch as it is now."""
-
-
-class _Callback(BatchObserver):
-    def __init__(self, callback: BatchCallback) -> None:
-        self._callback = callback
-
-    def show(self, batch: Batch) -> None:
-        self._callback(batch)
-
-
-def observer(progress: bool | BatchCallback) -> BatchObserver:
-    """The observer that `progress` of `wait` asks for: a display, the caller's function, or none."""
-    if progress is True:
-        from ..cli.batches.display import BatchDisplay
-
-        return BatchDisplay()
-    return BatchObserver() if progress is False else _Callback(progress)

@@ -14,9 +14,9 @@ from typing import Final
 from msgspec.structs import asdict
 
 from .._sync.client import Client
+from .._terminal.ui import Column, print_table, show
 from ..types import AuditEntry
 from .command import OK, count, parser, perform, print_json
-from .ui import Column, print_table, show
 
 _POLL_SECONDS: Final = 2.0
 _DESCRIPTION: Final = """\

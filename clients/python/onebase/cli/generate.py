@@ -8,10 +8,10 @@ import sys
 
 from .._sync.client import Client
 from .._sync.streams import Stream
+from .._terminal.ui import note, show, speed
 from ..errors import OneBaseError
 from ..types import Message
 from .command import OK, adapter_of, add_answer_options, client_of, parser, plain, report, sampling_of
-from .ui import note, show, speed
 
 _DESCRIPTION = """\
 Answer one prompt. The answer goes to stdout as it is written, a line about its speed to stderr.

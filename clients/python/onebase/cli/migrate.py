@@ -15,13 +15,13 @@ from typing import Any, Final, cast
 
 from .._sync.client import Client
 from .._sync.jobs import TrainingJob
+from .._terminal.ui import ProgressDisplay, console, duration, line, note, size
 from ..errors import ConflictError, OneBaseError, TrainingStoppedError
 from ..training_types import TrainingMethod, TrainingSettings
 from .command import FAILED, OK, USAGE, action_parser, dispatch, perform, print_json, report
 from .jobs.create import parse_settings
 from .jobs.show import settings_line, short
 from .jobs.watch import follow
-from .ui import ProgressDisplay, console, duration, line, note, size
 
 HELP: Final = """\
 usage: onebase migrate openai --file rows.jsonl [options]

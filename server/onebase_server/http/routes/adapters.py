@@ -16,13 +16,7 @@ from pydantic import ValidationError
 
 from onebase_adapters.hub.pull import HubError, HubReference
 from onebase_adapters.registry import UNSET, Unset, VersionRecord
-from onebase_protocol.adapters import READY, Activation, Adapter, AdapterVersion, VersionFiles
-from onebase_protocol.common import DeletedAnswer, ListAnswer
-from onebase_server.adapters.catalog import check_name
-from onebase_server.adapters.merging import RANDOM, SIGNED, Recipe
-from onebase_server.adapters.service import VersionOptions
-from onebase_server.app.storage import storage_errors
-from onebase_server.errors import (
+from onebase_edge.errors import (
     EngineRestartedError,
     InvalidRequestError,
     OneBaseError,
@@ -30,6 +24,11 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
+from onebase_protocol.adapters import READY, Activation, Adapter, AdapterVersion, VersionFiles
+from onebase_protocol.common import DeletedAnswer, ListAnswer
+from onebase_server.adapters.catalog import check_name
+from onebase_server.adapters.merging import RANDOM, SIGNED, Recipe
+from onebase_server.adapters.service import VersionOptions
 from onebase_server.http.answers import answer, written_out
 from onebase_server.http.authorization import SLASH, needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
@@ -51,6 +50,7 @@ from onebase_server.http.uploads import (
     check_length,
     read_form,
 )
+from onebase_server.storage.calls import storage_errors
 from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1/adapters", route_class=StrictRoute, tags=["adapters"])

@@ -12,9 +12,9 @@ from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Admitted, Calling, Provided, StrictRoute, json_response, off_loop
 from onebase_server.http.routes.generation import answer_job, transcript_of
 from onebase_server.http.routes.models import find_model
-from onebase_server.http.schemas.anthropic import ConversationRequest, MessagesRequest
 from onebase_server.http.views.anthropic import MessageView
 from onebase_server.inference.generation import new_id
+from onebase_server.requests.schemas.anthropic import ConversationRequest, MessagesRequest
 
 router = APIRouter(prefix="/v1/messages", route_class=StrictRoute, tags=["anthropic"])
 

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Response
 
 from onebase_adapters.registry import AUDIT_ACTIONS, AUDIT_KINDS, AuditEntry
+from onebase_edge.errors import InvalidRequestError
 from onebase_protocol import access as wire
 from onebase_protocol.common import PageAnswer, page_of
-from onebase_server.app.storage import storage_errors
-from onebase_server.errors import InvalidRequestError
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.views.jobs import number_of
+from onebase_server.storage.calls import storage_errors
 
 router = APIRouter(prefix="/v1/audit", route_class=StrictRoute, tags=["audit"])
 

@@ -8,10 +8,9 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
 from onebase_adapters.registry import UPLOADED, Purpose, TrainingFile
+from onebase_edge.errors import InsufficientScopeError, InvalidRequestError
 from onebase_protocol import training as wire
 from onebase_protocol.common import DeletedAnswer, PageAnswer, page_of
-from onebase_server.app.storage import storage_errors
-from onebase_server.errors import InsufficientScopeError, InvalidRequestError
 from onebase_server.http.answers import Responses, answer, refused
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
@@ -26,6 +25,7 @@ from onebase_server.http.uploads import (
 )
 from onebase_server.http.views.jobs import file_view
 from onebase_server.jobs.files import SCOPES
+from onebase_server.storage.calls import storage_errors
 from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1/files", route_class=StrictRoute, tags=["files"])

@@ -10,17 +10,17 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from onebase_adapters.names import MAX_NAME, is_adapter_name
+from onebase_adapters.names import MAX_NAME, is_adapter_name, label
 from onebase_adapters.registry import ParentVersion, TrainingJob, VersionRecord
+from onebase_edge.errors import InvalidRequestError, OneBaseError, UnknownAdapterError
+from onebase_edge.sse import identified_event
 from onebase_protocol.common import PageAnswer, page_of
 from onebase_protocol.training import JobStreamEvent, TrainingCheckpoint, TrainingEvent, TrainingJobInfo
-from onebase_server.adapters.catalog import check_name, label
-from onebase_server.errors import InvalidRequestError, OneBaseError, UnknownAdapterError
+from onebase_server.adapters.catalog import check_name, is_checkpoint
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.schemas.jobs import MAX_LABELS, CreateJobRequest, ParentSettings, label_problem
-from onebase_server.http.sse import identified_event
 from onebase_server.http.views.jobs import (
     CHECKPOINT,
     EVENT,
@@ -31,7 +31,7 @@ from onebase_server.http.views.jobs import (
     job_view,
     number_of,
 )
-from onebase_server.jobs.checkpoints import adapter_of, is_checkpoint
+from onebase_server.jobs.checkpoints import adapter_of
 from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictRoute, tags=["training"])

@@ -9,6 +9,22 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
+from onebase_edge.errors import (
+    ClientGoneError,
+    OneBaseError,
+    SlowReaderError,
+    UnknownGenerationError,
+    status_of,
+)
+from onebase_edge.sse import (
+    DONE,
+    EventStream,
+    Merged,
+    cancelled_when_gone,
+    connection_abort,
+    guarded,
+    with_transcript,
+)
 from onebase_protocol.text import (
     CancelledAnswer,
     ChatAnswer,
@@ -20,13 +36,6 @@ from onebase_protocol.text import (
     GenerateManyEvent,
     TgiAnswer,
     TgiEvent,
-)
-from onebase_server.errors import (
-    ClientGoneError,
-    OneBaseError,
-    SlowReaderError,
-    UnknownGenerationError,
-    status_of,
 )
 from onebase_server.http.answers import answer, streamed_answer
 from onebase_server.http.authorization import NOT_ITS_FAULT, needs
@@ -41,18 +50,6 @@ from onebase_server.http.deps import (
     off_loop,
     told_of,
 )
-from onebase_server.http.schemas.generation import GenerateManyRequest, GenerateRequest
-from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
-from onebase_server.http.schemas.tgi import TgiRequest
-from onebase_server.http.sse import (
-    DONE,
-    EventStream,
-    Merged,
-    cancelled_when_gone,
-    connection_abort,
-    guarded,
-    with_transcript,
-)
 from onebase_server.http.views.generation import (
     INLINE_SCORES,
     ChatView,
@@ -62,10 +59,13 @@ from onebase_server.http.views.generation import (
     TgiView,
 )
 from onebase_server.inference.generation import Generation, Job, begun_of
-from onebase_server.inference.stream import Moments, Piece, Usage
+from onebase_server.inference.stream import Piece
 from onebase_server.inference.transcript import Transcript, line, refused
 from onebase_server.inference.transcript import read as read_transcript
-from onebase_server.telemetry.measurements import RequestMeasurements
+from onebase_server.requests.schemas.generation import GenerateManyRequest, GenerateRequest
+from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.requests.schemas.tgi import TgiRequest
+from onebase_server.telemetry.measurements import Moments, RequestMeasurements, Usage
 from onebase_server.telemetry.traces import RequestSpans
 from onebase_server.tenancy.access import Caller
 from onebase_server.tenancy.quotas import Ticket

@@ -21,8 +21,8 @@ from onebase_server.adapters.residency import MemoryUse
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import NO_KEY, needs
 from onebase_server.http.deps import Provided, json_response
+from onebase_server.http.metrics import CONTENT_TYPE
 from onebase_server.processes.supervisor import EngineState
-from onebase_server.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["health"])
 _HEALTH = answer(HealthAnswer) | answer(HealthAnswer, description="Not now", status=503)

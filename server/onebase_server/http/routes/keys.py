@@ -16,7 +16,7 @@ from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.routes.usage import Limits
-from onebase_server.http.schemas.wire import Wire
+from onebase_server.requests.schemas.wire import Wire
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["keys"])
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
+from onebase_adapters.names import label
 from onebase_adapters.registry import VersionRecord
+from onebase_edge.errors import ConflictError, ForbiddenError, UnknownAdapterError, UnknownModelError
 from onebase_protocol.common import DeletedAnswer, ListAnswer
 from onebase_protocol.serving import Model
-from onebase_server.adapters.catalog import label
-from onebase_server.errors import ConflictError, ForbiddenError, UnknownAdapterError, UnknownModelError
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, json_response

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
+from onebase_edge.sse import cancelled_when_gone
 from onebase_engine.engine.messages import RowOutput
 from onebase_protocol.common import CachedTokens
 from onebase_protocol.reading import (
@@ -37,7 +38,8 @@ from onebase_server.http.answers import MODEL_REFUSED, answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Admitted, Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.routes.generation import JobMeter
-from onebase_server.http.schemas.pooling import (
+from onebase_server.inference.generation import Job, Reading, new_id
+from onebase_server.requests.schemas.pooling import (
     ClassifyRequest,
     DecideRequest,
     EmbeddingRequest,
@@ -45,9 +47,7 @@ from onebase_server.http.schemas.pooling import (
     RerankRequest,
     ScoreRequest,
 )
-from onebase_server.http.sse import cancelled_when_gone
-from onebase_server.inference.generation import Job, Reading, new_id
-from onebase_server.inference.stream import Moments, Usage
+from onebase_server.telemetry.measurements import Moments, Usage
 from onebase_server.tenancy.quotas import Ticket
 
 router = APIRouter(route_class=StrictRoute, tags=["pooling"])

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from fastapi import APIRouter, Path, Query, Request, Response
 
+from onebase_edge.errors import InvalidRequestError
 from onebase_protocol.common import DeletedAnswer
 from onebase_protocol.responses import InputItemsAnswer, ResponseAnswer, ResponseEvent
-from onebase_server.errors import InvalidRequestError
 from onebase_server.http.answers import answer, streamed_answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import (
@@ -23,11 +23,11 @@ from onebase_server.http.deps import (
     off_loop,
 )
 from onebase_server.http.routes.generation import answer_job, transcript_of
-from onebase_server.http.schemas.items import Items, conversation, items_again, kept_items
-from onebase_server.http.schemas.messages import Message
-from onebase_server.http.schemas.responses import ResponsesRequest
 from onebase_server.http.views.responses import ResponseView
 from onebase_server.requests.kept_responses import KeptResponse
+from onebase_server.requests.schemas.items import Items, conversation, items_again, kept_items
+from onebase_server.requests.schemas.messages import Message
+from onebase_server.requests.schemas.responses import ResponsesRequest
 
 router = APIRouter(prefix="/v1/responses", route_class=StrictRoute, tags=["openai"])
 ResponseId = Annotated[str, Path(max_length=200)]

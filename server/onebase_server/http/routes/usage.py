@@ -9,13 +9,13 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import Field, StrictInt
 
 from onebase_adapters.registry import TenantRecord
+from onebase_edge.errors import ForbiddenError
 from onebase_protocol.access import Tenant, TenantUsage, UsageAnswer
 from onebase_protocol.common import ListAnswer
-from onebase_server.errors import ForbiddenError
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
-from onebase_server.http.schemas.wire import Wire
+from onebase_server.requests.schemas.wire import Wire
 from onebase_server.tenancy.usage import usage_csv
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["usage"])

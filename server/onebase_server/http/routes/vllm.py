@@ -12,6 +12,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from onebase_adapters.registry import VersionRecord
+from onebase_edge.errors import ForbiddenError, InvalidRequestError, UnknownAdapterError, VersionFailedError
 from onebase_protocol.serving import (
     PauseAnswer,
     PausedAnswer,
@@ -24,18 +25,12 @@ from onebase_protocol.serving import (
 from onebase_server.adapters.catalog import HUB_PREFIX, check_name
 from onebase_server.adapters.service import VersionOptions
 from onebase_server.adapters.sources import FolderError, check_folder, hub_reference
-from onebase_server.errors import (
-    ForbiddenError,
-    InvalidRequestError,
-    UnknownAdapterError,
-    VersionFailedError,
-)
 from onebase_server.http.answers import answer, refused
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response, off_loop
 from onebase_server.http.routes.models import find_model
 from onebase_server.http.schemas.adapters import LoadLoraRequest, UnloadLoraRequest
-from onebase_server.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from onebase_server.requests.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from onebase_server.tenancy.access import Caller
 
 router = APIRouter(route_class=StrictRoute, tags=["vllm"])

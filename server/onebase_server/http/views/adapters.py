@@ -7,6 +7,7 @@ from typing import cast
 
 from msgspec import convert
 
+from onebase_adapters.names import label
 from onebase_adapters.registry import AdapterRecord, VersionRecord
 from onebase_adapters.store.blobs import ADAPTER_FILES
 from onebase_engine.base.default_base import ResolvedBase
@@ -20,7 +21,6 @@ from onebase_protocol.adapters import (
     VersionProgress,
     VersionReport,
 )
-from onebase_server.adapters.catalog import label
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import HubAdapters, PendingPull

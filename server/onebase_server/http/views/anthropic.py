@@ -7,16 +7,17 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from onebase_edge.errors import OneBaseError, error_body, status_of
+from onebase_edge.refusals import anthropic_error
+from onebase_edge.sse import identified_event
 from onebase_protocol import messages as wire
 from onebase_protocol.common import Json
-from onebase_server.errors import OneBaseError, error_body, status_of
-from onebase_server.http.refusals import anthropic_error
-from onebase_server.http.sse import identified_event
 from onebase_server.http.views.generation import GenerationView, whole_calls
 from onebase_server.inference.generation import Generation
-from onebase_server.inference.stream import Piece, Usage
-from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_call_parser import AnswerReader, CallDelta, answer_reader
+from onebase_server.inference.stream import Piece
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tool_call_parser import AnswerReader, CallDelta, answer_reader
+from onebase_server.telemetry.measurements import Usage
 
 _STOP_REASONS = {"length": "max_tokens", "cancelled": "pause_turn"}
 """Stop reasons of a message that was cut: `pause_turn` says that it continues if it is sent back."""

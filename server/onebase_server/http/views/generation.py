@@ -10,16 +10,17 @@ from typing import Any
 from msgspec import UNSET
 from msgspec.structs import asdict
 
+from onebase_edge.errors import OneBaseError, error_body, status_of
+from onebase_edge.sse import DONE, event
 from onebase_protocol import text
 from onebase_protocol.common import CachedTokens, Json
-from onebase_server.errors import OneBaseError, error_body, status_of
-from onebase_server.http.schemas.openai import UsageInStream
-from onebase_server.http.schemas.tgi import TgiRequest
-from onebase_server.http.sse import DONE, event
 from onebase_server.inference.generation import Generation, Job
-from onebase_server.inference.stream import Piece, TokenInfo, Usage
-from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_call_parser import CallDelta, Said, answer_reader
+from onebase_server.inference.stream import Piece, TokenInfo
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tool_call_parser import CallDelta, Said, answer_reader
+from onebase_server.requests.schemas.openai import UsageInStream
+from onebase_server.requests.schemas.tgi import TgiRequest
+from onebase_server.telemetry.measurements import Usage
 
 INLINE_SCORES = 2_000
 """Largest number of log-probabilities that are written on the event loop (about 5 ms); more are written in a

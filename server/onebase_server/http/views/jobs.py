@@ -8,11 +8,12 @@ from typing import Any, cast
 
 from msgspec.structs import replace
 
+from onebase_adapters.names import label
 from onebase_adapters.registry import Checkpoint, JobEvent, TrainingFile, TrainingJob
 from onebase_protocol import training as wire
 from onebase_protocol.adapters import ParentAnswer
 from onebase_protocol.common import Json
-from onebase_server.adapters.catalog import Names, label
+from onebase_server.adapters.catalog import Names
 from onebase_server.jobs.checkpoints import checkpoint_model
 from onebase_server.jobs.state import is_resumable
 

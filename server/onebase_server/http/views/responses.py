@@ -6,16 +6,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from onebase_edge.errors import OneBaseError, status_of
+from onebase_edge.sse import identified_event
 from onebase_protocol.common import Json
 from onebase_protocol.text import ChatTokenLogprob
-from onebase_server.errors import OneBaseError, status_of
-from onebase_server.http.schemas.responses import FlatToolChoice, ResponsesRequest
-from onebase_server.http.sse import identified_event
 from onebase_server.http.views.generation import GenerationView, chat_logprobs
 from onebase_server.inference.generation import Generation, Job
-from onebase_server.inference.stream import Piece, TokenInfo, Usage
-from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_call_parser import CallDelta, answer_reader
+from onebase_server.inference.stream import Piece, TokenInfo
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tool_call_parser import CallDelta, answer_reader
+from onebase_server.requests.schemas.responses import FlatToolChoice, ResponsesRequest
+from onebase_server.telemetry.measurements import Usage
 
 _REASONS = {"length": "max_output_tokens", "cancelled": "timeout"}
 """Reasons why an answer is not whole, by how its sequence ended."""

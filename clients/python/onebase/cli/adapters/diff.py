@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ..._sync.client import Client
+from ..._terminal.ui import bar, console, printable, size
 from ...adapter_types import AdapterVersion, ModuleReport, VersionReport
 from ..command import OK, action_parser, perform, print_json
-from ..ui import bar, console, printable, size
 from .versions import (
     Reference,
     came_from,

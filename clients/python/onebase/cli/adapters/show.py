@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from ..._sync.client import Client
+from ..._terminal.ui import Column, console, line, note, print_table, size, table, when
 from ...adapter_types import READY, Activation, Adapter, AdapterVersion, ModuleReport
 from ..command import OK, action_parser, perform, plain, print_json
-from ..ui import Column, console, line, note, print_table, size, table, when
 from .versions import (
     Reference,
     by_target,

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ..._sync.client import Client
+from ..._terminal.batches import doing, figures
+from ..._terminal.ui import Column, console, line, note, print_table, when
 from ...batch_types import Batch
 from ..command import OK, USAGE, action_parser, count, perform, plain, print_json
-from ..ui import Column, console, line, note, print_table, when
-from .display import doing, figures
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,6 +12,19 @@ from typing import TYPE_CHECKING, Any, Final
 from ..._core.jobs import in_words
 from ..._sync.client import Client
 from ..._sync.jobs import TrainingJob
+from ..._terminal.jobs import doing, figures, lines_of
+from ..._terminal.ui import (
+    Column,
+    console,
+    duration,
+    line,
+    note,
+    print_table,
+    size,
+    sparkline,
+    table,
+    when,
+)
 from ...training_types import (
     ClassReport,
     CurvePoint,
@@ -25,19 +38,6 @@ from ...training_types import (
     TrainingStop,
 )
 from ..command import OK, action_parser, count, perform, plain, print_json
-from ..ui import (
-    Column,
-    console,
-    duration,
-    line,
-    note,
-    print_table,
-    size,
-    sparkline,
-    table,
-    when,
-)
-from .display import doing, figures, lines_of
 
 if TYPE_CHECKING:
     from rich.console import Console

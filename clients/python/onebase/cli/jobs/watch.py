@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from ..._sync.client import Client
 from ..._sync.jobs import TrainingJob
+from ..._terminal.ui import console, note, printable
 from ...errors import TrainingFailedError, TrainingStoppedError
 from ..command import FAILED, INTERRUPTED, OK, perform, plain, print_json
-from ..ui import console, note, printable
 from .show import find, job_parser, print_held, print_job, short
 
 _DESCRIPTIONS: Final = {
