@@ -113,7 +113,7 @@ def test_every_route_says_what_its_answers_look_like(spec: Json) -> None:
             told = [kind.get("schema") or kind.get("x-itemSchema") for kind in kinds.values()]
             assert all([kinds, *told]), (
                 f"{name} does not say what its answer {status} looks like: give its router decorator "
-                "`responses=answer(...)`, with a type of http/schemas/answers.py"
+                "`responses=answer(...)`, with a struct of onebase_protocol"
             )
 
 
