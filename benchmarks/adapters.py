@@ -14,33 +14,33 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
+import random
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from bench import life, machine
+from bench import machine, targets
+from bench.command import Options, base_of
 from bench.lora import make_adapters
-from bench.processes import StartError, end_on_signals
-from bench.stream import HttpError
-from bench.targets import OneBaseTarget, PeftTarget, Session, Setup, VllmTarget
-from bench.workload import Prompts
+from bench.processes import end_on_signals
+from bench.report import markdown, percentile, table, write
+from bench.stream import Sample
+from bench.targets import FAILURES, Session, Setup
+from bench.workload import Prompts, Request
 from onebase import Client
 
-_UPLOADS = 8
+UPLOADS = 8
 """Number of uploads at once."""
-FAILURES = (StartError, HttpError, OSError, EOFError, TimeoutError, ValueError)
 
 
 @dataclass
@@ -48,7 +48,6 @@ class Bench:
     """One invocation: what is asked, and the figures that came of it, by target and name, in milliseconds."""
 
     options: argparse.Namespace
-    base: Path
     folders: dict[str, Path]
     prompts: Prompts
     console: Console
@@ -57,197 +56,235 @@ class Bench:
     failed: list[str] = field(default_factory=list)
 
     async def run(self) -> None:
-        targets = {"onebase": self._onebase, "peft": self._peft, "vllm": self._vllm}
-        for name, measure in targets.items():
-            if name == "vllm" and self.options.vllm_python is None:
-                continue
+        measures = {"onebase": self._onebase, "peft": self._peft, "vllm": self._vllm}
+        if self.options.vllm_python is None:
+            del measures["vllm"]
+        for name, measure in measures.items():
             self.console.print(f"[bold]{name}[/]")
             try:
-                await measure()
+                await measure(Asked(name, self))
             except FAILURES as error:
                 self.failed.append(name)
                 self.console.print(f"[red]{name} failed: {type(error).__name__}:[/]", error)
 
-    async def _onebase(self) -> None:
-        data = self.logs / "data"
-        extra = ["--data-dir", str(data), "--max-slots", str(self.options.slots)]
-        extra += shlex.split(self.options.onebase_args)
-        target = OneBaseTarget(self._setup({}), extra)
-        resident = list(self.folders)[: self.options.slots]
-        async with target.start(self.logs / "onebase.log") as session:
+    async def _onebase(self, asked: Asked) -> None:
+        options, names = self.options, list(self.folders)
+        extra = ["--data-dir", str(self.logs / "data"), "--max-slots", str(options.slots)]
+        extra += shlex.split(options.onebase_args)
+        setup, log = self._setup({}), self.logs / "onebase.log"
+        resident = names[: options.slots]
+        async with targets.onebase(setup, log, extra) as session:
             await machine.settle()
             with Client(session.url, timeout=600) as client:
-                with self._progress("upload, prove, activate", len(self.folders)) as step:
-                    # One after the other for the time of one; the rest at once for how many a minute holds.
-                    first, rest = self._halves()
-                    self._note("onebase", "upload to active", await life.upload(client, first, step))
-                    if rest:
-                        uploads = await life.upload_at_once(client, rest, _UPLOADS, step)
-                        self.figures["onebase"]["uploads at once: a minute"] = uploads
-                spare = [self.folders[name] for name in resident[-2:]]
-                times = await life.activation(client, session, "live", spare, self.prompts)
-                self._note("onebase", "activate to first token", times)
-            await self._hot_switch("onebase", session, resident)
+                await asked.uploads(client)
+                await asked.activation(client, session, [self.folders[name] for name in resident[-2:]])
+            await asked.hot_switch(session, resident)
         # A new process on the same store and registry: nothing is in memory yet.
-        async with target.start(self.logs / "onebase.log") as session:
+        async with targets.onebase(setup, log, extra) as session:
             await machine.settle()
-            names = list(self.folders)[-min(len(self.folders), self.options.cold) :]
-            cold, warm = await life.cold_and_warm(session, names, self.prompts)
-            self._note("onebase", "TTFT cold, from disk", cold)
-            self._note("onebase", "TTFT warm", warm)
-            await self._random(
-                "onebase", session, "random, from disk", list(self.folders), self.options.seed + 1
-            )
+            await asked.cold_and_warm(session, names[-options.cold :])
+            await asked.random_load("random, from disk", session, names, options.seed + 1)
             # As vLLM, which reads all of them when it starts.
-            with self._progress("to host memory", len(self.folders)) as step:
-                await life.touch(session, list(self.folders), self.prompts, step)
-            await self._random("onebase", session, "random", list(self.folders))
-            await self._random("onebase", session, "resident", resident)
+            with self.progress("to host memory", len(names)) as step:
+                for name in names:
+                    await asked.one(session, name, 1, "touch")
+                    step()
+            await asked.random_load("random", session, names, options.seed)
+            await asked.random_load("resident", session, resident, options.seed)
 
-    def _halves(self) -> tuple[dict[str, Path], dict[str, Path]]:
-        items = list(self.folders.items())
-        half = -(-len(items) // 2)
-        return dict(items[:half]), dict(items[half:])
-
-    async def _peft(self) -> None:
+    async def _peft(self, asked: Asked) -> None:
         some = dict(list(self.folders.items())[: self.options.slots])
-        async with PeftTarget(self._setup(some)).start(self.logs / "peft.log") as session:
-            await self._hot_switch("peft", session, list(some))
+        async with targets.peft(self._setup(some), self.logs / "peft.log") as session:
+            await asked.hot_switch(session, list(some))
 
-    async def _vllm(self) -> None:
-        extra = ["--max-loras", str(self.options.slots), "--max-cpu-loras", str(len(self.folders))]
-        extra += shlex.split(self.options.vllm_args)
-        target = VllmTarget(self._setup(self.folders), self.options.vllm_python, extra)
-        async with target.start(self.logs / "vllm.log") as session:
+    async def _vllm(self, asked: Asked) -> None:
+        options = self.options
+        extra = ["--max-loras", str(options.slots), "--max-cpu-loras", str(len(self.folders))]
+        extra += shlex.split(options.vllm_args)
+        setup, log = self._setup(self.folders), self.logs / "vllm.log"
+        async with targets.vllm(setup, log, options.vllm_python, extra) as session:
             await machine.settle()
-            await self._hot_switch("vllm", session, list(self.folders)[: self.options.slots])
-            await self._random("vllm", session, "random", list(self.folders))
+            await asked.hot_switch(session, list(self.folders)[: options.slots])
+            await asked.random_load("random", session, list(self.folders), options.seed)
 
     def _setup(self, adapters: dict[str, Path]) -> Setup:
-        return Setup(self.base, adapters, self.options.rank, self.options.threads)
-
-    async def _hot_switch(self, target: str, session: Session, names: list[str]) -> None:
-        same, other = await life.hot_switch(session, names, self.prompts, self.options.rounds)
-        self._note(target, "TTFT, same adapter", same)
-        self._note(target, "TTFT, another adapter", other)
-        self.figures[target]["cost of a switch"] = other.above(same) * 1e3
-
-    async def _random(
-        self, target: str, session: Session, title: str, names: list[str], seed: int | None = None
-    ) -> None:
-        options = self.options
-        with self._progress(f"{len(names)} adapters at random", options.requests) as step:
-            load = await life.random_load(
-                session,
-                names,
-                self.prompts,
-                streams=options.streams,
-                requests=options.requests,
-                tokens=options.tokens,
-                seed=options.seed if seed is None else seed,
-                step=step,
-            )
-        self._note(target, f"{title}: TTFT", load.ttft)
-        self.figures[target][f"{title}: tokens/s"] = load.tokens_per_second
-        self.figures[target][f"{title}: adapters asked for"] = load.adapters
-
-    def _note(self, target: str, name: str, times: life.Times) -> None:
-        figures = self.figures.setdefault(target, {})
-        figures[f"{name} p50"], figures[f"{name} p99"] = times.p50 * 1e3, times.p99 * 1e3
+        return Setup(self.options.base, adapters, self.options.rank, self.options.threads)
 
     @contextmanager
-    def _progress(self, title: str, total: int) -> Iterator[life.Step]:
+    def progress(self, title: str, total: int) -> Iterator[Callable[[], None]]:
+        """Show a bar; yield what moves it on by one."""
         columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as progress:
             task = progress.add_task(title, total=total)
             yield lambda: progress.advance(task)
 
     def publish(self, described: dict[str, Any]) -> None:
-        """Prints the table; writes adapters.json and adapters.md to the output folder."""
-        names = list(dict.fromkeys(name for figures in self.figures.values() for name in figures))
-        table = Table(title=f"{self.base.name}, {len(self.folders)} adapters", box=SIMPLE_HEAD)
-        table.add_column("milliseconds unless it says otherwise")
-        lines = ["| | " + " | ".join(self.figures) + " |", "| --- |" + " ---: |" * len(self.figures)]
-        for target in self.figures:
-            table.add_column(target, justify="right")
-        for name in names:
-            cells = [_shown(figures.get(name)) for figures in self.figures.values()]
-            table.add_row(name, *cells)
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        self.console.print(table)
-        folder: Path = self.options.output
-        folder.mkdir(parents=True, exist_ok=True)
-        options = {name: str(value) for name, value in vars(self.options).items()}
-        result = {"machine": described, "options": options, "figures": self.figures, "failed": self.failed}
-        (folder / "adapters.json").write_text(json.dumps(result, indent=1))
-        (folder / "adapters.md").write_text(f"{machine.sentence(described)}\n\n" + "\n".join(lines) + "\n")
-        self.console.print(f"Written: {folder / 'adapters.json'}, {folder / 'adapters.md'}")
+        """Print the table; write adapters.json and adapters.md to the output folder."""
+        names = dict.fromkeys(name for figures in self.figures.values() for name in figures)
+        rows = [[name, *(_shown(one.get(name)) for one in self.figures.values())] for name in names]
+        title = f"{self.options.base.name}, {len(self.folders)} adapters"
+        self.console.print(table(["milliseconds unless it says otherwise", *self.figures], rows, title))
+        content = {"figures": self.figures, "failed": self.failed}
+        write("adapters", self.options, described, content, markdown(["", *self.figures], rows), self.console)
 
 
 def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--vllm-python", type=Path, help="the python of a virtual environment that has vLLM")
-    add("--base", type=Path, help="folder of a base model (default: the small default base)")
-    add("--adapters", type=int, default=200, help="adapters that are registered (default: 200)")
-    add("--slots", type=int, default=8, help="adapters in the batch at once (default: 8)")
-    add("--rank", type=int, default=16, help="rank of the adapters (default: 16)")
-    add("--requests", type=int, default=200, help="requests of the random load (default: 200)")
-    add("--streams", type=int, default=16, help="of them at the same time (default: 16)")
-    add("--tokens", type=int, default=32, help="tokens of each (default: 32)")
-    add("--prompt-tokens", type=int, default=85, help="length of each prompt (default: 85)")
-    add("--rounds", type=int, default=6, help="turns of the hot switch over all slots (default: 6)")
-    add("--cold", type=int, default=16, help="adapters that are started cold (default: 16)")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each target (default: all)")
-    add("--seed", type=int, default=0, help="of adapters, prompts and choices (default: 0)")
-    add("--busy", action="store_true", help="measure although other work runs on this machine")
-    add("--onebase-args", default="", metavar="ARGS", help="more options for `onebase serve`, in one string")
-    add("--vllm-args", default="", metavar="ARGS", help="more options for `vllm serve`, in one string")
-    add(
-        "--output",
-        type=Path,
-        default=Path("benchmarks/results"),
-        help="folder for adapters.json and adapters.md",
-    )
-    return parser
+class Asked:
+    """Measurements of one target; each function asks it while it runs, and notes figures."""
+
+    def __init__(self, target: str, bench: Bench) -> None:
+        self._bench, self._prompts, self._options = bench, bench.prompts, bench.options
+        self._figures = bench.figures.setdefault(target, {})
+
+    def _note(self, name: str, seconds: Sequence[float]) -> None:
+        self._figures[f"{name} p50"] = median(seconds) * 1e3
+        self._figures[f"{name} p99"] = percentile(seconds, 0.99) * 1e3
+
+    async def one(self, session: Session, name: str | None, tokens: int, *key: object) -> Sample:
+        (sample,) = await session.run([Request(self._prompts.make(*key, name), name, tokens)])
+        return sample
+
+    async def uploads(self, client: Client) -> None:
+        """Measure from sending an adapter's files to the answer that it is active: half of them one after the
+        other for the time of one, the rest at once for how many a minute holds."""
+        waiting = iter(self._bench.folders.items())
+        total = len(self._bench.folders)
+        first = -(-total // 2)
+        times: list[float] = []
+
+        async def upload(step: Callable[[], None], most: int) -> None:
+            for name, folder in waiting:
+                started = time.perf_counter()
+                await asyncio.to_thread(client.adapters.upload, folder, name=name, activate=True, wait=True)
+                times.append(time.perf_counter() - started)
+                step()
+                if len(times) == most:
+                    return
+
+        with self._bench.progress("upload, prove, activate", total) as step:
+            await upload(step, first)
+            self._note("upload to active", times)
+            if total > first:
+                started = time.perf_counter()
+                await asyncio.gather(*(upload(step, total) for _ in range(UPLOADS)))
+                minutes = (time.perf_counter() - started) / 60
+                self._figures["uploads at once: a minute"] = (total - first) / minutes
+
+    async def activation(self, client: Client, session: Session, folders: Sequence[Path]) -> None:
+        """Measure from asking for a proven version's activation to the first token of a request."""
+        upload, activate = client.adapters.upload, client.adapters.activate
+        versions = [
+            await asyncio.to_thread(upload, folder, name="live", activate=False, wait=True)
+            for folder in folders
+        ]
+        times = []
+        for index, version in enumerate(versions * 2):
+            started = time.perf_counter()
+            await asyncio.to_thread(activate, "live", version.version)
+            sample = await self.one(session, "live", 4, "activation", index)
+            times.append(sample.started - started + sample.ttft)
+        self._note("activate to first token", times)
+
+    async def hot_switch(self, session: Session, adapters: Sequence[str]) -> None:
+        """Measure TTFT of requests one after the other, two for each adapter in turn.
+
+        The second of a pair meets the same adapter as the one before it, the first another. So a change of
+        the machine's speed meets both.
+        """
+        for name in adapters:
+            await self.one(session, name, 4, "switch-warm-up")
+        same, other = list[float](), list[float]()
+        for number in range(self._options.rounds):
+            for name in adapters:
+                other.append((await self.one(session, name, 4, "other", number)).ttft)
+                same.append((await self.one(session, name, 4, "same", number)).ttft)
+        self._note("TTFT, same adapter", same)
+        self._note("TTFT, another adapter", other)
+        costs = [one - again for one, again in zip(other, same, strict=True)]
+        self._figures["cost of a switch"] = median(costs) * 1e3
+
+    async def cold_and_warm(self, session: Session, adapters: Sequence[str]) -> None:
+        """Measure TTFT of each adapter's first request after a start, and of its second: disk against host
+        memory."""
+        await self.one(session, None, 4, "before")
+        cold, warm = list[float](), list[float]()
+        for name in adapters:
+            cold.append((await self.one(session, name, 4, "cold")).ttft)
+            warm.append((await self.one(session, name, 4, "warm")).ttft)
+        self._note("TTFT cold, from disk", cold)
+        self._note("TTFT warm", warm)
+
+    async def random_load(self, title: str, session: Session, adapters: Sequence[str], seed: int) -> None:
+        """Send `--streams` at once, each asking for a random adapter as soon as its last answer has ended.
+
+        Raises ValueError if an answer has another length than was asked for.
+        """
+        options, generator = self._options, random.Random(seed)
+        names = [generator.choice(list(adapters)) for _ in range(options.requests)]
+        waiting = iter(enumerate(names))
+        samples: list[Sample] = []
+
+        async def stream() -> None:
+            for index, name in waiting:
+                key = "random", seed, index, len(adapters)
+                samples.append(await self.one(session, name, options.tokens, *key))
+                step()
+
+        started = time.perf_counter()
+        with self._bench.progress(f"{len(adapters)} adapters at random", options.requests) as step:
+            await asyncio.gather(*(stream() for _ in range(options.streams)))
+        seconds = time.perf_counter() - started
+        if wrong := {sample.tokens for sample in samples} - {options.tokens}:
+            raise ValueError(f"asked for {options.tokens} tokens a request, got {sorted(wrong)}")
+        self._note(f"{title}: TTFT", [sample.ttft for sample in samples])
+        self._figures[f"{title}: tokens/s"] = sum(sample.tokens for sample in samples) / seconds
+        self._figures[f"{title}: adapters asked for"] = len(set(names))
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    options = Options(__doc__)
+    options.common("base", "vllm-python", "vllm-args", "onebase-args", "busy")
+    options.count("adapters", 200, "adapters that are registered")
+    options.count("slots", 8, "adapters in the batch at once")
+    options.count("rank", 16, "rank of the adapters")
+    options.count("requests", 200, "requests of the random load")
+    options.count("streams", 16, "of them at the same time")
+    options.count("tokens", 32, "tokens of each")
+    options.count("prompt-tokens", 85, "length of each prompt")
+    options.count("rounds", 6, "turns of the hot switch over all slots")
+    options.count("cold", 16, "adapters that are started cold")
+    options.threads()
+    options.seed("adapters, prompts and choices")
+    options.output("adapters.json and adapters.md")
+    given = options.parser.parse_args(argv)
+    if given.slots > given.adapters:
+        options.parser.error("--slots must not be more than --adapters")
+    return given
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 when every target was measured, else 1."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    for name in ("adapters", "slots", "rank", "requests", "streams", "tokens", "rounds", "cold", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    if options.slots > options.adapters:
-        parser.error("--slots must not be more than --adapters")
+    """Return the exit status: 0 when every target was measured, else 1."""
+    options = _parse(argv)
     end_on_signals()
     console = Console()
     described = machine.describe(options.vllm_python)
     machine.demand_quiet(options.busy, console)
-    if options.base is None:
-        from onebase_engine.base.default_base import fetch_default_base
-
-        options.base = fetch_default_base()
+    base = base_of(options)
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
         with console.status("making random adapters"):
-            folders = make_adapters(
-                options.base, Path(folder) / "adapters", options.adapters, options.rank, seed=options.seed
-            )
-        prompts = Prompts(options.base, options.prompt_tokens, options.seed)
-        bench = Bench(options, options.base, folders, prompts, console, Path(folder))
+            made = Path(folder) / "adapters"
+            folders = make_adapters(base, made, options.adapters, options.rank, seed=options.seed)
+        prompts = Prompts(base, options.prompt_tokens, options.seed)
+        bench = Bench(options, folders, prompts, console, Path(folder))
         try:
             asyncio.run(bench.run())
         finally:
-            if bench.figures:
+            if any(bench.figures.values()):
                 bench.publish(described)
-    return 1 if bench.failed or not bench.figures else 0
+    return 1 if bench.failed else 0
 
 
 if __name__ == "__main__":

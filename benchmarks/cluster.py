@@ -14,7 +14,6 @@ comes what became of the requests, half of which are streams.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -35,12 +34,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from rich.box import SIMPLE_HEAD
+import numpy as np
+import psutil
 from rich.console import Console
-from rich.table import Table
 
 from bench import machine
+from bench.command import Options
 from bench.processes import free_port
+from bench.report import percentile, table
 
 ROOT = Path(__file__).parents[1]
 SCRIPTED = ROOT / "tests/server/serve_scripted.py"
@@ -51,7 +52,10 @@ import sys
 from onebase_route.cli import cluster
 sys.exit(cluster(sys.argv[3:], [sys.executable, sys.argv[1], sys.argv[2]]))
 """
-ADAPTERS = 12
+NAMES = [f"shop{number}" for number in range(12)]
+"""Names of the adapters."""
+AWAY_SECONDS = 3.0
+"""Seconds between two looks at a server from which on it counts as away."""
 TOKENS = 50
 """Tokens of a request, where requests a second are counted."""
 STREAM_TOKENS = 200
@@ -63,7 +67,7 @@ ADAPTER_REQUESTS = re.compile(
 
 
 class Cluster:
-    """One that runs, on servers whose engines behave as named."""
+    """A cluster that runs, on servers whose engines behave as named."""
 
     def __init__(self, behaviour: str, folder: Path) -> None:
         self._behaviour = behaviour
@@ -86,27 +90,18 @@ class Cluster:
 
     @property
     def ray(self) -> tuple[str, dict[str, str]]:
-        """The address of Ray, and what lets a program in."""
+        """Return the address of Ray, and what lets a program in."""
         known = json.loads((Path(self._data) / "cluster.json").read_text())
         return known["address"], {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": known["token"]}
 
 
 @contextlib.contextmanager
 def running(behaviour: str) -> Iterator[Cluster]:
-    """One server."""
+    """Run a cluster of one server."""
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
         cluster = Cluster(behaviour, Path(folder))
-        up = cluster.command(
-            "up",
-            "--port",
-            str(cluster.port),
-            "--drain-timeout",
-            "5",
-            "--queue-limit",
-            "4096",
-            "--max-rows",
-            "4",
-        )
+        options = f"--port {cluster.port} --drain-timeout 5 --queue-limit 4096 --max-rows 4"
+        up = cluster.command("up", *options.split())
         process = subprocess.Popen(up, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             while not cluster.servers():
@@ -122,17 +117,12 @@ def running(behaviour: str) -> Iterator[Cluster]:
 # ---- what the address costs ------------------------------------------------------------------------
 
 
-async def timed(ask: Callable[[], Awaitable[None]], times: list[float]) -> None:
-    begun = time.perf_counter()
-    await ask()
-    times.append((time.perf_counter() - begun) * 1e3)
-
-
 async def overhead(cluster: Cluster, requests: int) -> dict[str, list[list[float]]]:
-    """Milliseconds of requests of one token and of STREAM_TOKENS, by way: each in turn, so that what else the
-    machine does changes all of them alike."""
+    """Return milliseconds of requests of one token and of STREAM_TOKENS, by way.
+
+    Each way has its turn, so that what else the machine does changes all of them alike.
+    """
     (direct,) = cluster.servers()
-    found: dict[str, list[list[float]]] = {}
     import ray
     from ray import serve
 
@@ -156,40 +146,35 @@ async def overhead(cluster: Cluster, requests: int) -> dict[str, list[list[float
             "the cluster's address": lambda tokens: over_http(cluster.url, tokens),
             "Ray's handle": over_ray,
         }
-        for number in range(requests + 20):
+        found: dict[str, list[list[float]]] = {name: [[], []] for name in ways}
+        for number in range(-20, requests):
             for name, way in ways.items():
-                times = found.setdefault(name, [[], []])
-                await timed(lambda way=way: way(1), times[0])  # type: ignore[misc]
-                if number % 10 == 0:
-                    await timed(lambda way=way: way(STREAM_TOKENS), times[1])  # type: ignore[misc]
+                for times, tokens, every in zip(found[name], (1, STREAM_TOKENS), (1, 10), strict=True):
+                    if number % every == 0:
+                        begun = time.perf_counter()
+                        await way(tokens)
+                        times += [(time.perf_counter() - begun) * 1e3] if number >= 0 else []
     ray.shutdown()
-    return {name: [times[0][20:], times[1][2:]] for name, times in found.items()}
+    return found
 
 
 def show_overhead(console: Console, found: dict[str, list[list[float]]]) -> None:
-    table = Table(
-        "through", "1 token: p50", "more", "p99", "more", f"{STREAM_TOKENS} tokens: p50", box=SIMPLE_HEAD
-    )
-    base = [percentiles(times) for times in found["a server itself"]]
+    columns = ["through", "1 token: p50", "more", "p99", "more", f"{STREAM_TOKENS} tokens: p50"]
+    direct, _ = found["a server itself"]
+    rows = []
     for name, (one, many) in found.items():
-        half, most = percentiles(one)
-        more = f"{half - base[0][0]:+.1f}", f"{most - base[0][1]:+.1f}"
-        table.add_row(
-            name, f"{half:.1f} ms", more[0], f"{most:.1f} ms", more[1], f"{percentiles(many)[0]:.0f} ms"
-        )
-    console.print(table)
-
-
-def percentiles(times: list[float]) -> tuple[float, float]:
-    """The median and p99."""
-    return statistics.median(times), statistics.quantiles(times, n=100, method="inclusive")[98]
+        cells = []
+        for value, least in ((percentile(times, share) for times in (one, direct)) for share in (0.5, 0.99)):
+            cells += [f"{value:.1f} ms", f"{value - least:+.1f}"]
+        rows.append([name, *cells, f"{statistics.median(many):.0f} ms"])
+    console.print(table(columns, rows))
 
 
 # ---- what more servers do --------------------------------------------------------------------------
 
 
 async def rate(url: str, seconds: float, at_once: int) -> float:
-    """Requests a second that are answered, of `at_once` clients that ask again and again."""
+    """Return the requests a second that are answered, of `at_once` clients that ask again and again."""
     end = time.monotonic() + seconds
     answered = 0
 
@@ -197,8 +182,8 @@ async def rate(url: str, seconds: float, at_once: int) -> float:
         nonlocal answered
         draw = random.Random(number)
         while time.monotonic() < end:
-            name = f"shop{draw.randrange(ADAPTERS)}"
-            body = {"prompt": f"{draw.random()} a", "max_tokens": TOKENS, "adapter": name}
+            prompt, name = f"{draw.random()} a", draw.choice(NAMES)
+            body = {"prompt": prompt, "max_tokens": TOKENS, "adapter": name}
             (await client.post(f"{url}/generate", json=body)).raise_for_status()
             answered += time.monotonic() < end
 
@@ -213,63 +198,44 @@ async def rate(url: str, seconds: float, at_once: int) -> float:
 
 @dataclass
 class Placed:
-    """Observations of one run. answered: requests by second, server and adapter. there: the seconds in which
-    a server reported itself. marks: actions on the servers, and their times. ended: how requests ended, by
-    the last action before they began."""
+    """Observations of one run. looks: the time of each look at a server, and the requests of each adapter
+    until then. marks: actions on the servers, and their times. ended: how requests ended, by the last action
+    before they began."""
 
-    answered: defaultdict[tuple[int, str, str], float] = field(default_factory=lambda: defaultdict(float))
-    there: dict[str, set[int]] = field(default_factory=dict)
+    looks: dict[str, list[tuple[float, list[float]]]] = field(default_factory=dict)
     marks: list[tuple[float, str]] = field(default_factory=list)
     ended: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
 
 async def placed(cluster: Cluster, seconds: float, at_once: int) -> Placed:
-    """Clients ask for adapters by Zipf's law, while two servers become four, one is killed, and four two.
+    """Have clients ask for adapters while two servers become four, one is killed, and four become two.
 
     seconds: in all, besides what adding servers and taking them away takes.
     """
     made, begun = Placed(), time.monotonic()
-    names = [f"shop{number}" for number in range(ADAPTERS)]
-    sums = list(itertools.accumulate(1 / (rank + 1) for rank in range(ADAPTERS)))
+    sums = list(itertools.accumulate(1 / (rank + 1) for rank in range(len(NAMES))))
     over = asyncio.Event()
 
     async def ask(number: int, client: httpx2.AsyncClient) -> None:
-        draw = random.Random(number)
+        draw, stream = random.Random(number), number % 2 == 0
         while not over.is_set():
-            name = draw.choices(names, cum_weights=sums)[0]
-            body = {
-                "prompt": f"{draw.random()} a",
-                "max_tokens": 10,
-                "adapter": name,
-                "stream": number % 2 == 0,
-            }
+            name = draw.choices(NAMES, cum_weights=sums)[0]
+            body = {"prompt": f"{draw.random()} a", "max_tokens": 10, "adapter": name, "stream": stream}
             phase = len(made.marks)
             made.ended[phase][await ended(client, f"{cluster.url}/generate", body)] += 1
 
-    known: dict[tuple[str, str], float] = {}
-
-    async def look_at(server: str, second: int, client: httpx2.AsyncClient) -> None:
+    async def look_at(server: str, client: httpx2.AsyncClient) -> None:
         with contextlib.suppress(httpx2.TransportError):
             text = (await client.get(f"{server}/metrics", timeout=2)).text
-            there = made.there.setdefault(server, set())
-            # A look that took longer than its second tells of those that it took.
-            since = range(max(there, default=second) + 1, second + 1)
-            seconds = list(since) if 0 < len(since) <= 3 else [second]
-            there.update(seconds)
-            for name, told in ADAPTER_REQUESTS.findall(text):
-                count, before = float(told), known.get((server, name), 0.0)
-                known[server, name] = count
-                for each in seconds:
-                    more = count - (before if before <= count else 0.0)  # it begins again with its process
-                    made.answered[each, server, name] += more / len(seconds)
+            counts = dict(ADAPTER_REQUESTS.findall(text))
+            found = [float(counts.get(name, 0)) for name in NAMES]
+            made.looks.setdefault(server, []).append((time.monotonic() - begun, found))
 
     async def look(client: httpx2.AsyncClient) -> None:
         servers: set[str] = set()
         while not over.is_set():
-            second = int(time.monotonic() - begun)
             servers |= set(await asyncio.to_thread(cluster.servers))
-            await asyncio.gather(*(look_at(server, second, client) for server in servers))
-            await asyncio.sleep(max(0.0, second + 1 - (time.monotonic() - begun)))
+            await asyncio.gather(asyncio.sleep(1), *(look_at(server, client) for server in servers))
 
     def kill_one() -> None:
         os.kill(process_of(sorted(cluster.servers())[0]), signal.SIGKILL)
@@ -309,46 +275,49 @@ async def ended(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> s
 
 
 def show_ended(console: Console, made: Placed) -> None:
-    table = Table("", *ENDS, box=SIMPLE_HEAD)
-    for phase, what in enumerate(("two servers", *(f"then {what}" for _, what in made.marks))):
-        table.add_row(what, *(f"{made.ended[phase][end]:,}" for end in ENDS))
-    console.print(table)
+    phases = ("two servers", *(f"then {what}" for _, what in made.marks))
+    rows = [[what, *(f"{made.ended[phase][end]:,}" for end in ENDS)] for phase, what in enumerate(phases)]
+    console.print(table(["", *ENDS], rows))
 
 
 def process_of(url: str) -> int:
-    """The process of the server at an address."""
-    wanted = f"--port\0{url.rpartition(':')[2]}\0"
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            told = (folder / "cmdline").read_text() if folder.name.isdigit() else ""
-            if wanted in told and SCRIPTED.name in told:
-                return int(folder.name)
+    """Return the process of the server at an address."""
+    port = url.rpartition(":")[2]
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if ("--port", port) in itertools.pairwise(words) and any(SCRIPTED.name in word for word in words):
+            return int(process.pid)
     raise RuntimeError(f"nobody serves {url}")
 
 
 def draw(made: Placed, title: str, file: Path) -> None:
-    """A panel for each server: requests answered in each second, each adapter a colour."""
+    """Draw a panel for each server: requests answered a second, each adapter a colour."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    servers = sorted(made.there, key=lambda server: (min(made.there[server]), server))
-    last = max(max(seconds) for seconds in made.there.values()) + 1
-    adapters = [f"shop{number}" for number in range(ADAPTERS)]
+    servers = sorted(made.looks, key=lambda server: (made.looks[server][0][0], server))
+    last = max(looks[-1][0] for looks in made.looks.values())
     colors: Any = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     figure, panels = pyplot.subplots(
         len(servers), 1, figsize=(12, 1.8 * len(servers) + 1.6), sharex=True, sharey=True, squeeze=False
     )
     for number, (server, panel) in enumerate(zip(servers, panels[:, 0], strict=True), start=1):
-        height = [0.0] * last
-        for adapter, color in zip(adapters, colors, strict=False):
-            counts = [made.answered[second, server, adapter] for second in range(last)]
-            panel.bar(range(last), counts, 1.0, bottom=height, color=color, align="edge")
-            height = [one + count for one, count in zip(height, counts, strict=True)]
-        for second in set(range(last)) - made.there[server]:
-            panel.axvspan(second, second + 1, color="0.88", linewidth=0)
+        times = np.array([0.0, *(at for at, _ in made.looks[server]), last])
+        counts = np.array([[0.0] * len(NAMES), *(count for _, count in made.looks[server])])
+        counts = np.vstack([counts, counts[-1]])
+        more, seconds = np.diff(counts, axis=0), np.maximum(np.diff(times), 1e-3)
+        rates = np.where(more < 0, counts[1:], more) / seconds[:, None]  # it begins again with its process
+        there = seconds <= AWAY_SECONDS
+        height = np.zeros(len(seconds))
+        for adapter in range(len(NAMES)):
+            rate = rates[:, adapter] * there
+            panel.bar(times[:-1], rate, seconds, bottom=height, color=colors[adapter], align="edge")
+            height += rate
+        for begin, length in zip(times[:-1][~there], seconds[~there], strict=True):
+            panel.axvspan(begin, begin + length, color="0.88", linewidth=0)
         for at, _ in made.marks:
             panel.axvline(at, color="black", linestyle="--", linewidth=1)
         panel.set_ylabel(f"server {number}\nrequests/s")
@@ -356,7 +325,7 @@ def draw(made: Placed, title: str, file: Path) -> None:
     for at, what in made.marks:
         panels[0, 0].annotate(what, (at, 1.02), xycoords=("data", "axes fraction"), ha="center", va="bottom")
     panels[-1, 0].set(xlabel="seconds", xlim=(0, last), ylim=(0, None))
-    handles = [Patch(color=color, label=name) for name, color in zip(adapters, colors, strict=False)]
+    handles = [Patch(color=color, label=name) for name, color in zip(NAMES, colors, strict=False)]
     handles.append(Patch(color="0.88", label="away"))
     figure.suptitle(title)
     figure.legend(handles=handles, loc="lower center", ncols=7, frameon=False)
@@ -367,45 +336,38 @@ def draw(made: Placed, title: str, file: Path) -> None:
 
 def add_adapters(url: str) -> None:
     config = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}'
-    for number in range(ADAPTERS):
+    for number, name in enumerate(NAMES):
         files = [
             ("files", ("adapter_config.json", config.encode(), "application/json")),
             ("files", ("adapter_model.safetensors", b"%d" % number, "application/octet-stream")),
         ]
-        query = "wait=true&activate=true"
-        data = {"name": f"shop{number}"}
-        httpx2.post(f"{url}/v1/adapters?{query}", data=data, files=files, timeout=60).raise_for_status()
+        to = f"{url}/v1/adapters?wait=true&activate=true"
+        httpx2.post(to, data={"name": name}, files=files, timeout=60).raise_for_status()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--requests", type=int, default=300, help="of one token, by each way")
-    parser.add_argument("--seconds", type=float, default=15.0, help="in which requests are counted (15)")
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="only draw where requests went, over --seconds (needs matplotlib)",
-    )
-    parser.add_argument("--clients", type=int, default=16, help="of the plot (default: 16)")
-    arguments = parser.parse_args(argv)
+    asked = Options(__doc__)
+    asked.count("requests", 300, "of one token, by each way")
+    asked.number("seconds", 15.0, "in which requests are counted")
+    plot = "only draw where requests went, over --seconds (needs matplotlib)"
+    asked.add("--plot", type=Path, metavar="FILE", help=plot)
+    asked.count("clients", 16, "of the plot")
+    options = asked.parser.parse_args(argv)
     console = Console()
-    if arguments.plot:
+    if options.plot:
         with running("few") as cluster:
             add_adapters(cluster.url)
             cluster.manage("scale", "2")
-            made = asyncio.run(placed(cluster, arguments.seconds, arguments.clients))
-        draw(made, f"{ADAPTERS} adapters by Zipf's law, {arguments.clients} clients", arguments.plot)
+            made = asyncio.run(placed(cluster, options.seconds, options.clients))
+        draw(made, f"{len(NAMES)} adapters by Zipf's law, {options.clients} clients", options.plot)
         show_ended(console, made)
-        console.print(f"{arguments.plot}: which server answered for which adapter, second by second")
+        console.print(f"{options.plot}: which server answered for which adapter, second by second")
         return 0
-    console.print(machine.sentence(machine.describe(None)))
+    console.print(machine.sentence(machine.describe()))
     with running("flood") as cluster:
         os.environ |= cluster.ray[1]  # before Ray is imported
-        show_overhead(console, asyncio.run(overhead(cluster, arguments.requests)))
-    table = Table("servers", "requests/s", "to one", "to the ideal", box=SIMPLE_HEAD)
+        show_overhead(console, asyncio.run(overhead(cluster, options.requests)))
+    rows: list[list[str]] = []
     with running("few") as cluster:
         add_adapters(cluster.url)
         one = 0.0
@@ -413,10 +375,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if servers > 1:
                 cluster.manage("scale", str(servers))
             time.sleep(3)  # they look at the registry each second
-            found = asyncio.run(rate(cluster.url, arguments.seconds, 8 * servers))
+            found = asyncio.run(rate(cluster.url, options.seconds, 8 * servers))
             one = one or found
-            table.add_row(str(servers), f"{found:.1f}", f"{found / one:.2f}", f"{found / one / servers:.0%}")
-    console.print(table)
+            rows.append([str(servers), f"{found:.1f}", f"{found / one:.2f}", f"{found / one / servers:.0%}"])
+    console.print(table(["servers", "requests/s", "to one", "to the ideal"], rows, left=0))
     return 0
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import socket
 import struct
 import sys
@@ -33,55 +32,57 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
+from bench.command import Options
 from bench.crowd import REFUSED
-from bench.processes import end_on_signals, free_port, server
+from bench.processes import cpu_seconds, end_on_signals, onebase_server
 from bench.report import percentile
-from bench.stream import HttpError, fetch_json, request
+from bench.stream import completion_events, fetch_json, request
 
 HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 LEAST_TIMES = 10
 """Tokens that a turn waits for, on a machine that is busy with other work."""
 SIZE = 1_990_000
 """Bytes of a body: under --max-body."""
+BODIES: dict[str, Callable[[], bytes]] = {
+    "nested arrays": lambda: with_length(b"/generate", b"[" * 490_000),
+    "token ids": lambda: repeated(b"/v1/completions", b'{"model": "base", "prompt": [', b"1000,", b"1]}"),
+    "wrong token ids": lambda: repeated(
+        b"/v1/completions", b'{"model": "base", "prompt": [', b"-100,", b"1]}"
+    ),
+    "floats": lambda: repeated(b"/generate", b'{"prompt": [', b"1e-300,", b"1]}"),
+    "long numbers": lambda: repeated(b"/generate", b'{"prompt": [', b"9" * 4000 + b",", b"1]}"),
+    "fields": lambda: with_length(
+        b"/generate", b"{" + b",".join(b'"%d":{}' % one for one in range(24_000)) + b"}"
+    ),
+    "escapes": lambda: repeated(b"/generate", b'{"prompt": "', rb"\u00e9", b'"}'),
+    "one word": lambda: repeated(b"/generate", b'{"prompt": "', b"a", b'", "max_tokens": 1}'),
+    "messages": lambda: repeated(
+        b"/v1/chat/completions",
+        b'{"model": "base", "messages": [',
+        b'{"role":"user","content":"a"},',
+        b"1]}",
+        12_000,
+    ),
+    "chunks of a byte": lambda: (
+        HEAD % b"/generate" + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 1_500_000 + b"0\r\n\r\n"
+    ),
+    "a form of boundaries": lambda: repeated(b"/v1/files", b"--B\r\n", b"\r\n--A", b"\r\n").replace(
+        b"application/json", b"multipart/form-data; boundary=B"
+    ),
+    "headers": lambda: b"GET /version HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 190 + b"\r\n",
+    "pipelined": lambda: REFUSED[0] * 15,
+}
+"""Requests that cost a server most, by name."""
 
 
 def with_length(path: bytes, body: bytes) -> bytes:
     return HEAD % path + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
-def repeated(begin: bytes, piece: bytes, end: bytes, most: int = 10**9) -> bytes:
-    """`begin`, as many pieces as fit, `end`."""
-    return begin + piece * min(most, (SIZE - len(begin) - len(end)) // len(piece)) + end
-
-
-BODIES: dict[str, Callable[[], bytes]] = {
-    "nested arrays": lambda: with_length(b"/generate", b"[" * 490_000),
-    "token ids": lambda: with_length(
-        b"/v1/completions", repeated(b'{"model": "base", "prompt": [', b"1000,", b"1]}")
-    ),
-    "wrong token ids": lambda: with_length(
-        b"/v1/completions", repeated(b'{"model": "base", "prompt": [', b"-100,", b"1]}")
-    ),
-    "floats": lambda: with_length(b"/generate", repeated(b'{"prompt": [', b"1e-300,", b"1]}")),
-    "long numbers": lambda: with_length(b"/generate", repeated(b'{"prompt": [', b"9" * 4000 + b",", b"1]}")),
-    "fields": lambda: with_length(
-        b"/generate", b"{" + b",".join(b'"%d":{}' % one for one in range(24_000)) + b"}"
-    ),
-    "escapes": lambda: with_length(b"/generate", repeated(b'{"prompt": "', rb"\u00e9", b'"}')),
-    "one word": lambda: with_length(b"/generate", repeated(b'{"prompt": "', b"a", b'", "max_tokens": 1}')),
-    "messages": lambda: with_length(
-        b"/v1/chat/completions",
-        repeated(b'{"model": "base", "messages": [', b'{"role":"user","content":"a"},', b"1]}", 12_000),
-    ),
-    "chunks of a byte": lambda: (
-        HEAD % b"/generate" + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 1_500_000 + b"0\r\n\r\n"
-    ),
-    "a form of boundaries": lambda: with_length(
-        b"/v1/files", repeated(b"--B\r\n", b"\r\n--A", b"\r\n")
-    ).replace(b"application/json", b"multipart/form-data; boundary=B"),
-    "headers": lambda: b"GET /version HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 190 + b"\r\n",
-    "pipelined": lambda: REFUSED[0] * 15,
-}
+def repeated(path: bytes, begin: bytes, piece: bytes, end: bytes, most: int = 10**9) -> bytes:
+    """Return a request whose body is `begin`, as many pieces as fit, and `end`."""
+    count = min(most, (SIZE - len(begin) - len(end)) // len(piece))
+    return with_length(path, begin + piece * count + end)
 
 
 # ---- the crowd ------------------------------------------------------------------------------------
@@ -91,11 +92,8 @@ async def stream_for_ever(url: str, base: str, times: list[float]) -> None:
     """Note when each piece of a text arrives; one request after another."""
     payload = {"model": base, "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
     while True:
-        async with request(f"{url}/v1/completions", "POST", payload) as response:
-            if response.status != 200:
-                raise HttpError(response.status, (await response.body()).decode(errors="replace"))
-            async for _ in response.events():
-                times.append(time.perf_counter())
+        async for now, _ in completion_events(url, payload):
+            times.append(now)
 
 
 @dataclass
@@ -106,7 +104,7 @@ class Listener:
     times: list[float]
 
     async def gap(self, seconds: float) -> float:
-        """The median gap between two tokens from now on, for so long, or until there are some."""
+        """Return the median gap between two tokens from now on, for so long, or until there are some."""
         self.times.clear()
         await asyncio.sleep(seconds)
         while len(self.times) < LEAST_TIMES:
@@ -143,7 +141,7 @@ class Turns:
 
 @asynccontextmanager
 async def helper(*arguments: object) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process of bench/crowd.py. It ends when its stdin closes."""
+    """Run a process of bench/crowd.py. It ends when its stdin closes."""
     command = (sys.executable, "-m", "bench.crowd", *map(str, arguments))
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
@@ -158,7 +156,7 @@ async def helper(*arguments: object) -> AsyncIterator[asyncio.subprocess.Process
 
 
 async def line_of(process: asyncio.subprocess.Process) -> str:
-    """The next line that a helper says. Raises RuntimeError if it has ended."""
+    """Return the next line that a helper says. Raises RuntimeError if it has ended."""
     line = await process.stdout.readline() if process.stdout else b""
     if not line:
         raise RuntimeError(f"a helper ended with {await process.wait()}")
@@ -170,12 +168,6 @@ async def refusals_of(client: asyncio.subprocess.Process) -> int:
     if client.stdin:
         client.stdin.write(b"\n")
     return int(await line_of(client))
-
-
-def busy_seconds(pid: int) -> float:
-    """Processor time that the process has taken, its threads' too."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def measure_crowd(url: str, base: str, pid: int, options: argparse.Namespace, console: Console) -> None:
@@ -191,9 +183,9 @@ async def measure_crowd(url: str, base: str, pid: int, options: argparse.Namespa
             kinds = [(beside, port, pid), (control, int(await line_of(empty)), empty.pid)]
             for _ in range(options.turns):
                 for turns, target, server_pid in kinds:
-                    own = busy_seconds(server_pid)
+                    own = cpu_seconds(server_pid)
                     quiet.append(await listener.gap(options.seconds))
-                    own = busy_seconds(server_pid) - own
+                    own = cpu_seconds(server_pid) - own
                     await crowded_turn(turns, target, server_pid, listener, options)
                     turns.server -= own
                     turns.ratios.append(turns.gaps[-1] / quiet[-1])
@@ -214,10 +206,10 @@ async def crowded_turn(
     async with helper("send", port, options.idle, options.refusals, options.burst) as client:
         await line_of(client)
         await asyncio.sleep(1)
-        server, own, refused = busy_seconds(pid), busy_seconds(client.pid), await refusals_of(client)
+        server, own, refused = cpu_seconds(pid), cpu_seconds(client.pid), await refusals_of(client)
         turns.gaps.append(await listener.gap(options.seconds))
-        turns.server += busy_seconds(pid) - server
-        turns.client += busy_seconds(client.pid) - own
+        turns.server += cpu_seconds(pid) - server
+        turns.client += cpu_seconds(client.pid) - own
         turns.refused += await refusals_of(client) - refused
     await asyncio.sleep(0.5)
 
@@ -307,13 +299,10 @@ async def measure_resets(
 
 
 async def run(options: argparse.Namespace, console: Console) -> None:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(prefix="onebase-door-") as folder:
-        command = [str(Path(sys.executable).with_name("onebase")), "serve", "--port", str(port)]
-        command += ["--data-dir", folder, "--threads", str(options.threads), "--kv-memory", "1GiB"]
-        async with server(command, f"{url}/ready", Path(folder) / "log") as process:
-            base = (await fetch_json(f"{url}/status"))["base"]
+        serve = ["--data-dir", folder, "--threads", options.threads, "--kv-memory", "1GiB"]
+        async with onebase_server(Path(folder) / "log", *serve) as (url, process):
+            base, port = (await fetch_json(f"{url}/status"))["base"], urlsplit(url).port or 80
             if "resets" in options.parts:
                 await measure_resets(url, port, base, process.pid, options, console)
             if "bodies" in options.parts:
@@ -323,19 +312,17 @@ async def run(options: argparse.Namespace, console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["resets", "bodies", "crowd"])
-    parser.add_argument(
-        "--turns", type=int, default=10, help="of the crowd, of the control, and as many without"
-    )
-    parser.add_argument("--seconds", type=float, default=8.0, help="of a turn, and of a body")
-    parser.add_argument("--idle", type=int, default=2000, help="idle connections")
-    parser.add_argument("--refusals", type=int, default=200, help="refused requests a second")
-    parser.add_argument("--burst", type=int, default=4, help="of them in a row")
-    parser.add_argument("--resets", type=int, default=1000, help="streams that are broken off")
-    parser.add_argument("--threads", type=int, default=2, help="of the server")
+    asked = Options(__doc__)
+    asked.add("--parts", nargs="+", default=["resets", "bodies", "crowd"], help="(default: all three)")
+    asked.count("turns", 10, "of the crowd, of the control, and as many without")
+    asked.number("seconds", 8.0, "of a turn, and of a body")
+    asked.count("idle", 2000, "idle connections")
+    asked.count("refusals", 200, "refused requests a second")
+    asked.count("burst", 4, "of them in a row")
+    asked.count("resets", 1000, "streams that are broken off")
+    asked.add("--threads", type=int, default=2, help="of the server (default: 2)")
     end_on_signals()
-    asyncio.run(run(parser.parse_args(), Console()))
+    asyncio.run(run(asked.parser.parse_args(), Console()))
 
 
 if __name__ == "__main__":

@@ -12,24 +12,19 @@ is the processor's, of one thread, so that others on the machine change little. 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from bench import machine
-from bench.report import percentile
-from onebase_engine.base.default_base import fetch_default_base
+from bench.command import Options, base_of, names
+from bench.report import percentile, table, write
 from onebase_engine.base.load import load_base
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import EngineConfig, Sampling, Submit
@@ -72,7 +67,7 @@ class Bench:
         self._engine = self._made()
 
     def run(self, load: str) -> Run:
-        """One load on an engine of its own, until the flood is over or the guest has asked often enough."""
+        """Run one load on a new engine, until the flood is over or the guest has asked often enough."""
         options, tenant, run = self._options, FLOODED_BY[load], Run(load)
         self._engine, self._now = self._made(), 0.0
         for number in range(options.requests if tenant else 0):
@@ -97,7 +92,7 @@ class Bench:
         return run
 
     def _step(self, run: Run, asked_at: float | None) -> set[str]:
-        """One step of the engine; notes the guest's first token. Gives the requests that have ended."""
+        """Run one step; note the guest's first token. Returns the requests that have ended."""
         started = time.process_time()
         self._engine.step()
         self._now += time.process_time() - started
@@ -150,62 +145,29 @@ def rows(runs: Sequence[Run]) -> list[list[str]]:
     return found
 
 
-def publish(runs: list[Run], options: argparse.Namespace, console: Console) -> None:
-    """Prints the table; writes fairness.json to the output folder."""
-    table = Table(
-        box=SIMPLE_HEAD, title=f"a guest and {options.requests} requests, {options.max_rows} places"
-    )
-    for name in ("load", "requests", "TTFT p50", "TTFT p99", "by quiet", "tokens/s", "preemptions"):
-        table.add_column(name, justify="left" if name == "load" else "right")
-    for row in rows(runs):
-        table.add_row(*row)
-    console.print(table)
-    options.output.mkdir(parents=True, exist_ok=True)
-    result = {
-        "machine": machine.describe(None),
-        "options": {name: str(value) for name, value in vars(options).items()},
-        "runs": [asdict(run) for run in runs],
-    }
-    (options.output / "fairness.json").write_text(json.dumps(result, indent=1))
-    console.print(f"Written: {options.output / 'fairness.json'}; machine load {os.getloadavg()[0]:.1f}")
-
-
-def _loads(text: str) -> list[str]:
-    names = text.split(",")
-    if not set(names) <= FLOODED_BY.keys():
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(FLOODED_BY)}")
-    return names
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--base", type=Path, help="folder of a base model (default: the small default base)")
-    add("--loads", type=_loads, default=list(FLOODED_BY), help="comma-separated (default: all)")
-    add("--requests", type=int, default=1000, help="of the flood, all at once (default: 1000)")
-    add("--flood-prompt-tokens", type=int, default=64, help="length of its prompts (default: 64)")
-    add("--flood-tokens", type=int, default=64, help="generated for each (default: 64)")
-    add("--prompt-tokens", type=int, default=512, help="length of the guest's prompts (default: 512)")
-    add("--tokens", type=int, default=16, help="generated for each of them (default: 16)")
-    add("--pause", type=float, default=1.0, help="mean seconds between the guest's requests (default: 1)")
-    add("--quiet", type=int, default=100, help="the guest's requests without a flood (default: 100)")
-    add("--max-rows", type=int, default=64, help="rows that run at once (default: 64)")
-    add("--kv-tokens", type=int, default=65536, help="tokens that the KV cache holds (default: 65536)")
-    add("--rounds", type=int, default=1, help="how often each load is run (default: 1)")
-    add("--seed", type=int, default=0, help="of prompts and pauses (default: 0)")
-    add("--output", type=Path, default=Path("benchmarks/results"), help="folder for fairness.json")
-    options = parser.parse_args(argv)
-    for name in ("requests", "quiet", "rounds", "max_rows"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    return options
+    options = Options(__doc__)
+    options.common("base")
+    loads = names(*FLOODED_BY)
+    options.add("--loads", type=loads, default=list(FLOODED_BY), help="comma-separated (default: all)")
+    options.count("requests", 1000, "of the flood, all at once")
+    options.count("flood-prompt-tokens", 64, "length of its prompts")
+    options.count("flood-tokens", 64, "generated for each")
+    options.count("prompt-tokens", 512, "length of the guest's prompts")
+    options.count("tokens", 16, "generated for each of them")
+    options.number("pause", 1.0, "mean seconds between the guest's requests")
+    options.count("quiet", 100, "the guest's requests without a flood")
+    options.count("max-rows", 64, "rows that run at once")
+    options.count("kv-tokens", 65536, "tokens that the KV cache holds")
+    options.count("rounds", 1, "how often each load is run")
+    options.seed("prompts and pauses")
+    options.output("fairness.json")
+    return options.parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
-    options, console = _parse(argv), Console()
-    options.base = options.base or fetch_default_base()
+    options, console, described = _parse(argv), Console(), machine.describe()
+    base_of(options)
     # Of several threads the processor's time would count those that wait for each other, too.
     torch.set_num_threads(1)
     bench, runs = Bench(options), []
@@ -213,7 +175,10 @@ def main(argv: Sequence[str]) -> int:
         for load in options.loads if number % 2 == 0 else reversed(options.loads):
             runs.append(bench.run(load))
             console.print(f"{load}: {len(runs[-1].ttft)} requests of the guest, {runs[-1].steps} steps")
-    publish(runs, options, console)
+    columns = ["load", "requests", "TTFT p50", "TTFT p99", "by quiet", "tokens/s", "preemptions"]
+    title = f"a guest and {options.requests} requests, {options.max_rows} places"
+    console.print(table(columns, rows(runs), title))
+    write("fairness", options, described, {"runs": [asdict(run) for run in runs]}, console=console)
     return 0
 
 

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from bench import machine
+from bench.command import Options, names
 from bench.peers import PeerError, installed
 from bench.processes import end_on_signals
+from bench.report import markdown, table
 
 HERE = Path(__file__).parent
 PARTS = ("serve", "adapters", "train")
@@ -64,74 +64,60 @@ def _figure(found: Any, keys: Figure) -> float | None:
     return None if found == {} else float(found)
 
 
-def _served(work: str, load: str, peer: str, limit: float, other_load: str = "") -> Goal:
-    """Tokens a second over the peer's, or over its own in another load."""
-    target, figure = "onebase" if other_load else peer, "tokens_per_second"
-    other = ("serve", other_load or load, target, figure)
-    return Goal(work, peer, limit, ("serve", load, "onebase", figure), other)
+def _serving(load: str, target: str = "onebase", figure: str = "tokens_per_second") -> Figure:
+    return "serve", load, target, figure
 
 
-def _first_token(work: str, load: str, peer: str) -> Goal:
-    keys = ("serve", load, "onebase", "ttft_p50"), ("serve", load, peer, "ttft_p50")
-    return Goal(work, peer, 1.0, *keys, at_most=True)
+def _adapters(figure: str, target: str = "onebase") -> Figure:
+    return "adapters", target, figure
 
 
+def _training(target: str) -> Figure:
+    return "train", target, "tokens_per_second"
+
+
+SPEEDS = {
+    ("1 stream, 1 adapter", "single"): {"llama.cpp": 0.8, "vllm": 3.5},
+    ("1 stream, text that repeats its prompt", "copy"): {"llama.cpp": 1.2},
+    ("16 streams, 8 adapters", "mixed"): {"vllm": 4.0, "llama.cpp": 3.5, "peft": 3.0},
+    ("16 streams, base only", "base"): {"vllm": 1.0, "llama.cpp": 2.5},
+}
+"""Least ratio of tokens a second to each peer's, by what is done and the load of serve.py."""
+FIRST_TOKENS = {
+    "TTFT, prompt of 1,000, 1 stream": "prompt-1000",
+    "TTFT, prompts of 1,000, 16 streams": "prompts-long",
+}
+"""Loads of serve.py whose median TTFT is at most that of a peer, by what is done."""
+MIXED, BASE, LOADED, BARE = (_serving(load) for load in ("mixed", "base", "loaded", "bare"))
+ALIKE, BESIDE = (_serving(load, "onebase", "tpot_p50") for load in ("alike", "beside"))
+RANDOM, RANDOM_P99 = _adapters("random: tokens/s"), _adapters("random: TTFT p99")
+UPLOADS, UPLOAD = _adapters("uploads at once: a minute"), _adapters("upload to active p50")
 GOALS = [
-    _served("1 stream, 1 adapter", "single", "llama.cpp", 0.8),
-    _served("1 stream, 1 adapter", "single", "vllm", 3.5),
-    _served("1 stream, text that repeats its prompt", "copy", "llama.cpp", 1.2),
-    _served("16 streams, 8 adapters", "mixed", "vllm", 4.0),
-    _served("16 streams, 8 adapters", "mixed", "llama.cpp", 3.5),
-    _served("16 streams, 8 adapters", "mixed", "peft", 3.0),
-    _served("16 streams, base only", "base", "vllm", 1.0),
-    _served("16 streams, base only", "base", "llama.cpp", 2.5),
-    _served("16 streams, 8 adapters", "mixed", "base only", 0.9, "base"),
-    _served("16 streams, base only", "loaded", "no adapters loaded", 0.99, "bare"),
-    Goal(
-        "TPOT of rank 8, one row of rank 128",
-        "rank 8 alone",
-        1.03,
-        ("serve", "beside", "onebase", "tpot_p50"),
-        ("serve", "alike", "onebase", "tpot_p50"),
-        at_most=True,
+    *(
+        Goal(work, peer, limit, _serving(load), _serving(load, peer))
+        for (work, load), limits in SPEEDS.items()
+        for peer, limit in limits.items()
     ),
-    _first_token("TTFT, prompt of 1,000, 1 stream", "prompt-1000", "vllm"),
-    _first_token("TTFT, prompt of 1,000, 1 stream", "prompt-1000", "llama.cpp"),
-    _first_token("TTFT, prompts of 1,000, 16 streams", "prompts-long", "vllm"),
-    _first_token("TTFT, prompts of 1,000, 16 streams", "prompts-long", "llama.cpp"),
-    Goal(
-        "adapters at random over 8 slots",
-        "vllm",
-        3.0,
-        ("adapters", "onebase", "random: tokens/s"),
-        ("adapters", "vllm", "random: tokens/s"),
+    Goal("16 streams, 8 adapters", "base only", 0.9, MIXED, BASE),
+    Goal("16 streams, base only", "no adapters loaded", 0.99, LOADED, BARE),
+    Goal("TPOT of rank 8, one row of rank 128", "rank 8 alone", 1.03, BESIDE, ALIKE, at_most=True),
+    *(
+        Goal(work, peer, 1.0, _serving(load, "onebase", "ttft_p50"), _serving(load, peer, "ttft_p50"), True)
+        for work, load in FIRST_TOKENS.items()
+        for peer in ("vllm", "llama.cpp")
     ),
+    Goal("adapters at random over 8 slots", "vllm", 3.0, RANDOM, _adapters("random: tokens/s", "vllm")),
     Goal(
         "adapters at random, p99 of TTFT",
         "all in slots",
         1.5,
-        ("adapters", "onebase", "random: TTFT p99"),
-        ("adapters", "onebase", "resident: TTFT p99"),
+        RANDOM_P99,
+        _adapters("resident: TTFT p99"),
         at_most=True,
     ),
-    Goal(
-        "uploads at once, a minute", "100", 1.0, ("adapters", "onebase", "uploads at once: a minute"), 100.0
-    ),
-    Goal(
-        "upload to active, p50",
-        "1.5 s",
-        1.0,
-        ("adapters", "onebase", "upload to active p50"),
-        1500.0,
-        at_most=True,
-    ),
-    Goal(
-        "training, tokens/s",
-        "trl",
-        2.4,
-        ("train", "onebase", "tokens_per_second"),
-        ("train", "trl", "tokens_per_second"),
-    ),
+    Goal("uploads at once, a minute", "100", 1.0, UPLOADS, 100.0),
+    Goal("upload to active, p50", "1.5 s", 1.0, UPLOAD, 1500.0, at_most=True),
+    Goal("training, tokens/s", "trl", 2.4, _training("onebase"), _training("trl")),
 ]
 
 
@@ -142,30 +128,27 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def publish(written: dict[str, Any], console: Console, folder: Path) -> None:
-    """The goals and what was measured, on the screen and in goals.md."""
+    """Show the goals and what was measured, on the screen and in goals.md."""
     figures = {part: result["figures"] for part, result in written.items()}
-    table = Table(box=SIMPLE_HEAD, title="OneBase's figure over the other")
-    lines = ["| work | against | goal | measured | |", "| --- | --- | ---: | ---: | --- |"]
-    for heading in ("work", "against", "goal", "measured", ""):
-        table.add_column(heading, justify="right" if heading in ("goal", "measured") else "left")
+    columns = ["work", "against", "goal", "measured", ""]
+    rows = []
     for goal in GOALS:
         ratio = goal.ratio(figures)
         wanted = f"{'≤' if goal.at_most else '≥'} {goal.limit:g}"
         met = "not measured" if ratio is None else "met" if goal.met(ratio) else "missed"
-        cells = [goal.work, goal.against, wanted, "" if ratio is None else f"{ratio:.2f}", met]
-        color = {"met": "green", "missed": "red"}.get(met, "dim")
-        table.add_row(*cells[:4], f"[{color}]{met}[/]")
-        lines.append(f"| {' | '.join(cells)} |")
-    console.print(table)
+        rows.append([goal.work, goal.against, wanted, "" if ratio is None else f"{ratio:.2f}", met])
+    colors = {"met": "green", "missed": "red", "not measured": "dim"}
+    colored = [[*cells, f"[{colors[met]}]{met}[/]"] for *cells, met in rows]
+    console.print(table(columns, colored, "OneBase's figure over the other", left=2))
     sources = [
-        f"{part}: {result['machine']['date']}, commit {result['machine']['commit']}, "
+        f"- {part}: {result['machine']['date']}, commit {result['machine']['commit']}, "
         f"{machine.sentence(result['machine'])} {_extent(result['options'])}"
         for part, result in written.items()
     ]
     for source in sources:
         console.print(source, soft_wrap=True)
-    (folder / "goals.md").write_text("\n".join([*lines, "", *(f"- {source}" for source in sources)]) + "\n")
-    console.print(f"Written: {folder / 'goals.md'}")
+    (folder / "goals.md").write_text(f"{markdown(columns, rows, left=2)}\n" + "\n".join(sources) + "\n")
+    console.print(f"Written: {folder / 'goals.md'}", soft_wrap=True)
 
 
 def _extent(options: dict[str, str]) -> str:
@@ -207,24 +190,16 @@ def _run(command: list[str]) -> bool:
             raise
 
 
-def _parts(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not set(names) <= set(PARTS):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(PARTS)}")
-    return names
-
-
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 when every part measured all its targets, else 1. Missed goals are no failure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="one round, few adapters, few steps")
-    add("--only", type=_parts, default=list(PARTS), help=f"comma-separated: {', '.join(PARTS)}")
-    add("--busy", action="store_true", help="measure although other work runs on this machine")
-    add("--output", type=Path, default=Path("benchmarks/results"), help="folder for figures and plots")
-    options = parser.parse_args(argv)
+    """Return the exit status: 0 when every part measured all its targets, else 1. Missed goals are no
+    failure."""
+    asked = Options(__doc__)
+    asked.add("--quick", action="store_true", help="one round, few adapters, few steps")
+    known = ", ".join(PARTS)
+    asked.add("--only", type=names(*PARTS), default=list(PARTS), help=f"comma-separated: {known}")
+    asked.common("busy")
+    asked.output("figures and plots")
+    options = asked.parser.parse_args(argv)
     end_on_signals()
     console = Console()
     if torch.cuda.is_available():

@@ -13,7 +13,6 @@ process with a time limit of its own; whatever becomes of one, the others run. E
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpu_bundle
+from bench.command import Options, names
 from bench.gpu_report import held, now, page
 from bench.processes import end_on_signals, tail
 
@@ -68,7 +68,7 @@ PARTS = (
 def run_part(
     part: Part, setup: Mapping[str, str], environment: Mapping[str, str], seconds: float
 ) -> dict[str, Any]:
-    """Run a part in a process of its own, for at most so long; what it has found so far, however it ends.
+    """Run a part in a process of its own, for at most so long; return what it has found, however it ends.
 
     Nothing that it has started is left, or it would have memory of the GPU that the next part needs.
     """
@@ -158,7 +158,7 @@ def _children() -> set[int]:
 def run_parts(
     parts: Sequence[Part], setup: Mapping[str, str], environment: Mapping[str, str], seconds: float
 ) -> list[dict[str, Any]]:
-    """Part after part, each told at the terminal. Their limits share `seconds` as they share MINUTES.
+    """Run part after part, each told at the terminal. Their limits share `seconds` as they share MINUTES.
 
     Ctrl-C and the like end the part that runs; the others are reported as not run.
     """
@@ -212,11 +212,6 @@ def environment_of(device: str, folder: Path) -> dict[str, str]:
     return environment | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
 
 
-def write(report: Mapping[str, Any], folder: Path) -> None:
-    (folder / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "gpu-check.md").write_text(page(report))
-
-
 def _commit() -> str:
     told = ROOT / gpu_bundle.COMMIT
     if told.exists():
@@ -227,25 +222,17 @@ def _commit() -> str:
     return "unknown"
 
 
-def _parts(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    known = [part.name for part in (MACHINE, *PARTS)]
-    if not set(names) <= set(known):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(known)}")
-    return names
-
-
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    asked = Options(__doc__)
+    known = [part.name for part in (MACHINE, *PARTS)]
+    add = asked.add
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: under Triton's interpreter")
     add("--shape", choices=("8b", "tiny"), help="of the random base; by default 8b, and tiny on the CPU")
-    add("--only", type=_parts, help="comma-separated: machine, " + ", ".join(part.name for part in PARTS))
-    add("--minutes", type=float, default=MINUTES, help="for all of it; the parts that run share them")
+    add("--only", type=names(*known), default=known, help=f"comma-separated: {', '.join(known)}")
+    asked.number("minutes", MINUTES, "for all of it; the parts that run share them")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the report")
     add("--bundle", type=Path, metavar="FILE", help="write what to carry to a machine without a network")
+    parser = asked.parser
     options = parser.parse_args(argv)
     if sys.version_info < (3, 11):  # noqa: UP036 (there it is whatever the machine has)
         parser.error(f"OneBase runs on Python 3.11 and newer; {sys.executable} is older")
@@ -272,7 +259,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"Whether there is a GPU here could not be seen: {said[-1]}")
         print(gpu_bundle.advice())
         return 1
-    wanted = [part for part in PARTS if options.only is None or part.name in options.only]
+    wanted = [part for part in PARTS if part.name in options.only]
     if wanted and results[0]["state"] != "not run":
         left = options.minutes * 60 - (time.monotonic() - started)
         results += run_parts(wanted, setup, environment, max(left, 1.0))
@@ -287,7 +274,8 @@ def main(argv: Sequence[str]) -> int:
         "machine": facts,
         "parts": results,
     }
-    write(report, output)
+    (output / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
+    (output / "gpu-check.md").write_text(page(report))
     print(f"{'All of it holds.' if report['ok'] else 'Not all of it holds.'} {output / 'gpu-check.md'}")
     return 0 if report["ok"] else 1
 

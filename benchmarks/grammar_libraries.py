@@ -11,26 +11,27 @@ Each library has one thread, and a process of its own that is ended where a sche
 
 from __future__ import annotations
 
-import argparse
+import asyncio
 import json
-import multiprocessing as mp
 import random
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import metadata
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from bench.command import Options
+from bench.report import table
+from bench.worker import started
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.engine.grammar_link import WHITESPACE
-from onebase_server.requests.json_schema import closed
+from onebase_server.inference.json_schema import closed
 
 PATIENCE = 5.0
 Mask = Callable[[], None]
@@ -81,80 +82,62 @@ def xgrammar_matchers(folder: Path) -> Callable[[Any], tuple[Mask, Accept]]:
 LIBRARIES = {"llguidance": llguidance_matchers, "xgrammar": xgrammar_matchers}
 
 
-def serve(library: str, folder: Path, connection: Connection) -> None:
-    """Answer each schema and its tokens with times in seconds, or why there are none."""
-    compiled = LIBRARIES[library](folder)
-    connection.send(None)
-    while (asked := received(connection)) is not None:
+def answering(library: str, folder: str) -> Callable[[tuple[Any, list[int]]], dict[str, Any]]:
+    """Return what answers a schema and tokens with times in seconds, or why there are none: a worker's
+    function."""
+    compiled = LIBRARIES[library](Path(folder))
+
+    def answer(asked: tuple[Any, list[int]]) -> dict[str, Any]:
         schema, tokens = asked
         found: dict[str, Any] = {"masks": [], "end": "followed"}
         try:
-            started = time.perf_counter()
+            begun = time.perf_counter()
             mask, accept = compiled(schema)
             mask()
-            found["compile"] = time.perf_counter() - started
+            found["compile"] = time.perf_counter() - begun
             for token in tokens:
-                started = time.perf_counter()
+                begun = time.perf_counter()
                 mask()
-                found["masks"].append(time.perf_counter() - started)
+                found["masks"].append(time.perf_counter() - begun)
                 if not accept(token):
                     found["end"] = "refused a text that is valid"
                     break
         except Exception as error:
             found["end"] = "refused the schema" if "compile" not in found else f"failed: {error}"
-        connection.send(found)
+        return found
+
+    return answer
 
 
-def received(connection: Connection) -> Any:
-    """Return the next message, or None if the other end is gone."""
-    try:
-        return connection.recv()
-    except EOFError:
-        return None
-
-
-class Worker:
-    """A process of one library, started again where it had to be ended."""
-
-    def __init__(self, library: str, folder: Path) -> None:
-        self._start = (library, folder)
-        self._process: Any = None
-
-    def measure(self, schema: Any, tokens: list[int]) -> dict[str, Any]:
-        if self._process is None:
-            self._connection, theirs = mp.Pipe()
-            self._process = mp.get_context("spawn").Process(
-                target=serve, args=(*self._start, theirs), daemon=True
-            )
-            self._process.start()
-            theirs.close()
-            self._connection.recv()
-        try:
-            self._connection.send((schema, tokens))
-            if self._connection.poll(PATIENCE):
-                found: dict[str, Any] = self._connection.recv()
-                return found
-            end = f"took more than {PATIENCE:.0f} s"
-        except (EOFError, OSError):
-            end = "ended its process"
-        self.close()
-        return {"end": end, "masks": []}
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self._process = None
+async def measure(
+    library: str, base: Path, cases: Sequence[tuple[Any, list[int]]], log: Path
+) -> list[dict[str, Any]]:
+    """Return the answer to each case. A process that takes too long for one, or ends, is started again."""
+    found: list[dict[str, Any]] = []
+    waiting = iter(track(cases, library, console=Console(stderr=True)))
+    while len(found) < len(cases):
+        keywords = {"library": library, "folder": str(base)}
+        async with started("grammar_libraries:answering", keywords, log) as worker:
+            for case in waiting:
+                try:
+                    found.append(await asyncio.wait_for(worker.ask(case), PATIENCE))
+                    continue
+                except TimeoutError:
+                    end = f"took more than {PATIENCE:.0f} s"
+                except (EOFError, OSError):
+                    end = "ended its process"
+                found.append({"end": end, "masks": []})
+                break
+    return found
 
 
 def main() -> None:
     from tokenizers import Tokenizer
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data", type=Path, help="MaskBench's folder of schemas with texts")
-    parser.add_argument("--schemas", type=int, default=300, help="how many of them (default: 300)")
-    options = parser.parse_args()
+    asked = Options(__doc__)
+    asked.add("data", type=Path, help="MaskBench's folder of schemas with texts")
+    asked.count("schemas", 300, "how many of them")
+    options = asked.parser.parse_args()
     base = fetch_default_base()
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     files = sorted(options.data.glob("*.json"))
@@ -164,15 +147,14 @@ def main() -> None:
         texts = [test["data"] for test in case.get("tests", []) if test["valid"]]
         text = json.dumps(texts[0], ensure_ascii=False) if texts else ""
         cases.append((case["schema"], tokenizer.encode(text).ids[:500]))
-    table = Table("", *LIBRARIES, title=f"{len(cases)} schemas")
-    found = {
-        library: [worker.measure(*case) for case in track(cases, library, console=Console(stderr=True))]
-        for library, worker in ((name, Worker(name, base)) for name in LIBRARIES)
-    }
-    shown = {library: figures(library, results) for library, results in found.items()}
-    for row in dict.fromkeys(name for rows in shown.values() for name in rows):
-        table.add_row(row, *(shown[library].get(row, "0") for library in LIBRARIES))
-    Console().print(table)
+    with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
+        shown = [
+            figures(library, asyncio.run(measure(library, base, cases, Path(folder) / library)))
+            for library in LIBRARIES
+        ]
+    names = dict.fromkeys(name for rows in shown for name in rows)
+    rows = [[name, *(one.get(name, "0") for one in shown)] for name in names]
+    Console().print(table(["", *LIBRARIES], rows, f"{len(cases)} schemas"))
 
 
 def figures(library: str, results: list[dict[str, Any]]) -> dict[str, str]:

@@ -4,8 +4,8 @@
 Two tenants have keys with every scope but admin. The first streams a text, again and again. It is measured
 alone, beside a second tenant that streams as many ordinary texts as it attacks with, and beside each attack
 of that tenant and all of them at once: grammars that are large or never compile, prompts that are long or
-many, uploads, jobs, names that the Hub does not have, bodies that are no JSON, and connections that dawdle.
-Of the first tenant's streams the time between two events is taken.
+many, answers that fill every place, uploads, jobs, names that the Hub does not have, bodies that are no JSON,
+and connections that dawdle. Of the first tenant's streams the time between two events is taken.
 
   python benchmarks/hostile.py                          # each attack for 20 s, all of them for ten minutes
   python benchmarks/hostile.py --attacks grammars --seconds 30
@@ -88,6 +88,11 @@ class Attacker:
     async def long_prompt(self) -> None:
         await self.post("/generate", {"prompt": f"{next(self._numbers)} word" * 1500, "max_tokens": 1})
 
+    async def long_answer(self) -> None:
+        await self.post(
+            "/generate", {"prompt": f"{next(self._numbers)}", "max_tokens": 1500, "ignore_eos": True}
+        )
+
     async def many_prompts(self) -> None:
         prompts = [f"{next(self._numbers)} " + "word " * 180 for _ in range(64)]
         await self.post("/v1/completions", {"model": self._base, "prompt": prompts, "max_tokens": 1})
@@ -136,6 +141,7 @@ class Attacker:
 ATTACKS: dict[str, tuple[Callable[[Attacker], Awaitable[None]], int]] = {
     "plain": (Attacker.plain, PLAIN_STREAMS),
     "grammars": (Attacker.grammar, GRAMMARS),
+    "many streams": (Attacker.long_answer, 100),
     "long prompts": (Attacker.long_prompt, PLAIN_STREAMS),
     "many prompts": (Attacker.many_prompts, 20),
     "uploads": (Attacker.upload, 4),

@@ -9,7 +9,6 @@ For scale, the same once more with PyTorch's kernels and a cache in bf16: what a
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,27 +16,26 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer
 
-from bench.engine_worker import KV_TOKENS
+from bench.command import Options
+from bench.engines import BLOCK, KV_TOKENS, load_base, load_tokenizer, outputs
+from bench.report import table
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.base.load import eos_ids
-from onebase_engine.base.quantized_cache import load_kept_base
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.memory_budget import kv_block_count
-from onebase_engine.engine.messages import EngineConfig, Sampling, ScoredToken, Submit
+from onebase_engine.engine.messages import Sampling, ScoredToken, Submit
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.reference import ReferenceKernels
-from onebase_server.processes.engine import DEFAULT_STEP_TOKENS, base_settings
+from onebase_server.processes.engine import DEFAULT_STEP_TOKENS
 
 ROOT = Path(__file__).parents[1]
 ANSWERED, LONG = 24, 1500
 TEXTS = ("docs/security.md", "docs/http.md")
 KV_MEMORY = 1_000_000_000
-BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -81,68 +79,47 @@ def ask(
 ) -> list[tuple[list[int], list[ScoredToken]]]:
     """Return, for each prompt, the answer and the log-probabilities of the prompt's own tokens."""
     found: list[tuple[list[int], list[ScoredToken]]] = [([], []) for _ in prompts]
-    for number, prompt in enumerate(prompts):
-        engine.submit(Submit(id=str(number), prompt=prompt, sampling=sampling))
-    while engine.busy:
-        engine.step()
-        for output in engine.take_outputs():
-            if output.error_message is not None:
-                raise RuntimeError(output.error_message)
-            found[int(output.id)][0].extend(output.tokens)
-            found[int(output.id)][1].extend(output.prompt_logprobs or [])
+    submits = [Submit(id=str(number), prompt=one, sampling=sampling) for number, one in enumerate(prompts)]
+    for output in outputs(engine, submits):
+        found[int(output.id)][0].extend(output.tokens)
+        found[int(output.id)][1].extend(output.prompt_logprobs or [])
     return found
 
 
-def show(console: Console, found: dict[str, Found]) -> None:
-    plain, *others = found.values()
-    table = Table(title=f"next to {next(iter(found))}")
-    for column in ("", *list(found)[1:]):
-        table.add_column(column, justify="left" if not column else "right")
-    for name in ("short", "long"):
-        own: list[ScoredToken] = getattr(plain, name)
-        rows: list[list[ScoredToken]] = [getattr(one, name) for one in others]
-        differences = [
-            torch.tensor([abs(a.logprob - b.logprob) for a, b in zip(own, row, strict=True)]).double()
-            for row in rows
-        ]
-        title = f"{name} prompts, {len(own):,} tokens: log-probability"
-        table.add_row(f"{title}, mean difference", *(f"{float(one.mean()):.4f}" for one in differences))
-        table.add_row("  99 of 100 below", *(f"{float(one.quantile(0.99)):.3f}" for one in differences))
-        table.add_row("  largest", *(f"{float(one.max()):.3f}" for one in differences))
-        means = [sum(one.logprob for one in row) / len(row) for row in (own, *rows)]
-        table.add_row("  of the mean", *(f"{one - means[0]:+.4f}" for one in means[1:]))
-        same = [
-            sum(a.top[0][0] == b.top[0][0] for a, b in zip(own, row, strict=True)) / len(own) for row in rows
-        ]
-        table.add_row("  same most likely token", *(f"{one:.1%}" for one in same))
+def compared(plain: Found, other: Found) -> dict[str, str]:
+    """Return how an engine differs from another one, row by row of the table."""
+    rows: dict[str, str] = {}
+    for name, own, row in (("short", plain.short, other.short), ("long", plain.long, other.long)):
+        pairs = list(zip(own, row, strict=True))
+        differences = torch.tensor([abs(a.logprob - b.logprob) for a, b in pairs]).double()
+        same = sum(a.top[0][0] == b.top[0][0] for a, b in pairs)
+        mean = sum(b.logprob - a.logprob for a, b in pairs) / len(pairs)
+        title = f"{name}, {len(own):,} tokens: "
+        rows |= {
+            f"{title}mean difference": f"{float(differences.mean()):.4f}",
+            f"{title}99 of 100 below": f"{float(differences.quantile(0.99)):.3f}",
+            f"{title}largest": f"{float(differences.max()):.3f}",
+            f"{title}of the mean": f"{mean:+.4f}",
+            f"{title}same most likely token": f"{same / len(pairs):.1%}",
+        }
     count = sum(map(len, plain.greedy))
-    table.add_row(
-        f"greedy, {len(plain.greedy)} answers, {count:,} tokens: whole answers equal",
-        *(str(sum(a == b for a, b in zip(plain.greedy, one.greedy, strict=True))) for one in others),
-    )
-    equal = [
-        sum(x == y for a, b in zip(plain.greedy, one.greedy, strict=True) for x, y in zip(a, b, strict=False))
-        for one in others
-    ]
-    table.add_row("  tokens equal, place by place", *(f"{one / count:.1%}" for one in equal))
-    table.add_row(
-        f"tokens in --kv-memory {KV_MEMORY // 10**9}GB ({plain.tokens:,})",
-        *(f"{one.tokens:,}" for one in others),
-    )
-    console.print(table)
+    answers = list(zip(plain.greedy, other.greedy, strict=True))
+    equal = sum(x == y for a, b in answers for x, y in zip(a, b, strict=False))
+    title = f"{len(answers)} greedy answers: "
+    return rows | {
+        f"{title}whole answers equal": str(sum(a == b for a, b in answers)),
+        f"{title}of {count:,} tokens equal, by place": f"{equal / count:.1%}",
+        f"tokens in --kv-memory {KV_MEMORY // 10**9}GB ({plain.tokens:,})": f"{other.tokens:,}",
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, default=64, help="of each greedy answer (default: 64)")
-    options = parser.parse_args()
-    console = Console()
-    folder = fetch_default_base()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_kept_base(base_settings(EngineConfig(base_folder=str(folder)), device))
-    tokenizer: Tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    asked = Options(__doc__)
+    asked.count("tokens", 64, "of each greedy answer")
+    options = asked.parser.parse_args()
+    console, folder = Console(), fetch_default_base()
+    base, device = load_base(folder)
+    tokenizer = load_tokenizer(folder)
     models = {
         "bf16": ServedModel(base, 1),
         "int8": ServedModel(base, 1, kv_dtype=torch.int8),
@@ -153,7 +130,12 @@ def main() -> None:
         with console.status(f"{name}, by {model.kernels.name}"):
             found[name] = measure(model, base, tokenizer, options.tokens)
     console.print(f"{models['int8'].kernels.name} on {device}")
-    show(console, found)
+    plain, *others = found.values()
+    columns = [compared(plain, one) for one in others]
+    rows = [[name, *(one[name] for one in columns)] for name in columns[0]]
+    console.print(
+        table(["", *list(found)[1:]], rows, f"next to {next(iter(found))}; log-probabilities of prompts")
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import shlex
 import sys
 import tempfile
@@ -29,17 +28,22 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from bench.leaks import Snapshot, compare, leak_table, snapshot
+from bench import soak
+from bench.command import Options
 from bench.lora import make_adapters
-from bench.processes import StartError, end_on_signals, free_port, server, tail
-from bench.soak_client import ContractError, Tally, run_plan, texts_of
-from bench.soak_plan import Plan, Planner
+from bench.processes import StartError, end_on_signals, onebase_server, tail
+from bench.report import table
 from bench.stream import HttpError, fetch_json
 
 ABORT_AFTER_FAILURES = 20
 CANARY_SHARE = 0.08
+HANG_SECONDS = 300.0
+"""Seconds after which a request counts as hung."""
+SETTLE_SECONDS = 60.0
+"""Seconds that the server gets to become idle."""
+ADAPTERS, SLOTS, KV_MEMORY = 8, 4, "24MiB"
+"""A server of our own has fewer slots than adapters, so that some wait, and a cache that is too small."""
 
 
 @dataclass
@@ -50,11 +54,11 @@ class Soak:
     pid: int | None
     options: argparse.Namespace
     console: Console
-    planner: Planner
-    tally: Tally
+    planner: soak.Planner
+    tally: soak.Tally
 
     async def run(self) -> list[str]:
-        """All phases; returns what is wrong, in sentences."""
+        """Run all phases; return what is wrong, in sentences."""
         options, seconds = self.options, self.options.minutes * 60
         canaries = await self._record(self.planner.canaries())
         self.console.print(f"{len(canaries)} canaries recorded; {options.clients} clients start")
@@ -65,25 +69,26 @@ class Soak:
         after = await self._idle()
         for plan in canaries:
             await self._one(plan)
-        self._print_outcomes()
-        self.console.print(leak_table(before, after))
-        leaks = compare(before, after, options.memory_bound * 2**20, options.descriptor_slack)
+        rows = [[outcome, str(count)] for outcome, count in self.tally.outcomes.most_common()]
+        self.console.print(table(["outcome", "requests"], rows, f"{self.tally.tokens} tokens read"))
+        self.console.print(soak.leak_table(before, after))
+        leaks = soak.compare(before, after, options.memory_bound * 2**20)
         if not self.tally.outcomes["finished"]:
             leaks.append("no request finished")
         return [*self.tally.failures, *leaks]
 
-    async def _record(self, plans: list[Plan]) -> list[Plan]:
-        """The same plans, with the texts that the idle server gives for them."""
+    async def _record(self, plans: list[soak.Plan]) -> list[soak.Plan]:
+        """Return the same plans, with the texts that the idle server gives for them."""
         recorded = []
         for plan in plans:
-            answer = await run_plan(self.url, plan, self.tally, self.options.hang)
+            answer = await soak.run_plan(self.url, plan, self.tally, HANG_SECONDS)
             if answer is None:
-                raise ContractError(f"the idle server refused {plan.body}")
-            recorded.append(replace(plan, text=texts_of(answer)) if self.options.canaries else plan)
+                raise soak.ContractError(f"the idle server refused {plan.body}")
+            recorded.append(replace(plan, text=soak.texts_of(answer)) if self.options.canaries else plan)
         return recorded
 
-    async def _load(self, phase: str, seconds: float, canaries: list[Plan]) -> None:
-        """All clients until the time is over; requests that run then are awaited."""
+    async def _load(self, phase: str, seconds: float, canaries: list[soak.Plan]) -> None:
+        """Run all clients until the time is over; requests that run then are awaited."""
         end = time.monotonic() + seconds
         reporter = asyncio.create_task(self._report(phase, end))
         try:
@@ -91,26 +96,26 @@ class Soak:
         finally:
             reporter.cancel()
 
-    async def _client(self, end: float, canaries: list[Plan]) -> None:
+    async def _client(self, end: float, canaries: list[soak.Plan]) -> None:
         while time.monotonic() < end and len(self.tally.failures) < ABORT_AFTER_FAILURES:
             is_canary = self.planner.chance(CANARY_SHARE)
             await self._one(self.planner.choose(canaries) if is_canary else self.planner.plan())
 
-    async def _one(self, plan: Plan) -> None:
+    async def _one(self, plan: soak.Plan) -> None:
         try:
-            answer = await run_plan(self.url, plan, self.tally, self.options.hang)
-        except ContractError as error:
+            answer = await soak.run_plan(self.url, plan, self.tally, HANG_SECONDS)
+        except soak.ContractError as error:
             self.tally.failures.append(str(error))
             self.console.print(f"[red]failure {len(self.tally.failures)}:[/] {escape(str(error))}")
         else:
             self.tally.outcomes["canaries right"] += plan.text is not None and answer is not None
 
     async def _report(self, phase: str, end: float) -> None:
-        """A line now and then, for the person who waits."""
+        """Print a line now and then, for the person who waits."""
         while True:
             await asyncio.sleep(15)
             try:
-                now = await snapshot(self.url, self.pid)
+                now = await soak.snapshot(self.url, self.pid)
             except (OSError, EOFError, HttpError) as error:
                 self.console.print(f"{phase}: /status does not answer: {error!r}")
                 continue
@@ -120,41 +125,30 @@ class Soak:
                 f"{self.tally.tokens} tokens, {len(self.tally.failures)} failures; {now.line()}"
             )
 
-    async def _idle(self) -> Snapshot:
-        """The state once nothing runs and all is free, or what it is after `--settle` seconds."""
-        deadline = time.monotonic() + self.options.settle
+    async def _idle(self) -> soak.Snapshot:
+        """Return the state once nothing runs and all is free, or what it is after SETTLE_SECONDS."""
+        deadline = time.monotonic() + SETTLE_SECONDS
         while True:
-            state = await snapshot(self.url, self.pid)
+            state = await soak.snapshot(self.url, self.pid)
             if state.idle or time.monotonic() > deadline:
                 await asyncio.sleep(3)
-                return await snapshot(self.url, self.pid)
+                return await soak.snapshot(self.url, self.pid)
             await asyncio.sleep(0.5)
-
-    def _print_outcomes(self) -> None:
-        table = Table("outcome", "requests", title=f"{self.tally.tokens} tokens read")
-        for outcome, count in self.tally.outcomes.most_common():
-            table.add_row(outcome, str(count))
-        self.console.print(table)
 
 
 @asynccontextmanager
 async def _server(options: argparse.Namespace, folder: Path) -> AsyncIterator[tuple[str, int | None]]:
-    """The URL and process of the server to soak: the one given, or one of our own."""
+    """Yield the URL and process of the server to soak: the one given, or one of our own."""
     if options.url:
         yield options.url.rstrip("/"), options.pid
         return
     from onebase_engine.base.default_base import resolve_base
 
-    base = resolve_base(options.base).folder
-    adapters = make_adapters(base, folder / "adapters", options.adapters)
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [str(Path(sys.executable).with_name("onebase")), "serve", "--base", str(base)]
-    command += ["--port", str(port), "--max-slots", str(options.slots), "--kv-memory", options.kv_memory]
-    command += ["--threads", str(options.threads), "--data-dir", str(folder / "data")]
-    for name, path in adapters.items():
-        command += ["--adapter", f"{name}={path}"]
-    log = folder / "server.log"
-    async with server([*command, *shlex.split(options.onebase_args)], f"{url}/ready", log) as process:
+    base, log = resolve_base(options.base).folder, folder / "server.log"
+    serve = ["--base", base, "--max-slots", SLOTS, "--kv-memory", KV_MEMORY, "--data-dir", folder / "data"]
+    for name, path in make_adapters(base, folder / "adapters", ADAPTERS).items():
+        serve += ["--adapter", f"{name}={path}"]
+    async with onebase_server(log, *serve, *shlex.split(options.onebase_args)) as (url, process):
         try:
             yield url, process.pid
         finally:
@@ -168,52 +162,43 @@ async def _soak(options: argparse.Namespace, console: Console) -> list[str]:
             adapters = [item["id"] for item in (await fetch_json(f"{url}/v1/adapters"))["data"]]
             if pid is None:
                 console.print("[yellow]Without --pid, memory and file descriptors are not watched.[/]")
-            soak = Soak(url, pid, options, console, Planner(adapters, options.seed), Tally())
-            return await soak.run()
+            planner = soak.Planner(adapters, options.seed)
+            return await Soak(url, pid, options, console, planner, soak.Tally()).run()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--minutes", type=float, default=3, help="length, with the warm-up (default: 3)")
-    add("--clients", type=int, default=32, help="requests at the same time (default: 32)")
-    add("--seed", type=int, default=0, help="of the random requests (default: 0)")
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    options = Options(__doc__)
+    add = options.add
+    options.number("minutes", 3, "length, with the warm-up")
+    options.count("clients", 32, "requests at the same time")
+    options.seed("the random requests")
     add("--url", default="", help="a running server on this machine (default: start one)")
     add("--pid", type=int, help="its process, to watch memory and file descriptors")
     add("--base", default="smollm2-135m-instruct", help="for a server of our own: as in `onebase serve`")
-    add("--adapters", type=int, default=8, help="for a server of our own: random adapters (default: 8)")
-    add("--slots", type=int, default=4, help="... and slots: fewer, so that adapters must wait (default: 4)")
-    add("--kv-memory", default="24MiB", help="... and KV cache: small, so that rows are preempted")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="... and CPU threads (default: all)")
-    add("--onebase-args", default="", metavar="ARGS", help="... and more options, in one string")
-    add("--hang", type=float, default=300, help="seconds after which a request counts as hung (default: 300)")
-    add("--settle", type=float, default=60, help="seconds that the server gets to become idle (default: 60)")
+    options.common("onebase-args")
     add(
         "--memory-bound",
         type=int,
         default=160,
         help="MiB that a process may grow by: oneDNN keeps up to 1024 kernels (default: 160)",
     )
-    add("--descriptor-slack", type=int, default=0, help="descriptors that may be added (default: 0)")
     add(
         "--canaries",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="require recorded answers to stay the same; they may not on CUDA without --deterministic",
     )
-    return parser
+    return options.parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 when nothing leaked and nothing went wrong, else 1."""
-    options = _parser().parse_args(argv)
+    """Return the exit status: 0 when nothing leaked and nothing went wrong, else 1."""
+    options = _parse(argv)
     end_on_signals()
     console = Console()
     try:
         problems = asyncio.run(_soak(options, console))
-    except (StartError, ContractError, HttpError, OSError, EOFError) as error:
+    except (StartError, soak.ContractError, HttpError, OSError, EOFError) as error:
         problems = [f"{type(error).__name__}: {error}"]
     for problem in problems:
         console.print(f"[bold red]FAILED[/] {escape(problem)}")

@@ -11,7 +11,6 @@ The suite comes with the source of the `jsonschema` package, which pip downloads
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -29,18 +28,20 @@ import jsonschema
 import jsonschema_specifications
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from tokenizers import Tokenizer
 
 from bench import machine
-from bench.engine_worker import load
+from bench.command import Options
+from bench.engines import load, load_tokenizer
 from bench.lora import make_adapters
-from onebase_engine.base.default_base import default_cache, fetch_default_base
+from bench.report import table
+from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.messages import AdapterRef, Grammar, Sampling, Submit
-from onebase_server.requests.json_schema import closed
-from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_format import ToolChoice, ToolDefinition
+from onebase_engine.user_cache import default_cache
+from onebase_server.inference.json_schema import closed
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tool_format import ToolChoice, ToolDefinition
 
 SUITE = "jsonschema==4.26.0"
 DRAFTS = {
@@ -79,7 +80,7 @@ class Case:
 
 
 def suite(folder: Path) -> list[Case]:
-    """All schemas of the suite but those of keywords that are optional."""
+    """Return all schemas of the suite but those of keywords that are optional."""
     archives = list(folder.glob("*.tar.gz"))
     if not archives:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ def suite(folder: Path) -> list[Case]:
 
 
 def corpus(folder: Path) -> list[Case]:
-    """All JSON files in a folder and those below it, each a schema."""
+    """Return all JSON files in a folder and those below it, each a schema."""
     cases = []
     for file in sorted(folder.rglob("*.json")):
         schema = json.loads(file.read_text("utf-8"))
@@ -111,7 +112,7 @@ def corpus(folder: Path) -> list[Case]:
 
 
 def speed(engine: Engine, prompt: list[int], grammar: Grammar | None, guided: int, least: int = 0) -> float:
-    """Tokens a second of ROWS rows over ADAPTERS adapters, the first `guided` of which follow the grammar.
+    """Return tokens a second of ROWS rows over ADAPTERS adapters, the first `guided` under the grammar.
 
     While all run: what a grammar forces comes several tokens a step, and fewer rows are slower a token.
 
@@ -203,72 +204,62 @@ def judged(case: Case, end: str, text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--schemas", type=int, default=1000, help="how many of them (default: 1000)")
-    parser.add_argument("--corpus", type=Path, help="a folder of schemas, such as data/ of JSONSchemaBench")
-    parser.add_argument("--tokens", type=int, default=200, help="of a text, at most (default: 200)")
-    parser.add_argument("--rounds", type=int, default=5, help="of the cost, in turns, 0: none (default: 5)")
-    parser.add_argument("--busy", action="store_true", help="measure although other processes compute")
-    options = parser.parse_args()
+    asked = Options(__doc__)
+    asked.count("schemas", 1000, "how many of them")
+    asked.add("--corpus", type=Path, help="a folder of schemas, such as data/ of JSONSchemaBench")
+    asked.count("tokens", 200, "of a text, at most")
+    asked.add("--rounds", type=int, default=5, help="of the cost, in turns, 0: none (default: 5)")
+    asked.common("busy")
+    options = asked.parser.parse_args()
     console = Console()
     machine.demand_quiet(options.busy, console)
     base = fetch_default_base()
-    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer = load_tokenizer(base)
     prompt = tokenizer.encode(PROMPT).ids
     with tempfile.TemporaryDirectory() as folder:
         adapters = {name: str(path) for name, path in make_adapters(base, Path(folder), ADAPTERS).items()}
-        engine = load(str(base), adapters, 16, 0)
+        engine = load(base, adapters, 16, 0)
     if options.rounds:
         show_cost(console, engine, base, prompt, options.rounds)
     cases = corpus(options.corpus) if options.corpus else suite(default_cache() / "json-schema-test-suite")
     chosen = random.Random(0).sample(cases, min(options.schemas, len(cases)))
     made = outcomes(engine, tokenizer, prompt, chosen, options.tokens)
-    found = made.found
-    table = Table("outcome", "schemas", title=f"{len(chosen)} of {len(cases)} schemas")
-    refused = {reason: count for reason, count in found.items() if reason.startswith("refused")}
-    for outcome in sorted(found.keys() - refused.keys(), key=lambda one: -found[one]):
-        table.add_row(outcome, str(found[outcome]))
-    table.add_row("refused", str(sum(refused.values())))
-    console.print(table)
+    refused = Counter({end: count for end, count in made.found.items() if end.startswith("refused")})
+    rows = [[end, str(count)] for end, count in (made.found - refused).most_common()]
+    rows.append(["refused", str(refused.total())])
+    console.print(table(["outcome", "schemas"], rows, f"{len(chosen)} of {len(cases)} schemas"))
     rate = made.tokens / made.seconds
     console.print(f"{made.tokens} tokens, {rate:.0f} a second with compiling, up to 32 rows at once")
     for text in made.wrong:
         console.print(text, highlight=False, markup=False)
-    for reason, count in sorted(refused.items(), key=lambda item: -item[1])[:10]:
+    for reason, count in refused.most_common(10):
         console.print(f"{count:5} {reason}", highlight=False)
 
 
 def show_cost(console: Console, engine: Engine, base: Path, prompt: list[int], rounds: int) -> None:
     schema = Grammar("json_schema", json.dumps(ENDLESS))
-    calls = {choice: tools(base, choice) for choice in ("auto", "required")}
+    auto, call = tools(base, "auto"), tools(base, "required")
+    half, kept = ROWS // 2, "none, with min_tokens"
     # Rows with tools may end at any time: they are compared with others that are kept from it alike.
     cases: dict[str, tuple[str, Grammar | None, int, int]] = {
         "none": ("none", None, 0, 0),
-        f"{ROWS // 2} of {ROWS} under a schema": ("none", schema, ROWS // 2, 0),
+        f"{half} of {ROWS} under a schema": ("none", schema, half, 0),
         f"{ROWS} of {ROWS} under a schema": ("none", schema, ROWS, 0),
-        f"{ROWS} of {ROWS} in a call of a tool": ("none", calls["required"], ROWS, 0),
-        "none, with min_tokens": ("none, with min_tokens", None, 0, TOKENS),
-        f"{ROWS // 2} of {ROWS} with tools, in text": (
-            "none, with min_tokens",
-            calls["auto"],
-            ROWS // 2,
-            TOKENS,
-        ),
-        f"{ROWS} of {ROWS} with tools, in text": ("none, with min_tokens", calls["auto"], ROWS, TOKENS),
+        f"{ROWS} of {ROWS} in a call of a tool": ("none", call, ROWS, 0),
+        kept: (kept, None, 0, TOKENS),
+        f"{half} of {ROWS} with tools, in text": (kept, auto, half, TOKENS),
+        f"{ROWS} of {ROWS} with tools, in text": (kept, auto, ROWS, TOKENS),
     }
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for _, grammar, guided, least in cases.values():
-        speed(engine, prompt, grammar, guided, least)
-    for _ in track(range(rounds), "cost", console=Console(stderr=True)):
+    for number in track(range(rounds + 1), "cost", console=Console(stderr=True)):
         for name, (_, grammar, guided, least) in cases.items():
-            times[name].append(speed(engine, prompt, grammar, guided, least))
-    table = Table("rows", "tokens/s", "to none", title=f"{ROWS} rows over {ADAPTERS} adapters")
+            measured = speed(engine, prompt, grammar, guided, least)
+            times[name] += [measured] if number else []  # the first round compiles
+    rows = []
     for name, found in times.items():
         ratios = [one / plain for one, plain in zip(found, times[cases[name][0]], strict=True)]
-        table.add_row(name, f"{statistics.median(found):.0f}", f"{statistics.median(ratios):.3f}")
-    console.print(table)
+        rows.append([name, f"{statistics.median(found):.0f}", f"{statistics.median(ratios):.3f}"])
+    console.print(table(["rows", "tokens/s", "to none"], rows, f"{ROWS} rows over {ADAPTERS} adapters"))
 
 
 def tools(base: Path, choice: ToolChoice) -> Grammar:

@@ -11,15 +11,18 @@ import asyncio
 import os
 import signal
 import socket
+import sqlite3
 import sys
 import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
+import sqlalchemy
 from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
@@ -27,7 +30,10 @@ from rich.panel import Panel
 from rich.text import Text
 
 from onebase import APIConnectionError, APITimeoutError, AsyncClient, OneBaseError
-from onebase_engine.base.default_base import default_cache
+from onebase_adapters.registry import RegistryBusyError, RegistryError, RegistryFullError
+from onebase_adapters.registry.database import Database
+from onebase_adapters.registry.tables import Table
+from onebase_engine.user_cache import default_cache
 
 DATA = default_cache() / "demo"
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
@@ -103,6 +109,7 @@ async def demo(options: argparse.Namespace, console: Console) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     adapters = find_adapters()
+    set_aside_if_unusable(DATA, console)
     async with running_server(adapters, choose_port(options.port, console), console) as server:
         finished = await until_stopped(show(server, adapters, options, console), stop, server)
         if finished and not options.once:
@@ -115,6 +122,50 @@ def find_adapters() -> list[Path]:
     if not folders:
         raise DemoError(f"no adapter found in {ADAPTERS}; is this clone complete?")
     return folders
+
+
+def set_aside_if_unusable(data: Path, console: Console) -> None:
+    """Rename the data of earlier runs if another version of OneBase wrote it: this run makes it anew.
+
+    Raises:
+        DemoError: a server of that version is using it.
+    """
+    registry = data / "registry.db"
+    if not registry.exists() or is_usable(registry):
+        return
+    try:
+        with closing(sqlite3.connect(registry, timeout=1)) as connection:
+            connection.execute("PRAGMA journal_mode=DELETE")  # which nobody else may use meanwhile
+    except sqlite3.OperationalError:
+        raise DemoError(f"another version of OneBase is using {data}. Stop that one first.") from None
+    except sqlite3.DatabaseError:
+        pass  # it is no database at all
+    aside = next(path for path in (data.with_name(f"{data.name}-{n}") for n in count(1)) if not path.exists())
+    data.rename(aside)
+    console.print(
+        f"{data} was written by another version of OneBase. The demo keeps nothing there that it does not "
+        f"make anew, so it begins an empty one; what was there is now in {aside}, to be deleted at will.",
+        soft_wrap=True,
+    )
+
+
+def is_usable(registry: Path) -> bool:
+    """Return True if this version can read a registry, which it brings to its own tables."""
+    database = Database(f"sqlite:///{registry}")
+    try:
+        database.migrate()
+        with database.errors("reading its tables"):
+            found = sqlalchemy.inspect(database.engine)
+            names = found.get_table_names()
+            has = {name: {column["name"] for column in found.get_columns(name)} for name in names}
+    except (RegistryBusyError, RegistryFullError):
+        return True  # the server says what is wrong
+    except RegistryError:
+        return False
+    finally:
+        database.close()
+    tables = Table.metadata.tables.values()
+    return all({column.name for column in table.columns} <= has.get(table.name, set()) for table in tables)
 
 
 def choose_port(wanted: int, console: Console) -> int:

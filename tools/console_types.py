@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from onebase_server.app.settings import Settings
+from onebase_edge.settings import Settings
 from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
 

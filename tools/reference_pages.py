@@ -25,8 +25,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("engine", "server", "adapters", "clients/python")]
 
+from onebase_edge.settings import Settings, environment_name, setting_fields  # noqa: E402
 from onebase_server.app.cli import serve_parser  # noqa: E402
-from onebase_server.app.settings import Settings, environment_name, setting_fields  # noqa: E402
 from onebase_server.http.app import create_app  # noqa: E402
 from onebase_server.http.authorization import access_of  # noqa: E402
 from onebase_server.http.deps import Services  # noqa: E402

@@ -16,7 +16,7 @@ from torch import nn
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import Quantization, estimate_memory
 from onebase_training.attention import SHORT
-from onebase_training.objectives import CHUNK
+from onebase_training.losses import CHUNK
 from onebase_training.recipe import Recipe, RecipeError
 from onebase_training.trainable import target_layers
 

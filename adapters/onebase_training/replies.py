@@ -26,7 +26,7 @@ from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import AdapterRef, Sampling, SequenceOutput, Submit
 from onebase_engine.engine.model import Outputs, ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
-from onebase_engine.lora.weights import AdapterWeights
+from onebase_engine.kernels.weights import AdapterWeights
 from onebase_training import events
 from onebase_training.data.dataset import Dataset
 from onebase_training.data.tokens import dated_tokenizer

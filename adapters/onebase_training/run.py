@@ -56,7 +56,7 @@ from onebase_training.data.row_store import map_rows, rows_key, write_rows
 from onebase_training.data.tokens import asks_for_date, reply_decoder
 from onebase_training.estimate import Estimate, estimate, measured_rate
 from onebase_training.events import Gate, Interrupted, LastStep, Listen
-from onebase_training.loop import ProcessGroup, Scores, Trainer, TrainingDivergedError
+from onebase_training.loop import Scores, Trainer, TrainingDivergedError
 from onebase_training.objectives import make_objective
 from onebase_training.parent import (
     ActiveVersion,
@@ -65,6 +65,7 @@ from onebase_training.parent import (
     check_parent,
     why_not_comparable,
 )
+from onebase_training.processes import ProcessGroup
 from onebase_training.recipe import (
     AUTO_EVAL_SPLIT,
     MODEL,
@@ -129,13 +130,14 @@ class Data:
     are for people.
 
     given: rows of a file of held-out data; 0 if there was none. key: of the rows in the job's folder; None if
-    they cannot be stored there. kept: whether they are mapped from there.
+    they cannot be stored there. kept: whether they are mapped from there. tokenizer: the base's.
     """
 
     train: Dataset
     held_out: Dataset | None
     train_name: str
     held_out_name: str
+    tokenizer: Any
     given: int = 0
     key: str | None = None
     kept: bool = False
@@ -307,7 +309,7 @@ class PlannedRun:
 
     def _measuring_of(self, trainable: Trainable) -> Measuring:
         job, recipe, data = self._job, self._plan.recipe, self._plan.data
-        tokenizer, rest = load_tokenizer(job.base), (data.held_out, job.folder, self._listen, self._gate)
+        tokenizer, rest = data.tokenizer, (data.held_out, job.folder, self._listen, self._gate)
         if trainable.labels:
             return Classifying(trainable, tokenizer, recipe, data.train, *rest)
         return Measuring(trainable, tokenizer, recipe, *rest)
@@ -639,7 +641,7 @@ def read_data(
     rows = _read_rows(job, tokenizer, files, on_progress)
     if key != _rows_key(job, files):
         key = None  # a file was written to while it was read
-    return _data(job, rows, key, kept=False)
+    return _data(job, rows, tokenizer, key, kept=False)
 
 
 _TRAIN, _HELD_OUT = "train", "held_out"
@@ -648,15 +650,18 @@ _TRAIN, _HELD_OUT = "train", "held_out"
 def _kept_data(job: TrainingRequest, key: str | None, tokenizer: Any) -> Data | None:
     """Return the rows that `keep_rows` stored under this key, or None."""
     rows = None if key is None else map_rows(job.folder / _ROWS, key, reply_decoder(tokenizer))
-    return None if rows is None else _data(job, rows, key, kept=True)
+    return None if rows is None else _data(job, rows, tokenizer, key, kept=True)
 
 
-def _data(job: TrainingRequest, rows: Mapping[str, Dataset], key: str | None, *, kept: bool) -> Data:
+def _data(
+    job: TrainingRequest, rows: Mapping[str, Dataset], tokenizer: Any, key: str | None, *, kept: bool
+) -> Data:
     held_out, name = rows.get(_HELD_OUT), job.names[0] or Path(job.train).name
     if job.held_out is None or held_out is None:
-        return Data(rows[_TRAIN], held_out, name, f"held out of {name}", key=key, kept=kept)
-    held_out_name = job.names[1] or Path(job.held_out).name
-    return Data(rows[_TRAIN], held_out, name, held_out_name, len(held_out), key, kept)
+        held_out_name, given = f"held out of {name}", 0
+    else:
+        held_out_name, given = job.names[1] or Path(job.held_out).name, len(held_out)
+    return Data(rows[_TRAIN], held_out, name, held_out_name, tokenizer, given, key, kept)
 
 
 def _read_rows(

@@ -16,12 +16,12 @@ from onebase_adapters.format.config import AdapterFormatError, Task
 from onebase_adapters.proof.extract import extract
 from onebase_adapters.proof.loader import classifier_with
 from onebase_engine.base.view import peft_view
-from onebase_engine.lora.weights import HEAD, AdapterWeights, Head, SavedModule
+from onebase_engine.kernels.weights import HEAD, AdapterWeights, Head, SavedModule
 from onebase_training.attention import PackedAttention, UnsupportedTrainingError
 from onebase_training.batches import MicroBatch, Packed
 from onebase_training.events import Gate
 from onebase_training.kernels import fuse, fuse_gates, fuse_norms, fuse_rotations
-from onebase_training.objectives import token_losses
+from onebase_training.losses import token_losses
 from onebase_training.parent import Parent, copied, load_parent, load_version
 from onebase_training.recipe import Recipe, RecipeError, decided
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from bench import machine
-from bench.processes import StartError
-from bench.report import percentile
-from bench.stream import DONE, HttpError, request
-from bench.targets import HttpSession, OneBaseTarget, Setup
+from bench import targets
+from bench.report import markdown, percentile, table, write
+from bench.stream import stream_times
+from bench.targets import FAILURES, HttpSession, Setup
 from bench.workload import Prompts
 from onebase import Client, OneBaseError, TrainingJob
 
@@ -69,8 +66,18 @@ class Beside:
     steps_beside: float
 
     @property
-    def equal_texts(self) -> int:
-        return sum(a == b for a, b in zip(self.alone.texts, self.with_job.texts, strict=True))
+    def cells(self) -> list[str]:
+        """Return the cells of COLUMNS; times in ms."""
+        parts = self.alone, self.with_job
+        equal = sum(a == b for a, b in zip(self.alone.texts, self.with_job.texts, strict=True))
+        return [
+            f"{self.share:g}",
+            *(f"{median(part.gaps) * 1e3:.0f}" for part in parts),
+            *(f"{percentile(part.gaps, 0.99) * 1e3:.0f}" for part in parts),
+            f"{self.steps_idle:.2f}",
+            f"{self.steps_beside:.2f}",
+            f"{equal} of {len(self.alone.texts)}",
+        ]
 
 
 async def beside(setup: Setup, share: float, load: Load, prompts: Prompts, data: Path, log: Path) -> Beside:
@@ -78,8 +85,7 @@ async def beside(setup: Setup, share: float, load: Load, prompts: Prompts, data:
 
     Raises StartError, HttpError, TimeoutError.
     """
-    target = OneBaseTarget(setup, ["--train-share", str(share)])
-    async with target.start(log) as session:
+    async with targets.onebase(setup, log, ["--train-share", str(share)]) as session:
         await serve(session, Load(load.streams, 1, 8), prompts)
         alone = await serve(session, load, prompts)
         with Client(session.url, timeout=600) as client:
@@ -106,41 +112,20 @@ async def beside(setup: Setup, share: float, load: Load, prompts: Prompts, data:
 
 async def serve(session: HttpSession, load: Load, prompts: Prompts) -> Served:
     """Send the load to the base; the same prompts each time."""
+    gaps, texts = list[float](), dict[tuple[int, int], str]()
 
-    async def one(stream: int) -> list[tuple[list[float], str]]:
-        return [
-            await _stream(session, prompts.make("beside", stream, number), load.tokens)
-            for number in range(load.requests)
-        ]
+    async def stream(number: int) -> None:
+        for turn in range(load.requests):
+            prompt = prompts.make("beside", number, turn)
+            payload = {"model": session.base_model, "prompt": prompt, "max_tokens": load.tokens}
+            payload |= {"temperature": 0, "ignore_eos": True, "stream": True}
+            pieces = [piece async for piece in stream_times(session.url, payload)]
+            gaps.extend(after - before for (before, _), (after, _) in pairwise(pieces))
+            texts[number, turn] = "".join(text for _, text in pieces)
 
     started = time.perf_counter()
-    streams = await asyncio.gather(*(one(stream) for stream in range(load.streams)))
-    seconds = time.perf_counter() - started
-    answers = [answer for answers in streams for answer in answers]
-    return Served([gap for gaps, _ in answers for gap in gaps], [text for _, text in answers], seconds)
-
-
-async def _stream(session: HttpSession, prompt: str, tokens: int) -> tuple[list[float], str]:
-    payload = {
-        "model": session.base_model,
-        "prompt": prompt,
-        "max_tokens": tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    times, text = [], ""
-    async with request(f"{session.url}/v1/completions", "POST", payload) as response:
-        if response.status != 200:
-            raise HttpError(response.status, (await response.body()).decode(errors="replace"))
-        async for event in response.events():
-            if event == DONE:
-                break
-            pieces = [choice.get("text") for choice in json.loads(event).get("choices", ())]
-            if any(pieces):
-                times.append(time.perf_counter())
-                text += "".join(piece for piece in pieces if piece)
-    return [after - before for before, after in pairwise(times)], text
+    await asyncio.gather(*(stream(number) for number in range(load.streams)))
+    return Served(gaps, [texts[key] for key in sorted(texts)], time.perf_counter() - started)
 
 
 async def _step(job: TrainingJob) -> int:
@@ -173,52 +158,28 @@ def measure_beside(
     logs: Path,
     console: Console,
 ) -> dict[float, Beside]:
-    """Share by share; one that fails is left out, and told."""
+    """Measure share by share; one that fails is left out, and reported."""
     found = {}
     for share in shares:
         console.print(f"serving beside a job: [bold]--train-share {share:g}[/]")
         log = logs / f"serve-{share:g}.log"
         try:
             found[share] = asyncio.run(beside(setup, share, load, prompts, data, log))
-        except (StartError, HttpError, OneBaseError, OSError, EOFError, TimeoutError, ValueError) as error:
+        except (*FAILURES, OneBaseError) as error:
             console.print(f"[red]failed: {type(error).__name__}:[/]", error)
     return found
 
 
 def write_beside(
-    found: Mapping[float, Beside], load: Load, described: dict[str, Any], folder: Path, console: Console
+    found: Sequence[Beside],
+    load: Load,
+    options: argparse.Namespace,
+    described: dict[str, Any],
+    console: Console,
 ) -> None:
-    """Prints the table; writes beside.json and beside.md."""
-    rows = beside_rows(list(found.values()))
-    table = Table(title=f"serving beside a job, {load.streams} streams, times in ms", box=SIMPLE_HEAD)
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    folder.mkdir(parents=True, exist_ok=True)
-    result = {"machine": described, "load": asdict(load), "shares": [asdict(one) for one in found.values()]}
-    (folder / "beside.json").write_text(json.dumps(result, indent=1))
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " ---: |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    (folder / "beside.md").write_text(machine.sentence(described) + "\n\n" + "\n".join(lines) + "\n")
-    console.print(f"Written: {folder / 'beside.json'}, {folder / 'beside.md'}")
-
-
-def beside_rows(found: Sequence[Beside]) -> list[list[str]]:
-    """Cells of COLUMNS; times in ms."""
-    return [
-        [
-            f"{one.share:g}",
-            *(_shown(median(part.gaps)) for part in (one.alone, one.with_job)),
-            *(_shown(percentile(part.gaps, 0.99)) for part in (one.alone, one.with_job)),
-            f"{one.steps_idle:.2f}",
-            f"{one.steps_beside:.2f}",
-            f"{one.equal_texts} of {len(one.alone.texts)}",
-        ]
-        for one in found
-    ]
-
-
-def _shown(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f}"
+    """Print the table; write beside.json and beside.md."""
+    rows = [one.cells for one in found]
+    title = f"serving beside a job, {load.streams} streams, times in ms"
+    console.print(table(COLUMNS, rows, title, left=0))
+    content = {"load": asdict(load), "shares": [asdict(one) for one in found]}
+    write("beside", options, described, content, markdown(COLUMNS, rows, left=0), console)

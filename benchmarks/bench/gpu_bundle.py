@@ -92,7 +92,7 @@ def write_bundle(
 
 
 def _sources(root: Path) -> Iterator[str]:
-    """Tracked files and new ones, as they are now."""
+    """Yield tracked files and new ones, as they are now."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in sorted(filter(None, listed.split("\0"))):
@@ -101,7 +101,7 @@ def _sources(root: Path) -> Iterator[str]:
 
 
 def _write(root: Path, file: Path, files: Sequence[str], wheels: Sequence[Path]) -> int:
-    """Bytes of the file that was written."""
+    """Write the file, and return its bytes."""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.encode()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def _collect(folder: Path, roots: Sequence[str], pythons: Sequence[str]) -> list
 
 
 def _closure(roots: Sequence[str], lacking: list[str]) -> list[metadata.Distribution]:
-    """The installed distributions of these names and what they need, but for what is there with torch."""
+    """Return the installed distributions of these names and what they need, but for what torch brings."""
     from packaging.requirements import Requirement
 
     def walk(names: Sequence[str], known: dict[str, metadata.Distribution], without: set[str]) -> None:
@@ -165,7 +165,7 @@ def _closure(roots: Sequence[str], lacking: list[str]) -> list[metadata.Distribu
 
 
 def _pack(distribution: metadata.Distribution, file: Path) -> None:
-    """A wheel of the files that are installed, without those that are of no use there."""
+    """Write a wheel of the files that are installed, without those that are of no use there."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as wheel:
         for path in distribution.files or ():
             name = path.as_posix()

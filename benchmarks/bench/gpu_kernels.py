@@ -17,15 +17,15 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from bench import random_base as bases
-from bench.gpu_parts import BLOCK, bandwidth, own_kernels, variants
+from bench.gpu_parts import BLOCK, bandwidth, own_kernels
 from bench.gpu_report import Findings, Setup, run_part
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.kernels.cuda import CaptureError, CudaKernels
 from onebase_engine.kernels.interface import Contexts, Kernels, LayerCache, RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.kernels.weights import LoraWeights
 from onebase_training import kernels as training
-from onebase_training import objectives
+from onebase_training import losses
 
 EPS = torch.finfo(torch.bfloat16).eps
 NOBODY = RowMap()
@@ -72,7 +72,7 @@ class Stopwatch:
 
 
 def rows_of(count: int, slots: int) -> RowMap:
-    """Row i has slot i of `slots`, again from the first."""
+    """Return a map in which row i has slot i of `slots`, again from the first."""
     groups: dict[int, list[int]] = {}
     for row in range(count):
         groups.setdefault(row % slots, []).append(row)
@@ -100,7 +100,6 @@ def kernels(setup: Setup, found: Findings) -> None:
     found.trying("a norm", _norm, setup, found, own, products.watch, draw)
     if not setup.interpreted:
         found.trying("training's kernels", _trained, found, products.watch, draw, hidden)
-        found.figure("forms of the kernels that were compiled or loaded", variants())
 
 
 class Products:
@@ -161,12 +160,12 @@ class Products:
 
 
 def _beside_floor(taken: float | None, floor: float) -> tuple[float | None, float | None]:
-    """The floor, and how many times it was taken; nothing where nothing is timed."""
+    """Return the floor, and how many times it was taken; nothing where nothing is timed."""
     return (None, None) if taken is None else (floor, taken / floor)
 
 
 def _exact_weight(layer: Any) -> torch.Tensor:
-    """[out, in] bf16, as bitsandbytes unpacks it."""
+    """Return the weight [out, in] in bf16, as bitsandbytes unpacks it."""
     if type(layer) is torch.nn.Linear:
         return layer.weight
     from bitsandbytes.functional import dequantize_4bit
@@ -265,8 +264,8 @@ def _attention(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, pe
 
 
 def contexts(lengths: Sequence[int], counts: Sequence[int]) -> Contexts:
-    """The last `counts[i]` rows of contexts of `lengths[i]` tokens, whose blocks lie one in front of the
-    other, the last first."""
+    """Return the last `counts[i]` rows of contexts of `lengths[i]` tokens, whose blocks lie one in front of
+    the other, the last first."""
     width = max(-(-length // BLOCK) for length in lengths)
     table = np.zeros((len(lengths), width), dtype=np.int32)
     first = RESERVED_BLOCKS
@@ -290,7 +289,7 @@ def _trained(found: Findings, watch: Stopwatch, draw: torch.Generator, size: int
         trials = {
             "products by parts": training._has_products_by_parts(draw.device),
             "parts of matrices": training._tried_splitter(draw.device) is not None,
-            "loss": objectives._tried_kernels(draw.device) is not None,
+            "loss": losses._tried_kernels(draw.device) is not None,
             "norms": training.fuse_norms(layer) == 2,
             "gates": training.fuse_gates(layer) == 1,
             "rotary embeddings": training.fuse_rotations(layer) == 1,

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from bench import random_base as bases
 from bench.gpu_report import NOT_BUILT, Findings, Setup, run_part
+from bench.lora import ATTENTION
 from onebase_engine.base.load import base_bytes
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine import messages as protocol
@@ -41,7 +42,7 @@ from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.reference import ReferenceKernels
-from onebase_engine.lora.weights import weights_bytes
+from onebase_engine.kernels.weights import weights_bytes
 from onebase_server.processes.engine import sizes
 
 NEEDED = ("numpy", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "msgspec", "safetensors")
@@ -80,7 +81,7 @@ def machine(setup: Setup, found: Findings) -> None:
 
 
 def compiler() -> str | None:
-    """The C compiler that Triton takes: what CC names, else gcc or clang, and no cc."""
+    """Return the C compiler that Triton takes: what CC names, else gcc or clang, and no cc."""
     told = os.environ.get("CC")
     return shutil.which("gcc") or shutil.which("clang") if told is None else shutil.which(told)
 
@@ -96,7 +97,7 @@ def _driver() -> str:
 
 
 def own_kernels(setup: Setup, found: Findings) -> Kernels:
-    """The kernels in Triton, and whether they pass their trial."""
+    """Return the kernels in Triton, and check whether they pass their trial."""
     from onebase_engine.kernels import cuda
 
     if setup.interpreted:
@@ -125,20 +126,8 @@ def finish(setup: Setup) -> None:
         torch.cuda.synchronize()
 
 
-def variants() -> int:
-    """Return how many forms of its kernels Triton has compiled or loaded in this process: one for each kind
-    of sizes that it meets. Some step waits for each of them."""
-    from onebase_engine.kernels import cuda
-
-    count = 0
-    with contextlib.suppress(Exception):  # no part of Triton's interface
-        for kernel in vars(cuda).values():
-            count += sum(len(caches[0]) for caches in getattr(kernel, "device_caches", {}).values())
-    return count
-
-
 def bandwidth(setup: Setup) -> float:
-    """Bytes a second, read and written, of a large copy."""
+    """Return the bytes a second, read and written, of a large copy."""
     size = 1 << 31 if setup.device == "cuda" else 1 << 22
     source = torch.ones(size, dtype=torch.uint8, device=setup.device)
     target = torch.empty_like(source)
@@ -184,14 +173,14 @@ def counted(number: int, noun: str) -> str:
 
 
 def words(setup: Setup, count: int, seed: int) -> list[int]:
-    """A prompt."""
+    """Return a random prompt of so many tokens."""
     most = bases.SHAPES[setup.shape]["vocab_size"]
     drawn: list[int] = np.random.default_rng(seed).integers(3, most, count).tolist()
     return drawn
 
 
 def new_base(setup: Setup) -> torch.nn.Module:
-    """The random base, on its device; its folder is `base` in the part's own."""
+    """Return the random base, on its device; its folder is `base` in the part's own."""
     folder = bases.write_folder(setup.shape, setup.folder / "base").folder
     return bases.random_base(folder, torch.device(setup.device))
 
@@ -200,7 +189,7 @@ def make_engine(
     setup: Setup, base: torch.nn.Module, kernels: Kernels | None, *, blocks: int, slots: int = 4,
     step_tokens: int = 2048, block: int = BLOCK, host_blocks: int = 0,
 ) -> Engine:  # fmt: skip
-    """An engine as a server has it, for the kernels given; None: those that suit the device."""
+    """Return an engine as a server has it, for the kernels given; None: those that suit the device."""
     limits = SchedulerLimits(64, step_tokens, bases.SHAPES[setup.shape]["max_position_embeddings"])
     model = ServedModel(base, slots, kernels=kernels)
     return Engine(
@@ -216,7 +205,7 @@ def make_engine(
 
 
 def serve(engine: Engine, asked: Sequence[Asked], apart: int = 2) -> dict[str, list[protocol.ScoredToken]]:
-    """All requests, `apart` more before each step: tokens with logprobs, floats as they are.
+    """Serve all requests, `apart` more before each step; return tokens with logprobs, floats as they are.
 
     Raises RuntimeError for a request that ends by an error.
     """
@@ -296,7 +285,7 @@ SMALL = (Load(1, 1, "f"), Load(3, 2))
 
 
 def engine(setup: Setup, found: Findings) -> None:
-    """Steps of 1, 16 and 64 decodes: launches, syncs, time, tokens a second, part of the bandwidth."""
+    """Measure steps of 1, 16 and 64 decodes: launches, syncs, time, tokens/s, part of the bandwidth."""
     kernels = own_kernels(setup, found)
     began = time.perf_counter()
     base = new_base(setup)
@@ -317,7 +306,7 @@ def engine(setup: Setup, found: Findings) -> None:
     rank = 4 if setup.interpreted else 16
     sizes: dict[str, int] = {}
     for name in {name for load in loads for name in load.names}:
-        targets = bases.ATTENTION if name.startswith("a") else bases.ALL_LINEAR
+        targets = ATTENTION if name.startswith("a") else bases.ALL_LINEAR
         weights = bases.random_adapter(base, rank, int(name[1:]), targets)
         running.put_adapter(name, weights)
         sizes[name] = weights_bytes(weights)
@@ -329,8 +318,6 @@ def engine(setup: Setup, found: Findings) -> None:
         for graphs in (True, False) if running.model._graphs is not None else (False,):
             found.trying(load.title, measured.measure, load, bytes_read, graphs)
             measured.clear()
-    if not setup.interpreted:
-        found.figure("forms of the kernels that were compiled or loaded", variants())
     for place, count in measured.places.most_common(12):
         found.figure(f"syncs at {place}", count, "in four steps of each load")
     length = 20 if setup.interpreted else 2048
@@ -497,7 +484,7 @@ def _profiled(setup: Setup, running: Engine, found: Findings) -> tuple[float | N
 
 
 def invariance(setup: Setup, found: Findings) -> None:
-    """Tokens and logprobs of each row, to the last bit: in company, alone, in other chunks, preempted."""
+    """Compare tokens and logprobs of each row to the last bit: in company, alone, in chunks, preempted."""
     kernels = own_kernels(setup, found)
     used = kernels if setup.interpreted else None
     base = new_base(setup)
@@ -569,7 +556,7 @@ def invariance(setup: Setup, found: Findings) -> None:
 
 
 def _of(one: Asked, tenant: str) -> Asked:
-    """The same, of a tenant that has no prefixes yet."""
+    """Return the same, of a tenant that has no prefixes yet."""
     return replace(one, tenant=tenant)
 
 
@@ -611,7 +598,7 @@ def memory(setup: Setup, found: Findings) -> None:
 
 
 def _sized(setup: Setup, found: Findings, base: torch.nn.Module) -> None:
-    """The largest step measured, the rest given to the KV cache; then rows decode next to a long prompt."""
+    """Measure the largest step, give the rest to the KV cache; then decode rows next to a long prompt."""
     small, device = setup.interpreted, torch.device(setup.device)
     if small:
         # As if it were a GPU's: of this machine's memory others may take any part.
@@ -669,7 +656,7 @@ def _make_short(setup: Setup, found: Findings, running: Engine) -> Callable[[], 
 
 
 def peft(setup: Setup, found: Findings) -> None:
-    """transformers' `generate` with PEFT on the same random base: what the engine's figures stand beside."""
+    """Run transformers' `generate` with PEFT on the same base: what the engine's figures stand beside."""
     from peft import PeftModel
 
     shutil.rmtree(setup.folder / "adapters", ignore_errors=True)

@@ -1,14 +1,12 @@
 """The parts of the GPU check in which other processes share the engine's base.
 
-`python -m bench.gpu_processes NAME FILE SETUP` is a part; with the name `host` it is the engine beside which
-the others work: it serves the same rows again and again, and tells how long its steps take.
+`python -m bench.gpu_processes NAME FILE SETUP` is a part.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import queue
 import re
@@ -18,26 +16,28 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench import random_base as bases
 from bench.gpu_parts import BLOCK, Asked, make_engine, serve, words
 from bench.gpu_report import Findings, NotHereError, Setup, run_part
-from bench.report import percentile
+from bench.processes import tail
+from bench.worker import Worker, started
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.store.store import Store
+from onebase_edge.background import Threads
 from onebase_engine.base.attach import publish
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.machine import free_memory
-from onebase_server.background import Threads
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TRAINER_COMMAND, Died, TrainerClient
 from onebase_server.processes.trainer_protocol import Check, FilesChecked, Train, Trained, TrainJob
@@ -64,145 +64,120 @@ TESTS = (
 # ---- the engine beside which the others work ------------------------------------------------------
 
 
-def host(setup: Setup, base_fd: int | None) -> None:
-    """Publish a random base and serve on it, until told `end`. A line in for each phase that begins, a line
-    out with the steps of the one before it."""
-    commands: queue.SimpleQueue[str] = queue.SimpleQueue()
+def host(device: str, shape: str, folder: str, base_fd: int | None) -> Callable[[str], dict[str, Any]]:
+    """Publish a random base and serve on it, again and again: a worker's function.
 
-    def listen() -> None:
-        for line in sys.stdin:
-            commands.put(line.strip())
-        commands.put("end")
-
-    base = bases.random_base(setup.folder / "base", torch.device(setup.device))
+    Returns what begins a phase and gives the steps of the one before it.
+    """
+    setup = Setup(device, shape, Path(folder))
+    base = bases.random_base(setup.folder / "base", torch.device(device))
     manifest = publish(base, base_fd)
     rows, prompt, tokens = (2, 4, 4) if setup.interpreted else (16, 100, 100)
     blocks = RESERVED_BLOCKS + 8 + rows * (-(-(prompt + tokens) // BLOCK) + 1)
-    running = make_engine(setup, base, None, blocks=blocks, slots=8)
+    engine = make_engine(setup, base, None, blocks=blocks, slots=8)
     for number in range(2 if setup.interpreted else 8):
-        running.put_adapter(f"a{number}", bases.random_adapter(base, 4 if setup.interpreted else 16, number))
-    names = sorted(running.versions.weights)
+        engine.put_adapter(f"a{number}", bases.random_adapter(base, 4 if setup.interpreted else 16, number))
+    names = sorted(engine.versions.weights)
     asked = [
         Asked(str(row), words(setup, prompt, row), tokens, ((names[row % len(names)], 1.0),), logprobs=None)
         for row in range(rows)
     ]
-    serve(running, [replace(one, tokens=4) for one in asked], len(asked))  # compiles, and fills slots
-    texts: dict[str, Any] = {}
-    first: dict[str, Any] = {}
-    seconds: list[float] = []
-    rounds = wrong = made = 0
-    phase = "start"
-    threading.Thread(target=listen, daemon=True).start()
-    ready = {"manifest": manifest.hex(), "kernels": running.model.kernels.name}
-    print(json.dumps(ready | {"load": f"{rows} rows, {len(names)} adapters"}), flush=True)
-    while True:
-        if not running.busy:
-            first = first or texts
-            rounds, wrong = rounds + bool(texts), wrong + (texts != first)
-            texts = {one.name: [] for one in asked}
-            for one in asked:
-                running.submit(one.message())
-        began = time.perf_counter()
-        running.step()
-        seconds.append(time.perf_counter() - began)
-        for output in running.take_outputs():
-            texts[output.id] += [output.error_message] if output.error_message else output.tokens
-            made += len(output.tokens)
-        with contextlib.suppress(queue.Empty):
-            command = commands.get_nowait()
-            told = {"phase": phase, "steps": len(seconds), "rounds": rounds, "wrong": wrong, "tokens": made}
-            told |= {"seconds": sum(seconds), "p50": median(seconds), "p99": percentile(seconds, 0.99)}
-            print(json.dumps(told | {"longest": max(seconds)}), flush=True)
-            seconds, phase, rounds, wrong, made = [], command, 0, 0, 0
-            running.check_base()
-            if command == "end":
-                return
+    serve(engine, [replace(one, tokens=4) for one in asked], len(asked))  # compiles, and fills slots
+    phases: queue.SimpleQueue[str] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def begin(phase: str) -> dict[str, Any]:
+        phases.put(phase)
+        return ended.get()
+
+    def serving() -> None:
+        texts: dict[str, Any] = {}
+        first: dict[str, Any] = {}
+        seconds: list[float] = []
+        rounds = wrong = made = 0
+        phase = ""
+        about = {"manifest": manifest.hex(), "kernels": engine.model.kernels.name}
+        about["load"] = f"{rows} rows, {len(names)} adapters"
+        while True:
+            if not engine.busy:
+                first = first or texts
+                rounds, wrong = rounds + bool(texts), wrong + (texts != first)
+                texts = {one.name: [] for one in asked}
+                for one in asked:
+                    engine.submit(one.message())
+            began = time.perf_counter()
+            engine.step()
+            seconds.append(time.perf_counter() - began)
+            for output in engine.take_outputs():
+                texts[output.id] += [output.error_message] if output.error_message else output.tokens
+                made += len(output.tokens)
+            if not phases.empty():
+                engine.check_base()
+                counts = {"steps": len(seconds), "rounds": rounds, "wrong": wrong, "tokens": made}
+                p50, p99 = np.percentile(seconds, (50, 99))
+                times = {"p50": p50, "p99": p99, "longest": max(seconds), "seconds": sum(seconds)}
+                ended.put({"phase": phase, **about, **counts, **times})
+                seconds, phase, rounds, wrong, made = [], phases.get(), 0, 0, 0
+
+    def serving_or_none() -> None:
+        try:
+            serving()
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+
+    threading.Thread(target=serving_or_none, daemon=True).start()
+    return begin
 
 
 class Host:
-    """The engine's process, from the outside."""
+    """The engine's process, from the outside; its phases are the rows of a table."""
 
-    def __init__(self, setup: Setup) -> None:
-        """Returns once its base can be attached. Raises RuntimeError if it does not come so far."""
-        self.fd = os.memfd_create("gpu-check-base") if setup.device == "cpu" else None
-        told = json.dumps({"device": setup.device, "shape": setup.shape, "folder": str(setup.folder)})
-        command = [sys.executable, "-m", "bench.gpu_processes", "host", str(self.fd or ""), told]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[] if self.fd is None else [self.fd],
-            text=True,
-        )
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
-        ready = self._answer()
-        self.manifest = bytes.fromhex(ready["manifest"])
-        self.kernels, self.load = ready["kernels"], ready["load"]
+    def __init__(self, setup: Setup, found: Findings, worker: Worker, fd: int | None) -> None:
+        self._timed, self._found, self._worker = not setup.interpreted, found, worker
+        self.fd, self.process = fd, worker.process
+        self.manifest = b""
 
-    def _read(self) -> None:
-        for line in self.process.stdout or ():
-            if line.startswith("{"):
-                self._lines.put(line)
-        self._lines.put("")
+    async def begin(self, phase: str) -> None:
+        """Begin a phase; the one before it goes into the table. Its rows get the texts that they got first.
 
-    def _answer(self) -> dict[str, Any]:
-        try:
-            line = self._lines.get(timeout=START_SECONDS)
-        except queue.Empty:
-            raise RuntimeError(f"the engine's process says nothing for {START_SECONDS:.0f} s") from None
-        if not line:
-            raise RuntimeError("the engine's process has ended; the log says why")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def begin(self, phase: str) -> dict[str, Any]:
-        """Begin a phase; what the steps of the one before it took."""
-        if self.process.stdin is not None:
-            self.process.stdin.write(f"{phase}\n")
-            self.process.stdin.flush()
-        return self._answer()
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        if self.fd is not None:
-            os.close(self.fd)
-
-
-@contextlib.contextmanager
-def hosted(setup: Setup) -> Iterator[Host]:
-    bases.write_folder(setup.shape, setup.folder / "base")
-    running = Host(setup)
-    try:
-        yield running
-    finally:
-        running.end()
-
-
-class Phases:
-    """The table of what the engine's steps took, and that no text changed."""
-
-    def __init__(self, setup: Setup, found: Findings, running: Host) -> None:
-        self._running, self._found = running, found
-        self._timed = not setup.interpreted
-        headings = ("beside", "steps", "tokens/s", "ms p50", "p99", "longest")
-        self._add = found.table(f"The engine's steps, {running.load}", headings)
-
-    async def begin(self, phase: str) -> dict[str, Any]:
-        """Begin one; the one before it goes into the table."""
-        ended = await asyncio.to_thread(self._running.begin, phase)
-        if ended["phase"] != "start":
-            times = [ended[one] * 1e3 if self._timed else None for one in ("p50", "p99", "longest")]
-            rate = ended["tokens"] / ended["seconds"] if self._timed else None
-            self._add(ended["phase"], ended["steps"], rate, *times)
-            title = f"{ended['phase']}: rows get the texts that they got first"
-            self._found.check(title, not ended["wrong"], f"{ended['rounds']} rounds")
-        return ended
+        Raises TimeoutError, or EOFError if the engine's process has ended.
+        """
+        ended = await asyncio.wait_for(self._worker.ask(phase), START_SECONDS)
+        if not self.manifest:
+            self.manifest = bytes.fromhex(ended["manifest"])
+            self._found.figure("the engine's kernels", ended["kernels"])
+            headings = ("beside", "steps", "tokens/s", "ms p50", "p99", "longest")
+            self._add = self._found.table(f"The engine's steps, {ended['load']}", headings)
+            return
+        times = [ended[one] * 1e3 if self._timed else None for one in ("p50", "p99", "longest")]
+        rate = ended["tokens"] / ended["seconds"] if self._timed else None
+        self._add(ended["phase"], ended["steps"], rate, *times)
+        title = f"{ended['phase']}: rows get the texts that they got first"
+        self._found.check(title, not ended["wrong"], f"{ended['rounds']} rounds")
 
     async def last(self, seconds: float, least: int) -> None:
         """Let the phase go on for so long."""
         await asyncio.sleep(seconds if self._timed else least * 0.2)
+
+
+@contextlib.asynccontextmanager
+async def hosted(setup: Setup, found: Findings) -> AsyncIterator[Host]:
+    """Run an engine in a process of its own, whose base can be attached. Raises StartError."""
+    bases.write_folder(setup.shape, setup.folder / "base")
+    fd = os.memfd_create("gpu-check-base") if setup.device == "cpu" else None
+    fds = () if fd is None else (fd,)
+    keywords = {"device": setup.device, "shape": setup.shape, "folder": str(setup.folder), "base_fd": fd}
+    log = setup.folder / "host.log"
+    function = "bench.gpu_processes:host"
+    try:
+        async with started(function, keywords, log, pass_fds=fds, seconds=START_SECONDS) as worker:
+            yield Host(setup, found, worker, fd)
+    except EOFError:
+        raise RuntimeError(f"the engine's process has ended:\n{tail(log)}") from None
+    finally:
+        for one in fds:
+            os.close(one)
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -211,30 +186,32 @@ class Phases:
 def proof(setup: Setup, found: Findings) -> None:
     """Let another process attach the base and prove versions on it next to the engine, and kill each."""
     shutil.rmtree(setup.folder / "adapter", ignore_errors=True)
-    with hosted(setup) as running:
-        asyncio.run(_proof(setup, found, running))
+    asyncio.run(_proof(setup, found))
 
 
-async def _proof(setup: Setup, found: Findings, running: Host) -> None:
+async def _proof(setup: Setup, found: Findings) -> None:
+    async with hosted(setup, found) as running:
+        await _prove_beside(setup, found, running)
+
+
+async def _prove_beside(setup: Setup, found: Findings, running: Host) -> None:
     folder, device = setup.folder, torch.device(setup.device)
-    found.figure("the engine's kernels", running.kernels)
     rank = 4 if setup.interpreted else 16
     adapter = bases.adapter_folder(_empty(folder / "base"), folder / "adapter", rank, 5)
     config = config_of(setup)
     store = Store(str(folder / "store"), folder / "cache")
     busy = BusyFlag.make()
     verifier = VerifierClient(store, Threads("disk", 2), base_id="random", probes=[], busy_fd=busy.fd)
-    phases = Phases(setup, found, running)
     free = free_memory(device)
-    await phases.begin("nothing")
-    await phases.last(8, 3)
+    await running.begin("nothing")
+    await running.last(8, 3)
     try:
-        await phases.begin("attaching")
+        await running.begin("attaching")
         began = time.monotonic()
         await verifier.attach(config, running.manifest, running.fd)
         found.figure("attaching the base, with its process", time.monotonic() - began, "s")
         found.figure("memory of the attached process", max(0, free - free_memory(device)) / 1e6, "MB")
-        await phases.begin("a proof")
+        await running.begin("a proof")
 
         def job(number: int) -> Prove:
             return Prove(
@@ -250,12 +227,12 @@ async def _proof(setup: Setup, found: Findings, running: Host) -> None:
         proved = await verifier.ask(job(1), lambda progress: None)
         _told(found, proved, time.monotonic() - began)
         busy.set(True)
-        await phases.begin("a proof that lets rows go first")
+        await running.begin("a proof that lets rows go first")
         began = time.monotonic()
         await verifier.ask(job(4), lambda progress: None)
         found.figure("a proof that lets rows go first", time.monotonic() - began, "s")
         busy.set(False)
-        await phases.begin("a proof whose process is killed")
+        await running.begin("a proof whose process is killed")
         begun = asyncio.Event()
         asked = asyncio.create_task(verifier.ask(job(2), lambda progress: begun.set()))
         await begun.wait()
@@ -264,16 +241,16 @@ async def _proof(setup: Setup, found: Findings, running: Host) -> None:
         again = await asked
         found.check("a killed process is replaced, and the version proved", verifier.deaths == 1)
         found.check("its proof is the same", again.sha256 == proved.sha256)
-        await phases.begin("nothing, again")
-        await phases.last(4, 2)
-        await phases.begin("a proof, and the engine is killed")
+        await running.begin("nothing, again")
+        await running.last(4, 2)
+        await running.begin("a proof, and the engine is killed")
         begun.clear()
         orphan = asyncio.create_task(verifier.ask(job(3), lambda progress: begun.set()))
         await begun.wait()
         pid = verifier.pid
         running.process.kill()
         began = time.monotonic()
-        running.process.wait()
+        await running.process.wait()
         await verifier.engine_gone()
         found.figure("from the engine's death to its verifier's", time.monotonic() - began, "s")
         (said,) = await asyncio.gather(orphan, return_exceptions=True)
@@ -318,26 +295,25 @@ def config_of(setup: Setup) -> EngineConfig:
 
 
 def training(setup: Setup, found: Findings) -> None:
-    """A job of a server's trainer next to the engine: tokens a second of both, and memory; killed at last."""
+    """Train next to the engine, as a server does: tokens a second of both, and memory; kill it at last."""
     shutil.rmtree(setup.folder / "runs", ignore_errors=True)
-    with hosted(setup) as running:
-        asyncio.run(_training(setup, found, running))
+    asyncio.run(_training(setup, found))
 
 
-async def _training(setup: Setup, found: Findings, running: Host) -> None:
-    jobs = Jobs(setup, found, running)
-    phases = jobs.phases
-    await phases.begin("nothing")
-    await phases.last(6, 3)
-    jobs.busy.set(False)
-    await jobs.train("a job that takes all it can", 1.0, jobs.job("greedy"))
-    jobs.busy.set(True)
-    if not setup.interpreted:
-        await jobs.train("a job with a fifth of the time", 0.2, jobs.job("modest", max_steps=6))
-    await jobs.kill("a job that is killed", jobs.job("killed", max_steps=1000))
-    await phases.begin("nothing, again")
-    await phases.last(4, 2)
-    await phases.begin("end")
+async def _training(setup: Setup, found: Findings) -> None:
+    async with hosted(setup, found) as running:
+        jobs = Jobs(setup, found, running)
+        await running.begin("nothing")
+        await running.last(6, 3)
+        jobs.busy.set(False)
+        await jobs.train("a job that takes all it can", 1.0, jobs.job("greedy"))
+        jobs.busy.set(True)
+        if not setup.interpreted:
+            await jobs.train("a job with a fifth of the time", 0.2, jobs.job("modest", max_steps=6))
+        await jobs.kill("a job that is killed", jobs.job("killed", max_steps=1000))
+        await running.begin("nothing, again")
+        await running.last(4, 2)
+        await running.begin("end")
 
 
 class Jobs:
@@ -347,7 +323,6 @@ class Jobs:
         self._setup, self._found, self._running = setup, found, running
         self._config, self._device = config_of(setup), torch.device(setup.device)
         self.busy = BusyFlag.make()
-        self.phases = Phases(setup, found, running)
         small = setup.interpreted
         self._rows = bases.write_chats(setup.folder / "rows.jsonl", 8 if small else 64, 20 if small else 900)
         roomy = not small and free_memory(self._device) > ROOMY
@@ -379,7 +354,7 @@ class Jobs:
 
     async def check(self, title: str, job: TrainJob) -> bool:
         """Have its rows and recipe checked, as a server does first."""
-        await self.phases.begin(f"the check of {title}")
+        await self._running.begin(f"the check of {title}")
         message = Check(config=self._config, job=job)
         outcome = await (await TrainerClient.start(TRAINER_COMMAND, message, {}, self._listen)).outcome()
         sound = isinstance(outcome, FilesChecked)
@@ -420,7 +395,7 @@ class Jobs:
         self._found.check("a killed trainer is told as dead", isinstance(said, Died), str(said)[:200])
 
     async def _start(self, title: str, share: float, job: TrainJob) -> TrainerClient:
-        await self.phases.begin(title)
+        await self._running.begin(title)
         self._told.clear()
         fd = self._running.fd
         fds = {"--busy-fd": self.busy.fd} | ({} if fd is None else {"--base-fd": fd})
@@ -473,9 +448,4 @@ def tell_tests(lines: Iterable[str], found: Findings) -> None:
 PARTS = {"proof": proof, "training": training, "tests": tests}
 
 if __name__ == "__main__":
-    if sys.argv[1] == "host":
-        told = json.loads(sys.argv[3])
-        number = int(sys.argv[2]) if sys.argv[2] else None
-        host(Setup(told["device"], told["shape"], Path(told["folder"])), number)
-        os._exit(0)
     sys.exit(run_part(PARTS, sys.argv[1:]))

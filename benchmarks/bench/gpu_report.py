@@ -40,18 +40,18 @@ class Findings:
         self._found: dict[str, Any] = {"state": "", "error": "", "figures": [], "checks": [], "tables": []}
 
     def figure(self, name: str, value: float | str, unit: str = "") -> None:
-        """One number, or words where there is none (`NOT_BUILT`)."""
+        """Note one number, or words where there is none (`NOT_BUILT`)."""
         self._found["figures"].append({"name": name, "value": value, "unit": unit})
         self._write()
 
     def check(self, name: str, held: bool, detail: str = "") -> None:
-        """Something that must hold. The part goes on."""
+        """Note something that must hold. The part goes on."""
         self._found["checks"].append({"name": name, "held": bool(held), "detail": detail})
         print(f"{'holds' if held else 'FAILS'}: {name} {detail}", flush=True)
         self._write()
 
     def table(self, title: str, headings: Sequence[str]) -> Callable[..., None]:
-        """A new table; returns what adds a row to it."""
+        """Begin a table; return what adds a row to it."""
         table: dict[str, Any] = {"title": title, "headings": list(headings), "rows": []}
         self._found["tables"].append(table)
 
@@ -62,7 +62,7 @@ class Findings:
         return add
 
     def fact(self, name: str, value: Any) -> None:
-        """Something of the machine."""
+        """Note something of the machine."""
         self._found.setdefault("facts", {})[name] = value
         self._write()
 
@@ -88,7 +88,7 @@ PartFunction = Callable[[Setup, Findings], None]
 
 
 def run_part(parts: Mapping[str, PartFunction], arguments: Sequence[str]) -> int:
-    """A part's process. arguments: the part's name, the file for its findings, and its setup as JSON."""
+    """Run a part in this process. arguments: its name, the file for its findings, its setup as JSON."""
     name, file, setup = arguments
     findings = Findings(Path(file))
     told = json.loads(setup)
@@ -115,7 +115,7 @@ def held(result: Mapping[str, Any]) -> bool:
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """The report in Markdown."""
+    """Return the report in Markdown."""
     facts = report["machine"]
     lines = [
         "# GPU check",
@@ -160,7 +160,7 @@ def _part(part: Mapping[str, Any]) -> list[str]:
 
 
 def shown(value: float | str | None) -> str:
-    """A cell of a table: three digits, or what it says."""
+    """Return a cell of a table: three digits, or what it says."""
     if value is None:
         return ""
     if isinstance(value, str):

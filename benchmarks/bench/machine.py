@@ -7,23 +7,20 @@ import os
 import platform
 import subprocess
 import time
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 PACKAGES = ("onebase", "torch", "transformers", "peft", "bitsandbytes")
-_VERSION = "from importlib.metadata import version; print(version('{}'))"
+BUSY = 0.15
+"""Part of one core that others may take: a desktop's idle noise, not a build."""
 
 
 class BusyError(SystemExit):
     """Other work runs on this machine; the message names it. It ends a benchmark that does not catch it."""
-
-
-BUSY = 0.15
-"""Part of one core that others may take: a desktop's idle noise, not a build."""
 
 
 def demand_quiet(whatever: bool, console: Console, seconds: float = 2.0) -> None:
@@ -66,30 +63,23 @@ async def settle(most: float = 30.0) -> None:
 def _busy_seconds() -> float:
     """Return the work of all processors so far, in seconds, without waiting and without what a host took
     away."""
-    try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    except OSError:
-        return 0.0
-    user, nice, system, _, _, irq, softirq = map(int, fields[:7])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    times = psutil.cpu_times()._asdict()
+    return float(sum(times.get(name, 0.0) for name in ("user", "nice", "system", "irq", "softirq")))
 
 
 def _seconds_of_processes() -> dict[int, tuple[float, str]]:
     """Return, by process, the processor's time that it has used, in seconds, and its name."""
-    found: dict[int, tuple[float, str]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError):
-            head, _, rest = (folder / "stat").read_text().rpartition(")")
-            user, system = rest.split()[11:13]
-            used = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-            found[int(folder.name)] = used, head.partition("(")[2]
-    return found
+    return {
+        process.pid: (process.info["cpu_times"].user + process.info["cpu_times"].system, process.info["name"])
+        for process in psutil.process_iter(["cpu_times", "name"])
+        if process.info["cpu_times"]
+    }
 
 
 def describe(
-    vllm_python: Path | None, trl_python: Path | None = None, llama_server: Path | None = None
+    vllm_python: Path | None = None, trl_python: Path | None = None, llama_server: Path | None = None
 ) -> dict[str, Any]:
-    """CPU, memory, versions and load: all that a reader needs to judge a figure."""
+    """Return CPU, memory, versions and load: all that a reader needs to judge a figure."""
     versions = {name: _version(name) for name in PACKAGES}
     if llama_server is not None:
         # One that was built from a package says nothing of its version itself; the folder does.
@@ -97,8 +87,8 @@ def describe(
         versions["llama.cpp"] = pinned[0].partition("-")[2] if pinned else _llama_version(llama_server)
     for name, python in (("vllm", vllm_python), ("trl", trl_python)):
         if python is not None:
-            versions[name] = _output([str(python), "-c", _VERSION.format(name)])
-    here = Path(__file__).parent
+            code = f"from importlib.metadata import version; print(version('{name}'))"
+            versions[name] = _output([str(python), "-c", code])
     return {
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": os.cpu_count(),
@@ -108,28 +98,22 @@ def describe(
         "python": platform.python_version(),
         "versions": versions,
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "commit": _output(["git", "-C", str(here), "describe", "--always", "--dirty"]),
+        "commit": _output(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]),
         "load_before": round(os.getloadavg()[0], 2),
     }
 
 
 def sentence(described: dict[str, Any]) -> str:
-    """The line above a table."""
+    """Return the line above a table."""
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items() if version)
     gpu = f", {described['gpu']}" if described["gpu"] else ""
     return f"{described['cpu']}, {described['cores']} cores{gpu}; {versions}. Times in ms."
 
 
 def _llama_version(program: Path) -> str | None:
-    """`b11434`, or what it says of itself."""
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(program.parent)}
-    try:
-        said = subprocess.run(
-            [str(program), "--version"], capture_output=True, text=True, timeout=60, env=environment
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    lines = (said.stdout + said.stderr).splitlines()
+    """Return `b11434`, or what the program says of itself."""
+    said = _output([str(program), "--version"], {"LD_LIBRARY_PATH": str(program.parent)}) or ""
+    lines = said.splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("version")), None)
 
 
@@ -148,10 +132,12 @@ def _field(file: str, name: str) -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
 
 
-def _output(command: list[str]) -> str | None:
-    """The command's output; None when there is no such command, or it fails."""
+def _output(command: list[str], env: dict[str, str] | None = None) -> str | None:
+    """Return what the command prints, or None if there is no such command, or it fails."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True, env={**os.environ, **(env or {})}
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() or None
+    return result.stdout.strip() or result.stderr.strip() or None

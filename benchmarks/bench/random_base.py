@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.lora import write_adapter
+from bench.lora import ATTENTION, B_STD, write_adapter
 from onebase_engine.base.attach import quantized_module
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import NESTED_BLOCKSIZE, BaseSettings, freeze, import_bitsandbytes, load_config
 from onebase_engine.base.manifest import QuantizedLayer
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights
+from onebase_engine.kernels.weights import AdapterWeights, LoraWeights
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 BLOCKSIZE = 64
 SHAPES: dict[str, dict[str, Any]] = {
@@ -55,7 +54,7 @@ _TEMPLATE = (
 
 
 def write_folder(shape: str, folder: Path) -> BaseSettings:
-    """A folder with the base's config and a tokenizer of bytes. Its one tensor only gives it an identity."""
+    """Write a folder with a config and a tokenizer of bytes. Its one tensor only gives it an identity."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -84,7 +83,7 @@ def write_folder(shape: str, folder: Path) -> BaseSettings:
 
 @torch.no_grad()
 def random_base(folder: Path, device: torch.device, seed: int = 0) -> nn.Module:
-    """The base of a folder that `write_folder` has made, as `load_base` would give it."""
+    """Return the base of a folder that `write_folder` has made, as `load_base` would give it."""
     import_bitsandbytes()
     draw = torch.Generator(device).manual_seed(seed)
     tree: Any = empty_base(load_config(folder), dtype=torch.bfloat16, attn_implementation="eager")
@@ -139,7 +138,7 @@ def put_layer(tree: nn.Module, name: str, size_in: int, size_out: int, draw: tor
 
 
 def one_layer(size_in: int, size_out: int, draw: torch.Generator) -> Any:
-    """A random 4-bit layer by itself."""
+    """Return a random 4-bit layer by itself."""
     import_bitsandbytes()
     holder = nn.ModuleDict({"layer": nn.Linear(size_in, size_out, bias=False, device="meta")})
     layer = put_layer(holder, "layer", size_in, size_out, draw)
@@ -148,7 +147,7 @@ def one_layer(size_in: int, size_out: int, draw: torch.Generator) -> Any:
 
 
 def targets_of(base: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """(out, in) of the base's layers of these names."""
+    """Return (out, in) of the base's layers of these names."""
     found: Any = base.named_modules()
     return {
         name: (layer.out_features, layer.in_features)
@@ -160,14 +159,14 @@ def targets_of(base: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[int
 def random_adapter(
     base: nn.Module, rank: int, seed: int, targets: tuple[str, ...] = ATTENTION
 ) -> AdapterWeights:
-    """An adapter's finished tensors in host memory, without PEFT and files."""
+    """Return an adapter's finished tensors in host memory, without PEFT and files."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draw)
 
     return {
-        name: LoraWeights(normal(rank, size_in) * size_in**-0.5, normal(size_out, rank) * 0.02, 2.0)
+        name: LoraWeights(normal(rank, size_in) * size_in**-0.5, normal(size_out, rank) * B_STD, 2.0)
         for name, (size_out, size_in) in targets_of(base, targets).items()
     }
 
@@ -175,13 +174,13 @@ def random_adapter(
 def adapter_folder(
     base: nn.Module, folder: Path, rank: int, seed: int, targets: tuple[str, ...] = ATTENTION
 ) -> Path:
-    """The like as PEFT's two files."""
-    write_adapter(folder, targets_of(base, targets), rank, targets, 0.02, [seed])
+    """Write the like as PEFT's two files."""
+    write_adapter(folder, targets_of(base, targets), rank, targets, [seed])
     return folder
 
 
 def write_chats(file: Path, rows: int, characters: int) -> Path:
-    """Training rows: conversations whose replies repeat a letter; a character is a token."""
+    """Write training rows: conversations whose replies repeat a letter; a character is a token."""
     lines = []
     for number in range(rows):
         letter = chr(97 + number % 26)

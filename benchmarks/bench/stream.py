@@ -36,15 +36,13 @@ class Response:
     status: int
     headers: dict[str, str]
     reader: asyncio.StreamReader
-    first_byte_s: float
-    """`time.perf_counter` when the headers had arrived."""
     _buffer: bytearray = field(default_factory=bytearray)
 
     async def body(self) -> bytes:
         return b"".join([part async for part in self._parts()])
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The data of each server-sent event, `[DONE]` included."""
+        """Yield the data of each server-sent event, `[DONE]` included."""
         async for part in self._parts():
             self._buffer += part
             while (end := self._buffer.find(b"\n\n")) >= 0:
@@ -70,7 +68,7 @@ class Response:
 async def request(
     url: str, method: str = "GET", payload: dict[str, Any] | None = None
 ) -> AsyncIterator[Response]:
-    """One request on a connection of its own, which is closed on leaving: that is how to cancel.
+    """Send one request on a connection of its own, which is closed on leaving: that is how to cancel.
 
     Raises:
         ValueError: the URL is not on the loopback interface.
@@ -90,13 +88,13 @@ async def request(
         lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         fields = (line.partition(":") for line in lines[1:] if line)
         headers = {name.strip().lower(): value.strip() for name, _, value in fields}
-        yield Response(int(lines[0].split(" ")[1]), headers, reader, time.perf_counter())
+        yield Response(int(lines[0].split(" ")[1]), headers, reader)
     finally:
         writer.close()
 
 
 async def fetch_json(url: str, method: str = "GET", payload: dict[str, Any] | None = None) -> Any:
-    """The parsed JSON body; raises HttpError unless the status is 200."""
+    """Return the parsed JSON body; raises HttpError unless the status is 200."""
     async with request(url, method, payload) as response:
         body = await response.body()
         if response.status != 200:
@@ -121,8 +119,30 @@ class Sample:
         return (self.ended - self.started - self.ttft) / max(1, self.tokens - 1)
 
 
+async def completion_events(url: str, payload: dict[str, Any]) -> AsyncIterator[tuple[float, bytes]]:
+    """Stream one `/v1/completions` request; yield each event and when it came.
+
+    Raises:
+        HttpError: another status than 200.
+    """
+    async with request(f"{url}/v1/completions", "POST", payload) as response:
+        if response.status != 200:
+            raise HttpError(response.status, (await response.body()).decode(errors="replace"))
+        async for event in response.events():
+            if event == DONE:
+                break
+            yield time.perf_counter(), event
+
+
+async def stream_times(url: str, payload: dict[str, Any]) -> AsyncIterator[tuple[float, str]]:
+    """Stream one `/v1/completions` request; yield each piece of text and when it came."""
+    async for now, event in completion_events(url, payload):
+        if text := _text(json.loads(event)):
+            yield now, text
+
+
 async def stream_completion(url: str, payload: dict[str, Any]) -> Sample:
-    """Streams one `/v1/completions` request and times it.
+    """Stream one `/v1/completions` request and time it.
 
     Raises:
         HttpError: another status than 200, or an error event in the stream.
@@ -131,32 +151,19 @@ async def stream_completion(url: str, payload: dict[str, Any]) -> Sample:
     started = time.perf_counter()
     first = last = 0.0
     events: list[bytes] = []
-    async with request(f"{url}/v1/completions", "POST", payload) as response:
-        if response.status != 200:
-            raise HttpError(response.status, (await response.body()).decode(errors="replace"))
-        async for event in response.events():
-            if event == DONE:
-                break
-            last = time.perf_counter()
-            events.append(event)
-            if not first and _has_text(event):
-                first = last
-    text, tokens = _read(events)
+    async for last, event in completion_events(url, payload):
+        events.append(event)
+        first = first or (last if _text(json.loads(event)) else 0.0)
+    text, tokens = "", 0
+    for parsed in map(json.loads, events):
+        if "error" in parsed:
+            raise HttpError(200, json.dumps(parsed["error"]))
+        text += _text(parsed)
+        tokens = (parsed.get("usage") or {}).get("completion_tokens", tokens)
     if not first or not tokens:
         raise ValueError(f"a stream of {len(events)} events ended with {tokens} tokens: {events[-1:]!r}")
     return Sample(started, first - started, last, tokens, text)
 
 
-def _has_text(event: bytes) -> bool:
-    return any(choice.get("text") for choice in json.loads(event).get("choices", ()))
-
-
-def _read(events: list[bytes]) -> tuple[str, int]:
-    """The whole text and the number of generated tokens, by the server's own count."""
-    text, tokens = "", 0
-    for event in map(json.loads, events):
-        if "error" in event:
-            raise HttpError(200, json.dumps(event["error"]))
-        text += "".join(choice.get("text") or "" for choice in event.get("choices", ()))
-        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-    return text, tokens
+def _text(event: dict[str, Any]) -> str:
+    return "".join(choice.get("text") or "" for choice in event.get("choices", ()))

@@ -1,24 +1,30 @@
-"""One training run as both sides do it, and what came of it."""
+"""One training run as all targets do it, and the figures of several."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.processes import StartError, tail
+from bench.worker import call
 
-HERE = Path(__file__).parent
 ONEBASE = "onebase"
-TRL_WORKER = HERE.parent / "train_trl.py"
+VARIANTS = ("trl", "trl-checkpointing", "trl-padding-free", "trl-bf16", "trl-defaults")
+"""trl: its fastest in fp32: padded batches of all rows of a step, activations kept.
+trl-checkpointing: with gradient checkpointing, which is TRL's default.
+trl-padding-free: rows in one sequence; TRL means it for FlashAttention, sdpa masks all pairs of tokens.
+trl-bf16: as trl, adapters and their products in bf16, as TRL has them by default.
+trl-defaults: checkpointing and bf16, as TRL does without being told."""
 WARM_UP = 2
 """Steps before the clock starts: first calls, buffers that grow."""
+LEARNING_RATE, WARMUP_RATIO = 5e-4, 0.1
+"""Learning rate at the end of its warm-up, and the part of the steps in which it rises."""
+MAX_LENGTH = 1024
+"""Tokens of the longest row."""
 
 
 @dataclass(frozen=True)
@@ -26,23 +32,18 @@ class TrainTask:
     """Input of a target, as JSON. Paths are texts.
 
     data: the file that the rows are from. rows: a JSON list of them, tokenized (`input_ids`, `labels`), in
-    the order of the steps, `batch` rows a step. rates: learning rate of each step. targets: "all-linear" or
-    names of layers. variant: what a target is called.
+    the order of the steps, `batch` rows a step. rates: learning rate of each step. variant: what a target is
+    called.
     """
 
     base: str
-    device: str
     threads: int
     data: str
     rows: str
     steps: int
     batch: int
     rates: list[float]
-    warmup_ratio: float
     rank: int
-    alpha: int
-    targets: str | list[str]
-    max_length: int
     seed: int
     variant: str
     out: str
@@ -72,42 +73,83 @@ class TrainRun:
         return sum(tokens[WARM_UP:]) / (self.cpu[-1] - self.cpu[WARM_UP - 1])
 
 
-def run_target(
-    target: str, repeat: int, task: TrainTask, trl_python: Path | None, env: Mapping[str, str], timeout: float
-) -> TrainRun:
+def run_target(repeat: int, task: TrainTask, trl_python: Path | None, timeout: float) -> TrainRun:
     """Run one target in a process of its own, alone. Raises StartError with the end of its log."""
     folder = Path(task.out)
     folder.mkdir(parents=True)
-    told = folder / "task.json"
-    told.write_text(json.dumps(asdict(task)))
-    if target == ONEBASE:
-        command = [sys.executable, "-m", "bench.train_worker", str(told)]
-    else:
-        command = [str(trl_python), str(TRL_WORKER), str(told)]
-    answer = _answer(command, folder / "log", env, timeout)
-    return TrainRun(target=target, repeat=repeat, **answer)
+    environment = {"OMP_NUM_THREADS": str(task.threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment["HF_HUB_OFFLINE"] = "1"
+    function, python = "bench.train_trl:train", trl_python
+    if task.variant == ONEBASE:
+        function, python = "bench.training:train_onebase", Path(sys.executable)
+    answer = call(function, asdict(task), folder / "log", timeout, python or "", environment)
+    return TrainRun(target=task.variant, repeat=repeat, **answer)
 
 
-def held_out_losses(
-    base: Path, device: str, threads: int, rows: Path, adapters: Sequence[str], log: Path, timeout: float
-) -> dict[str, float]:
-    """Held-out loss of each adapter folder, and of the base under "", all by the same plain code."""
-    command = [sys.executable, "-m", "bench.train_eval", str(base), device, str(threads), str(rows)]
-    losses: dict[str, float] = _answer([*command, *adapters], log, {}, timeout)
-    return losses
+def train_onebase(**settings: Any) -> dict[str, Any]:
+    """Train as `onebase train` does, and return the fields of a TrainRun: a worker's function."""
+    import torch
+
+    from onebase_engine.base.load import BaseSettings, load_base
+    from onebase_engine.machine import keep_freed_memory
+    from onebase_training import events
+    from onebase_training.events import OpenGate
+    from onebase_training.recipe import Recipe
+    from onebase_training.run import ADAPTER, TrainingRequest, train
+
+    task = TrainTask(**settings)
+    torch.set_num_threads(task.threads)
+    keep_freed_memory()  # as `onebase train` does
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = BaseSettings(folder=Path(task.base), device=device)
+    times: dict[str, list[float]] = {"ends": [], "cpu": [], "losses": []}
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.StepDone):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times["ends"].append(time.perf_counter())
+            times["cpu"].append(time.process_time())
+            times["losses"].append(event.loss)
+
+    # What depends on memory is left to be decided. Nothing is held out.
+    recipe = Recipe(
+        r=task.rank,
+        alpha=2.0 * task.rank,
+        targets=("all-linear",),
+        batch_size=task.batch,
+        max_steps=task.steps,
+        epochs=1000.0,
+        learning_rate=LEARNING_RATE,
+        learning_rate_multiplier=1.0,
+        warmup_ratio=WARMUP_RATIO,
+        max_length=MAX_LENGTH,
+        seed=task.seed,
+        eval_split=0.0,
+    )
+    job = TrainingRequest(
+        name="benchmark",
+        recipe=recipe,
+        train=Path(task.data),
+        folder=Path(task.out) / "run",
+        base=base,
+        base_name=base.folder.name,
+    )
+    report = train(lambda: load_base(base), job, listen, OpenGate())
+    return {**times, "peak": report.peak_memory_bytes, "adapter": str(job.folder / ADAPTER)}
 
 
-def _answer(command: list[str], log: Path, env: Mapping[str, str], timeout: float) -> Any:
-    """The last line that a process prints, as JSON."""
-    everything = {**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1", **env}
-    with log.open("wb") as errors:
-        try:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=errors, env=everything, timeout=timeout, check=True
-            )
-            return json.loads(done.stdout.splitlines()[-1])
-        except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-            raise StartError(f"{command[:3]} failed: {error}\n{tail(log)}") from error
+# ---- figures --------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "target",
+    "tokens/s",
+    "ratio",
+    "tokens/CPU second",
+    "peak memory, GB",
+    "held-out loss",
+    "last step's loss",
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +167,7 @@ class TrainFigures:
 def summarize_training(
     runs: Sequence[TrainRun], tokens: Sequence[int], held_out: Mapping[str, float]
 ) -> dict[str, TrainFigures]:
-    """Figures by target: medians over the repeats."""
+    """Return figures by target: medians over the repeats."""
     figures = {}
     for target in dict.fromkeys(run.target for run in runs):
         mine = [run for run in runs if run.target == target]
@@ -139,3 +181,16 @@ def summarize_training(
             last_loss=median(run.losses[-1] for run in mine),
         )
     return figures
+
+
+def rows_of(figures: Mapping[str, TrainFigures], first: str) -> list[list[str]]:
+    """Return the cells of COLUMNS by target. ratio: tokens/s of the first target over this one's."""
+    rows = []
+    for target, one in figures.items():
+        speed, ours = one.tokens_per_second, figures.get(first)
+        ratio = "" if target == first or ours is None else f"{ours.tokens_per_second / speed:.2f}x"
+        work, memory = f"{one.tokens_per_cpu_second:.0f}", f"{one.peak / 1e9:.2f}"
+        rows.append(
+            [target, f"{speed:.0f}", ratio, work, memory, f"{one.held_out:.4f}", f"{one.last_loss:.4f}"]
+        )
+    return rows

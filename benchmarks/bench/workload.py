@@ -90,7 +90,7 @@ class Shape:
     def load(
         self, key: str, title: str, streams: int, adapters: tuple[str | None, ...], *points: tuple[str, int]
     ) -> Scenario:
-        """A scenario of the usual lengths."""
+        """Return a scenario of the usual lengths."""
         return Scenario(key, title, streams, adapters, self.prompt_tokens, self.tokens, points=points)
 
 
@@ -102,7 +102,7 @@ SMALL_RANK, GREAT_RANK = 8, 128
 
 
 def main_block(shape: Shape) -> Block:
-    """The four loads of every run."""
+    """Return the four loads of every run."""
     names, streams, many = shape.names, shape.streams, f"{shape.streams} streams"
     single = shape.load("single", "1 stream, 1 adapter", 1, names[:1], ("streams", 1))
     everywhere = (("streams", streams), ("adapters", len(names)), ("rank", shape.rank))
@@ -182,7 +182,7 @@ class Prompts:
         self._words = WORDS.split()
 
     def make(self, *key: object, length: int | None = None) -> str:
-        """The prompt named by `key`: the same for every target, another for every other key."""
+        """Return the prompt named by `key`: the same for every target, another for every other key."""
         length = length or self._length
         rng = random.Random(f"{self._seed}/{'/'.join(map(str, key))}")
         opening = f"{rng.randrange(10**9)} {rng.choice(self._words)}: tell a story about "
@@ -191,13 +191,13 @@ class Prompts:
         return str(self._tokenizer.decode(ids[:length]))
 
     def make_copy(self, *key: object, length: int) -> str:
-        """A passage twice, and its first words once more: `length` tokens or a little less."""
+        """Return a passage twice, and its first words once more: `length` tokens or a little less."""
         passage = self.make(*key, length=length * 2 // 5)
         return f"{passage}.\n\n{passage}.\n\n{' '.join(passage.split()[: length // 10])}"
 
 
 def requests_of(scenario: Scenario, prompts: Prompts, round_index: int | str) -> list[Request]:
-    """All requests of one run of a scenario, in the order in which they are sent."""
+    """Return all requests of one run of a scenario, in the order in which they are sent."""
     make = prompts.make_copy if scenario.copies else prompts.make
     return [
         Request(

@@ -1,4 +1,4 @@
-"""Cache of small results that take long to compute, in the user's cache folder."""
+"""The user's cache folder, and in it a cache of small results that take long to compute."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from onebase_engine.base.default_base import default_cache
+
+def default_cache(environ: Mapping[str, str] | None = None) -> Path:
+    """Return the cache folder of bases: $ONEBASE_CACHE, else onebase in the user's cache folder."""
+    env = os.environ if environ is None else environ
+    if chosen := env.get("ONEBASE_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    user_cache = Path(env.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    # The XDG specification tells us to ignore a relative path.
+    return (user_cache if user_cache.is_absolute() else Path("~/.cache").expanduser()) / "onebase"
 
 
 def recall(kind: str, key: object) -> Any:

@@ -8,62 +8,39 @@ import fcntl
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from onebase_engine.logs import set_up_logs
-from onebase_engine.machine import NO_LIMIT, total_memory
-from onebase_server.app.cli import add_all_settings, add_settings, checked
-from onebase_server.app.settings import (
+from onebase_edge.options import address_error, print_failure
+from onebase_edge.settings import (
     Settings,
     SettingsError,
+    is_loopback,
     load_settings,
     option_name,
     setting_fields,
 )
-from onebase_server.tenancy.access import is_loopback
-from onebase_training.cli.options import OptionParser
+from onebase_engine.logs import set_up_logs
+from onebase_engine.machine import NO_LIMIT, total_memory
+from onebase_route.options import REPLICA_KEY, ROUTE_SETTINGS, cluster_parser, replica_url, route_parser
 
 if TYPE_CHECKING:
     from onebase_route.cluster import ClusterConfig
+    from onebase_route.proxy import Replica
 
-_ROUTE = """\
-One address for several servers of one base: each request goes where its adapter is, or belongs.
-
-The servers share a registry (PostgreSQL) and a store (S3, or a folder that all of them see). They
-check the keys of requests themselves: on another --host than loopback, only servers are used that
-need keys, unless --insecure.
-"""
-_ROUTE_SETTINGS = (
-    "host", "insecure", "port", "log_level", "log_format", "access_log", "drain_timeout", "allowed_host",
-    "allowed_origin", "trusted_proxy", "max_connections", "max_connections_per_host", "max_header",
-    "max_header_lines", "header_timeout", "body_timeout", "min_body_rate", "keep_alive_timeout",
-    "write_timeout", "max_body",
-)  # fmt: skip
-_CLUSTER = """\
-Several servers of one base on Ray Serve, behind one address: started, watched, replaced, scaled.
-
-Without --address, `up` starts Ray on this machine and serves until Ctrl-C; with it, the servers run
-on a cluster that `ray start` has made. Servers on several machines share a registry (PostgreSQL)
-and a store (S3, or a folder that all of them see).
-"""
-_UP = """\
-Start the servers, or change those that run. Options of `onebase serve` go to each of them; --host,
---port and what is about connections to the address that they have together.
-"""
 _FRONT_SETTINGS = ("host", "port", "access_log", "allowed_host", "allowed_origin", "trusted_proxy")
-"""Settings of the cluster's address alone. Servers get the other ones of _ROUTE_SETTINGS too."""
+"""Settings of the cluster's address alone. Servers get the other ones of ROUTE_SETTINGS too."""
 _OF_PLAN = ("data_dir", "drain_timeout", "stop_with_stdin")
 _START_SECONDS = 600.0
 """Time, in seconds, that a request waits for a first server to start, where there may be none."""
@@ -71,7 +48,6 @@ _LOOKED_SECONDS = 2.0
 """Time, in seconds, in which the command that has ended a cluster sees that, before the cluster's Ray
 ends."""
 _RAY_FOLDER = "onebase-ray-"
-_REPLICA_KEY = "ONEBASE_REPLICA_KEY"
 
 
 def route(argv: Sequence[str]) -> int:
@@ -84,7 +60,7 @@ def route(argv: Sequence[str]) -> int:
         parser.error("which servers? Name each with --replica URL, or list them in a file: --replicas FILE.")
     try:
         settings = load_settings({name: value for name, value in options.items() if value is not None})
-        key = os.environ.get(_REPLICA_KEY) if key_file is None else Path(key_file).read_text().strip()
+        key = os.environ.get(REPLICA_KEY) if key_file is None else Path(key_file).read_text().strip()
     except (SettingsError, OSError) as error:
         parser.error(str(error))
     set_up_logs("route", settings.log_level.upper(), settings.log_format)
@@ -92,10 +68,9 @@ def route(argv: Sequence[str]) -> int:
         logging.getLogger(quiet).setLevel(logging.WARNING)
     import asyncio
 
+    from onebase_edge.listener import bind, url_of
     from onebase_route.proxy import OpenServersError, Route
     from onebase_route.proxy import serve as serve_route
-    from onebase_server.app.console import address_error, print_failure, print_replicas
-    from onebase_server.http.server import bind, url_of
 
     console = Console(stderr=True, quiet=settings.log_format == "json")
     try:
@@ -129,49 +104,6 @@ def route(argv: Sequence[str]) -> int:
     return 0
 
 
-def route_parser() -> argparse.ArgumentParser:
-    """Return the parser of `onebase route`: its own options, and those of `onebase serve` about
-    connections."""
-    parser = OptionParser(
-        prog="onebase route", repeated=True, usage="onebase route --replica URL [options]", description=_ROUTE
-    )
-    parser.add_argument(
-        "--replica",
-        action="append",
-        type=checked(replica_url),
-        metavar="URL",
-        help="a server of the base, as in http://10.0.0.7:8000; once for each",
-    )
-    parser.add_argument(
-        "--replicas",
-        metavar="FILE",
-        help="a file with such addresses, one a line, that is read again when it changes: servers come and "
-        "go without a restart",
-    )
-    parser.add_argument(
-        "--wait",
-        type=_seconds,
-        default=0.0,
-        metavar="SECONDS",
-        help="how long a request waits for a server where there is none (default: 0)",
-    )
-    parser.add_argument(
-        "--resume",
-        type=_seconds,
-        default=60.0,
-        metavar="SECONDS",
-        help="how long a stream whose server has gone waits for one that resumes it (default: 60)",
-    )
-    parser.add_argument(
-        "--key-file",
-        metavar="FILE",
-        help=f"a file with an admin key of the servers (or {_REPLICA_KEY} in the environment), which reads "
-        "their metrics, and the secret without which no stream continues at another server",
-    )
-    add_settings(parser, *_ROUTE_SETTINGS)
-    return parser
-
-
 def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -> int:
     """Run `onebase cluster up | status | scale | drain | down`. Exit status: 0, or 1 with the reason, 2 for
     wrong options, 130 if Ctrl-C ended the waiting.
@@ -180,8 +112,6 @@ def cluster(argv: Sequence[str], server: Sequence[str] = ("onebase", "serve")) -
     """
     parser = cluster_parser()
     arguments = parser.parse_args(list(argv))
-    from onebase_server.app.console import print_failure
-
     console = Console(stderr=True, highlight=False, markup=False)
     own = arguments.action == "up" and arguments.address is None and not arguments.config
     status = 0
@@ -356,7 +286,7 @@ def _applications(
         parser.error("--min-replicas and --max-replicas go together, the lower one first")
     if alone:
         given |= _shared_out(settings, _most(arguments))
-    front = _as_typed({name: given[name] for name in _ROUTE_SETTINGS if name not in _OF_PLAN})
+    front = _as_typed({name: given[name] for name in ROUTE_SETTINGS if name not in _OF_PLAN})
     key_file = str(Path(arguments.key_file).expanduser().absolute()) if arguments.key_file else ""
     if alone and key_file:
         Path(key_file).read_bytes()  # reported here
@@ -447,59 +377,6 @@ def _print_cluster() -> None:
         output.print(f"  {url}  {state}  {one.get('requests_total', 0):.0f} requests", soft_wrap=True)
 
 
-def cluster_parser() -> argparse.ArgumentParser:
-    """Return the parser of `onebase cluster`."""
-    parser = OptionParser(prog="onebase cluster", description=_CLUSTER)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    up = actions.add_parser("up", help="start the servers, or change those that run", description=_UP)
-    actions.add_parser("status", help="the address, and the servers behind it")
-    scale = actions.add_parser("scale", help="have another number of servers")
-    scale.add_argument("replicas", type=_positive, metavar="N", help="servers")
-    actions.add_parser("drain", help="take nothing new, let running requests end, then end the servers")
-    actions.add_parser("down", help="end the servers now, and what runs on them")
-    own = up.add_argument_group("cluster")
-    own.add_argument("--replicas", type=_positive, default=1, metavar="N", help="servers (default: 1)")
-    own.add_argument(
-        "--min-replicas",
-        type=_whole,
-        metavar="N",
-        help="scale by itself, by tokens that wait, with --max-replicas; 0: none while nobody asks "
-        "(default: none)",
-    )
-    own.add_argument("--max-replicas", type=_positive, metavar="N", help="see --min-replicas (default: none)")
-    own.add_argument(
-        "--replica-gpus",
-        type=_share,
-        metavar="N",
-        help="a server's GPUs, or its part of one (default: 1, where there are GPUs)",
-    )
-    own.add_argument(
-        "--replica-cpus",
-        type=_share,
-        metavar="N",
-        help="a server's share of a machine's CPUs, by which Ray places it (default: 1)",
-    )
-    own.add_argument(
-        "--key-file",
-        metavar="FILE",
-        help=f"a file with an admin key, by which servers' metrics are read (or {_REPLICA_KEY} in the "
-        "environment)",
-    )
-    own.add_argument(
-        "--config", action="store_true", help="print the config file for `serve deploy`, and start nothing"
-    )
-    add_all_settings(up)
-    for action in actions.choices.values():
-        action.add_argument(
-            "--address",
-            metavar="HOST:PORT",
-            help="the head node of a cluster that `ray start` has made (default: this machine's own)",
-        )
-        if action is not up:
-            add_settings(action, "data_dir")
-    return parser
-
-
 class ReplicaFile:
     """Addresses in a file, besides those that were given."""
 
@@ -527,48 +404,10 @@ class ReplicaFile:
         return urls
 
 
-def replica_url(text: str) -> str:
-    """Return scheme, host and port of a server's address. Raises SettingsError."""
-    try:
-        parts = urlsplit(text)
-        wrong = parts.port == 0 or not parts.hostname or re.search(r"[\s%*]", text) is not None
-    except ValueError:
-        wrong = True
-    if (
-        wrong
-        or parts.scheme not in ("http", "https")
-        or parts.path.strip("/")
-        or parts.query
-        or parts.fragment
-    ):
-        raise SettingsError(f"{text!r} is no address of a server: give one as http://host:8000.")
-    if parts.username or parts.password:
-        raise SettingsError("an address has no password in it: give the key with --key-file.")
-    return f"{parts.scheme}://{parts.netloc}"
-
-
-def _whole(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 10000")
-    return number
-
-
-def _positive(text: str) -> int:
-    if not _whole(text):
-        raise argparse.ArgumentTypeError("0 is too few: one at least")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 <= share <= 1024:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1024")
-    return share
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 86400")
-    return seconds
+def print_replicas(console: Console, url: str, replicas: Iterable[Replica]) -> None:
+    """The address, and the servers behind it: which of them are ready."""
+    console.print(f"OneBase routes on [bold]{url}[/bold]")
+    table = Table.grid(padding=(0, 2))
+    for one in replicas:
+        table.add_row(escape(one.url), "ready" if one.ready else f"away: {escape(one.why)}")
+    console.print(table, highlight=False)

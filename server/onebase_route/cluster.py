@@ -41,11 +41,12 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from ray.serve.schema import ServeDeploySchema
 
-from onebase._core.metrics import parse_metrics
+from onebase.metrics import parse_metrics
+from onebase_edge.background import keep_running
+from onebase_edge.settings import LISTENER, environment_name, load_settings
+from onebase_route.options import REPLICA_KEY, route_parser
 from onebase_route.placement import Placement, ReplicaReport
 from onebase_route.proxy import asked, read_report
-from onebase_server.app.settings import LISTENER, environment_name, load_settings
-from onebase_server.background import keep_running
 
 APP = "onebase"
 FRONT = "onebase-ingress"
@@ -74,8 +75,7 @@ _SCALED_BY = (
     "vllm:time_to_first_token_seconds_sum", "vllm:time_to_first_token_seconds_count",
 )  # fmt: skip
 """Metrics that autoscaling reads."""
-_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
-_KEY = "ONEBASE_REPLICA_KEY"
+_PASSWORD = re.compile(r"://([^/@\s]*:(?!\d+/)[^@\s]+@|\S*[?&]password=[^&\s])")
 _ENDS_WITH_ITS_PARENT = """\
 import ctypes, os, signal, sys
 try:
@@ -389,7 +389,7 @@ def _head_address() -> str:
 
 
 def _client(url: str, plan: ClusterConfig) -> httpx2.AsyncClient:
-    key = Path(plan.key_file).read_text().strip() if plan.key_file else os.environ.get(_KEY)
+    key = Path(plan.key_file).read_text().strip() if plan.key_file else os.environ.get(REPLICA_KEY)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return httpx2.AsyncClient(base_url=url, headers=headers, timeout=10.0, trust_env=False)
 
@@ -503,8 +503,6 @@ class Ingress:
 
 def ingress_address(command: Sequence[str]) -> tuple[str, int]:
     """Return host and port of an ingress, from its command or the environment."""
-    from onebase_route.cli import route_parser
-
     known, _ = route_parser().parse_known_args(["--replicas", "-", *command[2:]])
     settings = load_settings({"host": known.host, "port": known.port})
     return settings.host, settings.port

@@ -39,7 +39,8 @@ _COLD: dict[Tier, float] = {"slot": 0.0, "host": 1.0, "disk": 40.0}
 _PATIENCE = 8.0
 """Tokens of a row for which a request rather waits than to begin where its adapter is on disk. For itself it
 would be right to wait longer; but the next ones have it in memory there. With 5, one request in fifty came
-from the store once a tenth of the replicas were lost (benchmarks/cluster_sim.py); with 12 the waits show."""
+from the store once a tenth of the replicas were lost (as in tests/server/test_many_servers.py); with 12 the
+waits show."""
 _MOST_KNOWN = 100_000
 """Largest number of adapters whose demand and order of replicas are remembered."""
 _FAILURES = 3

@@ -26,12 +26,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from onebase._core.metrics import parse_metrics
-from onebase_route.placement import NoReplicaError, Placement, ReplicaReport
-from onebase_route.resumption import ByteBudget, DiffersError, StreamRecord
-from onebase_server.app.settings import Settings
-from onebase_server.background import Backoff, keep_running
-from onebase_server.errors import (
+from onebase.metrics import parse_metrics
+from onebase_edge.background import Backoff, keep_running
+from onebase_edge.cross_site import CrossSiteMiddleware
+from onebase_edge.errors import (
     AdapterNotFoundError,
     ApiError,
     BodyTooLargeError,
@@ -41,15 +39,15 @@ from onebase_server.errors import (
     UnavailableError,
     WrongMethodError,
 )
-from onebase_server.http.cross_site import CrossSiteMiddleware
-from onebase_server.http.forwarded import CHANGE, OURS, SECRET, change_of, forwarded_of
-from onebase_server.http.refusals import error_json, is_anthropic, refusal
-from onebase_server.http.request_id import request_id
-from onebase_server.http.server import QuietServer, uvicorn_config
-from onebase_server.http.sse import DONE, connection_abort
-from onebase_server.inference.transcript import HEADER
-from onebase_server.telemetry.metrics import CONTENT_TYPE
-from onebase_server.tenancy.access import is_loopback
+from onebase_edge.forwarded import CHANGE, OURS, SECRET, TRANSCRIPT_HEADER, change_of, forwarded_of
+from onebase_edge.listener import QuietServer, uvicorn_config
+from onebase_edge.refusals import error_json, is_anthropic, refusal
+from onebase_edge.request_id import request_id
+from onebase_edge.settings import Settings, is_loopback
+from onebase_edge.sse import DONE, connection_abort
+from onebase_protocol.errors import AnthropicError, Error
+from onebase_route.placement import NoReplicaError, Placement, ReplicaReport
+from onebase_route.resumption import ByteBudget, DiffersError, StreamRecord
 
 LOOK_SECONDS = 0.5
 """Time, in seconds, between two looks at a server."""
@@ -58,6 +56,7 @@ _CONNECT_SECONDS = 2.0
 _TIMEOUT = {"timeout": httpx2.Timeout(None, connect=_CONNECT_SECONDS).as_dict()}
 _AWAY = 2
 """Number of consecutive looks without an answer after which a server is away."""
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _METRICS_BYTES = 16 << 20
 """Largest size, in bytes, of a server's metrics."""
 _MOST_BROKEN = 2
@@ -122,7 +121,7 @@ _OF_ONE_SERVER = (
     "/server_info",
     "/get_world_size",
 )
-_KEPT_BY_ONE = b"response_not_found"
+_KEPT_BY_ONE = (b"response_not_found", b"generation_not_found")
 _PASSING = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses of a refusal to resume a stream that may end soon."""
 _OF_ONE = ("response_not_found", "invalid_transcript")
@@ -530,8 +529,8 @@ class Route:
             if one.ready and one.kv_dtype and new.kv_dtype and one.kv_dtype != new.kv_dtype:
                 _log.warning(
                     "%s keeps keys and values in %r, and %s in %r: texts differ by where they are made, and "
-                    "a stream that continues elsewhere has other rounding from there. Start all servers with the "
-                    "same --kv-dtype",
+                    "a stream that continues elsewhere has other rounding from there. Start all servers with "
+                    "the same --kv-dtype",
                     *(new.url, new.kv_dtype, one.url, one.kv_dtype),
                 )
                 return
@@ -635,7 +634,7 @@ class Route:
             status = {"status": "ready" if ready else "not ready", "servers": there}
             return _json(status, 200 if ready else 503)
         if path == "/metrics":
-            return Response(generate_latest(self._known), media_type=CONTENT_TYPE)
+            return Response(generate_latest(self._known), media_type=_METRICS_TYPE)
         if path in _OF_ONE_SERVER:
             raise UnavailableError(
                 f"{path} is of one server: ask it at its own address.", code="of_one_server", retry_after=60.0
@@ -674,13 +673,13 @@ class Route:
                 ) from None
             if _is_events(answer):
                 sending.answered()
-                if answer.status_code == 200 and HEADER in answer.headers:
+                if answer.status_code == 200 and TRANSCRIPT_HEADER in answer.headers:
                     return _Stream(answer, sending, sent)
             maybe = answer.status_code in (404, 503) or (again and answer.status_code in (502, 504))
             if not (isinstance(body, bytes) and maybe and _is_short(answer)):
                 return _Passing(answer, sending, self.lost)
             problem = await _whole(answer, sending)
-            if answer.status_code == 404 and _KEPT_BY_ONE in bytes(problem.body):
+            if answer.status_code == 404 and any(code in bytes(problem.body) for code in _KEPT_BY_ONE):
                 continue
             sent.refused += 1
             known = answer.status_code == 404 and not any(code in bytes(problem.body) for code in _LEARNT)
@@ -804,7 +803,7 @@ class _Sent:
                 await asyncio.sleep(next(pauses))
                 self.tried = []
                 continue
-            if answer.status_code == 200 and HEADER in answer.headers:
+            if answer.status_code == 200 and TRANSCRIPT_HEADER in answer.headers:
                 sending.answered()
                 self.route.resumed.inc()
                 _log.warning("%s resumes a stream", sending.url)
@@ -851,7 +850,7 @@ class _Sent:
             if length is not None:
                 headers.append((b"content-length", length.encode("latin-1")))
         elif self._again and body and secret:
-            headers.append((HEADER.encode(), b"%d %.3f" % (len(body), seconds)))
+            headers.append((TRANSCRIPT_HEADER.encode(), b"%d %.3f" % (len(body), seconds)))
             body += transcript
         sent = httpx2.Request(
             request.method,
@@ -1162,30 +1161,18 @@ def _error_event(error: ApiError, scope: Scope) -> bytes:
     return b"\n\ndata: " + data + b"\n\n" + (b"" if scope["path"] == "/" else DONE)
 
 
-class _ServerError(msgspec.Struct):
-    """Object of an error in a server's answer. details: Anthropic's routes have its code in there."""
-
-    message: str
-    code: str | None = None
-    details: dict[str, Any] = {}
-
-
-class _ServerErrorBody(msgspec.Struct):
-    error: _ServerError
-
-
 def _read_error(status: int, body: bytes) -> ApiError | None:
     """Return a server's refusal as an error of the same code, or None for what is no such answer."""
-    report = _read(body, _ServerErrorBody)
-    if report is None:
+    if (anthropic := _read(body, AnthropicError)) is not None:
+        message, code = anthropic.error.message, str(anthropic.error.details.error_code)
+    elif (report := _read(body, Error)) is not None:
+        message, code = report.error.message, str(report.error.code)
+    else:
         return None
-    code = report.error.code or str(report.error.details.get("error_code"))
     if status == 404:
-        return AdapterNotFoundError(report.error.message, code=code)
+        return AdapterNotFoundError(message, code=code)
     kind = {403: ForbiddenError, 409: StateConflictError}.get(status)
-    if kind is None:
-        return InvalidRequestError(report.error.message, code=code)
-    return kind(report.error.message, code=code)
+    return InvalidRequestError(message, code=code) if kind is None else kind(message, code=code)
 
 
 def _json(content: Any, status: int = 200) -> Response:

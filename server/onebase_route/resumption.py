@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from hashlib import blake2b
 
-from onebase_server.inference.transcript import MARK, MOST_TRANSCRIPT
+from onebase_edge.forwarded import MARK, MOST_TRANSCRIPT
 
 MOST_EVENT = 16 << 20
 """Largest size, in bytes, of one event that is held until it is whole."""
@@ -68,6 +68,8 @@ class StreamRecord:
         end = self._rest.rfind(b"\n\n", looked_at) + 2
         if end < 2:
             if len(self._rest) > MOST_EVENT:
+                if self._again:  # among the events that were passed on is none so long
+                    raise DiffersError
                 self.give_up()
             return b""
         whole = bytes(self._rest[:end])

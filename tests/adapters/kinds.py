@@ -11,7 +11,7 @@ from torch import nn
 
 from onebase_adapters.proof.extract import extract
 from onebase_engine.base.view import peft_view
-from onebase_engine.lora.weights import AdapterWeights
+from onebase_engine.kernels.weights import AdapterWeights
 
 LINEAR = ["q_proj", "o_proj", "down_proj"]
 TOKENS = [300, 4, 17, 5, 250]

@@ -19,11 +19,11 @@ from onebase_engine.base.default_base import (
     BaseFetchError,
     BaseSpecError,
     check_sha256,
-    default_cache,
     fetch_default_base,
     parse_repo,
     resolve_base,
 )
+from onebase_engine.user_cache import default_cache
 
 
 def write_model_folder(folder: Path) -> Path:

@@ -570,6 +570,39 @@ def test_a_file_that_is_not_the_repositorys_is_not_taken_from_the_process(
     assert not list((tmp_path / "store" / "blobs").iterdir())
 
 
+GOOD = {"paths": ["a", "b"], "sha256": [None, None]}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"total": "many"},
+        {"done": -1},
+        {"done": 1.5},
+        {"done": None, "total": 1 << 62},
+        {"commit": ["0" * 40]},
+        {**GOOD, "paths": "ab"},
+        {**GOOD, "paths": [1, 2]},
+        {**GOOD, "paths": ["a"]},
+        {**GOOD, "paths": ["\0", "/" + "x" * 5000]},
+        {**GOOD, "sha256": []},
+        {**GOOD, "sha256": [1, 2]},
+        {"paths": ["a", "b"]},
+        {"error": ["hub_gated"], "message": "no"},
+        {"error": "internal_error", "message": "no"},
+        {"error": "hub_gated", "message": {"no": 1}},
+    ],
+)
+def test_a_message_of_another_type_is_a_wrong_answer(
+    hub: HubStandIn, store: Store, monkeypatch: pytest.MonkeyPatch, message: dict[str, object]
+) -> None:
+    program = f"import json, sys; sys.stdin.readline(); print(json.dumps({message!r}))"
+    monkeypatch.setattr(hub_pull, "_COMMAND", (sys.executable, "-c", program))
+    with pytest.raises(HubError) as refused:
+        pull(REF, "0" * 40, store, MANY, lambda done, total: None)
+    assert code_of(refused) == "hub_wrong_answer"
+
+
 # Confinement
 
 TRIES = """
@@ -619,6 +652,7 @@ print(json.dumps({
         ("while True: print('{\"done\": 1}', flush=True)", "another message than the commit"),
         ("print('{', flush=True)", "no JSON"),
         ("print('[]', flush=True)", "no JSON object"),
+        ("print('{\"x\":' * 10000, flush=True)", "no JSON"),
     ],
 )
 def test_a_process_that_prints_without_end_or_no_messages_is_given_up(

@@ -17,7 +17,7 @@ from onebase_adapters.format.canonical import AdapterFormatError
 from onebase_adapters.proof.loader import LoadedAdapter
 from onebase_engine.base.load import base_tensors, fingerprint
 from onebase_engine.base.view import view
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.kernels.weights import LoraWeights
 
 
 def load(base: nn.Module, folder: Path) -> LoadedAdapter:

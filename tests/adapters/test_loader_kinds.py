@@ -19,7 +19,7 @@ from onebase_adapters.proof.loader import load_adapter
 from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseSettings, base_tensors, fingerprint, load_base
 from onebase_engine.base.view import peft_view
-from onebase_engine.lora.weights import LoraWeights, SavedModule, TokenRows, tensors_of
+from onebase_engine.kernels.weights import LoraWeights, SavedModule, TokenRows, tensors_of
 
 UNTRAINED = [
     "lora",

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter, write_packed_adapter
-from onebase_engine.lora.weights import (
+from onebase_engine.kernels.weights import (
     AdapterWeights,
     LoraWeights,
     SavedModule,
@@ -22,6 +21,7 @@ from onebase_engine.lora.weights import (
     tensors_of,
     weights_bytes,
 )
+from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter, write_packed_adapter
 
 
 def random(*shape: int) -> torch.Tensor:

@@ -32,10 +32,10 @@ from onebase_engine.kernels import reference as by_torch
 from onebase_engine.kernels.cpu import CpuKernels, NativeLinear
 from onebase_engine.kernels.interface import Kernels, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
+from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, TokenRows
 from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.module import SlotModule
 from onebase_engine.lora.slots import AdapterSlots, SlotNorm
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights, TokenRows
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"quantization": "none", "dtype": torch.float32},

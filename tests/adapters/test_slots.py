@@ -18,9 +18,9 @@ from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
 from onebase_engine.kernels.interface import TILE
 from onebase_engine.kernels.reference import ReferenceKernels
+from onebase_engine.kernels.weights import AdapterWeights, LoraWeights
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotEmbedding, SlotLinear, SlotModule, wrap_layers
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights
 
 SLOTS = 4
 HIDDEN, OUT = 128, 256

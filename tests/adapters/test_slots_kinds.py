@@ -21,11 +21,11 @@ from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
 from onebase_engine.kernels.interface import TILE, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels
+from onebase_engine.kernels.weights import LoraWeights, SavedModule, TokenRows, composable
 from onebase_engine.lora import linear as token_head
 from onebase_engine.lora.linear import TokenHead
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotEmbedding, SlotLinear, SlotNorm, wrap_layers
-from onebase_engine.lora.weights import LoraWeights, SavedModule, TokenRows, composable
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "nf4": {"quantization": "nf4", "dtype": torch.bfloat16},

@@ -367,10 +367,25 @@ def test_no_error_or_log_line_holds_a_credential_of_the_url(
         ("sftp://me:p@w/?#x@host/data", "sftp://***@host/data"),
         ("https://host/data?sig=abc#frag", "https://host/data"),
         ("/var/lib/onebase", "/var/lib/onebase"),
+        ("/var/lib/me:you@home", "/var/lib/me:you@home"),
+        ("me:s3cr3t@host:5432/data?x=y", "***@host:5432/data"),
+        ("//me:s3cr3t@host/data", "//***@host/data"),
+        ("s3cr3t@host", "***@host"),
+        ("me:s3cr3t://x@host/data", "***@host/data"),
+        ("https://host:8080/data?mail=me@home&x=y", "https://host:8080/data"),
+        ("https://[::1]:80?mail=me@home", "https://[::1]:80"),
+        ("https://me:s3cr3t@host/data?mail=me@home", "https://***@host/data"),
+        ("sftp://me:s3?cr=3t@host/data", "sftp://***@host/data"),
+        ("host/data?mail=me@home", "host/data"),
     ],
 )
 def test_a_place_is_shown_without_credentials(url: str, expected: str) -> None:
     assert redacted(url) == expected
+
+
+def test_a_password_without_a_scheme_is_removed_from_what_a_library_quotes() -> None:
+    clean = without_secrets("cannot reach me:s3cr3t@host/x: s3cr3t was refused", "me:s3cr3t@host/x")
+    assert clean == "cannot reach ***@host/x: *** was refused"
 
 
 def test_what_a_library_quotes_is_cleaned() -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from onebase_adapters.proof.extract import extract
 from onebase_adapters.proof.unusual_weights import MOST_SAID, measure, unusual
 from onebase_engine.base.view import peft_view
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights, SavedModule, TokenRows
+from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, SavedModule, TokenRows
 
 KINDS: dict[str, dict[str, Any]] = {
     "everywhere": {"r": 8, "target_modules": [*ATTENTION, *MLP]},

@@ -17,14 +17,12 @@ from rich.console import Console
 import goals
 import serve
 from bench import machine, peers
+from bench.figures import Figures, Run, draw, summarize, sweep_points
 from bench.machine import BusyError, demand_quiet
-from bench.plots import draw
-from bench.report import Figures, Run, summarize, sweep_points
 from bench.stream import Sample
-from bench.training import TrainFigures
+from bench.training import VARIANTS, TrainFigures
 from bench.workload import SWEEPS, Block, Prompts, Shape, main_block, requests_of, sweep_blocks
 from onebase_engine.base.default_base import fetch_default_base
-from train_trl import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 ADAPTERS = {
@@ -93,7 +91,7 @@ def test_the_plots_are_drawn_of_what_was_measured(tmp_path: Path, cut_short: boo
     measured = [*runs(10), *(run for run in runs(20, "peft") if not run.scenario.startswith("rank"))]
     if cut_short:
         measured = [run for run in measured if run.scenario in ("single", "same")]
-    draw(measured, summarize(measured), scenarios, "a title", tmp_path / "serve.png")
+    draw(measured, scenarios, "a title", tmp_path / "serve.png")
     height, width, _ = imread(tmp_path / "serve.png").shape
     assert width > height > 500
 
@@ -236,9 +234,7 @@ def test_a_peer_is_installed_once_and_again_after_an_installation_that_failed(
         if len(tries) == 1:
             run(sys.executable, "-c", "raise SystemExit('the network is gone')")
 
-    monkeypatch.setitem(
-        peers.PEERS, "peer", peers.Peer("peer", "1", "program", install, lambda: wanted, "a moment")
-    )
+    monkeypatch.setitem(peers.PEERS, "peer", peers.Peer("peer", "1", "program", install, lambda: wanted))
     with pytest.raises(peers.PeerError, match="the network is gone"):
         peers.installed("peer", Console())
     for _ in range(2):

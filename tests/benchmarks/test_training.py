@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 import train
-from bench.training import WARM_UP, TrainRun, summarize_training
-from bench.training_report import rows_of
+from bench.training import WARM_UP, TrainRun, rows_of, summarize_training
 
 TOKENS = [900, 900, 100, 300]
 

@@ -6,11 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from bench.leaks import Snapshot, compare
-from bench.process_stats import ProcessStats
-from bench.report import Run, equal_texts, percentile, summarize
-from bench.soak_client import Answer, ContractError, check
-from bench.soak_plan import Plan, Planner
+from bench.figures import Run, equal_texts, summarize
+from bench.report import percentile
+from bench.soak import Answer, ContractError, Plan, Planner, ProcessStats, Snapshot, check, compare
 from bench.stream import Sample
 
 MIB = 2**20
@@ -29,7 +27,7 @@ def with_engine(**values: int) -> Snapshot:
 
 
 def test_an_idle_server_that_gave_everything_back_does_not_leak() -> None:
-    assert compare(IDLE, with_engine(rss=930 * MIB), 64 * MIB, 0) == []
+    assert compare(IDLE, with_engine(rss=930 * MIB), 64 * MIB) == []
 
 
 @pytest.mark.parametrize(
@@ -47,7 +45,7 @@ def test_an_idle_server_that_gave_everything_back_does_not_leak() -> None:
     ],
 )
 def test_each_kind_of_leak_is_named(after: Snapshot, message: str) -> None:
-    assert any(message in leak for leak in compare(IDLE, after, 64 * MIB, 0))
+    assert any(message in leak for leak in compare(IDLE, after, 64 * MIB))
 
 
 @pytest.mark.parametrize(("share", "value"), [(0.5, 50), (0.99, 99), (1.0, 100), (0.0, 1)])

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import httpx2
 import pytest
+from msgspec import convert
 from tests.clients.golden import Transcript
 from tests.clients.registry_double import Registry, version
 
-from onebase import AdapterWeight, InvalidResponseError, Progress
-from onebase._core.adapters import parse_files
+from onebase import AdapterWeight, InvalidResponseError, Progress, VersionFiles
 from onebase._core.targets import atomic_target
 from onebase.cli.adapters import export
 
@@ -308,8 +308,8 @@ def test_a_base_that_only_the_server_has_must_be_named(shelf: Shelf) -> None:
     with pytest.raises(
         ValueError, match="a folder of its own: name the same base, not quantized, with --base"
     ):
-        export._base_of(parse_files(shelf.listing))
+        export._base_of(convert(shelf.listing, VersionFiles))
     shelf.base |= {"repo": "org/model", "revision": "abc"}
-    assert export._base_of(parse_files(shelf.listing)) == "org/model@abc"
+    assert export._base_of(convert(shelf.listing, VersionFiles)) == "org/model@abc"
     shelf.base["revision"] = None
-    assert export._base_of(parse_files(shelf.listing)) == "base"
+    assert export._base_of(convert(shelf.listing, VersionFiles)) == "base"

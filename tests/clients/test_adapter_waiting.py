@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from msgspec import convert
 from tests.clients.registry_double import (
     COMMIT,
     Registry,
@@ -18,9 +19,10 @@ from tests.clients.registry_double import (
 from onebase import (
     AdapterRejectedError,
     AdapterSource,
+    AdapterVersion,
     Progress,
 )
-from onebase._core.adapters import LONGEST_POLL_S, Waiting, parse_version
+from onebase._core.adapters import LONGEST_POLL_S, Waiting
 
 pytestmark = pytest.mark.usefixtures("slept")
 NAME = "acme-support"
@@ -116,7 +118,7 @@ def test_the_server_is_asked_less_often_the_longer_it_takes(sdk: Any, slept: lis
     registry.add(NAME, "x", "proving")
     registry._left[digest("x")] = list(registry.steps)
     registry._activates_version[digest("x")] = False
-    sent = parse_version(registry.versions[NAME][0])
+    sent = convert(registry.versions[NAME][0], AdapterVersion)
     asked: list[float] = []
 
     def handle(request: httpx2.Request) -> httpx2.Response:
@@ -135,29 +137,29 @@ def test_the_server_is_asked_less_often_the_longer_it_takes(sdk: Any, slept: lis
 
 
 def test_each_new_stage_is_looked_at_soon() -> None:
-    waiting = Waiting(parse_version(version(NAME, "x", "validating")), None)
+    waiting = Waiting(convert(version(NAME, "x", "validating"), AdapterVersion), None)
     for _ in range(10):
         waiting.question()
-    waiting.note_answer(parse_version(version(NAME, "x", "proving")))
+    waiting.note_answer(convert(version(NAME, "x", "proving"), AdapterVersion))
     assert waiting.question().path.endswith("?wait_seconds=0.1")
 
 
 def test_a_step_is_told_once() -> None:
     told: list[Progress] = []
     step = version(NAME, "x", "proving", progress={"stage": "proving", "fraction": 0.5})
-    waiting = Waiting(parse_version(step), told.append)
-    waiting.note_answer(parse_version(step))
+    waiting = Waiting(convert(step, AdapterVersion), told.append)
+    waiting.note_answer(convert(step, AdapterVersion))
     assert told == [Progress("proving", 0.5)]
     assert not waiting.over
 
 
 def test_waiting_for_a_version_that_is_ready_asks_nobody(sdk: Any) -> None:
-    ready = parse_version(version(NAME, "x"))
+    ready = convert(version(NAME, "x"), AdapterVersion)
     nobody = httpx2.MockTransport(pytest.fail)
     assert sdk.call(lambda client: client.adapters.wait(ready), nobody) == ready
 
 
 def test_a_failure_without_a_reason_is_a_failure_too(sdk: Any) -> None:
-    failed = parse_version(version(NAME, "x", "failed"))
+    failed = convert(version(NAME, "x", "failed"), AdapterVersion)
     with pytest.raises(AdapterRejectedError, match="the server does not say why"):
         sdk.call(lambda client: client.adapters.wait(failed), httpx2.MockTransport(pytest.fail))

@@ -47,6 +47,7 @@ def registry() -> Registry:
 def test_adapters_are_typed(sdk: Any, registry: Registry) -> None:
     first, second = sdk.call(lambda client: client.adapters.list(), registry.transport)
     assert first == Adapter(
+        id=NAME,
         name=NAME,
         version=digest("1"),
         active=True,

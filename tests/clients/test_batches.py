@@ -15,8 +15,9 @@ from tests.clients.golden import Transcript
 from tests.clients.real_server import Server
 
 from onebase import AsyncClient, BadRequestError, Batch, BatchError, Client, ConflictError, NotFoundError
+from onebase._terminal.batches import BatchDisplay
 from onebase.cli import main
-from onebase.cli.batches import display
+from onebase_protocol.batches import BatchCounts, BatchProblems
 
 BASE = "smollm2-135m-instruct"
 CHAT = "/v1/chat/completions"
@@ -172,11 +173,13 @@ def test_what_the_commands_say(transcript: Callable[[str], Transcript]) -> None:
 
 def test_a_waiting_batch_is_shown_line_by_line_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     def batch(status: str, done: int = 0, total: int = 0, **changes: Any) -> Batch:
-        known: dict[str, Any] = dict.fromkeys(Batch.__dataclass_fields__)
-        known |= {"id": "batch_1", "status": status, "total": total, "completed": done, "failed": 0}
-        return Batch(**known | {"errors": (BatchError("x", "no"),)} | changes)
+        counts = BatchCounts(total, done, changes.pop("failed", 0))
+        known: dict[str, Any] = dict.fromkeys(Batch.__struct_fields__)
+        known |= {"id": "batch_1", "status": status, "request_counts": counts}
+        problems = BatchProblems(data=(BatchError(code="x", message="no"),))
+        return Batch(**known | {"problems": problems} | changes)
 
-    with display.BatchDisplay() as shown:
+    with BatchDisplay() as shown:
         for now in (
             batch("validating"),
             batch("in_progress", 0, 100),

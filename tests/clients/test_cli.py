@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import convert
 from tests.clients.golden import Transcript
 
-from onebase import __version__
-from onebase._core.adapters import parse_adapter
+from onebase import Adapter, __version__
+from onebase._terminal.ui import printable
 from onebase.cli import (
     COMMANDS,
     EXTRA_COMMANDS,
@@ -37,7 +38,6 @@ from onebase.cli import (
 )
 from onebase.cli.command import adapter_of
 from onebase.cli.server import table_rows
-from onebase.cli.ui import printable
 from onebase.types import AdapterWeight, Model
 
 Serve = Callable[..., Any]
@@ -308,8 +308,8 @@ def test_models_prints_every_name_with_tabs_through_a_pipe(shell: Transcript) ->
 
 def test_models_shows_an_adapter_that_is_not_active() -> None:
     nothing: dict[str, Any] = dict.fromkeys(("version", "rank", "alpha", "parameters", "bytes", "tier"))
-    waiting = parse_adapter(ADAPTER | nothing | {"active": False, "kinds": [], "targets": []})
-    assert table_rows([Model("tiny"), Model("pirate")], [waiting]) == [
+    waiting = convert(ADAPTER | nothing | {"active": False, "kinds": [], "targets": []}, Adapter)
+    assert table_rows([Model(id="tiny"), Model(id="pirate")], [waiting]) == [
         ("tiny", "base", "", "", "", "", ""),
         ("pirate", "adapter, not active", "", "", "", "", ""),
     ]

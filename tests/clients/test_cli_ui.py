@@ -5,18 +5,29 @@ from __future__ import annotations
 import io
 import math
 import re
+from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import convert
 from rich.console import Console
 from tests.clients.registry_double import ALL_TARGETS, COMMIT, NOW, Registry, module, report, version
 from tests.clients.training_double import REPORT, event, job, job_id, succeeded
 
-from onebase import Activation, CurvePoint, ModuleReport, Progress
-from onebase._core.adapters import parse_adapter, parse_version
-from onebase._core.training import parse_event, parse_job
+from onebase import (
+    Activation,
+    Adapter,
+    AdapterVersion,
+    CurvePoint,
+    ModuleReport,
+    Progress,
+    TrainingEvent,
+    TrainingJobInfo,
+)
+from onebase._terminal.jobs import JobDisplay
+from onebase._terminal.ui import ProgressDisplay, bar, duration, size, sparkline, table, when
 from onebase.cli.adapters.diff import Diff, Fact, LayerPair, RankPair, diff, print_diff
 from onebase.cli.adapters.show import COLUMNS, print_adapter, print_version
 from onebase.cli.adapters.versions import (
@@ -30,13 +41,14 @@ from onebase.cli.adapters.versions import (
     targets,
     total_norm,
 )
-from onebase.cli.jobs.display import JobDisplay
 from onebase.cli.jobs.show import COLUMNS as JOB_COLUMNS
 from onebase.cli.jobs.show import print_job
 from onebase.cli.server import COLUMNS as MODEL_COLUMNS
 from onebase.cli.server import table_rows
-from onebase.cli.ui import ProgressDisplay, bar, duration, size, sparkline, table, when
 from onebase.types import Model
+
+parse_adapter, parse_version = partial(convert, type=Adapter), partial(convert, type=AdapterVersion)
+parse_job, parse_event = partial(convert, type=TrainingJobInfo), partial(convert, type=TrainingEvent)
 
 
 def screen(width: int, **options: Any) -> Console:
@@ -229,7 +241,7 @@ def test_the_list_fits_and_shows_more_where_there_is_room(
 @pytest.mark.parametrize("width", [40, 60, 80, 100])
 def test_the_models_fit_and_no_number_is_cut(registry: Registry, width: int) -> None:
     found = [parse_adapter(registry.adapter(name)) for name in registry.versions]
-    models = [Model("smollm2-135m-instruct"), *(Model(adapter.name) for adapter in found)]
+    models = [Model(id="smollm2-135m-instruct"), *(Model(id=adapter.name) for adapter in found)]
     out = screen(width)
     out.print(table(MODEL_COLUMNS, table_rows(models, found), width))
     lines = seen(out)

@@ -124,7 +124,7 @@ def test_chat_sends_messages_and_the_key_to_generate(sdk: Any, wire: Any) -> Non
 def test_models_are_typed(sdk: Any) -> None:
     model = {"id": "tiny", "object": "model", "created": 1, "owned_by": "onebase"}
     models = Script(ok({"object": "list", "data": [model]}), ok(model))
-    expected = Model("tiny", "onebase", 1)
+    expected = Model(id="tiny", owned_by="onebase", created=1)
     assert sdk.call(lambda client: client.models.list(), models.transport) == (expected,)
     assert sdk.call(lambda client: client.models.retrieve("tiny"), models.transport) == expected
     assert models.requests[1].url.path == "/v1/models/tiny"
@@ -209,13 +209,21 @@ def test_an_error_of_another_shape_is_quoted(sdk: Any, body: bytes, message: str
     assert caught.value.message == message
 
 
+NO_CHOICES = {
+    "id": "g",
+    "choices": [],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 0},
+    "timing": {"queue_s": 0.0, "ttft_s": 0.0, "decode_s": 0.0},
+}
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
         (b"<html>", "is not JSON"),
         (b"[]", "is not a JSON object"),
-        (b"{}", "no field 'choices'"),
-        (b'{"choices": []}', "choices is empty"),
+        (b'{"id": "g"}', "no field 'choices'"),
+        (json.dumps(NO_CHOICES).encode(), "choices is empty"),
         (b'{"choices": 7}', "wrong type"),
         (b'{"choices": [7]}', "wrong type"),
     ],

@@ -81,6 +81,7 @@ def test_importing_the_sdk_and_the_command_loads_nothing_of_the_server() -> None
         "fastapi",
         "onebase_server",
         "onebase_route",
+        "onebase_edge",
         "onebase_training",
         "onebase_adapters",
         "onebase_engine",
@@ -112,12 +113,12 @@ def test_no_file_imports_the_server_or_what_only_it_has() -> None:
     foreign = {
         "onebase_server",
         "onebase_route",
+        "onebase_edge",
         "onebase_training",
         "onebase_adapters",
         "onebase_engine",
         "torch",
         "pydantic",
-        "msgspec",
     }
     assert {source.name: imported(source) & foreign for source in SOURCES if imported(source) & foreign} == {}
 

@@ -20,8 +20,8 @@ from tests.clients.registry_double import NOW
 from tests.clients.test_cli_terminal import Person
 
 from onebase import InvalidResponseError, Metrics
-from onebase._core.metrics import parse_metrics
 from onebase.cli import main, top
+from onebase.metrics import parse_metrics
 
 ENGINE = 'model_name="smollm2-135m-instruct",engine="0"'
 

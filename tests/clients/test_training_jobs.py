@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+from msgspec import convert
 from tests.clients.registry_double import BASE, NOW, RefusalError
 from tests.clients.training_double import CURVE, FAILURE, REPORT, Trainer, event, job, job_id, step, succeeded
 
@@ -35,7 +36,8 @@ from onebase import (
     TrainingStop,
     TrainingStoppedError,
 )
-from onebase._core.training import curve_of_events, parse_event
+from onebase._core.training import curve_of_events
+from onebase.cli.command import plain
 from onebase_training.recipe import recipe_fields, recipe_fields_by_name
 
 pytestmark = pytest.mark.usefixtures("slept")
@@ -272,7 +274,7 @@ def test_a_job_is_typed_to_its_last_figure(call: Any, trainer: Trainer) -> None:
     assert (info.method, info.settings["r"], info.metadata) == ("supervised", 16, {"team": "a"})
     assert info.progress == TrainingProgress("training", 3, 4, 1.5)
     assert info.progress.fraction == 0.75
-    assert info.report == TrainingReport(**{key: REPORT[key] for key in REPORT if key != "name"})
+    assert info.report == TrainingReport(**REPORT)
     assert (info.ended, info.activated, info.created_at) == (True, True, NOW)
     assert info.fine_tuned_model == "acme@3f2a9c413f2a"
 
@@ -330,7 +332,8 @@ def test_events_are_paged_from_the_newest_to_the_oldest(call: Any, trainer: Trai
     trainer.add(1, "running", *told)
     newest = call(on_job(job_id(1), lambda one: one.events()))
     assert [one.message for one in newest] == [f"message {number}" for number in range(130, 30, -1)]
-    assert newest[0] == TrainingEvent(told[-1]["id"], NOW + 130, "info", "message 130", "message", {})
+    assert newest[0] == convert(told[-1], TrainingEvent)
+    assert (newest[0].level, newest[0].type, newest[0].data) == ("info", "message", {})
     older = call(on_job(job_id(1), lambda one: one.events(limit=None, after=newest[-1].id)))
     assert [one.message for one in older] == [f"message {number}" for number in range(30, 0, -1)]
     assert [one.message for one in call(on_job(job_id(1), lambda one: one.events(limit=2)))] == [
@@ -347,7 +350,9 @@ def test_checkpoints_are_typed(call: Any, trainer: Trainer) -> None:
          "fine_tuned_model_checkpoint": "acme:ftjob-1:step-3"}
     ]  # fmt: skip
     assert call(on_job(job_id(1), lambda one: one.checkpoints())) == (
-        TrainingCheckpoint("ftckpt-1", NOW, 3, "acme:ftjob-1:step-3", metrics),
+        TrainingCheckpoint(
+            id="ftckpt-1", created_at=NOW, step=3, model="acme:ftjob-1:step-3", metrics=metrics
+        ),
     )
 
 
@@ -371,7 +376,7 @@ def test_the_curve_of_a_job_that_runs_is_in_its_events(call: Any, trainer: Train
 
 
 def test_a_step_that_was_done_again_counts_as_it_was_the_last_time() -> None:
-    told = [parse_event(one) for one in (step(1, 1), step(2, 2), step(3, 2, train_loss=0.5))]
+    told = [convert(one, TrainingEvent) for one in (step(1, 1), step(2, 2), step(3, 2, train_loss=0.5))]
     assert curve_of_events(told[::-1]) == (CurvePoint(1, 2.0, None), CurvePoint(2, 0.5, None))
 
 
@@ -438,7 +443,14 @@ def test_a_field_of_the_wrong_type_is_no_answer(call: Any, trainer: Trainer, wro
 
 def test_files_are_sent_listed_read_and_deleted(call: Any, trainer: Trainer, train: Path) -> None:
     made = call(lambda client: client.files.upload(train))
-    assert made == TrainingFile("file-1", "train.jsonl", len(ROWS), "fine-tune", NOW, DIGEST)
+    assert made == TrainingFile(
+        id="file-1",
+        filename="train.jsonl",
+        bytes=len(ROWS),
+        purpose="fine-tune",
+        created_at=NOW,
+        sha256=DIGEST,
+    )
     assert call(lambda client: client.files.get("file-1")) == made
     assert call(lambda client: client.files.content("file-1")) == ROWS
     for number in range(150):
@@ -466,8 +478,6 @@ def test_a_files_name_cannot_end_its_header(call: Any, trainer: Trainer, tmp_pat
 
 
 def test_all_that_is_printed_of_a_job_is_json(call: Any, trainer: Trainer) -> None:
-    from dataclasses import asdict
-
     trainer.add(1, **succeeded())
     info = call(lambda client: client.training.get(job_id(1))).info
-    assert json.loads(json.dumps(asdict(info)))["report"]["metrics_after"] == {"exact_match": 0.75}
+    assert json.loads(json.dumps(plain(info)))["report"]["metrics_after"] == {"exact_match": 0.75}

@@ -16,8 +16,8 @@ from tests.server.support import CONFIG, Server, Starter, make_folder, pace, upl
 from tests.server.test_many_adapters import MODULES, REPORT, add, copies, register
 
 from onebase_adapters.registry import AdapterFiles
-from onebase_server.app.settings import Settings
-from onebase_server.app.storage import open_storage
+from onebase_edge.settings import Settings
+from onebase_server.storage.opening import open_storage
 
 from .conftest import EACH_SIZE, EVERY_SIZE, ROOT, Look, Visit
 

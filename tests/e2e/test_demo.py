@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
 import os
 import pty
@@ -9,20 +11,37 @@ import re
 import shlex
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from rich.console import Console
+
+from onebase_adapters.registry.database import Database
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300.0
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo_script", ROOT / "examples" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["demo_script"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+demo_script = load_script()
 
 
 @contextmanager
@@ -86,6 +105,51 @@ def taken_port() -> Iterator[int]:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         yield busy.getsockname()[1]
+
+
+def kept_data(folder: Path, change: str) -> Path:
+    """The data folder of a demo whose registry was then changed."""
+    folder.mkdir()
+    database = Database(f"sqlite:///{folder / 'registry.db'}")
+    database.migrate()
+    database.close()
+    with closing(sqlite3.connect(folder / "registry.db")) as connection:
+        connection.execute(change)
+        connection.commit()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "is_kept"),
+    [
+        ("PRAGMA user_version = 0", True),
+        ("UPDATE alembic_version SET version_num = '0042'", False),
+        ("ALTER TABLE training_jobs DROP COLUMN hold", False),
+    ],
+)
+def test_data_of_another_version_is_set_aside_and_told(tmp_path: Path, change: str, is_kept: bool) -> None:
+    data, said = kept_data(tmp_path / "demo", change), io.StringIO()
+    (tmp_path / "demo-1").mkdir()
+    demo_script.set_aside_if_unusable(data, Console(file=said, width=999))
+    assert data.exists() == is_kept
+    assert (tmp_path / "demo-2" / "registry.db").exists() != is_kept
+    assert said.getvalue() == "" if is_kept else str(tmp_path / "demo-2") in said.getvalue()
+
+
+def test_data_that_is_no_registry_is_set_aside_and_what_another_version_uses_is_not(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO())
+    demo_script.set_aside_if_unusable(tmp_path / "none", console)
+    data = tmp_path / "broken"
+    data.mkdir()
+    (data / "registry.db").write_bytes(b"x" * 4096)
+    demo_script.set_aside_if_unusable(data, console)
+    assert (tmp_path / "broken-1").exists()
+    used = kept_data(tmp_path / "used", "UPDATE alembic_version SET version_num = '0042'")
+    with closing(sqlite3.connect(used / "registry.db")) as other:
+        other.execute("SELECT * FROM alembic_version").fetchall()
+        with pytest.raises(demo_script.DemoError, match="is using"):
+            demo_script.set_aside_if_unusable(used, console)
+    assert used.exists()
 
 
 @pytest.mark.full

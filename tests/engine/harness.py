@@ -21,7 +21,7 @@ from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.staging import Copy
-from onebase_engine.lora.weights import AdapterWeights
+from onebase_engine.kernels.weights import AdapterWeights
 
 
 @dataclass(frozen=True)

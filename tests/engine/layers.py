@@ -14,7 +14,7 @@ from onebase_engine.base.load import import_bitsandbytes
 from onebase_engine.engine.kv_cache import KVCache
 from onebase_engine.kernels.interface import Contexts, Kernels
 from onebase_engine.kernels.reference import ReferenceKernels, quantized
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.kernels.weights import LoraWeights
 
 IN, OUT = 192, 144
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

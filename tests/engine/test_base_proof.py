@@ -138,6 +138,39 @@ def test_attention_that_forgets_the_window_is_refused(gemma: Path, monkeypatch: 
         base_proof.prove_base(engine_on(base), base)
 
 
+@pytest.mark.parametrize("window", [30, 70, 150])
+def test_a_window_is_proved_that_is_longer_than_the_texts(
+    window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tf.AutoConfig.from_pretrained(save_base("gemma2", tmp_path / "gemma"))
+    config.sliding_window = window
+    base = loaded(save_model(config, tmp_path / "base"))
+    base_proof.prove_base(engine_on(base), base)
+    forward = attention.PagedAttention.forward
+
+    def everything(self: Any, module: Any, q: Any, k: Any, v: Any, options: dict[str, Any]) -> torch.Tensor:
+        return forward(self, module, q, k, v, {**options, "sliding_window": None})
+
+    monkeypatch.setattr(attention.PagedAttention, "forward", everything)
+    with pytest.raises(UnsupportedBaseError, match=r"\(gemma2\)"):
+        base_proof.prove_base(engine_on(base), base)
+
+
+def test_what_is_wrong_only_where_tokens_are_decoded_is_refused(
+    gemma: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = attention.PagedAttention.forward
+
+    def odd(self: Any, module: Any, q: Any, k: Any, v: Any, options: dict[str, Any]) -> torch.Tensor:
+        decodes = q.shape[-2] <= 2
+        return forward(self, module, q * (1.35 if decodes else 1.0), k, v, options)
+
+    monkeypatch.setattr(attention.PagedAttention, "forward", odd)
+    base = loaded(gemma)
+    with pytest.raises(UnsupportedBaseError, match=r"worst: .* at token (7[2-9]|4[6-9]|5[0-3]) of"):
+        base_proof.prove_base(engine_on(base), base)
+
+
 def test_texts_that_see_each_other_in_a_batch_are_refused(
     gemma: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from onebase_engine.engine.messages import FrameReader, SequenceOutput
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.interface import TILE
 from onebase_engine.kernels.reference import ReferenceKernels
-from onebase_engine.lora.weights import AdapterWeights
+from onebase_engine.kernels.weights import AdapterWeights
 from onebase_server.processes import engine as process
 
 

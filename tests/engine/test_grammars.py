@@ -35,7 +35,7 @@ from onebase_engine.engine.grammars import Grammars
 from onebase_engine.engine.messages import Grammar
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.sequence import AdapterMix, SequenceState
-from onebase_server.http.schemas.generation import GenerateRequest
+from onebase_server.requests.schemas.generation import GenerateRequest
 
 PERSON = {
     "type": "object",
@@ -331,6 +331,31 @@ def test_rows_end_where_they_are_told_to_while_their_grammar_is_compiled(
     assert not engine.busy
 
 
+@pytest.mark.parametrize("grammar", [of_schema(SCHEMAS[2] | {"title": "newer"}), Grammar("regex", "(")])
+def test_choices_that_are_cancelled_while_their_grammar_is_compiled_do_not_run(
+    engine: Engine, tokenizer: Tokenizer, grammar: Grammar
+) -> None:
+    answers = Answers(engine, tokenizer)
+    answers.submit("some", grammar, n=4)
+    for choice in (1, 3, 3):
+        engine.cancel(protocol.Cancel(id="some", choice=choice))
+    answers.take()
+    assert {name: end.finish for name, end in answers.ends.items()} == dict.fromkeys(
+        ("some.1", "some.3"), "cancelled"
+    )
+    answers.run()
+    rest = {answers.ends[name].finish for name in ("some", "some.2")}
+    assert rest <= ({"stop", "length"} if grammar.kind == "json_schema" else {"error"})
+    assert not answers.tokens["some.1"]
+    assert not follower_of(engine, "default").users
+    answers.submit("none", of_schema(SCHEMAS[2] | {"title": "newest"}), n=2)
+    for choice in (0, 1):
+        engine.cancel(protocol.Cancel(id="none", choice=choice))
+    assert not engine.busy
+    answers.take()
+    assert {answers.ends[name].finish for name in ("none", "none.1")} == {"cancelled"}
+
+
 # ---- the processes ------------------------------------------------------------------------------
 
 
@@ -386,7 +411,7 @@ import json, os, socket, sys, time
 from onebase_engine.engine import grammar_process as real
 
 class Matchers(real.Matchers):
-    def compile(self, key, grammar):
+    def compile(self, key, grammar, **how):
         if "die" in grammar.text:
             os._exit(1)
         if "hang" in grammar.text:
@@ -411,9 +436,9 @@ class Matchers(real.Matchers):
     texts = {}
 
 compile_ = Matchers.compile
-def noted(self, key, grammar):
+def noted(self, key, grammar, **how):
     self.texts[key] = grammar.text
-    return compile_(self, key, grammar)
+    return compile_(self, key, grammar, **how)
 Matchers.compile = noted
 real.Matchers = Matchers
 real.main()
@@ -824,19 +849,29 @@ def first(name, times=1):
             pass
     return False
 
+def burn(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
 class Matchers(real.Matchers):
-    def compile(self, key, grammar):
+    def compile(self, key, grammar, **how):
         follows = self._masks.size > 1
+        if "ends" in grammar.text and follows:
+            burn(0.3)
+            os._exit(1)
         if "heavy" in grammar.text and follows and first("heavy", 2):
             os._exit(1)
         if "raises" in grammar.text:
             raise MemoryError
-        while "burns" in grammar.text:
-            if time.thread_time() > 0.3:
-                os._exit(1)
-        return super().compile(key, grammar)
+        if "burns" in grammar.text:
+            burn(0.3)
+            os._exit(1)
+        return super().compile(key, grammar, **how)
 
     def _matcher(self, grammar):
+        if "costs" in grammar.text and self._masks.size > 1:
+            burn(0.4)
         if "gate" in grammar.text and self._masks.size > 1 or "door" in grammar.text:
             while not os.path.exists(sys.argv[0] + ".gate"):
                 time.sleep(0.01)
@@ -969,6 +1004,45 @@ def test_a_grammar_that_ends_its_process_is_charged_for_the_time_that_it_took(
                 time.sleep(0.01)
     answers = ask(odd.engine, tokenizer, {"new": (of_schema(PERSON), {})})
     assert answers.ends["new"].error_code == "grammar_limit"
+
+
+def test_what_its_own_process_compiles_is_charged_to_a_tenant_too(
+    odd: Odd, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "COMPILE_BUDGET", 1.0)
+    costly = [Grammar("regex", f"costs {number}") for number in range(4)]
+    for number, grammar in enumerate(costly):  # others have shown that they are harmless
+        ask(odd.engine, tokenizer, {"x": (grammar, {"tenant": f"good-{number}"})})
+    for number, grammar in enumerate(costly[:3]):
+        assert ask(odd.engine, tokenizer, {"x": (grammar, {})}).text("x") == f"costs {number}"
+    answers = ask(odd.engine, tokenizer, {"kept": (costly[0], {}), "again": (costly[3], {})})
+    assert answers.text("kept") == "costs 0"
+    assert answers.ends["again"].error_code == "grammar_limit"
+    assert (answers.ends["again"].retry_after or 0) > 1
+    assert ask(odd.engine, tokenizer, {"x": (costly[3], {"tenant": "other"})}).text("x") == "costs 3"
+
+
+def test_a_grammar_that_ends_a_tenants_own_process_is_charged_to_it(
+    odd: Odd, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "COMPILE_BUDGET", 0.5)
+    asked: Asked = {"ends": (Grammar("regex", "ends"), {})}
+    assert ask(odd.engine, tokenizer, asked).ends["ends"].error_code == "grammar_refused"
+    answers = ask(odd.engine, tokenizer, {"new": (of_schema(PERSON), {})})
+    assert answers.ends["new"].error_code == "grammar_limit"
+
+
+@pytest.mark.parametrize("odd", ["keeps nothing"], indirect=True)
+def test_a_grammar_whose_trial_a_tenant_has_paid_is_compiled_and_compiled_again_while_it_is_followed(
+    odd: Odd, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "COMPILE_BUDGET", 0.01)
+    answers = Answers(odd.engine, tokenizer)
+    answers.submit("x", Grammar("regex", "costs (a{60})"), max_tokens=200)
+    while not answers.tokens.get("x"):
+        answers.step()
+    os.kill(pid_of(odd.engine), signal.SIGKILL)
+    assert answers.run().text("x") == "costs " + "a" * 60
 
 
 def test_a_tenant_does_not_pay_for_what_another_has_asked_for_before_it(

@@ -20,9 +20,9 @@ from onebase_engine.engine.graphs import Graphs
 from onebase_engine.kernels import cuda
 from onebase_engine.kernels.cuda import CaptureError, CudaKernels, FixedStep
 from onebase_engine.kernels.interface import Contexts, RowGroup, RowMap
+from onebase_engine.kernels.weights import LoraWeights
 from onebase_engine.lora.linear import SlotLinear
 from onebase_engine.lora.module import StepRows
-from onebase_engine.lora.weights import LoraWeights
 
 pytestmark = pytest.mark.skipif(
     not cuda.INTERPRETED.value, reason="with a GPU here Triton compiles for it, in this process"

@@ -43,7 +43,7 @@ from onebase_engine.kernels.cpu import CpuKernels, NativeLinear
 from onebase_engine.kernels.interface import LEAST_SCALE, TILE, Contexts, Draws, RowMap
 from onebase_engine.kernels.recorded_calls import Arena, Fixed, Program, Recording, UnrecordableError
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, quantized
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.kernels.weights import LoraWeights
 
 NAMES = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 NOBODY = RowMap()

@@ -16,8 +16,8 @@ from torch import nn
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
+from onebase_engine.kernels.weights import composable, weights_bytes
 from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
-from onebase_engine.lora.weights import composable, weights_bytes
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"quantization": "none", "dtype": torch.float32},

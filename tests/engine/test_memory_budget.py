@@ -37,6 +37,7 @@ from onebase_engine.engine.memory_budget import (
     kv_memory_available,
     largest_step_bytes,
     slot_bytes,
+    staging_bytes,
     verifier_bytes,
 )
 from onebase_engine.engine.messages import EngineConfig
@@ -47,9 +48,9 @@ from onebase_engine.engine.sequence import AdapterMix
 from onebase_engine.kernels import reference
 from onebase_engine.kernels.interface import RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels
+from onebase_engine.kernels.weights import LoraWeights
 from onebase_engine.lora.linear import SlotLinear
 from onebase_engine.lora.module import StepRows
-from onebase_engine.lora.weights import LoraWeights
 from onebase_engine.machine import NO_LIMIT, container_free, free_memory, total_memory
 from onebase_server.processes import engine as process
 from onebase_server.processes.engine import sizes
@@ -295,6 +296,8 @@ def test_more_kv_memory_than_a_gpu_has_is_refused_by_its_name_and_slots_get_a_pa
 
     block = 16 * model.kv_bytes_per_token
     assert sized(900_000) == (900_000 // block, 10_000)
+    assert sized(1_000_000) == (1_000_000 // block, 1), "0 would be no limit"
+    assert staging_bytes(1) == 1
     with pytest.raises(MemoryBudgetError, match=r"--kv-memory asks for 2 MB, and 1 MB are free") as refused:
         sized(2_000_000)
     assert "--train-memory" not in str(refused.value)

@@ -21,8 +21,8 @@ from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_ba
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.messages import FrameReader, SequenceOutput
+from onebase_engine.kernels.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 from onebase_engine.lora.packed_adapter import write_packed_adapter
-from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 from onebase_server.processes import engine as process
 
 pytestmark = pytest.mark.usefixtures("forks")

@@ -197,6 +197,14 @@ def test_a_branch_that_is_too_long_is_refused_alone(lab: Lab) -> None:
     assert finish(engine)["fine"][-1].finish == "length"
 
 
+def test_pooling_each_token_without_a_classifier_is_refused_and_nobody_else_notices(lab: Lab) -> None:
+    engine = lab.engine()
+    engine.submit(reading("each", ASKED[1], "each"))
+    (refused,) = engine.take_outputs()
+    assert (refused.finish, refused.error_code, refused.error_param) == ("error", "no_classifier", "pooling")
+    assert run(engine, [ASKED[0]]) == run(lab.engine(), [ASKED[0]])
+
+
 def test_a_vector_that_overflows_fails_alone(lab: Lab, tmp_path: Path) -> None:
     settings = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
     folder = save_adapter(lab.base, settings, tmp_path / "huge", seed=1, std=3e37)

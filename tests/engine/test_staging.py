@@ -42,9 +42,7 @@ from onebase_engine.engine.staging import (
     pinned,
     slabs_of,
 )
-from onebase_engine.lora.module import SlotModule
-from onebase_engine.lora.packed_adapter import write_packed_adapter
-from onebase_engine.lora.weights import (
+from onebase_engine.kernels.weights import (
     AdapterWeights,
     LoraWeights,
     copied,
@@ -52,6 +50,8 @@ from onebase_engine.lora.weights import (
     tensors_of,
     weights_bytes,
 )
+from onebase_engine.lora.module import SlotModule
+from onebase_engine.lora.packed_adapter import write_packed_adapter
 
 PROMPT = tuple(range(5, 25))
 

@@ -55,9 +55,9 @@ from onebase_engine.kernels import cuda, cuda_training
 from onebase_engine.kernels.cuda import CudaKernels, CudaLayers, CudaLinear
 from onebase_engine.kernels.interface import Contexts, RowMap
 from onebase_engine.kernels.reference import ReferenceLinear
+from onebase_engine.kernels.weights import LoraWeights, narrowed, weights_bytes
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import wrap_layers
-from onebase_engine.lora.weights import LoraWeights, narrowed, weights_bytes
 
 pytestmark = pytest.mark.skipif(
     not cuda.INTERPRETED.value, reason="with a GPU here Triton compiles for it, in this process"

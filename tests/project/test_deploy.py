@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from onebase_server.app.settings import Settings
+from onebase_edge.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"

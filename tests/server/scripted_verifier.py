@@ -27,8 +27,8 @@ from pathlib import Path
 
 import msgspec
 
-from onebase_adapters.proof.report import ModuleReport, ProofReport, VersionReport
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
+from onebase_protocol.adapters import ModuleReport, ProofReport, VersionReport
 from onebase_server.processes.verifier_protocol import (
     Attach,
     Attached,
@@ -43,9 +43,9 @@ from onebase_server.processes.verifier_protocol import (
 )
 
 REPORT = VersionReport(
-    kinds=["lora"], rank=8, alpha=16.0, rslora=False, targets=["q_proj"], parameters=64, bytes=256,
-    base_name=None, dropped=[],
-    modules=[ModuleReport(name="q_proj", kind="lora", rank=8, alpha=16.0, parameters=64, norm=1.0)],
+    kinds=("lora",), rank=8, alpha=16.0, rslora=False, targets=("q_proj",), parameters=64, bytes=256,
+    base_name=None, dropped=(),
+    modules=(ModuleReport(name="q_proj", kind="lora", rank=8, alpha=16.0, parameters=64, norm=1.0),),
     proof=ProofReport(
         modules_compared=1, modules_changed=1, rows=32, exact=True, modules_exact=1, largest_difference=0.0,
         texts=0, tokens_compared=0, texts_changed=0, base_unchanged=True, seconds=0.0,

@@ -22,7 +22,7 @@ from starlette.routing import Match
 
 from onebase import AuthenticationError, Client, PermissionDeniedError
 from onebase_adapters.registry import SCOPES
-from onebase_server.errors import UnknownRouteError, WrongMethodError
+from onebase_edge.errors import UnknownRouteError, WrongMethodError
 from onebase_server.http.app import create_app
 from onebase_server.http.authorization import Routes, access_of, as_get, needs
 

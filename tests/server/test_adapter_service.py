@@ -15,14 +15,15 @@ import pytest
 from onebase_adapters.registry import Registry
 from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store
+from onebase_edge.background import Threads
+from onebase_edge.errors import UnavailableError
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import PackedAdapterFiles
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.shared_proofs import SharedProofs
-from onebase_server.background import RegistryThreads, Threads
-from onebase_server.errors import UnavailableError
 from onebase_server.processes.verifier_client import RejectedError, VerifierClient
 from onebase_server.processes.verifier_protocol import Prove, Proved
+from onebase_server.storage.calls import RegistryThreads
 from onebase_server.telemetry.traces import Tracing
 
 from .scripted_verifier import REPORT

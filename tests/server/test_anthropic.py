@@ -13,10 +13,10 @@ import httpx2
 import pytest
 from pydantic import ValidationError
 
-from onebase_server.errors import InvalidRequestError
-from onebase_server.http.schemas.anthropic import ConversationRequest, MessagesRequest
-from onebase_server.http.schemas.openai import ChatRequest
-from onebase_server.http.schemas.wire import validation_error
+from onebase_edge.errors import InvalidRequestError
+from onebase_server.requests.schemas.anthropic import ConversationRequest, MessagesRequest
+from onebase_server.requests.schemas.openai import ChatRequest
+from onebase_server.requests.schemas.wire import validation_error
 
 from .support import Server, Starter, one_server
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from onebase_server.background import Backoff, Threads, TurnBudget, keep_running
+from onebase_edge.background import Backoff, Threads, TurnBudget, keep_running
 
 
 def test_a_thread_that_cannot_be_started_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:

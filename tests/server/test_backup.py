@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from onebase_server.app import storage
 from onebase_server.app.cli import backup
+from onebase_server.storage import opening
 
 from .support import Starter, upload
 
@@ -43,7 +43,7 @@ def test_a_copy_made_while_versions_come_and_go_is_served_with_all_that_it_names
             return done
 
         for name in ("_copy_registry", "_copy_files"):
-            monkeypatch.setattr(storage, name, and_then(getattr(storage, name)))
+            monkeypatch.setattr(opening, name, and_then(getattr(opening, name)))
         for _ in range(2):
             assert backup([str(copy), "--data-dir", str(tmp_path / "data")]) == 0
         assert http.delete("/v1/adapters/acme?force=true").status_code == 200

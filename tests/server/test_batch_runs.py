@@ -15,7 +15,7 @@ import pytest
 
 from onebase_adapters.registry import BatchRecord, FileRecord, NewBatch, Registry
 from onebase_adapters.store.store import Store
-from onebase_server.background import Backoff, Threads
+from onebase_edge.background import Backoff, Threads
 from onebase_server.batches import runner
 from onebase_server.batches.rows import RowFile
 from onebase_server.batches.runner import Answer, BatchFolders, BatchRun, BatchRunner, Parts

@@ -11,15 +11,10 @@ from typing import Any
 import pytest
 
 from onebase_adapters.registry import AdapterFiles, AdapterRecord, Blob, Registry, RegistryBusyError
+from onebase_edge.errors import AdapterNotFoundError, ForbiddenError, InvalidRequestError, StateConflictError
 from onebase_engine.engine.messages import AdapterRef
 from onebase_server.adapters.catalog import Catalog, VisibleAdapters, check_name, same_base
-from onebase_server.background import RegistryThreads
-from onebase_server.errors import (
-    AdapterNotFoundError,
-    ForbiddenError,
-    InvalidRequestError,
-    StateConflictError,
-)
+from onebase_server.storage.calls import RegistryThreads
 
 
 def blob(text: str) -> Blob:

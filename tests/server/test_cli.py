@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from onebase_edge.settings import environment_name, option_name, setting_fields
 from onebase_server.app.cli import base, serve
-from onebase_server.app.settings import environment_name, option_name, setting_fields
 from onebase_server.app.startup import LEAST_FILES
 
 from .support import ROOT, Starter, make_folder, serving, upload

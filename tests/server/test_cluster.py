@@ -205,7 +205,7 @@ def test_no_request_is_lost_while_servers_come_and_go(http: httpx2.Client, clust
 
     def ask(number: int) -> None:
         with cluster.client() as client:
-            while not stop.wait(0.05):
+            while not stop.wait(0.2):
                 name = [*NAMES, None][number % 4]
                 answer = generate(client, name, prompt=f"{number}", max_tokens=20)
                 told = answer.json()
@@ -393,9 +393,26 @@ def test_more_servers_than_gpus_are_refused_and_unused_gpus_are_told(
         assert on_ray.gpus_left(apps, servers) == said
 
 
+@pytest.mark.parametrize(
+    ("address", "refused"),
+    [
+        ("postgresql://me:s3cr3t@db/x", True),
+        ("postgresql://me:s3/cr3t@db/x", True),
+        ("postgresql://db/x?user=me&password=s3cr3t", True),
+        ("postgresql://me@db/x", False),
+        ("http://host:8000/me@home", False),
+    ],
+)
+def test_a_password_in_a_command_is_found_wherever_an_address_holds_one(address: str, refused: bool) -> None:
+    from onebase_route.cluster import ClusterConfig
+
+    with pytest.raises(ValueError, match="PGPASSWORD") if refused else contextlib.nullcontext():
+        ClusterConfig(server=["onebase", "serve", f"--registry={address}"])
+
+
 def test_servers_of_one_machine_share_its_cores_and_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onebase_edge.settings import load_settings
     from onebase_route import cli
-    from onebase_server.app.settings import load_settings
 
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(cli, "total_memory", lambda: 64 << 30)
@@ -532,8 +549,8 @@ def test_an_address_is_started_again_also_while_it_waits_for_a_server_and_after_
 
 
 def test_a_server_listens_on_the_socket_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    from onebase_server.app.settings import LISTENER, load_settings
-    from onebase_server.http.server import bind
+    from onebase_edge.listener import bind
+    from onebase_edge.settings import LISTENER, load_settings
 
     with socket.create_server(("127.0.0.1", 0)) as given:
         port = given.getsockname()[1]

@@ -18,12 +18,12 @@ import pytest
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from onebase_server.app.settings import Settings
-from onebase_server.errors import ApiError, ForbiddenError, UnauthenticatedError, UnavailableError
-from onebase_server.http.cross_site import CrossSiteMiddleware
-from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
-from onebase_server.http.refusals import refusal
-from onebase_server.http.server import QuietServer
+from onebase_edge.cross_site import CrossSiteMiddleware
+from onebase_edge.errors import ApiError, ForbiddenError, UnauthenticatedError, UnavailableError
+from onebase_edge.listener import QuietServer
+from onebase_edge.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
+from onebase_edge.refusals import refusal
+from onebase_edge.settings import Settings
 
 LONG = 30.0
 LIMITS = ConnectionLimits(

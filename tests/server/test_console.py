@@ -15,9 +15,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from onebase_server.app.settings import Settings
+from onebase_edge.cross_site import CrossSiteMiddleware
+from onebase_edge.settings import Settings
 from onebase_server.http.app import create_app
-from onebase_server.http.cross_site import CrossSiteMiddleware
 from onebase_server.http.routes import console
 from onebase_server.telemetry.traces import Tracing
 

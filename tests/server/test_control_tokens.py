@@ -14,9 +14,9 @@ from tests.training.data_support import CHATML_TOOLS, GEMMA, LLAMA_3, base_token
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from onebase_edge.errors import InvalidRequestError
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError
-from onebase_server.errors import InvalidRequestError
-from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
+from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput
 
 from .support import Starter
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import sys
 from collections.abc import AsyncIterator
@@ -11,13 +12,18 @@ from typing import Any
 
 import pytest
 
+from onebase_edge.background import Backoff
+from onebase_edge.errors import CrashesEngineError, EngineRestartedError, UnavailableError
 from onebase_engine.engine.messages import AdapterRef, EngineConfig, Sampling, Submit
-from onebase_server.background import Backoff
-from onebase_server.errors import CrashesEngineError, EngineRestartedError, UnavailableError
-from onebase_server.inference.stream import Inflight
 from onebase_server.processes.crash_suspects import FORGIVEN_AFTER, MAX_SUSPECTS, Suspects, fingerprint
+from onebase_server.processes.inflight import Inflight
 from onebase_server.processes.link import EngineLink
-from onebase_server.processes.supervisor import EngineSupervisor, RestartPolicy
+from onebase_server.processes.supervisor import (
+    EngineFailedError,
+    EngineState,
+    EngineSupervisor,
+    RestartPolicy,
+)
 
 from .scripted_engine import POISON
 from .support import HERE
@@ -111,6 +117,37 @@ def test_requests_that_ran_with_the_culprit_both_times_are_served_and_it_is_foun
             assert supervisor.restarts == 3
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_an_engine_that_cannot_be_started_again_is_tried_as_often_as_one_that_dies(
+    monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    spawn = asyncio.create_subprocess_exec
+    started = 0
+
+    async def start(*command: str, **options: Any) -> asyncio.subprocess.Process:
+        nonlocal started
+        started += 1
+        if 1 < started <= 3 or (started > 1 and not comes_back):
+            raise BlockingIOError(errno.EAGAIN, "no more processes")
+        return await spawn(*command, **options)
+
+    async def scenario() -> None:
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+        async with supervised() as supervisor:
+            with pytest.raises(EngineRestartedError):
+                await ask(supervisor, inflight(7, max_tokens=POISON))
+            if comes_back:
+                assert await insist(supervisor, 8, 10) == 10
+                assert supervisor.restarts == 3
+            else:
+                while supervisor.state is not EngineState.FAILED:
+                    await asyncio.sleep(0.01)
+                assert supervisor.restarts == RestartPolicy().rapid_restarts
+
+    with contextlib.nullcontext() if comes_back else pytest.raises(EngineFailedError, match="no more proc"):
+        asyncio.run(scenario())
 
 
 def test_suspects_run_one_at_a_time_among_all_others() -> None:

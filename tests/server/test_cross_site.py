@@ -13,8 +13,8 @@ import pytest
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from onebase_server.app.settings import Settings
-from onebase_server.http.cross_site import CrossSiteMiddleware
+from onebase_edge.cross_site import CrossSiteMiddleware
+from onebase_edge.settings import Settings
 
 from .access import Keys, bearer
 from .support import Server, Starter

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
 from onebase_server.inference.detokenizer import BytePieces, StopStrings, WindowPieces
-from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.inference.tokenization import BaseTokenizer
 
 HARD_TEXTS = (
     "🎉👩‍👩‍👧‍👦🏳️‍🌈 party",

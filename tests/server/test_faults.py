@@ -29,8 +29,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from onebase_server.app.settings import Settings
-from onebase_server.http.server import QuietServer, run_server
+from onebase_edge.listener import QuietServer
+from onebase_edge.settings import Settings
+from onebase_server.http.server import run_server
 
 from .scripted_engine import POISON
 from .support import HERE, START_SECONDS, Server, Starter, alive, free_port, make_folder, pace

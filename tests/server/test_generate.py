@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import InferenceClient
 
-from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
+from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput
 
 from .support import one_server
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -12,7 +13,7 @@ import pytest
 
 from .access import Keys, bearer, client_with
 from .scripted_engine import POISON
-from .support import Server, Starter, one_server
+from .support import Server, Starter, one_server, pace
 from .test_slow_readers import is_cut_off
 
 FRANCE = "The capital of France is"
@@ -144,6 +145,51 @@ def test_leaving_ends_all_and_gives_back_what_they_had(keyed: Server, keys: Keys
     assert seen == {0, 1, 2, 3}
     assert used["requests"] == 5
     assert used["completion_tokens"] < 20_000
+
+
+def test_one_is_cancelled_and_the_others_go_on(tmp_path: Path, serve_scripted: Starter) -> None:
+    bodies = [{"prompt": "a b", "max_tokens": 60}, {"prompt": "c d", "max_tokens": 60}]
+    with (
+        pace(tmp_path) as (environment, allow_steps),
+        serve_scripted("paced", environment=environment) as server,
+        server.client() as http,
+        server.client() as other,
+    ):
+        allow_steps(8)
+        with http.stream("POST", "/generate/many", json={"requests": bodies}) as answer:
+            lines = (json.loads(line[6:]) for line in answer.iter_lines() if line[6:7] == "{")
+            first = next(event for event in lines if event["request"] == 0)
+            cancelled = other.post(f"/generate/{first['id']}/cancel")
+            allow_steps(200)
+            events = [first, *lines]
+        again = other.post(f"/generate/{first['id']}/cancel")
+    assert cancelled.json() == {"id": first["id"], "object": "generation", "cancelled": True}
+    assert (again.status_code, again.json()["error"]["code"]) == (404, "generation_not_found")
+    ends = {event["request"]: event["finish_reason"] for event in events if event.get("finish_reason")}
+    assert ends == {0: "cancelled", 1: "length"}
+    used = {event["request"]: event["usage"]["completion_tokens"] for event in events if event.get("done")}
+    assert used[0] < used[1] == 60
+
+
+def test_a_text_of_another_tenant_cannot_be_cancelled(
+    tmp_path: Path, serve_scripted: Starter, keys: Keys
+) -> None:
+    body = {"prompt": "word", "max_tokens": 99, "stream": True}
+    with (
+        pace(tmp_path) as (environment, allow_steps),
+        serve_scripted("paced", data_dir=keys.file.parent, environment=environment) as server,
+        caller(server, keys, "one") as http,
+        caller(server, keys, "another") as other,
+    ):
+        allow_steps(8)
+        with http.stream("POST", "/generate", json=body) as answer:
+            lines = (json.loads(line[6:]) for line in answer.iter_lines() if line[6:7] == "{")
+            path = f"/generate/{next(lines)['id']}/cancel"
+            statuses = other.post(path).status_code, http.post(path).status_code
+            allow_steps(8)
+            ends = [event["finish_reason"] for event in lines if event.get("finish_reason")]
+    assert statuses == (404, 200)
+    assert ends == ["cancelled"]
 
 
 def test_one_that_ends_the_engine_ends_all_with_an_error_each(serve_scripted: Starter) -> None:

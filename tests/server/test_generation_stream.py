@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from onebase_engine.engine.messages import ScoredToken, SequenceOutput
+import asyncio
+import json
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from onebase_edge.background import Threads
+from onebase_engine.engine.messages import Sampling, ScoredToken, SequenceOutput
+from onebase_server.http.views.generation import CompletionView, GenerateView
 from onebase_server.inference.detokenizer import BytePieces
+from onebase_server.inference.generation import GenerationRequest, GenerationRun, Prompt
 from onebase_server.inference.stream import ChoiceDecoder, OutputPiece, prompt_token_infos
-from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.inference.tokenization import BaseTokenizer
 
 
 def letters() -> BytePieces:
@@ -27,6 +38,74 @@ def outputs(
         )
         for position, byte in enumerate(raw)
     ]
+
+
+class Watched:
+    """A tokenizer whose token ids are bytes, and how often it was used on the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = threading.get_ident()
+        self.on_loop = 0
+
+    def _note(self) -> None:
+        self.on_loop += threading.get_ident() == self._loop
+
+    def pieces(self, shown: object = None) -> BytePieces:
+        def text_bytes(token: int) -> bytes:
+            self._note()
+            return bytes([token])
+
+        return BytePieces(text_bytes)
+
+    def token_text(self, token: int) -> str:
+        self._note()
+        return chr(token)
+
+
+@pytest.mark.parametrize("length", [100, 3000])
+@pytest.mark.parametrize("kind", ["completion", "generate"])
+def test_the_logprobs_of_a_long_prompt_are_streamed_without_holding_up_the_event_loop(
+    kind: str, length: int
+) -> None:
+    text = "a" * length
+    job = GenerationRequest(
+        "id",
+        "default",
+        (Prompt([97] * length, text),),
+        Sampling(max_tokens=1, logprobs=1, prompt_logprobs=1),
+        n=2,
+        echo=True,
+    )
+    tokenizer: Any = Watched()
+    view = CompletionView(tokenizer, "m", "never") if kind == "completion" else GenerateView(tokenizer)
+
+    async def play() -> list[dict[str, Any]]:
+        nobody: Any = SimpleNamespace(
+            token_gap=len, used=lambda *_: None, rows_ended=lambda: None, router=SimpleNamespace(cancel=id)
+        )
+        generation = GenerationRun(nobody, tokenizer, Threads("reading", 1), job, recorder=nobody)
+        scores = [ScoredToken(97, -0.5, [(97, -0.5)])] * (length - 1)
+        for choice in range(2):
+            last = ScoredToken(98, -0.5, [(98, -0.5)])
+            output = SequenceOutput(
+                id="id.0",
+                choice=choice,
+                tokens=[98],
+                logprobs=[last],
+                prompt_logprobs=scores,
+                finish="length",
+            )
+            generation._inflight.push(output, 0.0)
+        events = [one async for chunk in view.events(generation) for one in chunk.split(b"\n\n") if one]
+        return [json.loads(one[6:]) for one in events]
+
+    choices = [choice for one in asyncio.run(play()) for choice in one.get("choices", [one])]
+    for index in range(2):
+        said = [one for one in choices if one.get("index") == index]
+        assert "".join(one["text"] for one in said) == text + "b"
+        names = [name for one in said for name in (one.get("logprobs") or {}).get("tokens", ())]
+        assert "".join(names) == text + "b"
+    assert tokenizer.on_loop < 1000
 
 
 def run(choice: ChoiceDecoder, rows: list[SequenceOutput]) -> list[OutputPiece]:

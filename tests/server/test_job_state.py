@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.registry import JOB_STATES, JobError, JobState, TrainingJob
+from onebase_adapters.registry import JOB_STATES, JobState, TrainingJob
+from onebase_protocol.training import TrainingFailure
 from onebase_server.jobs import state as states
 from onebase_server.jobs.state import (
     MAX_DEATHS,
@@ -32,7 +33,7 @@ FOLLOWING = {
 
 
 def made(state: JobState, error_code: str | None = None, **facts: Any) -> TrainingJob:
-    error = JobError(error_code, "why") if error_code else None
+    error = TrainingFailure(error_code, "why") if error_code else None
     given = {
         "id": "ftjob-1", "tenant": "default", "server": "s", "name": "orders", "training_file": "file-1",
         "validation_file": None, "activate": "never", "settings": {}, "labels": {}, "number": 1,

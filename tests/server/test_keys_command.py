@@ -9,8 +9,8 @@ import pytest
 
 from onebase.cli import main
 from onebase_adapters.registry import Quotas
+from onebase_edge.settings import SettingsError, parse_duration
 from onebase_server.app.cli import keys, tenants
-from onebase_server.app.settings import SettingsError, parse_duration
 
 from .access import Keys
 

@@ -18,8 +18,8 @@ from onebase import BadRequestError, Client
 from onebase.cli import main
 from onebase_adapters.registry import AdapterFiles, Blob, Registry
 from onebase_adapters.store.store import Store
-from onebase_server.app.settings import Settings
-from onebase_server.app.storage import open_storage
+from onebase_edge.settings import Settings
+from onebase_server.storage.opening import open_storage
 
 from .support import Server, Starter, make_folder, upload
 

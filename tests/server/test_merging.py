@@ -12,9 +12,9 @@ import httpx2
 import pytest
 
 from onebase_adapters.store.blobs import version_digest
+from onebase_edge.errors import InvalidRequestError, UnavailableError, VersionFailedError
 from onebase_server.adapters.merging import MOST_MERGES, MergeSettings, Merging
 from onebase_server.adapters.service import VersionOptions
-from onebase_server.errors import InvalidRequestError, UnavailableError, VersionFailedError
 from onebase_server.processes.verifier_client import RejectedError
 
 from .access import Keys, client_with

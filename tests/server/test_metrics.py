@@ -15,13 +15,18 @@ import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from onebase_edge.settings import Settings
 from onebase_engine.engine.messages import Sampling
 from onebase_server.adapters.catalog import AdapterChoice, VersionRef
-from onebase_server.app.settings import Settings
 from onebase_server.inference.generation import GenerationRequest, Prompt
-from onebase_server.inference.stream import RequestTimestamps, TokenUsage
 from onebase_server.telemetry.histogram import Histogram
-from onebase_server.telemetry.measurements import MOST_ADAPTERS, OTHERS, RequestMeasurements
+from onebase_server.telemetry.measurements import (
+    MOST_ADAPTERS,
+    OTHERS,
+    RequestMeasurements,
+    RequestTimestamps,
+    TokenUsage,
+)
 
 from .conftest import Api
 from .support import ROOT, Server, Starter, upload

@@ -12,7 +12,7 @@ import httpx2
 import openai
 import pytest
 
-from onebase_server.requests.tokenization import TemplateInput
+from onebase_server.inference.tokenization import TemplateInput
 
 from .support import one_server
 

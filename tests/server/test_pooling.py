@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from onebase import Client
-from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
+from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput
 
 from .support import Server, Starter, one_server
 

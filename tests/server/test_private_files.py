@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from onebase_server.app.settings import Settings
-from onebase_server.app.storage import close_to_others
+from onebase_edge.settings import Settings
+from onebase_server.storage.opening import close_to_others
 
 from ..hub_standin import HubStandIn
 from .support import CONFIG, HERE, Server, Starter, serving, upload

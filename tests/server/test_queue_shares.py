@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onebase_edge.errors import QueueFullError
 from onebase_engine.engine.messages import Sampling, SequenceOutput, Stats, StepResult, Submit, ToEngine
-from onebase_server.errors import QueueFullError
-from onebase_server.inference.stream import Inflight
 from onebase_server.processes.engine_client import EngineClient
+from onebase_server.processes.inflight import Inflight
 from onebase_server.tenancy.shares import QueueShares
 
 STATS = Stats(

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from onebase import Client, RateLimitError
 from onebase_adapters.registry import Quotas
-from onebase_server.errors import ApiError, QuotaExceededError
-from onebase_server.errors import QuotaSpentError as Limited
+from onebase_edge.errors import ApiError, QuotaExceededError
+from onebase_edge.errors import QuotaSpentError as Limited
 from onebase_server.tenancy.access import Caller
 from onebase_server.tenancy.quotas import WINDOW_SECONDS, Limiter, Window, duration
 

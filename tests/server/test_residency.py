@@ -10,6 +10,13 @@ from typing import Any
 import pytest
 
 from onebase_adapters.store.blobs import Blob
+from onebase_edge.errors import (
+    AdapterDeletedError,
+    EngineRestartedError,
+    InvalidRequestError,
+    QueueFullError,
+    UnavailableError,
+)
 from onebase_engine.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -20,13 +27,6 @@ from onebase_engine.engine.messages import (
 )
 from onebase_server.adapters.catalog import VersionRef
 from onebase_server.adapters.residency import PackedAdapterFile, Residency
-from onebase_server.errors import (
-    AdapterDeletedError,
-    EngineRestartedError,
-    InvalidRequestError,
-    QueueFullError,
-    UnavailableError,
-)
 
 SIZES = {"a": 10, "b": 10, "c": 10, "d": 10, "large": 30, "huge": 31}
 
@@ -43,9 +43,8 @@ class Engine:
         self.fails: set[str] = set()
         self.files = dict(SIZES)
         self.damaged: list[PackedAdapterFile] = []
-        self.residency = Residency(
-            limit, self.find, self.fetch, self.send, queue_limit, on_damaged=self.damaged.append
-        )
+        self.residency = Residency(limit, self.find, self.fetch, self.send, queue_limit)
+        self.residency.subscribe(self.damaged.append)
         self.residency.engine_ready()
 
     def find(self, digest: str) -> PackedAdapterFile:

@@ -13,18 +13,18 @@ import openai
 import pytest
 from pydantic import ValidationError
 
+from onebase_edge.errors import InvalidRequestError, UnknownResponseError
 from onebase_engine.engine.messages import Grammar, Sampling
-from onebase_server.errors import InvalidRequestError, UnknownResponseError
-from onebase_server.http.schemas.items import conversation, items_again, kept_items
-from onebase_server.http.schemas.responses import ResponsesRequest
-from onebase_server.http.schemas.wire import validation_error
 from onebase_server.http.views.responses import ResponseView
 from onebase_server.inference.generation import GenerationRequest, Prompt
 from onebase_server.inference.stream import OutputPiece
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tool_call_parser import CallFormat
+from onebase_server.inference.tool_format import ToolDefinition, ToolFormat
+from onebase_server.requests.schemas.items import conversation, items_again, kept_items
+from onebase_server.requests.schemas.responses import ResponsesRequest
+from onebase_server.requests.schemas.wire import validation_error
 from onebase_server.requests.stored_responses import OVERHEAD, StoredResponse, StoredResponses
-from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_call_parser import CallFormat
-from onebase_server.requests.tool_format import ToolDefinition, ToolFormat
 
 from .access import Keys, client_with
 from .support import Server, Starter

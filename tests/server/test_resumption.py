@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase_route import proxy
+from onebase_edge.background import Backoff
+from onebase_edge.forwarded import TRANSCRIPT_HEADER
+from onebase_route import proxy, resumption
 from onebase_route.resumption import ByteBudget, DiffersError, StreamRecord
-from onebase_server.background import Backoff
-from onebase_server.inference.transcript import HEADER
 
 from .support import Server, Starter, as_route, pace, upload
-from .test_route import BASE, counted, routing, wait
+from .test_route import BASE, counted, wait
 from .test_route_faults import Answer, Behind, answer, before, never
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve"
@@ -88,7 +88,7 @@ class Reading:
         stream = {} if "requests" in self._body else {"stream": True}
         with self._http.stream("POST", self._path, json=stream | self._body) as answer:
             assert answer.status_code == 200, answer.read()
-            assert HEADER not in answer.headers
+            assert TRANSCRIPT_HEADER not in answer.headers
             for piece in answer.iter_text():
                 self.text += piece
         return self.text
@@ -129,7 +129,7 @@ def name_adapters(*servers: Server) -> None:
 
 
 def test_each_kind_of_stream_goes_on_elsewhere_where_its_server_is_killed(
-    serve_scripted: Starter, tmp_path: Path
+    routing: Starter, serve_scripted: Starter, tmp_path: Path
 ) -> None:
     names = tmp_path / "replicas"
     with (
@@ -163,11 +163,11 @@ def tell(http: httpx2.Client, path: str, body: dict[str, Any], lines: bytes = b"
     """A stream as the route has it, with its transcript; that of a request which goes on from `lines`."""
     stream = {} if "requests" in body else {"stream": True}
     own = json.dumps(stream | body).encode()
-    headers = {"content-type": "application/json", HEADER: f"{len(own)} 0.5", **as_route(http)}
+    headers = {"content-type": "application/json", TRANSCRIPT_HEADER: f"{len(own)} 0.5", **as_route(http)}
     answer = http.post(path, content=own + lines, headers=headers)
     if answer.status_code != 200:
         raise RuntimeError(f"{answer.status_code}: {answer.text}")
-    assert HEADER in answer.headers
+    assert TRANSCRIPT_HEADER in answer.headers
     return answer.content
 
 
@@ -277,7 +277,7 @@ def test_a_transcript_disturbs_no_request_whose_id_it_names(scripted: Server) ->
     with scripted.client() as http, ThreadPoolExecutor(1) as pool, scripted.client() as other:
         asked = {"prompt": "a b c", "max_tokens": 60}
         own = json.dumps({**asked, "stream": True}).encode()
-        headers = {"content-type": "application/json", HEADER: f"{len(own)} 0", **as_route(http)}
+        headers = {"content-type": "application/json", TRANSCRIPT_HEADER: f"{len(own)} 0", **as_route(http)}
         with http.stream("POST", "/generate", content=own, headers=headers) as stream:
             raw = stream.iter_raw()
             told = next(raw)
@@ -324,7 +324,11 @@ def test_a_transcript_that_no_server_has_told_is_refused(scripted: Server, recor
 
 def test_headers_of_the_route_are_as_if_not_sent_from_who_does_not_know_the_secret(scripted: Server) -> None:
     asked = json.dumps({"prompt": "a b", "max_tokens": 2, "stream": True}).encode()
-    headers = {"content-type": "application/json", HEADER: f"{len(asked)} 0", "x-onebase-change": "7"}
+    headers = {
+        "content-type": "application/json",
+        TRANSCRIPT_HEADER: f"{len(asked)} 0",
+        "x-onebase-change": "7",
+    }
     with scripted.client() as http:
         (secret,) = as_route(http).values()
         assert http.post("/generate", content=asked + b"[", headers={**headers, **as_route(http)}).is_error
@@ -335,9 +339,9 @@ def test_headers_of_the_route_are_as_if_not_sent_from_who_does_not_know_the_secr
             assert not [name for name in answer.headers if name.startswith("x-onebase")]
             assert b"onebase" not in answer.content
         twice = [*headers.items(), *[("x-onebase-route", secret)] * 2]
-        assert HEADER not in http.post("/generate", content=asked, headers=twice).headers
+        assert TRANSCRIPT_HEADER not in http.post("/generate", content=asked, headers=twice).headers
         known = http.post("/generate", content=asked, headers=headers | as_route(http))
-        assert known.headers[HEADER] == "1"
+        assert known.headers[TRANSCRIPT_HEADER] == "1"
         assert known.headers["x-onebase-change"].isdigit()
 
 
@@ -347,7 +351,7 @@ def test_a_header_that_says_nothing_is_passed_over(scripted: Server) -> None:
             told = http.post(
                 "/generate",
                 json={"prompt": "a b", "max_tokens": 1},
-                headers={HEADER: header, **as_route(http)},
+                headers={TRANSCRIPT_HEADER: header, **as_route(http)},
             )
             assert told.status_code == 200, told.text
 
@@ -358,7 +362,7 @@ HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
     b"x-onebase-change: 0\r\n"
 )
-TELLS = HEAD + HEADER.encode() + b": 1\r\n\r\n"
+TELLS = HEAD + TRANSCRIPT_HEADER.encode() + b": 1\r\n\r\n"
 FIRST = b": onebase 0 [1]\ndata: a\n\n: onebase 0 [2]\ndata: b\n\n"
 ASK = {"prompt": "x", "stream": True}
 
@@ -407,7 +411,7 @@ def test_a_stream_goes_on_only_with_what_follows_the_events_that_were_passed_on(
         running.behind[2].answers["/ready"] = answer(b"", status=503)
         assert wait(lambda: len(running.route.placement.replicas) == 2)
         with running.client() as http:
-            text = http.post("/generate", json=ASK, headers={HEADER: "1 0"}).content
+            text = http.post("/generate", json=ASK, headers={TRANSCRIPT_HEADER: "1 0"}).content
             metrics = http.get("/metrics").text
 
     assert text.startswith(b"data: a\n\ndata: b\n\n" + passed)
@@ -636,3 +640,18 @@ def test_events_that_differ_are_not_passed_on() -> None:
     kept.begin_again()
     with pytest.raises(DiffersError):
         kept.read(FIRST.replace(b"a", b"c") + b"data: d\n\n")
+
+
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_a_server_that_repeats_an_event_without_end_is_given_up(
+    gives_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resumption, "MOST_EVENT", 1000)
+    kept = StreamRecord(ByteBudget(1000))
+    kept.read(FIRST)
+    kept.begin_again()
+    if gives_up:
+        kept.give_up()
+    kept.read(b"x" * 1000)
+    with pytest.raises(DiffersError):
+        kept.read(b"x")

@@ -16,11 +16,11 @@ from typing import Any
 import httpx2
 import pytest
 
+from onebase_edge.cross_site import CrossSiteMiddleware
+from onebase_edge.listener import QuietServer, bind, uvicorn_config
+from onebase_edge.settings import Settings
 from onebase_route import proxy
 from onebase_route.proxy import Route, asked, read_report, target_in
-from onebase_server.app.settings import Settings
-from onebase_server.http.cross_site import CrossSiteMiddleware
-from onebase_server.http.server import QuietServer, bind, uvicorn_config
 
 from .support import told_statuses
 from .test_route import wait

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from onebase_server.http.schemas.generation import GenerateRequest
-from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
-from onebase_server.http.schemas.wire import Wire, validation_error
+from onebase_server.requests.schemas.generation import GenerateRequest
+from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.requests.schemas.wire import Wire, validation_error
 
 USER = [{"role": "user", "content": "hi"}]
 

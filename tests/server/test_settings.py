@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from onebase_edge.settings import Settings, SettingsError, environment_name, load_settings, parse_size
 from onebase_engine.engine.messages import EngineConfig
-from onebase_server.app.settings import Settings, SettingsError, environment_name, load_settings, parse_size
+from onebase_server.app.wiring import engine_config
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_the_server_listens_on_loopback_unless_told_otherwise() -> None:
 def test_every_engine_setting_reaches_the_engine() -> None:
     settings = Settings(quantization="none", max_rows=3, kv_memory=5, kv_dtype="int8", threads=2)
 
-    config = settings.engine_config("/base")
+    config = engine_config(settings, "/base")
 
     assert config == EngineConfig(
         base_folder="/base",

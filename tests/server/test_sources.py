@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from onebase_adapters.hub.pull import HubError
+from onebase_edge.errors import ApiError
 from onebase_server.adapters import sources
 from onebase_server.adapters.sources import FolderError, HubAdapters, find_adapters
-from onebase_server.errors import ApiError
 
 from .support import make_folder
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from onebase_server.app.settings import Settings
-from onebase_server.app.storage import chosen_device, host_memory, prefix_memory
+from onebase_edge.settings import Settings
+from onebase_server.storage.opening import chosen_device, host_memory, prefix_memory
 
 from .support import Starter, upload
 

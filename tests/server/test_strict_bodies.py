@@ -15,18 +15,18 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import ValidationError, model_validator
 from starlette.middleware.base import RequestResponseEndpoint
 
-from onebase_server.background import Threads, TurnBudget
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.background import Threads, TurnBudget
+from onebase_edge.errors import InvalidRequestError
 from onebase_server.http.deps import CALLER, LONG_BODY, StrictRoute, off_loop
 from onebase_server.http.routes import generation as generation_routes
-from onebase_server.http.schemas.anthropic import MessagesRequest
-from onebase_server.http.schemas.generation import GenerateRequest
-from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
-from onebase_server.http.schemas.wire import Wire
-from onebase_server.http.strict_json import MAX_FIELDS, decode
 from onebase_server.inference.generation import GenerationRun
+from onebase_server.inference.tool_format import ToolFormat
 from onebase_server.requests.planner import Planner, RequestLimits
-from onebase_server.requests.tool_format import ToolFormat
+from onebase_server.requests.schemas.anthropic import MessagesRequest
+from onebase_server.requests.schemas.generation import GenerateRequest
+from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.requests.schemas.wire import Wire
+from onebase_server.requests.strict_json import MAX_FIELDS, decode
 from onebase_server.tenancy.access import LOCAL, Caller
 
 from .support import Server
@@ -267,8 +267,8 @@ def test_a_job_is_for_its_callers_tenant_at_its_callers_priority() -> None:
     async def play() -> None:
         caller = Caller("ob-1", "acme", frozenset({"generate"}), priority=3)
         job = await planner_of(SlowTokenizer(), 100).generate(request(5), caller)
-        parts: Any = (SimpleNamespace(), SimpleNamespace(pieces=list))
-        generation = GenerationRun(*parts, job, recorder=SimpleNamespace(token_gap=len))  # type: ignore[arg-type]
+        nobody: Any = SimpleNamespace(token_gap=len, pieces=list)
+        generation = GenerationRun(nobody, nobody, Threads("reading", 1), job, recorder=nobody)
         (submit,) = generation._inflight.submits
         assert (submit.tenant, submit.priority) == ("acme", 3)
 

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from transformers import AutoTokenizer
 
-from onebase_server.errors import InvalidRequestError
-from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
+from onebase_edge.errors import InvalidRequestError
+from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput
 
 
 def test_a_chat_is_tokenized_as_the_bases_tokenizer_does_it(

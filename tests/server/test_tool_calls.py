@@ -16,12 +16,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from onebase_edge.errors import InvalidRequestError
 from onebase_engine.engine.grammar_process import load_tokenizer
 from onebase_engine.engine.messages import Grammar
-from onebase_server.errors import InvalidRequestError
-from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
-from onebase_server.requests.tool_call_parser import CallFormat, CallReader
-from onebase_server.requests.tool_format import ArgumentFormat, Bare, Pythonic, ToolDefinition, ToolFormat
+from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput
+from onebase_server.inference.tool_call_parser import CallFormat, CallReader
+from onebase_server.inference.tool_format import ArgumentFormat, Bare, Pythonic, ToolDefinition, ToolFormat
 
 CONTROLS = ["[TOOL_CALLS]", "<|tool_call|>", "<|tool_call>", "<tool_call|>", '<|"|>', "</s>", "<|thought|>"]
 JSON_CALL = '{"name": "' + "{{ c.function.name }}" + '", "%s": ' + "{{ c.function.arguments | tojson }}" + "}"

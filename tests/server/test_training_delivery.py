@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from onebase_adapters.store.blobs import ADAPTER_FILES
-from onebase_server.background import Backoff, Threads
-from onebase_server.errors import ApiError, InvalidRequestError, UnavailableError
+from onebase_edge.background import Backoff, Threads
+from onebase_edge.errors import ApiError, InvalidRequestError, UnavailableError
 from onebase_server.jobs import delivery
 from onebase_server.jobs.delivery import Delivered, Delivery, DeliveryError
 

@@ -14,7 +14,7 @@ import pytest
 from openai import OpenAI
 
 from onebase_adapters.registry import JobEvent, RegistryBusyError
-from onebase_server.background import Threads
+from onebase_edge.background import Threads
 from onebase_server.jobs import job_record
 from onebase_server.jobs.job_record import JobNotifier, JobRecord
 from onebase_training.events import Notice

@@ -20,8 +20,8 @@ from onebase_adapters.registry import (
     RegistryFullError,
 )
 from onebase_adapters.store.store import Store
-from onebase_server.background import Threads
-from onebase_server.errors import ApiError, InvalidRequestError, StateConflictError
+from onebase_edge.background import Threads
+from onebase_edge.errors import ApiError, InvalidRequestError, StateConflictError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 

@@ -14,7 +14,7 @@ import pytest
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
-from onebase_server.telemetry.metrics import MetricsCollector, render
+from onebase_server.http.metrics import MetricsCollector, render
 
 from .support import Server, Starter
 from .training_support import (

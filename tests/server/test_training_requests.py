@@ -9,7 +9,7 @@ import httpx2
 import pytest
 from pydantic import ValidationError
 
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError
 from onebase_server.http.schemas.jobs import CreateJobRequest, Method, ParentSettings
 
 from .support import Starter

@@ -14,7 +14,6 @@ import pytest
 
 from onebase_adapters.registry import (
     FileRecord,
-    JobError,
     JobEvent,
     NewJob,
     Registry,
@@ -22,7 +21,8 @@ from onebase_adapters.registry import (
     UnkeptJob,
 )
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
-from onebase_server.background import Backoff, Threads
+from onebase_edge.background import Backoff, Threads
+from onebase_protocol.training import TrainingFailure
 from onebase_server.jobs import job_run
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.files import TrainingFiles
@@ -118,7 +118,7 @@ def test_the_folder_of_a_job_without_a_row_is_swept(registry: Registry, storage:
 
 @pytest.mark.parametrize(
     ("state", "facts"),
-    [("paused", {}), ("failed", {"error": JobError("disk_full", "no space")})],
+    [("paused", {}), ("failed", {"error": TrainingFailure("disk_full", "no space")})],
 )
 def test_a_job_that_another_server_cancels_leaves_nothing(
     registry: Registry, storage: JobFolders, state: str, facts: dict[str, Any]

@@ -19,8 +19,8 @@ import pytest
 from onebase import Client
 from onebase_adapters.registry import Registry, RegistryBusyError, UsageFigures, UsageKey
 from onebase_adapters.registry.usage import FIGURES
-from onebase_server.background import Threads
-from onebase_server.inference.stream import TokenUsage
+from onebase_edge.background import Threads
+from onebase_server.telemetry.measurements import TokenUsage
 from onebase_server.tenancy import usage as usage_module
 from onebase_server.tenancy.usage import OTHERS, TenantUsageRecorder, today, usage_csv
 

@@ -12,7 +12,7 @@ import httpx2
 import openai
 import pytest
 
-from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
+from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput
 
 from ..hub_standin import HubStandIn
 from .support import CONFIG, Starter, make_folder

@@ -9,8 +9,8 @@ import json
 import sys
 from typing import Any
 
-from onebase_server.errors import InvalidRequestError
-from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput, leave_torch_out
+from onebase_edge.errors import InvalidRequestError
+from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput, leave_torch_out
 
 TEXTS = (
     "", " ", "The capital of France is", "  two  spaces\n\tand a tab ", "naïve 🎉 漢字 2024 1234567",

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from onebase_adapters.format.config import check_config, with_labels
 from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
 from onebase_engine.base.load import BaseSettings, load_base
-from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput
+from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput
 from onebase_training.checkpoint import RunReport
 from onebase_training.cli.data import main as data_main
 from onebase_training.cli.estimate import main as estimate_main

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tests.hub_standin import HubStandIn
 
-from onebase_engine.base.default_base import default_cache
+from onebase_engine.user_cache import default_cache
 from onebase_training.data.dataset import DataError
 from onebase_training.data.hub import DatasetId, choose, parse_dataset_id
 

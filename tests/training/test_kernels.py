@@ -19,10 +19,11 @@ from torch.nn.functional import cross_entropy
 
 from onebase_engine.base.view import peft_view
 from onebase_engine.kernels import cuda_training
-from onebase_training import kernels, objectives
+from onebase_training import kernels, losses
 from onebase_training.attention import STEP, grouped
 from onebase_training.kernels import ShortAttention, fuse
-from onebase_training.objectives import CHUNK, dpo_losses, token_losses
+from onebase_training.losses import CHUNK, token_losses
+from onebase_training.objectives import dpo_losses
 
 
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
@@ -48,9 +49,9 @@ def test_losses_and_gradients_are_those_of_torch(count: int, dtype: torch.dtype,
 @pytest.mark.parametrize("words", [97, 5000])
 def test_losses_by_triton_are_those_of_torch(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its interpreter."""
-    objectives._tried_kernels.cache_clear()
-    assert objectives._tried_kernels(CPU) is cuda_training
-    monkeypatch.setattr(objectives, "_kernels", lambda logits: cuda_training)
+    losses._tried_kernels.cache_clear()
+    assert losses._tried_kernels(CPU) is cuda_training
+    monkeypatch.setattr(losses, "_kernels", lambda logits: cuda_training)
     torch.manual_seed(words)
     logits, targets = (torch.randn(5, words) * 20).bfloat16(), torch.randint(0, words, (5,))
     one, other, scale = logits.clone().requires_grad_(), logits.clone().requires_grad_(), torch.rand(5)

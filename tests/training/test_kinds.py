@@ -17,9 +17,9 @@ from onebase_adapters.proof.loader import load_adapter
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
 from onebase_engine.kernels.reference import ReferenceKernels
+from onebase_engine.kernels.weights import AdapterWeights, tensors_of
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, wrap_layers
-from onebase_engine.lora.weights import AdapterWeights, tensors_of
 from onebase_training.batches import pack
 from onebase_training.checkpoint import write_adapter
 from onebase_training.recipe import RecipeError

@@ -22,8 +22,9 @@ from tests.training.runs import (
 from onebase_engine.base.load import fingerprint
 from onebase_training.data.dataset import Sample
 from onebase_training.events import Evaluated, Event, Saved, StepDone
-from onebase_training.loop import ProcessGroup, TrainingDivergedError
+from onebase_training.loop import TrainingDivergedError
 from onebase_training.objectives import PreparedRun
+from onebase_training.processes import ProcessGroup
 
 
 def losses(events: list[Event]) -> list[float]:

@@ -1,5 +1,5 @@
-"""Adapters besides the trained one: the one that training continues from, with its own rank and layers, and the
-active version that the result is compared with. PEFT loads the weights of both."""
+"""Adapters besides the trained one: the one that training continues from, with its own rank and layers, and
+the active version that the result is compared with. PEFT loads the weights of both."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from onebase_training.checkpoint import all_better
 from onebase_training.cli.train import main
 from onebase_training.data.reader import load_dataset
 from onebase_training.events import Interrupted, OpenGate
-from onebase_training.loop import ProcessGroup
 from onebase_training.objectives import PreparedRun, make_objective
 from onebase_training.parent import ActiveVersion, Parent, modules_of, why_not_comparable
+from onebase_training.processes import ProcessGroup
 from onebase_training.recipe import MODEL, RecipeError, continued, parse_recipe
 from onebase_training.run import PlannedRun, TrainingRequest, load_tokenizer, prepare, train
 from onebase_training.trainable import ADAPTER, Trainable

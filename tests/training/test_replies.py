@@ -23,7 +23,7 @@ from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, fingerp
 from onebase_engine.base.view import peft_view
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.scheduler import SchedulerLimits
-from onebase_engine.lora.weights import AdapterWeights
+from onebase_engine.kernels.weights import AdapterWeights
 from onebase_training.checkpoint import write_adapter
 from onebase_training.replies import generate_replies, stop_ids
 

@@ -27,8 +27,8 @@ from tests.training.runs import (
 
 from onebase_training.checkpoint import CheckpointError, Checkpoints, RunState
 from onebase_training.events import Interrupted, Reason
-from onebase_training.loop import ProcessGroup
 from onebase_training.objectives import Preferences
+from onebase_training.processes import ProcessGroup
 
 pytestmark = pytest.mark.usefixtures("forks")
 SETTINGS: dict[str, dict[str, Any]] = {

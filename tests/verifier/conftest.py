@@ -17,10 +17,10 @@ from torch import nn
 
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.store.store import Store
+from onebase_edge.background import Threads
 from onebase_engine.base.attach import publish
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine.messages import EngineConfig
-from onebase_server.background import Threads
 from onebase_server.processes.verifier_client import VerifierClient
 from onebase_server.processes.verifier_protocol import Prove, Proved, VersionStage
 

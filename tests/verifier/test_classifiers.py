@@ -32,8 +32,8 @@ from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.versions import Versions
+from onebase_engine.kernels.weights import HEAD, AdapterWeights, Head, host_bytes, weights_bytes
 from onebase_engine.lora.packed_adapter import read_packed_adapter
-from onebase_engine.lora.weights import HEAD, AdapterWeights, Head, host_bytes, weights_bytes
 
 CLASSES: dict[str, Any] = {
     "SEQ_CLS": tf.AutoModelForSequenceClassification,

@@ -20,9 +20,9 @@ from tests.verifier.conftest import FAULTY, Bench, Published, new_client
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.proof.verifier import Verifier
 from onebase_adapters.store.blobs import AdapterFiles
+from onebase_edge.background import Backoff
 from onebase_engine.base import manifest as wire
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
-from onebase_server.background import Backoff
 from onebase_server.processes import verifier_client as module
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TrainerClient
@@ -207,6 +207,15 @@ def test_a_command_that_is_no_verifier_is_given_up(published: Published, tmp_pat
         await verifier.attach(published.config, published.manifest, published.fd)
 
     with pytest.raises(VerifierGoneError, match="exit status 7"):
+        asyncio.run(start())
+
+
+def test_a_verifier_for_which_there_are_no_processes_is_gone(published: Published, tmp_path: Path) -> None:
+    async def start() -> None:
+        verifier = new_client(tmp_path, command=[str(tmp_path / "none")])
+        await verifier.attach(published.config, published.manifest, published.fd)
+
+    with pytest.raises(VerifierGoneError, match="cannot be started"):
         asyncio.run(start())
 
 

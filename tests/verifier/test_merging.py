@@ -19,7 +19,7 @@ from tests.verifier.conftest import Bench, Published
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.proof.extract import extract
 from onebase_engine.base.view import peft_view
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights
+from onebase_engine.kernels.weights import AdapterWeights, LoraWeights
 from onebase_server.processes.verifier_client import RejectedError
 from onebase_server.processes.verifier_protocol import Merge, Merged, MergeSource
 

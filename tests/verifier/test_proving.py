@@ -18,8 +18,8 @@ from tests.verifier.conftest import BASE_ID, Bench
 
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_engine.base.load import base_tensors
+from onebase_engine.kernels.weights import LoraWeights
 from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter
-from onebase_engine.lora.weights import LoraWeights
 from onebase_server.processes.verifier_client import RejectedError
 
 

@@ -15,13 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from onebase_adapters.format.config import MAX_CONFIG_BYTES, AdapterFormatError, with_labels
 from onebase_adapters.hub.reference import (
     HubError,
+    HubErrorCode,
     HubReference,
     cached_repo,
     hub_cache,
@@ -57,6 +60,25 @@ _LOOK_SECONDS = 0.2
 _LAST_SECONDS = 2.0
 
 
+_Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+
+
+class _Message(msgspec.Struct, frozen=True):
+    """Message of the process, which has the fields of one kind: progress, an answer or an error."""
+
+    total: _Size | None = None
+    done: _Size | None = None
+    """Bytes."""
+    commit: str | None = None
+    paths: list[str] | None = None
+    sha256: tuple[str | None, ...] = ()
+    error: HubErrorCode | Literal["store_full"] | None = None
+    message: str = "The process that asks the Hub failed."
+
+
+_messages = msgspec.json.Decoder(_Message)
+
+
 class PullCancelledError(Exception):
     """The caller's event was set; nothing was stored."""
 
@@ -79,9 +101,9 @@ def resolve(
     request = {"do": "resolve", "repo": repo, "revision": revision}
     with closing(_talk(request, timeout, cancel)) as messages:
         for message in messages:
-            if not is_commit(message.get("commit")):
+            if message.commit is None or not is_commit(message.commit):
                 raise _wrong_answer("has another message than the commit")
-            return str(message["commit"])
+            return message.commit
     raise HubError("hub_unreachable", f"The process that asks the Hub for {repo} ended without an answer.")
 
 
@@ -124,16 +146,20 @@ def pull(
 
 def _fetch(
     request: dict[str, Any], progress: Progress | None, cancel: threading.Event | None, stall_seconds: float
-) -> tuple[list[str], list[str | None]]:
+) -> tuple[list[str], tuple[str | None, ...]]:
     """Return paths in the Hub's cache, and the SHA-256 sums that the Hub reports for them, or None."""
     total = 0
     with closing(_talk(request, stall_seconds, cancel)) as messages:
         for message in messages:
-            total = message.get("total", total)
-            if "done" in message and progress is not None:
-                progress(message["done"], total)
-            if "paths" in message and len(message["paths"]) in (len(ADAPTER_FILES), len(ADAPTER_FILES) + 1):
-                return message["paths"], message["sha256"]
+            if message.total is not None:
+                total = message.total
+            if message.done is not None and progress is not None:
+                progress(message.done, total)
+            if message.paths is not None:
+                count = len(message.paths)
+                if count - len(ADAPTER_FILES) not in (0, 1) or count != len(message.sha256):
+                    raise _wrong_answer("names other files than an adapter's")
+                return message.paths, message.sha256
     raise HubError("hub_unreachable", f"The process that fetches {request['repo']} ended without an answer.")
 
 
@@ -160,10 +186,11 @@ def _of_repo(path: str, repo: str) -> Path:
     Raises HubError unless it is the repository's.
     """
     cache = hub_cache(os.environ)
-    found = Path(path).resolve()
-    for folder in (cached_repo(cache, repo)[0], shared_blobs(cache)):
-        if found.is_relative_to(folder.resolve()) and found.is_file():
-            return found
+    with suppress(OSError, RuntimeError, ValueError):  # no path at all, or a loop of links
+        found = Path(path).resolve()
+        for folder in (cached_repo(cache, repo)[0], shared_blobs(cache)):
+            if found.is_relative_to(folder.resolve()) and found.is_file():
+                return found
     raise HubError("hub_wrong_answer", f"The process that fetched {repo} named a file that is not its own.")
 
 
@@ -173,20 +200,20 @@ def _is_right(blob: Blob, expected: str | None) -> bool:
 
 def _talk(
     request: dict[str, Any], silence_seconds: float, cancel: threading.Event | None
-) -> Generator[dict[str, Any]]:
+) -> Generator[_Message]:
     """Yield the messages of the process one by one, and raise the error that it reports."""
     with _child(request) as child:
         for line in _lines(child, silence_seconds, cancel):
             try:
-                message = json.loads(line)
-            except ValueError:
+                message = _messages.decode(line)
+            except msgspec.ValidationError as error:
+                raise _wrong_answer(f"sent a message that is no JSON object of its kind ({error})") from None
+            except (ValueError, RecursionError):
                 raise _wrong_answer("sent a message that is no JSON") from None
-            if not isinstance(message, dict):
-                raise _wrong_answer("sent a message that is no JSON object")
-            if "error" in message:
-                if message["error"] == "store_full":
-                    raise StoreFullError(message["message"])
-                raise HubError(message["error"], message["message"])
+            if message.error == "store_full":
+                raise StoreFullError(message.message)
+            if message.error is not None:
+                raise HubError(message.error, message.message)
             yield message
 
 

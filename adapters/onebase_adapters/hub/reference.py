@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 PREFIX = "hub:"
 
@@ -14,6 +15,12 @@ _SEGMENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/+-]{0,249}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SUBFOLDER_LIMIT = 250
+
+
+HubErrorCode = Literal[
+    "hub_invalid", "hub_unreachable", "hub_not_found", "hub_gated", "hub_too_large", "hub_offline",
+    "hub_no_adapter", "hub_damaged", "hub_wrong_answer",
+]  # fmt: skip
 
 
 class HubError(Exception):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from onebase_adapters.format.canonical import AdapterFormatError
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
+from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from onebase_adapters.proof.extract import extract
 from onebase_engine.base.layers import adaptable_layers, empty_base
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.base.view import peft_view
-from onebase_engine.lora.weights import (
+from onebase_engine.kernels.weights import (
     HEAD,
     AdapterWeights,
     Head,

@@ -19,11 +19,11 @@ from onebase_adapters.format.safetensors_file import TensorToWrite, write_tensor
 from onebase_adapters.format.spec import AdapterSpec, ModuleSpec
 from onebase_adapters.format.tensors import PREFIX
 from onebase_adapters.proof.extract import extract
-from onebase_adapters.proof.report import MergeMethod, MergeSign
 from onebase_engine.base.layers import LayerShape, adaptable_layers
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.base.view import peft_view
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights
+from onebase_engine.kernels.weights import AdapterWeights, LoraWeights
+from onebase_protocol.adapters import MergeMethod, MergeSign
 
 _MERGED = "merged"
 _PIECE = 1 << 20

@@ -21,9 +21,9 @@ from onebase_engine.base.view import view
 from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Kernels, RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceLinear
+from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotLinear, SlotModule, wrap_layers
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
 
 TOLERANCE = 1e-2
 """Largest difference, relative to PEFT's largest output, of modules without PEFT's bits that have no result

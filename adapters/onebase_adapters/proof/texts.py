@@ -19,7 +19,7 @@ from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.interface import TILE
-from onebase_engine.lora.weights import HEAD, AdapterWeights, Head
+from onebase_engine.kernels.weights import HEAD, AdapterWeights, Head
 
 TIE_ROUNDINGS = 4
 """Number of roundings of the largest logit within which a token's logit ties with it. Attention over padded

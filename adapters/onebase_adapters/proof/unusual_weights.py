@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights, ModuleWeights, TokenRows, without_head
+from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, ModuleWeights, TokenRows, without_head
 
 LEAST_COMPARED = 4
 """Smallest number of modules of one name with a change; fewer are not compared."""

@@ -16,12 +16,11 @@ from torch import nn
 from onebase_adapters.proof.loader import LoadedAdapter, classifier_of, load_adapter
 from onebase_adapters.proof.merging import MergeInput, MergeRecipe, merge
 from onebase_adapters.proof.modules import ModuleProof, ModuleProver
-from onebase_adapters.proof.report import ModuleReport, ProofReport, Stage, VersionReport, what_was_shown
+from onebase_adapters.proof.report import Stage, what_was_shown
 from onebase_adapters.proof.texts import TextProof, TextProver
 from onebase_adapters.proof.unusual_weights import WeightFigures, measure, unusual
 from onebase_engine.base.load import BaseChangedError, fingerprint
-from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
-from onebase_engine.lora.weights import (
+from onebase_engine.kernels.weights import (
     HEAD,
     AdapterWeights,
     Head,
@@ -31,6 +30,8 @@ from onebase_engine.lora.weights import (
     weights_bytes,
     without_head,
 )
+from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
+from onebase_protocol.adapters import ModuleReport, ProofReport, VersionReport
 
 OnProgress = Callable[[Stage, float], None]
 _LOADED, _COMPARED = 0.15, 0.6
@@ -165,17 +166,17 @@ def version_report(
     spec = adapter.spec
     layers, linears = layers_of(base)
     return VersionReport(
-        kinds=spec.kinds,
+        kinds=tuple(spec.kinds),
         rank=spec.rank,
         alpha=spec.alpha,
         rslora=spec.rslora,
-        targets=spec.targets,
+        targets=tuple(spec.targets),
         parameters=spec.parameters,
         bytes=weights_bytes(weights),
         base_name=spec.base_name,
-        dropped=list(spec.dropped),
-        warnings=[*spec.warnings, *unusual(measured)],
-        modules=[
+        dropped=tuple(spec.dropped),
+        warnings=(*spec.warnings, *unusual(measured)),
+        modules=tuple(
             ModuleReport(
                 name=module.name,
                 kind=module.kind,
@@ -187,7 +188,7 @@ def version_report(
                 relative_norm=measured[module.name].relative if module.name in measured else None,
             )
             for module in spec.modules
-        ],
+        ),
         proof=ProofReport(
             modules_compared=modules.compared,
             modules_changed=adapter.changed,
@@ -215,9 +216,9 @@ def version_report(
         ),
         task=spec.task,
         labels=spec.labels,
-        label_names=list(spec.label_names),
+        label_names=tuple(spec.label_names),
         base_layers=layers,
-        base_linears=linears,
+        base_linears=tuple(linears),
     )
 
 

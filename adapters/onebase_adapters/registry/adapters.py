@@ -29,10 +29,8 @@ from onebase_adapters.registry.records import (
     AuditAction,
     Changes,
     ForcedDeletion,
-    HistoryEntry,
     State,
     Unset,
-    VersionError,
     VersionRecord,
 )
 from onebase_adapters.registry.servers import ServerRecords
@@ -40,6 +38,7 @@ from onebase_adapters.registry.tables import AdapterRow, AuditRow, BaseRow, Hist
 from onebase_adapters.registry.takeovers import Takeovers
 from onebase_adapters.registry.usage import UsageRecords
 from onebase_adapters.store.blobs import AdapterFiles, Blob
+from onebase_protocol.adapters import Activation, VersionFailure
 
 DEFAULT_TENANT = "default"
 LEAST_PREFIX = 8
@@ -176,7 +175,7 @@ class Registry:
             adapter = _require_adapter(session, self.base_id, tenant, name)
             return _version_record(_require_version(session, adapter, digest_or_prefix), adapter)
 
-    def history(self, tenant: str, name: str) -> list[HistoryEntry]:
+    def history(self, tenant: str, name: str) -> list[Activation]:
         """Return the changes of the active version, newest first. Raises UnknownAdapterError."""
         with self._database.read() as session:
             adapter = _require_adapter(session, self.base_id, tenant, name)
@@ -305,11 +304,11 @@ class Registry:
         Args:
             expected: the digest that must be active now, None for none; if not given, any may be.
 
-        Raises NotReadyError, ActivationConflictError, UnknownAdapterError, UnknownVersionError.
-        """
+        Raises NotReadyError, ActivationConflictError, UnknownAdapterError, UnknownVersionError; JobStateError
+        on behalf of a job that was stopped."""
         now = time.time()
         with self._changing(tenant, name, now) as (session, adapter):
-            check_owner(session)
+            check_owner(session, running=True)
             activation.check_expected(adapter, expected)
             activation.activate(session, adapter, _require_version(session, adapter, digest), actor, now)
             return _adapter_record(adapter)
@@ -598,7 +597,7 @@ def _version_record(row: VersionRow, adapter: AdapterRow, *, whole: bool = True)
         prepared = Blob(row.prepared_sha256, row.prepared_size or 0)
     error = None
     if row.error_code is not None:
-        error = VersionError(row.error_code, row.error_message or "")
+        error = VersionFailure(row.error_code, row.error_message or "")
     return VersionRecord(
         tenant=adapter.tenant,
         name=adapter.name,
@@ -622,8 +621,8 @@ def _version_record(row: VersionRow, adapter: AdapterRow, *, whole: bool = True)
     )
 
 
-def _history_entry(row: HistoryRow) -> HistoryEntry:
-    return HistoryEntry(cast(Action, row.action), row.version, row.previous, row.actor, row.at)
+def _history_entry(row: HistoryRow) -> Activation:
+    return Activation(cast(Action, row.action), row.version, row.previous, row.actor, row.at)
 
 
 def _set_report(row: VersionRow, report: Mapping[str, Any] | None) -> None:

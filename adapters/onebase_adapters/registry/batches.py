@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from itertools import islice
 from typing import Any, cast
 
+from msgspec import convert
+from msgspec.structs import asdict
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
@@ -26,13 +27,13 @@ from onebase_adapters.registry.records import (
     BATCH_STATES,
     OPEN_BATCHES,
     AuditAction,
-    BatchErrorRecord,
     BatchRecord,
     BatchState,
     NewBatch,
 )
 from onebase_adapters.registry.servers import leases_of
 from onebase_adapters.registry.tables import BatchRow
+from onebase_protocol.batches import BatchError
 
 MOST_OPEN = 100
 """Largest number of unended batches of one tenant on one server and base, which looks at all of them every
@@ -172,7 +173,7 @@ class BatchRecords:
         *,
         tenant: str | None = None,
         server: str | None = None,
-        errors: Sequence[BatchErrorRecord] | None = None,
+        errors: Sequence[BatchError] | None = None,
         **facts: Any,
     ) -> BatchRecord:
         """Change a batch's state, if it is one of `among`, and other fields of Batch with it.
@@ -274,7 +275,7 @@ def _record(row: BatchRow) -> BatchRecord:
         completed=row.completed,
         failed=row.failed,
         usage=row.usage,
-        errors=tuple(BatchErrorRecord(**error) for error in row.errors or ()),
+        errors=convert(row.errors or (), tuple[BatchError, ...]),
         output_file=row.output_file,
         error_file=row.error_file,
     )

@@ -28,12 +28,10 @@ from onebase_adapters.registry.records import (
     OPEN_BATCHES,
     OPEN_STATES,
     UPLOADED,
-    Activate,
     AuditAction,
     Checkpoint,
     EventKind,
     FileRecord,
-    JobError,
     JobEvent,
     JobState,
     JobStop,
@@ -54,6 +52,7 @@ from onebase_adapters.registry.tables import (
     TrainingFileRow,
     TrainingJobRow,
 )
+from onebase_protocol.training import Activate, TrainingFailure
 
 PARENT_FILES = ("parent_config", "parent_weights")
 """Files in a job's folder of the version whose training it continues."""
@@ -233,7 +232,7 @@ class TrainingRecords:
             if after is not None:
                 query = query.where(TrainingJobRow.number < self._job(session, after, tenant).number)
             for key, value in (labels or {}).items():
-                query = query.where(TrainingJobRow.labels[plain(key)].as_string() == plain(value))
+                query = query.where(_has_label(session, plain(key), plain(value)))
             rows = session.scalars(query.order_by(TrainingJobRow.number.desc()).limit(limit))
             return [job_record(row) for row in rows]
 
@@ -413,6 +412,17 @@ class TrainingRecords:
         return row
 
 
+def _has_label(session: Session, key: str, value: str) -> ColumnElement[bool]:
+    """Return the condition that a job has a label."""
+    labels = TrainingJobRow.labels
+    if session.get_bind().dialect.name != "sqlite":
+        found: ColumnElement[bool] = labels[key].as_string() == value
+        return found
+    # SQLite's paths compare a key as it is written in JSON, where it may be escaped.
+    each = func.json_each(labels).table_valued("key", "value")
+    return select(1).select_from(each).where(each.c.key == key, each.c.value == value).exists()
+
+
 _MOVES: Mapping[JobState, AuditAction] = {
     "paused": "job.paused",
     "cancelled": "job.cancelled",
@@ -441,10 +451,13 @@ def find_file(session: Session, tenant: str, file_id: str, *, lock: bool = False
     return row
 
 
-def check_owner(session: Session) -> None:
+def check_owner(session: Session, *, running: bool = False) -> None:
     """Check, in a write transaction, that the server which delivers a job or a batch still owns it.
 
-    Raises JobElsewhereError, BatchElsewhereError.
+    Args:
+        running: check also that a job was not stopped meanwhile.
+
+    Raises JobElsewhereError, BatchElsewhereError; JobStateError for a job that does not run any more.
     """
     owned = audit.current().owned
     if owned is None:
@@ -453,9 +466,16 @@ def check_owner(session: Session) -> None:
     row, error = (
         (BatchRow, BatchElsewhereError) if name.startswith("batch_") else (TrainingJobRow, JobElsewhereError)
     )
-    found = session.scalar(select(row.server).where(row.id == plain(name)).with_for_update())
-    if found is not None and found != server:
+    found = session.execute(
+        select(row.server, row.state).where(row.id == plain(name)).with_for_update()
+    ).first()
+    if found is None:
+        return
+    owner, state = found
+    if owner != server:
         raise error(f"{name} is run by another server now.")
+    if running and row is TrainingJobRow and state != "running":
+        raise JobStateError(f"Job {name} is {state}.", state)
 
 
 # From rows to records and back
@@ -499,7 +519,7 @@ def _job_row(job: NewJob, base_id: str, now: float) -> TrainingJobRow:
 def job_record(row: TrainingJobRow) -> TrainingJob:
     error = None
     if row.error_code is not None:
-        error = JobError(row.error_code, row.error_message or "", row.error_param)
+        error = TrainingFailure(row.error_code, row.error_message or "", row.error_param)
     return TrainingJob(
         id=row.id,
         tenant=row.tenant,
@@ -534,7 +554,7 @@ def job_record(row: TrainingJobRow) -> TrainingJob:
 
 def _set_facts(row: TrainingJobRow, state: JobState | None, facts: Mapping[str, Any], now: float) -> None:
     """Write fields of TrainingJob into its row. Any other state clears the error."""
-    error: JobError | None = None
+    error: TrainingFailure | None = None
     for name, value in facts.items():
         if name == "error":
             error = value

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
 from onebase_adapters.store.blobs import AdapterFiles, Blob
+from onebase_protocol.adapters import VersionFailure
+from onebase_protocol.batches import BatchError
+from onebase_protocol.training import Activate, TrainingFailure
 
 State = Literal["pulling", "validating", "proving", "ready", "failed"]
 Action = Literal["activate", "rollback", "deactivate"]
@@ -29,14 +32,6 @@ UNSET: Final = Unset()
 
 
 @dataclass(frozen=True)
-class VersionError:
-    """Error of a failed version: a stable code and a sentence."""
-
-    code: str
-    message: str
-
-
-@dataclass(frozen=True)
 class VersionRecord:
     """One version of one adapter.
 
@@ -53,7 +48,7 @@ class VersionRecord:
     prepared: Blob | None
     report: Mapping[str, Any] | None = field(hash=False)
     source: Mapping[str, Any] = field(hash=False)
-    error: VersionError | None
+    error: VersionFailure | None
     created_at: float
     created_by: str
     finished_at: float | None
@@ -93,17 +88,6 @@ class AdapterRecord:
     @property
     def active_version(self) -> VersionRecord | None:
         return None if self.active is None else self.version(self.active)
-
-
-@dataclass(frozen=True)
-class HistoryEntry:
-    """One change of the active version: `version` from then on, `previous` until then; None: no version."""
-
-    action: Action
-    version: str | None
-    previous: str | None
-    actor: str
-    at: float
 
 
 @dataclass(frozen=True)
@@ -275,7 +259,6 @@ UPLOADED: Final[tuple[Purpose, ...]] = ("fine-tune", "batch")
 """Purposes of files that users upload; jobs and batches write the others."""
 Level = Literal["info", "warn", "error"]
 EventKind = Literal["message", "metrics"]
-Activate = Literal["always", "if_better", "if_better_than_base", "never"]
 
 JOB_STATES: Final[tuple[JobState, ...]] = get_args(JobState)
 OPEN_STATES: Final[tuple[JobState, ...]] = ("validating_files", "queued", "running")
@@ -306,15 +289,6 @@ class FileRecord:
     bytes: int
     created_at: float
     sha256: str
-
-
-@dataclass(frozen=True)
-class JobError:
-    """Error of a failed job: a stable code, a sentence, and the field or file that it is about."""
-
-    code: str
-    message: str
-    param: str | None = None
 
 
 @dataclass(frozen=True)
@@ -388,7 +362,7 @@ class TrainingJob(NewJob):
     plan: Mapping[str, Any] | None = field(hash=False)
     progress: Mapping[str, Any] | None = field(hash=False)
     report: Mapping[str, Any] | None = field(hash=False)
-    error: JobError | None
+    error: TrainingFailure | None
     saved_step: int
     deaths: int
     death_step: int
@@ -496,16 +470,6 @@ OPEN_BATCHES: Final[tuple[BatchState, ...]] = ("validating", "in_progress", "fin
 
 
 @dataclass(frozen=True)
-class BatchErrorRecord:
-    """Error of a batch, or of a line of its file (counted from 1)."""
-
-    code: str
-    message: str
-    line: int | None = None
-    param: str | None = None
-
-
-@dataclass(frozen=True)
 class NewBatch:
     """Definition of a batch. `server`: the one that runs it; `window`: as requested, `24h`."""
 
@@ -538,7 +502,7 @@ class BatchRecord(NewBatch):
     completed: int
     failed: int
     usage: Mapping[str, int] = field(hash=False)
-    errors: tuple[BatchErrorRecord, ...]
+    errors: tuple[BatchError, ...]
     output_file: str | None
     error_file: str | None
 

@@ -75,7 +75,7 @@ class Takeovers:
         """Transfer a job from the server `before` to this one, without what the store does not have of it.
 
         Args:
-            tell: returns the event, given the job as it is resumed.
+            event_of: returns the event, given the job as it is resumed.
 
         Raises JobElsewhereError: it cannot be taken over now.
         """

@@ -22,14 +22,14 @@ from onebase_engine.base.default_base import (
     BaseError,
     BaseFetchError,
     BaseSpecError,
-    default_cache,
     fetch_default_base,
     parse_repo,
 )
 from onebase_engine.base.hub_access import first_line, hub_silence
+from onebase_engine.command_line import OptionParser
 from onebase_engine.imports import quick_imports
+from onebase_engine.user_cache import default_cache
 from onebase_training.cli.options import (
-    OptionParser,
     UsageError,
     add_base_options,
     add_recipe_options,

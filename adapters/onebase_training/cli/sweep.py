@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from onebase_engine.base.default_base import BaseFetchError
+from onebase_engine.command_line import OptionParser
 from onebase_training import events
 from onebase_training.cli.options import (
-    OptionParser,
     UsageError,
     add_base_options,
     add_recipe_options,

@@ -17,9 +17,9 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
+from onebase_engine.command_line import OptionParser
 from onebase_training import events
 from onebase_training.cli.options import (
-    OptionParser,
     UsageError,
     add_base_options,
     add_recipe_options,
@@ -41,8 +41,8 @@ from onebase_training.cli.options import (
 
 if TYPE_CHECKING:
     from onebase_training.checkpoint import RunReport
-    from onebase_training.loop import ProcessGroup
     from onebase_training.parent import Parent
+    from onebase_training.processes import ProcessGroup
     from onebase_training.run import TrainingRequest
 
 _DESCRIPTION = """\
@@ -128,7 +128,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     folder = options.out or Path("runs") / options.name
     quiet_libraries()
     from onebase_engine.machine import keep_freed_memory
-    from onebase_training.loop import join_processes
+    from onebase_training.processes import join_processes
 
     if options.threads:
         import torch
@@ -229,7 +229,8 @@ def _run(
     from onebase_training.curves import CurveError, open_curves
     from onebase_training.data.dataset import DataError
     from onebase_training.events import Interrupted
-    from onebase_training.loop import OtherProcessError, TrainingDivergedError
+    from onebase_training.loop import TrainingDivergedError
+    from onebase_training.processes import OtherProcessError
     from onebase_training.recipe import RecipeError
     from onebase_training.run import DoesNotFitError, train
 

@@ -10,7 +10,6 @@ from ._async.client import AsyncClient
 from ._async.jobs import AsyncTrainingJob
 from ._async.streams import AsyncEventStream, AsyncStream
 from ._core.config import Timeout, sdk_version
-from ._core.metrics import Metrics
 from ._sync.client import Client
 from ._sync.jobs import TrainingJob
 from ._sync.streams import EventStream, Stream
@@ -55,6 +54,7 @@ from .errors import (
     TrainingStoppedError,
     UnprocessableError,
 )
+from .metrics import Metrics
 from .training_types import (
     Activate,
     ChangedRow,

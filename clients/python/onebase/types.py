@@ -1,4 +1,4 @@
-"""Requests and answers, as frozen dataclasses."""
+"""Requests and answers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,41 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict
+
+from onebase_protocol.access import ApiKey, AuditEntry, NewApiKey, Tenant, TenantUsage
+from onebase_protocol.reading import Decision, Option, ReadingUsage
+from onebase_protocol.serving import Model
+from onebase_protocol.text import AdapterWeight, Logprobs, Timing, Usage
+
+__all__ = [
+    "AdapterSpec",
+    "AdapterWeight",
+    "ApiKey",
+    "AuditEntry",
+    "Choice",
+    "Classification",
+    "Decision",
+    "Embeddings",
+    "Generation",
+    "Health",
+    "Label",
+    "Logprobs",
+    "Message",
+    "Messages",
+    "Model",
+    "NewApiKey",
+    "Option",
+    "Piece",
+    "Ranked",
+    "SamplingFields",
+    "ServerVersion",
+    "Tenant",
+    "TenantUsage",
+    "Timing",
+    "ToolCall",
+    "ToolCallPart",
+    "Usage",
+]
 
 
 @dataclass(frozen=True)
@@ -43,15 +78,6 @@ class Message:
     """Calls of an assistant's message."""
     tool_call_id: str | None = None
     """Id of the call that a message of role `tool` answers."""
-
-
-@dataclass(frozen=True)
-class AdapterWeight:
-    """One term of a weighted sum of adapters."""
-
-    name: str
-    """An adapter's name, or `name@version`."""
-    weight: float = 1.0
 
 
 AdapterSpec: TypeAlias = str | Mapping[str, float] | Sequence[AdapterWeight | Mapping[str, object]] | None
@@ -134,7 +160,7 @@ class Embeddings:
 
     vectors: tuple[tuple[float, ...], ...]
     """One of each text, in their order."""
-    usage: Usage
+    usage: ReadingUsage
 
 
 @dataclass(frozen=True)
@@ -168,43 +194,6 @@ class Ranked:
 
 
 @dataclass(frozen=True)
-class Option:
-    """One of the choices of a decision."""
-
-    text: str
-    probability: float
-    """Among the choices."""
-    logprob: float
-    """Log-probability of the whole text after the prompt."""
-    prior_logprob: float | None = None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Probabilities of some choices to come next."""
-
-    choice: str
-    """The likeliest."""
-    options: tuple[Option, ...]
-    """All of them, in the order in which they were sent."""
-    usage: Usage
-
-
-@dataclass(frozen=True)
-class Logprobs:
-    """Natural-log probabilities, one entry per token in each sequence."""
-
-    tokens: tuple[str, ...] = ()
-    token_ids: tuple[int, ...] = ()
-    token_logprobs: tuple[float | None, ...] = ()
-    """Log-probabilities of the tokens; None for the first token of an echoed prompt, which nothing
-    precedes."""
-    top_logprobs: tuple[Mapping[str, float] | None, ...] = ()
-    text_offset: tuple[int, ...] = ()
-    """Offset of each token in the text, in characters."""
-
-
-@dataclass(frozen=True)
 class Choice:
     """One answer to the prompt."""
 
@@ -216,29 +205,6 @@ class Choice:
     logprobs: Logprobs | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     """Calls of the answer, in order; `text` is what it says besides."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """The tokens of a request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    """Over all choices."""
-    cached_tokens: int = 0
-    """Prompt tokens that came from the prefix cache."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Durations of a request's parts, in seconds, measured by the server."""
-
-    queue_s: float
-    """Waiting for a place in the batch."""
-    ttft_s: float
-    """Time from arrival to the first token."""
-    decode_s: float
-    """Time from the first token to the last."""
 
 
 @dataclass(frozen=True)
@@ -324,105 +290,6 @@ class ToolCallPart:
     arguments: str
     id: str | None = None
     name: str | None = None
-
-
-@dataclass(frozen=True)
-class Model:
-    """Something that a request can name: the base, or an adapter on it."""
-
-    id: str
-    owned_by: str | None = None
-    created: int | None = None
-    """Unix time in seconds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ApiKey:
-    """An API key as the server knows it. Times are Unix seconds."""
-
-    id: str
-    """The public beginning of the key."""
-    tenant: str
-    name: str
-    scopes: tuple[str, ...]
-    """Scopes of the key: `generate`, `adapters`, `train`, `admin`."""
-    created_at: float
-    expires_at: float | None
-    revoked_at: float | None
-    last_used_at: float | None
-    """Time of the last use, to the hour."""
-    quotas: Mapping[str, int] = field(default_factory=dict, hash=False)
-    """`requests` and `tokens` in any 60 seconds, `rows` at once; what is missing is not limited."""
-    priority: int = 0
-    """-10 to 10: requests of a higher one are served first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewApiKey(ApiKey):
-    """A key that was just made."""
-
-    key: str = field(repr=False)
-    """The key itself, which nobody can read again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tenant:
-    """Owner of keys, with its quotas and what it uses."""
-
-    tenant: str
-    quotas: Mapping[str, int] = field(hash=False)
-    """Quotas as those of a key, and `adapters`, `bytes`, `jobs`, and `training_seconds` in a month (UTC)."""
-    adapters: int
-    bytes: int
-    """Size of its versions, as they were sent or trained, of its files, and of the rows of unended jobs."""
-    training_seconds: float
-    """Training time in this calendar month (UTC), in seconds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TenantUsage:
-    """Usage by the fields that it is grouped by. The other fields are None, and summed."""
-
-    day: str | None = None
-    """Day in UTC, as 2026-11-26."""
-    tenant: str | None = None
-    base: str | None = None
-    adapter: str | None = None
-    """`""` is the base itself, `a+b` a sum of adapters."""
-    requests: int
-    prompt_tokens: int
-    """Tokens of prompts, including those that the prefix cache had."""
-    cached_tokens: int
-    """Tokens of `prompt_tokens` that the prefix cache had."""
-    completion_tokens: int
-    training_seconds: float
-    training_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditEntry:
-    """One change that somebody made on the server."""
-
-    id: str
-    at: float
-    """Unix time in seconds."""
-    tenant: str
-    """Tenant that owns the adapter, file, job or key."""
-    key: str
-    """The id of the API key that asked; empty where none is needed."""
-    actor: str
-    """Agent that acted for it, where that was no request: `job ftjob-...`, `startup`."""
-    action: str
-    """Such as `adapter.activated`."""
-    target: str
-    """The adapter's name, or the id of the file, job or key."""
-    version: str | None
-    """The digest of the adapter's version."""
-    base: str | None
-    server: str
-    request: str
-    """The `X-Request-Id` that came with the request."""
-    details: Mapping[str, object]
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from onebase_engine.base.hub_access import first_line, hub_silence
+from onebase_engine.user_cache import default_cache
 
 DEFAULT_BASE = "smollm2-135m-instruct"
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -77,16 +78,6 @@ class ResolvedBase:
         config = json.loads((self.folder / "config.json").read_text())
         others = (self.folder.name, self.repo, config.get("_name_or_path"))
         return (self.name, *(name for name in others if isinstance(name, str) and name))
-
-
-def default_cache(environ: Mapping[str, str] | None = None) -> Path:
-    """Return the cache folder of bases: $ONEBASE_CACHE, else onebase in the user's cache folder."""
-    env = os.environ if environ is None else environ
-    if chosen := env.get("ONEBASE_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    user_cache = Path(env.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    # The XDG specification tells us to ignore a relative path.
-    return (user_cache if user_cache.is_absolute() else Path("~/.cache").expanduser()) / "onebase"
 
 
 def resolve_base(spec: str, progress: Progress | None = None, cache: Path | None = None) -> ResolvedBase:

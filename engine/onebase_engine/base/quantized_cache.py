@@ -19,12 +19,11 @@ import msgspec
 from torch import nn
 
 from onebase_engine.base.attach import AttachError, attach, describe
-from onebase_engine.base.default_base import default_cache
 from onebase_engine.base.identity import SAMPLE_BYTES, SAMPLE_EVERY, BaseIdentityError, base_id
 from onebase_engine.base.load import BaseSettings, check_quantized, config_for, load_base
 from onebase_engine.base.manifest import dtype_name
 from onebase_engine.base.shared_memory import storage_bytes
-from onebase_engine.user_cache import written
+from onebase_engine.user_cache import default_cache, written
 
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from onebase_engine.engine.sequence import COMING, AdapterMix, Segment, Sequence
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
 from onebase_engine.engine.versions import Versions
-from onebase_engine.lora.weights import AdapterWeights
+from onebase_engine.kernels.weights import AdapterWeights
 from onebase_engine.machine import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -121,6 +121,15 @@ class _Failure:
     out_of_memory: bool
 
 
+@dataclass
+class _Opening:
+    """A request whose grammar is being compiled, with its choices that were not cancelled meanwhile."""
+
+    request: protocol.Submit
+    mix: AdapterMix
+    choices: list[int]
+
+
 class _Admission(TypedDict, total=False):
     cached_tokens: int | None
     queue_seconds: float | None
@@ -184,7 +193,7 @@ class Engine:
             places = limits.max_rows * (limits.draft_tokens + 1)
             self._grammars = Grammars(tokenizer, self._vocabulary, self._eos_ids, places)
             self.scheduler.awaits = self._grammars.awaits
-        self._opening: dict[tuple[str, str], list[tuple[protocol.Submit, AdapterMix]]] = {}
+        self._opening: dict[tuple[str, str], list[_Opening]] = {}
         """Requests whose grammar is being compiled, by tenant and grammar key."""
         self._awaits_grammars = False
         """Whether the last step computed nothing because all sequences wait for grammars or masks."""
@@ -209,10 +218,10 @@ class Engine:
 
     def submit(self, request: protocol.Submit) -> None:
         """Queue the request's sequences, or report at once why they can never run."""
-        opening = (one.id for waiting in self._opening.values() for one, _ in waiting)
+        waiting_ids = (one.request.id for waiting in self._opening.values() for one in waiting)
         choices = len(request.branches) or request.n
         none = request.n < 1 or request.n != choices or not request.choices
-        if request.id in self._sequences or request.id in opening or none:
+        if request.id in self._sequences or request.id in waiting_ids or none:
             # Its events could not be distinguished from the first one's, which continues.
             logger.error("ignoring request %s: its id is running already, or it has no choices", request.id)
             return
@@ -225,28 +234,35 @@ class Engine:
             check_scores(request)
             check_weights(mix)
             self.versions.check_mix(mix, self.slots.budget)
+            check_pooling(request)
             if request.pooling is not None and request.pooling.head:
                 count = len(request.prompt) if request.pooling.kind == "each" else 1
                 self.versions.check_head(mix, count)
             if request.grammar is not None and self._grammars is None:
                 raise NeverFitsError("grammar_refused", "grammar", "this engine has no tokenizer")
         except NeverFitsError as error:
-            self._refuse(request, error)
+            self._refuse(request, request.choices, error)
             return
+        opening = _Opening(request, mix, request.choices)
         if request.grammar is None or self._grammars is None:
-            self._admit(request, mix)
+            self._admit(opening)
             return
         try:
-            key = self._grammars.open_grammar(request.grammar, request.tenant, len(request.choices))
+            key = self._grammars.open_grammar(request.grammar, request.tenant, len(opening.choices))
         except RefusedGrammarError as error:
-            self._refuse(request, NeverFitsError(error.code, "grammar", str(error)), error.retry_after)
+            refusal = NeverFitsError(error.code, "grammar", str(error))
+            self._refuse(request, opening.choices, refusal, error.retry_after)
         else:
-            self._opening.setdefault((request.tenant, key), []).append((request, mix))
+            self._opening.setdefault((request.tenant, key), []).append(opening)
 
     def _refuse(
-        self, request: protocol.Submit, error: NeverFitsError, retry_after: float | None = None
+        self,
+        request: protocol.Submit,
+        choices: list[int],
+        error: NeverFitsError,
+        retry_after: float | None = None,
     ) -> None:
-        for choice in request.choices:
+        for choice in choices:
             self._outputs.append(
                 SequenceOutput(
                     id=request.id,
@@ -259,16 +275,16 @@ class Engine:
                 )
             )
 
-    def _admit(self, request: protocol.Submit, mix: AdapterMix, grammar: str | None = None) -> None:
-        sequences: list[SequenceState] = []
-        for choice in request.choices:
+    def _admit(self, opening: _Opening, grammar: str | None = None) -> None:
+        request, sequences = opening.request, list[SequenceState]()
+        for choice in opening.choices:
             branch = request.branches[choice] if request.branches else []
             sequence = SequenceState(
                 id=request.id,
                 choice=choice,
                 tokens=request.prompt + branch,
                 sampling=request.sampling,
-                mix=mix,
+                mix=opening.mix,
                 arrival=self._arrivals,
                 arrived_at=time.monotonic(),
                 tenant=request.tenant,
@@ -291,26 +307,36 @@ class Engine:
         if self._grammars is None:
             return
         for opened in self._grammars.opened(timeout):
-            for request, mix in self._opening.pop((opened.tenant, opened.key), ()):
+            for opening in self._opening.pop((opened.tenant, opened.key), ()):
                 if opened.error is None:
-                    self._admit(request, mix, opened.key)
+                    self._admit(opening, opened.key)
                     continue
-                self._grammars.close(opened.tenant, opened.key, len(request.choices))
+                self._grammars.close(opened.tenant, opened.key, len(opening.choices))
                 error = NeverFitsError(opened.code, "grammar", opened.error)
-                self._refuse(request, error, opened.retry_after)
+                self._refuse(opening.request, opening.choices, error, opened.retry_after)
 
     def cancel(self, message: protocol.Cancel) -> None:
         """End the request's unfinished sequences; each yields its final event."""
-        for key, waiting in list(self._opening.items()):
-            cancelled = [one for one in waiting if one[0].id == message.id and message.choice is None]
-            self._opening[key] = [one for one in waiting if one not in cancelled]
-            if not self._opening[key]:
-                del self._opening[key]
-            for request, mix in cancelled:
-                self._admit(request, mix, key[1])  # as sequences that end at once
+        self._cancel_opening(message)
         for sequence in list(self._sequences.get(message.id, ())):
             if message.choice in (None, sequence.choice):
                 self._end(sequence, "cancelled")
+
+    def _cancel_opening(self, message: protocol.Cancel) -> None:
+        """Cancel sequences whose grammar is being compiled, so that they are not queued."""
+        for (tenant, key), waiting in list(self._opening.items()):
+            for opening in waiting:
+                gone = [one for one in opening.choices if message.choice in (None, one)]
+                if opening.request.id != message.id or not gone or self._grammars is None:
+                    continue
+                opening.choices = [one for one in opening.choices if one not in gone]
+                self._outputs += [
+                    SequenceOutput(id=message.id, choice=one, finish="cancelled") for one in gone
+                ]
+                self._grammars.close(tenant, key, len(gone))
+            self._opening[tenant, key] = [one for one in waiting if one.choices]
+            if not self._opening[tenant, key]:
+                del self._opening[tenant, key]
 
     # ---- adapters ---------------------------------------------------------------------------
 
@@ -889,6 +915,15 @@ def check_resume_tokens(request: protocol.Submit) -> None:
                 "resume_tokens",
                 f"choice {choice} of {request.n} has {len(tokens)} tokens of {most}",
             )
+
+
+def check_pooling(request: protocol.Submit) -> None:
+    """Raise NeverFitsError for hidden states of each token without a classifier, which nothing pools."""
+    pooling = request.pooling
+    if pooling is not None and pooling.kind == "each" and not pooling.head:
+        raise NeverFitsError(
+            "no_classifier", "pooling", "pooling each token takes a classifier; use last or mean without one"
+        )
 
 
 def check_weights(mix: AdapterMix) -> None:

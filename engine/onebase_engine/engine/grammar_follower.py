@@ -9,6 +9,7 @@ there.
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import os
 import time
@@ -86,6 +87,9 @@ class Follower:
     opening: set[str] = field(default_factory=set)
     """Grammars that have not been reported yet."""
     compiled: set[str] = field(default_factory=set)
+    at_any_cost: set[str] = field(default_factory=set)
+    """Grammars that are compiled whatever the tenant has spent: sequences were admitted with them, or the
+    tenant has paid for their trial."""
     compiling: str | None = None
     to_compile: list[str] = field(default_factory=list)
     deaths: dict[str, int] = field(default_factory=dict)
@@ -112,6 +116,8 @@ class Follower:
     compiling_since: float = 0.0
     in_flight_since: float = 0.0
     """Monotonic times."""
+    compiling_cpu: float = 0.0
+    """Time of a processor, in seconds, that the process had used before the grammar that it compiles."""
     ahead: bool = False
     """Whether the masks in flight are of a later step than the one that is computed."""
     grace_spent: float = 0.0
@@ -129,7 +135,7 @@ class Follower:
         self.users[key] -= count
         if not self.users[key]:
             del self.users[key], self.grammars[key]
-            for known in (self.opening, self.compiled, self.costly):
+            for known in (self.opening, self.compiled, self.at_any_cost, self.costly):
                 known.discard(key)
             self.deaths.pop(key, None)
             self.errors.pop(key, None)
@@ -158,8 +164,10 @@ class Follower:
         """Whether no masks can be requested at the moment."""
         return bool(self.in_flight or self.suspects) or self.compiling in self.deaths
 
-    def work(self, template: Template) -> None:
+    def work(self, template: Template, *, kept_only: bool = False) -> None:
         """Send what the process can do next: a grammar to compile, masks that are due.
+
+        kept_only: no grammar is compiled for new sequences, which may use those that are kept.
 
         Raises:
             OSError: no process can be started.
@@ -168,17 +176,17 @@ class Follower:
             self._start(template)
         suspect = next(iter(self.suspects.values()), None)
         if suspect is not None:
-            self._try_alone(suspect)
+            self._try_alone(suspect, kept_only)
             return
         if self.compiling is None and self.to_compile:
             key = self.to_compile[0]
             if not (self.in_flight and key in self.deaths):
-                self._compile(key)
+                self._compile(key, kept_only)
         if not self.in_flight and self.compiling not in self.deaths:
             due = [(sequence, ()) for sequence in self.due.values() if sequence.grammar in self.compiled]
             self.request(due, ahead=True)
 
-    def _try_alone(self, suspect: SequenceState) -> None:
+    def _try_alone(self, suspect: SequenceState, kept_only: bool) -> None:
         """Have the process do one thing at a time, so that it is clear what it ends of."""
         if self.in_flight or self.compiling is not None:
             return
@@ -186,13 +194,23 @@ class Follower:
             self.request([(suspect, ())], ahead=True)
         elif self.to_compile:
             key = suspect.grammar
-            self._compile(key if key is not None and key in self.to_compile else self.to_compile[0])
+            key = key if key is not None and key in self.to_compile else self.to_compile[0]
+            self._compile(key, kept_only)
 
-    def _compile(self, key: str) -> None:
+    def _compile(self, key: str, kept_only: bool) -> None:
         self.to_compile.remove(key)
         self.compiling, self.compiling_since = key, time.monotonic()
-        self._send(Compile(key, self.grammars[key]))
+        self.compiling_cpu = 0.0 if self.process is None else self.process.cpu_seconds()
+        self._send(Compile(key, self.grammars[key], kept_only and key not in self.at_any_cost))
         self._expect()
+
+    def compile_cost(self) -> float:
+        """Return the seconds of a processor that the grammar which is being compiled has taken: at most, if
+        the process has ended."""
+        if self.compiling is None or self.process is None:
+            return 0.0
+        elapsed = min(time.monotonic() - self.compiling_since, link.COMPILE_SECONDS)
+        return max(0.0, self.process.cpu_seconds(self.compiling_cpu + elapsed) - self.compiling_cpu)
 
     def has_grace(self) -> bool:
         """Return True if steps may wait for the tenant's masks."""
@@ -282,7 +300,7 @@ class Follower:
     # ---- the process ------------------------------------------------------------------------
 
     def receive(self, *, in_time: bool = False) -> Iterator[Compiled]:
-        """Take in what has come; yield the grammars that have been compiled for the first time.
+        """Take in what has come; yield the grammars that have been compiled.
 
         in_time: masks are for the step that is computed, and need not be kept beyond the next request.
 
@@ -300,7 +318,8 @@ class Follower:
             elif isinstance(message, Forced):
                 self._receive_forced(message)
             elif isinstance(message, Compiled) and message.key == self.compiling:
-                yield from self._receive_compiled(message)
+                self._receive_compiled(message)
+                yield message
         self._expect()
         self.process.check_deadline()
         if self.compiling is not None:
@@ -433,14 +452,17 @@ class Follower:
             self.drawn[number].forced = tokens
         self.drawn = {}
 
-    def _receive_compiled(self, message: Compiled) -> list[Compiled]:
+    def _receive_compiled(self, message: Compiled) -> None:
+        """Raises ProcessGoneError: the time cannot be."""
+        if not 0 <= message.seconds < math.inf:
+            raise ProcessGoneError("names a time that cannot be")
         self.compiling = None
         if message.key not in self.users:
             self._send(Forget([], [message.key]))
-            return []
+            return
         self.deaths.pop(message.key, None)
         if message.error is None:
             self.compiled.add(message.key)
-        else:
+            self.at_any_cost.add(message.key)
+        elif not message.not_kept:
             self.fail(message.key, f"says: {message.error}")
-        return [message] if message.key in self.opening else []

@@ -44,6 +44,8 @@ much of a processor."""
 class Compile(msgspec.Struct, frozen=True, tag=True, array_like=True):
     key: str
     grammar: Grammar
+    kept_only: bool = False
+    """Whether the grammar is only to be used if it is still there compiled: its tenant has spent its time."""
 
 
 class MaskRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -81,6 +83,10 @@ class Compiled(msgspec.Struct, frozen=True, tag=True, array_like=True):
     key: str
     error: str | None
     busy: bool = False
+    not_kept: bool = False
+    """Whether the grammar was not compiled since it was not there, as `Compile.kept_only` has it."""
+    seconds: float = 0.0
+    """Time of a processor that it took."""
 
 
 class Masks(msgspec.Struct, frozen=True, tag=True, array_like=True):

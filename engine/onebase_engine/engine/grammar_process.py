@@ -96,13 +96,16 @@ class Matchers:
         self._lock = threading.Lock()
         self._before = before
 
-    def compile(self, key: str, grammar: Grammar) -> Compiled:
+    def compile(self, key: str, grammar: Grammar, *, kept_only: bool = False) -> Compiled:
         """Compile and keep a grammar, or say what is wrong with it."""
         with self._lock:
             self._used.add(key)
             if key in self._compiled:
                 self._compiled.move_to_end(key)
                 return Compiled(key, None)
+            if kept_only:
+                self._used.discard(key)
+                return Compiled(key, "it is not kept", busy=True, not_kept=True)
         try:
             matcher = self._matcher(grammar)
         except BaseException as error:  # what panics in Rust is no Exception
@@ -347,7 +350,9 @@ def serve(sock: socket.socket, matchers: Matchers) -> None:
 
     def compile_one(message: Compile) -> None:
         try:
-            send(matchers.compile(message.key, message.grammar))
+            began = time.thread_time()
+            compiled = matchers.compile(message.key, message.grammar, kept_only=message.kept_only)
+            send(msgspec.structs.replace(compiled, seconds=time.thread_time() - began))
         except BaseException:
             logger.exception("a grammar was not compiled")
             os._exit(1)  # who waits for the answer sees that none will come

@@ -46,7 +46,8 @@ COMPILING = 2
 """Limit of the grammars that are compiled on trial at once, one of each tenant: a slow one lets others
 pass."""
 COMPILE_BUDGET, BUDGET_SECONDS = 20.0, 60.0
-"""Seconds of a processor that the new grammars of one tenant may take, in so many seconds."""
+"""Seconds of a processor that compiling may take of one tenant, on trial and in its follower, in so many
+seconds."""
 LEAST_CHARGE = 0.01
 """Seconds that a trial is charged at least, for the process that it takes."""
 GRACE_SECONDS = 0.01
@@ -138,7 +139,7 @@ class Grammars:
         """Grammars that ended a trial, or for one tenant its follower: until when they are refused, and the
         reason."""
         self._spent: dict[str, float] = {}
-        """Monotonic time up to which each tenant's trials are accounted for; see COMPILE_BUDGET."""
+        """Monotonic time up to which each tenant's compilations are accounted for; see COMPILE_BUDGET."""
         self._opened: list[Opened] = []
 
     # ---- compiling --------------------------------------------------------------------------
@@ -212,14 +213,14 @@ class Grammars:
             self._check_budget(tenant)
 
     def _check_budget(self, tenant: str) -> None:
-        """Raise RefusedGrammarError if a tenant's new grammars have taken all the time that they may."""
-        wait = self._spent.get(tenant, 0.0) - time.monotonic() - BUDGET_SECONDS
+        """Raise RefusedGrammarError if a tenant's grammars have taken all the time that they may."""
+        wait = self._overspent(tenant)
         if wait >= 0:
-            message = (
-                f"new grammars of this tenant have taken {COMPILE_BUDGET:g} s of a processor in the last "
-                f"{BUDGET_SECONDS:g} s, which is the limit; those that were compiled before still work"
-            )
-            raise RefusedGrammarError("grammar_limit", message, wait + 1.0)
+            raise RefusedGrammarError("grammar_limit", _limit_message(), wait + 1.0)
+
+    def _overspent(self, tenant: str) -> float:
+        """Return the seconds until a tenant's grammars may be compiled again; negative if they may be."""
+        return self._spent.get(tenant, 0.0) - time.monotonic() - BUDGET_SECONDS
 
     def _charge(self, tenant: str, seconds: float) -> None:
         now = time.monotonic()
@@ -259,7 +260,7 @@ class Grammars:
         """Have a follower send what it can; where none can be started, later steps try again."""
         try:
             if self._template is not None:
-                follower.work(self._template)
+                follower.work(self._template, kept_only=self._overspent(tenant) >= 0)
         except OSError:
             self._lose_follower(tenant, follower, WAS_NOT_STARTED, blameless=True)
 
@@ -324,15 +325,28 @@ class Grammars:
     def _receive_from(self, tenant: str, follower: Follower, *, in_time: bool = False) -> None:
         try:
             for compiled in follower.receive(in_time=in_time):
-                follower.opening.discard(compiled.key)
-                code: Code = "grammars_busy" if compiled.busy else "grammar_refused"
-                self._opened.append(Opened(tenant, compiled.key, compiled.error, code))
+                self._charge(tenant, compiled.seconds)
+                self._report_compiled(tenant, follower, compiled)
         except ProcessGoneError as error:
             blameless = self._is_blameless(str(error))
             if follower.process is not None:  # else it has been lost with the template
                 self._lose_follower(tenant, follower, str(error), blameless)
 
+    def _report_compiled(self, tenant: str, follower: Follower, compiled: Compiled) -> None:
+        """Report the end of a compilation, unless nobody waits for it."""
+        if compiled.key not in follower.opening:
+            return
+        follower.opening.discard(compiled.key)
+        if compiled.not_kept:
+            wait = max(self._overspent(tenant), 0.0) + 1.0
+            self._opened.append(Opened(tenant, compiled.key, _limit_message(), "grammar_limit", wait))
+            return
+        code: Code = "grammars_busy" if compiled.busy else "grammar_refused"
+        self._opened.append(Opened(tenant, compiled.key, compiled.error, code))
+
     def _lose_follower(self, tenant: str, follower: Follower, reason: str, blameless: bool) -> None:
+        if not blameless:
+            self._charge(tenant, follower.compile_cost())
         for key, why in follower.lose(reason, blameless=blameless):
             self._blame(key, why, only=tenant)
         if follower.gives_up:
@@ -359,6 +373,7 @@ class Grammars:
         return self._template is not None
 
     def _finish_trial(self, key: str, compiled: Compiled) -> None:
+        payer = self._trials[key].payer
         self._end_trial(key)
         if compiled.error is not None:
             self._refuse(key, compiled.error, "grammars_busy" if compiled.busy else "grammar_refused")
@@ -366,9 +381,11 @@ class Grammars:
         self._harmless[key] = None
         if len(self._harmless) > REMEMBERED:
             self._harmless.popitem(last=False)
-        for follower in self._followers.values():
+        for tenant, follower in self._followers.items():
             if key in follower.opening:
                 follower.queue(key)
+                if tenant == payer:
+                    follower.at_any_cost.add(key)
 
     def _end_trial(self, key: str) -> None:
         """Take a trial out, and charge its tenant for it."""
@@ -541,3 +558,10 @@ class Grammars:
         if self._template is not None:
             self._template.end()
             self._template = None
+
+
+def _limit_message() -> str:
+    return (
+        f"grammars of this tenant have taken {COMPILE_BUDGET:g} s of a processor in the last "
+        f"{BUDGET_SECONDS:g} s, which is the limit; those that are still compiled work"
+    )

@@ -26,7 +26,7 @@ from onebase_engine.engine.sampling import draw
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.sequence import AdapterMix, Segment, SequenceState, StepPlan
 from onebase_engine.kernels.interface import TILE
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.kernels.weights import LoraWeights
 
 CPU_SHARE = 0.5
 """Part of the free memory that the KV cache may take on the CPU, where everything else lives as well."""
@@ -119,7 +119,7 @@ def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
 
 def staging_bytes(slot_memory: int) -> int:
     """Return the bytes for versions in flight to the accelerator, besides slots; 0 is no limit."""
-    return slot_memory // 4
+    return -(-slot_memory // 4)  # 0, which is no limit, only of 0
 
 
 def verifier_bytes(base: nn.Module) -> int:

@@ -18,9 +18,9 @@ from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, HostCache, KVCache, 
 from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap
 from onebase_engine.kernels.reference import sent
+from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, folded
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotLinear, wrap_layers
-from onebase_engine.lora.weights import AdapterWeights, LoraWeights, folded
 from onebase_engine.machine import is_out_of_memory
 
 if TYPE_CHECKING:

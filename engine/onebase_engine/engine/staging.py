@@ -20,8 +20,7 @@ import torch
 
 from onebase_engine.base.layers import LayerShape
 from onebase_engine.engine.messages import AdapterFailed, AdapterLoaded, LoadAdapter
-from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter
-from onebase_engine.lora.weights import (
+from onebase_engine.kernels.weights import (
     AdapterWeights,
     copied,
     host_bytes,
@@ -29,6 +28,7 @@ from onebase_engine.lora.weights import (
     weights_bytes,
     without_head,
 )
+from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter
 
 logger = logging.getLogger(__name__)
 

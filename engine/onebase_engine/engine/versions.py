@@ -10,7 +10,7 @@ from onebase_engine.engine.messages import MAX_MESSAGE_BYTES
 from onebase_engine.engine.scheduler import NeverFitsError
 from onebase_engine.engine.sequence import AdapterMix
 from onebase_engine.engine.slot_table import SlotTable
-from onebase_engine.lora.weights import (
+from onebase_engine.kernels.weights import (
     HEAD,
     AdapterWeights,
     Head,

@@ -35,7 +35,7 @@ from onebase_engine.kernels.interface import (
     RowMap,
 )
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.kernels.weights import LoraWeights
 
 logger = logging.getLogger(__name__)
 
@@ -271,7 +271,7 @@ class CpuKernels:
         self.run_all(ctypes.addressof(call), 1, rows, contexts)
 
     def run_all(self, calls: int, count: int, rows: RowMap | None, contexts: Contexts | None) -> None:
-        """Make the `count` calls that lie at the address `calls`, one after the other, as `run` does."""
+        """Make the `count` calls that lie at the address `calls`, one after the other, as `run_call` does."""
         terms = None if rows is None else _groups_of(rows)
         step = None if contexts is None else _contexts_of(contexts)
         _check(self.library.onebase_run(calls, count, terms, step))

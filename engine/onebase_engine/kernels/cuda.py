@@ -41,7 +41,7 @@ from onebase_engine.kernels.interface import (
     RowMap,
 )
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, sent
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.kernels.weights import LoraWeights
 from onebase_engine.machine import is_out_of_memory
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.kernels.weights import LoraWeights
 
 TILE = 32
 """Number of rows in every product of the reference on the CPU. oneDNN's bf16 kernels agree for any count up

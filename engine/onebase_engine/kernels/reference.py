@@ -28,7 +28,7 @@ from onebase_engine.kernels.interface import (
     RowGroup,
     RowMap,
 )
-from onebase_engine.lora.weights import LoraWeights
+from onebase_engine.kernels.weights import LoraWeights
 
 ATTENTION_ROWS = 16
 ATTENTION_KEYS = 128

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.reference import scaled
+from onebase_engine.kernels.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 from onebase_engine.lora.module import Replacement, SlotModule, StepRows, Terms, saved_twin
-from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 
 
 class SlotEmbedding(SlotModule):

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from onebase_engine.kernels.interface import TILE, JoinedLayers, Kernels
 from onebase_engine.kernels.reference import added, scaled
+from onebase_engine.kernels.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 from onebase_engine.lora.module import Replacement, SlotModule, StepRows, Terms, saved_twin
-from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule, TokenRows
 
 COLUMNS = 256
 """Replaced rows are padded to a multiple of this many: MKL sums narrower fp32 products in another order

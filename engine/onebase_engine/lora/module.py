@@ -12,7 +12,7 @@ from torch import nn
 
 from onebase_engine.kernels.interface import Kernels, RowMap
 from onebase_engine.kernels.reference import parts
-from onebase_engine.lora.weights import LoraWeights, ModuleWeights, SavedModule
+from onebase_engine.kernels.weights import LoraWeights, ModuleWeights, SavedModule
 
 Replacement = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Function from the module's input rows and the base's output rows [rows, out] to a slot's own output

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from onebase_engine.base.layers import LayerShape
-from onebase_engine.lora.weights import (
+from onebase_engine.kernels.weights import (
     AdapterWeights,
     Head,
     LoraWeights,

@@ -15,10 +15,10 @@ from torch import nn
 
 from onebase_engine.base.layers import hidden_norms, input_embedding, output_head
 from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.weights import AdapterWeights, ModuleWeights, SavedModule, copied, narrowed
 from onebase_engine.lora.embedding import SlotEmbedding
 from onebase_engine.lora.linear import SlotLinear
 from onebase_engine.lora.module import Replacement, SlotModule, StepRows, Terms, saved_twin
-from onebase_engine.lora.weights import AdapterWeights, ModuleWeights, SavedModule, copied, narrowed
 
 __all__ = [
     "AdapterSlots",

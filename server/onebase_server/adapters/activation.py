@@ -10,17 +10,17 @@ from collections.abc import Iterable
 from onebase_adapters.registry import (
     UNSET,
     AdapterRecord,
-    HistoryEntry,
     Registry,
     Unset,
     VersionRecord,
 )
 from onebase_adapters.store.store import Store
+from onebase_edge.background import Threads
+from onebase_edge.errors import ActivationConflictError, ApiError, StateConflictError
+from onebase_protocol import adapters as wire
 from onebase_server.adapters.catalog import Catalog, VersionRef, VisibleAdapters, not_ready
 from onebase_server.adapters.residency import Residency
-from onebase_server.app.storage import delete_blobs, storage_errors
-from onebase_server.background import RegistryThreads, Threads
-from onebase_server.errors import ActivationConflictError, ApiError, StateConflictError
+from onebase_server.storage.calls import RegistryThreads, delete_blobs, storage_errors
 
 WARM_SECONDS = 5.0
 """Longest time, in seconds, that a rollback or a pin waits for the version to be loaded."""
@@ -141,7 +141,7 @@ class ActivationService:
             await self._records.write(self._registry.share, tenant, name, shared)
         return self._catalog.of(tenant).adapter(name, param="name")
 
-    async def history(self, tenant: str, name: str) -> list[HistoryEntry]:
+    async def history(self, tenant: str, name: str) -> list[wire.Activation]:
         """Return the history of activations, newest first. Raises AdapterNotFoundError."""
         with storage_errors(name):
             return await self._records.run_blocking(self._registry.history, tenant, name)

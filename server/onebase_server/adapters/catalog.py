@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import heapq
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
 from onebase_adapters.format.config import Task
-from onebase_adapters.names import NAME_RULE, is_adapter_name
+from onebase_adapters.names import NAME_RULE, is_adapter_name, label
 from onebase_adapters.registry import (
     LEAST_PREFIX,
     AdapterRecord,
@@ -27,19 +28,20 @@ from onebase_adapters.registry import (
     RegistryError,
     VersionRecord,
 )
-from onebase_engine.engine.messages import AdapterRef
-from onebase_server.background import RegistryThreads
-from onebase_server.errors import (
+from onebase_edge.errors import (
     AdapterNotFoundError,
     ForbiddenError,
     InvalidRequestError,
     StateConflictError,
     UnavailableError,
 )
+from onebase_engine.engine.messages import AdapterRef
+from onebase_server.storage.calls import RegistryThreads
 
-SHORT_DIGEST = 12
 HUB_PREFIX = "hub:"
 """Names of adapters that a request named by their Hub repository."""
+CHECKPOINT = re.compile(r"([^:@]+):(ftjob-[0-9a-f]{1,40}):step-([1-9][0-9]{0,8})")
+"""Name of a checkpoint of a training job: the adapter, the job, the step."""
 LOOK_SECONDS = 0.05
 """Least time, in seconds, between two looks at the registry on behalf of requests."""
 _SHOWN = 20
@@ -419,9 +421,9 @@ def check_name(name: str, base_name: str) -> str:
     return name
 
 
-def label(name: str, digest: str) -> str:
-    """Return the name of a version in answers: `name@` and the first digits of its digest."""
-    return f"{name}@{digest[:SHORT_DIGEST]}"
+def is_checkpoint(name: str) -> bool:
+    """Return True if it is the name of a checkpoint, of any job."""
+    return CHECKPOINT.fullmatch(name) is not None
 
 
 def same_base(wanted: str | None, *own: str | None) -> bool:

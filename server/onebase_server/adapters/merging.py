@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onebase_adapters.proof.report import MergeMethod, MergeSign
+from onebase_adapters.names import label
 from onebase_adapters.registry import VersionRecord
 from onebase_adapters.store.blobs import AdapterFiles
-from onebase_server.adapters.catalog import label
+from onebase_edge.errors import InvalidRequestError, UnavailableError, VersionFailedError
+from onebase_protocol.adapters import MergeMethod, MergeSign
 from onebase_server.adapters.service import AdapterService, VersionOptions
-from onebase_server.app.storage import storage_errors
-from onebase_server.errors import InvalidRequestError, UnavailableError, VersionFailedError
 from onebase_server.processes.verifier_client import RejectedError, VerifierClient, VerifierGoneError
+from onebase_server.storage.calls import storage_errors
 
 PRUNING: tuple[MergeMethod, ...] = ("ties", "dare_linear", "dare_ties")
 """Methods that keep a part of each matrix, and so need `density`."""

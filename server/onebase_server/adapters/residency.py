@@ -19,6 +19,16 @@ from typing import Literal, Self
 from onebase_adapters.registry import VersionRecord
 from onebase_adapters.store.blobs import Blob
 from onebase_adapters.store.store import BlobDamagedError, BlobMissingError, Store
+from onebase_edge.background import Threads
+from onebase_edge.errors import (
+    AdapterDeletedError,
+    AdapterNotFoundError,
+    ApiError,
+    EngineRestartedError,
+    InvalidRequestError,
+    QueueFullError,
+    UnavailableError,
+)
 from onebase_engine.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -29,16 +39,6 @@ from onebase_engine.engine.messages import (
     UnloadAdapter,
 )
 from onebase_server.adapters.catalog import Catalog, VersionRef
-from onebase_server.background import Threads
-from onebase_server.errors import (
-    AdapterDeletedError,
-    AdapterNotFoundError,
-    ApiError,
-    EngineRestartedError,
-    InvalidRequestError,
-    QueueFullError,
-    UnavailableError,
-)
 from onebase_server.telemetry.histogram import LOAD_SECONDS, Histogram
 from onebase_server.tenancy.shares import QueueShares
 
@@ -130,8 +130,6 @@ class Residency:
         send: passes a message to the engine without blocking.
         queue_limit: requests that may wait until their versions are loaded (and more, of other tenants than
             those that fill the queue).
-        on_damaged: called when a file is lost or is not what was proved; its versions may have another one
-            by then.
         prove: the file as it was proved with this server's kernels, which takes a proof where there is none.
         knows: whether a version is still there by the name that a request has for it.
     """
@@ -143,7 +141,6 @@ class Residency:
         fetch: Callable[[PackedAdapterFile], Awaitable[Path]],
         send: Callable[[ToEngine], None],
         queue_limit: int = 256,
-        on_damaged: Callable[[PackedAdapterFile], None] = lambda damaged: None,
         prove: Callable[[PackedAdapterFile], Awaitable[PackedAdapterFile]] | None = None,
         knows: Callable[[VersionRef], bool] = lambda use: True,
     ) -> None:
@@ -152,7 +149,7 @@ class Residency:
         self._fetch = fetch
         self._send = send
         self._queue_limit = queue_limit
-        self._on_damaged = on_damaged
+        self._subscribers: list[Callable[[PackedAdapterFile], None]] = []
         self._prove = prove
         self._knows = knows
         self._waiting = QueueShares()
@@ -175,6 +172,15 @@ class Residency:
         """Time, in seconds, of each copy from host memory into a slot."""
 
     # ---- for requests ------------------------------------------------------------------------
+
+    def subscribe(self, subscriber: Callable[[PackedAdapterFile], None]) -> None:
+        """Call it when a file is lost or is not what was proved: its versions may have another one by
+        then."""
+        self._subscribers.append(subscriber)
+
+    def _report_damaged(self, packed: PackedAdapterFile) -> None:
+        for subscriber in self._subscribers:
+            subscriber(packed)
 
     def lease(
         self,
@@ -391,7 +397,7 @@ class Residency:
             _log.error("version %s cannot be read: %s", entry.digest[:12], error)
             self._load_failed(entry, _unavailable(entry.digest, str(error)))
             if isinstance(error, BlobMissingError | BlobDamagedError):
-                self._on_damaged(entry.packed)
+                self._report_damaged(entry.packed)
             return
         if self._entries.get(entry.digest) is entry:
             self._loads += 1
@@ -434,7 +440,7 @@ class Residency:
             _log.error("version %s cannot be loaded: %s", message.digest[:12], message.message)
             self._load_failed(entry, _unavailable(message.digest, message.message))
             if message.code == "damaged":
-                self._on_damaged(entry.packed)
+                self._report_damaged(entry.packed)
             return
         entry.bytes = message.bytes
         self.load_seconds.observe(time.monotonic() - entry.began)

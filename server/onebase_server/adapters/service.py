@@ -19,13 +19,8 @@ from onebase_adapters.format.config import AdapterFormatError, check_config
 from onebase_adapters.registry import UNSET, Origin, Registry, Unset, VersionRecord, acting
 from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
-from onebase_server.adapters.activation import ActivationService
-from onebase_server.adapters.catalog import Catalog, VersionRef, same_base
-from onebase_server.adapters.residency import PackedAdapterFile
-from onebase_server.adapters.shared_proofs import SharedProofs
-from onebase_server.app.storage import storage_errors
-from onebase_server.background import Backoff, RegistryThreads, Threads
-from onebase_server.errors import (
+from onebase_edge.background import Backoff, Threads
+from onebase_edge.errors import (
     ApiError,
     EngineRestartedError,
     QueueFullError,
@@ -33,8 +28,13 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
+from onebase_server.adapters.activation import ActivationService
+from onebase_server.adapters.catalog import Catalog, VersionRef, same_base
+from onebase_server.adapters.residency import PackedAdapterFile
+from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.processes.verifier_client import Proof, RejectedError, VerifierGoneError
 from onebase_server.processes.verifier_protocol import VersionStage
+from onebase_server.storage.calls import RegistryThreads, storage_errors
 
 BACKOFF = Backoff(0.5, 30.0)
 """Pauses between tries to record or activate a ready version while the registry is away, the engine restarts

@@ -19,11 +19,10 @@ from onebase_adapters import registry as registry_errors
 from onebase_adapters.registry import Registry, RegistryError, VersionRecord
 from onebase_adapters.registry.records import MODULES
 from onebase_adapters.store.store import Store, StoreError
+from onebase_edge.background import Threads, keep_running
+from onebase_edge.errors import UnavailableError
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.residency import PackedAdapterFile
-from onebase_server.app.storage import storage_errors
-from onebase_server.background import RegistryThreads, Threads, keep_running
-from onebase_server.errors import UnavailableError
 from onebase_server.processes.verifier_client import (
     OnProgress,
     Proof,
@@ -31,6 +30,7 @@ from onebase_server.processes.verifier_client import (
     VerifierClient,
     VerifierGoneError,
 )
+from onebase_server.storage.calls import RegistryThreads, storage_errors
 from onebase_server.telemetry.histogram import PROOF_SECONDS, Histogram
 from onebase_server.telemetry.traces import Tracing, failed
 

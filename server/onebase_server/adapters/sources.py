@@ -32,7 +32,7 @@ from onebase_adapters.hub.pull import (
     pull,
     resolve,
 )
-from onebase_adapters.registry import DEFAULT_TENANT, VersionError, VersionRecord
+from onebase_adapters.registry import DEFAULT_TENANT, VersionRecord
 from onebase_adapters.store.blobs import (
     ADAPTER_FILES,
     CONFIG_FILE,
@@ -41,12 +41,8 @@ from onebase_adapters.store.blobs import (
     version_digest,
 )
 from onebase_adapters.store.store import Store
-from onebase_server.adapters.activation import ActivationService
-from onebase_server.adapters.catalog import check_name
-from onebase_server.adapters.service import AdapterService, VersionOptions
-from onebase_server.app.storage import storage_errors
-from onebase_server.background import Threads
-from onebase_server.errors import (
+from onebase_edge.background import Threads
+from onebase_edge.errors import (
     AdapterNotFoundError,
     ApiError,
     BodyTooLargeError,
@@ -56,7 +52,12 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
+from onebase_protocol.adapters import VersionFailure
+from onebase_server.adapters.activation import ActivationService
+from onebase_server.adapters.catalog import check_name
+from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.processes.supervisor import AdapterStartError
+from onebase_server.storage.calls import storage_errors
 
 STARTUP_ACTOR = "startup"
 """Actor of the activations of adapters given at startup."""
@@ -414,9 +415,9 @@ class PendingPull:
         return self.tenant, self.name
 
     @property
-    def error(self) -> VersionError | None:
+    def error(self) -> VersionFailure | None:
         """Error of the pull, if it failed."""
-        return None if self.failure is None else VersionError(self.failure.code, self.failure.message)
+        return None if self.failure is None else VersionFailure(self.failure.code, self.failure.message)
 
     async def arrived(self) -> VersionRecord:
         """Wait for the registered version and return it. Raises what the pull ended with."""

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -25,20 +25,17 @@ from onebase_adapters.registry import (
     acting,
 )
 from onebase_adapters.registry.keys import MAX_PRIORITY
-from onebase_engine.logs import LOG_FORMAT, set_up_logs
-from onebase_engine.machine import with_room
-from onebase_server.app.settings import (
+from onebase_edge.options import add_all_settings, add_settings, checked, print_failure
+from onebase_edge.settings import (
     Settings,
     SettingsError,
     load_settings,
-    option_name,
-    parse_adapter,
     parse_duration,
     parse_quotas,
-    parse_size,
-    setting_fields,
 )
-from onebase_training.cli.options import OptionParser
+from onebase_engine.command_line import OptionParser
+from onebase_engine.logs import LOG_FORMAT, set_up_logs
+from onebase_engine.machine import with_room
 
 if TYPE_CHECKING:
     from onebase_server.app.wiring import Commands
@@ -54,15 +51,6 @@ The first answer:
 """
 _LOG_WIDTH = 200
 """Characters, so that no line of a log is broken."""
-_GROUPS = {
-    "base": "the base model",
-    "adapters": "adapters",
-    "server": "server",
-    "connections": "connections",
-    "engine": "engine (tokens, memory, threads)",
-    "training": "training jobs",
-    "limits": "limits",
-}
 
 
 def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
@@ -90,8 +78,6 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
     try:
         with_room(lambda: serve_until_stopped(settings, console, commands))
     except StartupError as error:
-        from onebase_server.app.console import print_failure
-
         if as_json:
             logging.getLogger(__name__).critical("%s", error)
         print_failure(console, str(error))
@@ -118,7 +104,7 @@ def base(argv: Sequence[str]) -> int:
         f"(default: {default})",
     )
     arguments = parser.parse_args(list(argv))
-    from onebase_server.app.console import LoadingDisplay, print_failure
+    from onebase_server.app.console import LoadingDisplay
     from onebase_server.app.startup import StartupError, resolve
 
     console = Console(stderr=True)
@@ -163,8 +149,7 @@ def backup(argv: Sequence[str]) -> int:
     )
     add_settings(parser, "data_dir", "registry", "store")
     arguments = parser.parse_args(list(argv))
-    from onebase_server.app.console import print_failure
-    from onebase_server.app.storage import StorageError, back_up, keep_private
+    from onebase_server.storage.opening import StorageError, back_up, keep_private
 
     console = Console(stderr=True)
     keep_private()
@@ -236,8 +221,7 @@ def _on_registry(
     work: Callable[[ApiKeys, Tenants, Console, Console], None],
 ) -> int:
     """Do the work, given the terminal and the output. Returns the exit status: 0, or 1 with the reason."""
-    from onebase_server.app.console import print_failure
-    from onebase_server.app.storage import StorageError, keep_private, open_keys
+    from onebase_server.storage.opening import StorageError, keep_private, open_keys
 
     console, output = Console(stderr=True), Console()
     if not output.is_terminal:
@@ -337,13 +321,6 @@ class _Merge(argparse.Action):
         setattr(namespace, self.dest, {**before, **values})
 
 
-def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
-    """An option for each of these fields of Settings."""
-    fields = {item.name: (item, kind) for item, kind in setting_fields()}
-    for name in names:
-        parser.add_argument(option_name(name), **_argument(*fields[name]))
-
-
 def _scopes(text: str) -> list[str]:
     return [scope.strip() for scope in text.split(",") if scope.strip()]
 
@@ -359,57 +336,3 @@ def serve_parser() -> argparse.ArgumentParser:
     )
     add_all_settings(parser)
     return parser
-
-
-def add_all_settings(parser: argparse.ArgumentParser) -> None:
-    """An option for each field of Settings, in groups."""
-    groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
-    for item, kind in setting_fields():
-        groups[item.metadata["group"]].add_argument(option_name(item.name), **_argument(item, kind))
-
-
-def _argument(item: Any, kind: Any) -> dict[str, Any]:
-    text = item.metadata["help"].replace("%", "%%")
-    argument: dict[str, Any] = {"dest": item.name, "default": None, "help": f"{text}{_default(item)}"}
-    if item.name == "adapter":
-        return argument | {"action": "append", "type": checked(parse_adapter), "metavar": "NAME=FOLDER"}
-    if get_origin(kind) is tuple:
-        return argument | {
-            "action": "extend",
-            "type": checked(item.metadata["parse"]),
-            "metavar": item.metadata["metavar"],
-        }
-    if kind is bool:
-        return argument | {"action": argparse.BooleanOptionalAction}
-    if get_origin(kind) is Literal:
-        return argument | {"choices": get_args(kind)}
-    parse = item.metadata["parse"] or {int: int, float: float}.get(kind, str)
-    metavar = item.metadata["metavar"] or {int: "N", float: "SECONDS"}.get(kind, item.name.upper())
-    return argument | {"type": checked(parse), "metavar": metavar}
-
-
-def _default(item: Any) -> str:
-    if isinstance(item.default, bool):
-        return f" (default: {'on' if item.default else 'off'})"
-    if item.metadata["parse"] is parse_size and item.default:
-        units = (("GB", 10**9), ("MB", 10**6), ("KiB", 1024), ("", 1))
-        unit, size = next(one for one in units if item.default % one[1] == 0)
-        return f" (default: {item.default // size}{unit})"
-    if isinstance(item.default, int | float):
-        return f" (default: {item.default:g})"
-    if "by default" in item.metadata["help"]:
-        return ""
-    return f" (default: {item.default or 'none'})"
-
-
-def checked(parse: Any) -> Any:
-    """Return `parse` as the `type` of an option: argparse reports its SettingsError as a wrong value."""
-
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except SettingsError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    convert.__name__ = getattr(parse, "__name__", "value")
-    return convert

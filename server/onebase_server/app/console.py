@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,14 +15,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 import onebase_server
+from onebase_adapters.names import label
 from onebase_adapters.registry import ApiKeyRecord, Quotas, TenantRecord
+from onebase_edge.settings import Settings, is_loopback
 from onebase_engine.engine.messages import BaseInfo, Loading
-from onebase_server.adapters.catalog import Catalog, label
-from onebase_server.app.settings import Settings
-from onebase_server.tenancy.access import is_loopback
-
-if TYPE_CHECKING:
-    from onebase_route.proxy import Replica
+from onebase_server.adapters.catalog import Catalog
 
 _MOST_ADAPTERS = 20
 
@@ -181,24 +178,3 @@ def _quotas(quotas: Quotas) -> str:
 
 def _day(at: float | None) -> str:
     return "never" if at is None else time.strftime("%Y-%m-%d", time.gmtime(at))
-
-
-def print_replicas(console: Console, url: str, replicas: Iterable[Replica]) -> None:
-    """The address, and the servers behind it: which of them are ready."""
-    console.print(f"OneBase routes on [bold]{url}[/bold]")
-    table = Table.grid(padding=(0, 2))
-    for one in replicas:
-        table.add_row(escape(one.url), "ready" if one.ready else f"away: {escape(one.why)}")
-    console.print(table, highlight=False)
-
-
-def print_failure(console: Console, message: str) -> None:
-    console.print(f"onebase: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
-
-
-def address_error(settings: Settings, error: OSError) -> str:
-    """Return a sentence that says why the server cannot listen, and what to change."""
-    return (
-        f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. "
-        "Choose another address with --host and --port."
-    )

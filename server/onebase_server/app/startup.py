@@ -20,21 +20,22 @@ from rich.console import Console
 
 import onebase_server
 from onebase_adapters.registry import RegistryError
+from onebase_edge.background import keep_running
+from onebase_edge.errors import UnavailableError
+from onebase_edge.listener import LEAST_FILES, bind, url_of
+from onebase_edge.options import address_error
+from onebase_edge.settings import Settings, is_loopback
 from onebase_server.adapters.sources import FolderError, find_adapters
-from onebase_server.app.console import LoadingDisplay, address_error, print_summary
-from onebase_server.app.settings import Settings
-from onebase_server.app.storage import Storage, StorageError, chosen_device, keep_private, open_storage
+from onebase_server.app.console import LoadingDisplay, print_summary
 from onebase_server.app.wiring import Commands, assemble
-from onebase_server.background import keep_running
-from onebase_server.errors import UnavailableError
 from onebase_server.http.app import create_app
 from onebase_server.http.deps import Services
-from onebase_server.http.server import LEAST_FILES, bind, run_server, url_of
+from onebase_server.http.server import run_server
+from onebase_server.inference.tokenization import TokenizerError, leave_torch_out
 from onebase_server.jobs.folders import DataDirError
 from onebase_server.processes.supervisor import EngineFailedError
-from onebase_server.requests.tokenization import TokenizerError, leave_torch_out
+from onebase_server.storage.opening import Storage, StorageError, chosen_device, keep_private, open_storage
 from onebase_server.telemetry.traces import Tracing, TracingError
-from onebase_server.tenancy.access import is_loopback
 
 if TYPE_CHECKING:
     from onebase_engine.base.default_base import ResolvedBase

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from onebase_adapters.store.store import local_folder
+from onebase_edge.background import Threads
+from onebase_edge.settings import Settings, is_loopback
 from onebase_engine.base.default_base import ResolvedBase
-from onebase_engine.engine.messages import Loading
+from onebase_engine.engine.messages import EngineConfig, Loading
 from onebase_server.adapters.activation import ActivationService
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.merging import Merging
@@ -20,13 +22,12 @@ from onebase_server.adapters.residency import PackedAdapterFiles, Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
-from onebase_server.app.settings import Settings
-from onebase_server.app.storage import Storage, host_memory, prefix_memory
-from onebase_server.background import RegistryThreads, Threads
 from onebase_server.batches.runner import BatchFolders, BatchRunner, Parts
 from onebase_server.batches.service import BatchService
 from onebase_server.http.deps import Services, Training
+from onebase_server.http.metrics import MetricsCollector
 from onebase_server.http.views.adapters import AdapterViews
+from onebase_server.inference.tokenization import BaseTokenizer
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
 from onebase_server.jobs.files import TrainingFiles
@@ -44,11 +45,11 @@ from onebase_server.processes.verifier_client import PROBES, VERIFIER_COMMAND, V
 from onebase_server.requests.planner import Planner, RequestLimits
 from onebase_server.requests.pooling import ReadingPlanner
 from onebase_server.requests.stored_responses import StoredResponses
-from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.storage.calls import RegistryThreads
+from onebase_server.storage.opening import Storage, host_memory, prefix_memory
 from onebase_server.telemetry.measurements import RequestMeasurements
-from onebase_server.telemetry.metrics import MetricsCollector
 from onebase_server.telemetry.traces import Tracing
-from onebase_server.tenancy.access import KeyRing, is_loopback
+from onebase_server.tenancy.access import KeyRing
 from onebase_server.tenancy.peers import Peers, QuotaSharing
 from onebase_server.tenancy.quotas import Limiter
 from onebase_server.tenancy.usage import TenantUsageRecorder
@@ -123,11 +124,18 @@ def assemble(
     tokenizer = BaseTokenizer(str(base.folder), raw_control_tokens=settings.raw_control_tokens)
     link, busy = EngineLink(), BusyFlag.make()
 
-    def kernels() -> str:
-        return "" if supervisor.base is None else supervisor.base.kernels
-
+    supervisor = _supervisor(settings, base, link, busy, commands, on_loading)
     parts = _adapter_parts(
-        settings, base, storage, tokenizer, link, busy, threads, commands.verifier, tracing, kernels
+        settings,
+        base,
+        storage,
+        tokenizer,
+        link,
+        busy,
+        threads,
+        commands.verifier,
+        tracing,
+        supervisor.kernels,
     )
     adapters, residency = parts.service, parts.residency
     folders = Folders(adapters, parts.activation, given, settings.max_upload)
@@ -140,13 +148,13 @@ def assemble(
     hub = HubAdapters(adapters, pulls)
     usage = TenantUsageRecorder(storage.registry.usage, threads.records, base.name)
     training = _training(settings, base, storage, adapters, busy, threads, usage, commands.trainer, tracing)
-    listeners = EngineListeners(
-        versions=residency,
-        base=(training.scheduler, parts.verifier),
-        prepare=Preparation(adapters, folders, residency).prepare_adapters,
-        busy=busy.set,
+    supervisor.listen(
+        EngineListeners(
+            versions=residency,
+            base=(training.scheduler, parts.verifier),
+            prepare=Preparation(adapters, folders, residency).prepare_adapters,
+        )
     )
-    supervisor = _supervisor(settings, base, link, listeners, commands, on_loading)
     limits = RequestLimits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
     planner = Planner(supervisor, tokenizer, parts.catalog, hub, training.checkpoints, limits)
     keys = KeyRing(
@@ -215,16 +223,6 @@ def _adapter_parts(
     registry, store, (records, disk) = storage.registry, storage.store, threads
     catalog = Catalog(base.name, registry, records)
     files = PackedAdapterFiles(catalog, store, disk, kernels)
-    residency = Residency(
-        host_memory(settings),
-        files.find,
-        files.fetch,
-        link.send,
-        settings.queue_limit,
-        on_damaged=lambda damaged: service.prove_again(damaged),
-        prove=lambda packed: proofs.for_kernels(packed),
-        knows=catalog.knows,
-    )
     verifier = VerifierClient(
         store,
         disk,
@@ -234,33 +232,49 @@ def _adapter_parts(
         command=command,
         proof_timeout=settings.proof_timeout,
     )
-    activation = ActivationService(registry, store, catalog, residency, records, disk)
     proofs = SharedProofs(
         registry, store, catalog, verifier, kernels, records=records, disk=disk, tracing=tracing
     )
+    residency = Residency(
+        host_memory(settings),
+        files.find,
+        files.fetch,
+        link.send,
+        settings.queue_limit,
+        prove=proofs.for_kernels,
+        knows=catalog.knows,
+    )
+    activation = ActivationService(registry, store, catalog, residency, records, disk)
     service = AdapterService(
         registry, store, catalog, activation, proofs, base_names=base.names, records=records, disk=disk
     )
+    residency.subscribe(service.prove_again)
     return _AdapterParts(catalog, residency, verifier, activation, service)
+
+
+def engine_config(settings: Settings, base_folder: str) -> EngineConfig:
+    """Return the engine's part of the settings, for the base in a local folder."""
+    shared = {item.name for item in fields(settings)} & set(EngineConfig.__struct_fields__)
+    return EngineConfig(base_folder=base_folder, **{name: getattr(settings, name) for name in shared})
 
 
 def _supervisor(
     settings: Settings,
     base: ResolvedBase,
     link: EngineLink,
-    listeners: EngineListeners,
+    busy: BusyFlag,
     commands: Commands,
     on_loading: Callable[[Loading], None],
 ) -> EngineSupervisor:
     return EngineSupervisor(
-        replace(settings.engine_config(str(base.folder)), prefix_memory=prefix_memory(settings)),
+        replace(engine_config(settings, str(base.folder)), prefix_memory=prefix_memory(settings)),
         link,
-        listeners,
         queue_limit=settings.queue_limit,
         stall_timeout=settings.stall_timeout,
         command=commands.engine,
         policy=commands.restarts,
         on_loading=on_loading,
+        busy=busy.set,
     )
 
 
@@ -303,7 +317,7 @@ def _training(
         files=files,
         folders=folder,
         delivery=Delivery(adapters, folder, files, kept, PROOFS_WAITED * settings.proof_timeout),
-        config=settings.engine_config(str(base.folder)),
+        config=engine_config(settings, str(base.folder)),
         base=base,
         command=command,
         share=settings.train_share,

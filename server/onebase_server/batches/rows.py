@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from onebase_adapters.registry import BatchErrorRecord
-from onebase_server.errors import InvalidRequestError
-from onebase_server.http import strict_json
+from onebase_edge.errors import InvalidRequestError
+from onebase_protocol.batches import BatchError
+from onebase_server.requests import strict_json
 
 ENDPOINTS = (
     "/v1/chat/completions",
@@ -56,23 +56,22 @@ class BatchFileCheck:
     """Result of checking a file: the number of its rows, and their errors."""
 
     rows: int = 0
-    errors: list[BatchErrorRecord] = field(default_factory=list)
+    errors: list[BatchError] = field(default_factory=list)
     more: int = 0
     """Number of errors beyond those in `errors`."""
 
     def complain(self, code: str, message: str, line: int | None = None, param: str | None = None) -> None:
         if len(self.errors) < MAX_ERRORS:
-            self.errors.append(BatchErrorRecord(code, message, line, param))
+            self.errors.append(BatchError(code=code, message=message, line=line, param=param))
         else:
             self.more += 1
 
     @property
-    def problems(self) -> list[BatchErrorRecord]:
+    def problems(self) -> list[BatchError]:
         if not self.more:
             return self.errors
-        rest = BatchErrorRecord(
-            "more_errors", f"{self.more} more lines are wrong; the first {MAX_ERRORS} are told."
-        )
+        message = f"{self.more} more lines are wrong; the first {MAX_ERRORS} are told."
+        rest = BatchError(code="more_errors", message=message)
         return [*self.errors, rest]
 
 

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import msgspec
 
 from onebase_adapters.registry import (
-    BatchErrorRecord,
     BatchRecord,
     BatchRecords,
     BatchState,
@@ -31,19 +30,8 @@ from onebase_adapters.registry import (
     acting,
 )
 from onebase_adapters.store.store import StoreError
-from onebase_server.background import Backoff, Threads, keep_running
-from onebase_server.batches.results import (
-    ERRORS,
-    EXPIRED,
-    OUTPUT,
-    Result,
-    Results,
-    answered,
-    record_id,
-    unanswered,
-)
-from onebase_server.batches.rows import BatchLine, RowFile, check_batch_file
-from onebase_server.errors import (
+from onebase_edge.background import Backoff, Threads, keep_running
+from onebase_edge.errors import (
     ApiError,
     ForbiddenError,
     InsufficientScopeError,
@@ -55,6 +43,18 @@ from onebase_server.errors import (
     error_body,
     status_of,
 )
+from onebase_protocol.batches import BatchError
+from onebase_server.batches.results import (
+    ERRORS,
+    EXPIRED,
+    OUTPUT,
+    Result,
+    Results,
+    answered,
+    record_id,
+    unanswered,
+)
+from onebase_server.batches.rows import BatchLine, RowFile, check_batch_file
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.processes.supervisor import EngineSupervisor
@@ -319,7 +319,7 @@ class BatchRun:
         if state == "cancelling":
             end = "cancelled"
         elif self._refused is not None:
-            end, errors = "failed", [BatchErrorRecord(self._refused.code, self._refused.message)]
+            end, errors = "failed", [BatchError(code=self._refused.code, message=self._refused.message)]
         elif results.expired:
             end = "expired"
         elif state == "in_progress":
@@ -347,7 +347,7 @@ class BatchRun:
         self,
         before: BatchState,
         state: BatchState,
-        errors: Sequence[BatchErrorRecord] | None = None,
+        errors: Sequence[BatchError] | None = None,
         **facts: Any,
     ) -> None:
         """Raises BatchStateError when somebody else has moved the batch, which was `before`."""

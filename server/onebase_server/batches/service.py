@@ -13,11 +13,11 @@ from onebase_adapters.registry import (
     BatchStateError,
     NewBatch,
 )
-from onebase_server.app.storage import storage_errors
-from onebase_server.background import Threads
+from onebase_edge.background import Threads
+from onebase_edge.errors import StateConflictError
 from onebase_server.batches.runner import BatchRunner
-from onebase_server.errors import StateConflictError
 from onebase_server.jobs.files import TrainingFiles
+from onebase_server.storage.calls import storage_errors
 
 
 class BatchService:

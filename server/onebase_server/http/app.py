@@ -12,19 +12,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import onebase_server
+from onebase_edge.errors import ApiError, BodyTooLargeError, InvalidRequestError, error_dict
+from onebase_edge.refusals import ErrorAnswer, refusal
+from onebase_edge.request_id import request_id
 from onebase_engine.logs import REQUEST
 from onebase_server.batches.runner import Answer
-from onebase_server.errors import (
-    ApiError,
-    BodyTooLargeError,
-    InvalidRequestError,
-    error_dict,
-)
 from onebase_server.http.authorization import AuthenticationMiddleware, Authenticator, is_upload
 from onebase_server.http.deps import CALLER, RESERVATION, BodyError, Services, server_stopping
 from onebase_server.http.openapi import describe
-from onebase_server.http.refusals import ErrorAnswer, refusal
-from onebase_server.http.request_id import request_id
 from onebase_server.http.routes import (
     adapters,
     anthropic,
@@ -43,7 +38,7 @@ from onebase_server.http.routes import (
     usage,
     vllm,
 )
-from onebase_server.http.schemas.wire import validation_error
+from onebase_server.requests.schemas.wire import validation_error
 from onebase_server.tenancy.access import Caller
 from onebase_server.tenancy.quotas import QuotaReservation
 

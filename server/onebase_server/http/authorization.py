@@ -20,7 +20,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_adapters.registry import Origin, RegistryError, acting
-from onebase_server.errors import (
+from onebase_edge.errors import (
     ApiError,
     BodyTooLargeError,
     ForbiddenError,
@@ -30,10 +30,10 @@ from onebase_server.errors import (
     UnknownRouteError,
     WrongMethodError,
 )
+from onebase_edge.forwarded import CHANGE, forwarded_of
+from onebase_edge.refusals import refusal
+from onebase_edge.request_id import given_id
 from onebase_server.http.deps import CALLER, RESERVATION, BodyError, Services
-from onebase_server.http.forwarded import CHANGE, forwarded_of
-from onebase_server.http.refusals import refusal
-from onebase_server.http.request_id import given_id
 from onebase_server.http.uploads import is_form
 from onebase_server.tenancy.access import KEY_SECONDS, NOBODY, Access, Caller
 from onebase_server.tenancy.quotas import QuotaReservation

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar, get_type_hints
+from weakref import WeakValueDictionary
 
 import msgspec
 from fastapi import Depends, Request, Response
@@ -18,21 +19,21 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope
 
 from onebase_adapters.registry import RegistryError
+from onebase_edge.background import Threads, TurnBudget
+from onebase_edge.errors import ApiError, InvalidRequestError, UnavailableError, status_of
+from onebase_edge.forwarded import forwarded_of
+from onebase_edge.settings import Settings
 from onebase_server.adapters.activation import ActivationService
 from onebase_server.adapters.catalog import Catalog
 from onebase_server.adapters.merging import Merging
 from onebase_server.adapters.residency import Residency
 from onebase_server.adapters.service import AdapterService
 from onebase_server.adapters.sources import Folders, HubAdapters
-from onebase_server.app.settings import Settings
-from onebase_server.app.storage import Storage
-from onebase_server.background import Threads, TurnBudget
 from onebase_server.batches.service import BatchService
-from onebase_server.errors import ApiError, InvalidRequestError, UnavailableError, status_of
-from onebase_server.http import strict_json
-from onebase_server.http.forwarded import forwarded_of
-from onebase_server.http.schemas.wire import validation_error
+from onebase_server.http.metrics import MetricsCollector, render
 from onebase_server.http.views.adapters import AdapterViews
+from onebase_server.inference.generation import GenerationRun
+from onebase_server.inference.tokenization import BaseTokenizer
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
@@ -40,12 +41,13 @@ from onebase_server.jobs.scheduler import JobScheduler
 from onebase_server.jobs.service import JobService
 from onebase_server.processes.supervisor import EngineSupervisor
 from onebase_server.processes.verifier_client import VerifierClient
+from onebase_server.requests import strict_json
 from onebase_server.requests.planner import Planner
 from onebase_server.requests.pooling import ReadingPlanner
+from onebase_server.requests.schemas.wire import validation_error
 from onebase_server.requests.stored_responses import StoredResponses
-from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.storage.opening import Storage
 from onebase_server.telemetry.measurements import RequestMeasurements
-from onebase_server.telemetry.metrics import MetricsCollector, render
 from onebase_server.telemetry.traces import Tracing
 from onebase_server.tenancy.access import Caller, KeyRing
 from onebase_server.tenancy.peers import Peers, QuotaSharing
@@ -144,6 +146,8 @@ class Services:
     """Number of answers since the start, by route and status."""
     reading: Threads = field(default_factory=lambda: Threads("read", READ_THREADS))
     """Threads for bodies and answers that are long; tenants take turns."""
+    running: WeakValueDictionary[tuple[str, str], GenerationRun] = field(default_factory=WeakValueDictionary)
+    """Texts that are being generated, by tenant and id, so that each can be cancelled."""
     read_inline: TurnBudget = field(default_factory=lambda: TurnBudget(LONG_BODY))
     started: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False

@@ -8,11 +8,12 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from pydantic import TypeAdapter
 
+from onebase_edge.refusals import is_anthropic
+from onebase_protocol.common import Json
+from onebase_protocol.errors import AnthropicError, Error
+from onebase_server.http.answers import Described, schemas_of
 from onebase_server.http.authorization import access_of
-from onebase_server.http.refusals import is_anthropic
-from onebase_server.http.schemas.answers import AnthropicError, Described, Error, Json
 
 ANY = {400, 403, 408, 413, 431, 500}
 """Statuses of any request: one that is malformed, slow or too large, and one that meets a fault."""
@@ -65,17 +66,14 @@ def _described(app: FastAPI, schema: Json) -> Json:
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     places = [place for route in _routes(app) for place in _answers(route, schema)]
-    kinds = {repr(kind): TypeAdapter(kind) for _, _, kind in places}
-    made, parts = TypeAdapter.json_schemas(
-        [(name, "serialization", kind) for name, kind in kinds.items()],
-        ref_template="#/components/schemas/{model}",
-    )
-    new = parts.get("$defs", {})
+    kinds = {repr(kind): kind for _, _, kind in places}
+    made, new = schemas_of(list(kinds.values()))
     if twice := schemas.keys() & new.keys():
         raise RuntimeError(f"requests and answers have types of one name: rename {', '.join(twice)}")
     schemas.update(new)
+    of_kind = dict(zip(kinds, made, strict=True))
     for place, key, kind in places:
-        place[key] = made[repr(kind), "serialization"]
+        place[key] = of_kind[repr(kind)]
     for name, one in schemas.items():
         one["title"] = name.replace("_", "")  # generators of types name them by it
     schema["security"] = [{"api_key": []}, {"x_api_key": []}]

@@ -1,4 +1,4 @@
-"""uvicorn with our signals: the first one drains and ends with status 0, a second one ends at once."""
+"""Serving with our signals: the first one drains and ends with status 0, a second one ends at once."""
 
 from __future__ import annotations
 
@@ -6,68 +6,21 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Generator
-from dataclasses import fields
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
-import uvicorn
 from fastapi import FastAPI
 
-from onebase_server.app.settings import Settings, inherited_listener
+from onebase_edge.cross_site import CrossSiteMiddleware
+from onebase_edge.listener import QuietServer, uvicorn_config
 from onebase_server.http.app import InnerRequests
-from onebase_server.http.cross_site import CrossSiteMiddleware
 from onebase_server.http.deps import Services, server_stopping
-from onebase_server.http.protocol import ConnectionLimits, Connections, LimitedProtocol, limit_unread
 from onebase_server.processes.link import kill_children
 from onebase_server.processes.verifier_protocol import scratch_folder
 
 _log = logging.getLogger(__name__)
-LEAST_FILES = 64
-"""Number of open files that are not for connections: the server has about thirty of its own."""
-_LAST_BYTES_SECONDS = 5
-"""Time, in seconds after the drain, for what is already written but not yet sent."""
-
-
-class QuietServer(uvicorn.Server):
-    """Leaves signals alone: who starts it owns them."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        yield
-
-
-def bind(settings: Settings) -> socket.socket:
-    """Return a listening socket, made before anything slow begins. Raises OSError when the address is in
-    use."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    given = inherited_listener()
-    # Named, or asyncio takes its connections for others than TCP's, and leaves Nagle's algorithm on.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=given)
-    try:
-        if given is None:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((settings.host, settings.port))
-        else:
-            listener.set_inheritable(False)
-        limit_unread(listener, settings.write_timeout)
-        listener.listen(1024)
-    except OSError:
-        listener.close()
-        raise
-    listener.setblocking(False)
-    return listener
-
-
-def url_of(listener: socket.socket) -> str:
-    """Return the address to type into a browser on the same machine."""
-    host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
 
 
 async def run_server(
@@ -164,34 +117,3 @@ def _end_at_once(status: int) -> None:
     for pid in kill_children():
         shutil.rmtree(scratch_folder(pid), ignore_errors=True)
     os._exit(status)
-
-
-def uvicorn_config(middleware: CrossSiteMiddleware, settings: Settings) -> uvicorn.Config:
-    """Return uvicorn's configuration for an app behind its middleware, within the settings' limits on
-    connections."""
-    connections = Connections(_connection_limits(settings))
-    protocol: Any = partial(LimitedProtocol, connections=connections, turned_away=middleware.turned_away)
-    config = uvicorn.Config(
-        middleware,
-        http=protocol,
-        lifespan="off",
-        ws="none",
-        log_level="warning",
-        access_log=settings.access_log,
-        server_header=False,
-        proxy_headers=False,  # the middleware reads them
-        timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]  # given to `call_later` only
-        timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
-        log_config=None,
-    )
-    logging.getLogger("uvicorn.access").setLevel(logging.INFO)  # Config has given it `log_level` too
-    return config
-
-
-def _connection_limits(settings: Settings) -> ConnectionLimits:
-    """Return the settings' limits, with fewer connections if fewer files may be open."""
-    values = {item.name: getattr(settings, item.name) for item in fields(ConnectionLimits)}
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files >= 0:
-        values["max_connections"] = max(1, min(settings.max_connections, files - LEAST_FILES))
-    return ConnectionLimits(**values)

@@ -22,9 +22,9 @@ from onebase_adapters.format.config import (
 from onebase_adapters.registry import UPLOADED, Purpose
 from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from onebase_adapters.store.store import BlobWriter, Store
-from onebase_server.app.settings import SettingsError, parse_bool
-from onebase_server.background import Threads
-from onebase_server.errors import BodyTooLargeError, ClientGoneError, InvalidRequestError
+from onebase_edge.background import Threads
+from onebase_edge.errors import BodyTooLargeError, ClientGoneError, InvalidRequestError
+from onebase_edge.settings import SettingsError, parse_bool
 from onebase_server.jobs.files import BATCH_ENDING, TrainingFiles, check_filename, ending
 
 MAX_FIELD_BYTES = 1000

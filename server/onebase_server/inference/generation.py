@@ -7,17 +7,15 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 from msgspec.structs import replace as replaced
 
-from onebase_engine.engine.grammars import BUDGET_SECONDS, COMPILE_BUDGET
-from onebase_engine.engine.messages import Grammar, Pooling, Sampling, ScoredToken, SequenceOutput, Submit
-from onebase_server.adapters.catalog import AdapterChoice
-from onebase_server.adapters.residency import Lease, Residency
-from onebase_server.errors import (
+from onebase_edge.background import Threads
+from onebase_edge.errors import (
     ApiError,
     ClientGoneError,
     InvalidRequestError,
@@ -25,22 +23,23 @@ from onebase_server.errors import (
     SequenceFailedError,
     UnavailableError,
 )
-from onebase_server.inference.stream import (
-    ChoiceDecoder,
-    Inflight,
-    OutputPiece,
-    RequestTimestamps,
-    TokenInfo,
-    TokenUsage,
-    prompt_token_infos,
-    prompt_tokens,
-)
+from onebase_engine.engine.grammars import BUDGET_SECONDS, COMPILE_BUDGET
+from onebase_engine.engine.messages import Grammar, Pooling, Sampling, ScoredToken, SequenceOutput, Submit
+from onebase_protocol import text
+from onebase_server.adapters.catalog import AdapterChoice
+from onebase_server.adapters.residency import Lease, Residency
+from onebase_server.inference.stream import ChoiceDecoder, OutputPiece, TokenInfo, prompt_token_infos
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tool_call_parser import CallFormat
 from onebase_server.inference.transcript import Ended, Opening, Record, Transcript, line, refused
+from onebase_server.processes.inflight import Inflight, prompt_tokens
 from onebase_server.processes.supervisor import EngineSupervisor
-from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_call_parser import CallFormat
+from onebase_server.telemetry.measurements import RequestTimestamps, TokenUsage
 
+T = TypeVar("T")
 _IN_VLLM = {"cancelled": "abort"}
+_INLINE_TOKENS = 500
+"""Longest prompt, in tokens, whose text is told by token on the event loop (about 5 ms)."""
 _AT_ONCE = 64
 """Outputs of a transcript that are read while others wait."""
 
@@ -102,6 +101,11 @@ class GenerationRequest:
         return len(self.prompts) * self.n
 
     @property
+    def generates(self) -> bool:
+        """Return False if it only reads texts: for vectors, classes or scores."""
+        return self.pooling is None and not self.branches
+
+    @property
     def reserved_tokens(self) -> int:
         """Return the tokens that it reserves in a quota until it has ended."""
         given = sum(len(prompt.tokens) for prompt in self.prompts)
@@ -131,8 +135,8 @@ class RequestTiming:
     ttft_s: float = 0.0
     decode_s: float = 0.0
 
-    def rounded(self) -> dict[str, float]:
-        return {name: round(value, 6) for name, value in vars(self).items()}
+    def rounded(self) -> text.Timing:
+        return text.Timing(*(round(value, 6) for value in vars(self).values()))
 
 
 def new_id(prefix: str) -> str:
@@ -287,6 +291,14 @@ class RequestRun:
         """Cancel the request: the engine frees its sequences, and `pieces` raises ClientGoneError."""
         self._fail(ClientGoneError())
 
+    def stop(self) -> bool:
+        """Have the engine end the sequences early, with what there is as the answer. Return False if all have
+        ended."""
+        if not self._with_engine:
+            return False
+        self._supervisor.client.cancel(self._inflight)
+        return True
+
     def _fail(self, error: ApiError) -> None:
         self._inflight.fail(error)
         self._supervisor.client.cancel(self._inflight)
@@ -363,6 +375,7 @@ class GenerationRun(RequestRun):
         self,
         supervisor: EngineSupervisor,
         tokenizer: BaseTokenizer,
+        threads: Threads,
         request: GenerationRequest,
         stream_limit: int | None = None,
         on_cut: Callable[[], None] = lambda: None,
@@ -376,6 +389,7 @@ class GenerationRun(RequestRun):
             supervisor, request, stream_limit, on_cut, recorder=recorder, resume_tokens=resume_tokens
         )
         self._tokenizer = tokenizer
+        self._threads = threads
         self._choices = [_choice(request, index, tokenizer) for index in range(request.choices)]
         self._transcript = transcript
         self._transcript_number = transcript_number
@@ -385,6 +399,8 @@ class GenerationRun(RequestRun):
         if transcript is None:
             self._record(opening(request))
         self._echoed: set[int] = set()
+        self._echo_tokens: dict[int, list[TokenInfo]] = {}
+        """Tokens of each prompt that is echoed with its log-probabilities, by its number."""
         self.prompt_logprobs: dict[int, list[ScoredToken]] = {}
         """Log-probabilities of each prompt's tokens but the first, by the prompt's number, if they were asked
         for."""
@@ -423,6 +439,7 @@ class GenerationRun(RequestRun):
         """
         with self._being_read():
             for number, made in enumerate([] if self._transcript is None else self._transcript.outputs):
+                await self._read_echoed((int(one.id), one) for one in made)
                 if pieces := [piece for one in made for piece in self._feed(one, int(one.id))]:
                     yield pieces
                 if number % _AT_ONCE == 0:
@@ -431,6 +448,7 @@ class GenerationRun(RequestRun):
                 made = await self._inflight.next_outputs()
                 if self._transcript_number is not None:
                     self._record([replaced(one, id=str(self._prompt_of[one.id])) for one in made])
+                await self._read_echoed((self._prompt_of[one.id], one) for one in made)
                 if pieces := [piece for one in made for piece in self._feed(one, self._prompt_of[one.id])]:
                     yield pieces
             if self.ended is None:
@@ -448,6 +466,23 @@ class GenerationRun(RequestRun):
                 target.ids += piece.ids
                 target.finish_reason, target.stop = piece.finish_reason, piece.stop
         return whole
+
+    async def _read_echoed(self, outputs: Iterable[tuple[int, SequenceOutput]]) -> None:
+        """Make the tokens of prompts whose log-probabilities have come, in a thread if they are many."""
+        for prompt, output in outputs if self.request.echo else ():
+            logprobs = output.prompt_logprobs
+            if logprobs is None or prompt in self._echo_tokens:
+                continue
+            make = partial(
+                prompt_token_infos, self.request.prompts[prompt].tokens, logprobs, self._tokenizer.pieces()
+            )
+            few = len(logprobs) <= _INLINE_TOKENS
+            self._echo_tokens[prompt] = make() if few else await self.in_thread(make)
+
+    async def in_thread(self, call: Callable[[], T]) -> T:
+        """Return the result of work that would hold up the event loop, done in a thread in its tenant's
+        turn."""
+        return await self._threads.run_for(self.request.tenant, call)
 
     def _feed(self, output: SequenceOutput, prompt: int) -> list[OutputPiece]:
         choice = self._choices[prompt * self.request.n + output.choice]
@@ -480,10 +515,9 @@ class GenerationRun(RequestRun):
             return pieces
         self._echoed.add(choice.index)
         source = self.request.prompts[prompt]
-        tokens: list[TokenInfo] = []
-        if self.request.sampling.prompt_logprobs is not None:
-            logprobs = self.prompt_logprobs.get(prompt, [])
-            tokens = prompt_token_infos(source.tokens, logprobs, self._tokenizer.pieces())
+        tokens = self._echo_tokens.get(prompt, [])
+        if self.request.sampling.prompt_logprobs is not None and not tokens:
+            tokens = prompt_token_infos(source.tokens, [], self._tokenizer.pieces())
         return [OutputPiece(choice.index, _echo_text(source, self._tokenizer), tokens), *pieces]
 
 

@@ -15,17 +15,10 @@ from typing import Annotated
 
 import msgspec
 
+from onebase_edge.errors import InvalidRequestError
+from onebase_edge.forwarded import MARK, MOST_TRANSCRIPT
 from onebase_engine.engine.messages import ScoredToken, SequenceOutput
-from onebase_server.errors import InvalidRequestError
 
-HEADER = "x-onebase-transcript"
-"""Header of a request: the length of its own body in bytes, and the seconds since it first arrived; the rest
-of the body is the transcript so far. In an answer it says that a transcript is between the events."""
-MARK = b": onebase "
-"""Beginning of a transcript's line; other readers of server-sent events take it for a comment."""
-MOST_TRANSCRIPT = 1 << 20
-"""Largest transcript of a stream, in bytes: some 20,000 tokens. Longer ones are neither stored nor
-accepted."""
 _LINE = re.compile(rb": onebase (\d{1,4}) (.*)")
 _NUMBER = re.compile(r"[0-9]{1,6}")
 """Number of a prompt: Python refuses to read one of thousands of digits."""

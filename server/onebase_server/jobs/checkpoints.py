@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from onebase_adapters.registry import TrainingJob, TrainingRecords, UnknownJobError
+from onebase_edge.background import Threads
+from onebase_edge.errors import AdapterNotFoundError, ApiError, StateConflictError, VersionFailedError
+from onebase_server.adapters.catalog import CHECKPOINT, is_checkpoint
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
-from onebase_server.app.storage import storage_errors
-from onebase_server.background import Threads
-from onebase_server.errors import AdapterNotFoundError, ApiError, StateConflictError, VersionFailedError
 from onebase_server.jobs.folders import JobFolders, is_over
+from onebase_server.storage.calls import storage_errors
 
 ADAPTER = "adapter"
 """The folder in a checkpoint's with the adapter as PEFT has it."""
 ACTOR = "first use"
-_NAME = re.compile(r"([^:@]+):(ftjob-[0-9a-f]{1,40}):step-([1-9][0-9]{0,8})")
 
 _log = logging.getLogger(__name__)
 
@@ -34,11 +33,6 @@ class _Wanted(NamedTuple):
 def checkpoint_model(job: TrainingJob, step: int) -> str:
     """The name by which requests ask for a checkpoint: `acme:ftjob-5b7e0d12:step-8`. No adapter has such."""
     return f"{job.name}:{job.id}:step-{step}"
-
-
-def is_checkpoint(name: str) -> bool:
-    """Return True if it is the name of a checkpoint, of any job."""
-    return _NAME.fullmatch(name) is not None
 
 
 def adapter_of(name: str) -> str:
@@ -144,5 +138,5 @@ class CheckpointModels:
 
 
 def _parsed(name: str) -> _Wanted | None:
-    found = _NAME.fullmatch(name)
+    found = CHECKPOINT.fullmatch(name)
     return None if found is None else _Wanted(found[1], found[2], int(found[3]))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from onebase_adapters.names import label
 from onebase_adapters.registry import (
     UNSET,
     Origin,
@@ -20,16 +21,15 @@ from onebase_adapters.registry import (
 )
 from onebase_adapters.store.blobs import ADAPTER_FILES, AdapterFiles
 from onebase_adapters.store.store import StoreError
-from onebase_server.adapters.catalog import label
+from onebase_edge.background import Backoff
+from onebase_edge.errors import ActivationConflictError, ApiError, DiskFullError, UnavailableError
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.adapters.sources import take_folder
-from onebase_server.app.storage import storage_errors
-from onebase_server.background import Backoff
-from onebase_server.errors import ActivationConflictError, ApiError, DiskFullError, UnavailableError
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.handover_files import ADAPTER, KeptFiles
 from onebase_server.jobs.job_record import JobRecord
+from onebase_server.storage.calls import storage_errors
 from onebase_training.slices import ACTIVE
 
 ACTOR = "training"

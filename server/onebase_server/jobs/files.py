@@ -21,10 +21,10 @@ from onebase_adapters.registry import (
     UnknownJobError,
 )
 from onebase_adapters.store.store import Blob, BlobMissingError, BlobWriter, Store
-from onebase_server.app.storage import delete_blobs, storage_errors
-from onebase_server.background import Threads
-from onebase_server.errors import InvalidRequestError, StateConflictError, TrainingFileNotFoundError
+from onebase_edge.background import Threads
+from onebase_edge.errors import InvalidRequestError, StateConflictError, TrainingFileNotFoundError
 from onebase_server.jobs.folders import JobFolders
+from onebase_server.storage.calls import delete_blobs, storage_errors
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 """Kinds of files that jobs can read."""

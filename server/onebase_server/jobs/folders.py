@@ -18,7 +18,7 @@ from onebase_adapters.registry import (
     UnknownJobError,
 )
 from onebase_adapters.store.atomic_files import sync
-from onebase_server.background import Threads
+from onebase_edge.background import Threads
 from onebase_server.jobs.state import is_resumable
 
 

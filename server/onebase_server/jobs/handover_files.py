@@ -28,7 +28,7 @@ from onebase_adapters.registry.jobs import PARENT_FILES
 from onebase_adapters.store.atomic_files import atomic_directory, sync
 from onebase_adapters.store.blobs import store_errors
 from onebase_adapters.store.store import BlobDamagedError, BlobMissingError, Store, StoreError
-from onebase_server.background import Threads
+from onebase_edge.background import Threads
 from onebase_server.jobs.folders import JobFolders
 
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"

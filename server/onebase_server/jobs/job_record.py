@@ -20,7 +20,7 @@ from onebase_adapters.registry import (
     UnknownFileError,
     UnknownJobError,
 )
-from onebase_server.background import Backoff, Threads
+from onebase_edge.background import Backoff, Threads
 from onebase_server.jobs.event_view import job_event
 from onebase_server.jobs.state import Move
 from onebase_training import events

@@ -13,9 +13,9 @@ from typing import Any, Literal, cast
 import msgspec
 
 from onebase_adapters import registry
+from onebase_adapters.names import label
 from onebase_adapters.registry import (
     FileRecord,
-    JobError,
     JobEvent,
     JobState,
     JobStateError,
@@ -29,11 +29,11 @@ from onebase_adapters.registry import (
 )
 from onebase_adapters.registry.jobs import PARENT_FILES
 from onebase_adapters.store.store import BlobMissingError, StoreError, StoreFullError
+from onebase_edge.background import Threads
+from onebase_edge.errors import TrainingFileNotFoundError
 from onebase_engine.base.default_base import ResolvedBase
 from onebase_engine.engine.messages import EngineConfig
-from onebase_server.adapters.catalog import label
-from onebase_server.background import Threads
-from onebase_server.errors import TrainingFileNotFoundError
+from onebase_protocol.training import TrainingFailure
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.delivery import BACKOFF, LOST, TRIES, Delivery, DeliveryError
 from onebase_server.jobs.event_view import problem_events
@@ -330,7 +330,7 @@ class JobRun:
                 await asyncio.sleep(BROKEN_SECONDS)  # the scheduler starts it again at once
         except Exception:
             _log.exception("job %s failed", self.job.id)
-            internal = JobError("internal_error", "The server failed on this job; its log says why.")
+            internal = TrainingFailure("internal_error", "The server failed on this job; its log says why.")
             with suppress(RegistryError):
                 await self._fail(internal)
 
@@ -400,7 +400,7 @@ class JobRun:
             done = await self._pool.delivery.deliver(job, self._record)
         except DeliveryError as error:
             lost = {"report": None} if error.code == LOST else {}
-            await self._fail(JobError(error.code, error.message), **lost)
+            await self._fail(TrainingFailure(error.code, error.message), **lost)
             return
         await self._record.move(
             DELIVERED,
@@ -502,7 +502,7 @@ class JobRun:
             await self._pool.threads.run_blocking(self._pool.tenants.check_training, self.job.tenant)
         except QuotaError as error:
             with suppress(JobStateError, RegistryError):
-                failed = JobError("insufficient_quota", str(error))
+                failed = TrainingFailure("insufficient_quota", str(error))
                 event = JobEvent(time.time(), str(error), level="error", data={"code": failed.code})
                 await self._record.move(OUT_OF_QUOTA, event, error=failed)
                 self.stop("pause", STOP_SECONDS)
@@ -531,9 +531,9 @@ class JobRun:
     async def _failed(self, failed: Failed) -> None:
         for event in problem_events(failed):
             await self._record.add(event)
-        await self._fail(JobError(failed.code, failed.message, failed.param))
+        await self._fail(TrainingFailure(failed.code, failed.message, failed.param))
 
-    async def _fail(self, error: JobError, **facts: Any) -> None:
+    async def _fail(self, error: TrainingFailure, **facts: Any) -> None:
         event = JobEvent(time.time(), error.message, level="error", data={"code": error.code})
         await self._record.move(FAILED, event, error=error, **facts)
 
@@ -560,7 +560,7 @@ class JobRun:
             death.count,
         )
         if death.last:
-            await self._fail(JobError("trainer_died", death.message), **death.facts)
+            await self._fail(TrainingFailure("trainer_died", death.message), **death.facts)
             return
         event = JobEvent(time.time(), death.message, level="warn")
         if self.kind == "check":

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from onebase_adapters.registry import (
-    JobError,
     JobEvent,
     JobStateError,
     OpenJob,
@@ -27,6 +26,7 @@ from onebase_adapters.registry import (
 )
 from onebase_adapters.store.store import StoreError
 from onebase_engine.engine.messages import EngineConfig
+from onebase_protocol.training import TrainingFailure
 from onebase_server.jobs.folders import GarbageCollector
 from onebase_server.jobs.job_run import STOP_SECONDS, AttachedBase, JobRun, RunKind, TrainerPool
 from onebase_server.jobs.state import FAILED, MAX_DEATHS, REQUEUED, STARTED, Move, resume_point
@@ -274,7 +274,7 @@ class JobScheduler:
         )
         event = JobEvent(time.time(), message, level="error", data={"code": "trainer_died"})
         with suppress(JobStateError, UnknownJobError):
-            failed = JobError("trainer_died", message)
+            failed = TrainingFailure("trainer_died", message)
             await self._threads.run_blocking(
                 self._records.move, job.id, FAILED.to, FAILED.among, event, server=job.server, error=failed
             )

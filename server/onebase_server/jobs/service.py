@@ -11,7 +11,6 @@ from typing import Any
 
 from onebase_adapters.registry import (
     OPEN_STATES,
-    Activate,
     Checkpoint,
     JobEvent,
     JobStateError,
@@ -23,9 +22,9 @@ from onebase_adapters.registry import (
     TrainingRecords,
     current_origin,
 )
-from onebase_server.app.storage import storage_errors
-from onebase_server.background import Threads
-from onebase_server.errors import StateConflictError
+from onebase_edge.background import Threads
+from onebase_edge.errors import StateConflictError
+from onebase_protocol.training import Activate
 from onebase_server.jobs.files import TrainingFiles
 from onebase_server.jobs.folders import JobFolders
 from onebase_server.jobs.job_record import JobNotifier
@@ -39,6 +38,7 @@ from onebase_server.jobs.state import (
     steps_done,
     stopping,
 )
+from onebase_server.storage.calls import storage_errors
 from onebase_training.recipe import Recipe
 
 LIFE_SECONDS = 15.0

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onebase_adapters.registry import OPEN_STATES, RESUMABLE, JobState, OpenJob, TrainingJob
-from onebase_server.background import Backoff
+from onebase_edge.background import Backoff
 
 MAX_DEATHS = 3
 """Trainers that may die without a checkpoint in between; with the next one the job fails."""

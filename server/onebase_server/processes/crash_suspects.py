@@ -21,8 +21,8 @@ from hashlib import blake2b
 
 import msgspec
 
-from onebase_server.errors import CrashesEngineError, UnavailableError
-from onebase_server.inference.stream import Inflight
+from onebase_edge.errors import CrashesEngineError, UnavailableError
+from onebase_server.processes.inflight import Inflight
 
 FORGIVEN_AFTER = 600.0
 """Time, in seconds after a request's last death, until it is forgiven."""

@@ -383,7 +383,7 @@ def _slot_memory(config: EngineConfig, layers: Iterable[LayerShape], free: int, 
     """
     if config.slot_memory or device.type == "cpu":
         return config.slot_memory
-    return min(max(free, 0) // 10, slot_bytes(layers, config.max_slots, config.max_rank))
+    return min(max(free // 10, 1), slot_bytes(layers, config.max_slots, config.max_rank))
 
 
 def _device(name: str) -> torch.device:

@@ -8,10 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from onebase_edge.errors import ApiError, InvalidRequestError, QueueFullError
 from onebase_engine.engine.messages import Cancel, Stats, StepResult, ToEngine
-from onebase_server.errors import ApiError, InvalidRequestError, QueueFullError
-from onebase_server.inference.stream import Inflight
 from onebase_server.processes.crash_suspects import Suspects
+from onebase_server.processes.inflight import Inflight
 from onebase_server.tenancy.shares import QueueShares
 
 _log = logging.getLogger(__name__)

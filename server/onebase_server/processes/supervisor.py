@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from onebase_edge.background import Backoff, keep_running
+from onebase_edge.errors import EngineRestartedError, UnavailableError
 from onebase_engine.engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -28,10 +30,8 @@ from onebase_engine.engine.messages import (
     ToApi,
     to_api_decoder,
 )
-from onebase_server.background import Backoff, keep_running
-from onebase_server.errors import EngineRestartedError, UnavailableError
-from onebase_server.inference.stream import Inflight
 from onebase_server.processes.engine_client import EngineClient
+from onebase_server.processes.inflight import Inflight
 from onebase_server.processes.link import ENGINE_COMMAND, ChildProcess, EngineLink
 
 _LEAST_RETRY_AFTER = 2.0
@@ -88,8 +88,6 @@ class EngineListeners:
     """Listeners called in this order when there is a base, and when it is gone."""
     prepare: Callable[[], Awaitable[None]] = _nothing
     """Preparation that must end before a new engine gets requests. May raise AdapterStartError."""
-    busy: Callable[[bool], None] = lambda busy: None
-    """Called with True when the first sequence begins, and with False when the last one has ended."""
 
 
 class EngineState(enum.Enum):
@@ -117,29 +115,30 @@ class RestartPolicy:
 class EngineSupervisor:
     """Starts the engine and watches it.
 
-    `run_verifier` is a task for the server's lifetime; everything else is called from the same event loop and
+    `run` is a task for the server's lifetime; everything else is called from the same event loop and
     returns at once. `command` starts an engine process and gets `--fd N` appended. `link` leads to the engine
-    that runs now; without `listeners` the engine has no adapters.
+    that runs now; without listeners (see `listen`) the engine has no adapters. `busy` is called with True
+    when the first sequence begins, and with False when the last one has ended.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         link: EngineLink,
-        listeners: EngineListeners | None = None,
         *,
         queue_limit: int,
         stall_timeout: float,
         command: Sequence[str] = ENGINE_COMMAND,
         policy: RestartPolicy | None = None,
         on_loading: Callable[[Loading], None] = lambda progress: None,
+        busy: Callable[[bool], None] = lambda busy: None,
     ) -> None:
         self.state = EngineState.STARTING
         self.base: BaseInfo | None = None
         self.loaded_at: float | None = None
         """Time of the last load of the base, in Unix seconds."""
-        self._listeners = listeners or EngineListeners()
-        self.client = EngineClient(queue_limit, link.send, self._listeners.busy)
+        self._listeners = EngineListeners()
+        self.client = EngineClient(queue_limit, link.send, busy)
         """Router of the running requests."""
         self.restarts = 0
         self.ready = asyncio.Event()
@@ -157,6 +156,14 @@ class EngineSupervisor:
         self._pausing = asyncio.Lock()
         self.paused = False
         """Whether the engine is paused, or was asked to pause."""
+
+    def listen(self, listeners: EngineListeners) -> None:
+        """Have these told of the engine's life. Called before `run`."""
+        self._listeners = listeners
+
+    def kernels(self) -> str:
+        """Return the name of the kernels that the engine computes with; "" before there was a base."""
+        return "" if self.base is None else self.base.kernels
 
     # ---- for requests ------------------------------------------------------------------------
 
@@ -259,7 +266,10 @@ class EngineSupervisor:
 
     async def _run_one(self) -> str:
         """Run one engine from start to death. Returns why it ended, in words."""
-        base_fd = os.memfd_create("onebase-base", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            base_fd = os.memfd_create("onebase-base", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            return f"it cannot be started: {error}"
         try:
             return await self._run_on(base_fd)
         finally:
@@ -278,9 +288,13 @@ class EngineSupervisor:
             if not ended.done():
                 self._receive(message, base_fd, end)
 
-        self._link.engine = engine = await ChildProcess.spawn(
-            self._command, to_api_decoder(), receive, lambda: end(""), fds={"--base-fd": base_fd}
-        )
+        fds = {"--base-fd": base_fd}
+        try:
+            self._link.engine = engine = await ChildProcess.spawn(
+                self._command, to_api_decoder(), receive, lambda: end(""), fds=fds
+            )
+        except OSError as error:  # no memory, or no more processes or files
+            return f"it cannot be started: {error}"
         watch = loop.create_task(keep_running("watching for stalls of the engine", partial(self._watch, end)))
         try:
             engine.send(Start(self._config))

@@ -22,13 +22,13 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from onebase_adapters.proof.report import MergeMethod, MergeSign
 from onebase_adapters.store.blobs import AdapterFiles, Blob
 from onebase_adapters.store.store import Store
+from onebase_edge.background import Backoff, Threads
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown, encode
 from onebase_engine.environment import behind_serving
 from onebase_engine.machine import free_host_memory
-from onebase_server.background import Backoff, Threads
+from onebase_protocol.adapters import MergeMethod, MergeSign
 from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.verifier_protocol import (
     Alive,
@@ -569,9 +569,13 @@ class VerifierClient:
         self._check_current(base)
         given = {"--base-fd": base.fd, "--busy-fd": self._busy_fd}
         fds = {option: fd for option, fd in given.items() if fd is not None}
-        place.process = process = await AskedProcess.spawn(
-            self._command, from_verifier_decoder(), partial(self._take_news, place), fds, behind_serving()
-        )
+        news = partial(self._take_news, place)
+        try:
+            place.process = process = await AskedProcess.spawn(
+                self._command, from_verifier_decoder(), news, fds, behind_serving()
+            )
+        except OSError as error:
+            raise VerifierGoneError(f"the verifier cannot be started: {error}") from error
         self._check_current(base)
         return process
 

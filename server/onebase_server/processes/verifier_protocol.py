@@ -13,8 +13,9 @@ from pathlib import Path
 
 import msgspec
 
-from onebase_adapters.proof.report import MergeMethod, MergeSign, Stage, VersionReport
+from onebase_adapters.proof.report import Stage
 from onebase_engine.engine.messages import EngineConfig, Fatal, Shutdown
+from onebase_protocol.adapters import MergeMethod, MergeSign, VersionReport
 
 # ---- api -> verifier -------------------------------------------------------------------------
 

@@ -8,22 +8,27 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from onebase_adapters.format.config import CLASSIFIERS
-from onebase_engine.engine.messages import BaseInfo, Sampling
-from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog
-from onebase_server.adapters.sources import HubAdapters
-from onebase_server.background import Threads, TurnBudget
-from onebase_server.errors import (
+from onebase_edge.background import Threads, TurnBudget
+from onebase_edge.errors import (
     AdapterDeletedError,
     AdapterNotFoundError,
     InvalidRequestError,
     UnknownModelError,
 )
-from onebase_server.http.schemas.generation import (
+from onebase_engine.engine.messages import BaseInfo, Sampling
+from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog, is_checkpoint
+from onebase_server.inference.generation import GenerationRequest, Prompt, in_time, new_id
+from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput, and_give_memory_back
+from onebase_server.inference.tool_call_parser import CallFormat
+from onebase_server.inference.tool_format import NO_ARGUMENTS, ToolDefinition
+from onebase_server.inference.transcript import Transcript, refused
+from onebase_server.processes.supervisor import EngineSupervisor
+from onebase_server.requests.schemas.generation import (
     SEED_BITS,
     AdapterFields,
     ConversationFields,
@@ -31,16 +36,9 @@ from onebase_server.http.schemas.generation import (
     GrammarField,
     SamplingBody,
 )
-from onebase_server.http.schemas.messages import ChatMessage
-from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
-from onebase_server.http.schemas.responses import ResponsesRequest
-from onebase_server.inference.generation import GenerationRequest, Prompt, in_time, new_id
-from onebase_server.inference.transcript import Transcript, refused
-from onebase_server.jobs.checkpoints import CheckpointModels, is_checkpoint
-from onebase_server.processes.supervisor import EngineSupervisor
-from onebase_server.requests.tokenization import BaseTokenizer, TemplateInput, and_give_memory_back
-from onebase_server.requests.tool_call_parser import CallFormat
-from onebase_server.requests.tool_format import NO_ARGUMENTS, ToolDefinition
+from onebase_server.requests.schemas.messages import ChatMessage
+from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.requests.schemas.responses import ResponsesRequest
 from onebase_server.tenancy.access import Caller
 from onebase_training.data.rows import plain_tool
 
@@ -89,8 +87,15 @@ class _Wanted:
     prompt_logprobs: int | None = None
 
 
+class AdapterFetcher(Protocol):
+    """Source of adapters that requests may name before the catalog has them."""
+
+    async def use(self, tenant: str, name: str, *, param: str) -> None:
+        """Add the adapter to the catalog, unless it has it. `param`: the request's field that names it."""
+
+
 class Planner:
-    """Makes jobs.
+    """Plans generation requests.
 
     Every method raises InvalidRequestError, AdapterNotFoundError, UnavailableError, and what pulling an
     adapter from the Hub raises. Adapters are looked up last, so that the result is up to date.
@@ -101,8 +106,8 @@ class Planner:
         supervisor: EngineSupervisor,
         tokenizer: BaseTokenizer,
         catalog: Catalog,
-        hub: HubAdapters,
-        checkpoints: CheckpointModels,
+        hub: AdapterFetcher,
+        checkpoints: AdapterFetcher,
         limits: RequestLimits,
     ) -> None:
         self._supervisor = supervisor

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onebase_adapters.format.config import CLASSIFIERS
+from onebase_edge.errors import InvalidRequestError
 from onebase_engine.base.chat import without_padding
 from onebase_engine.engine.messages import Pooling, Sampling
-from onebase_server.errors import InvalidRequestError
-from onebase_server.http.schemas.generation import ConversationFields
-from onebase_server.http.schemas.pooling import (
+from onebase_server.inference.generation import GenerationRequest, Prompt, new_id
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.requests.planner import Planner, check_generates, check_prompts
+from onebase_server.requests.schemas.generation import ConversationFields
+from onebase_server.requests.schemas.pooling import (
     ClassifyRequest,
     DecideRequest,
     EmbeddingRequest,
@@ -19,10 +22,7 @@ from onebase_server.http.schemas.pooling import (
     ReadingFields,
     inputs_of,
 )
-from onebase_server.http.schemas.wire import rebuilt
-from onebase_server.inference.generation import GenerationRequest, Prompt, new_id
-from onebase_server.requests.planner import Planner, check_generates, check_prompts
-from onebase_server.requests.tokenization import BaseTokenizer
+from onebase_server.requests.schemas.wire import rebuilt
 from onebase_server.tenancy.access import Caller
 
 AT_ONCE = 64

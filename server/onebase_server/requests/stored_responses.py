@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from onebase_server.errors import UnknownResponseError
+from onebase_edge.errors import UnknownResponseError
 
 OVERHEAD = 1000
 """Bytes that a response takes besides its texts, at most."""

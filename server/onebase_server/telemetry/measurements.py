@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from onebase_server.inference.generation import GenerationRequest
-from onebase_server.inference.stream import RequestTimestamps, TokenUsage
+from onebase_engine.engine.messages import Grammar, Sampling
 from onebase_server.telemetry.histogram import Histogram
 
 MOST_ADAPTERS = 200
@@ -28,6 +29,76 @@ REQUEST_SECONDS = (
 )  # fmt: skip
 TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 CHOICES = (1, 2, 5, 10, 20)
+
+
+@dataclass
+class TokenUsage:
+    """Tokens: `cached` of the prompts' came from the prefix cache."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+
+@dataclass
+class RequestTimestamps:
+    """Timestamps of a request, on the monotonic clock that all processes share; 0: not yet."""
+
+    arrived: float = field(default_factory=time.monotonic)
+    submitted: float = 0.0
+    """Time at which its adapters were in memory and it was submitted to the engine."""
+    started: float = 0.0
+    """Time of the first step of the sequence that waited longest."""
+    first: float = 0.0
+    """Time of its first token."""
+    last: float = 0.0
+    """Time of its last token, or of the end of a request that only reads."""
+
+
+class UsedVersion(Protocol):
+    """Version of an adapter that a request is answered with."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+
+class UsedAdapters(Protocol):
+    """Adapters that a request is answered with; none for the base."""
+
+    @property
+    def uses(self) -> Sequence[UsedVersion]: ...
+
+
+class MeasuredRequest(Protocol):
+    """Part of a request to the engine that measurements and traces report."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def adapter(self) -> UsedAdapters: ...
+
+    @property
+    def choices(self) -> int: ...
+
+    @property
+    def background(self) -> bool: ...
+
+    @property
+    def sampling(self) -> Sampling: ...
+
+    @property
+    def grammar(self) -> Grammar | None: ...
+
+    @property
+    def generates(self) -> bool:
+        """Return False if it only reads texts: for vectors, classes or scores."""
 
 
 @dataclass
@@ -66,7 +137,7 @@ class RequestMeasurements:
         self._uses: dict[tuple[str, str], AdapterUse] = {}
 
     def ended(
-        self, job: GenerationRequest, usage: TokenUsage, timestamps: RequestTimestamps, finished: Counter[str]
+        self, job: MeasuredRequest, usage: TokenUsage, timestamps: RequestTimestamps, finished: Counter[str]
     ) -> None:
         """One request is over. finished: its choices by how they ended."""
         for name in {use.name for use in job.adapter.uses} or {""}:
@@ -80,7 +151,7 @@ class RequestMeasurements:
         self.prompt_tokens.observe(usage.prompt)
         self.completion_tokens.observe(usage.completion)
         self.choices.observe(job.choices)
-        if job.pooling is None and not job.branches:
+        if job.generates:
             self.max_tokens.observe(job.sampling.max_tokens)
         if timestamps.first:
             self.first_token.observe(timestamps.first - timestamps.arrived)

@@ -32,11 +32,10 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import onebase_server
+from onebase_adapters.names import label
+from onebase_edge.settings import OTEL_ENDPOINTS
 from onebase_engine.logs import REQUEST
-from onebase_server.adapters.catalog import SHORT_DIGEST
-from onebase_server.app.settings import OTEL_ENDPOINTS
-from onebase_server.inference.generation import GenerationRequest
-from onebase_server.inference.stream import RequestTimestamps, TokenUsage
+from onebase_server.telemetry.measurements import MeasuredRequest, RequestTimestamps, TokenUsage
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -128,7 +127,7 @@ class Tracing:
                 span.set_attribute("http.route", route)
 
     def of_request(
-        self, job: GenerationRequest, scope: Scope, base: str, *, stream: bool = False
+        self, job: MeasuredRequest, scope: Scope, base: str, *, stream: bool = False
     ) -> RequestSpans | None:
         """The spans of a job that begins now, for the request of this scope. None: there are none."""
         parent = get_current_span()
@@ -142,7 +141,7 @@ class RequestSpans:
     """Spans of one request for text, all of them exported once it is over."""
 
     def __init__(
-        self, tracer: Tracer, parent: Context, job: GenerationRequest, operation: str, base: str, stream: bool
+        self, tracer: Tracer, parent: Context, job: MeasuredRequest, operation: str, base: str, stream: bool
     ) -> None:
         self._tracer = tracer
         self._parent = parent
@@ -155,7 +154,7 @@ class RequestSpans:
         """Export one span by the conventions, and in it: adapter load, queue, prefill, decode and stream."""
         now = time.monotonic()
         at = _epoch()
-        names = [f"{use.name}@{use.digest[:SHORT_DIGEST]}" for use in self._job.adapter.uses]
+        names = [label(use.name, use.digest) for use in self._job.adapter.uses]
         asked = "+".join(use.name for use in self._job.adapter.uses) or self._base
         attributes = self._attributes(asked, "+".join(names) or self._base)
         attributes |= {
@@ -202,7 +201,7 @@ class RequestSpans:
         }
         if job.choices != 1:
             told["gen_ai.request.choice.count"] = job.choices
-        if job.pooling is None and not job.branches:
+        if job.generates:
             told |= {
                 "gen_ai.output.type": "json" if job.grammar and job.grammar.kind == "json_schema" else "text",
                 "gen_ai.request.stream": self._stream,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import math
 import time
@@ -22,9 +21,9 @@ from onebase_adapters.registry import (
     Tenants,
 )
 from onebase_adapters.registry.keys import USED_SECONDS, Callers, id_of, is_key_of
-from onebase_server.app.storage import storage_errors
-from onebase_server.background import Threads
-from onebase_server.errors import ForbiddenError, UnauthenticatedError, UnavailableError
+from onebase_edge.background import Threads
+from onebase_edge.errors import ForbiddenError, UnauthenticatedError, UnavailableError
+from onebase_server.storage.calls import storage_errors
 
 Access = Scope | Literal["any", "open", "metrics"]
 """Requirement of a route: a scope, any valid key, or nothing. `metrics` needs no key if the settings say so,
@@ -62,23 +61,6 @@ LOCAL = Caller("", DEFAULT_TENANT, frozenset({"admin"}))
 """The caller of every request to a server that needs no keys."""
 NOBODY = Caller("", "", frozenset())
 """The caller of an open route."""
-
-
-def is_loopback(host: str) -> bool:
-    """Return True if only this machine reaches what listens on `host`."""
-    address = ip_address(host)
-    return host == "localhost" if address is None else address.is_loopback
-
-
-def ip_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return the address, or None if the name is not one. What cannot be one is not parsed, since that is
-    slow."""
-    if ":" not in name and not name[-1:].isdigit():
-        return None
-    try:
-        return ipaddress.ip_address(name)
-    except ValueError:
-        return None
 
 
 class KeyRing:

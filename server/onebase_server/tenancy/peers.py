@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from onebase_adapters.registry import OtherServer, RegistryError, ServerRecords
-from onebase_server.background import Threads
+from onebase_edge.background import Threads
 from onebase_server.tenancy.quotas import Limiter
 
 LEASE_SECONDS = 30.0

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 from weakref import WeakValueDictionary
 
 from onebase_adapters.registry import Quotas, QuotaUse
-from onebase_server.errors import ApiError, QuotaExceededError, QuotaSpentError
+from onebase_edge.errors import ApiError, QuotaExceededError, QuotaSpentError
 from onebase_server.tenancy.access import Caller
 
 WINDOW_SECONDS = 60.0

@@ -14,10 +14,10 @@ from dataclasses import asdict
 
 from onebase_adapters.registry import RegistryError, UsageFigures, UsageKey, UsageRecords
 from onebase_adapters.registry.usage import DIMENSIONS, FIGURES
-from onebase_server.app.storage import storage_errors
-from onebase_server.background import Threads
-from onebase_server.errors import InvalidRequestError
-from onebase_server.inference.stream import TokenUsage
+from onebase_edge.background import Threads
+from onebase_edge.errors import InvalidRequestError
+from onebase_server.storage.calls import storage_errors
+from onebase_server.telemetry.measurements import TokenUsage
 
 FLUSH_SECONDS = 5.0
 """Time, in seconds, between two writes, and so the longest usage that a killed server loses."""

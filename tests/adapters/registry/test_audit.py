@@ -14,7 +14,6 @@ from tests.adapters.registry.conftest import Open, add, blob
 from onebase_adapters.registry import (
     FileInUseError,
     FileRecord,
-    JobError,
     JobEvent,
     NewJob,
     Origin,
@@ -23,6 +22,7 @@ from onebase_adapters.registry import (
     UnknownKeyError,
     acting,
 )
+from onebase_protocol.training import TrainingFailure
 
 ADA = Origin("ob-0123456789abcdef", request="req-1")
 
@@ -88,7 +88,7 @@ def test_files_keys_and_jobs_are_there_and_what_a_server_does_for_a_job_is_done_
     training.move(job, "queued", ("validating_files",))
     training.move(job, "running", ("queued",))
     training.move(job, "queued", ("running",))  # interrupted: nobody's doing
-    training.move(other, "failed", ("validating_files",), error=JobError("disk_full", "full"))
+    training.move(other, "failed", ("validating_files",), error=TrainingFailure("disk_full", "full"))
     with acting(Origin("ob-fedcba9876543210")):
         training.move(job, "paused", ("queued",))
         training.move(job, "queued", ("paused",))

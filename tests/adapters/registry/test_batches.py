@@ -8,7 +8,6 @@ import pytest
 
 from onebase_adapters.registry import (
     BatchElsewhereError,
-    BatchErrorRecord,
     BatchStateError,
     FileInUseError,
     FileRecord,
@@ -22,6 +21,7 @@ from onebase_adapters.registry import (
     acting,
 )
 from onebase_adapters.registry import batches as module
+from onebase_protocol.batches import BatchError
 
 SHA = "ab" * 32
 HERE = "server-1"
@@ -85,15 +85,13 @@ def test_it_moves_from_the_states_that_are_named_and_keeps_when_and_why(registry
     with pytest.raises(UnknownBatchError):
         registry.batches.move("batch_1", "cancelling", ("in_progress",), tenant="rival")
 
-    errors = [
-        BatchErrorRecord("invalid_api_key", "It was revoked."),
-        BatchErrorRecord("x", "nul \0", 3, "body"),
-    ]
+    revoked = BatchError(code="invalid_api_key", message="It was revoked.")
+    errors = [revoked, BatchError(code="x", message="nul \0", line=3, param="body")]
     ended = registry.batches.move("batch_1", "failed", ("in_progress",), errors=errors, output_file="file-2")
 
     assert ended.ended
     assert ended.times["in_progress"] == batch.times["in_progress"] <= ended.times["failed"]
-    assert ended.errors == (errors[0], BatchErrorRecord("x", "nul \ufffd", 3, "body"))
+    assert ended.errors == (revoked, BatchError(code="x", message="nul \ufffd", line=3, param="body"))
     assert (ended.total, ended.completed, ended.failed, ended.usage) == (5, 3, 1, {"prompt": 9})
     assert registry.batches.batch("acme", "batch_1") == ended
     assert registry.batches.open_ids(HERE) == set()

@@ -12,7 +12,6 @@ from onebase_adapters.registry import (
     Checkpoint,
     FileInUseError,
     FileRecord,
-    JobError,
     JobEvent,
     JobStateError,
     JobStop,
@@ -25,6 +24,7 @@ from onebase_adapters.registry import (
     UnknownJobError,
     acting,
 )
+from onebase_protocol.training import TrainingFailure
 
 TENANT = "default"
 
@@ -132,6 +132,14 @@ def test_jobs_are_found_by_their_labels(registry: Registry, jobs: list[TrainingJ
     assert registry.training.jobs(TENANT, limit=9, labels={"team": "a", "x": "2"}) == []
 
 
+@pytest.mark.parametrize("key", ['a "quoted" key', "back\\slash", "Schlüssel", "a.b[0]", "$", "0", "'"])
+def test_a_label_is_found_whatever_its_key_is(registry: Registry, jobs: list[TrainingJob], key: str) -> None:
+    add_job(registry, "four", labels={key: key})
+    add_job(registry, "five", labels={key: "other", "other": key})
+    found = registry.training.jobs(TENANT, limit=9, labels={key: key})
+    assert [job.name for job in found] == ["four"]
+
+
 def test_events_are_read_forwards_and_backwards_without_a_gap(
     registry: Registry, jobs: list[TrainingJob]
 ) -> None:
@@ -161,8 +169,10 @@ def test_a_state_is_left_only_by_those_who_expect_it(registry: Registry, jobs: l
     with pytest.raises(JobStateError) as refused:
         records.move(job.id, "paused", ("running",), event("never told"))
     assert refused.value.state == "queued"
-    failed = records.move(job.id, "failed", ("queued",), error=JobError("bad", "a bad file", "training_file"))
-    assert failed.error == JobError("bad", "a bad file", "training_file")
+    failed = records.move(
+        job.id, "failed", ("queued",), error=TrainingFailure("bad", "a bad file", "training_file")
+    )
+    assert failed.error == TrainingFailure("bad", "a bad file", "training_file")
     assert failed.finished_at is not None
     again = records.move(job.id, "queued", ("failed",))
     assert (again.error, again.finished_at) == (None, None)
@@ -192,7 +202,9 @@ def test_a_server_has_to_do_what_is_its_own_and_not_at_an_end(
     assert [job.id for job in records.open_jobs("s2")] == ["ftjob-elsewhere"]
     records.move("ftjob-two", "running", ("validating_files",), report={"steps": 3})
     assert records.open_jobs("s1")[0] == OpenJob("ftjob-two", "default", "running", 0, True)
-    records.move("ftjob-elsewhere", "failed", ("validating_files",), error=JobError("bad", "a bad file"))
+    records.move(
+        "ftjob-elsewhere", "failed", ("validating_files",), error=TrainingFailure("bad", "a bad file")
+    )
     assert records.job_ends("s2") == {"ftjob-elsewhere": ("failed", "bad")}
     assert records.job_ends("s1")["ftjob-one"] == ("cancelled", None)
 
@@ -225,7 +237,9 @@ def test_a_file_stays_while_a_job_needs_it(registry: Registry, jobs: list[Traini
 def test_a_file_stays_while_a_failed_job_may_go_on(registry: Registry, jobs: list[TrainingJob]) -> None:
     records = registry.training
     for job in jobs:
-        records.move(job.id, "failed", ("validating_files",), error=JobError("disk_full", "it is full"))
+        records.move(
+            job.id, "failed", ("validating_files",), error=TrainingFailure("disk_full", "it is full")
+        )
     with pytest.raises(FileInUseError):
         records.delete_file(TENANT, "file-a", ("disk_full", "trainer_died"))
     records.delete_file(TENANT, "file-a", ("trainer_died",))

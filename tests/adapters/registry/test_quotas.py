@@ -13,7 +13,6 @@ from tests.adapters.registry.conftest import Open, add, blob
 from onebase_adapters.registry import (
     JOB_STATES,
     FileRecord,
-    JobError,
     JobEvent,
     JobState,
     NewJob,
@@ -26,6 +25,7 @@ from onebase_adapters.registry import (
     UsageFigures,
     UsageKey,
 )
+from onebase_protocol.training import TrainingFailure
 
 NOW = time.strftime("%Y-%m-%d", time.gmtime())
 
@@ -181,9 +181,9 @@ def test_jobs_that_wait_count_until_they_are_over(registry: Registry) -> None:
         move("job-1", state, JOB_STATES)
         said = refused("jobs", 2, add_job, registry, "job-3")
         assert "cancel one" in said
-    move("job-1", "failed", JOB_STATES, error=JobError("disk_full", "it can be resumed"))
+    move("job-1", "failed", JOB_STATES, error=TrainingFailure("disk_full", "it can be resumed"))
     refused("jobs", 2, add_job, registry, "job-3")
-    move("job-1", "failed", JOB_STATES, error=JobError("invalid_file", "it cannot"))
+    move("job-1", "failed", JOB_STATES, error=TrainingFailure("invalid_file", "it cannot"))
     add_job(registry, "job-3")
     refused("jobs", 2, add_job, registry, "job-4")
     move("job-2", "cancelled", JOB_STATES)

@@ -15,9 +15,9 @@ from onebase_adapters.registry import (
     StaleActivationError,
     UnknownAdapterError,
     UnknownVersionError,
-    VersionError,
 )
 from onebase_adapters.store.blobs import AdapterFiles, Blob
+from onebase_protocol.adapters import VersionFailure
 
 HERE = ("default", "a")
 REPORT = {
@@ -66,7 +66,7 @@ def test_a_failed_version_is_tried_again_when_it_is_sent_again(registry: Registr
     both = files("1")
     registry.add_version("a", both.digest, both, {"kind": "upload"})
     failed = registry.set_state(*HERE, both.digest, "failed", error=("not_finite", "q_proj has NaN"))
-    assert failed.error == VersionError("not_finite", "q_proj has NaN")
+    assert failed.error == VersionFailure("not_finite", "q_proj has NaN")
     assert failed.finished_at is not None
     hub = {"kind": "hub", "repo": "acme/a"}
     again, created = registry.add_version("a", both.digest, both, hub, actor="ob-2")

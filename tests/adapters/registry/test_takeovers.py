@@ -14,7 +14,8 @@ from tests.adapters.registry.test_jobs import TENANT, add_file, add_job, event
 from onebase_adapters.registry import (
     Checkpoint,
     JobElsewhereError,
-    JobError,
+    JobState,
+    JobStateError,
     Origin,
     ParentVersion,
     Registry,
@@ -23,6 +24,7 @@ from onebase_adapters.registry import (
     acting,
     takeovers,
 )
+from onebase_protocol.training import TrainingFailure
 
 JOB = "ftjob-one"
 
@@ -146,11 +148,25 @@ def test_what_a_server_writes_of_a_job_that_it_has_lost_is_refused(
         for write in refused:
             with pytest.raises(JobElsewhereError):
                 write()
+    records.move(JOB, "running", ("queued",), server="s2")
     with acting(Origin(actor="job", owned=(JOB, "s2"))):
         registry.activate(TENANT, "mine", digest)
-    records.move(JOB, "running", ("queued",), server="s2")
     records.move(JOB, "cancelled", ("running",))  # whoever asks
     assert len(registry.versions(TENANT, "mine")) == 1
+
+
+@pytest.mark.parametrize("state", ["cancelled", "paused"])
+def test_a_job_that_was_stopped_a_moment_ago_activates_nothing(
+    registry: Registry, job: TrainingJob, state: JobState
+) -> None:
+    move(registry, "running")
+    with acting(Origin(actor="job", owned=(JOB, "s1"))):
+        digest = add(registry, "mine", "1")
+    move(registry, state)
+    with acting(Origin(actor="job", owned=(JOB, "s1"))), pytest.raises(JobStateError, match=state):
+        registry.activate(TENANT, "mine", digest)
+    assert registry.adapter(TENANT, "mine").active is None
+    registry.activate(TENANT, "mine", digest)  # a user may
 
 
 def test_of_servers_that_want_one_job_one_gets_it(
@@ -201,7 +217,7 @@ def test_what_a_job_goes_on_from_stays_in_the_store_as_long_as_it_may_go_on(
     move(registry, "running", report={"steps": 10})
     saved(registry, 10)
     assert [one.trained for one in takeovers.unkept("s1", ["disk_full"])] == [True]
-    move(registry, "failed", error=JobError("disk_full", "it is full"))
+    move(registry, "failed", error=TrainingFailure("disk_full", "it is full"))
     takeovers.drop_ended(["disk_full"])
     assert takeovers.unkept("s1", []) == []
     assert registry.referenced_blobs() == {new, rows}

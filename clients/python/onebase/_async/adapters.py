@@ -8,6 +8,8 @@ from pathlib import Path
 
 import anyio
 
+from onebase_protocol.common import ListAnswer
+
 from .._core import adapters
 from .._core.config import UNSET, Unset
 from .._core.requests import Call
@@ -35,7 +37,7 @@ class AsyncAdapters:
 
     async def list(self) -> tuple[Adapter, ...]:
         """Every adapter of the server."""
-        return await self._http.ask(adapters.LIST, adapters.parse_adapters)
+        return (await self._http.ask(adapters.LIST, ListAnswer[Adapter])).data
 
     async def retrieve(self, name: str) -> Adapter:
         """One adapter.
@@ -43,7 +45,7 @@ class AsyncAdapters:
         Raises:
             NotFoundError: there is no adapter of this name.
         """
-        return await self._http.ask(adapters.retrieve(name), adapters.parse_adapter)
+        return await self._http.ask(adapters.retrieve(name), Adapter)
 
     async def versions(self, name: str) -> tuple[AdapterVersion, ...]:
         """All versions of an adapter, the newest first.
@@ -51,7 +53,7 @@ class AsyncAdapters:
         Raises:
             NotFoundError: there is no such adapter.
         """
-        return await self._http.ask(adapters.versions(name), adapters.parse_versions)
+        return (await self._http.ask(adapters.versions(name), ListAnswer[AdapterVersion])).data
 
     async def version(self, name: str, version: str) -> AdapterVersion:
         """One version, with its report.
@@ -62,7 +64,7 @@ class AsyncAdapters:
         Raises:
             NotFoundError: there is no such version.
         """
-        return await self._http.ask(adapters.version(name, version), adapters.parse_version)
+        return await self._http.ask(adapters.version(name, version), AdapterVersion)
 
     async def history(self, name: str) -> tuple[Activation, ...]:
         """Return the versions that answered to the name, and since when; the newest entry first.
@@ -70,7 +72,7 @@ class AsyncAdapters:
         Raises:
             NotFoundError: there is no such adapter.
         """
-        return await self._http.ask(adapters.history(name), adapters.parse_history)
+        return (await self._http.ask(adapters.history(name), ListAnswer[Activation])).data
 
     async def files(self, name: str, version: str) -> VersionFiles:
         """The files of a version, with their sizes and SHA-256 sums, and where its base comes from.
@@ -82,7 +84,7 @@ class AsyncAdapters:
             NotFoundError: there is no such adapter or version.
             PermissionDeniedError: another tenant shares it, and only its owner may take it elsewhere.
         """
-        return await self._http.ask(adapters.files(name, version), adapters.parse_files)
+        return await self._http.ask(adapters.files(name, version), VersionFiles)
 
     async def download(
         self,
@@ -276,7 +278,7 @@ class AsyncAdapters:
         """
         waiting = adapters.Waiting(version, progress)
         while not waiting.over:
-            waiting.note_answer(await self._http.ask(waiting.question(), adapters.parse_version))
+            waiting.note_answer(await self._http.ask(waiting.question(), AdapterVersion))
             await anyio.sleep(waiting.rest())
         return waiting.version
 
@@ -292,7 +294,7 @@ class AsyncAdapters:
             ConflictError: another version than `expected` is active (`.current`), or `version` is not ready.
             NotFoundError: there is no such adapter or version.
         """
-        return await self._http.ask(adapters.activate(name, version, expected), adapters.parse_adapter)
+        return await self._http.ask(adapters.activate(name, version, expected), Adapter)
 
     async def rollback(self, name: str, *, expected: str | Unset | None = UNSET) -> Adapter:
         """Activate the version that was active before the present one.
@@ -304,7 +306,7 @@ class AsyncAdapters:
             ConflictError: there is no version to go back to, or another version than `expected` is active.
             NotFoundError: there is no such adapter.
         """
-        return await self._http.ask(adapters.rollback(name, expected), adapters.parse_adapter)
+        return await self._http.ask(adapters.rollback(name, expected), Adapter)
 
     async def deactivate(self, name: str) -> Adapter:
         """Leave the name without an active version. `name@version` still reaches its versions.
@@ -312,7 +314,7 @@ class AsyncAdapters:
         Raises:
             NotFoundError: there is no such adapter.
         """
-        return await self._http.ask(adapters.deactivate(name), adapters.parse_adapter)
+        return await self._http.ask(adapters.deactivate(name), Adapter)
 
     async def pin(self, name: str, pinned: bool = True) -> Adapter:
         """Keep an adapter in memory even if others are used more recently; False ends that. For operators.
@@ -321,7 +323,7 @@ class AsyncAdapters:
             NotFoundError: there is no such adapter.
             PermissionDeniedError: the API key lacks the scope `admin`.
         """
-        return await self._http.ask(adapters.pin(name, pinned), adapters.parse_adapter)
+        return await self._http.ask(adapters.pin(name, pinned), Adapter)
 
     async def share(self, name: str, shared: bool = True) -> Adapter:
         """Let all tenants use an adapter and look at it; False ends that. For operators.
@@ -330,7 +332,7 @@ class AsyncAdapters:
             NotFoundError: there is no such adapter.
             PermissionDeniedError: the API key lacks the scope `admin`.
         """
-        return await self._http.ask(adapters.share(name, shared), adapters.parse_adapter)
+        return await self._http.ask(adapters.share(name, shared), Adapter)
 
     async def delete(self, name: str, version: str | None = None, *, force: bool = False) -> None:
         """Delete one version, or the adapter with all of them. It cannot be undone.
@@ -349,7 +351,7 @@ class AsyncAdapters:
         self, call: Call, activate: bool, wait: bool, progress: ProgressCallback | None
     ) -> AdapterVersion:
         try:
-            version = await self._http.ask(call, adapters.parse_version)
+            version = await self._http.ask(call, AdapterVersion)
         except UnprocessableError as error:
             raise adapters.refused(error) from error
         if not wait:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import anyio
 
+from onebase_protocol.common import PageAnswer
+
 from .._core import batches, training
-from .._core.parse import parse
+from .._core.parse import decode
 from .._core.requests import Call
 from .._core.retry import ReconnectBackoff
 from .._http import Reply
+from .._terminal.batches import observer
 from ..adapter_types import ProgressCallback
 from ..batch_types import Batch, BatchCallback, BatchResult
 from ..errors import APIConnectionError, APIStatusError, APITimeoutError
@@ -61,7 +64,7 @@ class AsyncBatches:
         if isinstance(source, Path):
             source = (await AsyncFiles(self._http).upload(source, purpose="batch", progress=progress)).id
         call = batches.create(source, endpoint, completion_window, metadata)
-        return await self._http.ask(call, batches.parse_batch)
+        return await self._http.ask(call, Batch)
 
     async def retrieve(self, batch_id: str) -> Batch:
         """One batch as it is now.
@@ -69,7 +72,7 @@ class AsyncBatches:
         Raises:
             NotFoundError: there is no batch of this id.
         """
-        return await self._http.ask(batches.batch(batch_id), batches.parse_batch)
+        return await self._http.ask(batches.batch(batch_id), Batch)
 
     async def list(self, *, limit: int | None = None) -> tuple[Batch, ...]:
         """The batches, the newest first.
@@ -77,7 +80,7 @@ class AsyncBatches:
         Args:
             limit: The largest number of batches; None: all.
         """
-        return await self._http.collect(batches.list_batches, batches.parse_batch, limit)
+        return await self._http.collect(batches.list_batches, PageAnswer[Batch], limit)
 
     async def cancel(self, batch_id: str) -> Batch:
         """End a batch. What is answered by then stays.
@@ -85,7 +88,7 @@ class AsyncBatches:
         Raises:
             ConflictError: it has ended.
         """
-        return await self._http.ask(batches.cancel(batch_id), batches.parse_batch)
+        return await self._http.ask(batches.cancel(batch_id), Batch)
 
     async def wait(self, batch_id: str, *, progress: bool | BatchCallback = True) -> Batch:
         """Wait until a batch has ended, and give it, however it ended. It goes on if you stop waiting.
@@ -98,10 +101,10 @@ class AsyncBatches:
             APIConnectionError, APITimeoutError: the server was away for more than about a minute.
         """
         pause, known = batches.FIRST_PAUSE_S, None
-        with batches.observer(progress) as watch:
+        with observer(progress) as watch:
             while True:
                 reply = await self._send_patiently(batches.batch(batch_id))
-                batch = parse(reply.body, batches.parse_batch)
+                batch = decode(reply.body, Batch)
                 if batch != known:
                     watch.show(batch)
                     known = batch

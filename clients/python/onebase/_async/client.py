@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import date
 from types import TracebackType
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
-from .._core import audit, parse, reading, requests
-from .._core import usage as usage_calls
+from onebase_protocol.access import UsageAnswer
+from onebase_protocol.common import ListAnswer, PageAnswer
+from onebase_protocol.reading import ClassifyAnswer, EmbeddingsAnswer, RerankAnswer
+from onebase_protocol.text import GeneratedAnswer
+
+from .._core import access, parse, reading, requests
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
-from .._core.metrics import METRICS, Metrics, parse_metrics
 from .._http import AsyncPool, AsyncTransport
+from ..metrics import METRICS, Metrics, parse_metrics
 from ..types import (
     AdapterSpec,
     AuditEntry,
@@ -150,8 +153,7 @@ class AsyncClient:
             TypeError, ValueError: an argument is wrong; nothing was sent.
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=False)
-        answer = await self._http.ask(call, parse.generation)
-        return replace(answer, schema=sampling.get("schema"))
+        return parse.generation(await self._http.ask(call, GeneratedAnswer), sampling.get("schema"))
 
     async def chat(
         self, messages: Messages, *, adapter: AdapterSpec = None, **sampling: Unpack[SamplingFields]
@@ -215,7 +217,7 @@ class AsyncClient:
             ValueError: there are no texts; nothing was sent.
         """
         call = reading.embed(texts, adapter, pooling, dimensions, normalize)
-        return await self._http.ask(call, reading.parse_embeddings)
+        return reading.embeddings(await self._http.ask(call, EmbeddingsAnswer))
 
     async def classify(
         self,
@@ -235,7 +237,7 @@ class AsyncClient:
             ValueError: Neither or both of `texts` and `messages`; nothing was sent.
         """
         call = reading.classify(texts, messages, adapter)
-        return await self._http.ask(call, reading.parse_classifications)
+        return reading.classifications(await self._http.ask(call, ClassifyAnswer))
 
     async def rerank(
         self,
@@ -257,7 +259,7 @@ class AsyncClient:
             OneBaseError: As `embed`.
         """
         call = reading.rerank(query, documents, adapter, pooling, top_n)
-        return await self._http.ask(call, reading.ranked_of(documents))
+        return reading.ranked(await self._http.ask(call, RerankAnswer), documents)
 
     async def decide(
         self,
@@ -286,7 +288,7 @@ class AsyncClient:
             OneBaseError: As `generate`.
         """
         call = reading.decide(choices, prompt, messages, adapter, ends, normalize, prior, temperature)
-        return await self._http.ask(call, reading.parse_decision)
+        return await self._http.ask(call, Decision)
 
     async def usage(
         self,
@@ -308,8 +310,8 @@ class AsyncClient:
             BadRequestError: no such day or column, or too much for one answer.
             PermissionDeniedError: `tenant` is another one, and the key lacks the scope `admin`.
         """
-        call = usage_calls.usage(start, end, group_by, tenant)
-        return await self._http.ask(call, usage_calls.parse_usage)
+        call = access.usage(start, end, group_by, tenant)
+        return (await self._http.ask(call, UsageAnswer)).data
 
     async def usage_csv(
         self,
@@ -321,7 +323,7 @@ class AsyncClient:
     ) -> str:
         """Return `usage` as CSV with a line of titles. No name in it looks like a formula to a
         spreadsheet."""
-        reply = await self._http.send(usage_calls.usage(start, end, group_by, tenant, csv=True))
+        reply = await self._http.send(access.usage(start, end, group_by, tenant, csv=True))
         return reply.body.decode()
 
     async def audit(
@@ -353,8 +355,8 @@ class AsyncClient:
         """
         order = "asc" if oldest_first else "desc"
         return await self._http.collect(
-            lambda last, size: audit.entries(tenant, action, target, since, order, last, size),
-            audit.parse_entry,
+            lambda last, size: access.audit_entries(tenant, action, target, since, order, last, size),
+            PageAnswer[AuditEntry],
             limit,
             after,
         )
@@ -379,7 +381,7 @@ class AsyncClient:
 
     async def version(self) -> ServerVersion:
         """The server's version."""
-        return await self._http.ask(requests.VERSION, parse.version)
+        return parse.version(await self._http.ask(requests.VERSION, dict[str, Any]))
 
     async def metrics(self) -> Metrics:
         """The server's figures of now, as Prometheus gets them.
@@ -411,7 +413,7 @@ class AsyncModels:
 
     async def list(self) -> tuple[Model, ...]:
         """The base and every adapter."""
-        return await self._http.ask(requests.MODELS, parse.models)
+        return (await self._http.ask(requests.MODELS, ListAnswer[Model])).data
 
     async def retrieve(self, model_id: str) -> Model:
         """One model.
@@ -419,4 +421,4 @@ class AsyncModels:
         Raises:
             NotFoundError: there is no model of this name.
         """
-        return await self._http.ask(requests.model(model_id), parse.model)
+        return await self._http.ask(requests.model(model_id), Model)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .._core import keys, usage
+from onebase_protocol.common import ListAnswer
+
+from .._core import access
 from ..types import ApiKey, NewApiKey, Tenant
 from .http import AsyncHttp
 
@@ -42,8 +44,8 @@ class AsyncKeys:
             BadRequestError: no key can have such a tenant, scope, name or end.
             PermissionDeniedError: there is no key yet, or yours lacks the scope `admin`.
         """
-        call = keys.create(scopes, tenant, name, expires_in, quotas, priority)
-        return await self._http.ask(call, keys.parse_new_key)
+        call = access.create_key(scopes, tenant, name, expires_in, quotas, priority)
+        return await self._http.ask(call, NewApiKey)
 
     async def update(
         self, key_id: str, *, quotas: Mapping[str, int | None] | None = None, priority: int | None = None
@@ -58,11 +60,11 @@ class AsyncKeys:
             BadRequestError: no key can have such a quota or priority.
             NotFoundError: there is no key of this id.
         """
-        return await self._http.ask(keys.update(key_id, quotas, priority), keys.parse_key)
+        return await self._http.ask(access.update_key(key_id, quotas, priority), ApiKey)
 
     async def list(self) -> tuple[ApiKey, ...]:
         """All keys that there ever were, of all tenants, the newest first."""
-        return await self._http.ask(keys.LIST, keys.parse_keys)
+        return (await self._http.ask(access.KEYS, ListAnswer[ApiKey])).data
 
     async def revoke(self, key_id: str) -> ApiKey:
         """End a key for good: at once on this server, within a second on the others.
@@ -70,7 +72,7 @@ class AsyncKeys:
         Raises:
             NotFoundError: there is no key of this id.
         """
-        return await self._http.ask(keys.revoke(key_id), keys.parse_key)
+        return await self._http.ask(access.revoke_key(key_id), ApiKey)
 
 
 class AsyncTenants:
@@ -81,7 +83,7 @@ class AsyncTenants:
 
     async def list(self) -> tuple[Tenant, ...]:
         """All tenants, for a key with the scope `admin`; for others their own."""
-        return await self._http.ask(usage.TENANTS, usage.parse_tenants)
+        return (await self._http.ask(access.TENANTS, ListAnswer[Tenant])).data
 
     async def set_quotas(self, tenant: str, quotas: Mapping[str, int | None]) -> Tenant:
         """Change a tenant's quotas: at once on this server, within a second on the others.
@@ -94,4 +96,4 @@ class AsyncTenants:
         Raises:
             BadRequestError: no tenant can have such a name or quota.
         """
-        return await self._http.ask(usage.set_quotas(tenant, quotas), usage.parse_tenant)
+        return await self._http.ask(access.set_quotas(tenant, quotas), Tenant)

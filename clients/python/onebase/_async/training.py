@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Unpack
 
-from .._core import parse, requests, training
-from .._core.parse import page_of
+from onebase_protocol.common import ListAnswer, PageAnswer
+
+from .._core import requests, training
 from .._core.requests import Body
 from ..adapter_types import ProgressCallback
 from ..errors import APIStatusError, OneBaseError
@@ -20,6 +21,7 @@ from ..training_types import (
     TrainingMethod,
     TrainingSettings,
 )
+from ..types import Model
 from .http import AsyncHttp
 from .jobs import AsyncTrainingJob
 
@@ -57,12 +59,12 @@ class AsyncFiles:
         file = training.existing(path, "path")
         digest = training.sha256(file)
         call = training.same_content(digest, purpose)
-        found = (await self._http.ask(call, page_of(training.parse_file))).items
+        found = (await self._http.ask(call, PageAnswer[TrainingFile])).data
         known = training.one_of(found, digest, file.name)
         if known is not None:
             return known, False
         sent = training.upload(file, purpose, progress)
-        return await self._http.ask(sent, training.parse_file), True
+        return await self._http.ask(sent, TrainingFile), True
 
     async def list(self, *, purpose: str | None = None) -> tuple[TrainingFile, ...]:
         """All files, the newest first.
@@ -71,7 +73,7 @@ class AsyncFiles:
             purpose: Only those of this purpose: `fine-tune`, `fine-tune-results`, `batch` or `batch_output`.
         """
         return await self._http.collect(
-            lambda after, size: training.list_files(purpose, after, size), training.parse_file
+            lambda after, size: training.list_files(purpose, after, size), PageAnswer[TrainingFile]
         )
 
     async def get(self, file_id: str) -> TrainingFile:
@@ -80,7 +82,7 @@ class AsyncFiles:
         Raises:
             NotFoundError: there is no file of this id.
         """
-        return await self._http.ask(training.file(file_id), training.parse_file)
+        return await self._http.ask(training.file(file_id), TrainingFile)
 
     async def content(self, file_id: str) -> bytes:
         """The whole content of a file.
@@ -175,7 +177,7 @@ class AsyncTraining:
             train_id = await uploads.id_of(train)
             validation_id = None if validation is None else await uploads.id_of(validation)
             call = training.create(body, train_id, validation_id)
-            return self._job(await self._http.ask(call, training.parse_job))
+            return self._job(await self._http.ask(call, TrainingJobInfo))
 
     async def _refuse_early(self, body: Body) -> None:
         """Raise what the server refuses about a job, before a file is sent for it.
@@ -183,7 +185,7 @@ class AsyncTraining:
         The server looks for the file last, so a job with a file that no server has asks about the rest.
         """
         try:
-            await self._http.ask(training.create(body, training.NO_FILE, None), training.parse_job)
+            await self._http.ask(training.create(body, training.NO_FILE, None), TrainingJobInfo)
         except APIStatusError as error:
             if error.code != training.FILE_NOT_FOUND:
                 raise
@@ -198,7 +200,7 @@ class AsyncTraining:
             metadata: Only jobs with these labels.
         """
         found = await self._http.collect(
-            lambda after, size: training.list_jobs(metadata, after, size), training.parse_job, limit
+            lambda after, size: training.list_jobs(metadata, after, size), PageAnswer[TrainingJobInfo], limit
         )
         return tuple(self._job(info) for info in found)
 
@@ -208,13 +210,13 @@ class AsyncTraining:
         Raises:
             NotFoundError: there is no job of this id.
         """
-        return self._job(await self._http.ask(training.job(job_id), training.parse_job))
+        return self._job(await self._http.ask(training.job(job_id), TrainingJobInfo))
 
     def _job(self, info: TrainingJobInfo) -> AsyncTrainingJob:
         return AsyncTrainingJob(info, self._http)
 
     async def _base(self) -> str:
-        return training.base_of(await self._http.ask(requests.MODELS, parse.models))
+        return training.base_of((await self._http.ask(requests.MODELS, ListAnswer[Model])).data)
 
 
 class _AsyncUploads:

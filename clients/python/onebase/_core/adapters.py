@@ -16,24 +16,15 @@ from urllib.parse import quote, urlencode
 from ..adapter_types import (
     FAILED,
     Activation,
-    Adapter,
-    AdapterSource,
     AdapterVersion,
-    BaseReference,
-    MergeParent,
-    ModuleReport,
     Progress,
     ProgressCallback,
-    ProofReport,
-    VersionFailure,
     VersionFile,
     VersionFiles,
-    VersionReport,
 )
 from ..errors import AdapterRejectedError, InvalidResponseError, UnprocessableError
 from ..types import AdapterWeight
 from .config import UNSET, Unset
-from .parse import Json, flat, parent_of
 from .requests import Body, Call, Form, encode
 
 CONFIG: Final = "adapter_config.json"
@@ -333,78 +324,6 @@ def _sent(done: int, total: int) -> Progress:
     return Progress("uploading", done / total, done, total)
 
 
-# ---- answers -----------------------------------------------------------------------------------------
-
-
-def parse_adapter(value: Json) -> Adapter:
-    return flat(
-        Adapter,
-        value,
-        kinds=tuple(value["kinds"]),
-        targets=tuple(value["targets"]),
-    )
-
-
-def parse_adapters(value: Json) -> tuple[Adapter, ...]:
-    return tuple(parse_adapter(item) for item in value["data"])
-
-
-def parse_version(value: Json) -> AdapterVersion:
-    error, progress, report = value["error"], value["progress"], value["report"]
-    return flat(
-        AdapterVersion,
-        value,
-        error=None if error is None else flat(VersionFailure, error),
-        source=_source(value["source"]),
-        progress=None if progress is None else Progress(progress["stage"], progress["fraction"]),
-        report=None if report is None else _version_report(report),
-    )
-
-
-def parse_versions(value: Json) -> tuple[AdapterVersion, ...]:
-    return tuple(parse_version(item) for item in value["data"])
-
-
-def parse_files(value: Json) -> VersionFiles:
-    return VersionFiles(
-        value["version"],
-        flat(BaseReference, value["base"]),
-        tuple(flat(VersionFile, item) for item in value["data"]),
-    )
-
-
-def _source(value: Json) -> AdapterSource:
-    return AdapterSource(
-        value["kind"],
-        value.get("repo"),
-        value.get("revision"),
-        value.get("commit"),
-        value.get("subfolder"),
-        value.get("job"),
-        parent_of(value),
-        value.get("method"),
-        tuple(flat(MergeParent, parent) for parent in value.get("parents", ())),
-    )
-
-
-def _version_report(value: Json) -> VersionReport:
-    return flat(
-        VersionReport,
-        value,
-        label_names=tuple(value["label_names"]),
-        kinds=tuple(value["kinds"]),
-        targets=tuple(value["targets"]),
-        dropped=tuple(value["dropped"]),
-        modules=tuple(flat(ModuleReport, module) for module in value["modules"]),
-        proof=flat(ProofReport, value["proof"]),
-        warnings=tuple(value["warnings"]),
-    )
-
-
-def parse_history(value: Json) -> tuple[Activation, ...]:
-    return tuple(flat(Activation, item) for item in value["data"])
-
-
 # ---- waiting -----------------------------------------------------------------------------------------
 
 
@@ -452,9 +371,9 @@ class Waiting:
         return 0.0 if self.version.finished else max(0.0, self._due - time.monotonic())
 
     def _show(self) -> None:
-        now = Progress(self.version.state)
-        if self.version.progress is not None and not self.version.finished:
-            now = self.version.progress
+        now, known = Progress(self.version.state), self.version.progress
+        if known is not None and not self.version.finished:
+            now = Progress(known.stage, known.fraction)
         if self._progress is not None and now != self._shown:
             self._progress(now)
         self._shown = now

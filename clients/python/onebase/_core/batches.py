@@ -6,13 +6,11 @@ import json
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Final
-from urllib.parse import urlencode
 
-from ..batch_types import Batch, BatchCallback, BatchError, BatchResult
+from ..batch_types import Batch, BatchResult
 from ..errors import InvalidResponseError
-from .parse import Json, flat
 from .requests import Body, Call, encode
-from .training import path_of
+from .training import path_of, query_of
 
 BATCHES: Final = "/v1/batches"
 FIRST_PAUSE_S: Final = 0.25
@@ -29,8 +27,7 @@ def create(file_id: str, endpoint: str, window: str, metadata: Mapping[str, str]
 
 
 def list_batches(after: str | None, limit: int) -> Call:
-    fields = {"limit": str(limit)} if after is None else {"after": after, "limit": str(limit)}
-    return Call("GET", f"{BATCHES}?{urlencode(fields)}")
+    return Call("GET", query_of(BATCHES, after=after, limit=str(limit)))
 
 
 def batch(batch_id: str) -> Call:
@@ -39,23 +36,6 @@ def batch(batch_id: str) -> Call:
 
 def cancel(batch_id: str) -> Call:
     return Call("POST", path_of(BATCHES, batch_id, "cancel"), idempotent=True)
-
-
-def parse_batch(value: Json) -> Batch:
-    counts, usage = value["request_counts"], value["usage"]
-    errors = (value["errors"] or {}).get("data") or ()
-    return flat(
-        Batch,
-        value,
-        total=counts["total"],
-        completed=counts["completed"],
-        failed=counts["failed"],
-        input_tokens=usage["input_tokens"],
-        output_tokens=usage["output_tokens"],
-        errors=tuple(flat(BatchError, error, optional=True) for error in errors),
-        metadata=dict(value["metadata"] or {}),
-        waiting=value.get("waiting"),
-    )
 
 
 def results_of(content: bytes) -> Iterator[BatchResult]:
@@ -87,20 +67,3 @@ class BatchObserver:
 
     def show(self, batch: Batch) -> None:
         """The batch as it is now."""
-
-
-class _Callback(BatchObserver):
-    def __init__(self, callback: BatchCallback) -> None:
-        self._callback = callback
-
-    def show(self, batch: Batch) -> None:
-        self._callback(batch)
-
-
-def observer(progress: bool | BatchCallback) -> BatchObserver:
-    """The observer that `progress` of `wait` asks for: a display, the caller's function, or none."""
-    if progress is True:
-        from ..cli.batches.display import BatchDisplay
-
-        return BatchDisplay()
-    return BatchObserver() if progress is False else _Callback(progress)

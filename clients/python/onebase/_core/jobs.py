@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final
+
+from msgspec.structs import replace
 
 from ..errors import TrainingFailedError, TrainingStoppedError
 from ..training_types import (
     SUCCEEDED,
-    TrainingCallback,
     TrainingEvent,
     TrainingFailure,
     TrainingJobInfo,
@@ -158,20 +158,3 @@ class JobObserver:
 
     def note(self, event: TrainingEvent) -> None:
         """An event of the job."""
-
-
-class _Callback(JobObserver):
-    def __init__(self, callback: TrainingCallback) -> None:
-        self._callback = callback
-
-    def show(self, job: TrainingJobInfo) -> None:
-        self._callback(job)
-
-
-def observer(progress: bool | TrainingCallback) -> JobObserver:
-    """The observer that `progress` of `wait` asks for: a display, the caller's function, or none."""
-    if progress is True:
-        from ..cli.jobs.display import JobDisplay
-
-        return JobDisplay()
-    return JobObserver() if progress is False else _Callback(progress)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+from msgspec import ValidationError, convert
+
+from onebase_protocol.common import Json
+from onebase_protocol.reading import (
+    ClassifyAnswer,
+    EmbeddingsAnswer,
+    RerankAnswer,
+    TextLabelAnswer,
+    TokenLabelsAnswer,
+)
+
+from ..errors import InvalidResponseError
 from ..types import (
     AdapterSpec,
     Classification,
-    Decision,
     Embeddings,
     Label,
     Messages,
-    Option,
     Ranked,
-    Usage,
 )
-from .parse import Json
+from .parse import unexpected
 from .requests import Body, Call, adapter_body, encode, messages_body
 
 Pooling: TypeAlias = Literal["last", "mean"]
@@ -81,44 +90,33 @@ def _texts(name: str, texts: str | Sequence[str]) -> list[str]:
     return found
 
 
-def parse_embeddings(value: Json) -> Embeddings:
-    vectors = tuple(tuple(map(float, item["embedding"])) for item in value["data"])
-    return Embeddings(vectors, _usage(value))
+def embeddings(answer: EmbeddingsAnswer) -> Embeddings:
+    """Return the vectors. Raises InvalidResponseError if they are not numbers."""
+    vectors = [tuple(one.embedding) for one in answer.data if not isinstance(one.embedding, str)]
+    if len(vectors) < len(answer.data):
+        raise InvalidResponseError("the server's answer has vectors as text")
+    return Embeddings(tuple(vectors), answer.usage)
 
 
-def parse_classifications(value: Json) -> tuple[Classification, ...]:
-    return tuple(
-        Classification(
-            _label(item) if "label" in item else None,
-            tuple(_label(token) for token in item.get("tokens") or ()),
-        )
-        for item in value["data"]
-    )
+def classifications(answer: ClassifyAnswer) -> tuple[Classification, ...]:
+    """Return the class of each text, or those of its tokens. Raises InvalidResponseError."""
+    try:
+        return tuple(_classification(item) for item in answer.data)
+    except ValidationError as error:
+        raise unexpected(error) from error
 
 
-def ranked_of(documents: Sequence[str]) -> Callable[[Json], tuple[Ranked, ...]]:
-    """A function that reads an answer about these documents."""
-
-    def parse(value: Json) -> tuple[Ranked, ...]:
-        found = ((item["index"], item["relevance_score"]) for item in value["results"])
-        return tuple(Ranked(index, documents[index], float(score)) for index, score in found)
-
-    return parse
+def _classification(item: Json) -> Classification:
+    if "tokens" not in item:
+        found = convert(item, TextLabelAnswer)
+        return Classification(Label(found.label, tuple(found.probs)))
+    tokens = convert(item, TokenLabelsAnswer).tokens
+    return Classification(None, tuple(Label(one.label, tuple(one.probs), one.token) for one in tokens))
 
 
-def parse_decision(value: Json) -> Decision:
-    options = tuple(
-        Option(item["text"], item["probability"], item["logprob"], item.get("prior_logprob"))
-        for item in value["choices"]
-    )
-    return Decision(value["choice"], options, _usage(value))
-
-
-def _label(item: Json) -> Label:
-    return Label(item["label"], tuple(item["probs"]), item.get("token"))
-
-
-def _usage(value: Json) -> Usage:
-    usage = value["usage"]
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-    return Usage(usage["prompt_tokens"], 0, cached)
+def ranked(answer: RerankAnswer, documents: Sequence[str]) -> tuple[Ranked, ...]:
+    """Return the documents that an answer ranks. Raises InvalidResponseError if it ranks others."""
+    try:
+        return tuple(Ranked(one.index, documents[one.index], one.relevance_score) for one in answer.results)
+    except IndexError as error:
+        raise InvalidResponseError("the server's answer ranks documents that were not sent") from error

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import Final
+
+from msgspec.structs import astuple
+
+from onebase_protocol.text import GenerationEnd
 
 from ..errors import APITimeoutError, ErrorDetail, InvalidResponseError, OneBaseError, StreamError
 from ..training_types import TrainingEvent, TrainingJobInfo
 from ..types import Choice, Generation, Logprobs, Piece, ToolCall
 from . import training
-from .parse import StreamEnd, parse, stream_event
+from .parse import adapter_used, decode, stream_event
 from .requests import Call
 from .retry import ReconnectBackoff
 
@@ -54,13 +59,7 @@ class _ChoiceSoFar:
 def _joined(parts: list[Logprobs]) -> Logprobs | None:
     if not parts:
         return None
-    return Logprobs(
-        tuple(token for part in parts for token in part.tokens),
-        tuple(token for part in parts for token in part.token_ids),
-        tuple(value for part in parts for value in part.token_logprobs),
-        tuple(top for part in parts for top in part.top_logprobs),
-        tuple(offset for part in parts for offset in part.text_offset),
-    )
+    return Logprobs(*(tuple(chain.from_iterable(lists)) for lists in zip(*map(astuple, parts), strict=True)))
 
 
 class Assembler:
@@ -68,7 +67,7 @@ class Assembler:
 
     def __init__(self) -> None:
         self._choices: dict[int, _ChoiceSoFar] = {}
-        self._end: StreamEnd | None = None
+        self._end: GenerationEnd | None = None
         self.done = False
 
     def read_piece(self, data: str) -> Piece | None:
@@ -88,7 +87,7 @@ class Assembler:
             raise StreamError(ErrorDetail(str(error), code="invalid_stream")) from error
         if isinstance(event, ErrorDetail):
             raise StreamError(event)
-        if isinstance(event, StreamEnd):
+        if isinstance(event, GenerationEnd):
             self._end = event
             return None
         try:
@@ -117,7 +116,7 @@ class Assembler:
         except InvalidResponseError as error:
             raise StreamError(ErrorDetail(str(error), code="invalid_stream")) from error
         end = self._end
-        return Generation(end.id, choices, end.adapter, end.usage, end.timing)
+        return Generation(end.id, choices, adapter_used(end), end.usage, end.timing)
 
 
 def broken(error: OneBaseError) -> StreamError:
@@ -188,11 +187,10 @@ class EventPosition:
         Raises:
             InvalidResponseError: this is not an event of a job.
         """
-        content = data.encode()
         if name == _END_OF_JOB:
-            self.job = parse(content, training.parse_job)
+            self.job = decode(data, TrainingJobInfo)
             return None
-        found = parse(content, training.parse_event)
+        found = decode(data, TrainingEvent)
         if found.id == self.last_id:
             return None
         # Set before the event is handed out: a reader who stops there has had it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import hashlib
 import io
 import re
@@ -12,32 +11,21 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote, urlencode
 
+from msgspec.structs import replace
+
 from ..adapter_types import Progress, ProgressCallback
 from ..errors import APIStatusError, InvalidResponseError
 from ..training_types import (
     Activate,
-    ChangedRow,
-    ClassFigures,
-    ClassReport,
-    ConfusedLabels,
     CurvePoint,
-    LabelFigures,
     Purpose,
-    SliceReport,
-    SliceResult,
-    TrainingCheckpoint,
     TrainingEvent,
-    TrainingFailure,
     TrainingFile,
-    TrainingJobInfo,
     TrainingMethod,
     TrainingProgress,
-    TrainingReport,
     TrainingSettings,
-    TrainingStop,
 )
 from ..types import Model
-from .parse import Json, flat, parent_of
 from .requests import Body, Call, Form, encode
 
 FILES: Final = "/v1/files"
@@ -234,101 +222,6 @@ def _plain(value: object) -> object:
 # ---- answers -----------------------------------------------------------------------------------------
 
 
-def parse_file(value: Json) -> TrainingFile:
-    return flat(TrainingFile, value)
-
-
-def parse_job(value: Json) -> TrainingJobInfo:
-    error, progress, report = value["error"], value["progress"], value["report"]
-    method = value["method"]
-    return flat(
-        TrainingJobInfo,
-        value,
-        method=method["type"],
-        settings=dict(method[method["type"]]["hyperparameters"]),
-        metadata=dict(value["metadata"] or {}),
-        progress=None if progress is None else flat(TrainingProgress, progress, optional=True),
-        report=None if report is None else _report(report),
-        error=None if error is None else flat(TrainingFailure, error),
-        result_files=tuple(value["result_files"]),
-        estimate=value.get("estimate"),
-        parent=parent_of(value),
-        hold=value.get("hold", False),
-        stopped=None if value.get("stopped") is None else flat(TrainingStop, value["stopped"]),
-        replaced=value.get("replaced"),
-    )
-
-
-def _report(value: Json) -> TrainingReport:
-    return flat(
-        TrainingReport,
-        value,
-        loss_parent=value.get("loss_parent"),
-        metrics_parent=dict(value.get("metrics_parent") or {}),
-        better_than=dict(value.get("better_than") or {}),
-        active=value.get("active") or None,
-        loss_active=value.get("loss_active"),
-        metrics_active=dict(value.get("metrics_active") or {}),
-        not_compared=value.get("not_compared") or None,
-        slices=None if value.get("slices") is None else _slices(value["slices"]),
-        classes=None if value.get("classes") is None else _classes(value["classes"]),
-    )
-
-
-def _classes(value: Json) -> ClassReport:
-    return flat(
-        ClassReport,
-        value,
-        labels=tuple(value["labels"]),
-        base=_class_figures(value["base"]),
-        adapter=_class_figures(value["adapter"]),
-    )
-
-
-def _class_figures(value: Json) -> ClassFigures:
-    matrix = value["confusion"]
-    return ClassFigures(
-        labels=tuple(flat(LabelFigures, one) for one in value["labels"]),
-        confusion=None if matrix is None else tuple(map(tuple, matrix)),
-        confused=tuple(flat(ConfusedLabels, one) for one in value["confused"]),
-    )
-
-
-def _slices(value: Json) -> SliceReport:
-    return flat(
-        SliceReport,
-        value,
-        slices=tuple(_slice(one) for one in value["slices"]),
-        regressed=tuple(value["regressed"]),
-        changed=tuple(flat(ChangedRow, one, against=one.get("against", "")) for one in value["changed"]),
-    )
-
-
-def _slice(value: Json) -> SliceResult:
-    return flat(
-        SliceResult,
-        value,
-        active=value.get("active"),
-        loss_active=value.get("loss_active"),
-        metrics_active=dict(value.get("metrics_active") or {}),
-        regressed_against=tuple(value.get("regressed_against") or ()),
-    )
-
-
-def parse_event(value: Json) -> TrainingEvent:
-    return flat(TrainingEvent, value, data=dict(value["data"] or {}))
-
-
-def parse_checkpoint(value: Json) -> TrainingCheckpoint:
-    return flat(
-        TrainingCheckpoint,
-        value,
-        step=value["step_number"],
-        model=value["fine_tuned_model_checkpoint"],
-        metrics=dict(value["metrics"]),
-    )
-
-
 def progressed(progress: TrainingProgress | None, event: TrainingEvent) -> TrainingProgress | None:
     """The progress after an event: its figures replace those that were known, unless they are older.
 
@@ -345,7 +238,7 @@ def progressed(progress: TrainingProgress | None, event: TrainingEvent) -> Train
     new = {ours: event.data[theirs] for theirs, ours in names.items() if event.data.get(theirs) is not None}
     if event.type != "metrics" or not new or (progress and new.get("step", progress.step) < progress.step):
         return progress
-    return dataclasses.replace(progress or TrainingProgress(), **new)
+    return replace(progress or TrainingProgress(), **new)
 
 
 def curve_of_file(content: bytes) -> tuple[CurvePoint, ...]:

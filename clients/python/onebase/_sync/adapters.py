@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from onebase_protocol.common import ListAnswer
+
 from .._core import adapters
 from .._core.config import UNSET, Unset
 from .._core.requests import Call
@@ -35,7 +37,7 @@ class Adapters:
 
     def list(self) -> tuple[Adapter, ...]:
         """Every adapter of the server."""
-        return self._http.ask(adapters.LIST, adapters.parse_adapters)
+        return (self._http.ask(adapters.LIST, ListAnswer[Adapter])).data
 
     def retrieve(self, name: str) -> Adapter:
         """One adapter.
@@ -43,7 +45,7 @@ class Adapters:
         Raises:
             NotFoundError: there is no adapter of this name.
         """
-        return self._http.ask(adapters.retrieve(name), adapters.parse_adapter)
+        return self._http.ask(adapters.retrieve(name), Adapter)
 
     def versions(self, name: str) -> tuple[AdapterVersion, ...]:
         """All versions of an adapter, the newest first.
@@ -51,7 +53,7 @@ class Adapters:
         Raises:
             NotFoundError: there is no such adapter.
         """
-        return self._http.ask(adapters.versions(name), adapters.parse_versions)
+        return (self._http.ask(adapters.versions(name), ListAnswer[AdapterVersion])).data
 
     def version(self, name: str, version: str) -> AdapterVersion:
         """One version, with its report.
@@ -62,7 +64,7 @@ class Adapters:
         Raises:
             NotFoundError: there is no such version.
         """
-        return self._http.ask(adapters.version(name, version), adapters.parse_version)
+        return self._http.ask(adapters.version(name, version), AdapterVersion)
 
     def history(self, name: str) -> tuple[Activation, ...]:
         """Return the versions that answered to the name, and since when; the newest entry first.
@@ -70,7 +72,7 @@ class Adapters:
         Raises:
             NotFoundError: there is no such adapter.
         """
-        return self._http.ask(adapters.history(name), adapters.parse_history)
+        return (self._http.ask(adapters.history(name), ListAnswer[Activation])).data
 
     def files(self, name: str, version: str) -> VersionFiles:
         """The files of a version, with their sizes and SHA-256 sums, and where its base comes from.
@@ -82,7 +84,7 @@ class Adapters:
             NotFoundError: there is no such adapter or version.
             PermissionDeniedError: another tenant shares it, and only its owner may take it elsewhere.
         """
-        return self._http.ask(adapters.files(name, version), adapters.parse_files)
+        return self._http.ask(adapters.files(name, version), VersionFiles)
 
     def download(
         self,
@@ -274,7 +276,7 @@ class Adapters:
         """
         waiting = adapters.Waiting(version, progress)
         while not waiting.over:
-            waiting.note_answer(self._http.ask(waiting.question(), adapters.parse_version))
+            waiting.note_answer(self._http.ask(waiting.question(), AdapterVersion))
             time.sleep(waiting.rest())
         return waiting.version
 
@@ -290,7 +292,7 @@ class Adapters:
             ConflictError: another version than `expected` is active (`.current`), or `version` is not ready.
             NotFoundError: there is no such adapter or version.
         """
-        return self._http.ask(adapters.activate(name, version, expected), adapters.parse_adapter)
+        return self._http.ask(adapters.activate(name, version, expected), Adapter)
 
     def rollback(self, name: str, *, expected: str | Unset | None = UNSET) -> Adapter:
         """Activate the version that was active before the present one.
@@ -302,7 +304,7 @@ class Adapters:
             ConflictError: there is no version to go back to, or another version than `expected` is active.
             NotFoundError: there is no such adapter.
         """
-        return self._http.ask(adapters.rollback(name, expected), adapters.parse_adapter)
+        return self._http.ask(adapters.rollback(name, expected), Adapter)
 
     def deactivate(self, name: str) -> Adapter:
         """Leave the name without an active version. `name@version` still reaches its versions.
@@ -310,7 +312,7 @@ class Adapters:
         Raises:
             NotFoundError: there is no such adapter.
         """
-        return self._http.ask(adapters.deactivate(name), adapters.parse_adapter)
+        return self._http.ask(adapters.deactivate(name), Adapter)
 
     def pin(self, name: str, pinned: bool = True) -> Adapter:
         """Keep an adapter in memory even if others are used more recently; False ends that. For operators.
@@ -319,7 +321,7 @@ class Adapters:
             NotFoundError: there is no such adapter.
             PermissionDeniedError: the API key lacks the scope `admin`.
         """
-        return self._http.ask(adapters.pin(name, pinned), adapters.parse_adapter)
+        return self._http.ask(adapters.pin(name, pinned), Adapter)
 
     def share(self, name: str, shared: bool = True) -> Adapter:
         """Let all tenants use an adapter and look at it; False ends that. For operators.
@@ -328,7 +330,7 @@ class Adapters:
             NotFoundError: there is no such adapter.
             PermissionDeniedError: the API key lacks the scope `admin`.
         """
-        return self._http.ask(adapters.share(name, shared), adapters.parse_adapter)
+        return self._http.ask(adapters.share(name, shared), Adapter)
 
     def delete(self, name: str, version: str | None = None, *, force: bool = False) -> None:
         """Delete one version, or the adapter with all of them. It cannot be undone.
@@ -347,7 +349,7 @@ class Adapters:
         self, call: Call, activate: bool, wait: bool, progress: ProgressCallback | None
     ) -> AdapterVersion:
         try:
-            version = self._http.ask(call, adapters.parse_version)
+            version = self._http.ask(call, AdapterVersion)
         except UnprocessableError as error:
             raise adapters.refused(error) from error
         if not wait:

@@ -7,11 +7,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from onebase_protocol.common import PageAnswer
+
 from .._core import batches, training
-from .._core.parse import parse
+from .._core.parse import decode
 from .._core.requests import Call
 from .._core.retry import ReconnectBackoff
 from .._http import Reply
+from .._terminal.batches import observer
 from ..adapter_types import ProgressCallback
 from ..batch_types import Batch, BatchCallback, BatchResult
 from ..errors import APIConnectionError, APIStatusError, APITimeoutError
@@ -61,7 +64,7 @@ class Batches:
         if isinstance(source, Path):
             source = (Files(self._http).upload(source, purpose="batch", progress=progress)).id
         call = batches.create(source, endpoint, completion_window, metadata)
-        return self._http.ask(call, batches.parse_batch)
+        return self._http.ask(call, Batch)
 
     def retrieve(self, batch_id: str) -> Batch:
         """One batch as it is now.
@@ -69,7 +72,7 @@ class Batches:
         Raises:
             NotFoundError: there is no batch of this id.
         """
-        return self._http.ask(batches.batch(batch_id), batches.parse_batch)
+        return self._http.ask(batches.batch(batch_id), Batch)
 
     def list(self, *, limit: int | None = None) -> tuple[Batch, ...]:
         """The batches, the newest first.
@@ -77,7 +80,7 @@ class Batches:
         Args:
             limit: The largest number of batches; None: all.
         """
-        return self._http.collect(batches.list_batches, batches.parse_batch, limit)
+        return self._http.collect(batches.list_batches, PageAnswer[Batch], limit)
 
     def cancel(self, batch_id: str) -> Batch:
         """End a batch. What is answered by then stays.
@@ -85,7 +88,7 @@ class Batches:
         Raises:
             ConflictError: it has ended.
         """
-        return self._http.ask(batches.cancel(batch_id), batches.parse_batch)
+        return self._http.ask(batches.cancel(batch_id), Batch)
 
     def wait(self, batch_id: str, *, progress: bool | BatchCallback = True) -> Batch:
         """Wait until a batch has ended, and give it, however it ended. It goes on if you stop waiting.
@@ -98,10 +101,10 @@ class Batches:
             APIConnectionError, APITimeoutError: the server was away for more than about a minute.
         """
         pause, known = batches.FIRST_PAUSE_S, None
-        with batches.observer(progress) as watch:
+        with observer(progress) as watch:
             while True:
                 reply = self._send_patiently(batches.batch(batch_id))
-                batch = parse(reply.body, batches.parse_batch)
+                batch = decode(reply.body, Batch)
                 if batch != known:
                     watch.show(batch)
                     known = batch

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import date
 from types import TracebackType
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
-from .._core import audit, parse, reading, requests
-from .._core import usage as usage_calls
+from onebase_protocol.access import UsageAnswer
+from onebase_protocol.common import ListAnswer, PageAnswer
+from onebase_protocol.reading import ClassifyAnswer, EmbeddingsAnswer, RerankAnswer
+from onebase_protocol.text import GeneratedAnswer
+
+from .._core import access, parse, reading, requests
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
-from .._core.metrics import METRICS, Metrics, parse_metrics
 from .._http import Pool, Transport
+from ..metrics import METRICS, Metrics, parse_metrics
 from ..types import (
     AdapterSpec,
     AuditEntry,
@@ -151,8 +154,7 @@ class Client:
             TypeError, ValueError: an argument is wrong; nothing was sent.
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=False)
-        answer = self._http.ask(call, parse.generation)
-        return replace(answer, schema=sampling.get("schema"))
+        return parse.generation(self._http.ask(call, GeneratedAnswer), sampling.get("schema"))
 
     def chat(
         self, messages: Messages, *, adapter: AdapterSpec = None, **sampling: Unpack[SamplingFields]
@@ -216,7 +218,7 @@ class Client:
             ValueError: there are no texts; nothing was sent.
         """
         call = reading.embed(texts, adapter, pooling, dimensions, normalize)
-        return self._http.ask(call, reading.parse_embeddings)
+        return reading.embeddings(self._http.ask(call, EmbeddingsAnswer))
 
     def classify(
         self,
@@ -236,7 +238,7 @@ class Client:
             ValueError: Neither or both of `texts` and `messages`; nothing was sent.
         """
         call = reading.classify(texts, messages, adapter)
-        return self._http.ask(call, reading.parse_classifications)
+        return reading.classifications(self._http.ask(call, ClassifyAnswer))
 
     def rerank(
         self,
@@ -258,7 +260,7 @@ class Client:
             OneBaseError: As `embed`.
         """
         call = reading.rerank(query, documents, adapter, pooling, top_n)
-        return self._http.ask(call, reading.ranked_of(documents))
+        return reading.ranked(self._http.ask(call, RerankAnswer), documents)
 
     def decide(
         self,
@@ -287,7 +289,7 @@ class Client:
             OneBaseError: As `generate`.
         """
         call = reading.decide(choices, prompt, messages, adapter, ends, normalize, prior, temperature)
-        return self._http.ask(call, reading.parse_decision)
+        return self._http.ask(call, Decision)
 
     def usage(
         self,
@@ -309,8 +311,8 @@ class Client:
             BadRequestError: no such day or column, or too much for one answer.
             PermissionDeniedError: `tenant` is another one, and the key lacks the scope `admin`.
         """
-        call = usage_calls.usage(start, end, group_by, tenant)
-        return self._http.ask(call, usage_calls.parse_usage)
+        call = access.usage(start, end, group_by, tenant)
+        return (self._http.ask(call, UsageAnswer)).data
 
     def usage_csv(
         self,
@@ -322,7 +324,7 @@ class Client:
     ) -> str:
         """Return `usage` as CSV with a line of titles. No name in it looks like a formula to a
         spreadsheet."""
-        reply = self._http.send(usage_calls.usage(start, end, group_by, tenant, csv=True))
+        reply = self._http.send(access.usage(start, end, group_by, tenant, csv=True))
         return reply.body.decode()
 
     def audit(
@@ -354,8 +356,8 @@ class Client:
         """
         order = "asc" if oldest_first else "desc"
         return self._http.collect(
-            lambda last, size: audit.entries(tenant, action, target, since, order, last, size),
-            audit.parse_entry,
+            lambda last, size: access.audit_entries(tenant, action, target, since, order, last, size),
+            PageAnswer[AuditEntry],
             limit,
             after,
         )
@@ -380,7 +382,7 @@ class Client:
 
     def version(self) -> ServerVersion:
         """The server's version."""
-        return self._http.ask(requests.VERSION, parse.version)
+        return parse.version(self._http.ask(requests.VERSION, dict[str, Any]))
 
     def metrics(self) -> Metrics:
         """The server's figures of now, as Prometheus gets them.
@@ -412,7 +414,7 @@ class Models:
 
     def list(self) -> tuple[Model, ...]:
         """The base and every adapter."""
-        return self._http.ask(requests.MODELS, parse.models)
+        return (self._http.ask(requests.MODELS, ListAnswer[Model])).data
 
     def retrieve(self, model_id: str) -> Model:
         """One model.
@@ -420,4 +422,4 @@ class Models:
         Raises:
             NotFoundError: there is no model of this name.
         """
-        return self._http.ask(requests.model(model_id), parse.model)
+        return self._http.ask(requests.model(model_id), Model)

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
+from onebase_protocol.common import Item, PageAnswer
+
 from .._core.config import ClientOptions
-from .._core.parse import Json, page_of, parse
+from .._core.parse import decode
 from .._core.requests import Call, page_size
 from .._core.retry import retry_delay
 from .._http import (
@@ -73,33 +75,33 @@ class Http:
         """The same connections with other options."""
         return Http(self._pool, options)
 
-    def ask(self, call: Call, build: Callable[[Json], T]) -> T:
-        """Send a call, and return what `build` makes of the JSON that answers it."""
+    def ask(self, call: Call, kind: type[T]) -> T:
+        """Send a call, and return its answer, of this type."""
         reply = self.send(call)
-        return parse(reply.body, build)
+        return decode(reply.body, kind)
 
     def collect(
         self,
         page: Callable[[str | None, int], Call],
-        build: Callable[[Json], T],
+        kind: type[PageAnswer[Item]],
         limit: int | None = None,
         after: str | None = None,
-    ) -> tuple[T, ...]:
+    ) -> tuple[Item, ...]:
         """The first `limit` items (None: all) of a list that comes in pages.
 
         Args:
             page: Gives the call for the page after an id, and of how many items.
-            build: Makes an item of its JSON.
+            kind: The type of a page.
             after: The id after which the list begins.
 
         Raises:
             ValueError: `limit` is below 1.
         """
-        items: list[T] = []
+        items: list[Item] = []
         while size := page_size(limit, len(items)):
-            found = self.ask(page(after, size), page_of(build))
-            items += found.items
-            after = found.last
+            found = self.ask(page(after, size), kind)
+            items += found.data
+            after = found.next_after
             if after is None:
                 break
         return tuple(items)

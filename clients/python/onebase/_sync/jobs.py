@@ -7,20 +7,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from onebase_protocol.common import PageAnswer
+
 from .._core import training
-from .._core.jobs import (
-    CURVE_EVENTS,
-    JobObserver,
-    JobView,
-    check_outcome,
-    curve_is_in_file,
-    observer,
-    settled,
-)
-from .._core.parse import page_of, parse
+from .._core.jobs import CURVE_EVENTS, JobObserver, JobView, check_outcome, curve_is_in_file, settled
+from .._core.parse import decode
 from .._core.requests import Call
 from .._core.retry import ReconnectBackoff
 from .._http import Reply
+from .._terminal.jobs import observer
 from ..errors import APIConnectionError, APIStatusError, APITimeoutError
 from ..training_types import (
     CurvePoint,
@@ -92,13 +87,13 @@ class TrainingJob(JobView):
             after: The id of the last event of an earlier answer, to continue with older ones.
         """
         return self._http.collect(
-            lambda last, size: training.events(self.id, last, size), training.parse_event, limit, after
+            lambda last, size: training.events(self.id, last, size), PageAnswer[TrainingEvent], limit, after
         )
 
     def checkpoints(self) -> tuple[TrainingCheckpoint, ...]:
         """The checkpoints that the job could continue from, the newest first."""
         return self._http.collect(
-            lambda last, size: training.checkpoints(self.id, last, size), training.parse_checkpoint
+            lambda last, size: training.checkpoints(self.id, last, size), PageAnswer[TrainingCheckpoint]
         )
 
     def curve(self) -> tuple[CurvePoint, ...]:
@@ -174,13 +169,13 @@ class TrainingJob(JobView):
     def _newest_event(self) -> str | None:
         """The id of the newest event, even if the server is just being restarted."""
         reply = self._send_patiently(training.events(self.id, None, 1))
-        items = parse(reply.body, page_of(training.parse_event)).items
+        items = decode(reply.body, PageAnswer[TrainingEvent]).data
         return items[0].id if items else None
 
     def _refresh_patiently(self) -> None:
         """Refresh the job as `refresh` does, even if the server is just being restarted."""
         reply = self._send_patiently(training.job(self.id))
-        self._info = parse(reply.body, training.parse_job)
+        self._info = decode(reply.body, TrainingJobInfo)
 
     def _send_patiently(self, call: Call) -> Reply:
         backoff = ReconnectBackoff()
@@ -192,5 +187,5 @@ class TrainingJob(JobView):
             time.sleep(delay)
 
     def _updated(self, call: Call) -> TrainingJob:
-        self._info = self._http.ask(call, training.parse_job)
+        self._info = self._http.ask(call, TrainingJobInfo)
         return self

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .._core import keys, usage
+from onebase_protocol.common import ListAnswer
+
+from .._core import access
 from ..types import ApiKey, NewApiKey, Tenant
 from .http import Http
 
@@ -43,8 +45,8 @@ class Keys:
             BadRequestError: no key can have such a tenant, scope, name or end.
             PermissionDeniedError: there is no key yet, or yours lacks the scope `admin`.
         """
-        call = keys.create(scopes, tenant, name, expires_in, quotas, priority)
-        return self._http.ask(call, keys.parse_new_key)
+        call = access.create_key(scopes, tenant, name, expires_in, quotas, priority)
+        return self._http.ask(call, NewApiKey)
 
     def update(
         self, key_id: str, *, quotas: Mapping[str, int | None] | None = None, priority: int | None = None
@@ -59,11 +61,11 @@ class Keys:
             BadRequestError: no key can have such a quota or priority.
             NotFoundError: there is no key of this id.
         """
-        return self._http.ask(keys.update(key_id, quotas, priority), keys.parse_key)
+        return self._http.ask(access.update_key(key_id, quotas, priority), ApiKey)
 
     def list(self) -> tuple[ApiKey, ...]:
         """All keys that there ever were, of all tenants, the newest first."""
-        return self._http.ask(keys.LIST, keys.parse_keys)
+        return (self._http.ask(access.KEYS, ListAnswer[ApiKey])).data
 
     def revoke(self, key_id: str) -> ApiKey:
         """End a key for good: at once on this server, within a second on the others.
@@ -71,7 +73,7 @@ class Keys:
         Raises:
             NotFoundError: there is no key of this id.
         """
-        return self._http.ask(keys.revoke(key_id), keys.parse_key)
+        return self._http.ask(access.revoke_key(key_id), ApiKey)
 
 
 class Tenants:
@@ -82,7 +84,7 @@ class Tenants:
 
     def list(self) -> tuple[Tenant, ...]:
         """All tenants, for a key with the scope `admin`; for others their own."""
-        return self._http.ask(usage.TENANTS, usage.parse_tenants)
+        return (self._http.ask(access.TENANTS, ListAnswer[Tenant])).data
 
     def set_quotas(self, tenant: str, quotas: Mapping[str, int | None]) -> Tenant:
         """Change a tenant's quotas: at once on this server, within a second on the others.
@@ -95,4 +97,4 @@ class Tenants:
         Raises:
             BadRequestError: no tenant can have such a name or quota.
         """
-        return self._http.ask(usage.set_quotas(tenant, quotas), usage.parse_tenant)
+        return self._http.ask(access.set_quotas(tenant, quotas), Tenant)

@@ -8,8 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Unpack
 
-from .._core import parse, requests, training
-from .._core.parse import page_of
+from onebase_protocol.common import ListAnswer, PageAnswer
+
+from .._core import requests, training
 from .._core.requests import Body
 from ..adapter_types import ProgressCallback
 from ..errors import APIStatusError, OneBaseError
@@ -21,6 +22,7 @@ from ..training_types import (
     TrainingMethod,
     TrainingSettings,
 )
+from ..types import Model
 from .http import Http
 from .jobs import TrainingJob
 
@@ -58,12 +60,12 @@ class Files:
         file = training.existing(path, "path")
         digest = training.sha256(file)
         call = training.same_content(digest, purpose)
-        found = (self._http.ask(call, page_of(training.parse_file))).items
+        found = (self._http.ask(call, PageAnswer[TrainingFile])).data
         known = training.one_of(found, digest, file.name)
         if known is not None:
             return known, False
         sent = training.upload(file, purpose, progress)
-        return self._http.ask(sent, training.parse_file), True
+        return self._http.ask(sent, TrainingFile), True
 
     def list(self, *, purpose: str | None = None) -> tuple[TrainingFile, ...]:
         """All files, the newest first.
@@ -72,7 +74,7 @@ class Files:
             purpose: Only those of this purpose: `fine-tune`, `fine-tune-results`, `batch` or `batch_output`.
         """
         return self._http.collect(
-            lambda after, size: training.list_files(purpose, after, size), training.parse_file
+            lambda after, size: training.list_files(purpose, after, size), PageAnswer[TrainingFile]
         )
 
     def get(self, file_id: str) -> TrainingFile:
@@ -81,7 +83,7 @@ class Files:
         Raises:
             NotFoundError: there is no file of this id.
         """
-        return self._http.ask(training.file(file_id), training.parse_file)
+        return self._http.ask(training.file(file_id), TrainingFile)
 
     def content(self, file_id: str) -> bytes:
         """The whole content of a file.
@@ -176,7 +178,7 @@ class Training:
             train_id = uploads.id_of(train)
             validation_id = None if validation is None else uploads.id_of(validation)
             call = training.create(body, train_id, validation_id)
-            return self._job(self._http.ask(call, training.parse_job))
+            return self._job(self._http.ask(call, TrainingJobInfo))
 
     def _refuse_early(self, body: Body) -> None:
         """Raise what the server refuses about a job, before a file is sent for it.
@@ -184,7 +186,7 @@ class Training:
         The server looks for the file last, so a job with a file that no server has asks about the rest.
         """
         try:
-            self._http.ask(training.create(body, training.NO_FILE, None), training.parse_job)
+            self._http.ask(training.create(body, training.NO_FILE, None), TrainingJobInfo)
         except APIStatusError as error:
             if error.code != training.FILE_NOT_FOUND:
                 raise
@@ -199,7 +201,7 @@ class Training:
             metadata: Only jobs with these labels.
         """
         found = self._http.collect(
-            lambda after, size: training.list_jobs(metadata, after, size), training.parse_job, limit
+            lambda after, size: training.list_jobs(metadata, after, size), PageAnswer[TrainingJobInfo], limit
         )
         return tuple(self._job(info) for info in found)
 
@@ -209,13 +211,13 @@ class Training:
         Raises:
             NotFoundError: there is no job of this id.
         """
-        return self._job(self._http.ask(training.job(job_id), training.parse_job))
+        return self._job(self._http.ask(training.job(job_id), TrainingJobInfo))
 
     def _job(self, info: TrainingJobInfo) -> TrainingJob:
         return TrainingJob(info, self._http)
 
     def _base(self) -> str:
-        return training.base_of(self._http.ask(requests.MODELS, parse.models))
+        return training.base_of((self._http.ask(requests.MODELS, ListAnswer[Model])).data)
 
 
 class _Uploads:

@@ -95,7 +95,15 @@ EXTRA_COMMANDS: Final[Mapping[str, str]] = {
 """The extra of this distribution that brings each of these commands."""
 
 _OWN_PACKAGES: Final = frozenset(
-    {"onebase", "onebase_server", "onebase_route", "onebase_training", "onebase_adapters", "onebase_engine"}
+    {
+        "onebase",
+        "onebase_server",
+        "onebase_route",
+        "onebase_edge",
+        "onebase_training",
+        "onebase_adapters",
+        "onebase_engine",
+    }
 )
 
 

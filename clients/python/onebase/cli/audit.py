@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import json
 import sys
 import time
@@ -12,10 +11,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
 
+from msgspec.structs import asdict
+
 from .._sync.client import Client
+from .._terminal.ui import Column, print_table, show
 from ..types import AuditEntry
 from .command import OK, count, parser, perform, print_json
-from .ui import Column, print_table, show
 
 _POLL_SECONDS: Final = 2.0
 _DESCRIPTION: Final = """\
@@ -29,7 +30,7 @@ _EXAMPLES: Final = """\
   onebase audit --all --json > audit.json
   onebase audit --follow --json >> audit.jsonl
 """
-_FIELDS: Final = tuple(field.name for field in dataclasses.fields(AuditEntry))
+_FIELDS: Final = tuple(name for name in AuditEntry.__struct_fields__ if name != "object")
 _UNITS: Final = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
@@ -122,7 +123,7 @@ def _print_csv(entries: Sequence[AuditEntry], *, header: bool) -> None:
     if header:
         rows.writerow(_FIELDS)
     for entry in entries:
-        values = {**vars(entry), "details": json.dumps(entry.details, ensure_ascii=False)}
+        values = {**asdict(entry), "details": json.dumps(entry.details, ensure_ascii=False)}
         rows.writerow([values[name] for name in _FIELDS])
 
 

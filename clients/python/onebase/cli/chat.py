@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from .._sync.client import Client
+from .._terminal.ui import describe, note, show, speed
 from ..errors import OneBaseError
 from ..types import AdapterWeight, Message, SamplingFields
 from .command import (
@@ -22,7 +23,6 @@ from .command import (
     report,
     sampling_of,
 )
-from .ui import describe, note, show, speed
 
 HELP: Final = """\
   /adapter NAME   change the adapter; several NAME=WEIGHT make a weighted sum

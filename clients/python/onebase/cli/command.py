@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn, cast
 
+import msgspec
+
 from .._core.config import Timeout
 from .._sync.client import Client
 from ..errors import (
@@ -282,13 +284,22 @@ def perform(made: argparse.ArgumentParser, args: argparse.Namespace, work: Calla
 
 def print_json(value: object) -> None:
     """Print one result, or a tuple of them, as one line of JSON."""
-    print(json.dumps(_plain(value), ensure_ascii=False))
+    print(json.dumps(plain(value), ensure_ascii=False))
 
 
-def _plain(value: object) -> object:
+def plain(value: Any) -> Any:
+    """Return a result as dicts, lists, texts and numbers, under the names that the SDK has for its fields."""
+    if isinstance(value, msgspec.Struct):
+        kind = type(value)
+        derived = [name for name in dir(kind) if isinstance(getattr(kind, name), property)]
+        sent = zip(kind.__struct_fields__, kind.__struct_encode_fields__, strict=True)
+        names = [name for name, sent_as in sent if sent_as not in derived] + derived
+        return {name: plain(getattr(value, name)) for name in names}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 # ---- failures ----------------------------------------------------------------------------------------

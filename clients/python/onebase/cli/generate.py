@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 
 from .._sync.client import Client
 from .._sync.streams import Stream
+from .._terminal.ui import note, show, speed
 from ..errors import OneBaseError
 from ..types import Message
-from .command import OK, adapter_of, add_answer_options, client_of, parser, report, sampling_of
-from .ui import note, show, speed
+from .command import OK, adapter_of, add_answer_options, client_of, parser, plain, report, sampling_of
 
 _DESCRIPTION = """\
 Answer one prompt. The answer goes to stdout as it is written, a line about its speed to stderr.
@@ -90,7 +89,7 @@ def _print_stream(stream: Stream) -> int:
 
 def _print_json(stream: Stream) -> int:
     with stream:
-        answer = dataclasses.asdict(stream.read())
+        answer = plain(stream.read())
     del answer["schema"]
     print(json.dumps(answer, ensure_ascii=False))
     return OK

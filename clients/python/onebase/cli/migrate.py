@@ -9,19 +9,19 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
 from .._sync.client import Client
 from .._sync.jobs import TrainingJob
+from .._terminal.ui import ProgressDisplay, console, duration, line, note, size
 from ..errors import ConflictError, OneBaseError, TrainingStoppedError
 from ..training_types import TrainingMethod, TrainingSettings
 from .command import FAILED, OK, USAGE, action_parser, dispatch, perform, print_json, report
 from .jobs.create import parse_settings
 from .jobs.show import settings_line, short
 from .jobs.watch import follow
-from .ui import ProgressDisplay, console, duration, line, note, size
 
 HELP: Final = """\
 usage: onebase migrate openai --file rows.jsonl [options]
@@ -370,7 +370,7 @@ def _train(client: Client, job: TrainingJob, args: argparse.Namespace, wanted: W
         model = job.name if job.activated else job.fine_tuned_model
         if status == OK:
             changes = {"base_url": f"{client.url}/v1", "model": model, "was": wanted.was}
-            print_json({"job": asdict(job.info), "not_carried_over": list(wanted.lost), "client": changes})
+            print_json({"job": job.info, "not_carried_over": list(wanted.lost), "client": changes})
         return status
     note(f"Ctrl-C leaves it running: onebase jobs watch {short(job.id)} shows it again.")
     status = follow(client, job, as_json=False)

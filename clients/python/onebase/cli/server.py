@@ -8,11 +8,11 @@ from typing import Final
 
 from .._core.config import sdk_version
 from .._sync.client import Client
+from .._terminal.ui import Column, print_table, size
 from ..adapter_types import Adapter
 from ..types import Model
 from .adapters.versions import targets
 from .command import OK, parser, perform, print_json
-from .ui import Column, print_table, size
 
 _DESCRIPTIONS: Final = {
     "models": "List the server's base and adapters. Each name can be given to --adapter.",

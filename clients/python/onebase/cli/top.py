@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from .._core.metrics import Metrics
 from .._sync.client import Client
+from .._terminal.ui import Column, bar, can_move, console, line, note, printable, size, sparkline, table
 from ..errors import APIStatusError, OneBaseError
+from ..metrics import Metrics
 from .command import OK, explain, parser, perform, print_json, seconds
-from .ui import Column, bar, can_move, console, line, note, printable, size, sparkline, table
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from .._sync.client import Client
+from .._terminal.ui import Column, duration, note, print_table
 from ..types import TenantUsage
 from .command import OK, count, parser, perform, print_json
-from .ui import Column, duration, note, print_table
 
 _DESCRIPTION: Final = """\
 Show requests, tokens and training by day and adapter. A key with the scope admin sees all tenants,

@@ -46,6 +46,27 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/generate/{id}/cancel": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Cancel
+         * @description End a text that is being generated, one of several in a stream too: it ends with what there is, and the
+         *     finish reason `cancelled`. `id` is the id of any answer or event with text.
+         */
+        post: operations["cancel_generate__id__cancel_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/": {
         parameters: {
             query?: never;
@@ -1707,7 +1728,7 @@ export interface components {
             add_generation_prompt?: boolean | null;
             /**
              * Continue Final Message
-             * @description the answer goes on where the last message ends
+             * @description the answer continues where the last message ends
              */
             continue_final_message?: boolean | null;
             /** Model */
@@ -2322,7 +2343,7 @@ export interface components {
             add_generation_prompt?: boolean | null;
             /**
              * Continue Final Message
-             * @description the answer goes on where the last message ends
+             * @description the answer continues where the last message ends
              */
             continue_final_message?: boolean | null;
             /** Prompt */
@@ -2865,7 +2886,7 @@ export interface components {
             add_generation_prompt?: boolean | null;
             /**
              * Continue Final Message
-             * @description the answer goes on where the last message ends
+             * @description the answer continues where the last message ends
              */
             continue_final_message?: boolean | null;
             /** Model */
@@ -2877,7 +2898,7 @@ export interface components {
             instructions?: string | null;
             /**
              * Previous Response Id
-             * @description a response that was kept: the input goes on after its input and its output
+             * @description a stored response: the input continues after its input and its output
              */
             previous_response_id?: string | null;
             /** Max Output Tokens */
@@ -3177,648 +3198,129 @@ export interface components {
             lora_int_id?: number | null;
         };
         /**
-         * AdapterAnswer
-         * @description An adapter; what it is made of, and where it is, are its active version's.
+         * GeneratedAnswer
+         * @description Answer of POST /generate.
          */
-        AdapterAnswer: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "adapter";
-            /** Id */
+        GeneratedAnswer: {
             id: string;
-            /** Name */
-            name: string;
-            /** Version */
-            version: string | null;
-            /** Active */
-            active: boolean;
-            /** State */
-            state: string | null;
-            /** Kinds */
-            kinds: string[];
-            /** Targets */
-            targets: string[];
-            /** Rank */
-            rank: number | null;
-            /** Alpha */
-            alpha: number | null;
-            /** Parameters */
-            parameters: number | null;
-            /** Bytes */
-            bytes: number | null;
-            /** Base */
-            base: string;
-            /** Tenant */
-            tenant: string;
-            /** Shared */
-            shared: boolean;
-            /** Pinned */
-            pinned: boolean;
-            /** Tier */
-            tier: string | null;
-            /** Versions */
-            versions: number;
-            /** Created At */
-            created_at: number;
-            /** Updated At */
-            updated_at: number;
+            /** @constant */
+            object: "generation";
+            choices: components["schemas"]["GeneratedChoice"][];
+            adapter: string | components["schemas"]["WeightedAdapter"][] | null;
+            usage: components["schemas"]["GeneratedUsage"];
+            timing: components["schemas"]["GeneratedTiming"];
         };
-        /** AnthropicError */
-        AnthropicError: {
-            /**
-             * Type
-             * @constant
-             */
-            type: "error";
-            /** Request Id */
-            request_id: string;
-            error: components["schemas"]["AnthropicErrorBody"];
-        };
-        /** AnthropicErrorBody */
-        AnthropicErrorBody: {
-            /** Type */
-            type: string;
-            /**
-             * Message
-             * @description what is wrong, and the way out
-             */
-            message: string;
-            details: components["schemas"]["AnthropicErrorDetails"];
+        /** GeneratedChoice */
+        GeneratedChoice: {
+            index: number;
+            text: string;
+            finish_reason: string | null;
+            logprobs: components["schemas"]["FlatLogprobs"] | null;
+            tool_calls?: components["schemas"]["ToolCallAnswer"][];
         };
         /**
-         * AnthropicErrorDetails
-         * @description Fields of an error that Anthropic's format has no place for.
+         * FlatLogprobs
+         * @description Natural-log probabilities, one entry per token in each sequence.
          */
-        AnthropicErrorDetails: {
-            /**
-             * Error Code
-             * @description stable, for programs
-             */
-            error_code: string | null;
-            /**
-             * Param
-             * @description the field of the request
-             */
-            param?: string | null;
+        FlatLogprobs: {
+            tokens: string[];
+            token_ids: number[];
+            token_logprobs: (number | null)[];
+            top_logprobs: ({
+                [key: string]: number;
+            } | null)[];
+            text_offset: number[];
         };
-        /** AuditAnswer */
-        AuditAnswer: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "audit.entry";
-            /** Id */
+        /** ToolCallAnswer */
+        ToolCallAnswer: {
             id: string;
-            /** At */
-            at: number;
-            /** Tenant */
-            tenant: string;
-            /** Key */
-            key: string;
-            /** Actor */
-            actor: string;
-            /** Action */
-            action: string;
-            /** Target */
-            target: string;
-            /** Version */
-            version: string | null;
-            /** Base */
-            base: string | null;
-            /** Server */
-            server: string;
-            /** Request */
-            request: string;
-            /** Details */
-            details: {
-                [key: string]: unknown;
-            };
+            /** @constant */
+            type: "function";
+            function: components["schemas"]["CalledFunction"];
         };
-        /** BatchAnswer */
-        BatchAnswer: {
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "batch";
-            /** Endpoint */
-            endpoint: string;
-            /** Model */
-            model: null;
-            errors: components["schemas"]["BatchProblems"] | null;
-            /** Input File Id */
-            input_file_id: string;
-            /** Completion Window */
-            completion_window: string;
-            /** Status */
-            status: string;
-            /** Output File Id */
-            output_file_id: string | null;
-            /** Error File Id */
-            error_file_id: string | null;
-            /** Created At */
-            created_at: number;
-            /** Expires At */
-            expires_at: number;
-            /** In Progress At */
-            in_progress_at: number | null;
-            /** Finalizing At */
-            finalizing_at: number | null;
-            /** Completed At */
-            completed_at: number | null;
-            /** Failed At */
-            failed_at: number | null;
-            /** Expired At */
-            expired_at: number | null;
-            /** Cancelling At */
-            cancelling_at: number | null;
-            /** Cancelled At */
-            cancelled_at: number | null;
-            request_counts: components["schemas"]["BatchCounts"];
-            usage: components["schemas"]["BatchUsage"];
-            /** Metadata */
-            metadata: {
-                [key: string]: string;
-            } | null;
-            /** Waiting */
-            waiting: string | null;
+        /** CalledFunction */
+        CalledFunction: {
+            name: string;
+            arguments: string;
         };
-        /** BatchCounts */
-        BatchCounts: {
-            /** Total */
-            total: number;
-            /** Completed */
-            completed: number;
-            /** Failed */
-            failed: number;
+        /**
+         * WeightedAdapter
+         * @description One term of a weighted sum of adapters.
+         */
+        WeightedAdapter: {
+            name: string;
+            weight: number;
         };
-        /** BatchProblem */
-        BatchProblem: {
-            /** Code */
-            code: string;
-            /** Line */
-            line: number | null;
-            /** Message */
-            message: string;
-            /** Param */
-            param: string | null;
-        };
-        /** BatchProblems */
-        BatchProblems: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["BatchProblem"][];
-        };
-        /** BatchUsage */
-        BatchUsage: {
-            /** Input Tokens */
-            input_tokens: number;
-            input_tokens_details: components["schemas"]["CachedTokens"];
-            /** Output Tokens */
-            output_tokens: number;
-            output_tokens_details: components["schemas"]["OutputTokensDetails"];
-            /** Total Tokens */
-            total_tokens: number;
-        };
-        /** BlockDelta */
-        BlockDelta: {
-            /**
-             * Type
-             * @constant
-             */
-            type: "content_block_delta";
-            /** Index */
-            index: number;
-            /** Delta */
-            delta: components["schemas"]["TextDelta"] | components["schemas"]["InputDelta"];
-        };
-        /** BlockStart */
-        BlockStart: {
-            /**
-             * Type
-             * @constant
-             */
-            type: "content_block_start";
-            /** Index */
-            index: number;
-            /** Content Block */
-            content_block: components["schemas"]["TextBlockAnswer"] | components["schemas"]["ToolUseAnswer"];
-        };
-        /** BlockStop */
-        BlockStop: {
-            /**
-             * Type
-             * @constant
-             */
-            type: "content_block_stop";
-            /** Index */
-            index: number;
-        };
-        /** CachedTokens */
-        CachedTokens: {
-            /** Cached Tokens */
+        /**
+         * GeneratedUsage
+         * @description The tokens of a request.
+         */
+        GeneratedUsage: {
+            prompt_tokens: number;
+            completion_tokens: number;
             cached_tokens: number;
+        };
+        /**
+         * GeneratedTiming
+         * @description Durations of a request's parts, in seconds, measured by the server.
+         */
+        GeneratedTiming: {
+            queue_s: number;
+            ttft_s: number;
+            decode_s: number;
+        };
+        /**
+         * TextEvent
+         * @description New text of a choice, with its tokens where they are asked for.
+         */
+        TextEvent: {
+            id: string;
+            index: number;
+            text: string;
+            tool_calls?: components["schemas"]["CallDelta"][];
+            logprobs?: components["schemas"]["FlatLogprobs"];
         };
         /**
          * CallDelta
          * @description Part of a call. The first has its id.
          */
         CallDelta: {
-            /** Index */
             index: number;
-            /** Id */
             id?: string;
-            /**
-             * Type
-             * @constant
-             */
+            /** @constant */
             type?: "function";
             function: components["schemas"]["CallFunctionDelta"];
         };
         /**
          * CallFunctionDelta
-         * @description Part of a called function. The first has its name; the arguments are parts of a text, which is JSON
-         *     when whole.
+         * @description Part of a called function. The first has its name; the arguments are parts of a text, which is JSON when whole.
          */
         CallFunctionDelta: {
-            /** Name */
             name?: string;
-            /** Arguments */
             arguments: string;
-        };
-        /** CallItemAnswer */
-        CallItemAnswer: {
-            /** Id */
-            id: string;
-            /**
-             * Type
-             * @constant
-             */
-            type: "function_call";
-            /** Status */
-            status: string;
-            /** Arguments */
-            arguments: string;
-            /** Call Id */
-            call_id: string;
-            /** Name */
-            name: string;
-        };
-        /** CalledFunction */
-        CalledFunction: {
-            /** Name */
-            name: string;
-            /** Arguments */
-            arguments: string;
-        };
-        /** CallerAnswer */
-        CallerAnswer: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "caller";
-            /** Key */
-            key: string;
-            /** Tenant */
-            tenant: string;
-            /** Scopes */
-            scopes: string[];
-        };
-        /**
-         * ChatAnswer
-         * @description Answer of POST /v1/chat/completions.
-         */
-        ChatAnswer: {
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "chat.completion";
-            /** Created */
-            created: number;
-            /** Model */
-            model: string;
-            /** Choices */
-            choices: components["schemas"]["ChatChoice"][];
-            usage: components["schemas"]["OpenAIUsage"];
-            /** Prompt Logprobs */
-            prompt_logprobs?: ({
-                [key: string]: components["schemas"]["PromptTokenLogprob"];
-            } | null)[];
-            /** Prompt Token Ids */
-            prompt_token_ids?: number[];
-        };
-        /** ChatAnswerMessage */
-        ChatAnswerMessage: {
-            /**
-             * Role
-             * @constant
-             */
-            role: "assistant";
-            /** Content */
-            content: string | null;
-            /** Refusal */
-            refusal: null;
-            /** Tool Calls */
-            tool_calls?: components["schemas"]["ToolCallAnswer"][];
-        };
-        /** ChatChoice */
-        ChatChoice: {
-            /** Index */
-            index: number;
-            message: components["schemas"]["ChatAnswerMessage"];
-            logprobs: components["schemas"]["ChatLogprobs"] | null;
-            /** Finish Reason */
-            finish_reason: string | null;
-            /** Token Ids */
-            token_ids?: number[];
-        };
-        /**
-         * ChatChunk
-         * @description A chunk of a chat answer. `usage`: with `stream_options`. After the last one comes `[DONE]`.
-         */
-        ChatChunk: {
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "chat.completion.chunk";
-            /** Created */
-            created: number;
-            /** Model */
-            model: string;
-            /** Choices */
-            choices: components["schemas"]["ChatChunkChoice"][];
-            usage?: components["schemas"]["OpenAIUsage"] | null;
-            /** Prompt Token Ids */
-            prompt_token_ids?: number[];
-        };
-        /** ChatChunkChoice */
-        ChatChunkChoice: {
-            /** Index */
-            index: number;
-            delta: components["schemas"]["ChatDelta"];
-            logprobs: components["schemas"]["ChatLogprobs"] | null;
-            /** Finish Reason */
-            finish_reason: string | null;
-            /** Token Ids */
-            token_ids?: number[];
-        };
-        /** ChatDelta */
-        ChatDelta: {
-            /**
-             * Role
-             * @constant
-             */
-            role?: "assistant";
-            /** Content */
-            content?: string;
-            /** Tool Calls */
-            tool_calls?: components["schemas"]["CallDelta"][];
-        };
-        /** ChatLogprobs */
-        ChatLogprobs: {
-            /** Content */
-            content: components["schemas"]["ChatTokenLogprob"][];
-            /** Refusal */
-            refusal: null;
-        };
-        /** ChatTokenLogprob */
-        ChatTokenLogprob: {
-            /** Token */
-            token: string;
-            /** Logprob */
-            logprob: number | null;
-            /** Bytes */
-            bytes: number[];
-            /** Top Logprobs */
-            top_logprobs: components["schemas"]["TokenLogprob"][];
-        };
-        /** CheckpointAnswer */
-        CheckpointAnswer: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "fine_tuning.job.checkpoint";
-            /** Id */
-            id: string;
-            /** Created At */
-            created_at: number;
-            /** Fine Tuned Model Checkpoint */
-            fine_tuned_model_checkpoint: string;
-            /** Fine Tuning Job Id */
-            fine_tuning_job_id: string;
-            /** Metrics */
-            metrics: {
-                [key: string]: number;
-            };
-            /** Step Number */
-            step_number: number;
         };
         /**
          * ChoiceEnd
          * @description End of a choice, with the reason.
          */
         ChoiceEnd: {
-            /** Id */
             id: string;
-            /** Index */
             index: number;
-            /**
-             * Text
-             * @constant
-             */
+            /** @constant */
             text: "";
-            /** Finish Reason */
             finish_reason: string;
         };
         /**
-         * ClassifyAnswer
-         * @description Answer of POST /classify.
+         * GenerationEnd
+         * @description The last event but one; then comes `[DONE]`.
          */
-        ClassifyAnswer: {
-            /** Id */
+        GenerationEnd: {
             id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Created */
-            created: number;
-            /** Model */
-            model: string;
-            /** Data */
-            data: components["schemas"]["TextLabelAnswer"][] | components["schemas"]["TokenLabelsAnswer"][];
-            usage: components["schemas"]["OpenAIUsage"];
-        };
-        /**
-         * CompletionAnswer
-         * @description Answer of POST /v1/completions.
-         */
-        CompletionAnswer: {
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "text_completion";
-            /** Created */
-            created: number;
-            /** Model */
-            model: string;
-            /** Choices */
-            choices: components["schemas"]["CompletionChoice"][];
-            usage: components["schemas"]["OpenAIUsage"];
-        };
-        /** CompletionChoice */
-        CompletionChoice: {
-            /** Index */
-            index: number;
-            /** Text */
-            text: string;
-            logprobs: components["schemas"]["FlatLogprobs"] | null;
-            /** Finish Reason */
-            finish_reason: string | null;
-            /** Prompt Logprobs */
-            prompt_logprobs?: ({
-                [key: string]: components["schemas"]["PromptTokenLogprob"];
-            } | null)[];
-            /** Token Ids */
-            token_ids?: number[];
-            /** Prompt Token Ids */
-            prompt_token_ids?: number[];
-        };
-        /**
-         * CompletionChunk
-         * @description A chunk of a completion. `usage`: with `stream_options`. After the last one comes `[DONE]`.
-         */
-        CompletionChunk: {
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "text_completion";
-            /** Created */
-            created: number;
-            /** Model */
-            model: string;
-            /** Choices */
-            choices: components["schemas"]["CompletionChunkChoice"][];
-            usage?: components["schemas"]["OpenAIUsage"] | null;
-        };
-        /** CompletionChunkChoice */
-        CompletionChunkChoice: {
-            /** Index */
-            index: number;
-            /** Text */
-            text: string;
-            logprobs: components["schemas"]["FlatLogprobs"] | null;
-            /** Finish Reason */
-            finish_reason: string | null;
-            /** Token Ids */
-            token_ids?: number[];
-            /** Prompt Token Ids */
-            prompt_token_ids?: number[];
-        };
-        /**
-         * DecisionAnswer
-         * @description Answer of POST /v1/decide.
-         */
-        DecisionAnswer: {
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "decision";
-            /** Created */
-            created: number;
-            /** Model */
-            model: string;
-            /** Choice */
-            choice: string;
-            /** Index */
-            index: number;
-            /** Choices */
-            choices: components["schemas"]["OptionAnswer"][];
-            usage: components["schemas"]["OpenAIUsage"];
-        };
-        /**
-         * DeletedAnswer
-         * @description Confirmation of a deletion.
-         */
-        DeletedAnswer: {
-            /** Id */
-            id: string;
-            /** Object */
-            object: string;
-            /**
-             * Deleted
-             * @constant
-             */
-            deleted: true;
-        };
-        /** DocumentAnswer */
-        DocumentAnswer: {
-            /** Text */
-            text: string;
-        };
-        /** EmbeddingAnswer */
-        EmbeddingAnswer: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "embedding";
-            /** Index */
-            index: number;
-            /** Embedding */
-            embedding: number[] | string;
-        };
-        /**
-         * EmbeddingsAnswer
-         * @description Answer of POST /v1/embeddings.
-         */
-        EmbeddingsAnswer: {
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["EmbeddingAnswer"][];
-            /** Model */
-            model: string;
-            usage: components["schemas"]["OpenAIUsage"];
-        };
-        /** EngineStatus */
-        EngineStatus: {
-            /** State */
-            state: string;
-            /** Restarts */
-            restarts: number;
+            /** @constant */
+            done: true;
+            adapter: string | components["schemas"]["WeightedAdapter"][] | null;
+            usage: components["schemas"]["GeneratedUsage"];
+            timing: components["schemas"]["GeneratedTiming"];
         };
         /**
          * Error
@@ -3832,484 +3334,52 @@ export interface components {
          * @description Some errors have more fields, as their quota or the version that is active.
          */
         ErrorDetails: {
-            /**
-             * Message
-             * @description what is wrong, and the way out
-             */
+            /** @description what is wrong, and the way out */
             message: string;
-            /** Type */
             type: string;
-            /**
-             * Param
-             * @description the field of the request
-             */
+            /** @description the field of the request */
             param: string | null;
-            /**
-             * Code
-             * @description stable, for programs
-             */
+            /** @description stable, for programs */
             code: string | null;
         };
-        /** FileAnswer */
-        FileAnswer: {
-            /** Id */
+        /**
+         * ManyTextEvent
+         * @description New text of a choice of one request.
+         */
+        ManyTextEvent: {
             id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "file";
-            /** Bytes */
-            bytes: number;
-            /** Created At */
-            created_at: number;
-            /** Filename */
-            filename: string;
-            /** Purpose */
-            purpose: string;
-            /**
-             * Status
-             * @constant
-             */
-            status: "processed";
-            /** Status Details */
-            status_details: null;
-            /** Expires At */
-            expires_at: null;
-            /** Sha256 */
-            sha256: string;
-        };
-        /**
-         * FilesBase
-         * @description Repository from which the base can be had.
-         */
-        FilesBase: {
-            /** Name */
-            name: string;
-            /** Repo */
-            repo: string | null;
-            /** Revision */
-            revision: string | null;
-        };
-        /**
-         * FlatLogprobs
-         * @description Parallel lists, with an entry for each token.
-         */
-        FlatLogprobs: {
-            /** Tokens */
-            tokens: string[];
-            /** Token Ids */
-            token_ids: number[];
-            /** Token Logprobs */
-            token_logprobs: (number | null)[];
-            /** Top Logprobs */
-            top_logprobs: ({
-                [key: string]: number;
-            } | null)[];
-            /** Text Offset */
-            text_offset: number[];
-        };
-        /**
-         * GeneratedAnswer
-         * @description Answer of POST /generate.
-         */
-        GeneratedAnswer: {
-            /** Adapter */
-            adapter: string | components["schemas"]["WeightedAdapter"][] | null;
-            usage: components["schemas"]["GeneratedUsage"];
-            timing: components["schemas"]["GeneratedTiming"];
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "generation";
-            /** Choices */
-            choices: components["schemas"]["GeneratedChoice"][];
-        };
-        /** GeneratedChoice */
-        GeneratedChoice: {
-            /** Index */
             index: number;
-            /** Text */
             text: string;
-            /** Finish Reason */
-            finish_reason: string | null;
-            logprobs: components["schemas"]["FlatLogprobs"] | null;
-            /** Tool Calls */
-            tool_calls?: components["schemas"]["ToolCallAnswer"][];
-        };
-        /**
-         * GeneratedTiming
-         * @description Seconds: in the engine's queue, until the first token, and from the first token to the last.
-         */
-        GeneratedTiming: {
-            /** Queue S */
-            queue_s: number;
-            /** Ttft S */
-            ttft_s: number;
-            /** Decode S */
-            decode_s: number;
-        };
-        /** GeneratedUsage */
-        GeneratedUsage: {
-            /** Prompt Tokens */
-            prompt_tokens: number;
-            /** Completion Tokens */
-            completion_tokens: number;
-            /** Cached Tokens */
-            cached_tokens: number;
-        };
-        /**
-         * GenerationEnd
-         * @description The last event but one; then comes `[DONE]`.
-         */
-        GenerationEnd: {
-            /** Adapter */
-            adapter: string | components["schemas"]["WeightedAdapter"][] | null;
-            usage: components["schemas"]["GeneratedUsage"];
-            timing: components["schemas"]["GeneratedTiming"];
-            /** Id */
-            id: string;
-            /**
-             * Done
-             * @constant
-             */
-            done: true;
-        };
-        /** HealthAnswer */
-        HealthAnswer: {
-            /** Status */
-            status: string;
-            /** Engine */
-            engine: string;
-        };
-        /**
-         * HistoryAnswer
-         * @description A change of the active version: what became active or inactive, when and by whom.
-         */
-        HistoryAnswer: {
-            /** Action */
-            action: string;
-            /** Version */
-            version: string | null;
-            /** Previous */
-            previous: string | null;
-            /** Actor */
-            actor: string;
-            /** At */
-            at: number;
-        };
-        /** IncompleteDetails */
-        IncompleteDetails: {
-            /** Reason */
-            reason: string;
-        };
-        /** InputDelta */
-        InputDelta: {
-            /**
-             * Type
-             * @constant
-             */
-            type: "input_json_delta";
-            /** Partial Json */
-            partial_json: string;
-        };
-        /**
-         * InputItemsAnswer
-         * @description Items that a response answers.
-         */
-        InputItemsAnswer: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: unknown[];
-            /** First Id */
-            first_id: string | null;
-            /** Last Id */
-            last_id: string | null;
-            /** Has More */
-            has_more: boolean;
-        };
-        /** InputText */
-        InputText: {
-            /**
-             * Type
-             * @constant
-             */
-            type: "input_text";
-            /** Text */
-            text: string;
-        };
-        /** InputTokensDetails */
-        InputTokensDetails: {
-            /** Cached Tokens */
-            cached_tokens: number;
-            /** Cache Write Tokens */
-            cache_write_tokens: number;
-        };
-        /**
-         * JobAnswer
-         * @description A training job. `hyperparameters` and `method` say what it was made with.
-         */
-        JobAnswer: {
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "fine_tuning.job";
-            /** Model */
-            model: string;
-            /** Created At */
-            created_at: number;
-            /** Finished At */
-            finished_at: number | null;
-            /** Estimated Finish */
-            estimated_finish: number | null;
-            /** Fine Tuned Model */
-            fine_tuned_model: string | null;
-            /** Organization Id */
-            organization_id: string;
-            /** Result Files */
-            result_files: string[];
-            /** Status */
-            status: string;
-            /** Training File */
-            training_file: string;
-            /** Validation File */
-            validation_file: string | null;
-            /** Hyperparameters */
-            hyperparameters: {
-                [key: string]: unknown;
-            };
-            /** Method */
-            method: {
-                [key: string]: unknown;
-            };
-            /** Trained Tokens */
-            trained_tokens: number | null;
-            /** Seed */
-            seed: number;
-            /** Integrations */
-            integrations: {
-                [key: string]: unknown;
-            }[];
-            /** Metadata */
-            metadata: {
-                [key: string]: string;
-            };
-            error: components["schemas"]["JobProblem"] | null;
-            /** Name */
-            name: string;
-            parent: components["schemas"]["ParentAnswer"] | null;
-            /**
-             * Activate
-             * @enum {string}
-             */
-            activate: "always" | "if_better" | "if_better_than_base" | "never";
-            /** Activated */
-            activated: boolean | null;
-            /** Version */
-            version: string | null;
-            /** Replaced */
-            replaced: string | null;
-            /** Progress */
-            progress: {
-                [key: string]: unknown;
-            } | null;
-            /** Estimate */
-            estimate: {
-                [key: string]: unknown;
-            } | null;
-            /** Report */
-            report: {
-                [key: string]: unknown;
-            } | null;
-            /** Resumable */
-            resumable: boolean;
-            /** Hold */
-            hold: boolean;
-            stopped: components["schemas"]["JobStopAnswer"] | null;
-        };
-        /** JobEventAnswer */
-        JobEventAnswer: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "fine_tuning.job.event";
-            /** Id */
-            id: string;
-            /** Created At */
-            created_at: number;
-            /** Level */
-            level: string;
-            /** Message */
-            message: string;
-            /** Type */
-            type: string;
-            /** Data */
-            data: {
-                [key: string]: unknown;
-            } | null;
-        };
-        /** JobProblem */
-        JobProblem: {
-            /** Code */
-            code: string;
-            /** Message */
-            message: string;
-            /** Param */
-            param: string | null;
-        };
-        /**
-         * JobStopAnswer
-         * @description Early end of a job.
-         */
-        JobStopAnswer: {
-            /** Step */
-            step: number | null;
-            /** Steps */
-            steps: number;
-            /** By */
-            by: string;
-            /** At */
-            at: number;
-        };
-        /** KeyAnswer */
-        KeyAnswer: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "api_key";
-            /** Id */
-            id: string;
-            /** Tenant */
-            tenant: string;
-            /** Name */
-            name: string;
-            /** Scopes */
-            scopes: string[];
-            /** Created At */
-            created_at: number;
-            /** Expires At */
-            expires_at: number | null;
-            /** Revoked At */
-            revoked_at: number | null;
-            /** Last Used At */
-            last_used_at: number | null;
-            /** Quotas */
-            quotas: {
-                [key: string]: number;
-            };
-            /** Priority */
-            priority: number;
-        };
-        /**
-         * ListAnswerAdapterAnswer
-         * @description A whole list.
-         */
-        ListAnswer_AdapterAnswer_: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["AdapterAnswer"][];
-        };
-        /**
-         * ListAnswerHistoryAnswer
-         * @description A whole list.
-         */
-        ListAnswer_HistoryAnswer_: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["HistoryAnswer"][];
-        };
-        /**
-         * ListAnswerKeyAnswer
-         * @description A whole list.
-         */
-        ListAnswer_KeyAnswer_: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["KeyAnswer"][];
-        };
-        /**
-         * ListAnswerModelAnswer
-         * @description A whole list.
-         */
-        ListAnswer_ModelAnswer_: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["ModelAnswer"][];
-        };
-        /**
-         * ListAnswerTenantAnswer
-         * @description A whole list.
-         */
-        ListAnswer_TenantAnswer_: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["TenantAnswer"][];
-        };
-        /**
-         * ListAnswerVersionAnswer
-         * @description A whole list.
-         */
-        ListAnswer_VersionAnswer_: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["VersionAnswer"][];
+            tool_calls?: components["schemas"]["CallDelta"][];
+            logprobs?: components["schemas"]["FlatLogprobs"];
+            /** @description which of the requests it is about, from 0 */
+            request: number;
         };
         /**
          * ManyChoiceEnd
          * @description End of a choice of one request, with the reason.
          */
         ManyChoiceEnd: {
-            /** Id */
             id: string;
-            /** Index */
             index: number;
-            /**
-             * Text
-             * @constant
-             */
+            /** @constant */
             text: "";
-            /** Finish Reason */
             finish_reason: string;
-            /**
-             * Request
-             * @description which of the requests it is about, from 0
-             */
+            /** @description which of the requests it is about, from 0 */
+            request: number;
+        };
+        /**
+         * ManyGenerationEnd
+         * @description The last event of one request. `[DONE]` comes after the last of all.
+         */
+        ManyGenerationEnd: {
+            id: string;
+            /** @constant */
+            done: true;
+            adapter: string | components["schemas"]["WeightedAdapter"][] | null;
+            usage: components["schemas"]["GeneratedUsage"];
+            timing: components["schemas"]["GeneratedTiming"];
+            /** @description which of the requests it is about, from 0 */
             request: number;
         };
         /**
@@ -4318,918 +3388,45 @@ export interface components {
          */
         ManyError: {
             error: components["schemas"]["ErrorDetails"];
-            /**
-             * Request
-             * @description which of the requests it is about, from 0
-             */
+            /** @description which of the requests it is about, from 0 */
             request: number;
-            /**
-             * Status
-             * @description that the error has at POST /generate
-             */
+            /** @description that the error has at POST /generate */
             status: number;
         };
         /**
-         * ManyGenerationEnd
-         * @description The last event of one request. `[DONE]` comes after the last of all.
+         * CancelledAnswer
+         * @description Confirmation that a text will not be generated to its end.
          */
-        ManyGenerationEnd: {
-            /** Adapter */
-            adapter: string | components["schemas"]["WeightedAdapter"][] | null;
-            usage: components["schemas"]["GeneratedUsage"];
-            timing: components["schemas"]["GeneratedTiming"];
-            /** Id */
+        CancelledAnswer: {
             id: string;
-            /**
-             * Done
-             * @constant
-             */
-            done: true;
-            /**
-             * Request
-             * @description which of the requests it is about, from 0
-             */
-            request: number;
-        };
-        /**
-         * ManyTextEvent
-         * @description New text of a choice of one request.
-         */
-        ManyTextEvent: {
-            /** Id */
-            id: string;
-            /** Index */
-            index: number;
-            /** Text */
-            text: string;
-            /** Tool Calls */
-            tool_calls?: components["schemas"]["CallDelta"][];
-            logprobs?: components["schemas"]["FlatLogprobs"];
-            /**
-             * Request
-             * @description which of the requests it is about, from 0
-             */
-            request: number;
-        };
-        /**
-         * MemoryUse
-         * @description Host memory for versions, in bytes, and the loads and evictions since the start.
-         */
-        MemoryUse: {
-            /** Limit */
-            limit: number;
-            /** Used */
-            used: number;
-            /** Versions */
-            versions: number;
-            /** Pinned */
-            pinned: number;
-            /** Loads */
-            loads: number;
-            /** Evictions */
-            evictions: number;
-        };
-        /** MergedAnswer */
-        MergedAnswer: {
-            /** Name */
-            name: string;
-            /** Version */
-            version: string;
-            /** Weight */
-            weight: number;
-        };
-        /**
-         * MessageAnswer
-         * @description Answer of POST /v1/messages.
-         */
-        MessageAnswer: {
-            /** Id */
-            id: string;
-            /**
-             * Type
-             * @constant
-             */
-            type: "message";
-            /**
-             * Role
-             * @constant
-             */
-            role: "assistant";
-            /** Model */
-            model: string;
-            /** Content */
-            content: (components["schemas"]["TextBlockAnswer"] | components["schemas"]["ToolUseAnswer"])[];
-            /** Stop Reason */
-            stop_reason: string | null;
-            /** Stop Sequence */
-            stop_sequence: string | null;
-            usage: components["schemas"]["MessageAnswerUsage"];
-        };
-        /** MessageAnswerUsage */
-        MessageAnswerUsage: {
-            /** Input Tokens */
-            input_tokens: number;
-            /** Cache Creation Input Tokens */
-            cache_creation_input_tokens: number;
-            /** Cache Read Input Tokens */
-            cache_read_input_tokens: number;
-            /** Output Tokens */
-            output_tokens: number;
-            /**
-             * Service Tier
-             * @constant
-             */
-            service_tier: "standard";
-        };
-        /** MessageDelta */
-        MessageDelta: {
-            /**
-             * Type
-             * @constant
-             */
-            type: "message_delta";
-            delta: components["schemas"]["MessageStopReason"];
-            usage: components["schemas"]["MessageUsage"];
-        };
-        /** MessageItemAnswer */
-        MessageItemAnswer: {
-            /** Id */
-            id: string;
-            /**
-             * Type
-             * @constant
-             */
-            type: "message";
-            /** Status */
-            status: string;
-            /** Role */
-            role: string;
-            /** Content */
-            content: (components["schemas"]["OutputText"] | components["schemas"]["InputText"])[];
-        };
-        /** MessageStart */
-        MessageStart: {
-            /**
-             * Type
-             * @constant
-             */
-            type: "message_start";
-            message: components["schemas"]["MessageAnswer"];
-        };
-        /** MessageStop */
-        MessageStop: {
-            /**
-             * Type
-             * @constant
-             */
-            type: "message_stop";
-        };
-        /** MessageStopReason */
-        MessageStopReason: {
-            /** Stop Reason */
-            stop_reason: string;
-            /** Stop Sequence */
-            stop_sequence: string | null;
-        };
-        /**
-         * MessageUsage
-         * @description The prompt is the sum of three: what is new, what was put into the cache, what came from it.
-         */
-        MessageUsage: {
-            /** Input Tokens */
-            input_tokens: number;
-            /** Cache Creation Input Tokens */
-            cache_creation_input_tokens: number;
-            /** Cache Read Input Tokens */
-            cache_read_input_tokens: number;
-            /** Output Tokens */
-            output_tokens: number;
-        };
-        /**
-         * ModelAnswer
-         * @description The base, or an adapter: then `parent` is the base, and `root` the version.
-         */
-        ModelAnswer: {
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "model";
-            /** Created */
-            created: number;
-            /** Owned By */
-            owned_by: string;
-            /** Root */
-            root: string;
-            /** Parent */
-            parent: string | null;
-            /** Max Model Len */
-            max_model_len: number | null;
-        };
-        /** NewKeyAnswer */
-        NewKeyAnswer: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "api_key";
-            /** Id */
-            id: string;
-            /** Tenant */
-            tenant: string;
-            /** Name */
-            name: string;
-            /** Scopes */
-            scopes: string[];
-            /** Created At */
-            created_at: number;
-            /** Expires At */
-            expires_at: number | null;
-            /** Revoked At */
-            revoked_at: number | null;
-            /** Last Used At */
-            last_used_at: number | null;
-            /** Quotas */
-            quotas: {
-                [key: string]: number;
-            };
-            /** Priority */
-            priority: number;
-            /** Key */
-            key: string;
-        };
-        /** OpenAIUsage */
-        OpenAIUsage: {
-            /** Prompt Tokens */
-            prompt_tokens: number;
-            /** Completion Tokens */
-            completion_tokens: number;
-            /** Total Tokens */
-            total_tokens: number;
-            prompt_tokens_details: components["schemas"]["CachedTokens"];
-        };
-        /** OptionAnswer */
-        OptionAnswer: {
-            /** Index */
-            index: number;
-            /** Text */
-            text: string;
-            /** Probability */
-            probability: number;
-            /** Logprob */
-            logprob: number;
-            /** Prior Logprob */
-            prior_logprob: number | null;
-            /** Token Logprobs */
-            token_logprobs: number[];
-        };
-        /** OutputText */
-        OutputText: {
-            /**
-             * Type
-             * @constant
-             */
-            type: "output_text";
-            /** Text */
-            text: string;
-            /** Annotations */
-            annotations: {
-                [key: string]: unknown;
-            }[];
-            /** Logprobs */
-            logprobs?: components["schemas"]["ChatTokenLogprob"][];
-        };
-        /** OutputTokensDetails */
-        OutputTokensDetails: {
-            /** Reasoning Tokens */
-            reasoning_tokens: number;
-        };
-        /**
-         * PageAnswerAuditAnswer
-         * @description A page of a list. The next one is that after `last_id`.
-         */
-        PageAnswer_AuditAnswer_: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["AuditAnswer"][];
-            /** First Id */
-            first_id: string | null;
-            /** Last Id */
-            last_id: string | null;
-            /** Has More */
-            has_more: boolean;
-        };
-        /**
-         * PageAnswerBatchAnswer
-         * @description A page of a list. The next one is that after `last_id`.
-         */
-        PageAnswer_BatchAnswer_: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["BatchAnswer"][];
-            /** First Id */
-            first_id: string | null;
-            /** Last Id */
-            last_id: string | null;
-            /** Has More */
-            has_more: boolean;
-        };
-        /**
-         * PageAnswerCheckpointAnswer
-         * @description A page of a list. The next one is that after `last_id`.
-         */
-        PageAnswer_CheckpointAnswer_: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["CheckpointAnswer"][];
-            /** First Id */
-            first_id: string | null;
-            /** Last Id */
-            last_id: string | null;
-            /** Has More */
-            has_more: boolean;
-        };
-        /**
-         * PageAnswerFileAnswer
-         * @description A page of a list. The next one is that after `last_id`.
-         */
-        PageAnswer_FileAnswer_: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["FileAnswer"][];
-            /** First Id */
-            first_id: string | null;
-            /** Last Id */
-            last_id: string | null;
-            /** Has More */
-            has_more: boolean;
-        };
-        /**
-         * PageAnswerJobAnswer
-         * @description A page of a list. The next one is that after `last_id`.
-         */
-        PageAnswer_JobAnswer_: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["JobAnswer"][];
-            /** First Id */
-            first_id: string | null;
-            /** Last Id */
-            last_id: string | null;
-            /** Has More */
-            has_more: boolean;
-        };
-        /**
-         * PageAnswerJobEventAnswer
-         * @description A page of a list. The next one is that after `last_id`.
-         */
-        PageAnswer_JobEventAnswer_: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Data */
-            data: components["schemas"]["JobEventAnswer"][];
-            /** First Id */
-            first_id: string | null;
-            /** Last Id */
-            last_id: string | null;
-            /** Has More */
-            has_more: boolean;
-        };
-        /** PairScore */
-        PairScore: {
-            /** Index */
-            index: number;
-            /**
-             * Object
-             * @constant
-             */
-            object: "score";
-            /** Score */
-            score: number;
-        };
-        /**
-         * ParentAnswer
-         * @description A version that another one was made of, or goes on from.
-         */
-        ParentAnswer: {
-            /** Name */
-            name: string;
-            /** Version */
-            version: string;
-        };
-        /** PauseAnswer */
-        PauseAnswer: {
-            /**
-             * Status
-             * @enum {string}
-             */
-            status: "paused" | "resumed";
-        };
-        /** PausedAnswer */
-        PausedAnswer: {
-            /** Is Paused */
-            is_paused: boolean;
-        };
-        /** PromptTokenLogprob */
-        PromptTokenLogprob: {
-            /** Logprob */
-            logprob: number;
-            /** Rank */
-            rank: number | null;
-            /** Decoded Token */
-            decoded_token: string;
-        };
-        /** RankedAnswer */
-        RankedAnswer: {
-            /** Index */
-            index: number;
-            /** Relevance Score */
-            relevance_score: number;
-            document?: components["schemas"]["DocumentAnswer"];
-        };
-        /**
-         * RerankAnswer
-         * @description Answer of POST /v1/rerank.
-         */
-        RerankAnswer: {
-            /** Id */
-            id: string;
-            /** Model */
-            model: string;
-            /** Results */
-            results: components["schemas"]["RankedAnswer"][];
-            usage: components["schemas"]["OpenAIUsage"];
-        };
-        /**
-         * ResponseAnswer
-         * @description Answer of POST /v1/responses.
-         */
-        ResponseAnswer: {
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "response";
-            /** Created At */
-            created_at: number;
-            /** Completed At */
-            completed_at?: number;
-            /** Output */
-            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"])[];
-            incomplete_details: components["schemas"]["IncompleteDetails"] | null;
-            /** Model */
-            model: string;
-            /** Instructions */
-            instructions: string | null;
-            /** Previous Response Id */
-            previous_response_id: string | null;
-            /** Max Output Tokens */
-            max_output_tokens: number | null;
-            /** Temperature */
-            temperature: number;
-            /** Top P */
-            top_p: number;
-            /** Top Logprobs */
-            top_logprobs: number;
-            /** Tools */
-            tools: {
-                [key: string]: unknown;
-            }[];
-            /** Tool Choice */
-            tool_choice: string | {
-                [key: string]: unknown;
-            };
-            /** Parallel Tool Calls */
-            parallel_tool_calls: boolean;
-            text: components["schemas"]["ResponseText"];
-            reasoning: components["schemas"]["ResponseReasoning"];
-            /** Metadata */
-            metadata: {
-                [key: string]: string;
-            };
-            /** Store */
-            store: boolean;
-            /**
-             * Truncation
-             * @constant
-             */
-            truncation: "disabled";
-            /**
-             * Background
-             * @constant
-             */
-            background: false;
-            /**
-             * Status
-             * @enum {string}
-             */
-            status: "completed" | "incomplete";
-            /** Error */
-            error: null;
-            usage: components["schemas"]["ResponseUsage"];
-        };
-        /**
-         * ResponseEvent
-         * @description Any event of a response; `type` says which, and with it what else it has, as in OpenAI's reference.
-         */
-        ResponseEvent: {
-            /**
-             * Type
-             * @enum {string}
-             */
-            type: "response.created" | "response.in_progress" | "response.completed" | "response.incomplete" | "response.failed" | "response.output_item.added" | "response.output_item.done" | "response.content_part.added" | "response.content_part.done" | "response.output_text.delta" | "response.output_text.done" | "response.function_call_arguments.delta" | "response.function_call_arguments.done";
-            /** Sequence Number */
-            sequence_number: number;
-            response?: components["schemas"]["ResponseState"];
-            /** Output Index */
-            output_index?: number;
-            /** Content Index */
-            content_index?: number;
-            /** Item Id */
-            item_id?: string;
-            /** Item */
-            item?: components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"];
-            part?: components["schemas"]["OutputText"];
-            /** Delta */
-            delta?: string;
-            /** Text */
-            text?: string;
-            /** Logprobs */
-            logprobs?: components["schemas"]["ChatTokenLogprob"][];
-            /** Arguments */
-            arguments?: string;
-            /** Name */
-            name?: string;
-        };
-        /** ResponseReasoning */
-        ResponseReasoning: {
-            /** Effort */
-            effort: string | null;
-            /** Summary */
-            summary: null;
-        };
-        /**
-         * ResponseState
-         * @description A response while it is generated.
-         */
-        ResponseState: {
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "response";
-            /** Created At */
-            created_at: number;
-            /** Completed At */
-            completed_at?: number;
-            /** Output */
-            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"])[];
-            incomplete_details: components["schemas"]["IncompleteDetails"] | null;
-            /** Model */
-            model: string;
-            /** Instructions */
-            instructions: string | null;
-            /** Previous Response Id */
-            previous_response_id: string | null;
-            /** Max Output Tokens */
-            max_output_tokens: number | null;
-            /** Temperature */
-            temperature: number;
-            /** Top P */
-            top_p: number;
-            /** Top Logprobs */
-            top_logprobs: number;
-            /** Tools */
-            tools: {
-                [key: string]: unknown;
-            }[];
-            /** Tool Choice */
-            tool_choice: string | {
-                [key: string]: unknown;
-            };
-            /** Parallel Tool Calls */
-            parallel_tool_calls: boolean;
-            text: components["schemas"]["ResponseText"];
-            reasoning: components["schemas"]["ResponseReasoning"];
-            /** Metadata */
-            metadata: {
-                [key: string]: string;
-            };
-            /** Store */
-            store: boolean;
-            /**
-             * Truncation
-             * @constant
-             */
-            truncation: "disabled";
-            /**
-             * Background
-             * @constant
-             */
-            background: false;
-            /**
-             * Status
-             * @enum {string}
-             */
-            status: "in_progress" | "completed" | "incomplete" | "failed";
-            error: components["schemas"]["ErrorDetails"] | null;
-            usage: components["schemas"]["ResponseUsage"] | null;
-        };
-        /** ResponseText */
-        ResponseText: {
-            /** Format */
-            format: {
-                [key: string]: unknown;
-            };
-            /** Verbosity */
-            verbosity: string;
-        };
-        /** ResponseUsage */
-        ResponseUsage: {
-            /** Input Tokens */
-            input_tokens: number;
-            input_tokens_details: components["schemas"]["InputTokensDetails"];
-            /** Output Tokens */
-            output_tokens: number;
-            output_tokens_details: components["schemas"]["OutputTokensDetails"];
-            /** Total Tokens */
-            total_tokens: number;
-        };
-        /**
-         * RouteSecretAnswer
-         * @description Answer of GET /route_secret: another one after each start of the server.
-         */
-        RouteSecretAnswer: {
-            /** Secret */
-            secret: string;
-        };
-        /**
-         * ScoreAnswer
-         * @description Answer of POST /score.
-         */
-        ScoreAnswer: {
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Created */
-            created: number;
-            /** Model */
-            model: string;
-            /** Data */
-            data: components["schemas"]["PairScore"][];
-            usage: components["schemas"]["OpenAIUsage"];
-        };
-        /**
-         * ServerInfoAnswer
-         * @description The part of vLLM's configuration that its clients read.
-         */
-        ServerInfoAnswer: {
-            /** Vllm Config */
-            vllm_config: {
-                [key: string]: {
-                    [key: string]: unknown;
-                };
-            };
-        };
-        /** ServerVersionAnswer */
-        ServerVersionAnswer: {
-            /**
-             * Name
-             * @constant
-             */
-            name: "onebase";
-            /** Version */
-            version: string;
-            /** Python */
-            python: string;
-        };
-        /**
-         * StatusAnswer
-         * @description Answer of GET /status: bytes, tokens and counts.
-         */
-        StatusAnswer: {
-            /** Base */
-            base: string;
-            engine: components["schemas"]["EngineStatus"];
-            /** Info */
-            info: {
-                architecture: string;
-                parameters: number;
-                quantization: string;
-                dtype: string;
-                device: string;
-                /** @default torch */
-                kernels: string;
-                /** @default  */
-                gpu_sharing: string;
-                /** @default  */
-                promise: string;
-                base_bytes: number;
-                kv_bytes: number;
-                /** @default bfloat16 */
-                kv_dtype: string;
-                kv_blocks: number;
-                block_size: number;
-                max_length: number;
-                max_rows: number;
-                max_slots: number;
-                max_rank: number;
-                vocab_size: number;
-                /** @default 0 */
-                hidden_size: number;
-                load_seconds: number;
-            } | null;
-            /** Stats */
-            stats: {
-                rows_running: number;
-                rows_waiting: number;
-                kv_blocks_free: number;
-                kv_blocks_cached: number;
-                kv_blocks_total: number;
-                slots_used: number;
-                steps: number;
-                preemptions: number;
-                prompt_tokens: number;
-                generated_tokens: number;
-                cached_tokens: number;
-                adapters_loaded: number;
-                /** @default 0 */
-                draft_tokens: number;
-                /** @default 0 */
-                right_draft_tokens: number;
-                /** @default false */
-                paused: boolean;
-                /** @default 0 */
-                background_waiting: number;
-                /** @default 0 */
-                kv_blocks_on_host: number;
-                /** @default 0 */
-                kv_blocks_host_total: number;
-                /** @default 0 */
-                restored_tokens: number;
-                /** @default false */
-                awaits_grammars: boolean;
-            } | null;
-            /** Requests */
-            requests: number;
-            /** Adapters */
-            adapters: number;
-            host_memory: components["schemas"]["MemoryUse"];
-            verifier: components["schemas"]["VerifierStatus"];
-        };
-        /** TenantAnswer */
-        TenantAnswer: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "tenant";
-            /** Tenant */
-            tenant: string;
-            /** Quotas */
-            quotas: {
-                [key: string]: number;
-            };
-            /** Adapters */
-            adapters: number;
-            /** Bytes */
-            bytes: number;
-            /** Training Seconds */
-            training_seconds: number;
-        };
-        /**
-         * TextAnswer
-         * @description Answer of POST /detokenize.
-         */
-        TextAnswer: {
-            /** Prompt */
-            prompt: string;
-        };
-        /** TextBlockAnswer */
-        TextBlockAnswer: {
-            /**
-             * Type
-             * @constant
-             */
-            type: "text";
-            /** Text */
-            text: string;
-        };
-        /** TextDelta */
-        TextDelta: {
-            /**
-             * Type
-             * @constant
-             */
-            type: "text_delta";
-            /** Text */
-            text: string;
-        };
-        /**
-         * TextEvent
-         * @description New text of a choice, with its tokens where they are asked for.
-         */
-        TextEvent: {
-            /** Id */
-            id: string;
-            /** Index */
-            index: number;
-            /** Text */
-            text: string;
-            /** Tool Calls */
-            tool_calls?: components["schemas"]["CallDelta"][];
-            logprobs?: components["schemas"]["FlatLogprobs"];
-        };
-        /** TextLabelAnswer */
-        TextLabelAnswer: {
-            /** Label */
-            label: string;
-            /** Probs */
-            probs: number[];
-            /** Num Classes */
-            num_classes: number;
-            /** Index */
-            index: number;
+            /** @constant */
+            object: "generation";
+            /** @constant */
+            cancelled: true;
         };
         /**
          * TgiAnswer
          * @description Answer of POST /, one in a list.
          */
         TgiAnswer: {
-            /** Generated Text */
             generated_text: string;
             details?: components["schemas"]["TgiDetails"];
         };
         /** TgiDetails */
         TgiDetails: {
-            /** Finish Reason */
             finish_reason: string;
-            /** Generated Tokens */
             generated_tokens: number;
-            /** Input Length */
             input_length: number;
-            /** Seed */
             seed: number | null;
-            /** Prefill */
             prefill: components["schemas"]["TgiToken"][];
-            /** Tokens */
             tokens: components["schemas"]["TgiToken"][];
-            /** Top Tokens */
             top_tokens?: components["schemas"]["TgiToken"][][];
-        };
-        /** TgiEnd */
-        TgiEnd: {
-            /** Finish Reason */
-            finish_reason: string;
-            /** Generated Tokens */
-            generated_tokens: number;
-            /** Input Length */
-            input_length: number;
-            /** Seed */
-            seed: number | null;
         };
         /** TgiToken */
         TgiToken: {
-            /** Id */
             id: number;
-            /** Text */
             text: string;
-            /** Logprob */
             logprob: number | null;
-            /** Special */
             special: boolean;
         };
         /**
@@ -5237,328 +3434,1585 @@ export interface components {
          * @description A token; the last one has the whole text.
          */
         TgiTokenEvent: {
-            /** Index */
             index: number;
             token: components["schemas"]["TgiToken"];
-            /** Top Tokens */
             top_tokens?: components["schemas"]["TgiToken"][];
-            /** Generated Text */
             generated_text: string | null;
             details: components["schemas"]["TgiEnd"] | null;
+        };
+        /** TgiEnd */
+        TgiEnd: {
+            finish_reason: string;
+            generated_tokens: number;
+            input_length: number;
+            seed: number | null;
+        };
+        /**
+         * CompletionAnswer
+         * @description Answer of POST /v1/completions.
+         */
+        CompletionAnswer: {
+            id: string;
+            /** @constant */
+            object: "text_completion";
+            created: number;
+            model: string;
+            choices: components["schemas"]["CompletionChoice"][];
+            usage: components["schemas"]["OpenAIUsage"];
+        };
+        /** CompletionChoice */
+        CompletionChoice: {
+            index: number;
+            text: string;
+            logprobs: components["schemas"]["FlatLogprobs"] | null;
+            finish_reason: string | null;
+            token_ids?: number[];
+            prompt_token_ids?: number[];
+            prompt_logprobs?: ({
+                [key: string]: components["schemas"]["PromptTokenLogprob"];
+            } | null)[];
+        };
+        /** PromptTokenLogprob */
+        PromptTokenLogprob: {
+            logprob: number;
+            rank: number | null;
+            decoded_token: string;
+        };
+        /** OpenAIUsage */
+        OpenAIUsage: {
+            prompt_tokens: number;
+            total_tokens: number;
+            completion_tokens: number;
+            prompt_tokens_details: components["schemas"]["CachedTokens"];
+        };
+        /** CachedTokens */
+        CachedTokens: {
+            cached_tokens: number;
+        };
+        /**
+         * CompletionChunk
+         * @description A chunk of a completion. `usage`: with `stream_options`. After the last one comes `[DONE]`.
+         */
+        CompletionChunk: {
+            id: string;
+            /** @constant */
+            object: "text_completion";
+            created: number;
+            model: string;
+            usage?: components["schemas"]["OpenAIUsage"] | null;
+            choices: components["schemas"]["CompletionChunkChoice"][];
+        };
+        /** CompletionChunkChoice */
+        CompletionChunkChoice: {
+            index: number;
+            text: string;
+            logprobs: components["schemas"]["FlatLogprobs"] | null;
+            finish_reason: string | null;
+            token_ids?: number[];
+            prompt_token_ids?: number[];
+        };
+        /**
+         * ChatAnswer
+         * @description Answer of POST /v1/chat/completions.
+         */
+        ChatAnswer: {
+            id: string;
+            /** @constant */
+            object: "chat.completion";
+            created: number;
+            model: string;
+            prompt_token_ids?: number[];
+            prompt_logprobs?: ({
+                [key: string]: components["schemas"]["PromptTokenLogprob"];
+            } | null)[];
+            choices: components["schemas"]["ChatChoice"][];
+            usage: components["schemas"]["OpenAIUsage"];
+        };
+        /** ChatChoice */
+        ChatChoice: {
+            index: number;
+            message: components["schemas"]["ChatAnswerMessage"];
+            logprobs: components["schemas"]["ChatLogprobs"] | null;
+            finish_reason: string | null;
+            token_ids?: number[];
+        };
+        /** ChatAnswerMessage */
+        ChatAnswerMessage: {
+            /** @constant */
+            role: "assistant";
+            content: string | null;
+            refusal: null;
+            tool_calls?: components["schemas"]["ToolCallAnswer"][];
+        };
+        /** ChatLogprobs */
+        ChatLogprobs: {
+            content: components["schemas"]["ChatTokenLogprob"][];
+            refusal: null;
+        };
+        /** ChatTokenLogprob */
+        ChatTokenLogprob: {
+            token: string;
+            logprob: number | null;
+            bytes: number[];
+            top_logprobs: components["schemas"]["TokenLogprob"][];
+        };
+        /** TokenLogprob */
+        TokenLogprob: {
+            token: string;
+            logprob: number | null;
+            bytes: number[];
+        };
+        /**
+         * ChatChunk
+         * @description A chunk of a chat answer. `usage`: with `stream_options`. After the last one comes `[DONE]`.
+         */
+        ChatChunk: {
+            id: string;
+            /** @constant */
+            object: "chat.completion.chunk";
+            created: number;
+            model: string;
+            usage?: components["schemas"]["OpenAIUsage"] | null;
+            prompt_token_ids?: number[];
+            choices: components["schemas"]["ChatChunkChoice"][];
+        };
+        /** ChatChunkChoice */
+        ChatChunkChoice: {
+            index: number;
+            delta: components["schemas"]["ChatDelta"];
+            logprobs: components["schemas"]["ChatLogprobs"] | null;
+            finish_reason: string | null;
+            token_ids?: number[];
+        };
+        /** ChatDelta */
+        ChatDelta: {
+            /** @constant */
+            role?: "assistant";
+            content?: string;
+            tool_calls?: components["schemas"]["CallDelta"][];
+        };
+        /**
+         * ResponseAnswer
+         * @description Answer of POST /v1/responses.
+         */
+        ResponseAnswer: {
+            id: string;
+            /** @constant */
+            object: "response";
+            created_at: number;
+            completed_at?: number;
+            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"])[];
+            incomplete_details: components["schemas"]["IncompleteDetails"] | null;
+            model: string;
+            instructions: string | null;
+            previous_response_id: string | null;
+            max_output_tokens: number | null;
+            temperature: number;
+            top_p: number;
+            top_logprobs: number;
+            tools: {
+                [key: string]: unknown;
+            }[];
+            tool_choice: string | {
+                [key: string]: unknown;
+            };
+            parallel_tool_calls: boolean;
+            text: components["schemas"]["ResponseText"];
+            reasoning: components["schemas"]["ResponseReasoning"];
+            metadata: {
+                [key: string]: string;
+            };
+            store: boolean;
+            /** @constant */
+            truncation: "disabled";
+            /** @constant */
+            background: false;
+            /** @enum {unknown} */
+            status: "completed" | "incomplete";
+            error: null;
+            usage: components["schemas"]["ResponseUsage"];
+        };
+        /** MessageItemAnswer */
+        MessageItemAnswer: {
+            /** @constant */
+            type: "message";
+            id: string;
+            status: string;
+            role: string;
+            content: (components["schemas"]["OutputText"] | components["schemas"]["InputText"])[];
+        };
+        /** OutputText */
+        OutputText: {
+            /** @constant */
+            type: "output_text";
+            text: string;
+            annotations: {
+                [key: string]: unknown;
+            }[];
+            logprobs?: components["schemas"]["ChatTokenLogprob"][];
+        };
+        /** InputText */
+        InputText: {
+            /** @constant */
+            type: "input_text";
+            text: string;
+        };
+        /** CallItemAnswer */
+        CallItemAnswer: {
+            /** @constant */
+            type: "function_call";
+            id: string;
+            status: string;
+            arguments: string;
+            call_id: string;
+            name: string;
+        };
+        /** IncompleteDetails */
+        IncompleteDetails: {
+            reason: string;
+        };
+        /** ResponseText */
+        ResponseText: {
+            format: {
+                [key: string]: unknown;
+            };
+            verbosity: string;
+        };
+        /** ResponseReasoning */
+        ResponseReasoning: {
+            effort: string | null;
+            summary: null;
+        };
+        /** ResponseUsage */
+        ResponseUsage: {
+            input_tokens: number;
+            input_tokens_details: components["schemas"]["InputTokensDetails"];
+            output_tokens: number;
+            output_tokens_details: components["schemas"]["OutputTokensDetails"];
+            total_tokens: number;
+        };
+        /** InputTokensDetails */
+        InputTokensDetails: {
+            cached_tokens: number;
+            cache_write_tokens: number;
+        };
+        /** OutputTokensDetails */
+        OutputTokensDetails: {
+            reasoning_tokens: number;
+        };
+        /**
+         * ResponseEvent
+         * @description Any event of a response; `type` says which, and with it what else it has, as in OpenAI's reference.
+         */
+        ResponseEvent: {
+            /** @enum {unknown} */
+            type: "response.completed" | "response.content_part.added" | "response.content_part.done" | "response.created" | "response.failed" | "response.function_call_arguments.delta" | "response.function_call_arguments.done" | "response.in_progress" | "response.incomplete" | "response.output_item.added" | "response.output_item.done" | "response.output_text.delta" | "response.output_text.done";
+            sequence_number: number;
+            response?: components["schemas"]["ResponseState"];
+            output_index?: number;
+            content_index?: number;
+            item_id?: string;
+            item?: components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"];
+            part?: components["schemas"]["OutputText"];
+            delta?: string;
+            text?: string;
+            logprobs?: components["schemas"]["ChatTokenLogprob"][];
+            arguments?: string;
+            name?: string;
+        };
+        /**
+         * ResponseState
+         * @description A response while it is generated.
+         */
+        ResponseState: {
+            id: string;
+            /** @constant */
+            object: "response";
+            created_at: number;
+            completed_at?: number;
+            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"])[];
+            incomplete_details: components["schemas"]["IncompleteDetails"] | null;
+            model: string;
+            instructions: string | null;
+            previous_response_id: string | null;
+            max_output_tokens: number | null;
+            temperature: number;
+            top_p: number;
+            top_logprobs: number;
+            tools: {
+                [key: string]: unknown;
+            }[];
+            tool_choice: string | {
+                [key: string]: unknown;
+            };
+            parallel_tool_calls: boolean;
+            text: components["schemas"]["ResponseText"];
+            reasoning: components["schemas"]["ResponseReasoning"];
+            metadata: {
+                [key: string]: string;
+            };
+            store: boolean;
+            /** @constant */
+            truncation: "disabled";
+            /** @constant */
+            background: false;
+            /** @enum {unknown} */
+            status: "completed" | "failed" | "in_progress" | "incomplete";
+            error: components["schemas"]["ErrorDetails"] | null;
+            usage: components["schemas"]["ResponseUsage"] | null;
+        };
+        /**
+         * DeletedAnswer
+         * @description Confirmation of a deletion.
+         */
+        DeletedAnswer: {
+            id: string;
+            object: string;
+            /** @constant */
+            deleted: true;
+        };
+        /**
+         * InputItemsAnswer
+         * @description Items that a response answers.
+         */
+        InputItemsAnswer: {
+            /** @constant */
+            object: "list";
+            data: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["CallOutputItemAnswer"])[];
+            first_id: string | null;
+            last_id: string | null;
+            has_more: boolean;
+        };
+        /** CallOutputItemAnswer */
+        CallOutputItemAnswer: {
+            /** @constant */
+            type: "function_call_output";
+            id: string;
+            status: string;
+            call_id: string;
+            output: string;
+        };
+        /**
+         * MessageAnswer
+         * @description Answer of POST /v1/messages.
+         */
+        MessageAnswer: {
+            id: string;
+            /** @constant */
+            type: "message";
+            /** @constant */
+            role: "assistant";
+            model: string;
+            content: (components["schemas"]["TextBlockAnswer"] | components["schemas"]["ToolUseAnswer"])[];
+            stop_reason: string | null;
+            stop_sequence: string | null;
+            usage: components["schemas"]["MessageAnswerUsage"];
+        };
+        /** TextBlockAnswer */
+        TextBlockAnswer: {
+            /** @constant */
+            type: "text";
+            text: string;
+        };
+        /** ToolUseAnswer */
+        ToolUseAnswer: {
+            /** @constant */
+            type: "tool_use";
+            id: string;
+            name: string | null;
+            input: {
+                [key: string]: unknown;
+            };
+        };
+        /** MessageAnswerUsage */
+        MessageAnswerUsage: {
+            input_tokens: number;
+            cache_creation_input_tokens: number;
+            cache_read_input_tokens: number;
+            output_tokens: number;
+            /** @constant */
+            service_tier: "standard";
+        };
+        /** MessageStart */
+        MessageStart: {
+            /** @constant */
+            type: "message_start";
+            message: components["schemas"]["MessageAnswer"];
+        };
+        /** BlockStart */
+        BlockStart: {
+            /** @constant */
+            type: "content_block_start";
+            index: number;
+            content_block: components["schemas"]["TextBlockAnswer"] | components["schemas"]["ToolUseAnswer"];
+        };
+        /** BlockDelta */
+        BlockDelta: {
+            /** @constant */
+            type: "content_block_delta";
+            index: number;
+            delta: components["schemas"]["TextDelta"] | components["schemas"]["InputDelta"];
+        };
+        /** TextDelta */
+        TextDelta: {
+            /** @constant */
+            type: "text_delta";
+            text: string;
+        };
+        /** InputDelta */
+        InputDelta: {
+            /** @constant */
+            type: "input_json_delta";
+            partial_json: string;
+        };
+        /** BlockStop */
+        BlockStop: {
+            /** @constant */
+            type: "content_block_stop";
+            index: number;
+        };
+        /** MessageDelta */
+        MessageDelta: {
+            /** @constant */
+            type: "message_delta";
+            delta: components["schemas"]["MessageStopReason"];
+            usage: components["schemas"]["MessageUsage"];
+        };
+        /** MessageStopReason */
+        MessageStopReason: {
+            stop_reason: string;
+            stop_sequence: string | null;
+        };
+        /**
+         * MessageUsage
+         * @description The prompt is the sum of three: what is new, what was put into the cache, what came from it.
+         */
+        MessageUsage: {
+            input_tokens: number;
+            cache_creation_input_tokens: number;
+            cache_read_input_tokens: number;
+            output_tokens: number;
+        };
+        /** MessageStop */
+        MessageStop: {
+            /** @constant */
+            type: "message_stop";
+        };
+        /** AnthropicError */
+        AnthropicError: {
+            /** @constant */
+            type: "error";
+            error: components["schemas"]["AnthropicErrorBody"];
+            request_id: string;
+        };
+        /** AnthropicErrorBody */
+        AnthropicErrorBody: {
+            type: string;
+            /** @description what is wrong, and the way out */
+            message: string;
+            details: components["schemas"]["AnthropicErrorDetails"];
+        };
+        /**
+         * AnthropicErrorDetails
+         * @description Fields of an error that Anthropic's format has no place for.
+         */
+        AnthropicErrorDetails: {
+            /** @description stable, for programs */
+            error_code: string | null;
+            /** @description the field of the request */
+            param?: string | null;
         };
         /**
          * TokenCountAnswer
          * @description Answer of POST /v1/messages/count_tokens.
          */
         TokenCountAnswer: {
-            /** Input Tokens */
             input_tokens: number;
         };
-        /** TokenLabelAnswer */
-        TokenLabelAnswer: {
-            /** Label */
-            label: string;
-            /** Probs */
-            probs: number[];
-            /** Num Classes */
-            num_classes: number;
-            /** Token */
-            token: string;
-            /** Token Id */
-            token_id: number;
+        /**
+         * EmbeddingsAnswer
+         * @description Answer of POST /v1/embeddings.
+         */
+        EmbeddingsAnswer: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["EmbeddingAnswer"][];
+            model: string;
+            usage: components["schemas"]["OpenAIUsage"];
+            id: string;
         };
-        /** TokenLabelsAnswer */
-        TokenLabelsAnswer: {
-            /** Index */
+        /** EmbeddingAnswer */
+        EmbeddingAnswer: {
+            /** @constant */
+            object: "embedding";
             index: number;
-            /** Tokens */
-            tokens: components["schemas"]["TokenLabelAnswer"][];
-        };
-        /** TokenLogprob */
-        TokenLogprob: {
-            /** Token */
-            token: string;
-            /** Logprob */
-            logprob: number | null;
-            /** Bytes */
-            bytes: number[];
+            embedding: number[] | string;
         };
         /**
-         * TokenizerAnswer
-         * @description Answer of GET /tokenizer_info.
+         * ClassifyAnswer
+         * @description Answer of POST /classify.
          */
-        TokenizerAnswer: {
-            /** Tokenizer Class */
-            tokenizer_class: string;
-            /** Bos Token */
-            bos_token: string | null;
-            /** Eos Token */
-            eos_token: string | null;
-            /** Pad Token */
-            pad_token: string | null;
-            /** Unk Token */
-            unk_token: string | null;
-            /** Chat Template */
-            chat_template: string | null;
+        ClassifyAnswer: {
+            id: string;
+            /** @constant */
+            object: "list";
+            created: number;
+            model: string;
+            data: components["schemas"]["TextLabelAnswer"][] | components["schemas"]["TokenLabelsAnswer"][];
+            usage: components["schemas"]["OpenAIUsage"];
+        };
+        /**
+         * RerankAnswer
+         * @description Answer of POST /v1/rerank.
+         */
+        RerankAnswer: {
+            id: string;
+            model: string;
+            results: components["schemas"]["RankedAnswer"][];
+            usage: components["schemas"]["OpenAIUsage"];
+        };
+        /** RankedAnswer */
+        RankedAnswer: {
+            index: number;
+            relevance_score: number;
+            document?: components["schemas"]["DocumentAnswer"];
+        };
+        /** DocumentAnswer */
+        DocumentAnswer: {
+            text: string;
+        };
+        /**
+         * ScoreAnswer
+         * @description Answer of POST /score.
+         */
+        ScoreAnswer: {
+            id: string;
+            /** @constant */
+            object: "list";
+            created: number;
+            model: string;
+            data: components["schemas"]["PairScore"][];
+            usage: components["schemas"]["OpenAIUsage"];
+        };
+        /** PairScore */
+        PairScore: {
+            index: number;
+            /** @constant */
+            object: "score";
+            score: number;
+        };
+        /**
+         * DecisionAnswer
+         * @description Probabilities of some choices to come next.
+         */
+        DecisionAnswer: {
+            id: string;
+            /** @constant */
+            object: "decision";
+            created: number;
+            model: string;
+            choice: string;
+            index: number;
+            choices: components["schemas"]["OptionAnswer"][];
+            usage: components["schemas"]["OpenAIUsage"];
+        };
+        /**
+         * OptionAnswer
+         * @description One of the choices of a decision.
+         */
+        OptionAnswer: {
+            index: number;
+            text: string;
+            probability: number;
+            logprob: number;
+            prior_logprob: number | null;
+            token_logprobs: number[];
+        };
+        /**
+         * ListAnswerModelAnswer
+         * @description A whole list.
+         */
+        ListAnswer_ModelAnswer_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["ModelAnswer"][];
+        };
+        /**
+         * ModelAnswer
+         * @description Something that a request can name: the base, or an adapter. Then `parent` is the base, and `root` the version.
+         */
+        ModelAnswer: {
+            id: string;
+            /** @constant */
+            object: "model";
+            created: number;
+            owned_by: string;
+            root: string;
+            parent: string | null;
+            max_model_len: number | null;
+        };
+        /**
+         * ListAnswerAdapterAnswer
+         * @description A whole list.
+         */
+        ListAnswer_AdapterAnswer_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["AdapterAnswer"][];
+        };
+        /**
+         * AdapterAnswer
+         * @description A name that requests can ask for. It points at one of its versions, the active one, or at none.
+         */
+        AdapterAnswer: {
+            /** @constant */
+            object: "adapter";
+            id: string;
+            name: string;
+            version: string | null;
+            active: boolean;
+            state: string | null;
+            kinds: string[];
+            targets: string[];
+            rank: number | null;
+            alpha: number | null;
+            parameters: number | null;
+            bytes: number | null;
+            base: string;
+            tenant: string;
+            shared: boolean;
+            pinned: boolean;
+            tier: string | null;
+            versions: number;
+            created_at: number;
+            updated_at: number;
+        };
+        /**
+         * VersionAnswer
+         * @description One immutable set of files under a name.
+         */
+        VersionAnswer: {
+            /** @constant */
+            object: "adapter.version";
+            id: string;
+            name: string;
+            version: string;
+            state: string;
+            active: boolean;
+            error: components["schemas"]["VersionProblem"] | null;
+            base: string;
+            source: components["schemas"]["VersionSource"];
+            created_at: number;
+            created_by: string;
+            tenant: string;
+            progress: components["schemas"]["VersionProgress"] | null;
+            report: components["schemas"]["VersionReport"] | null;
+        };
+        /**
+         * VersionProblem
+         * @description Reason why a version failed.
+         */
+        VersionProblem: {
+            code: string;
+            message: string;
+        };
+        /**
+         * VersionSource
+         * @description Source of a version's files.
+         */
+        VersionSource: {
+            kind: string;
+            repo?: string;
+            revision?: string;
+            commit?: string;
+            subfolder?: string;
+            job?: string;
+            step?: number;
+            parent?: components["schemas"]["ParentAnswer"];
+            method?: string;
+            density?: number;
+            sign?: string;
+            seed?: number;
+            parents?: components["schemas"]["MergedAnswer"][];
+        };
+        /**
+         * ParentAnswer
+         * @description A version that another one continues from.
+         */
+        ParentAnswer: {
+            name: string;
+            version: string;
+        };
+        /**
+         * MergedAnswer
+         * @description A version that another one was merged of.
+         */
+        MergedAnswer: {
+            name: string;
+            version: string;
+            weight: number;
+        };
+        /**
+         * VersionProgress
+         * @description Progress of a version towards being ready.
+         */
+        VersionProgress: {
+            stage: string;
+            fraction: number | null;
+        };
+        /**
+         * VersionReport
+         * @description Findings of the server about a version before it served it. The registry stores it as JSON.
+         */
+        VersionReport: {
+            kinds: string[];
+            rank: number;
+            alpha: number;
+            rslora: boolean;
+            targets: string[];
+            parameters: number;
+            bytes: number;
+            base_name: string | null;
+            dropped: string[];
+            modules: components["schemas"]["ModuleReport"][];
+            proof: components["schemas"]["ProofReport"];
+            /** @default CAUSAL_LM */
+            task: string;
+            /** @default 0 */
+            labels: number;
+            /** @default [] */
+            label_names: string[];
+            /** @default [] */
+            warnings: string[];
+            /** @default 0 */
+            base_layers: number;
+            /** @default [] */
+            base_linears: string[];
+        };
+        /**
+         * ModuleReport
+         * @description Change that a version makes to one module of the base.
+         */
+        ModuleReport: {
+            name: string;
+            /** @enum {string} */
+            kind: "lora" | "dora" | "saved" | "tokens" | "head";
+            rank: number;
+            alpha: number;
+            parameters: number;
+            norm: number;
+            /** @default null */
+            spectral_norm: number | null;
+            /** @default null */
+            relative_norm: number | null;
+        };
+        /**
+         * ProofReport
+         * @description Proof that the server computes what PEFT computes.
+         */
+        ProofReport: {
+            modules_compared: number;
+            modules_changed: number;
+            rows: number;
+            exact: boolean;
+            modules_exact: number;
+            /** @default 0 */
+            error_ratio: number;
+            /** @default torch */
+            kernels: string;
+            largest_difference: number;
+            texts: number;
+            tokens_compared: number;
+            texts_changed: number;
+            base_unchanged: boolean;
+            seconds: number;
+            /** @default  */
+            shown: string;
+        };
+        /**
+         * ListAnswerVersionAnswer
+         * @description A whole list.
+         */
+        ListAnswer_VersionAnswer_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["VersionAnswer"][];
+        };
+        /**
+         * VersionFilesAnswer
+         * @description Files of a version.
+         */
+        VersionFilesAnswer: {
+            /** @constant */
+            object: "list";
+            version: string;
+            base: components["schemas"]["FilesBase"];
+            data: components["schemas"]["VersionFileAnswer"][];
+        };
+        /**
+         * FilesBase
+         * @description Source of a version's base.
+         */
+        FilesBase: {
+            name: string;
+            repo: string | null;
+            revision: string | null;
+        };
+        /**
+         * VersionFileAnswer
+         * @description One of the two files of a version.
+         */
+        VersionFileAnswer: {
+            name: string;
+            bytes: number;
+            sha256: string;
+        };
+        /**
+         * ListAnswerHistoryAnswer
+         * @description A whole list.
+         */
+        ListAnswer_HistoryAnswer_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["HistoryAnswer"][];
+        };
+        /**
+         * HistoryAnswer
+         * @description One entry in the history of a name: who changed its active version, and when.
+         */
+        HistoryAnswer: {
+            action: string;
+            version: string | null;
+            previous: string | null;
+            actor: string;
+            at: number;
+        };
+        /** PauseAnswer */
+        PauseAnswer: {
+            /** @enum {unknown} */
+            status: "paused" | "resumed";
+        };
+        /** PausedAnswer */
+        PausedAnswer: {
+            is_paused: boolean;
+        };
+        /**
+         * ServerInfoAnswer
+         * @description The part of vLLM's configuration that its clients read.
+         */
+        ServerInfoAnswer: {
+            vllm_config: {
+                [key: string]: {
+                    [key: string]: unknown;
+                };
+            };
+        };
+        /** WorldSizeAnswer */
+        WorldSizeAnswer: {
+            world_size: number;
         };
         /**
          * TokensAnswer
          * @description Answer of POST /tokenize.
          */
         TokensAnswer: {
-            /** Count */
             count: number;
-            /** Max Model Len */
             max_model_len: number;
-            /** Tokens */
             tokens: number[];
-            /** Token Strs */
             token_strs: string[] | null;
         };
-        /** ToolCallAnswer */
-        ToolCallAnswer: {
-            /** Id */
-            id: string;
-            /**
-             * Type
-             * @constant
-             */
-            type: "function";
-            function: components["schemas"]["CalledFunction"];
+        /**
+         * TextAnswer
+         * @description Answer of POST /detokenize.
+         */
+        TextAnswer: {
+            prompt: string;
         };
-        /** ToolUseAnswer */
-        ToolUseAnswer: {
-            /**
-             * Type
-             * @constant
-             */
-            type: "tool_use";
-            /** Id */
+        /**
+         * TokenizerAnswer
+         * @description Answer of GET /tokenizer_info.
+         */
+        TokenizerAnswer: {
+            tokenizer_class: string;
+            bos_token: string | null;
+            eos_token: string | null;
+            pad_token: string | null;
+            unk_token: string | null;
+            chat_template: string | null;
+        };
+        /**
+         * FileAnswer
+         * @description A file that a job or a batch reads, or what one left.
+         */
+        FileAnswer: {
             id: string;
-            /** Name */
-            name: string | null;
-            /** Input */
-            input: {
+            /** @constant */
+            object: "file";
+            bytes: number;
+            created_at: number;
+            filename: string;
+            purpose: string;
+            /** @constant */
+            status: "processed";
+            status_details: null;
+            expires_at: null;
+            sha256: string;
+        };
+        /**
+         * PageAnswerFileAnswer
+         * @description A page of a list. The next one is that after `last_id`.
+         */
+        PageAnswer_FileAnswer_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["FileAnswer"][];
+            first_id: string | null;
+            last_id: string | null;
+            has_more: boolean;
+        };
+        /**
+         * BatchAnswer
+         * @description A batch as the server reported it last. Times are Unix times in seconds.
+         */
+        BatchAnswer: {
+            id: string;
+            /** @constant */
+            object: "batch";
+            endpoint: string;
+            model: null;
+            errors: components["schemas"]["BatchProblems"] | null;
+            input_file_id: string;
+            completion_window: string;
+            status: string;
+            output_file_id: string | null;
+            error_file_id: string | null;
+            created_at: number;
+            expires_at: number;
+            in_progress_at: number | null;
+            finalizing_at: number | null;
+            completed_at: number | null;
+            failed_at: number | null;
+            expired_at: number | null;
+            cancelling_at: number | null;
+            cancelled_at: number | null;
+            request_counts: components["schemas"]["BatchCounts"];
+            usage: components["schemas"]["BatchUsage"];
+            metadata: {
+                [key: string]: string;
+            } | null;
+            waiting: string | null;
+        };
+        /** BatchProblems */
+        BatchProblems: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["BatchProblem"][];
+        };
+        /**
+         * BatchProblem
+         * @description An error of a batch, or of a line of its file (counted from 1).
+         */
+        BatchProblem: {
+            code: string;
+            line: number | null;
+            message: string;
+            param: string | null;
+        };
+        /** BatchCounts */
+        BatchCounts: {
+            total: number;
+            completed: number;
+            failed: number;
+        };
+        /** BatchUsage */
+        BatchUsage: {
+            input_tokens: number;
+            input_tokens_details: components["schemas"]["CachedTokens"];
+            output_tokens: number;
+            output_tokens_details: components["schemas"]["OutputTokensDetails"];
+            total_tokens: number;
+        };
+        /**
+         * PageAnswerBatchAnswer
+         * @description A page of a list. The next one is that after `last_id`.
+         */
+        PageAnswer_BatchAnswer_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["BatchAnswer"][];
+            first_id: string | null;
+            last_id: string | null;
+            has_more: boolean;
+        };
+        /**
+         * JobAnswer
+         * @description A job as the server reported it last.
+         */
+        JobAnswer: {
+            id: string;
+            /** @constant */
+            object: "fine_tuning.job";
+            model: string;
+            created_at: number;
+            finished_at: number | null;
+            estimated_finish: number | null;
+            fine_tuned_model: string | null;
+            organization_id: string;
+            result_files: string[];
+            status: string;
+            training_file: string;
+            validation_file: string | null;
+            hyperparameters: {
                 [key: string]: unknown;
             };
+            method: {
+                [key: string]: unknown;
+            };
+            trained_tokens: number | null;
+            seed: number;
+            integrations: {
+                [key: string]: unknown;
+            }[];
+            metadata: {
+                [key: string]: string;
+            };
+            error: components["schemas"]["JobProblem"] | null;
+            name: string;
+            parent: components["schemas"]["ParentAnswer"] | null;
+            /** @enum {string} */
+            activate: "always" | "if_better" | "if_better_than_base" | "never";
+            activated: boolean | null;
+            version: string | null;
+            replaced: string | null;
+            progress: components["schemas"]["TrainingProgress"] | null;
+            estimate: {
+                [key: string]: unknown;
+            } | null;
+            report: components["schemas"]["TrainingReport"] | null;
+            resumable: boolean;
+            hold: boolean;
+            stopped: components["schemas"]["JobStopAnswer"] | null;
+        };
+        /**
+         * JobProblem
+         * @description Reason why a job failed.
+         */
+        JobProblem: {
+            code: string;
+            message: string;
+            param: string | null;
+        };
+        /**
+         * TrainingProgress
+         * @description Progress of a job. Losses are in nats per supervised token. None is not known yet.
+         */
+        TrainingProgress: {
+            /** @default null */
+            phase: string | null;
+            /** @default 0 */
+            step: number;
+            /** @default null */
+            steps: number | null;
+            /** @default null */
+            loss: number | null;
+            /** @default null */
+            eval_loss: number | null;
+            /** @default null */
+            tokens: number | null;
+            /** @default null */
+            tokens_per_second: number | null;
+            /** @default null */
+            seconds_left: number | null;
+            /** @default null */
+            memory_bytes: number | null;
+            /** @default null */
+            part: number | null;
+        };
+        /**
+         * TrainingReport
+         * @description The result of a job: the base before, the adapter after, and the version that was active when training ended, on the same held-out rows.
+         */
+        TrainingReport: {
+            /** @default null */
+            name: string | null;
+            steps: number;
+            best_step: number;
+            tokens: number;
+            seconds: number;
+            parameters: number;
+            adapter_bytes: number;
+            loss_before: number | null;
+            loss_after: number | null;
+            metrics_before: {
+                [key: string]: number;
+            };
+            metrics_after: {
+                [key: string]: number;
+            };
+            better: boolean | null;
+            /** @default {} */
+            better_than: {
+                [key: string]: boolean | null;
+            };
+            peak_memory_bytes: number;
+            /** @default null */
+            loss_parent: number | null;
+            /** @default {} */
+            metrics_parent: {
+                [key: string]: number;
+            };
+            /** @default null */
+            active: string | null;
+            /** @default null */
+            loss_active: number | null;
+            /** @default {} */
+            metrics_active: {
+                [key: string]: number;
+            };
+            /** @default null */
+            not_compared: string | null;
+            /** @default null */
+            slices: components["schemas"]["SliceReport"] | null;
+            /** @default null */
+            classes: components["schemas"]["ClassReport"] | null;
+        };
+        /**
+         * SliceReport
+         * @description Changes by a job in each slice of its held-out rows, those first that got worse most.
+         */
+        SliceReport: {
+            by: string;
+            against: string;
+            slices: components["schemas"]["SliceResult"][];
+            slice_count: number;
+            regressed: string[];
+            changed: components["schemas"]["ChangedRow"][];
+            changed_count: number;
+        };
+        /**
+         * SliceResult
+         * @description One slice of the held-out rows: before is what training went on from, after the adapter, active the version that was active when training ended.
+         */
+        SliceResult: {
+            slice: string;
+            rows: number;
+            measured: number;
+            before: number | null;
+            after: number | null;
+            /** @default null */
+            active: number | null;
+            worse_by: number;
+            regressed: boolean;
+            /** @default [] */
+            regressed_against: string[];
+            loss_before: number | null;
+            loss_after: number | null;
+            /** @default null */
+            loss_active: number | null;
+            metrics_before: {
+                [key: string]: number;
+            };
+            metrics_after: {
+                [key: string]: number;
+            };
+            /** @default {} */
+            metrics_active: {
+                [key: string]: number;
+            };
+        };
+        /**
+         * ChangedRow
+         * @description A held-out row whose reply was right, by a metric, and is wrong.
+         */
+        ChangedRow: {
+            line: number;
+            slice: string;
+            metric: string;
+            reference: string;
+            before: string;
+            after: string;
+            /** @default  */
+            against: string;
+        };
+        /**
+         * ClassReport
+         * @description A classifier that a job has trained, next to the base without training.
+         */
+        ClassReport: {
+            labels: string[];
+            rows: number;
+            base_by: string;
+            base: components["schemas"]["ClassFigures"];
+            adapter: components["schemas"]["ClassFigures"];
+        };
+        /**
+         * ClassFigures
+         * @description Classification of the held-out rows by one subject.
+         */
+        ClassFigures: {
+            labels: components["schemas"]["LabelFigures"][];
+            confusion: number[][] | null;
+            confused: components["schemas"]["ConfusedLabels"][];
+        };
+        /**
+         * LabelFigures
+         * @description Precision and recall of one label among the others, on held-out rows.
+         */
+        LabelFigures: {
+            label: string;
+            rows: number;
+            precision: number;
+            recall: number;
+            f1: number;
+        };
+        /**
+         * ConfusedLabels
+         * @description Held-out rows of one label that were given another.
+         */
+        ConfusedLabels: {
+            label: string;
+            given: string;
+            rows: number;
+        };
+        /**
+         * JobStopAnswer
+         * @description Early end of a job, with the best adapter that it had.
+         */
+        JobStopAnswer: {
+            step: number | null;
+            steps: number;
+            by: string;
+            at: number;
+        };
+        /**
+         * PageAnswerJobAnswer
+         * @description A page of a list. The next one is that after `last_id`.
+         */
+        PageAnswer_JobAnswer_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["JobAnswer"][];
+            first_id: string | null;
+            last_id: string | null;
+            has_more: boolean;
+        };
+        /**
+         * PageAnswerJobEventAnswer
+         * @description A page of a list. The next one is that after `last_id`.
+         */
+        PageAnswer_JobEventAnswer_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["JobEventAnswer"][];
+            first_id: string | null;
+            last_id: string | null;
+            has_more: boolean;
+        };
+        /**
+         * JobEventAnswer
+         * @description One event of a job.
+         */
+        JobEventAnswer: {
+            /** @constant */
+            object: "fine_tuning.job.event";
+            id: string;
+            created_at: number;
+            level: string;
+            message: string;
+            type: string;
+            data: {
+                [key: string]: unknown;
+            } | null;
+        };
+        /**
+         * PageAnswerCheckpointAnswer
+         * @description A page of a list. The next one is that after `last_id`.
+         */
+        PageAnswer_CheckpointAnswer_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["CheckpointAnswer"][];
+            first_id: string | null;
+            last_id: string | null;
+            has_more: boolean;
+        };
+        /**
+         * CheckpointAnswer
+         * @description A checkpoint from which a job can continue.
+         */
+        CheckpointAnswer: {
+            /** @constant */
+            object: "fine_tuning.job.checkpoint";
+            id: string;
+            created_at: number;
+            fine_tuned_model_checkpoint: string;
+            fine_tuning_job_id: string;
+            metrics: {
+                [key: string]: number;
+            };
+            step_number: number;
+        };
+        /** CallerAnswer */
+        CallerAnswer: {
+            /** @constant */
+            object: "caller";
+            key: string;
+            tenant: string;
+            scopes: string[];
+        };
+        /**
+         * NewKeyAnswer
+         * @description A key that was just made.
+         */
+        NewKeyAnswer: {
+            /** @constant */
+            object: "api_key";
+            id: string;
+            tenant: string;
+            name: string;
+            scopes: string[];
+            created_at: number;
+            expires_at: number | null;
+            revoked_at: number | null;
+            last_used_at: number | null;
+            quotas: {
+                [key: string]: number;
+            };
+            priority: number;
+            key: string;
+        };
+        /**
+         * ListAnswerKeyAnswer
+         * @description A whole list.
+         */
+        ListAnswer_KeyAnswer_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["KeyAnswer"][];
+        };
+        /**
+         * KeyAnswer
+         * @description An API key as the server knows it. Times are Unix seconds.
+         */
+        KeyAnswer: {
+            /** @constant */
+            object: "api_key";
+            id: string;
+            tenant: string;
+            name: string;
+            scopes: string[];
+            created_at: number;
+            expires_at: number | null;
+            revoked_at: number | null;
+            last_used_at: number | null;
+            quotas: {
+                [key: string]: number;
+            };
+            priority: number;
+        };
+        /**
+         * ListAnswerTenantAnswer
+         * @description A whole list.
+         */
+        ListAnswer_TenantAnswer_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["TenantAnswer"][];
+        };
+        /**
+         * TenantAnswer
+         * @description Owner of keys, with its quotas and what it uses.
+         */
+        TenantAnswer: {
+            /** @constant */
+            object: "tenant";
+            tenant: string;
+            quotas: {
+                [key: string]: number;
+            };
+            adapters: number;
+            bytes: number;
+            training_seconds: number;
         };
         /** UsageAnswer */
         UsageAnswer: {
-            /**
-             * Object
-             * @constant
-             */
+            /** @constant */
             object: "list";
-            /** Group By */
             group_by: string[];
-            /** Data */
             data: components["schemas"]["UsageRowAnswer"][];
         };
         /**
          * UsageRowAnswer
-         * @description Usage of one group, with those of `day`, `tenant`, `base` and `adapter` that the rows are grouped
-         *     by.
+         * @description Usage by the fields that it is grouped by. The other fields are None, and summed.
          */
         UsageRowAnswer: {
-            /** Day */
             day?: string;
-            /** Tenant */
             tenant?: string;
-            /** Base */
             base?: string;
-            /** Adapter */
             adapter?: string;
-            /** Requests */
             requests: number;
-            /** Prompt Tokens */
             prompt_tokens: number;
-            /** Cached Tokens */
             cached_tokens: number;
-            /** Completion Tokens */
             completion_tokens: number;
-            /** Training Seconds */
             training_seconds: number;
-            /** Training Tokens */
             training_tokens: number;
+        };
+        /**
+         * PageAnswerAuditAnswer
+         * @description A page of a list. The next one is that after `last_id`.
+         */
+        PageAnswer_AuditAnswer_: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["AuditAnswer"][];
+            first_id: string | null;
+            last_id: string | null;
+            has_more: boolean;
+        };
+        /**
+         * AuditAnswer
+         * @description One change that somebody made on the server.
+         */
+        AuditAnswer: {
+            /** @constant */
+            object: "audit.entry";
+            id: string;
+            at: number;
+            tenant: string;
+            key: string;
+            actor: string;
+            action: string;
+            target: string;
+            version: string | null;
+            base: string | null;
+            server: string;
+            request: string;
+            details: {
+                [key: string]: unknown;
+            };
+        };
+        /** HealthAnswer */
+        HealthAnswer: {
+            status: string;
+            engine: string;
+        };
+        /** ServerVersionAnswer */
+        ServerVersionAnswer: {
+            /** @constant */
+            name: "onebase";
+            version: string;
+            python: string;
+        };
+        /**
+         * StatusAnswer
+         * @description Answer of GET /status: bytes, tokens and counts.
+         */
+        StatusAnswer: {
+            base: string;
+            engine: components["schemas"]["EngineStatus"];
+            info: components["schemas"]["BaseInfo"] | null;
+            stats: components["schemas"]["Stats"] | null;
+            requests: number;
+            adapters: number;
+            host_memory: components["schemas"]["MemoryUse"];
+            verifier: components["schemas"]["VerifierStatus"];
+        };
+        /** EngineStatus */
+        EngineStatus: {
+            state: string;
+            restarts: number;
+        };
+        /**
+         * BaseInfo
+         * @description Description of the loaded base and of the engine's limits.
+         */
+        BaseInfo: {
+            architecture: string;
+            parameters: number;
+            quantization: string;
+            dtype: string;
+            device: string;
+            kernels: string;
+            gpu_sharing: string;
+            promise: string;
+            base_bytes: number;
+            kv_bytes: number;
+            kv_dtype: string;
+            kv_blocks: number;
+            block_size: number;
+            max_length: number;
+            max_rows: number;
+            max_slots: number;
+            max_rank: number;
+            vocab_size: number;
+            hidden_size: number;
+            load_seconds: number;
+        };
+        /** Stats */
+        Stats: {
+            rows_running: number;
+            rows_waiting: number;
+            kv_blocks_free: number;
+            kv_blocks_cached: number;
+            kv_blocks_total: number;
+            slots_used: number;
+            steps: number;
+            preemptions: number;
+            prompt_tokens: number;
+            generated_tokens: number;
+            cached_tokens: number;
+            adapters_loaded: number;
+            draft_tokens: number;
+            right_draft_tokens: number;
+            paused: boolean;
+            background_waiting: number;
+            kv_blocks_on_host: number;
+            kv_blocks_host_total: number;
+            restored_tokens: number;
+            awaits_grammars: boolean;
+        };
+        /**
+         * MemoryUse
+         * @description Host memory for versions, in bytes, and the loads and evictions since the start.
+         */
+        MemoryUse: {
+            limit: number;
+            used: number;
+            versions: number;
+            pinned: number;
+            loads: number;
+            evictions: number;
         };
         /** VerifierStatus */
         VerifierStatus: {
-            /** Pid */
             pid: number | null;
         };
         /**
-         * VersionAnswer
-         * @description One version. While it is pulled, `version` is the pull's id.
+         * RouteSecretAnswer
+         * @description Answer of GET /route_secret: another one after each start of the server.
          */
-        VersionAnswer: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "adapter.version";
-            /** Id */
-            id: string;
-            /** Name */
-            name: string;
-            /** Version */
-            version: string;
-            /** State */
-            state: string;
-            /** Active */
-            active: boolean;
-            error: components["schemas"]["VersionProblem"] | null;
-            /** Base */
-            base: string;
-            source: components["schemas"]["VersionSource"];
-            /** Created At */
-            created_at: number;
-            /** Created By */
-            created_by: string;
-            /** Tenant */
-            tenant: string;
-            progress: components["schemas"]["VersionProgress"] | null;
-            /** Report */
-            report: {
-                kinds: string[];
-                rank: number;
-                alpha: number;
-                rslora: boolean;
-                targets: string[];
-                parameters: number;
-                bytes: number;
-                base_name: string | null;
-                dropped: string[];
-                modules: {
-                    name: string;
-                    /** @enum {unknown} */
-                    kind: "dora" | "head" | "lora" | "saved" | "tokens";
-                    rank: number;
-                    alpha: number;
-                    parameters: number;
-                    norm: number;
-                    /** @default null */
-                    spectral_norm: number | null;
-                    /** @default null */
-                    relative_norm: number | null;
-                }[];
-                /**
-                 * ProofReport
-                 * @description Result of comparing a version with PEFT.
-                 */
-                proof: {
-                    modules_compared: number;
-                    modules_changed: number;
-                    rows: number;
-                    exact: boolean;
-                    modules_exact: number;
-                    /** @default 0 */
-                    error_ratio: number;
-                    /** @default torch */
-                    kernels: string;
-                    largest_difference: number;
-                    texts: number;
-                    tokens_compared: number;
-                    texts_changed: number;
-                    base_unchanged: boolean;
-                    seconds: number;
-                    /** @default  */
-                    shown: string;
-                };
-                /** @default CAUSAL_LM */
-                task: string;
-                /** @default 0 */
-                labels: number;
-                /** @default [] */
-                label_names: string[];
-                /** @default [] */
-                warnings: string[];
-                /** @default 0 */
-                base_layers: number;
-                /** @default [] */
-                base_linears: string[];
-            } | null;
+        RouteSecretAnswer: {
+            secret: string;
         };
-        /** VersionFileAnswer */
-        VersionFileAnswer: {
-            /** Name */
-            name: string;
-            /** Bytes */
-            bytes: number;
-            /** Sha256 */
-            sha256: string;
+        /** TextLabelAnswer */
+        TextLabelAnswer: {
+            index: number;
+            label: string;
+            probs: number[];
+            num_classes: number;
         };
-        /**
-         * VersionFilesAnswer
-         * @description A version's files.
-         */
-        VersionFilesAnswer: {
-            /**
-             * Object
-             * @constant
-             */
-            object: "list";
-            /** Version */
-            version: string;
-            base: components["schemas"]["FilesBase"];
-            /** Data */
-            data: components["schemas"]["VersionFileAnswer"][];
+        /** TokenLabelsAnswer */
+        TokenLabelsAnswer: {
+            index: number;
+            tokens: components["schemas"]["TokenLabelAnswer"][];
         };
-        /** VersionProblem */
-        VersionProblem: {
-            /** Code */
-            code: string;
-            /** Message */
-            message: string;
-        };
-        /** VersionProgress */
-        VersionProgress: {
-            /** Stage */
-            stage: string;
-            /** Fraction */
-            fraction: number | null;
-        };
-        /**
-         * VersionSource
-         * @description Source of a version's files: `upload`, `hub`, `folder`, `training`, `checkpoint` or `merge`.
-         */
-        VersionSource: {
-            /** Kind */
-            kind: string;
-            /** Repo */
-            repo?: string;
-            /** Revision */
-            revision?: string;
-            /** Commit */
-            commit?: string;
-            /** Subfolder */
-            subfolder?: string;
-            /** Job */
-            job?: string;
-            /** Step */
-            step?: number;
-            parent?: components["schemas"]["ParentAnswer"];
-            /** Method */
-            method?: string;
-            /** Density */
-            density?: number;
-            /** Sign */
-            sign?: string;
-            /** Seed */
-            seed?: number;
-            /** Parents */
-            parents?: components["schemas"]["MergedAnswer"][];
-        };
-        /** WeightedAdapter */
-        WeightedAdapter: {
-            /** Name */
-            name: string;
-            /** Weight */
-            weight: number;
-        };
-        /** WorldSizeAnswer */
-        WorldSizeAnswer: {
-            /** World Size */
-            world_size: number;
+        /** TokenLabelAnswer */
+        TokenLabelAnswer: {
+            token: string;
+            token_id: number;
+            label: string;
+            probs: number[];
+            num_classes: number;
         };
     };
     responses: never;
@@ -5757,6 +5211,122 @@ export interface operations {
             };
             /** @description The API key lacks the scope, or the server's operator does not allow it */
             403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A quota is used up, or too much is waiting */
+            429: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    cancel_generate__id__cancel_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["CancelledAnswer"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
                 headers: {
                     [name: string]: unknown;
                 };

@@ -1,5 +1,5 @@
 // Server-sent events of answers that come piece by piece.
-import { ApiError, AWAY, ROOT, authorized, credentials, errorOf, refuse, type Schemas } from './client'
+import { ApiError, AWAY, ROOT, api, authorized, credentials, data, errorOf, refuse, type Schemas } from './client'
 
 export type GenerateRequest = Schemas['GenerateRequest']
 export type FinishReason = 'stop' | 'tool_calls' | 'length' | 'cancelled' | 'error'
@@ -78,4 +78,9 @@ export async function* generateMany(
     yield [at, event.error ? errorOf(event.status as number, event) : (event as unknown as GenerateEvent)]
   }
   if (!signal.aborted) for (const at of open) yield [at, cutOff()]
+}
+
+/** Have the server end a text of which nobody wants the rest. Throws nothing: it may just have ended. */
+export async function cancel(id: string): Promise<void> {
+  await data(api.POST('/generate/{id}/cancel', { params: { path: { id } } })).catch(() => {})
 }

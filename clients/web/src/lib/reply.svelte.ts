@@ -1,6 +1,6 @@
 // One answer to one message, as it comes.
 import { ApiError } from '../api/client'
-import { generate, generateMany, type FinishReason, type GenerateEvent, type GenerateRequest, type Summary } from '../api/stream'
+import { cancel, generate, generateMany, type FinishReason, type GenerateEvent, type GenerateRequest, type Summary } from '../api/stream'
 import { onFrame } from './frames'
 import { server } from './server.svelte'
 import { joined, tokensOf, type RawTokens, type Token } from './tokens'
@@ -139,11 +139,7 @@ const STREAMS = 4
 
 type Ask = { reply: Reply; body: GenerateRequest }
 
-/**
- * Have replies answered. Throws nothing: each reply says what became of it.
- *
- * Each has a connection of its own as long as there are enough, so that the server ends one that is stopped alone.
- */
+/** Have replies answered. Throws nothing: each reply says what became of it. */
 export async function answer(asks: Ask[]): Promise<void> {
   const shares = asks.slice(0, STREAMS).map((_, first) => asks.filter((_, at) => at % STREAMS === first))
   server.streams += 1
@@ -151,19 +147,33 @@ export async function answer(asks: Ask[]): Promise<void> {
   server.streams -= 1
 }
 
-/** Have replies answered over one connection, which ends once nobody wants the rest of any. */
+/**
+ * Have replies answered over one connection, which ends once nobody wants the rest of any. Of several, the server is
+ * asked to end one that is stopped alone, once its first event has told the id of its text.
+ */
 async function answerTogether(asks: Ask[]): Promise<void> {
   const replies = asks.map(({ reply }) => reply)
   const bodies = asks.map(({ body }) => body)
   const abort = new AbortController()
-  for (const reply of replies) reply.begin(() => replies.some((one) => one.running) || abort.abort())
+  const ids = replies.map(() => '')
+  const leave = (at: number) => queueMicrotask(() => {  // once all are stopped that are stopped together
+    if (!replies.some((one) => one.running)) abort.abort()
+    else if (ids[at]) void cancel(ids[at])
+  })
+  replies.forEach((reply, at) => reply.begin(() => leave(at)))
   const ended = replies.map((reply) => onFrame(() => reply.show()))
   try {
     const [alone, ...others] = bodies
     if (alone && !others.length) {
       for await (const event of generate(alone, abort.signal)) replies[0]?.take(event)
     } else {
-      for await (const [at, event] of generateMany(bodies, abort.signal)) replies[at]?.take(event)
+      for await (const [at, event] of generateMany(bodies, abort.signal)) {
+        if (!(event instanceof ApiError) && !ids[at]) {
+          ids[at] = event.id
+          if (!replies[at]?.running && !event.done) leave(at)
+        }
+        replies[at]?.take(event)
+      }
     }
   } catch (error) {
     const said = error instanceof ApiError ? error : new ApiError(0, null, String(error))

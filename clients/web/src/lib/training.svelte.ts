@@ -8,6 +8,7 @@ import { server } from './server.svelte'
 import { many } from './units'
 
 export type { Job } from '../api/follow'
+export type Report = Schemas['TrainingReport']
 export type TrainingFile = Omit<Schemas['FileAnswer'], 'status_details' | 'expires_at'>
 
 const PAGE = 100
@@ -52,37 +53,6 @@ interface BadLine {
   reason: string
 }
 
-export interface Slice {
-  slice: string
-  rows: number
-  before: number | null
-  active: number | null
-  after: number | null
-  worse_by: number
-  regressed: boolean
-}
-
-export interface Report {
-  steps: number
-  best_step: number
-  tokens: number
-  seconds: number
-  loss_before: number | null
-  loss_after: number | null
-  loss_parent: number | null
-  metrics_before: Record<string, number> | null
-  metrics_after: Record<string, number> | null
-  metrics_parent: Record<string, number> | null
-  better_than: Partial<Record<'base' | 'parent' | 'active', boolean | null>> | null
-  /** The digest of the version that was active when training ended; empty if there was none. */
-  active: string | null
-  loss_active: number | null
-  metrics_active: Record<string, number> | null
-  not_compared: string | null
-  peak_memory_bytes: number
-  slices: { by: string; against: string; slices: Slice[]; slice_count: number; regressed: string[]; changed: { line: number; slice: string; metric: string; against: string; reference: string; before: string; after: string }[]; changed_count: number } | null
-}
-
 const SHORT_DIGEST = 12
 
 /** A version as messages call it. */
@@ -90,7 +60,7 @@ export const label = (name: string, digest: string): string => `${name}@${digest
 
 /** Which versions the adapter was compared with on held-out rows, and what came of it, in sentences. */
 export function compared(job: Job, report: Report): string {
-  const better = report.better_than ?? {}
+  const better: Record<string, boolean | null> = report.better_than ?? {}
   const active = report.active ? `${label(job.name, report.active)}, which was active when training ended` : ''
   const parent = job.parent ? `${label(job.parent.name, job.parent.version)}, which it went on from` : 'what it went on from'
   const names = { base: 'the base', parent, active }

@@ -11,15 +11,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from onebase_adapters.hub.pull import HubError, HubReference
 from onebase_adapters.registry import UNSET, Unset, VersionRecord
-from onebase_server.adapters.catalog import check_name
-from onebase_server.adapters.merging import RANDOM, SIGNED, MergeSettings
-from onebase_server.adapters.service import VersionOptions
-from onebase_server.app.storage import storage_errors
-from onebase_server.errors import (
+from onebase_edge.errors import (
     ApiError,
     EngineRestartedError,
     InvalidRequestError,
@@ -27,6 +24,12 @@ from onebase_server.errors import (
     UnavailableError,
     VersionFailedError,
 )
+from onebase_protocol.adapters import READY, Activation, Adapter, AdapterVersion, VersionFiles
+from onebase_protocol.common import DeletedAnswer, ListAnswer
+from onebase_server.adapters.catalog import check_name
+from onebase_server.adapters.merging import RANDOM, SIGNED, MergeSettings
+from onebase_server.adapters.service import VersionOptions
+from onebase_server.http.answers import answer, written_out
 from onebase_server.http.authorization import SLASH, needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.routes.files import CONTENT
@@ -39,16 +42,6 @@ from onebase_server.http.schemas.adapters import (
     PullRequest,
     ShareRequest,
 )
-from onebase_server.http.schemas.answers import (
-    AdapterAnswer,
-    DeletedAnswer,
-    HistoryAnswer,
-    ListAnswer,
-    VersionAnswer,
-    VersionFilesAnswer,
-    answer,
-    written_out,
-)
 from onebase_server.http.uploads import (
     ADAPTER_FIELDS,
     FLAGS,
@@ -57,6 +50,7 @@ from onebase_server.http.uploads import (
     check_length,
     read_form,
 )
+from onebase_server.storage.calls import storage_errors
 from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1/adapters", route_class=StrictRoute, tags=["adapters"])
@@ -80,8 +74,8 @@ _ADD_BODY: dict[str, Any] = {
     },
 }
 """Schema of the body for the reference at /docs: the route reads its body by itself."""
-_ADDED = answer(VersionAnswer, 404, 409, 422, 429, 507, description="It is ready") | answer(
-    VersionAnswer, description="It is under way", status=202
+_ADDED = answer(AdapterVersion, 404, 409, 422, 429, 507, description="It is ready") | answer(
+    AdapterVersion, description="It is under way", status=202
 )
 
 
@@ -89,17 +83,18 @@ def _adapter_name(name: str) -> str:
     return name.replace(SLASH, "/")
 
 
+_DELETED = "adapter.deleted"
 AdapterName = Annotated[str, Depends(_adapter_name)]
 _LONGEST_WAIT = 10.0
 """Longest wait, in seconds: a request that waits delays a stop of the server."""
 Force = Annotated[bool, Query(description="end the requests that use it, with an error")]
 
 
-@router.get("", responses=answer(ListAnswer[AdapterAnswer]))
+@router.get("", responses=answer(ListAnswer[Adapter]))
 @needs("adapters")
 async def list_adapters(services: Provided, caller: Calling) -> Response:
     """List every adapter: its active version, what that is made of, and where it is."""
-    return json_response({"object": "list", "data": services.views.adapters(caller.tenant)})
+    return json_response(ListAnswer(data=tuple(services.views.adapters(caller.tenant))))
 
 
 @router.post("", openapi_extra={"requestBody": _ADD_BODY}, status_code=202, responses=_ADDED)
@@ -215,13 +210,13 @@ async def _kept(services: Services, tenant: str, name: str, digest: str) -> Asyn
     except (InvalidRequestError, UnavailableError, QueueFullError, EngineRestartedError) as error:
         with suppress(ApiError):
             shown = services.views.version(await services.adapters.version(tenant, name, digest))
-            if shown["state"] == "ready" and not shown["active"] and not error.body:
+            if shown.state == READY and not shown.active and not error.body:
                 error.body = {"version": shown}
-                error.message = f"{shown['id']} is ready and kept, but not active: {error.message}"
+                error.message = f"{shown.id} is ready and kept, but not active: {error.message}"
         raise
 
 
-@router.get("/{name}/versions", responses=answer(ListAnswer[VersionAnswer], 404))
+@router.get("/{name}/versions", responses=answer(ListAnswer[AdapterVersion], 404))
 @needs("adapters")
 async def list_versions(name: AdapterName, services: Provided, caller: Calling) -> Response:
     """List the versions of an adapter, newest first, each with its whole report."""
@@ -230,10 +225,10 @@ async def list_versions(name: AdapterName, services: Provided, caller: Calling) 
     if names.get(name) is not None or not data:
         found = await services.adapters.versions(names.owner(name), name)
         data += [services.views.version(version, caller.tenant) for version in found]
-    return json_response({"object": "list", "data": data})
+    return json_response(ListAnswer(data=tuple(data)))
 
 
-@router.get("/{name}/versions/{version}", responses=answer(VersionAnswer, 404))
+@router.get("/{name}/versions/{version}", responses=answer(AdapterVersion, 404))
 @needs("adapters")
 async def get_version(
     name: AdapterName,
@@ -264,7 +259,7 @@ async def get_version(
     return json_response(services.views.version(found, caller.tenant))
 
 
-@router.get("/{name}/versions/{version}/files", responses=answer(VersionFilesAnswer, 404))
+@router.get("/{name}/versions/{version}/files", responses=answer(VersionFiles, 404))
 @needs("adapters")
 async def list_version_files(
     name: AdapterName, version: str, services: Provided, caller: Calling
@@ -308,29 +303,21 @@ async def delete_version(
     digest = await services.activation.delete_version(
         caller.tenant, name, version, force=force, actor=caller.key
     )
-    return json_response({"id": f"{name}@{digest}", "object": "adapter.deleted", "deleted": True})
+    return json_response(DeletedAnswer(id=f"{name}@{digest}", object=_DELETED))
 
 
-@router.get("/{name}/history", responses=answer(ListAnswer[HistoryAnswer], 404))
+@router.get("/{name}/history", responses=answer(ListAnswer[Activation], 404))
 @needs("adapters")
 async def get_history(name: AdapterName, services: Provided, caller: Calling) -> Response:
     """List the changes of the active version, newest first."""
     owner = services.catalog.of(caller.tenant).owner(name)
     history = await services.activation.history(owner, name)
-    data = [
-        {
-            "action": entry.action,
-            "version": entry.version,
-            "previous": entry.previous,
-            "actor": entry.actor if owner == caller.tenant else "",
-            "at": entry.at,
-        }
-        for entry in history
-    ]
-    return json_response({"object": "list", "data": data})
+    if owner != caller.tenant:
+        history = [replace(entry, actor="") for entry in history]
+    return json_response(ListAnswer(data=tuple(history)))
 
 
-@router.post("/{name}/activate", responses=answer(AdapterAnswer, 404, 409, 422, 429, 507))
+@router.post("/{name}/activate", responses=answer(Adapter, 404, 409, 422, 429, 507))
 @needs("adapters")
 async def activate(name: AdapterName, body: ActivateRequest, services: Provided, caller: Calling) -> Response:
     """Activate a version. With `expected`: only if that one is active now, else 409."""
@@ -342,7 +329,7 @@ async def activate(name: AdapterName, body: ActivateRequest, services: Provided,
     return json_response(services.views.adapter(record))
 
 
-@router.post("/{name}/rollback", responses=answer(AdapterAnswer, 404, 409, 507))
+@router.post("/{name}/rollback", responses=answer(Adapter, 404, 409, 507))
 @needs("adapters")
 async def roll_back(
     name: AdapterName, services: Provided, caller: Calling, body: ExpectedRequest | None = None
@@ -355,7 +342,7 @@ async def roll_back(
     return json_response(services.views.adapter(record))
 
 
-@router.post("/{name}/deactivate", responses=answer(AdapterAnswer, 404, 507))
+@router.post("/{name}/deactivate", responses=answer(Adapter, 404, 507))
 @needs("adapters")
 async def deactivate(
     name: AdapterName, services: Provided, caller: Calling, body: EmptyRequest | None = None
@@ -366,7 +353,7 @@ async def deactivate(
     return json_response(services.views.adapter(record))
 
 
-@router.post("/{name}/pin", responses=answer(AdapterAnswer, 404, 507))
+@router.post("/{name}/pin", responses=answer(Adapter, 404, 507))
 @needs("admin")
 async def pin(name: AdapterName, body: PinRequest, services: Provided, caller: Calling) -> Response:
     """Pin the active version in host memory, which all tenants share, or unpin it."""
@@ -375,7 +362,7 @@ async def pin(name: AdapterName, body: PinRequest, services: Provided, caller: C
     return json_response(services.views.adapter(record))
 
 
-@router.post("/{name}/share", responses=answer(AdapterAnswer, 404, 507))
+@router.post("/{name}/share", responses=answer(Adapter, 404, 507))
 @needs("admin")
 async def share(name: AdapterName, body: ShareRequest, services: Provided, caller: Calling) -> Response:
     """Share an adapter with all tenants for use, or stop sharing it. A tenant's own of that name comes
@@ -385,7 +372,7 @@ async def share(name: AdapterName, body: ShareRequest, services: Provided, calle
     return json_response(services.views.adapter(record))
 
 
-@router.get("/{name}", responses=answer(AdapterAnswer, 404))
+@router.get("/{name}", responses=answer(Adapter, 404))
 @needs("adapters")
 async def get_adapter(name: AdapterName, services: Provided, caller: Calling) -> Response:
     """Return one adapter."""
@@ -400,7 +387,7 @@ async def delete_adapter(
     """Delete a name with all its versions; 409 while requests use one of them, unless forced."""
     services.refuse_if_draining()
     await services.activation.delete(caller.tenant, name, force=force)
-    return json_response({"id": name, "object": "adapter.deleted", "deleted": True})
+    return json_response(DeletedAnswer(id=name, object=_DELETED))
 
 
 def _expected(body: ActivateRequest | ExpectedRequest | None) -> str | Unset | None:

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 
+from onebase_protocol.messages import MessageAnswer, MessageEvent, TokenCountAnswer
+from onebase_server.http.answers import answer, streamed_answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Admitted, Calling, Provided, StrictRoute, json_response, off_loop
 from onebase_server.http.routes.generation import answer_generation, transcript_of
 from onebase_server.http.routes.models import find_model
-from onebase_server.http.schemas.answers import MessageAnswer, TokenCountAnswer, answer, streamed_answer
-from onebase_server.http.schemas.anthropic import ConversationRequest, MessagesRequest
-from onebase_server.http.schemas.events import MessageEvent
 from onebase_server.http.views.anthropic import MessageView
 from onebase_server.inference.generation import new_id
+from onebase_server.requests.schemas.anthropic import ConversationRequest, MessagesRequest
 
 router = APIRouter(prefix="/v1/messages", route_class=StrictRoute, tags=["anthropic"])
 
@@ -45,4 +45,4 @@ async def count_tokens(
     find_model(services, caller, body.model)
     chat = await off_loop(request, body.chat, services.tokenizer.template_options)
     tokens = await services.planner.chat_tokens(caller.tenant, chat, chat.messages, chat.reasoning_effort)
-    return json_response({"input_tokens": len(tokens)})
+    return json_response(TokenCountAnswer(len(tokens)))

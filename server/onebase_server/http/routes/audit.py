@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Response
 
 from onebase_adapters.registry import AUDIT_ACTIONS, AUDIT_KINDS, AuditRecord
-from onebase_server.app.storage import storage_errors
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError
+from onebase_protocol import access as wire
+from onebase_protocol.common import PageAnswer, page_of
+from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
-from onebase_server.http.schemas.answers import AuditAnswer, PageAnswer, answer
-from onebase_server.http.views.jobs import number_of, page
+from onebase_server.http.views.jobs import number_of
+from onebase_server.storage.calls import storage_errors
 
 router = APIRouter(prefix="/v1/audit", route_class=StrictRoute, tags=["audit"])
 
@@ -20,7 +22,7 @@ MOST = 1000
 _ID = "audit-"
 
 
-@router.get("", responses=answer(PageAnswer[AuditAnswer]))
+@router.get("", responses=answer(PageAnswer[wire.AuditEntry]))
 @needs("adapters")
 async def list_entries(
     services: Provided,
@@ -45,7 +47,7 @@ async def list_entries(
     if after is not None and place is None:
         raise InvalidRequestError(f"after: {after!r} is no id of an entry.", param="after")
     if not caller.is_admin and tenant not in (None, caller.tenant):
-        return json_response(page([], more=False))
+        return json_response(PageAnswer[wire.AuditEntry](data=()))
     storage = services.training.storage
     with storage_errors():
         found = await services.training.threads.run_blocking(
@@ -58,22 +60,21 @@ async def list_entries(
             limit=limit + 1,
             oldest_first=order == "asc",
         )
-    return json_response(page([_view(entry) for entry in found[:limit]], more=len(found) > limit))
+    return json_response(page_of([_view(entry) for entry in found[:limit]], more=len(found) > limit))
 
 
-def _view(entry: AuditRecord) -> AuditAnswer:
-    return {
-        "object": "audit.entry",
-        "id": f"{_ID}{entry.number}",
-        "at": entry.at,
-        "tenant": entry.tenant,
-        "key": entry.key,
-        "actor": entry.actor,
-        "action": entry.action,
-        "target": entry.target,
-        "version": entry.version,
-        "base": entry.base,
-        "server": entry.server,
-        "request": entry.request,
-        "details": entry.details,
-    }
+def _view(entry: AuditRecord) -> wire.AuditEntry:
+    return wire.AuditEntry(
+        id=f"{_ID}{entry.number}",
+        at=entry.at,
+        tenant=entry.tenant,
+        key=entry.key,
+        actor=entry.actor,
+        action=entry.action,
+        target=entry.target,
+        version=entry.version,
+        base=entry.base,
+        server=entry.server,
+        request=entry.request,
+        details=dict(entry.details),
+    )

@@ -7,12 +7,13 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Response
 
 from onebase_adapters.registry import BatchRecord
+from onebase_protocol import batches as wire
+from onebase_protocol.common import PageAnswer, page_of
+from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
-from onebase_server.http.schemas.answers import BatchAnswer, PageAnswer, answer
 from onebase_server.http.schemas.batches import CreateBatchRequest
 from onebase_server.http.views.batches import batch_view
-from onebase_server.http.views.jobs import page
 
 router = APIRouter(prefix="/v1/batches", route_class=StrictRoute, tags=["batches"])
 
@@ -20,7 +21,7 @@ MOST = 100
 BatchId = Annotated[str, Path(max_length=100)]
 
 
-@router.post("", responses=answer(BatchAnswer, 404, 507))
+@router.post("", responses=answer(wire.Batch, 404, 507))
 @needs("generate")
 async def create_batch(body: CreateBatchRequest, services: Provided, caller: Calling) -> Response:
     """Answer each request of an uploaded file when the server has room for it."""
@@ -36,7 +37,7 @@ async def create_batch(body: CreateBatchRequest, services: Provided, caller: Cal
     return _shown(batch, services)
 
 
-@router.get("", responses=answer(PageAnswer[BatchAnswer], 404))
+@router.get("", responses=answer(PageAnswer[wire.Batch], 404))
 @needs("generate")
 async def list_batches(
     services: Provided,
@@ -47,17 +48,17 @@ async def list_batches(
     """List the batches, newest first."""
     found = await services.batches.find(caller.tenant, after=after, limit=limit + 1)
     views = [batch_view(batch, services.batches.runner.waiting(batch.id)) for batch in found[:limit]]
-    return json_response(page(views, more=len(found) > limit))
+    return json_response(page_of(views, more=len(found) > limit))
 
 
-@router.get("/{batch_id}", responses=answer(BatchAnswer, 404))
+@router.get("/{batch_id}", responses=answer(wire.Batch, 404))
 @needs("generate")
 async def get_batch(batch_id: BatchId, services: Provided, caller: Calling) -> Response:
     """Return one batch."""
     return _shown(await services.batches.get(caller.tenant, batch_id), services)
 
 
-@router.post("/{batch_id}/cancel", responses=answer(BatchAnswer, 404, 409, 507))
+@router.post("/{batch_id}/cancel", responses=answer(wire.Batch, 404, 409, 507))
 @needs("generate")
 async def cancel_batch(batch_id: BatchId, services: Provided, caller: Calling) -> Response:
     """Cancel a batch; what was answered stays."""

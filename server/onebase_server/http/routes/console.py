@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 
 import onebase_server
-from onebase_server.errors import ConsoleMissingError, UnknownRouteError
+from onebase_edge.errors import ConsoleMissingError, UnknownRouteError
 from onebase_server.http.authorization import needs
 
 router = APIRouter(include_in_schema=False)

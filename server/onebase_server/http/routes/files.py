@@ -8,18 +8,12 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
 from onebase_adapters.registry import UPLOADED, FileRecord, Purpose
-from onebase_server.app.storage import storage_errors
-from onebase_server.errors import InsufficientScopeError, InvalidRequestError
+from onebase_edge.errors import InsufficientScopeError, InvalidRequestError
+from onebase_protocol import training as wire
+from onebase_protocol.common import DeletedAnswer, PageAnswer, page_of
+from onebase_server.http.answers import Responses, answer, refused
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
-from onebase_server.http.schemas.answers import (
-    DeletedAnswer,
-    FileAnswer,
-    PageAnswer,
-    Responses,
-    answer,
-    refused,
-)
 from onebase_server.http.uploads import (
     FILE_FIELDS,
     FILE_OPTION,
@@ -29,8 +23,9 @@ from onebase_server.http.uploads import (
     check_length,
     read_form,
 )
-from onebase_server.http.views.jobs import file_view, page
+from onebase_server.http.views.jobs import file_view
 from onebase_server.jobs.files import SCOPES
+from onebase_server.storage.calls import storage_errors
 from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1/files", route_class=StrictRoute, tags=["files"])
@@ -66,7 +61,7 @@ CONTENT: Responses = refused(404) | {
 """Responses of a route for a file's content; the error of a Range that cannot be served is plain text."""
 
 
-@router.post("", openapi_extra={"requestBody": _BODY}, responses=answer(FileAnswer, 429, 507))
+@router.post("", openapi_extra={"requestBody": _BODY}, responses=answer(wire.TrainingFile, 429, 507))
 @needs("any")
 async def add_file(request: Request, services: Provided, caller: Calling) -> Response:
     """Upload a file: a field `purpose` and a part `file`: .jsonl for a batch, for fine-tune .json, .csv and
@@ -92,7 +87,7 @@ async def add_file(request: Request, services: Provided, caller: Calling) -> Res
     return json_response(file_view(kept))
 
 
-@router.get("", responses=answer(PageAnswer[FileAnswer], 404))
+@router.get("", responses=answer(PageAnswer[wire.TrainingFile], 404))
 @needs("any")
 async def list_files(
     services: Provided,
@@ -113,10 +108,10 @@ async def list_files(
         limit=limit + 1,
         oldest_first=order == "asc",
     )
-    return json_response(page([file_view(file) for file in found[:limit]], more=len(found) > limit))
+    return json_response(page_of([file_view(file) for file in found[:limit]], more=len(found) > limit))
 
 
-@router.get("/{file_id}", responses=answer(FileAnswer, 404))
+@router.get("/{file_id}", responses=answer(wire.TrainingFile, 404))
 @needs("any")
 async def get_file(file_id: str, services: Provided, caller: Calling) -> Response:
     """Return one file's name, size and purpose."""
@@ -139,7 +134,7 @@ async def delete_file(file_id: str, services: Provided, caller: Calling) -> Resp
     services.refuse_if_draining()
     await _file(file_id, services, caller)
     await services.training.files.delete(caller.tenant, file_id)
-    return json_response({"id": file_id, "object": "file", "deleted": True})
+    return json_response(DeletedAnswer(id=file_id, object="file"))
 
 
 async def _file(file_id: str, services: Services, caller: Caller) -> FileRecord:

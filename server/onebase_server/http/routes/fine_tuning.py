@@ -10,22 +10,17 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from onebase_adapters.names import MAX_NAME, is_adapter_name
+from onebase_adapters.names import MAX_NAME, is_adapter_name, label
 from onebase_adapters.registry import ParentVersion, TrainingJob, VersionRecord
-from onebase_server.adapters.catalog import check_name, label
-from onebase_server.errors import AdapterNotFoundError, ApiError, InvalidRequestError
+from onebase_edge.errors import AdapterNotFoundError, ApiError, InvalidRequestError
+from onebase_edge.sse import identified_event
+from onebase_protocol.common import PageAnswer, page_of
+from onebase_protocol.training import JobStreamEvent, TrainingCheckpoint, TrainingEvent, TrainingJobInfo
+from onebase_server.adapters.catalog import check_name, is_checkpoint
+from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response
-from onebase_server.http.schemas.answers import (
-    CheckpointAnswer,
-    JobAnswer,
-    JobEventAnswer,
-    PageAnswer,
-    answer,
-)
-from onebase_server.http.schemas.events import JobEvent
 from onebase_server.http.schemas.jobs import MAX_LABELS, CreateJobRequest, ParentSettings, label_problem
-from onebase_server.http.sse import identified_event
 from onebase_server.http.views.jobs import (
     CHECKPOINT,
     EVENT,
@@ -35,9 +30,8 @@ from onebase_server.http.views.jobs import (
     is_active,
     job_view,
     number_of,
-    page,
 )
-from onebase_server.jobs.checkpoints import adapter_of, is_checkpoint
+from onebase_server.jobs.checkpoints import adapter_of
 from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictRoute, tags=["training"])
@@ -50,7 +44,7 @@ After = Annotated[str | None, Query(max_length=100, description="the last id of 
 Limit = Annotated[int, Query(ge=1, le=MOST)]
 
 
-@router.post("", responses=answer(JobAnswer, 404, 409, 422, 429, 507))
+@router.post("", responses=answer(TrainingJobInfo, 404, 409, 422, 429, 507))
 @needs("train")
 async def create_job(body: CreateJobRequest, services: Provided, caller: Calling) -> Response:
     """Train an adapter on the base that is served, or continue from a version of one (`model`). The result is
@@ -72,7 +66,7 @@ async def create_job(body: CreateJobRequest, services: Provided, caller: Calling
     return await _shown(job, services)
 
 
-@router.get("", responses=answer(PageAnswer[JobAnswer], 404))
+@router.get("", responses=answer(PageAnswer[TrainingJobInfo], 404))
 @needs("train")
 async def list_jobs(
     request: Request, services: Provided, caller: Calling, after: After = None, limit: Limit = 20
@@ -81,17 +75,17 @@ async def list_jobs(
     labels = _labels(request.query_params)
     found = await services.training.jobs.find(caller.tenant, after=after, limit=limit + 1, labels=labels)
     shown = await _views(found[:limit], services, in_list=True)
-    return json_response(page(shown, more=len(found) > limit))
+    return json_response(page_of(shown, more=len(found) > limit))
 
 
-@router.get("/{job_id}", responses=answer(JobAnswer, 404))
+@router.get("/{job_id}", responses=answer(TrainingJobInfo, 404))
 @needs("train")
 async def get_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Return one job."""
     return await _shown(await services.training.jobs.get(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/cancel", responses=answer(JobAnswer, 404, 409, 507))
+@router.post("/{job_id}/cancel", responses=answer(TrainingJobInfo, 404, 409, 507))
 @needs("train")
 async def cancel_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Cancel a job for good."""
@@ -99,7 +93,7 @@ async def cancel_job(job_id: str, services: Provided, caller: Calling) -> Respon
     return await _shown(await services.training.jobs.cancel(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/pause", responses=answer(JobAnswer, 404, 409, 507))
+@router.post("/{job_id}/pause", responses=answer(TrainingJobInfo, 404, 409, 507))
 @needs("train")
 async def pause_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Pause a job within a step, which frees the machine; `resume` continues from there."""
@@ -107,7 +101,7 @@ async def pause_job(job_id: str, services: Provided, caller: Calling) -> Respons
     return await _shown(await services.training.jobs.pause(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/stop", responses=answer(JobAnswer, 404, 409, 429, 507))
+@router.post("/{job_id}/stop", responses=answer(TrainingJobInfo, 404, 409, 429, 507))
 @needs("train")
 async def stop_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """End training at its next step and keep the best adapter: it is proved and activated as usual."""
@@ -115,7 +109,7 @@ async def stop_job(job_id: str, services: Provided, caller: Calling) -> Response
     return await _shown(await services.training.jobs.stop(caller.tenant, job_id), services)
 
 
-@router.post("/{job_id}/resume", responses=answer(JobAnswer, 404, 409, 429, 507))
+@router.post("/{job_id}/resume", responses=answer(TrainingJobInfo, 404, 409, 429, 507))
 @needs("train")
 async def resume_job(job_id: str, services: Provided, caller: Calling) -> Response:
     """Resume a job from its last checkpoint, or start one that was made with `hold`."""
@@ -123,7 +117,7 @@ async def resume_job(job_id: str, services: Provided, caller: Calling) -> Respon
     return await _shown(await services.training.jobs.resume(caller.tenant, job_id), services)
 
 
-@router.get("/{job_id}/events", responses=answer(PageAnswer[JobEventAnswer], 404, event=JobEvent))
+@router.get("/{job_id}/events", responses=answer(PageAnswer[TrainingEvent], 404, event=JobStreamEvent))
 @needs("train")
 async def list_events(
     job_id: str,
@@ -147,10 +141,10 @@ async def list_events(
         )
     before = None if after is None else _number(after, EVENT, "after")
     found = await services.training.jobs.events(caller.tenant, job_id, before=before, limit=limit + 1)
-    return json_response(page([event_view(event) for event in found[:limit]], more=len(found) > limit))
+    return json_response(page_of([event_view(event) for event in found[:limit]], more=len(found) > limit))
 
 
-@router.get("/{job_id}/checkpoints", responses=answer(PageAnswer[CheckpointAnswer], 404))
+@router.get("/{job_id}/checkpoints", responses=answer(PageAnswer[TrainingCheckpoint], 404))
 @needs("train")
 async def list_checkpoints(
     job_id: str, services: Provided, caller: Calling, after: After = None, limit: Limit = 10
@@ -163,7 +157,7 @@ async def list_checkpoints(
         steps = [one.step for one in found if one.number == last]
         found = [one for one in found if steps and one.step < steps[0]]
     views = [checkpoint_view(one, job) for one in found[:limit]]
-    return json_response(page(views, more=len(found) > limit))
+    return json_response(page_of(views, more=len(found) > limit))
 
 
 async def _followed(
@@ -194,7 +188,7 @@ async def _shown(job: TrainingJob, services: Services) -> Response:
 
 async def _views(
     jobs: Sequence[TrainingJob], services: Services, *, in_list: bool = False
-) -> list[JobAnswer]:
+) -> list[TrainingJobInfo]:
     """Return the jobs as callers see them, with what is active now, even if another server has changed
     that."""
     catalog = services.catalog

@@ -5,10 +5,39 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 
-from onebase_server.errors import ApiError, ClientGoneError, SlowReaderError, status_of
+from onebase_edge.errors import (
+    ApiError,
+    ClientGoneError,
+    SlowReaderError,
+    UnknownGenerationError,
+    status_of,
+)
+from onebase_edge.sse import (
+    DONE,
+    EventStream,
+    MergedEvents,
+    cancelled_when_gone,
+    connection_abort,
+    guarded,
+    with_transcript,
+)
+from onebase_protocol.text import (
+    CancelledAnswer,
+    ChatAnswer,
+    ChatEvent,
+    CompletionAnswer,
+    CompletionEvent,
+    GeneratedAnswer,
+    GenerateEvent,
+    GenerateManyEvent,
+    TgiAnswer,
+    TgiEvent,
+)
+from onebase_server.http.answers import answer, streamed_answer
 from onebase_server.http.authorization import NOT_ITS_FAULT, needs
 from onebase_server.http.deps import (
     CALLER,
@@ -21,34 +50,8 @@ from onebase_server.http.deps import (
     off_loop,
     resume_state_of,
 )
-from onebase_server.http.schemas.answers import (
-    ChatAnswer,
-    CompletionAnswer,
-    GeneratedAnswer,
-    TgiAnswer,
-    answer,
-    streamed_answer,
-)
-from onebase_server.http.schemas.events import (
-    ChatEvent,
-    CompletionEvent,
-    GenerateEvent,
-    GenerateManyEvent,
-    TgiEvent,
-)
-from onebase_server.http.schemas.generation import GenerateManyRequest, GenerateRequest
-from onebase_server.http.schemas.openai import ChatRequest, CompletionRequest
-from onebase_server.http.schemas.tgi import TgiRequest
-from onebase_server.http.sse import (
-    DONE,
-    EventStream,
-    MergedEvents,
-    cancelled_when_gone,
-    connection_abort,
-    guarded,
-    with_transcript,
-)
 from onebase_server.http.views.generation import (
+    INLINE_SCORES,
     ChatView,
     CompletionView,
     GenerateView,
@@ -56,19 +59,19 @@ from onebase_server.http.views.generation import (
     TgiView,
 )
 from onebase_server.inference.generation import GenerationRequest, GenerationRun, resume_tokens_of
-from onebase_server.inference.stream import OutputPiece, RequestTimestamps, TokenUsage
+from onebase_server.inference.stream import OutputPiece
 from onebase_server.inference.transcript import Transcript, line, refused
 from onebase_server.inference.transcript import read as read_transcript
-from onebase_server.telemetry.measurements import RequestMeasurements
+from onebase_server.requests.schemas.generation import GenerateManyRequest, GenerateRequest
+from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
+from onebase_server.requests.schemas.tgi import TgiRequest
+from onebase_server.telemetry.measurements import RequestMeasurements, RequestTimestamps, TokenUsage
 from onebase_server.telemetry.traces import RequestSpans
 from onebase_server.tenancy.access import Caller
 from onebase_server.tenancy.quotas import QuotaReservation
 from onebase_server.tenancy.usage import TenantUsageRecorder
 
 router = APIRouter(route_class=StrictRoute)
-INLINE_SCORES = 2_000
-"""Largest number of log-probabilities of a whole answer that are written on the event loop (about 5 ms); more
-are written in a thread."""
 
 
 @router.post("/generate", tags=["generate"], responses=streamed_answer(GeneratedAnswer, GenerateEvent))
@@ -117,6 +120,17 @@ async def generate_many(
     return EventStream(
         merged, merged.events(), services.settings.max_timeout, with_transcript=resume_state is not None
     )
+
+
+@router.post("/generate/{id}/cancel", tags=["generate"], responses=answer(CancelledAnswer, 404))
+@needs("generate")
+async def cancel(id: Annotated[str, Path(max_length=200)], services: Provided, caller: Calling) -> Response:
+    """End a text that is being generated, one of several in a stream too: it ends with what there is, and the
+    finish reason `cancelled`. `id` is the id of any answer or event with text."""
+    generation = services.running.get((caller.tenant, id))
+    if generation is None or not generation.stop():
+        raise UnknownGenerationError(id)
+    return json_response(CancelledAnswer(id=id))
 
 
 @dataclass(frozen=True)
@@ -359,6 +373,7 @@ async def begin(
     generation = GenerationRun(
         services.supervisor,
         services.tokenizer,
+        services.reading,
         engine_request,
         services.settings.stream_buffer if stream else None,
         on_cut=connection_abort(request.scope),
@@ -368,5 +383,6 @@ async def begin(
         transcript_number=transcript_number,
     )
     await generation.start(services.residency)
+    services.running[engine_request.tenant, engine_request.id] = generation
     reservation.leave = generation.leave
     return generation

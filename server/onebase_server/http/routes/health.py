@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
 import onebase_server
-from onebase_server.http.authorization import NO_KEY, needs
-from onebase_server.http.deps import Provided, json_response
-from onebase_server.http.schemas.answers import (
+from onebase_engine.engine.messages import BaseInfo, Stats
+from onebase_protocol.serving import (
+    EngineStatus,
     HealthAnswer,
     RouteSecretAnswer,
     ServerVersionAnswer,
-    StatusAnswer,
-    answer,
+    VerifierStatus,
 )
+from onebase_server.adapters.residency import MemoryUse
+from onebase_server.http.answers import answer
+from onebase_server.http.authorization import NO_KEY, needs
+from onebase_server.http.deps import Provided, json_response
+from onebase_server.http.metrics import CONTENT_TYPE
 from onebase_server.processes.supervisor import EngineState
-from onebase_server.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["health"])
 _HEALTH = answer(HealthAnswer) | answer(HealthAnswer, description="Not now", status=503)
 _UNHEALTHY = (EngineState.STALLED, EngineState.FAILED)
 
 
-def _unavailable(data: dict[str, Any], retry_after: int) -> Response:
+class StatusAnswer(msgspec.Struct):
+    """Answer of GET /status: bytes, tokens and counts."""
+
+    base: str
+    engine: EngineStatus
+    info: BaseInfo | None
+    stats: Stats | None
+    requests: int
+    adapters: int
+    host_memory: MemoryUse
+    verifier: VerifierStatus
+
+
+def _unavailable(status: str, state: EngineState, retry_after: int) -> Response:
     headers = {"Retry-After": str(retry_after)}
-    body = msgspec.json.encode(data)
+    body = msgspec.json.encode(HealthAnswer(status, state.value))
     return Response(body, status_code=503, media_type="application/json", headers=headers)
 
 
@@ -41,8 +55,8 @@ async def health(services: Provided) -> Response:
     stall."""
     state = services.supervisor.state
     if state in _UNHEALTHY:
-        return _unavailable({"status": "error", "engine": state.value}, 5)
-    return json_response({"status": "ok", "engine": state.value})
+        return _unavailable("error", state, 5)
+    return json_response(HealthAnswer("ok", state.value))
 
 
 @router.get("/ready", openapi_extra=NO_KEY, responses=_HEALTH)
@@ -52,12 +66,12 @@ async def ready(services: Provided) -> Response:
     stopping."""
     state = services.supervisor.state
     if services.draining:
-        return _unavailable({"status": "stopping", "engine": state.value}, 5)
+        return _unavailable("stopping", state, 5)
     if state is not EngineState.READY:
-        return _unavailable({"status": "not ready", "engine": state.value}, 2)
+        return _unavailable("not ready", state, 2)
     if services.supervisor.paused:
-        return _unavailable({"status": "paused", "engine": state.value}, 2)
-    return json_response({"status": "ready", "engine": state.value})
+        return _unavailable("paused", state, 2)
+    return json_response(HealthAnswer("ready", state.value))
 
 
 @router.get("/version", responses=answer(ServerVersionAnswer))
@@ -65,7 +79,7 @@ async def ready(services: Provided) -> Response:
 async def version() -> Response:
     """Return the server's version."""
     return json_response(
-        {"name": "onebase", "version": onebase_server.__version__, "python": platform.python_version()}
+        ServerVersionAnswer(version=onebase_server.__version__, python=platform.python_version())
     )
 
 
@@ -75,16 +89,16 @@ async def status(services: Provided) -> Response:
     """Return the base's figures (bytes, tokens), and what the engine has done so far."""
     supervisor = services.supervisor
     return json_response(
-        {
-            "base": services.catalog.base_name,
-            "engine": {"state": supervisor.state.value, "restarts": supervisor.restarts},
-            "info": supervisor.base,
-            "stats": supervisor.client.stats,
-            "requests": supervisor.client.open_requests,
-            "adapters": len(services.catalog),
-            "host_memory": asdict(services.residency.memory),
-            "verifier": {"pid": services.verifier.pid},
-        }
+        StatusAnswer(
+            base=services.catalog.base_name,
+            engine=EngineStatus(supervisor.state.value, supervisor.restarts),
+            info=supervisor.base,
+            stats=supervisor.client.stats,
+            requests=supervisor.client.open_requests,
+            adapters=len(services.catalog),
+            host_memory=services.residency.memory,
+            verifier=VerifierStatus(services.verifier.pid),
+        )
     )
 
 
@@ -92,7 +106,7 @@ async def status(services: Provided) -> Response:
 @needs("admin")
 async def route_secret(services: Provided) -> Response:
     """Return the secret with which `onebase route` has its headers believed by this server."""
-    told = json_response({"secret": services.route_secret})
+    told = json_response(RouteSecretAnswer(services.route_secret))
     told.headers["Cache-Control"] = "no-store"
     return told
 

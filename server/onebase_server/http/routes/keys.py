@@ -6,14 +6,17 @@ import time
 from typing import Annotated
 
 from fastapi import APIRouter, Response
+from msgspec.structs import asdict
 from pydantic import Field, StrictInt
 
 from onebase_adapters.registry import DEFAULT_TENANT, ApiKeyRecord, Scope
+from onebase_protocol import access as wire
+from onebase_protocol.common import ListAnswer
+from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
 from onebase_server.http.routes.usage import Limits
-from onebase_server.http.schemas.answers import CallerAnswer, KeyAnswer, ListAnswer, NewKeyAnswer, answer
-from onebase_server.http.schemas.wire import Wire
+from onebase_server.requests.schemas.wire import Wire
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["keys"])
 
@@ -41,15 +44,15 @@ class ChangeKeyRequest(Wire):
     priority: StrictInt | None = None
 
 
-@router.get("/key", responses=answer(CallerAnswer))
+@router.get("/key", responses=answer(wire.CallerAnswer))
 @needs("any")
 async def own_key(caller: Calling) -> Response:
     """Return the key, the tenant and the scopes of the caller."""
-    scopes = sorted(caller.scopes)
-    return json_response({"object": "caller", "key": caller.key, "tenant": caller.tenant, "scopes": scopes})
+    scopes = tuple(sorted(caller.scopes))
+    return json_response(wire.CallerAnswer(key=caller.key, tenant=caller.tenant, scopes=scopes))
 
 
-@router.post("/keys", responses=answer(NewKeyAnswer, 507))
+@router.post("/keys", responses=answer(wire.NewApiKey, 507))
 @needs("admin")
 async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
     """Create a key. Its text is in this answer alone."""
@@ -62,43 +65,42 @@ async def create_key(body: CreateKeyRequest, services: Provided) -> Response:
         quotas=body.quotas,
         priority=body.priority,
     )
-    answer = json_response({**_view(made), "key": key})
+    answer = json_response(wire.NewApiKey(**asdict(_view(made)), key=key))
     answer.headers["Cache-Control"] = "no-store"
     return answer
 
 
-@router.get("/keys", responses=answer(ListAnswer[KeyAnswer]))
+@router.get("/keys", responses=answer(ListAnswer[wire.ApiKey]))
 @needs("admin")
 async def list_keys(services: Provided) -> Response:
     """List all keys that there ever were, of all tenants, the newest first."""
-    return json_response({"object": "list", "data": [_view(key) for key in await services.keys.all()]})
+    return json_response(ListAnswer(data=tuple(_view(key) for key in await services.keys.all())))
 
 
-@router.post("/keys/{key_id}", responses=answer(KeyAnswer, 404, 507))
+@router.post("/keys/{key_id}", responses=answer(wire.ApiKey, 404, 507))
 @needs("admin")
 async def change_key(key_id: str, body: ChangeKeyRequest, services: Provided) -> Response:
     """Change a key's quotas and priority, at once here and within a second on other servers."""
     return json_response(_view(await services.keys.change(key_id, body.quotas, body.priority)))
 
 
-@router.delete("/keys/{key_id}", responses=answer(KeyAnswer, 404, 507))
+@router.delete("/keys/{key_id}", responses=answer(wire.ApiKey, 404, 507))
 @needs("admin")
 async def revoke_key(key_id: str, services: Provided) -> Response:
     """Revoke a key, at once here and within a second on other servers."""
     return json_response(_view(await services.keys.revoke(key_id)))
 
 
-def _view(key: ApiKeyRecord) -> KeyAnswer:
-    return {
-        "object": "api_key",
-        "id": key.id,
-        "tenant": key.tenant,
-        "name": key.name,
-        "scopes": key.scopes,
-        "created_at": key.created_at,
-        "expires_at": key.expires_at,
-        "revoked_at": key.revoked_at,
-        "last_used_at": key.last_used_at,
-        "quotas": key.quotas.given(),
-        "priority": key.priority,
-    }
+def _view(key: ApiKeyRecord) -> wire.ApiKey:
+    return wire.ApiKey(
+        id=key.id,
+        tenant=key.tenant,
+        name=key.name,
+        scopes=key.scopes,
+        created_at=key.created_at,
+        expires_at=key.expires_at,
+        revoked_at=key.revoked_at,
+        last_used_at=key.last_used_at,
+        quotas=key.quotas.given(),
+        priority=key.priority,
+    )

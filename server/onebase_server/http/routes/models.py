@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
+from onebase_adapters.names import label
 from onebase_adapters.registry import VersionRecord
-from onebase_server.adapters.catalog import label
-from onebase_server.errors import AdapterNotFoundError, ForbiddenError, StateConflictError, UnknownModelError
+from onebase_edge.errors import AdapterNotFoundError, ForbiddenError, StateConflictError, UnknownModelError
+from onebase_protocol.common import DeletedAnswer, ListAnswer
+from onebase_protocol.serving import Model
+from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, json_response
 from onebase_server.http.routes.adapters import Force
-from onebase_server.http.schemas.answers import DeletedAnswer, ListAnswer, ModelAnswer, answer
 from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 
-@router.get("/models", responses=answer(ListAnswer[ModelAnswer]))
+@router.get("/models", responses=answer(ListAnswer[Model]))
 @needs("any")
 async def list_models(services: Provided, caller: Calling) -> Response:
     """List everything that `model` may be."""
@@ -24,10 +26,10 @@ async def list_models(services: Provided, caller: Calling) -> Response:
     versions = ((record.name, record.active_version) for record in names)
     models = [_model(services, services.catalog.base_name, None)]
     models += [_model(services, name, version) for name, version in versions if version is not None]
-    return json_response({"object": "list", "data": models})
+    return json_response(ListAnswer(data=tuple(models)))
 
 
-@router.get("/models/{name:path}", responses=answer(ModelAnswer, 404))
+@router.get("/models/{name:path}", responses=answer(Model, 404))
 @needs("any")
 async def get_model(name: str, services: Provided, caller: Calling) -> Response:
     """Return one model; `name` may be an adapter's `name@version`."""
@@ -59,7 +61,7 @@ async def delete_model(name: str, services: Provided, caller: Calling, force: Fo
             await services.activation.delete(caller.tenant, adapter, force=force)
     except AdapterNotFoundError as error:
         raise UnknownModelError(error.message) from error
-    return json_response({"id": name, "object": "model", "deleted": True})
+    return json_response(DeletedAnswer(id=name, object="model"))
 
 
 def find_model(services: Services, caller: Caller, name: str) -> VersionRecord | None:
@@ -73,20 +75,19 @@ def find_model(services: Services, caller: Caller, name: str) -> VersionRecord |
         raise UnknownModelError(f"{error.message} The base is {base!r}.") from error
 
 
-def _model(services: Services, name: str, version: VersionRecord | None) -> ModelAnswer:
+def _model(services: Services, name: str, version: VersionRecord | None) -> Model:
     """Return OpenAI's fields and vLLM's: where it comes from, and how long a prompt with its answer may
     be."""
     base, supervisor = services.catalog.base_name, services.supervisor
     created = supervisor.loaded_at or services.started if version is None else _since(services, version)
-    return {
-        "id": name,
-        "object": "model",
-        "created": int(created),
-        "owned_by": "onebase",
-        "root": base if version is None else label(version.name, version.digest),
-        "parent": None if version is None else base,
-        "max_model_len": supervisor.base.max_length if supervisor.base is not None else None,
-    }
+    return Model(
+        id=name,
+        created=int(created),
+        owned_by="onebase",
+        root=base if version is None else label(version.name, version.digest),
+        parent=None if version is None else base,
+        max_model_len=supervisor.base.max_length if supervisor.base is not None else None,
+    )
 
 
 def _since(services: Services, version: VersionRecord) -> float:

@@ -15,23 +15,31 @@ import msgspec
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
+from onebase_edge.sse import cancelled_when_gone
 from onebase_engine.engine.messages import SequenceOutput
+from onebase_protocol.common import CachedTokens
+from onebase_protocol.reading import (
+    ClassifyAnswer,
+    Decision,
+    DocumentAnswer,
+    EmbeddingAnswer,
+    EmbeddingsAnswer,
+    Option,
+    PairScore,
+    RankedAnswer,
+    ReadingUsage,
+    RerankAnswer,
+    ScoreAnswer,
+    TextLabelAnswer,
+    TokenLabelAnswer,
+    TokenLabelsAnswer,
+)
+from onebase_server.http.answers import MODEL_REFUSED, answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Admitted, Calling, Provided, Services, StrictRoute, json_response
 from onebase_server.http.routes.generation import RequestUsageRecorder
-from onebase_server.http.schemas.answers import (
-    MODEL_REFUSED,
-    ClassifyAnswer,
-    DecisionAnswer,
-    EmbeddingAnswer,
-    EmbeddingsAnswer,
-    LabelAnswer,
-    OpenAIUsage,
-    RerankAnswer,
-    ScoreAnswer,
-    answer,
-)
-from onebase_server.http.schemas.pooling import (
+from onebase_server.inference.generation import GenerationRequest, Reading, new_id
+from onebase_server.requests.schemas.pooling import (
     ClassifyRequest,
     DecideRequest,
     EmbeddingRequest,
@@ -39,9 +47,7 @@ from onebase_server.http.schemas.pooling import (
     RerankRequest,
     ScoreRequest,
 )
-from onebase_server.http.sse import cancelled_when_gone
-from onebase_server.inference.generation import GenerationRequest, Reading, new_id
-from onebase_server.inference.stream import RequestTimestamps, TokenUsage
+from onebase_server.telemetry.measurements import RequestTimestamps, TokenUsage
 from onebase_server.tenancy.quotas import QuotaReservation
 
 router = APIRouter(route_class=StrictRoute, tags=["pooling"])
@@ -61,24 +67,22 @@ async def embed(
     engine_requests = await services.read_planner.embed(body, caller)
     outputs, usage = await _read(request, services, reservation, engine_requests)
 
-    def embeddings() -> list[msgspec.Raw]:
+    def embeddings() -> list[Any]:
         vectors = _vectors(outputs)[:, : body.dimensions]
         if body.normalize is not False:
             vectors = _to_length_one(vectors)
-        made: list[EmbeddingAnswer] = [
-            {"object": "embedding", "index": index, "embedding": _written(vector, body.encoding_format)}
+        return _encoded(
+            EmbeddingAnswer(index=index, embedding=_written(vector, body.encoding_format))
             for index, vector in enumerate(vectors)
-        ]
-        return _encoded(made)
+        )
 
     return json_response(
-        {
-            "object": "list",
-            "data": await _made_of(caller.tenant, outputs, embeddings, services),
-            "model": body.model or services.catalog.base_name,
-            "usage": _usage(usage),
-            "id": engine_requests[0].id.partition(".")[0],
-        }
+        EmbeddingsAnswer(
+            data=await _made_of(caller.tenant, outputs, embeddings, services),
+            model=body.model or services.catalog.base_name,
+            usage=_usage(usage),
+            id=engine_requests[0].id.partition(".")[0],
+        )
     )
 
 
@@ -95,31 +99,31 @@ async def classify(
     prompts = [prompt for engine_request in engine_requests for prompt in engine_request.prompts]
     labels = engine_requests[0].adapter.label_names
 
-    def classes() -> list[msgspec.Raw]:
+    def classes() -> list[Any]:
         if engine_requests[0].adapter.task == "SEQ_CLS":
             return _encoded(
-                {"index": index, **_classes(_vector(output), labels)} for index, output in enumerate(outputs)
+                TextLabelAnswer(index, *_classes(_vector(output), labels))
+                for index, output in enumerate(outputs)
             )
         name = services.tokenizer.token_text
         made = []
         for index, (output, prompt) in enumerate(zip(outputs, prompts, strict=True)):
             rows = _vector(output).reshape(len(prompt.tokens), -1)
             tokens = _encoded(
-                {"token": name(token), "token_id": token, **_classes(row, labels)}
+                TokenLabelAnswer(name(token), token, *_classes(row, labels))
                 for token, row in zip(prompt.tokens, rows, strict=True)
             )
-            made.append({"index": index, "tokens": tokens})
+            made.append(TokenLabelsAnswer(index, tokens))
         return _encoded(made)
 
     return json_response(
-        {
-            "id": engine_requests[0].id.partition(".")[0],
-            "object": "list",
-            "created": int(time.time()),
-            "model": body.model or services.catalog.base_name,
-            "data": await _made_of(caller.tenant, outputs, classes, services),
-            "usage": _usage(usage),
-        }
+        ClassifyAnswer(
+            id=engine_requests[0].id.partition(".")[0],
+            created=int(time.time()),
+            model=body.model or services.catalog.base_name,
+            data=await _made_of(caller.tenant, outputs, classes, services),
+            usage=_usage(usage),
+        )
     )
 
 
@@ -136,18 +140,14 @@ async def rerank(
     params = [("query", f"documents[{index}]") for index in range(len(pairs))]
     scores, usage = await _scores(request, services, caller, reservation, body, pairs, params)
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
-    results: list[dict[str, Any]] = [
-        {"index": index, "relevance_score": scores[index]}
-        | ({} if body.return_documents is False else {"document": {"text": body.documents[index]}})
+    told = body.return_documents is not False
+    results = [
+        RankedAnswer(index, scores[index], DocumentAnswer(body.documents[index]) if told else msgspec.UNSET)
         for index in order
     ]
+    model = body.model or services.catalog.base_name
     return json_response(
-        {
-            "id": new_id("rerank-"),
-            "model": body.model or services.catalog.base_name,
-            "results": results,
-            "usage": _usage(usage),
-        }
+        RerankAnswer(id=new_id("rerank-"), model=model, results=results, usage=_usage(usage))
     )
 
 
@@ -166,20 +166,18 @@ async def score(
         for index in range(len(pairs))
     ]
     scores, usage = await _scores(request, services, caller, reservation, body, pairs, params)
-    data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
     return json_response(
-        {
-            "id": new_id("score-"),
-            "object": "list",
-            "created": int(time.time()),
-            "model": body.model or services.catalog.base_name,
-            "data": data,
-            "usage": _usage(usage),
-        }
+        ScoreAnswer(
+            id=new_id("score-"),
+            created=int(time.time()),
+            model=body.model or services.catalog.base_name,
+            data=[PairScore(index=index, score=score) for index, score in enumerate(scores)],
+            usage=_usage(usage),
+        )
     )
 
 
-@router.post("/v1/decide", responses=answer(DecisionAnswer, *MODEL_REFUSED))
+@router.post("/v1/decide", responses=answer(Decision, *MODEL_REFUSED))
 @needs("generate")
 async def decide(
     body: DecideRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
@@ -197,26 +195,25 @@ async def decide(
     probabilities = _softmax(values, body.temperature or 1.0)
     best = max(range(len(values)), key=lambda index: probabilities[index])
     return json_response(
-        {
-            "id": after[0].id.partition(".")[0],
-            "object": "decision",
-            "created": int(time.time()),
-            "model": body.model or services.catalog.base_name,
-            "choice": body.choices[best],
-            "index": best,
-            "choices": [
-                {
-                    "index": index,
-                    "text": text,
-                    "probability": probabilities[index],
-                    "logprob": sum(logprobs[index]),
-                    "prior_logprob": sum(priors[index]) if priors else None,
-                    "token_logprobs": logprobs[index],
-                }
+        Decision(
+            id=after[0].id.partition(".")[0],
+            created=int(time.time()),
+            model=body.model or services.catalog.base_name,
+            choice=body.choices[best],
+            index=best,
+            options=tuple(
+                Option(
+                    index=index,
+                    text=text,
+                    probability=probabilities[index],
+                    logprob=sum(logprobs[index]),
+                    prior_logprob=sum(priors[index]) if priors else None,
+                    token_logprobs=tuple(logprobs[index]),
+                )
                 for index, text in enumerate(body.choices)
-            ],
-            "usage": _usage(usage),
-        }
+            ),
+            usage=_usage(usage),
+        )
     )
 
 
@@ -326,15 +323,15 @@ async def _scores(
 
 
 async def _made_of(
-    tenant: str, outputs: Sequence[SequenceOutput], make: Callable[[], list[msgspec.Raw]], services: Services
-) -> list[msgspec.Raw]:
+    tenant: str, outputs: Sequence[SequenceOutput], make: Callable[[], list[Any]], services: Services
+) -> list[Any]:
     """Return `make()`, computed in a thread for many numbers, so that it does not hold up the streams."""
     if sum(len(output.vector or b"") for output in outputs) <= INLINE_BYTES:
         return make()
     return await services.reading.run_for(tenant, make)
 
 
-def _encoded(values: Iterable[Any]) -> list[msgspec.Raw]:
+def _encoded(values: Iterable[Any]) -> list[Any]:
     """Encode the values one by one: other threads wait for as long as one takes."""
     return [msgspec.Raw(msgspec.json.encode(value)) for value in values]
 
@@ -348,14 +345,16 @@ def _vectors(outputs: Sequence[SequenceOutput]) -> np.ndarray:
     return np.stack([_vector(output) for output in outputs])
 
 
-def _classes(logits: np.ndarray, labels: Sequence[str]) -> LabelAnswer:
-    """Return the likeliest label and the probabilities of all, of one text or token. labels: their names, if
-    they have some."""
+def _classes(logits: np.ndarray, labels: Sequence[str]) -> tuple[str, list[float], int]:
+    """Return the likeliest label of one text or token, the probabilities of all labels, and their number.
+
+    labels: their names, if they have some.
+    """
     values = logits.tolist()
     probs = [_sigmoid(values[0])] if len(values) == 1 else _softmax(values)
     best = max(range(len(probs)), key=lambda index: probs[index])
     label = labels[best] if labels else f"LABEL_{best}"
-    return {"label": label, "probs": probs, "num_classes": len(probs)}
+    return label, probs, len(probs)
 
 
 def _to_length_one(vectors: np.ndarray) -> np.ndarray:
@@ -381,10 +380,6 @@ def _softmax(values: Sequence[float], temperature: float = 1.0) -> list[float]:
     return [weight / whole for weight in weights]
 
 
-def _usage(usage: TokenUsage) -> OpenAIUsage:
-    return {
-        "prompt_tokens": usage.prompt,
-        "total_tokens": usage.prompt,
-        "completion_tokens": 0,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-    }
+def _usage(usage: TokenUsage) -> ReadingUsage:
+    cached = CachedTokens(usage.cached)
+    return ReadingUsage(prompt_tokens=usage.prompt, total_tokens=usage.prompt, prompt_tokens_details=cached)

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
 
-from onebase_server.errors import UnknownRouteError
+from onebase_edge.errors import UnknownRouteError
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import json_response
 

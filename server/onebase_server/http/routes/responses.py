@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from onebase_server.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError
+from onebase_protocol.common import DeletedAnswer
+from onebase_protocol.responses import InputItemsAnswer, ResponseAnswer, ResponseEvent
+from onebase_server.http.answers import answer, streamed_answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import (
     LONG_BODY,
@@ -20,19 +23,10 @@ from onebase_server.http.deps import (
     off_loop,
 )
 from onebase_server.http.routes.generation import answer_generation, transcript_of
-from onebase_server.http.schemas.answers import (
-    DeletedAnswer,
-    InputItemsAnswer,
-    ResponseAnswer,
-    answer,
-    streamed_answer,
-)
-from onebase_server.http.schemas.events import ResponseEvent
-from onebase_server.http.schemas.items import Items, conversation, items_again, kept_items
-from onebase_server.http.schemas.messages import ChatMessage
-from onebase_server.http.schemas.responses import ResponsesRequest
-from onebase_server.http.views.jobs import page
 from onebase_server.http.views.responses import ResponseView
+from onebase_server.requests.schemas.items import Items, conversation, items_again, kept_items
+from onebase_server.requests.schemas.messages import ChatMessage
+from onebase_server.requests.schemas.responses import ResponsesRequest
 from onebase_server.requests.stored_responses import StoredResponse
 
 router = APIRouter(prefix="/v1/responses", route_class=StrictRoute, tags=["openai"])
@@ -98,7 +92,7 @@ async def get_response(
 async def delete_response(response_id: ResponseId, services: Provided, caller: Calling) -> Response:
     """Delete a stored response; those that continue from it stay."""
     services.responses.delete(caller.tenant, response_id, "response_id")
-    return json_response({"id": response_id, "object": "response", "deleted": True})
+    return json_response(DeletedAnswer(id=response_id, object="response"))
 
 
 @router.get("/{response_id}/input_items", responses=answer(InputItemsAnswer, 404))
@@ -124,4 +118,12 @@ async def list_input_items(
             raise InvalidRequestError(
                 f"after: {after!r} is none of the items. Take last_id of the page before.", param="after"
             )
-    return json_response(page(items[begin : begin + limit], more=begin + limit < len(items)))
+    shown = items[begin : begin + limit]
+    return json_response(
+        InputItemsAnswer(
+            data=cast(Any, shown),
+            first_id=shown[0]["id"] if shown else None,
+            last_id=shown[-1]["id"] if shown else None,
+            has_more=begin + limit < len(items),
+        )
+    )

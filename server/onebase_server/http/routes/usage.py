@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import Field, StrictInt
 
 from onebase_adapters.registry import TenantRecord
-from onebase_server.errors import ForbiddenError
+from onebase_edge.errors import ForbiddenError
+from onebase_protocol.access import Tenant, TenantUsage, UsageAnswer
+from onebase_protocol.common import ListAnswer
+from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, StrictRoute, json_response
-from onebase_server.http.schemas.answers import ListAnswer, TenantAnswer, UsageAnswer, answer
-from onebase_server.http.schemas.wire import Wire
+from onebase_server.requests.schemas.wire import Wire
 from onebase_server.tenancy.usage import usage_csv
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, tags=["usage"])
@@ -27,15 +29,15 @@ class QuotasRequest(Wire):
     quotas: Limits
 
 
-@router.get("/tenants", responses=answer(ListAnswer[TenantAnswer]))
+@router.get("/tenants", responses=answer(ListAnswer[Tenant]))
 @needs("any")
 async def list_tenants(services: Provided, caller: Calling) -> Response:
     """List tenants, their quotas and what they have: all of them for an admin, for others their own."""
     found = await services.keys.tenants(caller)
-    return json_response({"object": "list", "data": [_tenant_view(record) for record in found]})
+    return json_response(ListAnswer(data=tuple(map(_tenant_view, found))))
 
 
-@router.post("/tenants/{tenant}", responses=answer(TenantAnswer, 507))
+@router.post("/tenants/{tenant}", responses=answer(Tenant, 507))
 @needs("admin")
 async def set_quotas(
     tenant: Annotated[str, Path(max_length=200)], body: QuotasRequest, services: Provided
@@ -69,16 +71,15 @@ async def get_usage(
     wants_csv = CSV in request.headers.get("accept", "") if format is None else format == "csv"
     if wants_csv:
         return Response(usage_csv(columns, rows), media_type=CSV, headers={"Cache-Control": "no-store"})
-    data: list[dict[str, Any]] = [{**names, **asdict(figures)} for names, figures in rows]
-    return json_response({"object": "list", "group_by": columns, "data": data})
+    data = tuple(TenantUsage(**{**names, **asdict(figures)}) for names, figures in rows)
+    return json_response(UsageAnswer(group_by=tuple(columns), data=data))
 
 
-def _tenant_view(record: TenantRecord) -> TenantAnswer:
-    return {
-        "object": "tenant",
-        "tenant": record.tenant,
-        "quotas": record.quotas.given(),
-        "adapters": record.adapters,
-        "bytes": record.bytes,
-        "training_seconds": record.training_seconds,
-    }
+def _tenant_view(record: TenantRecord) -> Tenant:
+    return Tenant(
+        tenant=record.tenant,
+        quotas=record.quotas.given(),
+        adapters=record.adapters,
+        bytes=record.bytes,
+        training_seconds=record.training_seconds,
+    )

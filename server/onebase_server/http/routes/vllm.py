@@ -12,20 +12,8 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from onebase_adapters.registry import VersionRecord
-from onebase_server.adapters.catalog import HUB_PREFIX, check_name
-from onebase_server.adapters.service import VersionOptions
-from onebase_server.adapters.sources import FolderError, check_folder, hub_reference
-from onebase_server.errors import (
-    AdapterNotFoundError,
-    ForbiddenError,
-    InvalidRequestError,
-    VersionFailedError,
-)
-from onebase_server.http.authorization import needs
-from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response, off_loop
-from onebase_server.http.routes.models import find_model
-from onebase_server.http.schemas.adapters import LoadLoraRequest, UnloadLoraRequest
-from onebase_server.http.schemas.answers import (
+from onebase_edge.errors import AdapterNotFoundError, ForbiddenError, InvalidRequestError, VersionFailedError
+from onebase_protocol.serving import (
     PauseAnswer,
     PausedAnswer,
     ServerInfoAnswer,
@@ -33,10 +21,16 @@ from onebase_server.http.schemas.answers import (
     TokenizerAnswer,
     TokensAnswer,
     WorldSizeAnswer,
-    answer,
-    refused,
 )
-from onebase_server.http.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from onebase_server.adapters.catalog import HUB_PREFIX, check_name
+from onebase_server.adapters.service import VersionOptions
+from onebase_server.adapters.sources import FolderError, check_folder, hub_reference
+from onebase_server.http.answers import answer, refused
+from onebase_server.http.authorization import needs
+from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response, off_loop
+from onebase_server.http.routes.models import find_model
+from onebase_server.http.schemas.adapters import LoadLoraRequest, UnloadLoraRequest
+from onebase_server.requests.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from onebase_server.tenancy.access import Caller
 
 router = APIRouter(route_class=StrictRoute, tags=["vllm"])
@@ -102,7 +96,7 @@ async def pause(
             f"mode: {mode!r} is not served. Send keep: what runs continues after /resume.", param="mode"
         )
     await services.supervisor.pause(True)
-    return json_response({"status": "paused"})
+    return json_response(PauseAnswer("paused"))
 
 
 @router.post("/resume", responses=answer(PauseAnswer))
@@ -110,14 +104,14 @@ async def pause(
 async def resume(services: Provided) -> Response:
     """Resume after /pause."""
     await services.supervisor.pause(False)
-    return json_response({"status": "resumed"})
+    return json_response(PauseAnswer("resumed"))
 
 
 @router.get("/is_paused", responses=answer(PausedAnswer))
 @needs("admin")
 async def is_paused(services: Provided) -> Response:
     """Return whether the engine is paused."""
-    return json_response({"is_paused": services.supervisor.paused})
+    return json_response(PausedAnswer(services.supervisor.paused))
 
 
 @router.get("/server_info", responses=answer(ServerInfoAnswer))
@@ -132,8 +126,8 @@ async def server_info(
     if base is None:
         raise services.supervisor.unavailable() or RuntimeError("ready without a base")
     return json_response(
-        {
-            "vllm_config": {
+        ServerInfoAnswer(
+            {
                 "model_config": {
                     "model": services.catalog.base_name,
                     "dtype": f"torch.{base.dtype}",
@@ -146,7 +140,7 @@ async def server_info(
                     "pipeline_parallel_size": 1,
                 },
             }
-        }
+        )
     )
 
 
@@ -154,7 +148,7 @@ async def server_info(
 @needs("admin")
 async def get_world_size() -> Response:
     """Return the number of processes that hold a part of the base: one."""
-    return json_response({"world_size": 1})
+    return json_response(WorldSizeAnswer(1))
 
 
 @router.post("/tokenize", responses=answer(TokensAnswer, 404))
@@ -172,9 +166,7 @@ async def tokenize(body: TokenizeRequest, request: Request, services: Provided, 
         special = body.add_special_tokens is not False
         tokens = (await planner.texts(caller.tenant, "prompt", [body.prompt or ""], special=special))[0]
     names = await planner.names_of(caller.tenant, tokens) if body.return_token_strs else None
-    return json_response(
-        {"count": len(tokens), "max_model_len": planner.max_length, "tokens": tokens, "token_strs": names}
-    )
+    return json_response(TokensAnswer(len(tokens), planner.max_length, tokens, names))
 
 
 @router.post("/detokenize", responses=answer(TextAnswer, 404))
@@ -184,7 +176,7 @@ async def detokenize(body: DetokenizeRequest, services: Provided, caller: Callin
     services.refuse_if_draining()
     if body.model is not None:
         find_model(services, caller, body.model)
-    return json_response({"prompt": await services.planner.text_of(caller.tenant, body.tokens)})
+    return json_response(TextAnswer(await services.planner.text_of(caller.tenant, body.tokens)))
 
 
 @router.get("/tokenizer_info", responses=answer(TokenizerAnswer))

@@ -6,11 +6,11 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from onebase_adapters.proof.report import MergeMethod, MergeSign
 from onebase_engine.engine.messages import MAX_ADAPTER_TERMS
+from onebase_protocol.adapters import MergeMethod, MergeSign
 from onebase_server.adapters.merging import PRUNING, RANDOM, SIGNED
-from onebase_server.http.schemas.generation import MAX_WEIGHT
-from onebase_server.http.schemas.wire import FieldError, Name, Wire
+from onebase_server.requests.schemas.generation import MAX_WEIGHT
+from onebase_server.requests.schemas.wire import FieldError, Name, Wire
 
 Text = Annotated[str, Field(min_length=1, max_length=250)]
 

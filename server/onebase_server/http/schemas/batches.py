@@ -6,10 +6,10 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from onebase_server.app.settings import SettingsError, parse_duration
+from onebase_edge.settings import SettingsError, parse_duration
 from onebase_server.batches.rows import ENDPOINTS
 from onebase_server.http.schemas.jobs import FileId, Labels
-from onebase_server.http.schemas.wire import FieldError, Wire
+from onebase_server.requests.schemas.wire import FieldError, Wire
 
 LEAST_WINDOW, MOST_WINDOW = 3600.0, 30 * 86400.0
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 from msgspec import convert
 from pydantic import Field, model_validator
 
-from onebase_adapters.proof.report import ModuleReport
-from onebase_adapters.registry import Activate
-from onebase_server.errors import InvalidRequestError
-from onebase_server.http.schemas.wire import FieldError, Name, Wire
+from onebase_edge.errors import InvalidRequestError
+from onebase_protocol.adapters import ModuleReport
+from onebase_protocol.training import Activate
 from onebase_server.http.views.jobs import wire_name
+from onebase_server.requests.schemas.wire import FieldError, Name, Wire
 from onebase_training.recipe import (
     MODEL,
     NO_PARENT,

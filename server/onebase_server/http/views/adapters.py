@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
-from onebase_adapters.registry import AdapterRecord, VersionError, VersionRecord
+from msgspec import convert
+
+from onebase_adapters.names import label
+from onebase_adapters.registry import AdapterRecord, VersionRecord
 from onebase_adapters.store.blobs import ADAPTER_FILES
 from onebase_engine.base.default_base import ResolvedBase
-from onebase_server.adapters.catalog import label
-from onebase_server.adapters.residency import Residency
-from onebase_server.adapters.service import OPTIONS, AdapterService
-from onebase_server.adapters.sources import HubAdapters, PendingPull
-from onebase_server.http.schemas.answers import (
-    AdapterAnswer,
-    VersionAnswer,
-    VersionFilesAnswer,
-    VersionProblem,
-    VersionSource,
+from onebase_protocol.adapters import (
+    Adapter,
+    AdapterSource,
+    AdapterVersion,
+    BaseReference,
+    VersionFile,
+    VersionFiles,
+    VersionProgress,
+    VersionReport,
 )
+from onebase_server.adapters.residency import Residency
+from onebase_server.adapters.service import AdapterService
+from onebase_server.adapters.sources import HubAdapters, PendingPull
 
 
 class AdapterViews:
@@ -33,7 +38,7 @@ class AdapterViews:
         self._hub = hub
         self._residency = residency
 
-    def adapters(self, tenant: str) -> list[AdapterAnswer]:
+    def adapters(self, tenant: str) -> list[Adapter]:
         """Return all that a tenant may name; also those whose first version is still being pulled."""
         known = {record.name: self.adapter(record) for record in self._catalog.of(tenant)}
         for name in self._hub.running_names(tenant):
@@ -41,7 +46,7 @@ class AdapterViews:
                 known[name] = self.pulled_adapter(self._hub.of_name(tenant, name))
         return [known[name] for name in sorted(known)]
 
-    def named(self, tenant: str, name: str) -> AdapterAnswer:
+    def named(self, tenant: str, name: str) -> Adapter:
         """Return one adapter. Raises AdapterNotFoundError."""
         pending = self._hub.of_name(tenant, name)
         names = self._catalog.of(tenant)
@@ -49,132 +54,112 @@ class AdapterViews:
             return self.pulled_adapter(pending)
         return self.adapter(names.adapter(name, param="name"))
 
-    def adapter(self, record: AdapterRecord) -> AdapterAnswer:
+    def adapter(self, record: AdapterRecord) -> Adapter:
         active = record.active_version
-        report = active.report if active is not None else None
+        report = (active.report if active is not None else None) or {}
         shown = active if active is not None else record.versions[0] if record.versions else None
-        return {
-            "object": "adapter",
-            "id": record.name,
-            "name": record.name,
-            "version": record.active,
-            "active": active is not None,
-            "state": shown.state if shown is not None else None,
-            "kinds": report["kinds"] if report else [],
-            "targets": report["targets"] if report else [],
-            "rank": report["rank"] if report else None,
-            "alpha": report["alpha"] if report else None,
-            "parameters": report["parameters"] if report else None,
-            "bytes": report["bytes"] if report else None,
-            "base": self._catalog.base_name,
-            "tenant": record.tenant,
-            "shared": record.shared,
-            "pinned": record.pinned,
-            "tier": self._residency.tier(record.active) if record.active else None,
-            "versions": len(record.versions),
-            "created_at": record.created_at,
-            "updated_at": record.updated_at,
-        }
+        return Adapter(
+            id=record.name,
+            name=record.name,
+            version=record.active,
+            active=active is not None,
+            state=shown.state if shown is not None else None,
+            kinds=tuple(report.get("kinds", ())),
+            targets=tuple(report.get("targets", ())),
+            rank=report.get("rank"),
+            alpha=report.get("alpha"),
+            parameters=report.get("parameters"),
+            bytes=report.get("bytes"),
+            base=self._catalog.base_name,
+            tenant=record.tenant,
+            shared=record.shared,
+            pinned=record.pinned,
+            tier=self._residency.tier(record.active) if record.active else None,
+            versions=len(record.versions),
+            created_at=record.created_at,
+            updated_at=record.updated_at,
+        )
 
-    def pulled_adapter(self, pending: Sequence[PendingPull]) -> AdapterAnswer:
+    def pulled_adapter(self, pending: Sequence[PendingPull]) -> Adapter:
         """Return an adapter of which there is nothing yet but pulls."""
         newest, oldest = pending[0], pending[-1]
-        return {
-            "object": "adapter",
-            "id": newest.name,
-            "name": newest.name,
-            "version": None,
-            "active": False,
-            "state": _state(newest),
-            "kinds": [],
-            "targets": [],
-            "rank": None,
-            "alpha": None,
-            "parameters": None,
-            "bytes": None,
-            "base": self._catalog.base_name,
-            "tenant": newest.tenant,
-            "shared": False,
-            "pinned": False,
-            "tier": None,
-            "versions": 0,
-            "created_at": oldest.created_at,
-            "updated_at": newest.created_at,
-        }
+        return Adapter(
+            id=newest.name,
+            name=newest.name,
+            version=None,
+            active=False,
+            state=_state(newest),
+            kinds=(),
+            targets=(),
+            rank=None,
+            alpha=None,
+            parameters=None,
+            bytes=None,
+            base=self._catalog.base_name,
+            tenant=newest.tenant,
+            pinned=False,
+            tier=None,
+            versions=0,
+            created_at=oldest.created_at,
+            updated_at=newest.created_at,
+        )
 
-    def version(self, version: VersionRecord, reader: str | None = None) -> VersionAnswer:
+    def version(self, version: VersionRecord, reader: str | None = None) -> AdapterVersion:
         """Return one version; its report is as whole as the record's.
 
         reader: the tenant that reads it, if it may be another one: that is not told which key, job or
             adapters made it.
         """
         foreign = reader not in (None, version.tenant)
-        hidden = (OPTIONS, "job", "step", "parent", "parents") if foreign else (OPTIONS,)
+        hidden = ("job", "step", "parent", "parents") if foreign else ()
+        source = {k: v for k, v in version.source.items() if k not in hidden and v is not None}
         record = self._catalog.of(version.tenant).own(version.name)
         progress = None if version.finished else self._adapters.progress(version)
-        return {
-            "object": "adapter.version",
-            "id": label(version.name, version.digest),
-            "name": version.name,
-            "version": version.digest,
-            "state": version.state,
-            "active": record is not None and record.active == version.digest,
-            "error": _error(version.error),
-            "base": self._catalog.base_name,
-            "source": _source(version.source, hidden),
-            "created_at": version.created_at,
-            "created_by": "" if foreign else version.created_by,
-            "tenant": version.tenant,
-            "progress": {"stage": progress.stage, "fraction": progress.fraction} if progress else None,
-            "report": version.report,
-        }
+        return AdapterVersion(
+            id=label(version.name, version.digest),
+            name=version.name,
+            version=version.digest,
+            state=version.state,
+            active=record is not None and record.active == version.digest,
+            error=version.error,
+            base=self._catalog.base_name,
+            source=convert(source, AdapterSource),
+            created_at=version.created_at,
+            created_by="" if foreign else version.created_by,
+            tenant=version.tenant,
+            progress=VersionProgress(progress.stage, progress.fraction) if progress else None,
+            report=cast(VersionReport | None, version.report),  # JSON, which is sent as it is
+        )
 
-    def files(self, version: VersionRecord) -> VersionFilesAnswer:
+    def files(self, version: VersionRecord) -> VersionFiles:
         """Return a version's files and where its base comes from, for those who take both elsewhere."""
         blobs = [(name, version.files.of(name)) for name in ADAPTER_FILES]
-        return {
-            "object": "list",
-            "version": version.digest,
-            "base": {"name": self._base.name, "repo": self._base.repo, "revision": self._base.revision},
-            "data": [{"name": name, "bytes": blob.size, "sha256": blob.sha256} for name, blob in blobs],
-        }
+        return VersionFiles(
+            version=version.digest,
+            base=BaseReference(self._base.name, self._base.repo, self._base.revision),
+            files=tuple(VersionFile(name, blob.size, blob.sha256) for name, blob in blobs),
+        )
 
-    def pull(self, pending: PendingPull) -> VersionAnswer:
+    def pull(self, pending: PendingPull) -> AdapterVersion:
         """Return a version that is being pulled: its content, and so its digest, is not known yet."""
         reference = pending.reference
-        source = {
-            "kind": "hub",
-            "repo": reference.repo,
-            "revision": reference.revision,
-            "subfolder": reference.subfolder,
-        }
         running = pending.failure is None
-        return {
-            "object": "adapter.version",
-            "id": f"{pending.name}@{pending.id}",
-            "name": pending.name,
-            "version": pending.id,
-            "state": _state(pending),
-            "active": False,
-            "error": _error(pending.error),
-            "base": self._catalog.base_name,
-            "source": _source(source),
-            "created_at": pending.created_at,
-            "created_by": pending.actor,
-            "tenant": pending.tenant,
-            "progress": {"stage": "pulling", "fraction": pending.transfer.fraction} if running else None,
-            "report": None,
-        }
-
-
-def _source(source: Mapping[str, Any], hidden: Sequence[str] = ()) -> VersionSource:
-    """Return the fields of a source that are known and not hidden."""
-    return cast(VersionSource, {k: v for k, v in source.items() if k not in hidden and v is not None})
+        return AdapterVersion(
+            id=f"{pending.name}@{pending.id}",
+            name=pending.name,
+            version=pending.id,
+            state=_state(pending),
+            active=False,
+            error=pending.error,
+            base=self._catalog.base_name,
+            source=AdapterSource("hub", reference.repo, reference.revision, subfolder=reference.subfolder),
+            created_at=pending.created_at,
+            created_by=pending.actor,
+            tenant=pending.tenant,
+            progress=VersionProgress("pulling", pending.transfer.fraction) if running else None,
+            report=None,
+        )
 
 
 def _state(pending: PendingPull) -> str:
     return "pulling" if pending.failure is None else "failed"
-
-
-def _error(error: VersionError | None) -> VersionProblem | None:
-    return None if error is None else {"code": error.code, "message": error.message}

@@ -7,14 +7,17 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from onebase_server.errors import ApiError, error_body, status_of
-from onebase_server.http.refusals import anthropic_error
-from onebase_server.http.sse import identified_event
-from onebase_server.http.views.generation import GenerationView, Json, whole_calls
+from onebase_edge.errors import ApiError, error_body, status_of
+from onebase_edge.refusals import anthropic_error
+from onebase_edge.sse import identified_event
+from onebase_protocol import messages as wire
+from onebase_protocol.common import Json
+from onebase_server.http.views.generation import GenerationView, whole_calls
 from onebase_server.inference.generation import GenerationRun
-from onebase_server.inference.stream import OutputPiece, TokenUsage
-from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_call_parser import AnswerReader, ToolCallDelta, answer_reader
+from onebase_server.inference.stream import OutputPiece
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tool_call_parser import AnswerReader, ToolCallDelta, answer_reader
+from onebase_server.telemetry.measurements import TokenUsage
 
 _STOP_REASONS = {"length": "max_tokens", "cancelled": "pause_turn"}
 """Stop reasons of a message that was cut: `pause_turn` says that it continues if it is sent back."""
@@ -30,15 +33,20 @@ class MessageView(GenerationView):
         self._model = model
         self._scope = scope
 
-    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json:
+    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> wire.MessageAnswer:
         (piece,) = choices
         reader = answer_reader(generation.request.calls, generation.request.id)
         said = reader.feed(piece.text, end=True)
-        content: list[Json] = [_text_block(said.content)] if said.content else []
+        content: list[wire.TextBlockAnswer | wire.ToolUseAnswer] = []
+        if said.content:
+            content.append(wire.TextBlockAnswer(said.content))
         for call in whole_calls(said.calls):
-            function = call["function"]
-            content.append(_call_block(call["id"], function["name"], _values(function["arguments"])))
-        return {**self._head(generation, content), **_stop(piece, reader)}
+            values = _values(call.function.arguments)
+            content.append(wire.ToolUseAnswer(call.id, call.function.name, values))
+        answer = self._head(generation, content)
+        stop = _stop(piece, reader)
+        answer.stop_reason, answer.stop_sequence = stop.stop_reason, stop.stop_sequence
+        return answer
 
     async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
         blocks = _Blocks(answer_reader(generation.request.calls, generation.request.id))
@@ -46,14 +54,15 @@ class MessageView(GenerationView):
         begun = False
         async for pieces in generation.pieces():
             if not begun:
-                chunk = _event("message_start", message=self._head(generation, []))
+                chunk = _event("message_start", wire.MessageStart(self._head(generation, [])))
                 begun = True
             for piece in pieces:
                 chunk += blocks.more(piece)
                 if piece.finish_reason:
-                    usage = message_usage(generation.usage)
-                    chunk += _event("message_delta", delta=_stop(piece, blocks.reader), usage=usage)
-                    chunk += _event("message_stop")
+                    usage = wire.MessageUsage(*_tokens(generation.usage))
+                    stop = _stop(piece, blocks.reader)
+                    chunk += _event("message_delta", wire.MessageDelta(stop, usage))
+                    chunk += _event("message_stop", wire.MessageStop())
             if chunk:
                 yield chunk
             chunk = b""
@@ -62,26 +71,20 @@ class MessageView(GenerationView):
         told = anthropic_error(error_body(error), status_of(error)[0], self._scope)
         return identified_event(told, event="error")
 
-    def _head(self, generation: GenerationRun, content: list[Json]) -> Json:
-        return {
-            "id": generation.request.id,
-            "type": "message",
-            "role": "assistant",
-            "model": self._model,
-            "content": content,
-            "stop_reason": None,
-            "stop_sequence": None,
-            "usage": message_usage(generation.usage) | {"service_tier": "standard"},
-        }
+    def _head(
+        self, generation: GenerationRun, content: list[wire.TextBlockAnswer | wire.ToolUseAnswer]
+    ) -> wire.MessageAnswer:
+        usage = wire.MessageAnswerUsage(*_tokens(generation.usage))
+        return wire.MessageAnswer(id=generation.request.id, model=self._model, content=content, usage=usage)
 
 
-def _stop(piece: OutputPiece, reader: AnswerReader) -> Json:
+def _stop(piece: OutputPiece, reader: AnswerReader) -> wire.MessageStopReason:
     """Return the stop reason and the stop sequence of an answer."""
     reason = _STOP_REASONS.get(piece.finish_reason or "")
     if reason is None:
         called = reader.count > 0 and reader.whole
         reason = "stop_sequence" if piece.stop is not None else "tool_use" if called else "end_turn"
-    return {"stop_reason": reason, "stop_sequence": piece.stop}
+    return wire.MessageStopReason(reason, piece.stop)
 
 
 class _Blocks:
@@ -98,55 +101,39 @@ class _Blocks:
         chunk = b""
         if said.content:
             if not self._open:
-                chunk += self._begin(_text_block(""))
-            chunk += self._delta("text_delta", text=said.content)
+                chunk += self._begin(wire.TextBlockAnswer(""))
+            chunk += self._delta(wire.TextDelta(said.content))
         for delta in said.calls:
             chunk += self._call(delta)
         return chunk + (self._close() if piece.finish_reason else b"")
 
     def _call(self, delta: ToolCallDelta) -> bytes:
-        begun = b"" if delta.id is None else self._begin(_call_block(delta.id, delta.name, {}))
-        return begun + (
-            self._delta("input_json_delta", partial_json=delta.arguments) if delta.arguments else b""
-        )
+        begun = b"" if delta.id is None else self._begin(wire.ToolUseAnswer(delta.id, delta.name, {}))
+        return begun + (self._delta(wire.InputDelta(delta.arguments)) if delta.arguments else b"")
 
-    def _begin(self, block: Json) -> bytes:
+    def _begin(self, block: wire.TextBlockAnswer | wire.ToolUseAnswer) -> bytes:
         closed = self._close()
         self._open = True
         self._index += 1
-        return closed + _event("content_block_start", index=self._index, content_block=block)
+        return closed + _event("content_block_start", wire.BlockStart(self._index, block))
 
-    def _delta(self, kind: str, **new: str) -> bytes:
-        return _event("content_block_delta", index=self._index, delta={"type": kind, **new})
+    def _delta(self, delta: wire.TextDelta | wire.InputDelta) -> bytes:
+        return _event("content_block_delta", wire.BlockDelta(self._index, delta))
 
     def _close(self) -> bytes:
         if not self._open:
             return b""
         self._open = False
-        return _event("content_block_stop", index=self._index)
+        return _event("content_block_stop", wire.BlockStop(self._index))
 
 
-def message_usage(usage: TokenUsage) -> Json:
-    """Return the usage. Anthropic's prompt is the sum of three: what is new, what was put into the cache,
-    what came from it."""
-    return {
-        "input_tokens": usage.prompt - usage.cached,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": usage.cached,
-        "output_tokens": usage.completion,
-    }
+def _tokens(usage: TokenUsage) -> tuple[int, int, int, int]:
+    """Return the fields of Anthropic's usage."""
+    return usage.prompt - usage.cached, 0, usage.cached, usage.completion
 
 
-def _event(kind: str, **fields: Any) -> bytes:
-    return identified_event({"type": kind, **fields}, event=kind)
-
-
-def _text_block(text: str) -> Json:
-    return {"type": "text", "text": text}
-
-
-def _call_block(call_id: str, name: str | None, values: Json) -> Json:
-    return {"type": "tool_use", "id": call_id, "name": name, "input": values}
+def _event(kind: str, data: wire.Event) -> bytes:
+    return identified_event(data, event=kind)
 
 
 def _values(arguments: str) -> Json:

@@ -1,36 +1,45 @@
-"""Pieces of text as JSON: ours and OpenAI's, whole and streamed. Plain dicts: this is the hot path."""
+"""Pieces of text as answers: ours, TGI's and OpenAI's, whole and streamed."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
-from onebase_server.errors import ApiError, error_body, status_of
-from onebase_server.http.schemas.openai import UsageInStream
-from onebase_server.http.schemas.tgi import TgiRequest
-from onebase_server.http.sse import DONE, event
-from onebase_server.inference.generation import GenerationRequest, GenerationRun
-from onebase_server.inference.stream import OutputPiece, TokenInfo, TokenUsage
-from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_call_parser import Said, ToolCallDelta, answer_reader
+from msgspec import UNSET
+from msgspec.structs import asdict
 
-Json = dict[str, Any]
+from onebase_edge.errors import ApiError, error_body, status_of
+from onebase_edge.sse import DONE, event
+from onebase_protocol import text
+from onebase_protocol.common import CachedTokens, Json
+from onebase_server.inference.generation import GenerationRequest, GenerationRun
+from onebase_server.inference.stream import OutputPiece, TokenInfo
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tool_call_parser import Said, ToolCallDelta, answer_reader
+from onebase_server.requests.schemas.openai import UsageInStream
+from onebase_server.requests.schemas.tgi import TgiRequest
+from onebase_server.telemetry.measurements import TokenUsage
+
+INLINE_SCORES = 2_000
+"""Largest number of log-probabilities that are written on the event loop (about 5 ms); more are written in a
+thread."""
 
 
 # ---- logprobs --------------------------------------------------------------------------------
 
 
-def flat_logprobs(tokens: Sequence[TokenInfo], tokenizer: BaseTokenizer) -> Json:
+def flat_logprobs(tokens: Sequence[TokenInfo], tokenizer: BaseTokenizer) -> text.Logprobs:
     """Return parallel lists, as in OpenAI's completions, and the token ids."""
     name = tokenizer.token_text
-    return {
-        "tokens": [name(info.token) for info in tokens],
-        "token_ids": [info.token for info in tokens],
-        "token_logprobs": [info.logprob for info in tokens],
-        "top_logprobs": [_top_by_name(info, tokenizer) for info in tokens],
-        "text_offset": [info.offset for info in tokens],
-    }
+    return text.Logprobs(
+        tuple(name(info.token) for info in tokens),
+        tuple(info.token for info in tokens),
+        tuple(info.logprob for info in tokens),
+        tuple(_top_by_name(info, tokenizer) for info in tokens),
+        tuple(info.offset for info in tokens),
+    )
 
 
 def _top_by_name(info: TokenInfo, tokenizer: BaseTokenizer) -> dict[str, float] | None:
@@ -42,19 +51,20 @@ def _top_by_name(info: TokenInfo, tokenizer: BaseTokenizer) -> dict[str, float] 
     return names
 
 
-def chat_logprobs(tokens: Sequence[TokenInfo], tokenizer: BaseTokenizer) -> Json:
+def chat_logprobs(tokens: Sequence[TokenInfo], tokenizer: BaseTokenizer) -> list[text.ChatTokenLogprob]:
     """Return one object per token, as in OpenAI's chat completions."""
-    content = []
-    for info in tokens:
-        entry = _chat_token(info.token, info.logprob, tokenizer)
-        entry["top_logprobs"] = [_chat_token(token, value, tokenizer) for token, value in info.top or ()]
-        content.append(entry)
-    return {"content": content, "refusal": None}
 
+    def described(token: int, logprob: float | None) -> tuple[str, float | None, list[int]]:
+        raw = tokenizer.token_bytes(token)
+        return raw.decode("utf-8", "replace"), logprob, list(raw)
 
-def _chat_token(token: int, logprob: float | None, tokenizer: BaseTokenizer) -> Json:
-    raw = tokenizer.token_bytes(token)
-    return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
+    return [
+        text.ChatTokenLogprob(
+            *described(info.token, info.logprob),
+            [text.TokenLogprob(*described(token, value)) for token, value in info.top or ()],
+        )
+        for info in tokens
+    ]
 
 
 class GenerationView(ABC):
@@ -67,8 +77,8 @@ class GenerationView(ABC):
         self._tokenizer = tokenizer
 
     @abstractmethod
-    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json | list[Json]:
-        """Return the whole answer."""
+    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Any:
+        """Return the whole answer, which is encoded as it is."""
 
     @abstractmethod
     def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
@@ -78,6 +88,14 @@ class GenerationView(ABC):
     def failure(self, error: ApiError) -> bytes:
         """Return the event of an error after the first event."""
         return event(error_body(error))
+
+
+async def _event(generation: GenerationRun, piece: OutputPiece, make: Callable[[], Any]) -> bytes:
+    """Return the event of what `make` returns for a piece, made in a thread if the piece has many
+    log-probabilities: those of a prompt."""
+    if sum(1 + len(info.top or ()) for info in piece.tokens) <= INLINE_SCORES:
+        return event(make())
+    return await generation.in_thread(lambda: event(make()))
 
 
 # ---- calls of tools ----------------------------------------------------------------------------
@@ -97,22 +115,23 @@ class _Readers:
         return self._readers[piece.index].finish_reason(piece.finish_reason)
 
 
-def _call_delta(delta: ToolCallDelta) -> Json:
+def _call_delta(delta: ToolCallDelta) -> text.CallDelta:
     """Return a part of a call as OpenAI streams it: the first one has the call's id and name."""
-    function: Json = {} if delta.name is None else {"name": delta.name}
-    function["arguments"] = delta.arguments
-    begun = {} if delta.id is None else {"id": delta.id, "type": "function"}
-    return {"index": delta.index, **begun, "function": function}
+    return text.CallDelta(
+        index=delta.index,
+        id=delta.id,
+        type=None if delta.id is None else "function",
+        function=text.CallFunctionDelta(name=delta.name, arguments=delta.arguments),
+    )
 
 
-def whole_calls(deltas: Sequence[ToolCallDelta]) -> list[Json]:
+def whole_calls(deltas: Sequence[ToolCallDelta]) -> list[text.ToolCallAnswer]:
     """Return the calls that all their parts make up."""
-    calls: list[Json] = []
+    calls: list[text.ToolCallAnswer] = []
     for delta in deltas:
         if delta.id is not None:
-            function = {"name": delta.name, "arguments": ""}
-            calls.append({"id": delta.id, "type": "function", "function": function})
-        calls[delta.index]["function"]["arguments"] += delta.arguments
+            calls.append(text.ToolCallAnswer(id=delta.id, function=text.CalledFunction(delta.name or "", "")))
+        calls[delta.index].function.arguments += delta.arguments
     return calls
 
 
@@ -124,36 +143,35 @@ class GenerateView(GenerationView):
 
     def __init__(self, tokenizer: BaseTokenizer, request: int | None = None) -> None:
         super().__init__(tokenizer)
-        self._of: Json = {} if request is None else {"request": request}
+        many = request is not None
+        self._of: Json = {"request": request} if many else {}
+        self._text = text.ManyTextEvent if many else text.TextEvent
+        self._choice_end = text.ManyChoiceEnd if many else text.ChoiceEnd
+        self._end = text.ManyGenerationEnd if many else text.GenerationEnd
 
     def failure(self, error: ApiError) -> bytes:
         if not self._of:
             return super().failure(error)
         return event({**self._of, "status": status_of(error)[0], **error_body(error)})
 
-    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json:
+    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> text.GeneratedAnswer:
         readers = _Readers(generation.request)
-        return {
-            "id": generation.request.id,
-            "object": "generation",
-            "choices": [self._whole(piece, generation, readers) for piece in choices],
-            **_summary(generation),
-        }
+        made = [self._whole(piece, generation, readers) for piece in choices]
+        return text.GeneratedAnswer(id=generation.request.id, choices=made, **_summary(generation))
 
-    def _whole(self, piece: OutputPiece, generation: GenerationRun, readers: _Readers) -> Json:
+    def _whole(
+        self, piece: OutputPiece, generation: GenerationRun, readers: _Readers
+    ) -> text.GeneratedChoice:
         job = generation.request
         said = readers.read(piece)
-        made: Json = {
-            "index": piece.index,
-            "text": said.content,
-            "finish_reason": readers.finish_reason(piece),
-            "logprobs": None
-            if job.sampling.logprobs is None
-            else flat_logprobs(piece.tokens, self._tokenizer),
-        }
-        if job.calls is not None:
-            made["tool_calls"] = whole_calls(said.calls)
-        return made
+        told = job.sampling.logprobs is not None
+        return text.GeneratedChoice(
+            piece.index,
+            said.content,
+            readers.finish_reason(piece),
+            flat_logprobs(piece.tokens, self._tokenizer) if told else None,
+            UNSET if job.calls is None else whole_calls(said.calls),
+        )
 
     async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
         job_id = generation.request.id
@@ -161,32 +179,36 @@ class GenerateView(GenerationView):
         async for pieces in generation.pieces():
             chunk = b""
             for piece in pieces:
-                head: Json = {**self._of, "id": job_id, "index": piece.index}
                 said = readers.read(piece)
                 if said.content or said.calls or piece.tokens:
-                    data: Json = {**head, "text": said.content}
-                    if said.calls:
-                        data["tool_calls"] = [_call_delta(delta) for delta in said.calls]
-                    if piece.tokens:
-                        data["logprobs"] = flat_logprobs(piece.tokens, self._tokenizer)
-                    chunk += event(data)
+                    chunk += await _event(
+                        generation, piece, partial(self._text_event, generation, piece, said)
+                    )
                 if piece.finish_reason:
-                    reason = readers.finish_reason(piece)
-                    chunk += event({**head, "text": "", "finish_reason": reason})
+                    reason = readers.finish_reason(piece) or ""
+                    chunk += event(
+                        self._choice_end(**self._of, id=job_id, index=piece.index, finish_reason=reason)
+                    )
             if chunk:
                 yield chunk
-        yield event({**self._of, "id": job_id, "done": True, **_summary(generation)})
+        yield event(self._end(**self._of, id=job_id, **_summary(generation)))
+
+    def _text_event(self, generation: GenerationRun, piece: OutputPiece, said: Said) -> Any:
+        return self._text(
+            **self._of,
+            id=generation.request.id,
+            index=piece.index,
+            text=said.content,
+            tool_calls=[_call_delta(delta) for delta in said.calls] or UNSET,
+            logprobs=flat_logprobs(piece.tokens, self._tokenizer) if piece.tokens else UNSET,
+        )
 
 
 def _summary(generation: GenerationRun) -> Json:
     usage = generation.usage
     return {
         "adapter": generation.request.adapter.label,
-        "usage": {
-            "prompt_tokens": usage.prompt,
-            "completion_tokens": usage.completion,
-            "cached_tokens": usage.cached,
-        },
+        "usage": text.Usage(usage.prompt, usage.completion, usage.cached),
         "timing": generation.timing.rounded(),
     }
 
@@ -206,60 +228,57 @@ class TgiView(GenerationView):
         self._seed = body.parameters.seed
         self._top = body.parameters.top_n_tokens or 0
 
-    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> list[Json]:
+    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> list[text.TgiAnswer]:
         (piece,) = choices
-        made: Json = {"generated_text": self._begun + piece.text}
+        made = text.TgiAnswer(self._begun + piece.text)
         if self._details:
-            tokens = [self._token(info, self._tokenizer.token_text(info.token)) for info in piece.tokens]
-            made["details"] = {**self._ended(piece, generation), "prefill": [], "tokens": tokens}
+            name = self._tokenizer.token_text
+            tokens = [text.TgiToken(info.token, name(info.token), info.logprob) for info in piece.tokens]
+            made.details = text.TgiDetails(
+                **asdict(self._ended(piece, generation)), prefill=[], tokens=tokens
+            )
             if self._top:
-                made["details"]["top_tokens"] = [self._top_tokens(info) for info in piece.tokens]
+                made.details.top_tokens = [self._top_tokens(info) for info in piece.tokens]
         return [made]
 
     async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
-        text, index = self._begun, 0
+        said, index = self._begun, 0
         async for pieces in generation.pieces():
             chunk = b""
             for piece in pieces:
-                text += piece.text
+                said += piece.text
                 for info in piece.tokens:
                     index += 1
                     last = info is piece.tokens[-1]
-                    made: Json = {"index": index, "token": self._token(info, piece.text if last else "")}
-                    if self._top:
-                        made["top_tokens"] = self._top_tokens(info)
                     ended = last and piece.finish_reason is not None
-                    details = self._ended(piece, generation) if ended else None
-                    chunk += event({**made, "generated_text": text if ended else None, "details": details})
+                    made = text.TgiTokenEvent(
+                        index=index,
+                        token=text.TgiToken(info.token, piece.text if last else "", info.logprob),
+                        generated_text=said if ended else None,
+                        details=self._ended(piece, generation) if ended else None,
+                    )
+                    if self._top:
+                        made.top_tokens = self._top_tokens(info)
+                    chunk += event(made)
                 if piece.finish_reason is not None and not piece.tokens:
-                    chunk += self._end(piece, generation, index + 1, text)
+                    token = text.TgiToken(0, piece.text, 0.0, special=True)  # that ended the text
+                    details = self._ended(piece, generation)
+                    made = text.TgiTokenEvent(
+                        index=index + 1, token=token, generated_text=said, details=details
+                    )
+                    chunk += event(made)
             if chunk:
                 yield chunk
 
-    def _end(self, piece: OutputPiece, generation: GenerationRun, index: int, text: str) -> bytes:
-        """Return the event of the token that ended the text."""
-        token = {"id": 0, "text": piece.text, "logprob": 0.0, "special": True}
-        ended = {"generated_text": text, "details": self._ended(piece, generation)}
-        return event({"index": index, "token": token, **ended})
-
-    def _ended(self, piece: OutputPiece, generation: GenerationRun) -> Json:
+    def _ended(self, piece: OutputPiece, generation: GenerationRun) -> text.TgiEnd:
         reason = "length" if piece.finish_reason != "stop" else "eos_token"
-        return {
-            "finish_reason": "stop_sequence" if piece.stop is not None else reason,
-            "generated_tokens": generation.usage.completion,
-            "input_length": generation.usage.prompt,
-            "seed": self._seed,
-        }
+        usage = generation.usage
+        reason = "stop_sequence" if piece.stop is not None else reason
+        return text.TgiEnd(reason, usage.completion, usage.prompt, self._seed)
 
-    def _token(self, info: TokenInfo, text: str) -> Json:
-        return {"id": info.token, "text": text, "logprob": info.logprob, "special": False}
-
-    def _top_tokens(self, info: TokenInfo) -> list[Json]:
+    def _top_tokens(self, info: TokenInfo) -> list[text.TgiToken]:
         name = self._tokenizer.token_text
-        return [
-            {"id": token, "text": name(token), "logprob": logprob, "special": False}
-            for token, logprob in info.top or ()
-        ]
+        return [text.TgiToken(token, name(token), logprob) for token, logprob in info.top or ()]
 
 
 # ---- OpenAI ----------------------------------------------------------------------------------
@@ -268,8 +287,7 @@ class TgiView(GenerationView):
 class OpenAIView(GenerationView):
     """Common parts of the answers of OpenAI's routes."""
 
-    object: str
-    chunk_object: str
+    chunk: type[text.CompletionChunk] | type[text.ChatChunk]
 
     def __init__(self, tokenizer: BaseTokenizer, model: str, usage: UsageInStream) -> None:
         super().__init__(tokenizer)
@@ -277,47 +295,32 @@ class OpenAIView(GenerationView):
         self._usage = usage
 
     @abstractmethod
-    def whole(self, piece: OutputPiece, readers: _Readers, with_logprobs: bool) -> Json:
-        """Return one choice of a whole answer."""
+    def opening(self, generation: GenerationRun) -> list[Any]:
+        """Return the first chunks of a stream, before any text."""
 
     @abstractmethod
-    def opening(self, choices: int) -> list[Json]:
-        """Return the choices of the first chunks of a stream, before any text."""
-
-    @abstractmethod
-    def part(self, piece: OutputPiece, said: Said, with_logprobs: bool) -> Json:
+    def part(self, piece: OutputPiece, said: Said, with_logprobs: bool) -> Any:
         """Return the choice of a chunk with what is new of one choice."""
 
     @abstractmethod
-    def end(self, piece: OutputPiece, reason: str | None) -> Json:
+    def end(self, piece: OutputPiece, reason: str | None) -> Any:
         """Return the choice of a chunk that ends one choice."""
 
-    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> Json:
-        wanted = generation.request.sampling.logprobs is not None
-        readers = _Readers(generation.request)
-        made = [self.whole(piece, readers, wanted) for piece in choices]
-        if generation.request.token_ids:
-            for choice, piece in zip(made, choices, strict=True):
-                self._add_ids(choice, piece, generation)
-        return {
-            **self._head(generation, self.object),
-            **self._prompt_ids(generation),
-            **self._prompt_scores(generation, made),
-            "choices": made,
-            "usage": openai_usage(generation.usage),
-        }
-
     async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
-        head = self._head(generation, self.chunk_object)
+        head: Json = self._head(generation)
         if self._usage == "last":
             head["usage"] = None
-        wanted = generation.request.sampling.logprobs is not None
         readers = _Readers(generation.request)
-        opening = self.opening(generation.request.choices)
         if self._usage == "always":
             head["usage"] = openai_usage(generation.usage)
-        begun = head | self._prompt_ids(generation)
-        chunk = b"".join(event({**begun, "choices": [choice]}) for choice in opening)
+
+        def chunk_of(choice: Any) -> bytes:
+            return event(self.chunk(**head, choices=[choice]))
+
+        chunk = b"".join(
+            event(self.chunk(**head, **self.prompt_ids(generation), choices=[choice]))
+            for choice in self.opening(generation)
+        )
         async for pieces in generation.pieces():
             if self._usage == "always":
                 head["usage"] = openai_usage(generation.usage)
@@ -325,146 +328,142 @@ class OpenAIView(GenerationView):
                 said = readers.read(piece)
                 if said.content or said.calls or piece.tokens or piece.ids:
                     first = Said(said.content, said.calls[:1])
-                    part = self.part(piece, first, wanted and bool(piece.tokens))
-                    if piece.ids:
-                        self._add_ids(part, piece, generation)
-                    chunk += event({**head, "choices": [part]})
+                    make = partial(self._chunk, generation, head, piece, first)
+                    chunk += await _event(generation, piece, make)
                 for call in said.calls[1:]:  # as OpenAI does: clients read one call of a chunk
-                    part = self.part(OutputPiece(piece.index, ""), Said("", [call]), False)
-                    chunk += event({**head, "choices": [part]})
+                    chunk += chunk_of(self.part(OutputPiece(piece.index, ""), Said("", [call]), False))
                 if piece.finish_reason:
-                    reason = readers.finish_reason(piece)
-                    chunk += event({**head, "choices": [self.end(piece, reason)]})
+                    chunk += chunk_of(self.end(piece, readers.finish_reason(piece)))
             if chunk:
                 yield chunk
             chunk = b""
         if self._usage != "never":
-            yield event({**head, "choices": [], "usage": openai_usage(generation.usage)})
+            yield event(self.chunk(**head | {"usage": openai_usage(generation.usage)}, choices=[]))
 
-    def _prompt_ids(self, generation: GenerationRun) -> Json:
+    def _chunk(self, generation: GenerationRun, head: Json, piece: OutputPiece, said: Said) -> Any:
+        """Return the chunk with what is new of one choice."""
+        wanted = generation.request.sampling.logprobs is not None
+        part = self.part(piece, said, wanted and bool(piece.tokens))
+        if piece.ids:
+            self.add_ids(part, piece, generation)
+        return self.chunk(**head, choices=[part])
+
+    def prompt_ids(self, generation: GenerationRun) -> Json:
         """Return the fields of an answer's head about its prompt, if token ids are asked for."""
         return {}
 
-    def _prompt_scores(self, generation: GenerationRun, choices: Sequence[Json]) -> Json:
-        """Add the prompt's log-probabilities to the choices, or return them for the answer.
-
-        They are in vLLM's form: of each prompt token its own, and those of alternatives, by token id.
-        """
-        return {}
-
-    def _scores_of(self, generation: GenerationRun, prompt: int) -> list[Json | None]:
+    def scores_of(self, generation: GenerationRun, prompt: int) -> text.PromptLogprobs:
+        """Return a prompt's log-probabilities in vLLM's form: of each token its own, and those of
+        alternatives, by token id."""
         name = self._tokenizer.token_text
-        made: list[Json | None] = [None]
+        made: text.PromptLogprobs = [None]
         for one in generation.prompt_logprobs.get(prompt, ()):
             ranks = {token: rank for rank, (token, _) in enumerate(one.top, 1)}
             values = {one.token: one.logprob, **dict(one.top)}
             made.append(
                 {
-                    str(token): {"logprob": value, "rank": ranks.get(token), "decoded_token": name(token)}
+                    str(token): text.PromptTokenLogprob(value, ranks.get(token), name(token))
                     for token, value in values.items()
                 }
             )
         return made
 
-    def _add_ids(self, choice: Json, piece: OutputPiece, generation: GenerationRun) -> None:
+    def add_ids(self, choice: Any, piece: OutputPiece, generation: GenerationRun) -> None:
         """Add the token ids, as vLLM does."""
-        choice["token_ids"] = piece.ids
+        choice.token_ids = piece.ids
 
-    def _head(self, generation: GenerationRun, kind: str) -> Json:
+    def _head(self, generation: GenerationRun) -> Json:
         job = generation.request
-        return {"id": job.id, "object": kind, "created": job.created, "model": self._model}
+        return {"id": job.id, "created": job.created, "model": self._model}
 
 
-def openai_usage(usage: TokenUsage) -> Json:
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.completion,
-        "total_tokens": usage.prompt + usage.completion,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-    }
+def openai_usage(usage: TokenUsage) -> text.OpenAIUsage:
+    total = usage.prompt + usage.completion
+    return text.OpenAIUsage(usage.prompt, usage.completion, total, CachedTokens(usage.cached))
 
 
 class CompletionView(OpenAIView):
     """Answers of POST /v1/completions."""
 
-    object = "text_completion"
-    chunk_object = "text_completion"
+    chunk = text.CompletionChunk
 
     def __init__(self, tokenizer: BaseTokenizer, model: str, usage: UsageInStream) -> None:
         super().__init__(tokenizer, model, usage)
         self._told: set[int] = set()
         """Choices whose prompt's token ids were sent."""
 
-    def _prompt_scores(self, generation: GenerationRun, choices: Sequence[Json]) -> Json:
-        if generation.request.reports_prompt:
-            for number, choice in enumerate(choices):
-                choice["prompt_logprobs"] = self._scores_of(generation, number // generation.request.n)
-        return {}
+    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> text.CompletionAnswer:
+        job, made = generation.request, []
+        for number, piece in enumerate(choices):
+            choice = text.CompletionChoice(piece.index, piece.text, None, piece.finish_reason)
+            if job.sampling.logprobs is not None:
+                choice.logprobs = flat_logprobs(piece.tokens, self._tokenizer)
+            if job.token_ids:
+                self.add_ids(choice, piece, generation)
+            if job.reports_prompt:
+                choice.prompt_logprobs = self.scores_of(generation, number // job.n)
+            made.append(choice)
+        usage = openai_usage(generation.usage)
+        return text.CompletionAnswer(**self._head(generation), choices=made, usage=usage)
 
-    def _add_ids(self, choice: Json, piece: OutputPiece, generation: GenerationRun) -> None:
-        super()._add_ids(choice, piece, generation)
+    def add_ids(self, choice: Any, piece: OutputPiece, generation: GenerationRun) -> None:
+        super().add_ids(choice, piece, generation)
         if piece.index not in self._told:
             self._told.add(piece.index)
-            choice["prompt_token_ids"] = generation.request.prompts[
-                piece.index // generation.request.n
-            ].tokens
+            choice.prompt_token_ids = generation.request.prompts[piece.index // generation.request.n].tokens
 
-    def whole(self, piece: OutputPiece, readers: _Readers, with_logprobs: bool) -> Json:
-        made = self.part(piece, Said(piece.text, []), with_logprobs)
-        return made | {"finish_reason": piece.finish_reason}
-
-    def opening(self, choices: int) -> list[Json]:
+    def opening(self, generation: GenerationRun) -> list[Any]:
         return []
 
-    def part(self, piece: OutputPiece, said: Said, with_logprobs: bool) -> Json:
+    def part(self, piece: OutputPiece, said: Said, with_logprobs: bool) -> text.CompletionChunkChoice:
         logprobs = flat_logprobs(piece.tokens, self._tokenizer) if with_logprobs else None
-        return {"index": piece.index, "text": said.content, "logprobs": logprobs, "finish_reason": None}
+        return text.CompletionChunkChoice(piece.index, said.content, logprobs)
 
-    def end(self, piece: OutputPiece, reason: str | None) -> Json:
-        return {"index": piece.index, "text": "", "logprobs": None, "finish_reason": reason}
+    def end(self, piece: OutputPiece, reason: str | None) -> text.CompletionChunkChoice:
+        return text.CompletionChunkChoice(piece.index, "", None, reason)
 
 
 class ChatView(OpenAIView):
     """Answers of POST /v1/chat/completions."""
 
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
+    chunk = text.ChatChunk
 
-    def _prompt_ids(self, generation: GenerationRun) -> Json:
+    def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> text.ChatAnswer:
+        job, readers = generation.request, _Readers(generation.request)
+        made = []
+        for piece in choices:
+            said = readers.read(piece)
+            message = text.ChatAnswerMessage(content=said.content)
+            if said.calls:
+                message.content, message.tool_calls = said.content or None, whole_calls(said.calls)
+            logprobs = self._logprobs(piece) if job.sampling.logprobs is not None else None
+            choice = text.ChatChoice(piece.index, message, logprobs, readers.finish_reason(piece))
+            if job.token_ids:
+                self.add_ids(choice, piece, generation)
+            made.append(choice)
+        head = {**self._head(generation), **self.prompt_ids(generation)}
+        answer = text.ChatAnswer(**head, choices=made, usage=openai_usage(generation.usage))
+        if job.reports_prompt:
+            answer.prompt_logprobs = self.scores_of(generation, 0)
+        return answer
+
+    def prompt_ids(self, generation: GenerationRun) -> Json:
         job = generation.request
         return {"prompt_token_ids": job.prompts[0].tokens} if job.token_ids else {}
 
-    def _prompt_scores(self, generation: GenerationRun, choices: Sequence[Json]) -> Json:
-        return (
-            {"prompt_logprobs": self._scores_of(generation, 0)} if generation.request.reports_prompt else {}
-        )
-
-    def whole(self, piece: OutputPiece, readers: _Readers, with_logprobs: bool) -> Json:
-        said = readers.read(piece)
-        message: Json = {"role": "assistant", "content": said.content, "refusal": None}
-        if said.calls:
-            message |= {"content": said.content or None, "tool_calls": whole_calls(said.calls)}
-        return {
-            "index": piece.index,
-            "message": message,
-            "logprobs": chat_logprobs(piece.tokens, self._tokenizer) if with_logprobs else None,
-            "finish_reason": readers.finish_reason(piece),
-        }
-
-    def opening(self, choices: int) -> list[Json]:
+    def opening(self, generation: GenerationRun) -> list[Any]:
         """Return the role, once per choice."""
-        delta = {"role": "assistant", "content": ""}
-        return [
-            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-            for index in range(choices)
-        ]
+        delta = text.ChatDelta("assistant", "")
+        return [text.ChatChunkChoice(index, delta) for index in range(generation.request.choices)]
 
-    def part(self, piece: OutputPiece, said: Said, with_logprobs: bool) -> Json:
-        logprobs = chat_logprobs(piece.tokens, self._tokenizer) if with_logprobs else None
-        delta: Json = {"content": said.content} if said.content or not said.calls else {}
-        if said.calls:
-            delta["tool_calls"] = [_call_delta(call) for call in said.calls]
-        return {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+    def part(self, piece: OutputPiece, said: Said, with_logprobs: bool) -> text.ChatChunkChoice:
+        content = said.content if said.content or not said.calls else None
+        calls = [_call_delta(call) for call in said.calls] or None
+        logprobs = self._logprobs(piece) if with_logprobs else None
+        return text.ChatChunkChoice(piece.index, text.ChatDelta(None, content, calls), logprobs)
 
-    def end(self, piece: OutputPiece, reason: str | None) -> Json:
-        return {"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": reason}
+    def end(self, piece: OutputPiece, reason: str | None) -> text.ChatChunkChoice:
+        return text.ChatChunkChoice(piece.index, text.ChatDelta(), None, reason)
+
+    def _logprobs(self, piece: OutputPiece) -> text.ChatLogprobs:
+        return text.ChatLogprobs(chat_logprobs(piece.tokens, self._tokenizer))

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
+from msgspec.structs import replace
+
+from onebase_adapters.names import label
 from onebase_adapters.registry import Checkpoint, FileRecord, JobEvent, TrainingJob
-from onebase_server.adapters.catalog import VisibleAdapters, label
-from onebase_server.http.schemas.answers import (
-    CheckpointAnswer,
-    FileAnswer,
-    JobAnswer,
-    JobEventAnswer,
-    JobProblem,
-    JobStopAnswer,
-    Json,
-)
+from onebase_protocol import training as wire
+from onebase_protocol.adapters import ParentAnswer
+from onebase_protocol.common import Json
+from onebase_server.adapters.catalog import VisibleAdapters
 from onebase_server.jobs.checkpoints import checkpoint_model
 from onebase_server.jobs.state import is_resumable
 
@@ -24,30 +21,24 @@ EVENT, CHECKPOINT = "ftevent-", "ftckpt-"
 _DIGITS = 16
 _MULTIPLIER = "learning_rate_multiplier"
 _OPENAI = ("batch_size", _MULTIPLIER)
-_SHORT = ("name", "steps", "best_step", "tokens", "seconds", "parameters", "adapter_bytes", "loss_before",
-          "loss_after", "metrics_before", "metrics_after", "better", "better_than", "peak_memory_bytes",
-          "loss_parent", "metrics_parent", "active", "loss_active", "metrics_active",
-          "not_compared")  # fmt: skip
 
 
-def file_view(file: FileRecord) -> FileAnswer:
-    return {
-        "id": file.id,
-        "object": "file",
-        "bytes": file.bytes,
-        "created_at": int(file.created_at),
-        "filename": file.filename,
-        "purpose": file.purpose,
-        "status": "processed",
-        "status_details": None,
-        "expires_at": None,
-        "sha256": file.sha256,
-    }
+def file_view(file: FileRecord) -> wire.TrainingFile:
+    return wire.TrainingFile(
+        id=file.id,
+        bytes=file.bytes,
+        created_at=int(file.created_at),
+        filename=file.filename,
+        purpose=file.purpose,
+        sha256=file.sha256,
+    )
 
 
-def job_view(job: TrainingJob, base_name: str, names: VisibleAdapters, *, in_list: bool = False) -> JobAnswer:
+def job_view(
+    job: TrainingJob, base_name: str, names: VisibleAdapters, *, in_list: bool = False
+) -> wire.TrainingJobInfo:
     """Return one job; `report` lacks the curve, which is in the result file, and in a list also slices and
-    classes.
+    classes. Its report and its progress are JSON of the registry, and are sent as they are.
 
     names: those of its tenant.
     """
@@ -58,49 +49,47 @@ def job_view(job: TrainingJob, base_name: str, names: VisibleAdapters, *, in_lis
         shown[_MULTIPLIER] = job.settings[_MULTIPLIER]
     kind = recipe["method"]
     report, parent = job.report, job.parent
-    return {
-        "id": job.id,
-        "object": "fine_tuning.job",
-        "model": base_name if parent is None else label(parent.name, parent.digest),
-        "created_at": int(job.created_at),
-        "finished_at": None if job.finished_at is None else int(job.finished_at),
-        "estimated_finish": _estimated_finish(job),
-        "fine_tuned_model": label(job.name, job.version) if job.version else None,
-        "organization_id": job.tenant,
-        "result_files": [job.result_file] if job.result_file else [],
-        "status": job.state,
-        "training_file": job.training_file,
-        "validation_file": job.validation_file,
-        "hyperparameters": shown,
-        "method": {"type": kind, kind: {"hyperparameters": {**settings, **shown}}},
-        "trained_tokens": report.get("tokens") if report and job.ended else None,
-        "seed": recipe["seed"],
-        "integrations": [],
-        "metadata": dict(job.labels),
-        "error": _error(job),
-        "name": job.name,
-        "parent": None if parent is None else {"name": parent.name, "version": parent.digest},
-        "activate": job.activate,
-        "activated": None if job.activated is None else is_active(job, names),
-        "version": job.version,
-        "replaced": (report or {}).get("replaced"),
-        "progress": job.progress,
-        "estimate": (job.plan or {}).get("estimate"),
-        "report": None if not report else _report(report, slices=not in_list),
-        "resumable": is_resumable(job.state, job.error_code),
-        "hold": job.hold,
-        "stopped": _stopped(job),
-    }
+    return wire.TrainingJobInfo(
+        id=job.id,
+        model=base_name if parent is None else label(parent.name, parent.digest),
+        created_at=int(job.created_at),
+        finished_at=None if job.finished_at is None else int(job.finished_at),
+        estimated_finish=_estimated_finish(job),
+        fine_tuned_model=label(job.name, job.version) if job.version else None,
+        organization_id=job.tenant,
+        result_files=(job.result_file,) if job.result_file else (),
+        status=job.state,
+        training_file=job.training_file,
+        validation_file=job.validation_file,
+        hyperparameters=shown,
+        method_settings={"type": kind, kind: {"hyperparameters": {**settings, **shown}}},
+        trained_tokens=report.get("tokens") if report and job.ended else None,
+        seed=recipe["seed"],
+        metadata=dict(job.labels),
+        error=None if job.error is None else replace(job.error, param=wire_name(job.error.param)),
+        name=job.name,
+        parent_version=None if parent is None else ParentAnswer(parent.name, parent.digest),
+        activate=job.activate,
+        activated=None if job.activated is None else is_active(job, names),
+        version=job.version,
+        replaced=(report or {}).get("replaced"),
+        progress=cast(wire.TrainingProgress | None, job.progress),
+        estimate=(job.plan or {}).get("estimate"),
+        report=cast(wire.TrainingReport, _report(report, slices=not in_list)) if report else None,
+        resumable=is_resumable(job.state, job.error_code),
+        hold=job.hold,
+        stopped=_stopped(job),
+    )
 
 
-def _stopped(job: TrainingJob) -> JobStopAnswer | None:
+def _stopped(job: TrainingJob) -> wire.TrainingStop | None:
     if job.stop is None:
         return None
     steps = int((job.plan or {}).get("steps") or 0)
     step = None if job.report is None else int(job.report["steps"])
     if step == steps:  # it had come to its own end
         return None
-    return {"step": step, "steps": steps, "by": job.stop.key, "at": int(job.stop.at)}
+    return wire.TrainingStop(step, steps, job.stop.key, int(job.stop.at))
 
 
 def is_active(job: TrainingJob, names: VisibleAdapters) -> bool:
@@ -110,49 +99,36 @@ def is_active(job: TrainingJob, names: VisibleAdapters) -> bool:
 
 
 def _report(report: Mapping[str, Any], *, slices: bool) -> Json:
-    shown = {key: report.get(key) for key in _SHORT}
-    return shown | {name: report.get(name) if slices else None for name in ("slices", "classes")}
+    shown = {name: report[name] for name in wire.TrainingReport.__struct_fields__ if name in report}
+    return shown if slices else shown | {"slices": None, "classes": None}
 
 
-def event_view(event: JobEvent) -> JobEventAnswer:
-    return {
-        "object": "fine_tuning.job.event",
-        "id": event_id(event.number),
-        "created_at": int(event.at),
-        "level": event.level,
-        "message": event.message,
-        "type": event.kind,
-        "data": event.data,
-    }
+def event_view(event: JobEvent) -> wire.TrainingEvent:
+    return wire.TrainingEvent(
+        id=event_id(event.number),
+        created_at=int(event.at),
+        level=event.level,
+        message=event.message,
+        type=event.kind,
+        facts=None if event.data is None else dict(event.data),
+    )
 
 
-def checkpoint_view(checkpoint: Checkpoint, job: TrainingJob) -> CheckpointAnswer:
+def checkpoint_view(checkpoint: Checkpoint, job: TrainingJob) -> wire.TrainingCheckpoint:
     metrics: Mapping[str, float | None] = {
         "step": float(checkpoint.step),
         "train_loss": checkpoint.train_loss,
         "valid_loss": checkpoint.valid_loss,
         "full_valid_loss": checkpoint.valid_loss,
     }
-    return {
-        "object": "fine_tuning.job.checkpoint",
-        "id": checkpoint_id(checkpoint.number),
-        "created_at": int(checkpoint.at),
-        "fine_tuned_model_checkpoint": checkpoint_model(job, checkpoint.step),
-        "fine_tuning_job_id": job.id,
-        "metrics": {key: value for key, value in metrics.items() if value is not None},
-        "step_number": checkpoint.step,
-    }
-
-
-def page(data: Sequence[Mapping[str, Any]], *, more: bool) -> Json:
-    """Return a list as OpenAI's clients page through it: `after` of the next page is `last_id`."""
-    return {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": more,
-    }
+    return wire.TrainingCheckpoint(
+        id=checkpoint_id(checkpoint.number),
+        created_at=int(checkpoint.at),
+        model=checkpoint_model(job, checkpoint.step),
+        job=job.id,
+        metrics={key: value for key, value in metrics.items() if value is not None},
+        step=checkpoint.step,
+    )
 
 
 def event_id(number: int) -> str:
@@ -185,9 +161,3 @@ def _estimated_finish(job: TrainingJob) -> int | None:
     left = (job.progress or {}).get("seconds_left")
     goes_on = job.state == "running" and job.stop is None
     return int(time.time() + left) if left is not None and goes_on else None
-
-
-def _error(job: TrainingJob) -> JobProblem | None:
-    if job.error is None:
-        return None
-    return {"code": job.error.code, "message": job.error.message, "param": wire_name(job.error.param)}

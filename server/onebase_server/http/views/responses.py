@@ -6,14 +6,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from onebase_server.errors import ApiError, status_of
-from onebase_server.http.schemas.responses import FlatToolChoice, ResponsesRequest
-from onebase_server.http.sse import identified_event
-from onebase_server.http.views.generation import GenerationView, Json, chat_logprobs
+from onebase_edge.errors import ApiError, status_of
+from onebase_edge.sse import identified_event
+from onebase_protocol.common import Json
+from onebase_protocol.text import ChatTokenLogprob
+from onebase_server.http.views.generation import GenerationView, chat_logprobs
 from onebase_server.inference.generation import GenerationRequest, GenerationRun
-from onebase_server.inference.stream import OutputPiece, TokenInfo, TokenUsage
-from onebase_server.requests.tokenization import BaseTokenizer
-from onebase_server.requests.tool_call_parser import ToolCallDelta, answer_reader
+from onebase_server.inference.stream import OutputPiece, TokenInfo
+from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tool_call_parser import ToolCallDelta, answer_reader
+from onebase_server.requests.schemas.responses import FlatToolChoice, ResponsesRequest
+from onebase_server.telemetry.measurements import TokenUsage
 
 _REASONS = {"length": "max_output_tokens", "cancelled": "timeout"}
 """Reasons why an answer is not whole, by how its sequence ended."""
@@ -34,7 +37,7 @@ class _Output:
         self._called = False
         self._said = 0
         self._waiting: list[TokenInfo] = []
-        self._logprobs: list[Json] = []
+        self._logprobs: list[ChatTokenLogprob] = []
 
     def feed(self, piece: OutputPiece) -> list[Json]:
         """Return the events of a piece."""
@@ -63,13 +66,13 @@ class _Output:
         delta = {"content_index": 0, "delta": text, "logprobs": logprobs}
         return [*events, self._event("response.output_text.delta", **delta)]
 
-    def _take_logprobs(self, *, all: bool) -> list[Json]:
+    def _take_logprobs(self, *, all: bool) -> list[ChatTokenLogprob]:
         """Return the log-probabilities of the tokens whose text has been said; calls have none."""
         count = len(self._waiting)
         if not all:
             count = next((n for n, token in enumerate(self._waiting) if token.offset >= self._said), count)
         taken, self._waiting = self._waiting[:count], self._waiting[count:]
-        found: list[Json] = chat_logprobs(taken, self._tokenizer)["content"]
+        found = chat_logprobs(taken, self._tokenizer)
         self._logprobs += found
         return found
 
@@ -245,7 +248,7 @@ def _plain(model: Any) -> Json:
     return made
 
 
-def _text_part(text: str, logprobs: list[Json]) -> Json:
+def _text_part(text: str, logprobs: list[ChatTokenLogprob]) -> Json:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 

@@ -9,9 +9,9 @@ from typing import Final
 
 from ..._core.config import UNSET, Unset
 from ..._sync.client import Client
+from ..._terminal.ui import note
 from ...adapter_types import Adapter
 from ..command import FAILED, OK, action_parser, perform, print_json
-from ..ui import note
 from .versions import Reference, reference, short
 
 _DESCRIPTIONS: Final = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ..._sync.client import Client
+from ..._terminal.ui import bar, console, printable, size
 from ...adapter_types import AdapterVersion, ModuleReport, VersionReport
 from ..command import OK, action_parser, perform, print_json
-from ..ui import bar, console, printable, size
 from .versions import (
     Reference,
     came_from,
@@ -57,7 +57,7 @@ def run(action: str, argv: list[str]) -> int:
 def _diff(client: Client, pair: tuple[Reference, Reference], as_json: bool) -> int:
     found = diff(resolve(client, pair[0]), resolve(client, pair[1]))
     if as_json:
-        print_json(asdict(found))
+        print_json(found)
     else:
         print_diff(console(), found)
     return OK

@@ -12,11 +12,11 @@ from typing import Any, Final
 
 from ..._core.targets import atomic_target, check_free
 from ..._sync.client import Client
+from ..._terminal.ui import ProgressDisplay, note, size
 from ...adapter_types import READY, AdapterVersion, BaseReference, Progress, VersionFiles
 from ...errors import BadRequestError, OneBaseError
 from ...types import Generation
 from ..command import FAILED, OK, action_parser, perform, print_json
-from ..ui import ProgressDisplay, note, size
 from .versions import Reference, label, reference, resolve
 
 _DESCRIPTION: Final = """\

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Final, get_args
 
 from ..._sync.client import Client
+from ..._terminal.ui import ProgressDisplay, console, note
 from ...adapter_types import AdapterVersion, MergeMethod, MergeSign, ProgressCallback
 from ...errors import AdapterRejectedError
 from ...types import AdapterWeight
 from ..command import OK, USAGE, action_parser, perform, print_json, report
-from ..ui import ProgressDisplay, console, note
 from .versions import SHORT, short, summary
 
 _DESCRIPTIONS: Final = {

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 from ..._sync.client import Client
+from ..._terminal.ui import Column, console, line, note, print_table, size, table, when
 from ...adapter_types import READY, Activation, Adapter, AdapterVersion, ModuleReport
-from ..command import OK, action_parser, perform, print_json
-from ..ui import Column, console, line, note, print_table, size, table, when
+from ..command import OK, action_parser, perform, plain, print_json
 from .versions import (
     Reference,
     by_target,
@@ -80,7 +79,7 @@ def _list(client: Client, as_json: bool) -> int:
 
 def state(adapter: Adapter) -> str:
     """`active`, else the state of the newest version."""
-    return "active" if adapter.active else adapter.state
+    return "active" if adapter.active else adapter.state or ""
 
 
 def _known(value: object) -> str:
@@ -110,10 +109,7 @@ def _show_adapter(client: Client, wanted: Reference, as_json: bool) -> int:
     adapter = client.adapters.retrieve(wanted.name)
     versions, history = client.adapters.versions(wanted.name), client.adapters.history(wanted.name)
     if as_json:
-        print_json(
-            asdict(adapter)
-            | {"versions": [asdict(one) for one in versions], "history": [asdict(one) for one in history]}
-        )
+        print_json(plain(adapter) | {"versions": versions, "history": history})
     else:
         print_adapter(console(), adapter, versions, history)
     return OK
@@ -132,9 +128,9 @@ def print_adapter(
     out: Console, adapter: Adapter, versions: Sequence[AdapterVersion], history: Sequence[Activation]
 ) -> None:
     """The adapter, then its versions, then its history."""
-    state = "active" if adapter.active else adapter.state + ", not active" * (adapter.state == READY)
-    style = state_style("active" if adapter.active else adapter.state)
-    shown = line(adapter.name, "bold") + line("  ") + line(state, style)
+    known = state(adapter)
+    note = ", not active" * (known == READY)
+    shown = line(adapter.name, "bold") + line("  ") + line(known + note, state_style(known))
     out.print(shown + line("  pinned" if adapter.pinned else "", "cyan"))
     out.print(line(f"  on {adapter.base}" + _where(adapter), "dim"))
     out.print()

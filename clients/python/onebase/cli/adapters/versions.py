@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from ..._sync.client import Client
+from ..._terminal.ui import line, size, sparklines
 from ...adapter_types import READY, AdapterVersion, ModuleReport, ProofReport, VersionReport
-from ..ui import line, size, sparklines
 
 if TYPE_CHECKING:
     from rich.text import Text

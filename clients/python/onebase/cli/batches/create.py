@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Final
 
 from ..._sync.client import Client
+from ..._terminal.ui import ProgressDisplay, console, note
 from ...batch_types import Batch
 from ..command import FAILED, INTERRUPTED, OK, USAGE, action_parser, perform, print_json
 from ..jobs.create import parse_labels
-from ..ui import ProgressDisplay, console, note
 from .show import print_batch, short
 
 _DESCRIPTION: Final = """\

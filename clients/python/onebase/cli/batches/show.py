@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ..._sync.client import Client
+from ..._terminal.batches import doing, figures
+from ..._terminal.ui import Column, console, line, note, print_table, when
 from ...batch_types import Batch
-from ..command import OK, USAGE, action_parser, count, perform, print_json
-from ..ui import Column, console, line, note, print_table, when
-from .display import doing, figures
+from ..command import OK, USAGE, action_parser, count, perform, plain, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,7 +134,7 @@ def _results(client: Client, args: argparse.Namespace) -> int:
     if args.json:
         print_json(rows)
         return OK
-    texts = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    texts = "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
     if args.output is None:
         sys.stdout.write(texts)
         return OK

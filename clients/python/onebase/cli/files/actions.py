@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from ..._sync.client import Client
+from ..._terminal.ui import Column, ProgressDisplay, note, print_table, printable, size, when
 from ...training_types import TrainingFile
 from ..command import OK, USAGE, action_parser, perform, print_json
-from ..ui import Column, ProgressDisplay, note, print_table, printable, size, when
 
 _PURPOSES: Final = ("fine-tune", "fine-tune-results", "batch", "batch_output")
 _DESCRIPTIONS: Final = {

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from ..._sync.client import Client
+from ..._terminal.ui import ProgressDisplay, note
 from ...training_types import TrainingSettings
 from ..command import OK, USAGE, perform, print_json
-from ..ui import ProgressDisplay, note
 from .show import job_parser, short
 from .watch import follow
 

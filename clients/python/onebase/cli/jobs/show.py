@@ -5,13 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from ..._core.jobs import in_words
 from ..._sync.client import Client
 from ..._sync.jobs import TrainingJob
+from ..._terminal.jobs import doing, figures, lines_of
+from ..._terminal.ui import (
+    Column,
+    console,
+    duration,
+    line,
+    note,
+    print_table,
+    size,
+    sparkline,
+    table,
+    when,
+)
 from ...training_types import (
     ClassReport,
     CurvePoint,
@@ -24,20 +37,7 @@ from ...training_types import (
     TrainingReport,
     TrainingStop,
 )
-from ..command import OK, action_parser, count, perform, print_json
-from ..ui import (
-    Column,
-    console,
-    duration,
-    line,
-    note,
-    print_table,
-    size,
-    sparkline,
-    table,
-    when,
-)
-from .display import doing, figures, lines_of
+from ..command import OK, action_parser, count, perform, plain, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -242,7 +242,7 @@ def _events(client: Client, args: argparse.Namespace) -> int:
 
 def _print_event(event: TrainingEvent, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(asdict(event), ensure_ascii=False), flush=True)
+        print(json.dumps(plain(event), ensure_ascii=False), flush=True)
         return
     style = {"warn": "yellow", "error": "red"}.get(event.level, "")
     (first, colour), *more = list(lines_of(event)) or [(event.message, style)]
@@ -261,7 +261,7 @@ def _show(client: Client, args: argparse.Namespace) -> int:
     curve = job.curve()
     if args.json:
         data = {"data": job.data_report()} if job.info.held else {}
-        print_json(asdict(job.info) | {"curve": [asdict(point) for point in curve]} | data)
+        print_json(plain(job.info) | {"curve": curve} | data)
     elif job.info.held:
         print_held(console(), job.info, job.data_report())
     else:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from typing import Any, Final
 
 from ..._sync.client import Client
 from ..._sync.jobs import TrainingJob
+from ..._terminal.ui import console, note, printable
 from ...errors import TrainingFailedError, TrainingStoppedError
-from ..command import FAILED, INTERRUPTED, OK, perform, print_json
-from ..ui import console, note, printable
+from ..command import FAILED, INTERRUPTED, OK, perform, plain, print_json
 from .show import find, job_parser, print_held, print_job, short
 
 _DESCRIPTIONS: Final = {
@@ -76,7 +75,7 @@ def follow(client: Client, job: TrainingJob, as_json: bool) -> int:
 
 def _whole(job: TrainingJob) -> Any:
     """The job as JSON; of one on hold with what is in its files."""
-    return asdict(job.info) | {"data": job.data_report()} if job.info.held else job.info
+    return plain(job.info) | {"data": job.data_report()} if job.info.held else job.info
 
 
 def _stopped(job: TrainingJob, error: TrainingStoppedError) -> str:

@@ -1,0 +1,88 @@
+"""Calls about API keys, tenants, what they use, and the audit log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import date
+from typing import Final
+from urllib.parse import quote
+
+from .requests import Body, Call, encode
+from .training import query_of
+
+KEYS: Final = Call("GET", "/v1/keys")
+TENANTS: Final = Call("GET", "/v1/tenants")
+
+
+def create_key(
+    scopes: Sequence[str],
+    tenant: str,
+    name: str,
+    expires_in: float | None,
+    quotas: Mapping[str, int] | None,
+    priority: int,
+) -> Call:
+    """Return the request for a new key. It is not idempotent: sent twice, it makes two keys."""
+    if isinstance(scopes, str):
+        raise ValueError(f"scopes must be a list, such as ['generate'], not {scopes!r}")
+    body: Body = {"scopes": list(scopes), "tenant": tenant, "name": name, "expires_in_s": expires_in}
+    if quotas:
+        body["quotas"] = dict(quotas)
+    if priority:
+        body["priority"] = priority
+    return Call("POST", "/v1/keys", encode(body))
+
+
+def update_key(key_id: str, quotas: Mapping[str, int | None] | None, priority: int | None) -> Call:
+    body: Body = {"quotas": dict(quotas or {}), "priority": priority}
+    return Call("POST", _place(key_id), encode(body), idempotent=True)
+
+
+def revoke_key(key_id: str) -> Call:
+    return Call("DELETE", _place(key_id), idempotent=True)
+
+
+def _place(key_id: str) -> str:
+    if not key_id:
+        raise ValueError("the id of a key is empty")
+    return f"/v1/keys/{quote(key_id, safe='')}"
+
+
+def set_quotas(tenant: str, quotas: Mapping[str, int | None]) -> Call:
+    if not tenant:
+        raise ValueError("the name of a tenant is empty")
+    place = f"/v1/tenants/{quote(tenant, safe='')}"
+    return Call("POST", place, encode({"quotas": dict(quotas)}), idempotent=True)
+
+
+def usage(
+    start: date | str | None,
+    end: date | str | None,
+    group_by: Sequence[str],
+    tenant: str | None,
+    *,
+    csv: bool = False,
+) -> Call:
+    if isinstance(group_by, str):
+        raise ValueError(f"group_by must be a list, such as ['day', 'tenant'], not {group_by!r}")
+    first, last = (None if day is None else str(day) for day in (start, end))
+    columns, form = ",".join(group_by), "csv" if csv else None
+    return Call(
+        "GET",
+        query_of("/v1/usage", start=first, end=last, group_by=columns, tenant=tenant, format=form),
+    )
+
+
+def audit_entries(
+    tenant: str | None,
+    action: str | None,
+    target: str | None,
+    since: float | None,
+    order: str,
+    after: str | None,
+    limit: int,
+) -> Call:
+    """Return the call for a page: up to `limit` entries after the id `after`."""
+    fields = {"tenant": tenant, "action": action, "target": target, "after": after, "order": order}
+    moment = None if since is None else str(since)
+    return Call("GET", query_of("/v1/audit", **fields, since=moment, limit=str(limit)))

@@ -1,0 +1,1 @@
+"""Text and progress on a terminal, for the commands and for `progress=True`."""

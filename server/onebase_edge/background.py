@@ -1,0 +1,184 @@
+"""Work off the event loop, pauses between two tries of anything, and tasks that must keep running."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import itertools
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """Pauses between tries, in seconds: each is twice the one before it, up to the longest."""
+
+    first: float
+    longest: float
+
+    def pause(self, failures: int) -> float:
+        """Return the pause after so many failures in a row, in seconds; the first failure is 1."""
+        doublings = min(failures - 1, 64)
+        return min(self.longest, self.first * 2.0**doublings)
+
+    def pauses(self) -> Iterator[float]:
+        """Yield the pauses after the first failure, the second, and so on without end."""
+        return map(self.pause, itertools.count(1))
+
+    def tries(self, most: int) -> Iterator[float | None]:
+        """Return the pause after each of `most` tries that fails; None after the last."""
+        return itertools.chain(itertools.islice(self.pauses(), most - 1), (None,))
+
+
+AGAIN = Backoff(1.0, 60.0)
+"""Pause, in seconds, before work that must continue begins again."""
+
+
+async def keep_running(name: str, work: Callable[[], Awaitable[None]], backoff: Backoff = AGAIN) -> None:
+    """Do work that must continue until this is cancelled: where it fails, log that, and start it again."""
+    failures = 0
+    while True:
+        began = time.monotonic()
+        try:
+            return await work()
+        except Exception:
+            failures = 1 if time.monotonic() - began > backoff.longest else failures + 1
+            pause = backoff.pause(failures)
+            _log.exception("%s failed; it begins again in %g s", name, pause)
+        await asyncio.sleep(pause)
+
+
+class TurnBudget:
+    """Limit of what one turn of the event loop computes for all requests together; the rest goes to threads.
+
+    A limit for each request alone would not bound a turn in which many requests are ready.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._left = most
+
+    def try_spend(self, size: int) -> bool:
+        """Return True if so much may be computed in this turn, and count it."""
+        if size > self._left:
+            return False
+        if self._left == self._most:
+            asyncio.get_running_loop().call_soon(self._begin_turn)
+        self._left -= size
+        return True
+
+    def _begin_turn(self) -> None:
+        self._left = self._most
+
+
+class Threads:
+    """Threads for at most `most` calls at once, each in a daemon thread of its own that does not delay the
+    process's end.
+
+    Tenants take turns, however many calls each of them has waiting, and one tenant has at most `each` calls
+    running (by default all of them). Made and used in one event loop.
+    """
+
+    def __init__(self, name: str, most: int, each: int | None = None) -> None:
+        self._name = name
+        self._free = most
+        self._each = most if each is None else each
+        self._running: Counter[str] = Counter()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        """Calls that wait for a thread, by tenant; the tenant whose last turn was latest comes last."""
+
+    async def run_blocking(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return the call's result, or raise what it raised, on behalf of no tenant. See `run_for`."""
+        return await self.run_for("", call, *args, **kwargs)
+
+    async def run_for(self, tenant: str, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return the call's result, or raise what it raised, once it is the tenant's turn.
+
+        Cancelling stops the wait; the call itself continues. Raises RuntimeError also when the machine gives
+        no thread."""
+        await self._acquire(tenant)
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+
+        def finish(result: Any, error: BaseException | None) -> None:
+            self._release(tenant)
+            if answer.done():
+                return
+            if error is None:
+                answer.set_result(result)
+            else:
+                answer.set_exception(error)
+
+        def work() -> None:
+            result, error = None, None
+            try:
+                result = call(*args, **kwargs)
+            except BaseException as caught:
+                error = RuntimeError(str(caught)) if isinstance(caught, StopIteration) else caught
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who asked
+                loop.call_soon_threadsafe(finish, result, error)
+
+        try:
+            context = contextvars.copy_context()  # on whose behalf: see registry/audit.py
+            threading.Thread(target=context.run, args=(work,), name=self._name, daemon=True).start()
+        except BaseException:
+            self._release(tenant)
+            raise
+        value: T = await answer
+        return value
+
+    async def _acquire(self, tenant: str) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(turn)
+        self._admit()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._drop(tenant, turn)
+            else:  # it was admitted in the same moment
+                self._release(tenant)
+            raise
+
+    def _release(self, tenant: str) -> None:
+        self._free += 1
+        self._running[tenant] -= 1
+        if not self._running[tenant]:
+            del self._running[tenant]
+        if tenant in self._waiting:
+            self._waiting[tenant] = self._waiting.pop(tenant)
+        self._admit()
+
+    def _admit(self) -> None:
+        """Let calls run while there are threads, those of the tenants first that have the fewest running."""
+        while self._free:
+            able = [tenant for tenant in self._waiting if self._running[tenant] < self._each]
+            if not able:
+                return
+            tenant = min(able, key=self._running.__getitem__)
+            waiting = self._waiting.pop(tenant)
+            turn = waiting.popleft()
+            if waiting:
+                self._waiting[tenant] = waiting
+            if not turn.done():  # else it was given up
+                turn.set_result(None)
+                self._free -= 1
+                self._running[tenant] += 1
+
+    def _drop(self, tenant: str, turn: asyncio.Future[None]) -> None:
+        waiting = self._waiting.get(tenant)
+        if waiting is not None and turn in waiting:
+            waiting.remove(turn)
+            if not waiting:
+                del self._waiting[tenant]

@@ -1,0 +1,418 @@
+"""Errors that callers see, and the one table that turns them into HTTP (OpenAI's error shape).
+
+ApiError
+├── InvalidRequestError          the request names a field that must change
+├── BodyTooLargeError            the body is over the limit
+├── HeadersTooLargeError         the address and headers are over the limit
+├── HttpVersionError             the request is in another HTTP than 1.0 and 1.1
+├── TransferCodingError          the body is coded otherwise than in chunks
+├── TooSlowError                 the request did not arrive in time
+├── UnauthenticatedError         no API key, or none that is valid
+├── ForbiddenError               this server's operator does not allow it
+│   └── InsufficientScopeError   the API key lacks the scope that the route needs
+├── UnknownRouteError            there is nothing at the request's path
+├── ConsoleMissingError          the files of the page were not built
+├── WrongMethodError             there is, but not for its method
+├── AdapterNotFoundError         no such adapter (or version) on /generate
+├── UnknownModelError            no such model on /v1
+├── UnknownResponseError         no such response, or none any more
+├── UnknownGenerationError       no text of this id is being generated here
+├── KeyNotFoundError             no such API key
+├── TrainingFileNotFoundError    no such file
+├── JobNotFoundError             no such training job
+├── BatchNotFoundError           no such batch
+├── StateConflictError           it collides with the state of what it names
+│   └── ActivationConflictError  another version is active than was expected
+├── AdapterDeletedError          its adapter was deleted while it ran
+├── VersionFailedError           a version that is not served, and why
+├── DiskFullError                no space for an upload
+├── QueueFullError               come back later
+├── QuotaSpentError              a quota of its key or tenant is used up for a moment
+├── QuotaExceededError           more than a quota allows, and waiting does not help
+├── UnavailableError             the engine is starting, restarting or stopping
+├── EngineRestartedError         the engine died under a running request
+├── CrashesEngineError           the engine died under it again and again: it is not run
+├── SequenceFailedError          the engine ended this request with an error
+├── ClientGoneError              the caller left; nobody reads the answer
+└── SlowReaderError              the caller did not read its stream
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Self
+
+
+class ApiError(Exception):
+    """Base of all errors that a caller sees. `message` says what to do about it."""
+
+    def __init__(
+        self, message: str, *, code: str, param: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
+        self.details: dict[str, Any] = {}
+        """Further fields of the error's object."""
+        self.body: dict[str, Any] = {}
+        """Further fields of the body, next to the error's object."""
+        self.headers: dict[str, str] = {}
+
+    def fresh(self) -> Self:
+        """Return an equal error that was never raised.
+
+        An error that is stored and raised for several callers would collect the frames of each of them, and
+        what they hold, for as long as it is stored.
+        """
+        made = type(self).__new__(type(self), *self.args)
+        made.__dict__.update(self.__dict__)
+        return made
+
+
+class InvalidRequestError(ApiError):
+    """The request cannot be served as it is; `param` names the field."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message, code=code, param=param)
+
+
+class BodyTooLargeError(ApiError):
+    def __init__(self, limit: int, option: str = "--max-body") -> None:
+        super().__init__(
+            f"The request body is over {limit} bytes. Send less, or raise {option}.",
+            code="payload_too_large",
+        )
+
+
+class HeadersTooLargeError(ApiError):
+    def __init__(self, size: int, lines: int) -> None:
+        super().__init__(
+            f"The request's address and headers are over {size} bytes (--max-header) or {lines} lines "
+            "(--max-header-lines). Send less.",
+            code="headers_too_large",
+        )
+
+
+class HttpVersionError(ApiError):
+    def __init__(self, version: str) -> None:
+        super().__init__(
+            f"This server reads HTTP/1.1 and HTTP/1.0, not HTTP/{version}. Send the request in one of these.",
+            code="http_version_not_supported",
+        )
+
+
+class TransferCodingError(ApiError):
+    def __init__(self) -> None:
+        super().__init__(
+            "Transfer-Encoding: only 'chunked', given once, is read here. Send the body plain, in chunks or "
+            "with a Content-Length.",
+            code="transfer_coding_not_supported",
+        )
+
+
+class TooSlowError(ApiError):
+    """`reason` names what did not arrive, and the limit."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The request's {reason}. Send it faster.", code="request_timeout")
+
+
+class UnauthenticatedError(ApiError):
+    """`given`: whether the request had any."""
+
+    def __init__(self, problem: str, *, given: bool = True) -> None:
+        super().__init__(
+            f"{problem} Send `Authorization: Bearer ob-...` (or `x-api-key: ob-...`) with a key "
+            "from this server's operator (onebase keys create).",
+            code="invalid_api_key",
+        )
+        error = ', error="invalid_token"' if given else ""
+        self.headers = {"WWW-Authenticate": f'Bearer realm="onebase"{error}'}
+
+
+class ForbiddenError(ApiError):
+    """The operator does not allow it; the message names the option that would."""
+
+
+class InsufficientScopeError(ForbiddenError):
+    """`scope`: what the route needs; `key`: the id of the key that lacks it."""
+
+    def __init__(self, scope: str, key: str) -> None:
+        super().__init__(
+            f"This needs the scope {scope!r}, which the API key {key} lacks. Use one that has it: this "
+            "server's operator makes them (onebase keys create).",
+            code="insufficient_scope",
+        )
+        self.headers = {
+            "WWW-Authenticate": f'Bearer realm="onebase", error="insufficient_scope", scope="{scope}"'
+        }
+
+
+class UnknownRouteError(ApiError):
+    """`meant`: the path that is there, if this one looks like a slip."""
+
+    def __init__(self, path: str, meant: str | None = None) -> None:
+        hint = "GET /docs lists what there is."
+        if meant is not None:
+            hint = f"Did you mean {meant}? "
+            hint += "Clients of OpenAI's take the address with /v1 as base URL, others without."
+        super().__init__(f"There is nothing at {path}. {hint}", code="http_404")
+
+
+class ConsoleMissingError(ApiError):
+    def __init__(self) -> None:
+        super().__init__(
+            "This server was installed without the console. In a clone, `make console` builds it; packages "
+            "from PyPI have it.",
+            code="console_missing",
+        )
+
+
+class WrongMethodError(ApiError):
+    """`methods`: those that are possible."""
+
+    def __init__(self, method: str, path: str, methods: Iterable[str]) -> None:
+        super().__init__(f"{method} is not possible at {path}. GET /docs lists what is.", code="http_405")
+        self.headers = {"Allow": ", ".join(sorted(methods))}
+
+
+class AdapterNotFoundError(ApiError):
+    def __init__(
+        self, message: str, *, param: str | None = "adapter", code: str = "adapter_not_found"
+    ) -> None:
+        super().__init__(message, code=code, param=param)
+
+
+class UnknownModelError(ApiError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="model_not_found", param="model")
+
+
+class UnknownResponseError(ApiError):
+    def __init__(self, response_id: str, param: str) -> None:
+        super().__init__(
+            f"{param}: there is no response {response_id[:100]!r}, or none any more: this server keeps the "
+            "latest ones in its memory (--response-memory). Send the whole conversation as input.",
+            code="response_not_found",
+            param=param,
+        )
+
+
+class UnknownGenerationError(ApiError):
+    def __init__(self, generation_id: str) -> None:
+        super().__init__(
+            f"id: no text {generation_id[:100]!r} is being generated: it has ended, or never began.",
+            code="generation_not_found",
+            param="id",
+        )
+
+
+class KeyNotFoundError(ApiError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="key_not_found", param="key_id")
+
+
+class TrainingFileNotFoundError(ApiError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="file_not_found", param="file_id")
+
+
+class JobNotFoundError(ApiError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="job_not_found", param="fine_tuning_job_id")
+
+
+class BatchNotFoundError(ApiError):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="batch_not_found", param="batch_id")
+
+
+class StateConflictError(ApiError):
+    """Conflict of the request with the state of what it names."""
+
+
+class ActivationConflictError(StateConflictError):
+    """`current` is the digest that is active now, or None."""
+
+    def __init__(self, name: str, current: str | None) -> None:
+        active = f"version {current} is active" if current else "no version is active"
+        super().__init__(
+            f"expected: of adapter {name!r} {active}, not the expected one. Look at it again, then decide.",
+            code="stale_activation",
+            param="expected",
+        )
+        self.details = {"current": current}
+
+
+class AdapterDeletedError(ApiError):
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"Adapter {name!r}, or the version in use, was deleted while this request was using it.",
+            code="adapter_deleted",
+        )
+
+
+class VersionFailedError(ApiError):
+    """A version is not served; `code` and the message are what its validation or its proof found."""
+
+
+class DiskFullError(ApiError):
+    def __init__(self) -> None:
+        super().__init__(
+            "The server has no space left for adapters: nothing of this request was kept, and serving goes "
+            "on. Delete versions or files, or give the store (--store, --data-dir) more space, and send it "
+            "again.",
+            code="store_full",
+        )
+
+
+class QueueFullError(ApiError):
+    def __init__(self, waiting: int, limit: int, retry_after: float) -> None:
+        super().__init__(
+            f"{waiting} sequences wait and the limit is {limit} (--queue-limit). Try again in a moment.",
+            code="queue_full",
+            retry_after=retry_after,
+        )
+
+
+class QuotaSpentError(ApiError):
+    """`of`: the `quota`, its `limit`, and whether it is `of` a key or a tenant. retry_after: seconds."""
+
+    def __init__(self, message: str, of: dict[str, Any], *, retry_after: float) -> None:
+        super().__init__(message, code="rate_limit_exceeded", retry_after=retry_after)
+        self.details = of
+
+
+class QuotaExceededError(ApiError):
+    """A refusal like QuotaSpentError's that waiting does not end: clients are asked not to repeat the
+    request."""
+
+    def __init__(self, message: str, of: dict[str, Any]) -> None:
+        super().__init__(message, code="insufficient_quota")
+        self.details = of
+        self.headers = {"x-should-retry": "false"}
+
+
+class UnavailableError(ApiError):
+    """Nothing can be generated now; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, code: str, retry_after: float) -> None:
+        super().__init__(message, code=code, retry_after=retry_after)
+
+
+class EngineRestartedError(ApiError):
+    def __init__(self) -> None:
+        super().__init__(
+            "The engine stopped while this request was running and is being restarted. Send it again.",
+            code="engine_restarted",
+            retry_after=2.0,
+        )
+
+
+class CrashesEngineError(ApiError):
+    """`deaths` of engines under the same request; `seconds` until it may be tried again."""
+
+    def __init__(self, deaths: int, seconds: float) -> None:
+        super().__init__(
+            f"The engine died {deaths} times while this request was running, so it is refused for the next "
+            f"{max(1, math.ceil(seconds / 60))} minutes. Change the prompt, the adapter or the sampling "
+            "settings, and report it with the server's log.",
+            code="crashes_engine",
+        )
+
+
+class SequenceFailedError(ApiError):
+    """Error with which the engine ended a sequence, in its own words."""
+
+    @property
+    def status(self) -> int:
+        return CALLER_CODES.get(self.code, 500)
+
+
+class ClientGoneError(ApiError):
+    def __init__(self) -> None:
+        super().__init__("The client closed the connection.", code="client_closed_request")
+
+
+class SlowReaderError(ApiError):
+    def __init__(self) -> None:
+        super().__init__(
+            "The stream was not read fast enough and was cut off (--stream-buffer).", code="slow_reader"
+        )
+
+
+CALLER_CODES = {
+    "context_length_exceeded": 400,
+    "empty_prompt": 400,
+    "kv_memory_exceeded": 400,
+    "too_many_adapters": 400,
+    "prompt_logprobs_too_large": 400,
+    "vector_too_large": 400,
+    "adapter_not_composable": 409,
+}
+"""Engine error codes that the caller can cure by asking for something else, with their HTTP status."""
+
+_TABLE: dict[type[ApiError], tuple[int, str]] = {
+    InvalidRequestError: (400, "invalid_request_error"),
+    BodyTooLargeError: (413, "invalid_request_error"),
+    HeadersTooLargeError: (431, "invalid_request_error"),
+    HttpVersionError: (505, "invalid_request_error"),
+    TransferCodingError: (501, "invalid_request_error"),
+    TooSlowError: (408, "invalid_request_error"),
+    UnauthenticatedError: (401, "invalid_request_error"),
+    ForbiddenError: (403, "permission_error"),
+    InsufficientScopeError: (403, "permission_error"),
+    UnknownRouteError: (404, "invalid_request_error"),
+    ConsoleMissingError: (404, "invalid_request_error"),
+    WrongMethodError: (405, "invalid_request_error"),
+    UnknownResponseError: (404, "invalid_request_error"),
+    UnknownGenerationError: (404, "invalid_request_error"),
+    KeyNotFoundError: (404, "invalid_request_error"),
+    AdapterNotFoundError: (404, "invalid_request_error"),
+    UnknownModelError: (404, "invalid_request_error"),
+    TrainingFileNotFoundError: (404, "invalid_request_error"),
+    JobNotFoundError: (404, "invalid_request_error"),
+    BatchNotFoundError: (404, "invalid_request_error"),
+    StateConflictError: (409, "invalid_request_error"),
+    ActivationConflictError: (409, "invalid_request_error"),
+    AdapterDeletedError: (409, "invalid_request_error"),
+    VersionFailedError: (422, "invalid_request_error"),
+    DiskFullError: (507, "server_error"),
+    QueueFullError: (429, "rate_limit_error"),
+    QuotaSpentError: (429, "rate_limit_error"),
+    QuotaExceededError: (429, "insufficient_quota"),
+    UnavailableError: (503, "service_unavailable"),
+    EngineRestartedError: (503, "service_unavailable"),
+    CrashesEngineError: (422, "invalid_request_error"),
+    SequenceFailedError: (500, "server_error"),
+    ClientGoneError: (499, "invalid_request_error"),
+    SlowReaderError: (499, "invalid_request_error"),
+}
+
+
+def status_of(error: ApiError) -> tuple[int, str]:
+    """HTTP status and OpenAI error type."""
+    if isinstance(error, SequenceFailedError) and error.status < 500:
+        return error.status, "invalid_request_error"
+    return _TABLE.get(type(error), (500, "server_error"))
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """`{"error": {...}}`, as OpenAI's clients expect it."""
+    body = error_dict(error.message, status_of(error)[1], error.code, error.param)
+    body["error"] |= error.details
+    return body | error.body
+
+
+def error_dict(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_headers(error: ApiError) -> dict[str, str]:
+    """The error's own, and `Retry-After` in whole seconds, rounded up, where waiting helps."""
+    if error.retry_after is None:
+        return error.headers
+    return {**error.headers, "Retry-After": str(max(1, math.ceil(error.retry_after)))}

@@ -1,0 +1,113 @@
+"""API keys, tenants, what they use, and who changed what."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from onebase_protocol.common import Json, Sparse
+
+
+class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
+    """An API key as the server knows it. Times are Unix seconds."""
+
+    object: Literal["api_key"] = "api_key"
+    id: str
+    """The public beginning of the key."""
+    tenant: str
+    name: str
+    scopes: tuple[str, ...]
+    """Scopes of the key: `generate`, `adapters`, `train`, `admin`."""
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+    last_used_at: float | None
+    """Time of the last use, to the hour."""
+    quotas: dict[str, int] = {}
+    """`requests` and `tokens` in any 60 seconds, `rows` at once; what is missing is not limited."""
+    priority: int = 0
+    """-10 to 10: requests of a higher one are served first."""
+
+
+class NewApiKey(ApiKey, frozen=True, kw_only=True):
+    """A key that was just made."""
+
+    key: str
+    """The key itself, which nobody can read again. It is not in the object's repr."""
+
+    def __repr__(self) -> str:
+        return f"NewApiKey(id={self.id!r}, tenant={self.tenant!r}, name={self.name!r}, ...)"
+
+
+class CallerAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    object: Literal["caller"] = "caller"
+    key: str
+    """The key's id; "" where no keys are needed."""
+    tenant: str
+    scopes: tuple[str, ...]
+
+
+class Tenant(msgspec.Struct, frozen=True, kw_only=True):
+    """Owner of keys, with its quotas and what it uses."""
+
+    object: Literal["tenant"] = "tenant"
+    tenant: str
+    quotas: dict[str, int]
+    """Quotas as those of a key, and `adapters`, `bytes`, `jobs`, and `training_seconds` in a month (UTC)."""
+    adapters: int
+    bytes: int
+    """Size of its versions, as they were sent or trained, of its files, and of the rows of unended jobs."""
+    training_seconds: float
+    """Training time in this calendar month (UTC), in seconds."""
+
+
+class TenantUsage(Sparse, frozen=True, kw_only=True):
+    """Usage by the fields that it is grouped by. The other fields are None, and summed."""
+
+    day: str | None = None
+    """Day in UTC, as 2026-11-26."""
+    tenant: str | None = None
+    base: str | None = None
+    adapter: str | None = None
+    """`""` is the base itself, `a+b` a sum of adapters."""
+    requests: int
+    prompt_tokens: int
+    """Tokens of prompts, including those that the prefix cache had."""
+    cached_tokens: int
+    """Tokens of `prompt_tokens` that the prefix cache had."""
+    completion_tokens: int
+    training_seconds: float
+    training_tokens: int
+
+
+class UsageAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    object: Literal["list"] = "list"
+    group_by: tuple[str, ...] = ()
+    data: tuple[TenantUsage, ...]
+
+
+class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One change that somebody made on the server."""
+
+    object: Literal["audit.entry"] = "audit.entry"
+    id: str
+    at: float
+    """Unix time in seconds."""
+    tenant: str
+    """Tenant that owns the adapter, file, job or key."""
+    key: str
+    """The id of the API key that asked; empty where none is needed."""
+    actor: str
+    """Agent that acted for it, where that was no request: `job ftjob-...`, `startup`."""
+    action: str
+    """Such as `adapter.activated`."""
+    target: str
+    """The adapter's name, or the id of the file, job or key."""
+    version: str | None
+    """The digest of the adapter's version."""
+    base: str | None
+    server: str
+    request: str
+    """The `X-Request-Id` that came with the request."""
+    details: Json

@@ -1,0 +1,292 @@
+"""Adapters, their versions and the proofs of versions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import field
+
+from onebase_protocol.common import Sparse, Stored, shown_as
+
+READY: Final = "ready"
+FAILED: Final = "failed"
+
+MergeMethod = Literal["linear", "cat", "ties", "dare_linear", "dare_ties"]
+"""PEFT's names of the methods to merge adapters."""
+MergeSign = Literal["total", "frequency"]
+ModuleKind = Annotated[str, shown_as(type="string", enum=["lora", "dora", "saved", "tokens", "head"])]
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """A name that requests can ask for. It points at one of its versions, the active one, or at none."""
+
+    object: Literal["adapter"] = "adapter"
+    id: str = ""
+    name: str
+    version: str | None
+    """The digest of the active version; None while none is."""
+    active: bool
+    state: str | None
+    """The state of the active version, else of the newest one: see AdapterVersion."""
+    kinds: tuple[str, ...]
+    """Parts of the active version: `lora`, `dora`, `saved`, `tokens`. Like `rank`, `alpha`, `targets`,
+    `parameters` and `bytes` it is empty or None while no version is active."""
+    targets: tuple[str, ...]
+    """The layers that the active version changes, such as `q_proj`."""
+    rank: int | None
+    alpha: float | None
+    parameters: int | None
+    bytes: int | None
+    base: str
+    """The name of the base that it belongs to."""
+    tenant: str
+    """Tenant that owns it."""
+    shared: bool = False
+    """Whether all tenants may use it and look at it; only its owner changes it."""
+    pinned: bool
+    """Whether it stays in memory even if others are used more recently."""
+    tier: str | None
+    """Place of the active version: `slot` (on the accelerator), `host` (in memory) or `disk`."""
+    versions: int
+    """Number of its versions."""
+    created_at: float
+    """Unix time in seconds, as `updated_at`."""
+    updated_at: float
+
+
+class VersionFailure(msgspec.Struct, frozen=True):
+    """Reason why a version failed."""
+
+    code: str
+    """The exact kind, stable enough to compare with."""
+    message: str
+
+
+class ParentAnswer(msgspec.Struct, frozen=True):
+    """A version that another one continues from."""
+
+    name: str
+    version: str
+    """Digest of the version."""
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+class MergeParent(msgspec.Struct, frozen=True):
+    """A version that another one was merged of."""
+
+    name: str
+    version: str
+    """Digest of the version."""
+    weight: float
+
+
+class AdapterSource(Sparse, frozen=True):
+    """Source of a version's files."""
+
+    kind: str
+    """`upload`, `hub`, `folder`, `training`, `checkpoint` or `merge`."""
+    repo: str | None = None
+    revision: str | None = None
+    """Revision that was asked for, such as `main`."""
+    commit: str | None = None
+    """The commit that `revision` was at that moment."""
+    subfolder: str | None = None
+    job: str | None = None
+    """The job that trained it."""
+    step: int | None = None
+    """The job's step of which it is the checkpoint."""
+    parent_version: ParentAnswer | None = field(default=None, name="parent")
+    method: str | None = None
+    """Method by which it was merged of others; None unless it was."""
+    density: float | None = None
+    sign: str | None = None
+    seed: int | None = None
+    parents: tuple[MergeParent, ...] = ()
+    """Versions of which it was merged."""
+
+    @property
+    def parent(self) -> str | None:
+        """`name@version` with the whole digest, if the job continued from a version of an adapter."""
+        return None if self.parent_version is None else str(self.parent_version)
+
+
+class VersionProgress(msgspec.Struct, frozen=True):
+    """Progress of a version towards being ready."""
+
+    stage: str
+    """`pulling`, `validating` or `proving`."""
+    fraction: float | None = None
+    """0 to 1, None if not known. Validating and proving are one piece of work, and share one fraction."""
+
+
+class ModuleReport(Stored, frozen=True):
+    """Change that a version makes to one module of the base."""
+
+    name: str
+    kind: ModuleKind
+    """`lora`, `dora`, `saved` (the whole module is replaced), `tokens` (some rows are), or `head`."""
+    rank: int
+    """Rank of the update; 0 unless the kind is `lora` or `dora`."""
+    alpha: float
+    parameters: int
+    norm: float
+    """Frobenius norm of the change of the module's weight: of scale * B @ A, or of the difference from the
+    replaced module."""
+    spectral_norm: float | None = None
+    """Largest singular value of the change, for `lora` and `dora`."""
+    relative_norm: float | None = None
+    """Ratio of `norm` to that of the base's weight, within some percent; None for `tokens` and an embedding's
+    matrices."""
+
+
+class ProofReport(Stored, frozen=True, kw_only=True):
+    """Proof that the server computes what PEFT computes."""
+
+    modules_compared: int
+    """Modules that were compared with PEFT's own, on the same input."""
+    modules_changed: int
+    """Modules whose output differs from the base's."""
+    rows: int
+    """Rows of the input on which modules were compared, alone and in each mix, taken together."""
+    exact: bool
+    """Whether the outputs of all modules had PEFT's own bits."""
+    modules_exact: int
+    """Number of modules that had PEFT's own bits."""
+    error_ratio: float = 0.0
+    """Largest error of the other modules, which sum in another order, divided by that of PEFT's own output.
+    Both errors are measured from the result in fp64."""
+    kernels: str = "torch"
+    """Kernels of the server: `torch`, or its own in C by their set of instructions; on a GPU with its kind,
+    as `triton sm_90`."""
+    largest_difference: float
+    """Largest difference of any module, relative to PEFT's largest output; 0 when exact."""
+    texts: int
+    """Prompts that were continued by both, greedily."""
+    tokens_compared: int
+    texts_changed: int
+    """Texts that differ from the base's own."""
+    base_unchanged: bool
+    """Whether the base's weights are what they were before."""
+    seconds: float
+    shown: str = ""
+    """Statement, in words, of what was shown."""
+
+
+class VersionReport(Stored, frozen=True, kw_only=True):
+    """Findings of the server about a version before it served it. The registry stores it as JSON."""
+
+    kinds: tuple[str, ...]
+    rank: int
+    """Largest rank of any module; `alpha` is the largest alpha."""
+    alpha: float
+    rslora: bool
+    """Whether alpha is divided by the root of the rank instead of the rank."""
+    targets: tuple[str, ...]
+    parameters: int
+    bytes: int
+    """Size in host memory or in a slot, in bytes."""
+    base_name: str | None
+    """The base that the adapter's own configuration names."""
+    dropped: tuple[str, ...]
+    """Tensors in the file that were the base's own, bit for bit, and were left out."""
+    modules: tuple[ModuleReport, ...]
+    proof: ProofReport
+    task: str = "CAUSAL_LM"
+    """Task of the version, in PEFT's words: CAUSAL_LM is text; or SEQ_CLS, TOKEN_CLS, FEATURE_EXTRACTION."""
+    labels: int = 0
+    """Classes that a classifier tells apart."""
+    label_names: tuple[str, ...] = ()
+    """Names of all classes, in their order; empty if its files name none."""
+    warnings: tuple[str, ...] = ()
+    """Warnings to look at before the version is activated. The server blocks nothing because of them."""
+    base_layers: int = 0
+    """Number of the base's layers."""
+    base_linears: tuple[str, ...] = ()
+    """Names of the base's linear modules within a layer, experts as one."""
+
+
+class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """One immutable set of files under a name."""
+
+    object: Literal["adapter.version"] = "adapter.version"
+    id: str
+    """`name@version`, shortened, for `adapter=` in a request."""
+    name: str
+    version: str
+    """The SHA-256 of its content; while it is still being pulled, the id of the pull."""
+    state: str
+    """`pulling`, `validating`, `proving`, and in the end `ready` or `failed`."""
+    active: bool
+    """Whether requests for the name alone get this version."""
+    error: VersionFailure | None
+    base: str
+    source: AdapterSource
+    created_at: float
+    """Unix time in seconds."""
+    created_by: str
+    tenant: str
+    progress: VersionProgress | None
+    """Progress of the version; None in the end."""
+    report: VersionReport | None
+    """Findings about the version; None until it is ready."""
+
+    @property
+    def is_pull(self) -> bool:
+        """Return True if its content is not known yet, so that `version` is the id of a pull and no
+        digest."""
+        return self.version.startswith("pull-")
+
+    @property
+    def finished(self) -> bool:
+        """Return True if its state is final."""
+        return self.state in (READY, FAILED)
+
+
+class Activation(msgspec.Struct, frozen=True):
+    """One entry in the history of a name: who changed its active version, and when."""
+
+    action: str
+    """`activate`, `rollback` or `deactivate`."""
+    version: str | None
+    """The digest that was active from then on. None after `deactivate`."""
+    previous: str | None
+    """The digest that was active before."""
+    actor: str
+    at: float
+    """Unix time in seconds."""
+
+
+class VersionFile(msgspec.Struct, frozen=True):
+    """One of the two files of a version."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class BaseReference(msgspec.Struct, frozen=True):
+    """Source of a version's base."""
+
+    name: str
+    repo: str | None
+    """Repository on the Hugging Face Hub; None if the server has the base from a folder of its own."""
+    revision: str | None
+    """Commit in that repository."""
+
+
+class VersionFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Files of a version."""
+
+    object: Literal["list"] = "list"
+    version: str
+    """Digest of the version."""
+    base: BaseReference
+    files: tuple[VersionFile, ...] = field(name="data")
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files, in bytes."""
+        return sum(file.bytes for file in self.files)

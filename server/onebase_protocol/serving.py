@@ -1,0 +1,94 @@
+"""Models, health and figures of a server, and what vLLM's clients ask it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from onebase_protocol.common import Json, shown_as
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that a request can name: the base, or an adapter. Then `parent` is the base, and `root` the
+    version."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: Annotated[int | None, shown_as(type="integer")] = None
+    """Unix time in seconds."""
+    owned_by: Annotated[str | None, shown_as(type="string")] = None
+    root: str = ""
+    parent: str | None = None
+    max_model_len: int | None = None
+    """Largest number of tokens of a prompt with its answer."""
+
+
+class HealthAnswer(msgspec.Struct, frozen=True):
+    status: str
+    engine: str
+
+
+class ServerVersionAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    name: Literal["onebase"] = "onebase"
+    version: str
+    python: str
+
+
+class EngineStatus(msgspec.Struct, frozen=True):
+    state: str
+    restarts: int
+
+
+class VerifierStatus(msgspec.Struct, frozen=True):
+    pid: int | None
+
+
+class RouteSecretAnswer(msgspec.Struct, frozen=True):
+    """Answer of GET /route_secret: another one after each start of the server."""
+
+    secret: str
+
+
+class PauseAnswer(msgspec.Struct, frozen=True):
+    status: Literal["paused", "resumed"]
+
+
+class PausedAnswer(msgspec.Struct, frozen=True):
+    is_paused: bool
+
+
+class WorldSizeAnswer(msgspec.Struct, frozen=True):
+    world_size: int
+
+
+class ServerInfoAnswer(msgspec.Struct, frozen=True):
+    """The part of vLLM's configuration that its clients read."""
+
+    vllm_config: dict[str, Json]
+
+
+class TokensAnswer(msgspec.Struct, frozen=True):
+    """Answer of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class TextAnswer(msgspec.Struct, frozen=True):
+    """Answer of POST /detokenize."""
+
+    prompt: str
+
+
+class TokenizerAnswer(msgspec.Struct, frozen=True):
+    """Answer of GET /tokenizer_info."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None

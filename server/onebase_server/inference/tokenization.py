@@ -1,0 +1,313 @@
+"""The base's own tokenizer, as the api needs it: prompts to ids, ids to text, chat by the base's template."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+from onebase_edge.errors import InvalidRequestError
+from onebase_edge.settings import RawControlTokens
+from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
+from onebase_engine.imports import quick_imports
+from onebase_engine.machine import return_freed_memory
+from onebase_server.inference.detokenizer import BytePieces, PieceDecoder, ShownPieces, WindowPieces
+from onebase_server.inference.tool_format import ToolFormat, read_format
+
+T = TypeVar("T")
+U = TypeVar("U")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""Marks for training, which a template may have and plain Jinja does not know."""
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+_OWN_VARIABLES = frozenset(
+    {
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "continue_final_message",
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "sep_token",
+        "pad_token",
+        "cls_token",
+        "mask_token",
+        "raise_exception",
+        "strftime_now",
+    }
+)
+"""Variables that every chat template gets anyway."""
+
+
+@dataclass(frozen=True)
+class TemplateInput:
+    """Input of a chat template. options: further variables."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TokenizerError(Exception):
+    """The base's folder holds no tokenizer that can be used; the message says why."""
+
+
+class BaseTokenizer:
+    """One base's tokenizer and chat template. Nothing here comes from an adapter. Raises TokenizerError."""
+
+    def __init__(self, folder: str, *, raw_control_tokens: RawControlTokens = "allow") -> None:
+        """`raw_control_tokens`: what `<|im_end|>` and the like are in the text of a plain prompt."""
+        self._tokenizer = _load(folder)
+        self._special = frozenset(
+            token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special
+        )
+        _never_cut_or_pad(self._tokenizer)
+        self._chat = ChatTokenizer(self._tokenizer)
+        self._letters = raw_control_tokens == "letters"
+        self._before, self._after = tokens_around(self._tokenizer)
+        self._byte_level = _is_byte_level(self._tokenizer)
+        self._byte_of_character = _byte_level_alphabet() if self._byte_level else {}
+        self._bytes: dict[int, bytes] = {}
+        self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
+        """Characters of a text that one token can stand for, at most."""
+
+    @property
+    def end(self) -> int | None:
+        """The token with which a text ends."""
+        token: int | None = self._tokenizer.eos_token_id
+        return token
+
+    @property
+    def padding(self) -> int | None:
+        """The token with which shorter texts are made as long as others."""
+        token: int | None = self._tokenizer.pad_token_id
+        return token
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    @property
+    def chat_template(self) -> str:
+        """Return the template's text, or the texts of all templates joined."""
+        template = self._tokenizer.chat_template or ""
+        return template if isinstance(template, str) else "".join(template.values())
+
+    @cached_property
+    def template_options(self) -> frozenset[str]:
+        """Variables of the chat template that a caller may set."""
+        from jinja2 import Environment, TemplateError, meta, nodes
+
+        try:
+            tree = Environment(autoescape=False, extensions=["jinja2.ext.loopcontrols"]).parse(
+                _GENERATION_BLOCK.sub("", self.chat_template)
+            )
+        except TemplateError:
+            return frozenset()
+        asked = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+        set_here, given = (
+            {name.name for name in tree.find_all(nodes.Name) if name.ctx == kind}
+            for kind in ("store", "param")
+        )
+        return frozenset(meta.find_undeclared_variables(tree)) - _OWN_VARIABLES - (set_here - asked) - given
+
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """Return the chat template's format of tool calls, or None if it writes none or none that can be
+        read."""
+        if "tools" not in self.chat_template or "tool_calls" not in self.chat_template:
+            return None
+        added = self._tokenizer.added_tokens_decoder
+        names = {text.content: token for token, text in added.items() if len(text.content.strip()) > 1}
+        return read_format(self._render, names)
+
+    def _render(self, messages: Any, *, tools: Any, generation: bool) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=generation
+        )
+        return text
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of a plain prompt, with the special tokens that the base expects around it, or without.
+
+        Raises InvalidRequestError where control tokens are to be letters, and this base cannot write them.
+        """
+        if self._letters:
+            try:
+                ids = self._chat.encode_letters(text)
+                return [*self._before, *ids, *self._after] if special else ids
+            except ControlTokenError as error:
+                raise _control_token("prompt", error) from error
+        made: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
+        return made
+
+    def encode_chat(self, chat: TemplateInput) -> list[int]:
+        """Ids of a conversation, ready for the assistant's next words.
+
+        The template writes all special tokens itself, so that none is there twice; in a message they are
+        letters. Raises InvalidRequestError when the base has no template, the template refuses the messages,
+        or a message cannot be kept from writing control tokens.
+        """
+        if not self.has_chat_template:
+            raise InvalidRequestError(
+                "This base has no chat template. Send a plain prompt, to /generate or /v1/completions.",
+                param="messages",
+                code="no_chat_template",
+            )
+        from jinja2 import TemplateError
+
+        try:
+            return self._chat.encode_messages(chat.messages, chat.tools, chat.options)
+        except ControlTokenError as error:
+            raise _control_token(error.field or "messages", error) from error
+        except TemplateError as error:
+            raise InvalidRequestError(
+                f"The base's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise InvalidRequestError(
+                f"The base's chat template cannot write these messages: {reason}", param="messages"
+            ) from error
+
+    def decode(self, tokens: Sequence[int], special: bool = False) -> str:
+        """The text of all tokens together. special: with the names of special ones, else without."""
+        text: str = self._tokenizer.decode(
+            list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def names(self, tokens: Sequence[int]) -> list[str]:
+        """Return the vocabulary's names of tokens, "" for an id that it does not have."""
+        return [name or "" for name in self._tokenizer.convert_ids_to_tokens(list(tokens))]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Return all that another machine needs to write prompts as this base's tokenizer and chat template
+        do."""
+        template = self._tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        special = {name: getattr(self._tokenizer, name) for name in _SPECIAL}
+        return {"tokenizer_class": type(self._tokenizer).__name__, **special, "chat_template": template}
+
+    def pieces(self, shown: frozenset[int] = frozenset()) -> PieceDecoder:
+        """A new incremental decoder whose pieces add up to `decode` of the tokens.
+
+        shown: special tokens whose names are part of the text.
+        """
+        if self._byte_level:
+            if not shown:
+                return BytePieces(self.text_bytes)
+            return BytePieces(
+                lambda token: self.token_bytes(token) if token in shown else self.text_bytes(token)
+            )
+        if shown:
+            names = {token: self.token_text(token) for token in shown}
+            return ShownPieces(self.decode, names, self._tokenizer.encode("a", add_special_tokens=False))
+        return WindowPieces(self.decode)
+
+    def text_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token adds to the text: none if it is special."""
+        return b"" if token in self._special else self.token_bytes(token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, special ones by their name; empty for an unused id."""
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = self._read_bytes(token)
+        return known
+
+    def token_text(self, token: int) -> str:
+        """A token as OpenAI writes it in logprobs: its text, or `bytes:\\xf0\\x9f` where it is none."""
+        raw = self.token_bytes(token)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def _read_bytes(self, token: int) -> bytes:
+        name: str | None = self._tokenizer.convert_ids_to_tokens(token)
+        if name is None:
+            return b""
+        if self._byte_level:
+            try:
+                return bytes(self._byte_of_character[character] for character in name)
+            except KeyError:
+                return name.encode()
+        byte = _BYTE_TOKEN.fullmatch(name)
+        return bytes([int(byte[1], 16)]) if byte else name.replace("\u2581", " ").encode()
+
+
+def _control_token(param: str, error: ControlTokenError) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{param}: {error}. Remove it, or write it otherwise.", param=param, code="control_token"
+    )
+
+
+def leave_torch_out() -> None:
+    """Keep torch out of this process for good: tokenizers do not need it, and it takes 250 MB.
+
+    `AutoTokenizer` then does what it does where torch is not installed: it finds the same classes, which give
+    the same ids. Without effect where torch is loaded already; child processes are not concerned.
+    """
+    if "torch" in sys.modules:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # the import system's mark for "not there"
+    logging.disable(logging.WARNING)  # transformers says once that it found no torch
+    try:
+        with quick_imports():
+            import transformers  # noqa: F401  (it looks for torch when it is imported)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def and_give_memory_back(encode: Callable[[T], U], text: T) -> U:
+    """Return `encode(text)` and free memory. A tokenizer takes hundreds of bytes for each character for a
+    moment, and the C library would keep them for the next text."""
+    made = encode(text)
+    return_freed_memory()
+    return made
+
+
+def _load(folder: str) -> Any:
+    """Raises TokenizerError, whatever the libraries raise."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise TokenizerError(str(error)) from error
+
+
+def _never_cut_or_pad(tokenizer: Any) -> None:
+    """Switch off truncation and padding of a tokenizer file, here and not at a first request: threads share
+    it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    from tokenizers.decoders import ByteLevel
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and isinstance(backend.decoder, ByteLevel)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins: each byte that is no printable Latin-1 character gets one from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    alphabet.update({chr(256 + index): byte for index, byte in enumerate(others)})
+    return alphabet
