@@ -49,7 +49,7 @@ class Packer:
 
     @staticmethod
     def fill(batch: Batch, plan: Plan) -> None:
-        """Fill in the last tokens of decoding sequences, which were COMING when the plan was packed."""
+        """Fill in the last tokens of decoding sequences, which were being drawn when the plan was packed."""
         batch.input_ids[: len(plan.decodes)] = [one.row.tokens[one.start] for one in plan.decodes]
 
     def pack(self, plan: Plan, slot_of: Mapping[str, int]) -> Batch:

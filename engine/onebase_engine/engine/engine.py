@@ -27,7 +27,7 @@ from onebase_engine.engine.kv_cache import RESTORED, BlockPool
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import RowOutput, TokenLogprob
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.row import COMING, AdapterMix, Plan, Row, Segment
+from onebase_engine.engine.row import AdapterMix, Plan, Row, Segment
 from onebase_engine.engine.sampling import Drawn, Mask, begin_draw_apart, score_tokens
 from onebase_engine.engine.scheduler import BackgroundPace, Limits, NeverFitsError, Scheduler, TenantPace
 from onebase_engine.engine.slot_table import SlotTable
@@ -431,7 +431,7 @@ class Engine:
             self.scheduler.computed(segment)
         drawn = [segment.row for segment in plan.segments if segment.samples]
         for row in drawn:
-            row.tokens.append(COMING)
+            row.drawing = True
         try:
             following = self._plan(ahead=True)
             if following:
@@ -439,7 +439,7 @@ class Engine:
                 self._next = following, None if isinstance(batch, _Failure) else batch
         finally:
             for row in drawn:
-                row.tokens.pop()
+                row.drawing = False
 
     def _prepare(self, plan: Plan) -> Batch:
         batch = self._packer.pack(plan, self.slots.slot_of)

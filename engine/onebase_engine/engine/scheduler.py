@@ -413,8 +413,8 @@ class Scheduler:
                 row.skipped += 1
                 continue
             ready = draft.left(row) > 0 and row not in draft.preempted
-            if ready and self._grow(row, len(row.tokens), draft):
-                draft.decodes[row] = Segment(row, row.computed, len(row.tokens))
+            if ready and self._grow(row, row.length, draft):
+                draft.decodes[row] = Segment(row, row.computed, row.length)
                 draft.take(row, 1)
                 row.skipped = 0
                 if row in draft.heavy:
@@ -498,8 +498,8 @@ class Scheduler:
             if ahead and not row.forced and row.drafts.misses(rows):
                 continue
             most = min(self.limits.draft_tokens, row.sampling.max_tokens - row.generated - 1)
-            found = row.drafts.propose(row.tokens, most, row.forced)
-            room = len(row.blocks) * size - len(row.tokens)
+            found = row.drafts.propose(row.tokens, most, row.forced, drawing=row.drawing)
+            room = len(row.blocks) * size - row.length
             count = min(len(found), row.drafts.worth(rows), draft.left(row))
             if count > room and self._pool.free > spare:
                 row.blocks.extend(self._pool.allocate(1) or ())
@@ -574,7 +574,7 @@ class Scheduler:
     def _yielding(self, row: Row, draft: _Draft) -> list[Row]:
         """Return running sequences that yield a place and blocks to `row`; empty if those would not
         suffice."""
-        needed = self._pool.blocks_for(len(row.tokens)) + self._watermark(row)
+        needed = self._pool.blocks_for(row.length) + self._watermark(row)
         free = self._pool.free
         yielding: list[Row] = []
         while len(self.running) - len(yielding) >= self.limits.max_rows or free < needed:
@@ -626,10 +626,10 @@ class Scheduler:
         Return False, and allocate none, if there are not enough, or if fewer than the watermark would stay
         free.
         """
-        self._extend_keys(row, len(row.tokens) - 1)
+        self._extend_keys(row, row.length - 1)
         wanted = row.block_keys[: row.reusable // self._pool.block_size]
         shared, fresh = self._pool.share(wanted), None
-        needed = self._pool.blocks_for(len(row.tokens))
+        needed = self._pool.blocks_for(row.length)
         if needed - len(shared) + self._watermark(row) <= self._pool.free:
             # What comes back from host memory takes blocks that the row would take anyway.
             shared += self._pool.share(wanted[len(shared) :], restore=True)
@@ -643,7 +643,7 @@ class Scheduler:
         if row.cached_tokens is None:
             row.cached_tokens = row.charged = min(row.computed, row.prompt_length)
         else:
-            again = len(row.tokens) - row.computed
+            again = row.length - row.computed
             row.yields_at = row.generated + max(self._pool.block_size, again // OUTPUT_WEIGHT)
         return True
 
@@ -658,7 +658,7 @@ class Scheduler:
         if not self.running:
             return 0
         growing = sum(self._may_outgrow(row, len(row.blocks)) for row in self.running)
-        growing += self._may_outgrow(admitted, self._pool.blocks_for(len(admitted.tokens)))
+        growing += self._may_outgrow(admitted, self._pool.blocks_for(admitted.length))
         return max(growing, int(self._pool.capacity * WATERMARK))
 
     def _may_outgrow(self, row: Row, blocks: int) -> bool:
