@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from httpx2._transports import default as transports
 from hypothesis import HealthCheck, settings
 from tests.forks import Nursery
 
@@ -26,6 +27,9 @@ settings.register_profile(
     "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("busy")
+
+# Each client reads the certificates of all authorities, which takes 6 ms: those of a process share them.
+transports.create_ssl_context = functools.cache(transports.create_ssl_context)
 
 # Read when Triton is imported, which PyTorch does: its kernels run on the CPU here.
 if not Path("/dev/nvidiactl").exists() and os.environ.get("ONEBASE_TEST_DEVICE", "cpu") == "cpu":

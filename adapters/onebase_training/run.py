@@ -131,13 +131,14 @@ class Data:
     are for people.
 
     given: rows of a file of held-out data; 0 if there was none. key: of the rows in the job's folder; None if
-    they cannot be stored there. kept: whether they are mapped from there.
+    they cannot be stored there. kept: whether they are mapped from there. tokenizer: the base's.
     """
 
     train: Dataset
     held_out: Dataset | None
     train_name: str
     held_out_name: str
+    tokenizer: Any
     given: int = 0
     key: str | None = None
     kept: bool = False
@@ -309,7 +310,7 @@ class PlannedRun:
 
     def _measuring_of(self, trainable: Trainable) -> Measuring:
         job, recipe, data = self._job, self._plan.recipe, self._plan.data
-        tokenizer, rest = load_tokenizer(job.base), (data.held_out, job.folder, self._listen, self._gate)
+        tokenizer, rest = data.tokenizer, (data.held_out, job.folder, self._listen, self._gate)
         if trainable.labels:
             return Classifying(trainable, tokenizer, recipe, data.train, *rest)
         return Measuring(trainable, tokenizer, recipe, *rest)
@@ -641,7 +642,7 @@ def read_data(
     rows = _read_rows(job, tokenizer, files, on_progress)
     if key != _rows_key(job, files):
         key = None  # a file was written to while it was read
-    return _data(job, rows, key, kept=False)
+    return _data(job, rows, tokenizer, key, kept=False)
 
 
 _TRAIN, _HELD_OUT = "train", "held_out"
@@ -650,15 +651,16 @@ _TRAIN, _HELD_OUT = "train", "held_out"
 def _kept_data(job: Job, key: str | None, tokenizer: Any) -> Data | None:
     """Return the rows that `keep_rows` stored under this key, or None."""
     rows = None if key is None else map_rows(job.folder / _ROWS, key, reply_decoder(tokenizer))
-    return None if rows is None else _data(job, rows, key, kept=True)
+    return None if rows is None else _data(job, rows, tokenizer, key, kept=True)
 
 
-def _data(job: Job, rows: Mapping[str, Dataset], key: str | None, *, kept: bool) -> Data:
+def _data(job: Job, rows: Mapping[str, Dataset], tokenizer: Any, key: str | None, *, kept: bool) -> Data:
     held_out, name = rows.get(_HELD_OUT), job.names[0] or Path(job.train).name
     if job.held_out is None or held_out is None:
-        return Data(rows[_TRAIN], held_out, name, f"held out of {name}", key=key, kept=kept)
-    held_out_name = job.names[1] or Path(job.held_out).name
-    return Data(rows[_TRAIN], held_out, name, held_out_name, len(held_out), key, kept)
+        held_out_name, given = f"held out of {name}", 0
+    else:
+        held_out_name, given = job.names[1] or Path(job.held_out).name, len(held_out)
+    return Data(rows[_TRAIN], held_out, name, held_out_name, tokenizer, given, key, kept)
 
 
 def _read_rows(

@@ -38,7 +38,8 @@ AXE = ROOT / "clients/web/node_modules/axe-core/axe.min.js"
 WAIT_MS = 60_000
 """Longest wait for anything on the page: the machine may be busy."""
 
-base_folder, serve_scripted = of_server.base_folder, of_server.serve_scripted
+base_folder, forked_servers = of_server.base_folder, of_server.forked_servers
+serve_scripted = of_server.serve_scripted
 small_base = of_server.small_base
 serve_real, keys = of_server.serve_real, of_server.keys
 

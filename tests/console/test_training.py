@@ -54,7 +54,7 @@ def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: L
             page.get_by_label(label).fill(value)
         page.get_by_label("Prompts that are answered").fill(f"I want 3 blue hats please\n{evil}")
         page.get_by_text("More", exact=True).click()
-        page.get_by_label("Steps between evaluations").fill("2")
+        page.get_by_label("Steps between evaluations").fill("5")
         page.get_by_label("More settings").fill('{"learning_rate": 0.005, "metrics": ["word_f1"]}')
         train(visit, rows(20), name, file="<b>rows</b>.jsonl")
         expect(page.get_by_role("heading", name=name)).to_be_visible()
@@ -90,7 +90,7 @@ def test_a_file_is_trained_on_and_everything_of_it_is_seen(tiny: Server, look: L
     measured = [event["data"] for event in told if "valid_loss" in (event["data"] or {})]
     assert [int(row.split()[0]) for row in evaluated] == sorted(one["step"] for one in measured)
     method = job["method"]["supervised"]["hyperparameters"]
-    assert (method["r"], method["n_epochs"], method["batch_size"], method["eval_every"]) == (4, 2, 4, 2)
+    assert (method["r"], method["n_epochs"], method["batch_size"], method["eval_every"]) == (4, 2, 4, 5)
     assert method["sample_prompts"] == ["I want 3 blue hats please", evil]
 
 
@@ -369,6 +369,28 @@ def test_a_page_that_is_hidden_follows_no_job_and_goes_on_once_it_is_seen(words:
             page.evaluate(hide, False)
         assert again.value.headers["last-event-id"].startswith("ftevent-")
         expect(loss).not_to_have_text(before)
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_job_is_asked_for_again_after_a_pause_and_not_for_having_changed(words: Server, look: Look) -> None:
+    client = openai_client(words)
+    job = make_job(client, "slow", extra={"name": "asked-for"})
+    wait_job(words, client, job.id, lambda job: step_of(job) > 0)
+    with look(words) as visit:
+        page = visit.page
+        page.clock.install(time=0)
+        page.clock.pause_at(1)
+        visit.open(f"#/training?job={job.id}")
+        expect(page.get_by_role("heading", name="asked-for")).to_be_visible()
+
+        def asked() -> int:
+            page.evaluate("fetch('v1/key').then(() => 0)")  # what was asked before it is seen here by now
+            return sum(one.url.endswith(job.id) for one in visit.requests)
+
+        assert [asked() for _ in range(20)] == [1] * 20
+        with page.expect_response(lambda answer: answer.url.endswith(job.id)):
+            page.clock.run_for(1500)
+        assert asked() == 2
     client.fine_tuning.jobs.cancel(job.id)
 
 

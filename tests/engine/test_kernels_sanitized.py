@@ -44,6 +44,7 @@ def test_no_kernel_leaves_its_memory_or_the_rules_of_c(tmp_path: Path) -> None:
         cpu.OTHER_LIBRARY: str(tmp_path / KERNELS.name),
     }
     tests = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", test_kernels.__file__]
+    tests += ["-k", "not (the_order_in_which_pytorch_sums and 4096)"]  # a minute, most of it PyTorch's
     tests += [f"{test_sampling.__file__}::{one.__name__}" for one in MASKS]
     result = subprocess.run(tests, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -24,6 +24,7 @@ from onebase_adapters.registry import Registry
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_server.inference.tokenization import BaseTokenizer
 
+from . import support
 from .access import Keys
 from .support import ForkedServers, Server, Starter, launch, serving
 
@@ -68,18 +69,29 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
 
 
 @pytest.fixture(scope="session")
-def serve_scripted(base_folder: Path) -> Iterator[Starter]:
+def forked_servers(base_folder: Path) -> Iterator[ForkedServers]:
+    made = ForkedServers()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def serve_scripted(forked_servers: ForkedServers) -> Starter:
     """`with serve_scripted("words", *options) as server`: an engine that misbehaves as named.
 
     `"words,slow"`: and a verifier that does.
     """
-    forked = ForkedServers()
 
     def start(behaviour: str, *options: str, **how: Any) -> contextlib.AbstractContextManager[Server]:
-        return serving([behaviour], *options, start=forked.start, **how)
+        return serving([behaviour], *options, start=forked_servers.start, **how)
 
-    yield start
-    forked.close()
+    return start
+
+
+@pytest.fixture(scope="session")
+def routing(forked_servers: ForkedServers) -> Starter:
+    """`with routing(servers, folder, *options) as route`: `onebase route` before the servers, ready."""
+    return functools.partial(support.routing, command=("route",), start=forked_servers.start)
 
 
 @pytest.fixture(scope="module")

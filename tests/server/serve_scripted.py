@@ -4,7 +4,8 @@
 `real` trainers are real ones, which check files without a base. A trainer that died is followed
 at once by the next.
 
-`--forks FD` starts such servers by request of a socket, each by a fork: see ForkedServers.
+`--forks FD` starts such servers, or `onebase route`, as a socket asks for them, each by a fork: see
+ForkedServers.
 """
 
 import functools
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> int:
 def serve_forks(requests: socket.socket) -> int:
     """Be the parent of servers that need not import anything: what ForkedServers asks for, one at a time."""
     leave_torch_out()
+    from onebase_route import proxy  # noqa: F401  (all that a route imports)
+    from onebase_route.cli import route
     from onebase_server.app import startup  # noqa: F401  (all that a server imports)
 
     # What a server does first imports more. Those of one base share its tokenizer.
@@ -81,8 +84,9 @@ def serve_forks(requests: socket.socket) -> int:
             os.environ.update(request["environment"])
             if request["umask"] >= 0:
                 os.umask(request["umask"])
-            begin_with(registry, request["arguments"])
-            sys.exit(main(request["arguments"]))
+            first, *rest = arguments = request["arguments"]
+            begin_with(registry, arguments)
+            sys.exit(route(rest) if first == "route" else main(arguments))
         for descriptor in descriptors:
             os.close(descriptor)
         requests.send(json.dumps(answer).encode())
@@ -90,6 +94,8 @@ def serve_forks(requests: socket.socket) -> int:
 
 def begin_with(registry: bytes, arguments: list[str]) -> None:
     """Give a new data folder an empty registry: making its tables takes a tenth of a second."""
+    if "--data-dir" not in arguments:
+        return
     folder = Path(arguments[arguments.index("--data-dir") + 1])
     if "--registry" in arguments or not folder.is_dir() or (own := folder / "registry.db").exists():
         return

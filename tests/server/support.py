@@ -35,10 +35,13 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = os.pathsep.join(str(ROOT / part) for part in ("engine", "server", "adapters", "clients/python"))
 START_SECONDS = 180.0
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.03, 0.2
+"""Between two looks, in seconds: each takes processor time from what is waited for."""
 KINDS = ("engine", "verifier", "trainer")
 SERVERS = int(os.environ.get("ONEBASE_TEST_SERVERS", "1"))
 """Behind the address that tests ask: several share a registry and a store, behind `onebase route`."""
 one_server = pytest.mark.skipif(SERVERS > 1, reason="asks for what one server alone has")
+ROUTE = (sys.executable, "-c", "import sys; from onebase.cli import main; sys.exit(main())", "route")
 CONFIG = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}'
 
 
@@ -80,13 +83,14 @@ class Server:
             return None
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
-        end = time.monotonic() + seconds
+        end, pause = time.monotonic() + seconds, SHORTEST_PAUSE
         while not condition():
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server exited with {self.process.returncode}:\n{self.log}")
             if time.monotonic() > end:
                 raise TimeoutError(f"no luck within {seconds} s:\n{self.log}")
-            time.sleep(0.05)
+            time.sleep(pause)
+            pause = min(1.2 * pause, LONGEST_PAUSE)
 
     def step_until_rows(self, step: Callable[[int], None], rows: int) -> None:
         """Give a scripted engine steps, one by one, until so many rows run: the first may take several."""
@@ -252,7 +256,8 @@ class ForkedProcess:
 
 
 class ForkedServers:
-    """Starts serve_scripted.py by forking a process that has imported what it needs, which takes seconds."""
+    """Starts serve_scripted.py, or `route` with its options, by forking a process that has imported what they
+    need, which takes seconds."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -376,13 +381,18 @@ def _key_file(registry: str, folder: Path) -> Sequence[str]:
 
 
 @contextlib.contextmanager
-def routing(servers: Sequence[Server], folder: Path, *options: str) -> Iterator[Server]:
+def routing(
+    servers: Sequence[Server],
+    folder: Path,
+    *options: str,
+    command: Sequence[str] = ROUTE,
+    start: Callable[[list[str], Mapping[str, str], int], ServerProcess] = launch,
+) -> Iterator[Server]:
     """`onebase route` before the servers, ready."""
     port = free_port()
     replicas = [part for server in servers for part in ("--replica", server.url)]
-    command = [sys.executable, "-c", "import sys; from onebase.cli import main; sys.exit(main())", "route"]
     environment = os.environ | {"PYTHONPATH": SOURCES, "COLUMNS": "200"}
-    process = launch([*command, "--port", str(port), *replicas, *options], environment, -1)
+    process = start([*command, "--port", str(port), *replicas, *options], environment, -1)
     route = Server(process, port, folder)
     try:
         route.wait_ready()

@@ -38,6 +38,7 @@ def base(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("forks")
 def test_async_grpo_trains_on_what_the_versions_that_it_loads_say(
     serve_real: Starter, base: Path, tmp_path: Path
 ) -> None:

@@ -205,7 +205,7 @@ def test_no_request_is_lost_while_servers_come_and_go(http: httpx2.Client, clust
 
     def ask(number: int) -> None:
         with cluster.client() as client:
-            while not stop.wait(0.05):
+            while not stop.wait(0.2):
                 name = [*NAMES, None][number % 4]
                 answer = generate(client, name, prompt=f"{number}", max_tokens=20)
                 told = answer.json()

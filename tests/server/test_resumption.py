@@ -23,7 +23,7 @@ from onebase_route import proxy, resumption
 from onebase_route.resumption import DiffersError, Kept, Room
 
 from .support import Server, Starter, as_route, pace, upload
-from .test_route import BASE, counted, routing, wait
+from .test_route import BASE, counted, wait
 from .test_route_faults import Answer, Behind, answer, before, never
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve"
@@ -129,7 +129,7 @@ def name_adapters(*servers: Server) -> None:
 
 
 def test_each_kind_of_stream_goes_on_elsewhere_where_its_server_is_killed(
-    serve_scripted: Starter, tmp_path: Path
+    routing: Starter, serve_scripted: Starter, tmp_path: Path
 ) -> None:
     names = tmp_path / "replicas"
     with (

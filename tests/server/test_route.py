@@ -23,7 +23,7 @@ from onebase_route.placement import order_of
 from onebase_route.proxy import Asked, asked, read_report
 
 from .access import Keys, client_with
-from .support import Server, Starter, as_route, routing, upload
+from .support import Server, Starter, as_route, upload
 
 BASE = "smollm2-135m-instruct"
 NAMES = [f"shop{number}" for number in range(4)]
@@ -41,7 +41,9 @@ def servers(serve_scripted: Starter) -> Iterator[list[Server]]:
 
 
 @pytest.fixture(scope="module")
-def route(servers: list[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def route(
+    routing: Starter, servers: list[Server], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     with routing(servers, tmp_path_factory.mktemp("route"), "--max-body", "100KB") as made:
         yield made
 
@@ -180,7 +182,7 @@ def test_a_response_is_found_on_the_server_that_has_it(http: httpx2.Client) -> N
 
 
 def test_a_server_that_dies_is_left_out_and_the_last_one_ends_its_streams_with_an_error(
-    serve_scripted: Starter, tmp_path: Path
+    routing: Starter, serve_scripted: Starter, tmp_path: Path
 ) -> None:
     with contextlib.ExitStack() as running:
         behind = [running.enter_context(serve_scripted("words")) for _ in range(2)]
@@ -215,7 +217,7 @@ def test_a_server_that_dies_is_left_out_and_the_last_one_ends_its_streams_with_a
 
 
 def test_a_server_that_stops_gets_nothing_more_and_a_route_that_stops_ends_what_it_has(
-    serve_scripted: Starter, tmp_path: Path
+    routing: Starter, serve_scripted: Starter, tmp_path: Path
 ) -> None:
     with contextlib.ExitStack() as running:
         behind = [running.enter_context(serve_scripted("words")) for _ in range(2)]
@@ -236,7 +238,7 @@ def test_a_server_that_stops_gets_nothing_more_and_a_route_that_stops_ends_what_
 
 
 def test_servers_come_and_go_by_a_file_and_a_request_waits_for_the_first(
-    servers: list[Server], tmp_path: Path
+    routing: Starter, servers: list[Server], tmp_path: Path
 ) -> None:
     names = tmp_path / "replicas"
     names.touch()
@@ -278,7 +280,7 @@ def wait(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
 
 
 def test_an_address_for_the_network_needs_servers_with_keys_or_insecure(
-    serve_scripted: Starter, tmp_path: Path
+    routing: Starter, serve_scripted: Starter, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     names = tmp_path / "replicas"
@@ -312,7 +314,7 @@ def test_an_address_for_the_network_needs_servers_with_keys_or_insecure(
 
 
 def test_a_route_without_an_admin_key_says_what_is_missing_and_passes_requests_on(
-    serve_scripted: Starter, keys: Keys, tmp_path: Path
+    routing: Starter, serve_scripted: Starter, keys: Keys, tmp_path: Path
 ) -> None:
     admin, own = keys.make("admin"), keys.make("generate")
     with (
@@ -417,7 +419,7 @@ def test_names_of_any_characters_are_read_as_they_are_written(names: set[str]) -
 
 
 def test_no_answer_is_older_than_one_before_whichever_server_gives_it(
-    serve_scripted: Starter, keys: Keys, tmp_path: Path
+    routing: Starter, serve_scripted: Starter, keys: Keys, tmp_path: Path
 ) -> None:
     admin = keys.make("admin")
     (tmp_path / "key").touch(0o600)

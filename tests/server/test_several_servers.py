@@ -17,7 +17,7 @@ from openai import OpenAI
 from tests.postgres import postgres_server
 
 from .access import Keys, bearer, client_with
-from .support import Server, Starter, routing, upload
+from .support import Server, Starter, upload
 from .training_support import ended, job_folder, make_job, messages, openai_client, step_of, wait_job
 
 LEASE = {"ONEBASE_TEST_LEASE": "6"}
@@ -78,7 +78,7 @@ def test_a_quota_holds_for_what_all_servers_let_in(
 
 
 def test_a_stream_that_used_all_of_a_quota_goes_on_where_its_server_is_killed(
-    serve_scripted: Starter, keys: Keys, tmp_path: Path
+    routing: Starter, serve_scripted: Starter, keys: Keys, tmp_path: Path
 ) -> None:
     limited, admin = keys.make("generate", quotas={"rows": 1, "requests": 1}), keys.make("admin")
     (tmp_path / "key").touch(0o600)

@@ -118,6 +118,17 @@ def tiny(serve_real: Starter, small_base: Path) -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def small_client(tiny: Server) -> OpenAI:
+    return openai_client(tiny)
+
+
+@pytest.fixture(scope="module")
+def small_job(tiny: Server, small_client: OpenAI) -> Any:
+    """A job on the small base that nothing disturbed."""
+    return wait_job(tiny, small_client, real_job(small_client, "orders").id, ended)
+
+
 GOOD: dict[str, Any] = {"max_steps": 24, "batch_size": 4, "r": 4, "learning_rate": 2e-2, "eval_every": 24}
 SHORT = GOOD | {"max_steps": 3, "learning_rate": 2e-3, "eval_every": 3}
 
@@ -212,19 +223,19 @@ def test_a_job_of_one_step_in_rank_1_is_proved(server: Server, client: OpenAI) -
 
 @pytest.mark.full
 def test_a_job_goes_on_from_the_version_of_another_and_begins_with_its_loss(
-    server: Server, client: OpenAI, unbroken: Any
+    tiny: Server, small_client: OpenAI, small_job: Any
 ) -> None:
-    held_out = add_file(client, rows(4, start=100), "held-out.jsonl")
+    held_out = add_file(small_client, rows(4, start=100), "held-out.jsonl")
     settings = {name: SETTINGS[name] for name in ("batch_size", "learning_rate")} | {"max_steps": 1}
     method: Any = {"type": "supervised", "supervised": {"hyperparameters": settings}}
     job = make_job(
-        client, rows(12, 12), model=unbroken.fine_tuned_model, method=method, validation_file=held_out
+        small_client, rows(12, 12), model=small_job.fine_tuned_model, method=method, validation_file=held_out
     )
-    done = wait_job(server, client, job.id, ended)
+    done = wait_job(tiny, small_client, job.id, ended)
     assert (done.status, done.error, done.name) == ("succeeded", None, "orders")
     report = done.report
-    assert report["loss_parent"] == pytest.approx(unbroken.report["loss_after"], abs=1e-6)
-    assert report["loss_before"] == pytest.approx(unbroken.report["loss_before"], abs=1e-6)
+    assert report["loss_parent"] == pytest.approx(small_job.report["loss_after"], abs=1e-6)
+    assert report["loss_before"] == pytest.approx(small_job.report["loss_before"], abs=1e-6)
     assert report["better"] is (report["loss_after"] < report["loss_parent"])
     assert done.activated is report["better"]
     taken = done.method.supervised.hyperparameters
@@ -233,7 +244,7 @@ def test_a_job_goes_on_from_the_version_of_another_and_begins_with_its_loss(
 
 @pytest.mark.full
 def test_a_job_trains_a_classifier_that_answers_with_the_names_of_its_labels(
-    server: Server, client: OpenAI
+    tiny: Server, small_client: OpenAI
 ) -> None:
     def texts(count: int, start: int) -> str:
         found = [
@@ -242,14 +253,16 @@ def test_a_job_trains_a_classifier_that_answers_with_the_names_of_its_labels(
         ]
         return "".join(json.dumps({"text": text, "label": MOODS[label]}) + "\n" for text, label in found)
 
-    held_out = add_file(client, texts(6, 50), "held-out.jsonl")
+    held_out = add_file(small_client, texts(6, 50), "held-out.jsonl")
     settings = {name: SETTINGS[name] for name in ("max_steps", "r", "targets", "learning_rate", "eval_every")}
     method: Any = {
         "type": "classification",
         "classification": {"hyperparameters": settings | {"batch_size": 8}},
     }
-    job = make_job(client, texts(16, 0), method=method, validation_file=held_out, extra={"name": "moods"})
-    done = wait_job(server, client, job.id, ended)
+    job = make_job(
+        small_client, texts(16, 0), method=method, validation_file=held_out, extra={"name": "moods"}
+    )
+    done = wait_job(tiny, small_client, job.id, ended)
     assert (done.status, done.error, done.method.type) == ("succeeded", None, "classification")
     report = done.report
     assert set(report["metrics_after"]) == {"accuracy", "f1"}
@@ -257,12 +270,12 @@ def test_a_job_trains_a_classifier_that_answers_with_the_names_of_its_labels(
     assert done.activated is report["better"]
     classes = report["classes"]
     assert (classes["labels"], classes["rows"], classes["base_by"]) == (sorted(MOODS), 6, "decide")
-    said = messages(client, job.id)
+    said = messages(small_client, job.id)
     assert any("Labels of the adapter: accuracy" in message for message in said)
 
     rows = [json.loads(line) for line in texts(6, 50).splitlines()]
     ask = f"Which label fits this text? Answer with one of: {', '.join(sorted(MOODS))}"
-    with server.client() as http:
+    with tiny.client() as http:
         version = http.get(f"/v1/adapters/moods/versions/{done.version}").json()["report"]
         assert (version["task"], version["label_names"]) == ("SEQ_CLS", sorted(MOODS))
         body = {"model": done.fine_tuned_model, "input": [row["text"] for row in rows]}
@@ -285,7 +298,7 @@ def test_a_job_trains_a_classifier_that_answers_with_the_names_of_its_labels(
 
 
 @pytest.mark.full
-def test_openais_own_rows_train_as_they_are(server: Server, client: OpenAI) -> None:
+def test_openais_own_rows_train_as_they_are(tiny: Server, small_client: OpenAI) -> None:
     """As in OpenAI's guide: tools and calls, the older functions, weights, and preferences."""
     weather = {"name": "get_weather", "parameters": {"type": "object", "properties": {}}, "strict": True}
     call = {"name": "get_weather", "arguments": "{}"}
@@ -328,8 +341,10 @@ def test_openais_own_rows_train_as_they_are(server: Server, client: OpenAI) -> N
     for kind, rows in (("supervised", chats), ("dpo", pairs)):
         method: Any = {"type": kind, kind: {"hyperparameters": settings | more}}
         content = "\n".join(map(json.dumps, rows))
-        job = make_job(client, content, method=method, suffix="Guide", seed=42, metadata={"from": "openai"})
-        done = wait_job(server, client, job.id, ended)
+        job = make_job(
+            small_client, content, method=method, suffix="Guide", seed=42, metadata={"from": "openai"}
+        )
+        done = wait_job(tiny, small_client, job.id, ended)
         assert (done.status, done.error, done.name) == ("succeeded", None, "ft-Guide")
         assert (done.method.type, done.hyperparameters.n_epochs, done.seed) == (kind, 1, 42)
         assert done.trained_tokens > 0
@@ -374,26 +389,26 @@ def test_a_job_that_another_server_takes_over_ends_in_the_same_adapter_to_the_la
 
 @pytest.mark.full
 def test_a_stopped_job_whose_trainer_is_killed_keeps_the_best_of_the_steps_before(
-    server: Server, client: OpenAI, unbroken: Any
+    tiny: Server, small_client: OpenAI
 ) -> None:
-    job = real_job(client, "stopped", epochs=100, max_steps=400, eval_every=2, schedule="constant")
-    wait_job(server, client, job.id, lambda job: step_of(job) >= 3)
-    (trainer,) = server.trainer_pids()
-    asked: Any = client.post(f"/fine_tuning/jobs/{job.id}/stop", cast_to=FineTuningJob)
+    job = real_job(small_client, "stopped", epochs=100, max_steps=400, eval_every=2, schedule="constant")
+    wait_job(tiny, small_client, job.id, lambda job: step_of(job) >= 3)
+    (trainer,) = tiny.trainer_pids()
+    asked: Any = small_client.post(f"/fine_tuning/jobs/{job.id}/stop", cast_to=FineTuningJob)
     os.kill(trainer, signal.SIGKILL)
-    done = wait_job(server, client, job.id, ended)
+    done = wait_job(tiny, small_client, job.id, ended)
     assert (done.status, done.error, done.activated) == ("succeeded", None, True)
     report, last = done.report, done.report["steps"]
     assert done.stopped == {**asked.stopped, "step": last}
     assert 3 <= last < 400
-    lines = client.files.content(done.result_files[0]).text.splitlines()[1:]
+    lines = small_client.files.content(done.result_files[0]).text.splitlines()[1:]
     held_out = {int(step): float(loss) for step, _, loss in (line.split(",") for line in lines) if loss}
     assert max(held_out) == last
     assert report["loss_after"] == min(loss for step, loss in held_out.items() if step)
     assert held_out[report["best_step"]] == report["loss_after"]
     (told,) = (
         event.data
-        for event in client.fine_tuning.jobs.list_events(job.id, limit=100)
+        for event in small_client.fine_tuning.jobs.list_events(job.id, limit=100)
         if (event.data or {}).get("kind") == "stopped"
     )
     assert told == {"kind": "stopped", "step": last, "steps": 400, "best_step": report["best_step"], "by": ""}
@@ -401,21 +416,21 @@ def test_a_stopped_job_whose_trainer_is_killed_keeps_the_best_of_the_steps_befor
 
 @pytest.mark.full
 def test_a_job_on_hold_says_what_it_will_take_and_trains_the_same_adapter_then(
-    server: Server, client: OpenAI, unbroken: Any
+    tiny: Server, small_client: OpenAI, small_job: Any
 ) -> None:
-    held_out = add_file(client, rows(4, start=100), "held-out.jsonl")
+    held_out = add_file(small_client, rows(4, start=100), "held-out.jsonl")
     method: Any = {"type": "supervised", "supervised": {"hyperparameters": SETTINGS}}
     extra = {"name": "held", "hold": True}
-    job = make_job(client, rows(12), method=method, validation_file=held_out, extra=extra)
-    held = wait_job(server, client, job.id, lambda job: job.status != "validating_files")
+    job = make_job(small_client, rows(12), method=method, validation_file=held_out, extra=extra)
+    held = wait_job(tiny, small_client, job.id, lambda job: job.status != "validating_files")
     assert (held.status, held.estimate["fits"]) == ("paused", True)
-    server.wait_for(lambda: not server.trainer_pids())
-    told = [event.data for event in client.fine_tuning.jobs.list_events(job.id) if event.data]
+    tiny.wait_for(lambda: not tiny.trainer_pids())
+    told = [event.data for event in small_client.fine_tuning.jobs.list_events(job.id) if event.data]
     (report,) = [data["report"] for data in told if data["kind"] == "data_checked"]
     assert (report["rows"], report["evaluation"]["rows"], len(report["examples"])) == (12, 4, 3)
-    client.fine_tuning.jobs.resume(job.id)
-    done = wait_job(server, client, job.id, ended)
-    assert done.version == unbroken.version
+    small_client.fine_tuning.jobs.resume(job.id)
+    done = wait_job(tiny, small_client, job.id, ended)
+    assert done.version == small_job.version
 
 
 def test_beside_a_job_the_base_is_there_once_and_answers_are_the_same_to_the_last_bit(
@@ -447,9 +462,10 @@ def test_beside_a_job_the_base_is_there_once_and_answers_are_the_same_to_the_las
 
 
 def test_every_bad_line_is_told_and_a_job_that_cannot_fit_is_refused_before_it_begins(
-    serve_scripted: Starter,
+    serve_real: Starter, small_base: Path
 ) -> None:
-    with serve_scripted("words,proves,real", "--train-memory", "100MB") as server:
+    options = ("--base", str(small_base), "--kv-memory", "50MB", "--threads", "1")
+    with serve_real(*options, "--train-memory", "10MB") as server:
         client = openai_client(server)
         lines = rows(6).splitlines()
         lines[1] = '{"messages": []}'
