@@ -1,7 +1,7 @@
 """Everything a user can set about the server, once: its default, its help text, its limits.
 
 A value comes from the command line, else from `ONEBASE_<NAME>`, else from the default here. No
-other file reads the environment.
+other file reads these variables.
 """
 
 from __future__ import annotations
@@ -673,6 +673,11 @@ def inherited_listener() -> int | None:
 def environment_name(name: str) -> str:
     """The environment variable of a setting."""
     return ENVIRONMENT_PREFIX + name.upper()
+
+
+def in_environment(name: str) -> bool:
+    """Return True if the environment has a value for the setting."""
+    return environment_name(name) in os.environ
 
 
 def setting_fields() -> Iterator[tuple[Field[Any], Any]]:

@@ -43,7 +43,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from onebase.metrics import parse_metrics
 from onebase_edge.background import keep_running
-from onebase_edge.settings import LISTENER, environment_name, load_settings
+from onebase_edge.settings import LISTENER, in_environment, load_settings
 from onebase_route.options import REPLICA_KEY, route_parser
 from onebase_route.placement import Placement, ReplicaReport
 from onebase_route.proxy import asked, read_report
@@ -141,7 +141,7 @@ class ClusterConfig(BaseModel):
     def names(self, option: str) -> bool:
         """Return True if the server's command, or the environment, has the option."""
         given = any(part == option or part.startswith(f"{option}=") for part in self.server)
-        return given or environment_name(option.strip("-")) in os.environ
+        return given or in_environment(option.strip("-"))
 
 
 # ---- a child of an actor -------------------------------------------------------------------------

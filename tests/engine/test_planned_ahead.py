@@ -21,7 +21,6 @@ from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.engine import Engine
-from onebase_engine.engine.sequence import COMING
 
 ENDS = list(range(5, 320, 9))
 """Tokens with which texts end: one of nine."""
@@ -244,7 +243,7 @@ def test_a_step_that_cannot_be_packed_ahead_is_packed_when_it_begins(
 
     def failing(self: Packer, plan: Any, slot_of: Any) -> Any:
         nonlocal failures
-        if any(segment.sequence.tokens[-1] == COMING for segment in plan.segments):
+        if any(segment.sequence.drawing for segment in plan.segments):
             failures += 1
             raise MemoryError("no memory for so many rows")
         return pack(self, plan, slot_of)

@@ -505,7 +505,9 @@ def test_a_stream_that_breaks_every_server_ends_with_an_error_after_few_of_them(
 
 
 def test_a_stream_that_nobody_may_resume_ends_with_the_servers_own_error() -> None:
-    error = b'{"error":{"message":"Adapter \'x\' was deleted.","type":"t","code":"adapter_deleted"}}'
+    error = (
+        b'{"error":{"message":"Adapter \'x\' was deleted.","type":"t","param":null,"code":"adapter_deleted"}}'
+    )
     say = takes(BREAKS, answer(error, status=409))
     with before(*[{"/generate": say}] * 3) as running, running.client() as http:
         text = http.post("/generate", json=ASK).text

@@ -49,10 +49,8 @@ class Packer:
 
     @staticmethod
     def fill(batch: StepBatch, plan: StepPlan) -> None:
-        """Fill in the last tokens of decoding sequences, which were COMING when the plan was packed."""
-        batch.input_ids[: len(plan.decodes)] = [
-            segment.sequence.tokens[segment.start] for segment in plan.decodes
-        ]
+        """Fill in the last tokens of decoding sequences, which were being drawn when the plan was packed."""
+        batch.input_ids[: len(plan.decodes)] = [one.sequence.tokens[one.start] for one in plan.decodes]
 
     def pack(self, plan: StepPlan, slot_of: Mapping[str, int]) -> StepBatch:
         """Pack a plan. `slot_of`: the slot of every adapter digest in the plan."""

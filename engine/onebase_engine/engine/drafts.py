@@ -35,16 +35,22 @@ class Drafts:
         """Index behind the last occurrence of each MATCHED tokens."""
         self._read = 0
 
-    def propose(self, tokens: Sequence[int], most: int, forced: Sequence[int] = ()) -> list[int]:
-        """Return up to `most` tokens: forced ones, or those that followed the same tokens earlier."""
-        for end in range(max(self._read, MATCHED, len(tokens) - LOOKED_AT), len(tokens)):
+    def propose(
+        self, tokens: Sequence[int], most: int, forced: Sequence[int] = (), *, drawing: bool = False
+    ) -> list[int]:
+        """Return up to `most` tokens: forced ones, or those that followed the same tokens earlier.
+
+        drawing: whether a token is being drawn that comes before the draft; then only forced ones are known.
+        """
+        length = len(tokens) + drawing
+        for end in range(max(self._read, MATCHED, length - LOOKED_AT), length):
             self._ends[_key(tokens, end)] = end
-        self._read = len(tokens)
+        self._read = length
         self._sure = bool(forced)
         if forced:
             self._draft = []
             return list(forced[:most])
-        start = self._ends.get(_key(tokens, len(tokens))) if len(tokens) > MATCHED else None
+        start = self._ends.get(_key(tokens, length)) if length > MATCHED and not drawing else None
         draft: list[int] = []
         for place in range(start or 0, (start or 0) + most if start else 0):
             # A text that repeats itself continues within the draft.

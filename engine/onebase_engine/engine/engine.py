@@ -35,7 +35,7 @@ from onebase_engine.engine.scheduler import (
     SchedulerLimits,
     TenantPace,
 )
-from onebase_engine.engine.sequence import COMING, AdapterMix, Segment, SequenceState, StepPlan
+from onebase_engine.engine.sequence import AdapterMix, Segment, SequenceState, StepPlan
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
 from onebase_engine.engine.versions import Versions
@@ -441,7 +441,7 @@ class Engine:
             self.scheduler.computed(segment)
         drawn = [segment.sequence for segment in plan.segments if segment.samples]
         for sequence in drawn:
-            sequence.tokens.append(COMING)
+            sequence.drawing = True
         try:
             following = self._plan(ahead=True)
             if following:
@@ -449,7 +449,7 @@ class Engine:
                 self._next = following, None if isinstance(batch, _Failure) else batch
         finally:
             for sequence in drawn:
-                sequence.tokens.pop()
+                sequence.drawing = False
 
     def _prepare(self, plan: StepPlan) -> StepBatch:
         batch = self._packer.pack(plan, self.slots.slot_of)

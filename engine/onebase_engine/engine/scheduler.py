@@ -424,8 +424,8 @@ class Scheduler:
                 sequence.skipped += 1
                 continue
             ready = draft.left(sequence) > 0 and sequence not in draft.preempted
-            if ready and self._grow(sequence, len(sequence.tokens), draft):
-                draft.decodes[sequence] = Segment(sequence, sequence.computed, len(sequence.tokens))
+            if ready and self._grow(sequence, sequence.length, draft):
+                draft.decodes[sequence] = Segment(sequence, sequence.computed, sequence.length)
                 draft.spend_tokens(sequence, 1)
                 sequence.skipped = 0
                 if sequence in draft.heavy:
@@ -517,8 +517,10 @@ class Scheduler:
             if ahead and not sequence.forced and sequence.drafts.misses(rows):
                 continue
             limit = min(self.limits.draft_tokens, sequence.sampling.max_tokens - sequence.generated - 1)
-            proposed = sequence.drafts.propose(sequence.tokens, limit, sequence.forced)
-            room = len(sequence.blocks) * size - len(sequence.tokens)
+            proposed = sequence.drafts.propose(
+                sequence.tokens, limit, sequence.forced, drawing=sequence.drawing
+            )
+            room = len(sequence.blocks) * size - sequence.length
             count = min(len(proposed), sequence.drafts.worth(rows), draft.left(sequence))
             if count > room and self._pool.free > spare:
                 sequence.blocks.extend(self._pool.allocate(1) or ())
@@ -597,7 +599,7 @@ class Scheduler:
     def _yielding(self, sequence: SequenceState, draft: _Draft) -> list[SequenceState]:
         """Return running sequences that yield a place and blocks to `sequence`; empty if those would not
         suffice."""
-        needed = self._pool.blocks_for(len(sequence.tokens)) + self._watermark(sequence)
+        needed = self._pool.blocks_for(sequence.length) + self._watermark(sequence)
         free = self._pool.free
         yielding: list[SequenceState] = []
         while len(self.running) - len(yielding) >= self.limits.max_rows or free < needed:
@@ -658,12 +660,12 @@ class Scheduler:
         Return False, and allocate none, if there are not enough, or if fewer than the watermark would stay
         free.
         """
-        self._extend_keys(sequence, len(sequence.tokens) - 1)
+        self._extend_keys(sequence, sequence.length - 1)
         keys = sequence.block_keys[: sequence.reusable // self._pool.block_size]
         shared, fresh = self._pool.share(keys), None
-        needed = self._pool.blocks_for(len(sequence.tokens))
+        needed = self._pool.blocks_for(sequence.length)
         if needed - len(shared) + self._watermark(sequence) <= self._pool.free:
-            # What is restored from host memory needs blocks that the sequence would need anyway.
+            # What comes back from host memory takes blocks that the sequence would take anyway.
             shared += self._pool.share(keys[len(shared) :], restore=True)
             fresh = self._pool.allocate(needed - len(shared))
         if fresh is None:
@@ -675,7 +677,7 @@ class Scheduler:
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.charged = min(sequence.computed, sequence.prompt_length)
         else:
-            again = len(sequence.tokens) - sequence.computed
+            again = sequence.length - sequence.computed
             sequence.yields_at = sequence.generated + max(self._pool.block_size, again // OUTPUT_WEIGHT)
         return True
 
@@ -690,7 +692,7 @@ class Scheduler:
         if not self.running:
             return 0
         growing = sum(self._may_outgrow(sequence, len(sequence.blocks)) for sequence in self.running)
-        growing += self._may_outgrow(admitted, self._pool.blocks_for(len(admitted.tokens)))
+        growing += self._may_outgrow(admitted, self._pool.blocks_for(admitted.length))
         return max(growing, int(self._pool.capacity * WATERMARK))
 
     def _may_outgrow(self, sequence: SequenceState, blocks: int) -> bool:

@@ -12,9 +12,6 @@ import numpy as np
 from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.messages import AdapterRef, FinishReason, Pooling, Sampling, ScoredToken
 
-COMING = -1
-"""Placeholder for a sequence's last token while it is drawn and the following step is planned."""
-
 
 @dataclass(frozen=True)
 class AdapterMix:
@@ -84,6 +81,8 @@ class SequenceState:
     leader: SequenceState | None = None
     """Sequence that prefills the shared prompt first, so that this one finds it in the prefix cache."""
     prompt_length: int = field(init=False)
+    drawing: bool = False
+    """Whether one more token than `tokens` has is being drawn while the step after it is planned."""
     computed: int = 0
     blocks: array[int] = field(default_factory=lambda: array("i"))
     """KV blocks, int32 as in a step's table."""
@@ -124,18 +123,23 @@ class SequenceState:
         self.prompt_length = len(self.tokens)
 
     @property
+    def length(self) -> int:
+        """Number of tokens, with the one that is being drawn."""
+        return len(self.tokens) + self.drawing
+
+    @property
     def generated(self) -> int:
-        return len(self.tokens) - self.prompt_length
+        return self.length - self.prompt_length
 
     @property
     def pending(self) -> int:
         """Number of tokens whose KV is still to be computed; 1 while decoding."""
-        return len(self.tokens) - self.computed
+        return self.length - self.computed
 
     @property
     def ends(self) -> bool:
         """Whether the token in flight is the last one, whatever it is."""
-        return self.tokens[-1] == COMING and self.generated >= self.sampling.max_tokens
+        return self.drawing and self.generated >= self.sampling.max_tokens
 
     @property
     def generates(self) -> bool:
@@ -156,7 +160,7 @@ class SequenceState:
         """Number of leading tokens that need not be computed again if their KV is cached."""
         if self.pooling is not None and self.pooling.kind != "last":
             return 0
-        return self.first_scored if self.scores_prompt else len(self.tokens) - 1
+        return self.first_scored if self.scores_prompt else self.length - 1
 
     @property
     def prefilled(self) -> bool:
@@ -214,12 +218,14 @@ class Segment:
 
     @property
     def tokens(self) -> list[int]:
-        return [*self.sequence.tokens[self.start : self.stop], *self.draft]
+        """Token ids, with -1 for the one that is being drawn: `Packer.fill` fills it in."""
+        known = self.sequence.tokens[self.start : self.stop]
+        return [*known, *[-1] * (self.stop - self.start - len(known)), *self.draft]
 
     @property
     def samples(self) -> bool:
         """Whether the segment reaches the sequence's last token, whose logits give the next one."""
-        return self.stop == len(self.sequence.tokens) and self.sequence.generates
+        return self.stop == self.sequence.length and self.sequence.generates
 
     @property
     def scored(self) -> range:
@@ -234,7 +240,7 @@ class Segment:
         """Numbers of the tokens whose hidden states are needed."""
         if self.sequence.pooling is None:
             return range(0)
-        last = len(self.sequence.tokens) - 1
+        last = self.sequence.length - 1
         return range(max(self.start, last) if self.sequence.pooling.kind == "last" else self.start, self.stop)
 
 
