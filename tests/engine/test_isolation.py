@@ -401,7 +401,9 @@ PENALIZED = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_pena
 def guess(monkeypatch: pytest.MonkeyPatch, texts: list[list[int]]) -> None:
     """Make every draft one that goes on as one of the texts does, and every third one wrong somewhere."""
 
-    def propose(self: Drafts, tokens: list[int], most: int, forced: list[int]) -> list[int]:
+    def propose(
+        self: Drafts, tokens: list[int], most: int, forced: list[int], *, drawing: bool = False
+    ) -> list[int]:
         text = next((text for text in texts if text[: len(tokens)] == tokens), [])
         draft = text[len(tokens) : len(tokens) + most]
         if len(tokens) % 3 == 0 and len(draft) > 2:
