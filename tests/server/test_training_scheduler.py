@@ -242,7 +242,7 @@ class _Broken:
 def test_a_run_that_broke_off_is_not_told_as_a_start_of_the_server(
     registry: Registry, storage: JobFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onebase_server.jobs.scheduler.Run", _Broken)
+    monkeypatch.setattr("onebase_server.jobs.scheduler.JobRun", _Broken)
     add_job(registry, storage, "running")
 
     def told() -> list[str]:
