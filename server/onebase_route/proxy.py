@@ -138,6 +138,8 @@ _TEXT = frozenset(
     }
 )  # fmt: skip
 """Paths of requests that may be sent again to another server, whatever came of the first."""
+_CANCELS = re.compile(r"/generate/[^/]+/cancel")
+"""Paths of requests that end a text: it ends as well if they come twice, or if its server goes away."""
 _LOADS = re.compile(r"/v1/adapters/([^/]+)/(?:activate|rollback)")
 """Paths of requests that load an adapter where they are answered: at one of its homes."""
 
@@ -162,6 +164,11 @@ _PLACES = (
 their own path."""
 
 
+def may_repeat(path: str) -> bool:
+    """Return True if a request that changes something may be sent twice, since nothing of it stays."""
+    return path in _TEXT or _CANCELS.fullmatch(path) is not None
+
+
 def target_in(path: str) -> str:
     """Return the path at which GET shows whether a request that changes something was carried out."""
     for pattern, place in _PLACES:
@@ -176,7 +183,7 @@ def replica_lost(method: str = "GET", path: str = "") -> UnavailableError:
     The message of one that may have changed something names the request that shows whether it has.
     """
     remedy = "Send the request again."
-    if method not in ("GET", "HEAD", "OPTIONS") and path not in _TEXT:
+    if method not in ("GET", "HEAD", "OPTIONS") and not may_repeat(path):
         place = target_in(path)
         hint = ", where 404 means that it was" if method == "DELETE" and place == path else ""
         remedy = (
@@ -644,7 +651,7 @@ class Route:
             body = await client.whole(self._max_body)
             loads = _LOADS.fullmatch(path)
             wanted = Asked(_name(loads[1])) if loads else asked(body, self.bases)
-            return await self._pass_on(client, wanted, body, path in _TEXT)
+            return await self._pass_on(client, wanted, body, may_repeat(path))
         if request.method in ("GET", "HEAD", "DELETE", "OPTIONS"):
             client.unread()
             return await self._pass_on(client, Asked(), b"", request.method != "DELETE")

@@ -632,7 +632,7 @@ def test_the_process_ends_with_its_engine(folder: Path, tmp_path: Path) -> None:
         "grammars.link.START_SECONDS = 300.0\n"
         "from onebase_engine.engine.messages import Grammar\n"
         "made = grammars.Grammars(Path(sys.argv[1]), 49152, [2], 8)\n"
-        "made.open(Grammar('regex', 'a'), 'acme', 1)\n"
+        "made.open_grammar(Grammar('regex', 'a'), 'acme', 1)\n"
         "while not made.opened(1.0): pass\n"
         "pid = made._followers['acme'].process.pid\n"
         "os.kill(pid, 19)\n"  # it does not even see that the socket is closed

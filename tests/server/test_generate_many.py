@@ -175,6 +175,7 @@ def test_a_text_of_another_tenant_cannot_be_cancelled(
     tmp_path: Path, serve_scripted: Starter, keys: Keys
 ) -> None:
     body = {"prompt": "word", "max_tokens": 99, "stream": True}
+    keys.make("generate", tenant="one")  # before the start: without a key the server is open at first
     with (
         pace(tmp_path) as (environment, allow_steps),
         serve_scripted("paced", data_dir=keys.file.parent, environment=environment) as server,

@@ -72,6 +72,7 @@ def test_an_engine_whose_sequences_wait_longer_for_a_mask_than_a_stall_takes_is_
         before = http.post("/generate", json=body | {"temperature": 0}).json()["choices"]
         engine = server.engine_pid()
         (template,) = [pid for pid in children(engine) if "grammar_process" in command_of(pid)]
+        server.wait_for(lambda: len(children(template)) == 1)  # the trial's process ends after its answer
         (follower,) = children(template)
         os.kill(follower, signal.SIGSTOP)
         with ThreadPoolExecutor() as threads:

@@ -14,7 +14,7 @@ def test_a_trainer_that_is_killed_is_followed_by_one_that_goes_on(scripted: Serv
     assert job.status == "succeeded"
     told = "\n".join(messages(client, job.id))
     assert "ended by signal SIGKILL" in told
-    assert "goes on after step 5" in told
+    assert "continues after step 5" in told
     assert "Continuing after step 5 of 10." in told
     assert deaths(scripted) == before + 1
 

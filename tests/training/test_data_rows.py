@@ -344,7 +344,7 @@ def test_the_examples_of_the_documentation_are_read_as_it_says() -> None:
         if isinstance(item, Record)
     ]
     told = [type(row).__name__ for row in parsed]
-    assert told == ["Chat", "Text", "Chat", "Text", *["Choice"] * 5, *["Labelled"] * 4]
+    assert told == ["Chat", "Text", "Chat", "Text", *["PreferencePair"] * 5, *["Labelled"] * 4]
 
 
 CHATS = PreferencePair(Chat([USER, GOOD], None, [1]), Chat([USER, BAD], None, [1]))

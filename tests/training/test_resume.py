@@ -164,7 +164,7 @@ recipe = recipe_for(data, eval_every=3, save_every=2, epochs=4, max_steps=12, dr
 run = trainer(tiny_base(Path(sys.argv[1])), recipe, data, Path(sys.argv[2]), held_out=samples(4, 1),
               listen=lambda event: print(type(event).__name__, flush=True))
 run.resume()
-run.run()
+run.run_steps()
 torch.save(weights(run), sys.argv[3])
 """
 

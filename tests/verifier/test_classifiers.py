@@ -291,10 +291,10 @@ def test_labels_are_called_what_the_models_config_calls_them(
         save(folder, tmp_path / "adapter", "SEQ_CLS"), {str(n): one for n, one in enumerate(names)}
     )
     proven, _ = prove(verifier, adapter, tmp_path / "packed")
-    assert (proven.report.label_names, proven.report.warnings) == (names, [])
+    assert (list(proven.report.label_names), proven.report.warnings) == (names, ())
     fewer = named(save(folder, tmp_path / "fewer", "SEQ_CLS"), {"0": "a", "1": "b"})
     proven, _ = prove(verifier, fewer, tmp_path / "packed")
-    assert proven.report.label_names == []
+    assert proven.report.label_names == ()
     assert proven.report.warnings == ["id2label names 2 labels, and there are 5: it is not used"]
     with pytest.warns(UserWarning, match="id2label"):
         assert LoraConfig.from_pretrained(adapter).r == 8

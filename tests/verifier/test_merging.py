@@ -117,7 +117,7 @@ def test_what_was_merged_is_proved_like_any_other_and_changes_texts(
     bench: Bench, folders: dict[str, list[Path]]
 ) -> None:
     report = bench.prove(bench.job(merge(bench, folders["other targets and alphas"]))).report
-    assert (report.kinds, report.rank, report.alpha, report.rslora) == (["lora"], 8, 8.0, False)
+    assert (report.kinds, report.rank, report.alpha, report.rslora) == (("lora",), 8, 8.0, False)
     assert (report.proof.modules_changed, report.proof.exact, report.proof.texts_changed) == (14, True, 2)
 
 

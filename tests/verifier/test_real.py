@@ -92,7 +92,7 @@ def test_the_orders_adapter_is_proven_on_the_default_base_of_a_running_engine(tm
     proved, memory = asyncio.run(publish_and_prove(tmp_path, job))
     report, proof = proved.report, proved.report.proof
     print(f"proved in {proof.seconds:.1f} s: {proof}; {memory}")
-    assert report.kinds == ["lora"]
+    assert report.kinds == ("lora",)
     assert report.base_name == "HuggingFaceTB/SmolLM2-135M-Instruct"
     # Every linear layer of 30, the head, the embedding, and 61 norms.
     assert proof.modules_compared == 30 * 7 + 2 + 61
@@ -104,8 +104,10 @@ def test_the_orders_adapter_is_proven_on_the_default_base_of_a_running_engine(tm
     assert all(0 < (module.relative_norm or 0) < 0.1 for module in report.modules)
     assert report.base_layers == 30
     parts = {"self_attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
-    assert report.base_linears == [f"{where}.{one}_proj" for where, names in parts.items() for one in names]
-    assert report.warnings == []
+    assert list(report.base_linears) == [
+        f"{where}.{one}_proj" for where, names in parts.items() for one in names
+    ]
+    assert report.warnings == ()
     weights = read_packed_adapter(prepared, proved.sha256, base_id=BASE_ID)
     assert weights.keys() == {module.name for module in report.modules}
     # It has read the engine's 110 MB, and holds no copy of them beside the libraries and a small KV cache.
