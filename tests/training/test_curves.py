@@ -83,7 +83,8 @@ def test_trackio_keeps_the_curves_on_this_machine(job: TrainingRequest, tmp_path
     script = (
         "from tests.training.test_curves import *\n"
         "base = BaseSettings(folder=Path(sys.argv[1]))\n"
-        "job = TrainingRequest(name='c', recipe=Recipe(), train='t', folder=base.folder, base=base, base_name='b')\n"
+        "job = TrainingRequest(\n"
+        "    name='c', recipe=Recipe(), train='t', folder=base.folder, base=base, base_name='b')\n"
         "with open_curves(['trackio'], job) as write:\n"
         "    for event in RUN: write(event)\n"
     )

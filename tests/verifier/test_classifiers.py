@@ -295,7 +295,7 @@ def test_labels_are_called_what_the_models_config_calls_them(
     fewer = named(save(folder, tmp_path / "fewer", "SEQ_CLS"), {"0": "a", "1": "b"})
     proven, _ = prove(verifier, fewer, tmp_path / "packed")
     assert proven.report.label_names == ()
-    assert proven.report.warnings == ["id2label names 2 labels, and there are 5: it is not used"]
+    assert list(proven.report.warnings) == ["id2label names 2 labels, and there are 5: it is not used"]
     with pytest.warns(UserWarning, match="id2label"):
         assert LoraConfig.from_pretrained(adapter).r == 8
 
