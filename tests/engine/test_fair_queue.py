@@ -405,6 +405,22 @@ def test_bounded_tokens_double_a_step_of_a_lighter_tenants_decodes(fixed: float,
     assert budgets[-1] == pytest.approx(max(fits, 256 // BOUNDED_PART), rel=0.1, abs=1)
 
 
+@pytest.mark.parametrize("step_tokens", [1, 16, 63])
+def test_small_steps_leave_a_decode_and_a_prompts_token_of_a_bounded_tenant(step_tokens: int) -> None:
+    world = World.create(step_tokens=16, max_length=400, blocks=400, max_rows=8)
+    flood = flooded(world, 4, 60)
+    world.scheduler.add(make_row(9, [7], 60, tenant="guest"))
+    world.step()
+    world.scheduler.add(make_row(10, list(range(50)), 1, tenant="flood"))
+    pace = TenantPace(step_tokens)
+    pace.took(StepPlan([], [], 0), 0.01)
+    before = sum(row.generated for row in flood)
+    plan = world.step(bounded=pace.bounded)
+    assert plan.bounded_decodes == 1
+    assert sum(row.generated for row in flood) == before + 1
+    assert sum(segment.length for segment in plan.segments) == 3
+
+
 def test_prompts_that_are_not_bounded_starve_no_bounded_ones() -> None:
     pace, guest = TenantPace(256), make_row(1, [7], 9)
     prompt, decode = Segment(make_row(0, list(range(300)), 1), 0, 50), Segment(guest, 0, 1)

@@ -210,7 +210,7 @@ class TenantPace:
 
     def __init__(self, step_tokens: int) -> None:
         self._most = step_tokens
-        self._least = max(1, step_tokens // BOUNDED_PART)
+        self._least = max(2, step_tokens // BOUNDED_PART)  # a decode and a token of a prompt
         self._bounded = self._least
         self._without: float | None = None
         """Time, in seconds, of a step without bounded tokens and prompts."""
