@@ -146,6 +146,7 @@ def test_a_column_that_is_removed_while_it_is_answered_is_computed_no_further(
             return running() == columns - 1
 
         server.wait_for(ended)
+        expect(visit.page.locator(".answer .text")).to_have_count(columns - 1)
         before = visit.answers
         step(24)
         server.wait_for(
