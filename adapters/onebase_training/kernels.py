@@ -126,7 +126,7 @@ def _rotating(kernels: Any, module: nn.Module) -> Callable[..., Any] | None:
     if turn is None or device is None:
         return None
     turned = kernels.trained_rotation(turn, device)
-    return None if turned is None else forward_with(module, ROTARY, turned)
+    return None if turned is None else forward_with(module, {ROTARY: turned})
 
 
 def _is_plain(layer: Any, adapter: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,7 @@ from pydantic import ValidationError, model_validator
 from starlette.middleware.base import RequestResponseEndpoint
 
 from onebase_edge.background import Threads, TurnBudget
-from onebase_edge.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError, QueueFullError
 from onebase_server.http.deps import CALLER, LONG_BODY, StrictRoute, off_loop
 from onebase_server.http.routes import generation as generation_routes
 from onebase_server.inference.generation import GenerationRun
@@ -173,12 +173,30 @@ class SlowTokenizer:
         return [1]
 
 
-def planner_of(tokenizer: SlowTokenizer, max_length: int) -> Planner:
+def planner_of(
+    tokenizer: SlowTokenizer,
+    max_length: int,
+    check_room: Callable[[str, int], None] = lambda tenant, sequences: None,
+) -> Planner:
     base = SimpleNamespace(max_length=max_length, vocab_size=10, kv_blocks=1000, block_size=16)
-    supervisor: Any = SimpleNamespace(unavailable=lambda: None, base=base)
+    supervisor: Any = SimpleNamespace(unavailable=lambda: None, check_room=check_room, base=base)
     nothing: Any = None
     catalog: Any = SimpleNamespace(base_name="base")
-    return Planner(supervisor, tokenizer, catalog, nothing, nothing, RequestLimits(64, 60.0))  # type: ignore[arg-type]
+    return Planner(supervisor, tokenizer, catalog, nothing, nothing, RequestLimits(128, 60.0))  # type: ignore[arg-type]
+
+
+def test_no_text_is_tokenized_for_a_full_queue() -> None:
+    tokenizer = SlowTokenizer()
+
+    def refuse(tenant: str, sequences: int) -> None:
+        assert sequences == 128
+        raise QueueFullError(512, 512, 1.0)
+
+    planner = planner_of(tokenizer, 1_000, refuse)
+    body = CompletionRequest(model="base", prompt=["a word"] * 64, n=2)
+    with pytest.raises(QueueFullError):
+        asyncio.run(planner.completion(body, LOCAL))
+    assert not tokenizer.running
 
 
 def test_long_texts_wait_for_each_other_and_short_ones_do_not_wait_for_them() -> None:

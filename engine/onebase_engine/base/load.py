@@ -32,6 +32,12 @@ Quantization = Literal["nf4", "int8", "none"]
 PAGED_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 """Values of a config's `layer_types` whose state is a KV cache that blocks can hold."""
 
+RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "mamba", "mamba2", "hybrid"})
+"""The same of layers that keep a recurrent state, some of them next to a KV cache. The probe of the served
+view decides whether the kernels know it."""
+STATELESS_LAYERS = frozenset({"mlp", "moe"})
+"""The same of layers that compute each token by itself."""
+
 MOST_PLAIN = 0.05
 """Largest part of a base's weights that may lie outside its linear layers, embeddings and head: room for
 routers, and for the convolutions of a part that sees or hears."""
@@ -126,17 +132,11 @@ def _check_architecture(config: Any) -> None:
     # Of a model that also sees or hears, the layers are those of its text part.
     text = config.get_text_config()
     layer_types = set(getattr(text, "layer_types", None) or ())
-    foreign = sorted(layer_types - PAGED_ATTENTION_LAYERS)
-    if foreign or getattr(model, "_is_stateful", False):
-        kind = f" of type {', '.join(foreign)}" if foreign else ""
+    foreign = sorted(layer_types - PAGED_ATTENTION_LAYERS - RECURRENT_LAYERS - STATELESS_LAYERS)
+    if foreign:
         raise UnsupportedBaseError(
-            f"{name} has layers{kind} that keep a recurrent or compressed state instead of a KV cache, "
-            "which paged blocks cannot hold. Choose a base with attention layers only."
-        )
-    # A release that says it in another way leaves the answer to the probe of the served view.
-    if not getattr(model, "_supports_attention_backend", True):
-        raise UnsupportedBaseError(
-            f"{name} brings its own attention, which transformers cannot replace by the paged one."
+            f"{name} has layers of type {', '.join(foreign)}, whose state OneBase does not know. Choose a "
+            "base whose layers attend, or keep a state by convolutions, delta rules or state spaces."
         )
     if getattr(text, "num_kv_shared_layers", 0):
         raise UnsupportedBaseError(

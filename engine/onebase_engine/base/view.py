@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
@@ -53,10 +53,10 @@ def called_by(module: nn.Module, name: str) -> Callable[..., Any] | None:
     return names.get(name) if code is not None and name in code.co_names else None
 
 
-def forward_with(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a module's own `forward`, calling another function in place of the one of this name."""
+def forward_with(module: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Return a module's own `forward`, calling other functions in place of those of these names."""
     own: Any = inspect.unwrap(type(module).forward)
-    names = {**own.__globals__, name: function}
+    names = {**own.__globals__, **functions}
     changed = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     changed.__kwdefaults__ = own.__kwdefaults__
     return MethodType(changed, module)

@@ -13,7 +13,7 @@ import numpy as np
 
 from onebase_engine.engine.kv_cache import DUMP_BLOCK
 from onebase_engine.engine.sequence import AdapterMix, DraftedSequence, Segment, SequenceState, StepPlan
-from onebase_engine.kernels.interface import Contexts, RowGroup, RowMap
+from onebase_engine.kernels.interface import Contexts, RowGroup, RowMap, StateRuns
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,11 @@ class StepBatch:
 class Packer:
     """Packs plans, with rows padded to a multiple of `row_multiple`."""
 
-    def __init__(self, block_size: int, row_multiple: int) -> None:
+    def __init__(self, block_size: int, row_multiple: int, *, recurrent: bool = False) -> None:
+        """Set the sizes. `recurrent`: the base keeps recurrent states."""
         self._block_size = block_size
         self._multiple = row_multiple
+        self._recurrent = recurrent
 
     @staticmethod
     def fill(batch: StepBatch, plan: StepPlan) -> None:
@@ -82,7 +84,7 @@ class Packer:
             input_ids=ids,
             positions=np.maximum(positions, 0).astype(np.int64),
             logit_rows=logit_rows,
-            contexts=Contexts(positions, table_row, write, table),
+            contexts=Contexts(positions, table_row, write, table, runs=self._runs(segments, starts)),
             token_map=_grouped(rows, slot_of),
             logit_map=_grouped([(mix, (number,)) for number, mix in enumerate(mixes)], slot_of),
             sampled=sampled,
@@ -90,6 +92,12 @@ class Packer:
             hidden_rows=np.array(hidden_rows, dtype=np.int64),
             pooled=pooled,
         )
+
+    def _runs(self, segments: Sequence[Segment], starts: Sequence[int]) -> StateRuns | None:
+        if not self._recurrent:
+            return None
+        places = np.array([segment.sequence.states for segment in segments], dtype=np.int32)
+        return StateRuns(np.array(starts, dtype=np.int32), places[:, 0].copy(), places[:, 1].copy())
 
     def _padded(self, length: int) -> int:
         return -(-length // self._multiple) * self._multiple

@@ -27,6 +27,7 @@ from onebase_engine.engine.kv_cache import RESTORED, BlockPool
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import ScoredToken, SequenceOutput
 from onebase_engine.engine.model import ServedModel
+from onebase_engine.engine.recurrence import StatePool
 from onebase_engine.engine.sampling import Drawn, Mask, begin_draw_apart, score_tokens
 from onebase_engine.engine.scheduler import (
     BackgroundPace,
@@ -147,6 +148,7 @@ class Engine:
         kv_blocks: int,
         block_size: int = 16,
         host_blocks: int = 0,
+        state_places: int = 0,
         slots: int = 8,
         slot_memory: int = 0,
         eos_ids: frozenset[int] = frozenset(),
@@ -159,6 +161,8 @@ class Engine:
         Args:
             copy: starts a version's copy to the accelerator; `copier` chooses it by default.
             host_blocks: places in host memory for prefix blocks that leave the KV cache.
+            state_places: places for recurrent states, of which each running sequence has two; the others keep
+                those behind prefixes. 0: two for each of `limits.max_rows`, and as many for prefixes.
             tokenizer: folder of the base's tokenizer, without which no sequence can follow a grammar.
         """
         self._base = base
@@ -170,8 +174,10 @@ class Engine:
         self.model = model if model is not None else ServedModel(base, slots)
         if self.model.device.type != "cpu":
             self.watch_content()
-        self.model.allocate_kv(kv_blocks, block_size, host_blocks)
-        if not self.model.kernels.drafts:
+        places = state_places or 1 + 4 * limits.max_rows
+        states = StatePool(places) if self.model.state_bytes else None
+        self.model.allocate_kv(kv_blocks, block_size, host_blocks, places)
+        if not self.model.drafts:
             limits = replace(limits, draft_tokens=0)
         places = host_blocks if self.model.host is not None else 0
         restored = -(-RESTORED * limits.step_tokens // block_size)
@@ -184,7 +190,7 @@ class Engine:
             self.versions.size,
         )
         self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
-        self.scheduler = Scheduler(name, self.pool, self.slots, limits)
+        self.scheduler = Scheduler(name, self.pool, self.slots, limits, states)
         self._pace = BackgroundPace(limits.step_tokens)
         self._tenant_pace = TenantPace(limits.step_tokens)
         self.counters = Counters()
@@ -197,7 +203,7 @@ class Engine:
         """Requests whose grammar is being compiled, by tenant and grammar key."""
         self._awaits_grammars = False
         """Whether the last step computed nothing because all sequences wait for grammars or masks."""
-        self._packer = Packer(block_size, self.model.row_multiple)
+        self._packer = Packer(block_size, self.model.row_multiple, recurrent=states is not None)
         self._async_scheduling = self.model.kernels.asynchronous
         """Whether the next step is planned while one is computed."""
         self._next: tuple[StepPlan, StepBatch | None] | None = None

@@ -206,7 +206,7 @@ def _rotating(module: Any, attention: PagedAttention, turn: Callable[..., Any]) 
         attention.rotation = cos.contiguous(), sin.contiguous()
         return q, k
 
-    own = forward_with(module, ROTARY, later)
+    own = forward_with(module, {ROTARY: later})
     return lambda: setattr(module, "forward", own), lambda: delattr(module, "forward")
 
 

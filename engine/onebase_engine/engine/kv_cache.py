@@ -295,7 +295,7 @@ class KVCache:
             if dtype == torch.int8:
                 kinds += [((), SCALE_DTYPE)] * 2
             rows = heads * len(layers)
-            parts = [_zeros((rows, slots, *of_token), kind, device) for of_token, kind in kinds]
+            parts = [zeros((rows, slots, *of_token), kind, device) for of_token, kind in kinds]
             self.by_block += [part.view(rows, blocks, -1).view(torch.uint8) for part in parts]
             for first, layer in zip(range(0, rows, heads), layers, strict=True):
                 keys, values, *scales = (part[first : first + heads] for part in parts)
@@ -321,7 +321,7 @@ class HostCache:
         self._parts = [part.view(word) for part in cache.by_block]
         rows = [(part.shape[0], part.shape[2]) for part in self._parts]
         size = sum(count * length for count, length in rows)
-        self._slab = _zeros((blocks, size), word, torch.device("cpu"))
+        self._slab = zeros((blocks, size), word, torch.device("cpu"))
         self._staged = torch.zeros((min(blocks, STAGED_BLOCKS), size), dtype=word, device=device)
         columns = torch.split(self._staged, [count * length for count, length in rows], dim=1)
         self._gathered = [one.view(-1, *row).transpose(0, 1) for one, row in zip(columns, rows, strict=True)]
@@ -399,7 +399,7 @@ def _lock_pages(slab: torch.Tensor, device: torch.device, owner: object) -> None
     weakref.finalize(owner, unlock).atexit = False
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return zeros. On the CPU they are fresh pages of the system, which take memory only once written.
 
     torch.zeros writes them all, and calloc does too if it finds room among freed memory.

@@ -208,7 +208,7 @@ def largest_step_bytes(
     Raises:
         MemoryBudgetError: memory ran out.
     """
-    if not model.kernels.drafts:
+    if not model.drafts:
         limits = replace(limits, draft_tokens=0)
     # TILE: as many as layers are tried with before they are fused.
     model.allocate_kv(RESERVED_BLOCKS + 2 * -(-TILE // block_size), block_size)
@@ -218,7 +218,7 @@ def largest_step_bytes(
         plan = _largest_plan(limits, mix, block_size)
         # Two that act take as much as more would, and do so in an eighth of the time.
         slots = {digest: 0 if number < 2 else model.empty_slot for number, digest in enumerate(mix.digests)}
-        batch = Packer(block_size, model.row_multiple).pack(plan, slots)
+        batch = Packer(block_size, model.row_multiple, recurrent=model.state_bytes > 0).pack(plan, slots)
         for error in model.move_slots({0: "any"}, lambda digest: weights).values():
             raise error
 

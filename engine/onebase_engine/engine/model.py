@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from onebase_engine.base.load import UnsupportedBaseError, described
+from onebase_engine.base.load import STATELESS_LAYERS, UnsupportedBaseError, described
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_engine.engine.batch import StepBatch
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, HostCache, KVCache, bytes_per_token
+from onebase_engine.engine.recurrence import Recurrence, UnsupportedRecurrenceError
 from onebase_engine.kernels.cpu import find_kernels
-from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap
+from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap, StateRuns
 from onebase_engine.kernels.reference import sent
 from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, folded
 from onebase_engine.lora.module import StepRows
@@ -75,6 +76,7 @@ class ServedModel:
         self._recorded: list[RecordedLayer] = []
         self._fused = False
         self._attention = PagedAttention(self.kernels)
+        self._recurrence = Recurrence(self.kernels)
         modules = wrap_layers(
             self._view,
             self._rows,
@@ -96,13 +98,14 @@ class ServedModel:
         decoder.register_forward_hook(self._keep_hidden)
         try:
             self._attention.attach(self._view)
+            self._recurrence.attach(self._view)
             self._probe()
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            reason = str(error) if isinstance(error, UnsupportedAttentionError) else described(error)
+            known = isinstance(error, UnsupportedAttentionError | UnsupportedRecurrenceError)
             raise UnsupportedBaseError(
-                f"{type(base).__name__} cannot be served with paged attention: {reason}"
+                f"{type(base).__name__} cannot be served: {str(error) if known else described(error)}"
             ) from error
 
     def _probe(self) -> None:
@@ -114,12 +117,16 @@ class ServedModel:
             raise UnsupportedAttentionError(
                 "its forward pass does not know logits_to_keep, and gives logits of every token"
             )
-        expected = set(range(self._view.config.get_text_config().num_hidden_layers))
-        if self._attention.shapes.keys() != expected:
+        text = self._view.config.get_text_config()
+        kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
+        mixing = {layer for layer, kind in enumerate(kinds) if kind not in STATELESS_LAYERS}
+        if missing := mixing - self._attention.shapes.keys() - self._recurrence.layers:
             raise UnsupportedAttentionError(
-                f"{len(expected - self._attention.shapes.keys())} of {len(expected)} layers do not call the "
-                "attention interface"
+                f"{len(missing)} of {len(mixing)} layers do not call the attention interface, nor a "
+                "recurrence that OneBase knows"
             )
+        if not self._attention.shapes:
+            raise UnsupportedAttentionError("none of its layers is an attention layer")
 
     @property
     def row_multiple(self) -> int:
@@ -149,19 +156,33 @@ class ServedModel:
         return MOST_BYTES
 
     @property
+    def drafts(self) -> bool:
+        """Whether drafts are worth it. A recurrent state behind tokens that turn out wrong cannot be taken
+        back."""
+        return self.kernels.drafts and not self.state_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one recurrent state over all layers; 0 for a base with attention alone."""
+        return self._recurrence.bytes_per_place
+
+    @property
     def kv_bytes_per_token(self) -> int:
         return bytes_per_token(self._attention.shapes, self.kv_dtype)
 
-    def allocate_kv(self, blocks: int, block_size: int, host_blocks: int = 0) -> None:
+    def allocate_kv(self, blocks: int, block_size: int, host_blocks: int = 0, state_places: int = 1) -> None:
         """Create the KV cache, once. It is zeroed memory: on the CPU, pages are taken only when written.
 
-        `host_blocks`: places in host memory for what leaves it; no `host` is made where they cannot be had.
+        Args:
+            host_blocks: places in host memory for what leaves it; no `host` is made where they cannot be had.
+            state_places: places for recurrent states, the one of zeros included.
         """
         if self._attention.cache is not None:
             raise RuntimeError("the served model has its KV cache, whose place is recorded")
         shapes = self._attention.shapes
         cache = KVCache(shapes, blocks, block_size, self.kv_dtype, self.device)
         self._attention.replace_cache(cache)
+        self._recurrence.allocate(state_places, self.device)
         if host_blocks:
             try:
                 self.host = HostCache(cache, host_blocks)
@@ -172,7 +193,7 @@ class ServedModel:
             self._fused = True
             table = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + 2 * parts, dtype=np.int32).reshape(2, parts)
             self._recorded = self._fuse(lambda number: self._try_pass(number, table, block_size))
-        if self.kernels.captures:
+        if self.kernels.captures and not self.state_bytes:
             from onebase_engine.engine.graphs import Graphs  # imports Triton
 
             self._graphs = Graphs(self._run_fixed, self.kernels, self._slot_count, block_size, self.device)
@@ -195,6 +216,7 @@ class ServedModel:
         if self._recorded:
             raise RuntimeError("the place of the KV cache is recorded")
         self._attention.replace_cache(None)
+        self._recurrence.release()
         self.host = self._graphs = None
 
     def _try_pass(self, number: int, table: np.ndarray, block_size: int) -> torch.Tensor:
@@ -204,11 +226,13 @@ class ServedModel:
         row = (np.arange(TILE) >= first).astype(np.int32)
         position = np.arange(TILE, dtype=np.int32) - row * first
         write = table[row, position // block_size] * block_size + position % block_size
-        self._attention.step = Contexts(position, row, write, table)
+        starts, none = np.array([0, first, TILE], dtype=np.int32), np.zeros(2, dtype=np.int32)
+        step = Contexts(position, row, write, table, runs=StateRuns(starts, none, none - 1))
+        self._attention.step = step
         every = torch.arange(TILE, device=self.device)
         places = torch.from_numpy(position).long().to(self.device)
         try:
-            return self._forward((every[None] * 7 + number) % words, places[None], every)
+            return self._forward((every[None] * 7 + number) % words, places[None], every, step.runs)
         finally:
             self._attention.step = None
 
@@ -297,7 +321,7 @@ class ServedModel:
         self._rows.tokens, self._rows.logits = tokens, logits
         self._hidden_rows = hidden_rows
         try:
-            return self._forward(ids[None], positions[None], logit_rows), self._hidden
+            return self._forward(ids[None], positions[None], logit_rows, contexts.runs), self._hidden
         finally:
             self._hidden_rows = self._hidden = None
             self._attention.step = None
@@ -308,7 +332,14 @@ class ServedModel:
             self._hidden = output[0][0][self._hidden_rows]
 
     @torch.inference_mode()
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, logit_rows: torch.Tensor) -> torch.Tensor:
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        logit_rows: torch.Tensor,
+        runs: StateRuns | None = None,
+    ) -> torch.Tensor:
+        self._recurrence.begin_pass(runs)
         output = self._view(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=logit_rows)
         logits: torch.Tensor = output.logits[0]
         return logits

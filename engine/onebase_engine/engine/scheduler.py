@@ -43,6 +43,7 @@ from heapq import nsmallest
 from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.fair_queue import OUTPUT_WEIGHT, FairQueue, TenantQueue, Turns
 from onebase_engine.engine.kv_cache import BlockPool, block_key, root_key
+from onebase_engine.engine.recurrence import StatePool
 from onebase_engine.engine.sequence import Segment, SequenceState, StepPlan
 from onebase_engine.engine.slot_table import SlotTable
 
@@ -71,6 +72,9 @@ BOUNDED_PART = 32
 has fixed costs of its own, and with fewer tokens it would compute little else."""
 BOUNDED_FRESH = 32
 """Number of steps of which one has no bounded tokens, so that its time is known."""
+SNAPSHOT_TOKENS = 64
+"""Length of the shortest prefix for which a prompt of a base with recurrent layers is cut, so that the state
+behind it is kept."""
 MAX_TRIES = 32
 """Limit of sequences lacking blocks, adapters lacking slots, and tenants lacking a place, in one walk."""
 
@@ -244,10 +248,19 @@ class TenantPace:
 class Scheduler:
     """Waiting and running sequences. `plan` chooses what to compute, `computed` records it."""
 
-    def __init__(self, base: str, pool: BlockPool, slots: SlotTable, limits: SchedulerLimits) -> None:
+    def __init__(
+        self,
+        base: str,
+        pool: BlockPool,
+        slots: SlotTable,
+        limits: SchedulerLimits,
+        states: StatePool | None = None,
+    ) -> None:
+        """Begin with no sequences. `states`: places for recurrent states, of a base that keeps some."""
         self._base = base
         self._pool = pool
         self._slots = slots
+        self._states = states
         self.limits = limits
         self.waiting = FairQueue(CREDIT_STEPS * limits.step_tokens)
         self.running: list[SequenceState] = []
@@ -391,6 +404,8 @@ class Scheduler:
         size = self._pool.block_size
         for index in range(segment.start // size, sequence.computed // size):
             self._pool.publish(sequence.blocks[index], sequence.block_keys[index])
+        if self._states is not None:
+            self._advance_state(self._states, sequence)
 
     def finish(self, sequence: SequenceState) -> None:
         """Remove a sequence, waiting or running, and release its resources."""
@@ -403,6 +418,25 @@ class Scheduler:
     @property
     def sequences(self) -> list[SequenceState]:
         return [*self.running, *self.waiting]
+
+    def _advance_state(self, states: StatePool, sequence: SequenceState) -> None:
+        """Let the state that the step has written be the sequence's, and keep it where a block ends.
+
+        Of states behind generated tokens only a sequence's newest is kept: a conversation goes on from there.
+        """
+        before, now = sequence.states
+        states.release(before)
+        if sequence.computed % self._pool.block_size == 0:
+            key = sequence.block_keys[sequence.computed // self._pool.block_size - 1]
+            states.publish(now, key)
+            if sequence.computed > sequence.prompt_length:
+                if sequence.snapshot is not None:
+                    states.forget(sequence.snapshot)
+                sequence.snapshot = key
+        following = states.allocate()
+        if following is None:
+            raise RuntimeError("a running sequence has no place for its recurrent state")
+        sequence.states = now, following
 
     # ---- what a step computes ----------------------------------------------------------------
 
@@ -468,6 +502,7 @@ class Scheduler:
         length = min(
             sequence.pending, draft.left(sequence), draft.bounded if is_bounded else sequence.pending
         )
+        length = self._to_snapshot(sequence, length)
         if sequence.scores_prompt:
             length = min(length, max(sequence.first_scored - sequence.computed, 0) + MAX_SCORED_TOKENS)
         segment = Segment(sequence, sequence.computed, sequence.computed + length)
@@ -477,6 +512,23 @@ class Scheduler:
         draft.spend_tokens(sequence, length)
         draft.bounded -= length if is_bounded else 0
         self.waiting.charge(segment)
+
+    def _to_snapshot(self, sequence: SequenceState, length: int) -> int:
+        """Return a chunk's length, cut to where the recurrent state behind it can be kept for others.
+
+        That is the end of a block: of the last whole one in the prompt, or of a prefix that others had too.
+        """
+        if self._states is None:
+            return length
+        start, size = sequence.computed, self._pool.block_size
+        stop = start + length
+        last = (sequence.length - 1) // size * size
+        for end in (sequence.branch_at, last if last >= SNAPSHOT_TOKENS else 0):
+            if start < end < stop:
+                stop = end
+        if stop < sequence.length and stop - stop % size > start:
+            stop -= stop % size
+        return stop - start
 
     def _must_wait(self, sequence: SequenceState, draft: _Draft) -> bool:
         """Return True if the step has no time for this prompt.
@@ -664,13 +716,18 @@ class Scheduler:
         keys = sequence.block_keys[: sequence.reusable // self._pool.block_size]
         shared, fresh = self._pool.share(keys), None
         needed = self._pool.blocks_for(sequence.length)
+        states: tuple[int, int] | None = (0, -1)
         if needed - len(shared) + self._watermark(sequence) <= self._pool.free:
             # What comes back from host memory takes blocks that the sequence would take anyway.
             shared += self._pool.share(keys[len(shared) :], restore=True)
-            fresh = self._pool.allocate(needed - len(shared))
-        if fresh is None:
+            if self._states is not None:
+                states = self._share_state(self._states, sequence, shared)
+            fresh = None if states is None else self._pool.allocate(needed - len(shared))
+        if fresh is None or states is None:
             self._pool.release(shared)
+            self._release_states(states)
             return False
+        sequence.states = states
         sequence.blocks = array("i", shared + fresh)
         sequence.late = self._pool.late(shared)
         sequence.computed = len(shared) * self._pool.block_size
@@ -680,6 +737,29 @@ class Scheduler:
             again = sequence.length - sequence.computed
             sequence.yields_at = sequence.generated + max(self._pool.block_size, again // OUTPUT_WEIGHT)
         return True
+
+    def _share_state(
+        self, states: StatePool, sequence: SequenceState, shared: list[int]
+    ) -> tuple[int, int] | None:
+        """Return the places for a sequence's recurrent state; None if there are too few.
+
+        Shared blocks beyond the longest prefix whose state is kept are released.
+        """
+        count, place = states.longest(sequence.block_keys[: len(shared)])
+        own = states.share(place)
+        following = states.allocate()
+        if following is None:
+            states.release(own)
+            return None
+        sequence.branch_at = len(shared) * self._pool.block_size
+        self._pool.release(shared[count:])
+        del shared[count:]
+        return own, following
+
+    def _release_states(self, places: tuple[int, int] | None) -> None:
+        if self._states is not None and places is not None and places[1] >= 0:
+            for place in places:
+                self._states.release(place)
 
     def _is_late(self, sequence: SequenceState) -> bool:
         """Return True if blocks of a running sequence return from host memory only after the next step."""
@@ -729,6 +809,8 @@ class Scheduler:
     def _release(self, sequence: SequenceState) -> None:
         self._pool.release(sequence.blocks)
         sequence.blocks, sequence.late = array("i"), []
+        self._release_states(sequence.states)
+        sequence.states = 0, -1
         self._slots.release(sequence)
 
     def _extend_keys(self, sequence: SequenceState, tokens: int) -> None:

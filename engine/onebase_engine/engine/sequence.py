@@ -86,6 +86,12 @@ class SequenceState:
     computed: int = 0
     blocks: array[int] = field(default_factory=lambda: array("i"))
     """KV blocks, int32 as in a step's table."""
+    states: tuple[int, int] = (0, -1)
+    """Places of the recurrent state behind the computed tokens, and of the one that the next step writes."""
+    branch_at: int = 0
+    """Length of a prefix that another sequence has as well, and behind which no recurrent state is kept."""
+    snapshot: bytes | None = None
+    """Key of the newest snapshot of its recurrent state behind generated tokens."""
     late: list[int] = field(default_factory=list)
     """Own blocks that the next step does not restore from host memory yet; until then nothing is computed."""
     block_keys: list[bytes] = field(default_factory=list)

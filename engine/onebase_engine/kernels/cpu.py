@@ -34,7 +34,7 @@ from onebase_engine.kernels.interface import (
     Rotation,
     RowMap,
 )
-from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear
+from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, ReferenceRecurrence
 from onebase_engine.kernels.weights import LoraWeights
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ def load_library() -> CpuKernels | None:
     return CpuKernels(library, chosen.decode())
 
 
-class CpuKernels:
+class CpuKernels(ReferenceRecurrence):
     """The library, with the results of trials on this machine."""
 
     tiled = True

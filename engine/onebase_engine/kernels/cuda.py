@@ -40,7 +40,7 @@ from onebase_engine.kernels.interface import (
     RowGroup,
     RowMap,
 )
-from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, sent
+from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, ReferenceRecurrence, sent
 from onebase_engine.kernels.weights import LoraWeights
 from onebase_engine.machine import is_out_of_memory
 
@@ -929,7 +929,7 @@ def _capturing(graph: Any, pool: Any) -> Any:
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
-class CudaKernels:
+class CudaKernels(ReferenceRecurrence):
     """Back-end of the Triton kernels."""
 
     name = "triton"

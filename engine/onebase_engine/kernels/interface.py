@@ -40,17 +40,36 @@ class RowMap:
 
 
 @dataclass(frozen=True)
+class StateRuns:
+    """Runs of packed rows that each continue the recurrent state of a sequence, all int32.
+
+    Run i has the rows from `starts[i]` to `starts[i + 1]`, and begins with the state in place `read[i]`.
+    Behind it, its state is written to place `write[i]`, which no run reads; -1: it is not kept. Rows behind
+    the last run are padding.
+    """
+
+    starts: np.ndarray
+    """[runs + 1]"""
+    read: np.ndarray
+    write: np.ndarray
+    held: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Cache of the same data in a back-end's own form."""
+
+
+@dataclass(frozen=True)
 class Contexts:
     """Positions and KV blocks of one step, all int32.
 
     In packed order, each row has its position (-1 for padding), its row of `table`, and the KV slot to which
-    its key and value are written. `table` [contexts, blocks] are KV blocks.
+    its key and value are written. `table` [contexts, blocks] are KV blocks. `runs` are the same rows by
+    sequence, for recurrent layers.
     """
 
     position: np.ndarray
     table_row: np.ndarray
     write: np.ndarray
     table: np.ndarray
+    runs: StateRuns | None = field(default=None, kw_only=True)
     held: dict[str, Any] = field(default_factory=dict, compare=False)
     """Cache of the same data in a back-end's own form."""
 
@@ -157,7 +176,76 @@ class AttentionKernel(Protocol):
         ...
 
 
-class Kernels(Protocol):
+class RecurrentKernels(Protocol):
+    """Layers that keep a state of constant size instead of keys and values.
+
+    Tokens are computed one after the other, whatever the step: so a row's bits depend neither on where its
+    prompt was cut nor on other rows. States are fp32, but for a convolution's, and place 0 holds zeros. Rows
+    of padding give anything finite.
+    """
+
+    def convolve(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        states: torch.Tensor,
+        runs: StateRuns,
+    ) -> torch.Tensor:
+        """Compute a causal convolution of each channel: x [T, channels] -> the same, in the weight's dtype.
+
+        weight [channels, taps], the last for the row itself, and bias [channels] are of one dtype; sums are
+        in fp32. states [places, taps - 1, channels], in x's dtype, are the rows before.
+        """
+        ...
+
+    def delta_rule(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        decay: torch.Tensor,
+        beta: torch.Tensor,
+        states: torch.Tensor,
+        runs: StateRuns,
+    ) -> torch.Tensor:
+        """Compute the gated delta rule (Yang et al. 2024, arXiv:2412.06464), all in fp32.
+
+            S = exp(decay) * S;  S = S + k ⊗ (beta * (v - k S));  y = q S
+
+        q and k [T, key heads, key dim] are finished (normalized and scaled), and each of their heads serves
+        neighbouring ones of v [T, heads, value dim]. decay [T, heads], or [T, heads, key dim] where each key
+        has its own; beta [T, heads]; states [places, heads, key dim, value dim].
+
+        Returns:
+            y [T, heads, value dim]
+        """
+        ...
+
+    def state_space(
+        self,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        states: torch.Tensor,
+        runs: StateRuns,
+    ) -> torch.Tensor:
+        """Compute a selective state space model (Dao and Gu 2024, arXiv:2405.21060), all in fp32.
+
+            S = exp(dt * a) * S + (dt * x) ⊗ b;  y = S c
+
+        x [T, heads, dim]; dt [T, heads]; a [heads], or [heads, size] (Mamba-1); b and c [T, groups, size],
+        each group for neighbouring heads; states [places, heads, dim, size].
+
+        Returns:
+            y [T, heads, dim]
+        """
+        ...
+
+
+class Kernels(RecurrentKernels, Protocol):
     """A back-end."""
 
     name: str

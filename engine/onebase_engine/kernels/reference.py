@@ -27,6 +27,7 @@ from onebase_engine.kernels.interface import (
     Rotation,
     RowGroup,
     RowMap,
+    StateRuns,
 )
 from onebase_engine.kernels.weights import LoraWeights
 
@@ -50,7 +51,92 @@ NUCLEUS_CANDIDATES = 1024
 """Number of the most likely tokens tried for top_p before a row's whole vocabulary is sorted."""
 
 
-class ReferenceKernels:
+class ReferenceRecurrence:
+    """Recurrent layers, computed token by token in shapes that do not depend on the step."""
+
+    def convolve(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        states: torch.Tensor,
+        runs: StateRuns,
+    ) -> torch.Tensor:
+        before, device = weight.shape[1] - 1, x.device
+        starts, read = sent(runs.starts, device).long(), sent(runs.read, device).long()
+        rows = torch.cat([x, states[read].flatten(0, 1).to(x.dtype)])
+        # Of each row and each tap, the place among `rows` of what it multiplies.
+        row = torch.arange(len(x), device=device)
+        run = (torch.bucketize(row, starts, right=True) - 1).clamp(max=len(read) - 1)
+        tap = torch.arange(before, -1, -1, device=device)
+        source, first = row[:, None] - tap, starts[run][:, None]
+        kept = len(x) + run[:, None] * before + before + source - first
+        places = torch.where(source >= first, source, kept)
+        y = torch.zeros(x.shape, device=device)
+        for number in range(before + 1):
+            y = y + rows[places[:, number]].float() * weight[:, number].float()
+        y = y if bias is None else y + bias.float()
+        written = np.flatnonzero(runs.write >= 0)
+        last, target = sent(runs.starts[written + 1] - 1, device).long(), sent(runs.write[written], device)
+        states[target.long()] = rows[places[last, 1:]].to(states.dtype)
+        return y.to(weight.dtype)
+
+    def delta_rule(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        decay: torch.Tensor,
+        beta: torch.Tensor,
+        states: torch.Tensor,
+        runs: StateRuns,
+    ) -> torch.Tensor:
+        y, each = torch.zeros_like(v), v.shape[1] // q.shape[1]
+        kept = (decay if decay.dim() == 3 else decay[..., None]).exp()
+        for rows, state, write in _runs(runs, states):
+            for row in rows:
+                query, key = (one[row].repeat_interleave(each, 0)[..., None] for one in (q, k))
+                state = state * kept[row][..., None]
+                wrong = v[row] - (state * key).sum(-2)
+                state = state + key * (beta[row][:, None] * wrong)[:, None]
+                y[row] = (state * query).sum(-2)
+            if write >= 0:
+                states[write] = state
+        return y
+
+    def state_space(
+        self,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        states: torch.Tensor,
+        runs: StateRuns,
+    ) -> torch.Tensor:
+        y, each = torch.zeros_like(x), x.shape[1] // b.shape[1]
+        rates = a if a.dim() == 2 else a[:, None]
+        for rows, state, write in _runs(runs, states):
+            for row in rows:
+                into, out = (one[row].repeat_interleave(each, 0)[:, None] for one in (b, c))
+                kept = (dt[row][:, None] * rates).exp()[:, None]
+                state = state * kept + (dt[row][:, None] * x[row])[..., None] * into
+                y[row] = (state * out).sum(-1)
+            if write >= 0:
+                states[write] = state
+        return y
+
+
+def _runs(runs: StateRuns, states: torch.Tensor) -> Iterator[tuple[range, torch.Tensor, int]]:
+    """Yield each run's rows, the state with which it begins, and the place for the one behind it."""
+    bounds = runs.starts.tolist()
+    for first, stop, read, write in zip(
+        bounds, bounds[1:], runs.read.tolist(), runs.write.tolist(), strict=False
+    ):
+        yield range(first, stop), states[read], write
+
+
+class ReferenceKernels(ReferenceRecurrence):
     """Back-end of PyTorch's operators."""
 
     name = "torch"

@@ -130,6 +130,7 @@ class Planner:
         are used, whichever are active now.
         """
         base = self.base()
+        self._check_room(body, caller)
         if body.messages:
             prompt = await self.chat_prompt(caller.tenant, body, body.messages)
         else:
@@ -152,9 +153,11 @@ class Planner:
     ) -> GenerationRequest:
         base = self.base()
         self.check_model(body.model, body)
+        prompts = body.prompts()
+        self._check_room(body, caller, len(prompts))
         wanted = _Wanted(
             kind="cmpl-",
-            prompts=tuple(await self._prompts(caller.tenant, body.prompts())),
+            prompts=tuple(await self._prompts(caller.tenant, prompts)),
             prompt_param="prompt",
             max_tokens=body.max_tokens,
             default_tokens=COMPLETION_TOKENS,
@@ -196,6 +199,7 @@ class Planner:
     ) -> GenerationRequest:
         base = self.base()
         self.check_model(body.model, body)
+        self._check_room(body, caller)
         wanted = _Wanted(
             kind=kind,
             prompts=(await self.chat_prompt(caller.tenant, body, messages, body.reasoning_effort),),
@@ -548,8 +552,6 @@ class Planner:
     def _request(
         self, wanted: _Wanted, body: SamplingBody, base: BaseInfo, caller: Caller
     ) -> GenerationRequest:
-        n = body.n or 1
-        self.check_limits(n * len(wanted.prompts), body.timeout_s)
         check_prompts(wanted.prompts, base, wanted.prompt_param)
         timeout_s = body.timeout_s or (None if caller.background else self._limits.max_timeout)
         scores_only = wanted.max_tokens == 0
@@ -572,13 +574,20 @@ class Planner:
             prompts=wanted.prompts,
             sampling=sampling,
             expected_tokens=0 if scores_only else expected,
-            n=n,
+            n=body.n or 1,
             stops=body.stops,
             echo=wanted.echo,
             scores_only=scores_only,
             timeout_s=timeout_s,
             deadline=None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s,
         )
+
+    def _check_room(self, body: SamplingBody, caller: Caller, prompts: int = 1) -> None:
+        """Check the limits of a request, and that the queue has room, before any of its text is tokenized."""
+        choices = (body.n or 1) * prompts
+        self.check_limits(choices, body.timeout_s)
+        if not caller.background:  # It asks again, as long as there is no room.
+            self._supervisor.check_room(caller.tenant, choices)
 
     def check_limits(self, choices: int, timeout_s: float | None) -> None:
         most, longest = self._limits.max_choices, self._limits.max_timeout
