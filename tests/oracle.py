@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from onebase_adapters.proof.texts import positions_of
 from onebase_engine.kernels.interface import TILE
 
 
@@ -29,6 +30,7 @@ def greedy(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
                 cache=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **positions_of(model, first, len(piece)),
             )
         start = len(tokens)
         tokens.append(int(output.logits[0, -1].float().argmax()))

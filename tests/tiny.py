@@ -41,6 +41,41 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "phi3": lambda: tf.Phi3Config(**_SIZES, tie_word_embeddings=False),
 }
 
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_expand": 2}
+_LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+
+HYBRIDS: dict[str, Callable[[], Any]] = {
+    "qwen3_5": lambda: tf.Qwen3_5TextConfig(
+        **_SIZES | _LAYERS,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=32,
+        tie_word_embeddings=False,
+    ),
+    "olmo_hybrid": lambda: tf.OlmoHybridConfig(
+        **_SIZES | _LAYERS, linear_num_value_heads=4, linear_num_key_heads=4
+    ),
+    "granite_h": lambda: tf.GraniteMoeHybridConfig(
+        **_SIZES | {"layer_types": ["mamba", "attention"]},
+        **_MAMBA,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        shared_intermediate_size=192,
+    ),
+    "falcon_h1": lambda: tf.FalconH1Config(**_SIZES, **_MAMBA, mamba_d_ssm=256),
+    "bamba": lambda: tf.BambaConfig(**_SIZES, **_MAMBA, attn_layer_indices=[1]),
+    "nemotron_h": lambda: tf.NemotronHConfig(
+        **_SIZES | {"num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mlp"]},
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=2,
+    ),
+    "lfm2": lambda: tf.Lfm2Config(**_SIZES | {"layer_types": ["conv", "full_attention"]}),
+}
+"""Models in which layers keep a recurrent state."""
+
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 FUSED = {

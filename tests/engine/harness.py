@@ -67,6 +67,7 @@ class Lab:
             "kv_blocks": 400,
             "block_size": 16,
             "host_blocks": 0,
+            "state_places": 0,
             "slots": 8,
             "slot_memory": 0,
         } | changes
@@ -78,6 +79,7 @@ class Lab:
             kv_blocks=settings["kv_blocks"],
             block_size=settings["block_size"],
             host_blocks=settings["host_blocks"],
+            state_places=settings["state_places"],
             slots=settings["slots"],
             slot_memory=settings["slot_memory"],
             copy=copy,

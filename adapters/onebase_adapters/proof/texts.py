@@ -21,6 +21,8 @@ from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.interface import TILE
 from onebase_engine.kernels.weights import HEAD, AdapterWeights, Head
 
+COUNTS_AFRESH = frozenset({"bamba"})
+"""Types of models that, in transformers 5.24, number the tokens of each pass over a cache from 0 again."""
 TIE_ROUNDINGS = 4
 """Number of roundings of the largest logit within which a token's logit ties with it. Attention over padded
 blocks sums in another order than transformers', and in bf16 two logits are often the same number."""
@@ -244,6 +246,14 @@ def regrets(model: nn.Module, prompt: list[int], tokens: list[int]) -> list[floa
     return below
 
 
+def positions_of(model: Any, first: int, count: int) -> dict[str, torch.Tensor]:
+    """Return positions of tokens that follow `first` others in a cache, for a model that has to be told."""
+    if model.config.model_type not in COUNTS_AFRESH:
+        return {}
+    device = next(model.parameters()).device
+    return {"position_ids": torch.arange(first, first + count, device=device)[None]}
+
+
 def _logits(model: Any, ids: list[int], keep: int) -> torch.Tensor:
     """Return the logits after each of the last `keep` tokens, [keep, vocab] fp32, by the model's own pass.
 
@@ -263,6 +273,7 @@ def _logits(model: Any, ids: list[int], keep: int) -> torch.Tensor:
             cache=cache,
             use_cache=True,
             logits_to_keep=max(wanted, 1),
+            **positions_of(model, first, len(piece)),
         )
         if wanted > 0:
             kept.append(output.logits[0].float())

@@ -176,6 +176,8 @@ class Engine:
             self.watch_content()
         places = state_places or 1 + 4 * limits.max_rows
         states = StatePool(places) if self.model.state_bytes else None
+        if states is not None:
+            limits = replace(limits, max_rows=min(limits.max_rows, states.rows))
         self.model.allocate_kv(kv_blocks, block_size, host_blocks, places)
         if not self.model.drafts:
             limits = replace(limits, draft_tokens=0)

@@ -30,6 +30,8 @@ from onebase_engine.kernels.weights import LoraWeights
 
 CPU_SHARE = 0.5
 """Part of the free memory that the KV cache may take on the CPU, where everything else lives as well."""
+STATE_SHARE = 0.25
+"""Largest part of the memory for the KV cache that recurrent states take."""
 CONTEXT_BYTES = 768 << 20
 """Bytes of a process's context on a GPU. PyTorch 2.10 with CUDA 13 takes 426 MiB before its first kernel
 (unslothai/unsloth-zoo#1053) and more with each module of kernels; all of PyTorch's took over 1 GB, before
@@ -109,6 +111,27 @@ def host_block_count(block_bytes: int, prefix_memory: int) -> int:
     It is limited to half of the free host memory, since it is allocated at once.
     """
     return min(prefix_memory, machine.free_memory(torch.device("cpu")) // 2) // block_bytes
+
+
+def state_place_count(state_bytes: int, max_rows: int, free: int) -> int:
+    """Return the number of places for recurrent states; 0 for a base that keeps none.
+
+    Each of `max_rows` sequences has two, and as many keep the states behind prefixes. Where all of them would
+    take more than STATE_SHARE of the free memory there are fewer, and fewer sequences run at once.
+
+    Raises:
+        MemoryBudgetError: there is no room for one sequence.
+    """
+    if not state_bytes:
+        return 0
+    fitting = int(free * STATE_SHARE) // state_bytes
+    if fitting < 3:
+        raise MemoryBudgetError(
+            f"no memory for recurrent states: one takes {state_bytes / 1e6:.1f} MB, and a part of "
+            f"{STATE_SHARE:.0%} of the {free / 1e6:.0f} MB that are free holds {fitting} of the 3 that are "
+            "needed; choose a smaller base"
+        )
+    return min(fitting, 1 + 4 * max_rows)
 
 
 def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:

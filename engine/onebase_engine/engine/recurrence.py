@@ -218,7 +218,7 @@ class StatePool:
     """
 
     def __init__(self, places: int) -> None:
-        """Create a pool of `places`, the one of zeros included."""
+        """Create a pool of `places`, the one of zeros included: at least three."""
         self._references = [1, *[0] * (places - 1)]
         self._free = list(range(places - 1, 0, -1))
         self._snapshots: OrderedDict[bytes, int] = OrderedDict()
@@ -230,12 +230,17 @@ class StatePool:
         """Number of prefixes whose state is kept."""
         return len(self._snapshots)
 
-    def allocate(self) -> int | None:
-        """Return a free place with one reference, if need be a snapshot's that nobody reads; else None."""
+    @property
+    def rows(self) -> int:
+        """Number of sequences that can run at once: each needs a state and the place of the next one."""
+        return self.capacity // 2
+
+    def allocate(self) -> int:
+        """Return a free place with one reference, if need be a snapshot's that no sequence reads."""
         if not self._free:
             place = next((one for one in self._snapshots.values() if self._references[one] == 1), None)
             if place is None:
-                return None
+                raise RuntimeError("no place for a recurrent state is left: more sequences run than may")
             self.forget(self._key_of[place])
         place = self._free.pop()
         self._references[place] = 1

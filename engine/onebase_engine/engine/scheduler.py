@@ -433,10 +433,7 @@ class Scheduler:
                 if sequence.snapshot is not None:
                     states.forget(sequence.snapshot)
                 sequence.snapshot = key
-        following = states.allocate()
-        if following is None:
-            raise RuntimeError("a running sequence has no place for its recurrent state")
-        sequence.states = now, following
+        sequence.states = now, states.allocate()
 
     # ---- what a step computes ----------------------------------------------------------------
 
@@ -716,14 +713,14 @@ class Scheduler:
         keys = sequence.block_keys[: sequence.reusable // self._pool.block_size]
         shared, fresh = self._pool.share(keys), None
         needed = self._pool.blocks_for(sequence.length)
-        states: tuple[int, int] | None = (0, -1)
+        states = 0, -1
         if needed - len(shared) + self._watermark(sequence) <= self._pool.free:
             # What comes back from host memory takes blocks that the sequence would take anyway.
             shared += self._pool.share(keys[len(shared) :], restore=True)
             if self._states is not None:
                 states = self._share_state(self._states, sequence, shared)
-            fresh = None if states is None else self._pool.allocate(needed - len(shared))
-        if fresh is None or states is None:
+            fresh = self._pool.allocate(needed - len(shared))
+        if fresh is None:
             self._pool.release(shared)
             self._release_states(states)
             return False
@@ -738,26 +735,19 @@ class Scheduler:
             sequence.yields_at = sequence.generated + max(self._pool.block_size, again // OUTPUT_WEIGHT)
         return True
 
-    def _share_state(
-        self, states: StatePool, sequence: SequenceState, shared: list[int]
-    ) -> tuple[int, int] | None:
-        """Return the places for a sequence's recurrent state; None if there are too few.
+    def _share_state(self, states: StatePool, sequence: SequenceState, shared: list[int]) -> tuple[int, int]:
+        """Return the places for a sequence's recurrent state, and one for the next.
 
         Shared blocks beyond the longest prefix whose state is kept are released.
         """
         count, place = states.longest(sequence.block_keys[: len(shared)])
-        own = states.share(place)
-        following = states.allocate()
-        if following is None:
-            states.release(own)
-            return None
         sequence.branch_at = len(shared) * self._pool.block_size
         self._pool.release(shared[count:])
         del shared[count:]
-        return own, following
+        return states.share(place), states.allocate()
 
-    def _release_states(self, places: tuple[int, int] | None) -> None:
-        if self._states is not None and places is not None and places[1] >= 0:
+    def _release_states(self, places: tuple[int, int]) -> None:
+        if self._states is not None and places[1] >= 0:
             for place in places:
                 self._states.release(place)
 

@@ -48,6 +48,7 @@ from onebase_engine.engine.memory_budget import (
     rounding_bytes,
     slot_bytes,
     staging_bytes,
+    state_place_count,
     verifier_bytes,
 )
 from onebase_engine.engine.messages import EngineConfig, SequenceOutput
@@ -246,7 +247,14 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
         draft_tokens=config.draft_tokens,
     )
     measure = measured_on(device) if device.type == "cuda" else None
-    blocks, slot_memory = sizes(config, base, model, limits, measure)
+    places = state_place_count(model.state_bytes, config.max_rows, kv_memory_available(device))
+    if 0 < places // 2 < config.max_rows:
+        logger.warning(
+            "at most %d sequences run at once, and not %d (--max-rows): the recurrent state of each takes %.1f "
+            "MB, twice",
+            places // 2, config.max_rows, model.state_bytes / 1e6,
+        )  # fmt: skip
+    blocks, slot_memory = sizes(config, base, model, limits, measure, places * model.state_bytes)
     host_blocks = host_block_count(model.kv_bytes_per_token * config.block_size, config.prefix_memory)
     engine = Engine(
         base,
@@ -255,6 +263,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
         kv_blocks=blocks,
         block_size=config.block_size,
         host_blocks=host_blocks,
+        state_places=places,
         slots=config.max_slots,
         slot_memory=slot_memory,
         eos_ids=eos_ids(base),
@@ -281,13 +290,15 @@ def sizes(
     model: ServedModel,
     limits: SchedulerLimits,
     measure: Measure | None,
+    state_bytes: int = 0,
 ) -> tuple[int, int]:
     """Return the number of blocks of the KV cache, and the bytes for versions in slots.
 
-    `measure`: measures how much memory the largest step takes; None leaves it to a share. Raises
-    MemoryBudgetError.
+    `measure`: measures how much memory the largest step takes; None leaves it to a share. `state_bytes`: bytes
+    of all recurrent states. Raises MemoryBudgetError.
     """
-    device, layers, aside = model.device, adaptable_layers(base), dict[str, int]()
+    device, layers = model.device, adaptable_layers(base)
+    aside = {"recurrent states (--max-rows)": state_bytes}
     most = config.max_rows * -(-limits.max_length // config.block_size) + RESERVED_BLOCKS
     if config.kv_memory:
         measure = None
