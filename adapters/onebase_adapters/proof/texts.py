@@ -203,7 +203,13 @@ class TextProver:
             blocks = rows * -(-length // _BLOCK) + RESERVED_BLOCKS
             limits = SchedulerLimits(max_rows=rows, step_tokens=max(_STEP_TOKENS, rows), max_length=length)
             self._engine = Engine(
-                self._base, name="verifier", limits=limits, kv_blocks=blocks, block_size=_BLOCK, slots=2
+                self._base,
+                name="verifier",
+                limits=limits,
+                kv_blocks=blocks,
+                block_size=_BLOCK,
+                state_places=1 + 2 * rows,
+                slots=2,
             )
         return self._engine
 

@@ -250,8 +250,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     places = state_place_count(model.state_bytes, config.max_rows, kv_memory_available(device))
     if 0 < places // 2 < config.max_rows:
         logger.warning(
-            "at most %d sequences run at once, and not %d (--max-rows): the recurrent state of each takes %.1f "
-            "MB, twice",
+            "%d sequences run at once, instead of %d (--max-rows): the state of each takes %.1f MB, twice",
             places // 2, config.max_rows, model.state_bytes / 1e6,
         )  # fmt: skip
     blocks, slot_memory = sizes(config, base, model, limits, measure, places * model.state_bytes)
@@ -294,8 +293,11 @@ def sizes(
 ) -> tuple[int, int]:
     """Return the number of blocks of the KV cache, and the bytes for versions in slots.
 
-    `measure`: measures how much memory the largest step takes; None leaves it to a share. `state_bytes`: bytes
-    of all recurrent states. Raises MemoryBudgetError.
+    Args:
+        measure: measures how much memory the largest step takes; None leaves it to a share.
+        state_bytes: bytes of all recurrent states.
+
+    Raises MemoryBudgetError.
     """
     device, layers = model.device, adaptable_layers(base)
     aside = {"recurrent states (--max-rows)": state_bytes}
