@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from onebase_adapters.proof.texts import positions_of
+from onebase_adapters.proof.texts import WHOLE_TEXTS
 from onebase_engine.kernels.interface import TILE
 
 
@@ -18,9 +18,14 @@ def greedy(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
     Read in pieces of TILE tokens, as the proof reads (`onebase_adapters.proof.texts`); the model numbers
     positions itself.
     """
-    cache = DynamicCache(config=model.config)
     device = next(model.parameters()).device
     tokens = list(prompt)
+    if model.config.model_type in WHOLE_TEXTS:
+        while len(tokens) < len(prompt) + max_tokens:
+            output = model(input_ids=torch.tensor([tokens], device=device), use_cache=False)
+            tokens.append(int(output.logits[0, -1].float().argmax()))
+        return tokens[len(prompt) :]
+    cache = DynamicCache(config=model.config)
     start = 0
     while len(tokens) < len(prompt) + max_tokens:
         for first in range(start, len(tokens), TILE):
@@ -30,7 +35,6 @@ def greedy(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
                 cache=cache,
                 use_cache=True,
                 logits_to_keep=1,
-                **positions_of(model, first, len(piece)),
             )
         start = len(tokens)
         tokens.append(int(output.logits[0, -1].float().argmax()))

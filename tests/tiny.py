@@ -72,6 +72,25 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
         ssm_state_size=16,
         n_groups=2,
     ),
+    "mamba2": lambda: tf.Mamba2Config(
+        vocab_size=320,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_heads=8,
+        head_dim=32,
+        state_size=16,
+        n_groups=2,
+        tie_word_embeddings=False,
+    ),
+    "falcon_mamba": lambda: tf.FalconMambaConfig(
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        state_size=16,
+        time_step_rank=64,
+        tie_word_embeddings=False,
+    ),
     "lfm2": lambda: tf.Lfm2Config(**_SIZES | {"layer_types": ["conv", "full_attention"]}),
 }
 """Models in which layers keep a recurrent state."""

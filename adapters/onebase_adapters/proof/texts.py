@@ -21,8 +21,9 @@ from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.interface import TILE
 from onebase_engine.kernels.weights import HEAD, AdapterWeights, Head
 
-COUNTS_AFRESH = frozenset({"bamba"})
-"""Types of models that, in transformers 5.24, number the tokens of each pass over a cache from 0 again."""
+WHOLE_TEXTS = frozenset({"bamba", "falcon_mamba", "jamba", "mamba", "zamba"})
+"""Types of models that, in transformers 5.24, do not go on from a cache with several tokens: they number them
+from 0 again (Bamba), or begin with a state of zeros."""
 TIE_ROUNDINGS = 4
 """Number of roundings of the largest logit within which a token's logit ties with it. Attention over padded
 blocks sums in another order than transformers', and in bf16 two logits are often the same number."""
@@ -252,14 +253,6 @@ def regrets(model: nn.Module, prompt: list[int], tokens: list[int]) -> list[floa
     return below
 
 
-def positions_of(model: Any, first: int, count: int) -> dict[str, torch.Tensor]:
-    """Return positions of tokens that follow `first` others in a cache, for a model that has to be told."""
-    if model.config.model_type not in COUNTS_AFRESH:
-        return {}
-    device = next(model.parameters()).device
-    return {"position_ids": torch.arange(first, first + count, device=device)[None]}
-
-
 def _logits(model: Any, ids: list[int], keep: int) -> torch.Tensor:
     """Return the logits after each of the last `keep` tokens, [keep, vocab] fp32, by the model's own pass.
 
@@ -269,17 +262,18 @@ def _logits(model: Any, ids: list[int], keep: int) -> torch.Tensor:
     products in another order, and one flipped last bit may tip a near tie between two tokens.
     """
     device = next(model.parameters()).device
-    cache = DynamicCache(config=model.config)
+    whole = model.config.model_type in WHOLE_TEXTS
+    cache = None if whole else DynamicCache(config=model.config)
+    size = len(ids) if whole else TILE
     kept = []
-    for first in range(0, len(ids), TILE):
-        piece = ids[first : first + TILE]
+    for first in range(0, len(ids), size):
+        piece = ids[first : first + size]
         wanted = min(len(piece), keep - (len(ids) - first - len(piece)))
         output = model(
             input_ids=torch.tensor([piece], device=device),
-            cache=cache,
-            use_cache=True,
+            use_cache=not whole,
             logits_to_keep=max(wanted, 1),
-            **positions_of(model, first, len(piece)),
+            cache=cache,
         )
         if wanted > 0:
             kept.append(output.logits[0].float())

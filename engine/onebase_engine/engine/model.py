@@ -125,8 +125,6 @@ class ServedModel:
                 f"{len(missing)} of {len(mixing)} layers do not call the attention interface, nor a "
                 "recurrence that OneBase knows"
             )
-        if not self._attention.shapes:
-            raise UnsupportedAttentionError("none of its layers is an attention layer")
 
     @property
     def row_multiple(self) -> int:
@@ -168,7 +166,8 @@ class ServedModel:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return bytes_per_token(self._attention.shapes, self.kv_dtype)
+        """Bytes of one token in the KV cache; 1 where no layer attends, so that blocks are numbers alone."""
+        return bytes_per_token(self._attention.shapes, self.kv_dtype) or 1
 
     def allocate_kv(self, blocks: int, block_size: int, host_blocks: int = 0, state_places: int = 1) -> None:
         """Create the KV cache, once. It is zeroed memory: on the CPU, pages are taken only when written.
@@ -183,7 +182,7 @@ class ServedModel:
         cache = KVCache(shapes, blocks, block_size, self.kv_dtype, self.device)
         self._attention.replace_cache(cache)
         self._recurrence.allocate(state_places, self.device)
-        if host_blocks:
+        if host_blocks and cache.layers:
             try:
                 self.host = HostCache(cache, host_blocks)
             except (RuntimeError, OSError) as error:

@@ -8,6 +8,7 @@ a step which fails can be computed again, and a state that another sequence need
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -50,6 +51,8 @@ class Recurrence:
 
     def attach(self, model: nn.Module) -> None:
         """Make the view's recurrent modules call this object."""
+        # What it would say of the kernels that it lacks holds for its own passes, not for these.
+        logging.getLogger("transformers.integrations.hub_kernels").addFilter(_is_no_fallback_warning)
         functions: dict[str, Callable[..., Any]] = {
             "causal_conv1d_fn": self._convolve,
             "torch_chunk_gated_delta_rule": self._delta_rule,
@@ -197,6 +200,10 @@ class Recurrence:
         ).squeeze(-1)
         y = (y if D is None else y + D * x).transpose(0, 1)[None]
         return y if z is None else y * functional.silu(z)
+
+
+def _is_no_fallback_warning(record: logging.LogRecord) -> bool:
+    return "is falling back to its reference" not in record.getMessage()
 
 
 def _check_plain(initial: None, wants_state: bool) -> None:

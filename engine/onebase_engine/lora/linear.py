@@ -49,6 +49,12 @@ class SlotLinear(SlotModule):
         self.kernel = kernels.linear(base, slots, unpacked=unpacked)
 
     @property
+    def bias(self) -> torch.Tensor | None:
+        """The base's own bias, for modelling code that takes it off again."""
+        bias: torch.Tensor | None = self.base.bias
+        return bias
+
+    @property
     def by_groups(self) -> Collection[int]:
         return self.replacements
 
