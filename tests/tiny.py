@@ -144,9 +144,10 @@ biases; saved norms, head and embedding; tokens of its own. The first eight are 
 
 def save_base(architecture: str, folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """A random model whose greedy texts wander: wide weights, so that logits are far apart."""
-    config = ARCHITECTURES[architecture]()
+    config = (ARCHITECTURES | HYBRIDS)[architecture]()
     config.initializer_range = 0.15
-    config.num_hidden_layers = layers
+    if architecture not in HYBRIDS:
+        config.num_hidden_layers = layers
     return save_model(config, folder, seed)
 
 

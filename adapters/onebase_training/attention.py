@@ -36,12 +36,12 @@ class PackedAttention:
     """
 
     def __init__(self, gate: Gate) -> None:
-        self._groups: tuple[Group, ...] = ()
+        self.groups: tuple[Group, ...] = ()
         self._gate = gate
 
     def set_lengths(self, lengths: Sequence[int], device: torch.device) -> None:
         """Set the lengths of the packed sequence's rows, in order."""
-        self._groups = grouped(lengths, device)
+        self.groups = grouped(lengths, device)
 
     def attach(self, model: nn.Module) -> None:
         """Make the attention modules of a view call this object."""
@@ -64,7 +64,7 @@ class PackedAttention:
                 "another base"
             )
         rows = []
-        for group in self._groups:
+        for group in self.groups:
             padded = (group.padded(q.squeeze(0)), group.padded(k.squeeze(0)), group.padded(v.squeeze(0)))
             rows.append(group.packed(_attend(padded, group.length, options)))
         return (torch.cat(rows) if len(rows) > 1 else rows[0]).unsqueeze(0)
@@ -184,14 +184,22 @@ class Group:
 
     def padded(self, states: torch.Tensor) -> torch.Tensor:
         """Pad this group's part of [heads, T, d] to [n, heads, L, d]."""
-        part = states[:, self.start : self.start + self.tokens].transpose(0, 1)
+        return self.rows(states.transpose(0, 1)).transpose(1, 2)
+
+    def rows(self, states: torch.Tensor) -> torch.Tensor:
+        """Pad this group's part of [T, ...] to [n, L, ...]."""
+        part = states[self.start : self.start + self.tokens]
         if not self._full:
             part = _Rows.apply(part, self._taken, self._kept)  # type: ignore[no-untyped-call]
-        return part.reshape(self.count, self.length, *part.shape[1:]).transpose(1, 2)
+        return part.reshape(self.count, self.length, *part.shape[1:])
 
     def packed(self, states: torch.Tensor) -> torch.Tensor:
         """Pack [n, heads, L, d] into [tokens of the group, heads, d]."""
-        rows = states.transpose(1, 2).flatten(0, 1)
+        return self.flat(states.transpose(1, 2))
+
+    def flat(self, states: torch.Tensor) -> torch.Tensor:
+        """Pack [n, L, ...] into [tokens of the group, ...]."""
+        rows = states.flatten(0, 1)
         if self._full:
             return rows
         kept: torch.Tensor = _Rows.apply(rows, self._kept, None)  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 from tests.device import DEVICE
 from tests.engine.harness import Lab, Request, requests, run, submission
-from tests.tiny import HYBRIDS, load_folder, save_adapter, save_model
+from tests.tiny import HYBRIDS, load_folder, save_adapter, save_base
 
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base
 from onebase_engine.engine import messages as protocol
@@ -57,9 +57,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def made(architecture: str, precision: str, folders: pytest.TempPathFactory) -> Lab:
     """Make a random hybrid with three adapters: on all kinds of layers, with DoRA, and on one kind."""
     folder = folders.mktemp(f"{architecture}-{precision}")
-    config = HYBRIDS[architecture]()
-    config.initializer_range = 0.15
-    settings = BaseSettings(save_model(config, folder / "base"), **PRECISIONS[precision], device=DEVICE)  # type: ignore[arg-type]
+    settings = BaseSettings(save_base(architecture, folder / "base"), **PRECISIONS[precision], device=DEVICE)
     base = load_base(settings)
     targets = EVERYWHERE[architecture].split()
     kinds: list[dict[str, Any]] = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from tests.tiny import ARCHITECTURES
+from tests.tiny import ARCHITECTURES, HYBRIDS
 from tests.training.runs import dataset, recipe_for, sample, samples, tiny_base
 
 from onebase_engine.base.view import view
@@ -17,7 +17,7 @@ from onebase_training.events import OpenGate
 from onebase_training.trainable import Trainable
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES | HYBRIDS))
 def test_packed_logits_are_eager_attentions_of_each_row_alone(architecture: str, tmp_path: Path) -> None:
     import numpy as np
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.tiny import ARCHITECTURES, load_folder, save_base
+from tests.tiny import ARCHITECTURES, HYBRIDS, load_folder, save_base
 from torch import nn
 
 from onebase_engine.base.attach import attach, publish
@@ -154,10 +154,10 @@ def plain_rate(step: int, made: Any) -> float:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
-    return {name: save_base(name, root / name) for name in ARCHITECTURES}
+    return {name: save_base(name, root / name) for name in ARCHITECTURES | HYBRIDS}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "qwen3_5", "granite_h", "lfm2"])
 def test_the_loss_curve_is_that_of_a_plain_loop_over_peft(
     architecture: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
