@@ -40,10 +40,12 @@ class Asked:
     cancelled: int | None
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen3_5", marks=pytest.mark.full)])
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder = tmp_path_factory.mktemp("ahead")
-    settings = BaseSettings(save_base("llama", folder / "base"), quantization="nf4", dtype=torch.bfloat16)
+    settings = BaseSettings(
+        save_base(request.param, folder / "base"), quantization="nf4", dtype=torch.bfloat16
+    )
     return Lab.create(load_base(settings), folder)
 
 
@@ -253,6 +255,7 @@ def test_a_step_that_cannot_be_packed_ahead_is_packed_when_it_begins(
     assert failures == 8
 
 
+@pytest.mark.parametrize("lab", ["llama"], indirect=True)
 def test_drafts_that_pay_are_looked_for_when_the_last_token_is_known(lab: Lab) -> None:
     sampling = protocol.Sampling(
         temperature=0.0, max_tokens=60, ignore_eos=True, logit_bias={9: 50.0, 11: 50.0}
@@ -265,6 +268,7 @@ def test_drafts_that_pay_are_looked_for_when_the_last_token_is_known(lab: Lab) -
         assert drafting.counters.steps < plain.counters.steps
 
 
+@pytest.mark.parametrize("lab", ["llama"], indirect=True)
 def test_rows_whose_drafts_do_not_pay_learn_when_they_would(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
