@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.engine import recurrent_layers
 from tests.engine.harness import Lab, requests, run
 from tests.engine.layers import (
     IN,
@@ -383,6 +384,86 @@ def test_norms_that_compute_something_else_are_left_to_pytorch(best: CpuKernels)
         assert best.norm(norm) is norm
 
 
+# ---- recurrent layers ----------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(layer=recurrent_layers.layers(), step=recurrent_layers.steps())
+def test_a_recurrent_layer_is_that_of_the_reference_and_writes_no_other_state(
+    kernels: CpuKernels, layer: recurrent_layers.Layer, step: recurrent_layers.Step
+) -> None:
+    recurrent_layers.agrees(kernels, layer, step)
+
+
+@settings(max_examples=40)
+@given(layer=recurrent_layers.layers(), cut=recurrent_layers.cuts(), data=st.data())
+def test_a_recurrent_layer_gives_a_row_the_same_bits_wherever_its_text_is_cut_and_beside_any_other(
+    kernels: CpuKernels,
+    layer: recurrent_layers.Layer,
+    cut: tuple[list[list[int]], list[int]],
+    data: st.DataObject,
+) -> None:
+    texts, ends = cut
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3])))
+        kernels.use_threads()
+        pieces = recurrent_layers.in_pieces(kernels, layer, texts, ends)
+        torch.set_num_threads(1)
+        kernels.use_threads()
+        for text, (got, state) in zip(texts, pieces, strict=True):
+            [(expected, behind)] = recurrent_layers.in_pieces(kernels, layer, [text], [len(text)])
+            assert torch.equal(got, expected)
+            assert torch.equal(state, behind)
+    finally:
+        torch.set_num_threads(before)
+        kernels.use_threads()
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+def test_decays_are_exponentials_of_any_size(kernels: CpuKernels, by_key: bool) -> None:
+    decay = torch.tensor([-torch.inf, -200.0, -20.0, -1e-6, 0.0, 0.5, 20.0])
+    shape = (len(decay), 1, 4) if by_key else (len(decay), 1)
+    zeros, ones = torch.zeros(len(decay), 1, 4), torch.ones(len(decay), 1, 4)
+    states = torch.ones(2 * len(decay) + 1, 1, 4, 3)
+    runs = recurrent_layers.runs_of(
+        [1] * len(decay), range(1, len(decay) + 1), range(len(decay) + 1, len(states))
+    )
+    own = decay.view(-1, 1, *([1] if by_key else [])).expand(shape)
+    y = kernels.delta_rule(ones, zeros, zeros[..., :3], own, ones[..., 0], states, runs)
+    torch.testing.assert_close(y[:, 0, 0], 4 * decay.exp(), rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(states[len(decay) + 1 :, 0, 0, 0], decay.exp(), rtol=1e-6, atol=1e-30)
+
+
+def test_a_state_that_is_not_finite_reaches_no_other_run(kernels: CpuKernels) -> None:
+    layer = recurrent_layers.DeltaRule(
+        8, (2, 2), (24, 40), by_key=False, normalized=True, dtype=torch.bfloat16
+    )
+    clean, odd = recurrent_layers.states_of(layer, 5), recurrent_layers.states_of(layer, 5)
+    odd[1] = torch.nan
+    runs = recurrent_layers.runs_of([4, 4], [1, 2], [3, 4])
+    expected, got = (layer.compute(kernels, layer.rows, states, runs) for states in (clean, odd))
+    assert got[:4].isnan().all()
+    assert torch.equal(got[4:], expected[4:])
+    assert torch.equal(odd[4], clean[4])
+
+
+def test_recurrent_layers_of_other_dtypes_are_left_to_pytorch(kernels: CpuKernels) -> None:
+    for layer in (
+        recurrent_layers.Convolution(6, 24, 4, bias=True, dtype=torch.float16, weight=torch.float16),
+        recurrent_layers.DeltaRule(6, (2, 2), (8, 8), by_key=False, normalized=True, dtype=torch.float16),
+        recurrent_layers.StateSpace(6, (1, 2), 8, 8, by_size=False, skip=True, dtype=torch.float16),
+    ):
+        runs = recurrent_layers.runs_of([6], [0], [1])
+        both = [recurrent_layers.states_of(layer, 2) for _ in range(2)]
+        got, expected = (
+            layer.compute(one, layer.rows, states, runs)
+            for one, states in zip((kernels, ReferenceKernels()), both, strict=True)
+        )
+        assert torch.equal(got, expected)
+        assert torch.equal(both[0], both[1])
+
+
 # ---- all of the interface ------------------------------------------------------------------
 
 
@@ -439,6 +520,10 @@ def test_python_and_c_lay_structures_out_alike() -> None:
     assert ctypes.sizeof(cpu._Attention) == 4 * 8 + 6 * 8 + 2 * 4 + 8
     assert ctypes.sizeof(cpu.KernelCall) == 5 * 8 + 2 * 4 + 10 * 8 + 12 * 8
     assert ctypes.sizeof(cpu._Draw) == 5 * 8 + 4 * 4
+    assert ctypes.sizeof(cpu._Runs) == 4 * 8
+    assert ctypes.sizeof(cpu._Convolution) == 8 * 8 + 3 * 8
+    assert ctypes.sizeof(cpu._DeltaRule) == 5 * 8 + 5 * 3 * 8 + 2 * 8 + 2 * 4 + 2 * 8
+    assert ctypes.sizeof(cpu._StateSpace) == 5 * 8 + 4 * 3 * 8 + 5 * 8
 
 
 # ---- fewer calls ---------------------------------------------------------------------------

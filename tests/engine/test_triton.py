@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.engine import triton_on_cpu
+from tests.engine import recurrent_layers, triton_on_cpu
 from tests.engine.harness import Lab, LiveBytes, Request, requests, run
 from tests.engine.layers import (
     IN,
@@ -650,6 +650,45 @@ def test_layers_that_triton_does_not_have_are_left_to_pytorch(kernels: CudaKerne
         assert isinstance(kernels.linear(layer, 1), ReferenceLinear)
 
 
+# ---- recurrent layers --------------------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(layer=recurrent_layers.layers(small=True), step=recurrent_layers.steps())
+def test_a_recurrent_layer_is_that_of_the_reference_and_writes_no_other_state(
+    kernels: CudaKernels, layer: recurrent_layers.Layer, step: recurrent_layers.Step
+) -> None:
+    recurrent_layers.agrees(kernels, layer, step)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_recurrent_layers_of_the_sizes_of_models_are_those_of_the_reference(
+    kernels: CudaKernels, bias: bool
+) -> None:
+    step = recurrent_layers.Step([2, 1], [True, False], [True, True], 1)
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    for layer in (
+        recurrent_layers.Convolution(4, 600, 4, bias=bias, weight=torch.bfloat16, **options),
+        recurrent_layers.DeltaRule(4, (1, 2), (128, 128), by_key=bias, normalized=True, **options),
+        recurrent_layers.StateSpace(4, (1, 2), 64, 128, by_size=False, skip=bias, **options),
+        recurrent_layers.StateSpace(4, (1, 300), 1, 16, by_size=True, skip=bias, **options),
+    ):
+        recurrent_layers.agrees(kernels, layer, step)
+
+
+@settings(max_examples=25)
+@given(layer=recurrent_layers.layers(small=True), cut=recurrent_layers.cuts())
+def test_a_recurrent_layer_gives_a_row_the_same_bits_wherever_its_text_is_cut_and_beside_any_other(
+    kernels: CudaKernels, layer: recurrent_layers.Layer, cut: tuple[list[list[int]], list[int]]
+) -> None:
+    texts, ends = cut
+    pieces = recurrent_layers.in_pieces(kernels, layer, texts, ends)
+    for text, (got, state) in zip(texts, pieces, strict=True):
+        [(expected, behind)] = recurrent_layers.in_pieces(kernels, layer, [text], [len(text)])
+        assert torch.equal(got, expected)
+        assert torch.equal(state, behind)
+
+
 # ---- the trial at a start ----------------------------------------------------------------------
 
 
@@ -698,7 +737,7 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert len(report) == 28
+    assert len(report) == 34
     for name, used in report.items():
         assert used["shared"] < 99 << 10, name
         assert not any(word.startswith("ld.global") and word.endswith("b8") for word in used), (name, used)

@@ -22,13 +22,13 @@ from onebase_engine.kernels import cuda_training as training
 
 POINTERS = {
     "*bf16": "x onto plain q k v keys values key_scales value_scales cosines sines out gradient "
-    "gate up y y_1 y_2 y_3",
-    "*fp32": "log_sums upstream sums absmax code hidden weight_of part stats",
+    "gate up y y_1 y_2 y_3 bias kept beta b c",
+    "*fp32": "log_sums upstream sums absmax code hidden weight_of part stats decay states dt a skip",
     "*i64": "layers targets",
-    "*i32": "row_of slot_of starts write tiles position table",
+    "*i32": "row_of slot_of starts write tiles position table run_of read",
 }
 """Of all kernels' arguments, by type; `weight` is bytes for `_unpack` and bf16 for norms."""
-FLOATS = ("eps", "scaling", "softcap")
+FLOATS = ("eps", "scaling", "softcap", "scale")
 UNALIGNED = (
     "rows",
     "first_tile",
@@ -43,6 +43,11 @@ UNALIGNED = (
     "table_width",
     "window",
     "most_rank",
+    "heads",
+    "each",
+    "beta_row",
+    "decay_row",
+    "dt_row",
 )
 """Numbers that are no multiple of 16; where others are, the launch finds that out."""
 SIZES = {"KEY_SIZE": 128, "VALUE_SIZE": 128}
@@ -60,6 +65,15 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
         for whole in (False, True)
     ),
     (cuda._merge, {"VALUE_SIZE": 128}),
+    (cuda._convolve, {"TAPS": 4, "BIAS": True, "SIZE": cuda.CHANNELS}),
+    *(
+        (cuda._delta, {"KEYS": 128, "SIZE": cuda.VALUES, "BY_KEY": by_key, "NORMALIZED": True})
+        for by_key in (False, True)
+    ),
+    *(
+        (cuda._scan, {"LINES": cuda.NUMBERS // size, "SIZE": size, "BY_SIZE": size == 16, "SKIP": True})
+        for size in (16, 128, 256)
+    ),
     *((kernel, {"SIZE": 4096}) for kernel in (training._log_sum, training._log_gradient)),
     *(
         (kernel, {"SIZE": training._NUMBERS})
@@ -75,7 +89,7 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
 
 
 def type_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
-    if kernel is training._log_sum and name == "y":
+    if kernel in (training._log_sum, cuda._scan) and name == "y":
         return "*fp32"
     if kernel is training._split and name == "x":
         return "*fp32"

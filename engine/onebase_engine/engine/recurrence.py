@@ -136,13 +136,13 @@ class Recurrence:
         query and key [1, T, key heads, key dim], value [1, T, heads, value dim] -> the value's shape.
         """
         _check_plain(initial_state, output_final_state)
-        q, k, v, decay, rate = (one[0].float().contiguous() for one in (query, key, value, g, beta))
-        if use_qk_l2norm_in_kernel:
-            q, k = (one * torch.rsqrt((one * one).sum(-1, keepdim=True) + NORM_EPS) for one in (q, k))
-        q = q * q.shape[-1] ** -0.5
+        q, k, v, decay, rate = (one[0] for one in (query, key, value, g, beta))
         shape = v.shape[1], q.shape[2], v.shape[2]
         states = self._state(path, shape, v, torch.float32)
-        y = self._kernels.delta_rule(q, k, v, decay, rate, states, self._runs(len(v)))
+        eps = NORM_EPS if use_qk_l2norm_in_kernel else None
+        y = self._kernels.delta_rule(
+            q, k, v, decay, rate, states, self._runs(len(v)), scale=q.shape[2] ** -0.5, eps=eps
+        )
         return y.to(query.dtype)[None], None
 
     def _state_space(
@@ -165,11 +165,10 @@ class Recurrence:
     ) -> torch.Tensor:
         """Compute `mamba2_chunk_scan`: hidden_states [1, T, heads, dim] -> the same, fp32."""
         _check_plain(initial_states, return_final_states or z is not None)
-        x, b, c = (one[0].float().contiguous() for one in (hidden_states, B, C))
-        steps = _time_steps(dt[0], dt_bias, dt_softplus).clamp(*dt_limit).float().contiguous()
+        x, b, c = hidden_states[0], B[0], C[0]
+        steps = _time_steps(dt[0], dt_bias, dt_softplus).clamp(*dt_limit)
         states = self._state(path, (x.shape[1], x.shape[2], b.shape[2]), x, torch.float32)
-        y = self._kernels.state_space(x, steps, A.float(), b, c, states, self._runs(len(x)))
-        return (y if D is None else y + D[:, None] * x)[None]
+        return self._kernels.state_space(x, steps, A, b, c, states, self._runs(len(x)), skip=D)[None]
 
     def _selective_scan(
         self,
@@ -191,14 +190,12 @@ class Recurrence:
         hidden_states [1, channels, T] -> the same.
         """
         _check_plain(None, return_last_state)
-        x = hidden_states[0].transpose(0, 1).float().contiguous()
-        steps = _time_steps(dt[0].transpose(0, 1), delta_bias, delta_softplus).float().contiguous()
-        b, c = (one[0].transpose(0, 1).float().contiguous()[:, None] for one in (B, C))
+        x = hidden_states[0].transpose(0, 1)
+        steps = _time_steps(dt[0].transpose(0, 1), delta_bias, delta_softplus)
+        b, c = (one[0].transpose(0, 1)[:, None] for one in (B, C))
         states = self._state(path, (x.shape[1], 1, A.shape[1]), x, torch.float32)
-        y = self._kernels.state_space(
-            x[..., None], steps, A.float(), b, c, states, self._runs(len(x))
-        ).squeeze(-1)
-        y = (y if D is None else y + D * x).transpose(0, 1)[None]
+        y = self._kernels.state_space(x[..., None], steps, A, b, c, states, self._runs(len(x)), skip=D)
+        y = y.squeeze(-1).transpose(0, 1)[None]
         return y if z is None else y * functional.silu(z)
 
 

@@ -33,6 +33,7 @@ from onebase_engine.kernels.interface import (
     LinearKernel,
     Rotation,
     RowMap,
+    StateRuns,
 )
 from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, ReferenceRecurrence
 from onebase_engine.kernels.weights import LoraWeights
@@ -43,7 +44,7 @@ CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
 OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
 """Environment variable: the path of another build, for instance with sanitizers."""
-ABI = 5
+ABI = 6
 LANES = 16
 TRIAL_OUTPUTS = 1 << 20
 IN_MULTIPLE = 32
@@ -54,6 +55,8 @@ _NF4, _BF16 = 0, 1
 _LINEAR, _NORM, _ATTEND, _ADD = range(4)
 _MOST_LAYERS = 3
 _OUT_OF_MEMORY = -1
+_READ = (torch.bfloat16, torch.float32)
+"""Dtypes of which the library reads rows of recurrent layers."""
 
 
 class _Order(ctypes.Structure):
@@ -127,12 +130,47 @@ class _Draw(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Runs(ctypes.Structure):
+    _fields_ = (("runs", c_int64), ("starts", c_void_p), ("read", c_void_p), ("write", c_void_p))
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (("start", c_void_p), ("stride", c_int64), ("wide", c_int64))
+
+
+class _Convolution(ctypes.Structure):
+    _fields_ = (
+        ("rows", c_int64), ("channels", c_int64), ("taps", c_int64), ("x", _Rows), ("weight", c_void_p),
+        ("bias", c_void_p), ("wide", c_int64), ("states", c_void_p), ("y", c_void_p),
+    )  # fmt: skip
+
+
+class _DeltaRule(ctypes.Structure):
+    _fields_ = (
+        ("rows", c_int64), ("key_heads", c_int64), ("heads", c_int64), ("key_dim", c_int64),
+        ("value_dim", c_int64), ("q", _Rows), ("k", _Rows), ("v", _Rows), ("decay", _Rows), ("beta", _Rows),
+        ("by_key", c_int64), ("normalized", c_int64), ("eps", c_float), ("scale", c_float),
+        ("states", c_void_p), ("y", c_void_p),
+    )  # fmt: skip
+
+
+class _StateSpace(ctypes.Structure):
+    _fields_ = (
+        ("rows", c_int64), ("heads", c_int64), ("dim", c_int64), ("groups", c_int64), ("size", c_int64),
+        ("x", _Rows), ("dt", _Rows), ("b", _Rows), ("c", _Rows), ("a", c_void_p), ("skip", c_void_p),
+        ("by_size", c_int64), ("states", c_void_p), ("y", c_void_p),
+    )  # fmt: skip
+
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "onebase_abi": (c_int64, ()),
     "onebase_choose": (c_char_p, (c_char_p,)),
     "onebase_use_threads": (c_int64, (c_int64,)),
     "onebase_run": (c_int, (c_void_p, c_int64, c_void_p, c_void_p)),
     "onebase_draw_tokens": (c_int, (c_void_p, c_int64, c_int64)),
+    "onebase_convolve": (c_int, (c_void_p, c_void_p)),
+    "onebase_apply_delta_rule": (c_int, (c_void_p, c_void_p)),
+    "onebase_scan_states": (c_int, (c_void_p, c_void_p)),
     "onebase_gate": (c_int, (c_void_p, c_void_p, c_void_p, c_int64)),
     "onebase_sums": (c_int, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p)),
 }
@@ -173,6 +211,26 @@ def _contexts_of(contexts: Contexts) -> int:
         contexts.held["native"] = ctypes.addressof(own), own
     address: int = contexts.held["native"][0]
     return address
+
+
+def _runs_of(runs: StateRuns) -> int:
+    """Return the address of the library's structure of the runs, built once."""
+    if "native" not in runs.held:
+        arrays = (runs.starts, runs.read, runs.write)
+        own = _Runs(len(runs.read), *(array.ctypes.data for array in arrays))
+        runs.held["native"] = ctypes.addressof(own), own
+    address: int = runs.held["native"][0]
+    return address
+
+
+def _rows(x: torch.Tensor) -> _Rows:
+    """Describe rows [T, ...], each of them contiguous."""
+    return _Rows(x.data_ptr(), x.stride(0), x.dtype == torch.float32)
+
+
+def _with_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return tensors [T, ...] with each row contiguous, copied where it is not."""
+    return [x if x.shape[0] and x[0].is_contiguous() else x.contiguous() for x in tensors]
 
 
 def find_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -396,6 +454,76 @@ class CpuKernels(ReferenceRecurrence):
         call = KernelCall(_ADD, x.numel() // size, size=size, x=x.data_ptr(), other=other.data_ptr())
         call.ys[0] = y.data_ptr()
         self.run_call(call, [x, other], None, None)
+        return y
+
+    def convolve(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        states: torch.Tensor,
+        runs: StateRuns,
+    ) -> torch.Tensor:
+        alike = x.dtype == states.dtype and (bias is None or bias.dtype == weight.dtype)
+        if x.dtype not in _READ or weight.dtype not in _READ or not alike:
+            return super().convolve(x, weight, bias, states, runs)
+        (x,), weight = _with_rows(x), weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        y = torch.empty(x.shape, dtype=weight.dtype)
+        layer = _Convolution(
+            len(x), *weight.shape, _rows(x), weight.data_ptr(), None if bias is None else bias.data_ptr(),
+            weight.dtype == torch.float32, states.data_ptr(), y.data_ptr(),
+        )  # fmt: skip
+        _check(self.library.onebase_convolve(ctypes.addressof(layer), _runs_of(runs)))
+        return y
+
+    def delta_rule(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        decay: torch.Tensor,
+        beta: torch.Tensor,
+        states: torch.Tensor,
+        runs: StateRuns,
+        *,
+        scale: float = 1.0,
+        eps: float | None = None,
+    ) -> torch.Tensor:
+        if any(one.dtype not in _READ for one in (q, k, v, decay, beta)):
+            return super().delta_rule(q, k, v, decay, beta, states, runs, scale=scale, eps=eps)
+        q, k, v, decay, beta = _with_rows(q, k, v, decay, beta)
+        y = torch.empty(v.shape, dtype=v.dtype)
+        layer = _DeltaRule(
+            len(v), q.shape[1], v.shape[1], q.shape[2], v.shape[2],
+            *(_rows(one) for one in (q, k, v, decay, beta)), decay.dim() == 3, eps is not None, eps or 0.0,
+            scale, states.data_ptr(), y.data_ptr(),
+        )  # fmt: skip
+        _check(self.library.onebase_apply_delta_rule(ctypes.addressof(layer), _runs_of(runs)))
+        return y
+
+    def state_space(
+        self,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        states: torch.Tensor,
+        runs: StateRuns,
+        *,
+        skip: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if any(one.dtype not in _READ for one in (x, dt, b, c)):
+            return super().state_space(x, dt, a, b, c, states, runs, skip=skip)
+        x, dt, b, c = _with_rows(x, dt, b, c)
+        a, skip = a.float().contiguous(), None if skip is None else skip.float().contiguous()
+        y = torch.empty(x.shape)
+        layer = _StateSpace(
+            *x.shape, *b.shape[1:], *(_rows(one) for one in (x, dt, b, c)), a.data_ptr(),
+            None if skip is None else skip.data_ptr(), a.dim() == 2, states.data_ptr(), y.data_ptr(),
+        )  # fmt: skip
+        _check(self.library.onebase_scan_states(ctypes.addressof(layer), _runs_of(runs)))
         return y
 
     def draw(

@@ -39,8 +39,9 @@ from onebase_engine.kernels.interface import (
     Rotation,
     RowGroup,
     RowMap,
+    StateRuns,
 )
-from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, ReferenceRecurrence, sent
+from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, sent
 from onebase_engine.kernels.weights import LoraWeights
 from onebase_engine.machine import is_out_of_memory
 
@@ -63,6 +64,12 @@ SPLIT = tl.constexpr(512)
 KEYS = tl.constexpr(64)
 QUERIES = tl.constexpr(64)
 """Number of a program's queries: rows of one context, with all heads that share its keys."""
+CHANNELS = 256
+"""Number of a convolution's channels in one program."""
+VALUES = 32
+"""Number of a head's values, of those in a delta rule's state, in one program."""
+NUMBERS = 4096
+"""Numbers of a state space's state in one program."""
 HIDDEN = 1 << 23
 """Largest LoRA intermediate, in elements, that is kept as partial sums by piece; above it each program adds
 up its pieces."""
@@ -894,6 +901,226 @@ class CudaAttention:
         return out
 
 
+# ---- recurrent layers ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _convolve(
+    x, weight, bias, kept, y, run_of, starts, read, write, x_row, channels, TAPS: tl.constexpr,
+    BIAS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Compute a causal convolution of one row and some channels. The last row of a run writes its state."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    there, run = channel < channels, tl.load(run_of + row)
+    total = tl.zeros((SIZE,), dtype=tl.float32)
+    if run >= 0:
+        start, last = tl.load(starts + run), tl.load(starts + run + 1) - 1
+        old = kept + tl.load(read + run).to(tl.int64) * (TAPS - 1) * channels
+        target = tl.load(write + run).to(tl.int64)
+        for tap in tl.static_range(TAPS):
+            source = row - (TAPS - 1) + tap
+            if source >= start:
+                own = tl.load(x + source * x_row + channel, mask=there, other=0.0)
+            else:
+                place = (source - start + TAPS - 1) * channels + channel
+                own = tl.load(old + place, mask=there, other=0.0)
+            w = tl.load(weight + channel * TAPS + tap, mask=there, other=0.0).to(tl.float32)
+            total += own.to(tl.float32) * w
+            if tap > 0 and (row == last) & (target >= 0):
+                to = kept + (target * (TAPS - 1) + tap - 1) * channels + channel
+                tl.store(to, own, mask=there)
+        if BIAS:
+            total += tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + row * channels + channel, total.to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _delta(
+    q, k, v, decay, beta, states, y, starts, read, write, q_row, k_row, v_row, decay_row, beta_row, heads,
+    each, key_dim, value_dim, scale, eps, KEYS: tl.constexpr, SIZE: tl.constexpr, BY_KEY: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+):  # fmt: skip
+    """Compute the delta rule of one run and head, for SIZE numbers of its values."""
+    run, head = tl.program_id(0), tl.program_id(1)
+    key, value = tl.arange(0, KEYS), tl.program_id(2) * SIZE + tl.arange(0, SIZE)
+    known, there = key < key_dim, value < value_dim
+    size = key_dim * value_dim
+    place = (head * key_dim + key[:, None]) * value_dim + value[None, :]
+    both = known[:, None] & there[None, :]
+    old = states + tl.load(read + run).to(tl.int64) * heads * size
+    state = tl.load(old + place, mask=both, other=0.0)
+    for row in range(tl.load(starts + run).to(tl.int64), tl.load(starts + run + 1).to(tl.int64)):
+        own = head // each * key_dim + key
+        query = tl.load(q + row * q_row + own, mask=known, other=0.0).to(tl.float32)
+        found = tl.load(k + row * k_row + own, mask=known, other=0.0).to(tl.float32)
+        if NORMALIZED:
+            query *= tl.rsqrt(tl.sum(query * query) + eps)
+            found *= tl.rsqrt(tl.sum(found * found) + eps)
+        wanted = tl.load(v + row * v_row + head * value_dim + value, mask=there, other=0.0).to(tl.float32)
+        if BY_KEY:
+            rate = tl.load(decay + row * decay_row + head * key_dim + key, mask=known, other=0.0)
+            state *= _exp(rate.to(tl.float32))[:, None]
+        else:
+            state *= _exp(tl.load(decay + row * decay_row + head).to(tl.float32))
+        wrong = wanted - tl.sum(state * found[:, None], 0)
+        state += found[:, None] * (tl.load(beta + row * beta_row + head).to(tl.float32) * wrong)[None, :]
+        given = tl.sum(state * (query * scale)[:, None], 0).to(y.dtype.element_ty)
+        tl.store(y + (row * heads + head) * value_dim + value, given, mask=there)
+    target = tl.load(write + run).to(tl.int64)
+    if target >= 0:
+        tl.store(states + target * heads * size + place, state, mask=both)
+
+
+@triton.jit
+def _scan(
+    x, dt, a, b, c, skip, states, y, starts, read, write, x_row, dt_row, b_row, c_row, heads, lines, dim,
+    size, LINES: tl.constexpr, SIZE: tl.constexpr, BY_SIZE: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """Compute a state space of one run, for LINES of the numbers of x in one group of heads.
+
+    `lines`: numbers of x in a group. Each has `size` numbers of the state.
+    """
+    run, group = tl.program_id(0), tl.program_id(1)
+    own, n = tl.program_id(2) * LINES + tl.arange(0, LINES), tl.arange(0, SIZE)
+    there, known = own < lines, n < size
+    line = group * lines + own
+    head, both = line // dim, there[:, None] & known[None, :]
+    place = line[:, None] * size + n[None, :]
+    old = states + tl.load(read + run).to(tl.int64) * heads * dim * size
+    state = tl.load(old + place, mask=both, other=0.0)
+    if BY_SIZE:
+        rates = tl.load(a + head[:, None] * size + n[None, :], mask=both, other=0.0)
+    else:
+        rates = tl.load(a + head, mask=there, other=0.0)
+    for row in range(tl.load(starts + run).to(tl.int64), tl.load(starts + run + 1).to(tl.int64)):
+        step = tl.load(dt + row * dt_row + head, mask=there, other=0.0).to(tl.float32)
+        given = tl.load(x + row * x_row + line, mask=there, other=0.0).to(tl.float32)
+        into = tl.load(b + row * b_row + group * size + n, mask=known, other=0.0).to(tl.float32)
+        out = tl.load(c + row * c_row + group * size + n, mask=known, other=0.0).to(tl.float32)
+        if BY_SIZE:
+            state *= _exp(step[:, None] * rates)
+        else:
+            state *= _exp(step * rates)[:, None]
+        state += (step * given)[:, None] * into[None, :]
+        total = tl.sum(state * out[None, :], 1)
+        if SKIP:
+            total += tl.load(skip + head, mask=there, other=0.0) * given
+        tl.store(y + row * heads * dim + line, total, mask=there)
+    target = tl.load(write + run).to(tl.int64)
+    if target >= 0:
+        tl.store(states + target * heads * dim * size + place, state, mask=both)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs of rows on the device, int32."""
+
+    run_of: torch.Tensor
+    """[rows], -1 for padding."""
+    starts: torch.Tensor
+    read: torch.Tensor
+    write: torch.Tensor
+    count: int
+    padded: bool
+
+    @property
+    def arrays(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.starts, self.read, self.write
+
+    def outputs(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return memory for the outputs of rows, zeros where some rows are padding."""
+        make = torch.zeros if self.padded else torch.empty
+        return make(like.shape, dtype=dtype, device=like.device)
+
+
+def _runs_of(runs: StateRuns, rows: int, device: torch.device) -> _Runs:
+    """Return the runs of a step, copied to the device once for all layers."""
+    key = f"cuda {rows}"
+    if key not in runs.held:
+        lengths, used = np.diff(runs.starts), int(runs.starts[-1])
+        run_of = np.full(rows, -1, dtype=np.int32)
+        run_of[:used] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        arrays = (sent(one, device) for one in (run_of, runs.starts, runs.read, runs.write))
+        runs.held[key] = _Runs(*arrays, len(lengths), used < rows)
+    found: _Runs = runs.held[key]
+    return found
+
+
+def _whole_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return tensors [T, ...] with each row contiguous, copied where it is not."""
+    return [x if x[0].is_contiguous() else x.contiguous() for x in tensors]
+
+
+class CudaRecurrence:
+    """Recurrent layers: each program computes a part of the state of one run, one token after the other."""
+
+    def convolve(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        states: torch.Tensor,
+        runs: StateRuns,
+    ) -> torch.Tensor:
+        (x,), weight, own = _whole_rows(x), weight.contiguous(), _runs_of(runs, len(x), x.device)
+        y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+        with on_device(x.device):
+            _convolve[(len(x), triton.cdiv(x.shape[1], CHANNELS))](
+                x, weight, weight if bias is None else bias.contiguous(), states, y, own.run_of, *own.arrays,
+                x.stride(0), x.shape[1], TAPS=weight.shape[1], BIAS=bias is not None, SIZE=CHANNELS, **PLAIN,
+            )  # fmt: skip
+        return y
+
+    def delta_rule(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        decay: torch.Tensor,
+        beta: torch.Tensor,
+        states: torch.Tensor,
+        runs: StateRuns,
+        *,
+        scale: float = 1.0,
+        eps: float | None = None,
+    ) -> torch.Tensor:
+        rows, own = _whole_rows(q, k, v, decay, beta), _runs_of(runs, len(v), v.device)
+        y, (heads, value_dim), key_dim = own.outputs(v, v.dtype), v.shape[1:], q.shape[2]
+        with on_device(v.device):
+            _delta[(own.count, heads, triton.cdiv(value_dim, VALUES))](
+                *rows, states, y, *own.arrays, *(one.stride(0) for one in rows), heads, heads // q.shape[1],
+                key_dim, value_dim, scale, eps or 0.0, KEYS=triton.next_power_of_2(key_dim), SIZE=VALUES,
+                BY_KEY=decay.dim() == 3, NORMALIZED=eps is not None, **PLAIN,
+            )  # fmt: skip
+        return y
+
+    def state_space(
+        self,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        states: torch.Tensor,
+        runs: StateRuns,
+        *,
+        skip: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        (x, dt, b, c), own = _whole_rows(x, dt, b, c), _runs_of(runs, len(x), x.device)
+        a, y = a.float().contiguous(), own.outputs(x, torch.float32)
+        (heads, dim), (groups, size) = x.shape[1:], b.shape[1:]
+        lines, padded = heads // groups * dim, triton.next_power_of_2(size)
+        block = min(max(NUMBERS // padded, 1), triton.next_power_of_2(lines))
+        with on_device(x.device):
+            _scan[(own.count, groups, triton.cdiv(lines, block))](
+                x, dt, a, b, c, a if skip is None else skip.float().contiguous(), states, y, *own.arrays,
+                *(one.stride(0) for one in (x, dt, b, c)), heads, lines, dim, size, LINES=block, SIZE=padded,
+                BY_SIZE=a.dim() == 2, SKIP=skip is not None, **PLAIN,
+            )  # fmt: skip
+        return y
+
+
 # ---- norms, and the back-end -------------------------------------------------------------------
 
 
@@ -929,7 +1156,7 @@ def _capturing(graph: Any, pool: Any) -> Any:
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
-class CudaKernels(ReferenceRecurrence):
+class CudaKernels(CudaRecurrence):
     """Back-end of the Triton kernels."""
 
     name = "triton"

@@ -180,8 +180,9 @@ class RecurrentKernels(Protocol):
     """Layers that keep a state of constant size instead of keys and values.
 
     Tokens are computed one after the other, whatever the step: so a row's bits depend neither on where its
-    prompt was cut nor on other rows. States are fp32, but for a convolution's, and place 0 holds zeros. Rows
-    of padding give anything finite.
+    prompt was cut nor on other rows. Inputs are bf16 or fp32, with the numbers of a row contiguous; all is
+    computed in fp32. States are fp32, but for a convolution's, and place 0 holds zeros. Rows of padding give
+    anything finite.
     """
 
     def convolve(
@@ -208,17 +209,21 @@ class RecurrentKernels(Protocol):
         beta: torch.Tensor,
         states: torch.Tensor,
         runs: StateRuns,
+        *,
+        scale: float = 1.0,
+        eps: float | None = None,
     ) -> torch.Tensor:
-        """Compute the gated delta rule (Yang et al. 2024, arXiv:2412.06464), all in fp32.
+        """Compute the gated delta rule (Yang et al. 2024, arXiv:2412.06464).
 
-            S = exp(decay) * S;  S = S + k ⊗ (beta * (v - k S));  y = q S
+            S = exp(decay) * S;  S = S + k ⊗ (beta * (v - k S));  y = scale * q S
 
-        q and k [T, key heads, key dim] are finished (normalized and scaled), and each of their heads serves
-        neighbouring ones of v [T, heads, value dim]. decay [T, heads], or [T, heads, key dim] where each key
-        has its own; beta [T, heads]; states [places, heads, key dim, value dim].
+        Each head of q and k [T, key heads, key dim] serves neighbouring ones of v [T, heads, value dim].
+        decay [T, heads], or [T, heads, key dim] where each key has its own; beta [T, heads]; states [places,
+        heads, key dim, value dim]. With `eps`, q and k are first divided by their length, the root of their
+        squares' sum plus eps.
 
         Returns:
-            y [T, heads, value dim]
+            y [T, heads, value dim], in v's dtype
         """
         ...
 
@@ -231,16 +236,18 @@ class RecurrentKernels(Protocol):
         c: torch.Tensor,
         states: torch.Tensor,
         runs: StateRuns,
+        *,
+        skip: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute a selective state space model (Dao and Gu 2024, arXiv:2405.21060), all in fp32.
+        """Compute a selective state space model (Dao and Gu 2024, arXiv:2405.21060).
 
-            S = exp(dt * a) * S + (dt * x) ⊗ b;  y = S c
+            S = exp(dt * a) * S + (dt * x) ⊗ b;  y = S c + skip * x
 
         x [T, heads, dim]; dt [T, heads]; a [heads], or [heads, size] (Mamba-1); b and c [T, groups, size],
-        each group for neighbouring heads; states [places, heads, dim, size].
+        each group for neighbouring heads; skip [heads]; states [places, heads, dim, size].
 
         Returns:
-            y [T, heads, dim]
+            y [T, heads, dim], fp32
         """
         ...
 

@@ -90,8 +90,15 @@ class ReferenceRecurrence:
         beta: torch.Tensor,
         states: torch.Tensor,
         runs: StateRuns,
+        *,
+        scale: float = 1.0,
+        eps: float | None = None,
     ) -> torch.Tensor:
-        y, each = torch.zeros_like(v), v.shape[1] // q.shape[1]
+        dtype, each = v.dtype, v.shape[1] // q.shape[1]
+        q, k, v, decay, beta = (one.float() for one in (q, k, v, decay, beta))
+        if eps is not None:
+            q, k = (one * torch.rsqrt((one * one).sum(-1, keepdim=True) + eps) for one in (q, k))
+        q, y = q * scale, torch.zeros(v.shape, device=v.device)
         kept = (decay if decay.dim() == 3 else decay[..., None]).exp()
         for rows, state, write in _runs(runs, states):
             for row in rows:
@@ -102,7 +109,7 @@ class ReferenceRecurrence:
                 y[row] = (state * query).sum(-2)
             if write >= 0:
                 states[write] = state
-        return y
+        return y.to(dtype)
 
     def state_space(
         self,
@@ -113,8 +120,11 @@ class ReferenceRecurrence:
         c: torch.Tensor,
         states: torch.Tensor,
         runs: StateRuns,
+        *,
+        skip: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        y, each = torch.zeros_like(x), x.shape[1] // b.shape[1]
+        x, dt, a, b, c = (one.float() for one in (x, dt, a, b, c))
+        y, each = torch.zeros(x.shape, device=x.device), x.shape[1] // b.shape[1]
         rates = a if a.dim() == 2 else a[:, None]
         for rows, state, write in _runs(runs, states):
             for row in rows:
@@ -124,7 +134,7 @@ class ReferenceRecurrence:
                 y[row] = (state * out).sum(-1)
             if write >= 0:
                 states[write] = state
-        return y
+        return y if skip is None else y + skip[:, None] * x
 
 
 def _runs(runs: StateRuns, states: torch.Tensor) -> Iterator[tuple[range, torch.Tensor, int]]:

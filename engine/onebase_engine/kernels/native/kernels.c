@@ -9,6 +9,8 @@
 
 #include "sampling.h"
 
+#include "recurrence.h"
+
 /* ---- norm ---------------------------------------------------------------------------------- */
 
 /* Lanes of the vectors that torch sums rows with, how many sums it makes side by side, and of how many terms. */
@@ -104,4 +106,5 @@ static int sums(const onebase_order *order, const float *x, int64_t rows, const 
   return 0;
 }
 
-const onebase_kernels ONEBASE_KERNELS = {ONEBASE_NAME, linear, attend, rms_norm, draw, add, gate, sums};
+const onebase_kernels ONEBASE_KERNELS = {
+    ONEBASE_NAME, linear, attend, rms_norm, draw, convolve, apply_delta_rule, scan_states, add, gate, sums};

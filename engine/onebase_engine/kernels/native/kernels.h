@@ -93,6 +93,57 @@ typedef struct {
   int32_t token; /* the result: -1 where the largest of all logits is no finite number, or nothing is allowed */
 } onebase_draw;
 
+/* Runs of rows that each continue a state. Run i has the rows from starts[i] to starts[i + 1], begins with the state
+ * in place read[i] and leaves its own in place write[i], which no run reads, unless that is -1. Rows behind the last
+ * run are padding. */
+typedef struct {
+  int64_t runs;
+  const int32_t *starts, *read, *write;
+} onebase_runs;
+
+/* Rows `stride` elements apart, fp32 if `wide`, else bf16. */
+typedef struct {
+  const void *from;
+  int64_t stride, wide;
+} onebase_rows;
+
+/* A causal convolution of each channel. */
+typedef struct {
+  int64_t rows, channels, taps;
+  onebase_rows x;          /* [rows, channels] */
+  const void *weight;      /* [channels, taps] */
+  const void *bias;        /* [channels] or null */
+  int64_t wide;            /* whether weight, bias and y are fp32, not bf16 */
+  void *states;            /* [places, taps - 1, channels], as x: the rows before */
+  void *y;                 /* [rows, channels] */
+} onebase_convolution;
+
+/* The gated delta rule: S = exp(decay) S, S += k (beta (v - k S)), y = scale q S. */
+typedef struct {
+  int64_t rows, key_heads, heads, key_dim, value_dim;
+  onebase_rows q, k;       /* [rows, key_heads, key_dim], each head for neighbouring ones of v */
+  onebase_rows v;          /* [rows, heads, value_dim] */
+  onebase_rows decay;      /* [rows, heads], or [rows, heads, key_dim] if `by_key` */
+  onebase_rows beta;       /* [rows, heads] */
+  int64_t by_key, normalized; /* `normalized`: q and k are first divided by the root of their squares' sum and eps */
+  float eps, scale;
+  float *states;           /* [places, heads, key_dim, value_dim] */
+  void *y;                 /* as v, contiguous */
+} onebase_delta_rule;
+
+/* A selective state space model: S = exp(dt a) S + (dt x) b, y = S c + skip x. */
+typedef struct {
+  int64_t rows, heads, dim, groups, size;
+  onebase_rows x;          /* [rows, heads, dim] */
+  onebase_rows dt;         /* [rows, heads] */
+  onebase_rows b, c;       /* [rows, groups, size], each group for neighbouring heads */
+  const float *a;          /* [heads], or [heads, size] if `by_size` */
+  const float *skip;       /* [heads] or null */
+  int64_t by_size;
+  float *states;           /* [places, heads, dim, size] */
+  float *y;                /* [rows, heads, dim] */
+} onebase_state_space;
+
 /* One call, with all that stays the same from step to step. Which of the fields are read depends on the kind:
  *   LINEAR  `count` layers over x [rows, in] to `ys`; `gated`
  *   NORM    x [rows, size] by `weight` [size] to ys[0]
@@ -122,6 +173,9 @@ typedef struct {
   int (*rms_norm)(const bf16 *x, const bf16 *weight, bf16 *y, int64_t rows, int64_t size, float eps,
                   int64_t threads);
   int (*draw)(onebase_draw *rows, int64_t count, int64_t vocabulary, int64_t threads);
+  int (*convolve)(const onebase_convolution *, const onebase_runs *, int64_t threads);
+  int (*delta_rule)(const onebase_delta_rule *, const onebase_runs *, int64_t threads);
+  int (*state_space)(const onebase_state_space *, const onebase_runs *, int64_t threads);
   /* x + other, `count` a multiple of 16. */
   void (*add)(const bf16 *x, const bf16 *other, bf16 *y, int64_t count);
   /* silu(gates) * ups, `count` a multiple of 16. For trials. */

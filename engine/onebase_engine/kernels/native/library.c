@@ -13,7 +13,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Changes with each change of a structure or a function: Python asks for its own. */
-#define ONEBASE_ABI 5
+#define ONEBASE_ABI 6
 
 extern const onebase_kernels onebase_portable, onebase_avx2, onebase_avx512, onebase_avx512_bf16, onebase_amx;
 
@@ -139,6 +139,27 @@ EXPORT int onebase_run(const onebase_call *calls, int64_t count, const onebase_g
 EXPORT int onebase_draw_tokens(onebase_draw *rows, int64_t count, int64_t vocabulary) {
   onebase_lock();
   int result = kernels->draw(rows, count, vocabulary, threads);
+  onebase_unlock();
+  return result;
+}
+
+EXPORT int onebase_convolve(const onebase_convolution *layer, const onebase_runs *runs) {
+  onebase_lock();
+  int result = kernels->convolve(layer, runs, threads);
+  onebase_unlock();
+  return result;
+}
+
+EXPORT int onebase_apply_delta_rule(const onebase_delta_rule *layer, const onebase_runs *runs) {
+  onebase_lock();
+  int result = kernels->delta_rule(layer, runs, threads);
+  onebase_unlock();
+  return result;
+}
+
+EXPORT int onebase_scan_states(const onebase_state_space *layer, const onebase_runs *runs) {
+  onebase_lock();
+  int result = kernels->state_space(layer, runs, threads);
   onebase_unlock();
   return result;
 }

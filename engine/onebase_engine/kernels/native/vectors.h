@@ -191,11 +191,10 @@ static inline void transpose(const float *from, int64_t stride, float *to) {
 #endif
 }
 
-/* e to the power of each value, none above 0: Cephes' polynomial, within 2 units of the last place. */
-static inline floats exponentials(floats x) {
-  x = choose(x < each(-87.0f), each(-87.0f), x);
-  floats half = x * each(1.44269504088896341f) - each(0.5f);
-  ints power = __builtin_convertvector(half, ints); /* toward zero: to the nearest, for x below 0 */
+/* e to the power of each value, by Cephes' polynomial, within 2 units of the last place. `half`: x / log(2), half a
+ * unit farther from 0. */
+static inline floats polynomial_exponentials(floats x, floats half) {
+  ints power = __builtin_convertvector(half, ints); /* toward zero: to the nearest */
   floats n = __builtin_convertvector(power, floats);
   x -= n * each(0.693359375f);
   x -= n * each(-2.12194440e-4f);
@@ -207,6 +206,12 @@ static inline floats exponentials(floats x) {
   y = fused(y, x, each(5.0000001201e-1f));
   y = fused(y, x * x, x + each(1.0f));
   return y * (floats)((power + 127) << 23);
+}
+
+/* e to the power of each value, none above 0. */
+static inline floats exponentials(floats x) {
+  x = choose(x < each(-87.0f), each(-87.0f), x);
+  return polynomial_exponentials(x, x * each(1.44269504088896341f) - each(0.5f));
 }
 
 #endif
