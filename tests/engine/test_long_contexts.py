@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from tests.tiny import HYBRIDS
 from torch import nn
 
 from onebase_engine.base.default_base import DEFAULT_BASE, resolve_base
@@ -33,6 +34,7 @@ CASES = {
     "bf16 multi-query": ("multi-query", torch.bfloat16, False, 2500),
     "bf16 by PyTorch": ("grouped", torch.bfloat16, True, 2500),
     "fp32": ("grouped", torch.float32, False, 2500),
+    "hybrid": ("grouped", torch.bfloat16, False, 3990),
 }
 """Of a base: its heads, its dtype, whether PyTorch computes; and its rows' longest neighbour."""
 
@@ -59,10 +61,15 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         max_position_embeddings=longest + 16,
         initializer_range=0.15,
     )
+    if request.param == "hybrid":
+        config = HYBRIDS["qwen3_5"]()
+        config.max_position_embeddings = longest + 16
     folder = tmp_path_factory.mktemp("long")
     model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for layer in model.model.layers:
+            if not hasattr(layer, "self_attn"):
+                continue
             # Sums of many like terms that matter: the rounding to bf16 hides most differences in order.
             layer.self_attn.q_proj.weight.mul_(0.05)
             layer.self_attn.o_proj.weight.mul_(20)
