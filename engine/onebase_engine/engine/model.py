@@ -115,10 +115,10 @@ class ServedModel:
                 "its forward pass does not know logits_to_keep, and gives logits of every token"
             )
         expected = set(range(self._view.config.get_text_config().num_hidden_layers))
-        if self._attention.shapes.keys() != expected:
+        called = self._attention.end_probe()
+        if called != expected:
             raise UnsupportedAttentionError(
-                f"{len(expected - self._attention.shapes.keys())} of {len(expected)} layers do not call the "
-                "attention interface"
+                f"{len(expected - called)} of {len(expected)} layers do not call the attention interface"
             )
 
     @property

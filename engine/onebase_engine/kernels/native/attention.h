@@ -67,6 +67,12 @@ static bf16 write_eight(const bf16 *from, int64_t count, int8_t *to) {
   return *scale;
 }
 
+/* The first position that a row sees; it may be negative. */
+static inline int64_t first_seen(const onebase_attention *layer, int64_t position) {
+  if (layer->window) return position - layer->window + 1;
+  return layer->chunk ? position - position % layer->chunk : 0;
+}
+
 /* Returns whether the row's values are finite numbers. `own`: [key_dim], for itself. */
 static int write_row(const onebase_attention *layer, const onebase_qkv *step, int64_t row, int64_t slot, bf16 *own) {
   int odd = 0;
@@ -75,6 +81,7 @@ static int write_row(const onebase_attention *layer, const onebase_qkv *step, in
     const bf16 *key = step->k + row * step->k_row + head * step->k_head;
     const bf16 *value = step->v + row * step->v_row + head * step->v_head;
     for (int64_t d = 0; d < layer->value_dim; d++) odd |= (value[d] & 0x7f80) == 0x7f80;
+    if (!layer->writes) continue;
     if (layer->key_scales) {
       turned_head(layer, step, key, row, own);
       layer->key_scales[at] = write_eight(own, layer->key_dim, (int8_t *)layer->keys + at * layer->key_dim);
@@ -360,9 +367,10 @@ static inline __attribute__((always_inline)) void mix_values(const void *values,
   }
 }
 
-/* Weights of the scores of one query [length], in place, as eager attention rounds them; `scales` (null: none) of the
- * values are multiplied with them, and rounded again. */
-static inline void soften(float *scores, int64_t length, const float *scales) {
+/* Weights of the scores of one query [length], in place, as eager attention rounds them. A `sink` (null: none) is one
+ * more score, of which the weight is dropped; `scales` (null: none) of the values are multiplied with the weights, and
+ * rounded again. */
+static inline void soften(float *scores, int64_t length, const float *sink, const float *scales) {
   floats most = load(scores), sum = {0};
   for (int64_t k = LANES; k < length; k += LANES) {
     floats score = load(scores + k);
@@ -370,6 +378,7 @@ static inline void soften(float *scores, int64_t length, const float *scales) {
   }
   float largest = most[0];
   for (int lane = 1; lane < LANES; lane++) largest = most[lane] > largest ? most[lane] : largest;
+  if (sink && *sink > largest) largest = *sink;
   for (int64_t k = 0; k < length; k += LANES) {
     floats score = load(scores + k), e = exponentials(score - each(largest));
     e = choose(score == each(-INFINITY), each(0.0f), e);
@@ -377,6 +386,7 @@ static inline void soften(float *scores, int64_t length, const float *scales) {
     sum += e;
   }
   floats total = each(sum_of(sum));
+  if (sink) total += exponentials(each(*sink - largest));
   for (int64_t k = 0; k < length; k += LANES) {
     floats weight = rounded_score(load(scores + k) / total);
     store(scores + k, scales ? rounded_score(weight * load(scales + k)) : weight);
@@ -387,8 +397,7 @@ static inline void soften(float *scores, int64_t length, const float *scales) {
 static inline void keep_scores(const onebase_attention *layer, int32_t position, int64_t first, floats sum,
                                float *to) {
   ints at = (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (int32_t)first;
-  ints hidden = at > position;
-  if (layer->window) hidden |= at <= position - (int32_t)layer->window;
+  ints hidden = (at > position) | (at < (int32_t)first_seen(layer, position));
   store(to, choose(hidden, each(-INFINITY), scored(layer, sum)));
 }
 
@@ -438,7 +447,8 @@ static inline __attribute__((always_inline)) void attend_by_tiles(
     }
     for (int64_t j = 0; j < some; j++) {
       bf16 *weights = (bf16 *)(own + j * length); /* in place: half as wide */
-      soften(own + j * length, length, eight ? value_scales : NULL);
+      const float *sink = layer->sinks ? layer->sinks + head * groups + (i + j) % groups : NULL;
+      soften(own + j * length, length, sink, eight ? value_scales : NULL);
       for (int64_t k = 0; k < length; k += LANES) narrow(weights + k, load(own + j * length + k));
     }
     for (int64_t d = 0; d < wide; d += MIXED) {
@@ -470,11 +480,9 @@ static inline __attribute__((always_inline)) void attend_some(const attention *a
   const int32_t *table = contexts->table + (int64_t)contexts->table_row[first_row] * contexts->table_width;
   const void *keys = place_of(layer->keys, head * layer->slots * dim, eight);
   const void *values = place_of(layer->values, head * layer->slots * wide, eight);
-  int64_t last = contexts->position[first_row + rows - 1], begin = 0;
-  if (layer->window) {
-    begin = contexts->position[first_row] - layer->window + 1;
-    begin = begin < 0 ? 0 : begin / 32 * 32; /* keys are summed by 32 from the first of all on */
-  }
+  int64_t last = contexts->position[first_row + rows - 1], begin;
+  begin = first_seen(layer, contexts->position[first_row]);
+  begin = begin < 0 ? 0 : begin / 32 * 32; /* keys are summed by 32 from the first of all on */
   int64_t count = last + 1 - begin, length = parts_of(count, 2 * LANES) * 2 * LANES;
   float *turned = a->buffers + thread * a->size, *q = turned + dim * LANES, *scores = q + queries * dim;
   int32_t *slots = (int32_t *)(scores + queries * length);
@@ -514,8 +522,10 @@ static inline __attribute__((always_inline)) void attend_some(const attention *a
       }
     }
   }
-  for (int64_t i = 0; i < queries; i++)
-    soften(scores + i * length, parts_of(count, LANES) * LANES, eight ? value_scales : NULL);
+  for (int64_t i = 0; i < queries; i++) {
+    const float *sink = layer->sinks ? layer->sinks + head * groups + i % groups : NULL;
+    soften(scores + i * length, parts_of(count, LANES) * LANES, sink, eight ? value_scales : NULL);
+  }
   for (int64_t d = 0; d < wide; d += 4 * LANES)
     for (int64_t i = 0; i < queries; i += MIXED_AT_ONCE) {
       floats mixed[4 * MIXED_AT_ONCE];
