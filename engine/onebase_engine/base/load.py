@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "int8", "none"]
 
-PAGED_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+CHUNKED = "chunked_attention"
+"""Value of a config's `layer_types` of layers that attend within chunks of positions."""
+PAGED_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", CHUNKED})
 """Values of a config's `layer_types` whose state is a KV cache that blocks can hold."""
 
 MOST_PLAIN = 0.05
@@ -51,7 +53,7 @@ _LEAST_ABSMAX = 1e-38
 
 _LONGEST_REASON = 500
 """Characters of a dependency's error in a message of ours."""
-_ROTARY_BY_LENGTH = "longrope"
+_ROTARY_BY_LENGTH = ("longrope", "dynamic")
 
 
 class UnsupportedBaseError(Exception):
@@ -133,14 +135,11 @@ def _check_architecture(config: Any) -> None:
             f"{name} has layers{kind} that keep a recurrent or compressed state instead of a KV cache, "
             "which paged blocks cannot hold. Choose a base with attention layers only."
         )
-    # A release that says it in another way leaves the answer to the probe of the served view.
-    if not getattr(model, "_supports_attention_backend", True):
+    # Some classes lack the flag, though they call the interface. The served view's probe has the last word.
+    calls_interface = getattr(model, "_can_set_attn_implementation", lambda: True)
+    if not (getattr(model, "_supports_attention_backend", True) or calls_interface()):
         raise UnsupportedBaseError(
             f"{name} brings its own attention, which transformers cannot replace by the paged one."
-        )
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise UnsupportedBaseError(
-            f"{name} shares KV states between layers, which the paged cache does not do yet."
         )
 
 
@@ -460,25 +459,26 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def _pin_rotary(model: nn.Module) -> None:
-    """Pin the rotary frequencies of a freshly loaded model, which hold up to `exact_length`.
+    """Pin the rotary frequencies of a freshly loaded model, which hold up to `longest_row`.
 
-    "longrope" (Phi-3 with 128k, Phi-4-mini) has two sets of frequencies. transformers chooses one for all
-    positions of a pass by the highest among them, and writes it into the module's buffer: a long row would
-    change its neighbours, a chunk the next one, and every pass the tensors of the shared base.
+    "longrope" (Phi-3 with 128k, Phi-4-mini) has two sets of frequencies, "dynamic" others for each length
+    beyond `max_position_embeddings`. transformers chooses for all positions of a pass by the highest among
+    them, and writes into the module's buffer: a long row would change its neighbours, a chunk the next one,
+    and every pass the tensors of the shared base.
     """
     module: Any
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
-        if kind == _ROTARY_BY_LENGTH:
-            module.rope_type = "default"
-        elif isinstance(kind, dict):
+        if isinstance(kind, dict):
             module.rope_type = {
-                layers: "default" if own == _ROTARY_BY_LENGTH else own for layers, own in kind.items()
+                layers: "default" if own in _ROTARY_BY_LENGTH else own for layers, own in kind.items()
             }
+        elif kind in _ROTARY_BY_LENGTH:
+            module.rope_type = "default"
 
 
 def exact_length(config: Any) -> int | None:
-    """Return the longest sequence, in tokens, with fixed rotary frequencies; None if they always are.
+    """Return the longest sequence, in tokens, with fixed rotary frequencies; None: what the config promises.
 
     Args:
         config: of the text part.
@@ -486,9 +486,7 @@ def exact_length(config: Any) -> int | None:
     parameters = getattr(config, "rope_parameters", None) or {}
     sets = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
     limits = [
-        int(part["original_max_position_embeddings"])
-        for part in sets
-        if part.get("rope_type") == _ROTARY_BY_LENGTH
+        int(part["original_max_position_embeddings"]) for part in sets if part.get("rope_type") == "longrope"
     ]
     return min(limits, default=None)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_engine.base.load import CHUNKED
 from onebase_engine.engine.kv_cache import KVCache
 from onebase_engine.kernels.interface import AttentionKernel, AttentionSettings, Contexts, Kernels, Rotation
 
@@ -37,6 +38,7 @@ class PagedAttention:
         dim)."""
         self.lenders: dict[int, int] = {}
         """Filled by the probe pass: layer that attends to another layer's keys and values -> that layer."""
+        self.rows = RowPositions()
         self.rotation: Rotation | None = None
         """Rotation that the next call has yet to apply to q and k."""
         self._kernels = kernels
@@ -47,6 +49,7 @@ class PagedAttention:
     def attach(self, model: nn.Module) -> None:
         """Make the view's attention modules call this object."""
         register()
+        self.rows.attach(model)
         model.set_attn_implementation(NAME)  # type: ignore[operator]
         for module in model.modules():
             if getattr(module, "layer_idx", None) is not None:
@@ -70,16 +73,19 @@ class PagedAttention:
         if self.cache is None or self.step is None:
             return self._probe(module, layer, q, k, v, options)
         rotation, self.rotation = self.rotation, None
-        attention = self._kernel(layer, self.cache, options)
+        attention = self._kernel(module, layer, self.cache, options)
         return attention(q[0], k[0], v[0], self.step, rotation).unsqueeze(0)
 
-    def _kernel(self, layer: int, cache: KVCache, options: dict[str, Any]) -> AttentionKernel:
+    def _kernel(
+        self, module: nn.Module, layer: int, cache: KVCache, options: dict[str, Any]
+    ) -> AttentionKernel:
         if layer not in self._layers:
             sinks = options.get("s_aux")
             settings = AttentionSettings(
                 options["scaling"],
                 options.get("softcap"),
                 options.get("sliding_window"),
+                chunk_of(module),
                 sinks=None if sinks is None else sinks.detach().float().contiguous(),
                 writes=layer not in self.lenders,
             )
@@ -120,6 +126,53 @@ class PagedAttention:
             self.shapes[layer] = (k.shape[1], k.shape[3], v.shape[3])
         self._probed[layer] = k, v
         return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
+
+
+class RowPositions:
+    """Positions of a pass's rows, for modules that count them by themselves.
+
+    Llama 4 scales queries by their positions, which it takes to be those of one text, after what the cache
+    holds. This stands in for the cache: what it "holds" is a number for each row.
+    """
+
+    def __init__(self) -> None:
+        self.positions: torch.Tensor | None = None
+        """Positions [T] int64, set before each pass; None: rows are one text."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Give the positions to the modules of a view that count them."""
+        for module in model.modules():
+            if getattr(module, "attn_temperature_tuning", False):
+                module.register_forward_pre_hook(self._give, with_kwargs=True)
+
+    def _give(self, module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        stands_in = self.positions is not None and named.get("cache") is None
+        return args, {**named, "cache": self} if stands_in else named
+
+    def get_seq_length(self, layer: int = 0) -> torch.Tensor | int:
+        """Return what is to be added to each row's number for its position, [T]."""
+        if self.positions is None:
+            return 0
+        return self.positions - torch.arange(len(self.positions), device=self.positions.device)
+
+    def update(
+        self, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values as they are: attention has a cache of its own."""
+        return k, v
+
+
+def chunk_of(module: Any) -> int | None:
+    """Return the size of the chunks of positions within which a module attends; None: it has none.
+
+    transformers tells it to the mask alone.
+    """
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    if module.layer_idx < len(kinds) and kinds[module.layer_idx] == CHUNKED:
+        size: int = config.attention_chunk_size  # type: ignore[union-attr]
+        return size
+    return None
 
 
 def _acts(value: object) -> bool:

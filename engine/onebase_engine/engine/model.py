@@ -309,6 +309,7 @@ class ServedModel:
 
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, logit_rows: torch.Tensor) -> torch.Tensor:
+        self._attention.rows.positions = positions[0]
         output = self._view(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=logit_rows)
         logits: torch.Tensor = output.logits[0]
         return logits
