@@ -405,7 +405,7 @@ def load_base(settings: BaseSettings) -> nn.Module:
             config=config,
             output_loading_info=True,
             dtype=settings.dtype,
-            quantization_config=None if plain else _quantization_config(settings),
+            quantization_config=None if plain else _quantization_config(settings, config),
             device_map={"": "cpu" if by_hand else str(settings.device)},
             attn_implementation="eager",
             trust_remote_code=False,
@@ -508,7 +508,7 @@ def eos_ids(base: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def _quantization_config(settings: BaseSettings) -> Any:
+def _quantization_config(settings: BaseSettings, config: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     if settings.quantization == "nf4":
@@ -517,10 +517,33 @@ def _quantization_config(settings: BaseSettings) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=settings.double_quant,
             bnb_4bit_compute_dtype=settings.compute_dtype,
+            llm_int8_skip_modules=_skipped_modules(settings, config),
         )
     if settings.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=0.0,
+            llm_int8_skip_modules=_skipped_modules(settings, config),
+        )
     return None
+
+
+def _skipped_modules(settings: BaseSettings, config: Any) -> list[str] | None:
+    """Return the names of the modules to leave unquantized, or None if transformers' own choice is enough."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    with torch.device("meta"):
+        model = empty_base(copy.deepcopy(config))
+    narrow = [name for name, module in model.named_modules() if _is_narrow(module, settings.blocksize)]
+    return [*get_keys_to_not_convert(model), *narrow] if narrow else None
+
+
+def _is_narrow(module: Any, blocksize: int) -> bool:
+    """Return True for a linear layer with less inputs than a block, which is left unquantized.
+
+    Such a layer is tiny (Gemma 3n: 4 inputs), and modelling code may use its weight as it is.
+    """
+    return type(module) is nn.Linear and module.in_features < min(blocksize, _STORED_BLOCKSIZE)
 
 
 def _quantize_layers(model: Any, settings: BaseSettings) -> None:
@@ -529,7 +552,7 @@ def _quantize_layers(model: Any, settings: BaseSettings) -> None:
 
     output = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is output:
+        if type(module) is not nn.Linear or module is output or _is_narrow(module, settings.blocksize):
             continue
         layer = bnb.nn.Linear4bit(
             module.in_features,
@@ -655,6 +678,7 @@ def estimate_memory(
                 continue
             parameters += count
             linear = type(module) is nn.Linear and module is not output and name == "weight"
+            linear &= not _is_narrow(module, blocksize)
             if quantization == "none" or not linear:
                 plain += count * dtype.itemsize
             elif quantization == "int8":
