@@ -77,8 +77,8 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         tie_word_embeddings=False,
     ),
     # Latent attention: keys of 96 numbers, values of 64.
-    "minicpm3": lambda: tf.MiniCPM3Config(
-        **_SIZES | {"num_key_value_heads": 4, "head_dim": 32},
+    "youtu": lambda: tf.YoutuConfig(
+        **_SIZES | {"num_key_value_heads": 4},
         q_lora_rank=64,
         kv_lora_rank=64,
         qk_nope_head_dim=64,

@@ -61,7 +61,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_base(name, root / name) for name in ARCHITECTURES}
 
 
-@pytest.fixture(scope="module", params=[(a, k) for a in ARCHITECTURES for k in KINDS], ids="-".join)
+# bitsandbytes' int8 takes no rows of four dimensions, which latent attention has.
+PAIRS = [(a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("youtu", "int8")]
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
 def shared(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Iterator[Shared]:
     architecture, kind = request.param
     settings = BaseSettings(folders[architecture], **KINDS[kind])
