@@ -38,6 +38,8 @@ class PagedAttention:
         dim)."""
         self.lenders: dict[int, int] = {}
         """Filled by the probe pass: layer that attends to another layer's keys and values -> that layer."""
+        self.windows: dict[int, int | None] = {}
+        """Filled by the probe pass: layer -> positions that a row sees; None: all up to its own."""
         self.rows = RowPositions()
         self.rotation: Rotation | None = None
         """Rotation that the next call has yet to apply to q and k."""
@@ -118,6 +120,7 @@ class PagedAttention:
             raise UnsupportedAttentionError(
                 f"its attention has sinks of shape {list(sinks.shape)}, which are not one a head"
             )
+        self.windows[layer] = options.get("sliding_window")
         for other, (keys, values) in self._probed.items():
             if k is keys and v is values:
                 self.lenders[layer] = self.lenders.get(other, other)

@@ -184,7 +184,7 @@ class Engine:
             self.versions.size,
         )
         self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
-        self.scheduler = Scheduler(name, self.pool, self.slots, limits)
+        self.scheduler = Scheduler(name, self.pool, self.slots, limits, self.model.window)
         self._pace = BackgroundPace(limits.step_tokens)
         self._tenant_pace = TenantPace(limits.step_tokens)
         self.counters = Counters()

@@ -149,6 +149,12 @@ class ServedModel:
         return MOST_BYTES
 
     @property
+    def window(self) -> int | None:
+        """Largest number of positions that a layer sees of a sequence; None if one sees all."""
+        sizes = [size for size in self._attention.windows.values() if size is not None]
+        return max(sizes) if len(sizes) == len(self._attention.windows) else None
+
+    @property
     def kv_bytes_per_token(self) -> int:
         return bytes_per_token(self._attention.shapes, self.kv_dtype)
 

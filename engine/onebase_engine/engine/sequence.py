@@ -85,7 +85,7 @@ class SequenceState:
     """Whether one more token than `tokens` has is being drawn while the step after it is planned."""
     computed: int = 0
     blocks: array[int] = field(default_factory=lambda: array("i"))
-    """KV blocks, int32 as in a step's table."""
+    """KV blocks, int32 as in a step's table; the block of zeros for those that were released."""
     late: list[int] = field(default_factory=list)
     """Own blocks that the next step does not restore from host memory yet; until then nothing is computed."""
     block_keys: list[bytes] = field(default_factory=list)
