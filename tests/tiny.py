@@ -56,6 +56,18 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         **_SIZES | _SHARED, global_head_dim=64, num_global_key_value_heads=1, attention_k_eq_v=True
     ),
     "gemma3n": lambda: tf.Gemma3nTextConfig(**_SIZES | _SHARED, laurel_rank=64),
+    # Queries that are scaled by their positions.
+    "ministral3": lambda: tf.Ministral3Config(
+        **_SIZES,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 32,
+            "llama_4_scaling_beta": 0.5,
+        },
+    ),
     # Sinks, and a layer without positions.
     "granite_swa": lambda: tf.GraniteSWAConfig(
         **_SIZES,

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from tests.device import DEVICE
 from tests.engine.harness import Lab, Request, requests, run, submission
-from tests.tiny import ADAPTERS, ATTENTION, load_folder, save_adapter, save_base
+from tests.tiny import ADAPTERS, ATTENTION, load_folder, save_adapter, save_base, save_model
 from torch import nn
 
 from onebase_engine.base.load import BaseSettings, load_base
@@ -131,6 +132,23 @@ def test_an_adapter_of_any_kind_that_overflows_fails_alone(
         failing = () if kind in SURVIVES else (str(len(ASKED)), str(len(ASKED) + 1))
         assert errors == dict.fromkeys(failing, "not_finite"), kind
         assert scored(engine, ASKED)[0] == quiet, f"{kind}: nothing of it is left in blocks or slots"
+
+
+@pytest.mark.parametrize("kind", [tf.DeepseekV2Config, tf.DeepseekV3Config])
+def test_dense_layers_of_what_may_be_a_mixture_are_served(kind: Any, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    latent = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32}
+    config = kind(
+        **sizes, **latent, num_key_value_heads=4, v_head_dim=64, vocab_size=320, first_k_dense_replace=2,
+        initializer_range=0.15, max_position_embeddings=512,
+    )  # fmt: skip
+    base = load_base(BaseSettings(save_model(config, tmp_path / "base"), device=DEVICE))
+    folder = save_adapter(base, {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION}, tmp_path / "a", 1)
+    loaded = load_folder(base, folder)
+    lab = Lab(base, [folder], [loaded.reference], [loaded.weights])
+    prompts = [tuple(range(5 + at, 40 + 9 * at)) for at in range(4)]
+    asked = [Request(prompt, adapter, 12) for prompt in prompts for adapter in (None, 0)]
+    assert not lab.disagreements(asked, run(lab.engine(step_tokens=30), asked))
 
 
 def test_layers_that_share_keys_and_values_take_memory_once(tmp_path: Path) -> None:

@@ -311,7 +311,12 @@ class RecordedLayer:
 def _recorded_layers(
     model: nn.Module, attention: PagedAttention, kernels: CpuKernels, rows: StepRows
 ) -> Iterator[RecordedLayer]:
-    """Yield, in order, the modules of lists in which each module has one attention."""
+    """Yield, in order, the modules of lists in which each module has one attention.
+
+    None if one layer reads another one's keys and values: it would read where the calls of two layers write.
+    """
+    if attention.lenders:
+        return
     memory = _Memory()
     for some in model.modules():
         if not isinstance(some, nn.ModuleList) or not all(_attentions(one, attention) == 1 for one in some):
