@@ -153,6 +153,7 @@ def test_all_linear_layers_but_the_head_are_quantized_at_the_blocksize(load: Any
         (tf.RwkvConfig(), "state"),
         (tf.BertConfig(), "decoder-only"),
         (tf.CLIPConfig(), "no causal language model"),
+        (tf.Gemma4UnifiedAssistantConfig(), "drafts for another model"),
         (tf.FalconConfig(), "brings its own attention"),
         (tf.BloomConfig(), "brings its own attention"),
         (tf.MptConfig(), "brings its own attention"),

@@ -135,6 +135,10 @@ def _check_architecture(config: Any) -> None:
             f"{name} has layers{kind} that keep a recurrent or compressed state instead of a KV cache, "
             "which paged blocks cannot hold. Choose a base with attention layers only."
         )
+    if getattr(text, "num_kv_shared_layers", None) and text.num_kv_shared_layers >= text.num_hidden_layers:
+        raise UnsupportedBaseError(
+            f"{name} drafts for another model, whose keys and values all its layers read. Choose that one."
+        )
     # Some classes lack the flag, though they call the interface. The served view's probe has the last word.
     calls_interface = getattr(model, "_can_set_attn_implementation", lambda: True)
     if not (getattr(model, "_supports_attention_backend", True) or calls_interface()):
