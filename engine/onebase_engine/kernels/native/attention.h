@@ -67,13 +67,17 @@ static bf16 write_eight(const bf16 *from, int64_t count, int8_t *to) {
   return *scale;
 }
 
-/* The first position that a row sees; it may be negative. */
-static inline int64_t first_seen(const onebase_attention *layer, int64_t position) {
-  if (layer->window) return position - layer->window + 1;
-  return layer->chunk ? position - position % layer->chunk : 0;
+/* Returns whether the row's values are finite numbers. */
+static int is_finite_row(const onebase_attention *layer, const onebase_qkv *step, int64_t row) {
+  int odd = 0;
+  for (int64_t head = 0; head < layer->kv_heads; head++) {
+    const bf16 *value = step->v + row * step->v_row + head * step->v_head;
+    for (int64_t d = 0; d < layer->value_dim; d++) odd |= (value[d] & 0x7f80) == 0x7f80;
+  }
+  return !odd;
 }
 
-/* Returns whether the row's values are finite numbers. `own`: [key_dim], for itself. */
+/* Writes a row's keys and values. Returns whether the values are finite numbers. `own`: [key_dim], for itself. */
 static int write_row(const onebase_attention *layer, const onebase_qkv *step, int64_t row, int64_t slot, bf16 *own) {
   int odd = 0;
   for (int64_t head = 0; head < layer->kv_heads; head++) {
@@ -81,7 +85,6 @@ static int write_row(const onebase_attention *layer, const onebase_qkv *step, in
     const bf16 *key = step->k + row * step->k_row + head * step->k_head;
     const bf16 *value = step->v + row * step->v_row + head * step->v_head;
     for (int64_t d = 0; d < layer->value_dim; d++) odd |= (value[d] & 0x7f80) == 0x7f80;
-    if (!layer->writes) continue;
     if (layer->key_scales) {
       turned_head(layer, step, key, row, own);
       layer->key_scales[at] = write_eight(own, layer->key_dim, (int8_t *)layer->keys + at * layer->key_dim);
@@ -393,11 +396,18 @@ static inline void soften(float *scores, int64_t length, const float *sink, cons
   }
 }
 
+/* Hides the scores of one query at `position` with keys before its chunk, the first of them at position `first`. */
+static void hide_chunks(const onebase_attention *layer, int64_t position, int64_t first, float *scores) {
+  int64_t hidden = position - position % layer->chunk - first;
+  for (int64_t k = 0; k < hidden; k++) scores[k] = -INFINITY;
+}
+
 /* Stores the scores of one query with 16 keys, the first of them at position `first`. */
 static inline void keep_scores(const onebase_attention *layer, int32_t position, int64_t first, floats sum,
                                float *to) {
   ints at = (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (int32_t)first;
-  ints hidden = (at > position) | (at < (int32_t)first_seen(layer, position));
+  ints hidden = at > position;
+  if (layer->window) hidden |= at <= position - (int32_t)layer->window;
   store(to, choose(hidden, each(-INFINITY), scored(layer, sum)));
 }
 
@@ -448,6 +458,7 @@ static inline __attribute__((always_inline)) void attend_by_tiles(
     for (int64_t j = 0; j < some; j++) {
       bf16 *weights = (bf16 *)(own + j * length); /* in place: half as wide */
       const float *sink = layer->sinks ? layer->sinks + head * groups + (i + j) % groups : NULL;
+      if (layer->chunk) hide_chunks(layer, a->contexts->position[first_row + (i + j) / groups], begin, own + j * length);
       soften(own + j * length, length, sink, eight ? value_scales : NULL);
       for (int64_t k = 0; k < length; k += LANES) narrow(weights + k, load(own + j * length + k));
     }
@@ -480,9 +491,14 @@ static inline __attribute__((always_inline)) void attend_some(const attention *a
   const int32_t *table = contexts->table + (int64_t)contexts->table_row[first_row] * contexts->table_width;
   const void *keys = place_of(layer->keys, head * layer->slots * dim, eight);
   const void *values = place_of(layer->values, head * layer->slots * wide, eight);
-  int64_t last = contexts->position[first_row + rows - 1], begin;
-  begin = first_seen(layer, contexts->position[first_row]);
-  begin = begin < 0 ? 0 : begin / 32 * 32; /* keys are summed by 32 from the first of all on */
+  int64_t last = contexts->position[first_row + rows - 1], begin = 0;
+  if (layer->window) {
+    begin = contexts->position[first_row] - layer->window + 1;
+    begin = begin < 0 ? 0 : begin / 32 * 32; /* keys are summed by 32 from the first of all on */
+  } else if (layer->chunk) {
+    begin = contexts->position[first_row];
+    begin = (begin - begin % layer->chunk) / 32 * 32;
+  }
   int64_t count = last + 1 - begin, length = parts_of(count, 2 * LANES) * 2 * LANES;
   float *turned = a->buffers + thread * a->size, *q = turned + dim * LANES, *scores = q + queries * dim;
   int32_t *slots = (int32_t *)(scores + queries * length);
@@ -524,6 +540,7 @@ static inline __attribute__((always_inline)) void attend_some(const attention *a
   }
   for (int64_t i = 0; i < queries; i++) {
     const float *sink = layer->sinks ? layer->sinks + head * groups + i % groups : NULL;
+    if (layer->chunk) hide_chunks(layer, contexts->position[first_row + i / groups], begin, scores + i * length);
     soften(scores + i * length, parts_of(count, LANES) * LANES, sink, eight ? value_scales : NULL);
   }
   for (int64_t d = 0; d < wide; d += 4 * LANES)
@@ -562,7 +579,8 @@ static int attend(const onebase_attention *layer, const onebase_contexts *contex
   bf16 *key = (bf16 *)(a.parts + 2 * contexts->rows);
   char *finite = (char *)(key + layer->key_dim);
   for (int64_t row = 0; row < contexts->rows; row++)
-    finite[row] = (char)write_row(layer, step, row, contexts->write[row], key);
+    finite[row] = (char)(layer->writes ? write_row(layer, step, row, contexts->write[row], key)
+                                       : is_finite_row(layer, step, row));
   for (int64_t row = 0; row < contexts->rows;) {
     int64_t count = 1, length = parts_of(contexts->position[row] + 1 + QUERIES + 32, 2 * LANES) * 2 * LANES;
     if (contexts->position[row] < 0) {
