@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.proof.loader import LoadedAdapter, load_adapter
@@ -31,6 +32,17 @@ _SIZES: dict[str, Any] = {
 # A tied head over embeddings scaled by sqrt(hidden) would only ever repeat the last token.
 _GEMMA: dict[str, Any] = {"sliding_window": 24, "query_pre_attn_scalar": 32, "tie_word_embeddings": False}
 
+# Four layers, of which the last two attend to what the first two have written.
+_SHARED: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 24,
+    "vocab_size_per_layer_input": 320,
+    "hidden_size_per_layer_input": 64,
+    "tie_word_embeddings": False,
+}
+
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "llama": lambda: tf.LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "mistral": lambda: tf.MistralConfig(**_SIZES, sliding_window=24, tie_word_embeddings=False),
@@ -39,6 +51,53 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: tf.Gemma2Config(**_SIZES, **_GEMMA),
     "gemma3": lambda: tf.Gemma3TextConfig(**_SIZES, **_GEMMA),
     "phi3": lambda: tf.Phi3Config(**_SIZES, tie_word_embeddings=False),
+    # Full layers have larger heads, and keys that are their values.
+    "gemma4": lambda: tf.Gemma4TextConfig(
+        **_SIZES | _SHARED, global_head_dim=64, num_global_key_value_heads=1, attention_k_eq_v=True
+    ),
+    "gemma3n": lambda: tf.Gemma3nTextConfig(**_SIZES | _SHARED, laurel_rank=64),
+    # Queries that are scaled by their positions.
+    "ministral3": lambda: tf.Ministral3Config(
+        **_SIZES,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 32,
+            "llama_4_scaling_beta": 0.5,
+        },
+    ),
+    # Sinks, and a layer without positions.
+    "granite_swa": lambda: tf.GraniteSWAConfig(
+        **_SIZES,
+        attention_multiplier=0.2,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"],
+        layer_rope_theta=[10000.0, 0],
+        tie_word_embeddings=False,
+    ),
+    # Chunks, and queries that are scaled by their positions in the layer without chunks.
+    "llama4": lambda: tf.Llama4TextConfig(
+        **_SIZES,
+        moe_layers=[],
+        intermediate_size_mlp=192,
+        attention_chunk_size=24,
+        no_rope_layers=[1, 0],
+        floor_scale=16,
+        attn_scale=0.5,
+        tie_word_embeddings=False,
+    ),
+    # Latent attention: keys of 96 numbers, values of 64.
+    "youtu": lambda: tf.YoutuConfig(
+        **_SIZES | {"num_key_value_heads": 4},
+        q_lora_rank=64,
+        kv_lora_rank=64,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        tie_word_embeddings=False,
+    ),
 }
 
 _MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_expand": 2}
@@ -97,13 +156,14 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
-FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
+OTHERWISE = {
+    "q_proj": ("qkv_proj", "q_b_proj"),
+    "k_proj": ("qkv_proj", "kv_a_proj_with_mqa"),
+    "v_proj": ("qkv_proj", "kv_b_proj"),
+    "gate_proj": ("gate_up_proj",),
+    "up_proj": ("gate_up_proj",),
 }
+"""Layers of bases that have none of that name."""
 
 ADAPTERS: list[dict[str, Any]] = [
     {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION},
@@ -142,11 +202,11 @@ ADAPTERS: list[dict[str, Any]] = [
 biases; saved norms, head and embedding; tokens of its own. The first eight are those that compose."""
 
 
-def save_base(architecture: str, folder: Path, seed: int = 0, layers: int = 2) -> Path:
+def save_base(architecture: str, folder: Path, seed: int = 0, layers: int | None = None) -> Path:
     """A random model whose greedy texts wander: wide weights, so that logits are far apart."""
     config = (ARCHITECTURES | HYBRIDS)[architecture]()
     config.initializer_range = 0.15
-    if architecture not in HYBRIDS:
+    if layers is not None:
         config.num_hidden_layers = layers
     return save_model(config, folder, seed)
 
@@ -154,7 +214,11 @@ def save_base(architecture: str, folder: Path, seed: int = 0, layers: int = 2) -
 def save_model(config: Any, folder: Path, seed: int = 0) -> Path:
     """Save a random model of a config in fp32; returns the folder."""
     torch.manual_seed(seed)
-    tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            nn.init.normal_(parameter)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -163,15 +227,21 @@ def save_adapter(
 ) -> Path:
     """An adapter of the base with random weights of its own, as PEFT itself saves it."""
     torch.manual_seed(seed)
-    names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
-    targets = [name if name in names else FUSED[name] for name in settings["target_modules"]]
+    targets = own_names(base, settings["target_modules"])
     model = get_peft_model(
         peft_view(base),
-        LoraConfig(task_type="CAUSAL_LM", **{**settings, "target_modules": sorted(set(targets))}),
+        LoraConfig(task_type="CAUSAL_LM", **{**settings, "target_modules": targets}),
     )
     randomize(model, std)
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
+
+
+def own_names(base: torch.nn.Module, targets: Iterable[str]) -> list[str]:
+    """What a base calls the layers of these names."""
+    names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    found = {next(one for one in (name, *OTHERWISE.get(name, ())) if one in names) for name in targets}
+    return sorted(found)
 
 
 @torch.no_grad()

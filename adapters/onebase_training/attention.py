@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from onebase_engine.base.load import UnsupportedBaseError
+from onebase_engine.engine.attention import RowPositions, chunk_of
+from onebase_engine.kernels.interface import AttentionSettings
 from onebase_engine.kernels.reference import attention_weights
 from onebase_training.events import Gate
 from onebase_training.kernels import ShortAttention
@@ -37,15 +39,18 @@ class PackedAttention:
 
     def __init__(self, gate: Gate) -> None:
         self.groups: tuple[Group, ...] = ()
+        self._rows = RowPositions()
         self._gate = gate
 
     def set_lengths(self, lengths: Sequence[int], device: torch.device) -> None:
         """Set the lengths of the packed sequence's rows, in order."""
         self.groups = grouped(lengths, device)
+        self._rows.positions = torch.cat([torch.arange(length, device=device) for length in lengths])
 
     def attach(self, model: nn.Module) -> None:
         """Make the attention modules of a view call this object."""
         register()
+        self._rows.attach(model)
         model.set_attn_implementation(NAME)  # type: ignore[operator]
         for module in model.modules():
             if getattr(module, "layer_idx", None) is not None:
@@ -58,15 +63,23 @@ class PackedAttention:
         self._gate.wait()
         if q.requires_grad:
             q.register_hook(self._wait_backwards)  # type: ignore[no-untyped-call]
-        if not getattr(module, "is_causal", True) or options.get("s_aux") is not None:
+        if not getattr(module, "is_causal", True):
             raise UnsupportedTrainingError(
-                "the base's attention looks ahead or has sinks, which training does not do yet: choose "
-                "another base"
+                "the base's attention looks ahead, which training does not do: choose another base"
             )
+        sinks = options.get("s_aux")
+        settings = AttentionSettings(
+            options["scaling"],
+            options.get("softcap"),
+            options.get("sliding_window"),
+            chunk_of(module),
+            None if sinks is None else sinks.float(),
+        )
+        dropout = options.get("dropout") or 0.0
         rows = []
         for group in self.groups:
             padded = (group.padded(q.squeeze(0)), group.padded(k.squeeze(0)), group.padded(v.squeeze(0)))
-            rows.append(group.packed(_attend(padded, group.length, options)))
+            rows.append(group.packed(_attend(padded, group.length, settings, dropout)))
         return (torch.cat(rows) if len(rows) > 1 else rows[0]).unsqueeze(0)
 
     def _wait_backwards(self, gradient: torch.Tensor) -> None:
@@ -104,23 +117,26 @@ def register() -> None:
 
 
 def _attend(
-    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor], length: int, options: dict[str, Any]
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    length: int,
+    settings: AttentionSettings,
+    dropout: float,
 ) -> torch.Tensor:
     """Attend in the fastest way: q [n, heads, L, d], k and v [n, kv heads, L, d] -> [n, heads, L, d of v]."""
     q, k, v = states
-    window, dropout = options.get("sliding_window"), options.get("dropout") or 0.0
-    if options.get("softcap") is not None or (window is not None and window < length):
-        return _explicit(q, k, v, options)
+    seen = min(settings.window or length, settings.chunk or length)
+    if settings.softcap is not None or settings.sinks is not None or seen < length:
+        return _explicit(q, k, v, settings, dropout)
     if q.device.type == "cpu" and length <= SHORT and not dropout:
         short: Any = ShortAttention.apply
-        output: torch.Tensor = short(q, k, v, options["scaling"])
+        output: torch.Tensor = short(q, k, v, settings.scaling)
         return output
     groups = q.shape[1] // k.shape[1]
     shared = groups > 1 and k.shape[-1] == v.shape[-1] <= 256 and _has_flash(q, k, v, dropout)
     if not shared:
         k, v = _repeated(k, groups), _repeated(v, groups)
     return nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, dropout_p=dropout, scale=options["scaling"], enable_gqa=shared
+        q, k, v, is_causal=True, dropout_p=dropout, scale=settings.scaling, enable_gqa=shared
     )
 
 
@@ -141,16 +157,17 @@ def _repeated(states: torch.Tensor, groups: int) -> torch.Tensor:
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
-def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """Attend as transformers' eager attention does, with softcap and sliding windows."""
+def _explicit(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: AttentionSettings, dropout: float
+) -> torch.Tensor:
+    """Attend as transformers' eager attention does, with softcap, windows, chunks and sinks."""
     groups = q.shape[1] // k.shape[1]
     place = torch.arange(q.shape[2], device=q.device)
-    hidden = place > place[:, None]
-    if (window := options.get("sliding_window")) is not None:
-        hidden |= place <= place[:, None] - window
+    hidden = (place > place[:, None]) | (place < settings.first_seen(place[:, None]))
     raw = q @ _repeated(k, groups).transpose(2, 3)
-    weights = attention_weights(raw, hidden, options["scaling"], options.get("softcap"))
-    if dropout := options.get("dropout"):
+    sinks = None if settings.sinks is None else settings.sinks[:, None, None]
+    weights = attention_weights(raw, hidden, settings.scaling, settings.softcap, sinks)
+    if dropout:
         weights = nn.functional.dropout(weights, dropout)
     return weights @ _repeated(v, groups)
 

@@ -382,7 +382,7 @@ def activations_of(
             for block in taking_part
         ),
         boundary=size * hidden,
-        pairs=_pair_bytes(config, recipe, size) * len(taking_part),
+        pairs=_pair_bytes(model, config, recipe, size) * len(taking_part),
         short=size * config.num_attention_heads * len(taking_part) if on_cpu else 0,
         after=_FP32 * hidden,
         work=_WORK_COPIES * _FP32 * max(widths, default=0),
@@ -421,7 +421,7 @@ def _layer_bytes(
     """Return the bytes a token that one decoder layer keeps."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    repeated = on_cpu or size > 2 or width > 256 or _pair_bytes(config, recipe, size)
+    repeated = on_cpu or size > 2 or width > 256 or _pair_bytes(model, config, recipe, size)
     shared = heads if repeated else getattr(config, "num_key_value_heads", None) or heads
     queries = heads * width
     kept: int = 2 * size * (queries + shared * width)  # queries, keys and values, the output
@@ -478,13 +478,14 @@ def _between_bytes(block: nn.Module, config: Any, size: int) -> int:
     return kept
 
 
-def _pair_bytes(config: Any, recipe: Recipe, size: int) -> int:
+def _pair_bytes(model: nn.Module, config: Any, recipe: Recipe, size: int) -> int:
     """Return the bytes of attention's weights, kept in fp32 and in the base's dtype without the fused
     kernel."""
-    window = getattr(config, "sliding_window", None)
     longest = recipe.max_length if isinstance(recipe.max_length, int) else 2048
+    seen = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     softcap = getattr(config, "attn_logit_softcapping", None)
-    if softcap is None and (window is None or window >= longest):
+    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    if softcap is None and not sinks and all(one is None or one >= longest for one in seen):
         return 0
     heads: int = config.num_attention_heads
     return heads * (_FP32 + size * (3 if softcap else 1))

@@ -24,7 +24,7 @@ _TOKENS: dict[str, tuple[int, tuple[str, ...]]] = {
     "mamba2_chunk_scan": (1, ("hidden_states", "dt", "B", "C", "z")),
     "mamba_selective_scan": (2, ("hidden_states", "dt", "B", "C", "z")),
 }
-"""Of each function, the dimension of its tokens, and its arguments and results that have it."""
+"""Dimension of the tokens of each function's arguments and results, and the names of these arguments."""
 _WHOLE_LAYERS = ("mamba2_split_conv1d_scan_combined", "mamba_inner_fn")
 """Functions that compute a whole layer where a library has it, and return None where none does."""
 

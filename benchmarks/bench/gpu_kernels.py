@@ -21,7 +21,14 @@ from bench.gpu_parts import BLOCK, bandwidth, own_kernels
 from bench.gpu_report import Findings, Setup, run_part
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.kernels.cuda import CaptureError, CudaKernels
-from onebase_engine.kernels.interface import Contexts, Kernels, LayerCache, RowGroup, RowMap
+from onebase_engine.kernels.interface import (
+    AttentionSettings,
+    Contexts,
+    Kernels,
+    LayerCache,
+    RowGroup,
+    RowMap,
+)
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.kernels.weights import LoraWeights
 from onebase_training import kernels as training
@@ -224,7 +231,7 @@ def _attention(setup: Setup, found: Findings, own: Kernels, watch: Stopwatch, pe
         keys, values = (
             torch.zeros(kv, blocks * BLOCK, dim, dtype=torch.bfloat16, device=setup.device) for _ in range(2)
         )
-        sides.append(one.attention(LayerCache(keys, values, BLOCK), dim**-0.5, None, None))
+        sides.append(one.attention(LayerCache(keys, values, BLOCK), AttentionSettings(dim**-0.5)))
     mine, theirs = sides
     total = sum(lengths)
     q, k, v = normal(heads, total), normal(kv, total), normal(kv, total)

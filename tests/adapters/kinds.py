@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.tiny import FUSED, randomize
+from tests.tiny import own_names, randomize
 from torch import nn
 
 from onebase_adapters.proof.extract import extract
@@ -40,10 +40,9 @@ KINDS: dict[str, dict[str, Any]] = {
 def peft_adapter(base: nn.Module, kind: str, seed: int, std: float = 0.1) -> nn.Module:
     """PEFT's model of a random adapter of one of KINDS, on a view of the base."""
     settings = {"r": 8, "lora_alpha": 16, **KINDS[kind]}
-    names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
-    targets = {name if name in names else FUSED[name] for name in settings["target_modules"]}
+    targets = own_names(base, settings["target_modules"])
     torch.manual_seed(seed)
-    config = LoraConfig(task_type="CAUSAL_LM", **{**settings, "target_modules": sorted(targets)})
+    config = LoraConfig(task_type="CAUSAL_LM", **{**settings, "target_modules": targets})
     model: nn.Module = get_peft_model(peft_view(base), config)
     randomize(model, std)
     return model.eval()

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.tiny import ARCHITECTURES, FUSED, save_base
+from tests.tiny import ARCHITECTURES, own_names, save_base
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -61,7 +61,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_base(name, root / name) for name in ARCHITECTURES}
 
 
-@pytest.fixture(scope="module", params=[(a, k) for a in ARCHITECTURES for k in KINDS], ids="-".join)
+# bitsandbytes' int8 takes no rows of four dimensions, which latent attention has.
+PAIRS = [(a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("youtu", "int8")]
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
 def shared(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Iterator[Shared]:
     architecture, kind = request.param
     settings = BaseSettings(folders[architecture], **KINDS[kind])
@@ -298,8 +302,7 @@ def test_a_pytorch_that_shares_gpu_memory_in_another_way_is_named(error: Excepti
 
 def _gradients(base: Any) -> dict[str, torch.Tensor]:
     """Of a LoRA on the base after one pass forward and back, the LoRA's by name."""
-    names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
-    targets = sorted({name if name in names else FUSED[name] for name in ("q_proj", "down_proj")})
+    targets = own_names(base, ("q_proj", "down_proj"))
     torch.manual_seed(0)
     model = get_peft_model(
         peft_view(base),

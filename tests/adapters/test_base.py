@@ -153,8 +153,11 @@ def test_all_linear_layers_but_the_head_are_quantized_at_the_blocksize(load: Any
         (tf.RwkvConfig(), "state"),
         (tf.BertConfig(), "decoder-only"),
         (tf.CLIPConfig(), "no causal language model"),
-        (tf.Llama4Config(), "chunked_attention.*paged blocks cannot hold"),
-        (tf.Gemma3nConfig(), "shares KV states"),
+        (tf.Gemma4UnifiedAssistantConfig(), "drafts for another model"),
+        (tf.FalconConfig(), "brings its own attention"),
+        (tf.BloomConfig(), "brings its own attention"),
+        (tf.MptConfig(), "brings its own attention"),
+        (tf.XGLMConfig(), "brings its own attention"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -174,6 +177,13 @@ def test_a_base_that_cannot_be_paged_is_refused_in_a_sentence(config: Any, reaso
         tf.Gemma2Config(),
         tf.Gemma3TextConfig(),
         tf.Phi3Config(),
+        tf.Gemma3nTextConfig(),
+        tf.Gemma4TextConfig(num_kv_shared_layers=18),
+        tf.GraniteSWAConfig(),
+        tf.StableLmConfig(),
+        tf.BioGptConfig(),
+        tf.DeepseekV3Config(num_hidden_layers=2, first_k_dense_replace=2),
+        tf.Llama4TextConfig(num_hidden_layers=4, moe_layers=[]),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -196,6 +206,9 @@ EXPERTS = {
     "granite": tf.GraniteMoeConfig(**SMALL),
     "olmoe": tf.OlmoeConfig(**SMALL, num_experts=4),
     "jetmoe": tf.JetMoeConfig(**SMALL),
+    "granite_swa": tf.GraniteMoeSWAConfig(**SMALL),
+    "llama4": tf.Llama4TextConfig(**SMALL, num_local_experts=2),
+    "deepseek_v3": tf.DeepseekV3Config(**SMALL, n_routed_experts=8, first_k_dense_replace=0),
 }
 
 

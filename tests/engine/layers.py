@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from onebase_engine.base.layers import plain_absmax
 from onebase_engine.base.load import import_bitsandbytes
 from onebase_engine.engine.kv_cache import KVCache
-from onebase_engine.kernels.interface import Contexts, Kernels
+from onebase_engine.kernels.interface import AttentionSettings, Contexts, Kernels
 from onebase_engine.kernels.reference import ReferenceKernels, quantized
 from onebase_engine.kernels.weights import LoraWeights
 
@@ -62,24 +63,23 @@ def lora(rank: int, seed: int, scale: float = 2.0) -> LoraWeights:
     return LoraWeights(random(rank, IN, seed=seed) * 0.1, random(OUT, rank, seed=seed + 50) * 0.1, scale)
 
 
-def eager(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
-) -> torch.Tensor:
+def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: AttentionSettings) -> torch.Tensor:
     """Attention in fp64 of the last rows of a context: q [heads, T, d], k, v [kv_heads, length, d]."""
     groups, length, count = len(q) // len(k), k.shape[1], q.shape[1]
-    scores = q.double() @ k.repeat_interleave(groups, 0).double().transpose(1, 2) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = q.double() @ k.repeat_interleave(groups, 0).double().transpose(1, 2) * settings.scaling
+    if settings.softcap is not None:
+        scores = torch.tanh(scores / settings.softcap) * settings.softcap
     at, keys = torch.arange(length - count, length)[:, None], torch.arange(length)
     hidden = keys > at
-    if window is not None:
-        hidden |= keys <= at - window
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.repeat_interleave(groups, 0).double()
+    if settings.window is not None:
+        hidden |= keys <= at - settings.window
+    if settings.chunk is not None:
+        hidden |= keys // settings.chunk != at // settings.chunk
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if settings.sinks is not None:
+        sinks = settings.sinks.double()[:, None, None].expand(-1, count, 1)
+        scores = torch.cat([scores, sinks], -1)
+    return scores.softmax(-1)[..., :length] @ v.repeat_interleave(groups, 0).double()
 
 
 def kept(x: torch.Tensor) -> torch.Tensor:
@@ -101,16 +101,21 @@ class Cache:
         *,
         eight: bool = False,
         tokens: int = 4096,
+        value_dim: int | None = None,
+        sinks: bool = False,
         **options: Any,
     ) -> None:
+        """Make the cache. `options`: further fields of `AttentionSettings`."""
         self.block, self.kv_heads, self.heads, self.dim = block, kv_heads, kv_heads * groups, dim
         self.blocks = tokens // block
+        self.value_dim = dim if value_dim is None else value_dim
         dtype = torch.int8 if eight else torch.bfloat16
-        whole = KVCache({0: (kv_heads, dim, dim)}, self.blocks, block, dtype, torch.device("cpu"))
+        whole = KVCache({0: (kv_heads, dim, self.value_dim)}, self.blocks, block, dtype, torch.device("cpu"))
         self.layer = whole.layers[0]
         self.tensors = self.layer.keys, self.layer.values
-        self.options = {"scaling": dim**-0.5, "softcap": None, "window": None} | options
-        self.attention = kernels.attention(self.layer, **self.options)
+        learned = random(self.heads, seed=7) * 2 if sinks else None
+        self.settings = AttentionSettings(dim**-0.5, sinks=learned, **options)
+        self.attention = kernels.attention(self.layer, self.settings)
         self.order = torch.randperm(self.blocks - 2, generator=torch.Generator().manual_seed(1)) + 2
         self.taken = 0
 
@@ -152,8 +157,10 @@ class Cache:
 
 
 def projected(cache: Cache, rows: int, seed: int) -> Inputs:
-    sizes = ((cache.heads, 0), (cache.kv_heads, 1), (cache.kv_heads, 2))
-    return tuple(random(n, rows, cache.dim, seed=seed * 10 + i).to(torch.bfloat16) for n, i in sizes)  # type: ignore[return-value]
+    sizes = ((cache.heads, cache.dim), (cache.kv_heads, cache.dim), (cache.kv_heads, cache.value_dim))
+    return tuple(  # type: ignore[return-value]
+        random(n, rows, dim, seed=seed * 10 + i).to(torch.bfloat16) for i, (n, dim) in enumerate(sizes)
+    )
 
 
 def same_in_int8(
@@ -175,7 +182,7 @@ def same_in_int8(
     both = [cache.run_in_pieces(inputs, ends) for cache in caches]
     for (q, k, v), got, expected in zip(inputs, *both, strict=True):
         torch.testing.assert_close(got, expected, rtol=4 * torch.finfo(torch.bfloat16).eps, atol=0.02)
-        exact = eager(q, kept(k), kept(v), **caches[0].options).transpose(0, 1)
+        exact = eager(q, kept(k), kept(v), caches[0].settings).transpose(0, 1)
         assert (got.double() - exact).abs().max() < 0.05
         if not isinstance(kernels, ReferenceKernels):
             alone = Cache(kernels, *heads, dim, 16, eight=True, tokens=tokens, **options)
@@ -209,3 +216,22 @@ def written_alike(kernels: Kernels, dim: int, seed: int) -> None:
         expected, by = quantized(given)
         assert torch.equal(numbers[:, slots], expected)
         assert torch.equal(scale[:, slots].nan_to_num(-1), by.nan_to_num(-1))
+
+
+def borrows(kernels: Kernels) -> None:
+    """Attend with other queries over the keys and values that another layer has written."""
+    for eight in (False, True):
+        lender, expected = (Cache(kernels, 2, 2, 64, 16, eight=eight) for _ in range(2))
+        q, k, v = projected(lender, 40, 1)
+        v[:, 20] = torch.inf
+        other, blocks = random(*q.shape, seed=5).to(torch.bfloat16), lender.context(40)
+        lender.run([(blocks, 0, 40)], q, k, v)
+        before = [tensor.clone() for tensor in lender.tensors]
+        lender.attention = kernels.attention(lender.layer, replace(lender.settings, writes=False))
+        got = lender.run([(blocks, 0, 40)], other, k, v)
+        wanted = expected.run([(expected.context(40), 0, 40)], other, k, v)
+        assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
+        assert all(torch.equal(*pair) for pair in zip(before, lender.tensors, strict=True))
+        # Nothing is written: zeros are not those of the cache.
+        still = lender.run([(blocks, 0, 40)], other, k * 0, v)
+        assert torch.equal(still.nan_to_num(), wanted.nan_to_num())

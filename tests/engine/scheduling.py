@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from onebase_engine.engine.kv_cache import BlockPool
+from onebase_engine.engine.kv_cache import ZERO_BLOCK, BlockPool
 from onebase_engine.engine.messages import AdapterRef, Sampling
 from onebase_engine.engine.scheduler import Scheduler, SchedulerLimits, _Draft
 from onebase_engine.engine.sequence import AdapterMix, SequenceState, StepPlan
@@ -28,6 +28,7 @@ class World:
     """The same of host memory."""
     came_back: list[int] = field(default_factory=list)
     """How many blocks came back in each step."""
+    window: int | None = None
 
     @classmethod
     def create(
@@ -40,11 +41,11 @@ class World:
         max_length: int = 64,
         host_blocks: int = 0,
         restored: int = sys.maxsize,
+        window: int | None = None,
     ) -> World:
         pool, table = BlockPool(blocks + 2, BLOCK, host_blocks, restored), SlotTable(slots)
-        return cls(
-            Scheduler("base", pool, table, SchedulerLimits(max_rows, step_tokens, max_length)), pool, table
-        )
+        limits = SchedulerLimits(max_rows, step_tokens, max_length)
+        return cls(Scheduler("base", pool, table, limits, window), pool, table, window=window)
 
     def step(self, background: int | None = None, bounded: int | None = None) -> StepPlan:
         """Plan, check what holds for every plan, and compute it; finished rows leave."""
@@ -96,8 +97,10 @@ class World:
         for segment in segments:
             assert segment.sequence in running
             assert segment.length >= 1
-            read = segment.sequence.blocks[: segment.start // BLOCK]
-            assert [self.blocks[block] for block in read] == segment.sequence.block_keys[: len(read)]
+            first = 0 if self.window is None else max(segment.start - self.window + 1, 0) // BLOCK
+            seen = slice(first, segment.start // BLOCK)
+            read = [self.blocks[block] for block in segment.sequence.blocks[seen]]
+            assert read == segment.sequence.block_keys[seen]
             assert segment.start == segment.sequence.computed
             assert len(segment.sequence.blocks) * BLOCK >= segment.stop
             assert set(segment.sequence.mix.digests) <= self.slots.slot_of.keys()
@@ -109,7 +112,7 @@ class World:
         )
         others = {segment.sequence for segment in plan.prefills if not segment.sequence.background}
         assert not others or not any(segment.sequence.background for segment in segments)
-        holders = [block for row in running for block in row.blocks]
+        holders = [block for row in running for block in row.blocks if block != ZERO_BLOCK]
         assert len(set(holders)) + self.pool.free == self.pool.capacity, "a block leaked"
         assert all(not row.blocks for row in self.scheduler.waiting)
 

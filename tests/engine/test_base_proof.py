@@ -156,6 +156,46 @@ def test_a_window_is_proved_that_is_longer_than_the_texts(
         base_proof.prove_base(engine_on(base), base)
 
 
+@pytest.mark.parametrize("chunk", [30, 150])
+def test_chunks_are_proved_even_if_they_are_longer_than_the_texts(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tf.AutoConfig.from_pretrained(save_base("llama4", tmp_path / "llama4"))
+    config.attention_chunk_size = chunk
+    base = loaded(save_model(config, tmp_path / "base"))
+    base_proof.prove_base(engine_on(base), base)
+    monkeypatch.setattr(attention, "chunk_of", lambda module: None)
+    with pytest.raises(UnsupportedBaseError, match=r"\(llama4_text\)"):
+        base_proof.prove_base(engine_on(base), base)
+
+
+def test_rows_that_a_module_counts_as_one_text_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = loaded(save_base("llama4", tmp_path / "base"))
+    monkeypatch.setattr(attention.RowPositions, "attach", lambda self, model: None)
+    with pytest.raises(UnsupportedBaseError, match=r"\(llama4_text\)"):
+        base_proof.prove_base(engine_on(base), base)
+
+
+@pytest.mark.parametrize("kind", ["gemma3n", "gemma4", "granite_swa", "youtu"])
+def test_a_base_with_another_kind_of_attention_is_proved(kind: str, tmp_path: Path) -> None:
+    base = loaded(save_base(kind, tmp_path / "base"))
+    base_proof.prove_base(engine_on(base), base)
+
+
+def test_attention_that_forgets_the_sinks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = attention.PagedAttention.forward
+
+    def without(self: Any, module: Any, q: Any, k: Any, v: Any, options: dict[str, Any]) -> torch.Tensor:
+        return forward(self, module, q, k, v, {**options, "s_aux": None})
+
+    monkeypatch.setattr(attention.PagedAttention, "forward", without)
+    base = loaded(save_base("granite_swa", tmp_path / "base"))
+    with pytest.raises(UnsupportedBaseError, match=r"\(granite_swa\)"):
+        base_proof.prove_base(engine_on(base), base)
+
+
 def test_what_is_wrong_only_where_tokens_are_decoded_is_refused(
     gemma: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from tests.engine.layers import (
     IN,
     OUT,
     Cache,
+    borrows,
     eager,
     kept,
     lora,
@@ -250,28 +251,48 @@ def test_four_strands_are_summed_each_by_itself_and_then_in_pairs(kernels: CpuKe
 
 # ---- attention -----------------------------------------------------------------------------
 
+SEEN = st.sampled_from([{}, {"window": 5}, {"window": 64}, {"chunk": 7}, {"chunk": 64}])
+"""What a row sees of its context."""
+DIMS = st.sampled_from([(16, 16), (24, 24), (64, 64), (80, 80), (128, 128), (192, 128), (96, 64), (40, 24)])
+"""Sizes of a key and a value."""
+
 
 @settings(max_examples=25)
 @given(
     lengths=st.lists(st.sampled_from([1, 2, 15, 16, 17, 63, 200, 301]), min_size=1, max_size=5),
-    heads=st.sampled_from([(1, 1), (3, 3), (2, 4), (1, 8)]), dim=st.sampled_from([16, 24, 64, 80, 128]),
-    block=st.sampled_from([1, 2, 16, 32]), window=st.sampled_from([None, 5, 64]),
-    softcap=st.sampled_from([None, 30.0]), chunk=st.sampled_from([1, 7, 40, 400]), eight=st.booleans(),
+    heads=st.sampled_from([(1, 1), (3, 3), (2, 4), (1, 8)]), dims=DIMS,
+    block=st.sampled_from([1, 2, 16, 32]), seen=SEEN, softcap=st.sampled_from([None, 30.0]),
+    sinks=st.booleans(), piece=st.sampled_from([1, 7, 40, 400]), eight=st.booleans(),
+)  # fmt: skip
+@example(
+    lengths=[301, 16], heads=(2, 4), dims=(64, 64), block=16,
+    seen={"window": 64}, softcap=None, sinks=True, piece=7, eight=False,
+)  # fmt: skip
+@example(
+    lengths=[301, 16], heads=(2, 4), dims=(192, 128), block=16,
+    seen={"chunk": 40}, softcap=None, sinks=False, piece=7, eight=False,
+)  # fmt: skip
+@example(
+    lengths=[17, 200], heads=(3, 1), dims=(96, 64), block=16,
+    seen={}, softcap=None, sinks=False, piece=40, eight=True,
 )  # fmt: skip
 def test_attention_is_that_of_each_context_alone_in_any_chunks(
-    kernels: CpuKernels, lengths: list[int], heads: tuple[int, int], dim: int, block: int, window: int | None,
-    softcap: float | None, chunk: int, eight: bool,
+    kernels: CpuKernels, lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], block: int,
+    seen: dict[str, int], softcap: float | None, sinks: bool, piece: int, eight: bool,
 ) -> None:  # fmt: skip
-    cache = Cache(kernels, *heads, dim, block, eight=eight, window=window, softcap=softcap)
+    def empty() -> Cache:
+        options = {"eight": eight, "value_dim": dims[1], "softcap": softcap, "sinks": sinks}
+        return Cache(kernels, *heads, dims[0], block, **options, **seen)
+
+    cache, alone = empty(), empty()
     inputs = [projected(cache, length, i) for i, length in enumerate(lengths)]
-    ends = [*range(chunk, max(lengths), chunk), max(lengths)]
+    ends = [*range(piece, max(lengths), piece), max(lengths)]
     got = cache.run_in_pieces(inputs, ends)
-    alone = Cache(kernels, *heads, dim, block, eight=eight, window=window, softcap=softcap)
     for i, length in enumerate(lengths):
         mixed = got[i]
         q, k, v = inputs[i]
-        options = cache.options["scaling"], softcap, window
-        exact = eager(q, kept(k), kept(v), *options) if eight else eager(q, k, v, *options)
+        k, v = (kept(k), kept(v)) if eight else (k, v)
+        exact = eager(q, k, v, cache.settings)
         error = (mixed.double() - exact.transpose(0, 1)).abs().max()
         assert error < 0.05, float(error)
         alone.taken = 0
@@ -283,18 +304,25 @@ def test_attention_is_that_of_each_context_alone_in_any_chunks(
 @given(
     lengths=st.lists(st.sampled_from([1, 17, 130, 500]), min_size=1, max_size=3),
     heads=st.sampled_from([(1, 1), (2, 3), (1, 9)]), dim=st.sampled_from([24, 32, 64, 80, 128, 256]),
-    window=st.sampled_from([None, 40]), softcap=st.sampled_from([None, 20.0]),
-    chunk=st.sampled_from([1, 90, 500]),
+    seen=SEEN, softcap=st.sampled_from([None, 20.0]), sinks=st.booleans(),
+    piece=st.sampled_from([1, 90, 500]),
 )  # fmt: skip
-@example(lengths=[1100, 5], heads=(1, 3), dim=64, window=None, softcap=None, chunk=1050)
+@example(lengths=[1100, 5], heads=(1, 3), dim=64, seen={}, softcap=None, sinks=False, piece=1050)
 def test_attention_over_int8_is_that_of_the_reference(
-    kernels: CpuKernels, lengths: list[int], heads: tuple[int, int], dim: int, window: int | None,
-    softcap: float | None, chunk: int,
+    kernels: CpuKernels, lengths: list[int], heads: tuple[int, int], dim: int, seen: dict[str, int],
+    softcap: float | None, sinks: bool, piece: int,
 ) -> None:  # fmt: skip
     # By ones only towards the end: a step of one token as many a prompt.
-    first = max(max(lengths) - 4, 1) if chunk == 1 else chunk
-    ends = [*range(first, max(lengths), chunk), max(lengths)]
-    same_in_int8(kernels, heads, dim, lengths, ends, window=window, softcap=softcap)
+    first = max(max(lengths) - 4, 1) if piece == 1 else piece
+    ends = [*range(first, max(lengths), piece), max(lengths)]
+    same_in_int8(kernels, heads, dim, lengths, ends, **seen, softcap=softcap, sinks=sinks)
+
+
+def test_a_layer_that_borrows_keys_and_values_attends_to_the_lenders_and_writes_nothing(
+    kernels: CpuKernels,
+) -> None:
+    borrows(kernels)
+    borrows(ReferenceKernels())
 
 
 @pytest.mark.parametrize("dim", [20, 64])
@@ -486,7 +514,8 @@ def test_every_method_does_what_the_reference_does(
     got, expected = (one.norm(norm)(x) for one in (kernels, ReferenceKernels()))
     torch.testing.assert_close(got, expected, rtol=2 * EPS, atol=1e-3)
 
-    caches = [Cache(one, 2, 3, 64, 16, softcap=20.0, window=50) for one in (kernels, ReferenceKernels())]
+    options = {"softcap": 20.0, "window": 50, "sinks": True}
+    caches = [Cache(one, 2, 3, 64, 16, **options) for one in (kernels, ReferenceKernels())]
     q, k, v = projected(caches[0], sum(lengths), seed)
     outs = [cache.run([(cache.context(n), 0, n) for n in lengths], q, k, v) for cache in caches]
     torch.testing.assert_close(outs[0], outs[1], rtol=4 * EPS, atol=0.02)
@@ -517,7 +546,7 @@ def test_python_and_c_lay_structures_out_alike() -> None:
     assert ctypes.sizeof(cpu._Order) == 8 + 2 * 64 * 4
     assert ctypes.sizeof(cpu._Lora) == 48
     assert ctypes.sizeof(cpu._Linear) == 11 * 8
-    assert ctypes.sizeof(cpu._Attention) == 4 * 8 + 6 * 8 + 2 * 4 + 8
+    assert ctypes.sizeof(cpu._Attention) == 4 * 8 + 6 * 8 + 2 * 4 + 4 * 8
     assert ctypes.sizeof(cpu.KernelCall) == 5 * 8 + 2 * 4 + 10 * 8 + 12 * 8
     assert ctypes.sizeof(cpu._Draw) == 5 * 8 + 4 * 4
     assert ctypes.sizeof(cpu._Runs) == 4 * 8

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from tests.device import DEVICE
 from tests.engine.harness import Lab, Request, requests, run, submission
-from tests.tiny import ADAPTERS, ATTENTION, load_folder, save_adapter, save_base
+from tests.tiny import ADAPTERS, ATTENTION, load_folder, save_adapter, save_base, save_model
 from torch import nn
 
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.model import ServedModel
 from onebase_engine.kernels.weights import composable, weights_bytes
 from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
 
@@ -130,6 +132,61 @@ def test_an_adapter_of_any_kind_that_overflows_fails_alone(
         failing = () if kind in SURVIVES else (str(len(ASKED)), str(len(ASKED) + 1))
         assert errors == dict.fromkeys(failing, "not_finite"), kind
         assert scored(engine, ASKED)[0] == quiet, f"{kind}: nothing of it is left in blocks or slots"
+
+
+@pytest.mark.parametrize("kind", [tf.DeepseekV2Config, tf.DeepseekV3Config])
+def test_dense_layers_of_what_may_be_a_mixture_are_served(kind: Any, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    latent = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32}
+    config = kind(
+        **sizes, **latent, num_key_value_heads=4, v_head_dim=64, vocab_size=320, first_k_dense_replace=2,
+        initializer_range=0.15, max_position_embeddings=512,
+    )  # fmt: skip
+    base = load_base(BaseSettings(save_model(config, tmp_path / "base"), device=DEVICE))
+    folder = save_adapter(base, {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION}, tmp_path / "a", 1)
+    loaded = load_folder(base, folder)
+    lab = Lab(base, [folder], [loaded.reference], [loaded.weights])
+    prompts = [tuple(range(5 + at, 40 + 9 * at)) for at in range(4)]
+    asked = [Request(prompt, adapter, 12) for prompt in prompts for adapter in (None, 0)]
+    assert not lab.disagreements(asked, run(lab.engine(step_tokens=30), asked))
+
+
+def test_layers_that_share_keys_and_values_take_memory_once(tmp_path: Path) -> None:
+    base = load_base(BaseSettings(save_base("gemma4", tmp_path / "base"), device=DEVICE))
+    model = ServedModel(base, 1)
+    # Of four layers the first two have keys and values of their own: two heads of 32 numbers, and one of 64.
+    assert model.kv_bytes_per_token == 2 * (2 * (32 + 32) + 1 * (64 + 64))
+    model.allocate_kv(10, 16)
+    cache = model._attention.cache
+    assert cache is not None
+    assert cache.layers.keys() == {0, 1}
+    assert sum(part.nbytes for part in cache.by_block) == 160 * model.kv_bytes_per_token
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=["kv-as-the-base", "kv-int8"])
+def test_rows_with_a_window_keep_no_more_blocks_than_it_has(
+    kv_dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    """Two rows of 300 tokens in a cache that could hold one."""
+    base = load_base(BaseSettings(save_base("mistral", tmp_path / "base"), device=DEVICE))
+    lab = Lab(base, [], [], [])
+    asked = [Request(tuple(range(5 + at, 25 + at)), None, 280, at) for at in range(2)]
+    model = ServedModel(base, 8, kv_dtype=kv_dtype)
+    engine = lab.engine(kv_blocks=24, model=model)
+    texts = run(engine, asked)
+    assert engine.scheduler.preemptions == 0
+    assert engine.pool.free == engine.pool.capacity
+    if kv_dtype is None:
+        assert not lab.disagreements(asked, texts)
+    alone = [run(lab.engine(model=ServedModel(base, 8, kv_dtype=kv_dtype)), [one])[0] for one in asked]
+    assert texts == alone
+
+
+def test_a_base_with_a_layer_that_sees_everything_keeps_all_blocks(tmp_path: Path) -> None:
+    windows = {}
+    for name in ("mistral", "gemma3", "llama", "granite_swa"):
+        windows[name] = ServedModel(load_base(BaseSettings(save_base(name, tmp_path / name))), 1).window
+    assert windows == {"mistral": 24, "gemma3": 24, "llama": None, "granite_swa": None}
 
 
 def test_the_base_is_untouched_by_loading_and_serving_every_kind(lab: Lab) -> None:

@@ -20,7 +20,7 @@ from onebase_engine.engine import messages as protocol
 from onebase_engine.engine import model as served_model
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.scheduler import SchedulerLimits
-from onebase_engine.kernels.interface import Contexts, LayerCache
+from onebase_engine.kernels.interface import AttentionSettings, Contexts, LayerCache
 from onebase_engine.kernels.reference import ReferenceKernels
 
 LONGEST = 4224
@@ -174,7 +174,7 @@ class _Attention:
         self._length = length
         self._projected = query[0].repeat(queries, length, 1), k, v
         keys, values = (torch.zeros(kv, 5120, 64, dtype=dtype) for _ in range(2))
-        self._attention = ReferenceKernels().attention(LayerCache(keys, values, 16), 0.1, None, None)
+        self._attention = ReferenceKernels().attention(LayerCache(keys, values, 16), AttentionSettings(0.1))
         self._table = np.full((2, 256), 2, dtype=np.int32)
         self._table[0] = np.arange(2, 258)
 

@@ -49,6 +49,12 @@ def test_rows_of_a_mixed_batch_equal_peft_alone_token_for_token(
     engine.check_base()
 
 
+def test_a_prefix_that_is_cached_changes_no_text(engine: Engine, texts: list[list[int]]) -> None:
+    before = engine.counters.cached_tokens
+    assert run(engine, ASKED) == texts
+    assert engine.counters.cached_tokens > before
+
+
 def test_adapters_change_the_text_so_that_equality_means_something(lab: Lab) -> None:
     prompt = ASKED[0].prompt
     texts = {tuple(lab.expected(Request(prompt, adapter, 8))) for adapter in (None, *range(len(ADAPTERS)))}

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.scheduling import BLOCK, World, make_row
 
+from onebase_engine.engine.kv_cache import ZERO_BLOCK
 from onebase_engine.engine.scheduler import MAX_SCORED_TOKENS, NeverFitsError
 from onebase_engine.engine.sequence import Segment, SequenceState, StepPlan
 
@@ -90,6 +91,7 @@ def _row(arrival: int, item: Traffic, previous: SequenceState | None) -> Sequenc
     bounded=st.integers(1, 24),
     host_blocks=st.sampled_from([0, 0, 3, 12, 100]),
     restored=st.sampled_from([1, 2, 100]),
+    window=st.sampled_from([None, None, 1, 6, 17]),
 )
 def test_every_row_finishes_and_everything_comes_back(
     traffic: list[Traffic],
@@ -102,8 +104,10 @@ def test_every_row_finishes_and_everything_comes_back(
     bounded: int,
     host_blocks: int,
     restored: int,
+    window: int | None,
 ) -> None:
     world = World.create(
+        window=window,
         blocks=blocks,
         slots=slots,
         max_rows=max_rows,
@@ -154,6 +158,36 @@ def test_every_row_finishes_and_everything_comes_back(
 def for_blocks(world: World) -> int:
     """Preemptions because blocks ran out."""
     return world.scheduler.preemptions - world.scheduler.yielded
+
+
+@pytest.mark.parametrize(("window", "most"), [(None, 15), (8, 3), (9, 3), (1, 1)])
+def test_a_row_holds_the_blocks_of_its_window_alone(window: int | None, most: int) -> None:
+    world = World.create(window=window, step_tokens=8)
+    row = make_row(0, range(10), 50)
+    world.scheduler.add(row)
+    held = []
+    while world.scheduler.sequences:
+        world.step()
+        held.append(world.pool.capacity - world.pool.free)
+    assert max(held[2:-1]) == most
+    assert row.generated == 50
+    assert world.pool.free == world.pool.capacity
+
+
+def test_a_preempted_row_that_has_released_blocks_begins_again_from_its_prefix() -> None:
+    world = World.create(window=6, blocks=20)
+    row, other = make_row(0, range(20), 30), make_row(1, range(20), 4)
+    world.scheduler.add(row)
+    for _ in range(12):
+        world.step()
+    assert ZERO_BLOCK in row.blocks
+    world.preempt(row)
+    assert world.pool.free == world.pool.capacity
+    world.scheduler.add(other)
+    world.step()
+    assert other.cached_tokens == 16, "what was released is still a prefix"
+    world.finish_all()
+    assert (row.generated, other.generated) == (30, 4)
 
 
 def test_the_youngest_row_is_preempted_and_still_finishes() -> None:

@@ -25,6 +25,7 @@ from tests.engine.layers import (
     IN,
     OUT,
     Cache,
+    borrows,
     eager,
     kept,
     lora,
@@ -313,26 +314,41 @@ def test_a_gated_pair_rounds_where_the_modules_round(kernels: CudaKernels, rows:
 @FEW
 @given(
     lengths=st.lists(st.sampled_from([1, 15, 16, 63, 130, 200]), min_size=1, max_size=2),
-    heads=st.sampled_from([(1, 1), (1, 3), (2, 2)]), dim=st.sampled_from([16, 24, 64]),
-    block=st.sampled_from([1, 16]), window=st.sampled_from([None, 5, 64]),
-    softcap=st.sampled_from([None, 30.0]), cuts=st.sets(st.integers(1, 199), max_size=3),
+    heads=st.sampled_from([(1, 1), (1, 3), (2, 2)]),
+    dims=st.sampled_from([(16, 16), (24, 24), (64, 64), (48, 32)]), block=st.sampled_from([1, 16]),
+    seen=st.sampled_from([{}, {"window": 5}, {"window": 64}, {"chunk": 48}]),
+    softcap=st.sampled_from([None, 30.0]), sinks=st.booleans(),
+    cuts=st.sets(st.integers(1, 199), max_size=3),
 )  # fmt: skip
-@example(lengths=[16, 200], heads=(2, 2), dim=24, block=1, window=64, softcap=None, cuts=set())
+@example(
+    lengths=[16, 200], heads=(2, 2), dims=(24, 24), block=1,
+    seen={"window": 64}, softcap=None, sinks=False, cuts=set(),
+)  # fmt: skip
+@example(
+    lengths=[16, 200], heads=(2, 2), dims=(48, 32), block=16,
+    seen={}, softcap=None, sinks=True, cuts={100},
+)  # fmt: skip
+@example(
+    lengths=[200], heads=(1, 3), dims=(24, 24), block=16,
+    seen={"chunk": 48}, softcap=None, sinks=False, cuts={100},
+)  # fmt: skip
 def test_attention_is_that_of_each_context_alone_in_any_chunks(
-    kernels: CudaKernels, lengths: list[int], heads: tuple[int, int], dim: int, block: int,
-    window: int | None, softcap: float | None, cuts: set[int],
+    kernels: CudaKernels, lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], block: int,
+    seen: dict[str, int], softcap: float | None, sinks: bool, cuts: set[int],
 ) -> None:  # fmt: skip
-    cache = Cache(kernels, *heads, dim, block, window=window, softcap=softcap)
+    def empty() -> Cache:
+        options = {"value_dim": dims[1], "softcap": softcap, "sinks": sinks}
+        return Cache(kernels, *heads, dims[0], block, **options, **seen)
+
+    cache, alone = empty(), empty()
     inputs = [projected(cache, length, i) for i, length in enumerate(lengths)]
     # Each context's last token by itself, as a decode.
     cuts = {cut for cut in cuts if cut < max(lengths)}
     ends = sorted({*cuts, *(length - 1 for length in lengths), *lengths} - {0})
     got = cache.run_in_pieces(inputs, ends)
-    alone = Cache(kernels, *heads, dim, block, window=window, softcap=softcap)
     for i, length in enumerate(lengths):
         mixed = got[i]
-        options = cache.options["scaling"], softcap, window
-        error = (mixed.double() - eager(*inputs[i], *options).transpose(0, 1)).abs().max()
+        error = (mixed.double() - eager(*inputs[i], cache.settings).transpose(0, 1)).abs().max()
         assert error < 0.05, float(error)
         alone.taken = 0
         whole = alone.run([(alone.context(length), 0, length)], *inputs[i])
@@ -394,13 +410,19 @@ def test_a_prompt_that_does_not_attend_at_once_does_so_in_about_even_parts() -> 
     [
         (64, (1, 3), {}),
         pytest.param(80, (2, 1), {"window": 40, "softcap": 20.0}, marks=pytest.mark.full),
-        pytest.param(128, (2, 4), {"softcap": 20.0}, marks=pytest.mark.full),
+        pytest.param(128, (2, 4), {"softcap": 20.0, "sinks": True}, marks=pytest.mark.full),
     ],
 )
 def test_attention_over_int8_is_that_of_the_reference(
     kernels: CudaKernels, dim: int, heads: tuple[int, int], options: dict[str, Any]
 ) -> None:
     same_in_int8(kernels, heads, dim, [140, 9], [100, 139, 140], **options)
+
+
+def test_a_layer_that_borrows_keys_and_values_attends_to_the_lenders_and_writes_nothing(
+    kernels: CudaKernels,
+) -> None:
+    borrows(kernels)
 
 
 def test_keys_and_values_become_the_same_int8s_whatever_computes(kernels: CudaKernels) -> None:
@@ -737,7 +759,7 @@ def test_all_of_them_compile_for_a_gpu_and_read_weights_by_sixteen_bytes(capabil
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert len(report) == 34
+    assert len(report) == 36
     for name, used in report.items():
         assert used["shared"] < 99 << 10, name
         assert not any(word.startswith("ld.global") and word.endswith("b8") for word in used), (name, used)

@@ -23,7 +23,7 @@ from onebase_engine.kernels import cuda_training as training
 POINTERS = {
     "*bf16": "x onto plain q k v keys values key_scales value_scales cosines sines out gradient "
     "gate up y y_1 y_2 y_3 bias kept beta b c",
-    "*fp32": "log_sums upstream sums absmax code hidden weight_of part stats decay states dt a skip",
+    "*fp32": "log_sums upstream sums absmax code hidden weight_of part stats decay states dt a skip sinks",
     "*i64": "layers targets",
     "*i32": "row_of slot_of starts write tiles position table run_of read",
 }
@@ -42,6 +42,7 @@ UNALIGNED = (
     "count",
     "table_width",
     "window",
+    "chunk",
     "most_rank",
     "heads",
     "each",
@@ -60,11 +61,19 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     *((cuda._finish, {"QUANTIZED": True, "GATED": gated, "ONTO": not gated}) for gated in (False, True)),
     *((cuda._write, {**SIZES, "TURN": True, "EIGHT": eight}) for eight in (False, True)),
     *(
-        (cuda._attend, {**SIZES, "GROUPS": 4, "PADDED": 4, "TURN": True, "EIGHT": eight, "WHOLE": whole})
-        for eight in (False, True)
-        for whole in (False, True)
+        (
+            cuda._attend,
+            {**SIZES, "GROUPS": 4, "PADDED": 4, "TURN": True, "EIGHT": eight, "WHOLE": whole, "SINKS": sinks},
+        )
+        for eight, whole, sinks in [
+            (False, False, False),
+            (False, True, False),
+            (False, True, True),
+            (True, False, False),
+            (True, True, False),
+        ]
     ),
-    (cuda._merge, {"VALUE_SIZE": 128}),
+    *((cuda._merge, {"VALUE_SIZE": 128, "SINKS": sinks}) for sinks in (False, True)),
     (cuda._convolve, {"TAPS": 4, "BIAS": True, "SIZE": cuda.CHANNELS}),
     *(
         (cuda._delta, {"KEYS": 128, "SIZE": cuda.VALUES, "BY_KEY": by_key, "NORMALIZED": True})

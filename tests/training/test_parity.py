@@ -194,6 +194,17 @@ def test_no_setting_changes_the_curve_in_another_way_than_it_does_for_peft(
     assert losses_of(load_base(settings), made, data, tmp_path) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["gemma4", "llama4"])
+def test_layers_that_share_states_or_count_positions_are_computed_twice_for_the_same_curve(
+    architecture: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = BaseSettings(folders[architecture], **FP32)
+    data = rows(24, 320, 40)
+    made = recipe(data, gradient_checkpointing=True)
+    expected = plain_losses(load_base(settings), made, data)
+    assert losses_of(load_base(settings), made, data, tmp_path) == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_curve_is_that_of_a_plain_loop_also_where_rows_are_long(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

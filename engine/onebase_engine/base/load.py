@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "int8", "none"]
 
-PAGED_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+CHUNKED = "chunked_attention"
+"""Value of a config's `layer_types` of layers that attend within chunks of positions."""
+PAGED_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", CHUNKED})
 """Values of a config's `layer_types` whose state is a KV cache that blocks can hold."""
 
 RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "mamba", "mamba2", "hybrid"})
@@ -57,7 +59,7 @@ _LEAST_ABSMAX = 1e-38
 
 _LONGEST_REASON = 500
 """Characters of a dependency's error in a message of ours."""
-_ROTARY_BY_LENGTH = "longrope"
+_ROTARY_BY_LENGTH = ("longrope", "dynamic")
 
 
 class UnsupportedBaseError(Exception):
@@ -138,9 +140,9 @@ def _check_architecture(config: Any) -> None:
             f"{name} has layers of type {', '.join(foreign)}, whose state OneBase does not know. Choose a "
             "base whose layers attend, or keep a state by convolutions, delta rules or state spaces."
         )
-    if getattr(text, "num_kv_shared_layers", 0):
+    if getattr(text, "num_kv_shared_layers", None) and text.num_kv_shared_layers >= text.num_hidden_layers:
         raise UnsupportedBaseError(
-            f"{name} shares KV states between layers, which the paged cache does not do yet."
+            f"{name} drafts for another model, whose keys and values all its layers read. Choose that one."
         )
 
 
@@ -406,7 +408,7 @@ def load_base(settings: BaseSettings) -> nn.Module:
             config=config,
             output_loading_info=True,
             dtype=settings.dtype,
-            quantization_config=None if plain else _quantization_config(settings),
+            quantization_config=None if plain else _quantization_config(settings, config),
             device_map={"": "cpu" if by_hand else str(settings.device)},
             attn_implementation="eager",
             trust_remote_code=False,
@@ -460,25 +462,26 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def _pin_rotary(model: nn.Module) -> None:
-    """Pin the rotary frequencies of a freshly loaded model, which hold up to `exact_length`.
+    """Pin the rotary frequencies of a freshly loaded model, which hold up to `longest_row`.
 
-    "longrope" (Phi-3 with 128k, Phi-4-mini) has two sets of frequencies. transformers chooses one for all
-    positions of a pass by the highest among them, and writes it into the module's buffer: a long row would
-    change its neighbours, a chunk the next one, and every pass the tensors of the shared base.
+    "longrope" (Phi-3 with 128k, Phi-4-mini) has two sets of frequencies, "dynamic" others for each length
+    beyond `max_position_embeddings`. transformers chooses for all positions of a pass by the highest among
+    them, and writes into the module's buffer: a long row would change its neighbours, a chunk the next one,
+    and every pass the tensors of the shared base.
     """
     module: Any
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
-        if kind == _ROTARY_BY_LENGTH:
-            module.rope_type = "default"
-        elif isinstance(kind, dict):
+        if isinstance(kind, dict):
             module.rope_type = {
-                layers: "default" if own == _ROTARY_BY_LENGTH else own for layers, own in kind.items()
+                layers: "default" if own in _ROTARY_BY_LENGTH else own for layers, own in kind.items()
             }
+        elif kind in _ROTARY_BY_LENGTH:
+            module.rope_type = "default"
 
 
 def exact_length(config: Any) -> int | None:
-    """Return the longest sequence, in tokens, with fixed rotary frequencies; None if they always are.
+    """Return the longest sequence, in tokens, with fixed rotary frequencies; None: what the config promises.
 
     Args:
         config: of the text part.
@@ -486,9 +489,7 @@ def exact_length(config: Any) -> int | None:
     parameters = getattr(config, "rope_parameters", None) or {}
     sets = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
     limits = [
-        int(part["original_max_position_embeddings"])
-        for part in sets
-        if part.get("rope_type") == _ROTARY_BY_LENGTH
+        int(part["original_max_position_embeddings"]) for part in sets if part.get("rope_type") == "longrope"
     ]
     return min(limits, default=None)
 
@@ -510,7 +511,7 @@ def eos_ids(base: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def _quantization_config(settings: BaseSettings) -> Any:
+def _quantization_config(settings: BaseSettings, config: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     if settings.quantization == "nf4":
@@ -519,10 +520,33 @@ def _quantization_config(settings: BaseSettings) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=settings.double_quant,
             bnb_4bit_compute_dtype=settings.compute_dtype,
+            llm_int8_skip_modules=_skipped_modules(settings, config),
         )
     if settings.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=0.0,
+            llm_int8_skip_modules=_skipped_modules(settings, config),
+        )
     return None
+
+
+def _skipped_modules(settings: BaseSettings, config: Any) -> list[str] | None:
+    """Return the names of the modules to leave unquantized, or None if transformers' own choice is enough."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    with torch.device("meta"):
+        model = empty_base(copy.deepcopy(config))
+    narrow = [name for name, module in model.named_modules() if _is_narrow(module, settings.blocksize)]
+    return [*get_keys_to_not_convert(model), *narrow] if narrow else None
+
+
+def _is_narrow(module: Any, blocksize: int) -> bool:
+    """Return True for a linear layer with less inputs than a block, which is left unquantized.
+
+    Such a layer is tiny (Gemma 3n: 4 inputs), and modelling code may use its weight as it is.
+    """
+    return type(module) is nn.Linear and module.in_features < min(blocksize, _STORED_BLOCKSIZE)
 
 
 def _quantize_layers(model: Any, settings: BaseSettings) -> None:
@@ -531,7 +555,7 @@ def _quantize_layers(model: Any, settings: BaseSettings) -> None:
 
     output = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is output:
+        if type(module) is not nn.Linear or module is output or _is_narrow(module, settings.blocksize):
             continue
         layer = bnb.nn.Linear4bit(
             module.in_features,
@@ -657,6 +681,7 @@ def estimate_memory(
                 continue
             parameters += count
             linear = type(module) is nn.Linear and module is not output and name == "weight"
+            linear &= not _is_narrow(module, blocksize)
             if quantization == "none" or not linear:
                 plain += count * dtype.itemsize
             elif quantization == "int8":

@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 LENGTHS = (2 * TILE + 7, TILE + 13)
 """Tokens of the two texts: longer than a tile and a KV block, multiples of neither."""
 LONGEST_WINDOW = 1024
-"""Longest window of attention, in tokens, beyond which a text is read: longer ones would take minutes on a
-CPU."""
+"""Longest window or chunk of attention, in tokens, beyond which a text is read: longer ones would take
+minutes on a CPU."""
 BEYOND_WINDOW = 40
 """Tokens of that text beyond the window."""
 GENERATED = 8
@@ -172,9 +172,10 @@ def _texts(engine: Engine, base: Any) -> list[list[int]]:
     room = min(engine.scheduler.limits.max_length, engine.pool.capacity * engine.pool.block_size // 2)
     longest = max(1, room - _generated(engine))
     lengths = [min(length, longest) for length in LENGTHS]
-    window = getattr(text, "sliding_window", None) or 0
+    windows = (getattr(text, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
+    window = max((one for one in windows if one <= LONGEST_WINDOW), default=0)
     beyond = window + BEYOND_WINDOW
-    if lengths[0] < beyond <= longest and window <= LONGEST_WINDOW:
+    if lengths[0] < beyond <= longest:
         lengths.append(beyond)
     chosen = random.Random(0)
     return [[chosen.choice(words) for _ in range(length)] for length in lengths]

@@ -192,7 +192,7 @@ class Engine:
             self.versions.size,
         )
         self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
-        self.scheduler = Scheduler(name, self.pool, self.slots, limits, states)
+        self.scheduler = Scheduler(name, self.pool, self.slots, limits, self.model.window, states)
         self._pace = BackgroundPace(limits.step_tokens)
         self._tenant_pace = TenantPace(limits.step_tokens)
         self.counters = Counters()

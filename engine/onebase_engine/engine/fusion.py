@@ -194,15 +194,15 @@ def _rotations(model: nn.Module, attention: PagedAttention) -> Iterator[_Switch]
 
 
 def _rotating(module: Any, attention: PagedAttention, turn: Callable[..., Any]) -> _Switch:
-
-    def later(
-        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any
-    ) -> Any:
-        fits = cos.shape == (1, q.shape[2], q.shape[3]) and q.shape[3] == k.shape[3]
-        plain = cos.dtype == sin.dtype == q.dtype == torch.bfloat16 and not (more or named)
+    def later(*given: Any, **named: Any) -> Any:
         attention.rotation = None
-        if not (fits and plain and attention.step is not None and q.shape[3] % _TURNED_MULTIPLE == 0):
-            return turn(q, k, cos, sin, *more, **named)
+        if named or len(given) != 4 or attention.step is None:  # Some rotate queries and keys one by one.
+            return turn(*given, **named)
+        q, k, cos, sin = given
+        fits = cos.shape == (1, q.shape[2], q.shape[3]) and q.shape[3] == k.shape[3]
+        plain = cos.dtype == sin.dtype == q.dtype == torch.bfloat16
+        if not (fits and plain and q.shape[3] % _TURNED_MULTIPLE == 0):
+            return turn(q, k, cos, sin)
         attention.rotation = cos.contiguous(), sin.contiguous()
         return q, k
 
@@ -311,7 +311,12 @@ class RecordedLayer:
 def _recorded_layers(
     model: nn.Module, attention: PagedAttention, kernels: CpuKernels, rows: StepRows
 ) -> Iterator[RecordedLayer]:
-    """Yield, in order, the modules of lists in which each module has one attention."""
+    """Yield, in order, the modules of lists in which each module has one attention.
+
+    None if one layer reads another one's keys and values: it would read where the calls of two layers write.
+    """
+    if attention.lenders:
+        return
     memory = _Memory()
     for some in model.modules():
         if not isinstance(some, nn.ModuleList) or not all(_attentions(one, attention) == 1 for one in some):

@@ -120,7 +120,7 @@ class ServedModel:
         text = self._view.config.get_text_config()
         kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
         mixing = {layer for layer, kind in enumerate(kinds) if kind not in STATELESS_LAYERS}
-        if missing := mixing - self._attention.shapes.keys() - self._recurrence.layers:
+        if missing := mixing - self._attention.end_probe() - self._recurrence.layers:
             raise UnsupportedAttentionError(
                 f"{len(missing)} of {len(mixing)} layers do not call the attention interface, nor a "
                 "recurrence that OneBase knows"
@@ -158,6 +158,12 @@ class ServedModel:
         """Whether drafts are worth it. A recurrent state behind tokens that turn out wrong cannot be taken
         back."""
         return self.kernels.drafts and not self.state_bytes
+
+    @property
+    def window(self) -> int | None:
+        """Largest number of positions that a layer sees of a sequence; None if one sees all, or none any."""
+        sizes = [size for size in self._attention.windows.values() if size is not None]
+        return max(sizes) if sizes and len(sizes) == len(self._attention.windows) else None
 
     @property
     def state_bytes(self) -> int:
@@ -339,6 +345,7 @@ class ServedModel:
         runs: StateRuns | None = None,
     ) -> torch.Tensor:
         self._recurrence.begin_pass(runs)
+        self._attention.rows.positions = positions[0]
         output = self._view(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=logit_rows)
         logits: torch.Tensor = output.logits[0]
         return logits

@@ -23,6 +23,9 @@ blocks stay free: the next block of each sequence that may still need one. Other
 admitted and preempted again as soon as an older one grows. So no sequence is preempted for lack of blocks
 before one has received `block_size` tokens after any admission.
 
+Where every layer attends within a window, blocks before it are released while the sequence goes on. With one
+layer that sees all of a sequence they stay, since all layers have the same blocks.
+
 A sequence whose prefix is restored from host memory over several steps has its place and its blocks from the
 first of them on, and computes nothing before the last.
 
@@ -42,7 +45,7 @@ from heapq import nsmallest
 
 from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.fair_queue import OUTPUT_WEIGHT, FairQueue, TenantQueue, Turns
-from onebase_engine.engine.kv_cache import BlockPool, block_key, root_key
+from onebase_engine.engine.kv_cache import ZERO_BLOCK, BlockPool, block_key, root_key
 from onebase_engine.engine.recurrence import StatePool
 from onebase_engine.engine.sequence import Segment, SequenceState, StepPlan
 from onebase_engine.engine.slot_table import SlotTable
@@ -254,9 +257,16 @@ class Scheduler:
         pool: BlockPool,
         slots: SlotTable,
         limits: SchedulerLimits,
+        window: int | None = None,
         states: StatePool | None = None,
     ) -> None:
-        """Begin with no sequences. `states`: places for recurrent states, of a base that keeps some."""
+        """Create a scheduler without sequences.
+
+        Args:
+            window: number of positions of which the base attends to no earlier ones; None: to all.
+            states: places for recurrent states, of a base that keeps some.
+        """
+        self._window = window
         self._base = base
         self._pool = pool
         self._slots = slots
@@ -404,8 +414,23 @@ class Scheduler:
         size = self._pool.block_size
         for index in range(segment.start // size, sequence.computed // size):
             self._pool.publish(sequence.blocks[index], sequence.block_keys[index])
+        if self._window is not None:
+            # Not from its end on: a step that fails may be computed again.
+            self._release_unseen(sequence, (segment.start - self._window + 1) // size)
         if self._states is not None:
             self._advance_state(self._states, sequence)
+
+    def _release_unseen(self, sequence: SequenceState, count: int) -> None:
+        """Release the first `count` blocks, which lie before the window of whatever is computed from now on.
+
+        The block of zeros takes their place. As prefixes they stay cached as long as other released blocks.
+        """
+        first = count
+        while first > 0 and sequence.blocks[first - 1] != ZERO_BLOCK:
+            first -= 1
+        if first < count:
+            self._pool.release(sequence.blocks[first:count])
+            sequence.blocks[first:count] = array("i", [ZERO_BLOCK] * (count - first))
 
     def finish(self, sequence: SequenceState) -> None:
         """Remove a sequence, waiting or running, and release its resources."""
@@ -797,7 +822,7 @@ class Scheduler:
             draft.spend_tokens(sequence, -1)
 
     def _release(self, sequence: SequenceState) -> None:
-        self._pool.release(sequence.blocks)
+        self._pool.release([block for block in sequence.blocks if block != ZERO_BLOCK])
         sequence.blocks, sequence.late = array("i"), []
         self._release_states(sequence.states)
         sequence.states = 0, -1

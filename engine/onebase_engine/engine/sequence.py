@@ -85,7 +85,7 @@ class SequenceState:
     """Whether one more token than `tokens` has is being drawn while the step after it is planned."""
     computed: int = 0
     blocks: array[int] = field(default_factory=lambda: array("i"))
-    """KV blocks, int32 as in a step's table."""
+    """KV blocks, int32 as in a step's table; the block of zeros for those that were released."""
     states: tuple[int, int] = (0, -1)
     """Places of the recurrent state behind the computed tokens, and of the one that the next step writes."""
     branch_at: int = 0

@@ -25,6 +25,7 @@ from onebase_engine.base.layers import is_nf4, plain_absmax
 from onebase_engine.environment import KERNELS
 from onebase_engine.kernels.interface import (
     TILE,
+    AttentionSettings,
     Contexts,
     Drawing,
     Draws,
@@ -90,7 +91,8 @@ class _Attention(ctypes.Structure):
         ("keys", c_void_p), ("values", c_void_p), ("key_scales", c_void_p), ("value_scales", c_void_p),
         ("kv_heads", c_int64), ("groups", c_int64),
         ("key_dim", c_int64), ("value_dim", c_int64), ("slots", c_int64), ("block_size", c_int64),
-        ("scaling", c_float), ("softcap", c_float), ("window", c_int64),
+        ("scaling", c_float), ("softcap", c_float), ("window", c_int64), ("chunk", c_int64),
+        ("writes", c_int64), ("sinks", c_void_p),
     )  # fmt: skip
 
 
@@ -560,18 +562,17 @@ class CpuKernels(ReferenceRecurrence):
         x, other = _every_number()
         return _same(self.add(x, other), x + other)
 
-    def attention(
-        self, cache: LayerCache, scaling: float, softcap: float | None, window: int | None
-    ) -> NativeAttention:
+    def attention(self, cache: LayerCache, settings: AttentionSettings) -> NativeAttention:
         kv_heads, slots, dim = cache.keys.shape
         scales = (None, None) if cache.scales is None else (one.data_ptr() for one in cache.scales)
-        return NativeAttention(
-            self,
-            _Attention(
-                cache.keys.data_ptr(), cache.values.data_ptr(), *scales, kv_heads, 1, dim,
-                cache.values.shape[2], slots, cache.block_size, scaling, softcap or 0.0, window or 0,
-            ),
+        sinks = settings.sinks
+        structure = _Attention(
+            cache.keys.data_ptr(), cache.values.data_ptr(), *scales, kv_heads, 1, dim,
+            cache.values.shape[2], slots, cache.block_size, settings.scaling, settings.softcap or 0.0,
+            settings.window or 0, settings.chunk or 0, settings.writes,
+            None if sinks is None else sinks.data_ptr(),
         )  # fmt: skip
+        return NativeAttention(self, structure, sinks)
 
 
 class NativeLinear:
@@ -678,9 +679,11 @@ class NativeLayers:
 class NativeAttention:
     """Attention of one layer by the library."""
 
-    def __init__(self, kernels: CpuKernels, structure: _Attention) -> None:
+    def __init__(self, kernels: CpuKernels, structure: _Attention, sinks: torch.Tensor | None) -> None:
+        """Describe the layer. `sinks`: the memory to which the structure points."""
         self._kernels = kernels
         self._structure = structure
+        self._sinks = sinks
 
     def __call__(
         self,

@@ -31,6 +31,7 @@ from onebase_engine.base.layers import is_nf4, plain_absmax
 from onebase_engine.base.load import import_bitsandbytes
 from onebase_engine.kernels.interface import (
     LEAST_SCALE,
+    AttentionSettings,
     Contexts,
     Drawing,
     Draws,
@@ -565,9 +566,10 @@ def _cached(pointers, mask, EIGHT: tl.constexpr):
 @triton.jit(do_not_specialize=["first_tile", "first_row"])
 def _attend(
     q, keys, values, key_scales, value_scales, part, stats, out, tiles, position, table, cosines, sines,
-    q_row, q_head, first_tile, first_row, rows, heads, slots, table_width, block_size, key_dim, value_dim,
-    scaling, softcap, window, GROUPS: tl.constexpr, PADDED: tl.constexpr, KEY_SIZE: tl.constexpr,
-    VALUE_SIZE: tl.constexpr, TURN: tl.constexpr, EIGHT: tl.constexpr, WHOLE: tl.constexpr,
+    sinks, q_row, q_head, first_tile, first_row, rows, heads, slots, table_width, block_size, key_dim,
+    value_dim, scaling, softcap, window, chunk, GROUPS: tl.constexpr, PADDED: tl.constexpr,
+    KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, TURN: tl.constexpr, EIGHT: tl.constexpr,
+    WHOLE: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Attend a tile's queries to SPLIT keys: part[split, row, head, dim], stats[split, row, head, 2].
 
@@ -614,6 +616,8 @@ def _attend(
             seen = key[None, :] <= place[:, None]
             if window > 0:
                 seen = seen & (key[None, :] > place[:, None] - window)
+            if chunk > 0:
+                seen = seen & (key[None, :] >= place[:, None] - place[:, None] % chunk)
             score = tl.where(seen, score, float("-inf"))
             now = tl.maximum(largest, tl.max(score, axis=1))
             base = tl.where(now == float("-inf"), 0.0, now)
@@ -630,6 +634,10 @@ def _attend(
             mixed = mixed * shrunk[:, None] + tl.dot(weights.to(tl.bfloat16), vs)
             largest = now
     if WHOLE:
+        if SINKS:
+            sink = tl.load(sinks + head, mask=wanted, other=0.0)
+            weight, shrunk = _with_sink(weight, largest, sink)
+            mixed *= shrunk[:, None]
         # The first row of a tile without any is padding.
         wanted = (query // PADDED < tl.maximum(count, 1)) & (query % PADDED < GROUPS)
         given = _divided(mixed, weight[:, None], (place >= 0)[:, None]).to(tl.bfloat16)
@@ -647,6 +655,14 @@ def _attend(
 
 
 @triton.jit
+def _with_sink(weight, largest, sink):
+    """Return the sum of weights that includes the sink's, and the factor of the other weights in it."""
+    base = tl.maximum(largest, sink)
+    shrunk = tl.exp(largest - base)
+    return weight * shrunk + tl.exp(sink - base), shrunk
+
+
+@triton.jit
 def _divided(mixed, weight, there):
     """Divide by the sum of the weights, even by NaN, as of an adapter that overflows. Return zeros for
     padding."""
@@ -654,7 +670,10 @@ def _divided(mixed, weight, there):
 
 
 @triton.jit(do_not_specialize=["first_row"])
-def _merge(part, stats, position, out, first_row, rows, heads, value_dim, VALUE_SIZE: tl.constexpr):
+def _merge(
+    part, stats, position, sinks, out, first_row, rows, heads, value_dim, VALUE_SIZE: tl.constexpr,
+    SINKS: tl.constexpr,
+):  # fmt: skip
     """Merge one query's output from the splits that it sees, in ascending order; zeros for padding."""
     own_row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = first_row + own_row
@@ -671,6 +690,9 @@ def _merge(part, stats, position, out, first_row, rows, heads, value_dim, VALUE_
         weight = weight * before + some * after
         mixed = mixed * before + tl.load(part + at * value_dim + dim, mask=dim < value_dim, other=0.0) * after
         largest = now
+    if SINKS:
+        weight, shrunk = _with_sink(weight, largest, tl.load(sinks + head))
+        mixed *= shrunk
     given = _divided(mixed, weight, place >= 0).to(tl.bfloat16)
     tl.store(out + (row * heads + head) * value_dim + dim, given, mask=dim < value_dim)
 
@@ -845,10 +867,11 @@ class FixedStep:
 class CudaAttention:
     """Attention of one layer over its KV cache."""
 
-    def __init__(self, cache: LayerCache, scaling: float, softcap: float | None, window: int | None) -> None:
+    def __init__(self, cache: LayerCache, settings: AttentionSettings) -> None:
         self._cache = cache.keys, cache.values, *(cache.scales or (cache.keys, cache.values))
         self._block_size = cache.block_size
-        self._settings = scaling, softcap or 0.0, window or 0
+        self._numbers = settings.scaling, settings.softcap or 0.0, settings.window or 0, settings.chunk or 0
+        self._sinks, self._writes = settings.sinks, settings.writes
         self._sizes = {
             "KEY_SIZE": max(16, triton.next_power_of_2(cache.keys.shape[2])),
             "VALUE_SIZE": max(16, triton.next_power_of_2(cache.values.shape[2])),
@@ -872,11 +895,13 @@ class CudaAttention:
         padded = triton.next_power_of_2(groups)
         step = _step_of(contexts, QUERIES.value // padded, q.device)
         cosines, sines = rotation if rotation is not None else (q, q)
+        sinks = q if self._sinks is None else self._sinks
         sizes = {**self._sizes, "TURN": rotation is not None, "EIGHT": self._eight}
-        _write[(count, kv_heads)](
-            k, v, *self._cache, step.write, cosines, sines, k.stride(1), k.stride(0), v.stride(1),
-            v.stride(0), slots, key_dim, value_dim, **sizes, **PLAIN,
-        )  # fmt: skip
+        if self._writes:
+            _write[(count, kv_heads)](
+                k, v, *self._cache, step.write, cosines, sines, k.stride(1), k.stride(0), v.stride(1),
+                v.stride(0), slots, key_dim, value_dim, **sizes, **PLAIN,
+            )  # fmt: skip
         if step.whole:
             chunks, held = [_Chunk(0, len(step.splits), 0, count, 1)], 0
         else:
@@ -889,14 +914,15 @@ class CudaAttention:
             if one.splits:
                 _attend[(one.tiles, kv_heads, one.splits)](
                     q, *self._cache, part, stats, out, step.tiles, step.position, step.table, cosines, sines,
-                    q.stride(1), q.stride(0), one.first_tile, one.first_row, one.rows, heads, slots,
-                    contexts.table.shape[1], self._block_size, key_dim, value_dim, *self._settings,
-                    GROUPS=groups, PADDED=padded, WHOLE=step.whole, **sizes, **PLAIN,
+                    sinks, q.stride(1), q.stride(0), one.first_tile, one.first_row, one.rows, heads, slots,
+                    contexts.table.shape[1], self._block_size, key_dim, value_dim, *self._numbers,
+                    GROUPS=groups, PADDED=padded, WHOLE=step.whole, SINKS=self._sinks is not None, **sizes,
+                    **PLAIN,
                 )  # fmt: skip
             if not step.whole:
                 _merge[(one.rows, heads)](
-                    part, stats, step.position, out, one.first_row, one.rows, heads, value_dim,
-                    VALUE_SIZE=sizes["VALUE_SIZE"], **PLAIN,
+                    part, stats, step.position, sinks, out, one.first_row, one.rows, heads, value_dim,
+                    VALUE_SIZE=sizes["VALUE_SIZE"], SINKS=self._sinks is not None, **PLAIN,
                 )  # fmt: skip
         return out
 
@@ -1042,7 +1068,7 @@ def _runs_of(runs: StateRuns, rows: int, device: torch.device) -> _Runs:
         run_of = np.full(rows, -1, dtype=np.int32)
         run_of[:used] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         arrays = (sent(one, device) for one in (run_of, runs.starts, runs.read, runs.write))
-        runs.held[key] = _Runs(*arrays, len(lengths), used < rows)
+        runs.held[key] = _Runs(*arrays, count=len(lengths), padded=used < rows)
     found: _Runs = runs.held[key]
     return found
 
@@ -1226,10 +1252,8 @@ class CudaKernels(CudaRecurrence):
 
         return norm
 
-    def attention(
-        self, cache: LayerCache, scaling: float, softcap: float | None, window: int | None
-    ) -> CudaAttention:
-        return CudaAttention(cache, scaling, softcap, window)
+    def attention(self, cache: LayerCache, settings: AttentionSettings) -> CudaAttention:
+        return CudaAttention(cache, settings)
 
     def unawaited(self, run: Callable[[], Captured], device: torch.device) -> Captured:
         """Run `run` before its capture, to compile and load kernels, which no capture can do.

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from onebase_engine.kernels.weights import LoraWeights
+
+Positions = TypeVar("Positions", int, np.ndarray, torch.Tensor)
 
 TILE = 32
 """Number of rows in every product of the reference on the CPU. oneDNN's bf16 kernels agree for any count up
@@ -112,6 +114,29 @@ class LayerCache:
     more than half a scale. Zeros with a scale of NaN stand for numbers of which one is not finite. Scores are
     multiplied with the scales of keys, weights with those of values, and rounded to the model's dtype.
     """
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Settings of one layer's attention."""
+
+    scaling: float
+    """Factor of the products of queries and keys."""
+    softcap: float | None = None
+    window: int | None = None
+    """Number of positions that a row sees, its own included; None: all up to its own."""
+    chunk: int | None = None
+    """Size of the chunks of positions of which a row sees its own, up to itself; None: no chunks."""
+    sinks: torch.Tensor | None = None
+    """Learned logits, one a head, [heads] fp32, that take part in the softmax but have no value."""
+    writes: bool = True
+    """Whether the layer writes its keys and values. They must be those in the cache if it does not."""
+
+    def first_seen(self, position: Positions) -> Positions:
+        """Return the first position that a row at `position` sees; it may be negative."""
+        if self.window is not None:
+            return position - self.window + 1
+        return position - position % self.chunk if self.chunk is not None else position * 0
 
 
 LEAST_SCALE = 2.0**-100
@@ -293,9 +318,7 @@ class Kernels(RecurrentKernels, Protocol):
         """Return the kernel of a norm of the base, x [..., size] -> the same shape."""
         ...
 
-    def attention(
-        self, cache: LayerCache, scaling: float, softcap: float | None, window: int | None
-    ) -> AttentionKernel:
+    def attention(self, cache: LayerCache, settings: AttentionSettings) -> AttentionKernel:
         """Return the attention of one layer. A step reads its own keys and values from the cache, also in
         int8."""
         ...

@@ -19,6 +19,7 @@ from onebase_engine.base.layers import plain_absmax
 from onebase_engine.kernels.interface import (
     LEAST_SCALE,
     TILE,
+    AttentionSettings,
     Contexts,
     Drawing,
     Draws,
@@ -174,10 +175,8 @@ class ReferenceKernels(ReferenceRecurrence):
         norm: Callable[[torch.Tensor], torch.Tensor] = base
         return norm
 
-    def attention(
-        self, cache: LayerCache, scaling: float, softcap: float | None, window: int | None
-    ) -> ReferenceAttention:
-        return ReferenceAttention(cache, _Scores(scaling, softcap, window), tiled=self.tiled)
+    def attention(self, cache: LayerCache, settings: AttentionSettings) -> ReferenceAttention:
+        return ReferenceAttention(cache, settings, tiled=self.tiled)
 
     def draw(
         self, logits: Sequence[torch.Tensor], draws: Draws, allowed: Sequence[np.ndarray | None]
@@ -328,28 +327,27 @@ def scaled(delta: torch.Tensor, scale: float) -> torch.Tensor:
 # ---- attention ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Scores:
-    scaling: float
-    softcap: float | None
-    window: int | None
-
-    def weights(self, raw: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        return attention_weights(raw, hidden, self.scaling, self.softcap)
-
-
 def attention_weights(
-    raw: torch.Tensor, hidden: torch.Tensor, scaling: float, softcap: float | None = None
+    raw: torch.Tensor,
+    hidden: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return softmax weights of raw q.k products [..., m, length], in eager attention's order of rounding.
 
-    `hidden`: True where a query must not look.
+    Args:
+        hidden: True where a query must not look.
+        sinks: the sink of each query, fp32, as wide as [..., m, 1].
     """
     scores = raw * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill_(hidden, -torch.inf)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(raw.dtype)
+    if sinks is None:
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(raw.dtype)
+    with_sinks = torch.cat([scores.float(), sinks.expand(*scores.shape[:-1], 1)], dim=-1)
+    return torch.softmax(with_sinks, dim=-1)[..., :-1].to(raw.dtype)
 
 
 @dataclass(frozen=True)
@@ -362,18 +360,17 @@ class _Part:
     """Positions of the rows, [n]: a row sees keys at positions up to its own."""
     slots: torch.Tensor
     """KV slots: [n, length], or [length] of one context; the slot of zeros after a context's end."""
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int | None, int | None], torch.Tensor] = field(default_factory=dict)
 
-    def hidden(self, window: int | None) -> torch.Tensor:
-        """Return a mask [n, length], True where a query must not look; built once per step and window."""
-        if window not in self.masks:
+    def hidden(self, settings: AttentionSettings) -> torch.Tensor:
+        """Return a mask [n, length], True where a query must not look; built once per step, window and
+        chunk."""
+        key = settings.window, settings.chunk
+        if key not in self.masks:
             keys = torch.arange(self.slots.shape[-1], device=self.slots.device)
             positions = torch.from_numpy(self.places.astype(np.int64)).to(keys.device)[:, None]
-            mask = keys > positions
-            if window is not None:
-                mask |= keys <= positions - window
-            self.masks[window] = mask
-        return self.masks[window]
+            self.masks[key] = (keys > positions) | (keys < settings.first_seen(positions))
+        return self.masks[key]
 
 
 def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -397,12 +394,12 @@ class ReferenceAttention:
     Scores are in the model's dtype, the softmax is in fp32, and weights are rounded back.
     """
 
-    def __init__(self, cache: LayerCache, scores: _Scores, *, tiled: bool) -> None:
+    def __init__(self, cache: LayerCache, settings: AttentionSettings, *, tiled: bool) -> None:
         self._keys, self._values = cache.keys, cache.values
         scales: tuple[torch.Tensor | None, torch.Tensor | None] = cache.scales or (None, None)
         self._key_scales, self._value_scales = scales
         self._block_size = cache.block_size
-        self._scores = scores
+        self._settings = settings
         self._tiled = tiled
 
     def __call__(
@@ -416,8 +413,9 @@ class ReferenceAttention:
         if rotation is not None:
             raise TypeError("the reference turns no queries and keys")
         write, some = self._gathered(contexts, q.device)
-        _write(self._keys, self._key_scales, write, k)
-        _write(self._values, self._value_scales, write, v)
+        if self._settings.writes:
+            _write(self._keys, self._key_scales, write, k)
+            _write(self._values, self._value_scales, write, v)
         out = v.new_zeros(q.shape[1], q.shape[0], v.shape[2])
         for part in some:
             attend = self._decode if part.slots.dim() == 2 else self._prefill
@@ -465,13 +463,16 @@ class ReferenceAttention:
         rows, kv_heads = len(part.slots), self._keys.shape[0]
         k, v = self._read(part.slots, q.dtype)
         own = q[:, part.rows].reshape(kv_heads, -1, rows, q.shape[-1]).transpose(1, 2)
-        mixed = self._attend(own, k, v, part.hidden(self._scores.window)[:, None])
+        sinks = self._sinks(1)
+        mixed = self._attend(
+            own, k, v, part.hidden(self._settings)[:, None], None if sinks is None else sinks[:, None]
+        )
         out[part.rows] = mixed.permute(1, 0, 2, 3).reshape(rows, q.shape[0], -1)
 
     def _prefill(self, q: torch.Tensor, part: _Part, out: torch.Tensor) -> None:
         kv_heads = self._keys.shape[0]
         k, v = self._read(part.slots, q.dtype)
-        hidden = part.hidden(self._scores.window)
+        hidden = part.hidden(self._settings)
         groups = q.shape[0] // kv_heads
         for start in range(0, len(part.places), QUERY_CHUNK):
             rows = part.rows[start : start + QUERY_CHUNK]
@@ -481,8 +482,13 @@ class ReferenceAttention:
             length = min(length, len(part.slots))
             own = q[:, rows].reshape(kv_heads, groups * count, q.shape[-1])
             mask = hidden[start:stop, :length].repeat(groups, 1)
-            mixed = self._attend(own, _first(k, length), _first(v, length), mask)
+            mixed = self._attend(own, _first(k, length), _first(v, length), mask, self._sinks(count))
             out[rows] = mixed.reshape(q.shape[0], count, -1).transpose(0, 1)
+
+    def _sinks(self, rows: int) -> torch.Tensor | None:
+        """Return the sinks of the queries of so many rows, head by head, [kv_heads, queries, 1]."""
+        sinks = self._settings.sinks
+        return None if sinks is None else sinks.repeat_interleave(rows).view(len(self._keys), -1, 1)
 
     def _read(self, slots: torch.Tensor, dtype: torch.dtype) -> tuple[_Cached, _Cached]:
         """Read keys and values of slots [..., length].
@@ -495,18 +501,27 @@ class ReferenceAttention:
             return (k[0].float(), k[1]), (v[0].float(), v[1])
         return _plain(k, dtype), _plain(v, dtype)
 
-    def _attend(self, q: torch.Tensor, keys: _Cached, values: _Cached, hidden: torch.Tensor) -> torch.Tensor:
-        """Attend: q [..., m, d], `hidden` as wide as [..., m, length] -> [..., m, d of v]."""
+    def _attend(
+        self,
+        q: torch.Tensor,
+        keys: _Cached,
+        values: _Cached,
+        hidden: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attend: q [..., m, d], `hidden` as wide as [..., m, length], `sinks` [..., m, 1] -> [..., m, d of
+        v]."""
         (k, key_scales), (v, value_scales) = keys, values
+        scoring = self._settings.scaling, self._settings.softcap, sinks
         if not self._tiled:
-            return torch.matmul(self._scores.weights(torch.matmul(q, k.transpose(-1, -2)), hidden), v)
+            return torch.matmul(attention_weights(torch.matmul(q, k.transpose(-1, -2)), hidden, *scoring), v)
         count, dtype = q.shape[-2], q.dtype
         padding = -count % ATTENTION_ROWS
         tiles = _tiles(functional.pad(q.float(), (0, 0, 0, padding)))
         key_parts, value_parts = (torch.split(one, ATTENTION_KEYS, dim=-2) for one in (k, v))
         raw = torch.cat([torch.matmul(tiles, some.mT.unsqueeze(-3)) for some in key_parts], dim=-1)
         raw = _times(raw.flatten(-3, -2)[..., :count, :], key_scales).to(dtype)
-        weights = _times(self._scores.weights(raw, hidden), value_scales).float()
+        weights = _times(attention_weights(raw, hidden, *scoring), value_scales).float()
         weights = _tiles(functional.pad(weights, (0, 0, 0, padding)))
         mixed: torch.Tensor | None = None
         for piece, some in zip(torch.split(weights, ATTENTION_KEYS, dim=-1), value_parts, strict=True):

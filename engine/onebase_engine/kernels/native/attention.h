@@ -67,7 +67,17 @@ static bf16 write_eight(const bf16 *from, int64_t count, int8_t *to) {
   return *scale;
 }
 
-/* Returns whether the row's values are finite numbers. `own`: [key_dim], for itself. */
+/* Returns whether the row's values are finite numbers. */
+static int is_finite_row(const onebase_attention *layer, const onebase_qkv *step, int64_t row) {
+  int odd = 0;
+  for (int64_t head = 0; head < layer->kv_heads; head++) {
+    const bf16 *value = step->v + row * step->v_row + head * step->v_head;
+    for (int64_t d = 0; d < layer->value_dim; d++) odd |= (value[d] & 0x7f80) == 0x7f80;
+  }
+  return !odd;
+}
+
+/* Writes a row's keys and values. Returns whether the values are finite numbers. `own`: [key_dim], for itself. */
 static int write_row(const onebase_attention *layer, const onebase_qkv *step, int64_t row, int64_t slot, bf16 *own) {
   int odd = 0;
   for (int64_t head = 0; head < layer->kv_heads; head++) {
@@ -360,9 +370,10 @@ static inline __attribute__((always_inline)) void mix_values(const void *values,
   }
 }
 
-/* Weights of the scores of one query [length], in place, as eager attention rounds them; `scales` (null: none) of the
- * values are multiplied with them, and rounded again. */
-static inline void soften(float *scores, int64_t length, const float *scales) {
+/* Weights of the scores of one query [length], in place, as eager attention rounds them. A `sink` (null: none) is one
+ * more score, of which the weight is dropped; `scales` (null: none) of the values are multiplied with the weights, and
+ * rounded again. */
+static inline void soften(float *scores, int64_t length, const float *sink, const float *scales) {
   floats most = load(scores), sum = {0};
   for (int64_t k = LANES; k < length; k += LANES) {
     floats score = load(scores + k);
@@ -370,6 +381,7 @@ static inline void soften(float *scores, int64_t length, const float *scales) {
   }
   float largest = most[0];
   for (int lane = 1; lane < LANES; lane++) largest = most[lane] > largest ? most[lane] : largest;
+  if (sink && *sink > largest) largest = *sink;
   for (int64_t k = 0; k < length; k += LANES) {
     floats score = load(scores + k), e = exponentials(score - each(largest));
     e = choose(score == each(-INFINITY), each(0.0f), e);
@@ -377,10 +389,17 @@ static inline void soften(float *scores, int64_t length, const float *scales) {
     sum += e;
   }
   floats total = each(sum_of(sum));
+  if (sink) total += exponentials(each(*sink - largest));
   for (int64_t k = 0; k < length; k += LANES) {
     floats weight = rounded_score(load(scores + k) / total);
     store(scores + k, scales ? rounded_score(weight * load(scales + k)) : weight);
   }
+}
+
+/* Hides the scores of one query at `position` with keys before its chunk, the first of them at position `first`. */
+static void hide_chunks(const onebase_attention *layer, int64_t position, int64_t first, float *scores) {
+  int64_t hidden = position - position % layer->chunk - first;
+  for (int64_t k = 0; k < hidden; k++) scores[k] = -INFINITY;
 }
 
 /* Stores the scores of one query with 16 keys, the first of them at position `first`. */
@@ -438,7 +457,9 @@ static inline __attribute__((always_inline)) void attend_by_tiles(
     }
     for (int64_t j = 0; j < some; j++) {
       bf16 *weights = (bf16 *)(own + j * length); /* in place: half as wide */
-      soften(own + j * length, length, eight ? value_scales : NULL);
+      const float *sink = layer->sinks ? layer->sinks + head * groups + (i + j) % groups : NULL;
+      if (layer->chunk) hide_chunks(layer, a->contexts->position[first_row + (i + j) / groups], begin, own + j * length);
+      soften(own + j * length, length, sink, eight ? value_scales : NULL);
       for (int64_t k = 0; k < length; k += LANES) narrow(weights + k, load(own + j * length + k));
     }
     for (int64_t d = 0; d < wide; d += MIXED) {
@@ -474,6 +495,9 @@ static inline __attribute__((always_inline)) void attend_some(const attention *a
   if (layer->window) {
     begin = contexts->position[first_row] - layer->window + 1;
     begin = begin < 0 ? 0 : begin / 32 * 32; /* keys are summed by 32 from the first of all on */
+  } else if (layer->chunk) {
+    begin = contexts->position[first_row];
+    begin = (begin - begin % layer->chunk) / 32 * 32;
   }
   int64_t count = last + 1 - begin, length = parts_of(count, 2 * LANES) * 2 * LANES;
   float *turned = a->buffers + thread * a->size, *q = turned + dim * LANES, *scores = q + queries * dim;
@@ -514,8 +538,11 @@ static inline __attribute__((always_inline)) void attend_some(const attention *a
       }
     }
   }
-  for (int64_t i = 0; i < queries; i++)
-    soften(scores + i * length, parts_of(count, LANES) * LANES, eight ? value_scales : NULL);
+  for (int64_t i = 0; i < queries; i++) {
+    const float *sink = layer->sinks ? layer->sinks + head * groups + i % groups : NULL;
+    if (layer->chunk) hide_chunks(layer, contexts->position[first_row + i / groups], begin, scores + i * length);
+    soften(scores + i * length, parts_of(count, LANES) * LANES, sink, eight ? value_scales : NULL);
+  }
   for (int64_t d = 0; d < wide; d += 4 * LANES)
     for (int64_t i = 0; i < queries; i += MIXED_AT_ONCE) {
       floats mixed[4 * MIXED_AT_ONCE];
@@ -552,7 +579,8 @@ static int attend(const onebase_attention *layer, const onebase_contexts *contex
   bf16 *key = (bf16 *)(a.parts + 2 * contexts->rows);
   char *finite = (char *)(key + layer->key_dim);
   for (int64_t row = 0; row < contexts->rows; row++)
-    finite[row] = (char)write_row(layer, step, row, contexts->write[row], key);
+    finite[row] = (char)(layer->writes ? write_row(layer, step, row, contexts->write[row], key)
+                                       : is_finite_row(layer, step, row));
   for (int64_t row = 0; row < contexts->rows;) {
     int64_t count = 1, length = parts_of(contexts->position[row] + 1 + QUERIES + 32, 2 * LANES) * 2 * LANES;
     if (contexts->position[row] < 0) {

@@ -61,7 +61,10 @@ typedef struct {
   bf16 *key_scales, *value_scales; /* [kv_heads, slots], or null: keys and values are bf16 */
   int64_t kv_heads, groups, key_dim, value_dim, slots, block_size;
   float scaling, softcap; /* softcap 0: none */
-  int64_t window;         /* 0: none */
+  int64_t window, chunk;  /* how many positions a row sees up to its own, or of what size the chunks are of which it
+                             sees its own; 0: all */
+  int64_t writes;         /* 0: the step's keys and values are in the cache already */
+  const float *sinks;     /* [kv_heads * groups], or null: a logit of each head that has no value */
 } onebase_attention;
 
 /* Of one step. Row r is at `position[r]` of the context whose blocks are row `table_row[r]` of `table`; its
