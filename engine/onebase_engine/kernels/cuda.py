@@ -1067,8 +1067,14 @@ def _runs_of(runs: StateRuns, rows: int, device: torch.device) -> _Runs:
         lengths, used = np.diff(runs.starts), int(runs.starts[-1])
         run_of = np.full(rows, -1, dtype=np.int32)
         run_of[:used] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        arrays = (sent(one, device) for one in (run_of, runs.starts, runs.read, runs.write))
-        runs.held[key] = _Runs(*arrays, count=len(lengths), padded=used < rows)
+        runs.held[key] = _Runs(
+            sent(run_of, device),
+            sent(runs.starts, device),
+            sent(runs.read, device),
+            sent(runs.write, device),
+            len(lengths),
+            used < rows,
+        )
     found: _Runs = runs.held[key]
     return found
 
