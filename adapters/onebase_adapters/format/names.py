@@ -25,10 +25,20 @@ _TYING_NAMES = ("embed_tokens", "lm_head")
 
 @dataclass(frozen=True)
 class BaseModules:
-    """The base's layers, its input embedding and its head."""
+    """The base's layers, its input embedding and its head.
+
+    `spelled`: names of the layers in the class that the adapter was trained on, whose names its config uses;
+    layers that this class lacks are left out.
+    """
 
     layers: Mapping[str, LayerShape]
     base_tensor: BaseTensor
+    spelled: Mapping[str, str] | None = None
+
+    @cached_property
+    def in_config(self) -> Mapping[str, str]:
+        """Name that the adapter's config has for each layer that its class has, by the base's name."""
+        return {name: name for name in self.layers} if self.spelled is None else self.spelled
 
     @cached_property
     def embedding(self) -> str | None:
@@ -37,11 +47,6 @@ class BaseModules:
     @cached_property
     def head(self) -> str | None:
         return next((name for name in self.layers if name.rpartition(".")[2] == "lm_head"), None)
-
-    @cached_property
-    def root(self) -> str:
-        """Name of the module with all others but the head, as in transformers' model without a head."""
-        return (self.embedding or "").partition(".")[0]
 
     @property
     def hidden_size(self) -> int:
@@ -87,14 +92,18 @@ def lora_targets(facts: ConfigFacts, base: BaseModules, saved: set[str]) -> set[
     names = facts.target_modules
     if isinstance(names, str) and names.lower() == _ALL_LINEAR:
         names = tuple(
-            name
-            for name, layer in base.layers.items()
-            if layer.kind == "linear" and "." in name and name != base.head
+            own
+            for name, own in base.in_config.items()
+            if base.layers[name].kind == "linear" and "." in own and name != base.head
         )
     targets = Targets.of(names, facts.exclude_modules, facts.layers_to_transform, facts.layers_pattern)
     if targets is None:
         return None
-    named = {name for name, layer in base.layers.items() if layer.kind != "norm" and targets.means(name)}
+    named = {
+        name
+        for name, own in base.in_config.items()
+        if base.layers[name].kind != "norm" and targets.means(own)
+    }
     return _with_tied(named, facts, base) - saved
 
 
@@ -107,15 +116,16 @@ def possible_targets(facts: ConfigFacts, base: BaseModules) -> set[str]:
     if not isinstance(facts.target_modules, tuple):
         return set(base.layers)
     targets = Targets.at_most(facts.target_modules, facts.layers_to_transform)
-    return _with_tied({name for name in base.layers if targets.means(name)}, facts, base)
+    return _with_tied({name for name, own in base.in_config.items() if targets.means(own)}, facts, base)
 
 
-def unmet_names(facts: ConfigFacts, adapted: set[str]) -> list[str]:
+def unmet_names(facts: ConfigFacts, adapted: set[str], base: BaseModules) -> list[str]:
     """Return a sentence for each field that names modules or layers for which the adapter has no tensors."""
     found = []
     if isinstance(facts.target_modules, tuple):
-        met = {ending for name in adapted for ending in endings(name)}
-        if unmet := sorted(set(facts.target_modules) - met):
+        met = {ending for name in adapted for ending in endings(base.in_config.get(name, name))}
+        left_out = facts.exclude_modules if isinstance(facts.exclude_modules, tuple) else ()
+        if unmet := sorted(set(facts.target_modules).difference(met, left_out)):
             found.append(_unmet("target_modules", unmet))
     numbers = {number for name in adapted for number in layer_numbers(name)}
     if unmet_layers := sorted((facts.layers_to_transform or frozenset()) - numbers):
@@ -163,8 +173,8 @@ def token_rows(facts: ConfigFacts, base: BaseModules) -> dict[str, tuple[int, ..
 
 def _exact(entry: str, field: str, base: BaseModules) -> str:
     """Return the one module that PEFT, which compares ends of names, finds by `entry`."""
-    found = [name for name in base.layers if name.endswith(entry)]
-    if not any(entry in endings(name) for name in found):
+    found = [name for name, own in base.in_config.items() if own.endswith(entry)]
+    if not any(entry in endings(base.in_config[name]) for name in found):
         raise AdapterFormatError("unknown_module", f"{field}: the base has no layer {entry:.200}")
     if len(found) > 1:
         raise AdapterFormatError(
