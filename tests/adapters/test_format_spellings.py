@@ -1,4 +1,4 @@
-"""Tensor names as trainers and other classes of the model write them: all are read, or the file is refused."""
+"""Tensor names as trainers and other classes of the model write them: all are read, or none."""
 
 from __future__ import annotations
 

@@ -120,8 +120,9 @@ def unwrapped(names: Iterable[str]) -> tuple[dict[str, TensorName], tuple[str, .
         one, other = sorted(adapters)[:2]
         raise AdapterFormatError(
             "foreign_tensor",
-            f"{WEIGHTS_FILE}: {adapters[other]:.100} is of the adapter {other!r:.60}, and {adapters[one]:.100} of "
-            f"{one!r:.60}. Save one adapter by PEFT's save_pretrained(..., selected_adapters=[name]).",
+            f"{WEIGHTS_FILE}: {adapters[other]:.100} is of the adapter {other!r:.60}, and "
+            f"{adapters[one]:.100} of {one!r:.60}. Save one adapter by PEFT's "
+            "save_pretrained(..., selected_adapters=[name]).",
         )
     changed = next((name for name, read in found.items() if name != read.plain), None)
     if changed is None:

@@ -24,6 +24,7 @@ from onebase_adapters.format.names import (
     token_rows,
     unmet_names,
 )
+from onebase_adapters.format.patterns import PatternError
 from onebase_adapters.format.safetensors_file import TensorEntry
 from onebase_adapters.format.spec import ModuleSpec
 from onebase_adapters.format.spellings import PREFIX, TensorName, spelling, unwrapped
@@ -249,13 +250,16 @@ def _lora(
     if facts.lora_bias:
         wanted.add("lora_B.bias")
     _check_kinds(name, own, wanted, {})
-    rank = int(facts.rank_pattern.lookup(in_config, facts.rank))
+    try:
+        rank = int(facts.rank_pattern.lookup(in_config, facts.rank))
+        alpha = facts.alpha_pattern.lookup(in_config, facts.alpha)
+    except PatternError as error:
+        raise AdapterFormatError("bad_config", f"rank_pattern and alpha_pattern: {error}") from None
     if rank > max_rank:
         raise AdapterFormatError(
             "rank_too_large",
             f"{name} has rank {rank}, the server's limit is {max_rank}: start it with --max-rank {rank}",
         )
-    alpha = facts.alpha_pattern.lookup(in_config, facts.alpha)
     kind: Literal["dora", "lora"] = "dora" if facts.dora else "lora"
     shapes = {
         "lora_A": (rank, layer.size_in),
