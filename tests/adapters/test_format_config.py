@@ -35,6 +35,14 @@ def code_of(raw: bytes) -> str | None:
     return None
 
 
+@pytest.mark.parametrize("off", [None, False, "", [], {}])
+def test_an_unknown_field_that_is_off_is_accepted_with_a_warning(folder: Path, off: Any) -> None:
+    write(folder, use_something_new=off, lorap_lr_ratio=16.0, lora_dtype="fp32", lorap_emb_lr=1e-6)
+    (sentence,) = read(folder).warnings
+    assert "use_something_new" in sentence
+    assert "lora" not in sentence
+
+
 @pytest.mark.parametrize(
     ("fields", "code", "named"),
     [
@@ -46,8 +54,10 @@ def code_of(raw: bytes) -> str | None:
         ({"bias": "all"}, "unsupported_kind", "bias"),
         ({"bias": "lora_only"}, "unsupported_kind", "bias"),
         ({"bias": None}, "unsupported_kind", "bias"),
-        ({"fan_in_fan_out": True}, "unsupported_kind", "fan_in_fan_out"),
-        ({"fan_in_fan_out": 0}, "unsupported_kind", "fan_in_fan_out"),
+        ({"surprise": 0}, "unknown_field", "surprise"),
+        ({"surprise": [0]}, "unknown_field", "surprise"),
+        ({"\x1b[31m": None}, "unknown_field", "[31m"),
+        ({"fan_in_fan_out": 1}, "bad_config", "fan_in_fan_out"),
         ({"loftq_config": {"loftq_bits": 4}}, "unsupported_kind", "loftq_config"),
         ({"layer_replication": [[0, 1]]}, "unsupported_kind", "layer_replication"),
         ({"megatron_config": {"a": 1}}, "unsupported_kind", "megatron_config"),
@@ -60,7 +70,7 @@ def code_of(raw: bytes) -> str | None:
         ({"use_bdlora": {}}, "unsupported_kind", "use_bdlora"),
         ({"use_qalora": True}, "unsupported_kind", "use_qalora"),
         ({"alora_invocation_tokens": [1]}, "unsupported_kind", "alora_invocation_tokens"),
-        ({"target_parameters": ["mlp.experts.down_proj"]}, "unsupported_kind", "target_parameters"),
+        ({"target_parameters": "mlp.experts.down_proj"}, "bad_config", "target_parameters"),
         ({"init_lora_weights": "pissa"}, "unsupported_kind", "init_lora_weights"),
         ({"init_lora_weights": "pissa_niter_4"}, "unsupported_kind", "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "unsupported_kind", "init_lora_weights"),

@@ -24,7 +24,7 @@ from onebase_adapters.format.names import (
     token_rows,
     unmet_names,
 )
-from onebase_adapters.format.patterns import PatternError
+from onebase_adapters.format.patterns import PatternError, endings
 from onebase_adapters.format.safetensors_file import TensorEntry
 from onebase_adapters.format.spec import ModuleSpec
 from onebase_adapters.format.spellings import PREFIX, TensorName, spelling, unwrapped
@@ -92,7 +92,7 @@ def plan(
     base = replace(base, spelled=spelled.of_layers)
     entries = tuple(entry for entry in entries if entry.name not in spelled.towers)
     saved, rows = saved_modules(facts, base), token_rows(facts, base)
-    by_module, of_base = _sorted_in(entries, base, saved, spelled.names)
+    by_module, of_base = _sorted_in(entries, base, saved, spelled.names, facts)
     if facts.task != "CAUSAL_LM" and base.head in by_module.keys() | saved:
         raise AdapterFormatError(
             "unknown_module",
@@ -112,7 +112,7 @@ def plan(
             spec = ModuleSpec(name, "tokens", 0, 0.0, False, _numel(own), rows[name])
         else:
             spec, shapes = _lora(name, own, facts, base, max_rank)
-        _check_shapes(name, own, shapes, spec)
+        _check_shapes(name, own, shapes, spec, base)
         modules.append(spec)
         tensors += _planned(name, own, layer, spec, base)
     if head:
@@ -121,7 +121,12 @@ def plan(
     _check_targets(lora, facts, base, saved)
     if not modules:
         raise AdapterFormatError("empty", f"{WEIGHTS_FILE} holds no tensors of an adapter")
-    warnings = (*notes, *spelled.notes, *unmet_names(facts, {module.name for module in modules}, base))
+    warnings = (
+        *facts.warnings,
+        *notes,
+        *spelled.notes,
+        *unmet_names(facts, {module.name for module in modules}, base),
+    )
     used_as = None if base.head is None else getattr(base.tensor(f"{base.head}.weight"), "dtype", None)
     planned = {what: PlannedTensor(what, entry, entry.dtype, used_as) for what, entry in head.items()}
     return TensorPlan(tuple(modules), tuple(tensors), of_base, by_module, frozenset(saved), warnings, planned)
@@ -165,7 +170,11 @@ def part_of(name: str, saved: Set[str]) -> tuple[str, str]:
 
 
 def _sorted_in(
-    entries: tuple[TensorEntry, ...], base: BaseModules, saved: set[str], names: Mapping[str, TensorName]
+    entries: tuple[TensorEntry, ...],
+    base: BaseModules,
+    saved: set[str],
+    names: Mapping[str, TensorName],
+    facts: ConfigFacts,
 ) -> tuple[dict[str, Tensors], tuple[tuple[TensorEntry, torch.Tensor], ...]]:
     by_module: dict[str, Tensors] = {}
     of_base = []
@@ -176,7 +185,8 @@ def _sorted_in(
             continue
         layer = base.layers.get(name)
         if layer is None:
-            raise _unknown(entry.name, name, base)
+            raise _unknown(entry.name, name, base, facts)
+        _check_no_parameter(entry.name, base.in_config.get(name, name), facts)
         if embedding is not None and (layer.kind == "norm" or embedding != (layer.kind == "embedding")):
             raise AdapterFormatError(
                 "bad_shape", f"{WEIGHTS_FILE}: {entry.name:.200} does not fit the kind of layer it names"
@@ -199,7 +209,29 @@ def _taken_apart(name: TensorName, saved: Set[str]) -> tuple[str, str | None, bo
     return f"{name.module.removesuffix('.base_layer')}{name.end}", None, None
 
 
-def _unknown(name: str, module: str, base: BaseModules) -> AdapterFormatError:
+def _check_no_parameter(name: str, module: str, facts: ConfigFacts) -> None:
+    """Raise AdapterFormatError if `target_parameters` names a parameter of the module, as PEFT compares
+    names."""
+    ends = {*endings(f"{module}.weight"), *endings(f"{module}.bias")}
+    if named := ends.intersection(facts.target_parameters):
+        raise _of_parameter(name, min(named))
+
+
+def _of_parameter(name: str, parameter: str) -> AdapterFormatError:
+    return AdapterFormatError(
+        "unsupported_kind",
+        f"target_parameters: {name:.150} is of {parameter:.100}, and matrices of parameters are not served. "
+        "Train layers alone (target_modules), or merge the adapter into its base.",
+    )
+
+
+def _unknown(name: str, module: str, base: BaseModules, facts: ConfigFacts) -> AdapterFormatError:
+    owner = module.removesuffix(".base_layer")
+    ends = set(endings(base.in_config.get(owner, owner)))
+    for parameter in facts.target_parameters:
+        of = parameter.rpartition(".")[0]
+        if not of or of in ends:
+            return _of_parameter(name, parameter)
     example = next((layer for layer, shape in base.layers.items() if shape.kind == "linear"), "none")
     return AdapterFormatError(
         "unknown_module",
@@ -210,16 +242,40 @@ def _unknown(name: str, module: str, base: BaseModules) -> AdapterFormatError:
 
 def _of_base(entry: TensorEntry, parameter: str, base: BaseModules) -> torch.Tensor:
     tensor = base.tensor(parameter)
-    if tensor is None or tuple(tensor.shape) != entry.shape or not tensor.is_floating_point():
-        raise _foreign(entry.name)
+    if tensor is None:
+        raise _foreign(
+            entry.name, "Save the adapter by PEFT's save_pretrained, which writes its tensors alone."
+        )
+    if not tensor.is_floating_point():
+        raise _foreign(entry.name, f"{parameter:.100} is quantized here. Leave the base's weights out.")
+    shape = tuple(tensor.shape)
+    if shape != entry.shape:
+        _check_vocabulary(parameter.rpartition(".")[0], entry, shape, base)
+        raise _foreign(entry.name, f"{parameter:.100} is {list(shape)} here, and {list(entry.shape)} there.")
     return tensor
 
 
-def _foreign(name: str) -> AdapterFormatError:
+def _check_vocabulary(name: str, entry: TensorEntry, shape: tuple[int, ...], base: BaseModules) -> None:
+    """Raise AdapterFormatError if the tensor differs from `shape` only in the size of the vocabulary."""
+    if name not in (base.embedding, base.head) or len(entry.shape) != len(shape):
+        return
+    layer = base.layers[name]
+    words = layer.size_in if layer.kind == "embedding" else layer.size_out
+    differing = [(own, here) for own, here in zip(entry.shape, shape, strict=True) if own != here]
+    if len(differing) == 1 and differing[0][1] == words:
+        raise AdapterFormatError(
+            "bad_shape",
+            f"{WEIGHTS_FILE}: {entry.name:.150} is for a vocabulary of {differing[0][0]} tokens, and the "
+            f"base has {words}. An adapter with a vocabulary of its own is not served: train rows that the "
+            "base has (trainable_token_indices), or merge the adapter into a base with that vocabulary.",
+        )
+
+
+def _foreign(name: str, hint: str = "") -> AdapterFormatError:
     return AdapterFormatError(
         "foreign_tensor",
         f"{WEIGHTS_FILE}: {name:.200} is neither a tensor of this adapter, as its config describes it, nor "
-        "the base's own. Save with save_embedding_layers=False if it is a weight of the base.",
+        f"the base's own.{' ' * bool(hint)}{hint}",
     )
 
 
@@ -270,9 +326,12 @@ def _lora(
     return ModuleSpec(name, kind, rank, alpha, facts.lora_bias, _numel(own)), shapes
 
 
-def _check_shapes(name: str, own: Tensors, shapes: Mapping[str, tuple[int, ...]], spec: ModuleSpec) -> None:
+def _check_shapes(
+    name: str, own: Tensors, shapes: Mapping[str, tuple[int, ...]], spec: ModuleSpec, base: BaseModules
+) -> None:
     for what, entry in own.items():
         if entry.shape != shapes[what]:
+            _check_vocabulary(name, entry, shapes[what], base)
             rank = f"rank {spec.rank} on " if spec.rank else ""
             raise AdapterFormatError(
                 "bad_shape",
