@@ -16,9 +16,14 @@ from onebase_adapters.format.strict_json import parse_json, shown
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+MLX_WEIGHTS_FILE = "adapters.safetensors"
+"""Weights as mlx-lm names them."""
 MODEL_CONFIG_FILE = "config.json"
 """Config of a classifier's model, as transformers writes it, with the label names that PEFT does not save."""
 MAX_CONFIG_BYTES = 1 << 20
+MAX_HEADER_BYTES = 2 << 20
+"""Limit of a weights file's header: three times that of a 405B model's DoRA. Parsed JSON takes up to fifty
+times its text in memory."""
 MAX_RANK = 1 << 16
 MAX_ALPHA = 1e6
 """Limit of |alpha| and of dropout, far above any use."""

@@ -18,12 +18,9 @@ from typing import Any
 
 import torch
 
-from onebase_adapters.format.config import WEIGHTS_FILE, AdapterFormatError
+from onebase_adapters.format.config import MAX_HEADER_BYTES, WEIGHTS_FILE, AdapterFormatError
 from onebase_adapters.format.strict_json import parse_json, shown
 
-MAX_HEADER_BYTES = 2 << 20
-"""Limit of a header: three times that of a 405B model's DoRA. Parsed JSON takes up to fifty times its text in
-memory."""
 CHUNK_BYTES = 4 << 20
 _CHUNK_ELEMENTS = CHUNK_BYTES // 4
 _MAX_DIMENSIONS = 2
