@@ -32,6 +32,7 @@ from tests.adapters.format_support import (
     write,
     write_raw,
 )
+from tests.tiny import load_folder
 from torch import nn
 from transformers import (
     Gemma3Config,
@@ -44,7 +45,9 @@ from transformers import (
 from onebase_adapters.format.canonical import AdapterFormatError, AdapterSpec
 from onebase_adapters.format.spellings import TensorName, spelling, unwrapped
 from onebase_engine.base.layers import LayerShape, adaptable_layers
+from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
+from onebase_engine.kernels.weights import LoraWeights
 
 # ---- what wraps a name ------------------------------------------------------------------------------
 
@@ -394,6 +397,32 @@ def test_an_adapter_of_another_class_answers_as_where_it_was_trained(
             spec = read_on(base, folder, target)
             assert torch.equal(answers(base, target), expected)
             assert bool(spec.warnings) == (way != "plain" or name != trained_on)
+
+
+def test_a_text_model_s_adapter_is_loaded_on_a_quantized_composite(tmp_path: Path) -> None:
+    """The base as a server has it: in NF4, in which only its text part is asked for."""
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 8, "patch_size": 4, "vision_use_head": False,
+    }  # fmt: skip
+    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 512, "head_dim": 64}
+    config = Gemma3Config(text_config=sizes, vision_config=vision, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    text: Any = Gemma3ForCausalLM(config.text_config).eval().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = train(text, tmp_path / "made", {"target_modules": ["q_proj"], "use_rslora": True})
+        base = load_base(BaseSettings(folder=tmp_path / "base", quantization="nf4"))
+        loaded = load_folder(base, folder)
+    saved = load_file(folder / WEIGHTS)
+    assert len(loaded.weights) == len(saved) // 2 == 2
+    for name, module in loaded.weights.items():
+        assert isinstance(module, LoraWeights)
+        own = f"{PREFIX}{name.replace('model.language_model.', 'model.')}"
+        assert torch.equal(module.a, saved[f"{own}.lora_A.weight"])
+        assert torch.equal(module.b, saved[f"{own}.lora_B.weight"])
+    assert any("is read as model.language_model." in sentence for sentence in loaded.spec.warnings)
 
 
 def test_list_targets_on_a_composite_are_read_with_and_without_the_tower(

@@ -18,6 +18,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MLX_WEIGHTS_FILE = "adapters.safetensors"
 """Weights as mlx-lm names them."""
+NOTE = "onebase_note"
+"""Metadata of a weights file that was converted when it came: a sentence on what was read as what."""
 MODEL_CONFIG_FILE = "config.json"
 """Config of a classifier's model, as transformers writes it, with the label names that PEFT does not save."""
 MAX_CONFIG_BYTES = 1 << 20

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from onebase_adapters.format.config import WEIGHTS_FILE, AdapterFormatError
-from onebase_engine.base.layers import LayerShape
+
+if TYPE_CHECKING:  # files are converted in a process without torch
+    from onebase_engine.base.layers import LayerShape
 
 PREFIX = "base_model.model."
 """Prefix that PEFT puts before the name of each module of the model."""

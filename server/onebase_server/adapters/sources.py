@@ -23,7 +23,7 @@ from onebase_adapters.format.config import (
     AdapterFormatError,
     with_labels,
 )
-from onebase_adapters.format.mlx import convert, is_mlx
+from onebase_adapters.format.conversion import convert, needs_conversion
 from onebase_adapters.hub.confinement import landlock_version
 from onebase_adapters.hub.pull import (
     HubError,
@@ -236,7 +236,7 @@ def take_folder(store: Store, folder: Path) -> AdapterFiles:
     """Store the files of an adapter, with the names of its labels. Raises InvalidRequestError, StoreError,
     OSError."""
     config, weights = _config_of(folder), weights_of(folder)
-    if not is_mlx(config):
+    if not needs_conversion(config, weights):
         return AdapterFiles(store.add_bytes(config), store.add_file(weights))
     with store.writer() as writer:
         config = _converted(config, weights, writer.write)
@@ -246,7 +246,7 @@ def take_folder(store: Store, folder: Path) -> AdapterFiles:
 def folder_digest(folder: Path) -> str:
     """Return the digest of a folder's content, without storing it."""
     config, weights = _config_of(folder), weights_of(folder)
-    if is_mlx(config):
+    if needs_conversion(config, weights):
         total = hashlib.sha256()
         config = _converted(config, weights, total.update)
         return version_digest(hashlib.sha256(config).hexdigest(), total.hexdigest())
@@ -256,7 +256,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def _converted(config: bytes, weights: Path, write: Callable[[bytes], object]) -> bytes:
-    """Convert an adapter of mlx-lm. Raises InvalidRequestError."""
+    """Convert an adapter to PEFT's own form. Raises InvalidRequestError, OSError."""
     try:
         return convert(config, weights, write)
     except AdapterFormatError as error:
@@ -268,7 +268,7 @@ def _read_config(folder: Path, max_bytes: int) -> bytes:
     if config.stat().st_size + weights.stat().st_size > max_bytes:
         raise BodyTooLargeError(max_bytes, "--max-upload")
     found = _config_of(folder)
-    return _converted(found, weights, lambda piece: None) if is_mlx(found) else found
+    return _converted(found, weights, lambda piece: None) if needs_conversion(found, weights) else found
 
 
 def _config_of(folder: Path) -> bytes:

@@ -20,7 +20,7 @@ from onebase_adapters.format.config import (
     AdapterFormatError,
     with_labels,
 )
-from onebase_adapters.format.mlx import convert, is_mlx
+from onebase_adapters.format.conversion import convert, needs_conversion
 from onebase_adapters.registry import UPLOADED, Purpose
 from onebase_adapters.store.blobs import (
     ADAPTER_FILES,
@@ -257,7 +257,7 @@ class Upload:
 class AdapterForm(FormReader[Upload]):
     """Writes the weights as they arrive; `close` deletes them unless they were committed.
 
-    An adapter of mlx-lm becomes one of PEFT's format. Raises also DiskFullError, StoreError.
+    What another trainer saved becomes PEFT's own form of it. Raises also DiskFullError, StoreError.
     """
 
     def __init__(self, store: Store, boundary: bytes, limit: int) -> None:
@@ -294,16 +294,16 @@ class AdapterForm(FormReader[Upload]):
             self._weights.abort()
 
     def _convert(self) -> None:
-        """Replace an adapter of mlx-lm by PEFT's form of it. Raises AdapterFormatError."""
+        """Replace the files by PEFT's own form of them. Raises AdapterFormatError."""
         sent, config = self._weights, bytes(self._small[CONFIG_FILE])
-        if sent is None or not is_mlx(config):
-            return
-        self._weights = self._store.writer()
-        try:
-            with store_errors(f"reading {MLX_WEIGHTS_FILE}"):
+        with store_errors("reading an upload"):
+            if sent is None or not needs_conversion(config, sent.path):
+                return
+            self._weights = self._store.writer()
+            try:
                 self._small[CONFIG_FILE] = bytearray(convert(config, sent.path, self._weights.write))
-        finally:
-            sent.abort()
+            finally:
+                sent.abort()
 
     def _commit(self) -> AdapterFiles:
         if self._weights is None:

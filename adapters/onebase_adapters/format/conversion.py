@@ -1,5 +1,6 @@
-"""Convert an adapter of mlx-lm to PEFT's format, without torch, mlx or the base.
+"""Bring the files of other trainers into PEFT's own form where they arrive, without torch, mlx or the base.
 
+Names that a trainer wraps are unwrapped, so that whoever exports the version later can load it by PEFT.
 mlx-lm (https://github.com/ml-explore/mlx-lm) saves `adapters.safetensors`, with `lora_a` [in, rank] and
 `lora_b` [rank, out], and a config of its own. Its `scale` is PEFT's `lora_alpha / r`.
 """
@@ -23,15 +24,16 @@ from onebase_adapters.format.config import (
     MAX_HEADER_BYTES,
     MAX_RANK,
     MLX_WEIGHTS_FILE,
+    NOTE,
     AdapterFormatError,
 )
+from onebase_adapters.format.spellings import PREFIX, unwrapped
 from onebase_adapters.format.strict_json import parse_json, shown
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _UNSIGNED: Mapping[int, type[np.unsignedinteger[Any]]] = {4: np.uint32, 2: np.uint16}
 _ENDS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector.weight"}
 _EMBEDDINGS = frozenset(["embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embedding"])
-_PREFIX = "base_model.model."
 _QUANTIZED = re.compile(r"-(?:\d{1,2}bit|bf16|fp16|mxfp4)$", re.IGNORECASE)
 """End of the names of mlx-community's copies of a model."""
 _BLOCK_BYTES = 4 << 20
@@ -63,8 +65,25 @@ def is_mlx(config: bytes) -> bool:
     return "lora_parameters" in fields or "fine_tune_type" in fields
 
 
+def needs_conversion(config: bytes, weights: Path) -> bool:
+    """Return True if the files are of mlx-lm, or name their tensors otherwise than PEFT does.
+
+    Files that cannot be read are left to who checks them.
+
+    Raises OSError: the weights cannot be read.
+    """
+    if is_mlx(config):
+        return True
+    try:
+        names, _ = unwrapped(tensor.name for tensor in _read_header(weights))
+    except AdapterFormatError:
+        return False
+    plain = {name.plain for name in names.values()}
+    return plain != names.keys() and len(plain) == len(names)
+
+
 def convert(config: bytes, weights: Path, write: Write) -> bytes:
-    """Write PEFT's weights of an mlx-lm adapter, and return PEFT's config.
+    """Write PEFT's weights of an adapter that needs it, and return PEFT's config.
 
     The same adapter gives the same bytes. Memory is bounded by the header and a block of 4 MiB.
 
@@ -72,9 +91,37 @@ def convert(config: bytes, weights: Path, write: Write) -> bytes:
         write: called with the pieces of the new weights file, in their order.
 
     Raises:
-        AdapterFormatError: it is no LoRA or DoRA of linear layers.
+        AdapterFormatError: it is not a LoRA or DoRA of linear layers (mlx-lm), or the file is damaged.
         OSError: the weights cannot be read.
     """
+    if is_mlx(config):
+        return _of_mlx(config, weights, write)
+    tensors = _read_header(weights)
+    names, notes = unwrapped(tensor.name for tensor in tensors)
+    data = min((tensor.offset for tensor in tensors), default=weights.stat().st_size)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", NOTE: " ".join(notes)}}
+    for tensor in tensors:
+        start = tensor.offset - data
+        header[names[tensor.name].plain] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + tensor.nbytes],
+        }
+    _write_header(header, write)
+    with weights.open("rb") as file:
+        file.seek(data)
+        while piece := file.read(_BLOCK_BYTES):
+            write(piece)
+    return config
+
+
+def _write_header(header: Mapping[str, Any], write: Write) -> None:
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    write(len(text).to_bytes(8, "little") + text)
+
+
+def _of_mlx(config: bytes, weights: Path, write: Write) -> bytes:
     rank, scale, dora, base_name = _read_config(config)
     tensors = _read_header(weights)
     names = {tensor.name: _peft_name(tensor.name, dora) for tensor in tensors}
@@ -86,9 +133,8 @@ def convert(config: bytes, weights: Path, write: Write) -> bytes:
         start, end = end, end + tensor.nbytes
         shape = list(reversed(tensor.shape))
         header[names[tensor.name]] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    write(len(text).to_bytes(8, "little") + text)
+    header["__metadata__"][NOTE] = "The files are of mlx-lm, and were converted when they came."
+    _write_header(header, write)
     for tensor in ordered:
         _write_transposed(weights, tensor, write)
     modules = {tensor.name.rpartition(".")[0] for tensor in tensors}
@@ -187,7 +233,7 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 
 def _peft_name(name: str, dora: bool) -> str:
-    """Return PEFT's name of a tensor. Raises AdapterFormatError if PEFT has no such tensor."""
+    """Return PEFT's name of a tensor of mlx-lm. Raises AdapterFormatError if PEFT has no such tensor."""
     module, _, part = name.rpartition(".")
     if not module or part not in _ENDS or (part == "m" and not dora):
         raise AdapterFormatError(
@@ -201,7 +247,7 @@ def _peft_name(name: str, dora: bool) -> str:
             f"{MLX_WEIGHTS_FILE}: {module:.200} is an embedding, whose matrices mlx-lm applies to a tied "
             "head as well: leave it out of the keys, or fuse the adapter into its base",
         )
-    return f"{_PREFIX}{module}.{_ENDS[part]}"
+    return f"{PREFIX}{module}.{_ENDS[part]}"
 
 
 def _write_transposed(weights: Path, tensor: _Tensor, write: Write) -> None:
@@ -222,4 +268,6 @@ def _write_transposed(weights: Path, tensor: _Tensor, write: Write) -> None:
 
 
 def _bad(what: str) -> AdapterFormatError:
-    return AdapterFormatError("bad_weights", f"{MLX_WEIGHTS_FILE} is not a valid safetensors file: it {what}")
+    return AdapterFormatError(
+        "bad_weights", f"The file of weights is not a valid safetensors file: it {what}"
+    )

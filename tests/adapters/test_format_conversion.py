@@ -1,4 +1,4 @@
-"""An adapter of mlx-lm becomes the same adapter in PEFT's format, or is refused by name."""
+"""Files of other trainers become the same adapter in PEFT's own form, or are refused by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from tests.adapters.format_support import CONFIG, PREFIX, WEIGHTS, logits, read_
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onebase_adapters.format import mlx
+from onebase_adapters.format import conversion
 from onebase_adapters.format.config import (
     MAX_HEADER_BYTES,
     MLX_WEIGHTS_FILE,
+    NOTE,
     AdapterFormatError,
     check_config,
 )
@@ -45,7 +47,7 @@ def config_of(**fields: Any) -> bytes:
 def converted(folder: Path, **fields: Any) -> tuple[dict[str, Any], bytes]:
     """PEFT's config and weights of the adapter in a folder."""
     out = io.BytesIO()
-    config = mlx.convert(config_of(**fields), folder / MLX_WEIGHTS_FILE, out.write)
+    config = conversion.convert(config_of(**fields), folder / MLX_WEIGHTS_FILE, out.write)
     return json.loads(config), out.getvalue()
 
 
@@ -115,7 +117,7 @@ def test_the_config_is_peft_s_and_the_same_each_time(tmp_path: Path) -> None:
 def test_matrices_are_turned_in_pieces_of_any_size(rows: int, columns: int, block: int, kind: str) -> None:
     tensor = torch.randn(rows, columns).to(getattr(torch, kind))
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as place:
-        patch.setattr(mlx, "_BLOCK_BYTES", block)
+        patch.setattr(conversion, "_BLOCK_BYTES", block)
         folder = Path(place)
         save_file({f"{Q}.lora_a": tensor}, folder / MLX_WEIGHTS_FILE)
         _, weights = converted(folder)
@@ -215,4 +217,62 @@ def test_a_file_without_a_header_is_refused(tmp_path: Path, raw: bytes) -> None:
     ],
 )
 def test_a_config_of_mlx_lm_is_told_from_others(raw: bytes, answer: bool) -> None:
-    assert mlx.is_mlx(raw) == answer
+    assert conversion.is_mlx(raw) == answer
+
+
+# ---- names that a trainer wraps ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
+        lambda name: name.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default"),
+        lambda name: f"_fsdp_wrapped_module.{name}",
+        lambda name: name.removeprefix(PREFIX),
+    ],
+)
+def test_wrapped_names_are_stored_as_peft_loads_them(
+    base: nn.Module, tmp_path: Path, wrap: Callable[[str], str]
+) -> None:
+    fields = {"target_modules": ["q_proj"], "layers_to_transform": [0], "modules_to_save": ["model.norm"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = train(base, tmp_path / "theirs", fields)
+        text = torch.tensor([[5, 9, 1, 3, 6, 2]])
+        expected, plain = logits(base, theirs, text), load_file(theirs / WEIGHTS)
+        config = (theirs / CONFIG).read_bytes()
+        assert not conversion.needs_conversion(config, theirs / WEIGHTS)
+        save_file({wrap(name): one for name, one in plain.items()}, theirs / WEIGHTS)
+        assert conversion.needs_conversion(config, theirs / WEIGHTS)
+        made = tmp_path / "made"
+        made.mkdir()
+        with (made / WEIGHTS).open("wb") as file:
+            (made / CONFIG).write_bytes(conversion.convert(config, theirs / WEIGHTS, file.write))
+        assert not conversion.needs_conversion(config, made / WEIGHTS)
+        assert load_file(made / WEIGHTS).keys() == plain.keys()
+        assert torch.equal(logits(base, made, text), expected)
+        assert "is read as" in read_for(base, made).warnings[0]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{PREFIX}{Q}.lora_A.weight", f"{Q}.lora_B.weight"],
+        [f"{PREFIX}{Q}.lora_A.a.weight", f"{PREFIX}{Q}.lora_B.b.weight"],
+        [f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}_orig_mod.{Q}.lora_A.weight"],
+    ],
+)
+def test_names_that_are_refused_later_are_stored_as_they_are(tmp_path: Path, names: list[str]) -> None:
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / WEIGHTS)
+    assert not conversion.needs_conversion(b"{}", tmp_path / WEIGHTS)
+
+
+def test_a_note_that_no_conversion_wrote_shows_nothing_odd(base: nn.Module, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = train(base, tmp_path, {"target_modules": ["q_proj"]})
+    tensors = load_file(folder / WEIGHTS)
+    for note in ("\x1b[31m", "x" * 501):
+        save_file(tensors, folder / WEIGHTS, metadata={NOTE: note})
+        assert read_for(base, folder).warnings == ()
