@@ -204,7 +204,7 @@ def spelling(
     towers = {module for module in modules if not fits(module) and _is_of_missing_tower(module, layers)}
     modules = [module for module in modules if module not in towers]
     found: dict[tuple[str | None, ...], _Pairs] = {}
-    for pairs in _readings(layers) if modules else ():
+    for pairs in _readings(layers, modules) if modules else ():
         read = tuple(_replaced(module, pairs) for module in modules)
         if all(map(fits, read)):
             found.setdefault(read, pairs)
@@ -253,10 +253,14 @@ def _refuse_ambiguous(modules: list[str], one: tuple[str | None, ...], other: tu
     )
 
 
-def _readings(layers: Mapping[str, LayerShape]) -> Iterator[_Pairs]:
-    """Yield each way to read the names of another class, beginning with the base's own."""
+def _readings(layers: Mapping[str, LayerShape], modules: Iterable[str]) -> Iterator[_Pairs]:
+    """Yield each way to read the names of another class, beginning with the base's own.
+
+    A class has the base's towers if one of the modules is in them; otherwise it is a text model's.
+    """
     decoder, head, root = _decoder_of(layers), _head_of(layers), _root_of(layers)
-    towers = [tower for tower in sorted(_TOWERS) if _has_part(layers, f"{root}.{tower}")]
+    named = {part for module in modules for part in module.split(".")[:3]}
+    towers = [tower for tower in sorted(_TOWERS & named) if _has_part(layers, f"{root}.{tower}")]
     for outer in _OUTER:
         yield ((outer, ""),)
         yield ((outer, root),)
