@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -70,13 +70,20 @@ class BaseModules:
         return frozenset({self.embedding, self.head}) if tied else frozenset()
 
 
-def saved_modules(facts: ConfigFacts, base: BaseModules) -> set[str]:
-    """Full names of the modules that `modules_to_save` replaces.
+def saved_modules(facts: ConfigFacts, base: BaseModules, left_out: Collection[str] = ()) -> set[str]:
+    """Return the full names of the modules that `modules_to_save` replaces.
+
+    Args:
+        left_out: names in the file that belong to parts that are not loaded. An entry may mean some of them.
 
     Raises:
         AdapterFormatError: an entry does not mean exactly one norm, embedding or head of the base.
     """
-    saved = {_exact(entry, "modules_to_save", base) for entry in dict.fromkeys(facts.modules_to_save)}
+    inner = {ending for name in left_out for module in _ancestors(name) for ending in endings(module)}
+    saved = set()
+    for entry in dict.fromkeys(facts.modules_to_save):
+        if entry not in inner or any(own.endswith(entry) for own in base.in_config.values()):
+            saved.add(_exact(entry, "modules_to_save", base))
     for name in sorted(saved):
         layer = base.layers[name]
         if layer.kind == "linear" and name != base.head:
@@ -119,15 +126,21 @@ def possible_targets(facts: ConfigFacts, base: BaseModules) -> set[str]:
     return _with_tied({name for name, own in base.in_config.items() if targets.means(own)}, facts, base)
 
 
-def unmet_names(facts: ConfigFacts, adapted: set[str], base: BaseModules) -> list[str]:
-    """Return a sentence for each field that names modules or layers for which the adapter has no tensors."""
+def unmet_names(
+    facts: ConfigFacts, adapted: set[str], base: BaseModules, left_out: Collection[str] = ()
+) -> list[str]:
+    """Return a sentence for each field that names modules or layers for which the adapter has no tensors.
+
+    `left_out`: names in the file that belong to parts that are not loaded.
+    """
+    names = {base.in_config.get(name, name) for name in adapted}.union(left_out)
     found = []
     if isinstance(facts.target_modules, tuple):
-        met = {ending for name in adapted for ending in endings(base.in_config.get(name, name))}
+        met = {ending for name in names for ending in endings(name)}
         left_out = facts.exclude_modules if isinstance(facts.exclude_modules, tuple) else ()
         if unmet := sorted(set(facts.target_modules).difference(met, left_out)):
             found.append(_unmet("target_modules", unmet))
-    numbers = {number for name in adapted for number in layer_numbers(name)}
+    numbers = {number for name in names for number in layer_numbers(name)}
     if unmet_layers := sorted((facts.layers_to_transform or frozenset()) - numbers):
         found.append(_unmet("layers_to_transform", list(map(str, unmet_layers))))
     return found
@@ -169,6 +182,12 @@ def token_rows(facts: ConfigFacts, base: BaseModules) -> dict[str, tuple[int, ..
             f"{field} has {shown(max(own))}, the vocabulary ends at {base.layers[embedding].size_in - 1}",
         )
     return dict.fromkeys(base.pair or {embedding}, own)
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Yield the names of the modules that a module or parameter is in, its own last."""
+    parts = name.split(".")
+    yield from (".".join(parts[:count]) for count in range(1, len(parts) + 1))
 
 
 def _exact(entry: str, field: str, base: BaseModules) -> str:

@@ -7,7 +7,7 @@ another name in each release of transformers. A reading is taken only if it fits
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from onebase_adapters.format.config import WEIGHTS_FILE, AdapterFormatError
@@ -78,14 +78,14 @@ class Spelling:
     """Names of a file's tensors and of the base's layers, each in the other's words.
 
     `names`: the tensor's name on this base, by the name in the file. `of_layers`: name of each layer of the
-    base in the class that the adapter was trained on; layers that this class lacks are left out. `towers`:
-    tensors of parts for images or sounds that the base is loaded without. `notes`: sentences on what was read
-    as what.
+    base in the class that the adapter was trained on; layers that this class lacks are not there. `left_out`:
+    module of each tensor of a part for images or sounds that the base is loaded without. `notes`: sentences
+    on what was read as what.
     """
 
     names: Mapping[str, TensorName]
     of_layers: Mapping[str, str]
-    towers: frozenset[str] = frozenset()
+    left_out: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -192,37 +192,47 @@ def spelling(
         AdapterFormatError: several readings fit, and they differ.
     """
 
-    def fits(module: str | None) -> bool:
-        if module is None:
-            return False
+    def fits(module: str) -> bool:
         return module in layers or any(has_parameter(f"{module}.{one}") for one in _PARAMETERS)
 
-    modules = sorted({_base_layer_of(name) for name in names.values()})
-    identity = {layer: layer for layer in layers}
-    if all(map(fits, modules)):
-        return Spelling(names, identity)
+    modules = {_base_layer_of(name) for name in names.values()}
     towers = {module for module in modules if not fits(module) and _is_of_missing_tower(module, layers)}
-    modules = [module for module in modules if module not in towers]
-    found: dict[tuple[str | None, ...], _Pairs] = {}
-    for pairs in _readings(layers, modules) if modules else ():
-        read = tuple(_replaced(module, pairs) for module in modules)
-        if all(map(fits, read)):
+    ordered = sorted(modules - towers)
+    found = _reading_of(ordered, layers, fits)
+    if found is None:
+        return Spelling(names, {layer: layer for layer in layers})
+    by_module, pairs = found
+    left_out = {file: layer for file, name in names.items() if (layer := _base_layer_of(name)) in towers}
+    kept = {}
+    for file in names.keys() - left_out.keys():
+        name = names[file]
+        layer = _base_layer_of(name)
+        kept[file] = TensorName(f"{by_module[layer]}{name.module[len(layer) :]}", name.end)
+    backwards = tuple((base, file) for file, base in pairs)
+    of_layers = {layer: own for layer in layers if (own := _replaced(layer, backwards)) is not None}
+    return Spelling(kept, of_layers, left_out, tuple(_notes(by_module, left_out)))
+
+
+def _reading_of(
+    modules: list[str], layers: Mapping[str, LayerShape], fits: Callable[[str], bool]
+) -> tuple[dict[str, str], _Pairs] | None:
+    """Return the base's name of each module, and the names that were replaced; None if no reading fits.
+
+    Raises AdapterFormatError if several fit, and they differ.
+    """
+    if all(map(fits, modules)):
+        return {module: module for module in modules}, (("", ""),)
+    found: dict[tuple[str, ...], _Pairs] = {}
+    for pairs in _readings(layers, modules):
+        read = tuple(one for module in modules if (one := _replaced(module, pairs)) is not None)
+        if len(read) == len(modules) and all(map(fits, read)):
             found.setdefault(read, pairs)
     if not found:
-        return Spelling(names, identity)
+        return None
     if len(found) > 1:
         _refuse_ambiguous(modules, *list(found)[:2])
     ((read, pairs),) = found.items()
-    by_module = dict(zip(modules, read, strict=True))
-    left_out = {file for file, name in names.items() if _base_layer_of(name) in towers}
-    kept = {}
-    for file, name in names.items():
-        if file not in left_out:
-            layer = _base_layer_of(name)
-            kept[file] = TensorName(f"{by_module[layer]}{name.module[len(layer) :]}", name.end)
-    backwards = tuple((base, file) for file, base in pairs)
-    of_layers = {layer: own for layer in layers if (own := _replaced(layer, backwards)) is not None}
-    return Spelling(kept, of_layers, frozenset(left_out), tuple(_notes(by_module, towers, len(left_out))))
+    return dict(zip(modules, read, strict=True)), pairs
 
 
 def _base_layer_of(name: TensorName) -> str:
@@ -230,21 +240,21 @@ def _base_layer_of(name: TensorName) -> str:
     return name.module.removesuffix(".base_layer")
 
 
-def _notes(by_module: Mapping[str, str | None], towers: set[str], left_out: int) -> Iterator[str]:
+def _notes(by_module: Mapping[str, str], left_out: Mapping[str, str]) -> Iterator[str]:
     changed = next((module for module, read in by_module.items() if module != read), None)
     if changed is not None:
         yield (
             f"The modules have the names of another class: {changed:.150} is read as "
             f"{by_module[changed]:.150}, and others alike."
         )
-    if towers:
+    if left_out:
         yield (
-            f"{left_out} tensors of parts for images or sounds, such as {min(towers):.150}, are left out: "
-            "text does not pass through them, and this base is loaded without them."
+            f"{len(left_out)} tensors of parts for images or sounds, such as {min(left_out.values()):.150}, "
+            "are left out: text does not pass through them, and this base is loaded without them."
         )
 
 
-def _refuse_ambiguous(modules: list[str], one: tuple[str | None, ...], other: tuple[str | None, ...]) -> None:
+def _refuse_ambiguous(modules: list[str], one: tuple[str, ...], other: tuple[str, ...]) -> None:
     place = next(place for place, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
     raise AdapterFormatError(
         "unknown_module",

@@ -90,8 +90,9 @@ def plan(
         lambda parameter: base.tensor(parameter) is not None,
     )
     base = replace(base, spelled=spelled.of_layers)
-    entries = tuple(entry for entry in entries if entry.name not in spelled.towers)
-    saved, rows = saved_modules(facts, base), token_rows(facts, base)
+    entries = tuple(entry for entry in entries if entry.name not in spelled.left_out)
+    left_out = set(spelled.left_out.values())
+    saved, rows = saved_modules(facts, base, left_out), token_rows(facts, base)
     by_module, of_base = _sorted_in(entries, base, saved, spelled.names, facts)
     if facts.task != "CAUSAL_LM" and base.head in by_module.keys() | saved:
         raise AdapterFormatError(
@@ -119,13 +120,19 @@ def plan(
         modules.append(ModuleSpec(CLASSIFIER_NAMES[0], "head", 0, 0.0, False, _numel(head)))
     lora = {module.name for module in modules if module.rank}
     _check_targets(lora, facts, base, saved)
+    if not modules and left_out:
+        raise AdapterFormatError(
+            "no_effect",
+            f"{WEIGHTS_FILE} holds tensors of {min(left_out):.200} and the like alone: OneBase serves the "
+            "language model, without the parts that see or hear",
+        )
     if not modules:
         raise AdapterFormatError("empty", f"{WEIGHTS_FILE} holds no tensors of an adapter")
     warnings = (
         *facts.warnings,
         *notes,
         *spelled.notes,
-        *unmet_names(facts, {module.name for module in modules}, base),
+        *unmet_names(facts, {module.name for module in modules}, base, left_out),
     )
     used_as = None if base.head is None else getattr(base.tensor(f"{base.head}.weight"), "dtype", None)
     planned = {what: PlannedTensor(what, entry, entry.dtype, used_as) for what, entry in head.items()}
