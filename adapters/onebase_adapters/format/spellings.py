@@ -6,7 +6,7 @@ another name in each release of transformers. A reading is taken only if it fits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -177,6 +177,7 @@ def spelling(
     names: Mapping[str, TensorName],
     layers: Mapping[str, LayerShape],
     has_parameter: Callable[[str], bool],
+    not_loaded: Collection[str] = (),
 ) -> Spelling:
     """Return the one reading in which every tensor belongs to the base.
 
@@ -187,6 +188,7 @@ def spelling(
         names: result of `unwrapped`.
         layers: layers of the base by their full names.
         has_parameter: returns True if the base has a parameter of this full name.
+        not_loaded: full names of parts that the base's files hold and that are not loaded.
 
     Raises:
         AdapterFormatError: several readings fit, and they differ.
@@ -196,8 +198,12 @@ def spelling(
         return module in layers or any(has_parameter(f"{module}.{one}") for one in _PARAMETERS)
 
     modules = {_base_layer_of(name) for name in names.values()}
-    towers = {module for module in modules if not fits(module) and _is_of_missing_tower(module, layers)}
-    ordered = sorted(modules - towers)
+    towers = {
+        module: part
+        for module in modules
+        if not fits(module) and (part := _missing_part(module, layers, not_loaded))
+    }
+    ordered = sorted(modules - towers.keys())
     found = _reading_of(ordered, layers, fits)
     if found is None:
         return Spelling(names, {layer: layer for layer in layers})
@@ -210,7 +216,8 @@ def spelling(
         kept[file] = TensorName(f"{by_module[layer]}{name.module[len(layer) :]}", name.end)
     backwards = tuple((base, file) for file, base in pairs)
     of_layers = {layer: own for layer in layers if (own := _replaced(layer, backwards)) is not None}
-    return Spelling(kept, of_layers, left_out, tuple(_notes(by_module, left_out)))
+    notes = tuple(_notes(by_module, sorted(set(towers.values())), len(left_out)))
+    return Spelling(kept, of_layers, left_out, notes)
 
 
 def _reading_of(
@@ -240,7 +247,7 @@ def _base_layer_of(name: TensorName) -> str:
     return name.module.removesuffix(".base_layer")
 
 
-def _notes(by_module: Mapping[str, str], left_out: Mapping[str, str]) -> Iterator[str]:
+def _notes(by_module: Mapping[str, str], parts: list[str], left_out: int) -> Iterator[str]:
     changed = next((module for module, read in by_module.items() if module != read), None)
     if changed is not None:
         yield (
@@ -249,8 +256,8 @@ def _notes(by_module: Mapping[str, str], left_out: Mapping[str, str]) -> Iterato
         )
     if left_out:
         yield (
-            f"{len(left_out)} tensors of parts for images or sounds, such as {min(left_out.values()):.150}, "
-            "are left out: text does not pass through them, and this base is loaded without them."
+            f"{left_out} tensors of {', '.join(parts):.200} are left out: OneBase serves the language model, "
+            "without the parts that see or hear."
         )
 
 
@@ -295,13 +302,17 @@ def _joined(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def _is_of_missing_tower(module: str, layers: Mapping[str, LayerShape]) -> bool:
-    """Return True if the module is in a part for images or sounds of which the base has nothing."""
-    tower = next((part for part in module.split(".")[:3] if part in _TOWERS), None)
+def _missing_part(module: str, layers: Mapping[str, LayerShape], not_loaded: Collection[str]) -> str:
+    """Return the part for images or sounds that the module is in and of which the base has nothing, or ""."""
+    for part in not_loaded:
+        if f"{module}.".startswith(f"{part}."):
+            return part
+    parts = module.split(".")[:3]
+    place = next((place for place, part in enumerate(parts) if part in _TOWERS), None)
+    if place is None or not module.isprintable():
+        return ""
     return (
-        tower is not None
-        and module.isprintable()
-        and not any(tower in layer.split(".")[:3] for layer in layers)
+        "" if any(parts[place] in layer.split(".")[:3] for layer in layers) else ".".join(parts[: place + 1])
     )
 
 
