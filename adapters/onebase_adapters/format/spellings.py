@@ -86,6 +86,8 @@ class Spelling:
     names: Mapping[str, TensorName]
     of_layers: Mapping[str, str]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+    """Names of the parts that tensors were left out for."""
     notes: tuple[str, ...] = ()
 
 
@@ -216,8 +218,8 @@ def spelling(
         kept[file] = TensorName(f"{by_module[layer]}{name.module[len(layer) :]}", name.end)
     backwards = tuple((base, file) for file, base in pairs)
     of_layers = {layer: own for layer in layers if (own := _replaced(layer, backwards)) is not None}
-    notes = tuple(_notes(by_module, sorted(set(towers.values())), len(left_out)))
-    return Spelling(kept, of_layers, left_out, notes)
+    parts = tuple(sorted(set(towers.values())))
+    return Spelling(kept, of_layers, left_out, parts, tuple(_notes(by_module, parts, len(left_out))))
 
 
 def _reading_of(
@@ -247,7 +249,7 @@ def _base_layer_of(name: TensorName) -> str:
     return name.module.removesuffix(".base_layer")
 
 
-def _notes(by_module: Mapping[str, str], parts: list[str], left_out: int) -> Iterator[str]:
+def _notes(by_module: Mapping[str, str], parts: tuple[str, ...], left_out: int) -> Iterator[str]:
     changed = next((module for module, read in by_module.items() if module != read), None)
     if changed is not None:
         yield (

@@ -123,7 +123,7 @@ def plan(
     if not modules and left_out:
         raise AdapterFormatError(
             "no_effect",
-            f"{WEIGHTS_FILE} holds tensors of {min(left_out):.200} and the like alone: OneBase serves the "
+            f"{WEIGHTS_FILE} holds tensors of {', '.join(spelled.parts):.200} alone: OneBase serves the "
             "language model, without the parts that see or hear",
         )
     if not modules:
