@@ -21,8 +21,9 @@ from tests.adapters.format_support import (
     train,
 )
 from tests.matrix import matrix
-from tests.tiny import save_base
+from tests.tiny import save_base, save_model
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from onebase_adapters.format.canonical import AdapterFormatError
 from onebase_engine.base.load import BaseSettings, load_base
@@ -42,6 +43,15 @@ KINDS: dict[str, tuple[dict[str, Any], set[str]]] = {
         },
         {"lora"},
     ),
+    "patterns by regular expressions": (
+        {
+            "target_modules": ATTENTION,
+            "rank_pattern": {r"layers\.[1-9]\d*\.self_attn\.(q|k)_proj": 2, ".*o_proj": 8, "[v]_proj": 3},
+            "alpha_pattern": {r"^model\.(?:layers|blocks)\.0\..+": 3, "v_proj|o_proj": 5},
+        },
+        {"lora"},
+    ),
+    "set for another layer": ({"target_modules": LINEAR, "fan_in_fan_out": True, "use_dora": True}, {"dora"}),
     "some layers": ({"target_modules": ATTENTION, "layers_to_transform": [1]}, {"lora"}),
     "one layer by pattern": (
         {"target_modules": ["q_proj", HEAD], "layers_to_transform": 0, "layers_pattern": "layers"},
@@ -243,6 +253,88 @@ def test_what_peft_saves_but_is_not_served_is_refused_by_name(
         read_for(base, folder)
     assert refused.value.code == code
     assert "modules_to_save" in str(refused.value) or "trainable_token_indices" in str(refused.value)
+
+
+@pytest.mark.parametrize(("quantization", "fields"), [("nf4", {}), ("int8", {}), ("nf4", {"use_dora": True})])
+def test_an_adapter_trained_on_unquantized_conv1d_answers_as_by_peft(
+    tmp_path: Path, text: torch.Tensor, quantization: Any, fields: dict[str, Any]
+) -> None:
+    """PEFT sets `fan_in_fan_out` itself for GPT-2, whose layers store their weights the other way round."""
+    sizes = {"vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    made = save_model(GPT2Config(**sizes, initializer_range=0.15), tmp_path / "base")
+    trained_on = GPT2LMHeadModel.from_pretrained(made).eval().requires_grad_(False)
+    targets = ["c_attn", "c_proj", "c_fc"]
+    folder = train(trained_on, tmp_path / "theirs", {"target_modules": targets, **fields})
+    assert json.loads((folder / CONFIG).read_text())["fan_in_fan_out"] is True
+    base = load_base(BaseSettings(folder=made, quantization=quantization))
+    target = tmp_path / "ours"
+    target.mkdir()
+    read_for(base, folder, target)
+    same_to_peft(base, folder, target, text)
+
+
+def test_parameters_of_which_the_file_has_no_tensors_are_accepted(
+    some_base: nn.Module, text: torch.Tensor, tmp_path: Path
+) -> None:
+    """PEFT adds those of experts by itself, whether or not the base has any."""
+    folder, target = train(some_base, tmp_path / "theirs", {"target_modules": ["q_proj"]}), tmp_path / "ours"
+    target.mkdir()
+    config = json.loads((folder / CONFIG).read_text())
+    named = {**config, "target_parameters": ["gate_up_proj", "mlp.experts.down_proj"]}
+    (folder / CONFIG).write_text(json.dumps(named))
+    read_for(some_base, folder, target)
+    (folder / CONFIG).write_text(json.dumps(config))
+    same_to_peft(some_base, folder, target, text)
+
+
+@pytest.mark.parametrize("parameter", ["q_proj.weight", "self_attn.q_proj.weight", "weight"])
+def test_tensors_of_a_parameter_are_refused_by_name(
+    some_base: nn.Module, tmp_path: Path, parameter: str
+) -> None:
+    folder = train(some_base, tmp_path, {"target_modules": ["q_proj"]})
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "target_parameters": [parameter]}))
+    with pytest.raises(AdapterFormatError, match="target_parameters") as refused:
+        read_for(some_base, folder)
+    assert refused.value.code == "unsupported_kind"
+
+
+def test_tensors_of_experts_are_refused_by_name(tmp_path: Path, some_base: nn.Module) -> None:
+    folder = train(some_base, tmp_path, {"target_modules": ["q_proj"]})
+    tensors = load_file(folder / WEIGHTS)
+    experts = "base_model.model.model.layers.0.mlp.experts"
+    tensors[f"{experts}.base_layer.lora_A.weight"] = torch.ones(4, 128)
+    save_file(tensors, folder / WEIGHTS)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "target_parameters": ["mlp.experts.gate_up_proj"]}))
+    with pytest.raises(AdapterFormatError, match=r"experts\.gate_up_proj") as refused:
+        read_for(some_base, folder)
+    assert refused.value.code == "unsupported_kind"
+
+
+GROWN: dict[str, dict[str, Any]] = {
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", HEAD]},
+    "saved by PEFT itself": {"target_modules": ["q_proj"]},
+    "matrices": {"target_modules": ["q_proj", "embed_tokens", HEAD]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [320, 321]},
+}
+
+
+@pytest.mark.parametrize("how", GROWN)
+def test_a_grown_vocabulary_is_refused_with_its_size_and_the_way_out(
+    tmp_path: Path, bases_of: Any, how: str
+) -> None:
+    base = bases_of(*BASES["untied with biases, nf4"])
+    grown: Any = Qwen2ForCausalLM(Qwen2Config.from_dict(base.config.to_dict())).requires_grad_(False)
+    grown.resize_token_embeddings(330)
+    folder = train(grown, tmp_path, GROWN[how], save_embedding_layers=how != "tokens")
+    with pytest.raises(AdapterFormatError, match="vocabulary") as refused:
+        read_for(base, folder)
+    assert refused.value.code == ("bad_config" if how == "tokens" else "bad_shape")
+    if how != "tokens":
+        assert "330" in str(refused.value)
+        assert "320" in str(refused.value)
+        assert "merge" in str(refused.value)
 
 
 @pytest.mark.parametrize("saving", [{"save_embedding_layers": True}, {"save_embedding_layers": "auto"}])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -117,30 +117,92 @@ def test_a_regular_expression_is_not_evaluated(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "(a+)+$",
-        ".*",
-        "a|b",
-        "[ab]",
-        "a+",
-        "a?",
-        "a\n",
-        "a ",
-        "ä",
-        "a^",
-        "a$b",
-        "\\d",
+        "(?=a)a",
+        "(?<!a)b",
+        "(?i)a",
+        "(?P<x>a)",
+        "(?>a)",
+        "(a)\\1",
+        "a\\b",
+        "\\Aa",
+        "a++",
+        "a**",
+        "a{2}{3}",
+        "a{x}",
+        "a{3,2}",
+        "a{99999}",
+        "(" * 40 + "a" + ")" * 40,
+        "a)|(b",
+        "(a",
+        "[a",
+        "[z-a]",
+        "[[a]]",
+        "[a--b]",
+        "^*",
+        "*",
         "\\",
-        "^",
-        "$",
-        "",
-        "a\\",
+        "((a{100}){100}){100}",
+        "((){1000}){1000}",
+        "a" * 1001 + "?",
     ],
 )
-def test_a_key_that_is_no_literal_name_is_refused(key: str) -> None:
-    with pytest.raises(PatternError, match="literal"):
+def test_a_key_that_has_no_bound_is_refused(key: str) -> None:
+    with pytest.raises(PatternError, match=r"names of modules"):
         NamePattern({key: 1})
     with pytest.raises(AdapterFormatError, match="rank_pattern"):
         check_config(json.dumps({**SETTINGS, "rank_pattern": {key: 1}}).encode())
+
+
+def test_regular_expressions_have_a_limit_together() -> None:
+    with pytest.raises(PatternError, match="more than"):
+        NamePattern({f"(q{number})*": 1 for number in range(257)})
+    slow = NamePattern({f"(.?.?.?.?){{{number}}}x": 1 for number in range(90, 92)})
+
+    def look_up_all() -> None:
+        for number in range(1000):
+            slow.lookup(f"model.layers.{number}.self_attn.q_proj", 1)
+
+    with pytest.raises(PatternError, match="too long"):
+        look_up_all()
+
+
+def test_an_expression_that_makes_others_run_for_years_is_matched_at_once() -> None:
+    """`re` would take 2 ** 60 steps for it; this is at most 60 characters times its states."""
+    pattern = NamePattern({"((a|a)*)*b|(a?){40}a{40}": 1})
+    assert pattern.lookup("a" * 60, 0) == 1
+    assert pattern.lookup("a" * 39 + "c", 0) == 0
+
+
+ATOMS = ["q", "proj", "[a-c]", "[^q]", r"\d", r"\w", ".", r"\.", "layers", "(?:q|k)", "(q_proj)", "[0-9]", ""]
+NAMES = ["q_proj", "0.q_proj", "h.11.k", "lm_head", "a", "aab.c", "q", "layers.q"]
+"""Short ones: the reference takes a time that doubles with each character."""
+
+
+@st.composite
+def expressions(draw: st.DrawFn, depth: int = 2) -> str:
+    if depth == 0:
+        atom = draw(st.sampled_from(ATOMS))
+    else:
+        inner = expressions(depth=depth - 1)
+        parts = draw(st.lists(inner, min_size=1, max_size=3))
+        atom = draw(st.sampled_from(["({})", "(?:{})"])).format(draw(st.sampled_from(["|", ""])).join(parts))
+    if atom:
+        atom += draw(
+            st.sampled_from(["", "", "", "*", "+", "?", "{2}", "{1,3}", "{0,1}", "{,2}", "*?", "{1,}"])
+        )
+    return draw(st.sampled_from(["", "", "", "^"])) + atom + draw(st.sampled_from(["", "", "$"]))
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(expressions(), min_size=1, max_size=3, unique=True), st.sampled_from(NAMES))
+def test_an_expression_means_what_it_means_to_peft(keys: list[str], name: str) -> None:
+    values = {key: place + 1 for place, key in enumerate(keys)}
+    try:
+        pattern = NamePattern(values)
+    except PatternError as error:
+        assume("anchor" not in str(error) and "repeats nothing" not in str(error))
+        raise
+    assert pattern.lookup(name, 0) == values.get(get_pattern_key(keys, name), 0)
 
 
 def test_endings_are_the_dotted_ends_of_a_name() -> None:

@@ -14,7 +14,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load, save
 from tests.disks import small_disk
 from tests.hub_standin import HubStandIn
 
@@ -134,6 +136,40 @@ def test_the_two_files_come_and_nothing_else(hub: HubStandIn, store: Store) -> N
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert any(len(CONFIG) < done < len(CONFIG) + len(WEIGHTS) for done, _ in seen)
     assert not [path for path in hub.requests() if "README" in path or "optimizer" in path]
+
+
+MLX_CONFIG = b'{"fine_tune_type": "lora", "lora_parameters": {"rank": 1, "scale": 2.0}}'
+MLX_WEIGHTS = save({"model.layers.0.q_proj.lora_a": np.ones((3, 1), np.float32)})
+
+
+def test_an_adapter_of_mlx_lm_comes_in_the_format_of_peft(
+    hub: HubStandIn, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = {
+        "adapter_config.json": MLX_CONFIG,
+        "adapters.safetensors": MLX_WEIGHTS,
+        "0001_adapters.safetensors": b"",
+    }
+    commit = hub.add_repo("acme/support", repo)
+    config, weights = contents(store, pull(REF, commit, store, MANY))
+    assert json.loads(config)["lora_alpha"] == 2.0
+    (tensor,) = load(weights).items()
+    assert tensor[0] == "base_model.model.model.layers.0.q_proj.lora_A.weight"
+    assert tensor[1].shape == (1, 3)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert contents(store, pull(REF, commit, store, MANY)) == (config, weights)
+
+
+def test_an_adapter_of_mlx_lm_that_cannot_be_converted_is_refused(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", {"adapter_config.json": MLX_CONFIG, "adapters.safetensors": b"w"})
+    with pytest.raises(HubError, match="cannot be served") as refused:
+        pull(REF, commit, store, MANY)
+    assert code_of(refused) == "bad_weights"
+
+
+def test_weights_of_peft_come_first(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", {**FILES, "adapters.safetensors": b"others"})
+    assert contents(store, pull(REF, commit, store, MANY)) == (CONFIG, WEIGHTS)
 
 
 CLASSIFIER = b'{"peft_type": "LORA", "task_type": "SEQ_CLS"}'

@@ -30,6 +30,7 @@ from onebase import (
     StorageFullError,
     VersionFailure,
 )
+from onebase._core.adapters import adapter_folder
 
 pytestmark = pytest.mark.usefixtures("slept")
 NAME = "acme-support"
@@ -190,6 +191,14 @@ def test_a_missing_file_is_named_before_anything_is_sent(
     with pytest.raises(ValueError, match=says):
         sdk.call(lambda client: client.adapters.upload(folder, name=NAME), registry.transport)
     assert registry.asked == []
+
+
+def test_a_folder_of_mlx_lm_is_sent_as_it_is(sdk: Any, folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapters.safetensors")
+    found = adapter_folder(folder)
+    assert (found.config.name, found.weights.name) == ("adapter_config.json", "adapters.safetensors")
+    (folder / "adapter_model.safetensors").touch()
+    assert adapter_folder(folder).weights.name == "adapter_model.safetensors"
 
 
 def test_a_folder_of_pickles_is_refused_with_the_way_to_convert_it(sdk: Any, folder: Path) -> None:

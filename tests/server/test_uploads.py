@@ -9,9 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
-from .support import CONFIG, Server, Starter, upload
+from onebase_adapters.store.store import Store
+from onebase_server.adapters.sources import find_adapters, folder_digest, take_folder
+
+from .support import CONFIG, Server, Starter, make_folder, upload
 
 LIMIT = 2_000_000
 WEIGHTS = b"w" * 1000
@@ -50,6 +55,9 @@ def send(http: httpx2.Client, body: bytes, kind: str = "multipart/form-data; bou
     return http.post("/v1/adapters?wait=true", content=body, headers={"Content-Type": kind})
 
 
+MLX_CONFIG = b'{"fine_tune_type": "lora", "lora_parameters": {"rank": 1, "scale": 2.0}}'
+MLX_WEIGHTS = save({"model.layers.0.q_proj.lora_a": np.ones((3, 1), np.float32)})
+
 BAD = {
     "no name": (CONFIG_PART + WEIGHTS_PART + END, "name"),
     "no weights": (NAME + CONFIG_PART + END, "adapter_model.safetensors"),
@@ -80,6 +88,17 @@ BAD = {
         "config.json is not valid JSON",
     ),
     "a config too large": (NAME + part("files", b" " * (1 << 20) + b"{}", "adapter_config.json"), "1048576"),
+    "a full fine-tune of mlx-lm": (
+        NAME
+        + part("files", b'{"fine_tune_type": "full"}', "adapter_config.json")
+        + part("files", MLX_WEIGHTS, "adapters.safetensors")
+        + END,
+        "fine_tune_type",
+    ),
+    "weights of both kinds": (
+        NAME + WEIGHTS_PART + part("files", MLX_WEIGHTS, "adapters.safetensors") + END,
+        "twice",
+    ),
     "many parts": (NAME + part("activate", b"1") * 50 + END, "activate"),
     "many headers": (part("name", b"x", None, b"X-A: b\r\n" * 50) + END, "header"),
     "a huge header": (part("name", b"x", None, b"X-A: " + b"b" * 10_000 + b"\r\n") + END, "header"),
@@ -89,6 +108,39 @@ BAD = {
     "no multipart at all": (b"hello", "multipart"),
     "nothing": (b"", "boundary"),
 }
+
+
+@pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_model.safetensors"])
+def test_an_adapter_of_mlx_lm_is_stored_in_the_format_of_peft(
+    server: Server, http: httpx2.Client, name: str
+) -> None:
+    weights, config = part("files", MLX_WEIGHTS, name), part("files", MLX_CONFIG, "adapter_config.json")
+    answer = send(http, part("name", b"mlx") + weights + config + END)
+
+    assert answer.status_code == 200, answer.text
+    files = f"/v1/adapters/mlx/versions/{answer.json()['version']}/files"
+    found = load(http.get(f"{files}/adapter_model.safetensors").content)
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        "base_model.model.model.layers.0.q_proj.lora_A.weight": (1, 3)
+    }
+    assert http.get(f"{files}/adapter_config.json").json()["lora_alpha"] == 2.0
+    assert not [path for path in stored(server) if Path(path).read_bytes() == MLX_WEIGHTS]
+
+
+def test_a_folder_of_mlx_lm_is_converted_alike(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, "mlx")
+    (folder / "adapter_config.json").write_bytes(MLX_CONFIG)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapters.safetensors").write_bytes(MLX_WEIGHTS)
+    assert find_adapters([], str(tmp_path), "base") == [("mlx", folder)]
+    store = Store(str(tmp_path / "store"), tmp_path / "cache")
+
+    files = take_folder(store, folder)
+
+    assert load(store.local(files.weights.sha256).read_bytes()).keys() == {
+        "base_model.model.model.layers.0.q_proj.lora_A.weight"
+    }
+    assert files.digest == folder_digest(folder)
 
 
 @pytest.mark.parametrize("what", BAD)

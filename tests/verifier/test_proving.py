@@ -17,6 +17,7 @@ from tests.tiny import ATTENTION, MLP, load_folder
 from tests.verifier.conftest import BASE_ID, Bench
 
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
+from onebase_adapters.format.spellings import PREFIX
 from onebase_engine.base.load import base_tensors
 from onebase_engine.kernels.weights import LoraWeights
 from onebase_engine.lora.packed_adapter import PackedAdapterError, read_packed_adapter
@@ -42,6 +43,23 @@ def test_a_version_is_proven_and_its_report_says_what_it_is(bench: Bench, adapte
     assert (proof.texts, proof.tokens_compared) == (2, 12)
     assert proof.texts_changed == 2
     assert proof.seconds > 0
+
+
+@pytest.mark.parametrize("old", [PREFIX, f"{PREFIX}model."])
+def test_an_adapter_under_other_names_is_proven_and_its_report_says_what_was_read(
+    bench: Bench, adapter: Path, tmp_path: Path, old: str
+) -> None:
+    """Names without PEFT's prefix, and those of a composite."""
+    new = "" if old == PREFIX else f"{PREFIX}language_model.model."
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    save_file({name.replace(old, new, 1): one for name, one in tensors.items()}, tmp_path / WEIGHTS_FILE)
+    (tmp_path / CONFIG_FILE).write_bytes((adapter / CONFIG_FILE).read_bytes())
+    report = bench.prove(bench.job(tmp_path)).report
+    plain = bench.prove(bench.job(adapter)).report
+    assert report.modules == plain.modules
+    assert (report.proof.exact, report.proof.texts_changed) == (True, 2)
+    assert f"is read as {'base_model.model.' * (not new)}model.layers.0" in report.warnings[0]
+    assert report.warnings[1:] == plain.warnings
 
 
 def test_norms_are_those_of_what_is_added(bench: Bench, adapter: Path) -> None:

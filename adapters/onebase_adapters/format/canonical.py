@@ -93,7 +93,7 @@ def canonicalize(
         if planned.head:
             write_tensors(target / HEAD_FILE, [_to_write(file, tensor) for tensor in planned.head.values()])
     labels = planned.head["weight"].entry.shape[0] if planned.head else 0
-    names, warnings = facts.label_names, planned.warnings
+    names, warnings = facts.label_names, (*([file.note] if file.note else []), *planned.warnings)
     if names and len(names) != labels:
         warnings = (*warnings, f"id2label names {len(names)} labels, and there are {labels}: it is not used")
         names = ()

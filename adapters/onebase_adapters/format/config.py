@@ -16,15 +16,21 @@ from onebase_adapters.format.strict_json import parse_json, shown
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+MLX_WEIGHTS_FILE = "adapters.safetensors"
+"""Weights as mlx-lm names them."""
+NOTE = "onebase_note"
+"""Metadata of a weights file that was converted when it came: a sentence on what was read as what."""
 MODEL_CONFIG_FILE = "config.json"
 """Config of a classifier's model, as transformers writes it, with the label names that PEFT does not save."""
 MAX_CONFIG_BYTES = 1 << 20
+MAX_HEADER_BYTES = 2 << 20
+"""Limit of a weights file's header: three times that of a 405B model's DoRA. Parsed JSON takes up to fifty
+times its text in memory."""
 MAX_RANK = 1 << 16
 MAX_ALPHA = 1e6
 """Limit of |alpha| and of dropout, far above any use."""
 
 _SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
-    "fan_in_fan_out": (False, None),
     "bias": ("none",),
     "loftq_config": (None, {}),
     "megatron_config": (None,),
@@ -38,12 +44,18 @@ _SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None,),
     "layer_replication": (None,),
-    "target_parameters": (None, []),
 }
 """Fields that change the computation in a way that is not served; refused unless off."""
 
-_DROPPED = frozenset(["auto_mapping", "megatron_core", "qalora_group_size", "runtime_config", "eva_config"])
+_DROPPED = frozenset(
+    [
+        *("auto_mapping", "megatron_core", "qalora_group_size", "runtime_config", "eva_config"),
+        *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),  # of ms-swift
+    ]
+)
 """Fields that are never read: they act in training only, or name something to import."""
+_OFF: tuple[Any, ...] = (None, False, "", [], {})
+"""Values of a field of a later PEFT that leave it off."""
 
 _READ = frozenset(
     [
@@ -63,6 +75,8 @@ _READ = frozenset(
         "base_model_name_or_path",
         "target_modules",
         "exclude_modules",
+        "target_parameters",
+        "fan_in_fan_out",
         "layers_to_transform",
         "layers_pattern",
         "lora_dropout",
@@ -120,6 +134,10 @@ class ConfigFacts:
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[str, ...]
     modules_to_save: tuple[str, ...]
+    target_parameters: tuple[str, ...] = ()
+    """Parameters that PEFT adapts, of which no tensors are served. PEFT itself names those of a base's
+    experts, in a file without any tensors of them too."""
+    warnings: tuple[str, ...] = ()
     label_names: tuple[str, ...] = ()
     """Names of a classifier's labels, in the order of its head's rows; empty if they have none."""
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -142,7 +160,7 @@ def check_config(raw: bytes) -> ConfigFacts:
         AdapterFormatError: with code `bad_config`, `unknown_field` or `unsupported_kind`.
     """
     config = _parsed(raw)
-    _check_kind(config)
+    off = _check_kind(config)
     task: Task = config.get("task_type") or "CAUSAL_LM"
     heads = CLASSIFIER_NAMES if task in CLASSIFIERS else ()
     facts = ConfigFacts(
@@ -163,6 +181,8 @@ def check_config(raw: bytes) -> ConfigFacts:
         modules_to_save=tuple(
             name for name in _literal_names(config, "modules_to_save") if name not in heads
         ),
+        target_parameters=_literal_names(config, "target_parameters"),
+        warnings=off,
         label_names=_label_names(config.get("id2label")) if heads else (),
         token_indices=_token_indices(config.get("trainable_token_indices")),
     )
@@ -185,6 +205,9 @@ def check_config(raw: bytes) -> ConfigFacts:
     for name in ("peft_version", "revision"):
         _text(config, name)
     _flag(config, "inference_mode")
+    # For transformers' Conv1D only: PEFT sets it itself there, and back for every other layer. It says how a
+    # weight is stored, which merging needs to know.
+    _flag(config, "fan_in_fan_out")
     _finite(config.get("lora_dropout", 0.0), "lora_dropout")
     return facts
 
@@ -256,7 +279,8 @@ def _parsed(raw: bytes, name: str = CONFIG_FILE) -> dict[str, Any]:
     return config
 
 
-def _check_kind(config: Mapping[str, Any]) -> None:
+def _check_kind(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Check what kind of adapter it is. Returns a sentence on fields that are not known and are off."""
     if config.get("peft_type") != "LORA":
         raise AdapterFormatError(
             "unsupported_kind", f"peft_type is {shown(config.get('peft_type'))}; only LORA is served"
@@ -267,9 +291,11 @@ def _check_kind(config: Mapping[str, Any]) -> None:
             f"task_type is {shown(config['task_type'])}; only {', '.join(get_args(Task))} are served",
         )
     unknown = sorted(config.keys() - _READ - _DROPPED - _SWITCHED_OFF.keys())
-    if unknown:
+    if acting := [name for name in unknown if not (_is_one_of(config[name], _OFF) and name.isprintable())]:
         raise AdapterFormatError(
-            "unknown_field", f"{CONFIG_FILE} has unknown fields: {', '.join(unknown)[:200]}"
+            "unknown_field",
+            f"{CONFIG_FILE} has unknown fields: {', '.join(acting)[:200]}. They may change what the adapter "
+            "computes; only null, false and empty ones are accepted.",
         )
     for name, allowed in _SWITCHED_OFF.items():
         if not _is_one_of(config.get(name, allowed[0]), allowed):
@@ -283,6 +309,9 @@ def _check_kind(config: Mapping[str, Any]) -> None:
             "the adapter does not fit the shared one. Convert it to a plain LoRA (PEFT: "
             "path_initial_model_for_weight_conversion).",
         )
+    if not unknown:
+        return ()
+    return (f"{CONFIG_FILE} has fields that are not known here, all of them off: {', '.join(unknown)[:200]}",)
 
 
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,10 +25,20 @@ _TYING_NAMES = ("embed_tokens", "lm_head")
 
 @dataclass(frozen=True)
 class BaseModules:
-    """The base's layers, its input embedding and its head."""
+    """The base's layers, its input embedding and its head.
+
+    `spelled`: names of the layers in the class that the adapter was trained on, whose names its config uses;
+    layers that this class lacks are left out.
+    """
 
     layers: Mapping[str, LayerShape]
     base_tensor: BaseTensor
+    spelled: Mapping[str, str] | None = None
+
+    @cached_property
+    def in_config(self) -> Mapping[str, str]:
+        """Name that the adapter's config has for each layer that its class has, by the base's name."""
+        return {name: name for name in self.layers} if self.spelled is None else self.spelled
 
     @cached_property
     def embedding(self) -> str | None:
@@ -37,11 +47,6 @@ class BaseModules:
     @cached_property
     def head(self) -> str | None:
         return next((name for name in self.layers if name.rpartition(".")[2] == "lm_head"), None)
-
-    @cached_property
-    def root(self) -> str:
-        """Name of the module with all others but the head, as in transformers' model without a head."""
-        return (self.embedding or "").partition(".")[0]
 
     @property
     def hidden_size(self) -> int:
@@ -65,13 +70,20 @@ class BaseModules:
         return frozenset({self.embedding, self.head}) if tied else frozenset()
 
 
-def saved_modules(facts: ConfigFacts, base: BaseModules) -> set[str]:
-    """Full names of the modules that `modules_to_save` replaces.
+def saved_modules(facts: ConfigFacts, base: BaseModules, left_out: Collection[str] = ()) -> set[str]:
+    """Return the full names of the modules that `modules_to_save` replaces.
+
+    Args:
+        left_out: names in the file that belong to parts that are not loaded. An entry may mean some of them.
 
     Raises:
         AdapterFormatError: an entry does not mean exactly one norm, embedding or head of the base.
     """
-    saved = {_exact(entry, "modules_to_save", base) for entry in dict.fromkeys(facts.modules_to_save)}
+    inner = {ending for name in left_out for module in _ancestors(name) for ending in endings(module)}
+    saved = set()
+    for entry in dict.fromkeys(facts.modules_to_save):
+        if entry not in inner or any(own.endswith(entry) for own in base.in_config.values()):
+            saved.add(_exact(entry, "modules_to_save", base))
     for name in sorted(saved):
         layer = base.layers[name]
         if layer.kind == "linear" and name != base.head:
@@ -87,14 +99,18 @@ def lora_targets(facts: ConfigFacts, base: BaseModules, saved: set[str]) -> set[
     names = facts.target_modules
     if isinstance(names, str) and names.lower() == _ALL_LINEAR:
         names = tuple(
-            name
-            for name, layer in base.layers.items()
-            if layer.kind == "linear" and "." in name and name != base.head
+            own
+            for name, own in base.in_config.items()
+            if base.layers[name].kind == "linear" and "." in own and name != base.head
         )
     targets = Targets.of(names, facts.exclude_modules, facts.layers_to_transform, facts.layers_pattern)
     if targets is None:
         return None
-    named = {name for name, layer in base.layers.items() if layer.kind != "norm" and targets.means(name)}
+    named = {
+        name
+        for name, own in base.in_config.items()
+        if base.layers[name].kind != "norm" and targets.means(own)
+    }
     return _with_tied(named, facts, base) - saved
 
 
@@ -107,17 +123,24 @@ def possible_targets(facts: ConfigFacts, base: BaseModules) -> set[str]:
     if not isinstance(facts.target_modules, tuple):
         return set(base.layers)
     targets = Targets.at_most(facts.target_modules, facts.layers_to_transform)
-    return _with_tied({name for name in base.layers if targets.means(name)}, facts, base)
+    return _with_tied({name for name, own in base.in_config.items() if targets.means(own)}, facts, base)
 
 
-def unmet_names(facts: ConfigFacts, adapted: set[str]) -> list[str]:
-    """Return a sentence for each field that names modules or layers for which the adapter has no tensors."""
+def unmet_names(
+    facts: ConfigFacts, adapted: set[str], base: BaseModules, left_out: Collection[str] = ()
+) -> list[str]:
+    """Return a sentence for each field that names modules or layers for which the adapter has no tensors.
+
+    `left_out`: names in the file that belong to parts that are not loaded.
+    """
+    names = {base.in_config.get(name, name) for name in adapted}.union(left_out)
     found = []
     if isinstance(facts.target_modules, tuple):
-        met = {ending for name in adapted for ending in endings(name)}
-        if unmet := sorted(set(facts.target_modules) - met):
+        met = {ending for name in names for ending in endings(name)}
+        left_out = facts.exclude_modules if isinstance(facts.exclude_modules, tuple) else ()
+        if unmet := sorted(set(facts.target_modules).difference(met, left_out)):
             found.append(_unmet("target_modules", unmet))
-    numbers = {number for name in adapted for number in layer_numbers(name)}
+    numbers = {number for name in names for number in layer_numbers(name)}
     if unmet_layers := sorted((facts.layers_to_transform or frozenset()) - numbers):
         found.append(_unmet("layers_to_transform", list(map(str, unmet_layers))))
     return found
@@ -161,10 +184,16 @@ def token_rows(facts: ConfigFacts, base: BaseModules) -> dict[str, tuple[int, ..
     return dict.fromkeys(base.pair or {embedding}, own)
 
 
+def _ancestors(name: str) -> Iterator[str]:
+    """Yield the names of the modules that a module or parameter is in, its own last."""
+    parts = name.split(".")
+    yield from (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+
+
 def _exact(entry: str, field: str, base: BaseModules) -> str:
     """Return the one module that PEFT, which compares ends of names, finds by `entry`."""
-    found = [name for name in base.layers if name.endswith(entry)]
-    if not any(entry in endings(name) for name in found):
+    found = [name for name, own in base.in_config.items() if own.endswith(entry)]
+    if not any(entry in endings(base.in_config[name]) for name in found):
         raise AdapterFormatError("unknown_module", f"{field}: the base has no layer {entry:.200}")
     if len(found) > 1:
         raise AdapterFormatError(

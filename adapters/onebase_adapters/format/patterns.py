@@ -1,4 +1,4 @@
-"""Match the module names of a config as PEFT does, but without its regular expressions."""
+"""Match the module names of a config as PEFT does, in bounded time."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from onebase_adapters.format.linear_regex import LinearRegex, RegexError
+
 MAX_KEYS = 1 << 13
 MAX_FORMS = 128
 """Limits of a pattern: number of keys, and of different forms (length and places of the dots). A form costs
 one lookup per module; real configs have about ten."""
+MAX_EXPRESSIONS = 256
+MAX_WORK = 10_000_000
+"""Limits of a pattern's regular expressions: their number, and the states that they go through for all names,
+some seconds."""
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _LITERAL = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.")
 
 
 class PatternError(ValueError):
-    """A key of a pattern is no literal module name."""
+    """A key of a pattern cannot be matched in bounded time, or there are too many."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,12 @@ class _Form:
 class NamePattern:
     """`rank_pattern` or `alpha_pattern`: the first key that matches, as by PEFT's `(.*\\.)?({key})$`.
 
-    Keys are literal names: letters, digits, `_` and `.`, in which PEFT takes a dot as any character; `\\.`
-    is a dot only, a leading `^` requires the whole name, and a final `$` changes nothing.
+    Most keys are literal names: letters, digits, `_` and `.`, in which PEFT takes a dot as any character;
+    `\\.` is a dot only, a leading `^` requires the whole name, and a final `$` changes nothing. Of these any
+    number takes one lookup. Other keys are matched as regular expressions.
 
     Raises:
-        PatternError: a key is anything else, or there are too many.
+        PatternError: a key needs more of Python's expressions than `LinearRegex` has, or there are too many.
     """
 
     def __init__(self, values: Mapping[str, float]) -> None:
@@ -44,22 +51,55 @@ class NamePattern:
             raise PatternError(f"more than {MAX_KEYS} keys")
         self.values = dict(values)
         forms: dict[tuple[int, tuple[int, ...], bool], _Form] = {}
+        expressions: list[tuple[int, LinearRegex, float]] = []
         for place, (key, value) in enumerate(values.items()):
-            text, anyhow, whole = _taken_apart(key)
+            literal = _taken_apart(key)
+            if literal is None:
+                expressions.append((place, _expression(key), value))
+                if len(expressions) > MAX_EXPRESSIONS:
+                    raise PatternError(f"more than {MAX_EXPRESSIONS} regular expressions")
+                continue
+            text, anyhow, whole = literal
             form = forms.setdefault((len(text), anyhow, whole), _Form(len(text), anyhow, whole))
             form.values.setdefault(text, (place, value))
             if len(forms) > MAX_FORMS:
                 raise PatternError(f"keys of more than {MAX_FORMS} forms")
         self._forms = tuple(forms.values())
+        self._expressions = tuple(expressions)
 
     def lookup(self, name: str, default: float) -> float:
-        """Return the value of the first key that matches the module `name`."""
-        found = [hit for form in self._forms if (hit := _hit(form, name)) is not None]
-        return min(found)[1] if found else default
+        """Return the value of the first key that matches the module `name`.
+
+        Raises PatternError if the regular expressions took too long for this name and those before.
+        """
+        first = min((hit for form in self._forms if (hit := _hit(form, name)) is not None), default=None)
+        for place, regex, value in self._expressions:
+            if first is not None and place > first[0]:
+                break
+            if regex.matches(name):
+                first = place, value
+                break
+        if sum(regex.work for _, regex, _ in self._expressions) > MAX_WORK:
+            raise PatternError("the regular expressions take too long. Write names of modules instead.")
+        return default if first is None else first[1]
 
 
-def _taken_apart(key: str) -> tuple[str, tuple[int, ...], bool]:
-    """Parse a key: its text, the positions of dots that match any character, whether it is a whole name."""
+def _expression(key: str) -> LinearRegex:
+    try:
+        LinearRegex(key)  # which a key that closes PEFT's own group is not
+        return LinearRegex(rf"(.*\.)?({key})$")
+    except RegexError as error:
+        raise PatternError(
+            f"the regular expression {key!r:.80} {error}. Write names of modules instead."
+        ) from None
+
+
+def _taken_apart(key: str) -> tuple[str, tuple[int, ...], bool] | None:
+    """Parse a literal key: its text, the positions of dots that match any character, whether it is a whole
+    name.
+
+    Returns None for any other key.
+    """
     whole = key.startswith("^")
     rest = key.removeprefix("^").removesuffix("$")
     text: list[str] = []
@@ -70,13 +110,13 @@ def _taken_apart(key: str) -> tuple[str, tuple[int, ...], bool]:
             escaped = True
             continue
         if character not in _LITERAL or (escaped and character != "."):
-            raise PatternError(f"key {key!r:.80} is not a literal module name")
+            return None
         if character == "." and not escaped:
             anyhow.append(len(text))
         text.append(character)
         escaped = False
     if not text or escaped:
-        raise PatternError(f"key {key!r:.80} is not a literal module name")
+        return None
     return "".join(text), tuple(anyhow), whole
 
 

@@ -18,15 +18,13 @@ from typing import Any
 
 import torch
 
-from onebase_adapters.format.config import WEIGHTS_FILE, AdapterFormatError
+from onebase_adapters.format.config import MAX_HEADER_BYTES, NOTE, WEIGHTS_FILE, AdapterFormatError
 from onebase_adapters.format.strict_json import parse_json, shown
 
-MAX_HEADER_BYTES = 2 << 20
-"""Limit of a header: three times that of a 405B model's DoRA. Parsed JSON takes up to fifty times its text in
-memory."""
 CHUNK_BYTES = 4 << 20
 _CHUNK_ELEMENTS = CHUNK_BYTES // 4
 _MAX_DIMENSIONS = 2
+_LONGEST_NOTE = 500
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SAME_SIZE_INTEGER = {4: torch.int32, 2: torch.int16}
@@ -51,11 +49,15 @@ class TensorEntry:
 
 
 class TensorFile:
-    """An open safetensors file whose header has been checked; `entries` in the order of their bytes."""
+    """An open safetensors file whose header has been checked; `entries` in the order of their bytes.
 
-    def __init__(self, file: io.BufferedReader, entries: tuple[TensorEntry, ...]) -> None:
+    `note`: a sentence on what was read as what when the file came, if it was converted.
+    """
+
+    def __init__(self, file: io.BufferedReader, entries: tuple[TensorEntry, ...], note: str = "") -> None:
         self._file = file
         self.entries = entries
+        self.note = note
 
     @classmethod
     def read_header(cls, file: io.BufferedReader) -> TensorFile:
@@ -71,7 +73,7 @@ class TensorFile:
             raise _bad("is cut short")
         if length > MAX_HEADER_BYTES:
             raise _bad(f"has a header over {MAX_HEADER_BYTES} bytes")
-        return cls(file, _entries(file.read(length), 8 + length, size))
+        return cls(file, *_entries(file.read(length), 8 + length, size))
 
     def chunks(self, entry: TensorEntry) -> Iterator[torch.Tensor]:
         """Yield the tensor's elements in flat pieces, each valid only until the next is requested.
@@ -170,7 +172,7 @@ def write_tensors(path: Path, tensors: Iterable[TensorToWrite]) -> None:
                 file.write(memoryview(buffer)[: chunk.numel() * tensor.dtype.itemsize])
 
 
-def _entries(raw: bytes, data: int, size: int) -> tuple[TensorEntry, ...]:
+def _entries(raw: bytes, data: int, size: int) -> tuple[tuple[TensorEntry, ...], str]:
     try:
         header = parse_json(raw)
     except (ValueError, RecursionError) as error:
@@ -188,7 +190,8 @@ def _entries(raw: bytes, data: int, size: int) -> tuple[TensorEntry, ...]:
         end += entry.nbytes
     if end != size:
         raise _bad(f"has {size - data} bytes of tensors, its header says {end - data}")
-    return tuple(entries)
+    note = metadata.get(NOTE, "")
+    return tuple(entries), note if note.isprintable() and len(note) <= _LONGEST_NOTE else ""
 
 
 def _entry(name: str, value: Any, data: int) -> TensorEntry:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,11 +24,12 @@ from onebase_adapters.format.names import (
     token_rows,
     unmet_names,
 )
+from onebase_adapters.format.patterns import PatternError, endings
 from onebase_adapters.format.safetensors_file import TensorEntry
 from onebase_adapters.format.spec import ModuleSpec
+from onebase_adapters.format.spellings import PREFIX, TensorName, spelling, unwrapped
 from onebase_engine.base.layers import LayerShape
 
-PREFIX = "base_model.model."
 MAX_LABELS: Mapping[Task, int] = {"SEQ_CLS": 1 << 12, "TOKEN_CLS": 1 << 10}
 """Largest number of labels, by task. More would delay the engine's other sequences: a classifier is applied
 to each text, or to each of its tokens."""
@@ -81,10 +82,18 @@ def plan(
     Raises:
         AdapterFormatError: a tensor is foreign, missing, misshapen, or of a kind that is not served.
     """
-    saved, rows = saved_modules(facts, base), token_rows(facts, base)
-    head, entries = _head(entries, facts, base)
-    root = base.root if facts.task == "FEATURE_EXTRACTION" else ""
-    by_module, of_base = _sorted_in(entries, base, saved, root)
+    names, notes = unwrapped(entry.name for entry in entries)
+    head, entries = _head(entries, facts, base, names)
+    spelled = spelling(
+        {entry.name: names[entry.name] for entry in entries},
+        base.layers,
+        lambda parameter: base.tensor(parameter) is not None,
+    )
+    base = replace(base, spelled=spelled.of_layers)
+    entries = tuple(entry for entry in entries if entry.name not in spelled.left_out)
+    left_out = set(spelled.left_out.values())
+    saved, rows = saved_modules(facts, base, left_out), token_rows(facts, base)
+    by_module, of_base = _sorted_in(entries, base, saved, spelled.names, facts)
     if facts.task != "CAUSAL_LM" and base.head in by_module.keys() | saved:
         raise AdapterFormatError(
             "unknown_module",
@@ -103,30 +112,41 @@ def plan(
             shapes = {"trainable_tokens_delta": (len(rows[name]), layer.size_out)}
             spec = ModuleSpec(name, "tokens", 0, 0.0, False, _numel(own), rows[name])
         else:
-            spec, shapes = _lora(name, own, layer, facts, max_rank)
-        _check_shapes(name, own, shapes, spec)
+            spec, shapes = _lora(name, own, facts, base, max_rank)
+        _check_shapes(name, own, shapes, spec, base)
         modules.append(spec)
         tensors += _planned(name, own, layer, spec, base)
     if head:
         modules.append(ModuleSpec(CLASSIFIER_NAMES[0], "head", 0, 0.0, False, _numel(head)))
     lora = {module.name for module in modules if module.rank}
     _check_targets(lora, facts, base, saved)
+    if not modules and left_out:
+        raise AdapterFormatError(
+            "no_effect",
+            f"{WEIGHTS_FILE} holds tensors of {', '.join(spelled.parts):.200} alone: OneBase serves the "
+            "language model, without the parts that see or hear",
+        )
     if not modules:
         raise AdapterFormatError("empty", f"{WEIGHTS_FILE} holds no tensors of an adapter")
-    warnings = tuple(unmet_names(facts, {module.name for module in modules}))
+    warnings = (
+        *facts.warnings,
+        *notes,
+        *spelled.notes,
+        *unmet_names(facts, {module.name for module in modules}, base, left_out),
+    )
     used_as = None if base.head is None else getattr(base.tensor(f"{base.head}.weight"), "dtype", None)
     planned = {what: PlannedTensor(what, entry, entry.dtype, used_as) for what, entry in head.items()}
     return TensorPlan(tuple(modules), tuple(tensors), of_base, by_module, frozenset(saved), warnings, planned)
 
 
 def _head(
-    entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules
+    entries: tuple[TensorEntry, ...], facts: ConfigFacts, base: BaseModules, names: Mapping[str, TensorName]
 ) -> tuple[Tensors, tuple[TensorEntry, ...]]:
     """Return a classifier's own tensors, and the other entries."""
     if facts.task not in CLASSIFIERS:
         return {}, entries
-    names = {f"{PREFIX}{name}.{what}": what for name in CLASSIFIER_NAMES for what in ("weight", "bias")}
-    found = [(names[entry.name], entry) for entry in entries if entry.name in names]
+    parts = {TensorName(name, f".{what}"): what for name in CLASSIFIER_NAMES for what in ("weight", "bias")}
+    found = [(parts[names[entry.name]], entry) for entry in entries if names[entry.name] in parts]
     head = dict(found)
     if "weight" not in head or len(head) < len(found):
         raise AdapterFormatError(
@@ -141,7 +161,7 @@ def _head(
             f"{WEIGHTS_FILE}: the classifier is {list(head['weight'].shape)}; this base needs 1 to "
             f"{most} labels, {base.hidden_size} numbers each, and a bias of as many labels if any",
         )
-    return head, tuple(entry for entry in entries if entry.name not in names)
+    return head, tuple(entry for entry in entries if names[entry.name] not in parts)
 
 
 def part_of(name: str, saved: Set[str]) -> tuple[str, str]:
@@ -150,25 +170,30 @@ def part_of(name: str, saved: Set[str]) -> tuple[str, str]:
     Args:
         saved: full names of the modules that the adapter replaces.
     """
-    module, what, _ = _taken_apart(name, saved)
+    module, what, _ = _taken_apart(unwrapped([name])[0][name], saved)
     if what is None:
         raise _foreign(name)
     return module, what
 
 
 def _sorted_in(
-    entries: tuple[TensorEntry, ...], base: BaseModules, saved: set[str], root: str
+    entries: tuple[TensorEntry, ...],
+    base: BaseModules,
+    saved: set[str],
+    names: Mapping[str, TensorName],
+    facts: ConfigFacts,
 ) -> tuple[dict[str, Tensors], tuple[tuple[TensorEntry, torch.Tensor], ...]]:
     by_module: dict[str, Tensors] = {}
     of_base = []
     for entry in entries:
-        name, what, embedding = _taken_apart(entry.name, saved, root)
+        name, what, embedding = _taken_apart(names[entry.name], saved)
         if what is None:
             of_base.append((entry, _of_base(entry, name, base)))
             continue
         layer = base.layers.get(name)
         if layer is None:
-            raise AdapterFormatError("unknown_module", f"{WEIGHTS_FILE}: the base has no layer {name:.200}")
+            raise _unknown(entry.name, name, base, facts)
+        _check_no_parameter(entry.name, base.in_config.get(name, name), facts)
         if embedding is not None and (layer.kind == "norm" or embedding != (layer.kind == "embedding")):
             raise AdapterFormatError(
                 "bad_shape", f"{WEIGHTS_FILE}: {entry.name:.200} does not fit the kind of layer it names"
@@ -179,40 +204,85 @@ def _sorted_in(
     return by_module, tuple(of_base)
 
 
-def _taken_apart(name: str, saved: Set[str], root: str = "") -> tuple[str, str | None, bool | None]:
-    """Split a tensor's name into its module, its part there, and whether that part is for embeddings only.
+def _taken_apart(name: TensorName, saved: Set[str]) -> tuple[str, str | None, bool | None]:
+    """Return a tensor's module, its part there, and whether that part is for embeddings only.
 
-    The part is None for a parameter of the base, whose own name is returned instead of a module's. `root`:
-    module of the base that the file's names are relative to, if they do not begin with it themselves.
+    The part is None for a parameter of the base, whose own name is returned instead of a module's.
     """
-    if not name.startswith(PREFIX):
-        raise _foreign(name)
-    rest = name.removeprefix(PREFIX)
-    if root and not rest.startswith(f"{root}."):
-        rest = f"{root}.{rest}"
-    for end, (what, embedding) in _ENDS.items():
-        if rest.endswith(end):
-            return rest.removesuffix(end), what, embedding
-    module, _, parameter = rest.rpartition(".")
-    if parameter not in ("weight", "bias"):
-        raise _foreign(name)
-    if module in saved:
-        return module, parameter, None
-    return f"{module.removesuffix('.base_layer')}.{parameter}", None, None
+    if name.end in _ENDS:
+        return name.module, *_ENDS[name.end]
+    if name.module in saved and name.end in (".weight", ".bias"):
+        return name.module, name.end[1:], None
+    return f"{name.module.removesuffix('.base_layer')}{name.end}", None, None
+
+
+def _check_no_parameter(name: str, module: str, facts: ConfigFacts) -> None:
+    """Raise AdapterFormatError if `target_parameters` names a parameter of the module, as PEFT compares
+    names."""
+    ends = {*endings(f"{module}.weight"), *endings(f"{module}.bias")}
+    if named := ends.intersection(facts.target_parameters):
+        raise _of_parameter(name, min(named))
+
+
+def _of_parameter(name: str, parameter: str) -> AdapterFormatError:
+    return AdapterFormatError(
+        "unsupported_kind",
+        f"target_parameters: {name:.150} is of {parameter:.100}, and matrices of parameters are not served. "
+        "Train layers alone (target_modules), or merge the adapter into its base.",
+    )
+
+
+def _unknown(name: str, module: str, base: BaseModules, facts: ConfigFacts) -> AdapterFormatError:
+    owner = module.removesuffix(".base_layer")
+    ends = set(endings(base.in_config.get(owner, owner)))
+    for parameter in facts.target_parameters:
+        of = parameter.rpartition(".")[0]
+        if not of or of in ends:
+            return _of_parameter(name, parameter)
+    example = next((layer for layer, shape in base.layers.items() if shape.kind == "linear"), "none")
+    return AdapterFormatError(
+        "unknown_module",
+        f"{WEIGHTS_FILE}: the base has no layer {module:.150} (of {name:.100}). Its layers are named as "
+        f"{example:.100}; other names are read only if all tensors of the file have them alike.",
+    )
 
 
 def _of_base(entry: TensorEntry, parameter: str, base: BaseModules) -> torch.Tensor:
     tensor = base.tensor(parameter)
-    if tensor is None or tuple(tensor.shape) != entry.shape or not tensor.is_floating_point():
-        raise _foreign(entry.name)
+    if tensor is None:
+        raise _foreign(
+            entry.name, "Save the adapter by PEFT's save_pretrained, which writes its tensors alone."
+        )
+    if not tensor.is_floating_point():
+        raise _foreign(entry.name, f"{parameter:.100} is quantized here. Leave the base's weights out.")
+    shape = tuple(tensor.shape)
+    if shape != entry.shape:
+        _check_vocabulary(parameter.rpartition(".")[0], entry, shape, base)
+        raise _foreign(entry.name, f"{parameter:.100} is {list(shape)} here, and {list(entry.shape)} there.")
     return tensor
 
 
-def _foreign(name: str) -> AdapterFormatError:
+def _check_vocabulary(name: str, entry: TensorEntry, shape: tuple[int, ...], base: BaseModules) -> None:
+    """Raise AdapterFormatError if the tensor differs from `shape` only in the size of the vocabulary."""
+    if name not in (base.embedding, base.head) or len(entry.shape) != len(shape):
+        return
+    layer = base.layers[name]
+    words = layer.size_in if layer.kind == "embedding" else layer.size_out
+    differing = [(own, here) for own, here in zip(entry.shape, shape, strict=True) if own != here]
+    if len(differing) == 1 and differing[0][1] == words:
+        raise AdapterFormatError(
+            "bad_shape",
+            f"{WEIGHTS_FILE}: {entry.name:.150} is for a vocabulary of {differing[0][0]} tokens, and the "
+            f"base has {words}. An adapter with a vocabulary of its own is not served: train rows that the "
+            "base has (trainable_token_indices), or merge the adapter into a base with that vocabulary.",
+        )
+
+
+def _foreign(name: str, hint: str = "") -> AdapterFormatError:
     return AdapterFormatError(
         "foreign_tensor",
         f"{WEIGHTS_FILE}: {name:.200} is neither a tensor of this adapter, as its config describes it, nor "
-        "the base's own. Save with save_embedding_layers=False if it is a weight of the base.",
+        f"the base's own.{' ' * bool(hint)}{hint}",
     )
 
 
@@ -232,8 +302,9 @@ def _check_kinds(name: str, own: Tensors, wanted: set[str], rows: Mapping[str, t
 
 
 def _lora(
-    name: str, own: Tensors, layer: LayerShape, facts: ConfigFacts, max_rank: int
+    name: str, own: Tensors, facts: ConfigFacts, base: BaseModules, max_rank: int
 ) -> tuple[ModuleSpec, dict[str, tuple[int, ...]]]:
+    layer, in_config = base.layers[name], base.in_config.get(name, name)
     if facts.lora_bias and layer.kind == "embedding":
         raise AdapterFormatError("unsupported_kind", f"lora_bias on an embedding ({name:.200}) is not served")
     wanted = {"lora_A", "lora_B"}
@@ -242,13 +313,16 @@ def _lora(
     if facts.lora_bias:
         wanted.add("lora_B.bias")
     _check_kinds(name, own, wanted, {})
-    rank = int(facts.rank_pattern.lookup(name, facts.rank))
+    try:
+        rank = int(facts.rank_pattern.lookup(in_config, facts.rank))
+        alpha = facts.alpha_pattern.lookup(in_config, facts.alpha)
+    except PatternError as error:
+        raise AdapterFormatError("bad_config", f"rank_pattern and alpha_pattern: {error}") from None
     if rank > max_rank:
         raise AdapterFormatError(
             "rank_too_large",
             f"{name} has rank {rank}, the server's limit is {max_rank}: start it with --max-rank {rank}",
         )
-    alpha = facts.alpha_pattern.lookup(name, facts.alpha)
     kind: Literal["dora", "lora"] = "dora" if facts.dora else "lora"
     shapes = {
         "lora_A": (rank, layer.size_in),
@@ -259,9 +333,12 @@ def _lora(
     return ModuleSpec(name, kind, rank, alpha, facts.lora_bias, _numel(own)), shapes
 
 
-def _check_shapes(name: str, own: Tensors, shapes: Mapping[str, tuple[int, ...]], spec: ModuleSpec) -> None:
+def _check_shapes(
+    name: str, own: Tensors, shapes: Mapping[str, tuple[int, ...]], spec: ModuleSpec, base: BaseModules
+) -> None:
     for what, entry in own.items():
         if entry.shape != shapes[what]:
+            _check_vocabulary(name, entry, shapes[what], base)
             rank = f"rank {spec.rank} on " if spec.rank else ""
             raise AdapterFormatError(
                 "bad_shape",

@@ -32,10 +32,10 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from onebase_adapters.format.config import MAX_CONFIG_BYTES, MODEL_CONFIG_FILE, names_labels
+from onebase_adapters.format.config import MAX_CONFIG_BYTES, MLX_WEIGHTS_FILE, MODEL_CONFIG_FILE, names_labels
 from onebase_adapters.hub.confinement import confine
 from onebase_adapters.hub.reference import cached_repo, is_commit, shared_blobs
-from onebase_adapters.store.blobs import ADAPTER_FILES
+from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE
 from onebase_engine.base.hub_access import hub_silence
 from onebase_engine.redaction import redacted
 
@@ -165,7 +165,7 @@ def _check_metadata(commit: str) -> None:
 def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
     _check_metadata(request["commit"])
     folder = f"{request['subfolder']}/" if request["subfolder"] else ""
-    names = [folder + name for name in ADAPTER_FILES]
+    names = [folder + CONFIG_FILE, _weights_name(request, folder)]
     sizes = [_size(request, name) for name in names]
     labels = folder + MODEL_CONFIG_FILE
     total = sum(sizes)
@@ -192,6 +192,24 @@ def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
             if _size(request, labels) <= MAX_CONFIG_BYTES:
                 paths.append(_file(request, labels))
     return {"paths": paths, "sha256": [_expected_sum(path) for path in paths]}
+
+
+def _weights_name(request: dict[str, Any], folder: str) -> str:
+    """Return the name of the weights in the repository: PEFT's, or mlx-lm's if it has those alone."""
+    own, other = folder + WEIGHTS_FILE, folder + MLX_WEIGHTS_FILE
+    cached = [
+        isinstance(cached_path(request["repo"], name, revision=request["commit"]), str)
+        for name in (own, other)
+    ]
+    if any(cached):
+        return own if cached[0] else other
+    try:
+        _size(request, own)
+    except EntryNotFoundError:
+        with suppress(EntryNotFoundError):
+            _size(request, other)
+            return other
+    return own
 
 
 def _names_labels(config: Path) -> bool:

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from onebase_adapters.format.config import MAX_CONFIG_BYTES, AdapterFormatError, with_labels
+from onebase_adapters.format.conversion import convert, needs_conversion
 from onebase_adapters.hub.reference import (
     HubError,
     HubErrorCode,
@@ -138,6 +139,9 @@ def pull(
         places = [_of_repo(path, ref.repo) for path in paths]
         blobs = [store.add_file(place) for place in places[: len(ADAPTER_FILES)]]
         if all(map(_is_right, blobs, expected)):
+            config, weights = _beginning(places[0]), store.local(blobs[1].sha256)
+            if needs_conversion(config, weights):
+                return _converted(store, config, weights, places)
             return AdapterFiles(_with_labels(store, places, blobs[0]), blobs[1])
     raise HubError(
         "hub_damaged", f"What the Hub sent for {ref} is not what its own hash says: try again later."
@@ -173,6 +177,16 @@ def _with_labels(store: Store, places: Sequence[Path], config: Blob) -> Blob:
     except AdapterFormatError as error:
         raise HubError(error.code, f"The adapter cannot be served: {error}.") from error
     return config if found == own else store.add_bytes(found)
+
+
+def _converted(store: Store, config: bytes, weights: Path, places: Sequence[Path]) -> AdapterFiles:
+    """Store PEFT's own form of an adapter. Raises HubError."""
+    with store.writer() as writer:
+        try:
+            found = convert(config, weights, writer.write)
+        except AdapterFormatError as error:
+            raise HubError(error.code, f"The adapter cannot be served: {error}.") from error
+        return AdapterFiles(_with_labels(store, places, store.add_bytes(found)), writer.commit())
 
 
 def _beginning(place: Path) -> bytes:

@@ -17,7 +17,7 @@ from onebase_adapters.format.canonical import AdapterFormatError, canonicalize, 
 from onebase_adapters.format.config import check_config
 from onebase_adapters.format.safetensors_file import TensorToWrite, write_tensors
 from onebase_adapters.format.spec import AdapterSpec, ModuleSpec
-from onebase_adapters.format.tensors import PREFIX
+from onebase_adapters.format.spellings import PREFIX
 from onebase_adapters.proof.extract import extract
 from onebase_engine.base.layers import LayerShape, adaptable_layers
 from onebase_engine.base.load import BaseChangedError, fingerprint

@@ -65,6 +65,11 @@ class BlobWriter:
         """Bytes written so far."""
         return self._part.size
 
+    @property
+    def path(self) -> Path:
+        """File with what was written so far, until `commit` or `abort`."""
+        return self._part.path
+
     def write(self, data: bytes | memoryview) -> None:
         """Write data. Raises StoreFullError, StoreError; after either the writer is unusable."""
         self._part.write(data)

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -18,10 +18,12 @@ from pathlib import Path
 
 from onebase_adapters.format.config import (
     MAX_CONFIG_BYTES,
+    MLX_WEIGHTS_FILE,
     MODEL_CONFIG_FILE,
     AdapterFormatError,
     with_labels,
 )
+from onebase_adapters.format.conversion import convert, needs_conversion
 from onebase_adapters.hub.confinement import landlock_version
 from onebase_adapters.hub.pull import (
     HubError,
@@ -114,11 +116,17 @@ def check_folder(name: str, folder: Path) -> None:
     """Raise FolderError unless the folder has both files."""
     if not folder.is_dir():
         raise FolderError(f"adapter {name!r}: {folder} is not a folder")
-    for file in ADAPTER_FILES:
-        if not (folder / file).is_file():
+    for file in (folder / CONFIG_FILE, weights_of(folder)):
+        if not file.is_file():
             raise FolderError(
-                f"{folder} has no {file}: a PEFT adapter folder holds {' and '.join(ADAPTER_FILES)}"
+                f"{folder} has no {file.name}: a PEFT adapter folder holds {' and '.join(ADAPTER_FILES)}"
             )
+
+
+def weights_of(folder: Path) -> Path:
+    """Return the weights of an adapter in a folder, as PEFT or, without such ones, as mlx-lm names them."""
+    other = folder / MLX_WEIGHTS_FILE
+    return other if other.is_file() and not (folder / WEIGHTS_FILE).is_file() else folder / WEIGHTS_FILE
 
 
 class Folders:
@@ -177,7 +185,7 @@ class Folders:
         record = self._adapters.catalog.of(tenant).own(name)
         if record is not None:
             with _readable(name, folder):
-                digest = await self._adapters.disk.run_blocking(_digest, folder)
+                digest = await self._adapters.disk.run_blocking(folder_digest, folder)
             known = record.version(digest)
             if known is not None and known.state == "ready":
                 return known
@@ -227,21 +235,40 @@ class Folders:
 def take_folder(store: Store, folder: Path) -> AdapterFiles:
     """Store the files of an adapter, with the names of its labels. Raises InvalidRequestError, StoreError,
     OSError."""
-    config = store.add_bytes(_config_of(folder))
-    return AdapterFiles(config, store.add_file(folder / WEIGHTS_FILE))
+    config, weights = _config_of(folder), weights_of(folder)
+    if not needs_conversion(config, weights):
+        return AdapterFiles(store.add_bytes(config), store.add_file(weights))
+    with store.writer() as writer:
+        config = _converted(config, weights, writer.write)
+        return AdapterFiles(store.add_bytes(config), writer.commit())
 
 
-def _digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """Return the digest of a folder's content, without storing it."""
-    config = hashlib.sha256(_config_of(folder)).hexdigest()
-    with (folder / WEIGHTS_FILE).open("rb") as opened:
-        return version_digest(config, hashlib.file_digest(opened, "sha256").hexdigest())
+    config, weights = _config_of(folder), weights_of(folder)
+    if needs_conversion(config, weights):
+        total = hashlib.sha256()
+        config = _converted(config, weights, total.update)
+        return version_digest(hashlib.sha256(config).hexdigest(), total.hexdigest())
+    with weights.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    return version_digest(hashlib.sha256(config).hexdigest(), found)
+
+
+def _converted(config: bytes, weights: Path, write: Callable[[bytes], object]) -> bytes:
+    """Convert an adapter to PEFT's own form. Raises InvalidRequestError, OSError."""
+    try:
+        return convert(config, weights, write)
+    except AdapterFormatError as error:
+        raise InvalidRequestError(f"{weights.parent}: {error}.") from error
 
 
 def _read_config(folder: Path, max_bytes: int) -> bytes:
-    if sum((folder / file).stat().st_size for file in ADAPTER_FILES) > max_bytes:
+    config, weights = folder / CONFIG_FILE, weights_of(folder)
+    if config.stat().st_size + weights.stat().st_size > max_bytes:
         raise BodyTooLargeError(max_bytes, "--max-upload")
-    return _config_of(folder)
+    found = _config_of(folder)
+    return _converted(found, weights, lambda piece: None) if needs_conversion(found, weights) else found
 
 
 def _config_of(folder: Path) -> bytes:

@@ -15,12 +15,20 @@ from starlette.requests import ClientDisconnect
 
 from onebase_adapters.format.config import (
     MAX_CONFIG_BYTES,
+    MLX_WEIGHTS_FILE,
     MODEL_CONFIG_FILE,
     AdapterFormatError,
     with_labels,
 )
+from onebase_adapters.format.conversion import convert, needs_conversion
 from onebase_adapters.registry import UPLOADED, Purpose
-from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
+from onebase_adapters.store.blobs import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterFiles,
+    store_errors,
+)
 from onebase_adapters.store.store import BlobWriter, Store
 from onebase_edge.background import Threads
 from onebase_edge.errors import BodyTooLargeError, ClientGoneError, InvalidRequestError
@@ -39,7 +47,8 @@ FLAGS = ("activate", "allow_noop", "any_base")
 _FILES_FIELD = "files"
 ADAPTER_FIELDS = (
     f"Send a field name and two parts called {_FILES_FIELD}, with file names {' and '.join(ADAPTER_FILES)}; "
-    f"for a classifier perhaps {MODEL_CONFIG_FILE}, which names its labels."
+    f"for a classifier perhaps {MODEL_CONFIG_FILE}, which names its labels. Of mlx-lm the second one is "
+    f"{MLX_WEIGHTS_FILE}."
 )
 _SMALL = (CONFIG_FILE, MODEL_CONFIG_FILE)
 FILE_OPTION = "--max-train-file"
@@ -221,7 +230,7 @@ async def read_form(request: Request, form: FormReader[Result], threads: Threads
     except ClientDisconnect as error:
         raise ClientGoneError from error
     await threads.run_blocking(form.feed, bytes(batch))
-    return form.finish()
+    return await threads.run_blocking(form.finish)
 
 
 def malformed(reason: str) -> InvalidRequestError:
@@ -248,7 +257,7 @@ class Upload:
 class AdapterForm(FormReader[Upload]):
     """Writes the weights as they arrive; `close` deletes them unless they were committed.
 
-    Raises also DiskFullError, StoreError.
+    What another trainer saved becomes PEFT's own form of it. Raises also DiskFullError, StoreError.
     """
 
     def __init__(self, store: Store, boundary: bytes, limit: int) -> None:
@@ -272,6 +281,7 @@ class AdapterForm(FormReader[Upload]):
         flags = {flag: self._flag(flag) for flag in FLAGS if flag in self.fields}
         model = self._small.get(MODEL_CONFIG_FILE)
         try:
+            self._convert()
             self._config = with_labels(
                 bytes(self._small[CONFIG_FILE]), None if model is None else bytes(model)
             )
@@ -283,12 +293,26 @@ class AdapterForm(FormReader[Upload]):
         if self._weights is not None:
             self._weights.abort()
 
+    def _convert(self) -> None:
+        """Replace the files by PEFT's own form of them. Raises AdapterFormatError."""
+        sent, config = self._weights, bytes(self._small[CONFIG_FILE])
+        with store_errors("reading an upload"):
+            if sent is None or not needs_conversion(config, sent.path):
+                return
+            self._weights = self._store.writer()
+            try:
+                self._small[CONFIG_FILE] = bytearray(convert(config, sent.path, self._weights.write))
+            finally:
+                sent.abort()
+
     def _commit(self) -> AdapterFiles:
         if self._weights is None:
             raise RuntimeError("committed before the form's result")
         return AdapterFiles(self._store.add_bytes(self._config), self._weights.commit())
 
     def _begin_file(self, name: str) -> Write:
+        if name == MLX_WEIGHTS_FILE:
+            name = WEIGHTS_FILE
         if name not in (*ADAPTER_FILES, MODEL_CONFIG_FILE):
             raise InvalidRequestError(
                 f"files: {name[:80]!r} is not one of the two files of an adapter. {ADAPTER_FIELDS}",

@@ -29,6 +29,7 @@ from .requests import Body, Call, Form, encode
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
+MLX_WEIGHTS: Final = "adapters.safetensors"
 PICKLE: Final = "adapter_model.bin"
 MODEL_CONFIG: Final = "config.json"
 MOST_CONFIG_BYTES: Final = 1 << 20
@@ -46,7 +47,8 @@ _WANTED: Final = "give a folder with both files, as `PeftModel.save_pretrained` 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """The two files of an adapter, as PEFT saves them. labels: of a classifier, a file that names them."""
+    """The two files of an adapter, as PEFT or mlx-lm saves them. labels: of a classifier, a file that names
+    them."""
 
     config: Path
     weights: Path
@@ -64,10 +66,13 @@ def adapter_folder(path: str | Path) -> AdapterFolder:
         raise ValueError(f"{folder} is a file: give the folder that holds {CONFIG} and {WEIGHTS}")
     if not folder.is_dir():
         raise ValueError(f"{folder} is not there: give a folder that holds {CONFIG} and {WEIGHTS}")
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    weights = folder / WEIGHTS
+    if not weights.is_file() and (folder / MLX_WEIGHTS).is_file():
+        weights = folder / MLX_WEIGHTS  # which the server converts
+    missing = [name for name in (CONFIG, weights.name) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {' and '.join(missing)}{_remedy(folder, missing)}")
-    return AdapterFolder(folder / CONFIG, folder / WEIGHTS, _labels_of(folder))
+    return AdapterFolder(folder / CONFIG, weights, _labels_of(folder))
 
 
 def _labels_of(folder: Path) -> Path | None:

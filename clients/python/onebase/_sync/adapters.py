@@ -153,7 +153,8 @@ class Adapters:
         The same content under the same name is the same version: sending it twice does no harm.
 
         Args:
-            path: The folder with `adapter_config.json` and `adapter_model.safetensors`.
+            path: The folder with `adapter_config.json` and `adapter_model.safetensors`, or with mlx-lm's
+                `adapters.safetensors`, which the server converts.
             name: What requests ask for. A name that exists gets one more version.
             activate: Activate the version as soon as it is ready, for all requests that begin after that.
             wait: Return when the version is ready, and active if `activate` is set. Otherwise return as soon

@@ -17,8 +17,9 @@ from .versions import SHORT, short, summary
 
 _DESCRIPTIONS: Final = {
     "push": """\
-Send a folder that PEFT saved (adapter_config.json and adapter_model.safetensors), and wait until
-the server has proven it. The same content is the same version, so sending it again does no harm.
+Send a folder that PEFT saved (adapter_config.json and adapter_model.safetensors; of mlx-lm
+adapters.safetensors), and wait until the server has proven it. The same content is the same
+version, so sending it again does no harm.
 """,
     "pull": """\
 Let the server fetch an adapter from the Hugging Face Hub, and wait until it is proven. The version
