@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,6 +29,8 @@ class BaseModules:
 
     layers: Mapping[str, LayerShape]
     base_tensor: BaseTensor
+    left_out: tuple[str, ...] = ()
+    """Full names of parts that the base's files hold and that are not loaded: towers that see or hear."""
 
     @cached_property
     def embedding(self) -> str | None:
@@ -42,6 +44,10 @@ class BaseModules:
     def root(self) -> str:
         """Name of the module with all others but the head, as in transformers' model without a head."""
         return (self.embedding or "").partition(".")[0]
+
+    def part_left_out(self, name: str) -> str:
+        """Return the part that is not loaded to which a module of this name belongs, or an empty string."""
+        return next((part for part in self.left_out if f"{name}.".startswith(f"{part}.")), "")
 
     @property
     def hidden_size(self) -> int:
@@ -65,13 +71,20 @@ class BaseModules:
         return frozenset({self.embedding, self.head}) if tied else frozenset()
 
 
-def saved_modules(facts: ConfigFacts, base: BaseModules) -> set[str]:
-    """Full names of the modules that `modules_to_save` replaces.
+def saved_modules(facts: ConfigFacts, base: BaseModules, left_out: Collection[str] = ()) -> set[str]:
+    """Return the full names of the modules that `modules_to_save` replaces.
+
+    Args:
+        left_out: names in the file that belong to parts that are not loaded. An entry may mean some of them.
 
     Raises:
         AdapterFormatError: an entry does not mean exactly one norm, embedding or head of the base.
     """
-    saved = {_exact(entry, "modules_to_save", base) for entry in dict.fromkeys(facts.modules_to_save)}
+    inner = {ending for name in left_out for module in _ancestors(name) for ending in endings(module)}
+    saved = set()
+    for entry in dict.fromkeys(facts.modules_to_save):
+        if entry not in inner or any(name.endswith(entry) for name in base.layers):
+            saved.add(_exact(entry, "modules_to_save", base))
     for name in sorted(saved):
         layer = base.layers[name]
         if layer.kind == "linear" and name != base.head:
@@ -159,6 +172,12 @@ def token_rows(facts: ConfigFacts, base: BaseModules) -> dict[str, tuple[int, ..
             f"{field} has {shown(max(own))}, the vocabulary ends at {base.layers[embedding].size_in - 1}",
         )
     return dict.fromkeys(base.pair or {embedding}, own)
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Yield the names of the modules that a module or parameter is in, its own last."""
+    parts = name.split(".")
+    yield from (".".join(parts[:count]) for count in range(1, len(parts) + 1))
 
 
 def _exact(entry: str, field: str, base: BaseModules) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
@@ -81,9 +82,10 @@ def plan(
     Raises:
         AdapterFormatError: a tensor is foreign, missing, misshapen, or of a kind that is not served.
     """
-    saved, rows = saved_modules(facts, base), token_rows(facts, base)
-    head, entries = _head(entries, facts, base)
     root = base.root if facts.task == "FEATURE_EXTRACTION" else ""
+    head, entries = _head(entries, facts, base)
+    entries, left_out = _of_text(entries, base, root)
+    saved, rows = saved_modules(facts, base, left_out), token_rows(facts, base)
     by_module, of_base = _sorted_in(entries, base, saved, root)
     if facts.task != "CAUSAL_LM" and base.head in by_module.keys() | saved:
         raise AdapterFormatError(
@@ -111,9 +113,23 @@ def plan(
         modules.append(ModuleSpec(CLASSIFIER_NAMES[0], "head", 0, 0.0, False, _numel(head)))
     lora = {module.name for module in modules if module.rank}
     _check_targets(lora, facts, base, saved)
+    parts = ", ".join(sorted({base.part_left_out(name) for name in left_out}))
+    if not modules and left_out:
+        raise AdapterFormatError(
+            "no_effect",
+            f"{WEIGHTS_FILE} holds tensors of {parts:.200} alone: OneBase serves the language model, without "
+            "the parts that see or hear",
+        )
     if not modules:
         raise AdapterFormatError("empty", f"{WEIGHTS_FILE} holds no tensors of an adapter")
-    warnings = tuple(unmet_names(facts, {module.name for module in modules}))
+    warnings = tuple(unmet_names(facts, {module.name for module in modules} | set(left_out)))
+    if left_out:
+        count = sum(left_out.values())
+        warnings = (
+            f"{count} tensors of {parts:.200} are left out: OneBase serves the language model, without the "
+            "parts that see or hear.",
+            *warnings,
+        )
     used_as = None if base.head is None else getattr(base.tensor(f"{base.head}.weight"), "dtype", None)
     planned = {what: PlannedTensor(what, entry, entry.dtype, used_as) for what, entry in head.items()}
     return TensorPlan(tuple(modules), tuple(tensors), of_base, by_module, frozenset(saved), warnings, planned)
@@ -142,6 +158,23 @@ def _head(
             f"{most} labels, {base.hidden_size} numbers each, and a bias of as many labels if any",
         )
     return head, tuple(entry for entry in entries if entry.name not in names)
+
+
+def _of_text(
+    entries: tuple[TensorEntry, ...], base: BaseModules, root: str
+) -> tuple[tuple[TensorEntry, ...], dict[str, int]]:
+    """Separate tensors of parts that are not loaded.
+
+    Returns the other entries, and the number of separated ones by module or parameter.
+    """
+    kept, left_out = [], Counter[str]()
+    for entry in entries:
+        name = _taken_apart(entry.name, frozenset(), root)[0] if base.left_out else ""
+        if base.part_left_out(name):
+            left_out[name] += 1
+        else:
+            kept.append(entry)
+    return tuple(kept), dict(left_out)
 
 
 def part_of(name: str, saved: Set[str]) -> tuple[str, str]:
