@@ -169,9 +169,10 @@ def _of_text(
     """
     kept, left_out = [], Counter[str]()
     for entry in entries:
-        name = _taken_apart(entry.name, frozenset(), root)[0] if base.left_out else ""
+        name = _full_name(entry.name, root) if base.left_out else ""
         if base.part_left_out(name):
-            left_out[name] += 1
+            end = next((end for end in _ENDS if name.endswith(end)), "")
+            left_out[name.removesuffix(end)] += 1
         else:
             kept.append(entry)
     return tuple(kept), dict(left_out)
@@ -218,11 +219,7 @@ def _taken_apart(name: str, saved: Set[str], root: str = "") -> tuple[str, str |
     The part is None for a parameter of the base, whose own name is returned instead of a module's. `root`:
     module of the base that the file's names are relative to, if they do not begin with it themselves.
     """
-    if not name.startswith(PREFIX):
-        raise _foreign(name)
-    rest = name.removeprefix(PREFIX)
-    if root and not rest.startswith(f"{root}."):
-        rest = f"{root}.{rest}"
+    rest = _full_name(name, root)
     for end, (what, embedding) in _ENDS.items():
         if rest.endswith(end):
             return rest.removesuffix(end), what, embedding
@@ -232,6 +229,14 @@ def _taken_apart(name: str, saved: Set[str], root: str = "") -> tuple[str, str |
     if module in saved:
         return module, parameter, None
     return f"{module.removesuffix('.base_layer')}.{parameter}", None, None
+
+
+def _full_name(name: str, root: str) -> str:
+    """Return a tensor's name within the base. Raises AdapterFormatError if it lacks PEFT's prefix."""
+    if not name.startswith(PREFIX):
+        raise _foreign(name)
+    rest = name.removeprefix(PREFIX)
+    return f"{root}.{rest}" if root and not rest.startswith(f"{root}.") else rest
 
 
 def _of_base(entry: TensorEntry, parameter: str, base: BaseModules) -> torch.Tensor:
