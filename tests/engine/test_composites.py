@@ -174,8 +174,8 @@ def test_tensors_of_a_tower_are_left_out_with_a_warning_that_counts_them(
     loaded = load_folder(gemma.base, save_adapter(gemma.whole, settings, tmp_path, 1))
     names = [name for name in load_file(tmp_path / WEIGHTS_FILE) if ".language_model." not in name]
     assert loaded.spec.warnings == (
-        f"{len(names)} tensors of model.multi_modal_projector, model.vision_tower are left out: OneBase serves "
-        "the language model, without the parts that see or hear.",
+        f"{len(names)} tensors of model.multi_modal_projector, model.vision_tower are left out: OneBase "
+        "serves the language model, without the parts that see or hear.",
     )
     assert all(module.name.startswith("model.language_model.") for module in loaded.spec.modules)
 
