@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_engine.base.layers import set_attention
 from onebase_engine.base.load import UnsupportedBaseError
 from onebase_engine.kernels.reference import attention_weights
 from onebase_training.events import Gate
@@ -46,7 +47,7 @@ class PackedAttention:
     def attach(self, model: nn.Module) -> None:
         """Make the attention modules of a view call this object."""
         register()
-        model.set_attn_implementation(NAME)  # type: ignore[operator]
+        set_attention(model, NAME)
         for module in model.modules():
             if getattr(module, "layer_idx", None) is not None:
                 module.packed = self  # type: ignore[assignment]

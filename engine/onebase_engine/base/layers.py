@@ -195,6 +195,14 @@ def is_left_out(base: Any, name: str) -> bool:
     return any(name == part or name.startswith(f"{part}.") for part in left_out(base))
 
 
+def set_attention(model: Any, name: str) -> None:
+    """Let a base's layers compute attention by a function that is registered with transformers as `name`."""
+    text = model.config.get_text_config()
+    parts = [key for key in model.config.sub_configs if getattr(model.config, key, None) is text]
+    # Of a part that is not built transformers would say that it cannot be checked.
+    model.set_attn_implementation({"": name, **dict.fromkeys(parts, name)} if left_out(model) else name)
+
+
 def empty_base(config: Any, kind: Any = None, **how: Any) -> Any:
     """Build the modules of a base, with parameters on meta, which take no memory.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_engine.base.layers import set_attention
 from onebase_engine.engine.kv_cache import KVCache
 from onebase_engine.kernels.interface import AttentionKernel, Contexts, Kernels, Rotation
 
@@ -42,7 +43,7 @@ class PagedAttention:
     def attach(self, model: nn.Module) -> None:
         """Make the view's attention modules call this object."""
         register()
-        model.set_attn_implementation(NAME)  # type: ignore[operator]
+        set_attention(model, NAME)
         for module in model.modules():
             if getattr(module, "layer_idx", None) is not None:
                 module.paged = self  # type: ignore[assignment]
