@@ -192,10 +192,17 @@ def _check_linear(model: nn.Module) -> None:
 
     part, largest = _left_plain(model, lambda module: type(module) is nn.Linear or isinstance(module, Conv1D))
     if part > MOST_PLAIN:
+        name, _, _ = largest.partition(" ")
+        owner = model.get_submodule(name.rpartition(".")[0])
+        reason = (
+            f"OneBase does not quantize layers of class {type(owner).__name__}. Choose another base"
+            if model.get_parameter(name).dim() == 2
+            else "OneBase cannot quantize such weights (a mixture's experts) yet, nor serve them so that no "
+            "row depends on its neighbours. Choose a base without a mixture of experts"
+        )
         raise UnsupportedBaseError(
             f"{type(model).__name__} has {part:.0%} of its weights outside linear layers, for instance in "
-            f"{largest}. OneBase cannot quantize such weights (a mixture's experts) yet, nor serve them so "
-            "that no row depends on its neighbours. Choose a base without a mixture of experts."
+            f"{largest}. {reason}."
         )
 
 
