@@ -597,9 +597,15 @@ def read_results() -> list[Result]:
     return [Result(**one) for one in json.loads(DATA.read_text())["results"]]
 
 
+def read_versions() -> dict[str, str]:
+    """Return the versions of the libraries in the last run."""
+    versions: dict[str, str] = json.loads(DATA.read_text())["versions"]
+    return versions
+
+
 def page() -> str:
     """Return the documents' list of bases, from the last run."""
-    versions = json.loads(DATA.read_text())["versions"]
+    versions = read_versions()
     results = read_results()
     types = [one for one in results if one.title == one.type]
     variants = [one for one in results if one.title != one.type]
