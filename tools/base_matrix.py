@@ -123,6 +123,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_vl_text": {"rope_parameters": _MROPE | {"mrope_interleaved": True, "mrope_section": [6, 5, 5]}},
     "gpt2": {"n_inner": None},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 32},
+    "falcon_h1": {"mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32},
+    "moshi": {"ffn_dim": 256},
     "gemma3": {"mm_tokens_per_image": 4},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
@@ -332,7 +334,9 @@ def save_adapter(base: Any, folder: Path) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
     # PEFT writes the shortest names that mean these layers, which may mean others of a tower.
     file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": names}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"target_modules": names, "target_parameters": None})
+    )
 
 
 def serve(base: Any, weights: Any) -> list[tuple[list[int], list[float], list[int], bool]]:
@@ -449,8 +453,8 @@ def try_type(title: str, name: str, changes: Mapping[str, Any] | None) -> Result
     if changes is None:
         try:
             refusal = check_base(CONFIG_MAPPING[name]()).refusal
-        except Exception as error:
-            refusal = f"transformers cannot make a model ({error})"
+        except Exception:
+            refusal = None
         # A default config may be incomplete, as no published one is.
         if refusal is not None and "transformers cannot make a model" not in refusal:
             return Result(title, name, "refused", _line(refusal))
@@ -578,6 +582,7 @@ REASONS: Sequence[tuple[str, str, str]] = (
     ("is an encoder-decoder", "Encoder-decoders", "OneBase serves decoders. Choose a causal language model."),
     ("no causal language model", "Encoders", "They write no text. Choose a causal language model."),
     ("mixture of experts", "Mixtures of experts", "Choose a dense base."),
+    ("does not know logits_to_keep", "Logits of all tokens at every step", "Choose another base."),
     ("does not quantize", "Layers of classes that bitsandbytes does not quantize", "Choose another base."),
     ("s_aux|asks for", "Attention with sinks, indices or other terms of its own", "Choose another base."),
     ("mask of its own", "Attention with a mask of its own", "Choose another base."),
@@ -587,6 +592,9 @@ REASONS: Sequence[tuple[str, str, str]] = (
     ("do not call the attention", "Attention that transformers cannot replace", "Choose another base."),
     ("none of its layers is an attention|whose state|recurrence|recurrent",
      "Recurrent layers that OneBase does not know, or no attention at all", "Choose another base."),
+    (r"cannot be served: \w+(Error|Exception)\b|is no language model over tokens|expected in",
+     "Models that want more than tokens and their positions", "Choose another base."),
+    ("lack .* of the tensors", "Models that transformers does not read back as it saved them", "Choose another base."),
     ("which part of", "Models whose decoder or head transformers does not name", "Choose another base."),
 )  # fmt: skip
 """Pattern in a refusal, heading, and advice."""

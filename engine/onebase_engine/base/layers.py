@@ -171,7 +171,7 @@ def _leave_out_towers(model: Any) -> None:
         name: sum(parameter.numel() for parameter in module.parameters())
         for name, module in parent.named_children()
         if name not in used and needed.isdisjoint(module.modules())
-    } | {name: one.numel() for name, one in parent.named_parameters(recurse=False) if name not in used}
+    }
     for name in removed:
         delattr(parent, name)
     model.left_out = {f"{prefix}.{name}".lstrip("."): count for name, count in removed.items()}

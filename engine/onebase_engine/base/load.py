@@ -150,7 +150,13 @@ def _check_architecture(config: Any) -> None:
 
 def _check_modules(model: Any) -> None:
     """Raise UnsupportedBaseError unless transformers names a base's decoder and head."""
-    name = type(model).__name__
+    name, text = type(model).__name__, model.config.get_text_config()
+    fields = ("hidden_size", "num_hidden_layers", "vocab_size")
+    if unnamed := [field for field in fields if not isinstance(getattr(text, field, None), int)]:
+        raise UnsupportedBaseError(
+            f"the config of {name} has no {unnamed[0]}: it is no language model over tokens. Choose another "
+            "base."
+        )
     if model.base_model is model or model.get_output_embeddings() is None:
         raise UnsupportedBaseError(
             f"transformers does not say which part of {name} is the decoder, and which its head. Choose "
@@ -164,7 +170,11 @@ def stored_quantization(config: Any) -> Quantization:
     Raises:
         UnsupportedBaseError: in a format that OneBase does not read.
     """
-    stored = getattr(config, "quantization_config", None)
+    stored = (
+        getattr(config, "quantization_config", None)
+        or getattr(config, "compression_config", None)  # an older name of compressed-tensors
+        or getattr(config.get_text_config(), "quantization_config", None)
+    )
     if not stored:
         return "none"
     fields = stored if isinstance(stored, dict) else stored.to_dict()
@@ -196,7 +206,7 @@ def _check_linear(model: nn.Module) -> None:
         owner = model.get_submodule(name.rpartition(".")[0])
         reason = (
             f"OneBase does not quantize layers of class {type(owner).__name__}. Choose another base"
-            if model.get_parameter(name).dim() == 2
+            if "expert" not in f"{name}{type(owner).__name__}".lower()
             else "OneBase cannot quantize such weights (a mixture's experts) yet, nor serve them so that no "
             "row depends on its neighbours. Choose a base without a mixture of experts"
         )

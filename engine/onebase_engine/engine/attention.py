@@ -19,8 +19,9 @@ NAME = "onebase_paged"
 
 _COMPUTED = frozenset({"scaling", "softcap", "sliding_window"})
 """Options of a decoder's attention that the kernels compute."""
-_WITHOUT_EFFECT = frozenset({"position_ids"})
-"""Options that decoders pass to every attention and that are ignored: the step has the positions."""
+_WITHOUT_EFFECT = frozenset({"position_ids", "logits_to_keep"})
+"""Options that decoders pass to every attention and that are ignored: the step has the positions, and which
+logits are kept is no concern of attention."""
 
 
 class UnsupportedAttentionError(Exception):

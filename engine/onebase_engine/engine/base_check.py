@@ -25,7 +25,9 @@ from onebase_engine.base.load import (
     parameter_count,
     stored_quantization,
 )
+from onebase_engine.engine.attention import UnsupportedAttentionError
 from onebase_engine.engine.model import ServedModel
+from onebase_engine.engine.recurrence import UnsupportedRecurrenceError
 from onebase_engine.kernels.reference import ReferenceKernels
 
 QUANTIZATIONS: tuple[Quantization, ...] = ("nf4", "int8", "none")
@@ -43,6 +45,8 @@ class BaseCheck:
     """Name of transformers' class."""
     refusal: str | None
     """Reason why the base cannot be served, or None."""
+    certain: bool = True
+    """Whether nothing is left to be decided at the start of a server."""
     parameters: int | None = None
     """Number of weights that are loaded."""
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -74,16 +78,22 @@ def check_base(config: Any) -> BaseCheck:
         "context": longest_row(config),
         "layers": _layers(text),
     }
-    tree: nn.Module | None = None
     try:
         check_servable(config)
         known["stored"] = stored_quantization(config)
         with torch.device("meta"):
             tree = empty_base(copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager").eval()
         known |= _size(tree, known["stored"])
-        served = ServedModel(tree, 1, kernels=ReferenceKernels())
     except UnsupportedBaseError as error:
         return BaseCheck(refusal=str(error), **known)
+    try:
+        served = ServedModel(tree, 1, kernels=ReferenceKernels())
+    except UnsupportedBaseError as error:
+        if isinstance(error.__cause__, UnsupportedAttentionError | UnsupportedRecurrenceError):
+            return BaseCheck(refusal=str(error), **known)
+        # Its code wants tensors with values, for instance.
+        known["notes"] += (f"A server's start decides: without weights, {error.__cause__}.",)
+        return BaseCheck(refusal=None, certain=False, **known)
     return BaseCheck(
         refusal=None,
         kv_bytes_per_token=served.kv_bytes_per_token,

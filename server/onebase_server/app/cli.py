@@ -156,7 +156,12 @@ def _check_base(spec: str, as_json: bool) -> int:
         return 1
     found, chat = check_base(config), chat_support(folder)
     if as_json:
-        fields = {"base": spec, "served": found.refusal is None, **asdict(found), **asdict(chat)}
+        fields = {
+            "base": spec,
+            "served": found.refusal is None if found.certain else None,
+            **asdict(found),
+            **asdict(chat),
+        }
         sys.stdout.write(json.dumps(fields, indent=2) + "\n")
     else:
         print_base_check(Console(), spec, found, chat)

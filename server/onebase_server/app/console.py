@@ -129,7 +129,8 @@ def print_summary(
 
 def print_base_check(console: Console, name: str, base: BaseCheck, chat: ChatSupport) -> None:
     """Print whether a base can be served, and what it takes."""
-    rows = [("served", "yes" if base.refusal is None else "no"), ("because", base.refusal or "")]
+    answer = "no" if base.refusal is not None else "yes" if base.certain else "not known before a start"
+    rows = [("served", answer), ("because", base.refusal or "")]
     text = "" if base.text_type == base.model_type else f", its language model {base.text_type}"
     rows += [("class", f"{base.architecture or 'none of transformers'} ({base.model_type}{text})")]
     if base.parameters is not None:
