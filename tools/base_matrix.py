@@ -594,7 +594,8 @@ REASONS: Sequence[tuple[str, str, str]] = (
      "Recurrent layers that OneBase does not know, or no attention at all", "Choose another base."),
     (r"cannot be served: \w+(Error|Exception)\b|is no language model over tokens|expected in",
      "Models that want more than tokens and their positions", "Choose another base."),
-    ("lack .* of the tensors", "Models that transformers does not read back as it saved them", "Choose another base."),
+    ("lack .* of the tensors", "Models that transformers does not read back as it saved them",
+     "Choose another base."),
     ("which part of", "Models whose decoder or head transformers does not name", "Choose another base."),
 )  # fmt: skip
 """Pattern in a refusal, heading, and advice."""
