@@ -125,9 +125,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 32},
     "falcon_h1": {"mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32},
     "moshi": {"ffn_dim": 256},
+    "mamba": {"time_step_rank": 64},
+    "falcon_mamba": {"time_step_rank": 64},
     "gemma3": {"mm_tokens_per_image": 4},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "gemma4_vision": {"position_embedding_size": 16, "patch_size": 8},
@@ -324,6 +326,8 @@ def save_adapter(base: Any, folder: Path) -> None:
         if layer.kind == "linear" and base.get_submodule(name) is not head and re.search(r"\.\d+\.", name)
         and not re.search(r"vision|visual|audio|router|\.gate$|image", name)
     ]  # fmt: skip
+    if base.config.model_type in ("falcon_h1", "mamba", "mamba2", "falcon_mamba"):  # PEFT refuses it there
+        names = [name for name in names if not name.endswith("out_proj")]
     torch.manual_seed(3)
     settings = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=names)
     model = get_peft_model(peft_view(base), settings)
