@@ -124,6 +124,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_inner": None},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 32},
     "falcon_h1": {"mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 32, "attn_layer_indices": [1, 3]},
+    "mamba2": {"num_heads": 8, "head_dim": 32, "state_size": 16, "n_groups": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "moshi": {"ffn_dim": 256},
     "mamba": {"time_step_rank": 64},
     "falcon_mamba": {"time_step_rank": 64},
@@ -338,9 +341,8 @@ def save_adapter(base: Any, folder: Path) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
     # PEFT writes the shortest names that mean these layers, which may mean others of a tower.
     file = folder / "adapter_config.json"
-    file.write_text(
-        json.dumps(json.loads(file.read_text()) | {"target_modules": names, "target_parameters": None})
-    )
+    exact = {"target_modules": names, "target_parameters": None, "rank_pattern": {}, "alpha_pattern": {}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | exact))
 
 
 def serve(base: Any, weights: Any) -> list[tuple[list[int], list[float], list[int], bool]]:
