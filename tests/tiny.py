@@ -13,6 +13,7 @@ from torch import nn
 
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.proof.loader import LoadedAdapter, load_adapter
+from onebase_engine.base.layers import whole_class
 from onebase_engine.base.view import peft_view
 
 _SIZES: dict[str, Any] = {
@@ -154,6 +155,60 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
 }
 """Models in which layers keep a recurrent state."""
 
+_TOWER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+_SCALED: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "llama_4_scaling_beta": 0.5,
+    "max_position_embeddings": 512,
+}
+_SECTIONS: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+_QWEN: dict[str, Any] = {"depth": 1, "num_heads": 2, "out_hidden_size": 128, "patch_size": 4}
+
+_TEXT: dict[str, Any] = {**_SIZES, "initializer_range": 0.15, "tie_word_embeddings": False}
+COMPOSITES: dict[str, Callable[[], Any]] = {
+    "mistral3": lambda: tf.Mistral3Config(
+        text_config={"model_type": "mistral", **_TEXT}, vision_config={**_TOWER, "head_dim": 32}
+    ),
+    "ministral3": lambda: tf.Mistral3Config(
+        text_config={"model_type": "ministral3", **_TEXT, "rope_parameters": _SCALED},
+        vision_config={**_TOWER, "head_dim": 32},
+    ),
+    "qwen3_vl": lambda: tf.Qwen3VLConfig(
+        text_config={**_TEXT, "rope_parameters": _SECTIONS | {"mrope_interleaved": True}},
+        vision_config=_QWEN | {"hidden_size": 64, "intermediate_size": 128, "deepstack_visual_indexes": [0]},
+    ),
+    # Of SigLIP's size in Gemma 3: no multiple of 64.
+    "gemma3": lambda: tf.Gemma3Config(
+        text_config=_TEXT | {"sliding_window": 24, "query_pre_attn_scalar": 32},
+        vision_config=_TOWER | {"intermediate_size": 4304},
+        mm_tokens_per_image=4,
+        tie_word_embeddings=False,
+    ),
+    "smolvlm": lambda: tf.SmolVLMConfig(text_config={"model_type": "llama", **_TEXT}, vision_config=_TOWER),
+    # Its forward does not know logits_to_keep.
+    "qwen2_5_omni_thinker": lambda: tf.Qwen2_5OmniThinkerConfig(
+        text_config=_TEXT | {"rope_parameters": _SECTIONS},
+        vision_config=_QWEN | {"embed_dim": 64, "hidden_size": 64, "intermediate_size": 128},
+        audio_config={
+            "d_model": 64,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 64,
+        },
+    ),
+}
+"""Composites, as people download them: a language model with a tower that sees or hears."""
+
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 OTHERWISE = {
@@ -214,7 +269,7 @@ def save_base(architecture: str, folder: Path, seed: int = 0, layers: int | None
 def save_model(config: Any, folder: Path, seed: int = 0) -> Path:
     """Save a random model of a config in fp32; returns the folder."""
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = whole_class(config).from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
             nn.init.normal_(parameter)

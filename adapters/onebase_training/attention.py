@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_engine.base.layers import set_attention
 from onebase_engine.base.load import UnsupportedBaseError
 from onebase_engine.engine.attention import RowPositions, chunk_of
 from onebase_engine.kernels.interface import AttentionSettings
@@ -51,7 +52,7 @@ class PackedAttention:
         """Make the attention modules of a view call this object."""
         register()
         self._rows.attach(model)
-        model.set_attn_implementation(NAME)  # type: ignore[operator]
+        set_attention(model, NAME)
         for module in model.modules():
             if getattr(module, "layer_idx", None) is not None:
                 module.packed = self  # type: ignore[assignment]

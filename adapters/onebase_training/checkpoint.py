@@ -319,12 +319,20 @@ _TRAINED_IN = {"nf4": "  # trained on it in 4-bit (NF4)", "int8": "  # trained o
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def model_card(report: RunReport, *, repo: str | None, commit: str | None, data: Sequence[DataLine]) -> str:
+def model_card(
+    report: RunReport,
+    *,
+    repo: str | None,
+    commit: str | None,
+    data: Sequence[DataLine],
+    loader: str = "AutoModelForCausalLM",
+) -> str:
     """Return the model card: Markdown with the Hub's metadata on top.
 
     Args:
         repo: the base's name on the Hub, None if it is a folder. commit: of the base.
         data: files for training and evaluation.
+        loader: transformers' automatic class that loads the base.
     """
     parts = [
         _metadata(report, repo),
@@ -335,7 +343,7 @@ def model_card(report: RunReport, *, repo: str | None, commit: str | None, data:
         _curve(report),
         _data(data),
         _settings(report),
-        _use(report, repo),
+        _use(report, repo, loader),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -484,7 +492,7 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _use(report: RunReport, repo: str | None) -> str:
+def _use(report: RunReport, repo: str | None, loader: str) -> str:
     base = json.dumps(repo or report.base)
     trained_in = _TRAINED_IN[report.quantization]
     if _classifies(report):
@@ -507,9 +515,9 @@ curl localhost:8000/classify -d '{{"model": "{_plain(report.name)}", "input": ["
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-base = AutoModelForCausalLM.from_pretrained({base}){trained_in}
+base = {loader}.from_pretrained({base}){trained_in}
 model = PeftModel.from_pretrained(base, "<this folder or repository>")
 ```
 

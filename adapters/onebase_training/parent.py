@@ -26,7 +26,7 @@ from onebase_adapters.format.names import BaseModules
 from onebase_adapters.format.safetensors_file import TensorFile
 from onebase_adapters.format.spec import AdapterSpec
 from onebase_adapters.format.tensors import plan
-from onebase_engine.base.layers import adaptable_layers
+from onebase_engine.base.layers import adaptable_layers, left_out
 from onebase_training.recipe import (
     HIGHEST_RANK,
     MODEL,
@@ -94,7 +94,8 @@ def modules_of(parent: Parent, model: nn.Module) -> dict[str, Any]:
         with parent.weights.open("rb") as opened:
             file = TensorFile.read_header(opened)
             layers = adaptable_layers(model)
-            modules = plan(file.entries, facts, BaseModules(layers, own.get), HIGHEST_RANK).modules
+            known = BaseModules(layers, own.get, tuple(left_out(model)))
+            modules = plan(file.entries, facts, known, HIGHEST_RANK).modules
     except (AdapterFormatError, OSError) as error:
         raise RecipeError(MODEL, f"{parent.label} cannot be trained further on this base: {error}") from error
     settings = own_settings(modules, task=facts.task, rslora=facts.rslora, label=parent.label)
@@ -204,6 +205,7 @@ def _write_canonical(base: nn.Module, version: Parent, folder: Path) -> AdapterS
         HIGHEST_RANK,
         folder,
         base_tensor=own.get,
+        left_out=left_out(base),
     )
 
 

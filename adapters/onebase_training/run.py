@@ -26,7 +26,7 @@ from torch import nn
 from onebase_adapters.format.config import AdapterFormatError
 from onebase_adapters.store.atomic_files import write_atomically
 from onebase_engine.base.identity import base_id
-from onebase_engine.base.layers import empty_base
+from onebase_engine.base.layers import empty_base, whole_class
 from onebase_engine.base.load import (
     BaseChangedError,
     BaseSettings,
@@ -509,7 +509,8 @@ class PlannedRun:
         def card(size: int) -> str:
             known = replace(report, adapter_bytes=size)
             lines = _data_lines(self._plan.data)
-            return model_card(known, repo=job.base_repo, commit=job.base_commit, data=lines)
+            loader = whole_class(self._trainable.base.config).__name__
+            return model_card(known, repo=job.base_repo, commit=job.base_commit, data=lines, loader=loader)
 
         base, commit = self._base_as_named()
         size = write_adapter(

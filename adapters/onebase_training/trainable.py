@@ -15,6 +15,7 @@ from torch import nn
 from onebase_adapters.format.config import AdapterFormatError, Task
 from onebase_adapters.proof.extract import extract
 from onebase_adapters.proof.loader import classifier_with
+from onebase_engine.base.layers import left_out
 from onebase_engine.base.view import peft_view
 from onebase_engine.kernels.weights import HEAD, AdapterWeights, Head, SavedModule
 from onebase_training import recurrence
@@ -346,7 +347,8 @@ _MLP_WORDS = ("mlp", "feed_forward", "feedforward", "ffn", "experts")
 def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """Return the names for LoraConfig's `target_modules` that mean exactly the layers of `target_layers`.
 
-    They are last names such as `q_proj` if those mean nothing else in the model, else full names.
+    They are last names such as `q_proj` if those mean nothing else in the whole model, else full names: a
+    tower that is not loaded may have layers of these names too.
 
     Raises:
         RecipeError: as `target_layers`.
@@ -354,7 +356,7 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     chosen = set(target_layers(model, targets))
     short = {name.rpartition(".")[2] for name in chosen}
     meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
-    return sorted(short if meant == chosen else chosen)
+    return sorted(short if meant == chosen and not left_out(model) else chosen)
 
 
 def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:

@@ -340,6 +340,7 @@ HELPS = [
     *(["batches", action] for action in batches.ACTIONS),
     *(["files", action] for action in files.ACTIONS),
     ["base", "fetch"],
+    ["base", "check"],
     *(["cluster", action] for action in ("up", "status", "scale", "drain", "down")),
     ["data", "check"],
 ]

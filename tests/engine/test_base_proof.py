@@ -99,6 +99,35 @@ def test_a_base_that_gives_attention_a_mask_of_its_own_is_refused(tmp_path: Path
         ServedModel(base, 1)
 
 
+def test_a_forward_pass_that_ignores_which_logits_are_kept_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = loaded(save_base("llama", tmp_path / "base"))
+    forward = tf.LlamaForCausalLM.forward
+
+    def of_every_token(self: Any, *args: Any, logits_to_keep: object = 0, **more: Any) -> Any:
+        return forward(self, *args, **more)
+
+    monkeypatch.setattr(tf.LlamaForCausalLM, "forward", of_every_token)
+    with pytest.raises(UnsupportedBaseError, match="does not know logits_to_keep"):
+        ServedModel(base, 1)
+
+
+def test_the_proof_alone_finds_logits_of_other_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = loaded(save_base("llama", tmp_path / "base"))
+    engine = engine_on(base)
+    forward = tf.LlamaForCausalLM.forward
+
+    def of_every_token(self: Any, *args: Any, logits_to_keep: object = 0, **more: Any) -> Any:
+        return forward(self, *args, **more)
+
+    monkeypatch.setattr(tf.LlamaForCausalLM, "forward", of_every_token)
+    with pytest.raises(UnsupportedBaseError, match=r"\(llama\).* nats off"):
+        base_proof.prove_base(engine, base)
+
+
 def test_the_proof_alone_finds_a_mask_that_was_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""`onebase serve` and `onebase base fetch`: help, wrong options, and what is printed."""
+"""`onebase serve` and `onebase base fetch | check`: help, wrong options, and what is printed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from tests.hub_standin import HubStandIn
 
 from onebase_edge.settings import environment_name, option_name, setting_fields
 from onebase_server.app.cli import base, serve
@@ -180,6 +181,69 @@ def test_base_fetch_prints_the_folder_as_its_last_line(base_folder: Path) -> Non
     )
 
     assert Path(done.stdout.splitlines()[-1]) == base_folder
+
+
+def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`onebase base check` in a process of its own: the Hub's client reads its environment at import."""
+    sources = os.pathsep.join(str(ROOT / part) for part in ("engine", "server", "adapters", "clients/python"))
+    program = "import sys; from onebase_server.app.cli import base; sys.exit(base(['check', *sys.argv[1:]]))"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": sources, "COLUMNS": "200", **environment},
+    )
+
+
+def test_base_check_says_what_a_base_takes_and_what_its_tokenizer_can_do(base_folder: Path) -> None:
+    done = check(str(base_folder), "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["served"], found["refusal"]) == (0, True, None)
+    assert (found["architecture"], found["layers"]) == ("LlamaForCausalLM", {"full_attention": 30})
+    assert found["memory"]["nf4"] < found["memory"]["int8"] < found["memory"]["none"]
+    assert (found["chat_template"], found["tools"]) == (True, True)
+
+
+def test_base_check_refuses_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    done = check(str(tmp_path))
+    assert done.returncode == 1
+    assert "is an encoder-decoder" in done.stdout
+    assert "no tokenizer here" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"adapter_config.json": '{"base_model_name_or_path": "acme/base"}'}, "its base is acme/base"),
+        ({"model.gguf": ""}, "has no config.json"),
+        ({"config.json": '{"model_type": "gpt9"}'}, "no base that transformers knows"),
+    ],
+)
+def test_base_check_of_what_is_no_base_says_what_it_is(
+    files: dict[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert base(["check", str(tmp_path)]) == 1
+    assert said in told(capsys)
+
+
+def test_base_check_downloads_no_weights(base_folder: Path, tmp_path: Path) -> None:
+    with HubStandIn() as hub:
+        config = (base_folder / "config.json").read_bytes()
+        hub.add_repo("acme/base", {"config.json": config, "model.safetensors": b"0" * 20_000})
+        hub.add_repo("acme/closed", {"config.json": config}, gated=True)
+        environment = hub.environment(tmp_path)
+        done = check("acme/base", **environment)
+        gated = check("acme/closed", **environment)
+        missing = check("acme/nothing", **environment)
+        assert not hub.requests("GET", "/cdn/")
+    assert (done.returncode, gated.returncode, missing.returncode) == (0, 1, 1)
+    assert "LlamaForCausalLM" in done.stdout
+    assert "accept its terms at https://huggingface.co/acme/closed" in " ".join(gated.stderr.split())
+    assert "Check the name" in " ".join(missing.stderr.split())
 
 
 def test_the_summary_tells_memory_adapters_and_address(serve_scripted: Starter, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from tests.tiny import save_base
 from torch import nn
 
-from onebase_engine.base.layers import empty_base
+from onebase_engine.base.layers import empty_base, whole_class
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_training.recipe import RecipeError
 from onebase_training.trainable import resolve_targets, target_layers
@@ -100,7 +100,8 @@ def test_a_selection_means_these_names_and_peft_wraps_exactly_its_layers(
 
 
 def test_layers_of_other_senses_are_left_alone_though_they_have_the_same_names() -> None:
-    model = build("gemma3 with eyes")
+    config = CONFIGS["gemma3 with eyes"]()
+    model = empty_base(config, whole_class(config))
     assert any("vision" in name and name.endswith("q_proj") for name, _ in model.named_modules())
     chosen = set(target_layers(model, ["q_proj"]))
     assert len(chosen) == 2

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from onebase_engine.base.default_base import BaseError, resolve_base
-from onebase_engine.base.layers import LayerShape, adaptable_layers, empty_base
+from onebase_engine.base.layers import LayerShape, adaptable_layers, empty_base, whole_class
 from onebase_engine.base.load import UnsupportedBaseError, load_config
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -81,8 +81,11 @@ class BaseFiles:
 
     @cached_property
     def layers(self) -> dict[str, LayerShape]:
-        """Layers that an adapter may adapt, by full name, found on a model tree without weights."""
-        return adaptable_layers(empty_base(self._loaded_config))
+        """Layers that an adapter may adapt, by full name, found on a model tree without weights.
+
+        Those of a tower that sees or hears are among them: what is exported is the whole model.
+        """
+        return adaptable_layers(empty_base(self._loaded_config, whole_class(self._loaded_config)))
 
     @cached_property
     def embedding(self) -> str:

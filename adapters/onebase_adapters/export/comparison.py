@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from onebase_adapters.export.base_files import ExportError, OnProgress
+from onebase_engine.base.layers import whole_class
 from onebase_engine.machine import free_memory
 
 _CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def compare(
     Raises:
         ExportError: there is too little memory for the model, which is loaded whole.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     needed = _MARGIN * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -56,9 +57,12 @@ def compare(
         )
     logging.disable_progress_bar()
     progress(stage, 0.0)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", local_files_only=True, trust_remote_code=False
-    ).eval()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model = (
+        whole_class(config)
+        .from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code=False)
+        .eval()
+    )
     agreeing, differences = 0, list[float]()
     for number, (tokens, prompt, logprobs) in enumerate(answers, 1):
         logits = model(input_ids=torch.tensor([list(tokens)])).logits[0, prompt - 1 : -1].float()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def canonicalize(
     target: Path,
     *,
     base_tensor: BaseTensor,
+    left_out: Collection[str] = (),
 ) -> AdapterSpec:
     """Validate a PEFT adapter and write a canonical folder to `target` (empty and existing).
 
@@ -64,13 +65,15 @@ def canonicalize(
         layers: every layer of the base that may be adapted, by its full name.
         max_rank: largest rank that the server's slots hold.
         base_tensor: the base's tensor by the full name of its parameter; None if there is none.
+        left_out: full names of parts that the base's files hold and that are not loaded. Tensors of an
+            adapter for them are left out with a warning.
 
     Raises:
         AdapterFormatError: with a code and a message that names the file, field or tensor.
         OSError: the canonical folder cannot be written.
     """
     facts = check_config(_read_config(config_file))
-    base = BaseModules(layers, base_tensor)
+    base = BaseModules(layers, base_tensor, tuple(left_out))
     try:
         opened = weights_file.open("rb")
     except OSError as error:

@@ -33,6 +33,8 @@ class BaseModules:
 
     layers: Mapping[str, LayerShape]
     base_tensor: BaseTensor
+    left_out: tuple[str, ...] = ()
+    """Full names of parts that the base's files hold and that are not loaded: towers that see or hear."""
     spelled: Mapping[str, str] | None = None
 
     @cached_property

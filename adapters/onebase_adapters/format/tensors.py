@@ -88,6 +88,7 @@ def plan(
         {entry.name: names[entry.name] for entry in entries},
         base.layers,
         lambda parameter: base.tensor(parameter) is not None,
+        base.left_out,
     )
     base = replace(base, spelled=spelled.of_layers)
     entries = tuple(entry for entry in entries if entry.name not in spelled.left_out)

@@ -21,7 +21,7 @@ from torch import nn
 from onebase_adapters.format.canonical import HEAD_FILE, AdapterFormatError, AdapterSpec, canonicalize
 from onebase_adapters.format.config import CLASSIFIER_NAMES, Task
 from onebase_adapters.proof.extract import extract
-from onebase_engine.base.layers import adaptable_layers, empty_base
+from onebase_engine.base.layers import adaptable_layers, empty_base, left_out
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.base.view import peft_view
 from onebase_engine.kernels.weights import (
@@ -75,7 +75,15 @@ def load_adapter(
     with tempfile.TemporaryDirectory(prefix="onebase-adapter-") as folder:
         canonical = Path(folder)
         layers = adaptable_layers(base)
-        spec = canonicalize(config_file, weights_file, layers, max_rank, canonical, base_tensor=own.get)
+        spec = canonicalize(
+            config_file,
+            weights_file,
+            layers,
+            max_rank,
+            canonical,
+            base_tensor=own.get,
+            left_out=left_out(base),
+        )
         reference = peft_model(base, canonical)
         # PEFT brings a saved module to the dtype of the one that it replaces.
         head = load_file(canonical / HEAD_FILE) if spec.labels else {}

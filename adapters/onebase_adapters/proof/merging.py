@@ -19,7 +19,7 @@ from onebase_adapters.format.safetensors_file import TensorToWrite, write_tensor
 from onebase_adapters.format.spec import AdapterSpec, ModuleSpec
 from onebase_adapters.format.spellings import PREFIX
 from onebase_adapters.proof.extract import extract
-from onebase_engine.base.layers import LayerShape, adaptable_layers
+from onebase_engine.base.layers import LayerShape, adaptable_layers, left_out
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.base.view import peft_view
 from onebase_engine.kernels.weights import AdapterWeights, LoraWeights
@@ -81,7 +81,15 @@ def merge(
         for number, parent in enumerate(parents):
             folder = Path(place) / str(number)
             folder.mkdir()
-            spec = canonicalize(parent.config, parent.weights, layers, max_rank, folder, base_tensor=own.get)
+            spec = canonicalize(
+                parent.config,
+                parent.weights,
+                layers,
+                max_rank,
+                folder,
+                base_tensor=own.get,
+                left_out=left_out(base),
+            )
             _check_plain(parent, spec)
             folders.append(folder)
             specs.append(spec)

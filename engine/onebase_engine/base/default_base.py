@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_TIMEOUT_S = 5.0
 WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
 UNWANTED_FILES = ("*/*",)
+CONFIG_FILES = ("*config.json", "*token*", "chat_template*", "vocab*", "merges.txt")
+"""Files of a repository by which a base can be checked: some megabytes at most."""
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,127}", re.ASCII)
@@ -103,6 +105,34 @@ def resolve_base(spec: str, progress: Progress | None = None, cache: Path | None
     repo, revision = parse_repo(spec)
     folder = _download_repo(repo, revision, progress or _silent)
     return ResolvedBase(repo.split("/")[1].lower(), folder, folder.name, repo)
+
+
+def resolve_config(spec: str, progress: Progress | None = None) -> Path:
+    """Return a folder with the config and the tokenizer of a base, without downloading its weights.
+
+    Args:
+        spec: as `resolve_base` takes it.
+        progress: called with what is being done.
+
+    Raises:
+        BaseSpecError: `spec` is no base, or what it names holds no config of one.
+        BaseFetchError: the download failed.
+    """
+    default = default_cache() / "bases" / DEFAULT_BASE
+    folder = default if spec == DEFAULT_BASE and _holds_model(default) else Path(spec).expanduser()
+    if not spec or not folder.is_dir():
+        repo, revision = (DEFAULT_REPO, None) if spec == DEFAULT_BASE else parse_repo(spec)
+        folder = _download_files(repo, revision, CONFIG_FILES, progress or _silent)
+    if (folder / "config.json").is_file():
+        return folder
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        named = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        raise BaseSpecError(f"{spec} holds an adapter, and its base is {named}: check that one")
+    raise BaseSpecError(
+        f"{spec} has no config.json, which every base of transformers has. Repositories of GGUF files have "
+        "none: name the one with the safetensors files"
+    )
 
 
 def parse_repo(spec: str) -> tuple[str, str | None]:
@@ -331,6 +361,14 @@ def _convert_gguf(gguf: Path, work: Path) -> None:
 
 def _download_repo(repo: str, revision: str | None, report: Progress) -> Path:
     """Download a repository's safetensors, JSON and tokenizer files into the Hub's own cache."""
+    folder = _download_files(repo, revision, WANTED_FILES, report)
+    _check_model_folder(folder)
+    report("base ready", 1.0)
+    return folder
+
+
+def _download_files(repo: str, revision: str | None, files: Sequence[str], report: Progress) -> Path:
+    """Download files of a repository's root into the Hub's own cache, and return their folder."""
     import huggingface_hub
 
     at = f"{repo}@{revision}" if revision else repo
@@ -344,7 +382,7 @@ def _download_repo(repo: str, revision: str | None, report: Progress) -> Path:
                 revision=revision,
                 etag_timeout=HUB_TIMEOUT_S,
                 local_files_only=silence is not None,
-                allow_patterns=list(WANTED_FILES),
+                allow_patterns=list(files),
                 ignore_patterns=list(UNWANTED_FILES),
                 tqdm_class=_reporter(lambda share: report(message, share)),
             )
@@ -356,12 +394,29 @@ def _download_repo(repo: str, revision: str | None, report: Progress) -> Path:
                 f"folder, or --base {DEFAULT_BASE}"
             ) from error
         raise BaseFetchError(
-            f"the base {at!r} could not be downloaded ({first_line(error)}). Check the name and, for a gated "
-            f"repository, your Hub login; or use a folder, or --base {DEFAULT_BASE}"
+            f"the base {at!r} could not be downloaded ({first_line(error)}). {_advice(repo, error)}; "
+            f"or use a folder, or --base {DEFAULT_BASE}"
         ) from error
-    _check_model_folder(folder)
-    report("base ready", 1.0)
     return folder
+
+
+def _advice(repo: str, error: Exception) -> str:
+    """Return what to do about the Hub's refusal of a repository."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"It is gated: accept its terms at https://huggingface.co/{repo}, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "Check the revision after '@'"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            "Check the name; the Hub says the same of a private repository, which needs `hf auth login` or "
+            "HF_TOKEN"
+        )
+    return "Check the name and, for a gated repository, your Hub login"
 
 
 def _reporter(on_share: Callable[[float], None]) -> type:

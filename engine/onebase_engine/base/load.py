@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from onebase_engine import machine
-from onebase_engine.base.layers import empty_base
+from onebase_engine.base.layers import base_class, empty_base, transformers_class
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,11 @@ def check_servable(config: Any) -> None:
     try:
         _check_architecture(config)
         stored_quantization(config)
-        _check_linear(config)
+        # A parameter takes memory until it is moved to meta, and one of a large mixture 77 GB.
+        with torch.device("meta"):
+            model = empty_base(copy.deepcopy(config))
+        _check_modules(model)
+        _check_linear(model)
     except UnsupportedBaseError:
         raise
     except Exception as error:
@@ -118,7 +122,7 @@ def check_servable(config: Any) -> None:
 
 
 def _check_architecture(config: Any) -> None:
-    """Raise UnsupportedBaseError unless it is a decoder with a KV cache and replaceable attention."""
+    """Raise UnsupportedBaseError unless it is a decoder with a KV cache."""
     name = type(config).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedBaseError(
@@ -126,7 +130,7 @@ def _check_architecture(config: Any) -> None:
             "Choose a causal language model."
         )
     encoder = hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True)
-    model = _causal_class(config)
+    model = transformers_class(config)
     if model is None or encoder:
         raise UnsupportedBaseError(
             f"{name} has no causal language model in transformers; OneBase serves decoder-only text models."
@@ -146,14 +150,20 @@ def _check_architecture(config: Any) -> None:
         )
 
 
-def _causal_class(config: Any) -> Any:
-    """Return transformers' causal language model for a config, or None."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return None
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return found[0] if isinstance(found, list | tuple) else found
+def _check_modules(model: Any) -> None:
+    """Raise UnsupportedBaseError unless transformers names a base's decoder and head."""
+    name, text = type(model).__name__, model.config.get_text_config()
+    fields = ("hidden_size", "num_hidden_layers", "vocab_size")
+    if unnamed := [field for field in fields if not isinstance(getattr(text, field, None), int)]:
+        raise UnsupportedBaseError(
+            f"the config of {name} has no {unnamed[0]}: it is no language model over tokens. Choose another "
+            "base."
+        )
+    if model.base_model is model or model.get_output_embeddings() is None:
+        raise UnsupportedBaseError(
+            f"transformers does not say which part of {name} is the decoder, and which its head. Choose "
+            "another base."
+        )
 
 
 def stored_quantization(config: Any) -> Quantization:
@@ -162,7 +172,11 @@ def stored_quantization(config: Any) -> Quantization:
     Raises:
         UnsupportedBaseError: in a format that OneBase does not read.
     """
-    stored = getattr(config, "quantization_config", None)
+    stored = (
+        getattr(config, "quantization_config", None)
+        or getattr(config, "compression_config", None)  # an older name of compressed-tensors
+        or getattr(config.get_text_config(), "quantization_config", None)
+    )
     if not stored:
         return "none"
     fields = stored if isinstance(stored, dict) else stored.to_dict()
@@ -180,7 +194,7 @@ def stored_quantization(config: Any) -> Quantization:
     )
 
 
-def _check_linear(config: Any) -> None:
+def _check_linear(model: nn.Module) -> None:
     """Raise UnsupportedBaseError if much of the base lies outside its linear layers.
 
     transformers keeps a mixture's experts in tensors [experts, out, in], which bitsandbytes leaves alone.
@@ -188,15 +202,19 @@ def _check_linear(config: Any) -> None:
     last bits."""
     from transformers.pytorch_utils import Conv1D
 
-    # A parameter takes memory until it is moved to meta, and one of a large mixture 77 GB.
-    with torch.device("meta"):
-        model: nn.Module = empty_base(copy.deepcopy(config))
     part, largest = _left_plain(model, lambda module: type(module) is nn.Linear or isinstance(module, Conv1D))
     if part > MOST_PLAIN:
+        name, _, _ = largest.partition(" ")
+        owner = model.get_submodule(name.rpartition(".")[0])
+        reason = (
+            f"OneBase does not quantize layers of class {type(owner).__name__}. Choose another base"
+            if "expert" not in f"{name}{type(owner).__name__}".lower()
+            else "OneBase cannot quantize such weights (a mixture's experts) yet, nor serve them so that no "
+            "row depends on its neighbours. Choose a base without a mixture of experts"
+        )
         raise UnsupportedBaseError(
             f"{type(model).__name__} has {part:.0%} of its weights outside linear layers, for instance in "
-            f"{largest}. OneBase cannot quantize such weights (a mixture's experts) yet, nor serve them so "
-            "that no row depends on its neighbours. Choose a base without a mixture of experts."
+            f"{largest}. {reason}."
         )
 
 
@@ -393,8 +411,6 @@ def load_base(settings: BaseSettings) -> nn.Module:
     Raises:
         UnsupportedBaseError: the model cannot be served, or its files are missing.
     """
-    from transformers import AutoModelForCausalLM
-
     import_bitsandbytes()
     config = config_for(settings)
     by_hand = settings.quantization == "nf4" and settings.blocksize != _STORED_BLOCKSIZE
@@ -403,7 +419,7 @@ def load_base(settings: BaseSettings) -> nn.Module:
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
     try:
         model: nn.Module
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = base_class(config).from_pretrained(
             settings.folder,
             config=config,
             output_loading_info=True,
@@ -719,5 +735,7 @@ def _nf4_statistics(count: int, blocksize: int, double_quant: bool) -> int:
     return blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4 + 4 * 256 + 4 * 16
 
 
-def _is_tied(model: nn.Module) -> bool:
-    return bool(getattr(model.config, "tie_word_embeddings", False))
+def _is_tied(model: Any) -> bool:
+    """Return True if the head multiplies by the input embedding's weight."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight

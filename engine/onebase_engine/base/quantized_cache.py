@@ -33,8 +33,9 @@ KEPT = 4
 """Largest number of cached bases; those used last stay."""
 SPARED = 0.1
 """Part of the disk that the cache leaves free."""
-_RELEASE = 2
-"""Format number of the cache. Earlier ones may lack tensors of the files, or have int8 with a threshold."""
+_RELEASE = 3
+"""Format number of the cache. Earlier ones may lack tensors of the files, have int8 with a threshold, or hold
+towers that see or hear."""
 _TENSORS, _MANIFEST = ".tensors", ".manifest"
 
 

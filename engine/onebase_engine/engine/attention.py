@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_engine.base.layers import set_attention
 from onebase_engine.base.load import CHUNKED
 from onebase_engine.engine.kv_cache import KVCache
 from onebase_engine.kernels.interface import AttentionKernel, AttentionSettings, Contexts, Kernels, Rotation
@@ -19,8 +20,9 @@ NAME = "onebase_paged"
 
 _COMPUTED = frozenset({"scaling", "softcap", "sliding_window", "s_aux"})
 """Options of a decoder's attention that the kernels compute."""
-_WITHOUT_EFFECT = frozenset({"position_ids"})
-"""Options that decoders pass to every attention and that are ignored: the step has the positions."""
+_WITHOUT_EFFECT = frozenset({"position_ids", "logits_to_keep"})
+"""Options that decoders pass to every attention and that are ignored: the step has the positions, and which
+logits are kept is no concern of attention."""
 
 
 class UnsupportedAttentionError(Exception):
@@ -52,7 +54,7 @@ class PagedAttention:
         """Make the view's attention modules call this object."""
         register()
         self.rows.attach(model)
-        model.set_attn_implementation(NAME)  # type: ignore[operator]
+        set_attention(model, NAME)
         for module in model.modules():
             if getattr(module, "layer_idx", None) is not None:
                 module.paged = self  # type: ignore[assignment]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +88,10 @@ def serve(argv: Sequence[str], commands: Commands | None = None) -> int:
 
 
 def base(argv: Sequence[str]) -> int:
-    """`onebase base fetch`: get a base model ready and print its folder as the last line."""
+    """`onebase base fetch | check`: download a base, or say whether it can be served.
+
+    Exit status of `check`: 0 if it can be served, 1 if not.
+    """
     parser = OptionParser(prog="onebase base", description="Get base models ready before serving them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="ACTION")
     fetch = commands.add_parser(
@@ -103,7 +108,17 @@ def base(argv: Sequence[str]) -> int:
         help="the base model: the default's name, org/repo[@revision] on the Hub, or a folder "
         f"(default: {default})",
     )
+    check = commands.add_parser(
+        "check",
+        help="say whether a base can be served, before its weights are downloaded",
+        description="Say from a base's config alone whether it can be served, and what it takes. Of a "
+        "repository only the config and the tokenizer are downloaded.",
+    )
+    check.add_argument("base", metavar="BASE", help="org/repo[@revision] on the Hub, or a folder")
+    check.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(list(argv))
+    if arguments.command == "check":
+        return _check_base(arguments.base, arguments.json)
     from onebase_server.app.console import LoadingDisplay
     from onebase_server.app.startup import StartupError, resolve
 
@@ -116,6 +131,41 @@ def base(argv: Sequence[str]) -> int:
         return 1
     sys.stdout.write(f"{resolved.folder}\n")
     return 0
+
+
+def _check_base(spec: str, as_json: bool) -> int:
+    """Print what a base's config says. Return 0 if it can be served, else 1."""
+    from transformers import AutoConfig
+
+    from onebase_engine.base.default_base import BaseError, resolve_config
+    from onebase_engine.base.load import described
+    from onebase_engine.engine.base_check import check_base
+    from onebase_server.app.console import LoadingDisplay, print_base_check
+    from onebase_server.inference.tokenization import chat_support
+
+    console = Console(stderr=True)
+    try:
+        with LoadingDisplay(console) as display:
+            folder = resolve_config(spec, display.update)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except BaseError as error:
+        print_failure(console, str(error))
+        return 1
+    except Exception as error:
+        print_failure(console, f"{spec} holds no base that transformers knows: {described(error)}")
+        return 1
+    found, chat = check_base(config), chat_support(folder)
+    if as_json:
+        fields = {
+            "base": spec,
+            "served": found.refusal is None if found.certain else None,
+            **asdict(found),
+            **asdict(chat),
+        }
+        sys.stdout.write(json.dumps(fields, indent=2) + "\n")
+    else:
+        print_base_check(Console(), spec, found, chat)
+    return 0 if found.refusal is None else 1
 
 
 _KEYS = """\

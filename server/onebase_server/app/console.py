@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from importlib.resources import files
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +20,10 @@ from onebase_adapters.registry import ApiKeyRecord, Quotas, TenantRecord
 from onebase_edge.settings import Settings, is_loopback
 from onebase_engine.engine.messages import BaseInfo, Loading
 from onebase_server.adapters.catalog import Catalog
+
+if TYPE_CHECKING:
+    from onebase_engine.engine.base_check import BaseCheck
+    from onebase_server.inference.tokenization import ChatSupport
 
 _MOST_ADAPTERS = 20
 
@@ -121,6 +125,41 @@ def print_summary(
             style="yellow",
         )
     console.print()
+
+
+def print_base_check(console: Console, name: str, base: BaseCheck, chat: ChatSupport) -> None:
+    """Print whether a base can be served, and what it takes."""
+    answer = "no" if base.refusal is not None else "yes" if base.certain else "not known before a start"
+    rows = [("served", answer), ("because", base.refusal or "")]
+    text = "" if base.text_type == base.model_type else f", its language model {base.text_type}"
+    rows += [("class", f"{base.architecture or 'none of transformers'} ({base.model_type}{text})")]
+    if base.parameters is not None:
+        parts = ", ".join(f"{part} ({_billions(count)})" for part, count in base.left_out.items())
+        sizes = (f"{kind} {readable_bytes(size)}" for kind, size in base.memory.items())
+        rows += [("weights", _billions(base.parameters)), ("not loaded", parts), ("memory", ", ".join(sizes))]
+    rows += [
+        ("files", f"quantized: {base.stored}" if base.stored not in (None, "none") else ""),
+        ("context", f"{base.context:,} tokens" if base.context else "no limit in the config"),
+        ("KV cache", f"{readable_bytes(base.kv_bytes_per_token)} a token" if base.kv_bytes_per_token else ""),
+        ("state", f"{readable_bytes(base.state_bytes)} a sequence" if base.state_bytes else ""),
+        ("layers", ", ".join(f"{count} {kind}" for kind, count in base.layers.items())),
+        ("chat template", {True: "yes", False: "none", None: "no tokenizer here"}[chat.chat_template]),
+        (
+            "tools",
+            {True: "yes", False: "no: the template writes no calls that can be read", None: ""}[chat.tools],
+        ),
+        ("note", " ".join(base.notes)),
+    ]
+    table = Table.grid(padding=(0, 2))
+    for label_, value in rows:
+        if value:
+            table.add_row(label_, escape(value))
+    console.print(f"[bold]{escape(name)}[/]")
+    console.print(table)
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e7 else f"{count:,}"
 
 
 def _where(base: BaseInfo) -> str:

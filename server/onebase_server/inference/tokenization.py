@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 from onebase_edge.errors import InvalidRequestError
@@ -58,6 +59,26 @@ class TemplateInput:
 
 class TokenizerError(Exception):
     """The base's folder holds no tokenizer that can be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class ChatSupport:
+    """What a base's tokenizer can do for conversations. None where the folder has no usable tokenizer."""
+
+    chat_template: bool | None
+    tools: bool | None
+    """Whether the format of tool calls can be read off the chat template."""
+
+
+def chat_support(folder: Path) -> ChatSupport:
+    """Return what the tokenizer in a folder can do for conversations."""
+    if not any(folder.glob("*token*")):
+        return ChatSupport(None, None)
+    try:
+        tokenizer = BaseTokenizer(str(folder))
+    except TokenizerError:
+        return ChatSupport(None, None)
+    return ChatSupport(tokenizer.has_chat_template, tokenizer.tool_format is not None)
 
 
 class BaseTokenizer:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from onebase_engine.base.attach import AttachError, publish
-from onebase_engine.base.layers import LayerShape, adaptable_layers
+from onebase_engine.base.layers import LayerShape, adaptable_layers, left_out
 from onebase_engine.base.load import (
     BaseChangedError,
     BaseSettings,
@@ -230,6 +230,8 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     channel.send(protocol.Loading(stage="loading the base", fraction=0.1))
     settings = base_settings(config, device)
     base = _load(settings)
+    if parts := left_out(base):
+        logger.info("served as a language model, without %s", ", ".join(parts))
     # Before anything holds on to its tensors: they move into the memory that verifiers attach.
     manifest = _publish(base, base_fd, device)
     channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))

@@ -23,7 +23,7 @@ A server (needs: pip install 'onebase[server]')
   serve      load a base and serve it, with its adapters, over HTTP
   route      one address for several servers of one base
   cluster    several servers on Ray Serve (needs: pip install 'onebase[server,ray]')
-  base       download a base ahead of time: onebase base fetch
+  base       check a base, or download it ahead of time: onebase base check
   keys       make, list, change and revoke API keys, on the server's machine
   tenants    limit what tenants may ask for and keep, on the server's machine
   backup     copy what a server keeps, while it serves, on its machine
