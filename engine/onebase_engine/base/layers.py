@@ -152,6 +152,15 @@ def _empty_towers(config: Any) -> Iterator[None]:
             AutoModel.from_config = original
 
 
+def decoder_of(model: Any) -> nn.Module:
+    """Return the part of a language model without its head; the model itself if transformers does not say.
+
+    The prefix in Llama 4's class is that of the composite around it (transformers 5.24).
+    """
+    decoder: nn.Module = model.base_model
+    return decoder if decoder is not model else getattr(model, "model", model)
+
+
 def _leave_out_towers(model: Any) -> None:
     """Remove what stands beside a composite's language model, and record it as `left_out`.
 

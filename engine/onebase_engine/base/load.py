@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from onebase_engine import machine
-from onebase_engine.base.layers import base_class, empty_base, transformers_class
+from onebase_engine.base.layers import base_class, decoder_of, empty_base, transformers_class
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def _check_modules(model: Any) -> None:
             f"the config of {name} has no {unnamed[0]}: it is no language model over tokens. Choose another "
             "base."
         )
-    if model.base_model is model or model.get_output_embeddings() is None:
+    if decoder_of(model) is model or model.get_output_embeddings() is None:
         raise UnsupportedBaseError(
             f"transformers does not say which part of {name} is the decoder, and which its head. Choose "
             "another base."

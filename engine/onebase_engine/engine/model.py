@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from onebase_engine.base.layers import decoder_of
 from onebase_engine.base.load import STATELESS_LAYERS, UnsupportedBaseError, described
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
@@ -94,8 +95,7 @@ class ServedModel:
         """Guarantee about a sequence's bits, in a sentence or two."""
         self._hidden_rows: torch.Tensor | None = None
         self._hidden: torch.Tensor | None = None
-        decoder: Any = self._view.base_model
-        decoder.register_forward_hook(self._keep_hidden)
+        decoder_of(self._view).register_forward_hook(self._keep_hidden)
         try:
             self._attention.attach(self._view)
             self._recurrence.attach(self._view)

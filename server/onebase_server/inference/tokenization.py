@@ -63,7 +63,7 @@ class TokenizerError(Exception):
 
 @dataclass(frozen=True)
 class ChatSupport:
-    """What a base's tokenizer can do for conversations. None where the folder has no usable tokenizer."""
+    """Abilities of a base's tokenizer for conversations. None where the folder has no usable tokenizer."""
 
     chat_template: bool | None
     tools: bool | None
