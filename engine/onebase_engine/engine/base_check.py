@@ -36,7 +36,7 @@ _BLOCKSIZE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class BaseCheck:
-    """Facts about a base that its config says. Fields are None or empty where a refused base was not built."""
+    """Facts that a config says of its base. Fields are None or empty where a refused base was not built."""
 
     model_type: str
     text_type: str
