@@ -151,7 +151,7 @@ def _check_architecture(config: Any) -> None:
 
 
 def _check_modules(model: Any) -> None:
-    """Raise UnsupportedBaseError unless a base's decoder and head are named and its attention is replaceable."""
+    """Raise UnsupportedBaseError unless decoder and head are named, and attention is replaceable."""
     name, text = type(model).__name__, model.config.get_text_config()
     fields = ("hidden_size", "num_hidden_layers", "vocab_size")
     if unnamed := [field for field in fields if not isinstance(getattr(text, field, None), int)]:
