@@ -77,5 +77,6 @@ def test_no_row_notices_chunking_preemption_eviction_or_company(
     engine = lab.engine(**changes)
     assert run(engine, ASKED) == texts
     if "kv_blocks" in changes:
-        assert engine.scheduler.preemptions > 0
+        # Where blocks before a window are released, there are enough.
+        assert engine.scheduler.preemptions > 0 or engine.model.window is not None
     assert engine.pool.free == engine.pool.capacity

@@ -151,7 +151,7 @@ def _check_architecture(config: Any) -> None:
 
 
 def _check_modules(model: Any) -> None:
-    """Raise UnsupportedBaseError unless transformers names a base's decoder and head."""
+    """Raise UnsupportedBaseError unless decoder and head are named, and attention is replaceable."""
     name, text = type(model).__name__, model.config.get_text_config()
     fields = ("hidden_size", "num_hidden_layers", "vocab_size")
     if unnamed := [field for field in fields if not isinstance(getattr(text, field, None), int)]:
@@ -163,6 +163,14 @@ def _check_modules(model: Any) -> None:
         raise UnsupportedBaseError(
             f"transformers does not say which part of {name} is the decoder, and which its head. Choose "
             "another base."
+        )
+    # Some classes lack the flag, though they call the interface. The served view's probe has the last word.
+    decoder = decoder_of(model)
+    flagged = getattr(decoder, "_supports_attention_backend", True) or getattr(decoder, "_is_stateful", False)
+    if not (flagged or getattr(decoder, "_can_set_attn_implementation", lambda: True)()):
+        raise UnsupportedBaseError(
+            f"{type(model.config).__name__} brings its own attention, which transformers cannot replace by "
+            "the paged one. Choose another base."
         )
 
 

@@ -161,9 +161,11 @@ class ServedModel:
 
     @property
     def window(self) -> int | None:
-        """Largest number of positions that a layer sees of a sequence; None if one sees all, or none any."""
+        """Largest number of positions that a layer sees of a sequence; None if one sees all, or keeps a
+        state."""
         sizes = [size for size in self._attention.windows.values() if size is not None]
-        return max(sizes) if sizes and len(sizes) == len(self._attention.windows) else None
+        whole = self.state_bytes or not sizes or len(sizes) < len(self._attention.windows)
+        return None if whole else max(sizes)
 
     @property
     def state_bytes(self) -> int:
