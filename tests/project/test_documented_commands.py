@@ -79,7 +79,6 @@ TABLE: tuple[tuple[str, str], ...] = (
         PARSE,
     ),  # other bases, and folders that are not there
     (r"onebase base check [\w.-]+/", PARSE),  # a repository on the Hub
-    (r"onebase base check$", "only named"),
     (r"onebase route --host 0.0.0.0 ", PARSE),  # tests/server/test_route.py runs it
     (
         r"onebase cluster (up|status|scale|drain|down)( [^-]| --(replicas|address|config|min-replicas)|$)",

@@ -86,8 +86,9 @@ def base_class(config: Any) -> Any:
         ValueError: transformers has no class that generates text by this config.
     """
     whole, found = whole_class(config), transformers_class(config)
+    text = config.get_text_config()
     # Where a config is mapped to the class of its text part, transformers takes that part by itself.
-    composite = config.get_text_config() is not config and found.config_class is type(config)
+    composite = text is not config and found.config_class is not type(text)
     return _language_model(found) if composite else whole
 
 
