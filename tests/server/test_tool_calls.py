@@ -168,8 +168,9 @@ class Base:
 
     def answer(self, said: str, made: list[tuple[str, Any]]) -> str:
         """As the template writes it, without the end of the turn."""
+        naming = self.format.ids_name_calls
         written = [
-            {"id": f"call{index:05}", "type": "function", "function": {"name": name, "arguments": values}}
+            {"id": f"functions.{name}:{index}" if naming else f"call{index:05}", "type": "function", "function": {"name": name, "arguments": values}}
             for index, (name, values) in enumerate(made)
         ]
         question = {"role": "user", "content": "?"}
@@ -180,7 +181,7 @@ class Base:
             generation=False,
         )
         text = text[len(render([question], tools=OFFERED, generation=True)) :]
-        end = self.format.closing.rpartition("\0")[2]
+        end = re.split("[\0\1]", self.format.closing)[-1]
         return text[: text.rindex(end) + len(end)]
 
 
