@@ -36,7 +36,7 @@ ID_CHARACTERS = 9
 _NAMES = ("alphaprobe", "betaprobe", "deltaprobe")
 _IDS = ("probeid01", "probeid02", "probeid03")
 _NAMING = ("functions.", ":")
-"""What stands before and after the name in an id that names its call and counts it, as Kimi K2's do."""
+"""Text before and after the name in an id that names its call and counts it, as Kimi K2's do."""
 _NAMING_IDS = tuple(f"{_NAMING[0]}{name}{_NAMING[1]}{number}" for number, name in enumerate(_NAMES))
 _KEYS = ("probekey", "probenumber")
 _CONTENT, _QUESTION, _VALUE = "probecontent", "probequestion", "probevalue"
@@ -160,7 +160,9 @@ class ToolFormat:
         if content is not None:
             return [f"start: content | {opening} calls", f"content: %json {_compact(content)}"]
         if not self.trigger:
-            # What begins otherwise is text.
+            # What begins otherwise is text. The lexer would go on with text behind a piece of the opening.
+            if not any(name in self.opening for name in self.controls):
+                opening = f"/{_pattern(self.opening)}/"
             return [
                 f"start: TEXT | {opening} calls",
                 f"TEXT: /(?s:.*)/ & ~(/{_pattern(self.opening)}(?s:.*)/)",
@@ -210,14 +212,16 @@ class ToolFormat:
         if "string" not in kinds(schema):
             return [f"{rule}: {rule}_json", *as_json]
         if choices := schema.get("enum"):
-            ways = (
+            written = (
                 f"{middle} {_quoted(one)}" if isinstance(one, str) else f"{other} {_quoted(json.dumps(one))}"
                 for one in choices
             )
-            return [f"{rule}: ({' | '.join(ways)}) {closing}"]
+            return [f"{rule}: ({' | '.join(written)}) {closing}"]
         rules = [f"{rule}_text[lazy]: /(?s:.*)/ {_quoted(made.closing)}"]
         ways = [f"{middle} {rule}_text"]
-        control = min((name for name in self.controls if name in made.closing), key=made.closing.find, default="")
+        control = min(
+            (name for name in self.controls if name in made.closing), key=made.closing.find, default=""
+        )
         if control:  # it also ends letter by letter, for the reader sees no difference
             before, _, after = made.closing.partition(control)
             rest = self._literal(control + after)
@@ -303,9 +307,7 @@ def _quoted(text: str) -> str:
 
 
 def _pattern(text: str) -> str:
-    return re.sub(
-        r"[^A-Za-z0-9_ ]", lambda found: _HOLES.get(found[0]) or f"\\x{{{ord(found[0]):x}}}", text
-    )
+    return re.sub(r"[^A-Za-z0-9_ ]", lambda found: _HOLES.get(found[0]) or f"\\x{{{ord(found[0]):x}}}", text)
 
 
 _HOLES = {HOLE: f"[a-zA-Z0-9]{{{ID_CHARACTERS}}}", COUNT: "[0-9]{1,6}"}
@@ -613,15 +615,16 @@ def _format(
         return None
     opening = _with_holes(one.text[one.start : first.name].lstrip())
     middle: str | None = first.middle
-    closing: str | None = _with_holes(one.text[first.stop : _end(render, one.text, controls)])
+    alone = _with_holes(one.text[first.stop : _end(render, one.text, controls)])
+    closing: str | None = alone
     between = None
-    calls = [] if many is None else [_call(many, index) for index in range(len(_NAMES))]
-    if many is not None and all(calls) and all(a.stop < b.name for a, b in pairwise(calls)):
+    found = () if many is None else (_call(many, index) for index in range(len(_NAMES)))
+    calls = [call for call in found if call is not None]
+    if many is not None and len(calls) == len(_NAMES) and all(a.stop < b.name for a, b in pairwise(calls)):
         middle = _counted([first.middle, *(call.middle for call in calls)])
         between = _counted([_with_holes(many.text[a.stop : b.name]) for a, b in pairwise(calls)])
-        closing = _counted(
-            [closing, _with_holes(many.text[calls[-1].stop : _end(render, many.text, controls)])]
-        )
+        last = _with_holes(many.text[calls[-1].stop : _end(render, many.text, controls)])
+        closing = _counted([alone, last])
     if middle is None or closing is None or middle[:1] in _HOLES or (between or "")[:1] in _HOLES:
         return None
     if between is not None and COUNT in between:
