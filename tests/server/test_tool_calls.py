@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,22 @@ from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput
 from onebase_server.inference.tool_call_parser import CallFormat, CallReader
 from onebase_server.inference.tool_format import ArgumentFormat, Bare, Pythonic, ToolDefinition, ToolFormat
 
-CONTROLS = ["[TOOL_CALLS]", "<|tool_call|>", "<|tool_call>", "<tool_call|>", '<|"|>', "</s>", "<|thought|>"]
+from .support import Starter
+
+CONTROLS = [
+    "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|tool_call|>", "<|tool_call>", "<tool_call|>", '<|"|>', "</s>",
+    "<|thought|>", "<|call|>", "<|arguments|>", "<|called|>",
+]  # fmt: skip
+PLAIN = [
+    "<tool_call>",
+    "</tool_call>",
+    "<arg_key>",
+    "</arg_key>",
+    "<arg_value>",
+    "</arg_value>",
+    "\uff5cDSML\uff5c",
+]
+"""Tokens that are added and not special."""
 JSON_CALL = '{"name": "' + "{{ c.function.name }}" + '", "%s": ' + "{{ c.function.arguments | tojson }}" + "}"
 """As most templates write a call; the second word differs."""
 HEAD = """{%- for m in messages %}{%- if m.role == 'user' or m.role == 'tool' %}
@@ -38,6 +54,17 @@ BARE = """{%- macro bare(v) -%}
 {{- bare(x) }}{%- endfor %}{{ '}' }}
 {%- elif v is sequence %}[{% for x in v %}{{ ',' if not loop.first }}{{ bare(x) }}{% endfor %}]
 {%- else %}{{ v }}{% endif %}{% endmacro %}"""
+NAMING = (
+    "{{- m.content }}{% for c in m.tool_calls %}<|call|>ID<|arguments|>"
+    + "{{ c.function.arguments | tojson }}<|called|>{% endfor %}{{ '<|im_end|>' }}"
+)
+"""As Kimi K2's templates write a call: its id, which has the name in it."""
+DSML = """{{- m.content }}{% if m.tool_calls %}{{ '\n\n' }}<DS>calls>
+{% for c in m.tool_calls %}<DS>invoke name="{{ c.function.name }}">
+{% for k, v in c.function.arguments.items() %}<DS>parameter name="{{ k }}" string="
+{{- 'true' if v is string else 'false' }}">{{ v if v is string else v | tojson }}</DS>parameter>
+{% endfor %}</DS>invoke>
+{% endfor %}</DS>calls>{% endif %}{{ '<|im_end|>' }}""".replace("DS>", "\uff5cDSML\uff5c")
 TEMPLATES = {
     "hermes": HEAD
     + "{{- m.content }}{% for c in m.tool_calls %}{{ '\\n' if m.content or not loop.first }}<tool_call>\n"
@@ -84,6 +111,31 @@ TEMPLATES = {
     + "{% endfor %}){{ ', ' if not loop.last }}{% endfor %}]{% endif %}{{ '<|im_end|>' }}"
     + TAIL,
 }
+TEMPLATES |= {
+    "mistral-small": HEAD
+    + "{%- if not m.tool_calls %}{{- m.content }}{% endif %}{% for c in m.tool_calls %}[TOOL_CALLS]"
+    + "{{ c.function.name }}[CALL_ID]{{ c.id if c.id | length == 9 else raise_exception('9 characters') }}"
+    + "[ARGS]{{ c.function.arguments | tojson }}{% endfor %}{{ '</s>' }}"
+    + TAIL,
+    "openai": HEAD + "{{- m.tool_calls | tojson if m.tool_calls else m.content }}{{ '<|im_end|>' }}" + TAIL,
+    "kimi-k2": HEAD + NAMING.replace("ID", "functions.{{ c.function.name }}:{{ loop.index0 }}") + TAIL,
+    "kimi-k2-ids": HEAD + NAMING.replace("ID", "{{ c.id }}") + TAIL,
+    "command": HEAD
+    + "{%- if not m.tool_calls %}{{- m.content }}{% else %}<|call|>[{% for c in m.tool_calls %}"
+    + '{"tool_call_id": "{{ loop.index0 }}", "tool_name": "{{ c.function.name }}", "parameters": '
+    + "{{ c.function.arguments | tojson }}}{{ ', ' if not loop.last }}{% endfor %}]<|called|>{% endif %}"
+    + "{{ '<|im_end|>' }}"
+    + TAIL,
+    "glm-4.7": HEAD
+    + "{{- m.content }}{% for c in m.tool_calls %}<tool_call>{{ c.function.name }}"
+    + "{% for k, v in c.function.arguments.items() %}<arg_key>{{ k }}</arg_key><arg_value>"
+    + "{{ v if v is string else v | tojson }}</arg_value>{% endfor %}</tool_call>{% endfor %}"
+    + "{{ '<|im_end|>' }}"
+    + TAIL,
+    "deepseek": HEAD + DSML + TAIL,
+}
+WITH_CONTENT = {"hermes", "qwen3-coder", "lfm2", "kimi-k2", "kimi-k2-ids", "glm-4.7", "deepseek"}
+"""Families whose templates write what is said before a call."""
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -105,7 +157,12 @@ SCHEMA = {
         }
     },
 }
-KINDS = {"gemma": Bare, "qwen3-coder": ArgumentFormat, "lfm2": Pythonic, "pythonic": Pythonic}
+KINDS = {
+    "gemma": Bare,
+    "lfm2": Pythonic,
+    "pythonic": Pythonic,
+    **dict.fromkeys(("qwen3-coder", "glm-4.7", "deepseek"), ArgumentFormat),
+}
 EMPTY: dict[str, Any] = {"type": "object", "properties": {}}
 TOOLS = {"get_weather": ToolDefinition("get_weather", SCHEMA), "now": ToolDefinition("now", EMPTY)}
 OFFERED = [
@@ -116,7 +173,7 @@ OFFERED = [
 # What templates write as it is must not hold the mark that ends it, and a lone `null` would be read as one.
 words = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cc", "Cs"]), max_size=12).filter(
     lambda text: (
-        not any(mark in text for mark in (*CONTROLS, "<|im", "</parameter>")) and text.strip() == text
+        not any(mark in text for mark in (*CONTROLS, *PLAIN, "<|im", "</parameter>")) and text.strip() == text
     )
 )
 numbers = st.integers(-999, 999) | st.sampled_from([0.5, -2.25])
@@ -166,22 +223,32 @@ class Base:
         assert found is not None
         self.format = found
 
+    def messages(
+        self, said: str, made: list[tuple[str, Any]], ids: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
+        """Return a question, and an answer with these calls."""
+        naming = self.format.ids_name_calls
+        ids = ids or [
+            f"functions.{name}:{index}" if naming else f"call{index:05}"
+            for index, (name, _) in enumerate(made)
+        ]
+        calls = [
+            {"id": call_id, "type": "function", "function": {"name": name, "arguments": values}}
+            for call_id, (name, values) in zip(ids, made, strict=True)
+        ]
+        return [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": said, "tool_calls": calls},
+        ]
+
     def answer(self, said: str, made: list[tuple[str, Any]]) -> str:
         """As the template writes it, without the end of the turn."""
-        written = [
-            {"id": f"call{index:05}", "type": "function", "function": {"name": name, "arguments": values}}
-            for index, (name, values) in enumerate(made)
-        ]
-        question = {"role": "user", "content": "?"}
+        messages = self.messages(said, made)
         render = self.tokenizer._render
-        text = render(
-            [question, {"role": "assistant", "content": said, "tool_calls": written}],
-            tools=OFFERED,
-            generation=False,
-        )
-        text = text[len(render([question], tools=OFFERED, generation=True)) :]
-        end = self.format.closing.rpartition("\0")[2]
-        return text[: text.rindex(end) + len(end)]
+        text = render(messages, tools=OFFERED, generation=False)
+        text = text[len(render(messages[:1], tools=OFFERED, generation=True)) :]
+        end = re.split("[\0\1]", self.format.closing)[-1]
+        return text[: text.rindex(end) + len(end)].removesuffix("</s>")
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +257,7 @@ def folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("tokens")
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     tokenizer.add_special_tokens({"additional_special_tokens": CONTROLS}, replace_extra_special_tokens=False)
-    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    tokenizer.add_tokens(PLAIN)
     tokenizer.save_pretrained(made)
     return made
 
@@ -243,6 +310,11 @@ def read(format: ToolFormat, text: str, cuts: list[int]) -> tuple[str, list[tupl
     return content, [(name, json.loads(values)) for name, values in found]
 
 
+D = PLAIN[-1]
+OPENAI = '[{"id": "\0", "type": "function", "function": {"name": '
+COMMAND = '<|call|>[{"tool_call_id": "\1", "tool_name": "'
+
+
 @pytest.mark.parametrize(
     ("family", "opening", "middle", "closing", "trigger"),
     [
@@ -254,6 +326,13 @@ def read(format: ToolFormat, text: str, cuts: list[int]) -> tuple[str, list[tupl
         ("qwen3-coder", "<tool_call>\n<function=", ">\n", "</function>\n</tool_call>", "<tool_call>"),
         ("lfm2", "<|tool_call|>[", "(", "]<|tool_call|>", "<|tool_call|>"),
         ("pythonic", "[", "(", "]", ""),
+        ("mistral-small", "[TOOL_CALLS]", "[CALL_ID]\0[ARGS]", "", "[TOOL_CALLS]"),
+        ("openai", OPENAI + '"', '", "arguments": ', "}}]", ""),
+        ("kimi-k2", "<|call|>functions.", ":\1<|arguments|>", "<|called|>", "<|call|>"),
+        ("kimi-k2-ids", "<|call|>functions.", ":\1<|arguments|>", "<|called|>", "<|call|>"),
+        ("command", COMMAND, '", "parameters": ', "}]<|called|>", "<|call|>"),
+        ("glm-4.7", "<tool_call>", "", "</tool_call>", "<tool_call>"),
+        ("deepseek", f'<{D}calls>\n<{D}invoke name="', '">\n', f"</{D}invoke>\n</{D}calls>", f"<{D}calls>"),
     ],
 )
 def test_a_template_says_how_calls_are_written(
@@ -264,7 +343,7 @@ def test_a_template_says_how_calls_are_written(
     assert found.parallel == (family != "llama")
     assert type(found.arguments) is KINDS.get(family, type(None))
     ids = [found.id_of(f"a.0.{number}") for number in range(100)]
-    assert {len(one) for one in ids} == {9 if family == "mistral" else 29}
+    assert {len(one) for one in ids} == {9 if "\0" in opening + middle + closing else 29}
     assert len(set(ids)) == 100
     assert found.id_of("a.0.0") == ids[0], "a stream that is resumed has the same"
 
@@ -280,13 +359,14 @@ def test_what_a_template_writes_is_read_back_and_follows_its_grammar(
         made = made[:1]
     assume(family != "lfm2" or not holds_quotes(made))
     text = base.answer(said, made)
-    said = said if family in ("hermes", "qwen3-coder", "lfm2") else ""
+    said = said if family in WITH_CONTENT else ""
 
     cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=12))
     assert read(base.format, text, cuts) == (said, made)
     for choice in ("auto", "required") if not said else ("auto",):
         grammar = base.format.grammar(TOOLS, choice, parallel=True).text
-        taken, whole, ends = follows(compiler, base, text, grammar)
+        answer = text.lstrip() if choice == "required" else text
+        taken, whole, ends = follows(compiler, base, answer, grammar)
         assert (taken, ends) == (whole, True)
 
 
@@ -468,7 +548,6 @@ def test_a_strict_tool_is_refused_where_its_schema_cannot_be_kept_to(bases: dict
         "{{ messages[0].content }}",
         "{{ raise_exception('no') if tools or messages[-1].tool_calls }}",
         HEAD + "{% for c in m.tool_calls %}<|im_end|>{{ c.function | tojson }}{% endfor %}" + TAIL,
-        HEAD + "{{- m.tool_calls | tojson if m.tool_calls else m.content }}" + TAIL,
         HEAD + "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.id }}){% endfor %}" + TAIL,
         HEAD
         + "[{% for c in m.tool_calls %}{{ c.function.name }}({% for k, v in c.function.arguments.items() %}"
@@ -479,6 +558,92 @@ def test_a_template_whose_calls_cannot_be_read_has_no_format(folder: Path, templ
     tokenizer = BaseTokenizer(str(folder))
     tokenizer._tokenizer.chat_template = template
     assert tokenizer.tool_format is None
+
+
+@pytest.mark.parametrize("family", ["kimi-k2", "kimi-k2-ids"])
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_ids_that_name_their_calls_are_given_back_as_they_are_written(
+    bases: dict[str, Base], family: str, size: int
+) -> None:
+    format = bases[family].format
+    one = '<|call|>functions.a:b:%d<|arguments|>{"x": 1}<|called|>'
+    text = one % 7 + one % 12 + one % 12
+    reader = CallReader(calls_of(format), "a.0")
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    found = [delta for piece in pieces for delta in reader.feed(piece).calls if delta.id is not None]
+    assert [delta.name for delta in found] == ["a:b"] * 3
+    first, second, third = (delta.id for delta in found)
+    assert (first, second) == ("functions.a:b:7", "functions.a:b:12")
+    assert third == format.id_of("a.0.2"), "two calls of an answer have two ids"
+
+
+@pytest.mark.parametrize("family", [name for name in TEMPLATES if name != "llama"])
+def test_the_ids_of_calls_go_back_into_the_next_prompt(bases: dict[str, Base], family: str) -> None:
+    base = bases[family]
+    made: list[tuple[str, Any]] = [("get_weather", {"city": "x"}), ("now", {})]
+    said = CallReader(calls_of(base.format), "a.0").feed(base.answer("", made), end=True)
+    ids = [delta.id for delta in said.calls if delta.id is not None]
+    results: list[dict[str, Any]] = [
+        {"role": "tool", "tool_call_id": call_id, "content": f"result of {call_id}"} for call_id in ids
+    ]
+    chat = TemplateInput([*base.messages("", made, ids), *results], OFFERED)
+    prompt = base.tokenizer.decode(base.tokenizer.encode_chat(chat), special=True)
+    assert all(f"result of {call_id}" in prompt for call_id in ids)
+    if base.format.ids_name_calls or "\0" in base.format.opening + base.format.middle:
+        assert all(prompt.index(str(call_id)) < prompt.index("result of") for call_id in ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "part", "reason"),
+    [
+        ("", "chat", "not served: this base has no chat template"),
+        ("{{ messages[0].content }}", "tools", "has no place for tools"),
+        ("{{ messages[0].content }}{{ tools }}", "tools", "writes no calls"),
+        (HEAD + "{{ m.tool_calls | length }}" + TAIL, "tools", "writes calls in a way that cannot be read"),
+        (
+            HEAD + "{% for c in m.tool_calls %}{{ [].append(c) }}{% endfor %}" + TAIL,
+            "tools",
+            "'append' of 'list'",
+        ),
+        ("{{ [].append(1) }}{# tools tool_calls #}", "chat", "cannot be used at all"),
+        ("{% for t in tools %}{{ t }}{% endfor %}" + TEMPLATES["hermes"], "chat", "served with tools alone"),
+        (TEMPLATES["hermes"], "", ""),
+    ],
+)
+def test_what_a_template_keeps_from_being_served_is_known_with_its_reason(
+    folder: Path, template: str, part: str, reason: str
+) -> None:
+    tokenizer = BaseTokenizer(str(folder))
+    tokenizer._tokenizer.chat_template = template
+    assert list(tokenizer.unserved) == [part] * bool(part)
+    assert reason in tokenizer.unserved.get(part, "")
+
+
+@pytest.mark.parametrize(
+    ("template", "row"),
+    [
+        (
+            "{{ messages[0].content }}",
+            "tools .* not served: this base's chat template has no place for tools",
+        ),
+        (
+            "{{ nothing.at.all }}",
+            "chat .* not served: this base's chat template cannot be used at all, as it",
+        ),
+    ],
+)
+def test_a_server_says_at_start_what_its_template_keeps_from_being_served(
+    serve_scripted: Starter, small_base: Path, tmp_path: Path, template: str, row: str
+) -> None:
+    folder = shutil.copytree(small_base, tmp_path / "base")
+    (folder / "chat_template.jinja").write_text(template)
+    with serve_scripted("words", "--base", str(folder)) as server:
+        assert re.search(row, server.log)
+
+
+def test_a_server_whose_base_calls_tools_says_nothing_of_them_at_start(serve_scripted: Starter) -> None:
+    with serve_scripted("words") as server:
+        assert "not served" not in server.log
 
 
 def templates_of_models(names: Iterable[str]) -> dict[str, str]:
@@ -524,7 +689,13 @@ def test_calls_of_models_are_read_by_their_own_templates(
     near = {"lines": ["a", 1, True]}
     made = [("get_weather", {"city": "Den Haag", "days": 12, "near": near, "unit": "C"}), ("now", {})]
     made = made if base.format.parallel else made[:1]
-    assert read(base.format, base.answer("", made), [])[1] == made
+    text = base.answer("", made)
+    assert read(base.format, text, [])[1] == read(base.format, text, list(range(len(text))))[1] == made
+    results = [
+        {"role": "tool", "name": name, "tool_call_id": "1", "content": f"from {name}"} for name, _ in made
+    ]
+    prompt = base.tokenizer._render([*base.messages("", made), *results], tools=OFFERED, generation=True)
+    assert all(f"from {name}" in prompt for name, _ in made)
 
 
 @pytest.mark.parametrize("name", NOT_READ)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -92,9 +92,19 @@ def console_is_built() -> bool:
 
 
 def print_summary(
-    console: Console, settings: Settings, base: BaseInfo, catalog: Catalog, url: str, *, keys: bool
+    console: Console,
+    settings: Settings,
+    base: BaseInfo,
+    catalog: Catalog,
+    url: str,
+    *,
+    keys: bool,
+    unserved: Mapping[str, str],
 ) -> None:
-    """The base and its memory, the adapters, and where to send requests. `keys`: whether there are any."""
+    """Print the base and its memory, the adapters, and where to send requests.
+
+    keys: whether there are any. unserved: why chats or tools are not served, by these names.
+    """
     table = Table.grid(padding=(0, 2))
     table.add_row(
         "base", f"{catalog.base_name} ({base.architecture}, {base.parameters / 1e6:,.0f} M parameters)"
@@ -108,6 +118,8 @@ def print_summary(
     table.add_row(
         "KV cache", f"{readable_bytes(base.kv_bytes)}: {tokens:,} tokens{eight}, at most {most:,} per request"
     )
+    for title, text in unserved.items():
+        table.add_row(title, escape(text))
     lines = _adapter_lines(catalog)
     for title, text in zip(["adapters", *[""] * len(lines)], lines, strict=False):
         table.add_row(title, text)

@@ -139,8 +139,11 @@ class _Server:
 
         def ready() -> None:
             display.close()
+            unserved = services.tokenizer.unserved
             if settings.log_format == "json":
                 _log.info("OneBase %s is ready at %s", onebase_server.__version__, url_of(listener))
+                for part, reason in unserved.items():
+                    _log.warning("%s: %s", part, reason)
             if supervisor.base is not None:
                 print_summary(
                     console,
@@ -149,6 +152,7 @@ class _Server:
                     services.catalog,
                     url_of(listener),
                     keys=services.keys.has_keys,
+                    unserved=unserved,
                 )
 
         try:

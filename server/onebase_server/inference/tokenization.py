@@ -17,7 +17,7 @@ from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_ar
 from onebase_engine.imports import quick_imports
 from onebase_engine.machine import return_freed_memory
 from onebase_server.inference.detokenizer import BytePieces, PieceDecoder, ShownPieces, WindowPieces
-from onebase_server.inference.tool_format import ToolFormat, read_format
+from onebase_server.inference.tool_format import ToolFormat, UnreadableCallsError, read_format, reason_of
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -140,15 +140,52 @@ class BaseTokenizer:
         )
         return frozenset(meta.find_undeclared_variables(tree)) - _OWN_VARIABLES - (set_here - asked) - given
 
-    @cached_property
+    @property
     def tool_format(self) -> ToolFormat | None:
         """Return the chat template's format of tool calls, or None if it writes none or none that can be
         read."""
-        if "tools" not in self.chat_template or "tool_calls" not in self.chat_template:
-            return None
+        return None if isinstance(self._tool_format, str) else self._tool_format
+
+    @property
+    def tools_refusal(self) -> str | None:
+        """Return what of the chat template keeps tools from being served, as the rest of a sentence of which
+        it is the subject."""
+        return self._tool_format if isinstance(self._tool_format, str) else None
+
+    @cached_property
+    def _tool_format(self) -> ToolFormat | str:
+        if "tools" not in self.chat_template:
+            return "has no place for tools"
+        if "tool_calls" not in self.chat_template:
+            return "writes no calls"
         added = self._tokenizer.added_tokens_decoder
         names = {text.content: token for token, text in added.items() if len(text.content.strip()) > 1}
-        return read_format(self._render, names)
+        try:
+            return read_format(self._render, names)
+        except UnreadableCallsError as error:
+            return str(error)
+
+    @cached_property
+    def chat_refusal(self) -> str | None:
+        """Return what of the chat template keeps conversations without tools from being served, or None."""
+        try:
+            self._render([{"role": "user", "content": "?"}], tools=None, generation=True)
+        except Exception as error:  # a template is a program and fails in any way
+            return f"cannot write a message: {reason_of(error)}"
+        return None
+
+    @property
+    def unserved(self) -> dict[str, str]:
+        """Return why chats or tools are not served with this base's chat template, by these two names."""
+        if not self.has_chat_template:
+            return {"chat": "not served: this base has no chat template"}
+        template = "this base's chat template"
+        chat, tools = self.chat_refusal, self.tools_refusal
+        if chat and tools:
+            return {"chat": f"not served: {template} cannot be used at all, as it {chat}"}
+        if chat:
+            return {"chat": f"served with tools alone: without them {template} {chat}"}
+        return {"tools": f"not served: {template} {tools}"} if tools else {}
 
     def _render(self, messages: Any, *, tools: Any, generation: bool) -> str:
         text: str = self._tokenizer.apply_chat_template(
@@ -194,9 +231,8 @@ class BaseTokenizer:
                 f"The base's chat template refuses these messages: {error}", param="messages"
             ) from error
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise InvalidRequestError(
-                f"The base's chat template cannot write these messages: {reason}", param="messages"
+                f"The base's chat template cannot write these messages: {reason_of(error)}", param="messages"
             ) from error
 
     def decode(self, tokens: Sequence[int], special: bool = False) -> str:

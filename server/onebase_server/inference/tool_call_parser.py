@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from onebase_engine.engine.messages import Grammar
 from onebase_server.inference.tool_format import (
+    COUNT,
     HOLE,
     ID_CHARACTERS,
     ArgumentFormat,
@@ -70,6 +71,7 @@ class CallReader:
         self._ended = False
         self._content: list[str] = []
         self._calls: list[ToolCallDelta] = []
+        self._ids: set[str] = set()
         self.count = 0
         """Calls so far."""
         self.whole = True
@@ -106,11 +108,12 @@ class CallReader:
         """Read up to the first call. False: there is none."""
         format = self._format
         while self._as_asked.at_once or not format.trigger:
-            if self._rest.startswith(format.opening):
-                return self._skip(len(format.opening))
+            stop = _match(format.opening, self._rest)
+            if stop is not None and stop >= 0:
+                return self._skip(stop)
             if self._ended and self._as_asked.required:
                 return False
-            if self._ended or not format.opening.startswith(self._rest):
+            if self._ended or stop is None:
                 yield from self._all_text()
                 return False
             yield
@@ -129,12 +132,12 @@ class CallReader:
             said = len(self._rest[:at].rstrip())  # the white space is a part of how a call is written
             self._say(said)
             at -= said
-            while len(self._rest) < at + len(format.opening) and not self._ended:
+            while (stop := _match(format.opening, self._rest, at)) == _CUT and not self._ended:
                 yield
-            if self._rest.startswith(format.opening, at):
-                return self._skip(at + len(format.opening))
-            if self._ended and format.opening.startswith(self._rest[at:]):
+            if stop == _CUT:
                 return False  # a call that was cut before it had a name
+            if stop is not None:
+                return self._skip(stop)
             self._say(at + len(format.trigger))
 
     def _all_text(self) -> Generator[None]:
@@ -147,16 +150,22 @@ class CallReader:
     def _call(self) -> Generator[None]:
         """Read a call's name and arguments."""
         made = self._format.arguments
-        border = self._format.middle or "{"
-        while (at := self._rest.find(border)) < 0:
+        while (found := self._name()) is None:
             if self._ended:
                 return
             yield
+        at, stop = found
         name, index = self._rest[:at], self.count
-        self._skip(at + len(self._format.middle))
+        call_id = self._format.id_of(f"{self._answer}.{index}")
+        if self._format.ids_name_calls:
+            number = re.search("[0-9]+", self._rest[at:stop])
+            written = self._format.naming_id(name, number[0] if number else "")
+            call_id = call_id if written in self._ids else written
+            self._ids.add(written)
+        self._skip(stop)
         self.count += 1
         self.whole = False
-        self._calls.append(ToolCallDelta(index, id=self._format.id_of(f"{self._answer}.{index}"), name=name))
+        self._calls.append(ToolCallDelta(index, id=call_id, name=name))
         if made is None:
             yield from self._object(index)
         elif isinstance(made, Bare):
@@ -165,6 +174,22 @@ class CallReader:
             yield from self._python(index)
         else:
             yield from self._one_by_one(index, name, made)
+
+    def _name(self) -> tuple[int, int] | None:
+        """Return where the name ends and what stands between it and the arguments; None if they are not
+        there yet."""
+        middle = self._format.middle
+        if not middle:
+            after = _NAME.match(self._rest)
+            end = after.end() if after else 0
+            return (end, end) if end < len(self._rest) else None
+        begins = re.split(f"[{HOLE}{COUNT}]", middle, maxsplit=1)[0]
+        at = self._rest.find(begins)
+        while at >= 0 and (stop := _match(middle, self._rest, at)) != _CUT:
+            if stop is not None:
+                return at, stop
+            at = self._rest.find(begins, at + 1)
+        return None
 
     def _object(self, index: int) -> Generator[None]:
         depth, quoted, escaped = 0, False, False
@@ -203,16 +228,26 @@ class CallReader:
                 if self._ended:
                     return
                 yield
-            while (at := self._rest.find(made.middle, len(made.opening))) < 0:
+            while not (found := self._key(made)):
                 if self._ended:
                     return
                 yield
+            at, mark = found
             key = self._rest[len(made.opening) : at]
-            self._skip(at + len(made.middle))
+            self._skip(at + len(mark))
             begun = f"{before}{_json(key)}: "
-            if not (yield from self._value(index, begun, kinds(properties.get(key, {})), made)):
+            its_kinds = kinds(properties.get(key, {}))
+            if made.other:
+                its_kinds = frozenset(("string" if mark == made.middle else "other",))
+            if not (yield from self._value(index, begun, its_kinds, made)):
                 return
             before = ", "
+
+    def _key(self, made: ArgumentFormat) -> tuple[int, str] | None:
+        """Return where the name of an argument ends, and what follows it; None if that is not there yet."""
+        marks = (made.middle, made.other) if made.other else (made.middle,)
+        places = ((self._rest.find(mark, len(made.opening)), mark) for mark in marks)
+        return min((place for place in places if place[0] >= 0), default=None)
 
     def _value(
         self, index: int, before: str, kinds: frozenset[str], made: ArgumentFormat
@@ -333,18 +368,11 @@ class CallReader:
         between = self._format.between
         if between is None:
             return False
-        before, hole, after = between.partition(HOLE)
-        length = len(before) + (ID_CHARACTERS if hole else 0) + len(after)
-        while True:
-            rest = self._rest[:length]
-            tail = rest[length - len(after) :] if hole else ""
-            if not rest.startswith(before[: len(rest)]) or not after.startswith(tail):
-                return False
-            if len(rest) == length:
-                return self._skip(length)
+        while (stop := _match(between, self._rest)) == _CUT:
             if self._ended:
                 return False
             yield
+        return stop is not None and self._skip(stop)
 
     def _skip(self, characters: int) -> bool:
         self._rest = self._rest[characters:]
@@ -415,6 +443,39 @@ AnswerReader = CallReader | TextReader
 def answer_reader(calls: CallFormat | None, answer: str) -> AnswerReader:
     """Return the reader of one answer. answer: its request's id and its choice."""
     return TextReader() if calls is None else CallReader(calls, answer)
+
+
+def _match(written: str, text: str, at: int = 0) -> int | None:
+    """Return where a part of a format ends that begins at a place of a text; None if it is not there, _CUT
+    if the text ends before that is known."""
+    for part in _PARTS.split(written):
+        if part == COUNT:
+            found = _DIGITS.match(text, at)
+            stop = found.end() if found else at
+            if stop == len(text):
+                return _CUT
+            if found is None:
+                return None
+        elif part == HOLE:
+            stop = at + ID_CHARACTERS
+            piece = text[at:stop]
+            if piece and not (piece.isascii() and piece.isalnum()):
+                return None
+        else:
+            stop = at + len(part)
+            if not part.startswith(text[at:stop]):
+                return None
+        if stop > len(text):
+            return _CUT
+        at = stop
+    return at
+
+
+_CUT = -1
+_PARTS = re.compile(f"([{HOLE}{COUNT}])")
+_DIGITS = re.compile("[0-9]+")
+_NAME = re.compile(r"[A-Za-z0-9_.:/-]+")
+"""Pattern of the names that functions may have."""
 
 
 def _held(text: str, marker: str, *, space: bool = True) -> int:

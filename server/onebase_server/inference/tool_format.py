@@ -14,6 +14,7 @@ import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Any, Literal
 
 from onebase_engine.engine.grammar_link import WHITESPACE
@@ -28,10 +29,15 @@ MOST_CHARACTERS = 512 * 1024
 """Largest length of a grammar, in characters."""
 HOLE = "\0"
 """Stands for a call's id where a template writes it."""
+COUNT = "\1"
+"""Stands for a call's number where a template counts the calls."""
 ID_CHARACTERS = 9
 """Length of a call's id, in characters: Mistral's templates accept no other."""
-_NAMES = ("alphaprobe", "betaprobe")
-_IDS = ("probeid01", "probeid02")
+_NAMES = ("alphaprobe", "betaprobe", "deltaprobe")
+_IDS = ("probeid01", "probeid02", "probeid03")
+_NAMING = ("functions.", ":")
+"""Text before and after the name in an id that names its call and counts it, as Kimi K2's do."""
+_NAMING_IDS = tuple(f"{_NAMING[0]}{name}{_NAMING[1]}{number}" for number, name in enumerate(_NAMES))
 _KEYS = ("probekey", "probenumber")
 _CONTENT, _QUESTION, _VALUE = "probecontent", "probequestion", "probevalue"
 _NUMBER = 7
@@ -47,6 +53,8 @@ class ArgumentFormat:
     opening: str
     middle: str
     closing: str
+    other: str = ""
+    """Stands in the place of `middle` before a value that is no text; empty if the two are the same."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +102,19 @@ class ToolFormat:
     def parallel(self) -> bool:
         return self.between is not None
 
+    @property
+    def ids_name_calls(self) -> bool:
+        """Return True if an answer writes each call's name and number as its id, by which the call's result
+        is known in the next prompt."""
+        return self.opening.endswith(_NAMING[0]) and self.middle.startswith(_NAMING[1] + COUNT)
+
+    def naming_id(self, name: str, number: str) -> str:
+        return f"{_NAMING[0]}{name}{_NAMING[1]}{number}"
+
     def id_of(self, call: str) -> str:
         """Return the id of a call by its place in the answer, so that a resumed stream has the same id."""
         digest = blake2b(call.encode(), digest_size=12)
-        if HOLE in self.closing + (self.between or ""):
+        if any(HOLE in part for part in (self.opening, self.middle, self.between or "", self.closing)):
             letters, left = string.ascii_letters + string.digits, int(digest.hexdigest(), 16)
             size = len(letters)
             return "".join(letters[left // size**place % size] for place in range(ID_CHARACTERS))
@@ -143,10 +160,12 @@ class ToolFormat:
         if content is not None:
             return [f"start: content | {opening} calls", f"content: %json {_compact(content)}"]
         if not self.trigger:
-            # What begins otherwise is text.
+            # What begins otherwise is text. The lexer would go on with text behind a piece of the opening.
+            if not any(name in self.opening for name in self.controls):
+                opening = f"/{_pattern(self.opening)}/"
             return [
                 f"start: TEXT | {opening} calls",
-                f"TEXT: /(?s:.*)/ & ~(/{_escaped(self.opening)}(?s:.*)/)",
+                f"TEXT: /(?s:.*)/ & ~(/{_pattern(self.opening)}(?s:.*)/)",
             ]
         thoughts = [f"<[{token}]>" for name, token in self.controls.items() if _THOUGHT.search(name)]
         before = f"(TEXT ({' | '.join(thoughts)}))*" if thoughts else ""
@@ -172,34 +191,55 @@ class ToolFormat:
         if isinstance(made, Pythonic):
             return _PythonGrammar(rule, "", tool).rules()
         rules, written = [], []
-        closing = self._literal(made.closing)
         for number, (key, schema) in enumerate(tool.properties.items()):
-            value = f"{rule}_{number}"
             _check_name(key)
             if tool.strict and "string" in kinds(schema) and (over := schema.keys() & _NOT_AS_IT_IS):
                 raise ValueError(_cannot_keep(min(over)))
-            if "string" not in kinds(schema):
-                schema = {**schema, **tool.definitions}
-                rules.append(f"{value}_json: %json {_compact(schema, lenient=not tool.strict)}")
-                rules.append(f"{value}: {value}_json {closing}")
-            elif choices := schema.get("enum"):
-                written_as = (one if isinstance(one, str) else json.dumps(one) for one in choices)
-                rules.append(f"{value}: ({' | '.join(map(_quoted, written_as))}) {closing}")
-            else:
-                rules.append(f"{value}[lazy]: /(?s:.*)/ {_quoted(made.closing)}")
-            one = f"{self._literal(made.opening)} {_quoted(key)} {self._literal(made.middle)} {value}"
+            value = f"{rule}_{number}"
+            rules += self._value(value, made, {**schema, **tool.definitions}, lenient=not tool.strict)
+            one = f"{self._literal(made.opening)} {_quoted(key)} {value}"
             written.append(one if key in tool.required else f"({one})?")
         return [f"{rule}: {' '.join(written) or _quoted('')}", *rules]
+
+    def _value(self, rule: str, made: ArgumentFormat, schema: Schema, *, lenient: bool) -> list[str]:
+        """Return rules for what follows the name of an argument, up to its end."""
+        middle, other = self._literal(made.middle), self._literal(made.other or made.middle)
+        closing = self._literal(made.closing)
+        as_json = [
+            f"{rule}_json: {other} {rule}_value {closing}",
+            f"{rule}_value: %json {_compact(schema, lenient=lenient)}",
+        ]
+        if "string" not in kinds(schema):
+            return [f"{rule}: {rule}_json", *as_json]
+        if choices := schema.get("enum"):
+            written = (
+                f"{middle} {_quoted(one)}" if isinstance(one, str) else f"{other} {_quoted(json.dumps(one))}"
+                for one in choices
+            )
+            return [f"{rule}: ({' | '.join(written)}) {closing}"]
+        rules = [f"{rule}_text[lazy]: /(?s:.*)/ {_quoted(made.closing)}"]
+        ways = [f"{middle} {rule}_text"]
+        control = min(
+            (name for name in self.controls if name in made.closing), key=made.closing.find, default=""
+        )
+        if control:  # it also ends letter by letter, for the reader sees no difference
+            before, _, after = made.closing.partition(control)
+            rest = self._literal(control + after)
+            ways.append(f"{middle} /(?s:.*){_pattern(before)}/ {rest}")
+        if made.other and kinds(schema) > {"string"}:
+            ways.append(f"{rule}_json")
+            rules += as_json
+        return [f"{rule}: {' | '.join(ways)}", *rules]
 
     def _literal(self, text: str | None) -> str:
         """Return the text as a grammar writes it, with control tokens by id."""
         names = sorted((name for name in self.controls if name), key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, [*names, HOLE]))})", text or "")
+        parts = re.split(f"({'|'.join(map(re.escape, [*names, *_HOLES]))})", text or "")
         return " ".join(
             f"<[{self.controls[part]}]>"
             if part in self.controls
-            else f"/[a-zA-Z0-9]{{{ID_CHARACTERS}}}/"
-            if part == HOLE
+            else f"/{_HOLES[part]}/"
+            if part in _HOLES
             else _quoted(part)
             for part in parts
             if part
@@ -266,8 +306,12 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _escaped(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_ ]", lambda found: f"\\x{{{ord(found[0]):x}}}", text)
+def _pattern(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_ ]", lambda found: _HOLES.get(found[0]) or f"\\x{{{ord(found[0]):x}}}", text)
+
+
+_HOLES = {HOLE: f"[a-zA-Z0-9]{{{ID_CHARACTERS}}}", COUNT: "[0-9]{1,6}"}
+"""Patterns of what is written in the place of a hole."""
 
 
 class _BareGrammar:
@@ -467,25 +511,46 @@ _NOT_AS_IT_IS = frozenset({"pattern", "format", "minLength", "maxLength", "anyOf
 # ---- how a template writes a call ----------------------------------------------------------------
 
 
-def read_format(render: Render, controls: Mapping[str, int]) -> ToolFormat | None:
-    """Return a template's format of calls, or None if it writes none or none that can be read.
+class UnreadableCallsError(ValueError):
+    """The template writes no calls, or none that can be read; the message says which."""
+
+
+def read_format(render: Render, controls: Mapping[str, int]) -> ToolFormat:
+    """Return a template's format of calls. Raises UnreadableCallsError.
 
     controls: ids of the base's added tokens, by their texts.
     """
-    for as_text in (False, True):
+    failure = None
+    for ids, as_text in ((_IDS, False), (_IDS, True), (_NAMING_IDS, False)):
+        if as_text and failure is None:
+            continue  # the template takes arguments as they are, and they are given so
         try:
-            one = _rendered(render, 1, as_text)
-        except Exception:  # a template is a program and fails in any way
+            one = _rendered(render, ids[:1], as_text)
+        except Exception as error:  # a template is a program and fails in any way
+            failure = failure or error
+            continue
+        if one is None:
             continue
         try:
-            two = _rendered(render, 2, as_text)
+            many = _rendered(render, ids, as_text)
         except Exception:  # Llama's says that it knows one call at a time
-            two = None
+            many = None
         try:
-            return _format(render, one, two, controls) if one is not None else None
+            found = _format(render, one, many, controls)
         except Exception:
-            return None
-    return None
+            found = None
+        if found is None:
+            break
+        return found
+    else:
+        if failure is not None:
+            raise UnreadableCallsError(f"cannot write a call: {reason_of(failure)}")
+    raise UnreadableCallsError("writes calls in a way that cannot be read")
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of what a template's failure says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @dataclass(frozen=True)
@@ -496,8 +561,11 @@ class _Probe:
     start: int
 
 
-def _rendered(render: Render, count: int, as_text: bool) -> _Probe | None:
-    """Raises what the template raises."""
+def _rendered(render: Render, ids: Sequence[str], as_text: bool) -> _Probe | None:
+    """Return an answer with a call for each id, or None if it does not show their names.
+
+    Raises what the template raises.
+    """
     arguments: Any = {_KEYS[0]: _VALUE, _KEYS[1]: _NUMBER}
     calls = [
         {
@@ -505,7 +573,7 @@ def _rendered(render: Render, count: int, as_text: bool) -> _Probe | None:
             "type": "function",
             "function": {"name": name, "arguments": json.dumps(arguments) if as_text else arguments},
         }
-        for call_id, name in list(zip(_IDS, _NAMES, strict=True))[:count]
+        for call_id, name in zip(ids, _NAMES, strict=False)
     ]
     before = render([_USER], tools=_PROBE_TOOLS, generation=True)
     for content in (_CONTENT, ""):
@@ -540,22 +608,33 @@ _PROBE_TOOLS = [
 
 
 def _format(
-    render: Render, one: _Probe, two: _Probe | None, controls: Mapping[str, int]
+    render: Render, one: _Probe, many: _Probe | None, controls: Mapping[str, int]
 ) -> ToolFormat | None:
     first = _call(one, 0)
     if first is None:
         return None
-    opening = one.text[one.start : first.name].lstrip()
+    opening = _with_holes(one.text[one.start : first.name].lstrip())
+    middle: str | None = first.middle
+    alone = _with_holes(one.text[first.stop : _end(render, one.text, controls)])
+    closing: str | None = alone
     between = None
-    begun, second = (_call(two, 0), _call(two, 1)) if two is not None else (None, None)
-    if two is not None and begun and second and begun.stop < second.name:
-        between = _with_hole(two.text[begun.stop : second.name])
-    closing = _with_hole(one.text[first.stop : _end(render, one.text, controls)])
+    found = () if many is None else (_call(many, index) for index in range(len(_NAMES)))
+    calls = [call for call in found if call is not None]
+    if many is not None and len(calls) == len(_NAMES) and all(a.stop < b.name for a, b in pairwise(calls)):
+        middle = _counted([first.middle, *(call.middle for call in calls)])
+        between = _counted([_with_holes(many.text[a.stop : b.name]) for a, b in pairwise(calls)])
+        last = _with_holes(many.text[calls[-1].stop : _end(render, many.text, controls)])
+        closing = _counted([alone, last])
+    if middle is None or closing is None or middle[:1] in _HOLES or (between or "")[:1] in _HOLES:
+        return None
+    if between is not None and COUNT in between:
+        suffix = re.escape(between.rpartition(COUNT)[2])
+        opening = re.sub(rf"[0-9]+(?={suffix}\Z)", COUNT, opening)
     if between is not None and between.endswith(opening):
         alone = between.removesuffix(opening).rstrip()
         if closing.startswith(alone) and closing[len(alone) :].strip():
             closing = alone  # what follows is written for the answers of tools
-    parts = [opening, first.middle, between or "", closing]
+    parts = [opening, middle, between or "", closing]
     if (
         not opening
         or _ends_a_turn(opening, one.text, controls)
@@ -564,7 +643,7 @@ def _format(
         return None
     trigger = next((name for name in controls if opening.startswith(name)), "")
     if not trigger:
-        head = re.split(r"[{\n]", opening, maxsplit=1)[0].rstrip()
+        head = re.split(r"[{\n\0\1]", opening, maxsplit=1)[0].rstrip()
         trigger = head if len(head) > 2 and not head.isalnum() else ""
     if first.arguments is not None:
         parts += vars(first.arguments).values()
@@ -573,7 +652,7 @@ def _format(
         for name, token in controls.items()
         if _THOUGHT.search(name) or any(name in part for part in parts)
     }
-    return ToolFormat(opening, first.middle, between, closing, trigger, first.arguments, used)
+    return ToolFormat(opening, middle, between, closing, trigger, first.arguments, used)
 
 
 def _ends_a_turn(opening: str, text: str, controls: Mapping[str, int]) -> bool:
@@ -619,20 +698,22 @@ def _call(probe: _Probe, index: int) -> _Call | None:
         return None
     after = name + len(_NAMES[index])
     if found := _OBJECT.search(probe.text, after):
-        return _Call(name, found.end(), probe.text[after : found.start()], None)
+        return _Call(name, found.end(), _with_holes(probe.text[after : found.start()]), None)
     if found := _BARE.search(probe.text, after):
-        return _Call(name, found.end(), probe.text[after : found.start()], Bare(found[1]))
+        return _Call(name, found.end(), _with_holes(probe.text[after : found.start()]), Bare(found[1]))
     if found := _PYTHON.match(probe.text, after):
         return _Call(name, found.end(), found[1], Pythonic())
     if not (found := _ONE_BY_ONE.match(probe.text, after)):
         return None
     head, opening, middle, then, again = found.groups()
-    if middle != again or not then.endswith(opening):
+    other = "" if middle == again else middle.replace('"true"', '"false"')
+    if again != (other or middle) or not then.endswith(opening):
         return None
     closing = then.removesuffix(opening)
     if not closing.strip() or not probe.text.startswith(closing, found.end()):
         return None
-    return _Call(name, found.end() + len(closing), head, ArgumentFormat(opening, middle, closing))
+    arguments = ArgumentFormat(opening, middle, closing, other)
+    return _Call(name, found.end() + len(closing), _with_holes(head), arguments)
 
 
 def _common_prefix(one: str, other: str) -> str:
@@ -640,5 +721,19 @@ def _common_prefix(one: str, other: str) -> str:
     return one[: min(len(one), len(other)) if same is None else same]
 
 
-def _with_hole(text: str) -> str:
-    return text.replace(_IDS[0], HOLE, 1)
+def _with_holes(text: str) -> str:
+    return re.sub("|".join(_IDS), HOLE, text)
+
+
+def _counted(texts: Sequence[str]) -> str | None:
+    """Return the text that all are, with holes where their numbers differ; None if they differ otherwise."""
+    split = [re.split("([0-9]+)", text) for text in texts]
+    if len({len(parts) for parts in split}) > 1:
+        return None
+    made = []
+    for place, parts in enumerate(zip(*split, strict=True)):
+        same = len(set(parts)) == 1
+        if not same and place % 2 == 0:
+            return None
+        made.append(parts[0] if same else COUNT)
+    return "".join(made)

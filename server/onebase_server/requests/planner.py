@@ -494,7 +494,7 @@ class Planner:
         format = self._tokenizer.tool_format
         if format is None:
             raise InvalidRequestError(
-                "tools: this base's chat template writes calls in a way that this server cannot read yet. "
+                f"tools: this base's chat template {self._tokenizer.tools_refusal}. "
                 "Leave tools out, or give the base another template (chat_template.jinja in its folder).",
                 param="tools",
                 code="tools_not_supported",
