@@ -18,11 +18,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "an encoder-decoder": (tf.T5Config, "encoder-decoder"),
     "an encoder": (tf.BertConfig, "no causal language model"),
     "a mixture": (lambda: tf.MixtralConfig(num_hidden_layers=2), "mixture of experts"),
-    "sinks": (lambda: tf.GraniteSWAConfig(num_hidden_layers=2), "s_aux"),
+    "indices": (tf.DeepseekV32Config, "indexed_attention"),
     "a mask": (lambda: tf.DogeConfig(num_hidden_layers=2), "mask of its own"),
     "looks ahead": (tf.PaliGemmaConfig, "not causal"),
-    "attention of its own": (tf.BloomConfig, "do not call the attention interface"),
-    "layers of its own class": (lambda: tf.FalconConfig(num_hidden_layers=2), "layers of class FalconLinear"),
+    "attention of its own": (tf.BloomConfig, "brings its own attention"),
 }
 
 
