@@ -104,9 +104,8 @@ class ServedModel:
             if is_out_of_memory(error):
                 raise
             known = isinstance(error, UnsupportedAttentionError | UnsupportedRecurrenceError)
-            raise UnsupportedBaseError(
-                f"{type(base).__name__} cannot be served: {str(error) if known else described(error)}"
-            ) from error
+            reason = str(error) if known else f"{described(error)}. Choose another --quantization, or base"
+            raise UnsupportedBaseError(f"{type(base).__name__} cannot be served: {reason}") from error
 
     def _probe(self) -> None:
         """Run one pass over padding tokens, to learn KV shapes and to check that attention is called."""
