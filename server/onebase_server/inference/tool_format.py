@@ -524,24 +524,30 @@ def read_format(render: Render, controls: Mapping[str, int]) -> ToolFormat:
     for ids, as_text in ((_IDS, False), (_IDS, True), (_NAMING_IDS, False)):
         if as_text and failure is None:
             continue  # the template takes arguments as they are, and they are given so
-        try:
-            one = _rendered(render, ids[:1], as_text)
-        except Exception as error:  # a template is a program and fails in any way
-            failure = failure or error
-            continue
-        if one is None:
-            continue
-        try:
-            many = _rendered(render, ids, as_text)
-        except Exception:  # Llama's says that it knows one call at a time
-            many = None
-        try:
-            found = _format(render, one, many, controls)
-        except Exception:
-            found = None
-        if found is None:
+        shown = False
+        for content in (_CONTENT, ""):
+            try:
+                one = _rendered(render, ids[:1], as_text, content)
+            except Exception as error:  # a template is a program and fails in any way
+                failure = failure or error
+                break
+            if one is None:
+                continue
+            try:
+                many = _rendered(render, ids, as_text, content)
+            except Exception:  # Llama's says that it knows one call at a time
+                many = None
+            try:
+                found = _format(render, one, many, controls)
+            except Exception:
+                found = None
+            if found is not None and not (shown and found.opening[0].isalnum()):
+                return found
+            shown = (
+                True  # where a call is a message of its own, its opening is a word without content (gpt-oss)
+            )
+        if shown:
             break
-        return found
     else:
         if failure is not None:
             raise UnreadableCallsError(f"cannot write a call: {reason_of(failure)}")
@@ -561,8 +567,8 @@ class _Probe:
     start: int
 
 
-def _rendered(render: Render, ids: Sequence[str], as_text: bool) -> _Probe | None:
-    """Return an answer with a call for each id, or None if it does not show their names.
+def _rendered(render: Render, ids: Sequence[str], as_text: bool, content: str) -> _Probe | None:
+    """Return an answer with this content and a call for each id, or None if it does not show both in turn.
 
     Raises what the template raises.
     """
@@ -575,19 +581,16 @@ def _rendered(render: Render, ids: Sequence[str], as_text: bool) -> _Probe | Non
         }
         for call_id, name in zip(ids, _NAMES, strict=False)
     ]
+    answer = {"role": "assistant", "content": content, "tool_calls": calls}
+    text = render([_USER, answer], tools=_PROBE_TOOLS, generation=False)
+    found, said = text.rfind(_NAMES[0]), text.rfind(_CONTENT)
+    if content:
+        return _Probe(text, said + len(_CONTENT)) if 0 <= said < found else None
     before = render([_USER], tools=_PROBE_TOOLS, generation=True)
-    for content in (_CONTENT, ""):
-        answer = {"role": "assistant", "content": content, "tool_calls": calls}
-        text = render([_USER, answer], tools=_PROBE_TOOLS, generation=False)
-        found, said = text.rfind(_NAMES[0]), text.rfind(_CONTENT)
-        if content and 0 <= said < found:
-            return _Probe(text, said + len(_CONTENT))
-        if not content and found >= 0:
-            start = _common_prefix(before, text)
-            if len(start) < len(before) and start.rfind("<") > start.rfind(">"):
-                start = start[: start.rfind("<")]  # the two continue with different control tokens
-            return _Probe(text, len(start)) if len(start) <= found else None
-    return None
+    start = _common_prefix(before, text)
+    if len(start) < len(before) and start.rfind("<") > start.rfind(">"):
+        start = start[: start.rfind("<")]  # the two continue with different control tokens
+    return _Probe(text, len(start)) if len(start) <= found else None
 
 
 _USER = {"role": "user", "content": _QUESTION}
@@ -615,7 +618,7 @@ def _format(
         return None
     opening = _with_holes(one.text[one.start : first.name].lstrip())
     middle: str | None = first.middle
-    alone = _with_holes(one.text[first.stop : _end(render, one.text, controls)])
+    alone = _with_holes(one.text[first.stop : _end(render, one.text, first.stop, controls)])
     closing: str | None = alone
     between = None
     found = () if many is None else (_call(many, index) for index in range(len(_NAMES)))
@@ -623,7 +626,7 @@ def _format(
     if many is not None and len(calls) == len(_NAMES) and all(a.stop < b.name for a, b in pairwise(calls)):
         middle = _counted([first.middle, *(call.middle for call in calls)])
         between = _counted([_with_holes(many.text[a.stop : b.name]) for a, b in pairwise(calls)])
-        last = _with_holes(many.text[calls[-1].stop : _end(render, many.text, controls)])
+        last = _with_holes(many.text[calls[-1].stop : _end(render, many.text, calls[-1].stop, controls)])
         closing = _counted([alone, last])
     if middle is None or closing is None or middle[:1] in _HOLES or (between or "")[:1] in _HOLES:
         return None
@@ -663,8 +666,11 @@ def _ends_a_turn(opening: str, text: str, controls: Mapping[str, int]) -> bool:
     return ends is not None and ends in opening
 
 
-def _end(render: Render, text: str, controls: Mapping[str, int]) -> int:
-    """Return the end of an answer: the text after it is also found after one without calls."""
+def _end(render: Render, text: str, start: int, controls: Mapping[str, int]) -> int:
+    """Return the end of an answer whose last call has its arguments up to `start`.
+
+    The text after it is also found after an answer without calls, or begins with its first control token.
+    """
     answer = {"role": "assistant", "content": _CONTENT}
     plain = render([_USER, answer], tools=_PROBE_TOOLS, generation=False)
     tail = plain[plain.rfind(_CONTENT) + len(_CONTENT) :]
@@ -672,6 +678,8 @@ def _end(render: Render, text: str, controls: Mapping[str, int]) -> int:
     for name in controls:
         begins = text.rfind(name, 0, end + len(name) - 1)
         if begins >= 0 and begins < end < begins + len(name):
+            end = begins
+        if tail.lstrip().startswith(name) and 0 <= (begins := text.find(name, start)) < end:
             end = begins
     return end
 
@@ -706,6 +714,9 @@ def _call(probe: _Probe, index: int) -> _Call | None:
     if not (found := _ONE_BY_ONE.match(probe.text, after)):
         return None
     head, opening, middle, then, again = found.groups()
+    if not then.endswith(opening):  # a mark stands between the name and the first argument
+        mark = opening.rfind("<")
+        head, opening = head + opening[:mark], opening[mark:]
     other = "" if middle == again else middle.replace('"true"', '"false"')
     if again != (other or middle) or not then.endswith(opening):
         return None
