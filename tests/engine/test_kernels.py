@@ -403,13 +403,22 @@ def test_a_norm_has_the_bits_of_the_base_s(best: CpuKernels, size: int) -> None:
         assert torch.equal(norm(x), base(x))
 
 
-def test_norms_that_compute_something_else_are_left_to_pytorch(best: CpuKernels) -> None:
+@pytest.mark.parametrize("size", [64, 256, 1024])
+def test_a_norm_with_a_weight_around_one_has_the_bits_of_the_base_s(best: CpuKernels, size: int) -> None:
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
-    gemma = Gemma2RMSNorm(64).to(torch.bfloat16).requires_grad_(False)
-    gemma.weight.fill_(0.5)
-    for norm in (gemma, nn.LayerNorm(64, dtype=torch.bfloat16)):
-        assert best.norm(norm) is norm
+    base = Gemma2RMSNorm(size).to(torch.bfloat16).requires_grad_(False)
+    base.weight.copy_(random(size, seed=3))
+    norm = best.norm(base)
+    assert norm is not base
+    for rows in (1, 5, 100):
+        x = (random(rows, size, seed=rows) * 10).to(torch.bfloat16)
+        assert torch.equal(norm(x), base(x))
+
+
+def test_norms_that_compute_something_else_are_left_to_pytorch(best: CpuKernels) -> None:
+    norm = nn.LayerNorm(64, dtype=torch.bfloat16)
+    assert best.norm(norm) is norm
 
 
 # ---- recurrent layers ----------------------------------------------------------------------

@@ -29,6 +29,13 @@ from onebase_engine.lora.slots import SlotLinear, SlotModule
 logger = logging.getLogger(__name__)
 
 _TURNED_MULTIPLE = 32
+_SHARED_ROWS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+    ("in_proj_qkvz", "in_proj_ba"),
+)
+"""Names of layers that a module calls with the same rows."""
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 """Children of a decoder layer that consists of nothing but them and two sums."""
 MOST_ROWS = 64
@@ -114,10 +121,11 @@ def _layers(module: nn.Module, *names: str) -> list[SlotLinear] | None:
 
 def _shared_rows(model: nn.Module, kernels: Kernels) -> Iterator[_Switch]:
     for module in model.modules():
-        if (layers := _layers(module, "q_proj", "k_proj", "v_proj")) is not None:
-            joined = kernels.join([layer.kernel for layer in layers])
-            if joined is not None:
-                yield _sharing(layers, joined)
+        for names in _SHARED_ROWS:
+            if (layers := _layers(module, *names)) is not None:
+                joined = kernels.join([layer.kernel for layer in layers])
+                if joined is not None:
+                    yield _sharing(layers, joined)
 
 
 def _sharing(layers: list[SlotLinear], joined: JoinedLayers) -> _Switch:
@@ -311,22 +319,19 @@ class RecordedLayer:
 def _recorded_layers(
     model: nn.Module, attention: PagedAttention, kernels: CpuKernels, rows: StepRows
 ) -> Iterator[RecordedLayer]:
-    """Yield, in order, the modules of lists in which each module has one attention.
-
-    None if one layer reads another one's keys and values: it would read where the calls of two layers write.
-    """
-    if attention.lenders:
-        return
+    """Yield, in order, the attention layers of lists in which each module has one attention or recurrence."""
     memory = _Memory()
     for some in model.modules():
-        if not isinstance(some, nn.ModuleList) or not all(_attentions(one, attention) == 1 for one in some):
+        if not isinstance(some, nn.ModuleList) or not all(len(_numbers(one, attention)) == 1 for one in some):
             continue
         for number, module in enumerate(some):
-            yield RecordedLayer(module, number, attention, kernels, rows, memory)
+            if _numbers(module, attention)[0] in attention.shapes:
+                yield RecordedLayer(module, number, attention, kernels, rows, memory)
 
 
-def _attentions(module: nn.Module, attention: PagedAttention) -> int:
-    return sum(getattr(one, "paged", None) is attention for one in module.modules())
+def _numbers(module: nn.Module, attention: PagedAttention) -> list[int]:
+    """Return the layer numbers of a module's parts that have one: attentions and recurrences."""
+    return [int(one.layer_idx) for one in module.modules() if getattr(one, "paged", None) is attention]  # type: ignore[arg-type]
 
 
 def _tensors(args: Sequence[Any], named: Mapping[str, Any]) -> list[torch.Tensor]:

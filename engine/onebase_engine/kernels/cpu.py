@@ -116,7 +116,7 @@ class KernelCall(ctypes.Structure):
 
     _fields_ = (
         ("kind", c_int64), ("rows", c_int64), ("count", c_int64), ("gated", c_int64), ("size", c_int64),
-        ("eps", c_float), ("reserved", c_int32), ("layers", c_void_p * _MOST_LAYERS),
+        ("eps", c_float), ("around_one", c_int32), ("layers", c_void_p * _MOST_LAYERS),
         ("ys", c_void_p * _MOST_LAYERS), ("x", c_void_p), ("other", c_void_p), ("weight", c_void_p),
         ("attention", c_void_p), ("projected", _Projected),
     )  # fmt: skip
@@ -312,7 +312,8 @@ class CpuKernels(ReferenceRecurrence):
         self.library = library
         self._blocks: dict[tuple[Any, ...], tuple[int, bool]] = {}
         self._orders: dict[tuple[int, int, int], tuple[_Order, bool]] = {}
-        self._norms: dict[tuple[Any, ...], bool] = {}
+        self._norms: dict[tuple[Any, ...], bool | None] = {}
+        """Whether a kind of norm has a weight around 1; None if PyTorch computes it."""
         self.threads = 0
         self.recorder: Recorder | None = None
         """Recorder of the calls, if they are being recorded."""
@@ -416,8 +417,8 @@ class CpuKernels(ReferenceRecurrence):
         return out.permute(1, 0, 2).reshape(len(x), -1)[:, : len(weight)]
 
     def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return the library's norm if a trial gives the bits of `base`, a root mean square norm; else
-        `base`."""
+        """Return the library's norm if a trial gives the bits of `base`, a root mean square norm whose weight
+        may be around 1; else `base`."""
         weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
         eps = getattr(base, "variance_epsilon", getattr(base, "eps", None))
         own: Callable[[torch.Tensor], torch.Tensor] = base
@@ -427,14 +428,13 @@ class CpuKernels(ReferenceRecurrence):
             return own
         size = weight.numel()
 
-        def norm(x: torch.Tensor) -> torch.Tensor:
-            if x.dtype != torch.bfloat16:
-                return own(x)
+        def normed(x: torch.Tensor, around_one: bool) -> torch.Tensor:
             x = x.contiguous()
             y = self.empty(*x.shape)
             call = KernelCall(
-                _NORM, x.numel() // size, size=size, eps=eps, x=x.data_ptr(), weight=weight.data_ptr()
-            )
+                _NORM, x.numel() // size, size=size, eps=eps, around_one=around_one, x=x.data_ptr(),
+                weight=weight.data_ptr(),
+            )  # fmt: skip
             call.ys[0] = y.data_ptr()
             self.run_call(call, [x], None, None)
             return y
@@ -445,8 +445,16 @@ class CpuKernels(ReferenceRecurrence):
         key = (type(base), *settings, size, self.threads)
         if key not in self._norms:
             with torch.inference_mode():
-                self._norms[key] = all(torch.equal(norm(x), own(x)) for x in _inputs(size, size))
-        return norm if self._norms[key] else own
+                ways = (
+                    way
+                    for way in (False, True)
+                    if all(torch.equal(normed(x, way), own(x)) for x in _inputs(size, size))
+                )
+                self._norms[key] = next(ways, None)
+        around_one = self._norms[key]
+        if around_one is None:
+            return own
+        return lambda x: normed(x, around_one) if x.dtype == torch.bfloat16 else own(x)
 
     def add(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Return x + other, bf16, both contiguous and of one shape, whose last size is a multiple of

@@ -7,6 +7,7 @@ the step: a `RowMap`, set on the shared `StepRows` before the forward pass.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,7 +91,8 @@ def wrap_layers(
             slot_module = SlotNorm(module, step, kernels)
         else:
             # On the CPU PyTorch sums a row by itself.
-            if not kernels.tiled and "norm" in type(module).__name__.lower():
+            named = "norm" in type(module).__name__.lower()
+            if not kernels.tiled and named and _takes_rows_alone(module):
                 kernel = kernels.norm(module)
                 if kernel is not module:
                     _replace(model, name, HeadNorm(module, kernel))
@@ -98,6 +100,11 @@ def wrap_layers(
         _replace(model, name, slot_module)
         wrapped[name] = slot_module
     return wrapped
+
+
+def _takes_rows_alone(module: nn.Module) -> bool:
+    """Return True unless `forward` has further arguments, as that of a gated norm has."""
+    return len(inspect.signature(module.forward).parameters) == 1
 
 
 def _replace(model: nn.Module, name: str, by: nn.Module) -> None:

@@ -61,6 +61,7 @@ typedef struct {
   bf16 *y;
   int64_t rows, size;
   float eps, *floats; /* of each thread */
+  int around_one;
 } norm;
 
 static void norm_part(void *task, int64_t part, int64_t thread) {
@@ -74,13 +75,16 @@ static void norm_part(void *task, int64_t part, int64_t thread) {
     for (int64_t i = 0; i < size; i++) squares[i] = wide[i] * wide[i];
     float factor = 1.0f / sqrtf(torch_sum(squares, size) / (float)size + n->eps);
     for (int64_t i = 0; i < size; i += LANES)
-      narrow(y + i, rounded(load(wide + i) * each(factor)) * widen(n->weight + i));
+      if (n->around_one)
+        narrow(y + i, load(wide + i) * each(factor) * (each(1.0f) + widen(n->weight + i)));
+      else
+        narrow(y + i, rounded(load(wide + i) * each(factor)) * widen(n->weight + i));
   }
 }
 
 static int rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, int64_t rows, int64_t size, float eps,
-                    int64_t threads) {
-  norm n = {.x = x, .weight = weight, .y = y, .rows = rows, .size = size, .eps = eps};
+                    int around_one, int64_t threads) {
+  norm n = {.x = x, .weight = weight, .y = y, .rows = rows, .size = size, .eps = eps, .around_one = around_one};
   n.floats = onebase_scratch(ONEBASE_FLOATS, threads * size * 8);
   if (!n.floats) return ONEBASE_OUT_OF_MEMORY;
   onebase_share(norm_part, &n, parts_of(rows, NORMED));

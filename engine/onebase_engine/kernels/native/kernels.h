@@ -149,14 +149,14 @@ typedef struct {
 
 /* One call, with all that stays the same from step to step. Which of the fields are read depends on the kind:
  *   LINEAR  `count` layers over x [rows, in] to `ys`; `gated`
- *   NORM    x [rows, size] by `weight` [size] to ys[0]
+ *   NORM    x [rows, size] by `weight` [size] to ys[0]; `around_one`
  *   ATTEND  by `attention` and `projected`, over the step's contexts
  *   ADD     x + other, [rows, size], to ys[0] */
 enum { ONEBASE_LINEAR = 0, ONEBASE_NORM = 1, ONEBASE_ATTEND = 2, ONEBASE_ADD = 3 };
 typedef struct {
   int64_t kind, rows, count, gated, size;
   float eps;
-  int32_t reserved;
+  int32_t around_one;
   const onebase_linear *layers[ONEBASE_MOST_LAYERS];
   bf16 *ys[ONEBASE_MOST_LAYERS];
   const bf16 *x, *other, *weight;
@@ -172,9 +172,10 @@ typedef struct {
   int (*linear)(const onebase_linear *const *layers, bf16 *const *ys, int64_t count, int64_t gated,
                 const onebase_groups *, const bf16 *x, int64_t rows, int64_t threads);
   int (*attend)(const onebase_attention *, const onebase_contexts *, const onebase_qkv *, int64_t threads);
-  /* `size` a multiple of 16. */
+  /* `size` a multiple of 16. Rows are rounded before they are multiplied by the weight, or, with `around_one`, after
+   * they are by 1 and the weight. */
   int (*rms_norm)(const bf16 *x, const bf16 *weight, bf16 *y, int64_t rows, int64_t size, float eps,
-                  int64_t threads);
+                  int around_one, int64_t threads);
   int (*draw)(onebase_draw *rows, int64_t count, int64_t vocabulary, int64_t threads);
   int (*convolve)(const onebase_convolution *, const onebase_runs *, int64_t threads);
   int (*delta_rule)(const onebase_delta_rule *, const onebase_runs *, int64_t threads);

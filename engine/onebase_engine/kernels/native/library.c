@@ -113,7 +113,8 @@ static int run(const onebase_call *call, const onebase_groups *groups, const one
     case ONEBASE_LINEAR:
       return kernels->linear(call->layers, call->ys, call->count, call->gated, groups, call->x, call->rows, threads);
     case ONEBASE_NORM:
-      return kernels->rms_norm(call->x, call->weight, call->ys[0], call->rows, call->size, call->eps, threads);
+      return kernels->rms_norm(call->x, call->weight, call->ys[0], call->rows, call->size, call->eps,
+                               call->around_one, threads);
     case ONEBASE_ATTEND:
       if (!contexts || contexts->rows != call->rows) return ONEBASE_UNFIT;
       return kernels->attend(call->attention, contexts, &call->projected, threads);
