@@ -37,7 +37,7 @@ PROCESS_BOUND = 128 << 20
 """Bytes that reading may add to the process, whatever the files hold."""
 
 PROCESSOR_BOUND = 10.0
-"""Seconds of processor time for a file; the slowest, of 270 MB, takes one to four, as busy as the machine is."""
+"""Seconds of processor time for a file; the slowest, of 270 MB, takes one, or four on a busy machine."""
 
 
 def test_evil_files_end_soon_and_take_little_memory(tmp_path: Path) -> None:
