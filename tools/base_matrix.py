@@ -138,6 +138,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon_mamba": {"time_step_rank": 64},
     "gemma3": {"mm_tokens_per_image": 4},
     "dbrx": {
+        "vocab_size": 512,
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
