@@ -111,8 +111,8 @@ def base(argv: Sequence[str]) -> int:
     check = commands.add_parser(
         "check",
         help="say whether a base can be served, before its weights are downloaded",
-        description="Say from a base's config alone whether it can be served, and what it takes. Of a "
-        "repository only the config and the tokenizer are downloaded.",
+        description="Say from a base's config alone whether it can be served, and what it takes.\n"
+        "Of a repository only the config and the tokenizer are downloaded.",
     )
     check.add_argument("base", metavar="BASE", help="org/repo[@revision] on the Hub, or a folder")
     check.add_argument("--json", action="store_true", help="print JSON")
