@@ -43,6 +43,10 @@ from onebase_server.tenancy.access import Caller
 from onebase_server.tenancy.quotas import QuotaReservation
 
 _log = logging.getLogger(__name__)
+SLOWLY_REFUSED = frozenset({"queue_full", "too_many_values"})
+"""Codes of errors that are answered after REFUSAL_SECONDS: a client that sends the like again at once would
+take the core that other tenants' streams need."""
+REFUSAL_SECONDS = 0.5
 _NO_TELEMETRY: Any = {
     "tracing": False,
     "metrics": False,
@@ -199,10 +203,16 @@ class BodyLimit:
         await self._app(scope, counted, send)
 
 
+async def _refuse(error: ApiError) -> Response:
+    if error.code in SLOWLY_REFUSED:
+        await asyncio.sleep(REFUSAL_SECONDS)
+    return refusal(error)
+
+
 async def _answer_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
-    return refusal(error)
+    return await _refuse(error)
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:
@@ -214,7 +224,7 @@ async def _answer_validation(request: Request, error: Exception) -> Response:
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     if isinstance(error, BodyError):
-        return refusal(error.error)
+        return await _refuse(error.error)
     if not isinstance(error, HTTPException):
         raise error
     body = error_dict(str(error.detail), "invalid_request_error", f"http_{error.status_code}")
