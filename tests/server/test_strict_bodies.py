@@ -17,6 +17,7 @@ from starlette.middleware.base import RequestResponseEndpoint
 
 from onebase_edge.background import Threads, TurnBudget
 from onebase_edge.errors import InvalidRequestError, QueueFullError
+from onebase_server.http import app
 from onebase_server.http.deps import CALLER, LONG_BODY, StrictRoute, off_loop
 from onebase_server.http.routes import generation as generation_routes
 from onebase_server.inference.generation import GenerationRun
@@ -197,6 +198,19 @@ def test_no_text_is_tokenized_for_a_full_queue() -> None:
     with pytest.raises(QueueFullError):
         asyncio.run(planner.completion(body, LOCAL))
     assert not tokenizer.running
+
+
+def test_refusals_that_cost_the_api_most_are_answered_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(app.asyncio, "sleep", pause)  # type: ignore[attr-defined]
+    full, many = QueueFullError(512, 512, 1.0), refused(b"[" + b"1," * 10 * MANY + b"1]")
+    for error, expected in ((full, 1), (many, 2), (InvalidRequestError("n: is 0", param="n"), 2)):
+        asyncio.run(app._refuse(error))
+        assert len(pauses) == expected
 
 
 def test_long_texts_wait_for_each_other_and_short_ones_do_not_wait_for_them() -> None:

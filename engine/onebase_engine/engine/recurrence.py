@@ -44,10 +44,14 @@ class Recurrence:
         """Shape and dtype of each state, found by the probe pass."""
         self.layers: set[int] = set()
         """Numbers of the decoder layers that keep a state."""
-        self.bytes_per_place = 0
         self._states: dict[StateKey, torch.Tensor] = {}
         self._kernels = kernels
         self._calls: Counter[str] = Counter()
+
+    @property
+    def bytes_per_place(self) -> int:
+        """Bytes of one state over all layers."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.shapes.values())
 
     def attach(self, model: nn.Module) -> None:
         """Make the view's recurrent modules call this object."""
@@ -91,7 +95,6 @@ class Recurrence:
         if self.runs is not None:
             return self._states[key]
         self.shapes[key] = shape, dtype
-        self.bytes_per_place += math.prod(shape) * dtype.itemsize
         return torch.zeros((1, *shape), dtype=dtype, device=x.device)
 
     def _runs(self, rows: int) -> StateRuns:

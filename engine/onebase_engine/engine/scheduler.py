@@ -737,14 +737,16 @@ class Scheduler:
         self._extend_keys(sequence, sequence.length - 1)
         keys = sequence.block_keys[: sequence.reusable // self._pool.block_size]
         shared, fresh = self._pool.share(keys), None
-        needed = self._pool.blocks_for(sequence.length)
+        needed, watermark = self._pool.blocks_for(sequence.length), self._watermark(sequence)
         states = 0, -1
-        if needed - len(shared) + self._watermark(sequence) <= self._pool.free:
+        if needed - len(shared) + watermark <= self._pool.free:
             # What comes back from host memory takes blocks that the sequence would take anyway.
             shared += self._pool.share(keys[len(shared) :], restore=True)
             if self._states is not None:
                 states = self._share_state(self._states, sequence, shared)
-            fresh = self._pool.allocate(needed - len(shared))
+            # Of the blocks that were just released, others may hold some.
+            if needed - len(shared) + watermark <= self._pool.free:
+                fresh = self._pool.allocate(needed - len(shared))
         if fresh is None:
             self._pool.release(shared)
             self._release_states(states)

@@ -156,10 +156,7 @@ def print_base_check(console: Console, name: str, base: BaseCheck, chat: ChatSup
         ("state", f"{readable_bytes(base.state_bytes)} a sequence" if base.state_bytes else ""),
         ("layers", ", ".join(f"{count} {kind}" for kind, count in base.layers.items())),
         ("chat template", {True: "yes", False: "none", None: "no tokenizer here"}[chat.chat_template]),
-        (
-            "tools",
-            {True: "yes", False: "no: the template writes no calls that can be read", None: ""}[chat.tools],
-        ),
+        ("tools", "yes" if chat.tools else chat.unserved.get("tools", "")),
         ("note", " ".join(base.notes)),
     ]
     table = Table.grid(padding=(0, 2))

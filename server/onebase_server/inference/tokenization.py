@@ -68,6 +68,8 @@ class ChatSupport:
     chat_template: bool | None
     tools: bool | None
     """Whether the format of tool calls can be read off the chat template."""
+    unserved: Mapping[str, str] = field(default_factory=dict)
+    """Reasons why chats or tools are not served, by these two names."""
 
 
 def chat_support(folder: Path) -> ChatSupport:
@@ -78,7 +80,7 @@ def chat_support(folder: Path) -> ChatSupport:
         tokenizer = BaseTokenizer(str(folder))
     except TokenizerError:
         return ChatSupport(None, None)
-    return ChatSupport(tokenizer.has_chat_template, tokenizer.tool_format is not None)
+    return ChatSupport(tokenizer.has_chat_template, tokenizer.tool_format is not None, tokenizer.unserved)
 
 
 class BaseTokenizer:
