@@ -47,8 +47,6 @@ lint-python: setup
 	@$(BIN)/ruff format --check .
 	@echo "==> mypy"
 	@$(BIN)/mypy
-	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/goals.py benchmarks/gpu_check.py benchmarks/hostile.py benchmarks/api.py benchmarks/kv_dtype.py benchmarks/cluster.py benchmarks/serve.py benchmarks/structured.py benchmarks/train.py
-	@$(BIN)/mypy tools/generate_sync.py tools/reference_pages.py tools/console_types.py tools/check_docstrings.py
 	@echo "==> the synchronous client"
 	@$(BIN)/python tools/generate_sync.py --check
 	@echo "==> the docstrings"
