@@ -1,4 +1,4 @@
-"""Answers and events of the HTTP API: the server encodes them, and the SDK decodes them.
+"""Answers and events of the HTTP API, which the server encodes and the SDK decodes, and the parser of commands.
 
 Imports nothing of OneBase's other packages. A field without a default is in every answer. In a `Sparse`
 answer a field that has its default is left out; in any other it is sent all the same, and the default stands

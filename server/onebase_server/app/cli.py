@@ -35,9 +35,9 @@ from onebase_edge.settings import (
     parse_duration,
     parse_quotas,
 )
-from onebase_engine.command_line import OptionParser
 from onebase_engine.logs import LOG_FORMAT, set_up_logs
 from onebase_engine.machine import with_room
+from onebase_protocol.command_line import OptionParser
 
 if TYPE_CHECKING:
     from onebase_server.app.wiring import Commands

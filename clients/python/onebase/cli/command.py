@@ -8,14 +8,14 @@ import dataclasses
 import difflib
 import importlib
 import json
-import re
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, cast
 
 import msgspec
+
+from onebase_protocol.command_line import OptionParser
 
 from .._core.config import Timeout
 from .._sync.client import Client
@@ -58,61 +58,12 @@ _SAMPLING: tuple[tuple[str, type, str, str], ...] = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports wrong arguments as the commands report every failure: a sentence, then the next step."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.given: set[str] = set()
-        """Options that have had their one value."""
-        self.register("action", None, _Once)
-        self.register("action", "store", _Once)
-
-    def parse_known_args(self, *given: Any, **more: Any) -> Any:
-        self.given.clear()
-        return super().parse_known_args(*given, **more)
-
-    def error(self, message: str) -> NoReturn:
-        text = re.sub(r"^argument (\S+): ", r"\1: ", message)
-        text = re.sub(r"invalid (?:int|float) value: (.*)", _kind_of_number, text)
-        print(f"onebase: {text}\n`{self.prog} --help` explains the command.", file=sys.stderr)
-        raise SystemExit(USAGE)
-
-
-class _Once(argparse.Action):
-    """Stores the value of an option that may be given once: of two, one would be lost without a word."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        if option_string is not None and isinstance(parser, Parser):
-            if self.dest in parser.given:
-                raise argparse.ArgumentError(self, "it is given twice. Give it once.")
-            parser.given.add(self.dest)
-        setattr(namespace, self.dest, values)
-
-
-def _kind_of_number(found: re.Match[str]) -> str:
-    return f"{found[1]} is not a {'whole ' if ' int ' in found[0] else ''}number"
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(text, width, break_on_hyphens=False)  # all-linear is one word
-
-
 def parser(command: str, description: str, examples: str = "") -> argparse.ArgumentParser:
     """A parser for one command, with the options that name the server."""
-    made = Parser(
+    made = OptionParser(
         prog=f"onebase {command}",
         description=description,
         epilog=f"examples:\n{examples}" if examples else None,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
     )
     group = made.add_argument_group("server")
     group.add_argument("--url", help="where the server is (default: $ONEBASE_URL, or http://127.0.0.1:8000)")
