@@ -9,7 +9,7 @@ import difflib
 import importlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -180,7 +180,7 @@ def client_of(args: argparse.Namespace) -> Client:
 # ---- actions -----------------------------------------------------------------------------------------
 
 
-def dispatch(command: str, help: str, actions: Mapping[str, str], argv: list[str]) -> int:
+def run_action(command: str, help: str, actions: Mapping[str, str], argv: list[str]) -> int:
     """Run the action that the arguments begin with. Gives its exit status.
 
     Args:
@@ -228,9 +228,37 @@ def perform(made: argparse.ArgumentParser, args: argparse.Namespace, work: Calla
             return work(client)
         except OneBaseError as error:
             return report(error, client.url)
-        except ValueError as error:
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
             print(f"onebase: {error}", file=sys.stderr)
             return USAGE
+
+
+_LEAST_DIGITS, _WHOLE_ID, _SHORT_ID = 4, 24, 8
+"""Digits of an id: that are enough if only one begins with them, of a whole one, that are shown."""
+
+
+def whole_id(wanted: str, prefix: str, nouns: str, known: Callable[[], Iterable[str]]) -> str:
+    """The id that begins with some digits. nouns: what has such ids, such as `jobs`.
+
+    Raises:
+        ValueError: several begin with them, or there are too few digits.
+    """
+    digits = wanted.removeprefix(prefix)
+    if len(digits) < _LEAST_DIGITS:
+        raise ValueError(f"give at least {_LEAST_DIGITS} digits of the id, not {wanted!r}")
+    found = []
+    if len(digits) < _WHOLE_ID:
+        found = [one for one in known() if one.removeprefix(prefix).startswith(digits)]
+    if len(found) > 1:
+        raise ValueError(f"the ids of several {nouns} begin like this: {', '.join(found)}")
+    return found[0] if found else f"{prefix}{digits}"
+
+
+def short_id(whole: str, prefix: str) -> str:
+    """The part of an id that is shown."""
+    return whole[: len(prefix) + _SHORT_ID]
 
 
 def print_json(value: object) -> None:
