@@ -77,7 +77,7 @@ def asked_of(count: int, seed: int, **changes: int) -> list[Request]:
     ]
 
 
-ASKED = asked_of(12, seed=7, longest=70, tokens=24)
+ASKED = asked_of(8, seed=7, longest=70, tokens=12)
 
 
 def test_rows_of_a_mixed_batch_equal_peft_alone_token_for_token(lab: Lab) -> None:
@@ -126,7 +126,6 @@ def plain(lab: Lab) -> Scores:
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({}, id="company", marks=pytest.mark.full),
         pytest.param({"step_tokens": 7}, id="chunks-of-seven-tokens"),
         pytest.param({"step_tokens": 512}, id="whole-prompts", marks=pytest.mark.full),
         pytest.param({"kv_blocks": 56, "block_size": 2}, id="preemption"),
