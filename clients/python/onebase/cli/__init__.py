@@ -73,7 +73,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "models": "server",
     "version": "server",
 }
-"""The module of each command. Its `run(command, argv)` gives the exit status, or that of one of its ACTIONS."""
+"""The module of each command. Its `run(command, argv)` gives the exit status, or one of its ACTIONS does."""
 
 PLUGINS: Final = "onebase.commands"
 """Other packages bring commands as entry points of this group: `command(argv: list[str]) -> int | None`.
