@@ -38,6 +38,7 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": SOURCES,
     "COLUMNS": "200",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # else it kills servers where other tests take the memory
     "RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": GPUS}),  # claimed, and handed out as if they were there
 }
 NAMES = [f"shop{number}" for number in range(3)]
