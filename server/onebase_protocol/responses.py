@@ -109,6 +109,13 @@ class ResponseAnswer(ResponseHead, kw_only=True):
     usage: ResponseUsage
 
 
+class InputTokensAnswer(msgspec.Struct, frozen=True):
+    """Answer of POST /v1/responses/input_tokens."""
+
+    input_tokens: int
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+
+
 class InputItemsAnswer(
     PageAnswer[MessageItemAnswer | CallItemAnswer | CallOutputItemAnswer], frozen=True, kw_only=True
 ):

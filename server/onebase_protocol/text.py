@@ -225,6 +225,8 @@ class TgiEnd(msgspec.Struct):
     finish_reason: str
     generated_tokens: int
     input_length: int
+    prompt_tokens: int
+    """The same as `input_length`, by LoRAX's name."""
     seed: int | None
 
 

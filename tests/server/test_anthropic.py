@@ -45,6 +45,13 @@ def refusal(fields: dict[str, Any]) -> tuple[str, str | None]:
     raise AssertionError(f"{fields} is taken")
 
 
+def test_a_thread_is_refused_by_the_code_on_which_the_client_goes_on_without_one() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(thread={"type": "create"})
+    assert caught.value.code == "thread_unsupported_request"
+    assert caught.value.details == {"unsupported": ["thread"]}
+
+
 # ---- what a body means ---------------------------------------------------------------------------
 
 
@@ -257,7 +264,7 @@ def test_an_error_has_the_clients_type_and_comes_in_a_stream_as_an_event(
             "request_id": wrong.value.request_id,
             "error": {
                 "type": "invalid_request_error",
-                "message": "temperature: should be less than or equal to 2 (it is 3).",
+                "message": "temperature: must be at most 2 (it is 3).",
                 "details": {"error_code": "invalid_value", "param": "temperature"},
             },
         }

@@ -182,7 +182,7 @@ def planner_of(
     base = SimpleNamespace(max_length=max_length, vocab_size=10, kv_blocks=1000, block_size=16)
     supervisor: Any = SimpleNamespace(unavailable=lambda: None, check_room=check_room, base=base)
     nothing: Any = None
-    catalog: Any = SimpleNamespace(base_name="base")
+    catalog: Any = SimpleNamespace(base_name="base", means_base=lambda tenant, model: model == "base")
     return Planner(supervisor, tokenizer, catalog, nothing, nothing, RequestLimits(128, 60.0))  # type: ignore[arg-type]
 
 
@@ -191,7 +191,7 @@ def test_no_text_is_tokenized_for_a_full_queue() -> None:
 
     def refuse(tenant: str, sequences: int) -> None:
         assert sequences == 128
-        raise QueueFullError(512, 512, 1.0)
+        raise QueueFullError(128, 512, 512, 1.0)
 
     planner = planner_of(tokenizer, 1_000, refuse)
     body = CompletionRequest(model="base", prompt=["a word"] * 64, n=2)
@@ -207,7 +207,7 @@ def test_refusals_that_cost_the_api_most_are_answered_after_a_pause(monkeypatch:
         pauses.append(seconds)
 
     monkeypatch.setattr(app.asyncio, "sleep", pause)  # type: ignore[attr-defined]
-    full, many = QueueFullError(512, 512, 1.0), refused(b"[" + b"1," * 10 * MANY + b"1]")
+    full, many = QueueFullError(128, 512, 512, 1.0), refused(b"[" + b"1," * 10 * MANY + b"1]")
     for error, expected in ((full, 1), (many, 2), (InvalidRequestError("n: is 0", param="n"), 2)):
         asyncio.run(app._refuse(error))
         assert len(pauses) == expected

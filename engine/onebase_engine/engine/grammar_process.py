@@ -305,13 +305,25 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
+_REWORDED = {
+    r"oneOf constraints are not supported\. Enable 'coerce_one_of' option .*": "oneOf is not supported where "
+    "more than one of its schemas may hold; write anyOf",
+    r"Unimplemented keys: \[(.*)\]": r"not supported: \1",
+    r"Unknown format: (\S+)": r"the format \1 is not supported; leave it out",
+}
+"""Advice of the library to programs that call it, and what a caller can do instead."""
+
+
 def _sentence(message: str) -> str:
     """Return the first line of a message of the library, and the reason if it stands on a line of its own."""
     first, *rest = [line.strip() for line in message.splitlines() if line.strip()] or [
         "it cannot be followed"
     ]
     reasons = [line.removeprefix("error: ") for line in rest if line.startswith("error: ")]
-    return " ".join([first, *reasons]).rstrip(".")[:300]
+    told = " ".join([first, *reasons])
+    for theirs, ours in _REWORDED.items():
+        told = re.sub(theirs, ours, told)
+    return told.rstrip(".")[:300]
 
 
 def load_tokenizer(folder: Path, vocabulary: int, eos_ids: list[int]) -> Any:

@@ -80,6 +80,8 @@ class GenerationRequest:
     """Field of the request that gives the grammar."""
     token_ids: bool = False
     """Whether the answer has the token ids of the prompts and of the choices."""
+    special_tokens: bool = False
+    """Whether the names of special tokens are part of the text."""
     calls: CallFormat | None = None
     """Format of tool calls, if the answer may have any."""
     pooling: Pooling | None = None
@@ -521,11 +523,18 @@ class GenerationRun(RequestRun):
         return [OutputPiece(choice.index, _echo_text(source, self._tokenizer), tokens), *pieces]
 
 
+def _shown(request: GenerationRequest, tokenizer: BaseTokenizer) -> frozenset[int]:
+    """Return the special tokens whose names are part of the text."""
+    if request.special_tokens:
+        return tokenizer.special
+    return request.calls.format.shown if request.calls else frozenset()
+
+
 def _choice(request: GenerationRequest, index: int, tokenizer: BaseTokenizer) -> ChoiceDecoder:
     offset = len(_echo_text(request.prompts[index // request.n], tokenizer)) if request.echo else 0
     return ChoiceDecoder(
         index,
-        tokenizer.pieces(request.calls.format.shown if request.calls else frozenset()),
+        tokenizer.pieces(_shown(request, tokenizer)),
         request.stops,
         min_tokens=request.sampling.min_tokens,
         offset=offset,

@@ -89,9 +89,10 @@ class BaseTokenizer:
     def __init__(self, folder: str, *, raw_control_tokens: RawControlTokens = "allow") -> None:
         """`raw_control_tokens`: what `<|im_end|>` and the like are in the text of a plain prompt."""
         self._tokenizer = _load(folder)
-        self._special = frozenset(
+        self.special = frozenset(
             token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special
         )
+        """Ids of the special tokens, whose names are left out of texts."""
         _never_cut_or_pad(self._tokenizer)
         self._chat = ChatTokenizer(self._tokenizer)
         self._letters = raw_control_tokens == "letters"
@@ -276,7 +277,7 @@ class BaseTokenizer:
 
     def text_bytes(self, token: int) -> bytes:
         """Return the bytes that a token adds to the text: none if it is special."""
-        return b"" if token in self._special else self.token_bytes(token)
+        return b"" if token in self.special else self.token_bytes(token)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, special ones by their name; empty for an unused id."""

@@ -17,11 +17,18 @@ from onebase_edge.background import Threads, TurnBudget
 from onebase_edge.errors import (
     AdapterDeletedError,
     AdapterNotFoundError,
+    ContextLengthError,
     InvalidRequestError,
     UnknownModelError,
 )
 from onebase_engine.engine.messages import BaseInfo, Sampling
-from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog, is_checkpoint
+from onebase_server.adapters.catalog import (
+    HUB_PREFIX,
+    OTHER_NAMES_OF_THE_BASE,
+    AdapterChoice,
+    Catalog,
+    is_checkpoint,
+)
 from onebase_server.inference.generation import GenerationRequest, Prompt, in_time, new_id
 from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput, and_give_memory_back
 from onebase_server.inference.tool_call_parser import CallFormat
@@ -85,6 +92,7 @@ class _Wanted:
     answer: CallFormat | None = None
     token_ids: bool = False
     prompt_logprobs: int | None = None
+    special_tokens: bool = False
 
 
 class AdapterFetcher(Protocol):
@@ -157,7 +165,9 @@ class Planner:
         self._check_room(body, caller, len(prompts))
         wanted = _Wanted(
             kind="cmpl-",
-            prompts=tuple(await self._prompts(caller.tenant, prompts)),
+            prompts=tuple(
+                await self._prompts(caller.tenant, prompts, special=body.add_special_tokens is not False)
+            ),
             prompt_param="prompt",
             max_tokens=body.max_tokens,
             default_tokens=COMPLETION_TOKENS,
@@ -165,6 +175,7 @@ class Planner:
             echo=bool(body.echo),
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
+            special_tokens=body.skip_special_tokens is False,
         )
         request = self._request(wanted, body, base, caller)
         return replace(
@@ -211,6 +222,7 @@ class Planner:
             answer=await self._answer(caller.tenant, body),
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
+            special_tokens=body.skip_special_tokens is False,
         )
         request = self._request(wanted, body, base, caller)
         return replace(
@@ -295,11 +307,8 @@ class Planner:
         """The text that tokens stand for, special ones by their names."""
         base = self.base()
         if len(tokens) > base.max_length:
-            raise InvalidRequestError(
-                f"tokens: there are {len(tokens)}. This model's maximum context length is "
-                f"{base.max_length} (--max-length). Send them in parts.",
-                param="tokens",
-                code="context_length_exceeded",
+            raise ContextLengthError(
+                "tokens", f"there are {len(tokens)}", base.max_length, "Send them in parts."
             )
         _check_vocabulary("tokens", tokens, base)
         return await self._threads.run_for(tenant, self._tokenizer.decode, tokens, True)
@@ -376,7 +385,10 @@ class Planner:
             raise AdapterDeletedError(version_names[0]) from error
 
     def check_model(self, model: str, body: AdapterFields) -> None:
-        if model != self._catalog.base_name and body.wanted_adapter is not None:
+        if body.wanted_adapter is not None and model not in {
+            self._catalog.base_name,
+            *OTHER_NAMES_OF_THE_BASE,
+        }:
             raise InvalidRequestError(
                 f"model already names an adapter. Send adapter with model {self._catalog.base_name!r} only.",
                 param="adapter",
@@ -389,7 +401,7 @@ class Planner:
         request: GenerationRequest,
         transcript: Transcript | None = None,
     ) -> AdapterChoice:
-        if model == self._catalog.base_name:
+        if self._catalog.means_base(request.tenant, model):
             return await self._adapter(body, request, transcript)
         if transcript is not None:
             return await self._resumed_adapters(transcript, [model], request)
@@ -415,9 +427,12 @@ class Planner:
                 async with in_time(request.deadline):
                     await self._checkpoints.use(request.tenant, name, param=param)
 
-    async def _prompts(self, tenant: str, given: Sequence[str | list[int]]) -> list[Prompt]:
-        """The prompts of a request, of which each is text or tokens."""
-        tokens = iter(await self.texts(tenant, "prompt", [one for one in given if isinstance(one, str)]))
+    async def _prompts(
+        self, tenant: str, given: Sequence[str | list[int]], *, special: bool = True
+    ) -> list[Prompt]:
+        """The prompts of a request, of which each is text or tokens. special: see `texts`."""
+        texts = [one for one in given if isinstance(one, str)]
+        tokens = iter(await self.texts(tenant, "prompt", texts, special=special))
         return [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in given]
 
     async def chat_prompt(
@@ -533,11 +548,12 @@ class Planner:
         length = self.base().max_length
         most = length * self._tokenizer.longest_token
         if size > most:
-            raise InvalidRequestError(
-                f"{param}: has {size} characters. This model's maximum context length is {length} "
-                f"tokens (--max-length), which stand for {most} characters at most. Shorten it.",
-                param=param,
-                code="context_length_exceeded",
+            raise ContextLengthError(
+                param,
+                f"has {size} characters",
+                length,
+                "Shorten it.",
+                f", which stand for {most} characters at most",
             )
 
     async def _in_turn(self, tenant: str, size: int, encode: Callable[[_T], _U], text: _T) -> _U:
@@ -571,6 +587,7 @@ class Planner:
             grammar_param="" if guide is None else guide.param,
             calls=wanted.answer,
             token_ids=wanted.token_ids,
+            special_tokens=wanted.special_tokens,
             prompts=wanted.prompts,
             sampling=sampling,
             expected_tokens=0 if scores_only else expected,
@@ -651,11 +668,12 @@ def check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str, room: i
                 param=param,
             )
         if len(prompt.tokens) >= (base.max_length if room is None else room):
-            raise InvalidRequestError(
-                f"{param}: has {len(prompt.tokens)} tokens. This model's maximum context length is "
-                f"{base.max_length} tokens, those of the answer with them (--max-length). Shorten it.",
-                param=param,
-                code="context_length_exceeded",
+            raise ContextLengthError(
+                param,
+                f"has {len(prompt.tokens)} tokens",
+                base.max_length,
+                "Shorten it.",
+                ", those of the answer with them",
             )
 
 
@@ -705,11 +723,10 @@ def _token_limit(base: BaseInfo, wanted: _Wanted) -> int:
         held = max(1, base.kv_blocks * base.block_size - prompt)
         return min(room, held, room if wanted.default_tokens is None else wanted.default_tokens)
     if wanted.max_tokens > room:
-        raise InvalidRequestError(
-            f"max_tokens: {wanted.max_tokens} tokens after a prompt of {prompt} are too many. This model's "
-            f"maximum context length is {base.max_length} tokens (--max-length). Ask for {room} or fewer, or "
-            "shorten the prompt.",
-            param="max_tokens",
-            code="context_length_exceeded",
+        raise ContextLengthError(
+            "max_tokens",
+            f"{wanted.max_tokens} tokens after a prompt of {prompt} are too many",
+            base.max_length,
+            f"Ask for {room} or fewer, or shorten the prompt.",
         )
     return max(1, wanted.max_tokens)

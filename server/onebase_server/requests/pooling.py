@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onebase_adapters.format.config import CLASSIFIERS
-from onebase_edge.errors import InvalidRequestError
+from onebase_edge.errors import ContextLengthError, InvalidRequestError
 from onebase_engine.base.chat import without_padding
 from onebase_engine.engine.messages import Pooling, Sampling
 from onebase_server.inference.generation import GenerationRequest, Prompt, new_id
@@ -229,11 +229,12 @@ class ReadingPlanner:
         self._planner.check_limits(1, body.timeout_s)
         room, kept = base.max_length - more, body.truncate_prompt_tokens
         if room < 1:
-            raise InvalidRequestError(
-                f"choices: one has {more} tokens. This model's maximum context length is {base.max_length} "
-                "tokens, those of the prompt with them (--max-length). Shorten it.",
-                param="choices",
-                code="context_length_exceeded",
+            raise ContextLengthError(
+                "choices",
+                f"one has {more} tokens",
+                base.max_length,
+                "Shorten it.",
+                ", those of the prompt with them",
             )
         if kept == 0:
             raise InvalidRequestError(

@@ -148,6 +148,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/responses/input_tokens": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Count Input Tokens
+         * @description Count the tokens of a response's prompt; nothing is generated.
+         */
+        post: operations["count_input_tokens_v1_responses_input_tokens_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/responses/{response_id}": {
         parameters: {
             query?: never;
@@ -422,7 +442,8 @@ export interface paths {
         };
         /**
          * List Models
-         * @description List everything that `model` may be.
+         * @description List everything that `model` may be, in one page, with the fields that OpenAI's, vLLM's and Anthropic's
+         *     clients read.
          */
         get: operations["list_models_v1_models_get"];
         put?: never;
@@ -1744,6 +1765,11 @@ export interface components {
              * @description vLLM's: so many alternatives to each prompt token
              */
             prompt_logprobs?: number | null;
+            /**
+             * Skip Special Tokens
+             * @description vLLM's: whether special tokens are left out of the text; true by default
+             */
+            skip_special_tokens?: boolean | null;
             /** Messages */
             messages: components["schemas"]["ChatMessage"][];
             /** Max Completion Tokens */
@@ -1757,6 +1783,11 @@ export interface components {
              * @description changes nothing where the base's chat template does not ask for it
              */
             reasoning_effort?: ("none" | "minimal" | "low" | "medium" | "high" | "xhigh" | "max") | null;
+            /**
+             * Verbosity
+             * @description changes nothing
+             */
+            verbosity?: ("low" | "medium" | "high") | null;
         };
         /** ChatToolCall */
         ChatToolCall: {
@@ -1907,12 +1938,22 @@ export interface components {
              * @description vLLM's: so many alternatives to each prompt token
              */
             prompt_logprobs?: number | null;
+            /**
+             * Skip Special Tokens
+             * @description vLLM's: whether special tokens are left out of the text; true by default
+             */
+            skip_special_tokens?: boolean | null;
             /** Prompt */
             prompt: string | string[] | number[] | number[][];
             /** Logprobs */
             logprobs?: number | null;
             /** Echo */
             echo?: boolean | null;
+            /**
+             * Add Special Tokens
+             * @description vLLM's: whether a prompt that is text gets the tokens that the base expects around it; true by default
+             */
+            add_special_tokens?: boolean | null;
         };
         /**
          * ConversationRequest
@@ -1937,6 +1978,13 @@ export interface components {
              * @description this server's: more variables of the base's chat template
              */
             chat_template_kwargs?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            } | null;
+            /**
+             * Thread
+             * @description a conversation that is kept: refused
+             */
+            thread?: {
                 [key: string]: components["schemas"]["JsonValue"];
             } | null;
         };
@@ -2213,7 +2261,10 @@ export interface components {
         };
         /**
          * FunctionCall
-         * @description Function call of an assistant. arguments: JSON of an object, as text like OpenAI's or as it is.
+         * @description Function call of an assistant.
+         *
+         *     arguments: JSON of an object, as text like OpenAI's or as it is. A text that `max_tokens` cut is taken as
+         *     far as it goes: agents send such calls back.
          */
         FunctionCall: {
             /** Name */
@@ -2379,6 +2430,21 @@ export interface components {
             load_inplace: boolean;
             /** Base Model Name */
             base_model_name?: string | null;
+        };
+        /**
+         * LoraxFormat
+         * @description LoRAX's name for a grammar.
+         */
+        LoraxFormat: {
+            /**
+             * Type
+             * @constant
+             */
+            type: "json_object";
+            /** Schema */
+            schema: {
+                [key: string]: components["schemas"]["JsonValue"];
+            };
         };
         /**
          * MergeRequest
@@ -2571,6 +2637,13 @@ export interface components {
             chat_template_kwargs?: {
                 [key: string]: components["schemas"]["JsonValue"];
             } | null;
+            /**
+             * Thread
+             * @description a conversation that is kept: refused
+             */
+            thread?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            } | null;
             /** Stop Sequences */
             stop_sequences?: string[] | null;
         };
@@ -2655,6 +2728,13 @@ export interface components {
         Parameters: {
             /** Adapter Id */
             adapter_id?: string | null;
+            /**
+             * Adapter Source
+             * @description LoRAX's: hub says that adapter_id is a repository of the Hugging Face Hub
+             */
+            adapter_source?: ("local" | "hub") | null;
+            /** Ignore Eos Token */
+            ignore_eos_token?: boolean | null;
             /** Do Sample */
             do_sample?: boolean | null;
             /** Temperature */
@@ -2680,6 +2760,8 @@ export interface components {
             /** Top N Tokens */
             top_n_tokens?: number | null;
             grammar?: components["schemas"]["TextGrammar"] | null;
+            /** @description LoRAX's: the same as a grammar */
+            response_format?: components["schemas"]["LoraxFormat"] | null;
         };
         /**
          * Part
@@ -2892,6 +2974,11 @@ export interface components {
             /** Model */
             model: string;
             stream_options?: components["schemas"]["StreamOptions"] | null;
+            /**
+             * Skip Special Tokens
+             * @description vLLM's: whether special tokens are left out of the text; true by default
+             */
+            skip_special_tokens?: boolean | null;
             /** Input */
             input: string | (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CallOutputItem"])[];
             /** Instructions */
@@ -3003,9 +3090,9 @@ export interface components {
             format?: components["schemas"]["TextFormat"] | null;
             /**
              * Verbosity
-             * @description the base knows no other
+             * @description changes nothing
              */
-            verbosity?: "medium" | null;
+            verbosity?: ("low" | "medium" | "high") | null;
         };
         /**
          * TextFormat
@@ -3417,6 +3504,7 @@ export interface components {
             finish_reason: string;
             generated_tokens: number;
             input_length: number;
+            prompt_tokens: number;
             seed: number | null;
             prefill: components["schemas"]["TgiToken"][];
             tokens: components["schemas"]["TgiToken"][];
@@ -3445,6 +3533,7 @@ export interface components {
             finish_reason: string;
             generated_tokens: number;
             input_length: number;
+            prompt_tokens: number;
             seed: number | null;
         };
         /**
@@ -3762,6 +3851,15 @@ export interface components {
             usage: components["schemas"]["ResponseUsage"] | null;
         };
         /**
+         * InputTokensAnswer
+         * @description Answer of POST /v1/responses/input_tokens.
+         */
+        InputTokensAnswer: {
+            input_tokens: number;
+            /** @constant */
+            object: "response.input_tokens";
+        };
+        /**
          * DeletedAnswer
          * @description Confirmation of a deletion.
          */
@@ -4029,13 +4127,16 @@ export interface components {
             token_logprobs: number[];
         };
         /**
-         * ListAnswerModelAnswer
-         * @description A whole list.
+         * PageAnswerModelAnswer
+         * @description A page of a list. The next one is that after `last_id`.
          */
-        ListAnswer_ModelAnswer_: {
+        PageAnswer_ModelAnswer_: {
             /** @constant */
             object: "list";
             data: components["schemas"]["ModelAnswer"][];
+            first_id: string | null;
+            last_id: string | null;
+            has_more: boolean;
         };
         /**
          * ModelAnswer
@@ -4045,6 +4146,11 @@ export interface components {
             id: string;
             /** @constant */
             object: "model";
+            /** @constant */
+            type: "model";
+            display_name: string;
+            /** Format: date-time */
+            created_at: string;
             created: number;
             owned_by: string;
             root: string;
@@ -5978,6 +6084,124 @@ export interface operations {
             };
         };
     };
+    count_input_tokens_v1_responses_input_tokens_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ResponsesRequest"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["InputTokensAnswer"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A quota is used up, or too much is waiting */
+            429: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
     get_response_v1_responses__response_id__get: {
         parameters: {
             query?: {
@@ -7883,7 +8107,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/json": components["schemas"]["ListAnswer_ModelAnswer_"];
+                    "application/json": components["schemas"]["PageAnswer_ModelAnswer_"];
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */

@@ -274,7 +274,7 @@ class TgiView(GenerationView):
         reason = "length" if piece.finish_reason != "stop" else "eos_token"
         usage = generation.usage
         reason = "stop_sequence" if piece.stop is not None else reason
-        return text.TgiEnd(reason, usage.completion, usage.prompt, self._seed)
+        return text.TgiEnd(reason, usage.completion, usage.prompt, usage.prompt, self._seed)
 
     def _top_tokens(self, info: TokenInfo) -> list[text.TgiToken]:
         name = self._tokenizer.token_text

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from onebase_edge.errors import InvalidRequestError
 from onebase_server.requests.schemas.generation import (
     MAX_GRAMMAR_CHARACTERS,
     MAX_TOKENS,
@@ -285,6 +286,20 @@ def _joined(messages: Sequence[Json]) -> Json:
     return {**messages[-1], "content": _BETWEEN_TURNS.join(parts)}
 
 
+def _threads_not_served() -> InvalidRequestError:
+    """Return the refusal of a conversation that the server is to keep.
+
+    Anthropic's clients know it by its code, and send the whole conversation instead.
+    """
+    error = InvalidRequestError(
+        "thread: this server keeps no conversations. Send all messages, without thread.",
+        param="thread",
+        code="thread_unsupported_request",
+    )
+    error.details = {"unsupported": ["thread"]}
+    return error
+
+
 class ConversationRequest(Tolerant):
     """Body of POST /v1/messages/count_tokens, whose fields POST /v1/messages has too."""
 
@@ -316,6 +331,8 @@ class ConversationRequest(Tolerant):
         "speed": ("standard",),
     }
 
+    thread: JsonSchema | None = Field(default=None, description="a conversation that is kept: refused")
+
     @model_validator(mode="after")
     def _check_conversation(self) -> Self:
         called: set[str] = set()
@@ -342,6 +359,8 @@ class ConversationRequest(Tolerant):
 
         Raises InvalidRequestError.
         """
+        if self.thread is not None:
+            raise _threads_not_served()
         return rebuilt(_Chat, self._chat_fields(variables))
 
     def _chat_fields(self, variables: frozenset[str]) -> Json:

@@ -153,8 +153,7 @@ def items_again(kept: Sequence[Json]) -> list[MessageItem | CallItem | CallOutpu
     except ValidationError as error:
         reason, _ = validation_error(error.errors())
         raise InvalidRequestError(
-            f"previous_response_id: nothing can follow that response, whose last call was cut ({reason}) "
-            "Name the one before it, or raise max_output_tokens.",
+            f"previous_response_id: nothing can follow that response ({reason}) Name the one before it.",
             param="previous_response_id",
         ) from error
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, JsonValue, model_validator
+from pydantic_core import from_json
 
 from onebase_server.requests.schemas.wire import (
     BY_KIND,
@@ -45,7 +46,9 @@ class TextPart(Wire):
     @model_validator(mode="before")
     @classmethod
     def _drop_hints(cls, value: Any) -> Any:
-        return without_hints(value)
+        return without_hints(
+            check_type(value, "text", otherwise="only text is; images, sound and files are not")
+        )
 
 
 def _no_number(name: str) -> Any:
@@ -60,8 +63,28 @@ def _a_number(text: str) -> float:
     return number
 
 
+def _object_or_its_beginning(text: str) -> dict[str, Any] | None:
+    """Return the object that a JSON text is, or of one that was cut, as far as it goes; None for any other
+    text."""
+    try:
+        try:
+            found = json.loads(text or "{}", parse_constant=_no_number, parse_float=_a_number)
+        except json.JSONDecodeError as error:
+            if error.msg.startswith("Extra data"):
+                return None
+            found = from_json(text, allow_inf_nan=False, allow_partial="trailing-strings")
+            json.dumps(found, allow_nan=False)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 class FunctionCall(Wire):
-    """Function call of an assistant. arguments: JSON of an object, as text like OpenAI's or as it is."""
+    """Function call of an assistant.
+
+    arguments: JSON of an object, as text like OpenAI's or as it is. A text that `max_tokens` cut is taken as
+    far as it goes: agents send such calls back.
+    """
 
     name: FunctionName
     arguments: Annotated[
@@ -72,13 +95,9 @@ class FunctionCall(Wire):
     @cached_property
     def values(self) -> dict[str, Any]:
         """The arguments by name. Raises FieldError."""
-        found: Any = self.arguments
-        if isinstance(found, str):
-            try:
-                found = json.loads(found or "{}", parse_constant=_no_number, parse_float=_a_number)
-            except (ValueError, RecursionError):
-                found = None
-        if not isinstance(found, dict):
+        given = self.arguments
+        found = _object_or_its_beginning(given) if isinstance(given, str) else given
+        if found is None:
             raise FieldError("arguments", "is no JSON object")
         try:
             made: dict[str, Any] = not_too_deep(found)

@@ -30,7 +30,7 @@ from onebase_server.requests.schemas.messages import (
     FunctionName,
     tool_of,
 )
-from onebase_server.requests.schemas.openai import DEFAULTS, IGNORED, OpenAIRequest
+from onebase_server.requests.schemas.openai import DEFAULTS, IGNORED, OpenAIRequest, Verbosity
 from onebase_server.requests.schemas.wire import (
     BY_KIND,
     LIST,
@@ -113,7 +113,7 @@ class TextFormat(Typed):
 
 class TextConfig(Wire):
     format: TextFormat | None = None
-    verbosity: Literal["medium"] | None = Field(default=None, description="the base knows no other")
+    verbosity: Verbosity | None = Field(default=None, description="changes nothing")
 
 
 class Reasoning(Wire):
