@@ -1,8 +1,8 @@
 """Additions to docs/ when MkDocs builds the site: pages made from code, and links as GitHub reads them.
 
 A hook of mkdocs.yml. The routes come from the OpenAPI file of the app, which is put together here without a
-server, a base or a port. The settings are those of `onebase serve`'s own parser; their page is kept in docs/, where
-the forge shows it, and this file run as a program writes it.
+server, a base or a port. The settings are those of `onebase serve`'s own parser; their page is kept in docs/,
+where the forge shows it, and this file run as a program writes it.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ def settings_page() -> str:
             limits = _limits(meta["low"], meta["high"])
             if action.choices:
                 limits = "one of " + ", ".join(f"`{choice}`" for choice in action.choices)
-            name = f'<a id="{action.dest}"></a>`{action.option_strings[0]}`<br>`{environment_name(action.dest)}`'
+            variable = environment_name(action.dest)
+            name = f'<a id="{action.dest}"></a>`{action.option_strings[0]}`<br>`{variable}`'
             said = _cell(text[0].upper() + text[1:]) + (f". <small>{limits}</small>" if limits else "")
             lines.append(f"| {name} | {said} | {f'`{default}`' if default not in ('', 'none') else '–'} |")
     return "\n".join(lines) + "\n"

@@ -81,7 +81,7 @@ class InvalidRequestError(ApiError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """More tokens than the base's context has.
+    """The request has more tokens than the base's context.
 
     Clients know this error by words of its message, each by others, so that the message has all of them.
     `holds`: what else the context holds, as the end of a sentence.

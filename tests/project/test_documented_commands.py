@@ -185,7 +185,8 @@ def of_block(language: str, block: str) -> list[str]:
     if block.startswith("$ "):
         return re.findall(r"^\$ (.+)$", block, re.MULTILINE)
     # A quote may go on over lines, as the body of a curl does; so does a loop.
-    pieces = re.findall(r"(?:^(?:for|while) .+?^done[^\n]*$|'[^']*'|\"[^\"\n]*\"|[^\n'\"])+", block, re.MULTILINE | re.DOTALL)
+    piece = r"(?:^(?:for|while) .+?^done[^\n]*$|'[^']*'|\"[^\"\n]*\"|[^\n'\"])+"
+    pieces = re.findall(piece, block, re.MULTILINE | re.DOTALL)
     return [piece for piece in pieces if piece.strip()]
 
 

@@ -228,7 +228,7 @@ _SENTENCES = {
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
 }
-"""What is wrong, by the kind of pydantic's error."""
+"""Text of an error in a request, by the kind of pydantic's error."""
 
 
 def _plain(value: Any) -> Any:
