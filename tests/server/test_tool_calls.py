@@ -621,6 +621,7 @@ def test_the_ids_of_calls_go_back_into_the_next_prompt(bases: dict[str, Base], f
             "'append' of 'list'",
         ),
         ("{{ [].append(1) }}{# tools tool_calls #}", "chat", "cannot be used at all"),
+        ("{{ raise_exception('\x1b]0;red\x07') }}{# tools tool_calls #}", "chat", "write a message:  ]0;red "),
         ("{% for t in tools %}{{ t }}{% endfor %}" + TEMPLATES["hermes"], "chat", "served with tools alone"),
         (TEMPLATES["hermes"], "", ""),
     ],
@@ -632,6 +633,22 @@ def test_what_a_template_keeps_from_being_served_is_known_with_its_reason(
     tokenizer._tokenizer.chat_template = template
     assert list(tokenizer.unserved) == [part] * bool(part)
     assert reason in tokenizer.unserved.get(part, "")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 // (messages | length - 1) }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ range(1000000000) }}",
+        "{{ messages[0].content + 1 }}",
+    ],
+)
+def test_messages_that_a_template_fails_on_are_refused(folder: Path, template: str) -> None:
+    tokenizer = BaseTokenizer(str(folder))
+    tokenizer._tokenizer.chat_template = template
+    with pytest.raises(InvalidRequestError, match="cannot write these messages"):
+        tokenizer.encode_chat(TemplateInput([{"role": "user", "content": "?"}]))
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ class BaseTokenizer:
             raise InvalidRequestError(
                 f"The base's chat template refuses these messages: {error}", param="messages"
             ) from error
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InvalidRequestError(
                 f"The base's chat template cannot write these messages: {reason_of(error)}", param="messages"
             ) from error
