@@ -398,13 +398,27 @@ def read_config(folder: Path) -> Any:
 
     try:
         _check_counts(folder / "config.json")
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        _tie_alone(config)
+        return config
     except UnsupportedBaseError:
         raise
     except Exception as error:
         raise UnsupportedBaseError(
             f"{folder} holds no base that transformers knows: {described(error)}"
         ) from error
+
+
+def _tie_alone(config: Any) -> None:
+    """Let a text model share its head's weight with its embedding where the composite around it does.
+
+    transformers builds some composites' language models by the text part of the config alone (Qwen3.5), which
+    need not repeat that.
+    """
+    text, found = config.get_text_config(), transformers_class(config)
+    alone = found is not None and text is not config and found.config_class is type(text)
+    if alone and getattr(config, "tie_word_embeddings", False):
+        text.tie_word_embeddings = True
 
 
 def _check_counts(path: Path) -> None:
