@@ -20,7 +20,13 @@ from transformers import AutoTokenizer
 from onebase_edge.errors import InvalidRequestError
 from onebase_engine.engine.grammar_process import load_tokenizer
 from onebase_engine.engine.messages import Grammar
-from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput
+from onebase_server.inference.tokenization import (
+    BaseTokenizer,
+    ChatSupport,
+    TemplateInput,
+    TokenizerError,
+    chat_support,
+)
 from onebase_server.inference.tool_call_parser import CallFormat, CallReader
 from onebase_server.inference.tool_format import ArgumentFormat, Bare, Pythonic, ToolDefinition, ToolFormat
 
@@ -649,6 +655,18 @@ def test_messages_that_a_template_fails_on_are_refused(folder: Path, template: s
     tokenizer._tokenizer.chat_template = template
     with pytest.raises(InvalidRequestError, match="cannot write these messages"):
         tokenizer.encode_chat(TemplateInput([{"role": "user", "content": "?"}]))
+
+
+@pytest.mark.parametrize("changes", [{"model_max_length": "x"}, {"unk_token": ""}])
+def test_a_tokenizer_that_loads_and_cannot_encode_is_none(
+    folder: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | changes))
+    with pytest.raises(TokenizerError, match="cannot encode"):
+        BaseTokenizer(str(tmp_path))
+    assert chat_support(tmp_path) == ChatSupport(None, None)
 
 
 @pytest.mark.parametrize(
