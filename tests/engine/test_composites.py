@@ -100,7 +100,13 @@ def test_its_logits_are_those_of_the_whole_model(composite: Composite) -> None:
 def test_a_head_that_only_the_composite_ties_is_tied(tmp_path: Path) -> None:
     config = tf.Qwen3_5Config(
         text_config=HYBRIDS["qwen3_5"]().to_dict(),
-        vision_config={"depth": 1, "num_heads": 2, "hidden_size": 64, "out_hidden_size": 128, "patch_size": 4},
+        vision_config={
+            "depth": 1,
+            "num_heads": 2,
+            "hidden_size": 64,
+            "out_hidden_size": 128,
+            "patch_size": 4,
+        },
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)

@@ -627,7 +627,11 @@ def test_the_ids_of_calls_go_back_into_the_next_prompt(bases: dict[str, Base], f
             "'append' of 'list'",
         ),
         ("{{ [].append(1) }}{# tools tool_calls #}", "chat", "cannot be used at all"),
-        ("{{ raise_exception('\x1b]0;red\x07') }}{# tools tool_calls #}", "chat", "write a message:  ]0;red "),
+        (
+            "{{ raise_exception('\x1b]0;red\x07') }}{# tools tool_calls #}",
+            "chat",
+            "write a message:  ]0;red ",
+        ),
         ("{% for t in tools %}{{ t }}{% endfor %}" + TEMPLATES["hermes"], "chat", "served with tools alone"),
         (TEMPLATES["hermes"], "", ""),
     ],

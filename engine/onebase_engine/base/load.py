@@ -425,7 +425,7 @@ def _check_counts(path: Path) -> None:
     """Raise UnsupportedBaseError if a config is too long, or has too many layers or experts somewhere."""
     if path.stat().st_size > MOST_CONFIG_BYTES:
         raise UnsupportedBaseError(
-            f"{path} is over {MOST_CONFIG_BYTES >> 20} MiB, which no base's config is. Download the base again."
+            f"{path} is over {MOST_CONFIG_BYTES >> 20} MiB, and no base's config is. Download the base again."
         )
     waiting = [json.loads(path.read_bytes())]
     while waiting:
@@ -437,8 +437,8 @@ def _check_counts(path: Path) -> None:
             for name, value in part.items():
                 if name.endswith(_COUNTED) and isinstance(value, int) and value > MOST_MODULES:
                     raise UnsupportedBaseError(
-                        f"{path} has {name:.80} = {value:.6g}, and OneBase builds no more than {MOST_MODULES}. "
-                        "Choose another base."
+                        f"{path} has {name:.80} = {value:.6g}, and OneBase builds no more than "
+                        f"{MOST_MODULES}. Choose another base."
                     )
 
 
