@@ -228,9 +228,18 @@ def test_base_check_refuses_with_the_reason(check: Check, tmp_path: Path) -> Non
     ("files", "said"),
     [
         ({"adapter_config.json": '{"base_model_name_or_path": "acme/base"}'}, "its base is acme/base"),
+        ({"adapter_config.json": "[]"}, "its base is not named"),
         ({"model.gguf": ""}, "has no config.json"),
         ({"config.json": '{"model_type": "gpt9"}'}, "no base that transformers knows"),
+        ({"config.json": "[" * 100_000}, "no base that transformers knows"),
+        ({"config.json": '{"model_type": "llama", "num_hidden_layers": 1000000000000}'}, "no more than 4096"),
+        (
+            {"config.json": '{"model_type": "gemma4", "text_config": {"num_hidden_layers": 1000000000}}'},
+            "num_hidden_layers = 1e+09",
+        ),
+        ({"config.json": " " * (17 << 20) + "{}"}, "is over 16 MiB"),
     ],
+    ids=["adapter", "broken-adapter", "gguf", "unknown", "deep", "layers", "inner-layers", "long"],
 )
 def test_base_check_of_what_is_no_base_says_what_it_is(
     files: dict[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -94,9 +94,12 @@ class BaseTokenizer:
         )
         """Ids of the special tokens, whose names are left out of texts."""
         _never_cut_or_pad(self._tokenizer)
-        self._chat = ChatTokenizer(self._tokenizer)
+        try:
+            self._chat = ChatTokenizer(self._tokenizer)
+            self._before, self._after = tokens_around(self._tokenizer)
+        except Exception as error:  # what loads may hold settings of any type
+            raise TokenizerError(f"it cannot encode: {reason_of(error)}") from error
         self._letters = raw_control_tokens == "letters"
-        self._before, self._after = tokens_around(self._tokenizer)
         self._byte_level = _is_byte_level(self._tokenizer)
         self._byte_of_character = _byte_level_alphabet() if self._byte_level else {}
         self._bytes: dict[int, bytes] = {}
@@ -233,7 +236,7 @@ class BaseTokenizer:
             raise InvalidRequestError(
                 f"The base's chat template refuses these messages: {error}", param="messages"
             ) from error
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InvalidRequestError(
                 f"The base's chat template cannot write these messages: {reason_of(error)}", param="messages"
             ) from error
