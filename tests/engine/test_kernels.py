@@ -457,6 +457,19 @@ def test_a_recurrent_layer_gives_a_row_the_same_bits_wherever_its_text_is_cut_an
         kernels.use_threads()
 
 
+@settings(max_examples=40)
+@given(
+    layer=recurrent_layers.layers(),
+    step=recurrent_layers.steps(),
+    wrong=st.lists(st.integers(0, 8), min_size=4, max_size=4),
+)
+def test_wrong_rows_of_drafts_are_taken_out_of_states_to_the_bit(
+    kernels: CpuKernels, layer: recurrent_layers.Layer, step: recurrent_layers.Step, wrong: list[int]
+) -> None:
+    assert recurrent_layers.is_rewound(kernels, layer, step, wrong)
+    assert recurrent_layers.is_rewound(ReferenceKernels(), layer, step, wrong)
+
+
 @pytest.mark.parametrize("by_key", [False, True])
 def test_decays_are_exponentials_of_any_size(kernels: CpuKernels, by_key: bool) -> None:
     decay = torch.tensor([-torch.inf, -200.0, -20.0, -1e-6, 0.0, 0.5, 20.0])

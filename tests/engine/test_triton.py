@@ -711,6 +711,18 @@ def test_a_recurrent_layer_gives_a_row_the_same_bits_wherever_its_text_is_cut_an
         assert torch.equal(state, behind)
 
 
+@settings(max_examples=25)
+@given(
+    layer=recurrent_layers.layers(small=True),
+    step=recurrent_layers.steps(),
+    wrong=st.lists(st.integers(0, 8), min_size=4, max_size=4),
+)
+def test_wrong_rows_of_drafts_are_taken_out_of_states_to_the_bit(
+    kernels: CudaKernels, layer: recurrent_layers.Layer, step: recurrent_layers.Step, wrong: list[int]
+) -> None:
+    assert recurrent_layers.is_rewound(kernels, layer, step, wrong)
+
+
 # ---- the trial at a start ----------------------------------------------------------------------
 
 

@@ -96,8 +96,10 @@ class Packer:
     def _runs(self, segments: Sequence[Segment], starts: Sequence[int]) -> StateRuns | None:
         if not self._recurrent:
             return None
-        places = np.array([segment.sequence.states for segment in segments], dtype=np.int32)
-        return StateRuns(np.array(starts, dtype=np.int32), places[:, 0].copy(), places[:, 1].copy())
+        drafted = max(
+            (stop for segment, stop in zip(segments, starts[1:], strict=True) if segment.draft), default=0
+        )
+        return _state_runs([segment.sequence for segment in segments], starts, drafted)
 
     def _padded(self, length: int) -> int:
         return -(-length // self._multiple) * self._multiple
@@ -128,6 +130,29 @@ class Packer:
                 mixes.extend([segment.sequence.mix] * len(scored_tokens))
         padding = self._padded(max(len(rows), 1)) - len(rows)
         return np.array(rows + [0] * padding, dtype=np.int64), mixes, sampled, scored
+
+
+def rewound(plan: StepPlan, right: Mapping[SequenceState, int]) -> tuple[np.ndarray, StateRuns]:
+    """Return the packed rows, int64, up to the last right token of each draft that is wrong somewhere.
+
+    `right`: number of right tokens of each sequence's draft. The runs are those of the same rows.
+    """
+    starts = [0, *accumulate(segment.length for segment in plan.decodes)]
+    counted = [
+        (segment.sequence, start, segment.length - len(segment.draft) + right.get(segment.sequence, 0))
+        for segment, start in zip(plan.decodes, starts, strict=False)
+        if right.get(segment.sequence, 0) < len(segment.draft)
+    ]
+    rows = [row for _, start, count in counted for row in range(start, start + count)]
+    bounds = [0, *accumulate(count for _, _, count in counted)]
+    return np.array(rows, dtype=np.int64), _state_runs([sequence for sequence, _, _ in counted], bounds)
+
+
+def _state_runs(sequences: Sequence[SequenceState], starts: Sequence[int], drafted: int = 0) -> StateRuns:
+    places = np.array([sequence.states for sequence in sequences], dtype=np.int32).reshape(-1, 2)
+    return StateRuns(
+        np.array(starts, dtype=np.int32), places[:, 0].copy(), places[:, 1].copy(), drafted=drafted
+    )
 
 
 def _hidden_rows(

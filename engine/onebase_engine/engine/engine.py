@@ -108,7 +108,7 @@ class _Computed:
 
     plan: StepPlan
     drawn: list[tuple[SequenceState, list[Drawn]]]
-    """Draws of each sequence: one token, and another at each place of its draft."""
+    """Draws of each sequence: those that match its draft, and one more."""
     outputs: _StepOutputs
     next_planned: bool
     """Whether the scheduler already counts the step as computed, because the next one has been planned."""
@@ -606,9 +606,14 @@ class Engine:
     def _finish(self, started: _StartedStep, foreseen: bool) -> _Computed:
         outputs = started.read()
         drawn = iter(outputs.drawn)
-        sequences = [segment for segment in started.plan.segments if segment.samples]
-        tokens = [(one.sequence, list(islice(drawn, len(one.draft) + 1))) for one in sequences]
-        return _Computed(started.plan, tokens, outputs, foreseen)
+        accepted = [
+            (segment.sequence, self._accepted(segment, list(islice(drawn, len(segment.draft) + 1))))
+            for segment in started.plan.segments
+            if segment.samples
+        ]
+        if self.model.state_bytes and any(segment.draft for segment in started.plan.decodes):
+            self.model.rewind(started.plan, {sequence: len(draws) - 1 for sequence, draws in accepted})
+        return _Computed(started.plan, accepted, outputs, foreseen)
 
     def _masks_of(self, plan: StepPlan) -> tuple[list[Mask], frozenset[SequenceState]]:
         """Return the mask of each entry of `StepBatch.sampled`, and the sequences whose masks have not
@@ -654,10 +659,10 @@ class Engine:
         for segment, hidden in computed.outputs.pooled:
             self._pool(segment, hidden)
         for segment in computed.plan.segments:
-            sequence, drawn = segment.sequence, drawn_of.get(segment.sequence)
+            sequence = segment.sequence
             if sequence in failed or sequence in late:
                 continue
-            accepted = [] if drawn is None else self._accepted(segment, drawn)
+            accepted = drawn_of.get(sequence, [])
             sequence.tokens.extend(draw.token for draw in accepted[:-1] if draw.token is not None)
             if not computed.next_planned:
                 self.scheduler.computed(segment, right=max(len(accepted) - 1, 0))

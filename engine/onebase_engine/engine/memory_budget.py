@@ -249,6 +249,7 @@ def largest_step_bytes(
             logits = model.forward(batch).logits[: len(batch.sampled)]
             masks = [np.full(-(-logits.shape[1] // 32), -1, dtype=np.int32)] * len(batch.sampled)
             draw(logits, batch.sampled, frozenset(), model.kernels, masks)
+            model.rewind(plan, {})
 
         return measure(run_step)
 

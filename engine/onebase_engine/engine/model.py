@@ -14,9 +14,10 @@ from onebase_engine.base.layers import decoder_of
 from onebase_engine.base.load import STATELESS_LAYERS, UnsupportedBaseError, described
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
-from onebase_engine.engine.batch import StepBatch
+from onebase_engine.engine.batch import StepBatch, rewound
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, HostCache, KVCache, bytes_per_token
 from onebase_engine.engine.recurrence import Recurrence, UnsupportedRecurrenceError
+from onebase_engine.engine.sequence import SequenceState, StepPlan
 from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap, StateRuns
 from onebase_engine.kernels.reference import sent
@@ -154,9 +155,8 @@ class ServedModel:
 
     @property
     def drafts(self) -> bool:
-        """Whether drafts are worth it. A recurrent state behind tokens that turn out wrong cannot be taken
-        back."""
-        return self.kernels.drafts and not self.state_bytes
+        """Whether drafts are worth it."""
+        return self.kernels.drafts
 
     @property
     def window(self) -> int | None:
@@ -304,6 +304,15 @@ class ServedModel:
         ids, positions, logit_rows, hidden_rows = torch.split(there, [len(array) for array in arrays])
         step = batch.contexts, batch.token_map, batch.logit_map
         return Outputs(*self._pass(*step, ids, positions, logit_rows, hidden_rows if wants_hidden else None))
+
+    @torch.inference_mode()
+    def rewind(self, plan: StepPlan, right: Mapping[SequenceState, int]) -> None:
+        """Take the wrong tokens of drafts out of the recurrent states that the last pass has written.
+
+        right: number of right tokens of each sequence's draft; 0 for those that are missing.
+        """
+        rows, runs = rewound(plan, right)
+        self._recurrence.rewind(sent(rows, self.device), runs)
 
     def _run_fixed(self, step: FixedStep) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits and hidden states of all rows of a step whose place is fixed."""

@@ -596,7 +596,8 @@ class Scheduler:
             )
             room = len(sequence.blocks) * size - sequence.length
             count = min(len(proposed), sequence.drafts.worth(rows), draft.left(sequence))
-            if count > room and self._pool.free > spare:
+            # A recurrent state is kept at the end of a block, and only the last one of a step is there.
+            if count > room and self._states is None and self._pool.free > spare:
                 sequence.blocks.extend(self._pool.allocate(1) or ())
                 room += size
             if (count := min(count, room)) > 0:

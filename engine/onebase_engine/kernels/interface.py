@@ -54,6 +54,8 @@ class StateRuns:
     """[runs + 1]"""
     read: np.ndarray
     write: np.ndarray
+    drafted: int = 0
+    """Number of packed rows, from the first on, that hold all rows of drafts; 0: there are none."""
     held: dict[str, Any] = field(default_factory=dict, compare=False)
     """Cache of the same data in a back-end's own form."""
 
