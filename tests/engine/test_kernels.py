@@ -416,6 +416,16 @@ def test_a_norm_with_a_weight_around_one_has_the_bits_of_the_base_s(best: CpuKer
         assert torch.equal(norm(x), base(x))
 
 
+def test_rows_of_another_width_than_an_unused_weight_get_the_bits_of_the_base_s(best: CpuKernels) -> None:
+    from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaWeightlessRMSNorm
+
+    base = FalconMambaWeightlessRMSNorm(128, 1e-6).to(torch.bfloat16)
+    norm = best.norm(base)
+    for rows, size in ((3, 64), (5, 128), (2, 24)):
+        x = torch.cat([random(rows, size), torch.zeros(1, size), torch.full((1, size), 1e-30)])
+        assert torch.equal(norm(x.to(torch.bfloat16)), base(x.to(torch.bfloat16)))
+
+
 def test_norms_that_compute_something_else_are_left_to_pytorch(best: CpuKernels) -> None:
     norm = nn.LayerNorm(64, dtype=torch.bfloat16)
     assert best.norm(norm) is norm

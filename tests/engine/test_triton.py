@@ -652,6 +652,17 @@ def test_norms_that_compute_something_else_are_left_to_pytorch(kernels: CudaKern
     assert cuda_training.trained_norm(layer) is None
 
 
+def test_rows_of_another_width_than_an_unused_weight_are_normed_by_the_base(kernels: CudaKernels) -> None:
+    from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaWeightlessRMSNorm
+
+    base = FalconMambaWeightlessRMSNorm(128, 1e-6).to(torch.bfloat16)
+    trained = cuda_training.trained_norm(base)
+    assert trained is not None
+    for norm in (kernels.norm(base), trained):
+        x = random(3, 64).to(torch.bfloat16)
+        assert torch.equal(norm(x), base(x))
+
+
 @pytest.mark.parametrize("architecture", ["qwen3", pytest.param("gemma3", marks=pytest.mark.full)])
 def test_norms_of_heads_are_a_kernels_too(kernels: CudaKernels, tmp_path: Path, architecture: str) -> None:
     """PyTorch's on a GPU adds up a few heads in another order than many."""

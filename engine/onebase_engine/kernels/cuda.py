@@ -1252,7 +1252,8 @@ class CudaKernels(CudaRecurrence):
         weight, eps, around_one = found
 
         def norm(x: torch.Tensor) -> torch.Tensor:
-            if x.dtype != torch.bfloat16:
+            # A norm that ignores its weight (Falcon Mamba) may be given rows of another width.
+            if x.dtype != torch.bfloat16 or x.shape[-1:] != weight.shape:
                 return own(x)
             return normed((x.contiguous(), weight), eps, around_one)
 
