@@ -42,11 +42,12 @@ from onebase_engine.engine.memory_budget import (
 )
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.engine.model import ServedModel
+from onebase_engine.engine.recurrence import Recurrence
 from onebase_engine.engine.sampling import _adjusts
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.sequence import AdapterMix
 from onebase_engine.kernels import reference
-from onebase_engine.kernels.interface import RowGroup, RowMap
+from onebase_engine.kernels.interface import RowGroup, RowMap, StateRuns
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.kernels.weights import LoraWeights
 from onebase_engine.lora.linear import SlotLinear
@@ -234,6 +235,24 @@ def test_logits_are_changed_before_every_draw_of_the_largest_step_also_those_beh
     drawn = Packer(16, 1).pack(plan, {}).sampled
     assert len(drawn) == 7 * 8 + 1
     assert all(_adjusts(row) for row in drawn)
+
+
+def test_the_largest_step_of_a_hybrid_keeps_the_inputs_of_all_drafts_and_gives_them_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_base("lfm2", tmp_path)
+    base = load_base(BaseSettings(folder, quantization="none", dtype=torch.float32))
+    monkeypatch.setattr(ReferenceKernels, "drafts", True)
+    model, rewind, kept = _accelerated(base), Recurrence.rewind, []
+
+    def noted(self: Recurrence, rows: torch.Tensor, runs: StateRuns) -> None:
+        kept.append([one.shape[0] for inputs, _ in self._kept for one in inputs])
+        rewind(self, rows, runs)
+        assert not self._kept
+
+    monkeypatch.setattr(Recurrence, "rewind", noted)
+    _step_bytes(model, base, SchedulerLimits(8, 96, 200, 7))
+    assert kept == [[7 * 8]] * 2
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.recurrence import Recurrence, StatePool
+from onebase_engine.kernels.cuda import CudaKernels
+from onebase_engine.kernels.reference import ReferenceKernels
 
 PRECISIONS = {
     "nf4": {"quantization": "nf4", "dtype": torch.bfloat16},
@@ -357,6 +359,23 @@ def test_a_text_that_repeats_itself_takes_fewer_steps_with_drafts(qwen: Lab) -> 
     if engine.model.kernels.drafts:
         assert engine.counters.right_draft_tokens > 30
         assert 2 * steps[1] < steps[0]
+
+
+@pytest.mark.parametrize("kernels", [ReferenceKernels, pytest.param(CudaKernels, marks=pytest.mark.full)])
+def test_drafts_change_no_bit_on_other_back_ends(
+    qwen: Lab, kernels: type[ReferenceKernels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "drafts", True)
+    asked = [replace(ASKED[0], prompt=(5, 6, 7), max_tokens=6)]
+
+    def engine(**changes: int) -> Engine:
+        return qwen.engine(model=ServedModel(qwen.base, 8, kernels=kernels()), **changes)
+
+    plain = scored(engine(), asked)
+    draft_from(monkeypatch, texts_of(asked, plain), [1])
+    drafting = engine(draft_tokens=2)
+    assert scored(drafting, asked) == plain
+    assert 0 < drafting.counters.right_draft_tokens < drafting.counters.draft_tokens
 
 
 def test_a_step_whose_states_cannot_be_rewound_is_computed_again_without_drafts(
