@@ -99,7 +99,31 @@ class Packer:
         drafted = max(
             (stop for segment, stop in zip(segments, starts[1:], strict=True) if segment.draft), default=0
         )
-        return _state_runs([segment.sequence for segment in segments], starts, drafted)
+        return _state_runs([segment.sequence.states for segment in segments], starts, drafted)
+
+    def rewound(self, plan: StepPlan, right: Mapping[SequenceState, int]) -> tuple[np.ndarray, StateRuns]:
+        """Return the runs that leave the recurrent states of a step whose drafts are partly right.
+
+        Runs end behind the last right token of each draft that is wrong somewhere, and at ends of blocks that
+        right tokens went past. `right`: number of right tokens of each sequence's draft.
+
+        Returns:
+            packed rows of the step, int64, and the runs over these rows
+        """
+        rows: list[int] = []
+        bounds, places = [0], list[tuple[int, int]]()
+        starts = accumulate((segment.length for segment in plan.decodes), initial=0)
+        for first, segment in zip(starts, plan.decodes, strict=False):
+            before, now = segment.sequence.states
+            count = segment.length - len(segment.draft) + right.get(segment.sequence, 0)
+            to_end = (segment.start + count) // self._block_size * self._block_size - segment.start
+            runs = [(to_end, segment.end_place)] if segment.end_place >= 0 and 0 < to_end < count else []
+            runs += [(count, now)] if count < segment.length else []
+            for length, place in runs:
+                rows.extend(range(first, first + length))
+                bounds.append(len(rows))
+                places.append((before, place))
+        return np.array(rows, dtype=np.int64), _state_runs(places, bounds)
 
     def _padded(self, length: int) -> int:
         return -(-length // self._multiple) * self._multiple
@@ -132,27 +156,9 @@ class Packer:
         return np.array(rows + [0] * padding, dtype=np.int64), mixes, sampled, scored
 
 
-def rewound(plan: StepPlan, right: Mapping[SequenceState, int]) -> tuple[np.ndarray, StateRuns]:
-    """Return the packed rows, int64, up to the last right token of each draft that is wrong somewhere.
-
-    `right`: number of right tokens of each sequence's draft. The runs are those of the same rows.
-    """
-    starts = [0, *accumulate(segment.length for segment in plan.decodes)]
-    counted = [
-        (segment.sequence, start, segment.length - len(segment.draft) + right.get(segment.sequence, 0))
-        for segment, start in zip(plan.decodes, starts, strict=False)
-        if right.get(segment.sequence, 0) < len(segment.draft)
-    ]
-    rows = [row for _, start, count in counted for row in range(start, start + count)]
-    bounds = [0, *accumulate(count for _, _, count in counted)]
-    return np.array(rows, dtype=np.int64), _state_runs([sequence for sequence, _, _ in counted], bounds)
-
-
-def _state_runs(sequences: Sequence[SequenceState], starts: Sequence[int], drafted: int = 0) -> StateRuns:
-    places = np.array([sequence.states for sequence in sequences], dtype=np.int32).reshape(-1, 2)
-    return StateRuns(
-        np.array(starts, dtype=np.int32), places[:, 0].copy(), places[:, 1].copy(), drafted=drafted
-    )
+def _state_runs(places: Sequence[tuple[int, int]], starts: Sequence[int], drafted: int = 0) -> StateRuns:
+    read, write = np.array(places, dtype=np.int32).reshape(-1, 2).T.copy()
+    return StateRuns(np.array(starts, dtype=np.int32), read, write, drafted=drafted)
 
 
 def _hidden_rows(

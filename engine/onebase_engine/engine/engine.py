@@ -612,7 +612,8 @@ class Engine:
             if segment.samples
         ]
         if self.model.state_bytes and any(segment.draft for segment in started.plan.decodes):
-            self.model.rewind(started.plan, {sequence: len(draws) - 1 for sequence, draws in accepted})
+            right = {sequence: len(draws) - 1 for sequence, draws in accepted}
+            self.model.rewind(*self._packer.rewound(started.plan, right))
         return _Computed(started.plan, accepted, outputs, foreseen)
 
     def _masks_of(self, plan: StepPlan) -> tuple[list[Mask], frozenset[SequenceState]]:

@@ -241,7 +241,8 @@ def largest_step_bytes(
         plan = _largest_plan(limits, mix, block_size)
         # Two that act take as much as more would, and do so in an eighth of the time.
         slots = {digest: 0 if number < 2 else model.empty_slot for number, digest in enumerate(mix.digests)}
-        batch = Packer(block_size, model.row_multiple, recurrent=model.state_bytes > 0).pack(plan, slots)
+        packer = Packer(block_size, model.row_multiple, recurrent=model.state_bytes > 0)
+        batch = packer.pack(plan, slots)
         for error in model.move_slots({0: "any"}, lambda digest: weights).values():
             raise error
 
@@ -249,7 +250,7 @@ def largest_step_bytes(
             logits = model.forward(batch).logits[: len(batch.sampled)]
             masks = [np.full(-(-logits.shape[1] // 32), -1, dtype=np.int32)] * len(batch.sampled)
             draw(logits, batch.sampled, frozenset(), model.kernels, masks)
-            model.rewind(plan, {})
+            model.rewind(*packer.rewound(plan, {}))
 
         return measure(run_step)
 

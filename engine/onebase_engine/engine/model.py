@@ -14,10 +14,9 @@ from onebase_engine.base.layers import decoder_of
 from onebase_engine.base.load import STATELESS_LAYERS, UnsupportedBaseError, described
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
-from onebase_engine.engine.batch import StepBatch, rewound
+from onebase_engine.engine.batch import StepBatch
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, HostCache, KVCache, bytes_per_token
 from onebase_engine.engine.recurrence import Recurrence, UnsupportedRecurrenceError
-from onebase_engine.engine.sequence import SequenceState, StepPlan
 from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap, StateRuns
 from onebase_engine.kernels.reference import sent
@@ -306,12 +305,8 @@ class ServedModel:
         return Outputs(*self._pass(*step, ids, positions, logit_rows, hidden_rows if wants_hidden else None))
 
     @torch.inference_mode()
-    def rewind(self, plan: StepPlan, right: Mapping[SequenceState, int]) -> None:
-        """Take the wrong tokens of drafts out of the recurrent states that the last pass has written.
-
-        right: number of right tokens of each sequence's draft; 0 for those that are missing.
-        """
-        rows, runs = rewound(plan, right)
+    def rewind(self, rows: np.ndarray, runs: StateRuns) -> None:
+        """Compute recurrent states of the last pass again, from its rows as far as drafts were right."""
         self._recurrence.rewind(sent(rows, self.device), runs)
 
     def _run_fixed(self, step: FixedStep) -> tuple[torch.Tensor, torch.Tensor]:

@@ -283,6 +283,8 @@ class Scheduler:
         arrived."""
         self._uncharged: set[SequenceState] = set()
         """Sequences whose decodes are planned ahead and not charged yet."""
+        self._end_places: list[int] = []
+        """Places for recurrent states at ends of blocks within the last step's drafts."""
         slots.order = self.waiting.order
 
     def check_limits(self, prompt_length: int, max_tokens: int, adapters: int) -> None:
@@ -332,6 +334,8 @@ class Scheduler:
             ahead: the step before is still computed. Its tokens, and which sequences end with them, are not
                 known, so that nothing is drafted and no decode is charged; `settle` does it later.
         """
+        while self._states is not None and self._end_places:
+            self._states.release(self._end_places.pop())
         tokens = self.limits.step_tokens
         draft = _Draft(tokens, tokens if background is None else background)
         draft.bounded = tokens if bounded is None else bounded
@@ -418,7 +422,7 @@ class Scheduler:
             # Not from its end on: a step that fails may be computed again.
             self._release_unseen(sequence, (segment.start - self._window + 1) // size)
         if self._states is not None:
-            self._advance_state(self._states, sequence)
+            self._advance_state(self._states, segment)
 
     def _release_unseen(self, sequence: SequenceState, count: int) -> None:
         """Release the first `count` blocks, which lie before the window of whatever is computed from now on.
@@ -444,17 +448,20 @@ class Scheduler:
     def sequences(self) -> list[SequenceState]:
         return [*self.running, *self.waiting]
 
-    def _advance_state(self, states: StatePool, sequence: SequenceState) -> None:
-        """Let the state that the step has written be the sequence's, and keep it where a block ends.
+    def _advance_state(self, states: StatePool, segment: Segment) -> None:
+        """Let the state that the step has written be the sequence's, and keep the one where a block ends.
 
         Of states behind generated tokens only a sequence's newest is kept: a conversation goes on from there.
         """
+        sequence, blocks = segment.sequence, segment.sequence.computed // self._pool.block_size
+        end = blocks * self._pool.block_size
         before, now = sequence.states
         states.release(before)
-        if sequence.computed % self._pool.block_size == 0:
-            key = sequence.block_keys[sequence.computed // self._pool.block_size - 1]
-            states.publish(now, key)
-            if sequence.computed > sequence.prompt_length:
+        place = now if end == sequence.computed else segment.end_place
+        if end > segment.start and place >= 0:
+            key = sequence.block_keys[blocks - 1]
+            states.publish(place, key)
+            if end > sequence.prompt_length:
                 if sequence.snapshot is not None:
                     states.forget(sequence.snapshot)
                 sequence.snapshot = key
@@ -596,16 +603,29 @@ class Scheduler:
             )
             room = len(sequence.blocks) * size - sequence.length
             count = min(len(proposed), sequence.drafts.worth(rows), draft.left(sequence))
-            # A recurrent state is kept at the end of a block, and only the last one of a step is there.
-            if count > room and self._states is None and self._pool.free > spare:
+            if count > room and self._pool.free > spare:
                 sequence.blocks.extend(self._pool.allocate(1) or ())
                 room += size
-            if (count := min(count, room)) > 0:
+            count, end_place = self._past_block(segment, min(count, room))
+            if count > 0:
                 draft.decodes[sequence] = Segment(
-                    sequence, segment.start, segment.stop, tuple(proposed[:count])
+                    sequence, segment.start, segment.stop, tuple(proposed[:count]), end_place
                 )
                 draft.spend_tokens(sequence, count)
                 rows += count
+
+    def _past_block(self, segment: Segment, count: int) -> tuple[int, int]:
+        """Return a draft's length, and a place for the recurrent state at the end of a block within it (-1).
+
+        The draft ends at the block's end if every place that is left may be needed by a running sequence.
+        """
+        to_end = -segment.stop % self._pool.block_size
+        if self._states is None or count <= to_end:
+            return count, -1
+        if 2 * len(self.running) + len(self._end_places) >= self._states.capacity:
+            return to_end, -1
+        self._end_places.append(self._states.allocate())
+        return count, self._end_places[-1]
 
     # ---- admission ---------------------------------------------------------------------------
 

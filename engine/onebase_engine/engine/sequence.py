@@ -217,6 +217,8 @@ class Segment:
     start: int
     stop: int
     draft: tuple[int, ...] = ()
+    end_place: int = -1
+    """Place for the recurrent state at the last end of a block that right tokens of the draft go past."""
 
     @property
     def length(self) -> int:
