@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import itertools
 import logging
+import queue
 import threading
 import time
 from collections import Counter, deque
@@ -83,8 +85,9 @@ class TurnBudget:
 
 
 class Threads:
-    """Threads for at most `most` calls at once, each in a daemon thread of its own that does not delay the
-    process's end.
+    """Daemon threads for at most `most` calls at once. They are started when they are first needed, and kept:
+    the event loop stands still until the system has begun to run a new thread, which on busy cores takes
+    longer than most calls do.
 
     Tenants take turns, however many calls each of them has waiting, and one tenant has at most `each` calls
     running (by default all of them). Made and used in one event loop.
@@ -92,7 +95,10 @@ class Threads:
 
     def __init__(self, name: str, most: int, each: int | None = None) -> None:
         self._name = name
+        self._most = most
         self._free = most
+        self._started = 0
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._each = most if each is None else each
         self._running: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
@@ -130,13 +136,24 @@ class Threads:
                 loop.call_soon_threadsafe(finish, result, error)
 
         try:
+            self._start_thread()
             context = contextvars.copy_context()  # on whose behalf: see registry/audit.py
-            threading.Thread(target=context.run, args=(work,), name=self._name, daemon=True).start()
+            self._calls.put(functools.partial(context.run, work))
         except BaseException:
             self._release(tenant)
             raise
         value: T = await answer
         return value
+
+    def _start_thread(self) -> None:
+        """Start a thread unless there is one for each running call. Raises RuntimeError."""
+        if self._started < self._most - self._free:
+            threading.Thread(target=self._run_calls, name=self._name, daemon=True).start()
+            self._started += 1
+
+    def _run_calls(self) -> None:
+        while True:
+            self._calls.get()()
 
     async def _acquire(self, tenant: str) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
