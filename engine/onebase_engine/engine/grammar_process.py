@@ -50,7 +50,7 @@ from onebase_engine.engine.grammar_link import (
 )
 from onebase_engine.engine.messages import FrameReader, Grammar, encode
 from onebase_engine.logs import set_up_logs
-from onebase_engine.machine import return_freed_memory
+from onebase_engine.machine import BESIDE_SERVING, return_freed_memory
 
 MEMORY_BYTES = 4 << 30
 """Addresses of one process, beyond which it ends."""
@@ -59,9 +59,6 @@ KEPT_BYTES = 64 << 20
 KEPT_GRAMMARS = 1000
 MOST_BYTES = 256 << 20
 """Memory that all grammars of one tenant may take."""
-NICENESS = 10
-"""Priority of threads that compile and compute masks: they get a tenth of a core that the engine wants as
-well. What only answers has the engine's priority."""
 MOST_PATTERNS = 8
 """Patterns that one text of a JSON schema may have to match at once. The library finds out whether any text
 matches them all, which takes about six times as long for each two more: 0.1 s for 16, 2.6 s for 20."""
@@ -384,8 +381,9 @@ def serve(sock: socket.socket, matchers: Matchers) -> None:
 
 
 def _give_way() -> None:
-    """Let the engine go before this thread, and before those that it starts."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    """Let the engine go before this thread, and before those that it starts. What only answers has the
+    engine's priority."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BESIDE_SERVING)
 
 
 def fork(control: socket.socket, files: list[int], tokenizer: Any, shape: tuple[int, int]) -> None:

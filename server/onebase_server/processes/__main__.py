@@ -9,6 +9,8 @@ from onebase_engine.imports import quick_imports
 from onebase_engine.machine import with_room
 
 if __name__ == "__main__":
+    if os.getpgrp() != os.getpid():
+        os.setpgrp()  # Ctrl-C in the terminal reaches the api alone, which drains first
     with quick_imports():
         process = importlib.import_module(f"{__package__}.{sys.argv.pop(1)}")
     status = with_room(process.main)
