@@ -91,10 +91,19 @@ class Threads:
 
     Tenants take turns, however many calls each of them has waiting, and one tenant has at most `each` calls
     running (by default all of them). Made and used in one event loop.
+
+    on_cost: called in the event loop with the tenant and the processor time of each call, in seconds.
     """
 
-    def __init__(self, name: str, most: int, each: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        most: int,
+        each: int | None = None,
+        on_cost: Callable[[str, float], None] = lambda tenant, seconds: None,
+    ) -> None:
         self._name = name
+        self._on_cost = on_cost
         self._most = most
         self._free = most
         self._started = 0
@@ -117,7 +126,8 @@ class Threads:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
 
-        def finish(result: Any, error: BaseException | None) -> None:
+        def finish(result: Any, error: BaseException | None, seconds: float) -> None:
+            self._on_cost(tenant, seconds)
             self._release(tenant)
             if answer.done():
                 return
@@ -128,12 +138,13 @@ class Threads:
 
         def work() -> None:
             result, error = None, None
+            began = time.thread_time()
             try:
                 result = call(*args, **kwargs)
             except BaseException as caught:
                 error = RuntimeError(str(caught)) if isinstance(caught, StopIteration) else caught
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who asked
-                loop.call_soon_threadsafe(finish, result, error)
+                loop.call_soon_threadsafe(finish, result, error, time.thread_time() - began)
 
         try:
             self._start_thread()

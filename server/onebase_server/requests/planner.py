@@ -117,15 +117,17 @@ class Planner:
         hub: AdapterFetcher,
         checkpoints: AdapterFetcher,
         limits: RequestLimits,
+        on_cost: Callable[[str, float], None] = lambda tenant, seconds: None,
     ) -> None:
+        """on_cost: called with a tenant and the processor time, in seconds, in which its text was read."""
         self._supervisor = supervisor
         self._tokenizer = tokenizer
         self._catalog = catalog
         self._hub = hub
         self._checkpoints = checkpoints
         self._limits = limits
-        self._threads = Threads("tokenize", _THREADS)
-        self._one_thread = Threads("tokenize-long", 1)
+        self._threads = Threads("tokenize", _THREADS, on_cost=on_cost)
+        self._one_thread = Threads("tokenize-long", 1, on_cost=on_cost)
         self._inline = TurnBudget(_INLINE_CHARACTERS)
 
     async def generate(
