@@ -1,4 +1,4 @@
-"""How much of the server's processors one tenant's requests take while others' requests run.
+"""Pacing of requests by the processor time that they take, while those of several tenants run.
 
 Reading, checking and refusing requests takes the cores that the engine's steps on a CPU need, and the event
 loop through which every stream goes. A tenant is charged the processor time of its requests, each up to the
@@ -25,8 +25,8 @@ MOST_SHARE = 0.5
 ALLOWANCE_SECONDS = 0.1
 """Seconds of a processor that a tenant may owe before its requests wait."""
 MOST_DEBT_SECONDS = 0.3
-"""Most that a tenant may owe, in seconds of a processor, so that one large request, or what it sent while
-nobody else was there, does not shut it out."""
+"""Largest debt of a tenant, in seconds of a processor: one large request, or what it sent while nobody else
+was there, does not shut it out."""
 USUAL_SECONDS = 0.002
 """Processor time of a request of which nothing is known yet."""
 _NEWEST = 0.1
@@ -87,7 +87,8 @@ class RequestPacer:
             account.mean += _NEWEST * (spent - account.mean)
         finally:
             account.requests -= 1
-            self._release()
+            if not account.requests:
+                self._release()
 
     def charge(self, tenant: str, seconds: float) -> None:
         """Charge what a thread has computed for a tenant's request."""
@@ -116,8 +117,9 @@ class RequestPacer:
         account.debt = min(MOST_DEBT_SECONDS, self._debt(account) + seconds)
 
     def _must_wait(self, account: _Account) -> bool:
-        others = any(one.requests for one in self._accounts.values() if one is not account)
-        return others and self._debt(account) > ALLOWANCE_SECONDS
+        if self._debt(account) <= ALLOWANCE_SECONDS:
+            return False
+        return any(one.requests for one in self._accounts.values() if one is not account)
 
     async def _wait(self, account: _Account) -> None:
         turn = asyncio.get_running_loop().create_future()
