@@ -18,7 +18,7 @@ from tests.hub_standin import HubStandIn
 
 from onebase_edge.settings import environment_name, option_name, setting_fields
 from onebase_server.app.cli import base, serve
-from onebase_server.app.startup import LEAST_FILES
+from onebase_server.app.startup import LEAST_FILES, StartupError
 
 from .support import ROOT, Starter, make_folder, serving, upload
 
@@ -162,6 +162,26 @@ def test_what_else_fails_while_the_server_is_set_up_is_not_called_a_tokenizer(
     text = told(capsys)
     assert sentence in text
     assert "no usable tokenizer" not in text
+
+
+def test_a_thread_that_computes_hands_the_interpreter_to_the_event_loop_sooner_than_python_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def look(*_parts: object, **_named: object) -> None:
+        seen.append(sys.getswitchinterval())
+        raise StartupError("that is all")
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.005)
+    monkeypatch.setattr("onebase_server.app.startup.assemble", look)
+    try:
+        assert serve(["--port", "0", "--data-dir", str(tmp_path / "data")]) == 1
+    finally:
+        sys.setswitchinterval(before)
+
+    assert seen == [pytest.approx(0.001)]
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
