@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -158,6 +159,34 @@ def test_threads_are_charged_to_the_tenant_they_compute_for() -> None:
             await settle()
             assert requests.begun == []
         await late
+
+    play(script)
+
+
+def test_requests_that_cost_much_are_let_in_one_by_one_once_that_is_known() -> None:
+    """Each is charged in a thread, after the next ones have come."""
+    costly = ALLOWANCE_SECONDS / 4
+
+    async def script(requests: Requests) -> None:
+        threads = Threads("read", 1, on_cost=requests.pacer.charge)
+        begun: list[int] = []
+
+        async def answer(number: int) -> None:
+            begun.append(number)
+            await threads.run_for("evil", compute, costly)
+
+        for number in range(20):  # while nobody else is there
+            await requests.pacer.serve("evil", partial(answer, number))
+        requests.pacer._accounts["evil"].debt = 0.0
+        begun.clear()
+        async with requests.stream("good"):
+            burst = [
+                asyncio.create_task(requests.pacer.serve("evil", partial(answer, number)))
+                for number in range(20)
+            ]
+            await settle()
+            assert len(begun) < 10
+        await asyncio.gather(*burst)
 
     play(script)
 

@@ -24,23 +24,31 @@ MOST_SHARE = 0.5
 """Largest part of one core that they may take: the event loop has no more than one."""
 ALLOWANCE_SECONDS = 0.1
 """Seconds of a processor that a tenant may owe before its requests wait."""
-MOST_DEBT_SECONDS = 0.3
+MOST_DEBT_SECONDS = 0.5
 """Largest debt of a tenant, in seconds of a processor: one large request, or what it sent while nobody else
 was there, does not shut it out."""
 USUAL_SECONDS = 0.002
 """Processor time of a request of which nothing is known yet."""
 _NEWEST = 0.1
 """Weight of the newest request in the mean of a tenant's."""
+_LEAST_KEPT = 64
+"""Accounts among which none is looked for that is unused."""
 
 
 class _Account:
-    """One tenant's requests. `debt`: seconds of a processor that were not paid at the time `at`."""
+    """One tenant's requests, in seconds of a processor."""
 
     def __init__(self, now: float) -> None:
         self.requests = 0
         self.debt = 0.0
+        """Processor time that was not paid at the time `at`."""
         self.at = now
         self.mean = USUAL_SECONDS
+        """Mean cost of the last requests, which the next one owes when it begins."""
+        self.prepaid = 0.0
+        """Part of that which those that have begun have not taken yet."""
+        self.cost = 0.0
+        """What was taken since a request ended last."""
         self.waiting: deque[asyncio.Future[None]] = deque()
         self.timer: asyncio.TimerHandle | None = None
 
@@ -56,6 +64,8 @@ class RequestPacer:
         self._share = min(MOST_SHARE, SHARE_OF_CORES * cores) if share is None else share
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
+        self._look_at = _LEAST_KEPT
+        """Number of accounts from which on unused ones are looked for."""
 
     async def serve(
         self,
@@ -69,39 +79,40 @@ class RequestPacer:
         thread until `runs`."""
         account = self._account(tenant)
         account.requests += 1
-        expected = spent = 0.0
-
-        def charge(seconds: float) -> None:
-            nonlocal spent
-            unexpected = spent + seconds - max(spent, expected)
-            spent += seconds
-            if unexpected > 0.0:
-                self._owe(account, unexpected)
-
         try:
             if not at_once and (account.waiting or self._must_wait(account)):
                 await self._wait(account)
-            expected = account.mean
-            self._owe(account, expected)  # before the next one looks whether it must wait
-            await _timed(answer(), runs, charge)
-            account.mean += _NEWEST * (spent - account.mean)
+            account.prepaid += account.mean
+            self._owe(account, account.mean)  # before the next one looks whether it must wait
+            await _timed(answer(), runs, partial(self._charge, account))
         finally:
             account.requests -= 1
+            account.mean += _NEWEST * (account.cost - account.mean)
+            account.cost = 0.0
             if not account.requests:
+                account.prepaid = 0.0
                 self._release()
 
     def charge(self, tenant: str, seconds: float) -> None:
         """Charge what a thread has computed for a tenant's request."""
         account = self._accounts.get(tenant)
         if account is not None:
-            self._owe(account, seconds)
+            self._charge(account, seconds)
+
+    def _charge(self, account: _Account, seconds: float) -> None:
+        account.cost += seconds
+        paid = min(account.prepaid, seconds)
+        account.prepaid -= paid
+        if seconds > paid:
+            self._owe(account, seconds - paid)
 
     def _account(self, tenant: str) -> _Account:
         account = self._accounts.get(tenant)
         if account is None:
-            now = self._clock()
-            self._accounts = {name: one for name, one in self._accounts.items() if self._is_used(one)}
-            account = self._accounts[tenant] = _Account(now)
+            if len(self._accounts) >= self._look_at:
+                self._accounts = {name: one for name, one in self._accounts.items() if self._is_used(one)}
+                self._look_at = max(_LEAST_KEPT, 2 * len(self._accounts))
+            account = self._accounts[tenant] = _Account(self._clock())
         return account
 
     def _is_used(self, account: _Account) -> bool:
