@@ -378,8 +378,8 @@ def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CpuKernels
     cache = Cache(kernels, 2, 2, 64, 16, eight=eight)
     q, k, v = projected(cache, 3, 1)
     rows = torch.tensor([[0, 0, 32], [-1, 0, 16], [-1, 0, 16]], dtype=torch.int32).T.contiguous().numpy()
-    table = torch.tensor([[2]], dtype=torch.int32).numpy()
-    out = cache.attention(q, k, v, Contexts(rows[0], rows[1], rows[2], table))
+    table = np.array([[[2]]], dtype=np.int32)
+    out = cache.attention(q, k, v, Contexts(rows[0], rows[1], rows[2:], table))
     assert not out[1:].any()
     own = kept(v).to(torch.bfloat16) if eight else v
     assert torch.equal(out[0], own[:, 0].repeat_interleave(2, 0))
@@ -644,7 +644,7 @@ class Block(nn.Module):
 
 
 STEP = Contexts(
-    *(torch.zeros(4, dtype=torch.int32).numpy() for _ in range(3)), torch.zeros(1, 1).int().numpy()
+    *np.zeros((2, 4), dtype=np.int32), np.zeros((1, 4), dtype=np.int32), np.zeros((1, 1, 1), dtype=np.int32)
 )
 
 

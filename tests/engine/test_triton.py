@@ -460,9 +460,8 @@ def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CudaKernel
     cache = Cache(kernels, 2, 2, 64, 16, eight=eight)
     q, k, v = projected(cache, 3, 1)
     rows = torch.tensor([[0, 0, 32], [-1, 0, 16], [-1, 0, 16]], dtype=torch.int32).T.contiguous().numpy()
-    out = cache.attention(
-        q, k, v, Contexts(rows[0], rows[1], rows[2], torch.tensor([[2]], dtype=torch.int32).numpy())
-    )
+    table = np.array([[[2]]], dtype=np.int32)
+    out = cache.attention(q, k, v, Contexts(rows[0], rows[1], rows[2:], table))
     assert not out[1:].any()
     own = kept(v).to(torch.bfloat16) if eight else v
     assert torch.equal(out[0], own[:, 0].repeat_interleave(2, 0))
@@ -473,9 +472,10 @@ def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CudaKernel
 def test_padding_of_a_captured_step_gives_zeros_and_changes_no_row(kernels: CudaKernels, splits: int) -> None:
     cache = Cache(kernels, 2, 2, 64, 16)
     q, k, v = projected(cache, 4, 1)
-    step = cuda.FixedStep(cuda.StepSize(4, splits, 0, 0), 1, 16, 16, torch.device("cpu"))
+    step = cuda.FixedStep(cuda.StepSize(4, splits, 0, 0), 1, 16, [16], torch.device("cpu"))
     row = np.array([[0], [0], [32]], dtype=np.int32)
-    step.load_step(np.zeros(1), Contexts(*row, np.array([[2]], dtype=np.int32)), NOBODY)
+    contexts = Contexts(row[0], row[1], row[2:], np.array([[[2]]], dtype=np.int32))
+    step.load_step(np.zeros(1), contexts, NOBODY)
     out = cache.attention(q, k, v, step.contexts)
     assert not out[1:].any()
     assert torch.equal(out[0], v[:, 0].repeat_interleave(2, 0))
@@ -500,10 +500,10 @@ def test_what_is_captured_for_short_contexts_serves_no_longer_ones(
         position, row = np.array([length - 1, other - 1], dtype=np.int32), np.arange(2, dtype=np.int32)
         write = table[row, position // 16] * 16 + position % 16
         none, ids = np.zeros(0, dtype=np.int64), row.astype(np.int64)
-        contexts = Contexts(position, row, write, table)
+        contexts = Contexts(position, row, write[None], table[None])
         return StepBatch(ids, position.astype(np.int64), ids, contexts, NOBODY, NOBODY, [], [], none, [])
 
-    found = graphs.Graphs(lambda fixed: (attended(fixed.contexts),) * 2, kernels, 2, 16, torch.device("cpu"))
+    found = graphs.Graphs(lambda fixed: (attended(fixed.contexts),) * 2, kernels, 2, 16, [16], torch.device("cpu"))
     replayed = []
     for length in (100, 100, 128, 129, 129, 140, 60):
         got = found.run_graph(step(length))
