@@ -117,7 +117,7 @@ def test_the_largest_step_and_the_cache_whose_contexts_it_reads_fit_together(
         return step
 
     try:
-        step, length = fit_step(free, token_bytes, max_length, step_at)
+        step, length = fit_step(free, lambda tokens: token_bytes * tokens, max_length, step_at)
     except MemoryBudgetError:
         assert fixed + math.ceil(growing * min(SHORTEST, max_length)) > there * free
         return
@@ -135,7 +135,7 @@ def test_the_largest_step_and_the_cache_whose_contexts_it_reads_fit_together(
 
 def test_where_the_longest_contexts_fit_a_step_is_measured_once() -> None:
     asked: list[int] = []
-    assert fit_step(1000, 1, 100, lambda length: asked.append(length) or 300) == (300, 100)
+    assert fit_step(1000, lambda tokens: tokens, 100, lambda length: asked.append(length) or 300) == (300, 100)
     assert asked == [100]
 
 

@@ -228,6 +228,14 @@ class Engine:
             self.model.groups, self.pool.capacity, size, limits.step_tokens, limits.max_length
         )
 
+    @property
+    def kv_tokens(self) -> int:
+        """Number of tokens that fit into the KV cache, in sequences as long as `longest`.
+
+        Shorter ones have fewer tokens for which layers with a window have no blocks any more.
+        """
+        return self.pool.capacity * self.longest // max(self.scheduler.most_blocks(self.longest), 1)
+
     # ---- requests ---------------------------------------------------------------------------
 
     @property

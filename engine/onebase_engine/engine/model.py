@@ -261,7 +261,8 @@ class ServedModel:
         first = TILE - 5 - 3 * number
         row = (np.arange(TILE) >= first).astype(np.int32)
         position = np.arange(TILE, dtype=np.int32) - row * first
-        write = tables[:, row, position // block_size] * block_size + position % block_size
+        write = np.ascontiguousarray(tables[:, row, position // block_size]) * block_size
+        write += position % block_size
         starts, none = np.array([0, first, TILE], dtype=np.int32), np.zeros(2, dtype=np.int32)
         step = Contexts(position, row, write, tables, runs=StateRuns(starts, none, none - 1))
         self._attention.step = step

@@ -308,7 +308,7 @@ class Scheduler:
                 f"{prompt_length} prompt tokens plus max_tokens {max_tokens} are over the server's limit of "
                 f"{self.limits.max_length} tokens; shorten the prompt or lower max_tokens",
             )
-        blocks = self._most_blocks(total)
+        blocks = self.most_blocks(total)
         if blocks > self._pool.capacity:
             raise NeverFitsError(
                 "kv_memory_exceeded",
@@ -690,7 +690,7 @@ class Scheduler:
     def _yielding(self, sequence: SequenceState, draft: _Draft) -> list[SequenceState]:
         """Return running sequences that yield a place and blocks to `sequence`; empty if those would not
         suffice."""
-        needed = self._most_blocks(sequence.length) + self._watermark(sequence)
+        needed = self.most_blocks(sequence.length) + self._watermark(sequence)
         free = self._pool.free
         yielding: list[SequenceState] = []
         while len(self.running) - len(yielding) >= self.limits.max_rows or free < needed:
@@ -834,7 +834,7 @@ class Scheduler:
             needed.append(min(left, most) - len(blocks))
         return needed
 
-    def _most_blocks(self, tokens: int) -> int:
+    def most_blocks(self, tokens: int) -> int:
         """Return the largest number of blocks that a sequence of `tokens` holds at once, alone."""
         return most_blocks(self._groups, tokens, self._pool.block_size, self.limits.step_tokens)
 

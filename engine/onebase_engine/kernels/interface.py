@@ -60,7 +60,7 @@ class StateRuns:
 
 @dataclass(frozen=True)
 class Contexts:
-    """Positions and KV blocks of one step, all int32.
+    """Positions and KV blocks of one step, all int32 and contiguous.
 
     In packed order, each row has its position (-1 for padding), the context that it belongs to, and the KV
     slots to which its keys and values are written. Layers that share blocks share a table of them and these

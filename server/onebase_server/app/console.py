@@ -112,11 +112,13 @@ def print_summary(
     table.add_row(
         "memory", f"{readable_bytes(base.base_bytes)} for the base ({base.quantization}), {_where(base)}"
     )
-    tokens = base.kv_blocks * base.block_size
-    most = min(tokens, base.max_length)
+    tokens = base.kv_blocks // base.kv_groups * base.block_size
     eight = " in int8" if base.kv_dtype == "int8" else ""
+    long = f" in short sequences, {base.kv_tokens:,} in the longest ones" if base.kv_groups > 1 else ""
     table.add_row(
-        "KV cache", f"{readable_bytes(base.kv_bytes)}: {tokens:,} tokens{eight}, at most {most:,} per request"
+        "KV cache",
+        f"{readable_bytes(base.kv_bytes)}: {tokens:,} tokens{eight}{long}, at most {base.kv_longest:,} per "
+        "request",
     )
     for title, text in unserved.items():
         table.add_row(title, escape(text))
