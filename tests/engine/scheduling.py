@@ -41,12 +41,12 @@ class World:
         max_length: int = 64,
         host_blocks: int = 0,
         restored: int = sys.maxsize,
-        windows: Sequence[int | None] = (None,),
+        sights: Sequence[Sight] = (Sight(),),
     ) -> World:
-        """`windows`: of each group of layers."""
+        """`sights`: of each group of layers."""
         pool, table = BlockPool(blocks + 2, BLOCK, host_blocks, restored), SlotTable(slots)
         limits = SchedulerLimits(max_rows, step_tokens, max_length)
-        groups = [BlockGroup((), Sight(window)) for window in windows]
+        groups = [BlockGroup((), sight) for sight in sights]
         return cls(Scheduler("base", pool, table, limits, groups), pool, table, groups=groups)
 
     def step(self, background: int | None = None, bounded: int | None = None) -> StepPlan:

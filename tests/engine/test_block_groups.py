@@ -126,14 +126,18 @@ def test_every_layer_is_in_one_group_and_no_number_lies_on_anothers_place(
     prompt=st.integers(1, 60),
     tokens=st.integers(1, 30),
     step_tokens=st.integers(1, 24),
-    windows=st.lists(st.sampled_from([None, 1, 3, 8, 9, 30]), min_size=1, max_size=3),
+    sights=st.lists(
+        st.builds(Sight, st.sampled_from([None, 1, 3, 8, 9, 30])) | st.builds(Sight, chunk=st.integers(1, 20)),
+        min_size=1,
+        max_size=3,
+    ),
 )
 def test_a_sequence_alone_needs_no_more_blocks_than_are_counted_for_it(
-    prompt: int, tokens: int, step_tokens: int, windows: list[int | None]
+    prompt: int, tokens: int, step_tokens: int, sights: list[Sight]
 ) -> None:
-    groups = [BlockGroup((), Sight(window)) for window in windows]
+    groups = [BlockGroup((), sight) for sight in sights]
     counted = most_blocks(groups, prompt + tokens, BLOCK, step_tokens)
-    world = World.create(blocks=counted, windows=windows, step_tokens=step_tokens, max_length=200)
+    world = World.create(blocks=counted, sights=sights, step_tokens=step_tokens, max_length=200)
     for _ in range(2):  # the second time with a prefix, of which layers with a window have the end
         row = make_row(0, range(prompt), tokens)
         world.scheduler.check_limits(prompt, tokens, 0)
@@ -145,7 +149,7 @@ def test_a_sequence_alone_needs_no_more_blocks_than_are_counted_for_it(
 
 
 def test_a_prefix_is_reused_up_to_where_every_group_has_what_the_next_token_sees() -> None:
-    world = World.create(blocks=60, windows=[None, 8], step_tokens=8, max_length=200)
+    world = World.create(blocks=60, sights=[FULL, Sight(8)], step_tokens=8, max_length=200)
     first = make_row(0, range(48), 1)
     world.scheduler.add(first)
     world.finish_all()
@@ -156,7 +160,7 @@ def test_a_prefix_is_reused_up_to_where_every_group_has_what_the_next_token_sees
     world.step()
     assert again.cached_tokens == 0, "of a beginning, what is before the window is not enough"
     world.finish_all()
-    third = make_row(2, [*range(48), 7], 1)
+    third = make_row(2, [*range(48), 7], 2)
     world.scheduler.add(third)
     world.step()
     assert third.cached_tokens == 48
@@ -271,7 +275,7 @@ def test_texts_are_those_of_peft(base: nn.Module, expected: Scores) -> None:
     [
         pytest.param({}, id="together"),
         pytest.param({"step_tokens": 7}, id="chunks-of-seven"),
-        pytest.param({"blocks": 90, "step_tokens": 24}, id="preemption"),
+        pytest.param({"blocks": 60, "step_tokens": 24}, id="preemption"),
         pytest.param({"blocks": 90, "step_tokens": 24, "host_blocks": 400}, id="host-memory"),
     ],
 )

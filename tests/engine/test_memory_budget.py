@@ -24,7 +24,13 @@ from onebase_engine.base.layers import LayerShape, adaptable_layers, empty_base
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base, needed_memory
 from onebase_engine.engine import memory_budget
 from onebase_engine.engine.batch import Packer
-from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, STAGED_BLOCKS, KVCache, bytes_per_token
+from onebase_engine.engine.kv_cache import (
+    RESERVED_BLOCKS,
+    STAGED_BLOCKS,
+    BlockGroup,
+    KVCache,
+    bytes_per_token,
+)
 from onebase_engine.engine.memory_budget import (
     CONTEXT_BYTES,
     PROOF_BYTES,
@@ -195,7 +201,7 @@ def test_the_largest_step_has_what_a_mix_and_what_replaces_rows_take(
     digests = ["one", "other"] if kind == "a mix" else ["one"]
     model.move_slots(dict(enumerate(digests)), lambda digest: adapter)
     plan = _largest_plan(limits, AdapterMix(tuple((digest, 0.3) for digest in digests)), 16)
-    batch = Packer(16, 1).pack(plan, {digest: slot for slot, digest in enumerate(digests)})
+    batch = Packer(16, 1, [BlockGroup(())]).pack(plan, {digest: slot for slot, digest in enumerate(digests)})
     assert LiveBytes.measure(lambda: model.forward(batch)) <= counted
     assert not model.forward(batch).logits.isnan().any()
 
@@ -231,7 +237,7 @@ def test_a_step_with_drafts_has_no_more_tokens_and_ends_where_contexts_end() -> 
 
 def test_logits_are_changed_before_every_draw_of_the_largest_step_also_those_behind_a_draft() -> None:
     plan = _largest_plan(SchedulerLimits(8, 96, 200, 7), AdapterMix(), 16)
-    drawn = Packer(16, 1).pack(plan, {}).sampled
+    drawn = Packer(16, 1, [BlockGroup(())]).pack(plan, {}).sampled
     assert len(drawn) == 7 * 8 + 1
     assert all(_adjusts(row) for row in drawn)
 

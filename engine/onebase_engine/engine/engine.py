@@ -171,7 +171,7 @@ class Engine:
         self._fingerprint = fingerprint(base)
         self._content: int | None = None
         self.layers = adaptable_layers(base)
-        self.model = model if model is not None else ServedModel(base, slots)
+        self.model = model or ServedModel(base, slots, max_length=limits.max_length)
         if self.model.device.type != "cpu":
             self.watch_content()
         places = state_places or 1 + 4 * limits.max_rows

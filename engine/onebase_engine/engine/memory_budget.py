@@ -277,7 +277,7 @@ def _too_large(limits: SchedulerLimits) -> MemoryBudgetError:
     )
 
 
-def _largest_plan(limits: SchedulerLimits, mix: AdapterMix, block_size: int, groups: int) -> StepPlan:
+def _largest_plan(limits: SchedulerLimits, mix: AdapterMix, block_size: int, groups: int = 1) -> StepPlan:
     """Plan the largest number of decodes, each with the longest draft, and fill the step with prompts."""
     # What makes a draw take most: a nucleus of nearly all tokens, and logits that are changed first, also
     # those behind each token of a draft.

@@ -52,6 +52,7 @@ from onebase_engine.engine.kv_cache import (
     ZERO_BLOCK,
     BlockGroup,
     BlockPool,
+    Sight,
     block_key,
     group_key,
     most_blocks,
@@ -278,6 +279,11 @@ class Scheduler:
             states: places for recurrent states, of a base that keeps some.
         """
         self._groups = tuple(groups)
+        self._windows: dict[Sight, list[int]] = {}
+        """Numbers of the groups with a window, by what they see."""
+        for number, group in enumerate(self._groups):
+            if group.sight.most is not None:
+                self._windows.setdefault(group.sight, []).append(number)
         self._base = base
         self._pool = pool
         self._slots = slots
@@ -426,9 +432,12 @@ class Scheduler:
         for index in range(segment.start // size, sequence.computed // size):
             for number, blocks in enumerate(sequence.blocks):
                 self._pool.publish(blocks[index], group_key(sequence.block_keys[index], number))
-        for group, blocks in zip(self._groups, sequence.blocks, strict=False):  # none of an ended sequence
-            if group.sight.most is not None:
-                self._release_unseen(sequence, blocks, group.first_block(sequence.computed, size))
+        for sight, numbers in self._windows.items():
+            count = sight.first_seen(sequence.computed) // size
+            for number in numbers if sequence.blocks and count else ():
+                if sequence.blocks[number][count - 1] == ZERO_BLOCK:
+                    break  # Groups that see the same release it at once.
+                self._release_unseen(sequence, sequence.blocks[number], count)
         if self._states is not None:
             self._advance_state(self._states, sequence)
 
@@ -797,12 +806,12 @@ class Scheduler:
             if group.sight.most is None:
                 held = (self._pool.holds(group_key(key, number), restore=True) for key in keys[:count])
                 count = next((index for index, one in enumerate(held) if not one), count)
-        windows = [(number, group) for number, group in enumerate(self._groups) if group.sight.most]
         while count:
             missing = [
                 index
-                for number, group in windows
-                for index in range(group.first_block(count * size, size), count)
+                for sight, numbers in self._windows.items()
+                for number in numbers
+                for index in range(sight.first_seen(count * size) // size, count)
                 if not self._pool.holds(group_key(keys[index], number), restore=True)
             ]
             if not missing:
