@@ -187,7 +187,7 @@ def same_in_int8(
     in the cache bit for bit, the rest up to rounding. With each context alone, in one piece: bit for bit."""
     tokens = 16 * (2 + sum(-(-length // 16) for length in lengths))
     caches = [
-        Cache(one, *heads, dim, 16, eight=True, tokens=tokens, **options)
+        Cache(one, *heads, dim, 16, eight=True, tokens=tokens, among=2, **options)
         for one in (kernels, ReferenceKernels())
     ]
     inputs = [projected(caches[0], length, number) for number, length in enumerate(lengths)]

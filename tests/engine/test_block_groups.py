@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,7 +42,9 @@ FULL, CPU = Sight(), torch.device("cpu")
 def base_of(kinds: Sequence[tuple[int, Sight, Shape]]) -> tuple[dict[int, Shape], dict[int, Sight]]:
     """Shapes and sights of layers, of each kind so many."""
     layers = [(sight, shape) for count, sight, shape in kinds for _ in range(count)]
-    return {n: shape for n, (_, shape) in enumerate(layers)}, {n: sight for n, (sight, _) in enumerate(layers)}
+    return {n: shape for n, (_, shape) in enumerate(layers)}, {
+        n: sight for n, (sight, _) in enumerate(layers)
+    }
 
 
 WINDOW = Sight(1024)
@@ -66,7 +67,9 @@ def test_layers_of_known_bases_become_few_groups_that_waste_little(name: str) ->
     groups = block_groups(shapes, sights)
     assert len(groups) == count
     block = bytes_per_block(shapes, torch.bfloat16, 16, groups)
-    assert 1 - 16 * bytes_per_token(shapes, torch.bfloat16) / (block * count) == pytest.approx(unused, abs=0.01)
+    assert 1 - 16 * bytes_per_token(shapes, torch.bfloat16) / (block * count) == pytest.approx(
+        unused, abs=0.01
+    )
 
 
 def test_a_long_sequence_of_gemma_3_4b_takes_a_sixth_of_the_memory() -> None:
@@ -127,7 +130,8 @@ def test_every_layer_is_in_one_group_and_no_number_lies_on_anothers_place(
     tokens=st.integers(1, 30),
     step_tokens=st.integers(1, 24),
     sights=st.lists(
-        st.builds(Sight, st.sampled_from([None, 1, 3, 8, 9, 30])) | st.builds(Sight, chunk=st.integers(1, 20)),
+        st.builds(Sight, st.sampled_from([None, 1, 3, 8, 9, 30]))
+        | st.builds(Sight, chunk=st.integers(1, 20)),
         min_size=1,
         max_size=3,
     ),
@@ -293,9 +297,7 @@ def test_bits_do_not_depend_on_chunks_preemption_prefixes_or_host_memory(
 def test_drafts_that_are_taken_back_over_the_edge_of_a_window_change_no_bit(
     base: nn.Module, expected: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = [
-        prompt + [one.token for one in scores] for prompt, scores in zip(PROMPTS, expected, strict=True)
-    ]
+    texts = [prompt + [one.token for one in scores] for prompt, scores in zip(PROMPTS, expected, strict=True)]
 
     def propose(drafts: Drafts, tokens: Sequence[int], most: int, *_: object, **__: object) -> list[int]:
         """Every second guess is wrong from its third token on."""

@@ -47,7 +47,10 @@ def batch(*ids: int, slot: int | None = None, at: int = 0) -> StepBatch:
         positions=rows.astype(np.int64) + at,
         logit_rows=rows.astype(np.int64),
         contexts=Contexts(
-            rows + np.int32(at), rows, (32 + 16 * rows)[None], np.arange(2, 2 + count, dtype=np.int32)[None, :, None]
+            rows + np.int32(at),
+            rows,
+            (32 + 16 * rows)[None],
+            np.arange(2, 2 + count, dtype=np.int32)[None, :, None],
         ),
         token_map=RowMap(groups),
         logit_map=RowMap(groups),

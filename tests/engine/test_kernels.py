@@ -280,11 +280,12 @@ def test_attention_is_that_of_each_context_alone_in_any_chunks(
     kernels: CpuKernels, lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], block: int,
     seen: dict[str, int], softcap: float | None, sinks: bool, piece: int, eight: bool,
 ) -> None:  # fmt: skip
-    def empty() -> Cache:
+    def empty(among: int) -> Cache:
         options = {"eight": eight, "value_dim": dims[1], "softcap": softcap, "sinks": sinks}
-        return Cache(kernels, *heads, dims[0], block, **options, **seen)
+        return Cache(kernels, *heads, dims[0], block, among=among, **options, **seen)
 
-    cache, alone = empty(), empty()
+    # Together also in blocks that other layers may have, whose heads lie between.
+    cache, alone = empty(1 + len(lengths) % 3), empty(1)
     inputs = [projected(cache, length, i) for i, length in enumerate(lengths)]
     ends = [*range(piece, max(lengths), piece), max(lengths)]
     got = cache.run_in_pieces(inputs, ends)

@@ -141,7 +141,10 @@ def test_the_largest_step_and_the_cache_whose_contexts_it_reads_fit_together(
 
 def test_where_the_longest_contexts_fit_a_step_is_measured_once() -> None:
     asked: list[int] = []
-    assert fit_step(1000, lambda tokens: tokens, 100, lambda length: asked.append(length) or 300) == (300, 100)
+    assert fit_step(1000, lambda tokens: tokens, 100, lambda length: asked.append(length) or 300) == (
+        300,
+        100,
+    )
     assert asked == [100]
 
 

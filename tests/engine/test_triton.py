@@ -336,11 +336,12 @@ def test_attention_is_that_of_each_context_alone_in_any_chunks(
     kernels: CudaKernels, lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], block: int,
     seen: dict[str, int], softcap: float | None, sinks: bool, cuts: set[int],
 ) -> None:  # fmt: skip
-    def empty() -> Cache:
+    def empty(among: int) -> Cache:
         options = {"value_dim": dims[1], "softcap": softcap, "sinks": sinks}
-        return Cache(kernels, *heads, dims[0], block, **options, **seen)
+        return Cache(kernels, *heads, dims[0], block, among=among, **options, **seen)
 
-    cache, alone = empty(), empty()
+    # Together also in blocks that other layers may have, whose heads lie between.
+    cache, alone = empty(1 + len(lengths) % 3), empty(1)
     inputs = [projected(cache, length, i) for i, length in enumerate(lengths)]
     # Each context's last token by itself, as a decode.
     cuts = {cut for cut in cuts if cut < max(lengths)}
@@ -503,7 +504,9 @@ def test_what_is_captured_for_short_contexts_serves_no_longer_ones(
         contexts = Contexts(position, row, write[None], table[None])
         return StepBatch(ids, position.astype(np.int64), ids, contexts, NOBODY, NOBODY, [], [], none, [])
 
-    found = graphs.Graphs(lambda fixed: (attended(fixed.contexts),) * 2, kernels, 2, 16, [16], torch.device("cpu"))
+    found = graphs.Graphs(
+        lambda fixed: (attended(fixed.contexts),) * 2, kernels, 2, 16, [16], torch.device("cpu")
+    )
     replayed = []
     for length in (100, 100, 128, 129, 129, 140, 60):
         got = found.run_graph(step(length))

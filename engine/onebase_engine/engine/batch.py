@@ -95,7 +95,7 @@ class Packer:
         )
 
     def _tables(self, segments: Sequence[Segment]) -> np.ndarray:
-        """Return the blocks of each group of layers, [groups, segments, blocks], as numbers of their slots."""
+        """Return the blocks of each group of layers, [groups, segments, blocks], times its stride."""
         width = max(len(blocks) for segment in segments for blocks in segment.sequence.blocks)
         tables = np.zeros((len(self._strides), len(segments), width), dtype=np.int32)
         for number, segment in enumerate(segments):

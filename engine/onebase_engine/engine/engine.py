@@ -224,9 +224,7 @@ class Engine:
     def longest(self) -> int:
         """Number of tokens of the longest sequence that fits into the KV cache, alone."""
         limits, size = self.scheduler.limits, self.pool.block_size
-        return most_tokens(
-            self.model.groups, self.pool.capacity, size, limits.step_tokens, limits.max_length
-        )
+        return most_tokens(self.model.groups, self.pool.capacity, size, limits.step_tokens, limits.max_length)
 
     @property
     def kv_tokens(self) -> int:

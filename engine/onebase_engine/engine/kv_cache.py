@@ -19,8 +19,8 @@ import mmap
 import struct
 import sys
 import weakref
-from collections import OrderedDict, deque
 from bisect import bisect_left
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -475,8 +475,8 @@ class KVCache:
             slots = (blocks - 1) * between + block_size
             return whole.as_strided((heads, slots, dim), (own, dim, 1), first * own)
 
-        both = (key_size, value_size) = _sizes_in_block(shapes, groups, block_size)
-        keys, values = (allocate(size, dtype) for size in both)
+        sizes = _sizes_in_block(shapes, groups, block_size)
+        keys, values = (allocate(size, dtype) for size in sizes)
         scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if dtype == torch.int8:
             for stride in sorted({group.stride for group in groups}):

@@ -196,6 +196,12 @@ class ServedModel:
         """Bytes of one token in the KV cache; 1 where no layer attends, so that blocks are numbers alone."""
         return bytes_per_token(self._attention.shapes, self.kv_dtype) or 1
 
+    @property
+    def kv_bytes_per_old_token(self) -> int:
+        """Bytes of a token in the KV cache that lies before every window."""
+        kept = [layer for group in self.groups if group.sight.most is None for layer in group.layers]
+        return bytes_per_token({layer: self._attention.shapes[layer] for layer in kept}, self.kv_dtype)
+
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Return the bytes of a block in the KV cache, which each group of layers has of its own."""
         size = bytes_per_block(self._attention.shapes, self.kv_dtype, block_size, self.groups)
@@ -256,7 +262,7 @@ class ServedModel:
         self.host = self._graphs = None
 
     def _try_pass(self, number: int, tables: np.ndarray, block_size: int) -> torch.Tensor:
-        """Return the logits of TILE rows of two contexts in the blocks of `tables`, which nothing uses yet."""
+        """Return the logits of TILE rows of two contexts in the blocks of `tables`, still unused."""
         words = self._view.config.get_text_config().vocab_size
         first = TILE - 5 - 3 * number
         row = (np.arange(TILE) >= first).astype(np.int32)

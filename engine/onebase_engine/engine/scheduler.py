@@ -623,7 +623,11 @@ class Scheduler:
             )
             room = min(map(len, sequence.blocks)) * size - sequence.length
             count = min(len(proposed), sequence.drafts.worth(rows), draft.left(sequence))
-            if count > room and self._pool.free > spare + groups and self._extend(sequence, sequence.length + room + 1):
+            if (
+                count > room
+                and self._pool.free > spare + groups
+                and self._extend(sequence, sequence.length + room + 1)
+            ):
                 room += size
             if (count := min(count, room)) > 0:
                 draft.decodes[sequence] = Segment(

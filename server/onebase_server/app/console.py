@@ -141,6 +141,14 @@ def print_summary(
     console.print()
 
 
+def _kv_bytes(base: BaseCheck) -> str:
+    if not base.kv_bytes_per_token:
+        return ""
+    each, old = base.kv_bytes_per_token, base.kv_bytes_per_old_token
+    before = f", {readable_bytes(old)} before the windows" if old is not None and old < each else ""
+    return f"{readable_bytes(each)} a token{before}"
+
+
 def print_base_check(console: Console, name: str, base: BaseCheck, chat: ChatSupport) -> None:
     """Print whether a base can be served, and what it takes."""
     answer = "no" if base.refusal is not None else "yes" if base.certain else "not known before a start"
@@ -154,7 +162,7 @@ def print_base_check(console: Console, name: str, base: BaseCheck, chat: ChatSup
     rows += [
         ("files", f"quantized: {base.stored}" if base.stored not in (None, "none") else ""),
         ("context", f"{base.context:,} tokens" if base.context else "no limit in the config"),
-        ("KV cache", f"{readable_bytes(base.kv_bytes_per_token)} a token" if base.kv_bytes_per_token else ""),
+        ("KV cache", _kv_bytes(base)),
         ("state", f"{readable_bytes(base.state_bytes)} a sequence" if base.state_bytes else ""),
         ("layers", ", ".join(f"{count} {kind}" for kind, count in base.layers.items())),
         ("chat template", {True: "yes", False: "none", None: "no tokenizer here"}[chat.chat_template]),
