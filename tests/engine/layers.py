@@ -116,8 +116,8 @@ class Cache:
         shapes = {layer: (kv_heads << layer, dim, self.value_dim) for layer in range(among - 1)}
         shapes[among - 1] = (kv_heads, dim, self.value_dim)
         self.stride = max(heads for heads, _, _ in shapes.values()) if among > 1 else 1
-        groups = [BlockGroup((layer,), stride=self.stride) for layer in shapes]
-        whole = KVCache(shapes, self.blocks, block, dtype, torch.device("cpu"), groups)
+        layers = [BlockGroup((layer,), stride=self.stride) for layer in shapes]
+        whole = KVCache(shapes, self.blocks, block, dtype, torch.device("cpu"), layers)
         self.layer = whole.layers[among - 1]
         self.tensors = self.layer.keys, self.layer.values
         learned = random(self.heads, seed=7) * 2 if sinks else None

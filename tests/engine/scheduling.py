@@ -68,8 +68,8 @@ class World:
             self.scheduler.computed(segment)
             for number, blocks in enumerate(own):
                 for index, block in zip(written, blocks, strict=True):
-                    key = (row.block_keys[index:] or [None])[0]
-                    self.blocks[block] = key and group_key(key, number)
+                    full = index < len(row.block_keys)
+                    self.blocks[block] = group_key(row.block_keys[index], number) if full else None
         for row in sampling:
             row.tokens.append(1000 + row.generated)
             if row.generated >= row.sampling.max_tokens:

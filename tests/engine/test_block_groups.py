@@ -110,7 +110,7 @@ def test_every_layer_is_in_one_group_and_no_number_lies_on_anothers_place(
     cache = KVCache(shapes, 5, block, dtype, CPU, groups)
     assert sum(part.nbytes for part in cache.by_block) == 5 * bytes_per_block(shapes, dtype, block, groups)
     # Block 2 + n of group n, filled head by head with numbers of its own.
-    expected = []
+    expected: list[tuple[torch.Tensor, int]] = []
     for number, group in enumerate(groups[:3]):
         for layer in group.layers:
             one = cache.layers[layer]

@@ -469,17 +469,27 @@ def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CudaKernel
     assert cache.tensors[0].ne(0).sum((0, 2)).nonzero().flatten().tolist() == [16, 32]
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_padding_of_a_captured_step_gives_zeros_and_changes_no_row(kernels: CudaKernels, splits: int) -> None:
-    cache = Cache(kernels, 2, 2, 64, 16)
+@pytest.mark.parametrize(("splits", "among"), [(1, 1), (2, 2)])
+def test_padding_of_a_captured_step_gives_zeros_and_changes_no_row(
+    kernels: CudaKernels, splits: int, among: int
+) -> None:
+    """Also of a layer whose blocks are in the second of two tables."""
+    cache = Cache(kernels, 2, 2, 64, 16, among=among)
     q, k, v = projected(cache, 4, 1)
-    step = cuda.FixedStep(cuda.StepSize(4, splits, 0, 0), 1, 16, [16], torch.device("cpu"))
-    row = np.array([[0], [0], [32]], dtype=np.int32)
-    contexts = Contexts(row[0], row[1], row[2:], np.array([[[2]]], dtype=np.int32))
-    step.load_step(np.zeros(1), contexts, NOBODY)
+    own, block = among - 1, 2 * cache.stride
+    padding = [16 * cache.stride] * among
+    step = cuda.FixedStep(cuda.StepSize(4, splits, 0, 0), 1, 16, padding, torch.device("cpu"))
+    none = np.zeros(1, dtype=np.int32)
+    tables = np.zeros((among, 1, 1), dtype=np.int32)
+    tables[own] = block
+    step.load_step(np.zeros(1), Contexts(none, none, tables[:, 0] * 16, tables), NOBODY)
     out = cache.attention(q, k, v, step.contexts)
     assert not out[1:].any()
     assert torch.equal(out[0], v[:, 0].repeat_interleave(2, 0))
+    written = cache.tensors[0][0].ne(0).any(-1).nonzero().flatten().tolist()
+    # With other layers' blocks in the same memory, the second head's slots follow.
+    heads = range(0, 16 * among, 16)
+    assert written == [first + head for first in (padding[own], 16 * block) for head in heads]
 
 
 def test_what_is_captured_for_short_contexts_serves_no_longer_ones(

@@ -905,15 +905,16 @@ class Scheduler:
         """Allocate blocks for `tokens` to each group. Return False, and allocate none, if too few are
         free."""
         count = self._pool.blocks_for(tokens)
-        missing = [max(count - len(blocks), 0) for blocks in sequence.blocks]
-        if not any(missing):
+        missing = [count - len(blocks) for blocks in sequence.blocks]
+        if max(missing) <= 0:
             return True
-        fresh = self._pool.allocate(sum(missing))
+        fresh = self._pool.allocate(sum(more for more in missing if more > 0))
         if fresh is None:
             return False
         for blocks, more in zip(sequence.blocks, missing, strict=True):
-            blocks.extend(fresh[:more])
-            del fresh[:more]
+            if more > 0:
+                blocks.extend(fresh[:more])
+                del fresh[:more]
         return True
 
     def _preempt(self, sequence: SequenceState, draft: _Draft) -> None:
