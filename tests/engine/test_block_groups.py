@@ -280,7 +280,7 @@ def test_texts_are_those_of_peft(base: nn.Module, expected: Scores) -> None:
         pytest.param({}, id="together"),
         pytest.param({"step_tokens": 7}, id="chunks-of-seven"),
         pytest.param({"blocks": 60, "step_tokens": 24}, id="preemption"),
-        pytest.param({"blocks": 90, "step_tokens": 24, "host_blocks": 400}, id="host-memory"),
+        pytest.param({"blocks": 60, "step_tokens": 24, "host_blocks": 400}, id="host-memory"),
     ],
 )
 def test_bits_do_not_depend_on_chunks_preemption_prefixes_or_host_memory(
@@ -292,6 +292,26 @@ def test_bits_do_not_depend_on_chunks_preemption_prefixes_or_host_memory(
     assert engine.counters.cached_tokens > 0
     assert (engine.scheduler.preemptions > 0) == ("blocks" in changes)
     assert (engine.counters.restored_tokens > 0) == ("host_blocks" in changes)
+
+
+@pytest.mark.parametrize("blocks", [60, 2400])
+def test_steps_that_are_planned_ahead_give_the_same_texts(
+    base: nn.Module, expected: Scores, blocks: int
+) -> None:
+    engine, planned = engine_of(base, blocks=blocks, step_tokens=24, host_blocks=400), []
+    engine._async_scheduling = True
+    sampling = protocol.Sampling(temperature=0.0, max_tokens=40, ignore_eos=True)
+    for number, prompt in enumerate(PROMPTS):
+        engine.submit(protocol.Submit(id=str(number), prompt=prompt, sampling=sampling))
+    texts: list[list[int]] = [[] for _ in PROMPTS]
+    while engine.busy:
+        engine.step()
+        planned.append(engine._next is not None)
+        for output in engine.take_outputs():
+            texts[int(output.id)] += output.tokens
+    assert texts == [[one.token for one in scores] for scores in expected]
+    assert sum(planned) > 40
+    assert engine.pool.free == engine.pool.capacity
 
 
 def test_drafts_that_are_taken_back_over_the_edge_of_a_window_change_no_bit(
