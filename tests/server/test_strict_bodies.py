@@ -179,7 +179,7 @@ def planner_of(
     max_length: int,
     check_room: Callable[[str, int], None] = lambda tenant, sequences: None,
 ) -> Planner:
-    base = SimpleNamespace(max_length=max_length, vocab_size=10, kv_blocks=1000, block_size=16)
+    base = SimpleNamespace(max_length=max_length, vocab_size=10, kv_longest=16_000)
     supervisor: Any = SimpleNamespace(unavailable=lambda: None, check_room=check_room, base=base)
     nothing: Any = None
     catalog: Any = SimpleNamespace(base_name="base", means_base=lambda tenant, model: model == "base")

@@ -23,7 +23,7 @@ from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Packer, StepBatch
 from onebase_engine.engine.grammar_follower import GrammarError
 from onebase_engine.engine.grammars import IDLE_SECONDS, Grammars, RefusedGrammarError
-from onebase_engine.engine.kv_cache import RESTORED, BlockPool
+from onebase_engine.engine.kv_cache import RESTORED, BlockPool, most_tokens
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import ScoredToken, SequenceOutput
 from onebase_engine.engine.model import ServedModel
@@ -171,7 +171,7 @@ class Engine:
         self._fingerprint = fingerprint(base)
         self._content: int | None = None
         self.layers = adaptable_layers(base)
-        self.model = model if model is not None else ServedModel(base, slots)
+        self.model = model or ServedModel(base, slots, max_length=limits.max_length)
         if self.model.device.type != "cpu":
             self.watch_content()
         places = state_places or 1 + 4 * limits.max_rows
@@ -192,7 +192,7 @@ class Engine:
             self.versions.size,
         )
         self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
-        self.scheduler = Scheduler(name, self.pool, self.slots, limits, self.model.window, states)
+        self.scheduler = Scheduler(name, self.pool, self.slots, limits, self.model.groups, states)
         self._pace = BackgroundPace(limits.step_tokens)
         self._tenant_pace = TenantPace(limits.step_tokens)
         self._step_clock = time.thread_time if self.model.device.type == "cpu" else time.monotonic
@@ -208,7 +208,9 @@ class Engine:
         """Requests whose grammar is being compiled, by tenant and grammar key."""
         self._awaits_grammars = False
         """Whether the last step computed nothing because all sequences wait for grammars or masks."""
-        self._packer = Packer(block_size, self.model.row_multiple, recurrent=states is not None)
+        self._packer = Packer(
+            block_size, self.model.row_multiple, self.model.groups, recurrent=states is not None
+        )
         self._async_scheduling = self.model.kernels.asynchronous
         """Whether the next step is planned while one is computed."""
         self._next: tuple[StepPlan, StepBatch | None] | None = None
@@ -220,6 +222,20 @@ class Engine:
         self._outputs: list[SequenceOutput] = []
         self._slots_changed = False
         self._slot_seconds: dict[str, float] = {}
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest sequence that fits into the KV cache, alone."""
+        limits, size = self.scheduler.limits, self.pool.block_size
+        return most_tokens(self.model.groups, self.pool.capacity, size, limits.step_tokens, limits.max_length)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Number of tokens that fit into the KV cache, in sequences as long as `longest`.
+
+        Shorter ones have fewer tokens for which layers with a window have no blocks any more.
+        """
+        return self.pool.capacity * self.longest // max(self.scheduler.most_blocks(self.longest), 1)
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -526,7 +542,7 @@ class Engine:
         if self.model.host is not None and self.pool.moving:
             moves = self.pool.take_moves(plan.written(self.pool.block_size))
             self.model.host.make(moves)
-            self.counters.restored_tokens += len(moves.back) * self.pool.block_size
+            self.counters.restored_tokens += len(moves.back) * self.pool.block_size // len(self.model.groups)
 
     def _apply_moves(self) -> bool:
         """Update the slots and end sequences whose version cannot be loaded. Return True if any ended."""

@@ -84,8 +84,9 @@ class SequenceState:
     drawing: bool = False
     """Whether one more token than `tokens` has is being drawn while the step after it is planned."""
     computed: int = 0
-    blocks: array[int] = field(default_factory=lambda: array("i"))
-    """KV blocks, int32 as in a step's table; the block of zeros for those that were released."""
+    blocks: list[array[int]] = field(default_factory=list)
+    """KV blocks of each group of layers, int32 as in a step's tables; the block of zeros for those that were
+    released."""
     states: tuple[int, int] = (0, -1)
     """Places of the recurrent state behind the computed tokens, and of the one that the next step writes."""
     branch_at: int = 0
@@ -270,7 +271,8 @@ class StepPlan:
         return {
             block
             for segment in self.segments
-            for block in segment.sequence.blocks[
+            for blocks in segment.sequence.blocks
+            for block in blocks[
                 segment.start // block_size : -(-(segment.start + segment.length) // block_size)
             ]
         }

@@ -722,7 +722,7 @@ def _token_limit(base: BaseInfo, wanted: _Wanted) -> int:
     prompt = max(len(prompt.tokens) for prompt in wanted.prompts)
     room = base.max_length - prompt
     if wanted.max_tokens is None:
-        held = max(1, base.kv_blocks * base.block_size - prompt)
+        held = max(1, base.kv_longest - prompt)
         return min(room, held, room if wanted.default_tokens is None else wanted.default_tokens)
     if wanted.max_tokens > room:
         raise ContextLengthError(

@@ -5045,6 +5045,9 @@ export interface components {
             kv_bytes: number;
             kv_dtype: string;
             kv_blocks: number;
+            kv_groups: number;
+            kv_tokens: number;
+            kv_longest: number;
             block_size: number;
             max_length: number;
             max_rows: number;
