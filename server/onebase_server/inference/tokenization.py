@@ -16,7 +16,9 @@ from onebase_edge.settings import RawControlTokens
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
 from onebase_engine.imports import quick_imports
 from onebase_engine.machine import return_freed_memory
+from onebase_server.inference import thoughts
 from onebase_server.inference.detokenizer import BytePieces, PieceDecoder, ShownPieces, WindowPieces
+from onebase_server.inference.thoughts import Switch, ThoughtFormat
 from onebase_server.inference.tool_format import ToolFormat, UnreadableCallsError, read_format, reason_of
 
 T = TypeVar("T")
@@ -140,6 +142,11 @@ class BaseTokenizer:
         except TemplateError:
             return frozenset()
         asked = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+        asked |= {
+            each.node.name
+            for each in tree.find_all(nodes.Filter)
+            if each.name == "default" and isinstance(each.node, nodes.Name)
+        }
         set_here, given = (
             {name.name for name in tree.find_all(nodes.Name) if name.ctx == kind}
             for kind in ("store", "param")
@@ -164,12 +171,36 @@ class BaseTokenizer:
             return "has no place for tools"
         if "tool_calls" not in self.chat_template:
             return "writes no calls"
-        added = self._tokenizer.added_tokens_decoder
-        names = {text.content: token for token, text in added.items() if len(text.content.strip()) > 1}
         try:
-            return read_format(self._render, names)
+            return read_format(self._render, self._control_names)
         except UnreadableCallsError as error:
             return str(error)
+
+    @property
+    def _control_names(self) -> dict[str, int]:
+        """Ids of the added tokens, by their texts."""
+        added = self._tokenizer.added_tokens_decoder
+        return {text.content: token for token, text in added.items() if len(text.content.strip()) > 1}
+
+    @cached_property
+    def thought_format(self) -> ThoughtFormat | None:
+        """Return the chat template's format of thoughts, or None if the base does not think, or in a way that
+        cannot be separated from its answer."""
+        if not self.has_chat_template:
+            return None
+        names, variables = self._control_names, self.template_options
+        return thoughts.read_format(self._render, self.chat_template, names, variables)
+
+    @property
+    def thinking_switch(self) -> Switch | None:
+        """Return the chat template's variable that switches thinking on and off."""
+        return None if self.thought_format is None else self.thought_format.switch
+
+    def opens_thought(self, prompt: Sequence[int]) -> bool | None:
+        """Return whether a conversation's prompt opens a thought (True), or opens and closes one (False)."""
+        if self.thought_format is None:
+            return None
+        return self.thought_format.opened_by(self.decode(prompt[-thoughts.TAIL_TOKENS :], special=True))
 
     @cached_property
     def chat_refusal(self) -> str | None:
@@ -193,9 +224,9 @@ class BaseTokenizer:
             return {"chat": f"served with tools alone: without them {template} {chat}"}
         return {"tools": f"not served: {template} {tools}"} if tools else {}
 
-    def _render(self, messages: Any, *, tools: Any, generation: bool) -> str:
+    def _render(self, messages: Any, *, tools: Any, generation: bool, **options: Any) -> str:
         text: str = self._tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=generation
+            messages, tools=tools, tokenize=False, add_generation_prompt=generation, **options
         )
         return text
 
