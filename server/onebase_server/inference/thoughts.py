@@ -1,7 +1,7 @@
 """Thoughts of bases that think before they answer: how a chat template writes them, and where they end.
 
-The base's own chat template says how a thought is written, as it says how calls of tools are: an answer with a
-thought in it is rendered, and what stands around the thought is the format. Where a template writes no
+The base's own chat template says how a thought is written, as it says how calls of tools are: an answer with
+a thought in it is rendered, and what stands around the thought is the format. Where a template writes no
 thoughts of earlier answers, its generation prompt or its text names the marks.
 """
 
@@ -323,7 +323,7 @@ def _around(
 ) -> ThoughtFormat | None:
     """Return the format whose marks stand at the end of a text and at the beginning of another.
 
-    None where the thought is a message or a channel of its own: then more than marks follows it, if not calls.
+    None where the thought is a message or a channel of its own: then more than marks, or calls, follows it.
     """
     tag = "|".join([*map(re.escape, sorted(controls, key=len, reverse=True)), _TAG])
     ends = re.match(rf"\s*({tag})(?=\s|{tag}|\Z)" + ("" if called else rf"(?:\s|{tag})*\Z"), after)
