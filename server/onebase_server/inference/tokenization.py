@@ -28,6 +28,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Marks for training, which a template may have and plain Jinja does not know."""
+_THINKS = re.compile(r"\b(?:reasoning_content|thinking)\b")
+"""Pattern of the names that thoughts have in chat templates."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _OWN_VARIABLES = frozenset(
     {
@@ -71,7 +73,7 @@ class ChatSupport:
     tools: bool | None
     """Whether the format of tool calls can be read off the chat template."""
     unserved: Mapping[str, str] = field(default_factory=dict)
-    """Reasons why chats or tools are not served, by these two names."""
+    """Reasons why chats, tools or thinking are not served, by these names."""
 
 
 def chat_support(folder: Path) -> ChatSupport:
@@ -213,7 +215,8 @@ class BaseTokenizer:
 
     @property
     def unserved(self) -> dict[str, str]:
-        """Return why chats or tools are not served with this base's chat template, by these two names."""
+        """Return what is not served with this base's chat template, and why, by `chat`, `tools` and
+        `thinking`."""
         if not self.has_chat_template:
             return {"chat": "not served: this base has no chat template"}
         template = "this base's chat template"
@@ -222,7 +225,12 @@ class BaseTokenizer:
             return {"chat": f"not served: {template} cannot be used at all, as it {chat}"}
         if chat:
             return {"chat": f"served with tools alone: without them {template} {chat}"}
-        return {"tools": f"not served: {template} {tools}"} if tools else {}
+        found = {"tools": f"not served: {template} {tools}"} if tools else {}
+        if self.thought_format is None and _THINKS.search(self.chat_template):
+            found["thinking"] = (
+                f"not separated from the text: {template} writes it in a way that cannot be read"
+            )
+        return found
 
     def _render(self, messages: Any, *, tools: Any, generation: bool, **options: Any) -> str:
         text: str = self._tokenizer.apply_chat_template(
