@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from onebase_edge.errors import InvalidRequestError
-from onebase_server.inference.thoughts import Switch
+from onebase_server.inference.thoughts import Switch, ThoughtFormat
 from onebase_server.requests.schemas.anthropic import ConversationRequest, MessagesRequest
 from onebase_server.requests.schemas.openai import ChatRequest
 from onebase_server.requests.schemas.wire import validation_error
@@ -31,9 +31,9 @@ TOOL = {"name": "f", "description": "Does it.", "input_schema": SCHEMA}
 IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x/y.png"}}
 
 
-def chat(switch: Switch | None = None, /, **fields: Any) -> ChatRequest:
+def chat(format: ThoughtFormat | None = None, /, **fields: Any) -> ChatRequest:
     body = {"model": "m", "max_tokens": 5, "messages": [USER], **fields}
-    return MessagesRequest.model_validate(body).chat(switch)
+    return MessagesRequest.model_validate(body).chat(format)
 
 
 def refusal(fields: dict[str, Any]) -> tuple[str, str | None]:
@@ -117,13 +117,20 @@ def test_thinking_is_switched_on_and_off_where_the_template_has_a_switch() -> No
     on, off = {"type": "enabled", "budget_tokens": 2000}, {"type": "disabled"}
     for default in (True, False):
         switch = Switch("enable_thinking", True, False, default)
+        format = ThoughtFormat("<think>", "</think>", {}, switch=switch)
         for thinking, value in ((None, False), (off, False), ({"type": "adaptive"}, True), (on, True)):
-            made = chat(switch, thinking=thinking)
-            assert made.chat_template_kwargs == ({} if value == default else {"enable_thinking": value})
-            assert made.thinking_token_budget == (2000 if thinking is on else None)
+            options = chat(format, thinking=thinking).chat_template_kwargs
+            assert options == ({} if value == default else {"enable_thinking": value})
             assert chat(thinking=thinking).chat_template_kwargs == {}
-        own = chat(switch, chat_template_kwargs={"enable_thinking": 5})
+        own = chat(format, chat_template_kwargs={"enable_thinking": 5})
         assert own.chat_template_kwargs == {"enable_thinking": 5}
+
+
+def test_a_budget_goes_to_a_template_that_asks_for_it() -> None:
+    switch = Switch("thinking_budget", -1, 0, True)
+    format = ThoughtFormat("<think>", "</think>", {}, switch=switch, budget="thinking_budget")
+    for thinking, value in (({"type": "enabled", "budget_tokens": 2000}, 2000), ({"type": "disabled"}, 0)):
+        assert chat(format, thinking=thinking).chat_template_kwargs == {"thinking_budget": value}
 
 
 def test_thoughts_stand_anywhere_in_what_the_assistant_said() -> None:

@@ -150,8 +150,6 @@ class SamplingFields(TypedDict, total=False):
     """Whether an answer may have several calls (default: True)."""
     chat_template_kwargs: Mapping[str, Any]
     """Further variables of the base's chat template, such as `{"enable_thinking": False}` (default: None)."""
-    thinking_token_budget: int
-    """Largest number of tokens in the thought of a base that thinks (default: None, no limit)."""
     continue_final_message: bool
     """Whether the answer continues the last message of the conversation (default: False)."""
     timeout_s: float | None

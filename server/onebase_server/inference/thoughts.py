@@ -107,19 +107,15 @@ class ThoughtFormat:
         text = [{"type": "text", "text": made["content"]}] if made["content"] else []
         return made | {"content": [{"type": "thinking", "thinking": thought}, *text]}
 
-    def grammar(self, *, opened: bool, budget: int | None) -> str:
+    def grammar(self, *, opened: bool) -> str:
         """Return the rules of what stands before an answer: see Grammar.before.
 
-        Args:
-            opened: whether the prompt opens the thought. If not, there may be one.
-            budget: largest number of tokens in the thought, kept to where one token ends it.
+        opened: whether the prompt opens the thought. If not, there may be one.
         """
         token = self.controls.get(self.closing)
         letters = "letters[lazy]: /(?s:.*)/ " + _quoted(self.closing)
         if token is None:
             rules = ["thought: letters space", letters]
-        elif budget is not None:
-            rules = [f"thought: inside <[{token}]> space", f"inside[max_tokens={budget}]: /(?s:.*)/"]
         else:  # written letter by letter it ends as well: the reader sees no difference
             rules = [f"thought: (inside <[{token}]> | letters) space", "inside: /(?s:.*)/", letters]
         begin = (
@@ -144,19 +140,12 @@ class Thinking:
     opened: bool
     on: bool = True
     """Whether the base is to think: if not, a grammar of the answer has no place for a thought."""
-    budget: int | None = None
-    """Largest number of tokens in the thought."""
 
-    def before(self, grammar: Grammar | None, max_tokens: int) -> Grammar | None:
+    def before(self, grammar: Grammar | None) -> Grammar | None:
         """Return the grammar of an answer with its thought: it describes what follows that."""
-        budget = self.budget if self.format.closing in self.format.controls else None
-        if budget is not None and budget >= max_tokens:
-            budget = None
-        if not self.on or (grammar is None and budget is None):
+        if grammar is None or not self.on:
             return grammar
-        rules = self.format.grammar(opened=self.opened, budget=budget)
-        text = Grammar("lark", "start: /(?s:.*)/") if grammar is None else grammar
-        return Grammar(text.kind, text.text, rules)
+        return Grammar(grammar.kind, grammar.text, self.format.grammar(opened=self.opened))
 
 
 def without_thought(message: Mapping[str, Any]) -> Message:

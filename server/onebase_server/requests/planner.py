@@ -487,13 +487,11 @@ class Planner:
                     f"chat_template_kwargs: this base's chat template has no variable {name[:60]!r}. {hint}.",
                     param="chat_template_kwargs",
                 )
-        format, switch = self._tokenizer.thought_format, self._tokenizer.thinking_switch
+        switch = self._tokenizer.thinking_switch
         if reasoning_effort == "none" and switch is not None:
             given.setdefault(switch.name, switch.off)
         elif reasoning_effort is not None and "reasoning_effort" in known:
             given.setdefault("reasoning_effort", reasoning_effort)
-        if body.thinking_token_budget is not None and format is not None and format.budget is not None:
-            given.setdefault(format.budget, body.thinking_token_budget)
         if body.continue_final_message:
             if not messages[-1].rendered()["content"].strip():
                 raise InvalidRequestError(
@@ -529,7 +527,7 @@ class Planner:
             if not opened:
                 return None
         on = format.is_on(self._options(body, messages, reasoning_effort)) if opened is None else opened
-        return Thinking(format, bool(opened), on, body.thinking_token_budget)
+        return Thinking(format, bool(opened), on)
 
     async def _answer(self, tenant: str, body: ConversationFields) -> CallFormat | None:
         """Return the format by which tool calls are read from the text, or None if the answer calls no
@@ -614,7 +612,7 @@ class Planner:
         guide = body.grammar if wanted.answer is None else GrammarField("tools", wanted.answer.grammar)
         grammar = None if guide is None else guide.grammar
         if wanted.thinking is not None:
-            grammar = wanted.thinking.before(grammar, sampling.max_tokens)
+            grammar = wanted.thinking.before(grammar)
         expected = sampling.max_tokens if wanted.max_tokens else min(sampling.max_tokens, GENERATE_TOKENS)
         return GenerationRequest(
             id=new_id(wanted.kind),
@@ -622,7 +620,7 @@ class Planner:
             priority=caller.priority,
             background=caller.background,
             grammar=grammar,
-            grammar_param="thinking_token_budget" if guide is None else guide.param,
+            grammar_param="" if guide is None else guide.param,
             calls=wanted.answer,
             thinking=wanted.thinking,
             token_ids=wanted.token_ids,

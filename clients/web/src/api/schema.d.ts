@@ -1750,11 +1750,6 @@ export interface components {
             chat_template_kwargs?: {
                 [key: string]: components["schemas"]["JsonValue"];
             } | null;
-            /**
-             * Thinking Token Budget
-             * @description tokens of the thought, at most
-             */
-            thinking_token_budget?: number | null;
             /** Add Generation Prompt */
             add_generation_prompt?: boolean | null;
             /**
@@ -2412,11 +2407,6 @@ export interface components {
             chat_template_kwargs?: {
                 [key: string]: components["schemas"]["JsonValue"];
             } | null;
-            /**
-             * Thinking Token Budget
-             * @description tokens of the thought, at most
-             */
-            thinking_token_budget?: number | null;
             /** Add Generation Prompt */
             add_generation_prompt?: boolean | null;
             /**
@@ -2822,15 +2812,15 @@ export interface components {
         };
         /**
          * Reasoning
-         * @description Amount of thinking, if the base's chat template knows of it. Thinking is not shown apart.
+         * @description Amount of thinking, if the base's chat template knows of it. Thoughts are sent whole.
          */
         Reasoning: {
             /** Effort */
             effort?: ("none" | "minimal" | "low" | "medium" | "high" | "xhigh" | "max") | null;
             /** Summary */
-            summary?: "auto" | null;
+            summary?: ("auto" | "concise" | "detailed") | null;
             /** Generate Summary */
-            generate_summary?: "auto" | null;
+            generate_summary?: ("auto" | "concise" | "detailed") | null;
             /** Context */
             context?: "auto" | null;
             /** Mode */
@@ -3037,11 +3027,6 @@ export interface components {
             chat_template_kwargs?: {
                 [key: string]: components["schemas"]["JsonValue"];
             } | null;
-            /**
-             * Thinking Token Budget
-             * @description tokens of the thought, at most
-             */
-            thinking_token_budget?: number | null;
             /** Add Generation Prompt */
             add_generation_prompt?: boolean | null;
             /**
@@ -3250,7 +3235,7 @@ export interface components {
         };
         /**
          * ThinkingConfig
-         * @description Whether to think before the answer. budget_tokens: tokens of the thought, at most.
+         * @description Whether to think before the answer.
          */
         ThinkingConfig: {
             /**
@@ -3258,7 +3243,10 @@ export interface components {
              * @enum {string}
              */
             type: "enabled" | "adaptive" | "disabled";
-            /** Budget Tokens */
+            /**
+             * Budget Tokens
+             * @description changes nothing where the base's chat template does not ask for it
+             */
             budget_tokens?: number | null;
             /**
              * Display

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from onebase_edge.errors import InvalidRequestError
-from onebase_server.inference.thoughts import Switch
+from onebase_server.inference.thoughts import ThoughtFormat
 from onebase_server.requests.schemas.generation import (
     MAX_GRAMMAR_CHARACTERS,
     MAX_TOKENS,
@@ -278,10 +278,15 @@ class OutputConfig(Tolerant):
 
 
 class ThinkingConfig(Typed):
-    """Whether to think before the answer. budget_tokens: tokens of the thought, at most."""
+    """Whether to think before the answer."""
 
     type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    budget_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="changes nothing where the base's chat template does not ask for it",
+    )
     display: Literal["summarized", "omitted"] | None = Field(
         default=None, description="omitted: the thought's text is not sent"
     )
@@ -406,18 +411,18 @@ class ConversationRequest(Tolerant):
             raise FieldError("output_format", "output_config says what the text must be; leave one out")
         return self
 
-    def chat(self, switch: Switch | None) -> ChatRequest:
+    def chat(self, format: ThoughtFormat | None) -> ChatRequest:
         """Return the same request as OpenAI's clients write it.
 
-        switch: variable of the base's chat template that switches thinking on and off.
+        format: of the base's thoughts, if it thinks.
 
         Raises InvalidRequestError.
         """
         if self.thread is not None:
             raise _threads_not_served()
-        return rebuilt(_Chat, self._chat_fields(switch))
+        return rebuilt(_Chat, self._chat_fields(format))
 
-    def _chat_fields(self, switch: Switch | None) -> Json:
+    def _chat_fields(self, format: ThoughtFormat | None) -> Json:
         fields: Json = {"model": self.model, "messages": self._chat_messages()}
         if self.messages[-1].role == "assistant":
             fields["continue_final_message"] = True
@@ -429,10 +434,12 @@ class ConversationRequest(Tolerant):
             fields["reasoning_effort"] = self.output_config.effort
         options = dict(self.chat_template_kwargs or {})
         thinks = self.thinking is not None and self.thinking.type != "disabled"
+        switch = None if format is None else format.switch
         if switch is not None and thinks != switch.default:
             options.setdefault(switch.name, switch.on if thinks else switch.off)
-        if self.thinking is not None and thinks:
-            fields["thinking_token_budget"] = self.thinking.budget_tokens
+        budget = self.thinking.budget_tokens if self.thinking is not None and thinks else None
+        if format is not None and format.budget is not None and budget is not None:
+            options.setdefault(format.budget, budget)
         return fields | {"chat_template_kwargs": options} | self._format_fields()
 
     @property
@@ -478,6 +485,6 @@ class MessagesRequest(ConversationRequest, SamplingBody):
             raise FieldError("n", "a message is one answer. Send the request again for another")
         return self
 
-    def _chat_fields(self, switch: Switch | None) -> Json:
+    def _chat_fields(self, format: ThoughtFormat | None) -> Json:
         given = {name: getattr(self, name) for name in SamplingBody.model_fields.keys() - {"stream"}}
-        return given | {"stop": self.stop_sequences} | super()._chat_fields(switch)
+        return given | {"stop": self.stop_sequences} | super()._chat_fields(format)

@@ -315,9 +315,6 @@ class ConversationFields(SamplingBody):
     chat_template_kwargs: (
         Annotated[dict[str, JsonValue], Field(max_length=64), BeforeValidator(not_too_deep)] | None
     ) = Field(default=None, description="more variables of the base's chat template")
-    thinking_token_budget: int | None = Field(
-        default=None, ge=1, le=MAX_TOKENS, description="tokens of the thought, at most"
-    )
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(
         default=None, description="the answer continues where the last message ends"
