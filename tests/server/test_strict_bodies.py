@@ -334,7 +334,7 @@ def reader() -> FastAPI:
 
     @router.post("/")
     async def read(body: Watched, request: Request) -> dict[str, Any]:
-        chat = await off_loop(request, body.chat, frozenset())
+        chat = await off_loop(request, body.chat, None)
         return {"messages": len(chat.messages)}
 
     app = FastAPI()
@@ -428,6 +428,7 @@ class ToolTokenizer(SlowTokenizer):
     chat_template = "tools tool_calls"
     template_options: frozenset[str] = frozenset()
     longest_token = 1000
+    thought_format = thinking_switch = None
     tool_format = WatchedFormat("<", ">", ",", "</>", "<", None, {})
 
     def encode_chat(self, chat: Any) -> list[int]:

@@ -134,6 +134,17 @@ class Matchers:
         return matcher
 
     def _source(self, grammar: Grammar) -> str:
+        """Return a grammar in the library's notation. Raises ValueError, and whatever the library raises."""
+        text = self._text_source(grammar)
+        if not grammar.before:
+            return text
+        found = json.loads(text)["grammars"][0] if text.startswith("{") else {"lark_grammar": text}
+        whole = f"%llguidance {{}}\nstart: before @answer\n{grammar.before}"
+        return json.dumps(
+            {"grammars": [{"name": "whole", "lark_grammar": whole}, {**found, "name": "answer"}]}
+        )
+
+    def _text_source(self, grammar: Grammar) -> str:
         matcher = self._library.LLMatcher
         if grammar.kind == "json_schema":
             check_patterns(json.loads(grammar.text))

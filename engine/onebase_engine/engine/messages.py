@@ -122,6 +122,9 @@ class Grammar(msgspec.Struct, frozen=True):
 
     kind: Literal["json_schema", "regex", "grammar", "lark"]
     text: str
+    before: str = ""
+    """Rules in Lark's notation of what stands before that text, such as a thought. The rule `before` is their
+    start."""
 
 
 class Pooling(msgspec.Struct, frozen=True):

@@ -30,6 +30,7 @@ from onebase_server.adapters.catalog import (
     is_checkpoint,
 )
 from onebase_server.inference.generation import GenerationRequest, Prompt, in_time, new_id
+from onebase_server.inference.thoughts import Thinking, without_thought
 from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput, and_give_memory_back
 from onebase_server.inference.tool_call_parser import CallFormat
 from onebase_server.inference.tool_format import NO_ARGUMENTS, ToolDefinition
@@ -90,6 +91,7 @@ class _Wanted:
     logprobs: int | None
     echo: bool
     answer: CallFormat | None = None
+    thinking: Thinking | None = None
     token_ids: bool = False
     prompt_logprobs: int | None = None
     special_tokens: bool = False
@@ -141,8 +143,10 @@ class Planner:
         """
         base = self.base()
         self._check_room(body, caller)
+        thinking = None
         if body.messages:
             prompt = await self.chat_prompt(caller.tenant, body, body.messages)
+            thinking = None if body.echo else self._thinking(body, body.messages, prompt)
         else:
             prompt = (await self._prompts(caller.tenant, [body.prompt or ""]))[0]
         wanted = _Wanted(
@@ -154,6 +158,7 @@ class Planner:
             logprobs=body.logprobs,
             echo=bool(body.echo),
             answer=await self._answer(caller.tenant, body),
+            thinking=thinking,
         )
         request = self._request(wanted, body, base, caller)
         return replace(request, adapter=check_generates(await self._adapter(body, request, transcript)))
@@ -213,15 +218,17 @@ class Planner:
         base = self.base()
         self.check_model(body.model, body)
         self._check_room(body, caller)
+        prompt = await self.chat_prompt(caller.tenant, body, messages, body.reasoning_effort)
         wanted = _Wanted(
             kind=kind,
-            prompts=(await self.chat_prompt(caller.tenant, body, messages, body.reasoning_effort),),
+            prompts=(prompt,),
             prompt_param="messages",
             max_tokens=body.token_limit,
             default_tokens=None,
             logprobs=body.logprob_count,
             echo=False,
             answer=await self._answer(caller.tenant, body),
+            thinking=self._thinking(body, messages, prompt, body.reasoning_effort),
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
             special_tokens=body.skip_special_tokens is False,
@@ -451,10 +458,13 @@ class Planner:
         if tools and "tools" not in known:
             raise _no_tools("tools")
         options = self._options(body, messages, reasoning_effort)
-        chat = TemplateInput([message.rendered() for message in messages], tools, options)
+        format = self._tokenizer.thought_format
+        with_thoughts = without_thought if format is None else format.with_thoughts
+        rendered = [message.rendered() for message in messages]
+        chat = TemplateInput([with_thoughts(message) for message in rendered], tools, options)
         size = sum(
             _MESSAGE_CHARACTERS + sum(len(part) for part in message.values() if isinstance(part, str))
-            for message in chat.messages
+            for message in rendered
         )
         size += body.tool_characters if tools else 0
         if options or any(message.tool_calls for message in messages):
@@ -479,7 +489,10 @@ class Planner:
                     f"chat_template_kwargs: this base's chat template has no variable {name[:60]!r}. {hint}.",
                     param="chat_template_kwargs",
                 )
-        if reasoning_effort is not None and "reasoning_effort" in known:
+        switch = self._tokenizer.thinking_switch
+        if reasoning_effort == "none" and switch is not None:
+            given.setdefault(switch.name, switch.off)
+        elif reasoning_effort is not None and "reasoning_effort" in known:
             given.setdefault("reasoning_effort", reasoning_effort)
         if body.continue_final_message:
             if not messages[-1].rendered()["content"].strip():
@@ -497,6 +510,26 @@ class Planner:
         if body.add_generation_prompt is not None:
             given["add_generation_prompt"] = body.add_generation_prompt
         return given
+
+    def _thinking(
+        self,
+        body: ConversationFields,
+        messages: Sequence[ChatMessage],
+        prompt: Prompt,
+        reasoning_effort: str | None = None,
+    ) -> Thinking | None:
+        """Return the thought that the answer to a conversation may begin with, if the base thinks."""
+        format = self._tokenizer.thought_format
+        if format is None:
+            return None
+        opened = self._tokenizer.opens_thought(prompt.tokens)
+        if body.continue_final_message:
+            said = messages[-1].rendered()["content"]
+            opened = said.rfind(format.opening) > said.rfind(format.closing)
+            if not opened:
+                return None
+        on = format.is_on(self._options(body, messages, reasoning_effort)) if opened is None else opened
+        return Thinking(format, bool(opened), on)
 
     async def _answer(self, tenant: str, body: ConversationFields) -> CallFormat | None:
         """Return the format by which tool calls are read from the text, or None if the answer calls no
@@ -579,15 +612,19 @@ class Planner:
             )
         sampling = _sampling(body, base, wanted)
         guide = body.grammar if wanted.answer is None else GrammarField("tools", wanted.answer.grammar)
+        grammar = None if guide is None else guide.grammar
+        if wanted.thinking is not None:
+            grammar = wanted.thinking.before(grammar)
         expected = sampling.max_tokens if wanted.max_tokens else min(sampling.max_tokens, GENERATE_TOKENS)
         return GenerationRequest(
             id=new_id(wanted.kind),
             tenant=caller.tenant,
             priority=caller.priority,
             background=caller.background,
-            grammar=None if guide is None else guide.grammar,
+            grammar=grammar,
             grammar_param="" if guide is None else guide.param,
             calls=wanted.answer,
+            thinking=wanted.thinking,
             token_ids=wanted.token_ids,
             special_tokens=wanted.special_tokens,
             prompts=wanted.prompts,

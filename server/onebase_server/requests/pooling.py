@@ -197,7 +197,9 @@ class ReadingPlanner:
             if isinstance(given, str):
                 prompt = Prompt((await self._planner.texts(caller.tenant, param, [given]))[0], given)
             else:
-                options = {"chat_template_kwargs": body.chat_template_kwargs}
+                switch = self._tokenizer.thinking_switch  # a choice is an answer, not a thought
+                off = {} if switch is None else {switch.name: switch.off}
+                options = {"chat_template_kwargs": off | (body.chat_template_kwargs or {})}
                 prompt = await self._planner.chat_prompt(
                     caller.tenant, rebuilt(ConversationFields, options), given
                 )

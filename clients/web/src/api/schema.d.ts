@@ -1644,6 +1644,11 @@ export interface components {
              * @description which call a message of role tool answers
              */
             tool_call_id?: string | null;
+            /**
+             * Reasoning Content
+             * @description the thought before an assistant's content, for chat templates that write it
+             */
+            reasoning_content?: string | null;
         };
         /**
          * ChatRequest
@@ -1780,7 +1785,7 @@ export interface components {
             top_logprobs?: number | null;
             /**
              * Reasoning Effort
-             * @description changes nothing where the base's chat template does not ask for it
+             * @description none switches thinking off where the base's chat template can; others change nothing where it does not ask for them
              */
             reasoning_effort?: ("none" | "minimal" | "low" | "medium" | "high" | "xhigh" | "max") | null;
             /**
@@ -1956,6 +1961,16 @@ export interface components {
             add_special_tokens?: boolean | null;
         };
         /**
+         * ContextManagement
+         * @description Edits of a conversation. Those of thoughts change nothing: the base's chat template drops old ones.
+         */
+        ContextManagement: {
+            /** Edits */
+            edits?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            }[] | null;
+        };
+        /**
          * ConversationRequest
          * @description Body of POST /v1/messages/count_tokens, whose fields POST /v1/messages has too.
          */
@@ -1969,7 +1984,9 @@ export interface components {
             /** Tools */
             tools?: components["schemas"]["Tool"][] | null;
             tool_choice?: components["schemas"]["MessageToolChoice"] | null;
-            thinking?: components["schemas"]["Thinking"] | null;
+            /** @description disabled by default, where the base's chat template has a switch */
+            thinking?: components["schemas"]["ThinkingConfig"] | null;
+            context_management?: components["schemas"]["ContextManagement"] | null;
             output_config?: components["schemas"]["OutputConfig"] | null;
             /** @description older than output_config.format */
             output_format?: components["schemas"]["OutputFormat"] | null;
@@ -2626,7 +2643,9 @@ export interface components {
             /** Tools */
             tools?: components["schemas"]["Tool"][] | null;
             tool_choice?: components["schemas"]["MessageToolChoice"] | null;
-            thinking?: components["schemas"]["Thinking"] | null;
+            /** @description disabled by default, where the base's chat template has a switch */
+            thinking?: components["schemas"]["ThinkingConfig"] | null;
+            context_management?: components["schemas"]["ContextManagement"] | null;
             output_config?: components["schemas"]["OutputConfig"] | null;
             /** @description older than output_config.format */
             output_format?: components["schemas"]["OutputFormat"] | null;
@@ -2793,19 +2812,63 @@ export interface components {
         };
         /**
          * Reasoning
-         * @description Amount of thinking, if the base's chat template knows of it. Thinking is not shown apart.
+         * @description Amount of thinking, if the base's chat template knows of it. Thoughts are sent whole.
          */
         Reasoning: {
             /** Effort */
             effort?: ("none" | "minimal" | "low" | "medium" | "high" | "xhigh" | "max") | null;
             /** Summary */
-            summary?: "auto" | null;
+            summary?: ("auto" | "concise" | "detailed") | null;
             /** Generate Summary */
-            generate_summary?: "auto" | null;
+            generate_summary?: ("auto" | "concise" | "detailed") | null;
             /** Context */
             context?: "auto" | null;
             /** Mode */
             mode?: "standard" | null;
+        };
+        /**
+         * ReasoningItem
+         * @description Thought before an answer. One that is encrypted, or summarized, cannot be read here.
+         */
+        ReasoningItem: {
+            /** Id */
+            id?: string | null;
+            /** Status */
+            status?: ("in_progress" | "completed" | "incomplete") | null;
+            /**
+             * Type
+             * @constant
+             */
+            type: "reasoning";
+            /** Summary */
+            summary?: components["schemas"]["ReasoningPart"][] | null;
+            /** Content */
+            content?: components["schemas"]["ReasoningPart"][] | null;
+            /** Encrypted Content */
+            encrypted_content?: string | null;
+        };
+        /** ReasoningPart */
+        ReasoningPart: {
+            /**
+             * Type
+             * @enum {string}
+             */
+            type: "reasoning_text" | "text" | "summary_text";
+            /** Text */
+            text: string;
+        };
+        /**
+         * RedactedThinkingBlock
+         * @description Thought that only another model can read.
+         */
+        RedactedThinkingBlock: {
+            /**
+             * Type
+             * @constant
+             */
+            type: "redacted_thinking";
+            /** Data */
+            data: string;
         };
         /**
          * RerankRequest
@@ -2980,7 +3043,7 @@ export interface components {
              */
             skip_special_tokens?: boolean | null;
             /** Input */
-            input: string | (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CallOutputItem"])[];
+            input: string | (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CallOutputItem"] | components["schemas"]["ReasoningItem"])[];
             /** Instructions */
             instructions?: string | null;
             /**
@@ -3155,13 +3218,41 @@ export interface components {
              */
             stream?: boolean | null;
         };
-        /** Thinking */
-        Thinking: {
+        /**
+         * ThinkingBlock
+         * @description Thought before an answer of the assistant. The signature is not checked.
+         */
+        ThinkingBlock: {
             /**
              * Type
              * @constant
              */
-            type: "disabled";
+            type: "thinking";
+            /** Thinking */
+            thinking: string;
+            /** Signature */
+            signature?: string | null;
+        };
+        /**
+         * ThinkingConfig
+         * @description Whether to think before the answer.
+         */
+        ThinkingConfig: {
+            /**
+             * Type
+             * @enum {string}
+             */
+            type: "enabled" | "adaptive" | "disabled";
+            /**
+             * Budget Tokens
+             * @description changes nothing where the base's chat template does not ask for it
+             */
+            budget_tokens?: number | null;
+            /**
+             * Display
+             * @description omitted: the thought's text is not sent
+             */
+            display?: ("summarized" | "omitted") | null;
         };
         /**
          * TokenizeRequest
@@ -3272,7 +3363,7 @@ export interface components {
              */
             role: "user" | "assistant" | "system";
             /** Content */
-            content: string | (components["schemas"]["TextBlock"] | components["schemas"]["ToolUseBlock"] | components["schemas"]["ToolResultBlock"])[];
+            content: string | (components["schemas"]["TextBlock"] | components["schemas"]["ToolUseBlock"] | components["schemas"]["ToolResultBlock"] | components["schemas"]["ThinkingBlock"] | components["schemas"]["RedactedThinkingBlock"])[];
         };
         /**
          * UnloadLoraRequest
@@ -3304,6 +3395,7 @@ export interface components {
             finish_reason: string | null;
             logprobs: components["schemas"]["FlatLogprobs"] | null;
             tool_calls?: components["schemas"]["ToolCallAnswer"][];
+            reasoning?: string;
         };
         /**
          * FlatLogprobs
@@ -3346,6 +3438,7 @@ export interface components {
             prompt_tokens: number;
             completion_tokens: number;
             cached_tokens: number;
+            reasoning_tokens: number;
         };
         /**
          * GeneratedTiming
@@ -3364,6 +3457,7 @@ export interface components {
             id: string;
             index: number;
             text: string;
+            reasoning?: string;
             tool_calls?: components["schemas"]["CallDelta"][];
             logprobs?: components["schemas"]["FlatLogprobs"];
         };
@@ -3437,6 +3531,7 @@ export interface components {
             id: string;
             index: number;
             text: string;
+            reasoning?: string;
             tool_calls?: components["schemas"]["CallDelta"][];
             logprobs?: components["schemas"]["FlatLogprobs"];
             /** @description which of the requests it is about, from 0 */
@@ -3570,13 +3665,18 @@ export interface components {
         /** OpenAIUsage */
         OpenAIUsage: {
             prompt_tokens: number;
-            total_tokens: number;
             completion_tokens: number;
+            total_tokens: number;
             prompt_tokens_details: components["schemas"]["CachedTokens"];
+            completion_tokens_details: components["schemas"]["OutputTokensDetails"];
         };
         /** CachedTokens */
         CachedTokens: {
             cached_tokens: number;
+        };
+        /** OutputTokensDetails */
+        OutputTokensDetails: {
+            reasoning_tokens: number;
         };
         /**
          * CompletionChunk
@@ -3631,6 +3731,8 @@ export interface components {
             role: "assistant";
             content: string | null;
             refusal: null;
+            reasoning_content?: string;
+            reasoning?: string;
             tool_calls?: components["schemas"]["ToolCallAnswer"][];
         };
         /** ChatLogprobs */
@@ -3678,6 +3780,8 @@ export interface components {
             /** @constant */
             role?: "assistant";
             content?: string;
+            reasoning_content?: string;
+            reasoning?: string;
             tool_calls?: components["schemas"]["CallDelta"][];
         };
         /**
@@ -3690,7 +3794,7 @@ export interface components {
             object: "response";
             created_at: number;
             completed_at?: number;
-            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"])[];
+            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"])[];
             incomplete_details: components["schemas"]["IncompleteDetails"] | null;
             model: string;
             instructions: string | null;
@@ -3756,6 +3860,26 @@ export interface components {
             call_id: string;
             name: string;
         };
+        /**
+         * ReasoningItemAnswer
+         * @description A thought. It is whole, and has no summary.
+         */
+        ReasoningItemAnswer: {
+            /** @constant */
+            type: "reasoning";
+            id: string;
+            status: string;
+            summary: {
+                [key: string]: unknown;
+            }[];
+            content?: components["schemas"]["ReasoningText"][];
+        };
+        /** ReasoningText */
+        ReasoningText: {
+            /** @constant */
+            type: "reasoning_text";
+            text: string;
+        };
         /** IncompleteDetails */
         IncompleteDetails: {
             reason: string;
@@ -3785,24 +3909,20 @@ export interface components {
             cached_tokens: number;
             cache_write_tokens: number;
         };
-        /** OutputTokensDetails */
-        OutputTokensDetails: {
-            reasoning_tokens: number;
-        };
         /**
          * ResponseEvent
          * @description Any event of a response; `type` says which, and with it what else it has, as in OpenAI's reference.
          */
         ResponseEvent: {
             /** @enum {unknown} */
-            type: "response.completed" | "response.content_part.added" | "response.content_part.done" | "response.created" | "response.failed" | "response.function_call_arguments.delta" | "response.function_call_arguments.done" | "response.in_progress" | "response.incomplete" | "response.output_item.added" | "response.output_item.done" | "response.output_text.delta" | "response.output_text.done";
+            type: "response.completed" | "response.content_part.added" | "response.content_part.done" | "response.created" | "response.failed" | "response.function_call_arguments.delta" | "response.function_call_arguments.done" | "response.in_progress" | "response.incomplete" | "response.output_item.added" | "response.output_item.done" | "response.output_text.delta" | "response.output_text.done" | "response.reasoning_text.delta" | "response.reasoning_text.done";
             sequence_number: number;
             response?: components["schemas"]["ResponseState"];
             output_index?: number;
             content_index?: number;
             item_id?: string;
-            item?: components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"];
-            part?: components["schemas"]["OutputText"];
+            item?: components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"];
+            part?: components["schemas"]["OutputText"] | components["schemas"]["ReasoningText"];
             delta?: string;
             text?: string;
             logprobs?: components["schemas"]["ChatTokenLogprob"][];
@@ -3819,7 +3939,7 @@ export interface components {
             object: "response";
             created_at: number;
             completed_at?: number;
-            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"])[];
+            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"])[];
             incomplete_details: components["schemas"]["IncompleteDetails"] | null;
             model: string;
             instructions: string | null;
@@ -3876,7 +3996,7 @@ export interface components {
         InputItemsAnswer: {
             /** @constant */
             object: "list";
-            data: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["CallOutputItemAnswer"])[];
+            data: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"] | components["schemas"]["CallOutputItemAnswer"])[];
             first_id: string | null;
             last_id: string | null;
             has_more: boolean;
@@ -3901,10 +4021,20 @@ export interface components {
             /** @constant */
             role: "assistant";
             model: string;
-            content: (components["schemas"]["TextBlockAnswer"] | components["schemas"]["ToolUseAnswer"])[];
+            content: (components["schemas"]["ThinkingBlockAnswer"] | components["schemas"]["TextBlockAnswer"] | components["schemas"]["ToolUseAnswer"])[];
             stop_reason: string | null;
             stop_sequence: string | null;
             usage: components["schemas"]["MessageAnswerUsage"];
+        };
+        /**
+         * ThinkingBlockAnswer
+         * @description A thought. signature: of its text.
+         */
+        ThinkingBlockAnswer: {
+            /** @constant */
+            type: "thinking";
+            thinking: string;
+            signature: string;
         };
         /** TextBlockAnswer */
         TextBlockAnswer: {
@@ -3928,8 +4058,13 @@ export interface components {
             cache_creation_input_tokens: number;
             cache_read_input_tokens: number;
             output_tokens: number;
+            output_tokens_details: components["schemas"]["ThinkingTokens"];
             /** @constant */
             service_tier: "standard";
+        };
+        /** ThinkingTokens */
+        ThinkingTokens: {
+            thinking_tokens: number;
         };
         /** MessageStart */
         MessageStart: {
@@ -3942,14 +4077,14 @@ export interface components {
             /** @constant */
             type: "content_block_start";
             index: number;
-            content_block: components["schemas"]["TextBlockAnswer"] | components["schemas"]["ToolUseAnswer"];
+            content_block: components["schemas"]["ThinkingBlockAnswer"] | components["schemas"]["TextBlockAnswer"] | components["schemas"]["ToolUseAnswer"];
         };
         /** BlockDelta */
         BlockDelta: {
             /** @constant */
             type: "content_block_delta";
             index: number;
-            delta: components["schemas"]["TextDelta"] | components["schemas"]["InputDelta"];
+            delta: components["schemas"]["TextDelta"] | components["schemas"]["InputDelta"] | components["schemas"]["ThinkingDelta"] | components["schemas"]["SignatureDelta"];
         };
         /** TextDelta */
         TextDelta: {
@@ -3962,6 +4097,18 @@ export interface components {
             /** @constant */
             type: "input_json_delta";
             partial_json: string;
+        };
+        /** ThinkingDelta */
+        ThinkingDelta: {
+            /** @constant */
+            type: "thinking_delta";
+            thinking: string;
+        };
+        /** SignatureDelta */
+        SignatureDelta: {
+            /** @constant */
+            type: "signature_delta";
+            signature: string;
         };
         /** BlockStop */
         BlockStop: {
@@ -3990,6 +4137,7 @@ export interface components {
             cache_creation_input_tokens: number;
             cache_read_input_tokens: number;
             output_tokens: number;
+            output_tokens_details: components["schemas"]["ThinkingTokens"];
         };
         /** MessageStop */
         MessageStop: {
@@ -4036,7 +4184,7 @@ export interface components {
             object: "list";
             data: components["schemas"]["EmbeddingAnswer"][];
             model: string;
-            usage: components["schemas"]["OpenAIUsage"];
+            usage: components["schemas"]["ReadingUsage"];
             id: string;
         };
         /** EmbeddingAnswer */
@@ -4045,6 +4193,13 @@ export interface components {
             object: "embedding";
             index: number;
             embedding: number[] | string;
+        };
+        /** ReadingUsage */
+        ReadingUsage: {
+            prompt_tokens: number;
+            total_tokens: number;
+            completion_tokens: number;
+            prompt_tokens_details: components["schemas"]["CachedTokens"];
         };
         /**
          * ClassifyAnswer
@@ -4057,7 +4212,7 @@ export interface components {
             created: number;
             model: string;
             data: components["schemas"]["TextLabelAnswer"][] | components["schemas"]["TokenLabelsAnswer"][];
-            usage: components["schemas"]["OpenAIUsage"];
+            usage: components["schemas"]["ReadingUsage"];
         };
         /**
          * RerankAnswer
@@ -4067,7 +4222,7 @@ export interface components {
             id: string;
             model: string;
             results: components["schemas"]["RankedAnswer"][];
-            usage: components["schemas"]["OpenAIUsage"];
+            usage: components["schemas"]["ReadingUsage"];
         };
         /** RankedAnswer */
         RankedAnswer: {
@@ -4090,7 +4245,7 @@ export interface components {
             created: number;
             model: string;
             data: components["schemas"]["PairScore"][];
-            usage: components["schemas"]["OpenAIUsage"];
+            usage: components["schemas"]["ReadingUsage"];
         };
         /** PairScore */
         PairScore: {
@@ -4112,7 +4267,7 @@ export interface components {
             choice: string;
             index: number;
             choices: components["schemas"]["OptionAnswer"][];
-            usage: components["schemas"]["OpenAIUsage"];
+            usage: components["schemas"]["ReadingUsage"];
         };
         /**
          * OptionAnswer

@@ -146,6 +146,10 @@ class ChatMessage(Wire):
     tool_call_id: Annotated[str, Field(max_length=MAX_NAME)] | None = Field(
         default=None, description="which call a message of role tool answers"
     )
+    reasoning_content: str | None = Field(
+        default=None,
+        description="the thought before an assistant's content, for chat templates that write it",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -156,7 +160,10 @@ class ChatMessage(Wire):
         if not isinstance(value, dict):
             return value
         kept = {key: item for key, item in value.items() if key in cls.model_fields or item not in (None, [])}
-        if kept.get("content") is None and kept.get("tool_calls"):
+        if "reasoning" in kept:  # vLLM's name of it, which answers have besides
+            thought = kept.pop("reasoning")
+            kept["reasoning_content"] = kept.get("reasoning_content") or thought
+        if kept.get("content") is None and (kept.get("tool_calls") or kept.get("reasoning_content")):
             kept["content"] = ""
         return kept
 
@@ -166,6 +173,8 @@ class ChatMessage(Wire):
             raise FieldError("tool_calls", "only the assistant's messages have tool_calls")
         if self.tool_call_id is not None and self.role != "tool":
             raise FieldError("tool_call_id", "only messages of role tool have a tool_call_id")
+        if self.reasoning_content and self.role != "assistant":
+            raise FieldError("reasoning_content", "only the assistant's messages have reasoning_content")
         return self
 
     @property
@@ -182,6 +191,8 @@ class ChatMessage(Wire):
         for key in ("name", "tool_call_id"):
             if getattr(self, key) is not None:
                 made[key] = getattr(self, key)
+        if self.reasoning_content:
+            made["reasoning_content"] = self.reasoning_content
         if self.tool_calls:
             made["tool_calls"] = [call.rendered() for call in self.tool_calls]
         return made

@@ -158,7 +158,9 @@ class ChatRequest(OpenAIRequest, ConversationFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     reasoning_effort: Effort | None = Field(
-        default=None, description="changes nothing where the base's chat template does not ask for it"
+        default=None,
+        description="none switches thinking off where the base's chat template can; others change nothing "
+        "where it does not ask for them",
     )
 
     verbosity: Verbosity | None = Field(default=None, description="changes nothing")

@@ -117,11 +117,11 @@ class TextConfig(Wire):
 
 
 class Reasoning(Wire):
-    """Amount of thinking, if the base's chat template knows of it. Thinking is not shown apart."""
+    """Amount of thinking, if the base's chat template knows of it. Thoughts are sent whole."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    summary: Literal["auto"] | None = None
-    generate_summary: Literal["auto"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
     context: Literal["auto"] | None = None
     mode: Literal["standard"] | None = None
 
