@@ -48,7 +48,7 @@ class _Account:
         self.prepaid = 0.0
         """Part of that which those that have begun have not taken yet."""
         self.cost = 0.0
-        """What was taken since a request ended last."""
+        """Seconds of processor time taken since a request ended last."""
         self.waiting: deque[asyncio.Future[None]] = deque()
         self.timer: asyncio.TimerHandle | None = None
 
