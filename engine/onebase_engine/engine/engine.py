@@ -237,11 +237,11 @@ class Engine:
         try:
             longest = max(map(len, request.branches), default=request.sampling.max_tokens)
             self.scheduler.check_limits(len(request.prompt), longest, len(mix.terms))
-            check_tokens(request, self._vocabulary)
             check_resume_tokens(request)
             check_scores(request)
             check_weights(mix)
             self.versions.check_mix(mix, self.slots.budget)
+            check_tokens(request, self.versions.words(mix, self._vocabulary))
             check_pooling(request)
             if request.pooling is not None and request.pooling.head:
                 count = len(request.prompt) if request.pooling.kind == "each" else 1
@@ -296,6 +296,7 @@ class Engine:
                 arrival=self._arrivals,
                 arrived_at=time.monotonic(),
                 tenant=request.tenant,
+                words=self.versions.words(opening.mix, self._vocabulary),
                 priority=request.priority,
                 background=request.background,
                 grammar=grammar,
@@ -628,7 +629,7 @@ class Engine:
         sequence = segment.sequence
         targets = [sequence.tokens[number + 1] for number in segment.scored]
         try:
-            return score_tokens(logits, targets, sequence.sampling.prompt_logprobs or 0)
+            return score_tokens(logits[:, : sequence.words], targets, sequence.sampling.prompt_logprobs or 0)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -813,7 +814,8 @@ class Engine:
     ) -> tuple[protocol.FinishReason | None, int | None]:
         """Return the finish reason if the sequence ends with `token`, when it has `more` tokens than now."""
         sampling = sequence.sampling
-        if token in sampling.stop_token_ids or (token in self._eos_ids and not sampling.ignore_eos):
+        ends = token in self._eos_ids or token in sampling.end_token_ids
+        if token in sampling.stop_token_ids or (ends and not sampling.ignore_eos):
             return "stop", token
         return ("length", None) if sequence.generated + more >= sampling.max_tokens else (None, None)
 
@@ -894,12 +896,14 @@ def _smaller(part: StepPlan, failure: _Failure) -> list[StepPlan]:
 
 
 def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
-    """Raise NeverFitsError for a token id that the base does not have; on CUDA it would end the process."""
+    """Raise NeverFitsError for a token id that the base, or the request's adapter, does not have; on CUDA it
+    would end the process."""
     sampling = request.sampling
     groups = {
         "prompt": request.prompt,
         "logit_bias": sampling.logit_bias,
         "stop_token_ids": sampling.stop_token_ids,
+        "end_token_ids": sampling.end_token_ids,
         "choices": [token for branch in request.branches for token in branch],
         "resume_tokens": [token for tokens in (request.resume_tokens or {}).values() for token in tokens],
     }
