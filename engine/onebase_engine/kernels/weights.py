@@ -224,7 +224,9 @@ def fits(module: ModuleWeights, layer: LayerShape) -> bool:
     if isinstance(module, SavedModule):
         rows, *others = layer.weight_shape
         rows = rows if layer.kind == "norm" else words_of(module)
-        return tuple(module.weight.shape) == (rows, *others) and rows <= layer.weight_shape[0] + MOST_NEW_TOKENS
+        return (
+            tuple(module.weight.shape) == (rows, *others) and rows <= layer.weight_shape[0] + MOST_NEW_TOKENS
+        )
     if isinstance(module, TokenRows):
         words, dim = layer.weight_shape if layer.kind != "norm" else (0, 0)
         new = torch.arange(words, max(module.words, words))

@@ -86,5 +86,7 @@ def _own_rows(
     indices: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, bare: torch.Tensor
 ) -> torch.Tensor:
     """Return `rows` [n, dim] where a token is among the ascending `indices` [n], else the base's output."""
+    if not len(indices):  # an adapter with fewer tokens than the base, and the same rows
+        return bare
     places = torch.searchsorted(indices, ids).clamp_(max=len(indices) - 1)
     return torch.where((indices[places] == ids)[:, None], rows[places], bare)
