@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from onebase_adapters.format.config import AdapterFormatError, parse_config
+from onebase_adapters.format.conversion import tensor_names
 from onebase_adapters.format.strict_json import shown
 from onebase_protocol.adapters import AddedToken, TokenizerAdditions
 
@@ -33,6 +36,8 @@ LONGEST_TOKEN = 200
 """Largest number of characters of an added token."""
 LONGEST_TEMPLATE = 64 << 10
 """Largest number of characters of a chat template."""
+_OF_TOKENS = re.compile(r"embed|head|wte|tok|output")
+"""Part of the name of an embedding or a head."""
 _MOST_ENDS = 16
 _LONGEST_PROBLEM = 400
 
@@ -52,6 +57,18 @@ class BaseVocabulary:
     def count(self) -> int:
         """Id of the first token that can be added."""
         return max(self.ids.values(), default=-1) + 1
+
+
+def read_folder(folder: Path) -> Read:
+    """Return a function that reads a tokenizer's files in a folder, unless one is too large."""
+
+    def read(name: str) -> bytes | None:
+        file = folder / name
+        if not file.is_file() or file.stat().st_size > TOKENIZER_FILES[name]:
+            return None
+        return file.read_bytes()
+
+    return read
 
 
 class _Model(msgspec.Struct):
@@ -86,16 +103,37 @@ def vocabulary_digest(tokenizer: bytes | str) -> str:
     return _digest(msgspec.json.decode(tokenizer, type=_TokenizerFile).model)
 
 
-def with_tokens(raw: bytes, read: Read, base: BaseVocabulary | None) -> bytes:
+def has_token_rows(raw: bytes, weights: Path) -> bool:
+    """Return True if an adapter may have rows of its own for tokens, so that its tokenizer matters.
+
+    Raises OSError: the weights cannot be read.
+    """
+    try:
+        config = parse_config(raw)
+    except AdapterFormatError:
+        return False
+    if config.get("trainable_token_indices") or config.get("modules_to_save"):
+        return True
+    return any(_OF_TOKENS.search(name) for name in tensor_names(weights))
+
+
+def with_tokens(
+    raw: bytes, weights: Path, read: Read, vocabulary: Callable[[], BaseVocabulary | None]
+) -> bytes:
     """Return the bytes of an `adapter_config.json` with what the adapter's tokenizer adds to the base's.
 
-    They are unchanged if the folder has no tokenizer, or one without further tokens.
+    They are unchanged if the adapter has no rows for tokens, or its folder no tokenizer, or one without
+    further tokens.
 
     Args:
-        base: the base's tokens; None if it has no tokenizer, and none is used.
+        weights: the adapter's weights, in PEFT's form.
+        vocabulary: returns the base's tokens; None if it has no tokenizer, and none is used.
+
+    Raises OSError: the weights cannot be read.
     """
-    tokenizer = None if base is None else read(TOKENIZER_FILE)
-    if base is None or tokenizer is None:
+    tokenizer = read(TOKENIZER_FILE) if has_token_rows(raw, weights) else None
+    base = None if tokenizer is None else vocabulary()
+    if tokenizer is None or base is None:
         return raw
     try:
         added = _additions(tokenizer, read, base)

@@ -80,8 +80,10 @@ class TokenRows:
     rows: torch.Tensor
     """Rows, [n, dim] fp32; used in the dtype of the base's weight."""
     words: int = 0
-    """Number of tokens of the adapter's own vocabulary; 0: it is the base's. Tokens beyond the base's all have
-    a row; those from here on do not exist for the adapter."""
+    """Number of tokens of the adapter's own vocabulary; 0: it is the base's.
+
+    Tokens beyond the base's all have a row; those from here on do not exist for the adapter.
+    """
 
     def to(self, device: torch.device) -> TokenRows:
         return moved(self, device)

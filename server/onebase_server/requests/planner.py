@@ -6,8 +6,9 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -17,13 +18,22 @@ from onebase_edge.background import Threads, TurnBudget
 from onebase_edge.errors import (
     AdapterDeletedError,
     AdapterNotFoundError,
+    ApiError,
     InvalidRequestError,
+    StateConflictError,
+    UnavailableError,
     UnknownModelError,
 )
 from onebase_engine.engine.messages import BaseInfo, Sampling
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog, is_checkpoint
 from onebase_server.inference.generation import GenerationRequest, Prompt, in_time, new_id
-from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput, and_give_memory_back
+from onebase_server.inference.tokenization import (
+    BaseTokenizer,
+    TemplateInput,
+    TokenizerError,
+    Tokenizers,
+    and_give_memory_back,
+)
 from onebase_server.inference.tool_call_parser import CallFormat
 from onebase_server.inference.tool_format import NO_ARGUMENTS, ToolDefinition
 from onebase_server.inference.transcript import Transcript, refused
@@ -54,6 +64,10 @@ _LONG_CHARACTERS = 100_000
 """Length, in characters, above which texts are tokenized one after the other, so that shorter ones have their
 turn and memory is used for one."""
 _THREADS = 2
+_OF_TOKENIZER = ("prompt", "messages", "tools", "logit_bias", "stop_token_ids", "chat_template_kwargs")
+"""Fields that an adapter's own tokenizer may accept where the base's does not."""
+_PLANS = 4
+"""Number of times that a request is planned while its adapter turns out to have another tokenizer."""
 _MESSAGE_CHARACTERS = 40
 """Characters that a message counts besides its text, for what a template writes around it."""
 _TEXT_CHARACTERS = 40
@@ -104,14 +118,15 @@ class Planner:
     def __init__(
         self,
         supervisor: EngineSupervisor,
-        tokenizer: BaseTokenizer,
+        tokenizers: Tokenizers,
         catalog: Catalog,
         hub: AdapterFetcher,
         checkpoints: AdapterFetcher,
         limits: RequestLimits,
     ) -> None:
         self._supervisor = supervisor
-        self._tokenizer = tokenizer
+        self._tokenizers = tokenizers
+        self._tokenizer = tokenizers.base
         self._catalog = catalog
         self._hub = hub
         self._checkpoints = checkpoints
@@ -129,12 +144,24 @@ class Planner:
         versions
         are used, whichever are active now.
         """
-        base = self.base()
+        self.base()
         self._check_room(body, caller)
+
+        async def plan(tokenizer: BaseTokenizer) -> GenerationRequest:
+            return await self._plan_generate(body, caller, tokenizer)
+
+        async def choose(request: GenerationRequest) -> AdapterChoice:
+            return await self._adapter(body, request, transcript)
+
+        return await self._with_own_tokenizer(plan, choose, caller.tenant, self.base_name, body)
+
+    async def _plan_generate(
+        self, body: GenerateRequest, caller: Caller, tokenizer: BaseTokenizer
+    ) -> GenerationRequest:
         if body.messages:
-            prompt = await self.chat_prompt(caller.tenant, body, body.messages)
+            prompt = await self.chat_prompt(caller.tenant, body, body.messages, tokenizer=tokenizer)
         else:
-            prompt = (await self._prompts(caller.tenant, [body.prompt or ""]))[0]
+            prompt = (await self._prompts(caller.tenant, [body.prompt or ""], tokenizer))[0]
         wanted = _Wanted(
             kind="gen-",
             prompts=(prompt,),
@@ -143,21 +170,116 @@ class Planner:
             default_tokens=GENERATE_TOKENS,
             logprobs=body.logprobs,
             echo=bool(body.echo),
-            answer=await self._answer(caller.tenant, body),
+            answer=await self._answer(caller.tenant, body, tokenizer),
         )
-        request = self._request(wanted, body, base, caller)
-        return replace(request, adapter=check_generates(await self._adapter(body, request, transcript)))
+        return self._request(wanted, body, caller, tokenizer)
+
+    async def _with_own_tokenizer(
+        self,
+        plan: Callable[[BaseTokenizer], Awaitable[GenerationRequest]],
+        choose: Callable[[GenerationRequest], Awaitable[AdapterChoice]],
+        tenant: str,
+        model: str,
+        body: AdapterFields,
+    ) -> GenerationRequest:
+        """Return a request that is planned with the tokenizer of its adapter.
+
+        The adapter is looked up last. If it turns out to have another tokenizer than that of the names known
+        before, such as one pulled for this request, the request is planned again.
+        """
+        tokenizer, pulled = await self.tokenizer_of(tenant, model, body), False
+        for _ in range(_PLANS):
+            try:
+                request = await plan(tokenizer)
+            except InvalidRequestError as error:
+                concerned = (error.param or "").startswith(_OF_TOKENIZER)
+                if pulled or not concerned or not await self._pull_first(tenant, model, body):
+                    raise
+                pulled = True
+                found = await self.tokenizer_of(tenant, model, body)
+                if found is tokenizer:
+                    raise
+                tokenizer = found
+                continue
+            choice = check_generates(await choose(request))
+            own = await self.tokenizer_for(choice, tenant)
+            if own is tokenizer:
+                return replace(request, adapter=choice, tokenizer=None if own is self._tokenizer else own)
+            tokenizer = own
+        raise UnavailableError(
+            "The adapter's active version changes faster than requests are planned. Try again.",
+            code="adapter_unavailable",
+            retry_after=1.0,
+        )
+
+    async def template_options(self, tenant: str, model: str) -> frozenset[str]:
+        """Return the variables of the chat template that a model's requests may set."""
+        own = await self.tokenizer_of(tenant, model)
+        if own.own_templates is None:
+            return own.template_options
+        return await self._threads.run_for(tenant, lambda: own.template_options)
+
+    async def tokenizer_of(
+        self, tenant: str, model: str | None, body: AdapterFields | None = None
+    ) -> BaseTokenizer:
+        """Return the tokenizer of the adapter that a request names, or the base's: also for a sum of several,
+        and for a name that is not known, or not ready."""
+        reference = _named(self.base_name, model, body)
+        if reference is None:
+            return self._tokenizer
+        try:
+            choice = self._catalog.of(tenant).choose(reference)
+        except ApiError:
+            return self._tokenizer
+        return await self.tokenizer_for(choice, tenant)
+
+    async def tokenizer_for(self, choice: AdapterChoice, tenant: str) -> BaseTokenizer:
+        """Return the tokenizer of the adapters of a request. Raises StateConflictError."""
+        report = choice.report
+        if choice.weighted or not (report.get("vocabulary") or report.get("tokenizer")):
+            return self._tokenizer
+        try:
+            return await self._threads.run_for(
+                tenant, self._tokenizers.of_version, choice.refs[0].digest, report
+            )
+        except TokenizerError as error:
+            raise StateConflictError(
+                f"{choice.named}: its tokenizer does not fit this base's: {error}.", code="version_not_ready"
+            ) from error
+
+    async def _pull_first(self, tenant: str, model: str, body: AdapterFields) -> bool:
+        """Fetch the adapter that a request names if it is not known yet. Return False if it is."""
+        reference = _named(self.base_name, model, body)
+        known = self._catalog.of(tenant)
+        if reference is None or known.get(reference) is not None:
+            return False
+        if not reference.startswith(HUB_PREFIX) and not is_checkpoint(reference):
+            return False
+        deadline = asyncio.get_running_loop().time() + self._limits.max_timeout
+        await self._pull({"model" if model != self.base_name else "adapter": reference}, tenant, deadline)
+        return True
 
     async def completion(
         self, body: CompletionRequest, caller: Caller, transcript: Transcript | None = None
     ) -> GenerationRequest:
-        base = self.base()
+        self.base()
         self.check_model(body.model, body)
-        prompts = body.prompts()
-        self._check_room(body, caller, len(prompts))
+        self._check_room(body, caller, len(body.prompts()))
+
+        async def plan(tokenizer: BaseTokenizer) -> GenerationRequest:
+            return await self._plan_completion(body, caller, tokenizer)
+
+        async def choose(request: GenerationRequest) -> AdapterChoice:
+            return await self.choose(body.model, body, request, transcript)
+
+        return await self._with_own_tokenizer(plan, choose, caller.tenant, body.model, body)
+
+    async def _plan_completion(
+        self, body: CompletionRequest, caller: Caller, tokenizer: BaseTokenizer
+    ) -> GenerationRequest:
         wanted = _Wanted(
             kind="cmpl-",
-            prompts=tuple(await self._prompts(caller.tenant, prompts)),
+            prompts=tuple(await self._prompts(caller.tenant, body.prompts(), tokenizer)),
             prompt_param="prompt",
             max_tokens=body.max_tokens,
             default_tokens=COMPLETION_TOKENS,
@@ -166,10 +288,7 @@ class Planner:
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
         )
-        request = self._request(wanted, body, base, caller)
-        return replace(
-            request, adapter=check_generates(await self.choose(body.model, body, request, transcript))
-        )
+        return self._request(wanted, body, caller, tokenizer)
 
     async def chat(
         self, body: ChatRequest, caller: Caller, transcript: Transcript | None = None
@@ -197,25 +316,40 @@ class Planner:
         caller: Caller,
         transcript: Transcript | None,
     ) -> GenerationRequest:
-        base = self.base()
+        self.base()
         self.check_model(body.model, body)
         self._check_room(body, caller)
+
+        async def plan(tokenizer: BaseTokenizer) -> GenerationRequest:
+            return await self._plan_conversation(kind, body, messages, caller, tokenizer)
+
+        async def choose(request: GenerationRequest) -> AdapterChoice:
+            return await self.choose(body.model, body, request, transcript)
+
+        return await self._with_own_tokenizer(plan, choose, caller.tenant, body.model, body)
+
+    async def _plan_conversation(
+        self,
+        kind: str,
+        body: ChatRequest | ResponsesRequest,
+        messages: Sequence[ChatMessage],
+        caller: Caller,
+        tokenizer: BaseTokenizer,
+    ) -> GenerationRequest:
+        effort = body.reasoning_effort
         wanted = _Wanted(
             kind=kind,
-            prompts=(await self.chat_prompt(caller.tenant, body, messages, body.reasoning_effort),),
+            prompts=(await self.chat_prompt(caller.tenant, body, messages, effort, tokenizer=tokenizer),),
             prompt_param="messages",
             max_tokens=body.token_limit,
             default_tokens=None,
             logprobs=body.logprob_count,
             echo=False,
-            answer=await self._answer(caller.tenant, body),
+            answer=await self._answer(caller.tenant, body, tokenizer),
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
         )
-        request = self._request(wanted, body, base, caller)
-        return replace(
-            request, adapter=check_generates(await self.choose(body.model, body, request, transcript))
-        )
+        return self._request(wanted, body, caller, tokenizer)
 
     async def resumed(
         self, request: GenerationRequest, transcript: Transcript, seconds: float
@@ -224,7 +358,8 @@ class Planner:
 
         Raises InvalidRequestError.
         """
-        base, opening, sampling = self.base(), transcript.opening, request.sampling
+        base = self.base_of(request.tokenizer or self._tokenizer)
+        opening, sampling = transcript.opening, request.sampling
         if opening.max_tokens > sampling.max_tokens:
             raise refused("has more tokens than the request may have here")
         await self._threads.run_for(
@@ -267,33 +402,48 @@ class Planner:
         body: ConversationFields,
         messages: Sequence[ChatMessage],
         reasoning_effort: str | None = None,
+        tokenizer: BaseTokenizer | None = None,
     ) -> list[int]:
         """Return the prompt of a conversation."""
-        return (await self.chat_prompt(tenant, body, messages, reasoning_effort)).tokens
+        prompt = await self.chat_prompt(tenant, body, messages, reasoning_effort, tokenizer=tokenizer)
+        return prompt.tokens
 
     async def texts(
-        self, tenant: str, param: str, texts: Sequence[str], *, special: bool = True
+        self,
+        tenant: str,
+        param: str,
+        texts: Sequence[str],
+        *,
+        special: bool = True,
+        tokenizer: BaseTokenizer | None = None,
     ) -> list[list[int]]:
         """Return the tokens of each, computed in one turn of the tenant.
 
         special: with the tokens that the base expects around a prompt.
+        tokenizer: an adapter's; None: the base's.
         """
+        own = tokenizer or self._tokenizer
 
         def encode(texts: Sequence[str]) -> list[list[int]]:
-            return [self._tokenizer.encode(text, special=special) for text in texts]
+            return [own.encode(text, special=special) for text in texts]
 
         for text in texts:
-            self._check_size(param, len(text))
+            self._check_size(param, len(text), own)
         size = sum(map(len, texts)) + _TEXT_CHARACTERS * len(texts)
         return await self._in_turn(tenant, size, encode, texts)
 
-    async def names_of(self, tenant: str, tokens: Sequence[int]) -> list[str]:
+    async def names_of(
+        self, tenant: str, tokens: Sequence[int], tokenizer: BaseTokenizer | None = None
+    ) -> list[str]:
         """Return the vocabulary's names of tokens."""
-        return await self._threads.run_for(tenant, self._tokenizer.names, tokens)
+        return await self._threads.run_for(tenant, (tokenizer or self._tokenizer).names, tokens)
 
-    async def text_of(self, tenant: str, tokens: Sequence[int]) -> str:
+    async def text_of(
+        self, tenant: str, tokens: Sequence[int], tokenizer: BaseTokenizer | None = None
+    ) -> str:
         """The text that tokens stand for, special ones by their names."""
-        base = self.base()
+        own = tokenizer or self._tokenizer
+        base = self.base_of(own)
         if len(tokens) > base.max_length:
             raise InvalidRequestError(
                 f"tokens: there are {len(tokens)}. This model's maximum context length is "
@@ -302,7 +452,7 @@ class Planner:
                 code="context_length_exceeded",
             )
         _check_vocabulary("tokens", tokens, base)
-        return await self._threads.run_for(tenant, self._tokenizer.decode, tokens, True)
+        return await self._threads.run_for(tenant, own.decode, tokens, True)
 
     # ---- parts -------------------------------------------------------------------------------
 
@@ -311,6 +461,11 @@ class Planner:
         if reason is not None or self._supervisor.base is None:
             raise reason or RuntimeError("ready without a base")
         return self._supervisor.base
+
+    def base_of(self, tokenizer: BaseTokenizer) -> BaseInfo:
+        """Return the base, with the number of tokens of an adapter's own vocabulary if it has one."""
+        base = self.base()
+        return msgspec.structs.replace(base, vocab_size=tokenizer.words) if tokenizer.words else base
 
     async def _adapter(
         self, body: AdapterFields, request: GenerationRequest, transcript: Transcript | None = None
@@ -326,7 +481,8 @@ class Planner:
             reference = wanted
             if transcript is not None:
                 return await self._resumed_adapters(transcript, [reference], request)
-            await self._pull({"adapter" if body.adapter_id is None else "adapter_id": reference}, request)
+            param = "adapter" if body.adapter_id is None else "adapter_id"
+            await self._pull({param: reference}, request.tenant, request.deadline)
             return await self._catalog.find_current(
                 lambda: self._catalog.of(request.tenant).choose(reference)
             )
@@ -334,7 +490,8 @@ class Planner:
         if transcript is not None:
             weights = [weight for _, weight in terms]
             return await self._resumed_adapters(transcript, [name for name, _ in terms], request, weights)
-        await self._pull({f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}, request)
+        params = {f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}
+        await self._pull(params, request.tenant, request.deadline)
         return await self._catalog.find_current(lambda: self._catalog.of(request.tenant).choose_sum(terms))
 
     async def _resumed_adapters(
@@ -393,7 +550,7 @@ class Planner:
             return await self._adapter(body, request, transcript)
         if transcript is not None:
             return await self._resumed_adapters(transcript, [model], request)
-        await self._pull({"model": model}, request)
+        await self._pull({"model": model}, request.tenant, request.deadline)
         try:
             return await self._catalog.find_current(
                 lambda: self._catalog.of(request.tenant).choose(model, param="model")
@@ -401,23 +558,26 @@ class Planner:
         except AdapterNotFoundError as error:
             raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
 
-    async def _pull(self, names: dict[str, str], request: GenerationRequest) -> None:
+    async def _pull(self, names: dict[str, str], tenant: str, deadline: float | None) -> None:
         """Fetch what is named by its Hub repository, or as a job's checkpoint, and is not known yet.
 
         names: by the request's field.
         """
-        known = self._catalog.of(request.tenant)
+        known = self._catalog.of(tenant)
         for param, name in names.items():
             if name.startswith(HUB_PREFIX) and not known.names_version(name):
-                async with in_time(request.deadline):
-                    await self._hub.use(request.tenant, name, param=param)
+                async with in_time(deadline):
+                    await self._hub.use(tenant, name, param=param)
             elif is_checkpoint(name):
-                async with in_time(request.deadline):
-                    await self._checkpoints.use(request.tenant, name, param=param)
+                async with in_time(deadline):
+                    await self._checkpoints.use(tenant, name, param=param)
 
-    async def _prompts(self, tenant: str, given: Sequence[str | list[int]]) -> list[Prompt]:
+    async def _prompts(
+        self, tenant: str, given: Sequence[str | list[int]], tokenizer: BaseTokenizer
+    ) -> list[Prompt]:
         """The prompts of a request, of which each is text or tokens."""
-        tokens = iter(await self.texts(tenant, "prompt", [one for one in given if isinstance(one, str)]))
+        texts = [one for one in given if isinstance(one, str)]
+        tokens = iter(await self.texts(tenant, "prompt", texts, tokenizer=tokenizer))
         return [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in given]
 
     async def chat_prompt(
@@ -426,14 +586,20 @@ class Planner:
         body: ConversationFields,
         messages: Sequence[ChatMessage],
         reasoning_effort: str | None = None,
+        *,
+        tokenizer: BaseTokenizer | None = None,
     ) -> Prompt:
-        known = self._tokenizer.chat_template
+        own = tokenizer or self._tokenizer
+        known = own.chat_template
         if any(message.is_of_tools for message in messages) and "tool_calls" not in known:
             raise _no_tools("messages")
         tools = body.tools if body.calls_tools else None
         if tools and "tools" not in known:
             raise _no_tools("tools")
-        options = self._options(body, messages, reasoning_effort)
+        if own.own_templates is not None:
+            # They are read in the templates' process, which the event loop must not wait for.
+            await self._threads.run_for(tenant, lambda: own.template_options)
+        options = self._options(body, messages, reasoning_effort, own)
         chat = TemplateInput([message.rendered() for message in messages], tools, options)
         size = sum(
             _MESSAGE_CHARACTERS + sum(len(part) for part in message.values() if isinstance(part, str))
@@ -442,19 +608,24 @@ class Planner:
         size += body.tool_characters if tools else 0
         if options or any(message.tool_calls for message in messages):
             size += len(json.dumps([options, [message.get("tool_calls") for message in chat.messages]]))
-        self._check_size("messages", size)
-        return Prompt(await self._in_turn(tenant, size, self._encoded, chat))
+        self._check_size("messages", size, own)
 
-    def _encoded(self, chat: TemplateInput) -> list[int]:
-        tools = None if chat.tools is None else [plain_tool(tool) for tool in chat.tools]
-        return self._tokenizer.encode_chat(replace(chat, tools=tools))
+        def encode(chat: TemplateInput) -> list[int]:
+            tools = None if chat.tools is None else [plain_tool(tool) for tool in chat.tools]
+            return own.encode_chat(replace(chat, tools=tools))
+
+        return Prompt(await self._in_turn(tenant, size, encode, chat, apart=own.own_templates is not None))
 
     def _options(
-        self, body: ConversationFields, messages: Sequence[ChatMessage], reasoning_effort: str | None
+        self,
+        body: ConversationFields,
+        messages: Sequence[ChatMessage],
+        reasoning_effort: str | None,
+        tokenizer: BaseTokenizer,
     ) -> dict[str, Any]:
         """Return the chat template's variables besides messages and tools."""
         given = dict(body.chat_template_kwargs or {})
-        known = self._tokenizer.template_options
+        known = tokenizer.template_options
         for name in given:
             if name not in known:
                 hint = f"It knows {', '.join(sorted(known))}" if known else "It knows none"
@@ -481,20 +652,23 @@ class Planner:
             given["add_generation_prompt"] = body.add_generation_prompt
         return given
 
-    async def _answer(self, tenant: str, body: ConversationFields) -> CallFormat | None:
+    async def _answer(
+        self, tenant: str, body: ConversationFields, tokenizer: BaseTokenizer
+    ) -> CallFormat | None:
         """Return the format by which tool calls are read from the text, or None if the answer calls no
         tools."""
         if not body.calls_tools:
             return None
         size = body.tool_characters + (len(body.grammar.grammar.text) if body.grammar else 0)
-        return await self._in_turn(tenant, size, self._call_format, body)
+        apart = tokenizer.own_templates is not None
+        return await self._in_turn(tenant, size, partial(self._call_format, tokenizer), body, apart=apart)
 
-    def _call_format(self, body: ConversationFields) -> CallFormat:
+    def _call_format(self, tokenizer: BaseTokenizer, body: ConversationFields) -> CallFormat:
         """Build the grammar of the tools' schemas, which takes 50 ms for long ones."""
-        format = self._tokenizer.tool_format
+        format = tokenizer.tool_format
         if format is None:
             raise InvalidRequestError(
-                f"tools: this base's chat template {self._tokenizer.tools_refusal}. "
+                f"tools: this base's chat template {tokenizer.tools_refusal}. "
                 "Leave tools out, or give the base another template (chat_template.jinja in its folder).",
                 param="tools",
                 code="tools_not_supported",
@@ -529,9 +703,9 @@ class Planner:
             at_once=content is not None,
         )
 
-    def _check_size(self, param: str, size: int) -> None:
+    def _check_size(self, param: str, size: int, tokenizer: BaseTokenizer) -> None:
         length = self.base().max_length
-        most = length * self._tokenizer.longest_token
+        most = length * tokenizer.longest_token
         if size > most:
             raise InvalidRequestError(
                 f"{param}: has {size} characters. This model's maximum context length is {length} "
@@ -540,18 +714,21 @@ class Planner:
                 code="context_length_exceeded",
             )
 
-    async def _in_turn(self, tenant: str, size: int, encode: Callable[[_T], _U], text: _T) -> _U:
+    async def _in_turn(
+        self, tenant: str, size: int, encode: Callable[[_T], _U], text: _T, *, apart: bool = False
+    ) -> _U:
         """Return what `encode` makes of a text of `size` characters: at once while this turn of the event
-        loop has room for it, else in a thread, where tenants take turns."""
-        if self._inline.try_spend(size):
+        loop has room for it, else in a thread, where tenants take turns. `apart`: always in a thread."""
+        if not apart and self._inline.try_spend(size):
             return encode(text)
         if size <= _LONG_CHARACTERS:
             return await self._threads.run_for(tenant, encode, text)
         return await self._one_thread.run_for(tenant, and_give_memory_back, encode, text)
 
     def _request(
-        self, wanted: _Wanted, body: SamplingBody, base: BaseInfo, caller: Caller
+        self, wanted: _Wanted, body: SamplingBody, caller: Caller, tokenizer: BaseTokenizer
     ) -> GenerationRequest:
+        base = self.base_of(tokenizer)
         check_prompts(wanted.prompts, base, wanted.prompt_param)
         timeout_s = body.timeout_s or (None if caller.background else self._limits.max_timeout)
         scores_only = wanted.max_tokens == 0
@@ -559,7 +736,7 @@ class Planner:
             raise InvalidRequestError(
                 "max_tokens: must be at least 1, or 0 together with echo.", param="max_tokens"
             )
-        sampling = _sampling(body, base, wanted)
+        sampling = _sampling(body, base, wanted, tokenizer.end_tokens)
         guide = body.grammar if wanted.answer is None else GrammarField("tools", wanted.answer.grammar)
         expected = sampling.max_tokens if wanted.max_tokens else min(sampling.max_tokens, GENERATE_TOKENS)
         return GenerationRequest(
@@ -659,7 +836,17 @@ def check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str, room: i
             )
 
 
-def _sampling(body: SamplingBody, base: BaseInfo, wanted: _Wanted) -> Sampling:
+def _named(base_name: str, model: str | None, body: AdapterFields | None) -> str | None:
+    """Return the name of the one adapter that a request runs with; None for the base or a sum."""
+    if model is not None and model != base_name:
+        return model
+    wanted = None if body is None else body.wanted_adapter
+    if wanted is None or isinstance(wanted, str):
+        return wanted
+    return wanted[0].name if len(wanted) == 1 and wanted[0].weight == 1.0 else None
+
+
+def _sampling(body: SamplingBody, base: BaseInfo, wanted: _Wanted, end_tokens: tuple[int, ...]) -> Sampling:
     max_tokens, told = _token_limit(base, wanted), wanted.prompt_logprobs
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     _check_vocabulary("logit_bias", bias, base)
@@ -676,6 +863,7 @@ def _sampling(body: SamplingBody, base: BaseInfo, wanted: _Wanted) -> Sampling:
         logit_bias=bias,
         seed=seed,
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        end_token_ids=end_tokens,
         min_tokens=min(_given(body.min_tokens, 0), max_tokens),
         max_tokens=max_tokens,
         ignore_eos=bool(body.ignore_eos),

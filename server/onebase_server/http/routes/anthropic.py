@@ -26,10 +26,11 @@ async def create_message(
 ) -> Response:
     """Generate the assistant's next message; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    chat = await off_loop(request, body.chat, services.tokenizer.template_options)
+    variables = await services.planner.template_options(caller.tenant, body.model)
+    chat = await off_loop(request, body.chat, variables)
     transcript = await transcript_of(request, services, body.stream)
     engine_request = replace(await services.planner.chat(chat, caller, transcript), id=new_id("msg_"))
-    view = MessageView(services.tokenizer, body.model, request.scope)
+    view = MessageView(engine_request.tokenizer or services.tokenizer, body.model, request.scope)
     return await answer_generation(
         request, services, reservation, engine_request, view, body.stream, transcript
     )
@@ -43,6 +44,10 @@ async def count_tokens(
     """Count the tokens of a message's prompt; nothing is generated."""
     services.refuse_if_draining()
     find_model(services, caller, body.model)
-    chat = await off_loop(request, body.chat, services.tokenizer.template_options)
-    tokens = await services.planner.chat_tokens(caller.tenant, chat, chat.messages, chat.reasoning_effort)
+    variables = await services.planner.template_options(caller.tenant, body.model)
+    chat = await off_loop(request, body.chat, variables)
+    tokenizer = await services.planner.tokenizer_of(caller.tenant, body.model)
+    tokens = await services.planner.chat_tokens(
+        caller.tenant, chat, chat.messages, chat.reasoning_effort, tokenizer
+    )
     return json_response(TokenCountAnswer(len(tokens)))

@@ -58,7 +58,7 @@ async def respond(
             made = StoredResponse(msgspec.json.encode(response), asked)
             loop.call_soon_threadsafe(responses.store_response, caller.tenant, response["id"], made)
 
-    view = ResponseView(services.tokenizer, body, keep)
+    view = ResponseView(engine_request.tokenizer or services.tokenizer, body, keep)
     return await answer_generation(
         request, services, reservation, engine_request, view, body.stream, transcript
     )
