@@ -183,8 +183,8 @@ def token_rows(facts: ConfigFacts, base: BaseModules) -> dict[str, tuple[int, ..
     if (highest := max(map(max, rows.values()))) >= base.layers[embedding].size_in + MOST_NEW_TOKENS:
         raise AdapterFormatError(
             "bad_config",
-            f"{field} has {shown(highest)}, the base's vocabulary ends at "
-            f"{base.layers[embedding].size_in - 1}, and an adapter may add {MOST_NEW_TOKENS} tokens",
+            f"{field} has {shown(highest)}, the vocabulary ends at {base.layers[embedding].size_in - 1}, "
+            f"and an adapter may add {MOST_NEW_TOKENS} tokens",
         )
     return rows | dict.fromkeys(base.pair, own)
 

@@ -139,7 +139,7 @@ def plan(
                 sorted_in.same.append((by_module[base.embedding or ""]["trainable_tokens_delta"], delta))
                 own = {}
             _check_kinds(name, own, set() if follows else {"trainable_tokens_delta"}, rows)
-            shapes = {"trainable_tokens_delta": (len(rows[name]), layer.size_out)}
+            shapes = {"trainable_tokens_delta": (len(rows[name]), layer.weight_shape[1])}
             spec = ModuleSpec(name, "tokens", 0, 0.0, False, _numel(own), rows[name])
         else:
             spec, shapes = _lora(name, own, facts, base, max_rank)
