@@ -188,7 +188,7 @@ class AddedToken(msgspec.Struct, frozen=True):
 
 
 class TokenizerAdditions(msgspec.Struct, frozen=True, kw_only=True):
-    """What an adapter's tokenizer has that its base's has not."""
+    """Additions of an adapter's tokenizer to its base's."""
 
     tokens: tuple[AddedToken, ...]
     """Added tokens, whose ids follow the base's and one another."""
@@ -225,7 +225,7 @@ class VersionReport(Stored, frozen=True, kw_only=True):
     vocabulary: int = 0
     """Number of tokens of its own vocabulary; 0 if it is the base's."""
     tokenizer: TokenizerAdditions | None = None
-    """What its tokenizer has that the base's has not; None if nothing."""
+    """Additions of its tokenizer to the base's; None if there are none."""
     warnings: tuple[str, ...] = ()
     """Warnings to look at before the version is activated. The server blocks nothing because of them."""
     base_layers: int = 0

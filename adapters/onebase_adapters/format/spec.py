@@ -49,7 +49,7 @@ class AdapterSpec:
     label_names: tuple[str, ...] = ()
     """Names of all classes, or empty."""
     tokens: TokenizerAdditions | None = None
-    """What its tokenizer has that the base's has not; None if nothing."""
+    """Additions of its tokenizer to the base's; None if there are none."""
     dropped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

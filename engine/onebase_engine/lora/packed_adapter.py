@@ -64,7 +64,7 @@ def write_packed_adapter(path: Path, weights: AdapterWeights, *, base_id: str) -
             key = known.setdefault((tensor.data_ptr(), tensor.shape), f"{len(modules)}.{part}")
             tensors[key] = tensor.detach()
             parts[part] = key
-        entry = {"name": name, "kind": _kind(module), "tensors": parts}
+        entry: dict[str, Any] = {"name": name, "kind": _kind(module), "tensors": parts}
         if isinstance(module, LoraWeights):
             entry["scale"] = module.scale
         elif isinstance(module, TokenRows) and module.words:

@@ -256,7 +256,8 @@ def _adapter_parts(
         base_names=base.names,
         records=records,
         disk=disk,
-        tokenizers=tokenizers,
+        vocabulary=lambda: tokenizers.base.vocabulary,
+        check_tokens=tokenizers.check,
     )
     residency.subscribe(service.prove_again)
     return _AdapterParts(catalog, residency, verifier, activation, service)

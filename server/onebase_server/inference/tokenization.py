@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from onebase_adapters.format.added_tokens import TOKENIZER_FILE, BaseVocabulary, vocabulary_digest
+from onebase_adapters.format.config import AdapterFormatError
 from onebase_edge.errors import InvalidRequestError
 from onebase_edge.settings import RawControlTokens
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
@@ -479,6 +480,13 @@ class Tokenizers:
             while len(self._of_reports) > MOST_VERSIONS:
                 self._of_reports.popitem(last=False)
         return found
+
+    def check(self, added: TokenizerAdditions) -> None:
+        """Raise AdapterFormatError if an adapter's tokens do not fit the base's tokenizer."""
+        try:
+            self.of(added, 0)
+        except TokenizerError as error:
+            raise AdapterFormatError("bad_tokenizer", f"{error}") from error
 
     def of(self, added: TokenizerAdditions | None, words: int) -> BaseTokenizer:
         """Return the base's tokenizer with additions. Raises TokenizerError: they do not fit it."""

@@ -250,10 +250,9 @@ class Planner:
     async def _pull_first(self, tenant: str, model: str, body: AdapterFields) -> bool:
         """Fetch the adapter that a request names if it is not known yet. Return False if it is."""
         reference = _named(self.base_name, model, body)
-        known = self._catalog.of(tenant)
-        if reference is None or known.get(reference) is not None:
+        if reference is None or not (reference.startswith(HUB_PREFIX) or is_checkpoint(reference)):
             return False
-        if not reference.startswith(HUB_PREFIX) and not is_checkpoint(reference):
+        if self._catalog.of(tenant).get(reference) is not None:
             return False
         deadline = asyncio.get_running_loop().time() + self._limits.max_timeout
         await self._pull({"model" if model != self.base_name else "adapter": reference}, tenant, deadline)
