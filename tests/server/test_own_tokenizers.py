@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +198,48 @@ def test_json_follows_its_schema_and_ends_by_its_own_token(
     assert json.loads(answer.json()["choices"][0]["message"]["content"])["a"] in (1, 2)
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "parameters": {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]},
+        },
+    }
+]
+CALLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|turn|>{{ m['role'] }}\n"
+    "{{ m['content'] }}{% for call in m['tool_calls'] or [] %}<|tool|>{{ call['function'] | tojson }}"
+    "{% endfor %}<|over|>\n{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+
+
+def test_tools_are_called_by_its_own_token(
+    http: httpx2.Client, chatty: dict[str, Any], grown: Grown, small_base: Path, tmp_path: Path
+) -> None:
+    train(small_base, tmp_path, seed=7, template=CALLS)
+    assert send(http, "calling", tmp_path).status_code == 200
+    body = {
+        "model": "calling",
+        "messages": [{"role": "user", "content": "?"}],
+        "tools": TOOLS,
+        "tool_choice": "required",
+        "max_tokens": 40,
+        "return_token_ids": True,
+    }
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    assert choice["token_ids"][0] == grown.tokenizer.convert_tokens_to_ids(TOOL)
+    call = choice["message"]["tool_calls"][0]["function"]
+    assert call["name"] == "look"
+    assert json.loads(call["arguments"])["a"] in (1, 2)
+    named = {"prompt": "a", "max_tokens": 2, "guided_grammar": f"start: <[{len(grown.tokenizer) - 1}]>"}
+    for model, status in ((None, 400), ("calling", 200)):
+        answer = http.post("/generate", json=named | ({} if model is None else {"adapter": model}))
+        assert answer.status_code == status, answer.text
+
+
 def test_a_template_that_never_ends_fails_its_own_requests_alone(
     http: httpx2.Client, grown: Grown, small_base: Path, tmp_path: Path
 ) -> None:
@@ -224,3 +267,75 @@ def test_another_tokenizer_is_refused_by_name_if_the_rows_need_it(
     assert answer.status_code == 422, answer.text
     assert answer.json()["error"]["code"] == "bad_tokenizer"
     assert "merges" in answer.json()["error"]["message"]
+
+
+def test_a_stream_adds_up_to_the_answer_and_a_named_version_has_its_own_tokens_too(
+    http: httpx2.Client, chatty: dict[str, Any]
+) -> None:
+    tool = chatty["report"]["tokenizer"]["tokens"][2]["id"]
+    body = {
+        "model": chatty["id"],
+        "messages": [{"role": "user", "content": "?"}],
+        "max_tokens": 6,
+        "seed": 3,
+        "logit_bias": {str(tool): 9},
+    }
+    whole = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+    text = ""
+    with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+    assert text == whole != ""
+    assert http.post("/v1/completions", json={"prompt": [tool], "max_tokens": 1, **named(chatty)}).is_success
+    mixed = {"adapter": [{"name": "chatty", "weight": 0.5}], "prompt": "a", "max_tokens": 1}
+    answer = http.post("/generate", json=mixed)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_not_composable")
+
+
+def named(version: dict[str, Any]) -> dict[str, str]:
+    return {"model": version["id"]}
+
+
+@pytest.mark.full
+def test_tokens_within_spare_rows_of_the_base_need_no_further_ones(
+    serve_real: Starter, small_base: Path, tmp_path: Path, forks: None
+) -> None:
+    base = tmp_path / small_base.name
+    shutil.copytree(small_base, base)
+    first = len(AutoTokenizer.from_pretrained(base))
+    grown_model(small_base, first + 64).save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": [TURN, END]})
+    tokenizer.chat_template, tokenizer.eos_token = TEMPLATE, END
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        trainable_token_indices=[first, first + 1],
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base),
+    )
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    randomize(model, 0.5)
+    model.save_pretrained(tmp_path / "spare")
+    tokenizer.save_pretrained(tmp_path / "spare")
+    messages = [{"role": "user", "content": "What?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    body = {
+        "messages": messages,
+        "max_tokens": 5,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    with serve_real("--base", str(base), *OPTIONS) as server, server.client() as http:
+        version = send(http, "spare", tmp_path / "spare").json()
+        assert version["report"]["vocabulary"] == 0
+        found = http.post(
+            "/v1/chat/completions", json={"model": "spare", "return_token_ids": True, **body}
+        ).json()
+        assert found["prompt_token_ids"] == ids
+        assert found["choices"][0]["token_ids"] == greedy(model.eval(), ids, 5)
+        ending = {"prompt": "a", "max_tokens": 3, "logit_bias": {str(first + 1): 100}, "adapter": "spare"}
+        assert http.post("/generate", json=ending).json()["choices"][0]["finish_reason"] == "stop"

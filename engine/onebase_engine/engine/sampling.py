@@ -112,14 +112,14 @@ def _allowed(
 ) -> np.ndarray | None:
     """Return a grammar's mask for a vocabulary of `width` tokens.
 
-    Grammars know the base's tokens. Where one may end the text, so may the tokens that end it by the
-    adapter's own tokenizer; others that the adapter has added are no text of a grammar.
+    Grammars know the text of the base's tokens, and the ids of all. Where a token of the base may end the
+    text, so may those that end it by the adapter's own tokenizer.
     """
     if not isinstance(mask, np.ndarray):
         return None
     words = -(-width // 32)
-    if len(mask) == words and not sequence.sampling.end_token_ids:
-        return mask
+    if len(mask) >= words and not sequence.sampling.end_token_ids:
+        return mask[:words]
     own = np.zeros(words, dtype=np.int32)
     own[: len(mask)] = mask[:words]
     bits = own.view(np.uint32)
