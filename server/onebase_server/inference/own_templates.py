@@ -1,7 +1,8 @@
 """Render chat templates that came with adapters, in a process that is killed when one takes too long.
 
 A template is a program. Jinja's sandbox keeps it from Python, but not from running for ever or filling the
-memory. The api sends one request at a time as a line of JSON, and reads one line of JSON back.
+memory. So the process has a limit of memory, writes no file, and is confined like that which talks to the
+Hub. The api sends one request at a time as a line of JSON, and reads one line of JSON back.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from onebase_adapters.hub.confinement import confine
 from onebase_engine.environment import computing_environment
 
 CALL_SECONDS = 2.0
-"""Longest time of one rendering."""
+"""Processor time, in seconds, that one rendering may take."""
+STUCK_SECONDS = 30.0
+"""Longest time of one rendering that gets no processor."""
+LOOK_SECONDS = 0.1
 START_SECONDS = 60.0
 """Longest time until a new process is ready."""
 MEMORY_BYTES = 1 << 30
@@ -75,8 +80,8 @@ class OwnTemplates:
                 raise OwnTemplateError(f"the adapter's chat template takes more than {CALL_SECONDS:g} s")
             process = self._started()
             try:
-                answer = _asked(process, json.dumps(call).encode() + b"\n", CALL_SECONDS)
-            except TimeoutError:
+                answer = _asked(process, json.dumps(call).encode() + b"\n", STUCK_SECONDS, CALL_SECONDS)
+            except _TookMoreError:
                 self._refuse(template)
                 raise OwnTemplateError(
                     f"the adapter's chat template takes more than {CALL_SECONDS:g} s"
@@ -126,16 +131,22 @@ class OwnTemplates:
                     pipe.close()
 
 
-def _asked(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> Any:
+class _TookMoreError(Exception):
+    """A call used more of a processor than it may."""
+
+
+def _asked(
+    process: subprocess.Popen[bytes], line: bytes, seconds: float, cpu_seconds: float = float("inf")
+) -> Any:
     """Send a line and return the answer's value.
 
     Raises:
-        TimeoutError: it does not come in time.
-        OSError, ValueError: the process has ended, or says too much.
+        _TookMoreError: the process used more than `cpu_seconds` of a processor.
+        OSError, ValueError: the process has ended, says too much, or does not answer within `seconds`.
     """
     if process.stdin is None or process.stdout is None:
         raise OSError("it has no pipes")
-    until = time.monotonic() + seconds
+    until, before = time.monotonic() + seconds, _cpu_seconds(process.pid)
     found = bytearray()
     left = memoryview(line)
     os.set_blocking(process.stdin.fileno(), False)
@@ -144,9 +155,11 @@ def _asked(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> Any
         if left:
             selector.register(process.stdin, selectors.EVENT_WRITE)
         while not found.endswith(b"\n"):
-            ready = selector.select(max(0.0, until - time.monotonic()))
-            if not ready:
-                raise TimeoutError
+            ready = selector.select(LOOK_SECONDS)
+            if not ready and _cpu_seconds(process.pid) - before > cpu_seconds:
+                raise _TookMoreError
+            if not ready and time.monotonic() > until:
+                raise OSError(f"it did not answer within {seconds:g} s")
             for key, _ in ready:
                 if key.fileobj is process.stdin:
                     left = left[os.write(process.stdin.fileno(), left[: 1 << 16]) :]
@@ -162,19 +175,31 @@ def _asked(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> Any
     return json.loads(found)
 
 
+def _cpu_seconds(pid: int) -> float:
+    """Return the time of a processor that a process has used; 0 if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 # ---- the process -------------------------------------------------------------------------------------
 
 
 def main() -> None:
     from onebase_server.inference.tokenization import leave_torch_out
 
+    parent = os.getppid()
     leave_torch_out()
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     from transformers.utils import chat_template_utils  # noqa: F401  (so that no call waits for it)
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    confine([], [], file_bytes=0)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES,) * 2)
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     print("{}", file=out, flush=True)
     for line in sys.stdin.buffer:
         try:
@@ -182,6 +207,13 @@ def main() -> None:
         except BaseException as error:
             answer = {"error": f"{type(error).__name__}: {error}"[:300]}
         print(json.dumps(answer), file=out, flush=True)
+
+
+def _end_with_parent(parent: int) -> None:
+    """End the process when the api is gone, whatever a template does."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _answer(call: dict[str, Any]) -> Any:

@@ -133,6 +133,8 @@ class Planner:
         self._limits = limits
         self._threads = Threads("tokenize", _THREADS)
         self._one_thread = Threads("tokenize-long", 1)
+        self._template_thread = Threads("templates", 1)
+        """Thread that waits for the templates' process, apart from those that tokenize."""
         self._inline = TurnBudget(_INLINE_CHARACTERS)
 
     async def generate(
@@ -217,7 +219,7 @@ class Planner:
         own = await self.tokenizer_of(tenant, model)
         if own.own_templates is None:
             return own.template_options
-        return await self._threads.run_for(tenant, lambda: own.template_options)
+        return await self._template_thread.run_for(tenant, lambda: own.template_options)
 
     async def tokenizer_of(
         self, tenant: str, model: str | None, body: AdapterFields | None = None
@@ -597,7 +599,7 @@ class Planner:
             raise _no_tools("tools")
         if own.own_templates is not None:
             # They are read in the templates' process, which the event loop must not wait for.
-            await self._threads.run_for(tenant, lambda: own.template_options)
+            await self._template_thread.run_for(tenant, lambda: own.template_options)
         options = self._options(body, messages, reasoning_effort, own)
         chat = TemplateInput([message.rendered() for message in messages], tools, options)
         size = sum(
@@ -717,8 +719,11 @@ class Planner:
         self, tenant: str, size: int, encode: Callable[[_T], _U], text: _T, *, apart: bool = False
     ) -> _U:
         """Return what `encode` makes of a text of `size` characters: at once while this turn of the event
-        loop has room for it, else in a thread, where tenants take turns. `apart`: always in a thread."""
-        if not apart and self._inline.try_spend(size):
+        loop has room for it, else in a thread, where tenants take turns. `apart`: in the thread for the
+        chat templates of adapters."""
+        if apart:
+            return await self._template_thread.run_for(tenant, encode, text)
+        if self._inline.try_spend(size):
             return encode(text)
         if size <= _LONG_CHARACTERS:
             return await self._threads.run_for(tenant, encode, text)
