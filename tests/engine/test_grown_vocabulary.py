@@ -331,3 +331,11 @@ def test_tokens_without_rows_are_dropped_with_a_warning(bench: Bench, tmp_path: 
     spec = load_folder(bench.served, folder).spec
     assert (spec.words, spec.tokens) == (0, None)
     assert any("<pad>" in warning for warning in spec.warnings)
+
+
+def test_a_base_whose_layers_look_tokens_up_takes_no_new_ones(tmp_path: Path) -> None:
+    source = save_base("gemma4", tmp_path / "base")
+    bench = Bench(source, load_base(BaseSettings(source, quantization="none", dtype=torch.float32)))
+    error = refusal(bench, bench.train(tmp_path / "a", "saved").folder)
+    assert error.code == "unsupported_kind"
+    assert "323" in str(error)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from onebase_adapters.format.canonical import HEAD_FILE, AdapterFormatError, AdapterSpec, canonicalize
-from onebase_adapters.format.config import CLASSIFIER_NAMES, Task
+from onebase_adapters.format.config import CLASSIFIER_NAMES, WEIGHTS_FILE, Task
 from onebase_adapters.proof.extract import compacted, extract
 from onebase_engine.base.layers import adaptable_layers, empty_base, left_out
 from onebase_engine.base.load import BaseChangedError, fingerprint
@@ -88,6 +88,7 @@ def load_adapter(
             left_out=left_out(base),
         )
         resized = {module.name: module.words for module in spec.modules if module.words}
+        _check_lookups(base, spec.words)
         reference = peft_model(base, canonical, resized)
         # PEFT brings a saved module to the dtype of the one that it replaces.
         head = load_file(canonical / HEAD_FILE) if spec.labels else {}
@@ -202,6 +203,19 @@ def classifier_with(full: Any, task: Task, layer: nn.Linear) -> nn.Module:
     setattr(model, name, layer)
     setattr(model, model.base_model_prefix, full.base_model)
     return model  # type: ignore[no-any-return]
+
+
+def _check_lookups(base: Any, words: int) -> None:
+    """Raise AdapterFormatError if layers of the base have embeddings of their own, without rows for new
+    tokens: those of Gemma 4, and unlike those of Gemma 3n, which take other tokens for the first one."""
+    config = base.config.get_text_config()
+    per_layer = getattr(config, "hidden_size_per_layer_input", 0)
+    if words > config.vocab_size and per_layer and config.model_type != "gemma3n_text":
+        raise AdapterFormatError(
+            "unsupported_kind",
+            f"{WEIGHTS_FILE} is for a vocabulary of {words} tokens, and the layers of {type(base).__name__} "
+            f"look each of its {config.vocab_size} tokens up by themselves: train rows that the base has",
+        )
 
 
 def _check_finite(name: str, module: ModuleWeights, own: Mapping[str, torch.Tensor]) -> None:
