@@ -159,6 +159,8 @@ class SlowTokenizer:
     """A tokenizer that makes no ids until it may, and counts who waits."""
 
     longest_token = 10
+    words = 0
+    end_tokens = ()
 
     def __init__(self) -> None:
         self.may = threading.Event()
@@ -183,7 +185,8 @@ def planner_of(
     supervisor: Any = SimpleNamespace(unavailable=lambda: None, check_room=check_room, base=base)
     nothing: Any = None
     catalog: Any = SimpleNamespace(base_name="base", means_base=lambda tenant, model: model == "base")
-    return Planner(supervisor, tokenizer, catalog, nothing, nothing, RequestLimits(128, 60.0))  # type: ignore[arg-type]
+    tokenizers: Any = SimpleNamespace(base=tokenizer)
+    return Planner(supervisor, tokenizers, catalog, nothing, nothing, RequestLimits(128, 60.0))
 
 
 def test_no_text_is_tokenized_for_a_full_queue() -> None:
@@ -425,6 +428,7 @@ class WatchedFormat(ToolFormat):
 
 
 class ToolTokenizer(SlowTokenizer):
+    own_templates = None
     chat_template = "tools tool_calls"
     template_options: frozenset[str] = frozenset()
     longest_token = 1000

@@ -84,7 +84,7 @@ class TextProver:
             served, bare = self._served(weights, probes, tokens, lambda part: on_progress(part / 2))
             for number, probe in enumerate(probes):
                 known = tuple(probe), tuple(bare[number])
-                if known not in self._bare:
+                if known not in self._bare and bare[number]:
                     _check(self._base, probe, bare[number], tolerance, f"text {number + 1} of the bare base")
                     self._bare.add(known)
                 _check(reference, probe, served[number], tolerance, f"text {number + 1}")
@@ -174,7 +174,9 @@ class TextProver:
         tokens: int,
         on_progress: Callable[[float], None],
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Return the engine's texts with the version, and without."""
+        """Return the engine's texts with the version, and without; these are empty where a probe has tokens
+        that the base has not."""
+        words = len(self._base.get_output_embeddings().weight)  # type: ignore[operator]
         engine = self._engine_for(2 * len(probes), max(map(len, probes)) + tokens)
         # Of its own for each proof: what the engine keeps of prefixes is by version.
         version = f"version {next(self._proofs)}"
@@ -184,6 +186,8 @@ class TextProver:
         for number, probe in enumerate(probes):
             for name, adapters in ((f"+{number}", [protocol.AdapterRef(version)]), (f"-{number}", [])):
                 texts[name] = []
+                if not adapters and max(probe) >= words:
+                    continue
                 engine.submit(protocol.Submit(id=name, prompt=probe, sampling=sampling, adapters=adapters))
         while engine.busy:
             engine.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -40,13 +41,15 @@ from onebase_engine.engine.sequence import AdapterMix, Segment, SequenceState, S
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
 from onebase_engine.engine.versions import Versions
-from onebase_engine.kernels.weights import AdapterWeights
+from onebase_engine.kernels.weights import MOST_NEW_TOKENS, AdapterWeights
 from onebase_engine.machine import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
+_TOKEN_IDS = re.compile(r"<\[([^\]]*)\]>")
+"""Ids of tokens in a grammar of llguidance."""
 MAX_WEIGHT = 1e9
 """Largest absolute weight of one adapter in a sum; weights are applied in fp32, which could overflow."""
 
@@ -202,7 +205,7 @@ class Engine:
         self._grammars: Grammars | None = None
         if tokenizer is not None:
             places = limits.max_rows * (limits.draft_tokens + 1)
-            self._grammars = Grammars(tokenizer, self._vocabulary, self._eos_ids, places)
+            self._grammars = Grammars(tokenizer, self._vocabulary + MOST_NEW_TOKENS, self._eos_ids, places)
             self.scheduler.awaits = self._grammars.awaits
         self._opening: dict[tuple[str, str], list[_Opening]] = {}
         """Requests whose grammar is being compiled, by tenant and grammar key."""
@@ -256,11 +259,13 @@ class Engine:
         try:
             longest = max(map(len, request.branches), default=request.sampling.max_tokens)
             self.scheduler.check_limits(len(request.prompt), longest, len(mix.terms))
-            check_tokens(request, self._vocabulary)
             check_resume_tokens(request)
             check_scores(request)
             check_weights(mix)
             self.versions.check_mix(mix, self.slots.budget)
+            words = self.versions.words(mix, self._vocabulary)
+            check_tokens(request, words)
+            check_grammar_tokens(request, words)
             check_pooling(request)
             if request.pooling is not None and request.pooling.head:
                 count = len(request.prompt) if request.pooling.kind == "each" else 1
@@ -315,6 +320,7 @@ class Engine:
                 arrival=self._arrivals,
                 arrived_at=time.monotonic(),
                 tenant=request.tenant,
+                words=self.versions.words(opening.mix, self._vocabulary),
                 priority=request.priority,
                 background=request.background,
                 grammar=grammar,
@@ -653,7 +659,7 @@ class Engine:
         sequence = segment.sequence
         targets = [sequence.tokens[number + 1] for number in segment.scored]
         try:
-            return score_tokens(logits, targets, sequence.sampling.prompt_logprobs or 0)
+            return score_tokens(logits[:, : sequence.words], targets, sequence.sampling.prompt_logprobs or 0)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -838,7 +844,8 @@ class Engine:
     ) -> tuple[protocol.FinishReason | None, int | None]:
         """Return the finish reason if the sequence ends with `token`, when it has `more` tokens than now."""
         sampling = sequence.sampling
-        if token in sampling.stop_token_ids or (token in self._eos_ids and not sampling.ignore_eos):
+        ends = token in self._eos_ids or token in sampling.end_token_ids
+        if token in sampling.stop_token_ids or (ends and not sampling.ignore_eos):
             return "stop", token
         return ("length", None) if sequence.generated + more >= sampling.max_tokens else (None, None)
 
@@ -919,12 +926,14 @@ def _smaller(part: StepPlan, failure: _Failure) -> list[StepPlan]:
 
 
 def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
-    """Raise NeverFitsError for a token id that the base does not have; on CUDA it would end the process."""
+    """Raise NeverFitsError for a token id that the base, or the request's adapter, does not have; on CUDA it
+    would end the process."""
     sampling = request.sampling
     groups = {
         "prompt": request.prompt,
         "logit_bias": sampling.logit_bias,
         "stop_token_ids": sampling.stop_token_ids,
+        "end_token_ids": sampling.end_token_ids,
         "choices": [token for branch in request.branches for token in branch],
         "resume_tokens": [token for tokens in (request.resume_tokens or {}).values() for token in tokens],
     }
@@ -936,6 +945,23 @@ def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
                     param,
                     f"{param}: token id {token} is not in the vocabulary (0 to {vocabulary - 1})",
                 )
+
+
+def check_grammar_tokens(request: protocol.Submit, vocabulary: int) -> None:
+    """Raise NeverFitsError for a grammar that names a token id, as `<[5]>`, which the request's model does
+    not have. Grammars are compiled for the largest vocabulary of any adapter."""
+    grammar = request.grammar
+    if grammar is None or grammar.kind not in ("grammar", "lark"):
+        return
+    for found in _TOKEN_IDS.finditer(grammar.text):
+        ids = map(int, re.findall(r"\d{1,18}", found[1]))
+        if (highest := max(ids, default=0)) >= vocabulary:
+            raise NeverFitsError(
+                "grammar_refused",
+                "grammar",
+                f"the grammar names the token id {highest}, which is not in the vocabulary (0 to "
+                f"{vocabulary - 1})",
+            )
 
 
 def check_resume_tokens(request: protocol.Submit) -> None:

@@ -81,6 +81,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     """Seed of the draws; the api chooses one if the caller sets none."""
     stop_token_ids: tuple[int, ...] = ()
+    end_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text besides the base's own, by the tokenizer of the adapter."""
     min_tokens: int = 0
     max_tokens: int = 16
     ignore_eos: bool = False

@@ -70,6 +70,8 @@ class SequenceState:
     arrived_at: float
     """Arrival, in monotonic seconds."""
     tenant: str = "default"
+    words: int = 0
+    """Number of tokens of its vocabulary, which begin its logits; 0: all that the logits have."""
     priority: int = 0
     background: bool = False
     """Whether the sequence only uses what others leave free."""
@@ -188,6 +190,10 @@ class DraftedSequence:
     @property
     def choice(self) -> int:
         return self.sequence.choice
+
+    @property
+    def words(self) -> int:
+        return self.sequence.words
 
     @property
     def prompt_length(self) -> int:

@@ -27,7 +27,7 @@ from onebase_server.batches.service import BatchService
 from onebase_server.http.deps import READ_THREADS, Services, Training
 from onebase_server.http.metrics import MetricsCollector
 from onebase_server.http.views.adapters import AdapterViews
-from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tokenization import BaseTokenizer, Tokenizers
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
 from onebase_server.jobs.files import TrainingFiles
@@ -123,6 +123,7 @@ def assemble(
     """Make all parts of one server. `given`: the folders to serve before it is ready. Raises DataDirError."""
     threads = _Threads(RegistryThreads("records", RECORD_THREADS), Threads("disk", DISK_THREADS))
     tokenizer = BaseTokenizer(str(base.folder), raw_control_tokens=settings.raw_control_tokens)
+    tokenizers = Tokenizers(tokenizer)
     link, busy = EngineLink(), BusyFlag.make()
 
     supervisor = _supervisor(settings, base, link, busy, commands, on_loading)
@@ -130,7 +131,7 @@ def assemble(
         settings,
         base,
         storage,
-        tokenizer,
+        tokenizers,
         link,
         busy,
         threads,
@@ -145,6 +146,7 @@ def assemble(
         Threads("pull", PULL_THREADS, each=PULL_THREADS_EACH),
         settings.hub_allow,
         settings.max_upload,
+        adapters.vocabulary,
     )
     hub = HubAdapters(adapters, pulls)
     usage = TenantUsageRecorder(storage.registry.usage, threads.records, base.name)
@@ -159,7 +161,7 @@ def assemble(
     limits = RequestLimits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
     pacer = RequestPacer()
     planner = Planner(
-        supervisor, tokenizer, parts.catalog, hub, training.checkpoints, limits, on_cost=pacer.charge
+        supervisor, tokenizers, parts.catalog, hub, training.checkpoints, limits, on_cost=pacer.charge
     )
     keys = KeyRing(
         storage.registry.keys,
@@ -191,7 +193,7 @@ def assemble(
         tokenizer=tokenizer,
         supervisor=supervisor,
         planner=planner,
-        read_planner=ReadingPlanner(planner, tokenizer, limits.max_timeout),
+        read_planner=ReadingPlanner(planner, limits.max_timeout),
         responses=StoredResponses(settings.response_memory),
         residency=residency,
         adapters=adapters,
@@ -216,7 +218,7 @@ def _adapter_parts(
     settings: Settings,
     base: ResolvedBase,
     storage: Storage,
-    tokenizer: BaseTokenizer,
+    tokenizers: Tokenizers,
     link: EngineLink,
     busy: BusyFlag,
     threads: _Threads,
@@ -233,7 +235,7 @@ def _adapter_parts(
         store,
         disk,
         base_id=storage.base_id,
-        probes=[tokenizer.encode(probe) for probe in PROBES],
+        probes=[tokenizers.base.encode(probe) for probe in PROBES],
         busy_fd=busy.fd,
         command=command,
         proof_timeout=settings.proof_timeout,
@@ -252,7 +254,16 @@ def _adapter_parts(
     )
     activation = ActivationService(registry, store, catalog, residency, records, disk)
     service = AdapterService(
-        registry, store, catalog, activation, proofs, base_names=base.names, records=records, disk=disk
+        registry,
+        store,
+        catalog,
+        activation,
+        proofs,
+        base_names=base.names,
+        records=records,
+        disk=disk,
+        vocabulary=lambda: tokenizers.base.vocabulary,
+        check_tokens=tokenizers.check,
     )
     residency.subscribe(service.prove_again)
     return _AdapterParts(catalog, residency, verifier, activation, service)

@@ -63,6 +63,8 @@ class GenerationRequest:
     prompts: tuple[Prompt, ...]
     sampling: Sampling
     adapter: AdapterChoice = field(default_factory=AdapterChoice)
+    tokenizer: BaseTokenizer | None = field(default=None, compare=False, repr=False)
+    """Tokenizer of the adapter; None: the base's."""
     n: int = 1
     stops: tuple[str, ...] = ()
     echo: bool = False
@@ -393,6 +395,9 @@ class GenerationRun(RequestRun):
         super().__init__(
             supervisor, request, stream_limit, on_cut, recorder=recorder, resume_tokens=resume_tokens
         )
+        tokenizer = request.tokenizer or tokenizer
+        self.tokenizer = tokenizer
+        """Tokenizer of its text: the adapter's, or the base's."""
         self._tokenizer = tokenizer
         self._threads = threads
         self._choices = [_choice(request, index, tokenizer) for index in range(request.choices)]
@@ -562,7 +567,7 @@ def resume_tokens_of(
 
     Raises InvalidRequestError.
     """
-    choices = [_choice(request, index, tokenizer) for index in range(request.choices)]
+    choices = [_choice(request, index, request.tokenizer or tokenizer) for index in range(request.choices)]
     tokens: list[list[int]] = [[] for _ in choices]
     over: set[int] = set()
     for output in transcript.all():

@@ -4443,6 +4443,10 @@ export interface components {
             labels: number;
             /** @default [] */
             label_names: string[];
+            /** @default 0 */
+            vocabulary: number;
+            /** @default null */
+            tokenizer: components["schemas"]["TokenizerAdditions"] | null;
             /** @default [] */
             warnings: string[];
             /** @default 0 */
@@ -4489,6 +4493,28 @@ export interface components {
             seconds: number;
             /** @default  */
             shown: string;
+        };
+        /**
+         * TokenizerAdditions
+         * @description Additions of an adapter's tokenizer to its base's.
+         */
+        TokenizerAdditions: {
+            tokens: components["schemas"]["AddedToken"][];
+            end_tokens: number[];
+            chat_template: string | null;
+        };
+        /**
+         * AddedToken
+         * @description A token that an adapter's tokenizer has added to the base's, as the tokenizers library describes it.
+         */
+        AddedToken: {
+            id: number;
+            content: string;
+            special: boolean;
+            lstrip: boolean;
+            rstrip: boolean;
+            single_word: boolean;
+            normalized: boolean;
         };
         /**
          * ListAnswerVersionAnswer

@@ -56,7 +56,7 @@ async def respond(
             made = StoredResponse(msgspec.json.encode(response), asked)
             loop.call_soon_threadsafe(responses.store_response, caller.tenant, response["id"], made)
 
-    view = ResponseView(services.tokenizer, body, keep)
+    view = ResponseView(engine_request.tokenizer or services.tokenizer, body, keep)
     return await answer_generation(
         request, services, reservation, engine_request, view, body.stream, transcript
     )
@@ -71,7 +71,10 @@ async def count_input_tokens(
     services.refuse_if_draining()
     find_model(services, caller, body.model)
     _, messages = await _conversation_of(body, request, services, caller)
-    tokens = await services.planner.chat_tokens(caller.tenant, body, messages, body.reasoning_effort)
+    tokenizer = await services.planner.tokenizer_of(caller.tenant, body.model)
+    tokens = await services.planner.chat_tokens(
+        caller.tenant, body, messages, body.reasoning_effort, tokenizer
+    )
     return json_response(InputTokensAnswer(len(tokens)))
 
 
