@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load, save
 from tests.disks import small_disk
 from tests.hub_standin import HubStandIn
+from tests.priorities import assert_behind
 
 from onebase_adapters.format.added_tokens import BaseVocabulary, vocabulary_digest
 from onebase_adapters.hub import pull as hub_pull
@@ -740,12 +741,10 @@ def test_the_process_that_pulls_is_confined(hub: HubStandIn, store: Store, tmp_p
     def look(done: int, _total: int) -> None:
         if done > 50_000 and not seen:
             for task in Path("/proc/self/task").iterdir():
-                seen.extend(
-                    Path(f"/proc/{pid}/{part}").read_text()
-                    for pid in (task / "children").read_text().split()
-                    if "hub.child" in Path(f"/proc/{pid}/cmdline").read_text()
-                    for part in ("status", "limits")
-                )
+                for pid in (task / "children").read_text().split():
+                    if "hub.child" in Path(f"/proc/{pid}/cmdline").read_text():
+                        seen.extend(Path(f"/proc/{pid}/{part}").read_text() for part in ("status", "limits"))
+                        assert_behind(int(pid), 10)
             cancel.set()
 
     with pytest.raises(PullCancelledError):

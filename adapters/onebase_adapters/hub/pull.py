@@ -44,6 +44,7 @@ from onebase_adapters.hub.reference import (
 from onebase_adapters.store.blobs import ADAPTER_FILES, AdapterFiles, Blob
 from onebase_adapters.store.store import Store, StoreFullError
 from onebase_engine.environment import fetching_environment
+from onebase_engine.machine import BESIDE_SERVING, step_aside
 
 __all__ = [
     "HubError",
@@ -277,6 +278,7 @@ def _child(request: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
         bufsize=0,
         env=fetching_environment() | {"HF_HUB_CACHE": str(hub_cache(os.environ)), "HF_HUB_DISABLE_XET": "1"},
     )
+    step_aside(child.pid, BESIDE_SERVING)
     if child.stdin is None or child.stdout is None:
         raise HubError("hub_unreachable", "The process that asks the Hub has no pipes.")
     with child.stdin, child.stdout:

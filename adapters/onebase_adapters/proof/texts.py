@@ -17,6 +17,7 @@ from onebase_adapters.proof.modules import ProofError
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.interface import TILE
 from onebase_engine.kernels.weights import HEAD, AdapterWeights, Head
@@ -205,7 +206,8 @@ class TextProver:
         if self._engine is None or rows > self._room[0] or length > self._room[1]:
             rows, length = max(rows, self._room[0]), max(length, self._room[1])
             self._engine, self._room = None, (rows, length)
-            blocks = rows * -(-length // _BLOCK) + RESERVED_BLOCKS
+            model = ServedModel(self._base, slots=2, max_length=length)
+            blocks = rows * -(-length // _BLOCK) * len(model.groups) + RESERVED_BLOCKS
             limits = SchedulerLimits(max_rows=rows, step_tokens=max(_STEP_TOKENS, rows), max_length=length)
             self._engine = Engine(
                 self._base,
@@ -215,6 +217,7 @@ class TextProver:
                 block_size=_BLOCK,
                 state_places=1 + 2 * rows,
                 slots=2,
+                model=model,
             )
         return self._engine
 

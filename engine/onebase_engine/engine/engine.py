@@ -24,7 +24,7 @@ from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Packer, StepBatch
 from onebase_engine.engine.grammar_follower import GrammarError
 from onebase_engine.engine.grammars import IDLE_SECONDS, Grammars, RefusedGrammarError
-from onebase_engine.engine.kv_cache import RESTORED, BlockPool
+from onebase_engine.engine.kv_cache import RESTORED, BlockPool, most_tokens
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import ScoredToken, SequenceOutput
 from onebase_engine.engine.model import ServedModel
@@ -111,7 +111,7 @@ class _Computed:
 
     plan: StepPlan
     drawn: list[tuple[SequenceState, list[Drawn]]]
-    """Draws of each sequence: one token, and another at each place of its draft."""
+    """Draws of each sequence: those that match its draft, and one more."""
     outputs: _StepOutputs
     next_planned: bool
     """Whether the scheduler already counts the step as computed, because the next one has been planned."""
@@ -174,7 +174,7 @@ class Engine:
         self._fingerprint = fingerprint(base)
         self._content: int | None = None
         self.layers = adaptable_layers(base)
-        self.model = model if model is not None else ServedModel(base, slots)
+        self.model = model or ServedModel(base, slots, max_length=limits.max_length)
         if self.model.device.type != "cpu":
             self.watch_content()
         places = state_places or 1 + 4 * limits.max_rows
@@ -195,9 +195,12 @@ class Engine:
             self.versions.size,
         )
         self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
-        self.scheduler = Scheduler(name, self.pool, self.slots, limits, self.model.window, states)
+        self.scheduler = Scheduler(name, self.pool, self.slots, limits, self.model.groups, states)
         self._pace = BackgroundPace(limits.step_tokens)
         self._tenant_pace = TenantPace(limits.step_tokens)
+        self._step_clock = time.thread_time if self.model.device.type == "cpu" else time.monotonic
+        """Clock of the bound between tenants. On a CPU a step is timed by this thread's processor time: what
+        else the machine does would make one that is measured alone look as long as a full one."""
         self.counters = Counters()
         self._grammars: Grammars | None = None
         if tokenizer is not None:
@@ -208,7 +211,9 @@ class Engine:
         """Requests whose grammar is being compiled, by tenant and grammar key."""
         self._awaits_grammars = False
         """Whether the last step computed nothing because all sequences wait for grammars or masks."""
-        self._packer = Packer(block_size, self.model.row_multiple, recurrent=states is not None)
+        self._packer = Packer(
+            block_size, self.model.row_multiple, self.model.groups, recurrent=states is not None
+        )
         self._async_scheduling = self.model.kernels.asynchronous
         """Whether the next step is planned while one is computed."""
         self._next: tuple[StepPlan, StepBatch | None] | None = None
@@ -220,6 +225,20 @@ class Engine:
         self._outputs: list[SequenceOutput] = []
         self._slots_changed = False
         self._slot_seconds: dict[str, float] = {}
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest sequence that fits into the KV cache, alone."""
+        limits, size = self.scheduler.limits, self.pool.block_size
+        return most_tokens(self.model.groups, self.pool.capacity, size, limits.step_tokens, limits.max_length)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Number of tokens that fit into the KV cache, in sequences as long as `longest`.
+
+        Shorter ones have fewer tokens for which layers with a window have no blocks any more.
+        """
+        return self.pool.capacity * self.longest // max(self.scheduler.most_blocks(self.longest), 1)
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -384,7 +403,7 @@ class Engine:
         if not self._async_scheduling:
             self._do_meanwhile()
         self._admit_compiled()
-        began = time.monotonic()
+        began, worked = time.monotonic(), self._step_clock()
         plan, batch = self._next_plan()
         if not plan:
             plan, batch = self._plan(), None
@@ -425,7 +444,7 @@ class Engine:
             self._fail(sequence, error)
         seconds = time.monotonic() - began
         self._pace.took(plan, seconds)
-        self._tenant_pace.took(plan, seconds)
+        self._tenant_pace.took(plan, self._step_clock() - worked)
 
     def _plan(self, *, ahead: bool = False) -> StepPlan:
         return self.scheduler.plan(self._background_tokens, self._tenant_pace.bounded, ahead=ahead)
@@ -529,7 +548,7 @@ class Engine:
         if self.model.host is not None and self.pool.moving:
             moves = self.pool.take_moves(plan.written(self.pool.block_size))
             self.model.host.make(moves)
-            self.counters.restored_tokens += len(moves.back) * self.pool.block_size
+            self.counters.restored_tokens += len(moves.back) * self.pool.block_size // len(self.model.groups)
 
     def _apply_moves(self) -> bool:
         """Update the slots and end sequences whose version cannot be loaded. Return True if any ended."""
@@ -612,9 +631,15 @@ class Engine:
     def _finish(self, started: _StartedStep, foreseen: bool) -> _Computed:
         outputs = started.read()
         drawn = iter(outputs.drawn)
-        sequences = [segment for segment in started.plan.segments if segment.samples]
-        tokens = [(one.sequence, list(islice(drawn, len(one.draft) + 1))) for one in sequences]
-        return _Computed(started.plan, tokens, outputs, foreseen)
+        accepted = [
+            (segment.sequence, self._accepted(segment, list(islice(drawn, len(segment.draft) + 1))))
+            for segment in started.plan.segments
+            if segment.samples
+        ]
+        if self.model.state_bytes and any(segment.draft for segment in started.plan.decodes):
+            right = {sequence: len(draws) - 1 for sequence, draws in accepted}
+            self.model.rewind(*self._packer.rewound(started.plan, right))
+        return _Computed(started.plan, accepted, outputs, foreseen)
 
     def _masks_of(self, plan: StepPlan) -> tuple[list[Mask], frozenset[SequenceState]]:
         """Return the mask of each entry of `StepBatch.sampled`, and the sequences whose masks have not
@@ -660,10 +685,10 @@ class Engine:
         for segment, hidden in computed.outputs.pooled:
             self._pool(segment, hidden)
         for segment in computed.plan.segments:
-            sequence, drawn = segment.sequence, drawn_of.get(segment.sequence)
+            sequence = segment.sequence
             if sequence in failed or sequence in late:
                 continue
-            accepted = [] if drawn is None else self._accepted(segment, drawn)
+            accepted = drawn_of.get(sequence, [])
             sequence.tokens.extend(draw.token for draw in accepted[:-1] if draw.token is not None)
             if not computed.next_planned:
                 self.scheduler.computed(segment, right=max(len(accepted) - 1, 0))

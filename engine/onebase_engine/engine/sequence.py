@@ -86,8 +86,9 @@ class SequenceState:
     drawing: bool = False
     """Whether one more token than `tokens` has is being drawn while the step after it is planned."""
     computed: int = 0
-    blocks: array[int] = field(default_factory=lambda: array("i"))
-    """KV blocks, int32 as in a step's table; the block of zeros for those that were released."""
+    blocks: list[array[int]] = field(default_factory=list)
+    """KV blocks of each group of layers, int32 as in a step's tables; the block of zeros for those that were
+    released."""
     states: tuple[int, int] = (0, -1)
     """Places of the recurrent state behind the computed tokens, and of the one that the next step writes."""
     branch_at: int = 0
@@ -223,6 +224,8 @@ class Segment:
     start: int
     stop: int
     draft: tuple[int, ...] = ()
+    end_place: int = -1
+    """Place for the recurrent state at the last end of a block that right tokens of the draft go past."""
 
     @property
     def length(self) -> int:
@@ -274,7 +277,8 @@ class StepPlan:
         return {
             block
             for segment in self.segments
-            for block in segment.sequence.blocks[
+            for blocks in segment.sequence.blocks
+            for block in blocks[
                 segment.start // block_size : -(-(segment.start + segment.length) // block_size)
             ]
         }

@@ -91,6 +91,10 @@ class AdapterChoice:
         return len(self.refs) != 1 or self.refs[0].weight != 1.0
 
 
+OTHER_NAMES_OF_THE_BASE = frozenset({"dummy", "tgi"})
+"""Names that Hugging Face's clients give a model if they are told none."""
+
+
 class Catalog:
     """The adapters of all tenants as they were at the last look. Read from the event loop only.
 
@@ -120,6 +124,12 @@ class Catalog:
     def of(self, tenant: str) -> VisibleAdapters:
         """Return the names this tenant may use: its own adapters and those shared with all."""
         return VisibleAdapters(tenant, self._tenants.get(tenant, {}), self._shared)
+
+    def means_base(self, tenant: str, model: str) -> bool:
+        """Return True if a request's model is the base."""
+        if model in OTHER_NAMES_OF_THE_BASE:
+            return self.of(tenant).own(model) is None and model not in self._shared
+        return model == self.base_name
 
     # ---- keeping up --------------------------------------------------------------------------
 

@@ -51,6 +51,7 @@ from onebase_edge.errors import (
     BodyTooLargeError,
     ForbiddenError,
     InvalidRequestError,
+    QuotaSpentError,
     StateConflictError,
     UnavailableError,
     VersionFailedError,
@@ -61,6 +62,7 @@ from onebase_server.adapters.catalog import check_name
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.processes.supervisor import AdapterStartError
 from onebase_server.storage.calls import storage_errors
+from onebase_server.tenancy.quotas import Window
 
 STARTUP_ACTOR = "startup"
 """Actor of the activations of adapters given at startup."""
@@ -77,6 +79,9 @@ MOST_TRANSFERS = 256
 """Largest number of transfers that run or wait."""
 MOST_TRANSFERS_EACH = 64
 """Largest number of transfers that run or wait for one tenant."""
+MOST_FAILED_A_MINUTE = 30
+"""Largest number of one tenant's transfers that fail within 60 seconds before it may begin no more: each
+takes a processor for a third of a second, whatever the Hub answers."""
 _MISSING = frozenset({"hub_not_found", "hub_gated", "hub_no_adapter", "hub_too_large"})
 """Codes of the Hub's errors that would be the same if it were asked again at once."""
 _LONGEST_SECONDS = 3600.0
@@ -340,11 +345,16 @@ class Transfer:
         self.reference = reference
         self.fraction = 0.0
         self.has_begun = False
+        self.refusal: ApiError | None = None
+        """Error for a transfer whose tenant had too many that failed while this one waited."""
         self.cancel = threading.Event()
 
     def fetch_files(self, store: Store, max_bytes: int, vocabulary: Vocabulary = _no_vocabulary) -> Fetched:
-        """Block until all files are in the store. Raises HubError, PullCancelledError, StoreError."""
+        """Block until all files are in the store. Raises HubError, PullCancelledError, StoreError, and the
+        refusal."""
         self.has_begun = True
+        if self.refusal is not None:
+            raise self.refusal
         reference = self.reference
         commit = resolve(reference.repo, reference.revision, cancel=self.cancel)
         files = pull(
@@ -377,6 +387,8 @@ class Pulls:
         self._max_bytes = max_bytes
         self._running: dict[tuple[str, HubReference], tuple[Transfer, asyncio.Task[Fetched]]] = {}
         """Running and waiting transfers, by the tenant whose turn they use and by reference."""
+        self._failures: dict[str, Window] = {}
+        """Failed transfers of the last 60 seconds, by tenant."""
         if not landlock_version():
             _log.warning(
                 "this kernel has no Landlock (Linux 5.13; some containers switch it off): the processes that "
@@ -397,10 +409,12 @@ class Pulls:
 
     def start(self, tenant: str, reference: HubReference) -> tuple[Transfer, asyncio.Task[Fetched]]:
         """Return the transfer of this reference: one that runs for anybody, or the tenant's own, which runs
-        when it is the tenant's turn. Raises UnavailableError."""
+        when it is the tenant's turn. Raises QuotaSpentError, UnavailableError."""
         for (owner, wanted), found in self._running.items():
             if wanted == reference and (owner == tenant or found[0].has_begun):
                 return found
+        if (refusal := self._refusal(tenant)) is not None:
+            raise refusal
         own = sum(owner == tenant for owner, _ in self._running)
         if own >= MOST_TRANSFERS_EACH or len(self._running) >= MOST_TRANSFERS:
             raise UnavailableError(
@@ -421,12 +435,42 @@ class Pulls:
             return await self._threads.run_for(
                 tenant, transfer.fetch_files, self._store, self._max_bytes, self._vocabulary
             )
+        except HubError:
+            self._count_failure(tenant)
+            raise
         except PullCancelledError:
             raise HubError(
                 "hub_unreachable", f"{transfer.reference} did not arrive within {_LONGEST_SECONDS:g} s"
             ) from None
         finally:
             limit.cancel()
+
+    def _count_failure(self, tenant: str) -> None:
+        """Count a failed transfer, and refuse the tenant's others that wait if it was one too many."""
+        now = time.monotonic()
+        self._failures = {one: window for one, window in self._failures.items() if window.by_second(now)}
+        self._failures.setdefault(tenant, Window()).add(1, now)
+        if (refusal := self._refusal(tenant)) is not None:
+            for (owner, _), (transfer, _) in self._running.items():
+                if owner == tenant:
+                    transfer.refusal = refusal.fresh()
+
+    def _refusal(self, tenant: str) -> ApiError | None:
+        """Return the error for a tenant whose transfers have failed too often, or None."""
+        window, now = self._failures.get(tenant), time.monotonic()
+        if window is None:
+            return None
+        window.forget(now)
+        if window.total < MOST_FAILED_A_MINUTE:
+            return None
+        error = QuotaSpentError(
+            f"adapter: {MOST_FAILED_A_MINUTE} pulls of tenant {tenant!r} from the Hub have failed within 60 "
+            "seconds, which is the limit. Name a repository that the Hub has and gives, or try again later.",
+            {"quota": "failed_pulls", "limit": MOST_FAILED_A_MINUTE, "of": "tenant"},
+            retry_after=window.seconds_until(MOST_FAILED_A_MINUTE - 1, now),
+        )
+        error.param = "adapter"
+        return error
 
     def _ended(self, key: tuple[str, HubReference], task: asyncio.Task[Fetched]) -> None:
         del self._running[key]
@@ -536,7 +580,8 @@ class HubAdapters:
     def pull(
         self, tenant: str, name: str, reference: HubReference, options: VersionOptions, actor: str = ""
     ) -> PendingPull:
-        """Begin to fetch a version, or join the pull that does so already. Raises UnavailableError."""
+        """Begin to fetch a version, or join the pull that does so already. Raises QuotaSpentError,
+        UnavailableError."""
         for pending in self._known.values():
             running = pending.task is not None and not pending.task.done()
             same = pending.adapter == (tenant, name) and pending.reference == reference

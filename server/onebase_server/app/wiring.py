@@ -24,7 +24,7 @@ from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
 from onebase_server.batches.runner import BatchFolders, BatchRunner, Parts
 from onebase_server.batches.service import BatchService
-from onebase_server.http.deps import Services, Training
+from onebase_server.http.deps import READ_THREADS, Services, Training
 from onebase_server.http.metrics import MetricsCollector
 from onebase_server.http.views.adapters import AdapterViews
 from onebase_server.inference.tokenization import BaseTokenizer, Tokenizers
@@ -50,6 +50,7 @@ from onebase_server.storage.opening import Storage, host_memory, prefix_memory
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.traces import Tracing
 from onebase_server.tenancy.access import KeyRing
+from onebase_server.tenancy.pacing import RequestPacer
 from onebase_server.tenancy.peers import Peers, QuotaSharing
 from onebase_server.tenancy.quotas import Limiter
 from onebase_server.tenancy.usage import TenantUsageRecorder
@@ -158,7 +159,10 @@ def assemble(
         )
     )
     limits = RequestLimits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
-    planner = Planner(supervisor, tokenizers, parts.catalog, hub, training.checkpoints, limits)
+    pacer = RequestPacer()
+    planner = Planner(
+        supervisor, tokenizers, parts.catalog, hub, training.checkpoints, limits, on_cost=pacer.charge
+    )
     keys = KeyRing(
         storage.registry.keys,
         storage.registry.tenants,
@@ -205,6 +209,8 @@ def assemble(
         tracing=tracing,
         metrics=metrics,
         answers=answers,
+        pacer=pacer,
+        reading=Threads("read", READ_THREADS, on_cost=pacer.charge),
     )
 
 

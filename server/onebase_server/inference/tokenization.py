@@ -25,8 +25,10 @@ from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_ar
 from onebase_engine.imports import quick_imports
 from onebase_engine.machine import return_freed_memory
 from onebase_protocol.adapters import TokenizerAdditions
+from onebase_server.inference import thoughts
 from onebase_server.inference.detokenizer import BytePieces, PieceDecoder, ShownPieces, WindowPieces
 from onebase_server.inference.own_templates import OwnTemplateError, OwnTemplates
+from onebase_server.inference.thoughts import Switch, ThoughtFormat
 from onebase_server.inference.tool_format import ToolFormat, UnreadableCallsError, read_format, reason_of
 
 T = TypeVar("T")
@@ -36,6 +38,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Marks for training, which a template may have and plain Jinja does not know."""
+_THINKS = re.compile(r"\b(?:reasoning_content|thinking)\b")
+"""Pattern of the names that thoughts have in chat templates."""
 MOST_TOKENIZERS, MOST_VERSIONS = 64, 4096
 """Numbers of adapters' tokenizers that are kept, and of versions whose tokenizer is known."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -81,7 +85,7 @@ class ChatSupport:
     tools: bool | None
     """Whether the format of tool calls can be read off the chat template."""
     unserved: Mapping[str, str] = field(default_factory=dict)
-    """Reasons why chats or tools are not served, by these two names."""
+    """Reasons why chats, tools or thinking are not served, by these names."""
 
 
 def chat_support(folder: Path) -> ChatSupport:
@@ -115,12 +119,16 @@ class BaseTokenizer:
 
     def _set_up(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(
+        self.special = frozenset(
             token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special
         )
+        """Ids of the special tokens, whose names are left out of texts."""
         _never_cut_or_pad(self._tokenizer)
-        self._chat = ChatTokenizer(self._tokenizer)
-        self._before, self._after = tokens_around(self._tokenizer)
+        try:
+            self._chat = ChatTokenizer(self._tokenizer)
+            self._before, self._after = tokens_around(self._tokenizer)
+        except Exception as error:  # what loads may hold settings of any type
+            raise TokenizerError(f"it cannot encode: {reason_of(error)}") from error
         self._byte_level = _is_byte_level(self._tokenizer)
         self._byte_of_character = _byte_level_alphabet() if self._byte_level else {}
         self._bytes: dict[int, bytes] = {}
@@ -213,12 +221,36 @@ class BaseTokenizer:
             return "has no place for tools"
         if "tool_calls" not in self.chat_template:
             return "writes no calls"
-        added = self._tokenizer.added_tokens_decoder
-        names = {text.content: token for token, text in added.items() if len(text.content.strip()) > 1}
         try:
-            return read_format(self._render, names)
+            return read_format(self._render, self._control_names)
         except UnreadableCallsError as error:
             return str(error)
+
+    @property
+    def _control_names(self) -> dict[str, int]:
+        """Ids of the added tokens, by their texts."""
+        added = self._tokenizer.added_tokens_decoder
+        return {text.content: token for token, text in added.items() if len(text.content.strip()) > 1}
+
+    @cached_property
+    def thought_format(self) -> ThoughtFormat | None:
+        """Return the chat template's format of thoughts, or None if the base does not think, or in a way that
+        cannot be separated from its answer."""
+        if not self.has_chat_template:
+            return None
+        names, variables = self._control_names, self.template_options
+        return thoughts.read_format(self._render, self.chat_template, names, variables)
+
+    @property
+    def thinking_switch(self) -> Switch | None:
+        """Return the chat template's variable that switches thinking on and off."""
+        return None if self.thought_format is None else self.thought_format.switch
+
+    def opens_thought(self, prompt: Sequence[int]) -> bool | None:
+        """Return whether a conversation's prompt opens a thought (True), or opens and closes one (False)."""
+        if self.thought_format is None:
+            return None
+        return self.thought_format.opened_by(self.decode(prompt[-thoughts.TAIL_TOKENS :], special=True))
 
     @cached_property
     def chat_refusal(self) -> str | None:
@@ -231,7 +263,8 @@ class BaseTokenizer:
 
     @property
     def unserved(self) -> dict[str, str]:
-        """Return why chats or tools are not served with this base's chat template, by these two names."""
+        """Return what is not served with this base's chat template, and why, by `chat`, `tools` and
+        `thinking`."""
         if not self.has_chat_template:
             return {"chat": "not served: this base has no chat template"}
         template = "this base's chat template"
@@ -240,11 +273,16 @@ class BaseTokenizer:
             return {"chat": f"not served: {template} cannot be used at all, as it {chat}"}
         if chat:
             return {"chat": f"served with tools alone: without them {template} {chat}"}
-        return {"tools": f"not served: {template} {tools}"} if tools else {}
+        found = {"tools": f"not served: {template} {tools}"} if tools else {}
+        if self.thought_format is None and _THINKS.search(self.chat_template):
+            found["thinking"] = (
+                f"not separated from the text: {template} writes it in a way that cannot be read"
+            )
+        return found
 
-    def _render(self, messages: Any, *, tools: Any, generation: bool) -> str:
+    def _render(self, messages: Any, *, tools: Any, generation: bool, **options: Any) -> str:
         text: str = self._tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=generation
+            messages, tools=tools, tokenize=False, add_generation_prompt=generation, **options
         )
         return text
 
@@ -289,7 +327,7 @@ class BaseTokenizer:
             raise InvalidRequestError(
                 f"messages: {error}.", param="messages", code="chat_template_failed"
             ) from error
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InvalidRequestError(
                 f"The base's chat template cannot write these messages: {reason_of(error)}", param="messages"
             ) from error
@@ -333,7 +371,7 @@ class BaseTokenizer:
 
     def text_bytes(self, token: int) -> bytes:
         """Return the bytes that a token adds to the text: none if it is special."""
-        return b"" if token in self._special else self.token_bytes(token)
+        return b"" if token in self.special else self.token_bytes(token)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, special ones by their name; empty for an unused id."""
@@ -374,6 +412,11 @@ def options_of(template: str) -> frozenset[str]:
     except TemplateError:
         return frozenset()
     asked = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+    asked |= {
+        each.node.name
+        for each in tree.find_all(nodes.Filter)
+        if each.name == "default" and isinstance(each.node, nodes.Name)
+    }
     set_here, given = (
         {name.name for name in tree.find_all(nodes.Name) if name.ctx == kind} for kind in ("store", "param")
     )

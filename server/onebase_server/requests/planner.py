@@ -19,14 +19,22 @@ from onebase_edge.errors import (
     AdapterDeletedError,
     AdapterNotFoundError,
     ApiError,
+    ContextLengthError,
     InvalidRequestError,
     StateConflictError,
     UnavailableError,
     UnknownModelError,
 )
 from onebase_engine.engine.messages import BaseInfo, Sampling
-from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog, is_checkpoint
+from onebase_server.adapters.catalog import (
+    HUB_PREFIX,
+    OTHER_NAMES_OF_THE_BASE,
+    AdapterChoice,
+    Catalog,
+    is_checkpoint,
+)
 from onebase_server.inference.generation import GenerationRequest, Prompt, in_time, new_id
+from onebase_server.inference.thoughts import Thinking, ThoughtFormat, without_thought
 from onebase_server.inference.tokenization import (
     BaseTokenizer,
     TemplateInput,
@@ -97,8 +105,10 @@ class _Wanted:
     logprobs: int | None
     echo: bool
     answer: CallFormat | None = None
+    thinking: Thinking | None = None
     token_ids: bool = False
     prompt_logprobs: int | None = None
+    special_tokens: bool = False
 
 
 class AdapterFetcher(Protocol):
@@ -123,7 +133,9 @@ class Planner:
         hub: AdapterFetcher,
         checkpoints: AdapterFetcher,
         limits: RequestLimits,
+        on_cost: Callable[[str, float], None] = lambda tenant, seconds: None,
     ) -> None:
+        """on_cost: called with a tenant and the processor time, in seconds, in which its text was read."""
         self._supervisor = supervisor
         self._tokenizers = tokenizers
         self._tokenizer = tokenizers.base
@@ -131,9 +143,9 @@ class Planner:
         self._hub = hub
         self._checkpoints = checkpoints
         self._limits = limits
-        self._threads = Threads("tokenize", _THREADS)
-        self._one_thread = Threads("tokenize-long", 1)
-        self._template_thread = Threads("templates", 1)
+        self._threads = Threads("tokenize", _THREADS, on_cost=on_cost)
+        self._one_thread = Threads("tokenize-long", 1, on_cost=on_cost)
+        self._template_thread = Threads("templates", 1, on_cost=on_cost)
         """Thread that waits for the templates' process, apart from those that tokenize."""
         self._inline = TurnBudget(_INLINE_CHARACTERS)
 
@@ -160,8 +172,10 @@ class Planner:
     async def _plan_generate(
         self, body: GenerateRequest, caller: Caller, tokenizer: BaseTokenizer
     ) -> GenerationRequest:
+        thinking = None
         if body.messages:
             prompt = await self.chat_prompt(caller.tenant, body, body.messages, tokenizer=tokenizer)
+            thinking = None if body.echo else self._thinking(body, body.messages, prompt, tokenizer)
         else:
             prompt = (await self._prompts(caller.tenant, [body.prompt or ""], tokenizer))[0]
         wanted = _Wanted(
@@ -173,6 +187,7 @@ class Planner:
             logprobs=body.logprobs,
             echo=bool(body.echo),
             answer=await self._answer(caller.tenant, body, tokenizer),
+            thinking=thinking,
         )
         return self._request(wanted, body, caller, tokenizer)
 
@@ -214,19 +229,28 @@ class Planner:
             retry_after=1.0,
         )
 
-    async def template_options(self, tenant: str, model: str) -> frozenset[str]:
-        """Return the variables of the chat template that a model's requests may set."""
+    async def thought_format(self, tenant: str, model: str) -> ThoughtFormat | None:
+        """Return the format of a model's thoughts, by its chat template, if it thinks."""
         own = await self.tokenizer_of(tenant, model)
-        if own.own_templates is None:
-            return own.template_options
-        return await self._template_thread.run_for(tenant, lambda: own.template_options)
+        await self._read_template(tenant, own)
+        return own.thought_format
+
+    async def _read_template(self, tenant: str, tokenizer: BaseTokenizer) -> None:
+        """Read the chat template of an adapter, if it has one, without the event loop waiting for the
+        templates' process."""
+
+        def read() -> None:
+            _ = tokenizer.template_options, tokenizer.thought_format
+
+        if tokenizer.own_templates is not None:
+            await self._template_thread.run_for(tenant, read)
 
     async def tokenizer_of(
         self, tenant: str, model: str | None, body: AdapterFields | None = None
     ) -> BaseTokenizer:
         """Return the tokenizer of the adapter that a request names, or the base's: also for a sum of several,
         and for a name that is not known, or not ready."""
-        reference = _named(self.base_name, model, body)
+        reference = self._named(tenant, model, body)
         if reference is None:
             return self._tokenizer
         try:
@@ -251,14 +275,23 @@ class Planner:
 
     async def _pull_first(self, tenant: str, model: str, body: AdapterFields) -> bool:
         """Fetch the adapter that a request names if it is not known yet. Return False if it is."""
-        reference = _named(self.base_name, model, body)
+        reference = self._named(tenant, model, body)
         if reference is None or not (reference.startswith(HUB_PREFIX) or is_checkpoint(reference)):
             return False
         if self._catalog.of(tenant).get(reference) is not None:
             return False
         deadline = asyncio.get_running_loop().time() + self._limits.max_timeout
-        await self._pull({"model" if model != self.base_name else "adapter": reference}, tenant, deadline)
+        await self._pull({"model" if model == reference else "adapter": reference}, tenant, deadline)
         return True
+
+    def _named(self, tenant: str, model: str | None, body: AdapterFields | None) -> str | None:
+        """Return the name of the one adapter that a request runs with; None for the base or a sum."""
+        if model is not None and not self._catalog.means_base(tenant, model):
+            return model
+        wanted = None if body is None else body.wanted_adapter
+        if wanted is None or isinstance(wanted, str):
+            return wanted
+        return wanted[0].name if len(wanted) == 1 and wanted[0].weight == 1.0 else None
 
     async def completion(
         self, body: CompletionRequest, caller: Caller, transcript: Transcript | None = None
@@ -280,7 +313,14 @@ class Planner:
     ) -> GenerationRequest:
         wanted = _Wanted(
             kind="cmpl-",
-            prompts=tuple(await self._prompts(caller.tenant, body.prompts(), tokenizer)),
+            prompts=tuple(
+                await self._prompts(
+                    caller.tenant,
+                    body.prompts(),
+                    tokenizer,
+                    special=body.add_special_tokens is not False,
+                )
+            ),
             prompt_param="prompt",
             max_tokens=body.max_tokens,
             default_tokens=COMPLETION_TOKENS,
@@ -288,6 +328,7 @@ class Planner:
             echo=bool(body.echo),
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
+            special_tokens=body.skip_special_tokens is False,
         )
         return self._request(wanted, body, caller, tokenizer)
 
@@ -338,17 +379,20 @@ class Planner:
         tokenizer: BaseTokenizer,
     ) -> GenerationRequest:
         effort = body.reasoning_effort
+        prompt = await self.chat_prompt(caller.tenant, body, messages, effort, tokenizer=tokenizer)
         wanted = _Wanted(
             kind=kind,
-            prompts=(await self.chat_prompt(caller.tenant, body, messages, effort, tokenizer=tokenizer),),
+            prompts=(prompt,),
             prompt_param="messages",
             max_tokens=body.token_limit,
             default_tokens=None,
             logprobs=body.logprob_count,
             echo=False,
             answer=await self._answer(caller.tenant, body, tokenizer),
+            thinking=self._thinking(body, messages, prompt, tokenizer, effort),
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
+            special_tokens=body.skip_special_tokens is False,
         )
         return self._request(wanted, body, caller, tokenizer)
 
@@ -446,11 +490,8 @@ class Planner:
         own = tokenizer or self._tokenizer
         base = self.base_of(own)
         if len(tokens) > base.max_length:
-            raise InvalidRequestError(
-                f"tokens: there are {len(tokens)}. This model's maximum context length is "
-                f"{base.max_length} (--max-length). Send them in parts.",
-                param="tokens",
-                code="context_length_exceeded",
+            raise ContextLengthError(
+                "tokens", f"there are {len(tokens)}", base.max_length, "Send them in parts."
             )
         _check_vocabulary("tokens", tokens, base)
         return await self._threads.run_for(tenant, own.decode, tokens, True)
@@ -534,7 +575,10 @@ class Planner:
             raise AdapterDeletedError(version_names[0]) from error
 
     def check_model(self, model: str, body: AdapterFields) -> None:
-        if model != self._catalog.base_name and body.wanted_adapter is not None:
+        if body.wanted_adapter is not None and model not in {
+            self._catalog.base_name,
+            *OTHER_NAMES_OF_THE_BASE,
+        }:
             raise InvalidRequestError(
                 f"model already names an adapter. Send adapter with model {self._catalog.base_name!r} only.",
                 param="adapter",
@@ -547,7 +591,7 @@ class Planner:
         request: GenerationRequest,
         transcript: Transcript | None = None,
     ) -> AdapterChoice:
-        if model == self._catalog.base_name:
+        if self._catalog.means_base(request.tenant, model):
             return await self._adapter(body, request, transcript)
         if transcript is not None:
             return await self._resumed_adapters(transcript, [model], request)
@@ -574,11 +618,16 @@ class Planner:
                     await self._checkpoints.use(tenant, name, param=param)
 
     async def _prompts(
-        self, tenant: str, given: Sequence[str | list[int]], tokenizer: BaseTokenizer
+        self,
+        tenant: str,
+        given: Sequence[str | list[int]],
+        tokenizer: BaseTokenizer,
+        *,
+        special: bool = True,
     ) -> list[Prompt]:
-        """The prompts of a request, of which each is text or tokens."""
+        """The prompts of a request, of which each is text or tokens. special: see `texts`."""
         texts = [one for one in given if isinstance(one, str)]
-        tokens = iter(await self.texts(tenant, "prompt", texts, tokenizer=tokenizer))
+        tokens = iter(await self.texts(tenant, "prompt", texts, special=special, tokenizer=tokenizer))
         return [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in given]
 
     async def chat_prompt(
@@ -597,14 +646,15 @@ class Planner:
         tools = body.tools if body.calls_tools else None
         if tools and "tools" not in known:
             raise _no_tools("tools")
-        if own.own_templates is not None:
-            # They are read in the templates' process, which the event loop must not wait for.
-            await self._template_thread.run_for(tenant, lambda: own.template_options)
+        await self._read_template(tenant, own)
         options = self._options(body, messages, reasoning_effort, own)
-        chat = TemplateInput([message.rendered() for message in messages], tools, options)
+        format = own.thought_format
+        with_thoughts = without_thought if format is None else format.with_thoughts
+        rendered = [message.rendered() for message in messages]
+        chat = TemplateInput([with_thoughts(message) for message in rendered], tools, options)
         size = sum(
             _MESSAGE_CHARACTERS + sum(len(part) for part in message.values() if isinstance(part, str))
-            for message in chat.messages
+            for message in rendered
         )
         size += body.tool_characters if tools else 0
         if options or any(message.tool_calls for message in messages):
@@ -634,7 +684,10 @@ class Planner:
                     f"chat_template_kwargs: this base's chat template has no variable {name[:60]!r}. {hint}.",
                     param="chat_template_kwargs",
                 )
-        if reasoning_effort is not None and "reasoning_effort" in known:
+        switch = tokenizer.thinking_switch
+        if reasoning_effort == "none" and switch is not None:
+            given.setdefault(switch.name, switch.off)
+        elif reasoning_effort is not None and "reasoning_effort" in known:
             given.setdefault("reasoning_effort", reasoning_effort)
         if body.continue_final_message:
             if not messages[-1].rendered()["content"].strip():
@@ -652,6 +705,31 @@ class Planner:
         if body.add_generation_prompt is not None:
             given["add_generation_prompt"] = body.add_generation_prompt
         return given
+
+    def _thinking(
+        self,
+        body: ConversationFields,
+        messages: Sequence[ChatMessage],
+        prompt: Prompt,
+        tokenizer: BaseTokenizer,
+        reasoning_effort: str | None = None,
+    ) -> Thinking | None:
+        """Return the thought that the answer to a conversation may begin with, if the base thinks."""
+        format = tokenizer.thought_format
+        if format is None:
+            return None
+        opened = tokenizer.opens_thought(prompt.tokens)
+        if body.continue_final_message:
+            said = messages[-1].rendered()["content"]
+            opened = said.rfind(format.opening) > said.rfind(format.closing)
+            if not opened:
+                return None
+        on = (
+            format.is_on(self._options(body, messages, reasoning_effort, tokenizer))
+            if opened is None
+            else opened
+        )
+        return Thinking(format, bool(opened), on)
 
     async def _answer(
         self, tenant: str, body: ConversationFields, tokenizer: BaseTokenizer
@@ -708,11 +786,12 @@ class Planner:
         length = self.base().max_length
         most = length * tokenizer.longest_token
         if size > most:
-            raise InvalidRequestError(
-                f"{param}: has {size} characters. This model's maximum context length is {length} "
-                f"tokens (--max-length), which stand for {most} characters at most. Shorten it.",
-                param=param,
-                code="context_length_exceeded",
+            raise ContextLengthError(
+                param,
+                f"has {size} characters",
+                length,
+                "Shorten it.",
+                f", which stand for {most} characters at most",
             )
 
     async def _in_turn(
@@ -742,16 +821,21 @@ class Planner:
             )
         sampling = _sampling(body, base, wanted, tokenizer.end_tokens)
         guide = body.grammar if wanted.answer is None else GrammarField("tools", wanted.answer.grammar)
+        grammar = None if guide is None else guide.grammar
+        if wanted.thinking is not None:
+            grammar = wanted.thinking.before(grammar)
         expected = sampling.max_tokens if wanted.max_tokens else min(sampling.max_tokens, GENERATE_TOKENS)
         return GenerationRequest(
             id=new_id(wanted.kind),
             tenant=caller.tenant,
             priority=caller.priority,
             background=caller.background,
-            grammar=None if guide is None else guide.grammar,
+            grammar=grammar,
             grammar_param="" if guide is None else guide.param,
             calls=wanted.answer,
+            thinking=wanted.thinking,
             token_ids=wanted.token_ids,
+            special_tokens=wanted.special_tokens,
             prompts=wanted.prompts,
             sampling=sampling,
             expected_tokens=0 if scores_only else expected,
@@ -832,22 +916,13 @@ def check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str, room: i
                 param=param,
             )
         if len(prompt.tokens) >= (base.max_length if room is None else room):
-            raise InvalidRequestError(
-                f"{param}: has {len(prompt.tokens)} tokens. This model's maximum context length is "
-                f"{base.max_length} tokens, those of the answer with them (--max-length). Shorten it.",
-                param=param,
-                code="context_length_exceeded",
+            raise ContextLengthError(
+                param,
+                f"has {len(prompt.tokens)} tokens",
+                base.max_length,
+                "Shorten it.",
+                ", those of the answer with them",
             )
-
-
-def _named(base_name: str, model: str | None, body: AdapterFields | None) -> str | None:
-    """Return the name of the one adapter that a request runs with; None for the base or a sum."""
-    if model is not None and model != base_name:
-        return model
-    wanted = None if body is None else body.wanted_adapter
-    if wanted is None or isinstance(wanted, str):
-        return wanted
-    return wanted[0].name if len(wanted) == 1 and wanted[0].weight == 1.0 else None
 
 
 def _sampling(body: SamplingBody, base: BaseInfo, wanted: _Wanted, end_tokens: tuple[int, ...]) -> Sampling:
@@ -894,14 +969,13 @@ def _token_limit(base: BaseInfo, wanted: _Wanted) -> int:
     prompt = max(len(prompt.tokens) for prompt in wanted.prompts)
     room = base.max_length - prompt
     if wanted.max_tokens is None:
-        held = max(1, base.kv_blocks * base.block_size - prompt)
+        held = max(1, base.kv_longest - prompt)
         return min(room, held, room if wanted.default_tokens is None else wanted.default_tokens)
     if wanted.max_tokens > room:
-        raise InvalidRequestError(
-            f"max_tokens: {wanted.max_tokens} tokens after a prompt of {prompt} are too many. This model's "
-            f"maximum context length is {base.max_length} tokens (--max-length). Ask for {room} or fewer, or "
-            "shorten the prompt.",
-            param="max_tokens",
-            code="context_length_exceeded",
+        raise ContextLengthError(
+            "max_tokens",
+            f"{wanted.max_tokens} tokens after a prompt of {prompt} are too many",
+            base.max_length,
+            f"Ask for {room} or fewer, or shorten the prompt.",
         )
     return max(1, wanted.max_tokens)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onebase_adapters.format.config import CLASSIFIERS
-from onebase_edge.errors import InvalidRequestError, UnavailableError
+from onebase_edge.errors import ContextLengthError, InvalidRequestError, UnavailableError
 from onebase_engine.base.chat import without_padding
 from onebase_engine.engine.messages import Pooling, Sampling
 from onebase_server.inference.generation import GenerationRequest, Prompt, new_id
@@ -203,7 +203,9 @@ class ReadingPlanner:
                 (tokens,) = await self._planner.texts(caller.tenant, param, [given], tokenizer=own)
                 prompt = Prompt(tokens, given)
             else:
-                options = {"chat_template_kwargs": body.chat_template_kwargs}
+                switch = own.thinking_switch  # a choice is an answer, not a thought
+                off = {} if switch is None else {switch.name: switch.off}
+                options = {"chat_template_kwargs": off | (body.chat_template_kwargs or {})}
                 prompt = await self._planner.chat_prompt(
                     caller.tenant, rebuilt(ConversationFields, options), given, tokenizer=own
                 )
@@ -236,11 +238,12 @@ class ReadingPlanner:
         self._planner.check_limits(1, body.timeout_s)
         room, kept = base.max_length - more, body.truncate_prompt_tokens
         if room < 1:
-            raise InvalidRequestError(
-                f"choices: one has {more} tokens. This model's maximum context length is {base.max_length} "
-                "tokens, those of the prompt with them (--max-length). Shorten it.",
-                param="choices",
-                code="context_length_exceeded",
+            raise ContextLengthError(
+                "choices",
+                f"one has {more} tokens",
+                base.max_length,
+                "Shorten it.",
+                ", those of the prompt with them",
             )
         if kept == 0:
             raise InvalidRequestError(

@@ -26,11 +26,12 @@ async def create_message(
 ) -> Response:
     """Generate the assistant's next message; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    variables = await services.planner.template_options(caller.tenant, body.model)
-    chat = await off_loop(request, body.chat, variables)
+    format = await services.planner.thought_format(caller.tenant, body.model)
+    chat = await off_loop(request, body.chat, format)
     transcript = await transcript_of(request, services, body.stream)
     engine_request = replace(await services.planner.chat(chat, caller, transcript), id=new_id("msg_"))
-    view = MessageView(engine_request.tokenizer or services.tokenizer, body.model, request.scope)
+    own = engine_request.tokenizer or services.tokenizer
+    view = MessageView(own, body.model, request.scope, hides_thoughts=body.hides_thoughts)
     return await answer_generation(
         request, services, reservation, engine_request, view, body.stream, transcript
     )
@@ -44,8 +45,8 @@ async def count_tokens(
     """Count the tokens of a message's prompt; nothing is generated."""
     services.refuse_if_draining()
     find_model(services, caller, body.model)
-    variables = await services.planner.template_options(caller.tenant, body.model)
-    chat = await off_loop(request, body.chat, variables)
+    format = await services.planner.thought_format(caller.tenant, body.model)
+    chat = await off_loop(request, body.chat, format)
     tokenizer = await services.planner.tokenizer_of(caller.tenant, body.model)
     tokens = await services.planner.chat_tokens(
         caller.tenant, chat, chat.messages, chat.reasoning_effort, tokenizer
