@@ -35,6 +35,7 @@ from onebase_engine.engine.kv_cache import (
 )
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
+from onebase_server.processes.engine import sizes
 
 FULL, CPU = Sight(), torch.device("cpu")
 
@@ -267,6 +268,18 @@ def test_a_sequence_of_4000_tokens_holds_windows_and_its_full_layers_blocks_and_
     # Its blocks before the windows are prefixes still, and its end is all that is computed again.
     assert serve(engine, [prompt, [*prompt[:2000], 5]], 40)[0] == found[0]
     assert engine.counters.cached_tokens == 3984 + 2000
+
+
+def test_memory_for_the_cache_becomes_blocks_of_any_group(base: nn.Module) -> None:
+    model, limits = ServedModel(base, 1), SchedulerLimits(8, 128, 4200)
+    token = model.kv_bytes_per_token
+    config = protocol.EngineConfig(base_folder="", kv_memory=1000 * token)
+    blocks, _ = sizes(config, base, model, limits, None)
+    assert model.kv_bytes_per_block(16) * 7 == 16 * token
+    assert model.kv_bytes_per_old_token * 7 == token
+    assert blocks == 1000 * 7 // 16
+    engine = Engine(base, name="g", limits=limits, kv_blocks=blocks, slots=1, model=model)
+    assert engine.longest > 4000, "a sequence of four times the tokens that all layers could keep"
 
 
 def test_texts_are_those_of_peft(base: nn.Module, expected: Scores) -> None:

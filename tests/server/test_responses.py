@@ -148,7 +148,7 @@ def parts(*kinds: str) -> list[Any]:
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", "goes with"),
         ({"text": {"verbosity": "loud"}}, "text.verbosity", "'low', 'medium' or 'high'"),
         ({"text": {"format": {"type": "json_object"}}, "guided_regex": "a"}, "guided_regex", "leave one out"),
-        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary", "auto"),
+        ({"reasoning": {"summary": "short"}}, "reasoning.summary", "auto"),
         ({"include": ["everything"]}, "include[0]", "must be"),
         ({"metadata": {str(n): "x" for n in range(17)}}, "metadata", "at most 16"),
         ({"truncation": "auto"}, "truncation", "disabled"),

@@ -232,10 +232,10 @@ class Planner:
     async def thought_format(self, tenant: str, model: str) -> ThoughtFormat | None:
         """Return the format of a model's thoughts, by its chat template, if it thinks."""
         own = await self.tokenizer_of(tenant, model)
-        await self._read_template(tenant, own)
+        await self.read_template(tenant, own)
         return own.thought_format
 
-    async def _read_template(self, tenant: str, tokenizer: BaseTokenizer) -> None:
+    async def read_template(self, tenant: str, tokenizer: BaseTokenizer) -> None:
         """Read the chat template of an adapter, if it has one, without the event loop waiting for the
         templates' process."""
 
@@ -646,7 +646,7 @@ class Planner:
         tools = body.tools if body.calls_tools else None
         if tools and "tools" not in known:
             raise _no_tools("tools")
-        await self._read_template(tenant, own)
+        await self.read_template(tenant, own)
         options = self._options(body, messages, reasoning_effort, own)
         format = own.thought_format
         with_thoughts = without_thought if format is None else format.with_thoughts

@@ -71,7 +71,10 @@ async def count_input_tokens(
     services.refuse_if_draining()
     find_model(services, caller, body.model)
     _, messages = await _conversation_of(body, request, services, caller)
-    tokens = await services.planner.chat_tokens(caller.tenant, body, messages, body.reasoning_effort)
+    tokenizer = await services.planner.tokenizer_of(caller.tenant, body.model)
+    tokens = await services.planner.chat_tokens(
+        caller.tenant, body, messages, body.reasoning_effort, tokenizer
+    )
     return json_response(InputTokensAnswer(len(tokens)))
 
 
