@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import selectors
 import subprocess
 import sys
@@ -190,7 +191,6 @@ def _cpu_seconds(pid: int) -> float:
 def main() -> None:
     from onebase_server.inference.tokenization import leave_torch_out
 
-    parent = os.getppid()
     leave_torch_out()
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -199,7 +199,7 @@ def main() -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     confine([], [], file_bytes=0)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES,) * 2)
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     print("{}", file=out, flush=True)
     for line in sys.stdin.buffer:
         try:
@@ -209,10 +209,11 @@ def main() -> None:
         print(json.dumps(answer), file=out, flush=True)
 
 
-def _end_with_parent(parent: int) -> None:
-    """End the process when the api is gone, whatever a template does."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
+def _end_with_parent() -> None:
+    """End the process when the api has closed its pipe, whatever a template does."""
+    pipe = select.poll()
+    pipe.register(sys.stdin.fileno(), 0)  # a pipe without a writer is reported anyway
+    pipe.poll()
     os._exit(1)
 
 
