@@ -10,7 +10,7 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,6 +23,14 @@ import torch
 from torch import nn
 
 from onebase_engine import machine
+from onebase_engine.base.experts import (
+    ExpertStack,
+    expert_matrices,
+    place_stacks,
+    quantize_stack,
+    use_own_code,
+    with_experts,
+)
 from onebase_engine.base.layers import base_class, decoder_of, empty_base, transformers_class
 
 logger = logging.getLogger(__name__)
@@ -106,9 +114,7 @@ def check_servable(config: Any) -> None:
     try:
         _check_architecture(config)
         stored_quantization(config)
-        # A parameter takes memory until it is moved to meta, and one of a large mixture 77 GB.
-        with torch.device("meta"):
-            model = empty_base(copy.deepcopy(config))
+        model = _empty(config)
         _check_modules(model)
         _check_linear(model)
     except UnsupportedBaseError:
@@ -119,6 +125,13 @@ def check_servable(config: Any) -> None:
             f"transformers cannot make a model of this {kind} ({described(error)}). Choose a base whose "
             "config.json is complete, or another one."
         ) from error
+
+
+def _empty(config: Any) -> Any:
+    """Build the modules of a base without memory, not even for buffers."""
+    # A parameter takes memory until it is moved to meta, and one of a large mixture 77 GB.
+    with torch.device("meta"):
+        return empty_base(copy.deepcopy(config))
 
 
 def _check_architecture(config: Any) -> None:
@@ -203,22 +216,21 @@ def stored_quantization(config: Any) -> Quantization:
 
 
 def _check_linear(model: nn.Module) -> None:
-    """Raise UnsupportedBaseError if much of the base lies outside its linear layers.
-
-    transformers keeps a mixture's experts in tensors [experts, out, in], which bitsandbytes leaves alone.
-    The number of rows that an expert multiplies at once depends on a row's neighbours, and so do the row's
-    last bits."""
+    """Raise UnsupportedBaseError if much of the base lies outside its linear layers and experts."""
     from transformers.pytorch_utils import Conv1D
 
-    part, largest = _left_plain(model, lambda module: type(module) is nn.Linear or isinstance(module, Conv1D))
+    experts = {one.path for one in expert_matrices(model)}
+    part, largest = _left_plain(
+        model, lambda module: type(module) is nn.Linear or isinstance(module, Conv1D), experts
+    )
     if part > MOST_PLAIN:
         name, _, _ = largest.partition(" ")
         owner = model.get_submodule(name.rpartition(".")[0])
         reason = (
             f"OneBase does not quantize layers of class {type(owner).__name__}. Choose another base"
             if "expert" not in f"{name}{type(owner).__name__}".lower()
-            else "OneBase cannot quantize such weights (a mixture's experts) yet, nor serve them so that no "
-            "row depends on its neighbours. Choose a base without a mixture of experts"
+            else f"{type(owner).__name__} computes a mixture's experts in a way that OneBase does not know. "
+            "Choose a mixture whose experts transformers computes through its interface, or a base without one"
         )
         raise UnsupportedBaseError(
             f"{type(model).__name__} has {part:.0%} of its weights outside linear layers, for instance in "
@@ -228,37 +240,60 @@ def _check_linear(model: nn.Module) -> None:
 
 def check_quantized(model: nn.Module, settings: BaseSettings) -> None:
     """Raise UnsupportedBaseError if a loaded base is not what its settings say."""
+    if settings.quantization == "int8" and (experts := next(expert_matrices(model), None)):
+        raise UnsupportedBaseError(
+            f"--quantization int8 does not quantize experts, such as {experts.path} of "
+            f"{type(model).__name__}. Choose nf4, or none."
+        )
     kinds = {type(module).__name__ for module in model.modules() if any(quantized_statistics(module))}
     if other := kinds - {_LAYERS[settings.quantization]}:
         raise UnsupportedBaseError(
             f"{type(model).__name__} has layers of class {', '.join(sorted(other))}, which --quantization "
             f"{settings.quantization} does not make. Choose the quantization of its files."
         )
-    part, largest = _left_plain(model, lambda module: any(quantized_statistics(module)))
+    part, largest = _left_plain(model, is_quantized)
     if part > MOST_PLAIN:
         raise UnsupportedBaseError(
             f"{settings.quantization} with blocksize {settings.blocksize} leaves {part:.0%} of the weights "
             f"of {type(model).__name__} in {settings.dtype}, for instance {largest}. Choose blocksize 64, "
             "quantization none, or another base."
         )
-    layer: Any
     for name, layer in model.named_modules():
-        state = getattr(getattr(layer, "weight", None), "quant_state", None)
-        if state is None or layer.weight.device.type != "cpu" or not layer.in_features % state.blocksize:
+        if (found := _block_and_inputs(layer)) is None or found[1] % found[0] == 0:
             continue
         # Quantized, blocks run on over a row's end; bitsandbytes' CPU kernel begins one with each row.
-        fitting = [str(size) for size in _BLOCKSIZES if not layer.in_features % size]
+        blocksize, inputs = found
+        fitting = [str(size) for size in _BLOCKSIZES if not inputs % size]
         raise UnsupportedBaseError(
-            f"{name} has {layer.in_features} inputs, no multiple of blocksize {state.blocksize}: on a CPU "
+            f"{name} has {inputs} inputs, no multiple of blocksize {blocksize}: on a CPU "
             "bitsandbytes may compute with wrong weights. Choose a blocksize that divides it "
             f"({', '.join(fitting) or 'none does'}), or quantization none."
         )
 
 
-def _left_plain(model: Any, quantized: Callable[[nn.Module], bool]) -> tuple[float, str]:
+def is_quantized(module: nn.Module) -> bool:
+    """Return True for a quantized linear layer, or a stack of quantized experts."""
+    return isinstance(module, ExpertStack) or any(quantized_statistics(module))
+
+
+def _block_and_inputs(layer: Any) -> tuple[int, int] | None:
+    """Return the blocksize and the inputs of a layer that is in 4 bits on the CPU, else None."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.device.type != "cpu":
+        return None
+    if isinstance(layer, ExpertStack):
+        return layer.blocksize, layer.size_in
+    state = getattr(weight, "quant_state", None)
+    return None if state is None else (state.blocksize, layer.in_features)
+
+
+def _left_plain(
+    model: Any, quantized: Callable[[nn.Module], bool], but: Collection[str] = ()
+) -> tuple[float, str]:
     """Return the part of all weights that stays plain though it multiplies rows, and the largest such weight.
 
-    Vectors do not count, nor do embeddings, which are looked up, nor the output head.
+    Vectors do not count, nor do embeddings, which are looked up, nor the output head, nor parameters whose
+    full name is among `but`.
     """
     head = model.get_output_embeddings()
     plain = {
@@ -266,7 +301,7 @@ def _left_plain(model: Any, quantized: Callable[[nn.Module], bool]) -> tuple[flo
         for path, module in model.named_modules()
         if module is not head and not isinstance(module, nn.Embedding) and not quantized(module)
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() > 1
+        if parameter.dim() > 1 and f"{path}.{name}" not in but
     }
     if not plain:
         return 0.0, ""
@@ -396,6 +431,11 @@ def config_for(settings: BaseSettings) -> Any:
     stored = stored_quantization(config)
     if stored == "none":
         return config
+    if next(expert_matrices(_empty(config)), None) is not None:
+        raise UnsupportedBaseError(
+            f"the files in {settings.folder} hold a mixture of experts that is quantized to {stored} already, "
+            "which OneBase does not read: choose the repository with plain weights"
+        )
     if stored != settings.quantization:
         raise UnsupportedBaseError(
             f"the files in {settings.folder} hold weights that are quantized to {stored} already, and "
@@ -473,6 +513,7 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     model.eval()
     model.requires_grad_(False)
+    use_own_code(model)
     _pin_rotary(model)
     layer: Any
     for layer in model.modules():
@@ -539,13 +580,14 @@ def _quantization_config(settings: BaseSettings, config: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     if settings.quantization == "nf4":
-        return BitsAndBytesConfig(
+        how = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=settings.double_quant,
             bnb_4bit_compute_dtype=settings.compute_dtype,
             llm_int8_skip_modules=_skipped_modules(settings, config),
         )
+        return how if next(expert_matrices(_empty(config)), None) is None else with_experts(how)
     if settings.quantization == "int8":
         return BitsAndBytesConfig(
             load_in_8bit=True,
@@ -559,8 +601,7 @@ def _skipped_modules(settings: BaseSettings, config: Any) -> list[str] | None:
     """Return the names of the modules to leave unquantized, or None if transformers' own choice is enough."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    with torch.device("meta"):
-        model = empty_base(copy.deepcopy(config))
+    model = _empty(config)
     narrow = [name for name, module in model.named_modules() if _is_narrow(module, settings.blocksize)]
     return [*get_keys_to_not_convert(model), *narrow] if narrow else None
 
@@ -601,6 +642,14 @@ def _quantize_layers(model: Any, settings: BaseSettings) -> None:
         layer.bias = module.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.to(settings.device))
+    for one in list(expert_matrices(model)):
+        stack = quantize_stack(
+            getattr(one.module, one.name).data,
+            transposed=one.transposed,
+            blocksize=settings.blocksize,
+            double_quant=settings.double_quant,
+        )
+        place_stacks(model, {one.path: stack})
 
 
 def quantized_statistics(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -646,7 +695,8 @@ def parameter_count(model: nn.Module) -> int:
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         total += state.shape.numel() if state is not None else parameter.numel()
-    return total
+    stacks = [module for module in model.modules() if isinstance(module, ExpertStack)]
+    return total + sum(stack.weights - stack.weight.numel() for stack in stacks)
 
 
 def fingerprint(model: nn.Module) -> dict[str, tuple[int, int, torch.dtype]]:
@@ -697,6 +747,7 @@ def estimate_memory(
     """
     output = model.get_output_embeddings()
     parameters = plain = quantized = 0
+    experts = {(one.module, one.name): one for one in expert_matrices(model)}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             count = parameter.numel()
@@ -706,7 +757,11 @@ def estimate_memory(
             parameters += count
             linear = type(module) is nn.Linear and module is not output and name == "weight"
             linear &= not _is_narrow(module, blocksize)
-            if quantization == "none" or not linear:
+            if quantization == "nf4" and (module, name) in experts:
+                number, size_in, size_out = experts[module, name].sizes
+                each = _nf4_statistics(size_in * size_out, blocksize, double_quant)
+                quantized += -(-count // 2) + number * each
+            elif quantization == "none" or not linear:
                 plain += count * dtype.itemsize
             elif quantization == "int8":
                 quantized += count + 4 * parameter.shape[0]

@@ -15,6 +15,7 @@ from onebase_engine.base.load import STATELESS_LAYERS, UnsupportedBaseError, des
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_engine.engine.batch import StepBatch
+from onebase_engine.engine.experts import UnsupportedExpertsError, attach_experts
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, HostCache, KVCache, bytes_per_token
 from onebase_engine.engine.recurrence import Recurrence, UnsupportedRecurrenceError
 from onebase_engine.kernels.cpu import find_kernels
@@ -99,11 +100,14 @@ class ServedModel:
         try:
             self._attention.attach(self._view)
             self._recurrence.attach(self._view)
+            attach_experts(self._view, self.kernels)
             self._probe()
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            known = isinstance(error, UnsupportedAttentionError | UnsupportedRecurrenceError)
+            known = isinstance(
+                error, UnsupportedAttentionError | UnsupportedRecurrenceError | UnsupportedExpertsError
+            )
             reason = str(error) if known else f"{described(error)}. Choose another --quantization, or base"
             raise UnsupportedBaseError(f"{type(base).__name__} cannot be served: {reason}") from error
 
