@@ -416,13 +416,29 @@ def whole_model(folder: Path, quantized: bool, attention: str = "eager") -> Any:
         "dtype": torch.bfloat16 if quantized else torch.float32,
         "device_map": {"": "cpu"},
         "attn_implementation": attention,
+        "experts_implementation": "eager",
     }
     config = AutoConfig.from_pretrained(folder)
     try:
         model = whole_class(config).from_pretrained(folder, **options)
     except ImportError:
         model = base_class(config).from_pretrained(folder, **options)
+    if quantized:
+        round_experts(model)
     return freeze(model)
+
+
+def round_experts(model: Any) -> None:
+    """Replace each expert's matrices by what bitsandbytes makes of them in NF4, and back."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from onebase_engine.base.experts import expert_matrices
+
+    for place in expert_matrices(model):
+        for matrix in getattr(place.module, place.name).data:
+            plain = matrix.T if place.transposed else matrix
+            packed = quantize_4bit(plain.contiguous(), compress_statistics=True, quant_type="nf4")
+            plain.copy_(dequantize_4bit(*packed))
 
 
 def differences(
@@ -436,6 +452,8 @@ def differences(
     import torch
     from peft import PeftModel
 
+    from onebase_engine.base.view import keep_names
+
     bare = whole_model(folder, quantized)
     other = None
     if quantized:
@@ -445,6 +463,7 @@ def differences(
     tuned = None
     for prompt, scores, text, adapted in sorted(rows, key=lambda row: row[3]):
         if adapted and tuned is None:
+            keep_names(bare)
             tuned = PeftModel.from_pretrained(bare, adapter).eval()
         logits = _logits(tuned if adapted else bare, prompt, text)
         places = torch.tensor(text)[:, None]
