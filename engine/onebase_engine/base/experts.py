@@ -101,12 +101,10 @@ class ExpertStack(nn.Module):
         sizes = (self.size_in, self.size_out) if self.transposed else (self.size_out, self.size_in)
         return torch.Size((self.count, *sizes))
 
-    def state(self, number: int, rows: int | None = None) -> Any:
-        """Return bitsandbytes' quantization state of one matrix, or of its first rows."""
+    def state(self, number: int) -> Any:
+        """Return bitsandbytes' quantization state of one matrix."""
         from bitsandbytes.functional import QuantState
 
-        outputs = self.size_out if rows is None else rows
-        blocks = outputs * self.size_in // self.blocksize
         nested: dict[str, Any] = {}
         if self.nested:
             inner = QuantState(
@@ -117,8 +115,8 @@ class ExpertStack(nn.Module):
             )
             nested = {"offset": self.offset[number], "state2": inner}
         return QuantState(
-            absmax=self.absmax[number, :blocks],
-            shape=torch.Size((outputs, self.size_in)),
+            absmax=self.absmax[number],
+            shape=torch.Size((self.size_out, self.size_in)),
             code=self.code,
             blocksize=self.blocksize,
             quant_type="nf4",
@@ -126,16 +124,16 @@ class ExpertStack(nn.Module):
             **nested,
         )
 
-    def layer(self, number: int, rows: int | None = None) -> Any:
-        """Return one matrix, or its first rows, as bitsandbytes' linear layer over the same memory."""
+    def layer(self, number: int) -> Any:
+        """Return one matrix as bitsandbytes' linear layer, over the same memory."""
         import bitsandbytes as bnb
 
-        state = self.state(number, rows)
+        state = self.state(number)
         layer = bnb.nn.Linear4bit(
-            self.size_in, state.shape[0], bias=False, compute_dtype=self.dtype,
+            self.size_in, self.size_out, bias=False, compute_dtype=self.dtype,
             compress_statistics=self.nested, quant_type="nf4", device="meta",
         )  # fmt: skip
-        packed = self.weight.detach()[number, : state.shape.numel() // 2].view(-1, 1)
+        packed = self.weight.detach()[number].view(-1, 1)
         layer.weight = bnb.nn.Params4bit(
             packed, requires_grad=False, quant_state=state, blocksize=self.blocksize,
             compress_statistics=self.nested, quant_type="nf4", bnb_quantized=True, module=layer,
@@ -155,6 +153,16 @@ class ExpertStack(nn.Module):
         matrix: torch.Tensor = dequantize_4bit(packed, self.state(number))
         setattr(matrix, _OWNER, (self, number))
         return matrix
+
+
+def layer_of(held: ExpertStack | torch.Tensor, number: int, transposed: bool = False) -> Any:
+    """Return one matrix of a stack, or of a plain parameter, as a linear layer over the same memory."""
+    if isinstance(held, ExpertStack):
+        return held.layer(number)
+    matrix = held.detach()[number].T if transposed else held.detach()[number]
+    layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(matrix, requires_grad=False)
+    return layer
 
 
 def quantize_stack(
@@ -242,6 +250,15 @@ def use_own_code(model: nn.Module) -> None:
 def own_code(module: Any) -> Any:
     """Return the forward of a module of experts without transformers' interface."""
     return inspect.unwrap(type(module).forward)
+
+
+@cache
+def is_usual(kind: type) -> bool:
+    """Return True if a class of experts is computed like Mixtral's, as most are."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    own, usual = (inspect.unwrap(one.forward).__code__ for one in (kind, MixtralExperts))
+    return all(getattr(own, part) == getattr(usual, part) for part in ("co_code", "co_names", "co_consts"))
 
 
 def compute_experts(module: nn.Module, *args: Any, **named: Any) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from onebase_engine.base.experts import ExpertStack, expert_modules, matrix_names, own_code
+from onebase_engine.base.experts import ExpertStack, expert_modules, layer_of, matrix_names, own_code
 from onebase_engine.kernels.interface import TILE, Kernels, LinearKernel, RowMap
 
 _NO_ROWS = RowMap()
@@ -27,9 +27,14 @@ class UnsupportedExpertsError(Exception):
     """A mixture asks for something that the kernels do not compute."""
 
 
-def attach_experts(view: nn.Module, kernels: Kernels) -> None:
-    """Let the kernels compute the experts of a view, and its routers by rows."""
-    for _, module in expert_modules(view):
+def attach_experts(view: nn.Module, kernels: Kernels) -> bool:
+    """Let the kernels compute the experts of a view, and its routers by rows. Return False if it has none."""
+    modules = [module for _, module in expert_modules(view)]
+    for module in modules:
+        kernel = kernels.experts(module)
+        if kernel is not None:
+            module.forward = partial(_compute, kernel)
+            continue
         matrices = {
             name: _Matrices(getattr(module, name), kernels, module.is_transposed)
             for name in matrix_names(module)
@@ -38,17 +43,18 @@ def attach_experts(view: nn.Module, kernels: Kernels) -> None:
             module._parameters.pop(name, None)
             module._modules.pop(name, None)
             module.__dict__[name] = one
-        module.forward = partial(_compute, module)
+        module.forward = partial(_compute, partial(own_code(module), module))
     if kernels.tiled:
         for module in view.modules():
             if _routes(module):
                 module.forward = partial(_by_tiles, module.forward)
+    return bool(modules)
 
 
-def _compute(module: Any, hidden: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+def _compute(kernel: Any, hidden: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
     if hidden.device.type == "meta":  # what is chosen is no number there
         return torch.empty_like(hidden)
-    result: torch.Tensor = own_code(module)(module, hidden, *args, **named)
+    result: torch.Tensor = kernel(hidden, *args, **named)
     return result
 
 
@@ -56,22 +62,12 @@ class _Matrices:
     """Matrices of all experts, by number, as modelling code takes them from a parameter."""
 
     def __init__(self, held: ExpertStack | torch.Tensor, kernels: Kernels, transposed: bool) -> None:
-        layers = (
-            [held.layer(number) for number in range(held.count)]
-            if isinstance(held, ExpertStack)
-            else [_plain_layer(matrix.T if transposed else matrix) for matrix in held.detach().unbind()]
-        )
+        count = held.count if isinstance(held, ExpertStack) else len(held)
+        layers = (layer_of(held, number, transposed) for number in range(count))
         self._all = [_Matrix(kernels.linear(layer, 0), transposed) for layer in layers]
 
     def __getitem__(self, number: int | torch.Tensor) -> _Matrix:
         return self._all[int(number)]
-
-
-def _plain_layer(matrix: torch.Tensor) -> nn.Linear:
-    size_out, size_in = matrix.shape
-    layer = nn.Linear(size_in, size_out, bias=False, device="meta")
-    layer.weight = nn.Parameter(matrix, requires_grad=False)
-    return layer
 
 
 class _Matrix:

@@ -100,7 +100,7 @@ class ServedModel:
         try:
             self._attention.attach(self._view)
             self._recurrence.attach(self._view)
-            attach_experts(self._view, self.kernels)
+            self._routed = attach_experts(self._view, self.kernels)
             self._probe()
         except Exception as error:
             if is_out_of_memory(error):
@@ -148,9 +148,14 @@ class ServedModel:
         return len(set(self._attention.shapes.values())) * (4 if self.kv_dtype == torch.int8 else 2)
 
     @property
+    def _captures(self) -> bool:
+        """Whether passes are captured as CUDA graphs. Which experts are computed is not the same in each."""
+        return self.kernels.captures and not self.state_bytes and not self._routed
+
+    @property
     def graph_bytes(self) -> int:
         """Largest number of bytes that captured passes may take."""
-        if not self.kernels.captures:
+        if not self._captures:
             return 0
         from onebase_engine.engine.graphs import MOST_BYTES  # imports Triton
 
@@ -203,7 +208,7 @@ class ServedModel:
             self._fused = True
             table = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + 2 * parts, dtype=np.int32).reshape(2, parts)
             self._recorded = self._fuse(lambda number: self._try_pass(number, table, block_size))
-        if self.kernels.captures and not self.state_bytes:
+        if self._captures:
             from onebase_engine.engine.graphs import Graphs  # imports Triton
 
             self._graphs = Graphs(self._run_fixed, self.kernels, self._slot_count, block_size, self.device)
