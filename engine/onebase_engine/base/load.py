@@ -240,11 +240,6 @@ def _check_linear(model: nn.Module) -> None:
 
 def check_quantized(model: nn.Module, settings: BaseSettings) -> None:
     """Raise UnsupportedBaseError if a loaded base is not what its settings say."""
-    if settings.quantization == "int8" and (experts := next(expert_matrices(model), None)):
-        raise UnsupportedBaseError(
-            f"--quantization int8 does not quantize experts, such as {experts.path} of "
-            f"{type(model).__name__}. Choose nf4, or none."
-        )
     kinds = {type(module).__name__ for module in model.modules() if any(quantized_statistics(module))}
     if other := kinds - {_LAYERS[settings.quantization]}:
         raise UnsupportedBaseError(
@@ -429,9 +424,15 @@ def config_for(settings: BaseSettings) -> Any:
     """
     config = load_config(settings.folder)
     stored = stored_quantization(config)
+    experts = next(expert_matrices(_empty(config)), None)
+    if experts is not None and settings.quantization == "int8":
+        raise UnsupportedBaseError(
+            f"--quantization int8 does not quantize a mixture's experts, such as {experts.path} of "
+            f"{type(config).__name__}: start with --quantization nf4, or none"
+        )
     if stored == "none":
         return config
-    if next(expert_matrices(_empty(config)), None) is not None:
+    if experts is not None:
         raise UnsupportedBaseError(
             f"the files in {settings.folder} hold a mixture of experts that is quantized to {stored} already, "
             "which OneBase does not read: choose the repository with plain weights"
@@ -777,7 +778,7 @@ def needed_memory(settings: BaseSettings) -> int:
     Raises:
         UnsupportedBaseError: it cannot be served, or its files hold what the settings do not say.
     """
-    model = empty_base(copy.deepcopy(config_for(settings)))
+    model = _empty(config_for(settings))
     return estimate_memory(
         model,
         settings.quantization,

@@ -31,9 +31,12 @@ def attach_experts(view: nn.Module, kernels: Kernels) -> bool:
     """Let the kernels compute the experts of a view, and its routers by rows. Return False if it has none."""
     modules = [module for _, module in expert_modules(view)]
     for module in modules:
+        if next(module.parameters()).is_meta:  # which experts are chosen is no number there
+            module.forward = _shaped
+            continue
         kernel = kernels.experts(module)
         if kernel is not None:
-            module.forward = partial(_compute, kernel)
+            module.forward = kernel
             continue
         matrices = {
             name: _Matrices(getattr(module, name), kernels, module.is_transposed)
@@ -43,7 +46,7 @@ def attach_experts(view: nn.Module, kernels: Kernels) -> bool:
             module._parameters.pop(name, None)
             module._modules.pop(name, None)
             module.__dict__[name] = one
-        module.forward = partial(_compute, partial(own_code(module), module))
+        module.forward = partial(own_code(module), module)
     if kernels.tiled:
         for module in view.modules():
             if _routes(module):
@@ -51,11 +54,8 @@ def attach_experts(view: nn.Module, kernels: Kernels) -> bool:
     return bool(modules)
 
 
-def _compute(kernel: Any, hidden: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
-    if hidden.device.type == "meta":  # what is chosen is no number there
-        return torch.empty_like(hidden)
-    result: torch.Tensor = kernel(hidden, *args, **named)
-    return result
+def _shaped(hidden: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+    return torch.empty_like(hidden)
 
 
 class _Matrices:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -373,16 +374,14 @@ class CpuKernels(ReferenceRecurrence):
         return layer
 
     def experts(self, module: Any) -> NativeExperts | None:
-        names = matrix_names(module)
-        held = [getattr(module, name) for name in names]
         if not is_usual(type(module)):
             return None
-        layers = [self.linear(layer_of(one, 0), 0) for one in held]
-        up, down = layers
+        held = [getattr(module, name) for name in matrix_names(module)]
+        up, down = (self.linear(layer_of(one, 0), 0) for one in held)
         if not (isinstance(up, NativeLinear) and isinstance(down, NativeLinear)):
             return None
-        silu = type(module.act_fn).__name__ in _SILU and self.gates
-        return NativeExperts(self, held, up, down) if silu and up.size_out % (2 * LANES) == 0 else None
+        silu = type(module.act_fn).__name__ in _SILU and self.gates and up.size_out % (2 * LANES) == 0
+        return NativeExperts(self, held, up, down, None if silu else module.act_fn)
 
     def join(self, layers: Sequence[LinearKernel], *, gated: bool = False) -> NativeLayers | None:
         """Join layers. A gated pair is joined only if silu has PyTorch's bits."""
@@ -712,15 +711,22 @@ class NativeExperts:
     """
 
     def __init__(
-        self, kernels: CpuKernels, held: Sequence[Any], up: NativeLinear, down: NativeLinear
+        self,
+        kernels: CpuKernels,
+        held: Sequence[Any],
+        up: NativeLinear,
+        down: NativeLinear,
+        activation: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
         """Describe the experts to the library.
 
         Args:
             held: stacks or parameters of the matrices up and down.
             up: layer of the first expert's matrix up; `down`: of its matrix down.
+            activation: of the gate; None: silu, which the library computes.
         """
         self._kernels = kernels
+        self._activation = activation
         self.exact = up.exact_base and down.exact_base
         self._inner, self._size = down.size_in, down.size_out
         count = len(held[1].weight if isinstance(held[1], ExpertStack) else held[1])
@@ -730,13 +736,16 @@ class NativeExperts:
         calls = (KernelCall * (2 * count))()
         for number in range(count):
             gate, second, last = (self._layers[3 * number + place] for place in range(3))
+            halves = (0, 1) if activation is None else (None, None)
             for structure, layer, (place, _), half in (
-                (gate, up, places[0], 0), (second, up, places[0], 1), (last, down, places[1], None),
+                (gate, up, places[0], halves[0]), (second, up, places[0], halves[1]),
+                (last, down, places[1], None),
             ):  # fmt: skip
                 _describe(structure, layer, place(number), half)
             first, then = calls[2 * number], calls[2 * number + 1]
             first.kind = then.kind = _LINEAR
-            first.count, first.gated, then.count = 2, 1, 1
+            first.gated, then.count = activation is None, 1
+            first.count = 1 + first.gated
             first.layers[0], first.layers[1] = ctypes.addressof(gate), ctypes.addressof(second)
             then.layers[0] = ctypes.addressof(last)
         words = np.frombuffer(calls, np.int64).reshape(count, 2, -1)
@@ -754,15 +763,24 @@ class NativeExperts:
         if len(used) and not 0 <= used[0] <= used[-1] < len(self._calls):
             raise ValueError("a router chose an expert that there is not")
         xs = x[torch.from_numpy(order // each)]
-        hidden = torch.empty(len(flat), self._inner, dtype=x.dtype)
         ys = torch.empty(len(flat), self._size, dtype=x.dtype)
         calls = self._calls[used]
         calls[:, :, _ROWS_WORD] = counts[:, None]
-        for call, word, tensor in (
-            (0, _X_WORD, xs), (0, _Y_WORD, hidden), (1, _X_WORD, hidden), (1, _Y_WORD, ys),
-        ):  # fmt: skip
-            calls[:, call, word] = tensor.data_ptr() + starts * tensor.stride(0) * tensor.itemsize
-        self._kernels.run_all(calls.ctypes.data, 2 * len(used), None, None)
+
+        def multiply(parts: slice, *tensors: torch.Tensor) -> None:
+            places = [one.data_ptr() + starts * one.stride(0) * one.itemsize for one in tensors]
+            for number, (source, target) in enumerate(pairwise(places)):
+                calls[:, parts][:, number, [_X_WORD, _Y_WORD]] = np.stack([source, target], 1)
+            made = np.ascontiguousarray(calls[:, parts])
+            self._kernels.run_all(made.ctypes.data, made.shape[0] * made.shape[1], None, None)
+
+        if self._activation is None:
+            multiply(slice(0, 2), xs, torch.empty(len(flat), self._inner, dtype=x.dtype), ys)
+        else:
+            both = torch.empty(len(flat), 2 * self._inner, dtype=x.dtype)
+            multiply(slice(0, 1), xs, both)
+            gate, up = both.chunk(2, dim=-1)
+            multiply(slice(1, 2), self._activation(gate) * up, ys)
         # A row adds up by ascending number of the expert.
         place = np.empty(len(flat), np.int64)
         place[order] = np.arange(len(flat))
