@@ -404,7 +404,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def _is_bypassed(model: Any, name: str) -> bool:
     """Return True for a layer on which PEFT puts no adapter, since kernels may compute it with the layer
     around it."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = getattr(type(getattr(model, "config", None)), "model_type", None)
     return kind in _BYPASSING and name.endswith(".out_proj")
 
 

@@ -159,7 +159,7 @@ def classifier_with(full: Any, task: Task, layer: nn.Linear) -> nn.Module:
     except (ValueError, AttributeError) as error:
         raise AdapterFormatError(
             "unsupported_kind",
-            f"task_type is {task}, and transformers has no such model for {config.model_type}",
+            f"task_type is {task}, and transformers has no such model for {type(config).model_type}",
         ) from error
     names = [name for name in CLASSIFIER_NAMES if isinstance(getattr(model, name, None), nn.Linear)]
     if not names or not hasattr(model, model.base_model_prefix):

@@ -262,7 +262,7 @@ def _logits(model: Any, ids: list[int], keep: int) -> torch.Tensor:
     products in another order, and one flipped last bit may tip a near tie between two tokens.
     """
     device = next(model.parameters()).device
-    whole = model.config.model_type in WHOLE_TEXTS
+    whole = type(model.config).model_type in WHOLE_TEXTS
     cache = None if whole else DynamicCache(config=model.config)
     size = len(ids) if whole else TILE
     kept = []

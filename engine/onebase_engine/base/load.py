@@ -760,8 +760,8 @@ def estimate_memory(
             linear &= not _is_narrow(module, blocksize)
             if quantization == "nf4" and (module, name) in experts:
                 number, size_in, size_out = experts[module, name].sizes
-                each = _nf4_statistics(size_in * size_out, blocksize, double_quant)
-                quantized += -(-count // 2) + number * each
+                statistics = _nf4_statistics(size_in * size_out, blocksize, double_quant, matrices=number)
+                quantized += -(-count // 2) + statistics
             elif quantization == "none" or not linear:
                 plain += count * dtype.itemsize
             elif quantization == "int8":
@@ -788,15 +788,16 @@ def needed_memory(settings: BaseSettings) -> int:
     ).total
 
 
-def _nf4_statistics(count: int, blocksize: int, double_quant: bool) -> int:
+def _nf4_statistics(count: int, blocksize: int, double_quant: bool, matrices: int = 1) -> int:
     """Return the bytes of a 4-bit weight's statistics: absmax of `count` values and the 16 fp32 of the code.
 
     Double quantization: one byte an absmax, their own fp32 absmax, the fp32 offset and a code of 256 fp32.
+    `matrices`, of `count` values each, share their codes.
     """
     blocks = -(-count // blocksize)
     if not double_quant:
-        return 4 * blocks + 4 * 16
-    return blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4 + 4 * 256 + 4 * 16
+        return matrices * 4 * blocks + 4 * 16
+    return matrices * (blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4) + 4 * 256 + 4 * 16
 
 
 def _is_tied(model: Any) -> bool:
