@@ -209,6 +209,12 @@ def expert_matrices(model: nn.Module) -> Iterator[Matrices]:
             yield Matrices(f"{path}.{name}", module, name, module.is_transposed)
 
 
+def experts_per_token(config: Any) -> int:
+    """Return how many experts of a layer each token uses, by the config of a text model; 0 without experts."""
+    names = ("num_experts_per_tok", "top_k_experts")
+    return next((int(found) for name in names if (found := getattr(config, name, None))), 0)
+
+
 def _is_known(module: Any) -> bool:
     """Return True for a module of experts whose matrices are where transformers' interface has them.
 
