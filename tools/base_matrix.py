@@ -147,6 +147,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_audio": {"output_proj_dims": 128},
     "hunyuan_v1_dense": {"head_dim": 32},
     "hunyuan_v1_moe": {"head_dim": 32, "num_experts": 64},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
     "ministral": {"head_dim": 32},
     "nemotron": {"head_dim": 32, "num_key_value_heads": 2},
     "starcoder2": {"sliding_window": None},
@@ -222,6 +224,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3.5 dense": ("qwen3_5", {}),
     "OLMo 3 with YaRN": ("olmo3", _yarn()),
     "LFM2": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    "Gemma 4 26B A4B": (
+        "gemma4",
+        {
+            "text_config": {
+                "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64,
+                **_PLAIN_GEMMA4,
+            }
+        },
+    ),
+    "Granite 4.0 H tiny and small": (
+        "granitemoehybrid",
+        {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
     "Command A and R7B": ("cohere2", {"tie_word_embeddings": True}),
 }  # fmt: skip
 """Models that people download, where they differ from their type's default config."""
@@ -626,7 +641,8 @@ def _write(known: Mapping[str, Result], order: Sequence[str], versions: Mapping[
 REASONS: Sequence[tuple[str, str, str]] = (
     ("is an encoder-decoder", "Encoder-decoders", "OneBase serves decoders. Choose a causal language model."),
     ("no causal language model", "Encoders, and models that attend to another one", "Choose a decoder."),
-    ("mixture of experts", "Mixtures of experts", "Choose a dense base."),
+    ("a mixture's experts in a way", "Mixtures whose experts are computed in a way of their own",
+     "Choose another mixture, or a dense base."),
     ("does not know logits_to_keep", "Logits of all tokens at every step", "Choose another base."),
     ("does not quantize", "Layers of classes that bitsandbytes does not quantize", "Choose another base."),
     ("s_aux|asks for", "Attention with sinks, indices or other terms of its own", "Choose another base."),

@@ -1,7 +1,8 @@
-"""Mixtures of experts: bitsandbytes' numbers in each matrix, rows that depend on no neighbour, PEFT's texts."""
+"""Mixtures: bitsandbytes' numbers in each expert's matrices, rows of their own beside any, PEFT's texts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -96,9 +97,7 @@ def test_each_matrix_has_the_numbers_that_bitsandbytes_gives_it_alone(
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_a_mixture_takes_the_memory_that_its_config_says(
-    kind: str, folders: Callable[[str], Path]
-) -> None:
+def test_a_mixture_takes_the_memory_that_its_config_says(kind: str, folders: Callable[[str], Path]) -> None:
     settings = BaseSettings(folders(kind))
     base = load_base(settings)
     stacked = [module for module in base.modules() if isinstance(module, ExpertStack)]
@@ -119,7 +118,7 @@ def test_loading_holds_no_more_than_a_few_matrices_in_full(tmp_path: Path) -> No
     settings = BaseSettings(save_model(config, tmp_path / "base"))
     loaded: list[nn.Module] = []
     most = LiveBytes.measure(lambda: loaded.append(load_base(settings)))
-    largest = max(2 * place.sizes[0] * place.sizes[1] * place.sizes[2] for place in expert_matrices(loaded[0]))
+    largest = max(2 * math.prod(place.sizes) for place in expert_matrices(loaded[0]))
     whole = 2 * parameter_count(loaded[0])
     allowed = base_bytes(loaded[0]) + 4 * largest
     assert 2 * allowed < whole, "else this shows nothing"
@@ -159,10 +158,10 @@ def test_experts_have_the_bits_of_the_models_own_code(
             x = torch.randn(rows, 128, generator=draw).bfloat16()
             scores = torch.rand(rows, count, generator=draw)
             weights, chosen = scores.topk(2)
-            for given in (weights, weights.bfloat16()):
+            for factors in (weights, weights.bfloat16()):
                 with torch.inference_mode():
-                    expected = own_code(own)(own, x, chosen, given)
-                    assert torch.equal(served.get_submodule(path)(x, chosen, given), expected)
+                    expected = own_code(own)(own, x, chosen, factors)
+                    assert torch.equal(served.get_submodule(path)(x, chosen, factors), expected)
 
 
 @given(data=st.data())
@@ -262,14 +261,14 @@ def test_a_backward_has_the_gradients_of_the_dequantized_matrices_and_keeps_none
     _, own = next(expert_modules(base))
     plain = view(base).get_submodule(next(path for path, _ in expert_modules(base)))
     for name in ("gate_up_proj", "down_proj"):
-        stack = plain._modules.pop(name)
+        stack: Any = plain._modules.pop(name)
         matrices = torch.stack([stack[number].detach() for number in range(stack.count)])
         plain.register_parameter(name, nn.Parameter(matrices, requires_grad=False))
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(40, 128, generator=draw).bfloat16()
     weights, chosen = torch.rand(40, 4, generator=draw).topk(2)
     kept: list[torch.Tensor] = []
-    gradients = []
+    gradients: list[Any] = []
     for module in (own, plain):
         row = x.clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(_noted(kept), lambda tensor: tensor):

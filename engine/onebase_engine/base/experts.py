@@ -1,9 +1,9 @@
 """Experts of a mixture in NF4, matrix by matrix.
 
-transformers keeps the matrices of all experts in one parameter [experts, ...], which bitsandbytes leaves alone.
-Here an `ExpertStack` takes the parameter's place: each matrix is quantized by itself, to the numbers that
-bitsandbytes gives it as a linear layer's weight, and is dequantized where modelling code takes it by its number.
-So a mixture's own code computes with the quantized experts, in its own order.
+transformers keeps the matrices of all experts in one parameter [experts, ...], which bitsandbytes leaves
+alone. Here an `ExpertStack` takes the parameter's place: each matrix is quantized by itself, to the numbers
+that bitsandbytes gives it as a linear layer's weight, and is dequantized where modelling code takes it by its
+number. So a mixture's own code computes with the quantized experts, in its own order.
 """
 
 from __future__ import annotations
@@ -108,12 +108,12 @@ class ExpertStack(nn.Module):
         nested: dict[str, Any] = {}
         if self.nested:
             inner = QuantState(
-                absmax=self.nested_absmax[number],
+                absmax=self.nested_absmax[number],  # type: ignore[index]
                 code=self.nested_code,
                 blocksize=_NESTED_BLOCKSIZE,
                 dtype=torch.float32,
             )
-            nested = {"offset": self.offset[number], "state2": inner}
+            nested = {"offset": self.offset[number], "state2": inner}  # type: ignore[index]
         return QuantState(
             absmax=self.absmax[number],
             shape=torch.Size((self.size_out, self.size_in)),
@@ -210,7 +210,7 @@ def expert_matrices(model: nn.Module) -> Iterator[Matrices]:
 
 
 def experts_per_token(config: Any) -> int:
-    """Return how many experts of a layer each token uses, by the config of a text model; 0 without experts."""
+    """Return how many experts of a layer a token uses, by a text model's config; 0 without experts."""
     names = ("num_experts_per_tok", "top_k_experts")
     return next((int(found) for name in names if (found := getattr(config, name, None))), 0)
 
@@ -259,7 +259,7 @@ def own_code(module: Any) -> Any:
 
 
 @cache
-def is_usual(kind: type) -> bool:
+def is_usual(kind: Any) -> bool:
     """Return True if a class of experts is computed like Mixtral's, as most are."""
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -269,12 +269,9 @@ def is_usual(kind: type) -> bool:
 
 def compute_experts(module: nn.Module, *args: Any, **named: Any) -> torch.Tensor:
     """Compute experts by the model's own code; for a backward, matrices are dequantized once more."""
-    if not torch.is_grad_enabled():
+    with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
         result: torch.Tensor = own_code(module)(module, *args, **named)
         return result
-    with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
-        result = own_code(module)(module, *args, **named)
-    return result
 
 
 def _packed(tensor: torch.Tensor) -> Any:
@@ -301,14 +298,14 @@ def _register_quantizer() -> None:
     from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-    class Quantize(ConversionOps):
+    class Quantize(ConversionOps):  # type: ignore[misc]
         """Quantizes what a checkpoint has for one parameter."""
 
         def __init__(self, quantizer: Any, linear: Any) -> None:
             self.quantizer, self.linear = quantizer, linear
 
         def convert(self, input_dict: dict[str, Any], **given: Any) -> dict[str, Any]:
-            found = {}
+            found: dict[str, Any] = {}
             for path in [path for path in input_dict if path in self.quantizer.places]:
                 value = input_dict.pop(path)
                 stack = quantize_stack(
@@ -320,10 +317,11 @@ def _register_quantizer() -> None:
                 self.quantizer.stacks[path] = stack
                 # transformers puts parameters where it has read them, and checks that all are there.
                 found[path] = stack.weight
-            return found | self.linear.convert(input_dict, **given)
+            found |= self.linear.convert(input_dict, **given)
+            return found
 
     @register_quantizer(_QUANTIZER)
-    class Quantizer(Bnb4BitHfQuantizer):
+    class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         """Quantizes linear layers and experts while they are loaded, one parameter after the other."""
 
         def _process_model_before_weight_loading(self, model: Any, *args: Any, **named: Any) -> None:

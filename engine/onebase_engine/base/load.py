@@ -230,7 +230,7 @@ def _check_linear(model: nn.Module) -> None:
             f"OneBase does not quantize layers of class {type(owner).__name__}. Choose another base"
             if "expert" not in f"{name}{type(owner).__name__}".lower()
             else f"{type(owner).__name__} computes a mixture's experts in a way that OneBase does not know. "
-            "Choose a mixture whose experts transformers computes through its interface, or a base without one"
+            "Choose a mixture whose experts transformers computes through its interface, or a dense base"
         )
         raise UnsupportedBaseError(
             f"{type(model).__name__} has {part:.0%} of its weights outside linear layers, for instance in "
@@ -434,8 +434,8 @@ def config_for(settings: BaseSettings) -> Any:
         return config
     if experts is not None:
         raise UnsupportedBaseError(
-            f"the files in {settings.folder} hold a mixture of experts that is quantized to {stored} already, "
-            "which OneBase does not read: choose the repository with plain weights"
+            f"the files in {settings.folder} hold a mixture of experts that is quantized to {stored} "
+            "already, which OneBase does not read: choose the repository with plain weights"
         )
     if stored != settings.quantization:
         raise UnsupportedBaseError(

@@ -1,9 +1,9 @@
-"""Mixtures of experts in the served view: routing and products in which no row depends on its neighbours.
+"""Mixtures of experts in the served view, in which no row depends on its neighbours.
 
-The modelling code of experts stays as it is: for each expert that a row has chosen, it multiplies the expert's
-rows by its matrices and adds up what they give, in the order of the experts. Here its matrices stand for the
-kernels' products. Routers are computed over TILE rows at a time on the CPU, where PyTorch's products depend on
-their number.
+The modelling code of experts stays as it is: for each expert that a row has chosen, it multiplies the
+expert's rows by its matrices and adds up what they give, in the order of the experts. Here its matrices stand
+for the kernels' products. Back-ends that compute all experts at once do it in the same order. Routers are
+computed over TILE rows at a time on the CPU, where PyTorch's products depend on their number.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _by_tiles(whole: Any, x: torch.Tensor, *args: Any, **named: Any) -> Any:
     flat = x.reshape(-1, x.shape[-1])
     padded = functional.pad(flat, (0, 0, 0, -len(flat) % TILE))
     lead = [1] * (x.dim() - 2)
-    parts = [whole(tile.view(*lead, *tile.shape), *args, **named) for tile in padded.split(TILE)]
+    parts = [whole(tile.view(*lead, *tile.shape), *args, **named) for tile in torch.split(padded, TILE)]
     if not isinstance(parts[0], tuple):
         raise UnsupportedExpertsError("its router gives no weights and numbers of experts")
     if any(one.shape[0] != TILE for one in parts[0]):

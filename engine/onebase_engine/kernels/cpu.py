@@ -126,9 +126,7 @@ class KernelCall(ctypes.Structure):
     )  # fmt: skip
 
 
-_ROWS_WORD, _X_WORD, _Y_WORD = (
-    field.offset // 8 for field in (KernelCall.rows, KernelCall.x, KernelCall.ys)
-)
+_ROWS_WORD, _X_WORD, _Y_WORD = (field.offset // 8 for field in (KernelCall.rows, KernelCall.x, KernelCall.ys))
 """Places of fields in a call that is read as words of 8 bytes."""
 
 
@@ -374,7 +372,8 @@ class CpuKernels(ReferenceRecurrence):
         return layer
 
     def experts(self, module: Any) -> NativeExperts | None:
-        if not is_usual(type(module)):
+        kind: Any = type(module)
+        if not is_usual(kind):
             return None
         held = [getattr(module, name) for name in matrix_names(module)]
         up, down = (self.linear(layer_of(one, 0), 0) for one in held)
@@ -748,8 +747,8 @@ class NativeExperts:
             first.count = 1 + first.gated
             first.layers[0], first.layers[1] = ctypes.addressof(gate), ctypes.addressof(second)
             then.layers[0] = ctypes.addressof(last)
-        words = np.frombuffer(calls, np.int64).reshape(count, 2, -1)
-        self._calls = words.copy()
+        words = np.frombuffer(memoryview(calls).cast("B"), np.int64)
+        self._calls = words.reshape(count, 2, -1).copy()
         """The two calls of each expert, as words [experts, 2, ...]."""
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
