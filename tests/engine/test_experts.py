@@ -323,3 +323,42 @@ def test_products_that_are_not_known_are_refused(folders: Callable[[str], Path])
         nn.functional.linear(torch.zeros(1, 64), matrix)
     with pytest.raises(UnsupportedExpertsError):
         torch.einsum("ij,jk->ik", torch.zeros(1, 64), matrix)
+
+
+def save_mxfp4(folder: Path) -> Path:
+    """A gpt-oss whose files hold experts as the published ones do: two values a byte, a scale for 32."""
+    from safetensors.torch import load_file, save_file
+
+    save_base("gpt_oss", folder)
+    tensors = load_file(folder / "model.safetensors")
+    draw = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, size_in, size_out = tensors.pop(name).shape
+        shape = experts, size_out, size_in // 32
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=draw).to(torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(120, 126, shape, generator=draw).to(torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = tf.AutoConfig.from_pretrained(folder)
+    config.quantization_config = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+    }
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_experts_in_mxfp4_are_unpacked_and_quantized_again(tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path)
+    assert any("MXFP4" in note for note in check_base(tf.AutoConfig.from_pretrained(folder)).notes)
+    base = load_base(BaseSettings(folder))
+    wide = load_base(BaseSettings(folder, blocksize=32))
+    found = list(plain_matrices(folder))
+    assert len(found) == 4
+    for path, plain, _ in found:
+        assert plain.dtype == torch.bfloat16
+        assert len(plain.unique()) > 20, "16 values, times scales"
+        for number, matrix in enumerate(plain):
+            rounded = bnb.quantize_4bit(matrix.T.contiguous(), compress_statistics=True, quant_type="nf4")
+            assert torch.equal(base.get_submodule(path)[number].T, bnb.dequantize_4bit(*rounded))
+            assert wide.get_submodule(path).blocksize == 32
+    assert type(base.get_submodule("model.layers.0.self_attn.q_proj")).__name__ == "Linear4bit"

@@ -294,7 +294,8 @@ def _unpacked(kept: Any) -> torch.Tensor:
 @cache
 def _register_quantizer() -> None:
     """Register bitsandbytes' quantizer for 4 bits with transformers once more, as one that knows experts."""
-    from transformers.core_model_loading import ConversionOps
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.integrations.mxfp4 import dequantize_convertops
     from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
@@ -320,6 +321,18 @@ def _register_quantizer() -> None:
             found |= self.linear.convert(input_dict, **given)
             return found
 
+    class Unpack(ConversionOps):  # type: ignore[misc]
+        """Makes the plain parameter of experts that a checkpoint has in MXFP4."""
+
+        def convert(self, input_dict: dict[str, Any], **given: Any) -> dict[str, Any]:
+            path = given["full_layer_name"]
+            name = path.rpartition(".")[2]
+            blocks, scales = (input_dict[f"{name}_{part}"] for part in ("blocks", "scales"))
+            # Read in the base's dtype, which holds every byte as it is.
+            octets = [(one[0] if isinstance(one, list) else one).to(torch.uint8) for one in (blocks, scales)]
+            dtype = given["model"].get_parameter(path).dtype
+            return {path: dequantize_convertops(*octets, dtype).detach()}
+
     @register_quantizer(_QUANTIZER)
     class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         """Quantizes linear layers and experts while they are loaded, one parameter after the other."""
@@ -332,6 +345,12 @@ def _register_quantizer() -> None:
         def param_needs_quantization(self, model: Any, param_name: str, **named: Any) -> bool:
             return param_name in self.places or super().param_needs_quantization(model, param_name, **named)
 
+        def get_weight_conversions(self) -> list[Any]:
+            names = {one.name for one in self.places.values()} if self.quantization_config.from_mxfp4 else ()
+            return super().get_weight_conversions() + [
+                WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [Unpack()]) for name in names
+            ]
+
         def get_quantize_ops(self) -> Any:
             return Quantize(self, super().get_quantize_ops())
 
@@ -343,8 +362,12 @@ def _register_quantizer() -> None:
             return super()._process_model_after_weight_loading(model, **named)
 
 
-def with_experts(config: Any) -> Any:
-    """Return transformers' settings of bitsandbytes' 4 bits so that experts are quantized as well."""
+def with_experts(config: Any, *, from_mxfp4: bool = False) -> Any:
+    """Return transformers' settings of bitsandbytes' 4 bits so that experts are quantized as well.
+
+    from_mxfp4: the checkpoint has them in MXFP4.
+    """
     _register_quantizer()
     config.quant_method = _QUANTIZER
+    config.from_mxfp4 = from_mxfp4
     return config

@@ -190,17 +190,13 @@ def _check_modules(model: Any) -> None:
 def stored_quantization(config: Any) -> Quantization:
     """Return how the weights in a base's files are quantized: "none" where they are plain.
 
+    MXFP4, in which gpt-oss has its experts, counts as plain: it is unpacked while it is read.
+
     Raises:
         UnsupportedBaseError: in a format that OneBase does not read.
     """
-    stored = (
-        getattr(config, "quantization_config", None)
-        or getattr(config, "compression_config", None)  # an older name of compressed-tensors
-        or getattr(config.get_text_config(), "quantization_config", None)
-    )
-    if not stored:
+    if not (fields := _stored_format(config)) or has_mxfp4(config):
         return "none"
-    fields = stored if isinstance(stored, dict) else stored.to_dict()
     kind = fields.get("quant_method") or "a format without a name"
     if fields.get("load_in_8bit"):
         return "int8"
@@ -213,6 +209,21 @@ def stored_quantization(config: Any) -> Quantization:
         "Choose the repository with plain weights (often BF16): OneBase quantizes them itself, as "
         "--quantization says."
     )
+
+
+def has_mxfp4(config: Any) -> bool:
+    """Return True if a base's files hold its experts in MXFP4."""
+    return _stored_format(config).get("quant_method") == "mxfp4" and any(expert_matrices(_empty(config)))
+
+
+def _stored_format(config: Any) -> dict[str, Any]:
+    """Return the fields by which a base's files say how their weights are quantized; none if they are plain."""
+    stored = (
+        getattr(config, "quantization_config", None)
+        or getattr(config, "compression_config", None)  # an older name of compressed-tensors
+        or getattr(config.get_text_config(), "quantization_config", None)
+    )
+    return stored if isinstance(stored, dict) else stored.to_dict() if stored else {}
 
 
 def _check_linear(model: nn.Module) -> None:
@@ -463,7 +474,17 @@ def load_base(settings: BaseSettings) -> nn.Module:
     import_bitsandbytes()
     config = config_for(settings)
     by_hand = settings.quantization == "nf4" and settings.blocksize != _STORED_BLOCKSIZE
-    plain = by_hand or stored_quantization(config) != "none"
+    how = None
+    if not by_hand and stored_quantization(config) == "none":
+        how = _quantization_config(settings, config)
+    if has_mxfp4(config):
+        if how is None:
+            from transformers import Mxfp4Config
+
+            how = Mxfp4Config(dequantize=True)
+        else:
+            logger.info("experts that the files hold in MXFP4 are unpacked, and quantized to NF4")
+            del config.quantization_config
     if settings.quantization == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
     try:
@@ -473,7 +494,7 @@ def load_base(settings: BaseSettings) -> nn.Module:
             config=config,
             output_loading_info=True,
             dtype=settings.dtype,
-            quantization_config=None if plain else _quantization_config(settings, config),
+            quantization_config=how,
             device_map={"": "cpu" if by_hand else str(settings.device)},
             attn_implementation="eager",
             trust_remote_code=False,
@@ -588,7 +609,8 @@ def _quantization_config(settings: BaseSettings, config: Any) -> Any:
             bnb_4bit_compute_dtype=settings.compute_dtype,
             llm_int8_skip_modules=_skipped_modules(settings, config),
         )
-        return how if next(expert_matrices(_empty(config)), None) is None else with_experts(how)
+        routed = next(expert_matrices(_empty(config)), None) is not None
+        return with_experts(how, from_mxfp4=has_mxfp4(config)) if routed else how
     if settings.quantization == "int8":
         return BitsAndBytesConfig(
             load_in_8bit=True,

@@ -22,6 +22,7 @@ from onebase_engine.base.load import (
     UnsupportedBaseError,
     check_servable,
     estimate_memory,
+    has_mxfp4,
     longest_row,
     parameter_count,
     stored_quantization,
@@ -85,6 +86,8 @@ def check_base(config: Any) -> BaseCheck:
         with torch.device("meta"):
             tree = empty_base(copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager").eval()
         known |= _size(tree, known["stored"])
+        if has_mxfp4(config):
+            known["notes"] += ("Its files hold experts in MXFP4, which are quantized again to nf4.",)
     except UnsupportedBaseError as error:
         return BaseCheck(refusal=str(error), **known)
     try:
