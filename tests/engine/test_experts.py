@@ -15,9 +15,11 @@ import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.harness import Lab, LiveBytes, Request, run
+from tests.oracle import greedy
 from tests.tiny import ATTENTION, MIXTURES, MLP, load_folder, randomize, save_base, save_model
 from torch import nn
 
+from onebase_adapters.proof.texts import served_regrets, tie_of
 from onebase_engine.base import quantized_cache
 from onebase_engine.base.experts import ExpertStack, expert_matrices, expert_modules, own_code
 from onebase_engine.base.load import (
@@ -34,7 +36,7 @@ from onebase_engine.base.load import (
 from onebase_engine.base.quantized_cache import load_kept_base
 from onebase_engine.base.view import peft_view, view
 from onebase_engine.engine.base_check import check_base
-from onebase_engine.engine.base_proof import prove_base
+from onebase_engine.engine.base_proof import prove_base, rounded_once_more
 from onebase_engine.engine.experts import UnsupportedExpertsError, attach_experts
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.kernels.cpu import load_library
@@ -362,3 +364,20 @@ def test_experts_in_mxfp4_are_unpacked_and_quantized_again(tmp_path: Path) -> No
             assert torch.equal(base.get_submodule(path)[number].T, bnb.dequantize_4bit(*rounded))
             assert wide.get_submodule(path).blocksize == 32
     assert type(base.get_submodule("model.layers.0.self_attn.q_proj")).__name__ == "Linear4bit"
+
+
+def test_a_text_that_another_choice_of_tied_experts_gives_is_told_from_a_wrong_one(
+    folders: Callable[[str], Path],
+) -> None:
+    base = load_base(BaseSettings(folders("mixtral")))
+    prompt, unit, tie = list(range(60, 80)), torch.finfo(torch.bfloat16).eps / 2, tie_of(torch.bfloat16)
+    found = set()
+    for seed in range(40, 60):  # as other kernels might, whose roundings nobody knows
+        with rounded_once_more(base, unit, seed):
+            found.add(tuple(greedy(base, prompt, 8)))
+    assert len(found) > 1, "roundings decide between texts"
+    assert all(max(served_regrets(base, prompt, list(text), tie, unit)) <= tie for text in found)
+    (first, *_) = found
+    for place in range(len(first)):
+        wrong = [*first[:place], (first[place] + 1) % 320, *first[place + 1 :]]
+        assert max(served_regrets(base, prompt, wrong, tie, unit)) > tie

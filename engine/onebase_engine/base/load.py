@@ -217,7 +217,7 @@ def has_mxfp4(config: Any) -> bool:
 
 
 def _stored_format(config: Any) -> dict[str, Any]:
-    """Return the fields by which a base's files say how their weights are quantized; none if they are plain."""
+    """Return the fields by which files say how their weights are quantized; none if they are plain."""
     stored = (
         getattr(config, "quantization_config", None)
         or getattr(config, "compression_config", None)  # an older name of compressed-tensors
