@@ -152,7 +152,7 @@ def test_experts_have_the_bits_of_the_models_own_code(
 ) -> None:
     base = load_base(BaseSettings(folders(kind), quantization=quantization))
     served = view(base)
-    assert attach_experts(served, kernels)
+    assert len(attach_experts(served, kernels)) == len(list(expert_modules(base)))
     draw = torch.Generator().manual_seed(0)
     for path, own in expert_modules(base):
         count = len(own.down_proj.weight if quantization == "nf4" else own.down_proj)
@@ -358,10 +358,11 @@ def test_experts_in_mxfp4_are_unpacked_and_quantized_again(tmp_path: Path) -> No
     assert len(found) == 4
     for path, plain, _ in found:
         assert plain.dtype == torch.bfloat16
-        assert len(plain.unique()) > 20, "16 values, times scales"
+        assert len(set(plain.flatten().tolist())) > 20, "16 values, times scales"
+        stack: Any = base.get_submodule(path)
         for number, matrix in enumerate(plain):
             rounded = bnb.quantize_4bit(matrix.T.contiguous(), compress_statistics=True, quant_type="nf4")
-            assert torch.equal(base.get_submodule(path)[number].T, bnb.dequantize_4bit(*rounded))
+            assert torch.equal(stack[number].T, bnb.dequantize_4bit(*rounded))
             assert wide.get_submodule(path).blocksize == 32
     assert type(base.get_submodule("model.layers.0.self_attn.q_proj")).__name__ == "Linear4bit"
 

@@ -246,8 +246,17 @@ def hidden_norms(model: Any) -> Iterator[tuple[str, nn.Module]]:
         named = (
             "norm" in type(module).__name__.lower() and "weight" in own and own.keys() <= {"weight", "bias"}
         )
-        if named and all(parameter.shape == (hidden,) for parameter in own.values()):
+        if (
+            named
+            and all(parameter.shape == (hidden,) for parameter in own.values())
+            and takes_rows_alone(module)
+        ):
             yield name, module
+
+
+def takes_rows_alone(module: nn.Module) -> bool:
+    """Return True unless `forward` has further arguments, as that of a gated norm has."""
+    return len(inspect.signature(module.forward).parameters) == 1
 
 
 def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:

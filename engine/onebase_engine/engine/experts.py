@@ -27,16 +27,22 @@ class UnsupportedExpertsError(Exception):
     """A mixture asks for something that the kernels do not compute."""
 
 
-def attach_experts(view: nn.Module, kernels: Kernels) -> bool:
-    """Let the kernels compute the experts of a view, and its routers by rows. Return False if it has none."""
-    modules = [module for _, module in expert_modules(view)]
-    for module in modules:
+def attach_experts(view: nn.Module, kernels: Kernels) -> list[bool]:
+    """Let the kernels compute the experts of a view, and its routers by rows.
+
+    Returns:
+        Of each module of experts whether its products have PyTorch's bits, according to trials.
+    """
+    exact: list[bool] = []
+    for _, module in expert_modules(view):
         if next(module.parameters()).is_meta:  # which experts are chosen is no number there
             module.forward = _shaped
+            exact.append(False)
             continue
         kernel = kernels.experts(module)
         if kernel is not None:
             module.forward = kernel
+            exact.append(kernel.exact)
             continue
         matrices = {
             name: _Matrices(getattr(module, name), kernels, module.is_transposed)
@@ -46,12 +52,13 @@ def attach_experts(view: nn.Module, kernels: Kernels) -> bool:
             module._parameters.pop(name, None)
             module._modules.pop(name, None)
             module.__dict__[name] = one
+        exact.append(all(one.exact for one in matrices.values()))
         module.forward = partial(own_code(module), module)
     if kernels.tiled:
         for module in view.modules():
             if _routes(module):
                 module.forward = partial(_by_tiles, module.forward)
-    return bool(modules)
+    return exact
 
 
 def _shaped(hidden: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
@@ -63,8 +70,9 @@ class _Matrices:
 
     def __init__(self, held: ExpertStack | torch.Tensor, kernels: Kernels, transposed: bool) -> None:
         count = held.count if isinstance(held, ExpertStack) else len(held)
-        layers = (layer_of(held, number, transposed) for number in range(count))
-        self._all = [_Matrix(kernels.linear(layer, 0), transposed) for layer in layers]
+        layers = [kernels.linear(layer_of(held, number, transposed), 0) for number in range(count)]
+        self._all = [_Matrix(layer, transposed) for layer in layers]
+        self.exact = all(layer.exact(0) for layer in layers)
 
     def __getitem__(self, number: int | torch.Tensor) -> _Matrix:
         return self._all[int(number)]

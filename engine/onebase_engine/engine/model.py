@@ -92,15 +92,13 @@ class ServedModel:
         self._graphs: Graphs | None = None
         linear = [module for module in modules.values() if isinstance(module, SlotLinear)]
         self._ragged = any(one.base.in_features % TILE or one.base.out_features % TILE for one in linear)
-        self.promise = _promise(self.kernels, [module.exact(0) for module in linear], self.kv_dtype)
-        """Guarantee about a sequence's bits, in a sentence or two."""
         self._hidden_rows: torch.Tensor | None = None
         self._hidden: torch.Tensor | None = None
         decoder_of(self._view).register_forward_hook(self._keep_hidden)
         try:
             self._attention.attach(self._view)
             self._recurrence.attach(self._view)
-            self._routed = attach_experts(self._view, self.kernels)
+            experts = attach_experts(self._view, self.kernels)
             self._probe()
         except Exception as error:
             if is_out_of_memory(error):
@@ -110,6 +108,11 @@ class ServedModel:
             )
             reason = str(error) if known else f"{described(error)}. Choose another --quantization, or base"
             raise UnsupportedBaseError(f"{type(base).__name__} cannot be served: {reason}") from error
+        self._routed = bool(experts)
+        exact = [*(module.exact(0) for module in linear), *experts]
+        named = "linear layers and mixtures" if experts else "linear layers"
+        self.promise = _promise(self.kernels, exact, self.kv_dtype, named)
+        """Guarantee about a sequence's bits, in a sentence or two."""
 
     def _probe(self) -> None:
         """Run one pass over padding tokens, to learn KV shapes and to check that attention is called."""
@@ -361,14 +364,14 @@ class ServedModel:
         return logits
 
 
-def _promise(kernels: Kernels, exact: list[bool], kv_dtype: torch.dtype) -> str:
-    """Describe which bits are guaranteed. `exact`: whether linear layers have PEFT's bits without
+def _promise(kernels: Kernels, exact: list[bool], kv_dtype: torch.dtype, named: str) -> str:
+    """Describe which bits are guaranteed. `exact`: whether layers, `named` so, have PEFT's bits without
     adapters."""
     cached = " Keys and values are rounded to 8 bits, which PEFT's are not." if kv_dtype == torch.int8 else ""
     if not kernels.tiled:
         return f"A sequence agrees with PEFT, and with itself in another batch, up to rounding.{cached}"
     count = f"{'All' if all(exact) else f'{sum(exact)} of'} {len(exact)}"
-    base = f"{count} linear layers of the base give PEFT's own bits"
+    base = f"{count} {named} of the base give PEFT's own bits"
     rest = "" if all(exact) else ", the others sum in another order and are as close to the exact result"
     own = "A sequence's bits do not depend on the sequences next to it."
     return f"{own} {base}{rest}; what an adapter gives, its proof says.{cached}"
