@@ -254,6 +254,16 @@ def hidden_norms(model: Any) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Return True for a linear layer, plain or quantized, unless its class makes more than its product.
+
+    A router may be a linear layer that returns weights and experts (Phi-3.5-MoE).
+    """
+    own = type(module)
+    plain = own.forward is nn.Linear.forward or own.__module__.startswith("bitsandbytes")
+    return isinstance(module, nn.Linear) and plain
+
+
 def takes_rows_alone(module: nn.Module) -> bool:
     """Return True unless `forward` has further arguments, as that of a gated norm has."""
     return len(inspect.signature(module.forward).parameters) == 1
@@ -269,7 +279,7 @@ def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
         bias = getattr(module, "bias", None) is not None
         if module is embedding:
             layers[name] = LayerShape(embedding.num_embeddings, embedding.embedding_dim, "embedding")
-        elif isinstance(module, nn.Linear):
+        elif is_linear(module):
             layers[name] = LayerShape(module.in_features, module.out_features, bias=bias)
         elif name in norms:
             layers[name] = LayerShape(len(module.weight), len(module.weight), "norm", bias)

@@ -31,7 +31,7 @@ from onebase_engine.base.experts import (
     use_own_code,
     with_experts,
 )
-from onebase_engine.base.layers import base_class, decoder_of, empty_base, transformers_class
+from onebase_engine.base.layers import base_class, decoder_of, empty_base, is_linear, transformers_class
 
 logger = logging.getLogger(__name__)
 
@@ -625,8 +625,12 @@ def _skipped_modules(settings: BaseSettings, config: Any) -> list[str] | None:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     model = _empty(config)
-    narrow = [name for name, module in model.named_modules() if _is_narrow(module, settings.blocksize)]
-    return [*get_keys_to_not_convert(model), *narrow] if narrow else None
+    left = [
+        name
+        for name, module in model.named_modules()
+        if _is_narrow(module, settings.blocksize) or (isinstance(module, nn.Linear) and not is_linear(module))
+    ]
+    return [*get_keys_to_not_convert(model), *left] if left else None
 
 
 def _is_narrow(module: Any, blocksize: int) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from onebase_engine.base.experts import ExpertStack, expert_modules, layer_of, matrix_names, own_code
+from onebase_engine.base.layers import is_linear
 from onebase_engine.kernels.interface import TILE, Kernels, LinearKernel, RowMap
 
 _NO_ROWS = RowMap()
@@ -101,7 +102,7 @@ def _routes(module: nn.Module) -> bool:
     """Return True for a router that multiplies its rows by a parameter of its own."""
     own = dict(module.named_parameters(recurse=False))
     wide = any(parameter.dim() == 2 for parameter in own.values())
-    return wide and "router" in type(module).__name__.lower() and not isinstance(module, nn.Linear)
+    return wide and "router" in type(module).__name__.lower() and not is_linear(module)
 
 
 def _by_tiles(whole: Any, x: torch.Tensor, *args: Any, **named: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_engine.base.layers import hidden_norms, input_embedding, output_head, takes_rows_alone
+from onebase_engine.base.layers import hidden_norms, input_embedding, is_linear, output_head, takes_rows_alone
 from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.weights import AdapterWeights, ModuleWeights, SavedModule, copied, narrowed
 from onebase_engine.lora.embedding import SlotEmbedding
@@ -82,7 +82,7 @@ def wrap_layers(
     for name, module in list(model.named_modules()):
         if module is embedding:
             slot_module: SlotModule = SlotEmbedding(module, step, kernels)
-        elif isinstance(module, nn.Linear):
+        elif is_linear(module):
             slot_module = SlotLinear(
                 module, step, kernels, slots=slots, head=module is head, unpacked=unpacked
             )
