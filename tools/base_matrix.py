@@ -103,7 +103,7 @@ _SEES = re.compile("vision|audio|image|vit|siglip|pixtral|whisper|encoder")
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 _MLA = (
     "minicpm3", "youtu", "deepseek_v2", "deepseek_v3", "sarvam_mla", "longcat_flash", "mistral4", "axk1",
-    "glm4_moe_lite",
+    "glm4_moe_lite", "bailing_hybrid", "kimi_linear",
 )  # fmt: skip
 OVERRIDES: dict[str, dict[str, Any]] = {
     **{name: {"num_key_value_heads": 4} for name in _MLA},
@@ -116,7 +116,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "glm4v",
             "glm46v",
             "glm_ocr",
-            "glm4v_moe",
             "paddleocr_vl",
         )
     },
@@ -146,9 +145,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_unified_vision": {"position_embedding_size": 16, "patch_size": 8},
     "gemma4_audio": {"output_proj_dims": 128},
     "hunyuan_v1_dense": {"head_dim": 32},
+    "glm4v_moe_text": {"rope_parameters": _MROPE | {"mrope_section": [2, 3, 3]}, "head_dim": 32},
+    "zaya": {"num_experts_per_tok": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [64, 64]},
     "hunyuan_v1_moe": {"head_dim": 32, "num_experts": 64},
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
     "ministral": {"head_dim": 32},
     "nemotron": {"head_dim": 32, "num_key_value_heads": 2},
     "starcoder2": {"sliding_window": None},

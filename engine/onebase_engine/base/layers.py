@@ -255,13 +255,11 @@ def hidden_norms(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return True for a linear layer, plain or quantized, unless its class makes more than its product.
+    """Return True for a linear layer, plain or quantized, that returns its product.
 
-    A router may be a linear layer that returns weights and experts (Phi-3.5-MoE).
+    A router may be one that returns weights and experts instead (Phi-3.5-MoE).
     """
-    own = type(module)
-    plain = own.forward is nn.Linear.forward or own.__module__.startswith("bitsandbytes")
-    return isinstance(module, nn.Linear) and plain
+    return isinstance(module, nn.Linear) and "router" not in type(module).__name__.lower()
 
 
 def takes_rows_alone(module: nn.Module) -> bool:
