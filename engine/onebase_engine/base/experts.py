@@ -347,9 +347,8 @@ def _register_quantizer() -> None:
 
         def get_weight_conversions(self) -> list[Any]:
             names = {one.name for one in self.places.values()} if self.quantization_config.from_mxfp4 else ()
-            return super().get_weight_conversions() + [
-                WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [Unpack()]) for name in names
-            ]
+            own = (WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [Unpack()]) for name in names)
+            return [*super().get_weight_conversions(), *own]
 
         def get_quantize_ops(self) -> Any:
             return Quantize(self, super().get_quantize_ops())
