@@ -47,12 +47,12 @@ lint-python: setup
 	@$(BIN)/ruff format --check .
 	@echo "==> mypy"
 	@$(BIN)/mypy
-	@$(BIN)/mypy examples/demo.py benchmarks/adapters.py benchmarks/goals.py benchmarks/gpu_check.py benchmarks/hostile.py benchmarks/api.py benchmarks/kv_dtype.py benchmarks/cluster.py benchmarks/serve.py benchmarks/soak.py benchmarks/structured.py benchmarks/train.py
-	@$(BIN)/mypy tools/generate_sync.py tools/reference_pages.py tools/console_types.py tools/check_docstrings.py
 	@echo "==> the synchronous client"
 	@$(BIN)/python tools/generate_sync.py --check
 	@echo "==> the docstrings"
 	@$(BIN)/python tools/check_docstrings.py
+	@echo "==> the page of settings"
+	@$(BIN)/python tools/reference_pages.py --check
 	@echo "==> import-linter"
 	@$(BIN)/lint-imports
 

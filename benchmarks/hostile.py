@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Measures what a tenant that does its worst costs another one's streams.
 
-Two tenants have keys with every scope but admin. The first streams a text, again and again. It is measured
-alone, beside a second tenant that streams as many ordinary texts as it attacks with, and beside each attack
-of that tenant and all of them at once: grammars that are large or never compile, prompts that are long or
-many, answers that fill every place, uploads, jobs, names that the Hub does not have, bodies that are no JSON,
-and connections that dawdle. Of the first tenant's streams the time between two events is taken.
+Two tenants have keys with every scope but admin. The first streams a text, again and again, from a process
+of its own: what the second's client computes does not delay it. It is measured alone, beside a second tenant
+that streams as many ordinary texts as it attacks with, and beside each attack of that tenant and all of them
+at once: grammars that are large or never compile, prompts that are long or many, answers that fill every
+place, uploads, jobs, names that the Hub does not have, bodies that take long to read, requests that are
+refused, and connections that dawdle. Of the first tenant's streams the time between two events is taken.
 
   python benchmarks/hostile.py                          # each attack for 20 s, all of them for ten minutes
   python benchmarks/hostile.py --attacks grammars --seconds 30
@@ -23,23 +24,41 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from bench import machine
-from bench.processes import end_on_signals, free_port, server
-from bench.report import percentile
+from bench.command import Options, names
+from bench.processes import ONEBASE, end_on_signals, onebase_server
+from bench.report import percentile, table
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN_STREAMS = 16
 """Streams of the second tenant's ordinary load, and of its prompts that are long."""
 GRAMMARS = 60
+
+
+def long_body(begin: bytes, piece: bytes, end: bytes) -> bytes:
+    """Return a body of as many pieces as fit into what a server takes."""
+    return begin + piece * ((1_990_000 - len(begin) - len(end)) // len(piece)) + end
+
+
+BODIES = (
+    ("/generate", b"[" * 490_000),
+    ("/v1/completions", long_body(b'{"model": "base", "prompt": [', b"1000,", b"1]}")),
+    ("/generate", long_body(b'{"prompt": [', b"1e-300,", b"1]}")),
+    ("/generate", long_body(b'{"prompt": [', b"9" * 4000 + b",", b"1]}")),
+    ("/generate", b"{" + b",".join(b'"%d":{}' % one for one in range(24_000)) + b"}"),
+    ("/generate", long_body(b'{"prompt": "', rb"\u00e9", b'"}')),
+    ("/generate", long_body(b'{"prompt": "', b"a", b'", "max_tokens": 1}')),
+)
+"""Bodies that cost a server most, and their paths."""
 
 
 class Attacker:
@@ -124,7 +143,17 @@ class Attacker:
         await self.post("/generate", {"prompt": "x", "adapter": f"hub:nobody/{next(self._numbers)}@main"})
 
     async def nonsense(self) -> None:
-        await self.post("/generate", content=b"[" * 1_000_000, headers={"content-type": "application/json"})
+        """Send a body that takes long to read, of each kind in turn."""
+        path, body = BODIES[next(self._numbers) % len(BODIES)]
+        await self.post(path, content=body, headers={"content-type": "application/json"})
+
+    async def refused(self) -> None:
+        """Send requests that are refused by their address and headers alone, forty a second."""
+        await self.post("/nowhere")
+        await self.post("/generate", headers={"origin": "http://evil.example"})
+        await self.post("/generate", headers={"host": "evil.example"})
+        await self.post("/generate", headers={"authorization": "Bearer none"})
+        await asyncio.sleep(0.1)
 
     async def dawdle(self) -> None:
         """Open connections that send a byte now and then."""
@@ -148,9 +177,29 @@ ATTACKS: dict[str, tuple[Callable[[Attacker], Awaitable[None]], int]] = {
     "jobs": (Attacker.job, 2),
     "hub": (Attacker.missing_name, 8),
     "nonsense": (Attacker.nonsense, 4),
+    "refusals": (Attacker.refused, 5),
     "connections": (Attacker.dawdle, 10),
 }
 """Attacks of the second tenant, and how many of each run at once, by name."""
+
+
+def new_client(url: str, key: str) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(
+        base_url=url,
+        headers={"authorization": f"Bearer {key}"},
+        timeout=120,
+        limits=httpx2.Limits(max_connections=None),
+    )
+
+
+def stream_apart(url: str, key: str, seconds: float) -> list[float]:
+    """Stream texts for so long, in the process of an executor; return what `stream` does."""
+
+    async def run() -> list[float]:
+        async with new_client(url, key) as http:
+            return await stream(http, time.monotonic() + seconds)
+
+    return asyncio.run(run())
 
 
 async def stream(http: httpx2.AsyncClient, until: float) -> list[float]:
@@ -176,35 +225,35 @@ async def stream(http: httpx2.AsyncClient, until: float) -> list[float]:
 
 
 async def measure(
-    url: str, keys: Sequence[str], attacks: Sequence[str], seconds: float
+    url: str, keys: Sequence[str], attacks: Sequence[str], seconds: float, apart: Executor
 ) -> tuple[list[float], Counter[str]]:
-    """Return the first tenant's gaps beside these attacks of the second, and what the second was answered."""
-    clients = [
-        httpx2.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=120,
-        limits=httpx2.Limits(max_connections=None)) for key in keys
-    ]  # fmt: skip
-    models = (await clients[0].get("/v1/models")).json()["data"]
-    attacker = Attacker(clients[1], models[0]["id"])
-    began = time.monotonic()
-    running = [
-        asyncio.create_task(attacker.run(attack, began + seconds))
-        for attack, times in (ATTACKS[name] for name in attacks)
-        for _ in range(times)
-    ]
-    await asyncio.sleep(min(2.0, seconds / 4))
-    gaps = await stream(clients[0], began + seconds)
-    for task in running:
-        task.cancel()
-    for task in running:
-        with suppress(asyncio.CancelledError):
-            await task
-    for client in clients:
-        await client.aclose()
+    """Return the first tenant's gaps beside these attacks of the second, and what the second was answered.
+
+    apart: the process in which the first tenant's client runs.
+    """
+    async with new_client(url, keys[1]) as client:
+        models = (await client.get("/v1/models")).json()["data"]
+        attacker = Attacker(client, models[0]["id"])
+        began = time.monotonic()
+        running = [
+            asyncio.create_task(attacker.run(attack, began + seconds))
+            for attack, times in (ATTACKS[name] for name in attacks)
+            for _ in range(times)
+        ]
+        head_start = min(2.0, seconds / 4)
+        await asyncio.sleep(head_start)
+        loop = asyncio.get_running_loop()
+        gaps = await loop.run_in_executor(apart, stream_apart, url, keys[0], seconds - head_start)
+        for task in running:
+            task.cancel()
+        for task in running:
+            with suppress(asyncio.CancelledError):
+                await task
     return gaps, attacker.answers
 
 
 def make_key(data: Path, tenant: str) -> str:
-    command = [str(Path(sys.executable).with_name("onebase")), "keys", "create", "--tenant", tenant]
+    command = [ONEBASE, "keys", "create", "--tenant", tenant]
     command += ["--scope", "generate,adapters,train", "--data-dir", str(data)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return next(word for word in done.stdout.split() if word.startswith("ob"))
@@ -220,52 +269,31 @@ async def bench(options: argparse.Namespace, console: Console) -> None:
     with tempfile.TemporaryDirectory(prefix="onebase-hostile-") as folder:
         data, log = Path(folder) / "data", Path(folder) / "server.log"
         keys = [make_key(data, tenant) for tenant in ("good", "evil")]
-        url = f"http://127.0.0.1:{(port := free_port())}"
-        command = [str(Path(sys.executable).with_name("onebase")), "serve", "--port", str(port)]
-        command += ["--data-dir", str(data), "--hub-allow", "nobody/*"]
-        table = Table(box=SIMPLE_HEAD, title="seconds between two events of another tenant's stream, ms")
-        for name in ("beside", "events", "p50", "p99", "longest", "p99 by alone", "answers"):
-            table.add_column(name, justify="left" if name in ("beside", "answers") else "right")
-        async with server(command, f"{url}/ready", log):
-            alone = 0.0
-            for name, attacks, seconds in loads:
-                console.print(f"{name}: {seconds:.0f} s")
-                gaps, answers = await measure(url, keys, attacks, seconds)
-                p99 = percentile(gaps, 0.99)
-                alone = alone or p99
-                seen = ", ".join(f"{count} x {what}" for what, count in answers.most_common(4))
-                row = [median_of(gaps), p99 * 1e3, max(gaps) * 1e3]
-                table.add_row(
-                    name, str(len(gaps)), *(f"{one:.0f}" for one in row), f"{p99 / alone:.1f}x", seen
-                )
-        console.print(table)
-
-
-def median_of(gaps: Sequence[float]) -> float:
-    return percentile(gaps, 0.5) * 1e3
+        rows: list[list[str]] = []
+        serve = ("--data-dir", data, "--hub-allow", "nobody/*")
+        with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+            async with onebase_server(log, *serve) as (url, _):
+                alone = 0.0
+                for name, attacks, seconds in loads:
+                    console.print(f"{name}: {seconds:.0f} s")
+                    gaps, answers = await measure(url, keys, attacks, seconds, apart)
+                    p99 = percentile(gaps, 0.99)
+                    alone = alone or p99
+                    seen = ", ".join(f"{count} x {what}" for what, count in answers.most_common(4))
+                    times = [f"{one * 1e3:.0f}" for one in (percentile(gaps, 0.5), p99, max(gaps))]
+                    rows.append([name, seen, str(len(gaps)), *times, f"{p99 / alone:.1f}x"])
+        columns = ("beside", "answers", "events", "p50", "p99", "longest", "p99 by alone")
+        title = "time between two events of another tenant's stream, ms"
+        console.print(table(columns, rows, title, left=2))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--attacks",
-        type=lambda text: text.split(","),
-        default=list(ATTACKS),
-        help="comma-separated (default: all)",
-    )
-    parser.add_argument("--seconds", type=float, default=20, help="length of each attack (default: 20)")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=10,
-        help="length of all of them at once; 0: leave it out (default: 10)",
-    )
-    parser.add_argument("--busy", action="store_true", help="measure although other work takes the cores")
-    options = parser.parse_args(argv)
-    if unknown := set(options.attacks) - ATTACKS.keys():
-        parser.error(f"--attacks: {', '.join(sorted(unknown))} is none of {', '.join(ATTACKS)}")
+    asked = Options(__doc__)
+    asked.add("--attacks", type=names(*ATTACKS), default=list(ATTACKS), help="comma-separated (default: all)")
+    asked.number("seconds", 20, "length of each attack")
+    asked.number("minutes", 10, "length of all of them at once; 0: leave it out")
+    asked.common("busy")
+    options = asked.parser.parse_args(argv)
     console = Console()
     end_on_signals()
     machine.demand_quiet(options.busy, console)

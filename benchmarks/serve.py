@@ -5,7 +5,7 @@ Each round starts each target in turn, alone on the machine, sends it the same p
 eight random adapters, and stops it. Reported are medians over the rounds.
 
   python benchmarks/serve.py                                      # against transformers + PEFT
-  python benchmarks/serve.py --install-peers --sweeps all         # and vLLM and llama.cpp, and all plots
+  python benchmarks/serve.py --install-peers --sweeps all         # and vLLM and llama.cpp, and all sweeps
   python benchmarks/serve.py --vllm-python ~/vllm/bin/python      # a vLLM of your own
   python benchmarks/serve.py --targets onebase --rounds 1         # a quick look
 """
@@ -125,7 +125,7 @@ class Bench:
             await session.run([alone])
 
     def publish(self) -> None:
-        """Print the table; write serve.json, serve.md and, of sweeps, serve.png to the output folder."""
+        """Print the table; write serve.json and serve.md to the output folder."""
         options, main = self.options, self.options.targets[0]
         scenarios = [scenario for block in self.blocks for scenario in block.scenarios]
         found = figures.summarize(self.runs)
@@ -146,10 +146,6 @@ class Bench:
         }
         text = markdown(figures.COLUMNS, cells, left=2) + "\n" + "".join(f"- {note}\n" for note in notes)
         write("serve", options, self.machine, result, text, self.console)
-        if len(self.blocks) > 1:
-            file = options.output / "serve.png"
-            figures.draw(self.runs, scenarios, f"{title}: {self.machine['cpu']}", file)
-            self.console.print(f"Written: {file}", soft_wrap=True)
 
 
 async def _send(
@@ -199,7 +195,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options.threads()
     options.seed("adapters and prompts")
     add("--peft-attention", default="sdpa", choices=["sdpa", "eager"], help="for the peft target")
-    options.output("serve.json, .md and .png")
+    options.output("serve.json and serve.md")
     given = options.parser.parse_args(argv)
     programs = {"vllm": given.vllm_python, "llama.cpp": given.llama_server}
     if given.targets is None:

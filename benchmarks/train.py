@@ -6,7 +6,6 @@ rates, adapters in fp32. Then one plain evaluation gives the held-out loss of wh
 
   python benchmarks/train.py --trl-python /tmp/trl/bin/python      # against TRL
   python benchmarks/train.py --targets onebase --repeats 1         # a quick look
-  python benchmarks/train.py --beside 0,0.2,1                      # what serving notices of a job
 """
 
 from __future__ import annotations
@@ -23,13 +22,10 @@ from typing import Any
 from rich.console import Console
 
 from bench import machine, training
-from bench.beside import Load, measure_beside, write_beside
 from bench.command import Options, base_of, names
 from bench.processes import StartError, end_on_signals
 from bench.report import markdown, table, write
-from bench.targets import Setup
 from bench.worker import call
-from bench.workload import Prompts
 
 DATA = Path(__file__).parent.parent / "examples" / "data"
 RUN_SECONDS = 1800.0
@@ -151,16 +147,6 @@ def _plain(row: Any) -> dict[str, list[int]]:
     return {"input_ids": ids, "labels": labels}
 
 
-def _shares(text: str) -> list[float]:
-    try:
-        shares = [float(part) for part in text.split(",")]
-    except ValueError:
-        shares = []
-    if not shares or not all(0 <= share <= 1 for share in shares):
-        raise argparse.ArgumentTypeError(f"{text!r}: write numbers from 0 to 1, as in 0,0.2,1")
-    return shares
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options = Options(__doc__)
     add = options.add
@@ -176,17 +162,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options.count("repeats", 2, "how often each target is run")
     options.threads()
     options.seed("the adapter and the order of rows")
-    add(
-        "--beside", type=_shares, metavar="SHARES", help="measure serving beside a job, at these train shares"
-    )
-    options.count("streams", 4, "streams at the same time beside a job")
-    options.count("requests", 4, "requests of each, one after the other")
-    options.count("tokens", 64, "tokens of each of these")
-    options.output("train.json, train.md and beside.json, beside.md")
+    options.output("train.json and train.md")
     given = options.parser.parse_args(argv)
     if given.targets is None:
         trl = ["trl", "trl-checkpointing"] if given.trl_python else []
-        given.targets = [] if given.beside else [training.ONEBASE, *trl]
+        given.targets = [training.ONEBASE, *trl]
     if set(given.targets) - {training.ONEBASE} and given.trl_python is None:
         options.parser.error("TRL's targets need --trl-python")
     if given.steps <= training.WARM_UP:
@@ -201,23 +181,15 @@ def main(argv: Sequence[str]) -> int:
     console = Console()
     described = machine.describe(trl_python=options.trl_python)
     machine.demand_quiet(options.busy, console)
-    base = base_of(options)
+    base_of(options)
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as folder:
         bench = Bench(options, console, Path(folder))
-        if options.targets:
-            bench.prepare()
-            try:
-                bench.measure()
-            finally:
-                if bench.runs:
-                    bench.publish(described)
-        if options.beside:
-            setup = Setup(base, {}, options.rank, options.threads)
-            load = Load(options.streams, options.requests, options.tokens)
-            prompts = Prompts(base, 85, options.seed)
-            found = measure_beside(setup, load, prompts, options.data, options.beside, bench.folder, console)
-            bench.failed += [f"share {share:g}" for share in options.beside if share not in found]
-            write_beside(list(found.values()), load, options, described, console)
+        bench.prepare()
+        try:
+            bench.measure()
+        finally:
+            if bench.runs:
+                bench.publish(described)
     return 1 if bench.failed else 0
 
 

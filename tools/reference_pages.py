@@ -1,11 +1,13 @@
 """Additions to docs/ when MkDocs builds the site: pages made from code, and links as GitHub reads them.
 
-A hook of mkdocs.yml. The settings are those of `onebase serve`'s own parser; the routes come from the OpenAPI
-file of the app, which is put together here without a server, a base or a port.
+A hook of mkdocs.yml. The routes come from the OpenAPI file of the app, which is put together here without a
+server, a base or a port. The settings are those of `onebase serve`'s own parser; their page is kept in docs/,
+where the forge shows it, and this file run as a program writes it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import posixpath
@@ -59,13 +61,12 @@ ROUTES = {
 """Pages of routes: the name, the title, and the OpenAPI file's tags that are on it, with their titles."""
 
 ELSEWHERE = {
-    "what-works.md": "README.md",
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
     "examples.md": "examples/README.md",
     "benchmarks.md": "benchmarks/README.md",
 }
-"""Pages of the site that are kept outside docs/, and where. Of the README: what works, and not."""
+"""Pages of the site that are kept outside docs/, and where."""
 
 _log = logging.getLogger("mkdocs.hooks")
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
@@ -86,7 +87,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if isinstance(route, APIRoute)
         for method in route.methods or ()
     }
-    made = {"reference/settings.md": settings_page(), "reference/openapi.json": json.dumps(api, indent=1)}
+    made = {"reference/openapi.json": json.dumps(api, indent=1)}
     tags = {tag for operations in api["paths"].values() for one in operations.values() for tag in one["tags"]}
     if missing := tags - {tag for _, on_page in ROUTES.values() for tag in on_page}:
         raise ValueError(f"ROUTES in tools/reference_pages.py has no page for the tags {sorted(missing)}")
@@ -94,10 +95,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         made[f"reference/routes-{name}.md"] = RoutesPage(api, scopes, on_page).text(title)
     for path, source in ELSEWHERE.items():
         made[path] = (ROOT / source).read_text()
-    sections = re.findall(r"^## What .*?(?=^## )", made["what-works.md"], re.DOTALL | re.MULTILINE)
-    if not sections:
-        raise ValueError("README.md has no section `## What ...`, of which the site makes a page")
-    made["what-works.md"] = "\n".join(["# What works, and what does not yet\n", *sections])
     for path, content in made.items():
         files.append(File.generated(config, path, content=content))
     return files
@@ -186,7 +183,8 @@ def settings_page() -> str:
             limits = _limits(meta["low"], meta["high"])
             if action.choices:
                 limits = "one of " + ", ".join(f"`{choice}`" for choice in action.choices)
-            name = f"`{action.option_strings[0]}`{{ #{action.dest} }}<br>`{environment_name(action.dest)}`"
+            variable = environment_name(action.dest)
+            name = f'<a id="{action.dest}"></a>`{action.option_strings[0]}`<br>`{variable}`'
             said = _cell(text[0].upper() + text[1:]) + (f". <small>{limits}</small>" if limits else "")
             lines.append(f"| {name} | {said} | {f'`{default}`' if default not in ('', 'none') else '–'} |")
     return "\n".join(lines) + "\n"
@@ -342,3 +340,19 @@ def _range(schema: Json) -> str:
     if "maxLength" in schema:
         return f", up to {schema['maxLength']:,} characters"
     return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write docs/reference/settings.md from the server's parser.")
+    parser.add_argument("--check", action="store_true", help="write nothing; say whether it is up to date")
+    page, made = ROOT / "docs" / "reference" / "settings.md", settings_page()
+    if not parser.parse_args().check:
+        page.write_text(made)
+    elif not page.is_file() or page.read_text() != made:
+        print("docs/reference/settings.md is out of date: run python tools/reference_pages.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -145,6 +145,11 @@ def load_version(base: nn.Module, tree: nn.Module, version: Parent, name: str) -
 
     with tempfile.TemporaryDirectory(prefix="onebase-version-") as place:
         spec = _write_canonical(base, version, Path(place))
+        if spec.words not in (0, len(base.get_output_embeddings().weight)):  # type: ignore[operator]
+            raise AdapterFormatError(
+                "unsupported_kind",
+                f"it has a vocabulary of its own ({spec.words} tokens), and is measured by its own alone",
+            )
         model: Any = PeftModel.from_pretrained(tree, place, adapter_name=name)
         head = _head(load_file(Path(place) / HEAD_FILE)) if spec.labels else None
     device = next(base.parameters()).device

@@ -165,7 +165,7 @@ def _run(
     """Generate the replies. A sequence is submitted once its longest reply has room: none is computed
     twice."""
     waiting, live = deque(asked), dict[str, _Row]()
-    room = engine.pool.capacity
+    room = engine.pool.capacity // len(engine.model.groups)
     while waiting or live:
         while waiting and waiting[0].blocks <= room:
             row = waiting.popleft()
@@ -206,7 +206,7 @@ def _engine(
         base,
         name="replies",
         limits=SchedulerLimits(_MAX_ROWS, _STEP_TOKENS, longest * _BLOCK),
-        kv_blocks=max(blocks, longest) + RESERVED_BLOCKS,
+        kv_blocks=max(blocks, longest) * len(model.groups) + RESERVED_BLOCKS,
         block_size=_BLOCK,
         slots=1,
         eos_ids=stops,

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 from bench.report import percentile
 from bench.stream import Sample
@@ -62,18 +60,6 @@ def _figures(runs: list[Run]) -> Figures:
     )
 
 
-def sweep_points(
-    figures: dict[str, dict[str, Figures]], scenarios: Sequence[Scenario], sweep: str
-) -> dict[str, list[tuple[int, Figures]]]:
-    """Return each target's figures along the sweep's axis, in order."""
-    lines: dict[str, list[tuple[int, Figures]]] = {}
-    for scenario in scenarios:
-        for name, x in scenario.points:
-            for target, figure in figures.get(scenario.key, {}).items() if name == sweep else ():
-                lines.setdefault(target, []).append((x, figure))
-    return {target: sorted(line, key=lambda point: point[0]) for target, line in lines.items()}
-
-
 def equal_texts(runs: Sequence[Run], target: str, reference: str) -> dict[str, tuple[int, int]]:
     """Return, by scenario, how many of the target's texts are the reference's, and of how many."""
     texts = {(run.target, run.scenario, run.round): [s.text for s in run.samples] for run in runs}
@@ -114,64 +100,3 @@ def compact(cells: Sequence[Sequence[str]]) -> list[list[str]]:
             lines.append([f"[bold]{load}[/]"])
         lines.append([f"  {target}", *others[:-1]])
     return lines
-
-
-# ---- plots ----------------------------------------------------------------------------------------
-
-AXES = {
-    "streams": ("streams at the same time, over all adapters", "tokens/s"),
-    "adapters": ("distinct adapters among the streams (0: base only)", "tokens/s"),
-    "rank": ("rank of the adapters", "tokens/s"),
-    "prompt": ("tokens of the prompt, one stream", "TTFT, s"),
-}
-"""Labels of the two axes, by sweep."""
-
-
-def draw(runs: Sequence[Run], scenarios: Sequence[Scenario], title: str, file: Path) -> None:
-    """Draw six panels in one PNG: four sweeps, and the distributions of TTFT and TPOT in the mixed load."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.lines import Line2D
-
-    figures = summarize(runs)
-    targets = list(dict.fromkeys(run.target for run in runs))
-    colors = dict(zip(targets, pyplot.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
-    figure, panels = pyplot.subplots(2, 3, figsize=(15, 8.5))
-    panels = panels.flatten()
-    for panel, (sweep, (below, beside)) in zip(panels, AXES.items(), strict=False):
-        lines = sweep_points(figures, scenarios, sweep)
-        for target, line in lines.items():
-            ys = [one.ttft_p50 if sweep == "prompt" else one.tokens_per_second for _, one in line]
-            panel.plot([x for x, _ in line], ys, marker="o", label=target, color=colors[target])
-        if sweep in ("streams", "rank"):
-            panel.set_xscale("log", base=2)
-            ticks = sorted({x for line in lines.values() for x, _ in line})
-            panel.set_xticks(ticks, [str(tick) for tick in ticks])
-        panel.set(xlabel=below, ylabel=beside, ylim=(0, None))
-        if not lines:
-            panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center")
-    mixed = [run for run in runs if run.scenario == "mixed"]
-    _spread(panels[4], mixed, colors, "ttft", "TTFT of the mixed load, s")
-    _spread(panels[5], mixed, colors, "tpot", "TPOT of the mixed load, s")
-    for panel in panels:
-        panel.grid(alpha=0.3)
-    handles = [Line2D([], [], color=colors[target], marker="o", label=target) for target in targets]
-    figure.suptitle(title)
-    figure.legend(handles=handles, loc="lower center", ncols=len(targets), frameon=False)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
-
-
-def _spread(panel: Any, runs: Sequence[Run], colors: dict[str, Any], time: str, below: str) -> None:
-    """Draw the share of streams that took at most so long, by target."""
-    panel.set(xlabel=below, ylabel="share of streams", ylim=(0, 1.02), xscale="log")
-    if not runs:
-        panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center")
-    for target, color in colors.items():
-        times = [getattr(sample, time) for run in runs if run.target == target for sample in run.samples]
-        if times:
-            panel.ecdf(times, color=color)
-    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -284,7 +284,7 @@ def contexts(lengths: Sequence[int], counts: Sequence[int]) -> Contexts:
         for place in range(length - count, length):
             rows.append((place, number, int(table[number, place // BLOCK]) * BLOCK + place % BLOCK))
     columns = np.ascontiguousarray(np.array(rows, dtype=np.int32).T)
-    return Contexts(columns[0], columns[1], columns[2], table)
+    return Contexts(columns[0], columns[1], columns[2:3], table[None])
 
 
 def _trained(found: Findings, watch: Stopwatch, draw: torch.Generator, size: int) -> None:

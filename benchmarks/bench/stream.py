@@ -119,28 +119,6 @@ class Sample:
         return (self.ended - self.started - self.ttft) / max(1, self.tokens - 1)
 
 
-async def completion_events(url: str, payload: dict[str, Any]) -> AsyncIterator[tuple[float, bytes]]:
-    """Stream one `/v1/completions` request; yield each event and when it came.
-
-    Raises:
-        HttpError: another status than 200.
-    """
-    async with request(f"{url}/v1/completions", "POST", payload) as response:
-        if response.status != 200:
-            raise HttpError(response.status, (await response.body()).decode(errors="replace"))
-        async for event in response.events():
-            if event == DONE:
-                break
-            yield time.perf_counter(), event
-
-
-async def stream_times(url: str, payload: dict[str, Any]) -> AsyncIterator[tuple[float, str]]:
-    """Stream one `/v1/completions` request; yield each piece of text and when it came."""
-    async for now, event in completion_events(url, payload):
-        if text := _text(json.loads(event)):
-            yield now, text
-
-
 async def stream_completion(url: str, payload: dict[str, Any]) -> Sample:
     """Stream one `/v1/completions` request and time it.
 
@@ -151,9 +129,15 @@ async def stream_completion(url: str, payload: dict[str, Any]) -> Sample:
     started = time.perf_counter()
     first = last = 0.0
     events: list[bytes] = []
-    async for last, event in completion_events(url, payload):
-        events.append(event)
-        first = first or (last if _text(json.loads(event)) else 0.0)
+    async with request(f"{url}/v1/completions", "POST", payload) as response:
+        if response.status != 200:
+            raise HttpError(response.status, (await response.body()).decode(errors="replace"))
+        async for event in response.events():
+            if event == DONE:
+                break
+            last = time.perf_counter()
+            events.append(event)
+            first = first or (last if _text(json.loads(event)) else 0.0)
     text, tokens = "", 0
     for parsed in map(json.loads, events):
         if "error" in parsed:

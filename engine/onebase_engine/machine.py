@@ -1,5 +1,5 @@
-"""Memory of the machine: total, free and peak bytes, and the errors that report a lack of it; and the
-interpreter's memory for frames.
+"""Memory of the machine: total, free and peak bytes, and the errors that report a lack of it; the
+interpreter's memory for frames; and the priority of processes.
 
 torch is imported where it is needed: the api asks for memory too, and loads no torch.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import os
 import re
 import resource
 import sys
@@ -27,6 +28,25 @@ NO_LIMIT = 1 << 62
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 _ONEDNN = re.compile(r"could not (create a (primitive|memory|memory object)|execute a primitive)")
 """Pattern of oneDNN's out-of-memory errors. Unsupported cases name a "primitive descriptor"."""
+
+
+BESIDE_SERVING = 10
+"""Niceness of a process for whose result a request waits: it gets a tenth of a core that the engine wants as
+well."""
+BEHIND_SERVING = 19
+"""Niceness of a process for whose result nobody waits: a seventieth of such a core."""
+
+
+def step_aside(pid: int, niceness: int) -> None:
+    """Make a process leave the processor to others, and be the first to be killed when memory is short.
+
+    Called by who started it, before it has threads and has imported anything. It must be in the session of
+    the engine: between sessions, Linux shares the processor evenly whatever the niceness (`sched(7)`, "The
+    autogroup feature").
+    """
+    with contextlib.suppress(OSError):  # it may have ended
+        os.setpriority(os.PRIO_PROCESS, pid, min(19, os.getpriority(os.PRIO_PROCESS, 0) + niceness))
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 
 
 def total_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

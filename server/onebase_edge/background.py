@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import itertools
 import logging
+import queue
 import threading
 import time
 from collections import Counter, deque
@@ -83,16 +85,29 @@ class TurnBudget:
 
 
 class Threads:
-    """Threads for at most `most` calls at once, each in a daemon thread of its own that does not delay the
-    process's end.
+    """Daemon threads for at most `most` calls at once. They are started when they are first needed, and kept:
+    the event loop stands still until the system has begun to run a new thread, which on busy cores takes
+    longer than most calls do.
 
     Tenants take turns, however many calls each of them has waiting, and one tenant has at most `each` calls
     running (by default all of them). Made and used in one event loop.
+
+    on_cost: called in the event loop with the tenant and the processor time of each call, in seconds.
     """
 
-    def __init__(self, name: str, most: int, each: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        most: int,
+        each: int | None = None,
+        on_cost: Callable[[str, float], None] = lambda tenant, seconds: None,
+    ) -> None:
         self._name = name
+        self._on_cost = on_cost
+        self._most = most
         self._free = most
+        self._started = 0
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._each = most if each is None else each
         self._running: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
@@ -111,7 +126,8 @@ class Threads:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
 
-        def finish(result: Any, error: BaseException | None) -> None:
+        def finish(result: Any, error: BaseException | None, seconds: float) -> None:
+            self._on_cost(tenant, seconds)
             self._release(tenant)
             if answer.done():
                 return
@@ -122,21 +138,33 @@ class Threads:
 
         def work() -> None:
             result, error = None, None
+            began = time.thread_time()
             try:
                 result = call(*args, **kwargs)
             except BaseException as caught:
                 error = RuntimeError(str(caught)) if isinstance(caught, StopIteration) else caught
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who asked
-                loop.call_soon_threadsafe(finish, result, error)
+                loop.call_soon_threadsafe(finish, result, error, time.thread_time() - began)
 
         try:
+            self._start_thread()
             context = contextvars.copy_context()  # on whose behalf: see registry/audit.py
-            threading.Thread(target=context.run, args=(work,), name=self._name, daemon=True).start()
+            self._calls.put(functools.partial(context.run, work))
         except BaseException:
             self._release(tenant)
             raise
         value: T = await answer
         return value
+
+    def _start_thread(self) -> None:
+        """Start a thread unless there is one for each running call. Raises RuntimeError."""
+        if self._started < self._most - self._free:
+            threading.Thread(target=self._run_calls, name=self._name, daemon=True).start()
+            self._started += 1
+
+    def _run_calls(self) -> None:
+        while True:
+            self._calls.get()()
 
     async def _acquire(self, tenant: str) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -2,6 +2,7 @@
 
 ApiError
 ├── InvalidRequestError          the request names a field that must change
+│   └── ContextLengthError       its tokens are more than the base's context has
 ├── BodyTooLargeError            the body is over the limit
 ├── HeadersTooLargeError         the address and headers are over the limit
 ├── HttpVersionError             the request is in another HTTP than 1.0 and 1.1
@@ -77,6 +78,22 @@ class InvalidRequestError(ApiError):
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
         super().__init__(message, code=code, param=param)
+
+
+class ContextLengthError(InvalidRequestError):
+    """The request has more tokens than the base's context.
+
+    Clients know this error by words of its message, each by others, so that the message has all of them.
+    `holds`: what else the context holds, as the end of a sentence.
+    """
+
+    def __init__(self, param: str, problem: str, length: int, remedy: str, holds: str = "") -> None:
+        super().__init__(
+            f"{param}: {problem}. This model's maximum context length is {length} tokens{holds} "
+            f"(--max-length; context_length_exceeded). {remedy}",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 class BodyTooLargeError(ApiError):
@@ -270,9 +287,13 @@ class DiskFullError(ApiError):
 
 
 class QueueFullError(ApiError):
-    def __init__(self, waiting: int, limit: int, retry_after: float) -> None:
+    """`asked`: the sequences of the request that was refused."""
+
+    def __init__(self, asked: int, waiting: int, limit: int, retry_after: float) -> None:
         super().__init__(
-            f"{waiting} sequences wait and the limit is {limit} (--queue-limit). Try again in a moment.",
+            f"The request asks for {asked} {'sequence' if asked == 1 else 'sequences'}, {waiting} wait "
+            f"already, and no more than {limit} may wait (--queue-limit). Try again in a moment"
+            f"{', or ask for fewer at once' if asked > 1 else ''}.",
             code="queue_full",
             retry_after=retry_after,
         )
@@ -357,6 +378,7 @@ CALLER_CODES = {
 
 _TABLE: dict[type[ApiError], tuple[int, str]] = {
     InvalidRequestError: (400, "invalid_request_error"),
+    ContextLengthError: (400, "invalid_request_error"),
     BodyTooLargeError: (413, "invalid_request_error"),
     HeadersTooLargeError: (431, "invalid_request_error"),
     HttpVersionError: (505, "invalid_request_error"),

@@ -4,6 +4,8 @@ A value comes from the command line, else from `ONEBASE_<NAME>`, else from the d
 other file reads these variables.
 """
 
+# ruff: noqa: RUF009 - `setting` is dataclasses.field with a help text
+
 from __future__ import annotations
 
 import ipaddress
@@ -174,7 +176,8 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
     return (chosen if chosen.is_absolute() else Path("~/.local/share").expanduser()) / "onebase"
 
 
-def about(
+def setting(
+    default: Any,
     group: str,
     text: str,
     *,
@@ -182,462 +185,339 @@ def about(
     metavar: str | None = None,
     low: float | None = None,
     high: float | None = None,
-) -> dict[str, Any]:
-    """Return the metadata of a field of Settings: its help on the command line, and its limits."""
-    return {"group": group, "help": text, "parse": parse, "metavar": metavar, "low": low, "high": high}
+) -> Any:
+    """Return a field of Settings with its help on the command line, in its group, and its limits."""
+    about = {"group": group, "help": text, "parse": parse, "metavar": metavar, "low": low, "high": high}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """One server's settings, checked. Sizes are bytes, times are seconds, lengths are tokens."""
 
-    base: str = field(
-        default="smollm2-135m-instruct",
-        metadata=about(
-            "base",
-            "the base model: the default's name, org/repo[@revision] on the Hub, or a folder",
-        ),
+    base: str = setting(
+        "smollm2-135m-instruct",
+        "base",
+        "the base model: the default's name, org/repo[@revision] on the Hub, or a folder",
     )
-    quantization: Quantization = field(
-        default="nf4", metadata=about("base", "how the base's linear layers are stored")
+    quantization: Quantization = setting("nf4", "base", "how the base's linear layers are stored")
+    blocksize: int = setting(64, "base", "weights that share one scale (nf4)", low=32, high=4096)
+    double_quant: bool = setting(True, "base", "quantize the scales as well (nf4): saves 0.4 bits a weight")
+    compute_dtype: FloatType = setting("bfloat16", "base", "type in which 4-bit products are computed")
+    dtype: FloatType = setting("bfloat16", "base", "type of what is not quantized, and of activations")
+    device: Device = setting("auto", "base", "where the base lives; auto takes a GPU if there is one")
+
+    host: str = setting(
+        "127.0.0.1",
+        "server",
+        "address to listen on; 0.0.0.0 serves the whole network, to those who have an API key",
     )
-    blocksize: int = field(
-        default=64, metadata=about("base", "weights that share one scale (nf4)", low=32, high=4096)
+    insecure: bool = setting(
+        False,
+        "server",
+        "listen on another --host though there is no API key: whoever reaches it may do everything",
     )
-    double_quant: bool = field(
-        default=True, metadata=about("base", "quantize the scales as well (nf4): saves 0.4 bits a weight")
+    port: int = setting(8000, "server", "port to listen on; 0 takes any free one", low=0, high=65535)
+    open_metrics: bool = setting(
+        False,
+        "server",
+        "answer GET /metrics without an API key, for gateways and scrapers without one: whoever reaches "
+        "the server reads the names of tenants and adapters there, and how much they are used",
     )
-    compute_dtype: FloatType = field(
-        default="bfloat16", metadata=about("base", "type in which 4-bit products are computed")
+    log_level: LogLevel = setting("info", "server", "least important messages that are logged")
+    log_format: LogFormat = setting(
+        "text", "server", "how it logs: lines for people, or one JSON object a line"
     )
-    dtype: FloatType = field(
-        default="bfloat16", metadata=about("base", "type of what is not quantized, and of activations")
+    otlp_endpoint: str = setting(
+        "",
+        "server",
+        "send traces there by OTLP over HTTP, as in http://localhost:4318; by default where "
+        "OTEL_EXPORTER_OTLP_ENDPOINT says, else nowhere",
+        metavar="URL",
     )
-    device: Device = field(
-        default="auto", metadata=about("base", "where the base lives; auto takes a GPU if there is one")
+    access_log: bool = setting(False, "server", "log one line per request")
+    drain_timeout: float = setting(
+        120.0, "server", "seconds that running requests get to finish after SIGTERM", low=0, high=86400
+    )
+    stop_with_stdin: bool = setting(
+        False, "server", "stop when standard input ends: for a program that starts the server through a pipe"
     )
 
-    host: str = field(
-        default="127.0.0.1",
-        metadata=about(
-            "server",
-            "address to listen on; 0.0.0.0 serves the whole network, to those who have an API key",
-        ),
+    allowed_host: tuple[str, ...] = setting(
+        (),
+        "connections",
+        "a name by which clients call this server (the Host header), besides localhost; may be repeated; "
+        "'*' takes any, for a gateway that checks them",
+        parse=parse_names,
+        metavar="NAME",
     )
-    insecure: bool = field(
-        default=False,
-        metadata=about(
-            "server",
-            "listen on another --host though there is no API key: whoever reaches it may do everything",
-        ),
+    allowed_origin: tuple[str, ...] = setting(
+        (),
+        "connections",
+        "another site whose pages may use this server from a browser, as in https://tools.example.com; "
+        "may be repeated",
+        parse=parse_origins,
+        metavar="ORIGIN",
     )
-    port: int = field(
-        default=8000, metadata=about("server", "port to listen on; 0 takes any free one", low=0, high=65535)
+    trusted_proxy: tuple[str, ...] = setting(
+        (),
+        "connections",
+        "address or network of a reverse proxy, besides loopback: its X-Forwarded-For is believed, and "
+        "it may open any number of connections; may be repeated",
+        parse=parse_addresses,
+        metavar="ADDRESS",
     )
-    open_metrics: bool = field(
-        default=False,
-        metadata=about(
-            "server",
-            "answer GET /metrics without an API key, for gateways and scrapers without one: whoever reaches "
-            "the server reads the names of tenants and adapters there, and how much they are used",
-        ),
+    max_connections: int = setting(
+        4096,
+        "connections",
+        "connections at once; fewer where fewer files may be open (ulimit -n)",
+        low=1,
+        high=1_000_000,
     )
-    log_level: LogLevel = field(
-        default="info", metadata=about("server", "least important messages that are logged")
+    max_connections_per_host: int = setting(
+        256,
+        "connections",
+        "connections at once from one address (IPv6: one /64), but for loopback and --trusted-proxy",
+        low=1,
+        high=1_000_000,
     )
-    log_format: LogFormat = field(
-        default="text",
-        metadata=about("server", "how it logs: lines for people, or one JSON object a line"),
+    max_header: int = setting(
+        64 << 10,
+        "connections",
+        "size of a request's address and headers, as in 64KiB",
+        parse=parse_size,
+        metavar="SIZE",
+        low=1000,
+        high=16 << 20,
     )
-    otlp_endpoint: str = field(
-        default="",
-        metadata=about(
-            "server",
-            "send traces there by OTLP over HTTP, as in http://localhost:4318; by default where "
-            "OTEL_EXPORTER_OTLP_ENDPOINT says, else nowhere",
-            metavar="URL",
-        ),
+    max_header_lines: int = setting(200, "connections", "headers of one request", low=10, high=10_000)
+    header_timeout: float = setting(
+        20.0, "connections", "seconds that a request's headers may take to arrive", low=0.1, high=3600
     )
-    access_log: bool = field(default=False, metadata=about("server", "log one line per request"))
-    drain_timeout: float = field(
-        default=120.0,
-        metadata=about(
-            "server", "seconds that running requests get to finish after SIGTERM", low=0, high=86400
-        ),
+    body_timeout: float = setting(
+        30.0,
+        "connections",
+        "seconds in which a body must bring its share of --min-body-rate",
+        low=0.1,
+        high=3600,
     )
-    stop_with_stdin: bool = field(
-        default=False,
-        metadata=about(
-            "server", "stop when standard input ends: for a program that starts the server through a pipe"
-        ),
+    min_body_rate: int = setting(
+        1000,
+        "connections",
+        "bytes a second that a body must bring while it is read, over each --body-timeout",
+        parse=parse_size,
+        metavar="SIZE",
+        low=1,
     )
-
-    allowed_host: tuple[str, ...] = field(
-        default=(),
-        metadata=about(
-            "connections",
-            "a name by which clients call this server (the Host header), besides localhost; may be repeated; "
-            "'*' takes any, for a gateway that checks them",
-            parse=parse_names,
-            metavar="NAME",
-        ),
+    keep_alive_timeout: float = setting(
+        20.0, "connections", "seconds that a connection may wait for its next request", low=0.1, high=86400
     )
-    allowed_origin: tuple[str, ...] = field(
-        default=(),
-        metadata=about(
-            "connections",
-            "another site whose pages may use this server from a browser, as in https://tools.example.com; "
-            "may be repeated",
-            parse=parse_origins,
-            metavar="ORIGIN",
-        ),
-    )
-    trusted_proxy: tuple[str, ...] = field(
-        default=(),
-        metadata=about(
-            "connections",
-            "address or network of a reverse proxy, besides loopback: its X-Forwarded-For is believed, and "
-            "it may open any number of connections; may be repeated",
-            parse=parse_addresses,
-            metavar="ADDRESS",
-        ),
-    )
-    max_connections: int = field(
-        default=4096,
-        metadata=about(
-            "connections",
-            "connections at once; fewer where fewer files may be open (ulimit -n)",
-            low=1,
-            high=1_000_000,
-        ),
-    )
-    max_connections_per_host: int = field(
-        default=256,
-        metadata=about(
-            "connections",
-            "connections at once from one address (IPv6: one /64), but for loopback and --trusted-proxy",
-            low=1,
-            high=1_000_000,
-        ),
-    )
-    max_header: int = field(
-        default=64 << 10,
-        metadata=about(
-            "connections",
-            "size of a request's address and headers, as in 64KiB",
-            parse=parse_size,
-            metavar="SIZE",
-            low=1000,
-            high=16 << 20,
-        ),
-    )
-    max_header_lines: int = field(
-        default=200, metadata=about("connections", "headers of one request", low=10, high=10_000)
-    )
-    header_timeout: float = field(
-        default=20.0,
-        metadata=about(
-            "connections", "seconds that a request's headers may take to arrive", low=0.1, high=3600
-        ),
-    )
-    body_timeout: float = field(
-        default=30.0,
-        metadata=about(
-            "connections",
-            "seconds in which a body must bring its share of --min-body-rate",
-            low=0.1,
-            high=3600,
-        ),
-    )
-    min_body_rate: int = field(
-        default=1000,
-        metadata=about(
-            "connections",
-            "bytes a second that a body must bring while it is read, over each --body-timeout",
-            parse=parse_size,
-            metavar="SIZE",
-            low=1,
-        ),
-    )
-    keep_alive_timeout: float = field(
-        default=20.0,
-        metadata=about(
-            "connections", "seconds that a connection may wait for its next request", low=0.1, high=86400
-        ),
-    )
-    write_timeout: float = field(
-        default=30.0,
-        metadata=about(
-            "connections",
-            "seconds in which a client must read something of what waits for it, or it is cut off",
-            low=0.1,
-            high=86400,
-        ),
+    write_timeout: float = setting(
+        30.0,
+        "connections",
+        "seconds in which a client must read something of what waits for it, or it is cut off",
+        low=0.1,
+        high=86400,
     )
 
-    adapter: tuple[tuple[str, str], ...] = field(
-        default=(),
-        metadata=about(
-            "adapters",
-            "serve the PEFT folder under this name; may be repeated",
-            parse=parse_adapters,
-            metavar="NAME=FOLDER",
-        ),
+    adapter: tuple[tuple[str, str], ...] = setting(
+        (),
+        "adapters",
+        "serve the PEFT folder under this name; may be repeated",
+        parse=parse_adapters,
+        metavar="NAME=FOLDER",
     )
-    adapters_dir: str = field(
-        default="",
-        metadata=about(
-            "adapters",
-            "serve each subfolder that holds an adapter_config.json, under the subfolder's name",
-            metavar="DIR",
-        ),
+    adapters_dir: str = setting(
+        "",
+        "adapters",
+        "serve each subfolder that holds an adapter_config.json, under the subfolder's name",
+        metavar="DIR",
     )
-    max_slots: int = field(
-        default=8,
-        metadata=about("adapters", "adapters in the accelerator's memory at once", low=1, high=1024),
+    max_slots: int = setting(8, "adapters", "adapters in the accelerator's memory at once", low=1, high=1024)
+    slot_memory: int = setting(
+        0,
+        "adapters",
+        "bytes of adapters in slots, as in 2GB; 0: on a GPU a tenth of what is free, else no limit",
+        parse=parse_size,
+        metavar="SIZE",
+        low=0,
     )
-    slot_memory: int = field(
-        default=0,
-        metadata=about(
-            "adapters",
-            "bytes of adapters in slots, as in 2GB; 0: on a GPU a tenth of what is free, else no limit",
-            parse=parse_size,
-            metavar="SIZE",
-            low=0,
-        ),
+    max_rank: int = setting(256, "adapters", "highest rank of an adapter", low=1, high=1024)
+    host_memory: int = setting(
+        0,
+        "adapters",
+        "host memory for adapters, as in 8GB, and on a GPU a quarter of it for prefixes that leave the "
+        "KV cache; 0 takes a quarter of the machine's memory",
+        parse=parse_size,
+        metavar="SIZE",
+        low=0,
     )
-    max_rank: int = field(
-        default=256, metadata=about("adapters", "highest rank of an adapter", low=1, high=1024)
+    hub_allow: tuple[str, ...] = setting(
+        (),
+        "adapters",
+        "Hub repositories that requests may name (hub:org/repo) to be pulled on first use, as in "
+        "'org/*'; may be repeated",
+        parse=parse_patterns,
+        metavar="PATTERN",
     )
-    host_memory: int = field(
-        default=0,
-        metadata=about(
-            "adapters",
-            "host memory for adapters, as in 8GB, and on a GPU a quarter of it for prefixes that leave the "
-            "KV cache; 0 takes a quarter of the machine's memory",
-            parse=parse_size,
-            metavar="SIZE",
-            low=0,
-        ),
+    max_upload: int = setting(
+        2_000_000_000,
+        "adapters",
+        "largest adapter that is taken, as in 2GB",
+        parse=parse_size,
+        metavar="SIZE",
+        low=1000,
     )
-    hub_allow: tuple[str, ...] = field(
-        default=(),
-        metadata=about(
-            "adapters",
-            "Hub repositories that requests may name (hub:org/repo) to be pulled on first use, as in "
-            "'org/*'; may be repeated",
-            parse=parse_patterns,
-            metavar="PATTERN",
-        ),
+    proof_timeout: float = setting(
+        600.0, "adapters", "seconds that proving one adapter may take", low=1, high=86400, metavar="SECONDS"
     )
-    max_upload: int = field(
-        default=2_000_000_000,
-        metadata=about(
-            "adapters", "largest adapter that is taken, as in 2GB", parse=parse_size, metavar="SIZE", low=1000
-        ),
+    data_dir: str = setting(
+        "",
+        "adapters",
+        "where adapters are kept; by default onebase in $XDG_DATA_HOME or ~/.local/share",
+        metavar="DIR",
     )
-    proof_timeout: float = field(
-        default=600.0,
-        metadata=about(
-            "adapters", "seconds that proving one adapter may take", low=1, high=86400, metavar="SECONDS"
-        ),
+    store: str = setting(
+        "",
+        "adapters",
+        "place of the adapters' files: a folder or an fsspec URL, as in s3://bucket/path; by default "
+        "store in the data folder",
+        metavar="URL",
     )
-    data_dir: str = field(
-        default="",
-        metadata=about(
-            "adapters",
-            "where adapters are kept; by default onebase in $XDG_DATA_HOME or ~/.local/share",
-            metavar="DIR",
-        ),
+    registry: str = setting(
+        "",
+        "adapters",
+        "database of names and versions, as in postgresql://host/name; by default a SQLite file "
+        "in the data folder",
+        metavar="URL",
     )
-    store: str = field(
-        default="",
-        metadata=about(
-            "adapters",
-            "place of the adapters' files: a folder or an fsspec URL, as in s3://bucket/path; by default "
-            "store in the data folder",
-            metavar="URL",
-        ),
-    )
-    registry: str = field(
-        default="",
-        metadata=about(
-            "adapters",
-            "database of names and versions, as in postgresql://host/name; by default a SQLite file "
-            "in the data folder",
-            metavar="URL",
-        ),
-    )
-    sync_seconds: float = field(
-        default=1.0,
-        metadata=about(
-            "adapters",
-            "seconds between two looks at what other servers changed in the registry, if it does not tell",
-            low=0.05,
-            high=3600,
-        ),
+    sync_seconds: float = setting(
+        1.0,
+        "adapters",
+        "seconds between two looks at what other servers changed in the registry, if it does not tell",
+        low=0.05,
+        high=3600,
     )
 
-    max_rows: int = field(
-        default=64, metadata=about("engine", "sequences that are decoded in one step", low=1, high=4096)
+    max_rows: int = setting(64, "engine", "sequences that are decoded in one step", low=1, high=4096)
+    max_length: int = setting(
+        0, "engine", "longest prompt plus completion, in tokens; 0 takes the base's own", low=0
     )
-    max_length: int = field(
-        default=0,
-        metadata=about("engine", "longest prompt plus completion, in tokens; 0 takes the base's own", low=0),
+    step_tokens: int = setting(0, "engine", "tokens in one step; 0 chooses by device", low=0)
+    cpu_weights: CpuWeights = setting(
+        "quantized",
+        "engine",
+        "on a CPU, 4-bit weights are unpacked in each step (quantized), or once (bf16), which takes four "
+        "times their memory more; answers stay the same",
     )
-    step_tokens: int = field(
-        default=0, metadata=about("engine", "tokens in one step; 0 chooses by device", low=0)
+    draft_tokens: int = setting(
+        7,
+        "engine",
+        "draft tokens of one sequence in one step, from its own earlier text, where that is "
+        "faster; answers stay the same; 0: none",
+        low=0,
+        high=64,
     )
-    cpu_weights: CpuWeights = field(
-        default="quantized",
-        metadata=about(
-            "engine",
-            "on a CPU, 4-bit weights are unpacked in each step (quantized), or once (bf16), which takes four "
-            "times their memory more; answers stay the same",
-        ),
+    kv_memory: int = setting(
+        0,
+        "engine",
+        "size of the KV cache, as in 2GB; 0 takes what is free",
+        parse=parse_size,
+        metavar="SIZE",
+        low=0,
     )
-    draft_tokens: int = field(
-        default=7,
-        metadata=about(
-            "engine",
-            "draft tokens of one sequence in one step, from its own earlier text, where that is "
-            "faster; answers stay the same; 0: none",
-            low=0,
-            high=64,
-        ),
+    kv_dtype: KvDtype = setting(
+        "auto",
+        "engine",
+        "type of keys and values in the KV cache: --dtype (auto), or int8, which holds nearly twice the "
+        "tokens in the same memory and changes answers a little",
     )
-    kv_memory: int = field(
-        default=0,
-        metadata=about(
-            "engine",
-            "size of the KV cache, as in 2GB; 0 takes what is free",
-            parse=parse_size,
-            metavar="SIZE",
-            low=0,
-        ),
+    train_memory: int = setting(
+        0,
+        "engine",
+        "memory that training jobs may take and the KV cache leaves free, as in 8GB; 0: a job may take "
+        "half of what is free when it begins, which the KV cache leaves little of on a GPU",
+        parse=parse_size,
+        metavar="SIZE",
+        low=0,
     )
-    kv_dtype: KvDtype = field(
-        default="auto",
-        metadata=about(
-            "engine",
-            "type of keys and values in the KV cache: --dtype (auto), or int8, which holds nearly twice the "
-            "tokens in the same memory and changes answers a little",
-        ),
+    threads: int = setting(0, "engine", "CPU threads of the engine; 0 takes every core", low=0, high=1024)
+    deterministic: bool = setting(False, "engine", "on CUDA, the same bits whatever else is in the batch")
+
+    train_jobs: int = setting(
+        1, "training", "jobs that run at once; 0: this server trains nothing", low=0, high=64
     )
-    train_memory: int = field(
-        default=0,
-        metadata=about(
-            "engine",
-            "memory that training jobs may take and the KV cache leaves free, as in 8GB; 0: a job may take "
-            "half of what is free when it begins, which the KV cache leaves little of on a GPU",
-            parse=parse_size,
-            metavar="SIZE",
-            low=0,
-        ),
+    train_share: float = setting(
+        0.2,
+        "training",
+        "part of the time in which a job computes while sequences run, 0 to 1; 0: only when there are "
+        "none. When the server is idle, it takes all",
+        low=0,
+        high=1,
+        metavar="PART",
     )
-    threads: int = field(
-        default=0, metadata=about("engine", "CPU threads of the engine; 0 takes every core", low=0, high=1024)
-    )
-    deterministic: bool = field(
-        default=False, metadata=about("engine", "on CUDA, the same bits whatever else is in the batch")
+    max_train_file: int = setting(
+        512_000_000,
+        "training",
+        "largest file of a job or a batch that is taken, as in 512MB",
+        parse=parse_size,
+        metavar="SIZE",
+        low=1000,
     )
 
-    train_jobs: int = field(
-        default=1,
-        metadata=about("training", "jobs that run at once; 0: this server trains nothing", low=0, high=64),
+    batch_rows: int = setting(
+        0,
+        "limits",
+        "rows of batches that are answered at once, where nothing else needs the place; 0: as many as "
+        "there are places (--max-rows)",
+        low=0,
+        high=4096,
     )
-    train_share: float = field(
-        default=0.2,
-        metadata=about(
-            "training",
-            "part of the time in which a job computes while sequences run, 0 to 1; 0: only when there are "
-            "none. When the server is idle, it takes all",
-            low=0,
-            high=1,
-            metavar="PART",
-        ),
+    queue_limit: int = setting(
+        256,
+        "limits",
+        "sequences that may wait for their turn; beyond that requests get status 429",
+        low=0,
+        high=1_000_000,
     )
-    max_train_file: int = field(
-        default=512_000_000,
-        metadata=about(
-            "training",
-            "largest file of a job or a batch that is taken, as in 512MB",
-            parse=parse_size,
-            metavar="SIZE",
-            low=1000,
-        ),
+    stall_timeout: float = setting(
+        60.0, "limits", "seconds without progress after which the engine is restarted", low=0.1, high=86400
     )
-
-    batch_rows: int = field(
-        default=0,
-        metadata=about(
-            "limits",
-            "rows of batches that are answered at once, where nothing else needs the place; 0: as many as "
-            "there are places (--max-rows)",
-            low=0,
-            high=4096,
-        ),
+    max_body: int = setting(
+        2_000_000,
+        "limits",
+        "largest JSON body, as in 2MB; files have their own",
+        parse=parse_size,
+        metavar="SIZE",
+        low=1000,
     )
-    queue_limit: int = field(
-        default=256,
-        metadata=about(
-            "limits",
-            "sequences that may wait for their turn; beyond that requests get status 429",
-            low=0,
-            high=1_000_000,
-        ),
+    max_choices: int = setting(
+        128, "limits", "most completions of one request (n times its prompts)", low=1, high=4096
     )
-    stall_timeout: float = field(
-        default=60.0,
-        metadata=about(
-            "limits", "seconds without progress after which the engine is restarted", low=0.1, high=86400
-        ),
+    max_timeout: float = setting(
+        3600.0, "limits", "seconds after which any request is ended", low=1, high=7 * 86400
     )
-    max_body: int = field(
-        default=2_000_000,
-        metadata=about(
-            "limits",
-            "largest JSON body, as in 2MB; files have their own",
-            parse=parse_size,
-            metavar="SIZE",
-            low=1000,
-        ),
+    response_memory: int = setting(
+        64_000_000,
+        "limits",
+        "responses of /v1/responses that are kept in memory to be gone on from, of all tenants together, "
+        "as in 64MB; 0 keeps none",
+        parse=parse_size,
+        metavar="SIZE",
+        low=0,
     )
-    max_choices: int = field(
-        default=128,
-        metadata=about("limits", "most completions of one request (n times its prompts)", low=1, high=4096),
+    raw_control_tokens: RawControlTokens = setting(
+        "allow",
+        "limits",
+        "what <|im_end|> and the like are in the text of a plain prompt: control tokens (allow), or text "
+        "(letters). In messages they are always text",
     )
-    max_timeout: float = field(
-        default=3600.0,
-        metadata=about("limits", "seconds after which any request is ended", low=1, high=7 * 86400),
-    )
-    response_memory: int = field(
-        default=64_000_000,
-        metadata=about(
-            "limits",
-            "responses of /v1/responses that are kept in memory to be gone on from, of all tenants together, "
-            "as in 64MB; 0 keeps none",
-            parse=parse_size,
-            metavar="SIZE",
-            low=0,
-        ),
-    )
-    raw_control_tokens: RawControlTokens = field(
-        default="allow",
-        metadata=about(
-            "limits",
-            "what <|im_end|> and the like are in the text of a plain prompt: control tokens (allow), or text "
-            "(letters). In messages they are always text",
-        ),
-    )
-    stream_buffer: int = field(
-        default=1024,
-        metadata=about(
-            "limits",
-            "outputs per choice kept for a slow reader before it is cut off",
-            low=1,
-            high=1_000_000,
-        ),
+    stream_buffer: int = setting(
+        1024,
+        "limits",
+        "outputs per choice kept for a slow reader before it is cut off",
+        low=1,
+        high=1_000_000,
     )
 
     def __post_init__(self) -> None:

@@ -175,6 +175,28 @@ class ProofReport(Stored, frozen=True, kw_only=True):
     """Statement, in words, of what was shown."""
 
 
+class AddedToken(msgspec.Struct, frozen=True):
+    """A token that an adapter's tokenizer has added to the base's, as the tokenizers library describes it."""
+
+    id: int
+    content: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+
+class TokenizerAdditions(msgspec.Struct, frozen=True, kw_only=True):
+    """Additions of an adapter's tokenizer to its base's."""
+
+    tokens: tuple[AddedToken, ...]
+    """Added tokens, whose ids follow the base's and one another."""
+    end_tokens: tuple[int, ...] = ()
+    """Ids of the tokens that end a text."""
+    chat_template: str | None = None
+
+
 class VersionReport(Stored, frozen=True, kw_only=True):
     """Findings of the server about a version before it served it. The registry stores it as JSON."""
 
@@ -200,6 +222,10 @@ class VersionReport(Stored, frozen=True, kw_only=True):
     """Classes that a classifier tells apart."""
     label_names: tuple[str, ...] = ()
     """Names of all classes, in their order; empty if its files name none."""
+    vocabulary: int = 0
+    """Number of tokens of its own vocabulary; 0 if it is the base's."""
+    tokenizer: TokenizerAdditions | None = None
+    """Additions of its tokenizer to the base's; None if there are none."""
     warnings: tuple[str, ...] = ()
     """Warnings to look at before the version is activated. The server blocks nothing because of them."""
     base_layers: int = 0

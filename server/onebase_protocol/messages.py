@@ -20,6 +20,20 @@ class ToolUseAnswer(msgspec.Struct, tag_field="type", tag="tool_use"):
     input: Json
 
 
+class ThinkingBlockAnswer(msgspec.Struct, tag_field="type", tag="thinking"):
+    """A thought. signature: of its text."""
+
+    thinking: str
+    signature: str
+
+
+BlockAnswer = ThinkingBlockAnswer | TextBlockAnswer | ToolUseAnswer
+
+
+class ThinkingTokens(msgspec.Struct, frozen=True):
+    thinking_tokens: int
+
+
 class MessageUsage(msgspec.Struct):
     """The prompt is the sum of three: what is new, what was put into the cache, what came from it."""
 
@@ -27,6 +41,7 @@ class MessageUsage(msgspec.Struct):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: ThinkingTokens
 
 
 class MessageAnswerUsage(MessageUsage):
@@ -45,7 +60,7 @@ class MessageAnswer(msgspec.Struct, kw_only=True):
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
     model: str
-    content: list[TextBlockAnswer | ToolUseAnswer]
+    content: list[BlockAnswer]
     stop_reason: str | None = None
     stop_sequence: str | None = None
     usage: MessageAnswerUsage
@@ -66,11 +81,19 @@ class MessageStart(msgspec.Struct, tag_field="type", tag="message_start"):
 
 class BlockStart(msgspec.Struct, tag_field="type", tag="content_block_start"):
     index: int
-    content_block: TextBlockAnswer | ToolUseAnswer
+    content_block: BlockAnswer
 
 
 class TextDelta(msgspec.Struct, tag_field="type", tag="text_delta"):
     text: str
+
+
+class ThinkingDelta(msgspec.Struct, tag_field="type", tag="thinking_delta"):
+    thinking: str
+
+
+class SignatureDelta(msgspec.Struct, tag_field="type", tag="signature_delta"):
+    signature: str
 
 
 class InputDelta(msgspec.Struct, tag_field="type", tag="input_json_delta"):
@@ -79,7 +102,7 @@ class InputDelta(msgspec.Struct, tag_field="type", tag="input_json_delta"):
 
 class BlockDelta(msgspec.Struct, tag_field="type", tag="content_block_delta"):
     index: int
-    delta: TextDelta | InputDelta
+    delta: TextDelta | InputDelta | ThinkingDelta | SignatureDelta
 
 
 class BlockStop(msgspec.Struct, tag_field="type", tag="content_block_stop"):

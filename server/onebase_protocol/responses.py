@@ -48,6 +48,22 @@ class CallOutputItemAnswer(msgspec.Struct, tag_field="type", tag="function_call_
     output: str
 
 
+class ReasoningText(msgspec.Struct, tag_field="type", tag="reasoning_text"):
+    text: str
+
+
+class ReasoningItemAnswer(msgspec.Struct, tag_field="type", tag="reasoning"):
+    """A thought. It is whole, and has no summary."""
+
+    id: str
+    status: str
+    summary: list[Json]
+    content: list[ReasoningText] | UnsetType = UNSET
+
+
+OutputItemAnswer = MessageItemAnswer | CallItemAnswer | ReasoningItemAnswer
+
+
 class InputTokensDetails(CachedTokens, frozen=True, kw_only=True):
     cache_write_tokens: int
 
@@ -81,7 +97,7 @@ class ResponseHead(msgspec.Struct, kw_only=True):
     object: Literal["response"]
     created_at: int
     completed_at: int | UnsetType = UNSET
-    output: list[MessageItemAnswer | CallItemAnswer]
+    output: list[OutputItemAnswer]
     incomplete_details: IncompleteDetails | None
     model: str
     instructions: str | None
@@ -109,9 +125,14 @@ class ResponseAnswer(ResponseHead, kw_only=True):
     usage: ResponseUsage
 
 
-class InputItemsAnswer(
-    PageAnswer[MessageItemAnswer | CallItemAnswer | CallOutputItemAnswer], frozen=True, kw_only=True
-):
+class InputTokensAnswer(msgspec.Struct, frozen=True):
+    """Answer of POST /v1/responses/input_tokens."""
+
+    input_tokens: int
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+
+
+class InputItemsAnswer(PageAnswer[OutputItemAnswer | CallOutputItemAnswer], frozen=True, kw_only=True):
     """Items that a response answers."""
 
 
@@ -138,6 +159,8 @@ class ResponseEvent(msgspec.Struct, kw_only=True):
         "response.content_part.done",
         "response.output_text.delta",
         "response.output_text.done",
+        "response.reasoning_text.delta",
+        "response.reasoning_text.done",
         "response.function_call_arguments.delta",
         "response.function_call_arguments.done",
     ]
@@ -146,8 +169,8 @@ class ResponseEvent(msgspec.Struct, kw_only=True):
     output_index: int | UnsetType = UNSET
     content_index: int | UnsetType = UNSET
     item_id: str | UnsetType = UNSET
-    item: MessageItemAnswer | CallItemAnswer | UnsetType = UNSET
-    part: OutputText | UnsetType = UNSET
+    item: OutputItemAnswer | UnsetType = UNSET
+    part: OutputText | ReasoningText | UnsetType = UNSET
     delta: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
     logprobs: list[ChatTokenLogprob] | UnsetType = UNSET

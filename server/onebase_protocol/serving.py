@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal
 
 import msgspec
@@ -15,6 +16,10 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     object: Literal["model"] = "model"
+    type: Literal["model"] = "model"
+    display_name: str = ""
+    created_at: Annotated[datetime | None, shown_as(type="string", format="date-time")] = None
+    """The same as `created`; it, `type` and `display_name` are Anthropic's."""
     created: Annotated[int | None, shown_as(type="integer")] = None
     """Unix time in seconds."""
     owned_by: Annotated[str | None, shown_as(type="string")] = None

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from onebase_protocol.common import CachedTokens, Sparse, TrueOnly, shown_as
+from onebase_protocol.common import CachedTokens, OutputTokensDetails, Sparse, TrueOnly, shown_as
 from onebase_protocol.errors import Error
 
 
@@ -103,6 +103,8 @@ class GeneratedChoice(msgspec.Struct, frozen=True):
     finish_reason: str | None
     logprobs: Logprobs | None = None
     tool_calls: list[ToolCallAnswer] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    """Thought before the text, of a base that thinks."""
 
 
 class AdapterWeight(msgspec.Struct, frozen=True):
@@ -121,6 +123,8 @@ class Usage(msgspec.Struct, frozen=True):
     """Over all choices."""
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
+    reasoning_tokens: int = 0
+    """Completion tokens that are thoughts, with their marks."""
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -154,6 +158,8 @@ class TextEvent(msgspec.Struct, frozen=True, kw_only=True):
     id: str = ""
     index: int
     text: str
+    reasoning: str | UnsetType = UNSET
+    """New text of the thought before the choice's text."""
     tool_calls: list[CallDelta] | UnsetType = UNSET
     logprobs: Logprobs | UnsetType = UNSET
 
@@ -225,6 +231,8 @@ class TgiEnd(msgspec.Struct):
     finish_reason: str
     generated_tokens: int
     input_length: int
+    prompt_tokens: int
+    """The same as `input_length`, by LoRAX's name."""
     seed: int | None
 
 
@@ -261,6 +269,7 @@ class OpenAIUsage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: OutputTokensDetails
 
 
 class CompletionChunkChoice(msgspec.Struct):
@@ -302,6 +311,10 @@ class ChatAnswerMessage(msgspec.Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    """Thought before the content, of a base that thinks."""
+    reasoning: str | UnsetType = UNSET
+    """The same, by vLLM's name."""
     tool_calls: list[ToolCallAnswer] | UnsetType = UNSET
 
 
@@ -329,6 +342,8 @@ class ChatAnswer(msgspec.Struct, kw_only=True):
 class ChatDelta(Sparse, frozen=True):
     role: Annotated[str | None, shown_as(type="string", const="assistant")] = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[CallDelta] | None = None
 
 

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 from onebase_edge.options import add_all_settings, add_settings, checked
 from onebase_edge.settings import SettingsError
-from onebase_engine.command_line import OptionParser
 from onebase_engine.redaction import redacted
+from onebase_protocol.command_line import OptionParser
 
 _ROUTE = """\
 One address for several servers of one base: each request goes where its adapter is, or belongs.

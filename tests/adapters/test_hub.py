@@ -19,7 +19,9 @@ import pytest
 from safetensors.numpy import load, save
 from tests.disks import small_disk
 from tests.hub_standin import HubStandIn
+from tests.priorities import assert_behind
 
+from onebase_adapters.format.added_tokens import BaseVocabulary, vocabulary_digest
 from onebase_adapters.hub import pull as hub_pull
 from onebase_adapters.hub.confinement import landlock_version
 from onebase_adapters.hub.pull import (
@@ -739,12 +741,10 @@ def test_the_process_that_pulls_is_confined(hub: HubStandIn, store: Store, tmp_p
     def look(done: int, _total: int) -> None:
         if done > 50_000 and not seen:
             for task in Path("/proc/self/task").iterdir():
-                seen.extend(
-                    Path(f"/proc/{pid}/{part}").read_text()
-                    for pid in (task / "children").read_text().split()
-                    if "hub.child" in Path(f"/proc/{pid}/cmdline").read_text()
-                    for part in ("status", "limits")
-                )
+                for pid in (task / "children").read_text().split():
+                    if "hub.child" in Path(f"/proc/{pid}/cmdline").read_text():
+                        seen.extend(Path(f"/proc/{pid}/{part}").read_text() for part in ("status", "limits"))
+                        assert_behind(int(pid), 10)
             cancel.set()
 
     with pytest.raises(PullCancelledError):
@@ -753,3 +753,66 @@ def test_the_process_that_pulls_is_confined(hub: HubStandIn, store: Store, tmp_p
     assert re.search(r"^Max open files +256 +256 ", limits, re.MULTILINE)
     assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
     assert re.search(rf"^NoNewPrivs:\t{int(landlock_version() > 0)}$", status, re.MULTILINE)
+
+
+# An adapter's tokenizer
+
+
+def tokenizer_file(*added: str) -> bytes:
+    tokens = [{"id": 2 + place, "content": text, "special": True} for place, text in enumerate(added)]
+    return json.dumps({"added_tokens": tokens, "model": {"vocab": {"a": 0, "b": 1}, "merges": []}}).encode()
+
+
+ROWS = save({"base_model.model.model.embed_tokens.weight": np.ones((3, 1), np.float32)})
+PLAIN = save({"base_model.model.model.layers.0.q_proj.lora_A.weight": np.ones((3, 1), np.float32)})
+
+
+def vocabulary() -> BaseVocabulary:
+    return BaseVocabulary({"a": 0, "b": 1}, frozenset({vocabulary_digest(tokenizer_file())}))
+
+
+@pytest.mark.parametrize("folder", ["", "fr/"])
+def test_the_tokens_that_a_tokenizer_adds_come_with_rows_for_tokens(
+    hub: HubStandIn, store: Store, folder: str
+) -> None:
+    files = {
+        f"{folder}adapter_config.json": CONFIG,
+        f"{folder}adapter_model.safetensors": ROWS,
+        f"{folder}tokenizer.json": tokenizer_file("<|im_start|>"),
+        f"{folder}tokenizer_config.json": b'{"eos_token": "<|im_start|>"}',
+        f"{folder}chat_template.jinja": b"{{ messages }}",
+    }
+    commit = hub.add_repo("acme/support", files)
+    ref = HubReference("acme/support", None, folder.rstrip("/") or None)
+    config, weights = contents(store, pull(ref, commit, store, MANY, vocabulary=vocabulary))
+    assert weights == ROWS
+    assert json.loads(config) == {
+        "peft_type": "LORA",
+        "onebase_tokenizer": {
+            "tokens": [
+                {
+                    "id": 2,
+                    "content": "<|im_start|>",
+                    "special": True,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "single_word": False,
+                    "normalized": False,
+                }
+            ],
+            "end_tokens": [2],
+            "chat_template": "{{ messages }}",
+        },
+    }
+
+
+def test_a_tokenizer_is_not_asked_for_without_rows_for_tokens(hub: HubStandIn, store: Store) -> None:
+    files = {"adapter_config.json": CONFIG, "adapter_model.safetensors": PLAIN}
+    commit = hub.add_repo("acme/support", {**files, "tokenizer.json": tokenizer_file("<|im_start|>")})
+    assert contents(store, pull(REF, commit, store, MANY, vocabulary=vocabulary)) == (CONFIG, PLAIN)
+    assert not [path for path in hub.requests() if "tokenizer" in path]
+
+
+def test_rows_without_a_tokenizer_come_as_they_are(hub: HubStandIn, store: Store) -> None:
+    commit = hub.add_repo("acme/support", {"adapter_config.json": CONFIG, "adapter_model.safetensors": ROWS})
+    assert contents(store, pull(REF, commit, store, MANY, vocabulary=vocabulary)) == (CONFIG, ROWS)

@@ -17,9 +17,8 @@ from rich.console import Console
 import goals
 import serve
 from bench import machine, peers
-from bench.figures import Figures, Run, draw, summarize, sweep_points
+from bench.figures import Figures
 from bench.machine import BusyError, demand_quiet
-from bench.stream import Sample
 from bench.training import VARIANTS, TrainFigures
 from bench.workload import SWEEPS, Block, Prompts, Shape, main_block, requests_of, sweep_blocks
 from onebase_engine.base.default_base import fetch_default_base
@@ -38,12 +37,6 @@ ADAPTERS = {
 
 def blocks() -> list[Block]:
     return [main_block(Shape()), *sweep_blocks(Shape(), SWEEPS)]
-
-
-def runs(speed: float, target: str = "onebase") -> list[Run]:
-    """Every scenario once, each stream as fast as the other."""
-    samples = [Sample(0.0, 0.5, 0.5 + 63 / speed, 64, "text")]
-    return [Run(target, one.key, 1, speed, samples) for block in blocks() for one in block.scenarios]
 
 
 @pytest.mark.parametrize(
@@ -74,26 +67,6 @@ def test_a_prompt_to_copy_begins_its_own_passage_once_more() -> None:
     assert first == second
     assert first.startswith(begun)
     assert 0 < len(begun) < len(first)
-
-
-def test_a_sweep_runs_along_its_axis_with_the_figures_of_each_load() -> None:
-    scenarios = [scenario for block in blocks() for scenario in block.scenarios]
-    points = sweep_points(summarize([*runs(10), *runs(20, "peft")]), scenarios, "streams")
-    assert [x for x, _ in points["onebase"]] == [1, 2, 4, 8, 16, 32]
-    assert {figures.tokens_per_second for _, figures in points["peft"]} == {20}
-
-
-@pytest.mark.parametrize("cut_short", [False, True])
-def test_the_plots_are_drawn_of_what_was_measured(tmp_path: Path, cut_short: bool) -> None:
-    from matplotlib.image import imread
-
-    scenarios = [scenario for block in blocks() for scenario in block.scenarios]
-    measured = [*runs(10), *(run for run in runs(20, "peft") if not run.scenario.startswith("rank"))]
-    if cut_short:
-        measured = [run for run in measured if run.scenario in ("single", "same")]
-    draw(measured, scenarios, "a title", tmp_path / "serve.png")
-    height, width, _ = imread(tmp_path / "serve.png").shape
-    assert width > height > 500
 
 
 RESULT = {"machine": {**machine.describe(None), "commit": "abc"}, "options": {"rounds": "3", "steps": "6"}}

@@ -27,7 +27,16 @@ from onebase import (
     TrainingJobInfo,
 )
 from onebase._terminal.jobs import JobDisplay
-from onebase._terminal.ui import ProgressDisplay, bar, duration, size, sparkline, table, when
+from onebase._terminal.ui import (
+    ProgressDisplay,
+    bar,
+    duration,
+    show_pieces,
+    size,
+    sparkline,
+    table,
+    when,
+)
 from onebase.cli.adapters.diff import Diff, Fact, LayerPair, RankPair, diff, print_diff
 from onebase.cli.adapters.show import COLUMNS, print_adapter, print_version
 from onebase.cli.adapters.versions import (
@@ -45,7 +54,7 @@ from onebase.cli.jobs.show import COLUMNS as JOB_COLUMNS
 from onebase.cli.jobs.show import print_job
 from onebase.cli.server import COLUMNS as MODEL_COLUMNS
 from onebase.cli.server import table_rows
-from onebase.types import Model
+from onebase.types import Model, Piece
 
 parse_adapter, parse_version = partial(convert, type=Adapter), partial(convert, type=AdapterVersion)
 parse_job, parse_event = partial(convert, type=TrainingJobInfo), partial(convert, type=TrainingEvent)
@@ -477,3 +486,13 @@ def test_a_chart_rises_and_falls_with_the_values() -> None:
 )
 def test_a_duration_is_said_as_people_do(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_the_thought_in_grey_and_a_pipe_gets_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    show_pieces([Piece(0, "", reasoning="I see\033[1m."), Piece(0, "Yes"), Piece(0, ".", "stop")])
+    grey = "\033[2mI see[1m.\033[0m\n\n"
+    assert capsys.readouterr().out == (grey if terminal else "") + "Yes."

@@ -22,6 +22,7 @@ from onebase import (
     Client,
     Generation,
     Logprobs,
+    Message,
     Piece,
     RateLimitError,
     Stream,
@@ -29,6 +30,7 @@ from onebase import (
     Timing,
     Usage,
 )
+from onebase._core.requests import messages_body
 from onebase._sync.http import Response
 
 Serve = Callable[..., Any]
@@ -56,6 +58,18 @@ def test_pieces_come_in_order_and_the_result_is_the_whole(sdk: Any, wire: Any) -
     assert result == Generation(
         "g1", (Choice(0, "Héllo 🙂", "stop"),), "a@3f2a", Usage(5, 3, 2), Timing(0.0, 0.25, 0.5)
     )
+
+
+def test_a_thought_comes_before_the_text_and_goes_back_with_it(sdk: Any, wire: Any) -> None:
+    events = [wire.piece("", reasoning="I "), wire.piece("", reasoning="see."), wire.piece("Yes.")]
+    end = [wire.piece("", finish_reason="stop"), wire.done()]
+    pieces, result = sdk.stream("x", transport=body(wire.sse(*events, *end)))
+    assert [(piece.reasoning, piece.text) for piece in pieces] == [
+        ("I ", ""), ("see.", ""), ("", "Yes."), ("", ""),
+    ]  # fmt: skip
+    assert (result.reasoning, result.text) == ("I see.", "Yes.")
+    assert result.message == Message("assistant", "Yes.", reasoning="I see.")
+    assert messages_body([result.message])[0]["reasoning_content"] == "I see."
 
 
 def test_choices_that_stream_side_by_side_are_kept_apart(sdk: Any, wire: Any) -> None:

@@ -20,6 +20,7 @@ from onebase_adapters.proof.texts import served_regrets, tie_of
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.base_proof import rounding_unit
 from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.staging import Copy
@@ -62,6 +63,7 @@ class Lab:
         model: ServedModel | None = None,
         **changes: int,
     ) -> Engine:
+        """Create an engine. `kv_blocks`: with room for as many tokens in each group of layers."""
         settings = {
             "max_rows": 32,
             "step_tokens": 96,
@@ -73,12 +75,14 @@ class Lab:
             "slots": 8,
             "slot_memory": 0,
         } | changes
+        model = ServedModel(self.base, settings["slots"]) if model is None else model
+        blocks = (settings["kv_blocks"] - RESERVED_BLOCKS) * len(model.groups) + RESERVED_BLOCKS
         limits = SchedulerLimits(settings["max_rows"], settings["step_tokens"], 512, settings["draft_tokens"])
         engine = Engine(
             self.base,
             name="tiny",
             limits=limits,
-            kv_blocks=settings["kv_blocks"],
+            kv_blocks=blocks,
             block_size=settings["block_size"],
             host_blocks=settings["host_blocks"],
             state_places=settings["state_places"],

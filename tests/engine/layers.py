@@ -7,12 +7,13 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from onebase_engine.base.layers import plain_absmax
 from onebase_engine.base.load import import_bitsandbytes
-from onebase_engine.engine.kv_cache import KVCache
+from onebase_engine.engine.kv_cache import BlockGroup, KVCache
 from onebase_engine.kernels.interface import AttentionSettings, Contexts, Kernels
 from onebase_engine.kernels.reference import ReferenceKernels, quantized
 from onebase_engine.kernels.weights import LoraWeights
@@ -103,15 +104,21 @@ class Cache:
         tokens: int = 4096,
         value_dim: int | None = None,
         sinks: bool = False,
+        among: int = 1,
         **options: Any,
     ) -> None:
-        """Make the cache. `options`: further fields of `AttentionSettings`."""
+        """Make the cache. `among`: groups of layers whose blocks lie in one memory, each layer with twice the
+        heads of the one before; this one is of the last. `options`: fields of `AttentionSettings`."""
         self.block, self.kv_heads, self.heads, self.dim = block, kv_heads, kv_heads * groups, dim
         self.blocks = tokens // block
         self.value_dim = dim if value_dim is None else value_dim
         dtype = torch.int8 if eight else torch.bfloat16
-        whole = KVCache({0: (kv_heads, dim, self.value_dim)}, self.blocks, block, dtype, torch.device("cpu"))
-        self.layer = whole.layers[0]
+        shapes = {layer: (kv_heads << layer, dim, self.value_dim) for layer in range(among - 1)}
+        shapes[among - 1] = (kv_heads, dim, self.value_dim)
+        self.stride = max(heads for heads, _, _ in shapes.values()) if among > 1 else 1
+        layers = [BlockGroup((layer,), stride=self.stride) for layer in shapes]
+        whole = KVCache(shapes, self.blocks, block, dtype, torch.device("cpu"), layers)
+        self.layer = whole.layers[among - 1]
         self.tensors = self.layer.keys, self.layer.values
         learned = random(self.heads, seed=7) * 2 if sinks else None
         self.settings = AttentionSettings(dim**-0.5, sinks=learned, **options)
@@ -132,9 +139,14 @@ class Cache:
         for number, (blocks, start, stop) in enumerate(segments):
             table[number, : len(blocks)] = torch.tensor(blocks)
             for p in range(start, stop):
-                rows.append((p, number, blocks[p // self.block] * self.block + p % self.block))
+                slot = blocks[p // self.block] * self.stride * self.block + p % self.block
+                rows.append((p, number, slot))
         columns = torch.tensor(rows, dtype=torch.int32).T.contiguous().numpy()
-        return self.attention(q, k, v, Contexts(columns[0], columns[1], columns[2], table.numpy()))
+        own, tables = self.layer.table, np.zeros((self.layer.table + 1, *table.shape), dtype=np.int32)
+        tables[own] = table.numpy() * self.stride
+        write = np.zeros((own + 1, len(rows)), dtype=np.int32)
+        write[own] = columns[2]
+        return self.attention(q, k, v, Contexts(columns[0], columns[1], write, tables))
 
     def run_in_pieces(self, inputs: Sequence[Inputs], ends: Sequence[int]) -> list[torch.Tensor]:
         """Contexts side by side, all up to the first of `ends`, then to the next: [T, heads, d] of each."""
@@ -175,7 +187,7 @@ def same_in_int8(
     in the cache bit for bit, the rest up to rounding. With each context alone, in one piece: bit for bit."""
     tokens = 16 * (2 + sum(-(-length // 16) for length in lengths))
     caches = [
-        Cache(one, *heads, dim, 16, eight=True, tokens=tokens, **options)
+        Cache(one, *heads, dim, 16, eight=True, tokens=tokens, among=2, **options)
         for one in (kernels, ReferenceKernels())
     ]
     inputs = [projected(caches[0], length, number) for number, length in enumerate(lengths)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from onebase_engine.engine.recurrence import Recurrence
 from onebase_engine.kernels.interface import RecurrentKernels, StateRuns
 from onebase_engine.kernels.reference import ReferenceRecurrence
 
@@ -239,6 +240,33 @@ def in_pieces(
             got[i].append(part)
             place[i] = new
     return [(torch.cat(parts), states[new]) for parts, new in zip(got, place, strict=True)]
+
+
+def is_rewound(kernels: RecurrentKernels, layer: Layer, step: Step, wrong: Sequence[int]) -> bool:
+    """Return True if a step of drafts leaves the same states as one of the right rows alone.
+
+    `wrong`: number of wrong rows at each run's end, up to all but one of its rows.
+    """
+    runs, used, recurrence = step.runs(), sum(step.lengths), Recurrence(kernels)
+    right = [max(length - one, 1) for length, one in zip(step.lengths, wrong, strict=False)]
+    rows = [
+        list(range(start, start + count)) for start, count in zip(runs.starts.tolist(), right, strict=False)
+    ]
+    states = states_of(layer, 1 + 2 * len(step.lengths))
+    expected = states.clone()
+    everything = runs_of(right, runs.read.tolist(), runs.write.tolist())
+    layer.compute(kernels, layer.take([row for one in rows for row in one]), expected, everything)
+    recurrence.begin_pass(replace(runs, drafted=used))
+    recurrence._compute(
+        layer.take(range(used + step.padding)),
+        lambda inputs, again: layer.compute(kernels, inputs, states, again),
+    )
+    again = [number for number, length in enumerate(step.lengths) if right[number] < length]
+    recurrence.rewind(
+        torch.tensor([row for number in again for row in rows[number]], dtype=torch.int64),
+        runs_of([right[number] for number in again], runs.read[again].tolist(), runs.write[again].tolist()),
+    )
+    return torch.equal(states, expected) and not recurrence._kept
 
 
 @st.composite

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from onebase_engine.engine.kv_cache import ZERO_BLOCK, BlockPool
+from onebase_engine.engine.kv_cache import ZERO_BLOCK, BlockGroup, BlockPool, Sight, group_key
 from onebase_engine.engine.messages import AdapterRef, Sampling
 from onebase_engine.engine.scheduler import Scheduler, SchedulerLimits, _Draft
 from onebase_engine.engine.sequence import AdapterMix, SequenceState, StepPlan
@@ -23,12 +23,12 @@ class World:
     pool: BlockPool
     slots: SlotTable
     blocks: dict[int, bytes | None] = field(default_factory=dict)
-    """What each block would hold: the prefix with this key, or something else."""
+    """What each block would hold: a group's prefix with this key, or something else."""
     places: dict[int, bytes | None] = field(default_factory=dict)
     """The same of host memory."""
     came_back: list[int] = field(default_factory=list)
     """How many blocks came back in each step."""
-    window: int | None = None
+    groups: Sequence[BlockGroup] = (BlockGroup(()),)
 
     @classmethod
     def create(
@@ -41,11 +41,13 @@ class World:
         max_length: int = 64,
         host_blocks: int = 0,
         restored: int = sys.maxsize,
-        window: int | None = None,
+        sights: Sequence[Sight] = (Sight(),),
     ) -> World:
+        """`sights`: of each group of layers."""
         pool, table = BlockPool(blocks + 2, BLOCK, host_blocks, restored), SlotTable(slots)
         limits = SchedulerLimits(max_rows, step_tokens, max_length)
-        return cls(Scheduler("base", pool, table, limits, window), pool, table, window=window)
+        groups = [BlockGroup((), sight) for sight in sights]
+        return cls(Scheduler("base", pool, table, limits, groups), pool, table, groups=groups)
 
     def step(self, background: int | None = None, bounded: int | None = None) -> StepPlan:
         """Plan, check what holds for every plan, and compute it; finished rows leave."""
@@ -55,15 +57,19 @@ class World:
         self.places.update({place: self.blocks.get(block) for block, place in moves.out})
         self.blocks.update({block: self.places[place] for block, place in moves.back})
         self.came_back.append(len(moves.back))
-        self._check(plan, running)
+        self.check(plan, running)
         sampling = [segment.sequence for segment in plan.segments if segment.samples]
         for segment in plan.segments:
             if segment.sequence.scores_prompt:
                 segment.sequence.prompt_scored = segment.stop >= segment.sequence.prompt_length
-            self.scheduler.computed(segment)
             row = segment.sequence
-            for index in range(segment.start // BLOCK, -(-segment.stop // BLOCK)):
-                self.blocks[row.blocks[index]] = (row.block_keys[index:] or [None])[0]
+            written = range(segment.start // BLOCK, -(-segment.stop // BLOCK))
+            own = [[blocks[index] for index in written] for blocks in row.blocks]
+            self.scheduler.computed(segment)
+            for number, blocks in enumerate(own):
+                for index, block in zip(written, blocks, strict=True):
+                    full = index < len(row.block_keys)
+                    self.blocks[block] = group_key(row.block_keys[index], number) if full else None
         for row in sampling:
             row.tokens.append(1000 + row.generated)
             if row.generated >= row.sampling.max_tokens:
@@ -87,22 +93,28 @@ class World:
             assert steps <= limit, "the rows do not finish"
         return steps
 
-    def _check(self, plan: StepPlan, before: Sequence[SequenceState]) -> None:
+    def check(self, plan: StepPlan, before: Sequence[SequenceState]) -> None:
         limits, running = self.scheduler.limits, self.scheduler.running
         segments = plan.segments
         assert len(running) <= limits.max_rows
         assert sum(segment.length for segment in segments) <= limits.step_tokens
         assert len({segment.sequence for segment in segments}) == len(segments)
         assert [row.arrival for row in running] == sorted(row.arrival for row in running)
+        written: list[int] = []
         for segment in segments:
             assert segment.sequence in running
             assert segment.length >= 1
-            first = 0 if self.window is None else max(segment.start - self.window + 1, 0) // BLOCK
-            seen = slice(first, segment.start // BLOCK)
-            read = [self.blocks[block] for block in segment.sequence.blocks[seen]]
-            assert read == segment.sequence.block_keys[seen]
             assert segment.start == segment.sequence.computed
-            assert len(segment.sequence.blocks) * BLOCK >= segment.stop
+            for number, group in enumerate(self.groups):
+                blocks = segment.sequence.blocks[number]
+                first = group.first_block(segment.start, BLOCK)
+                seen = slice(first, segment.start // BLOCK)
+                keys = [group_key(key, number) for key in segment.sequence.block_keys[seen]]
+                assert [self.blocks[block] for block in blocks[seen]] == keys
+                assert set(blocks[:first]) <= {ZERO_BLOCK}, "what no row sees is released"
+                assert ZERO_BLOCK not in blocks[first:]
+                written += blocks[segment.start // BLOCK : -(-segment.stop // BLOCK)]
+                assert len(blocks) * BLOCK >= segment.stop
             assert set(segment.sequence.mix.digests) <= self.slots.slot_of.keys()
         kept = [row.arrival for row in before if row in running]
         lost = [row.arrival for row in before if row not in running]
@@ -112,9 +124,19 @@ class World:
         )
         others = {segment.sequence for segment in plan.prefills if not segment.sequence.background}
         assert not others or not any(segment.sequence.background for segment in segments)
-        holders = [block for row in running for block in row.blocks if block != ZERO_BLOCK]
-        assert len(set(holders)) + self.pool.free == self.pool.capacity, "a block leaked"
+        assert len(set(written)) == len(written), "two sequences, or groups, write to one block"
+        self.check_blocks()
         assert all(not row.blocks for row in self.scheduler.waiting)
+
+    def check_blocks(self) -> None:
+        """Every block is free or held, by one group at one place of any number of rows."""
+        of_block: dict[int, tuple[int, int]] = {}
+        for row in self.scheduler.running:
+            for number, blocks in enumerate(row.blocks):
+                for index, block in enumerate(blocks):
+                    if block != ZERO_BLOCK:
+                        assert of_block.setdefault(block, (number, index)) == (number, index)
+        assert len(of_block) + self.pool.free == self.pool.capacity, "a block leaked"
 
 
 def make_row(

@@ -33,6 +33,7 @@ def test_sizes_are_those_of_the_loaded_base(kind: str, tmp_path: Path) -> None:
     assert found.parameters == parameter_count(base)
     assert found.memory["nf4"] == pytest.approx(base_bytes(base), rel=0.02)
     assert found.kv_bytes_per_token == ServedModel(base, 1).kv_bytes_per_token
+    assert found.kv_bytes_per_old_token == ServedModel(base, 1).kv_bytes_per_old_token
     assert sum(found.layers.values()) == 2
     assert found.context == 512
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tests.device import DEVICE
 from tests.engine.harness import Lab, Request, run
-from tests.tiny import ATTENTION, COMPOSITES, MLP, load_folder, randomize, save_model
+from tests.tiny import ATTENTION, COMPOSITES, HYBRIDS, MLP, load_folder, randomize, save_model
 from tests.training.runs import recipe_for, samples, trainer
 from transformers import AutoConfig, BitsAndBytesConfig
 
@@ -93,6 +95,35 @@ def test_its_logits_are_those_of_the_whole_model(composite: Composite) -> None:
     with torch.inference_mode():
         own, expected = (view(tree)(input_ids=ids).logits for tree in (composite.base, composite.whole))
     assert torch.equal(own, expected)
+
+
+def test_a_head_that_only_the_composite_ties_is_tied(tmp_path: Path) -> None:
+    config = tf.Qwen3_5Config(
+        text_config=HYBRIDS["qwen3_5"]().to_dict(),
+        vision_config={
+            "depth": 1,
+            "num_heads": 2,
+            "hidden_size": 64,
+            "out_hidden_size": 128,
+            "patch_size": 4,
+        },
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    whole = tf.Qwen3_5ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["text_config"]["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    settings = BaseSettings(tmp_path, quantization="none", dtype=torch.float32)
+    base: Any = load_base(settings)
+    file = os.memfd_create("base")
+    attached: Any = attach(settings, publish(base, file), file)
+    assert attached.get_output_embeddings().weight is attached.get_input_embeddings().weight
+    ids = torch.randint(3, 320, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        own, expected = (tree(input_ids=ids).logits for tree in (base, whole))
+    assert torch.allclose(own, expected, atol=1e-4)
 
 
 def test_loading_says_nothing_of_the_tensors_left_out(

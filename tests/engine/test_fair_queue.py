@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import gc
 import random
+import time
 from collections.abc import Iterable, Iterator
 from itertools import count, pairwise
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.engine.harness import Lab, Request, run
 from tests.engine.scheduling import BLOCK, World, make_row
+from tests.tiny import save_base
 
 from onebase_adapters.registry.keys import MAX_PRIORITY
+from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine.fair_queue import MOST_IDLE, MOST_PRIORITY, Accounts, TokenCounter
 from onebase_engine.engine.scheduler import (
     BOUNDED_FRESH,
@@ -403,6 +409,19 @@ def test_bounded_tokens_double_a_step_of_a_lighter_tenants_decodes(fixed: float,
     assert budgets[::BOUNDED_FRESH] == [0] * 10, "steps without them are measured"
     fits = min(256, fixed / each if each else 256)
     assert budgets[-1] == pytest.approx(max(fits, 256 // BOUNDED_PART), rel=0.1, abs=1)
+
+
+def test_bounded_tokens_follow_the_processor_and_not_what_else_a_busy_machine_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that is measured alone would look as long as a full one, and hundreds of tokens seem to fit."""
+    base = load_base(BaseSettings(save_base("llama", tmp_path), quantization="none", dtype=torch.float32))
+    worked, steps = count(), []
+    monkeypatch.setattr(time, "thread_time", lambda: float(next(worked)))
+    engine = Lab(base, [], [], []).engine()
+    monkeypatch.setattr(engine._tenant_pace, "took", lambda plan, seconds: steps.append(seconds))
+    run(engine, [Request((5, 6, 7), None, 3)])
+    assert steps == [1.0] * 3
 
 
 @pytest.mark.parametrize("step_tokens", [1, 16, 63])

@@ -256,7 +256,12 @@ def test_every_choice_is_in_the_language(
     ("grammar", "message"),
     [
         (Grammar("json_schema", '{"type": "objekt"}'), "objekt"),
-        (Grammar("json_schema", '{"type": "string", "contentMediaType": 7, "not": {}}'), "not"),
+        (
+            Grammar("json_schema", '{"type": "string", "contentMediaType": 7, "not": {}}'),
+            'not supported: "not"',
+        ),
+        (of_schema({"oneOf": [{"type": "object"}, {"type": "object", "minProperties": 1}]}), "write anyOf"),
+        (of_schema({"type": "string", "format": "password"}), "leave it out"),
         (Grammar("json_schema", '{"$ref": "https://example.org/schema.json"}'), "example.org"),
         (Grammar("json_schema", '{"$ref": "file:///etc/hostname"}'), "file:///etc/hostname"),
         (Grammar("json_schema", '{"$ref": "#/$defs/none"}'), "none"),

@@ -47,7 +47,10 @@ def batch(*ids: int, slot: int | None = None, at: int = 0) -> StepBatch:
         positions=rows.astype(np.int64) + at,
         logit_rows=rows.astype(np.int64),
         contexts=Contexts(
-            rows + np.int32(at), rows, 32 + 16 * rows, np.arange(2, 2 + count, dtype=np.int32)[:, None]
+            rows + np.int32(at),
+            rows,
+            (32 + 16 * rows)[None],
+            np.arange(2, 2 + count, dtype=np.int32)[None, :, None],
         ),
         token_map=RowMap(groups),
         logit_map=RowMap(groups),
@@ -63,7 +66,7 @@ def made(
 ) -> Graphs:
     kernels = CudaKernels()
     monkeypatch.setattr(kernels, "capture", triton_on_cpu.Capture().of)
-    return Graphs(run, kernels, 2, 16, CPU)
+    return Graphs(run, kernels, 2, 16, [16], CPU)
 
 
 def test_a_pass_is_captured_when_its_size_comes_again_and_gives_each_steps_own(
@@ -225,7 +228,7 @@ def test_adapters_of_layers_that_pytorch_computes_are_in_no_graph() -> None:
 
 def test_a_layer_that_is_given_other_numbers_than_bf16_is_in_no_graph() -> None:
     layer = CudaKernels().linear(nf4(64, 8), 2)
-    rows = FixedStep(cuda.StepSize(1, 1, 0, 0), 2, 16, 16, CPU).rows
+    rows = FixedStep(cuda.StepSize(1, 1, 0, 0), 2, 16, [16], CPU).rows
     with pytest.raises(CaptureError, match="float32"):
         layer(torch.ones(1, 64), rows)
 

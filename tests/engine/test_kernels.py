@@ -280,11 +280,12 @@ def test_attention_is_that_of_each_context_alone_in_any_chunks(
     kernels: CpuKernels, lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], block: int,
     seen: dict[str, int], softcap: float | None, sinks: bool, piece: int, eight: bool,
 ) -> None:  # fmt: skip
-    def empty() -> Cache:
+    def empty(among: int) -> Cache:
         options = {"eight": eight, "value_dim": dims[1], "softcap": softcap, "sinks": sinks}
-        return Cache(kernels, *heads, dims[0], block, **options, **seen)
+        return Cache(kernels, *heads, dims[0], block, among=among, **options, **seen)
 
-    cache, alone = empty(), empty()
+    # Together also in blocks that other layers may have, whose heads lie between.
+    cache, alone = empty(1 + len(lengths) % 3), empty(1)
     inputs = [projected(cache, length, i) for i, length in enumerate(lengths)]
     ends = [*range(piece, max(lengths), piece), max(lengths)]
     got = cache.run_in_pieces(inputs, ends)
@@ -378,8 +379,8 @@ def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CpuKernels
     cache = Cache(kernels, 2, 2, 64, 16, eight=eight)
     q, k, v = projected(cache, 3, 1)
     rows = torch.tensor([[0, 0, 32], [-1, 0, 16], [-1, 0, 16]], dtype=torch.int32).T.contiguous().numpy()
-    table = torch.tensor([[2]], dtype=torch.int32).numpy()
-    out = cache.attention(q, k, v, Contexts(rows[0], rows[1], rows[2], table))
+    table = np.array([[[2]]], dtype=np.int32)
+    out = cache.attention(q, k, v, Contexts(rows[0], rows[1], rows[2:], table))
     assert not out[1:].any()
     own = kept(v).to(torch.bfloat16) if eight else v
     assert torch.equal(out[0], own[:, 0].repeat_interleave(2, 0))
@@ -414,6 +415,16 @@ def test_a_norm_with_a_weight_around_one_has_the_bits_of_the_base_s(best: CpuKer
     for rows in (1, 5, 100):
         x = (random(rows, size, seed=rows) * 10).to(torch.bfloat16)
         assert torch.equal(norm(x), base(x))
+
+
+def test_rows_of_another_width_than_an_unused_weight_get_the_bits_of_the_base_s(best: CpuKernels) -> None:
+    from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaWeightlessRMSNorm
+
+    base = FalconMambaWeightlessRMSNorm(128, 1e-6).to(torch.bfloat16)
+    norm = best.norm(base)
+    for rows, size in ((3, 64), (5, 128), (2, 24)):
+        x = torch.cat([random(rows, size), torch.zeros(1, size), torch.full((1, size), 1e-30)])
+        assert torch.equal(norm(x.to(torch.bfloat16)), base(x.to(torch.bfloat16)))
 
 
 def test_norms_that_compute_something_else_are_left_to_pytorch(best: CpuKernels) -> None:
@@ -455,6 +466,19 @@ def test_a_recurrent_layer_gives_a_row_the_same_bits_wherever_its_text_is_cut_an
     finally:
         torch.set_num_threads(before)
         kernels.use_threads()
+
+
+@settings(max_examples=40)
+@given(
+    layer=recurrent_layers.layers(),
+    step=recurrent_layers.steps(),
+    wrong=st.lists(st.integers(0, 8), min_size=4, max_size=4),
+)
+def test_wrong_rows_of_drafts_are_taken_out_of_states_to_the_bit(
+    kernels: CpuKernels, layer: recurrent_layers.Layer, step: recurrent_layers.Step, wrong: list[int]
+) -> None:
+    assert recurrent_layers.is_rewound(kernels, layer, step, wrong)
+    assert recurrent_layers.is_rewound(ReferenceKernels(), layer, step, wrong)
 
 
 @pytest.mark.parametrize("by_key", [False, True])
@@ -555,7 +579,7 @@ def test_python_and_c_lay_structures_out_alike() -> None:
     assert ctypes.sizeof(cpu._Order) == 8 + 2 * 64 * 4
     assert ctypes.sizeof(cpu._Lora) == 48
     assert ctypes.sizeof(cpu._Linear) == 11 * 8
-    assert ctypes.sizeof(cpu._Attention) == 4 * 8 + 6 * 8 + 2 * 4 + 4 * 8
+    assert ctypes.sizeof(cpu._Attention) == 4 * 8 + 6 * 8 + 2 * 4 + 5 * 8
     assert ctypes.sizeof(cpu.KernelCall) == 5 * 8 + 2 * 4 + 10 * 8 + 12 * 8
     assert ctypes.sizeof(cpu._Draw) == 5 * 8 + 4 * 4
     assert ctypes.sizeof(cpu._Runs) == 4 * 8
@@ -644,7 +668,7 @@ class Block(nn.Module):
 
 
 STEP = Contexts(
-    *(torch.zeros(4, dtype=torch.int32).numpy() for _ in range(3)), torch.zeros(1, 1).int().numpy()
+    *np.zeros((2, 4), dtype=np.int32), np.zeros((1, 4), dtype=np.int32), np.zeros((1, 1, 1), dtype=np.int32)
 )
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
+from onebase_engine.engine.kv_cache import Sight
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.kernels.weights import composable, weights_bytes
 from onebase_engine.lora.packed_adapter import read_packed_adapter, write_packed_adapter
@@ -160,7 +161,8 @@ def test_layers_that_share_keys_and_values_take_memory_once(tmp_path: Path) -> N
     cache = model._attention.cache
     assert cache is not None
     assert cache.layers.keys() == {0, 1}
-    assert sum(part.nbytes for part in cache.by_block) == 160 * model.kv_bytes_per_token
+    # A block is of either layer, which take as much of it.
+    assert sum(part.nbytes for part in cache.by_block) == 160 * model.kv_bytes_per_token / 2
 
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=["kv-as-the-base", "kv-int8"])
@@ -182,11 +184,16 @@ def test_rows_with_a_window_keep_no_more_blocks_than_it_has(
     assert texts == alone
 
 
-def test_a_base_with_a_layer_that_sees_everything_keeps_all_blocks(tmp_path: Path) -> None:
+def test_layers_are_grouped_by_what_they_see_unless_no_sequence_is_longer(tmp_path: Path) -> None:
     windows = {}
-    for name in ("mistral", "gemma3", "llama", "granite_swa"):
-        windows[name] = ServedModel(load_base(BaseSettings(save_base(name, tmp_path / name))), 1).window
-    assert windows == {"mistral": 24, "gemma3": 24, "llama": None, "granite_swa": None}
+    for name in ("mistral", "gemma3", "llama", "granite_swa", "gemma4", "gemma3n"):
+        base = load_base(BaseSettings(save_base(name, tmp_path / name)))
+        windows[name] = [group.sight.window for group in ServedModel(base, 1).groups]
+        assert [group.sight for group in ServedModel(base, 1, max_length=24).groups] == [Sight()], name
+    one, two = [24], [None, 24]
+    assert windows == {
+        "mistral": one, "gemma3": one, "llama": [None], "granite_swa": two, "gemma4": two, "gemma3n": two,
+    }  # fmt: skip
 
 
 def test_the_base_is_untouched_by_loading_and_serving_every_kind(lab: Lab) -> None:

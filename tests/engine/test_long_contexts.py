@@ -185,7 +185,7 @@ class _Attention:
             np.append(some, one).astype(np.int32) for some, one in ((at, other), (at * 0, 1), (at + 32, 16))
         )
         q, k, v = (torch.cat([x[:, first:], x[:, :1]], dim=1) for x in self._projected)
-        return self._attention(q, k, v, Contexts(position, owner, write, self._table))[-2]
+        return self._attention(q, k, v, Contexts(position, owner, write[None], self._table[None]))[-2]
 
 
 def first_layers(whole: Path, folder: Path, layers: int) -> Path:

@@ -24,7 +24,13 @@ from onebase_engine.base.layers import LayerShape, adaptable_layers, empty_base
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base, needed_memory
 from onebase_engine.engine import memory_budget
 from onebase_engine.engine.batch import Packer
-from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, STAGED_BLOCKS, KVCache, bytes_per_token
+from onebase_engine.engine.kv_cache import (
+    RESERVED_BLOCKS,
+    STAGED_BLOCKS,
+    BlockGroup,
+    KVCache,
+    bytes_per_token,
+)
 from onebase_engine.engine.memory_budget import (
     CONTEXT_BYTES,
     PROOF_BYTES,
@@ -42,11 +48,12 @@ from onebase_engine.engine.memory_budget import (
 )
 from onebase_engine.engine.messages import EngineConfig
 from onebase_engine.engine.model import ServedModel
+from onebase_engine.engine.recurrence import Recurrence
 from onebase_engine.engine.sampling import _adjusts
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.sequence import AdapterMix
 from onebase_engine.kernels import reference
-from onebase_engine.kernels.interface import RowGroup, RowMap
+from onebase_engine.kernels.interface import RowGroup, RowMap, StateRuns
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.kernels.weights import LoraWeights
 from onebase_engine.lora.linear import SlotLinear
@@ -117,7 +124,7 @@ def test_the_largest_step_and_the_cache_whose_contexts_it_reads_fit_together(
         return step
 
     try:
-        step, length = fit_step(free, token_bytes, max_length, step_at)
+        step, length = fit_step(free, lambda tokens: token_bytes * tokens, max_length, step_at)
     except MemoryBudgetError:
         assert fixed + math.ceil(growing * min(SHORTEST, max_length)) > there * free
         return
@@ -135,7 +142,10 @@ def test_the_largest_step_and_the_cache_whose_contexts_it_reads_fit_together(
 
 def test_where_the_longest_contexts_fit_a_step_is_measured_once() -> None:
     asked: list[int] = []
-    assert fit_step(1000, 1, 100, lambda length: asked.append(length) or 300) == (300, 100)
+    assert fit_step(1000, lambda tokens: tokens, 100, lambda length: asked.append(length) or 300) == (
+        300,
+        100,
+    )
     assert asked == [100]
 
 
@@ -195,7 +205,7 @@ def test_the_largest_step_has_what_a_mix_and_what_replaces_rows_take(
     digests = ["one", "other"] if kind == "a mix" else ["one"]
     model.move_slots(dict(enumerate(digests)), lambda digest: adapter)
     plan = _largest_plan(limits, AdapterMix(tuple((digest, 0.3) for digest in digests)), 16)
-    batch = Packer(16, 1).pack(plan, {digest: slot for slot, digest in enumerate(digests)})
+    batch = Packer(16, 1, [BlockGroup(())]).pack(plan, {digest: slot for slot, digest in enumerate(digests)})
     assert LiveBytes.measure(lambda: model.forward(batch)) <= counted
     assert not model.forward(batch).logits.isnan().any()
 
@@ -231,9 +241,27 @@ def test_a_step_with_drafts_has_no_more_tokens_and_ends_where_contexts_end() -> 
 
 def test_logits_are_changed_before_every_draw_of_the_largest_step_also_those_behind_a_draft() -> None:
     plan = _largest_plan(SchedulerLimits(8, 96, 200, 7), AdapterMix(), 16)
-    drawn = Packer(16, 1).pack(plan, {}).sampled
+    drawn = Packer(16, 1, [BlockGroup(())]).pack(plan, {}).sampled
     assert len(drawn) == 7 * 8 + 1
     assert all(_adjusts(row) for row in drawn)
+
+
+def test_the_largest_step_of_a_hybrid_keeps_the_inputs_of_all_drafts_and_gives_them_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_base("lfm2", tmp_path)
+    base = load_base(BaseSettings(folder, quantization="none", dtype=torch.float32))
+    monkeypatch.setattr(ReferenceKernels, "drafts", True)
+    model, rewind, kept = _accelerated(base), Recurrence.rewind, []
+
+    def noted(self: Recurrence, rows: torch.Tensor, runs: StateRuns) -> None:
+        kept.append([one.shape[0] for inputs, _ in self._kept for one in inputs])
+        rewind(self, rows, runs)
+        assert not self._kept
+
+    monkeypatch.setattr(Recurrence, "rewind", noted)
+    _step_bytes(model, base, SchedulerLimits(8, 96, 200, 7))
+    assert kept == [[7 * 8]] * 2
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,11 @@ PRECISIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=pairs(ARCHITECTURES, PRECISIONS))
+# Each architecture as it is served, and half of them in fp32, which other kernels compute.
+PAIRS = [one for one in pairs(ARCHITECTURES, PRECISIONS) if not one.marks or "nf4" in one.values]
+
+
+@pytest.fixture(scope="module", params=PAIRS)
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     architecture, precision = request.param
     folder = tmp_path_factory.mktemp(f"{architecture}-{precision}")
@@ -67,7 +71,6 @@ def test_adapters_change_the_text_so_that_equality_means_something(lab: Lab) -> 
         pytest.param({"step_tokens": 5}, id="chunks-of-five-tokens"),
         pytest.param({"kv_blocks": 40, "block_size": 2}, id="preemption"),
         pytest.param({"slots": 2}, id="two-slots-for-all-adapters"),
-        pytest.param({"max_rows": 1}, id="one-row-at-a-time", marks=pytest.mark.full),
     ],
 )
 def test_no_row_notices_chunking_preemption_eviction_or_company(
@@ -78,5 +81,5 @@ def test_no_row_notices_chunking_preemption_eviction_or_company(
     assert run(engine, ASKED) == texts
     if "kv_blocks" in changes:
         # Where blocks before a window are released, there are enough.
-        assert engine.scheduler.preemptions > 0 or engine.model.window is not None
+        assert engine.scheduler.preemptions > 0 or any(group.sight.most for group in engine.model.groups)
     assert engine.pool.free == engine.pool.capacity

@@ -255,7 +255,7 @@ def test_a_step_that_cannot_be_packed_ahead_is_packed_when_it_begins(
     assert failures == 8
 
 
-@pytest.mark.parametrize("lab", ["llama"], indirect=True)
+@pytest.mark.parametrize("lab", ["llama", "qwen3_5"], indirect=True)
 def test_drafts_that_pay_are_looked_for_when_the_last_token_is_known(lab: Lab) -> None:
     sampling = protocol.Sampling(
         temperature=0.0, max_tokens=60, ignore_eos=True, logit_bias={9: 50.0, 11: 50.0}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 from tests.device import DEVICE
@@ -17,9 +17,11 @@ from tests.tiny import HYBRIDS, load_folder, save_adapter, save_base
 from onebase_engine.base.load import BaseSettings, UnsupportedBaseError, load_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.base_proof import prove_base
+from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.recurrence import StatePool
+from onebase_engine.engine.recurrence import Recurrence, StatePool
+from onebase_engine.kernels.reference import ReferenceKernels
 
 PRECISIONS = {
     "nf4": {"quantization": "nf4", "dtype": torch.bfloat16},
@@ -57,8 +59,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def made(architecture: str, precision: str, folders: pytest.TempPathFactory) -> Lab:
     """Make a random hybrid with three adapters: on all kinds of layers, with DoRA, and on one kind."""
     folder = folders.mktemp(f"{architecture}-{precision}")
-    settings = BaseSettings(save_base(architecture, folder / "base"), **PRECISIONS[precision], device=DEVICE)
-    base = load_base(settings)
+    path = save_base(architecture, folder / "base")
+    base = load_base(BaseSettings(path, **PRECISIONS[precision], device=DEVICE))
     targets = EVERYWHERE[architecture].split()
     kinds: list[dict[str, Any]] = [
         {"r": 8, "lora_alpha": 16, "target_modules": targets},
@@ -77,7 +79,7 @@ def asked_of(count: int, seed: int, **changes: int) -> list[Request]:
     ]
 
 
-ASKED = asked_of(12, seed=7, longest=70, tokens=24)
+ASKED = asked_of(8, seed=7, longest=70, tokens=12)
 
 
 def test_rows_of_a_mixed_batch_equal_peft_alone_token_for_token(lab: Lab) -> None:
@@ -126,7 +128,6 @@ def plain(lab: Lab) -> Scores:
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({}, id="company", marks=pytest.mark.full),
         pytest.param({"step_tokens": 7}, id="chunks-of-seven-tokens"),
         pytest.param({"step_tokens": 512}, id="whole-prompts", marks=pytest.mark.full),
         pytest.param({"kv_blocks": 56, "block_size": 2}, id="preemption"),
@@ -247,6 +248,160 @@ def test_a_base_whose_state_is_lost_between_steps_is_refused_at_its_first_start(
     monkeypatch.setattr(type(engine.scheduler), "_advance_state", lambda self, states, sequence: None)
     with pytest.raises(UnsupportedBaseError, match="cannot be proved"):
         prove_base(engine, qwen.base)
+
+
+# ---- drafts -------------------------------------------------------------------------------------
+
+
+def draft_from(patch: pytest.MonkeyPatch, texts: list[list[int]], right: list[int]) -> None:
+    """Let drafts go on as the texts do, with so many right tokens, in turns by the length of the text."""
+
+    def propose(
+        self: Drafts, tokens: list[int], most: int, forced: list[int], *, drawing: bool = False
+    ) -> list[int]:
+        text = next((text for text in texts if text[: len(tokens)] == tokens), [])
+        draft, place = text[len(tokens) : len(tokens) + most], right[len(tokens) % len(right)]
+        if place < len(draft):
+            draft[place] ^= 1
+        return draft
+
+    patch.setattr(Drafts, "propose", propose)
+    patch.setattr(Drafts, "worth", lambda self, rows: 64)
+
+
+def texts_of(asked: list[Request], found: Scores) -> list[list[int]]:
+    return [[*one.prompt, *(token.token for token in row)] for one, row in zip(asked, found, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("right", "changes"),
+    [
+        pytest.param([0], {}, id="none-is-right", marks=pytest.mark.full),
+        pytest.param([0, 1, 2, 3], {}, id="some-are-right", marks=pytest.mark.full),
+        pytest.param([5], {}, id="all-are-right", marks=pytest.mark.full),
+        pytest.param([0, 1, 2], {"block_size": 2}, id="blocks-of-two-tokens"),
+        pytest.param([3, 0, 1], {"state_places": 5}, id="places-for-two-rows"),
+    ],
+)
+def test_logprobs_are_bit_equal_with_drafts(
+    lab: Lab,
+    plain: Scores,
+    right: list[int],
+    changes: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draft_from(monkeypatch, texts_of(ASKED, plain), right)
+    engine = lab.engine(draft_tokens=5, **changes)
+    assert scored(engine, ASKED) == plain
+    assert scored(engine, ASKED) == plain, "what drafts were written to is somebody's prefix now"
+    assert engine.pool.free == engine.pool.capacity
+    if engine.model.kernels.drafts:
+        drafted, were_right = engine.counters.draft_tokens, engine.counters.right_draft_tokens
+        assert drafted > 0
+        assert (were_right > 0) == (max(right) > 0)
+        assert (were_right < drafted) == (min(right) < 5)
+
+
+def test_drafts_change_no_bit_where_blocks_are_few(qwen: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asked_of(12, seed=7, longest=70, tokens=24)
+    plain = scored(qwen.engine(), asked)
+    draft_from(monkeypatch, texts_of(asked, plain), [0, 1, 2])
+    engine = qwen.engine(draft_tokens=5, kv_blocks=56, block_size=2)
+    assert scored(engine, asked) == plain
+    assert engine.scheduler.preemptions > 0
+    assert engine.counters.right_draft_tokens > 0 or not engine.model.kernels.drafts
+
+
+@pytest.fixture(scope="module")
+def drafting(qwen: Lab) -> tuple[Engine, Scores]:
+    """An engine for drafts, and what the first rows of ASKED get without them."""
+    engine = qwen.engine(draft_tokens=7)
+    if not engine.model.kernels.drafts:
+        pytest.skip("these kernels have no drafts")
+    return engine, [scored(qwen.engine(), [one])[0] for one in ASKED[:3]]
+
+
+@settings(max_examples=30)
+@given(data=st.data(), right=st.lists(st.integers(0, 7), min_size=1, max_size=9))
+def test_wherever_drafts_are_wrong_and_texts_end_no_bit_changes(
+    drafting: tuple[Engine, Scores], data: st.DataObject, right: list[int]
+) -> None:
+    engine, plain = drafting
+    lengths = data.draw(st.tuples(*(st.integers(1, len(row)) for row in plain)))
+    tenant = str(engine.counters.steps)  # without what was kept
+    asked = [
+        replace(one, max_tokens=length, tenant=tenant) for one, length in zip(ASKED[:3], lengths, strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        draft_from(patch, texts_of(ASKED[:3], plain), right)
+        found = scored(engine, asked)
+    assert found == [row[:length] for row, length in zip(plain, lengths, strict=True)]
+
+
+def test_with_drafts_a_conversation_goes_on_from_the_state_behind_its_last_answer(
+    qwen: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = list(range(3, 90))
+    _, text = cached(qwen.engine(), prompt, tokens=60)
+    _, following = cached(qwen.engine(), [*prompt, *text, 4, 5, 6], tokens=9)
+    for right in range(6):
+        draft_from(monkeypatch, [[*prompt, *text]], [right])
+        engine = qwen.engine(draft_tokens=5)
+        assert cached(engine, prompt, tokens=60)[1] == text
+        if engine.model.kernels.drafts and right == 5:
+            assert engine.counters.steps == 2 + 10, "drafts go past the ends of blocks"
+        end = (len(prompt) + 59) // 16 * 16
+        assert cached(engine, [*prompt, *text, 4, 5, 6], tokens=9) == (end, following)
+
+
+def test_a_text_that_repeats_itself_takes_fewer_steps_with_drafts(qwen: Lab) -> None:
+    sampling = protocol.Sampling(
+        temperature=0.0, max_tokens=60, ignore_eos=True, logit_bias={9: 50.0, 11: 50.0}
+    )
+    found, steps = [], []
+    for engine in (qwen.engine(), qwen.engine(draft_tokens=7)):
+        engine.submit(protocol.Submit(id="one", prompt=[9, 11] * 5, sampling=sampling))
+        while engine.busy:
+            engine.step()
+        found.append([token for one in engine.take_outputs() for token in one.tokens])
+        steps.append(engine.counters.steps)
+    assert found[0] == found[1]
+    if engine.model.kernels.drafts:
+        assert engine.counters.right_draft_tokens > 30
+        assert 2 * steps[1] < steps[0]
+
+
+def test_drafts_change_no_bit_over_the_reference(qwen: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ReferenceKernels, "drafts", True)
+    asked = ASKED[:3]
+
+    def engine(**changes: int) -> Engine:
+        return qwen.engine(model=ServedModel(qwen.base, 8, kernels=ReferenceKernels()), **changes)
+
+    plain = scored(engine(), asked)
+    draft_from(monkeypatch, texts_of(asked, plain), [0, 2, 1])
+    drafting = engine(draft_tokens=3)
+    assert scored(drafting, asked) == plain
+    assert 0 < drafting.counters.right_draft_tokens < drafting.counters.draft_tokens
+
+
+def test_a_step_whose_states_cannot_be_rewound_is_computed_again_without_drafts(
+    qwen: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [replace(one, at=0) for one in ASKED[:5]]
+    plain = scored(qwen.engine(), asked)
+    engine, rewind = qwen.engine(draft_tokens=5), Recurrence.rewind
+    draft_from(monkeypatch, texts_of(asked, plain), [0, 1, 2])
+    fails = iter([number % 3 == 1 for number in range(10_000)])
+
+    def broken(self: Recurrence, *given: Any) -> None:
+        rewind(self, *given)
+        if next(fails):
+            raise MemoryError("no memory for the kept inputs")
+
+    monkeypatch.setattr(Recurrence, "rewind", broken)
+    assert scored(engine, asked) == plain
+    assert not engine.counters.failed_steps
 
 
 # ---- the pool -----------------------------------------------------------------------------------

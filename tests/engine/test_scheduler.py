@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.scheduling import BLOCK, World, make_row
 
-from onebase_engine.engine.kv_cache import ZERO_BLOCK
+from onebase_engine.engine.kv_cache import ZERO_BLOCK, Sight
 from onebase_engine.engine.scheduler import MAX_SCORED_TOKENS, NeverFitsError
 from onebase_engine.engine.sequence import Segment, SequenceState, StepPlan
 
@@ -79,6 +80,9 @@ def _row(arrival: int, item: Traffic, previous: SequenceState | None) -> Sequenc
     )
 
 
+SIGHTS = st.sampled_from([Sight(), Sight(), Sight(1), Sight(6), Sight(17), Sight(chunk=8)])
+
+
 @settings(max_examples=120)
 @given(
     traffic=TRAFFIC,
@@ -91,7 +95,7 @@ def _row(arrival: int, item: Traffic, previous: SequenceState | None) -> Sequenc
     bounded=st.integers(1, 24),
     host_blocks=st.sampled_from([0, 0, 3, 12, 100]),
     restored=st.sampled_from([1, 2, 100]),
-    window=st.sampled_from([None, None, 1, 6, 17]),
+    sights=st.lists(SIGHTS, min_size=1, max_size=3),
 )
 def test_every_row_finishes_and_everything_comes_back(
     traffic: list[Traffic],
@@ -104,11 +108,11 @@ def test_every_row_finishes_and_everything_comes_back(
     bounded: int,
     host_blocks: int,
     restored: int,
-    window: int | None,
+    sights: list[Sight],
 ) -> None:
     world = World.create(
-        window=window,
-        blocks=blocks,
+        sights=sights,
+        blocks=blocks * len(sights),
         slots=slots,
         max_rows=max_rows,
         step_tokens=step_tokens,
@@ -162,7 +166,7 @@ def for_blocks(world: World) -> int:
 
 @pytest.mark.parametrize(("window", "most"), [(None, 15), (8, 3), (9, 3), (1, 1)])
 def test_a_row_holds_the_blocks_of_its_window_alone(window: int | None, most: int) -> None:
-    world = World.create(window=window, step_tokens=8)
+    world = World.create(sights=[Sight(window)], step_tokens=8)
     row = make_row(0, range(10), 50)
     world.scheduler.add(row)
     held = []
@@ -175,12 +179,12 @@ def test_a_row_holds_the_blocks_of_its_window_alone(window: int | None, most: in
 
 
 def test_a_preempted_row_that_has_released_blocks_begins_again_from_its_prefix() -> None:
-    world = World.create(window=6, blocks=20)
+    world = World.create(sights=[Sight(6)], blocks=20)
     row, other = make_row(0, range(20), 30), make_row(1, range(20), 4)
     world.scheduler.add(row)
     for _ in range(12):
         world.step()
-    assert ZERO_BLOCK in row.blocks
+    assert ZERO_BLOCK in row.blocks[0]
     world.preempt(row)
     assert world.pool.free == world.pool.capacity
     world.scheduler.add(other)
@@ -370,8 +374,8 @@ def test_a_plan_knows_the_blocks_that_it_writes_to(
     start: int, stop: int, draft: tuple[int, ...], blocks: set[int]
 ) -> None:
     row, other = make_row(0, list(range(12)), 1), make_row(1, [1], 1)
-    row.blocks.extend([3, 7, 5])
-    other.blocks.append(9)
+    row.blocks.append(array("i", [3, 7, 5]))
+    other.blocks.append(array("i", [9]))
     plan = StepPlan([Segment(other, 0, 1)], [Segment(row, start, stop, draft)])
     assert plan.written(4) == {*blocks, 9}
 

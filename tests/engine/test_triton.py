@@ -336,11 +336,12 @@ def test_attention_is_that_of_each_context_alone_in_any_chunks(
     kernels: CudaKernels, lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], block: int,
     seen: dict[str, int], softcap: float | None, sinks: bool, cuts: set[int],
 ) -> None:  # fmt: skip
-    def empty() -> Cache:
+    def empty(among: int) -> Cache:
         options = {"value_dim": dims[1], "softcap": softcap, "sinks": sinks}
-        return Cache(kernels, *heads, dims[0], block, **options, **seen)
+        return Cache(kernels, *heads, dims[0], block, among=among, **options, **seen)
 
-    cache, alone = empty(), empty()
+    # Together also in blocks that other layers may have, whose heads lie between.
+    cache, alone = empty(1 + len(lengths) % 3), empty(1)
     inputs = [projected(cache, length, i) for i, length in enumerate(lengths)]
     # Each context's last token by itself, as a decode.
     cuts = {cut for cut in cuts if cut < max(lengths)}
@@ -460,25 +461,35 @@ def test_padding_rows_give_zeros_and_write_to_the_dump_alone(kernels: CudaKernel
     cache = Cache(kernels, 2, 2, 64, 16, eight=eight)
     q, k, v = projected(cache, 3, 1)
     rows = torch.tensor([[0, 0, 32], [-1, 0, 16], [-1, 0, 16]], dtype=torch.int32).T.contiguous().numpy()
-    out = cache.attention(
-        q, k, v, Contexts(rows[0], rows[1], rows[2], torch.tensor([[2]], dtype=torch.int32).numpy())
-    )
+    table = np.array([[[2]]], dtype=np.int32)
+    out = cache.attention(q, k, v, Contexts(rows[0], rows[1], rows[2:], table))
     assert not out[1:].any()
     own = kept(v).to(torch.bfloat16) if eight else v
     assert torch.equal(out[0], own[:, 0].repeat_interleave(2, 0))
     assert cache.tensors[0].ne(0).sum((0, 2)).nonzero().flatten().tolist() == [16, 32]
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_padding_of_a_captured_step_gives_zeros_and_changes_no_row(kernels: CudaKernels, splits: int) -> None:
-    cache = Cache(kernels, 2, 2, 64, 16)
+@pytest.mark.parametrize(("splits", "among"), [(1, 1), (2, 2)])
+def test_padding_of_a_captured_step_gives_zeros_and_changes_no_row(
+    kernels: CudaKernels, splits: int, among: int
+) -> None:
+    """Also of a layer whose blocks are in the second of two tables."""
+    cache = Cache(kernels, 2, 2, 64, 16, among=among)
     q, k, v = projected(cache, 4, 1)
-    step = cuda.FixedStep(cuda.StepSize(4, splits, 0, 0), 1, 16, 16, torch.device("cpu"))
-    row = np.array([[0], [0], [32]], dtype=np.int32)
-    step.load_step(np.zeros(1), Contexts(*row, np.array([[2]], dtype=np.int32)), NOBODY)
+    own, block = among - 1, 2 * cache.stride
+    padding = [16 * cache.stride] * among
+    step = cuda.FixedStep(cuda.StepSize(4, splits, 0, 0), 1, 16, padding, torch.device("cpu"))
+    none = np.zeros(1, dtype=np.int32)
+    tables = np.zeros((among, 1, 1), dtype=np.int32)
+    tables[own] = block
+    step.load_step(np.zeros(1), Contexts(none, none, tables[:, 0] * 16, tables), NOBODY)
     out = cache.attention(q, k, v, step.contexts)
     assert not out[1:].any()
     assert torch.equal(out[0], v[:, 0].repeat_interleave(2, 0))
+    written = cache.tensors[0][0].ne(0).any(-1).nonzero().flatten().tolist()
+    # With other layers' blocks in the same memory, the second head's slots follow.
+    heads = range(0, 16 * among, 16)
+    assert written == [first + head for first in (padding[own], 16 * block) for head in heads]
 
 
 def test_what_is_captured_for_short_contexts_serves_no_longer_ones(
@@ -500,10 +511,12 @@ def test_what_is_captured_for_short_contexts_serves_no_longer_ones(
         position, row = np.array([length - 1, other - 1], dtype=np.int32), np.arange(2, dtype=np.int32)
         write = table[row, position // 16] * 16 + position % 16
         none, ids = np.zeros(0, dtype=np.int64), row.astype(np.int64)
-        contexts = Contexts(position, row, write, table)
+        contexts = Contexts(position, row, write[None], table[None])
         return StepBatch(ids, position.astype(np.int64), ids, contexts, NOBODY, NOBODY, [], [], none, [])
 
-    found = graphs.Graphs(lambda fixed: (attended(fixed.contexts),) * 2, kernels, 2, 16, torch.device("cpu"))
+    found = graphs.Graphs(
+        lambda fixed: (attended(fixed.contexts),) * 2, kernels, 2, 16, [16], torch.device("cpu")
+    )
     replayed = []
     for length in (100, 100, 128, 129, 129, 140, 60):
         got = found.run_graph(step(length))
@@ -652,6 +665,17 @@ def test_norms_that_compute_something_else_are_left_to_pytorch(kernels: CudaKern
     assert cuda_training.trained_norm(layer) is None
 
 
+def test_rows_of_another_width_than_an_unused_weight_are_normed_by_the_base(kernels: CudaKernels) -> None:
+    from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaWeightlessRMSNorm
+
+    base = FalconMambaWeightlessRMSNorm(128, 1e-6).to(torch.bfloat16)
+    trained = cuda_training.trained_norm(base)
+    assert trained is not None
+    for norm in (kernels.norm(base), trained):
+        x = random(3, 64).to(torch.bfloat16)
+        assert torch.equal(norm(x), base(x))
+
+
 @pytest.mark.parametrize("architecture", ["qwen3", pytest.param("gemma3", marks=pytest.mark.full)])
 def test_norms_of_heads_are_a_kernels_too(kernels: CudaKernels, tmp_path: Path, architecture: str) -> None:
     """PyTorch's on a GPU adds up a few heads in another order than many."""
@@ -709,6 +733,18 @@ def test_a_recurrent_layer_gives_a_row_the_same_bits_wherever_its_text_is_cut_an
         [(expected, behind)] = recurrent_layers.in_pieces(kernels, layer, [text], [len(text)])
         assert torch.equal(got, expected)
         assert torch.equal(state, behind)
+
+
+@settings(max_examples=25)
+@given(
+    layer=recurrent_layers.layers(small=True),
+    step=recurrent_layers.steps(),
+    wrong=st.lists(st.integers(0, 8), min_size=4, max_size=4),
+)
+def test_wrong_rows_of_drafts_are_taken_out_of_states_to_the_bit(
+    kernels: CudaKernels, layer: recurrent_layers.Layer, step: recurrent_layers.Step, wrong: list[int]
+) -> None:
+    assert recurrent_layers.is_rewound(kernels, layer, step, wrong)
 
 
 # ---- the trial at a start ----------------------------------------------------------------------

@@ -56,29 +56,33 @@ scripted: what real ones make of the same requests is tested in tests/clients. M
 PARSE = "parse"
 """In a shell, up to the real parser of its options; of `make` the real rules, without doing what they say."""
 
+OF_A_JOB = r"(\bID\b|DIGEST|\btickets$)"
+"""Arguments that only the job of a reader gives."""
+
 TABLE: tuple[tuple[str, str], ...] = (
     (r"curl http://127\.0\.0\.1:8000/", RUN),
     (r"curl 'http://127\.0\.0\.1:8000/", RUN),
-    (r"onebase (generate|models|version|usage)( (?!--help)|$)", RUN),
+    (rf"onebase (generate|models|version|usage)( (?!--help|.*{OF_A_JOB})|$)", RUN),
     (r"onebase top( --once)?$", RUN),
     (r"onebase top --json ", PARSE),  # never ends
-    (r"onebase (adapters|jobs) \w+( [^-]|$)", RUN),
+    (rf"onebase (adapters|jobs) \w+( (?!.*{OF_A_JOB})[^-]|$)", RUN),
+    (rf"onebase (adapters|jobs|generate) .*{OF_A_JOB}", PARSE),
     (r"onebase (batches|files) (create|list|upload)", RUN),
     (r"onebase (batches|files) (show|results|cancel|download|rm) ", PARSE),  # of nobody's
     (r"git diff \| onebase generate ", RUN),
     (r"onebase chat$", RUN),
     (r"onebase [a-z]+( [a-z]+)? --help$", RUN),
-    (r"onebase data check \w+\.", RUN),
+    (r"onebase data check [\w/]+\.", RUN),
     (r"onebase estimate --base ", RUN),
     (r"python examples/data/make_\w+\.py$", RUN),
     (r"python examples/orders_tool\.py data$", RUN),
     (r"python examples/orders_tool\.py ask( |$)", PARSE),  # a minute
     (r"make ", PARSE),  # sets up, or runs every test
     (
-        r"onebase serve --(base|adapter|data-dir|otlp-endpoint) ",
+        r"onebase serve --(base|adapter|adapters-dir|data-dir|otlp-endpoint) ",
         PARSE,
     ),  # other bases, and folders that are not there
-    (r"onebase base check [\w.-]+/", PARSE),  # a repository on the Hub
+    (r"onebase base check ([\w.-]+/|REPO$)", PARSE),  # a repository on the Hub
     (r"onebase route --host 0.0.0.0 ", PARSE),  # tests/server/test_route.py runs it
     (
         r"onebase cluster (up|status|scale|drain|down)( [^-]| --(replicas|address|config|min-replicas)|$)",
@@ -100,10 +104,15 @@ TABLE: tuple[tuple[str, str], ...] = (
     # What others made, or what changes the machine, is not run at all.
     (r"sudo apt-get install -y git make python3-venv$", "Debian's packages"),
     (r"git clone <this repository> onebase && cd onebase$", "has no address yet"),
-    (r"sudo apt-get install -y prometheus$", "Debian's package"),
+    (r"sudo apt-get install (-y prometheus|gcc)$", "Debian's package"),
     (r"prometheus --config", "Debian's package; serves for ever"),
     (r"sudo (mkdir|cp) ", "changes the machine"),
-    (r"docker (build|run|exec|inspect)", "Docker; test_container.py reads the Dockerfile"),
+    (r"docker (build|push|run|exec|inspect)", "Docker; test_container.py reads the Dockerfile"),
+    (r"(docker compose|kubectl) ", "Docker; test_deploy.py reads the files"),
+    (
+        r"while IFS=|for customer in |cp deploy/|useradd |systemctl |runuser |printf ",
+        "a reader's own files or machine",
+    ),
     (r"python3(\.11)? -m venv ", "another environment"),
     (r"pip install ", "downloads"),
     (r"tar xf onebase-gpu-check\.tar\.gz ", "on a machine with a GPU"),
@@ -176,7 +185,8 @@ def of_block(language: str, block: str) -> list[str]:
     if block.startswith("$ "):
         return re.findall(r"^\$ (.+)$", block, re.MULTILINE)
     # A quote may go on over lines, as the body of a curl does; so does a loop.
-    pieces = re.findall(r"(?:^for .+?^done$|'[^']*'|\"[^\"\n]*\"|[^\n'\"])+", block, re.MULTILINE | re.DOTALL)
+    piece = r"(?:^(?:for|while) .+?^done[^\n]*$|'[^']*'|\"[^\"\n]*\"|[^\n'\"])+"
+    pieces = re.findall(piece, block, re.MULTILINE | re.DOTALL)
     return [piece for piece in pieces if piece.strip()]
 
 

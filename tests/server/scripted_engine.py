@@ -140,8 +140,9 @@ class ScriptedEngine:
         config = message.config
         base = BaseInfo(
             architecture="Scripted", parameters=1, quantization="none", dtype="float32", device="cpu",
-            base_bytes=1, kv_bytes=1, kv_blocks=4096, block_size=16, max_length=config.max_length or 100_000,
-            max_rows=config.max_rows, max_slots=config.max_slots if self.behaviour == "few" else 1,
+            base_bytes=1, kv_bytes=1, kv_blocks=4096, kv_tokens=65_536, kv_longest=65_536, block_size=16,
+            max_length=config.max_length or 100_000, max_rows=config.max_rows,
+            max_slots=config.max_slots if self.behaviour == "few" else 1,
             max_rank=8, vocab_size=49152, load_seconds=0.0,
         )  # fmt: skip
         self.send(Ready(base))

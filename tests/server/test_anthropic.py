@@ -14,6 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from onebase_edge.errors import InvalidRequestError
+from onebase_server.inference.thoughts import Switch, ThoughtFormat
 from onebase_server.requests.schemas.anthropic import ConversationRequest, MessagesRequest
 from onebase_server.requests.schemas.openai import ChatRequest
 from onebase_server.requests.schemas.wire import validation_error
@@ -30,9 +31,9 @@ TOOL = {"name": "f", "description": "Does it.", "input_schema": SCHEMA}
 IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x/y.png"}}
 
 
-def chat(*variables: str, **fields: Any) -> ChatRequest:
+def chat(format: ThoughtFormat | None = None, /, **fields: Any) -> ChatRequest:
     body = {"model": "m", "max_tokens": 5, "messages": [USER], **fields}
-    return MessagesRequest.model_validate(body).chat(frozenset(variables))
+    return MessagesRequest.model_validate(body).chat(format)
 
 
 def refusal(fields: dict[str, Any]) -> tuple[str, str | None]:
@@ -43,6 +44,13 @@ def refusal(fields: dict[str, Any]) -> tuple[str, str | None]:
     except InvalidRequestError as error:
         return error.message, error.param
     raise AssertionError(f"{fields} is taken")
+
+
+def test_a_thread_is_refused_by_the_code_on_which_the_client_goes_on_without_one() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(thread={"type": "create"})
+    assert caught.value.code == "thread_unsupported_request"
+    assert caught.value.details == {"unsupported": ["thread"]}
 
 
 # ---- what a body means ---------------------------------------------------------------------------
@@ -105,10 +113,38 @@ def test_an_answer_that_is_begun_goes_on_and_each_choice_of_tools_has_its_name()
         assert (found, made.named_tool) == said
 
 
-def test_thinking_is_switched_off_where_the_template_has_a_switch() -> None:
-    assert chat(thinking={"type": "disabled"}).chat_template_kwargs == {}
-    off = chat("enable_thinking", thinking={"type": "disabled"})
-    assert off.chat_template_kwargs == {"enable_thinking": False}
+def test_thinking_is_switched_on_and_off_where_the_template_has_a_switch() -> None:
+    on, off = {"type": "enabled", "budget_tokens": 2000}, {"type": "disabled"}
+    for default in (True, False):
+        switch = Switch("enable_thinking", True, False, default)
+        format = ThoughtFormat("<think>", "</think>", {}, switch=switch)
+        for thinking, value in ((None, False), (off, False), ({"type": "adaptive"}, True), (on, True)):
+            options = chat(format, thinking=thinking).chat_template_kwargs
+            assert options == ({} if value == default else {"enable_thinking": value})
+            assert chat(thinking=thinking).chat_template_kwargs == {}
+        own = chat(format, chat_template_kwargs={"enable_thinking": 5})
+        assert own.chat_template_kwargs == {"enable_thinking": 5}
+
+
+def test_a_budget_goes_to_a_template_that_asks_for_it() -> None:
+    switch = Switch("thinking_budget", -1, 0, True)
+    format = ThoughtFormat("<think>", "</think>", {}, switch=switch, budget="thinking_budget")
+    for thinking, value in (({"type": "enabled", "budget_tokens": 2000}, 2000), ({"type": "disabled"}, 0)):
+        assert chat(format, thinking=thinking).chat_template_kwargs == {"thinking_budget": value}
+
+
+def test_thoughts_stand_anywhere_in_what_the_assistant_said() -> None:
+    said = [
+        {"type": "thinking", "thinking": "One.", "signature": "x"},
+        {"type": "text", "text": "Well."},
+        {"type": "thinking", "thinking": "Two."},
+        {"type": "redacted_thinking", "data": "x"},
+        CALL,
+    ]
+    made = chat(
+        messages=[USER, {"role": "assistant", "content": said}, {"role": "user", "content": [RESULT]}]
+    )
+    assert (made.messages[1].content, made.messages[1].reasoning_content) == ("Well.", "One.\n\nTwo.")
 
 
 @pytest.mark.parametrize("field", ["output_config", "output_format"])
@@ -156,8 +192,13 @@ def test_a_schema_of_the_answer_is_named_by_the_field_that_it_came_in(field: str
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.type"),
-        ({"thinking": {"type": "adaptive"}}, "thinking.type"),
+        ({"thinking": {"type": "sometimes"}}, "thinking.type"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking.budget_tokens"),
+        ({"context_management": {"edits": [{"type": "compact"}]}}, "context_management.edits[0].type"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}]},
+            "messages[0].content[0].type",
+        ),
         ({"output_config": {"format": {"type": "text"}}}, "output_config.format.type"),
         ({"stop_sequences": [""]}, "stop_sequences[0]"),
         ({"stop": "x"}, "stop"),
@@ -174,7 +215,7 @@ def test_what_cannot_be_served_is_refused_by_its_path(fields: dict[str, Any], pa
 
 def test_counting_takes_what_a_message_is_made_of_and_nothing_else() -> None:
     body = {"model": "m", "messages": [USER], "tools": [TOOL], "speed": "standard"}
-    assert len(ConversationRequest.model_validate(body).chat(frozenset()).messages) == 1
+    assert len(ConversationRequest.model_validate(body).chat(None).messages) == 1
     with pytest.raises(ValidationError):
         ConversationRequest.model_validate(body | {"max_tokens": 3})
 
@@ -257,7 +298,7 @@ def test_an_error_has_the_clients_type_and_comes_in_a_stream_as_an_event(
             "request_id": wrong.value.request_id,
             "error": {
                 "type": "invalid_request_error",
-                "message": "temperature: should be less than or equal to 2 (it is 3).",
+                "message": "temperature: must be at most 2 (it is 3).",
                 "details": {"error_code": "invalid_value", "param": "temperature"},
             },
         }

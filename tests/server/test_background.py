@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,36 @@ def test_a_thread_that_cannot_be_started_takes_no_place(monkeypatch: pytest.Monk
             patched.setattr(threading.Thread, "start", refuse)
             with pytest.raises(RuntimeError, match="new thread"):
                 await threads.run_blocking(lambda: 1)
+        async with asyncio.timeout(30):
+            return await threads.run_blocking(lambda: 2)
+
+    assert asyncio.run(run()) == 2
+
+
+def test_calls_share_the_threads_that_are_there() -> None:
+    def ident() -> int:
+        barrier.wait(30)
+        return threading.get_ident()
+
+    async def run() -> list[set[int]]:
+        threads = Threads("test", 4)
+        return [set(await asyncio.gather(*map(threads.run_for, "ab", [ident] * 2))) for _ in range(10)]
+
+    barrier = threading.Barrier(2)
+    first, *later = asyncio.run(run())
+    assert len(first) == 2
+    assert later == [first] * 9, "a thread was started for a call, and the event loop waited for it"
+
+
+def test_a_call_that_raises_leaves_its_thread_to_others() -> None:
+    def fail() -> None:
+        raise SystemExit
+
+    async def run() -> int:
+        threads = Threads("test", 1)
+        for _ in range(2):
+            with pytest.raises(SystemExit):
+                await threads.run_blocking(fail)
         async with asyncio.timeout(30):
             return await threads.run_blocking(lambda: 2)
 
@@ -118,17 +149,25 @@ def test_a_call_that_is_given_up_in_the_moment_of_its_turn_gives_it_on() -> None
     asyncio.run(run())
 
 
-def test_a_call_that_is_given_up_just_before_a_thread_is_free_takes_no_turn() -> None:
+def test_a_call_that_is_given_up_just_before_a_thread_is_free_takes_no_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def run() -> None:
+        loop, ended = asyncio.get_running_loop(), threading.Event()
+        report = loop.call_soon_threadsafe
+
+        def report_end(*call: Any) -> None:
+            report(*call)
+            ended.set()
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", report_end)
         calls = Calls(Threads("given-up", 1))
         first = calls.start("one")
         await calls.until(1)
         second, third = calls.start("two"), calls.start("three")
         await asyncio.sleep(0)
         calls.may.set()
-        for thread in threading.enumerate():
-            if thread.name == "given-up":
-                thread.join()
+        ended.wait(30)
         second.cancel()  # the loop hears that the thread is free before this task hears of its end
         async with asyncio.timeout(30):
             await asyncio.gather(first, third)

@@ -7,18 +7,22 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from tests.forks import Nursery
 from tests.hub_standin import HubStandIn
 
 from onebase_edge.settings import environment_name, option_name, setting_fields
 from onebase_server.app.cli import base, serve
-from onebase_server.app.startup import LEAST_FILES
+from onebase_server.app.startup import LEAST_FILES, StartupError
 
 from .support import ROOT, Starter, make_folder, serving, upload
+
+Check = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_the_commands_are_found_by_the_sdk() -> None:
@@ -90,10 +94,7 @@ def test_a_port_in_use_is_reported_before_anything_is_loaded(capsys: pytest.Capt
     assert "loading" not in text
 
 
-@pytest.mark.parametrize(
-    "files",
-    [pytest.param(16, marks=pytest.mark.full), 24, pytest.param(LEAST_FILES - 1, marks=pytest.mark.full)],
-)
+@pytest.mark.parametrize("files", [16, pytest.param(LEAST_FILES - 1, marks=pytest.mark.full)])
 def test_too_few_open_files_are_reported_in_a_sentence_with_the_remedy(files: int) -> None:
     command = 'ulimit -n "$1"; exec "$2" -m onebase_server --port 0'
     ended = subprocess.run(
@@ -163,6 +164,26 @@ def test_what_else_fails_while_the_server_is_set_up_is_not_called_a_tokenizer(
     assert "no usable tokenizer" not in text
 
 
+def test_a_thread_that_computes_hands_the_interpreter_to_the_event_loop_sooner_than_python_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def look(*_parts: object, **_named: object) -> None:
+        seen.append(sys.getswitchinterval())
+        raise StartupError("that is all")
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.005)
+    monkeypatch.setattr("onebase_server.app.startup.assemble", look)
+    try:
+        assert serve(["--port", "0", "--data-dir", str(tmp_path / "data")]) == 1
+    finally:
+        sys.setswitchinterval(before)
+
+    assert seen == [pytest.approx(0.001)]
+
+
 def told(capsys: pytest.CaptureFixture[str]) -> str:
     """What was written to stderr, in one line."""
     return " ".join(capsys.readouterr().err.split())
@@ -183,20 +204,30 @@ def test_base_fetch_prints_the_folder_as_its_last_line(base_folder: Path) -> Non
     assert Path(done.stdout.splitlines()[-1]) == base_folder
 
 
-def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def check(nursery: Nursery) -> Check:
     """`onebase base check` in a process of its own: the Hub's client reads its environment at import."""
-    sources = os.pathsep.join(str(ROOT / part) for part in ("engine", "server", "adapters", "clients/python"))
-    program = "import sys; from onebase_server.app.cli import base; sys.exit(base(['check', *sys.argv[1:]]))"
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": sources, "COLUMNS": "200", **environment},
-    )
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        program = (
+            "import sys; from onebase_server.app.cli import base; sys.exit(base(['check', *sys.argv[1:]]))"
+        )
+        process = nursery.popen()(
+            [sys.executable, "-c", program, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"COLUMNS": "200", **environment},
+        )
+        out, error = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+    return run
 
 
-def test_base_check_says_what_a_base_takes_and_what_its_tokenizer_can_do(base_folder: Path) -> None:
+def test_base_check_says_what_a_base_takes_and_what_its_tokenizer_can_do(
+    check: Check, base_folder: Path
+) -> None:
     done = check(str(base_folder), "--json")
     found = json.loads(done.stdout)
     assert (done.returncode, found["served"], found["refusal"]) == (0, True, None)
@@ -205,7 +236,7 @@ def test_base_check_says_what_a_base_takes_and_what_its_tokenizer_can_do(base_fo
     assert (found["chat_template"], found["tools"]) == (True, True)
 
 
-def test_base_check_refuses_with_the_reason(tmp_path: Path) -> None:
+def test_base_check_refuses_with_the_reason(check: Check, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     done = check(str(tmp_path))
     assert done.returncode == 1
@@ -217,9 +248,18 @@ def test_base_check_refuses_with_the_reason(tmp_path: Path) -> None:
     ("files", "said"),
     [
         ({"adapter_config.json": '{"base_model_name_or_path": "acme/base"}'}, "its base is acme/base"),
+        ({"adapter_config.json": "[]"}, "its base is not named"),
         ({"model.gguf": ""}, "has no config.json"),
         ({"config.json": '{"model_type": "gpt9"}'}, "no base that transformers knows"),
+        ({"config.json": "[" * 100_000}, "no base that transformers knows"),
+        ({"config.json": '{"model_type": "llama", "num_hidden_layers": 1000000000000}'}, "no more than 4096"),
+        (
+            {"config.json": '{"model_type": "gemma4", "text_config": {"num_hidden_layers": 1000000000}}'},
+            "num_hidden_layers = 1e+09",
+        ),
+        ({"config.json": " " * (17 << 20) + "{}"}, "is over 16 MiB"),
     ],
+    ids=["adapter", "broken-adapter", "gguf", "unknown", "deep", "layers", "inner-layers", "long"],
 )
 def test_base_check_of_what_is_no_base_says_what_it_is(
     files: dict[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -230,7 +270,7 @@ def test_base_check_of_what_is_no_base_says_what_it_is(
     assert said in told(capsys)
 
 
-def test_base_check_downloads_no_weights(base_folder: Path, tmp_path: Path) -> None:
+def test_base_check_downloads_no_weights(check: Check, base_folder: Path, tmp_path: Path) -> None:
     with HubStandIn() as hub:
         config = (base_folder / "config.json").read_bytes()
         hub.add_repo("acme/base", {"config.json": config, "model.safetensors": b"0" * 20_000})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from typing import Any
@@ -291,6 +292,55 @@ def test_an_adapter_may_be_named_as_lorax_and_tgi_do(api: Any) -> None:
     assert (theirs["choices"], theirs["adapter"]) == (named["choices"], named["adapter"])
 
 
+def test_loraxs_client_gets_text_of_an_adapter_whole_and_streamed(api: Any) -> None:
+    """The bodies are those of lorax-client 0.6.3, which sends every parameter that it knows."""
+    sent = {
+        "adapter_id": "red", "adapter_source": "local", "merged_adapters": None, "api_token": None,
+        "do_sample": False, "max_new_tokens": 3, "ignore_eos_token": True, "repetition_penalty": None,
+        "return_full_text": False, "stop": [], "seed": None, "temperature": None, "top_k": None,
+        "top_p": None, "truncate": None, "typical_p": None, "best_of": None, "watermark": False,
+        "details": True, "decoder_input_details": False, "return_k_alternatives": None,
+        "response_format": None,
+    }  # fmt: skip
+    expected = api.generate(prompt=FRANCE, max_tokens=3, temperature=0, adapter="red", ignore_eos=True)
+
+    (answer,) = api.http.post("/", json={"inputs": FRANCE, "stream": False, "parameters": sent}).json()
+    *_, last = api.events("/", inputs=FRANCE, stream=True, parameters=sent)
+
+    assert answer["generated_text"] == expected["choices"][0]["text"] == last["generated_text"]
+    for details in (answer["details"], last["details"]):
+        assert details["prompt_tokens"] == expected["usage"]["prompt_tokens"]
+        assert details["generated_tokens"] == 3
+
+
+def test_lorax_may_describe_the_text_by_a_schema(api: Any) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"]}
+    parameters = {"response_format": {"type": "json_object", "schema": schema}, "max_new_tokens": 40}
+    (answer,) = api.http.post("/", json={"inputs": FRANCE, "parameters": parameters}).json()
+    assert json.loads(answer["generated_text"]) == {"a": "x"}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "param", "said"),
+    [
+        ({"adapter_source": "s3", "adapter_id": "a"}, "adapter_source", "'local' or 'hub'"),
+        ({"adapter_source": "hub"}, "adapter_source", "adapter_id"),
+        ({"adapter_source": "hub", "adapter_id": "a/b"}, "adapter_id", "--hub-allow"),
+        ({"api_token": "hf_x"}, "api_token", "HF_TOKEN"),
+        ({"merged_adapters": {"ids": ["a"]}}, "merged_adapters", "POST /generate"),
+        ({"return_k_alternatives": 2}, "return_k_alternatives", "top_n_tokens"),
+    ],
+)
+def test_what_lorax_does_otherwise_is_refused_with_the_way_out(
+    api: Any, parameters: dict[str, Any], param: str, said: str
+) -> None:
+    answer = api.http.post("/", json={"inputs": "a", "parameters": parameters})
+    assert answer.status_code in (400, 403)
+    error = answer.json()["error"]
+    assert error["param"].removeprefix("parameters.") == param
+    assert said in error["message"]
+
+
 def test_an_unknown_adapter_is_not_found(api: Any) -> None:
     error = error_of(api, 404, prompt="hi", adapter="nobody")
 
@@ -307,7 +357,7 @@ def test_an_unknown_adapter_is_not_found(api: Any) -> None:
         ({"prompt": "hi", "max_tokens": 0}, "max_tokens", "echo"),
         ({"prompt": "hi", "stop_token_ids": [49152]}, "stop_token_ids", "vocabulary"),
         ({"prompt": "hi", "logit_bias": {"49152": 1}}, "logit_bias", "vocabulary"),
-        ({"prompt": "hi", "temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"prompt": "hi", "temperature": 3}, "temperature", "at most 2"),
         ({"prompt": "hi", "temprature": 1}, "temprature", "does not know"),
     ],
 )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import anthropic
 import httpx2
 import openai
 import pytest
@@ -343,6 +344,48 @@ def test_extensions_travel_in_the_extra_body(client: openai.OpenAI, api: Any) ->
 def test_models_can_be_listed_and_fetched(client: openai.OpenAI, api: Any) -> None:
     assert {model.id for model in client.models.list()} == {api.base, "red", "blue"}
     assert client.models.retrieve("red").owned_by == "onebase"
+
+
+def test_models_have_the_fields_that_anthropics_client_reads(client: openai.OpenAI, api: Any) -> None:
+    with anthropic.Anthropic(base_url=api.server.url, api_key="none") as other:
+        page = other.models.list()
+    first = page.data[0]
+    assert (first.id, first.display_name, first.type) == (api.base, api.base, "model")
+    assert (page.first_id, page.last_id, page.has_more) == (first.id, page.data[-1].id, False)
+    assert int(first.created_at.timestamp()) == client.models.list().data[0].created
+
+
+@pytest.mark.parametrize("name", ["dummy", "tgi"])
+def test_what_hugging_faces_clients_call_a_model_that_is_not_named_is_the_base(
+    client: openai.OpenAI, api: Any, name: str
+) -> None:
+    named, base = (
+        client.completions.create(model=model, prompt=FRANCE, max_tokens=4, temperature=0).choices[0].text
+        for model in (name, api.base)
+    )
+    assert named == base
+
+
+def test_special_tokens_are_in_the_text_when_asked_for(client: openai.OpenAI, api: Any) -> None:
+    ended = "<|im_end|>"
+    fields: Any = {"model": api.base, "prompt": FRANCE, "max_tokens": 2, "temperature": 0}
+    special: Any = {"logit_bias": {"2": 100}, "extra_body": {"ignore_eos": True}}
+    shown = client.completions.create(
+        **fields, **special | {"extra_body": {"ignore_eos": True, "skip_special_tokens": False}}
+    )
+    assert client.completions.create(**fields, **special).choices[0].text == ""
+    assert shown.choices[0].text == 2 * ended
+
+
+def test_a_context_that_is_too_long_is_refused_in_the_words_that_clients_look_for(
+    client: openai.OpenAI, api: Any
+) -> None:
+    """LangChain looks for the code in the error's text, LiteLLM for the sentence."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=api.base, prompt=FRANCE, max_tokens=100_000)
+    assert caught.value.code == "context_length_exceeded"
+    assert "context_length_exceeded" in str(caught.value)
+    assert "This model's maximum context length is" in str(caught.value)
 
 
 def test_an_unknown_model_raises_not_found(client: openai.OpenAI) -> None:

@@ -99,7 +99,7 @@ def test_a_choice_of_tools_says_which_may_and_which_must_be_called() -> None:
 def test_what_changes_nothing_is_taken() -> None:
     body = request(
         user="u", safety_identifier="s", service_tier="auto", prompt_cache_key="k", max_tool_calls=3,
-        truncation="disabled", background=False, text={"verbosity": "medium"}, conversation=None, n=1,
+        truncation="disabled", background=False, text={"verbosity": "low"}, conversation=None, n=1,
         include=["reasoning.encrypted_content"], reasoning={"effort": "max", "summary": "auto"},
         stream=True, stream_options={"include_obfuscation": False},
     )  # fmt: skip
@@ -131,7 +131,7 @@ def parts(*kinds: str) -> list[Any]:
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].type", "'item_reference'"),
         ({"input": [{"type": ["x"]}]}, "input[0].type", "not served"),
         ({"input": []}, "input", "at least 1"),
-        ({"input": [CALL | {"arguments": '{"a'}]}, "input[0].arguments", "no JSON object"),
+        ({"input": [CALL | {"arguments": "[1"}]}, "input[0].arguments", "no JSON object"),
         ({"input": [CALL | {"namespace": "x"}]}, "input[0].namespace", "does not know"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'web_search'"),
         ({"tools": [WEATHER | {"name": "a b"}]}, "tools[0].name", "letters"),
@@ -146,10 +146,10 @@ def parts(*kinds: str) -> list[Any]:
         ),
         ({"tool_choice": "required"}, "tool_choice", "no tools"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", "goes with"),
-        ({"text": {"verbosity": "low"}}, "text.verbosity", "medium"),
+        ({"text": {"verbosity": "loud"}}, "text.verbosity", "'low', 'medium' or 'high'"),
         ({"text": {"format": {"type": "json_object"}}, "guided_regex": "a"}, "guided_regex", "leave one out"),
-        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary", "auto"),
-        ({"include": ["everything"]}, "include[0]", "should be"),
+        ({"reasoning": {"summary": "short"}}, "reasoning.summary", "auto"),
+        ({"include": ["everything"]}, "include[0]", "must be"),
         ({"metadata": {str(n): "x" for n in range(17)}}, "metadata", "at most 16"),
         ({"truncation": "auto"}, "truncation", "disabled"),
         ({"background": True}, "background", "stream"),
@@ -186,9 +186,15 @@ def test_items_that_make_no_conversation_are_refused(items: list[Any], says: str
     assert caught.value.param == "input"
 
 
-def test_nothing_can_follow_a_call_that_was_cut() -> None:
-    with pytest.raises(InvalidRequestError, match="call was cut") as caught:
-        items_again([CALL | {"arguments": '{"ci'}])
+def test_a_call_that_was_cut_is_gone_on_from_as_far_as_it_goes() -> None:
+    (message,) = conversation(None, items_again([CALL | {"arguments": '{"city": "Par'}]))
+    (call,) = message.rendered()["tool_calls"]
+    assert call["function"]["arguments"] == {"city": "Par"}
+
+
+def test_nothing_can_follow_a_call_that_no_template_could_write() -> None:
+    with pytest.raises(InvalidRequestError, match="nothing can follow") as caught:
+        items_again([CALL | {"arguments": '{"a":' * 70 + "1" + "}" * 70}])
     assert caught.value.param == "previous_response_id"
 
 

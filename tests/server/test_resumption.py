@@ -98,12 +98,13 @@ def plain(text: str) -> str:
     """A stream without what another one has otherwise: ids by number, times as 0."""
     numbers: dict[str, str] = {}
     text = re.sub(
-        r"\b(?:gen|cmpl|chatcmpl|resp|msg|fc|call)[-_][0-9a-f]{24}\b",
+        r"\b(?:gen|cmpl|chatcmpl|resp|msg|fc|rs|call)[-_][0-9a-f]{24}\b",
         lambda found: numbers.setdefault(found[0], f"id{len(numbers)}"),
         text,
     )
     text = re.sub(r'"(created|created_at|completed_at)":\d+', r'"\1":0', text)
-    text = re.sub(r'"output_tokens":\d+,"service', '"output_tokens":0,"service', text)  # in the first event
+    first = r'"output_tokens":\d+,"output_tokens_details":\{[^}]*\},"service'
+    text = re.sub(first, '"output_tokens":0,"service', text)  # in the first event
     return re.sub(r'"timing":\{[^}]*\}', '"timing":{}', text)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from onebase_server.inference.json_schema import closed
 from onebase_server.requests.schemas.generation import GenerateRequest
 from onebase_server.requests.schemas.openai import ChatRequest, CompletionRequest
 from onebase_server.requests.schemas.wire import Wire, validation_error
@@ -166,7 +167,7 @@ def test_what_the_text_must_be_is_read_whichever_way_it_is_written(
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}},
             "response_format.json_schema.schema",
-            "dictionary",
+            "must be an object",
         ),
         ({"guided_json": {}, "guided_regex": "a"}, "guided_regex", "guided_json says what the text must be"),
         (
@@ -179,7 +180,7 @@ def test_what_the_text_must_be_is_read_whichever_way_it_is_written(
         ({"guided_choice": []}, "guided_choice", "at least 1"),
         ({"guided_choice": ["a"] * 1025}, "guided_choice", "1024"),
         ({"guided_choice": [""]}, "guided_choice[0]", "at least 1"),
-        ({"guided_json": [1]}, "guided_json", "dictionary"),
+        ({"guided_json": [1]}, "guided_json", "object"),
         ({"guided_json": "true"}, "guided_json", "is no JSON object"),
         ({"guided_json": "{"}, "guided_json", "is no JSON object"),
         ({"guided_json": "[" * 100_000}, "guided_json", "is no JSON object"),
@@ -246,7 +247,6 @@ def test_a_message_may_say_who_speaks_and_how_to_cache_it() -> None:
     ("field", "value"),
     [
         ("use_beam_search", True),
-        ("skip_special_tokens", False),
         ("length_penalty", 2.0),
         ("prompt_logprobs", -1),
         ("top_k", -2),
@@ -309,7 +309,16 @@ def test_calls_and_their_answers_are_handed_to_the_template() -> None:
                 {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": text}}]},
                 "tool_calls[0].function.arguments",
             )
-            for text in ("{", "[1]", "[" * 100_000, '{"a": NaN}', json.dumps(nested(70)))
+            for text in (
+                "[1",
+                "[1]",
+                "a",
+                '{"a": 1}b',
+                '{"a": 1e999',
+                "[" * 100_000,
+                '{"a": NaN}',
+                json.dumps(nested(70)),
+            )
         ),
     ],
 )
@@ -485,3 +494,27 @@ def test_chat_fields_that_do_not_go_together_are_refused(body: dict[str, Any], p
     _, found = refusal(ChatRequest, {"model": "m", "messages": USER, **body})
 
     assert found == param
+
+
+def test_a_call_that_was_cut_is_taken_as_far_as_it_goes() -> None:
+    call = {"id": "1", "function": {"name": "f", "arguments": '{"city": "Zür'}}
+    message = {"role": "assistant", "tool_calls": [call]}
+    (found,) = ChatRequest.model_validate({"model": "m", "messages": [message]}).messages
+    (rendered,) = found.rendered()["tool_calls"]
+    assert rendered["function"]["arguments"] == {"city": "Zür"}
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
+def test_what_is_no_text_is_refused_as_such(kind: str) -> None:
+    content = [{"type": "text", "text": "What is it?"}, {"type": kind, kind: {}}]
+    message, param = refusal(ChatRequest, {"model": "m", "messages": [{"role": "user", "content": content}]})
+    assert (param, "only text is" in message) == ("messages[0].content[1].type", True)
+
+
+@pytest.mark.parametrize("format", ["date-time", "time", "duration", "hostname", "email", "uri"])
+def test_strings_of_a_format_have_an_end_unless_the_schema_says_their_length(format: str) -> None:
+    text = {"type": "string", "format": format}
+    schema = {"anyOf": [text, {"type": "null"}, {**text, "maxLength": 9999}, {**text, "minLength": 1}]}
+    bounded, null, *others = closed(schema)["anyOf"]
+    assert bounded["maxLength"] <= 2048
+    assert [null, *others] == schema["anyOf"][1:]

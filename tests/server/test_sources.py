@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,11 @@ from typing import Any
 import pytest
 
 from onebase_adapters.hub.pull import HubError
+from onebase_adapters.store.store import Store
+from onebase_edge.background import Threads
 from onebase_edge.errors import ApiError
 from onebase_server.adapters import sources
-from onebase_server.adapters.sources import FolderError, HubAdapters, find_adapters
+from onebase_server.adapters.sources import FolderError, HubAdapters, Pulls, find_adapters
 
 from .support import make_folder
 
@@ -75,7 +79,7 @@ class MissingPulls:
         return None, ended
 
 
-def hub_adapters(pulls: MissingPulls) -> HubAdapters:
+def hub_adapters(pulls: MissingPulls | Pulls) -> HubAdapters:
     known = SimpleNamespace(get=lambda name: None, own=lambda name: None)
     library: Any = SimpleNamespace(catalog=SimpleNamespace(of=lambda tenant: known))
     return HubAdapters(library, pulls)  # type: ignore[arg-type]
@@ -99,6 +103,45 @@ def test_a_refusal_that_is_remembered_keeps_no_frames_of_the_requests_that_got_i
     frames = [len(traceback.extract_tb(error.__traceback__)) for error in others]
     assert frames == [frames[0]] * 3
     assert all(error.__context__ is None for error in others)
+
+
+def test_a_tenant_whose_pulls_fail_too_often_starts_no_more_for_a_minute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    may = threading.Event()
+
+    def resolve(repo: str, revision: str | None, *, cancel: threading.Event) -> str:
+        asked.append(repo)
+        may.wait(60)
+        raise HubError("hub_unreachable", "The Hub does not answer.")
+
+    monkeypatch.setattr(sources, "resolve", resolve)
+    monkeypatch.setattr(sources, "MOST_FAILED_A_MINUTE", 5)
+    clock = [1000.0]
+    monkeypatch.setattr(sources, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+
+    async def play() -> None:
+        pulls = Pulls(Store(str(tmp_path / "store"), tmp_path), Threads("pull", 2), ["*"], 1000)
+        hub = hub_adapters(pulls)
+        waiting = [asyncio.create_task(refused(hub, f"hub:acme/vain{number}", "evil")) for number in range(9)]
+        may.set()
+        codes = [error.code for error in await asyncio.gather(*waiting)]
+        assert set(codes) == {"hub_unreachable", "rate_limit_exceeded"}
+        assert len(asked) <= 6, "one that had begun when the fifth failed, and none of those that waited"
+
+        asked.clear()
+        error = await refused(hub, "hub:acme/vain", "evil")
+        assert (error.code, error.param, error.retry_after) == ("rate_limit_exceeded", "adapter", 60.0)
+        assert error.details == {"quota": "failed_pulls", "limit": 5, "of": "tenant"}
+        assert not asked
+        assert (await refused(hub, "hub:acme/vain", "good")).code == "hub_unreachable"
+
+        clock[0] += 60
+        assert (await refused(hub, "hub:acme/vain", "evil")).code == "hub_unreachable"
+        assert asked == ["acme/vain"] * 2
+
+    asyncio.run(play())
 
 
 def test_refusals_are_remembered_by_tenant_and_no_more_than_there_is_room_for(

@@ -159,6 +159,8 @@ class SlowTokenizer:
     """A tokenizer that makes no ids until it may, and counts who waits."""
 
     longest_token = 10
+    words = 0
+    end_tokens = ()
 
     def __init__(self) -> None:
         self.may = threading.Event()
@@ -179,11 +181,12 @@ def planner_of(
     max_length: int,
     check_room: Callable[[str, int], None] = lambda tenant, sequences: None,
 ) -> Planner:
-    base = SimpleNamespace(max_length=max_length, vocab_size=10, kv_blocks=1000, block_size=16)
+    base = SimpleNamespace(max_length=max_length, vocab_size=10, kv_longest=16_000)
     supervisor: Any = SimpleNamespace(unavailable=lambda: None, check_room=check_room, base=base)
     nothing: Any = None
-    catalog: Any = SimpleNamespace(base_name="base")
-    return Planner(supervisor, tokenizer, catalog, nothing, nothing, RequestLimits(128, 60.0))  # type: ignore[arg-type]
+    catalog: Any = SimpleNamespace(base_name="base", means_base=lambda tenant, model: model == "base")
+    tokenizers: Any = SimpleNamespace(base=tokenizer)
+    return Planner(supervisor, tokenizers, catalog, nothing, nothing, RequestLimits(128, 60.0))
 
 
 def test_no_text_is_tokenized_for_a_full_queue() -> None:
@@ -191,7 +194,7 @@ def test_no_text_is_tokenized_for_a_full_queue() -> None:
 
     def refuse(tenant: str, sequences: int) -> None:
         assert sequences == 128
-        raise QueueFullError(512, 512, 1.0)
+        raise QueueFullError(128, 512, 512, 1.0)
 
     planner = planner_of(tokenizer, 1_000, refuse)
     body = CompletionRequest(model="base", prompt=["a word"] * 64, n=2)
@@ -207,7 +210,7 @@ def test_refusals_that_cost_the_api_most_are_answered_after_a_pause(monkeypatch:
         pauses.append(seconds)
 
     monkeypatch.setattr(app.asyncio, "sleep", pause)  # type: ignore[attr-defined]
-    full, many = QueueFullError(512, 512, 1.0), refused(b"[" + b"1," * 10 * MANY + b"1]")
+    full, many = QueueFullError(128, 512, 512, 1.0), refused(b"[" + b"1," * 10 * MANY + b"1]")
     for error, expected in ((full, 1), (many, 2), (InvalidRequestError("n: is 0", param="n"), 2)):
         asyncio.run(app._refuse(error))
         assert len(pauses) == expected
@@ -334,7 +337,7 @@ def reader() -> FastAPI:
 
     @router.post("/")
     async def read(body: Watched, request: Request) -> dict[str, Any]:
-        chat = await off_loop(request, body.chat, frozenset())
+        chat = await off_loop(request, body.chat, None)
         return {"messages": len(chat.messages)}
 
     app = FastAPI()
@@ -425,9 +428,11 @@ class WatchedFormat(ToolFormat):
 
 
 class ToolTokenizer(SlowTokenizer):
+    own_templates = None
     chat_template = "tools tool_calls"
     template_options: frozenset[str] = frozenset()
     longest_token = 1000
+    thought_format = thinking_switch = None
     tool_format = WatchedFormat("<", ">", ",", "</>", "<", None, {})
 
     def encode_chat(self, chat: Any) -> list[int]:

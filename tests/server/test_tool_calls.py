@@ -20,7 +20,13 @@ from transformers import AutoTokenizer
 from onebase_edge.errors import InvalidRequestError
 from onebase_engine.engine.grammar_process import load_tokenizer
 from onebase_engine.engine.messages import Grammar
-from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput
+from onebase_server.inference.tokenization import (
+    BaseTokenizer,
+    ChatSupport,
+    TemplateInput,
+    TokenizerError,
+    chat_support,
+)
 from onebase_server.inference.tool_call_parser import CallFormat, CallReader
 from onebase_server.inference.tool_format import ArgumentFormat, Bare, Pythonic, ToolDefinition, ToolFormat
 
@@ -621,6 +627,11 @@ def test_the_ids_of_calls_go_back_into_the_next_prompt(bases: dict[str, Base], f
             "'append' of 'list'",
         ),
         ("{{ [].append(1) }}{# tools tool_calls #}", "chat", "cannot be used at all"),
+        (
+            "{{ raise_exception('\x1b]0;red\x07') }}{# tools tool_calls #}",
+            "chat",
+            "write a message:  ]0;red ",
+        ),
         ("{% for t in tools %}{{ t }}{% endfor %}" + TEMPLATES["hermes"], "chat", "served with tools alone"),
         (TEMPLATES["hermes"], "", ""),
     ],
@@ -632,6 +643,34 @@ def test_what_a_template_keeps_from_being_served_is_known_with_its_reason(
     tokenizer._tokenizer.chat_template = template
     assert list(tokenizer.unserved) == [part] * bool(part)
     assert reason in tokenizer.unserved.get(part, "")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 // (messages | length - 1) }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ range(1000000000) }}",
+        "{{ messages[0].content + 1 }}",
+    ],
+)
+def test_messages_that_a_template_fails_on_are_refused(folder: Path, template: str) -> None:
+    tokenizer = BaseTokenizer(str(folder))
+    tokenizer._tokenizer.chat_template = template
+    with pytest.raises(InvalidRequestError, match="cannot write these messages"):
+        tokenizer.encode_chat(TemplateInput([{"role": "user", "content": "?"}]))
+
+
+@pytest.mark.parametrize("changes", [{"model_max_length": "x"}, {"unk_token": ""}])
+def test_a_tokenizer_that_loads_and_cannot_encode_is_none(
+    folder: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | changes))
+    with pytest.raises(TokenizerError, match="cannot encode"):
+        BaseTokenizer(str(tmp_path))
+    assert chat_support(tmp_path) == ChatSupport(None, None)
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from tests.priorities import assert_behind
 
 from onebase_engine.base.default_base import fetch_default_base
 from onebase_engine.base.load import BaseSettings
+from onebase_engine.engine.messages import EngineConfig, to_api_decoder
+from onebase_server.processes.link import ChildProcess
 from onebase_server.processes.trainer import failure_of, memory_limit
-from onebase_server.processes.trainer_protocol import TrainJob
+from onebase_server.processes.trainer_client import TrainerClient
+from onebase_server.processes.trainer_protocol import Check, TrainJob
 from onebase_training.data.dataset import DataError, Problem
 from onebase_training.data.reader import load_dataset
 from onebase_training.loop import TrainingDivergedError
@@ -43,13 +49,6 @@ from onebase_server.processes.trainer import bound_memory
 torch.set_num_threads(8)
 bound_memory(20_000_000, torch.device("cpu"))
 print(torch.ones(1 << 20).add_(1.0).sum().item())
-"""
-PLACE = """
-import os
-from pathlib import Path
-from onebase_server.processes.child import step_aside
-step_aside(19)
-print(os.nice(0), Path("/proc/self/oom_score_adj").read_text())
 """
 
 
@@ -88,7 +87,43 @@ def test_on_a_gpu_a_job_takes_half_of_what_is_free_unless_told_otherwise(
 
 
 def test_a_trainer_leaves_the_processor_to_others_and_dies_first() -> None:
-    assert run(PLACE) == ["19", "1000"]
+    async def start_and_look() -> None:
+        command = (sys.executable, "-c", "import time; time.sleep(600)")
+        config = EngineConfig(base_folder="/nowhere")
+        trainer = await TrainerClient.start(command, Check(config=config, job=job()), {}, lambda event: None)
+        try:
+            assert trainer.pid is not None
+            assert_behind(trainer.pid, 19)
+        finally:
+            trainer.kill()
+            await trainer.outcome()
+
+    asyncio.run(start_and_look())
+
+
+def test_the_engine_has_the_servers_priority_and_session() -> None:
+    async def start_and_look() -> None:
+        command = (sys.executable, "-c", "import time; time.sleep(600)")
+        engine = await ChildProcess.spawn(command, to_api_decoder(), print, lambda: None)
+        try:
+            assert os.getpriority(os.PRIO_PROCESS, engine.pid) == os.getpriority(os.PRIO_PROCESS, 0)
+            assert os.getsid(engine.pid) == os.getsid(0)
+        finally:
+            await engine.end()
+
+    asyncio.run(start_and_look())
+
+
+def test_a_terminal_that_interrupts_the_server_does_not_reach_its_processes() -> None:
+    """They are in the server's session, and make themselves a process group before anything else."""
+    command = [sys.executable, "-m", "onebase_server.processes", "trainer", "--fd", "0"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        try:
+            while (group := os.getpgid(child.pid)) != child.pid:
+                assert child.poll() is None, f"it ended in process group {group}"
+                time.sleep(0.01)
+        finally:
+            child.kill()
 
 
 def test_bad_lines_are_told_with_the_file_that_they_are_in() -> None:

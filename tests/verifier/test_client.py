@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.priorities import assert_behind
 from tests.verifier.conftest import FAULTY, Bench, Published, new_client
 
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
@@ -563,12 +564,15 @@ def new_api(published: Published) -> Iterator[NewApi]:
         api.process.wait()
 
 
-def test_the_verifier_steps_aside_while_it_lives_and_obeys_a_shutdown(new_api: NewApi) -> None:
+def test_the_verifier_steps_aside_in_the_session_of_the_engine(bench: Bench) -> None:
+    assert bench.verifier.pid is not None
+    assert_behind(bench.verifier.pid, 10)
+
+
+def test_the_verifier_obeys_a_shutdown(new_api: NewApi) -> None:
     api = new_api()
     assert isinstance(api.receive(), Attached)
     pid = api.process.pid
-    assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
-    assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
     assert scratch_folder(pid).is_dir()
     api.send(Shutdown())
     assert api.end() == 0

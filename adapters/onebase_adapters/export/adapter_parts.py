@@ -66,6 +66,11 @@ def opened_adapter(folder: Path, base: BaseFiles) -> Iterator[AdapterParts]:
             raise ExportError(
                 f"the adapter generates no text (its task_type is {spec.task}): export it as peft"
             )
+        if spec.words not in (0, base.layers[base.embedding].size_in):
+            raise ExportError(
+                f"the adapter has a vocabulary of its own ({spec.words} tokens), which the base's files have "
+                "no rows for: export it as peft"
+            )
         weights = canonical / WEIGHTS_FILE
         modules = {module.name: module for module in spec.modules}
         saved = {module.name for module in spec.modules if module.kind == "saved"}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,21 @@ def canonicalize(
         file = TensorFile.read_header(opened)
         planned = plan(file.entries, facts, base, max_rank)
         _check_of_base(file, planned)
+        for matrix in planned.resized:
+            matrix.check(file)
         if facts.ensure_weight_tying:
             _check_tied(file, planned, base)
         config = exact_config(
             planned.modules, rslora=facts.rslora, dora=facts.dora, lora_bias=facts.lora_bias
         )
         (target / CONFIG_FILE).write_text(json.dumps(config))
-        write_tensors(target / WEIGHTS_FILE, [_to_write(file, tensor) for tensor in planned.tensors])
+        matrices = [
+            TensorToWrite(one.name, one.dtype, one.shape, partial(one.chunks, file))
+            for one in planned.resized
+        ]
+        write_tensors(
+            target / WEIGHTS_FILE, [*(_to_write(file, tensor) for tensor in planned.tensors), *matrices]
+        )
         if planned.head:
             write_tensors(target / HEAD_FILE, [_to_write(file, tensor) for tensor in planned.head.values()])
     labels = planned.head["weight"].entry.shape[0] if planned.head else 0
@@ -108,6 +117,7 @@ def canonicalize(
         task=facts.task,
         labels=labels,
         label_names=names,
+        tokens=planned.tokenizer,
         dropped=tuple(entry.name for entry, _ in planned.of_base),
         warnings=warnings,
     )
@@ -128,6 +138,12 @@ def _check_of_base(file: TensorFile, planned: TensorPlan) -> None:
                 "foreign_tensor",
                 f"{WEIGHTS_FILE}: {entry.name:.200} is a weight of the base, with other values than this "
                 "base has. Save with save_embedding_layers=False, or train the module by modules_to_save.",
+            )
+    for one, other in planned.same:
+        if not file.same(one, other):
+            raise AdapterFormatError(
+                "bad_weights",
+                f"{WEIGHTS_FILE}: {one.name:.150} and {other.name:.150} are one tensor to PEFT, and differ",
             )
 
 
@@ -184,7 +200,8 @@ def exact_config(
     """Return PEFT's config of an adapter of these modules, each by its full name."""
     lora = [module for module in modules if module.rank]
     rank, alpha = (lora[0].rank, lora[0].alpha) if lora else (8, 8.0)
-    tokens = {m.name: list(m.indices) for m in modules if m.kind == "tokens" and m.parameters}
+    saved = [module.name for module in modules if module.kind == "saved" or module.words]
+    tokens = {m.name: list(m.indices) for m in modules if m.kind == "tokens" and m.parameters and not m.words}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -198,6 +215,6 @@ def exact_config(
         "target_modules": [module.name for module in lora] or _NO_TARGETS,
         "rank_pattern": {re.escape(m.name): m.rank for m in lora if m.rank != rank},
         "alpha_pattern": {re.escape(m.name): m.alpha for m in lora if m.alpha != alpha},
-        "modules_to_save": [module.name for module in modules if module.kind == "saved"] or None,
+        "modules_to_save": saved or None,
         "trainable_token_indices": tokens or None,
     }

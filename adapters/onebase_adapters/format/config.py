@@ -84,6 +84,7 @@ _READ = frozenset(
         "peft_version",
         "revision",
         "id2label",
+        "onebase_tokenizer",
     ]
 )
 
@@ -141,6 +142,8 @@ class ConfigFacts:
     label_names: tuple[str, ...] = ()
     """Names of a classifier's labels, in the order of its head's rows; empty if they have none."""
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tokenizer: Any = None
+    """Value of `onebase_tokenizer`, which `added_tokens` reads."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -159,7 +162,7 @@ def check_config(raw: bytes) -> ConfigFacts:
     Raises:
         AdapterFormatError: with code `bad_config`, `unknown_field` or `unsupported_kind`.
     """
-    config = _parsed(raw)
+    config = parse_config(raw)
     off = _check_kind(config)
     task: Task = config.get("task_type") or "CAUSAL_LM"
     heads = CLASSIFIER_NAMES if task in CLASSIFIERS else ()
@@ -185,6 +188,7 @@ def check_config(raw: bytes) -> ConfigFacts:
         warnings=off,
         label_names=_label_names(config.get("id2label")) if heads else (),
         token_indices=_token_indices(config.get("trainable_token_indices")),
+        tokenizer=config.get("onebase_tokenizer"),
     )
     if facts.lora_bias and (facts.dora or not isinstance(config.get("init_lora_weights", True), bool)):
         raise AdapterFormatError(
@@ -222,12 +226,12 @@ def with_labels(raw: bytes, model_config: bytes | None) -> bytes:
     """
     if model_config is None or not names_labels(raw):
         return raw
-    names = _parsed(model_config, MODEL_CONFIG_FILE).get("id2label")
+    names = parse_config(model_config, MODEL_CONFIG_FILE).get("id2label")
     if names is None or (isinstance(names, dict) and all(names[key] == f"LABEL_{key}" for key in names)):
         return raw
     try:
         # Without line breaks: each would begin with as many spaces as what it is in is deep.
-        return json.dumps({**_parsed(raw), "id2label": names}, sort_keys=True).encode()
+        return json.dumps({**parse_config(raw), "id2label": names}, sort_keys=True).encode()
     except RecursionError:
         raise AdapterFormatError("bad_config", f"{MODEL_CONFIG_FILE} is nested too deep") from None
 
@@ -235,7 +239,7 @@ def with_labels(raw: bytes, model_config: bytes | None) -> bytes:
 def names_labels(raw: bytes) -> bool:
     """Return True if `config.json` may add label names: a classifier has no names of its own."""
     try:
-        config = _parsed(raw)
+        config = parse_config(raw)
     except AdapterFormatError:
         return False  # which `check_config` will say
     return config.get("task_type") in CLASSIFIERS and config.get("id2label") is None
@@ -267,9 +271,10 @@ def _label_names(value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _parsed(raw: bytes, name: str = CONFIG_FILE) -> dict[str, Any]:
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise AdapterFormatError("bad_config", f"{name} is over {MAX_CONFIG_BYTES} bytes")
+def parse_config(raw: bytes, name: str = CONFIG_FILE, most: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Return the fields of a config. Raises AdapterFormatError if it is none, or over `most` bytes."""
+    if len(raw) > most:
+        raise AdapterFormatError("bad_config", f"{name} is over {most} bytes")
     try:
         config = parse_json(raw)
     except (ValueError, RecursionError) as error:

@@ -82,6 +82,17 @@ def needs_conversion(config: bytes, weights: Path) -> bool:
     return plain != names.keys() and len(plain) == len(names)
 
 
+def tensor_names(weights: Path) -> list[str]:
+    """Return the names of the tensors in a weights file; none if it cannot be read.
+
+    Raises OSError.
+    """
+    try:
+        return [tensor.name for tensor in _read_header(weights)]
+    except AdapterFormatError:
+        return []
+
+
 def convert(config: bytes, weights: Path, write: Write) -> bytes:
     """Write PEFT's weights of an adapter that needs it, and return PEFT's config.
 

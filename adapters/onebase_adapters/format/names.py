@@ -12,6 +12,7 @@ from onebase_adapters.format.config import AdapterFormatError, ConfigFacts
 from onebase_adapters.format.patterns import Targets, endings, layer_numbers
 from onebase_adapters.format.strict_json import shown
 from onebase_engine.base.layers import LayerShape
+from onebase_engine.kernels.weights import MOST_NEW_TOKENS
 
 BaseTensor = Callable[[str], torch.Tensor | None]
 """Function from the full name of a parameter to the base's tensor; None if there is none."""
@@ -171,19 +172,21 @@ def token_rows(facts: ConfigFacts, base: BaseModules) -> dict[str, tuple[int, ..
     embedding = base.embedding
     own = rows.get(embedding or "")
     for name, indices in rows.items():
-        follows = name in base.pair and name in facts.token_indices and indices == own
-        if embedding is None or own is None or (name != embedding and not follows):
+        fits = name == base.head and (name not in base.pair or indices == own)
+        if embedding is None or own is None or (name != embedding and not fits):
             raise AdapterFormatError(
-                "unsupported_kind", f"{field} on {name:.200} is not served; only on the input embedding"
+                "unsupported_kind",
+                f"{field} on {name:.200} is not served; only on the input embedding, and with it on the head",
             )
     if embedding is None or own is None:
         return {}
-    if max(own) >= base.layers[embedding].size_in:
+    if (highest := max(map(max, rows.values()))) >= base.layers[embedding].size_in + MOST_NEW_TOKENS:
         raise AdapterFormatError(
             "bad_config",
-            f"{field} has {shown(max(own))}, the vocabulary ends at {base.layers[embedding].size_in - 1}",
+            f"{field} has {shown(highest)}, the vocabulary ends at {base.layers[embedding].size_in - 1}, "
+            f"and an adapter may add {MOST_NEW_TOKENS} tokens",
         )
-    return dict.fromkeys(base.pair or {embedding}, own)
+    return rows | dict.fromkeys(base.pair, own)
 
 
 def _ancestors(name: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onebase_adapters.format.config import Task
+from onebase_protocol.adapters import TokenizerAdditions
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class ModuleSpec:
     bias: bool
     parameters: int
     indices: tuple[int, ...] = ()
+    words: int = 0
+    """Number of rows of an embedding or a head that was resized; 0: as many as the base's."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class AdapterSpec:
     """Number of a classifier's classes."""
     label_names: tuple[str, ...] = ()
     """Names of all classes, or empty."""
+    tokens: TokenizerAdditions | None = None
+    """Additions of its tokenizer to the base's; None if there are none."""
     dropped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -57,6 +62,11 @@ class AdapterSpec:
     def alpha(self) -> float:
         """The largest alpha of any module with a rank; 0 if none has one."""
         return max((module.alpha for module in self.modules if module.rank), default=0.0)
+
+    @property
+    def words(self) -> int:
+        """Number of tokens of its own vocabulary; 0 if it is the base's."""
+        return max(module.words for module in self.modules)
 
     @property
     def kinds(self) -> list[str]:

@@ -159,6 +159,8 @@ def _split(parts: list[str]) -> tuple[TensorName, str | None]:
         module = parts[:-1]
         if module[-1] == "original_module":
             module[-1] = "base_layer"
+        if module[-2:] == ["token_adapter", "base_layer"]:
+            del module[-2]
         return TensorName(".".join(module), f".{parts[-1]}"), None
     return TensorName(".".join(parts), ""), None
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
+from onebase_adapters.format.added_tokens import checked_additions
 from onebase_adapters.format.config import (
     CLASSIFIER_NAMES,
     CLASSIFIERS,
@@ -25,10 +26,12 @@ from onebase_adapters.format.names import (
     unmet_names,
 )
 from onebase_adapters.format.patterns import PatternError, endings
+from onebase_adapters.format.resized import ResizedMatrix, plan_resized, resized_to
 from onebase_adapters.format.safetensors_file import TensorEntry
 from onebase_adapters.format.spec import ModuleSpec
 from onebase_adapters.format.spellings import PREFIX, TensorName, spelling, unwrapped
 from onebase_engine.base.layers import LayerShape
+from onebase_protocol.adapters import TokenizerAdditions
 
 MAX_LABELS: Mapping[Task, int] = {"SEQ_CLS": 1 << 12, "TOKEN_CLS": 1 << 10}
 """Largest number of labels, by task. More would delay the engine's other sequences: a classifier is applied
@@ -72,6 +75,11 @@ class TensorPlan:
     warnings: tuple[str, ...]
     head: Mapping[str, PlannedTensor]
     """A classifier's weight [labels, hidden], and its bias if it has one."""
+    same: tuple[tuple[TensorEntry, TensorEntry], ...] = ()
+    """Pairs of tensors that must be equal, since PEFT saves one of them twice."""
+    resized: tuple[ResizedMatrix, ...] = ()
+    """The embedding and the head, if they were resized."""
+    tokenizer: TokenizerAdditions | None = None
 
 
 def plan(
@@ -94,23 +102,44 @@ def plan(
     entries = tuple(entry for entry in entries if entry.name not in spelled.left_out)
     left_out = set(spelled.left_out.values())
     saved, rows = saved_modules(facts, base, left_out), token_rows(facts, base)
-    by_module, of_base = _sorted_in(entries, base, saved, spelled.names, facts)
+    sorted_in = _sorted_in(entries, base, saved, spelled.names, facts)
+    by_module = sorted_in.by_module
     if facts.task != "CAUSAL_LM" and base.head in by_module.keys() | saved:
         raise AdapterFormatError(
             "unknown_module",
             f"{base.head} is in no model whose task_type is {facts.task}: PEFT would ignore it",
         )
-    modules, tensors = [], []
-    for name in sorted(by_module.keys() | saved | rows.keys()):
+    modules: list[ModuleSpec] = []
+    tensors: list[PlannedTensor] = []
+    tokenizer, problem = checked_additions(facts.tokenizer)
+    words = resized_to(by_module, sorted_in.resized, rows, saved, base)
+    resized: list[ResizedMatrix] = []
+    if words:
+        if facts.task != "CAUSAL_LM":
+            raise AdapterFormatError(
+                "unsupported_kind",
+                f"{WEIGHTS_FILE} is for a vocabulary of {words} tokens, which is served for text alone: its "
+                f"task_type is {facts.task}",
+            )
+        matrices = by_module, sorted_in.resized, rows, saved, base
+        modules, resized = plan_resized(words, tokenizer, problem, *matrices)
+    size = base.layers[base.embedding].size_in if base.embedding else 0
+    tokenizer, token_warnings = _tokens_within(tokenizer, problem, words or size)
+    whole = {module.name for module in modules}
+    for name in sorted((by_module.keys() | saved | rows.keys()) - whole):
         own, layer = by_module.get(name, {}), base.layers[name]
         if name in saved:
             _check_kinds(name, own, {"weight", "bias"} if layer.bias else {"weight"}, rows)
             shapes = {"weight": layer.weight_shape, "bias": (layer.size_out,)}
             spec = ModuleSpec(name, "saved", 0, 0.0, False, _numel(own))
         elif name in rows:
-            follows = layer.kind != "embedding"
+            follows = name != base.embedding and name in base.pair
+            delta = own.get("trainable_tokens_delta") if follows else None
+            if delta is not None:  # which PEFT saves next to the embedding's
+                sorted_in.same.append((by_module[base.embedding or ""]["trainable_tokens_delta"], delta))
+                own = {}
             _check_kinds(name, own, set() if follows else {"trainable_tokens_delta"}, rows)
-            shapes = {"trainable_tokens_delta": (len(rows[name]), layer.size_out)}
+            shapes = {"trainable_tokens_delta": (len(rows[name]), layer.weight_shape[1])}
             spec = ModuleSpec(name, "tokens", 0, 0.0, False, _numel(own), rows[name])
         else:
             spec, shapes = _lora(name, own, facts, base, max_rank)
@@ -119,6 +148,7 @@ def plan(
         tensors += _planned(name, own, layer, spec, base)
     if head:
         modules.append(ModuleSpec(CLASSIFIER_NAMES[0], "head", 0, 0.0, False, _numel(head)))
+    modules.sort(key=lambda module: module.name)
     lora = {module.name for module in modules if module.rank}
     _check_targets(lora, facts, base, saved)
     if not modules and left_out:
@@ -133,11 +163,39 @@ def plan(
         *facts.warnings,
         *notes,
         *spelled.notes,
+        *token_warnings,
         *unmet_names(facts, {module.name for module in modules}, base, left_out),
     )
     used_as = None if base.head is None else getattr(base.tensor(f"{base.head}.weight"), "dtype", None)
     planned = {what: PlannedTensor(what, entry, entry.dtype, used_as) for what, entry in head.items()}
-    return TensorPlan(tuple(modules), tuple(tensors), of_base, by_module, frozenset(saved), warnings, planned)
+    return TensorPlan(
+        tuple(modules),
+        tuple(tensors),
+        tuple(sorted_in.of_base),
+        by_module,
+        frozenset(saved),
+        warnings,
+        planned,
+        tuple(sorted_in.same),
+        tuple(resized),
+        tokenizer,
+    )
+
+
+def _tokens_within(
+    tokenizer: TokenizerAdditions | None, problem: str, words: int
+) -> tuple[TokenizerAdditions | None, tuple[str, ...]]:
+    """Return the additions whose tokens have rows, and a sentence on those that are not used."""
+    if problem:
+        return None, (f"The tokenizer next to the adapter is not used: {problem}.",)
+    if tokenizer is None or tokenizer.tokens[-1].id < words:
+        return tokenizer, ()
+    kept = tuple(token for token in tokenizer.tokens if token.id < words)
+    first = tokenizer.tokens[len(kept)]
+    ends = tuple(end for end in tokenizer.end_tokens if end < words)
+    additions = TokenizerAdditions(tokens=kept, end_tokens=ends, chat_template=tokenizer.chat_template)
+    warning = f"The token {first.content} ({first.id}) and those behind it have no rows, and are not used."
+    return (additions if kept else None), (warning,)
 
 
 def _head(
@@ -177,19 +235,34 @@ def part_of(name: str, saved: Set[str]) -> tuple[str, str]:
     return module, what
 
 
+@dataclass(frozen=True)
+class _SortedTensors:
+    """A file's tensors: of the adapter by module, of the base, and of a resized embedding or head."""
+
+    by_module: dict[str, Tensors] = field(default_factory=dict)
+    of_base: list[tuple[TensorEntry, torch.Tensor]] = field(default_factory=list)
+    resized: dict[str, list[TensorEntry]] = field(default_factory=dict)
+    same: list[tuple[TensorEntry, TensorEntry]] = field(default_factory=list)
+    """Pairs of tensors of which one is to be the other's copy."""
+
+
 def _sorted_in(
     entries: tuple[TensorEntry, ...],
     base: BaseModules,
     saved: set[str],
     names: Mapping[str, TensorName],
     facts: ConfigFacts,
-) -> tuple[dict[str, Tensors], tuple[tuple[TensorEntry, torch.Tensor], ...]]:
-    by_module: dict[str, Tensors] = {}
-    of_base = []
+) -> _SortedTensors:
+    found = _SortedTensors()
+    by_module = found.by_module
     for entry in entries:
         name, what, embedding = _taken_apart(names[entry.name], saved)
         if what is None:
-            of_base.append((entry, _of_base(entry, name, base)))
+            module, _, part = name.rpartition(".")
+            if part == "weight" and _is_resized(module, entry, base):
+                found.resized.setdefault(module, []).append(entry)
+            else:
+                found.of_base.append((entry, _of_base(entry, name, base)))
             continue
         layer = base.layers.get(name)
         if layer is None:
@@ -200,9 +273,22 @@ def _sorted_in(
                 "bad_shape", f"{WEIGHTS_FILE}: {entry.name:.200} does not fit the kind of layer it names"
             )
         if what in by_module.setdefault(name, {}):
-            raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE}: {name:.200} has two {what}")
+            if name not in saved:
+                raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE}: {name:.200} has two {what}")
+            found.same.append((by_module[name][what], entry))
         by_module[name][what] = entry
-    return by_module, tuple(of_base)
+    return found
+
+
+def _is_resized(module: str, entry: TensorEntry, base: BaseModules) -> bool:
+    """Return True if it is the embedding's or the head's matrix, with another number of rows."""
+    if module not in (base.embedding, base.head) or len(entry.shape) != 2:
+        return False
+    layer = base.layers[module]
+    words, size = (
+        (layer.size_in, layer.size_out) if layer.kind == "embedding" else (layer.size_out, layer.size_in)
+    )
+    return entry.shape[1] == size and entry.shape[0] != words
 
 
 def _taken_apart(name: TensorName, saved: Set[str]) -> tuple[str, str | None, bool | None]:
@@ -274,8 +360,8 @@ def _check_vocabulary(name: str, entry: TensorEntry, shape: tuple[int, ...], bas
         raise AdapterFormatError(
             "bad_shape",
             f"{WEIGHTS_FILE}: {entry.name:.150} is for a vocabulary of {differing[0][0]} tokens, and the "
-            f"base has {words}. An adapter with a vocabulary of its own is not served: train rows that the "
-            "base has (trainable_token_indices), or merge the adapter into a base with that vocabulary.",
+            f"base has {words}. Matrices of an embedding or a head with another vocabulary are not served: "
+            "train the module by modules_to_save, or its new rows by trainable_token_indices.",
         )
 
 

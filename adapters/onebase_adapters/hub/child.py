@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
+from onebase_adapters.format.added_tokens import TOKENIZER_FILES, has_token_rows
 from onebase_adapters.format.config import MAX_CONFIG_BYTES, MLX_WEIGHTS_FILE, MODEL_CONFIG_FILE, names_labels
 from onebase_adapters.hub.confinement import confine
 from onebase_adapters.hub.reference import cached_repo, is_commit, shared_blobs
@@ -187,11 +188,15 @@ def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
         if done > request["max_bytes"]:
             raise _TooLargeError(done)
         say({"done": done})
-    if _names_labels(Path(paths[0])):
+    more = dict[str, str]()
+    wanted = {labels: MAX_CONFIG_BYTES} if _names_labels(Path(paths[0])) else {}
+    if _has_token_rows(Path(paths[0]), Path(paths[1])):
+        wanted |= {folder + name: most for name, most in TOKENIZER_FILES.items()}
+    for name, most in wanted.items():
         with suppress(EntryNotFoundError):  # in the cache alone too
-            if _size(request, labels) <= MAX_CONFIG_BYTES:
-                paths.append(_file(request, labels))
-    return {"paths": paths, "sha256": [_expected_sum(path) for path in paths]}
+            if _size(request, name) <= most:
+                more[name.removeprefix(folder)] = _file(request, name)
+    return {"paths": paths, "sha256": [_expected_sum(path) for path in paths], "more": more}
 
 
 def _weights_name(request: dict[str, Any], folder: str) -> str:
@@ -216,6 +221,12 @@ def _names_labels(config: Path) -> bool:
     """Return True if the config is a classifier's whose label names another file may have."""
     with config.open("rb") as file:
         return names_labels(file.read(MAX_CONFIG_BYTES + 1))
+
+
+def _has_token_rows(config: Path, weights: Path) -> bool:
+    """Return True if the adapter's tokenizer matters, since it may have rows of its own for tokens."""
+    with config.open("rb") as file:
+        return has_token_rows(file.read(MAX_CONFIG_BYTES + 1), weights)
 
 
 def _file(request: dict[str, Any], name: str) -> str:

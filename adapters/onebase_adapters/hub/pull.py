@@ -14,14 +14,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from onebase_adapters.format.config import MAX_CONFIG_BYTES, AdapterFormatError, with_labels
+from onebase_adapters.format.added_tokens import TOKENIZER_FILES, BaseVocabulary, with_tokens
+from onebase_adapters.format.config import (
+    MAX_CONFIG_BYTES,
+    MODEL_CONFIG_FILE,
+    AdapterFormatError,
+    with_labels,
+)
 from onebase_adapters.format.conversion import convert, needs_conversion
 from onebase_adapters.hub.reference import (
     HubError,
@@ -37,6 +44,7 @@ from onebase_adapters.hub.reference import (
 from onebase_adapters.store.blobs import ADAPTER_FILES, AdapterFiles, Blob
 from onebase_adapters.store.store import Store, StoreFullError
 from onebase_engine.environment import fetching_environment
+from onebase_engine.machine import BESIDE_SERVING, step_aside
 
 __all__ = [
     "HubError",
@@ -72,11 +80,14 @@ class _Message(msgspec.Struct, frozen=True):
     """Bytes."""
     commit: str | None = None
     paths: list[str] | None = None
+    more: dict[str, str] = {}
+    """Paths of further files by their names: a classifier's config, and those of a tokenizer."""
     sha256: tuple[str | None, ...] = ()
     error: HubErrorCode | Literal["store_full"] | None = None
     message: str = "The process that asks the Hub failed."
 
 
+_MORE_FILES = frozenset({MODEL_CONFIG_FILE, *TOKENIZER_FILES})
 _messages = msgspec.json.Decoder(_Message)
 
 
@@ -117,9 +128,10 @@ def pull(
     *,
     cancel: threading.Event | None = None,
     stall_seconds: float = 60.0,
+    vocabulary: Callable[[], BaseVocabulary | None] = lambda: None,
 ) -> AdapterFiles:
-    """Fetch an adapter's two files of one commit into the store, with the names of a classifier's labels, and
-    nothing else of the repository.
+    """Fetch an adapter's two files of one commit into the store, with the names of a classifier's labels and
+    the tokens that its tokenizer adds, and nothing else of the repository.
 
     Args:
         max_bytes: for both files together; compared before the transfer, and again while it lasts.
@@ -135,14 +147,16 @@ def pull(
         "max_bytes": max_bytes,
     }
     for again in (False, True):
-        paths, expected = _fetch({**request, "force": again}, progress, cancel, stall_seconds)
-        places = [_of_repo(path, ref.repo) for path in paths]
-        blobs = [store.add_file(place) for place in places[: len(ADAPTER_FILES)]]
-        if all(map(_is_right, blobs, expected)):
-            config, weights = _beginning(places[0]), store.local(blobs[1].sha256)
-            if needs_conversion(config, weights):
-                return _converted(store, config, weights, places)
-            return AdapterFiles(_with_labels(store, places, blobs[0]), blobs[1])
+        answer = _fetch({**request, "force": again}, progress, cancel, stall_seconds)
+        places = [_of_repo(path, ref.repo) for path in answer.paths or ()]
+        more = {name: _of_repo(path, ref.repo) for name, path in answer.more.items()}
+        blobs = [store.add_file(place) for place in places]
+        if all(map(_is_right, blobs, answer.sha256)):
+            own, weights = _beginning(places[0]), store.local(blobs[1].sha256)
+            found = _Found(store, more, vocabulary)
+            if needs_conversion(own, weights):
+                return _converted(found, own, weights)
+            return AdapterFiles(found.whole_config(own, weights) or blobs[0], blobs[1])
     raise HubError(
         "hub_damaged", f"What the Hub sent for {ref} is not what its own hash says: try again later."
     )
@@ -150,8 +164,9 @@ def pull(
 
 def _fetch(
     request: dict[str, Any], progress: Progress | None, cancel: threading.Event | None, stall_seconds: float
-) -> tuple[list[str], tuple[str | None, ...]]:
-    """Return paths in the Hub's cache, and the SHA-256 sums that the Hub reports for them, or None."""
+) -> _Message:
+    """Return the message with paths in the Hub's cache, and the SHA-256 sums that the Hub reports for
+    them."""
     total = 0
     with closing(_talk(request, stall_seconds, cancel)) as messages:
         for message in messages:
@@ -160,33 +175,50 @@ def _fetch(
             if message.done is not None and progress is not None:
                 progress(message.done, total)
             if message.paths is not None:
-                count = len(message.paths)
-                if count - len(ADAPTER_FILES) not in (0, 1) or count != len(message.sha256):
+                counts = {len(message.paths), len(message.sha256)}
+                if counts != {len(ADAPTER_FILES)} or not message.more.keys() <= _MORE_FILES:
                     raise _wrong_answer("names other files than an adapter's")
-                return message.paths, message.sha256
+                return message
     raise HubError("hub_unreachable", f"The process that fetches {request['repo']} ended without an answer.")
 
 
-def _with_labels(store: Store, places: Sequence[Path], config: Blob) -> Blob:
-    """Return the config with the label names of the third file, if there is one. Raises HubError."""
-    if len(places) == len(ADAPTER_FILES):
-        return config
-    own, _, model = (_beginning(place) for place in places)
-    try:
-        found = with_labels(own, model)
-    except AdapterFormatError as error:
-        raise HubError(error.code, f"The adapter cannot be served: {error}.") from error
-    return config if found == own else store.add_bytes(found)
+@dataclass(frozen=True)
+class _Found:
+    """The files beside an adapter's two, by their names, and the store for what is made of them."""
+
+    store: Store
+    more: Mapping[str, Path]
+    vocabulary: Callable[[], BaseVocabulary | None]
+
+    def whole_config(self, own: bytes, weights: Path) -> Blob | None:
+        """Store the config with what the other files say, or return None if they add nothing.
+
+        Raises HubError, StoreError.
+        """
+        model = self.more.get(MODEL_CONFIG_FILE)
+        try:
+            found = with_labels(own, None if model is None else _beginning(model))
+            found = with_tokens(found, weights, self._read, self.vocabulary)
+        except AdapterFormatError as error:
+            raise HubError(error.code, f"The adapter cannot be served: {error}.") from error
+        return None if found == own else self.store.add_bytes(found)
+
+    def _read(self, name: str) -> bytes | None:
+        place = self.more.get(name)
+        if place is None or place.stat().st_size > TOKENIZER_FILES[name]:
+            return None
+        return place.read_bytes()
 
 
-def _converted(store: Store, config: bytes, weights: Path, places: Sequence[Path]) -> AdapterFiles:
+def _converted(beside: _Found, config: bytes, weights: Path) -> AdapterFiles:
     """Store PEFT's own form of an adapter. Raises HubError."""
-    with store.writer() as writer:
+    with beside.store.writer() as writer:
         try:
             found = convert(config, weights, writer.write)
         except AdapterFormatError as error:
             raise HubError(error.code, f"The adapter cannot be served: {error}.") from error
-        return AdapterFiles(_with_labels(store, places, store.add_bytes(found)), writer.commit())
+        whole = beside.whole_config(found, writer.path) or beside.store.add_bytes(found)
+        return AdapterFiles(whole, writer.commit())
 
 
 def _beginning(place: Path) -> bytes:
@@ -246,6 +278,7 @@ def _child(request: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
         bufsize=0,
         env=fetching_environment() | {"HF_HUB_CACHE": str(hub_cache(os.environ)), "HF_HUB_DISABLE_XET": "1"},
     )
+    step_aside(child.pid, BESIDE_SERVING)
     if child.stdin is None or child.stdout is None:
         raise HubError("hub_unreachable", "The process that asks the Hub has no pipes.")
     with child.stdin, child.stdout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ from torch import nn
 
 from onebase_adapters.format.canonical import AdapterFormatError
 from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
+
+_REPLACED = 1 / 4
+"""Largest part of a resized matrix's rows that are stored by themselves, in fp32; with more, all are."""
 
 
 @torch.no_grad()
@@ -93,6 +96,33 @@ def _tokens(layer: Any, adapter: str, shared: dict[int, torch.Tensor]) -> TokenR
     # A tied head has its embedding's very rows.
     rows = shared.setdefault(id(delta), delta.detach().float().cpu()[order])
     return TokenRows(shared.setdefault(id(layer.token_indices), indices[order]), rows)
+
+
+@torch.no_grad()
+def compacted(weights: AdapterWeights, base: Any, names: Iterable[str]) -> AdapterWeights:
+    """Return the weights with matrices of the resized embedding and head as the rows that are not the base's.
+
+    A matrix with many such rows stays whole.
+    """
+    result, shared = dict(weights), list[TokenRows]()
+    for name in names:
+        module, own = weights[name], base.get_submodule(name).weight
+        if not isinstance(module, SavedModule):
+            continue
+        both = min(len(module.weight), len(own))
+        pieces = zip(torch.split(module.weight[:both], 4096), torch.split(own[:both], 4096), strict=True)
+        same = torch.cat([(mine == theirs.cpu()).all(1) for mine, theirs in pieces])
+        indices = torch.cat([torch.nonzero(~same)[:, 0], torch.arange(both, len(module.weight))])
+        if len(indices) > _REPLACED * len(module.weight):
+            continue
+        rows = TokenRows(indices, module.weight[indices].float(), len(module.weight))
+        # Those of a tied pair are mostly the same.
+        equal = (
+            one for one in shared if torch.equal(one.indices, indices) and torch.equal(one.rows, rows.rows)
+        )
+        result[name] = next(equal, rows)
+        shared.append(rows)
+    return result
 
 
 def _in_host_memory(tensor: torch.Tensor, shared: dict[int, torch.Tensor] | None = None) -> torch.Tensor:

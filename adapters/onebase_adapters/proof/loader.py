@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from onebase_adapters.format.canonical import HEAD_FILE, AdapterFormatError, AdapterSpec, canonicalize
-from onebase_adapters.format.config import CLASSIFIER_NAMES, Task
-from onebase_adapters.proof.extract import extract
+from onebase_adapters.format.config import CLASSIFIER_NAMES, WEIGHTS_FILE, Task
+from onebase_adapters.proof.extract import compacted, extract
 from onebase_engine.base.layers import adaptable_layers, empty_base, left_out
 from onebase_engine.base.load import BaseChangedError, fingerprint
 from onebase_engine.base.view import peft_view
@@ -30,10 +30,13 @@ from onebase_engine.kernels.weights import (
     Head,
     LoraWeights,
     ModuleWeights,
+    SavedModule,
     TokenRows,
     tensors_of,
     weights_bytes,
+    words_of,
 )
+from onebase_engine.lora.module import saved_twin
 
 _NAME = "version"
 _UNTRAINED_GAIN = 2**-7
@@ -84,10 +87,12 @@ def load_adapter(
             base_tensor=own.get,
             left_out=left_out(base),
         )
-        reference = peft_model(base, canonical)
+        resized = {module.name: module.words for module in spec.modules if module.words}
+        _check_lookups(base, spec.words)
+        reference = peft_model(base, canonical, resized)
         # PEFT brings a saved module to the dtype of the one that it replaces.
         head = load_file(canonical / HEAD_FILE) if spec.labels else {}
-    weights = dict(extract(reference, _NAME))
+    weights = dict(compacted(extract(reference, _NAME), base, resized))
     if head:
         dtype = base.get_output_embeddings().weight.dtype  # type: ignore[operator]
         weights[HEAD] = Head(**{part: tensor.to(dtype) for part, tensor in head.items()})
@@ -111,16 +116,39 @@ def load_adapter(
     return LoadedAdapter(spec, weights, reference, changed)
 
 
-def peft_model(base: nn.Module, canonical: Path) -> nn.Module:
+def peft_model(base: nn.Module, canonical: Path, resized: Mapping[str, int] | None = None) -> nn.Module:
     """Return PEFT's own model of a canonical folder, over a view of the base: the reference of each
-    sequence."""
+    sequence.
+
+    Args:
+        resized: numbers of rows of the embedding and the head, by name, if the adapter was trained after
+            `resize_token_embeddings`.
+    """
     from peft import PeftModel
 
     with warnings.catch_warnings():
         # Advice to who trains, merges or saves: nobody does here.
         warnings.simplefilter("ignore", UserWarning)
-        model: nn.Module = PeftModel.from_pretrained(peft_view(base), str(canonical), adapter_name=_NAME)
+        tree = resized_view(base, resized or {})
+        model: nn.Module = PeftModel.from_pretrained(tree, str(canonical), adapter_name=_NAME)
     return model.eval()
+
+
+def resized_view(base: nn.Module, resized: Mapping[str, int]) -> nn.Module:
+    """Return a view for PEFT whose embedding and head have other numbers of rows, all of zeros.
+
+    PEFT replaces both, so that the rows take no memory of their own before.
+    """
+    tree = peft_view(base)
+    for name, words in resized.items():
+        parent, _, child = name.rpartition(".")
+        own: Any = tree.get_submodule(name)
+        if len(own.weight) != words:
+            zeros = own.weight.new_zeros(1, own.weight.shape[1]).expand(words, -1)
+            twin: Any = saved_twin(own, SavedModule(zeros))
+            setattr(twin, "num_embeddings" if isinstance(own, nn.Embedding) else "out_features", words)
+            setattr(tree.get_submodule(parent), child, twin)
+    return tree
 
 
 def classifier_of(reference: nn.Module, task: Task, head: Head) -> nn.Module:
@@ -177,6 +205,19 @@ def classifier_with(full: Any, task: Task, layer: nn.Linear) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+def _check_lookups(base: Any, words: int) -> None:
+    """Raise AdapterFormatError if layers of the base have embeddings of their own, without rows for new
+    tokens: those of Gemma 4, and unlike those of Gemma 3n, which take other tokens for the first one."""
+    config = base.config.get_text_config()
+    per_layer = getattr(config, "hidden_size_per_layer_input", 0)
+    if words > config.vocab_size and per_layer and config.model_type != "gemma3n_text":
+        raise AdapterFormatError(
+            "unsupported_kind",
+            f"{WEIGHTS_FILE} is for a vocabulary of {words} tokens, and the layers of {type(base).__name__} "
+            f"look each of its {config.vocab_size} tokens up by themselves: train rows that the base has",
+        )
+
+
 def _check_finite(name: str, module: ModuleWeights, own: Mapping[str, torch.Tensor]) -> None:
     """Raise AdapterFormatError if a tensor overflows between the file and the product."""
     if isinstance(module, LoraWeights):
@@ -194,6 +235,8 @@ def _check_finite(name: str, module: ModuleWeights, own: Mapping[str, torch.Tens
 @torch.inference_mode()
 def _changes(module: ModuleWeights, base: Any) -> bool:
     """Return True if the module's output differs from the base's for any input."""
+    if words_of(module) not in (0, len(base.weight)):
+        return True
     if isinstance(module, LoraWeights):
         if module.gain is not None and bool(((module.gain - 1).abs() > _UNTRAINED_GAIN).any()):
             return True

@@ -16,12 +16,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from onebase_engine.base.view import view
 from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Kernels, RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceLinear
-from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
+from onebase_engine.kernels.weights import (
+    AdapterWeights,
+    LoraWeights,
+    ModuleWeights,
+    SavedModule,
+    TokenRows,
+    words_of,
+)
 from onebase_engine.lora.module import StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotLinear, SlotModule, wrap_layers
 
@@ -178,14 +186,22 @@ class ModuleProver:
         self._random.manual_seed(zlib.crc32(name.encode()))
         self._slots.load(_OTHER, {name: _neighbour(bare, own)})
         found = _Distance()
-        for x in self._inputs(bare, _trained_tokens(expected, own)):
-            wanted, unadapted = expected(x)[0], bare(x)[0]
+        words = words_of(own) if own is not None else 0
+        known = len(bare.weight) - 1 if isinstance(bare, nn.Embedding) else 0
+        for x in self._inputs(bare, _trained_tokens(expected, bare, own), words):
+            # Nobody else has the tokens that the version adds.
+            base_x = x.clamp(max=known) if known else x
+            wanted, unadapted = expected(x)[0], bare(base_x)[0]
+            own_columns = wanted.shape[1]
+            wanted, unadapted = _alike(wanted, unadapted)
             truth = None
             if not served.exact(_VERSION) and _has_truth(served):
                 truth = _Truth(bare, own, x[0])
             for mix in self._mixes:
                 right = torch.where(mix.mine[:, None], wanted, unadapted)
-                got = self._run(served, x, mix)
+                got = self._run(served, torch.where(mix.mine, x[0], base_x[0])[None] if known else x, mix)
+                if got.shape != right.shape or own_columns < right.shape[1]:
+                    got = _within(got, right, mix, own_columns)
                 found = found.or_more(self._compare(served, name, mix, got[mix.seen], right[mix.seen], truth))
             if truth is not None and isinstance(own, LoraWeights):
                 self._prove_amplified(served, name, own, x, truth)
@@ -270,15 +286,19 @@ class ModuleProver:
         finally:
             served.put(_VERSION, self._slots.narrowed({name: own})[name].to(self._device))
 
-    def _inputs(self, bare: Any, tokens: list[int]) -> Iterator[torch.Tensor]:
-        """Yield seeded rows [1, 32, in]; for an embedding ids [1, 32], `tokens` among them."""
+    def _inputs(self, bare: Any, tokens: list[int], words: int) -> Iterator[torch.Tensor]:
+        """Yield seeded rows [1, 32, in]; for an embedding ids [1, 32], `tokens` among them.
+
+        Other ids are below `words`, unless it is 0.
+        """
         if not isinstance(bare, nn.Embedding):
             size = bare.in_features if isinstance(bare, nn.Linear) else bare.weight.shape[0]
             x = torch.randn(1, TILE, size, generator=self._random)
             yield x.to(self._device, self._dtype)
             return
         padding = TILE - len(tokens) % TILE
-        others = torch.randint(bare.num_embeddings, (padding,), generator=self._random)
+        highest = min(words or bare.num_embeddings, bare.num_embeddings)
+        others = torch.randint(highest, (padding,), generator=self._random)
         for ids in torch.split(torch.cat([torch.tensor(tokens, dtype=torch.int64), others]), TILE):
             yield ids[None].to(self._device)
 
@@ -293,10 +313,28 @@ def _is_copy(expected: nn.Module, bare: nn.Module) -> bool:
     return mine.keys() == theirs.keys() and all(mine[name] is theirs[name] for name in mine)
 
 
-def _trained_tokens(expected: nn.Module, weights: ModuleWeights | None) -> list[int]:
-    """Return the tokens that have rows of their own, in PEFT's module or in what is served."""
+def _alike(wanted: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return outputs [rows, out] with as many columns as the wider one has, zeros where one has none."""
+    more = wanted.shape[1] - other.shape[1]
+    if more > 0:
+        return wanted, functional.pad(other, (0, more))
+    return (functional.pad(wanted, (0, -more)) if more else wanted), other
+
+
+def _within(got: torch.Tensor, right: torch.Tensor, mix: _BatchMix, own_columns: int) -> torch.Tensor:
+    """Return logits with those of `right` where a row's own vocabulary does not reach."""
+    size = right.shape[1]
+    got = functional.pad(got, (0, max(size - got.shape[1], 0)))[:, :size]
+    column = torch.arange(size, device=got.device)
+    return torch.where(mix.mine[:, None] & (column >= own_columns), right, got)
+
+
+def _trained_tokens(expected: nn.Module, bare: nn.Module, weights: ModuleWeights | None) -> list[int]:
+    """Return the tokens that are new, or have rows of their own, in PEFT's module or in what is served."""
     peft: Any = getattr(expected, "token_adapter", None)
     found = set() if peft is None else {token for some in peft.token_indices.values() for token in some}
+    if isinstance(weights, SavedModule) and isinstance(bare, nn.Embedding):
+        found |= set(range(bare.num_embeddings, len(weights.weight)))
     return sorted(found | set(weights.indices.tolist() if isinstance(weights, TokenRows) else ()))
 
 
@@ -348,6 +386,10 @@ class _Truth:
         self._dtype = x.dtype
         self._unit = float(torch.finfo(x.dtype).eps) / 2
         product, terms = _products(x, weight)
+        more = (0 if own is None else words_of(own)) - len(weight)
+        if more > 0:
+            # Logits of tokens that the base does not have.
+            product, terms = functional.pad(product, (0, more)), functional.pad(terms, (0, more))
         self._bias = torch.zeros((), dtype=torch.float64) if bias is None else bias.double()
         self.base = product + self._bias
         self._sums = SUM_ERROR * terms
@@ -368,7 +410,10 @@ class _Truth:
         elif isinstance(own, SavedModule):
             saved, terms = _products(x, own.weight.to(x))
             added = self._bias if own.bias is None else own.bias.to(x.device).double()
-            self._part, self._part_sums = saved + added - self.base, SUM_ERROR * terms
+            count = saved.shape[1]
+            self._part, self._part_sums = torch.zeros_like(self.base), self._sums.clone()
+            self._part[:, :count] = saved + added - self.base[:, :count]
+            self._part_sums[:, :count] = SUM_ERROR * terms
         elif isinstance(own, TokenRows):
             # PEFT multiplies with the whole head, and leaves its bias out.
             indices = own.indices.to(x.device)

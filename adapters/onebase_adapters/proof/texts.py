@@ -19,6 +19,7 @@ from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.base_proof import rounded_once_more, rounding_unit
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.kernels.interface import TILE
 from onebase_engine.kernels.weights import HEAD, AdapterWeights, Head
@@ -90,7 +91,7 @@ class TextProver:
             unit = rounding_unit(model.dtype, model.kv_dtype, model.device)
             for number, probe in enumerate(probes):
                 known = tuple(probe), tuple(bare[number])
-                if known not in self._bare:
+                if known not in self._bare and bare[number]:
                     _check(
                         self._base,
                         probe,
@@ -187,7 +188,9 @@ class TextProver:
         tokens: int,
         on_progress: Callable[[float], None],
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Return the engine's texts with the version, and without."""
+        """Return the engine's texts with the version, and without; these are empty where a probe has tokens
+        that the base has not."""
+        words = len(self._base.get_output_embeddings().weight)  # type: ignore[operator]
         engine = self._engine_for(2 * len(probes), max(map(len, probes)) + tokens)
         # Of its own for each proof: what the engine keeps of prefixes is by version.
         version = f"version {next(self._proofs)}"
@@ -197,6 +200,8 @@ class TextProver:
         for number, probe in enumerate(probes):
             for name, adapters in ((f"+{number}", [protocol.AdapterRef(version)]), (f"-{number}", [])):
                 texts[name] = []
+                if not adapters and max(probe) >= words:
+                    continue
                 engine.submit(protocol.Submit(id=name, prompt=probe, sampling=sampling, adapters=adapters))
         while engine.busy:
             engine.step()
@@ -215,7 +220,8 @@ class TextProver:
         if self._engine is None or rows > self._room[0] or length > self._room[1]:
             rows, length = max(rows, self._room[0]), max(length, self._room[1])
             self._engine, self._room = None, (rows, length)
-            blocks = rows * -(-length // _BLOCK) + RESERVED_BLOCKS
+            model = ServedModel(self._base, slots=2, max_length=length)
+            blocks = rows * -(-length // _BLOCK) * len(model.groups) + RESERVED_BLOCKS
             limits = SchedulerLimits(max_rows=rows, step_tokens=max(_STEP_TOKENS, rows), max_length=length)
             self._engine = Engine(
                 self._base,
@@ -225,6 +231,7 @@ class TextProver:
                 block_size=_BLOCK,
                 state_places=1 + 2 * rows,
                 slots=2,
+                model=model,
             )
         return self._engine
 

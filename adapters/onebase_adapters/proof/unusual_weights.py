@@ -85,7 +85,8 @@ def figures(weights: ModuleWeights, base: nn.Module, dtype: torch.dtype, *, of_t
     own: torch.Tensor = base.weight.detach().cpu()  # type: ignore[operator]
     if isinstance(weights, TokenRows):
         return _rows(weights, own)
-    squares = _squares(weights.weight, own)
+    both = min(len(own), len(weights.weight))
+    squares = _squares(weights.weight[:both], own[:both])
     norm = math.sqrt(float(squares.sum()))
     token = _largest(squares, norm) if of_tokens and own.dim() == 2 else None
     return WeightFigures(norm, relative=_by(norm, _norm(own)), token=token)
@@ -112,12 +113,15 @@ def _lora(weights: LoraWeights, base: nn.Module, dtype: torch.dtype, *, of_token
 
 
 def _rows(weights: TokenRows, own: torch.Tensor) -> WeightFigures:
-    change = weights.rows.double() - own[weights.indices].double()
+    known = weights.indices < len(own)
+    change = weights.rows[known].double() - own[weights.indices[known]].double()
     norm = float(change.norm())
     usual = float(torch.linalg.vector_norm(own, dim=1, dtype=torch.float32).median())
     lengths = weights.rows.double().norm(dim=1)
+    if not usual or not len(lengths):
+        return WeightFigures(norm)
     longest = int(lengths.argmax())
-    row = None if not usual else (int(weights.indices[longest]), float(lengths[longest]) / usual)
+    row = (int(weights.indices[longest]), float(lengths[longest]) / usual)
     return WeightFigures(norm, row=row)
 
 

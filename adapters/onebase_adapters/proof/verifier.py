@@ -27,6 +27,7 @@ from onebase_engine.kernels.weights import (
     ModuleWeights,
     folded,
     tensors_of,
+    vocabulary_of,
     weights_bytes,
     without_head,
 )
@@ -36,6 +37,8 @@ from onebase_protocol.adapters import ModuleReport, ProofReport, VersionReport
 OnProgress = Callable[[Stage, float], None]
 _LOADED, _COMPARED = 0.15, 0.6
 """Parts of the work that are done when PEFT has loaded the version, and when its modules are compared."""
+_NEW_TOKENS = 16
+"""Number of tokens in a probe of those that a version adds."""
 _IN_LAYER = re.compile(r"\.(\d+)\.(.+)")
 
 
@@ -129,6 +132,7 @@ class Verifier:
             folded(without_head(finished)),
             lambda part: on_progress("proving", _LOADED + part * (_COMPARED - _LOADED)),
         )
+        probes = [*probes, *self._new_tokens(finished)]
         texts = self._texts.prove(
             adapter.reference,
             finished,
@@ -146,6 +150,12 @@ class Verifier:
         seconds = time.monotonic() - started
         report = version_report(adapter, finished, measured, modules, texts, seconds, self._base, classified)
         return ProvenVersion(report, sha256, packed.stat().st_size)
+
+    def _new_tokens(self, weights: AdapterWeights) -> list[list[int]]:
+        """Return a probe with tokens that the version adds to the base's; none if it adds none."""
+        words = len(self._base.get_output_embeddings().weight)  # type: ignore[operator]
+        new = range(words, max(vocabulary_of(weights), words))
+        return [list(new[:_NEW_TOKENS])] if new else []
 
 
 def _sha256(path: Path) -> str:
@@ -217,6 +227,8 @@ def version_report(
         task=spec.task,
         labels=spec.labels,
         label_names=tuple(spec.label_names),
+        vocabulary=0 if spec.words == len(base.get_output_embeddings().weight) else spec.words,  # type: ignore[operator]
+        tokenizer=spec.tokens,
         base_layers=layers,
         base_linears=tuple(linears),
     )

@@ -32,6 +32,7 @@ from onebase_adapters.registry.records import (
     State,
     Unset,
     VersionRecord,
+    record_of,
 )
 from onebase_adapters.registry.servers import ServerRecords
 from onebase_adapters.registry.tables import AdapterRow, AuditRow, BaseRow, HistoryRow, VersionRow
@@ -573,14 +574,9 @@ def _set_state(
 
 
 def _adapter_record(row: AdapterRow) -> AdapterRecord:
-    return AdapterRecord(
-        tenant=row.tenant,
-        name=row.name,
-        active=row.active,
-        pinned=row.pinned,
-        shared=row.shared,
-        created_at=row.created_at,
-        updated_at=row.updated_at,
+    return record_of(
+        AdapterRecord,
+        row,
         activated_at=row.switched_at if row.active is not None else None,
         versions=tuple(_version_record(version, row, whole=False) for version in row.versions),
     )
@@ -598,21 +594,17 @@ def _version_record(row: VersionRow, adapter: AdapterRow, *, whole: bool = True)
     error = None
     if row.error_code is not None:
         error = VersionFailure(row.error_code, row.error_message or "")
-    return VersionRecord(
+    return record_of(
+        VersionRecord,
+        row,
         tenant=adapter.tenant,
         name=adapter.name,
-        digest=row.digest,
-        state=cast(State, row.state),
         files=AdapterFiles(
             Blob(row.config_sha256, row.config_size), Blob(row.weights_sha256, row.weights_size)
         ),
         prepared=prepared,
         report=report,
-        source=row.source,
         error=error,
-        created_at=row.created_at,
-        created_by=row.created_by,
-        finished_at=row.finished_at,
         proofs={
             proof.kernels: Blob(proof.prepared_sha256, proof.prepared_size or 0)
             for proof in row.proofs

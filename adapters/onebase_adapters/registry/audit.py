@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import ColumnElement, select, text
 from sqlalchemy.orm import Session
 
 from onebase_adapters.registry.database import SERVER, Database, plain, plain_json
-from onebase_adapters.registry.records import AUDIT_KINDS, AuditAction, AuditRecord
+from onebase_adapters.registry.records import AUDIT_KINDS, AuditAction, AuditRecord, record_of
 from onebase_adapters.registry.tables import AuditRow, BaseRow
 
 _TURN = 0x6175_6469_74  # "audit", for pg_advisory_xact_lock
@@ -155,17 +155,4 @@ class AuditLog:
 
 
 def _entry(row: AuditRow, base: str | None) -> AuditRecord:
-    return AuditRecord(
-        number=row.number,
-        at=row.at,
-        tenant=row.tenant,
-        key=row.key,
-        actor=row.actor,
-        action=cast(AuditAction, row.action),
-        target=row.target,
-        version=row.version,
-        base=base,
-        server=row.server,
-        request=row.request,
-        details=row.details or {},
-    )
+    return record_of(AuditRecord, row, base=base, details=row.details or {})

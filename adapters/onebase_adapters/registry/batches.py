@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 from msgspec import convert
 from msgspec.structs import asdict
@@ -30,6 +30,7 @@ from onebase_adapters.registry.records import (
     BatchRecord,
     BatchState,
     NewBatch,
+    record_of,
 )
 from onebase_adapters.registry.servers import leases_of
 from onebase_adapters.registry.tables import BatchRow
@@ -257,25 +258,4 @@ def _set_facts(row: BatchRow, facts: Mapping[str, Any]) -> None:
 
 
 def _record(row: BatchRow) -> BatchRecord:
-    return BatchRecord(
-        id=row.id,
-        tenant=row.tenant,
-        server=row.server,
-        endpoint=row.endpoint,
-        input_file=row.input_file,
-        window=row.window,
-        created_at=row.created_at,
-        expires_at=row.expires_at,
-        labels=row.labels,
-        number=row.number,
-        key=row.key,
-        state=cast(BatchState, row.state),
-        times=row.times,
-        total=row.total,
-        completed=row.completed,
-        failed=row.failed,
-        usage=row.usage,
-        errors=convert(row.errors or (), tuple[BatchError, ...]),
-        output_file=row.output_file,
-        error_file=row.error_file,
-    )
+    return record_of(BatchRecord, row, errors=convert(row.errors or (), tuple[BatchError, ...]))

@@ -39,8 +39,8 @@ from onebase_adapters.registry.records import (
     NewJob,
     OpenJob,
     ParentVersion,
-    Purpose,
     TrainingJob,
+    record_of,
 )
 from onebase_adapters.registry.tables import (
     AdapterRow,
@@ -52,7 +52,7 @@ from onebase_adapters.registry.tables import (
     TrainingFileRow,
     TrainingJobRow,
 )
-from onebase_protocol.training import Activate, TrainingFailure
+from onebase_protocol.training import TrainingFailure
 
 PARENT_FILES = ("parent_config", "parent_weights")
 """Files in a job's folder of the version whose training it continues."""
@@ -482,16 +482,7 @@ def check_owner(session: Session, *, running: bool = False) -> None:
 
 
 def _file_record(row: TrainingFileRow) -> FileRecord:
-    return FileRecord(
-        row.id,
-        row.tenant,
-        row.server,
-        cast(Purpose, row.purpose),
-        row.filename,
-        row.bytes,
-        row.created_at,
-        row.sha256,
-    )
+    return record_of(FileRecord, row)
 
 
 def _job_row(job: NewJob, base_id: str, now: float) -> TrainingJobRow:
@@ -520,34 +511,12 @@ def job_record(row: TrainingJobRow) -> TrainingJob:
     error = None
     if row.error_code is not None:
         error = TrainingFailure(row.error_code, row.error_message or "", row.error_param)
-    return TrainingJob(
-        id=row.id,
-        tenant=row.tenant,
-        server=row.server,
-        name=row.name,
-        training_file=row.training_file,
-        validation_file=row.validation_file,
-        activate=cast(Activate, row.activate),
-        settings=row.settings,
-        labels=row.labels,
-        number=row.number,
-        state=cast(JobState, row.state),
-        created_at=row.created_at,
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-        plan=row.plan,
-        progress=row.progress,
-        report=row.report,
+    return record_of(
+        TrainingJob,
+        row,
         error=error,
-        saved_step=row.saved_step,
-        deaths=row.deaths,
-        death_step=row.death_step,
-        version=row.version,
-        activated=row.activated,
-        result_file=row.result_file,
         key=row.key or "",
         parent=None if row.parent is None else ParentVersion(**row.parent),
-        hold=row.hold,
         stop=None if row.stop is None else JobStop(**row.stop),
     )
 

@@ -21,7 +21,7 @@ from onebase_adapters.registry import audit
 from onebase_adapters.registry.database import Database, plain
 from onebase_adapters.registry.errors import InvalidKeyError, UnknownKeyError
 from onebase_adapters.registry.quotas import KEY_QUOTAS, changed_quotas, check_tenant, quotas_of
-from onebase_adapters.registry.records import SCOPES, ApiKeyRecord, Quotas, Scope
+from onebase_adapters.registry.records import SCOPES, ApiKeyRecord, Quotas, Scope, record_of
 from onebase_adapters.registry.tables import ApiKeyRow, TenantRow
 
 USED_SECONDS = 3600.0
@@ -196,16 +196,5 @@ def _row(session: Session, key_id: str) -> ApiKeyRow:
 
 
 def _record(row: ApiKeyRow) -> ApiKeyRecord:
-    return ApiKeyRecord(
-        id=row.id,
-        tenant=row.tenant,
-        name=row.name,
-        scopes=tuple(scope for scope in SCOPES if scope in row.scopes),
-        sha256=row.sha256,
-        created_at=row.created_at,
-        expires_at=row.expires_at,
-        revoked_at=row.revoked_at,
-        last_used_at=row.last_used_at,
-        quotas=quotas_of(row.quotas),
-        priority=row.priority,
-    )
+    scopes = tuple(scope for scope in SCOPES if scope in row.scopes)
+    return record_of(ApiKeyRecord, row, scopes=scopes, quotas=quotas_of(row.quotas))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, Literal, TypeVar, cast, get_args
 
 from onebase_adapters.store.blobs import AdapterFiles, Blob
 from onebase_protocol.adapters import VersionFailure
@@ -29,6 +29,13 @@ class Unset:
 
 
 UNSET: Final = Unset()
+_Record = TypeVar("_Record")
+
+
+def record_of(kind: type[_Record], row: object, **given: Any) -> _Record:
+    """Return a record with the row's fields of the same names, but for those that are given."""
+    taken = (one.name for one in fields(cast(Any, kind)) if one.init and one.name not in given)
+    return kind(**{name: getattr(row, name) for name in taken}, **given)
 
 
 @dataclass(frozen=True)

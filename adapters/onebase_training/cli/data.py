@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from onebase_engine.base.default_base import DEFAULT_BASE, BaseError, resolve_base
-from onebase_engine.command_line import OptionParser
 from onebase_engine.imports import quick_imports
+from onebase_protocol.command_line import OptionParser
 from onebase_training.cli.options import UsageError, add_recipe_options, print_error, printable, recipe_from
 from onebase_training.data.dataset import DataError, Dataset, check_labels
 from onebase_training.recipe import Recipe

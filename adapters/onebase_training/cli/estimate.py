@@ -26,9 +26,9 @@ from onebase_engine.base.default_base import (
     parse_repo,
 )
 from onebase_engine.base.hub_access import first_line, hub_silence
-from onebase_engine.command_line import OptionParser
 from onebase_engine.imports import quick_imports
 from onebase_engine.user_cache import default_cache
+from onebase_protocol.command_line import OptionParser
 from onebase_training.cli.options import (
     UsageError,
     add_base_options,

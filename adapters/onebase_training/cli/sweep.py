@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from onebase_engine.base.default_base import BaseFetchError
-from onebase_engine.command_line import OptionParser
+from onebase_protocol.command_line import OptionParser
 from onebase_training import events
 from onebase_training.cli.options import (
     UsageError,

@@ -17,7 +17,7 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from onebase_engine.base.default_base import BaseFetchError, ResolvedBase
-from onebase_engine.command_line import OptionParser
+from onebase_protocol.command_line import OptionParser
 from onebase_training import events
 from onebase_training.cli.options import (
     UsageError,

@@ -78,6 +78,8 @@ class Message:
     """Calls of an assistant's message."""
     tool_call_id: str | None = None
     """Id of the call that a message of role `tool` answers."""
+    reasoning: str = ""
+    """Thought before an assistant's content, for bases whose chat template writes it again."""
 
 
 AdapterSpec: TypeAlias = str | Mapping[str, float] | Sequence[AdapterWeight | Mapping[str, object]] | None
@@ -205,6 +207,8 @@ class Choice:
     logprobs: Logprobs | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     """Calls of the answer, in order; `text` is what it says besides."""
+    reasoning: str = ""
+    """Thought before the text, if the base thinks."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,11 @@ class Generation:
     def text(self) -> str:
         """The text of the first choice."""
         return self.choices[0].text
+
+    @property
+    def reasoning(self) -> str:
+        """The thought before the first choice's text; empty if the base does not think."""
+        return self.choices[0].reasoning
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
@@ -257,7 +266,7 @@ class Generation:
     @property
     def message(self) -> Message:
         """The first choice as the assistant's turn, ready to be appended to the conversation."""
-        return Message("assistant", self.text, self.tool_calls)
+        return Message("assistant", self.text, self.tool_calls, reasoning=self.reasoning)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -279,6 +288,8 @@ class Piece:
     """Reason of the end, on the last piece of a choice, whose text may be empty; see Choice."""
     logprobs: Logprobs | None = None
     tool_calls: tuple[ToolCallPart, ...] = ()
+    reasoning: str = ""
+    """Part of the thought, which comes before all text."""
 
 
 @dataclass(frozen=True)

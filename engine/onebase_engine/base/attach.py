@@ -20,7 +20,14 @@ from torch import nn
 from onebase_engine.base import manifest as wire
 from onebase_engine.base.experts import ExpertStack, place_stacks
 from onebase_engine.base.layers import empty_base
-from onebase_engine.base.load import BaseSettings, freeze, import_bitsandbytes, quantized_statistics
+from onebase_engine.base.load import (
+    BaseSettings,
+    UnsupportedBaseError,
+    freeze,
+    import_bitsandbytes,
+    quantized_statistics,
+    read_config,
+)
 from onebase_engine.base.manifest import Manifest, ManifestError, QuantizedLayer, Segment, TensorPlace
 from onebase_engine.base.shared_memory import SharedMemoryError, file_size, lay_out, open_tensors, share
 
@@ -172,12 +179,12 @@ def _described_experts(stack: ExpertStack) -> QuantizedLayer:
 
 def _empty_tree(settings: BaseSettings) -> nn.Module:
     """Build the base's modules with parameters that take no memory."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
-        config = AutoConfig.from_pretrained(settings.folder, trust_remote_code=False, local_files_only=True)
+        config = read_config(settings.folder)
         tree = empty_base(config, dtype=settings.dtype, attn_implementation="eager", trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnsupportedBaseError) as error:
         raise AttachError(f"cannot build the modules of {settings.folder}: {error}") from error
     with contextlib.suppress(OSError):
         tree.generation_config = GenerationConfig.from_pretrained(settings.folder, local_files_only=True)

@@ -127,7 +127,10 @@ def resolve_config(spec: str, progress: Progress | None = None) -> Path:
         return folder
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        named = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        try:
+            named = json.loads(adapter.read_bytes())["base_model_name_or_path"]
+        except (ValueError, RecursionError, LookupError, TypeError):
+            named = "not named"
         raise BaseSpecError(f"{spec} holds an adapter, and its base is {named}: check that one")
     raise BaseSpecError(
         f"{spec} has no config.json, which every base of transformers has. Repositories of GGUF files have "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -64,6 +65,13 @@ _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _QUANTIZED_AT_ONCE = 1 << 17
 """Weights whose fp32 copy stays in a core's cache; a multiple of every blocksize."""
 _LEAST_ABSMAX = 1e-38
+
+MOST_CONFIG_BYTES = 16 << 20
+"""Largest size of a base's `config.json`, in bytes."""
+MOST_MODULES = 4096
+"""Largest number of layers or experts that a field of a config may ask for: several times any base's."""
+_COUNTED = ("layers", "layer", "depth", "experts")
+"""Ends of the names of fields that count modules."""
 
 _LONGEST_REASON = 500
 """Characters of a dependency's error in a message of ours."""
@@ -415,16 +423,64 @@ def _nf4_code() -> torch.Tensor:
 
 def load_config(folder: Path) -> Any:
     """Load transformers' config of the base in a folder. Raises UnsupportedBaseError if it is unservable."""
+    config = read_config(folder)
+    check_servable(config)
+    return config
+
+
+def read_config(folder: Path) -> Any:
+    """Return transformers' config of the base in a folder, which may be one that cannot be served.
+
+    Raises:
+        UnsupportedBaseError: transformers does not know such a base, or the config asks for more modules than
+            any base has, which transformers would begin to make one by one.
+    """
     from transformers import AutoConfig
 
     try:
+        _check_counts(folder / "config.json")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        _tie_alone(config)
+        return config
+    except UnsupportedBaseError:
+        raise
     except Exception as error:
         raise UnsupportedBaseError(
             f"{folder} holds no base that transformers knows: {described(error)}"
         ) from error
-    check_servable(config)
-    return config
+
+
+def _tie_alone(config: Any) -> None:
+    """Let a text model share its head's weight with its embedding where the composite around it does.
+
+    transformers builds some composites' language models by the text part of the config alone (Qwen3.5), which
+    need not repeat that.
+    """
+    text, found = config.get_text_config(), transformers_class(config)
+    alone = found is not None and text is not config and found.config_class is type(text)
+    if alone and getattr(config, "tie_word_embeddings", False):
+        text.tie_word_embeddings = True
+
+
+def _check_counts(path: Path) -> None:
+    """Raise UnsupportedBaseError if a config is too long, or has too many layers or experts somewhere."""
+    if path.stat().st_size > MOST_CONFIG_BYTES:
+        raise UnsupportedBaseError(
+            f"{path} is over {MOST_CONFIG_BYTES >> 20} MiB, and no base's config is. Download the base again."
+        )
+    waiting = [json.loads(path.read_bytes())]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict):
+            waiting += part.values()
+            for name, value in part.items():
+                if name.endswith(_COUNTED) and isinstance(value, int) and value > MOST_MODULES:
+                    raise UnsupportedBaseError(
+                        f"{path} has {name:.80} = {value:.6g}, and OneBase builds no more than "
+                        f"{MOST_MODULES}. Choose another base."
+                    )
 
 
 def config_for(settings: BaseSettings) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 
 from onebase_engine.base.layers import set_attention
 from onebase_engine.base.load import CHUNKED
-from onebase_engine.engine.kv_cache import KVCache
+from onebase_engine.engine.kv_cache import KVCache, Shape, Sight
 from onebase_engine.kernels.interface import AttentionKernel, AttentionSettings, Contexts, Kernels, Rotation
 
 NAME = "onebase_paged"
@@ -35,13 +35,14 @@ class PagedAttention:
     def __init__(self, kernels: Kernels) -> None:
         self.cache: KVCache | None = None
         self.step: Contexts | None = None
-        self.shapes: dict[int, tuple[int, int, int]] = {}
+        self.shapes: dict[int, Shape] = {}
         """Filled by the probe pass: layer with keys and values of its own -> (kv heads, key dim, value
         dim)."""
         self.lenders: dict[int, int] = {}
         """Filled by the probe pass: layer that attends to another layer's keys and values -> that layer."""
-        self.windows: dict[int, int | None] = {}
-        """Filled by the probe pass: layer -> positions that a row sees; None: all up to its own."""
+        self.sights: dict[int, Sight] = {}
+        """Filled by the probe pass: layer with keys and values of its own -> what is seen of them, also by
+        layers that borrow them."""
         self.rows = RowPositions()
         self.rotation: Rotation | None = None
         """Rotation that the next call has yet to apply to q and k."""
@@ -122,13 +123,17 @@ class PagedAttention:
             raise UnsupportedAttentionError(
                 f"its attention has sinks of shape {list(sinks.shape)}, which are not one a head"
             )
-        self.windows[layer] = options.get("sliding_window")
+        sight = Sight(options.get("sliding_window"))
+        if sight.window is None:
+            sight = Sight(chunk=chunk_of(module))
         for other, (keys, values) in self._probed.items():
             if k is keys and v is values:
-                self.lenders[layer] = self.lenders.get(other, other)
+                self.lenders[layer] = lender = self.lenders.get(other, other)
+                self.sights[lender] = _both(self.sights[lender], sight)
                 break
         else:
             self.shapes[layer] = (k.shape[1], k.shape[3], v.shape[3])
+            self.sights[layer] = sight
         self._probed[layer] = k, v
         return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
 
@@ -178,6 +183,13 @@ def chunk_of(module: Any) -> int | None:
         size: int = config.attention_chunk_size  # type: ignore[union-attr]
         return size
     return None
+
+
+def _both(one: Sight, other: Sight) -> Sight:
+    """Return what is seen by two layers of the same keys."""
+    if one == other or one.window is None or other.window is None:
+        return one if one == other else Sight()
+    return Sight(max(one.window, other.window))
 
 
 def _acts(value: object) -> bool:

@@ -63,6 +63,8 @@ class BaseCheck:
     """Number of layers of each kind."""
     kv_bytes_per_token: int | None = None
     """Bytes of the KV cache for one token, in bfloat16."""
+    kv_bytes_per_old_token: int | None = None
+    """Bytes of it that stay when the token lies before the windows of all layers that have one."""
     state_bytes: int | None = None
     """Bytes of the recurrent state of one sequence."""
     notes: tuple[str, ...] = ()
@@ -101,6 +103,7 @@ def check_base(config: Any) -> BaseCheck:
     return BaseCheck(
         refusal=None,
         kv_bytes_per_token=served.kv_bytes_per_token,
+        kv_bytes_per_old_token=served.kv_bytes_per_old_token,
         state_bytes=served.state_bytes,
         **known,
     )

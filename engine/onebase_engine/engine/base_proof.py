@@ -171,7 +171,8 @@ def _texts(engine: Engine, base: Any) -> list[list[int]]:
     ids = [value for name, value in fields if name.endswith(("token_id", "token_ids", "token_index"))]
     special = {one for value in ids for one in (value if isinstance(value, list) else [value])}
     words = [token for token in range(text.vocab_size) if token not in special] or [0]
-    room = min(engine.scheduler.limits.max_length, engine.pool.capacity * engine.pool.block_size // 2)
+    blocks = engine.pool.capacity // len(engine.model.groups)
+    room = min(engine.scheduler.limits.max_length, blocks * engine.pool.block_size // 2)
     longest = max(1, room - _generated(engine))
     lengths = [min(length, longest) for length in LENGTHS]
     windows = (getattr(text, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))

@@ -11,7 +11,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from onebase_engine.engine.kv_cache import DUMP_BLOCK
+from onebase_engine.engine.kv_cache import DUMP_BLOCK, BlockGroup
 from onebase_engine.engine.sequence import AdapterMix, DraftedSequence, Segment, SequenceState, StepPlan
 from onebase_engine.kernels.interface import Contexts, RowGroup, RowMap, StateRuns
 
@@ -43,9 +43,12 @@ class StepBatch:
 class Packer:
     """Packs plans, with rows padded to a multiple of `row_multiple`."""
 
-    def __init__(self, block_size: int, row_multiple: int, *, recurrent: bool = False) -> None:
-        """Set the sizes. `recurrent`: the base keeps recurrent states."""
+    def __init__(
+        self, block_size: int, row_multiple: int, groups: Sequence[BlockGroup], *, recurrent: bool = False
+    ) -> None:
+        """Set the sizes. `groups`: of layers, with a table each; `recurrent`: the base keeps states."""
         self._block_size = block_size
+        self._strides = np.array([group.stride for group in groups], dtype=np.int32)
         self._multiple = row_multiple
         self._recurrent = recurrent
 
@@ -67,13 +70,11 @@ class Packer:
         behind = [segment.start - start for start, segment in zip(starts, segments, strict=False)]
         positions = np.full(total, -1, dtype=np.int32)
         positions[:count] = token_positions = np.arange(count, dtype=np.int32) + np.repeat(behind, lengths)
-        width = max(len(segment.sequence.blocks) for segment in segments)
-        table = np.zeros((len(segments), width), dtype=np.int32)
-        for entry, segment in zip(table, segments, strict=True):
-            entry[: len(segment.sequence.blocks)] = segment.sequence.blocks
-        write = np.full(total, DUMP_BLOCK * self._block_size, dtype=np.int32)
+        tables = self._tables(segments)
+        write = np.empty((len(tables), total), dtype=np.int32)
+        write[:, count:] = DUMP_BLOCK * self._strides[:, None] * self._block_size
         block, place = np.divmod(token_positions, self._block_size)
-        write[:count] = table[table_row[:count], block] * self._block_size + place
+        write[:, :count] = tables[:, table_row[:count], block] * self._block_size + place
         logit_rows, mixes, sampled, scored = self._logit_rows(plan, starts[:-1])
         hidden_rows, pooled = _hidden_rows(segments, starts)
         rows = [
@@ -84,7 +85,7 @@ class Packer:
             input_ids=ids,
             positions=np.maximum(positions, 0).astype(np.int64),
             logit_rows=logit_rows,
-            contexts=Contexts(positions, table_row, write, table, runs=self._runs(segments, starts)),
+            contexts=Contexts(positions, table_row, write, tables, runs=self._runs(segments, starts)),
             token_map=_grouped(rows, slot_of),
             logit_map=_grouped([(mix, (number,)) for number, mix in enumerate(mixes)], slot_of),
             sampled=sampled,
@@ -93,11 +94,48 @@ class Packer:
             pooled=pooled,
         )
 
+    def _tables(self, segments: Sequence[Segment]) -> np.ndarray:
+        """Return the blocks of each group of layers, [groups, segments, blocks], times its stride."""
+        width = max(len(blocks) for segment in segments for blocks in segment.sequence.blocks)
+        tables = np.zeros((len(self._strides), len(segments), width), dtype=np.int32)
+        for number, segment in enumerate(segments):
+            for table, blocks in zip(tables, segment.sequence.blocks, strict=True):
+                table[number, : len(blocks)] = blocks
+        if (self._strides > 1).any():
+            tables *= self._strides[:, None, None]
+        return tables
+
     def _runs(self, segments: Sequence[Segment], starts: Sequence[int]) -> StateRuns | None:
         if not self._recurrent:
             return None
-        places = np.array([segment.sequence.states for segment in segments], dtype=np.int32)
-        return StateRuns(np.array(starts, dtype=np.int32), places[:, 0].copy(), places[:, 1].copy())
+        drafted = max(
+            (stop for segment, stop in zip(segments, starts[1:], strict=True) if segment.draft), default=0
+        )
+        return _state_runs([segment.sequence.states for segment in segments], starts, drafted)
+
+    def rewound(self, plan: StepPlan, right: Mapping[SequenceState, int]) -> tuple[np.ndarray, StateRuns]:
+        """Return the runs that leave the recurrent states of a step whose drafts are partly right.
+
+        Runs end behind the last right token of each draft that is wrong somewhere, and at ends of blocks that
+        right tokens went past. `right`: number of right tokens of each sequence's draft.
+
+        Returns:
+            packed rows of the step, int64, and the runs over these rows
+        """
+        rows: list[int] = []
+        bounds, places = [0], list[tuple[int, int]]()
+        starts = accumulate((segment.length for segment in plan.decodes), initial=0)
+        for first, segment in zip(starts, plan.decodes, strict=False):
+            before, now = segment.sequence.states
+            count = segment.length - len(segment.draft) + right.get(segment.sequence, 0)
+            to_end = (segment.start + count) // self._block_size * self._block_size - segment.start
+            runs = [(to_end, segment.end_place)] if segment.end_place >= 0 and 0 < to_end < count else []
+            runs += [(count, now)] if count < segment.length else []
+            for length, place in runs:
+                rows.extend(range(first, first + length))
+                bounds.append(len(rows))
+                places.append((before, place))
+        return np.array(rows, dtype=np.int64), _state_runs(places, bounds)
 
     def _padded(self, length: int) -> int:
         return -(-length // self._multiple) * self._multiple
@@ -128,6 +166,11 @@ class Packer:
                 mixes.extend([segment.sequence.mix] * len(scored_tokens))
         padding = self._padded(max(len(rows), 1)) - len(rows)
         return np.array(rows + [0] * padding, dtype=np.int64), mixes, sampled, scored
+
+
+def _state_runs(places: Sequence[tuple[int, int]], starts: Sequence[int], drafted: int = 0) -> StateRuns:
+    read, write = np.array(places, dtype=np.int32).reshape(-1, 2).T.copy()
+    return StateRuns(np.array(starts, dtype=np.int32), read, write, drafted=drafted)
 
 
 def _hidden_rows(

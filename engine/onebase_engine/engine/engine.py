@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.batch import Packer, StepBatch
 from onebase_engine.engine.grammar_follower import GrammarError
 from onebase_engine.engine.grammars import IDLE_SECONDS, Grammars, RefusedGrammarError
-from onebase_engine.engine.kv_cache import RESTORED, BlockPool
+from onebase_engine.engine.kv_cache import RESTORED, BlockPool, most_tokens
 from onebase_engine.engine.memory_budget import staging_bytes
 from onebase_engine.engine.messages import ScoredToken, SequenceOutput
 from onebase_engine.engine.model import ServedModel
@@ -40,13 +41,15 @@ from onebase_engine.engine.sequence import AdapterMix, Segment, SequenceState, S
 from onebase_engine.engine.slot_table import SlotTable
 from onebase_engine.engine.staging import Copy, Staging, copier
 from onebase_engine.engine.versions import Versions
-from onebase_engine.kernels.weights import AdapterWeights
+from onebase_engine.kernels.weights import MOST_NEW_TOKENS, AdapterWeights
 from onebase_engine.machine import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
+_TOKEN_IDS = re.compile(r"<\[([^\]]*)\]>")
+"""Ids of tokens in a grammar of llguidance."""
 MAX_WEIGHT = 1e9
 """Largest absolute weight of one adapter in a sum; weights are applied in fp32, which could overflow."""
 
@@ -108,7 +111,7 @@ class _Computed:
 
     plan: StepPlan
     drawn: list[tuple[SequenceState, list[Drawn]]]
-    """Draws of each sequence: one token, and another at each place of its draft."""
+    """Draws of each sequence: those that match its draft, and one more."""
     outputs: _StepOutputs
     next_planned: bool
     """Whether the scheduler already counts the step as computed, because the next one has been planned."""
@@ -171,7 +174,7 @@ class Engine:
         self._fingerprint = fingerprint(base)
         self._content: int | None = None
         self.layers = adaptable_layers(base)
-        self.model = model if model is not None else ServedModel(base, slots)
+        self.model = model or ServedModel(base, slots, max_length=limits.max_length)
         if self.model.device.type != "cpu":
             self.watch_content()
         places = state_places or 1 + 4 * limits.max_rows
@@ -192,20 +195,25 @@ class Engine:
             self.versions.size,
         )
         self.slots = SlotTable(slots, slot_memory, self.versions.size, self._staging.ready)
-        self.scheduler = Scheduler(name, self.pool, self.slots, limits, self.model.window, states)
+        self.scheduler = Scheduler(name, self.pool, self.slots, limits, self.model.groups, states)
         self._pace = BackgroundPace(limits.step_tokens)
         self._tenant_pace = TenantPace(limits.step_tokens)
+        self._step_clock = time.thread_time if self.model.device.type == "cpu" else time.monotonic
+        """Clock of the bound between tenants. On a CPU a step is timed by this thread's processor time: what
+        else the machine does would make one that is measured alone look as long as a full one."""
         self.counters = Counters()
         self._grammars: Grammars | None = None
         if tokenizer is not None:
             places = limits.max_rows * (limits.draft_tokens + 1)
-            self._grammars = Grammars(tokenizer, self._vocabulary, self._eos_ids, places)
+            self._grammars = Grammars(tokenizer, self._vocabulary + MOST_NEW_TOKENS, self._eos_ids, places)
             self.scheduler.awaits = self._grammars.awaits
         self._opening: dict[tuple[str, str], list[_Opening]] = {}
         """Requests whose grammar is being compiled, by tenant and grammar key."""
         self._awaits_grammars = False
         """Whether the last step computed nothing because all sequences wait for grammars or masks."""
-        self._packer = Packer(block_size, self.model.row_multiple, recurrent=states is not None)
+        self._packer = Packer(
+            block_size, self.model.row_multiple, self.model.groups, recurrent=states is not None
+        )
         self._async_scheduling = self.model.kernels.asynchronous
         """Whether the next step is planned while one is computed."""
         self._next: tuple[StepPlan, StepBatch | None] | None = None
@@ -217,6 +225,20 @@ class Engine:
         self._outputs: list[SequenceOutput] = []
         self._slots_changed = False
         self._slot_seconds: dict[str, float] = {}
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest sequence that fits into the KV cache, alone."""
+        limits, size = self.scheduler.limits, self.pool.block_size
+        return most_tokens(self.model.groups, self.pool.capacity, size, limits.step_tokens, limits.max_length)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Number of tokens that fit into the KV cache, in sequences as long as `longest`.
+
+        Shorter ones have fewer tokens for which layers with a window have no blocks any more.
+        """
+        return self.pool.capacity * self.longest // max(self.scheduler.most_blocks(self.longest), 1)
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -237,11 +259,13 @@ class Engine:
         try:
             longest = max(map(len, request.branches), default=request.sampling.max_tokens)
             self.scheduler.check_limits(len(request.prompt), longest, len(mix.terms))
-            check_tokens(request, self._vocabulary)
             check_resume_tokens(request)
             check_scores(request)
             check_weights(mix)
             self.versions.check_mix(mix, self.slots.budget)
+            words = self.versions.words(mix, self._vocabulary)
+            check_tokens(request, words)
+            check_grammar_tokens(request, words)
             check_pooling(request)
             if request.pooling is not None and request.pooling.head:
                 count = len(request.prompt) if request.pooling.kind == "each" else 1
@@ -296,6 +320,7 @@ class Engine:
                 arrival=self._arrivals,
                 arrived_at=time.monotonic(),
                 tenant=request.tenant,
+                words=self.versions.words(opening.mix, self._vocabulary),
                 priority=request.priority,
                 background=request.background,
                 grammar=grammar,
@@ -378,7 +403,7 @@ class Engine:
         if not self._async_scheduling:
             self._do_meanwhile()
         self._admit_compiled()
-        began = time.monotonic()
+        began, worked = time.monotonic(), self._step_clock()
         plan, batch = self._next_plan()
         if not plan:
             plan, batch = self._plan(), None
@@ -419,7 +444,7 @@ class Engine:
             self._fail(sequence, error)
         seconds = time.monotonic() - began
         self._pace.took(plan, seconds)
-        self._tenant_pace.took(plan, seconds)
+        self._tenant_pace.took(plan, self._step_clock() - worked)
 
     def _plan(self, *, ahead: bool = False) -> StepPlan:
         return self.scheduler.plan(self._background_tokens, self._tenant_pace.bounded, ahead=ahead)
@@ -523,7 +548,7 @@ class Engine:
         if self.model.host is not None and self.pool.moving:
             moves = self.pool.take_moves(plan.written(self.pool.block_size))
             self.model.host.make(moves)
-            self.counters.restored_tokens += len(moves.back) * self.pool.block_size
+            self.counters.restored_tokens += len(moves.back) * self.pool.block_size // len(self.model.groups)
 
     def _apply_moves(self) -> bool:
         """Update the slots and end sequences whose version cannot be loaded. Return True if any ended."""
@@ -606,9 +631,15 @@ class Engine:
     def _finish(self, started: _StartedStep, foreseen: bool) -> _Computed:
         outputs = started.read()
         drawn = iter(outputs.drawn)
-        sequences = [segment for segment in started.plan.segments if segment.samples]
-        tokens = [(one.sequence, list(islice(drawn, len(one.draft) + 1))) for one in sequences]
-        return _Computed(started.plan, tokens, outputs, foreseen)
+        accepted = [
+            (segment.sequence, self._accepted(segment, list(islice(drawn, len(segment.draft) + 1))))
+            for segment in started.plan.segments
+            if segment.samples
+        ]
+        if self.model.state_bytes and any(segment.draft for segment in started.plan.decodes):
+            right = {sequence: len(draws) - 1 for sequence, draws in accepted}
+            self.model.rewind(*self._packer.rewound(started.plan, right))
+        return _Computed(started.plan, accepted, outputs, foreseen)
 
     def _masks_of(self, plan: StepPlan) -> tuple[list[Mask], frozenset[SequenceState]]:
         """Return the mask of each entry of `StepBatch.sampled`, and the sequences whose masks have not
@@ -628,7 +659,7 @@ class Engine:
         sequence = segment.sequence
         targets = [sequence.tokens[number + 1] for number in segment.scored]
         try:
-            return score_tokens(logits, targets, sequence.sampling.prompt_logprobs or 0)
+            return score_tokens(logits[:, : sequence.words], targets, sequence.sampling.prompt_logprobs or 0)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -654,10 +685,10 @@ class Engine:
         for segment, hidden in computed.outputs.pooled:
             self._pool(segment, hidden)
         for segment in computed.plan.segments:
-            sequence, drawn = segment.sequence, drawn_of.get(segment.sequence)
+            sequence = segment.sequence
             if sequence in failed or sequence in late:
                 continue
-            accepted = [] if drawn is None else self._accepted(segment, drawn)
+            accepted = drawn_of.get(sequence, [])
             sequence.tokens.extend(draw.token for draw in accepted[:-1] if draw.token is not None)
             if not computed.next_planned:
                 self.scheduler.computed(segment, right=max(len(accepted) - 1, 0))
@@ -813,7 +844,8 @@ class Engine:
     ) -> tuple[protocol.FinishReason | None, int | None]:
         """Return the finish reason if the sequence ends with `token`, when it has `more` tokens than now."""
         sampling = sequence.sampling
-        if token in sampling.stop_token_ids or (token in self._eos_ids and not sampling.ignore_eos):
+        ends = token in self._eos_ids or token in sampling.end_token_ids
+        if token in sampling.stop_token_ids or (ends and not sampling.ignore_eos):
             return "stop", token
         return ("length", None) if sequence.generated + more >= sampling.max_tokens else (None, None)
 
@@ -894,12 +926,14 @@ def _smaller(part: StepPlan, failure: _Failure) -> list[StepPlan]:
 
 
 def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
-    """Raise NeverFitsError for a token id that the base does not have; on CUDA it would end the process."""
+    """Raise NeverFitsError for a token id that the base, or the request's adapter, does not have; on CUDA it
+    would end the process."""
     sampling = request.sampling
     groups = {
         "prompt": request.prompt,
         "logit_bias": sampling.logit_bias,
         "stop_token_ids": sampling.stop_token_ids,
+        "end_token_ids": sampling.end_token_ids,
         "choices": [token for branch in request.branches for token in branch],
         "resume_tokens": [token for tokens in (request.resume_tokens or {}).values() for token in tokens],
     }
@@ -911,6 +945,23 @@ def check_tokens(request: protocol.Submit, vocabulary: int) -> None:
                     param,
                     f"{param}: token id {token} is not in the vocabulary (0 to {vocabulary - 1})",
                 )
+
+
+def check_grammar_tokens(request: protocol.Submit, vocabulary: int) -> None:
+    """Raise NeverFitsError for a grammar that names a token id, as `<[5]>`, which the request's model does
+    not have. Grammars are compiled for the largest vocabulary of any adapter."""
+    grammar = request.grammar
+    if grammar is None or grammar.kind not in ("grammar", "lark"):
+        return
+    for found in _TOKEN_IDS.finditer(grammar.text):
+        ids = map(int, re.findall(r"\d{1,18}", found[1]))
+        if (highest := max(ids, default=0)) >= vocabulary:
+            raise NeverFitsError(
+                "grammar_refused",
+                "grammar",
+                f"the grammar names the token id {highest}, which is not in the vocabulary (0 to "
+                f"{vocabulary - 1})",
+            )
 
 
 def check_resume_tokens(request: protocol.Submit) -> None:

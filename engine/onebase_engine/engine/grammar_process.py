@@ -50,7 +50,7 @@ from onebase_engine.engine.grammar_link import (
 )
 from onebase_engine.engine.messages import FrameReader, Grammar, encode
 from onebase_engine.logs import set_up_logs
-from onebase_engine.machine import return_freed_memory
+from onebase_engine.machine import BESIDE_SERVING, return_freed_memory
 
 MEMORY_BYTES = 4 << 30
 """Addresses of one process, beyond which it ends."""
@@ -59,9 +59,6 @@ KEPT_BYTES = 64 << 20
 KEPT_GRAMMARS = 1000
 MOST_BYTES = 256 << 20
 """Memory that all grammars of one tenant may take."""
-NICENESS = 10
-"""Priority of threads that compile and compute masks: they get a tenth of a core that the engine wants as
-well. What only answers has the engine's priority."""
 MOST_PATTERNS = 8
 """Patterns that one text of a JSON schema may have to match at once. The library finds out whether any text
 matches them all, which takes about six times as long for each two more: 0.1 s for 16, 2.6 s for 20."""
@@ -137,6 +134,17 @@ class Matchers:
         return matcher
 
     def _source(self, grammar: Grammar) -> str:
+        """Return a grammar in the library's notation. Raises ValueError, and whatever the library raises."""
+        text = self._text_source(grammar)
+        if not grammar.before:
+            return text
+        found = json.loads(text)["grammars"][0] if text.startswith("{") else {"lark_grammar": text}
+        whole = f"%llguidance {{}}\nstart: before @answer\n{grammar.before}"
+        return json.dumps(
+            {"grammars": [{"name": "whole", "lark_grammar": whole}, {**found, "name": "answer"}]}
+        )
+
+    def _text_source(self, grammar: Grammar) -> str:
         matcher = self._library.LLMatcher
         if grammar.kind == "json_schema":
             check_patterns(json.loads(grammar.text))
@@ -305,13 +313,25 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
+_REWORDED = {
+    r"oneOf constraints are not supported\. Enable 'coerce_one_of' option .*": "oneOf is not supported where "
+    "more than one of its schemas may hold; write anyOf",
+    r"Unimplemented keys: \[(.*)\]": r"not supported: \1",
+    r"Unknown format: (\S+)": r"the format \1 is not supported; leave it out",
+}
+"""Advice of the library to programs that call it, and what a caller can do instead."""
+
+
 def _sentence(message: str) -> str:
     """Return the first line of a message of the library, and the reason if it stands on a line of its own."""
     first, *rest = [line.strip() for line in message.splitlines() if line.strip()] or [
         "it cannot be followed"
     ]
     reasons = [line.removeprefix("error: ") for line in rest if line.startswith("error: ")]
-    return " ".join([first, *reasons]).rstrip(".")[:300]
+    told = " ".join([first, *reasons])
+    for theirs, ours in _REWORDED.items():
+        told = re.sub(theirs, ours, told)
+    return told.rstrip(".")[:300]
 
 
 def load_tokenizer(folder: Path, vocabulary: int, eos_ids: list[int]) -> Any:
@@ -372,8 +392,9 @@ def serve(sock: socket.socket, matchers: Matchers) -> None:
 
 
 def _give_way() -> None:
-    """Let the engine go before this thread, and before those that it starts."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    """Let the engine go before this thread, and before those that it starts. What only answers has the
+    engine's priority."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BESIDE_SERVING)
 
 
 def fork(control: socket.socket, files: list[int], tokenizer: Any, shape: tuple[int, int]) -> None:

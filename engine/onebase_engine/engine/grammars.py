@@ -153,7 +153,9 @@ class Grammars:
         Raises:
             RefusedGrammarError: it is known to be harmful, or too much is being compiled.
         """
-        key = blake2b(f"{grammar.kind}\n{grammar.text}".encode(), digest_size=16).hexdigest()
+        key = blake2b(
+            f"{grammar.kind}\n{grammar.text}\n{grammar.before}".encode(), digest_size=16
+        ).hexdigest()
         follower = self._followers.get(tenant)
         self._check(key, tenant, follower)
         if follower is None:

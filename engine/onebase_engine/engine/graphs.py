@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 import triton
 
 from onebase_engine.engine.batch import StepBatch
-from onebase_engine.engine.kv_cache import DUMP_BLOCK
 from onebase_engine.kernels import cuda
 from onebase_engine.kernels.cuda import CaptureError, FixedStep, StepSize
 from onebase_engine.machine import is_out_of_memory
@@ -56,11 +55,21 @@ class _Graph:
 class Graphs:
     """The captured passes of a model."""
 
-    def __init__(self, run: Pass, kernels: Any, slots: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        run: Pass,
+        kernels: Any,
+        slots: int,
+        block_size: int,
+        padding_slots: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        """Capture nothing yet. `padding_slots`: of each table of blocks the KV slot of padding."""
         self._run = run
         self._kernels = kernels
         self._slots = slots
         self._block_size = block_size
+        self._padding_slots = padding_slots
         self._device = device
         self._graphs: dict[StepSize, _Graph | None] = {}
         """Captured pass of each size; None if the size cannot be captured."""
@@ -141,7 +150,7 @@ class Graphs:
     def _capture(self, size: StepSize, batch: StepBatch) -> _Graph | None:
         given = batch.input_ids, batch.contexts, batch.token_map
         try:
-            step = FixedStep(size, self._slots, self._block_size, DUMP_BLOCK * self._block_size, self._device)
+            step = FixedStep(size, self._slots, self._block_size, self._padding_slots, self._device)
 
             def run_pass() -> tuple[torch.Tensor, torch.Tensor]:
                 return self._run(step)

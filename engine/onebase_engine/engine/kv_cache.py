@@ -3,6 +3,11 @@
 Block 0 is all zeros and only ever read (padding of shorter sequences), block 1 only ever written (padding
 tokens): a freed block is never touched, not even with weight 0.
 
+Layers that see the same part of a sequence form a group, with a table of blocks of its own: where some layers
+have a window, what lies before it is released, while layers that see everything keep it. All groups take
+their blocks from one pool, in which every block has the same bytes. So layers of one kind may be several
+groups: a base with one full layer for five with windows has six.
+
 An evicted prefix may move to host memory, and return when a sequence begins with it. The moves are chosen
 while a step is planned; `BlockPool.take_moves` returns them, and `HostCache` copies before the step runs.
 """
@@ -14,10 +19,12 @@ import mmap
 import struct
 import sys
 import weakref
+from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -42,6 +49,130 @@ STAGED_BLOCKS = 32
 """Largest number of blocks in flight between device and host; the device has staging room for them."""
 
 
+MOST_GROUPS = 16
+"""Largest number of groups. Each has a table, which is built and sent for every step."""
+MOST_UNUSED = 0.1
+"""Part of the blocks' bytes that may stay unused because not every group has as many layers, if it can be
+less with more groups."""
+WORTH_UNUSED = 0.25
+"""Part of the blocks' bytes beyond which a base has one group, and keeps all blocks."""
+
+Shape = tuple[int, int, int]
+"""A layer's KV heads, and the sizes of its keys and values."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Positions that a layer sees: all up to the row's own, or those of a window or of a chunk."""
+
+    window: int | None = None
+    """Number of positions that a row sees, its own included."""
+    chunk: int | None = None
+    """Size of the chunks of positions of which a row sees its own."""
+
+    @property
+    def most(self) -> int | None:
+        """Largest number of positions that a row sees; None: all."""
+        return self.window or self.chunk
+
+    def first_seen(self, position: int) -> int:
+        """Return the first position that is seen by rows from `position` on."""
+        if self.window is not None:
+            return max(position - self.window + 1, 0)
+        return position - position % self.chunk if self.chunk is not None else 0
+
+
+@dataclass(frozen=True)
+class BlockGroup:
+    """Layers that have the same blocks in a sequence."""
+
+    layers: tuple[int, ...]
+    sight: Sight = Sight()
+    stride: int = 1
+    """Number of slots from one block to the next, in blocks: 1 where nothing lies between a head's blocks."""
+
+    def first_block(self, computed: int, block_size: int) -> int:
+        """Return the number of blocks that no row from position `computed` on sees."""
+        return self.sight.first_seen(computed) // block_size
+
+    def most_blocks(self, tokens: int, block_size: int, step_tokens: int) -> int:
+        """Return the largest number of blocks that a sequence of `tokens` holds at once, alone.
+
+        Those are the ones that its next rows see, and those that a step of `step_tokens` writes.
+        """
+        every = -(-tokens // block_size)
+        if self.sight.most is None:
+            return every
+        return min(every, (self.sight.most + step_tokens - 3 + 2 * block_size) // block_size)
+
+
+def most_blocks(groups: Sequence[BlockGroup], tokens: int, block_size: int, step_tokens: int) -> int:
+    """Return the largest number of blocks of all groups that a sequence of `tokens` holds at once, alone."""
+    return sum(group.most_blocks(tokens, block_size, step_tokens) for group in groups)
+
+
+def most_tokens(
+    groups: Sequence[BlockGroup], blocks: int, block_size: int, step_tokens: int, limit: int
+) -> int:
+    """Return the length of the longest sequence that fits into `blocks`, up to `limit`."""
+    return largest(limit, lambda tokens: most_blocks(groups, tokens, block_size, step_tokens) <= blocks)
+
+
+def largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest number from 1 to `limit` that fits, or 0; whatever is smaller fits as well."""
+    return bisect_left(range(1, limit + 1), True, key=lambda number: not fits(number))
+
+
+def block_groups(shapes: Mapping[int, Shape], sights: Mapping[int, Sight]) -> tuple[BlockGroup, ...]:
+    """Group the layers with keys and values of their own by what they see.
+
+    Blocks of all groups must have the same bytes. Where layers that see the same differ in shape, or too much
+    would stay unused, there is one group, which keeps what any of its layers sees.
+    """
+    kinds: dict[Sight, list[int]] = {}
+    for layer in sorted(shapes, key=lambda layer: (sights[layer].most or sys.maxsize, -layer), reverse=True):
+        kinds.setdefault(sights[layer], []).append(layer)
+    found = {sight: {shapes[layer] for layer in layers} for sight, layers in kinds.items()}
+    ratios = {Fraction(key_dim, value_dim) for some in found.values() for _, key_dim, value_dim in some}
+    if len(kinds) > 1 and len(ratios) == 1 and all(len(some) == 1 for some in found.values()):
+        stretch = _divided(kinds, {sight: min(some) for sight, some in found.items()})
+        if stretch:
+            return stretch
+    windows = [sights[layer].window for layer in shapes]
+    whole = None in windows or not windows
+    alike = next(iter(kinds)) if len(kinds) == 1 else Sight() if whole else Sight(max(filter(None, windows)))
+    return (BlockGroup(tuple(sorted(shapes)), alike),)
+
+
+def _divided(kinds: Mapping[Sight, Sequence[int]], shapes: Mapping[Sight, Shape]) -> tuple[BlockGroup, ...]:
+    """Divide layers into groups whose blocks have the same bytes; return none if too much stays unused.
+
+    Blocks are as large as all layers of the smallest kind need, or as a part of them does.
+    """
+    sizes = {sight: heads * key_dim for sight, (heads, key_dim, _) in shapes.items()}
+    smallest = min(kinds, key=lambda sight: len(kinds[sight]) * sizes[sight])
+    used = sum(len(layers) * sizes[sight] for sight, layers in kinds.items())
+    multiple = math.lcm(*(key_dim for _, key_dim, _ in shapes.values()))
+    best: tuple[float, int, dict[Sight, int]] = (WORTH_UNUSED, 0, {})
+    for parts in range(1, len(kinds[smallest]) + 1):
+        size = -(-len(kinds[smallest]) // parts) * sizes[smallest]
+        size = -(-max(size, *sizes.values()) // multiple) * multiple
+        layers_each = {sight: size // own for sight, own in sizes.items()}
+        count = sum(-(-len(layers) // layers_each[sight]) for sight, layers in kinds.items())
+        unused = 1 - used / (count * size)
+        if count <= MOST_GROUPS and unused < best[0]:
+            best = unused, size, layers_each
+        if unused <= MOST_UNUSED:
+            break
+    _, size, layers_each = best
+    return tuple(
+        BlockGroup(tuple(sorted(layers)[first : first + each]), sight, size // shapes[sight][1])
+        for sight, layers in kinds.items()
+        if (each := layers_each.get(sight))
+        for first in range(0, len(layers), each)
+    )
+
+
 def root_key(base: str, tenant: str, mix: AdapterMix) -> bytes:
     """Return the start of every prefix key: base, tenant, and each adapter's version digest and fp32
     weight."""
@@ -58,6 +189,11 @@ def root_key(base: str, tenant: str, mix: AdapterMix) -> bytes:
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Return the key of a full block, made of its own tokens and everything before it."""
     return blake2b(parent + struct.pack(f"<{len(tokens)}I", *tokens), digest_size=16).digest()
+
+
+def group_key(key: bytes, group: int) -> bytes:
+    """Return the key of a group's block with these tokens."""
+    return key + bytes([group]) if group else key
 
 
 @dataclass(frozen=True)
@@ -172,6 +308,10 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def holds(self, key: bytes, *, restore: bool = False) -> bool:
+        """Return True if a prefix block is cached; `restore`: or in host memory."""
+        return key in self._block_of or (restore and key in self._place_of)
+
     def publish(self, block: int, key: bytes) -> None:
         """Offer a full, computed block to later sequences. The first block with a key stays."""
         if block not in self._key_of and key not in self._block_of:
@@ -267,27 +407,35 @@ class KVCache:
 
     In int8, each token has a scale for its key and one for its value in each head. They depend on this token
     alone, so that a block's bits never change once it is full.
+
+    With one group of layers, each head has all of its blocks side by side. With several, each block has all
+    heads of its group's layers, and a block's bytes are any group's.
     """
 
     def __init__(
         self,
-        shapes: dict[int, tuple[int, int, int]],
+        shapes: Mapping[int, Shape],
         blocks: int,
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        groups: Sequence[BlockGroup] = (),
     ) -> None:
         """Allocate the tensors.
 
         Args:
-            shapes: layer -> (kv heads, key dim, value dim).
             dtype: the model's, or int8.
+            groups: the layers' groups; none: all are one.
         """
-        slots = blocks * block_size
         self.layers: dict[int, LayerCache] = {}
         self.by_block: list[torch.Tensor] = []
-        """Views of all of the cache, each [rows, blocks, bytes]: a row is one head of one layer."""
-        alike: dict[tuple[int, int, int], list[int]] = {}
+        """Views of all of the cache, each [rows, blocks, bytes]: a row is one head of one layer, or all of a
+        block."""
+        if len(groups) > 1:
+            self._divide(shapes, blocks, block_size, dtype, device, groups)
+            return
+        slots = blocks * block_size
+        alike: dict[Shape, list[int]] = {}
         for layer, shape in shapes.items():
             alike.setdefault(shape, []).append(layer)
         for (heads, key_dim, value_dim), layers in alike.items():
@@ -301,6 +449,57 @@ class KVCache:
                 keys, values, *scales = (part[first : first + heads] for part in parts)
                 pair = (scales[0], scales[1]) if scales else None
                 self.layers[layer] = LayerCache(keys, values, block_size, pair)
+
+    def _divide(
+        self,
+        shapes: Mapping[int, Shape],
+        blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        groups: Sequence[BlockGroup],
+    ) -> None:
+        """Allocate blocks that are any group's. In a block, a row is one head's: [block size, size of it].
+
+        A key or value has the same slot: blocks of both have as many rows.
+        """
+
+        def allocate(size: int, kind: torch.dtype) -> torch.Tensor:
+            whole = zeros((blocks, size), kind, device)
+            self.by_block.append(whole.view(1, blocks, size).view(torch.uint8))
+            return whole
+
+        def rows_of(whole: torch.Tensor, first: int, heads: int, dim: int) -> torch.Tensor:
+            """Return a layer's rows, from number `first` on, as [heads, slots, dim]."""
+            own, between = block_size * dim, whole.shape[1] // dim
+            slots = (blocks - 1) * between + block_size
+            return whole.as_strided((heads, slots, dim), (own, dim, 1), first * own)
+
+        sizes = _sizes_in_block(shapes, groups, block_size)
+        keys, values = (allocate(size, dtype) for size in sizes)
+        scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        if dtype == torch.int8:
+            for stride in sorted({group.stride for group in groups}):
+                scales[stride] = (
+                    allocate(stride * block_size, SCALE_DTYPE),
+                    allocate(stride * block_size, SCALE_DTYPE),
+                )
+        for table, group in enumerate(groups):
+            first = 0
+            for layer in group.layers:
+                heads, key_dim, value_dim = shapes[layer]
+                pair = None
+                if scales:
+                    one, other = (rows_of(part, first, heads, 1)[..., 0] for part in scales[group.stride])
+                    pair = one, other
+                self.layers[layer] = LayerCache(
+                    rows_of(keys, first, heads, key_dim),
+                    rows_of(values, first, heads, value_dim),
+                    block_size,
+                    pair,
+                    table,
+                )
+                first += heads
 
 
 class HostCache:
@@ -411,7 +610,26 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
-def bytes_per_token(shapes: dict[int, tuple[int, int, int]], dtype: torch.dtype) -> int:
+def _sizes_in_block(
+    shapes: Mapping[int, Shape], groups: Sequence[BlockGroup], block_size: int
+) -> tuple[int, int]:
+    """Return the numbers of keys and of values in a block of several groups."""
+    _, key_dim, value_dim = shapes[groups[0].layers[0]]
+    return groups[0].stride * block_size * key_dim, groups[0].stride * block_size * value_dim
+
+
+def bytes_per_block(
+    shapes: Mapping[int, Shape], dtype: torch.dtype, block_size: int, groups: Sequence[BlockGroup]
+) -> int:
+    """Return the bytes of one block: of all layers, or with several groups of any one of them."""
+    if len(groups) == 1:
+        return block_size * bytes_per_token(shapes, dtype)
+    scales = sum({group.stride for group in groups}) * block_size * 2 * SCALE_DTYPE.itemsize
+    numbers = sum(_sizes_in_block(shapes, groups, block_size))
+    return numbers * dtype.itemsize + (scales if dtype == torch.int8 else 0)
+
+
+def bytes_per_token(shapes: Mapping[int, Shape], dtype: torch.dtype) -> int:
     """Return the KV bytes of one token over all layers."""
     scales = 2 * SCALE_DTYPE.itemsize if dtype == torch.int8 else 0
     return sum(

@@ -20,7 +20,7 @@ from onebase_engine import machine
 from onebase_engine.base.experts import ExpertStack
 from onebase_engine.base.layers import LayerShape, adaptable_layers
 from onebase_engine.engine.batch import Packer
-from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, largest
 from onebase_engine.engine.messages import MAX_ADAPTER_TERMS, Sampling
 from onebase_engine.engine.model import ServedModel
 from onebase_engine.engine.sampling import draw
@@ -85,7 +85,7 @@ def kv_block_count(
     """Return the number of KV blocks: `kv_memory` in blocks, or else the free memory less what is set aside.
 
     Args:
-        block_bytes: bytes of one block over all layers.
+        block_bytes: bytes of one block.
         most: blocks beyond which none could be used by running sequences.
         free: bytes that may be taken.
         aside: bytes for others, by who they are and which setting changes that.
@@ -167,7 +167,9 @@ def rounding_bytes(model: ServedModel) -> int:
 # ---- the largest step --------------------------------------------------------------------------
 
 
-def fit_step(free: int, token_bytes: int, max_length: int, step_at: Callable[[int], int]) -> tuple[int, int]:
+def fit_step(
+    free: int, kv_bytes: Callable[[int], int], max_length: int, step_at: Callable[[int], int]
+) -> tuple[int, int]:
     """Return the bytes to set aside for a step, and the longest context for which they suffice.
 
     A step's memory grows with its longest context, and no context is longer than the KV cache, which gets the
@@ -175,14 +177,14 @@ def fit_step(free: int, token_bytes: int, max_length: int, step_at: Callable[[in
 
     Args:
         free: bytes for both.
-        token_bytes: bytes of one token in the KV cache.
+        kv_bytes: returns the bytes of a sequence of this length in the KV cache.
         step_at: returns the bytes of the largest step at the end of contexts of this length. Raises
             MemoryBudgetError if they exceed the memory.
 
     Raises:
         MemoryBudgetError: even a step with the shortest contexts does not fit.
     """
-    longest = length = max(min(max_length, free // token_bytes), 1)
+    longest = length = max(largest(max_length, lambda tokens: kv_bytes(tokens) <= free), 1)
     while True:
         try:
             step = step_at(length)
@@ -192,7 +194,7 @@ def fit_step(free: int, token_bytes: int, max_length: int, step_at: Callable[[in
                 raise
             length = max(length // 2, SHORTEST)
     # A step takes something at any length, so that at this one it takes no less than its part.
-    both = max(int(free / (token_bytes + step / length)), 1)
+    both = max(largest(max_length, lambda tokens: kv_bytes(tokens) + step * tokens / length <= free), 1)
     if both >= longest and length == longest:
         return step, max_length
     try:
@@ -238,14 +240,15 @@ def largest_step_bytes(
     if not model.drafts:
         limits = replace(limits, draft_tokens=0)
     # TILE: as many as layers are tried with before they are fused.
-    model.allocate_kv(RESERVED_BLOCKS + 2 * -(-TILE // block_size), block_size)
+    model.allocate_kv(RESERVED_BLOCKS + 2 * -(-TILE // block_size) * len(model.groups), block_size)
 
     def taken(terms: int, weights: Mapping[str, LoraWeights]) -> int:
         mix = AdapterMix(tuple((str(number), _WEIGHT) for number in range(terms)))
-        plan = _largest_plan(limits, mix, block_size)
+        plan = _largest_plan(limits, mix, block_size, len(model.groups))
         # Two that act take as much as more would, and do so in an eighth of the time.
         slots = {digest: 0 if number < 2 else model.empty_slot for number, digest in enumerate(mix.digests)}
-        batch = Packer(block_size, model.row_multiple, recurrent=model.state_bytes > 0).pack(plan, slots)
+        packer = Packer(block_size, model.row_multiple, model.groups, recurrent=model.state_bytes > 0)
+        batch = packer.pack(plan, slots)
         for error in model.move_slots({0: "any"}, lambda digest: weights).values():
             raise error
 
@@ -253,6 +256,7 @@ def largest_step_bytes(
             logits = model.forward(batch).logits[: len(batch.sampled)]
             masks = [np.full(-(-logits.shape[1] // 32), -1, dtype=np.int32)] * len(batch.sampled)
             draw(logits, batch.sampled, frozenset(), model.kernels, masks)
+            model.rewind(*packer.rewound(plan, {}))
 
         return measure(run_step)
 
@@ -278,7 +282,7 @@ def _too_large(limits: SchedulerLimits) -> MemoryBudgetError:
     )
 
 
-def _largest_plan(limits: SchedulerLimits, mix: AdapterMix, block_size: int) -> StepPlan:
+def _largest_plan(limits: SchedulerLimits, mix: AdapterMix, block_size: int, groups: int = 1) -> StepPlan:
     """Plan the largest number of decodes, each with the longest draft, and fill the step with prompts."""
     # What makes a draw take most: a nucleus of nearly all tokens, and logits that are changed first, also
     # those behind each token of a draft.
@@ -291,7 +295,7 @@ def _largest_plan(limits: SchedulerLimits, mix: AdapterMix, block_size: int) -> 
 
     def sequence(length: int) -> SequenceState:
         one = SequenceState("largest", 0, [0] * length, sampling, mix, arrival=0, arrived_at=0.0)
-        one.blocks = array("i", [RESERVED_BLOCKS]) * -(-limits.max_length // block_size)
+        one.blocks = [array("i", [RESERVED_BLOCKS]) * -(-limits.max_length // block_size)] * groups
         return one
 
     longest = sequence(limits.max_length - draft)

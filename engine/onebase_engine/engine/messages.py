@@ -81,6 +81,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     """Seed of the draws; the api chooses one if the caller sets none."""
     stop_token_ids: tuple[int, ...] = ()
+    end_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text besides the base's own, by the tokenizer of the adapter."""
     min_tokens: int = 0
     max_tokens: int = 16
     ignore_eos: bool = False
@@ -122,6 +124,9 @@ class Grammar(msgspec.Struct, frozen=True):
 
     kind: Literal["json_schema", "regex", "grammar", "lark"]
     text: str
+    before: str = ""
+    """Rules in Lark's notation of what stands before that text, such as a thought. The rule `before` is their
+    start."""
 
 
 class Pooling(msgspec.Struct, frozen=True):
@@ -225,6 +230,14 @@ class BaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_dtype: str = "bfloat16"
     """Dtype of keys and values in the KV cache: the base's dtype, or int8."""
     kv_blocks: int
+    """Number of KV blocks. With several groups a block holds `block_size` tokens of one of them."""
+    kv_groups: int = 1
+    """Number of groups of layers that have KV blocks of their own, since some release those before a
+    window."""
+    kv_tokens: int
+    """Number of tokens that fit, in sequences as long as they may be."""
+    kv_longest: int
+    """Number of tokens of the longest sequence that may be and fits."""
     block_size: int
     max_length: int
     max_rows: int

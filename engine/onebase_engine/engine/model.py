@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,17 @@ from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_engine.engine.batch import StepBatch
 from onebase_engine.engine.experts import UnsupportedExpertsError, attach_experts
-from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, HostCache, KVCache, bytes_per_token
+from onebase_engine.engine.kv_cache import (
+    DUMP_BLOCK,
+    RESERVED_BLOCKS,
+    BlockGroup,
+    HostCache,
+    KVCache,
+    Sight,
+    block_groups,
+    bytes_per_block,
+    bytes_per_token,
+)
 from onebase_engine.engine.recurrence import Recurrence, UnsupportedRecurrenceError
 from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap, StateRuns
@@ -58,6 +69,7 @@ class ServedModel:
         unpacked: bool = False,
         kv_dtype: torch.dtype | None = None,
         kernels: Kernels | None = None,
+        max_length: int | None = None,
     ) -> None:
         """Build the view and check that its attention can be replaced.
 
@@ -65,6 +77,7 @@ class ServedModel:
             unpacked: on the CPU, 4-bit weights are stored as bf16 too, in four times their memory.
             kv_dtype: int8, or None for the base's own.
             kernels: the back-end to use instead of the best one for the device.
+            max_length: largest number of tokens of a sequence; layers with a window of so many see all.
         """
         self.device: torch.device = next(base.parameters()).device
         self.dtype: torch.dtype = base.get_output_embeddings().weight.dtype  # type: ignore[operator]
@@ -113,6 +126,18 @@ class ServedModel:
         named = "linear layers and mixtures" if experts else "linear layers"
         self.promise = _promise(self.kernels, exact, self.kv_dtype, named)
         """Guarantee about a sequence's bits, in a sentence or two."""
+        self.groups = self._group_layers(max_length or sys.maxsize)
+        """Groups of layers, each with blocks of its own."""
+
+    def _group_layers(self, max_length: int) -> tuple[BlockGroup, ...]:
+        sights = {
+            layer: sight if (sight.most or max_length) < max_length else Sight()
+            for layer, sight in self._attention.sights.items()
+        }
+        if self.state_bytes:
+            # A prefix whose recurrent state is kept has all of its blocks.
+            sights = dict.fromkeys(sights, Sight())
+        return block_groups(self._attention.shapes, sights)
 
     def _probe(self) -> None:
         """Run one pass over padding tokens, to learn KV shapes and to check that attention is called."""
@@ -148,7 +173,10 @@ class ServedModel:
     @property
     def kv_tensors(self) -> int:
         """Number of tensors of the KV cache."""
-        return len(set(self._attention.shapes.values())) * (4 if self.kv_dtype == torch.int8 else 2)
+        eight = self.kv_dtype == torch.int8
+        if len(self.groups) > 1:
+            return 2 + 2 * eight * len({group.stride for group in self.groups})
+        return len(set(self._attention.shapes.values())) * (4 if eight else 2)
 
     @property
     def _captures(self) -> bool:
@@ -166,17 +194,8 @@ class ServedModel:
 
     @property
     def drafts(self) -> bool:
-        """Whether drafts are worth it. A recurrent state behind tokens that turn out wrong cannot be taken
-        back."""
-        return self.kernels.drafts and not self.state_bytes
-
-    @property
-    def window(self) -> int | None:
-        """Largest number of positions that a layer sees of a sequence; None if one sees all, or keeps a
-        state."""
-        sizes = [size for size in self._attention.windows.values() if size is not None]
-        whole = self.state_bytes or not sizes or len(sizes) < len(self._attention.windows)
-        return None if whole else max(sizes)
+        """Whether drafts are worth it."""
+        return self.kernels.drafts
 
     @property
     def state_bytes(self) -> int:
@@ -188,6 +207,17 @@ class ServedModel:
         """Bytes of one token in the KV cache; 1 where no layer attends, so that blocks are numbers alone."""
         return bytes_per_token(self._attention.shapes, self.kv_dtype) or 1
 
+    @property
+    def kv_bytes_per_old_token(self) -> int:
+        """Bytes of a token in the KV cache that lies before every window."""
+        kept = [layer for group in self.groups if group.sight.most is None for layer in group.layers]
+        return bytes_per_token({layer: self._attention.shapes[layer] for layer in kept}, self.kv_dtype)
+
+    def kv_bytes_per_block(self, block_size: int) -> int:
+        """Return the bytes of a block in the KV cache, which each group of layers has of its own."""
+        size = bytes_per_block(self._attention.shapes, self.kv_dtype, block_size, self.groups)
+        return size or block_size
+
     def allocate_kv(self, blocks: int, block_size: int, host_blocks: int = 0, state_places: int = 1) -> None:
         """Create the KV cache, once. It is zeroed memory: on the CPU, pages are taken only when written.
 
@@ -198,7 +228,7 @@ class ServedModel:
         if self._attention.cache is not None:
             raise RuntimeError("the served model has its KV cache, whose place is recorded")
         shapes = self._attention.shapes
-        cache = KVCache(shapes, blocks, block_size, self.kv_dtype, self.device)
+        cache = KVCache(shapes, blocks, block_size, self.kv_dtype, self.device, self.groups)
         self._attention.replace_cache(cache)
         self._recurrence.allocate(state_places, self.device)
         if host_blocks and cache.layers:
@@ -206,15 +236,20 @@ class ServedModel:
                 self.host = HostCache(cache, host_blocks)
             except (RuntimeError, OSError) as error:
                 logger.warning("prefixes that leave the KV cache are dropped: %s", error)
-        parts = -(-TILE // block_size)
-        if self.kernels.joins and not self._fused and blocks >= RESERVED_BLOCKS + 2 * parts:
+        parts, strides = -(-TILE // block_size), [group.stride for group in self.groups]
+        tried = 2 * parts * len(strides)
+        if self.kernels.joins and not self._fused and blocks >= RESERVED_BLOCKS + tried:
             self._fused = True
-            table = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + 2 * parts, dtype=np.int32).reshape(2, parts)
-            self._recorded = self._fuse(lambda number: self._try_pass(number, table, block_size))
+            numbers = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + tried, dtype=np.int32)
+            tables = numbers.reshape(-1, 2, parts) * np.array(strides, dtype=np.int32)[:, None, None]
+            self._recorded = self._fuse(lambda number: self._try_pass(number, tables, block_size))
         if self._captures:
             from onebase_engine.engine.graphs import Graphs  # imports Triton
 
-            self._graphs = Graphs(self._run_fixed, self.kernels, self._slot_count, block_size, self.device)
+            padding = [DUMP_BLOCK * stride * block_size for stride in strides]
+            self._graphs = Graphs(
+                self._run_fixed, self.kernels, self._slot_count, block_size, padding, self.device
+            )
 
     def _fuse(self, try_pass: Callable[[int], torch.Tensor]) -> list[RecordedLayer]:
         """Fuse the decoder's layers, unless this PyTorch lacks the private parts that recording needs."""
@@ -237,15 +272,16 @@ class ServedModel:
         self._recurrence.release()
         self.host = self._graphs = None
 
-    def _try_pass(self, number: int, table: np.ndarray, block_size: int) -> torch.Tensor:
-        """Return the logits of TILE rows of two contexts in the blocks of `table`, which nothing uses yet."""
+    def _try_pass(self, number: int, tables: np.ndarray, block_size: int) -> torch.Tensor:
+        """Return the logits of TILE rows of two contexts in the blocks of `tables`, still unused."""
         words = self._view.config.get_text_config().vocab_size
         first = TILE - 5 - 3 * number
         row = (np.arange(TILE) >= first).astype(np.int32)
         position = np.arange(TILE, dtype=np.int32) - row * first
-        write = table[row, position // block_size] * block_size + position % block_size
+        write = np.ascontiguousarray(tables[:, row, position // block_size]) * block_size
+        write += position % block_size
         starts, none = np.array([0, first, TILE], dtype=np.int32), np.zeros(2, dtype=np.int32)
-        step = Contexts(position, row, write, table, runs=StateRuns(starts, none, none - 1))
+        step = Contexts(position, row, write, tables, runs=StateRuns(starts, none, none - 1))
         self._attention.step = step
         every = torch.arange(TILE, device=self.device)
         places = torch.from_numpy(position).long().to(self.device)
@@ -316,6 +352,11 @@ class ServedModel:
         ids, positions, logit_rows, hidden_rows = torch.split(there, [len(array) for array in arrays])
         step = batch.contexts, batch.token_map, batch.logit_map
         return Outputs(*self._pass(*step, ids, positions, logit_rows, hidden_rows if wants_hidden else None))
+
+    @torch.inference_mode()
+    def rewind(self, rows: np.ndarray, runs: StateRuns) -> None:
+        """Compute recurrent states of the last pass again, from its rows as far as drafts were right."""
+        self._recurrence.rewind(sent(rows, self.device), runs)
 
     def _run_fixed(self, step: FixedStep) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits and hidden states of all rows of a step whose place is fixed."""

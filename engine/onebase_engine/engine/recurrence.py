@@ -4,6 +4,10 @@ A hybrid's modelling code stays as it is: it projects the packed step at once, a
 convolution and another for its scan. Here these continue the state of each sequence, computed by the kernels
 (`RecurrentKernels` in `kernels/interface.py`). A state is read from one place and written to another, so that
 a step which fails can be computed again, and a state that another sequence needs stays.
+
+Wrong tokens of a draft cannot be taken back out of a state. A step with drafts therefore keeps the inputs of
+its recurrent layers, which are small next to states, until it is known which tokens are right. Where some are
+not, the state behind the right ones is computed again from that before the step.
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ NORM_EPS = 1e-6
 StateKey = tuple[str, int]
 """A module's path, and which of its calls in a pass."""
 
+_Layer = Callable[[Sequence[torch.Tensor], StateRuns], torch.Tensor]
+"""A layer with its states: computes its outputs from the inputs of packed rows, in runs."""
+
 
 class UnsupportedRecurrenceError(Exception):
     """A recurrent layer asks for something that the kernels do not compute."""
@@ -45,6 +52,8 @@ class Recurrence:
         self.layers: set[int] = set()
         """Numbers of the decoder layers that keep a state."""
         self._states: dict[StateKey, torch.Tensor] = {}
+        self._kept: list[tuple[list[torch.Tensor], _Layer]] = []
+        """Inputs of the last pass's drafts, [drafted, ...] each, and what computes them, of each call."""
         self._kernels = kernels
         self._calls: Counter[str] = Counter()
 
@@ -81,12 +90,24 @@ class Recurrence:
         }
 
     def release(self) -> None:
-        self._states = {}
+        self._states, self._kept = {}, []
 
     def begin_pass(self, runs: StateRuns | None) -> None:
         """Begin a forward pass; None is the probe, which finds out the shapes."""
         self.runs = runs
         self._calls.clear()
+        self._kept.clear()
+
+    def rewind(self, rows: torch.Tensor, runs: StateRuns) -> None:
+        """Compute the states behind drafts again, as far as these were right, and drop the kept inputs.
+
+        Args:
+            rows: numbers of the right tokens' packed rows in the last pass, int64.
+            runs: the same rows by sequence, from the states before the pass.
+        """
+        kept, self._kept = self._kept, []
+        for inputs, layer in kept if len(rows) else ():
+            layer([one[rows] for one in inputs], runs)
 
     def _state(self, path: str, shape: tuple[int, ...], x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the states [places, *shape] of a module's next call."""
@@ -97,9 +118,13 @@ class Recurrence:
         self.shapes[key] = shape, dtype
         return torch.zeros((1, *shape), dtype=dtype, device=x.device)
 
-    def _runs(self, rows: int) -> StateRuns:
+    def _compute(self, inputs: Sequence[torch.Tensor], layer: _Layer) -> torch.Tensor:
+        """Compute a layer from inputs [T, ...], and keep those of drafts."""
         none = np.zeros(1, dtype=np.int32)
-        return self.runs or StateRuns(np.array([0, rows], dtype=np.int32), none, none - 1)
+        runs = self.runs or StateRuns(np.array([0, len(inputs[0])], dtype=np.int32), none, none - 1)
+        if runs.drafted:
+            self._kept.append(([one[: runs.drafted].clone() for one in inputs], layer))
+        return layer(inputs, runs)
 
     # ---- transformers' functions, of one batch --------------------------------------------------
 
@@ -117,7 +142,11 @@ class Recurrence:
 
         x = hidden_states[0].transpose(0, 1)
         states = self._state(path, (weight.shape[1] - 1, weight.shape[0]), x, x.dtype)
-        y = self._kernels.convolve(x, weight, bias, states, self._runs(len(x)))
+
+        def layer(inputs: Sequence[torch.Tensor], runs: StateRuns) -> torch.Tensor:
+            return self._kernels.convolve(inputs[0], weight, bias, states, runs)
+
+        y = self._compute([x], layer)
         y = y if activation is None else ACT2FN[activation](y)
         return y.to(hidden_states.dtype).transpose(0, 1)[None]
 
@@ -139,13 +168,15 @@ class Recurrence:
         query and key [1, T, key heads, key dim], value [1, T, heads, value dim] -> the value's shape.
         """
         _check_plain(initial_state, output_final_state)
-        q, k, v, decay, rate = (one[0] for one in (query, key, value, g, beta))
-        shape = v.shape[1], q.shape[2], v.shape[2]
-        states = self._state(path, shape, v, torch.float32)
-        eps = NORM_EPS if use_qk_l2norm_in_kernel else None
-        y = self._kernels.delta_rule(
-            q, k, v, decay, rate, states, self._runs(len(v)), scale=q.shape[2] ** -0.5, eps=eps
-        )
+        q, v = query[0], value[0]
+        states = self._state(path, (v.shape[1], q.shape[2], v.shape[2]), v, torch.float32)
+        scale, eps = q.shape[2] ** -0.5, NORM_EPS if use_qk_l2norm_in_kernel else None
+
+        def layer(inputs: Sequence[torch.Tensor], runs: StateRuns) -> torch.Tensor:
+            q, k, v, decay, rate = inputs
+            return self._kernels.delta_rule(q, k, v, decay, rate, states, runs, scale=scale, eps=eps)
+
+        y = self._compute([q, key[0], v, g[0], beta[0]], layer)
         return y.to(query.dtype)[None], None
 
     def _state_space(
@@ -170,8 +201,7 @@ class Recurrence:
         _check_plain(initial_states, return_final_states or z is not None)
         x, b, c = hidden_states[0], B[0], C[0]
         steps = _time_steps(dt[0], dt_bias, dt_softplus).clamp(*dt_limit)
-        states = self._state(path, (x.shape[1], x.shape[2], b.shape[2]), x, torch.float32)
-        return self._kernels.state_space(x, steps, A, b, c, states, self._runs(len(x)), skip=D)[None]
+        return self._scan(path, x, steps, A, b, c, D)[None]
 
     def _selective_scan(
         self,
@@ -196,10 +226,26 @@ class Recurrence:
         x = hidden_states[0].transpose(0, 1)
         steps = _time_steps(dt[0].transpose(0, 1), delta_bias, delta_softplus)
         b, c = (one[0].transpose(0, 1)[:, None] for one in (B, C))
-        states = self._state(path, (x.shape[1], 1, A.shape[1]), x, torch.float32)
-        y = self._kernels.state_space(x[..., None], steps, A, b, c, states, self._runs(len(x)), skip=D)
-        y = y.squeeze(-1).transpose(0, 1)[None]
+        y = self._scan(path, x[..., None], steps, A, b, c, D).squeeze(-1).transpose(0, 1)[None]
         return y if z is None else y * functional.silu(z)
+
+    def _scan(
+        self,
+        path: str,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        skip: torch.Tensor | None,
+    ) -> torch.Tensor:
+        states = self._state(path, (x.shape[1], x.shape[2], b.shape[2]), x, torch.float32)
+
+        def layer(inputs: Sequence[torch.Tensor], runs: StateRuns) -> torch.Tensor:
+            x, dt, b, c = inputs
+            return self._kernels.state_space(x, dt, a, b, c, states, runs, skip=skip)
+
+        return self._compute([x, dt, b, c], layer)
 
 
 def _is_no_fallback_warning(record: logging.LogRecord) -> bool:

@@ -67,13 +67,66 @@ def begin_draw(
     """
     if not sequences:
         return list
+    widths = [sequence.words or logits.shape[1] for sequence in sequences]
+    if any(width != logits.shape[1] for width in widths):
+        return _begin_by_width(logits, widths, sequences, eos_ids, kernels, masks)
     adjusted = [
         _adjusted(one, sequence, eos_ids) if _adjusts(sequence) else one
         for one, sequence in zip(logits, sequences, strict=True)
     ]
-    allowed = [mask if isinstance(mask, np.ndarray) else None for mask in masks] or [None] * len(sequences)
+    allowed = [
+        _allowed(mask, sequence, eos_ids, logits.shape[1])
+        for mask, sequence in zip(masks or [None] * len(sequences), sequences, strict=True)
+    ]
     drawing = kernels.draw(adjusted, _draws(sequences), allowed)
     return lambda: _drawn(drawing(), logits, sequences, masks)
+
+
+def _begin_by_width(
+    logits: torch.Tensor,
+    widths: Sequence[int],
+    sequences: Sequence[SequenceState | DraftedSequence],
+    eos_ids: frozenset[int],
+    kernels: Kernels,
+    masks: Sequence[Mask],
+) -> Callable[[], list[Drawn]]:
+    """Begin to draw the rows of each vocabulary by themselves, so that none depends on another's size."""
+    reads: list[tuple[list[int], Callable[[], list[Drawn]]]] = []
+    for width in sorted(set(widths)):
+        places = [place for place, own in enumerate(widths) if own == width]
+        rows = logits[places, :width] if len(places) < len(widths) else logits[:, :width].contiguous()
+        own_masks = [masks[place] for place in places] if masks else ()
+        own_eos = frozenset(token for token in eos_ids if token < width)
+        some = [sequences[place] for place in places]
+        reads.append((places, begin_draw(rows, some, own_eos, kernels, own_masks)))
+
+    def read() -> list[Drawn]:
+        drawn = {place: one for places, wait in reads for place, one in zip(places, wait(), strict=True)}
+        return [drawn[place] for place in range(len(widths))]
+
+    return read
+
+
+def _allowed(
+    mask: Mask, sequence: SequenceState | DraftedSequence, eos_ids: frozenset[int], width: int
+) -> np.ndarray | None:
+    """Return a grammar's mask for a vocabulary of `width` tokens.
+
+    Grammars know the text of the base's tokens, and the ids of all. Where a token of the base may end the
+    text, so may those that end it by the adapter's own tokenizer.
+    """
+    if not isinstance(mask, np.ndarray):
+        return None
+    words = -(-width // 32)
+    if len(mask) >= words and not sequence.sampling.end_token_ids:
+        return mask[:words]
+    own = np.zeros(words, dtype=np.int32)
+    own[: len(mask)] = mask[:words]
+    bits = own.view(np.uint32)
+    if any(bits[token // 32] >> np.uint32(token % 32) & 1 for token in eos_ids):
+        for token in sequence.sampling.end_token_ids:
+            bits[token // 32] |= np.uint32(1 << token % 32)
+    return own
 
 
 def _drawn(
@@ -240,7 +293,7 @@ def _adjusted(
         bias = np.array(list(sampling.logit_bias.values()), dtype=np.float32)
         logits[sent(np.array(list(sampling.logit_bias)), raw.device)] += sent(bias, raw.device)
     if sequence.generated < sampling.min_tokens:
-        ends = np.array([*eos_ids, *sampling.stop_token_ids], dtype=np.int64)
+        ends = np.array([*eos_ids, *sampling.end_token_ids, *sampling.stop_token_ids], dtype=np.int64)
         logits.index_fill_(0, sent(ends, raw.device), -torch.inf)
     return torch.where(torch.isfinite(raw.amax()), logits, torch.nan)
 

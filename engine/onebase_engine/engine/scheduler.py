@@ -23,8 +23,10 @@ blocks stay free: the next block of each sequence that may still need one. Other
 admitted and preempted again as soon as an older one grows. So no sequence is preempted for lack of blocks
 before one has received `block_size` tokens after any admission.
 
-Where every layer attends within a window, blocks before it are released while the sequence goes on. With one
-layer that sees all of a sequence they stay, since all layers have the same blocks.
+Layers with a window have blocks of their own (`kv_cache.py`). What lies before the window is released while a
+sequence goes on, and a long prompt takes no more blocks for them at once than the window and a step need: it
+gets one for each that it releases. Another sequence may hold those too, as a prefix; should none be free
+then, the youngest sequence yields, as when a decode needs a block.
 
 A sequence whose prefix is restored from host memory over several steps has its place and its blocks from the
 first of them on, and computes nothing before the last.
@@ -39,13 +41,23 @@ from __future__ import annotations
 
 from array import array
 from bisect import insort
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import nsmallest
+from itertools import zip_longest
 
 from onebase_engine.engine.drafts import Drafts
 from onebase_engine.engine.fair_queue import OUTPUT_WEIGHT, FairQueue, TenantQueue, Turns
-from onebase_engine.engine.kv_cache import ZERO_BLOCK, BlockPool, block_key, root_key
+from onebase_engine.engine.kv_cache import (
+    ZERO_BLOCK,
+    BlockGroup,
+    BlockPool,
+    Sight,
+    block_key,
+    group_key,
+    most_blocks,
+    root_key,
+)
 from onebase_engine.engine.recurrence import StatePool
 from onebase_engine.engine.sequence import Segment, SequenceState, StepPlan
 from onebase_engine.engine.slot_table import SlotTable
@@ -257,16 +269,21 @@ class Scheduler:
         pool: BlockPool,
         slots: SlotTable,
         limits: SchedulerLimits,
-        window: int | None = None,
+        groups: Sequence[BlockGroup] = (BlockGroup(()),),
         states: StatePool | None = None,
     ) -> None:
         """Create a scheduler without sequences.
 
         Args:
-            window: number of positions of which the base attends to no earlier ones; None: to all.
+            groups: of the base's layers, each with blocks of its own.
             states: places for recurrent states, of a base that keeps some.
         """
-        self._window = window
+        self._groups = tuple(groups)
+        self._windows: dict[Sight, list[int]] = {}
+        """Numbers of the groups with a window, by what they see."""
+        for number, group in enumerate(self._groups):
+            if group.sight.most is not None:
+                self._windows.setdefault(group.sight, []).append(number)
         self._base = base
         self._pool = pool
         self._slots = slots
@@ -283,6 +300,8 @@ class Scheduler:
         arrived."""
         self._uncharged: set[SequenceState] = set()
         """Sequences whose decodes are planned ahead and not charged yet."""
+        self._end_places: list[int] = []
+        """Places for recurrent states at ends of blocks within the last step's drafts."""
         slots.order = self.waiting.order
 
     def check_limits(self, prompt_length: int, max_tokens: int, adapters: int) -> None:
@@ -297,7 +316,7 @@ class Scheduler:
                 f"{prompt_length} prompt tokens plus max_tokens {max_tokens} are over the server's limit of "
                 f"{self.limits.max_length} tokens; shorten the prompt or lower max_tokens",
             )
-        blocks = self._pool.blocks_for(total)
+        blocks = self.most_blocks(total)
         if blocks > self._pool.capacity:
             raise NeverFitsError(
                 "kv_memory_exceeded",
@@ -332,6 +351,8 @@ class Scheduler:
             ahead: the step before is still computed. Its tokens, and which sequences end with them, are not
                 known, so that nothing is drafted and no decode is charged; `settle` does it later.
         """
+        while self._states is not None and self._end_places:
+            self._states.release(self._end_places.pop())
         tokens = self.limits.step_tokens
         draft = _Draft(tokens, tokens if background is None else background)
         draft.bounded = tokens if bounded is None else bounded
@@ -413,24 +434,31 @@ class Scheduler:
         self._extend_keys(sequence, sequence.computed)
         size = self._pool.block_size
         for index in range(segment.start // size, sequence.computed // size):
-            self._pool.publish(sequence.blocks[index], sequence.block_keys[index])
-        if self._window is not None:
-            # Not from its end on: a step that fails may be computed again.
-            self._release_unseen(sequence, (segment.start - self._window + 1) // size)
+            for number, blocks in enumerate(sequence.blocks):
+                self._pool.publish(blocks[index], group_key(sequence.block_keys[index], number))
+        for sight, numbers in self._windows.items():
+            count = sight.first_seen(sequence.computed) // size
+            for number in numbers if sequence.blocks and count else ():
+                if sequence.blocks[number][count - 1] == ZERO_BLOCK:
+                    break  # Groups that see the same release it at once.
+                self._release_unseen(sequence, sequence.blocks[number], count)
         if self._states is not None:
-            self._advance_state(self._states, sequence)
+            self._advance_state(self._states, segment)
 
-    def _release_unseen(self, sequence: SequenceState, count: int) -> None:
-        """Release the first `count` blocks, which lie before the window of whatever is computed from now on.
+    def _release_unseen(self, sequence: SequenceState, blocks: array[int], count: int) -> None:
+        """Release the first `count` of a group's blocks, which nothing that is computed from now on sees.
 
         The block of zeros takes their place. As prefixes they stay cached as long as other released blocks.
+        The rest of a prompt gets as many, so that it does not lack them later.
         """
         first = count
-        while first > 0 and sequence.blocks[first - 1] != ZERO_BLOCK:
+        while first > 0 and blocks[first - 1] != ZERO_BLOCK:
             first -= 1
         if first < count:
-            self._pool.release(sequence.blocks[first:count])
-            sequence.blocks[first:count] = array("i", [ZERO_BLOCK] * (count - first))
+            self._pool.release(blocks[first:count])
+            blocks[first:count] = array("i", [ZERO_BLOCK] * (count - first))
+            missing = self._pool.blocks_for(sequence.length) - len(blocks)
+            blocks.extend(self._pool.allocate(max(min(count - first, missing), 0)) or ())
 
     def finish(self, sequence: SequenceState) -> None:
         """Remove a sequence, waiting or running, and release its resources."""
@@ -444,17 +472,20 @@ class Scheduler:
     def sequences(self) -> list[SequenceState]:
         return [*self.running, *self.waiting]
 
-    def _advance_state(self, states: StatePool, sequence: SequenceState) -> None:
-        """Let the state that the step has written be the sequence's, and keep it where a block ends.
+    def _advance_state(self, states: StatePool, segment: Segment) -> None:
+        """Let the state that the step has written be the sequence's, and keep the one where a block ends.
 
         Of states behind generated tokens only a sequence's newest is kept: a conversation goes on from there.
         """
+        sequence, blocks = segment.sequence, segment.sequence.computed // self._pool.block_size
+        end = blocks * self._pool.block_size
         before, now = sequence.states
         states.release(before)
-        if sequence.computed % self._pool.block_size == 0:
-            key = sequence.block_keys[sequence.computed // self._pool.block_size - 1]
-            states.publish(now, key)
-            if sequence.computed > sequence.prompt_length:
+        place = now if end == sequence.computed else segment.end_place
+        if end > segment.start and place >= 0:
+            key = sequence.block_keys[blocks - 1]
+            states.publish(place, key)
+            if end > sequence.prompt_length:
                 if sequence.snapshot is not None:
                     states.forget(sequence.snapshot)
                 sequence.snapshot = key
@@ -530,6 +561,8 @@ class Scheduler:
         segment = Segment(sequence, sequence.computed, sequence.computed + length)
         if segment.samples and self.awaits(sequence):
             return
+        if not self._grow(sequence, segment.stop, draft):
+            return
         draft.chunks[sequence] = segment
         draft.spend_tokens(sequence, length)
         draft.bounded -= length if is_bounded else 0
@@ -582,7 +615,8 @@ class Scheduler:
         `ahead`: nothing is computed meanwhile, so no sequence searches for a draft that would not be used.
         """
         rows = self.limits.step_tokens - draft.budget
-        size, spare = self._pool.block_size, max(len(self.running), int(self._pool.capacity * WATERMARK))
+        size, groups = self._pool.block_size, len(self._groups)
+        spare = max(groups * len(self.running), int(self._pool.capacity * WATERMARK))
         for sequence, segment in draft.decodes.items():
             late = (sequence.background and not self.only_background) or sequence in draft.heavy
             if sequence.sampling.penalizes or not sequence.generates or late:
@@ -594,17 +628,34 @@ class Scheduler:
             proposed = sequence.drafts.propose(
                 sequence.tokens, limit, sequence.forced, drawing=sequence.drawing
             )
-            room = len(sequence.blocks) * size - sequence.length
+            room = min(map(len, sequence.blocks)) * size - sequence.length
             count = min(len(proposed), sequence.drafts.worth(rows), draft.left(sequence))
-            if count > room and self._pool.free > spare:
-                sequence.blocks.extend(self._pool.allocate(1) or ())
+            if (
+                count > room
+                and self._pool.free > spare + groups
+                and self._extend(sequence, sequence.length + room + 1)
+            ):
                 room += size
-            if (count := min(count, room)) > 0:
+            count, end_place = self._past_block(segment, min(count, room))
+            if count > 0:
                 draft.decodes[sequence] = Segment(
-                    sequence, segment.start, segment.stop, tuple(proposed[:count])
+                    sequence, segment.start, segment.stop, tuple(proposed[:count]), end_place
                 )
                 draft.spend_tokens(sequence, count)
                 rows += count
+
+    def _past_block(self, segment: Segment, count: int) -> tuple[int, int]:
+        """Return a draft's length, and a place for the recurrent state at the end of a block within it (-1).
+
+        The draft ends at the block's end if every place that is left may be needed by a running sequence.
+        """
+        to_end = -segment.stop % self._pool.block_size
+        if self._states is None or count <= to_end:
+            return count, -1
+        if 2 * len(self.running) + len(self._end_places) >= self._states.capacity:
+            return to_end, -1
+        self._end_places.append(self._states.allocate())
+        return count, self._end_places[-1]
 
     # ---- admission ---------------------------------------------------------------------------
 
@@ -673,7 +724,7 @@ class Scheduler:
     def _yielding(self, sequence: SequenceState, draft: _Draft) -> list[SequenceState]:
         """Return running sequences that yield a place and blocks to `sequence`; empty if those would not
         suffice."""
-        needed = self._pool.blocks_for(sequence.length) + self._watermark(sequence)
+        needed = self.most_blocks(sequence.length) + self._watermark(sequence)
         free = self._pool.free
         yielding: list[SequenceState] = []
         while len(self.running) - len(yielding) >= self.limits.max_rows or free < needed:
@@ -681,7 +732,7 @@ class Scheduler:
             if victim is None:
                 return []
             yielding.append(victim)
-            free += self._pool.unshared(victim.blocks)
+            free += self._pool.unshared(_by_position(victim.blocks))
         return yielding
 
     def _over_served(
@@ -731,36 +782,95 @@ class Scheduler:
     def _allocate_blocks(self, sequence: SequenceState) -> bool:
         """Allocate blocks for all tokens, a cached prefix first. At least one token stays to compute.
 
-        Return False, and allocate none, if there are not enough, or if fewer than the watermark would stay
-        free.
+        Layers with a window get as many as they ever hold at once. Return False, and allocate none, if there
+        are not enough, or if fewer than the watermark would stay free.
         """
         self._extend_keys(sequence, sequence.length - 1)
-        keys = sequence.block_keys[: sequence.reusable // self._pool.block_size]
-        shared, fresh = self._pool.share(keys), None
-        needed, watermark = self._pool.blocks_for(sequence.length), self._watermark(sequence)
-        states = 0, -1
-        if needed - len(shared) + watermark <= self._pool.free:
+        size, watermark = self._pool.block_size, self._watermark(sequence)
+        keys = sequence.block_keys[: sequence.reusable // size]
+        count, shared = self._share(keys)
+        states, fresh = (0, -1), None
+        if sum(self._needed(sequence, count, shared)) + watermark <= self._pool.free:
             # What comes back from host memory takes blocks that the sequence would take anyway.
-            shared += self._pool.share(keys[len(shared) :], restore=True)
+            while not self._restore(keys, count, shared):
+                self._release_blocks(shared)
+                count, shared = self._share(keys)
             if self._states is not None:
-                states = self._share_state(self._states, sequence, shared)
+                states = self._share_state(self._states, sequence, shared[0])
+                count = len(shared[0])
             # Of the blocks that were just released, others may hold some.
-            if needed - len(shared) + watermark <= self._pool.free:
-                fresh = self._pool.allocate(needed - len(shared))
+            needed = self._needed(sequence, count, shared)
+            if sum(needed) + watermark <= self._pool.free:
+                fresh = self._pool.allocate(sum(needed))
         if fresh is None:
-            self._pool.release(shared)
+            self._release_blocks(shared)
             self._release_states(states)
             return False
         sequence.states = states
-        sequence.blocks = array("i", shared + fresh)
-        sequence.late = self._pool.late(shared)
-        sequence.computed = len(shared) * self._pool.block_size
+        sequence.late = self._pool.late([block for blocks in shared for block in blocks])
+        sequence.blocks = []
+        for group, blocks, more in zip(self._groups, shared, needed, strict=True):
+            unseen = [ZERO_BLOCK] * group.first_block(count * size, size)
+            sequence.blocks.append(array("i", unseen + blocks + fresh[:more]))
+            del fresh[:more]
+        sequence.computed = count * size
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.charged = min(sequence.computed, sequence.prompt_length)
         else:
             again = sequence.length - sequence.computed
-            sequence.yields_at = sequence.generated + max(self._pool.block_size, again // OUTPUT_WEIGHT)
+            sequence.yields_at = sequence.generated + max(size, again // OUTPUT_WEIGHT)
         return True
+
+    def _share(self, keys: Sequence[bytes]) -> tuple[int, list[list[int]]]:
+        """Find the longest cached prefix, and acquire those of each group's blocks that need no restoring.
+
+        Return its length, in blocks. Of a prefix, each group needs the blocks that the next row sees.
+        """
+        count, size = len(keys), self._pool.block_size
+        for number, group in enumerate(self._groups):
+            if group.sight.most is None:
+                held = (self._pool.holds(group_key(key, number), restore=True) for key in keys[:count])
+                count = next((index for index, one in enumerate(held) if not one), count)
+        while count:
+            missing = [
+                index
+                for sight, numbers in self._windows.items()
+                for number in numbers
+                for index in range(sight.first_seen(count * size) // size, count)
+                if not self._pool.holds(group_key(keys[index], number), restore=True)
+            ]
+            if not missing:
+                break
+            count = max(missing)
+        return count, [self._pool.share(own) for own in self._keys_of_groups(keys, count)]
+
+    def _keys_of_groups(self, keys: Sequence[bytes], count: int) -> Iterator[list[bytes]]:
+        """Yield the keys of the blocks that each group needs of a prefix of `count` blocks."""
+        size = self._pool.block_size
+        for number, group in enumerate(self._groups):
+            yield [group_key(key, number) for key in keys[group.first_block(count * size, size) : count]]
+
+    def _restore(self, keys: Sequence[bytes], count: int, shared: Sequence[list[int]]) -> bool:
+        """Acquire the rest of a prefix, from host memory. Return False if a part of it was lost there."""
+        for own, blocks in zip(self._keys_of_groups(keys, count), shared, strict=True):
+            blocks += self._pool.share(own[len(blocks) :], restore=True)
+            if len(blocks) < len(own):
+                return False
+        return True
+
+    def _needed(self, sequence: SequenceState, count: int, shared: Sequence[list[int]]) -> list[int]:
+        """Return how many blocks each group lacks for a sequence whose first `count` blocks are cached."""
+        size, length = self._pool.block_size, sequence.length
+        needed = []
+        for group, blocks in zip(self._groups, shared, strict=True):
+            left = self._pool.blocks_for(length) - group.first_block(count * size, size)
+            most = group.most_blocks(length, size, self.limits.step_tokens)
+            needed.append(min(left, most) - len(blocks))
+        return needed
+
+    def most_blocks(self, tokens: int) -> int:
+        """Return the largest number of blocks that a sequence of `tokens` holds at once, alone."""
+        return most_blocks(self._groups, tokens, self._pool.block_size, self.limits.step_tokens)
 
     def _share_state(self, states: StatePool, sequence: SequenceState, shared: list[int]) -> tuple[int, int]:
         """Return the places for a sequence's recurrent state, and one for the next.
@@ -788,9 +898,11 @@ class Scheduler:
         """Return the number of blocks that must stay free after `admitted` joins; alone it may take all."""
         if not self.running:
             return 0
-        growing = sum(self._may_outgrow(sequence, len(sequence.blocks)) for sequence in self.running)
+        growing = sum(
+            self._may_outgrow(sequence, max(map(len, sequence.blocks))) for sequence in self.running
+        )
         growing += self._may_outgrow(admitted, self._pool.blocks_for(admitted.length))
-        return max(growing, int(self._pool.capacity * WATERMARK))
+        return max(growing * len(self._groups), int(self._pool.capacity * WATERMARK))
 
     def _may_outgrow(self, sequence: SequenceState, blocks: int) -> bool:
         """Return True if the sequence may need more than `blocks`; its last token needs no KV."""
@@ -801,16 +913,29 @@ class Scheduler:
 
         Return False if this sequence was preempted.
         """
-        while len(sequence.blocks) * self._pool.block_size < tokens:
-            more = self._pool.allocate(1)
-            if more is not None:
-                sequence.blocks.extend(more)
-                continue
-            youngest = ([other for other in self.running if other.background] or self.running)[-1]
-            victim = self._over_served(youngest, self.running, (), draft) or youngest
+        while not self._extend(sequence, tokens):
+            among = [other for other in self.running if other not in draft.chunks]
+            youngest = ([other for other in among if other.background] or among)[-1]
+            victim = self._over_served(youngest, among, (), draft) or youngest
             self._preempt(victim, draft)
             if victim is sequence:
                 return False
+        return True
+
+    def _extend(self, sequence: SequenceState, tokens: int) -> bool:
+        """Allocate blocks for `tokens` to each group. Return False, and allocate none, if too few are
+        free."""
+        count = self._pool.blocks_for(tokens)
+        missing = [count - len(blocks) for blocks in sequence.blocks]
+        if max(missing) <= 0:
+            return True
+        fresh = self._pool.allocate(sum(more for more in missing if more > 0))
+        if fresh is None:
+            return False
+        for blocks, more in zip(sequence.blocks, missing, strict=True):
+            if more > 0:
+                blocks.extend(fresh[:more])
+                del fresh[:more]
         return True
 
     def _preempt(self, sequence: SequenceState, draft: _Draft) -> None:
@@ -824,11 +949,14 @@ class Scheduler:
             draft.spend_tokens(sequence, -1)
 
     def _release(self, sequence: SequenceState) -> None:
-        self._pool.release([block for block in sequence.blocks if block != ZERO_BLOCK])
-        sequence.blocks, sequence.late = array("i"), []
+        self._release_blocks(sequence.blocks)
+        sequence.blocks, sequence.late = [], []
         self._release_states(sequence.states)
         sequence.states = 0, -1
         self._slots.release(sequence)
+
+    def _release_blocks(self, of_groups: Sequence[Sequence[int]]) -> None:
+        self._pool.release(_by_position(of_groups))
 
     def _extend_keys(self, sequence: SequenceState, tokens: int) -> None:
         """Extend the keys of the sequence's full blocks within its first `tokens` tokens."""
@@ -841,3 +969,9 @@ class Scheduler:
                 else root_key(self._base, sequence.tenant, sequence.mix)
             )
             sequence.block_keys.append(block_key(parent, sequence.tokens[start : start + size]))
+
+
+def _by_position(of_groups: Sequence[Sequence[int]]) -> list[int]:
+    """Return the blocks of all groups in the order of a sequence's tokens, without the block of zeros."""
+    together = zip_longest(*of_groups, fillvalue=ZERO_BLOCK)
+    return [block for blocks in together for block in blocks if block != ZERO_BLOCK]

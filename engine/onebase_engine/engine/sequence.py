@@ -70,6 +70,8 @@ class SequenceState:
     arrived_at: float
     """Arrival, in monotonic seconds."""
     tenant: str = "default"
+    words: int = 0
+    """Number of tokens of its vocabulary, which begin its logits; 0: all that the logits have."""
     priority: int = 0
     background: bool = False
     """Whether the sequence only uses what others leave free."""
@@ -84,8 +86,9 @@ class SequenceState:
     drawing: bool = False
     """Whether one more token than `tokens` has is being drawn while the step after it is planned."""
     computed: int = 0
-    blocks: array[int] = field(default_factory=lambda: array("i"))
-    """KV blocks, int32 as in a step's table; the block of zeros for those that were released."""
+    blocks: list[array[int]] = field(default_factory=list)
+    """KV blocks of each group of layers, int32 as in a step's tables; the block of zeros for those that were
+    released."""
     states: tuple[int, int] = (0, -1)
     """Places of the recurrent state behind the computed tokens, and of the one that the next step writes."""
     branch_at: int = 0
@@ -189,6 +192,10 @@ class DraftedSequence:
         return self.sequence.choice
 
     @property
+    def words(self) -> int:
+        return self.sequence.words
+
+    @property
     def prompt_length(self) -> int:
         return self.sequence.prompt_length
 
@@ -217,6 +224,8 @@ class Segment:
     start: int
     stop: int
     draft: tuple[int, ...] = ()
+    end_place: int = -1
+    """Place for the recurrent state at the last end of a block that right tokens of the draft go past."""
 
     @property
     def length(self) -> int:
@@ -268,7 +277,8 @@ class StepPlan:
         return {
             block
             for segment in self.segments
-            for block in segment.sequence.blocks[
+            for blocks in segment.sequence.blocks
+            for block in blocks[
                 segment.start // block_size : -(-(segment.start + segment.length) // block_size)
             ]
         }

@@ -16,6 +16,7 @@ from onebase_engine.kernels.weights import (
     Head,
     composable,
     folded,
+    vocabulary_of,
     weights_bytes,
     without_head,
 )
@@ -32,6 +33,8 @@ class Versions:
         """Tensors that go into slots, by digest."""
         self.heads: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         """Heads of versions that are classifiers: weight [labels, hidden] and bias [labels], fp64."""
+        self._words: dict[str, int] = {}
+        """Numbers of tokens of versions whose vocabulary is not the base's."""
         self._sizes: dict[str, int] = {}
         self._alone: set[str] = set()
         """Versions that are no sum of products, and so cannot be weighted or added to others."""
@@ -53,6 +56,8 @@ class Versions:
             self.heads[digest] = weight, bias
         self.weights[digest] = folded(without_head(weights))
         self._sizes[digest] = weights_bytes(self.weights[digest])
+        if words := vocabulary_of(self.weights[digest]):
+            self._words[digest] = words
         self._leaving.discard(digest)
         if not composable(weights):
             self._alone.add(digest)
@@ -69,6 +74,7 @@ class Versions:
                 self._leaving.discard(digest)
                 del self.weights[digest], self._sizes[digest]
                 self.heads.pop(digest, None)
+                self._words.pop(digest, None)
                 self._alone.discard(digest)
                 self._dropped.append(digest)
 
@@ -76,6 +82,10 @@ class Versions:
         """Return the digests whose memory has become free since the last call."""
         dropped, self._dropped = self._dropped, []
         return dropped
+
+    def words(self, mix: AdapterMix, of_base: int) -> int:
+        """Return the number of tokens that a sequence's logits have. `of_base`: that of the base's own."""
+        return self._words.get(mix.digests[0], of_base) if len(mix.terms) == 1 else of_base
 
     def size(self, digest: str) -> int:
         """Return the bytes of a version in a slot."""

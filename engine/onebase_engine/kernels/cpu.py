@@ -47,7 +47,7 @@ CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
 OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
 """Environment variable: the path of another build, for instance with sanitizers."""
-ABI = 7
+ABI = 8
 LANES = 16
 TRIAL_OUTPUTS = 1 << 20
 IN_MULTIPLE = 32
@@ -96,7 +96,7 @@ class _Attention(ctypes.Structure):
         ("kv_heads", c_int64), ("groups", c_int64),
         ("key_dim", c_int64), ("value_dim", c_int64), ("slots", c_int64), ("block_size", c_int64),
         ("scaling", c_float), ("softcap", c_float), ("window", c_int64), ("chunk", c_int64),
-        ("writes", c_int64), ("sinks", c_void_p),
+        ("writes", c_int64), ("table", c_int64), ("sinks", c_void_p),
     )  # fmt: skip
 
 
@@ -214,10 +214,16 @@ def _groups_of(rows: RowMap) -> int | None:
 
 
 def _contexts_of(contexts: Contexts) -> int:
-    """Return the address of the library's structure of the contexts, built once."""
+    """Return the address of the library's structures of the contexts, one a table, built once."""
     if "native" not in contexts.held:
-        arrays = (contexts.position, contexts.table_row, contexts.write, contexts.table)
-        own = _Contexts(len(arrays[0]), *(a.ctypes.data for a in arrays), contexts.table.shape[1])
+        count, width = len(contexts.position), contexts.tables.shape[2]
+        same = contexts.position.ctypes.data, contexts.table_row.ctypes.data
+        own = (_Contexts * len(contexts.tables))(
+            *(
+                _Contexts(count, *same, write.ctypes.data, table.ctypes.data, width)
+                for write, table in zip(contexts.write, contexts.tables, strict=True)
+            )
+        )
         contexts.held["native"] = ctypes.addressof(own), own
     address: int = contexts.held["native"][0]
     return address
@@ -473,7 +479,13 @@ class CpuKernels(ReferenceRecurrence):
         around_one = self._norms[key]
         if around_one is None:
             return own
-        return lambda x: normed(x, around_one) if x.dtype == torch.bfloat16 else own(x)
+
+        def norm(x: torch.Tensor) -> torch.Tensor:
+            # A norm that ignores its weight (Falcon Mamba) may be given rows of another width.
+            fits = x.dtype == torch.bfloat16 and x.shape[-1] == size
+            return normed(x, around_one) if fits else own(x)
+
+        return norm
 
     def add(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Return x + other, bf16, both contiguous and of one shape, whose last size is a multiple of
@@ -590,13 +602,13 @@ class CpuKernels(ReferenceRecurrence):
         return _same(self.add(x, other), x + other)
 
     def attention(self, cache: LayerCache, settings: AttentionSettings) -> NativeAttention:
-        kv_heads, slots, dim = cache.keys.shape
+        kv_heads, _, dim = cache.keys.shape
         scales = (None, None) if cache.scales is None else (one.data_ptr() for one in cache.scales)
         sinks = settings.sinks
         structure = _Attention(
             cache.keys.data_ptr(), cache.values.data_ptr(), *scales, kv_heads, 1, dim,
-            cache.values.shape[2], slots, cache.block_size, settings.scaling, settings.softcap or 0.0,
-            settings.window or 0, settings.chunk or 0, settings.writes,
+            cache.values.shape[2], cache.head_slots, cache.block_size, settings.scaling,
+            settings.softcap or 0.0, settings.window or 0, settings.chunk or 0, settings.writes, cache.table,
             None if sinks is None else sinks.data_ptr(),
         )  # fmt: skip
         return NativeAttention(self, structure, sinks)

@@ -703,7 +703,9 @@ class _Step:
 
     position: torch.Tensor
     write: torch.Tensor
-    table: torch.Tensor
+    """KV slots, [tables, rows]."""
+    tables: torch.Tensor
+    """KV blocks, [tables, contexts, blocks]."""
     tiles: torch.Tensor
     """Tiles, [tiles, 3]: first packed row, number of rows, context."""
     first_rows: list[int]
@@ -751,9 +753,10 @@ def _step_of(contexts: Contexts, rows: int, device: torch.device) -> _Step:
     key = FIXED if FIXED in contexts.held else f"cuda {rows}"
     if key not in contexts.held:
         tiles = np.array(list(_tiles(contexts, rows)), dtype=np.int32).reshape(-1, 3)
-        arrays = contexts.position, contexts.write, contexts.table, tiles
+        arrays = contexts.position, contexts.write, contexts.tables, tiles
         there = sent(np.concatenate([array.reshape(-1) for array in arrays]), device)
-        own = torch.split(there, [array.size for array in arrays])
+        parts = torch.split(there, [array.size for array in arrays])
+        own = [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
         firsts = tiles[:, 0]
         longest = np.maximum.reduceat(contexts.position, firsts) if len(tiles) else firsts
         splits = (longest // SPLIT.value + 1).tolist()
@@ -795,14 +798,19 @@ class FixedStep:
     """
 
     def __init__(
-        self, size: StepSize, slots: int, block_size: int, padding_slot: int, device: torch.device
+        self,
+        size: StepSize,
+        slots: int,
+        block_size: int,
+        padding_slots: Sequence[int],
+        device: torch.device,
     ) -> None:
-        """Allocate the places. `padding_slot`: the KV slot to which padding writes, and which is never
-        read."""
-        rows, terms = size.rows, size.terms
+        """Allocate the places. `padding_slots`: of each table the KV slot to which padding writes, and which
+        is never read."""
+        rows, terms, tables = size.rows, size.terms, len(padding_slots)
         width = -(-size.splits * SPLIT.value // block_size)
-        sizes = [rows, rows, rows, rows, 3 * rows, rows * width, rows + 1, terms, terms, terms]
-        self._no_slot, self._padding_slot = slots, padding_slot
+        sizes = [rows, rows, rows, tables * rows, 3 * rows, tables * rows * width, rows + 1, *[terms] * 3]
+        self._no_slot, self._padding_slots = slots, np.array(padding_slots, dtype=np.int32)[:, None]
         self._here = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._there = self._here.to(device)
         self._copied: Any = torch.cuda.Event() if device.type == "cuda" else None
@@ -812,16 +820,19 @@ class FixedStep:
         self.every_row = torch.arange(rows, device=device)
         none = np.zeros(rows, dtype=np.int32)
         splits = [size.splits] * rows
+        write, table = write.view(tables, rows), table.view(tables, rows, width)
         step = _Step(position, write, table, tiles, list(range(rows)), splits, rows, size.splits == 1)
-        self.contexts = Contexts(none, none, none, np.zeros((rows, width), dtype=np.int32), {FIXED: step})
+        here = np.zeros((tables, rows, width), dtype=np.int32)
+        self.contexts = Contexts(none, none, here[:, :, 0], here, {FIXED: step})
         row, slot, weight = acting
         held = _Terms(terms, starts, row, slot, weight.view(torch.float32), size.most_rank)
         self.rows = RowMap(held={FIXED: held})
 
     def clear(self) -> None:
         """Load a step of nothing but padding."""
-        none = np.zeros(0, dtype=np.int32)
-        self.load_step(none, Contexts(none, none, none, none.reshape(0, 0)), RowMap())
+        none, tables = np.zeros(0, dtype=np.int32), len(self._padding_slots)
+        contexts = Contexts(none, none, none.reshape(tables, 0), none.reshape(tables, 0, 0))
+        self.load_step(none, contexts, RowMap())
 
     def load_step(self, ids: np.ndarray, contexts: Contexts, rows: RowMap) -> None:
         """Load a step: the tokens of its packed rows, int, their contexts and their adapters."""
@@ -840,15 +851,16 @@ class FixedStep:
         position[:] = -1
         position[:count] = contexts.position
         places[:] = np.maximum(position, 0)
-        write[:count] = contexts.write
-        write[count:] = self._padding_slot
+        slots_of_rows = write.reshape(len(self._padding_slots), -1)
+        slots_of_rows[:, :count] = contexts.write
+        slots_of_rows[:, count:] = self._padding_slots
         tile = tiles.reshape(-1, 3)
         tile[:, 0] = np.arange(len(tile))
         tile[:count, 1] = contexts.position >= 0
         tile[:count, 2] = contexts.table_row
-        wide = table.reshape(len(tile), -1)
-        some = contexts.table[:, : wide.shape[1]]
-        wide[: some.shape[0], : some.shape[1]] = some
+        wide = table.reshape(len(self._padding_slots), len(tile), -1)
+        some = contexts.tables[:, :, : wide.shape[2]]
+        wide[:, : some.shape[1], : some.shape[2]] = some
         slots[:] = self._no_slot
         own_starts, columns = _acting(rows, count)
         starts[: count + 1] = own_starts
@@ -869,7 +881,7 @@ class CudaAttention:
 
     def __init__(self, cache: LayerCache, settings: AttentionSettings) -> None:
         self._cache = cache.keys, cache.values, *(cache.scales or (cache.keys, cache.values))
-        self._block_size = cache.block_size
+        self._block_size, self._head_slots, self._table = cache.block_size, cache.head_slots, cache.table
         self._numbers = settings.scaling, settings.softcap or 0.0, settings.window or 0, settings.chunk or 0
         self._sinks, self._writes = settings.sinks, settings.writes
         self._sizes = {
@@ -890,17 +902,18 @@ class CudaAttention:
             raise TypeError(f"attention in bf16 got {q.dtype}, {k.dtype} and {v.dtype}")
         q, k, v = (one if one.stride(2) == 1 else one.contiguous() for one in (q, k, v))
         heads, count, key_dim = q.shape
-        kv_heads, slots, value_dim = self._cache[1].shape
+        kv_heads, _, value_dim = self._cache[1].shape
         groups = heads // kv_heads
         padded = triton.next_power_of_2(groups)
         step = _step_of(contexts, QUERIES.value // padded, q.device)
+        table = step.tables[self._table]
         cosines, sines = rotation if rotation is not None else (q, q)
         sinks = q if self._sinks is None else self._sinks
         sizes = {**self._sizes, "TURN": rotation is not None, "EIGHT": self._eight}
         if self._writes:
             _write[(count, kv_heads)](
-                k, v, *self._cache, step.write, cosines, sines, k.stride(1), k.stride(0), v.stride(1),
-                v.stride(0), slots, key_dim, value_dim, **sizes, **PLAIN,
+                k, v, *self._cache, step.write[self._table], cosines, sines, k.stride(1), k.stride(0),
+                v.stride(1), v.stride(0), self._head_slots, key_dim, value_dim, **sizes, **PLAIN,
             )  # fmt: skip
         if step.whole:
             chunks, held = [_Chunk(0, len(step.splits), 0, count, 1)], 0
@@ -913,9 +926,9 @@ class CudaAttention:
         for one in chunks:
             if one.splits:
                 _attend[(one.tiles, kv_heads, one.splits)](
-                    q, *self._cache, part, stats, out, step.tiles, step.position, step.table, cosines, sines,
-                    sinks, q.stride(1), q.stride(0), one.first_tile, one.first_row, one.rows, heads, slots,
-                    contexts.table.shape[1], self._block_size, key_dim, value_dim, *self._numbers,
+                    q, *self._cache, part, stats, out, step.tiles, step.position, table, cosines, sines,
+                    sinks, q.stride(1), q.stride(0), one.first_tile, one.first_row, one.rows, heads,
+                    self._head_slots, table.shape[1], self._block_size, key_dim, value_dim, *self._numbers,
                     GROUPS=groups, PADDED=padded, WHOLE=step.whole, SINKS=self._sinks is not None, **sizes,
                     **PLAIN,
                 )  # fmt: skip
@@ -1255,7 +1268,8 @@ class CudaKernels(CudaRecurrence):
         weight, eps, around_one = found
 
         def norm(x: torch.Tensor) -> torch.Tensor:
-            if x.dtype != torch.bfloat16:
+            # A norm that ignores its weight (Falcon Mamba) may be given rows of another width.
+            if x.dtype != torch.bfloat16 or x.shape[-1:] != weight.shape:
                 return own(x)
             return normed((x.contiguous(), weight), eps, around_one)
 

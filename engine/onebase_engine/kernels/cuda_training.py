@@ -259,7 +259,8 @@ def trained_norm(base: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     plain = type(base).forward
 
     def norm(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        if args or options or x.dtype != torch.bfloat16:
+        fits = x.dtype == torch.bfloat16 and x.shape[-1:] == base.weight.shape
+        if args or options or not fits:
             own: torch.Tensor = plain(base, x, *args, **options)
             return own
         y: torch.Tensor = _TrainedNorm.apply(x, *found)

@@ -54,23 +54,29 @@ class StateRuns:
     """[runs + 1]"""
     read: np.ndarray
     write: np.ndarray
+    drafted: int = 0
+    """Number of packed rows, from the first on, that hold all rows of drafts; 0: there are none."""
     held: dict[str, Any] = field(default_factory=dict, compare=False)
     """Cache of the same data in a back-end's own form."""
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Positions and KV blocks of one step, all int32.
+    """Positions and KV blocks of one step, all int32 and contiguous.
 
-    In packed order, each row has its position (-1 for padding), its row of `table`, and the KV slot to which
-    its key and value are written. `table` [contexts, blocks] are KV blocks. `runs` are the same rows by
-    sequence, for recurrent layers.
+    In packed order, each row has its position (-1 for padding), the context that it belongs to, and the KV
+    slots to which its keys and values are written. Layers that share blocks share a table of them and these
+    slots: `LayerCache.table` is its number. `runs` are the same rows by sequence, for recurrent layers.
     """
 
     position: np.ndarray
+    """[rows]"""
     table_row: np.ndarray
+    """Context of each row, [rows]."""
     write: np.ndarray
-    table: np.ndarray
+    """KV slots, [tables, rows]."""
+    tables: np.ndarray
+    """KV blocks, [tables, contexts, blocks]."""
     runs: StateRuns | None = field(default=None, kw_only=True)
     held: dict[str, Any] = field(default_factory=dict, compare=False)
     """Cache of the same data in a back-end's own form."""
@@ -100,7 +106,9 @@ nothing is allowed."""
 class LayerCache:
     """One layer's part of the KV cache: keys and values [kv_heads, slots, dim].
 
-    A slot is one token of one block. Numbers are in the model's dtype, or int8 with `scales`.
+    A slot is one token of one block: block b has the slots from b * block_size on. The keys of two heads are
+    `head_slots` apart; slots of a head between its blocks may be other heads' or layers'. Numbers are in the
+    model's dtype, or int8 with `scales`.
     """
 
     keys: torch.Tensor
@@ -114,6 +122,13 @@ class LayerCache:
     more than half a scale. Zeros with a scale of NaN stand for numbers of which one is not finite. Scores are
     multiplied with the scales of keys, weights with those of values, and rounded to the model's dtype.
     """
+    table: int = 0
+    """Number of the layer's table in `Contexts`."""
+
+    @property
+    def head_slots(self) -> int:
+        """Distance of one head's slots from the next one's, the same for keys, values and scales."""
+        return self.keys.stride(0) // self.keys.shape[2]
 
 
 @dataclass(frozen=True)

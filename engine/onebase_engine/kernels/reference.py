@@ -402,6 +402,7 @@ class ReferenceAttention:
         scales: tuple[torch.Tensor | None, torch.Tensor | None] = cache.scales or (None, None)
         self._key_scales, self._value_scales = scales
         self._block_size = cache.block_size
+        self._table = cache.table
         self._settings = settings
         self._tiled = tiled
 
@@ -426,27 +427,29 @@ class ReferenceAttention:
         return out
 
     def _gathered(self, contexts: Contexts, device: torch.device) -> tuple[torch.Tensor, list[_Part]]:
-        """Return the slots for the step's keys, and its parts; computed once a step, for all layers."""
-        key = f"parts {self._tiled} {self._block_size}"
+        """Return the slots for the step's keys, and its parts; computed once a step, for all layers of a
+        table."""
+        key = f"parts {self._tiled} {self._block_size} {self._table}"
         if key not in contexts.held:
             some = list(self._parts(contexts, device))
-            contexts.held[key] = torch.from_numpy(contexts.write.astype(np.int64)).to(device), some
+            write = contexts.write[self._table].astype(np.int64)
+            contexts.held[key] = torch.from_numpy(write).to(device), some
         made: tuple[torch.Tensor, list[_Part]] = contexts.held[key]
         return made
 
     def _parts(self, contexts: Contexts, device: torch.device) -> Iterator[_Part]:
-        real = np.flatnonzero(contexts.position >= 0)
+        real, table = np.flatnonzero(contexts.position >= 0), contexts.tables[self._table]
         owners, counts = np.unique(contexts.table_row[real], return_counts=True)
-        last = np.zeros(len(contexts.table), dtype=np.int64)
+        last = np.zeros(len(table), dtype=np.int64)
         np.maximum.at(last, contexts.table_row[real], contexts.position[real])
         alone = real[np.isin(contexts.table_row[real], owners[counts == 1])]
         for first, stop in _decode_groups((contexts.position[alone] + 1).tolist()):
             rows = alone[first:stop]
             owner = contexts.table_row[rows]
-            yield self._part(contexts, rows, self._slots(contexts.table[owner], last[owner]), device)
+            yield self._part(contexts, rows, self._slots(table[owner], last[owner]), device)
         for owner in owners[counts > 1]:
             rows = real[contexts.table_row[real] == owner]
-            slots = self._slots(contexts.table[owner : owner + 1], last[owner : owner + 1])[0]
+            slots = self._slots(table[owner : owner + 1], last[owner : owner + 1])[0]
             yield self._part(contexts, rows, slots, device)
 
     def _part(self, contexts: Contexts, rows: np.ndarray, slots: np.ndarray, device: torch.device) -> _Part:

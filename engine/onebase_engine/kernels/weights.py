@@ -55,10 +55,13 @@ class LoraWeights:
 
 @dataclass(frozen=True)
 class SavedModule:
-    """A whole module in place of the base's (`modules_to_save`): a norm, the embedding or the output head."""
+    """A whole module in place of the base's (`modules_to_save`): a norm, the embedding or the output head.
+
+    The embedding and the head may have another number of rows: that of the adapter's own vocabulary.
+    """
 
     weight: torch.Tensor
-    """Weight with the base module's shape and dtype."""
+    """Weight with the base module's dtype and, the number of tokens aside, its shape."""
     bias: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> SavedModule:
@@ -76,6 +79,11 @@ class TokenRows:
     """Token ids, [n] int64, ascending."""
     rows: torch.Tensor
     """Rows, [n, dim] fp32; used in the dtype of the base's weight."""
+    words: int = 0
+    """Number of tokens of the adapter's own vocabulary; 0: it is the base's.
+
+    Tokens beyond the base's all have a row; those from here on do not exist for the adapter.
+    """
 
     def to(self, device: torch.device) -> TokenRows:
         return moved(self, device)
@@ -98,6 +106,10 @@ class Head:
     def folded(self) -> Head:
         return self
 
+
+MOST_NEW_TOKENS = 1024
+"""Largest number of tokens that an adapter may add behind the base's vocabulary. Each costs a row of the
+embedding and one of the head, and widens the logits of every sequence in a step."""
 
 HEAD = "score"
 """Name of a classifier's head among an adapter's modules."""
@@ -195,16 +207,34 @@ def without_head(weights: AdapterWeights) -> AdapterWeights:
     return {name: module for name, module in weights.items() if not isinstance(module, Head)}
 
 
+def words_of(module: ModuleWeights) -> int:
+    """Return the number of tokens for which an embedding or a head has rows; 0 for any other module."""
+    if isinstance(module, TokenRows):
+        return module.words
+    return len(module.weight) if isinstance(module, SavedModule) and module.weight.ndim > 1 else 0
+
+
+def vocabulary_of(weights: AdapterWeights) -> int:
+    """Return the number of tokens of the adapter's own vocabulary; 0 if it is the base's."""
+    return max(map(words_of, weights.values()), default=0)
+
+
 def fits(module: ModuleWeights, layer: LayerShape) -> bool:
     """Return True if the module's shapes are those that this layer of the base needs."""
     if isinstance(module, Head):
         return False
     if isinstance(module, SavedModule):
-        return tuple(module.weight.shape) == layer.weight_shape
+        rows, *others = layer.weight_shape
+        rows = rows if layer.kind == "norm" else words_of(module)
+        return (
+            tuple(module.weight.shape) == (rows, *others) and rows <= layer.weight_shape[0] + MOST_NEW_TOKENS
+        )
     if isinstance(module, TokenRows):
         words, dim = layer.weight_shape if layer.kind != "norm" else (0, 0)
-        inside = bool(((module.indices >= 0) & (module.indices < words)).all())
-        return inside and module.rows.shape[1] == dim
+        new = torch.arange(words, max(module.words, words))
+        covered = len(new) <= MOST_NEW_TOKENS and bool(torch.isin(new, module.indices).all())
+        inside = bool(((module.indices >= 0) & (module.indices < (module.words or words))).all())
+        return inside and covered and module.rows.shape[1] == dim
     rank, embedding = module.rank, layer.kind == "embedding"
     a = (layer.size_in, rank) if embedding else (rank, layer.size_in)
     return layer.kind != "norm" and (tuple(module.a.shape), module.b.shape[0]) == (a, layer.size_out)

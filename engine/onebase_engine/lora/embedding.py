@@ -22,7 +22,8 @@ class SlotEmbedding(SlotModule):
         self._plain: dict[int, LoraWeights] = {}
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(ids)
+        # Tokens that an adapter added are not the base's: their rows are replaced below.
+        y: torch.Tensor = self.base(ids.clamp(max=len(self.base.weight) - 1) if self.words else ids)
         self.on_groups(ids.reshape(-1), y.view(-1, y.shape[-1]), self.by_groups, self._act_on)
         return y
 
@@ -35,8 +36,8 @@ class SlotEmbedding(SlotModule):
 
     def replacement(self, weights: ModuleWeights) -> Replacement | None:
         if isinstance(weights, SavedModule):
-            twin = saved_twin(self.base, weights)
-            return lambda ids, bare: twin(ids)
+            twin, last = saved_twin(self.base, weights), len(weights.weight) - 1
+            return lambda ids, bare: twin(ids.clamp(max=last))
         if isinstance(weights, TokenRows):
             rows = weights.rows.to(self.base.weight.dtype)
             scale = self._scale(rows.dtype)
@@ -85,5 +86,7 @@ def _own_rows(
     indices: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, bare: torch.Tensor
 ) -> torch.Tensor:
     """Return `rows` [n, dim] where a token is among the ascending `indices` [n], else the base's output."""
+    if not len(indices):  # an adapter with fewer tokens than the base, and the same rows
+        return bare
     places = torch.searchsorted(indices, ids).clamp_(max=len(indices) - 1)
     return torch.where((indices[places] == ids)[:, None], rows[places], bare)

@@ -25,6 +25,9 @@ COLUMNS = 256
 """Replaced rows are padded to a multiple of this many: MKL sums narrower fp32 products in another order
 than those as wide as a vocabulary."""
 
+WIDTH = 64
+"""Logits with the tokens of adapters have a multiple of this many columns."""
+
 
 class SlotLinear(SlotModule):
     """A linear layer (plain, 4-bit or 8-bit) with one adapter per slot."""
@@ -76,11 +79,29 @@ class SlotLinear(SlotModule):
             y = self.kernel(flat, self.rows, onto.reshape(flat.shape[0], -1))
         elif y is None:
             y = self.kernel(flat, self.rows)
+        if self.words:
+            y = self._widened(y)
         self.on_groups(flat, y, self.by_groups, self._act_on)
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    def _widened(self, y: torch.Tensor) -> torch.Tensor:
+        """Return the logits with columns for the largest vocabulary of the step's adapters.
+
+        Their number is a multiple of WIDTH, since PyTorch computes the last elements of a tensor in another
+        way. What is in a row beyond its own vocabulary means nothing.
+        """
+        slots = {slot for group in self.rows.groups for slot, _ in group.terms}
+        words = max((self.words.get(slot, 0) for slot in slots), default=0)
+        if words <= y.shape[1]:
+            return y
+        return functional.pad(y, (0, -(-words // WIDTH) * WIDTH - y.shape[1]))
+
     def _act_on(self, x: torch.Tensor, y: torch.Tensor, terms: Terms) -> None:
-        self.replace(x, y.clone(), y, terms)
+        bare = y[:, : self.base.out_features].clone()
+        for slot, _ in terms:
+            if slot in self.replacements:
+                own = self.replacements[slot](x, bare)
+                y[:, : own.shape[1]] = own
 
     def replacement(self, weights: ModuleWeights) -> Replacement | None:
         if isinstance(weights, TokenRows) and not self.quantized:
@@ -146,24 +167,36 @@ class TokenHead:
         self._base = base
         self._indices = weights.indices
         self._rows = weights.rows.to(base.weight.dtype)
+        self._more = (weights.words or len(base.weight)) - len(base.weight)
+        """Number of rows that the head has more than the base's; below zero if it has fewer."""
         self._narrow = base.bias is None and (not exact or self._is_exact())
         self._padded = _padded(self._rows) if self._narrow else None
 
     def __call__(self, x: torch.Tensor, bare: torch.Tensor) -> torch.Tensor:
         if self._padded is None:
-            return functional.linear(x, self._base.weight.index_copy(0, self._indices, self._rows))
+            return functional.linear(x, self._whole(self._rows))
         logits = functional.linear(x, self._padded)[:, : len(self._indices)]
-        return bare.index_copy(1, self._indices, logits)
+        return functional.pad(bare, (0, self._more)).index_copy_(1, self._indices, logits)
+
+    def _whole(self, rows: torch.Tensor) -> torch.Tensor:
+        return functional.pad(self._base.weight, (0, 0, 0, self._more)).index_copy_(0, self._indices, rows)
 
     def _is_exact(self) -> bool:
+        """Return True if in a trial the narrow product, and the base's if the head has another size, are
+        bit-equal to the product with the whole head."""
         weight = self._base.weight
-        key = (*weight.shape, len(_padded(self._rows)), weight.dtype)
+        key = (*weight.shape, len(_padded(self._rows)), self._more, weight.dtype)
         if key not in _exact:
             draw = torch.Generator().manual_seed(0)
             x = torch.randn(TILE, weight.shape[1], generator=draw).to(weight.dtype)
-            whole = functional.linear(x, weight)[:, self._indices]
-            narrow = functional.linear(x, _padded(weight[self._indices]))[:, : len(self._indices)]
-            _exact[key] = torch.equal(whole, narrow)
+            rows = weight[self._indices.clamp(max=len(weight) - 1)]
+            whole = functional.linear(x, self._whole(rows))
+            narrow = functional.linear(x, _padded(rows))[:, : len(self._indices)]
+            equal = torch.equal(whole[:, self._indices], narrow)
+            if equal and self._more:
+                both = min(len(weight), whole.shape[1])
+                equal = torch.equal(whole[:, :both], functional.linear(x, weight)[:, :both])
+            _exact[key] = equal
         return _exact[key]
 
 

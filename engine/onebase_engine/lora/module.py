@@ -12,7 +12,7 @@ from torch import nn
 
 from onebase_engine.kernels.interface import Kernels, RowMap
 from onebase_engine.kernels.reference import parts
-from onebase_engine.kernels.weights import LoraWeights, ModuleWeights, SavedModule
+from onebase_engine.kernels.weights import LoraWeights, ModuleWeights, SavedModule, words_of
 
 Replacement = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Function from the module's input rows and the base's output rows [rows, out] to a slot's own output
@@ -51,6 +51,8 @@ class SlotModule(nn.Module):
         self.filled: set[int] = set()
         """Slots that have weights for this module."""
         self.replacements: dict[int, Replacement] = {}
+        self.words: dict[int, int] = {}
+        """Number of tokens that the embedding or the head of a slot has, where it is not the base's."""
 
     @property
     def rows(self) -> RowMap:
@@ -81,8 +83,11 @@ class SlotModule(nn.Module):
         replacement = None if weights is None else self.replacement(weights)
         self.filled.discard(slot)
         self.replacements.pop(slot, None)
+        self.words.pop(slot, None)
         if replacement is not None:
             self.replacements[slot] = replacement
+        if weights is not None and words_of(weights) not in (0, len(self.base.weight)):
+            self.words[slot] = words_of(weights)
         self.put_plain(slot, weights if isinstance(weights, LoraWeights) and replacement is None else None)
         if weights is not None:
             self.filled.add(slot)

@@ -64,8 +64,12 @@ def write_packed_adapter(path: Path, weights: AdapterWeights, *, base_id: str) -
             key = known.setdefault((tensor.data_ptr(), tensor.shape), f"{len(modules)}.{part}")
             tensors[key] = tensor.detach()
             parts[part] = key
-        entry = {"name": name, "kind": _kind(module), "tensors": parts}
-        modules.append(entry | ({"scale": module.scale} if isinstance(module, LoraWeights) else {}))
+        entry: dict[str, Any] = {"name": name, "kind": _kind(module), "tensors": parts}
+        if isinstance(module, LoraWeights):
+            entry["scale"] = module.scale
+        elif isinstance(module, TokenRows) and module.words:
+            entry["words"] = module.words
+        modules.append(entry)
     metadata = {"layout": LAYOUT, "base_id": base_id, "modules": json.dumps(modules, allow_nan=False)}
     # Aligned as safetensors asks: wider types first.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
@@ -215,6 +219,8 @@ def _module(entry: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> Modu
     values: dict[str, Any] = dict(parts)
     if cls is LoraWeights:
         values["scale"] = float(entry["scale"])
+    elif cls is TokenRows:
+        values["words"] = int(entry.get("words", 0))
     module: ModuleWeights = cls(**values)
     _check(module)
     return module

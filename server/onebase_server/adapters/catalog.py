@@ -13,10 +13,10 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from onebase_adapters.format.config import Task
 from onebase_adapters.names import NAME_RULE, is_adapter_name, label
@@ -77,6 +77,8 @@ class AdapterChoice:
     """Number of labels of the classifier; 0 without one."""
     label_names: tuple[str, ...] = ()
     """Names of all labels of the classifier, or none at all."""
+    report: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Report of the version, if it is one alone."""
 
     @property
     def named(self) -> str | None:
@@ -87,6 +89,10 @@ class AdapterChoice:
     def weighted(self) -> bool:
         """Whether the choice is anything but one adapter of weight 1."""
         return len(self.refs) != 1 or self.refs[0].weight != 1.0
+
+
+OTHER_NAMES_OF_THE_BASE = frozenset({"dummy", "tgi"})
+"""Names that Hugging Face's clients give a model if they are told none."""
 
 
 class Catalog:
@@ -118,6 +124,12 @@ class Catalog:
     def of(self, tenant: str) -> VisibleAdapters:
         """Return the names this tenant may use: its own adapters and those shared with all."""
         return VisibleAdapters(tenant, self._tenants.get(tenant, {}), self._shared)
+
+    def means_base(self, tenant: str, model: str) -> bool:
+        """Return True if a request's model is the base."""
+        if model in OTHER_NAMES_OF_THE_BASE:
+            return self.of(tenant).own(model) is None and model not in self._shared
+        return model == self.base_name
 
     # ---- keeping up --------------------------------------------------------------------------
 
@@ -372,7 +384,8 @@ class VisibleAdapters:
         version = self.find(reference, param=param)
         chosen = label(version.name, version.digest)
         refs = (AdapterRef(version.digest),)
-        return AdapterChoice(refs, (VersionRef.of(version),), chosen, *_task_of([version]))
+        task, report = _task_of([version]), version.report or {}
+        return AdapterChoice(refs, (VersionRef.of(version),), chosen, *task, report)
 
     def choose_sum(self, terms: Sequence[tuple[str, float]]) -> AdapterChoice:
         """Return the weighted sum of several adapters' deltas; the engine adds up duplicates."""
@@ -380,11 +393,13 @@ class VisibleAdapters:
             (self.find(name, param=f"adapter[{index}].name"), weight)
             for index, (name, weight) in enumerate(terms)
         ]
+        alone = len(found) == 1 and found[0][1] == 1.0
         return AdapterChoice(
             tuple(AdapterRef(version.digest, weight) for version, weight in found),
             tuple(VersionRef.of(version) for version, _ in found),
             [{"name": label(version.name, version.digest), "weight": weight} for version, weight in found],
             *_task_of([version for version, _ in found]),
+            (found[0][0].report or {}) if alone else {},
         )
 
 

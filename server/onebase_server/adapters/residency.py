@@ -208,7 +208,7 @@ class Residency:
                 lease.hold(self._entries[digest])
         else:
             if not self._waiting.has_room(lease.tenant, 1, self._queue_limit + 1):
-                raise QueueFullError(self._waiting.total, self._queue_limit, _QUEUE_RETRY_AFTER)
+                raise QueueFullError(1, self._waiting.total, self._queue_limit, _QUEUE_RETRY_AFTER)
             self._waiting.enter(lease.tenant)
             try:
                 async with self._turn:

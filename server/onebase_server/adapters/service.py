@@ -9,12 +9,13 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from onebase_adapters import registry as registry_errors
+from onebase_adapters.format.added_tokens import BaseVocabulary, checked_additions
 from onebase_adapters.format.config import AdapterFormatError, check_config
 from onebase_adapters.registry import UNSET, Origin, Registry, Unset, VersionRecord, acting
 from onebase_adapters.store.blobs import AdapterFiles
@@ -28,6 +29,7 @@ from onebase_edge.errors import (
     UnavailableError,
     VersionFailedError,
 )
+from onebase_protocol.adapters import TokenizerAdditions
 from onebase_server.adapters.activation import ActivationService
 from onebase_server.adapters.catalog import Catalog, VersionRef, same_base
 from onebase_server.adapters.residency import PackedAdapterFile
@@ -83,6 +85,8 @@ class AdapterService:
     Args:
         base_names: what an adapter's config may call this base, its own name first.
         records, disk: threads for the registry's calls and for the store's.
+        vocabulary: returns the tokens of the base's tokenizer, or None without one. It may take a second.
+        check_tokens: raises AdapterFormatError for an adapter's tokens that do not fit that tokenizer.
     """
 
     def __init__(
@@ -96,7 +100,11 @@ class AdapterService:
         base_names: tuple[str, ...],
         records: RegistryThreads,
         disk: Threads,
+        vocabulary: Callable[[], BaseVocabulary | None] = lambda: None,
+        check_tokens: Callable[[TokenizerAdditions], None] = lambda added: None,
     ) -> None:
+        self.vocabulary = vocabulary
+        self._check_tokens = check_tokens
         self.store = store
         self.catalog = catalog
         self.activation = activation
@@ -125,6 +133,9 @@ class AdapterService:
         """
         try:
             facts = await self.disk.run_blocking(check_config, config)
+            added, _ = checked_additions(facts.tokenizer)
+            if added is not None:
+                await self.disk.run_blocking(self._check_tokens, added)
         except AdapterFormatError as error:
             raise VersionFailedError(f"adapter_config.json: {error}", code=error.code) from error
         if not options.any_base and not same_base(facts.base_name, *self._base_names):

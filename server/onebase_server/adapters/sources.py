@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from onebase_adapters.format.added_tokens import BaseVocabulary, read_folder, with_tokens
 from onebase_adapters.format.config import (
     MAX_CONFIG_BYTES,
     MLX_WEIGHTS_FILE,
@@ -50,6 +51,7 @@ from onebase_edge.errors import (
     BodyTooLargeError,
     ForbiddenError,
     InvalidRequestError,
+    QuotaSpentError,
     StateConflictError,
     UnavailableError,
     VersionFailedError,
@@ -60,6 +62,7 @@ from onebase_server.adapters.catalog import check_name
 from onebase_server.adapters.service import AdapterService, VersionOptions
 from onebase_server.processes.supervisor import AdapterStartError
 from onebase_server.storage.calls import storage_errors
+from onebase_server.tenancy.quotas import Window
 
 STARTUP_ACTOR = "startup"
 """Actor of the activations of adapters given at startup."""
@@ -76,10 +79,16 @@ MOST_TRANSFERS = 256
 """Largest number of transfers that run or wait."""
 MOST_TRANSFERS_EACH = 64
 """Largest number of transfers that run or wait for one tenant."""
+MOST_FAILED_A_MINUTE = 30
+"""Largest number of one tenant's transfers that fail within 60 seconds before it may begin no more: each
+takes a processor for a third of a second, whatever the Hub answers."""
 _MISSING = frozenset({"hub_not_found", "hub_gated", "hub_no_adapter", "hub_too_large"})
 """Codes of the Hub's errors that would be the same if it were asked again at once."""
 _LONGEST_SECONDS = 3600.0
 _RETRY_AFTER = 10.0
+
+Vocabulary = Callable[[], BaseVocabulary | None]
+"""Function that returns the tokens of the base's tokenizer; None without one."""
 
 _log = logging.getLogger(__name__)
 
@@ -185,18 +194,24 @@ class Folders:
         record = self._adapters.catalog.of(tenant).own(name)
         if record is not None:
             with _readable(name, folder):
-                digest = await self._adapters.disk.run_blocking(folder_digest, folder)
+                digest = await self._adapters.disk.run_blocking(
+                    folder_digest, folder, self._adapters.vocabulary
+                )
             known = record.version(digest)
             if known is not None and known.state == "ready":
                 return known
         with _readable(name, folder):
-            config = await self._adapters.disk.run_blocking(_read_config, folder, self._max_bytes)
+            config = await self._adapters.disk.run_blocking(
+                _read_config, folder, self._max_bytes, self._adapters.vocabulary
+            )
         try:
             await self._adapters.check_config(name, config, VersionOptions())
         except StateConflictError as error:
             _log.warning("%s It is served anyway, since its folder was given by name.", error.message)
         with _readable(name, folder), storage_errors(name):
-            files = await self._adapters.disk.run_blocking(take_folder, self._adapters.store, folder)
+            files = await self._adapters.disk.run_blocking(
+                take_folder, self._adapters.store, folder, self._adapters.vocabulary
+            )
         return await self._adapters.add(
             tenant,
             name,
@@ -232,10 +247,18 @@ class Folders:
         await self._activation.activate(version.tenant, version.name, version.digest, actor=STARTUP_ACTOR)
 
 
-def take_folder(store: Store, folder: Path) -> AdapterFiles:
-    """Store the files of an adapter, with the names of its labels. Raises InvalidRequestError, StoreError,
-    OSError."""
-    config, weights = _config_of(folder), weights_of(folder)
+def _no_vocabulary() -> BaseVocabulary | None:
+    return None
+
+
+def take_folder(store: Store, folder: Path, vocabulary: Vocabulary = _no_vocabulary) -> AdapterFiles:
+    """Store the files of an adapter, with the names of its labels and the tokens that its tokenizer adds.
+
+    vocabulary: returns the base's tokens; None: a tokenizer in the folder is not read.
+
+    Raises InvalidRequestError, StoreError, OSError.
+    """
+    config, weights = _config_of(folder, vocabulary), weights_of(folder)
     if not needs_conversion(config, weights):
         return AdapterFiles(store.add_bytes(config), store.add_file(weights))
     with store.writer() as writer:
@@ -243,9 +266,9 @@ def take_folder(store: Store, folder: Path) -> AdapterFiles:
         return AdapterFiles(store.add_bytes(config), writer.commit())
 
 
-def folder_digest(folder: Path) -> str:
+def folder_digest(folder: Path, vocabulary: Vocabulary = _no_vocabulary) -> str:
     """Return the digest of a folder's content, without storing it."""
-    config, weights = _config_of(folder), weights_of(folder)
+    config, weights = _config_of(folder, vocabulary), weights_of(folder)
     if needs_conversion(config, weights):
         total = hashlib.sha256()
         config = _converted(config, weights, total.update)
@@ -263,19 +286,23 @@ def _converted(config: bytes, weights: Path, write: Callable[[bytes], object]) -
         raise InvalidRequestError(f"{weights.parent}: {error}.") from error
 
 
-def _read_config(folder: Path, max_bytes: int) -> bytes:
+def _read_config(folder: Path, max_bytes: int, vocabulary: Vocabulary) -> bytes:
     config, weights = folder / CONFIG_FILE, weights_of(folder)
     if config.stat().st_size + weights.stat().st_size > max_bytes:
         raise BodyTooLargeError(max_bytes, "--max-upload")
-    found = _config_of(folder)
+    found = _config_of(folder, vocabulary)
     return _converted(found, weights, lambda piece: None) if needs_conversion(found, weights) else found
 
 
-def _config_of(folder: Path) -> bytes:
-    """Return the adapter's config, with a classifier's label names added. Raises InvalidRequestError."""
+def _config_of(folder: Path, vocabulary: Vocabulary) -> bytes:
+    """Return the adapter's config, with a classifier's label names and its tokenizer's tokens added.
+
+    Raises InvalidRequestError, OSError.
+    """
     model = folder / MODEL_CONFIG_FILE
     try:
-        return with_labels(_bounded(folder / CONFIG_FILE), _bounded(model) if model.is_file() else None)
+        config = with_labels(_bounded(folder / CONFIG_FILE), _bounded(model) if model.is_file() else None)
+        return with_tokens(config, weights_of(folder), read_folder(folder), vocabulary)
     except AdapterFormatError as error:
         raise InvalidRequestError(f"{folder}: {error}.") from error
 
@@ -318,14 +345,22 @@ class Transfer:
         self.reference = reference
         self.fraction = 0.0
         self.has_begun = False
+        self.refusal: ApiError | None = None
+        """Error for a transfer whose tenant had too many that failed while this one waited."""
         self.cancel = threading.Event()
 
-    def fetch_files(self, store: Store, max_bytes: int) -> Fetched:
-        """Block until all files are in the store. Raises HubError, PullCancelledError, StoreError."""
+    def fetch_files(self, store: Store, max_bytes: int, vocabulary: Vocabulary = _no_vocabulary) -> Fetched:
+        """Block until all files are in the store. Raises HubError, PullCancelledError, StoreError, and the
+        refusal."""
         self.has_begun = True
+        if self.refusal is not None:
+            raise self.refusal
         reference = self.reference
         commit = resolve(reference.repo, reference.revision, cancel=self.cancel)
-        return Fetched(pull(reference, commit, store, max_bytes, self._advance, cancel=self.cancel), commit)
+        files = pull(
+            reference, commit, store, max_bytes, self._advance, cancel=self.cancel, vocabulary=vocabulary
+        )
+        return Fetched(files, commit)
 
     def _advance(self, done: int, total: int) -> None:
         self.fraction = min(1.0, done / total) if total else 0.0
@@ -337,13 +372,23 @@ class Pulls:
     allow: patterns of `org/repo` for requests.
     """
 
-    def __init__(self, store: Store, threads: Threads, allow: Sequence[str], max_bytes: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        threads: Threads,
+        allow: Sequence[str],
+        max_bytes: int,
+        vocabulary: Vocabulary = _no_vocabulary,
+    ) -> None:
         self._store = store
+        self._vocabulary = vocabulary
         self._threads = threads
         self._allow = tuple(allow)
         self._max_bytes = max_bytes
         self._running: dict[tuple[str, HubReference], tuple[Transfer, asyncio.Task[Fetched]]] = {}
         """Running and waiting transfers, by the tenant whose turn they use and by reference."""
+        self._failures: dict[str, Window] = {}
+        """Failed transfers of the last 60 seconds, by tenant."""
         if not landlock_version():
             _log.warning(
                 "this kernel has no Landlock (Linux 5.13; some containers switch it off): the processes that "
@@ -364,10 +409,12 @@ class Pulls:
 
     def start(self, tenant: str, reference: HubReference) -> tuple[Transfer, asyncio.Task[Fetched]]:
         """Return the transfer of this reference: one that runs for anybody, or the tenant's own, which runs
-        when it is the tenant's turn. Raises UnavailableError."""
+        when it is the tenant's turn. Raises QuotaSpentError, UnavailableError."""
         for (owner, wanted), found in self._running.items():
             if wanted == reference and (owner == tenant or found[0].has_begun):
                 return found
+        if (refusal := self._refusal(tenant)) is not None:
+            raise refusal
         own = sum(owner == tenant for owner, _ in self._running)
         if own >= MOST_TRANSFERS_EACH or len(self._running) >= MOST_TRANSFERS:
             raise UnavailableError(
@@ -385,13 +432,45 @@ class Pulls:
     async def _run(self, tenant: str, transfer: Transfer) -> Fetched:
         limit = asyncio.get_running_loop().call_later(_LONGEST_SECONDS, transfer.cancel.set)
         try:
-            return await self._threads.run_for(tenant, transfer.fetch_files, self._store, self._max_bytes)
+            return await self._threads.run_for(
+                tenant, transfer.fetch_files, self._store, self._max_bytes, self._vocabulary
+            )
+        except HubError:
+            self._count_failure(tenant)
+            raise
         except PullCancelledError:
             raise HubError(
                 "hub_unreachable", f"{transfer.reference} did not arrive within {_LONGEST_SECONDS:g} s"
             ) from None
         finally:
             limit.cancel()
+
+    def _count_failure(self, tenant: str) -> None:
+        """Count a failed transfer, and refuse the tenant's others that wait if it was one too many."""
+        now = time.monotonic()
+        self._failures = {one: window for one, window in self._failures.items() if window.by_second(now)}
+        self._failures.setdefault(tenant, Window()).add(1, now)
+        if (refusal := self._refusal(tenant)) is not None:
+            for (owner, _), (transfer, _) in self._running.items():
+                if owner == tenant:
+                    transfer.refusal = refusal.fresh()
+
+    def _refusal(self, tenant: str) -> ApiError | None:
+        """Return the error for a tenant whose transfers have failed too often, or None."""
+        window, now = self._failures.get(tenant), time.monotonic()
+        if window is None:
+            return None
+        window.forget(now)
+        if window.total < MOST_FAILED_A_MINUTE:
+            return None
+        error = QuotaSpentError(
+            f"adapter: {MOST_FAILED_A_MINUTE} pulls of tenant {tenant!r} from the Hub have failed within 60 "
+            "seconds, which is the limit. Name a repository that the Hub has and gives, or try again later.",
+            {"quota": "failed_pulls", "limit": MOST_FAILED_A_MINUTE, "of": "tenant"},
+            retry_after=window.seconds_until(MOST_FAILED_A_MINUTE - 1, now),
+        )
+        error.param = "adapter"
+        return error
 
     def _ended(self, key: tuple[str, HubReference], task: asyncio.Task[Fetched]) -> None:
         del self._running[key]
@@ -501,7 +580,8 @@ class HubAdapters:
     def pull(
         self, tenant: str, name: str, reference: HubReference, options: VersionOptions, actor: str = ""
     ) -> PendingPull:
-        """Begin to fetch a version, or join the pull that does so already. Raises UnavailableError."""
+        """Begin to fetch a version, or join the pull that does so already. Raises QuotaSpentError,
+        UnavailableError."""
         for pending in self._known.values():
             running = pending.task is not None and not pending.task.done()
             same = pending.adapter == (tenant, name) and pending.reference == reference

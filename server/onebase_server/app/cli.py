@@ -35,9 +35,9 @@ from onebase_edge.settings import (
     parse_duration,
     parse_quotas,
 )
-from onebase_engine.command_line import OptionParser
 from onebase_engine.logs import LOG_FORMAT, set_up_logs
 from onebase_engine.machine import with_room
+from onebase_protocol.command_line import OptionParser
 
 if TYPE_CHECKING:
     from onebase_server.app.wiring import Commands
@@ -135,10 +135,8 @@ def base(argv: Sequence[str]) -> int:
 
 def _check_base(spec: str, as_json: bool) -> int:
     """Print what a base's config says. Return 0 if it can be served, else 1."""
-    from transformers import AutoConfig
-
     from onebase_engine.base.default_base import BaseError, resolve_config
-    from onebase_engine.base.load import described
+    from onebase_engine.base.load import UnsupportedBaseError, read_config
     from onebase_engine.engine.base_check import check_base
     from onebase_server.app.console import LoadingDisplay, print_base_check
     from onebase_server.inference.tokenization import chat_support
@@ -147,12 +145,9 @@ def _check_base(spec: str, as_json: bool) -> int:
     try:
         with LoadingDisplay(console) as display:
             folder = resolve_config(spec, display.update)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except BaseError as error:
+        config = read_config(folder)
+    except (BaseError, UnsupportedBaseError) as error:
         print_failure(console, str(error))
-        return 1
-    except Exception as error:
-        print_failure(console, f"{spec} holds no base that transformers knows: {described(error)}")
         return 1
     found, chat = check_base(config), chat_support(folder)
     if as_json:

@@ -112,11 +112,13 @@ def print_summary(
     table.add_row(
         "memory", f"{readable_bytes(base.base_bytes)} for the base ({base.quantization}), {_where(base)}"
     )
-    tokens = base.kv_blocks * base.block_size
-    most = min(tokens, base.max_length)
+    tokens = base.kv_blocks // base.kv_groups * base.block_size
     eight = " in int8" if base.kv_dtype == "int8" else ""
+    long = f" in short sequences, {base.kv_tokens:,} in the longest ones" if base.kv_groups > 1 else ""
     table.add_row(
-        "KV cache", f"{readable_bytes(base.kv_bytes)}: {tokens:,} tokens{eight}, at most {most:,} per request"
+        "KV cache",
+        f"{readable_bytes(base.kv_bytes)}: {tokens:,} tokens{eight}{long}, at most {base.kv_longest:,} per "
+        "request",
     )
     for title, text in unserved.items():
         table.add_row(title, escape(text))
@@ -139,6 +141,14 @@ def print_summary(
     console.print()
 
 
+def _kv_bytes(base: BaseCheck) -> str:
+    if not base.kv_bytes_per_token:
+        return ""
+    each, old = base.kv_bytes_per_token, base.kv_bytes_per_old_token
+    before = f", {readable_bytes(old)} before the windows" if old is not None and old < each else ""
+    return f"{readable_bytes(each)} a token{before}"
+
+
 def print_base_check(console: Console, name: str, base: BaseCheck, chat: ChatSupport) -> None:
     """Print whether a base can be served, and what it takes."""
     answer = "no" if base.refusal is not None else "yes" if base.certain else "not known before a start"
@@ -152,7 +162,7 @@ def print_base_check(console: Console, name: str, base: BaseCheck, chat: ChatSup
     rows += [
         ("files", f"quantized: {base.stored}" if base.stored not in (None, "none") else ""),
         ("context", f"{base.context:,} tokens" if base.context else "no limit in the config"),
-        ("KV cache", f"{readable_bytes(base.kv_bytes_per_token)} a token" if base.kv_bytes_per_token else ""),
+        ("KV cache", _kv_bytes(base)),
         ("state", f"{readable_bytes(base.state_bytes)} a sequence" if base.state_bytes else ""),
         ("layers", ", ".join(f"{count} {kind}" for kind, count in base.layers.items())),
         ("chat template", {True: "yes", False: "none", None: "no tokenizer here"}[chat.chat_template]),

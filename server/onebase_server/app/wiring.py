@@ -24,10 +24,10 @@ from onebase_server.adapters.shared_proofs import SharedProofs
 from onebase_server.adapters.sources import Folders, HubAdapters, Pulls
 from onebase_server.batches.runner import BatchFolders, BatchRunner, Parts
 from onebase_server.batches.service import BatchService
-from onebase_server.http.deps import Services, Training
+from onebase_server.http.deps import READ_THREADS, Services, Training
 from onebase_server.http.metrics import MetricsCollector
 from onebase_server.http.views.adapters import AdapterViews
-from onebase_server.inference.tokenization import BaseTokenizer
+from onebase_server.inference.tokenization import BaseTokenizer, Tokenizers
 from onebase_server.jobs.checkpoints import CheckpointModels
 from onebase_server.jobs.delivery import PROOFS_WAITED, Delivery
 from onebase_server.jobs.files import TrainingFiles
@@ -50,6 +50,7 @@ from onebase_server.storage.opening import Storage, host_memory, prefix_memory
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.traces import Tracing
 from onebase_server.tenancy.access import KeyRing
+from onebase_server.tenancy.pacing import RequestPacer
 from onebase_server.tenancy.peers import Peers, QuotaSharing
 from onebase_server.tenancy.quotas import Limiter
 from onebase_server.tenancy.usage import TenantUsageRecorder
@@ -122,6 +123,7 @@ def assemble(
     """Make all parts of one server. `given`: the folders to serve before it is ready. Raises DataDirError."""
     threads = _Threads(RegistryThreads("records", RECORD_THREADS), Threads("disk", DISK_THREADS))
     tokenizer = BaseTokenizer(str(base.folder), raw_control_tokens=settings.raw_control_tokens)
+    tokenizers = Tokenizers(tokenizer)
     link, busy = EngineLink(), BusyFlag.make()
 
     supervisor = _supervisor(settings, base, link, busy, commands, on_loading)
@@ -129,7 +131,7 @@ def assemble(
         settings,
         base,
         storage,
-        tokenizer,
+        tokenizers,
         link,
         busy,
         threads,
@@ -144,6 +146,7 @@ def assemble(
         Threads("pull", PULL_THREADS, each=PULL_THREADS_EACH),
         settings.hub_allow,
         settings.max_upload,
+        adapters.vocabulary,
     )
     hub = HubAdapters(adapters, pulls)
     usage = TenantUsageRecorder(storage.registry.usage, threads.records, base.name)
@@ -156,7 +159,10 @@ def assemble(
         )
     )
     limits = RequestLimits(max_choices=settings.max_choices, max_timeout=settings.max_timeout)
-    planner = Planner(supervisor, tokenizer, parts.catalog, hub, training.checkpoints, limits)
+    pacer = RequestPacer()
+    planner = Planner(
+        supervisor, tokenizers, parts.catalog, hub, training.checkpoints, limits, on_cost=pacer.charge
+    )
     keys = KeyRing(
         storage.registry.keys,
         storage.registry.tenants,
@@ -187,7 +193,7 @@ def assemble(
         tokenizer=tokenizer,
         supervisor=supervisor,
         planner=planner,
-        read_planner=ReadingPlanner(planner, tokenizer, limits.max_timeout),
+        read_planner=ReadingPlanner(planner, limits.max_timeout),
         responses=StoredResponses(settings.response_memory),
         residency=residency,
         adapters=adapters,
@@ -203,6 +209,8 @@ def assemble(
         tracing=tracing,
         metrics=metrics,
         answers=answers,
+        pacer=pacer,
+        reading=Threads("read", READ_THREADS, on_cost=pacer.charge),
     )
 
 
@@ -210,7 +218,7 @@ def _adapter_parts(
     settings: Settings,
     base: ResolvedBase,
     storage: Storage,
-    tokenizer: BaseTokenizer,
+    tokenizers: Tokenizers,
     link: EngineLink,
     busy: BusyFlag,
     threads: _Threads,
@@ -227,7 +235,7 @@ def _adapter_parts(
         store,
         disk,
         base_id=storage.base_id,
-        probes=[tokenizer.encode(probe) for probe in PROBES],
+        probes=[tokenizers.base.encode(probe) for probe in PROBES],
         busy_fd=busy.fd,
         command=command,
         proof_timeout=settings.proof_timeout,
@@ -246,7 +254,16 @@ def _adapter_parts(
     )
     activation = ActivationService(registry, store, catalog, residency, records, disk)
     service = AdapterService(
-        registry, store, catalog, activation, proofs, base_names=base.names, records=records, disk=disk
+        registry,
+        store,
+        catalog,
+        activation,
+        proofs,
+        base_names=base.names,
+        records=records,
+        disk=disk,
+        vocabulary=lambda: tokenizers.base.vocabulary,
+        check_tokens=tokenizers.check,
     )
     residency.subscribe(service.prove_again)
     return _AdapterParts(catalog, residency, verifier, activation, service)

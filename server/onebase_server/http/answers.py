@@ -27,7 +27,7 @@ _NAMES = {
     "AuditEntry": "AuditAnswer", "BaseReference": "FilesBase", "Batch": "BatchAnswer",
     "BatchError": "BatchProblem", "Decision": "DecisionAnswer", "Logprobs": "FlatLogprobs",
     "MergeParent": "MergedAnswer", "Model": "ModelAnswer", "NewApiKey": "NewKeyAnswer",
-    "Option": "OptionAnswer", "ReadingUsage": "OpenAIUsage", "Tenant": "TenantAnswer",
+    "Option": "OptionAnswer", "Tenant": "TenantAnswer",
     "TenantUsage": "UsageRowAnswer", "Timing": "GeneratedTiming", "TrainingCheckpoint": "CheckpointAnswer",
     "TrainingEvent": "JobEventAnswer", "TrainingFailure": "JobProblem", "TrainingFile": "FileAnswer",
     "TrainingJobInfo": "JobAnswer", "TrainingStop": "JobStopAnswer", "Usage": "GeneratedUsage",

@@ -10,6 +10,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import unquote
@@ -260,10 +261,23 @@ class AuthenticationMiddleware:
         if forwarded_of(scope).by_route:
             send = self._dated(scope, send)
         with acting(Origin(caller.key, given_id(scope))):
-            if reservation is None:
-                await self._services.tracing.serve(self._app, as_get(scope), receive, send)
+            if caller is NOBODY:
+                await self._answer(reservation, scope, receive, send)
             else:
-                await self._with_quotas(reservation, scope, receive, send)
+                await self._services.pacer.serve(
+                    caller.tenant,
+                    partial(self._answer, reservation, scope, receive, send),
+                    runs=lambda: reservation is not None and reservation.leave is not None,
+                    at_once=caller.is_admin,
+                )
+
+    async def _answer(
+        self, reservation: QuotaReservation | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        if reservation is None:
+            await self._services.tracing.serve(self._app, as_get(scope), receive, send)
+        else:
+            await self._with_quotas(reservation, scope, receive, send)
 
     def _dated(self, scope: Scope, send: Send) -> Send:
         """Add to the answer, for the route, which of the registry's changes it is as of. Answers about what

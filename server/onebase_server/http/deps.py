@@ -50,6 +50,7 @@ from onebase_server.storage.opening import Storage
 from onebase_server.telemetry.measurements import RequestMeasurements
 from onebase_server.telemetry.traces import Tracing
 from onebase_server.tenancy.access import Caller, KeyRing
+from onebase_server.tenancy.pacing import RequestPacer
 from onebase_server.tenancy.peers import Peers, QuotaSharing
 from onebase_server.tenancy.quotas import Limiter, QuotaReservation
 from onebase_server.tenancy.usage import TenantUsageRecorder
@@ -144,7 +145,8 @@ class Services:
     metrics: MetricsCollector
     answers: Counter[tuple[str, int]]
     """Number of answers since the start, by route and status."""
-    reading: Threads = field(default_factory=lambda: Threads("read", READ_THREADS))
+    pacer: RequestPacer
+    reading: Threads
     """Threads for bodies and answers that are long; tenants take turns."""
     running: WeakValueDictionary[tuple[str, str], GenerationRun] = field(default_factory=WeakValueDictionary)
     """Texts that are being generated, by tenant and id, so that each can be cancelled."""

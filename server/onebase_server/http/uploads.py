@@ -13,6 +13,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
+from onebase_adapters.format.added_tokens import TOKENIZER_FILES, BaseVocabulary, with_tokens
 from onebase_adapters.format.config import (
     MAX_CONFIG_BYTES,
     MLX_WEIGHTS_FILE,
@@ -36,7 +37,7 @@ from onebase_edge.settings import SettingsError, parse_bool
 from onebase_server.jobs.files import BATCH_ENDING, TrainingFiles, check_filename, ending
 
 MAX_FIELD_BYTES = 1000
-MAX_PARTS = 8
+MAX_PARTS = 12
 MAX_HEADERS = 8
 MAX_HEADER_BYTES = 4096
 _FORM = b"multipart/form-data"
@@ -47,8 +48,8 @@ FLAGS = ("activate", "allow_noop", "any_base")
 _FILES_FIELD = "files"
 ADAPTER_FIELDS = (
     f"Send a field name and two parts called {_FILES_FIELD}, with file names {' and '.join(ADAPTER_FILES)}; "
-    f"for a classifier perhaps {MODEL_CONFIG_FILE}, which names its labels. Of mlx-lm the second one is "
-    f"{MLX_WEIGHTS_FILE}."
+    f"for a classifier perhaps {MODEL_CONFIG_FILE}, which names its labels, and for tokens that it adds its "
+    f"tokenizer's: {', '.join(TOKENIZER_FILES)}. Of mlx-lm the second one is {MLX_WEIGHTS_FILE}."
 )
 _SMALL = (CONFIG_FILE, MODEL_CONFIG_FILE)
 FILE_OPTION = "--max-train-file"
@@ -260,7 +261,16 @@ class AdapterForm(FormReader[Upload]):
     What another trainer saved becomes PEFT's own form of it. Raises also DiskFullError, StoreError.
     """
 
-    def __init__(self, store: Store, boundary: bytes, limit: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        boundary: bytes,
+        limit: int,
+        vocabulary: Callable[[], BaseVocabulary | None] = lambda: None,
+    ) -> None:
+        """vocabulary: returns the base's tokens, by which those are found that a tokenizer adds."""
+        self._vocabulary = vocabulary
+        self._tokenizer: dict[str, BlobWriter] = {}
         self._store = store
         self._small: dict[str, bytearray] = {}
         self._config = b""
@@ -285,13 +295,23 @@ class AdapterForm(FormReader[Upload]):
             self._config = with_labels(
                 bytes(self._small[CONFIG_FILE]), None if model is None else bytes(model)
             )
+            if self._tokenizer and self._weights is not None:
+                with store_errors("reading an upload"):
+                    self._config = with_tokens(
+                        self._config, self._weights.path, self._read_tokenizer, self._vocabulary
+                    )
         except AdapterFormatError as error:
             raise InvalidRequestError(f"files: {error}.", param=_FILES_FIELD) from error
         return Upload(name, flags, self._config, self._commit)
 
     def close(self) -> None:
+        for writer in self._tokenizer.values():
+            writer.abort()
         if self._weights is not None:
             self._weights.abort()
+
+    def _read_tokenizer(self, name: str) -> bytes | None:
+        return self._tokenizer[name].path.read_bytes() if name in self._tokenizer else None
 
     def _convert(self) -> None:
         """Replace the files by PEFT's own form of them. Raises AdapterFormatError."""
@@ -313,12 +333,19 @@ class AdapterForm(FormReader[Upload]):
     def _begin_file(self, name: str) -> Write:
         if name == MLX_WEIGHTS_FILE:
             name = WEIGHTS_FILE
-        if name not in (*ADAPTER_FILES, MODEL_CONFIG_FILE):
+        if name in TOKENIZER_FILES and name not in self._tokenizer:
+            self._tokenizer[name] = self._store.writer()
+            return partial(self._keep_tokenizer, name)
+        if name not in (*ADAPTER_FILES, MODEL_CONFIG_FILE, *TOKENIZER_FILES):
             raise InvalidRequestError(
                 f"files: {name[:80]!r} is not one of the two files of an adapter. {ADAPTER_FIELDS}",
                 param=_FILES_FIELD,
             )
-        if name in self._small or (name == WEIGHTS_FILE and self._weights is not None):
+        if (
+            name in self._small
+            or name in self._tokenizer
+            or (name == WEIGHTS_FILE and self._weights is not None)
+        ):
             raise InvalidRequestError(f"files: {name} is there twice. Send it once.", param=_FILES_FIELD)
         if name in _SMALL:
             self._small[name] = bytearray()
@@ -333,6 +360,12 @@ class AdapterForm(FormReader[Upload]):
                 param=_FILES_FIELD,
             )
         self._small[name] += data
+
+    def _keep_tokenizer(self, name: str, data: memoryview) -> None:
+        writer, most = self._tokenizer[name], TOKENIZER_FILES[name]
+        if writer.size + len(data) > most:
+            raise InvalidRequestError(f"files: {name} is over {most} bytes.", param=_FILES_FIELD)
+        writer.write(data)
 
     def _flag(self, field: str) -> bool:
         try:

@@ -29,6 +29,7 @@ from onebase_protocol import text
 from onebase_server.adapters.catalog import AdapterChoice
 from onebase_server.adapters.residency import Lease, Residency
 from onebase_server.inference.stream import ChoiceDecoder, OutputPiece, TokenInfo, prompt_token_infos
+from onebase_server.inference.thoughts import Thinking, ThoughtReader
 from onebase_server.inference.tokenization import BaseTokenizer
 from onebase_server.inference.tool_call_parser import CallFormat
 from onebase_server.inference.transcript import Ended, Opening, Record, Transcript, line, refused
@@ -62,6 +63,8 @@ class GenerationRequest:
     prompts: tuple[Prompt, ...]
     sampling: Sampling
     adapter: AdapterChoice = field(default_factory=AdapterChoice)
+    tokenizer: BaseTokenizer | None = field(default=None, compare=False, repr=False)
+    """Tokenizer of the adapter; None: the base's."""
     n: int = 1
     stops: tuple[str, ...] = ()
     echo: bool = False
@@ -80,8 +83,12 @@ class GenerationRequest:
     """Field of the request that gives the grammar."""
     token_ids: bool = False
     """Whether the answer has the token ids of the prompts and of the choices."""
+    special_tokens: bool = False
+    """Whether the names of special tokens are part of the text."""
     calls: CallFormat | None = None
     """Format of tool calls, if the answer may have any."""
+    thinking: Thinking | None = None
+    """Thought before the answer, if the base thinks."""
     pooling: Pooling | None = None
     branches: tuple[tuple[int, ...], ...] = ()
     """Tokens after the prompt that are scored, for each choice."""
@@ -388,6 +395,9 @@ class GenerationRun(RequestRun):
         super().__init__(
             supervisor, request, stream_limit, on_cut, recorder=recorder, resume_tokens=resume_tokens
         )
+        tokenizer = request.tokenizer or tokenizer
+        self.tokenizer = tokenizer
+        """Tokenizer of its text: the adapter's, or the base's."""
         self._tokenizer = tokenizer
         self._threads = threads
         self._choices = [_choice(request, index, tokenizer) for index in range(request.choices)]
@@ -462,6 +472,7 @@ class GenerationRun(RequestRun):
             for piece in pieces:
                 target = whole[piece.index]
                 target.text += piece.text
+                target.reasoning += piece.reasoning
                 target.tokens += piece.tokens
                 target.ids += piece.ids
                 target.finish_reason, target.stop = piece.finish_reason, piece.stop
@@ -492,9 +503,10 @@ class GenerationRun(RequestRun):
         if output.finish == "error":
             self._finished["error"] += 1
             raise _sequence_error(output, self.request)
-        before = choice.completion_tokens
+        before, thought = choice.completion_tokens, choice.reasoning_tokens
         piece = choice.feed(output)
         self.usage.completion += choice.completion_tokens - before
+        self.usage.reasoning += choice.reasoning_tokens - thought
         if choice.finish_reason is not None:
             self._finished[_IN_VLLM.get(choice.finish_reason, choice.finish_reason)] += 1
             self._open -= 1
@@ -518,19 +530,29 @@ class GenerationRun(RequestRun):
         tokens = self._echo_tokens.get(prompt, [])
         if self.request.sampling.prompt_logprobs is not None and not tokens:
             tokens = prompt_token_infos(source.tokens, [], self._tokenizer.pieces())
-        return [OutputPiece(choice.index, _echo_text(source, self._tokenizer), tokens), *pieces]
+        return [OutputPiece(choice.index, _echo_text(source, self._tokenizer), tokens=tokens), *pieces]
+
+
+def _shown(request: GenerationRequest, tokenizer: BaseTokenizer) -> frozenset[int]:
+    """Return the special tokens whose names are part of the text."""
+    if request.special_tokens:
+        return tokenizer.special
+    formats = [made.format.shown for made in (request.calls, request.thinking) if made is not None]
+    return frozenset().union(*formats)
 
 
 def _choice(request: GenerationRequest, index: int, tokenizer: BaseTokenizer) -> ChoiceDecoder:
     offset = len(_echo_text(request.prompts[index // request.n], tokenizer)) if request.echo else 0
+    thinking = request.thinking
     return ChoiceDecoder(
         index,
-        tokenizer.pieces(request.calls.format.shown if request.calls else frozenset()),
+        tokenizer.pieces(_shown(request, tokenizer)),
         request.stops,
         min_tokens=request.sampling.min_tokens,
         offset=offset,
         discard_tokens=request.scores_only,
         with_ids=request.token_ids,
+        thought=None if thinking is None else ThoughtReader(thinking),
     )
 
 
@@ -545,7 +567,7 @@ def resume_tokens_of(
 
     Raises InvalidRequestError.
     """
-    choices = [_choice(request, index, tokenizer) for index in range(request.choices)]
+    choices = [_choice(request, index, request.tokenizer or tokenizer) for index in range(request.choices)]
     tokens: list[list[int]] = [[] for _ in choices]
     over: set[int] = set()
     for output in transcript.all():

@@ -1,4 +1,4 @@
-"""JSON schemas, closed to properties that they do not describe."""
+"""JSON schemas, closed to properties that they do not describe, with strings that end."""
 
 from __future__ import annotations
 
@@ -12,19 +12,25 @@ _OTHERS = frozenset({"anyOf", "oneOf", "$ref", "not"})
 _OPEN = frozenset({"additionalProperties", "patternProperties"})
 _VALUES = frozenset({"const", "enum", "default", "examples"})
 """Keywords whose values are no schemas."""
+_LENGTHS = frozenset({"minLength", "maxLength", "pattern"})
 _NAMED = frozenset({"properties", "$defs", "definitions"})
 """Keywords with schemas by name."""
 
 
+_LONGEST = {"date-time": 64, "time": 64, "duration": 64, "hostname": 253, "email": 320, "uri": 2048}
+"""Characters that a string of a format has at most: small models go on with its last part until they are
+cut."""
+
+
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema with objects that have no other properties than it describes.
+    """The schema with objects that have no other properties than it describes, and with bounded formats.
 
     A schema allows others unless it says `additionalProperties: false`. Those that are made of a program's
     types leave that out, and a model goes on with an object as long as it may. What keeps to the closed
     schema keeps to the other one too. Objects that say `additionalProperties` stay as they are, and so does a
     schema that describes the properties of an object in several places.
     """
-    made: dict[str, Any] = dict(schema) if _is_scattered(schema) else _closed(schema)
+    made: dict[str, Any] = _closed(schema, objects=not _is_scattered(schema))
     return made
 
 
@@ -38,18 +44,23 @@ def _is_scattered(value: Any) -> bool:
     return any(map(_is_scattered, value.values()))
 
 
-def _closed(value: Any) -> Any:
+def _closed(value: Any, *, objects: bool) -> Any:
+    """objects: whether objects are closed as well."""
     if isinstance(value, list):
-        return [_closed(part) for part in value]
+        return [_closed(part, objects=objects) for part in value]
     if not isinstance(value, Mapping):
         return value
     made = dict(value)
     for key, part in value.items():
         if key in _NAMED and isinstance(part, Mapping):
-            made[key] = {name: _closed(inner) for name, inner in part.items()}
+            made[key] = {name: _closed(inner, objects=objects) for name, inner in part.items()}
         elif key not in _VALUES:
-            made[key] = _closed(part)
-    if _OPEN.isdisjoint(value) and _describes_all(value.get("properties"), value.get("required", [])):
+            made[key] = _closed(part, objects=objects)
+    longest = _LONGEST.get(value["format"]) if isinstance(value.get("format"), str) else None
+    if longest is not None and value.get("type") == "string" and not _LENGTHS & value.keys():
+        made["maxLength"] = longest
+    is_described = _describes_all(value.get("properties"), value.get("required", []))
+    if objects and is_described and _OPEN.isdisjoint(value):
         made["additionalProperties"] = False
     return made
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from onebase_engine.engine.messages import FinishReason, ScoredToken, SequenceOutput
 from onebase_server.inference.detokenizer import PieceDecoder, StopStrings
+from onebase_server.inference.thoughts import ThoughtReader
 
 
 @dataclass(slots=True)
@@ -25,7 +26,10 @@ class OutputPiece:
 
     index: int
     text: str
+    reasoning: str = ""
+    """Part of the thought before the text, which comes to its end before the text begins."""
     tokens: list[TokenInfo] = field(default_factory=list)
+    """Tokens of the text; those of the thought only if token ids were asked for."""
     ids: list[int] = field(default_factory=list)
     """Token ids as they were computed, if they were asked for. They include those that are no part of the
     text: the stop token, and tokens of a stop string. `tokens` then has an entry for each."""
@@ -39,6 +43,8 @@ class ChoiceDecoder:
 
     A token's logprobs leave with the piece in which its text begins, so that held-back text (an
     incomplete character, or what may become a stop string) holds its tokens back too.
+
+    Stop strings end the answer, not the thought before it.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class ChoiceDecoder:
         offset: int = 0,
         discard_tokens: bool = False,
         with_ids: bool = False,
+        thought: ThoughtReader | None = None,
     ) -> None:
         self.index = index
         self.completion_tokens = 0
@@ -63,6 +70,18 @@ class ChoiceDecoder:
         self._waiting: list[TokenInfo] = []
         self._discard_tokens = discard_tokens
         self._with_ids = with_ids
+        self._thought = thought
+        self._offsets: list[int] = []
+        """Offsets of the tokens that may turn out to be the answer's first ones."""
+        self._thought_tokens = 0
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Return the number of tokens before the answer: the thought with its marks."""
+        thought = self._thought
+        if thought is None or not thought.thinks:
+            return 0
+        return self.completion_tokens if thought.start is None else self._thought_tokens
 
     @property
     def stopped_here(self) -> bool:
@@ -72,10 +91,10 @@ class ChoiceDecoder:
     def feed(self, output: SequenceOutput) -> OutputPiece | None:
         """The next piece, or None when there is nothing to say yet. Not to be called once finished."""
         before = self.completion_tokens
-        text = "" if self._discard_tokens else self._read_tokens(output)
+        reasoning, text = ("", "") if self._discard_tokens else self._read_tokens(output)
         if output.finish is not None and not self.stopped_here:
-            tail = self._decoder.flush()
-            self._decoded += len(tail)
+            thought, tail = self._split(self._decoder.flush(), end=True)
+            reasoning += thought
             text += self._stops.push(tail)
             if not self.stopped_here:
                 text += self._stops.flush()
@@ -86,12 +105,13 @@ class ChoiceDecoder:
         self._released += len(text)
         tokens = self._release_tokens()
         ids = output.tokens[: self.completion_tokens - before] if self._with_ids else []
-        if not text and not tokens and not ids and self.finish_reason is None:
+        if not (text or reasoning or tokens or ids) and self.finish_reason is None:
             return None
-        return OutputPiece(self.index, text, tokens, ids, self.finish_reason, self._stops.matched)
+        return OutputPiece(self.index, text, reasoning, tokens, ids, self.finish_reason, self._stops.matched)
 
-    def _read_tokens(self, output: SequenceOutput) -> str:
-        text = ""
+    def _read_tokens(self, output: SequenceOutput) -> tuple[str, str]:
+        """Return what of the thought and of the answer is certain with these tokens."""
+        reasoning, text = "", ""
         last = len(output.tokens) - 1
         for position, token in enumerate(output.tokens):
             self.completion_tokens += 1
@@ -100,15 +120,41 @@ class ChoiceDecoder:
                 self._waiting.append(_token_info(output.logprobs[position], self._decoded))
             if ends:
                 break
-            piece = self._decoder.push(token)
-            self._decoded += len(piece)
+            thought, piece = self._split(self._decoder.push(token))
+            reasoning += thought
             text += piece if self.completion_tokens < self._min_tokens else self._stops.push(piece)
             if self.stopped_here:
                 break
-        return text
+        return reasoning, text
+
+    def _split(self, piece: str, *, end: bool = False) -> tuple[str, str]:
+        """Return what of the thought and of the answer is certain with a piece of the whole text."""
+        thought, before = self._thought, self._decoded
+        self._decoded += len(piece)
+        if thought is None or thought.start is not None:
+            return "", piece
+        if not end:
+            self._offsets.append(before)
+        made = thought.feed(piece, end=end)
+        if thought.inside:
+            self._offsets.clear()
+        if thought.start is None:
+            return made
+        first = thought.start
+        self._thought_tokens = self.completion_tokens - sum(offset >= first for offset in self._offsets)
+        if not self._with_ids:
+            self._waiting = [info for info in self._waiting if info.offset >= first]
+        for info in self._waiting:
+            info.offset = max(0, info.offset - first)
+        self._decoded -= first
+        return made
 
     def _release_tokens(self) -> list[TokenInfo]:
         waiting = self._waiting
+        if self._thought is not None and self._thought.start is None and not self._with_ids:
+            if self.finish_reason is not None or self._thought.inside:
+                waiting.clear()
+            return []
         if not waiting:
             return []
         if self.finish_reason is not None and (self._with_ids or not self.stopped_here):

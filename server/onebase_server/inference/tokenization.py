@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
+from onebase_adapters.format.added_tokens import TOKENIZER_FILE, BaseVocabulary, vocabulary_digest
+from onebase_adapters.format.config import AdapterFormatError
 from onebase_edge.errors import InvalidRequestError
 from onebase_edge.settings import RawControlTokens
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
 from onebase_engine.imports import quick_imports
 from onebase_engine.machine import return_freed_memory
+from onebase_protocol.adapters import TokenizerAdditions
+from onebase_server.inference import thoughts
 from onebase_server.inference.detokenizer import BytePieces, PieceDecoder, ShownPieces, WindowPieces
+from onebase_server.inference.own_templates import OwnTemplateError, OwnTemplates
+from onebase_server.inference.thoughts import Switch, ThoughtFormat
 from onebase_server.inference.tool_format import ToolFormat, UnreadableCallsError, read_format, reason_of
 
 T = TypeVar("T")
@@ -26,6 +38,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Marks for training, which a template may have and plain Jinja does not know."""
+_THINKS = re.compile(r"\b(?:reasoning_content|thinking)\b")
+"""Pattern of the names that thoughts have in chat templates."""
+MOST_TOKENIZERS, MOST_VERSIONS = 64, 4096
+"""Numbers of adapters' tokenizers that are kept, and of versions whose tokenizer is known."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _OWN_VARIABLES = frozenset(
     {
@@ -69,7 +85,7 @@ class ChatSupport:
     tools: bool | None
     """Whether the format of tool calls can be read off the chat template."""
     unserved: Mapping[str, str] = field(default_factory=dict)
-    """Reasons why chats or tools are not served, by these two names."""
+    """Reasons why chats, tools or thinking are not served, by these names."""
 
 
 def chat_support(folder: Path) -> ChatSupport:
@@ -84,23 +100,77 @@ def chat_support(folder: Path) -> ChatSupport:
 
 
 class BaseTokenizer:
-    """One base's tokenizer and chat template. Nothing here comes from an adapter. Raises TokenizerError."""
+    """One base's tokenizer and chat template, or an adapter's with further tokens. Raises TokenizerError."""
+
+    words = 0
+    """Number of tokens of the adapter's own vocabulary; 0: it is the base's."""
+    end_tokens: tuple[int, ...] = ()
+    """Tokens that end a text besides the base's."""
+    own_templates: OwnTemplates | None = None
+    """Process that renders the chat template, if that came with an adapter."""
 
     def __init__(self, folder: str, *, raw_control_tokens: RawControlTokens = "allow") -> None:
         """`raw_control_tokens`: what `<|im_end|>` and the like are in the text of a plain prompt."""
-        self._tokenizer = _load(folder)
-        self._special = frozenset(
+        self._letters = raw_control_tokens == "letters"
+        self._folder = folder
+        self._set_up(_load(folder))
+        self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
+        """Characters of a text that one token can stand for, at most."""
+
+    def _set_up(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.special = frozenset(
             token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special
         )
+        """Ids of the special tokens, whose names are left out of texts."""
         _never_cut_or_pad(self._tokenizer)
-        self._chat = ChatTokenizer(self._tokenizer)
-        self._letters = raw_control_tokens == "letters"
-        self._before, self._after = tokens_around(self._tokenizer)
+        try:
+            self._chat = ChatTokenizer(self._tokenizer)
+            self._before, self._after = tokens_around(self._tokenizer)
+        except Exception as error:  # what loads may hold settings of any type
+            raise TokenizerError(f"it cannot encode: {reason_of(error)}") from error
         self._byte_level = _is_byte_level(self._tokenizer)
         self._byte_of_character = _byte_level_alphabet() if self._byte_level else {}
         self._bytes: dict[int, bytes] = {}
-        self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
-        """Characters of a text that one token can stand for, at most."""
+
+    @cached_property
+    def vocabulary(self) -> BaseVocabulary:
+        """Return the tokenizer's tokens, with which those of adapters are compared."""
+        texts = [self._tokenizer.backend_tokenizer.to_str()]
+        file = Path(self._folder) / TOKENIZER_FILE
+        if file.is_file():
+            texts.append(file.read_text())
+        digests = set()
+        for text in texts:
+            with suppress(msgspec.DecodeError):
+                digests.add(vocabulary_digest(text))
+        return BaseVocabulary(self._tokenizer.get_vocab(), frozenset(digests))
+
+    def extended(
+        self, added: TokenizerAdditions | None, words: int, templates: OwnTemplates
+    ) -> BaseTokenizer:
+        """Return the tokenizer of an adapter, which shares this one's vocabulary.
+
+        Args:
+            added: what the adapter's tokenizer has that this one has not.
+            words: number of tokens of the adapter's vocabulary; 0: it is the base's.
+            templates: process that renders the adapter's own chat template.
+
+        Raises:
+            TokenizerError: the additions do not fit this tokenizer.
+        """
+        other = BaseTokenizer.__new__(BaseTokenizer)
+        other._letters, other._folder, other.words = self._letters, self._folder, words
+        other.longest_token = self.longest_token
+        if added is None:
+            other._set_up(self._tokenizer)
+            return other
+        other._set_up(_extended(self._tokenizer, added, templates))
+        other.end_tokens = added.end_tokens
+        if added.chat_template is not None:
+            other.own_templates = templates
+        other.longest_token = max(self.longest_token, *(len(token.content) for token in added.tokens))
+        return other
 
     @property
     def end(self) -> int | None:
@@ -127,20 +197,11 @@ class BaseTokenizer:
     @cached_property
     def template_options(self) -> frozenset[str]:
         """Variables of the chat template that a caller may set."""
-        from jinja2 import Environment, TemplateError, meta, nodes
-
-        try:
-            tree = Environment(autoescape=False, extensions=["jinja2.ext.loopcontrols"]).parse(
-                _GENERATION_BLOCK.sub("", self.chat_template)
-            )
-        except TemplateError:
+        if self.own_templates is not None:
+            with suppress(OwnTemplateError):
+                return self.own_templates.options(self.chat_template)
             return frozenset()
-        asked = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
-        set_here, given = (
-            {name.name for name in tree.find_all(nodes.Name) if name.ctx == kind}
-            for kind in ("store", "param")
-        )
-        return frozenset(meta.find_undeclared_variables(tree)) - _OWN_VARIABLES - (set_here - asked) - given
+        return options_of(self.chat_template)
 
     @property
     def tool_format(self) -> ToolFormat | None:
@@ -160,12 +221,36 @@ class BaseTokenizer:
             return "has no place for tools"
         if "tool_calls" not in self.chat_template:
             return "writes no calls"
-        added = self._tokenizer.added_tokens_decoder
-        names = {text.content: token for token, text in added.items() if len(text.content.strip()) > 1}
         try:
-            return read_format(self._render, names)
+            return read_format(self._render, self._control_names)
         except UnreadableCallsError as error:
             return str(error)
+
+    @property
+    def _control_names(self) -> dict[str, int]:
+        """Ids of the added tokens, by their texts."""
+        added = self._tokenizer.added_tokens_decoder
+        return {text.content: token for token, text in added.items() if len(text.content.strip()) > 1}
+
+    @cached_property
+    def thought_format(self) -> ThoughtFormat | None:
+        """Return the chat template's format of thoughts, or None if the base does not think, or in a way that
+        cannot be separated from its answer."""
+        if not self.has_chat_template:
+            return None
+        names, variables = self._control_names, self.template_options
+        return thoughts.read_format(self._render, self.chat_template, names, variables)
+
+    @property
+    def thinking_switch(self) -> Switch | None:
+        """Return the chat template's variable that switches thinking on and off."""
+        return None if self.thought_format is None else self.thought_format.switch
+
+    def opens_thought(self, prompt: Sequence[int]) -> bool | None:
+        """Return whether a conversation's prompt opens a thought (True), or opens and closes one (False)."""
+        if self.thought_format is None:
+            return None
+        return self.thought_format.opened_by(self.decode(prompt[-thoughts.TAIL_TOKENS :], special=True))
 
     @cached_property
     def chat_refusal(self) -> str | None:
@@ -178,7 +263,8 @@ class BaseTokenizer:
 
     @property
     def unserved(self) -> dict[str, str]:
-        """Return why chats or tools are not served with this base's chat template, by these two names."""
+        """Return what is not served with this base's chat template, and why, by `chat`, `tools` and
+        `thinking`."""
         if not self.has_chat_template:
             return {"chat": "not served: this base has no chat template"}
         template = "this base's chat template"
@@ -187,11 +273,16 @@ class BaseTokenizer:
             return {"chat": f"not served: {template} cannot be used at all, as it {chat}"}
         if chat:
             return {"chat": f"served with tools alone: without them {template} {chat}"}
-        return {"tools": f"not served: {template} {tools}"} if tools else {}
+        found = {"tools": f"not served: {template} {tools}"} if tools else {}
+        if self.thought_format is None and _THINKS.search(self.chat_template):
+            found["thinking"] = (
+                f"not separated from the text: {template} writes it in a way that cannot be read"
+            )
+        return found
 
-    def _render(self, messages: Any, *, tools: Any, generation: bool) -> str:
+    def _render(self, messages: Any, *, tools: Any, generation: bool, **options: Any) -> str:
         text: str = self._tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=generation
+            messages, tools=tools, tokenize=False, add_generation_prompt=generation, **options
         )
         return text
 
@@ -232,7 +323,11 @@ class BaseTokenizer:
             raise InvalidRequestError(
                 f"The base's chat template refuses these messages: {error}", param="messages"
             ) from error
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except OwnTemplateError as error:
+            raise InvalidRequestError(
+                f"messages: {error}.", param="messages", code="chat_template_failed"
+            ) from error
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InvalidRequestError(
                 f"The base's chat template cannot write these messages: {reason_of(error)}", param="messages"
             ) from error
@@ -276,7 +371,7 @@ class BaseTokenizer:
 
     def text_bytes(self, token: int) -> bytes:
         """Return the bytes that a token adds to the text: none if it is special."""
-        return b"" if token in self._special else self.token_bytes(token)
+        return b"" if token in self.special else self.token_bytes(token)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, special ones by their name; empty for an unused id."""
@@ -304,6 +399,148 @@ class BaseTokenizer:
                 return name.encode()
         byte = _BYTE_TOKEN.fullmatch(name)
         return bytes([int(byte[1], 16)]) if byte else name.replace("\u2581", " ").encode()
+
+
+def options_of(template: str) -> frozenset[str]:
+    """Return the variables of a chat template that a caller may set."""
+    from jinja2 import Environment, TemplateError, meta, nodes
+
+    try:
+        tree = Environment(autoescape=False, extensions=["jinja2.ext.loopcontrols"]).parse(
+            _GENERATION_BLOCK.sub("", template)
+        )
+    except TemplateError:
+        return frozenset()
+    asked = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+    asked |= {
+        each.node.name
+        for each in tree.find_all(nodes.Filter)
+        if each.name == "default" and isinstance(each.node, nodes.Name)
+    }
+    set_here, given = (
+        {name.name for name in tree.find_all(nodes.Name) if name.ctx == kind} for kind in ("store", "param")
+    )
+    return frozenset(meta.find_undeclared_variables(tree)) - _OWN_VARIABLES - (set_here - asked) - given
+
+
+def _extended(tokenizer: Any, added: TokenizerAdditions, templates: OwnTemplates) -> Any:
+    """Return a copy of transformers' tokenizer with further tokens; it shares the model's vocabulary.
+
+    Raises TokenizerError: the tokens would not get their ids.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise TokenizerError("this base's tokenizer takes no further tokens")
+    own = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if getattr(backend, part) is not None:
+            setattr(own, part, getattr(backend, part))
+    known = backend.get_added_tokens_decoder()
+    tokens = [known[token] for token in sorted(known)]
+    tokens += [
+        AddedToken(
+            token.content,
+            single_word=token.single_word,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            normalized=token.normalized,
+            special=token.special,
+        )
+        for token in added.tokens
+    ]
+    for token in tokens:
+        (own.add_special_tokens if token.special else own.add_tokens)([token])
+    ids = {known[token].content: token for token in known} | {
+        token.content: token.id for token in added.tokens
+    }
+    first = added.tokens[0]
+    wrong = any(own.token_to_id(text) != token for text, token in ids.items())
+    if wrong or backend.id_to_token(first.id) is not None:
+        raise TokenizerError(
+            f"the token {first.content} would not get the id {first.id} in this base's tokenizer"
+        )
+    twin = copy.copy(tokenizer)
+    twin._tokenizer = own
+    twin._special_tokens_map = dict(tokenizer._special_tokens_map)
+    if added.end_tokens:
+        twin.eos_token = own.id_to_token(added.end_tokens[0])
+    if added.chat_template is not None:
+        twin.chat_template = added.chat_template
+        twin.__class__ = _with_own_template(type(tokenizer), templates)
+    return twin
+
+
+def _with_own_template(kind: Any, templates: OwnTemplates) -> Any:
+    """Return a class of tokenizers whose chat template is rendered in another process."""
+
+    def apply_chat_template(
+        self: Any,
+        conversation: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        tokenize: bool = True,
+        return_dict: bool = False,
+        **options: Any,
+    ) -> Any:
+        special = {name: str(token) for name, token in self.special_tokens_map.items() if token is not None}
+        text = templates.render(self.chat_template, conversation, tools, {**special, **options})
+        if not tokenize:
+            return text
+        return self(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
+
+    return type(kind.__name__, (kind,), {"apply_chat_template": apply_chat_template})
+
+
+class Tokenizers:
+    """The base's tokenizer, and those of adapters, of which the ones used last are kept. Thread-safe."""
+
+    def __init__(self, base: BaseTokenizer) -> None:
+        self.base = base
+        self.templates = OwnTemplates()
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[TokenizerAdditions | None, int], BaseTokenizer] = OrderedDict()
+        self._of_reports: OrderedDict[str, BaseTokenizer] = OrderedDict()
+
+    def of_version(self, digest: str, report: Mapping[str, Any]) -> BaseTokenizer:
+        """Return the tokenizer for a version's requests, by its report; the base's if it has no other.
+
+        Raises TokenizerError: the version was proved with another tokenizer of the base.
+        """
+        if not report.get("vocabulary") and not report.get("tokenizer"):
+            return self.base
+        with self._lock:
+            known = self._of_reports.get(digest)
+            if known is not None:
+                self._of_reports.move_to_end(digest)
+                return known
+        added = report.get("tokenizer")
+        given = None if added is None else msgspec.convert(added, TokenizerAdditions)
+        found = self.of(given, report.get("vocabulary", 0))
+        with self._lock:
+            self._of_reports[digest] = found
+            while len(self._of_reports) > MOST_VERSIONS:
+                self._of_reports.popitem(last=False)
+        return found
+
+    def check(self, added: TokenizerAdditions) -> None:
+        """Raise AdapterFormatError if an adapter's tokens do not fit the base's tokenizer."""
+        try:
+            self.of(added, 0)
+        except TokenizerError as error:
+            raise AdapterFormatError("bad_tokenizer", f"{error}") from error
+
+    def of(self, added: TokenizerAdditions | None, words: int) -> BaseTokenizer:
+        """Return the base's tokenizer with additions. Raises TokenizerError: they do not fit it."""
+        key = added, words
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = self.base.extended(added, words, self.templates)
+            self._kept.move_to_end(key)
+            while len(self._kept) > MOST_TOKENIZERS:
+                self._kept.popitem(last=False)
+            return self._kept[key]
 
 
 def _control_token(param: str, error: ControlTokenError) -> InvalidRequestError:

@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 from onebase_engine.engine.messages import Grammar
+from onebase_server.inference.thoughts import held
 from onebase_server.inference.tool_format import (
     COUNT,
     HOLE,
@@ -120,13 +121,13 @@ class CallReader:
         while True:
             at = self._rest.find(format.trigger)
             if at < 0:
-                held = _held(self._rest, format.trigger)
+                unsure = held(self._rest, format.trigger)
                 if self._ended and self._as_asked.required:
                     return False  # a call that was cut before it had a name
                 if self._ended:
                     self._say(len(self._rest))
                     return False
-                self._say(len(self._rest) - held)
+                self._say(len(self._rest) - unsure)
                 yield
                 continue
             said = len(self._rest[:at].rstrip())  # the white space is a part of how a call is written
@@ -272,7 +273,7 @@ class CallReader:
         """Hand out what stands before a mark, and skip that. False: it did not come."""
         while True:
             at = self._rest.find(mark)
-            ready = at if at >= 0 else len(self._rest) - _held(self._rest, mark, space=False)
+            ready = at if at >= 0 else len(self._rest) - held(self._rest, mark, space=False)
             value = self._rest[:ready]
             self._argue(index, _json(value)[1:-1] if text else value)
             self._skip(ready)
@@ -476,10 +477,3 @@ _PARTS = re.compile(f"([{HOLE}{COUNT}])")
 _DIGITS = re.compile("[0-9]+")
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]+")
 """Pattern of the names that functions may have."""
-
-
-def _held(text: str, marker: str, *, space: bool = True) -> int:
-    """Return how many characters at the end may begin a marker, with the white space before them."""
-    held = next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if marker.startswith(text[-n:])), 0)
-    before = text[: len(text) - held]
-    return held + (len(before) - len(before.rstrip()) if space else 0)

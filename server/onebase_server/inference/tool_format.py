@@ -555,8 +555,9 @@ def read_format(render: Render, controls: Mapping[str, int]) -> ToolFormat:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first line of what a template's failure says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """Return the first line of what a template's failure says, without what a terminal would act on."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return "".join(character if character.isprintable() else " " for character in line)
 
 
 @dataclass(frozen=True)

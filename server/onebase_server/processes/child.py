@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import msgspec
@@ -39,11 +38,8 @@ class Inherited:
     busy_fd: int | None
 
 
-def begin(name: str, *, niceness: int = 0) -> Inherited:
-    """Set up this process as the api's child of that name, and return what it inherits.
-
-    With a `niceness` it leaves the processor to others, and is the first to be killed when memory is short.
-    """
+def begin(name: str) -> Inherited:
+    """Set up this process as the api's child of that name, and return what it inherits."""
     parser = argparse.ArgumentParser(description=f"OneBase {name} process; the api starts it.")
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the api")
     parser.add_argument("--base-fd", type=int, help="file descriptor of the memory that holds the base")
@@ -55,8 +51,6 @@ def begin(name: str, *, niceness: int = 0) -> Inherited:
     _silence_libraries()
     # Ctrl-C in a terminal reaches every process; the api decides when a child ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if niceness:
-        step_aside(niceness)
     return Inherited(socket.socket(fileno=arguments.fd), arguments.base_fd, arguments.busy_fd)
 
 
@@ -67,17 +61,6 @@ def _silence_libraries() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.disable_progress_bar()
-
-
-def step_aside(niceness: int) -> None:
-    """Leave the processor to whoever else wants it, and be the first to be killed when memory is short.
-
-    SCHED_IDLE spared serving no more than a niceness of 19 in measurements, and could leave a job without
-    any time.
-    """
-    os.nice(niceness)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 class ApiGoneError(Exception):

@@ -34,7 +34,7 @@ from onebase_engine.base.quantized_cache import load_kept_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.base_proof import prove_once
 from onebase_engine.engine.engine import Counters, Engine
-from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, STAGED_BLOCKS
+from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, STAGED_BLOCKS, most_blocks
 from onebase_engine.engine.memory_budget import (
     CONTEXT_BYTES,
     Measure,
@@ -235,13 +235,14 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     # Before anything holds on to its tensors: they move into the memory that verifiers attach.
     manifest = _publish(base, base_fd, device)
     channel.send(protocol.Loading(stage="preparing the served view", fraction=0.7))
+    max_length = _max_length(config, base)
     model = ServedModel(
         base,
         config.max_slots,
         unpacked=config.cpu_weights == "bf16",
         kv_dtype=torch.int8 if config.kv_dtype == "int8" else None,
+        max_length=max_length,
     )
-    max_length = _max_length(config, base)
     limits = SchedulerLimits(
         max_rows=config.max_rows,
         step_tokens=config.step_tokens or DEFAULT_STEP_TOKENS[device.type],
@@ -256,7 +257,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
             places // 2, config.max_rows, model.state_bytes / 1e6,
         )  # fmt: skip
     blocks, slot_memory = sizes(config, base, model, limits, measure, places * model.state_bytes)
-    host_blocks = host_block_count(model.kv_bytes_per_token * config.block_size, config.prefix_memory)
+    host_blocks = host_block_count(model.kv_bytes_per_block(config.block_size), config.prefix_memory)
     engine = Engine(
         base,
         name=config.base_folder,
@@ -279,7 +280,7 @@ def _start(config: EngineConfig, channel: EngineChannel, base_fd: int | None) ->
     # What is loaded stays. Else every full collection would go through it, between two steps.
     gc.collect()
     gc.freeze()
-    kv_bytes = blocks * config.block_size * model.kv_bytes_per_token
+    kv_bytes = blocks * model.kv_bytes_per_block(config.block_size)
     info = _base_info(config, base, engine, kv_bytes, time.monotonic() - started)
     channel.send(protocol.Ready(base=info, manifest=manifest))
     return engine
@@ -303,7 +304,12 @@ def sizes(
     """
     device, layers = model.device, adaptable_layers(base)
     aside = {"recurrent states (--max-rows)": state_bytes}
-    most = config.max_rows * -(-limits.max_length // config.block_size) + RESERVED_BLOCKS
+
+    def held(tokens: int) -> int:
+        """Return the blocks that a sequence of so many tokens holds."""
+        return most_blocks(model.groups, tokens, config.block_size, limits.step_tokens)
+
+    most = config.max_rows * held(limits.max_length) + RESERVED_BLOCKS
     if config.kv_memory:
         measure = None
     if measure is not None:
@@ -321,7 +327,7 @@ def sizes(
     slot_memory = _slot_memory(config, layers.values(), left, device)
     if device.type != "cpu":
         aside["slots (--slot-memory)"] = slot_memory + staging_bytes(slot_memory)
-    block_bytes = model.kv_bytes_per_token * config.block_size
+    block_bytes = model.kv_bytes_per_block(config.block_size)
     aside["blocks in flight to host memory"] = min(config.prefix_memory, STAGED_BLOCKS * block_bytes)
     aside["jobs (--train-memory)"] = config.train_memory
     if measure is not None:
@@ -337,11 +343,14 @@ def sizes(
             )
 
         step, length = fit_step(
-            free - sum(aside.values()), model.kv_bytes_per_token, limits.max_length, step_at
+            free - sum(aside.values()),
+            lambda tokens: block_bytes * held(tokens),
+            limits.max_length,
+            step_at,
         )
         aside["the largest step (--step-tokens, --max-length)"] = step
         if length < limits.max_length:
-            most = min(most, length // config.block_size + RESERVED_BLOCKS)
+            most = min(most, held(length - length % config.block_size) + RESERVED_BLOCKS)
         free = kv_memory_available(device)  # less what has been loaded for the step
     blocks = kv_block_count(block_bytes, most, free, kv_memory=config.kv_memory, aside=aside)
     if measure is not None:
@@ -353,7 +362,7 @@ def sizes(
 def warm_up(engine: Engine) -> None:
     """Run one short request, so that the first user does not pay for lazy initialisation."""
     sampling = protocol.Sampling(temperature=0.0, max_tokens=2, ignore_eos=True)
-    most = min(engine.scheduler.limits.max_length, engine.pool.capacity * engine.pool.block_size)
+    most = engine.longest
     prompt = [0] * max(min(TILE + 1, most - sampling.max_tokens), 1)
     engine.submit(protocol.Submit(id="warm-up", prompt=prompt, sampling=sampling, tenant="warm-up"))
     while engine.busy:
@@ -475,6 +484,9 @@ def _base_info(
         kv_bytes=kv_bytes,
         kv_dtype=str(engine.model.kv_dtype).removeprefix("torch."),
         kv_blocks=engine.pool.capacity,
+        kv_groups=len(engine.model.groups),
+        kv_tokens=engine.kv_tokens,
+        kv_longest=engine.longest,
         block_size=config.block_size,
         max_length=limits.max_length,
         max_rows=limits.max_rows,

@@ -87,7 +87,7 @@ class EngineClient:
         """
         capacity = self._check_capacity(sequences, max_rows)
         if not self._shares.has_room(tenant, sequences, capacity):
-            raise self._queue_full(max_rows)
+            raise self._queue_full(sequences, max_rows)
 
     def submit(self, request: Inflight, max_rows: int) -> None:
         """Send a request.
@@ -100,7 +100,7 @@ class EngineClient:
         else:
             self._check_capacity(request.sequences, max_rows)
             if request.background and self.background_sequences >= 2 * max_rows:
-                raise self._queue_full(max_rows)
+                raise self._queue_full(request.sequences, max_rows)
         self._suspects.admit(request)
         if self.open_sequences == 0:
             self.note_progress()
@@ -179,10 +179,10 @@ class EngineClient:
             )
         return capacity
 
-    def _queue_full(self, max_rows: int) -> QueueFullError:
+    def _queue_full(self, asked: int, max_rows: int) -> QueueFullError:
         waiting = max(0, self.foreground_sequences - max_rows)
         wait = min(_LONGEST_RETRY_AFTER, self._seconds_per_sequence * (waiting + 1))
-        return QueueFullError(waiting, self._queue_limit, wait)
+        return QueueFullError(asked, waiting, self._queue_limit, wait)
 
     def _sequence_ended(self, request: Inflight, request_id: str, now: float) -> None:
         if request.background:

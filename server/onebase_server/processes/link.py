@@ -19,6 +19,7 @@ import msgspec
 
 from onebase_engine.engine.messages import FrameReader, ToEngine, encode
 from onebase_engine.environment import computing_environment
+from onebase_engine.machine import step_aside
 
 ENGINE_COMMAND = (sys.executable, "-m", "onebase_server.processes", "engine")
 DEATH_SECONDS = 2.0
@@ -79,13 +80,15 @@ class ChildProcess:
         on_lost: Callable[[], None],
         fds: Mapping[str, int] | None = None,
         environment: Mapping[str, str] | None = None,
+        niceness: int = 0,
     ) -> ChildProcess:
         """Start the command with `--fd N`, one end of a socket pair, and an option for each of `fds`.
 
         `fds` maps an option's name (`--base-fd`) to a file descriptor that the child inherits.
         `environment` is added to what the child gets of this process's own, in which no credentials are.
-        `on_lost` is called once when the socket closes, which a dead process causes too. The child
-        gets a session of its own: Ctrl-C in the terminal reaches the api alone, which drains first.
+        `on_lost` is called once when the socket closes, which a dead process causes too. `niceness`: of a
+        child that leaves the processor to the engine, see `step_aside`. The child stays in this process's
+        session, which that needs, and makes itself a process group (`processes/__main__.py`).
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -97,12 +100,13 @@ class ChildProcess:
                     *options,
                     pass_fds=tuple(inherited.values()),
                     stdin=asyncio.subprocess.DEVNULL,
-                    start_new_session=True,
                     env={**computing_environment(), **(environment or {})},
                 )
             except BaseException:
                 ours.close()
                 raise
+        if niceness:
+            step_aside(process.pid, niceness)
         loop = asyncio.get_running_loop()
         try:
             transport, _ = await loop.create_unix_connection(
@@ -139,8 +143,11 @@ class ChildProcess:
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal to the child and to whatever it has started."""
         if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 os.killpg(self.pid, number)
+            except ProcessLookupError:  # it has no group yet, and has started nothing
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.send_signal(number)
 
     async def wait(self) -> str:
         """Wait for the process to end, and return how it did: `exit status 1`, `signal SIGKILL`."""
@@ -184,12 +191,13 @@ class AskedProcess(Generic[Received]):
         take_news: Callable[[Received], bool],
         fds: Mapping[str, int],
         environment: Mapping[str, str] | None = None,
+        niceness: int = 0,
     ) -> AskedProcess[Received]:
         """Start a process as ChildProcess.spawn does. `take_news` gets every message; it returns False for an
         answer."""
         process = cls(take_news)
         process._child = await ChildProcess.spawn(
-            command, decoder, process._receive, process._closed, fds, environment
+            command, decoder, process._receive, process._closed, fds, environment, niceness
         )
         return process
 

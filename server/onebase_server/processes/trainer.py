@@ -58,7 +58,6 @@ from onebase_training.run import DoesNotFitError, TrainingRequest, prepare, trai
 
 logger = logging.getLogger(__name__)
 
-NICENESS = 19
 CPU = torch.device("cpu")
 LOCK_FILE = ".lock"
 CHECK_BYTES = 2 << 30
@@ -80,7 +79,7 @@ _PARALLEL = 1 << 20
 
 
 def main() -> int:
-    inherited = begin("trainer", niceness=NICENESS)
+    inherited = begin("trainer")
     keep_freed_memory()
     return run_trainer(inherited.sock, inherited.base_fd, inherited.busy_fd)
 

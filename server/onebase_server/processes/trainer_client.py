@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from onebase_engine.engine.messages import encode
 from onebase_engine.environment import behind_serving
+from onebase_engine.machine import BEHIND_SERVING
 from onebase_server.processes.link import AskedProcess
 from onebase_server.processes.trainer_protocol import (
     Active,
@@ -86,7 +87,9 @@ class TrainerClient:
             return isinstance(message, RunEvent | FindActive)
 
         environment = ENVIRONMENT | behind_serving()
-        process = await AskedProcess.spawn(command, from_trainer_decoder(), take_news, fds, environment)
+        process = await AskedProcess.spawn(
+            command, from_trainer_decoder(), take_news, fds, environment, BEHIND_SERVING
+        )
         client = cls(process)
         process.ask(frame)
         return client

@@ -51,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 VerifierChannel = Channel[ToVerifier]
 
-NICENESS = 10
 ALIVE_SECONDS = 1.0
 """Time, in seconds, between two signs of life of a job."""
 PROGRESS_SECONDS = 0.1
@@ -63,7 +62,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main() -> int:
-    inherited = begin("verifier", niceness=NICENESS)
+    inherited = begin("verifier")
     scratch = make_scratch()
     # All temporary files of this process, so that the api finds them when it had to be killed.
     tempfile.tempdir = str(scratch)

@@ -6,8 +6,9 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -17,13 +18,30 @@ from onebase_edge.background import Threads, TurnBudget
 from onebase_edge.errors import (
     AdapterDeletedError,
     AdapterNotFoundError,
+    ApiError,
+    ContextLengthError,
     InvalidRequestError,
+    StateConflictError,
+    UnavailableError,
     UnknownModelError,
 )
 from onebase_engine.engine.messages import BaseInfo, Sampling
-from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog, is_checkpoint
+from onebase_server.adapters.catalog import (
+    HUB_PREFIX,
+    OTHER_NAMES_OF_THE_BASE,
+    AdapterChoice,
+    Catalog,
+    is_checkpoint,
+)
 from onebase_server.inference.generation import GenerationRequest, Prompt, in_time, new_id
-from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput, and_give_memory_back
+from onebase_server.inference.thoughts import Thinking, ThoughtFormat, without_thought
+from onebase_server.inference.tokenization import (
+    BaseTokenizer,
+    TemplateInput,
+    TokenizerError,
+    Tokenizers,
+    and_give_memory_back,
+)
 from onebase_server.inference.tool_call_parser import CallFormat
 from onebase_server.inference.tool_format import NO_ARGUMENTS, ToolDefinition
 from onebase_server.inference.transcript import Transcript, refused
@@ -54,6 +72,10 @@ _LONG_CHARACTERS = 100_000
 """Length, in characters, above which texts are tokenized one after the other, so that shorter ones have their
 turn and memory is used for one."""
 _THREADS = 2
+_OF_TOKENIZER = ("prompt", "messages", "tools", "logit_bias", "stop_token_ids", "chat_template_kwargs")
+"""Fields that an adapter's own tokenizer may accept where the base's does not."""
+_PLANS = 4
+"""Number of times that a request is planned while its adapter turns out to have another tokenizer."""
 _MESSAGE_CHARACTERS = 40
 """Characters that a message counts besides its text, for what a template writes around it."""
 _TEXT_CHARACTERS = 40
@@ -83,8 +105,10 @@ class _Wanted:
     logprobs: int | None
     echo: bool
     answer: CallFormat | None = None
+    thinking: Thinking | None = None
     token_ids: bool = False
     prompt_logprobs: int | None = None
+    special_tokens: bool = False
 
 
 class AdapterFetcher(Protocol):
@@ -104,20 +128,25 @@ class Planner:
     def __init__(
         self,
         supervisor: EngineSupervisor,
-        tokenizer: BaseTokenizer,
+        tokenizers: Tokenizers,
         catalog: Catalog,
         hub: AdapterFetcher,
         checkpoints: AdapterFetcher,
         limits: RequestLimits,
+        on_cost: Callable[[str, float], None] = lambda tenant, seconds: None,
     ) -> None:
+        """on_cost: called with a tenant and the processor time, in seconds, in which its text was read."""
         self._supervisor = supervisor
-        self._tokenizer = tokenizer
+        self._tokenizers = tokenizers
+        self._tokenizer = tokenizers.base
         self._catalog = catalog
         self._hub = hub
         self._checkpoints = checkpoints
         self._limits = limits
-        self._threads = Threads("tokenize", _THREADS)
-        self._one_thread = Threads("tokenize-long", 1)
+        self._threads = Threads("tokenize", _THREADS, on_cost=on_cost)
+        self._one_thread = Threads("tokenize-long", 1, on_cost=on_cost)
+        self._template_thread = Threads("templates", 1, on_cost=on_cost)
+        """Thread that waits for the templates' process, apart from those that tokenize."""
         self._inline = TurnBudget(_INLINE_CHARACTERS)
 
     async def generate(
@@ -129,12 +158,26 @@ class Planner:
         versions
         are used, whichever are active now.
         """
-        base = self.base()
+        self.base()
         self._check_room(body, caller)
+
+        async def plan(tokenizer: BaseTokenizer) -> GenerationRequest:
+            return await self._plan_generate(body, caller, tokenizer)
+
+        async def choose(request: GenerationRequest) -> AdapterChoice:
+            return await self._adapter(body, request, transcript)
+
+        return await self._with_own_tokenizer(plan, choose, caller.tenant, self.base_name, body)
+
+    async def _plan_generate(
+        self, body: GenerateRequest, caller: Caller, tokenizer: BaseTokenizer
+    ) -> GenerationRequest:
+        thinking = None
         if body.messages:
-            prompt = await self.chat_prompt(caller.tenant, body, body.messages)
+            prompt = await self.chat_prompt(caller.tenant, body, body.messages, tokenizer=tokenizer)
+            thinking = None if body.echo else self._thinking(body, body.messages, prompt, None, tokenizer)
         else:
-            prompt = (await self._prompts(caller.tenant, [body.prompt or ""]))[0]
+            prompt = (await self._prompts(caller.tenant, [body.prompt or ""], tokenizer))[0]
         wanted = _Wanted(
             kind="gen-",
             prompts=(prompt,),
@@ -143,21 +186,132 @@ class Planner:
             default_tokens=GENERATE_TOKENS,
             logprobs=body.logprobs,
             echo=bool(body.echo),
-            answer=await self._answer(caller.tenant, body),
+            answer=await self._answer(caller.tenant, body, tokenizer),
+            thinking=thinking,
         )
-        request = self._request(wanted, body, base, caller)
-        return replace(request, adapter=check_generates(await self._adapter(body, request, transcript)))
+        return self._request(wanted, body, caller, tokenizer)
+
+    async def _with_own_tokenizer(
+        self,
+        plan: Callable[[BaseTokenizer], Awaitable[GenerationRequest]],
+        choose: Callable[[GenerationRequest], Awaitable[AdapterChoice]],
+        tenant: str,
+        model: str,
+        body: AdapterFields,
+    ) -> GenerationRequest:
+        """Return a request that is planned with the tokenizer of its adapter.
+
+        The adapter is looked up last. If it turns out to have another tokenizer than that of the names known
+        before, such as one pulled for this request, the request is planned again.
+        """
+        tokenizer, pulled = await self.tokenizer_of(tenant, model, body), False
+        for _ in range(_PLANS):
+            try:
+                request = await plan(tokenizer)
+            except InvalidRequestError as error:
+                concerned = (error.param or "").startswith(_OF_TOKENIZER)
+                if pulled or not concerned or not await self._pull_first(tenant, model, body):
+                    raise
+                pulled = True
+                found = await self.tokenizer_of(tenant, model, body)
+                if found is tokenizer:
+                    raise
+                tokenizer = found
+                continue
+            choice = check_generates(await choose(request))
+            own = await self.tokenizer_for(choice, tenant)
+            if own is tokenizer:
+                return replace(request, adapter=choice, tokenizer=None if own is self._tokenizer else own)
+            tokenizer = own
+        raise UnavailableError(
+            "The adapter's active version changes faster than requests are planned. Try again.",
+            code="adapter_unavailable",
+            retry_after=1.0,
+        )
+
+    async def thought_format(self, tenant: str, model: str) -> ThoughtFormat | None:
+        """Return the format of the thoughts in a model's answers, or None if it does not think."""
+        return await self.thought_format_of(tenant, await self.tokenizer_of(tenant, model))
+
+    async def thought_format_of(self, tenant: str, tokenizer: BaseTokenizer) -> ThoughtFormat | None:
+        """Return the format of thoughts, and have the template's variables read with it.
+
+        Those of an adapter's own template are read in the templates' process, for which the event loop must
+        not wait.
+        """
+        if tokenizer.own_templates is None:
+            return tokenizer.thought_format
+
+        def read() -> ThoughtFormat | None:
+            _ = tokenizer.template_options
+            return tokenizer.thought_format
+
+        return await self._template_thread.run_for(tenant, read)
+
+    async def tokenizer_of(
+        self, tenant: str, model: str | None, body: AdapterFields | None = None
+    ) -> BaseTokenizer:
+        """Return the tokenizer of the adapter that a request names, or the base's: also for a sum of several,
+        and for a name that is not known, or not ready."""
+        reference = _named(self.base_name, model, body)
+        if reference is None:
+            return self._tokenizer
+        try:
+            choice = self._catalog.of(tenant).choose(reference)
+        except ApiError:
+            return self._tokenizer
+        return await self.tokenizer_for(choice, tenant)
+
+    async def tokenizer_for(self, choice: AdapterChoice, tenant: str) -> BaseTokenizer:
+        """Return the tokenizer of the adapters of a request. Raises StateConflictError."""
+        report = choice.report
+        if choice.weighted or not (report.get("vocabulary") or report.get("tokenizer")):
+            return self._tokenizer
+        try:
+            return await self._threads.run_for(
+                tenant, self._tokenizers.of_version, choice.refs[0].digest, report
+            )
+        except TokenizerError as error:
+            raise StateConflictError(
+                f"{choice.named}: its tokenizer does not fit this base's: {error}.", code="version_not_ready"
+            ) from error
+
+    async def _pull_first(self, tenant: str, model: str, body: AdapterFields) -> bool:
+        """Fetch the adapter that a request names if it is not known yet. Return False if it is."""
+        reference = _named(self.base_name, model, body)
+        if reference is None or not (reference.startswith(HUB_PREFIX) or is_checkpoint(reference)):
+            return False
+        if self._catalog.of(tenant).get(reference) is not None:
+            return False
+        deadline = asyncio.get_running_loop().time() + self._limits.max_timeout
+        await self._pull({"model" if model != self.base_name else "adapter": reference}, tenant, deadline)
+        return True
 
     async def completion(
         self, body: CompletionRequest, caller: Caller, transcript: Transcript | None = None
     ) -> GenerationRequest:
-        base = self.base()
+        self.base()
         self.check_model(body.model, body)
-        prompts = body.prompts()
-        self._check_room(body, caller, len(prompts))
+        self._check_room(body, caller, len(body.prompts()))
+
+        async def plan(tokenizer: BaseTokenizer) -> GenerationRequest:
+            return await self._plan_completion(body, caller, tokenizer)
+
+        async def choose(request: GenerationRequest) -> AdapterChoice:
+            return await self.choose(body.model, body, request, transcript)
+
+        return await self._with_own_tokenizer(plan, choose, caller.tenant, body.model, body)
+
+    async def _plan_completion(
+        self, body: CompletionRequest, caller: Caller, tokenizer: BaseTokenizer
+    ) -> GenerationRequest:
         wanted = _Wanted(
             kind="cmpl-",
-            prompts=tuple(await self._prompts(caller.tenant, prompts)),
+            prompts=tuple(
+                await self._prompts(
+                    caller.tenant, body.prompts(), tokenizer, special=body.add_special_tokens is not False
+                )
+            ),
             prompt_param="prompt",
             max_tokens=body.max_tokens,
             default_tokens=COMPLETION_TOKENS,
@@ -165,11 +319,9 @@ class Planner:
             echo=bool(body.echo),
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
+            special_tokens=body.skip_special_tokens is False,
         )
-        request = self._request(wanted, body, base, caller)
-        return replace(
-            request, adapter=check_generates(await self.choose(body.model, body, request, transcript))
-        )
+        return self._request(wanted, body, caller, tokenizer)
 
     async def chat(
         self, body: ChatRequest, caller: Caller, transcript: Transcript | None = None
@@ -197,25 +349,43 @@ class Planner:
         caller: Caller,
         transcript: Transcript | None,
     ) -> GenerationRequest:
-        base = self.base()
+        self.base()
         self.check_model(body.model, body)
         self._check_room(body, caller)
+
+        async def plan(tokenizer: BaseTokenizer) -> GenerationRequest:
+            return await self._plan_conversation(kind, body, messages, caller, tokenizer)
+
+        async def choose(request: GenerationRequest) -> AdapterChoice:
+            return await self.choose(body.model, body, request, transcript)
+
+        return await self._with_own_tokenizer(plan, choose, caller.tenant, body.model, body)
+
+    async def _plan_conversation(
+        self,
+        kind: str,
+        body: ChatRequest | ResponsesRequest,
+        messages: Sequence[ChatMessage],
+        caller: Caller,
+        tokenizer: BaseTokenizer,
+    ) -> GenerationRequest:
+        effort = body.reasoning_effort
+        prompt = await self.chat_prompt(caller.tenant, body, messages, effort, tokenizer=tokenizer)
         wanted = _Wanted(
             kind=kind,
-            prompts=(await self.chat_prompt(caller.tenant, body, messages, body.reasoning_effort),),
+            prompts=(prompt,),
             prompt_param="messages",
             max_tokens=body.token_limit,
             default_tokens=None,
             logprobs=body.logprob_count,
             echo=False,
-            answer=await self._answer(caller.tenant, body),
+            answer=await self._answer(caller.tenant, body, tokenizer),
+            thinking=self._thinking(body, messages, prompt, effort, tokenizer),
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
+            special_tokens=body.skip_special_tokens is False,
         )
-        request = self._request(wanted, body, base, caller)
-        return replace(
-            request, adapter=check_generates(await self.choose(body.model, body, request, transcript))
-        )
+        return self._request(wanted, body, caller, tokenizer)
 
     async def resumed(
         self, request: GenerationRequest, transcript: Transcript, seconds: float
@@ -224,7 +394,8 @@ class Planner:
 
         Raises InvalidRequestError.
         """
-        base, opening, sampling = self.base(), transcript.opening, request.sampling
+        base = self.base_of(request.tokenizer or self._tokenizer)
+        opening, sampling = transcript.opening, request.sampling
         if opening.max_tokens > sampling.max_tokens:
             raise refused("has more tokens than the request may have here")
         await self._threads.run_for(
@@ -267,42 +438,54 @@ class Planner:
         body: ConversationFields,
         messages: Sequence[ChatMessage],
         reasoning_effort: str | None = None,
+        tokenizer: BaseTokenizer | None = None,
     ) -> list[int]:
         """Return the prompt of a conversation."""
-        return (await self.chat_prompt(tenant, body, messages, reasoning_effort)).tokens
+        prompt = await self.chat_prompt(tenant, body, messages, reasoning_effort, tokenizer=tokenizer)
+        return prompt.tokens
 
     async def texts(
-        self, tenant: str, param: str, texts: Sequence[str], *, special: bool = True
+        self,
+        tenant: str,
+        param: str,
+        texts: Sequence[str],
+        *,
+        special: bool = True,
+        tokenizer: BaseTokenizer | None = None,
     ) -> list[list[int]]:
         """Return the tokens of each, computed in one turn of the tenant.
 
         special: with the tokens that the base expects around a prompt.
+        tokenizer: an adapter's; None: the base's.
         """
+        own = tokenizer or self._tokenizer
 
         def encode(texts: Sequence[str]) -> list[list[int]]:
-            return [self._tokenizer.encode(text, special=special) for text in texts]
+            return [own.encode(text, special=special) for text in texts]
 
         for text in texts:
-            self._check_size(param, len(text))
+            self._check_size(param, len(text), own)
         size = sum(map(len, texts)) + _TEXT_CHARACTERS * len(texts)
         return await self._in_turn(tenant, size, encode, texts)
 
-    async def names_of(self, tenant: str, tokens: Sequence[int]) -> list[str]:
+    async def names_of(
+        self, tenant: str, tokens: Sequence[int], tokenizer: BaseTokenizer | None = None
+    ) -> list[str]:
         """Return the vocabulary's names of tokens."""
-        return await self._threads.run_for(tenant, self._tokenizer.names, tokens)
+        return await self._threads.run_for(tenant, (tokenizer or self._tokenizer).names, tokens)
 
-    async def text_of(self, tenant: str, tokens: Sequence[int]) -> str:
+    async def text_of(
+        self, tenant: str, tokens: Sequence[int], tokenizer: BaseTokenizer | None = None
+    ) -> str:
         """The text that tokens stand for, special ones by their names."""
-        base = self.base()
+        own = tokenizer or self._tokenizer
+        base = self.base_of(own)
         if len(tokens) > base.max_length:
-            raise InvalidRequestError(
-                f"tokens: there are {len(tokens)}. This model's maximum context length is "
-                f"{base.max_length} (--max-length). Send them in parts.",
-                param="tokens",
-                code="context_length_exceeded",
+            raise ContextLengthError(
+                "tokens", f"there are {len(tokens)}", base.max_length, "Send them in parts."
             )
         _check_vocabulary("tokens", tokens, base)
-        return await self._threads.run_for(tenant, self._tokenizer.decode, tokens, True)
+        return await self._threads.run_for(tenant, own.decode, tokens, True)
 
     # ---- parts -------------------------------------------------------------------------------
 
@@ -311,6 +494,11 @@ class Planner:
         if reason is not None or self._supervisor.base is None:
             raise reason or RuntimeError("ready without a base")
         return self._supervisor.base
+
+    def base_of(self, tokenizer: BaseTokenizer) -> BaseInfo:
+        """Return the base, with the number of tokens of an adapter's own vocabulary if it has one."""
+        base = self.base()
+        return msgspec.structs.replace(base, vocab_size=tokenizer.words) if tokenizer.words else base
 
     async def _adapter(
         self, body: AdapterFields, request: GenerationRequest, transcript: Transcript | None = None
@@ -326,7 +514,8 @@ class Planner:
             reference = wanted
             if transcript is not None:
                 return await self._resumed_adapters(transcript, [reference], request)
-            await self._pull({"adapter" if body.adapter_id is None else "adapter_id": reference}, request)
+            param = "adapter" if body.adapter_id is None else "adapter_id"
+            await self._pull({param: reference}, request.tenant, request.deadline)
             return await self._catalog.find_current(
                 lambda: self._catalog.of(request.tenant).choose(reference)
             )
@@ -334,7 +523,8 @@ class Planner:
         if transcript is not None:
             weights = [weight for _, weight in terms]
             return await self._resumed_adapters(transcript, [name for name, _ in terms], request, weights)
-        await self._pull({f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}, request)
+        params = {f"adapter[{index}].name": name for index, (name, _) in enumerate(terms)}
+        await self._pull(params, request.tenant, request.deadline)
         return await self._catalog.find_current(lambda: self._catalog.of(request.tenant).choose_sum(terms))
 
     async def _resumed_adapters(
@@ -376,7 +566,10 @@ class Planner:
             raise AdapterDeletedError(version_names[0]) from error
 
     def check_model(self, model: str, body: AdapterFields) -> None:
-        if model != self._catalog.base_name and body.wanted_adapter is not None:
+        if body.wanted_adapter is not None and model not in {
+            self._catalog.base_name,
+            *OTHER_NAMES_OF_THE_BASE,
+        }:
             raise InvalidRequestError(
                 f"model already names an adapter. Send adapter with model {self._catalog.base_name!r} only.",
                 param="adapter",
@@ -389,11 +582,11 @@ class Planner:
         request: GenerationRequest,
         transcript: Transcript | None = None,
     ) -> AdapterChoice:
-        if model == self._catalog.base_name:
+        if self._catalog.means_base(request.tenant, model):
             return await self._adapter(body, request, transcript)
         if transcript is not None:
             return await self._resumed_adapters(transcript, [model], request)
-        await self._pull({"model": model}, request)
+        await self._pull({"model": model}, request.tenant, request.deadline)
         try:
             return await self._catalog.find_current(
                 lambda: self._catalog.of(request.tenant).choose(model, param="model")
@@ -401,23 +594,26 @@ class Planner:
         except AdapterNotFoundError as error:
             raise UnknownModelError(f"{error.message} The base is {self._catalog.base_name!r}.") from error
 
-    async def _pull(self, names: dict[str, str], request: GenerationRequest) -> None:
+    async def _pull(self, names: dict[str, str], tenant: str, deadline: float | None) -> None:
         """Fetch what is named by its Hub repository, or as a job's checkpoint, and is not known yet.
 
         names: by the request's field.
         """
-        known = self._catalog.of(request.tenant)
+        known = self._catalog.of(tenant)
         for param, name in names.items():
             if name.startswith(HUB_PREFIX) and not known.names_version(name):
-                async with in_time(request.deadline):
-                    await self._hub.use(request.tenant, name, param=param)
+                async with in_time(deadline):
+                    await self._hub.use(tenant, name, param=param)
             elif is_checkpoint(name):
-                async with in_time(request.deadline):
-                    await self._checkpoints.use(request.tenant, name, param=param)
+                async with in_time(deadline):
+                    await self._checkpoints.use(tenant, name, param=param)
 
-    async def _prompts(self, tenant: str, given: Sequence[str | list[int]]) -> list[Prompt]:
-        """The prompts of a request, of which each is text or tokens."""
-        tokens = iter(await self.texts(tenant, "prompt", [one for one in given if isinstance(one, str)]))
+    async def _prompts(
+        self, tenant: str, given: Sequence[str | list[int]], tokenizer: BaseTokenizer, *, special: bool = True
+    ) -> list[Prompt]:
+        """The prompts of a request, of which each is text or tokens. special: see `texts`."""
+        texts = [one for one in given if isinstance(one, str)]
+        tokens = iter(await self.texts(tenant, "prompt", texts, special=special, tokenizer=tokenizer))
         return [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in given]
 
     async def chat_prompt(
@@ -426,35 +622,46 @@ class Planner:
         body: ConversationFields,
         messages: Sequence[ChatMessage],
         reasoning_effort: str | None = None,
+        *,
+        tokenizer: BaseTokenizer | None = None,
     ) -> Prompt:
-        known = self._tokenizer.chat_template
+        own = tokenizer or self._tokenizer
+        known = own.chat_template
         if any(message.is_of_tools for message in messages) and "tool_calls" not in known:
             raise _no_tools("messages")
         tools = body.tools if body.calls_tools else None
         if tools and "tools" not in known:
             raise _no_tools("tools")
-        options = self._options(body, messages, reasoning_effort)
-        chat = TemplateInput([message.rendered() for message in messages], tools, options)
+        format = await self.thought_format_of(tenant, own)
+        options = self._options(body, messages, reasoning_effort, own)
+        with_thoughts = without_thought if format is None else format.with_thoughts
+        rendered = [message.rendered() for message in messages]
+        chat = TemplateInput([with_thoughts(message) for message in rendered], tools, options)
         size = sum(
             _MESSAGE_CHARACTERS + sum(len(part) for part in message.values() if isinstance(part, str))
-            for message in chat.messages
+            for message in rendered
         )
         size += body.tool_characters if tools else 0
         if options or any(message.tool_calls for message in messages):
             size += len(json.dumps([options, [message.get("tool_calls") for message in chat.messages]]))
-        self._check_size("messages", size)
-        return Prompt(await self._in_turn(tenant, size, self._encoded, chat))
+        self._check_size("messages", size, own)
 
-    def _encoded(self, chat: TemplateInput) -> list[int]:
-        tools = None if chat.tools is None else [plain_tool(tool) for tool in chat.tools]
-        return self._tokenizer.encode_chat(replace(chat, tools=tools))
+        def encode(chat: TemplateInput) -> list[int]:
+            tools = None if chat.tools is None else [plain_tool(tool) for tool in chat.tools]
+            return own.encode_chat(replace(chat, tools=tools))
+
+        return Prompt(await self._in_turn(tenant, size, encode, chat, apart=own.own_templates is not None))
 
     def _options(
-        self, body: ConversationFields, messages: Sequence[ChatMessage], reasoning_effort: str | None
+        self,
+        body: ConversationFields,
+        messages: Sequence[ChatMessage],
+        reasoning_effort: str | None,
+        tokenizer: BaseTokenizer,
     ) -> dict[str, Any]:
         """Return the chat template's variables besides messages and tools."""
         given = dict(body.chat_template_kwargs or {})
-        known = self._tokenizer.template_options
+        known = tokenizer.template_options
         for name in given:
             if name not in known:
                 hint = f"It knows {', '.join(sorted(known))}" if known else "It knows none"
@@ -462,7 +669,10 @@ class Planner:
                     f"chat_template_kwargs: this base's chat template has no variable {name[:60]!r}. {hint}.",
                     param="chat_template_kwargs",
                 )
-        if reasoning_effort is not None and "reasoning_effort" in known:
+        switch = tokenizer.thinking_switch
+        if reasoning_effort == "none" and switch is not None:
+            given.setdefault(switch.name, switch.off)
+        elif reasoning_effort is not None and "reasoning_effort" in known:
             given.setdefault("reasoning_effort", reasoning_effort)
         if body.continue_final_message:
             if not messages[-1].rendered()["content"].strip():
@@ -481,20 +691,46 @@ class Planner:
             given["add_generation_prompt"] = body.add_generation_prompt
         return given
 
-    async def _answer(self, tenant: str, body: ConversationFields) -> CallFormat | None:
+    def _thinking(
+        self,
+        body: ConversationFields,
+        messages: Sequence[ChatMessage],
+        prompt: Prompt,
+        reasoning_effort: str | None,
+        tokenizer: BaseTokenizer,
+    ) -> Thinking | None:
+        """Return the thought that the answer to a conversation may begin with, if the base thinks."""
+        format = tokenizer.thought_format
+        if format is None:
+            return None
+        opened = tokenizer.opens_thought(prompt.tokens)
+        if body.continue_final_message:
+            said = messages[-1].rendered()["content"]
+            opened = said.rfind(format.opening) > said.rfind(format.closing)
+            if not opened:
+                return None
+        on = opened
+        if opened is None:
+            on = format.is_on(self._options(body, messages, reasoning_effort, tokenizer))
+        return Thinking(format, bool(opened), bool(on))
+
+    async def _answer(
+        self, tenant: str, body: ConversationFields, tokenizer: BaseTokenizer
+    ) -> CallFormat | None:
         """Return the format by which tool calls are read from the text, or None if the answer calls no
         tools."""
         if not body.calls_tools:
             return None
         size = body.tool_characters + (len(body.grammar.grammar.text) if body.grammar else 0)
-        return await self._in_turn(tenant, size, self._call_format, body)
+        apart = tokenizer.own_templates is not None
+        return await self._in_turn(tenant, size, partial(self._call_format, tokenizer), body, apart=apart)
 
-    def _call_format(self, body: ConversationFields) -> CallFormat:
+    def _call_format(self, tokenizer: BaseTokenizer, body: ConversationFields) -> CallFormat:
         """Build the grammar of the tools' schemas, which takes 50 ms for long ones."""
-        format = self._tokenizer.tool_format
+        format = tokenizer.tool_format
         if format is None:
             raise InvalidRequestError(
-                f"tools: this base's chat template {self._tokenizer.tools_refusal}. "
+                f"tools: this base's chat template {tokenizer.tools_refusal}. "
                 "Leave tools out, or give the base another template (chat_template.jinja in its folder).",
                 param="tools",
                 code="tools_not_supported",
@@ -529,20 +765,26 @@ class Planner:
             at_once=content is not None,
         )
 
-    def _check_size(self, param: str, size: int) -> None:
+    def _check_size(self, param: str, size: int, tokenizer: BaseTokenizer) -> None:
         length = self.base().max_length
-        most = length * self._tokenizer.longest_token
+        most = length * tokenizer.longest_token
         if size > most:
-            raise InvalidRequestError(
-                f"{param}: has {size} characters. This model's maximum context length is {length} "
-                f"tokens (--max-length), which stand for {most} characters at most. Shorten it.",
-                param=param,
-                code="context_length_exceeded",
+            raise ContextLengthError(
+                param,
+                f"has {size} characters",
+                length,
+                "Shorten it.",
+                f", which stand for {most} characters at most",
             )
 
-    async def _in_turn(self, tenant: str, size: int, encode: Callable[[_T], _U], text: _T) -> _U:
+    async def _in_turn(
+        self, tenant: str, size: int, encode: Callable[[_T], _U], text: _T, *, apart: bool = False
+    ) -> _U:
         """Return what `encode` makes of a text of `size` characters: at once while this turn of the event
-        loop has room for it, else in a thread, where tenants take turns."""
+        loop has room for it, else in a thread, where tenants take turns. `apart`: in the thread for the
+        chat templates of adapters."""
+        if apart:
+            return await self._template_thread.run_for(tenant, encode, text)
         if self._inline.try_spend(size):
             return encode(text)
         if size <= _LONG_CHARACTERS:
@@ -550,8 +792,9 @@ class Planner:
         return await self._one_thread.run_for(tenant, and_give_memory_back, encode, text)
 
     def _request(
-        self, wanted: _Wanted, body: SamplingBody, base: BaseInfo, caller: Caller
+        self, wanted: _Wanted, body: SamplingBody, caller: Caller, tokenizer: BaseTokenizer
     ) -> GenerationRequest:
+        base = self.base_of(tokenizer)
         check_prompts(wanted.prompts, base, wanted.prompt_param)
         timeout_s = body.timeout_s or (None if caller.background else self._limits.max_timeout)
         scores_only = wanted.max_tokens == 0
@@ -559,18 +802,23 @@ class Planner:
             raise InvalidRequestError(
                 "max_tokens: must be at least 1, or 0 together with echo.", param="max_tokens"
             )
-        sampling = _sampling(body, base, wanted)
+        sampling = _sampling(body, base, wanted, tokenizer.end_tokens)
         guide = body.grammar if wanted.answer is None else GrammarField("tools", wanted.answer.grammar)
+        grammar = None if guide is None else guide.grammar
+        if wanted.thinking is not None:
+            grammar = wanted.thinking.before(grammar)
         expected = sampling.max_tokens if wanted.max_tokens else min(sampling.max_tokens, GENERATE_TOKENS)
         return GenerationRequest(
             id=new_id(wanted.kind),
             tenant=caller.tenant,
             priority=caller.priority,
             background=caller.background,
-            grammar=None if guide is None else guide.grammar,
+            grammar=grammar,
             grammar_param="" if guide is None else guide.param,
             calls=wanted.answer,
+            thinking=wanted.thinking,
             token_ids=wanted.token_ids,
+            special_tokens=wanted.special_tokens,
             prompts=wanted.prompts,
             sampling=sampling,
             expected_tokens=0 if scores_only else expected,
@@ -651,15 +899,26 @@ def check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str, room: i
                 param=param,
             )
         if len(prompt.tokens) >= (base.max_length if room is None else room):
-            raise InvalidRequestError(
-                f"{param}: has {len(prompt.tokens)} tokens. This model's maximum context length is "
-                f"{base.max_length} tokens, those of the answer with them (--max-length). Shorten it.",
-                param=param,
-                code="context_length_exceeded",
+            raise ContextLengthError(
+                param,
+                f"has {len(prompt.tokens)} tokens",
+                base.max_length,
+                "Shorten it.",
+                ", those of the answer with them",
             )
 
 
-def _sampling(body: SamplingBody, base: BaseInfo, wanted: _Wanted) -> Sampling:
+def _named(base_name: str, model: str | None, body: AdapterFields | None) -> str | None:
+    """Return the name of the one adapter that a request runs with; None for the base or a sum."""
+    if model is not None and model != base_name:
+        return model
+    wanted = None if body is None else body.wanted_adapter
+    if wanted is None or isinstance(wanted, str):
+        return wanted
+    return wanted[0].name if len(wanted) == 1 and wanted[0].weight == 1.0 else None
+
+
+def _sampling(body: SamplingBody, base: BaseInfo, wanted: _Wanted, end_tokens: tuple[int, ...]) -> Sampling:
     max_tokens, told = _token_limit(base, wanted), wanted.prompt_logprobs
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     _check_vocabulary("logit_bias", bias, base)
@@ -676,6 +935,7 @@ def _sampling(body: SamplingBody, base: BaseInfo, wanted: _Wanted) -> Sampling:
         logit_bias=bias,
         seed=seed,
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        end_token_ids=end_tokens,
         min_tokens=min(_given(body.min_tokens, 0), max_tokens),
         max_tokens=max_tokens,
         ignore_eos=bool(body.ignore_eos),
@@ -702,14 +962,13 @@ def _token_limit(base: BaseInfo, wanted: _Wanted) -> int:
     prompt = max(len(prompt.tokens) for prompt in wanted.prompts)
     room = base.max_length - prompt
     if wanted.max_tokens is None:
-        held = max(1, base.kv_blocks * base.block_size - prompt)
+        held = max(1, base.kv_longest - prompt)
         return min(room, held, room if wanted.default_tokens is None else wanted.default_tokens)
     if wanted.max_tokens > room:
-        raise InvalidRequestError(
-            f"max_tokens: {wanted.max_tokens} tokens after a prompt of {prompt} are too many. This model's "
-            f"maximum context length is {base.max_length} tokens (--max-length). Ask for {room} or fewer, or "
-            "shorten the prompt.",
-            param="max_tokens",
-            code="context_length_exceeded",
+        raise ContextLengthError(
+            "max_tokens",
+            f"{wanted.max_tokens} tokens after a prompt of {prompt} are too many",
+            base.max_length,
+            f"Ask for {room} or fewer, or shorten the prompt.",
         )
     return max(1, wanted.max_tokens)

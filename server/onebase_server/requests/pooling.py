@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onebase_adapters.format.config import CLASSIFIERS
-from onebase_edge.errors import InvalidRequestError
+from onebase_edge.errors import ContextLengthError, InvalidRequestError, UnavailableError
 from onebase_engine.base.chat import without_padding
 from onebase_engine.engine.messages import Pooling, Sampling
 from onebase_server.inference.generation import GenerationRequest, Prompt, new_id
@@ -37,9 +37,8 @@ tokens' labels."""
 class ReadingPlanner:
     """Planner of jobs that only read texts. Every method raises what those of Planner raise."""
 
-    def __init__(self, planner: Planner, tokenizer: BaseTokenizer, max_timeout: float) -> None:
+    def __init__(self, planner: Planner, max_timeout: float) -> None:
         self._planner = planner
-        self._tokenizer = tokenizer
         self._max_timeout = max_timeout
 
     async def embed(self, body: EmbeddingRequest, caller: Caller) -> list[GenerationRequest]:
@@ -49,23 +48,23 @@ class ReadingPlanner:
             raise InvalidRequestError(
                 f"dimensions: this base's vectors have {most}. Ask for that or fewer.", param="dimensions"
             )
-        prompts, params = await self._inputs(caller.tenant, body.input)
-        jobs = self._pooled("embd-", body, prompts, params, caller, Pooling(body.pooling or "last"))
-        return await self._with_model(body, jobs)
+        own = await self._tokenizer_of(body, caller)
+        prompts, params = await self._inputs(caller.tenant, body.input, own)
+        jobs = self._pooled("embd-", body, prompts, params, caller, Pooling(body.pooling or "last"), own)
+        return await self._with_model(body, jobs, own)
 
     async def classify(self, body: ClassifyRequest, caller: Caller) -> list[GenerationRequest]:
         """Jobs whose choices are the logits of the inputs' classes; of their tokens', one after the other."""
+        own = await self._tokenizer_of(body, caller)
         if body.input is not None:
-            prompts, params = await self._inputs(caller.tenant, body.input)
+            prompts, params = await self._inputs(caller.tenant, body.input, own)
         else:
             options = {"chat_template_kwargs": body.chat_template_kwargs}
             chat = rebuilt(ConversationFields, options)
-            prompts, params = (
-                [await self._planner.chat_prompt(caller.tenant, chat, body.messages or [])],
-                ["messages"],
-            )
-        jobs = self._pooled("classify-", body, prompts, params, caller, Pooling(head=True))
-        jobs = await self._with_model(body, jobs)
+            prompt = await self._planner.chat_prompt(caller.tenant, chat, body.messages or [], tokenizer=own)
+            prompts, params = [prompt], ["messages"]
+        jobs = self._pooled("classify-", body, prompts, params, caller, Pooling(head=True), own)
+        jobs = await self._with_model(body, jobs, own)
         choice = jobs[0].adapter
         if choice.task not in CLASSIFIERS or choice.weighted:
             raise InvalidRequestError(
@@ -75,7 +74,10 @@ class ReadingPlanner:
                 code="adapter_task",
             )
         if choice.task == "SEQ_CLS":
-            return [replace(job, prompts=tuple(map(self._without_padding, job.prompts))) for job in jobs]
+            return [
+                replace(job, prompts=tuple(_without_padding(prompt, own) for prompt in job.prompts))
+                for job in jobs
+            ]
         count = sum(len(prompt.tokens) for job in jobs for prompt in job.prompts)
         most = MAX_TOKEN_CLASSES // (choice.labels + TOKEN_OVERHEAD)
         if count > most:
@@ -98,8 +100,9 @@ class ReadingPlanner:
         With a classifier of one label, a pair is one choice: its logit. Else each field is one, once: its
         vector; the second result says in which order.
         """
-        job = (await self._with_model(body, [self._reading(new_id("score-"), body, [], [], caller)]))[0]
-        choice = job.adapter
+        own = await self._tokenizer_of(body, caller)
+        empty = self._reading(new_id("score-"), body, [], [], caller, own)
+        choice = (await self._with_model(body, [empty], own))[0].adapter
         if choice.task == "TOKEN_CLS" or choice.labels > 1:
             raise InvalidRequestError(
                 f"model: {choice.named!r} tells {choice.labels} classes apart, which is no score. Send it to "
@@ -116,38 +119,36 @@ class ReadingPlanner:
         if choice.task == "SEQ_CLS":
             if body.pooling is not None:
                 raise InvalidRequestError("pooling: a classifier has its own. Leave it out.", param="pooling")
-            texts = await self._planner.texts(caller.tenant, params[0][0], [one for one, _ in pairs])
+            texts = await self._planner.texts(
+                caller.tenant, params[0][0], [one for one, _ in pairs], tokenizer=own
+            )
             others = await self._planner.texts(
-                caller.tenant, params[0][1], [other for _, other in pairs], special=False
+                caller.tenant, params[0][1], [other for _, other in pairs], special=False, tokenizer=own
             )
             prompts = [
-                self._without_padding(Prompt(one + other)) for one, other in zip(texts, others, strict=True)
+                _without_padding(Prompt(one + other), own) for one, other in zip(texts, others, strict=True)
             ]
             names = [other for _, other in params]
-            jobs = self._pooled("score-", body, prompts, names, caller, Pooling(head=True))
-            return [replace(one, adapter=choice) for one in jobs], []
+            jobs = self._pooled("score-", body, prompts, names, caller, Pooling(head=True), own)
+            return [replace(one, adapter=choice, tokenizer=own) for one in jobs], []
         fields = {
             param: text
             for names, some in zip(params, pairs, strict=True)
             for param, text in zip(names, some, strict=True)
         }
-        tokens = await self._planner.texts(caller.tenant, params[0][1], list(fields.values()))
+        tokens = await self._planner.texts(caller.tenant, params[0][1], list(fields.values()), tokenizer=own)
         prompts = [Prompt(one, text) for one, text in zip(tokens, fields.values(), strict=True)]
         pooling = Pooling(body.pooling or "last")
-        jobs = self._pooled("score-", body, prompts, list(fields), caller, pooling)
-        return [replace(one, adapter=choice) for one in jobs], list(fields)
-
-    def _without_padding(self, prompt: Prompt) -> Prompt:
-        return replace(prompt, tokens=without_padding(prompt.tokens, self._tokenizer.padding))
+        jobs = self._pooled("score-", body, prompts, list(fields), caller, pooling, own)
+        return [replace(one, adapter=choice, tokenizer=own) for one in jobs], list(fields)
 
     async def _inputs(
-        self, tenant: str, given: str | list[str] | list[int] | list[list[int]]
+        self, tenant: str, given: str | list[str] | list[int] | list[list[int]], tokenizer: BaseTokenizer
     ) -> tuple[list[Prompt], list[str]]:
         """The prompts, and the fields that they are from."""
         found = inputs_of(given)
-        tokens = iter(
-            await self._planner.texts(tenant, "input", [one for one in found if isinstance(one, str)])
-        )
+        texts = [one for one in found if isinstance(one, str)]
+        tokens = iter(await self._planner.texts(tenant, "input", texts, tokenizer=tokenizer))
         prompts = [Prompt(next(tokens), one) if isinstance(one, str) else Prompt(one) for one in found]
         single = isinstance(given, str) or isinstance(given[0], int)
         return prompts, ["input"] if single else [f"input[{index}]" for index in range(len(prompts))]
@@ -160,11 +161,12 @@ class ReadingPlanner:
         params: Sequence[str],
         caller: Caller,
         pooling: Pooling,
+        tokenizer: BaseTokenizer,
     ) -> list[GenerationRequest]:
         id, jobs = new_id(kind), []
         for first in range(0, len(prompts), AT_ONCE):
             some = slice(first, first + AT_ONCE)
-            job = self._reading(f"{id}.{first}", body, prompts[some], params[some], caller)
+            job = self._reading(f"{id}.{first}", body, prompts[some], params[some], caller, tokenizer)
             jobs.append(replace(job, pooling=pooling))
         return jobs
 
@@ -173,15 +175,18 @@ class ReadingPlanner:
     ) -> tuple[list[GenerationRequest], list[GenerationRequest]]:
         """Jobs whose choices are the request's, after its prompt, and after its prior if it has one."""
         ends = body.messages is not None if body.ends is None else body.ends
+        own = await self._tokenizer_of(body, caller)
         choices = [
             tuple(one)
-            for one in await self._planner.texts(caller.tenant, "choices", body.choices, special=False)
+            for one in await self._planner.texts(
+                caller.tenant, "choices", body.choices, special=False, tokenizer=own
+            )
         ]
         for index, one in enumerate(choices):
             if not one:
                 raise InvalidRequestError(f"choices[{index}]: has no tokens.", param=f"choices[{index}]")
         if ends:
-            end = self._tokenizer.end
+            end = own.end
             if end is None:
                 raise InvalidRequestError(
                     "ends: this base's tokenizer has no token for the end of a text. Send false.",
@@ -195,23 +200,27 @@ class ReadingPlanner:
                 groups.append([])
                 continue
             if isinstance(given, str):
-                prompt = Prompt((await self._planner.texts(caller.tenant, param, [given]))[0], given)
+                (tokens,) = await self._planner.texts(caller.tenant, param, [given], tokenizer=own)
+                prompt = Prompt(tokens, given)
             else:
-                options = {"chat_template_kwargs": body.chat_template_kwargs}
+                format = await self._planner.thought_format_of(caller.tenant, own)
+                switch = None if format is None else format.switch  # a choice is an answer, not a thought
+                off = {} if switch is None else {switch.name: switch.off}
+                options = {"chat_template_kwargs": off | (body.chat_template_kwargs or {})}
                 prompt = await self._planner.chat_prompt(
-                    caller.tenant, rebuilt(ConversationFields, options), given
+                    caller.tenant, rebuilt(ConversationFields, options), given, tokenizer=own
                 )
                 param = "messages" if param == "prompt" else param
             jobs = []
             for first in range(0, len(choices), AT_ONCE):
                 some = choices[first : first + AT_ONCE]
                 longest = max(map(len, some))
-                job = self._reading(f"{id}.{param}{first}", body, [prompt], [param], caller, longest)
+                job = self._reading(f"{id}.{param}{first}", body, [prompt], [param], caller, own, longest)
                 sampling = Sampling(max_tokens=0, prompt_logprobs=0)
                 jobs.append(replace(job, sampling=sampling, branches=tuple(some), n=len(some)))
             groups.append(jobs)
         after, before = groups
-        named = await self._with_model(body, after + before)
+        named = await self._with_model(body, after + before, own)
         check_generates(named[0].adapter)
         return named[: len(after)], named[len(after) :]
 
@@ -222,18 +231,20 @@ class ReadingPlanner:
         prompts: Sequence[Prompt],
         params: Sequence[str],
         caller: Caller,
+        tokenizer: BaseTokenizer,
         more: int = 0,
     ) -> GenerationRequest:
         """more: tokens that come after a prompt."""
-        base = self._planner.base()
+        base = self._planner.base_of(tokenizer)
         self._planner.check_limits(1, body.timeout_s)
         room, kept = base.max_length - more, body.truncate_prompt_tokens
         if room < 1:
-            raise InvalidRequestError(
-                f"choices: one has {more} tokens. This model's maximum context length is {base.max_length} "
-                "tokens, those of the prompt with them (--max-length). Shorten it.",
-                param="choices",
-                code="context_length_exceeded",
+            raise ContextLengthError(
+                "choices",
+                f"one has {more} tokens",
+                base.max_length,
+                "Shorten it.",
+                ", those of the prompt with them",
             )
         if kept == 0:
             raise InvalidRequestError(
@@ -257,10 +268,25 @@ class ReadingPlanner:
             background=caller.background,
         )
 
+    async def _tokenizer_of(self, body: ReadingFields, caller: Caller) -> BaseTokenizer:
+        return await self._planner.tokenizer_of(caller.tenant, body.model, body)
+
     async def _with_model(
-        self, body: ReadingFields, jobs: Sequence[GenerationRequest]
+        self, body: ReadingFields, jobs: Sequence[GenerationRequest], tokenizer: BaseTokenizer
     ) -> list[GenerationRequest]:
+        """Return the jobs with their adapter. Raises UnavailableError if it turns out to have another
+        tokenizer than the one that made their tokens."""
         model = body.model or self._planner.base_name
         self._planner.check_model(model, body)
         adapter = await self._planner.choose(model, body, jobs[0])
-        return [replace(job, adapter=adapter) for job in jobs]
+        if await self._planner.tokenizer_for(adapter, jobs[0].tenant) is not tokenizer:
+            raise UnavailableError(
+                "The adapter's active version has just changed, and has another tokenizer. Try again.",
+                code="adapter_unavailable",
+                retry_after=0.1,
+            )
+        return [replace(job, adapter=adapter, tokenizer=tokenizer) for job in jobs]
+
+
+def _without_padding(prompt: Prompt, tokenizer: BaseTokenizer) -> Prompt:
+    return replace(prompt, tokens=without_padding(prompt.tokens, tokenizer.padding))

@@ -33,11 +33,12 @@ CHOICES = (1, 2, 5, 10, 20)
 
 @dataclass
 class TokenUsage:
-    """Tokens: `cached` of the prompts' came from the prefix cache."""
+    """Tokens: `cached` of the prompts' came from the prefix cache, `reasoning` of the others are thoughts."""
 
     prompt: int = 0
     completion: int = 0
     cached: int = 0
+    reasoning: int = 0
 
 
 @dataclass

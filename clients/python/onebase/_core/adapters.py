@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,16 @@ WEIGHTS: Final = "adapter_model.safetensors"
 MLX_WEIGHTS: Final = "adapters.safetensors"
 PICKLE: Final = "adapter_model.bin"
 MODEL_CONFIG: Final = "config.json"
+TOKENIZER: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 MOST_CONFIG_BYTES: Final = 1 << 20
+MOST_HEADER_BYTES: Final = 2 << 20
+_OF_TOKENS: Final = re.compile(rb"embed|head|wte|tok|output")
+"""Part of the name of an embedding or a head."""
 _CLASSIFIERS: Final = ("SEQ_CLS", "TOKEN_CLS")
 
 LIST: Final = Call("GET", "/v1/adapters")
@@ -48,11 +58,18 @@ _WANTED: Final = "give a folder with both files, as `PeftModel.save_pretrained` 
 @dataclass(frozen=True)
 class AdapterFolder:
     """The two files of an adapter, as PEFT or mlx-lm saves them. labels: of a classifier, a file that names
-    them."""
+    them. tokenizer: files of an adapter that may have tokens of its own."""
 
     config: Path
     weights: Path
     labels: Path | None = None
+    tokenizer: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that are sent, the weights last."""
+        labels = () if self.labels is None else (self.labels,)
+        return (self.config, *labels, *self.tokenizer, self.weights)
 
 
 def adapter_folder(path: str | Path) -> AdapterFolder:
@@ -72,20 +89,33 @@ def adapter_folder(path: str | Path) -> AdapterFolder:
     missing = [name for name in (CONFIG, weights.name) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {' and '.join(missing)}{_remedy(folder, missing)}")
-    return AdapterFolder(folder / CONFIG, weights, _labels_of(folder))
+    config = _config_of(folder)
+    labels = folder / MODEL_CONFIG
+    named = labels if config.get("task_type") in _CLASSIFIERS and labels.is_file() else None
+    found = tuple(folder / name for name in TOKENIZER if (folder / name).is_file())
+    tokenizer = found if found and _has_token_rows(config, weights) else ()
+    return AdapterFolder(folder / CONFIG, weights, named, tokenizer)
 
 
-def _labels_of(folder: Path) -> Path | None:
-    """The file that names a classifier's labels, if there is one."""
-    model = folder / MODEL_CONFIG
-    if not model.is_file() or (folder / CONFIG).stat().st_size > MOST_CONFIG_BYTES:
-        return None
+def _config_of(folder: Path) -> Mapping[str, object]:
+    """The fields of the config; none if it is no object, which the server will say."""
+    if (folder / CONFIG).stat().st_size > MOST_CONFIG_BYTES:
+        return {}
     try:
         config = json.loads((folder / CONFIG).read_bytes())
     except (ValueError, RecursionError):
-        return None  # which the server will say
-    classifies = isinstance(config, dict) and config.get("task_type") in _CLASSIFIERS
-    return model if classifies else None
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _has_token_rows(config: Mapping[str, object], weights: Path) -> bool:
+    """Whether the adapter may have rows of its own for tokens, so that the server reads its tokenizer."""
+    if config.get("trainable_token_indices") or config.get("modules_to_save"):
+        return True
+    with weights.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= MOST_HEADER_BYTES else b""
+    return _OF_TOKENS.search(header) is not None
 
 
 def _remedy(folder: Path, missing: list[str]) -> str:
@@ -220,7 +250,7 @@ def upload(
     form = Form(
         {"name": name} | dict.fromkeys(flags, "true"),
         "files",
-        tuple(file for file in (folder.config, folder.labels, folder.weights) if file is not None),
+        folder.files,
         None if progress is None else lambda done, total: progress(_sent(done, total)),
     )
     return Call("POST", "/v1/adapters", form, idempotent=True)

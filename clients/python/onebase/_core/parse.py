@@ -62,6 +62,7 @@ def generation(answer: GeneratedAnswer, schema: object) -> Generation:
                 ToolCall(call.id, call.function.name, call.function.arguments)
                 for call in choice.tool_calls or ()
             ),
+            choice.reasoning or "",
         )
         for choice in answer.choices
     )
@@ -134,4 +135,11 @@ def stream_event(data: str) -> Piece | GenerationEnd | ErrorDetail:
         ToolCallPart(part.index, part.function.arguments, part.id, part.function.name)
         for part in said.tool_calls or ()
     )
-    return Piece(said.index, said.text, value.get("finish_reason"), said.logprobs or None, calls)
+    return Piece(
+        said.index,
+        said.text,
+        value.get("finish_reason"),
+        said.logprobs or None,
+        calls,
+        said.reasoning or "",
+    )

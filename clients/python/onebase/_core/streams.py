@@ -29,12 +29,14 @@ class _ChoiceSoFar:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
+        self.thoughts: list[str] = []
         self.logprobs: list[Logprobs] = []
         self.finish_reason: str | None = None
         self.calls: list[ToolCall] = []
 
     def add(self, piece: Piece) -> None:
         self.texts.append(piece.text)
+        self.thoughts.append(piece.reasoning)
         if piece.logprobs is not None:
             self.logprobs.append(piece.logprobs)
         if piece.finish_reason is not None:
@@ -53,7 +55,8 @@ class _ChoiceSoFar:
         if self.finish_reason is None:
             raise InvalidResponseError(f"the stream ended without the end of choice {index}")
         logprobs = _joined(self.logprobs)
-        return Choice(index, "".join(self.texts), self.finish_reason, logprobs, tuple(self.calls))
+        text, thought = "".join(self.texts), "".join(self.thoughts)
+        return Choice(index, text, self.finish_reason, logprobs, tuple(self.calls), thought)
 
 
 def _joined(parts: list[Logprobs]) -> Logprobs | None:

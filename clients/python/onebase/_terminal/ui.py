@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from ..adapter_types import FAILED, READY, Progress
-from ..types import AdapterWeight, Generation
+from ..types import AdapterWeight, Generation, Piece
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +40,20 @@ def show(text: str) -> None:
     """Write to stdout at once. A terminal gets no control characters: a model must not steer it."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def show_pieces(pieces: Iterable[Piece]) -> None:
+    """Write an answer to stdout as it comes. A terminal shows the thought in grey; a pipe gets none."""
+    thinking = False
+    for piece in pieces:
+        if piece.reasoning and sys.stdout.isatty():
+            sys.stdout.write(f"\033[2m{printable(piece.reasoning)}\033[0m")
+            sys.stdout.flush()
+            thinking = True
+        if piece.text and thinking:
+            show("\n\n")
+            thinking = False
+        show(piece.text)
 
 
 def printable(text: str) -> str:

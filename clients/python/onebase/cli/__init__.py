@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Final
 
 from .._core.config import sdk_version
-from .command import FAILED, INTERRUPTED, OK, USAGE
+from .command import FAILED, INTERRUPTED, OK, USAGE, run_action
 
 HELP: Final = """\
 usage: onebase COMMAND [options]
@@ -73,7 +73,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "models": "server",
     "version": "server",
 }
-"""The module of each command. Its `run(command, argv)` gives the exit status."""
+"""The module of each command. Its `run(command, argv)` gives the exit status, or one of its ACTIONS does."""
 
 PLUGINS: Final = "onebase.commands"
 """Other packages bring commands as entry points of this group: `command(argv: list[str]) -> int | None`.
@@ -142,6 +142,8 @@ def _dispatch(arguments: list[str]) -> int:
         return OK
     if command in COMMANDS:
         module = importlib.import_module(f".{COMMANDS[command]}", __package__)
+        if not hasattr(module, "run"):
+            return run_action(command, module.HELP, module.ACTIONS, rest)
         status: int = module.run(command, rest)
         return status
     plugin = find_plugin(command)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from .._sync.client import Client
-from .._terminal.ui import describe, note, show, speed
+from .._terminal.ui import describe, note, show, show_pieces, speed
 from ..errors import OneBaseError
 from ..types import AdapterWeight, Message, SamplingFields
 from .command import (
@@ -195,8 +195,7 @@ class Conversation:
         )
         try:
             with stream:
-                for piece in stream:
-                    show(piece.text)
+                show_pieces(stream)
             show("\n")
             if interruptible:
                 note(f"({speed(stream.result)})")

@@ -8,14 +8,14 @@ import dataclasses
 import difflib
 import importlib
 import json
-import re
 import sys
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, cast
 
 import msgspec
+
+from onebase_protocol.command_line import OptionParser
 
 from .._core.config import Timeout
 from .._sync.client import Client
@@ -58,61 +58,12 @@ _SAMPLING: tuple[tuple[str, type, str, str], ...] = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports wrong arguments as the commands report every failure: a sentence, then the next step."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.given: set[str] = set()
-        """Options that have had their one value."""
-        self.register("action", None, _Once)
-        self.register("action", "store", _Once)
-
-    def parse_known_args(self, *given: Any, **more: Any) -> Any:
-        self.given.clear()
-        return super().parse_known_args(*given, **more)
-
-    def error(self, message: str) -> NoReturn:
-        text = re.sub(r"^argument (\S+): ", r"\1: ", message)
-        text = re.sub(r"invalid (?:int|float) value: (.*)", _kind_of_number, text)
-        print(f"onebase: {text}\n`{self.prog} --help` explains the command.", file=sys.stderr)
-        raise SystemExit(USAGE)
-
-
-class _Once(argparse.Action):
-    """Stores the value of an option that may be given once: of two, one would be lost without a word."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        if option_string is not None and isinstance(parser, Parser):
-            if self.dest in parser.given:
-                raise argparse.ArgumentError(self, "it is given twice. Give it once.")
-            parser.given.add(self.dest)
-        setattr(namespace, self.dest, values)
-
-
-def _kind_of_number(found: re.Match[str]) -> str:
-    return f"{found[1]} is not a {'whole ' if ' int ' in found[0] else ''}number"
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(text, width, break_on_hyphens=False)  # all-linear is one word
-
-
 def parser(command: str, description: str, examples: str = "") -> argparse.ArgumentParser:
     """A parser for one command, with the options that name the server."""
-    made = Parser(
+    made = OptionParser(
         prog=f"onebase {command}",
         description=description,
         epilog=f"examples:\n{examples}" if examples else None,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
     )
     group = made.add_argument_group("server")
     group.add_argument("--url", help="where the server is (default: $ONEBASE_URL, or http://127.0.0.1:8000)")
@@ -229,7 +180,7 @@ def client_of(args: argparse.Namespace) -> Client:
 # ---- actions -----------------------------------------------------------------------------------------
 
 
-def dispatch(command: str, help: str, actions: Mapping[str, str], argv: list[str]) -> int:
+def run_action(command: str, help: str, actions: Mapping[str, str], argv: list[str]) -> int:
     """Run the action that the arguments begin with. Gives its exit status.
 
     Args:
@@ -277,9 +228,37 @@ def perform(made: argparse.ArgumentParser, args: argparse.Namespace, work: Calla
             return work(client)
         except OneBaseError as error:
             return report(error, client.url)
-        except ValueError as error:
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
             print(f"onebase: {error}", file=sys.stderr)
             return USAGE
+
+
+_LEAST_DIGITS, _WHOLE_ID, _SHORT_ID = 4, 24, 8
+"""Digits of an id: that are enough if only one begins with them, of a whole one, that are shown."""
+
+
+def whole_id(wanted: str, prefix: str, nouns: str, known: Callable[[], Iterable[str]]) -> str:
+    """The id that begins with some digits. nouns: what has such ids, such as `jobs`.
+
+    Raises:
+        ValueError: several begin with them, or there are too few digits.
+    """
+    digits = wanted.removeprefix(prefix)
+    if len(digits) < _LEAST_DIGITS:
+        raise ValueError(f"give at least {_LEAST_DIGITS} digits of the id, not {wanted!r}")
+    found = []
+    if len(digits) < _WHOLE_ID:
+        found = [one for one in known() if one.removeprefix(prefix).startswith(digits)]
+    if len(found) > 1:
+        raise ValueError(f"the ids of several {nouns} begin like this: {', '.join(found)}")
+    return found[0] if found else f"{prefix}{digits}"
+
+
+def short_id(whole: str, prefix: str) -> str:
+    """The part of an id that is shown."""
+    return whole[: len(prefix) + _SHORT_ID]
 
 
 def print_json(value: object) -> None:

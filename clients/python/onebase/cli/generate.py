@@ -8,7 +8,7 @@ import sys
 
 from .._sync.client import Client
 from .._sync.streams import Stream
-from .._terminal.ui import note, show, speed
+from .._terminal.ui import note, show, show_pieces, speed
 from ..errors import OneBaseError
 from ..types import Message
 from .command import OK, adapter_of, add_answer_options, client_of, parser, plain, report, sampling_of
@@ -79,8 +79,7 @@ def _open(client: Client, args: argparse.Namespace, prompt: str) -> Stream:
 
 def _print_stream(stream: Stream) -> int:
     with stream:
-        for piece in stream:
-            show(piece.text)
+        show_pieces(stream)
     if not stream.text.endswith("\n"):
         show("\n")
     note(speed(stream.result))

@@ -18,7 +18,7 @@ from .._sync.jobs import TrainingJob
 from .._terminal.ui import ProgressDisplay, console, duration, line, note, size
 from ..errors import ConflictError, OneBaseError, TrainingStoppedError
 from ..training_types import TrainingMethod, TrainingSettings
-from .command import FAILED, OK, USAGE, action_parser, dispatch, perform, print_json, report
+from .command import FAILED, OK, action_parser, perform, print_json, report, run_action
 from .jobs.create import parse_settings
 from .jobs.show import settings_line, short
 from .jobs.watch import follow
@@ -75,7 +75,7 @@ class Wanted:
 def run(command: str, argv: list[str]) -> int:
     """Run the command. Gives its exit status."""
     if argv[:1] != ["openai"]:
-        return dispatch(command, HELP, ACTIONS, argv)
+        return run_action(command, HELP, ACTIONS, argv)
     made = _parser()
     args = made.parse_args(argv[1:])
     try:
@@ -285,22 +285,18 @@ def _migrate(client: Client, args: argparse.Namespace, wanted: Wanted) -> int:
         say.print(line(f"  {sentence}", "yellow"), soft_wrap=True)
     # A file that the server has is not sent again, and is others' too.
     kept = set() if args.yes else {file.id for file in client.files.list(purpose="fine-tune")}
-    try:
-        with ProgressDisplay() as display:
-            job = client.training.create(
-                args.file,
-                name=wanted.name,
-                validation_file=args.validation_file,
-                activate=args.activate,
-                method=wanted.method,
-                seed=wanted.seed,
-                metadata=dict(wanted.metadata) or None,
-                progress=display,
-                **cast(TrainingSettings, dict(wanted.settings)),
-            )
-    except OSError as error:
-        note(f"onebase: {error}")
-        return USAGE
+    with ProgressDisplay() as display:
+        job = client.training.create(
+            args.file,
+            name=wanted.name,
+            validation_file=args.validation_file,
+            activate=args.activate,
+            method=wanted.method,
+            seed=wanted.seed,
+            metadata=dict(wanted.metadata) or None,
+            progress=display,
+            **cast(TrainingSettings, dict(wanted.settings)),
+        )
     note(f"{job.id}: the rows are being checked.")
     try:
         if not _checked(job, stop=not args.yes):

@@ -148,6 +148,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/responses/input_tokens": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Count Input Tokens
+         * @description Count the tokens of a response's prompt; nothing is generated.
+         */
+        post: operations["count_input_tokens_v1_responses_input_tokens_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/responses/{response_id}": {
         parameters: {
             query?: never;
@@ -422,7 +442,8 @@ export interface paths {
         };
         /**
          * List Models
-         * @description List everything that `model` may be.
+         * @description List everything that `model` may be, in one page, with the fields that OpenAI's, vLLM's and Anthropic's
+         *     clients read.
          */
         get: operations["list_models_v1_models_get"];
         put?: never;
@@ -1623,6 +1644,11 @@ export interface components {
              * @description which call a message of role tool answers
              */
             tool_call_id?: string | null;
+            /**
+             * Reasoning Content
+             * @description the thought before an assistant's content, for chat templates that write it
+             */
+            reasoning_content?: string | null;
         };
         /**
          * ChatRequest
@@ -1744,6 +1770,11 @@ export interface components {
              * @description vLLM's: so many alternatives to each prompt token
              */
             prompt_logprobs?: number | null;
+            /**
+             * Skip Special Tokens
+             * @description vLLM's: whether special tokens are left out of the text; true by default
+             */
+            skip_special_tokens?: boolean | null;
             /** Messages */
             messages: components["schemas"]["ChatMessage"][];
             /** Max Completion Tokens */
@@ -1754,9 +1785,14 @@ export interface components {
             top_logprobs?: number | null;
             /**
              * Reasoning Effort
-             * @description changes nothing where the base's chat template does not ask for it
+             * @description none switches thinking off where the base's chat template can; others change nothing where it does not ask for them
              */
             reasoning_effort?: ("none" | "minimal" | "low" | "medium" | "high" | "xhigh" | "max") | null;
+            /**
+             * Verbosity
+             * @description changes nothing
+             */
+            verbosity?: ("low" | "medium" | "high") | null;
         };
         /** ChatToolCall */
         ChatToolCall: {
@@ -1907,12 +1943,32 @@ export interface components {
              * @description vLLM's: so many alternatives to each prompt token
              */
             prompt_logprobs?: number | null;
+            /**
+             * Skip Special Tokens
+             * @description vLLM's: whether special tokens are left out of the text; true by default
+             */
+            skip_special_tokens?: boolean | null;
             /** Prompt */
             prompt: string | string[] | number[] | number[][];
             /** Logprobs */
             logprobs?: number | null;
             /** Echo */
             echo?: boolean | null;
+            /**
+             * Add Special Tokens
+             * @description vLLM's: whether a prompt that is text gets the tokens that the base expects around it; true by default
+             */
+            add_special_tokens?: boolean | null;
+        };
+        /**
+         * ContextManagement
+         * @description Edits of a conversation. Those of thoughts change nothing: the base's chat template drops old ones.
+         */
+        ContextManagement: {
+            /** Edits */
+            edits?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            }[] | null;
         };
         /**
          * ConversationRequest
@@ -1928,7 +1984,9 @@ export interface components {
             /** Tools */
             tools?: components["schemas"]["Tool"][] | null;
             tool_choice?: components["schemas"]["MessageToolChoice"] | null;
-            thinking?: components["schemas"]["Thinking"] | null;
+            /** @description disabled by default, where the base's chat template has a switch */
+            thinking?: components["schemas"]["ThinkingConfig"] | null;
+            context_management?: components["schemas"]["ContextManagement"] | null;
             output_config?: components["schemas"]["OutputConfig"] | null;
             /** @description older than output_config.format */
             output_format?: components["schemas"]["OutputFormat"] | null;
@@ -1937,6 +1995,13 @@ export interface components {
              * @description this server's: more variables of the base's chat template
              */
             chat_template_kwargs?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            } | null;
+            /**
+             * Thread
+             * @description a conversation that is kept: refused
+             */
+            thread?: {
                 [key: string]: components["schemas"]["JsonValue"];
             } | null;
         };
@@ -2213,7 +2278,10 @@ export interface components {
         };
         /**
          * FunctionCall
-         * @description Function call of an assistant. arguments: JSON of an object, as text like OpenAI's or as it is.
+         * @description Function call of an assistant.
+         *
+         *     arguments: JSON of an object, as text like OpenAI's or as it is. A text that `max_tokens` cut is taken as
+         *     far as it goes: agents send such calls back.
          */
         FunctionCall: {
             /** Name */
@@ -2379,6 +2447,21 @@ export interface components {
             load_inplace: boolean;
             /** Base Model Name */
             base_model_name?: string | null;
+        };
+        /**
+         * LoraxFormat
+         * @description LoRAX's name for a grammar.
+         */
+        LoraxFormat: {
+            /**
+             * Type
+             * @constant
+             */
+            type: "json_object";
+            /** Schema */
+            schema: {
+                [key: string]: components["schemas"]["JsonValue"];
+            };
         };
         /**
          * MergeRequest
@@ -2560,7 +2643,9 @@ export interface components {
             /** Tools */
             tools?: components["schemas"]["Tool"][] | null;
             tool_choice?: components["schemas"]["MessageToolChoice"] | null;
-            thinking?: components["schemas"]["Thinking"] | null;
+            /** @description disabled by default, where the base's chat template has a switch */
+            thinking?: components["schemas"]["ThinkingConfig"] | null;
+            context_management?: components["schemas"]["ContextManagement"] | null;
             output_config?: components["schemas"]["OutputConfig"] | null;
             /** @description older than output_config.format */
             output_format?: components["schemas"]["OutputFormat"] | null;
@@ -2569,6 +2654,13 @@ export interface components {
              * @description this server's: more variables of the base's chat template
              */
             chat_template_kwargs?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            } | null;
+            /**
+             * Thread
+             * @description a conversation that is kept: refused
+             */
+            thread?: {
                 [key: string]: components["schemas"]["JsonValue"];
             } | null;
             /** Stop Sequences */
@@ -2655,6 +2747,13 @@ export interface components {
         Parameters: {
             /** Adapter Id */
             adapter_id?: string | null;
+            /**
+             * Adapter Source
+             * @description LoRAX's: hub says that adapter_id is a repository of the Hugging Face Hub
+             */
+            adapter_source?: ("local" | "hub") | null;
+            /** Ignore Eos Token */
+            ignore_eos_token?: boolean | null;
             /** Do Sample */
             do_sample?: boolean | null;
             /** Temperature */
@@ -2680,6 +2779,8 @@ export interface components {
             /** Top N Tokens */
             top_n_tokens?: number | null;
             grammar?: components["schemas"]["TextGrammar"] | null;
+            /** @description LoRAX's: the same as a grammar */
+            response_format?: components["schemas"]["LoraxFormat"] | null;
         };
         /**
          * Part
@@ -2711,19 +2812,63 @@ export interface components {
         };
         /**
          * Reasoning
-         * @description Amount of thinking, if the base's chat template knows of it. Thinking is not shown apart.
+         * @description Amount of thinking, if the base's chat template knows of it. Thoughts are sent whole.
          */
         Reasoning: {
             /** Effort */
             effort?: ("none" | "minimal" | "low" | "medium" | "high" | "xhigh" | "max") | null;
             /** Summary */
-            summary?: "auto" | null;
+            summary?: ("auto" | "concise" | "detailed") | null;
             /** Generate Summary */
-            generate_summary?: "auto" | null;
+            generate_summary?: ("auto" | "concise" | "detailed") | null;
             /** Context */
             context?: "auto" | null;
             /** Mode */
             mode?: "standard" | null;
+        };
+        /**
+         * ReasoningItem
+         * @description Thought before an answer. One that is encrypted, or summarized, cannot be read here.
+         */
+        ReasoningItem: {
+            /** Id */
+            id?: string | null;
+            /** Status */
+            status?: ("in_progress" | "completed" | "incomplete") | null;
+            /**
+             * Type
+             * @constant
+             */
+            type: "reasoning";
+            /** Summary */
+            summary?: components["schemas"]["ReasoningPart"][] | null;
+            /** Content */
+            content?: components["schemas"]["ReasoningPart"][] | null;
+            /** Encrypted Content */
+            encrypted_content?: string | null;
+        };
+        /** ReasoningPart */
+        ReasoningPart: {
+            /**
+             * Type
+             * @enum {string}
+             */
+            type: "reasoning_text" | "text" | "summary_text";
+            /** Text */
+            text: string;
+        };
+        /**
+         * RedactedThinkingBlock
+         * @description Thought that only another model can read.
+         */
+        RedactedThinkingBlock: {
+            /**
+             * Type
+             * @constant
+             */
+            type: "redacted_thinking";
+            /** Data */
+            data: string;
         };
         /**
          * RerankRequest
@@ -2892,8 +3037,13 @@ export interface components {
             /** Model */
             model: string;
             stream_options?: components["schemas"]["StreamOptions"] | null;
+            /**
+             * Skip Special Tokens
+             * @description vLLM's: whether special tokens are left out of the text; true by default
+             */
+            skip_special_tokens?: boolean | null;
             /** Input */
-            input: string | (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CallOutputItem"])[];
+            input: string | (components["schemas"]["MessageItem"] | components["schemas"]["CallItem"] | components["schemas"]["CallOutputItem"] | components["schemas"]["ReasoningItem"])[];
             /** Instructions */
             instructions?: string | null;
             /**
@@ -3003,9 +3153,9 @@ export interface components {
             format?: components["schemas"]["TextFormat"] | null;
             /**
              * Verbosity
-             * @description the base knows no other
+             * @description changes nothing
              */
-            verbosity?: "medium" | null;
+            verbosity?: ("low" | "medium" | "high") | null;
         };
         /**
          * TextFormat
@@ -3068,13 +3218,41 @@ export interface components {
              */
             stream?: boolean | null;
         };
-        /** Thinking */
-        Thinking: {
+        /**
+         * ThinkingBlock
+         * @description Thought before an answer of the assistant. The signature is not checked.
+         */
+        ThinkingBlock: {
             /**
              * Type
              * @constant
              */
-            type: "disabled";
+            type: "thinking";
+            /** Thinking */
+            thinking: string;
+            /** Signature */
+            signature?: string | null;
+        };
+        /**
+         * ThinkingConfig
+         * @description Whether to think before the answer.
+         */
+        ThinkingConfig: {
+            /**
+             * Type
+             * @enum {string}
+             */
+            type: "enabled" | "adaptive" | "disabled";
+            /**
+             * Budget Tokens
+             * @description changes nothing where the base's chat template does not ask for it
+             */
+            budget_tokens?: number | null;
+            /**
+             * Display
+             * @description omitted: the thought's text is not sent
+             */
+            display?: ("summarized" | "omitted") | null;
         };
         /**
          * TokenizeRequest
@@ -3185,7 +3363,7 @@ export interface components {
              */
             role: "user" | "assistant" | "system";
             /** Content */
-            content: string | (components["schemas"]["TextBlock"] | components["schemas"]["ToolUseBlock"] | components["schemas"]["ToolResultBlock"])[];
+            content: string | (components["schemas"]["TextBlock"] | components["schemas"]["ToolUseBlock"] | components["schemas"]["ToolResultBlock"] | components["schemas"]["ThinkingBlock"] | components["schemas"]["RedactedThinkingBlock"])[];
         };
         /**
          * UnloadLoraRequest
@@ -3217,6 +3395,7 @@ export interface components {
             finish_reason: string | null;
             logprobs: components["schemas"]["FlatLogprobs"] | null;
             tool_calls?: components["schemas"]["ToolCallAnswer"][];
+            reasoning?: string;
         };
         /**
          * FlatLogprobs
@@ -3259,6 +3438,7 @@ export interface components {
             prompt_tokens: number;
             completion_tokens: number;
             cached_tokens: number;
+            reasoning_tokens: number;
         };
         /**
          * GeneratedTiming
@@ -3277,6 +3457,7 @@ export interface components {
             id: string;
             index: number;
             text: string;
+            reasoning?: string;
             tool_calls?: components["schemas"]["CallDelta"][];
             logprobs?: components["schemas"]["FlatLogprobs"];
         };
@@ -3350,6 +3531,7 @@ export interface components {
             id: string;
             index: number;
             text: string;
+            reasoning?: string;
             tool_calls?: components["schemas"]["CallDelta"][];
             logprobs?: components["schemas"]["FlatLogprobs"];
             /** @description which of the requests it is about, from 0 */
@@ -3417,6 +3599,7 @@ export interface components {
             finish_reason: string;
             generated_tokens: number;
             input_length: number;
+            prompt_tokens: number;
             seed: number | null;
             prefill: components["schemas"]["TgiToken"][];
             tokens: components["schemas"]["TgiToken"][];
@@ -3445,6 +3628,7 @@ export interface components {
             finish_reason: string;
             generated_tokens: number;
             input_length: number;
+            prompt_tokens: number;
             seed: number | null;
         };
         /**
@@ -3481,13 +3665,18 @@ export interface components {
         /** OpenAIUsage */
         OpenAIUsage: {
             prompt_tokens: number;
-            total_tokens: number;
             completion_tokens: number;
+            total_tokens: number;
             prompt_tokens_details: components["schemas"]["CachedTokens"];
+            completion_tokens_details: components["schemas"]["OutputTokensDetails"];
         };
         /** CachedTokens */
         CachedTokens: {
             cached_tokens: number;
+        };
+        /** OutputTokensDetails */
+        OutputTokensDetails: {
+            reasoning_tokens: number;
         };
         /**
          * CompletionChunk
@@ -3542,6 +3731,8 @@ export interface components {
             role: "assistant";
             content: string | null;
             refusal: null;
+            reasoning_content?: string;
+            reasoning?: string;
             tool_calls?: components["schemas"]["ToolCallAnswer"][];
         };
         /** ChatLogprobs */
@@ -3589,6 +3780,8 @@ export interface components {
             /** @constant */
             role?: "assistant";
             content?: string;
+            reasoning_content?: string;
+            reasoning?: string;
             tool_calls?: components["schemas"]["CallDelta"][];
         };
         /**
@@ -3601,7 +3794,7 @@ export interface components {
             object: "response";
             created_at: number;
             completed_at?: number;
-            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"])[];
+            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"])[];
             incomplete_details: components["schemas"]["IncompleteDetails"] | null;
             model: string;
             instructions: string | null;
@@ -3667,6 +3860,26 @@ export interface components {
             call_id: string;
             name: string;
         };
+        /**
+         * ReasoningItemAnswer
+         * @description A thought. It is whole, and has no summary.
+         */
+        ReasoningItemAnswer: {
+            /** @constant */
+            type: "reasoning";
+            id: string;
+            status: string;
+            summary: {
+                [key: string]: unknown;
+            }[];
+            content?: components["schemas"]["ReasoningText"][];
+        };
+        /** ReasoningText */
+        ReasoningText: {
+            /** @constant */
+            type: "reasoning_text";
+            text: string;
+        };
         /** IncompleteDetails */
         IncompleteDetails: {
             reason: string;
@@ -3696,24 +3909,20 @@ export interface components {
             cached_tokens: number;
             cache_write_tokens: number;
         };
-        /** OutputTokensDetails */
-        OutputTokensDetails: {
-            reasoning_tokens: number;
-        };
         /**
          * ResponseEvent
          * @description Any event of a response; `type` says which, and with it what else it has, as in OpenAI's reference.
          */
         ResponseEvent: {
             /** @enum {unknown} */
-            type: "response.completed" | "response.content_part.added" | "response.content_part.done" | "response.created" | "response.failed" | "response.function_call_arguments.delta" | "response.function_call_arguments.done" | "response.in_progress" | "response.incomplete" | "response.output_item.added" | "response.output_item.done" | "response.output_text.delta" | "response.output_text.done";
+            type: "response.completed" | "response.content_part.added" | "response.content_part.done" | "response.created" | "response.failed" | "response.function_call_arguments.delta" | "response.function_call_arguments.done" | "response.in_progress" | "response.incomplete" | "response.output_item.added" | "response.output_item.done" | "response.output_text.delta" | "response.output_text.done" | "response.reasoning_text.delta" | "response.reasoning_text.done";
             sequence_number: number;
             response?: components["schemas"]["ResponseState"];
             output_index?: number;
             content_index?: number;
             item_id?: string;
-            item?: components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"];
-            part?: components["schemas"]["OutputText"];
+            item?: components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"];
+            part?: components["schemas"]["OutputText"] | components["schemas"]["ReasoningText"];
             delta?: string;
             text?: string;
             logprobs?: components["schemas"]["ChatTokenLogprob"][];
@@ -3730,7 +3939,7 @@ export interface components {
             object: "response";
             created_at: number;
             completed_at?: number;
-            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"])[];
+            output: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"])[];
             incomplete_details: components["schemas"]["IncompleteDetails"] | null;
             model: string;
             instructions: string | null;
@@ -3762,6 +3971,15 @@ export interface components {
             usage: components["schemas"]["ResponseUsage"] | null;
         };
         /**
+         * InputTokensAnswer
+         * @description Answer of POST /v1/responses/input_tokens.
+         */
+        InputTokensAnswer: {
+            input_tokens: number;
+            /** @constant */
+            object: "response.input_tokens";
+        };
+        /**
          * DeletedAnswer
          * @description Confirmation of a deletion.
          */
@@ -3778,7 +3996,7 @@ export interface components {
         InputItemsAnswer: {
             /** @constant */
             object: "list";
-            data: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["CallOutputItemAnswer"])[];
+            data: (components["schemas"]["MessageItemAnswer"] | components["schemas"]["CallItemAnswer"] | components["schemas"]["ReasoningItemAnswer"] | components["schemas"]["CallOutputItemAnswer"])[];
             first_id: string | null;
             last_id: string | null;
             has_more: boolean;
@@ -3803,10 +4021,20 @@ export interface components {
             /** @constant */
             role: "assistant";
             model: string;
-            content: (components["schemas"]["TextBlockAnswer"] | components["schemas"]["ToolUseAnswer"])[];
+            content: (components["schemas"]["ThinkingBlockAnswer"] | components["schemas"]["TextBlockAnswer"] | components["schemas"]["ToolUseAnswer"])[];
             stop_reason: string | null;
             stop_sequence: string | null;
             usage: components["schemas"]["MessageAnswerUsage"];
+        };
+        /**
+         * ThinkingBlockAnswer
+         * @description A thought. signature: of its text.
+         */
+        ThinkingBlockAnswer: {
+            /** @constant */
+            type: "thinking";
+            thinking: string;
+            signature: string;
         };
         /** TextBlockAnswer */
         TextBlockAnswer: {
@@ -3830,8 +4058,13 @@ export interface components {
             cache_creation_input_tokens: number;
             cache_read_input_tokens: number;
             output_tokens: number;
+            output_tokens_details: components["schemas"]["ThinkingTokens"];
             /** @constant */
             service_tier: "standard";
+        };
+        /** ThinkingTokens */
+        ThinkingTokens: {
+            thinking_tokens: number;
         };
         /** MessageStart */
         MessageStart: {
@@ -3844,14 +4077,14 @@ export interface components {
             /** @constant */
             type: "content_block_start";
             index: number;
-            content_block: components["schemas"]["TextBlockAnswer"] | components["schemas"]["ToolUseAnswer"];
+            content_block: components["schemas"]["ThinkingBlockAnswer"] | components["schemas"]["TextBlockAnswer"] | components["schemas"]["ToolUseAnswer"];
         };
         /** BlockDelta */
         BlockDelta: {
             /** @constant */
             type: "content_block_delta";
             index: number;
-            delta: components["schemas"]["TextDelta"] | components["schemas"]["InputDelta"];
+            delta: components["schemas"]["TextDelta"] | components["schemas"]["InputDelta"] | components["schemas"]["ThinkingDelta"] | components["schemas"]["SignatureDelta"];
         };
         /** TextDelta */
         TextDelta: {
@@ -3864,6 +4097,18 @@ export interface components {
             /** @constant */
             type: "input_json_delta";
             partial_json: string;
+        };
+        /** ThinkingDelta */
+        ThinkingDelta: {
+            /** @constant */
+            type: "thinking_delta";
+            thinking: string;
+        };
+        /** SignatureDelta */
+        SignatureDelta: {
+            /** @constant */
+            type: "signature_delta";
+            signature: string;
         };
         /** BlockStop */
         BlockStop: {
@@ -3892,6 +4137,7 @@ export interface components {
             cache_creation_input_tokens: number;
             cache_read_input_tokens: number;
             output_tokens: number;
+            output_tokens_details: components["schemas"]["ThinkingTokens"];
         };
         /** MessageStop */
         MessageStop: {
@@ -3938,7 +4184,7 @@ export interface components {
             object: "list";
             data: components["schemas"]["EmbeddingAnswer"][];
             model: string;
-            usage: components["schemas"]["OpenAIUsage"];
+            usage: components["schemas"]["ReadingUsage"];
             id: string;
         };
         /** EmbeddingAnswer */
@@ -3947,6 +4193,13 @@ export interface components {
             object: "embedding";
             index: number;
             embedding: number[] | string;
+        };
+        /** ReadingUsage */
+        ReadingUsage: {
+            prompt_tokens: number;
+            total_tokens: number;
+            completion_tokens: number;
+            prompt_tokens_details: components["schemas"]["CachedTokens"];
         };
         /**
          * ClassifyAnswer
@@ -3959,7 +4212,7 @@ export interface components {
             created: number;
             model: string;
             data: components["schemas"]["TextLabelAnswer"][] | components["schemas"]["TokenLabelsAnswer"][];
-            usage: components["schemas"]["OpenAIUsage"];
+            usage: components["schemas"]["ReadingUsage"];
         };
         /**
          * RerankAnswer
@@ -3969,7 +4222,7 @@ export interface components {
             id: string;
             model: string;
             results: components["schemas"]["RankedAnswer"][];
-            usage: components["schemas"]["OpenAIUsage"];
+            usage: components["schemas"]["ReadingUsage"];
         };
         /** RankedAnswer */
         RankedAnswer: {
@@ -3992,7 +4245,7 @@ export interface components {
             created: number;
             model: string;
             data: components["schemas"]["PairScore"][];
-            usage: components["schemas"]["OpenAIUsage"];
+            usage: components["schemas"]["ReadingUsage"];
         };
         /** PairScore */
         PairScore: {
@@ -4014,7 +4267,7 @@ export interface components {
             choice: string;
             index: number;
             choices: components["schemas"]["OptionAnswer"][];
-            usage: components["schemas"]["OpenAIUsage"];
+            usage: components["schemas"]["ReadingUsage"];
         };
         /**
          * OptionAnswer
@@ -4029,13 +4282,16 @@ export interface components {
             token_logprobs: number[];
         };
         /**
-         * ListAnswerModelAnswer
-         * @description A whole list.
+         * PageAnswerModelAnswer
+         * @description A page of a list. The next one is that after `last_id`.
          */
-        ListAnswer_ModelAnswer_: {
+        PageAnswer_ModelAnswer_: {
             /** @constant */
             object: "list";
             data: components["schemas"]["ModelAnswer"][];
+            first_id: string | null;
+            last_id: string | null;
+            has_more: boolean;
         };
         /**
          * ModelAnswer
@@ -4045,6 +4301,11 @@ export interface components {
             id: string;
             /** @constant */
             object: "model";
+            /** @constant */
+            type: "model";
+            display_name: string;
+            /** Format: date-time */
+            created_at: string;
             created: number;
             owned_by: string;
             root: string;
@@ -4182,6 +4443,10 @@ export interface components {
             labels: number;
             /** @default [] */
             label_names: string[];
+            /** @default 0 */
+            vocabulary: number;
+            /** @default null */
+            tokenizer: components["schemas"]["TokenizerAdditions"] | null;
             /** @default [] */
             warnings: string[];
             /** @default 0 */
@@ -4228,6 +4493,28 @@ export interface components {
             seconds: number;
             /** @default  */
             shown: string;
+        };
+        /**
+         * TokenizerAdditions
+         * @description Additions of an adapter's tokenizer to its base's.
+         */
+        TokenizerAdditions: {
+            tokens: components["schemas"]["AddedToken"][];
+            end_tokens: number[];
+            chat_template: string | null;
+        };
+        /**
+         * AddedToken
+         * @description A token that an adapter's tokenizer has added to the base's, as the tokenizers library describes it.
+         */
+        AddedToken: {
+            id: number;
+            content: string;
+            special: boolean;
+            lstrip: boolean;
+            rstrip: boolean;
+            single_word: boolean;
+            normalized: boolean;
         };
         /**
          * ListAnswerVersionAnswer
@@ -4939,6 +5226,9 @@ export interface components {
             kv_bytes: number;
             kv_dtype: string;
             kv_blocks: number;
+            kv_groups: number;
+            kv_tokens: number;
+            kv_longest: number;
             block_size: number;
             max_length: number;
             max_rows: number;
@@ -5970,6 +6260,124 @@ export interface operations {
             /** @description The server has no space left */
             507: {
                 headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+        };
+    };
+    count_input_tokens_v1_responses_input_tokens_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ResponsesRequest"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["InputTokensAnswer"];
+                };
+            };
+            /** @description A field, a header or the body must change: `param` names the field */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description No API key, or none that is valid */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The API key lacks the scope, or the server's operator does not allow it */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request did not arrive in time */
+            408: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The body, or what it asks for, is over a limit */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A quota is used up, or too much is waiting */
+            429: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The address and headers are over their limit */
+            431: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description A fault of the server, or of the engine in this request */
+            500: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The request cannot be served now */
+            503: {
+                headers: {
+                    /** @description seconds */
+                    "Retry-After"?: number;
                     [name: string]: unknown;
                 };
                 content: {
@@ -7883,7 +8291,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/json": components["schemas"]["ListAnswer_ModelAnswer_"];
+                    "application/json": components["schemas"]["PageAnswer_ModelAnswer_"];
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */

@@ -12,7 +12,10 @@ export type Event = Schemas['HistoryAnswer']
 type Pull = paths['/v1/adapters']['post']['requestBody']['content']['application/json']
 export type Usage = Schemas['UsageRowAnswer']
 
-const FILES = ['adapter_config.json', 'adapter_model.safetensors', 'config.json']
+const FILES = [
+  'adapter_config.json', 'adapter_model.safetensors', 'config.json',
+  'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'generation_config.json',
+]
 const SOON = 800
 const LATER = 5000
 

@@ -20,6 +20,8 @@ export class Reply {
   readonly id = (made += 1)
   state = $state<ReplyState>('waiting')
   text = $state('')
+  /** What it thought before the text. */
+  thought = $state('')
   calls = $state<Call[]>([])
   finish = $state<FinishReason | null>(null)
   summary = $state.raw<Summary | null>(null)
@@ -35,6 +37,7 @@ export class Reply {
   #kept: Token[] = []
   #raw: RawTokens[] = []
   #pending = ''
+  #pendingThought = ''
   #pieces = 0
   #firstAt = 0
   #left = () => {}
@@ -68,6 +71,7 @@ export class Reply {
     this.#kept = tokens
     this.tokens = []
     this.calls = []
+    this.thought = ''
     this.corrected = null
   }
 
@@ -77,7 +81,7 @@ export class Reply {
     this.finish = this.summary = this.error = this.speed = null
     this.#left = left
     this.#raw = []
-    this.#pending = ''
+    this.#pending = this.#pendingThought = ''
     this.#pieces = 0
   }
 
@@ -89,11 +93,12 @@ export class Reply {
       this.summary = event
       this.#end('done')
     } else {
-      if (event.text) {
+      if (event.text || event.reasoning) {
         this.#pieces += 1
         if (this.#pieces === 1) this.#firstAt = performance.now()
       }
       this.#pending += event.text
+      this.#pendingThought += event.reasoning ?? ''
       if (event.logprobs) this.#raw.push(event.logprobs)
       for (const { index, id, function: part } of event.tool_calls ?? []) {
         const call = (this.calls[index] ??= { id: id ?? '', name: part.name ?? '', arguments: '' })
@@ -118,9 +123,10 @@ export class Reply {
 
   /** Once a frame: what came since the last one. Returns the length of a text that has changed. */
   show(): number {
-    if (!this.#pending) return 0
+    if (!this.#pending && !this.#pendingThought) return 0
     this.text += this.#pending
-    this.#pending = ''
+    this.thought += this.#pendingThought
+    this.#pending = this.#pendingThought = ''
     if (this.running) this.state = 'streaming'
     const seconds = (performance.now() - this.#firstAt) / 1000
     if (seconds > 0.25) this.speed = (this.#pieces - 1) / seconds

@@ -57,18 +57,20 @@ typedef struct {
 
 /* bf16, or int8 with one scale for each slot: a number is then the product of the two. */
 typedef struct {
-  void *keys, *values; /* [kv_heads, slots, dim] */
-  bf16 *key_scales, *value_scales; /* [kv_heads, slots], or null: keys and values are bf16 */
+  void *keys, *values; /* of a head from slot head * slots on, [slots, dim] */
+  bf16 *key_scales, *value_scales; /* the same, or null: keys and values are bf16 */
   int64_t kv_heads, groups, key_dim, value_dim, slots, block_size;
   float scaling, softcap; /* softcap 0: none */
   int64_t window, chunk;  /* how many positions a row sees up to its own, or of what size the chunks are of which it
                              sees its own; 0: all */
   int64_t writes;         /* 0: the step's keys and values are in the cache already */
+  int64_t table;          /* number of its contexts among the step's */
   const float *sinks;     /* [kv_heads * groups], or null: a logit of each head that has no value */
 } onebase_attention;
 
-/* Of one step. Row r is at `position[r]` of the context whose blocks are row `table_row[r]` of `table`; its
- * key and value go to KV slot `write[r]`. Rows that are padding have a position of -1. */
+/* Of one step and one table of blocks, which some layers share. Row r is at `position[r]` of the context whose
+ * blocks are row `table_row[r]` of `table`; its key and value go to KV slot `write[r]`. Rows that are padding have
+ * a position of -1. */
 typedef struct {
   int64_t rows;
   const int32_t *position, *table_row, *write, *table;

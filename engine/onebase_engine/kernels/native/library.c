@@ -13,7 +13,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Changes with each change of a structure or a function: Python asks for its own. */
-#define ONEBASE_ABI 7
+#define ONEBASE_ABI 8
 
 extern const onebase_kernels onebase_portable, onebase_avx2, onebase_avx512, onebase_avx512_bf16, onebase_amx;
 
@@ -117,7 +117,7 @@ static int run(const onebase_call *call, const onebase_groups *groups, const one
                                call->around_one, threads);
     case ONEBASE_ATTEND:
       if (!contexts || contexts->rows != call->rows) return ONEBASE_UNFIT;
-      return kernels->attend(call->attention, contexts, &call->projected, threads);
+      return kernels->attend(call->attention, contexts + call->attention->table, &call->projected, threads);
     case ONEBASE_ADD:
       kernels->add(call->x, call->other, call->ys[0], call->rows * call->size);
       return 0;
@@ -126,8 +126,8 @@ static int run(const onebase_call *call, const onebase_groups *groups, const one
   }
 }
 
-/* Makes calls one after the other, up to the first that fails. `groups` (null: no adapter acts) and `contexts`
- * are the step's. */
+/* Makes calls one after the other, up to the first that fails. `groups` (null: no adapter acts) and `contexts`,
+ * one for each table, are the step's. */
 EXPORT int onebase_run(const onebase_call *calls, int64_t count, const onebase_groups *groups,
                        const onebase_contexts *contexts) {
   int result = 0;

@@ -141,7 +141,7 @@ async def _upload(
     await services.keys.check_room(caller, check_length(request, limit, "--max-upload"))
     adapters = services.adapters
     with storage_errors():
-        form = AdapterForm(adapters.store, boundary, limit)
+        form = AdapterForm(adapters.store, boundary, limit, adapters.vocabulary)
         try:
             upload = await read_form(request, form, adapters.disk)
             name = check_name(upload.name, services.catalog.base_name)

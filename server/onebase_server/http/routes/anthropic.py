@@ -26,10 +26,12 @@ async def create_message(
 ) -> Response:
     """Generate the assistant's next message; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    chat = await off_loop(request, body.chat, services.tokenizer.template_options)
+    format = await services.planner.thought_format(caller.tenant, body.model)
+    chat = await off_loop(request, body.chat, format)
     transcript = await transcript_of(request, services, body.stream)
     engine_request = replace(await services.planner.chat(chat, caller, transcript), id=new_id("msg_"))
-    view = MessageView(services.tokenizer, body.model, request.scope)
+    tokenizer = engine_request.tokenizer or services.tokenizer
+    view = MessageView(tokenizer, body.model, request.scope, hides_thoughts=body.hides_thoughts)
     return await answer_generation(
         request, services, reservation, engine_request, view, body.stream, transcript
     )
@@ -43,6 +45,10 @@ async def count_tokens(
     """Count the tokens of a message's prompt; nothing is generated."""
     services.refuse_if_draining()
     find_model(services, caller, body.model)
-    chat = await off_loop(request, body.chat, services.tokenizer.template_options)
-    tokens = await services.planner.chat_tokens(caller.tenant, chat, chat.messages, chat.reasoning_effort)
+    format = await services.planner.thought_format(caller.tenant, body.model)
+    chat = await off_loop(request, body.chat, format)
+    tokenizer = await services.planner.tokenizer_of(caller.tenant, body.model)
+    tokens = await services.planner.chat_tokens(
+        caller.tenant, chat, chat.messages, chat.reasoning_effort, tokenizer
+    )
     return json_response(TokenCountAnswer(len(tokens)))

@@ -83,7 +83,7 @@ async def generate(
     services.refuse_if_draining()
     transcript = await transcript_of(request, services, body.stream)
     engine_request = await services.planner.generate(body, caller, transcript)
-    view = GenerateView(services.tokenizer)
+    view = GenerateView(engine_request.tokenizer or services.tokenizer)
     return await answer_generation(
         request, services, reservation, engine_request, view, body.stream, transcript
     )
@@ -170,6 +170,8 @@ async def _events_of(
         engine_request = await services.planner.generate(body, caller, transcript)
         if transcript is not None:
             engine_request = await services.planner.resumed(engine_request, transcript, source.seconds or 0.0)
+        if engine_request.tokenizer is not None:
+            view = GenerateView(engine_request.tokenizer, source.number)
         transcript_number = None if source.seconds is None else source.number
         generation = await begin(
             request,
@@ -210,7 +212,7 @@ async def generate_text(
     engine_request = await services.planner.generate(
         await off_loop(request, body.request), caller, transcript
     )
-    view = TgiView(services.tokenizer, body)
+    view = TgiView(engine_request.tokenizer or services.tokenizer, body)
     return await answer_generation(
         request, services, reservation, engine_request, view, body.stream, transcript
     )
@@ -225,7 +227,7 @@ async def complete(
     services.refuse_if_draining()
     transcript = await transcript_of(request, services, body.stream)
     engine_request = await services.planner.completion(body, caller, transcript)
-    view = CompletionView(services.tokenizer, body.model, body.usage_in_stream)
+    view = CompletionView(engine_request.tokenizer or services.tokenizer, body.model, body.usage_in_stream)
     return await answer_generation(
         request, services, reservation, engine_request, view, body.stream, transcript
     )
@@ -240,7 +242,7 @@ async def chat(
     services.refuse_if_draining()
     transcript = await transcript_of(request, services, body.stream)
     engine_request = await services.planner.chat(body, caller, transcript)
-    view = ChatView(services.tokenizer, body.model, body.usage_in_stream)
+    view = ChatView(engine_request.tokenizer or services.tokenizer, body.model, body.usage_in_stream)
     return await answer_generation(
         request, services, reservation, engine_request, view, body.stream, transcript
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from fastapi import APIRouter, Response
 
 from onebase_adapters.names import label
 from onebase_adapters.registry import VersionRecord
 from onebase_edge.errors import AdapterNotFoundError, ForbiddenError, StateConflictError, UnknownModelError
-from onebase_protocol.common import DeletedAnswer, ListAnswer
+from onebase_protocol.common import DeletedAnswer, PageAnswer
 from onebase_protocol.serving import Model
 from onebase_server.http.answers import answer
 from onebase_server.http.authorization import needs
@@ -18,15 +20,16 @@ from onebase_server.tenancy.access import Caller
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 
-@router.get("/models", responses=answer(ListAnswer[Model]))
+@router.get("/models", responses=answer(PageAnswer[Model]))
 @needs("any")
 async def list_models(services: Provided, caller: Calling) -> Response:
-    """List everything that `model` may be."""
+    """List everything that `model` may be, in one page, with the fields that OpenAI's, vLLM's and Anthropic's
+    clients read."""
     names = services.catalog.of(caller.tenant)
     versions = ((record.name, record.active_version) for record in names)
     models = [_model(services, services.catalog.base_name, None)]
     models += [_model(services, name, version) for name, version in versions if version is not None]
-    return json_response(ListAnswer(data=tuple(models)))
+    return json_response(PageAnswer(data=tuple(models), first_id=models[0].id, last_id=models[-1].id))
 
 
 @router.get("/models/{name:path}", responses=answer(Model, 404))
@@ -67,7 +70,7 @@ async def delete_model(name: str, services: Provided, caller: Calling, force: Fo
 def find_model(services: Services, caller: Caller, name: str) -> VersionRecord | None:
     """Return the version that a model's name means; None is the base. Raises UnknownModelError."""
     base = services.catalog.base_name
-    if name == base:
+    if services.catalog.means_base(caller.tenant, name):
         return None
     try:
         return services.catalog.of(caller.tenant).find(name, param="model")
@@ -76,13 +79,15 @@ def find_model(services: Services, caller: Caller, name: str) -> VersionRecord |
 
 
 def _model(services: Services, name: str, version: VersionRecord | None) -> Model:
-    """Return OpenAI's fields and vLLM's: where it comes from, and how long a prompt with its answer may
-    be."""
+    """Return OpenAI's fields, vLLM's (where it comes from, and how long a prompt with its answer may be), and
+    Anthropic's."""
     base, supervisor = services.catalog.base_name, services.supervisor
     created = supervisor.loaded_at or services.started if version is None else _since(services, version)
     return Model(
         id=name,
         created=int(created),
+        created_at=datetime.fromtimestamp(int(created), UTC),
+        display_name=name,
         owned_by="onebase",
         root=base if version is None else label(version.name, version.digest),
         parent=None if version is None else base,

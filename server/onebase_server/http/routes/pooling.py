@@ -105,7 +105,7 @@ async def classify(
                 TextLabelAnswer(index, *_classes(_vector(output), labels))
                 for index, output in enumerate(outputs)
             )
-        name = services.tokenizer.token_text
+        name = (engine_requests[0].tokenizer or services.tokenizer).token_text
         made = []
         for index, (output, prompt) in enumerate(zip(outputs, prompts, strict=True)):
             rows = _vector(output).reshape(len(prompt.tokens), -1)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from onebase_edge.errors import InvalidRequestError
 from onebase_protocol.common import DeletedAnswer
-from onebase_protocol.responses import InputItemsAnswer, ResponseAnswer, ResponseEvent
+from onebase_protocol.responses import InputItemsAnswer, InputTokensAnswer, ResponseAnswer, ResponseEvent
 from onebase_server.http.answers import answer, streamed_answer
 from onebase_server.http.authorization import needs
 from onebase_server.http.deps import (
@@ -18,16 +18,19 @@ from onebase_server.http.deps import (
     Admitted,
     Calling,
     Provided,
+    Services,
     StrictRoute,
     json_response,
     off_loop,
 )
 from onebase_server.http.routes.generation import answer_generation, transcript_of
+from onebase_server.http.routes.models import find_model
 from onebase_server.http.views.responses import ResponseView
 from onebase_server.requests.schemas.items import Items, conversation, items_again, kept_items
 from onebase_server.requests.schemas.messages import ChatMessage
 from onebase_server.requests.schemas.responses import ResponsesRequest
 from onebase_server.requests.stored_responses import StoredResponse
+from onebase_server.tenancy.access import Caller
 
 router = APIRouter(prefix="/v1/responses", route_class=StrictRoute, tags=["openai"])
 ResponseId = Annotated[str, Path(max_length=200)]
@@ -41,13 +44,8 @@ async def respond(
     """Generate the model's answer: text, or calls of functions; `model` is the base's name or an
     adapter's."""
     services.refuse_if_draining()
-    responses, before = services.responses, None
-    if body.previous_response_id is not None:
-        before = responses.find(caller.tenant, body.previous_response_id, "previous_response_id")
-    if before is None or len(before.input) + len(before.response) <= LONG_BODY:
-        items, messages = await off_loop(request, _conversation, body, before)
-    else:
-        items, messages = await services.reading.run_for(caller.tenant, _conversation, body, before)
+    responses = services.responses
+    items, messages = await _conversation_of(body, request, services, caller)
     transcript = await transcript_of(request, services, body.stream)
     engine_request = await services.planner.response(body, messages, caller, transcript)
     loop = asyncio.get_running_loop()  # a long answer is written in a thread
@@ -58,10 +56,41 @@ async def respond(
             made = StoredResponse(msgspec.json.encode(response), asked)
             loop.call_soon_threadsafe(responses.store_response, caller.tenant, response["id"], made)
 
-    view = ResponseView(services.tokenizer, body, keep)
+    view = ResponseView(engine_request.tokenizer or services.tokenizer, body, keep)
     return await answer_generation(
         request, services, reservation, engine_request, view, body.stream, transcript
     )
+
+
+@router.post("/input_tokens", responses=answer(InputTokensAnswer, 404))
+@needs("generate")
+async def count_input_tokens(
+    body: ResponsesRequest, request: Request, services: Provided, caller: Calling
+) -> Response:
+    """Count the tokens of a response's prompt; nothing is generated."""
+    services.refuse_if_draining()
+    find_model(services, caller, body.model)
+    _, messages = await _conversation_of(body, request, services, caller)
+    tokenizer = await services.planner.tokenizer_of(caller.tenant, body.model)
+    tokens = await services.planner.chat_tokens(
+        caller.tenant, body, messages, body.reasoning_effort, tokenizer
+    )
+    return json_response(InputTokensAnswer(len(tokens)))
+
+
+async def _conversation_of(
+    body: ResponsesRequest, request: Request, services: Services, caller: Caller
+) -> tuple[Items, list[ChatMessage]]:
+    """Return what is to be answered, with what was said before it.
+
+    Raises InvalidRequestError, UnknownResponseError.
+    """
+    before = None
+    if body.previous_response_id is not None:
+        before = services.responses.find(caller.tenant, body.previous_response_id, "previous_response_id")
+    if before is None or len(before.input) + len(before.response) <= LONG_BODY:
+        return await off_loop(request, _conversation, body, before)
+    return await services.reading.run_for(caller.tenant, _conversation, body, before)
 
 
 def _conversation(body: ResponsesRequest, before: StoredResponse | None) -> tuple[Items, list[ChatMessage]]:

@@ -159,13 +159,14 @@ async def tokenize(body: TokenizeRequest, request: Request, services: Provided, 
     if body.model is not None:
         find_model(services, caller, body.model)
     planner = services.planner
+    own = await planner.tokenizer_of(caller.tenant, body.model)
     if body.messages is not None:
         chat = await off_loop(request, body.conversation)
-        tokens = await planner.chat_tokens(caller.tenant, chat, body.messages)
+        tokens = await planner.chat_tokens(caller.tenant, chat, body.messages, tokenizer=own)
     else:
-        special = body.add_special_tokens is not False
-        tokens = (await planner.texts(caller.tenant, "prompt", [body.prompt or ""], special=special))[0]
-    names = await planner.names_of(caller.tenant, tokens) if body.return_token_strs else None
+        special, texts = body.add_special_tokens is not False, [body.prompt or ""]
+        (tokens,) = await planner.texts(caller.tenant, "prompt", texts, special=special, tokenizer=own)
+    names = await planner.names_of(caller.tenant, tokens, own) if body.return_token_strs else None
     return json_response(TokensAnswer(len(tokens), planner.max_length, tokens, names))
 
 
@@ -176,7 +177,8 @@ async def detokenize(body: DetokenizeRequest, services: Provided, caller: Callin
     services.refuse_if_draining()
     if body.model is not None:
         find_model(services, caller, body.model)
-    return json_response(TextAnswer(await services.planner.text_of(caller.tenant, body.tokens)))
+    own = await services.planner.tokenizer_of(caller.tenant, body.model)
+    return json_response(TextAnswer(await services.planner.text_of(caller.tenant, body.tokens, own)))
 
 
 @router.get("/tokenizer_info", responses=answer(TokenizerAnswer))

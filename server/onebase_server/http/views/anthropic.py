@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from hashlib import blake2b
 from typing import Any
 
 from pydantic_core import from_json
@@ -24,20 +25,29 @@ _STOP_REASONS = {"length": "max_tokens", "cancelled": "pause_turn"}
 
 
 class MessageView(GenerationView):
-    """Answers of POST /v1/messages. scope: of the request, whose id is in errors."""
+    """Answers of POST /v1/messages.
+
+    Args:
+        scope: of the request, whose id is in errors.
+        hides_thoughts: whether thoughts are sent without their text.
+    """
 
     closing = b""
 
-    def __init__(self, tokenizer: BaseTokenizer, model: str, scope: Any) -> None:
+    def __init__(self, tokenizer: BaseTokenizer, model: str, scope: Any, *, hides_thoughts: bool) -> None:
         super().__init__(tokenizer)
         self._model = model
         self._scope = scope
+        self._hides_thoughts = hides_thoughts
 
     def answer(self, generation: GenerationRun, choices: Sequence[OutputPiece]) -> wire.MessageAnswer:
         (piece,) = choices
         reader = answer_reader(generation.request.calls, generation.request.id)
         said = reader.feed(piece.text, end=True)
-        content: list[wire.TextBlockAnswer | wire.ToolUseAnswer] = []
+        content: list[wire.BlockAnswer] = []
+        if piece.reasoning:
+            shown = "" if self._hides_thoughts else piece.reasoning
+            content.append(wire.ThinkingBlockAnswer(shown, _signature(piece.reasoning)))
         if said.content:
             content.append(wire.TextBlockAnswer(said.content))
         for call in whole_calls(said.calls):
@@ -49,7 +59,8 @@ class MessageView(GenerationView):
         return answer
 
     async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
-        blocks = _Blocks(answer_reader(generation.request.calls, generation.request.id))
+        reader = answer_reader(generation.request.calls, generation.request.id)
+        blocks = _Blocks(reader, hides_thoughts=self._hides_thoughts)
         chunk = b""
         begun = False
         async for pieces in generation.pieces():
@@ -59,7 +70,7 @@ class MessageView(GenerationView):
             for piece in pieces:
                 chunk += blocks.more(piece)
                 if piece.finish_reason:
-                    usage = wire.MessageUsage(*_tokens(generation.usage))
+                    usage = wire.MessageUsage(*_usage(generation.usage))
                     stop = _stop(piece, blocks.reader)
                     chunk += _event("message_delta", wire.MessageDelta(stop, usage))
                     chunk += _event("message_stop", wire.MessageStop())
@@ -71,10 +82,8 @@ class MessageView(GenerationView):
         told = anthropic_error(error_body(error), status_of(error)[0], self._scope)
         return identified_event(told, event="error")
 
-    def _head(
-        self, generation: GenerationRun, content: list[wire.TextBlockAnswer | wire.ToolUseAnswer]
-    ) -> wire.MessageAnswer:
-        usage = wire.MessageAnswerUsage(*_tokens(generation.usage))
+    def _head(self, generation: GenerationRun, content: list[wire.BlockAnswer]) -> wire.MessageAnswer:
+        usage = wire.MessageAnswerUsage(*_usage(generation.usage))
         return wire.MessageAnswer(id=generation.request.id, model=self._model, content=content, usage=usage)
 
 
@@ -90,46 +99,66 @@ def _stop(piece: OutputPiece, reader: AnswerReader) -> wire.MessageStopReason:
 class _Blocks:
     """The blocks of a streamed answer, one after the other."""
 
-    def __init__(self, reader: AnswerReader) -> None:
+    def __init__(self, reader: AnswerReader, *, hides_thoughts: bool) -> None:
         self.reader = reader
+        self._hides_thoughts = hides_thoughts
+        self._thought: list[str] = []
+        """Parts of the thought whose block is open."""
         self._open = False
         self._index = -1
 
     def more(self, piece: OutputPiece) -> bytes:
         """Return the events of what is certain with a piece."""
         said = self.reader.feed(piece.text, end=piece.finish_reason is not None)
-        chunk = b""
+        chunk = self._think(piece.reasoning) if piece.reasoning else b""
         if said.content:
-            if not self._open:
+            if not self._open or self._thought:
                 chunk += self._begin(wire.TextBlockAnswer(""))
             chunk += self._delta(wire.TextDelta(said.content))
         for delta in said.calls:
             chunk += self._call(delta)
         return chunk + (self._close() if piece.finish_reason else b"")
 
+    def _think(self, text: str) -> bytes:
+        begun = b"" if self._open else self._begin(wire.ThinkingBlockAnswer("", ""))
+        self._thought.append(text)
+        return begun + (b"" if self._hides_thoughts else self._delta(wire.ThinkingDelta(text)))
+
     def _call(self, delta: ToolCallDelta) -> bytes:
         begun = b"" if delta.id is None else self._begin(wire.ToolUseAnswer(delta.id, delta.name, {}))
         return begun + (self._delta(wire.InputDelta(delta.arguments)) if delta.arguments else b"")
 
-    def _begin(self, block: wire.TextBlockAnswer | wire.ToolUseAnswer) -> bytes:
+    def _begin(self, block: wire.BlockAnswer) -> bytes:
         closed = self._close()
         self._open = True
         self._index += 1
         return closed + _event("content_block_start", wire.BlockStart(self._index, block))
 
-    def _delta(self, delta: wire.TextDelta | wire.InputDelta) -> bytes:
+    def _delta(
+        self, delta: wire.TextDelta | wire.InputDelta | wire.ThinkingDelta | wire.SignatureDelta
+    ) -> bytes:
         return _event("content_block_delta", wire.BlockDelta(self._index, delta))
 
     def _close(self) -> bytes:
         if not self._open:
             return b""
         self._open = False
-        return _event("content_block_stop", wire.BlockStop(self._index))
+        signed = b""
+        if self._thought:
+            signed = self._delta(wire.SignatureDelta(_signature("".join(self._thought))))
+            self._thought = []
+        return signed + _event("content_block_stop", wire.BlockStop(self._index))
 
 
-def _tokens(usage: TokenUsage) -> tuple[int, int, int, int]:
+def _signature(thought: str) -> str:
+    """Return what clients send back with a thought. Nothing checks it: a thought is text like any other."""
+    return blake2b(thought.encode(), digest_size=24).hexdigest()
+
+
+def _usage(usage: TokenUsage) -> tuple[int, int, int, int, wire.ThinkingTokens]:
     """Return the fields of Anthropic's usage."""
-    return usage.prompt - usage.cached, 0, usage.cached, usage.completion
+    thoughts = wire.ThinkingTokens(usage.reasoning)
+    return usage.prompt - usage.cached, 0, usage.cached, usage.completion, thoughts
 
 
 def _event(kind: str, data: wire.Event) -> bytes:

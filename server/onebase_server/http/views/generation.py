@@ -13,7 +13,7 @@ from msgspec.structs import asdict
 from onebase_edge.errors import ApiError, error_body, status_of
 from onebase_edge.sse import DONE, event
 from onebase_protocol import text
-from onebase_protocol.common import CachedTokens, Json
+from onebase_protocol.common import CachedTokens, Json, OutputTokensDetails
 from onebase_server.inference.generation import GenerationRequest, GenerationRun
 from onebase_server.inference.stream import OutputPiece, TokenInfo
 from onebase_server.inference.tokenization import BaseTokenizer
@@ -171,6 +171,7 @@ class GenerateView(GenerationView):
             readers.finish_reason(piece),
             flat_logprobs(piece.tokens, self._tokenizer) if told else None,
             UNSET if job.calls is None else whole_calls(said.calls),
+            piece.reasoning or UNSET,
         )
 
     async def events(self, generation: GenerationRun) -> AsyncIterator[bytes]:
@@ -180,7 +181,7 @@ class GenerateView(GenerationView):
             chunk = b""
             for piece in pieces:
                 said = readers.read(piece)
-                if said.content or said.calls or piece.tokens:
+                if said.content or said.calls or piece.reasoning or piece.tokens:
                     chunk += await _event(
                         generation, piece, partial(self._text_event, generation, piece, said)
                     )
@@ -199,6 +200,7 @@ class GenerateView(GenerationView):
             id=generation.request.id,
             index=piece.index,
             text=said.content,
+            reasoning=piece.reasoning or UNSET,
             tool_calls=[_call_delta(delta) for delta in said.calls] or UNSET,
             logprobs=flat_logprobs(piece.tokens, self._tokenizer) if piece.tokens else UNSET,
         )
@@ -208,7 +210,7 @@ def _summary(generation: GenerationRun) -> Json:
     usage = generation.usage
     return {
         "adapter": generation.request.adapter.label,
-        "usage": text.Usage(usage.prompt, usage.completion, usage.cached),
+        "usage": text.Usage(usage.prompt, usage.completion, usage.cached, usage.reasoning),
         "timing": generation.timing.rounded(),
     }
 
@@ -274,7 +276,7 @@ class TgiView(GenerationView):
         reason = "length" if piece.finish_reason != "stop" else "eos_token"
         usage = generation.usage
         reason = "stop_sequence" if piece.stop is not None else reason
-        return text.TgiEnd(reason, usage.completion, usage.prompt, self._seed)
+        return text.TgiEnd(reason, usage.completion, usage.prompt, usage.prompt, self._seed)
 
     def _top_tokens(self, info: TokenInfo) -> list[text.TgiToken]:
         name = self._tokenizer.token_text
@@ -326,7 +328,7 @@ class OpenAIView(GenerationView):
                 head["usage"] = openai_usage(generation.usage)
             for piece in pieces:
                 said = readers.read(piece)
-                if said.content or said.calls or piece.tokens or piece.ids:
+                if said.content or said.calls or piece.reasoning or piece.tokens or piece.ids:
                     first = Said(said.content, said.calls[:1])
                     make = partial(self._chunk, generation, head, piece, first)
                     chunk += await _event(generation, piece, make)
@@ -378,8 +380,8 @@ class OpenAIView(GenerationView):
 
 
 def openai_usage(usage: TokenUsage) -> text.OpenAIUsage:
-    total = usage.prompt + usage.completion
-    return text.OpenAIUsage(usage.prompt, usage.completion, total, CachedTokens(usage.cached))
+    total, thoughts = usage.prompt + usage.completion, OutputTokensDetails(usage.reasoning)
+    return text.OpenAIUsage(usage.prompt, usage.completion, total, CachedTokens(usage.cached), thoughts)
 
 
 class CompletionView(OpenAIView):
@@ -434,6 +436,8 @@ class ChatView(OpenAIView):
         for piece in choices:
             said = readers.read(piece)
             message = text.ChatAnswerMessage(content=said.content)
+            if piece.reasoning:
+                message.reasoning_content = message.reasoning = piece.reasoning
             if said.calls:
                 message.content, message.tool_calls = said.content or None, whole_calls(said.calls)
             logprobs = self._logprobs(piece) if job.sampling.logprobs is not None else None
@@ -457,10 +461,13 @@ class ChatView(OpenAIView):
         return [text.ChatChunkChoice(index, delta) for index in range(generation.request.choices)]
 
     def part(self, piece: OutputPiece, said: Said, with_logprobs: bool) -> text.ChatChunkChoice:
-        content = said.content if said.content or not said.calls else None
+        thought = piece.reasoning or None
+        content = said.content if said.content or not (said.calls or thought) else None
         calls = [_call_delta(call) for call in said.calls] or None
         logprobs = self._logprobs(piece) if with_logprobs else None
-        return text.ChatChunkChoice(piece.index, text.ChatDelta(None, content, calls), logprobs)
+        return text.ChatChunkChoice(
+            piece.index, text.ChatDelta(None, content, thought, thought, calls), logprobs
+        )
 
     def end(self, piece: OutputPiece, reason: str | None) -> text.ChatChunkChoice:
         return text.ChatChunkChoice(piece.index, text.ChatDelta(), None, reason)

@@ -44,7 +44,9 @@ class _Output:
         ended = piece.finish_reason is not None
         said = self._reader.feed(piece.text, end=ended)
         self._waiting += piece.tokens
-        events = self._say(said.content) if said.content else []
+        events = self._think(piece.reasoning) if piece.reasoning else []
+        if said.content:
+            events += self._say(said.content)
         for delta in said.calls:
             events += self._call(delta)
         if ended:
@@ -52,14 +54,38 @@ class _Output:
             if self.reason is None and not self._reader.whole:
                 self.reason = "stop"  # a stop string in a call
             if self._open is None and not self.items:
-                events += self._begin_message()
+                events += self._begin_message()  # there is an item in each answer
             events += self._close("incomplete" if self.reason else "completed")
         return events
+
+    # ---- a thought ---------------------------------------------------------------------------
+
+    def _think(self, text: str) -> list[Json]:
+        events = []
+        if self._open is None:
+            item = {"id": self._item_id("rs_"), "type": "reasoning", "summary": [], "content": []}
+            part = {"type": "reasoning_text", "text": ""}
+            events = [
+                self._begin(item),
+                self._event("response.content_part.added", content_index=0, part=part),
+            ]
+        self._parts.append(text)
+        return [*events, self._event("response.reasoning_text.delta", content_index=0, delta=text)]
+
+    def _end_thought(self, item: Json) -> list[Json]:
+        part = {"type": "reasoning_text", "text": "".join(self._parts)}
+        item["content"] = [part]
+        return [
+            self._event("response.reasoning_text.done", content_index=0, text=part["text"]),
+            self._event("response.content_part.done", content_index=0, part=part),
+        ]
 
     # ---- text --------------------------------------------------------------------------------
 
     def _say(self, text: str) -> list[Json]:
-        events = [] if self._open is not None else self._begin_message()
+        events = []
+        if self._open is None or self._open["type"] == "reasoning":
+            events = [*self._close("completed"), *self._begin_message()]
         self._parts.append(text)
         self._said += len(text)
         logprobs = self._take_logprobs(all=False)
@@ -126,7 +152,8 @@ class _Output:
         item = self._open
         if item is None:
             return []
-        events = self._end_message(item) if item["type"] == "message" else self._end_call(item)
+        ends = {"message": self._end_message, "reasoning": self._end_thought}
+        events = ends.get(item["type"], self._end_call)(item)
         item["status"] = status
         events.append(self._event("response.output_item.done", item=item))
         self.items.append(item)
@@ -257,6 +284,6 @@ def _usage(usage: TokenUsage) -> Json:
         "input_tokens": usage.prompt,
         "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
         "output_tokens": usage.completion,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
         "total_tokens": usage.prompt + usage.completion,
     }

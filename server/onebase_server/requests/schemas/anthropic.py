@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from onebase_edge.errors import InvalidRequestError
+from onebase_server.inference.thoughts import ThoughtFormat
 from onebase_server.requests.schemas.generation import (
     MAX_GRAMMAR_CHARACTERS,
     MAX_TOKENS,
@@ -70,6 +72,21 @@ class ToolUseBlock(_Block):
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.input}}
 
 
+class ThinkingBlock(_Block):
+    """Thought before an answer of the assistant. The signature is not checked."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str | None = None
+
+
+class RedactedThinkingBlock(_Block):
+    """Thought that only another model can read."""
+
+    type: Literal["redacted_thinking"]
+    data: str
+
+
 _ONLY_TEXT = of_type("text", otherwise="only text is")
 TextBlocks = Annotated[list[Annotated[TextBlock, _ONLY_TEXT]], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 TextOrBlocks = Annotated[Annotated[str, ONE] | Annotated[TextBlocks, LIST], BY_KIND]
@@ -103,11 +120,14 @@ def _type_of(value: Any) -> Any:
     return found if isinstance(found, str) else "text"
 
 
-_BLOCKS = ("text", "tool_use", "tool_result")
+_THOUGHTS = ("thinking", "redacted_thinking")
+_BLOCKS = ("text", "tool_use", "tool_result", *_THOUGHTS)
 AnyBlock = Annotated[
     Annotated[TextBlock, Tag("block-text")]
     | Annotated[ToolUseBlock, Tag("block-tool_use")]
-    | Annotated[ToolResultBlock, Tag("block-tool_result")],
+    | Annotated[ToolResultBlock, Tag("block-tool_result")]
+    | Annotated[ThinkingBlock, Tag("block-thinking")]
+    | Annotated[RedactedThinkingBlock, Tag("block-redacted_thinking")],
     Discriminator(lambda value: f"block-{_type_of(value)}"),
     of_type(*_BLOCKS, otherwise=f"only {', '.join(_BLOCKS)} are"),
 ]
@@ -117,7 +137,8 @@ _SPOKEN_BY: dict[str, tuple[str, ...]] = {
     "assistant": ("text", "tool_use"),
     "system": ("text",),
 }
-"""The blocks of each role, in the order in which templates write them."""
+"""The blocks of each role, in the order in which templates write them. The assistant's thoughts may stand
+anywhere."""
 
 
 class Turn(Wire):
@@ -130,6 +151,8 @@ class Turn(Wire):
     def _check_blocks(self) -> Self:
         order, last = _SPOKEN_BY[self.role], 0
         for index, block in enumerate(self.blocks):
+            if self.role == "assistant" and block.type in _THOUGHTS:
+                continue
             if block.type not in order:
                 raise FieldError(
                     f"content[{index}].type", f"{block.type!r} is no part of what the {self.role} says"
@@ -143,7 +166,9 @@ class Turn(Wire):
         return self
 
     @property
-    def blocks(self) -> Sequence[TextBlock | ToolUseBlock | ToolResultBlock]:
+    def blocks(
+        self,
+    ) -> Sequence[TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock]:
         return () if isinstance(self.content, str) else self.content
 
     @property
@@ -155,6 +180,12 @@ class Turn(Wire):
         """Results of tools, with their places among the blocks."""
         return [(at, block) for at, block in enumerate(self.blocks) if isinstance(block, ToolResultBlock)]
 
+    @property
+    def thought(self) -> str:
+        return _BETWEEN_TURNS.join(
+            block.thinking for block in self.blocks if isinstance(block, ThinkingBlock)
+        )
+
     def messages(self, called: dict[str, str]) -> Iterator[Json]:
         """Yield the turn as OpenAI's messages. called: the names of tools by the ids of their calls."""
         for _, result in self.results:
@@ -162,7 +193,8 @@ class Turn(Wire):
             yield {"role": "tool", "content": result.text, **known}
         text, calls = _text(self.content), [call.rendered() for call in self.calls]
         if text or calls or not self.results:
-            yield {"role": self.role, "content": text} | ({"tool_calls": calls} if calls else {})
+            made = {"role": self.role, "content": text} | ({"tool_calls": calls} if calls else {})
+            yield made | ({"reasoning_content": self.thought} if self.thought else {})
 
 
 # ---- tools -------------------------------------------------------------------------------------
@@ -245,13 +277,34 @@ class OutputConfig(Tolerant):
     format: OutputFormat | None = None
 
 
-class Thinking(Wire):
-    type: Literal["disabled"]
+class ThinkingConfig(Typed):
+    """Whether to think before the answer."""
+
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="changes nothing where the base's chat template does not ask for it",
+    )
+    display: Literal["summarized", "omitted"] | None = Field(
+        default=None, description="omitted: the thought's text is not sent"
+    )
 
 
-_NO_THINKING = of_type("disabled", otherwise='say {"type": "disabled"}, or leave thinking out')
-_THINKING_SWITCH = "enable_thinking"
-"""Variable of chat templates that says whether to think."""
+class ContextManagement(Wire):
+    """Edits of a conversation. Those of thoughts change nothing: the base's chat template drops old ones."""
+
+    edits: list[JsonSchema] | None = None
+
+    @model_validator(mode="after")
+    def _check_edits(self) -> Self:
+        for index, edit in enumerate(self.edits or ()):
+            if not str(edit.get("type")).startswith("clear_thinking_"):
+                raise FieldError(
+                    f"edits[{index}].type", "only edits of thinking (clear_thinking_...) are served"
+                )
+        return self
 
 
 class _Chat(ChatRequest):
@@ -281,8 +334,25 @@ def _of_one_side(messages: Sequence[Json]) -> list[list[Json]]:
 
 
 def _joined(messages: Sequence[Json]) -> Json:
-    parts = filter(None, (message["content"] for message in messages))
-    return {**messages[-1], "content": _BETWEEN_TURNS.join(parts)}
+    joined = dict(messages[-1])
+    for key in ("content", "reasoning_content"):
+        if parts := [part for message in messages if (part := message.get(key))]:
+            joined[key] = _BETWEEN_TURNS.join(parts)
+    return joined
+
+
+def _threads_not_served() -> InvalidRequestError:
+    """Return the refusal of a conversation that the server is to keep.
+
+    Anthropic's clients know it by its code, and send the whole conversation instead.
+    """
+    error = InvalidRequestError(
+        "thread: this server keeps no conversations. Send all messages, without thread.",
+        param="thread",
+        code="thread_unsupported_request",
+    )
+    error.details = {"unsupported": ["thread"]}
+    return error
 
 
 class ConversationRequest(Tolerant):
@@ -299,7 +369,10 @@ class ConversationRequest(Tolerant):
         | None
     ) = None
     tool_choice: MessageToolChoice | None = None
-    thinking: Annotated[Thinking, _NO_THINKING] | None = None
+    thinking: ThinkingConfig | None = Field(
+        default=None, description="disabled by default, where the base's chat template has a switch"
+    )
+    context_management: ContextManagement | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = Field(default=None, description="older than output_config.format")
     chat_template_kwargs: Annotated[JsonSchema, Field(max_length=64)] | None = Field(
@@ -309,12 +382,13 @@ class ConversationRequest(Tolerant):
     ignored: ClassVar = frozenset({"cache_control", "metadata", "service_tier", "user_profile_id"})
     neutral: ClassVar = {
         "container": (),
-        "context_management": (),
         "diagnostics": (),
         "inference_geo": (),
         "mcp_servers": ([],),
         "speed": ("standard",),
     }
+
+    thread: JsonSchema | None = Field(default=None, description="a conversation that is kept: refused")
 
     @model_validator(mode="after")
     def _check_conversation(self) -> Self:
@@ -337,14 +411,18 @@ class ConversationRequest(Tolerant):
             raise FieldError("output_format", "output_config says what the text must be; leave one out")
         return self
 
-    def chat(self, variables: frozenset[str]) -> ChatRequest:
-        """Return the same request as OpenAI's clients write it. variables: those of the base's chat template.
+    def chat(self, format: ThoughtFormat | None) -> ChatRequest:
+        """Return the same request as OpenAI's clients write it.
+
+        format: of the base's thoughts, if it thinks.
 
         Raises InvalidRequestError.
         """
-        return rebuilt(_Chat, self._chat_fields(variables))
+        if self.thread is not None:
+            raise _threads_not_served()
+        return rebuilt(_Chat, self._chat_fields(format))
 
-    def _chat_fields(self, variables: frozenset[str]) -> Json:
+    def _chat_fields(self, format: ThoughtFormat | None) -> Json:
         fields: Json = {"model": self.model, "messages": self._chat_messages()}
         if self.messages[-1].role == "assistant":
             fields["continue_final_message"] = True
@@ -355,9 +433,19 @@ class ConversationRequest(Tolerant):
         if self.output_config is not None:
             fields["reasoning_effort"] = self.output_config.effort
         options = dict(self.chat_template_kwargs or {})
-        if self.thinking is not None and _THINKING_SWITCH in variables:
-            options.setdefault(_THINKING_SWITCH, False)
+        thinks = self.thinking is not None and self.thinking.type != "disabled"
+        switch = None if format is None else format.switch
+        if switch is not None and thinks != switch.default:
+            options.setdefault(switch.name, switch.on if thinks else switch.off)
+        budget = self.thinking.budget_tokens if self.thinking is not None and thinks else None
+        if format is not None and format.budget is not None and budget is not None:
+            options.setdefault(format.budget, budget)
         return fields | {"chat_template_kwargs": options} | self._format_fields()
+
+    @property
+    def hides_thoughts(self) -> bool:
+        """Return True if the answer's thought is to have no text."""
+        return self.thinking is not None and self.thinking.display == "omitted"
 
     def _chat_messages(self) -> list[Json]:
         system = _text(self.system or "")
@@ -397,6 +485,6 @@ class MessagesRequest(ConversationRequest, SamplingBody):
             raise FieldError("n", "a message is one answer. Send the request again for another")
         return self
 
-    def _chat_fields(self, variables: frozenset[str]) -> Json:
+    def _chat_fields(self, format: ThoughtFormat | None) -> Json:
         given = {name: getattr(self, name) for name in SamplingBody.model_fields.keys() - {"stream"}}
-        return given | {"stop": self.stop_sequences} | super()._chat_fields(variables)
+        return given | {"stop": self.stop_sequences} | super()._chat_fields(format)

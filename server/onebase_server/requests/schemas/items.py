@@ -127,7 +127,39 @@ class CallOutputItem(_Item):
         }
 
 
-_KINDS = ("message", "function_call", "function_call_output")
+class ReasoningPart(Wire):
+    type: Literal["reasoning_text", "text", "summary_text"]
+    text: str
+
+
+Reasoning = Annotated[list[ReasoningPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+class ReasoningItem(_Item):
+    """Thought before an answer. One that is encrypted, or summarized, cannot be read here."""
+
+    type: Literal["reasoning"]
+    summary: Reasoning | None = None
+    content: Reasoning | None = None
+    encrypted_content: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content or ())
+
+    def kept(self) -> Json:
+        shown: Json = {
+            "id": self.id or new_id("rs_"),
+            "type": "reasoning",
+            "status": self.status or "completed",
+            "summary": [part.model_dump() for part in self.summary or ()],
+        }
+        if self.content is not None:
+            shown["content"] = [part.model_dump() for part in self.content]
+        return shown
+
+
+_KINDS = ("message", "function_call", "function_call_output", "reasoning")
 
 
 def _kind(value: Any) -> Any:
@@ -138,28 +170,29 @@ def _kind(value: Any) -> Any:
 Item = Annotated[
     Annotated[MessageItem, Tag("a-message")]
     | Annotated[CallItem, Tag("a-function_call")]
-    | Annotated[CallOutputItem, Tag("a-function_call_output")],
+    | Annotated[CallOutputItem, Tag("a-function_call_output")]
+    | Annotated[ReasoningItem, Tag("a-reasoning")],
     Discriminator(lambda value: f"a-{_kind(value)}"),
     of_type(*_KINDS, otherwise=f"only {', '.join(_KINDS)} are"),
 ]
+AnyItem = MessageItem | CallItem | CallOutputItem | ReasoningItem
 Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-_ITEMS: TypeAdapter[list[MessageItem | CallItem | CallOutputItem]] = TypeAdapter(list[Item])
+_ITEMS: TypeAdapter[list[AnyItem]] = TypeAdapter(list[Item])
 
 
-def items_again(kept: Sequence[Json]) -> list[MessageItem | CallItem | CallOutputItem]:
+def items_again(kept: Sequence[Json]) -> list[AnyItem]:
     """Return the items of a stored response. Raises InvalidRequestError if nothing can follow them."""
     try:
         return _ITEMS.validate_python(kept)
     except ValidationError as error:
         reason, _ = validation_error(error.errors())
         raise InvalidRequestError(
-            f"previous_response_id: nothing can follow that response, whose last call was cut ({reason}) "
-            "Name the one before it, or raise max_output_tokens.",
+            f"previous_response_id: nothing can follow that response ({reason}) Name the one before it.",
             param="previous_response_id",
         ) from error
 
 
-def kept_items(items: Sequence[MessageItem | CallItem | CallOutputItem]) -> list[Json]:
+def kept_items(items: Sequence[AnyItem]) -> list[Json]:
     """Return the items as they are stored and shown: each has an id of its own."""
     ids: set[str] = set()
     made = []
@@ -172,9 +205,7 @@ def kept_items(items: Sequence[MessageItem | CallItem | CallOutputItem]) -> list
     return made
 
 
-def conversation(
-    instructions: str | None, items: Sequence[MessageItem | CallItem | CallOutputItem]
-) -> list[ChatMessage]:
+def conversation(instructions: str | None, items: Sequence[AnyItem]) -> list[ChatMessage]:
     """Return the items as messages: calls stand in the assistant's message before them.
 
     Raises InvalidRequestError.
@@ -185,8 +216,11 @@ def conversation(
         )
     turns: list[Json] = [] if instructions is None else [{"role": "system", "content": instructions}]
     called: set[str] = set()
+    thought = ""
     for item in items:
-        if isinstance(item, MessageItem):
+        if isinstance(item, ReasoningItem):
+            thought += item.text
+        elif isinstance(item, MessageItem):
             turns.append({"role": item.role, "content": _text(item.content)})
         elif isinstance(item, CallOutputItem):
             if item.call_id not in called:
@@ -203,6 +237,10 @@ def conversation(
             turns[-1].setdefault("tool_calls", []).append(call)
             if len(turns[-1]["tool_calls"]) > MAX_TOOLS:
                 raise _refused(f"over {MAX_TOOLS} function_calls follow each other. Send fewer")
+        if thought and not isinstance(item, ReasoningItem):
+            if turns[-1]["role"] == "assistant":  # others have none: a thought that was cut answers nothing
+                turns[-1]["reasoning_content"] = thought
+            thought = ""
     return [ChatMessage.model_validate(turn) for turn in turns]
 
 

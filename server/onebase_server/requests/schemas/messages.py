@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, JsonValue, model_validator
+from pydantic_core import from_json
 
 from onebase_server.requests.schemas.wire import (
     BY_KIND,
@@ -45,7 +46,9 @@ class TextPart(Wire):
     @model_validator(mode="before")
     @classmethod
     def _drop_hints(cls, value: Any) -> Any:
-        return without_hints(value)
+        return without_hints(
+            check_type(value, "text", otherwise="only text is; images, sound and files are not")
+        )
 
 
 def _no_number(name: str) -> Any:
@@ -60,8 +63,28 @@ def _a_number(text: str) -> float:
     return number
 
 
+def _object_or_its_beginning(text: str) -> dict[str, Any] | None:
+    """Return the object that a JSON text is, or of one that was cut, as far as it goes; None for any other
+    text."""
+    try:
+        try:
+            found = json.loads(text or "{}", parse_constant=_no_number, parse_float=_a_number)
+        except json.JSONDecodeError as error:
+            if error.msg.startswith("Extra data"):
+                return None
+            found = from_json(text, allow_inf_nan=False, allow_partial="trailing-strings")
+            json.dumps(found, allow_nan=False)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 class FunctionCall(Wire):
-    """Function call of an assistant. arguments: JSON of an object, as text like OpenAI's or as it is."""
+    """Function call of an assistant.
+
+    arguments: JSON of an object, as text like OpenAI's or as it is. A text that `max_tokens` cut is taken as
+    far as it goes: agents send such calls back.
+    """
 
     name: FunctionName
     arguments: Annotated[
@@ -72,13 +95,9 @@ class FunctionCall(Wire):
     @cached_property
     def values(self) -> dict[str, Any]:
         """The arguments by name. Raises FieldError."""
-        found: Any = self.arguments
-        if isinstance(found, str):
-            try:
-                found = json.loads(found or "{}", parse_constant=_no_number, parse_float=_a_number)
-            except (ValueError, RecursionError):
-                found = None
-        if not isinstance(found, dict):
+        given = self.arguments
+        found = _object_or_its_beginning(given) if isinstance(given, str) else given
+        if found is None:
             raise FieldError("arguments", "is no JSON object")
         try:
             made: dict[str, Any] = not_too_deep(found)
@@ -127,6 +146,10 @@ class ChatMessage(Wire):
     tool_call_id: Annotated[str, Field(max_length=MAX_NAME)] | None = Field(
         default=None, description="which call a message of role tool answers"
     )
+    reasoning_content: str | None = Field(
+        default=None,
+        description="the thought before an assistant's content, for chat templates that write it",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -137,7 +160,10 @@ class ChatMessage(Wire):
         if not isinstance(value, dict):
             return value
         kept = {key: item for key, item in value.items() if key in cls.model_fields or item not in (None, [])}
-        if kept.get("content") is None and kept.get("tool_calls"):
+        if "reasoning" in kept:  # vLLM's name of it, which answers have besides
+            thought = kept.pop("reasoning")
+            kept["reasoning_content"] = kept.get("reasoning_content") or thought
+        if kept.get("content") is None and (kept.get("tool_calls") or kept.get("reasoning_content")):
             kept["content"] = ""
         return kept
 
@@ -147,6 +173,8 @@ class ChatMessage(Wire):
             raise FieldError("tool_calls", "only the assistant's messages have tool_calls")
         if self.tool_call_id is not None and self.role != "tool":
             raise FieldError("tool_call_id", "only messages of role tool have a tool_call_id")
+        if self.reasoning_content and self.role != "assistant":
+            raise FieldError("reasoning_content", "only the assistant's messages have reasoning_content")
         return self
 
     @property
@@ -163,6 +191,8 @@ class ChatMessage(Wire):
         for key in ("name", "tool_call_id"):
             if getattr(self, key) is not None:
                 made[key] = getattr(self, key)
+        if self.reasoning_content:
+            made["reasoning_content"] = self.reasoning_content
         if self.tool_calls:
             made["tool_calls"] = [call.rendered() for call in self.tool_calls]
         return made

@@ -54,6 +54,7 @@ def prompt_kind(prompt: Any) -> str:
 
 UsageInStream = Literal["never", "last", "always"]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Verbosity = Literal["low", "medium", "high"]
 
 
 class StreamOptions(Wire):
@@ -68,7 +69,6 @@ DEFAULTS: dict[str, tuple[JsonValue, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
     "early_stopping": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
     "truncate_prompt_tokens": (-1,),
@@ -86,6 +86,10 @@ class OpenAIRequest(Tolerant, SamplingBody):
     return_token_ids: bool | None = Field(default=None, description="vLLM's: of the prompt and of the answer")
     prompt_logprobs: int | None = Field(
         default=None, ge=0, le=MAX_LOGPROBS, description="vLLM's: so many alternatives to each prompt token"
+    )
+
+    skip_special_tokens: bool | None = Field(
+        default=None, description="vLLM's: whether special tokens are left out of the text; true by default"
     )
 
     ignored: ClassVar = IGNORED
@@ -119,8 +123,13 @@ class CompletionRequest(OpenAIRequest):
     ]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="vLLM's: whether a prompt that is text gets the tokens that the base expects around it; "
+        "true by default",
+    )
 
-    neutral: ClassVar = DEFAULTS | {"suffix": ("",), "best_of": (1,), "add_special_tokens": (True,)}
+    neutral: ClassVar = DEFAULTS | {"suffix": ("",), "best_of": (1,)}
     reasons: ClassVar = {
         "suffix": "the base is not trained to fill in the middle; put everything into prompt",
         "best_of": "use n, which returns every completion",
@@ -149,8 +158,12 @@ class ChatRequest(OpenAIRequest, ConversationFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     reasoning_effort: Effort | None = Field(
-        default=None, description="changes nothing where the base's chat template does not ask for it"
+        default=None,
+        description="none switches thinking off where the base's chat template can; others change nothing "
+        "where it does not ask for them",
     )
+
+    verbosity: Verbosity | None = Field(default=None, description="changes nothing")
 
     neutral: ClassVar = DEFAULTS | {
         "functions": ([],),
@@ -161,7 +174,6 @@ class ChatRequest(OpenAIRequest, ConversationFields):
         "add_special_tokens": (False,),
         "echo": (False,),
         "best_of": (1,),
-        "verbosity": (),
         "web_search_options": (),
         "moderation": (),
     }

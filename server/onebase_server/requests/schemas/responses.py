@@ -30,7 +30,7 @@ from onebase_server.requests.schemas.messages import (
     FunctionName,
     tool_of,
 )
-from onebase_server.requests.schemas.openai import DEFAULTS, IGNORED, OpenAIRequest
+from onebase_server.requests.schemas.openai import DEFAULTS, IGNORED, OpenAIRequest, Verbosity
 from onebase_server.requests.schemas.wire import (
     BY_KIND,
     LIST,
@@ -113,15 +113,15 @@ class TextFormat(Typed):
 
 class TextConfig(Wire):
     format: TextFormat | None = None
-    verbosity: Literal["medium"] | None = Field(default=None, description="the base knows no other")
+    verbosity: Verbosity | None = Field(default=None, description="changes nothing")
 
 
 class Reasoning(Wire):
-    """Amount of thinking, if the base's chat template knows of it. Thinking is not shown apart."""
+    """Amount of thinking, if the base's chat template knows of it. Thoughts are sent whole."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    summary: Literal["auto"] | None = None
-    generate_summary: Literal["auto"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
     context: Literal["auto"] | None = None
     mode: Literal["standard"] | None = None
 

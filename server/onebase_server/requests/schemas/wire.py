@@ -207,13 +207,44 @@ def _is_field_name(part: str) -> bool:
     }
 
 
+_SENTENCES = {
+    "missing": "is missing",
+    "string_type": "must be a text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "finite_number": "must be a finite number",
+    "too_short": "has too few entries. Send at least {min_length}.",
+    "too_long": "has more than the {max_length} entries that are taken. Send fewer.",
+    "string_too_short": "is too short: it has at least {min_length} characters.",
+    "string_too_long": "is too long: it has at most {max_length} characters.",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}",
+}
+"""Text of an error in a request, by the kind of pydantic's error."""
+
+
+def _plain(value: Any) -> Any:
+    """Return 2 for 2.0: pydantic makes the limits of numbers floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _sentence(error: Any) -> str:
-    if error["type"] == "too_long" and "max_length" in error.get("ctx", {}):
-        most = error["ctx"]["max_length"]
-        if not most:
-            return "is not served: leave it out, or empty."
-        return f"has more than the {most} entries that are taken. Send fewer."
-    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+    context = {name: _plain(value) for name, value in error.get("ctx", {}).items()}
+    if error["type"] == "too_long" and not context["max_length"]:
+        return "is not served: leave it out, or empty."
+    message = _SENTENCES.get(error["type"], "").format_map(context)
+    if message.endswith("."):
+        return message
+    if not message:
+        message = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "must")
     value = error.get("input")
     shown = f" (it is {value!r})" if isinstance(value, int | float) and not isinstance(value, bool) else ""
     return f"{message}{shown}."

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from ..command import dispatch
-
 HELP: Final = """\
 usage: onebase adapters ACTION [options]
 
@@ -57,8 +55,3 @@ ACTIONS: Final[Mapping[str, str]] = {
     "rm": "change",
 }
 """The module of each action."""
-
-
-def run(command: str, argv: list[str]) -> int:
-    """Run the command. Gives its exit status."""
-    return dispatch(command, HELP, ACTIONS, argv)

@@ -12,7 +12,7 @@ from ..._terminal.ui import ProgressDisplay, console, note
 from ...adapter_types import AdapterVersion, MergeMethod, MergeSign, ProgressCallback
 from ...errors import AdapterRejectedError
 from ...types import AdapterWeight
-from ..command import OK, USAGE, action_parser, perform, print_json, report
+from ..command import OK, action_parser, perform, print_json, report
 from .versions import SHORT, short, summary
 
 _DESCRIPTIONS: Final = {
@@ -159,9 +159,6 @@ def _send(client: Client, begin: Begin, args: argparse.Namespace) -> int:
         if args.json and error.version is not None:
             print_json(error.version)
         return report(error, client.url)
-    except OSError as error:
-        note(f"onebase: {error}")
-        return USAGE
     _show(version, args)
     return OK
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from ..command import dispatch
-
 HELP: Final = """\
 usage: onebase batches ACTION [options]
 
@@ -31,8 +29,3 @@ ACTIONS: Final[Mapping[str, str]] = {
     "cancel": "show",
 }
 """The module of each action."""
-
-
-def run(command: str, argv: list[str]) -> int:
-    """Run the command. Gives its exit status."""
-    return dispatch(command, HELP, ACTIONS, argv)

@@ -9,7 +9,7 @@ from typing import Final
 from ..._sync.client import Client
 from ..._terminal.ui import ProgressDisplay, console, note
 from ...batch_types import Batch
-from ..command import FAILED, INTERRUPTED, OK, USAGE, action_parser, perform, print_json
+from ..command import FAILED, INTERRUPTED, OK, action_parser, perform, print_json
 from ..jobs.create import parse_labels
 from .show import print_batch, short
 
@@ -57,18 +57,14 @@ def run(action: str, argv: list[str]) -> int:
 
 
 def _create(client: Client, args: argparse.Namespace) -> int:
-    try:
-        with ProgressDisplay() as display:
-            batch = client.batches.create(
-                args.file,
-                endpoint=args.endpoint,
-                completion_window=args.window,
-                metadata=args.labels,
-                progress=display,
-            )
-    except OSError as error:
-        note(f"onebase: {error}")
-        return USAGE
+    with ProgressDisplay() as display:
+        batch = client.batches.create(
+            args.file,
+            endpoint=args.endpoint,
+            completion_window=args.window,
+            metadata=args.labels,
+            progress=display,
+        )
     if args.wait:
         return _wait(client, batch, args.json)
     if args.json:

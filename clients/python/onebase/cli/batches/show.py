@@ -12,14 +12,12 @@ from ..._sync.client import Client
 from ..._terminal.batches import doing, figures
 from ..._terminal.ui import Column, console, line, note, print_table, when
 from ...batch_types import Batch
-from ..command import OK, USAGE, action_parser, count, perform, plain, print_json
+from ..command import OK, action_parser, count, perform, plain, print_json, short_id, whole_id
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 PREFIX: Final = "batch_"
-_LEAST, _WHOLE, _SHORT = 4, 24, 8
-"""Digits of an id: that are enough if only one batch has them, of a whole one, that are shown."""
 _DESCRIPTIONS: Final = {
     "list": "List the batches of a server, the newest first.",
     "show": "Show one batch: how far it is, how it ended, and the lines of its file that are wrong.",
@@ -56,21 +54,13 @@ def find(client: Client, wanted: str) -> Batch:
         NotFoundError: there is no such batch.
         ValueError: there are several, or too few digits.
     """
-    digits = wanted.removeprefix(PREFIX)
-    if len(digits) >= _WHOLE:
-        return client.batches.retrieve(f"{PREFIX}{digits}")
-    if len(digits) < _LEAST:
-        raise ValueError(f"give at least {_LEAST} digits of a batch's id, not {wanted!r}")
-    found = [batch for batch in client.batches.list() if batch.id.removeprefix(PREFIX).startswith(digits)]
-    if len(found) > 1:
-        several = ", ".join(batch.id for batch in found)
-        raise ValueError(f"the ids of several batches begin like this: {several}")
-    return found[0] if found else client.batches.retrieve(f"{PREFIX}{digits}")
+    known = whole_id(wanted, PREFIX, "batches", lambda: (batch.id for batch in client.batches.list()))
+    return client.batches.retrieve(known)
 
 
 def short(batch_id: str) -> str:
     """Return the part of an id that is shown."""
-    return batch_id[: len(PREFIX) + _SHORT]
+    return short_id(batch_id, PREFIX)
 
 
 def _list(client: Client, args: argparse.Namespace) -> int:
@@ -138,11 +128,7 @@ def _results(client: Client, args: argparse.Namespace) -> int:
     if args.output is None:
         sys.stdout.write(texts)
         return OK
-    try:
-        Path(args.output).expanduser().write_text(texts, encoding="utf-8")
-    except OSError as error:
-        note(f"onebase: {error}")
-        return USAGE
+    Path(args.output).expanduser().write_text(texts, encoding="utf-8")
     note(f"{len(rows):,} rows in {args.output}")
     return OK
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from ..command import dispatch
-
 HELP: Final = """\
 usage: onebase files ACTION [options]
 
@@ -24,8 +22,3 @@ and `batches create` send theirs by themselves.
 
 ACTIONS: Final[Mapping[str, str]] = dict.fromkeys(("list", "show", "upload", "download", "rm"), "actions")
 """The module of each action."""
-
-
-def run(command: str, argv: list[str]) -> int:
-    """Run the command. Gives its exit status."""
-    return dispatch(command, HELP, ACTIONS, argv)

@@ -10,7 +10,7 @@ from typing import Final
 from ..._sync.client import Client
 from ..._terminal.ui import Column, ProgressDisplay, note, print_table, printable, size, when
 from ...training_types import TrainingFile
-from ..command import OK, USAGE, action_parser, perform, print_json
+from ..command import OK, action_parser, perform, print_json
 
 _PURPOSES: Final = ("fine-tune", "fine-tune-results", "batch", "batch_output")
 _DESCRIPTIONS: Final = {
@@ -85,12 +85,8 @@ _COLUMNS: Final[tuple[Column[TrainingFile], ...]] = (
 
 
 def _upload(client: Client, args: argparse.Namespace) -> int:
-    try:
-        with ProgressDisplay() as display:
-            file = client.files.upload(args.file, purpose=args.purpose, progress=display)
-    except OSError as error:
-        note(f"onebase: {error}")
-        return USAGE
+    with ProgressDisplay() as display:
+        file = client.files.upload(args.file, purpose=args.purpose, progress=display)
     if args.json:
         print_json(file)
     else:
@@ -108,11 +104,7 @@ def _download(client: Client, args: argparse.Namespace) -> int:
     target = Path(args.output).expanduser() if args.output else Path(name)
     if not args.output and target.exists():
         raise ValueError(f"{target} is there already: name another file with --output")
-    try:
-        target.write_bytes(content)
-    except OSError as error:
-        note(f"onebase: {error}")
-        return USAGE
+    target.write_bytes(content)
     if args.json:
         print_json(file)
     else:

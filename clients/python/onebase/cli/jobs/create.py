@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 from ..._sync.client import Client
 from ..._terminal.ui import ProgressDisplay, note
 from ...training_types import TrainingSettings
-from ..command import OK, USAGE, perform, print_json
+from ..command import OK, perform, print_json
 from .show import job_parser, short
 from .watch import follow
 
@@ -120,24 +120,20 @@ def _parser(action: str) -> argparse.ArgumentParser:
 
 
 def _create(client: Client, args: argparse.Namespace) -> int:
-    try:
-        with ProgressDisplay() as display:
-            job = client.training.create(
-                args.file,
-                name=args.name,
-                model=args.model,
-                validation_file=args.validation,
-                activate=args.activate,
-                method=args.method,
-                seed=args.seed,
-                metadata=args.labels,
-                hold=args.hold,
-                progress=display,
-                **args.settings,
-            )
-    except OSError as error:
-        note(f"onebase: {error}")
-        return USAGE
+    with ProgressDisplay() as display:
+        job = client.training.create(
+            args.file,
+            name=args.name,
+            model=args.model,
+            validation_file=args.validation,
+            activate=args.activate,
+            method=args.method,
+            seed=args.seed,
+            metadata=args.labels,
+            hold=args.hold,
+            progress=display,
+            **args.settings,
+        )
     if args.watch or args.hold:
         return follow(client, job, args.json)
     if args.json:

@@ -37,17 +37,12 @@ from ...training_types import (
     TrainingReport,
     TrainingStop,
 )
-from ..command import OK, action_parser, count, perform, plain, print_json
+from ..command import OK, action_parser, count, perform, plain, print_json, short_id, whole_id
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 PREFIX: Final = "ftjob-"
-_LEAST: Final = 4
-"""Digits of an id that are enough, if only one job has them."""
-_WHOLE: Final = 24
-_SHORT: Final = 8
-
 _SHORT_DIGEST: Final = 12
 
 _CHART: Final = 48
@@ -126,21 +121,14 @@ def find(client: Client, wanted: str) -> TrainingJob:
         NotFoundError: there is no such job.
         ValueError: there are several, or too few digits.
     """
-    digits = wanted.removeprefix(PREFIX)
-    if len(digits) >= _WHOLE:
-        return client.training.get(f"{PREFIX}{digits}")
-    if len(digits) < _LEAST:
-        raise ValueError(f"give at least {_LEAST} digits of a job's id, not {wanted!r}")
-    found = [job for job in client.training.list() if job.id.removeprefix(PREFIX).startswith(digits)]
-    if len(found) > 1:
-        raise ValueError(f"the ids of several jobs begin like this: {', '.join(job.id for job in found)}")
     # A list has no slices and classes.
-    return client.training.get(found[0].id if found else f"{PREFIX}{digits}")
+    known = whole_id(wanted, PREFIX, "jobs", lambda: (job.id for job in client.training.list()))
+    return client.training.get(known)
 
 
 def short(job_id: str) -> str:
     """An id as people see it."""
-    return job_id[: len(PREFIX) + _SHORT]
+    return short_id(job_id, PREFIX)
 
 
 def status_style(status: str) -> str:

@@ -1,4 +1,4 @@
-"""Parser of the command lines of servers and of training."""
+"""Parser of all command lines."""
 
 from __future__ import annotations
 
