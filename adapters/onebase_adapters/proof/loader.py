@@ -139,7 +139,7 @@ def resized_view(base: nn.Module, resized: Mapping[str, int]) -> nn.Module:
 
     PEFT replaces both, so that the rows take no memory of their own before.
     """
-    tree = peft_view(base)
+    tree: nn.Module = peft_view(base)
     for name, words in resized.items():
         parent, _, child = name.rpartition(".")
         own: Any = tree.get_submodule(name)
