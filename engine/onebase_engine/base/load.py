@@ -68,10 +68,9 @@ _LEAST_ABSMAX = 1e-38
 
 MOST_CONFIG_BYTES = 16 << 20
 """Largest size of a base's `config.json`, in bytes."""
-MOST_MODULES = 4096
-"""Largest number of layers or experts that a field of a config may ask for: several times any base's."""
-_COUNTED = ("layers", "layer", "depth", "experts")
-"""Ends of the names of fields that count modules."""
+MOST_MODULES = {"layers": 4096, "layer": 4096, "depth": 4096, "experts": 16_384}
+"""Largest numbers that fields of a config may ask for, by the ends of their names: several times any base's,
+and as many experts as Doge has."""
 
 _LONGEST_REASON = 500
 """Characters of a dependency's error in a message of ours."""
@@ -476,10 +475,11 @@ def _check_counts(path: Path) -> None:
         elif isinstance(part, dict):
             waiting += part.values()
             for name, value in part.items():
-                if name.endswith(_COUNTED) and isinstance(value, int) and value > MOST_MODULES:
+                most = next((MOST_MODULES[end] for end in MOST_MODULES if name.endswith(end)), None)
+                if most is not None and isinstance(value, int) and value > most:
                     raise UnsupportedBaseError(
-                        f"{path} has {name:.80} = {value:.6g}, and OneBase builds no more than "
-                        f"{MOST_MODULES}. Choose another base."
+                        f"{path} has {name:.80} = {value:.6g}, and OneBase builds no more than {most}. "
+                        "Choose another base."
                     )
 
 

@@ -175,7 +175,7 @@ class Planner:
         thinking = None
         if body.messages:
             prompt = await self.chat_prompt(caller.tenant, body, body.messages, tokenizer=tokenizer)
-            thinking = None if body.echo else self._thinking(body, body.messages, prompt, None, tokenizer)
+            thinking = None if body.echo else self._thinking(body, body.messages, prompt, tokenizer)
         else:
             prompt = (await self._prompts(caller.tenant, [body.prompt or ""], tokenizer))[0]
         wanted = _Wanted(
@@ -230,30 +230,27 @@ class Planner:
         )
 
     async def thought_format(self, tenant: str, model: str) -> ThoughtFormat | None:
-        """Return the format of the thoughts in a model's answers, or None if it does not think."""
-        return await self.thought_format_of(tenant, await self.tokenizer_of(tenant, model))
+        """Return the format of a model's thoughts, by its chat template, if it thinks."""
+        own = await self.tokenizer_of(tenant, model)
+        await self.read_template(tenant, own)
+        return own.thought_format
 
-    async def thought_format_of(self, tenant: str, tokenizer: BaseTokenizer) -> ThoughtFormat | None:
-        """Return the format of thoughts, and have the template's variables read with it.
+    async def read_template(self, tenant: str, tokenizer: BaseTokenizer) -> None:
+        """Read the chat template of an adapter, if it has one, without the event loop waiting for the
+        templates' process."""
 
-        Those of an adapter's own template are read in the templates' process, for which the event loop must
-        not wait.
-        """
-        if tokenizer.own_templates is None:
-            return tokenizer.thought_format
+        def read() -> None:
+            _ = tokenizer.template_options, tokenizer.thought_format
 
-        def read() -> ThoughtFormat | None:
-            _ = tokenizer.template_options
-            return tokenizer.thought_format
-
-        return await self._template_thread.run_for(tenant, read)
+        if tokenizer.own_templates is not None:
+            await self._template_thread.run_for(tenant, read)
 
     async def tokenizer_of(
         self, tenant: str, model: str | None, body: AdapterFields | None = None
     ) -> BaseTokenizer:
         """Return the tokenizer of the adapter that a request names, or the base's: also for a sum of several,
         and for a name that is not known, or not ready."""
-        reference = _named(self.base_name, model, body)
+        reference = self._named(tenant, model, body)
         if reference is None:
             return self._tokenizer
         try:
@@ -278,14 +275,23 @@ class Planner:
 
     async def _pull_first(self, tenant: str, model: str, body: AdapterFields) -> bool:
         """Fetch the adapter that a request names if it is not known yet. Return False if it is."""
-        reference = _named(self.base_name, model, body)
+        reference = self._named(tenant, model, body)
         if reference is None or not (reference.startswith(HUB_PREFIX) or is_checkpoint(reference)):
             return False
         if self._catalog.of(tenant).get(reference) is not None:
             return False
         deadline = asyncio.get_running_loop().time() + self._limits.max_timeout
-        await self._pull({"model" if model != self.base_name else "adapter": reference}, tenant, deadline)
+        await self._pull({"model" if model == reference else "adapter": reference}, tenant, deadline)
         return True
+
+    def _named(self, tenant: str, model: str | None, body: AdapterFields | None) -> str | None:
+        """Return the name of the one adapter that a request runs with; None for the base or a sum."""
+        if model is not None and not self._catalog.means_base(tenant, model):
+            return model
+        wanted = None if body is None else body.wanted_adapter
+        if wanted is None or isinstance(wanted, str):
+            return wanted
+        return wanted[0].name if len(wanted) == 1 and wanted[0].weight == 1.0 else None
 
     async def completion(
         self, body: CompletionRequest, caller: Caller, transcript: Transcript | None = None
@@ -309,7 +315,10 @@ class Planner:
             kind="cmpl-",
             prompts=tuple(
                 await self._prompts(
-                    caller.tenant, body.prompts(), tokenizer, special=body.add_special_tokens is not False
+                    caller.tenant,
+                    body.prompts(),
+                    tokenizer,
+                    special=body.add_special_tokens is not False,
                 )
             ),
             prompt_param="prompt",
@@ -380,7 +389,7 @@ class Planner:
             logprobs=body.logprob_count,
             echo=False,
             answer=await self._answer(caller.tenant, body, tokenizer),
-            thinking=self._thinking(body, messages, prompt, effort, tokenizer),
+            thinking=self._thinking(body, messages, prompt, tokenizer, effort),
             token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs,
             special_tokens=body.skip_special_tokens is False,
@@ -609,7 +618,12 @@ class Planner:
                     await self._checkpoints.use(tenant, name, param=param)
 
     async def _prompts(
-        self, tenant: str, given: Sequence[str | list[int]], tokenizer: BaseTokenizer, *, special: bool = True
+        self,
+        tenant: str,
+        given: Sequence[str | list[int]],
+        tokenizer: BaseTokenizer,
+        *,
+        special: bool = True,
     ) -> list[Prompt]:
         """The prompts of a request, of which each is text or tokens. special: see `texts`."""
         texts = [one for one in given if isinstance(one, str)]
@@ -632,8 +646,9 @@ class Planner:
         tools = body.tools if body.calls_tools else None
         if tools and "tools" not in known:
             raise _no_tools("tools")
-        format = await self.thought_format_of(tenant, own)
+        await self.read_template(tenant, own)
         options = self._options(body, messages, reasoning_effort, own)
+        format = own.thought_format
         with_thoughts = without_thought if format is None else format.with_thoughts
         rendered = [message.rendered() for message in messages]
         chat = TemplateInput([with_thoughts(message) for message in rendered], tools, options)
@@ -696,8 +711,8 @@ class Planner:
         body: ConversationFields,
         messages: Sequence[ChatMessage],
         prompt: Prompt,
-        reasoning_effort: str | None,
         tokenizer: BaseTokenizer,
+        reasoning_effort: str | None = None,
     ) -> Thinking | None:
         """Return the thought that the answer to a conversation may begin with, if the base thinks."""
         format = tokenizer.thought_format
@@ -709,10 +724,12 @@ class Planner:
             opened = said.rfind(format.opening) > said.rfind(format.closing)
             if not opened:
                 return None
-        on = opened
-        if opened is None:
-            on = format.is_on(self._options(body, messages, reasoning_effort, tokenizer))
-        return Thinking(format, bool(opened), bool(on))
+        on = (
+            format.is_on(self._options(body, messages, reasoning_effort, tokenizer))
+            if opened is None
+            else opened
+        )
+        return Thinking(format, bool(opened), on)
 
     async def _answer(
         self, tenant: str, body: ConversationFields, tokenizer: BaseTokenizer
@@ -906,16 +923,6 @@ def check_prompts(prompts: Sequence[Prompt], base: BaseInfo, param: str, room: i
                 "Shorten it.",
                 ", those of the answer with them",
             )
-
-
-def _named(base_name: str, model: str | None, body: AdapterFields | None) -> str | None:
-    """Return the name of the one adapter that a request runs with; None for the base or a sum."""
-    if model is not None and model != base_name:
-        return model
-    wanted = None if body is None else body.wanted_adapter
-    if wanted is None or isinstance(wanted, str):
-        return wanted
-    return wanted[0].name if len(wanted) == 1 and wanted[0].weight == 1.0 else None
 
 
 def _sampling(body: SamplingBody, base: BaseInfo, wanted: _Wanted, end_tokens: tuple[int, ...]) -> Sampling:

@@ -203,8 +203,8 @@ class ReadingPlanner:
                 (tokens,) = await self._planner.texts(caller.tenant, param, [given], tokenizer=own)
                 prompt = Prompt(tokens, given)
             else:
-                format = await self._planner.thought_format_of(caller.tenant, own)
-                switch = None if format is None else format.switch  # a choice is an answer, not a thought
+                await self._planner.read_template(caller.tenant, own)
+                switch = own.thinking_switch  # a choice is an answer, not a thought
                 off = {} if switch is None else {switch.name: switch.off}
                 options = {"chat_template_kwargs": off | (body.chat_template_kwargs or {})}
                 prompt = await self._planner.chat_prompt(

@@ -30,8 +30,8 @@ async def create_message(
     chat = await off_loop(request, body.chat, format)
     transcript = await transcript_of(request, services, body.stream)
     engine_request = replace(await services.planner.chat(chat, caller, transcript), id=new_id("msg_"))
-    tokenizer = engine_request.tokenizer or services.tokenizer
-    view = MessageView(tokenizer, body.model, request.scope, hides_thoughts=body.hides_thoughts)
+    own = engine_request.tokenizer or services.tokenizer
+    view = MessageView(own, body.model, request.scope, hides_thoughts=body.hides_thoughts)
     return await answer_generation(
         request, services, reservation, engine_request, view, body.stream, transcript
     )
