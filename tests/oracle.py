@@ -20,7 +20,7 @@ def greedy(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
     """
     device = next(model.parameters()).device
     tokens = list(prompt)
-    if model.config.model_type in WHOLE_TEXTS:
+    if type(model.config).model_type in WHOLE_TEXTS:
         while len(tokens) < len(prompt) + max_tokens:
             output = model(input_ids=torch.tensor([tokens], device=device), use_cache=False)
             tokens.append(int(output.logits[0, -1].float().argmax()))

@@ -155,6 +155,50 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
 }
 """Models in which layers keep a recurrent state."""
 
+_ROUTED: dict[str, Any] = {
+    "moe_intermediate_size": 64,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+}
+
+MIXTURES: dict[str, Callable[[], Any]] = {
+    "mixtral": lambda: tf.MixtralConfig(**_SIZES | _ROUTED, num_local_experts=6),
+    "qwen3_moe": lambda: tf.Qwen3MoeConfig(**_SIZES | _ROUTED, num_experts=8, norm_topk_prob=True),
+    # A dense layer, and a shared expert beside groups of experts of which some are left out.
+    "deepseek_v3": lambda: tf.DeepseekV3Config(
+        **_SIZES | _ROUTED | _LATENT,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+    ),
+    # Matrices [in, out], biases, a clamped gate, sinks.
+    "gpt_oss": lambda: tf.GptOssConfig(
+        **_SIZES | _ROUTED | {"intermediate_size": 64}, num_local_experts=4, sliding_window=24
+    ),
+    # Another gate than silu, next to a dense MLP in the same layer.
+    "gemma4_moe": lambda: tf.Gemma4TextConfig(
+        **_SIZES,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=64,
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0,
+        tie_word_embeddings=False,
+    ),
+}
+"""Mixtures of experts."""
+
 _TOWER: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -259,7 +303,7 @@ biases; saved norms, head and embedding; tokens of its own. The first eight are 
 
 def save_base(architecture: str, folder: Path, seed: int = 0, layers: int | None = None) -> Path:
     """A random model whose greedy texts wander: wide weights, so that logits are far apart."""
-    config = (ARCHITECTURES | HYBRIDS)[architecture]()
+    config = (ARCHITECTURES | HYBRIDS | MIXTURES)[architecture]()
     config.initializer_range = 0.15
     if layers is not None:
         config.num_hidden_layers = layers

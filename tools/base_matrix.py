@@ -103,7 +103,7 @@ _SEES = re.compile("vision|audio|image|vit|siglip|pixtral|whisper|encoder")
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 _MLA = (
     "minicpm3", "youtu", "deepseek_v2", "deepseek_v3", "sarvam_mla", "longcat_flash", "mistral4", "axk1",
-    "glm4_moe_lite",
+    "glm4_moe_lite", "bailing_hybrid", "kimi_linear",
 )  # fmt: skip
 OVERRIDES: dict[str, dict[str, Any]] = {
     **{name: {"num_key_value_heads": 4} for name in _MLA},
@@ -116,7 +116,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "glm4v",
             "glm46v",
             "glm_ocr",
-            "glm4v_moe",
             "paddleocr_vl",
         )
     },
@@ -146,7 +145,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_unified_vision": {"position_embedding_size": 16, "patch_size": 8},
     "gemma4_audio": {"output_proj_dims": 128},
     "hunyuan_v1_dense": {"head_dim": 32},
+    "glm4v_moe_text": {"rope_parameters": _MROPE | {"mrope_section": [2, 3, 3]}, "head_dim": 32},
+    "zaya": {"num_experts_per_tok": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [64, 64]},
     "hunyuan_v1_moe": {"head_dim": 32, "num_experts": 64},
+    "deepseek_v2": {"num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
     "ministral": {"head_dim": 32},
     "nemotron": {"head_dim": 32, "num_key_value_heads": 2},
     "starcoder2": {"sliding_window": None},
@@ -222,6 +234,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3.5 dense": ("qwen3_5", {}),
     "OLMo 3 with YaRN": ("olmo3", _yarn()),
     "LFM2": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    "Gemma 4 26B A4B": (
+        "gemma4",
+        {
+            "text_config": {
+                "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64,
+                **_PLAIN_GEMMA4,
+            }
+        },
+    ),
+    "Granite 4.0 H tiny and small": (
+        "granitemoehybrid",
+        {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
     "Command A and R7B": ("cohere2", {"tie_word_embeddings": True}),
 }  # fmt: skip
 """Models that people download, where they differ from their type's default config."""
@@ -416,13 +441,29 @@ def whole_model(folder: Path, quantized: bool, attention: str = "eager") -> Any:
         "dtype": torch.bfloat16 if quantized else torch.float32,
         "device_map": {"": "cpu"},
         "attn_implementation": attention,
+        "experts_implementation": "eager",
     }
     config = AutoConfig.from_pretrained(folder)
     try:
         model = whole_class(config).from_pretrained(folder, **options)
     except ImportError:
         model = base_class(config).from_pretrained(folder, **options)
+    if quantized:
+        round_experts(model)
     return freeze(model)
+
+
+def round_experts(model: Any) -> None:
+    """Replace each expert's matrices by what bitsandbytes makes of them in NF4, and back."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from onebase_engine.base.experts import expert_matrices
+
+    for place in expert_matrices(model):
+        for matrix in getattr(place.module, place.name).data:
+            plain = matrix.T if place.transposed else matrix
+            packed = quantize_4bit(plain.contiguous(), compress_statistics=True, quant_type="nf4")
+            plain.copy_(dequantize_4bit(*packed))
 
 
 def differences(
@@ -436,6 +477,8 @@ def differences(
     import torch
     from peft import PeftModel
 
+    from onebase_engine.base.view import keep_names
+
     bare = whole_model(folder, quantized)
     other = None
     if quantized:
@@ -445,6 +488,7 @@ def differences(
     tuned = None
     for prompt, scores, text, adapted in sorted(rows, key=lambda row: row[3]):
         if adapted and tuned is None:
+            keep_names(bare)
             tuned = PeftModel.from_pretrained(bare, adapter).eval()
         logits = _logits(tuned if adapted else bare, prompt, text)
         places = torch.tensor(text)[:, None]
@@ -607,7 +651,8 @@ def _write(known: Mapping[str, Result], order: Sequence[str], versions: Mapping[
 REASONS: Sequence[tuple[str, str, str]] = (
     ("is an encoder-decoder", "Encoder-decoders", "OneBase serves decoders. Choose a causal language model."),
     ("no causal language model", "Encoders, and models that attend to another one", "Choose a decoder."),
-    ("mixture of experts", "Mixtures of experts", "Choose a dense base."),
+    ("a mixture's experts in a way", "Mixtures whose experts are computed in a way of their own",
+     "Choose another mixture, or a dense base."),
     ("does not know logits_to_keep", "Logits of all tokens at every step", "Choose another base."),
     ("does not quantize", "Layers of classes that bitsandbytes does not quantize", "Choose another base."),
     ("s_aux|asks for", "Attention with sinks, indices or other terms of its own", "Choose another base."),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_engine.base.experts import expert_matrices, experts_per_token
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import Quantization, estimate_memory
 from onebase_training.attention import SHORT
@@ -178,7 +179,8 @@ class _Shapes:
         device: str,
         base_resident: bool,
     ) -> _Shapes:
-        model = empty_base(config)
+        with torch.device("meta"):  # otherwise each parameter takes memory until it is moved there
+            model = empty_base(config)
         memory = estimate_memory(model, quantization, dtype=dtype)
         targets = target_layers(model, recipe.targets)
         ranks = ranks_of(targets, recipe)
@@ -192,7 +194,9 @@ class _Shapes:
             activations=activations_of(model, targets, ranks, recipe, dtype, fused=fused, on_cpu=on_cpu),
             optimizer=recipe.optimizer,
             device=device,
-            linear_weights=sum(layer.in_features * layer.out_features for layer in layers),
+            linear_weights=sum(layer.in_features * layer.out_features for layer in layers)
+            + experts_per_token(model.config.get_text_config())
+            * sum(one.sizes[1] * one.sizes[2] for one in expert_matrices(model)),
             head_weights=head.weight.numel(),
         )
 
@@ -471,7 +475,7 @@ def _between_bytes(block: nn.Module, config: Any, size: int) -> int:
     widened = sum(layer.out_features for layer in outside.values() if layer.in_features <= hidden)
     inner = max((layer.in_features for layer in outside.values()), default=0)
     kept = size * (3 * inner if inner and widened >= 2 * inner else widened)
-    experts = getattr(config, "num_experts_per_tok", None) or 0
+    experts = experts_per_token(config)
     if experts:
         each = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         kept += experts * size * (3 * each + 2 * hidden)
@@ -496,7 +500,9 @@ def _fixed_bytes(model: Any, targets: Mapping[str, nn.Linear], recipe: Recipe, s
     norm."""
     head = model.get_output_embeddings()
     body = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
-    largest = max((layer.in_features * layer.out_features for layer in body), default=0)
+    sizes = [layer.in_features * layer.out_features for layer in body]
+    sizes += [one.sizes[1] * one.sizes[2] for one in expert_matrices(model)]
+    largest = max(sizes, default=0)
     if not recipe.use_dora:
         return size * largest
     adapted = max(layer.in_features * layer.out_features for layer in targets.values())

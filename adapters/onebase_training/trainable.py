@@ -15,7 +15,7 @@ from torch import nn
 from onebase_adapters.format.config import AdapterFormatError, Task
 from onebase_adapters.proof.extract import extract
 from onebase_adapters.proof.loader import classifier_with
-from onebase_engine.base.layers import left_out
+from onebase_engine.base.layers import is_linear, left_out
 from onebase_engine.base.view import peft_view
 from onebase_engine.kernels.weights import HEAD, AdapterWeights, Head, SavedModule
 from onebase_training import recurrence
@@ -396,7 +396,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name and (id(module) in inside or name == head)
+        if is_linear(module) and name and (id(module) in inside or name == head)
         if not _is_bypassed(model, name)
     }
 
@@ -404,7 +404,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def _is_bypassed(model: Any, name: str) -> bool:
     """Return True for a layer on which PEFT puts no adapter, since kernels may compute it with the layer
     around it."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = getattr(type(getattr(model, "config", None)), "model_type", None)
     return kind in _BYPASSING and name.endswith(".out_proj")
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from bench.lora import ATTENTION, B_STD, write_adapter
 from onebase_engine.base.attach import quantized_module
+from onebase_engine.base.experts import ExpertStack, Matrices, expert_matrices, place_stacks
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import NESTED_BLOCKSIZE, BaseSettings, freeze, import_bitsandbytes, load_config
 from onebase_engine.base.manifest import QuantizedLayer
@@ -34,6 +35,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "rope_theta": 500000.0,
     },
+    "olmoe": {  # OLMoE-1B-7B
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 4096,
+    },
     "tiny": {  # for Triton's interpreter
         "vocab_size": 320,
         "hidden_size": 64,
@@ -45,7 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
     },
 }
-"""Fields of a Llama's config."""
+"""Fields of a config, of a Llama's if it has no experts, else of an OLMoE's."""
 _SPECIAL = ("<pad>", "<s>", "</s>")
 _TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
@@ -53,21 +65,27 @@ _TEMPLATE = (
 )
 
 
-def write_folder(shape: str, folder: Path) -> BaseSettings:
-    """Write a folder with a config and a tokenizer of bytes. Its one tensor only gives it an identity."""
+def write_folder(shape: str, folder: Path, **changes: Any) -> BaseSettings:
+    """Write a folder with a config and a tokenizer of bytes. Its one tensor only gives it an identity.
+
+    changes: other fields of the config than the shape's.
+    """
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, OlmoeConfig, PreTrainedTokenizerFast
 
-    LlamaConfig(
-        **SHAPES[shape],
+    fields = SHAPES[shape] | changes
+    routed = "num_experts" in fields
+    config = (OlmoeConfig if routed else LlamaConfig)(
+        **fields,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
+        architectures=["OlmoeForCausalLM" if routed else "LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
     save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {word: number for number, word in enumerate((*_SPECIAL, *letters))}
@@ -91,6 +109,7 @@ def random_base(folder: Path, device: torch.device, seed: int = 0) -> nn.Module:
     for name, module in list(tree.named_modules()):
         if type(module) is nn.Linear and module is not head:
             put_layer(tree, name, module.in_features, module.out_features, draw)
+    place_stacks(tree, {place.path: _random_stack(place, draw) for place in list(expert_matrices(tree))})
     for module in tree.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
@@ -110,21 +129,7 @@ def put_layer(tree: nn.Module, name: str, size_in: int, size_out: int, draw: tor
 
     Weights are the 16 values of NF4 times an absmax of 0.02 to 0.04, quantized twice as by bitsandbytes.
     """
-    from bitsandbytes.functional import create_dynamic_map, get_4bit_type
-
-    device, count = draw.device, size_in * size_out
-    blocks = -(-count // BLOCKSIZE)
-
-    def octets(number: int) -> torch.Tensor:
-        return torch.randint(0, 256, (number,), dtype=torch.uint8, device=device, generator=draw)
-
-    statistics = {
-        "absmax": octets(blocks),
-        "code": get_4bit_type("nf4", device=str(device)),
-        "offset": torch.tensor(0.03, device=device),
-        "nested_absmax": torch.full((-(-blocks // NESTED_BLOCKSIZE),), 0.01, device=device),
-        "nested_code": create_dynamic_map().to(device),
-    }
+    weight, statistics = _random_numbers((), size_in * size_out, draw)
     described = QuantizedLayer(
         kind="Linear4bit",
         size_in=size_in,
@@ -134,7 +139,42 @@ def put_layer(tree: nn.Module, name: str, size_in: int, size_out: int, draw: tor
         shape=(size_out, size_in),
         nested_blocksize=NESTED_BLOCKSIZE,
     )
-    return quantized_module(tree, name, described, octets(-(-count // 2))[:, None], statistics)
+    return quantized_module(tree, name, described, weight[:, None], statistics)
+
+
+def _random_stack(place: Matrices, draw: torch.Generator) -> ExpertStack:
+    experts, size_in, size_out = place.sizes
+    weight, statistics = _random_numbers((experts,), size_in * size_out, draw)
+    return ExpertStack(
+        weight,
+        statistics,
+        size_in=size_in,
+        size_out=size_out,
+        blocksize=BLOCKSIZE,
+        dtype=torch.bfloat16,
+        transposed=place.transposed,
+    )
+
+
+def _random_numbers(
+    lead: tuple[int, ...], count: int, draw: torch.Generator
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return packed weights [*lead, count / 2] and their statistics."""
+    from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+
+    device, blocks = draw.device, -(-count // BLOCKSIZE)
+
+    def octets(number: int) -> torch.Tensor:
+        return torch.randint(0, 256, (*lead, number), dtype=torch.uint8, device=device, generator=draw)
+
+    statistics = {
+        "absmax": octets(blocks),
+        "code": get_4bit_type("nf4", device=str(device)),
+        "offset": torch.full(lead, 0.03, device=device),
+        "nested_absmax": torch.full((*lead, -(-blocks // NESTED_BLOCKSIZE)), 0.01, device=device),
+        "nested_code": create_dynamic_map().to(device),
+    }
+    return octets(-(-count // 2)), statistics
 
 
 def one_layer(size_in: int, size_out: int, draw: torch.Generator) -> Any:

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.device import DEVICE
 from tests.oracle import greedy
 from tests.tiny import ADAPTERS, load_folder, save_adapter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onebase_adapters.proof.texts import regrets, tie_of
+from onebase_adapters.proof.texts import served_regrets, tie_of
 from onebase_engine.engine import messages as protocol
+from onebase_engine.engine.base_proof import rounding_unit
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS
 from onebase_engine.engine.model import ServedModel
@@ -103,12 +105,14 @@ class Lab:
 
     def disagreements(self, asked: Sequence[Request], texts: Sequence[list[int]]) -> list[Request]:
         """The requests whose text is not PEFT's, but for tokens whose logits tie in PEFT's own pass."""
-        tie = tie_of(self.base.get_output_embeddings().weight.dtype)  # type: ignore[operator]
+        dtype = self.base.get_output_embeddings().weight.dtype  # type: ignore[operator]
+        tie = tie_of(dtype)
         wrong = []
         for request, text in zip(asked, texts, strict=True):
             if text != self.expected(request):
                 model = self.base if request.adapter is None else self.references[request.adapter]
-                if max(regrets(model, list(request.prompt), text)) > tie:
+                unit = rounding_unit(dtype, dtype, DEVICE)
+                if max(served_regrets(model, list(request.prompt), text, tie, unit)) > tie:
                     wrong.append(request)
         return wrong
 

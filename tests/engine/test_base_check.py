@@ -17,7 +17,7 @@ from onebase_engine.engine.model import ServedModel
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "an encoder-decoder": (tf.T5Config, "encoder-decoder"),
     "an encoder": (tf.BertConfig, "no causal language model"),
-    "a mixture": (lambda: tf.MixtralConfig(num_hidden_layers=2), "mixture of experts"),
+    "a mixture": (lambda: tf.JetMoeConfig(num_hidden_layers=2), "a mixture's experts in a way"),
     "indices": (tf.DeepseekV32Config, "indexed_attention"),
     "a mask": (lambda: tf.DogeConfig(num_hidden_layers=2), "mask of its own"),
     "looks ahead": (tf.PaliGemmaConfig, "not causal"),
@@ -53,6 +53,11 @@ def test_a_published_size_is_checked_without_its_memory() -> None:
     assert found.refusal is None
     assert found.parameters is not None
     assert found.parameters > 20e9
+    mixture = check_base(tf.Qwen3MoeConfig(num_hidden_layers=48, num_experts=128))
+    assert mixture.refusal is None
+    assert mixture.parameters is not None
+    assert mixture.parameters > 30e9
+    assert mixture.memory["nf4"] < 18.5e9
 
 
 @pytest.mark.parametrize("kind", REFUSED)

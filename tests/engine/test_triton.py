@@ -37,7 +37,7 @@ from tests.engine.layers import (
     written_alike,
 )
 from tests.rows import row_map
-from tests.tiny import save_base
+from tests.tiny import load_folder, save_adapter, save_base
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -970,3 +970,23 @@ def test_the_proof_finds_modules_by_triton_as_exact_as_those_of_peft_and_a_fault
     )
     with pytest.raises(ProofError):
         ModuleProver(lab.base, kernels).prove(lab.references[2], lab.weights[2])
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("quick_trials")
+def test_a_mixture_is_pefts_and_a_row_the_same_in_any_company(kernels: CudaKernels, tmp_path: Path) -> None:
+    base = load_base(BaseSettings(save_base("mixtral", tmp_path / "base")))
+    folder = save_adapter(
+        base, {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"]}, tmp_path, 1
+    )
+    loaded = load_folder(base, folder)
+    mixture = Lab(base, [folder], [loaded.reference], [loaded.weights])
+    asked = [
+        replace(one, adapter=(0, None)[i], at=i) for i, one in enumerate(requests(2, 5, longest=8, tokens=3))
+    ]
+    served = ServedModel(base, 4, kernels=kernels)
+    together = run(mixture.engine(model=served, slots=4), asked)
+    assert served.graph_bytes == 0, "which experts are computed differs from pass to pass"
+    assert not mixture.disagreements(asked, together)
+    alone = mixture.engine(model=ServedModel(base, 4, kernels=kernels), slots=4, step_tokens=5)
+    assert run(alone, [replace(asked[0], at=0)]) == together[:1]

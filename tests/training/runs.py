@@ -127,8 +127,11 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         assert torch.equal(one[name], other[name]), name
 
 
-def talking_base(folder: Path) -> Path:
-    """A small random Llama with the default base's tokenizer and chat template, as a folder."""
+def talking_base(folder: Path, kind: str = "LlamaConfig", **fields: Any) -> Path:
+    """A small random model with the default base's tokenizer and chat template, as a folder.
+
+    kind: the class of its config; fields: more of that.
+    """
     import shutil
 
     import transformers as tf
@@ -138,7 +141,7 @@ def talking_base(folder: Path) -> Path:
     default = fetch_default_base()
     torch.manual_seed(0)
     config = tf.AutoConfig.from_pretrained(default, local_files_only=True)
-    small = tf.LlamaConfig(
+    small = getattr(tf, kind)(
         vocab_size=config.vocab_size,
         hidden_size=64,
         intermediate_size=128,
@@ -149,7 +152,7 @@ def talking_base(folder: Path) -> Path:
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
-        tie_word_embeddings=True,
+        **{"tie_word_embeddings": True, **fields},
     )
     tf.AutoModelForCausalLM.from_config(small, dtype=torch.float32).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):

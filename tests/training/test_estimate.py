@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from tests.hub_standin import HubStandIn
 from tests.tiny import ARCHITECTURES
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, JetMoeConfig, LlamaConfig, Qwen3MoeConfig
 
 from onebase_engine.base.default_base import DEFAULT_BASE, DEFAULT_REPO, BaseSpecError, fetch_default_base
 from onebase_engine.base.layers import empty_base
@@ -326,14 +326,23 @@ def test_the_command_prints_json_and_fails_when_it_does_not_fit(
     assert "It does not fit" in capsys.readouterr().out
 
 
-def test_a_base_of_experts_gets_a_sentence_instead_of_an_estimate(
+def test_experts_count_in_4_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Qwen3MoeConfig(num_hidden_layers=48).save_pretrained(tmp_path)
+    assert main(["--base", str(tmp_path), "--memory", "80GB", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["base_parameters"] > 30e9
+    assert made["fits"]
+    assert made["flops_per_token"] > 4 * 2.5e9, "of experts those that a token uses"
+
+
+def test_experts_of_their_own_kind_get_a_sentence_instead_of_an_estimate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Qwen3MoeConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    JetMoeConfig(num_hidden_layers=2).save_pretrained(tmp_path)
     assert main(["--base", str(tmp_path), "--gpu", "h100"]) == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert "Choose a base without a mixture of experts." in " ".join(said.err.split())
+    assert "Choose a mixture whose experts" in " ".join(said.err.split())
 
 
 @pytest.mark.parametrize(

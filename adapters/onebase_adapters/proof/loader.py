@@ -139,7 +139,7 @@ def resized_view(base: nn.Module, resized: Mapping[str, int]) -> nn.Module:
 
     PEFT replaces both, so that the rows take no memory of their own before.
     """
-    tree = peft_view(base)
+    tree: nn.Module = peft_view(base)
     for name, words in resized.items():
         parent, _, child = name.rpartition(".")
         own: Any = tree.get_submodule(name)
@@ -187,7 +187,7 @@ def classifier_with(full: Any, task: Task, layer: nn.Linear) -> nn.Module:
     except (ValueError, AttributeError) as error:
         raise AdapterFormatError(
             "unsupported_kind",
-            f"task_type is {task}, and transformers has no such model for {config.model_type}",
+            f"task_type is {task}, and transformers has no such model for {type(config).model_type}",
         ) from error
     names = [name for name in CLASSIFIER_NAMES if isinstance(getattr(model, name, None), nn.Linear)]
     if not names or not hasattr(model, model.base_model_prefix):

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from onebase_engine.base import manifest as wire
+from onebase_engine.base.experts import ExpertStack, place_stacks
 from onebase_engine.base.layers import empty_base
 from onebase_engine.base.load import (
     BaseSettings,
@@ -137,6 +138,8 @@ def _quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
         kind = type(layer).__name__
         if kind == "Linear4bit":
             yield name, _described_4bit(layer)
+        elif isinstance(layer, ExpertStack):
+            yield name, _described_experts(layer)
         elif kind == "Linear8bitLt":
             size_in, size_out = layer.in_features, layer.out_features
             yield (
@@ -160,6 +163,17 @@ def _described_4bit(layer: Any) -> QuantizedLayer:
         dtype=wire.dtype_name(state.dtype),
         nested_blocksize=state.state2.blocksize if state.nested else 0,
         nested_dtype=wire.dtype_name(state.state2.dtype) if state.nested else "float32",
+    )
+
+
+def _described_experts(stack: ExpertStack) -> QuantizedLayer:
+    return QuantizedLayer(
+        kind="ExpertStack",
+        size_in=stack.size_in,
+        size_out=stack.size_out,
+        blocksize=stack.blocksize,
+        dtype=wire.dtype_name(stack.dtype),
+        transposed=stack.transposed,
     )
 
 
@@ -191,7 +205,15 @@ def _fill(tree: nn.Module, plan: Manifest, tensors: Sequence[torch.Tensor]) -> N
     parameters: dict[int, nn.Parameter] = {}
     for name, layer in plan.layers.items():
         number = plan.names[f"{name}.weight"]
-        module = quantized_module(tree, name, layer, tensors[number], statistics.get(name, {}))
+        if layer.kind == "ExpertStack":
+            buffers = {
+                buffer.removeprefix(f"{name}."): tensors[place]
+                for buffer, place in plan.names.items()
+                if buffer.startswith(f"{name}.") and place != number
+            }
+            module: Any = expert_stack(tree, name, layer, tensors[number], buffers)
+        else:
+            module = quantized_module(tree, name, layer, tensors[number], statistics.get(name, {}))
         parameters[number] = module.weight
     own = {name for name, _ in tree.named_parameters(remove_duplicate=False)}
     own |= {name for name, _ in tree.named_buffers(remove_duplicate=False)}
@@ -207,6 +229,30 @@ def _fill(tree: nn.Module, plan: Manifest, tensors: Sequence[torch.Tensor]) -> N
         if number not in parameters:
             parameters[number] = nn.Parameter(tensors[number], requires_grad=False)
         owner._parameters[child] = parameters[number]
+
+
+def expert_stack(
+    tree: nn.Module,
+    name: str,
+    layer: QuantizedLayer,
+    weight: torch.Tensor,
+    statistics: Mapping[str, torch.Tensor],
+) -> ExpertStack:
+    """Replace the parameter `name` by a stack of experts over the given tensors and return it."""
+    stack = ExpertStack(
+        weight,
+        statistics,
+        size_in=layer.size_in,
+        size_out=layer.size_out,
+        blocksize=layer.blocksize,
+        dtype=wire.dtype_of(layer.dtype),
+        transposed=layer.transposed,
+    )
+    try:
+        place_stacks(tree, {name: stack})
+    except AttributeError:
+        raise AttachError(f"the base's folder has no experts {name}") from None
+    return stack
 
 
 def quantized_module(

@@ -246,8 +246,25 @@ def hidden_norms(model: Any) -> Iterator[tuple[str, nn.Module]]:
         named = (
             "norm" in type(module).__name__.lower() and "weight" in own and own.keys() <= {"weight", "bias"}
         )
-        if named and all(parameter.shape == (hidden,) for parameter in own.values()):
+        if (
+            named
+            and all(parameter.shape == (hidden,) for parameter in own.values())
+            and takes_rows_alone(module)
+        ):
             yield name, module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return True for a linear layer, plain or quantized, that returns its product.
+
+    A router may be one that returns weights and experts instead (Phi-3.5-MoE).
+    """
+    return isinstance(module, nn.Linear) and "router" not in type(module).__name__.lower()
+
+
+def takes_rows_alone(module: nn.Module) -> bool:
+    """Return True unless `forward` has further arguments, as that of a gated norm has."""
+    return len(inspect.signature(module.forward).parameters) == 1
 
 
 def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
@@ -260,7 +277,7 @@ def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
         bias = getattr(module, "bias", None) is not None
         if module is embedding:
             layers[name] = LayerShape(embedding.num_embeddings, embedding.embedding_dim, "embedding")
-        elif isinstance(module, nn.Linear):
+        elif is_linear(module):
             layers[name] = LayerShape(module.in_features, module.out_features, bias=bias)
         elif name in norms:
             layers[name] = LayerShape(len(module.weight), len(module.weight), "norm", bias)

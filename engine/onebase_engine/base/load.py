@@ -11,7 +11,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,7 +24,15 @@ import torch
 from torch import nn
 
 from onebase_engine import machine
-from onebase_engine.base.layers import base_class, decoder_of, empty_base, transformers_class
+from onebase_engine.base.experts import (
+    ExpertStack,
+    expert_matrices,
+    place_stacks,
+    quantize_stack,
+    use_own_code,
+    with_experts,
+)
+from onebase_engine.base.layers import base_class, decoder_of, empty_base, is_linear, transformers_class
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +121,7 @@ def check_servable(config: Any) -> None:
     try:
         _check_architecture(config)
         stored_quantization(config)
-        # A parameter takes memory until it is moved to meta, and one of a large mixture 77 GB.
-        with torch.device("meta"):
-            model = empty_base(copy.deepcopy(config))
+        model = _empty(config)
         _check_modules(model)
         _check_linear(model)
     except UnsupportedBaseError:
@@ -126,6 +132,13 @@ def check_servable(config: Any) -> None:
             f"transformers cannot make a model of this {kind} ({described(error)}). Choose a base whose "
             "config.json is complete, or another one."
         ) from error
+
+
+def _empty(config: Any) -> Any:
+    """Build the modules of a base without memory, not even for buffers."""
+    # A parameter takes memory until it is moved to meta, and one of a large mixture 77 GB.
+    with torch.device("meta"):
+        return empty_base(copy.deepcopy(config))
 
 
 def _check_architecture(config: Any) -> None:
@@ -184,17 +197,13 @@ def _check_modules(model: Any) -> None:
 def stored_quantization(config: Any) -> Quantization:
     """Return how the weights in a base's files are quantized: "none" where they are plain.
 
+    MXFP4, in which gpt-oss has its experts, counts as plain: it is unpacked while it is read.
+
     Raises:
         UnsupportedBaseError: in a format that OneBase does not read.
     """
-    stored = (
-        getattr(config, "quantization_config", None)
-        or getattr(config, "compression_config", None)  # an older name of compressed-tensors
-        or getattr(config.get_text_config(), "quantization_config", None)
-    )
-    if not stored:
+    if not (fields := _stored_format(config)) or has_mxfp4(config):
         return "none"
-    fields = stored if isinstance(stored, dict) else stored.to_dict()
     kind = fields.get("quant_method") or "a format without a name"
     if fields.get("load_in_8bit"):
         return "int8"
@@ -209,23 +218,37 @@ def stored_quantization(config: Any) -> Quantization:
     )
 
 
-def _check_linear(model: nn.Module) -> None:
-    """Raise UnsupportedBaseError if much of the base lies outside its linear layers.
+def has_mxfp4(config: Any) -> bool:
+    """Return True if a base's files hold its experts in MXFP4."""
+    return _stored_format(config).get("quant_method") == "mxfp4" and any(expert_matrices(_empty(config)))
 
-    transformers keeps a mixture's experts in tensors [experts, out, in], which bitsandbytes leaves alone.
-    The number of rows that an expert multiplies at once depends on a row's neighbours, and so do the row's
-    last bits."""
+
+def _stored_format(config: Any) -> dict[str, Any]:
+    """Return the fields by which files say how their weights are quantized; none if they are plain."""
+    stored = (
+        getattr(config, "quantization_config", None)
+        or getattr(config, "compression_config", None)  # an older name of compressed-tensors
+        or getattr(config.get_text_config(), "quantization_config", None)
+    )
+    return stored if isinstance(stored, dict) else stored.to_dict() if stored else {}
+
+
+def _check_linear(model: nn.Module) -> None:
+    """Raise UnsupportedBaseError if much of the base lies outside its linear layers and experts."""
     from transformers.pytorch_utils import Conv1D
 
-    part, largest = _left_plain(model, lambda module: type(module) is nn.Linear or isinstance(module, Conv1D))
+    experts = {one.path for one in expert_matrices(model)}
+    part, largest = _left_plain(
+        model, lambda module: type(module) is nn.Linear or isinstance(module, Conv1D), experts
+    )
     if part > MOST_PLAIN:
         name, _, _ = largest.partition(" ")
         owner = model.get_submodule(name.rpartition(".")[0])
         reason = (
             f"OneBase does not quantize layers of class {type(owner).__name__}. Choose another base"
             if "expert" not in f"{name}{type(owner).__name__}".lower()
-            else "OneBase cannot quantize such weights (a mixture's experts) yet, nor serve them so that no "
-            "row depends on its neighbours. Choose a base without a mixture of experts"
+            else f"{type(owner).__name__} computes a mixture's experts in a way that OneBase does not know. "
+            "Choose a mixture whose experts transformers computes through its interface, or a dense base"
         )
         raise UnsupportedBaseError(
             f"{type(model).__name__} has {part:.0%} of its weights outside linear layers, for instance in "
@@ -241,31 +264,49 @@ def check_quantized(model: nn.Module, settings: BaseSettings) -> None:
             f"{type(model).__name__} has layers of class {', '.join(sorted(other))}, which --quantization "
             f"{settings.quantization} does not make. Choose the quantization of its files."
         )
-    part, largest = _left_plain(model, lambda module: any(quantized_statistics(module)))
+    part, largest = _left_plain(model, is_quantized)
     if part > MOST_PLAIN:
         raise UnsupportedBaseError(
             f"{settings.quantization} with blocksize {settings.blocksize} leaves {part:.0%} of the weights "
             f"of {type(model).__name__} in {settings.dtype}, for instance {largest}. Choose blocksize 64, "
             "quantization none, or another base."
         )
-    layer: Any
     for name, layer in model.named_modules():
-        state = getattr(getattr(layer, "weight", None), "quant_state", None)
-        if state is None or layer.weight.device.type != "cpu" or not layer.in_features % state.blocksize:
+        if (found := _block_and_inputs(layer)) is None or found[1] % found[0] == 0:
             continue
         # Quantized, blocks run on over a row's end; bitsandbytes' CPU kernel begins one with each row.
-        fitting = [str(size) for size in _BLOCKSIZES if not layer.in_features % size]
+        blocksize, inputs = found
+        fitting = [str(size) for size in _BLOCKSIZES if not inputs % size]
         raise UnsupportedBaseError(
-            f"{name} has {layer.in_features} inputs, no multiple of blocksize {state.blocksize}: on a CPU "
+            f"{name} has {inputs} inputs, no multiple of blocksize {blocksize}: on a CPU "
             "bitsandbytes may compute with wrong weights. Choose a blocksize that divides it "
             f"({', '.join(fitting) or 'none does'}), or quantization none."
         )
 
 
-def _left_plain(model: Any, quantized: Callable[[nn.Module], bool]) -> tuple[float, str]:
+def is_quantized(module: nn.Module) -> bool:
+    """Return True for a quantized linear layer, or a stack of quantized experts."""
+    return isinstance(module, ExpertStack) or any(quantized_statistics(module))
+
+
+def _block_and_inputs(layer: Any) -> tuple[int, int] | None:
+    """Return the blocksize and the inputs of a layer that is in 4 bits on the CPU, else None."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.device.type != "cpu":
+        return None
+    if isinstance(layer, ExpertStack):
+        return layer.blocksize, layer.size_in
+    state = getattr(weight, "quant_state", None)
+    return None if state is None else (state.blocksize, layer.in_features)
+
+
+def _left_plain(
+    model: Any, quantized: Callable[[nn.Module], bool], but: Collection[str] = ()
+) -> tuple[float, str]:
     """Return the part of all weights that stays plain though it multiplies rows, and the largest such weight.
 
-    Vectors do not count, nor do embeddings, which are looked up, nor the output head.
+    Vectors do not count, nor do embeddings, which are looked up, nor the output head, nor parameters whose
+    full name is among `but`.
     """
     head = model.get_output_embeddings()
     plain = {
@@ -273,7 +314,7 @@ def _left_plain(model: Any, quantized: Callable[[nn.Module], bool]) -> tuple[flo
         for path, module in model.named_modules()
         if module is not head and not isinstance(module, nn.Embedding) and not quantized(module)
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() > 1
+        if parameter.dim() > 1 and f"{path}.{name}" not in but
     }
     if not plain:
         return 0.0, ""
@@ -450,8 +491,19 @@ def config_for(settings: BaseSettings) -> Any:
     """
     config = load_config(settings.folder)
     stored = stored_quantization(config)
+    experts = next(expert_matrices(_empty(config)), None)
+    if experts is not None and settings.quantization == "int8":
+        raise UnsupportedBaseError(
+            f"--quantization int8 does not quantize a mixture's experts, such as {experts.path} of "
+            f"{type(config).__name__}: start with --quantization nf4, or none"
+        )
     if stored == "none":
         return config
+    if experts is not None:
+        raise UnsupportedBaseError(
+            f"the files in {settings.folder} hold a mixture of experts that is quantized to {stored} "
+            "already, which OneBase does not read: choose the repository with plain weights"
+        )
     if stored != settings.quantization:
         raise UnsupportedBaseError(
             f"the files in {settings.folder} hold weights that are quantized to {stored} already, and "
@@ -478,7 +530,17 @@ def load_base(settings: BaseSettings) -> nn.Module:
     import_bitsandbytes()
     config = config_for(settings)
     by_hand = settings.quantization == "nf4" and settings.blocksize != _STORED_BLOCKSIZE
-    plain = by_hand or stored_quantization(config) != "none"
+    how = None
+    if not by_hand and stored_quantization(config) == "none":
+        how = _quantization_config(settings, config)
+    if has_mxfp4(config):
+        if how is None:
+            from transformers import Mxfp4Config
+
+            how = Mxfp4Config(dequantize=True)
+        else:
+            logger.info("experts that the files hold in MXFP4 are unpacked, and quantized to NF4")
+            del config.quantization_config
     if settings.quantization == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
     try:
@@ -488,7 +550,7 @@ def load_base(settings: BaseSettings) -> nn.Module:
             config=config,
             output_loading_info=True,
             dtype=settings.dtype,
-            quantization_config=None if plain else _quantization_config(settings, config),
+            quantization_config=how,
             device_map={"": "cpu" if by_hand else str(settings.device)},
             attn_implementation="eager",
             trust_remote_code=False,
@@ -529,6 +591,7 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     model.eval()
     model.requires_grad_(False)
+    use_own_code(model)
     _pin_rotary(model)
     layer: Any
     for layer in model.modules():
@@ -595,13 +658,15 @@ def _quantization_config(settings: BaseSettings, config: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     if settings.quantization == "nf4":
-        return BitsAndBytesConfig(
+        how = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=settings.double_quant,
             bnb_4bit_compute_dtype=settings.compute_dtype,
             llm_int8_skip_modules=_skipped_modules(settings, config),
         )
+        routed = next(expert_matrices(_empty(config)), None) is not None
+        return with_experts(how, from_mxfp4=has_mxfp4(config)) if routed else how
     if settings.quantization == "int8":
         return BitsAndBytesConfig(
             load_in_8bit=True,
@@ -615,10 +680,13 @@ def _skipped_modules(settings: BaseSettings, config: Any) -> list[str] | None:
     """Return the names of the modules to leave unquantized, or None if transformers' own choice is enough."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    with torch.device("meta"):
-        model = empty_base(copy.deepcopy(config))
-    narrow = [name for name, module in model.named_modules() if _is_narrow(module, settings.blocksize)]
-    return [*get_keys_to_not_convert(model), *narrow] if narrow else None
+    model = _empty(config)
+    left = [
+        name
+        for name, module in model.named_modules()
+        if _is_narrow(module, settings.blocksize) or (isinstance(module, nn.Linear) and not is_linear(module))
+    ]
+    return [*get_keys_to_not_convert(model), *left] if left else None
 
 
 def _is_narrow(module: Any, blocksize: int) -> bool:
@@ -657,6 +725,14 @@ def _quantize_layers(model: Any, settings: BaseSettings) -> None:
         layer.bias = module.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.to(settings.device))
+    for one in list(expert_matrices(model)):
+        stack = quantize_stack(
+            getattr(one.module, one.name).data,
+            transposed=one.transposed,
+            blocksize=settings.blocksize,
+            double_quant=settings.double_quant,
+        )
+        place_stacks(model, {one.path: stack})
 
 
 def quantized_statistics(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -702,7 +778,8 @@ def parameter_count(model: nn.Module) -> int:
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         total += state.shape.numel() if state is not None else parameter.numel()
-    return total
+    stacks = [module for module in model.modules() if isinstance(module, ExpertStack)]
+    return total + sum(stack.weights - stack.weight.numel() for stack in stacks)
 
 
 def fingerprint(model: nn.Module) -> dict[str, tuple[int, int, torch.dtype]]:
@@ -753,6 +830,7 @@ def estimate_memory(
     """
     output = model.get_output_embeddings()
     parameters = plain = quantized = 0
+    experts = {(one.module, one.name): one for one in expert_matrices(model)}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             count = parameter.numel()
@@ -762,7 +840,11 @@ def estimate_memory(
             parameters += count
             linear = type(module) is nn.Linear and module is not output and name == "weight"
             linear &= not _is_narrow(module, blocksize)
-            if quantization == "none" or not linear:
+            if quantization == "nf4" and (module, name) in experts:
+                number, size_in, size_out = experts[module, name].sizes
+                statistics = _nf4_statistics(size_in * size_out, blocksize, double_quant, matrices=number)
+                quantized += -(-count // 2) + statistics
+            elif quantization == "none" or not linear:
                 plain += count * dtype.itemsize
             elif quantization == "int8":
                 quantized += count + 4 * parameter.shape[0]
@@ -778,7 +860,7 @@ def needed_memory(settings: BaseSettings) -> int:
     Raises:
         UnsupportedBaseError: it cannot be served, or its files hold what the settings do not say.
     """
-    model = empty_base(copy.deepcopy(config_for(settings)))
+    model = _empty(config_for(settings))
     return estimate_memory(
         model,
         settings.quantization,
@@ -788,15 +870,16 @@ def needed_memory(settings: BaseSettings) -> int:
     ).total
 
 
-def _nf4_statistics(count: int, blocksize: int, double_quant: bool) -> int:
+def _nf4_statistics(count: int, blocksize: int, double_quant: bool, matrices: int = 1) -> int:
     """Return the bytes of a 4-bit weight's statistics: absmax of `count` values and the 16 fp32 of the code.
 
     Double quantization: one byte an absmax, their own fp32 absmax, the fp32 offset and a code of 256 fp32.
+    `matrices`, of `count` values each, share their codes.
     """
     blocks = -(-count // blocksize)
     if not double_quant:
-        return 4 * blocks + 4 * 16
-    return blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4 + 4 * 256 + 4 * 16
+        return matrices * 4 * blocks + 4 * 16
+    return matrices * (blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4) + 4 * 256 + 4 * 16
 
 
 def _is_tied(model: Any) -> bool:

@@ -61,9 +61,10 @@ class TensorPlace(msgspec.Struct, frozen=True):
 
 
 class QuantizedLayer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Fields of a bitsandbytes layer besides its tensors."""
+    """Fields of a quantized layer besides its tensors."""
 
-    kind: Literal["Linear4bit", "Linear8bitLt"]
+    kind: Literal["Linear4bit", "Linear8bitLt", "ExpertStack"]
+    """A class of bitsandbytes, or the experts' own, whose statistics are buffers."""
     size_in: int
     size_out: int
     threshold: float = 0.0
@@ -77,6 +78,8 @@ class QuantizedLayer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     nested_blocksize: int = 0
     """0: the statistics are not quantized themselves."""
     nested_dtype: Dtype = "float32"
+    transposed: bool = False
+    """Whether modelling code takes an expert's matrix as [in, out]."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from onebase_engine.base.experts import expert_modules
 from onebase_engine.base.load import base_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,19 +28,30 @@ def view(base: Model) -> Model:
     return copy.deepcopy(base, shared)
 
 
-def peft_view(base: Model) -> Model:
+def peft_view(base: Any) -> Any:
     """Return a view on which PEFT can put an adapter.
 
     On the CPU, PEFT's DoRA gives an 8-bit layer a new parameter without its scales at every pass, and the
     layer's next pass takes its state from there. That state is set once when the base is loaded (`freeze`),
     so here the layers keep it.
     """
-    tree = view(base)
+    tree: Any = view(base)
     layer: Any
     for layer in tree.modules():
         if getattr(getattr(layer, "state", None), "SCB", None) is not None:
             layer.init_8bit_state = _keep
+    keep_names(tree)
     return tree
+
+
+def keep_names(tree: Any) -> None:
+    """Keep PEFT from taking names of a mixture's linear layers, such as shared experts', for experts'.
+
+    By the model's type it knows where transformers once had a linear layer for each expert, and gives an
+    adapter's targets of these names to the parameters that hold all experts (PEFT 0.21).
+    """
+    if next(expert_modules(tree), None) is not None:
+        tree.config.model_type = f"{tree.config.model_type} by its own names"
 
 
 def _keep() -> None:

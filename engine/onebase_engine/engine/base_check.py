@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase_engine.base.experts import expert_matrices
 from onebase_engine.base.layers import empty_base, left_out, transformers_class
 from onebase_engine.base.load import (
     Quantization,
     UnsupportedBaseError,
     check_servable,
     estimate_memory,
+    has_mxfp4,
     longest_row,
     parameter_count,
     stored_quantization,
@@ -86,6 +88,8 @@ def check_base(config: Any) -> BaseCheck:
         with torch.device("meta"):
             tree = empty_base(copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager").eval()
         known |= _size(tree, known["stored"])
+        if has_mxfp4(config):
+            known["notes"] += ("Its files hold experts in MXFP4, which are quantized again to nf4.",)
     except UnsupportedBaseError as error:
         return BaseCheck(refusal=str(error), **known)
     try:
@@ -117,12 +121,17 @@ def _layers(text: Any) -> Mapping[str, int]:
 def _size(tree: Any, stored: Quantization) -> dict[str, Any]:
     choices = QUANTIZATIONS if stored == "none" else (stored,)
     notes = []
+    experts = list(expert_matrices(tree))
+    if experts:
+        choices = tuple(kind for kind in choices if kind != "int8")
+        notes.append("int8 does not quantize experts: nf4 or none.")
     head = tree.get_output_embeddings()
     odd = [
         f"{name} ({module.in_features})"
         for name, module in tree.named_modules()
         if type(module) is nn.Linear and module is not head and module.in_features % _BLOCKSIZE
     ]
+    odd += [f"{one.path} ({one.sizes[1]})" for one in experts if one.sizes[1] % _BLOCKSIZE]
     if odd and "nf4" in choices:
         notes.append(
             f"Inputs of {len(odd)} layers are no multiple of {_BLOCKSIZE}, as of {odd[0]}: on a CPU nf4 is "

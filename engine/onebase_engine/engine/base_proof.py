@@ -103,7 +103,9 @@ def prove_base(engine: Engine, base: nn.Module) -> float:
         deviation = _mean(errors)
         if deviation <= CLOSE:
             return deviation
-        with _rounded_once_more(tree, _unit(engine)):
+        with rounded_once_more(
+            tree, rounding_unit(engine.model.dtype, engine.model.kv_dtype, engine.model.device)
+        ):
             rounded = [
                 _own(tree, tokens) - expected for (tokens, _), expected in zip(served, own, strict=True)
             ]
@@ -220,20 +222,19 @@ def _own(model: Any, tokens: list[int]) -> torch.Tensor:
     return torch.tensor([one.logprob for one in score_tokens(logits, tokens[1:], 0)], dtype=torch.float64)
 
 
-def _unit(engine: Engine) -> float:
+def rounding_unit(dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> float:
     """Return how far, relative to it, one rounding may move a number that the engine computes."""
-    model = engine.model
-    unit = torch.finfo(model.dtype).eps / 2
-    if model.kv_dtype == torch.int8:
+    unit = torch.finfo(dtype).eps / 2
+    if kv_dtype == torch.int8:
         return max(unit, 2.0**-7)
     # In fp32 orders of summation differ by more than one rounding, and a GPU's tensor cores by TF32.
-    return max(unit, 2.0**-16 if model.device.type == "cpu" else 2.0**-11)
+    return max(unit, 2.0**-16 if device.type == "cpu" else 2.0**-11)
 
 
 @contextlib.contextmanager
-def _rounded_once_more(model: nn.Module, unit: float) -> Iterator[None]:
+def rounded_once_more(model: nn.Module, unit: float, seed: int = 0) -> Iterator[None]:
     """Let each product in a model's passes be off by one rounding at random, as another kernel's may be."""
-    rounding = _Rounding(unit)
+    rounding = _Rounding(unit, seed)
     hooks = [
         module.register_forward_hook(lambda module, given, output: rounding.moved(output))
         for module in model.modules()
@@ -250,10 +251,10 @@ def _rounded_once_more(model: nn.Module, unit: float) -> Iterator[None]:
 class _Rounding(TorchFunctionMode):
     """Moves each element of each product by up to `unit` of itself."""
 
-    def __init__(self, unit: float) -> None:
+    def __init__(self, unit: float, seed: int) -> None:
         super().__init__()
         self._unit = unit
-        self._random = torch.Generator().manual_seed(0)
+        self._random = torch.Generator().manual_seed(seed)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from onebase_engine import machine
+from onebase_engine.base.experts import ExpertStack
 from onebase_engine.base.layers import LayerShape, adaptable_layers
 from onebase_engine.engine.batch import Packer
 from onebase_engine.engine.kv_cache import RESERVED_BLOCKS, largest
@@ -151,6 +152,9 @@ def verifier_bytes(base: nn.Module) -> int:
     states = [state for state in found if state is not None]
     scales: int = sum(state.absmax.numel() * 4 for state in states)
     unpacked = max((2 * math.prod(state.shape) for state in states), default=0)
+    stacks = [module for module in base.modules() if isinstance(module, ExpertStack)]
+    # What autograd does not keep is unpacked one matrix at a time.
+    unpacked = max((unpacked, *(2 * stack.size_in * stack.size_out for stack in stacks)))
     versions = PROOF_VERSIONS * slot_bytes(adaptable_layers(base).values(), 1, PROOF_RANK)
     return CONTEXT_BYTES + max(PROOF_BYTES, versions + unpacked) + _PROOF_VIEWS * scales
 

@@ -16,6 +16,7 @@ from onebase_engine.base.load import STATELESS_LAYERS, UnsupportedBaseError, des
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_engine.engine.batch import StepBatch
+from onebase_engine.engine.experts import UnsupportedExpertsError, attach_experts
 from onebase_engine.engine.kv_cache import (
     DUMP_BLOCK,
     RESERVED_BLOCKS,
@@ -104,21 +105,27 @@ class ServedModel:
         self._graphs: Graphs | None = None
         linear = [module for module in modules.values() if isinstance(module, SlotLinear)]
         self._ragged = any(one.base.in_features % TILE or one.base.out_features % TILE for one in linear)
-        self.promise = _promise(self.kernels, [module.exact(0) for module in linear], self.kv_dtype)
-        """Guarantee about a sequence's bits, in a sentence or two."""
         self._hidden_rows: torch.Tensor | None = None
         self._hidden: torch.Tensor | None = None
         decoder_of(self._view).register_forward_hook(self._keep_hidden)
         try:
             self._attention.attach(self._view)
             self._recurrence.attach(self._view)
+            experts = attach_experts(self._view, self.kernels)
             self._probe()
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            known = isinstance(error, UnsupportedAttentionError | UnsupportedRecurrenceError)
+            known = isinstance(
+                error, UnsupportedAttentionError | UnsupportedRecurrenceError | UnsupportedExpertsError
+            )
             reason = str(error) if known else f"{described(error)}. Choose another --quantization, or base"
             raise UnsupportedBaseError(f"{type(base).__name__} cannot be served: {reason}") from error
+        self._routed = bool(experts)
+        exact = [*(module.exact(0) for module in linear), *experts]
+        named = "linear layers and mixtures" if experts else "linear layers"
+        self.promise = _promise(self.kernels, exact, self.kv_dtype, named)
+        """Guarantee about a sequence's bits, in a sentence or two."""
         self.groups = self._group_layers(max_length or sys.maxsize)
         """Groups of layers, each with blocks of its own."""
 
@@ -172,9 +179,14 @@ class ServedModel:
         return len(set(self._attention.shapes.values())) * (4 if eight else 2)
 
     @property
+    def _captures(self) -> bool:
+        """Whether passes are captured as CUDA graphs. Which experts are computed is not the same in each."""
+        return self.kernels.captures and not self.state_bytes and not self._routed
+
+    @property
     def graph_bytes(self) -> int:
         """Largest number of bytes that captured passes may take."""
-        if not self.kernels.captures:
+        if not self._captures:
             return 0
         from onebase_engine.engine.graphs import MOST_BYTES  # imports Triton
 
@@ -231,7 +243,7 @@ class ServedModel:
             numbers = np.arange(RESERVED_BLOCKS, RESERVED_BLOCKS + tried, dtype=np.int32)
             tables = numbers.reshape(-1, 2, parts) * np.array(strides, dtype=np.int32)[:, None, None]
             self._recorded = self._fuse(lambda number: self._try_pass(number, tables, block_size))
-        if self.kernels.captures and not self.state_bytes:
+        if self._captures:
             from onebase_engine.engine.graphs import Graphs  # imports Triton
 
             padding = [DUMP_BLOCK * stride * block_size for stride in strides]
@@ -393,14 +405,14 @@ class ServedModel:
         return logits
 
 
-def _promise(kernels: Kernels, exact: list[bool], kv_dtype: torch.dtype) -> str:
-    """Describe which bits are guaranteed. `exact`: whether linear layers have PEFT's bits without
+def _promise(kernels: Kernels, exact: list[bool], kv_dtype: torch.dtype, named: str) -> str:
+    """Describe which bits are guaranteed. `exact`: whether layers, `named` so, have PEFT's bits without
     adapters."""
     cached = " Keys and values are rounded to 8 bits, which PEFT's are not." if kv_dtype == torch.int8 else ""
     if not kernels.tiled:
         return f"A sequence agrees with PEFT, and with itself in another batch, up to rounding.{cached}"
     count = f"{'All' if all(exact) else f'{sum(exact)} of'} {len(exact)}"
-    base = f"{count} linear layers of the base give PEFT's own bits"
+    base = f"{count} {named} of the base give PEFT's own bits"
     rest = "" if all(exact) else ", the others sum in another order and are as close to the exact result"
     own = "A sequence's bits do not depend on the sequences next to it."
     return f"{own} {base}{rest}; what an adapter gives, its proof says.{cached}"

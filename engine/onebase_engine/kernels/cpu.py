@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from onebase_engine.base.experts import ExpertStack, is_usual, layer_of, matrix_names
 from onebase_engine.base.layers import is_nf4, plain_absmax
 from onebase_engine.environment import KERNELS
 from onebase_engine.kernels.interface import (
@@ -56,6 +58,8 @@ _NF4, _BF16 = 0, 1
 _LINEAR, _NORM, _ATTEND, _ADD = range(4)
 _MOST_LAYERS = 3
 _OUT_OF_MEMORY = -1
+_SILU = ("SiLU", "SiLUActivation")
+"""Names of the classes of silu."""
 _READ = (torch.bfloat16, torch.float32)
 """Dtypes of which the library reads rows of recurrent layers."""
 
@@ -120,6 +124,10 @@ class KernelCall(ctypes.Structure):
         ("ys", c_void_p * _MOST_LAYERS), ("x", c_void_p), ("other", c_void_p), ("weight", c_void_p),
         ("attention", c_void_p), ("projected", _Projected),
     )  # fmt: skip
+
+
+_ROWS_WORD, _X_WORD, _Y_WORD = (field.offset // 8 for field in (KernelCall.rows, KernelCall.x, KernelCall.ys))
+"""Places of fields in a call that is read as words of 8 bytes."""
 
 
 class _Draw(ctypes.Structure):
@@ -368,6 +376,17 @@ class CpuKernels(ReferenceRecurrence):
             self._blocks[key] = self._find_block(layer, *reference.weight())
         layer.structure.block, layer.exact_base = self._blocks[key]
         return layer
+
+    def experts(self, module: Any) -> NativeExperts | None:
+        kind: Any = type(module)
+        if not is_usual(kind):
+            return None
+        held = [getattr(module, name) for name in matrix_names(module)]
+        up, down = (self.linear(layer_of(one, 0), 0) for one in held)
+        if not (isinstance(up, NativeLinear) and isinstance(down, NativeLinear)):
+            return None
+        silu = type(module.act_fn).__name__ in _SILU and self.gates and up.size_out % (2 * LANES) == 0
+        return NativeExperts(self, held, up, down, None if silu else module.act_fn)
 
     def join(self, layers: Sequence[LinearKernel], *, gated: bool = False) -> NativeLayers | None:
         """Join layers. A gated pair is joined only if silu has PyTorch's bits."""
@@ -696,6 +715,125 @@ class NativeLayers:
         return ys
 
 
+class NativeExperts:
+    """Experts of a mixture by the library: two calls for each expert that is used, made at once.
+
+    Rows are sorted by expert. The gate and the up projection are the halves of one matrix.
+    """
+
+    def __init__(
+        self,
+        kernels: CpuKernels,
+        held: Sequence[Any],
+        up: NativeLinear,
+        down: NativeLinear,
+        activation: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> None:
+        """Describe the experts to the library.
+
+        Args:
+            held: stacks or parameters of the matrices up and down.
+            up: layer of the first expert's matrix up; `down`: of its matrix down.
+            activation: of the gate; None: silu, which the library computes.
+        """
+        self._kernels = kernels
+        self._activation = activation
+        self.exact = up.exact_base and down.exact_base
+        self._inner, self._size = down.size_in, down.size_out
+        count = len(held[1].weight if isinstance(held[1], ExpertStack) else held[1])
+        places = [_places(one, layer) for one, layer in zip(held, (up, down), strict=True)]
+        self._base = [up, down, *(memory for _, memory in places)]
+        self._layers = (_Linear * (3 * count))()
+        calls = (KernelCall * (2 * count))()
+        for number in range(count):
+            gate, second, last = (self._layers[3 * number + place] for place in range(3))
+            halves = (0, 1) if activation is None else (None, None)
+            for structure, layer, (place, _), half in (
+                (gate, up, places[0], halves[0]), (second, up, places[0], halves[1]),
+                (last, down, places[1], None),
+            ):  # fmt: skip
+                _describe(structure, layer, place(number), half)
+            first, then = calls[2 * number], calls[2 * number + 1]
+            first.kind = then.kind = _LINEAR
+            first.gated, then.count = activation is None, 1
+            first.count = 1 + first.gated
+            first.layers[0], first.layers[1] = ctypes.addressof(gate), ctypes.addressof(second)
+            then.layers[0] = ctypes.addressof(last)
+        words = np.frombuffer(memoryview(calls).cast("B"), np.int64)
+        self._calls = words.reshape(count, 2, -1).copy()
+        """The two calls of each expert, as words [experts, 2, ...]."""
+
+    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.bfloat16:
+            raise TypeError(f"experts in bf16 got rows in {x.dtype}")
+        rows, each = chosen.shape
+        numbers = chosen.numpy()
+        flat = numbers.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        used, starts, counts = np.unique(flat[order], return_index=True, return_counts=True)
+        if len(used) and not 0 <= used[0] <= used[-1] < len(self._calls):
+            raise ValueError("a router chose an expert that there is not")
+        xs = x[torch.from_numpy(order // each)]
+        ys = torch.empty(len(flat), self._size, dtype=x.dtype)
+        calls = self._calls[used]
+        calls[:, :, _ROWS_WORD] = counts[:, None]
+
+        def multiply(parts: slice, *tensors: torch.Tensor) -> None:
+            places = [one.data_ptr() + starts * one.stride(0) * one.itemsize for one in tensors]
+            for number, (source, target) in enumerate(pairwise(places)):
+                calls[:, parts][:, number, [_X_WORD, _Y_WORD]] = np.stack([source, target], 1)
+            made = np.ascontiguousarray(calls[:, parts])
+            self._kernels.run_all(made.ctypes.data, made.shape[0] * made.shape[1], None, None)
+
+        if self._activation is None:
+            multiply(slice(0, 2), xs, torch.empty(len(flat), self._inner, dtype=x.dtype), ys)
+        else:
+            both = torch.empty(len(flat), 2 * self._inner, dtype=x.dtype)
+            multiply(slice(0, 1), xs, both)
+            gate, up = both.chunk(2, dim=-1)
+            multiply(slice(1, 2), self._activation(gate) * up, ys)
+        # A row adds up by ascending number of the expert.
+        place = np.empty(len(flat), np.int64)
+        place[order] = np.arange(len(flat))
+        by_expert = np.argsort(numbers, axis=1, kind="stable")
+        index = torch.from_numpy(np.take_along_axis(place.reshape(rows, each), by_expert, 1))
+        parts = ys[index] * weights.gather(1, torch.from_numpy(by_expert))[..., None]
+        parts = parts.to(x.dtype)
+        total = torch.zeros_like(x)
+        for part in parts.unbind(1):
+            total += part
+        return total
+
+
+def _places(held: Any, first: NativeLinear) -> tuple[Callable[[int], tuple[int, int | None]], Any]:
+    """Return a function from an expert's number to the addresses of its weight and its statistics, and the
+    memory where these are."""
+    if not isinstance(held, ExpertStack):
+        stride = held.stride(0) * held.itemsize
+        return (lambda number: (held.data_ptr() + number * stride, None)), held
+    panels = _panels_of_stack(held)
+    stride, step = held.weight.stride(0), panels.stride(0) * panels.itemsize
+    return (
+        lambda number: (held.weight.data_ptr() + number * stride, panels.data_ptr() + number * step)
+    ), panels
+
+
+def _describe(
+    structure: _Linear, layer: NativeLinear, place: tuple[int, int | None], half: int | None
+) -> None:
+    """Describe a matrix like that of `layer`, or its first or second half of outputs, at another place."""
+    ctypes.pointer(structure)[0] = layer.structure
+    weight, absmax = place
+    structure.lora = None
+    if half is not None:
+        structure.size_out = layer.size_out // 2
+        outputs = half * structure.size_out
+        weight += outputs * layer.size_in * (1 if layer.kind == _NF4 else 4) // 2
+        if absmax is not None:
+            absmax += outputs * (layer.size_in >> structure.blocksize_log2) * 4
+    structure.weight, structure.absmax = weight, absmax
+
+
 class NativeAttention:
     """Attention of one layer by the library."""
 
@@ -751,11 +889,24 @@ def _by_panels(weight: Any, outputs: int) -> torch.Tensor:
     """
     made: torch.Tensor | None = getattr(weight, "onebase_panels", None)
     if made is None:
-        absmax = plain_absmax(weight.quant_state).float().view(outputs, -1)
-        padded = functional.pad(absmax, (0, 0, 0, -outputs % LANES))
-        made = padded.view(-1, LANES, padded.shape[1]).transpose(1, 2).contiguous()
-        weight.onebase_panels = made
+        made = weight.onebase_panels = _panels(plain_absmax(weight.quant_state).float().view(outputs, -1))
     return made
+
+
+def _panels_of_stack(stack: ExpertStack) -> torch.Tensor:
+    """Return the same of all experts, [experts, out / LANES, blocks of an output, LANES]; the stack's weight
+    keeps it."""
+    made: torch.Tensor | None = getattr(stack.weight, "onebase_panels", None)
+    if made is None:
+        absmax = (plain_absmax(stack.state(number)).float() for number in range(stack.count))
+        made = torch.stack([_panels(one.view(stack.size_out, -1)) for one in absmax])
+        stack.weight.onebase_panels = made  # type: ignore[attr-defined]
+    return made
+
+
+def _panels(absmax: torch.Tensor) -> torch.Tensor:
+    padded = functional.pad(absmax, (0, 0, 0, -len(absmax) % LANES))
+    return padded.view(-1, LANES, padded.shape[1]).transpose(1, 2).contiguous()
 
 
 def _every_number() -> tuple[torch.Tensor, torch.Tensor]:

@@ -1243,6 +1243,9 @@ class CudaKernels(CudaRecurrence):
             return None
         return CudaLayers(self, own, gated=gated)
 
+    def experts(self, module: Any) -> None:
+        return None
+
     def unpack(self, layer: CudaLinear, number: int) -> torch.Tensor:
         """Return the layer's weights in bf16, valid until the next call for a layer of this number."""
         size = layer.size_in * layer.size_out

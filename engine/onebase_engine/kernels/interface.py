@@ -188,6 +188,25 @@ class LinearKernel(Protocol):
         ...
 
 
+class ExpertsKernel(Protocol):
+    """A mixture's experts, as transformers computes them one after the other (`MixtralExperts`)."""
+
+    exact: bool
+    """Whether products have PyTorch's bits, according to trials on this machine."""
+
+    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Compute x [rows, hidden] -> the same: the weighted sum of what each row's experts give.
+
+        Each product is rounded to the weights' dtype and then to that of x, and sums of a row are rounded one
+        by one, by ascending number of the expert.
+
+        Args:
+            chosen: numbers of the experts, [rows, k] int64.
+            weights: [rows, k].
+        """
+        ...
+
+
 class JoinedLayers(Protocol):
     """Linear layers that multiply the same rows in one call."""
 
@@ -327,6 +346,11 @@ class Kernels(RecurrentKernels, Protocol):
 
         `gated`: the layers are a gate and an up projection, whose one result is silu(gate) * up.
         """
+        ...
+
+    def experts(self, module: Any) -> ExpertsKernel | None:
+        """Return the kernel of a mixture's experts, plain or in NF4; None if their matrices are multiplied
+        one by one."""
         ...
 
     def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -171,6 +171,9 @@ class ReferenceKernels(ReferenceRecurrence):
     def join(self, layers: Sequence[LinearKernel], *, gated: bool = False) -> None:
         return None
 
+    def experts(self, module: Any) -> None:
+        return None
+
     def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         norm: Callable[[torch.Tensor], torch.Tensor] = base
         return norm

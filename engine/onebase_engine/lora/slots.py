@@ -7,14 +7,13 @@ the step: a `RowMap`, set on the shared `StepRows` before the forward pass.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from onebase_engine.base.layers import hidden_norms, input_embedding, output_head
+from onebase_engine.base.layers import hidden_norms, input_embedding, is_linear, output_head, takes_rows_alone
 from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.weights import AdapterWeights, ModuleWeights, SavedModule, copied, narrowed
 from onebase_engine.lora.embedding import SlotEmbedding
@@ -83,7 +82,7 @@ def wrap_layers(
     for name, module in list(model.named_modules()):
         if module is embedding:
             slot_module: SlotModule = SlotEmbedding(module, step, kernels)
-        elif isinstance(module, nn.Linear):
+        elif is_linear(module):
             slot_module = SlotLinear(
                 module, step, kernels, slots=slots, head=module is head, unpacked=unpacked
             )
@@ -92,7 +91,7 @@ def wrap_layers(
         else:
             # On the CPU PyTorch sums a row by itself.
             named = "norm" in type(module).__name__.lower()
-            if not kernels.tiled and named and _takes_rows_alone(module):
+            if not kernels.tiled and named and takes_rows_alone(module):
                 kernel = kernels.norm(module)
                 if kernel is not module:
                     _replace(model, name, HeadNorm(module, kernel))
@@ -100,11 +99,6 @@ def wrap_layers(
         _replace(model, name, slot_module)
         wrapped[name] = slot_module
     return wrapped
-
-
-def _takes_rows_alone(module: nn.Module) -> bool:
-    """Return True unless `forward` has further arguments, as that of a gated norm has."""
-    return len(inspect.signature(module.forward).parameters) == 1
 
 
 def _replace(model: nn.Module, name: str, by: nn.Module) -> None:

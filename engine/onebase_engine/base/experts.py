@@ -1,0 +1,372 @@
+"""Experts of a mixture in NF4, matrix by matrix.
+
+transformers keeps the matrices of all experts in one parameter [experts, ...], which bitsandbytes leaves
+alone. Here an `ExpertStack` takes the parameter's place: each matrix is quantized by itself, to the numbers
+that bitsandbytes gives it as a linear layer's weight, and is dequantized where modelling code takes it by its
+number. So a mixture's own code computes with the quantized experts, in its own order.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+NAME = "onebase_eager"
+"""Name, in transformers' interface of experts, of the model's own code with dequantized matrices."""
+_QUANTIZER = "onebase_nf4"
+_NESTED_BLOCKSIZE = 256
+_OWNER = "onebase_owner"
+"""Attribute of a dequantized matrix: the stack and the number that it is dequantized from again."""
+
+
+class Matrices(NamedTuple):
+    """Place of a parameter that holds one matrix for each expert."""
+
+    path: str
+    """Full name."""
+    module: Any
+    """Module of the experts."""
+    name: str
+    """Name in that module."""
+    transposed: bool
+    """Whether a matrix is [in, out]."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Number of experts, inputs and outputs."""
+        held = getattr(self.module, self.name)
+        if isinstance(held, ExpertStack):
+            return held.count, held.size_in, held.size_out
+        count, first, second = held.shape
+        return (count, first, second) if self.transposed else (count, second, first)
+
+
+class ExpertStack(nn.Module):
+    """Matrices of one shape in NF4, one for each expert; `stack[number]` is one of them, dequantized."""
+
+    weight: nn.Parameter
+    """Two values a byte, [experts, out * in / 2] uint8."""
+    absmax: torch.Tensor
+    """Largest value of each block, [experts, blocks]: fp32, or uint8 with double quantization."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        statistics: Mapping[str, torch.Tensor],
+        *,
+        size_in: int,
+        size_out: int,
+        blocksize: int,
+        dtype: torch.dtype,
+        transposed: bool = False,
+    ) -> None:
+        """Stack quantized matrices.
+
+        Args:
+            statistics: `absmax` and `code`; with double quantization `offset` [experts], `nested_absmax`
+                [experts, ...] and `nested_code` as well.
+            dtype: of the matrices before they were quantized, and dequantized.
+            transposed: whether modelling code expects [in, out].
+        """
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        for name, tensor in statistics.items():
+            self.register_buffer(name, tensor)
+        self.size_in, self.size_out = size_in, size_out
+        self.blocksize, self.dtype, self.transposed = blocksize, dtype, transposed
+
+    @property
+    def count(self) -> int:
+        """Number of experts."""
+        return len(self.weight)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights before they were packed."""
+        return self.count * self.size_in * self.size_out
+
+    @property
+    def nested(self) -> bool:
+        """Whether the statistics are quantized themselves."""
+        return "nested_absmax" in self._buffers
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the parameter before it was quantized."""
+        sizes = (self.size_in, self.size_out) if self.transposed else (self.size_out, self.size_in)
+        return torch.Size((self.count, *sizes))
+
+    def state(self, number: int) -> Any:
+        """Return bitsandbytes' quantization state of one matrix."""
+        from bitsandbytes.functional import QuantState
+
+        nested: dict[str, Any] = {}
+        if self.nested:
+            inner = QuantState(
+                absmax=self.nested_absmax[number],  # type: ignore[index]
+                code=self.nested_code,
+                blocksize=_NESTED_BLOCKSIZE,
+                dtype=torch.float32,
+            )
+            nested = {"offset": self.offset[number], "state2": inner}  # type: ignore[index]
+        return QuantState(
+            absmax=self.absmax[number],
+            shape=torch.Size((self.size_out, self.size_in)),
+            code=self.code,
+            blocksize=self.blocksize,
+            quant_type="nf4",
+            dtype=self.dtype,
+            **nested,
+        )
+
+    def layer(self, number: int) -> Any:
+        """Return one matrix as bitsandbytes' linear layer, over the same memory."""
+        import bitsandbytes as bnb
+
+        state = self.state(number)
+        layer = bnb.nn.Linear4bit(
+            self.size_in, self.size_out, bias=False, compute_dtype=self.dtype,
+            compress_statistics=self.nested, quant_type="nf4", device="meta",
+        )  # fmt: skip
+        packed = self.weight.detach()[number].view(-1, 1)
+        layer.weight = bnb.nn.Params4bit(
+            packed, requires_grad=False, quant_state=state, blocksize=self.blocksize,
+            compress_statistics=self.nested, quant_type="nf4", bnb_quantized=True, module=layer,
+        )  # fmt: skip
+        layer.support_avx512bf16_for_cpu = False
+        return layer
+
+    def __getitem__(self, number: int | torch.Tensor) -> torch.Tensor:
+        """Return one expert's matrix as the parameter would hold it, in `dtype`."""
+        matrix = self._matrix(int(number))
+        return matrix.T if self.transposed else matrix
+
+    def _matrix(self, number: int) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        packed = self.weight.detach()[number].view(-1, 1)
+        matrix: torch.Tensor = dequantize_4bit(packed, self.state(number))
+        setattr(matrix, _OWNER, (self, number))
+        return matrix
+
+
+def layer_of(held: ExpertStack | torch.Tensor, number: int, transposed: bool = False) -> Any:
+    """Return one matrix of a stack, or of a plain parameter, as a linear layer over the same memory."""
+    if isinstance(held, ExpertStack):
+        return held.layer(number)
+    matrix = held.detach()[number].T if transposed else held.detach()[number]
+    layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(matrix, requires_grad=False)
+    return layer
+
+
+def quantize_stack(
+    matrices: torch.Tensor, *, transposed: bool, blocksize: int, double_quant: bool
+) -> ExpertStack:
+    """Quantize a parameter [experts, ...], matrix by matrix, as bitsandbytes would each of them."""
+    from bitsandbytes.functional import quantize_4bit
+
+    parts: dict[str, list[torch.Tensor]] = {}
+    code: dict[str, torch.Tensor] = {}
+    for matrix in matrices.unbind():
+        plain = (matrix.T if transposed else matrix).contiguous()
+        packed, state = quantize_4bit(
+            plain, blocksize=blocksize, compress_statistics=double_quant, quant_type="nf4"
+        )
+        found = {"weight": packed.flatten(), "absmax": state.absmax}
+        code["code"] = state.code
+        if double_quant:
+            found |= {"offset": state.offset, "nested_absmax": state.state2.absmax}
+            code["nested_code"] = state.state2.code
+        for name, tensor in found.items():
+            parts.setdefault(name, []).append(tensor)
+    stacked = {name: torch.stack(tensors) for name, tensors in parts.items()}
+    # Codes are one tensor for all of bitsandbytes' layers.
+    codes = {name: tensor.to(matrices.device) for name, tensor in code.items()}
+    size_out, size_in = plain.shape
+    return ExpertStack(
+        stacked.pop("weight"), stacked | codes, size_in=size_in, size_out=size_out, blocksize=blocksize,
+        dtype=matrices.dtype, transposed=transposed,
+    )  # fmt: skip
+
+
+def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the modules of experts that transformers computes through its interface, by full name."""
+    for path, module in model.named_modules():
+        if _is_known(module):
+            yield path, module
+
+
+def expert_matrices(model: nn.Module) -> Iterator[Matrices]:
+    """Yield the parameters and stacks that hold one matrix for each expert."""
+    for path, module in expert_modules(model):
+        for name in matrix_names(module):
+            yield Matrices(f"{path}.{name}", module, name, module.is_transposed)
+
+
+def experts_per_token(config: Any) -> int:
+    """Return how many experts of a layer a token uses, by a text model's config; 0 without experts."""
+    names = ("num_experts_per_tok", "top_k_experts")
+    return next((int(found) for name in names if (found := getattr(config, name, None))), 0)
+
+
+def _is_known(module: Any) -> bool:
+    """Return True for a module of experts whose matrices are where transformers' interface has them.
+
+    A norm behind each expert would be applied to rows in another order than the step's.
+    """
+    if not hasattr(module, "is_concatenated") or getattr(module, "has_post_expert_norm", True):
+        return False
+    held = [getattr(module, name, None) for name in matrix_names(module)]
+    return all(
+        isinstance(one, ExpertStack) or (isinstance(one, nn.Parameter) and one.dim() == 3) for one in held
+    )
+
+
+def matrix_names(module: Any) -> tuple[str, str]:
+    """Return the names of the two parameters that hold the experts' matrices."""
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def place_stacks(model: nn.Module, stacks: Mapping[str, ExpertStack]) -> None:
+    """Put stacks where the parameters of these full names are."""
+    for path, stack in stacks.items():
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        module._parameters.pop(name, None)
+        setattr(module, name, stack)
+
+
+def use_own_code(model: nn.Module) -> None:
+    """Let a model's experts be computed by the model's own code, one after the other."""
+    modules = [module for _, module in expert_modules(model)]
+    if modules:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        ALL_EXPERTS_FUNCTIONS.register(NAME, compute_experts)
+    for module in modules:
+        module.config._experts_implementation = NAME
+
+
+def own_code(module: Any) -> Any:
+    """Return the forward of a module of experts without transformers' interface."""
+    return inspect.unwrap(type(module).forward)
+
+
+@cache
+def is_usual(kind: Any) -> bool:
+    """Return True if a class of experts is computed like Mixtral's, as most are."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    own, usual = (inspect.unwrap(one.forward).__code__ for one in (kind, MixtralExperts))
+    return all(getattr(own, part) == getattr(usual, part) for part in ("co_code", "co_names", "co_consts"))
+
+
+def compute_experts(module: nn.Module, *args: Any, **named: Any) -> torch.Tensor:
+    """Compute experts by the model's own code; for a backward, matrices are dequantized once more."""
+    with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
+        result: torch.Tensor = own_code(module)(module, *args, **named)
+        return result
+
+
+def _packed(tensor: torch.Tensor) -> Any:
+    """Return what autograd keeps in place of a tensor: of a dequantized matrix, where it comes from."""
+    for one in (tensor, tensor._base):
+        owner = getattr(one, _OWNER, None)
+        if owner is not None:
+            return *owner, tensor.size(), tensor.stride()
+    return tensor
+
+
+def _unpacked(kept: Any) -> torch.Tensor:
+    if isinstance(kept, torch.Tensor):
+        return kept
+    stack, number, size, stride = kept
+    matrix: torch.Tensor = stack._matrix(number)
+    return matrix.as_strided(size, stride)
+
+
+@cache
+def _register_quantizer() -> None:
+    """Register bitsandbytes' quantizer for 4 bits with transformers once more, as one that knows experts."""
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.integrations.mxfp4 import dequantize_convertops
+    from transformers.quantizers.auto import register_quantizer
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    class Quantize(ConversionOps):  # type: ignore[misc]
+        """Quantizes what a checkpoint has for one parameter."""
+
+        def __init__(self, quantizer: Any, linear: Any) -> None:
+            self.quantizer, self.linear = quantizer, linear
+
+        def convert(self, input_dict: dict[str, Any], **given: Any) -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            for path in [path for path in input_dict if path in self.quantizer.places]:
+                value = input_dict.pop(path)
+                stack = quantize_stack(
+                    value[0] if isinstance(value, list) else value,
+                    transposed=self.quantizer.places[path].transposed,
+                    blocksize=64,
+                    double_quant=self.quantizer.quantization_config.bnb_4bit_use_double_quant,
+                )
+                self.quantizer.stacks[path] = stack
+                # transformers puts parameters where it has read them, and checks that all are there.
+                found[path] = stack.weight
+            found |= self.linear.convert(input_dict, **given)
+            return found
+
+    class Unpack(ConversionOps):  # type: ignore[misc]
+        """Makes the plain parameter of experts that a checkpoint has in MXFP4."""
+
+        def convert(self, input_dict: dict[str, Any], **given: Any) -> dict[str, Any]:
+            path = given["full_layer_name"]
+            name = path.rpartition(".")[2]
+            blocks, scales = (input_dict[f"{name}_{part}"] for part in ("blocks", "scales"))
+            # Read in the base's dtype, which holds every byte as it is.
+            octets = [(one[0] if isinstance(one, list) else one).to(torch.uint8) for one in (blocks, scales)]
+            dtype = given["model"].get_parameter(path).dtype
+            return {path: dequantize_convertops(*octets, dtype).detach()}
+
+    @register_quantizer(_QUANTIZER)
+    class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+        """Quantizes linear layers and experts while they are loaded, one parameter after the other."""
+
+        def _process_model_before_weight_loading(self, model: Any, *args: Any, **named: Any) -> None:
+            super()._process_model_before_weight_loading(model, *args, **named)
+            self.places = {one.path: one for one in expert_matrices(model)}
+            self.stacks: dict[str, ExpertStack] = {}
+
+        def param_needs_quantization(self, model: Any, param_name: str, **named: Any) -> bool:
+            return param_name in self.places or super().param_needs_quantization(model, param_name, **named)
+
+        def get_weight_conversions(self) -> list[Any]:
+            names = {one.name for one in self.places.values()} if self.quantization_config.from_mxfp4 else ()
+            own = (WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [Unpack()]) for name in names)
+            return [*super().get_weight_conversions(), *own]
+
+        def get_quantize_ops(self) -> Any:
+            return Quantize(self, super().get_quantize_ops())
+
+        def _process_model_after_weight_loading(self, model: Any, **named: Any) -> Any:
+            place_stacks(model, self.stacks)
+            # The places hold modules, and the model holds its quantizer.
+            self.places.clear()
+            self.stacks.clear()
+            return super()._process_model_after_weight_loading(model, **named)
+
+
+def with_experts(config: Any, *, from_mxfp4: bool = False) -> Any:
+    """Return transformers' settings of bitsandbytes' 4 bits so that experts are quantized as well.
+
+    from_mxfp4: the checkpoint has them in MXFP4.
+    """
+    _register_quantizer()
+    config.quant_method = _QUANTIZER
+    config.from_mxfp4 = from_mxfp4
+    return config
