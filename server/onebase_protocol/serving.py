@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Literal
 
 import msgspec
@@ -18,7 +17,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["model"] = "model"
     type: Literal["model"] = "model"
     display_name: str = ""
-    created_at: Annotated[datetime | None, shown_as(type="string", format="date-time")] = None
+    created_at: Annotated[str | None, shown_as(type="string", format="date-time")] = None
     """The same as `created`; it, `type` and `display_name` are Anthropic's."""
     created: Annotated[int | None, shown_as(type="integer")] = None
     """Unix time in seconds."""

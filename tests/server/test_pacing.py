@@ -258,3 +258,33 @@ def test_the_server_paces_tenants_and_not_those_who_operate_it(scopes: set[str],
         assert seen == ["/0", "/1", "/2"]
 
     play(script)
+
+
+def test_of_requests_that_arrive_while_one_was_just_let_in_each_pays_before_the_next() -> None:
+    async def script(requests: Requests) -> None:
+        async with requests.stream("good"):
+            account = requests.pacer._account("evil")
+            account.mean = account.debt = ALLOWANCE_SECONDS / 2
+            account.timer = asyncio.get_running_loop().call_later(0.001, requests.pacer._wake, account)
+            account.waiting.append(asyncio.get_running_loop().create_future())
+            waiting = [requests.start(f"evil {number}") for number in range(20)]
+            await settle()
+            assert len(requests.begun) < 5
+        await asyncio.gather(*waiting)
+
+    play(script)
+
+
+def test_requests_that_leave_while_they_wait_do_not_make_later_ones_look_cheap() -> None:
+    async def script(requests: Requests) -> None:
+        async with requests.stream("good"):
+            await requests.run("evil 0", MUCH)
+            mean = requests.pacer._account("evil").mean
+            for number in range(1, 60):
+                left = requests.start(f"evil {number}")
+                await asyncio.sleep(0)
+                left.cancel()
+            await settle()
+            assert requests.pacer._account("evil").mean == mean
+
+    play(script)

@@ -192,6 +192,18 @@ def test_a_call_that_was_cut_is_gone_on_from_as_far_as_it_goes() -> None:
     assert call["function"]["arguments"] == {"city": "Par"}
 
 
+def test_a_thought_stands_before_what_came_of_it() -> None:
+    thoughts = [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": one}]} for one in "AB"]
+    said = {"type": "message", "role": "assistant", "content": "M"}
+    messages = conversation(None, items_again([thoughts[0], said, thoughts[1], CALL]))
+    assert [(one.reasoning_content, bool(one.tool_calls)) for one in messages] == [("A", False), ("B", True)]
+
+
+def test_thoughts_alone_cannot_be_answered() -> None:
+    with pytest.raises(InvalidRequestError, match="nothing to answer"):
+        conversation(None, items_again([{"type": "reasoning", "summary": []}]))
+
+
 def test_nothing_can_follow_a_call_that_no_template_could_write() -> None:
     with pytest.raises(InvalidRequestError, match="nothing can follow") as caught:
         items_again([CALL | {"arguments": '{"a":' * 70 + "1" + "}" * 70}])

@@ -421,14 +421,14 @@ def _nf4_code() -> torch.Tensor:
 
 
 def load_config(folder: Path) -> Any:
-    """Load transformers' config of the base in a folder. Raises UnsupportedBaseError if it is unservable."""
+    """Load a base's config as `read_config` does. Raises UnsupportedBaseError if it is unservable."""
     config = read_config(folder)
     check_servable(config)
     return config
 
 
 def read_config(folder: Path) -> Any:
-    """Return transformers' config of the base in a folder, which may be one that cannot be served.
+    """Return transformers' config of the base in a folder, or in a config.json; it may be unservable.
 
     Raises:
         UnsupportedBaseError: transformers does not know such a base, or the config asks for more modules than
@@ -437,7 +437,7 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        _check_counts(folder / "config.json")
+        _check_counts(folder if folder.is_file() else folder / "config.json")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         _tie_alone(config)
         return config

@@ -28,7 +28,6 @@ from onebase_edge.errors import (
 from onebase_engine.engine.messages import BaseInfo, Sampling
 from onebase_server.adapters.catalog import (
     HUB_PREFIX,
-    OTHER_NAMES_OF_THE_BASE,
     AdapterChoice,
     Catalog,
     is_checkpoint,
@@ -167,7 +166,7 @@ class Planner:
         async def choose(request: GenerationRequest) -> AdapterChoice:
             return await self._adapter(body, request, transcript)
 
-        return await self._with_own_tokenizer(plan, choose, caller.tenant, self.base_name, body)
+        return await self._with_own_tokenizer(plan, choose, caller.tenant, self.base_name, body, transcript)
 
     async def _plan_generate(
         self, body: GenerateRequest, caller: Caller, tokenizer: BaseTokenizer
@@ -198,13 +197,18 @@ class Planner:
         tenant: str,
         model: str,
         body: AdapterFields,
+        transcript: Transcript | None,
     ) -> GenerationRequest:
         """Return a request that is planned with the tokenizer of its adapter.
 
         The adapter is looked up last. If it turns out to have another tokenizer than that of the names known
         before, such as one pulled for this request, the request is planned again.
         """
-        tokenizer, pulled = await self.tokenizer_of(tenant, model, body), False
+        versions = () if transcript is None else transcript.opening.adapters
+        if len(versions) == 1:  # with which the stream began, whichever is active now
+            tokenizer, pulled = await self._tokenizer_of_name(tenant, versions[0]), True
+        else:
+            tokenizer, pulled = await self.tokenizer_of(tenant, model, body), False
         for _ in range(_PLANS):
             try:
                 request = await plan(tokenizer)
@@ -229,9 +233,13 @@ class Planner:
             retry_after=1.0,
         )
 
-    async def thought_format(self, tenant: str, model: str) -> ThoughtFormat | None:
-        """Return the format of a model's thoughts, by its chat template, if it thinks."""
-        own = await self.tokenizer_of(tenant, model)
+    async def thought_format(
+        self, tenant: str, model: str, body: AdapterFields | None = None
+    ) -> ThoughtFormat | None:
+        """Return the format of the thoughts in a request's answer, by its chat template, if it thinks."""
+        if body is not None:
+            await self._pull_first(tenant, model, body)
+        own = await self.tokenizer_of(tenant, model, body)
         await self.read_template(tenant, own)
         return own.thought_format
 
@@ -251,8 +259,9 @@ class Planner:
         """Return the tokenizer of the adapter that a request names, or the base's: also for a sum of several,
         and for a name that is not known, or not ready."""
         reference = self._named(tenant, model, body)
-        if reference is None:
-            return self._tokenizer
+        return self._tokenizer if reference is None else await self._tokenizer_of_name(tenant, reference)
+
+    async def _tokenizer_of_name(self, tenant: str, reference: str) -> BaseTokenizer:
         try:
             choice = self._catalog.of(tenant).choose(reference)
         except ApiError:
@@ -297,7 +306,7 @@ class Planner:
         self, body: CompletionRequest, caller: Caller, transcript: Transcript | None = None
     ) -> GenerationRequest:
         self.base()
-        self.check_model(body.model, body)
+        self.check_model(caller.tenant, body.model, body)
         self._check_room(body, caller, len(body.prompts()))
 
         async def plan(tokenizer: BaseTokenizer) -> GenerationRequest:
@@ -306,7 +315,7 @@ class Planner:
         async def choose(request: GenerationRequest) -> AdapterChoice:
             return await self.choose(body.model, body, request, transcript)
 
-        return await self._with_own_tokenizer(plan, choose, caller.tenant, body.model, body)
+        return await self._with_own_tokenizer(plan, choose, caller.tenant, body.model, body, transcript)
 
     async def _plan_completion(
         self, body: CompletionRequest, caller: Caller, tokenizer: BaseTokenizer
@@ -359,7 +368,7 @@ class Planner:
         transcript: Transcript | None,
     ) -> GenerationRequest:
         self.base()
-        self.check_model(body.model, body)
+        self.check_model(caller.tenant, body.model, body)
         self._check_room(body, caller)
 
         async def plan(tokenizer: BaseTokenizer) -> GenerationRequest:
@@ -368,7 +377,7 @@ class Planner:
         async def choose(request: GenerationRequest) -> AdapterChoice:
             return await self.choose(body.model, body, request, transcript)
 
-        return await self._with_own_tokenizer(plan, choose, caller.tenant, body.model, body)
+        return await self._with_own_tokenizer(plan, choose, caller.tenant, body.model, body, transcript)
 
     async def _plan_conversation(
         self,
@@ -452,6 +461,15 @@ class Planner:
         """Return the prompt of a conversation."""
         prompt = await self.chat_prompt(tenant, body, messages, reasoning_effort, tokenizer=tokenizer)
         return prompt.tokens
+
+    async def input_tokens(self, tenant: str, body: ResponsesRequest, messages: Sequence[ChatMessage]) -> int:
+        """Return the number of tokens of a response's prompt."""
+        tokenizer = await self.tokenizer_of(tenant, body.model, body)
+        try:
+            found = await self.chat_tokens(tenant, body, messages, body.reasoning_effort, tokenizer)
+        except InvalidRequestError as error:
+            raise _in_words_of_responses(error) from error.__cause__
+        return len(found)
 
     async def texts(
         self,
@@ -574,11 +592,8 @@ class Planner:
         except AdapterNotFoundError as error:
             raise AdapterDeletedError(version_names[0]) from error
 
-    def check_model(self, model: str, body: AdapterFields) -> None:
-        if body.wanted_adapter is not None and model not in {
-            self._catalog.base_name,
-            *OTHER_NAMES_OF_THE_BASE,
-        }:
+    def check_model(self, tenant: str, model: str, body: AdapterFields) -> None:
+        if body.wanted_adapter is not None and not self._catalog.means_base(tenant, model):
             raise InvalidRequestError(
                 f"model already names an adapter. Send adapter with model {self._catalog.base_name!r} only.",
                 param="adapter",

@@ -277,7 +277,7 @@ class ReadingPlanner:
         """Return the jobs with their adapter. Raises UnavailableError if it turns out to have another
         tokenizer than the one that made their tokens."""
         model = body.model or self._planner.base_name
-        self._planner.check_model(model, body)
+        self._planner.check_model(jobs[0].tenant, model, body)
         adapter = await self._planner.choose(model, body, jobs[0])
         if await self._planner.tokenizer_for(adapter, jobs[0].tenant) is not tokenizer:
             raise UnavailableError(

@@ -79,16 +79,19 @@ class RequestPacer:
         thread until `runs`."""
         account = self._account(tenant)
         account.requests += 1
+        began = False
         try:
             if not at_once and (account.waiting or self._must_wait(account)):
                 await self._wait(account)
+            began = True
             account.prepaid += account.mean
             self._owe(account, account.mean)  # before the next one looks whether it must wait
             await _timed(answer(), runs, partial(self._charge, account))
         finally:
             account.requests -= 1
-            account.mean += _NEWEST * (account.cost - account.mean)
-            account.cost = 0.0
+            if began:
+                account.mean += _NEWEST * (account.cost - account.mean)
+                account.cost = 0.0
             if not account.requests:
                 account.prepaid = 0.0
                 self._release()
@@ -135,7 +138,8 @@ class RequestPacer:
     async def _wait(self, account: _Account) -> None:
         turn = asyncio.get_running_loop().create_future()
         account.waiting.append(turn)
-        self._wake(account)
+        if account.timer is None:  # else one has just begun, or waits for its turn already
+            self._wake(account)
         try:
             await turn
         except asyncio.CancelledError:

@@ -26,7 +26,8 @@ async def create_message(
 ) -> Response:
     """Generate the assistant's next message; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
-    format = await services.planner.thought_format(caller.tenant, body.model)
+    services.planner.check_model(caller.tenant, body.model, body)
+    format = await services.planner.thought_format(caller.tenant, body.model, body)
     chat = await off_loop(request, body.chat, format)
     transcript = await transcript_of(request, services, body.stream)
     engine_request = replace(await services.planner.chat(chat, caller, transcript), id=new_id("msg_"))

@@ -86,7 +86,7 @@ def _model(services: Services, name: str, version: VersionRecord | None) -> Mode
     return Model(
         id=name,
         created=int(created),
-        created_at=datetime.fromtimestamp(int(created), UTC),
+        created_at=datetime.fromtimestamp(int(created), UTC).isoformat(),
         display_name=name,
         owned_by="onebase",
         root=base if version is None else label(version.name, version.digest),

@@ -69,13 +69,11 @@ async def count_input_tokens(
 ) -> Response:
     """Count the tokens of a response's prompt; nothing is generated."""
     services.refuse_if_draining()
+    services.planner.check_model(caller.tenant, body.model, body)
     find_model(services, caller, body.model)
     _, messages = await _conversation_of(body, request, services, caller)
-    tokenizer = await services.planner.tokenizer_of(caller.tenant, body.model)
-    tokens = await services.planner.chat_tokens(
-        caller.tenant, body, messages, body.reasoning_effort, tokenizer
-    )
-    return json_response(InputTokensAnswer(len(tokens)))
+    count = await services.planner.input_tokens(caller.tenant, body, messages)
+    return json_response(InputTokensAnswer(count))
 
 
 async def _conversation_of(

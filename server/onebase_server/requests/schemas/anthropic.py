@@ -435,7 +435,9 @@ class ConversationRequest(Tolerant):
         options = dict(self.chat_template_kwargs or {})
         thinks = self.thinking is not None and self.thinking.type != "disabled"
         switch = None if format is None else format.switch
-        if switch is not None and thinks != switch.default:
+        effort = fields.get("reasoning_effort")
+        named = thinks and effort is not None and switch is not None and switch.name == "reasoning_effort"
+        if switch is not None and thinks != switch.default and not named:
             options.setdefault(switch.name, switch.on if thinks else switch.off)
         budget = self.thinking.budget_tokens if self.thinking is not None and thinks else None
         if format is not None and format.budget is not None and budget is not None:

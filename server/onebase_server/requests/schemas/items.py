@@ -231,7 +231,7 @@ def conversation(instructions: str | None, items: Sequence[AnyItem]) -> list[Cha
             turns.append({"role": "tool", "content": _text(item.output), "tool_call_id": item.call_id})
         else:
             called.add(item.call_id)
-            if not turns or turns[-1]["role"] != "assistant":
+            if not turns or turns[-1]["role"] != "assistant" or thought:
                 turns.append({"role": "assistant", "content": ""})
             call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
             turns[-1].setdefault("tool_calls", []).append(call)
@@ -241,6 +241,8 @@ def conversation(instructions: str | None, items: Sequence[AnyItem]) -> list[Cha
             if turns[-1]["role"] == "assistant":  # others have none: a thought that was cut answers nothing
                 turns[-1]["reasoning_content"] = thought
             thought = ""
+    if not turns:
+        raise _refused("has no message, call or result, so that there is nothing to answer")
     return [ChatMessage.model_validate(turn) for turn in turns]
 
 
