@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tests.engine.harness import Lab, LiveBytes, Request, run
 from tests.oracle import greedy
 from tests.tiny import ATTENTION, MIXTURES, MLP, load_folder, randomize, save_base, save_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from onebase_adapters.proof.texts import served_regrets, tie_of
 from onebase_engine.base import quantized_cache
@@ -278,10 +281,31 @@ def test_a_backward_has_the_gradients_of_the_dequantized_matrices_and_keeps_none
                 row, chosen, weights
             )
         if module is own:
+            assert kept, "gradient checkpointing sees nothing of what is kept besides"
             assert not any(one.shape[-1] == 128 and one.shape[0] in (64, 128) for one in kept), "a matrix"
         result.float().square().sum().backward()
         gradients.append(row.grad)
     assert torch.equal(*gradients)
+
+
+def test_gradient_checkpointing_keeps_nothing_within_a_mixture(folders: Callable[[str], Path]) -> None:
+    _, experts = next(expert_modules(load_base(BaseSettings(folders("mixtral")))))
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 128, generator=draw).bfloat16()
+    weights, chosen = torch.rand(40, 4, generator=draw).topk(2)
+    inner: list[Any] = []
+    experts.act_fn.register_forward_hook(lambda module, args, result: inner.append(weakref.ref(result)))
+    gradients, alive = [], []
+    for compute in (experts, partial(checkpoint, experts, use_reentrant=False)):
+        row = x.clone().requires_grad_()
+        inner.clear()
+        result = compute(row, chosen, weights)
+        alive.append(sum(one() is not None for one in inner))
+        result.float().square().sum().backward()
+        gradients.append(row.grad)
+    assert torch.equal(*gradients)
+    assert alive[0] > 0
+    assert alive[1] == 0
 
 
 def _noted(kept: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -211,7 +211,7 @@ def expert_matrices(model: nn.Module) -> Iterator[Matrices]:
 
 def experts_per_token(config: Any) -> int:
     """Return how many experts of a layer a token uses, by a text model's config; 0 without experts."""
-    names = ("num_experts_per_tok", "top_k_experts")
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk")
     return next((int(found) for name in names if (found := getattr(config, name, None))), 0)
 
 
@@ -268,25 +268,45 @@ def is_usual(kind: Any) -> bool:
 
 
 def compute_experts(module: nn.Module, *args: Any, **named: Any) -> torch.Tensor:
-    """Compute experts by the model's own code; for a backward, matrices are dequantized once more."""
-    with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
+    """Compute experts by the model's own code; for a backward, matrices are dequantized once more.
+
+    Of nested hooks autograd calls the innermost alone: those of gradient checkpointing, if there are any, get
+    from here whatever is no matrix.
+    """
+    outer = _outer_hooks()
+
+    def pack(tensor: torch.Tensor) -> Any:
+        source = _source(tensor)
+        return (None, outer[0](tensor)) if source is None else (source, None)
+
+    def unpack(kept: Any) -> torch.Tensor:
+        source, other = kept
+        return outer[1](other) if source is None else _matrix_again(source)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         result: torch.Tensor = own_code(module)(module, *args, **named)
         return result
 
 
-def _packed(tensor: torch.Tensor) -> Any:
-    """Return what autograd keeps in place of a tensor: of a dequantized matrix, where it comes from."""
+def _outer_hooks() -> tuple[Any, Any]:
+    """Return the functions that pack and unpack what autograd saves here."""
+    # Private: PyTorch has no other way to ask for them. Without it checkpointing saves what it need not.
+    top = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
+    found = None if top is None else top(True)
+    return found or (lambda tensor: tensor, lambda tensor: tensor)
+
+
+def _source(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """Return where a dequantized matrix, or a view of one, comes from; None for any other tensor."""
     for one in (tensor, tensor._base):
         owner = getattr(one, _OWNER, None)
         if owner is not None:
             return *owner, tensor.size(), tensor.stride()
-    return tensor
+    return None
 
 
-def _unpacked(kept: Any) -> torch.Tensor:
-    if isinstance(kept, torch.Tensor):
-        return kept
-    stack, number, size, stride = kept
+def _matrix_again(source: tuple[Any, ...]) -> torch.Tensor:
+    stack, number, size, stride = source
     matrix: torch.Tensor = stack._matrix(number)
     return matrix.as_strided(size, stride)
 

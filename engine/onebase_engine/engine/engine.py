@@ -185,7 +185,7 @@ class Engine:
         if not self.model.drafts:
             limits = replace(limits, draft_tokens=0)
         places = host_blocks if self.model.host is not None else 0
-        restored = -(-RESTORED * limits.step_tokens // block_size)
+        restored = -(-RESTORED * limits.step_tokens // block_size) * len(self.model.groups)
         self.pool = BlockPool(kv_blocks, block_size, places, restored)
         self.versions = Versions()
         self._staging = Staging(
@@ -951,9 +951,10 @@ def check_grammar_tokens(request: protocol.Submit, vocabulary: int) -> None:
     """Raise NeverFitsError for a grammar that names a token id, as `<[5]>`, which the request's model does
     not have. Grammars are compiled for the largest vocabulary of any adapter."""
     grammar = request.grammar
-    if grammar is None or grammar.kind not in ("grammar", "lark"):
+    if grammar is None:
         return
-    for found in _TOKEN_IDS.finditer(grammar.text):
+    text = grammar.text if grammar.kind in ("grammar", "lark") else ""
+    for found in _TOKEN_IDS.finditer(f"{grammar.before or ''}\n{text}"):
         ids = map(int, re.findall(r"\d{1,18}", found[1]))
         if (highest := max(ids, default=0)) >= vocabulary:
             raise NeverFitsError(

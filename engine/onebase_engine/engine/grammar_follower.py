@@ -433,7 +433,7 @@ class Follower:
             number = sent.sequence.arrival
             masks = self._memory[sent.place : sent.place + len(sent.draft) + 1]
             error = message.errors.get(number)
-            if error is None and not masks[0].any():
+            if error is None and not _allows_any(masks[0], sent.sequence.words or self.vocabulary):
                 error = "its grammar allows no token here"
             given = GrammarError(error) if error is not None else masks if shared else masks.copy()
             self.suspects.pop(number, None)
@@ -442,14 +442,20 @@ class Follower:
         self.in_flight = []
 
     def _receive_forced(self, message: Forced) -> None:
-        """Raises ProcessGoneError: the tokens cannot be, and a step would fail of them."""
+        """Accept tokens that sequences must go on with, up to the first that is not in their vocabularies.
+
+        Raises ProcessGoneError: no adapter has such tokens.
+        """
         if message.number != self.drawn_number:
             return
         known = range(self.vocabulary)
         for number, tokens in message.tokens.items():
             if number not in self.drawn or not all(token in known for token in tokens):
                 raise ProcessGoneError("names tokens or sequences that there are not")
-            self.drawn[number].forced = tokens
+            sequence = self.drawn[number]
+            words = sequence.words or self.vocabulary
+            end = next((place for place, token in enumerate(tokens) if token >= words), len(tokens))
+            sequence.forced = tokens[:end]
         self.drawn = {}
 
     def _receive_compiled(self, message: Compiled) -> None:
@@ -466,3 +472,9 @@ class Follower:
             self.at_any_cost.add(message.key)
         elif not message.not_kept:
             self.fail(message.key, f"says: {message.error}")
+
+
+def _allows_any(mask: np.ndarray, words: int) -> bool:
+    """Return True if a mask allows a token of a vocabulary of so many."""
+    whole, rest = divmod(words, 32)
+    return bool(mask[:whole].any()) or (rest > 0 and bool(int(mask[whole]) & ((1 << rest) - 1)))

@@ -156,7 +156,8 @@ def verifier_bytes(base: nn.Module) -> int:
     # What autograd does not keep is unpacked one matrix at a time.
     unpacked = max((unpacked, *(2 * stack.size_in * stack.size_out for stack in stacks)))
     versions = PROOF_VERSIONS * slot_bytes(adaptable_layers(base).values(), 1, PROOF_RANK)
-    return CONTEXT_BYTES + max(PROOF_BYTES, versions + unpacked) + _PROOF_VIEWS * scales
+    experts = sum(4 * stack.absmax.numel() for stack in stacks if stack.nested)  # in the served view alone
+    return CONTEXT_BYTES + max(PROOF_BYTES, versions + unpacked) + _PROOF_VIEWS * scales + experts
 
 
 def rounding_bytes(model: ServedModel) -> int:
