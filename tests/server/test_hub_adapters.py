@@ -281,7 +281,7 @@ def test_names_that_one_tenant_has_looked_up_in_vain_hold_up_no_first_use_of_ano
             client_with(server, other) as http,
             concurrent.futures.ThreadPoolExecutor(len(names)) as pool,
         ):
-            waiting = [pool.submit(generate, flood, f"hub:{name}", timeout_s=20) for name in names]
+            waiting = [pool.submit(generate, flood, f"hub:{name}", timeout_s=120) for name in names]
             server.wait_for(lambda: len(asked_about(hub, names)) == 2)
             assert generate(http, "hub:acme/sound").status_code == 200
             assert not any(request.done() for request in waiting)
