@@ -213,7 +213,7 @@ def test_a_prefill_that_memory_does_not_hold_is_computed_in_smaller_chunks(
     engine = create(base, max_rows=8)
 
     def full(batch: StepBatch) -> Exception | None:
-        return torch.OutOfMemoryError("out of memory") if len(batch.contexts.write) > TILE else None
+        return torch.OutOfMemoryError("out of memory") if batch.contexts.write.shape[-1] > TILE else None
 
     asked: list[bool] = []
 

@@ -285,7 +285,7 @@ def test_names_that_one_tenant_has_looked_up_in_vain_hold_up_no_first_use_of_ano
             server.wait_for(lambda: len(asked_about(hub, names)) == 2)
             assert generate(http, "hub:acme/sound").status_code == 200
             asked = len(asked_about(hub, names))
-            # A pull ends five seconds after the Hub's last word, and on a busy machine a first use takes longer.
+            # A pull ends five seconds after the last word of the Hub, and a first use may take longer.
             ended = sum(request.done() for request in waiting)
             assert ended < len(names)
             assert asked <= 2 + ended
