@@ -177,6 +177,22 @@ def test_another_tokenizer_is_named(case: Case) -> None:
     assert "model" in changed(case, no_model)
 
 
+def with_template(case: Case, template: Any) -> dict[str, Any]:
+    """The field of an adapter whose tokenizer_config.json has this chat template."""
+
+    def read(name: str) -> bytes | None:
+        if name == "tokenizer_config.json":
+            return json.dumps({"chat_template": template}).encode()
+        return None if name == "chat_template.jinja" else read_folder(case.folder)(name)
+
+    found: dict[str, Any] = json.loads(case.config(read))[TOKENIZER_FIELD]
+    return found
+
+
+def test_a_template_that_no_message_can_carry_is_named(case: Case) -> None:
+    assert "UTF-8" in with_template(case, "a\ud800")["problem"]
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -191,7 +207,9 @@ def test_another_tokenizer_is_named(case: Case) -> None:
         {"tokens": [{"id": 5, "content": "a"}], "end_tokens": [6]},
         {"tokens": [{"id": 5, "content": "a"}], "end_tokens": [0] * 17},
         {"tokens": [{"id": 5, "content": "a"}], "chat_template": "x" * ((64 << 10) + 1)},
+        {"tokens": [{"id": 5, "content": "a"}], "chat_template": "\ud800"},
         {"problem": 1},
+        {"problem": "\ud800"},
         {"problem": "x" * 1000},
     ],
     ids=lambda value: f"{value!r:.50}",

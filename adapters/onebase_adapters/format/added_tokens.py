@@ -190,7 +190,7 @@ def checked_additions(value: Any) -> tuple[TokenizerAdditions | None, str]:
         return None, ""
     if isinstance(value, dict) and value.keys() == {"problem"}:
         problem = value["problem"]
-        if isinstance(problem, str) and len(problem) <= _LONGEST_PROBLEM:
+        if isinstance(problem, str) and len(problem) <= _LONGEST_PROBLEM and _is_utf8(problem):
             return None, problem
     try:
         found = msgspec.convert(value, TokenizerAdditions)
@@ -221,6 +221,17 @@ def _check(added: TokenizerAdditions) -> None:
         raise _ProblemError(f"its eos_token_id must be up to {_MOST_ENDS} of its tokens")
     if added.chat_template is not None and len(added.chat_template) > LONGEST_TEMPLATE:
         raise _ProblemError(f"its chat template is over {LONGEST_TEMPLATE} characters")
+    if not _is_utf8(added.chat_template or ""):
+        raise _ProblemError("its chat template is no text in UTF-8")
+
+
+def _is_utf8(text: str) -> bool:
+    """Return False if a text has a lone surrogate, which JSON can write and no message can carry."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _digest(model: _Model) -> str:
