@@ -193,6 +193,12 @@ def test_a_template_that_no_message_can_carry_is_named(case: Case) -> None:
     assert "UTF-8" in with_template(case, "a\ud800")["problem"]
 
 
+def test_of_several_templates_the_default_one_is_read_whatever_the_others_are(case: Case) -> None:
+    templates = [{"name": [], "template": "x"}, "y", {"name": "default", "template": "z"}]
+    assert with_template(case, templates)["chat_template"] == "z"
+    assert with_template(case, templates[:2])["chat_template"] is None
+
+
 @pytest.mark.parametrize(
     "value",
     [

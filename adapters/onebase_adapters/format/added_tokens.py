@@ -271,6 +271,6 @@ def _template(read: Read, settings: Mapping[str, Any]) -> str | None:
         return file.decode()
     value = settings.get("chat_template")
     if isinstance(value, list):  # several, by name
-        named = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
-        value = named.get("default")
+        named = (one for one in value if isinstance(one, dict) and one.get("name") == "default")
+        value = next(named, {}).get("template")
     return value if isinstance(value, str) and value else None
