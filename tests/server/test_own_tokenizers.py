@@ -17,6 +17,8 @@ from tests.oracle import greedy
 from tests.tiny import randomize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from onebase_server.inference.own_templates import OwnTemplateError, OwnTemplates
+
 from .support import Server, Starter
 
 TURN, END, TOOL = "<|turn|>", "<|over|>", "<|tool|>"
@@ -253,6 +255,21 @@ def test_a_template_that_never_ends_fails_its_own_requests_alone(
     assert http.post("/v1/chat/completions", json={"model": "chatty", **chat}).status_code == 200
     plain = {"model": "endless", "prompt": f"{TURN}a", "max_tokens": 1}
     assert http.post("/v1/completions", json=plain).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def templates() -> Iterator[OwnTemplates]:
+    templates = OwnTemplates()
+    yield templates
+    templates.close()
+
+
+def test_a_template_that_writes_far_more_than_it_is_given_is_refused(templates: OwnTemplates) -> None:
+    many = "{% for a in range(20000) %}{{ 'ab ' * 20 }}{% endfor %}"
+    with pytest.raises(OwnTemplateError, match="characters"):
+        templates.render(many, [], None, {})
+    long = [{"role": "user", "content": "ab " * 500_000}]
+    assert templates.render("{{ messages[0].content }}", long, None, {}) == long[0]["content"]
 
 
 def test_another_tokenizer_is_refused_by_name_if_the_rows_need_it(

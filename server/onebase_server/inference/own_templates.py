@@ -35,6 +35,8 @@ MEMORY_BYTES = 1 << 30
 """Memory that the process may use for templates."""
 MOST_BYTES = 32 << 20
 """Largest answer, in bytes."""
+LONGEST_TEXT = 1 << 20
+"""Characters that a template may write besides as many as the request has."""
 MOST_REFUSED = 1000
 """Number of templates remembered as too slow, which are not tried again."""
 
@@ -60,14 +62,20 @@ class OwnTemplates:
     ) -> str:
         """Return the text that a template writes. Raises OwnTemplateError."""
         call = {"template": template, "messages": list(messages), "tools": tools, "options": dict(options)}
-        text = self._call(template, call)
+        line = _line(call)
+        text = self._call(template, line)
         if not isinstance(text, str):
             raise OwnTemplateError("the adapter's chat template wrote no text")
+        most = LONGEST_TEXT + len(line)
+        if len(text) > most:  # a tokenizer takes hundreds of bytes for each
+            raise OwnTemplateError(
+                f"the adapter's chat template wrote {len(text)} characters, and {most} are read at most"
+            )
         return text
 
     def options(self, template: str) -> frozenset[str]:
         """Return the variables of a template that a caller may set. Raises OwnTemplateError."""
-        found = self._call(template, {"template": template})
+        found = self._call(template, _line({"template": template}))
         return frozenset(str(name) for name in found) if isinstance(found, list) else frozenset()
 
     def close(self) -> None:
@@ -75,13 +83,13 @@ class OwnTemplates:
         with self._lock:
             self._kill()
 
-    def _call(self, template: str, call: Mapping[str, Any]) -> Any:
+    def _call(self, template: str, line: bytes) -> Any:
         with self._lock:
             if template in self._refused:
                 raise OwnTemplateError(f"the adapter's chat template takes more than {CALL_SECONDS:g} s")
             process = self._started()
             try:
-                answer = _asked(process, json.dumps(call).encode() + b"\n", STUCK_SECONDS, CALL_SECONDS)
+                answer = _asked(process, line, STUCK_SECONDS, CALL_SECONDS)
             except _TookMoreError:
                 self._refuse(template)
                 raise OwnTemplateError(
@@ -130,6 +138,10 @@ class OwnTemplates:
             if pipe is not None:
                 with suppress(OSError):
                     pipe.close()
+
+
+def _line(call: Mapping[str, Any]) -> bytes:
+    return json.dumps(call).encode() + b"\n"
 
 
 class _TookMoreError(Exception):
