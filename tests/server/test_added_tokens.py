@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,6 +29,7 @@ from onebase_adapters.format.added_tokens import (
 )
 from onebase_adapters.format.config import AdapterFormatError, check_config
 from onebase_protocol.adapters import TokenizerAdditions
+from onebase_server.inference import tokenization
 from onebase_server.inference.tokenization import BaseTokenizer, TokenizerError, Tokenizers
 
 KINDS = {
@@ -210,6 +213,7 @@ def test_of_several_templates_the_default_one_is_read_whatever_the_others_are(ca
         {"tokens": [{"id": 5, "content": ""}]},
         {"tokens": [{"id": 5, "content": "a"}, {"id": 7, "content": "b"}]},
         {"tokens": [{"id": 5, "content": "a"}, {"id": 6, "content": "a"}]},
+        {"tokens": [{"id": 5 + i, "content": f"{i:100}"} for i in range(200)]},
         {"tokens": [{"id": 5, "content": "a"}], "end_tokens": [6]},
         {"tokens": [{"id": 5, "content": "a"}], "end_tokens": [0] * 17},
         {"tokens": [{"id": 5, "content": "a"}], "chat_template": "x" * ((64 << 10) + 1)},
@@ -239,3 +243,35 @@ def test_tokens_that_would_get_other_ids_are_refused(case: Case) -> None:
     taken = type(known)(id=known.id, content="<|pad|>")
     with pytest.raises(TokenizerError, match="pad"):
         Tokenizers(case.base).of(TokenizerAdditions(tokens=(taken,)), 0)
+
+
+def test_the_tokenizers_used_last_are_kept_and_those_in_use(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenization, "MOST_TOKENIZERS", 2)
+    tokenizers = Tokenizers(case.base)
+    reports = {
+        str(words): {"vocabulary": words, "tokenizer": msgspec.to_builtins(case.added)} for words in range(4)
+    }
+    built = [weakref.ref(tokenizers.of_version(name, reports[name])) for name in "012"]
+    assert [one() is None for one in built] == [True, False, False]
+    assert tokenizers.of_version("1", reports["1"]) is built[1]()
+    in_use = tokenizers.of_version("3", reports["3"])
+    assert [one() is None for one in built] == [True, False, True]
+    tokenizers.of_version("0", reports["0"])
+    tokenizers.of_version("2", reports["2"])
+    assert tokenizers.of_version("3", reports["3"]) is in_use
+
+
+def test_a_check_keeps_no_tokenizer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def extended(*given: Any) -> BaseTokenizer:
+        made = BaseTokenizer.extended(case.base, *given)
+        built.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(case.base, "extended", extended)
+    tokenizers = Tokenizers(case.base)
+    tokenizers.check(case.added)
+    assert [one() for one in built] == [None]

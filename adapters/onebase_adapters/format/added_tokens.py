@@ -34,6 +34,8 @@ TOKENIZER_FILES: Mapping[str, int] = {
 MOST_ADDED = 1024
 LONGEST_TOKEN = 200
 """Largest number of characters of an added token."""
+MOST_CHARACTERS = 16 << 10
+"""Largest number of characters of all added tokens: a tokenizer takes hundreds of bytes for each."""
 LONGEST_TEMPLATE = 64 << 10
 """Largest number of characters of a chat template."""
 _OF_TOKENS = re.compile(r"embed|head|wte|tok|output")
@@ -215,6 +217,10 @@ def _check(added: TokenizerAdditions) -> None:
             )
         if token.id != tokens[0].id + place or not 0 <= token.id < 1 << 31:
             raise _ProblemError(f"its added tokens do not follow one another: {shown(token.content)}")
+    if (characters := sum(len(token.content) for token in tokens)) > MOST_CHARACTERS:
+        raise _ProblemError(
+            f"its added tokens have {characters} characters, and {MOST_CHARACTERS} are served at most"
+        )
     if len({token.content for token in tokens}) < len(tokens):
         raise _ProblemError("two of its added tokens have the same text")
     if len(added.end_tokens) > _MOST_ENDS or not all(0 <= one <= tokens[-1].id for one in added.end_tokens):

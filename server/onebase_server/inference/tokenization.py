@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -40,8 +42,8 @@ _GENERATION_BLOCK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Marks for training, which a template may have and plain Jinja does not know."""
 _THINKS = re.compile(r"\b(?:reasoning_content|thinking)\b")
 """Pattern of the names that thoughts have in chat templates."""
-MOST_TOKENIZERS, MOST_VERSIONS = 64, 4096
-"""Numbers of adapters' tokenizers that are kept, and of versions whose tokenizer is known."""
+MOST_TOKENIZERS = 64
+"""Number of adapters' tokenizers that are kept."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _OWN_VARIABLES = frozenset(
     {
@@ -450,8 +452,8 @@ def _extended(tokenizer: Any, added: TokenizerAdditions, templates: OwnTemplates
         )
         for token in added.tokens
     ]
-    for token in tokens:
-        (own.add_special_tokens if token.special else own.add_tokens)([token])
+    for special, some in groupby(tokens, lambda token: bool(token.special)):
+        (own.add_special_tokens if special else own.add_tokens)(list(some))
     ids = {known[token].content: token for token in known} | {
         token.content: token.id for token in added.tokens
     }
@@ -500,8 +502,12 @@ class Tokenizers:
         self.base = base
         self.templates = OwnTemplates()
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[TokenizerAdditions | None, int], BaseTokenizer] = OrderedDict()
-        self._of_reports: OrderedDict[str, BaseTokenizer] = OrderedDict()
+        self._recent: OrderedDict[BaseTokenizer, None] = OrderedDict()
+        # No others are kept alive here, and none is built twice while a request has it.
+        self._by_additions: WeakValueDictionary[tuple[TokenizerAdditions | None, int], BaseTokenizer] = (
+            WeakValueDictionary()
+        )
+        self._of_versions: WeakValueDictionary[str, BaseTokenizer] = WeakValueDictionary()
 
     def of_version(self, digest: str, report: Mapping[str, Any]) -> BaseTokenizer:
         """Return the tokenizer for a version's requests, by its report; the base's if it has no other.
@@ -511,36 +517,39 @@ class Tokenizers:
         if not report.get("vocabulary") and not report.get("tokenizer"):
             return self.base
         with self._lock:
-            known = self._of_reports.get(digest)
+            known = self._of_versions.get(digest)
             if known is not None:
-                self._of_reports.move_to_end(digest)
-                return known
+                return self._keep(known)
         added = report.get("tokenizer")
         given = None if added is None else msgspec.convert(added, TokenizerAdditions)
         found = self.of(given, report.get("vocabulary", 0))
         with self._lock:
-            self._of_reports[digest] = found
-            while len(self._of_reports) > MOST_VERSIONS:
-                self._of_reports.popitem(last=False)
+            self._of_versions[digest] = found
         return found
 
     def check(self, added: TokenizerAdditions) -> None:
         """Raise AdapterFormatError if an adapter's tokens do not fit the base's tokenizer."""
         try:
-            self.of(added, 0)
+            self.base.extended(added, 0, self.templates)
         except TokenizerError as error:
             raise AdapterFormatError("bad_tokenizer", f"{error}") from error
 
     def of(self, added: TokenizerAdditions | None, words: int) -> BaseTokenizer:
         """Return the base's tokenizer with additions. Raises TokenizerError: they do not fit it."""
-        key = added, words
         with self._lock:
-            if key not in self._kept:
-                self._kept[key] = self.base.extended(added, words, self.templates)
-            self._kept.move_to_end(key)
-            while len(self._kept) > MOST_TOKENIZERS:
-                self._kept.popitem(last=False)
-            return self._kept[key]
+            found = self._by_additions.get((added, words))
+            if found is None:
+                found = self.base.extended(added, words, self.templates)
+                self._by_additions[added, words] = found
+            return self._keep(found)
+
+    def _keep(self, tokenizer: BaseTokenizer) -> BaseTokenizer:
+        """Keep a tokenizer, instead of the one that was not used for longest."""
+        self._recent[tokenizer] = None
+        self._recent.move_to_end(tokenizer)
+        while len(self._recent) > MOST_TOKENIZERS:
+            self._recent.popitem(last=False)
+        return tokenizer
 
 
 def _control_token(param: str, error: ControlTokenError) -> InvalidRequestError:
