@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,11 @@ from tests.oracle import greedy
 from tests.tiny import randomize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from onebase_server.inference.own_templates import OwnTemplateError, OwnTemplates
+from onebase_edge.errors import UnavailableError
+from onebase_protocol.adapters import AddedToken, TokenizerAdditions
+from onebase_server.inference import own_templates
+from onebase_server.inference.own_templates import Budget, OwnTemplateError, OwnTemplates
+from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput, Tokenizers
 
 from .support import Server, Starter
 
@@ -214,6 +220,7 @@ CALLS = (
     "{{ m['content'] }}{% for call in m['tool_calls'] or [] %}<|tool|>{{ call['function'] | tojson }}"
     "{% endfor %}<|over|>\n{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
+THINKS = "{% if add_generation_prompt %}{{ '<think>' if enable_thinking else '<think></think>' }}{% endif %}"
 
 
 def test_tools_are_called_by_its_own_token(
@@ -270,6 +277,50 @@ def test_a_template_that_writes_far_more_than_it_is_given_is_refused(templates: 
         templates.render(many, [], None, {})
     long = [{"role": "user", "content": "ab " * 500_000}]
     assert templates.render("{{ messages[0].content }}", long, None, {}) == long[0]["content"]
+
+
+def test_a_template_that_is_slow_to_read_is_refused_however_many_renderings_it_takes(
+    templates: OwnTemplates,
+) -> None:
+    busy = "{% for a in range(1000) %}{% for b in range(300) %}{% endfor %}{% endfor %}a"
+    budget = Budget(0.2)
+    with suppress(OwnTemplateError):
+        while budget.seconds > 0:
+            templates.render(busy, [], None, {}, budget)
+    with pytest.raises(OwnTemplateError, match="takes more than"):
+        templates.render(busy, [], None, {})
+    assert templates.render("a", [], None, {}) == "a"
+
+
+def test_a_process_that_is_killed_while_it_renders_is_replaced(templates: OwnTemplates) -> None:
+    busy = "{% for a in range(1000) %}{% for b in range(5000) %}{% endfor %}{% endfor %}b"
+    assert templates.render("a", [], None, {}) == "a"
+    first = templates._process
+    assert first is not None
+    killer = threading.Timer(0.1, first.kill)
+    killer.start()
+    assert templates.render(busy, [], None, {}) == "b"
+    killer.join()
+
+
+def test_what_a_template_can_do_is_not_concluded_from_a_process_that_does_not_start(
+    small_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizers = Tokenizers(BaseTokenizer(str(small_base)))
+    first = len(AutoTokenizer.from_pretrained(small_base))
+    token = AddedToken(id=first, content=TOOL)
+    own = tokenizers.of(TokenizerAdditions(tokens=(token,), chat_template=CALLS + THINKS), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(own_templates, "_COMMAND", ["false"])
+        for property in ("template_options", "thought_format", "tool_format"):
+            with pytest.raises(UnavailableError):
+                getattr(own, property)
+        with pytest.raises(UnavailableError):
+            own.encode_chat(TemplateInput([{"role": "user", "content": "?"}]))
+    assert own.template_options == {"enable_thinking"}
+    assert own.thought_format is not None
+    assert own.tool_format is not None
+    tokenizers.templates.close()
 
 
 def test_another_tokenizer_is_refused_by_name_if_the_rows_need_it(

@@ -21,7 +21,7 @@ import msgspec
 
 from onebase_adapters.format.added_tokens import TOKENIZER_FILE, BaseVocabulary, vocabulary_digest
 from onebase_adapters.format.config import AdapterFormatError
-from onebase_edge.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError, UnavailableError
 from onebase_edge.settings import RawControlTokens
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
 from onebase_engine.imports import quick_imports
@@ -29,7 +29,7 @@ from onebase_engine.machine import return_freed_memory
 from onebase_protocol.adapters import TokenizerAdditions
 from onebase_server.inference import thoughts
 from onebase_server.inference.detokenizer import BytePieces, PieceDecoder, ShownPieces, WindowPieces
-from onebase_server.inference.own_templates import OwnTemplateError, OwnTemplates
+from onebase_server.inference.own_templates import Budget, OwnTemplateError, OwnTemplates
 from onebase_server.inference.thoughts import Switch, ThoughtFormat
 from onebase_server.inference.tool_format import ToolFormat, UnreadableCallsError, read_format, reason_of
 
@@ -110,6 +110,7 @@ class BaseTokenizer:
     """Tokens that end a text besides the base's."""
     own_templates: OwnTemplates | None = None
     """Process that renders the chat template, if that came with an adapter."""
+    _budget: Budget | None = None
 
     def __init__(self, folder: str, *, raw_control_tokens: RawControlTokens = "allow") -> None:
         """`raw_control_tokens`: what `<|im_end|>` and the like are in the text of a plain prompt."""
@@ -170,7 +171,7 @@ class BaseTokenizer:
         other._set_up(_extended(self._tokenizer, added, templates))
         other.end_tokens = added.end_tokens
         if added.chat_template is not None:
-            other.own_templates = templates
+            other.own_templates, other._budget = templates, Budget()
         other.longest_token = max(self.longest_token, *(len(token.content) for token in added.tokens))
         return other
 
@@ -201,7 +202,7 @@ class BaseTokenizer:
         """Variables of the chat template that a caller may set."""
         if self.own_templates is not None:
             with suppress(OwnTemplateError):
-                return self.own_templates.options(self.chat_template)
+                return self.own_templates.options(self.chat_template, self._budget)
             return frozenset()
         return options_of(self.chat_template)
 
@@ -224,7 +225,7 @@ class BaseTokenizer:
         if "tool_calls" not in self.chat_template:
             return "writes no calls"
         try:
-            return read_format(self._render, self._control_names)
+            return self._read(lambda render: read_format(render, self._control_names))
         except UnreadableCallsError as error:
             return str(error)
 
@@ -241,7 +242,7 @@ class BaseTokenizer:
         if not self.has_chat_template:
             return None
         names, variables = self._control_names, self.template_options
-        return thoughts.read_format(self._render, self.chat_template, names, variables)
+        return self._read(lambda render: thoughts.read_format(render, self.chat_template, names, variables))
 
     @property
     def thinking_switch(self) -> Switch | None:
@@ -282,7 +283,34 @@ class BaseTokenizer:
             )
         return found
 
+    def _read(self, read: Callable[[Callable[..., str]], T]) -> T:
+        """Return what `read` finds out by rendering. It takes a template that fails as one that refuses.
+
+        Raises UnavailableError if the template cannot be rendered now, so that this is not taken for a
+        refusal.
+        """
+        failed: list[UnavailableError] = []
+
+        def render(*given: Any, **named: Any) -> str:
+            if failed:
+                raise failed[0]
+            try:
+                return self._render(*given, **named)
+            except UnavailableError as error:
+                failed.append(error)
+                raise
+
+        try:
+            return read(render)
+        finally:
+            if failed:
+                raise failed[0]
+
     def _render(self, messages: Any, *, tools: Any, generation: bool, **options: Any) -> str:
+        if self.own_templates is not None:
+            options["add_generation_prompt"] = generation
+            own: str = self._tokenizer.write_own_template(messages, tools, options, self._budget)
+            return own
         text: str = self._tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=generation, **options
         )
@@ -477,6 +505,16 @@ def _extended(tokenizer: Any, added: TokenizerAdditions, templates: OwnTemplates
 def _with_own_template(kind: Any, templates: OwnTemplates) -> Any:
     """Return a class of tokenizers whose chat template is rendered in another process."""
 
+    def write_own_template(
+        self: Any,
+        conversation: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        options: Mapping[str, Any],
+        budget: Budget | None = None,
+    ) -> str:
+        special = {name: str(token) for name, token in self.special_tokens_map.items() if token is not None}
+        return templates.render(self.chat_template, conversation, tools, {**special, **options}, budget)
+
     def apply_chat_template(
         self: Any,
         conversation: Sequence[Mapping[str, Any]],
@@ -486,13 +524,13 @@ def _with_own_template(kind: Any, templates: OwnTemplates) -> Any:
         return_dict: bool = False,
         **options: Any,
     ) -> Any:
-        special = {name: str(token) for name, token in self.special_tokens_map.items() if token is not None}
-        text = templates.render(self.chat_template, conversation, tools, {**special, **options})
+        text = write_own_template(self, conversation, tools, options)
         if not tokenize:
             return text
         return self(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
 
-    return type(kind.__name__, (kind,), {"apply_chat_template": apply_chat_template})
+    own = {"apply_chat_template": apply_chat_template, "write_own_template": write_own_template}
+    return type(kind.__name__, (kind,), own)
 
 
 class Tokenizers:
