@@ -25,6 +25,7 @@ from onebase_server.inference import own_templates
 from onebase_server.inference.own_templates import Budget, OwnTemplateError, OwnTemplates
 from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput, Tokenizers
 
+from ..hub_standin import HubStandIn
 from .support import Server, Starter
 
 TURN, END, TOOL = "<|turn|>", "<|over|>", "<|tool|>"
@@ -91,8 +92,22 @@ def grown(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Grown:
 
 
 @pytest.fixture(scope="module")
-def server(serve_real: Starter, small_base: Path, forks: None) -> Iterator[Server]:
-    with serve_real("--base", str(small_base), *OPTIONS) as server:
+def hub() -> Iterator[HubStandIn]:
+    with HubStandIn() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def server(
+    serve_real: Starter,
+    small_base: Path,
+    forks: None,
+    hub: HubStandIn,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    options = ("--base", str(small_base), *OPTIONS, "--hub-allow", "acme/*")
+    environment = hub.environment(tmp_path_factory.mktemp("hf"))
+    with serve_real(*options, environment=environment) as server:
         yield server
 
 
@@ -359,6 +374,15 @@ def test_a_stream_adds_up_to_the_answer_and_a_named_version_has_its_own_tokens_t
     mixed = {"adapter": [{"name": "chatty", "weight": 0.5}], "prompt": "a", "max_tokens": 1}
     answer = http.post("/generate", json=mixed)
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_not_composable")
+
+
+def test_the_first_use_of_one_on_the_hub_may_read_texts(
+    http: httpx2.Client, hub: HubStandIn, grown: Grown
+) -> None:
+    hub.add_repo("acme/grown", {name: (grown.folder / name).read_bytes() for name in FILES})
+    answer = http.post("/v1/embeddings", json={"model": "hub:acme/grown", "input": f"{TURN}a"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["prompt_tokens"] == len(grown.tokenizer.encode(f"{TURN}a"))
 
 
 def named(version: dict[str, Any]) -> dict[str, str]:
