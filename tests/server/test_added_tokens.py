@@ -18,6 +18,7 @@ from tests.server.test_control_tokens import CHATML, byte_level, folding, metasp
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from onebase_adapters.format import added_tokens
 from onebase_adapters.format.added_tokens import (
     LONGEST_TOKEN,
     MOST_ADDED,
@@ -130,6 +131,20 @@ def test_a_folder_without_new_tokens_or_rows_changes_nothing(case: Case, tmp_pat
     bare = b'{"peft_type": "LORA"}'
     assert with_tokens(bare, plain, read_folder(case.folder), lambda: case.base.vocabulary) == bare
     assert with_tokens(CONFIG, plain, read_folder(case.folder), lambda: None) == CONFIG
+
+
+def test_a_model_is_read_only_where_its_text_is_not_the_bases(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, tokenizer = case.config(), json.loads((case.folder / "tokenizer.json").read_text())
+    monkeypatch.setattr(added_tokens, "_Model", None)  # decoding one would fail
+    assert case.config() == expected
+    monkeypatch.undo()
+
+    def read(name: str) -> bytes | None:
+        return json.dumps(tokenizer).encode() if name == "tokenizer.json" else read_folder(case.folder)(name)
+
+    assert case.config(read) == expected
 
 
 def changed(case: Case, change: Any) -> str:

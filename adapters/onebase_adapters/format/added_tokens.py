@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class BaseVocabulary:
 
     ids: Mapping[str, int]
     digests: frozenset[str]
-    """Digests of its model's vocabulary, as its file has it and as it is loaded."""
+    """Digests of its model, as its file has it and as it is loaded: see `vocabulary_digests`."""
 
     @property
     def count(self) -> int:
@@ -89,7 +89,7 @@ class _Added(msgspec.Struct):
 
 
 class _TokenizerFile(msgspec.Struct):
-    model: _Model
+    model: msgspec.Raw
     added_tokens: list[_Added] = []
 
 
@@ -97,12 +97,18 @@ class _ProblemError(ValueError):
     """The tokenizer is no extension of the base's; the message says why."""
 
 
-def vocabulary_digest(tokenizer: bytes | str) -> str:
-    """Return the digest of the model's vocabulary and merges in the text of a `tokenizer.json`.
+def vocabulary_digests(tokenizer: bytes | str) -> Iterator[str]:
+    """Return the digests of the model in the text of a `tokenizer.json`: of its text, which takes no time and
+    is the same in files that the same library wrote, and of its vocabulary and merges.
 
     Raises msgspec.DecodeError if it is none.
     """
-    return _digest(msgspec.json.decode(tokenizer, type=_TokenizerFile).model)
+    return _digests(msgspec.json.decode(tokenizer, type=_TokenizerFile).model)
+
+
+def _digests(model: msgspec.Raw) -> Iterator[str]:
+    yield hashlib.sha256(model).hexdigest()
+    yield _digest(msgspec.json.decode(model, type=_Model))
 
 
 def has_token_rows(raw: bytes, weights: Path) -> bool:
@@ -162,7 +168,7 @@ def _additions(tokenizer: bytes, read: Read, base: BaseVocabulary) -> TokenizerA
             raise _ProblemError(
                 f"its token {one.id} is {shown(one.content)}, and the base's is {shown(names[one.id])}"
             )
-    if _digest(file.model) not in base.digests:
+    if base.digests.isdisjoint(_digests(file.model)):
         raise _ProblemError("its vocabulary or its merges are not the base's, tokens that it added aside")
     if len(new) > MOST_ADDED:
         raise _ProblemError(f"it adds {len(new)} tokens, and {MOST_ADDED} are served at most")

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from onebase_adapters.format.added_tokens import TOKENIZER_FILE, BaseVocabulary, vocabulary_digest
+from onebase_adapters.format.added_tokens import TOKENIZER_FILE, BaseVocabulary, vocabulary_digests
 from onebase_adapters.format.config import AdapterFormatError
 from onebase_edge.errors import InvalidRequestError, UnavailableError
 from onebase_edge.settings import RawControlTokens
@@ -139,14 +139,15 @@ class BaseTokenizer:
     @cached_property
     def vocabulary(self) -> BaseVocabulary:
         """Return the tokenizer's tokens, with which those of adapters are compared."""
-        texts = [self._tokenizer.backend_tokenizer.to_str()]
+        backend = self._tokenizer.backend_tokenizer
+        texts = [backend.to_str()]
         file = Path(self._folder) / TOKENIZER_FILE
         if file.is_file():
             texts.append(file.read_text())
-        digests = set()
+        digests = {next(vocabulary_digests(backend.to_str(pretty=True)))}
         for text in texts:
             with suppress(msgspec.DecodeError):
-                digests.add(vocabulary_digest(text))
+                digests.update(vocabulary_digests(text))
         return BaseVocabulary(self._tokenizer.get_vocab(), frozenset(digests))
 
     def extended(
