@@ -21,7 +21,7 @@ from tests.disks import small_disk
 from tests.hub_standin import HubStandIn
 from tests.priorities import assert_behind
 
-from onebase_adapters.format.added_tokens import BaseVocabulary, vocabulary_digest
+from onebase_adapters.format.added_tokens import BaseVocabulary, vocabulary_digests
 from onebase_adapters.hub import pull as hub_pull
 from onebase_adapters.hub.confinement import landlock_version
 from onebase_adapters.hub.pull import (
@@ -768,7 +768,7 @@ PLAIN = save({"base_model.model.model.layers.0.q_proj.lora_A.weight": np.ones((3
 
 
 def vocabulary() -> BaseVocabulary:
-    return BaseVocabulary({"a": 0, "b": 1}, frozenset({vocabulary_digest(tokenizer_file())}))
+    return BaseVocabulary({"a": 0, "b": 1}, frozenset(vocabulary_digests(tokenizer_file())))
 
 
 @pytest.mark.parametrize("folder", ["", "fr/"])

@@ -30,7 +30,8 @@ from onebase import (
     StorageFullError,
     VersionFailure,
 )
-from onebase._core.adapters import adapter_folder
+from onebase._core.adapters import TOKENIZER, adapter_folder
+from onebase_adapters.format.added_tokens import TOKENIZER_FILES
 
 pytestmark = pytest.mark.usefixtures("slept")
 NAME = "acme-support"
@@ -191,6 +192,17 @@ def test_a_missing_file_is_named_before_anything_is_sent(
     with pytest.raises(ValueError, match=says):
         sdk.call(lambda client: client.adapters.upload(folder, name=NAME), registry.transport)
     assert registry.asked == []
+
+
+def test_a_tokenizer_file_that_is_too_large_is_left_out_with_a_warning(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"modules_to_save": ["lm_head"]}')
+    (folder / "tokenizer_config.json").write_text("{}")
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(TOKENIZER["tokenizer.json"] + 1)
+    with pytest.warns(UserWarning, match=r"tokenizer\.json is over"):
+        found = adapter_folder(folder)
+    assert [file.name for file in found.tokenizer] == ["tokenizer_config.json"]
+    assert dict(TOKENIZER_FILES) == TOKENIZER
 
 
 def test_a_folder_of_mlx_lm_is_sent_as_it_is(sdk: Any, folder: Path) -> None:

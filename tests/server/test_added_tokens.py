@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from tests.server.test_control_tokens import CHATML, byte_level, folding, metasp
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from onebase_adapters.format import added_tokens
 from onebase_adapters.format.added_tokens import (
     LONGEST_TOKEN,
     MOST_ADDED,
@@ -27,6 +30,7 @@ from onebase_adapters.format.added_tokens import (
 )
 from onebase_adapters.format.config import AdapterFormatError, check_config
 from onebase_protocol.adapters import TokenizerAdditions
+from onebase_server.inference import tokenization
 from onebase_server.inference.tokenization import BaseTokenizer, TokenizerError, Tokenizers
 
 KINDS = {
@@ -129,6 +133,20 @@ def test_a_folder_without_new_tokens_or_rows_changes_nothing(case: Case, tmp_pat
     assert with_tokens(CONFIG, plain, read_folder(case.folder), lambda: None) == CONFIG
 
 
+def test_a_model_is_read_only_where_its_text_is_not_the_bases(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, tokenizer = case.config(), json.loads((case.folder / "tokenizer.json").read_text())
+    monkeypatch.setattr(added_tokens, "_Model", None)  # decoding one would fail
+    assert case.config() == expected
+    monkeypatch.undo()
+
+    def read(name: str) -> bytes | None:
+        return json.dumps(tokenizer).encode() if name == "tokenizer.json" else read_folder(case.folder)(name)
+
+    assert case.config(read) == expected
+
+
 def changed(case: Case, change: Any) -> str:
     """The problem with a tokenizer's file that was changed."""
     data = json.loads((case.folder / "tokenizer.json").read_text())
@@ -177,6 +195,28 @@ def test_another_tokenizer_is_named(case: Case) -> None:
     assert "model" in changed(case, no_model)
 
 
+def with_template(case: Case, template: Any) -> dict[str, Any]:
+    """The field of an adapter whose tokenizer_config.json has this chat template."""
+
+    def read(name: str) -> bytes | None:
+        if name == "tokenizer_config.json":
+            return json.dumps({"chat_template": template}).encode()
+        return None if name == "chat_template.jinja" else read_folder(case.folder)(name)
+
+    found: dict[str, Any] = json.loads(case.config(read))[TOKENIZER_FIELD]
+    return found
+
+
+def test_a_template_that_no_message_can_carry_is_named(case: Case) -> None:
+    assert "UTF-8" in with_template(case, "a\ud800")["problem"]
+
+
+def test_of_several_templates_the_default_one_is_read_whatever_the_others_are(case: Case) -> None:
+    templates = [{"name": [], "template": "x"}, "y", {"name": "default", "template": "z"}]
+    assert with_template(case, templates)["chat_template"] == "z"
+    assert with_template(case, templates[:2])["chat_template"] is None
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -188,10 +228,13 @@ def test_another_tokenizer_is_named(case: Case) -> None:
         {"tokens": [{"id": 5, "content": ""}]},
         {"tokens": [{"id": 5, "content": "a"}, {"id": 7, "content": "b"}]},
         {"tokens": [{"id": 5, "content": "a"}, {"id": 6, "content": "a"}]},
+        {"tokens": [{"id": 5 + i, "content": f"{i:100}"} for i in range(200)]},
         {"tokens": [{"id": 5, "content": "a"}], "end_tokens": [6]},
         {"tokens": [{"id": 5, "content": "a"}], "end_tokens": [0] * 17},
         {"tokens": [{"id": 5, "content": "a"}], "chat_template": "x" * ((64 << 10) + 1)},
+        {"tokens": [{"id": 5, "content": "a"}], "chat_template": "\ud800"},
         {"problem": 1},
+        {"problem": "\ud800"},
         {"problem": "x" * 1000},
     ],
     ids=lambda value: f"{value!r:.50}",
@@ -215,3 +258,35 @@ def test_tokens_that_would_get_other_ids_are_refused(case: Case) -> None:
     taken = type(known)(id=known.id, content="<|pad|>")
     with pytest.raises(TokenizerError, match="pad"):
         Tokenizers(case.base).of(TokenizerAdditions(tokens=(taken,)), 0)
+
+
+def test_the_tokenizers_used_last_are_kept_and_those_in_use(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenization, "MOST_TOKENIZERS", 2)
+    tokenizers = Tokenizers(case.base)
+    reports = {
+        str(words): {"vocabulary": words, "tokenizer": msgspec.to_builtins(case.added)} for words in range(4)
+    }
+    built = [weakref.ref(tokenizers.of_version(name, reports[name])) for name in "012"]
+    assert [one() is None for one in built] == [True, False, False]
+    assert tokenizers.of_version("1", reports["1"]) is built[1]()
+    in_use = tokenizers.of_version("3", reports["3"])
+    assert [one() is None for one in built] == [True, False, True]
+    tokenizers.of_version("0", reports["0"])
+    tokenizers.of_version("2", reports["2"])
+    assert tokenizers.of_version("3", reports["3"]) is in_use
+
+
+def test_a_check_keeps_no_tokenizer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def extended(*given: Any) -> BaseTokenizer:
+        made = BaseTokenizer.extended(case.base, *given)
+        built.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(case.base, "extended", extended)
+    tokenizers = Tokenizers(case.base)
+    tokenizers.check(case.added)
+    assert [one() for one in built] == [None]

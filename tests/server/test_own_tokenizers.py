@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,13 @@ from tests.oracle import greedy
 from tests.tiny import randomize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from onebase_edge.errors import UnavailableError
+from onebase_protocol.adapters import AddedToken, TokenizerAdditions
+from onebase_server.inference import own_templates
+from onebase_server.inference.own_templates import Budget, OwnTemplateError, OwnTemplates
+from onebase_server.inference.tokenization import BaseTokenizer, TemplateInput, Tokenizers
+
+from ..hub_standin import HubStandIn
 from .support import Server, Starter
 
 TURN, END, TOOL = "<|turn|>", "<|over|>", "<|tool|>"
@@ -83,8 +92,22 @@ def grown(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Grown:
 
 
 @pytest.fixture(scope="module")
-def server(serve_real: Starter, small_base: Path, forks: None) -> Iterator[Server]:
-    with serve_real("--base", str(small_base), *OPTIONS) as server:
+def hub() -> Iterator[HubStandIn]:
+    with HubStandIn() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def server(
+    serve_real: Starter,
+    small_base: Path,
+    forks: None,
+    hub: HubStandIn,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    options = ("--base", str(small_base), *OPTIONS, "--hub-allow", "acme/*")
+    environment = hub.environment(tmp_path_factory.mktemp("hf"))
+    with serve_real(*options, environment=environment) as server:
         yield server
 
 
@@ -212,6 +235,7 @@ CALLS = (
     "{{ m['content'] }}{% for call in m['tool_calls'] or [] %}<|tool|>{{ call['function'] | tojson }}"
     "{% endfor %}<|over|>\n{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
+THINKS = "{% if add_generation_prompt %}{{ '<think>' if enable_thinking else '<think></think>' }}{% endif %}"
 
 
 def test_tools_are_called_by_its_own_token(
@@ -255,6 +279,65 @@ def test_a_template_that_never_ends_fails_its_own_requests_alone(
     assert http.post("/v1/completions", json=plain).status_code == 200
 
 
+@pytest.fixture(scope="module")
+def templates() -> Iterator[OwnTemplates]:
+    templates = OwnTemplates()
+    yield templates
+    templates.close()
+
+
+def test_a_template_that_writes_far_more_than_it_is_given_is_refused(templates: OwnTemplates) -> None:
+    many = "{% for a in range(20000) %}{{ 'ab ' * 20 }}{% endfor %}"
+    with pytest.raises(OwnTemplateError, match="characters"):
+        templates.render(many, [], None, {})
+    long = [{"role": "user", "content": "ab " * 500_000}]
+    assert templates.render("{{ messages[0].content }}", long, None, {}) == long[0]["content"]
+
+
+def test_a_template_that_is_slow_to_read_is_refused_however_many_renderings_it_takes(
+    templates: OwnTemplates,
+) -> None:
+    busy = "{% for a in range(1000) %}{% for b in range(300) %}{% endfor %}{% endfor %}a"
+    budget = Budget(0.2)
+    with suppress(OwnTemplateError):
+        while budget.seconds > 0:
+            templates.render(busy, [], None, {}, budget)
+    with pytest.raises(OwnTemplateError, match="takes more than"):
+        templates.render(busy, [], None, {})
+    assert templates.render("a", [], None, {}) == "a"
+
+
+def test_a_process_that_is_killed_while_it_renders_is_replaced(templates: OwnTemplates) -> None:
+    busy = "{% for a in range(1000) %}{% for b in range(5000) %}{% endfor %}{% endfor %}b"
+    assert templates.render("a", [], None, {}) == "a"
+    first = templates._process
+    assert first is not None
+    killer = threading.Timer(0.1, first.kill)
+    killer.start()
+    assert templates.render(busy, [], None, {}) == "b"
+    killer.join()
+
+
+def test_what_a_template_can_do_is_not_concluded_from_a_process_that_does_not_start(
+    small_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizers = Tokenizers(BaseTokenizer(str(small_base)))
+    first = len(AutoTokenizer.from_pretrained(small_base))
+    token = AddedToken(id=first, content=TOOL)
+    own = tokenizers.of(TokenizerAdditions(tokens=(token,), chat_template=CALLS + THINKS), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(own_templates, "_COMMAND", ["false"])
+        for property in ("template_options", "thought_format", "tool_format"):
+            with pytest.raises(UnavailableError):
+                getattr(own, property)
+        with pytest.raises(UnavailableError):
+            own.encode_chat(TemplateInput([{"role": "user", "content": "?"}]))
+    assert own.template_options == {"enable_thinking"}
+    assert own.thought_format is not None
+    assert own.tool_format is not None
+    tokenizers.templates.close()
+
+
 def test_another_tokenizer_is_refused_by_name_if_the_rows_need_it(
     http: httpx2.Client, grown: Grown, tmp_path: Path
 ) -> None:
@@ -291,6 +374,15 @@ def test_a_stream_adds_up_to_the_answer_and_a_named_version_has_its_own_tokens_t
     mixed = {"adapter": [{"name": "chatty", "weight": 0.5}], "prompt": "a", "max_tokens": 1}
     answer = http.post("/generate", json=mixed)
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_not_composable")
+
+
+def test_the_first_use_of_one_on_the_hub_may_read_texts(
+    http: httpx2.Client, hub: HubStandIn, grown: Grown
+) -> None:
+    hub.add_repo("acme/grown", {name: (grown.folder / name).read_bytes() for name in FILES})
+    answer = http.post("/v1/embeddings", json={"model": "hub:acme/grown", "input": f"{TURN}a"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["prompt_tokens"] == len(grown.tokenizer.encode(f"{TURN}a"))
 
 
 def named(version: dict[str, Any]) -> dict[str, str]:

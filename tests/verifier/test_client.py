@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -24,6 +24,7 @@ from onebase_adapters.store.blobs import AdapterFiles
 from onebase_edge.background import Backoff
 from onebase_engine.base import manifest as wire
 from onebase_engine.engine.messages import FrameReader, Shutdown, encode
+from onebase_server.processes import verifier
 from onebase_server.processes import verifier_client as module
 from onebase_server.processes.time_share import BusyFlag
 from onebase_server.processes.trainer_client import TrainerClient
@@ -42,6 +43,7 @@ from onebase_server.processes.verifier_protocol import (
     Attached,
     Prove,
     Proved,
+    Rejected,
     VersionStage,
     from_verifier_decoder,
     scratch_folder,
@@ -696,3 +698,16 @@ def test_verifiers_and_trainers_yield_to_the_engine_where_there_is_mps(
     said = (tmp_path / "said").read_text().split()
     assert said == ["none"] * (len(said) // 2) + ["1"] * (len(said) // 2)
     assert len(said) == 2 * (ATTEMPTS + 1)
+
+
+def test_a_result_that_cannot_be_written_is_a_refusal() -> None:
+    sent: list[Any] = []
+
+    class Wire:
+        def send(self, message: Any) -> None:
+            encode(message)
+            sent.append(message)
+
+    reply = Rejected(digest="abc", code="bad_config", message="\ud800")
+    verifier._send(cast(Any, Wire()), reply)
+    assert [(one.digest, one.code) for one in sent] == [("abc", "proof_error")]

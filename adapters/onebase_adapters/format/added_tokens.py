@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ TOKENIZER_FILES: Mapping[str, int] = {
 MOST_ADDED = 1024
 LONGEST_TOKEN = 200
 """Largest number of characters of an added token."""
+MOST_CHARACTERS = 16 << 10
+"""Largest number of characters of all added tokens: a tokenizer takes hundreds of bytes for each."""
 LONGEST_TEMPLATE = 64 << 10
 """Largest number of characters of a chat template."""
 _OF_TOKENS = re.compile(r"embed|head|wte|tok|output")
@@ -51,7 +53,7 @@ class BaseVocabulary:
 
     ids: Mapping[str, int]
     digests: frozenset[str]
-    """Digests of its model's vocabulary, as its file has it and as it is loaded."""
+    """Digests of its model, as its file has it and as it is loaded: see `vocabulary_digests`."""
 
     @property
     def count(self) -> int:
@@ -87,7 +89,7 @@ class _Added(msgspec.Struct):
 
 
 class _TokenizerFile(msgspec.Struct):
-    model: _Model
+    model: msgspec.Raw
     added_tokens: list[_Added] = []
 
 
@@ -95,12 +97,18 @@ class _ProblemError(ValueError):
     """The tokenizer is no extension of the base's; the message says why."""
 
 
-def vocabulary_digest(tokenizer: bytes | str) -> str:
-    """Return the digest of the model's vocabulary and merges in the text of a `tokenizer.json`.
+def vocabulary_digests(tokenizer: bytes | str) -> Iterator[str]:
+    """Return the digests of the model in the text of a `tokenizer.json`: of its text, which takes no time and
+    is the same in files that the same library wrote, and of its vocabulary and merges.
 
     Raises msgspec.DecodeError if it is none.
     """
-    return _digest(msgspec.json.decode(tokenizer, type=_TokenizerFile).model)
+    return _digests(msgspec.json.decode(tokenizer, type=_TokenizerFile).model)
+
+
+def _digests(model: msgspec.Raw) -> Iterator[str]:
+    yield hashlib.sha256(model).hexdigest()
+    yield _digest(msgspec.json.decode(model, type=_Model))
 
 
 def has_token_rows(raw: bytes, weights: Path) -> bool:
@@ -160,7 +168,7 @@ def _additions(tokenizer: bytes, read: Read, base: BaseVocabulary) -> TokenizerA
             raise _ProblemError(
                 f"its token {one.id} is {shown(one.content)}, and the base's is {shown(names[one.id])}"
             )
-    if _digest(file.model) not in base.digests:
+    if base.digests.isdisjoint(_digests(file.model)):
         raise _ProblemError("its vocabulary or its merges are not the base's, tokens that it added aside")
     if len(new) > MOST_ADDED:
         raise _ProblemError(f"it adds {len(new)} tokens, and {MOST_ADDED} are served at most")
@@ -190,7 +198,7 @@ def checked_additions(value: Any) -> tuple[TokenizerAdditions | None, str]:
         return None, ""
     if isinstance(value, dict) and value.keys() == {"problem"}:
         problem = value["problem"]
-        if isinstance(problem, str) and len(problem) <= _LONGEST_PROBLEM:
+        if isinstance(problem, str) and len(problem) <= _LONGEST_PROBLEM and _is_utf8(problem):
             return None, problem
     try:
         found = msgspec.convert(value, TokenizerAdditions)
@@ -215,12 +223,27 @@ def _check(added: TokenizerAdditions) -> None:
             )
         if token.id != tokens[0].id + place or not 0 <= token.id < 1 << 31:
             raise _ProblemError(f"its added tokens do not follow one another: {shown(token.content)}")
+    if (characters := sum(len(token.content) for token in tokens)) > MOST_CHARACTERS:
+        raise _ProblemError(
+            f"its added tokens have {characters} characters, and {MOST_CHARACTERS} are served at most"
+        )
     if len({token.content for token in tokens}) < len(tokens):
         raise _ProblemError("two of its added tokens have the same text")
     if len(added.end_tokens) > _MOST_ENDS or not all(0 <= one <= tokens[-1].id for one in added.end_tokens):
         raise _ProblemError(f"its eos_token_id must be up to {_MOST_ENDS} of its tokens")
     if added.chat_template is not None and len(added.chat_template) > LONGEST_TEMPLATE:
         raise _ProblemError(f"its chat template is over {LONGEST_TEMPLATE} characters")
+    if not _is_utf8(added.chat_template or ""):
+        raise _ProblemError("its chat template is no text in UTF-8")
+
+
+def _is_utf8(text: str) -> bool:
+    """Return False if a text has a lone surrogate, which JSON can write and no message can carry."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _digest(model: _Model) -> str:
@@ -260,6 +283,6 @@ def _template(read: Read, settings: Mapping[str, Any]) -> str | None:
         return file.decode()
     value = settings.get("chat_template")
     if isinstance(value, list):  # several, by name
-        named = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
-        value = named.get("default")
+        named = (one for one in value if isinstance(one, dict) and one.get("name") == "default")
+        value = next(named, {}).get("template")
     return value if isinstance(value, str) and value else None

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal
 
 _RARE = [chr(point) for point in range(0xA000, 0xA48D)]
@@ -486,8 +487,9 @@ def _twin(backend: Any, names: Mapping[str, str]) -> _Twin | None:
         for part in ("normalizer", "pre_tokenizer"):
             if getattr(backend, part) is not None:
                 setattr(twin, part, getattr(backend, part))
-        for _, token in added:
-            (twin.add_special_tokens if token.special else twin.add_tokens)([_renamed_token(token, names)])
+        for special, some in groupby((token for _, token in added), lambda token: bool(token.special)):
+            renamed = [_renamed_token(token, names) for token in some]
+            (twin.add_special_tokens if special else twin.add_tokens)(renamed)
     else:
         twin = Tokenizer.from_str(renamed_json(json.loads(backend.to_str()), names))
     ids = {twin.token_to_id(names.get(token.content, token.content)): i for i, token in added}

@@ -18,14 +18,19 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from onebase_adapters.hub.confinement import confine
+from onebase_edge.errors import UnavailableError
 from onebase_engine.environment import computing_environment
+from onebase_engine.machine import BESIDE_SERVING, step_aside
 
 CALL_SECONDS = 2.0
 """Processor time, in seconds, that one rendering may take."""
+READING_SECONDS = 4.0
+"""Processor time, in seconds, until it is known how a template writes thoughts and calls of tools."""
 STUCK_SECONDS = 30.0
 """Longest time of one rendering that gets no processor."""
 LOOK_SECONDS = 0.1
@@ -35,16 +40,30 @@ MEMORY_BYTES = 1 << 30
 """Memory that the process may use for templates."""
 MOST_BYTES = 32 << 20
 """Largest answer, in bytes."""
+LONGEST_TEXT = 1 << 20
+"""Characters that a template may write besides as many as the request has."""
 MOST_REFUSED = 1000
 """Number of templates remembered as too slow, which are not tried again."""
+
+_COMMAND = [sys.executable, "-P", "-m", "onebase_server.inference.own_templates"]
 
 
 class OwnTemplateError(ValueError):
     """A template that came with an adapter cannot be rendered; the message says why."""
 
 
+@dataclass
+class Budget:
+    """Processor time that is left for all that is rendered to read how a template writes."""
+
+    seconds: float = READING_SECONDS
+
+
 class OwnTemplates:
-    """The process, started when it is first needed. Thread-safe; calls wait for one another."""
+    """The process, started when it is first needed. Thread-safe; calls wait for one another.
+
+    Methods raise UnavailableError if the process cannot be used now, whatever the template.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -57,17 +76,30 @@ class OwnTemplates:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
         options: Mapping[str, Any],
+        budget: Budget | None = None,
     ) -> str:
-        """Return the text that a template writes. Raises OwnTemplateError."""
+        """Return the text that a template writes. A template that exceeds its budget is refused from then on.
+
+        Raises OwnTemplateError, UnavailableError.
+        """
         call = {"template": template, "messages": list(messages), "tools": tools, "options": dict(options)}
-        text = self._call(template, call)
+        line = _line(call)
+        text = self._call(template, line, budget)
         if not isinstance(text, str):
             raise OwnTemplateError("the adapter's chat template wrote no text")
+        most = LONGEST_TEXT + len(line)
+        if len(text) > most:  # a tokenizer takes hundreds of bytes for each
+            raise OwnTemplateError(
+                f"the adapter's chat template wrote {len(text)} characters, and {most} are read at most"
+            )
         return text
 
-    def options(self, template: str) -> frozenset[str]:
-        """Return the variables of a template that a caller may set. Raises OwnTemplateError."""
-        found = self._call(template, {"template": template})
+    def options(self, template: str, budget: Budget | None = None) -> frozenset[str]:
+        """Return the variables of a template that a caller may set.
+
+        Raises OwnTemplateError, UnavailableError.
+        """
+        found = self._call(template, _line({"template": template}), budget)
         return frozenset(str(name) for name in found) if isinstance(found, list) else frozenset()
 
     def close(self) -> None:
@@ -75,28 +107,44 @@ class OwnTemplates:
         with self._lock:
             self._kill()
 
-    def _call(self, template: str, call: Mapping[str, Any]) -> Any:
+    def _call(self, template: str, line: bytes, budget: Budget | None) -> Any:
         with self._lock:
             if template in self._refused:
-                raise OwnTemplateError(f"the adapter's chat template takes more than {CALL_SECONDS:g} s")
-            process = self._started()
-            try:
-                answer = _asked(process, json.dumps(call).encode() + b"\n", STUCK_SECONDS, CALL_SECONDS)
-            except _TookMoreError:
-                self._refuse(template)
-                raise OwnTemplateError(
-                    f"the adapter's chat template takes more than {CALL_SECONDS:g} s"
-                ) from None
-            except (OSError, ValueError) as error:
-                self._kill()
-                raise OwnTemplateError(f"the adapter's chat template cannot be used: {error}") from None
+                raise _too_slow()
+            answer = self._answer(template, line, budget)
         if not isinstance(answer, dict) or "error" in answer:
             said = answer.get("error") if isinstance(answer, dict) else None
             raise OwnTemplateError(f"the adapter's chat template refuses: {said}")
         return answer.get("result")
 
+    def _answer(self, template: str, line: bytes, budget: Budget | None, *, again: bool = True) -> Any:
+        most = CALL_SECONDS if budget is None else min(CALL_SECONDS, budget.seconds)
+        process = self._started()
+        before = _cpu_seconds(process.pid)
+        try:
+            answer = _asked(process, line, STUCK_SECONDS, most)
+        except _TookMoreError:
+            self._kill()
+            self._refuse(template)
+            raise _too_slow() from None
+        except TimeoutError as error:
+            self._kill()
+            raise _unavailable(error) from None
+        except OSError as error:
+            self._kill()
+            if again:  # it may have been killed from outside
+                return self._answer(template, line, budget, again=False)
+            raise OwnTemplateError(f"the adapter's chat template cannot be used: {error}") from None
+        except ValueError as error:
+            self._kill()
+            raise OwnTemplateError(f"the adapter's chat template cannot be used: {error}") from None
+        if budget is not None:
+            budget.seconds -= _cpu_seconds(process.pid) - before
+            if budget.seconds <= 0:
+                self._refuse(template)
+        return answer
+
     def _refuse(self, template: str) -> None:
-        self._kill()
         self._refused[template] = None
         while len(self._refused) > MOST_REFUSED:
             del self._refused[next(iter(self._refused))]
@@ -105,19 +153,23 @@ class OwnTemplates:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._kill()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "onebase_server.inference.own_templates"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=computing_environment(),
-            bufsize=0,
-        )
+        try:
+            self._process = subprocess.Popen(
+                _COMMAND,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=computing_environment(),
+                bufsize=0,
+            )
+        except OSError as error:
+            raise _unavailable(error) from None
+        step_aside(self._process.pid, BESIDE_SERVING)
         try:
             _asked(self._process, b"", START_SECONDS)
         except (OSError, ValueError) as error:
             self._kill()
-            raise OwnTemplateError(f"the process for chat templates does not start: {error}") from None
+            raise _unavailable(error) from None
         return self._process
 
     def _kill(self) -> None:
@@ -132,6 +184,25 @@ class OwnTemplates:
                     pipe.close()
 
 
+def _line(call: Mapping[str, Any]) -> bytes:
+    return json.dumps(call).encode() + b"\n"
+
+
+def _too_slow() -> OwnTemplateError:
+    return OwnTemplateError(
+        f"the adapter's chat template takes more than {CALL_SECONDS:g} s, or more than {READING_SECONDS:g} s "
+        "until it is known how it writes"
+    )
+
+
+def _unavailable(error: Exception) -> UnavailableError:
+    return UnavailableError(
+        f"The process for adapters' chat templates cannot be used now: {error}. Try again.",
+        code="adapter_unavailable",
+        retry_after=1.0,
+    )
+
+
 class _TookMoreError(Exception):
     """A call used more of a processor than it may."""
 
@@ -143,7 +214,9 @@ def _asked(
 
     Raises:
         _TookMoreError: the process used more than `cpu_seconds` of a processor.
-        OSError, ValueError: the process has ended, says too much, or does not answer within `seconds`.
+        TimeoutError: the process does not answer within `seconds`.
+        OSError: it has ended.
+        ValueError: it says too much.
     """
     if process.stdin is None or process.stdout is None:
         raise OSError("it has no pipes")
@@ -160,7 +233,7 @@ def _asked(
             if not ready and _cpu_seconds(process.pid) - before > cpu_seconds:
                 raise _TookMoreError
             if not ready and time.monotonic() > until:
-                raise OSError(f"it did not answer within {seconds:g} s")
+                raise TimeoutError(f"it did not answer within {seconds:g} s")
             for key, _ in ready:
                 if key.fileobj is process.stdin:
                     left = left[os.write(process.stdin.fileno(), left[: 1 << 16]) :]
@@ -170,7 +243,7 @@ def _asked(
                 data = os.read(process.stdout.fileno(), 1 << 16)
                 found += data
                 if not data:
-                    raise ValueError("it took too much memory, or failed")
+                    raise BrokenPipeError("it took too much memory, or failed")
                 if len(found) > MOST_BYTES:
                     raise ValueError(f"it writes more than {MOST_BYTES} bytes")
     return json.loads(found)

@@ -12,14 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 
-from onebase_adapters.format.added_tokens import TOKENIZER_FILE, BaseVocabulary, vocabulary_digest
+from onebase_adapters.format.added_tokens import TOKENIZER_FILE, BaseVocabulary, vocabulary_digests
 from onebase_adapters.format.config import AdapterFormatError
-from onebase_edge.errors import InvalidRequestError
+from onebase_edge.errors import InvalidRequestError, UnavailableError
 from onebase_edge.settings import RawControlTokens
 from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around
 from onebase_engine.imports import quick_imports
@@ -27,7 +29,7 @@ from onebase_engine.machine import return_freed_memory
 from onebase_protocol.adapters import TokenizerAdditions
 from onebase_server.inference import thoughts
 from onebase_server.inference.detokenizer import BytePieces, PieceDecoder, ShownPieces, WindowPieces
-from onebase_server.inference.own_templates import OwnTemplateError, OwnTemplates
+from onebase_server.inference.own_templates import Budget, OwnTemplateError, OwnTemplates
 from onebase_server.inference.thoughts import Switch, ThoughtFormat
 from onebase_server.inference.tool_format import ToolFormat, UnreadableCallsError, read_format, reason_of
 
@@ -40,8 +42,8 @@ _GENERATION_BLOCK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Marks for training, which a template may have and plain Jinja does not know."""
 _THINKS = re.compile(r"\b(?:reasoning_content|thinking)\b")
 """Pattern of the names that thoughts have in chat templates."""
-MOST_TOKENIZERS, MOST_VERSIONS = 64, 4096
-"""Numbers of adapters' tokenizers that are kept, and of versions whose tokenizer is known."""
+MOST_TOKENIZERS = 64
+"""Number of adapters' tokenizers that are kept."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _OWN_VARIABLES = frozenset(
     {
@@ -108,6 +110,7 @@ class BaseTokenizer:
     """Tokens that end a text besides the base's."""
     own_templates: OwnTemplates | None = None
     """Process that renders the chat template, if that came with an adapter."""
+    _budget: Budget | None = None
 
     def __init__(self, folder: str, *, raw_control_tokens: RawControlTokens = "allow") -> None:
         """`raw_control_tokens`: what `<|im_end|>` and the like are in the text of a plain prompt."""
@@ -136,14 +139,15 @@ class BaseTokenizer:
     @cached_property
     def vocabulary(self) -> BaseVocabulary:
         """Return the tokenizer's tokens, with which those of adapters are compared."""
-        texts = [self._tokenizer.backend_tokenizer.to_str()]
+        backend = self._tokenizer.backend_tokenizer
+        texts = [backend.to_str()]
         file = Path(self._folder) / TOKENIZER_FILE
         if file.is_file():
             texts.append(file.read_text())
-        digests = set()
+        digests = {next(vocabulary_digests(backend.to_str(pretty=True)))}
         for text in texts:
             with suppress(msgspec.DecodeError):
-                digests.add(vocabulary_digest(text))
+                digests.update(vocabulary_digests(text))
         return BaseVocabulary(self._tokenizer.get_vocab(), frozenset(digests))
 
     def extended(
@@ -168,7 +172,7 @@ class BaseTokenizer:
         other._set_up(_extended(self._tokenizer, added, templates))
         other.end_tokens = added.end_tokens
         if added.chat_template is not None:
-            other.own_templates = templates
+            other.own_templates, other._budget = templates, Budget()
         other.longest_token = max(self.longest_token, *(len(token.content) for token in added.tokens))
         return other
 
@@ -199,7 +203,7 @@ class BaseTokenizer:
         """Variables of the chat template that a caller may set."""
         if self.own_templates is not None:
             with suppress(OwnTemplateError):
-                return self.own_templates.options(self.chat_template)
+                return self.own_templates.options(self.chat_template, self._budget)
             return frozenset()
         return options_of(self.chat_template)
 
@@ -222,7 +226,7 @@ class BaseTokenizer:
         if "tool_calls" not in self.chat_template:
             return "writes no calls"
         try:
-            return read_format(self._render, self._control_names)
+            return self._read(lambda render: read_format(render, self._control_names))
         except UnreadableCallsError as error:
             return str(error)
 
@@ -239,7 +243,7 @@ class BaseTokenizer:
         if not self.has_chat_template:
             return None
         names, variables = self._control_names, self.template_options
-        return thoughts.read_format(self._render, self.chat_template, names, variables)
+        return self._read(lambda render: thoughts.read_format(render, self.chat_template, names, variables))
 
     @property
     def thinking_switch(self) -> Switch | None:
@@ -280,7 +284,34 @@ class BaseTokenizer:
             )
         return found
 
+    def _read(self, read: Callable[[Callable[..., str]], T]) -> T:
+        """Return what `read` finds out by rendering. It takes a template that fails as one that refuses.
+
+        Raises UnavailableError if the template cannot be rendered now, so that this is not taken for a
+        refusal.
+        """
+        failed: list[UnavailableError] = []
+
+        def render(*given: Any, **named: Any) -> str:
+            if failed:
+                raise failed[0]
+            try:
+                return self._render(*given, **named)
+            except UnavailableError as error:
+                failed.append(error)
+                raise
+
+        try:
+            return read(render)
+        finally:
+            if failed:
+                raise failed[0]
+
     def _render(self, messages: Any, *, tools: Any, generation: bool, **options: Any) -> str:
+        if self.own_templates is not None:
+            options["add_generation_prompt"] = generation
+            own: str = self._tokenizer.write_own_template(messages, tools, options, self._budget)
+            return own
         text: str = self._tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=generation, **options
         )
@@ -450,8 +481,8 @@ def _extended(tokenizer: Any, added: TokenizerAdditions, templates: OwnTemplates
         )
         for token in added.tokens
     ]
-    for token in tokens:
-        (own.add_special_tokens if token.special else own.add_tokens)([token])
+    for special, some in groupby(tokens, lambda token: bool(token.special)):
+        (own.add_special_tokens if special else own.add_tokens)(list(some))
     ids = {known[token].content: token for token in known} | {
         token.content: token.id for token in added.tokens
     }
@@ -475,6 +506,16 @@ def _extended(tokenizer: Any, added: TokenizerAdditions, templates: OwnTemplates
 def _with_own_template(kind: Any, templates: OwnTemplates) -> Any:
     """Return a class of tokenizers whose chat template is rendered in another process."""
 
+    def write_own_template(
+        self: Any,
+        conversation: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        options: Mapping[str, Any],
+        budget: Budget | None = None,
+    ) -> str:
+        special = {name: str(token) for name, token in self.special_tokens_map.items() if token is not None}
+        return templates.render(self.chat_template, conversation, tools, {**special, **options}, budget)
+
     def apply_chat_template(
         self: Any,
         conversation: Sequence[Mapping[str, Any]],
@@ -484,13 +525,13 @@ def _with_own_template(kind: Any, templates: OwnTemplates) -> Any:
         return_dict: bool = False,
         **options: Any,
     ) -> Any:
-        special = {name: str(token) for name, token in self.special_tokens_map.items() if token is not None}
-        text = templates.render(self.chat_template, conversation, tools, {**special, **options})
+        text = write_own_template(self, conversation, tools, options)
         if not tokenize:
             return text
         return self(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
 
-    return type(kind.__name__, (kind,), {"apply_chat_template": apply_chat_template})
+    own = {"apply_chat_template": apply_chat_template, "write_own_template": write_own_template}
+    return type(kind.__name__, (kind,), own)
 
 
 class Tokenizers:
@@ -500,8 +541,12 @@ class Tokenizers:
         self.base = base
         self.templates = OwnTemplates()
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[TokenizerAdditions | None, int], BaseTokenizer] = OrderedDict()
-        self._of_reports: OrderedDict[str, BaseTokenizer] = OrderedDict()
+        self._recent: OrderedDict[BaseTokenizer, None] = OrderedDict()
+        # No others are kept alive here, and none is built twice while a request has it.
+        self._by_additions: WeakValueDictionary[tuple[TokenizerAdditions | None, int], BaseTokenizer] = (
+            WeakValueDictionary()
+        )
+        self._of_versions: WeakValueDictionary[str, BaseTokenizer] = WeakValueDictionary()
 
     def of_version(self, digest: str, report: Mapping[str, Any]) -> BaseTokenizer:
         """Return the tokenizer for a version's requests, by its report; the base's if it has no other.
@@ -511,36 +556,39 @@ class Tokenizers:
         if not report.get("vocabulary") and not report.get("tokenizer"):
             return self.base
         with self._lock:
-            known = self._of_reports.get(digest)
+            known = self._of_versions.get(digest)
             if known is not None:
-                self._of_reports.move_to_end(digest)
-                return known
+                return self._keep(known)
         added = report.get("tokenizer")
         given = None if added is None else msgspec.convert(added, TokenizerAdditions)
         found = self.of(given, report.get("vocabulary", 0))
         with self._lock:
-            self._of_reports[digest] = found
-            while len(self._of_reports) > MOST_VERSIONS:
-                self._of_reports.popitem(last=False)
+            self._of_versions[digest] = found
         return found
 
     def check(self, added: TokenizerAdditions) -> None:
         """Raise AdapterFormatError if an adapter's tokens do not fit the base's tokenizer."""
         try:
-            self.of(added, 0)
+            self.base.extended(added, 0, self.templates)
         except TokenizerError as error:
             raise AdapterFormatError("bad_tokenizer", f"{error}") from error
 
     def of(self, added: TokenizerAdditions | None, words: int) -> BaseTokenizer:
         """Return the base's tokenizer with additions. Raises TokenizerError: they do not fit it."""
-        key = added, words
         with self._lock:
-            if key not in self._kept:
-                self._kept[key] = self.base.extended(added, words, self.templates)
-            self._kept.move_to_end(key)
-            while len(self._kept) > MOST_TOKENIZERS:
-                self._kept.popitem(last=False)
-            return self._kept[key]
+            found = self._by_additions.get((added, words))
+            if found is None:
+                found = self.base.extended(added, words, self.templates)
+                self._by_additions[added, words] = found
+            return self._keep(found)
+
+    def _keep(self, tokenizer: BaseTokenizer) -> BaseTokenizer:
+        """Keep a tokenizer, instead of the one that was not used for longest."""
+        self._recent[tokenizer] = None
+        self._recent.move_to_end(tokenizer)
+        while len(self._recent) > MOST_TOKENIZERS:
+            self._recent.popitem(last=False)
+        return tokenizer
 
 
 def _control_token(param: str, error: ControlTokenError) -> InvalidRequestError:

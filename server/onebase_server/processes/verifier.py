@@ -134,7 +134,7 @@ def _serve(verifier: Verifier, channel: VerifierChannel, busy: BusyFlag | None) 
             with _signs_of_life(channel):
                 reporter = _Reporter(message.digest, channel, _gate(verifier.device, busy))
                 reply = answer(verifier, message, reporter.report)
-            channel.send(reply)
+            _send(channel, reply)
             gc.collect()  # PEFT's model, while nobody waits
         except BaseChangedError as error:
             logger.critical("%s; the process ends", error)
@@ -145,6 +145,16 @@ def _serve(verifier: Verifier, channel: VerifierChannel, busy: BusyFlag | None) 
             channel.send(Rejected(digest=message.digest, code="device_error", message=str(error)))
             return 3
     return 0
+
+
+def _send(channel: VerifierChannel, reply: Proved | Merged | Rejected) -> None:
+    """Send a job's result, or that it cannot be sent: a version's own texts are a part of it."""
+    try:
+        channel.send(reply)
+    except Exception as error:
+        logger.exception("the result of %s cannot be sent", reply.digest[:12])
+        message = f"the result cannot be sent: {type(error).__name__}"
+        channel.send(Rejected(digest=reply.digest, code="proof_error", message=message))
 
 
 def _gate(device: torch.device, busy: BusyFlag | None) -> SharedGate:

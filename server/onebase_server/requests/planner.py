@@ -166,7 +166,7 @@ class Planner:
         async def choose(request: GenerationRequest) -> AdapterChoice:
             return await self._adapter(body, request, transcript)
 
-        return await self._with_own_tokenizer(plan, choose, caller.tenant, self.base_name, body, transcript)
+        return await self._with_own_tokenizer(plan, choose, caller, self.base_name, body, transcript)
 
     async def _plan_generate(
         self, body: GenerateRequest, caller: Caller, tokenizer: BaseTokenizer
@@ -194,7 +194,7 @@ class Planner:
         self,
         plan: Callable[[BaseTokenizer], Awaitable[GenerationRequest]],
         choose: Callable[[GenerationRequest], Awaitable[AdapterChoice]],
-        tenant: str,
+        caller: Caller,
         model: str,
         body: AdapterFields,
         transcript: Transcript | None,
@@ -204,6 +204,7 @@ class Planner:
         The adapter is looked up last. If it turns out to have another tokenizer than that of the names known
         before, such as one pulled for this request, the request is planned again.
         """
+        tenant, deadline = caller.tenant, self.deadline_of(body, caller)
         versions = () if transcript is None else transcript.opening.adapters
         if len(versions) == 1:  # with which the stream began, whichever is active now
             tokenizer, pulled = await self._tokenizer_of_name(tenant, versions[0]), True
@@ -211,10 +212,10 @@ class Planner:
             tokenizer, pulled = await self.tokenizer_of(tenant, model, body), False
         for _ in range(_PLANS):
             try:
-                request = await plan(tokenizer)
+                request = replace(await plan(tokenizer), deadline=deadline)
             except InvalidRequestError as error:
                 concerned = (error.param or "").startswith(_OF_TOKENIZER)
-                if pulled or not concerned or not await self._pull_first(tenant, model, body):
+                if pulled or not concerned or not await self.pull_first(tenant, model, body, deadline):
                     raise
                 pulled = True
                 found = await self.tokenizer_of(tenant, model, body)
@@ -238,7 +239,8 @@ class Planner:
     ) -> ThoughtFormat | None:
         """Return the format of the thoughts in a request's answer, by its chat template, if it thinks."""
         if body is not None:
-            await self._pull_first(tenant, model, body)
+            deadline = asyncio.get_running_loop().time() + self._limits.max_timeout
+            await self.pull_first(tenant, model, body, deadline)
         own = await self.tokenizer_of(tenant, model, body)
         await self.read_template(tenant, own)
         return own.thought_format
@@ -282,14 +284,20 @@ class Planner:
                 f"{choice.named}: its tokenizer does not fit this base's: {error}.", code="version_not_ready"
             ) from error
 
-    async def _pull_first(self, tenant: str, model: str, body: AdapterFields) -> bool:
+    def deadline_of(self, body: AdapterFields, caller: Caller) -> float | None:
+        """Return the time of the event loop at which a request that comes now ends; None: at none."""
+        timeout_s = body.timeout_s or (None if caller.background else self._limits.max_timeout)
+        return None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+
+    async def pull_first(
+        self, tenant: str, model: str | None, body: AdapterFields, deadline: float | None
+    ) -> bool:
         """Fetch the adapter that a request names if it is not known yet. Return False if it is."""
         reference = self._named(tenant, model, body)
         if reference is None or not (reference.startswith(HUB_PREFIX) or is_checkpoint(reference)):
             return False
         if self._catalog.of(tenant).get(reference) is not None:
             return False
-        deadline = asyncio.get_running_loop().time() + self._limits.max_timeout
         await self._pull({"model" if model == reference else "adapter": reference}, tenant, deadline)
         return True
 
@@ -315,7 +323,7 @@ class Planner:
         async def choose(request: GenerationRequest) -> AdapterChoice:
             return await self.choose(body.model, body, request, transcript)
 
-        return await self._with_own_tokenizer(plan, choose, caller.tenant, body.model, body, transcript)
+        return await self._with_own_tokenizer(plan, choose, caller, body.model, body, transcript)
 
     async def _plan_completion(
         self, body: CompletionRequest, caller: Caller, tokenizer: BaseTokenizer
@@ -377,7 +385,7 @@ class Planner:
         async def choose(request: GenerationRequest) -> AdapterChoice:
             return await self.choose(body.model, body, request, transcript)
 
-        return await self._with_own_tokenizer(plan, choose, caller.tenant, body.model, body, transcript)
+        return await self._with_own_tokenizer(plan, choose, caller, body.model, body, transcript)
 
     async def _plan_conversation(
         self,
@@ -859,7 +867,6 @@ class Planner:
             echo=wanted.echo,
             scores_only=scores_only,
             timeout_s=timeout_s,
-            deadline=None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s,
         )
 
     def _check_room(self, body: SamplingBody, caller: Caller, prompts: int = 1) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -48,14 +47,14 @@ class ReadingPlanner:
             raise InvalidRequestError(
                 f"dimensions: this base's vectors have {most}. Ask for that or fewer.", param="dimensions"
             )
-        own = await self._tokenizer_of(body, caller)
+        own, deadline = await self._tokenizer_of(body, caller)
         prompts, params = await self._inputs(caller.tenant, body.input, own)
         jobs = self._pooled("embd-", body, prompts, params, caller, Pooling(body.pooling or "last"), own)
-        return await self._with_model(body, jobs, own)
+        return await self._with_model(body, jobs, own, deadline)
 
     async def classify(self, body: ClassifyRequest, caller: Caller) -> list[GenerationRequest]:
         """Jobs whose choices are the logits of the inputs' classes; of their tokens', one after the other."""
-        own = await self._tokenizer_of(body, caller)
+        own, deadline = await self._tokenizer_of(body, caller)
         if body.input is not None:
             prompts, params = await self._inputs(caller.tenant, body.input, own)
         else:
@@ -64,7 +63,7 @@ class ReadingPlanner:
             prompt = await self._planner.chat_prompt(caller.tenant, chat, body.messages or [], tokenizer=own)
             prompts, params = [prompt], ["messages"]
         jobs = self._pooled("classify-", body, prompts, params, caller, Pooling(head=True), own)
-        jobs = await self._with_model(body, jobs, own)
+        jobs = await self._with_model(body, jobs, own, deadline)
         choice = jobs[0].adapter
         if choice.task not in CLASSIFIERS or choice.weighted:
             raise InvalidRequestError(
@@ -100,9 +99,9 @@ class ReadingPlanner:
         With a classifier of one label, a pair is one choice: its logit. Else each field is one, once: its
         vector; the second result says in which order.
         """
-        own = await self._tokenizer_of(body, caller)
+        own, deadline = await self._tokenizer_of(body, caller)
         empty = self._reading(new_id("score-"), body, [], [], caller, own)
-        choice = (await self._with_model(body, [empty], own))[0].adapter
+        choice = (await self._with_model(body, [empty], own, deadline))[0].adapter
         if choice.task == "TOKEN_CLS" or choice.labels > 1:
             raise InvalidRequestError(
                 f"model: {choice.named!r} tells {choice.labels} classes apart, which is no score. Send it to "
@@ -130,7 +129,7 @@ class ReadingPlanner:
             ]
             names = [other for _, other in params]
             jobs = self._pooled("score-", body, prompts, names, caller, Pooling(head=True), own)
-            return [replace(one, adapter=choice, tokenizer=own) for one in jobs], []
+            return [replace(one, adapter=choice, tokenizer=own, deadline=deadline) for one in jobs], []
         fields = {
             param: text
             for names, some in zip(params, pairs, strict=True)
@@ -140,7 +139,7 @@ class ReadingPlanner:
         prompts = [Prompt(one, text) for one, text in zip(tokens, fields.values(), strict=True)]
         pooling = Pooling(body.pooling or "last")
         jobs = self._pooled("score-", body, prompts, list(fields), caller, pooling, own)
-        return [replace(one, adapter=choice, tokenizer=own) for one in jobs], list(fields)
+        return [replace(one, adapter=choice, tokenizer=own, deadline=deadline) for one in jobs], list(fields)
 
     async def _inputs(
         self, tenant: str, given: str | list[str] | list[int] | list[list[int]], tokenizer: BaseTokenizer
@@ -175,7 +174,7 @@ class ReadingPlanner:
     ) -> tuple[list[GenerationRequest], list[GenerationRequest]]:
         """Jobs whose choices are the request's, after its prompt, and after its prior if it has one."""
         ends = body.messages is not None if body.ends is None else body.ends
-        own = await self._tokenizer_of(body, caller)
+        own, deadline = await self._tokenizer_of(body, caller)
         choices = [
             tuple(one)
             for one in await self._planner.texts(
@@ -220,7 +219,7 @@ class ReadingPlanner:
                 jobs.append(replace(job, sampling=sampling, branches=tuple(some), n=len(some)))
             groups.append(jobs)
         after, before = groups
-        named = await self._with_model(body, after + before, own)
+        named = await self._with_model(body, after + before, own, deadline)
         check_generates(named[0].adapter)
         return named[: len(after)], named[len(after) :]
 
@@ -264,20 +263,28 @@ class ReadingPlanner:
             prompts=tuple(prompts),
             sampling=Sampling(max_tokens=0),
             timeout_s=timeout_s,
-            deadline=None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s,
             background=caller.background,
         )
 
-    async def _tokenizer_of(self, body: ReadingFields, caller: Caller) -> BaseTokenizer:
-        return await self._planner.tokenizer_of(caller.tenant, body.model, body)
+    async def _tokenizer_of(self, body: ReadingFields, caller: Caller) -> tuple[BaseTokenizer, float | None]:
+        """Return the tokenizer of a request's adapter, which is fetched first, and the request's deadline."""
+        self._planner.check_model(caller.tenant, body.model or self._planner.base_name, body)
+        self._planner.check_limits(1, body.timeout_s)
+        deadline = self._planner.deadline_of(body, caller)
+        await self._planner.pull_first(caller.tenant, body.model, body, deadline)
+        return await self._planner.tokenizer_of(caller.tenant, body.model, body), deadline
 
     async def _with_model(
-        self, body: ReadingFields, jobs: Sequence[GenerationRequest], tokenizer: BaseTokenizer
+        self,
+        body: ReadingFields,
+        jobs: Sequence[GenerationRequest],
+        tokenizer: BaseTokenizer,
+        deadline: float | None,
     ) -> list[GenerationRequest]:
         """Return the jobs with their adapter. Raises UnavailableError if it turns out to have another
         tokenizer than the one that made their tokens."""
         model = body.model or self._planner.base_name
-        self._planner.check_model(jobs[0].tenant, model, body)
+        jobs = [replace(job, deadline=deadline) for job in jobs]
         adapter = await self._planner.choose(model, body, jobs[0])
         if await self._planner.tokenizer_for(adapter, jobs[0].tenant) is not tokenizer:
             raise UnavailableError(

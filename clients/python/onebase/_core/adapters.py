@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,13 @@ WEIGHTS: Final = "adapter_model.safetensors"
 MLX_WEIGHTS: Final = "adapters.safetensors"
 PICKLE: Final = "adapter_model.bin"
 MODEL_CONFIG: Final = "config.json"
-TOKENIZER: Final = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+TOKENIZER: Final = {
+    "tokenizer.json": 64 << 20,
+    "tokenizer_config.json": 4 << 20,
+    "chat_template.jinja": 1 << 20,
+    "generation_config.json": 1 << 20,
+}
+"""Files of a tokenizer, and the largest size of each, in bytes, that the server reads."""
 MOST_CONFIG_BYTES: Final = 1 << 20
 MOST_HEADER_BYTES: Final = 2 << 20
 _OF_TOKENS: Final = re.compile(rb"embed|head|wte|tok|output")
@@ -92,9 +94,17 @@ def adapter_folder(path: str | Path) -> AdapterFolder:
     config = _config_of(folder)
     labels = folder / MODEL_CONFIG
     named = labels if config.get("task_type") in _CLASSIFIERS and labels.is_file() else None
-    found = tuple(folder / name for name in TOKENIZER if (folder / name).is_file())
-    tokenizer = found if found and _has_token_rows(config, weights) else ()
+    found = [folder / name for name in TOKENIZER if (folder / name).is_file()]
+    tokenizer = _small_enough(found) if found and _has_token_rows(config, weights) else ()
     return AdapterFolder(folder / CONFIG, weights, named, tokenizer)
+
+
+def _small_enough(files: Sequence[Path]) -> tuple[Path, ...]:
+    """Return the files of a tokenizer that the server reads, and warn about others."""
+    large = [file for file in files if file.stat().st_size > TOKENIZER[file.name]]
+    for file in large:
+        warnings.warn(f"{file} is over {TOKENIZER[file.name]} bytes and is not sent", stacklevel=4)
+    return tuple(file for file in files if file not in large)
 
 
 def _config_of(folder: Path) -> Mapping[str, object]:
