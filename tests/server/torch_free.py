@@ -35,7 +35,7 @@ def results(folder: str) -> dict[str, Any]:
         "texts": [tokenizer.decode(one) for one in ids],
         "chat": chat,
         "tokens": tokens if size < 5000 else tokens[:100] + tokens[-100:],
-        "special": sorted(tokenizer._special),
+        "special": sorted(tokenizer.special),
     }
 
 
