@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ import msgspec
 from onebase_adapters.format.config import AdapterFormatError, parse_config
 from onebase_adapters.format.conversion import tensor_names
 from onebase_adapters.format.strict_json import shown
+from onebase_engine.environment import computing_environment
+from onebase_engine.machine import BESIDE_SERVING, step_aside
 from onebase_protocol.adapters import AddedToken, TokenizerAdditions
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -40,6 +44,7 @@ LONGEST_TEMPLATE = 64 << 10
 """Largest number of characters of a chat template."""
 _OF_TOKENS = re.compile(r"embed|head|wte|tok|output")
 """Part of the name of an embedding or a head."""
+_DIGEST_SECONDS = 60.0
 _MOST_ENDS = 16
 _LONGEST_PROBLEM = 400
 
@@ -101,14 +106,41 @@ def vocabulary_digests(tokenizer: bytes | str) -> Iterator[str]:
     """Return the digests of the model in the text of a `tokenizer.json`: of its text, which takes no time and
     is the same in files that the same library wrote, and of its vocabulary and merges.
 
-    Raises msgspec.DecodeError if it is none.
+    Raises msgspec.DecodeError if it is none, and ValueError where the second one is none.
     """
     return _digests(msgspec.json.decode(tokenizer, type=_TokenizerFile).model)
 
 
 def _digests(model: msgspec.Raw) -> Iterator[str]:
     yield hashlib.sha256(model).hexdigest()
-    yield _digest(msgspec.json.decode(model, type=_Model))
+    yield _digest_apart(model)
+
+
+def _digest_apart(model: msgspec.Raw) -> str:
+    """Return the digest of a model, computed by another process: to decode one holds up every thread.
+
+    Raises _ProblemError, and OSError if the process fails.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-m", "onebase_adapters.format.added_tokens"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=computing_environment(),
+    )
+    with child:
+        step_aside(child.pid, BESIDE_SERVING)
+        try:
+            said, _ = child.communicate(bytes(model), timeout=_DIGEST_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            raise OSError(f"a tokenizer was not read within {_DIGEST_SECONDS:g} s") from None
+    found, _, problem = said.decode().partition("\n")
+    if problem:
+        raise _ProblemError(problem)
+    if not found:
+        raise OSError("the process that reads a tokenizer failed")
+    return found
 
 
 def has_token_rows(raw: bytes, weights: Path) -> bool:
@@ -137,7 +169,7 @@ def with_tokens(
         weights: the adapter's weights, in PEFT's form.
         vocabulary: returns the base's tokens; None if it has no tokenizer, and none is used.
 
-    Raises OSError: the weights cannot be read.
+    Raises OSError: the weights or the tokenizer cannot be read.
     """
     tokenizer = read(TOKENIZER_FILE) if has_token_rows(raw, weights) else None
     base = None if tokenizer is None else vocabulary()
@@ -286,3 +318,18 @@ def _template(read: Read, settings: Mapping[str, Any]) -> str | None:
         named = (one for one in value if isinstance(one, dict) and one.get("name") == "default")
         value = next(named, {}).get("template")
     return value if isinstance(value, str) and value else None
+
+
+# ---- the process -------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Write the digest of the model on stdin, or an empty line and what is wrong with it."""
+    try:
+        print(_digest(msgspec.json.decode(sys.stdin.buffer.read(), type=_Model)))
+    except (msgspec.DecodeError, RecursionError) as error:
+        print(f"\n{error}", end="")
+
+
+if __name__ == "__main__":
+    main()

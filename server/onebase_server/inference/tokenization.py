@@ -139,15 +139,16 @@ class BaseTokenizer:
     @cached_property
     def vocabulary(self) -> BaseVocabulary:
         """Return the tokenizer's tokens, with which those of adapters are compared."""
-        backend = self._tokenizer.backend_tokenizer
-        texts = [backend.to_str()]
+        texts = [self._tokenizer.backend_tokenizer.to_str(pretty=True)]
         file = Path(self._folder) / TOKENIZER_FILE
         if file.is_file():
             texts.append(file.read_text())
-        digests = {next(vocabulary_digests(backend.to_str(pretty=True)))}
+        digests: set[str] = set()
         for text in texts:
-            with suppress(msgspec.DecodeError):
-                digests.update(vocabulary_digests(text))
+            with suppress(ValueError):
+                found = vocabulary_digests(text)
+                if (first := next(found)) not in digests:
+                    digests |= {first, *found}
         return BaseVocabulary(self._tokenizer.get_vocab(), frozenset(digests))
 
     def extended(
