@@ -237,7 +237,12 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     for file in (EXAMPLES / "orders").iterdir():
         shutil.copy(file, tmp_path)
-    outputs = (("acme-support", "orders", 30), ("acme-support-2", "orders", 31), ("legal", "pirate", 15))
+    outputs = (
+        ("acme-support", "orders", 30),
+        ("acme-support-2", "orders", 31),
+        ("legal", "pirate", 15),
+        ("chat", "orders", 29),
+    )
     for place, source, alpha in outputs:
         copied(EXAMPLES / source, tmp_path / "outputs" / place, lora_alpha=alpha)
     copied(EXAMPLES / "orders", tmp_path / "runs" / "acme" / "adapter", lora_alpha=28)
