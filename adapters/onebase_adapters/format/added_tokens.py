@@ -83,19 +83,9 @@ class _Model(msgspec.Struct):
     merges: list[str | tuple[str, str]] = []
 
 
-class _Added(msgspec.Struct):
-    id: int
-    content: str
-    special: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    normalized: bool = False
-
-
 class _TokenizerFile(msgspec.Struct):
     model: msgspec.Raw
-    added_tokens: list[_Added] = []
+    added_tokens: list[AddedToken] = []
 
 
 class _ProblemError(ValueError):
@@ -209,12 +199,11 @@ def _additions(tokenizer: bytes, read: Read, base: BaseVocabulary) -> TokenizerA
             f"its added tokens must have the ids from {base.count} on, which follow the base's; one is "
             f"{next(one.id for place, one in enumerate(new) if one.id != base.count + place)}"
         )
-    tokens = tuple(msgspec.convert(one, AddedToken, from_attributes=True) for one in new)
     settings = _json(read("tokenizer_config.json"), "tokenizer_config.json")
     ids = {**base.ids, **{one.content: one.id for one in new}}
     ends = (*_ids_of(settings.get("eos_token"), ids), *_ends(read("generation_config.json"), len(ids)))
     found = TokenizerAdditions(
-        tokens=tokens, end_tokens=tuple(dict.fromkeys(ends)), chat_template=_template(read, settings)
+        tokens=tuple(new), end_tokens=tuple(dict.fromkeys(ends)), chat_template=_template(read, settings)
     )
     _check(found)
     return found

@@ -396,8 +396,6 @@ class GenerationRun(RequestRun):
             supervisor, request, stream_limit, on_cut, recorder=recorder, resume_tokens=resume_tokens
         )
         tokenizer = request.tokenizer or tokenizer
-        self.tokenizer = tokenizer
-        """Tokenizer of its text: the adapter's, or the base's."""
         self._tokenizer = tokenizer
         self._threads = threads
         self._choices = [_choice(request, index, tokenizer) for index in range(request.choices)]

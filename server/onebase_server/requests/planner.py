@@ -26,12 +26,7 @@ from onebase_edge.errors import (
     UnknownModelError,
 )
 from onebase_engine.engine.messages import BaseInfo, Sampling
-from onebase_server.adapters.catalog import (
-    HUB_PREFIX,
-    AdapterChoice,
-    Catalog,
-    is_checkpoint,
-)
+from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog, is_checkpoint
 from onebase_server.inference.generation import GenerationRequest, Prompt, in_time, new_id
 from onebase_server.inference.thoughts import Thinking, ThoughtFormat, without_thought
 from onebase_server.inference.tokenization import (
@@ -235,14 +230,13 @@ class Planner:
         )
 
     async def thought_format(
-        self, tenant: str, model: str, body: AdapterFields | None = None
+        self, caller: Caller, model: str, body: AdapterFields | None = None
     ) -> ThoughtFormat | None:
         """Return the format of the thoughts in a request's answer, by its chat template, if it thinks."""
         if body is not None:
-            deadline = asyncio.get_running_loop().time() + self._limits.max_timeout
-            await self.pull_first(tenant, model, body, deadline)
-        own = await self.tokenizer_of(tenant, model, body)
-        await self.read_template(tenant, own)
+            await self.pull_first(caller.tenant, model, body, self.deadline_of(body, caller))
+        own = await self.tokenizer_of(caller.tenant, model, body)
+        await self.read_template(caller.tenant, own)
         return own.thought_format
 
     async def read_template(self, tenant: str, tokenizer: BaseTokenizer) -> None:

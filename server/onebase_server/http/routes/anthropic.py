@@ -27,7 +27,7 @@ async def create_message(
     """Generate the assistant's next message; `model` is the base's name or an adapter's."""
     services.refuse_if_draining()
     services.planner.check_model(caller.tenant, body.model, body)
-    format = await services.planner.thought_format(caller.tenant, body.model, body)
+    format = await services.planner.thought_format(caller, body.model, body)
     chat = await off_loop(request, body.chat, format)
     transcript = await transcript_of(request, services, body.stream)
     engine_request = replace(await services.planner.chat(chat, caller, transcript), id=new_id("msg_"))
@@ -46,7 +46,7 @@ async def count_tokens(
     """Count the tokens of a message's prompt; nothing is generated."""
     services.refuse_if_draining()
     find_model(services, caller, body.model)
-    format = await services.planner.thought_format(caller.tenant, body.model)
+    format = await services.planner.thought_format(caller, body.model)
     chat = await off_loop(request, body.chat, format)
     tokenizer = await services.planner.tokenizer_of(caller.tenant, body.model)
     tokens = await services.planner.chat_tokens(
