@@ -140,9 +140,18 @@ def test_a_changed_adapter_is_refused_or_loads_to_what_peft_loads(
 
 
 def answer(tiny: nn.Module, folder: str) -> torch.Tensor:
-    """What PEFT's model says, of a copy of the base, which a foreign tensor might overwrite."""
+    """What PEFT's model says, of a copy of the base, which a foreign tensor might overwrite.
+
+    The copy is resized to the vocabulary that the file is for, as PEFT's user has to resize it.
+    """
+    model = copy.deepcopy(tiny)
+    tensors = load_file(Path(folder) / WEIGHTS)
+    whole = [tensors[name] for module in (EMBEDDING, HEAD) if (name := f"{PREFIX}{module}.weight") in tensors]
+    words = whole[0].shape[0] if whole else 12
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
-        model = in_one_layout(PeftModel.from_pretrained(copy.deepcopy(tiny), folder).eval())
-        logits: torch.Tensor = model(torch.arange(12)[None]).logits
+        if words != 12:
+            model.resize_token_embeddings(words, mean_resizing=False)
+        loaded = in_one_layout(PeftModel.from_pretrained(model, folder).eval())
+        logits: torch.Tensor = loaded(torch.arange(words)[None]).logits
         return logits.nan_to_num(7.0)
