@@ -51,7 +51,7 @@ lint-python: setup
 	@$(BIN)/python tools/generate_sync.py --check
 	@echo "==> the docstrings"
 	@$(BIN)/python tools/check_docstrings.py
-	@echo "==> the page of settings"
+	@echo "==> the pages made from code"
 	@$(BIN)/python tools/reference_pages.py --check
 	@echo "==> import-linter"
 	@$(BIN)/lint-imports

@@ -1,8 +1,9 @@
 """Additions to docs/ when MkDocs builds the site: pages made from code, and links as GitHub reads them.
 
 A hook of mkdocs.yml. The routes come from the OpenAPI file of the app, which is put together here without a
-server, a base or a port. The settings are those of `onebase serve`'s own parser; their page is kept in docs/,
-where the forge shows it, and this file run as a program writes it.
+server, a base or a port. The settings are those of `onebase serve`'s own parser, and the codes of errors are
+the protocol's; their pages are kept in docs/, where the forge shows them, and this file run as a program
+writes them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("engine", "server", "adapters", "clients/python")]
 
 from onebase_edge.settings import Settings, environment_name, setting_fields  # noqa: E402
+from onebase_protocol.errors import ERROR_CODES  # noqa: E402
 from onebase_server.app.cli import serve_parser  # noqa: E402
 from onebase_server.http.app import create_app  # noqa: E402
 from onebase_server.http.authorization import access_of  # noqa: E402
@@ -342,16 +344,32 @@ def _range(schema: Json) -> str:
     return ""
 
 
+def with_error_codes(markdown: str) -> str:
+    """Return the page on HTTP with the table of codes as `onebase_protocol` has it."""
+    head = "| status | `code` | when |\n|---|---|---|\n"
+    before, _, rest = markdown.partition(head)
+    lines = rest.splitlines(keepends=True)
+    after = next(number for number, line in enumerate(lines) if not line.startswith("|"))
+    rows = [
+        f"| {status} | {', '.join(f'`{code}`' for code in codes)} | {when} |\n"
+        for status, codes, when in ERROR_CODES
+    ]
+    return "".join([before, head, *rows, *lines[after:]])
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write docs/reference/settings.md from the server's parser.")
-    parser.add_argument("--check", action="store_true", help="write nothing; say whether it is up to date")
-    page, made = ROOT / "docs" / "reference" / "settings.md", settings_page()
-    if not parser.parse_args().check:
-        page.write_text(made)
-    elif not page.is_file() or page.read_text() != made:
-        print("docs/reference/settings.md is out of date: run python tools/reference_pages.py")
-        return 1
-    return 0
+    parser = argparse.ArgumentParser(description="Write what pages of docs/ have from the server's code.")
+    parser.add_argument("--check", action="store_true", help="write nothing; say what is out of date")
+    settings, http = ROOT / "docs" / "reference" / "settings.md", ROOT / "docs" / "http.md"
+    pages = {settings: settings_page(), http: with_error_codes(http.read_text())}
+    check = parser.parse_args().check
+    stale = [page for page, made in pages.items() if not page.is_file() or page.read_text() != made]
+    for page in stale:
+        if check:
+            print(f"{page.relative_to(ROOT)} is out of date: run python tools/reference_pages.py")
+        else:
+            page.write_text(pages[page])
+    return 1 if check and stale else 0
 
 
 if __name__ == "__main__":

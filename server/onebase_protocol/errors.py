@@ -1,8 +1,8 @@
-"""Errors in answers: in OpenAI's format, and in Anthropic's on its routes."""
+"""Errors in answers, in OpenAI's format and in Anthropic's on its routes, and what their codes mean."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -46,3 +46,267 @@ class AnthropicError(msgspec.Struct, frozen=True, kw_only=True):
     type: Literal["error"] = "error"
     error: AnthropicErrorBody
     request_id: str
+
+
+class CodeMeaning(NamedTuple):
+    """Codes that come with one HTTP status for one kind of reason."""
+
+    status: int
+    codes: tuple[str, ...]
+    when: str
+    """Markdown, with links relative to `docs/`."""
+
+
+def _meaning(status: int, codes: str, when: str) -> CodeMeaning:
+    return CodeMeaning(status, tuple(codes.split()), when)
+
+
+ERROR_CODES = (
+    _meaning(
+        400,
+        "invalid_value",
+        "a field is wrong; `param` names it, the message says what would be right",
+    ),
+    _meaning(
+        400,
+        "control_token no_chat_template chat_template_failed",
+        "messages that this base [cannot be kept from reading as control tokens](security.md#messages); a "
+        "base that takes plain prompts alone; messages that the template does not take",
+    ),
+    _meaning(
+        400,
+        "adapter_task tools_not_supported",
+        "an adapter that classifies is asked to write, or the reverse; the base's template has no place for "
+        "tools",
+    ),
+    _meaning(
+        400,
+        "grammar_refused",
+        "a schema, a regular expression or a grammar that cannot be followed; the message says why",
+    ),
+    _meaning(
+        400,
+        "invalid_http host_not_allowed invalid_transcript too_many_values",
+        "a request that is no HTTP/1.1, or has no one Host; a transcript that this server does not continue; "
+        "a body with more values than any request has",
+    ),
+    _meaning(
+        400,
+        "context_length_exceeded kv_memory_exceeded too_many_adapters empty_prompt "
+        "prompt_logprobs_too_large vector_too_large",
+        "it could not run even alone; the message names the limit and its option",
+    ),
+    _meaning(
+        400,
+        "invalid_multipart",
+        "an upload that cannot be read as a form, or holds something else",
+    ),
+    _meaning(
+        400,
+        "host_memory_exceeded",
+        "a version, or all pinned ones, take more than `--host-memory`",
+    ),
+    _meaning(
+        400,
+        "hub_invalid adapter_exists adapter_not_composable file_not_found",
+        "a field names no Hub repository, an adapter that is loaded already (in vLLM's words), adapters that "
+        "do not go together, or no file",
+    ),
+    _meaning(
+        400,
+        "thread_unsupported_request",
+        "Anthropic's routes keep no conversations: send all messages",
+    ),
+    _meaning(
+        401,
+        "invalid_api_key",
+        "no API key, or one that is unknown, expired or revoked; with `WWW-Authenticate`",
+    ),
+    _meaning(
+        403,
+        "host_not_allowed origin_not_allowed",
+        "the server does not go by this name, or a page of another site asks: "
+        "[security](security.md#at-the-door)",
+    ),
+    _meaning(
+        403,
+        "key_needed",
+        "the server has no API key, and a proxy brings the request from another machine: "
+        "[security](security.md#who-may-do-what)",
+    ),
+    _meaning(
+        403,
+        "insufficient_scope",
+        "the API key lacks the scope of the route, which the message names",
+    ),
+    _meaning(
+        403,
+        "adapter_read_only first_key",
+        "the adapter is shared by another tenant; the first key is made on the server's machine",
+    ),
+    _meaning(
+        403,
+        "base_not_deletable",
+        "the base is no adapter",
+    ),
+    _meaning(
+        403,
+        "hub_not_allowed hub_gated path_not_allowed",
+        "`--hub-allow` or `--adapters-dir` does not permit it, or the Hub does not",
+    ),
+    _meaning(
+        404,
+        "adapter_not_found version_not_found model_not_found hub_not_found file_not_found job_not_found "
+        "checkpoint_gone batch_not_found key_not_found response_not_found generation_not_found",
+        "no such name, version, repository, file, job, checkpoint, batch, key, response or running text; "
+        "also if another tenant has it",
+    ),
+    _meaning(
+        404,
+        "http_404 console_missing",
+        "there is nothing at this path; the server was installed without the console",
+    ),
+    _meaning(
+        405,
+        "http_405",
+        "the path has no such method; `Allow` says which it has",
+    ),
+    _meaning(
+        408,
+        "request_timeout",
+        "headers or body came too slowly; the connection closes",
+    ),
+    _meaning(
+        409,
+        "base_mismatch version_not_ready stale_activation nothing_to_roll_back adapter_in_use "
+        "adapter_not_composable ranks_differ",
+        "the state of the adapter does not allow it; the message says what would",
+    ),
+    _meaning(
+        409,
+        "job_state batch_state file_in_use training_off",
+        "the job's or the batch's state does not allow it, a job or a batch needs the file, or "
+        "`--train-jobs` is 0",
+    ),
+    _meaning(
+        409,
+        "adapter_deleted",
+        "the adapter, or its version, was deleted while the request ran",
+    ),
+    _meaning(
+        413,
+        "payload_too_large hub_too_large",
+        "the body is over `--max-body`, the adapter over `--max-upload`, or the file over `--max-train-file`",
+    ),
+    _meaning(
+        422,
+        "bad_config unknown_field missing_file bad_weights bad_shape incomplete empty foreign_tensor "
+        "unknown_module untargeted unsupported_kind rank_too_large not_finite no_effect bad_tokenizer "
+        "hub_no_adapter",
+        "the files of the version are not served; the message names the file, the field or the tensor: "
+        "[which are](reference/adapters.md)",
+    ),
+    _meaning(
+        422,
+        "proof_failed proof_timeout proof_crashed proof_error prepared_damaged base_changed device_error "
+        "no_memory",
+        "the version was not proved, and is not served; the message says what its proof found",
+    ),
+    _meaning(
+        422,
+        "crashes_engine",
+        "the engine died each time this request was running: [below](#when-the-engine-dies)",
+    ),
+    _meaning(
+        429,
+        "rate_limit_exceeded insufficient_quota",
+        "beyond a [quota](security.md#quotas) of the key or the tenant: wait for `Retry-After` seconds; or "
+        "waiting does not help, and the message says what does",
+    ),
+    _meaning(
+        429,
+        "queue_full",
+        "`--queue-limit` sequences are waiting, and the tenant has its part of them; `Retry-After` says how "
+        "many seconds to wait",
+    ),
+    _meaning(
+        431,
+        "headers_too_large",
+        "over `--max-header` or `--max-header-lines`; the connection closes",
+    ),
+    _meaning(
+        499,
+        "client_closed_request slow_reader",
+        "in the log and the metrics: the caller went, or did not read its stream",
+    ),
+    _meaning(
+        500,
+        "not_finite row_failed",
+        "the engine ended this request, for instance because its adapter overflows; others go on",
+    ),
+    _meaning(
+        500,
+        "step_failed",
+        "computing failed for every request that ran, so that none of them is to blame",
+    ),
+    _meaning(
+        501,
+        "transfer_coding_not_supported",
+        "a body in another `Transfer-Encoding` than `chunked`; the connection closes",
+    ),
+    _meaning(
+        503,
+        "grammars_busy",
+        "the tenant's grammars that are in use take all the memory that they may (256 MB), 64 other tenants "
+        "use grammars, or their process does not start; `Retry-After`",
+    ),
+    _meaning(
+        503,
+        "engine_starting engine_restarting engine_restarted engine_busy server_stopping timeout",
+        "nothing can be generated now, or not in time; with `Retry-After`",
+    ),
+    _meaning(
+        503,
+        "no_replica replica_lost of_one_server",
+        "behind `onebase route`: no server answers, the one that answered is lost, or only one server can "
+        "tell this; with `Retry-After`",
+    ),
+    _meaning(
+        503,
+        "too_many_connections too_many_bodies",
+        "`--max-connections` or `--max-connections-per-host` are open, or their bodies take all the memory "
+        "that they may; with `Retry-After`",
+    ),
+    _meaning(
+        503,
+        "merges_busy pulls_busy",
+        "as many merges, or pulls from the Hub, run or wait already as may; with `Retry-After`",
+    ),
+    _meaning(
+        503,
+        "crash_suspect",
+        "it is not this request's turn: [below](#when-the-engine-dies); with `Retry-After`",
+    ),
+    _meaning(
+        503,
+        "adapter_unavailable adapter_timeout hub_unreachable hub_offline hub_damaged hub_wrong_answer "
+        "verifier_unavailable",
+        "this adapter cannot be had now, others can; with `Retry-After`",
+    ),
+    _meaning(
+        503,
+        "registry_unavailable store_unavailable",
+        "the registry's database, or the store's files, cannot be reached now; with `Retry-After`",
+    ),
+    _meaning(
+        505,
+        "http_version_not_supported",
+        "neither HTTP/1.1 nor 1.0; the connection closes",
+    ),
+    _meaning(
+        507,
+        "store_full",
+        "no space for it: nothing of it was kept, and serving continues",
+    ),
+)
+"""Every code of an error in an answer, by status. The page on HTTP has this table."""
