@@ -96,8 +96,42 @@ def test_a_choice_of_tools_says_which_may_and_which_must_be_called() -> None:
     assert request(tools=tools, tool_choice=some | {"mode": "required"}).must_call
 
 
+NAMESPACE = {"type": "namespace", "name": "crm", "description": "Customers.", "tools": [WEATHER]}
+
+
+def test_functions_of_namespaces_are_called_with_it_and_what_openai_runs_is_left_out() -> None:
+    body = request(
+        tools=[WEATHER, NAMESPACE, {"type": "web_search", "external_web_access": False}],
+        input=[{"role": "user", "content": "Who?"}, CALL | {"namespace": "crm"}, RESULT],
+    )
+    assert [function["name"] for function in body.functions] == ["weather", "crm.weather"]
+    assert body.namespaces == {"crm.weather": "crm"}
+    assert all(tool.keys() == {"type", "function"} for tool in body.tools or ())  # as templates know tools
+    turns = [message.rendered() for message in conversation(None, body.items)]
+    assert turns[1]["tool_calls"][0]["function"]["name"] == "crm.weather"
+    assert conversation(None, items_again(kept_items(body.items))) == conversation(None, body.items)
+
+
+@pytest.mark.parametrize(
+    ("tools", "says"),
+    [
+        ([{"type": "web_search"}], "tools[0].type"),
+        ([NAMESPACE, WEATHER | {"name": "crm.weather"}], "tools: 'crm.weather' is there twice"),
+        ([NAMESPACE | {"tools": [{"type": "custom", "name": "patch"}]}], "tools[0].type"),
+        ([NAMESPACE | {"name": None}, WEATHER], "tools: 'weather' is there twice"),
+        ([NAMESPACE | {"name": 3}], "tools[0].namespace: must be a text"),
+        ([NAMESPACE | {"name": "a b"}], "tools[0].name: must be"),
+    ],
+)
+def test_tools_that_cannot_be_called_are_refused(tools: list[Any], says: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        request(tools=tools)
+    assert says in validation_error(refused.value.errors())[0]
+
+
 def test_what_changes_nothing_is_taken() -> None:
     body = request(
+        client_metadata={"session": "s"},
         user="u", safety_identifier="s", service_tier="auto", prompt_cache_key="k", max_tool_calls=3,
         truncation="disabled", background=False, text={"verbosity": "low"}, conversation=None, n=1,
         include=["reasoning.encrypted_content"], reasoning={"effort": "max", "summary": "auto"},
@@ -132,7 +166,7 @@ def parts(*kinds: str) -> list[Any]:
         ({"input": [{"type": ["x"]}]}, "input[0].type", "not served"),
         ({"input": []}, "input", "at least 1"),
         ({"input": [CALL | {"arguments": "[1"}]}, "input[0].arguments", "no JSON object"),
-        ({"input": [CALL | {"namespace": "x"}]}, "input[0].namespace", "does not know"),
+        ({"input": [CALL | {"space": "x"}]}, "input[0].space", "does not know"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'web_search'"),
         ({"tools": [WEATHER | {"name": "a b"}]}, "tools[0].name", "letters"),
         ({"tools": [WEATHER | {"defer_loading": True}]}, "tools[0].defer_loading", "does not know"),
@@ -217,11 +251,10 @@ def told(tokenizer: BaseTokenizer, pieces: list[str], reason: Any) -> tuple[list
     """The events of an answer that may call tools, and its items."""
     opening, closing = '<call>{"name": "', "}</call>"
     format = ToolFormat(opening, '", "arguments": ', closing + opening, closing, "<call>", None, {})
-    calls = CallFormat(
-        format, {"weather": ToolDefinition("weather", {"type": "object"})}, Grammar("regex", "x")
-    )
+    tools = {name: ToolDefinition(name, {"type": "object"}) for name in ("weather", "crm.weather")}
+    calls = CallFormat(format, tools, Grammar("regex", "x"))
     job = GenerationRequest("resp_1", "default", (Prompt([1]),), Sampling(), calls=calls)
-    view = ResponseView(tokenizer, request(tools=[WEATHER]), lambda _: None)
+    view = ResponseView(tokenizer, request(tools=[WEATHER, NAMESPACE]), lambda _: None)
     view._begin(job)
     events = []
     for place, text in enumerate(pieces):
@@ -248,6 +281,11 @@ def test_text_and_calls_are_items_one_after_the_other(tokenizer: BaseTokenizer) 
     assert items[0]["content"][0]["text"] == "Well."
     assert [json.loads(item["arguments"]) for item in items[1:]] == [{"city": "Paris"}] * 2
     assert len({item["call_id"] for item in items[1:]} | {item["id"] for item in items}) == 5
+
+
+def test_a_call_names_the_namespace_of_its_function(tokenizer: BaseTokenizer) -> None:
+    _, items = told(tokenizer, ['<call>{"name": "crm.weather", "arguments": {}}</call>'], "stop")
+    assert (items[0]["namespace"], items[0]["name"]) == ("crm", "weather")
 
 
 def test_what_is_cut_says_so_and_an_answer_of_nothing_is_an_empty_message(tokenizer: BaseTokenizer) -> None:

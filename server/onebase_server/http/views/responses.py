@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -23,9 +23,12 @@ _REASONS = {"length": "max_output_tokens", "cancelled": "timeout"}
 
 
 class _Output:
-    """Items of one answer, and the events that build them up."""
+    """Items of one answer, and the events that build them up. namespaces: as the request's."""
 
-    def __init__(self, job: GenerationRequest, tokenizer: BaseTokenizer) -> None:
+    def __init__(
+        self, job: GenerationRequest, tokenizer: BaseTokenizer, namespaces: Mapping[str, str]
+    ) -> None:
+        self._namespaces = namespaces
         self.items: list[Json] = []
         self.reason: str | None = None
         """Reason why the answer is not whole."""
@@ -126,8 +129,9 @@ class _Output:
         if delta.id is not None:
             self._called = True
             events += self._close("completed")
-            item = {"type": "function_call", "arguments": "", "call_id": delta.id, "name": delta.name}
-            events.append(self._begin({"id": self._item_id("fc_"), **item}))
+            item = {"type": "function_call", "arguments": "", "call_id": delta.id}
+            named = _called(delta.name or "", self._namespaces)
+            events.append(self._begin({"id": self._item_id("fc_"), **item, **named}))
         if delta.arguments:
             self._parts.append(delta.arguments)
             events.append(self._event("response.function_call_arguments.delta", delta=delta.arguments))
@@ -192,7 +196,7 @@ class ResponseView(GenerationView):
         self._head: Json
 
     def _begin(self, job: GenerationRequest) -> None:
-        self._output = _Output(job, self._tokenizer)
+        self._output = _Output(job, self._tokenizer, self._body.namespaces)
         head = {"id": job.id, "object": "response", "created_at": job.created}
         self._head = head | _asked(self._body)
 
@@ -246,6 +250,14 @@ class ResponseView(GenerationView):
         return identified_event({**data, "sequence_number": self._sequence}, event=data["type"])
 
 
+def _called(name: str, namespaces: Mapping[str, str]) -> Json:
+    """Return the fields of a call, or of a tool, that name its function."""
+    namespace = namespaces.get(name)
+    if namespace is None:
+        return {"name": name}
+    return {"namespace": namespace, "name": name.removeprefix(f"{namespace}.")}
+
+
 def _asked(body: ResponsesRequest) -> Json:
     """Return the request's fields as the answer repeats them."""
     wanted, effort = body.text.format if body.text is not None else None, body.reasoning_effort
@@ -258,7 +270,10 @@ def _asked(body: ResponsesRequest) -> Json:
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "top_logprobs": body.top_logprobs or 0,
-        "tools": [{"type": "function", **function} for function in body.functions],
+        "tools": [
+            {"type": "function", **function, **_called(function["name"], body.namespaces)}
+            for function in body.functions
+        ],
         "tool_choice": _plain(choice) if isinstance(choice, FlatToolChoice) else choice or "auto",
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "text": {"format": {"type": "text"} if wanted is None else _plain(wanted), "verbosity": "medium"},

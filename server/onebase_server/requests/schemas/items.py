@@ -9,7 +9,13 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, mo
 
 from onebase_edge.errors import InvalidRequestError
 from onebase_server.inference.generation import new_id
-from onebase_server.requests.schemas.messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage, FunctionCall
+from onebase_server.requests.schemas.messages import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    ChatMessage,
+    FunctionCall,
+    FunctionName,
+)
 from onebase_server.requests.schemas.wire import (
     BY_KIND,
     LIST,
@@ -98,9 +104,15 @@ class CallItem(FunctionCall, _Item):
     type: Literal["function_call"]
     call_id: ItemId
     arguments: str
+    namespace: FunctionName | None = None
+
+    @property
+    def full_name(self) -> str:
+        """Name by which the chat template knows the function."""
+        return self.name if self.namespace is None else f"{self.namespace}.{self.name}"
 
     def kept(self) -> Json:
-        return {
+        kept = {
             "id": self.id or new_id("fc_"),
             "type": "function_call",
             "status": self.status or "completed",
@@ -108,6 +120,7 @@ class CallItem(FunctionCall, _Item):
             "call_id": self.call_id,
             "name": self.name,
         }
+        return kept if self.namespace is None else kept | {"namespace": self.namespace}
 
 
 class CallOutputItem(_Item):
@@ -233,7 +246,7 @@ def conversation(instructions: str | None, items: Sequence[AnyItem]) -> list[Cha
             called.add(item.call_id)
             if not turns or turns[-1]["role"] != "assistant" or thought:
                 turns.append({"role": "assistant", "content": ""})
-            call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
+            call = {"id": item.call_id, "function": {"name": item.full_name, "arguments": item.arguments}}
             turns[-1].setdefault("tool_calls", []).append(call)
             if len(turns[-1]["tool_calls"]) > MAX_TOOLS:
                 raise _refused(f"over {MAX_TOOLS} function_calls follow each other. Send fewer")

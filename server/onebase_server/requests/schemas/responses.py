@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -11,6 +12,7 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
+    PrivateAttr,
     model_validator,
 )
 
@@ -56,20 +58,51 @@ _DEFAULTS_OF_TOOLS: dict[str, JsonValue] = {
 }
 
 
+_RUN_AT_OPENAI = frozenset({"web_search", "web_search_preview", "tool_search", "image_generation"})
+"""Tools that OpenAI's service runs by itself, which nothing in the answer need make use of."""
+
+
+def _tools_of_the_caller(tools: Any) -> Any:
+    """Return a list of tools with those of its namespaces in their places, each with its namespace.
+
+    Tools that OpenAI's service runs are left out if there are others: a model may leave each of them alone.
+    """
+    if not isinstance(tools, list) or len(tools) > MAX_TOOLS:
+        return tools
+    flat: list[Any] = []
+    for tool in tools:
+        inner = tool.get("tools") if isinstance(tool, dict) and tool.get("type") == "namespace" else None
+        if isinstance(inner, list) and all(isinstance(one, dict) for one in inner):
+            flat += [{**one, "namespace": tool.get("name")} for one in inner]
+        else:
+            flat.append(tool)
+    own = [tool for tool in flat if not isinstance(tool, dict) or tool.get("type") not in _RUN_AT_OPENAI]
+    return own or flat
+
+
 def _a_flat_function(tool: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool in the form for chat templates. Raises FieldError."""
+    """Return a tool in the form for chat templates, and its namespace if it has one. Raises FieldError."""
     check_type(tool, "function", otherwise=ONLY_FUNCTIONS)
     known = {"name", "description", "parameters", "strict"}
     function = {}
     for key, value in tool.items():
         if key in known:
             function[key] = value
-        elif key != "type" and value is not None and _DEFAULTS_OF_TOOLS.get(key) != value:
+        elif key not in ("type", "namespace") and value is not None and _DEFAULTS_OF_TOOLS.get(key) != value:
             raise FieldError(key[:MAX_NAME], UNKNOWN_FIELD)
-    return tool_of(function, "")
+    namespace, name = tool.get("namespace"), function.get("name")
+    if namespace is None:
+        return tool_of(function, "")
+    if not isinstance(namespace, str):
+        raise FieldError("namespace", "must be a text")
+    function["name"] = f"{namespace}.{name}" if isinstance(name, str) else name
+    return tool_of(function, "") | {"namespace": namespace}
 
 
 FlatTool = Annotated[dict[str, JsonValue], BeforeValidator(not_too_deep), AfterValidator(_a_flat_function)]
+
+
+FlatTools = Annotated[list[FlatTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
 class FlatNamedTool(Wire):
@@ -179,7 +212,7 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
         default=None, description="a stored response: the input continues after its input and its output"
     )
     max_output_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[FlatTools, BeforeValidator(_tools_of_the_caller)] | None = None
     tool_choice: (
         Annotated[
             Annotated[Literal["none", "auto", "required"], ONE]
@@ -195,7 +228,9 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
     store: bool | None = Field(default=None, description="keep it, to be gone on from; true by default")
     metadata: Metadata | None = None
 
-    ignored: ClassVar = IGNORED | {"max_tool_calls", "prompt_cache_options"}
+    _namespaces: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    ignored: ClassVar = IGNORED | {"max_tool_calls", "prompt_cache_options", "client_metadata"}
     neutral: ClassVar = DEFAULTS | {
         "truncation": ("disabled",),
         "background": (False,),
@@ -217,6 +252,10 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
 
     @model_validator(mode="after")
     def _check_response(self) -> Self:
+        for tool, function in zip(self.tools or (), self.functions, strict=True):
+            namespace = tool.pop("namespace", None)
+            if isinstance(namespace, str):
+                self._namespaces[function["name"]] = namespace
         for name, hint in _OTHER_WORDS.items():
             value = getattr(self, name)
             if value is not None and value is not False and (name, value) != ("n", 1):
@@ -230,6 +269,11 @@ class ResponsesRequest(OpenAIRequest, ConversationFields):
             "text.format.schema": of_schema(wanted.schema_ if wanted is not None else None),
             **super().grammars_by_field(),
         }
+
+    @property
+    def namespaces(self) -> Mapping[str, str]:
+        """Namespaces of functions, by the function's name with its namespace before it."""
+        return self._namespaces
 
     @property
     def items(self) -> Items:
