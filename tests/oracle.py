@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from onebase_adapters.proof.texts import WHOLE_TEXTS
+from onebase_adapters.proof.texts import WHOLE_TEXTS, activation, activation_options
 from onebase_engine.kernels.interface import TILE
 
 
@@ -19,10 +19,14 @@ def greedy(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
     positions itself.
     """
     device = next(model.parameters()).device
-    tokens = list(prompt)
+    tokens, acts_from = list(prompt), activation(model, prompt)
     if type(model.config).model_type in WHOLE_TEXTS:
         while len(tokens) < len(prompt) + max_tokens:
-            output = model(input_ids=torch.tensor([tokens], device=device), use_cache=False)
+            output = model(
+                input_ids=torch.tensor([tokens], device=device),
+                use_cache=False,
+                **activation_options(acts_from, 0, len(tokens)),
+            )
             tokens.append(int(output.logits[0, -1].float().argmax()))
         return tokens[len(prompt) :]
     cache = DynamicCache(config=model.config)
@@ -35,6 +39,7 @@ def greedy(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
                 cache=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **activation_options(acts_from, first, len(piece)),
             )
         start = len(tokens)
         tokens.append(int(output.logits[0, -1].float().argmax()))

@@ -264,6 +264,9 @@ OTHERWISE = {
 }
 """Layers of bases that have none of that name."""
 
+INVOCATION = [41, 42, 41]
+"""Tokens that activate the last of ADAPTERS."""
+
 ADAPTERS: list[dict[str, Any]] = [
     {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION},
     {"r": 16, "lora_alpha": 16, "target_modules": ATTENTION},
@@ -296,9 +299,15 @@ ADAPTERS: list[dict[str, Any]] = [
         "target_modules": ["o_proj"],
         "trainable_token_indices": [*range(310, 250, -3), *range(3, 63, 2)],
     },
+    {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": [*ATTENTION, *MLP, "lm_head"],
+        "alora_invocation_tokens": INVOCATION,
+    },
 ]
 """Attention only; all linear layers; lm_head; embed_tokens; unlike ranks and alphas; rsLoRA; patterns; DoRA;
-biases; saved norms, head and embedding; tokens of its own. The first eight are those that compose."""
+biases; saved norms, head and embedding; tokens of its own; an activated LoRA. The first eight compose."""
 
 
 def save_base(architecture: str, folder: Path, seed: int = 0, layers: int | None = None) -> Path:

@@ -15,7 +15,9 @@ FAILED: Final = "failed"
 MergeMethod = Literal["linear", "cat", "ties", "dare_linear", "dare_ties"]
 """PEFT's names of the methods to merge adapters."""
 MergeSign = Literal["total", "frequency"]
-ModuleKind = Annotated[str, shown_as(type="string", enum=["lora", "dora", "saved", "tokens", "head"])]
+ModuleKind = Annotated[
+    str, shown_as(type="string", enum=["lora", "dora", "alora", "saved", "tokens", "head"])
+]
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,8 +32,8 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     state: str | None
     """The state of the active version, else of the newest one: see AdapterVersion."""
     kinds: tuple[str, ...]
-    """Parts of the active version: `lora`, `dora`, `saved`, `tokens`. Like `rank`, `alpha`, `targets`,
-    `parameters` and `bytes` it is empty or None while no version is active."""
+    """Parts of the active version: `lora`, `dora`, `alora`, `saved`, `tokens`. Like `rank`, `alpha`,
+    `targets`, `parameters` and `bytes` it is empty or None while no version is active."""
     targets: tuple[str, ...]
     """The layers that the active version changes, such as `q_proj`."""
     rank: int | None
@@ -127,16 +129,17 @@ class ModuleReport(Stored, frozen=True):
 
     name: str
     kind: ModuleKind
-    """`lora`, `dora`, `saved` (the whole module is replaced), `tokens` (some rows are), or `head`."""
+    """`lora`, `dora`, `alora` (activated LoRA), `saved` (the whole module is replaced), `tokens` (some rows
+    are), or `head`."""
     rank: int
-    """Rank of the update; 0 unless the kind is `lora` or `dora`."""
+    """Rank of the update; 0 unless the kind is `lora`, `dora` or `alora`."""
     alpha: float
     parameters: int
     norm: float
     """Frobenius norm of the change of the module's weight: of scale * B @ A, or of the difference from the
     replaced module."""
     spectral_norm: float | None = None
-    """Largest singular value of the change, for `lora` and `dora`."""
+    """Largest singular value of the change, for `lora`, `dora` and `alora`."""
     relative_norm: float | None = None
     """Ratio of `norm` to that of the base's weight, within some percent; None for `tokens` and an embedding's
     matrices."""
@@ -226,6 +229,8 @@ class VersionReport(Stored, frozen=True, kw_only=True):
     """Number of tokens of its own vocabulary; 0 if it is the base's."""
     tokenizer: TokenizerAdditions | None = None
     """Additions of its tokenizer to the base's; None if there are none."""
+    invocation_tokens: tuple[int, ...] = ()
+    """Tokens from whose last occurrence in a prompt on an activated LoRA acts; empty for other adapters."""
     warnings: tuple[str, ...] = ()
     """Warnings to look at before the version is activated. The server blocks nothing because of them."""
     base_layers: int = 0

@@ -34,6 +34,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["model.embed_tokens"]},
     "tokens": {"target_modules": ["v_proj"], "trainable_token_indices": TOKENS},
+    "alora": {"target_modules": [*LINEAR, "lm_head"], "alora_invocation_tokens": [5, 6]},
+    "alora bias odd scale": {
+        "target_modules": LINEAR,
+        "alora_invocation_tokens": [5],
+        "lora_bias": True,
+        "lora_alpha": 7,
+    },
 }
 
 

@@ -29,7 +29,9 @@ from onebase_engine.base.default_base import fetch_default_base
 ROWS = torch.arange(5, 45)[None]
 TIED = ("lm_head", "embed_tokens")
 BIASES = next(settings for settings in ADAPTERS if settings.get("lora_bias"))
-MERGEABLE = [settings for settings in ADAPTERS if settings is not BIASES]
+MERGEABLE = [
+    settings for settings in ADAPTERS if settings is not BIASES and "alora_invocation_tokens" not in settings
+]
 
 
 def half(folder: Path) -> Any:

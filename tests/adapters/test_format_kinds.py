@@ -69,6 +69,10 @@ KINDS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "head": ({"target_modules": ["q_proj", HEAD]}, {"lora"}),
     "embedding": ({"target_modules": ["embed_tokens", "v_proj"]}, {"lora"}),
     "head and embedding": ({"target_modules": [HEAD, EMBED]}, {"lora"}),
+    "alora": (
+        {"target_modules": [*LINEAR, HEAD], "alora_invocation_tokens": [7, 3]},
+        {"alora"},
+    ),
     "lora_bias": ({"target_modules": [*LINEAR, HEAD], "lora_bias": True}, {"lora"}),
     "saved norm": ({"target_modules": ["q_proj"], "modules_to_save": [NORM]}, {"lora", "saved"}),
     "saved norms": (

@@ -371,3 +371,16 @@ def test_what_the_config_names_and_the_tensors_lack_is_told(tmp_path: Path) -> N
     agreeing = {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "(a+)+$"}
     assert read(write(tmp_path, PAIR, **agreeing)).warnings == ()
     assert read(write(tmp_path, PAIR, target_modules=".*")).warnings == ()
+
+
+def test_an_invocation_has_tokens_of_the_base_and_acts_on_linear_layers_alone(tmp_path: Path) -> None:
+    spec = read(write(tmp_path, alora_invocation_tokens=[9, 0, 9]))
+    assert (spec.invocation, spec.kinds) == ((9, 0, 9), ["alora"])
+    unknown = refusal(write(tmp_path, alora_invocation_tokens=[3, 10]))
+    assert (unknown.code, "tokens 0 to 9" in str(unknown)) == ("bad_config", True)
+    of_embedding = {
+        f"{PREFIX}{EMBEDDING}.lora_embedding_A": torch.ones(2, 10),
+        f"{PREFIX}{EMBEDDING}.lora_embedding_B": torch.ones(8, 2),
+    }
+    everywhere = refusal(write(tmp_path, PAIR | of_embedding, alora_invocation_tokens=[3]))
+    assert (everywhere.code, EMBEDDING in str(everywhere)) == ("unsupported_kind", True)

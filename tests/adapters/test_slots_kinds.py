@@ -17,11 +17,13 @@ from tests.tiny import save_base
 from torch import nn
 from torch.nn import functional
 
+from onebase_adapters.proof.modules import peft_output
+from onebase_adapters.proof.texts import activation_options
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import view
 from onebase_engine.kernels.interface import TILE, RowMap
 from onebase_engine.kernels.reference import ReferenceKernels
-from onebase_engine.kernels.weights import LoraWeights, SavedModule, TokenRows, composable
+from onebase_engine.kernels.weights import LoraWeights, SavedModule, TokenRows, composable, invocation_of
 from onebase_engine.lora import linear as token_head
 from onebase_engine.lora.linear import TokenHead
 from onebase_engine.lora.module import StepRows
@@ -87,7 +89,8 @@ class Bench:
     def expected(self, name: str, x: torch.Tensor, slot: int | None) -> torch.Tensor:
         if slot is None:
             return self.base.get_submodule(name)(x)[0]  # type: ignore[no-any-return]
-        return self.references[slot].get_base_model().get_submodule(name)(x)[0]  # type: ignore[no-any-return]
+        module = self.references[slot].get_base_model().get_submodule(name)
+        return peft_output(module, self.weights[slot].get(name), x)[0]
 
     @torch.inference_mode()
     def run(self, name: str, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
@@ -127,7 +130,8 @@ def test_a_whole_model_is_bit_equal_to_peft_until_its_slot_is_cleared(
     ids[0, ::5] = TOKENS[1]
     bench.step.tokens = bench.step.logits = one_slot(0)
     with torch.inference_mode():
-        expected, bare = bench.references[0](ids).logits, bench.base(ids).logits
+        everywhere = activation_options(0 if invocation_of(bench.weights[0]) else None, 0, TILE)
+        expected, bare = bench.references[0](ids, **everywhere).logits, bench.base(ids).logits
         assert torch.equal(bench.served(ids).logits, expected)
         assert not torch.equal(expected, bare)
         bench.adapter_slots.clear(0)

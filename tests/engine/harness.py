@@ -129,13 +129,23 @@ def requests(
     choices = len(ADAPTERS) + 1
     return [
         Request(
-            prompt=tuple(torch.randint(3, 320, (pick(1, longest),), generator=generator).tolist()),
+            prompt=invoking(
+                i % choices, torch.randint(3, 320, (pick(1, longest),), generator=generator).tolist()
+            ),
             adapter=None if i % choices == len(ADAPTERS) else i % choices,
             max_tokens=pick(3, tokens + 1),
             at=pick(0, spread),
         )
         for i in range(count)
     ]
+
+
+def invoking(adapter: int | None, prompt: Sequence[int]) -> tuple[int, ...]:
+    """The prompt, in the middle of which an activated LoRA is invoked if `adapter` is one."""
+    activated = adapter is not None and adapter < len(ADAPTERS)
+    tokens = ADAPTERS[adapter].get("alora_invocation_tokens", ()) if activated else ()
+    half = len(prompt) // 2
+    return (*prompt[:half], *tokens, *prompt[half:])
 
 
 def run(engine: Engine, asked: Sequence[Request]) -> list[list[int]]:

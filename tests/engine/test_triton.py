@@ -94,7 +94,8 @@ def adapted(kernels: CudaKernels, layer: Any) -> CudaLinear:
     found = linear(kernels, layer)
     for slot, rank in enumerate(RANKS):
         b = random(layer.out_features, rank, seed=slot + 50) * 0.1
-        found.put(slot, LoraWeights(lora(rank, slot).a, b, 0.5 + slot))
+        invocation = (1,) if slot == 1 else ()
+        found.put(slot, LoraWeights(lora(rank, slot).a, b, 0.5 + slot, invocation=invocation))
     return found
 
 

@@ -145,6 +145,7 @@ def _save_kind(bench: Bench, kind: str, folder: Path) -> Path:
         ("embedding", ["lora"]),
         ("saved norms", ["lora", "saved"]),
         ("tokens", ["lora", "tokens"]),
+        ("alora", ["alora"]),
     ],
 )
 def test_every_kind_goes_from_its_files_to_a_proof(
@@ -155,7 +156,8 @@ def test_every_kind_goes_from_its_files_to_a_proof(
     assert proved.report.modules
     assert all(module.norm > 0 for module in proved.report.modules)
     assert proved.report.rslora == (kind == "rslora")
-    assert proved.report.proof.texts_changed == 2
+    assert proved.report.invocation_tokens == tuple(KINDS[kind].get("alora_invocation_tokens", ()))
+    assert proved.report.proof.texts_changed == (5 if kind == "alora" else 2)
     assert kind in KINDS
 
 

@@ -46,6 +46,8 @@ def export(
         writer.add_name(options.get("name", adapter.name))
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, _alpha(parts))
+        if parts.spec.invocation:
+            writer.add_array(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(parts.spec.invocation))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         modules = parts.spec.modules
         for number, module in enumerate(modules, 1):

@@ -45,6 +45,11 @@ class MergedModel:
         self.base = base
         self.dtype = base.dtype
         self._adapter = adapter
+        if adapter.spec.invocation:
+            raise ExportError(
+                "the adapter is an activated LoRA (alora_invocation_tokens): it leaves the tokens before its "
+                "invocation to the base, which no merged weight can do. Export it as peft or gguf-lora"
+            )
         for module in adapter.spec.modules:
             self._check(module)
         embedding, head = adapter.modules.get(base.embedding), adapter.modules.get(base.head or "")

@@ -92,7 +92,11 @@ def canonicalize(
         if facts.ensure_weight_tying:
             _check_tied(file, planned, base)
         config = exact_config(
-            planned.modules, rslora=facts.rslora, dora=facts.dora, lora_bias=facts.lora_bias
+            planned.modules,
+            rslora=facts.rslora,
+            dora=facts.dora,
+            lora_bias=facts.lora_bias,
+            invocation=facts.invocation,
         )
         (target / CONFIG_FILE).write_text(json.dumps(config))
         matrices = [
@@ -118,6 +122,7 @@ def canonicalize(
         labels=labels,
         label_names=names,
         tokens=planned.tokenizer,
+        invocation=facts.invocation,
         dropped=tuple(entry.name for entry, _ in planned.of_base),
         warnings=warnings,
     )
@@ -196,12 +201,14 @@ def exact_config(
     dora: bool = False,
     lora_bias: bool = False,
     base_name: str | None = None,
+    invocation: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return PEFT's config of an adapter of these modules, each by its full name."""
     lora = [module for module in modules if module.rank]
     rank, alpha = (lora[0].rank, lora[0].alpha) if lora else (8, 8.0)
     saved = [module.name for module in modules if module.kind == "saved" or module.words]
     tokens = {m.name: list(m.indices) for m in modules if m.kind == "tokens" and m.parameters and not m.words}
+    activated = {"alora_invocation_tokens": list(invocation)} if invocation else {}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -217,4 +224,5 @@ def exact_config(
         "alpha_pattern": {re.escape(m.name): m.alpha for m in lora if m.alpha != alpha},
         "modules_to_save": saved or None,
         "trainable_token_indices": tokens or None,
+        **activated,
     }

@@ -30,6 +30,8 @@ MAX_RANK = 1 << 16
 MAX_ALPHA = 1e6
 """Limit of |alpha| and of dropout, far above any use."""
 
+_MOST_TOKEN = 2**31 - 1
+
 _SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "loftq_config": (None, {}),
@@ -42,7 +44,6 @@ _SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "use_bdlora": (None, False),
     "use_qalora": (False, None),
-    "alora_invocation_tokens": (None,),
     "layer_replication": (None,),
 }
 """Fields that change the computation in a way that is not served; refused unless off."""
@@ -85,6 +86,7 @@ _READ = frozenset(
         "revision",
         "id2label",
         "onebase_tokenizer",
+        "alora_invocation_tokens",
     ]
 )
 
@@ -96,6 +98,8 @@ Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"]
 CLASSIFIERS: tuple[Task, ...] = ("SEQ_CLS", "TOKEN_CLS")
 MOST_LABELS, LONGEST_LABEL, LABEL_CHARACTERS = 4096, 200, 1 << 16
 """Largest number of label names, of characters of one, and of characters of all together."""
+MOST_INVOCATION_TOKENS = 64
+"""Largest number of invocation tokens of an activated LoRA. Those of published ones are under ten."""
 CLASSIFIER_NAMES = ("score", "classifier")
 """Names of a classifier's head in transformers, which PEFT adds to `modules_to_save`."""
 
@@ -144,16 +148,23 @@ class ConfigFacts:
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tokenizer: Any = None
     """Value of `onebase_tokenizer`, which `added_tokens` reads."""
+    invocation: tuple[int, ...] = ()
+    """Invocation tokens of an activated LoRA (aLoRA, arXiv:2504.12397); none for any other adapter."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds that its modules can have: lora or dora, head, saved, tokens."""
+        """Kinds that its modules can have: lora, dora or alora, head, saved, tokens."""
         extra = (
             ("head", self.task in CLASSIFIERS),
             ("saved", self.modules_to_save),
             ("tokens", self.token_indices),
         )
-        return ("dora" if self.dora else "lora", *(kind for kind, present in extra if present))
+        return (self.lora_kind, *(kind for kind, present in extra if present))
+
+    @property
+    def lora_kind(self) -> Literal["lora", "dora", "alora"]:
+        """Kind of its modules with matrices."""
+        return "alora" if self.invocation else "dora" if self.dora else "lora"
 
 
 def check_config(raw: bytes) -> ConfigFacts:
@@ -189,7 +200,9 @@ def check_config(raw: bytes) -> ConfigFacts:
         label_names=_label_names(config.get("id2label")) if heads else (),
         token_indices=_token_indices(config.get("trainable_token_indices")),
         tokenizer=config.get("onebase_tokenizer"),
+        invocation=_invocation(config),
     )
+    _check_activated(facts, config)
     if facts.lora_bias and (facts.dora or not isinstance(config.get("init_lora_weights", True), bool)):
         raise AdapterFormatError(
             "bad_config",
@@ -396,6 +409,51 @@ def _list(value: Any, name: str, kind: type, wanted: str) -> tuple[Any, ...]:
     if not isinstance(value, list) or not all(type(one) is kind for one in value):
         raise AdapterFormatError("bad_config", f"{name} must be {wanted}, got {shown(value)}")
     return tuple(value)
+
+
+def _invocation(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the invocation tokens of an activated LoRA; none if it is none."""
+    name, value = "alora_invocation_tokens", config.get("alora_invocation_tokens")
+    if value is None:
+        return ()
+    tokens: tuple[int, ...] = _list(value, name, int, "a list of token ids, or null")
+    if not 1 <= len(tokens) <= MOST_INVOCATION_TOKENS:
+        raise AdapterFormatError(
+            "bad_config", f"{name} must have 1 to {MOST_INVOCATION_TOKENS} tokens, got {len(tokens)}"
+        )
+    if not 0 <= min(tokens) <= max(tokens) <= _MOST_TOKEN:
+        raise AdapterFormatError("bad_config", f"{name} must be token ids from 0 on, got {shown(value)}")
+    return tokens
+
+
+def _check_activated(facts: ConfigFacts, config: Mapping[str, Any]) -> None:
+    """Raise AdapterFormatError for an activated LoRA with a field that acts before its invocation too.
+
+    PEFT then applies one and not the other, or both at once, and the keys and values before the invocation
+    are no longer the base's.
+    """
+    if not facts.invocation:
+        return
+    clashing = {
+        "use_dora": facts.dora,
+        "modules_to_save": bool(facts.modules_to_save),
+        "trainable_token_indices": bool(facts.token_indices),
+        "onebase_tokenizer": facts.tokenizer is not None,
+        "init_lora_weights = mica": config.get("init_lora_weights") == "mica",
+    }
+    for name, given in clashing.items():
+        if given:
+            raise AdapterFormatError(
+                "unsupported_kind",
+                f"alora_invocation_tokens together with {name}: an activated LoRA leaves all tokens before "
+                "its invocation to the base, so only plain matrices on linear layers are served",
+            )
+    if config.get("task_type") != "CAUSAL_LM":
+        raise AdapterFormatError(
+            "unsupported_kind",
+            f"alora_invocation_tokens needs the task_type CAUSAL_LM, got {shown(config.get('task_type'))}: "
+            "PEFT never activates it for another one",
+        )
 
 
 def _token_indices(value: Any) -> dict[str, tuple[int, ...]]:

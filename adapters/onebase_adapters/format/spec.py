@@ -15,13 +15,13 @@ class ModuleSpec:
 
     A head is a classifier's, which the base does not have.
 
-    `rank` and `alpha` are 0 unless the kind is lora or dora; `bias`: whether lora_B has one; `indices`: the
-    tokens whose rows are replaced. A head that is tied to an embedding with such tokens follows it, with 0
+    `rank` and `alpha` are 0 unless it has matrices; `bias`: whether lora_B has one; `indices`: the tokens
+    whose rows are replaced. A head that is tied to an embedding with such tokens follows it, with 0
     parameters of its own.
     """
 
     name: str
-    kind: Literal["lora", "dora", "saved", "tokens", "head"]
+    kind: Literal["lora", "dora", "alora", "saved", "tokens", "head"]
     rank: int
     alpha: float
     bias: bool
@@ -50,6 +50,8 @@ class AdapterSpec:
     """Names of all classes, or empty."""
     tokens: TokenizerAdditions | None = None
     """Additions of its tokenizer to the base's; None if there are none."""
+    invocation: tuple[int, ...] = ()
+    """Invocation tokens of an activated LoRA, from which on it acts; none for any other adapter."""
     dropped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

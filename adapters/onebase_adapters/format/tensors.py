@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
@@ -146,6 +145,7 @@ def plan(
         _check_shapes(name, own, shapes, spec, base)
         modules.append(spec)
         tensors += _planned(name, own, layer, spec, base)
+    _check_invocation(facts, modules, base)
     if head:
         modules.append(ModuleSpec(CLASSIFIER_NAMES[0], "head", 0, 0.0, False, _numel(head)))
     modules.sort(key=lambda module: module.name)
@@ -180,6 +180,24 @@ def plan(
         tuple(resized),
         tokenizer,
     )
+
+
+def _check_invocation(facts: ConfigFacts, modules: Sequence[ModuleSpec], base: BaseModules) -> None:
+    """Raise AdapterFormatError unless an activated LoRA has tokens of this base, and nothing but matrices."""
+    size = base.layers[base.embedding].size_in if base.embedding else 0
+    if facts.invocation and max(facts.invocation) >= size:
+        raise AdapterFormatError(
+            "bad_config",
+            f"alora_invocation_tokens has the token {max(facts.invocation)}, and this base has tokens 0 to "
+            f"{size - 1}",
+        )
+    for module in modules if facts.invocation else ():
+        if module.kind != "alora":
+            raise AdapterFormatError(
+                "unsupported_kind",
+                f"alora_invocation_tokens together with {module.name:.200}, which is of the kind "
+                f"{module.kind}: it would act before the invocation too",
+            )
 
 
 def _tokens_within(
@@ -394,6 +412,12 @@ def _lora(
     layer, in_config = base.layers[name], base.in_config.get(name, name)
     if facts.lora_bias and layer.kind == "embedding":
         raise AdapterFormatError("unsupported_kind", f"lora_bias on an embedding ({name:.200}) is not served")
+    if facts.invocation and layer.kind == "embedding":
+        raise AdapterFormatError(
+            "unsupported_kind",
+            f"alora_invocation_tokens with matrices on the embedding ({name:.200}), where PEFT knows no "
+            "activated LoRA: train linear layers alone",
+        )
     wanted = {"lora_A", "lora_B"}
     if facts.dora:
         wanted.add("lora_magnitude_vector")
@@ -410,14 +434,13 @@ def _lora(
             "rank_too_large",
             f"{name} has rank {rank}, the server's limit is {max_rank}: start it with --max-rank {rank}",
         )
-    kind: Literal["dora", "lora"] = "dora" if facts.dora else "lora"
     shapes = {
         "lora_A": (rank, layer.size_in),
         "lora_B": (layer.size_out, rank),
         "lora_B.bias": (layer.size_out,),
         "lora_magnitude_vector": (layer.size_out,),
     }
-    return ModuleSpec(name, kind, rank, alpha, facts.lora_bias, _numel(own)), shapes
+    return ModuleSpec(name, facts.lora_kind, rank, alpha, facts.lora_bias, _numel(own)), shapes
 
 
 def _check_shapes(
@@ -437,7 +460,7 @@ def _check_shapes(
 def _planned(
     name: str, own: Tensors, layer: LayerShape, spec: ModuleSpec, base: BaseModules
 ) -> list[PlannedTensor]:
-    if spec.kind in ("lora", "dora"):
+    if spec.rank:
         ends = {what: end for end, (what, embedding) in reversed(_ENDS.items()) if _fits(embedding, layer)}
         return [PlannedTensor(f"{PREFIX}{name}{ends[what]}", entry) for what, entry in own.items()]
     replaced = base.tensor(f"{name}.weight")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ def extract(model: Any, adapter: str) -> AdapterWeights:
         AdapterFormatError: two kinds meet in one module, or a module has parts that no slot holds.
     """
     weights: dict[str, ModuleWeights] = {}
-    for name, module in _adapted(model.get_base_model(), adapter):
+    invocation = getattr(model.peft_config[adapter], "alora_invocation_tokens", None) or ()
+    for name, module in _adapted(model.get_base_model(), adapter, tuple(invocation)):
         outer = next((other for other in weights if name.startswith(f"{other}.")), None)
         if outer is not None:
             raise AdapterFormatError("unsupported_kind", f"{outer} is adapted in two ways at once")
@@ -31,14 +33,18 @@ def extract(model: Any, adapter: str) -> AdapterWeights:
     return weights
 
 
-def _adapted(tree: nn.Module, adapter: str) -> Iterator[tuple[str, ModuleWeights]]:
+def _adapted(
+    tree: nn.Module, adapter: str, invocation: tuple[int, ...]
+) -> Iterator[tuple[str, ModuleWeights]]:
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.variants import ALoraLinearVariant
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     shared: dict[int, torch.Tensor] = {}
     for name, module in tree.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.scaling:
-            yield name, _lora(module, adapter)
+            activated = isinstance(module.lora_variant.get(adapter), ALoraLinearVariant)
+            yield name, replace(_lora(module, adapter), invocation=invocation if activated else ())
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             yield name, _saved(name, module.modules_to_save[adapter], shared)
         elif isinstance(module, TrainableTokensWrapper):

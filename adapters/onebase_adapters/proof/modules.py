@@ -191,7 +191,7 @@ class ModuleProver:
         for x in self._inputs(bare, _trained_tokens(expected, bare, own), words):
             # Nobody else has the tokens that the version adds.
             base_x = x.clamp(max=known) if known else x
-            wanted, unadapted = expected(x)[0], bare(base_x)[0]
+            wanted, unadapted = peft_output(expected, own, x)[0], bare(base_x)[0]
             own_columns = wanted.shape[1]
             wanted, unadapted = _alike(wanted, unadapted)
             truth = None
@@ -313,6 +313,13 @@ def _is_copy(expected: nn.Module, bare: nn.Module) -> bool:
     return mine.keys() == theirs.keys() and all(mine[name] is theirs[name] for name in mine)
 
 
+def peft_output(expected: nn.Module, own: ModuleWeights | None, x: torch.Tensor) -> torch.Tensor:
+    """Return the output of PEFT's module, in which an activated LoRA acts on every row."""
+    activated = isinstance(own, LoraWeights) and bool(own.invocation)
+    y: torch.Tensor = expected(x, alora_offsets=[x.shape[1]]) if activated else expected(x)
+    return y
+
+
 def _alike(wanted: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return outputs [rows, out] with as many columns as the wider one has, zeros where one has none."""
     more = wanted.shape[1] - other.shape[1]
@@ -398,7 +405,7 @@ class _Truth:
         """Part that the adapter adds, and the bound of the error of its sums, [rows, out]."""
         self._stretch = torch.zeros((), dtype=torch.float64)
         """DoRA's gain less 1, by which the base's product is multiplied on top, [out]."""
-        self._rounds_part = type(bare).__name__ == "Linear4bit"
+        self._rounds_part = type(bare).__name__ == "Linear4bit" and not getattr(own, "adds_wide", False)
         """Whether the part is rounded to the base's dtype before it is added."""
         self._replaces = isinstance(own, SavedModule | TokenRows)
         """Whether the adapter has a product of its own in place of the base's."""

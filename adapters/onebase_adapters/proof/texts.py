@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -291,14 +292,38 @@ def regrets(model: nn.Module, prompt: list[int], tokens: list[int]) -> list[floa
 
     It is relative to the largest logit of its place.
     """
-    logits = _logits(model, [*prompt, *tokens[:-1]], keep=len(tokens))
+    logits = _logits(model, [*prompt, *tokens[:-1]], len(tokens), activation(model, prompt))
     chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     largest = logits.abs().amax(1).clamp(min=torch.finfo(logits.dtype).tiny)
     below: list[float] = ((logits.amax(1) - chosen) / largest).tolist()
     return below
 
 
-def _logits(model: Any, ids: list[int], keep: int) -> torch.Tensor:
+def activation(model: Any, prompt: list[int]) -> int | None:
+    """Return the position from which on PEFT's activated LoRA acts after a prompt; None for any other model.
+
+    It is beyond every text if the prompt does not invoke the adapter.
+    """
+    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
+    if not getattr(config, "alora_invocation_tokens", None):
+        return None
+    from peft.tuners.lora.variants import calculate_alora_offsets
+
+    (offset,) = calculate_alora_offsets(model.peft_config, model.active_adapter, torch.tensor([prompt]))
+    return sys.maxsize if offset is None else len(prompt) - offset
+
+
+def activation_options(acts_from: int | None, first: int, count: int) -> dict[str, Any]:
+    """Return PEFT's options for a pass over `count` tokens from position `first` on.
+
+    PEFT's `generate` passes the prompt's offset in the same way. acts_from: as `activation` returns it.
+    """
+    if acts_from is None:
+        return {}
+    return {"alora_offsets": [min(max(first + count - acts_from, 0), count)]}
+
+
+def _logits(model: Any, ids: list[int], keep: int, acts_from: int | None) -> torch.Tensor:
     """Return the logits after each of the last `keep` tokens, [keep, vocab] fp32, by the model's own pass.
 
     The model numbers positions itself: the engine's positions must not judge the engine.
@@ -319,6 +344,7 @@ def _logits(model: Any, ids: list[int], keep: int) -> torch.Tensor:
             use_cache=not whole,
             logits_to_keep=max(wanted, 1),
             cache=cache,
+            **activation_options(acts_from, first, len(piece)),
         )
         if wanted > 0:
             kept.append(output.logits[0].float())

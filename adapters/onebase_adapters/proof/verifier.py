@@ -26,6 +26,7 @@ from onebase_engine.kernels.weights import (
     Head,
     ModuleWeights,
     folded,
+    invocation_of,
     tensors_of,
     vocabulary_of,
     weights_bytes,
@@ -132,7 +133,7 @@ class Verifier:
             folded(without_head(finished)),
             lambda part: on_progress("proving", _LOADED + part * (_COMPARED - _LOADED)),
         )
-        probes = [*probes, *self._new_tokens(finished)]
+        probes = [*_invoking(probes, invocation_of(finished)), *self._new_tokens(finished)]
         texts = self._texts.prove(
             adapter.reference,
             finished,
@@ -156,6 +157,17 @@ class Verifier:
         words = len(self._base.get_output_embeddings().weight)  # type: ignore[operator]
         new = range(words, max(vocabulary_of(weights), words))
         return [list(new[:_NEW_TOKENS])] if new else []
+
+
+def _invoking(probes: Sequence[list[int]], invocation: Sequence[int]) -> list[list[int]]:
+    """Return probes for an activated LoRA: behind each, before one, and in none of the first.
+
+    Other adapters have no invocation, and the same probes as before.
+    """
+    if not invocation or not probes:
+        return list(probes)
+    begun = [[*invocation, *probes[0], *invocation, *probes[0]], [*invocation, *probes[0]]]
+    return [probes[0], *begun, *([*probe, *invocation] for probe in probes)]
 
 
 def _sha256(path: Path) -> str:
@@ -225,6 +237,7 @@ def version_report(
             ),
         ),
         task=spec.task,
+        invocation_tokens=spec.invocation,
         labels=spec.labels,
         label_names=tuple(spec.label_names),
         vocabulary=0 if spec.words == len(base.get_output_embeddings().weight) else spec.words,  # type: ignore[operator]

@@ -78,7 +78,7 @@ class Packer:
         logit_rows, mixes, sampled, scored = self._logit_rows(plan, starts[:-1])
         hidden_rows, pooled = _hidden_rows(segments, starts)
         rows = [
-            (segment.sequence.mix, range(start, start + segment.length))
+            (segment.sequence.mix, range(start + _bare_tokens(segment), start + segment.length))
             for start, segment in zip(starts, segments, strict=False)
         ]
         return StepBatch(
@@ -163,9 +163,15 @@ class Packer:
                 scored_tokens = segment.scored
                 scored.append((segment, slice(len(rows), len(rows) + len(scored_tokens))))
                 rows.extend(start + number - segment.start for number in scored_tokens)
-                mixes.extend([segment.sequence.mix] * len(scored_tokens))
+                bare, own = AdapterMix(), segment.sequence.mix
+                mixes.extend(bare if number < segment.sequence.acts_from else own for number in scored_tokens)
         padding = self._padded(max(len(rows), 1)) - len(rows)
         return np.array(rows + [0] * padding, dtype=np.int64), mixes, sampled, scored
+
+
+def _bare_tokens(segment: Segment) -> int:
+    """Return the number of the segment's leading tokens on which its adapters do not act."""
+    return min(max(segment.sequence.acts_from - segment.start, 0), segment.length)
 
 
 def _state_runs(places: Sequence[tuple[int, int]], starts: Sequence[int], drafted: int = 0) -> StateRuns:
@@ -185,11 +191,11 @@ def _hidden_rows(
     return rows, pooled
 
 
-def _grouped(rows: Iterable[tuple[AdapterMix, Iterable[int]]], slot_of: Mapping[str, int]) -> RowMap:
+def _grouped(rows: Iterable[tuple[AdapterMix, Sequence[int]]], slot_of: Mapping[str, int]) -> RowMap:
     """Group the packed rows by the adapters that act on them."""
     groups: dict[AdapterMix, list[int]] = {}
     for mix, numbers in rows:
-        if mix.terms:
+        if mix.terms and numbers:
             groups.setdefault(mix, []).extend(numbers)
     return RowMap(
         groups=tuple(

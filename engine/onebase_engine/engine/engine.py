@@ -309,6 +309,7 @@ class Engine:
 
     def _admit(self, opening: _Opening, grammar: str | None = None) -> None:
         request, sequences = opening.request, list[SequenceState]()
+        mix, acts_from = self.versions.activation(opening.mix, request.prompt)
         for choice in opening.choices:
             branch = request.branches[choice] if request.branches else []
             sequence = SequenceState(
@@ -316,7 +317,8 @@ class Engine:
                 choice=choice,
                 tokens=request.prompt + branch,
                 sampling=request.sampling,
-                mix=opening.mix,
+                mix=mix,
+                acts_from=acts_from,
                 arrival=self._arrivals,
                 arrived_at=time.monotonic(),
                 tenant=request.tenant,

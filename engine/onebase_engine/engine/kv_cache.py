@@ -191,6 +191,19 @@ def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     return blake2b(parent + struct.pack(f"<{len(tokens)}I", *tokens), digest_size=16).digest()
 
 
+def activation_key(parent: bytes, adapters: bytes, acts_from: int) -> bytes:
+    """Return the parent of the first block in which adapters act, if they do not act from the beginning.
+
+    What comes before is the bare base's, and keyed as such.
+
+    Args:
+        parent: key of the block before; without one the root key of the bare base.
+        adapters: root key of the adapters.
+        acts_from: position of the first token on which they act.
+    """
+    return blake2b(parent + adapters + struct.pack("<I", acts_from), digest_size=16).digest()
+
+
 def group_key(key: bytes, group: int) -> bytes:
     """Return the key of a group's block with these tokens."""
     return key + bytes([group]) if group else key

@@ -53,13 +53,14 @@ from onebase_engine.engine.kv_cache import (
     BlockGroup,
     BlockPool,
     Sight,
+    activation_key,
     block_key,
     group_key,
     most_blocks,
     root_key,
 )
 from onebase_engine.engine.recurrence import StatePool
-from onebase_engine.engine.sequence import Segment, SequenceState, StepPlan
+from onebase_engine.engine.sequence import AdapterMix, Segment, SequenceState, StepPlan
 from onebase_engine.engine.slot_table import SlotTable
 
 MAX_SCORED_TOKENS = 128
@@ -571,14 +572,15 @@ class Scheduler:
     def _to_snapshot(self, sequence: SequenceState, length: int) -> int:
         """Return a chunk's length, cut to where the recurrent state behind it can be kept for others.
 
-        That is the end of a block: of the last whole one in the prompt, or of a prefix that others had too.
+        That is the end of a block: of the last whole one in the prompt, or in what the bare base computes of
+        it, or of a prefix that others had too.
         """
         if self._states is None:
             return length
         start, size = sequence.computed, self._pool.block_size
         stop = start + length
-        last = (sequence.length - 1) // size * size
-        for end in (sequence.branch_at, last if last >= SNAPSHOT_TOKENS else 0):
+        ends = [at // size * size for at in (sequence.length - 1, sequence.acts_from)]
+        for end in (sequence.branch_at, *(end for end in ends if end >= SNAPSHOT_TOKENS)):
             if start < end < stop:
                 stop = end
         if stop < sequence.length and stop - stop % size > start:
@@ -963,12 +965,20 @@ class Scheduler:
         size = self._pool.block_size
         while (len(sequence.block_keys) + 1) * size <= tokens:
             start = len(sequence.block_keys) * size
-            parent = (
-                sequence.block_keys[-1]
-                if sequence.block_keys
-                else root_key(self._base, sequence.tenant, sequence.mix)
-            )
+            parent = self._parent_key(sequence, start)
             sequence.block_keys.append(block_key(parent, sequence.tokens[start : start + size]))
+
+    def _parent_key(self, sequence: SequenceState, start: int) -> bytes:
+        """Return the key that precedes the block from token `start` on."""
+        if not sequence.acts_from:
+            return sequence.block_keys[-1] if start else self._root_key(sequence, sequence.mix)
+        parent = sequence.block_keys[-1] if start else self._root_key(sequence, AdapterMix())
+        if not start <= sequence.acts_from < start + self._pool.block_size:
+            return parent
+        return activation_key(parent, self._root_key(sequence, sequence.mix), sequence.acts_from)
+
+    def _root_key(self, sequence: SequenceState, mix: AdapterMix) -> bytes:
+        return root_key(self._base, sequence.tenant, mix)
 
 
 def _by_position(of_groups: Sequence[Sequence[int]]) -> list[int]:

@@ -69,6 +69,9 @@ class SequenceState:
     """Position in the order of arrival; a preempted sequence keeps it."""
     arrived_at: float
     """Arrival, in monotonic seconds."""
+    acts_from: int = 0
+    """Number of leading tokens on which the adapters do not act: those before the invocation of an activated
+    LoRA."""
     tenant: str = "default"
     words: int = 0
     """Number of tokens of its vocabulary, which begin its logits; 0: all that the logits have."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from onebase_engine.kernels.weights import (
     Head,
     composable,
     folded,
+    invocation_of,
     vocabulary_of,
     weights_bytes,
     without_head,
@@ -35,6 +36,8 @@ class Versions:
         """Heads of versions that are classifiers: weight [labels, hidden] and bias [labels], fp64."""
         self._words: dict[str, int] = {}
         """Numbers of tokens of versions whose vocabulary is not the base's."""
+        self._invocations: dict[str, tuple[int, ...]] = {}
+        """Invocation tokens of versions that are activated LoRAs."""
         self._sizes: dict[str, int] = {}
         self._alone: set[str] = set()
         """Versions that are no sum of products, and so cannot be weighted or added to others."""
@@ -58,6 +61,8 @@ class Versions:
         self._sizes[digest] = weights_bytes(self.weights[digest])
         if words := vocabulary_of(self.weights[digest]):
             self._words[digest] = words
+        if invocation := invocation_of(weights):
+            self._invocations[digest] = invocation
         self._leaving.discard(digest)
         if not composable(weights):
             self._alone.add(digest)
@@ -75,6 +80,7 @@ class Versions:
                 del self.weights[digest], self._sizes[digest]
                 self.heads.pop(digest, None)
                 self._words.pop(digest, None)
+                self._invocations.pop(digest, None)
                 self._alone.discard(digest)
                 self._dropped.append(digest)
 
@@ -86,6 +92,19 @@ class Versions:
     def words(self, mix: AdapterMix, of_base: int) -> int:
         """Return the number of tokens that a sequence's logits have. `of_base`: that of the base's own."""
         return self._words.get(mix.digests[0], of_base) if len(mix.terms) == 1 else of_base
+
+    def activation(self, mix: AdapterMix, prompt: Sequence[int]) -> tuple[AdapterMix, int]:
+        """Return the adapters that act on a sequence, and the number of its leading tokens that they leave
+        alone.
+
+        An activated LoRA acts from the last occurrence of its invocation in the prompt on, and not at all
+        without one: what is generated is not searched (PEFT's `calculate_alora_offsets`).
+        """
+        invocation = self._invocations.get(mix.digests[0], ()) if len(mix.terms) == 1 else ()
+        if not invocation:
+            return mix, 0
+        first = last_occurrence(prompt, invocation)
+        return (AdapterMix(), 0) if first is None else (mix, first)
 
     def size(self, digest: str) -> int:
         """Return the bytes of a version in a slot."""
@@ -127,6 +146,20 @@ class Versions:
                 raise NeverFitsError(
                     "adapter_not_composable",
                     "adapter",
-                    f"adapter version {digest[:12]} has DoRA, lora_bias, saved modules or token rows, which "
-                    "can neither be weighted nor added to others; name it alone, with weight 1",
+                    f"adapter version {digest[:12]} has DoRA, lora_bias, an invocation, saved modules or "
+                    "token rows, which can neither be weighted nor added to others; name it alone, with "
+                    "weight 1",
                 )
+
+
+def last_occurrence(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
+    """Return the index at which `wanted` begins for the last time in `tokens`; None if it is not there."""
+    text = np.asarray(tokens, dtype=np.int64)
+    starts = len(text) - len(wanted) + 1
+    if starts < 1:
+        return None
+    same = np.ones(starts, dtype=bool)
+    for place, token in enumerate(wanted):
+        same &= text[place : place + starts] == token
+    found = np.flatnonzero(same)
+    return int(found[-1]) if len(found) else None

@@ -47,7 +47,7 @@ CHOICE = "ONEBASE_KERNELS"
 """Environment variable: `torch`, or one of the library's (amx, avx512_bf16, avx512, avx2, portable)."""
 OTHER_LIBRARY = "ONEBASE_KERNELS_LIBRARY"
 """Environment variable: the path of another build, for instance with sanitizers."""
-ABI = 8
+ABI = 9
 LANES = 16
 TRIAL_OUTPUTS = 1 << 20
 IN_MULTIPLE = 32
@@ -71,7 +71,7 @@ class _Order(ctypes.Structure):
 class _Lora(ctypes.Structure):
     _fields_ = (
         ("a", c_void_p), ("b", c_void_p), ("rank", c_int64),
-        ("shrink", POINTER(_Order)), ("expand", POINTER(_Order)), ("scale", c_float), ("reserved", c_int32),
+        ("shrink", POINTER(_Order)), ("expand", POINTER(_Order)), ("scale", c_float), ("wide", c_int32),
     )  # fmt: skip
 
 
@@ -684,7 +684,8 @@ class NativeLinear:
         a, b = weights.a.contiguous(), weights.b.contiguous()
         orders = ctypes.pointer(shrink), ctypes.pointer(expand)
         self._held[slot] = (a, b)
-        self._lora[slot] = _Lora(a.data_ptr(), b.data_ptr(), weights.rank, *orders, weights.scale, 0)
+        wide = weights.adds_wide
+        self._lora[slot] = _Lora(a.data_ptr(), b.data_ptr(), weights.rank, *orders, weights.scale, wide)
 
 
 class NativeLayers:

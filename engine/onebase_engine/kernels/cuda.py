@@ -91,9 +91,10 @@ PROMPT_ROWS = 512
 WEIGHT, ABSMAX, CODE, BIAS = (tl.constexpr(number) for number in range(4))
 SLOTS, SIZE_OUT, BLOCKSIZE, FACTS = (tl.constexpr(number) for number in range(4, 8))
 """Indices of a layer's facts for the kernels, int64: addresses, sizes; and the number of facts."""
-A, B, RANK, SCALE, NARROW, SLOT_FACTS = (tl.constexpr(number) for number in range(6))
-"""Indices of a slot's facts: addresses of A and B, the rank (0: empty), the bits of the scale in fp32, and
-whether A and B are in bf16 instead of fp32; and the number of facts."""
+A, B, RANK, SCALE, NARROW, ADDS_WIDE, SLOT_FACTS = (tl.constexpr(number) for number in range(7))
+"""Indices of a slot's facts: addresses of A and B, the rank (0: empty), the bits of the scale in fp32,
+whether A and B are in bf16 instead of fp32, and whether the part is never rounded before it is added; and the
+number of facts."""
 
 FIXED = "cuda"
 """Key in `held` of a step at fixed places."""
@@ -275,7 +276,7 @@ def _output(
     y = total.to(tl.bfloat16)
     slots = tl.load(facts + SLOTS).to(tl.pointer_type(tl.int64))
     delta = tl.zeros((OUTPUTS,), dtype=tl.float32)
-    acting = 0
+    acting, wide = 0, tl.cast(0, tl.int64)
     for term in range(tl.load(starts + row), tl.load(starts + row + 1)):
         own = slots + tl.load(slot_of + term) * SLOT_FACTS
         if tl.load(own + RANK) > 0:
@@ -283,9 +284,10 @@ def _output(
             some = _added(hidden, own, out, there, terms, term, first_part, hidden_parts, most_rank)
             delta += some * tl.load(weight_of + term)
             acting += 1
+            wide += tl.load(own + ADDS_WIDE)
     if acting > 0:
         if QUANTIZED:
-            delta = delta.to(tl.bfloat16).to(tl.float32)
+            delta = tl.where(wide > 0, delta, delta.to(tl.bfloat16).to(tl.float32))
         y = (y.to(tl.float32) + delta).to(tl.bfloat16)
     return y
 
@@ -421,7 +423,8 @@ class CudaLinear:
             a, b = _aligned(weights.a), _aligned(weights.b)
             self._held[slot] = a, b
             bits = int(np.float32(weights.scale).view(np.int32))
-            facts = [a.data_ptr(), b.data_ptr(), weights.rank, bits, int(a.dtype == torch.bfloat16)]
+            narrow = int(a.dtype == torch.bfloat16)
+            facts = [a.data_ptr(), b.data_ptr(), weights.rank, bits, narrow, int(weights.adds_wide)]
         self._slots[slot] = sent(np.array(facts), self._slots.device)
         self.most_rank = max((len(a) for a, _ in self._held.values()), default=0)
 

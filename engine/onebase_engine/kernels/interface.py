@@ -176,6 +176,8 @@ class LinearKernel(Protocol):
 
         quantized layer   y = base(x) + (scale * (x32 @ A.T) @ B.T).to(base dtype)
         other layers      y = (base(x) + scale * (x32 @ A.T) @ B.T).to(base dtype)
+
+        An activated LoRA (`LoraWeights.adds_wide`) is added as on other layers, and acts alone on its rows.
         """
         ...
 

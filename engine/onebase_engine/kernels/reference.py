@@ -268,10 +268,14 @@ class ReferenceLinear:
             delta = self._delta(x[index], group.terms) if self._acts(group) else None
             if delta is not None:
                 own = y[index[:count]]
-                y[index[:count]] = added(own, delta[:count], quantized=self._quantized)
+                narrows = self._quantized and not self._adds_wide(group)
+                y[index[:count]] = added(own, delta[:count], quantized=narrows)
 
     def _acts(self, group: RowGroup) -> bool:
         return any(slot in self.plain for slot, _ in group.terms)
+
+    def _adds_wide(self, group: RowGroup) -> bool:
+        return any(self.plain[slot].adds_wide for slot, _ in group.terms if slot in self.plain)
 
     def _delta(self, x: torch.Tensor, terms: Sequence[tuple[int, float]]) -> torch.Tensor | None:
         """Return the sum of the LoRAs' parts, [rows, out] fp32; None if there is none."""

@@ -30,6 +30,9 @@ class LoraWeights:
     """Bias [out], added to `b`'s product before the scale (`lora_bias`)."""
     gain: torch.Tensor | None = None
     """Gain [out]: DoRA's magnitude by the norm of W + scale * B @ A (https://arxiv.org/abs/2402.09353)."""
+    invocation: tuple[int, ...] = ()
+    """Invocation tokens of an activated LoRA (https://arxiv.org/abs/2504.12397), the same in all modules of
+    a version: it acts from their last occurrence in the prompt on. Empty: it acts on every token."""
 
     @property
     def rank(self) -> int:
@@ -39,6 +42,12 @@ class LoraWeights:
     def plain(self) -> bool:
         """Whether the module only adds scale * B @ A."""
         return self.bias is None and self.gain is None
+
+    @property
+    def adds_wide(self) -> bool:
+        """Whether PEFT adds the part in fp32 on quantized layers too, without rounding it first
+        (`ALoraLinearVariant`)."""
+        return bool(self.invocation)
 
     def to(self, device: torch.device) -> LoraWeights:
         return moved(self, device)
@@ -166,12 +175,19 @@ def composable(weights: AdapterWeights) -> bool:
     """Return True if the adapter may be weighted or added to others: it only adds scale * B @ A.
 
     PEFT's `add_weighted_adapter` (`cat`) drops `lora_bias`, and knows no sum of DoRA's gains, of saved
-    modules or of token rows.
+    modules, of token rows or of adapters that act from different tokens on.
     """
     return all(
-        isinstance(module, Head) or (isinstance(module, LoraWeights) and module.plain)
+        isinstance(module, Head)
+        or (isinstance(module, LoraWeights) and module.plain and not module.invocation)
         for module in weights.values()
     )
+
+
+def invocation_of(weights: AdapterWeights) -> tuple[int, ...]:
+    """Return the invocation tokens of an activated LoRA; none for any other adapter."""
+    found = (module.invocation for module in weights.values() if isinstance(module, LoraWeights))
+    return next(found, ())
 
 
 def folded(weights: AdapterWeights) -> AdapterWeights:

@@ -119,7 +119,7 @@ class SlotLinear(SlotModule):
         """Compute a LoRA whose B has a bias (`lora_bias`)."""
         hidden = functional.linear(x.float(), weights.a)
         delta = scaled(functional.linear(hidden, weights.b, weights.bias), weights.scale)
-        return added(bare, delta, quantized=self.quantized)
+        return added(bare, delta, quantized=self.quantized and not weights.adds_wide)
 
     def _dora(
         self, weights: LoraWeights, gain: torch.Tensor, x: torch.Tensor, bare: torch.Tensor

@@ -27,6 +27,7 @@ from onebase_engine.kernels.weights import (
     SavedModule,
     TokenRows,
     fits,
+    invocation_of,
     tensors_of,
     without_head,
 )
@@ -67,6 +68,8 @@ def write_packed_adapter(path: Path, weights: AdapterWeights, *, base_id: str) -
         entry: dict[str, Any] = {"name": name, "kind": _kind(module), "tensors": parts}
         if isinstance(module, LoraWeights):
             entry["scale"] = module.scale
+            if module.invocation:
+                entry["invocation"] = list(module.invocation)
         elif isinstance(module, TokenRows) and module.words:
             entry["words"] = module.words
         modules.append(entry)
@@ -209,6 +212,11 @@ def _modules(
         raise PackedAdapterError(f"{file} does not describe its modules: {error}") from error
     if not weights or used != tensors.keys():
         raise PackedAdapterError(f"{file} holds other tensors than it describes")
+    invocation = invocation_of(weights)
+    if any(getattr(module, "invocation", invocation) != invocation for module in weights.values()):
+        raise PackedAdapterError(f"{file} has modules that act from different tokens on")
+    if invocation and not all(isinstance(module, LoraWeights) for module in weights.values()):
+        raise PackedAdapterError(f"{file} has modules that act before the invocation")
     return weights
 
 
@@ -219,6 +227,7 @@ def _module(entry: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> Modu
     values: dict[str, Any] = dict(parts)
     if cls is LoraWeights:
         values["scale"] = float(entry["scale"])
+        values["invocation"] = tuple(map(int, entry.get("invocation", ())))
     elif cls is TokenRows:
         values["words"] = int(entry.get("words", 0))
     module: ModuleWeights = cls(**values)

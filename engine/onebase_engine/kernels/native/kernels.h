@@ -31,7 +31,7 @@ typedef struct {
   int64_t rank; /* 0: the slot has none */
   const onebase_order *shrink, *expand;
   float scale;
-  int32_t reserved;
+  int32_t wide; /* whether its delta is never rounded before it is added, as PEFT does for an activated LoRA */
 } onebase_lora;
 
 enum { ONEBASE_NF4 = 0, ONEBASE_BF16 = 1 };

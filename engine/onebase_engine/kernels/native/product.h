@@ -622,11 +622,12 @@ static void expand(const product *p, int64_t which, int64_t panel, bf16 *y) {
     int64_t group = p->jobs[2 * job], row = p->jobs[2 * job + 1], begin = groups->row_starts[group] + row;
     int64_t count = least(SHRUNK, groups->row_starts[group + 1] - begin);
     floats total[SHRUNK], sums[SHRUNK];
-    int acts = 0;
+    int acts = 0, wide = !layer->quantized;
     for (int64_t term = groups->term_starts[group]; term < groups->term_starts[group + 1]; term++) {
       const onebase_lora *lora = layer->lora + groups->slot[term];
       int64_t rank = lora->rank;
       if (!rank) continue;
+      wide |= lora->wide;
       const float *hidden = p->hidden + p->starts[which * p->terms + term] + row * rank;
       ordered_sums(lora->expand, hidden, rank, count, lora->b + first * rank, rank, lanes, rank, sums);
       for (int64_t i = 0; i < count; i++) {
@@ -639,7 +640,7 @@ static void expand(const product *p, int64_t which, int64_t panel, bf16 *y) {
     if (!acts) continue;
     for (int64_t i = 0; i < count; i++) {
       bf16 *to = y + groups->row[begin + i] * LANES;
-      narrow(to, widen(to) + (layer->quantized ? rounded(total[i]) : total[i]));
+      narrow(to, widen(to) + (wide ? total[i] : rounded(total[i])));
     }
   }
 }
