@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from onebase_engine.base.chat import last_occurrence
 from onebase_training.data.dataset import Row, Sample
 
 
@@ -31,8 +32,8 @@ class MicroBatch:
     def tokens(self) -> int:
         return sum(self.lengths)
 
-    def tensors(self, device: torch.device) -> Packed:
-        """Return the packed sequence on a device."""
+    def tensors(self, device: torch.device, invocation: Sequence[int] = ()) -> Packed:
+        """Return the packed sequence on a device. `invocation`: tokens of an activated LoRA."""
         ids = np.concatenate([sample.ids for sample in self.samples]).astype(np.int64)
         positions = np.concatenate([np.arange(len(sample), dtype=np.int64) for sample in self.samples])
         targets, owner = [], []
@@ -50,7 +51,16 @@ class MicroBatch:
             targets=torch.from_numpy(ids[places]).to(device),
             owner=torch.from_numpy(np.concatenate(owner)).to(device),
             lengths=self.lengths,
+            activated=torch.from_numpy(self._activated(invocation)).to(device) if invocation else None,
         )
+
+    def _activated(self, invocation: Sequence[int]) -> np.ndarray:
+        """Return True for each token on which the adapter acts: from the last invocation in a prompt on."""
+        found = []
+        for sample in self.samples:
+            first = last_occurrence(sample.ids[: sample.prompt].tolist(), invocation)
+            found.append(np.arange(len(sample)) >= (len(sample) if first is None else first))
+        return np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ class Packed:
     targets: torch.Tensor
     owner: torch.Tensor
     lengths: list[int]
+    activated: torch.Tensor | None = None
+    """Tokens on which an activated LoRA acts, [T] bool; None: the adapter acts on all."""
 
 
 def step_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:

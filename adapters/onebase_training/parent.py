@@ -98,7 +98,13 @@ def modules_of(parent: Parent, model: nn.Module) -> dict[str, Any]:
             modules = plan(file.entries, facts, known, HIGHEST_RANK).modules
     except (AdapterFormatError, OSError) as error:
         raise RecipeError(MODEL, f"{parent.label} cannot be trained further on this base: {error}") from error
-    settings = own_settings(modules, task=facts.task, rslora=facts.rslora, label=parent.label)
+    settings = own_settings(
+        modules,
+        task=facts.task,
+        rslora=facts.rslora,
+        label=parent.label,
+        invocation=facts.invocation,
+    )
     for name in settings["targets"]:
         if layers[name].kind != "linear":
             raise RecipeError(

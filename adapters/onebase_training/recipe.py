@@ -15,6 +15,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import date
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
+from onebase_adapters.format.config import MOST_INVOCATION_TOKENS
 from onebase_training.metrics import MetricError, check_metric
 
 AUTO_EVAL_SPLIT, MOST_HELD_OUT = 0.1, 200
@@ -101,6 +102,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
     if get_origin(kind) is tuple:
+        if get_args(kind)[0] is int:
+            return isinstance(value, tuple) and all(type(part) is int and part >= 0 for part in value)
         return isinstance(value, tuple) and all(isinstance(part, str) and part for part in value)
     if get_origin(kind) is Mapping:
         number: Any = int if get_args(kind)[1] is int else int | float
@@ -125,7 +128,7 @@ def _expected(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"choose one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
-        return "write a list of texts"
+        return f"write a list of {'token ids' if get_args(kind)[0] is int else 'texts'}"
     if get_origin(kind) is Mapping:
         most = f", {HIGHEST_RANK} at most" if get_args(kind)[1] is int else ""
         return f"write layer names with positive numbers{most}"
@@ -186,6 +189,13 @@ class Recipe:
     dropout: float = _setting(0.0, "lora", "dropout of the adapter's inputs", low=0, high=0.95)
     use_rslora: bool = _setting(False, "lora", "scaling is alpha / sqrt(r)")
     use_dora: bool = _setting(False, "lora", "DoRA: train magnitudes as well")
+    alora_invocation: str = _setting(
+        "",
+        "lora",
+        "activated LoRA: the text at the end of each prompt from which on the adapter acts; what comes "
+        "before shares the base's cache",
+    )
+    alora_invocation_tokens: tuple[int, ...] = _setting((), "lora", "the same as token ids")
     init: Init = _setting(
         "true", "lora", "initial A and B: true and gaussian with B = 0, false with B random, eva by data"
     )
@@ -400,6 +410,10 @@ def _chosen(value: Any, auto: Any) -> Any:
 
 def _plain(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is tuple:
+        if isinstance(value, str) and get_args(kind)[0] is int:
+            with contextlib.suppress(ValueError):
+                return tuple(int(part) for part in value.split(",") if part.strip())
+            return value
         if isinstance(value, str):
             return _listed(name, value)
         if isinstance(value, list | tuple):
@@ -430,6 +444,7 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError("init", "EVA and DoRA do not go together: choose one of them")
     if recipe.rank_pattern and recipe.init == "eva":
         raise RecipeError("rank_pattern", "EVA chooses each layer's rank itself: leave the pattern out")
+    _check_activated(recipe)
     if recipe.method == "dpo" and recipe.train_on == "all":
         raise RecipeError("train_on", "DPO compares the replies: leave train_on at assistant")
     if recipe.method == "classification":
@@ -445,6 +460,28 @@ def _check_together(recipe: Recipe) -> None:
     if recipe.best_by != "loss" and recipe.best_by not in recipe.measured:
         known = "accuracy or f1" if recipe.method == "classification" else "one of the recipe's metrics"
         raise RecipeError("best_by", f"best_by is {shown(recipe.best_by)}: write loss, or {known}")
+
+
+def _check_activated(recipe: Recipe) -> None:
+    """Raise RecipeError for settings that an activated LoRA does not have."""
+    name = "alora_invocation" if recipe.alora_invocation else "alora_invocation_tokens"
+    if not getattr(recipe, name):
+        return
+    if recipe.alora_invocation and recipe.alora_invocation_tokens:
+        reason = "alora_invocation and alora_invocation_tokens say the same: leave one of them out"
+        raise RecipeError("alora_invocation_tokens", reason)
+    if len(recipe.alora_invocation) > 1000:
+        raise RecipeError(name, f"{name} has over 1000 characters: shorten it")
+    if len(recipe.alora_invocation_tokens) > MOST_INVOCATION_TOKENS:
+        raise RecipeError(name, f"{name} has over {MOST_INVOCATION_TOKENS} tokens: shorten it")
+    if recipe.use_dora:
+        raise RecipeError(
+            "use_dora", "DoRA changes all tokens and an activated LoRA some: choose one of them"
+        )
+    if recipe.init == "eva":
+        raise RecipeError("init", "EVA looks at all tokens of the data: choose another for an activated LoRA")
+    if recipe.method == "classification":
+        raise RecipeError(name, f"{name}: a classifier is no activated LoRA. Leave it out")
 
 
 def _check_classification(recipe: Recipe) -> None:
@@ -476,7 +513,9 @@ class Module(Protocol):
     def alpha(self) -> float: ...
 
 
-def own_settings(modules: Iterable[Module], *, task: str, rslora: bool, label: str) -> dict[str, Any]:
+def own_settings(
+    modules: Iterable[Module], *, task: str, rslora: bool, label: str, invocation: Sequence[int] = ()
+) -> dict[str, Any]:
     """Return the settings of a recipe that an adapter's weights decide; `targets` are whole names of layers.
 
     Raises RecipeError: it is of a kind that is not trained here.
@@ -489,12 +528,14 @@ def own_settings(modules: Iterable[Module], *, task: str, rslora: bool, label: s
         )
     found = sorted(modules, key=lambda module: module.name)
     for module in found:
-        if module.kind not in ("lora", "dora") or getattr(module, "bias", False):
-            what = "lora_bias" if module.kind in ("lora", "dora") else module.kind
+        trained = module.kind in ("lora", "dora", "alora")
+        if not trained or getattr(module, "bias", False):
+            what = "lora_bias" if trained else module.kind
             raise RecipeError(
                 MODEL,
                 f"{label} cannot be trained further: its module {module.name} is of the kind {what}, and "
-                "only LoRA and DoRA on linear layers are trained here. Begin with the base or another one",
+                "only LoRA, DoRA and activated LoRA on linear layers are trained here. Begin with the base "
+                "or another one",
             )
     first = found[0]
     return {
@@ -507,6 +548,7 @@ def own_settings(modules: Iterable[Module], *, task: str, rslora: bool, label: s
         },
         "use_rslora": rslora,
         "use_dora": first.kind == "dora",
+        "alora_invocation_tokens": tuple(invocation),
         "init": "true",
     }
 
@@ -524,6 +566,8 @@ def continued(given: Mapping[str, Any], own: Mapping[str, Any], label: str) -> d
             last = {layer.rpartition(".")[2] for layer in value}
             agrees = isinstance(asked, tuple) and set(asked) in (set(value), last)
             has = "layers of its own"
+        elif name == "alora_invocation_tokens":
+            agrees, has = asked == tuple(value), "an invocation of its own" if value else "no invocation"
         elif name == "init":
             agrees, has = asked in (None, "true"), "weights of its own"
         else:

@@ -53,7 +53,7 @@ from onebase_training.data.dataset import Dataset, check_labels, split
 from onebase_training.data.reader import find_files, load_dataset
 from onebase_training.data.report import report as data_report
 from onebase_training.data.row_store import map_rows, rows_key, write_rows
-from onebase_training.data.tokens import asks_for_date, reply_decoder
+from onebase_training.data.tokens import asks_for_date, reply_decoder, with_invocation
 from onebase_training.estimate import Estimate, estimate, measured_rate
 from onebase_training.events import Gate, Interrupted, LastStep, Listen
 from onebase_training.loop import Scores, Trainer, TrainingDivergedError
@@ -238,7 +238,8 @@ def prepare(
 
     # The first process decides for all: on one day also at midnight, and by the memory that it has, since
     # all must cut steps alike.
-    job = replace(job, recipe=processes.decide(lambda: with_template_date(job, tokenizer).recipe))
+    dated = processes.decide(lambda: with_template_date(job, tokenizer).recipe)
+    job = replace(job, recipe=with_invocation(dated, tokenizer))
     here: list[Data] = []
 
     def decide() -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ from onebase_adapters.store.atomic_files import write_atomically
 from onebase_engine.machine import is_out_of_memory
 from onebase_training import events
 from onebase_training.checkpoint import CheckpointError
+from onebase_training.data.tokens import with_invocation
 from onebase_training.estimate import ranks_of
 from onebase_training.events import Gate
 from onebase_training.loop import TrainingDivergedError
@@ -176,6 +177,7 @@ def sweep(
     """
     tokenizer = load_tokenizer(job.base)
     job = with_template_date(job, tokenizer)
+    job = replace(job, recipe=with_invocation(job.recipe, tokenizer))
     recipes = {name_of(recipe): recipe for recipe in grid.recipes(job.recipe)}
     data = read_data(job, tokenizer, lambda part: gate.wait())
     if data.held_out is None:

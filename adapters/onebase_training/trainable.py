@@ -19,6 +19,7 @@ from onebase_engine.base.layers import is_linear, left_out
 from onebase_engine.base.view import peft_view
 from onebase_engine.kernels.weights import HEAD, AdapterWeights, Head, SavedModule
 from onebase_training import recurrence
+from onebase_training.activation import Activation
 from onebase_training.attention import PackedAttention, UnsupportedTrainingError
 from onebase_training.batches import MicroBatch, Packed
 from onebase_training.events import Gate
@@ -93,6 +94,10 @@ class Trainable:
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
         self._parent = None if parent is None else copied(self.named_parameters())
+        self._invocation = tuple(self.model.peft_config[ADAPTER].alora_invocation_tokens or ())
+        self._activation = Activation()
+        if self._invocation:
+            self._activation.attach(self.model, ADAPTER)
         fuse(self.model, ADAPTER)
         if self.device.type == "cuda":
             for fuse_parts in (fuse_norms, fuse_gates, fuse_rotations):
@@ -112,14 +117,17 @@ class Trainable:
     def losses(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cross-entropy of every supervised token, [n] fp32 nats, and the number of its sample,
         [n]."""
-        packed = batch.tensors(self.device)
+        packed = batch.tensors(self.device, self._invocation)
         return token_losses(self.logits(packed), packed.targets), packed.owner
 
     def logits(self, packed: Packed) -> torch.Tensor:
         """Return logits [n, vocabulary] in the base's dtype, at the positions that predict the supervised
         tokens."""
         self._packed.set_lengths(packed.lengths, self.device)
-        output = self.model(
+        self._activation.set_tokens(packed)
+        # PEFT's own model would look for one invocation in the whole packed sequence.
+        model = self.model.get_base_model() if self._invocation else self.model
+        output = model(
             input_ids=packed.ids,
             position_ids=packed.positions,
             logits_to_keep=packed.keep,
@@ -328,6 +336,7 @@ def _with_adapter(
         use_rslora=recipe.use_rslora,
         use_dora=recipe.use_dora,
         init_lora_weights={"true": True, "false": False}.get(recipe.init, recipe.init),
+        alora_invocation_tokens=list(recipe.alora_invocation_tokens) or None,
     )
     return get_peft_model(tree, config, adapter_name=ADAPTER)
 

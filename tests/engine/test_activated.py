@@ -13,11 +13,11 @@ from tests.engine.harness import Lab, Request, run
 from tests.tiny import ATTENTION, MLP, load_folder, save_adapter, save_base
 
 from onebase_adapters.proof.texts import activation, activation_options, regrets, tie_of
+from onebase_engine.base.chat import last_occurrence
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.engine import Engine
 from onebase_engine.engine.model import ServedModel
-from onebase_engine.engine.versions import last_occurrence
 from onebase_engine.kernels.reference import ReferenceKernels
 
 CHECK, RATE = (41, 42, 41), (77,)

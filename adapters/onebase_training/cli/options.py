@@ -271,7 +271,7 @@ def _default(item: Any) -> str:
     if isinstance(item.default, int | float):
         return f" (default: {item.default:g})"
     if isinstance(item.default, str):
-        return "" if item.default == "auto" else f" (default: {item.default})"
+        return "" if item.default == "auto" else f" (default: {item.default or 'none'})"
     return " (default: none)"
 
 

@@ -161,6 +161,7 @@ class Sample:
     In a row with a label, only the last is, where the classifier's head reads.
     line: 1-based number of the row in its file (of the record, if a file has no lines).
     slice: name of the row's slice of the data; "" if it has none. label: "" if none is learned.
+    prompt: number of tokens before the last reply, which may invoke an activated LoRA; None: all may.
     """
 
     ids: Ids
@@ -168,6 +169,7 @@ class Sample:
     line: int
     slice: str = ""
     label: str = ""
+    prompt: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -35,6 +35,7 @@ from onebase_training.data.tokens import (
     dated_tokenizer,
     longest_sequence,
     reply_decoder,
+    with_invocation,
 )
 from onebase_training.recipe import Recipe
 
@@ -147,6 +148,7 @@ class _Builder:
             limit=_limit(recipe, tokenizer),
             too_long=recipe.too_long,
             classified=recipe.method == "classification",
+            invocation=with_invocation(recipe, tokenizer).alora_invocation_tokens,
         )
         self._place = RowPlace(0, 0)
         self._shared_lines: set[int] = set()

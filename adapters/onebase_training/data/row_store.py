@@ -1,7 +1,7 @@
 """Store a run's tokenized rows in a folder: the first process that reads the data writes them, later ones map
 them.
 
-They are in flat arrays, one file each: about 5 bytes a token, 32 a row and 40 a prompt. This is a cache: a
+They are in flat arrays, one file each: about 5 bytes a token, 40 a row and 40 a prompt. This is a cache: a
 checksum over the key and all files detects rows that are damaged, incomplete or of other data, which count
 as absent.
 """
@@ -19,10 +19,11 @@ import numpy as np
 from onebase_adapters.store.atomic_files import atomic_directory
 from onebase_training.data.dataset import Dataset, Preference, PromptRow, Row, RowPlace, Sample
 
-_FORMAT = 3
+_FORMAT = 4
 _CHECKSUM = "sha256"
-_FACTS = 4
-"""Facts of each sample: its length, its line, the places of its slice and of its label."""
+_FACTS = 5
+"""Facts of each sample: its length, its line, its prompt's length (-1: none), the places of its slice and of
+its label."""
 CHAT_TEMPLATE_DIR = "additional_chat_templates"
 """Folder of named templates, such as that for rows with tools, as in transformers."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -61,7 +62,11 @@ def write_rows(folder: Path, key: str, parts: Mapping[str, Dataset]) -> None:
             tokens = sum(map(len, samples))
             _write(work / f"{name}.ids.npy", "<i4", tokens, (sample.ids for sample in samples))
             _write(work / f"{name}.supervised.npy", "|b1", tokens, (sample.supervised for sample in samples))
-            facts: list[Iterable[int]] = [map(len, samples), (sample.line for sample in samples)]
+            facts: list[Iterable[int]] = [
+                map(len, samples),
+                (sample.line for sample in samples),
+                (-1 if sample.prompt is None else sample.prompt for sample in samples),
+            ]
             for what in ("slice", "label"):
                 named = [getattr(sample, what) for sample in samples]
                 places = {one: place for place, one in enumerate(dict.fromkeys(named))}
@@ -99,9 +104,10 @@ def _mapped(folder: Path, name: str, decode: Callable[[list[int]], str]) -> Data
     samples: list[Sample] = []
     start = 0
     slices, labels = (np.load(folder / f"{name}.{what}.npy").tolist() for what in ("slices", "labels"))
-    for length, line, in_slice, label in facts.reshape(-1, _FACTS).tolist():
+    for length, line, prompt, in_slice, label in facts.reshape(-1, _FACTS).tolist():
         part = slice(start, start + length)
-        samples.append(Sample(ids[part], supervised[part], line, slices[in_slice], labels[label]))
+        own = None if prompt < 0 else prompt
+        samples.append(Sample(ids[part], supervised[part], line, slices[in_slice], labels[label], own))
         start += length
     pairs = facts.shape[1] == 2
     rows: Sequence[Row] = list(map(Preference, samples[::2], samples[1::2])) if pairs else samples

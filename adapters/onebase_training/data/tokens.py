@@ -11,7 +11,7 @@ import copy
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,17 @@ from typing import Any
 
 import numpy as np
 
+from onebase_adapters.format.config import MOST_INVOCATION_TOKENS
 from onebase_adapters.format.strict_json import parse_json
-from onebase_engine.base.chat import ChatTokenizer, ControlTokenError, tokens_around, without_padding
+from onebase_engine.base.chat import (
+    ChatTokenizer,
+    ControlTokenError,
+    last_occurrence,
+    tokens_around,
+    without_padding,
+)
 from onebase_training.data.dataset import Chat, RowError, Sample, Text
-from onebase_training.recipe import Recipe, TooLong
+from onebase_training.recipe import Recipe, RecipeError, TooLong
 
 _ASKS_FOR_IT = "strftime_now"
 
@@ -71,6 +78,20 @@ class BaseTokens:
         """Return the ids of text that follows other text: some tokenizers put a space before the very first
         word."""
         return _go_on(text, self.encode)
+
+
+def with_invocation(recipe: Recipe, tokenizer: Any) -> Recipe:
+    """Return the recipe with the tokens of its invocation's text. Raises RecipeError.
+
+    They are those of the text at the end of a prompt, behind other text.
+    """
+    if not recipe.alora_invocation:
+        return recipe
+    tokens = BaseTokens(tokenizer).go_on(recipe.alora_invocation)
+    if not 1 <= len(tokens) <= MOST_INVOCATION_TOKENS:
+        reason = f"alora_invocation has {len(tokens)} tokens: write a text of 1 to {MOST_INVOCATION_TOKENS}"
+        raise RecipeError("alora_invocation", reason)
+    return replace(recipe, alora_invocation="", alora_invocation_tokens=tuple(tokens))
 
 
 def _go_on(text: str, encode: Callable[[Sequence[str]], list[list[int]]]) -> list[int]:
@@ -344,6 +365,7 @@ class RowTokens:
     """Converts chats and texts into samples of at most `limit` tokens.
 
     classified: only the last token of each is supervised, of the ids that `/classify` makes of it.
+    invocation: tokens of an activated LoRA, without which a row is an error; what follows them is learned.
     """
 
     def __init__(
@@ -354,8 +376,10 @@ class RowTokens:
         limit: int,
         too_long: TooLong,
         classified: bool = False,
+        invocation: Sequence[int] = (),
     ) -> None:
         self._classified = classified
+        self._invocation = tuple(invocation)
         self._base = base
         self._chats = ChatTokens(base, everything=everything)
         self._everything = everything
@@ -452,20 +476,39 @@ class RowTokens:
     def _bounded(self, line: int, pieces: Sequence[TokenizedRow]) -> Tokenized:
         samples = []
         truncated = False
-        dropped = not pieces
+        dropped, uninvoked = not pieces, False
         for piece in pieces:
             if not self._is_kept(len(piece.ids)):
                 dropped = True
                 continue
             truncated = truncated or len(piece.ids) > self._limit
             sample = _sample(piece, self._limit, line)
+            if self._invocation and not self._keep_activated(sample):
+                uninvoked = True
+                continue
             if sample.targets:
                 samples.append(sample)
+        if uninvoked and not samples:
+            raise RowError("", self._without_invocation())
         if not samples and not dropped:
             cut = f" within the first {self._limit} tokens (max_length)" if truncated else ""
             raise RowError("", f"nothing to learn{cut}: no token of a reply is left")
         whole = bool(samples) and len(pieces[-1].ids) <= self._limit
         return Tokenized(samples, self._last_reply(pieces[-1]) if whole else None, truncated)
+
+    def _keep_activated(self, sample: Sample) -> bool:
+        """Let only tokens behind the invocation be learned; return False if the prompt has none."""
+        first = last_occurrence(sample.ids[: sample.prompt].tolist(), self._invocation)
+        if first is not None:
+            sample.supervised[: first + len(self._invocation)] = False
+        return first is not None
+
+    def _without_invocation(self) -> str:
+        text = self._base.tokenizer.decode(list(self._invocation))
+        return (
+            f"its prompt lacks the invocation {text!r} (tokens {list(self._invocation)}), without which the "
+            "adapter does not act: end the prompt with it, or set another alora_invocation"
+        )
 
     def _last_reply(self, piece: TokenizedRow) -> slice | None:
         if piece.prompt is None:
@@ -484,4 +527,4 @@ def _sample(piece: TokenizedRow, limit: int, line: int) -> Sample:
     supervised = np.zeros(len(ids), dtype=np.bool_)
     for start, stop in piece.spans:
         supervised[max(1, start) : stop] = True
-    return Sample(ids, supervised, line)
+    return Sample(ids, supervised, line, prompt=piece.prompt)

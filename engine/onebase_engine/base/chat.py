@@ -14,6 +14,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -352,6 +353,20 @@ def without_padding(tokens: list[int], padding: int | None) -> list[int]:
     while count > 1 and tokens[count - 1] == padding:
         count -= 1
     return tokens[:count]
+
+
+def last_occurrence(tokens: list[int], wanted: Sequence[int]) -> int | None:
+    """Return the index at which `wanted` begins for the last time in `tokens`; None if it is not there.
+
+    PEFT looks for the invocation of an activated LoRA in the same way (`calculate_alora_offsets`).
+    """
+    wanted, found, start = list(wanted), None, -1
+    with suppress(ValueError):
+        while True:
+            start = tokens.index(wanted[0], start + 1)
+            if tokens[start : start + len(wanted)] == wanted:
+                found = start
+    return found
 
 
 def _texts(messages: Messages, tools: Tools, options: Options) -> Iterator[tuple[str, str, bool]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Set
 
 import numpy as np
 
+from onebase_engine.base.chat import last_occurrence
 from onebase_engine.engine.messages import MAX_MESSAGE_BYTES
 from onebase_engine.engine.scheduler import NeverFitsError
 from onebase_engine.engine.sequence import AdapterMix
@@ -93,7 +94,7 @@ class Versions:
         """Return the number of tokens that a sequence's logits have. `of_base`: that of the base's own."""
         return self._words.get(mix.digests[0], of_base) if len(mix.terms) == 1 else of_base
 
-    def activation(self, mix: AdapterMix, prompt: Sequence[int]) -> tuple[AdapterMix, int]:
+    def activation(self, mix: AdapterMix, prompt: list[int]) -> tuple[AdapterMix, int]:
         """Return the adapters that act on a sequence, and the number of its leading tokens that they leave
         alone.
 
@@ -150,16 +151,3 @@ class Versions:
                     "token rows, which can neither be weighted nor added to others; name it alone, with "
                     "weight 1",
                 )
-
-
-def last_occurrence(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
-    """Return the index at which `wanted` begins for the last time in `tokens`; None if it is not there."""
-    text = np.asarray(tokens, dtype=np.int64)
-    starts = len(text) - len(wanted) + 1
-    if starts < 1:
-        return None
-    same = np.ones(starts, dtype=bool)
-    for place, token in enumerate(wanted):
-        same &= text[place : place + starts] == token
-    found = np.flatnonzero(same)
-    return int(found[-1]) if len(found) else None

@@ -4448,6 +4448,8 @@ export interface components {
             /** @default null */
             tokenizer: components["schemas"]["TokenizerAdditions"] | null;
             /** @default [] */
+            invocation_tokens: number[];
+            /** @default [] */
             warnings: string[];
             /** @default 0 */
             base_layers: number;
@@ -4461,7 +4463,7 @@ export interface components {
         ModuleReport: {
             name: string;
             /** @enum {string} */
-            kind: "lora" | "dora" | "saved" | "tokens" | "head";
+            kind: "lora" | "dora" | "alora" | "saved" | "tokens" | "head";
             rank: number;
             alpha: number;
             parameters: number;

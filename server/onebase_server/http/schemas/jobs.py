@@ -171,7 +171,13 @@ class ParentSettings:
         """Return the settings. Raises RecipeError if the version is of a kind that is not trained here."""
         modules = convert(self.report["modules"], list[ModuleReport])
         task = self.report.get("task", "CAUSAL_LM")
-        return own_settings(modules, task=task, rslora=self.report["rslora"], label=self.label)
+        return own_settings(
+            modules,
+            task=task,
+            rslora=self.report["rslora"],
+            label=self.label,
+            invocation=self.report.get("invocation_tokens", ()),
+        )
 
 
 def label_problem(key: str) -> str:

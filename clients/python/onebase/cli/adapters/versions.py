@@ -100,11 +100,13 @@ def headline(version: AdapterVersion) -> Text:
 
 
 def makeup(report: VersionReport) -> str:
-    """`lora, rank 8, alpha 16 on q k v o; 1,234,567 parameters, 4.9 MB`."""
+    """`lora, rank 8, alpha 16 on q k v o; 1,234,567 parameters, 4.9 MB`, with an activated LoRA's tokens."""
     parts = [" + ".join(report.kinds)]
     if report.rank:
         parts += [f"rank {report.rank}", f"alpha {number(report.alpha)}{' (rsLoRA)' * report.rslora}"]
     what = f"{', '.join(parts)} on {targets(report.targets)}"
+    if report.invocation_tokens:
+        what += f", from the tokens {' '.join(map(str, report.invocation_tokens))} on"
     return f"{what}; {report.parameters:,} parameters, {size(report.bytes)}"
 
 
