@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Measures OneBase next to its peers in everything that it is for, and says which goals are met.
 
-Runs serve.py with all sweeps, adapters.py and train.py one after the other, next to peers that it installs by
-itself (vLLM's CPU build, llama.cpp, TRL: pinned, in the user's cache). An hour or so on two cores.
+Runs serve.py with all sweeps, adapters.py, train.py and judges.py one after the other, next to peers that it
+installs by itself (vLLM's CPU build, llama.cpp, TRL: pinned, in the user's cache). It takes an hour or so on two
+cores.
 
   python benchmarks/goals.py                     # or: make bench
   python benchmarks/goals.py --quick             # one round, few adapters: a look, no figures to publish
-  python benchmarks/goals.py --only serve        # or adapters, or train; goals use what the last runs left
+  python benchmarks/goals.py --only serve        # or adapters, train, judges; others: as last measured
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from bench.processes import end_on_signals
 from bench.report import markdown, table
 
 HERE = Path(__file__).parent
-PARTS = ("serve", "adapters", "train")
+PARTS = ("serve", "adapters", "train", "judges")
 
 
 Figure = tuple[str, ...]
@@ -76,6 +77,10 @@ def _training(target: str) -> Figure:
     return "train", target, "tokens_per_second"
 
 
+def _judges(mode: str) -> Figure:
+    return "judges", mode, "seconds"
+
+
 SPEEDS = {
     ("1 stream, 1 adapter", "single"): {"llama.cpp": 0.8, "vllm": 3.5},
     ("1 stream, text that repeats its prompt", "copy"): {"llama.cpp": 1.2},
@@ -118,6 +123,7 @@ GOALS = [
     Goal("uploads at once, a minute", "100", 1.0, UPLOADS, 100.0),
     Goal("upload to active, p50", "1.5 s", 1.0, UPLOAD, 1500.0, at_most=True),
     Goal("training, tokens/s", "trl", 2.4, _training("onebase"), _training("trl")),
+    Goal("judges by aLoRA, time", "as LoRA", 10.0, _judges("LoRA"), _judges("aLoRA")),
 ]
 
 
@@ -165,6 +171,7 @@ def _commands(options: argparse.Namespace, console: Console) -> tuple[dict[str, 
         "serve": [*serve, *(["--rounds", "1"] if quick else [])],
         "adapters": ["--adapters", "20", "--requests", "60"] if quick else [],
         "train": ["--steps", "6", "--repeats", "1"] if quick else [],
+        "judges": ["--judges", "5", "--rounds", "1"] if quick else [],
     }
     missing = []
     for part, peer in (("adapters", "vllm"), ("train", "trl")):

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 import goals
+import judges
 import serve
 from bench import machine, peers
 from bench.figures import Figures
@@ -102,6 +103,9 @@ def test_every_goal_names_figures_that_the_benchmarks_write() -> None:
                 target, figure = keys
                 assert target in ("onebase", *VARIANTS), goal
                 assert figure in {field.name for field in fields(TrainFigures)}, goal
+            elif part == "judges":
+                assert keys[0] in judges.MODES, goal
+                assert keys[1] == "seconds"
             else:
                 assert keys[1] in ADAPTERS, goal
 
