@@ -2,7 +2,8 @@
 """Measures OneBase next to its peers in everything that it is for, and says which goals are met.
 
 Runs serve.py with all sweeps, adapters.py, train.py and judges.py one after the other, next to peers that it
-installs by itself (vLLM's CPU build, llama.cpp, TRL: pinned, in the user's cache). An hour or so on two cores.
+installs by itself (vLLM's CPU build, llama.cpp, TRL: pinned, in the user's cache), in about an hour on two
+cores.
 
   python benchmarks/goals.py                     # or: make bench
   python benchmarks/goals.py --quick             # one round, few adapters: a look, no figures to publish

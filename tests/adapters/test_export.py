@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tests.matrix import matrix
-from tests.tiny import ADAPTERS, ARCHITECTURES, ATTENTION, save_adapter, save_base
+from tests.tiny import ADAPTERS, ARCHITECTURES, ATTENTION, INVOCATION, save_adapter, save_base
 from tests.training.runs import talking_base
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
@@ -232,6 +232,17 @@ def test_a_lora_in_gguf_adds_what_peft_adds(base: Path, settings: dict[str, Any]
         "mine",
     )
     assert fields["general.architecture"] == peft.config.model_type
+
+
+def test_an_activated_lora_keeps_its_invocation_in_gguf_and_is_merged_into_nothing(
+    base: Path, tmp_path: Path
+) -> None:
+    settings = {"r": 4, "target_modules": ATTENTION, "alora_invocation_tokens": INVOCATION}
+    adapter = adapter_of(base, settings, tmp_path / "adapter")
+    file = gguf.GGUFReader(exported(gguf_lora.export, adapter, tmp_path / "lora.gguf", base))
+    assert file.fields["adapter.alora.invocation_tokens"].contents() == INVOCATION
+    for export in (merged.export, gguf_model.export):
+        assert "alora_invocation_tokens" in refused(export, adapter, tmp_path / "whole", base)
 
 
 @pytest.mark.parametrize(

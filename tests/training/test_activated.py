@@ -138,6 +138,10 @@ def test_it_learns_and_is_proved_and_served_as_trained(nf4: nn.Module, tmp_path:
     )
     assert (proved.report.kinds, proved.report.invocation_tokens) == (("alora",), INVOCATION)
     loaded = load_folder(nf4, folder)
+    trained = done.trainable.weights()
+    assert {name: one.invocation for name, one in trained.items()} == dict.fromkeys(
+        loaded.weights, INVOCATION
+    )  # type: ignore[union-attr]
     lab = Lab(nf4, [folder], [loaded.reference], [loaded.weights])
     held = judged(12, seed=9)
     asked = [

@@ -37,13 +37,12 @@ def _adapted(
     tree: nn.Module, adapter: str, invocation: tuple[int, ...]
 ) -> Iterator[tuple[str, ModuleWeights]]:
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.variants import ALoraLinearVariant
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     shared: dict[int, torch.Tensor] = {}
     for name, module in tree.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.scaling:
-            activated = isinstance(module.lora_variant.get(adapter), ALoraLinearVariant)
+            activated = adapter in module.lora_variant and adapter not in module.lora_magnitude_vector
             yield name, replace(_lora(module, adapter), invocation=invocation if activated else ())
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             yield name, _saved(name, module.modules_to_save[adapter], shared)
