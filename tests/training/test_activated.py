@@ -19,6 +19,7 @@ from torch import nn
 from onebase_adapters.proof.verifier import Verifier
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
+from onebase_engine.kernels.weights import invocation_of
 from onebase_training.batches import MicroBatch
 from onebase_training.checkpoint import write_adapter
 from onebase_training.data.dataset import DataError, Dataset, Sample
@@ -139,9 +140,7 @@ def test_it_learns_and_is_proved_and_served_as_trained(nf4: nn.Module, tmp_path:
     assert (proved.report.kinds, proved.report.invocation_tokens) == (("alora",), INVOCATION)
     loaded = load_folder(nf4, folder)
     trained = done.trainable.weights()
-    assert {name: one.invocation for name, one in trained.items()} == dict.fromkeys(
-        loaded.weights, INVOCATION
-    )  # type: ignore[union-attr]
+    assert {invocation_of({name: one}) for name, one in trained.items()} == {INVOCATION}
     lab = Lab(nf4, [folder], [loaded.reference], [loaded.weights])
     held = judged(12, seed=9)
     asked = [
