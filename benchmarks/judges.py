@@ -34,7 +34,7 @@ INVOCATION = [64, 65, 66]
 LOWEST, HIGHEST = 100, 10_000
 """Token ids of conversations, which are random."""
 MODES = {"aLoRA": ("alora", False), "LoRA": ("lora", False), "LoRA, one by one": ("lora", True)}
-"""By name, the kind of the adapters and whether each judge waits for the one before."""
+"""Kind of the adapters by the mode's name, and whether each judge waits for the one before."""
 
 
 def judge(engine: Engine, kind: str, judges: int, text: list[int], *, apart: bool) -> dict[str, float]:

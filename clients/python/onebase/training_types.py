@@ -92,9 +92,9 @@ class TrainingSettings(TypedDict, total=False):
     """DoRA: train magnitudes as well (default: false)."""
     alora_invocation: str
     """Activated LoRA: the text at the end of each prompt from which on the adapter acts; what comes before
-    shares the base's cache (default: none)."""
+    shares the base's cache."""
     alora_invocation_tokens: str | Sequence[int]
-    """The same as token ids (default: none)."""
+    """The same as token ids."""
     init: str | bool
     """Initial A and B: true and gaussian with B = 0, false with B random, eva by data (`true`, `gaussian`,
     `false` or `eva`; default: true)."""
