@@ -267,6 +267,22 @@ def is_usual(kind: Any) -> bool:
     return all(getattr(own, part) == getattr(usual, part) for part in ("co_code", "co_names", "co_consts"))
 
 
+@cache
+def takes_rows_in_order(kind: Any) -> bool:
+    """Return True if a class of experts gives each expert its rows in the order of `rows_of_expert`."""
+    return {"one_hot", "permute", "where", "index_add_"} <= set(
+        inspect.unwrap(kind.forward).__code__.co_names
+    )
+
+
+def rows_of_expert(chosen: torch.Tensor, number: int) -> torch.Tensor:
+    """Return the rows that have chosen an expert, in the order in which modelling code computes them.
+
+    chosen: numbers of the experts, [rows, k].
+    """
+    return (number == chosen.T).nonzero()[:, 1]
+
+
 def compute_experts(module: nn.Module, *args: Any, **named: Any) -> torch.Tensor:
     """Compute experts by the model's own code; for a backward, matrices are dequantized once more.
 

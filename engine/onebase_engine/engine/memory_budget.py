@@ -137,7 +137,7 @@ def state_place_count(state_bytes: int, max_rows: int, free: int) -> int:
 
 def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
     """Return the largest size, in bytes, of `slots` adapters of `rank`, fp32."""
-    ends = sum(layer.size_in + layer.size_out for layer in layers if layer.kind != "norm")
+    ends = sum(layer.count * (layer.size_in + layer.size_out) for layer in layers if layer.kind != "norm")
     return ends * rank * slots * 4
 
 

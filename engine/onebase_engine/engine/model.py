@@ -99,8 +99,6 @@ class ServedModel:
             slots=slots,
             unpacked=unpacked and self.device.type == "cpu",
         )
-        self._slots = AdapterSlots(modules, slots, self.device)
-        self._modules = tuple(modules.values())
         self._slot_count = slots
         self._graphs: Graphs | None = None
         linear = [module for module in modules.values() if isinstance(module, SlotLinear)]
@@ -111,7 +109,7 @@ class ServedModel:
         try:
             self._attention.attach(self._view)
             self._recurrence.attach(self._view)
-            experts = attach_experts(self._view, self.kernels)
+            experts = attach_experts(self._view, self.kernels, self._rows, slots)
             self._probe()
         except Exception as error:
             if is_out_of_memory(error):
@@ -121,8 +119,11 @@ class ServedModel:
             )
             reason = str(error) if known else f"{described(error)}. Choose another --quantization, or base"
             raise UnsupportedBaseError(f"{type(base).__name__} cannot be served: {reason}") from error
+        adapted = {**modules, **experts}
+        self._slots = AdapterSlots(adapted, slots, self.device)
+        self._modules = tuple(adapted.values())
         self._routed = bool(experts)
-        exact = [*(module.exact(0) for module in linear), *experts]
+        exact = [module.exact(0) for module in (*linear, *experts.values())]
         named = "linear layers and mixtures" if experts else "linear layers"
         self.promise = _promise(self.kernels, exact, self.kv_dtype, named)
         """Guarantee about a sequence's bits, in a sentence or two."""
