@@ -198,6 +198,13 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     ),
 }
 """Mixtures of experts."""
+MORE_MIXTURES: dict[str, Callable[[], Any]] = {
+    "olmoe": lambda: tf.OlmoeConfig(**_SIZES | _ROUTED | {"intermediate_size": 64}, num_experts=8),
+    "granitemoe": lambda: tf.GraniteMoeConfig(
+        **_SIZES | _ROUTED | {"intermediate_size": 64}, num_local_experts=4
+    ),
+}
+"""Mixtures whose experts are computed as those of Mixtral."""
 
 _TOWER: dict[str, Any] = {
     "hidden_size": 64,
@@ -303,7 +310,7 @@ biases; saved norms, head and embedding; tokens of its own. The first eight are 
 
 def save_base(architecture: str, folder: Path, seed: int = 0, layers: int | None = None) -> Path:
     """A random model whose greedy texts wander: wide weights, so that logits are far apart."""
-    config = (ARCHITECTURES | HYBRIDS | MIXTURES)[architecture]()
+    config = (ARCHITECTURES | HYBRIDS | MIXTURES | MORE_MIXTURES)[architecture]()
     config.initializer_range = 0.15
     if layers is not None:
         config.num_hidden_layers = layers

@@ -199,6 +199,8 @@ def exact_config(
 ) -> dict[str, Any]:
     """Return PEFT's config of an adapter of these modules, each by its full name."""
     lora = [module for module in modules if module.rank]
+    experts = [module.name for module in lora if module.experts]
+    layers = [module.name for module in lora if not module.experts]
     rank, alpha = (lora[0].rank, lora[0].alpha) if lora else (8, 8.0)
     saved = [module.name for module in modules if module.kind == "saved" or module.words]
     tokens = {m.name: list(m.indices) for m in modules if m.kind == "tokens" and m.parameters and not m.words}
@@ -212,7 +214,8 @@ def exact_config(
         "use_rslora": rslora,
         "use_dora": dora,
         "lora_bias": lora_bias,
-        "target_modules": [module.name for module in lora] or _NO_TARGETS,
+        "target_modules": layers or ([] if experts else _NO_TARGETS),
+        "target_parameters": experts or None,
         "rank_pattern": {re.escape(m.name): m.rank for m in lora if m.rank != rank},
         "alpha_pattern": {re.escape(m.name): m.alpha for m in lora if m.alpha != alpha},
         "modules_to_save": saved or None,

@@ -136,8 +136,8 @@ class ConfigFacts:
     layers_pattern: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     target_parameters: tuple[str, ...] = ()
-    """Parameters that PEFT adapts, of which no tensors are served. PEFT itself names those of a base's
-    experts, in a file without any tensors of them too."""
+    """Names of parameters that PEFT adapts: those of a mixture's experts. PEFT itself names them in a file
+    without any tensors of them too."""
     warnings: tuple[str, ...] = ()
     label_names: tuple[str, ...] = ()
     """Names of a classifier's labels, in the order of its head's rows; empty if they have none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Container, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -19,6 +19,7 @@ from onebase_adapters.format.config import (
 )
 from onebase_adapters.format.names import (
     BaseModules,
+    expert_targets,
     lora_targets,
     possible_targets,
     saved_modules,
@@ -29,7 +30,7 @@ from onebase_adapters.format.patterns import PatternError, endings
 from onebase_adapters.format.resized import ResizedMatrix, plan_resized, resized_to
 from onebase_adapters.format.safetensors_file import TensorEntry
 from onebase_adapters.format.spec import ModuleSpec
-from onebase_adapters.format.spellings import PREFIX, TensorName, spelling, unwrapped
+from onebase_adapters.format.spellings import PREFIX, TensorName, spelling, unnested, unwrapped
 from onebase_engine.base.layers import LayerShape
 from onebase_protocol.adapters import TokenizerAdditions
 
@@ -145,12 +146,13 @@ def plan(
             spec, shapes = _lora(name, own, facts, base, max_rank)
         _check_shapes(name, own, shapes, spec, base)
         modules.append(spec)
-        tensors += _planned(name, own, layer, spec, base)
+        tensors += _planned(name, own, layer, spec, base, by_module)
     if head:
         modules.append(ModuleSpec(CLASSIFIER_NAMES[0], "head", 0, 0.0, False, _numel(head)))
     modules.sort(key=lambda module: module.name)
     lora = {module.name for module in modules if module.rank}
-    _check_targets(lora, facts, base, saved)
+    experts = {module.name for module in modules if module.experts}
+    _check_targets(lora - experts, facts, base, saved)
     if not modules and left_out:
         raise AdapterFormatError(
             "no_effect",
@@ -255,8 +257,16 @@ def _sorted_in(
 ) -> _SortedTensors:
     found = _SortedTensors()
     by_module = found.by_module
+    nested: dict[str, dict[int, Tensors]] = {}
     for entry in entries:
         name, what, embedding = _taken_apart(names[entry.name], saved)
+        owner, depth = unnested(name)
+        if what is not None and owner in base.mixtures:
+            own = nested.setdefault(owner, {}).setdefault(depth, {})
+            if what in own:
+                raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE}: {name:.200} has two {what}")
+            own[what] = entry
+            continue
         if what is None:
             module, _, part = name.rpartition(".")
             if part == "weight" and _is_resized(module, entry, base):
@@ -277,7 +287,61 @@ def _sorted_in(
                 raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE}: {name:.200} has two {what}")
             found.same.append((by_module[name][what], entry))
         by_module[name][what] = entry
+    by_module |= _of_experts(nested, facts, base)
     return found
+
+
+def _of_experts(
+    nested: Mapping[str, Mapping[int, Tensors]], facts: ConfigFacts, base: BaseModules
+) -> dict[str, Tensors]:
+    """Return the tensors of each parameter of experts.
+
+    PEFT names a tensor after the module, and tells its parameters by how deep their wrappers are nested: the
+    first one that it has wrapped is innermost.
+
+    Args:
+        nested: tensors by the module of experts, and by the number of wrappers around theirs.
+    """
+    targets = expert_targets(facts, base) if nested else set()
+    found: dict[str, Tensors] = {}
+    for owner, by_depth in nested.items():
+        first = next(iter(by_depth[min(by_depth)].values()))
+        for problem, refused in (("use_dora", facts.dora), ("lora_bias", facts.lora_bias)):
+            if refused:
+                raise AdapterFormatError(
+                    "unsupported_kind",
+                    f"{problem} on a parameter of experts ({owner:.150}) is not served: PEFT has none there. "
+                    f"Train with {problem}=False, or layers alone (target_modules)",
+                )
+        wanted = [name for name in base.mixtures[owner] if name in targets]
+        if sorted(by_depth) != list(range(len(wanted))):
+            raise AdapterFormatError(
+                "untargeted" if len(by_depth) > len(wanted) else "incomplete",
+                f"{WEIGHTS_FILE} has matrices of {len(by_depth)} parameters of {owner:.150} (such as "
+                f"{first.name:.100}), and target_parameters means {len(wanted)} of them: "
+                f"{', '.join(name.rpartition('.')[2] for name in wanted) or 'none'}",
+            )
+        ordered = [by_depth[depth] for depth in sorted(by_depth, reverse=True)]
+        shapes = [base.layers[name] for name in wanted]
+        if not _all_fit(ordered, shapes) and _all_fit(ordered[::-1], shapes):
+            ordered.reverse()  # wrapped in another order
+        found |= dict(zip(wanted, ordered, strict=True))
+    if missing := sorted(name for name in targets if name not in found):
+        raise AdapterFormatError(
+            "incomplete",
+            f"{WEIGHTS_FILE} has no matrices of {missing[0]:.200}, which target_parameters means",
+        )
+    return found
+
+
+def _all_fit(ordered: Sequence[Tensors], layers: Sequence[LayerShape]) -> bool:
+    """Return True if matrices are as wide as the parameters, whatever their rank."""
+    return all(
+        own[part].shape[place:][:1] == (size,)
+        for own, layer in zip(ordered, layers, strict=True)
+        for part, place, size in (("lora_A", 1, layer.size_in), ("lora_B", 0, layer.size_out))
+        if part in own
+    )
 
 
 def _is_resized(module: str, entry: TensorEntry, base: BaseModules) -> bool:
@@ -314,8 +378,8 @@ def _check_no_parameter(name: str, module: str, facts: ConfigFacts) -> None:
 def _of_parameter(name: str, parameter: str) -> AdapterFormatError:
     return AdapterFormatError(
         "unsupported_kind",
-        f"target_parameters: {name:.150} is of {parameter:.100}, and matrices of parameters are not served. "
-        "Train layers alone (target_modules), or merge the adapter into its base.",
+        f"target_parameters: {name:.150} is of {parameter:.100}, and of parameters only those of a mixture's "
+        "experts are served. Train layers (target_modules), or merge the adapter into its base.",
     )
 
 
@@ -410,6 +474,11 @@ def _lora(
             "rank_too_large",
             f"{name} has rank {rank}, the server's limit is {max_rank}: start it with --max-rank {rank}",
         )
+    if layer.kind == "experts":
+        rows = rank * layer.count
+        shapes = {"lora_A": (rows, layer.size_in), "lora_B": (layer.size_out, rows)}
+        _check_sides(name, own, layer, rows)
+        return ModuleSpec(name, "lora", rank, alpha, False, _numel(own), experts=layer.count), shapes
     kind: Literal["dora", "lora"] = "dora" if facts.dora else "lora"
     shapes = {
         "lora_A": (rank, layer.size_in),
@@ -418,6 +487,20 @@ def _lora(
         "lora_magnitude_vector": (layer.size_out,),
     }
     return ModuleSpec(name, kind, rank, alpha, facts.lora_bias, _numel(own)), shapes
+
+
+def _check_sides(name: str, own: Tensors, layer: LayerShape, rows: int) -> None:
+    """Raise AdapterFormatError if A is on the side of the outputs.
+
+    Releases of PEFT that took every parameter of experts for [experts, in, out] saved it so.
+    """
+    swapped = own["lora_A"].shape, own["lora_B"].shape
+    if swapped == ((rows, layer.size_out), (layer.size_in, rows)) and layer.size_in != layer.size_out:
+        raise AdapterFormatError(
+            "bad_shape",
+            f"{WEIGHTS_FILE}: lora_A of {name} is {list(swapped[0])}, on the side of the outputs, as early "
+            f"releases of PEFT had it; PEFT 0.21 has {[rows, layer.size_in]}. Train it with that one.",
+        )
 
 
 def _check_shapes(
@@ -435,8 +518,16 @@ def _check_shapes(
 
 
 def _planned(
-    name: str, own: Tensors, layer: LayerShape, spec: ModuleSpec, base: BaseModules
+    name: str,
+    own: Tensors,
+    layer: LayerShape,
+    spec: ModuleSpec,
+    base: BaseModules,
+    adapted: Container[str],
 ) -> list[PlannedTensor]:
+    if spec.experts:
+        place = wrapper_of(name, [one for one in base.mixtures[name.rpartition(".")[0]] if one in adapted])
+        return [PlannedTensor(f"{PREFIX}{place}.{what}.weight", entry) for what, entry in own.items()]
     if spec.kind in ("lora", "dora"):
         ends = {what: end for end, (what, embedding) in reversed(_ENDS.items()) if _fits(embedding, layer)}
         return [PlannedTensor(f"{PREFIX}{name}{ends[what]}", entry) for what, entry in own.items()]
@@ -450,6 +541,15 @@ def _planned(
     return [
         PlannedTensor(f"{PREFIX}{name}.{what}", entry, entry.dtype, used_as) for what, entry in own.items()
     ]
+
+
+def wrapper_of(name: str, adapted: Sequence[str]) -> str:
+    """Return PEFT's name of what wraps a parameter of experts.
+
+    adapted: full names of those of the same module that are adapted, in the order in which PEFT wraps them.
+    """
+    outer = len(adapted) - 1 - adapted.index(name)
+    return f"{name.rpartition('.')[0]}{'.base_layer' * outer}"
 
 
 def _fits(embedding: bool | None, layer: LayerShape) -> bool:

@@ -8,6 +8,18 @@ Stage = Literal["validating", "proving"]
 """Stage of a version before its report."""
 
 
+class ProofError(Exception):
+    """A served module, or a text, differs from PEFT's.
+
+    `name` is that of the module or text; `difference` the largest of its outputs, relative to PEFT's largest.
+    """
+
+    def __init__(self, name: str, difference: float, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+        self.difference = difference
+
+
 def what_was_shown(
     modules: int,
     exact: int,

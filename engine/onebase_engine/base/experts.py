@@ -9,7 +9,7 @@ number. So a mixture's own code computes with the quantized experts, in its own 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -153,6 +153,34 @@ class ExpertStack(nn.Module):
         matrix: torch.Tensor = dequantize_4bit(packed, self.state(number))
         setattr(matrix, _OWNER, (self, number))
         return matrix
+
+
+class AdaptedStack(ExpertStack):
+    """Matrices of which modelling code gets each as an adapter changes it."""
+
+    def __init__(
+        self, held: ExpertStack | nn.Parameter, taken: Callable[[int, torch.Tensor], Any], *, transposed: bool
+    ) -> None:
+        """Wrap matrices.
+
+        Args:
+            held: a stack, or a plain parameter [experts, ...].
+            taken: returns what modelling code gets, by number and matrix.
+            transposed: whether a matrix of a plain parameter is [in, out].
+        """
+        nn.Module.__init__(self)
+        self.held = held
+        self.dtype, self.transposed, self._taken = held.dtype, transposed, taken
+        first, second = held.shape[1:]
+        self.size_in, self.size_out = (first, second) if transposed else (second, first)
+
+    @property
+    def count(self) -> int:
+        return int(self.held.shape[0])
+
+    def __getitem__(self, number: int | torch.Tensor) -> Any:
+        """Return one expert's matrix, or what stands for it in a product."""
+        return self._taken(int(number), self.held[int(number)])
 
 
 def layer_of(held: ExpertStack | torch.Tensor, number: int, transposed: bool = False) -> Any:

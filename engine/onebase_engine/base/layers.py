@@ -287,8 +287,9 @@ def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
         elif name in norms:
             layers[name] = LayerShape(len(module.weight), len(module.weight), "norm", bias)
     for place in expert_matrices(base):
-        if takes_rows_in_order(type(place.module)):
-            count, size_in, size_out = place.sizes
+        count, size_in, size_out = place.sizes
+        # PEFT takes a parameter of one expert for a linear layer.
+        if count > 1 and takes_rows_in_order(type(place.module)):
             layers[place.path] = LayerShape(size_in, size_out, "experts", count=count)
     return layers
 
