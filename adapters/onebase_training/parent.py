@@ -100,7 +100,7 @@ def modules_of(parent: Parent, model: nn.Module) -> dict[str, Any]:
         raise RecipeError(MODEL, f"{parent.label} cannot be trained further on this base: {error}") from error
     settings = own_settings(modules, task=facts.task, rslora=facts.rslora, label=parent.label)
     for name in settings["targets"]:
-        if layers[name].kind != "linear":
+        if layers[name].kind not in ("linear", "experts"):
             raise RecipeError(
                 MODEL,
                 f"{parent.label} cannot be trained further: its module {name} is no linear layer, and only "

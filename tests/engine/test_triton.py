@@ -43,7 +43,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase_adapters.proof import modules
-from onebase_adapters.proof.modules import ModuleProver, ProofError
+from onebase_adapters.proof.modules import ModuleProver
+from onebase_adapters.proof.report import ProofError
 from onebase_engine.base.layers import adaptable_layers, plain_absmax
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view

@@ -474,6 +474,7 @@ def _lora(
             "rank_too_large",
             f"{name} has rank {rank}, the server's limit is {max_rank}: start it with --max-rank {rank}",
         )
+    shapes: dict[str, tuple[int, ...]]
     if layer.kind == "experts":
         rows = rank * layer.count
         shapes = {"lora_A": (rows, layer.size_in), "lora_B": (layer.size_out, rows)}

@@ -7,7 +7,8 @@ by one: so PEFT reads, names and scales an adapter's tensors, and each matrix is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,13 +62,13 @@ def take_places(
     """
     wrappers = {(id(one.get_base_layer()), one.parameter_name): one for one in parameter_wrappers(tree)}
     changed = {key: taken(one, adapter) for key, one in wrappers.items() if adapter in one.scaling}
+    for key, wrapper in wrappers.items():
+        wrapper.forward = partial(_inside, wrapper, changed.get(key))
     for module, name, held, transposed in places:
         del module._parameters[name]
         own = changed.get((id(module), name))
         stack = held if own is None else AdaptedStack(held, own, transposed=transposed)
         setattr(module, name, stack)
-    for wrapper in wrappers.values():
-        wrapper.forward = partial(_inside, wrapper)
 
 
 def parameter_wrappers(tree: nn.Module) -> list[Any]:
@@ -77,8 +78,10 @@ def parameter_wrappers(tree: nn.Module) -> list[Any]:
     return [module for module in tree.modules() if isinstance(module, ParamWrapper)]
 
 
-def _inside(wrapper: Any, *args: Any, **named: Any) -> Any:
-    return wrapper.base_layer(*args, **named)
+def _inside(wrapper: Any, taken: Taken | None, *args: Any, **named: Any) -> Any:
+    """Compute what is inside a wrapper, which PEFT's own forward would give a whole parameter first."""
+    with taken.passing() if isinstance(taken, _Apart) else nullcontext():
+        return wrapper.base_layer(*args, **named)
 
 
 def merged(wrapper: Any, adapter: str) -> Taken:
@@ -99,15 +102,31 @@ def merged(wrapper: Any, adapter: str) -> Taken:
 def apart(wrapper: Any, adapter: str) -> Taken:
     """Return the function that gives what is multiplied as it is served: matrix and difference by
     themselves."""
-    scale = wrapper.scaling[adapter]
+    return _Apart(wrapper, adapter)
 
-    def taken(number: int, matrix: torch.Tensor) -> Any:
-        if wrapper.disable_adapters:
+
+class _Apart:
+    """Gives what stands for a matrix and an adapter's, each with a product of its own."""
+
+    def __init__(self, wrapper: Any, adapter: str) -> None:
+        self._wrapper, self._adapter = wrapper, adapter
+        self._parts: tuple[Sequence[torch.Tensor], ...] | None = None
+
+    def __call__(self, number: int, matrix: torch.Tensor) -> Any:
+        if self._wrapper.disable_adapters:
             return matrix
-        a, b = matrices_of(wrapper, adapter)
-        return _TwoProducts(matrix, a[number], b[number], scale)
+        a, b = self._parts if self._parts is not None else matrices_of(self._wrapper, self._adapter)
+        return _TwoProducts(matrix, a[number], b[number], self._wrapper.scaling[self._adapter])
 
-    return taken
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Split the matrices once for a pass: else each expert's gradient is as large as all of them."""
+        before = self._parts
+        self._parts = tuple(one.unbind() for one in matrices_of(self._wrapper, self._adapter))
+        try:
+            yield
+        finally:
+            self._parts = before
 
 
 class _TwoProducts:
@@ -124,7 +143,8 @@ class _TwoProducts:
         product: torch.Tensor = func(x, own._matrix)
         # As PEFT adds a LoRA to a quantized linear layer.
         part = functional.linear(functional.linear(x.float(), own._a), own._b) * own._scale
-        return product + part.to(product.dtype)
+        result: torch.Tensor = product + part.to(product.dtype)
+        return result
 
 
 def matrices_of(wrapper: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -220,7 +220,7 @@ def _amplified(mixture: Mixture, large: Mapping[str, ExpertLora]) -> Iterator[No
 def _amplifier(own: ExpertLora, held: Any, chosen: torch.Tensor) -> float:
     """Return a power of two that makes the difference of most chosen experts larger than their matrices."""
     parts, wholes = [], []
-    for number in chosen.unique().tolist():
+    for number in sorted(set(chosen.flatten().tolist())):
         parts.append(_rms(own.scale * own.b[number].double() @ own.a[number].double()))
         wholes.append(_rms(held[number].double()))
     part, whole = (math.sqrt(sum(one * one for one in some)) for some in (parts, wholes))

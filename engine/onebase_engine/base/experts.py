@@ -298,9 +298,8 @@ def is_usual(kind: Any) -> bool:
 @cache
 def takes_rows_in_order(kind: Any) -> bool:
     """Return True if a class of experts gives each expert its rows in the order of `rows_of_expert`."""
-    return {"one_hot", "permute", "where", "index_add_"} <= set(
-        inspect.unwrap(kind.forward).__code__.co_names
-    )
+    names = inspect.unwrap(kind.forward).__code__.co_names
+    return {"one_hot", "permute", "where", "index_add_"} <= set(names)
 
 
 def rows_of_expert(chosen: torch.Tensor, number: int) -> torch.Tensor:
@@ -308,7 +307,7 @@ def rows_of_expert(chosen: torch.Tensor, number: int) -> torch.Tensor:
 
     chosen: numbers of the experts, [rows, k].
     """
-    return (number == chosen.T).nonzero()[:, 1]
+    return torch.nonzero(chosen.T.eq(number))[:, 1]
 
 
 def compute_experts(module: nn.Module, *args: Any, **named: Any) -> torch.Tensor:

@@ -287,9 +287,10 @@ def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
         elif name in norms:
             layers[name] = LayerShape(len(module.weight), len(module.weight), "norm", bias)
     for place in expert_matrices(base):
+        kind: Any = type(place.module)
         count, size_in, size_out = place.sizes
         # PEFT takes a parameter of one expert for a linear layer.
-        if count > 1 and takes_rows_in_order(type(place.module)):
+        if count > 1 and takes_rows_in_order(kind):
             layers[place.path] = LayerShape(size_in, size_out, "experts", count=count)
     return layers
 
