@@ -9,20 +9,18 @@ from typing import Any
 import pytest
 import torch
 from tests.engine.harness import Lab, Request, run
-from tests.tiny import load_folder, randomize, save_base
+from tests.tiny import load_folder, plain_experts, save_base, save_on_experts
 from torch import nn
 
 from onebase_adapters.proof.modules import ModuleProver
-from onebase_engine.base.experts import expert_matrices, expert_modules
+from onebase_engine.base.experts import expert_modules
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
-from onebase_engine.base.view import peft_view
 from onebase_engine.kernels.cpu import load_library
 from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.reference import ReferenceKernels
 from onebase_engine.kernels.weights import ExpertLora, folded
 
 KINDS = ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "deepseek_v3", "gemma4_moe"]
-BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 KERNELS: dict[str, Callable[[], Kernels | None]] = {"torch": ReferenceKernels, "library": load_library}
 
 
@@ -36,30 +34,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             made[kind] = save_base(kind, tmp_path_factory.mktemp(kind))
         return made[kind]
 
-    return folder
-
-
-def plain_experts(base: nn.Module) -> Any:
-    """A view whose experts are plain parameters, as PEFT knows them, of the dequantized numbers."""
-    tree = peft_view(base)
-    for place in list(expert_matrices(tree)):
-        stack = getattr(place.module, place.name)
-        matrices = torch.stack([stack[number].detach() for number in range(place.sizes[0])])
-        place.module._modules.pop(place.name, None)
-        place.module._parameters.pop(place.name, None)
-        place.module.register_parameter(place.name, nn.Parameter(matrices, requires_grad=False))
-    return tree
-
-
-def save_on_experts(base: nn.Module, folder: Path, seed: int = 0, std: float = 0.1, **settings: Any) -> Path:
-    """An adapter on experts with random weights, as PEFT itself makes and saves it."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    wanted = {"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": BOTH, **settings}
-    model = get_peft_model(plain_experts(base), LoraConfig(task_type="CAUSAL_LM", **wanted))
-    randomize(model, std)
-    model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 
