@@ -215,9 +215,9 @@ def exact_config(
         "use_dora": dora,
         "lora_bias": lora_bias,
         "target_modules": layers or ([] if experts else _NO_TARGETS),
-        "target_parameters": experts or None,
         "rank_pattern": {re.escape(m.name): m.rank for m in lora if m.rank != rank},
         "alpha_pattern": {re.escape(m.name): m.alpha for m in lora if m.alpha != alpha},
         "modules_to_save": saved or None,
         "trainable_token_indices": tokens or None,
+        **({"target_parameters": experts} if experts else {}),
     }
