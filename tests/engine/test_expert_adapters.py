@@ -15,6 +15,10 @@ from tests.engine.harness import Lab, Request, run
 from tests.tiny import load_folder, plain_experts, save_base, save_on_experts
 from torch import nn
 
+from onebase_adapters.export import gguf_lora, gguf_model, merged
+from onebase_adapters.export.base_files import ExportError
+from onebase_adapters.format.config import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError
+from onebase_adapters.proof.merging import MergeInput, MergeRecipe, merge
 from onebase_adapters.proof.modules import ModuleProver
 from onebase_adapters.proof.report import ProofError
 from onebase_engine.base.experts import expert_modules
@@ -245,3 +249,28 @@ def test_a_packed_adapter_holds_what_was_proved(folders: Callable[[str], Path], 
     fewer = {name: replace(layer, count=layer.count - 1) for name, layer in layers.items()}
     with pytest.raises(PackedAdapterError, match="does not fit the base"):
         read_packed_adapter(tmp_path / "packed", layers=fewer)
+
+
+def test_adapters_on_experts_are_not_merged_into_one(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    base = load_base(BaseSettings(folders("mixtral")))
+    folder = save_on_experts(base, tmp_path / "adapter")
+    parents = [MergeInput("mine", folder / CONFIG_FILE, folder / WEIGHTS_FILE, 1.0)] * 2
+    with pytest.raises(AdapterFormatError, match="mine adapts .* weight adapters in each request") as refused:
+        merge(
+            base, parents, MergeRecipe("cat", None, "total", 0), 64, tmp_path / "config", tmp_path / "weights"
+        )
+    assert refused.value.code == "adapter_not_composable"
+
+
+@pytest.mark.parametrize("export", [merged.export, gguf_lora.export, gguf_model.export])
+def test_adapters_on_experts_are_exported_as_peft_alone(
+    export: Any, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = load_base(BaseSettings(folders("mixtral")))
+    folder = save_on_experts(base, tmp_path / "adapter")
+    with pytest.raises(ExportError, match="export it as peft"):
+        export(
+            folder, tmp_path / "out", base=str(folders("mixtral")), options={"name": "mine"},
+            progress=lambda stage, part: None,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()

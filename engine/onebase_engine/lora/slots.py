@@ -107,7 +107,7 @@ def _replace(model: nn.Module, name: str, by: nn.Module) -> None:
 
 
 class Slotted(Protocol):
-    """What holds the weights of one module of the base, by slot."""
+    """Holder of the weights of one module of the base, by slot."""
 
     def put(self, slot: int, weights: ModuleWeights | None) -> None: ...
 
