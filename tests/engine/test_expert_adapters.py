@@ -255,7 +255,7 @@ def test_adapters_on_experts_are_not_merged_into_one(folders: Callable[[str], Pa
     base = load_base(BaseSettings(folders("mixtral")))
     folder = save_on_experts(base, tmp_path / "adapter")
     parents = [MergeInput("mine", folder / CONFIG_FILE, folder / WEIGHTS_FILE, 1.0)] * 2
-    with pytest.raises(AdapterFormatError, match="mine adapts .* weight adapters in each request") as refused:
+    with pytest.raises(AdapterFormatError, match="weight adapters in each request") as refused:
         merge(
             base, parents, MergeRecipe("cat", None, "total", 0), 64, tmp_path / "config", tmp_path / "weights"
         )

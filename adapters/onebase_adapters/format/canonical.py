@@ -40,6 +40,8 @@ __all__ = [
     "canonicalize",
 ]
 
+_PIECE = 1 << 20
+"""Elements of a tensor that are written at once, if it is not copied."""
 HEAD_FILE = "head.safetensors"
 """File of a canonical folder with a classifier's weight and bias, which PEFT does not load."""
 _NO_TARGETS = "dummy-target-modules"
@@ -175,11 +177,16 @@ def _check_tied(file: TensorFile, planned: TensorPlan, base: BaseModules) -> Non
 
 
 def _to_write(file: TensorFile, tensor: PlannedTensor) -> TensorToWrite:
-    return TensorToWrite(tensor.name, tensor.dtype, tensor.entry.shape, lambda: _usable(file, tensor))
+    return TensorToWrite(tensor.name, tensor.dtype, tensor.shape, lambda: _usable(file, tensor))
 
 
 def _usable(file: TensorFile, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
     """Yield the tensor's chunks. Raises AdapterFormatError if one overflows in the base's dtype."""
+    if tensor.experts:
+        for _ in file.chunks(tensor.entry):  # which refuses what is not finite
+            pass
+        yield from torch.split(tensor.turned(file.tensor(tensor.entry)).reshape(-1), _PIECE)
+        return
     for chunk in file.chunks(tensor.entry):
         if tensor.used_as is not None and not torch.isfinite(chunk.to(tensor.used_as)).all():
             raise AdapterFormatError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence, Set
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -50,6 +51,13 @@ _ENDS: dict[str, tuple[str, bool | None]] = {
     ".token_adapter.trainable_tokens_delta": ("trainable_tokens_delta", None),
 }
 
+_RELEASE = re.compile(r"(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?")
+"""Beginning of a release's name, as PEFT writes it."""
+_TURNED = (
+    "Matrices of experts are on the sides where PEFT had them before 0.19.1, and are written where it has "
+    "them now."
+)
+
 Tensors = dict[str, TensorEntry]
 """Tensors of one module by their part: lora_A, lora_B, ..., weight, bias."""
 
@@ -62,6 +70,20 @@ class PlannedTensor:
     entry: TensorEntry
     dtype: torch.dtype = torch.float32
     used_as: torch.dtype | None = None
+    experts: int = 0
+    """Number of experts of a tensor that was B and is written as A, or the other way round; 0: it is copied.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what is written."""
+        return self.entry.shape[::-1] if self.experts else self.entry.shape
+
+    def turned(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as the other one of A [experts * rank, size] and B [size, rank * experts]."""
+        if self.name.endswith("lora_A.weight"):
+            return whole.view(len(whole), -1, self.experts).permute(2, 1, 0).reshape(self.shape)
+        return whole.view(self.experts, -1, whole.shape[1]).permute(2, 1, 0).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -144,9 +166,12 @@ def plan(
             spec = ModuleSpec(name, "tokens", 0, 0.0, False, _numel(own), rows[name])
         else:
             spec, shapes = _lora(name, own, facts, base, max_rank)
+            if name in sorted_in.turned:
+                shapes = _turned(shapes)
         _check_shapes(name, own, shapes, spec, base)
         modules.append(spec)
-        tensors += _planned(name, own, layer, spec, base, by_module)
+        turned = layer.count if name in sorted_in.turned else 0
+        tensors += _planned(name, own, layer, spec, base, by_module, turned)
     if head:
         modules.append(ModuleSpec(CLASSIFIER_NAMES[0], "head", 0, 0.0, False, _numel(head)))
     modules.sort(key=lambda module: module.name)
@@ -165,6 +190,7 @@ def plan(
         *facts.warnings,
         *notes,
         *spelled.notes,
+        *([_TURNED] if sorted_in.turned else []),
         *token_warnings,
         *unmet_names(facts, {module.name for module in modules}, base, left_out),
     )
@@ -246,6 +272,8 @@ class _SortedTensors:
     resized: dict[str, list[TensorEntry]] = field(default_factory=dict)
     same: list[tuple[TensorEntry, TensorEntry]] = field(default_factory=list)
     """Pairs of tensors of which one is to be the other's copy."""
+    turned: set[str] = field(default_factory=set)
+    """Parameters of experts whose A is on the side of the outputs."""
 
 
 def _sorted_in(
@@ -287,7 +315,9 @@ def _sorted_in(
                 raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE}: {name:.200} has two {what}")
             found.same.append((by_module[name][what], entry))
         by_module[name][what] = entry
-    by_module |= _of_experts(nested, facts, base)
+    experts = _of_experts(nested, facts, base)
+    found.turned.update(_turned_ones(experts, facts, base))
+    by_module |= experts
     return found
 
 
@@ -323,7 +353,7 @@ def _of_experts(
             )
         ordered = [by_depth[depth] for depth in sorted(by_depth, reverse=True)]
         shapes = [base.layers[name] for name in wanted]
-        if not _all_fit(ordered, shapes) and _all_fit(ordered[::-1], shapes):
+        if _sides(ordered, shapes) is None and _sides(ordered[::-1], shapes) is not None:
             ordered.reverse()  # wrapped in another order
         found |= dict(zip(wanted, ordered, strict=True))
     if missing := sorted(name for name in targets if name not in found):
@@ -334,14 +364,55 @@ def _of_experts(
     return found
 
 
-def _all_fit(ordered: Sequence[Tensors], layers: Sequence[LayerShape]) -> bool:
-    """Return True if matrices are as wide as the parameters, whatever their rank."""
-    return all(
-        own[part].shape[place:][:1] == (size,)
+def _sides(ordered: Sequence[Tensors], layers: Sequence[LayerShape]) -> bool | None:
+    """Return True if all A are on the side of the outputs, False if all are on that of the inputs.
+
+    None: neither, or some are on one and some on the other. The rank does not matter here.
+    """
+    pairs = [
+        (own[part].shape[place:][:1], (layer.size_in, layer.size_out)[place == side])
+        for side in (0, 1)
         for own, layer in zip(ordered, layers, strict=True)
-        for part, place, size in (("lora_A", 1, layer.size_in), ("lora_B", 0, layer.size_out))
+        for part, place in (("lora_A", 1), ("lora_B", 0))
         if part in own
-    )
+    ]
+    half = len(pairs) // 2
+    fits = [all(shape == (size,) for shape, size in some) for some in (pairs[:half], pairs[half:])]
+    return None if not any(fits) else not fits[0]
+
+
+def _turned_ones(experts: Mapping[str, Tensors], facts: ConfigFacts, base: BaseModules) -> Iterable[str]:
+    """Return the parameters of experts whose A is on the side of the outputs, and B on that of the inputs.
+
+    Before 0.19.1 PEFT took every parameter for [experts, in, out], which those of most classes are not. Where
+    a matrix is square, others of the file tell, and otherwise the release.
+
+    Raises:
+        AdapterFormatError: nothing tells.
+    """
+    names = [name for name in experts if not base.layers[name].transposed]
+    told = {
+        _sides([experts[name]], [base.layers[name]])
+        for name in names
+        if base.layers[name].size_in != base.layers[name].size_out
+    } - {None}
+    if told:
+        return names if told == {True} else ()
+    if not names:
+        return ()
+    release = _RELEASE.match(facts.peft_version or "")
+    if release is None:
+        raise AdapterFormatError(
+            "bad_shape",
+            f"{WEIGHTS_FILE}: the matrices of {names[0]:.150} are square, so that A and B may be on either "
+            f"side: PEFT changed that with 0.19.1. Write the release that saved them as peft_version",
+        )
+    return names if tuple(map(int, release.groups(default="0"))) < (0, 19, 1) else ()
+
+
+def _turned(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of A and B that are each other's."""
+    return {"lora_A": shapes["lora_B"][::-1], "lora_B": shapes["lora_A"][::-1]}
 
 
 def _is_resized(module: str, entry: TensorEntry, base: BaseModules) -> bool:
@@ -478,7 +549,6 @@ def _lora(
     if layer.kind == "experts":
         rows = rank * layer.count
         shapes = {"lora_A": (rows, layer.size_in), "lora_B": (layer.size_out, rows)}
-        _check_sides(name, own, layer, rows)
         return ModuleSpec(name, "lora", rank, alpha, False, _numel(own), experts=layer.count), shapes
     kind: Literal["dora", "lora"] = "dora" if facts.dora else "lora"
     shapes = {
@@ -488,20 +558,6 @@ def _lora(
         "lora_magnitude_vector": (layer.size_out,),
     }
     return ModuleSpec(name, kind, rank, alpha, facts.lora_bias, _numel(own)), shapes
-
-
-def _check_sides(name: str, own: Tensors, layer: LayerShape, rows: int) -> None:
-    """Raise AdapterFormatError if A is on the side of the outputs.
-
-    Releases of PEFT that took every parameter of experts for [experts, in, out] saved it so.
-    """
-    swapped = own["lora_A"].shape, own["lora_B"].shape
-    if swapped == ((rows, layer.size_out), (layer.size_in, rows)) and layer.size_in != layer.size_out:
-        raise AdapterFormatError(
-            "bad_shape",
-            f"{WEIGHTS_FILE}: lora_A of {name} is {list(swapped[0])}, on the side of the outputs, as early "
-            f"releases of PEFT had it; PEFT 0.21 has {[rows, layer.size_in]}. Train it with that one.",
-        )
 
 
 def _check_shapes(
@@ -525,10 +581,15 @@ def _planned(
     spec: ModuleSpec,
     base: BaseModules,
     adapted: Container[str],
+    turned: int = 0,
 ) -> list[PlannedTensor]:
     if spec.experts:
         place = wrapper_of(name, [one for one in base.mixtures[name.rpartition(".")[0]] if one in adapted])
-        return [PlannedTensor(f"{PREFIX}{place}.{what}.weight", entry) for what, entry in own.items()]
+        other = {"lora_A": "lora_B", "lora_B": "lora_A"} if turned else {}
+        return [
+            PlannedTensor(f"{PREFIX}{place}.{other.get(what, what)}.weight", entry, experts=turned)
+            for what, entry in own.items()
+        ]
     if spec.kind in ("lora", "dora"):
         ends = {what: end for end, (what, embedding) in reversed(_ENDS.items()) if _fits(embedding, layer)}
         return [PlannedTensor(f"{PREFIX}{name}{ends[what]}", entry) for what, entry in own.items()]

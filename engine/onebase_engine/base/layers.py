@@ -30,7 +30,7 @@ class LayerShape:
 
     `size_in` of an embedding is its vocabulary; of a norm both sizes are the hidden size. `bias`: whether
     the module has one. Of the kind `experts` it is a parameter that holds `count` matrices of these sizes,
-    one for each expert of a mixture.
+    one for each expert of a mixture; `transposed`: they are [in, out].
     """
 
     size_in: int
@@ -38,6 +38,7 @@ class LayerShape:
     kind: Literal["linear", "embedding", "norm", "experts"] = "linear"
     bias: bool = False
     count: int = 1
+    transposed: bool = False
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -291,7 +292,8 @@ def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
         count, size_in, size_out = place.sizes
         # PEFT takes a parameter of one expert for a linear layer.
         if count > 1 and takes_rows_in_order(kind):
-            layers[place.path] = LayerShape(size_in, size_out, "experts", count=count)
+            sizes = size_in, size_out
+            layers[place.path] = LayerShape(*sizes, "experts", count=count, transposed=place.transposed)
     return layers
 
 
