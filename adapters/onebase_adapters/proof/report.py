@@ -39,7 +39,10 @@ def what_was_shown(
     by = f"PyTorch{kernels[5:]}" if kernels.startswith("torch") else f"the {kernels} kernels"
     found = f"{'All' if exact == modules else f'{exact} of'} {modules} modules gave PEFT's own bits by {by}"
     if summed := modules - exact - tolerated:
-        found += f"; {summed} sum in another order, with at most {error_ratio:.3f} times the error of PEFT's"
+        found += (
+            f"; {summed} round or sum in another order, with at most {error_ratio:.3f} times the error of "
+            "PEFT's"
+        )
     if tolerated:
         found += f"; {tolerated} were within a hundredth of PEFT's largest output"
     found += ", for rows alone, next to another adapter's rows and next to rows without one."
