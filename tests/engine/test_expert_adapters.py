@@ -21,6 +21,7 @@ from onebase_adapters.format.config import CONFIG_FILE, WEIGHTS_FILE, AdapterFor
 from onebase_adapters.proof.merging import MergeInput, MergeRecipe, merge
 from onebase_adapters.proof.modules import ModuleProver
 from onebase_adapters.proof.report import ProofError
+from onebase_adapters.proof.verifier import Verifier
 from onebase_engine.base.experts import expert_modules
 from onebase_engine.base.layers import adaptable_layers
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
@@ -249,6 +250,26 @@ def test_a_packed_adapter_holds_what_was_proved(folders: Callable[[str], Path], 
     fewer = {name: replace(layer, count=layer.count - 1) for name, layer in layers.items()}
     with pytest.raises(PackedAdapterError, match="does not fit the base"):
         read_packed_adapter(tmp_path / "packed", layers=fewer)
+
+
+def test_a_version_on_experts_is_proved_whole_and_its_report_says_how(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = load_base(BaseSettings(folders("qwen3_moe")))
+    folder = save_on_experts(base, tmp_path / "adapter", std=0.05)
+    verifier = Verifier(base, max_rank=64, base_id="base")
+    proven = verifier.prove(
+        folder / CONFIG_FILE, folder / WEIGHTS_FILE, tmp_path / "packed",
+        probes=[list(range(20, 60)), [7, 8, 9]], probe_tokens=8, allow_noop=False,
+        on_progress=lambda stage, part: None,
+    )  # fmt: skip
+    report = proven.report
+    assert report.proof.modules_changed == 4
+    assert report.targets == ("down_proj", "gate_up_proj")
+    assert "2 round or sum in another order" in report.proof.shown
+    assert all((one.norm or 0) >= (one.spectral_norm or 0) > 0 for one in report.modules)
+    found = read_packed_adapter(tmp_path / "packed", proven.sha256, layers=adaptable_layers(base))
+    assert {type(one) for one in found.values()} == {ExpertLora}
 
 
 def test_adapters_on_experts_are_not_merged_into_one(folders: Callable[[str], Path], tmp_path: Path) -> None:
