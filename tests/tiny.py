@@ -13,6 +13,7 @@ from torch import nn
 
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE
 from onebase_adapters.proof.loader import LoadedAdapter, load_adapter
+from onebase_engine.base.experts import expert_matrices
 from onebase_engine.base.layers import whole_class
 from onebase_engine.base.view import peft_view
 
@@ -198,6 +199,13 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     ),
 }
 """Mixtures of experts."""
+MORE_MIXTURES: dict[str, Callable[[], Any]] = {
+    "olmoe": lambda: tf.OlmoeConfig(**_SIZES | _ROUTED | {"intermediate_size": 64}, num_experts=8),
+    "granitemoe": lambda: tf.GraniteMoeConfig(
+        **_SIZES | _ROUTED | {"intermediate_size": 64}, num_local_experts=4
+    ),
+}
+"""Mixtures whose experts are computed as those of Mixtral."""
 
 _TOWER: dict[str, Any] = {
     "hidden_size": 64,
@@ -312,7 +320,7 @@ biases; saved norms, head and embedding; tokens of its own; an activated LoRA. T
 
 def save_base(architecture: str, folder: Path, seed: int = 0, layers: int | None = None) -> Path:
     """A random model whose greedy texts wander: wide weights, so that logits are far apart."""
-    config = (ARCHITECTURES | HYBRIDS | MIXTURES)[architecture]()
+    config = (ARCHITECTURES | HYBRIDS | MIXTURES | MORE_MIXTURES)[architecture]()
     config.initializer_range = 0.15
     if layers is not None:
         config.num_hidden_layers = layers
@@ -340,6 +348,33 @@ def save_adapter(
         peft_view(base),
         LoraConfig(task_type="CAUSAL_LM", **{**settings, "target_modules": targets}),
     )
+    randomize(model, std)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+ON_EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def plain_experts(base: torch.nn.Module) -> Any:
+    """A view whose experts are plain parameters, as PEFT knows them, of the dequantized numbers."""
+    tree = peft_view(base)
+    for place in list(expert_matrices(tree)):
+        stack = getattr(place.module, place.name)
+        matrices = torch.stack([stack[number].detach() for number in range(place.sizes[0])])
+        place.module._modules.pop(place.name, None)
+        place.module._parameters.pop(place.name, None)
+        place.module.register_parameter(place.name, torch.nn.Parameter(matrices, requires_grad=False))
+    return tree
+
+
+def save_on_experts(
+    base: torch.nn.Module, folder: Path, seed: int = 0, std: float = 0.1, **settings: Any
+) -> Path:
+    """An adapter on experts with random weights, as PEFT itself makes and saves it."""
+    torch.manual_seed(seed)
+    wanted = {"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": ON_EXPERTS, **settings}
+    model = get_peft_model(plain_experts(base), LoraConfig(task_type="CAUSAL_LM", **wanted))
     randomize(model, std)
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder

@@ -6,7 +6,7 @@ It also decides the settings that depend on memory: `micro_tokens` and `gradient
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from onebase_engine.base.experts import expert_matrices, experts_per_token
-from onebase_engine.base.layers import empty_base
+from onebase_engine.base.layers import LayerShape, empty_base
 from onebase_engine.base.load import Quantization, estimate_memory
 from onebase_training.attention import SHORT
 from onebase_training.losses import CHUNK
 from onebase_training.recipe import Recipe, RecipeError
-from onebase_training.trainable import target_layers
+from onebase_training.trainable import target_layers, target_parameters
 
 MICRO_TOKENS = (8192, 4096, 2048, 1024)
 """Choices of "auto", in tokens; on the CPU the largest ones gain nothing."""
@@ -133,7 +133,22 @@ def adapter_parameters(targets: Mapping[str, nn.Linear], ranks: Mapping[str, int
     )
 
 
-def ranks_of(targets: Mapping[str, nn.Linear], recipe: Recipe) -> dict[str, int]:
+def adapted_shapes(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear | LayerShape]:
+    """Return the linear layers and the parameters of experts that `targets` mean, by full name.
+
+    Raises RecipeError: a target means neither.
+    """
+    return {**target_layers(model, targets), **target_parameters(model, targets)}
+
+
+def expert_parameters(experts: Mapping[str, LayerShape], ranks: Mapping[str, int]) -> int:
+    """Return the number of an adapter's parameters on those of experts: each has an A and a B of its own."""
+    return sum(
+        ranks[name] * layer.count * (layer.size_in + layer.size_out) for name, layer in experts.items()
+    )
+
+
+def ranks_of(targets: Mapping[str, nn.Linear | LayerShape], recipe: Recipe) -> dict[str, int]:
     """Return each target's rank: that of the first name in `rank_pattern` that its own name ends with, else
     r.
 
@@ -183,15 +198,19 @@ class _Shapes:
             model = empty_base(config)
         memory = estimate_memory(model, quantization, dtype=dtype)
         targets = target_layers(model, recipe.targets)
-        ranks = ranks_of(targets, recipe)
+        experts = target_parameters(model, recipe.targets)
+        ranks = ranks_of({**targets, **experts}, recipe)
         fused, on_cpu = quantization == "nf4", device == "cpu"
         head: Any = model.get_output_embeddings()
         layers = target_layers(model, ["all-linear"]).values()
         return cls(
-            parameters=adapter_parameters(targets, ranks, dora=recipe.use_dora),
+            parameters=adapter_parameters(targets, ranks, dora=recipe.use_dora)
+            + expert_parameters(experts, ranks),
             base_parameters=memory.parameters,
             base_bytes=0 if base_resident else memory.total,
-            activations=activations_of(model, targets, ranks, recipe, dtype, fused=fused, on_cpu=on_cpu),
+            activations=activations_of(
+                model, targets, ranks, recipe, dtype, fused=fused, on_cpu=on_cpu, experts=experts
+            ),
             optimizer=recipe.optimizer,
             device=device,
             linear_weights=sum(layer.in_features * layer.out_features for layer in layers)
@@ -358,24 +377,29 @@ def activations_of(
     *,
     fused: bool = True,
     on_cpu: bool = True,
+    experts: Mapping[str, LayerShape] | None = None,
 ) -> Activations:
     """Return the activations of a model on meta with an adapter on `targets`, of these ranks (by the same
     names).
 
     fused: the layers are 4-bit ones, and `kernels.fuse` replaces those without dropout and DoRA.
     on_cpu: short rows are computed by plain products, and shared keys are repeated for each head.
+    experts: parameters of experts that are adapted as well.
     """
+    experts = experts or {}
     fused = fused and not recipe.dropout and not recipe.use_dora
     config = model.config.get_text_config()
     hidden, size = config.hidden_size, dtype.itemsize
     blocks = _blocks(model)
     first = next(
-        (at for at, block in enumerate(blocks) if any(_inside(block, name) for name in targets)), None
+        (at for at, block in enumerate(blocks) if any(_inside(block, name) for name in (*targets, *experts))),
+        None,
     )
     taking_part = blocks[first:] if first is not None else []
     head = model.get_output_embeddings()
     body = [layer for layer in targets.values() if layer is not head]
     widths = [max(layer.in_features, layer.out_features) for layer in body]
+    widths += [max(layer.size_in, layer.size_out) for layer in experts.values()]
     logits = size * config.vocab_size
     if len(body) < len(targets):
         # PEFT adds to a layer that is not quantized in fp32: the delta, the sum and its gradient.
@@ -383,6 +407,13 @@ def activations_of(
     return Activations(
         layers=tuple(
             _layer_bytes(model, block, targets, ranks, recipe, config, size, fused, on_cpu)
+            + experts_per_token(config)
+            * sum(
+                # fp32 copies of the inputs, and what is between A and B
+                _FP32 * (layer.size_in + ranks[name])
+                for name, layer in experts.items()
+                if _inside(block, name)
+            )
             for block in taking_part
         ),
         boundary=size * hidden,
@@ -505,7 +536,7 @@ def _fixed_bytes(model: Any, targets: Mapping[str, nn.Linear], recipe: Recipe, s
     largest = max(sizes, default=0)
     if not recipe.use_dora:
         return size * largest
-    adapted = max(layer.in_features * layer.out_features for layer in targets.values())
+    adapted = max((layer.in_features * layer.out_features for layer in targets.values()), default=0)
     return max(size * largest, 3 * _FP32 * adapted)
 
 

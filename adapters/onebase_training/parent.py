@@ -106,7 +106,7 @@ def modules_of(parent: Parent, model: nn.Module) -> dict[str, Any]:
         invocation=facts.invocation,
     )
     for name in settings["targets"]:
-        if layers[name].kind != "linear":
+        if layers[name].kind not in ("linear", "experts"):
             raise RecipeError(
                 MODEL,
                 f"{parent.label} cannot be trained further: its module {name} is no linear layer, and only "

@@ -181,8 +181,9 @@ class Recipe:
     targets: tuple[str, ...] = _setting(
         ("all-linear",),
         "lora",
-        "layers to adapt: attention, mlp, all-linear, or names of linear layers as in q_proj,v_proj,lm_head; "
-        "all-linear leaves lm_head out, all-linear,lm_head takes it in",
+        "layers to adapt: attention, mlp, all-linear, experts, or names of linear layers as in "
+        "q_proj,v_proj,lm_head; all-linear leaves lm_head and a mixture's experts out, "
+        "all-linear,lm_head,experts takes them in",
     )
     rank_pattern: Mapping[str, int] = _setting({}, "lora", "ranks of some layers, such as down_proj")
     alpha_pattern: Mapping[str, float] = _setting({}, "lora", "alphas of some layers, such as down_proj")

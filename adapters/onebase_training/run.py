@@ -80,7 +80,7 @@ from onebase_training.recipe import (
 )
 from onebase_training.replies import Measuring, Replies
 from onebase_training.slices import ACTIVE, SubjectMetrics, by_slice, mean_by_slice, slice_report
-from onebase_training.trainable import Trainable, resolve_targets
+from onebase_training.trainable import Trainable, resolve_parameters, resolve_targets
 
 logger = logging.getLogger(__name__)
 ADAPTER, REPORT, EVENTS = "adapter", "report.json", "events.jsonl"
@@ -762,7 +762,8 @@ def _of_parent(recipe: Recipe, job: TrainingRequest, config: Any) -> Recipe:
         return recipe
     model = empty_base(config)
     check_parent(recipe, job.parent, model)
-    return replace(recipe, targets=tuple(resolve_targets(model, recipe.targets)))
+    names = *resolve_targets(model, recipe.targets), *resolve_parameters(model, recipe.targets)
+    return replace(recipe, targets=names)
 
 
 def _estimate(job: TrainingRequest, recipe: Recipe, data: Data, config: Any, rate: float | None) -> Estimate:

@@ -27,7 +27,7 @@ from onebase_engine.machine import is_out_of_memory
 from onebase_training import events
 from onebase_training.checkpoint import CheckpointError
 from onebase_training.data.tokens import with_invocation
-from onebase_training.estimate import ranks_of
+from onebase_training.estimate import adapted_shapes, ranks_of
 from onebase_training.events import Gate
 from onebase_training.loop import TrainingDivergedError
 from onebase_training.recipe import Auto, Recipe, RecipeError, decided, step_count
@@ -46,7 +46,6 @@ from onebase_training.run import (
     resolved,
     with_template_date,
 )
-from onebase_training.trainable import target_layers
 
 RUNGS = (0.25, 0.5)
 """Parts of the steps after which runs are compared, before the end."""
@@ -184,7 +183,7 @@ def sweep(
         raise RecipeError("eval_split", "a sweep compares held-out losses: set eval_split above 0")
     base = load()
     for recipe in recipes.values():
-        ranks_of(target_layers(base, recipe.targets), recipe)
+        ranks_of(adapted_shapes(base, recipe.targets), recipe)
     runs = _Sweep(base, job, data, listen, gate)
     runs.open_runs(recipes)
     keep_template_date(job)

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from onebase_adapters.format.config import AdapterFormatError, Task
+from onebase_adapters.proof.experts import apart, give_places, take_places
 from onebase_adapters.proof.extract import extract
 from onebase_adapters.proof.loader import classifier_with
-from onebase_engine.base.layers import is_linear, left_out
+from onebase_engine.base.layers import LayerShape, adaptable_layers, is_linear, left_out
 from onebase_engine.base.view import peft_view
 from onebase_engine.kernels.weights import HEAD, AdapterWeights, Head, SavedModule
 from onebase_training import recurrence
@@ -80,6 +81,7 @@ class Trainable:
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(recipe.seed)
             self.model: Any
+            places = give_places(tree)
             if version is not None:
                 loaded = load_version(base, tree, version, ADAPTER)
                 self.model, self.labels, self._loaded_head = loaded.model, loaded.labels, loaded.head
@@ -89,6 +91,7 @@ class Trainable:
                 self.model = _with_adapter(tree, recipe)
             else:
                 self.model = _from(parent, self, tree, recipe)
+            take_places(tree, places, ADAPTER, apart)
             if recipe.init == "eva" and version is None:
                 self._initialize_by_data(eva)
         for parameter in self.parameters():
@@ -262,9 +265,11 @@ def _flat_inputs(layer_input: Any, model_input: Any, layer_name: str) -> torch.T
 
 def _from(parent: Parent, trainable: Trainable, tree: nn.Module, recipe: Recipe) -> Any:
     targets = resolve_targets(tree, recipe.targets)
+    _check_parameters(tree, recipe)
     model = load_parent(trainable.base, tree, parent, recipe, ADAPTER)
     config = model.peft_config[ADAPTER]
     config.target_modules = targets  # as another run would write them
+    config.target_parameters = resolve_parameters(tree, recipe.targets) or None
     config.rank_pattern, config.alpha_pattern = dict(recipe.rank_pattern), dict(recipe.alpha_pattern)
     return model
 
@@ -325,11 +330,13 @@ def _with_adapter(
 ) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    _check_parameters(tree, recipe)
     config = LoraConfig(
         task_type=task,
         r=recipe.r,
         lora_alpha=decided(recipe.alpha),
         target_modules=list(targets) if targets is not None else resolve_targets(tree, recipe.targets),
+        target_parameters=resolve_parameters(tree, recipe.targets) or None,
         rank_pattern=dict(recipe.rank_pattern),
         alpha_pattern=dict(recipe.alpha_pattern),
         lora_dropout=recipe.dropout,
@@ -374,7 +381,7 @@ def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Line
     Args:
         model: a causal language model without adapters; it may be on meta, its layers quantized.
         targets: `attention`, `mlp`, `all-linear` (all but the output head), or names of linear layers: the
-            last part (`q_proj`), more of them (`self_attn.q_proj`) or all.
+            last part (`q_proj`), more of them (`self_attn.q_proj`) or all. Those of experts are left out.
 
     Raises:
         RecipeError: a target means no linear layer of this model; the message lists those that exist.
@@ -384,12 +391,55 @@ def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Line
     body = {name: layer for name, layer in layers.items() if name != head}
     chosen = set[str]()
     for target in targets:
+        if target_parameters(model, [target]):
+            continue
         group = _GROUPS.get(target)
         found = group(body) if group else {name for name in layers if f".{name}".endswith(f".{target}")}
         if not found:
             raise RecipeError("targets", _refusal(model, target, body, head))
         chosen |= found
     return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+_EXPERTS = "experts"
+"""Group of targets: the matrices of a mixture's experts."""
+
+
+def target_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, LayerShape]:
+    """Return the parameters of a mixture's experts that `targets` mean, by full name.
+
+    Args:
+        targets: `experts`, or names with that of the module of experts (`experts.down_proj`). Others mean
+            linear layers.
+    """
+    wanted = [target for target in targets if target == _EXPERTS or "." in target]
+    if not wanted:
+        return {}
+    experts = {name: layer for name, layer in adaptable_layers(model).items() if layer.kind == "experts"}
+    return {
+        name: layer
+        for name, layer in experts.items()
+        if any(target == _EXPERTS or f".{name}".endswith(f".{target}") for target in wanted)
+    }
+
+
+def resolve_parameters(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the names for LoraConfig's `target_parameters` that mean exactly those of `target_parameters`:
+    short ones if these mean no others."""
+    chosen = set(target_parameters(model, targets))
+    short = {".".join(name.split(".")[-2:]) for name in chosen}
+    return sorted(short if set(target_parameters(model, sorted(short))) == chosen else chosen)
+
+
+def _check_parameters(model: nn.Module, recipe: Recipe) -> None:
+    """Raise RecipeError for settings that PEFT does not know on parameters of experts."""
+    if not target_parameters(model, recipe.targets):
+        return
+    for name, asked in (("dropout", recipe.dropout), ("use_dora", recipe.use_dora)):
+        if asked:
+            raise RecipeError(name, f"{name} is not known on experts: leave it out, or take other targets")
+    if recipe.init == "eva":
+        raise RecipeError("init", "EVA reads the inputs of linear layers, not of experts: leave init out")
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -459,10 +509,12 @@ def _refusal(model: nn.Module, target: str, body: dict[str, nn.Linear], head: st
             "(its products are of another kind, such as GPT-2's Conv1D); choose another base"
         )
     other = [type(module) for name, module in model.named_modules() if f".{name}".endswith(f".{target}")]
-    if _is_bypassed(model, f".{target}"):
+    if target == _EXPERTS:
+        kind = ": this base has no experts whose matrices are adapted"
+    elif _is_bypassed(model, f".{target}"):
         kind = f": on {type(model).__name__} PEFT puts no adapter there"
     elif target in _GROUPS:
-        kind = ": this base has no linear layers of that kind (experts that share one tensor are not)"
+        kind = ": this base has no linear layers of that kind (the target experts means those of a mixture)"
     elif other:
         kind = f" is of type {other[0].__name__}, not a linear layer"
     else:

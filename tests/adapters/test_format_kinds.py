@@ -302,7 +302,7 @@ def test_tensors_of_a_parameter_are_refused_by_name(
     assert refused.value.code == "unsupported_kind"
 
 
-def test_tensors_of_experts_are_refused_by_name(tmp_path: Path, some_base: nn.Module) -> None:
+def test_tensors_of_experts_are_refused_where_the_base_has_none(tmp_path: Path, some_base: nn.Module) -> None:
     folder = train(some_base, tmp_path, {"target_modules": ["q_proj"]})
     tensors = load_file(folder / WEIGHTS)
     experts = "base_model.model.model.layers.0.mlp.experts"

@@ -23,7 +23,8 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from onebase_adapters.proof import modules as proof
-from onebase_adapters.proof.modules import ModuleProof, ModuleProver, ProofError
+from onebase_adapters.proof.modules import ModuleProof, ModuleProver
+from onebase_adapters.proof.report import ProofError
 from onebase_adapters.proof.texts import TextProver, regrets
 from onebase_engine.base.load import BaseSettings, fingerprint, load_base
 from onebase_engine.base.view import peft_view, view

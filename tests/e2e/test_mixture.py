@@ -20,11 +20,22 @@ MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "initializer_range": 0.15
 
 
 @pytest.mark.full
-def test_an_adapter_trained_on_a_mixture_is_served_as_peft_computes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("targets", "changed"),
+    [
+        pytest.param("all-linear", 8, id="attention's four layers, twice"),
+        pytest.param("experts", 4, id="two parameters of experts, twice"),
+        pytest.param("attention,experts", 12, id="both"),
+    ],
+)
+def test_an_adapter_trained_on_a_mixture_is_served_as_peft_computes_it(
+    targets: str, changed: int, tmp_path: Path
+) -> None:
     base = talking_base(tmp_path / "base", "OlmoeConfig", **MIXTURE)
     data = write_chats(tmp_path / "chats.jsonl", 16)
     command = [sys.executable, "-m", "onebase_training.cli.train", "--data", str(data), "--name", "one"]
     command += ["--base", str(base), "--out", str(tmp_path / "run"), "--threads", "1", "--r", "4"]
+    command += ["--targets", targets]
     subprocess.run([*command, "--max-steps", "3", "--learning-rate", "0.02"], check=True, timeout=300)
     adapter = tmp_path / "run" / "adapter"
 
@@ -33,7 +44,7 @@ def test_an_adapter_trained_on_a_mixture_is_served_as_peft_computes_it(tmp_path:
     texts = {}
     with serving([sys.executable, "-m", "onebase_server"], *options) as server, server.client() as http:
         report = http.get("/v1/adapters/one/versions").json()["data"][0]["report"]
-        assert report["proof"]["modules_changed"] == 8, "attention's four layers, twice"
+        assert report["proof"]["modules_changed"] == changed
         for model in ("base", "one"):
             body = {"model": model, "prompt": prompt, "max_tokens": 12, "temperature": 0}
             answer = http.post("/v1/completions", json=body | {"return_token_ids": True}).raise_for_status()

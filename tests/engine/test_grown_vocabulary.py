@@ -252,7 +252,8 @@ def test_a_version_is_proved_in_nf4_and_its_file_serves(
 
 
 def test_a_row_that_is_served_wrong_is_found(bench: Bench, tmp_path: Path) -> None:
-    from onebase_adapters.proof.modules import ModuleProver, ProofError
+    from onebase_adapters.proof.modules import ModuleProver
+    from onebase_adapters.proof.report import ProofError
 
     loaded = load_folder(bench.served, bench.train(tmp_path, "tokens of both").folder)
     prover = ModuleProver(bench.served)

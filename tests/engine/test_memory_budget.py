@@ -483,3 +483,8 @@ def test_slots_of_an_8b_llama_are_counted_in_bytes() -> None:
     norms = [LayerShape(4096, 4096, "norm")] * 65
     one = slot_bytes(attention * 32 + norms, slots=1, rank=32)
     assert one == 109_051_904, "109.05 MB for r=32 on q, k, v, o"
+
+
+def test_slots_hold_matrices_of_every_expert() -> None:
+    experts = [LayerShape(2048, 1536, "experts", count=128), LayerShape(768, 2048, "experts", count=128)]
+    assert slot_bytes(experts * 48, slots=1, rank=16) == 2_516_582_400, "2.5 GB for r=16 on a 30B-A3B"

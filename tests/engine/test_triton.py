@@ -37,13 +37,14 @@ from tests.engine.layers import (
     written_alike,
 )
 from tests.rows import row_map
-from tests.tiny import load_folder, save_adapter, save_base
+from tests.tiny import load_folder, save_adapter, save_base, save_on_experts
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase_adapters.proof import modules
-from onebase_adapters.proof.modules import ModuleProver, ProofError
+from onebase_adapters.proof.modules import ModuleProver
+from onebase_adapters.proof.report import ProofError
 from onebase_engine.base.layers import adaptable_layers, plain_absmax
 from onebase_engine.base.load import BaseSettings, load_base
 from onebase_engine.base.view import view
@@ -974,12 +975,17 @@ def test_the_proof_finds_modules_by_triton_as_exact_as_those_of_peft_and_a_fault
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("on_experts", [False, True])
 @pytest.mark.usefixtures("quick_trials")
-def test_a_mixture_is_pefts_and_a_row_the_same_in_any_company(kernels: CudaKernels, tmp_path: Path) -> None:
+def test_a_mixture_is_pefts_and_a_row_the_same_in_any_company(
+    on_experts: bool, kernels: CudaKernels, tmp_path: Path
+) -> None:
     base = load_base(BaseSettings(save_base("mixtral", tmp_path / "base")))
-    folder = save_adapter(
-        base, {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"]}, tmp_path, 1
-    )
+    if on_experts:
+        folder = save_on_experts(base, tmp_path, 1)
+    else:
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"]}
+        folder = save_adapter(base, settings, tmp_path, 1)
     loaded = load_folder(base, folder)
     mixture = Lab(base, [folder], [loaded.reference], [loaded.weights])
     asked = [

@@ -23,7 +23,7 @@ from onebase_adapters.export.base_files import BaseFiles, ExportError
 from onebase_adapters.format.canonical import CONFIG_FILE, WEIGHTS_FILE, AdapterFormatError
 from onebase_adapters.format.config import check_config, with_labels
 from onebase_adapters.proof.merging import MergeInput, MergeRecipe, merge
-from onebase_adapters.proof.modules import ProofError
+from onebase_adapters.proof.report import ProofError
 from onebase_adapters.proof.texts import TextProver
 from onebase_adapters.proof.verifier import ProvenVersion, Verifier
 from onebase_engine.base.load import BaseSettings, load_base

@@ -66,6 +66,11 @@ def opened_adapter(folder: Path, base: BaseFiles) -> Iterator[AdapterParts]:
             raise ExportError(
                 f"the adapter generates no text (its task_type is {spec.task}): export it as peft"
             )
+        if experts := next((module for module in spec.modules if module.experts), None):
+            raise ExportError(
+                f"the adapter has matrices for each expert of {experts.name}, and is not merged into the "
+                "base's files: export it as peft"
+            )
         if spec.words not in (0, base.layers[base.embedding].size_in):
             raise ExportError(
                 f"the adapter has a vocabulary of its own ({spec.words} tokens), which the base's files have "

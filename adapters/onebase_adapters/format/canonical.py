@@ -40,6 +40,8 @@ __all__ = [
     "canonicalize",
 ]
 
+_PIECE = 1 << 20
+"""Elements of a tensor that are written at once, if it is not copied."""
 HEAD_FILE = "head.safetensors"
 """File of a canonical folder with a classifier's weight and bias, which PEFT does not load."""
 _NO_TARGETS = "dummy-target-modules"
@@ -180,11 +182,16 @@ def _check_tied(file: TensorFile, planned: TensorPlan, base: BaseModules) -> Non
 
 
 def _to_write(file: TensorFile, tensor: PlannedTensor) -> TensorToWrite:
-    return TensorToWrite(tensor.name, tensor.dtype, tensor.entry.shape, lambda: _usable(file, tensor))
+    return TensorToWrite(tensor.name, tensor.dtype, tensor.shape, lambda: _usable(file, tensor))
 
 
 def _usable(file: TensorFile, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
     """Yield the tensor's chunks. Raises AdapterFormatError if one overflows in the base's dtype."""
+    if tensor.experts:
+        for _ in file.chunks(tensor.entry):  # which refuses what is not finite
+            pass
+        yield from torch.split(tensor.turned(file.tensor(tensor.entry)).reshape(-1), _PIECE)
+        return
     for chunk in file.chunks(tensor.entry):
         if tensor.used_as is not None and not torch.isfinite(chunk.to(tensor.used_as)).all():
             raise AdapterFormatError(
@@ -205,6 +212,8 @@ def exact_config(
 ) -> dict[str, Any]:
     """Return PEFT's config of an adapter of these modules, each by its full name."""
     lora = [module for module in modules if module.rank]
+    experts = [module.name for module in lora if module.experts]
+    layers = [module.name for module in lora if not module.experts]
     rank, alpha = (lora[0].rank, lora[0].alpha) if lora else (8, 8.0)
     saved = [module.name for module in modules if module.kind == "saved" or module.words]
     tokens = {m.name: list(m.indices) for m in modules if m.kind == "tokens" and m.parameters and not m.words}
@@ -219,10 +228,11 @@ def exact_config(
         "use_rslora": rslora,
         "use_dora": dora,
         "lora_bias": lora_bias,
-        "target_modules": [module.name for module in lora] or _NO_TARGETS,
+        "target_modules": layers or ([] if experts else _NO_TARGETS),
         "rank_pattern": {re.escape(m.name): m.rank for m in lora if m.rank != rank},
         "alpha_pattern": {re.escape(m.name): m.alpha for m in lora if m.alpha != alpha},
         "modules_to_save": saved or None,
         "trainable_token_indices": tokens or None,
         **activated,
+        **({"target_parameters": experts} if experts else {}),
     }

@@ -140,8 +140,10 @@ class ConfigFacts:
     layers_pattern: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     target_parameters: tuple[str, ...] = ()
-    """Parameters that PEFT adapts, of which no tensors are served. PEFT itself names those of a base's
-    experts, in a file without any tensors of them too."""
+    """Names of parameters that PEFT adapts: those of a mixture's experts. PEFT itself names them in a file
+    without any tensors of them too."""
+    peft_version: str | None = None
+    """Release of PEFT that saved the adapter, if it says so."""
     warnings: tuple[str, ...] = ()
     label_names: tuple[str, ...] = ()
     """Names of a classifier's labels, in the order of its head's rows; empty if they have none."""
@@ -196,6 +198,7 @@ def check_config(raw: bytes) -> ConfigFacts:
             name for name in _literal_names(config, "modules_to_save") if name not in heads
         ),
         target_parameters=_literal_names(config, "target_parameters"),
+        peft_version=_text(config, "peft_version"),
         warnings=off,
         label_names=_label_names(config.get("id2label")) if heads else (),
         token_indices=_token_indices(config.get("trainable_token_indices")),
@@ -219,8 +222,7 @@ def check_config(raw: bytes) -> ConfigFacts:
                     f"{name} together with target_modules as a text: PEFT loads no such adapter, and which "
                     f"layers are meant would be a guess. Leave {name} out, or list the target_modules.",
                 )
-    for name in ("peft_version", "revision"):
-        _text(config, name)
+    _text(config, "revision")
     _flag(config, "inference_mode")
     # For transformers' Conv1D only: PEFT sets it itself there, and back for every other layer. It says how a
     # weight is stored, which merging needs to know.

@@ -44,6 +44,16 @@ class BaseModules:
         return {name: name for name in self.layers} if self.spelled is None else self.spelled
 
     @cached_property
+    def mixtures(self) -> Mapping[str, tuple[str, ...]]:
+        """Full names of the parameters of each module of experts, in the order in which PEFT wraps them."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, layer in self.layers.items():
+            if layer.kind == "experts":
+                owner = name.rpartition(".")[0]
+                found[owner] = (*found.get(owner, ()), name)
+        return found
+
+    @cached_property
     def embedding(self) -> str | None:
         return next((name for name, layer in self.layers.items() if layer.kind == "embedding"), None)
 
@@ -89,7 +99,7 @@ def saved_modules(facts: ConfigFacts, base: BaseModules, left_out: Collection[st
             saved.add(_exact(entry, "modules_to_save", base))
     for name in sorted(saved):
         layer = base.layers[name]
-        if layer.kind == "linear" and name != base.head:
+        if layer.kind in ("linear", "experts") and name != base.head:
             raise AdapterFormatError(
                 "unsupported_kind",
                 f"modules_to_save with {name:.200} is not served; only norms, lm_head and embeddings are",
@@ -112,9 +122,19 @@ def lora_targets(facts: ConfigFacts, base: BaseModules, saved: set[str]) -> set[
     named = {
         name
         for name, own in base.in_config.items()
-        if base.layers[name].kind != "norm" and targets.means(own)
+        if base.layers[name].kind not in ("norm", "experts") and targets.means(own)
     }
     return _with_tied(named, facts, base) - saved
+
+
+def expert_targets(facts: ConfigFacts, base: BaseModules) -> set[str]:
+    """Return the full names of the experts' parameters that `target_parameters` means."""
+    wanted = set(facts.target_parameters)
+    return {
+        name
+        for name, own in base.in_config.items()
+        if base.layers[name].kind == "experts" and not wanted.isdisjoint(endings(own))
+    }
 
 
 def possible_targets(facts: ConfigFacts, base: BaseModules) -> set[str]:

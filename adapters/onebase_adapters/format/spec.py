@@ -29,6 +29,8 @@ class ModuleSpec:
     indices: tuple[int, ...] = ()
     words: int = 0
     """Number of rows of an embedding or a head that was resized; 0: as many as the base's."""
+    experts: int = 0
+    """Number of experts, if it is the parameter that holds their matrices: each has its own of this rank."""
 
 
 @dataclass(frozen=True)

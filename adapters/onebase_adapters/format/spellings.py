@@ -198,8 +198,11 @@ def spelling(
         AdapterFormatError: several readings fit, and they differ.
     """
 
+    mixtures = {name.rpartition(".")[0] for name, layer in layers.items() if layer.kind == "experts"}
+
     def fits(module: str) -> bool:
-        return module in layers or any(has_parameter(f"{module}.{one}") for one in _PARAMETERS)
+        known = module in layers or module in mixtures
+        return known or any(has_parameter(f"{module}.{one}") for one in _PARAMETERS)
 
     modules = {_base_layer_of(name) for name in names.values()}
     towers = {
@@ -248,7 +251,17 @@ def _reading_of(
 
 def _base_layer_of(name: TensorName) -> str:
     """Return the module that a tensor belongs to; of what PEFT wrapped, the module inside."""
-    return name.module.removesuffix(".base_layer")
+    return unnested(name.module)[0]
+
+
+def unnested(module: str) -> tuple[str, int]:
+    """Return the module that PEFT wrapped, and how many wrappers a module's name is inside of it.
+
+    PEFT wraps a module once for each of its parameters that are targets.
+    """
+    parts = module.split(".")
+    depth = next((depth for depth, part in enumerate(reversed(parts)) if part != "base_layer"), 0)
+    return ".".join(parts[: len(parts) - depth]), depth
 
 
 def _notes(by_module: Mapping[str, str], parts: tuple[str, ...], left_out: int) -> Iterator[str]:

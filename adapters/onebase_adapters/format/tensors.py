@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +19,7 @@ from onebase_adapters.format.config import (
 )
 from onebase_adapters.format.names import (
     BaseModules,
+    expert_targets,
     lora_targets,
     possible_targets,
     saved_modules,
@@ -28,7 +30,7 @@ from onebase_adapters.format.patterns import PatternError, endings
 from onebase_adapters.format.resized import ResizedMatrix, plan_resized, resized_to
 from onebase_adapters.format.safetensors_file import TensorEntry
 from onebase_adapters.format.spec import ModuleSpec
-from onebase_adapters.format.spellings import PREFIX, TensorName, spelling, unwrapped
+from onebase_adapters.format.spellings import PREFIX, TensorName, spelling, unnested, unwrapped
 from onebase_engine.base.layers import LayerShape
 from onebase_protocol.adapters import TokenizerAdditions
 
@@ -48,6 +50,13 @@ _ENDS: dict[str, tuple[str, bool | None]] = {
     ".token_adapter.trainable_tokens_delta": ("trainable_tokens_delta", None),
 }
 
+_RELEASE = re.compile(r"(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?")
+"""Beginning of a release's name, as PEFT writes it."""
+_TURNED = (
+    "Matrices of experts are on the sides where PEFT had them before 0.19.1, and are written where it has "
+    "them now."
+)
+
 Tensors = dict[str, TensorEntry]
 """Tensors of one module by their part: lora_A, lora_B, ..., weight, bias."""
 
@@ -60,6 +69,20 @@ class PlannedTensor:
     entry: TensorEntry
     dtype: torch.dtype = torch.float32
     used_as: torch.dtype | None = None
+    experts: int = 0
+    """Number of experts of a tensor that was B and is written as A, or the other way round; 0: it is copied.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what is written."""
+        return self.entry.shape[::-1] if self.experts else self.entry.shape
+
+    def turned(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as the other one of A [experts * rank, size] and B [size, rank * experts]."""
+        if self.name.endswith("lora_A.weight"):
+            return whole.view(len(whole), -1, self.experts).permute(2, 1, 0).reshape(self.shape)
+        return whole.view(self.experts, -1, whole.shape[1]).permute(2, 1, 0).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -142,15 +165,19 @@ def plan(
             spec = ModuleSpec(name, "tokens", 0, 0.0, False, _numel(own), rows[name])
         else:
             spec, shapes = _lora(name, own, facts, base, max_rank)
+            if name in sorted_in.turned:
+                shapes = _turned(shapes)
         _check_shapes(name, own, shapes, spec, base)
         modules.append(spec)
-        tensors += _planned(name, own, layer, spec, base)
+        turned = layer.count if name in sorted_in.turned else 0
+        tensors += _planned(name, own, layer, spec, base, by_module, turned)
     _check_invocation(facts, modules, base)
     if head:
         modules.append(ModuleSpec(CLASSIFIER_NAMES[0], "head", 0, 0.0, False, _numel(head)))
     modules.sort(key=lambda module: module.name)
     lora = {module.name for module in modules if module.rank}
-    _check_targets(lora, facts, base, saved)
+    experts = {module.name for module in modules if module.experts}
+    _check_targets(lora - experts, facts, base, saved)
     if not modules and left_out:
         raise AdapterFormatError(
             "no_effect",
@@ -163,6 +190,7 @@ def plan(
         *facts.warnings,
         *notes,
         *spelled.notes,
+        *([_TURNED] if sorted_in.turned else []),
         *token_warnings,
         *unmet_names(facts, {module.name for module in modules}, base, left_out),
     )
@@ -262,6 +290,8 @@ class _SortedTensors:
     resized: dict[str, list[TensorEntry]] = field(default_factory=dict)
     same: list[tuple[TensorEntry, TensorEntry]] = field(default_factory=list)
     """Pairs of tensors of which one is to be the other's copy."""
+    turned: set[str] = field(default_factory=set)
+    """Parameters of experts whose A is on the side of the outputs."""
 
 
 def _sorted_in(
@@ -273,8 +303,16 @@ def _sorted_in(
 ) -> _SortedTensors:
     found = _SortedTensors()
     by_module = found.by_module
+    nested: dict[str, dict[int, Tensors]] = {}
     for entry in entries:
         name, what, embedding = _taken_apart(names[entry.name], saved)
+        owner, depth = unnested(name)
+        if what is not None and owner in base.mixtures:
+            own = nested.setdefault(owner, {}).setdefault(depth, {})
+            if what in own:
+                raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE}: {name:.200} has two {what}")
+            own[what] = entry
+            continue
         if what is None:
             module, _, part = name.rpartition(".")
             if part == "weight" and _is_resized(module, entry, base):
@@ -295,7 +333,108 @@ def _sorted_in(
                 raise AdapterFormatError("bad_weights", f"{WEIGHTS_FILE}: {name:.200} has two {what}")
             found.same.append((by_module[name][what], entry))
         by_module[name][what] = entry
+    experts = _of_experts(nested, facts, base)
+    found.turned.update(_turned_ones(experts, facts, base))
+    by_module |= experts
     return found
+
+
+def _of_experts(
+    nested: Mapping[str, Mapping[int, Tensors]], facts: ConfigFacts, base: BaseModules
+) -> dict[str, Tensors]:
+    """Return the tensors of each parameter of experts.
+
+    PEFT names a tensor after the module, and tells its parameters by how deep their wrappers are nested: the
+    first one that it has wrapped is innermost.
+
+    Args:
+        nested: tensors by the module of experts, and by the number of wrappers around theirs.
+    """
+    targets = expert_targets(facts, base) if nested else set()
+    found: dict[str, Tensors] = {}
+    for owner, by_depth in nested.items():
+        first = next(iter(by_depth[min(by_depth)].values()))
+        for problem, refused in (
+            ("use_dora", facts.dora),
+            ("lora_bias", facts.lora_bias),
+            ("alora_invocation_tokens", bool(facts.invocation)),
+        ):
+            if refused:
+                raise AdapterFormatError(
+                    "unsupported_kind",
+                    f"{problem} on a parameter of experts ({owner:.150}) is not served: PEFT has none there. "
+                    f"Train without {problem}, or layers alone (target_modules)",
+                )
+        wanted = [name for name in base.mixtures[owner] if name in targets]
+        if sorted(by_depth) != list(range(len(wanted))):
+            raise AdapterFormatError(
+                "untargeted" if len(by_depth) > len(wanted) else "incomplete",
+                f"{WEIGHTS_FILE} has matrices of {len(by_depth)} parameters of {owner:.150} (such as "
+                f"{first.name:.100}), and target_parameters means {len(wanted)} of them: "
+                f"{', '.join(name.rpartition('.')[2] for name in wanted) or 'none'}",
+            )
+        ordered = [by_depth[depth] for depth in sorted(by_depth, reverse=True)]
+        shapes = [base.layers[name] for name in wanted]
+        if _sides(ordered, shapes) is None and _sides(ordered[::-1], shapes) is not None:
+            ordered.reverse()  # wrapped in another order
+        found |= dict(zip(wanted, ordered, strict=True))
+    if missing := sorted(name for name in targets if name not in found):
+        raise AdapterFormatError(
+            "incomplete",
+            f"{WEIGHTS_FILE} has no matrices of {missing[0]:.200}, which target_parameters means",
+        )
+    return found
+
+
+def _sides(ordered: Sequence[Tensors], layers: Sequence[LayerShape]) -> bool | None:
+    """Return True if all A are on the side of the outputs, False if all are on that of the inputs.
+
+    None: neither, or some are on one and some on the other. The rank does not matter here.
+    """
+    pairs = [
+        (own[part].shape[place:][:1], (layer.size_in, layer.size_out)[place == side])
+        for side in (0, 1)
+        for own, layer in zip(ordered, layers, strict=True)
+        for part, place in (("lora_A", 1), ("lora_B", 0))
+        if part in own
+    ]
+    half = len(pairs) // 2
+    fits = [all(shape == (size,) for shape, size in some) for some in (pairs[:half], pairs[half:])]
+    return None if not any(fits) else not fits[0]
+
+
+def _turned_ones(experts: Mapping[str, Tensors], facts: ConfigFacts, base: BaseModules) -> Iterable[str]:
+    """Return the parameters of experts whose A is on the side of the outputs, and B on that of the inputs.
+
+    Before 0.19.1 PEFT took every parameter for [experts, in, out], which those of most classes are not. Where
+    a matrix is square, others of the file tell, and otherwise the release.
+
+    Raises:
+        AdapterFormatError: nothing tells.
+    """
+    names = [name for name in experts if not base.layers[name].transposed]
+    told = {
+        _sides([experts[name]], [base.layers[name]])
+        for name in names
+        if base.layers[name].size_in != base.layers[name].size_out
+    } - {None}
+    if told:
+        return names if told == {True} else ()
+    if not names:
+        return ()
+    release = _RELEASE.match(facts.peft_version or "")
+    if release is None:
+        raise AdapterFormatError(
+            "bad_shape",
+            f"{WEIGHTS_FILE}: the matrices of {names[0]:.150} are square, so that A and B may be on either "
+            f"side: PEFT changed that with 0.19.1. Write the release that saved them as peft_version",
+        )
+    return names if tuple(map(int, release.groups(default="0"))) < (0, 19, 1) else ()
+
+
+def _turned(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of A and B that are each other's."""
+    return {"lora_A": shapes["lora_B"][::-1], "lora_B": shapes["lora_A"][::-1]}
 
 
 def _is_resized(module: str, entry: TensorEntry, base: BaseModules) -> bool:
@@ -332,8 +471,8 @@ def _check_no_parameter(name: str, module: str, facts: ConfigFacts) -> None:
 def _of_parameter(name: str, parameter: str) -> AdapterFormatError:
     return AdapterFormatError(
         "unsupported_kind",
-        f"target_parameters: {name:.150} is of {parameter:.100}, and matrices of parameters are not served. "
-        "Train layers alone (target_modules), or merge the adapter into its base.",
+        f"target_parameters: {name:.150} is of {parameter:.100}, and of parameters only those of a mixture's "
+        "experts are served. Train layers (target_modules), or merge the adapter into its base.",
     )
 
 
@@ -434,6 +573,11 @@ def _lora(
             "rank_too_large",
             f"{name} has rank {rank}, the server's limit is {max_rank}: start it with --max-rank {rank}",
         )
+    shapes: dict[str, tuple[int, ...]]
+    if layer.kind == "experts":
+        rows = rank * layer.count
+        shapes = {"lora_A": (rows, layer.size_in), "lora_B": (layer.size_out, rows)}
+        return ModuleSpec(name, "lora", rank, alpha, False, _numel(own), experts=layer.count), shapes
     shapes = {
         "lora_A": (rank, layer.size_in),
         "lora_B": (layer.size_out, rank),
@@ -458,8 +602,21 @@ def _check_shapes(
 
 
 def _planned(
-    name: str, own: Tensors, layer: LayerShape, spec: ModuleSpec, base: BaseModules
+    name: str,
+    own: Tensors,
+    layer: LayerShape,
+    spec: ModuleSpec,
+    base: BaseModules,
+    adapted: Container[str],
+    turned: int = 0,
 ) -> list[PlannedTensor]:
+    if spec.experts:
+        place = wrapper_of(name, [one for one in base.mixtures[name.rpartition(".")[0]] if one in adapted])
+        other = {"lora_A": "lora_B", "lora_B": "lora_A"} if turned else {}
+        return [
+            PlannedTensor(f"{PREFIX}{place}.{other.get(what, what)}.weight", entry, experts=turned)
+            for what, entry in own.items()
+        ]
     if spec.rank:
         ends = {what: end for end, (what, embedding) in reversed(_ENDS.items()) if _fits(embedding, layer)}
         return [PlannedTensor(f"{PREFIX}{name}{ends[what]}", entry) for what, entry in own.items()]
@@ -473,6 +630,15 @@ def _planned(
     return [
         PlannedTensor(f"{PREFIX}{name}.{what}", entry, entry.dtype, used_as) for what, entry in own.items()
     ]
+
+
+def wrapper_of(name: str, adapted: Sequence[str]) -> str:
+    """Return PEFT's name of what wraps a parameter of experts.
+
+    adapted: full names of those of the same module that are adapted, in the order in which PEFT wraps them.
+    """
+    outer = len(adapted) - 1 - adapted.index(name)
+    return f"{name.rpartition('.')[0]}{'.base_layer' * outer}"
 
 
 def _fits(embedding: bool | None, layer: LayerShape) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from onebase_adapters.format.canonical import AdapterFormatError
+from onebase_adapters.format.spellings import unnested
+from onebase_adapters.proof.experts import weights_of
 from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, ModuleWeights, SavedModule, TokenRows
 
 _REPLACED = 1 / 4
@@ -37,11 +39,15 @@ def _adapted(
     tree: nn.Module, adapter: str, invocation: tuple[int, ...]
 ) -> Iterator[tuple[str, ModuleWeights]]:
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     shared: dict[int, torch.Tensor] = {}
     for name, module in tree.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.scaling:
+        if isinstance(module, ParamWrapper):
+            if adapter in module.scaling:
+                yield f"{unnested(name)[0]}.{module.parameter_name}", weights_of(module, adapter)
+        elif isinstance(module, LoraLayer) and adapter in module.scaling:
             activated = adapter in module.lora_variant and adapter not in module.lora_magnitude_vector
             yield name, replace(_lora(module, adapter), invocation=invocation if activated else ())
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:

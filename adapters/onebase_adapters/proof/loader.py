@@ -20,6 +20,7 @@ from torch import nn
 
 from onebase_adapters.format.canonical import HEAD_FILE, AdapterFormatError, AdapterSpec, canonicalize
 from onebase_adapters.format.config import CLASSIFIER_NAMES, WEIGHTS_FILE, Task
+from onebase_adapters.proof.experts import give_places, merged, take_places
 from onebase_adapters.proof.extract import compacted, extract
 from onebase_engine.base.layers import adaptable_layers, empty_base, left_out
 from onebase_engine.base.load import BaseChangedError, fingerprint
@@ -27,6 +28,7 @@ from onebase_engine.base.view import peft_view
 from onebase_engine.kernels.weights import (
     HEAD,
     AdapterWeights,
+    ExpertLora,
     Head,
     LoraWeights,
     ModuleWeights,
@@ -106,7 +108,8 @@ def load_adapter(
     for name, module in weights.items():
         _check_finite(name, module, own)
     changed = sum(
-        isinstance(module, Head) or _changes(module, base.get_submodule(name))
+        isinstance(module, Head)
+        or (_acts(module) if isinstance(module, ExpertLora) else _changes(module, base.get_submodule(name)))
         for name, module in weights.items()
     )
     if not changed and not allow_noop:
@@ -130,7 +133,9 @@ def peft_model(base: nn.Module, canonical: Path, resized: Mapping[str, int] | No
         # Advice to who trains, merges or saves: nobody does here.
         warnings.simplefilter("ignore", UserWarning)
         tree = resized_view(base, resized or {})
+        places = give_places(tree)
         model: nn.Module = PeftModel.from_pretrained(tree, str(canonical), adapter_name=_NAME)
+        take_places(tree, places, _NAME, merged)
     return model.eval()
 
 
@@ -220,7 +225,9 @@ def _check_lookups(base: Any, words: int) -> None:
 
 def _check_finite(name: str, module: ModuleWeights, own: Mapping[str, torch.Tensor]) -> None:
     """Raise AdapterFormatError if a tensor overflows between the file and the product."""
-    if isinstance(module, LoraWeights):
+    if isinstance(module, ExpertLora):
+        finite, problem = [module.b * module.scale], "a lora_B times its scale overflows fp32"
+    elif isinstance(module, LoraWeights):
         vectors = [part * module.scale for part in (module.b, module.bias) if part is not None]
         finite = [*vectors, *([] if module.gain is None else [module.gain])]
         problem = "a lora_B times its scale overflows fp32, or the magnitude by the norm of its row does"
@@ -230,6 +237,13 @@ def _check_finite(name: str, module: ModuleWeights, own: Mapping[str, torch.Tens
         finite, problem = [tensor for _, tensor in tensors_of(module)], "a tensor overflows the base's dtype"
     if not all(torch.isfinite(tensor).all() for tensor in finite):
         raise AdapterFormatError("not_finite", f"{name}: {problem}")
+
+
+@torch.inference_mode()
+def _acts(experts: ExpertLora) -> bool:
+    """Return True if what is added to an expert's matrix is not zero."""
+    x = torch.randn(experts.a.shape[2], generator=torch.Generator().manual_seed(0))
+    return bool((experts.scale * (experts.b @ (experts.a @ x)[..., None]) != 0).any())
 
 
 @torch.inference_mode()

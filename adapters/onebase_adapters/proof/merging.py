@@ -112,6 +112,12 @@ def _check_plain(parent: MergeInput, spec: AdapterSpec) -> None:
             f"{parent.label} generates no text (its task_type is {spec.task}): leave it out",
         )
     for module in spec.modules:
+        if module.experts:
+            raise AdapterFormatError(
+                "adapter_not_composable",
+                f"{parent.label} adapts {module.name}, and PEFT joins matrices of experts across them: leave "
+                "it out, or weight adapters in each request instead",
+            )
         if module.kind != "lora" or module.bias:
             kind = (
                 "lora_bias"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from onebase_adapters.proof.mixtures import Inputs, Mixture, compare, compare_amplified
+from onebase_adapters.proof.report import ProofError
 from onebase_engine.base.view import view
+from onebase_engine.engine.experts import attach_experts
 from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Kernels, RowGroup, RowMap
 from onebase_engine.kernels.reference import ReferenceLinear
 from onebase_engine.kernels.weights import (
     AdapterWeights,
+    ExpertLora,
     LoraWeights,
     ModuleWeights,
     SavedModule,
@@ -48,18 +52,6 @@ SUM_ERROR = 2.0**-20
 deviation of that error is a 30th of it, measured on 64 to 14,336 random terms that are added one by one."""
 _MOST_POWER = 120
 """Largest power of two by which an adapter's part is multiplied."""
-
-
-class ProofError(Exception):
-    """A served module, or a text, differs from PEFT's.
-
-    `name` is that of the module or text; `difference` the largest of its outputs, relative to PEFT's largest.
-    """
-
-    def __init__(self, name: str, difference: float, message: str) -> None:
-        super().__init__(message)
-        self.name = name
-        self.difference = difference
 
 
 @dataclass(frozen=True)
@@ -124,8 +116,10 @@ class ModuleProver:
         self._dtype, self._device = head.dtype, head.device
         self._step = StepRows()
         self._kernels = kernels if kernels is not None else find_kernels(self._device, self._dtype)
-        self._modules = wrap_layers(view(base), self._step, self._kernels, slots=2)
-        self._slots = AdapterSlots(self._modules, 2, self._device)
+        self._view = view(base)
+        self._modules = wrap_layers(self._view, self._step, self._kernels, slots=2)
+        self._experts = attach_experts(self._view, self._kernels, self._step, 2)
+        self._slots = AdapterSlots({**self._modules, **self._experts}, 2, self._device)
         self._mixes = list(_batch_mixes(self._device))
         self._random = torch.Generator()
         self._untouched: dict[str, _Distance] = {}
@@ -154,15 +148,20 @@ class ModuleProver:
         """
         model: Any = reference
         tree: nn.Module = model.get_base_model()
-        unserved = sorted(weights.keys() - self._modules.keys())
+        unserved = sorted(weights.keys() - self._modules.keys() - self._experts.keys())
         if unserved:
             raise ProofError(unserved[0], math.inf, f"{unserved[0]} is adapted, and no slot serves it")
         found: list[_Distance] = []
+        mixtures = _mixtures(weights)
+        count = len(self._modules) + len(mixtures)
         try:
             self._slots.load(_VERSION, weights)
             for name in self._modules:
                 found.append(self._module(name, tree.get_submodule(name), weights.get(name)))
-                on_progress(len(found) / len(self._modules))
+                on_progress(len(found) / count)
+            for path, own in mixtures.items():
+                found.append(self._mixture(path, tree, own))
+                on_progress(len(found) / count)
         finally:
             self._slots.clear(_VERSION)
             self._slots.clear(_OTHER)
@@ -209,6 +208,58 @@ class ModuleProver:
         if untouched:
             self._untouched[name] = found
         return found
+
+    def _mixture(self, path: str, tree: nn.Module, own: Mapping[str, ExpertLora]) -> _Distance:
+        """Return the distance of a layer's experts from PEFT's. Raises ProofError.
+
+        own: the version's matrices, by the parameter's full name.
+        """
+        mixture = Mixture(path, self._base.get_submodule(path), tree)
+        self._random.manual_seed(zlib.crc32(path.encode()))
+        inputs = mixture.inputs(self._random, self._dtype, self._device)
+        self._slots.load(_OTHER, {name: _neighbour_of(one) for name, one in own.items()})
+        alone, apart_of, lonely = self._mixes
+        served = self._serve(path, inputs, alone.rows)
+        found = compare(mixture, inputs, served)
+        bare = self._serve(path, inputs, RowMap())
+        for mix in (apart_of, lonely):
+            got = self._serve(path, inputs, mix.rows)
+            right = torch.where(mix.mine[:, None], served, bare)
+            self._check_rows(path, mix, got[mix.seen], right[mix.seen])
+        self._slots.clear(_OTHER)
+        names = {name.rpartition(".")[2]: name for name in own}
+
+        def serve(large: Mapping[str, ExpertLora]) -> torch.Tensor:
+            for name, one in large.items():
+                self._experts[names[name]].put(_VERSION, one.to(self._device))
+            return self._serve(path, inputs, alone.rows)
+
+        try:
+            compare_amplified(mixture, inputs, serve)
+        finally:
+            for name, one in own.items():
+                self._experts[name].put(_VERSION, one.to(self._device))
+        return _Distance(found.difference, found.ratio)
+
+    def _check_rows(self, path: str, mix: _BatchMix, got: torch.Tensor, right: torch.Tensor) -> None:
+        """Raise ProofError unless rows are those that were served without neighbours.
+
+        Bits agree where they do not depend on neighbours, as on the CPU.
+        """
+        largest = right.float().abs().max()
+        difference = float((got.float() - right.float()).abs().max() / largest)
+        allowed = 0.0 if self._kernels.tiled else TOLERANCE
+        if not difference <= allowed:
+            raise ProofError(
+                path,
+                difference,
+                f"{path} gives a row another result {mix.title}: by {difference:.1e} of its largest output",
+            )
+
+    def _serve(self, path: str, inputs: Inputs, rows: RowMap) -> torch.Tensor:
+        self._step.tokens = rows
+        y: torch.Tensor = self._view.get_submodule(path)(*inputs)
+        return y
 
     def _run(self, served: SlotModule, x: torch.Tensor, mix: _BatchMix) -> torch.Tensor:
         self._step.tokens = self._step.logits = mix.rows
@@ -301,6 +352,20 @@ class ModuleProver:
         others = torch.randint(highest, (padding,), generator=self._random)
         for ids in torch.split(torch.cat([torch.tensor(tokens, dtype=torch.int64), others]), TILE):
             yield ids[None].to(self._device)
+
+
+def _mixtures(weights: AdapterWeights) -> dict[str, dict[str, ExpertLora]]:
+    """Return the matrices on experts by module of experts and by the parameter's full name."""
+    found: dict[str, dict[str, ExpertLora]] = {}
+    for name, one in weights.items():
+        if isinstance(one, ExpertLora):
+            found.setdefault(name.rpartition(".")[0], {})[name] = one
+    return found
+
+
+def _neighbour_of(own: ExpertLora) -> ExpertLora:
+    """Return another adapter's matrices, which overflow so that any leak is visible."""
+    return ExpertLora(torch.full_like(own.a, _OVERFLOWS), torch.ones_like(own.b), 1.0)
 
 
 def _is_copy(expected: nn.Module, bare: nn.Module) -> bool:

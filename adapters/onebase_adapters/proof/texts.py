@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from onebase_adapters.format.config import Task
-from onebase_adapters.proof.modules import ProofError
+from onebase_adapters.proof.report import ProofError
 from onebase_engine.base.experts import expert_modules
 from onebase_engine.engine import messages as protocol
 from onebase_engine.engine.base_proof import rounded_once_more, rounding_unit

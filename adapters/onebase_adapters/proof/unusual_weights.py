@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, ModuleWeights, TokenRows, without_head
+from onebase_engine.kernels.weights import (
+    AdapterWeights,
+    ExpertLora,
+    LoraWeights,
+    ModuleWeights,
+    TokenRows,
+    without_head,
+)
 
 LEAST_COMPARED = 4
 """Smallest number of modules of one name with a change; fewer are not compared."""
@@ -80,6 +87,8 @@ def figures(weights: ModuleWeights, base: nn.Module, dtype: torch.dtype, *, of_t
     The product B @ A, which may be large, is not formed: its singular values are those of a [rank, rank]
     matrix.
     """
+    if isinstance(weights, ExpertLora):
+        return _experts(weights)
     if isinstance(weights, LoraWeights):
         return _lora(weights, base, dtype, of_tokens=of_tokens)
     own: torch.Tensor = base.weight.detach().cpu()  # type: ignore[operator]
@@ -110,6 +119,17 @@ def _lora(weights: LoraWeights, base: nn.Module, dtype: torch.dtype, *, of_token
     # PEFT begins an embedding's B with a norm of its own, so that few steps change the rows of tokens much.
     relative = None if embedding else _by(norm, _size(base, dtype))
     return WeightFigures(norm, spectral, relative, weights.rank, token, gain=gain)
+
+
+def _experts(weights: ExpertLora) -> WeightFigures:
+    """Measure the differences of all experts' matrices as one block-diagonal matrix."""
+    a, b = weights.a.double(), weights.b.double()
+    values, vectors = torch.linalg.eigh(a @ a.mT)
+    root = vectors * values.clamp(min=0).sqrt()[:, None]
+    energies = torch.linalg.eigvalsh(root.mT @ (b.mT @ b) @ root).clamp(min=0)
+    scale = abs(weights.scale)
+    norm, spectral = (scale * math.sqrt(float(each)) for each in (energies.sum(), energies.max()))
+    return WeightFigures(norm, spectral, None, weights.rank)
 
 
 def _rows(weights: TokenRows, own: torch.Tensor) -> WeightFigures:
@@ -173,7 +193,8 @@ def measure(
     of_tokens = {id(model.get_input_embeddings()), id(head)}
     found: dict[str, WeightFigures] = {}
     for name, module in without_head(weights).items():
-        own = base.get_submodule(name)
+        # What holds experts' matrices may be a parameter.
+        own = base if isinstance(module, ExpertLora) else base.get_submodule(name)
         found[name] = figures(module, own, head.weight.dtype, of_tokens=id(own) in of_tokens)
         on_measured()
     return found

@@ -78,8 +78,9 @@ class TrainingSettings(TypedDict, total=False):
     alpha: float | str
     """Scaling is alpha / r (auto: twice the rank)."""
     targets: str | Sequence[str]
-    """Layers to adapt: attention, mlp, all-linear, or names of linear layers as in q_proj,v_proj,lm_head;
-    all-linear leaves lm_head out, all-linear,lm_head takes it in (default: all-linear)."""
+    """Layers to adapt: attention, mlp, all-linear, experts, or names of linear layers as in
+    q_proj,v_proj,lm_head; all-linear leaves lm_head and a mixture's experts out, all-linear,lm_head,experts
+    takes them in (default: all-linear)."""
     rank_pattern: Mapping[str, int]
     """Ranks of some layers, such as down_proj."""
     alpha_pattern: Mapping[str, float]

@@ -9,7 +9,7 @@ number. So a mixture's own code computes with the quantized experts, in its own 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -155,6 +155,34 @@ class ExpertStack(nn.Module):
         return matrix
 
 
+class AdaptedStack(ExpertStack):
+    """Matrices of which modelling code gets each as an adapter changes it."""
+
+    def __init__(
+        self, held: ExpertStack | nn.Parameter, taken: Callable[[int, torch.Tensor], Any], *, transposed: bool
+    ) -> None:
+        """Wrap matrices.
+
+        Args:
+            held: a stack, or a plain parameter [experts, ...].
+            taken: returns what modelling code gets, by number and matrix.
+            transposed: whether a matrix of a plain parameter is [in, out].
+        """
+        nn.Module.__init__(self)
+        self.held = held
+        self.dtype, self.transposed, self._taken = held.dtype, transposed, taken
+        first, second = held.shape[1:]
+        self.size_in, self.size_out = (first, second) if transposed else (second, first)
+
+    @property
+    def count(self) -> int:
+        return int(self.held.shape[0])
+
+    def __getitem__(self, number: int | torch.Tensor) -> Any:
+        """Return one expert's matrix, or what stands for it in a product."""
+        return self._taken(int(number), self.held[int(number)])
+
+
 def layer_of(held: ExpertStack | torch.Tensor, number: int, transposed: bool = False) -> Any:
     """Return one matrix of a stack, or of a plain parameter, as a linear layer over the same memory."""
     if isinstance(held, ExpertStack):
@@ -265,6 +293,21 @@ def is_usual(kind: Any) -> bool:
 
     own, usual = (inspect.unwrap(one.forward).__code__ for one in (kind, MixtralExperts))
     return all(getattr(own, part) == getattr(usual, part) for part in ("co_code", "co_names", "co_consts"))
+
+
+@cache
+def takes_rows_in_order(kind: Any) -> bool:
+    """Return True if a class of experts gives each expert its rows in the order of `rows_of_expert`."""
+    names = inspect.unwrap(kind.forward).__code__.co_names
+    return {"one_hot", "permute", "where", "index_add_"} <= set(names)
+
+
+def rows_of_expert(chosen: torch.Tensor, number: int) -> torch.Tensor:
+    """Return the rows that have chosen an expert, in the order in which modelling code computes them.
+
+    chosen: numbers of the experts, [rows, k].
+    """
+    return torch.nonzero(chosen.T.eq(number))[:, 1]
 
 
 def compute_experts(module: nn.Module, *args: Any, **named: Any) -> torch.Tensor:

@@ -18,6 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from onebase_engine.base.experts import expert_matrices, takes_rows_in_order
+
 _BUILDING = threading.Lock()
 """Guards a function of transformers that is replaced while a composite is built."""
 
@@ -27,13 +29,16 @@ class LayerShape:
     """Shape of a possible target: a linear layer, an embedding or a norm of the base.
 
     `size_in` of an embedding is its vocabulary; of a norm both sizes are the hidden size. `bias`: whether
-    the module has one.
+    the module has one. Of the kind `experts` it is a parameter that holds `count` matrices of these sizes,
+    one for each expert of a mixture; `transposed`: they are [in, out].
     """
 
     size_in: int
     size_out: int
-    kind: Literal["linear", "embedding", "norm"] = "linear"
+    kind: Literal["linear", "embedding", "norm", "experts"] = "linear"
     bias: bool = False
+    count: int = 1
+    transposed: bool = False
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -268,7 +273,8 @@ def takes_rows_alone(module: nn.Module) -> bool:
 
 
 def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
-    """Return every linear layer, the input embedding and the norms of hidden size, by full name."""
+    """Return every linear layer, the input embedding, the norms of hidden size and the parameters of experts,
+    by full name."""
     layers: dict[str, LayerShape] = {}
     embedding = input_embedding(base)
     norms = {name for name, _ in hidden_norms(base)}
@@ -281,6 +287,13 @@ def adaptable_layers(base: nn.Module) -> dict[str, LayerShape]:
             layers[name] = LayerShape(module.in_features, module.out_features, bias=bias)
         elif name in norms:
             layers[name] = LayerShape(len(module.weight), len(module.weight), "norm", bias)
+    for place in expert_matrices(base):
+        kind: Any = type(place.module)
+        count, size_in, size_out = place.sizes
+        # PEFT takes a parameter of one expert for a linear layer.
+        if count > 1 and takes_rows_in_order(kind):
+            sizes = size_in, size_out
+            layers[place.path] = LayerShape(*sizes, "experts", count=count, transposed=place.transposed)
     return layers
 
 

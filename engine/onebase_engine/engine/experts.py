@@ -8,7 +8,7 @@ computed over TILE rows at a time on the CPU, where PyTorch's products depend on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,19 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from onebase_engine.base.experts import ExpertStack, expert_modules, layer_of, matrix_names, own_code
+from onebase_engine.base.experts import (
+    ExpertStack,
+    expert_modules,
+    layer_of,
+    matrix_names,
+    own_code,
+    rows_of_expert,
+)
 from onebase_engine.base.layers import is_linear
-from onebase_engine.kernels.interface import TILE, Kernels, LinearKernel, RowMap
+from onebase_engine.kernels.interface import TILE, ExpertsKernel, Kernels, LinearKernel, RowMap
+from onebase_engine.kernels.reference import rows_among
+from onebase_engine.kernels.weights import ExpertLora, ModuleWeights
+from onebase_engine.lora.module import StepRows
 
 _NO_ROWS = RowMap()
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -28,63 +38,161 @@ class UnsupportedExpertsError(Exception):
     """A mixture asks for something that the kernels do not compute."""
 
 
-def attach_experts(view: nn.Module, kernels: Kernels) -> list[bool]:
+def attach_experts(
+    view: nn.Module, kernels: Kernels, step: StepRows | None = None, slots: int = 0
+) -> dict[str, SlotExperts]:
     """Let the kernels compute the experts of a view, and its routers by rows.
 
+    Args:
+        step: the row map of the running step.
+        slots: number of adapters.
+
     Returns:
-        Of each module of experts whether its products have PyTorch's bits, according to trials.
+        The slots of each parameter of experts, by its full name.
     """
-    exact: list[bool] = []
-    for _, module in expert_modules(view):
+    step = step if step is not None else StepRows()
+    found: dict[str, SlotExperts] = {}
+    for path, module in expert_modules(view):
         if next(module.parameters()).is_meta:  # which experts are chosen is no number there
             module.forward = _shaped
-            exact.append(False)
             continue
-        kernel = kernels.experts(module)
-        if kernel is not None:
-            module.forward = kernel
-            exact.append(kernel.exact)
-            continue
-        matrices = {
-            name: _Matrices(getattr(module, name), kernels, module.is_transposed)
-            for name in matrix_names(module)
-        }
-        for name, one in matrices.items():
-            module._parameters.pop(name, None)
-            module._modules.pop(name, None)
-            module.__dict__[name] = one
-        exact.append(all(one.exact for one in matrices.values()))
-        module.forward = partial(own_code(module), module)
+        experts = kernels.experts(module, slots) or _OneByOne(module, kernels, slots)
+        module.forward = partial(_on_rows, experts, step)
+        found |= {f"{path}.{name}": SlotExperts(experts, name) for name in matrix_names(module)}
     if kernels.tiled:
         for module in view.modules():
             if _routes(module):
                 module.forward = partial(_by_tiles, module.forward)
-    return exact
+    return found
+
+
+class SlotExperts:
+    """The slots of one parameter of a mixture's experts."""
+
+    def __init__(self, kernel: ExpertsKernel, name: str) -> None:
+        self._kernel = kernel
+        self._name = name
+        self.filled: set[int] = set()
+        """Slots that have matrices for this parameter."""
+
+    @property
+    def uncaptured(self) -> set[int]:
+        """Slots whose effect a CUDA graph does not include."""
+        return self.filled
+
+    def put(self, slot: int, weights: ModuleWeights | None) -> None:
+        """Place matrices in a slot, or empty it with None.
+
+        Raises:
+            TypeError: this kind of weights has no meaning for experts.
+        """
+        if weights is not None and not isinstance(weights, ExpertLora):
+            raise TypeError(f"{type(weights).__name__} cannot act on a mixture's experts")
+        self.filled.discard(slot)
+        self._kernel.put(self._name, slot, weights)
+        if weights is not None:
+            self.filled.add(slot)
+
+    def exact(self, slot: int) -> bool:
+        """Return True if rows of this slot have PyTorch's bits, according to trials on this machine."""
+        return self._kernel.exact(slot)
+
+
+def _on_rows(
+    experts: ExpertsKernel, step: StepRows, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    return experts(x, chosen, weights, step.tokens)
 
 
 def _shaped(hidden: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
     return torch.empty_like(hidden)
 
 
+class _OneByOne:
+    """Experts computed by their modelling code, one after the other, with a kernel for each matrix."""
+
+    def __init__(self, module: Any, kernels: Kernels, slots: int) -> None:
+        self._chosen: torch.Tensor | None = None
+        self._rows = _NO_ROWS
+        self._by_expert: dict[int, RowMap] = {}
+        self._matrices = {
+            name: _Matrices(getattr(module, name), kernels, slots, module.is_transposed, self.rows_of)
+            for name in matrix_names(module)
+        }
+        for name, one in self._matrices.items():
+            module._parameters.pop(name, None)
+            module._modules.pop(name, None)
+            module.__dict__[name] = one
+        self._own_code = partial(own_code(module), module)
+
+    def __call__(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, rows: RowMap
+    ) -> torch.Tensor:
+        self._chosen, self._rows = chosen, rows
+        try:
+            result: torch.Tensor = self._own_code(x, chosen, weights)
+            return result
+        finally:
+            self._chosen, self._rows = None, _NO_ROWS
+            self._by_expert.clear()
+
+    def put(self, name: str, slot: int, weights: ExpertLora | None) -> None:
+        self._matrices[name].put(slot, weights)
+
+    def exact(self, slot: int) -> bool:
+        return all(one.exact(slot) for one in self._matrices.values())
+
+    def rows_of(self, number: int) -> RowMap:
+        """Return the groups among the rows of one expert in the running step."""
+        if not self._rows.groups or self._chosen is None:
+            return _NO_ROWS
+        if number not in self._by_expert:
+            rows = rows_of_expert(self._chosen, number).tolist()
+            self._by_expert[number] = rows_among(self._rows, rows)
+        return self._by_expert[number]
+
+
 class _Matrices:
     """Matrices of all experts, by number, as modelling code takes them from a parameter."""
 
-    def __init__(self, held: ExpertStack | torch.Tensor, kernels: Kernels, transposed: bool) -> None:
+    def __init__(
+        self,
+        held: ExpertStack | torch.Tensor,
+        kernels: Kernels,
+        slots: int,
+        transposed: bool,
+        rows_of: Callable[[int], RowMap],
+    ) -> None:
+        """Make a kernel of each. `rows_of`: returns the groups among the rows of an expert in this step."""
         count = held.count if isinstance(held, ExpertStack) else len(held)
-        layers = [kernels.linear(layer_of(held, number, transposed), 0) for number in range(count)]
-        self._all = [_Matrix(layer, transposed) for layer in layers]
-        self.exact = all(layer.exact(0) for layer in layers)
+        self._layers = [kernels.linear(layer_of(held, number, transposed), slots) for number in range(count)]
+        self._transposed = transposed
+        self._rows_of = rows_of
+        self._filled: set[int] = set()
 
     def __getitem__(self, number: int | torch.Tensor) -> _Matrix:
-        return self._all[int(number)]
+        number = int(number)
+        rows = self._rows_of(number) if self._filled else _NO_ROWS
+        return _Matrix(self._layers[number], self._transposed, rows)
+
+    def put(self, slot: int, weights: ExpertLora | None) -> None:
+        self._filled.discard(slot)
+        for number, layer in enumerate(self._layers):
+            layer.put(slot, None if weights is None else weights.of_expert(number))
+        if weights is not None:
+            self._filled.add(slot)
+
+    def exact(self, slot: int) -> bool:
+        return all(layer.exact(slot) for layer in self._layers)
 
 
 class _Matrix:
     """Stands for an expert's matrix in a product, which its kernel computes."""
 
-    def __init__(self, kernel: LinearKernel, transposed: bool) -> None:
+    def __init__(self, kernel: LinearKernel, transposed: bool, rows: RowMap) -> None:
         self._kernel = kernel
         self._transposed = transposed
+        self._rows = rows
 
     @classmethod
     def __torch_function__(
@@ -94,7 +202,7 @@ class _Matrix:
         if isinstance(matrix, _Matrix) and isinstance(x, torch.Tensor) and x.dim() == 2:
             expected = func in _PRODUCTS if matrix._transposed else func is functional.linear
             if expected:
-                return matrix._kernel(x, _NO_ROWS)
+                return matrix._kernel(x, matrix._rows)
         raise UnsupportedExpertsError(f"its experts compute {getattr(func, '__name__', func)} of a matrix")
 
 

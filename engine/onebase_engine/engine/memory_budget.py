@@ -137,7 +137,7 @@ def state_place_count(state_bytes: int, max_rows: int, free: int) -> int:
 
 def slot_bytes(layers: Iterable[LayerShape], slots: int, rank: int) -> int:
     """Return the largest size, in bytes, of `slots` adapters of `rank`, fp32."""
-    ends = sum(layer.size_in + layer.size_out for layer in layers if layer.kind != "norm")
+    ends = sum(layer.count * (layer.size_in + layer.size_out) for layer in layers if layer.kind != "norm")
     return ends * rank * slots * 4
 
 
@@ -155,7 +155,9 @@ def verifier_bytes(base: nn.Module) -> int:
     stacks = [module for module in base.modules() if isinstance(module, ExpertStack)]
     # What autograd does not keep is unpacked one matrix at a time.
     unpacked = max((unpacked, *(2 * stack.size_in * stack.size_out for stack in stacks)))
-    versions = PROOF_VERSIONS * slot_bytes(adaptable_layers(base).values(), 1, PROOF_RANK)
+    # Of adapters on experts, which are many times as large, only those are proved for which there is room.
+    layers = [layer for layer in adaptable_layers(base).values() if layer.kind != "experts"]
+    versions = PROOF_VERSIONS * slot_bytes(layers, 1, PROOF_RANK)
     experts = sum(4 * stack.absmax.numel() for stack in stacks if stack.nested)  # in the served view alone
     return CONTEXT_BYTES + max(PROOF_BYTES, versions + unpacked) + _PROOF_VIEWS * scales + experts
 

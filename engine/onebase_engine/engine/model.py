@@ -16,7 +16,7 @@ from onebase_engine.base.load import STATELESS_LAYERS, UnsupportedBaseError, des
 from onebase_engine.base.view import view
 from onebase_engine.engine.attention import PagedAttention, UnsupportedAttentionError
 from onebase_engine.engine.batch import StepBatch
-from onebase_engine.engine.experts import UnsupportedExpertsError, attach_experts
+from onebase_engine.engine.experts import SlotExperts, UnsupportedExpertsError, attach_experts
 from onebase_engine.engine.kv_cache import (
     DUMP_BLOCK,
     RESERVED_BLOCKS,
@@ -33,7 +33,7 @@ from onebase_engine.kernels.cpu import find_kernels
 from onebase_engine.kernels.interface import TILE, Contexts, Kernels, RowMap, StateRuns
 from onebase_engine.kernels.reference import sent
 from onebase_engine.kernels.weights import AdapterWeights, LoraWeights, folded
-from onebase_engine.lora.module import StepRows
+from onebase_engine.lora.module import SlotModule, StepRows
 from onebase_engine.lora.slots import AdapterSlots, SlotLinear, wrap_layers
 from onebase_engine.machine import is_out_of_memory
 
@@ -99,8 +99,6 @@ class ServedModel:
             slots=slots,
             unpacked=unpacked and self.device.type == "cpu",
         )
-        self._slots = AdapterSlots(modules, slots, self.device)
-        self._modules = tuple(modules.values())
         self._slot_count = slots
         self._graphs: Graphs | None = None
         linear = [module for module in modules.values() if isinstance(module, SlotLinear)]
@@ -111,7 +109,7 @@ class ServedModel:
         try:
             self._attention.attach(self._view)
             self._recurrence.attach(self._view)
-            experts = attach_experts(self._view, self.kernels)
+            experts = attach_experts(self._view, self.kernels, self._rows, slots)
             self._probe()
         except Exception as error:
             if is_out_of_memory(error):
@@ -121,8 +119,11 @@ class ServedModel:
             )
             reason = str(error) if known else f"{described(error)}. Choose another --quantization, or base"
             raise UnsupportedBaseError(f"{type(base).__name__} cannot be served: {reason}") from error
+        adapted: dict[str, SlotModule | SlotExperts] = {**modules, **experts}
+        self._slots = AdapterSlots(adapted, slots, self.device)
+        self._modules = tuple(adapted.values())
         self._routed = bool(experts)
-        exact = [*(module.exact(0) for module in linear), *experts]
+        exact = [*(module.exact(0) for module in linear), *(one.exact(0) for one in experts.values())]
         named = "linear layers and mixtures" if experts else "linear layers"
         self.promise = _promise(self.kernels, exact, self.kv_dtype, named)
         """Guarantee about a sequence's bits, in a sentence or two."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache, cached_property
 from itertools import pairwise
@@ -38,8 +38,13 @@ from onebase_engine.kernels.interface import (
     RowMap,
     StateRuns,
 )
-from onebase_engine.kernels.reference import ReferenceKernels, ReferenceLinear, ReferenceRecurrence
-from onebase_engine.kernels.weights import LoraWeights
+from onebase_engine.kernels.reference import (
+    ReferenceKernels,
+    ReferenceLinear,
+    ReferenceRecurrence,
+    rows_among,
+)
+from onebase_engine.kernels.weights import ExpertLora, LoraWeights
 
 logger = logging.getLogger(__name__)
 
@@ -377,16 +382,16 @@ class CpuKernels(ReferenceRecurrence):
         layer.structure.block, layer.exact_base = self._blocks[key]
         return layer
 
-    def experts(self, module: Any) -> NativeExperts | None:
+    def experts(self, module: Any, slots: int) -> NativeExperts | None:
         kind: Any = type(module)
         if not is_usual(kind):
             return None
-        held = [getattr(module, name) for name in matrix_names(module)]
-        up, down = (self.linear(layer_of(one, 0), 0) for one in held)
+        held = {name: getattr(module, name) for name in matrix_names(module)}
+        up, down = (self.linear(layer_of(one, 0), 0) for one in held.values())
         if not (isinstance(up, NativeLinear) and isinstance(down, NativeLinear)):
             return None
         silu = type(module.act_fn).__name__ in _SILU and self.gates and up.size_out % (2 * LANES) == 0
-        return NativeExperts(self, held, up, down, None if silu else module.act_fn)
+        return NativeExperts(self, held, up, down, None if silu else module.act_fn, slots)
 
     def join(self, layers: Sequence[LinearKernel], *, gated: bool = False) -> NativeLayers | None:
         """Join layers. A gated pair is joined only if silu has PyTorch's bits."""
@@ -725,24 +730,36 @@ class NativeExperts:
     def __init__(
         self,
         kernels: CpuKernels,
-        held: Sequence[Any],
+        held: Mapping[str, Any],
         up: NativeLinear,
         down: NativeLinear,
         activation: Callable[[torch.Tensor], torch.Tensor] | None,
+        slots: int,
     ) -> None:
         """Describe the experts to the library.
 
         Args:
-            held: stacks or parameters of the matrices up and down.
+            held: stacks or parameters of the matrices up and down, by name.
             up: layer of the first expert's matrix up; `down`: of its matrix down.
             activation: of the gate; None: silu, which the library computes.
+            slots: number of adapters.
         """
         self._kernels = kernels
         self._activation = activation
-        self.exact = up.exact_base and down.exact_base
+        self._names = tuple(held)
+        self._slot_count = slots
+        self._exact = up.exact_base and down.exact_base
+        self._inexact: set[tuple[str, int]] = set()
+        """Names and slots of matrices whose products PyTorch sums in another order."""
+        self._adapters: dict[tuple[str, int], ExpertLora] = {}
+        """Matrices by the parameter's name and slot."""
+        self._tables: dict[str, list[Any]] = {}
+        """Description of each structure's matrices by slot, by the parameter's name."""
         self._inner, self._size = down.size_in, down.size_out
-        count = len(held[1].weight if isinstance(held[1], ExpertStack) else held[1])
-        places = [_places(one, layer) for one, layer in zip(held, (up, down), strict=True)]
+        self._sizes = {name: (one.size_in, one.size_out) for name, one in zip(held, (up, down), strict=True)}
+        stacks = list(held.values())
+        count = len(stacks[1].weight if isinstance(stacks[1], ExpertStack) else stacks[1])
+        places = [_places(one, layer) for one, layer in zip(stacks, (up, down), strict=True)]
         self._base = [up, down, *(memory for _, memory in places)]
         self._layers = (_Linear * (3 * count))()
         calls = (KernelCall * (2 * count))()
@@ -764,10 +781,75 @@ class NativeExperts:
         self._calls = words.reshape(count, 2, -1).copy()
         """The two calls of each expert, as words [experts, 2, ...]."""
 
-    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def exact(self, slot: int) -> bool:
+        return self._exact and not any((name, slot) in self._inexact for name in self._names)
+
+    def put(self, name: str, slot: int, weights: ExpertLora | None) -> None:
+        self._adapters.pop((name, slot), None)
+        self._inexact.discard((name, slot))
+        if name not in self._tables:
+            if weights is None:
+                return
+            self._tables[name] = self._add_tables(name)
+        if weights is None:
+            for table in self._tables[name]:
+                table[slot] = _Lora()
+            return
+        size_in, size_out = self._sizes[name]
+        shrink, same_shrink = self._kernels.order(size_in, weights.rank)
+        expand, same_expand = self._kernels.order(weights.rank, size_out)
+        if not (same_shrink and same_expand):
+            self._inexact.add((name, slot))
+        a, b = weights.a.contiguous(), weights.b.contiguous()
+        self._adapters[name, slot] = ExpertLora(a, b, weights.scale)
+        orders = ctypes.pointer(shrink), ctypes.pointer(expand)
+        each = len(self._tables[name]) // len(self._calls)
+        for number, table in enumerate(self._tables[name]):
+            expert, half = divmod(number, each)
+            own = b[expert][half * (size_out // each) :]
+            table[slot] = _Lora(a[expert].data_ptr(), own.data_ptr(), weights.rank, *orders, weights.scale, 0)
+
+    def _add_tables(self, name: str) -> list[Any]:
+        """Give each structure of a parameter's matrices a table of adapters by slot; return the tables.
+
+        A matrix up whose halves the library multiplies by themselves has two.
+        """
+        up = [0] if self._activation is not None else [0, 1]
+        places = [2] if name == self._names[1] else up
+        tables = []
+        for expert in range(len(self._calls)):
+            for place in places:
+                table = (_Lora * (self._slot_count + 1))()
+                self._layers[3 * expert + place].lora = ctypes.cast(table, POINTER(_Lora))
+                tables.append(table)
+        return tables
+
+    def _groups_of(
+        self, rows: RowMap, packed: np.ndarray, starts: np.ndarray, counts: np.ndarray
+    ) -> dict[int, RowMap]:
+        """Return the groups among the rows of each expert for which an adapter acts, by its place among the
+        used experts.
+
+        packed: numbers of the packed rows, sorted by expert, [rows * k].
+        """
+        filled = {slot for _, slot in self._adapters}
+        acting = tuple(group for group in rows.groups if any(slot in filled for slot, _ in group.terms))
+        if not acting:
+            return {}
+        if len(acting) < len(rows.groups):
+            rows = RowMap(acting)
+        found = {
+            place: rows_among(rows, packed[start : start + count].tolist())
+            for place, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True))
+        }
+        return {place: groups for place, groups in found.items() if groups.groups}
+
+    def __call__(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, rows: RowMap
+    ) -> torch.Tensor:
         if x.dtype != torch.bfloat16:
             raise TypeError(f"experts in bf16 got rows in {x.dtype}")
-        rows, each = chosen.shape
+        each = chosen.shape[1]
         numbers = chosen.numpy()
         flat = numbers.reshape(-1)
         order = np.argsort(flat, kind="stable")
@@ -778,13 +860,18 @@ class NativeExperts:
         ys = torch.empty(len(flat), self._size, dtype=x.dtype)
         calls = self._calls[used]
         calls[:, :, _ROWS_WORD] = counts[:, None]
+        adapted = self._groups_of(rows, order // each, starts, counts) if self._adapters else {}
+        bare = np.setdiff1d(np.arange(len(used)), list(adapted))
 
         def multiply(parts: slice, *tensors: torch.Tensor) -> None:
             places = [one.data_ptr() + starts * one.stride(0) * one.itemsize for one in tensors]
             for number, (source, target) in enumerate(pairwise(places)):
                 calls[:, parts][:, number, [_X_WORD, _Y_WORD]] = np.stack([source, target], 1)
-            made = np.ascontiguousarray(calls[:, parts])
+            made = np.ascontiguousarray(calls[bare][:, parts])
             self._kernels.run_all(made.ctypes.data, made.shape[0] * made.shape[1], None, None)
+            for place, groups in adapted.items():
+                made = np.ascontiguousarray(calls[place, parts])
+                self._kernels.run_all(made.ctypes.data, len(made), groups, None)
 
         if self._activation is None:
             multiply(slice(0, 2), xs, torch.empty(len(flat), self._inner, dtype=x.dtype), ys)
@@ -797,7 +884,7 @@ class NativeExperts:
         place = np.empty(len(flat), np.int64)
         place[order] = np.arange(len(flat))
         by_expert = np.argsort(numbers, axis=1, kind="stable")
-        index = torch.from_numpy(np.take_along_axis(place.reshape(rows, each), by_expert, 1))
+        index = torch.from_numpy(np.take_along_axis(place.reshape(-1, each), by_expert, 1))
         parts = ys[index] * weights.gather(1, torch.from_numpy(by_expert))[..., None]
         parts = parts.to(x.dtype)
         total = torch.zeros_like(x)

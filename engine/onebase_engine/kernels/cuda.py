@@ -1246,7 +1246,7 @@ class CudaKernels(CudaRecurrence):
             return None
         return CudaLayers(self, own, gated=gated)
 
-    def experts(self, module: Any) -> None:
+    def experts(self, module: Any, slots: int) -> None:
         return None
 
     def unpack(self, layer: CudaLinear, number: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from onebase_engine.kernels.weights import LoraWeights
+from onebase_engine.kernels.weights import ExpertLora, LoraWeights
 
 Positions = TypeVar("Positions", int, np.ndarray, torch.Tensor)
 
@@ -191,21 +191,31 @@ class LinearKernel(Protocol):
 
 
 class ExpertsKernel(Protocol):
-    """A mixture's experts, as transformers computes them one after the other (`MixtralExperts`)."""
+    """A mixture's experts, as transformers computes them one after the other (`MixtralExperts`), plus the
+    LoRAs in their slots."""
 
-    exact: bool
-    """Whether products have PyTorch's bits, according to trials on this machine."""
-
-    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, rows: RowMap
+    ) -> torch.Tensor:
         """Compute x [rows, hidden] -> the same: the weighted sum of what each row's experts give.
 
         Each product is rounded to the weights' dtype and then to that of x, and sums of a row are rounded one
-        by one, by ascending number of the expert.
+        by one, by ascending number of the expert. LoRAs are added to an expert's product as to that of a
+        linear layer (`LinearKernel`).
 
         Args:
             chosen: numbers of the experts, [rows, k] int64.
             weights: [rows, k].
         """
+        ...
+
+    def put(self, name: str, slot: int, weights: ExpertLora | None) -> None:
+        """Place matrices on the parameter `name` in a slot, or empty it with None."""
+        ...
+
+    def exact(self, slot: int) -> bool:
+        """Return True if products for rows of this slot have PyTorch's bits, according to trials on this
+        machine."""
         ...
 
 
@@ -350,9 +360,9 @@ class Kernels(RecurrentKernels, Protocol):
         """
         ...
 
-    def experts(self, module: Any) -> ExpertsKernel | None:
-        """Return the kernel of a mixture's experts, plain or in NF4; None if their matrices are multiplied
-        one by one."""
+    def experts(self, module: Any, slots: int) -> ExpertsKernel | None:
+        """Return the kernel of a mixture's experts, plain or in NF4, with `slots` adapters; None if their
+        matrices are multiplied one by one."""
         ...
 
     def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:

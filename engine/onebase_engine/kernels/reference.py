@@ -171,7 +171,7 @@ class ReferenceKernels(ReferenceRecurrence):
     def join(self, layers: Sequence[LinearKernel], *, gated: bool = False) -> None:
         return None
 
-    def experts(self, module: Any) -> None:
+    def experts(self, module: Any, slots: int) -> None:
         return None
 
     def norm(self, base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -227,6 +227,21 @@ def parts(
         rows.held[key] = found
     made: list[tuple[torch.Tensor, int, RowGroup]] = rows.held[key]
     return made
+
+
+def rows_among(rows: RowMap, chosen: Sequence[int]) -> RowMap:
+    """Return the groups of some packed rows, numbered by their places in `chosen`."""
+    if "group of row" not in rows.held:
+        rows.held["group of row"] = {
+            row: number for number, group in enumerate(rows.groups) for row in group.rows
+        }
+    group_of = rows.held["group of row"]
+    places: dict[int, list[int]] = {}
+    for place, row in enumerate(chosen):
+        if row in group_of:
+            places.setdefault(group_of[row], []).append(place)
+    groups = (RowGroup(tuple(own), rows.groups[number].terms) for number, own in places.items())
+    return RowMap(tuple(groups))
 
 
 class ReferenceLinear:

@@ -63,6 +63,34 @@ class LoraWeights:
 
 
 @dataclass(frozen=True)
+class ExpertLora:
+    """Matrices on one parameter of a mixture's experts, fp32: `a` [experts, rank, in], `b` [experts, out,
+    rank]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[2]
+
+    def of_expert(self, number: int) -> LoraWeights:
+        """Return one expert's matrices, over the same memory."""
+        return LoraWeights(self.a[number], self.b[number], self.scale)
+
+    def to(self, device: torch.device) -> ExpertLora:
+        return moved(self, device)
+
+    def folded(self) -> ExpertLora:
+        """Fold the scale into B as `LoraWeights.folded` does."""
+        if self.scale == 1.0 or math.frexp(self.scale)[0] != 0.5:
+            return self
+        b = self.b * self.scale
+        return replace(self, b=b, scale=1.0) if bool(torch.isfinite(b).all()) else self
+
+
+@dataclass(frozen=True)
 class SavedModule:
     """A whole module in place of the base's (`modules_to_save`): a norm, the embedding or the output head.
 
@@ -123,7 +151,7 @@ embedding and one of the head, and widens the logits of every sequence in a step
 HEAD = "score"
 """Name of a classifier's head among an adapter's modules."""
 
-ModuleWeights = LoraWeights | SavedModule | TokenRows | Head
+ModuleWeights = LoraWeights | ExpertLora | SavedModule | TokenRows | Head
 AdapterWeights = Mapping[str, ModuleWeights]
 """Weights by the full name of the base's module."""
 
@@ -178,7 +206,7 @@ def composable(weights: AdapterWeights) -> bool:
     modules, of token rows or of adapters that act from different tokens on.
     """
     return all(
-        isinstance(module, Head)
+        isinstance(module, Head | ExpertLora)
         or (isinstance(module, LoraWeights) and module.plain and not module.invocation)
         for module in weights.values()
     )
@@ -237,8 +265,12 @@ def vocabulary_of(weights: AdapterWeights) -> int:
 
 def fits(module: ModuleWeights, layer: LayerShape) -> bool:
     """Return True if the module's shapes are those that this layer of the base needs."""
-    if isinstance(module, Head):
+    if isinstance(module, Head) or isinstance(module, ExpertLora) != (layer.kind == "experts"):
         return False
+    if isinstance(module, ExpertLora):
+        count, rank = layer.count, module.rank
+        shapes = tuple(module.a.shape), tuple(module.b.shape)
+        return shapes == ((count, rank, layer.size_in), (count, layer.size_out, rank))
     if isinstance(module, SavedModule):
         rows, *others = layer.weight_shape
         rows = rows if layer.kind == "norm" else words_of(module)

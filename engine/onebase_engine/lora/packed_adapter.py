@@ -21,6 +21,7 @@ import torch
 from onebase_engine.base.layers import LayerShape
 from onebase_engine.kernels.weights import (
     AdapterWeights,
+    ExpertLora,
     Head,
     LoraWeights,
     ModuleWeights,
@@ -36,8 +37,9 @@ LAYOUT = "onebase-prepared-1"
 MAX_HEADER_BYTES = 64 << 20
 """Largest accepted header, in bytes: more than twice that of the largest accepted adapter."""
 _CHUNK_BYTES = 1 << 20
-_KINDS: dict[str, type[LoraWeights] | type[SavedModule] | type[TokenRows] | type[Head]] = {
+_KINDS: dict[str, type[ModuleWeights]] = {
     "lora": LoraWeights,
+    "experts": ExpertLora,
     "saved": SavedModule,
     "tokens": TokenRows,
     "head": Head,
@@ -66,7 +68,7 @@ def write_packed_adapter(path: Path, weights: AdapterWeights, *, base_id: str) -
             tensors[key] = tensor.detach()
             parts[part] = key
         entry: dict[str, Any] = {"name": name, "kind": _kind(module), "tensors": parts}
-        if isinstance(module, LoraWeights):
+        if isinstance(module, LoraWeights | ExpertLora):
             entry["scale"] = module.scale
             if module.invocation:
                 entry["invocation"] = list(module.invocation)
@@ -225,7 +227,7 @@ def _module(entry: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> Modu
     if unknown := parts.keys() - {field.name for field in fields(cls)}:
         raise ValueError(f"unknown tensors {sorted(unknown)}")
     values: dict[str, Any] = dict(parts)
-    if cls is LoraWeights:
+    if cls in (LoraWeights, ExpertLora):
         values["scale"] = float(entry["scale"])
         values["invocation"] = tuple(map(int, entry.get("invocation", ())))
     elif cls is TokenRows:
@@ -242,6 +244,9 @@ def _check(module: ModuleWeights) -> None:
         fits = module.a.ndim == module.b.ndim == 2 and module.rank in module.a.shape
         fits = fits and all(v.shape == module.b.shape[:1] for v in vectors) and math.isfinite(module.scale)
         fits = fits and all(t.dtype == torch.float32 for t in (module.a, module.b, *vectors))
+    elif isinstance(module, ExpertLora):
+        fits = module.a.ndim == module.b.ndim == 3 and module.a.shape[:2] == (len(module.b), module.rank)
+        fits = fits and module.a.dtype == module.b.dtype == torch.float32 and math.isfinite(module.scale)
     elif isinstance(module, Head):
         fits = module.weight.ndim == 2 and module.weight.is_floating_point()
         fits = fits and (module.bias is None or module.bias.shape == module.weight.shape[:1])

@@ -8,7 +8,7 @@ the step: a `RowMap`, set on the shared `StepRows` before the forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -106,10 +106,16 @@ def _replace(model: nn.Module, name: str, by: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, by)
 
 
+class Slotted(Protocol):
+    """Holder of the weights of one module of the base, by slot."""
+
+    def put(self, slot: int, weights: ModuleWeights | None) -> None: ...
+
+
 class AdapterSlots:
     """Adapter versions by slot, over all wrapped modules of a view."""
 
-    def __init__(self, modules: Mapping[str, SlotModule], slots: int, device: torch.device) -> None:
+    def __init__(self, modules: Mapping[str, Slotted], slots: int, device: torch.device) -> None:
         self._modules = modules
         self._device = device
         self._touched: list[tuple[str, ...]] = [()] * slots

@@ -23,8 +23,7 @@ import torch
 
 from onebase_adapters.format.canonical import AdapterFormatError
 from onebase_adapters.proof.merging import MergeInput, MergeRecipe
-from onebase_adapters.proof.modules import ProofError
-from onebase_adapters.proof.report import Stage
+from onebase_adapters.proof.report import ProofError, Stage
 from onebase_adapters.proof.verifier import OnProgress, Verifier
 from onebase_engine.base.attach import AttachError, attach
 from onebase_engine.base.load import BaseChangedError, BaseSettings
