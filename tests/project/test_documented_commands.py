@@ -71,6 +71,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"onebase (batches|files) (show|results|cancel|download|rm) ", PARSE),  # of nobody's
     (r"git diff \| onebase generate ", RUN),
     (r"onebase chat$", RUN),
+    (r"onebase judge (?!--help)", PARSE),  # of a reader's conversation; tests/clients/test_judging.py runs it
     (r"onebase [a-z]+( [a-z]+)? --help$", RUN),
     (r"onebase data check [\w/]+\.", RUN),
     (r"onebase estimate --base ", RUN),

@@ -719,7 +719,7 @@ class Scheduler:
     def _prefix_in_flight(self, sequence: SequenceState) -> bool:
         """Return True if a running sequence computes a prefix that this one lacks and could reuse.
 
-        The other one has at least its priority, so that it does not come behind others that this one precedes.
+        The other one has at least its priority, and is served no later than this one would be.
         """
         size = self._pool.block_size
         for other in self.running:
@@ -728,15 +728,14 @@ class Scheduler:
                 continue
             self._extend_keys(sequence, sequence.length - 1)
             keys = sequence.block_keys[: sequence.reusable // size]
-            alike = range(min(len(keys), len(other.block_keys)))
-            count = bisect_left(alike, True, key=lambda n, theirs=other.block_keys: keys[n] != theirs[n])
+            count = _common_length(keys, other.block_keys)
             long = count * size >= PREFIX_IN_FLIGHT
             if long and count > other.computed // size and not self._has_prefix(keys[:count]):
                 return True
         return False
 
     def _has_prefix(self, keys: Sequence[bytes]) -> bool:
-        """Return True if a prefix is cached to its end, with the recurrent state behind it if there is one."""
+        """Return True if a prefix is cached to its end, with the recurrent state behind it if it has one."""
         if self._states is not None and self._states.longest(keys)[0] < len(keys):
             return False
         return self._pool.holds(group_key(keys[-1], 0), restore=True)
@@ -1006,6 +1005,11 @@ class Scheduler:
                 else root_key(self._base, sequence.tenant, sequence.mix)
             )
             sequence.block_keys.append(block_key(parent, sequence.tokens[start : start + size]))
+
+
+def _common_length(keys: Sequence[bytes], others: Sequence[bytes]) -> int:
+    """Return the number of equal keys at the beginning. Each key stands for all before it too."""
+    return bisect_left(range(min(len(keys), len(others))), True, key=lambda n: keys[n] != others[n])
 
 
 def _by_position(of_groups: Sequence[Sequence[int]]) -> list[int]:

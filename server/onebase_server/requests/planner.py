@@ -168,8 +168,9 @@ class Planner:
     ) -> GenerationRequest:
         thinking = None
         if body.messages:
-            prompt = await self.chat_prompt(caller.tenant, body, body.messages, tokenizer=tokenizer)
-            thinking = None if body.echo else self._thinking(body, body.messages, prompt, tokenizer)
+            messages = _with_instruction(body.messages, body.instruction)
+            prompt = await self.chat_prompt(caller.tenant, body, messages, tokenizer=tokenizer)
+            thinking = None if body.echo else self._thinking(body, messages, prompt, tokenizer)
         else:
             prompt = (await self._prompts(caller.tenant, [body.prompt or ""], tokenizer))[0]
         wanted = _Wanted(
@@ -389,7 +390,7 @@ class Planner:
         caller: Caller,
         tokenizer: BaseTokenizer,
     ) -> GenerationRequest:
-        effort = body.reasoning_effort
+        effort, messages = body.reasoning_effort, _with_instruction(messages, body.instruction)
         prompt = await self.chat_prompt(caller.tenant, body, messages, effort, tokenizer=tokenizer)
         wanted = _Wanted(
             kind=kind,
@@ -884,6 +885,11 @@ class Planner:
                 "Ask for that or less.",
                 param="timeout_s",
             )
+
+
+def _with_instruction(messages: Sequence[ChatMessage], instruction: str | None) -> Sequence[ChatMessage]:
+    """Return a conversation with one more message of the user, if there is one."""
+    return [*messages, ChatMessage(role="user", content=instruction)] if instruction else messages
 
 
 def check_generates(choice: AdapterChoice) -> AdapterChoice:
