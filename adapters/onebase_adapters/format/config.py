@@ -85,6 +85,7 @@ _READ = frozenset(
         "revision",
         "id2label",
         "onebase_tokenizer",
+        "onebase_defaults",
     ]
 )
 
@@ -144,6 +145,8 @@ class ConfigFacts:
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tokenizer: Any = None
     """Value of `onebase_tokenizer`, which `added_tokens` reads."""
+    defaults: Any = None
+    """Value of `onebase_defaults`, which `defaults` reads."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -189,6 +192,7 @@ def check_config(raw: bytes) -> ConfigFacts:
         label_names=_label_names(config.get("id2label")) if heads else (),
         token_indices=_token_indices(config.get("trainable_token_indices")),
         tokenizer=config.get("onebase_tokenizer"),
+        defaults=config.get("onebase_defaults"),
     )
     if facts.lora_bias and (facts.dora or not isinstance(config.get("init_lora_weights", True), bool)):
         raise AdapterFormatError(

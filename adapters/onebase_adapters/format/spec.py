@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onebase_adapters.format.config import Task
-from onebase_protocol.adapters import TokenizerAdditions
+from onebase_protocol.adapters import AdapterDefaults, TokenizerAdditions
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class AdapterSpec:
     """Names of all classes, or empty."""
     tokens: TokenizerAdditions | None = None
     """Additions of its tokenizer to the base's; None if there are none."""
+    defaults: AdapterDefaults | None = None
+    """Defaults of requests that came with it."""
     dropped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

@@ -12,8 +12,6 @@ from onebase_protocol.reading import Decision, Option, ReadingUsage
 from onebase_protocol.serving import Model
 from onebase_protocol.text import AdapterWeight, Logprobs, Timing, Usage
 
-from .errors import APIStatusError
-
 __all__ = [
     "AdapterSpec",
     "AdapterWeight",
@@ -25,8 +23,6 @@ __all__ = [
     "Embeddings",
     "Generation",
     "Health",
-    "Judge",
-    "Judgement",
     "Label",
     "Logprobs",
     "Message",
@@ -161,42 +157,6 @@ class SamplingFields(TypedDict, total=False):
 
     timeout_s: float | None
     """Time, in seconds, after which the server ends the request by itself (default: None, no limit)."""
-
-
-class Judge(SamplingFields, total=False):
-    """One of several requests about one conversation: who answers, what it is asked, and how."""
-
-    name: str
-    """Name of its answer (default: the adapter's, or `base`)."""
-    adapter: AdapterSpec
-    """Adapter that answers, as in `Client.generate` (default: None, the base)."""
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """The answer of one judge, or the error that it alone had."""
-
-    name: str
-    index: int
-    """Position of the judge among those that were asked."""
-    answer: Generation | None
-    error: APIStatusError | None = None
-
-    @property
-    def result(self) -> Generation:
-        """The answer.
-
-        Raises:
-            APIStatusError: the judge has none.
-        """
-        if self.answer is None:
-            raise self.error or RuntimeError("a judgement without an answer has an error")
-        return self.answer
-
-    @property
-    def text(self) -> str:
-        """The text of the answer. Raises as `result`."""
-        return self.result.text
 
 
 @dataclass(frozen=True)

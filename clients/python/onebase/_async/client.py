@@ -19,6 +19,7 @@ from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_defa
 from .._core.streams import broken
 from .._http import AsyncPool, AsyncTransport
 from ..errors import APIConnectionError, APITimeoutError, InvalidResponseError
+from ..judging_types import Judge, Judgement
 from ..metrics import METRICS, Metrics, parse_metrics
 from ..types import (
     AdapterSpec,
@@ -28,8 +29,6 @@ from ..types import (
     Embeddings,
     Generation,
     Health,
-    Judge,
-    Judgement,
     Messages,
     Model,
     Ranked,

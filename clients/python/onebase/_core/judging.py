@@ -9,7 +9,8 @@ from typing import Any, Final
 from onebase_protocol.text import GenerateManyAnswer, OneOfManyAnswer
 
 from ..errors import ErrorDetail, InvalidResponseError, StreamError, status_error
-from ..types import AdapterSpec, Judge, Judgement, Messages
+from ..judging_types import Judge, Judgement
+from ..types import AdapterSpec, Messages
 from . import parse
 from .requests import Body, Call, adapter_body, encode, messages_body, sampling_body
 from .streams import Assembler

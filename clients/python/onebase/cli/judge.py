@@ -12,7 +12,8 @@ from typing import Any, Final, cast
 
 from .._sync.client import Client
 from .._terminal.ui import Column, print_table
-from ..types import Judge, Judgement, Message
+from ..judging_types import Judge, Judgement
+from ..types import Message
 from .command import FAILED, OK, add_sampling_options, parser, perform, plain, print_json, sampling_of
 
 _DESCRIPTION: Final = """\

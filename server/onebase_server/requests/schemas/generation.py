@@ -156,6 +156,9 @@ class AdapterFields(Wire):
     )
     adapter: Annotated[Annotated[Name, ONE] | Annotated[AdapterTerms, LIST], BY_KIND] | None = None
     adapter_id: Name | None = Field(default=None, description="one adapter, as LoRAX and TGI call it")
+    adapter_defaults: bool | None = Field(
+        default=None, description="false: without the defaults that the adapter came with"
+    )
 
     @model_validator(mode="after")
     def _check_adapter(self) -> Self:
@@ -319,7 +322,9 @@ class ConversationFields(SamplingBody):
     continue_final_message: bool | None = Field(
         default=None, description="the answer continues where the last message ends"
     )
-    instruction: str | None = Field(default=None, description="one more message of the user, at the end")
+    instruction: str | None = Field(
+        default=None, description='one more message of the user, at the end; "": not even the adapter\'s own'
+    )
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
