@@ -73,6 +73,10 @@ def test_a_request_has_them_where_it_does_not_say_otherwise(api: Any, careful: d
     respond = api.http.post("/v1/responses", json={"model": "careful", "input": TALK[0]["content"]}).json()
     assert respond["output"][0]["content"][0]["text"] == expected[0]
     assert respond["usage"]["input_tokens"] == expected[1]
+    counted = api.http.post(
+        "/v1/responses/input_tokens", json={"model": "careful", "input": TALK[0]["content"]}
+    )
+    assert counted.json()["input_tokens"] == expected[1]
 
 
 @pytest.mark.parametrize(

@@ -506,17 +506,25 @@ class Planner:
         body: ConversationFields,
         messages: Sequence[ChatMessage],
         reasoning_effort: str | None = None,
-        tokenizer: BaseTokenizer | None = None,
+        own: OwnParts | None = None,
     ) -> list[int]:
-        """Return the prompt of a conversation."""
-        prompt = await self.chat_prompt(tenant, body, messages, reasoning_effort, tokenizer=tokenizer)
+        """Return the prompt of a conversation. own: of its adapter, whose defaults it gets."""
+        own = own or OwnParts(self._tokenizer)
+        prompt = await self.chat_prompt(
+            tenant,
+            body,
+            conversation_of(body, messages, own.defaults),
+            reasoning_effort,
+            tokenizer=own.tokenizer,
+            invocation=own.invocation,
+        )
         return prompt.tokens
 
     async def input_tokens(self, tenant: str, body: ResponsesRequest, messages: Sequence[ChatMessage]) -> int:
         """Return the number of tokens of a response's prompt."""
-        tokenizer = await self.tokenizer_of(tenant, body.model, body)
+        own = await self.parts_of(tenant, body.model, body)
         try:
-            found = await self.chat_tokens(tenant, body, messages, body.reasoning_effort, tokenizer)
+            found = await self.chat_tokens(tenant, body, messages, body.reasoning_effort, own)
         except InvalidRequestError as error:
             raise _in_words_of_responses(error) from error.__cause__
         return len(found)
