@@ -191,6 +191,8 @@ def test_a_modelfile_of_ollama_gives_its_system_message_parameters_and_stops() -
         ("io.yaml", "a: !!python/object/apply:os.system ['true']"),
         ("io.yaml", "[" * 3000),
         ("io.yaml", "parameters: {temperature: 9}"),
+        ("io.yaml", "parameters: {temperature: .nan}"),
+        ("io.yaml", "response_format: {default: 2020-01-01}"),
         ("Modelfile", "PARAMETER temperature hot"),
         ("Modelfile", 'SYSTEM """x'),
     ],

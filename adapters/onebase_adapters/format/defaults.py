@@ -73,9 +73,9 @@ def checked_defaults(value: Any, name: str = DEFAULTS_FIELD) -> AdapterDefaults 
         given["stop"] = [given["stop"]]
     _check_depth(given, name)
     try:
-        size = len(json.dumps(given, ensure_ascii=False).encode())
+        size = len(json.dumps(given, ensure_ascii=False, allow_nan=False).encode())
         found = msgspec.convert(given, AdapterDefaults)
-    except (msgspec.ValidationError, UnicodeEncodeError) as error:
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise AdapterFormatError("bad_defaults", f"{name}: {_in_words(str(error))}") from None
     if size > MAX_DEFAULTS_BYTES:
         raise AdapterFormatError("bad_defaults", f"{name} is over {MAX_DEFAULTS_BYTES} bytes")
@@ -219,8 +219,9 @@ def _of_granite(text: str) -> dict[str, Any]:
     schema = config.get("response_format")
     if schema is not None:
         try:
-            found["guided_json"] = parse_json(schema.encode()) if isinstance(schema, str) else schema
-        except (ValueError, RecursionError) as error:
+            given = schema if isinstance(schema, str) else json.dumps(schema)
+            found["guided_json"] = parse_json(given.encode())
+        except (TypeError, ValueError, RecursionError) as error:
             raise AdapterFormatError("bad_defaults", f"{IO_FILE}: response_format: {error}") from None
     for name, value in (config.get("parameters") or {}).items():
         name = _GRANITE_NAMES.get(name, name)

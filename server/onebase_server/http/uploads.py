@@ -306,9 +306,7 @@ class AdapterForm(FormReader[Upload]):
             self._config = with_labels(
                 bytes(self._small[CONFIG_FILE]), None if model is None else bytes(model)
             )
-            self._config = with_defaults(
-                self._config, read_defaults(self._read_small), self._given_defaults()
-            )
+            self._config = with_defaults(self._config, *self._defaults())
             if self._tokenizer and self._weights is not None:
                 with store_errors("reading an upload"):
                     self._config = with_tokens(
@@ -327,13 +325,15 @@ class AdapterForm(FormReader[Upload]):
     def _read_small(self, name: str) -> bytes | None:
         return bytes(self._small[name]) if name in self._small else None
 
-    def _given_defaults(self) -> dict[str, Any] | None:
-        """Return the defaults in the form's own field. Raises InvalidRequestError."""
-        given = self.fields.get(DEFAULTS_FORM_FIELD)
+    def _defaults(self) -> tuple[dict[str, Any] | None, ...]:
+        """Return the defaults in a file, and those in the form's own field. Raises InvalidRequestError."""
+        field, given = _FILES_FIELD, self.fields.get(DEFAULTS_FORM_FIELD)
         try:
-            return None if given is None else parse_defaults(given, DEFAULTS_FORM_FIELD)
+            of_file = read_defaults(self._read_small)
+            field = DEFAULTS_FORM_FIELD
+            return of_file, None if given is None else parse_defaults(given, field)
         except AdapterFormatError as error:
-            raise InvalidRequestError(f"{error}.", param=DEFAULTS_FORM_FIELD, code=error.code) from error
+            raise InvalidRequestError(f"{error}.", param=field, code="bad_defaults") from error
 
     def _read_tokenizer(self, name: str) -> bytes | None:
         return self._tokenizer[name].path.read_bytes() if name in self._tokenizer else None
