@@ -122,6 +122,19 @@ def test_requests_share_a_conversation_and_each_has_its_own_instruction(api: Any
         assert text_of(events) == alone["choices"][0]["text"]
 
 
+def test_a_conversation_that_judges_share_is_computed_once(api: Any) -> None:
+    talk = [{"role": "user", "content": "A story of seven ships. " * 30}]
+    judges = [{"instruction": f"Number {number}?", "max_tokens": 2} for number in range(6)]
+
+    body = {"messages": talk, "requests": judges, "stream": False}
+    answered = api.http.post("/generate/many", json=body).json()["data"]
+
+    used = [one["answer"]["usage"] for one in answered]
+    computed = sorted(one["prompt_tokens"] - one["cached_tokens"] for one in used)
+    assert computed[-1] > 150  # of one judge, which computes what all of them have
+    assert computed[-2] < 50
+
+
 def test_judges_that_fail_have_their_errors_in_a_whole_answer(scripted: Server) -> None:
     good = {"instruction": " word", "max_tokens": 3}
     bad: list[Any] = [{**good, "adapter": "nobody"}, {**good, "temperature": 9}, {**good, "prompt": "x"}, 7]
@@ -174,6 +187,19 @@ def test_each_counts_as_a_request_and_what_is_over_a_quota_alone_is_refused(
     assert [events[-1].get("status", 200) for events in together] == [200, 404, 200, 429, 429]
     assert "3 requests in any 60 seconds" in together[3][0]["error"]["message"]
     assert one_more.status_code == 429
+    assert (used["requests"], used["completion_tokens"]) == (2, 4)
+
+
+@one_server
+def test_a_quota_refuses_the_judges_that_exceed_it_in_a_whole_answer_too(keyed: Server, keys: Keys) -> None:
+    body = {"prompt": "word", "requests": [{"max_tokens": 2}] * 3, "stream": False}
+    with caller(keyed, keys, "whole", quotas={"requests": 2}) as http:
+        answered = http.post("/generate/many", json=body).json()["data"]
+        (used,) = http.get("/v1/usage").json()["data"]
+
+    assert sorted(one["status"] for one in answered) == [200, 200, 429]
+    (refused,) = (one["error"] for one in answered if one["status"] == 429)
+    assert refused["code"] == "rate_limit_exceeded"
     assert (used["requests"], used["completion_tokens"]) == (2, 4)
 
 
