@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import field
+from msgspec import Meta, field
 
 from onebase_protocol.common import Sparse, Stored, shown_as
+
+LONGEST_DEFAULT: Final = 64 << 10
+"""Largest number of characters of a text in an adapter's defaults."""
 
 READY: Final = "ready"
 FAILED: Final = "failed"
@@ -200,6 +203,41 @@ class TokenizerAdditions(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str | None = None
 
 
+class AdapterDefaults(Sparse, frozen=True, kw_only=True):
+    """Fields that requests for an adapter have where they do not say otherwise. They came with its files, as
+    `onebase.json`, and belong to the version."""
+
+    description: Annotated[str, Meta(max_length=2000)] | None = None
+    """Purpose of the adapter, for people."""
+    system: Annotated[str, Meta(min_length=1, max_length=LONGEST_DEFAULT)] | None = None
+    """System message of conversations that have none."""
+    instruction: Annotated[str, Meta(min_length=1, max_length=LONGEST_DEFAULT)] | None = None
+    """One more message of the user, at the end of a conversation."""
+    invocation: Annotated[str, Meta(min_length=1, max_length=1000)] | None = None
+    """Text with which the assistant's turn begins, in place of what the chat template writes there."""
+    prompt_prefix: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None
+    """Text before prompts that are no conversation."""
+    chat_template: Annotated[str, Meta(min_length=1, max_length=LONGEST_DEFAULT)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=10_000_000)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    """Tokens of an answer, or as many as fit if those are fewer."""
+    stop: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...], Meta(max_length=16)] = ()
+    guided_json: dict[str, Any] | None = None
+    """JSON schema of the answer. At most one of the `guided_` fields is given."""
+    guided_regex: Annotated[str, Meta(min_length=1, max_length=LONGEST_DEFAULT)] | None = None
+    guided_choice: tuple[Annotated[str, Meta(min_length=1, max_length=4096)], ...] = ()
+    guided_grammar: Annotated[str, Meta(min_length=1, max_length=LONGEST_DEFAULT)] | None = None
+    notes: Annotated[tuple[Annotated[str, Meta(max_length=400)], ...], Meta(max_length=16)] = ()
+    """Parts of a vendor's file that are not used."""
+
+
 class VersionReport(Stored, frozen=True, kw_only=True):
     """Findings of the server about a version before it served it. The registry stores it as JSON."""
 
@@ -231,6 +269,8 @@ class VersionReport(Stored, frozen=True, kw_only=True):
     """Additions of its tokenizer to the base's; None if there are none."""
     invocation_tokens: tuple[int, ...] = ()
     """Tokens from whose last occurrence in a prompt on an activated LoRA acts; empty for other adapters."""
+    defaults: AdapterDefaults | None = None
+    """Fields of requests that came with its files; None if there are none."""
     warnings: tuple[str, ...] = ()
     """Warnings to look at before the version is activated. The server blocks nothing because of them."""
     base_layers: int = 0

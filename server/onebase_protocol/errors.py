@@ -98,8 +98,9 @@ ERROR_CODES = (
     ),
     _meaning(
         400,
-        "invalid_multipart",
-        "an upload that cannot be read as a form, or holds something else",
+        "invalid_multipart bad_defaults",
+        "an upload that cannot be read as a form, or holds something else; the "
+        "[defaults of requests](reference/adapters.md#defaults-of-requests) that came with it are wrong",
     ),
     _meaning(
         400,
@@ -200,9 +201,9 @@ ERROR_CODES = (
     ),
     _meaning(
         422,
-        "bad_config unknown_field missing_file bad_weights bad_shape incomplete empty foreign_tensor "
-        "unknown_module untargeted unsupported_kind rank_too_large not_finite no_effect bad_tokenizer "
-        "hub_no_adapter",
+        "bad_config bad_defaults unknown_field missing_file bad_weights bad_shape incomplete empty "
+        "foreign_tensor unknown_module untargeted unsupported_kind rank_too_large not_finite no_effect "
+        "bad_tokenizer hub_no_adapter",
         "the files of the version are not served; the message names the file, the field or the tensor: "
         "[which are](reference/adapters.md)",
     ),

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from onebase_protocol.common import CachedTokens, OutputTokensDetails, Sparse, TrueOnly, shown_as
-from onebase_protocol.errors import Error
+from onebase_protocol.errors import Error, ErrorDetails
 
 
 class CancelledAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,6 +213,22 @@ class ManyError(Error, frozen=True, kw_only=True):
 
     request: OfRequest
     status: Annotated[int, Meta(description="that the error has at POST /generate")]
+
+
+class OneOfManyAnswer(Sparse, frozen=True, kw_only=True):
+    """The answer of one request, or the error that it alone has."""
+
+    request: OfRequest
+    status: Annotated[int, Meta(description="that it has at POST /generate")]
+    answer: GeneratedAnswer | None = None
+    error: ErrorDetails | None = None
+
+
+class GenerateManyAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of POST /generate/many with `stream: false`, in the order of the requests."""
+
+    object: Literal["list"] = "list"
+    data: list[OneOfManyAnswer]
 
 
 GenerateManyEvent = ManyTextEvent | ManyChoiceEnd | ManyGenerationEnd | ManyError

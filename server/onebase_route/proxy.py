@@ -257,7 +257,7 @@ def asked(body: bytes, bases: frozenset[str]) -> Asked:
     fields = _read(body, _Body)
     if fields is None:
         return Asked()
-    many = _read(fields.requests, list[msgspec.Raw])
+    prefix, many = _beginning(fields), _read(fields.requests, list[msgspec.Raw])
     if many:
         fields = _read(many[0], _Body) or fields  # of those that go together the first decides
     inner = _read(fields.parameters, _Parameters)
@@ -268,7 +268,7 @@ def asked(body: bytes, bases: frozenset[str]) -> Asked:
     given = (fields.max_tokens, fields.max_completion_tokens, fields.max_output_tokens)
     limits = (_read(one, int) for one in given)
     most = next((one for one in limits if one is not None and one > 0), _ANSWER_TOKENS)
-    return Asked(adapter, len(body) / 4 + min(most, 4 * _ANSWER_TOKENS), _beginning(fields))
+    return Asked(adapter, len(body) / 4 + min(most, 4 * _ANSWER_TOKENS), prefix or _beginning(fields))
 
 
 def _read(data: bytes | msgspec.Raw, kind: type[T]) -> T | None:

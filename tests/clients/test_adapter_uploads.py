@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +31,9 @@ from onebase import (
     StorageFullError,
     VersionFailure,
 )
-from onebase._core.adapters import TOKENIZER, adapter_folder
+from onebase._core.adapters import DEFAULTS, TOKENIZER, adapter_folder
 from onebase_adapters.format.added_tokens import TOKENIZER_FILES
+from onebase_adapters.format.defaults import DEFAULTS_FILES
 
 pytestmark = pytest.mark.usefixtures("slept")
 NAME = "acme-support"
@@ -211,6 +213,23 @@ def test_a_folder_of_mlx_lm_is_sent_as_it_is(sdk: Any, folder: Path) -> None:
     assert (found.config.name, found.weights.name) == ("adapter_config.json", "adapters.safetensors")
     (folder / "adapter_model.safetensors").touch()
     assert adapter_folder(folder).weights.name == "adapter_model.safetensors"
+
+
+def test_the_first_file_with_defaults_is_sent_and_more_of_them_in_a_field(sdk: Any, folder: Path) -> None:
+    (folder / "Modelfile").write_text('SYSTEM "Hi"')
+    (folder / "io.yaml").write_text("instruction: ~")
+    registry = Registry()
+    given = {"system": "Be brief.", "temperature": None}
+    sdk.call(lambda client: client.adapters.upload(folder, name=NAME, defaults=given), registry.transport)
+    ((fields, files),) = registry.uploads
+    assert json.loads(fields["defaults"]) == given
+    assert files.keys() - {"adapter_config.json", "adapter_model.safetensors"} == {"io.yaml"}
+    (folder / "onebase.json").write_text("{}")
+    assert adapter_folder(folder).defaults == folder / "onebase.json"
+
+
+def test_the_names_of_files_with_defaults_are_the_servers() -> None:
+    assert tuple(DEFAULTS_FILES) == DEFAULTS
 
 
 def test_a_folder_of_pickles_is_refused_with_the_way_to_convert_it(sdk: Any, folder: Path) -> None:

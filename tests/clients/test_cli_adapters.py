@@ -74,6 +74,32 @@ def test_a_folder_without_an_adapter_is_a_wrong_argument(
     assert registry.asked == []
 
 
+def test_push_sends_defaults_as_they_are_meant_and_show_prints_them(
+    registry: Registry, shell: Transcript, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    given = ["temperature=0", "system=3", "stop=;", 'guided_choice=["a", "b"]', "top_k=null"]
+    given += [f"guided_json=@{schema}"]
+    words = [word for one in given for word in ("--set", one)]
+    printed(capsys, "push", str(folder), "--name", "fresh", *words)
+    ((fields, _),) = registry.uploads
+    assert json.loads(fields["defaults"]) == {
+        "temperature": 0,
+        "system": "3",
+        "stop": [";"],
+        "guided_choice": ["a", "b"],
+        "top_k": None,
+        "guided_json": {"type": "object"},
+    }
+    for wrong in ("temprature=1", "temperature", "top_k=many", "guided_json=@missing.json"):
+        shell.run("adapters", "push", str(folder), "--set", wrong)
+    defaults = {"system": "Be brief. " * 20, "temperature": 0, "stop": ["\n", ";"]}
+    registry.add("told", "4", report={**report(), "defaults": defaults})
+    shell.run("adapters", "show", f"told@{digest('4')[:12]}")
+    shell.check("adapters-defaults")
+
+
 def test_push_prints_json_for_scripts_also_of_what_is_rejected(
     registry: Registry, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.scheduling import BLOCK, World, make_row
 
+from onebase_engine.engine import scheduler
 from onebase_engine.engine.kv_cache import ZERO_BLOCK, Sight
 from onebase_engine.engine.scheduler import MAX_SCORED_TOKENS, NeverFitsError
 from onebase_engine.engine.sequence import Segment, SequenceState, StepPlan
@@ -96,8 +98,30 @@ SIGHTS = st.sampled_from([Sight(), Sight(), Sight(1), Sight(6), Sight(17), Sight
     host_blocks=st.sampled_from([0, 0, 3, 12, 100]),
     restored=st.sampled_from([1, 2, 100]),
     sights=st.lists(SIGHTS, min_size=1, max_size=3),
+    in_flight=st.sampled_from([1, 4, 32]),
 )
 def test_every_row_finishes_and_everything_comes_back(
+    traffic: list[Traffic],
+    blocks: int,
+    slots: int,
+    max_rows: int,
+    step_tokens: int,
+    joins: int,
+    most: int,
+    bounded: int,
+    host_blocks: int,
+    restored: int,
+    sights: list[Sight],
+    in_flight: int,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "PREFIX_IN_FLIGHT", in_flight)
+        _finish_everything(
+            traffic, blocks, slots, max_rows, step_tokens, joins, most, bounded, host_blocks, restored, sights
+        )
+
+
+def _finish_everything(
     traffic: list[Traffic],
     blocks: int,
     slots: int,
@@ -298,6 +322,60 @@ def test_followers_of_a_cancelled_leader_prefill_themselves() -> None:
     world.finish_all()
     assert follower.generated == 6
     assert follower.cached_tokens == 4
+
+
+def _ending_apart(number: int, shared: int = 40, **options: Any) -> SequenceState:
+    """A row whose prompt begins as that of the others, and ends otherwise."""
+    return make_row(number, [*range(shared), 100 + number, 200 + number], 3, **options)
+
+
+def test_a_prefix_that_arrives_several_times_at_once_is_computed_once() -> None:
+    world = World.create(blocks=80, max_rows=6, step_tokens=16)
+    rows = [_ending_apart(number) for number in range(6)]
+    for row in rows:
+        world.scheduler.add(row)
+
+    computed = 0
+    while world.scheduler.sequences:
+        computed += sum(segment.length for segment in world.step().prefills)
+
+    assert [row.cached_tokens for row in rows] == [0, *[40] * 5]
+    assert computed == 42 + 5 * 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"tenant": "another"},
+        {"adapters": ("a",)},
+        {"priority": 1},
+        {"shared": 28},
+        {"background": False},
+    ],
+)
+def test_a_row_does_not_wait_for_what_it_could_not_reuse_or_who_comes_behind_it(other: Any) -> None:
+    world = World.create(blocks=80, step_tokens=48)
+    first = _ending_apart(0, background="background" in other)
+    world.scheduler.add(first)
+    world.step(background=16)  # leaves a part of the prompt
+    second = _ending_apart(1, **other)
+    world.scheduler.add(second)
+
+    assert second in {segment.sequence for segment in world.step().segments}
+
+
+def test_rows_go_on_without_the_row_that_computed_their_prefix_if_it_is_cancelled() -> None:
+    world = World.create(blocks=80, step_tokens=16)
+    first, second = _ending_apart(0), _ending_apart(1)
+    world.scheduler.add(first)
+    world.scheduler.add(second)
+    world.step()
+    first.finish = "cancelled"
+    world.scheduler.finish(first)
+
+    assert {segment.sequence for segment in world.step().segments} == {second}
+    assert second.cached_tokens == 16
+    world.finish_all()
 
 
 def test_a_repeated_prompt_comes_from_the_cache_but_one_token_is_always_computed() -> None:

@@ -71,11 +71,13 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"onebase (batches|files) (show|results|cancel|download|rm) ", PARSE),  # of nobody's
     (r"git diff \| onebase generate ", RUN),
     (r"onebase chat$", RUN),
+    (r"onebase judge (?!--help)", PARSE),  # of a reader's conversation; tests/clients/test_judging.py runs it
     (r"onebase [a-z]+( [a-z]+)? --help$", RUN),
     (r"onebase data check [\w/]+\.", RUN),
     (r"onebase estimate --base ", RUN),
     (r"python examples/data/make_\w+\.py$", RUN),
-    (r"python examples/orders_tool\.py data$", RUN),
+    (r"python examples/(orders_tool|judges)\.py data$", RUN),
+    (r"python examples/judges\.py chat$", PARSE),  # ends with its terminal
     (r"python examples/orders_tool\.py ask( |$)", PARSE),  # a minute
     (r"make ", PARSE),  # sets up, or runs every test
     (
@@ -99,7 +101,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (r"onebase migrate openai --file ", PARSE),  # minutes; tests/clients/test_migrate.py runs it
     (r"accelerate launch -m onebase_training\.cli\.train ", PARSE),  # several GPUs
     (r"accelerate launch$", "only named"),
-    (r"for name in orders pirate; do\n", PARSE),  # an hour of training
+    (r"for name in (orders pirate|on-topic polite secret); do\n", PARSE),  # an hour of training
     (r"python benchmarks/\w+\.py", PARSE),  # minutes each, and other programs to compare with
     # What others made, or what changes the machine, is not run at all.
     (r"sudo apt-get install -y git make python3-venv$", "Debian's packages"),

@@ -93,6 +93,65 @@ def test_one_that_is_refused_says_why_as_alone_and_the_others_go_on(scripted: Se
     assert [text_of(together[0]), text_of(together[-1])] == ["wordwordword"] * 2
 
 
+def test_requests_share_a_conversation_and_each_has_its_own_instruction(api: Any) -> None:
+    talk = [{"role": "user", "content": FRANCE}, {"role": "assistant", "content": "Paris. " * 40}]
+    judges = [
+        {"instruction": "Is it true?", "guided_choice": ["yes", "no"], "adapter": "red"},
+        {"instruction": "Is it polite?", "guided_choice": ["yes", "no"], "logprobs": 2},
+        {"instruction": "How many cities?", "guided_regex": "[0-9]{1,2}", "adapter": "blue"},
+        {"instruction": "Is it short?", "adapter": [{"name": "red", "weight": 0.5}, {"name": "blue"}]},
+        {},
+    ]
+    judges = [{**judge, "temperature": 0, "max_tokens": 6} for judge in judges]
+    shared = {"messages": talk, "requests": judges, "stream": False}
+
+    answered = api.http.post("/generate/many", json=shared).json()["data"]
+    streamed = [[] for _ in judges]
+    with api.http.stream("POST", "/generate/many", json={**shared, "stream": True}) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    for event in map(json.loads, lines[:-1]):
+        streamed[event["request"]].append(event)
+
+    assert [one["request"] for one in answered] == list(range(len(judges)))
+    for one, events, judge in zip(answered, streamed, judges, strict=True):
+        asked = {key: value for key, value in judge.items() if key != "instruction"}
+        said = [{"role": "user", "content": judge["instruction"]}] if "instruction" in judge else []
+        alone = api.http.post("/generate", json={**asked, "messages": [*talk, *said]}).json()
+        assert (one["status"], one["answer"]["choices"]) == (200, alone["choices"])
+        assert one["answer"]["adapter"] == alone["adapter"]
+        assert text_of(events) == alone["choices"][0]["text"]
+
+
+def test_a_conversation_that_judges_share_is_computed_once(api: Any) -> None:
+    talk = [{"role": "user", "content": "A story of seven ships. " * 30}]
+    judges = [{"instruction": f"Number {number}?", "max_tokens": 2} for number in range(6)]
+
+    body = {"messages": talk, "requests": judges, "stream": False}
+    answered = api.http.post("/generate/many", json=body).json()["data"]
+
+    used = [one["answer"]["usage"] for one in answered]
+    computed = sorted(one["prompt_tokens"] - one["cached_tokens"] for one in used)
+    assert computed[-1] > 150  # of one judge, which computes what all of them have
+    assert computed[-2] < 50
+
+
+def test_judges_that_fail_have_their_errors_in_a_whole_answer(scripted: Server) -> None:
+    good = {"instruction": " word", "max_tokens": 3}
+    bad: list[Any] = [{**good, "adapter": "nobody"}, {**good, "temperature": 9}, {**good, "prompt": "x"}, 7]
+    with scripted.client() as http:
+        body = {"prompt": "a", "requests": [good, *bad, good], "stream": False}
+        first, *failed, last = http.post("/generate/many", json=body).json()["data"]
+        both = http.post("/generate/many", json={**body, "messages": [{"role": "user", "content": "a"}]})
+        lonely = http.post("/generate", json={"prompt": "a", "instruction": "b"})
+
+    assert [one["status"] for one in failed] == [404, 400, 400, 400]
+    assert [one["error"]["param"] for one in failed] == ["adapter", "temperature", "prompt", None]
+    assert first["answer"]["choices"] == last["answer"]["choices"]
+    assert first["answer"]["choices"][0]["text"] == "a worda"  # the engine repeats its prompt
+    assert (both.status_code, both.json()["error"]["param"]) == (400, "prompt")
+    assert (lonely.status_code, lonely.json()["error"]["param"]) == (400, "instruction")
+
+
 @pytest.mark.parametrize("bodies", [[], [{"prompt": "word", "max_tokens": 1}] * 65, None, "x"])
 def test_it_takes_1_to_64_requests(scripted: Server, bodies: Any) -> None:
     with scripted.client() as http:
@@ -128,6 +187,19 @@ def test_each_counts_as_a_request_and_what_is_over_a_quota_alone_is_refused(
     assert [events[-1].get("status", 200) for events in together] == [200, 404, 200, 429, 429]
     assert "3 requests in any 60 seconds" in together[3][0]["error"]["message"]
     assert one_more.status_code == 429
+    assert (used["requests"], used["completion_tokens"]) == (2, 4)
+
+
+@one_server
+def test_a_quota_refuses_the_judges_that_exceed_it_in_a_whole_answer_too(keyed: Server, keys: Keys) -> None:
+    body = {"prompt": "word", "requests": [{"max_tokens": 2}] * 3, "stream": False}
+    with caller(keyed, keys, "whole", quotas={"requests": 2}) as http:
+        answered = http.post("/generate/many", json=body).json()["data"]
+        (used,) = http.get("/v1/usage").json()["data"]
+
+    assert sorted(one["status"] for one in answered) == [200, 200, 429]
+    (refused,) = (one["error"] for one in answered if one["status"] == 429)
+    assert refused["code"] == "rate_limit_exceeded"
     assert (used["requests"], used["completion_tokens"]) == (2, 4)
 
 

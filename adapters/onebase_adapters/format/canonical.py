@@ -24,6 +24,7 @@ from onebase_adapters.format.config import (
     AdapterFormatError,
     check_config,
 )
+from onebase_adapters.format.defaults import checked_defaults
 from onebase_adapters.format.names import BaseModules, BaseTensor
 from onebase_adapters.format.safetensors_file import TensorFile, TensorToWrite, write_tensors
 from onebase_adapters.format.spec import AdapterSpec, ModuleSpec
@@ -115,6 +116,9 @@ def canonicalize(
     if names and len(names) != labels:
         warnings = (*warnings, f"id2label names {len(names)} labels, and there are {labels}: it is not used")
         names = ()
+    defaults = checked_defaults(facts.defaults)
+    if defaults is not None:
+        warnings = (*warnings, *defaults.notes)
     return AdapterSpec(
         modules=planned.modules,
         rslora=facts.rslora,
@@ -125,6 +129,7 @@ def canonicalize(
         label_names=names,
         tokens=planned.tokenizer,
         invocation=facts.invocation,
+        defaults=defaults,
         dropped=tuple(entry.name for entry, _ in planned.of_base),
         warnings=warnings,
     )

@@ -87,6 +87,7 @@ _READ = frozenset(
         "id2label",
         "onebase_tokenizer",
         "alora_invocation_tokens",
+        "onebase_defaults",
     ]
 )
 
@@ -152,6 +153,8 @@ class ConfigFacts:
     """Value of `onebase_tokenizer`, which `added_tokens` reads."""
     invocation: tuple[int, ...] = ()
     """Invocation tokens of an activated LoRA (aLoRA, arXiv:2504.12397); none for any other adapter."""
+    defaults: Any = None
+    """Value of `onebase_defaults`, which `defaults` reads."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -204,6 +207,7 @@ def check_config(raw: bytes) -> ConfigFacts:
         token_indices=_token_indices(config.get("trainable_token_indices")),
         tokenizer=config.get("onebase_tokenizer"),
         invocation=_invocation(config),
+        defaults=config.get("onebase_defaults"),
     )
     _check_activated(facts, config)
     if facts.lora_bias and (facts.dora or not isinstance(config.get("init_lora_weights", True), bool)):

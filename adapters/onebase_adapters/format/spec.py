@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onebase_adapters.format.config import Task
-from onebase_protocol.adapters import TokenizerAdditions
+from onebase_protocol.adapters import AdapterDefaults, TokenizerAdditions
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class AdapterSpec:
     """Additions of its tokenizer to the base's; None if there are none."""
     invocation: tuple[int, ...] = ()
     """Invocation tokens of an activated LoRA, from which on it acts; none for any other adapter."""
+    defaults: AdapterDefaults | None = None
+    """Defaults of requests that came with it."""
     dropped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from onebase_adapters.format.added_tokens import TOKENIZER_FILES, has_token_rows
 from onebase_adapters.format.config import MAX_CONFIG_BYTES, MLX_WEIGHTS_FILE, MODEL_CONFIG_FILE, names_labels
+from onebase_adapters.format.defaults import DEFAULTS_FILES
 from onebase_adapters.hub.confinement import confine
 from onebase_adapters.hub.reference import cached_repo, is_commit, shared_blobs
 from onebase_adapters.store.blobs import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE
@@ -167,6 +168,7 @@ def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
     _check_metadata(request["commit"])
     folder = f"{request['subfolder']}/" if request["subfolder"] else ""
     names = [folder + CONFIG_FILE, _weights_name(request, folder)]
+    was_cached = all(_is_cached(request, name) for name in names)
     sizes = [_size(request, name) for name in names]
     labels = folder + MODEL_CONFIG_FILE
     total = sum(sizes)
@@ -188,7 +190,7 @@ def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
         if done > request["max_bytes"]:
             raise _TooLargeError(done)
         say({"done": done})
-    more = dict[str, str]()
+    more = _defaults(request, folder, was_cached)
     wanted = {labels: MAX_CONFIG_BYTES} if _names_labels(Path(paths[0])) else {}
     if _has_token_rows(Path(paths[0]), Path(paths[1])):
         wanted |= {folder + name: most for name, most in TOKENIZER_FILES.items()}
@@ -202,10 +204,7 @@ def _pull(request: dict[str, Any], say: Say) -> dict[str, Any]:
 def _weights_name(request: dict[str, Any], folder: str) -> str:
     """Return the name of the weights in the repository: PEFT's, or mlx-lm's if it has those alone."""
     own, other = folder + WEIGHTS_FILE, folder + MLX_WEIGHTS_FILE
-    cached = [
-        isinstance(cached_path(request["repo"], name, revision=request["commit"]), str)
-        for name in (own, other)
-    ]
+    cached = [_is_cached(request, name) for name in (own, other)]
     if any(cached):
         return own if cached[0] else other
     try:
@@ -215,6 +214,29 @@ def _weights_name(request: dict[str, Any], folder: str) -> str:
             _size(request, other)
             return other
     return own
+
+
+def _is_cached(request: dict[str, Any], name: str) -> bool:
+    return isinstance(cached_path(request["repo"], name, revision=request["commit"]), str)
+
+
+def _defaults(request: dict[str, Any], folder: str, was_cached: bool) -> dict[str, str]:
+    """Return the path of the file with the adapter's defaults by its name, if the repository has one.
+
+    was_cached: the adapter's own files were in the cache, and may be all that there is without the Hub.
+    """
+    for name, most in DEFAULTS_FILES.items():
+        with suppress(EntryNotFoundError):
+            try:
+                size = _size(request, folder + name)
+            except (httpx2.TransportError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+                if not was_cached or isinstance(error, EntryNotFoundError):
+                    raise
+                return {}
+            if size <= most:
+                return {name: _file(request, folder + name)}
+            raise _WrongAnswerError(f"{name} has {size} bytes, and at most {most} are read")
+    return {}
 
 
 def _names_labels(config: Path) -> bool:

@@ -30,6 +30,7 @@ from onebase_adapters.format.config import (
     with_labels,
 )
 from onebase_adapters.format.conversion import convert, needs_conversion
+from onebase_adapters.format.defaults import DEFAULTS_FILES, read_defaults, with_defaults
 from onebase_adapters.hub.reference import (
     HubError,
     HubErrorCode,
@@ -87,7 +88,7 @@ class _Message(msgspec.Struct, frozen=True):
     message: str = "The process that asks the Hub failed."
 
 
-_MORE_FILES = frozenset({MODEL_CONFIG_FILE, *TOKENIZER_FILES})
+_MORE_FILES = frozenset({MODEL_CONFIG_FILE, *TOKENIZER_FILES, *DEFAULTS_FILES})
 _messages = msgspec.json.Decoder(_Message)
 
 
@@ -198,6 +199,7 @@ class _Found:
         model = self.more.get(MODEL_CONFIG_FILE)
         try:
             found = with_labels(own, None if model is None else _beginning(model))
+            found = with_defaults(found, read_defaults(self._read))
             found = with_tokens(found, weights, self._read, self.vocabulary)
         except AdapterFormatError as error:
             raise HubError(error.code, f"The adapter cannot be served: {error}.") from error
@@ -205,7 +207,7 @@ class _Found:
 
     def _read(self, name: str) -> bytes | None:
         place = self.more.get(name)
-        if place is None or place.stat().st_size > TOKENIZER_FILES[name]:
+        if place is None or place.stat().st_size > {**TOKENIZER_FILES, **DEFAULTS_FILES}[name]:
             return None
         return place.read_bytes()
 

@@ -242,6 +242,7 @@ def version_report(
         label_names=tuple(spec.label_names),
         vocabulary=0 if spec.words == len(base.get_output_embeddings().weight) else spec.words,  # type: ignore[operator]
         tokenizer=spec.tokens,
+        defaults=spec.defaults,
         base_layers=layers,
         base_linears=tuple(linears),
     )

@@ -16,6 +16,7 @@ from ._sync.streams import EventStream, Stream
 from .adapter_types import (
     Activation,
     Adapter,
+    AdapterDefaults,
     AdapterSource,
     AdapterVersion,
     BaseReference,
@@ -54,6 +55,7 @@ from .errors import (
     TrainingStoppedError,
     UnprocessableError,
 )
+from .judging_types import Judge, Judgement
 from .metrics import Metrics
 from .training_types import (
     Activate,
@@ -116,6 +118,7 @@ __all__ = [
     "Activate",
     "Activation",
     "Adapter",
+    "AdapterDefaults",
     "AdapterRejectedError",
     "AdapterSource",
     "AdapterSpec",
@@ -150,6 +153,8 @@ __all__ = [
     "Health",
     "InternalServerError",
     "InvalidResponseError",
+    "Judge",
+    "Judgement",
     "Label",
     "LabelFigures",
     "Logprobs",

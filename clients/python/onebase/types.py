@@ -152,6 +152,9 @@ class SamplingFields(TypedDict, total=False):
     """Further variables of the base's chat template, such as `{"enable_thinking": False}` (default: None)."""
     continue_final_message: bool
     """Whether the answer continues the last message of the conversation (default: False)."""
+    instruction: str
+    """One more message of the user at the end of the conversation (default: the adapter's own, or none)."""
+
     timeout_s: float | None
     """Time, in seconds, after which the server ends the request by itself (default: None, no limit)."""
 

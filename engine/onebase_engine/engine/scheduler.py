@@ -7,6 +7,9 @@ twice the load, since it would take longer for the first. Next to decodes of ano
 double the step at most, unless their tenant has received less, or as much and runs less: half of the time
 remains for the decodes. So do decodes of a tenant with twice the load, which take turns.
 
+Of sequences that begin alike and arrive together one computes the prefix: the others of its tenant, whose
+blocks would have the same keys, wait until those blocks can be reused.
+
 A sequence that lacks something does not block the others. One whose adapter finds no slot claims one. One
 that lacks blocks lets MAX_PASSED sequences pass; then free blocks are reserved for it, except for sequences
 whose turn is earlier.
@@ -40,7 +43,7 @@ they may be in such a step at all.
 from __future__ import annotations
 
 from array import array
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import nsmallest
@@ -91,6 +94,8 @@ BOUNDED_FRESH = 32
 SNAPSHOT_TOKENS = 64
 """Length of the shortest prefix for which a prompt of a base with recurrent layers is cut, so that the state
 behind it is kept."""
+PREFIX_IN_FLIGHT = 32
+"""Length of the shortest prefix, in tokens, for which a sequence waits while another one computes it."""
 MAX_TRIES = 32
 """Limit of sequences lacking blocks, adapters lacking slots, and tenants lacking a place, in one walk."""
 
@@ -140,6 +145,8 @@ class _Draft:
     """Sequences whose blocks are still in flight from host memory."""
     lacking: set[SequenceState] = field(default_factory=set)
     """Waiting sequences that had their turn and lacked blocks."""
+    waiting_for_prefix: int = 0
+    """Number of sequences that wait for a prefix which another one computes."""
     slotless: int = 0
     """Number of flows (a tenant's adapters) that found no slot."""
     refused: int = 0
@@ -688,6 +695,11 @@ class Scheduler:
             turns.pass_over(flow.tenant)
             draft.refused += 1
             return False
+        if self._prefix_in_flight(sequence):
+            draft.waiting_for_prefix += 1
+            if draft.waiting_for_prefix >= MAX_TRIES:
+                turns.pass_over(flow)
+            return False
         if not self._acquire_slots(sequence, draft):
             turns.pass_over(flow)
             draft.slotless += 1
@@ -705,6 +717,30 @@ class Scheduler:
         for other in draft.lacking:
             other.passed += 1
         return True
+
+    def _prefix_in_flight(self, sequence: SequenceState) -> bool:
+        """Return True if a running sequence computes a prefix that this one lacks and could reuse.
+
+        The other one has at least its priority, and is served no later than this one would be.
+        """
+        size = self._pool.block_size
+        for other in self.running:
+            precedes = other.priority >= sequence.priority and other.background <= sequence.background
+            if other.pending == 1 or not precedes or other.tenant != sequence.tenant:
+                continue
+            self._extend_keys(sequence, sequence.length - 1)
+            keys = sequence.block_keys[: sequence.reusable // size]
+            count = _common_length(keys, other.block_keys)
+            long = count * size >= PREFIX_IN_FLIGHT
+            if long and count > other.computed // size and not self._has_prefix(keys[:count]):
+                return True
+        return False
+
+    def _has_prefix(self, keys: Sequence[bytes]) -> bool:
+        """Return True if a prefix is cached to its end, with the recurrent state behind it if it has one."""
+        if self._states is not None and self._states.longest(keys)[0] < len(keys):
+            return False
+        return self._pool.holds(group_key(keys[-1], 0), restore=True)
 
     @property
     def _is_full(self) -> bool:
@@ -979,6 +1015,11 @@ class Scheduler:
 
     def _root_key(self, sequence: SequenceState, mix: AdapterMix) -> bytes:
         return root_key(self._base, sequence.tenant, mix)
+
+
+def _common_length(keys: Sequence[bytes], others: Sequence[bytes]) -> int:
+    """Return the number of equal keys at the beginning. Each key stands for all before it too."""
+    return bisect_left(range(min(len(keys), len(others))), True, key=lambda n: keys[n] != others[n])
 
 
 def _by_position(of_groups: Sequence[Sequence[int]]) -> list[int]:

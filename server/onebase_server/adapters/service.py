@@ -17,6 +17,7 @@ from typing import Any
 from onebase_adapters import registry as registry_errors
 from onebase_adapters.format.added_tokens import BaseVocabulary, checked_additions
 from onebase_adapters.format.config import AdapterFormatError, check_config
+from onebase_adapters.format.defaults import checked_defaults
 from onebase_adapters.registry import UNSET, Origin, Registry, Unset, VersionRecord, acting
 from onebase_adapters.store.blobs import AdapterFiles
 from onebase_adapters.store.store import Store, StoreError, StoreFullError
@@ -133,6 +134,7 @@ class AdapterService:
         """
         try:
             facts = await self.disk.run_blocking(check_config, config)
+            checked_defaults(facts.defaults)
             added, _ = checked_additions(facts.tokenizer)
             if added is not None:
                 await self.disk.run_blocking(self._check_tokens, added)

@@ -25,6 +25,7 @@ from onebase_adapters.format.config import (
     with_labels,
 )
 from onebase_adapters.format.conversion import convert, needs_conversion
+from onebase_adapters.format.defaults import defaults_in, with_defaults
 from onebase_adapters.hub.confinement import landlock_version
 from onebase_adapters.hub.pull import (
     HubError,
@@ -302,6 +303,7 @@ def _config_of(folder: Path, vocabulary: Vocabulary) -> bytes:
     model = folder / MODEL_CONFIG_FILE
     try:
         config = with_labels(_bounded(folder / CONFIG_FILE), _bounded(model) if model.is_file() else None)
+        config = with_defaults(config, defaults_in(folder))
         return with_tokens(config, weights_of(folder), read_folder(folder), vocabulary)
     except AdapterFormatError as error:
         raise InvalidRequestError(f"{folder}: {error}.") from error

@@ -22,6 +22,13 @@ from onebase_adapters.format.config import (
     with_labels,
 )
 from onebase_adapters.format.conversion import convert, needs_conversion
+from onebase_adapters.format.defaults import (
+    DEFAULTS_FILES,
+    MAX_DEFAULTS_BYTES,
+    parse_defaults,
+    read_defaults,
+    with_defaults,
+)
 from onebase_adapters.registry import UPLOADED, Purpose
 from onebase_adapters.store.blobs import (
     ADAPTER_FILES,
@@ -37,7 +44,7 @@ from onebase_edge.settings import SettingsError, parse_bool
 from onebase_server.jobs.files import BATCH_ENDING, TrainingFiles, check_filename, ending
 
 MAX_FIELD_BYTES = 1000
-MAX_PARTS = 12
+MAX_PARTS = 16
 MAX_HEADERS = 8
 MAX_HEADER_BYTES = 4096
 _FORM = b"multipart/form-data"
@@ -46,12 +53,16 @@ _BATCH_BYTES = 1 << 20
 
 FLAGS = ("activate", "allow_noop", "any_base")
 _FILES_FIELD = "files"
+DEFAULTS_FORM_FIELD = "defaults"
+"""Field with defaults as JSON, which replace those of the files one by one."""
 ADAPTER_FIELDS = (
     f"Send a field name and two parts called {_FILES_FIELD}, with file names {' and '.join(ADAPTER_FILES)}; "
     f"for a classifier perhaps {MODEL_CONFIG_FILE}, which names its labels, and for tokens that it adds its "
-    f"tokenizer's: {', '.join(TOKENIZER_FILES)}. Of mlx-lm the second one is {MLX_WEIGHTS_FILE}."
+    f"tokenizer's: {', '.join(TOKENIZER_FILES)}. Of mlx-lm the second one is {MLX_WEIGHTS_FILE}. Defaults of "
+    f"requests are in one of {', '.join(DEFAULTS_FILES)}, and in a field {DEFAULTS_FORM_FIELD}, as JSON."
 )
-_SMALL = (CONFIG_FILE, MODEL_CONFIG_FILE)
+_SMALL = {CONFIG_FILE: MAX_CONFIG_BYTES, MODEL_CONFIG_FILE: MAX_CONFIG_BYTES, **DEFAULTS_FILES}
+"""Files that are read whole, and the largest size of each, in bytes."""
 FILE_OPTION = "--max-train-file"
 FORM_BYTES = 64 << 10
 """Largest size, in bytes, of a form besides its file: boundaries, headers, fields."""
@@ -120,17 +131,15 @@ class FormReader(ABC, Generic[Result]):
             raise self.malformed("it ends before its last boundary")
         return self.result()
 
-    def plain_field(self, field: str) -> Write:
-        """Return a writer that keeps a short field in `fields`."""
+    def plain_field(self, field: str, most: int = MAX_FIELD_BYTES) -> Write:
+        """Return a writer that keeps a short field in `fields`. most: bytes."""
         if field in self.fields:
             raise InvalidRequestError(f"{field}: it is given twice. Give it once.", param=field)
         self.fields[field] = b""
 
         def write(data: memoryview) -> None:
-            if len(self.fields[field]) + len(data) > MAX_FIELD_BYTES:
-                raise InvalidRequestError(
-                    f"{field}: it is over {MAX_FIELD_BYTES} bytes. Send less.", param=field
-                )
+            if len(self.fields[field]) + len(data) > most:
+                raise InvalidRequestError(f"{field}: it is over {most} bytes. Send less.", param=field)
             self.fields[field] += data
 
         return write
@@ -280,6 +289,8 @@ class AdapterForm(FormReader[Upload]):
     def begin_part(self, field: str, filename: str | None) -> Write | None:
         if field == _FILES_FIELD:
             return self._begin_file(filename or "")
+        if field == DEFAULTS_FORM_FIELD:
+            return self.plain_field(field, MAX_DEFAULTS_BYTES)
         return self.plain_field(field) if field == "name" or field in FLAGS else None
 
     def result(self) -> Upload:
@@ -295,6 +306,7 @@ class AdapterForm(FormReader[Upload]):
             self._config = with_labels(
                 bytes(self._small[CONFIG_FILE]), None if model is None else bytes(model)
             )
+            self._config = with_defaults(self._config, *self._defaults())
             if self._tokenizer and self._weights is not None:
                 with store_errors("reading an upload"):
                     self._config = with_tokens(
@@ -309,6 +321,19 @@ class AdapterForm(FormReader[Upload]):
             writer.abort()
         if self._weights is not None:
             self._weights.abort()
+
+    def _read_small(self, name: str) -> bytes | None:
+        return bytes(self._small[name]) if name in self._small else None
+
+    def _defaults(self) -> tuple[dict[str, Any] | None, ...]:
+        """Return the defaults in a file, and those in the form's own field. Raises InvalidRequestError."""
+        field, given = _FILES_FIELD, self.fields.get(DEFAULTS_FORM_FIELD)
+        try:
+            of_file = read_defaults(self._read_small)
+            field = DEFAULTS_FORM_FIELD
+            return of_file, None if given is None else parse_defaults(given, field)
+        except AdapterFormatError as error:
+            raise InvalidRequestError(f"{error}.", param=field, code="bad_defaults") from error
 
     def _read_tokenizer(self, name: str) -> bytes | None:
         return self._tokenizer[name].path.read_bytes() if name in self._tokenizer else None
@@ -336,7 +361,7 @@ class AdapterForm(FormReader[Upload]):
         if name in TOKENIZER_FILES and name not in self._tokenizer:
             self._tokenizer[name] = self._store.writer()
             return partial(self._keep_tokenizer, name)
-        if name not in (*ADAPTER_FILES, MODEL_CONFIG_FILE, *TOKENIZER_FILES):
+        if name not in (*ADAPTER_FILES, *_SMALL, *TOKENIZER_FILES):
             raise InvalidRequestError(
                 f"files: {name[:80]!r} is not one of the two files of an adapter. {ADAPTER_FIELDS}",
                 param=_FILES_FIELD,
@@ -354,10 +379,9 @@ class AdapterForm(FormReader[Upload]):
         return self._weights.write
 
     def _keep(self, name: str, data: memoryview) -> None:
-        if len(self._small[name]) + len(data) > MAX_CONFIG_BYTES:
+        if len(self._small[name]) + len(data) > _SMALL[name]:
             raise InvalidRequestError(
-                f"files: {name} is over {MAX_CONFIG_BYTES} bytes, which no config is.",
-                param=_FILES_FIELD,
+                f"files: {name} is over {_SMALL[name]} bytes, which no such file is.", param=_FILES_FIELD
             )
         self._small[name] += data
 

@@ -152,7 +152,11 @@ class BaseTokenizer:
         return BaseVocabulary(self._tokenizer.get_vocab(), frozenset(digests))
 
     def extended(
-        self, added: TokenizerAdditions | None, words: int, templates: OwnTemplates
+        self,
+        added: TokenizerAdditions | None,
+        words: int,
+        templates: OwnTemplates,
+        template: str | None = None,
     ) -> BaseTokenizer:
         """Return the tokenizer of an adapter, which shares this one's vocabulary.
 
@@ -160,6 +164,7 @@ class BaseTokenizer:
             added: what the adapter's tokenizer has that this one has not.
             words: number of tokens of the adapter's vocabulary; 0: it is the base's.
             templates: process that renders the adapter's own chat template.
+            template: its chat template, in place of that of its tokenizer.
 
         Raises:
             TokenizerError: the additions do not fit this tokenizer.
@@ -167,14 +172,16 @@ class BaseTokenizer:
         other = BaseTokenizer.__new__(BaseTokenizer)
         other._letters, other._folder, other.words = self._letters, self._folder, words
         other.longest_token = self.longest_token
-        if added is None:
-            other._set_up(self._tokenizer)
-            return other
-        other._set_up(_extended(self._tokenizer, added, templates))
-        other.end_tokens = added.end_tokens
-        if added.chat_template is not None:
+        made = self._tokenizer if added is None else _extended(self._tokenizer, added)
+        if template is None and added is not None:
+            template = added.chat_template
+        if template is not None:
+            made = _with_own_template(made, template, templates)
             other.own_templates, other._budget = templates, Budget()
-        other.longest_token = max(self.longest_token, *(len(token.content) for token in added.tokens))
+        other._set_up(made)
+        if added is not None:
+            other.end_tokens = added.end_tokens
+            other.longest_token = max(self.longest_token, *(len(token.content) for token in added.tokens))
         return other
 
     @property
@@ -332,6 +339,11 @@ class BaseTokenizer:
         made: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
         return made
 
+    def encode_marks(self, text: str) -> list[int]:
+        """Return the ids of a text in which the names of control tokens are those tokens."""
+        made: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return made
+
     def encode_chat(self, chat: TemplateInput) -> list[int]:
         """Ids of a conversation, ready for the assistant's next words.
 
@@ -455,7 +467,7 @@ def options_of(template: str) -> frozenset[str]:
     return frozenset(meta.find_undeclared_variables(tree)) - _OWN_VARIABLES - (set_here - asked) - given
 
 
-def _extended(tokenizer: Any, added: TokenizerAdditions, templates: OwnTemplates) -> Any:
+def _extended(tokenizer: Any, added: TokenizerAdditions) -> Any:
     """Return a copy of transformers' tokenizer with further tokens; it shares the model's vocabulary.
 
     Raises TokenizerError: the tokens would not get their ids.
@@ -498,14 +510,11 @@ def _extended(tokenizer: Any, added: TokenizerAdditions, templates: OwnTemplates
     twin._special_tokens_map = dict(tokenizer._special_tokens_map)
     if added.end_tokens:
         twin.eos_token = own.id_to_token(added.end_tokens[0])
-    if added.chat_template is not None:
-        twin.chat_template = added.chat_template
-        twin.__class__ = _with_own_template(type(tokenizer), templates)
     return twin
 
 
-def _with_own_template(kind: Any, templates: OwnTemplates) -> Any:
-    """Return a class of tokenizers whose chat template is rendered in another process."""
+def _with_own_template(tokenizer: Any, template: str, templates: OwnTemplates) -> Any:
+    """Return a copy of a tokenizer whose chat template is this one, rendered in another process."""
 
     def write_own_template(
         self: Any,
@@ -532,7 +541,10 @@ def _with_own_template(kind: Any, templates: OwnTemplates) -> Any:
         return self(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
 
     own = {"apply_chat_template": apply_chat_template, "write_own_template": write_own_template}
-    return type(kind.__name__, (kind,), own)
+    kind, twin = type(tokenizer), copy.copy(tokenizer)
+    twin.chat_template = template
+    twin.__class__ = type(kind.__name__, (kind,), own)
+    return twin
 
 
 class Tokenizers:
@@ -544,27 +556,32 @@ class Tokenizers:
         self._lock = threading.Lock()
         self._recent: OrderedDict[BaseTokenizer, None] = OrderedDict()
         # No others are kept alive here, and none is built twice while a request has it.
-        self._by_additions: WeakValueDictionary[tuple[TokenizerAdditions | None, int], BaseTokenizer] = (
-            WeakValueDictionary()
-        )
-        self._of_versions: WeakValueDictionary[str, BaseTokenizer] = WeakValueDictionary()
+        self._by_additions: WeakValueDictionary[
+            tuple[TokenizerAdditions | None, int, str | None], BaseTokenizer
+        ] = WeakValueDictionary()
+        self._of_versions: WeakValueDictionary[tuple[str, bool], BaseTokenizer] = WeakValueDictionary()
 
-    def of_version(self, digest: str, report: Mapping[str, Any]) -> BaseTokenizer:
+    def of_version(
+        self, digest: str, report: Mapping[str, Any], template: str | None = None
+    ) -> BaseTokenizer:
         """Return the tokenizer for a version's requests, by its report; the base's if it has no other.
+
+        template: the version's chat template, if requests have it by default.
 
         Raises TokenizerError: the version was proved with another tokenizer of the base.
         """
-        if not report.get("vocabulary") and not report.get("tokenizer"):
+        if not report.get("vocabulary") and not report.get("tokenizer") and template is None:
             return self.base
+        key = digest, template is not None
         with self._lock:
-            known = self._of_versions.get(digest)
+            known = self._of_versions.get(key)
             if known is not None:
                 return self._keep(known)
         added = report.get("tokenizer")
         given = None if added is None else msgspec.convert(added, TokenizerAdditions)
-        found = self.of(given, report.get("vocabulary", 0))
+        found = self.of(given, report.get("vocabulary", 0), template)
         with self._lock:
-            self._of_versions[digest] = found
+            self._of_versions[key] = found
         return found
 
     def check(self, added: TokenizerAdditions) -> None:
@@ -574,13 +591,13 @@ class Tokenizers:
         except TokenizerError as error:
             raise AdapterFormatError("bad_tokenizer", f"{error}") from error
 
-    def of(self, added: TokenizerAdditions | None, words: int) -> BaseTokenizer:
+    def of(self, added: TokenizerAdditions | None, words: int, template: str | None = None) -> BaseTokenizer:
         """Return the base's tokenizer with additions. Raises TokenizerError: they do not fit it."""
         with self._lock:
-            found = self._by_additions.get((added, words))
+            found = self._by_additions.get((added, words, template))
             if found is None:
-                found = self.base.extended(added, words, self.templates)
-                self._by_additions[added, words] = found
+                found = self.base.extended(added, words, self.templates, template)
+                self._by_additions[added, words, template] = found
             return self._keep(found)
 
     def _keep(self, tokenizer: BaseTokenizer) -> BaseTokenizer:

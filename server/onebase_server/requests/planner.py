@@ -26,6 +26,7 @@ from onebase_edge.errors import (
     UnknownModelError,
 )
 from onebase_engine.engine.messages import BaseInfo, Sampling
+from onebase_protocol.adapters import AdapterDefaults
 from onebase_server.adapters.catalog import HUB_PREFIX, AdapterChoice, Catalog, is_checkpoint
 from onebase_server.inference.generation import GenerationRequest, Prompt, in_time, new_id
 from onebase_server.inference.thoughts import Thinking, ThoughtFormat, without_thought
@@ -40,6 +41,7 @@ from onebase_server.inference.tool_call_parser import CallFormat
 from onebase_server.inference.tool_format import NO_ARGUMENTS, ToolDefinition
 from onebase_server.inference.transcript import Transcript, refused
 from onebase_server.processes.supervisor import EngineSupervisor
+from onebase_server.requests.defaults import conversation_of, with_defaults
 from onebase_server.requests.schemas.generation import (
     SEED_BITS,
     AdapterFields,
@@ -105,6 +107,27 @@ class _Wanted:
     special_tokens: bool = False
 
 
+@dataclass(frozen=True)
+class OwnParts:
+    """An adapter's tokenizer, or else the base's, and the adapter's defaults of requests."""
+
+    tokenizer: BaseTokenizer
+    defaults: AdapterDefaults | None = None
+
+    @property
+    def invocation(self) -> str | None:
+        return None if self.defaults is None else self.defaults.invocation
+
+    @property
+    def max_tokens(self) -> int | None:
+        return None if self.defaults is None else self.defaults.max_tokens
+
+    def prefixed(self, prompt: str) -> str:
+        """Return a prompt that is no conversation, with what the adapter has before each, once."""
+        prefix = None if self.defaults is None else self.defaults.prompt_prefix
+        return prompt if prefix is None or prompt.startswith(prefix) else prefix + prompt
+
+
 class AdapterFetcher(Protocol):
     """Source of adapters that requests may name before the catalog has them."""
 
@@ -155,29 +178,32 @@ class Planner:
         self.base()
         self._check_room(body, caller)
 
-        async def plan(tokenizer: BaseTokenizer) -> GenerationRequest:
-            return await self._plan_generate(body, caller, tokenizer)
+        async def plan(own: OwnParts) -> GenerationRequest:
+            return await self._plan_generate(body, caller, own)
 
         async def choose(request: GenerationRequest) -> AdapterChoice:
             return await self._adapter(body, request, transcript)
 
         return await self._with_own_tokenizer(plan, choose, caller, self.base_name, body, transcript)
 
-    async def _plan_generate(
-        self, body: GenerateRequest, caller: Caller, tokenizer: BaseTokenizer
-    ) -> GenerationRequest:
-        thinking = None
+    async def _plan_generate(self, body: GenerateRequest, caller: Caller, own: OwnParts) -> GenerationRequest:
+        thinking, tokenizer = None, own.tokenizer
+        body = with_defaults(body, own.defaults)
         if body.messages:
-            prompt = await self.chat_prompt(caller.tenant, body, body.messages, tokenizer=tokenizer)
-            thinking = None if body.echo else self._thinking(body, body.messages, prompt, tokenizer)
+            messages = conversation_of(body, body.messages, own.defaults)
+            prompt = await self.chat_prompt(
+                caller.tenant, body, messages, tokenizer=tokenizer, invocation=own.invocation
+            )
+            thinking = None if body.echo else self._thinking(body, messages, prompt, tokenizer)
         else:
-            prompt = (await self._prompts(caller.tenant, [body.prompt or ""], tokenizer))[0]
+            text = own.prefixed(body.prompt or "")
+            prompt = (await self._prompts(caller.tenant, [text], tokenizer))[0]
         wanted = _Wanted(
             kind="gen-",
             prompts=(prompt,),
             prompt_param="messages" if body.messages else "prompt",
             max_tokens=body.max_tokens,
-            default_tokens=GENERATE_TOKENS,
+            default_tokens=own.max_tokens or GENERATE_TOKENS,
             logprobs=body.logprobs,
             echo=bool(body.echo),
             answer=await self._answer(caller.tenant, body, tokenizer),
@@ -187,42 +213,43 @@ class Planner:
 
     async def _with_own_tokenizer(
         self,
-        plan: Callable[[BaseTokenizer], Awaitable[GenerationRequest]],
+        plan: Callable[[OwnParts], Awaitable[GenerationRequest]],
         choose: Callable[[GenerationRequest], Awaitable[AdapterChoice]],
         caller: Caller,
         model: str,
         body: AdapterFields,
         transcript: Transcript | None,
     ) -> GenerationRequest:
-        """Return a request that is planned with the tokenizer of its adapter.
+        """Return a request that is planned with the tokenizer and the defaults of its adapter.
 
-        The adapter is looked up last. If it turns out to have another tokenizer than that of the names known
-        before, such as one pulled for this request, the request is planned again.
+        The adapter is looked up last. If it turns out to have others than those of the names known before,
+        such as one pulled for this request, the request is planned again.
         """
         tenant, deadline = caller.tenant, self.deadline_of(body, caller)
         versions = () if transcript is None else transcript.opening.adapters
         if len(versions) == 1:  # with which the stream began, whichever is active now
-            tokenizer, pulled = await self._tokenizer_of_name(tenant, versions[0]), True
+            own, pulled = await self._parts_of_name(tenant, versions[0], body), True
         else:
-            tokenizer, pulled = await self.tokenizer_of(tenant, model, body), False
+            own, pulled = await self.parts_of(tenant, model, body), False
         for _ in range(_PLANS):
             try:
-                request = replace(await plan(tokenizer), deadline=deadline)
+                request = replace(await plan(own), deadline=deadline)
             except InvalidRequestError as error:
                 concerned = (error.param or "").startswith(_OF_TOKENIZER)
                 if pulled or not concerned or not await self.pull_first(tenant, model, body, deadline):
                     raise
                 pulled = True
-                found = await self.tokenizer_of(tenant, model, body)
-                if found is tokenizer:
+                found = await self.parts_of(tenant, model, body)
+                if found == own:
                     raise
-                tokenizer = found
+                own = found
                 continue
             choice = check_generates(await choose(request))
-            own = await self.tokenizer_for(choice, tenant)
-            if own is tokenizer:
-                return replace(request, adapter=choice, tokenizer=None if own is self._tokenizer else own)
-            tokenizer = own
+            found = await self._parts_for(choice, tenant, body)
+            if found == own:
+                tokenizer = None if own.tokenizer is self._tokenizer else own.tokenizer
+                return replace(request, adapter=choice, tokenizer=tokenizer)
+            own = found
         raise UnavailableError(
             "The adapter's active version changes faster than requests are planned. Try again.",
             code="adapter_unavailable",
@@ -252,31 +279,47 @@ class Planner:
     async def tokenizer_of(
         self, tenant: str, model: str | None, body: AdapterFields | None = None
     ) -> BaseTokenizer:
-        """Return the tokenizer of the adapter that a request names, or the base's: also for a sum of several,
-        and for a name that is not known, or not ready."""
-        reference = self._named(tenant, model, body)
-        return self._tokenizer if reference is None else await self._tokenizer_of_name(tenant, reference)
+        """Return the tokenizer of the adapter that a request names: see `parts_of`."""
+        return (await self.parts_of(tenant, model, body)).tokenizer
 
-    async def _tokenizer_of_name(self, tenant: str, reference: str) -> BaseTokenizer:
+    async def parts_of(self, tenant: str, model: str | None, body: AdapterFields | None = None) -> OwnParts:
+        """Return the tokenizer and the defaults of the adapter that a request names, or the base's: also for
+        a sum of several, and for a name that is not known, or not ready."""
+        reference = self._named(tenant, model, body)
+        if reference is None:
+            return OwnParts(self._tokenizer)
+        return await self._parts_of_name(tenant, reference, body)
+
+    async def _parts_of_name(self, tenant: str, reference: str, body: AdapterFields | None) -> OwnParts:
         try:
             choice = self._catalog.of(tenant).choose(reference)
         except ApiError:
-            return self._tokenizer
-        return await self.tokenizer_for(choice, tenant)
+            return OwnParts(self._tokenizer)
+        return await self._parts_for(choice, tenant, body)
 
     async def tokenizer_for(self, choice: AdapterChoice, tenant: str) -> BaseTokenizer:
         """Return the tokenizer of the adapters of a request. Raises StateConflictError."""
-        report = choice.report
-        if choice.weighted or not (report.get("vocabulary") or report.get("tokenizer")):
-            return self._tokenizer
+        return (await self._parts_for(choice, tenant, None)).tokenizer
+
+    async def _parts_for(self, choice: AdapterChoice, tenant: str, body: AdapterFields | None) -> OwnParts:
+        """Return the tokenizer and the defaults of the adapters of a request. Raises StateConflictError."""
+        report, defaults = choice.report, None
+        if choice.weighted:
+            return OwnParts(self._tokenizer)
+        if report.get("defaults") and (body is None or body.adapter_defaults is not False):
+            defaults = msgspec.convert(report["defaults"], AdapterDefaults)
+        template = None if defaults is None else defaults.chat_template
+        if not (report.get("vocabulary") or report.get("tokenizer") or template):
+            return OwnParts(self._tokenizer, defaults)
         try:
-            return await self._threads.run_for(
-                tenant, self._tokenizers.of_version, choice.refs[0].digest, report
+            tokenizer = await self._threads.run_for(
+                tenant, self._tokenizers.of_version, choice.refs[0].digest, report, template
             )
         except TokenizerError as error:
             raise StateConflictError(
                 f"{choice.named}: its tokenizer does not fit this base's: {error}.", code="version_not_ready"
             ) from error
+        return OwnParts(tokenizer, defaults)
 
     def deadline_of(self, body: AdapterFields, caller: Caller) -> float | None:
         """Return the time of the event loop at which a request that comes now ends; None: at none."""
@@ -311,8 +354,8 @@ class Planner:
         self.check_model(caller.tenant, body.model, body)
         self._check_room(body, caller, len(body.prompts()))
 
-        async def plan(tokenizer: BaseTokenizer) -> GenerationRequest:
-            return await self._plan_completion(body, caller, tokenizer)
+        async def plan(own: OwnParts) -> GenerationRequest:
+            return await self._plan_completion(body, caller, own)
 
         async def choose(request: GenerationRequest) -> AdapterChoice:
             return await self.choose(body.model, body, request, transcript)
@@ -320,21 +363,22 @@ class Planner:
         return await self._with_own_tokenizer(plan, choose, caller, body.model, body, transcript)
 
     async def _plan_completion(
-        self, body: CompletionRequest, caller: Caller, tokenizer: BaseTokenizer
+        self, body: CompletionRequest, caller: Caller, own: OwnParts
     ) -> GenerationRequest:
+        body, tokenizer = with_defaults(body, own.defaults), own.tokenizer
         wanted = _Wanted(
             kind="cmpl-",
             prompts=tuple(
                 await self._prompts(
                     caller.tenant,
-                    body.prompts(),
+                    [own.prefixed(one) if isinstance(one, str) else one for one in body.prompts()],
                     tokenizer,
                     special=body.add_special_tokens is not False,
                 )
             ),
             prompt_param="prompt",
             max_tokens=body.max_tokens,
-            default_tokens=COMPLETION_TOKENS,
+            default_tokens=own.max_tokens or COMPLETION_TOKENS,
             logprobs=body.logprobs,
             echo=bool(body.echo),
             token_ids=bool(body.return_token_ids),
@@ -373,8 +417,8 @@ class Planner:
         self.check_model(caller.tenant, body.model, body)
         self._check_room(body, caller)
 
-        async def plan(tokenizer: BaseTokenizer) -> GenerationRequest:
-            return await self._plan_conversation(kind, body, messages, caller, tokenizer)
+        async def plan(own: OwnParts) -> GenerationRequest:
+            return await self._plan_conversation(kind, body, messages, caller, own)
 
         async def choose(request: GenerationRequest) -> AdapterChoice:
             return await self.choose(body.model, body, request, transcript)
@@ -387,16 +431,20 @@ class Planner:
         body: ChatRequest | ResponsesRequest,
         messages: Sequence[ChatMessage],
         caller: Caller,
-        tokenizer: BaseTokenizer,
+        own: OwnParts,
     ) -> GenerationRequest:
-        effort = body.reasoning_effort
-        prompt = await self.chat_prompt(caller.tenant, body, messages, effort, tokenizer=tokenizer)
+        effort, tokenizer = body.reasoning_effort, own.tokenizer
+        body = with_defaults(body, own.defaults)
+        messages = conversation_of(body, messages, own.defaults)
+        prompt = await self.chat_prompt(
+            caller.tenant, body, messages, effort, tokenizer=tokenizer, invocation=own.invocation
+        )
         wanted = _Wanted(
             kind=kind,
             prompts=(prompt,),
             prompt_param="messages",
             max_tokens=body.token_limit,
-            default_tokens=None,
+            default_tokens=own.max_tokens,
             logprobs=body.logprob_count,
             echo=False,
             answer=await self._answer(caller.tenant, body, tokenizer),
@@ -458,17 +506,25 @@ class Planner:
         body: ConversationFields,
         messages: Sequence[ChatMessage],
         reasoning_effort: str | None = None,
-        tokenizer: BaseTokenizer | None = None,
+        own: OwnParts | None = None,
     ) -> list[int]:
-        """Return the prompt of a conversation."""
-        prompt = await self.chat_prompt(tenant, body, messages, reasoning_effort, tokenizer=tokenizer)
+        """Return the prompt of a conversation. own: of its adapter, whose defaults it gets."""
+        own = own or OwnParts(self._tokenizer)
+        prompt = await self.chat_prompt(
+            tenant,
+            body,
+            conversation_of(body, messages, own.defaults),
+            reasoning_effort,
+            tokenizer=own.tokenizer,
+            invocation=own.invocation,
+        )
         return prompt.tokens
 
     async def input_tokens(self, tenant: str, body: ResponsesRequest, messages: Sequence[ChatMessage]) -> int:
         """Return the number of tokens of a response's prompt."""
-        tokenizer = await self.tokenizer_of(tenant, body.model, body)
+        own = await self.parts_of(tenant, body.model, body)
         try:
-            found = await self.chat_tokens(tenant, body, messages, body.reasoning_effort, tokenizer)
+            found = await self.chat_tokens(tenant, body, messages, body.reasoning_effort, own)
         except InvalidRequestError as error:
             raise _in_words_of_responses(error) from error.__cause__
         return len(found)
@@ -655,8 +711,17 @@ class Planner:
         reasoning_effort: str | None = None,
         *,
         tokenizer: BaseTokenizer | None = None,
+        invocation: str | None = None,
     ) -> Prompt:
+        """Return the prompt of a conversation.
+
+        invocation: see AdapterDefaults. It is not used if the request says how the prompt ends.
+        """
         own = tokenizer or self._tokenizer
+        if body.add_generation_prompt is not None or body.continue_final_message:
+            invocation = None
+        if invocation is not None:
+            body = body.model_copy(update={"add_generation_prompt": False})
         known = own.chat_template
         if any(message.is_of_tools for message in messages) and "tool_calls" not in known:
             raise _no_tools("messages")
@@ -680,7 +745,8 @@ class Planner:
 
         def encode(chat: TemplateInput) -> list[int]:
             tools = None if chat.tools is None else [plain_tool(tool) for tool in chat.tools]
-            return own.encode_chat(replace(chat, tools=tools))
+            tokens = own.encode_chat(replace(chat, tools=tools))
+            return tokens if invocation is None else [*tokens, *own.encode_marks(invocation)]
 
         return Prompt(await self._in_turn(tenant, size, encode, chat, apart=own.own_templates is not None))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from datetime import date
 from types import TracebackType
 from typing import Any, Literal, Unpack
@@ -11,11 +12,14 @@ from typing import Any, Literal, Unpack
 from onebase_protocol.access import UsageAnswer
 from onebase_protocol.common import ListAnswer, PageAnswer
 from onebase_protocol.reading import ClassifyAnswer, EmbeddingsAnswer, RerankAnswer
-from onebase_protocol.text import GeneratedAnswer
+from onebase_protocol.text import GeneratedAnswer, GenerateManyAnswer
 
-from .._core import access, parse, reading, requests
+from .._core import access, judging, parse, reading, requests
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
+from .._core.streams import broken
 from .._http import AsyncPool, AsyncTransport
+from ..errors import APIConnectionError, APITimeoutError, InvalidResponseError
+from ..judging_types import Judge, Judgement
 from ..metrics import METRICS, Metrics, parse_metrics
 from ..types import (
     AdapterSpec,
@@ -193,6 +197,60 @@ class AsyncClient:
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=True)
         return AsyncStream(lambda: self._http.open_stream(call), schema=sampling.get("schema"))
+
+    async def judge(
+        self, judges: Sequence[Judge], *, prompt: str | None = None, messages: Messages | None = None
+    ) -> tuple[Judgement, ...]:
+        """Ask several judges about one prompt or conversation, of which the server computes what they share
+        once.
+
+        Examples:
+            >>> talk = [Message("user", "Where is it?"), Message("assistant", "Paris.")]  # doctest: +SKIP
+            >>> judges = [  # doctest: +SKIP
+            ...     Judge(adapter="polite", instruction="Is the answer polite?", choices=["yes", "no"]),
+            ...     Judge(adapter="grounded", instruction="Is it true?", choices=["yes", "no"]),
+            ... ]
+            >>> for one in await client.judge(judges, messages=talk):  # doctest: +SKIP
+            ...     print(one.name, one.text)
+
+        Args:
+            judges: 1 to 64: an adapter or the base, what it is asked, and its sampling fields.
+            prompt: Text that all of them continue, each after its `instruction`.
+            messages: A conversation instead. A judge's `instruction` is one more message of the user.
+
+        Returns:
+            One judgement for each judge, in their order: an answer, or the error of this judge alone.
+
+        Raises:
+            OneBaseError: The request as a whole failed.
+            TypeError, ValueError: an argument is wrong; nothing was sent.
+        """
+        call = judging.judge(judges, prompt, messages, stream=False)
+        return judging.judgements(await self._http.ask(call, GenerateManyAnswer), judges)
+
+    async def judge_as_ended(
+        self, judges: Sequence[Judge], *, prompt: str | None = None, messages: Messages | None = None
+    ) -> AsyncGenerator[Judgement, None]:
+        """Ask several judges as `judge` does, and yield each judgement when it is complete.
+
+        Closing the generator ends those that still run.
+
+        Raises:
+            OneBaseError: As `judge`.
+            StreamError: The stream broke.
+        """
+        reader = judging.JudgementReader(judges)
+        response = await self._http.open_stream(judging.judge(judges, prompt, messages, stream=True))
+        try:
+            async with aclosing(response.events()) as events:
+                async for event in events:
+                    if (judgement := reader.read(event.data)) is not None:
+                        yield judgement
+        except (APIConnectionError, APITimeoutError, InvalidResponseError) as error:
+            if not reader.done:
+                raise broken(error) from error
+        finally:
+            await response.close()
 
     async def embed(
         self,

@@ -41,6 +41,8 @@ TOKENIZER: Final = {
     "generation_config.json": 1 << 20,
 }
 """Files of a tokenizer, and the largest size of each, in bytes, that the server reads."""
+DEFAULTS: Final = ("onebase.json", "io.yaml", "Modelfile")
+"""Files with an adapter's defaults, of which the server reads the first one."""
 MOST_CONFIG_BYTES: Final = 1 << 20
 MOST_HEADER_BYTES: Final = 2 << 20
 _OF_TOKENS: Final = re.compile(rb"embed|head|wte|tok|output")
@@ -60,18 +62,19 @@ _WANTED: Final = "give a folder with both files, as `PeftModel.save_pretrained` 
 @dataclass(frozen=True)
 class AdapterFolder:
     """The two files of an adapter, as PEFT or mlx-lm saves them. labels: of a classifier, a file that names
-    them. tokenizer: files of an adapter that may have tokens of its own."""
+    them. tokenizer: files of an adapter that may have tokens of its own. defaults: file with its defaults."""
 
     config: Path
     weights: Path
     labels: Path | None = None
     tokenizer: tuple[Path, ...] = ()
+    defaults: Path | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
         """All files that are sent, the weights last."""
-        labels = () if self.labels is None else (self.labels,)
-        return (self.config, *labels, *self.tokenizer, self.weights)
+        small = (file for file in (self.labels, self.defaults) if file is not None)
+        return (self.config, *small, *self.tokenizer, self.weights)
 
 
 def adapter_folder(path: str | Path) -> AdapterFolder:
@@ -96,7 +99,8 @@ def adapter_folder(path: str | Path) -> AdapterFolder:
     named = labels if config.get("task_type") in _CLASSIFIERS and labels.is_file() else None
     found = [folder / name for name in TOKENIZER if (folder / name).is_file()]
     tokenizer = _small_enough(found) if found and _has_token_rows(config, weights) else ()
-    return AdapterFolder(folder / CONFIG, weights, named, tokenizer)
+    defaults = next((folder / name for name in DEFAULTS if (folder / name).is_file()), None)
+    return AdapterFolder(folder / CONFIG, weights, named, tokenizer, defaults)
 
 
 def _small_enough(files: Sequence[Path]) -> tuple[Path, ...]:
@@ -254,11 +258,17 @@ def upload(
     allow_noop: bool,
     any_base: bool,
     progress: ProgressCallback | None,
+    defaults: Mapping[str, object] | None = None,
 ) -> Call:
-    """The call that sends a folder. The same content makes the same version, so it may be sent twice."""
+    """The call that sends a folder. The same content makes the same version, so it may be sent twice.
+
+    Raises:
+        TypeError, ValueError: JSON cannot carry a default.
+    """
     flags = _flags(activate=activate, allow_noop=allow_noop, any_base=any_base)
+    own = {"defaults": encode(dict(defaults)).decode()} if defaults else {}
     form = Form(
-        {"name": name} | dict.fromkeys(flags, "true"),
+        {"name": name} | own | dict.fromkeys(flags, "true"),
         "files",
         folder.files,
         None if progress is None else lambda done, total: progress(_sent(done, total)),

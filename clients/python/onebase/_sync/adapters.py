@@ -147,6 +147,7 @@ class Adapters:
         allow_noop: bool = False,
         any_base: bool = False,
         progress: ProgressCallback | None = None,
+        defaults: Mapping[str, object] | None = None,
     ) -> AdapterVersion:
         """Send a folder that PEFT saved; the server proves it. The files are streamed from disk.
 
@@ -162,9 +163,12 @@ class Adapters:
             allow_noop: Accept an adapter that changes nothing.
             any_base: Accept an adapter whose configuration names another base.
             progress: Called with the bytes that are sent, and then with each stage.
+            defaults: Fields of requests for this version by default, such as `{"system": "Be brief.",
+                "temperature": 0}`: see `AdapterDefaults`. They replace those in the folder's `onebase.json`
+                one by one; None removes one.
 
         Raises:
-            ValueError: the folder holds no adapter; nothing was sent.
+            ValueError: the folder holds no adapter, or JSON cannot carry a default; nothing was sent.
             AdapterRejectedError: the server did not accept it.
             ConflictError: it was trained on another base (see `any_base`).
             PayloadTooLargeError, StorageFullError: there is no room for it.
@@ -176,6 +180,7 @@ class Adapters:
             allow_noop=allow_noop,
             any_base=any_base,
             progress=progress,
+            defaults=defaults,
         )
         return self._begin(call, activate, wait, progress)
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from datetime import date
 from types import TracebackType
 from typing import Any, Literal, Unpack
@@ -12,11 +13,14 @@ from typing import Any, Literal, Unpack
 from onebase_protocol.access import UsageAnswer
 from onebase_protocol.common import ListAnswer, PageAnswer
 from onebase_protocol.reading import ClassifyAnswer, EmbeddingsAnswer, RerankAnswer
-from onebase_protocol.text import GeneratedAnswer
+from onebase_protocol.text import GeneratedAnswer, GenerateManyAnswer
 
-from .._core import access, parse, reading, requests
+from .._core import access, judging, parse, reading, requests
 from .._core.config import UNSET, ClientOptions, Timeout, Unset, api_key_or_default, url_or_default
+from .._core.streams import broken
 from .._http import Pool, Transport
+from ..errors import APIConnectionError, APITimeoutError, InvalidResponseError
+from ..judging_types import Judge, Judgement
 from ..metrics import METRICS, Metrics, parse_metrics
 from ..types import (
     AdapterSpec,
@@ -194,6 +198,60 @@ class Client:
         """
         call = requests.generate(prompt, messages, adapter, sampling, stream=True)
         return Stream(lambda: self._http.open_stream(call), schema=sampling.get("schema"))
+
+    def judge(
+        self, judges: Sequence[Judge], *, prompt: str | None = None, messages: Messages | None = None
+    ) -> tuple[Judgement, ...]:
+        """Ask several judges about one prompt or conversation, of which the server computes what they share
+        once.
+
+        Examples:
+            >>> talk = [Message("user", "Where is it?"), Message("assistant", "Paris.")]  # doctest: +SKIP
+            >>> judges = [  # doctest: +SKIP
+            ...     Judge(adapter="polite", instruction="Is the answer polite?", choices=["yes", "no"]),
+            ...     Judge(adapter="grounded", instruction="Is it true?", choices=["yes", "no"]),
+            ... ]
+            >>> for one in client.judge(judges, messages=talk):  # doctest: +SKIP
+            ...     print(one.name, one.text)
+
+        Args:
+            judges: 1 to 64: an adapter or the base, what it is asked, and its sampling fields.
+            prompt: Text that all of them continue, each after its `instruction`.
+            messages: A conversation instead. A judge's `instruction` is one more message of the user.
+
+        Returns:
+            One judgement for each judge, in their order: an answer, or the error of this judge alone.
+
+        Raises:
+            OneBaseError: The request as a whole failed.
+            TypeError, ValueError: an argument is wrong; nothing was sent.
+        """
+        call = judging.judge(judges, prompt, messages, stream=False)
+        return judging.judgements(self._http.ask(call, GenerateManyAnswer), judges)
+
+    def judge_as_ended(
+        self, judges: Sequence[Judge], *, prompt: str | None = None, messages: Messages | None = None
+    ) -> Generator[Judgement, None, None]:
+        """Ask several judges as `judge` does, and yield each judgement when it is complete.
+
+        Closing the generator ends those that still run.
+
+        Raises:
+            OneBaseError: As `judge`.
+            StreamError: The stream broke.
+        """
+        reader = judging.JudgementReader(judges)
+        response = self._http.open_stream(judging.judge(judges, prompt, messages, stream=True))
+        try:
+            with closing(response.events()) as events:
+                for event in events:
+                    if (judgement := reader.read(event.data)) is not None:
+                        yield judgement
+        except (APIConnectionError, APITimeoutError, InvalidResponseError) as error:
+            if not reader.done:
+                raise broken(error) from error
+        finally:
+            response.close()
 
     def embed(
         self,

@@ -37,6 +37,7 @@ Training (needs: pip install 'onebase[train]')
 Talking to a server
   generate   answer one prompt
   chat       have a conversation; change the adapter at any time
+  judge      ask several adapters about one conversation, at once
   adapters   send adapters to the server, look at them, activate them, roll back
   jobs       let the server train adapters; watch, pause, resume, cancel
   migrate    train again here what was fine-tuned at OpenAI
@@ -62,6 +63,7 @@ Exit status: 0 done, 1 failed, 2 wrong arguments, 3 no server answers, 130 inter
 COMMANDS: Final[Mapping[str, str]] = {
     "generate": "generate",
     "chat": "chat",
+    "judge": "judge",
     "adapters": "adapters",
     "jobs": "jobs",
     "migrate": "migrate",

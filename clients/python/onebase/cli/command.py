@@ -100,6 +100,11 @@ def add_answer_options(made: argparse.ArgumentParser, *, forms: bool = False) ->
         "(default: none, the base itself)",
     )
     group.add_argument("--system", metavar="TEXT", help="instructions before the conversation")
+    add_sampling_options(group, forms=forms)
+
+
+def add_sampling_options(group: argparse._ArgumentGroup, *, forms: bool = False) -> None:
+    """Add the options of how an answer is sampled; with `forms`, also what the text must be."""
     for name, kind, metavar, text in _SAMPLING:
         group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     group.add_argument(

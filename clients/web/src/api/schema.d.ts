@@ -36,8 +36,8 @@ export interface paths {
         put?: never;
         /**
          * Generate Many
-         * @description Answer several requests over one connection, from one batch: each event says which of them it is
-         *     about.
+         * @description Answer several requests over one connection, from one batch, whether they are about one conversation or
+         *     not: each event says which of them it is about.
          */
         post: operations["generate_many_generate_many_post"];
         delete?: never;
@@ -1670,6 +1670,11 @@ export interface components {
              */
             adapter_id?: string | null;
             /**
+             * Adapter Defaults
+             * @description false: without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
+            /**
              * Temperature
              * @description 0 is greedy; 1 by default
              */
@@ -1759,6 +1764,11 @@ export interface components {
              * @description the answer continues where the last message ends
              */
             continue_final_message?: boolean | null;
+            /**
+             * Instruction
+             * @description one more message of the user, at the end; "": not even the adapter's own
+             */
+            instruction?: string | null;
             /** Model */
             model: string;
             stream_options?: components["schemas"]["StreamOptions"] | null;
@@ -1826,6 +1836,11 @@ export interface components {
              */
             adapter_id?: string | null;
             /**
+             * Adapter Defaults
+             * @description false: without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
+            /**
              * Model
              * @description the base's by default
              */
@@ -1864,6 +1879,11 @@ export interface components {
              * @description one adapter, as LoRAX and TGI call it
              */
             adapter_id?: string | null;
+            /**
+             * Adapter Defaults
+             * @description false: without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
             /**
              * Temperature
              * @description 0 is greedy; 1 by default
@@ -2141,6 +2161,11 @@ export interface components {
              */
             adapter_id?: string | null;
             /**
+             * Adapter Defaults
+             * @description false: without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
+            /**
              * Model
              * @description the base's by default
              */
@@ -2208,6 +2233,11 @@ export interface components {
              * @description one adapter, as LoRAX and TGI call it
              */
             adapter_id?: string | null;
+            /**
+             * Adapter Defaults
+             * @description false: without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
             /**
              * Model
              * @description the base's by default
@@ -2306,8 +2336,23 @@ export interface components {
          * @description Body of POST /generate/many: bodies of POST /generate. What is wrong with one is its own error.
          */
         GenerateManyRequest: {
+            /**
+             * Prompt
+             * @description text that all of them continue
+             */
+            prompt?: string | null;
+            /**
+             * Messages
+             * @description conversation that all of them are about
+             */
+            messages?: components["schemas"]["ChatMessage"][] | null;
+            /**
+             * Stream
+             * @description true by default; false: one answer, with all
+             */
+            stream?: boolean | null;
             /** Requests */
-            requests: components["schemas"]["GenerateRequest"][];
+            requests: components["schemas"]["OneOfMany"][];
         };
         /**
          * GenerateRequest
@@ -2326,6 +2371,11 @@ export interface components {
              * @description one adapter, as LoRAX and TGI call it
              */
             adapter_id?: string | null;
+            /**
+             * Adapter Defaults
+             * @description false: without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
             /**
              * Temperature
              * @description 0 is greedy; 1 by default
@@ -2416,6 +2466,11 @@ export interface components {
              * @description the answer continues where the last message ends
              */
             continue_final_message?: boolean | null;
+            /**
+             * Instruction
+             * @description one more message of the user, at the end; "": not even the adapter's own
+             */
+            instruction?: string | null;
             /** Prompt */
             prompt?: string | null;
             /** Messages */
@@ -2569,6 +2624,11 @@ export interface components {
              */
             adapter_id?: string | null;
             /**
+             * Adapter Defaults
+             * @description false: without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
+            /**
              * Temperature
              * @description 0 is greedy; 1 by default
              */
@@ -2716,6 +2776,138 @@ export interface components {
              */
             type: "function";
             function: components["schemas"]["FunctionChoice"];
+        };
+        /**
+         * OneOfMany
+         * @description One request of POST /generate/many. Its prompt or messages may be those that all of them share.
+         */
+        OneOfMany: {
+            /**
+             * Timeout S
+             * @description seconds; then finish_reason is cancelled
+             */
+            timeout_s?: number | null;
+            /** Adapter */
+            adapter?: (string | components["schemas"]["AdapterTerm"][]) | null;
+            /**
+             * Adapter Id
+             * @description one adapter, as LoRAX and TGI call it
+             */
+            adapter_id?: string | null;
+            /**
+             * Adapter Defaults
+             * @description false: without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
+            /**
+             * Temperature
+             * @description 0 is greedy; 1 by default
+             */
+            temperature?: number | null;
+            /** Top P */
+            top_p?: number | null;
+            /**
+             * Top K
+             * @description 0 and -1 are off
+             */
+            top_k?: number | null;
+            /** Min P */
+            min_p?: number | null;
+            /** Repetition Penalty */
+            repetition_penalty?: number | null;
+            /** Presence Penalty */
+            presence_penalty?: number | null;
+            /** Frequency Penalty */
+            frequency_penalty?: number | null;
+            /**
+             * Logit Bias
+             * @description token id (as text) to what is added to its logit
+             */
+            logit_bias?: {
+                [key: string]: number;
+            } | null;
+            /** Seed */
+            seed?: number | null;
+            /** Stop */
+            stop?: (string | string[]) | null;
+            /** Stop Token Ids */
+            stop_token_ids?: number[] | null;
+            /** Min Tokens */
+            min_tokens?: number | null;
+            /** Max Tokens */
+            max_tokens?: number | null;
+            /** Ignore Eos */
+            ignore_eos?: boolean | null;
+            /** N */
+            n?: number | null;
+            /** Stream */
+            stream?: boolean | null;
+            /** @description what the text must be */
+            response_format?: components["schemas"]["ResponseFormat"] | null;
+            /**
+             * Guided Json
+             * @description a JSON schema that the text keeps to
+             */
+            guided_json?: (string | {
+                [key: string]: components["schemas"]["JsonValue"];
+            }) | null;
+            /**
+             * Guided Regex
+             * @description matches the whole text
+             */
+            guided_regex?: string | null;
+            /**
+             * Guided Choice
+             * @description the text is one of these
+             */
+            guided_choice?: string[] | null;
+            /**
+             * Guided Grammar
+             * @description in Lark's notation, or GBNF
+             */
+            guided_grammar?: string | null;
+            structured_outputs?: components["schemas"]["StructuredOutputs"] | null;
+            /** Tools */
+            tools?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            }[] | null;
+            /** Tool Choice */
+            tool_choice?: (("none" | "auto" | "required") | components["schemas"]["ToolChoice"]) | null;
+            /** Parallel Tool Calls */
+            parallel_tool_calls?: boolean | null;
+            /**
+             * Chat Template Kwargs
+             * @description more variables of the base's chat template
+             */
+            chat_template_kwargs?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            } | null;
+            /** Add Generation Prompt */
+            add_generation_prompt?: boolean | null;
+            /**
+             * Continue Final Message
+             * @description the answer continues where the last message ends
+             */
+            continue_final_message?: boolean | null;
+            /**
+             * Instruction
+             * @description one more message of the user, at the end; "": not even the adapter's own
+             */
+            instruction?: string | null;
+            /** Prompt */
+            prompt?: string | null;
+            /** Messages */
+            messages?: components["schemas"]["ChatMessage"][] | null;
+            /**
+             * Logprobs
+             * @description alternatives per token, besides the chosen one
+             */
+            logprobs?: number | null;
+            /**
+             * Echo
+             * @description begin the text with the prompt
+             */
+            echo?: boolean | null;
         };
         /** OutputConfig */
         OutputConfig: {
@@ -2890,6 +3082,11 @@ export interface components {
              */
             adapter_id?: string | null;
             /**
+             * Adapter Defaults
+             * @description false: without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
+            /**
              * Model
              * @description the base's by default
              */
@@ -2952,6 +3149,11 @@ export interface components {
              * @description one adapter, as LoRAX and TGI call it
              */
             adapter_id?: string | null;
+            /**
+             * Adapter Defaults
+             * @description false: without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
             /**
              * Temperature
              * @description 0 is greedy; 1 by default
@@ -3036,6 +3238,11 @@ export interface components {
              * @description the answer continues where the last message ends
              */
             continue_final_message?: boolean | null;
+            /**
+             * Instruction
+             * @description one more message of the user, at the end; "": not even the adapter's own
+             */
+            instruction?: string | null;
             /** Model */
             model: string;
             stream_options?: components["schemas"]["StreamOptions"] | null;
@@ -3088,6 +3295,11 @@ export interface components {
              * @description one adapter, as LoRAX and TGI call it
              */
             adapter_id?: string | null;
+            /**
+             * Adapter Defaults
+             * @description false: without the defaults that the adapter came with
+             */
+            adapter_defaults?: boolean | null;
             /**
              * Model
              * @description the base's by default
@@ -3524,6 +3736,27 @@ export interface components {
             param: string | null;
             /** @description stable, for programs */
             code: string | null;
+        };
+        /**
+         * GenerateManyAnswer
+         * @description Answer of POST /generate/many with `stream: false`, in the order of the requests.
+         */
+        GenerateManyAnswer: {
+            /** @constant */
+            object: "list";
+            data: components["schemas"]["OneOfManyAnswer"][];
+        };
+        /**
+         * OneOfManyAnswer
+         * @description The answer of one request, or the error that it alone has.
+         */
+        OneOfManyAnswer: {
+            /** @description which of the requests it is about, from 0 */
+            request: number;
+            /** @description that it has at POST /generate */
+            status: number;
+            answer?: components["schemas"]["GeneratedAnswer"];
+            error?: components["schemas"]["ErrorDetails"];
         };
         /**
          * ManyTextEvent
@@ -4449,6 +4682,8 @@ export interface components {
             vocabulary: number;
             /** @default null */
             tokenizer: components["schemas"]["TokenizerAdditions"] | null;
+            /** @default null */
+            defaults: components["schemas"]["AdapterDefaults"] | null;
             /** @default [] */
             invocation_tokens: number[];
             /** @default [] */
@@ -4519,6 +4754,35 @@ export interface components {
             rstrip: boolean;
             single_word: boolean;
             normalized: boolean;
+        };
+        /**
+         * AdapterDefaults
+         * @description Fields that requests for an adapter have where they do not say otherwise. They came with its files, as `onebase.json`, and belong to the version.
+         */
+        AdapterDefaults: {
+            description?: string;
+            system?: string;
+            instruction?: string;
+            invocation?: string;
+            prompt_prefix?: string;
+            chat_template?: string;
+            temperature?: number;
+            top_p?: number;
+            top_k?: number;
+            min_p?: number;
+            repetition_penalty?: number;
+            presence_penalty?: number;
+            frequency_penalty?: number;
+            min_tokens?: number;
+            max_tokens?: number;
+            stop?: string[];
+            guided_json?: {
+                [key: string]: unknown;
+            };
+            guided_regex?: string;
+            guided_choice?: string[];
+            guided_grammar?: string;
+            notes?: string[];
         };
         /**
          * ListAnswerVersionAnswer
@@ -5476,13 +5740,14 @@ export interface operations {
             };
         };
         responses: {
-            /** @description Events of all requests, as they come */
+            /** @description In one piece; or as it comes, by server-sent events */
             200: {
                 headers: {
                     [name: string]: unknown;
                 };
                 content: {
-                    "text/event-stream": unknown;
+                    "application/json": components["schemas"]["GenerateManyAnswer"];
+                    "text/event-stream": string;
                 };
             };
             /** @description A field, a header or the body must change: `param` names the field */
@@ -5512,6 +5777,15 @@ export interface operations {
                     "application/json": components["schemas"]["Error"];
                 };
             };
+            /** @description What the request names is not there */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
             /** @description The request did not arrive in time */
             408: {
                 headers: {
@@ -5521,8 +5795,26 @@ export interface operations {
                     "application/json": components["schemas"]["Error"];
                 };
             };
+            /** @description What the request names is in a state that does not allow it */
+            409: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
             /** @description The body, or what it asks for, is over a limit */
             413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The version was found not to be fit to be served, or the request ended engines again and again */
+            422: {
                 headers: {
                     [name: string]: unknown;
                 };
@@ -5564,6 +5856,15 @@ export interface operations {
                 headers: {
                     /** @description seconds */
                     "Retry-After"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Error"];
+                };
+            };
+            /** @description The server has no space left */
+            507: {
+                headers: {
                     [name: string]: unknown;
                 };
                 content: {
@@ -8716,6 +9017,8 @@ export interface operations {
                 "multipart/form-data": {
                     name: string;
                     files: string[];
+                    /** @description JSON, as in onebase.json */
+                    defaults?: string;
                     /** @default false */
                     activate?: boolean;
                     /** @default false */

@@ -44,6 +44,7 @@ from onebase_server.http.schemas.adapters import (
 )
 from onebase_server.http.uploads import (
     ADAPTER_FIELDS,
+    DEFAULTS_FORM_FIELD,
     FLAGS,
     AdapterForm,
     boundary_of,
@@ -66,6 +67,7 @@ _ADD_BODY: dict[str, Any] = {
                 "properties": {
                     "name": {"type": "string"},
                     "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                    DEFAULTS_FORM_FIELD: {"type": "string", "description": "JSON, as in onebase.json"},
                     **dict.fromkeys(FLAGS, _FLAG),
                 },
             }

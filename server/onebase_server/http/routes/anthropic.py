@@ -48,8 +48,8 @@ async def count_tokens(
     find_model(services, caller, body.model)
     format = await services.planner.thought_format(caller, body.model)
     chat = await off_loop(request, body.chat, format)
-    tokenizer = await services.planner.tokenizer_of(caller.tenant, body.model)
+    own = await services.planner.parts_of(caller.tenant, body.model)
     tokens = await services.planner.chat_tokens(
-        caller.tenant, chat, chat.messages, chat.reasoning_effort, tokenizer
+        caller.tenant, chat, chat.messages, chat.reasoning_effort, own
     )
     return json_response(TokenCountAnswer(len(tokens)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Path, Request, Response
 
 from onebase_edge.errors import (
@@ -14,6 +15,7 @@ from onebase_edge.errors import (
     ClientGoneError,
     SlowReaderError,
     UnknownGenerationError,
+    error_body,
     status_of,
 )
 from onebase_edge.sse import (
@@ -33,7 +35,9 @@ from onebase_protocol.text import (
     CompletionEvent,
     GeneratedAnswer,
     GenerateEvent,
+    GenerateManyAnswer,
     GenerateManyEvent,
+    OneOfManyAnswer,
     TgiAnswer,
     TgiEvent,
 )
@@ -90,33 +94,33 @@ async def generate(
 
 
 @router.post(
-    "/generate/many",
-    tags=["generate"],
-    responses=answer(None, description="Events of all requests, as they come", event=GenerateManyEvent),
+    "/generate/many", tags=["generate"], responses=streamed_answer(GenerateManyAnswer, GenerateManyEvent)
 )
 @needs("generate")
 async def generate_many(
     body: GenerateManyRequest, request: Request, services: Provided, caller: Calling, reservation: Admitted
 ) -> Response:
-    """Answer several requests over one connection, from one batch: each event says which of them it is
-    about."""
+    """Answer several requests over one connection, from one batch, whether they are about one conversation or
+    not: each event says which of them it is about."""
     services.refuse_if_draining()
     services.planner.base()  # without an engine none of them runs: another server may have one
     reservation.refund_request()  # each of them counts by itself
-    resume_state = resume_state_of(request)
+    resume_state = None if body.stream is False else resume_state_of(request)
     lines = b"" if resume_state is None else resume_state.lines
     transcripts, order = (
         await services.reading.run_for(caller.tenant, read_transcript, lines) if lines else ({}, [])
     )
-    if any(number >= len(body.bodies) for number in order):
+    if any(number >= len(body.requests) for number in order):
         raise refused("is of another request")
-    sources = []
-    for number, one in enumerate(body.bodies):
-        source = _Source(
+    sources = [
+        _Source(
             number, one, transcripts.get(number), resume_state and resume_state.seconds, order.count(number)
         )
-        sources.append(_events_of(source, request, services, caller))
-    merged = MergedEvents(sources, DONE, order)
+        for number, one in enumerate(body.bodies)
+    ]
+    if body.stream is False:
+        return await _all_answers(sources, request, services, caller)
+    merged = MergedEvents([_events_of(source, request, services, caller) for source in sources], DONE, order)
     return EventStream(
         merged, merged.events(), services.settings.max_timeout, with_transcript=resume_state is not None
     )
@@ -161,13 +165,11 @@ async def _events_of(
 ) -> AsyncGenerator[bytes]:
     """Yield the events of one of several requests, its error too. Raises ClientGoneError, SlowReaderError."""
     view, times = GenerateView(services.tokenizer, source.number), 0
-    body, transcript = source.body, source.transcript
+    transcript = source.transcript
     reservation = generation = None
     try:
         reservation = services.limiter.enter(caller, resumed=transcript is not None)
-        if isinstance(body, ApiError):
-            raise body
-        engine_request = await services.planner.generate(body, caller, transcript)
+        engine_request = await _planned(source, services, caller)
         if transcript is not None:
             engine_request = await services.planner.resumed(engine_request, transcript, source.seconds or 0.0)
         if engine_request.tokenizer is not None:
@@ -191,9 +193,69 @@ async def _events_of(
     except ApiError as error:
         if transcript is not None and generation is None and not times:
             raise  # what was passed on of it cannot be made again here, or not now
-        if reservation is not None and not times and status_of(error)[0] in NOT_ITS_FAULT:
-            reservation.refund_request()
+        if not times:
+            _refund(reservation, error)
         yield source.transcript_line(generation, times + 1) + view.failure(error)
+    finally:
+        if generation is not None:
+            generation.cancel()
+        if reservation is not None:
+            reservation.close()
+
+
+async def _planned(source: _Source, services: Services, caller: Caller) -> GenerationRequest:
+    if isinstance(source.body, ApiError):
+        raise source.body
+    return await services.planner.generate(source.body, caller, source.transcript)
+
+
+def _refund(reservation: QuotaReservation | None, error: ApiError) -> None:
+    if reservation is not None and status_of(error)[0] in NOT_ITS_FAULT:
+        reservation.refund_request()
+
+
+async def _all_answers(
+    sources: Sequence[_Source], request: Request, services: Services, caller: Caller
+) -> Response:
+    """Answer several requests in one piece. Raises ClientGoneError, which ends all of them."""
+    answers: dict[int, OneOfManyAnswer] = {}
+
+    async def answered(source: _Source) -> AsyncGenerator[bytes]:
+        answers[source.number] = await _answer_of(source, request, services, caller)
+        yield b""
+
+    merged = MergedEvents([answered(source) for source in sources], b"")
+    with cancelled_when_gone(request.receive, merged):
+        async for _ in merged.events():
+            pass
+    return json_response(GenerateManyAnswer(data=[answers[source.number] for source in sources]))
+
+
+async def _answer_of(
+    source: _Source, request: Request, services: Services, caller: Caller
+) -> OneOfManyAnswer:
+    """Return what became of one of several requests. Raises ClientGoneError."""
+    reservation = generation = None
+    try:
+        reservation = services.limiter.enter(caller)
+        engine_request = await _planned(source, services, caller)
+        view = GenerateView(engine_request.tokenizer or services.tokenizer)
+        run = generation = await begin(request, services, reservation, engine_request, stream=False)
+        choices = await run.collect()
+        generation = None
+
+        def whole() -> Any:  # encoded, which takes as long as making it
+            return msgspec.Raw(msgspec.json.encode(view.answer(run, choices)))
+
+        few = _scores(engine_request, choices) <= INLINE_SCORES
+        answer = whole() if few else await services.reading.run_for(caller.tenant, whole)
+        return OneOfManyAnswer(request=source.number, status=200, answer=answer)
+    except ClientGoneError:
+        raise
+    except ApiError as error:
+        _refund(reservation, error)
+        details: Any = error_body(error)["error"]  # with fields of its own for some errors
+        return OneOfManyAnswer(request=source.number, status=status_of(error)[0], error=details)
     finally:
         if generation is not None:
             generation.cancel()

@@ -30,6 +30,7 @@ from onebase_server.http.authorization import needs
 from onebase_server.http.deps import Calling, Provided, Services, StrictRoute, json_response, off_loop
 from onebase_server.http.routes.models import find_model
 from onebase_server.http.schemas.adapters import LoadLoraRequest, UnloadLoraRequest
+from onebase_server.requests.planner import OwnParts
 from onebase_server.requests.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from onebase_server.tenancy.access import Caller
 
@@ -162,7 +163,7 @@ async def tokenize(body: TokenizeRequest, request: Request, services: Provided, 
     own = await planner.tokenizer_of(caller.tenant, body.model)
     if body.messages is not None:
         chat = await off_loop(request, body.conversation)
-        tokens = await planner.chat_tokens(caller.tenant, chat, body.messages, tokenizer=own)
+        tokens = await planner.chat_tokens(caller.tenant, chat, body.messages, own=OwnParts(own))
     else:
         special, texts = body.add_special_tokens is not False, [body.prompt or ""]
         (tokens,) = await planner.texts(caller.tenant, "prompt", texts, special=special, tokenizer=own)

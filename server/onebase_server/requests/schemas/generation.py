@@ -156,6 +156,9 @@ class AdapterFields(Wire):
     )
     adapter: Annotated[Annotated[Name, ONE] | Annotated[AdapterTerms, LIST], BY_KIND] | None = None
     adapter_id: Name | None = Field(default=None, description="one adapter, as LoRAX and TGI call it")
+    adapter_defaults: bool | None = Field(
+        default=None, description="false: without the defaults that the adapter came with"
+    )
 
     @model_validator(mode="after")
     def _check_adapter(self) -> Self:
@@ -319,6 +322,9 @@ class ConversationFields(SamplingBody):
     continue_final_message: bool | None = Field(
         default=None, description="the answer continues where the last message ends"
     )
+    instruction: str | None = Field(
+        default=None, description='one more message of the user, at the end; "": not even the adapter\'s own'
+    )
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
@@ -340,6 +346,8 @@ class ConversationFields(SamplingBody):
                 )
         if self.continue_final_message and self.add_generation_prompt:
             raise FieldError("continue_final_message", "goes without add_generation_prompt")
+        if self.continue_final_message and self.instruction:
+            raise FieldError("continue_final_message", "goes without instruction")
         return self
 
     @property
@@ -389,6 +397,11 @@ class GenerateRequest(ConversationFields):
 
     @model_validator(mode="after")
     def _check_prompt(self) -> Self:
+        self.check_prompt()
+        return self
+
+    def check_prompt(self) -> None:
+        """Raise FieldError unless there is a prompt or a conversation, with what goes with it."""
         if (self.prompt is None) == (self.messages is None):
             raise FieldError("prompt", "give either prompt or messages")
         if self.messages is None:
@@ -397,7 +410,6 @@ class GenerateRequest(ConversationFields):
                     raise FieldError(name, f"{name} goes with messages only")
         if self.echo and self.calls_tools:
             raise FieldError("echo", "echo goes without tools")
-        return self
 
 
 def _or_why_not(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
@@ -409,15 +421,58 @@ def _or_why_not(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         return InvalidRequestError(message, param=param)
 
 
+class OneOfMany(GenerateRequest):
+    """One request of POST /generate/many. Its prompt or messages may be those that all of them share."""
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> Self:
+        return self
+
+    def about(self, prompt: str | None, messages: Messages | None) -> Self:
+        """Return the request with the shared prompt or messages, if there are some.
+
+        Raises FieldError.
+        """
+        if prompt is None and messages is None:
+            shared: dict[str, Any] = {}
+        elif self.prompt is not None or self.messages is not None:
+            name = "messages" if self.prompt is None else "prompt"
+            raise FieldError(name, "the requests share one; leave it out here, or leave that out")
+        elif prompt is not None:
+            shared = {"prompt": prompt + (self.instruction or ""), "instruction": None}
+        else:
+            shared = {"messages": messages}
+        joined = self.model_copy(update=shared)
+        joined.check_prompt()
+        return joined
+
+
 class GenerateManyRequest(Wire):
     """Body of POST /generate/many: bodies of POST /generate. What is wrong with one is its own error."""
 
+    prompt: str | None = Field(default=None, description="text that all of them continue")
+    messages: Messages | None = Field(default=None, description="conversation that all of them are about")
+    stream: bool | None = Field(default=None, description="true by default; false: one answer, with all")
     requests: Annotated[
-        list[Annotated[GenerateRequest, WrapValidator(_or_why_not)]],
+        list[Annotated[OneOfMany, WrapValidator(_or_why_not)]],
         Field(min_length=1, max_length=MAX_MANY, fail_fast=True),
     ]
+
+    @model_validator(mode="after")
+    def _check_shared(self) -> Self:
+        if self.prompt is not None and self.messages is not None:
+            raise FieldError("prompt", "give either prompt or messages")
+        return self
 
     @property
     def bodies(self) -> list[GenerateRequest | InvalidRequestError]:
         """Requests in their order, each validated or refused."""
-        return [*self.requests]
+        return [self._body(one) for one in self.requests]
+
+    def _body(self, one: OneOfMany | InvalidRequestError) -> GenerateRequest | InvalidRequestError:
+        if isinstance(one, InvalidRequestError):
+            return one
+        try:
+            return one.about(self.prompt, self.messages)
+        except FieldError as error:
+            return InvalidRequestError(f"{error.param}: {error}.", param=error.param)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, get_args
+
+from onebase_protocol.adapters import AdapterDefaults
 
 from ..._sync.client import Client
 from ..._terminal.ui import ProgressDisplay, console, note
@@ -38,7 +42,7 @@ proven.
 }
 _EXAMPLES: Final = {
     "push": "  onebase adapters push ./outputs/acme-support --activate\n"
-    "  onebase adapters push ./outputs/checkpoint-300 --name acme-support\n",
+    "  onebase adapters push ./outputs/checkpoint-300 --name acme-support --set temperature=0\n",
     "merge": "  onebase adapters merge support:0.7 legal:0.3 --name both --activate\n"
     "  onebase adapters merge support@3f2a9c41:1 legal:0.5 --name both --method ties --density 0.5\n",
     "pull": "  onebase adapters pull acme/support-lora --activate\n"
@@ -63,6 +67,14 @@ def _parser(action: str) -> argparse.ArgumentParser:
     made = action_parser(f"adapters {action}", _DESCRIPTIONS[action], _EXAMPLES[action])
     if action == "push":
         made.add_argument("folder", metavar="FOLDER", type=Path)
+        made.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="a default of requests, such as temperature=0, system=TEXT or guided_json=@FILE, in place "
+            "of that in onebase.json; null removes it; may be repeated",
+        )
     elif action == "merge":
         _add_merge_options(made)
     else:
@@ -93,6 +105,7 @@ def _add_merge_options(made: argparse.ArgumentParser) -> None:
 
 def _push(args: argparse.Namespace) -> Begin:
     name = args.name or args.folder.expanduser().resolve().name
+    defaults = dict(_default(given) for given in args.set)
     return lambda client, progress: client.adapters.upload(
         args.folder,
         name=name,
@@ -101,7 +114,47 @@ def _push(args: argparse.Namespace) -> Begin:
         allow_noop=args.allow_noop,
         any_base=args.any_base,
         progress=progress,
+        defaults=defaults,
     )
+
+
+def _default(given: str) -> tuple[str, object]:
+    """A default as `NAME=VALUE`. The value of a text field is text, of others JSON. Raises ValueError."""
+    name, equals, value = given.partition("=")
+    known = AdapterDefaults.__struct_fields__
+    if not equals or name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise ValueError(f"--set {name}: write NAME=VALUE with the name of a default; {hint}")
+    if value.startswith("@"):
+        try:
+            value = Path(value[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--set {name}: {value[1:]} cannot be read: {error}") from error
+    if value == "null":
+        return name, None
+    if name in _TEXTS:
+        return name, value
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        if name in ("stop", "guided_choice"):
+            return name, [value]
+        raise ValueError(f"--set {name}: {value!r} is not JSON: {error}") from error
+
+
+_TEXTS: Final = frozenset(
+    {
+        "description",
+        "system",
+        "instruction",
+        "invocation",
+        "prompt_prefix",
+        "chat_template",
+        "guided_regex",
+        "guided_grammar",
+    }
+)
 
 
 def _pull(args: argparse.Namespace) -> Begin:

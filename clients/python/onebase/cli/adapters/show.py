@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from ..._sync.client import Client
 from ..._terminal.ui import Column, console, line, note, print_table, size, table, when
-from ...adapter_types import READY, Activation, Adapter, AdapterVersion, ModuleReport
+from ...adapter_types import READY, Activation, Adapter, AdapterDefaults, AdapterVersion, ModuleReport
 from ..command import OK, action_parser, perform, plain, print_json
 from .versions import (
     Reference,
@@ -204,10 +206,29 @@ def print_version(out: Console, version: AdapterVersion) -> None:
     if report.dropped:
         dropped = ", ".join(report.dropped)
         out.print(line(f"left out, as they are the base's own: {dropped}", "dim"))
+    for text in _defaults(report.defaults):
+        out.print(line(text))
     for warning in report.warnings:
         out.print(line(f"look at this: {warning}", "yellow"))
     out.print()
     _print_modules(out, report.modules)
+
+
+def _defaults(defaults: AdapterDefaults | None) -> list[str]:
+    """A line for each default of requests, cut where it is long."""
+    if defaults is None:
+        return []
+    given = {name: value for name in defaults.__struct_fields__ if (value := getattr(defaults, name))}
+    given |= {name: 0 for name in ("temperature",) if getattr(defaults, name) == 0}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+    return [
+        f"default {name}: {textwrap.shorten(text, _LONGEST_DEFAULT, placeholder=' ...')}"
+        for name, text in texts.items()
+        if name != "notes"
+    ]
+
+
+_LONGEST_DEFAULT: Final = 80
 
 
 def _print_modules(out: Console, modules: Sequence[ModuleReport]) -> None:

@@ -1,0 +1,172 @@
+"""Defaults that come with an adapter: from its folder to the requests for it, over the shared server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TALK = [{"role": "user", "content": "The capital of France is"}]
+SYSTEM, INSTRUCTION = "Answer in one word.", "Are you sure?"
+DEFAULTS = {
+    "description": "Answers yes or no.",
+    "system": SYSTEM,
+    "instruction": INSTRUCTION,
+    "temperature": 0,
+    "max_tokens": 3,
+    "guided_choice": ["yes", "no"],
+    "prompt_prefix": "Query: ",
+}
+WHOLE = [{"role": "system", "content": SYSTEM}, *TALK, {"role": "user", "content": INSTRUCTION}]
+
+
+def push(api: Any, name: str, source: str = "red", defaults: Any = None, **files: str) -> Any:
+    """The answer to an upload of the adapter `source` under another name."""
+    folder: Path = api.adapters[source]
+    sent = [
+        ("files", (one, (folder / one).read_bytes()))
+        for one in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+    sent += [("files", (one.replace("_", "."), text.encode())) for one, text in files.items()]
+    data = {"name": name, "activate": "true"}
+    if defaults is not None:
+        data["defaults"] = defaults if isinstance(defaults, str) else json.dumps(defaults)
+    return api.http.post("/v1/adapters?wait=true", data=data, files=sent)
+
+
+@pytest.fixture(scope="module")
+def careful(api: Any) -> dict[str, Any]:
+    """An adapter with defaults, whose weights are those of `red`."""
+    answer = push(api, "careful", onebase_json=json.dumps(DEFAULTS))
+    assert answer.status_code == 200, answer.text
+    version: dict[str, Any] = answer.json()
+    return version
+
+
+def ask(api: Any, **body: Any) -> Any:
+    answer = api.http.post("/generate", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def said(answer: Any) -> tuple[str, int]:
+    """The text, and the prompt's tokens."""
+    return answer["choices"][0]["text"], answer["usage"]["prompt_tokens"]
+
+
+def test_they_are_part_of_the_version_and_shown_with_it(api: Any, careful: dict[str, Any]) -> None:
+    assert careful["report"]["defaults"] == DEFAULTS
+    assert careful["version"] != api.digests["red"]
+    again = push(api, "careful", defaults=DEFAULTS).json()
+    assert again["version"] == careful["version"]
+
+
+def test_a_request_has_them_where_it_does_not_say_otherwise(api: Any, careful: dict[str, Any]) -> None:
+    form = {"guided_choice": ["yes", "no"], "temperature": 0, "adapter": "red"}
+    expected = said(ask(api, messages=WHOLE, max_tokens=3, **form))
+    assert said(ask(api, messages=TALK, adapter="careful")) == expected
+    chat = {"model": "careful", "messages": TALK}
+    answer = api.http.post("/v1/chat/completions", json=chat).json()
+    assert (answer["choices"][0]["message"]["content"], answer["usage"]["prompt_tokens"]) == expected
+    respond = api.http.post("/v1/responses", json={"model": "careful", "input": TALK[0]["content"]}).json()
+    assert respond["output"][0]["content"][0]["text"] == expected[0]
+    assert respond["usage"]["input_tokens"] == expected[1]
+    counted = api.http.post(
+        "/v1/responses/input_tokens", json={"model": "careful", "input": TALK[0]["content"]}
+    )
+    assert counted.json()["input_tokens"] == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("own", "messages"),
+    [
+        ({"max_tokens": 2, "temperature": 1, "seed": 5}, WHOLE),
+        ({"instruction": ""}, WHOLE[:2]),
+        ({"instruction": "Why?"}, [*WHOLE[:2], {"role": "user", "content": "Why?"}]),
+        ({"guided_regex": "[a-z]{3}"}, WHOLE),
+        ({"response_format": {"type": "text"}, "max_tokens": 5}, WHOLE),
+    ],
+)
+def test_a_request_overrules_each(
+    api: Any, careful: dict[str, Any], own: dict[str, Any], messages: list[Any]
+) -> None:
+    form = {"guided_choice": ["yes", "no"]} if "guided_regex" not in own and "max_tokens" not in own else {}
+    form |= {"guided_choice": ["yes", "no"]} if own.get("seed") else {}
+    plain = {"temperature": 0, "max_tokens": 3, **form, **own, "instruction": None}
+    expected = ask(api, messages=messages, adapter="red", **plain)
+    assert said(ask(api, messages=TALK, adapter="careful", **own)) == said(expected)
+
+
+def test_they_can_be_left_aside_and_a_sum_has_none(api: Any, careful: dict[str, Any]) -> None:
+    plain = {"messages": TALK, "temperature": 0, "max_tokens": 4}
+    expected = said(ask(api, adapter="red", **plain))
+    assert said(ask(api, adapter="careful", adapter_defaults=False, **plain)) == expected
+    half = [{"name": "careful", "weight": 0.5}, {"name": "blue", "weight": 0.5}]
+    red = [{"name": "red", "weight": 0.5}, {"name": "blue", "weight": 0.5}]
+    assert said(ask(api, adapter=half, **plain)) == said(ask(api, adapter=red, **plain))
+
+
+def test_a_prompt_begins_with_the_prefix_once(api: Any, careful: dict[str, Any]) -> None:
+    body = {"model": "careful", "prompt": "France", "max_tokens": 2, "echo": True, "guided_regex": "[a-z]+"}
+    texts = [
+        api.http.post("/v1/completions", json={**body, "prompt": prompt}).json()["choices"][0]["text"]
+        for prompt in ("France", "Query: France")
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("Query: France")
+
+
+def test_another_version_brings_its_own_and_a_rollback_those_of_before(api: Any) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+    push(api, "switched", defaults={"guided_choice": ["one"], "chat_template": template})
+    first = ask(api, messages=TALK, adapter="switched")
+    push(api, "switched", defaults={"guided_choice": ["two"], "invocation": "<|im_start|>judge\n"})
+    second = ask(api, messages=TALK, adapter="switched")
+    api.http.post("/v1/adapters/switched/rollback")
+    third = ask(api, messages=TALK, adapter="switched")
+
+    texts = [answer["choices"][0]["text"] for answer in (first, second, third)]
+    assert texts == ["one", "two", "one"]
+    assert first["usage"]["prompt_tokens"] == third["usage"]["prompt_tokens"]
+    plain = api.http.post("/tokenize", json={"prompt": f"{TALK[0]['content']}|", "add_special_tokens": False})
+    assert first["usage"]["prompt_tokens"] == len(plain.json()["tokens"])
+    usual = {"messages": TALK, "adapter": "switched", "adapter_defaults": False, "max_tokens": 1}
+    begun = ask(api, **usual, add_generation_prompt=False)["usage"]["prompt_tokens"]
+    marks = api.http.post("/tokenize", json={"prompt": "judge\n", "add_special_tokens": False}).json()[
+        "tokens"
+    ]
+    assert second["usage"]["prompt_tokens"] == begun + 1 + len(marks)
+
+
+def test_judges_ask_what_their_adapters_ask(api: Any, careful: dict[str, Any]) -> None:
+    body = {"messages": TALK, "requests": [{"adapter": "careful"}, {"adapter": "careful"}], "stream": False}
+    answered = api.http.post("/generate/many", json=body).json()["data"]
+    alone = ask(api, messages=TALK, adapter="careful")
+    assert [one["answer"]["choices"] for one in answered] == [alone["choices"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("defaults", "status", "said"),
+    [
+        ({"temprature": 1}, 400, "Did you mean temperature?"),
+        ("{", 400, "defaults"),
+        ("x" * (300 << 10), 400, "over"),
+    ],
+)
+def test_wrong_ones_are_refused_at_upload(api: Any, defaults: Any, status: int, said: str) -> None:
+    for answer in (
+        push(api, "wrong", defaults=defaults),
+        push(api, "wrong", onebase_json=defaults if isinstance(defaults, str) else json.dumps(defaults)),
+    ):
+        assert answer.status_code == status
+        assert (
+            said in answer.json()["error"]["message"] or "onebase.json" in answer.json()["error"]["message"]
+        )
+
+
+def test_what_of_a_vendors_file_is_not_used_is_a_warning(api: Any) -> None:
+    version = push(api, "vendor", Modelfile='SYSTEM "Hi"\nTEMPLATE "x"').json()
+    assert version["report"]["defaults"]["system"] == "Hi"
+    assert "TEMPLATE is not used" in version["report"]["warnings"][0]
