@@ -1,5 +1,6 @@
 """Memory of the machine: total, free and peak bytes, and the errors that report a lack of it; the
-interpreter's memory for frames, and what its garbage collector goes through; and the priority of processes.
+interpreter's memory for frames, and what its garbage collector goes through; the priority of processes, and
+the processor time that threads and processes take.
 
 torch is imported where it is needed: the api asks for memory too, and loads no torch.
 """
@@ -14,6 +15,8 @@ import os
 import re
 import resource
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 _Result = TypeVar("_Result")
+_counted = threading.local()
+"""Has `seconds`: see count_seconds."""
 
 NO_LIMIT = 1 << 62
 """Number of bytes that stands for no known limit."""
@@ -43,6 +48,17 @@ def freeze_loaded() -> None:
     for a tenth of a second in which nothing else runs, whenever requests have made enough objects."""
     gc.collect()
     gc.freeze()
+
+
+def count_seconds(seconds: float) -> None:
+    """Add processor time of another process, which computes for this thread, to `thread_seconds`."""
+    _counted.seconds = getattr(_counted, "seconds", 0.0) + seconds
+
+
+def thread_seconds() -> float:
+    """Return the processor time that this thread has taken, and other processes for it, in seconds."""
+    counted: float = getattr(_counted, "seconds", 0.0)
+    return time.thread_time() + counted
 
 
 def step_aside(pid: int, niceness: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from onebase_edge.background import Threads
+from onebase_engine.machine import count_seconds
 from onebase_server.http.authorization import AuthenticationMiddleware
 from onebase_server.http.deps import CALLER
 from onebase_server.tenancy.access import Caller
@@ -148,10 +149,48 @@ def test_a_request_costs_nothing_any_more_once_it_runs() -> None:
 
 def test_threads_are_charged_to_the_tenant_they_compute_for() -> None:
     async def script(requests: Requests) -> None:
-        threads = Threads("read", 1, on_cost=requests.pacer.charge)
+        threads = Threads("read", 1)
 
         async def answer() -> None:
             await threads.run_for("evil", compute, MUCH)
+
+        async with requests.stream("good"):
+            await requests.pacer.serve("evil", answer)
+            late = requests.start("evil 1")
+            await settle()
+            assert requests.begun == []
+        await late
+
+    play(script)
+
+
+def test_threads_that_nobody_has_named_a_tenant_to_are_charged_to_the_request_also_after_its_end() -> None:
+    async def script(requests: Requests) -> None:
+        threads = Threads("disk", 1)
+        works: list[asyncio.Task[None]] = []
+
+        async def answer() -> None:
+            works.append(asyncio.create_task(threads.run_blocking(compute, MUCH)))
+
+        async with requests.stream("good"):
+            await requests.pacer.serve("evil", answer)
+            await threads.run_blocking(compute, MUCH)  # on nobody's behalf
+            await asyncio.gather(*works)
+            late = requests.start("evil 1")
+            await requests.run("good 1")
+            await settle()
+            assert requests.begun == ["good 1"]
+        await late
+
+    play(script)
+
+
+def test_what_another_process_computes_for_a_request_is_charged_too() -> None:
+    async def script(requests: Requests) -> None:
+        threads = Threads("disk", 1)
+
+        async def answer() -> None:
+            await threads.run_blocking(count_seconds, MUCH)
 
         async with requests.stream("good"):
             await requests.pacer.serve("evil", answer)
@@ -168,7 +207,7 @@ def test_requests_that_cost_much_are_let_in_one_by_one_once_that_is_known() -> N
     costly = ALLOWANCE_SECONDS / 4
 
     async def script(requests: Requests) -> None:
-        threads = Threads("read", 1, on_cost=requests.pacer.charge)
+        threads = Threads("read", 1)
         begun: list[int] = []
 
         async def answer(number: int) -> None:

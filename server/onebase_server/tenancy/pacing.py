@@ -18,6 +18,8 @@ from functools import partial
 from types import coroutine
 from typing import Any
 
+from onebase_edge.background import PAYER
+
 SHARE_OF_CORES = 0.1
 """Part of all cores that one tenant's requests may take while others' requests run."""
 MOST_SHARE = 0.5
@@ -76,7 +78,7 @@ class RequestPacer:
         at_once: bool = False,
     ) -> None:
         """Await `answer()` once it is the tenant's turn, or `at_once`, and charge what it takes in this
-        thread until `runs`."""
+        thread until `runs`, and in others."""
         account = self._account(tenant)
         account.requests += 1
         began = False
@@ -86,7 +88,11 @@ class RequestPacer:
             began = True
             account.prepaid += account.mean
             self._owe(account, account.mean)  # before the next one looks whether it must wait
-            await _timed(answer(), runs, partial(self._charge, account))
+            before = PAYER.set(partial(self.charge, tenant))
+            try:
+                await _timed(answer(), runs, partial(self._charge, account))
+            finally:
+                PAYER.reset(before)
         finally:
             account.requests -= 1
             if began:
@@ -97,10 +103,8 @@ class RequestPacer:
                 self._release()
 
     def charge(self, tenant: str, seconds: float) -> None:
-        """Charge what a thread has computed for a tenant's request."""
-        account = self._accounts.get(tenant)
-        if account is not None:
-            self._charge(account, seconds)
+        """Charge what a thread has computed for a tenant's request, perhaps after that has ended."""
+        self._charge(self._account(tenant), seconds)
 
     def _charge(self, account: _Account, seconds: float) -> None:
         account.cost += seconds
