@@ -391,6 +391,7 @@ async def run_parts(
         settings=Settings(),
         answers=Counter(),
         route_secret="",
+        pacer=None,
         draining=False,
         supervisor=SimpleNamespace(run_engine=follow, stop=stop("engine"), ready=ready),
         training=SimpleNamespace(scheduler=SimpleNamespace(follow=follow, stop=stop("jobs"))),

@@ -33,7 +33,7 @@ async def run_server(
     """
     settings = services.settings
     middleware = CrossSiteMiddleware(
-        app, settings, app.state.authenticator, services.answers, services.route_secret
+        app, settings, app.state.authenticator, services.answers, services.route_secret, services.pacer
     )
     server = QuietServer(uvicorn_config(middleware, settings))
     stop = asyncio.Event()
