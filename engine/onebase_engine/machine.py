@@ -1,6 +1,6 @@
 """Memory of the machine: total, free and peak bytes, and the errors that report a lack of it; the
 interpreter's memory for frames, and what its garbage collector goes through; the priority of processes, and
-the processor time that threads and processes take.
+the processor time that threads and processes take, and the turns of threads.
 
 torch is imported where it is needed: the api asks for memory too, and loads no torch.
 """
@@ -48,6 +48,17 @@ def freeze_loaded() -> None:
     for a tenth of a second in which nothing else runs, whenever requests have made enough objects."""
     gc.collect()
     gc.freeze()
+
+
+SWITCH_SECONDS = 0.0002
+"""Time, in seconds, for which a thread that computes in Python keeps others waiting for their turn."""
+
+
+def switch_threads_soon() -> None:
+    """Let threads take turns often, for the sake of one that others wait for. It waits for its turn whenever
+    it has called what does not need the interpreter: an event loop each time that it has looked for what has
+    arrived, an engine after each of a step's calls of the kernels."""
+    sys.setswitchinterval(SWITCH_SECONDS)
 
 
 def count_seconds(seconds: float) -> None:

@@ -56,7 +56,7 @@ from onebase_engine.engine.scheduler import SchedulerLimits
 from onebase_engine.engine.staging import Arrived, PackedAdapterLoader
 from onebase_engine.environment import mps_runs
 from onebase_engine.kernels.interface import TILE
-from onebase_engine.machine import free_memory, freeze_loaded, is_out_of_memory
+from onebase_engine.machine import free_memory, freeze_loaded, is_out_of_memory, switch_threads_soon
 from onebase_server.processes.child import GOODBYE_SECONDS, ApiGoneError, Channel, begin
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ def run_engine(sock: socket.socket, base_fd: int | None = None) -> int:
 
     `base_fd` is a memfd into which the base is published, for verifiers to attach.
     """
+    switch_threads_soon()
     channel = EngineChannel(sock, protocol.to_engine_decoder().decode, leave_within=GOODBYE_SECONDS)
     try:
         start = channel.receive()
