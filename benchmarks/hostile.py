@@ -3,11 +3,11 @@
 
 Two tenants have keys with every scope but admin. The first streams a text, again and again. Each has a client
 in a process of its own, and the second's leaves the cores to the server and to the first's, since it would be
-on another machine: what it computes delays nobody. The first is measured alone, beside a second tenant
-that streams as many ordinary texts as it attacks with, and beside each attack of that tenant and all of them
-at once: grammars that are large or never compile, prompts that are long or many, answers that fill every
-place, uploads, jobs, names that the Hub does not have, bodies that take long to read, requests that are
-refused, and connections that dawdle. Of the first tenant's streams the time between two events is taken.
+on another machine. The first is measured alone, beside a second tenant that streams as many ordinary texts as
+it attacks with, and beside each attack of that tenant and all of them at once: grammars that are large or
+never compile, prompts that are long or many, answers that fill every place, uploads, jobs, names that the Hub
+does not have, bodies that take long to read, requests that are refused, and connections that dawdle. Of the
+first tenant's streams the time between two events is taken.
 
   python benchmarks/hostile.py                          # each attack for 20 s, all of them for ten minutes
   python benchmarks/hostile.py --attacks grammars --seconds 30

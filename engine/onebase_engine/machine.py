@@ -1,6 +1,6 @@
 """Memory of the machine: total, free and peak bytes, and the errors that report a lack of it; the
-interpreter's memory for frames, and what its garbage collector goes through; the priority of processes, and
-the processor time that threads and processes take, and the turns of threads.
+interpreter's memory for frames, and what its garbage collector goes through; the priority of processes;
+the processor time of threads, and their turns.
 
 torch is imported where it is needed: the api asks for memory too, and loads no torch.
 """
@@ -43,15 +43,15 @@ BEHIND_SERVING = 19
 """Niceness of a process for whose result nobody waits: a seventieth of such a core."""
 
 
+SWITCH_SECONDS = 0.0002
+"""Time, in seconds, for which a thread that computes in Python keeps others waiting for their turn."""
+
+
 def freeze_loaded() -> None:
     """Leave all that is loaded by now out of later garbage collections. Each full one would go through it,
     for a tenth of a second in which nothing else runs, whenever requests have made enough objects."""
     gc.collect()
     gc.freeze()
-
-
-SWITCH_SECONDS = 0.0002
-"""Time, in seconds, for which a thread that computes in Python keeps others waiting for their turn."""
 
 
 def switch_threads_soon() -> None:
